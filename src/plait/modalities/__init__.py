@@ -1,0 +1,1 @@
+"""Raw input <-> tensors <-> codes: one modality, one file."""

@@ -1,0 +1,258 @@
+"""The backbone: one decoder-only transformer that covers GPT-2, Llama and Qwen3 by configuration.
+
+It maps embeddings to hidden states; the rows of the vocabulary, on both sides, belong to `multimodal`.
+Shapes: B batch, L sequence length, D width, H heads, K key-value heads, E head width, T cached positions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, model_validator
+from torch import Tensor, nn
+
+
+class TransformerConfig(BaseModel):
+    """What fixes a backbone. The defaults are Qwen3's shape; GPT-2 and Llama differ in the switches below."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    hidden: int  # inner width of the feed-forward layer
+    max_length: int
+    position: Literal["rotary", "learned"] = "rotary"
+    norm: Literal["rms", "layer"] = "rms"
+    activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
+    qk_norm: bool = True
+    qkv_bias: bool = False
+    bias: bool = False  # of the other projections
+    norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    rope_scaling: dict[str, float | int | str] | None = None  # Llama 3's frequency scaling, as its config.json has it
+    dropout: float = 0.0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TransformerConfig:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+        if self.position == "rotary" and self.head_width % 2:
+            raise ValueError(f"head_width ({self.head_width}) must be even for rotary positions")
+        return self
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the mean square taken in fp32 (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return wide.to(x.dtype) * self.weight
+
+
+def make_norm(config: TransformerConfig) -> nn.Module:
+    if config.norm == "rms":
+        return RMSNorm(config.width, config.norm_eps)
+    return nn.LayerNorm(config.width, eps=config.norm_eps)
+
+
+def rotary_frequencies(config: TransformerConfig) -> Tensor:
+    """Radians a position, (E / 2,), in Llama 3's scaled form where the configuration asks for it."""
+    half = torch.arange(0, config.head_width, 2, dtype=torch.float32) / config.head_width
+    frequency = 1.0 / config.rope_theta**half
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency
+    factor = float(scaling["factor"])
+    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+    trained = float(scaling["original_max_position_embeddings"])
+    turns = trained * frequency / (2 * math.pi)
+    blend = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequency * (blend + (1 - blend) / factor)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions on (B, H, L, E) with cos and sin of (B or 1, 1, L, E / 2) (Su et al., 2021)."""
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
+    """Attention of q (B, H, L, E) over k and v (B, K, T, E); returns (B, H, L, E).
+
+    `mask` is True where a query may look, (B or 1, 1, L, T); None means causal with L == T. On the CPU the plain
+    product beats the fused kernel at lengths up to about a thousand (`python bench/attention.py`).
+    """
+    if q.device.type != "cpu" or k.shape[2] > 1024:
+        same = q.shape[1] == k.shape[1]
+        causal = mask is None and q.shape[2] > 1
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=not same
+        )
+    batch, heads, length, width = q.shape
+    kv_heads, total = k.shape[1], k.shape[2]
+    if mask is None:
+        mask = torch.ones(length, total, dtype=torch.bool, device=q.device).tril(total - length)[None, None]
+    hide = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, torch.finfo(q.dtype).min)
+    grouped = q.reshape(batch, kv_heads, -1, width) * width**-0.5
+    scores = (grouped @ k.transpose(-1, -2)).view(batch, heads, length, total) + hide
+    weights = F.dropout(scores.softmax(-1), dropout, training=dropout > 0)
+    return (weights.view(batch, kv_heads, -1, total) @ v).view(batch, heads, length, width)
+
+
+class KVCache:
+    """Keys and values of a fixed number of rows, preallocated; rows may differ in length and be reused.
+
+    `lengths` (B,) counts the positions each row holds. A forward pass with a cache appends at each row's own end.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, rows: int, length: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        shape = (config.layers, rows, config.kv_heads, length, config.head_width)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[3]
+
+
+class View:
+    """The rows of a cache that take part in one forward pass, with the places that the new positions get."""
+
+    def __init__(self, cache: KVCache, rows: Tensor, count: Tensor, longest: int) -> None:
+        """`rows` (B,) are indices into the cache; `count` (B,) is how many of the L new positions each one really has."""
+        self.cache, self.rows = cache, rows
+        start = cache.lengths[rows]
+        self.positions = start[:, None] + torch.arange(longest, device=rows.device)  # (B, L)
+        # A row's padding is written beyond its length, where the next step overwrites it.
+        self.positions.clamp_(max=cache.capacity - 1)
+        self.total = min(int((start + longest).max()), cache.capacity)
+        seen = torch.arange(self.total, device=rows.device)
+        self.mask = (seen[None, None] <= self.positions[..., None])[:, None]  # (B, 1, L, total)
+        self.all_rows = len(rows) == len(cache.lengths) and bool((rows == torch.arange(len(rows), device=rows.device)).all())
+        self.new_lengths = start + count
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v (B, K, L, E); return all of these rows so far, (B, K, total, E)."""
+        at = (self.rows[:, None], slice(None), self.positions)
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys[at] = k.transpose(1, 2).to(keys.dtype)
+        values[at] = v.transpose(1, 2).to(values.dtype)
+        if self.all_rows:
+            return keys[:, :, : self.total].to(k.dtype), values[:, :, : self.total].to(v.dtype)
+        return keys[self.rows, :, : self.total].to(k.dtype), values[self.rows, :, : self.total].to(v.dtype)
+
+    def finish(self) -> None:
+        self.cache.lengths[self.rows] = self.new_lengths
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each added to its input; the projections of a part are one product."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        heads, kv_heads, width = config.heads, config.kv_heads, config.head_width
+        self.attention_norm = make_norm(config)
+        self.qkv = nn.Linear(config.width, (heads + 2 * kv_heads) * width, bias=config.qkv_bias)
+        self.attention_out = nn.Linear(heads * width, config.width, bias=config.bias)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(width, config.norm_eps), RMSNorm(width, config.norm_eps)
+        self.feed_norm = make_norm(config)
+        inner = config.hidden * (2 if config.activation == "swiglu" else 1)
+        self.feed_in = nn.Linear(config.width, inner, bias=config.bias)
+        self.feed_out = nn.Linear(config.hidden, config.width, bias=config.bias)
+
+    def attention(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, view: View | None, layer: int
+    ) -> Tensor:
+        config = self.config
+        batch, length, _ = x.shape
+        qkv = self.qkv(x).view(batch, length, -1, config.head_width).transpose(1, 2)
+        q, k, v = qkv.split((config.heads, config.kv_heads, config.kv_heads), 1)
+        if config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if view is not None:
+            k, v = view.append(layer, k, v)
+        mixed = attend(q, k, v, mask, config.dropout if self.training else 0.0)
+        return self.attention_out(mixed.transpose(1, 2).reshape(batch, length, -1))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        inner = self.feed_in(x)
+        if self.config.activation == "swiglu":
+            gate, up = inner.chunk(2, -1)
+            inner = F.silu(gate) * up
+        else:
+            inner = F.gelu(inner, approximate="tanh" if self.config.activation == "gelu_tanh" else "none")
+        return self.feed_out(inner)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        view: View | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        dropout = self.config.dropout
+        mixed = self.attention(self.attention_norm(x), rotary, mask, view, layer)
+        x = x + F.dropout(mixed, dropout, self.training)
+        return x + F.dropout(self.feed_forward(self.feed_norm(x)), dropout, self.training)
+
+
+class Transformer(nn.Module):
+    """Embeddings (B, L, D) to hidden states (B, L, D) after the final norm."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        if config.position == "learned":
+            self.positions = nn.Parameter(torch.randn(config.max_length, config.width) * 0.02)
+        else:
+            self.register_buffer("frequencies", rotary_frequencies(config), persistent=False)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.final_norm = make_norm(config)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("attention_out.weight", "feed_out.weight")):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.layers))
+            elif name.endswith(("qkv.weight", "feed_in.weight")):
+                nn.init.normal_(parameter, std=min(0.02 * math.sqrt(768 / config.width), config.width**-0.5))
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(
+        self, x: Tensor, *, positions: Tensor | None = None, mask: Tensor | None = None, view: View | None = None
+    ) -> Tensor:
+        """`positions` (B, L) default to 0 .. L - 1, `mask` to causal; a `view` into a cache brings its own of both."""
+        if view is not None:
+            positions, mask = view.positions, view.mask
+        if positions is None:
+            positions = torch.arange(x.shape[1], device=x.device)[None]
+        rotary = None
+        if self.config.position == "learned":
+            x = x + self.positions[positions.clamp(max=self.config.max_length - 1)]
+        else:
+            angle = positions[:, None, :, None].float() * self.frequencies  # (B or 1, 1, L, E / 2)
+            rotary = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rotary, mask, view, layer)
+        if view is not None:
+            view.finish()
+        return self.final_norm(x)
