@@ -131,7 +131,9 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             aside.unlink()
-        raise PlaitError(f"Cannot write {path}: {error.strerror or error}. Free space or choose another folder.") from error
+        raise PlaitError(
+            f"Cannot write {path}: {error.strerror or error}. Free space or choose another folder."
+        ) from error
 
 
 def write_json(path: Path, value: object) -> None:
@@ -176,7 +178,9 @@ def publish_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise PlaitError(f"Cannot write {path}: {error.strerror or error}. Free space or choose another folder.") from error
+        raise PlaitError(
+            f"Cannot write {path}: {error.strerror or error}. Free space or choose another folder."
+        ) from error
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -189,7 +193,9 @@ def only_writer(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("a+")
     except OSError as error:
-        raise PlaitError(f"Cannot write to {folder}: {error.strerror}. Choose another folder with -o.") from error
+        raise PlaitError(
+            f"Cannot write to {folder}: {error.strerror}. Choose another folder with -o."
+        ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

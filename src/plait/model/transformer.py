@@ -35,7 +35,9 @@ class TransformerConfig(BaseModel):
     bias: bool = False  # of the other projections
     norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
-    rope_scaling: dict[str, float | int | str] | None = None  # Llama 3's frequency scaling, as its config.json has it
+    rope_scaling: dict[str, float | int | str] | None = (
+        None  # Llama 3's frequency scaling, as its config.json has it
+    )
     dropout: float = 0.0
 
     @model_validator(mode="after")
@@ -104,7 +106,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float 
     kv_heads, total = k.shape[1], k.shape[2]
     if mask is None:
         mask = torch.ones(length, total, dtype=torch.bool, device=q.device).tril(total - length)[None, None]
-    hide = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, torch.finfo(q.dtype).min)
+    hide = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(
+        ~mask, torch.finfo(q.dtype).min
+    )
     grouped = q.reshape(batch, kv_heads, -1, width) * width**-0.5
     scores = (grouped @ k.transpose(-1, -2)).view(batch, heads, length, total) + hide
     weights = F.dropout(scores.softmax(-1), dropout, training=dropout > 0)
@@ -143,7 +147,9 @@ class View:
         self.total = min(int((start + longest).max()), cache.capacity)
         seen = torch.arange(self.total, device=rows.device)
         self.mask = (seen[None, None] <= self.positions[..., None])[:, None]  # (B, 1, L, total)
-        self.all_rows = len(rows) == len(cache.lengths) and bool((rows == torch.arange(len(rows), device=rows.device)).all())
+        self.all_rows = len(rows) == len(cache.lengths) and bool(
+            (rows == torch.arange(len(rows), device=rows.device)).all()
+        )
         self.new_lengths = start + count
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,7 +184,12 @@ class Block(nn.Module):
         self.feed_out = nn.Linear(config.hidden, config.width, bias=config.bias)
 
     def attention(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, view: View | None, layer: int
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        view: View | None,
+        layer: int,
     ) -> Tensor:
         config = self.config
         batch, length, _ = x.shape
@@ -237,7 +248,12 @@ class Transformer(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(
-        self, x: Tensor, *, positions: Tensor | None = None, mask: Tensor | None = None, view: View | None = None
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        view: View | None = None,
     ) -> Tensor:
         """`positions` (B, L) default to 0 .. L - 1, `mask` to causal; a `view` into a cache brings its own of both."""
         if view is not None:

@@ -1,0 +1,1 @@
+"""Files -> records -> a dataset on disk. Knows files, not tokens."""

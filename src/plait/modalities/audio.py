@@ -1,0 +1,305 @@
+"""Sound: log-mel -> embeddings on the way in; patches of log-mel <-> FSQ codes, and a vocoder, on the way out.
+
+A sample is float16 (T, bands): 100 frames a second of log-mel, scaled to about [-1, 1]. Values in a batch are
+(N, T, bands) with lengths (N,) in frames; beyond its length a sample is silence.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import soundfile
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from plait.data.media import decode_audio, resample
+from plait.modalities.base import ChannelNorm, bilinear_warp, within
+from plait.modalities.quantizer import FSQ
+
+SILENCE = -1.4  # the scaled log-mel of no sound
+FLOOR = 1e-4  # mel power below which everything is silence, the waveform's RMS being 0.1
+PATCH = 4  # frames that share their codes, and that one embedding covers: 40 ms
+
+
+class AudioSettings(BaseModel):
+    """How sound is fitted, read, written and augmented; kept in the checkpoint's preprocessor file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rate: int = 8000  # samples a second
+    seconds: float = 2.0  # the longest clip; longer ones are read in overlapping windows
+    bands: int = 64
+    stem: int = 32  # channels of the encoder's first layer
+    codec_width: int = 160
+    levels: list[int] = [8, 5, 5, 5]
+    codes_per_patch: int = 2
+    stretch: float = 1.25  # augmentation: of time, of the mel axis, and masks
+    warp: float = 1.12
+    mask_time: float = 0.1  # share of the clip
+    mask_bands: float = 0.12  # share of the bands
+
+    @property
+    def hop(self) -> int:
+        return self.rate // 100
+
+    @property
+    def window(self) -> int:
+        return int(self.rate * 0.032)
+
+    @property
+    def fft(self) -> int:
+        return 2 ** math.ceil(math.log2(self.rate * 0.064))
+
+    @property
+    def frames(self) -> int:
+        """The longest sample, a whole number of patches."""
+        return math.ceil(self.seconds * 100 / PATCH) * PATCH
+
+
+def mel_filters(rate: int, fft: int, bands: int) -> Tensor:
+    """Triangular filters on the HTK mel scale from 0 to rate / 2, (fft / 2 + 1, bands), each with peak 1."""
+    top = 2595 * math.log10(1 + rate / 2 / 700)
+    points = 700 * (10 ** (torch.linspace(0, top, bands + 2, dtype=torch.float64) / 2595) - 1)
+    bins = torch.linspace(0, rate / 2, fft // 2 + 1, dtype=torch.float64)[:, None]
+    rise = (bins - points[:-2]) / (points[1:-1] - points[:-2])
+    fall = (points[2:] - bins) / (points[2:] - points[1:-1])
+    return torch.minimum(rise, fall).clamp(min=0).float()
+
+
+class LogMel:
+    """Waveform <-> scaled log-mel, the way back by Griffin and Lim (1984) with 32 iterations."""
+
+    def __init__(self, settings: AudioSettings) -> None:
+        self.settings = settings
+        self.filters = mel_filters(settings.rate, settings.fft, settings.bands)
+        self.window = torch.hann_window(settings.window)
+
+    def _stft(self, wave: Tensor) -> Tensor:
+        s = self.settings
+        return torch.stft(wave, s.fft, s.hop, s.window, self.window, center=True, return_complex=True)
+
+    def forward(self, wave: Tensor) -> Tensor:
+        """(samples,) to (frames, bands); the loudness of the whole is set first, so that volume says nothing."""
+        level = wave.square().mean().sqrt().clamp(min=1e-5)
+        power = self._stft(wave * (0.1 / level)).abs().square()
+        mel = power.transpose(-1, -2) @ self.filters
+        return (mel.clamp(min=FLOOR).log() - math.log(FLOOR)) / 6 + SILENCE
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        return torch.linalg.pinv(self.filters)
+
+    def invert(self, mel: Tensor, iterations: int = 32) -> Tensor:
+        """(frames, bands) to (frames * hop,), with a seeded first phase so that it is a function of the mel."""
+        s = self.settings
+        power = ((mel.float() - SILENCE) * 6 + math.log(FLOOR)).exp()
+        power = torch.where(power <= FLOOR * 1.05, 0.0, power)
+        magnitude = (power @ self.inverse).clamp(min=0).sqrt().transpose(-1, -2)
+        phase = torch.rand(magnitude.shape, generator=torch.Generator().manual_seed(0)) * (2 * math.pi)
+        spectrum = torch.polar(magnitude, phase)
+        length = s.hop * mel.shape[0]
+        wave = torch.zeros(length)
+        previous = torch.zeros_like(spectrum)
+        for _ in range(iterations):
+            wave = torch.istft(spectrum, s.fft, s.hop, s.window, self.window, center=True, length=length)
+            rebuilt = self._stft(wave)[:, : mel.shape[0]]
+            direction = rebuilt - 0.497 * previous  # Perraudin, Balazs and Sondergaard (2013)
+            previous = rebuilt
+            spectrum = magnitude * direction / direction.abs().clamp(min=1e-8)
+        return wave / wave.abs().max().clamp(min=1e-4) * 0.9
+
+
+class AudioEncoder(nn.Module):
+    """A small CNN over time and mel bands: (N, T, bands) to (N, T / 4, D)."""
+
+    def __init__(self, settings: AudioSettings, width: int) -> None:
+        super().__init__()
+        channels = [settings.stem, 2 * settings.stem, 2 * settings.stem]
+        strides = [(1, 2), (2, 2), (2, 2)]
+        before, bands = 1, settings.bands
+        self.convolutions, self.norms = nn.ModuleList(), nn.ModuleList()
+        for after, stride in zip(channels, strides, strict=True):
+            self.convolutions.append(nn.Conv2d(before, after, (5, 5), stride, padding=2))
+            self.norms.append(ChannelNorm(after))
+            before, bands = after, math.ceil(bands / stride[1])
+        self.out = nn.Linear(before * bands, width)
+        self.norm = nn.LayerNorm(before * bands)
+
+    def forward(self, values: Tensor, lengths: Tensor) -> Tensor:
+        x = values.float() - SILENCE
+        x = (x * within(lengths, x.shape[1])[..., None])[:, None]  # (N, 1, T, bands)
+        remaining = lengths
+        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
+            stride = convolution.stride[0]  # type: ignore[index]
+            remaining = (remaining + stride - 1) // stride  # type: ignore[operator]
+            x = F.silu(norm(convolution(x)))
+            x = x * within(remaining, x.shape[2])[:, None, :, None]
+        return self.out(self.norm(x.transpose(1, 2).flatten(2)))
+
+
+class Residual1d(nn.Module):
+    """x + conv(silu(norm(x))) over time, blind to what lies beyond a sample's end."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = ChannelNorm(width)
+        self.first = nn.Conv1d(width, width, 3, padding=1)
+        self.second = nn.Conv1d(width, width, 1)
+        nn.init.zeros_(self.second.weight)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x + self.second(F.silu(self.first(F.silu(self.norm(x)) * mask))) * mask
+
+
+class AudioCodec(nn.Module):
+    """An autoencoder over patches of four frames with FSQ between: `codes_per_patch` codes for each patch."""
+
+    def __init__(self, settings: AudioSettings) -> None:
+        super().__init__()
+        self.settings, self.levels = settings, settings.levels
+        width, groups, digits = settings.codec_width, settings.codes_per_patch, len(settings.levels)
+        self.quantizer = FSQ(settings.levels)
+        self.patches_in = nn.Linear(PATCH * settings.bands, width)
+        self.encoder = nn.ModuleList(Residual1d(width) for _ in range(2))
+        self.to_digits = nn.Linear(width, groups * digits)
+        self.from_digits = nn.Linear(groups * digits, width)
+        self.decoder = nn.ModuleList(Residual1d(width) for _ in range(3))
+        self.patches_out = nn.Linear(width, PATCH * settings.bands)
+
+    def _patches(self, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, T, bands) to patches (N, P, 4 * bands) and their mask (N, 1, P)."""
+        values = values.float()
+        values = torch.where(within(lengths, values.shape[1])[..., None], values, SILENCE)
+        values = F.pad(values, (0, 0, 0, -values.shape[1] % PATCH), value=SILENCE)
+        patches = values.unflatten(1, (-1, PATCH)).flatten(2)
+        return patches, within((lengths + PATCH - 1) // PATCH, patches.shape[1])[:, None]
+
+    def _digits(self, patches: Tensor, mask: Tensor) -> Tensor:
+        """Quantised vectors (N, P, codes per patch, digits)."""
+        x = self.patches_in(patches - SILENCE).transpose(1, 2) * mask
+        for block in self.encoder:
+            x = block(x, mask)
+        return self.quantizer.quantize(
+            self.to_digits(x.transpose(1, 2)).unflatten(-1, (-1, len(self.levels)))
+        )
+
+    def _rebuild(self, quantized: Tensor, mask: Tensor) -> Tensor:
+        x = self.from_digits(quantized.flatten(2)).transpose(1, 2) * mask
+        for block in self.decoder:
+            x = block(x, mask)
+        return self.patches_out(x.transpose(1, 2)) + SILENCE
+
+    def loss(self, values: Tensor, lengths: Tensor) -> Tensor:
+        """Mean absolute plus half of mean squared error of the log-mel, silence weighted .15."""
+        patches, mask = self._patches(values, lengths)
+        error = self._rebuild(self._digits(patches, mask), mask) - patches
+        weight = torch.where(patches > SILENCE + 0.1, 1.0, 0.15) * mask.transpose(1, 2)
+        return (weight * (error.abs() + 3 * error.square())).sum() / weight.sum().clamp(min=1)
+
+    def encode(self, values: Tensor, lengths: Tensor) -> Tensor:
+        """(N, P * codes per patch), the codes of a patch side by side."""
+        return self.quantizer.codes(self._digits(*self._patches(values, lengths))).flatten(1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """(N, P * codes per patch) to (N, P * 4, bands); an odd code at the end is left out."""
+        groups = self.settings.codes_per_patch
+        codes = codes[:, : codes.shape[1] // groups * groups].unflatten(1, (-1, groups))
+        mask = torch.ones(len(codes), 1, codes.shape[1], device=codes.device)
+        return self._rebuild(self.quantizer.vectors(codes), mask).unflatten(-1, (PATCH, -1)).flatten(1, 2)
+
+
+class Audio(nn.Module):
+    """The modality: settings, encoder, codec and vocoder."""
+
+    name: ClassVar[str] = "audio"
+    variable_length: ClassVar[bool] = True
+
+    def __init__(self, settings: AudioSettings, width: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.encoder = AudioEncoder(settings, width)
+        self.codec = AudioCodec(settings)
+        self.mel = LogMel(settings)
+
+    def _frames(self, raw: Any) -> np.ndarray:
+        """Bytes, a path or (waveform, rate) to float16 (T, bands), whatever its length."""
+        if isinstance(raw, tuple):
+            wave, rate = np.asarray(raw[0], np.float32), int(raw[1])
+            wave = wave.mean(-1) if wave.ndim == 2 else wave
+        else:
+            wave, rate = decode_audio(Path(raw) if isinstance(raw, str) else raw)
+        wave = resample(wave, rate, self.settings.rate)
+        return self.mel.forward(torch.from_numpy(wave)).half().numpy()
+
+    def sample(self, raw: Any) -> np.ndarray:
+        """The first `seconds` of the sound. Read longer ones with `windows`."""
+        return self._frames(raw)[: self.settings.frames]
+
+    def windows(self, raw: Any) -> list[np.ndarray]:
+        """Windows of the longest clip's length that overlap by half and cover the sound."""
+        mel, longest = self._frames(raw), self.settings.frames
+        if len(mel) <= longest:
+            return [mel]
+        starts = [*range(0, len(mel) - longest, longest // 2), len(mel) - longest]
+        return [mel[start : start + longest] for start in starts]
+
+    def batch(self, samples: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+        lengths = torch.tensor([len(sample) for sample in samples])
+        longest = math.ceil(int(lengths.max()) / PATCH) * PATCH
+        values = np.full((len(samples), longest, self.settings.bands), SILENCE, np.float16)
+        for row, sample in zip(values, samples, strict=True):
+            row[: len(sample)] = sample
+        return torch.from_numpy(values), lengths
+
+    def augment(self, values: Tensor, lengths: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
+        """Time stretch, warp of the mel axis, and a masked stretch of time and of bands, as `draw` (N, 8) says."""
+        settings = self.settings
+        signed = (draw * 2 - 1).float()
+        stretch = settings.stretch ** signed[:, 0]
+        warp = settings.warp ** signed[:, 1]
+        longest = min(math.ceil(values.shape[1] * settings.stretch / PATCH) * PATCH, settings.frames)
+        new_lengths = (lengths * stretch).long().clamp(1, longest)
+        matrix = torch.zeros(len(values), 2, 3)
+        # The output's place p is the input's place p / stretch, both counted from the start; likewise for bands.
+        time = longest / values.shape[1] / stretch
+        matrix[:, 0, 0], matrix[:, 0, 2] = 1 / warp, 1 / warp - 1
+        matrix[:, 1, 1], matrix[:, 1, 2] = time, time - 1
+        x = bilinear_warp(values.float()[:, None], matrix, (longest, settings.bands), SILENCE)[:, 0]
+        bands, frames = torch.arange(settings.bands), torch.arange(longest)
+        width = draw[:, 2, None] * settings.mask_bands * settings.bands
+        start = draw[:, 3, None] * (settings.bands - width)
+        x = x.masked_fill(((bands >= start) & (bands < start + width))[:, None, :], SILENCE)
+        span = draw[:, 4, None] * settings.mask_time * new_lengths[:, None]
+        start = draw[:, 5, None] * (new_lengths[:, None] - span)
+        x = x.masked_fill(((frames >= start) & (frames < start + span))[..., None], SILENCE)
+        return x, new_lengths
+
+    def token_count(self, length: int) -> int:
+        return math.ceil(length / PATCH)
+
+    def code_count(self, length: int) -> int:
+        return math.ceil(length / PATCH) * self.settings.codes_per_patch
+
+    def features(self, samples: np.ndarray) -> Tensor:
+        """(N, 1, bands, frames), every sample cut or padded to the longest clip."""
+        values = np.full((len(samples), self.settings.frames, self.settings.bands), SILENCE, np.float32)
+        for row, sample in zip(values, samples, strict=True):
+            row[: len(sample)] = sample[: len(row)]
+        return torch.from_numpy(values).transpose(1, 2)[:, None] - SILENCE
+
+    def to_object(self, values: np.ndarray) -> tuple[np.ndarray, int]:
+        """(waveform float32, rate)."""
+        return self.mel.invert(torch.from_numpy(np.asarray(values))).numpy(), self.settings.rate
+
+    def to_bytes(self, values: np.ndarray) -> bytes:
+        buffer = io.BytesIO()
+        wave, rate = self.to_object(values)
+        soundfile.write(buffer, wave, rate, format="WAV", subtype="PCM_16")
+        return buffer.getvalue()

@@ -1,0 +1,158 @@
+"""What every modality answers, and the one vocabulary they share.
+
+A modality is one file. It turns a raw input into a *sample* (an array the same for every use), samples into a
+padded batch, a batch into embeddings (its encoder) and into codes and back (its codec).
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+END, PAD = "<|endoftext|>", "<|pad|>"
+
+
+class Codec(Protocol):
+    """The way out: samples <-> codes. Trained before the backbone, then frozen."""
+
+    levels: list[int]  # of each FSQ digit of one code
+
+    def loss(self, values: Tensor, lengths: Tensor) -> Tensor: ...
+
+    def encode(self, values: Tensor, lengths: Tensor) -> Tensor:
+        """(N, ...) samples to (N, codes) integers; what lies beyond `code_count(length)` is padding."""
+        ...
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """(N, codes) integers to samples (N, ...)."""
+        ...
+
+
+class MediaModality(Protocol):
+    """A modality other than text. Its modules live in the model; its settings in `preprocessor_config.json`."""
+
+    name: ClassVar[str]
+    variable_length: ClassVar[bool]  # whether the number of codes differs from sample to sample
+    settings: BaseModel
+    encoder: nn.Module  # (values, lengths) -> (N, tokens, D)
+    codec: Any
+
+    def sample(self, raw: Any) -> np.ndarray:
+        """A file's bytes or a Python object (PIL image, waveform) to a sample, fitted as the settings say."""
+        ...
+
+    def windows(self, raw: Any) -> list[np.ndarray]:
+        """The samples that cover an input longer than one sample may be; usually one."""
+        ...
+
+    def batch(self, samples: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Samples to values (N, ...), padded, and lengths (N,)."""
+        ...
+
+    def augment(self, values: Tensor, lengths: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
+        """Changes that keep the meaning; `draw` (N, 8) is uniform in [0, 1)."""
+        ...
+
+    def token_count(self, length: int) -> int:
+        """How many embeddings a sample of this length becomes."""
+        ...
+
+    def code_count(self, length: int) -> int:
+        """How many codes a sample of this length becomes."""
+        ...
+
+    def features(self, samples: np.ndarray) -> Tensor:
+        """Samples to (N, C, H, W) floats for a plain convolutional classifier."""
+        ...
+
+    def to_bytes(self, values: np.ndarray) -> bytes:
+        """A decoded sample to the bytes of a file."""
+        ...
+
+    def to_object(self, values: np.ndarray) -> Any:
+        """A decoded sample to what a Python user expects: a PIL image, or (waveform, rate)."""
+        ...
+
+
+class Vocabulary(BaseModel):
+    """All ids of a model: text, special tokens, then the codes of each modality, in disjoint ranges.
+
+    Text may be followed by `<|endoftext|>`, `<|pad|>` and one opener for each column of the data (`<|image|>`,
+    `<|en|>`): they belong to the text space. A modality's space holds its codes and, where its length varies, a
+    closing token.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text: int
+    columns: dict[str, str]  # column -> modality, in the data's order
+    levels: dict[str, list[int]]  # modality -> levels of the FSQ digits of one code
+    closers: list[str]  # modalities whose spans end with a token of their own
+    end_id: int | None = None  # of an imported tokenizer that brings its own end token
+
+    @property
+    def specials(self) -> list[str]:
+        return [END, PAD, *(f"<|{column}|>" for column in self.columns)]
+
+    def special(self, name: str) -> int:
+        """The id of a special token. Raises ValueError where there is none."""
+        return self.text + self.specials.index(name)
+
+    @property
+    def end(self) -> int:
+        return self.special(END) if self.end_id is None else self.end_id
+
+    @property
+    def pad(self) -> int:
+        return self.special(PAD)
+
+    def opener(self, column: str) -> int:
+        return self.special(f"<|{column}|>")
+
+    @property
+    def spaces(self) -> dict[str, tuple[int, int]]:
+        """Space -> (first id, one past the last)."""
+        stop = self.text + len(self.specials)
+        spaces = {"text": (0, stop)}
+        for modality, levels in self.levels.items():
+            start, stop = stop, stop + int(np.prod(levels)) + (modality in self.closers)
+            spaces[modality] = (start, stop)
+        return spaces
+
+    def closer(self, modality: str) -> int:
+        return self.spaces[modality][1] - 1
+
+    @property
+    def size(self) -> int:
+        return max(stop for _, stop in self.spaces.values())
+
+    def names(self) -> list[str]:
+        """The token names of all ids from `text` on, for export."""
+        names = list(self.specials)
+        for modality, levels in self.levels.items():
+            names += [f"<|{modality}:{code}|>" for code in range(int(np.prod(levels)))]
+            names += [f"<|/{modality}|>"] if modality in self.closers else []
+        return names
+
+
+def bilinear_warp(values: Tensor, matrix: Tensor, size: tuple[int, int], fill: float) -> Tensor:
+    """Resample values (N, C, H, W) through affine maps (N, 2, 3) of output to input places in [-1, 1]."""
+    grid = nn.functional.affine_grid(matrix, [len(values), 1, *size], align_corners=False)
+    warped = nn.functional.grid_sample(values - fill, grid, mode="bilinear", align_corners=False)
+    return warped + fill
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of (N, C, ...) at each place: no batch statistics, blind to padding elsewhere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def within(lengths: Tensor, longest: int) -> Tensor:
+    """(N, longest), True at the places that exist."""
+    return torch.arange(longest, device=lengths.device) < lengths[:, None]

@@ -1,0 +1,248 @@
+"""Pictures: pixels -> a short grid of embeddings on the way in; pixels <-> a grid of FSQ codes on the way out.
+
+A sample is uint8 (H, W, C). Values in a batch are uint8 or float (N, H, W, C); inside the networks (N, C, H, W)
+in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image as PILImage
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from plait.data.media import decode_image
+from plait.modalities.base import bilinear_warp
+from plait.modalities.quantizer import FSQ
+
+
+class ImageSettings(BaseModel):
+    """How pictures are fitted, read, written and augmented; kept in the checkpoint's preprocessor file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    size: int = 32  # side in pixels; other shapes are fitted by `fit`
+    channels: int = 3
+    fit: str = "crop"  # "crop" the middle square, "pad" to a square, or "stretch"
+    background: int = 255  # what transparent parts and padding become
+    grid: int = 4  # side of the encoder's grid of embeddings
+    stem: int = 32  # channels of the encoder's first layer
+    patch: int = 4  # side in pixels of what one code stands for
+    codec_width: int = 128
+    codec_blocks: int = 2
+    levels: list[int] = [8, 5, 5, 5]
+    rotate: float = 8.0  # degrees, augmentation
+    scale: float = 0.1
+    shift: float = 0.08  # of the side
+    flip: bool = False
+    erase: float = 0.0  # share of samples that lose a random rectangle
+
+
+class Residual(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x))))))."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.GroupNorm(8, width),
+            nn.SiLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.GroupNorm(8, width),
+            nn.SiLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+        )
+        nn.init.zeros_(self.layers[-1].weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+def to_unit(values: Tensor) -> Tensor:
+    """(N, H, W, C) uint8, or floats in the same range, to (N, C, H, W) in [-1, 1]."""
+    return values.movedim(-1, 1).float() / 127.5 - 1
+
+
+class ImageEncoder(nn.Module):
+    """A small CNN: (N, H, W, C) to (N, grid * grid, D)."""
+
+    def __init__(self, settings: ImageSettings, width: int) -> None:
+        super().__init__()
+        halvings = max(round(math.log2(settings.size / settings.grid)), 1)
+        channels = settings.stem
+        layers: list[nn.Module] = [nn.Conv2d(settings.channels, channels, 3, padding=1)]
+        for step in range(halvings):
+            wider = min(channels * 2, 4 * settings.stem)
+            layers += [nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, wider, 3, padding=1)]
+            layers += [nn.MaxPool2d(2, ceil_mode=True)]
+            if step > 0:
+                layers += [Residual(wider)]
+            channels = wider
+        layers += [nn.AdaptiveAvgPool2d(settings.grid), nn.GroupNorm(8, channels), nn.SiLU()]
+        self.layers = nn.Sequential(*layers)
+        self.out = nn.Linear(channels, width)
+        self.places = nn.Parameter(torch.randn(settings.grid**2, width) * 0.02)
+
+    def forward(self, values: Tensor, lengths: Tensor) -> Tensor:
+        return self.out(self.layers(to_unit(values)).flatten(2).transpose(1, 2)) + self.places
+
+
+class ImageCodec(nn.Module):
+    """A CNN autoencoder with FSQ between: one code for each patch of pixels."""
+
+    def __init__(self, settings: ImageSettings) -> None:
+        super().__init__()
+        patch, width = settings.patch, settings.codec_width
+        self.levels = settings.levels
+        self.side = math.ceil(settings.size / patch)
+        self.size = settings.size
+        self.padded = self.side * patch
+        self.quantizer = FSQ(settings.levels)
+        digits = len(settings.levels)
+        fine = max(width // 4, 16)
+        self.encoder = nn.Sequential(
+            nn.Conv2d(settings.channels, fine, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(fine, fine, 3, padding=1, stride=2),
+            nn.SiLU(),
+            nn.Conv2d(fine, width, patch // 2, stride=patch // 2),
+            *(Residual(width) for _ in range(settings.codec_blocks)),
+            nn.GroupNorm(8, width),
+            nn.SiLU(),
+            nn.Conv2d(width, digits, 1),
+        )
+        self.decoder = nn.Sequential(
+            nn.Conv2d(digits, width, 1),
+            *(Residual(width) for _ in range(settings.codec_blocks + 1)),
+            nn.GroupNorm(8, width),
+            nn.SiLU(),
+            nn.Conv2d(width, fine * (patch // 2) ** 2, 1),
+            nn.PixelShuffle(patch // 2),
+            nn.SiLU(),
+            nn.Conv2d(fine, fine * 4, 3, padding=1),
+            nn.PixelShuffle(2),
+            nn.SiLU(),
+            nn.Conv2d(fine, settings.channels, 3, padding=1),
+        )
+
+    def _quantized(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        x = to_unit(values)
+        margin = self.padded - self.size
+        x = F.pad(x, (0, margin, 0, margin), mode="replicate") if margin else x
+        return x, self.quantizer.quantize(self.encoder(x).movedim(1, -1))
+
+    def loss(self, values: Tensor, lengths: Tensor) -> Tensor:
+        """Mean absolute plus five times mean squared error of the reconstruction."""
+        x, quantized = self._quantized(values)
+        error = self.decoder(quantized.movedim(-1, 1)) - x
+        return error.abs().mean() + 5 * error.square().mean()
+
+    def encode(self, values: Tensor, lengths: Tensor) -> Tensor:
+        return self.quantizer.codes(self._quantized(values)[1]).flatten(1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """(N, side * side) codes to uint8 (N, H, W, C)."""
+        vectors = self.quantizer.vectors(codes.view(-1, self.side, self.side))
+        x = self.decoder(vectors.movedim(-1, 1))[:, :, : self.size, : self.size]
+        return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(1, -1)
+
+
+class Image(nn.Module):
+    """The modality: settings, encoder and codec."""
+
+    name: ClassVar[str] = "image"
+    variable_length: ClassVar[bool] = False
+
+    def __init__(self, settings: ImageSettings, width: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.encoder = ImageEncoder(settings, width)
+        self.codec = ImageCodec(settings)
+
+    def sample(self, raw: Any) -> np.ndarray:
+        """Bytes, a path, a PIL image or an array to uint8 (H, W, C)."""
+        settings = self.settings
+        if isinstance(raw, np.ndarray):
+            raw = PILImage.fromarray(raw)
+        picture = (
+            raw
+            if isinstance(raw, PILImage.Image)
+            else decode_image(Path(raw) if isinstance(raw, str) else raw)
+        )
+        if "A" in picture.getbands() or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            ground = PILImage.new("RGBA", picture.size, (settings.background,) * 3 + (255,))
+            picture = PILImage.alpha_composite(ground, picture)
+        picture = picture.convert("L" if settings.channels == 1 else "RGB")
+        width, height = picture.size
+        if width != height and settings.fit != "stretch":
+            side = min(width, height) if settings.fit == "crop" else max(width, height)
+            left, top = (width - side) // 2, (height - side) // 2
+            square = PILImage.new(
+                picture.mode, (side, side), (settings.background,) * len(picture.getbands())
+            )
+            square.paste(picture, (-left, -top))
+            picture = square
+        if picture.size != (settings.size, settings.size):
+            picture = picture.resize((settings.size, settings.size), PILImage.Resampling.LANCZOS)
+        return np.asarray(picture, np.uint8).reshape(settings.size, settings.size, settings.channels)
+
+    def windows(self, raw: Any) -> list[np.ndarray]:
+        return [self.sample(raw)]
+
+    def batch(self, samples: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+        return torch.from_numpy(np.stack(samples)), torch.ones(len(samples), dtype=torch.long)
+
+    def augment(self, values: Tensor, lengths: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotation, scale, shift, flip and erasing, each a function of `draw` (N, 8)."""
+        settings = self.settings
+        signed = (draw * 2 - 1).float()
+        angle = signed[:, 0] * math.radians(settings.rotate)
+        zoom = 1 + signed[:, 1] * settings.scale
+        mirror = torch.where((draw[:, 4] < 0.5) & torch.tensor(settings.flip), -1.0, 1.0)
+        cos, sin = angle.cos() * zoom, angle.sin() * zoom
+        matrix = torch.stack(
+            (
+                torch.stack((cos * mirror, -sin, signed[:, 2] * 2 * settings.shift), -1),
+                torch.stack((sin * mirror, cos, signed[:, 3] * 2 * settings.shift), -1),
+            ),
+            1,
+        )
+        x = values.movedim(-1, 1).float()
+        border = torch.cat((x[..., 0, :], x[..., -1, :], x[..., :, 0], x[..., :, -1]), -1).mean(-1)
+        border = border[..., None, None]
+        x = bilinear_warp(x - border, matrix, (settings.size, settings.size), 0.0) + border
+        if settings.erase:
+            place = torch.arange(settings.size, device=x.device) / settings.size
+            side = 0.15 + 0.25 * draw[:, 5, None]
+            top, left = draw[:, 6, None] * (1 - side), draw[:, 7, None] * (1 - side)
+            gone = (
+                (((place >= top) & (place < top + side))[:, :, None])
+                & (((place >= left) & (place < left + side))[:, None, :])
+            )
+            chosen = (draw[:, 5] * 997 % 1 < settings.erase)[:, None, None]
+            x = torch.where((gone & chosen)[:, None], border, x)
+        return x.movedim(1, -1), lengths
+
+    def token_count(self, length: int) -> int:
+        return self.settings.grid**2
+
+    def code_count(self, length: int) -> int:
+        return self.codec.side**2
+
+    def features(self, samples: np.ndarray) -> Tensor:
+        return to_unit(torch.from_numpy(np.asarray(samples)))
+
+    def to_object(self, values: np.ndarray) -> PILImage.Image:
+        return PILImage.fromarray(values[..., 0] if values.shape[-1] == 1 else values)
+
+    def to_bytes(self, values: np.ndarray) -> bytes:
+        buffer = io.BytesIO()
+        self.to_object(values).save(buffer, "PNG")
+        return buffer.getvalue()

@@ -1,0 +1,249 @@
+"""The whole model: encoders, one vocabulary, one backbone, one embedding space; and the sequences it sees.
+
+Shapes: B batch, L sequence length, D width, V vocabulary, N samples of one modality, E width of the space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as ListOf
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from plait.modalities import MODALITIES, SETTINGS
+from plait.modalities.base import MediaModality, Vocabulary
+from plait.modalities.quantizer import FSQ
+from plait.model.transformer import Transformer, TransformerConfig, View
+
+IGNORE = -100  # no target here
+
+
+class ModelConfig(BaseModel):
+    """Everything that fixes the network, so that a checkpoint can be built again from its `config.json`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    backbone: TransformerConfig
+    vocabulary: Vocabulary
+    space: int = 128  # width of the embedding space; 0 for a model without one
+    tied: bool = False  # one table of rows for reading and for predicting
+    modalities: dict[str, dict[str, object]] = {}  # the settings of each modality present, text aside
+
+
+# --- sequences --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sequence:
+    """A context and a target as the backbone sees them, built left to right.
+
+    `ids` has a place for each position; where media is read, the ids are padding and `media` says what lies there.
+    `targets[i]` is the id to predict from position i, or IGNORE. `spans` are the places that pooling may use.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    media: list[tuple[int, str, np.ndarray, int]] = field(
+        default_factory=list
+    )  # start, modality, sample, tokens
+    spans: list[tuple[str, int, int]] = field(default_factory=list)  # modality, start, stop
+
+    def read_ids(self, ids: ListOf[int], span: str | None = None) -> Sequence:
+        """Append context ids; with `span`, they form one that may be pooled."""
+        if span and ids:
+            self.spans.append((span, len(self.ids), len(self.ids) + len(ids)))
+        self.ids.extend(ids)
+        self.targets.extend([IGNORE] * len(ids))
+        return self
+
+    def read_media(self, modality: MediaModality, opener: int, sample: np.ndarray, pad: int) -> Sequence:
+        """Append a medium that goes in through its encoder, after the opener of its column."""
+        count = modality.token_count(len(sample))
+        self.read_ids([opener])
+        self.media.append((len(self.ids), modality.name, sample, count))
+        return self.read_ids([pad] * count, modality.name)
+
+    def write(self, ids: ListOf[int]) -> Sequence:
+        """Append ids that are to be predicted. The sequence must not be empty."""
+        if ids:
+            self.targets[-1] = ids[0]
+            self.ids.extend(ids)
+            self.targets.extend([*ids[1:], IGNORE])
+        return self
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass
+class MediaBatch:
+    """The samples of one modality in a batch, and where their embeddings go."""
+
+    values: Tensor  # (N, ...)
+    lengths: Tensor  # (N,)
+    take: Tensor  # (K,) places in the flattened (N * tokens) embeddings
+    put: Tensor  # (K,) places in the flattened (B * L) sequence
+    rows: Tensor  # (N,) the sequence each sample belongs to
+
+
+@dataclass
+class Batch:
+    """Sequences padded to one length."""
+
+    tokens: Tensor  # (B, L)
+    targets: Tensor  # (B, L), IGNORE where there is none
+    lengths: Tensor  # (B,)
+    media: dict[str, MediaBatch]
+    spans: list[tuple[int, str, int, int]]  # row, modality, start, stop
+
+    def to(self, device: torch.device) -> Batch:
+        if device.type == "cpu":
+            return self
+        media = {
+            name: MediaBatch(
+                *(getattr(part, f).to(device, non_blocking=True) for f in MediaBatch.__dataclass_fields__)
+            )
+            for name, part in self.media.items()
+        }
+        tensors = (t.to(device, non_blocking=True) for t in (self.tokens, self.targets, self.lengths))
+        return Batch(*tensors, media, self.spans)
+
+
+def collate(sequences: ListOf[Sequence], modalities: dict[str, MediaModality], pad: int) -> Batch:
+    """Pad sequences on the right into one batch on the CPU."""
+    longest = max(len(s) for s in sequences)
+    tokens = np.full((len(sequences), longest), pad, np.int64)
+    targets = np.full((len(sequences), longest), IGNORE, np.int64)
+    found: dict[str, list[tuple[int, int, np.ndarray, int]]] = {}
+    spans = []
+    for row, sequence in enumerate(sequences):
+        tokens[row, : len(sequence)] = sequence.ids
+        targets[row, : len(sequence)] = sequence.targets
+        for start, name, sample, count in sequence.media:
+            found.setdefault(name, []).append((row, start, sample, count))
+        spans += [(row, *span) for span in sequence.spans]
+    media = {}
+    for name, samples in found.items():
+        values, lengths = modalities[name].batch([sample for _, _, sample, _ in samples])
+        stride = max(count for *_, count in samples)
+        take = [np.arange(count) + i * stride for i, (*_, count) in enumerate(samples)]
+        put = [np.arange(count) + row * longest + start for row, start, _, count in samples]
+        media[name] = MediaBatch(
+            values,
+            lengths,
+            torch.from_numpy(np.concatenate(take)),
+            torch.from_numpy(np.concatenate(put)),
+            torch.tensor([row for row, *_ in samples]),
+        )
+    sizes = torch.tensor([len(s) for s in sequences])
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), sizes, media, spans)
+
+
+# --- the model --------------------------------------------------------------------------------------------------
+
+
+class TokenRows(nn.Module):
+    """One row a token, (V, D). A code's row is a free row plus one row for each of its FSQ digits, so that codes
+    that decode alike start alike."""
+
+    def __init__(self, vocabulary: Vocabulary, width: int, std: float) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.free = nn.Parameter(torch.randn(vocabulary.size, width) * std)
+        self.digits = nn.ParameterDict()
+        for modality, levels in vocabulary.levels.items():
+            quantizer = FSQ(levels)
+            digits = quantizer.digits(torch.arange(quantizer.size)) + torch.tensor(
+                [0, *np.cumsum(levels)[:-1]]
+            )
+            start = vocabulary.spaces[modality][0]
+            with torch.no_grad():
+                self.free[start : start + quantizer.size] *= 0.5
+            self.digits[modality] = nn.Parameter(torch.randn(sum(levels), width) * std / len(levels) ** 0.5)
+            self.register_buffer(f"places_{modality}", digits, persistent=False)  # (codes, digits)
+
+    def space(self, name: str) -> Tensor:
+        """The rows of one space, (stop - start, D)."""
+        start, stop = self.vocabulary.spaces[name]
+        rows = self.free[start:stop]
+        if name not in self.digits:
+            return rows
+        structured = F.embedding_bag(getattr(self, f"places_{name}"), self.digits[name], mode="sum")
+        return rows + F.pad(structured, (0, 0, 0, len(rows) - len(structured)))
+
+    def table(self) -> Tensor:
+        """All rows, (V, D)."""
+        return torch.cat([self.space(name) for name in self.vocabulary.spaces])
+
+
+class Multimodal(nn.Module):
+    """Reads text, pictures and sound, predicts text and codes, and embeds them in one space."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vocabulary = config.vocabulary
+        width = config.backbone.width
+        self.modalities = nn.ModuleDict(
+            {
+                name: MODALITIES[name](SETTINGS[name].model_validate(settings), width)
+                for name, settings in config.modalities.items()
+            }
+        )
+        self.rows = TokenRows(config.vocabulary, width, 0.02 if config.tied else 0.5)
+        self.head = None if config.tied else TokenRows(config.vocabulary, width, 0.02)
+        self.backbone = Transformer(config.backbone)
+        if config.space:
+            self.project = nn.Linear(width, config.space, bias=False)
+            self.log_temperature = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))
+
+    @property
+    def predicting(self) -> TokenRows:
+        return self.rows if self.head is None else self.head
+
+    @property
+    def media(self) -> dict[str, MediaModality]:
+        return dict(self.modalities.items())  # type: ignore[arg-type]
+
+    def inputs(self, batch: Batch) -> Tensor:
+        """Token rows, with encoded media in their places: (B, L, D)."""
+        x = F.embedding(batch.tokens, self.rows.table())
+        flat = x.flatten(0, 1)
+        for name, media in batch.media.items():
+            encoded = self.modalities[name].encoder(media.values, media.lengths).flatten(0, 1)
+            flat = flat.index_copy(0, media.put, encoded[media.take].to(flat.dtype))
+        return flat.view_as(x)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Hidden states (B, L, D), causal; what lies beyond a sequence's end means nothing."""
+        return self.backbone(self.inputs(batch))
+
+    def logits(self, hidden: Tensor, space: str | None = None) -> Tensor:
+        """(..., D) to logits over one space, or over the whole vocabulary: (..., V)."""
+        rows = self.predicting.table() if space is None else self.predicting.space(space)
+        return hidden @ rows.to(hidden.dtype).t()
+
+    def pool(self, hidden: Tensor, rows: Tensor, starts: Tensor, stops: Tensor) -> Tensor:
+        """The embeddings of spans: mean hidden state, projected, of unit length; (S, E)."""
+        places = torch.arange(hidden.shape[1], device=hidden.device)
+        inside = (places >= starts[:, None]) & (places < stops[:, None])
+        weight = inside.to(hidden.dtype) / (stops - starts)[:, None].to(hidden.dtype)
+        mean = torch.bmm(weight[:, None], hidden[rows])[:, 0]
+        return F.normalize(self.project(mean).float(), dim=-1)
+
+    def prefill(self, batch: Batch, view: View) -> Tensor:
+        """Hidden states (B, L, D) of a context, its keys and values going into the rows of a cache."""
+        return self.backbone(self.inputs(batch), view=view)
+
+    def parameter_count(self) -> dict[str, int]:
+        """Parameters by part."""
+        parts = {"backbone": self.backbone, "reading rows": self.rows}
+        if self.head is not None:
+            parts["predicting rows"] = self.head
+        for name, modality in self.modalities.items():
+            parts |= {f"{name} encoder": modality.encoder, f"{name} codec": modality.codec}
+        return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
