@@ -193,9 +193,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("a+")
     except OSError as error:
-        raise PlaitError(
-            f"Cannot write to {folder}: {error.strerror}. Choose another folder with -o."
-        ) from error
+        raise PlaitError(f"Cannot write to {folder}: {error.strerror}. Choose another folder with -o.") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -186,9 +186,7 @@ class AudioCodec(nn.Module):
         x = self.patches_in(patches - SILENCE).transpose(1, 2) * mask
         for block in self.encoder:
             x = block(x, mask)
-        return self.quantizer.quantize(
-            self.to_digits(x.transpose(1, 2)).unflatten(-1, (-1, len(self.levels)))
-        )
+        return self.quantizer.quantize(self.to_digits(x.transpose(1, 2)).unflatten(-1, (-1, len(self.levels))))
 
     def _rebuild(self, quantized: Tensor, mask: Tensor) -> Tensor:
         x = self.from_digits(quantized.flatten(2)).transpose(1, 2) * mask

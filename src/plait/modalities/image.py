@@ -170,11 +170,7 @@ class Image(nn.Module):
         settings = self.settings
         if isinstance(raw, np.ndarray):
             raw = PILImage.fromarray(raw)
-        picture = (
-            raw
-            if isinstance(raw, PILImage.Image)
-            else decode_image(Path(raw) if isinstance(raw, str) else raw)
-        )
+        picture = raw if isinstance(raw, PILImage.Image) else decode_image(Path(raw) if isinstance(raw, str) else raw)
         if "A" in picture.getbands() or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             ground = PILImage.new("RGBA", picture.size, (settings.background,) * 3 + (255,))
@@ -184,9 +180,7 @@ class Image(nn.Module):
         if width != height and settings.fit != "stretch":
             side = min(width, height) if settings.fit == "crop" else max(width, height)
             left, top = (width - side) // 2, (height - side) // 2
-            square = PILImage.new(
-                picture.mode, (side, side), (settings.background,) * len(picture.getbands())
-            )
+            square = PILImage.new(picture.mode, (side, side), (settings.background,) * len(picture.getbands()))
             square.paste(picture, (-left, -top))
             picture = square
         if picture.size != (settings.size, settings.size):

@@ -47,9 +47,7 @@ class Sequence:
 
     ids: list[int] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
-    media: list[tuple[int, str, np.ndarray, int]] = field(
-        default_factory=list
-    )  # start, modality, sample, tokens
+    media: list[tuple[int, str, np.ndarray, int]] = field(default_factory=list)  # start, modality, sample, tokens
     spans: list[tuple[str, int, int]] = field(default_factory=list)  # modality, start, stop
 
     def read_ids(self, ids: ListOf[int], span: str | None = None) -> Sequence:
@@ -104,9 +102,7 @@ class Batch:
         if device.type == "cpu":
             return self
         media = {
-            name: MediaBatch(
-                *(getattr(part, f).to(device, non_blocking=True) for f in MediaBatch.__dataclass_fields__)
-            )
+            name: MediaBatch(*(getattr(part, f).to(device, non_blocking=True) for f in MediaBatch.__dataclass_fields__))
             for name, part in self.media.items()
         }
         tensors = (t.to(device, non_blocking=True) for t in (self.tokens, self.targets, self.lengths))
@@ -157,9 +153,7 @@ class TokenRows(nn.Module):
         self.digits = nn.ParameterDict()
         for modality, levels in vocabulary.levels.items():
             quantizer = FSQ(levels)
-            digits = quantizer.digits(torch.arange(quantizer.size)) + torch.tensor(
-                [0, *np.cumsum(levels)[:-1]]
-            )
+            digits = quantizer.digits(torch.arange(quantizer.size)) + torch.tensor([0, *np.cumsum(levels)[:-1]])
             start = vocabulary.spaces[modality][0]
             with torch.no_grad():
                 self.free[start : start + quantizer.size] *= 0.5

@@ -35,9 +35,7 @@ class TransformerConfig(BaseModel):
     bias: bool = False  # of the other projections
     norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
-    rope_scaling: dict[str, float | int | str] | None = (
-        None  # Llama 3's frequency scaling, as its config.json has it
-    )
+    rope_scaling: dict[str, float | int | str] | None = None  # Llama 3's frequency scaling, as its config.json has it
     dropout: float = 0.0
 
     @model_validator(mode="after")
@@ -106,9 +104,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float 
     kv_heads, total = k.shape[1], k.shape[2]
     if mask is None:
         mask = torch.ones(length, total, dtype=torch.bool, device=q.device).tril(total - length)[None, None]
-    hide = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(
-        ~mask, torch.finfo(q.dtype).min
-    )
+    hide = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, torch.finfo(q.dtype).min)
     grouped = q.reshape(batch, kv_heads, -1, width) * width**-0.5
     scores = (grouped @ k.transpose(-1, -2)).view(batch, heads, length, total) + hide
     weights = F.dropout(scores.softmax(-1), dropout, training=dropout > 0)
