@@ -62,7 +62,11 @@ def sniff(head: bytes) -> tuple[str, str] | None:
         return ("audio", "wav") if head[8:12] == b"WAVE" else None
     if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return "image", "tiff"
-    if head[:2] == b"BM" and len(head) >= 18 and struct.unpack_from("<I", head, 14)[0] in (12, 40, 52, 56, 64, 108, 124):
+    if (
+        head[:2] == b"BM"
+        and len(head) >= 18
+        and struct.unpack_from("<I", head, 14)[0] in (12, 40, 52, 56, 64, 108, 124)
+    ):
         return "image", "bmp"
     if head.startswith(b"fLaC"):
         return "audio", "flac"
@@ -357,7 +361,9 @@ class Checker:
         if process is None or process.poll() is not None:
             # A plain process, not multiprocessing: nothing of the caller's main module is imported again.
             room = str(Path(__file__).parents[2])
-            code = "import sys; sys.path.insert(0, sys.argv[1]); from plait.data.media import _serve; _serve(sys.argv[2])"
+            code = (
+                "import sys; sys.path.insert(0, sys.argv[1]); from plait.data.media import _serve; _serve(sys.argv[2])"
+            )
             limits = json.dumps(self.limits.__dict__)
             process = subprocess.Popen(
                 [sys.executable, "-c", code, room, limits],

@@ -1,0 +1,223 @@
+"""A dataset on disk: Parquet shards for each split and a manifest. Media stay the encoded files they were."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from plait.data.record import SPLITS, Record
+from plait.runtime import PlaitError, read_json, sha256_file
+
+VERSION = 1
+_CACHE_BYTES = 256 << 20
+
+
+class Shard(BaseModel):
+    """One Parquet file of a dataset."""
+
+    file: str
+    split: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+class Lengths(BaseModel):
+    """A column's lengths: text in UTF-8 bytes, audio in seconds, images in pixels of the longer side."""
+
+    unit: str
+    records: int
+    min: float
+    mean: float
+    max: float
+    distinct: int | None = None  # text: how many different texts
+    classes: dict[str, int] | None = None  # text: count of each, where few short texts repeat
+    sizes: dict[str, int] | None = None  # images "WxH", audio "8000 Hz": the most frequent ones
+
+
+class Manifest(BaseModel):
+    """What a dataset holds. `counts` are records by split; `overlap` ("test/train") counts the records of the first
+    split whose media (or, without media, text) stand in the second too; `rejected` counts lines of rejects.jsonl."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    version: int
+    source: str
+    seed: int
+    columns: dict[str, str]
+    counts: dict[str, int]
+    rejected: int
+    duplicates: int
+    overlap: dict[str, int]
+    shards: list[Shard]
+    statistics: dict[str, Lengths]
+    notes: list[str]
+    warnings: list[str]
+
+    @property
+    def texts_distinct(self) -> dict[str, int]:
+        """The number of different texts of each text column."""
+        return {name: value.distinct for name, value in self.statistics.items() if value.distinct is not None}
+
+
+class Dataset:
+    """Prepared records, numbered from 0 over all splits: train, then val, then test. Safe to use from threads."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.manifest = path, manifest
+        self.columns: dict[str, str] = dict(manifest.columns)
+        self._starts = np.cumsum([0] + [shard.rows for shard in manifest.shards])
+        self._files: list[pq.ParquetFile | None] = [None] * len(manifest.shards)
+        self._groups: list[np.ndarray] = [np.zeros(0, np.int64)] * len(manifest.shards)
+        self._cache: OrderedDict[tuple[int, int, tuple[str, ...]], pa.Table] = OrderedDict()
+        self._cached = 0
+        self._lock = threading.Lock()
+        self._ids: list[str] | None = None
+
+    @classmethod
+    def open(cls, path: str | Path, verify: bool = False) -> Dataset:
+        """The dataset in a folder. Checks that its shards are there in full size, with `verify` also their sha256.
+
+        Raises PlaitError naming the file that is missing, cut or changed.
+        """
+        path = Path(path)
+        if not (path / "manifest.json").is_file():
+            raise PlaitError(
+                f"{path} is not a dataset (it has no manifest.json). Make one: plait prepare SOURCE -o {path}"
+            )
+        value = read_json(path / "manifest.json")
+        if not isinstance(value, dict) or value.get("version") != VERSION:
+            found = value.get("version") if isinstance(value, dict) else None
+            raise PlaitError(
+                f"{path}/manifest.json has version {found}; this Plait reads {VERSION}. Run plait prepare again."
+            )
+        try:
+            manifest = Manifest.model_validate(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise PlaitError(
+                f"{path}/manifest.json is damaged: {where}: {first['msg']}. Run plait prepare again."
+            ) from error
+        for shard in manifest.shards:
+            file = path / shard.file
+            if Path(shard.file).name != shard.file:
+                raise PlaitError(f"{path}/manifest.json names a file outside of the dataset: {shard.file}.")
+            if not file.is_file():
+                raise PlaitError(f"{file} is missing. Copy the dataset again, or run plait prepare again.")
+            if file.stat().st_size != shard.bytes or (verify and sha256_file(file) != shard.sha256):
+                raise PlaitError(f"{file} is damaged. Copy the dataset again, or run plait prepare again.")
+        return cls(path, manifest)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def indices(self, split: str) -> np.ndarray:
+        """The numbers (int64) of a split's records: "train", "val" or "test"."""
+        if split not in SPLITS:
+            raise PlaitError(f"Unknown split '{split}'. Splits are {', '.join(SPLITS)}.")
+        pieces = [
+            np.arange(self._starts[n], self._starts[n + 1], dtype=np.int64)
+            for n, shard in enumerate(self.manifest.shards)
+            if shard.split == split
+        ]
+        return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
+
+    @property
+    def ids(self) -> list[str]:
+        """The id of every record."""
+        if self._ids is None:
+            self._ids = [str(value) for value in self._column("id")]
+        return self._ids
+
+    def texts(self, column: str) -> list[str | None]:
+        """The text of every record in a text column; None where a record has none."""
+        self._known([column])
+        if self.columns[column] != "text":
+            raise PlaitError(f"Column '{column}' of {self.path} holds {self.columns[column]}, not text.")
+        return self._column(column)
+
+    def record(self, index: int, columns: Sequence[str] | None = None) -> Record:
+        """Record number `index`, with only the named columns where `columns` is given."""
+        return next(self.iterate([index], columns))
+
+    def iterate(self, indices: Iterable[int] | None = None, columns: Sequence[str] | None = None) -> Iterator[Record]:
+        """Records in the order of `indices` (all where None), read by row groups with bounded memory.
+
+        Ascending indices read every row group once; a random order is served from a cache of some 256 MiB.
+        """
+        names = list(self.columns) if columns is None else list(columns)
+        self._known(names)
+        wanted = ("id", "source", *names)
+        for index in range(len(self)) if indices is None else indices:
+            if not 0 <= index < len(self):
+                raise IndexError(f"record {index} of {len(self)}")
+            shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+            table, row = self._group(shard, int(index - self._starts[shard]), wanted)
+            values = {name: table.column(name)[row].as_py() for name in wanted}
+            parts = {name: values[name] for name in names if values[name] is not None}
+            yield Record(values["id"], self.manifest.shards[shard].split, parts, values["source"])
+
+    def _known(self, columns: Sequence[str]) -> None:
+        for column in columns:
+            if column not in self.columns:
+                raise PlaitError(f"{self.path} has no column '{column}'. Columns: {', '.join(self.columns)}.")
+
+    def _file(self, shard: int) -> pq.ParquetFile:
+        file = self._files[shard]
+        if file is None:
+            name = self.path / self.manifest.shards[shard].file
+            try:
+                file = pq.ParquetFile(name, memory_map=True)
+            except (OSError, pa.ArrowException) as error:
+                raise PlaitError(f"{name} is damaged: {error}. Run plait prepare again.") from error
+            rows = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
+            self._files[shard], self._groups[shard] = file, np.cumsum([0, *rows])
+        return file
+
+    def _group(self, shard: int, row: int, columns: tuple[str, ...]) -> tuple[pa.Table, int]:
+        with self._lock:
+            file = self._file(shard)
+            group = int(np.searchsorted(self._groups[shard], row, side="right")) - 1
+            key = shard, group, columns
+            table = self._cache.get(key)
+            if table is None:
+                table = self._read(file, shard, group, columns)
+                self._cache[key] = table
+                self._cached += table.nbytes
+                while self._cached > _CACHE_BYTES and len(self._cache) > 1:
+                    self._cached -= self._cache.popitem(last=False)[1].nbytes
+            else:
+                self._cache.move_to_end(key)
+            return table, row - int(self._groups[shard][group])
+
+    def _read(self, file: pq.ParquetFile, shard: int, group: int | None, columns: Sequence[str]) -> pa.Table:
+        try:
+            wanted = list(columns)
+            table = file.read(wanted) if group is None else file.read_row_group(group, wanted)
+            return table.combine_chunks()
+        except (OSError, ValueError, pa.ArrowException) as error:
+            name = self.path / self.manifest.shards[shard].file
+            raise PlaitError(f"{name} is damaged: {error}. Run plait prepare again.") from error
+
+    def _column(self, name: str) -> list[Any]:
+        values: list[Any] = []
+        for shard in range(len(self.manifest.shards)):
+            with self._lock:
+                values.extend(self._read(self._file(shard), shard, None, [name]).column(0).to_pylist())
+        return values
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Open files, the lock and the cache stay behind when a dataset goes to another process.
+        return {"path": self.path, "manifest": self.manifest}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["path"], state["manifest"])  # type: ignore[misc]

@@ -1,0 +1,397 @@
+"""Tables -> records: jsonl, json, csv, tsv and Parquet, with columns of text, labels, paths or bytes of media.
+
+What a column is, is told from its name and a sample of its values, and can be said with a map: `ROLE=COLUMN[:NAME]`
+or `COLUMN=ROLE[:NAME]`, where ROLE is text, image, audio, id, split, ignore, or each (a list column: one record for
+each of its elements); several columns are separated by commas. NAME is what the column is called in the dataset.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from plait.data.media import AUDIO_SUFFIXES, IMAGE_SUFFIXES, sniff
+from plait.data.readers import (
+    TABLE_SUFFIXES,
+    Found,
+    Item,
+    Media,
+    Plan,
+    Rejected,
+    Tree,
+    _folder_split,
+    open_text,
+    suffix_of,
+)
+from plait.data.record import split_name, split_of_file
+from plait.runtime import PlaitError
+
+ROLES = ("text", "image", "audio", "id", "split", "ignore", "each")
+_SAMPLE = 200
+_LINE = 64 << 20  # characters of one line of a table
+_PLAIN = {"file_name", "filename", "file", "path", "filepath", "file_path"}
+
+
+@dataclass
+class Column:
+    """What a table's column is. `role` is one of ROLES or "media" (paths of pictures and of sound)."""
+
+    role: str
+    name: str
+    labels: list[str] | None = None
+
+
+@dataclass
+class Table:
+    file: str
+    columns: dict[str, Column] = field(default_factory=dict)
+    samples: dict[str, list[Any]] = field(default_factory=dict)
+    class_names: dict[str, list[str]] = field(default_factory=dict)
+    given: Counter[str | None] = field(default_factory=Counter)
+    rows: int = 0
+
+
+Row = tuple[int, dict[str, Any] | str]  # line, and the cells or why there are none
+
+
+def _not_a_number(text: str) -> float:
+    raise ValueError(f"{text} is not a JSON number")
+
+
+def _rows(tree: Tree, name: str, columns: list[str] | None = None) -> Iterator[Row]:
+    """The rows of a table; a fault is a string in place of the cells, and the last row where it spoils the rest."""
+    path, suffix = tree.files[name], suffix_of(name)
+    line = 0
+    try:
+        if suffix == ".parquet":
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(batch_size=64, columns=columns):
+                    for row in batch.to_pylist():
+                        yield line, row
+                        line += 1
+        elif suffix == ".json":
+            with open_text(path, name) as file:
+                for row in json.loads(file.read(4 * _LINE), parse_constant=_not_a_number):
+                    yield line, row if isinstance(row, dict) else "not an object with the columns' names"
+                    line += 1
+        elif suffix in (".csv", ".tsv"):
+            csv.field_size_limit(_LINE)
+            with open_text(path, name) as file:
+                head = file.readline(_LINE)
+                file.seek(0)
+                marks = "\t" if suffix == ".tsv" else max(",;\t", key=head.count)
+                reader = csv.DictReader(file, delimiter=marks, strict=True)
+                for cells in reader:
+                    line = reader.line_num
+                    # DictReader keeps surplus cells under None and fills short rows with None.
+                    yield line, "more cells than columns" if None in cells else dict(cells)
+        else:
+            with open_text(path, name) as file:
+                while text := file.readline(_LINE):
+                    line += 1
+                    if len(text) == _LINE:
+                        raise ValueError(f"line {line} is longer than {_LINE >> 20} Mi characters")
+                    if not text.strip():
+                        continue
+                    try:
+                        row = json.loads(text, parse_constant=_not_a_number)
+                    except (ValueError, RecursionError) as error:
+                        yield line, f"not valid JSON: {error}"
+                        continue
+                    yield line, row if isinstance(row, dict) else "not an object with the columns' names"
+    except UnicodeDecodeError as error:
+        yield line + 1, f"not UTF-8 (byte {error.object[error.start]:#04x}); the rest of the file was not read"
+    except (OSError, EOFError, ValueError, RecursionError, TypeError, csv.Error, pa.ArrowException) as error:
+        yield line + 1, f"damaged table: {' '.join(str(error).split())[:200]}; the rest of the file was not read"
+
+
+def _is_table(tree: Tree, name: str) -> bool:
+    if suffix_of(name) not in TABLE_SUFFIXES:
+        return False
+    if suffix_of(name) != ".json":
+        return True
+    first = next(_rows(tree, name), (0, ""))[1]
+    return isinstance(first, dict)
+
+
+def _given(name: str) -> str | None:
+    stem = name.rpartition("/")[2].split(".")[0]
+    return split_of_file(stem) or _folder_split(name)
+
+
+def _scan(tree: Tree, name: str) -> Table:
+    """One pass over a table: its columns, a sample of each, and its rows by given split."""
+    table = Table(name)
+    default = _given(name)
+    only: list[str] | None = None
+    if suffix_of(name) == ".parquet":
+        try:
+            schema = pq.read_schema(tree.files[name])
+        except (OSError, ValueError, pa.ArrowException):
+            return table
+        table.samples = {column: [] for column in schema.names}
+        table.class_names = _class_names(schema)
+    for line, row in _rows(tree, name, only):
+        if isinstance(row, str):
+            continue
+        table.rows += 1
+        for key, value in row.items():
+            values = table.samples.setdefault(key, [])
+            if len(values) < _SAMPLE and value is not None and value != "":
+                values.append(_head(value))
+        given = row.get("split")
+        table.given[(split_name(given) if isinstance(given, str) else None) or default] += 1
+        if suffix_of(name) == ".parquet" and line + 1 == _SAMPLE and "split" not in table.samples:
+            # The rest of a Parquet file is only counted: its media need not be read for that.
+            total = pq.read_metadata(tree.files[name]).num_rows
+            table.given[default] += total - table.rows
+            table.rows = total
+            break
+    return table
+
+
+def _head(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value[:64]
+    if _is_struct(value):
+        return {"bytes": (value.get("bytes") or b"")[:64] or None, "path": value.get("path")}
+    return value[:400] if isinstance(value, str) else value
+
+
+def _is_struct(value: Any) -> bool:
+    return isinstance(value, dict) and "bytes" in value and set(value) <= {"bytes", "path"}
+
+
+def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
+    """Names of integer classes, as Hugging Face's datasets leave them in a Parquet file."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {
+            str(column): [str(name) for name in feature["names"]]
+            for column, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}
+
+
+def _path_kinds(tree: Tree, table: str, column: str, values: list[Any]) -> set[str]:
+    """The kinds of media whose paths the values are; empty where they are not paths."""
+    named = column == "file_name" or column.endswith("_file_name")
+    kinds, there = [], False
+    for value in values:
+        if not isinstance(value, str) or len(value) > 300 or "\n" in value or "://" in value:
+            return set()
+        suffix = suffix_of(value.replace("\\", "/"))
+        kind = "image" if suffix in IMAGE_SUFFIXES else "audio" if suffix in AUDIO_SUFFIXES else None
+        found = tree.resolve(table, value) if named or not there else None
+        if isinstance(found, tuple):
+            there = True
+            kind = kind or tree.kind(found[0])
+        kinds.append(kind)
+    known = [kind for kind in kinds if kind]
+    return set(known) if (there or named) and len(known) >= 0.9 * len(kinds) else set()
+
+
+def _recognise(tree: Tree, table: str, column: str, values: list[Any]) -> str:
+    """A column's role from its name and the sample of its values."""
+    if not column:
+        return "ignore"
+    if not values:
+        return "text"
+    if column == "split" and all(isinstance(v, str) and split_name(v) for v in values):
+        return "split"
+    if column == "id" and all(isinstance(v, str | int) for v in values) and len(set(values)) == len(values):
+        return "id"
+    if all(isinstance(v, bytes) or _is_struct(v) for v in values):
+        heads = [v if isinstance(v, bytes) else v["bytes"] or b"" for v in values]
+        found = Counter(kind[0] for head in heads if (kind := sniff(head)))
+        paths = [v["path"] for v in values if not isinstance(v, bytes) and v["path"]]
+        kinds = set(found) or _path_kinds(tree, table, "file_name", paths)
+        return "ignore" if not kinds else "media" if len(kinds) == 2 else kinds.pop()
+    kinds = _path_kinds(tree, table, column, values)
+    return "media" if len(kinds) == 2 else kinds.pop() if kinds else "text"
+
+
+def _wanted(column_map: dict[str, str], known: set[str]) -> dict[str, tuple[str, str | None]]:
+    """The user's map as column -> (role, name or None). Raises PlaitError where it does not fit the table."""
+    wanted: dict[str, tuple[str, str | None]] = {}
+    for left, right in column_map.items():
+        for piece in right.split(","):
+            head, _, name = piece.strip().partition(":")
+            if left in ROLES and (head in known or head not in ROLES):
+                role, column = left, head
+            else:
+                role, column = head, left
+            if role not in ROLES:
+                raise PlaitError(f"--map {left}={right}: write ROLE=COLUMN, where ROLE is one of {', '.join(ROLES)}.")
+            if column not in known:
+                raise PlaitError(
+                    f"--map {left}={right}: there is no column '{column}'. Columns: {', '.join(sorted(known))}."
+                )
+            wanted[column] = role, name or None
+    return wanted
+
+
+def plan_tables(tree: Tree, column_map: dict[str, str], labels: dict[str, list[str]]) -> Plan | None:
+    """The tables of a source as one plan, or None where there is none.
+
+    Raises PlaitError where the map or the labels do not fit, or two tables disagree about a column.
+    """
+    tables = [_scan(tree, name) for name in list(tree.files) if _is_table(tree, name)]
+    if not tables:
+        return None
+    known = {column for table in tables for column in table.samples}
+    wanted = _wanted(column_map, known)
+    columns: dict[str, str] = {}
+    notes: list[str] = []
+    for table in tables:
+        for column, values in table.samples.items():
+            asked = wanted.get(column)
+            role = asked[0] if asked else _recognise(tree, table.file, column, values)
+            name = (asked[1] if asked else None) or _target(column, role, set(table.samples))
+            names = labels.get(name) or labels.get(column) or table.class_names.get(column)
+            table.columns[column] = Column(role, name, names)
+            shown = name if role != "media" else "image, audio"
+            notes.append(
+                f"{table.file}: {column or 'a column without a name'} -> "
+                + (role if role in ("id", "split", "ignore") else f"{shown} ({'text' if role == 'each' else role})")
+            )
+            for target, kind in _targets(table.columns[column]).items():
+                if columns.setdefault(target, kind) != kind:
+                    raise PlaitError(
+                        f"{table.file}: column '{column}' is {kind}, but '{target}' is {columns[target]} elsewhere. "
+                        f"Give it another name: --map {kind}={column}:NAME."
+                    )
+    unknown = set(labels) - known - set(columns)
+    if unknown:
+        raise PlaitError(f"Labels for '{sorted(unknown)[0]}': there is no such column. Columns: {', '.join(columns)}.")
+
+    def read() -> Iterator[Item]:
+        for table in tables:
+            tree.used.add(table.file)
+            for line, row in _rows(tree, table.file):
+                if isinstance(row, str):
+                    yield Rejected(table.file, line, row)
+                else:
+                    yield from _record(tree, table, line, row)
+
+    given: Counter[str | None] = Counter()
+    for table in tables:
+        given.update(table.given)
+    ordered = dict(sorted(columns.items(), key=lambda item: ("image", "audio", "text").index(item[1])))
+    return Plan(ordered, given, read, list(dict.fromkeys(notes)))
+
+
+def _target(column: str, role: str, others: set[str]) -> str:
+    if role in ("image", "audio"):
+        name = column.removesuffix("_file_name") if column.endswith("_file_name") else column
+        name = role if column in _PLAIN else name
+        if name == column or name not in others:
+            column = name
+    return f"{column}_2" if column in ("id", "source") and role not in ("id", "ignore") else column
+
+
+def _targets(column: Column) -> dict[str, str]:
+    if column.role in ("id", "split", "ignore"):
+        return {}
+    if column.role == "media":
+        return {"image": "image", "audio": "audio"}
+    return {column.name: column.role if column.role in ("image", "audio") else "text"}
+
+
+class _Unusable(ValueError):
+    pass
+
+
+def _words(value: Any, labels: list[str] | None) -> str | None:
+    """A cell as text, or None where it is blank."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if labels is not None and (isinstance(value, int) or (isinstance(value, str) and value.strip().isdecimal())):
+        if not 0 <= int(value) < len(labels):
+            raise _Unusable(f"label {value}, but there are {len(labels)} names")
+        return labels[int(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise _Unusable("a number that is not finite")
+    if isinstance(value, list):
+        words = [text for cell in value if (text := _words(cell, labels)) is not None]
+        return "\n".join(words) or None
+    if isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError:
+            raise _Unusable("bytes that are not UTF-8 text") from None
+    text = "" if value is None else str(value)
+    return text if text.strip() else None
+
+
+def _medium(tree: Tree, table: Table, place: str, column: Column, value: Any) -> Media | None:
+    path = None
+    if _is_struct(value):
+        path, value = value["path"] if "path" in value else None, value["bytes"]
+        value = path if value is None else value
+    if value is None or value == "":
+        return None
+    if isinstance(value, bytes):
+        kind = column.role
+        if kind == "media":
+            kind = (sniff(value[:64]) or ("image", ""))[0]
+        return Media(kind, f"{place} {column.name}", data=value)
+    if not isinstance(value, str):
+        raise _Unusable(f"column '{column.name}' is neither a path nor bytes")
+    found = tree.resolve(table.file, value)
+    if isinstance(found, str):
+        raise _Unusable(found)
+    tree.used.add(found[0])
+    kind = column.role if column.role != "media" else tree.kind(found[0]) or "image"
+    return Media(kind, found[0], found[1])
+
+
+def _record(tree: Tree, table: Table, line: int, row: dict[str, Any]) -> Iterator[Item]:
+    """The record of a row; one for each element where a column's role is "each"."""
+    place = f"{table.file}:{line}"
+    found = Found(place, place, {}, _given(table.file))
+    each: dict[str, list[Any]] = {}
+    try:
+        for key, value in row.items():
+            column = table.columns.get(key)
+            if column is None or column.role == "ignore" or value is None:
+                continue
+            if column.role == "id":
+                if not (text := _words(value, None)):
+                    raise _Unusable("the id is empty")
+                found.id = text
+            elif column.role == "split":
+                if not (split := split_name(str(value))):
+                    raise _Unusable(f"unknown split '{value}': write train, validation or test")
+                found.split = split
+            elif column.role == "each":
+                each[key] = value if isinstance(value, list) else [value]
+            elif column.role == "text":
+                if (text := _words(value, column.labels)) is not None:
+                    found.parts[column.name] = text
+            elif (medium := _medium(tree, table, place, column, value)) is not None:
+                found.parts[column.name if column.role != "media" else medium.kind] = medium
+        if not each:
+            yield found
+            return
+        for n in range(max(len(values) for values in each.values())):
+            parts = dict(found.parts)
+            for key, values in each.items():
+                column = table.columns[key]
+                if n < len(values) and (text := _words(values[n], column.labels)) is not None:
+                    parts[column.name] = text
+            yield Found(f"{found.id}#{n}", place, parts, found.split, found.group)
+    except _Unusable as error:
+        yield Rejected(table.file, line, str(error))
