@@ -1,0 +1,1 @@
+"""Tasks, metrics with error bars, and the report."""
