@@ -1,0 +1,169 @@
+"""A plain CNN that knows only real training data: the judge of what a model makes, and the baseline of recognition."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plait.runtime import uniform
+
+Augment = Callable[[np.ndarray, Tensor], Tensor]  # indices of samples, draw (N, 8) -> features (N, C, H, W)
+BATCH = 64
+
+
+class _Network(nn.Module):
+    """Three stages of convolutions, each halving the side; averages and maxima of the last are the features."""
+
+    def __init__(self, channels: int, side: int, classes: int, width: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        before = channels
+        # Large inputs are halved at once: the judge has seconds, not minutes.
+        stride = 2 if side > 40 else 1
+        for stage, after in enumerate((width, 2 * width, 2 * width)):
+            layers += [nn.Conv2d(before, after, 3, stride if stage == 0 else 1, padding=1)]
+            layers += [nn.GroupNorm(8, after), nn.ReLU()]
+            if stage:
+                layers += [nn.Conv2d(after, after, 3, padding=1), nn.GroupNorm(8, after), nn.ReLU()]
+            layers += [nn.MaxPool2d(2, ceil_mode=True)]
+            before = after
+        self.layers = nn.Sequential(*layers)
+        self.hidden = nn.Linear(2 * before * 4, 128)
+        self.out = nn.Linear(128, classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = self.layers(x)
+        # A 2 x 2 grid of means and maxima keeps some of where things are, whatever the side.
+        pooled = torch.cat((F.adaptive_avg_pool2d(x, 2), F.adaptive_max_pool2d(x, 2)), 1)
+        return F.relu(self.hidden(pooled.flatten(1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.dropout(self.features(x), 0.2, self.training))
+
+
+@dataclass
+class Judge:
+    """A fitted classifier and how it was fitted: steps and seconds are for the report."""
+
+    network: _Network
+    mean: float
+    scale: float
+    classes: int
+    steps: int
+    seconds: float
+
+    @torch.no_grad()
+    def __call__(self, features: Tensor, chunk: int = 256) -> tuple[np.ndarray, np.ndarray]:
+        """Features (N, C, H, W) to probabilities (N, classes) and what the last layer reads (N, 128)."""
+        self.network.eval()
+        device = next(self.network.parameters()).device
+        probabilities, hidden = [], []
+        for start in range(0, len(features), chunk):
+            x = (features[start : start + chunk].to(device) - self.mean) / self.scale
+            seen = self.network.features(x)
+            hidden.append(seen.cpu().numpy())
+            probabilities.append(self.network.out(seen).softmax(-1).cpu().numpy())
+        if not hidden:
+            return np.zeros((0, self.classes), np.float32), np.zeros((0, 128), np.float32)
+        return np.concatenate(probabilities), np.concatenate(hidden)
+
+
+def _shifted(features: Tensor) -> Augment:
+    """Shifts of up to a sixteenth of the sides, the edge repeated."""
+    height, width = features.shape[-2:]
+    up, left = max(height // 16, 1), max(width // 16, 1)
+
+    def augment(rows: np.ndarray, draw: Tensor) -> Tensor:
+        padded = F.pad(features[rows], (left, left, up, up), mode="replicate")
+        down = (draw[:, 0] * (2 * up + 1)).long()[:, None] + torch.arange(height)
+        right = (draw[:, 1] * (2 * left + 1)).long()[:, None] + torch.arange(width)
+        places = torch.arange(len(rows))[:, None, None]
+        return padded.movedim(1, -1)[places, down[:, :, None], right[:, None, :]].movedim(-1, 1)
+
+    return augment
+
+
+def fit_classifier(
+    features: Tensor,
+    labels: np.ndarray,
+    classes: int,
+    *,
+    seconds: float = 10.0,
+    steps: int | None = None,
+    seed: int = 0,
+    width: int = 32,
+    augment: Augment | None = None,
+    device: torch.device | None = None,
+) -> Judge:
+    """Fit a CNN on features (N, C, H, W) and integer labels (N,) below `classes`.
+
+    The same seed and `steps` give the same classifier. Without `steps`, five timed ones choose how many fit into
+    `seconds` of wall time, at most 40 passes; the number is kept in the result. `augment` makes features anew from the
+    samples' indices; without it, samples are shifted a little.
+    """
+    began = time.perf_counter()
+    device = device or torch.device("cpu")
+    augment = augment or _shifted(features)
+    mean, scale = float(features.mean()), max(float(features.std()), 1e-3)
+    targets = torch.from_numpy(np.asarray(labels, np.int64))
+
+    def build() -> tuple[_Network, torch.optim.AdamW]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = _Network(features.shape[1], min(features.shape[-2:]), classes, width)
+        network.to(device)
+        return network, torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.02)
+
+    batch = min(BATCH, len(features))
+
+    def step(network: _Network, optimizer: torch.optim.AdamW, number: int) -> None:
+        rows = _rows(seed, number, batch, len(features))
+        draw = torch.from_numpy(uniform(seed, 3, number, rows[:, None], np.arange(8)))
+        x = (augment(rows, draw).to(device) - mean) / scale
+        loss = F.cross_entropy(network(x.contiguous(memory_format=torch.channels_last)), targets[rows].to(device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    with torch.random.fork_rng(devices=[]):
+        if steps is None:
+            network, optimizer = build()
+            step(network, optimizer, 0)  # the first one is slower
+            start = time.perf_counter()
+            for number in range(1, 6):
+                step(network, optimizer, number)
+            each = (time.perf_counter() - start) / 5
+            left = seconds - (time.perf_counter() - began)
+            # A whole tens of steps: jitter of the clock then seldom changes the classifier.
+            steps = max(min(int(left / each), 40 * -(-len(features) // batch)) // 10 * 10, 20)
+        network, optimizer = build()
+        network.train()
+        torch.manual_seed(seed)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps, pct_start=0.15)
+        for number in range(steps):
+            step(network, optimizer, number)
+            schedule.step()
+    network.eval()
+    return Judge(network, mean, scale, classes, steps, time.perf_counter() - began)
+
+
+def _rows(seed: int, number: int, batch: int, n: int) -> np.ndarray:
+    """The samples of a step: epochs are permutations, and one that ends inside a step goes on in the next."""
+    places = np.arange(number * batch, (number + 1) * batch)
+    rows = np.empty(batch, int)
+    for epoch in np.unique(places // n):
+        here = places // n == epoch
+        rows[here] = _order(seed, int(epoch), n)[places[here] % n]
+    return rows
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, n: int) -> np.ndarray:
+    return np.argsort(uniform(seed, 5, epoch, np.arange(n)), kind="stable")
