@@ -106,8 +106,8 @@ def fit_classifier(
     """Fit a CNN on features (N, C, H, W) and integer labels (N,) below `classes`.
 
     The same seed and `steps` give the same classifier. Without `steps`, five timed ones choose how many fit into
-    `seconds` of wall time, 100 at least and 40 passes at most; the number is kept in the result. `augment` makes features anew from the
-    samples' indices; without it, samples are shifted a little.
+    `seconds` of wall time, 100 at least and 40 passes at most; the number is kept in the result. `augment` makes
+    features anew from the samples' indices; without it, samples are shifted a little.
     """
     began = time.perf_counter()
     device = device or torch.device("cpu")
