@@ -321,8 +321,8 @@ def resample(wave: np.ndarray, rate: int, to: int) -> np.ndarray:
             out[first::up] = rows @ taps[at % up]
     else:
         for start in range(0, len(out), 1 << 14):
-            at = np.arange(start, min(start + (1 << 14), len(out)), dtype=np.int64) * down
-            out[start : start + len(at)] = np.einsum("nk,nk->n", windows[at // up], taps[at % up])
+            places = np.arange(start, min(start + (1 << 14), len(out)), dtype=np.int64) * down
+            out[start : start + len(places)] = np.einsum("nk,nk->n", windows[places // up], taps[places % up])
     return out
 
 

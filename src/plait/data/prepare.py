@@ -31,6 +31,7 @@ from plait.data.readers import (
     Rejected,
     Tree,
     plan,
+    rejected,
     scan,
     suffix_of,
 )
@@ -157,28 +158,23 @@ def _checked(
                 shown[name] = check(medium.kind, data)
             except MediaError as error:
                 return _reject(found, medium, str(error))
-    media = {name: data for name, data in parts.items() if isinstance(data, bytes)}
+    media: dict[str, str | bytes] = {name: data for name, data in parts.items() if isinstance(data, bytes)}
     return _Checked(found, parts, _digest(parts), _digest(media or parts), shown)
 
 
 def _reject(found: Found, medium: Media, reason: str) -> Rejected:
     if medium.name == found.place or medium.data is not None:
-        file, _, line = found.place.rpartition(":")
-        if line.isdigit() and file:
-            return Rejected(file, int(line), reason)
-        return Rejected(found.place, None, reason)
+        return rejected(found.place, reason)
     return Rejected(medium.name, None, reason + (f" (of {found.place})" if ":" in found.place else ""))
 
 
 def _load(item: Found) -> dict[str, str | bytes] | Rejected:
     """The record's parts as text and bytes."""
     parts: dict[str, str | bytes] = {}
-    file, _, line = item.place.rpartition(":")
-    where = (file, int(line)) if file and line.isdigit() else (item.place, None)
     for name, value in item.parts.items():
         if isinstance(value, str):
             if fault := text_fault(value):
-                return Rejected(*where, f"column '{name}': {fault}")
+                return rejected(item.place, f"column '{name}': {fault}")
             parts[name] = value
         else:
             try:
@@ -186,8 +182,8 @@ def _load(item: Found) -> dict[str, str | bytes] | Rejected:
             except MediaError as error:
                 return _reject(item, value, str(error))
     if fault := text_fault(item.id):
-        return Rejected(*where, f"id: {fault}")
-    return parts if parts else Rejected(*where, "the record is empty")
+        return rejected(item.place, f"id: {fault}")
+    return parts if parts else rejected(item.place, "the record is empty")
 
 
 def _check_all(items: Iterator[Item], workers: int | None, total: int) -> Iterator[_Checked | Rejected]:
@@ -254,7 +250,8 @@ def _splitter(given: Counter[str | None], seed: int) -> tuple[Callable[[Found, b
 
         return by_hash, "80/10/10 by a hash of the content; equal media share a split"
     train = given["train"] + given[None]
-    share = 0.0 if "val" in named or not train else min(0.1, _VAL_MOST / train)
+    # Three standard deviations below the most, since a hash decides.
+    share = 0.0 if "val" in named or not train else min(0.1, (_VAL_MOST - 3 * _VAL_MOST**0.5) / train)
 
     def by_name(found: Found, group: bytes) -> str:
         split = found.split or "train"
@@ -340,7 +337,9 @@ class _Shards:
                 self.schema,
                 # Encoded media do not get smaller.
                 compression={name: "zstd" if name in texts else "none" for name in self.schema.names},
-                use_dictionary=[name for name in texts if name != "id"],
+                # A picture with five captions stands in five rows, and once in its row group's dictionary.
+                use_dictionary=[name for name in self.schema.names if name != "id"],
+                dictionary_pagesize_limit=4 * _GROUP_BYTES,
                 write_statistics=False,
             )
         self.writer.write_table(pa.Table.from_pylist(self.rows, self.schema), row_group_size=len(self.rows))
@@ -403,13 +402,13 @@ def _write(
     contents: set[bytes] = set()
     groups: dict[bytes, int] = {}  # records by split, 20 bits each
     examples: list[tuple[int, str, Example]] = []
-    duplicates = rejected = done = 0
+    duplicates = refusals = done = 0
     reasons: Counter[str] = Counter()
     with (folder / "rejects.jsonl").open("w", encoding="utf-8") as file:
 
         def reject(item: Rejected) -> None:
-            nonlocal rejected
-            rejected += 1
+            nonlocal refusals
+            refusals += 1
             reasons[item.reason.split(":")[0][:80]] += 1
             file.write(json.dumps({"file": item.file, "line": item.line, "reason": item.reason}) + "\n")
 
@@ -420,9 +419,9 @@ def _write(
             if progress is not None and done % 64 == 0:
                 progress(done, max(total, done))
             if isinstance(item, _Checked) and item.found.id in ids:
-                name, _, line = item.found.place.rpartition(":")
-                at = (name, int(line)) if name and line.isdigit() else (item.found.place, None)
-                item = Rejected(*at, f"the id '{item.found.id}' stands there twice; the first record is kept")
+                item = rejected(
+                    item.found.place, f"the id '{item.found.id}' stands there twice; the first record is kept"
+                )
             if isinstance(item, Rejected):
                 reject(item)
                 continue
@@ -457,13 +456,13 @@ def _write(
         seed=seed,
         columns={name: column.kind for name, column in columns.items() if column.records},
         counts=counts,
-        rejected=rejected,
+        rejected=refusals,
         duplicates=duplicates,
         overlap=overlap,
         shards=[shard for split in SPLITS for shard in shards[split].done],
         statistics=statistics,
         notes=[*found.notes, f"split: {rule}"],
-        warnings=_warnings(counts, statistics, overlap, rejected, duplicates),
+        warnings=_warnings(counts, statistics, overlap, refusals, duplicates),
     )
     ranked = [example for _, _, example in sorted(examples, key=lambda entry: -entry[0])]
     (folder / "report.html").write_text(report(manifest, ranked, reasons, source.name), encoding="utf-8")

@@ -80,8 +80,9 @@ def report(manifest: Manifest, examples: list[Example], reasons: Counter[str], t
         if stats.classes:
             found = dict(sorted(stats.classes.items(), key=lambda entry: (-entry[1], entry[0]))[:30])
         more = ", ".join(f"{html.escape(value)} ({count:,})" for value, count in found.items())
+        lengths = f"{stats.min:g} / {stats.mean:g} / {stats.max:g} {stats.unit}"
         rows.append(
-            [html.escape(column), kind, f"{stats.records:,}", f"{stats.min:g} / {stats.mean:g} / {stats.max:g} {stats.unit}",
+            [html.escape(column), kind, f"{stats.records:,}", lengths,
              f"{stats.distinct:,}" if stats.distinct is not None else "", more]
         )  # fmt: skip
     page.append(_table(["column", "kind", "records", "min / mean / max", "distinct", "classes or sizes"], rows))

@@ -17,6 +17,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,7 +25,7 @@ import numpy as np
 
 from plait.data.media import AUDIO_SUFFIXES, IMAGE_SUFFIXES, LIMITS, encode_png, sniff
 from plait.data.record import split_name, split_of_file
-from plait.runtime import PlaitError
+from plait.runtime import PlaitError, sha256_file
 
 TABLE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -64,6 +65,12 @@ class Rejected:
 
 
 Item = Found | Rejected
+
+
+def rejected(place: str, reason: str) -> Rejected:
+    """The rejection of a record by its place, `file` or `file:line`."""
+    file, _, line = place.rpartition(":")
+    return Rejected(file, int(line), reason) if file and line.isdigit() else Rejected(place, None, reason)
 
 
 @dataclass
@@ -251,21 +258,21 @@ def _unpack(tree: Tree, path: Path, prefix: str, scratch: Path) -> None:
     """Add an archive's members to the tree as `prefix/member`; unsafe, empty or huge ones are refused."""
     tree.archives.append(prefix or ".")
     lead = f"{prefix}/" if prefix else ""
+    opened: Callable[[], Any]
     try:
         if path.suffix.lower() == ".zip":
             with zipfile.ZipFile(path) as archive:
                 for info in archive.infolist():
                     if not info.is_dir():
                         linked = stat.S_ISLNK(info.external_attr >> 16)
-                        _member(
-                            tree, lead, info.filename, info.file_size, linked, scratch, lambda i=info: archive.open(i)
-                        )
+                        opened = partial(archive.open, info)
+                        _member(tree, lead, info.filename, info.file_size, linked, scratch, opened)
         else:
             with tarfile.open(path, "r|*") as packed:
                 for member in packed:
                     if not member.isdir():
-                        _member(tree, lead, member.name, member.size, not member.isreg(), scratch,
-                                lambda m=member: packed.extractfile(m))  # fmt: skip
+                        opened = partial(packed.extractfile, member)
+                        _member(tree, lead, member.name, member.size, not member.isreg(), scratch, opened)
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, tarfile.TarError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno == 28:
             raise PlaitError(f"No room to unpack {path} under {scratch.parent}. Free space there.") from error
@@ -382,7 +389,7 @@ def plan_idx(tree: Tree, labels: dict[str, list[str]]) -> Plan | None:
             for n, image in enumerate(images):
                 parts: dict[str, str | Media] = {}
                 place = f"{pair['images']}:{n}"
-                parts["image"] = Media("image", place, make=lambda image=image: encode_png(image))
+                parts["image"] = Media("image", place, make=partial(encode_png, image))
                 if values is not None:
                     value = int(values[n])
                     if names is not None and value >= len(names):
@@ -418,13 +425,15 @@ def plan_text(tree: Tree) -> Plan | None:
     if not names:
         return None
     single = len(names) == 1
+    classes = {name: next((part for part in _folders(name)[::-1] if not split_name(part)), None) for name in names}
+    labelled = len({label for label in classes.values() if label}) > 1
     sizes: dict[str, int] = {}  # characters
     broken: dict[str, str] = {}
     given: Counter[str | None] = Counter()
     for name in names:
         try:
             with open_text(tree.files[name], name) as file:
-                sizes[name] = sum(len(block) for block in iter(lambda f=file: f.read(1 << 20), ""))
+                sizes[name] = sum(map(len, iter(partial(file.read, 1 << 20), "")))
             given[None if single else _folder_split(name)] += 1 + sizes[name] // TEXT_BYTES
         except UnicodeDecodeError as error:
             broken[name] = f"not UTF-8: byte {error.object[error.start]:#04x}. Save it as UTF-8"
@@ -439,20 +448,24 @@ def plan_text(tree: Tree) -> Plan | None:
                 continue
             border = int(0.9 * sizes[name]) if single else -1  # the customary 90/10 split, to the character
             split = "train" if single and border > 0 else _folder_split(name)
+            label = classes[name]
+            given_label: dict[str, str | Media] = {"label": label} if labelled and label else {}
+            group = None if single else sha256_file(tree.files[name])  # the pieces of a text stay together
             for n, (start, text) in enumerate(_pieces(tree.files[name], name, border)):
                 if single and start >= border > 0:
                     split = "val"
-                yield Found(f"{name}:{n}", f"{name}:{n}", {"text": text}, split, None if single else name)
+                yield Found(f"{name}:{n}", f"{name}:{n}", {"text": text, **given_label}, split, group)
 
     note = f"{len(names)} text files -> text" if not single else f"{names[0]} -> text, the last tenth for validation"
-    return Plan({"text": "text"}, given, read, [note], tail=single)
+    columns = {"text": "text", "label": "text"} if labelled else {"text": "text"}
+    return Plan(columns, given, read, [note] + ["folder names -> label"] * labelled, tail=single)
 
 
 def _pieces(path: Path, name: str, border: int) -> Iterator[tuple[int, str]]:
     """(first character's position, text) of pieces of at most TEXT_BYTES characters; one begins at `border`."""
     with open_text(path, name) as file:
         at, kept = 0, ""
-        for block in iter(lambda: file.read(1 << 20), ""):
+        for block in iter(partial(file.read, 1 << 20), ""):
             kept += block
             start = 0
             while len(kept) - start > TEXT_BYTES:
@@ -588,8 +601,8 @@ def plan(
         found = plan_media(tree, compiled) or found or (plan_text(tree) if not compiled else None)
     if found is None:
         raise PlaitError(
-            f"{tree.root} holds nothing that can be read: no pictures (png, jpeg, gif, webp, bmp, tiff), sound (wav, flac, "
-            "ogg, opus, mp3), tables (jsonl, csv, tsv, parquet), text (txt) or idx files."
+            f"{tree.root} holds nothing that can be read: no pictures (png, jpeg, gif, webp, bmp, tiff), "
+            "sound (wav, flac, ogg, opus, mp3), tables (jsonl, csv, tsv, parquet), text (txt) or idx files."
         )
     if column_map and found is not tables:
         known = ", ".join(found.columns)

@@ -207,9 +207,10 @@ def _recognise(tree: Tree, table: str, column: str, values: list[Any]) -> str:
         return "ignore"
     if not values:
         return "text"
-    if column == "split" and all(isinstance(v, str) and split_name(v) for v in values):
+    # Most values decide: the few others are then rows to be rejected, not a reason to read the column otherwise.
+    if column == "split" and sum(isinstance(v, str) and bool(split_name(v)) for v in values) >= 0.8 * len(values):
         return "split"
-    if column == "id" and all(isinstance(v, str | int) for v in values) and len(set(values)) == len(values):
+    if column == "id" and all(isinstance(v, str | int) for v in values) and len(set(values)) >= 0.8 * len(values):
         return "id"
     if all(isinstance(v, bytes) or _is_struct(v) for v in values):
         heads = [v if isinstance(v, bytes) else v["bytes"] or b"" for v in values]
@@ -286,7 +287,9 @@ def plan_tables(tree: Tree, column_map: dict[str, str], labels: dict[str, list[s
 
     given: Counter[str | None] = Counter()
     for table in tables:
-        given.update(table.given)
+        lists = [v for key, c in table.columns.items() if c.role == "each" for v in table.samples[key]]
+        many = sum(len(v) if isinstance(v, list) else 1 for v in lists) / len(lists) if lists else 1.0
+        given.update({split: round(count * many) for split, count in table.given.items()})
     ordered = dict(sorted(columns.items(), key=lambda item: ("image", "audio", "text").index(item[1])))
     return Plan(ordered, given, read, list(dict.fromkeys(notes)))
 
@@ -308,7 +311,7 @@ def _targets(column: Column) -> dict[str, str]:
     return {column.name: column.role if column.role in ("image", "audio") else "text"}
 
 
-class _Unusable(ValueError):
+class _UnusableError(ValueError):
     pass
 
 
@@ -318,10 +321,10 @@ def _words(value: Any, labels: list[str] | None) -> str | None:
         return "true" if value else "false"
     if labels is not None and (isinstance(value, int) or (isinstance(value, str) and value.strip().isdecimal())):
         if not 0 <= int(value) < len(labels):
-            raise _Unusable(f"label {value}, but there are {len(labels)} names")
+            raise _UnusableError(f"label {value}, but there are {len(labels)} names")
         return labels[int(value)]
     if isinstance(value, float) and not math.isfinite(value):
-        raise _Unusable("a number that is not finite")
+        raise _UnusableError("a number that is not finite")
     if isinstance(value, list):
         words = [text for cell in value if (text := _words(cell, labels)) is not None]
         return "\n".join(words) or None
@@ -331,7 +334,7 @@ def _words(value: Any, labels: list[str] | None) -> str | None:
         try:
             value = value.decode()
         except UnicodeDecodeError:
-            raise _Unusable("bytes that are not UTF-8 text") from None
+            raise _UnusableError("bytes that are not UTF-8 text") from None
     text = "" if value is None else str(value)
     return text if text.strip() else None
 
@@ -339,7 +342,7 @@ def _words(value: Any, labels: list[str] | None) -> str | None:
 def _medium(tree: Tree, table: Table, place: str, column: Column, value: Any) -> Media | None:
     path = None
     if _is_struct(value):
-        path, value = value["path"] if "path" in value else None, value["bytes"]
+        path, value = value.get("path"), value["bytes"]
         value = path if value is None else value
     if value is None or value == "":
         return None
@@ -349,10 +352,10 @@ def _medium(tree: Tree, table: Table, place: str, column: Column, value: Any) ->
             kind = (sniff(value[:64]) or ("image", ""))[0]
         return Media(kind, f"{place} {column.name}", data=value)
     if not isinstance(value, str):
-        raise _Unusable(f"column '{column.name}' is neither a path nor bytes")
+        raise _UnusableError(f"column '{column.name}' is neither a path nor bytes")
     found = tree.resolve(table.file, value)
     if isinstance(found, str):
-        raise _Unusable(found)
+        raise _UnusableError(found)
     tree.used.add(found[0])
     kind = column.role if column.role != "media" else tree.kind(found[0]) or "image"
     return Media(kind, found[0], found[1])
@@ -370,11 +373,11 @@ def _record(tree: Tree, table: Table, line: int, row: dict[str, Any]) -> Iterato
                 continue
             if column.role == "id":
                 if not (text := _words(value, None)):
-                    raise _Unusable("the id is empty")
+                    raise _UnusableError("the id is empty")
                 found.id = text
             elif column.role == "split":
                 if not (split := split_name(str(value))):
-                    raise _Unusable(f"unknown split '{value}': write train, validation or test")
+                    raise _UnusableError(f"unknown split '{value}': write train, validation or test")
                 found.split = split
             elif column.role == "each":
                 each[key] = value if isinstance(value, list) else [value]
@@ -393,5 +396,5 @@ def _record(tree: Tree, table: Table, line: int, row: dict[str, Any]) -> Iterato
                 if n < len(values) and (text := _words(values[n], column.labels)) is not None:
                     parts[column.name] = text
             yield Found(f"{found.id}#{n}", place, parts, found.split, found.group)
-    except _Unusable as error:
+    except _UnusableError as error:
         yield Rejected(table.file, line, str(error))
