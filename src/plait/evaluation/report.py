@@ -1,0 +1,581 @@
+"""One self-contained HTML page for a run: figures with error bars, curves, pictures, sounds, what was left out.
+
+No network, no script, no library: inline SVG and data URLs under a policy that forbids everything else.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image as PILImage
+
+from plait.runtime import PlaitError, read_json, write_atomic, write_json
+
+Metric = dict[str, float | None]  # value, stderr, chance, baseline, n
+Metrics = dict[str, Metric]  # "TASK/FROM-TO/METRIC" -> figure
+
+# --- what a report shows ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Exhibit:
+    """One thing to look at or listen to, with what lies next to it (a drawn picture's nearest training picture)."""
+
+    caption: str = ""
+    picture: bytes | None = None  # PNG
+    sound: bytes | None = None  # WAV
+    text: str | None = None
+    right: bool | None = None  # framed green or red
+    beside: Exhibit | None = None
+
+
+@dataclass
+class Gallery:
+    """Rows of exhibits: a label and what was made for it, a query and what it found."""
+
+    title: str
+    note: str
+    rows: list[tuple[Exhibit, list[Exhibit]]]
+
+
+@dataclass
+class Confusion:
+    """Counts (C, C) of truth by prediction."""
+
+    title: str
+    labels: list[str]
+    counts: np.ndarray
+    f1: np.ndarray | None = None  # (C,)
+
+
+@dataclass
+class Findings:
+    """What an evaluation found beside its figures."""
+
+    confusions: list[Confusion] = field(default_factory=list)
+    galleries: list[Gallery] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class RunInfo:
+    """What is known of a run and its data; every part may be empty."""
+
+    title: str = "Plait"
+    facts: dict[str, Any] = field(default_factory=dict)  # run.json
+    log: list[dict[str, Any]] = field(default_factory=list)  # rows of log.jsonl
+    manifest: dict[str, Any] = field(default_factory=dict)  # the data set's
+    rejects: list[dict[str, Any]] = field(default_factory=list)
+    parameters: dict[str, int] = field(default_factory=dict)  # by part of the model
+
+
+def read_run(folder: Path, dataset: Path | None = None) -> RunInfo:
+    """Gather a run's facts from its folder and its data set's; files that are not there leave their part empty.
+
+    Of a step that a resumed run took twice, the later row counts. Raises PlaitError for a file that is damaged.
+    """
+    folder = Path(folder)
+    info = RunInfo(title=folder.resolve().name)
+    if (folder / "run.json").is_file():
+        info.facts = read_json(folder / "run.json")
+    rows = {(row.get("step"), row.get("split")): row for row in _read_lines(folder / "log.jsonl", torn=True)}
+    info.log = sorted(rows.values(), key=lambda row: row.get("step", 0))
+    dataset = dataset or (Path(info.facts["dataset"]) if "dataset" in info.facts else None)
+    if dataset is not None and (dataset / "manifest.json").is_file():
+        info.manifest = read_json(dataset / "manifest.json")
+        info.rejects = _read_lines(dataset / "rejects.jsonl")
+    return info
+
+
+def _read_lines(path: Path, torn: bool = False) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; with `torn`, a last line cut by a kill is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if torn and number == len(lines):
+                break
+            raise PlaitError(f"{path}, line {number}, is not JSON: {error}. Delete the line.") from error
+    return rows
+
+
+def write_metrics(path: Path, metrics: Metrics) -> None:
+    """Write the figures as JSON, one flat object; what is not a finite number becomes null."""
+    clean = {
+        name: {key: _finite(metric.get(key)) for key in ("value", "stderr", "chance", "baseline", "n")}
+        for name, metric in metrics.items()
+    }
+    write_json(path, clean)
+
+
+def _finite(value: float | None) -> float | None:
+    if value is None or not math.isfinite(value):
+        return None
+    return int(value) if isinstance(value, (int, np.integer)) else float(value)
+
+
+# --- words for figures ------------------------------------------------------------------------------------------
+
+TASKS = {
+    "recognition": "Recognition: which of the known labels",
+    "transcription": "Transcription and captions: free text",
+    "language": "Language: how well it predicts text",
+    "retrieval": "Retrieval: one kind finds another",
+    "drawing": "Drawing: pictures from labels",
+    "speaking": "Speaking: sound from labels",
+    "codec": "Codecs: what is lost on the way to codes and back",
+    "timing": "Time",
+}
+# Metric -> (name, "share" of 1, "ratio" or plain "number", what it says).
+MEANING = {
+    "accuracy": ("accuracy", "share", "most likely label is the right one"),
+    "train_accuracy": ("accuracy on training records", "share", "as many records as in the test"),
+    "zero_shot_accuracy": ("zero-shot accuracy", "share", "nearest label in the embedding space"),
+    "precision": ("precision, macro", "share", ""),
+    "recall": ("recall, macro", "share", ""),
+    "f1": ("F1, macro", "share", ""),
+    "exact": ("exact match", "share", "whole text right"),
+    "wer": ("word error rate", "share", "lower is better"),
+    "cer": ("character error rate", "share", "lower is better"),
+    "nats_per_token": ("nats per token", "number", "lower is better"),
+    "nats_per_character": ("nats per character", "number", "lower is better"),
+    "bits_per_byte": ("bits per byte", "number", "lower is better"),
+    "r_at_1": ("R@1", "share", "a related record comes first"),
+    "r_at_5": ("R@5", "share", "a related record is among 5"),
+    "r_at_10": ("R@10", "share", "a related record is among 10"),
+    "p_at_10": ("P@10", "share", "related share of the first 10"),
+    "judged_accuracy": ("judged right", "share", "a classifier of real data sees the label asked for"),
+    "judge_real": ("judge on real test data", "share", "what the judge gets right at best"),
+    "judge_reconstructed": ("judge on codec reconstructions", "share", "the most the codec allows"),
+    "judged_share": ("judged right, relative to real", "ratio", ""),
+    "diversity": ("diversity", "ratio", "spread within a label, relative to real"),
+    "frechet": ("Fréchet distance", "number", "to real test data in the judge's features; baseline: real to real"),
+    "near_copies": ("near copies", "share", "closer to a training sample than 99 % of real test data are"),
+    "near_copies_features": ("near copies, in features", "share", "the same, as the judge sees it"),
+    "psnr": ("PSNR, dB", "number", "higher is better"),
+    "mel_error": ("error of the log-mel", "number", "mean absolute; lower is better"),
+    "codes_used": ("codes used", "share", "share of all codes that occur"),
+    "code_perplexity": ("code perplexity", "share", "as a share of all codes"),
+    "seconds": ("seconds", "number", ""),
+}
+HEADLINES = ("accuracy", "exact", "bits_per_byte", "p_at_10", "judged_accuracy")
+
+
+def _number(value: float | None, kind: str) -> str:
+    if value is None or not math.isfinite(value):
+        return "–"
+    if kind == "share":
+        return f"{value * 100:.1f} %"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _with_error(metric: Metric, kind: str) -> str:
+    error = metric.get("stderr")
+    text = f"<b>{_number(metric.get('value'), kind)}</b>"
+    if error is None or not math.isfinite(error):
+        return text
+    shown = f"{error * 100:.1f}" if kind == "share" else f"{error:.2g}"
+    return f'{text} <span class="dim">± {shown}</span>'
+
+
+def _parts(name: str) -> tuple[str, str, str]:
+    """Task, direction and metric of a figure's name; a column's name may hold slashes."""
+    task, _, rest = name.partition("/")
+    direction, _, metric = rest.rpartition("/")
+    return task, direction, metric
+
+
+def _direction(name: str) -> str:
+    """ "image-en" -> "image → en": columns' names may hold hyphens themselves, so the middle one counts."""
+    places = [i for i, c in enumerate(name) if c == "-"]
+    if not places:
+        return escape(name)
+    middle = places[len(places) // 2]
+    return f"{escape(name[:middle])} → {escape(name[middle + 1 :])}"
+
+
+# --- pieces of a page -------------------------------------------------------------------------------------------
+
+
+def _url(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def spectrogram(values: np.ndarray) -> bytes:
+    """A PNG of log-mel (T, bands), time to the right, low tones at the bottom, dark to bright."""
+    values = np.asarray(values, np.float32)
+    low, high = float(values.min()), float(values.max())
+    x = ((values - low) / max(high - low, 1e-6)).T[::-1]
+    stops = np.array([0.0, 0.3, 0.55, 0.8, 1.0])
+    colours = np.array([[12, 8, 40], [88, 24, 110], [190, 55, 85], [245, 140, 50], [252, 245, 180]])
+    pixels = np.stack([np.interp(x, stops, colours[:, c]) for c in range(3)], -1).astype(np.uint8)
+    buffer = io.BytesIO()
+    PILImage.fromarray(pixels).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _exhibit(exhibit: Exhibit, small: bool = False) -> str:
+    mark = {True: " right", False: " wrong", None: ""}[exhibit.right]
+    parts = []
+    if exhibit.picture is not None:
+        shape = "mel" if exhibit.sound is not None else "pic"
+        parts.append(
+            f'<img class="{shape}" alt="{escape(exhibit.caption)}" src="{_url("image/png", exhibit.picture)}">'
+        )
+    if exhibit.sound is not None:
+        parts.append(f'<audio controls preload="none" src="{_url("audio/wav", exhibit.sound)}"></audio>')
+    if exhibit.text is not None:
+        cut = exhibit.text if len(exhibit.text) <= 300 else exhibit.text[:300] + "…"
+        parts.append(f'<span class="words">{escape(cut)}</span>')
+    if exhibit.caption:
+        parts.append(f"<figcaption>{escape(exhibit.caption)}</figcaption>")
+    figure = f'<figure class="{"small" if small else "full"}{mark}">{"".join(parts)}</figure>'
+    if exhibit.beside is not None:
+        return f'<div class="pair">{figure}{_exhibit(exhibit.beside, small=True)}</div>'
+    return figure
+
+
+def _gallery(gallery: Gallery) -> str:
+    rows = "".join(
+        f'<div class="row"><div class="head">{_exhibit(head)}</div>'
+        f'<div class="items">{"".join(_exhibit(item) for item in items)}</div></div>'
+        for head, items in gallery.rows
+    )
+    return f'<h3>{escape(gallery.title)}</h3><p class="dim">{escape(gallery.note)}</p><div class="gallery">{rows}</div>'
+
+
+def _confusion(confusion: Confusion, most: int = 40) -> str:
+    counts, labels = confusion.counts, [escape(label) for label in confusion.labels]
+    title = f"<h3>{escape(confusion.title)}</h3>"
+    if len(labels) > most:
+        wrong = counts - np.diag(np.diag(counts))
+        order = np.argsort(-wrong, axis=None, kind="stable")[:20]
+        pairs = [(i // len(labels), i % len(labels)) for i in order if wrong.flat[i]]
+        rows = [[labels[a], labels[b], str(wrong[a, b]), str(counts[a].sum())] for a, b in pairs]
+        return title + _table(["truth", "taken for", "times", "of"], rows, numbers=(2, 3))
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    head = "".join(f"<th>{label}</th>" for label in labels)
+    extra = "<th>F1</th>" if confusion.f1 is not None else ""
+    body = ""
+    for i, label in enumerate(labels):
+        cells = "".join(
+            f'<td class="{"hit" if i == j else "miss"}{" deep" if shares[i, j] > 0.5 else ""}" '
+            f'style="--s:{shares[i, j] * 100:.0f}%">{counts[i, j] or ""}</td>'
+            for j in range(len(labels))
+        )
+        tail = f'<td class="n">{confusion.f1[i] * 100:.1f}</td>' if confusion.f1 is not None else ""
+        body += f"<tr><th>{label}</th>{cells}{tail}</tr>"
+    return (
+        f'{title}<p class="dim">Rows are the truth, columns the answer.</p><div class="wide"><table class="confusion">'
+        f"<tr><th></th>{head}{extra}</tr>{body}</table></div>"
+    )
+
+
+def _table(head: list[str], rows: Iterable[list[str]], numbers: tuple[int, ...] = ()) -> str:
+    """A table of cells that are HTML already."""
+    names = ["n" if i in numbers else "" for i in range(len(head))]
+    top = "".join(f'<th class="{c}">{cell}</th>' for c, cell in zip(names, head, strict=True))
+    body = "".join(
+        "<tr>" + "".join(f'<td class="{c}">{cell}</td>' for c, cell in zip(names, row, strict=True)) + "</tr>"
+        for row in rows
+    )
+    return f'<div class="wide"><table><tr>{top}</tr>{body}</table></div>'
+
+
+def _bar(metric: Metric) -> str:
+    """A share as a bar with its error, and ticks at chance (dashed) and at the baseline."""
+    value = metric.get("value")
+    if value is None or not math.isfinite(value):
+        return ""
+    width = 140
+
+    def x(share: float) -> float:
+        return 2 + (width - 4) * min(max(share, 0), 1)
+
+    parts = [f'<rect class="fill" x="2" y="4" width="{x(value) - 2:.1f}" height="8" rx="2"/>']
+    error = metric.get("stderr")
+    if error is not None and math.isfinite(error):
+        parts.append(f'<path class="line" d="M{x(value - error):.1f} 8H{x(value + error):.1f}"/>')
+    for key in ("chance", "baseline"):
+        place = metric.get(key)
+        if place is not None and math.isfinite(place):
+            parts.append(f'<path class="line {key}" d="M{x(place):.1f} 1V15"/>')
+    box = f'viewBox="0 0 {width} 16" width="{width}" height="16"'
+    return f'<svg class="bar" {box} aria-hidden="true">{"".join(parts)}</svg>'
+
+
+def _figures(metrics: Metrics) -> str:
+    found = ""
+    names = list(dict.fromkeys(_parts(name)[0] for name in metrics))
+    tasks = [task for task in TASKS if task in names] + [name for name in names if name not in TASKS]
+    for task in tasks:
+        rows = []
+        before = ""
+        for name, metric in metrics.items():
+            first, direction, last = _parts(name)
+            if first != task:
+                continue
+            label, kind, meaning = MEANING.get(last, (last, "number", ""))
+            rows.append([
+                "" if direction == before else _direction(direction),
+                f'{escape(label)}<div class="dim tip">{escape(meaning)}</div>',
+                _with_error(metric, kind),
+                _bar(metric) if kind == "share" else "",
+                _number(metric.get("chance"), kind),
+                _number(metric.get("baseline"), kind),
+                "–" if metric.get("n") is None else f"{metric['n']:,.0f}",
+            ])  # fmt: skip
+            before = direction
+        head = ["", "", "value ± standard error", "", "chance", "baseline", "n"]
+        found += f"<h3>{escape(TASKS.get(task, task))}</h3>" + _table(head, rows, numbers=(2, 4, 5, 6))
+    return found
+
+
+def _cards(metrics: Metrics) -> str:
+    cards = []
+    for name, metric in metrics.items():
+        task, direction, last = _parts(name)
+        if last not in HEADLINES or metric.get("value") is None:
+            continue
+        label, kind, _ = MEANING[last]
+        chance = metric.get("chance")
+        note = f"chance {_number(chance, kind)}" if chance is not None else "&nbsp;"
+        cards.append(
+            f'<div class="card"><div class="dim">{escape(task)} · {_direction(direction)}</div>'
+            f'<div class="big">{_number(metric.get("value"), kind)}</div>'
+            f'<div class="dim">{escape(label)}, {note}</div></div>'
+        )
+    return f'<div class="cards">{"".join(cards[:12])}</div>' if cards else ""
+
+
+# --- curves -----------------------------------------------------------------------------------------------------
+
+
+def _curves(log: list[dict[str, Any]]) -> str:
+    """A panel for each objective: training and validation over steps, with the gap at the end."""
+    names = list(dict.fromkeys(key for row in log for key in row if key.startswith("loss/")))
+    panels = []
+    for name in names:
+        lines = {
+            split: [(float(row["step"]), float(row[name])) for row in log if row.get("split") == split and name in row]
+            for split in ("train", "val")
+        }
+        lines = {split: [p for p in points if math.isfinite(p[1])] for split, points in lines.items()}
+        if any(lines.values()):
+            panels.append(_panel(name.removeprefix("loss/"), lines))
+    return f'<div class="panels">{"".join(panels)}</div>' if panels else "<p>No losses were logged.</p>"
+
+
+def _ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """Round numbers between two bounds."""
+    span = max(high - low, 1e-9)
+    step = 10 ** math.floor(math.log10(span / count))
+    step *= next(m for m in (1, 2, 5, 10) if span / (step * m) <= count)
+    first = math.ceil(low / step - 1e-9)
+    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _panel(name: str, lines: dict[str, list[tuple[float, float]]]) -> str:
+    points = [p for line in lines.values() for p in line]
+    right = max(p[0] for p in points)
+    values = [p[1] for p in points]
+    low, high = min(values), max(values)
+    # The first steps fall from far above; what matters lies below.
+    high = min(high, float(np.quantile(values, 0.97)) * 1.1 + 1e-9) if len(values) > 20 else high
+    low, high = (low - 0.05 * (high - low), high) if high > low else (low - 0.5, high + 0.5)
+    width, height, left, bottom = 420, 230, 44, 24
+
+    def x(step: float) -> float:
+        return left + (width - left - 10) * step / max(right, 1)
+
+    def y(value: float) -> float:
+        return 10 + (height - bottom - 10) * (1 - (min(value, high) - low) / (high - low))
+
+    grid = "".join(
+        f'<path class="grid" d="M{left} {y(t):.1f}H{width - 10}"/>'
+        f'<text x="{left - 6}" y="{y(t) + 4:.1f}" text-anchor="end">{t:.4g}</text>'
+        for t in _ticks(low, high)
+    )
+    grid += "".join(
+        f'<text x="{x(t):.1f}" y="{height - 6}" text-anchor="middle">{t:.0f}</text>' for t in _ticks(0, right, 5)
+    )
+    paths = ""
+    for split, line in lines.items():
+        if line:
+            path = "L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in _thin(line))
+            paths += f'<path class="curve {split}" d="M{path}"/>'
+    ends = {split: line[-1][1] for split, line in lines.items() if line}
+    note = " · ".join(f'<span class="key {split}"></span>{split} {value:.3f}' for split, value in ends.items())
+    if len(ends) == 2:
+        note += f" · gap {ends['val'] - ends['train']:+.3f}"
+    return (
+        f'<figure class="panel"><figcaption><b>{escape(name)}</b><br>{note}</figcaption>'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="loss of {escape(name)} by step">'
+        f"{grid}{paths}</svg></figure>"
+    )
+
+
+def _thin(line: list[tuple[float, float]], most: int = 300) -> list[tuple[float, float]]:
+    """At most so many points, each the mean of its neighbours'."""
+    if len(line) <= most:
+        return line
+    return [(float(p[:, 0].mean()), float(p[:, 1].mean())) for p in np.array_split(np.array(line), most)]
+
+
+# --- the page ---------------------------------------------------------------------------------------------------
+
+_STYLE = """
+:root{color-scheme:light dark;--ink:#1d2129;--dim:#68707d;--paper:#fff;--soft:#f4f5f8;--edge:#dfe2e8;--train:#3563d9;
+--val:#d9692b;--good:#23894f;--bad:#c63b3b}
+@media(prefers-color-scheme:dark){:root{--ink:#e5e8ee;--dim:#98a1af;--paper:#14161b;--soft:#1e2128;--edge:#343944;
+--train:#7ea2ff;--val:#ffa066;--good:#55c587;--bad:#ff7b72}}
+*{box-sizing:border-box}body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);
+max-width:70rem;margin:0 auto;padding:1.5rem 1rem 4rem}h1{font-size:1.7rem;margin:0}
+h2{font-size:1.25rem;margin:2.8rem 0 .4rem;padding-top:.8rem;border-top:1px solid var(--edge)}
+h3{font-size:1rem;margin:1.6rem 0 .3rem}p{margin:.2rem 0 .8rem;max-width:46rem}.dim{color:var(--dim);font-size:.87em}
+nav a{margin-right:1rem;color:var(--train)}.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.93em}
+td,th{padding:.28rem .7rem;text-align:left;border-bottom:1px solid var(--edge);vertical-align:top}
+th{font-weight:600;color:var(--dim);font-size:.87em}.n{text-align:right;white-space:nowrap;
+font-variant-numeric:tabular-nums}.tip{line-height:1.25}.cards{display:grid;gap:.7rem;margin:1.2rem 0;
+grid-template-columns:repeat(auto-fill,minmax(13rem,1fr))}
+.card{background:var(--soft);border-radius:.6rem;padding:.7rem .9rem}.big{font-size:1.7rem;font-weight:650;
+font-variant-numeric:tabular-nums;line-height:1.25}.bar .fill{fill:var(--train);opacity:.4}.line{stroke:var(--ink);
+stroke-width:1.5;fill:none}.line.chance{stroke:var(--dim);stroke-dasharray:2 2}.line.baseline{stroke:var(--val);
+stroke-width:2}.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(19rem,1fr));gap:1rem}.panel{margin:0;
+background:var(--soft);border-radius:.6rem;padding:.7rem}.panel svg{width:100%;height:auto;display:block}.panel text{
+font-size:11px;fill:var(--dim)}.grid{stroke:var(--edge);fill:none}.curve{fill:none;stroke-width:1.8;
+stroke-linejoin:round}.curve.train{stroke:var(--train)}.curve.val{stroke:var(--val)}.key{display:inline-block;width:.8em;
+height:.22em;vertical-align:middle;margin-right:.35em;border-radius:1px}.key.train{background:var(--train)}
+.key.val{background:var(--val)}.confusion td{text-align:center;min-width:2.3rem;border:1px solid var(--paper);
+font-variant-numeric:tabular-nums;padding:.28rem}.confusion .hit{background:color-mix(in srgb,var(--train) var(--s),
+var(--soft))}.confusion .miss{background:color-mix(in srgb,var(--bad) var(--s),var(--soft))}
+.confusion .deep{color:var(--paper);font-weight:600}.row{display:flex;gap:1rem;align-items:center;padding:.5rem 0;
+border-bottom:1px solid var(--edge)}.head{flex:0 0 6.5rem;font-weight:600}.items{display:flex;flex-wrap:wrap;gap:.6rem}
+figure{margin:0}.full,.small{display:inline-block;text-align:center}figcaption{font-size:.75em;color:var(--dim);
+max-width:11rem;overflow-wrap:anywhere}.pic{width:4.2rem;height:4.2rem;object-fit:contain;image-rendering:pixelated;
+border-radius:.25rem;border:2px solid var(--edge);display:block;margin:auto}.small .pic{width:2.6rem;height:2.6rem;
+opacity:.85}.mel{width:9rem;height:3.6rem;border-radius:.25rem;border:2px solid var(--edge);display:block;margin:auto}
+.small .mel{width:6rem;height:2.4rem}audio{width:10.5rem;height:2rem;display:block;margin:.2rem auto}.small audio{
+width:7rem}.right .pic,.right .mel,.right .words{border-color:var(--good)}.wrong .pic,.wrong .mel,.wrong .words{
+border-color:var(--bad)}.words{display:inline-block;max-width:22rem;text-align:left;overflow-wrap:anywhere;
+border-left:3px solid var(--edge);padding-left:.5rem}.pair{display:flex;align-items:flex-end;gap:.25rem;
+background:var(--soft);border-radius:.4rem;padding:.3rem}pre{background:var(--soft);border-radius:.5rem;padding:.8rem;
+overflow-x:auto;font-size:.82rem;max-height:26rem}@media(max-width:40rem){.row{flex-direction:column;
+align-items:flex-start}.head{flex:none}.bar{display:none}body{padding:1rem .7rem}td,th{padding:.25rem .4rem}}
+"""
+
+
+def write_report(path: Path, metrics: Metrics, findings: Findings, run: RunInfo) -> None:
+    """Write the page. Raises PlaitError where it cannot be written."""
+    sections: list[tuple[str, str, str]] = []
+    if metrics:
+        note = (
+            '<p class="dim">Each figure is of the test split with a bootstrap standard error. '
+            "In a bar, the dashed tick is chance and the orange one the baseline.</p>"
+        )
+        sections.append(("figures", "Figures", note + _figures(metrics)))
+    if run.log:
+        note = '<p class="dim">Loss by step, in nats; the gap between the lines is what was learnt by heart.</p>'
+        sections.append(("learning", "Learning", note + _curves(run.log)))
+    if findings.galleries:
+        sections.append(("made", "What it makes and finds", "".join(_gallery(g) for g in findings.galleries)))
+    if findings.confusions:
+        sections.append(("confusion", "What it takes for what", "".join(_confusion(c) for c in findings.confusions)))
+    if run.manifest or run.rejects:
+        sections.append(("data", "Data", _data(run)))
+    sections.append(("run", "This run", _run(run)))
+    links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in sections)
+    notes = "".join(f"<li>{escape(note)}</li>" for note in findings.notes)
+    body = "".join(f'<h2 id="{key}">{title}</h2>{content}' for key, title, content in sections)
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; media-src data:; '
+        "style-src 'unsafe-inline'\">"
+        f"<title>{escape(run.title)} · Plait</title><style>{_STYLE}</style></head><body>"
+        f'<h1>{escape(run.title)}</h1><p class="dim">{_summary(run)}</p><nav>{links}</nav>{_cards(metrics)}'
+        f"{f'<ul>{notes}</ul>' if notes else ''}{body}</body></html>\n"
+    )
+    write_atomic(path, page)
+
+
+def _summary(run: RunInfo) -> str:
+    facts = run.facts
+    parts = []
+    if "size" in facts:
+        parts.append(f"size {escape(str(facts['size']))}")
+    if run.parameters:
+        parts.append(f"{sum(run.parameters.values()):,} parameters")
+    if "steps" in facts:
+        parts.append(f"{facts['steps']} steps")
+    if isinstance(facts.get("seconds"), (int, float)) and facts["seconds"]:
+        parts.append(f"trained {facts['seconds']:.0f} s")
+    if "seed" in facts:
+        parts.append(f"seed {facts['seed']}")
+    if isinstance(facts.get("started"), (int, float)):
+        parts.append(time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(facts["started"])))
+    return " · ".join(parts)
+
+
+def _data(run: RunInfo) -> str:
+    manifest = run.manifest
+    counts = manifest.get("counts", {})
+    parts = [f"<p>{escape(str(manifest.get('source', '')))}</p>"] if manifest.get("source") else []
+    if counts:
+        parts.append(_table(["split", "records"], [[escape(k), f"{v:,}"] for k, v in counts.items()], numbers=(1,)))
+    if columns := manifest.get("columns"):
+        parts.append(_table(["column", "kind"], [[escape(k), escape(str(v))] for k, v in columns.items()]))
+    notes = [*manifest.get("warnings", []), *manifest.get("notes", [])]
+    if notes:
+        parts.append("<ul>" + "".join(f"<li>{escape(str(note))}</li>" for note in notes) + "</ul>")
+    parts.append("<h3>What was left out</h3>")
+    if not run.rejects:
+        return "".join(parts) + "<p>Nothing.</p>"
+    reasons = Counter(str(row.get("reason", "?")).split(":")[0][:80] for row in run.rejects)
+    first: dict[str, dict[str, Any]] = {}
+    for row in run.rejects:
+        first.setdefault(str(row.get("reason", "?")).split(":")[0][:80], row)
+    rows = [
+        [
+            escape(reason),
+            f"{count:,}",
+            escape(_place(first[reason])),
+            escape(str(first[reason].get("reason", ""))[:200]),
+        ]
+        for reason, count in reasons.most_common(30)
+    ]
+    if len(reasons) > 30:
+        rest = sum(count for _, count in reasons.most_common()[30:])
+        rows.append([f"{len(reasons) - 30} other reasons", f"{rest:,}", "", "see rejects.jsonl"])
+    return "".join(parts) + _table(["reason", "times", "first example", "in full"], rows, numbers=(1,))
+
+
+def _place(row: dict[str, Any]) -> str:
+    return str(row.get("file", "")) + (f", line {row['line']}" if row.get("line") is not None else "")
+
+
+def _run(run: RunInfo) -> str:
+    parts = []
+    if run.parameters:
+        rows = [[escape(name), f"{count:,}"] for name, count in run.parameters.items()]
+        parts.append("<h3>Parameters</h3>" + _table(["part", "number"], rows, numbers=(1,)))
+    if run.facts:
+        shown = {key: value for key, value in run.facts.items() if key != "codec_log"}
+        text = json.dumps(shown, ensure_ascii=False, indent=1, default=str)
+        parts.append(f"<h3>Configuration</h3><pre>{escape(text)}</pre>")
+    return "".join(parts) or "<p>Nothing is known of how it was trained.</p>"
