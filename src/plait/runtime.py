@@ -67,7 +67,9 @@ def choose_device(name: str = "auto", precision: str = "auto") -> Device:
 
 
 def threads() -> int:
-    """Threads that torch may use: the processors this process is allowed on."""
+    """Threads that torch may use: OMP_NUM_THREADS, or the processors this process is allowed on."""
+    if os.environ.get("OMP_NUM_THREADS", "").isdecimal():
+        return max(int(os.environ["OMP_NUM_THREADS"]), 1)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 

@@ -190,7 +190,7 @@ def _with_error(metric: Metric, kind: str) -> str:
     if error is None or not math.isfinite(error):
         return text
     shown = f"{error * 100:.1f}" if kind == "share" else f"{error:.2g}"
-    return f'{text} <span class="dim">± {shown}</span>'
+    return f'{text} <span class="dim">±&nbsp;{shown}</span>'
 
 
 def _parts(name: str) -> tuple[str, str, str]:
@@ -286,7 +286,7 @@ def _confusion(confusion: Confusion, most: int = 40) -> str:
     )
 
 
-def _table(head: list[str], rows: Iterable[list[str]], numbers: tuple[int, ...] = ()) -> str:
+def _table(head: list[str], rows: Iterable[list[str]], numbers: tuple[int, ...] = (), name: str = "") -> str:
     """A table of cells that are HTML already."""
     names = ["n" if i in numbers else "" for i in range(len(head))]
     top = "".join(f'<th class="{c}">{cell}</th>' for c, cell in zip(names, head, strict=True))
@@ -294,7 +294,7 @@ def _table(head: list[str], rows: Iterable[list[str]], numbers: tuple[int, ...] 
         "<tr>" + "".join(f'<td class="{c}">{cell}</td>' for c, cell in zip(names, row, strict=True)) + "</tr>"
         for row in rows
     )
-    return f'<div class="wide"><table><tr>{top}</tr>{body}</table></div>'
+    return f'<div class="wide"><table class="{name}"><tr>{top}</tr>{body}</table></div>'
 
 
 def _bar(metric: Metric) -> str:
@@ -341,8 +341,8 @@ def _figures(metrics: Metrics) -> str:
                 "–" if metric.get("n") is None else f"{metric['n']:,.0f}",
             ])  # fmt: skip
             before = direction
-        head = ["", "", "value ± standard error", "", "chance", "baseline", "n"]
-        found += f"<h3>{escape(TASKS.get(task, task))}</h3>" + _table(head, rows, numbers=(2, 4, 5, 6))
+        head = ["", "", "value", "", "chance", "baseline", "n"]
+        found += f"<h3>{escape(TASKS.get(task, task))}</h3>" + _table(head, rows, numbers=(2, 4, 5, 6), name="figures")
     return found
 
 
@@ -451,13 +451,17 @@ h3{font-size:1rem;margin:1.6rem 0 .3rem}p{margin:.2rem 0 .8rem;max-width:46rem}.
 nav a{margin-right:1rem;color:var(--train)}.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.93em}
 td,th{padding:.28rem .7rem;text-align:left;border-bottom:1px solid var(--edge);vertical-align:top}
 th{font-weight:600;color:var(--dim);font-size:.87em}.n{text-align:right;white-space:nowrap;
-font-variant-numeric:tabular-nums}.tip{line-height:1.25}.cards{display:grid;gap:.7rem;margin:1.2rem 0;
-grid-template-columns:repeat(auto-fill,minmax(13rem,1fr))}
+font-variant-numeric:tabular-nums}.tip{line-height:1.25}.figures{width:100%;
+table-layout:fixed}.figures td,.figures th{overflow-wrap:anywhere}.figures th:nth-child(1){width:17%}
+.figures th:nth-child(2){width:29%}.figures th:nth-child(3){width:14%}.figures th:nth-child(4){width:160px}
+.cards{display:grid;gap:.7rem;margin:1.2rem 0;
+grid-template-columns:repeat(auto-fill,minmax(10.5rem,1fr))}
 .card{background:var(--soft);border-radius:.6rem;padding:.7rem .9rem}.big{font-size:1.7rem;font-weight:650;
 font-variant-numeric:tabular-nums;line-height:1.25}.bar .fill{fill:var(--train);opacity:.4}.line{stroke:var(--ink);
 stroke-width:1.5;fill:none}.line.chance{stroke:var(--dim);stroke-dasharray:2 2}.line.baseline{stroke:var(--val);
 stroke-width:2}.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(19rem,1fr));gap:1rem}.panel{margin:0;
-background:var(--soft);border-radius:.6rem;padding:.7rem}.panel svg{width:100%;height:auto;display:block}.panel text{
+background:var(--soft);border-radius:.6rem;padding:.7rem}.panel svg{width:100%;height:auto;display:block}.panel figcaption{
+max-width:none}.panel text{
 font-size:11px;fill:var(--dim)}.grid{stroke:var(--edge);fill:none}.curve{fill:none;stroke-width:1.8;
 stroke-linejoin:round}.curve.train{stroke:var(--train)}.curve.val{stroke:var(--val)}.key{display:inline-block;width:.8em;
 height:.22em;vertical-align:middle;margin-right:.35em;border-radius:1px}.key.train{background:var(--train)}
@@ -476,7 +480,9 @@ border-color:var(--bad)}.words{display:inline-block;max-width:22rem;text-align:l
 border-left:3px solid var(--edge);padding-left:.5rem}.pair{display:flex;align-items:flex-end;gap:.25rem;
 background:var(--soft);border-radius:.4rem;padding:.3rem}pre{background:var(--soft);border-radius:.5rem;padding:.8rem;
 overflow-x:auto;font-size:.82rem;max-height:26rem}@media(max-width:40rem){.row{flex-direction:column;
-align-items:flex-start}.head{flex:none}.bar{display:none}body{padding:1rem .7rem}td,th{padding:.25rem .4rem}}
+align-items:flex-start}.head{flex:none}.tip,.figures td:nth-child(4),.figures th:nth-child(4),
+.figures td:nth-child(7),.figures th:nth-child(7){display:none}.figures th:nth-child(3){width:25%}
+.cards{grid-template-columns:repeat(auto-fill,minmax(9rem,1fr))}.card{padding:.5rem .7rem}body{padding:1rem .7rem}td,th{padding:.25rem .4rem}}
 """
 
 
@@ -485,7 +491,7 @@ def write_report(path: Path, metrics: Metrics, findings: Findings, run: RunInfo)
     sections: list[tuple[str, str, str]] = []
     if metrics:
         note = (
-            '<p class="dim">Each figure is of the test split with a bootstrap standard error. '
+            '<p class="dim">Each figure is of the test split, ± its bootstrap standard error. '
             "In a bar, the dashed tick is chance and the orange one the baseline.</p>"
         )
         sections.append(("figures", "Figures", note + _figures(metrics)))

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from plait.config import Size
 from plait.data.media import decode_audio, resample
 from plait.modalities.base import ChannelNorm, bilinear_warp, within
 from plait.modalities.quantizer import FSQ
@@ -44,6 +45,16 @@ class AudioSettings(BaseModel):
     warp: float = 1.12
     mask_time: float = 0.1  # share of the clip
     mask_bands: float = 0.12  # share of the bands
+
+    @classmethod
+    def fitted(cls, size: Size, examples: list[bytes], overrides: dict[str, Any]) -> AudioSettings:
+        """The settings that a row of the table of sizes and some of the user's recordings call for."""
+        sounds = [decode_audio(example) for example in examples]
+        rate = int(np.median([rate for _, rate in sounds]))
+        longest = max(len(wave) / rate for wave, rate in sounds)
+        chosen = {"rate": next(r for r in (8000, 16000, 24000) if r >= min(rate, size.rate))}
+        chosen |= {"seconds": min(size.seconds, math.ceil(longest * 11) / 10)}
+        return cls.model_validate({"bands": 64 if min(rate, size.rate) <= 8000 else 80, **chosen, **overrides})
 
     @property
     def hop(self) -> int:
@@ -137,8 +148,8 @@ class AudioEncoder(nn.Module):
         x = (x * within(lengths, x.shape[1])[..., None])[:, None]  # (N, 1, T, bands)
         remaining = lengths
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
-            stride = convolution.stride[0]  # type: ignore[index]
-            remaining = (remaining + stride - 1) // stride  # type: ignore[operator]
+            stride = convolution.stride[0]
+            remaining = (remaining + stride - 1) // stride
             x = F.silu(norm(convolution(x)))
             x = x * within(remaining, x.shape[2])[:, None, :, None]
         return self.out(self.norm(x.transpose(1, 2).flatten(2)))

@@ -18,6 +18,7 @@ from PIL import Image as PILImage
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from plait.config import Size
 from plait.data.media import decode_image
 from plait.modalities.base import bilinear_warp
 from plait.modalities.quantizer import FSQ
@@ -43,6 +44,17 @@ class ImageSettings(BaseModel):
     shift: float = 0.08  # of the side
     flip: bool = False
     erase: float = 0.0  # share of samples that lose a random rectangle
+
+    @classmethod
+    def fitted(cls, size: Size, examples: list[bytes], overrides: dict[str, Any]) -> ImageSettings:
+        """The settings that a row of the table of sizes and some of the user's pictures call for."""
+        pictures = [decode_image(example) for example in examples]
+        side = int(np.median([max(picture.size) for picture in pictures]))
+        grey = all(picture.convert("RGB").convert("L").convert("RGB") == picture.convert("RGB") for picture in pictures)
+        chosen = {"size": min(size.picture, max(math.ceil(side / 4) * 4, 8)), "channels": 1 if grey else 3, **overrides}
+        pixels = chosen["size"] if isinstance(chosen["size"], int) else size.picture
+        patch = 4 if pixels <= 32 else 8 if pixels <= 128 else 16
+        return cls.model_validate({"patch": patch, "grid": 4 if pixels <= 32 else 8, **chosen})
 
 
 class Residual(nn.Module):

@@ -203,9 +203,9 @@ class Multimodal(nn.Module):
     def media(self) -> dict[str, MediaModality]:
         return dict(self.modalities.items())  # type: ignore[arg-type]
 
-    def inputs(self, batch: Batch) -> Tensor:
-        """Token rows, with encoded media in their places: (B, L, D)."""
-        x = F.embedding(batch.tokens, self.rows.table())
+    def inputs(self, batch: Batch, table: Tensor | None = None) -> Tensor:
+        """Token rows, with encoded media in their places: (B, L, D). `table` is `rows.table()` where it is at hand."""
+        x = F.embedding(batch.tokens, self.rows.table() if table is None else table)
         flat = x.flatten(0, 1)
         for name, media in batch.media.items():
             encoded = self.modalities[name].encoder(media.values, media.lengths).flatten(0, 1)
@@ -229,9 +229,9 @@ class Multimodal(nn.Module):
         mean = torch.bmm(weight[:, None], hidden[rows])[:, 0]
         return F.normalize(self.project(mean).float(), dim=-1)
 
-    def prefill(self, batch: Batch, view: View) -> Tensor:
+    def prefill(self, batch: Batch, view: View, table: Tensor | None = None) -> Tensor:
         """Hidden states (B, L, D) of a context, its keys and values going into the rows of a cache."""
-        return self.backbone(self.inputs(batch), view=view)
+        return self.backbone(self.inputs(batch, table), view=view)
 
     def parameter_count(self) -> dict[str, int]:
         """Parameters by part."""

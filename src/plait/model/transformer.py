@@ -129,37 +129,57 @@ class KVCache:
     def capacity(self) -> int:
         return self.keys.shape[3]
 
+    def copy(self, source: list[int], target: list[int], length: int) -> None:
+        """Copy the first `length` positions of rows `source` to rows `target`, which must differ from all of them."""
+        self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
+        self.values[:, target, :, :length] = self.values[:, source, :, :length]
+        self.lengths[target] = self.lengths[source]
+
 
 class View:
     """The rows of a cache that take part in one forward pass, with the places that the new positions get."""
 
-    def __init__(self, cache: KVCache, rows: Tensor, count: Tensor, longest: int) -> None:
-        """`rows` (B,) are indices into the cache; `count` (B,) is how many of the L new positions each one really has."""
-        self.cache, self.rows = cache, rows
-        start = cache.lengths[rows]
-        self.positions = start[:, None] + torch.arange(longest, device=rows.device)  # (B, L)
-        # A row's padding is written beyond its length, where the next step overwrites it.
-        self.positions.clamp_(max=cache.capacity - 1)
-        self.total = min(int((start + longest).max()), cache.capacity)
-        seen = torch.arange(self.total, device=rows.device)
-        self.mask = (seen[None, None] <= self.positions[..., None])[:, None]  # (B, 1, L, total)
-        self.all_rows = len(rows) == len(cache.lengths) and bool(
-            (rows == torch.arange(len(rows), device=rows.device)).all()
-        )
+    def __init__(
+        self,
+        cache: KVCache,
+        rows: Tensor | int,
+        count: Tensor | int,
+        longest: int,
+        held: int | None = None,
+    ) -> None:
+        """`rows` (B,) are indices into the cache, or an integer n for its first n rows, which are then not gathered;
+        `count` (B,) is how many of the `longest` new positions each one really has. `held` is the greatest length of
+        these rows where the caller knows it, which spares a wait for the device; 0 says that they are all empty."""
+        device = cache.lengths.device
+        self.cache = cache
+        self.rows = rows
+        self.index = torch.arange(rows, device=device) if isinstance(rows, int) else rows
+        start = cache.lengths[:rows] if isinstance(rows, int) else cache.lengths[rows]
         self.new_lengths = start + count
+        held = int(start.max()) if held is None else held
+        self.total = min(held + longest, cache.capacity)
+        self.fresh = held == 0
+        self.positions = start[:, None] + torch.arange(longest, device=device)  # (B, L)
+        self.mask: Tensor | None = None  # rows that hold nothing yet see what they bring, as in training
+        if not self.fresh:
+            # A row's padding is written beyond its length, where the next step overwrites it.
+            self.positions.clamp_(max=cache.capacity - 1)
+            seen = torch.arange(self.total, device=device)
+            self.mask = (seen <= self.positions[..., None])[:, None]  # (B, 1, L, total)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (B, K, L, E); return all of these rows so far, (B, K, total, E)."""
-        at = (self.rows[:, None], slice(None), self.positions)
         keys, values = self.cache.keys[layer], self.cache.values[layer]
+        at = (self.index[:, None], slice(None), self.positions)
         keys[at] = k.transpose(1, 2).to(keys.dtype)
         values[at] = v.transpose(1, 2).to(values.dtype)
-        if self.all_rows:
-            return keys[:, :, : self.total].to(k.dtype), values[:, :, : self.total].to(v.dtype)
-        return keys[self.rows, :, : self.total].to(k.dtype), values[self.rows, :, : self.total].to(v.dtype)
+        if self.fresh:
+            return k, v
+        rows = slice(self.rows) if isinstance(self.rows, int) else self.rows
+        return keys[rows, :, : self.total].to(k.dtype), values[rows, :, : self.total].to(v.dtype)
 
     def finish(self) -> None:
-        self.cache.lengths[self.rows] = self.new_lengths
+        self.cache.lengths[self.index] = self.new_lengths
 
 
 class Block(nn.Module):

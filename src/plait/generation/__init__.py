@@ -1,0 +1,1 @@
+"""A checkpoint and a prompt -> tokens -> raw; knows no training."""

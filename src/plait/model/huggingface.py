@@ -1,0 +1,458 @@
+"""Checkpoints of the Hugging Face ecosystem as our own: GPT-2, Llama and Qwen3 causal language models.
+
+Everything that can be wrong is found from the headers before a weight is read, so a bad folder fails fast and whole.
+No transformers here: a checkpoint is JSON and safetensors.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from plait.modalities.base import Vocabulary
+from plait.modalities.text import Text
+from plait.model import checkpoint as own
+from plait.model.checkpoint import Checkpoint, GenerationConfig
+from plait.model.hub import find, no_safetensors
+from plait.model.multimodal import ModelConfig, Multimodal, TokenRows
+from plait.model.transformer import TransformerConfig, rotary_frequencies
+from plait.runtime import PlaitError, read_json
+
+FAMILIES = ("gpt2", "llama", "qwen3")
+_BUFFERS = re.compile(
+    r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$"
+)  # older files keep constants among the weights
+_ROPE_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+# --- configuration ----------------------------------------------------------------------------------------------
+
+
+def _refuse(file: Path, what: str) -> PlaitError:
+    known = "GPT-2, Llama and Qwen3 language models"
+    return PlaitError(f"{file}: {what}. Plait trains and runs {known} itself; others work through plait[huggingface].")
+
+
+def _number(config: dict[str, Any], key: str, file: Path, default: int | None = None) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if type(value) is not int or not 0 < value < 2**31:
+        raise PlaitError(f"{file}: {key} is {value!r}, and must be a positive whole number.")
+    return value
+
+
+def backbone_config(config: dict[str, Any], file: Path) -> tuple[TransformerConfig, int, bool]:
+    """(backbone, vocabulary size, tied head) from a `config.json` of transformers 4 or 5.
+
+    Raises PlaitError naming the file and the key for what our backbone does not do.
+    """
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise _refuse(file, f"unknown architecture {family!r}")
+    if config.get("quantization_config"):
+        raise _refuse(file, "quantization_config is set: quantised weights cannot be read")
+    for key, wanted in [("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False),
+                        ("add_cross_attention", False), ("use_sliding_window", False)]:  # fmt: skip
+        if config.get(key, wanted) != wanted:
+            raise _refuse(file, f"{key} = {config[key]} is not supported")
+    if odd := set(config.get("layer_types") or []) - {"full_attention"}:
+        raise _refuse(file, f"layer_types has {sorted(odd)[0]!r}; only full attention is supported")
+    if family == "gpt2":
+        shape = _gpt2(config, file)
+    else:
+        shape = _llama(config, file)
+    if shape["layers"] > 1024:
+        raise PlaitError(f"{file}: {shape['layers']} layers cannot be meant.")
+    try:
+        backbone = TransformerConfig.model_validate(shape)
+    except ValidationError as error:
+        raise PlaitError(f"{file} does not describe a model: {error.errors()[0]['msg']}.") from error
+    return backbone, _number(config, "vocab_size", file), bool(config.get("tie_word_embeddings", family == "gpt2"))
+
+
+def _gpt2(config: dict[str, Any], file: Path) -> dict[str, Any]:
+    width, heads = _number(config, "n_embd", file), _number(config, "n_head", file)
+    activation = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}.get(
+        config.get("activation_function", "gelu_new")
+    )
+    if activation is None:
+        raise _refuse(file, f"activation_function = {config['activation_function']!r} is not supported")
+    if width % heads:
+        raise PlaitError(f"{file}: n_embd ({width}) must be a multiple of n_head ({heads}).")
+    return {
+        "width": width,
+        "layers": _number(config, "n_layer", file),
+        "heads": heads,
+        "kv_heads": heads,
+        "head_width": width // heads,
+        "hidden": _number(config, "n_inner", file, 4 * width),
+        "max_length": _number(config, "n_positions", file),
+        "position": "learned",
+        "norm": "layer",
+        "activation": activation,
+        "qk_norm": False,
+        "qkv_bias": True,
+        "bias": True,
+        "norm_eps": config.get("layer_norm_epsilon", 1e-5),
+    }
+
+
+def _llama(config: dict[str, Any], file: Path) -> dict[str, Any]:
+    if config.get("hidden_act", "silu") != "silu":
+        raise _refuse(file, f"hidden_act = {config['hidden_act']!r} is not supported")
+    width, heads = _number(config, "hidden_size", file), _number(config, "num_attention_heads", file)
+    qwen = config["model_type"] == "qwen3"
+    attention_bias = bool(config.get("attention_bias"))
+    theta, scaling = _rope(config, file)
+    return {
+        "width": width,
+        "layers": _number(config, "num_hidden_layers", file),
+        "heads": heads,
+        "kv_heads": _number(config, "num_key_value_heads", file, 32 if qwen else heads),
+        "head_width": _number(config, "head_dim", file, 128 if qwen else max(width // heads, 1)),
+        "hidden": _number(config, "intermediate_size", file),
+        "max_length": _number(config, "max_position_embeddings", file),
+        "qk_norm": qwen,
+        "qkv_bias": attention_bias,
+        "bias": attention_bias or bool(config.get("mlp_bias")),
+        "norm_eps": config.get("rms_norm_eps", 1e-6),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+    }
+
+
+def _rope(config: dict[str, Any], file: Path) -> tuple[float, dict[str, float | int | str] | None]:
+    """(theta, Llama 3 scaling or None), from `rope_parameters` (transformers 5) or the two older keys."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise PlaitError(f"{file}: rope_parameters must be an object.")
+    theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3") or any(isinstance(value, dict) for value in rope.values()):
+        raise _refuse(file, f"rotary positions of type {kind!r} are not supported")
+    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise _refuse(file, "partial_rotary_factor is not supported")
+    numbers = {"rope_theta": theta}
+    if kind == "llama3":
+        if rope.get("original_max_position_embeddings") is None:
+            rope = {**rope, "original_max_position_embeddings": config.get("max_position_embeddings")}
+        numbers |= {key: rope.get(key) for key in _ROPE_NUMBERS}
+    for key, value in numbers.items():
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise PlaitError(f"{file}: {key} is {value!r}, and must be a positive number.")
+    scaling = None
+    if kind == "llama3":
+        scaling = {"rope_type": "llama3", **{key: rope[key] for key in _ROPE_NUMBERS}}
+    return float(theta), scaling
+
+
+# --- weights ----------------------------------------------------------------------------------------------------
+
+Part = tuple[str, tuple[int, ...]]  # a tensor of theirs and its shape
+
+
+def layout(
+    family: str, config: TransformerConfig, vocabulary: int, tied: bool, attention_bias: bool, mlp_bias: bool
+) -> dict[str, list[Part]]:
+    """Our tensor -> theirs, to be stacked row on row; an empty list stands for zeros that they do not store.
+
+    GPT-2's weights lie transposed inside the blocks: inputs first.
+    """
+    c, found = config, dict[str, list[Part]]()
+    if family == "gpt2":
+        for i in range(c.layers):
+            ours, theirs = f"backbone.blocks.{i}.", f"transformer.h.{i}."
+            for part, name, inputs, outputs in [
+                ("qkv", "attn.c_attn", c.width, 3 * c.width),
+                ("attention_out", "attn.c_proj", c.width, c.width),
+                ("feed_in", "mlp.c_fc", c.width, c.hidden),
+                ("feed_out", "mlp.c_proj", c.hidden, c.width),
+            ]:
+                found[f"{ours}{part}.weight"] = [(f"{theirs}{name}.weight", (inputs, outputs))]
+                found[f"{ours}{part}.bias"] = [(f"{theirs}{name}.bias", (outputs,))]
+            for part, name in [("attention_norm", "ln_1"), ("feed_norm", "ln_2")]:
+                for kind in ("weight", "bias"):
+                    found[f"{ours}{part}.{kind}"] = [(f"{theirs}{name}.{kind}", (c.width,))]
+        for kind in ("weight", "bias"):
+            found[f"backbone.final_norm.{kind}"] = [(f"transformer.ln_f.{kind}", (c.width,))]
+        found["backbone.positions"] = [("transformer.wpe.weight", (c.max_length, c.width))]
+        found["rows.free"] = [("transformer.wte.weight", (vocabulary, c.width))]
+    else:
+        queries, keys = c.heads * c.head_width, c.kv_heads * c.head_width
+        for i in range(c.layers):
+            ours, theirs = f"backbone.blocks.{i}.", f"model.layers.{i}."
+            for part, names, inputs, bias in [
+                ("qkv", [("self_attn.q_proj", queries), ("self_attn.k_proj", keys), ("self_attn.v_proj", keys)],
+                 c.width, attention_bias),
+                ("attention_out", [("self_attn.o_proj", c.width)], queries, attention_bias),
+                ("feed_in", [("mlp.gate_proj", c.hidden), ("mlp.up_proj", c.hidden)], c.width, mlp_bias),
+                ("feed_out", [("mlp.down_proj", c.width)], c.hidden, mlp_bias),
+            ]:  # fmt: skip
+                found[f"{ours}{part}.weight"] = [(f"{theirs}{name}.weight", (out, inputs)) for name, out in names]
+                if bias:
+                    found[f"{ours}{part}.bias"] = [(f"{theirs}{name}.bias", (out,)) for name, out in names]
+                elif c.bias and part != "qkv":
+                    found[f"{ours}{part}.bias"] = []
+            found[f"{ours}attention_norm.weight"] = [(f"{theirs}input_layernorm.weight", (c.width,))]
+            found[f"{ours}feed_norm.weight"] = [(f"{theirs}post_attention_layernorm.weight", (c.width,))]
+            if c.qk_norm:
+                for part in ("q_norm", "k_norm"):
+                    found[f"{ours}{part}.weight"] = [(f"{theirs}self_attn.{part}.weight", (c.head_width,))]
+        found["backbone.final_norm.weight"] = [("model.norm.weight", (c.width,))]
+        found["rows.free"] = [("model.embed_tokens.weight", (vocabulary, c.width))]
+    if not tied:
+        found["head.free"] = [("lm_head.weight", (vocabulary, c.width))]
+    return found
+
+
+class _Weights:
+    """The tensors of a folder, one file or sharded, by the names that transformers writes today."""
+
+    def __init__(self, folder: Path, prefix: str) -> None:
+        self.folder = folder
+        self.files: dict[str, tuple[Any, str, Path]] = {}  # name -> open file, name in it, path
+        index = folder / "model.safetensors.index.json"
+        where: dict[str, str] | None = None
+        if (folder / "model.safetensors").is_file():
+            paths = [folder / "model.safetensors"]
+        elif index.is_file():
+            where = read_json(index).get("weight_map") if isinstance(read_json(index), dict) else None
+            if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+                raise PlaitError(f"{index} has no weight_map of tensor to file. Fetch the model again.")
+            if odd := [file for file in where.values() if Path(file).name != file]:
+                raise PlaitError(
+                    f"{index} names {odd[0]!r}, which is not a file of this folder. Do not trust this model."
+                )
+            paths = [folder / file for file in sorted(set(where.values()))]
+            if lost := [path for path in paths if not path.is_file()]:
+                raise PlaitError(f"{lost[0]} is missing, though {index.name} lists it. Fetch the model again.")
+        else:
+            others = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".h5", ".msgpack", ".pt", ".pth"))
+            raise PlaitError(no_safetensors(folder, others))
+        for path in paths:
+            try:
+                file = safe_open(path, framework="pt")
+                names = list(file.keys())
+            except (SafetensorError, OSError) as error:
+                raise PlaitError(f"{path} is damaged or cut short: {error}. Fetch it again.") from error
+            for name in names:
+                full = name if name.startswith((prefix, "lm_head.")) else prefix + name
+                self.files[full] = file, name, path
+        for name, listed in (where or {}).items():
+            full = name if name.startswith((prefix, "lm_head.")) else prefix + name
+            if full not in self.files or self.files[full][2].name != listed:
+                raise PlaitError(
+                    f"{folder / listed} lacks tensor {name}, though {index.name} lists it. Fetch it again."
+                )
+
+    def check(self, wanted: Iterable[Part]) -> None:
+        """Raises PlaitError where a tensor is missing, too many, of another shape or not of floats."""
+        shapes = dict(wanted)
+        missing = [name for name in shapes if name not in self.files]
+        extra = [name for name in self.files if name not in shapes and not _BUFFERS.search(name)]
+        for what, names in (("lacks", missing), ("has unknown", extra)):
+            if names:
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                raise PlaitError(
+                    f"{self.folder} {what} {'tensor' if len(names) == 1 else 'tensors'} {', '.join(names[:3])}{more}. "
+                    "The weights do not belong to its config.json."
+                )
+        for name, shape in shapes.items():
+            file, inner, path = self.files[name]
+            part = file.get_slice(inner)
+            if tuple(part.get_shape()) != shape:
+                raise PlaitError(f"{path}: tensor {name} has shape {part.get_shape()}, config.json says {list(shape)}.")
+            if part.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                raise PlaitError(
+                    f"{path}: tensor {name} is of type {part.get_dtype()}; quantised weights cannot be read."
+                )
+
+    def read(self, name: str) -> Tensor:
+        file, inner, path = self.files[name]
+        try:
+            value: Tensor = file.get_tensor(inner).float()
+        except (SafetensorError, RuntimeError, OSError) as error:
+            raise PlaitError(f"{path}: tensor {name} cannot be read: {error}. Fetch it again.") from error
+        if not value.isfinite().all():
+            raise PlaitError(f"{path}: tensor {name} holds values that are not finite. Fetch it again.")
+        return value
+
+
+def _read_text(folder: Path, size: int) -> Text:
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        if any((folder / name).is_file() for name in ("vocab.json", "tokenizer.model", "vocab.txt", "merges.txt")):
+            raise PlaitError(
+                f'{folder} has only a slow tokenizer. Write the fast one: python -c "from transformers import '
+                f"AutoTokenizer as T; T.from_pretrained('{folder}').save_pretrained('{folder}')\"."
+            )
+        raise PlaitError(f"{file} is missing. Fetch the model's tokenizer too.")
+    text = Text.load(file)
+    if text.size > size:
+        raise PlaitError(f"{file} knows {text.size} ids, and config.json has a vocabulary of {size}.")
+    return text
+
+
+def _object(file: Path) -> dict[str, Any]:
+    value = read_json(file)
+    if not isinstance(value, dict):
+        raise PlaitError(f"{file} must hold an object.")
+    return value
+
+
+def _sampling(values: dict[str, Any], file: Path) -> GenerationConfig:
+    """The sampling that the authors advise; where they advise none, ours."""
+    if not values.get("do_sample"):
+        return GenerationConfig()
+    known = {key: values[key] for key in ("temperature", "top_k", "top_p") if values.get(key) is not None}
+    try:
+        return GenerationConfig.model_validate(known)
+    except ValidationError as error:
+        raise PlaitError(f"{file} is wrong: {error.errors()[0]['msg']}.") from error
+
+
+def _end(config: dict[str, Any], generation: dict[str, Any], size: int, file: Path) -> int | None:
+    """The first id that ends a text, from config.json, else generation_config.json."""
+    end = config.get("eos_token_id")
+    end = generation.get("eos_token_id") if end is None else end
+    if isinstance(end, list):
+        end = end[0] if end else None
+    if end is not None and (type(end) is not int or not 0 <= end < size):
+        raise PlaitError(f"{file}: eos_token_id is {end!r}, outside the vocabulary of {size}.")
+    return end
+
+
+def load(name_or_folder: str | Path, device: torch.device | None = None) -> Checkpoint:
+    """A GPT-2, Llama or Qwen3 language model as a Plait checkpoint that reads and writes text, in fp32.
+
+    The vocabulary is theirs and ends with their end token; our own end and padding rows after it are zero and unused.
+    Raises PlaitError naming the file, key or tensor where the model cannot be found, trusted or represented.
+    """
+    folder = find(name_or_folder)
+    file, advice = folder / "config.json", folder / "generation_config.json"
+    config = _object(file)
+    if config.get("model_type") == "plait":
+        return own.load(folder, device)
+    backbone, size, tied = backbone_config(config, file)
+    advised = _object(advice) if advice.is_file() else {}
+    generation, end = _sampling(advised, advice), _end(config, advised, size, file)
+    family = config["model_type"]
+    biases = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
+    plan = layout(family, backbone, size, tied, *biases)
+    weights = _Weights(folder, "transformer." if family == "gpt2" else "model.")
+    head = "lm_head.weight"
+    copied = tied and head in weights.files  # a tied head may be stored twice
+    weights.check([part for parts in plan.values() for part in parts] + ([(head, (size, backbone.width))] * copied))
+    text = _read_text(folder, size)
+    vocabulary = Vocabulary(text=size, columns={}, levels={}, closers=[], end_id=end)
+    with torch.device("meta"):  # shapes only: no memory, no random numbers
+        model = Multimodal(ModelConfig(backbone=backbone, vocabulary=vocabulary, space=0, tied=tied))
+    tensors = {}
+    for name, wanted in model.state_dict().items():
+        parts = [weights.read(part) for part, _ in plan[name]] or [torch.zeros(wanted.shape)]
+        value = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if family == "gpt2" and name.startswith("backbone.blocks.") and value.ndim == 2:
+            value = value.t().contiguous()
+        if name.endswith(".free"):
+            value = F.pad(value, (0, 0, 0, vocabulary.size - size))
+        tensors[name] = value
+    if copied and not torch.equal(weights.read(head), tensors["rows.free"][:size]):
+        raise PlaitError(f"{folder} has a {head} of its own, though config.json says tie_word_embeddings.")
+    model.load_state_dict(tensors, assign=True)
+    if backbone.position == "rotary":
+        model.backbone.frequencies = rotary_frequencies(backbone)
+    model.eval()
+    if device is not None:
+        model.to(device)
+    return Checkpoint(model, text, generation=generation, training={"imported from": str(name_or_folder)})
+
+
+# --- growing ----------------------------------------------------------------------------------------------------
+
+
+def extend(source: Checkpoint | Multimodal, config: ModelConfig) -> Multimodal:
+    """A model of `config` that goes on from `source`: its backbone and rows, and new rows for what is new.
+
+    Rows are matched by the names of their tokens. A new row is the mean of the old text rows plus noise of a fifth of
+    their spread, so that a new token starts out as likely as a middling old one; the digits of new codes are noise
+    alone, of half that spread. Encoders, codecs and the embedding space are kept where their settings are equal.
+    Noise comes from torch's global generator. Raises PlaitError where the backbone's shape or the text ids differ.
+    """
+    old = source.model if isinstance(source, Checkpoint) else source
+    was, now = old.config, config
+    free = {"max_length", "dropout"}
+    before, after = was.backbone.model_dump(exclude=free), now.backbone.model_dump(exclude=free)
+    if odd := [key for key in before if before[key] != after[key]]:
+        key = odd[0]
+        raise PlaitError(f"init_from: the model's {key} is {before[key]}, the recipe's {after[key]}. Make them equal.")
+    if was.backbone.position == "learned" and now.backbone.max_length > was.backbone.max_length:
+        raise PlaitError(
+            f"init_from: the model knows {was.backbone.max_length} positions, the recipe wants "
+            f"{now.backbone.max_length}. Lower max_length."
+        )
+    if was.vocabulary.text != now.vocabulary.text or was.vocabulary.end_id != now.vocabulary.end_id:
+        raise PlaitError("init_from: the recipe's text vocabulary is not the model's. Use the model's tokenizer.")
+    if now.tied and not was.tied:
+        raise PlaitError("init_from: the model has a head of its own (tied: false). Set tied: false in the recipe.")
+    model = Multimodal(config)
+    device = next(old.parameters()).device
+    model.to(device)
+    with torch.no_grad():
+        kept = {name: value for name, value in old.state_dict().items() if _kept(name, value, model, old)}
+        if was.backbone.position == "learned":
+            kept["backbone.positions"] = old.backbone.positions[: now.backbone.max_length]
+        model.load_state_dict(kept, strict=False)
+        _extend_rows(model.rows, old.rows)
+        if model.head is not None:
+            _extend_rows(model.head, old.predicting)
+    return model.train(old.training)
+
+
+def _kept(name: str, value: Tensor, model: Multimodal, old: Multimodal) -> bool:
+    if name.startswith(("rows.", "head.")):
+        return False
+    if name.startswith("modalities."):
+        modality = name.split(".")[1]
+        # Settings are compared whole, so that defaults left out of one of the two do not count.
+        return modality in model.modalities and model.media[modality].settings == old.media[modality].settings
+    mine = dict(model.named_parameters()).get(name)
+    return mine is None or mine.shape == value.shape
+
+
+def _extend_rows(new: TokenRows, old: TokenRows) -> None:
+    text = old.vocabulary.text
+    known = old.free[:text]
+    mean, spread = known.mean(0), known.std(0)
+    places = {name: text + i for i, name in enumerate(old.vocabulary.names())}
+    new.free[:text] = known
+    for i, name in enumerate(new.vocabulary.names(), text):
+        place = places.get(name)
+        same = place is not None and _same_code(name, new, old)
+        # An import's own end and padding rows are zero: nothing was learned there.
+        if same and place is not None and bool(old.free[place].any()):
+            new.free[i] = old.free[place]
+        else:
+            new.free[i] = mean + 0.2 * spread * torch.randn_like(mean)
+    for modality, rows in new.digits.items():
+        levels = new.vocabulary.levels[modality]
+        if old.vocabulary.levels.get(modality) == levels:
+            rows.copy_(old.digits[modality])
+        else:
+            rows.copy_(0.5 * spread / len(levels) ** 0.5 * torch.randn_like(rows))
+
+
+def _same_code(name: str, new: TokenRows, old: TokenRows) -> bool:
+    """Whether a token of this name means the same in both: a code does only under equal levels."""
+    modality = name[2:-2].split(":")[0]
+    if ":" not in name or modality not in new.vocabulary.levels:
+        return True
+    return new.vocabulary.levels[modality] == old.vocabulary.levels.get(modality)

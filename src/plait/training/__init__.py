@@ -1,0 +1,1 @@
+"""A dataset becomes batches, batches become steps, steps become checkpoints."""

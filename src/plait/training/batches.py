@@ -1,0 +1,278 @@
+"""Which records make up step s, and the sequences they become. Order is a function of (seed, step), not a state.
+
+A record with media is visited once for each medium: the medium is read and one of the record's other parts written,
+and one of the other parts is read and the medium written. A record of texts alone is one text read and another
+written; a single text is language modelling, in windows of the context's length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from plait.data.dataset import Dataset
+from plait.data.samples import Samples
+from plait.modalities.base import MediaModality, Vocabulary
+from plait.modalities.text import Text
+from plait.model.multimodal import Batch, Sequence, collate
+from plait.runtime import key_of, uniform
+
+# What a draw is for; the last key of `uniform`, so that no two decisions share a number.
+ORDER, TARGET, SOURCE, DROP, AUGMENT, OFFSET = range(6)
+
+
+@dataclass
+class Split:
+    """The records of one split, ready to become sequences."""
+
+    ids: list[str]
+    texts: dict[str, list[list[int] | None]]  # column -> token ids by record
+    media: dict[str, Samples]  # column -> samples of the records that have one
+    rows: dict[str, np.ndarray]  # column -> record -> row of its samples, -1 where absent
+    codes: dict[str, Samples] = field(default_factory=dict)  # column -> codes, beside media
+    keys: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))  # (records, text columns), 0 absent
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def has(self, column: str, record: int) -> bool:
+        if column in self.texts:
+            return self.texts[column][record] is not None
+        return self.rows[column][record] >= 0
+
+    def sample(self, column: str, record: int) -> np.ndarray:
+        return self.media[column][self.rows[column][record]]
+
+    def positives(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """(len(a), len(b)), True where two records are one or share an equal text in some column."""
+        first, second = self.keys[a][:, None], self.keys[b][None]
+        same = ((first == second) & (first != 0)).any(-1) if self.keys.shape[1] else np.zeros((len(a), len(b)), bool)
+        return same | (a[:, None] == b[None])
+
+
+def load_split(
+    dataset: Dataset,
+    split: str,
+    text: Text,
+    media: dict[str, MediaModality],
+    cache: Path,
+    progress: Callable[[str, int, int], None] | None = None,
+    limit: int | None = None,
+) -> Split:
+    """Decode, fit and tokenise the records of a split; samples go to memory-mapped files under `cache`."""
+    indices = dataset.indices(split)[:limit]
+    ids: list[str] = []
+    strings: dict[str, list[str | None]] = {c: [] for c, kind in dataset.columns.items() if kind == "text"}
+    rows = {c: np.full(len(indices), -1) for c, kind in dataset.columns.items() if kind in media}
+    found: dict[str, Samples] = {}
+
+    def samples(column: str, first: bool) -> Iterator[np.ndarray]:
+        modality = media[dataset.columns[column]]
+        present = 0
+        wanted = [column, *strings] if first else [column]
+        for record, row in enumerate(dataset.iterate(indices, wanted)):
+            if progress and record % 500 == 0:
+                progress(f"{split}: {column}", record, len(indices))
+            if first:
+                collect(row)
+            if column in row.parts:
+                rows[column][record] = present
+                present += 1
+                yield modality.sample(row.parts[column])
+
+    def collect(row) -> None:
+        ids.append(row.id)
+        for column, values in strings.items():
+            values.append(row.parts.get(column))
+
+    for column in rows:
+        found[column] = Samples.write(cache / f"{split}-{column}", samples(column, first=not ids))
+    if not rows:
+        for row in dataset.iterate(indices, list(strings)):
+            collect(row)
+    texts: dict[str, list[list[int] | None]] = {}
+    keys = np.zeros((len(ids), len(strings)), np.int64)
+    for place, (column, values) in enumerate(strings.items()):
+        encoded = iter(text.encode_batch([v for v in values if v is not None]))
+        texts[column] = [None if v is None else next(encoded) for v in values]
+        keys[:, place] = [0 if v is None else key_of(v) | 1 for v in values]
+    return Split(ids, texts, found, rows, keys=keys)
+
+
+def add_codes(split: Split, columns: dict[str, str], media: dict[str, MediaModality], cache: Path, name: str) -> None:
+    """Encode all media once with the frozen codecs."""
+    for column, samples in split.media.items():
+        modality = media[columns[column]]
+
+        def codes(samples: Samples = samples, modality: MediaModality = modality) -> Iterator[np.ndarray]:
+            for start in range(0, len(samples), 256):
+                chunk = [samples[i] for i in range(start, min(start + 256, len(samples)))]
+                with torch.inference_mode():
+                    encoded = modality.codec.encode(*modality.batch(chunk)).numpy()
+                for row, sample in zip(encoded, chunk, strict=True):
+                    yield row[: modality.code_count(len(sample))].astype(np.int32)
+
+        split.codes[column] = Samples.write(cache / f"{name}-{column}-codes", codes())
+
+
+@dataclass
+class Step:
+    """The batches of one step, of like lengths each, and which records' parts their spans are."""
+
+    batches: list[Batch]
+    span_records: list[np.ndarray]  # a batch -> a span -> record, -1 where it takes no part in the contrast
+    records: np.ndarray  # the records visited
+
+
+class Sampler:
+    """Steps as a function of their number."""
+
+    def __init__(
+        self,
+        split: Split,
+        vocabulary: Vocabulary,
+        media: dict[str, MediaModality],
+        batch_size: int,
+        context: int,
+        seed: int,
+        drop_condition: float,
+        augment: bool,
+    ) -> None:
+        self.split, self.vocabulary, self.media = split, vocabulary, media
+        self.context, self.seed, self.drop_condition, self.augment = context, seed, drop_condition, augment
+        self.columns = {c: m for c, m in vocabulary.columns.items() if c in split.texts or c in split.media}
+        self.media_columns = [c for c, m in self.columns.items() if m != "text"]
+        self.items = self._items()
+        self.batch_size = min(batch_size, len(self.items))
+        self.steps_per_epoch = max(len(self.items) // self.batch_size, 1)
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def _items(self) -> np.ndarray:
+        """(items, 2): record and window. Only a record of one text has more than one window."""
+        items = []
+        for record in range(len(self.split)):
+            present = [c for c in self.columns if self.split.has(c, record)]
+            windows = 1
+            if len(present) == 1 and present[0] in self.split.texts:
+                windows = max(len(self.split.texts[present[0]][record] or []) // self.context, 1)
+            items += [(record, window) for window in range(windows if present else 0)]
+        return np.array(items, np.int64).reshape(-1, 2)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The items of an epoch in their order; the remainder of the last batch waits for another epoch's order."""
+        if self._order is None or self._order[0] != epoch:
+            draws = uniform(self.seed, epoch, np.arange(len(self.items)), ORDER)
+            self._order = epoch, np.argsort(draws, kind="stable")
+        return self._order[1]
+
+    def members(self, step: int) -> tuple[int, np.ndarray]:
+        """(epoch, items) of a step."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        return epoch, self.items[self.order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]]
+
+    def step(self, step: int) -> Step:
+        """The batches of a step."""
+        epoch, items = self.members(step)
+        records = items[:, 0]
+        draws = {use: uniform(self.seed, epoch, records, items[:, 1], use) for use in (TARGET, SOURCE, DROP, OFFSET)}
+        samples = self._read_samples(epoch, records)
+        made: list[tuple[Sequence, int]] = []
+        for place, (record, window) in enumerate(items):
+            present = [c for c in self.columns if self.split.has(c, record)]
+            mine = {use: float(values[place]) for use, values in draws.items()}
+            for sequence, contrasts in self._sequences(int(record), int(window), present, mine, samples):
+                made.append((sequence, int(record) if contrasts else -1))
+        made.sort(key=lambda pair: len(pair[0]))
+        batches, span_records = [], []
+        start = 0
+        for stop in range(1, len(made) + 1):
+            if stop == len(made) or len(made[stop][0]) > 1.3 * len(made[start][0]) + 4:
+                group = made[start:stop]
+                batches.append(collate([s for s, _ in group], self.media, self.vocabulary.pad))
+                span_records.append(np.array([record for s, record in group for _ in s.spans], np.int64))
+                start = stop
+        return Step(batches, span_records, records)
+
+    def _read_samples(self, epoch: int, records: np.ndarray) -> dict[tuple[str, int], np.ndarray]:
+        """The samples that this step reads, augmented as (seed, epoch, record) says."""
+        found = {}
+        for column in self.media_columns:
+            modality = self.media[self.columns[column]]
+            mine = np.array([r for r in records if self.split.rows[column][r] >= 0], np.int64)
+            if not len(mine):
+                continue
+            raw = [self.split.sample(column, r) for r in mine]
+            if self.augment:
+                draw = torch.from_numpy(uniform(self.seed, epoch, mine[:, None], AUGMENT, np.arange(8)))
+                values, lengths = modality.augment(*modality.batch(raw), draw.float())
+                sizes = lengths.tolist() if modality.variable_length else [None] * len(raw)
+                raw = [value[:size] for value, size in zip(values.numpy(), sizes, strict=True)]
+            found.update({(column, int(r)): sample for r, sample in zip(mine, raw, strict=True)})
+        return found
+
+    def _sequences(
+        self, record: int, window: int, present: list[str], draws: dict[int, float], samples: dict
+    ) -> Iterator[tuple[Sequence, bool]]:
+        """The sequences of one visit, each with whether its spans take part in the contrastive loss."""
+        media = [c for c in present if c in self.split.media]
+        if not media:
+            if len(present) == 1:
+                yield self._window(record, window, present[0], draws[OFFSET]), False
+                return
+            target = present[int(draws[TARGET] * len(present))]
+            others = [c for c in present if c != target]
+            source = others[int(draws[SOURCE] * len(others))]
+            yield self._pair(record, source, target, samples), False
+            return
+        for column in media:
+            others = [c for c in present if c != column]
+            if not others:
+                yield self._pair(record, None, column, samples), False
+                continue
+            target = others[int(draws[TARGET] * len(others))]
+            source = others[int(draws[SOURCE] * len(others))]
+            yield self._pair(record, column, target, samples), True
+            dropped = draws[DROP] < self.drop_condition
+            yield self._pair(record, None if dropped else source, column, samples), not dropped
+
+    def _pair(self, record: int, source: str | None, target: str, samples: dict) -> Sequence:
+        """Read one part of a record and write another."""
+        sequence = Sequence()
+        vocabulary = self.vocabulary
+        if source is not None and source in self.split.texts:
+            sequence.read_ids((self.split.texts[source][record] or [])[: self.context // 2], "text")
+        elif source is not None:
+            modality = self.media[self.columns[source]]
+            sequence.read_media(modality, vocabulary.opener(source), samples[source, record], vocabulary.pad)
+        sequence.read_ids([vocabulary.opener(target)])
+        room = self.context - len(sequence)
+        if target in self.split.texts:
+            return sequence.write([*(self.split.texts[target][record] or [])[: room - 1], vocabulary.end])
+        modality = self.media[self.columns[target]]
+        start = vocabulary.spaces[modality.name][0]
+        codes = (self.split.codes[target][self.split.rows[target][record]] + start).tolist()
+        closer = [vocabulary.closer(modality.name)] if modality.variable_length else []
+        return sequence.write([*codes, *closer, vocabulary.end][:room])
+
+    def _window(self, record: int, window: int, column: str, draw: float) -> Sequence:
+        """One window of a text for language modelling, shifted by a new offset in each epoch."""
+        ids = [self.vocabulary.opener(column), *(self.split.texts[column][record] or []), self.vocabulary.end]
+        size = self.context + 1
+        windows = max((len(ids) - 2) // self.context, 1)
+        slack = len(ids) - windows * self.context - 1
+        start = window * self.context + int(draw * (slack + 1)) * (slack > 0)
+        chunk = ids[start : start + size]
+        return Sequence().read_ids(chunk[:1]).write(chunk[1:])
+
+
+def lm_windows(ids: list[int], opener: int, end: int, context: int) -> list[Sequence]:
+    """A text as windows that predict each of its tokens, and its end, exactly once."""
+    whole = [opener, *ids, end]
+    return [
+        Sequence().read_ids(whole[start : start + 1]).write(whole[start + 1 : start + context + 1])
+        for start in range(0, len(whole) - 1, context)
+    ]

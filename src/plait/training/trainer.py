@@ -1,0 +1,538 @@
+"""From a dataset to a run: tokenizer, codecs, then the model, with validation, checkpoints and a log.
+
+A run folder holds `run.json` (what was decided, once), `log.jsonl`, `codecs/`, `checkpoints/{best,last}`, `cache/`
+and TensorBoard events. The same command on the same folder goes on where the run stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from plait.config import SIZES, Recipe, Size, describe_error
+from plait.data.dataset import Dataset
+from plait.modalities import MODALITIES, SETTINGS
+from plait.modalities.base import Vocabulary
+from plait.modalities.text import Text
+from plait.model import checkpoint as checkpoints
+from plait.model.checkpoint import Checkpoint
+from plait.model.multimodal import ModelConfig, Multimodal
+from plait.model.objectives import contrastive, likelihoods
+from plait.model.transformer import TransformerConfig
+from plait.runtime import (
+    Device,
+    PlaitError,
+    choose_device,
+    only_writer,
+    read_json,
+    threads,
+    uniform,
+    write_json,
+)
+from plait.training.batches import Sampler, Split, Step, add_codes, load_split
+from plait.training.codecs import train_codec
+from plait.training.optimizer import learning_rate_at, make_optimizer
+
+UNRESTRICTED = 17  # the key of `uniform` for steps with the whole softmax
+CALIBRATION = 8  # steps that a time budget is measured by
+MAX_LABELS = 1000  # distinct values up to which a text column counts as labels
+
+
+@dataclass
+class Progress:
+    """What a training run tells while it works."""
+
+    stage: str
+    done: int
+    total: int
+    losses: dict[str, float] = field(default_factory=dict)
+    tokens_per_second: float = 0.0
+    note: str = ""
+
+
+Report = Callable[[Progress], None]
+
+
+# --- from the dial to a model -----------------------------------------------------------------------------------
+
+
+def model_config(recipe: Recipe, dataset: Dataset, text_size: int, backbone: TransformerConfig | None) -> ModelConfig:
+    """The network that a recipe and a dataset call for; `backbone` is an imported one's shape."""
+    size = SIZES[recipe.model.size]
+    mine = recipe.model.backbone
+    if backbone is None:
+        width, heads = mine.width or size.width, mine.heads or size.heads
+        if width % heads:
+            raise PlaitError(f"model.backbone: width {width} must be a multiple of heads {heads}.")
+        backbone = TransformerConfig(
+            width=width,
+            layers=mine.layers or size.layers,
+            heads=heads,
+            kv_heads=mine.kv_heads or heads,
+            head_width=width // heads,
+            hidden=mine.hidden or (round(width * 2.75 / 16) * 16 if mine.width else size.hidden),
+            max_length=mine.context or size.context,
+            dropout=mine.dropout,
+        )
+    kinds = [m for m in MODALITIES if m in dataset.columns.values()]
+    settings = {m: fit_settings(dataset, m, size, getattr(recipe.model, m)) for m in kinds}
+    vocabulary = Vocabulary(
+        text=text_size,
+        columns=dict(dataset.columns),
+        levels={m: settings[m].levels for m in kinds},
+        closers=[m for m in kinds if MODALITIES[m].variable_length],
+    )
+    tied = recipe.model.tied
+    return ModelConfig(
+        backbone=backbone,
+        vocabulary=vocabulary,
+        space=(128 if kinds else 0) if recipe.model.space is None else recipe.model.space,
+        tied=(text_size > 8 * backbone.width) if tied is None else tied,
+        modalities={m: settings[m].model_dump() for m in kinds},
+    )
+
+
+def fit_settings(dataset: Dataset, modality: str, size: Size, overrides: dict[str, Any]) -> Any:
+    """A modality's settings, fitted to the first pictures or sounds of train."""
+    examples: list[bytes] = []
+    columns = [c for c, kind in dataset.columns.items() if kind == modality]
+    for record in dataset.iterate(dataset.indices("train"), columns):
+        examples += [part for part in record.parts.values() if isinstance(part, bytes)]
+        if len(examples) >= 100:
+            break
+    if not examples:
+        raise PlaitError(f"No record of train in {dataset.path} has {modality}; map its columns to ignore.")
+    try:
+        return SETTINGS[modality].fitted(size, examples, overrides)
+    except ValidationError as error:
+        lines = "; ".join(describe_error(e, SETTINGS[modality]) for e in error.errors())
+        raise PlaitError(f"In the recipe's model.{modality}: {lines}") from None
+
+
+def label_columns(dataset: Dataset) -> dict[str, list[str]]:
+    """Text columns with few distinct values, each with those values in the order of their first appearance."""
+    found = {}
+    train = dataset.indices("train")
+    for column, kind in dataset.columns.items():
+        if kind != "text":
+            continue
+        texts = dataset.texts(column)
+        values = [texts[i] for i in train if texts[i] is not None]
+        distinct = list(dict.fromkeys(values))
+        if 1 < len(distinct) <= min(MAX_LABELS, len(values) // 2):
+            found[column] = distinct
+    return found
+
+
+# --- one step ---------------------------------------------------------------------------------------------------
+
+
+def step_losses(
+    model: Multimodal, step: Step, split: Split, device: Device, restricted: bool = True
+) -> tuple[dict[str, Tensor], int]:
+    """Objective -> its loss over all batches of a step, each likelihood a mean per token; and the tokens seen."""
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = {}
+    pooled: dict[str, list[Tensor]] = {}
+    owners: dict[str, list[np.ndarray]] = {}
+    seen = 0
+    for batch, records in zip(step.batches, step.span_records, strict=True):
+        seen += int(batch.lengths.sum())
+        on_device = batch.to(device.torch)
+        with device.autocast():
+            hidden = model(on_device)
+            for space, (total, count) in likelihoods(model, hidden, on_device.targets, restricted).items():
+                sums[space] = sums[space] + total if space in sums else total
+                counts[space] = counts[space] + count if space in counts else count
+        chosen = np.flatnonzero(records >= 0)
+        if model.config.space and len(chosen):
+            spans = [batch.spans[i] for i in chosen]
+            rows, starts, stops = (torch.tensor([s[k] for s in spans], device=device.torch) for k in (0, 2, 3))
+            embedded = model.pool(hidden, rows, starts, stops)
+            names = np.array([s[1] for s in spans])
+            for name in dict.fromkeys(names):
+                mine = np.flatnonzero(names == name)
+                pooled.setdefault(name, []).append(embedded[torch.from_numpy(mine)])
+                owners.setdefault(name, []).append(records[chosen[mine]])
+    losses = {space: sums[space] / counts[space] for space in sums}
+    spaces = list(pooled)
+    for i, a in enumerate(spaces):
+        for b in spaces[i + 1 :]:
+            shared = _paired(pooled[a], owners[a], pooled[b], owners[b])
+            if shared is not None:
+                first, second, records = shared
+                positives = torch.from_numpy(split.positives(records, records)).to(device.torch)
+                name = "contrastive:" + "-".join(sorted((a, b)))
+                losses[name] = contrastive(first, second, positives, model.log_temperature)
+    return losses, seen
+
+
+def _paired(
+    a: list[Tensor], a_records: list[np.ndarray], b: list[Tensor], b_records: list[np.ndarray]
+) -> tuple[Tensor, Tensor, np.ndarray] | None:
+    """The embeddings of two modalities of the same records, side by side; None where fewer than two are shared."""
+    shared, i, j = np.intersect1d(np.concatenate(a_records), np.concatenate(b_records), return_indices=True)
+    if len(shared) < 2:
+        return None
+    return torch.cat(a)[torch.from_numpy(i)], torch.cat(b)[torch.from_numpy(j)], shared
+
+
+def weighted(losses: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+    """The objective that training minimises."""
+    parts = [
+        loss * (weights.get("contrastive", 0.5) if name.startswith("contrastive") else weights.get(name, 1.0))
+        for name, loss in losses.items()
+    ]
+    return torch.stack(parts).sum()
+
+
+# --- a run ------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """The folder of a run and what training knows."""
+
+    def __init__(self, folder: Path, dataset: Dataset, recipe: Recipe, report: Report, device: Device) -> None:
+        self.folder, self.dataset, self.recipe, self.report, self.device = folder, dataset, recipe, report, device
+        self.settings = recipe.training
+        self.size = SIZES[recipe.model.size]
+        self.batch_size = self.settings.batch_size or self.size.batch_size
+        self.peak = self.settings.learning_rate or self.size.learning_rate
+        self.facts: dict[str, Any] = {}
+
+    @property
+    def minutes(self) -> float:
+        return self.settings.minutes or self.size.minutes
+
+    def decide(self, **facts: Any) -> None:
+        """Write down what was chosen once; on resume it is only read."""
+        self.facts.update(facts)
+        write_json(self.folder / "run.json", self.facts)
+
+    def open(self) -> bool:
+        """Begin or go on; True where the run had been finished. Refuses a folder of another recipe or dataset."""
+        shards = "".join(shard.sha256 for shard in self.dataset.manifest.shards)
+        fingerprint = hashlib.sha256(shards.encode()).hexdigest()
+        wanted = {
+            "recipe": self.recipe.model_dump(),
+            "dataset": str(self.dataset.path),
+            "data": fingerprint,
+        }
+        path = self.folder / "run.json"
+        if not path.exists():
+            self.decide(
+                **wanted, seed=self.settings.seed, size=self.recipe.model.size, device=self.device.name,
+                threads=torch.get_num_threads(), torch=torch.__version__, started=time.time(), seconds=0.0,
+            )  # fmt: skip
+            return False
+        self.facts = read_json(path)
+        for name in ("recipe", "data"):
+            if self.facts.get(name) != wanted[name]:
+                raise PlaitError(
+                    f"{self.folder} holds a run of another {'dataset' if name == 'data' else 'recipe'}"
+                    f"{_difference(self.facts.get(name), wanted[name])}. Choose another folder with -o, or delete it."
+                )
+        return "finished" in self.facts
+
+    def text(self) -> Text:
+        """The tokenizer: trained on the train split's texts, or read again on resume."""
+        path = self.folder / "tokenizer.json"
+        if not path.exists():
+            train = self.dataset.indices("train")
+            texts = [self.dataset.texts(c) for c, kind in self.dataset.columns.items() if kind == "text"]
+            vocabulary = self.recipe.model.text.vocabulary or self.size.vocabulary
+            Text.train((t[i] for t in texts for i in train if t[i] is not None), vocabulary).save(path)
+        return Text.load(path)
+
+    def codecs(self, model: Multimodal, splits: dict[str, Split]) -> None:
+        """Train each codec, or read it again; then encode all media."""
+        for name, modality in model.media.items():
+            path = self.folder / "codecs" / f"{name}.safetensors"
+            if path.exists():
+                modality.codec.load_state_dict(load_file(path))
+                modality.codec.eval().requires_grad_(False)
+                continue
+            stores = [splits["train"].media[c] for c, m in self.dataset.columns.items() if m == name]
+            result = train_codec(
+                modality,
+                stores,
+                steps=self.settings.codec_steps,
+                seconds=self.minutes * 60 * self.settings.codec_share,
+                learning_rate=self.settings.codec_learning_rate,
+                seed=self.settings.seed,
+                progress=lambda name, done, total, loss: self.report(
+                    Progress(f"{name} codec", done, total, {"reconstruction": loss})
+                ),
+            )
+            path.parent.mkdir(exist_ok=True)
+            aside = path.with_suffix(".tmp")
+            save_file({k: v.contiguous() for k, v in modality.codec.state_dict().items()}, aside)
+            aside.replace(path)
+            self.decide(codecs={**self.facts.get("codecs", {}), name: result})
+        for name, split in splits.items():
+            add_codes(split, self.dataset.columns, model.media, self.folder / "cache", name)
+
+
+def _difference(old: Any, new: Any, where: str = "") -> str:
+    """The first keys in which two nested dictionaries differ, for a message."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        parts = [_difference(old.get(k), new.get(k), f"{where}.{k}".strip(".")) for k in {**old, **new}]
+        return "".join(part for part in parts if part)
+    return "" if old == new else f" ({where or 'sha256'}: was {old}, now {new})"
+
+
+def train(dataset: Dataset, folder: Path, recipe: Recipe, report: Report, device_name: str = "auto") -> Path:
+    """Train a model on a dataset into `folder`; returns its best checkpoint. Ctrl-C leaves a usable run.
+
+    Raises PlaitError for what the user can mend: no records, a folder of another run, a folder that is not writable.
+    """
+    device = choose_device(device_name, recipe.training.precision)
+    torch.set_num_threads(threads())
+    with only_writer(folder):
+        run = Run(folder, dataset, recipe, report, device)
+        best = folder / "checkpoints" / "best"
+        if run.open():
+            report(Progress("finished", 1, 1, note=f"{folder} is already trained; delete it to train again"))
+            return best
+        begun = time.perf_counter()
+        torch.manual_seed(recipe.training.seed)
+        imported = None
+        if recipe.model.init_from:
+            from plait.model import huggingface
+
+            imported = huggingface.load(recipe.model.init_from)
+        text = imported.text if imported else run.text()
+        config = model_config(recipe, dataset, text.size, imported.model.config.backbone if imported else None)
+        if imported:
+            model = huggingface.extend(imported, config)
+        else:
+            model = Multimodal(config)
+        splits = {}
+        for name in ("train", "val"):
+            splits[name] = load_split(
+                dataset, name, text, model.media, folder / "cache",
+                lambda stage, done, total: report(Progress(stage, done, total)),
+                limit=None if name == "train" else 2000,
+            )  # fmt: skip
+        if len(splits["train"]) < 2:
+            raise PlaitError(f"{dataset.path} has {len(splits['train'])} records to train on; at least 2 are needed.")
+        run.codecs(model, splits)
+        model.to(device.torch)
+        used = time.perf_counter() - begun
+        _optimise(run, model, text, splits, max(run.minutes * 60 - used, 1.0))
+        run.decide(finished=time.time())
+        return best
+
+
+def _optimise(run: Run, model: Multimodal, text: Text, splits: dict[str, Split], seconds: float) -> None:
+    """The steps of the model itself."""
+    settings, device, folder = run.settings, run.device, run.folder
+    context = model.config.backbone.max_length
+
+    def sampler(name: str, augment: bool, drop: float) -> Sampler:
+        return Sampler(
+            splits[name], model.vocabulary, model.media, run.batch_size, context, settings.seed, drop, augment
+        )
+
+    training = sampler("train", settings.augment, settings.drop_condition)
+    validating = sampler("val", False, 0.0) if len(splits["val"]) > 1 else None
+    optimizer = make_optimizer([model], run.peak, settings.weight_decay, settings.betas)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+
+    def one(number: int, step: Step) -> tuple[dict[str, Tensor], int]:
+        restricted = bool(uniform(settings.seed, number, UNRESTRICTED) >= settings.unrestricted)
+        losses, tokens = step_losses(model, step, splits["train"], device, restricted)
+        loss = weighted(losses, settings.weights)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trainable, settings.clip)
+        if not math.isfinite(float(norm)):
+            names = ", ".join(splits["train"].ids[r] for r in step.records[:8])
+            raise PlaitError(
+                f"The loss is not finite at step {number} (records {names} ...). The last checkpoint is kept; "
+                "lower training.learning_rate, or look at these records."
+            )
+        optimizer.step()
+        return losses, tokens
+
+    model.train()
+    if "steps" not in run.facts:
+        run.decide(steps=settings.steps or _calibrate(model, optimizer, training, one, seconds))
+        optimizer = make_optimizer([model], run.peak, settings.weight_decay, settings.betas)
+    steps: int = run.facts["steps"]
+    saver = _Saver(run, model, text, optimizer)
+    start = saver.resume()
+    every = max(steps // settings.validations, 1)
+    log = _Log(folder)
+    recent: dict[str, list[float]] = {}
+    tokens, clock = 0, time.perf_counter()
+    pool = ThreadPoolExecutor(1)
+    prefetched = pool.submit(training.step, start) if start < steps else None
+    number = start
+    try:
+        while number < steps and saver.stale < settings.patience:
+            assert prefetched is not None
+            step = prefetched.result()
+            prefetched = pool.submit(training.step, number + 1)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(number, steps, run.peak, settings.warmup)
+            losses, seen = one(number, step)
+            number += 1
+            tokens += seen
+            for name, value in losses.items():
+                recent.setdefault(name, []).append(float(value.detach()))
+            if number % 10 == 0 or number == steps:
+                now = time.perf_counter()
+                means = {name: float(np.mean(values)) for name, values in recent.items()}
+                log.write(number, "train", means, tokens / (now - clock), optimizer.param_groups[0]["lr"])
+                run.report(Progress("model", number, steps, means, tokens / (now - clock)))
+                recent, tokens, clock = {}, 0, now
+            if number % every == 0 or number == steps:
+                scores = validate(model, validating, splits["val"], device) if validating else {}
+                if scores:
+                    log.write(number, "val", scores)
+                saver.save(number, scores, weighted_floats(scores, settings.weights))
+                clock = time.perf_counter()
+    except KeyboardInterrupt:
+        saver.save(number, {}, math.inf)
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+        log.close()
+    if number < steps:
+        run.decide(stopped_early=number)
+
+
+def _calibrate(
+    model: Multimodal,
+    optimizer: torch.optim.Optimizer,
+    training: Sampler,
+    one: Callable[[int, Step], Any],
+    seconds: float,
+) -> int:
+    """How many steps fit in the time left, by throw-away steps; leaves the weights as they were."""
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    one(0, training.step(0))
+    begun = time.perf_counter()
+    for number in range(CALIBRATION):
+        one(number, training.step(number))
+    step_seconds = (time.perf_counter() - begun) / CALIBRATION
+    model.load_state_dict(weights)
+    torch.set_rng_state(state)
+    return max(int(seconds * 0.95 / step_seconds), 20)  # validation takes the rest
+
+
+@torch.no_grad()
+def validate(model: Multimodal, sampler: Sampler, split: Split, device: Device, steps: int = 8) -> dict[str, float]:
+    """Mean losses over the first records of the validation split, the same at each call."""
+    model.eval()
+    sums: dict[str, list[float]] = {}
+    for number in range(min(steps, sampler.steps_per_epoch)):
+        losses, _ = step_losses(model, sampler.step(number), split, device)
+        for name, value in losses.items():
+            sums.setdefault(name, []).append(float(value))
+    model.train()
+    return {name: float(np.mean(values)) for name, values in sums.items()}
+
+
+def weighted_floats(losses: dict[str, float], weights: dict[str, float]) -> float:
+    """`weighted` for numbers that were already measured; infinite where there are none."""
+    if not losses:
+        return math.inf
+    return float(weighted({name: torch.tensor(value) for name, value in losses.items()}, weights))
+
+
+class _Saver:
+    """Keeps `last`, with what resuming needs, and `best` by validation."""
+
+    def __init__(self, run: Run, model: Multimodal, text: Text, optimizer: torch.optim.Optimizer) -> None:
+        self.run, self.model, self.text, self.optimizer = run, model, text, optimizer
+        self.folder = run.folder / "checkpoints"
+        self.labels = label_columns(run.dataset)
+        self.best, self.stale = math.inf, 0
+
+    def save(self, step: int, scores: dict[str, float], score: float) -> None:
+        improved = score < self.best
+        if scores:
+            self.best, self.stale = min(score, self.best), 0 if improved else self.stale + 1
+        facts = {"step": step, "seed": self.run.settings.seed, "validation": scores, "size": self.run.recipe.model.size}
+        whole = Checkpoint(self.model, self.text, self.labels, training=facts)
+        if improved or not (self.folder / "best").exists():
+            checkpoints.save(whole, self.folder / "best")
+        checkpoints.save(whole, self.folder / "last")
+        state: dict[str, Tensor] = {"rng": torch.get_rng_state()}
+        for index, values in self.optimizer.state_dict()["state"].items():
+            state |= {f"{index}.{name}": torch.as_tensor(value).cpu().contiguous() for name, value in values.items()}
+        resume = {"step": step, "best": self.best if math.isfinite(self.best) else None, "stale": self.stale}
+        aside = self.run.folder / ".training_state.tmp"
+        save_file(state, aside, metadata={"resume": json.dumps(resume)})
+        aside.replace(self.run.folder / "training_state.safetensors")
+
+    def resume(self) -> int:
+        """Take up weights, optimizer and random state; returns the step to go on from."""
+        from safetensors import safe_open
+
+        path = self.run.folder / "training_state.safetensors"
+        if not path.exists():
+            return 0
+        with safe_open(path, "pt") as file:
+            resume = json.loads(file.metadata()["resume"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        loaded = checkpoints.load(self.folder / "last")
+        if loaded.training["step"] != resume["step"]:
+            raise PlaitError(f"{self.folder / 'last'} and {path} are of different steps. Delete {self.run.folder}.")
+        self.model.load_state_dict(loaded.model.state_dict())
+        torch.set_rng_state(tensors.pop("rng"))
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            index, key = name.split(".", 1)
+            state.setdefault(int(index), {})[key] = tensor
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        self.best, self.stale = math.inf if resume["best"] is None else resume["best"], resume["stale"]
+        return int(resume["step"])
+
+
+class _Log:
+    """`log.jsonl`, one object a line, and TensorBoard events where tensorboard is installed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = (folder / "log.jsonl").open("a", encoding="utf-8")
+        self.board: Any = None
+        with suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, step: int, split: str, losses: dict[str, float], rate: float = 0.0, lr: float = 0.0) -> None:
+        row: dict[str, Any] = {"step": step, "split": split, "time": time.time()}
+        row |= {f"loss/{name}": round(value, 5) for name, value in losses.items()}
+        if rate:
+            row |= {"tokens_per_second": round(rate), "learning_rate": lr}
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for name, value in row.items():
+                if name not in ("step", "split", "time"):
+                    self.board.add_scalar(f"{split}/{name}", value, step)
+
+    def close(self) -> None:
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
