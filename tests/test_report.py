@@ -140,7 +140,7 @@ def test_the_page_is_whole_escaped_and_needs_no_network(tmp_path: Path) -> None:
     assert all(a.startswith(("data:image/png;base64,", "data:audio/wav;base64,", "#")) for a in checker.addresses)
     assert checker.seen.count("audio") == 5
     assert checker.seen.count("svg") >= 3
-    for wanted in ("98.9 %", "± 1.2", "broken", "gap", "image → en", "1,000,000", "nearest", "class 4"):
+    for wanted in ("98.9 %", "±&nbsp;1.2", "broken", "gap", "image → en", "1,000,000", "nearest", "class 4"):
         assert wanted in page
 
 

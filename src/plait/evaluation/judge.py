@@ -107,9 +107,10 @@ def fit_classifier(
 
     The same seed and `steps` give the same classifier. Without `steps`, five timed ones choose how many fit into
     `seconds` of wall time, 100 at least and 40 passes at most; the number is kept in the result. `augment` makes
-    features anew from the samples' indices; without it, samples are shifted a little.
+    features anew from the samples' indices, and `features` may then be those of a few samples, to set the scale;
+    without it, samples are shifted a little.
     """
-    began = time.perf_counter()
+    began, n = time.perf_counter(), len(labels)
     device = device or torch.device("cpu")
     augment = augment or _shifted(features)
     mean, scale = float(features.mean()), max(float(features.std()), 1e-3)
@@ -126,10 +127,10 @@ def fit_classifier(
                     parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         return network, torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.02)
 
-    batch = min(BATCH, len(features))
+    batch = min(BATCH, n)
 
     def step(network: _Network, optimizer: torch.optim.AdamW, number: int) -> None:
-        rows = _rows(seed, number, batch, len(features))
+        rows = _rows(seed, number, batch, n)
         draw = torch.from_numpy(uniform(seed, 3, number, rows[:, None], np.arange(8)))
         x = (augment(rows, draw).to(device) - mean) / scale
         loss = F.cross_entropy(network(x.contiguous(memory_format=torch.channels_last)), targets[rows].to(device))
@@ -148,7 +149,7 @@ def fit_classifier(
                 took.append(time.perf_counter() - start)
             # The fastest step is what the machine can do; the others met other work.
             left = (seconds - (time.perf_counter() - began)) / (1.15 * min(took))
-            steps = max(min(int(left), 40 * -(-len(features) // batch)) // 10 * 10, FEWEST)
+            steps = max(min(int(left), 40 * -(-n // batch)) // 10 * 10, FEWEST)
         network, optimizer = build()
         network.train()
         torch.manual_seed(seed)

@@ -460,8 +460,8 @@ grid-template-columns:repeat(auto-fill,minmax(10.5rem,1fr))}
 font-variant-numeric:tabular-nums;line-height:1.25}.bar .fill{fill:var(--train);opacity:.4}.line{stroke:var(--ink);
 stroke-width:1.5;fill:none}.line.chance{stroke:var(--dim);stroke-dasharray:2 2}.line.baseline{stroke:var(--val);
 stroke-width:2}.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(19rem,1fr));gap:1rem}.panel{margin:0;
-background:var(--soft);border-radius:.6rem;padding:.7rem}.panel svg{width:100%;height:auto;display:block}.panel figcaption{
-max-width:none}.panel text{
+background:var(--soft);border-radius:.6rem;padding:.7rem}.panel svg{width:100%;height:auto;display:block}
+.panel figcaption{max-width:none}.panel text{
 font-size:11px;fill:var(--dim)}.grid{stroke:var(--edge);fill:none}.curve{fill:none;stroke-width:1.8;
 stroke-linejoin:round}.curve.train{stroke:var(--train)}.curve.val{stroke:var(--val)}.key{display:inline-block;width:.8em;
 height:.22em;vertical-align:middle;margin-right:.35em;border-radius:1px}.key.train{background:var(--train)}
@@ -482,7 +482,8 @@ background:var(--soft);border-radius:.4rem;padding:.3rem}pre{background:var(--so
 overflow-x:auto;font-size:.82rem;max-height:26rem}@media(max-width:40rem){.row{flex-direction:column;
 align-items:flex-start}.head{flex:none}.tip,.figures td:nth-child(4),.figures th:nth-child(4),
 .figures td:nth-child(7),.figures th:nth-child(7){display:none}.figures th:nth-child(3){width:25%}
-.cards{grid-template-columns:repeat(auto-fill,minmax(9rem,1fr))}.card{padding:.5rem .7rem}body{padding:1rem .7rem}td,th{padding:.25rem .4rem}}
+.cards{grid-template-columns:repeat(auto-fill,minmax(9rem,1fr))}.card{padding:.5rem .7rem}
+body{padding:1rem .7rem}td,th{padding:.25rem .4rem}}
 """
 
 
