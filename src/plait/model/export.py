@@ -46,7 +46,7 @@ def export_transformers(checkpoint: Checkpoint, folder: Path) -> str:
         write_json(aside / "generation_config.json", _generation(checkpoint, size))
         save_file(_tensors(model, family, size), aside / "model.safetensors", metadata={"format": "pt"})
         write_atomic(aside / "tokenizer.json", tokenizer)
-        write_json(aside / "tokenizer_config.json", _tokenizer_config(model, names))
+        write_json(aside / "tokenizer_config.json", _tokenizer_config(checkpoint, names))
         write_atomic(aside / "README.md", _card(checkpoint, f"a causal language model of type `{family}`"))
     return family
 
@@ -214,7 +214,8 @@ def extended_tokenizer(checkpoint: Checkpoint) -> tuple[str, dict[str, str]]:
     return result, names
 
 
-def _tokenizer_config(model: Multimodal, names: dict[str, str]) -> dict[str, Any]:
+def _tokenizer_config(checkpoint: Checkpoint, names: dict[str, str]) -> dict[str, Any]:
+    model = checkpoint.model
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": model.config.backbone.max_length,
@@ -224,9 +225,9 @@ def _tokenizer_config(model: Multimodal, names: dict[str, str]) -> dict[str, Any
     }
     if names:
         config["pad_token"] = names[PAD]
-        if model.vocabulary.end_id is None:
-            config["eos_token"] = names[END]
-    return config
+    end_id = model.vocabulary.end_id
+    end = names.get(END) if end_id is None else checkpoint.text.tokenizer.id_to_token(end_id)
+    return config | ({} if end is None else {"eos_token": end})
 
 
 def _card(checkpoint: Checkpoint, what: str) -> str:

@@ -1,0 +1,500 @@
+"""Import and export against transformers itself, on tiny models with random weights made on the spot."""
+
+import json
+import os
+import shutil
+import socket
+import struct
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from plait.modalities.base import Vocabulary
+from plait.modalities.text import Text
+from plait.model import checkpoint as own
+from plait.model import huggingface
+from plait.model.checkpoint import Checkpoint
+from plait.model.export import export_onnx, export_transformers
+from plait.model.multimodal import ModelConfig, Multimodal
+from plait.model.transformer import KVCache, TransformerConfig, View
+from plait.runtime import PlaitError
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+transformers = pytest.importorskip("transformers", reason="pip install plait[huggingface]")
+
+WORDS = ["the cat sat on the mat", "a red heart in a green field", "twelve quick foxes jump", "naïve façade, 東京"] * 4
+SIZE = 320
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+SMALL = {
+    "vocab_size": SIZE,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": 256,
+}
+GPT2 = {
+    "vocab_size": SIZE, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 512, "initializer_range": 0.2,
+    "eos_token_id": 256, "bos_token_id": None,
+}  # fmt: skip
+CASES = {
+    "gpt2": ("GPT2", {**GPT2}),
+    "gpt2-untied": ("GPT2", {**GPT2, "tie_word_embeddings": False, "activation_function": "gelu", "n_inner": 96}),
+    "llama": ("Llama", {**SMALL, "num_key_value_heads": 2, "rope_parameters": LLAMA3}),
+    "llama-tied": ("Llama", {**SMALL, "tie_word_embeddings": True, "attention_bias": True, "head_dim": 16}),
+    "qwen3": ("Qwen3", {**SMALL, "num_key_value_heads": 1, "head_dim": 16, "attention_bias": True}),
+    "qwen3-tied": (
+        "Qwen3",
+        {**SMALL, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True,
+         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    ),
+}  # fmt: skip
+
+
+def make_tokenizer() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(WORDS, trainer)
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    return tokenizer
+
+
+def randomise(model: torch.nn.Module, seed: int) -> None:
+    """Also norms and biases, which start as ones and zeros and would hide a wrong place."""
+    draw = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "ln_" in name or name.endswith("bias"):
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=draw)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    found = {}
+    tokenizer = make_tokenizer()
+    for seed, (name, (kind, settings)) in enumerate(CASES.items()):
+        torch.manual_seed(seed)
+        config = getattr(transformers, f"{kind}Config")(**settings)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        randomise(model, seed)
+        found[name] = tmp_path_factory.mktemp("models") / name
+        model.save_pretrained(found[name], max_shard_size="60KB" if name == "llama" else "1GB")
+        tokenizer.save(str(found[name] / "tokenizer.json"))
+    return found
+
+
+@pytest.fixture(scope="session")
+def theirs(folders):
+    return {name: transformers.AutoModelForCausalLM.from_pretrained(folder).eval() for name, folder in folders.items()}
+
+
+def our_logits(model: Multimodal, ids: torch.Tensor, **more) -> torch.Tensor:
+    hidden = model.backbone(torch.nn.functional.embedding(ids, model.rows.table()), **more)
+    return model.logits(hidden)
+
+
+def greedy(model: Multimodal, ids: list[int], count: int) -> list[int]:
+    """With a cache, over the text's ids, as a plain causal language model goes on."""
+    config = model.config.backbone
+    cache = KVCache(config, 1, len(ids) + count, torch.device("cpu"), torch.float32)
+    found, new = list(ids), torch.tensor([ids])
+    with torch.inference_mode():
+        for _ in range(count):
+            view = View(cache, torch.tensor([0]), torch.tensor([new.shape[1]]), new.shape[1])
+            new = our_logits(model, new, view=view)[:, -1:, : model.vocabulary.text].argmax(-1)
+            found.append(int(new))
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_import_gives_their_logits_and_their_text(name, folders, theirs):
+    start = time.monotonic()
+    checkpoint = huggingface.load(folders[name])
+    assert time.monotonic() - start < 5
+    model, reference = checkpoint.model, theirs[name]
+    vocabulary = model.vocabulary
+    assert (vocabulary.text, vocabulary.end, model.config.space, vocabulary.columns) == (SIZE, 256, 0, {})
+    draw = torch.Generator().manual_seed(1)
+    lengths = torch.tensor([150, 61, 1])
+    ids = torch.randint(SIZE, (3, 150), generator=draw)
+    mask = torch.arange(150) < lengths[:, None]
+    with torch.inference_mode():
+        wanted = reference(ids, attention_mask=mask.long()).logits
+        got = our_logits(model, ids)[..., :SIZE]
+        assert (got - wanted)[mask].abs().max() < 1e-4
+
+        # The same through a cache, in three uneven steps, the rows being of different lengths.
+        cache = KVCache(model.config.backbone, 3, 160, torch.device("cpu"), torch.float32)
+        rows, at, steps = torch.arange(3), torch.zeros(3, dtype=torch.long), []
+        for step in (40, 1, 109):
+            count = (lengths - at).clamp(0, step)
+            take = (at[:, None] + torch.arange(step)).clamp(max=149)
+            out = our_logits(model, ids.gather(1, take), view=View(cache, rows, count, step))[..., :SIZE]
+            real = torch.arange(step) < count[:, None]
+            steps.append((out - wanted.gather(1, take[..., None].expand_as(out)))[real].abs().max())
+            at += count
+        assert max(steps) < 1e-4
+
+    prompt = checkpoint.text.encode("the cat")
+    options = {"max_new_tokens": 200, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    wanted_ids = reference.generate(torch.tensor([prompt]), **options)[0].tolist()
+    assert greedy(model, prompt, 200) == wanted_ids
+    assert checkpoint.text.decode(wanted_ids) == checkpoint.text.tokenizer.decode(wanted_ids, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
+def test_an_import_is_saved_read_and_given_back(name, folders, theirs, tmp_path):
+    checkpoint = huggingface.load(folders[name])
+    own.save(checkpoint, tmp_path / "ours")
+    again = huggingface.load(tmp_path / "ours")  # also this front door reads our own folders
+    export_transformers(again, tmp_path / "back")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    for tensor, value in theirs[name].state_dict().items():
+        assert torch.equal(back.pop(tensor, theirs[name].get_input_embeddings().weight), value), tensor
+    assert not back
+
+
+def test_older_spellings_are_read(folders, tmp_path):
+    """transformers 4 wrote rope_theta and rope_scaling; OpenAI's GPT-2 has no prefix, and constants among weights."""
+    old = shutil.copytree(folders["llama"], tmp_path / "llama")
+    config = json.loads((old / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": {**rope, "type": rope.pop("rope_type")}}
+    (old / "config.json").write_text(json.dumps(config))
+    first, second = huggingface.load(folders["llama"]), huggingface.load(old)
+    assert torch.equal(first.model.backbone.frequencies, second.model.backbone.frequencies)
+
+    old = shutil.copytree(folders["gpt2"], tmp_path / "gpt2")
+    tensors = {k.removeprefix("transformer."): v for k, v in load_file(old / "model.safetensors").items()}
+    tensors |= {"h.0.attn.bias": torch.ones(1, 1, 4, 4), "lm_head.weight": tensors["wte.weight"].clone()}
+    save_file({k: v.half() for k, v in tensors.items()}, old / "model.safetensors")
+    model = huggingface.load(old).model
+    ids = torch.arange(40)[None]
+    assert (our_logits(model, ids) - our_logits(huggingface.load(folders["gpt2"]).model, ids)).abs().max() < 0.1
+
+
+# --- what must be refused -----------------------------------------------------------------------------------------
+
+
+def edit_config(folder: Path, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def edit_tensors(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def cut(folder: Path, keep: float) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: int(len(data) * keep)])
+
+
+def lie(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 60) + data[8:])
+
+
+def only_bin(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def only_slow(folder: Path) -> None:
+    (folder / "tokenizer.json").rename(folder / "vocab.json")
+
+
+NORM = "model.norm.weight"
+BAD = {
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json does not exist"),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json must hold an object"),
+    "architecture": (lambda f: edit_config(f, model_type="mamba"), "unknown architecture 'mamba'"),
+    "no architecture": (lambda f: edit_config(f, model_type=None), "unknown architecture None"),
+    "quantised": (lambda f: edit_config(f, quantization_config={"bits": 4}), "quantised"),
+    "rope": (lambda f: edit_config(f, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "'yarn'"),
+    "rope number": (lambda f: edit_config(f, rope_parameters={"rope_theta": "big"}), "rope_theta is 'big'"),
+    "llama3 rope": (lambda f: edit_config(f, rope_parameters={"rope_type": "llama3"}), "factor is None"),
+    "window": (lambda f: edit_config(f, use_sliding_window=True), "use_sliding_window"),
+    "layer types": (lambda f: edit_config(f, layer_types=["sliding_attention"] * 2), "sliding_attention"),
+    "activation": (lambda f: edit_config(f, hidden_act="relu"), "hidden_act"),
+    "width": (lambda f: edit_config(f, hidden_size=-5), "hidden_size is -5"),
+    "width is text": (lambda f: edit_config(f, hidden_size="48"), "hidden_size is '48'"),
+    "heads": (lambda f: edit_config(f, num_key_value_heads=3), "multiple of kv_heads"),
+    "layers": (lambda f: edit_config(f, num_hidden_layers=10**9), "layers cannot be meant"),
+    "end": (lambda f: edit_config(f, eos_token_id=99_999), "eos_token_id is 99999"),
+    "another width": (lambda f: edit_config(f, intermediate_size=81), "mlp.gate_proj.weight has shape"),
+    "missing": (lambda f: edit_tensors(f, lambda t: t.pop(NORM)), f"lacks tensor {NORM}"),
+    "extra": (lambda f: edit_tensors(f, lambda t: t.update({"odd": torch.ones(2)})), "unknown tensor model.odd"),
+    "misshapen": (lambda f: edit_tensors(f, lambda t: t.update({NORM: torch.ones(7)})), f"{NORM} has shape"),
+    "integers": (lambda f: edit_tensors(f, lambda t: t.update({NORM: t[NORM].to(torch.int8)})), "is of type I8"),
+    "not finite": (lambda f: edit_tensors(f, lambda t: t[NORM].fill_(torch.nan)), f"{NORM} holds values"),
+    "cut in the data": (lambda f: cut(f, 0.7), "model.safetensors is damaged"),
+    "cut in the header": (lambda f: cut(f, 0.001), "model.safetensors is damaged"),
+    "empty": (lambda f: cut(f, 0), "model.safetensors is damaged"),
+    "header length": (lie, "model.safetensors is damaged"),
+    "pickle": (only_bin, "pytorch_model.bin, a format that can run code"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
+    "slow tokenizer": (only_slow, "only a slow tokenizer"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+    "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json is not a tokenizer"),
+    "sampling": (
+        lambda f: (f / "generation_config.json").write_text('{"do_sample": true, "top_p": "x"}'),
+        "generation_config.json is wrong",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_bad_folders_are_refused_by_name(fault, folders, tmp_path):
+    spoil, message = BAD[fault]
+    folder = shutil.copytree(folders["qwen3"], tmp_path / "spoilt")
+    spoil(folder)
+    start = time.monotonic()
+    with pytest.raises(PlaitError) as error:
+        huggingface.load(folder)
+    assert message in str(error.value) and str(folder) in str(error.value)
+    assert time.monotonic() - start < 5
+
+
+def test_bad_shards_are_refused_by_name(folders, tmp_path):
+    folder = shutil.copytree(folders["llama"], tmp_path / "sharded")
+    index = folder / "model.safetensors.index.json"
+    whole = index.read_text()
+    shards = json.loads(whole)["weight_map"]
+    assert len(set(shards.values())) > 2
+    first, last = sorted(set(shards.values()))[0], sorted(set(shards.values()))[-1]
+    for text, message in [
+        ("[]", "has no weight_map"),
+        (whole.replace(last, "../" + last), "not a file of this folder"),
+        (whole.replace(last, "lost.safetensors"), "lost.safetensors is missing"),
+        (json.dumps({"weight_map": dict.fromkeys(shards, first)}), f"{first} lacks tensor"),
+    ]:
+        index.write_text(text)
+        with pytest.raises(PlaitError, match=message):
+            huggingface.load(folder)
+    index.write_text(whole)
+    (folder / last).write_bytes((folder / last).read_bytes()[:-1])
+    with pytest.raises(PlaitError, match=f"{last} is damaged"):
+        huggingface.load(folder)
+
+
+def test_a_tied_head_that_differs_is_refused(folders, tmp_path):
+    folder = shutil.copytree(folders["gpt2"], tmp_path / "gpt2")
+    edit_tensors(folder, lambda t: t.update({"lm_head.weight": torch.zeros(SIZE, 48)}))
+    with pytest.raises(PlaitError, match="tie_word_embeddings"):
+        huggingface.load(folder)
+
+
+def test_an_unreachable_name_fails_fast(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
+        for address in (f"http://127.0.0.1:{silent.getsockname()[1]}", "http://127.0.0.1:1"):
+            monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+            start = time.monotonic()
+            with pytest.raises(PlaitError, match=r"'nobody/nothing' is not a local folder.*cannot be reached"):
+                huggingface.load("nobody/nothing")
+            assert time.monotonic() - start < 5
+    (tmp_path / "file").write_text("")
+    for name, message in [("./no/such/folder", "no folder"), ("a--b", "not a name"), (tmp_path / "file", "is a file")]:
+        with pytest.raises(PlaitError, match=message):
+            huggingface.load(name)
+
+
+# --- growing ------------------------------------------------------------------------------------------------------
+
+COLUMNS = {"image": "image", "en": "text", "audio": "audio"}
+LEVELS = {"image": [4, 3], "audio": [5, 3]}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3-tied"])
+def test_extending_keeps_the_old_model_and_adds_middling_rows(name, folders):
+    torch.manual_seed(0)
+    source = huggingface.load(folders[name])
+    old = source.model
+    wide = Vocabulary(text=SIZE, columns=COLUMNS, levels=LEVELS, closers=["audio"], end_id=256)
+    settings = {"image": {"levels": LEVELS["image"]}, "audio": {"levels": LEVELS["audio"]}}
+    config = ModelConfig(
+        backbone=old.config.backbone, vocabulary=wide, space=16, tied=old.config.tied, modalities=settings
+    )
+    grown = huggingface.extend(source, config)
+    ids = torch.arange(60)[None]
+    with torch.inference_mode():
+        logits = our_logits(grown, ids)
+        assert torch.equal(logits[..., :SIZE], our_logits(old, ids)[..., :SIZE])
+    for rows in [grown.rows] if old.config.tied else [grown.rows, grown.head]:
+        table, known = rows.table(), rows.free[:SIZE]
+        new = table[SIZE:]
+        assert new.std(0).min() > 0 and (new.mean(0) - known.mean(0)).abs().max() < 0.5 * known.std()
+        assert new.std(0).mean() < known.std(0).mean()
+
+    # What was grown can be grown again: rows go with their names, not with their ids.
+    swapped = config.model_copy(
+        update={
+            "vocabulary": wide.model_copy(
+                update={"columns": {"de": "text", **COLUMNS}, "levels": {"audio": [5, 3], "image": [6, 3]}}
+            ),
+            "modalities": {"audio": settings["audio"], "image": {"levels": [6, 3]}},
+        }
+    )
+    again = huggingface.extend(grown, swapped)
+    start, stop = swapped.vocabulary.spaces["audio"]
+    first, last = wide.spaces["audio"]
+    assert torch.equal(again.rows.space("audio"), grown.rows.space("audio")) and stop - start == last - first
+    assert torch.equal(again.rows.free[swapped.vocabulary.opener("en")], grown.rows.free[wide.opener("en")])
+    assert torch.equal(again.project.weight, grown.project.weight)
+    for key, value in grown.modalities["audio"].state_dict().items():
+        assert torch.equal(again.modalities["audio"].state_dict()[key], value)
+
+
+def test_extending_refuses_another_backbone_or_vocabulary(folders):
+    source = huggingface.load(folders["gpt2-untied"])
+    config = source.model.config
+    for change, message in [
+        ({"backbone": config.backbone.model_copy(update={"layers": 3})}, "layers is 2, the recipe's 3"),
+        ({"backbone": config.backbone.model_copy(update={"max_length": 600})}, "512 positions"),
+        ({"vocabulary": config.vocabulary.model_copy(update={"text": 400})}, "text vocabulary"),
+        ({"tied": True}, "head of its own"),
+    ]:
+        with pytest.raises(PlaitError, match=message):
+            huggingface.extend(source, config.model_copy(update=change))
+
+
+# --- export -------------------------------------------------------------------------------------------------------
+
+SWITCHES = {
+    "qwen3": {},
+    "llama": {"qk_norm": False, "qkv_bias": True},
+    "llama-bias": {"qk_norm": False, "bias": True,
+                   "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}},
+    "gpt2": {"position": "learned", "norm": "layer", "activation": "gelu_tanh", "qk_norm": False, "kv_heads": 4,
+             "head_width": 12},
+    "gpt2-bias": {"position": "learned", "norm": "layer", "activation": "gelu", "qk_norm": False, "kv_heads": 4,
+                  "head_width": 12, "qkv_bias": True, "bias": True},
+}  # fmt: skip
+
+
+def make_plait(switches: dict, tied: bool = False) -> Checkpoint:
+    torch.manual_seed(3)
+    text = Text.train(WORDS, 300)
+    backbone = TransformerConfig(
+        **{
+            "width": 48,
+            "layers": 2,
+            "heads": 4,
+            "kv_heads": 2,
+            "head_width": 16,
+            "hidden": 80,
+            "max_length": 256,
+            **switches,
+        }
+    )
+    vocabulary = Vocabulary(text=text.size, columns=COLUMNS, levels=LEVELS, closers=["audio"])
+    settings = {"image": {"levels": LEVELS["image"]}, "audio": {"levels": LEVELS["audio"]}}
+    model = Multimodal(
+        ModelConfig(backbone=backbone, vocabulary=vocabulary, space=16, tied=tied, modalities=settings)
+    ).eval()
+    randomise(model.backbone, 5)
+    return Checkpoint(model, text)
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_plain_transformers_runs_what_we_trained(name, tied, tmp_path):
+    checkpoint = make_plait(SWITCHES[name], tied)
+    model, vocabulary = checkpoint.model, checkpoint.model.vocabulary
+    assert export_transformers(checkpoint, tmp_path / "out") == name.split("-")[0]
+    assert "not pixels or sound" in (tmp_path / "out" / "README.md").read_text()
+    reader = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert reader.config.vocab_size == vocabulary.size and reader.dtype is torch.float32
+    ids = torch.randint(vocabulary.size, (2, 120), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert (reader(ids).logits - our_logits(model, ids)).abs().max() < 1e-4
+
+    prompt = [*checkpoint.text.encode("the cat"), vocabulary.opener("image")]
+    transformers.set_seed(0)
+    out = reader.generate(torch.tensor([prompt]), max_new_tokens=200, min_new_tokens=200)[0].tolist()
+    assert len(out) == len(prompt) + 200 and max(out) < vocabulary.size and vocabulary.pad not in out
+
+    # And what it wrote comes back through our own door.
+    back = huggingface.load(tmp_path / "out").model
+    with torch.inference_mode():
+        assert (our_logits(back, ids)[..., : vocabulary.size] - our_logits(model, ids)).abs().max() < 1e-4
+
+
+def test_the_exported_tokenizer_has_our_ids_and_plain_user_text(tmp_path, folders):
+    checkpoint = make_plait({})
+    vocabulary, text = checkpoint.model.vocabulary, checkpoint.text
+    export_transformers(checkpoint, tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert len(tokenizer) == vocabulary.size
+    names = vocabulary.names()
+    assert tokenizer.convert_tokens_to_ids(names) == list(range(vocabulary.text, vocabulary.size))
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (vocabulary.end, vocabulary.pad)
+    for sample in [*WORDS, "e\u0301 <|image|> <|image:3|> <|endoftext|>", "<|/audio|>", " "]:
+        assert tokenizer(sample).input_ids == text.encode(sample)
+        assert max(tokenizer(sample).input_ids) < vocabulary.text
+        assert tokenizer.decode(text.encode(sample)) == text.decode(text.encode(sample))
+
+    # An import whose tokenizer is shorter than its vocabulary, and has an end token of its own.
+    source = huggingface.load(folders["gpt2"])
+    wide = Vocabulary(text=SIZE, columns={"image": "image"}, levels={"image": [4, 3]}, closers=[], end_id=256)
+    backbone = source.model.config.backbone
+    settings = {"image": {"levels": [4, 3]}}
+    config = ModelConfig(backbone=backbone, vocabulary=wide, space=0, tied=True, modalities=settings)
+    export_transformers(Checkpoint(huggingface.extend(source, config), source.text), tmp_path / "grown")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "grown")
+    assert len(tokenizer) == wide.size and tokenizer.convert_tokens_to_ids("<|image|>") == wide.opener("image")
+    assert tokenizer.convert_tokens_to_ids("<|plait:endoftext|>") == SIZE
+    assert tokenizer.convert_tokens_to_ids("<|image:11|>") == wide.size - 1
+
+
+def test_what_no_architecture_computes_is_refused(tmp_path):
+    for switches, message in [
+        ({"norm": "layer"}, "position rotary, norm layer"),
+        ({"bias": True}, "Qwen3's feed-forward"),
+        ({"position": "learned", "norm": "layer", "activation": "gelu"}, "no qk_norm"),
+        ({"position": "learned", "norm": "layer", "activation": "gelu", "qk_norm": False}, "grouped heads"),
+        ({"qk_norm": False, "heads": 5, "kv_heads": 1}, "multiple of heads"),
+    ]:
+        checkpoint = make_plait(switches)
+        for name, parameter in checkpoint.model.named_parameters():
+            if name.endswith("bias"):
+                parameter.data += 0.1
+        with pytest.raises(PlaitError, match=message):
+            export_transformers(checkpoint, tmp_path / "out")
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("switches", [{}, SWITCHES["gpt2"], {"norm": "layer", "activation": "gelu", "qk_norm": False}])
+def test_onnx_gives_the_same_logits(switches, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install plait[onnx]")
+    checkpoint = make_plait(switches)
+    assert export_onnx(checkpoint, tmp_path / "out") < 1e-4
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
+    for shape in [(1, 3), (4, 90), (2, 256)]:
+        ids = torch.randint(checkpoint.model.vocabulary.size, shape)
+        with torch.inference_mode():
+            wanted = our_logits(checkpoint.model, ids).numpy()
+        assert abs(session.run(None, {"input_ids": ids.numpy()})[0] - wanted).max() < 1e-4
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
