@@ -98,8 +98,11 @@ def test_png_and_wav_come_back() -> None:
     assert soundfile.info(io.BytesIO(encode_wav(wave, 8000))).frames == len(wave)
 
 
-@pytest.mark.parametrize(("form", "subtype"), [("WAV", "PCM_16"), ("WAV", "FLOAT"), ("WAV", "ULAW"), ("RF64", "PCM_24"),
-                                               ("FLAC", None), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", None)])  # fmt: skip
+_SOUND = [("WAV", "PCM_16"), ("WAV", "FLOAT"), ("WAV", "ULAW"), ("RF64", "PCM_24"), ("FLAC", None),
+          ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", None)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("form", "subtype"), _SOUND)
 def test_every_sound_format_is_read_as_mono(form: str, subtype: str | None) -> None:
     wave = tone(16000)
     data = sound(np.stack([wave, wave], 1), 16000, form, subtype)

@@ -260,6 +260,51 @@ def test_nothing_to_read(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists() and not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
+def test_a_mapped_split_column_and_val_from_train(tmp_path: Path) -> None:
+    rows = [{"text": f"t{n}", "part": "train" if n < 300 else "test"} for n in range(330)]
+    dataset, _ = made(put(tmp_path / "t.jsonl", lines(*rows)), tmp_path / "out", column_map={"split": "part"})
+    counts = dataset.manifest.counts
+    assert counts["test"] == 30 and 10 <= counts["val"] <= 60 and dataset.columns == {"text": "text"}
+    assert not {f"t{n}" for n in range(300, 330)} & {
+        dataset.record(int(n)).parts["text"] for n in dataset.indices("val")
+    }
+
+
+_PARQUET = io.BytesIO()
+pq.write_table(pa.table({"text": ["a", "b"] * 20, "n": [1, 2] * 20}), _PARQUET)
+_FILES = {
+    "t.csv": b'file,text\na.png,"x\ny"\nb,2\n,,\n',
+    "t.jsonl": b'{"id":1,"text":"a"}\n{"id":2,"image":{"bytes":null,"path":"x.png"}}\n[1]\n',
+    "t.json": b'[{"a":1},{"b":[1,{"c":null}]}]',
+    "t.jsonl.gz": gzip.compress(b'{"a":1}\n' * 9),
+    "t.parquet": _PARQUET.getvalue(),
+    "t.txt": b"hello\nworld\n",
+    "train-images-idx3-ubyte": b"\0\0\x08\x03" + struct.pack(">III", 2, 2, 2) + b"12345678",
+}
+_EDITS = st.tuples(
+    st.floats(0, 1),
+    st.sampled_from([b"\xff", b"\0", b"NaN", b'"', b"{", b"[", b"\\ud800", b"9" * 400, b",", b"\n", b"\r"]),
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.sampled_from(sorted(_FILES)), st.lists(_EDITS, max_size=4), st.floats(0, 1))
+def test_damaged_files_end_in_a_dataset_or_an_error_for_people(
+    tmp_path_factory: pytest.TempPathFactory, name: str, edits: list[tuple[float, bytes]], keep: float
+) -> None:
+    data = bytearray(_FILES[name])
+    for place, value in edits:
+        at = int(place * len(data))
+        data[at : at + (len(value) == 1)] = value
+    folder = tmp_path_factory.mktemp("damaged")
+    put(folder / "in" / name, bytes(data[: max(1, int(len(data) * max(keep, 0.5)))]))
+    try:
+        dataset, _ = made(folder / "in", folder / "out", workers=0)
+        assert len(list(dataset.iterate())) == len(dataset)
+    except PlaitError as error:
+        assert len(str(error)) < 600
+
+
 def test_damage_of_a_dataset_is_found(tmp_path: Path) -> None:
     prepare(put(tmp_path / "a.jsonl", lines(*({"text": str(n)} for n in range(50)))), tmp_path / "out")
     shard = tmp_path / "out/train-00000.parquet"

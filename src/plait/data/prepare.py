@@ -19,9 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from plait.data.dataset import VERSION, Lengths, Manifest, Shard
-from plait.data.media import LIMITS, Checker, MediaError
-from plait.data.preview import Example, report
-from plait.data.readers import (
+from plait.data.files import (
     ARCHIVE_SUFFIXES,
     TABLE_SUFFIXES,
     Found,
@@ -30,11 +28,13 @@ from plait.data.readers import (
     Plan,
     Rejected,
     Tree,
-    plan,
     rejected,
     scan,
     suffix_of,
 )
+from plait.data.media import LIMITS, Checker, MediaError
+from plait.data.preview import Example, report
+from plait.data.readers import plan
 from plait.data.record import SPLITS, text_fault
 from plait.runtime import PlaitError, key_of, publish_folder, read_json, sha256_file, threads, write_json
 
@@ -376,7 +376,9 @@ def _unused(tree: Tree, columns: dict[str, str]) -> Iterator[Rejected]:
             reason = "no table names it"
         elif suffix == ".txt":
             reason = "a text that belongs to no medium of the same name"
-        elif suffix in (*TABLE_SUFFIXES, *ARCHIVE_SUFFIXES):
+        elif suffix in ARCHIVE_SUFFIXES:
+            reason = "an archive inside an archive is not opened"
+        elif suffix in TABLE_SUFFIXES:
             reason = "not read: it is no table of records, or names none of the media here"
         else:
             reason = "not a kind of file that is read"

@@ -18,8 +18,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from plait.data.media import AUDIO_SUFFIXES, IMAGE_SUFFIXES, sniff
-from plait.data.readers import (
+from plait.data.files import (
+    DAMAGED,
     TABLE_SUFFIXES,
     Found,
     Item,
@@ -27,15 +27,17 @@ from plait.data.readers import (
     Plan,
     Rejected,
     Tree,
-    _folder_split,
+    folder_split,
     open_text,
     suffix_of,
 )
-from plait.data.record import split_name, split_of_file
+from plait.data.media import AUDIO_SUFFIXES, IMAGE_SUFFIXES, sniff
+from plait.data.record import split_name, split_of_file, text_fault
 from plait.runtime import PlaitError
 
 ROLES = ("text", "image", "audio", "id", "split", "ignore", "each")
 _SAMPLE = 200
+_COLUMNS = 500
 _LINE = 64 << 20  # characters of one line of a table
 _PLAIN = {"file_name", "filename", "file", "path", "filepath", "file_path"}
 
@@ -66,14 +68,14 @@ def _not_a_number(text: str) -> float:
     raise ValueError(f"{text} is not a JSON number")
 
 
-def _rows(tree: Tree, name: str, columns: list[str] | None = None) -> Iterator[Row]:
+def _rows(tree: Tree, name: str) -> Iterator[Row]:
     """The rows of a table; a fault is a string in place of the cells, and the last row where it spoils the rest."""
     path, suffix = tree.files[name], suffix_of(name)
     line = 0
     try:
         if suffix == ".parquet":
             with pq.ParquetFile(path) as file:
-                for batch in file.iter_batches(batch_size=64, columns=columns):
+                for batch in file.iter_batches(batch_size=64):
                     for row in batch.to_pylist():
                         yield line, row
                         line += 1
@@ -109,7 +111,7 @@ def _rows(tree: Tree, name: str, columns: list[str] | None = None) -> Iterator[R
                     yield line, row if isinstance(row, dict) else "not an object with the columns' names"
     except UnicodeDecodeError as error:
         yield line + 1, f"not UTF-8 (byte {error.object[error.start]:#04x}); the rest of the file was not read"
-    except (OSError, EOFError, ValueError, RecursionError, TypeError, csv.Error, pa.ArrowException) as error:
+    except (*DAMAGED, RecursionError, TypeError, csv.Error, pa.ArrowException) as error:
         yield line + 1, f"damaged table: {' '.join(str(error).split())[:200]}; the rest of the file was not read"
 
 
@@ -124,14 +126,19 @@ def _is_table(tree: Tree, name: str) -> bool:
 
 def _given(name: str) -> str | None:
     stem = name.rpartition("/")[2].split(".")[0]
-    return split_of_file(stem) or _folder_split(name)
+    return split_of_file(stem) or folder_split(name)
 
 
-def _scan(tree: Tree, name: str) -> Table:
+def _split_column(column_map: dict[str, str]) -> str:
+    """The column that the user's map calls the split, else the one of that name."""
+    mapped = [left for left, right in column_map.items() if right.strip() == "split" and left not in ROLES]
+    return (column_map.get("split") or (mapped or ["split"])[0]).strip()
+
+
+def _scan(tree: Tree, name: str, split: str) -> Table:
     """One pass over a table: its columns, a sample of each, and its rows by given split."""
     table = Table(name)
     default = _given(name)
-    only: list[str] | None = None
     if suffix_of(name) == ".parquet":
         try:
             schema = pq.read_schema(tree.files[name])
@@ -139,7 +146,7 @@ def _scan(tree: Tree, name: str) -> Table:
             return table
         table.samples = {column: [] for column in schema.names}
         table.class_names = _class_names(schema)
-    for line, row in _rows(tree, name, only):
+    for line, row in _rows(tree, name):
         if isinstance(row, str):
             continue
         table.rows += 1
@@ -147,9 +154,9 @@ def _scan(tree: Tree, name: str) -> Table:
             values = table.samples.setdefault(key, [])
             if len(values) < _SAMPLE and value is not None and value != "":
                 values.append(_head(value))
-        given = row.get("split")
+        given = row.get(split)
         table.given[(split_name(given) if isinstance(given, str) else None) or default] += 1
-        if suffix_of(name) == ".parquet" and line + 1 == _SAMPLE and "split" not in table.samples:
+        if suffix_of(name) == ".parquet" and line + 1 == _SAMPLE and split not in table.samples:
             # The rest of a Parquet file is only counted: its media need not be read for that.
             total = pq.read_metadata(tree.files[name]).num_rows
             table.given[default] += total - table.rows
@@ -203,7 +210,7 @@ def _path_kinds(tree: Tree, table: str, column: str, values: list[Any]) -> set[s
 
 def _recognise(tree: Tree, table: str, column: str, values: list[Any]) -> str:
     """A column's role from its name and the sample of its values."""
-    if not column:
+    if not column or text_fault(column):
         return "ignore"
     if not values:
         return "text"
@@ -247,7 +254,8 @@ def plan_tables(tree: Tree, column_map: dict[str, str], labels: dict[str, list[s
 
     Raises PlaitError where the map or the labels do not fit, or two tables disagree about a column.
     """
-    tables = [_scan(tree, name) for name in list(tree.files) if _is_table(tree, name)]
+    split = _split_column(column_map)
+    tables = [_scan(tree, name, split) for name in list(tree.files) if _is_table(tree, name)]
     if not tables:
         return None
     known = {column for table in tables for column in table.samples}
@@ -263,7 +271,7 @@ def plan_tables(tree: Tree, column_map: dict[str, str], labels: dict[str, list[s
             table.columns[column] = Column(role, name, names)
             shown = name if role != "media" else "image, audio"
             notes.append(
-                f"{table.file}: {column or 'a column without a name'} -> "
+                f"{table.file}: {_printable(column) or 'a column without a name'} -> "
                 + (role if role in ("id", "split", "ignore") else f"{shown} ({'text' if role == 'each' else role})")
             )
             for target, kind in _targets(table.columns[column]).items():
@@ -272,6 +280,11 @@ def plan_tables(tree: Tree, column_map: dict[str, str], labels: dict[str, list[s
                         f"{table.file}: column '{column}' is {kind}, but '{target}' is {columns[target]} elsewhere. "
                         f"Give it another name: --map {kind}={column}:NAME."
                     )
+    if len(columns) > _COLUMNS:
+        raise PlaitError(
+            f"{tables[0].file}: {len(columns)} columns, more than {_COLUMNS}. If it is a table of records, leave some "
+            "columns out of it."
+        )
     unknown = set(labels) - known - set(columns)
     if unknown:
         raise PlaitError(f"Labels for '{sorted(unknown)[0]}': there is no such column. Columns: {', '.join(columns)}.")
@@ -289,9 +302,13 @@ def plan_tables(tree: Tree, column_map: dict[str, str], labels: dict[str, list[s
     for table in tables:
         lists = [v for key, c in table.columns.items() if c.role == "each" for v in table.samples[key]]
         many = sum(len(v) if isinstance(v, list) else 1 for v in lists) / len(lists) if lists else 1.0
-        given.update({split: round(count * many) for split, count in table.given.items()})
+        given.update({of: round(count * many) for of, count in table.given.items()})
     ordered = dict(sorted(columns.items(), key=lambda item: ("image", "audio", "text").index(item[1])))
     return Plan(ordered, given, read, list(dict.fromkeys(notes)))
+
+
+def _printable(name: str) -> str:
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _target(column: str, role: str, others: set[str]) -> str:
