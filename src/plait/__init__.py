@@ -1,0 +1,29 @@
+"""Plait: one model that reads and writes text, pictures and sound from your own files.
+
+import plait
+model = plait.load("runs/digits")
+model.generate("Hello, how are you?", max_length=50, num_return_sequences=5)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from plait.applications.model import Model, load
+    from plait.runtime import PlaitError
+
+__all__ = ["Model", "PlaitError", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when asked for: torch takes seconds, and `plait --help` should not.
+    if name in ("Model", "load"):
+        from plait.applications import model
+
+        return getattr(model, name)
+    if name == "PlaitError":
+        from plait.runtime import PlaitError
+
+        return PlaitError
+    raise AttributeError(f"module 'plait' has no attribute '{name}'")

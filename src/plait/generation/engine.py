@@ -25,6 +25,7 @@ from plait.model.transformer import KVCache, View
 from plait.runtime import Device, PlaitError, uniform
 
 PREFILL_TOKENS = 8192  # padded positions in one prefill
+GREEDY = Sampling(greedy=True)
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Request:
 
     context: Sequence
     space: str = "text"
-    sampling: Sampling = Sampling(greedy=True)
+    sampling: Sampling = GREEDY
     n: int = 1
     max_new_tokens: int | None = None  # None: as many as the context and the grammar have room for
     min_new_tokens: int = 0  # ids before the end becomes possible
@@ -239,10 +240,14 @@ class Engine:
         if not length:
             raise PlaitError("The prompt is empty. Give a prompt, or name the column to write.")
         if length > self.max_length:
-            raise PlaitError(f"The prompt takes {length} tokens; this model has room for {self.max_length}. Shorten it.")
+            raise PlaitError(
+                f"The prompt takes {length} tokens; this model has room for {self.max_length}. Shorten it."
+            )
         vocabulary = self.model.vocabulary
         if request.guidance != 1 and request.context.ids[-1] not in map(vocabulary.opener, vocabulary.columns):
-            raise PlaitError("Guidance needs a column to write: a prompt that is continued has no condition to leave out.")
+            raise PlaitError(
+                "Guidance needs a column to write: a prompt that is continued has no condition to leave out."
+            )
         room = self.max_length + 1 - length  # the last id is never read
         if room < span.least:
             raise PlaitError(

@@ -41,8 +41,11 @@ class Span:
 def spans(model: Multimodal) -> dict[str, Span]:
     """Space -> the grammar of a span in it."""
     vocabulary = model.vocabulary
-    # An end of our own is the first special token, right behind the text's ids; an imported one lies among them.
-    found = {"text": Span("text", 0, vocabulary.text + (vocabulary.end_id is None), vocabulary.end)}
+    # An end of our own is the first special token, right behind the text's ids; an imported one lies among them. A
+    # model without columns never learnt ours.
+    ours = vocabulary.end_id is None and bool(vocabulary.columns)
+    end = vocabulary.end if ours or vocabulary.end_id is not None else None
+    found = {"text": Span("text", 0, vocabulary.text + ours, end)}
     for name, modality in model.media.items():
         if name not in vocabulary.spaces:
             continue

@@ -105,8 +105,8 @@ class Batch:
             name: MediaBatch(*(getattr(part, f).to(device, non_blocking=True) for f in MediaBatch.__dataclass_fields__))
             for name, part in self.media.items()
         }
-        tensors = (t.to(device, non_blocking=True) for t in (self.tokens, self.targets, self.lengths))
-        return Batch(*tensors, media, self.spans)
+        tokens, targets, lengths = (t.to(device, non_blocking=True) for t in (self.tokens, self.targets, self.lengths))
+        return Batch(tokens, targets, lengths, media, self.spans)
 
 
 def collate(sequences: ListOf[Sequence], modalities: dict[str, MediaModality], pad: int) -> Batch:
@@ -208,7 +208,7 @@ class Multimodal(nn.Module):
         x = F.embedding(batch.tokens, self.rows.table() if table is None else table)
         flat = x.flatten(0, 1)
         for name, media in batch.media.items():
-            encoded = self.modalities[name].encoder(media.values, media.lengths).flatten(0, 1)
+            encoded = self.media[name].encoder(media.values, media.lengths).flatten(0, 1)
             flat = flat.index_copy(0, media.put, encoded[media.take].to(flat.dtype))
         return flat.view_as(x)
 
@@ -235,9 +235,9 @@ class Multimodal(nn.Module):
 
     def parameter_count(self) -> dict[str, int]:
         """Parameters by part."""
-        parts = {"backbone": self.backbone, "reading rows": self.rows}
+        parts: dict[str, nn.Module] = {"backbone": self.backbone, "reading rows": self.rows}
         if self.head is not None:
             parts["predicting rows"] = self.head
-        for name, modality in self.modalities.items():
+        for name, modality in self.media.items():
             parts |= {f"{name} encoder": modality.encoder, f"{name} codec": modality.codec}
         return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}

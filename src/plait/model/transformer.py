@@ -246,6 +246,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Embeddings (B, L, D) to hidden states (B, L, D) after the final norm."""
 
+    frequencies: Tensor  # radians a position, where positions are rotary
+
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config

@@ -1,0 +1,1 @@
+"""Chat, recognition, generation and search: thin, on top of generate() and embed()."""

@@ -1,0 +1,460 @@
+"""The model as its users meet it: generate, classify, embed, describe, transcribe, draw and speak."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+import numpy as np
+import torch
+from PIL import Image as PILImage
+
+from plait.data.media import MediaError, sniff
+from plait.generation import scoring
+from plait.generation.engine import Engine, Request, Written
+from plait.generation.sampling import Sampling
+from plait.modalities.base import MediaModality
+from plait.model import checkpoint as checkpoints
+from plait.model.checkpoint import Checkpoint
+from plait.model.multimodal import Sequence
+from plait.runtime import PlaitError, choose_device, read_json
+
+DEFAULT_NEW_TOKENS = 50  # of a continuation, where nothing else bounds it
+
+
+class Options(TypedDict, total=False):
+    """What every verb that generates takes; names and meanings are those of transformers."""
+
+    do_sample: bool | None  # None: where a setting of sampling is given, several results are asked for, or for media
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    guidance: float | None  # 1 is none; None is the checkpoint's default for the modality
+    seed: int
+    max_new_tokens: int | None
+    stop: str | list[str] | None
+
+
+def load(path: str | Path, device: str = "auto", precision: str = "auto") -> Model:
+    """The model of a run's folder (its best checkpoint, else its last), of a checkpoint's folder, or of a Hugging
+    Face name or folder. Raises PlaitError where there is none or it is damaged."""
+    folder = find_checkpoint(path)
+    chosen = choose_device(device, precision)
+    if folder is not None and read_json(folder / "config.json").get("model_type") == "plait":
+        return Model(checkpoints.load(folder), device, precision)
+    from plait.model import huggingface  # late: most models are our own
+
+    return Model(huggingface.load(str(folder or path), chosen.torch), device, precision)
+
+
+def find_checkpoint(path: str | Path) -> Path | None:
+    """The checkpoint folder that a path stands for; None where the path may be a name of the Hugging Face hub."""
+    folder = Path(path).expanduser()
+    if (folder / "config.json").is_file():
+        return folder
+    if (folder / "checkpoints").is_dir() or (folder / "run.json").is_file():
+        for name in ("best", "last"):
+            if (folder / "checkpoints" / name / "config.json").is_file():
+                return folder / "checkpoints" / name
+        raise PlaitError(f"{folder} holds no checkpoint yet. Let `plait train` reach its first one, or go on training.")
+    if folder.is_dir():
+        inside = "is empty" if not any(folder.iterdir()) else "holds neither a run nor a config.json"
+        raise PlaitError(f"{folder} {inside}. Name the folder of a run, or of a checkpoint in it.")
+    text = str(path)
+    local = folder.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1 or text.endswith("/")
+    if folder.exists():
+        raise PlaitError(f"{folder} is a file. Name the folder of a run or of a checkpoint.")
+    if local or ("/" in text and folder.parent.is_dir()) or folder.parts[:1] == ("runs",):
+        raise PlaitError(f"{folder} does not exist. Check the path; `plait train` writes runs.")
+    return None
+
+
+class Model:
+    """A checkpoint at work on a device. Inputs are a str, a PIL image, (waveform, rate), a pathlib.Path of a media
+    file, its bytes, or (column, any of these or a fitted sample) where the column matters."""
+
+    def __init__(self, checkpoint: Checkpoint, device: str = "auto", precision: str = "auto") -> None:
+        self.checkpoint = checkpoint
+        self.device = choose_device(device, precision)
+        checkpoint.model.eval().to(self.device.torch)
+        self.vocabulary = checkpoint.model.vocabulary
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The engine behind all verbs; made at first use, it keeps the weights' state of that moment."""
+        return Engine(self.checkpoint, self.device)
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Column -> modality, in the data's order; a model of plain text has none."""
+        return self.vocabulary.columns
+
+    @property
+    def labels(self) -> dict[str, list[str]]:
+        """Text column -> its few distinct values, where they are few."""
+        return self.checkpoint.labels
+
+    @property
+    def verbs(self) -> list[str]:
+        """What this model can do."""
+        kinds = set(self.columns.values())
+        needs = {
+            "classify": {"text"},
+            "describe": {"image", "text"},
+            "transcribe": {"audio", "text"},
+            "draw": {"image"},
+            "speak": {"audio"},
+        }
+        found = ["generate", *(verb for verb, need in needs.items() if need <= kinds)]
+        return found + (["embed"] if self.checkpoint.model.config.space else [])
+
+    # --- inputs -----------------------------------------------------------------------------------------------
+
+    def column(self, wanted: str | None, modality: str, verb: str) -> str:
+        """The column to use: the one asked for, which must be of this modality, or the first of its modality."""
+        if wanted is not None:
+            if wanted not in self.columns:
+                raise PlaitError(f"There is no column '{wanted}'. The columns are {', '.join(self.columns) or 'none'}.")
+            if self.columns[wanted] != modality:
+                raise PlaitError(f"Column '{wanted}' holds {self.columns[wanted]}, not {modality}.")
+            return wanted
+        for column, kind in self.columns.items():
+            if kind == modality:
+                return column
+        raise PlaitError(f"This model cannot {verb}: it has no {modality}. It can {', '.join(self.verbs)}.")
+
+    def context(self, parts: Any, column: str | None = None) -> Sequence:
+        """Parts in their order, and the opener of `column` where one is to be written next.
+
+        A part is an input as the class describes it. Raises PlaitError for a sound longer than the model's window.
+        """
+        sequence = Sequence()
+        for part in parts if isinstance(parts, list) else [parts]:
+            name, windows = self._windows(part)
+            if isinstance(windows, str):
+                sequence.read_ids(self.checkpoint.text.encode(windows), "text")
+                continue
+            if len(windows) > 1:
+                seconds = getattr(self._modality(name).settings, "seconds", "?")
+                raise PlaitError(
+                    f"The sound is longer than the {seconds} s that this model reads at once. Cut it; classify, embed "
+                    "and transcribe read longer ones in windows."
+                )
+            self._read(sequence, name, windows[0])
+        if column is not None:
+            if column not in self.columns:
+                raise PlaitError(f"There is no column '{column}'. The columns are {', '.join(self.columns) or 'none'}.")
+            sequence.read_ids([self.vocabulary.opener(column)])
+        return sequence
+
+    def _read(self, sequence: Sequence, column: str, sample: np.ndarray) -> Sequence:
+        vocabulary = self.vocabulary
+        return sequence.read_media(self._modality(column), vocabulary.opener(column), sample, vocabulary.pad)
+
+    def _modality(self, column: str) -> MediaModality:
+        return self.checkpoint.model.media[self.columns[column]]
+
+    def _windows(self, part: Any) -> tuple[str, list[np.ndarray] | str]:
+        """A part's column and its samples: usually one, several where a sound is long; a text stays a str."""
+        column = None
+        if isinstance(part, tuple) and len(part) == 2 and isinstance(part[0], str):
+            column, part = part
+            if column not in self.columns:
+                raise PlaitError(f"There is no column '{column}'. The columns are {', '.join(self.columns) or 'none'}.")
+            if isinstance(part, str) and self.columns[column] == "text":
+                return column, part
+            if isinstance(part, np.ndarray):
+                return column, [part]
+        if isinstance(part, str):
+            return "", part
+        kind, name = _kind(part)
+        column = self.column(column, kind, f"read {kind}")
+        try:
+            return column, self._modality(column).windows(part)
+        except MediaError as error:
+            raise PlaitError(f"{name}: {error}.") from error
+
+    def _alone(self, value: Any, limit: int) -> list[Sequence]:
+        """An input as the sequences that cover it, each with its span."""
+        column, windows = self._windows(value)
+        if not isinstance(windows, str):
+            return [self._read(Sequence(), column, sample) for sample in windows]
+        ids = self.checkpoint.text.encode(windows)
+        return [Sequence().read_ids(ids[i : i + limit], "text") for i in range(0, max(len(ids), 1), limit)]
+
+    def _opened(self, context: Sequence, column: str) -> Sequence:
+        """The context, ending with the column's opener."""
+        opener = self.vocabulary.opener(column)
+        if context.ids and context.ids[-1] == opener:
+            return context
+        copy = Sequence(list(context.ids), list(context.targets), list(context.media), list(context.spans))
+        return copy.read_ids([opener])
+
+    # --- generation -------------------------------------------------------------------------------------------
+
+    def request(self, context: Sequence, space: str, n: int = 1, **options: Unpack[Options]) -> Request:
+        """A request of the engine, with the checkpoint's defaults where an option is not given."""
+        defaults = self.checkpoint.generation
+        temperature, top_k = options.get("temperature"), options.get("top_k")
+        top_p, min_p = options.get("top_p"), options.get("min_p")
+        do_sample = options.get("do_sample")
+        if temperature == 0 and do_sample is None:
+            do_sample = False
+        if do_sample is None:
+            asked = any(value is not None for value in (temperature, top_k, top_p, min_p))
+            do_sample = space != "text" or n > 1 or asked
+        if not do_sample and n > 1:
+            raise PlaitError("Without sampling all results are the same. Ask for one, or leave do_sample out.")
+        penalty, guidance = options.get("repetition_penalty"), options.get("guidance")
+        sampling = Sampling(
+            greedy=not do_sample,
+            temperature=defaults.temperature if temperature is None else temperature,
+            top_k=defaults.top_k if top_k is None else top_k,
+            top_p=defaults.top_p if top_p is None else top_p,
+            min_p=min_p or 0.0,
+            repetition_penalty=1.0 if penalty is None else penalty,
+        )
+        stop = options.get("stop")
+        if guidance is None:
+            guidance = defaults.guidance.get(space, 1.0)
+        return Request(
+            context=context,
+            space=space,
+            sampling=sampling,
+            n=n,
+            max_new_tokens=options.get("max_new_tokens"),
+            guidance=guidance,
+            seed=options.get("seed", 0),
+            stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
+        )
+
+    def write(
+        self, contexts: Iterable[Sequence], column: str, *, n: int = 1, **options: Unpack[Options]
+    ) -> list[list[Any]]:
+        """For each context, n results in a column: str for text, else decoded samples (arrays).
+
+        The opener is added where the context does not end with it. Result k of context i is a function of the seed,
+        i, k and the context, whatever else is written beside it.
+        """
+        if column not in self.columns:
+            raise PlaitError(f"There is no column '{column}'. The columns are {', '.join(self.columns) or 'none'}.")
+        space = self.columns[column]
+        requests = [self.request(self._opened(context, column), space, n, **options) for context in contexts]
+        for i, request in enumerate(requests):
+            request.first_sample = i * n
+        results = self.engine.run(requests)
+        if space == "text":
+            return [[written.text for written in result.samples] for result in results]
+        decoded = iter(self.decode(column, [written for result in results for written in result.samples]))
+        return [[next(decoded) for _ in result.samples] for result in results]
+
+    def decode(self, column: str, written: list[Written]) -> list[np.ndarray]:
+        """Codes to samples, through the codec."""
+        modality = self._modality(column)
+        start = self.vocabulary.spaces[modality.name][0]
+        found: list[np.ndarray] = [np.empty(0)] * len(written)
+        lengths: dict[int, list[int]] = {}
+        for i, one in enumerate(written):
+            lengths.setdefault(len(one.ids), []).append(i)
+        with torch.inference_mode():
+            for alike in lengths.values():
+                for part in (alike[at : at + 256] for at in range(0, len(alike), 256)):
+                    codes = torch.tensor([written[i].ids for i in part], device=self.device.torch) - start
+                    for i, sample in zip(part, modality.codec.decode(codes).cpu().numpy(), strict=True):
+                        found[i] = sample
+        return found
+
+    def generate(
+        self,
+        prompt: Any,
+        *,
+        to: str = "text",
+        max_length: int | None = None,
+        max_new_tokens: int | None = None,
+        num_return_sequences: int = 1,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+        stop: str | list[str] | None = None,
+        n: int | None = None,
+    ) -> Any:
+        """What follows a prompt: an input, or a list of them that are read in order.
+
+        `to` is a modality or a column. A prompt of text alone with `to="text"` is continued, and prompt and
+        continuation come back as a str; else the first column of that modality, or the named one, is written: a str,
+        a PIL image or (waveform, rate). With `n` (or `num_return_sequences`) above 1, a list of so many.
+        `max_length` counts the prompt's tokens too; a continuation has at most 50 new ones unless told otherwise.
+        """
+        count = num_return_sequences if n is None else n
+        options: Options = {
+            "do_sample": do_sample,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "guidance": guidance,
+            "seed": seed,
+            "stop": stop,
+        }
+        parts = prompt if isinstance(prompt, list) else [prompt]
+        continued = to == "text" and all(isinstance(part, str) for part in parts)
+        column = None
+        if not continued:
+            column = to if to in self.columns else self.column(None, self._space(to), f"write {to}")
+        context = self.context(parts, column)
+        if not len(context):
+            context = self._start()
+        if max_length is not None:
+            if max_length <= len(context):
+                raise PlaitError(
+                    f"max_length is {max_length}, but the prompt alone takes {len(context)} tokens. Raise it, or use "
+                    "max_new_tokens, which does not count the prompt."
+                )
+            # Both bounds hold where both are given.
+            max_new_tokens = min(max_length - len(context), max_new_tokens or max_length)
+        if max_new_tokens is None and continued:
+            max_new_tokens = DEFAULT_NEW_TOKENS
+        options["max_new_tokens"] = max_new_tokens
+        if column is None:
+            result = self.engine.run([self.request(context, "text", count, **options)])[0]
+            before = "".join(parts)
+            found: list[Any] = [before + (written.text or "") for written in result.samples]
+        else:
+            found = self.write([context], column, n=count, **options)[0]
+            if self.columns[column] != "text":
+                found = [self._modality(column).to_object(sample) for sample in found]
+        return found[0] if count == 1 else found
+
+    def _space(self, to: str) -> str:
+        known = set(self.columns.values()) | {"text"}
+        if to not in known:
+            raise PlaitError(f"This model cannot write '{to}'. It writes {', '.join([*sorted(known), *self.columns])}.")
+        return to
+
+    def _start(self) -> Sequence:
+        """What an empty prompt becomes: the opener of the first text column, or an imported model's end token."""
+        for column, kind in self.columns.items():
+            if kind == "text":
+                return Sequence().read_ids([self.vocabulary.opener(column)])
+        if self.vocabulary.end_id is None:
+            raise PlaitError("The prompt is empty, and this model has no token to begin with. Give it some text.")
+        return Sequence().read_ids([self.vocabulary.end_id])
+
+    # --- verbs ------------------------------------------------------------------------------------------------
+
+    def describe(self, image: Any, column: str | None = None, **options: Unpack[Options]) -> str:
+        """What the model writes about a picture in a text column (the first by default)."""
+        self.column(None, "image", "describe")
+        target = self.column(column, "text", "describe")
+        return self.write([self.context([image])], target, **options)[0][0]
+
+    def transcribe(self, audio: Any, column: str | None = None, **options: Unpack[Options]) -> str:
+        """The words of a sound. A long one is read in windows that overlap by half; a text that two neighbouring
+        windows agree on is written once."""
+        self.column(None, "audio", "transcribe")
+        target = self.column(column, "text", "transcribe")
+        texts = [row[0] for row in self.write(self._alone(audio, self.engine.max_length), target, **options)]
+        return " ".join(text for i, text in enumerate(texts) if i == 0 or text != texts[i - 1])
+
+    def draw(
+        self, text: str, n: int = 1, best_of: int | None = None, column: str | None = None, **options: Unpack[Options]
+    ) -> list[PILImage.Image]:
+        """n pictures of what a text says; of `best_of` drawn, those whose embeddings are nearest to the text's."""
+        return self._render(text, self.column(column, "image", "draw"), n, best_of, options)
+
+    def speak(
+        self, text: str, n: int = 1, best_of: int | None = None, column: str | None = None, **options: Unpack[Options]
+    ) -> list[tuple[np.ndarray, int]]:
+        """n sounds, (waveform, rate), of what a text says; `best_of` as in `draw`."""
+        return self._render(text, self.column(column, "audio", "speak"), n, best_of, options)
+
+    def _render(self, text: str, column: str, n: int, best_of: int | None, options: Options) -> list[Any]:
+        count = max(n, best_of or n)
+        samples = self.write([self.context([text])], column, n=count, **options)[0]
+        if count > n:
+            vectors = self.embed([text, *((column, sample) for sample in samples)])
+            order = np.argsort(-(vectors[1:] @ vectors[0]), kind="stable")[:n]
+            samples = [samples[i] for i in order]
+        return [self._modality(column).to_object(sample) for sample in samples]
+
+    def score(self, contexts: list[Sequence], column: str, texts: list[str], batch_size: int = 256) -> np.ndarray:
+        """log P(text and its end | context, the column's opener) in nats, (contexts, texts) float64.
+
+        The opener is added where a context does not end with it.
+        """
+        column = self.column(column, "text", "score")
+        ids = self.checkpoint.text.encode_batch(list(texts))
+        return scoring.score(self.engine, [self._opened(c, column) for c in contexts], ids, batch_size)
+
+    def classify(
+        self, value: Any, labels: list[str] | None = None, column: str | None = None, top: int | None = 5
+    ) -> list[tuple[str, float]]:
+        """The likeliest labels of an input, each with its probability among the labels, likeliest first.
+
+        Labels default to the values that the column had in training. A sound longer than a window is read in windows
+        and their probabilities averaged.
+        """
+        if column is None:
+            known = [name for name in self.labels if self.labels[name]]
+            column = known[0] if known else None
+        column = self.column(column, "text", "classify")
+        labels = self.labels.get(column, []) if labels is None else list(labels)
+        if not labels:
+            raise PlaitError(f"Column '{column}' has no known labels. Name them: labels=[...] or --labels a,b,c.")
+        parts = [self.context(value)] if isinstance(value, list) else self._alone(value, self.engine.max_length)
+        scores = self.score(parts, column, labels)
+        chances = np.exp(scores - scores.max(1, keepdims=True))
+        mean = (chances / chances.sum(1, keepdims=True)).mean(0)
+        return [(labels[i], float(mean[i])) for i in np.argsort(-mean, kind="stable")[:top]]
+
+    def embed(self, inputs: list[Any]) -> np.ndarray:
+        """The place of each input in the one space, (N, E) float32, of unit length.
+
+        Inputs longer than the model reads at once are embedded in windows whose mean counts.
+        """
+        limit = self.engine.max_length
+        parts = [self._alone(value, limit) for value in inputs]
+        owner = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        vectors = self.embed_sequences([sequence for part in parts for sequence in part])
+        sums = np.zeros((len(parts), vectors.shape[1]), np.float32)
+        np.add.at(sums, owner, vectors)
+        return sums / np.linalg.norm(sums, axis=1, keepdims=True).clip(1e-12)
+
+    def embed_sequences(self, sequences: list[Sequence], batch_size: int = 256) -> np.ndarray:
+        """The embedding of the first span of each sequence, (N, E) float32, of unit length."""
+        return scoring.embed(self.engine, sequences, batch_size)
+
+
+def _kind(part: Any) -> tuple[str, str]:
+    """The modality of a raw medium, by what it is or by a file's first bytes, and a name for messages."""
+    if isinstance(part, (PILImage.Image, np.ndarray)):
+        return "image", "the picture"
+    if isinstance(part, tuple) and len(part) == 2:
+        return "audio", "the sound"
+    if isinstance(part, (Path, bytes)):
+        name, head = "the medium", part[:64] if isinstance(part, bytes) else b""
+        if isinstance(part, Path):
+            name = str(part)
+            try:
+                with part.open("rb") as file:
+                    head = file.read(64)
+            except OSError as error:
+                raise PlaitError(f"{part} cannot be read: {error.strerror or error}.") from error
+        found = sniff(head)
+        if found is None:
+            raise PlaitError(f"{name} is neither a picture nor a sound that can be read.")
+        return found[0], name
+    raise PlaitError(
+        f"An input of type {type(part).__name__} is none that can be read. Give a str, a PIL image, (waveform, rate), "
+        "a pathlib.Path or bytes of a media file."
+    )

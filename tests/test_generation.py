@@ -1,0 +1,383 @@
+"""Generation against plain loops, and the verbs on a tiny random model made on the spot."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from plait.applications.model import Model, find_checkpoint, load
+from plait.generation.engine import Engine, Request
+from plait.generation.grammar import spans
+from plait.generation.sampling import Knobs, Sampling, draw
+from plait.modalities.text import Text
+from plait.model import checkpoint as checkpoints
+from plait.model.checkpoint import Checkpoint
+from plait.model.multimodal import ModelConfig, Multimodal, Sequence, collate
+from plait.model.transformer import TransformerConfig
+from plait.runtime import PlaitError, choose_device, uniform
+
+
+def make(tied: bool = False, position: str = "rotary", **columns: str) -> Checkpoint:
+    torch.manual_seed(0)
+    text = Text.train(["a red heart", "a blue star", "drei rote Herzen"], 280)
+    backbone = TransformerConfig(
+        width=32, layers=2, heads=4, kv_heads=2, head_width=8, hidden=64, max_length=128, position=position
+    )
+    columns = columns or {"image": "image", "label": "text", "sound": "audio", "caption": "text"}
+    media = sorted(set(columns.values()) - {"text"}, reverse=True)
+    image = {"size": 16, "stem": 8, "codec_width": 16, "levels": [4, 3]}
+    audio = {"seconds": 0.4, "stem": 4, "codec_width": 16, "levels": [4, 3], "bands": 16}
+    config = ModelConfig(
+        backbone=backbone,
+        vocabulary={
+            "text": text.size,
+            "columns": columns,
+            "levels": {m: [4, 3] for m in media},
+            "closers": [m for m in media if m == "audio"],
+        },
+        space=16,
+        tied=tied,
+        modalities={m: {"image": image, "audio": audio}[m] for m in media},
+    )
+    model = Multimodal(config).eval()
+    with torch.no_grad():  # logits far enough apart that rounding decides nothing
+        for parameter in model.predicting.parameters():
+            parameter.mul_(10)
+    return Checkpoint(model, text, labels={"label": ["heart", "star"]} if "label" in columns else {})
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model(make(), "cpu")
+
+
+@pytest.fixture(scope="module")
+def picture() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8))
+
+
+@pytest.fixture(scope="module")
+def sound() -> tuple[np.ndarray, int]:
+    return np.random.default_rng(1).normal(size=2400).astype(np.float32), 8000
+
+
+def plain_logits(model: Model, context: Sequence, ids: list[int]) -> torch.Tensor:
+    """Logits (V,) after context and ids by one uncached pass."""
+    whole = Sequence(context.ids + ids, context.targets + ids, context.media)
+    net = model.checkpoint.model
+    with torch.inference_mode():
+        logits = net.logits(net(collate([whole], net.media, model.vocabulary.pad))[0, -1])
+    return logits.clone()
+
+
+def plain_write(model: Model, request: Request, sample: int = 0) -> list[int]:
+    """The engine's promise without a cache, a batch or a tensor of settings."""
+    span = spans(model.checkpoint.model)[request.space]
+    bare = Sequence().read_ids(request.context.ids[-1:])
+    ids: list[int] = []
+    room = model.engine.max_length + 1 - len(request.context)
+    most = min(b for b in (request.max_new_tokens, span.limit, room) if b is not None) // span.unit * span.unit
+    while len(ids) < most:
+        logits = plain_logits(model, request.context, ids)
+        if request.guidance != 1 and len(request.context) > 1:
+            without = plain_logits(model, bare, ids)
+            logits = without + request.guidance * (logits - without)
+        allowed = [span.allows(len(ids), token) for token in range(len(logits))]
+        logits[~torch.tensor(allowed)] = float("-inf")
+        if request.sampling.greedy:
+            token = int(logits.argmax())
+        else:
+            chances = (logits.double() / request.sampling.temperature).softmax(-1)
+            u = uniform(request.seed, request.first_sample + sample, len(ids))
+            token = int((chances.cumsum(0) > float(u) * chances.sum()).nonzero()[0])
+        if token == span.end:
+            break
+        ids.append(token)
+    return ids
+
+
+def mixed(model: Model, picture, sound, count: int) -> list[Request]:
+    contexts = [
+        ("image", model.context(["a red heart"], "image")),
+        ("text", model.context(["a red"])),
+        ("text", model.context([picture], "caption")),
+        ("audio", model.context([picture, "a star"], "sound")),
+        ("text", model.context([sound], "label")),
+        ("image", model.context([], "image")),
+    ]
+    requests = []
+    for i in range(count):
+        space, context = contexts[i % len(contexts)]
+        guided = space != "text" and i % 4 != 1
+        requests.append(
+            Request(
+                context,
+                space,
+                Sampling(greedy=i % 5 == 0, temperature=0.7 + 0.1 * (i % 4)),
+                n=1 + (i % 7 == 0),
+                max_new_tokens=None if space != "text" else 3 + i % 9,
+                guidance=1.5 if guided else 1.0,
+                seed=i,
+                logprobs=i % 3 == 0,
+            )
+        )
+    return requests
+
+
+@pytest.mark.parametrize("position", ["rotary", "learned"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_engine_writes_what_a_plain_loop_writes(tied, position, picture, sound):
+    model = Model(make(tied, position), "cpu")
+    requests = mixed(model, picture, sound, 12)
+    for rows in (3, 64):  # with 3 rows most requests wait for others to leave
+        results = Engine(model.checkpoint, model.device, rows).run(requests)
+        for request, result in zip(requests, results, strict=True):
+            assert [s.ids for s in result.samples] == [plain_write(model, request, k) for k in range(request.n)]
+
+
+def test_alone_and_in_company(model, picture, sound):
+    requests = mixed(model, picture, sound, 32)
+    together = Engine(model.checkpoint, model.device, 16).run(requests)
+    for request, result in zip(requests, together, strict=True):
+        alone = model.engine.run([request])[0]
+        assert [dataclasses.replace(s, logprobs=None) for s in alone.samples] == [
+            dataclasses.replace(s, logprobs=None) for s in result.samples
+        ]
+        for a, b in zip(alone.samples, result.samples, strict=True):
+            assert a.logprobs is None or np.allclose(a.logprobs, b.logprobs, atol=1e-4)
+
+
+def test_log_probabilities_are_the_models_own(model, picture):
+    request = Request(model.context([picture], "caption"), logprobs=True, max_new_tokens=6)
+    written = model.engine.run([request])[0].samples[0]
+    span = spans(model.checkpoint.model)["text"]
+    for place, found in enumerate(written.logprobs):
+        token = [*written.ids, span.end][place]
+        logits = plain_logits(model, request.context, written.ids[:place])[: span.stop]
+        assert found == pytest.approx(float(logits.log_softmax(-1)[token]), abs=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_grammar_is_never_broken(model, data):
+    space = data.draw(st.sampled_from(["text", "image", "audio"]))
+    column = {"text": "caption", "image": "image", "audio": "sound"}[space]
+    sampling = Sampling(
+        temperature=data.draw(st.floats(0.3, 50)),
+        top_k=data.draw(st.integers(0, 5)),
+        top_p=data.draw(st.floats(0.05, 1)),
+        min_p=data.draw(st.floats(0, 1)),
+        repetition_penalty=data.draw(st.floats(0.3, 3)),
+    )
+    request = Request(
+        model.context([data.draw(st.text(max_size=5))], column),
+        space,
+        sampling,
+        n=3,
+        guidance=data.draw(st.floats(-1, 5)),
+        seed=data.draw(st.integers(0, 2**40)),
+        max_new_tokens=20 if space == "text" else None,
+    )
+    span = spans(model.checkpoint.model)[space]
+    for written in model.engine.run([request])[0].samples:
+        assert all(span.allows(place, token) for place, token in enumerate(written.ids))
+        assert len(written.ids) >= span.least and len(written.ids) % span.unit == 0
+        if space == "image":
+            assert len(written.ids) == 16
+        if space == "audio":
+            assert 2 <= len(written.ids) <= 20
+    samples = model.decode(column, model.engine.run([request])[0].samples) if space != "text" else []
+    assert all(np.isfinite(sample).all() for sample in samples)
+
+
+def test_settings_match_transformers():
+    from transformers import (
+        MinPLogitsWarper,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    torch.manual_seed(0)
+    logits = torch.randn(6, 50) * 3
+    ids = torch.randint(0, 50, (6, 8))
+    rows = [
+        Sampling(),
+        Sampling(temperature=0.5, top_k=7),
+        Sampling(top_p=0.6),
+        Sampling(min_p=0.2, repetition_penalty=1.7),
+        Sampling(temperature=2.0, top_k=20, top_p=0.8, min_p=0.05, repetition_penalty=0.6),
+        Sampling(greedy=True, repetition_penalty=3.0),
+    ]
+    seen = torch.zeros(6, 50, dtype=torch.bool).scatter_(1, ids, True)
+    kept = []
+
+    def spy(found, uniforms):
+        kept.append(found)
+        return draw(found, uniforms)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("plait.generation.sampling.draw", spy)
+        chosen = Knobs(rows, torch.device("cpu")).choose(logits, torch.rand(6), seen)
+    for row, s in enumerate(rows):
+        wanted = RepetitionPenaltyLogitsProcessor(s.repetition_penalty)(ids[row : row + 1], logits[row : row + 1])
+        if s.greedy:
+            assert int(chosen[row]) == int(wanted.argmax())
+            continue
+        chain = [TemperatureLogitsWarper(s.temperature)]
+        chain += [TopKLogitsWarper(s.top_k)] if s.top_k else []
+        chain += [TopPLogitsWarper(s.top_p)] if s.top_p < 1 else []
+        chain += [MinPLogitsWarper(s.min_p)] if s.min_p else []
+        for processor in chain:
+            wanted = processor(ids[row : row + 1], wanted)
+        torch.testing.assert_close(kept[0][row], wanted[0])
+
+
+def test_draws_follow_the_probabilities():
+    logits = torch.tensor([0.5, 0.0, 0.25, 0.25]).log().expand(40_000, -1)
+    found = torch.bincount(draw(logits, torch.from_numpy(uniform(3, np.arange(40_000)))), minlength=4) / 40_000
+    assert found[1] == 0
+    assert found.tolist() == pytest.approx([0.5, 0, 0.25, 0.25], abs=0.012)
+    assert draw(logits[:2], torch.tensor([0.0, 1.0])).tolist() == [0, 3]
+
+
+def test_scores_on_a_tree_equal_plain_ones(model, picture, sound):
+    texts = ["heart", "a red heart", "", "star", "drei rote Herzen"]
+    contexts = [model.context([picture]), model.context(["a"]), model.context([sound, "blue"]), model.context([])]
+    found = model.score(contexts, "label", texts)
+    alone = np.concatenate([model.score([context], "label", texts) for context in contexts])
+    assert np.allclose(found, alone, atol=1e-4)
+    span = spans(model.checkpoint.model)["text"]
+    for row, context in enumerate(contexts):
+        opened = model._opened(context, "label")
+        for column, text in enumerate(texts):
+            ids, total = model.checkpoint.text.encode(text), 0.0
+            for place, token in enumerate([*ids, span.end]):
+                logits = plain_logits(model, opened, ids[:place])[: span.stop]
+                total += float(logits.log_softmax(-1)[token])
+            assert found[row, column] == pytest.approx(total, abs=1e-3)
+    many = [f"star {i}" for i in range(300)]  # more than one chunk of branches
+    assert np.allclose(
+        model.score(contexts[:1], "label", many)[0, ::50], model.score(contexts[:1], "label", many[::50])
+    )
+
+
+def test_stop_stream_and_cancel(model):
+    request = Request(model.context(["a red"]), sampling=Sampling(temperature=2.0), max_new_tokens=40, seed=5)
+    whole = model.engine.run([request])[0].samples[0]
+    assert whole.text and whole.finish in ("length", "end")
+    updates = list(model.engine.stream(request))
+    assert "".join(u.text for u in updates) == whole.text
+    assert [i for u in updates for i in u.ids] == whole.ids and updates[-1].finish == whole.finish
+    stop = whole.text[4:6]
+    stopped = dataclasses.replace(request, stop=(stop, "never"))
+    written = model.engine.run([stopped])[0].samples[0]
+    assert written.finish == "stop" and written.text == whole.text[: whole.text.find(stop)]
+    assert "".join(u.text for u in model.engine.stream(stopped)) == written.text
+    jobs = [model.engine.submit(dataclasses.replace(request, n=3)) for _ in range(2)]
+    for _ in range(3):
+        model.engine.step()
+    jobs[0].cancel()
+    while model.engine.step():
+        pass
+    assert [s.finish for s in jobs[0].result.samples] == ["cancelled"] * 3
+    assert all(len(s.ids) == 3 for s in jobs[0].result.samples)
+    assert jobs[1].result.samples[0] == whole and model.engine.used == 0
+    for update in model.engine.stream(request):
+        assert update.ids
+        break
+    assert model.engine.used == 0 and not model.engine.step()
+
+
+def test_generate(model, picture, sound):
+    assert model.generate("a red", max_new_tokens=5, seed=1).startswith("a red")
+    five = model.generate("a red", max_length=20, num_return_sequences=5)
+    assert len(five) == 5 and len(set(five)) > 1
+    assert model.generate("a", n=2, seed=3) == model.generate("a", n=2, seed=3)
+    assert isinstance(model.generate("", max_new_tokens=3), str)
+    drawn = model.generate(["a drawing of", picture], to="image", n=2)
+    assert [one.size for one in drawn] == [(16, 16)] * 2
+    assert model.generate("a star", to="image").size == (16, 16)
+    wave, rate = model.generate([sound, "a star"], to="sound")
+    assert rate == 8000 and np.isfinite(wave).all()
+    assert isinstance(model.generate(picture, to="caption", max_new_tokens=4), str)
+    for wrong in (
+        lambda: model.generate("a red heart", max_length=2),
+        lambda: model.generate("a", to="video"),
+        lambda: model.generate("x" * 500),
+        lambda: model.generate("a", n=2, do_sample=False),
+        lambda: model.generate("a", top_p=0.0, do_sample=True),
+        lambda: model.generate("a", guidance=2.0),
+        lambda: model.generate((np.zeros(80_000, np.float32), 8000), to="image"),
+    ):
+        with pytest.raises(PlaitError):
+            wrong()
+
+
+def test_verbs(model, picture, sound, tmp_path):
+    file = tmp_path / "a.png"
+    picture.save(file)
+    found = model.classify(file)
+    assert found == model.classify(picture) and {label for label, _ in found} == {"heart", "star"}
+    assert sum(p for _, p in found) == pytest.approx(1) and found[0][1] >= found[1][1]
+    long = np.tile(sound[0], 4), 8000
+    assert len(model.classify(long, labels=["a", "b", "c"], column="caption", top=2)) == 2
+    assert isinstance(model.describe(picture, max_new_tokens=8), str)
+    assert isinstance(model.transcribe(long, max_new_tokens=8), str)
+    assert len(model.draw("star", n=2, best_of=4)) == 2 and len(model.speak("star")) == 1
+    vectors = model.embed(["a red heart", picture, file, long, "x" * 300, ("sound", sound)])
+    assert vectors.shape == (6, 16) and vectors.dtype == np.float32
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5) and np.allclose(vectors[1], vectors[2])
+    assert np.allclose(vectors[0], model.embed(["a red heart"])[0], atol=1e-5)
+    with pytest.raises(PlaitError, match="empty"):
+        model.embed([""])
+    with pytest.raises(PlaitError, match="neither"):
+        model.classify(b"nothing")
+
+
+def test_bulk_writing_gives_each_context_its_own_draws(model):
+    contexts = [model.context(["star"])] * 4
+    samples = [row[0] for row in model.write(contexts, "image", seed=1)]
+    assert samples[0].shape == (16, 16, 3) and samples[0].dtype == np.uint8
+    assert len({sample.tobytes() for sample in samples}) == 4
+    again = model.write(contexts[:1], "image", n=4, seed=1)[0]
+    assert all((a == b).all() for a, b in zip(samples, again, strict=True))
+    assert len(set(model.write(contexts, "caption", max_new_tokens=4)[0])) == 1  # greedy
+
+
+def test_a_text_model_says_what_it_cannot(picture):
+    model = Model(make(story="text"), "cpu")
+    assert model.generate("a", max_new_tokens=2).startswith("a")
+    with pytest.raises(PlaitError, match="cannot draw"):
+        model.draw("a star")
+    with pytest.raises(PlaitError, match="no image"):
+        model.embed([picture])
+    with pytest.raises(PlaitError, match="no known labels"):
+        model.classify("a")
+
+
+def test_load(tmp_path, model):
+    run = tmp_path / "runs" / "one"
+    (run / "checkpoints").mkdir(parents=True)
+    with pytest.raises(PlaitError, match="no checkpoint yet"):
+        load(run)
+    checkpoints.save(model.checkpoint, run / "checkpoints" / "last")
+    assert find_checkpoint(run) == run / "checkpoints" / "last"
+    checkpoints.save(model.checkpoint, run / "checkpoints" / "best")
+    assert find_checkpoint(run) == run / "checkpoints" / "best"
+    for path in (run, run / "checkpoints" / "last"):
+        again = load(path, "cpu")
+        assert again.columns == model.columns and again.labels == model.labels
+        assert again.generate("a red", max_new_tokens=9) == model.generate("a red", max_new_tokens=9)
+    (tmp_path / "empty").mkdir()
+    for wrong, message in ((tmp_path / "empty", "is empty"), (tmp_path / "none", "does not exist")):
+        with pytest.raises(PlaitError, match=message):
+            load(wrong)
+    assert find_checkpoint("gpt2") is None and choose_device("cpu").name == "cpu"
