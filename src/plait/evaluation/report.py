@@ -328,7 +328,7 @@ def _figures(metrics: Metrics) -> str:
         before = ""
         for name, metric in metrics.items():
             first, direction, last = _parts(name)
-            if first != task:
+            if first != task or name.endswith("]"):  # figures of single classes stand in the confusion matrix
                 continue
             label, kind, meaning = MEANING.get(last, (last, "number", ""))
             rows.append([

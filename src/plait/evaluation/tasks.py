@@ -1,0 +1,381 @@
+"""Every direction that the data allows, measured: recognition, transcription, language, retrieval, and what is made."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections import Counter
+from itertools import permutations
+
+import numpy as np
+import torch
+
+from plait.data.dataset import Dataset
+from plait.evaluation import metrics
+from plait.evaluation.making import TASK, evaluate_codec, evaluate_making
+from plait.evaluation.material import Limits, Material, Media, Model, Progress, Timer
+from plait.evaluation.report import Confusion, Exhibit, Findings, Gallery, Metrics
+from plait.model.multimodal import IGNORE, Sequence, collate
+from plait.model.objectives import negative_log_likelihood
+from plait.runtime import PlaitError
+from plait.training.batches import lm_windows
+
+__all__ = ["Limits", "Model", "evaluate"]
+
+
+def evaluate(
+    model: Model,
+    dataset: Dataset,
+    split: str = "test",
+    *,
+    seed: int = 0,
+    limits: Limits | None = None,
+    judge_seconds: float = 12.0,
+    progress: Progress | None = None,
+) -> tuple[Metrics, Findings]:
+    """Measure a model on a split of a dataset; all columns that both have, in every direction.
+
+    Returns the figures under "TASK/FROM-TO/METRIC" (`write_metrics` and `write_report` take them), each with value,
+    stderr, chance, baseline and n, and what the report shows beside them. `judge_seconds` is what the judge of one
+    media column gets, which is also the baseline of recognition.
+
+    Raises PlaitError where the split is empty or the columns do not match.
+    """
+    if not len(dataset.indices(split)):
+        raise PlaitError(f"{dataset.path} has no records in {split}. Evaluate on another split, or prepare again.")
+    material = Material(model, dataset, split, seed, limits or Limits(), judge_seconds, progress or (lambda *_: None))
+    whole, timer = Timer(material), Timer(material)
+    recognised = [
+        (source, target)
+        for source in material.columns
+        for target in material.labels
+        if source != target and (source in material.media_columns or not material.media_columns)
+    ]
+    for source, target in recognised:
+        _recognition(material, source, target)
+    if recognised:
+        timer.lap("recognition")
+    for source in material.columns:
+        for target in material.text_columns:
+            learnt = source in material.media_columns or not material.media_columns
+            if source != target and target not in material.labels and learnt:
+                _transcription(material, source, target)
+    for column in material.text_columns:
+        _language(material, column)
+    timer.lap("writing")
+    if material.media_columns and model.checkpoint.model.config.space:
+        _retrieval(material)
+        timer.lap("retrieval")
+    for column in material.media_columns:
+        evaluate_codec(material, column)
+        asking = [c for c in material.labels if len(material.with_text(material.samples(column, split), c))]
+        kind = material.columns[column]
+        total = material.limits.drawn if kind == "image" else material.limits.spoken
+        for target in asking:
+            evaluate_making(material, target, column, max(total // len(asking), 1))
+        timer.lap(TASK[kind])
+    material.findings.galleries.sort(key=lambda gallery: gallery.title.startswith(("Codec", "Mistakes")))
+    whole.lap("evaluation")
+    return material.metrics, material.findings
+
+
+# --- recognition ------------------------------------------------------------------------------------------------
+
+
+def _pairs(material: Material, source: str, target: str, split: str) -> Media:
+    """Inputs of a column whose record has a text in the other; texts are kept as their record's number alone."""
+    if source in material.media_columns:
+        return material.with_text(material.samples(source, split), target)
+    present = [i for i in material.dataset.indices(split) if material.texts[source][i] is not None]
+    media = material.with_text(Media(np.array(present, np.int64), [np.empty(0)] * len(present)), target)
+    return media.only(material.chosen(np.arange(len(media)), material.limits.records))
+
+
+def _inputs(material: Material, source: str, media: Media) -> list[Sequence]:
+    if source in material.media_columns:
+        return material.contexts(source, media)
+    return [material.text_sequence(material.texts[source][i]) for i in media.indices]
+
+
+def _scores(material: Material, source: str, target: str, media: Media, labels: list[str]) -> np.ndarray:
+    found = []
+    for start in range(0, len(media), 256):
+        material.progress(f"recognition {source}-{target}", start, len(media))
+        contexts = _inputs(material, source, media.only(np.arange(start, min(start + 256, len(media)))))
+        found.append(material.model.score(contexts, target, labels))
+    return np.concatenate(found)
+
+
+def _recognition(material: Material, source: str, target: str) -> None:
+    """Which of the labels is likeliest: by likelihood, and by nearness in the embedding space."""
+    labels, seed = material.labels[target], material.seed
+    most = max(material.limits.scores // len(labels), 1)
+    media = _pairs(material, source, target, material.split)
+    media = media.only(material.chosen(np.arange(len(media)), most))
+    if not len(media):
+        return
+    direction = f"{source}-{target}"
+    truth_texts = list(material.texts[target][media.indices])
+    unseen = sorted(set(truth_texts) - set(labels))
+    if unseen:
+        material.note(
+            f"{direction}: {len(unseen)} labels of {material.split} do not occur in train, and count as wrong."
+        )
+    names = [*labels, *unseen]
+    number = {name: i for i, name in enumerate(names)}
+    truth = np.array([number[text] for text in truth_texts])
+    predicted = _scores(material, source, target, media, labels).argmax(1)
+    train = _pairs(material, source, target, "train")
+    prior = Counter(material.texts[target][i] for i in train.indices)
+    chance = float((truth == number[prior.most_common(1)[0][0]]).mean()) if prior else None
+    result = metrics.classification(truth, predicted, len(names))
+    errors = metrics.macro_errors(truth, predicted, len(names), seed=seed)
+    plain: metrics.Classification | None = None
+    critic = material.critic(source, target) if source in material.media_columns else None
+    if critic is not None:
+        guess = critic.among(material.features(source, media.samples), target, labels)
+        plain = metrics.classification(truth, guess, len(names))
+    right = truth == predicted
+    n = len(truth)
+    value, error = metrics.mean_with_error(right, seed=seed)
+    baseline = plain.accuracy if plain else None
+    material.keep("recognition", direction, "accuracy", value, stderr=error, chance=chance, baseline=baseline, n=n)
+    some = train.only(material.chosen(np.arange(len(train)), n))
+    if len(some):
+        known = np.array([number.get(text, -1) for text in material.texts[target][some.indices]])
+        learnt = known == _scores(material, source, target, some, labels).argmax(1)
+        value, error = metrics.mean_with_error(learnt, seed=seed)
+        material.keep("recognition", direction, "train_accuracy", value, stderr=error, n=len(some))
+    if material.model.checkpoint.model.config.space and source in material.media_columns:
+        places = material.model.embed_sequences(_inputs(material, source, media))
+        near = places @ material.model.embed_sequences([material.text_sequence(label) for label in labels]).T
+        value, error = metrics.mean_with_error(near.argmax(1) == truth, seed=seed)
+        material.keep(
+            "recognition", direction, "zero_shot_accuracy", value, stderr=error, chance=chance, baseline=baseline, n=n
+        )
+    for name in ("precision", "recall", "f1"):
+        other = getattr(plain, f"macro_{name}") if plain else None
+        value = getattr(result, f"macro_{name}")
+        material.keep("recognition", direction, name, value, stderr=errors[name], baseline=other, n=n)
+    if len(names) <= 100:
+        counts = result.confusion.sum(1)
+        for i, label in enumerate(names):
+            for name in ("precision", "recall", "f1"):
+                value = float(getattr(result, name)[i])
+                material.keep("recognition", direction, f"{name}[{label}]", value, n=int(counts[i]))
+    material.findings.confusions.append(Confusion(f"{source} → {target}", names, result.confusion, result.f1))
+    _show_mistakes(material, source, target, media, np.array(names, object)[predicted], right)
+
+
+def _shown(material: Material, source: str, media: Media, place: int) -> Exhibit:
+    if source in material.media_columns:
+        return material.exhibit(source, media.samples[place])
+    return Exhibit(text=material.texts[source][media.indices[place]])
+
+
+def _show_mistakes(
+    material: Material, source: str, target: str, media: Media, said: np.ndarray, right: np.ndarray
+) -> None:
+    wrong = np.flatnonzero(~right)[:8]
+    rows = [
+        (
+            _shown(material, source, media, i),
+            [
+                Exhibit("truth", text=material.texts[target][media.indices[i]]),
+                Exhibit("answer", text=said[i], right=False),
+            ],
+        )
+        for i in wrong
+    ]
+    if rows:
+        note = f"The first {len(rows)} of {int((~right).sum())} in {len(right)}."
+        material.findings.galleries.append(Gallery(f"Mistakes: {source} → {target}", note, rows))
+
+
+# --- free text --------------------------------------------------------------------------------------------------
+
+
+def _transcription(material: Material, source: str, target: str) -> None:
+    """Greedy writing of a text that is not one of few labels; the baseline always writes train's most common one."""
+    media = _pairs(material, source, target, material.split)
+    media = media.only(material.chosen(np.arange(len(media)), material.limits.written))
+    if not len(media):
+        return
+    direction, seed = f"{source}-{target}", material.seed
+    written: list[str] = []
+    for start in range(0, len(media), 64):
+        material.progress(f"transcription {direction}", start, len(media))
+        part = media.only(np.arange(start, min(start + 64, len(media))))
+        written += [texts[0] for texts in material.model.write(_inputs(material, source, part), target)]
+    truth = [unicodedata.normalize("NFC", text) for text in material.texts[target][media.indices]]
+    everyday = Counter(material.texts[target][i] for i in _pairs(material, source, target, "train").indices)
+    constant = [everyday.most_common(1)[0][0] if everyday else ""] * len(truth)
+    same = np.array([a == b for a, b in zip(truth, written, strict=True)])
+    value, error = metrics.mean_with_error(same, seed=seed)
+    fixed = float(np.mean([a == b for a, b in zip(truth, constant, strict=True)]))
+    material.keep("transcription", direction, "exact", value, stderr=error, baseline=fixed, n=len(truth))
+    others = metrics.error_rates(truth, constant)
+    for name, (wrong, lengths) in metrics.error_rates(truth, written).items():
+        value, error = metrics.ratio_with_error(wrong, lengths, seed=seed)
+        other = others[name][0].sum() / max(others[name][1].sum(), 1)
+        material.keep("transcription", direction, name, value, stderr=error, baseline=float(other), n=len(truth))
+    rows = [
+        (
+            _shown(material, source, media, i),
+            [Exhibit("truth", text=truth[i]), Exhibit("written", text=written[i], right=bool(same[i]) or None)],
+        )
+        for i in range(min(8, len(truth)))
+    ]
+    note = "The first of the test, none chosen."
+    material.findings.galleries.append(Gallery(f"Written: {source} → {target}", note, rows))
+
+
+@torch.no_grad()
+def _language(material: Material, column: str) -> None:
+    """Likelihood of texts that stand alone in their records, each token and the end predicted once."""
+    if material.media_columns or column in material.labels:
+        return
+    checkpoint = material.model.checkpoint
+    model, vocabulary = checkpoint.model, checkpoint.model.vocabulary
+    alone = np.ones(len(material.dataset), bool)
+    for other in material.text_columns:
+        if other != column:
+            alone &= np.array([text is None for text in material.texts[other]], bool)
+    texts = material.texts[column]
+    order = [i for i in material.shuffled(material.dataset.indices(material.split)) if alone[i] and texts[i]]
+    sequences: list[Sequence] = []
+    owners: list[int] = []
+    chosen: list[str] = []
+    room = material.limits.tokens
+    for i in order[: material.limits.records]:
+        text = unicodedata.normalize("NFC", texts[i])
+        ids = checkpoint.text.encode(text)
+        if len(ids) >= room and chosen:
+            break
+        if len(ids) > room:  # one text longer than all that may be taken: its beginning
+            ids = ids[:room]
+            text = checkpoint.text.decode(ids)
+        room -= len(ids) + 1
+        windows = lm_windows(ids, vocabulary.opener(column), vocabulary.end, model.config.backbone.max_length)
+        sequences += windows
+        owners += [len(chosen)] * len(windows)
+        chosen.append(text)
+    if not chosen:
+        return
+    if len(chosen) < len(order):
+        material.note(f"{column}: {len(chosen):,} of {len(order):,} texts were predicted, drawn by the seed.")
+    rows = model.predicting.space("text")
+    nats, tokens = np.zeros(len(chosen)), np.zeros(len(chosen))
+    counts = np.zeros(vocabulary.spaces["text"][1])
+    for i in material.dataset.indices("train"):
+        if alone[i] and texts[i] and counts.sum() < 10 * material.limits.tokens:
+            np.add.at(counts, [*checkpoint.text.encode(texts[i]), vocabulary.end], 1)
+    surprise = -np.log((counts + 1) / (counts + 1).sum())  # a unigram of the same tokens, one added to each count
+    plain = 0.0
+    by_length = np.argsort([len(s) for s in sequences], kind="stable")
+    step = max(16384 // model.config.backbone.max_length, 1)
+    for start in range(0, len(by_length), step):
+        material.progress(f"language {column}", start, len(by_length))
+        places = by_length[start : start + step]
+        batch = collate([sequences[i] for i in places], model.media, vocabulary.pad).to(material.device)
+        wanted = batch.targets != IGNORE
+        loss = negative_log_likelihood(model(batch)[wanted], rows, batch.targets[wanted]).cpu().numpy()
+        owner = np.array(owners)[places][wanted.nonzero()[:, 0].cpu().numpy()]
+        np.add.at(nats, owner, loss)
+        np.add.at(tokens, owner, 1)
+        plain += float(surprise[batch.targets[wanted].cpu().numpy()].sum())
+    sizes = {
+        "nats_per_token": (tokens, 1.0),
+        "nats_per_character": (np.array([len(text) for text in chosen]), 1.0),
+        "bits_per_byte": (np.array([len(text.encode()) for text in chosen]), math.log(2)),
+    }
+    even = tokens.sum() * math.log(len(rows))
+    for name, (size, unit) in sizes.items():
+        value, error = metrics.ratio_with_error(nats / unit, size, seed=material.seed)
+        chance, baseline = (float(total / unit / size.sum()) for total in (even, plain))
+        if len(chosen) == 1:
+            error = math.nan  # one text cannot say how much texts differ
+        material.keep(
+            "language", column, name, value, stderr=error, chance=chance, baseline=baseline, n=int(size.sum())
+        )
+
+
+# --- retrieval --------------------------------------------------------------------------------------------------
+
+
+def _retrieval(material: Material) -> None:
+    """Every ordered pair of columns with a medium in it, trained together or not, in the embedding space.
+
+    Two records are related when they are one, or share an equal text in some column.
+    """
+    space: dict[str, tuple[np.ndarray, np.ndarray, Media]] = {}
+    for column in material.columns:
+        material.progress(f"embed {column}", 0, 1)
+        if column in material.media_columns:
+            media = material.samples(column, material.split)
+            if len(media):
+                space[column] = media.indices, material.model.embed_sequences(material.contexts(column, media)), media
+            continue
+        texts = material.texts[column]
+        present = np.array([i for i in material.dataset.indices(material.split) if texts[i]], np.int64)
+        present = material.chosen(present, material.limits.records)
+        if len(present):
+            distinct, place = np.unique([texts[i] for i in present], return_inverse=True)
+            places = material.model.embed_sequences([material.text_sequence(str(text)) for text in distinct])
+            space[column] = present, places[place], Media(present, [])
+    keys = np.zeros((len(material.dataset), max(len(material.text_columns), 1)), np.int64)
+    for i, column in enumerate(material.text_columns):
+        number: dict[str, int] = {}
+        keys[:, i] = [0 if t is None else number.setdefault(t, len(number) + 1) for t in material.texts[column]]
+    for source, target in permutations(space, 2):
+        if source in material.media_columns or target in material.media_columns:
+            _search(material, source, target, space, keys)
+
+
+def _search(
+    material: Material,
+    source: str,
+    target: str,
+    space: dict[str, tuple[np.ndarray, np.ndarray, Media]],
+    keys: np.ndarray,
+) -> None:
+    asked, queries, media = space[source]
+    found, gallery, shelf = space[target]
+    if source in material.text_columns:
+        # An equal text is an equal query: it counts once, by the record that says most.
+        most: dict[str, int] = {}
+        for place in np.argsort(-(keys[asked] > 0).sum(1), kind="stable"):
+            most.setdefault(material.texts[source][asked[place]], int(place))
+        chosen = np.sort(np.array(list(most.values())))
+    else:
+        chosen = np.arange(len(asked))
+    chosen = material.chosen(chosen, material.limits.queries)
+
+    def relevant(rows: np.ndarray) -> np.ndarray:
+        first, second = keys[rows][:, None], keys[found][None]
+        return ((first == second) & (first > 0)).any(-1) | (rows[:, None] == found[None])
+
+    chosen = chosen[[bool(relevant(asked[i : i + 1]).any()) for i in chosen]] if len(chosen) else chosen
+    if not len(chosen):
+        return
+    rows = asked[chosen]
+    result = metrics.retrieval(queries[chosen], gallery, lambda a, b: relevant(rows[a:b]))
+    for name in ("r_at_1", "r_at_5", "r_at_10", "p_at_10"):
+        value, error = metrics.mean_with_error(result[name], seed=material.seed)
+        recall, precision = metrics.retrieval_chance(result["relevant"], len(found), int(name.rsplit("_", 1)[1]))
+        blind = recall if name.startswith("r") else precision
+        direction = f"{source}-{target}"
+        material.keep("retrieval", direction, name, value, stderr=error, chance=blind, baseline=blind, n=len(rows))
+    if target not in material.media_columns:
+        return
+    shown = []
+    for i in material.chosen(np.arange(len(chosen)), 3):
+        related = relevant(rows[i : i + 1])[0]
+        items = [
+            material.exhibit(target, shelf.samples[j], f"{rank + 1}", bool(related[j]))
+            for rank, j in enumerate(result["top"][i][: 6 if material.columns[target] == "image" else 3])
+        ]
+        head = _shown(material, source, media, int(chosen[i]))
+        shown.append((head, items))
+    note = f"Three queries drawn by the seed among {len(found):,} records; green ones share a text with the query."
+    material.findings.galleries.append(Gallery(f"Retrieval: {source} → {target}", note, shown))
