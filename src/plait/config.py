@@ -154,7 +154,8 @@ def describe_error(error: Any, model: type[BaseModel]) -> str:
     if error["type"] != "extra_forbidden":
         return f"{'.'.join(path)}: {error['msg']}, not {error['input']!r}"
     for part in path[:-1]:
-        model = model.model_fields[part].annotation or model
+        annotation = model.model_fields[part].annotation
+        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else model
     near = difflib.get_close_matches(path[-1], model.model_fields, n=1, cutoff=0.4)
     hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(model.model_fields)}"
     return f"unknown key {'.'.join(path)}: {hint}"

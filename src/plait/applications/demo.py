@@ -41,10 +41,12 @@ class Speech:
             self.data = Path(espeakng_loader.get_data_path())
             self.library: Any = ctypes.CDLL(espeakng_loader.get_library_path())
         except (ImportError, OSError, RuntimeError) as error:
-            raise PlaitError(f"eSpeak NG cannot be loaded ({error}). Install it: pip install 'plait[speech]'") from error
+            raise PlaitError(
+                f"eSpeak NG cannot be loaded ({error}). Install it: pip install 'plait[speech]'"
+            ) from error
         self.rate = self.library.espeak_Initialize(self._SYNCHRONOUS, 0, str(self.data.parent).encode(), 0)
         if self.rate <= 0:
-            raise PlaitError("eSpeak NG did not start. Install it again: pip install --force-reinstall 'plait[speech]'")
+            raise PlaitError("eSpeak NG did not start. To install it again: make speech.")
         self.heard: list[np.ndarray] = []
         prototype = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
         self.callback = prototype(self._hear)  # kept, or it is collected while the library still calls it

@@ -1,7 +1,9 @@
 """Raw input <-> tensors <-> codes: one modality, one file."""
 
+from typing import Any
+
 from plait.modalities.audio import Audio, AudioSettings
 from plait.modalities.image import Image, ImageSettings
 
-MODALITIES = {"image": Image, "audio": Audio}
-SETTINGS = {"image": ImageSettings, "audio": AudioSettings}
+MODALITIES: dict[str, Any] = {"image": Image, "audio": Audio}
+SETTINGS: dict[str, Any] = {"image": ImageSettings, "audio": AudioSettings}

@@ -52,7 +52,7 @@ class AudioSettings(BaseModel):
         sounds = [decode_audio(example) for example in examples]
         rate = int(np.median([rate for _, rate in sounds]))
         longest = max(len(wave) / rate for wave, rate in sounds)
-        chosen = {"rate": next(r for r in (8000, 16000, 24000) if r >= min(rate, size.rate))}
+        chosen: dict[str, Any] = {"rate": next(r for r in (8000, 16000, 24000) if r >= min(rate, size.rate))}
         chosen |= {"seconds": min(size.seconds, math.ceil(longest * 11) / 10)}
         return cls.model_validate({"bands": 64 if min(rate, size.rate) <= 8000 else 80, **chosen, **overrides})
 
@@ -133,10 +133,10 @@ class AudioEncoder(nn.Module):
     def __init__(self, settings: AudioSettings, width: int) -> None:
         super().__init__()
         channels = [settings.stem, 2 * settings.stem, 2 * settings.stem]
-        strides = [(1, 2), (2, 2), (2, 2)]
+        self.strides = [(1, 2), (2, 2), (2, 2)]
         before, bands = 1, settings.bands
         self.convolutions, self.norms = nn.ModuleList(), nn.ModuleList()
-        for after, stride in zip(channels, strides, strict=True):
+        for after, stride in zip(channels, self.strides, strict=True):
             self.convolutions.append(nn.Conv2d(before, after, (5, 5), stride, padding=2))
             self.norms.append(ChannelNorm(after))
             before, bands = after, math.ceil(bands / stride[1])
@@ -147,8 +147,7 @@ class AudioEncoder(nn.Module):
         x = values.float() - SILENCE
         x = (x * within(lengths, x.shape[1])[..., None])[:, None]  # (N, 1, T, bands)
         remaining = lengths
-        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
-            stride = convolution.stride[0]
+        for convolution, norm, (stride, _) in zip(self.convolutions, self.norms, self.strides, strict=True):
             remaining = (remaining + stride - 1) // stride
             x = F.silu(norm(convolution(x)))
             x = x * within(remaining, x.shape[2])[:, None, :, None]

@@ -10,7 +10,7 @@ from typing import Any
 from plait.runtime import PlaitError, read_json
 
 PATIENCE = 3.5  # seconds that the hub has to answer
-_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+_ENDINGS = (".json", ".safetensors", ".txt", ".model", ".jinja")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -39,7 +39,7 @@ def _cached(name: str) -> Path | None:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, local_files_only=True, allow_patterns=_FILES))
+        return Path(snapshot_download(name, local_files_only=True))
     except (OSError, ValueError):
         return None
 
@@ -90,13 +90,19 @@ def _download(name: str, known: str) -> Path:
     files = [file.rfilename for file in found.siblings or []]
     if not any(file.endswith(".safetensors") for file in files):
         raise PlaitError(no_safetensors(name, [file for file in files if file.endswith((".bin", ".h5", ".msgpack"))]))
+    # Folders, and Mistral's "consolidated", hold the same weights in other forms; "1_Pooling" is of sentence encoders.
+    top = [f for f in files if "/" not in f and f.endswith(_ENDINGS) and not f.startswith("consolidated")]
     try:
-        ignore = ["*/*", "consolidated*"]  # the same weights in other forms
-        return Path(snapshot_download(name, allow_patterns=_FILES, ignore_patterns=ignore, etag_timeout=PATIENCE))
+        return Path(snapshot_download(name, allow_patterns=[*top, "1_Pooling/config.json"], etag_timeout=PATIENCE))
     except Exception as error:  # the client raises errors of several libraries
         raise PlaitError(
             f"The download of '{name}' broke off: {error}. Run it again: it goes on where it was."
         ) from error
+
+
+def other_weights(folder: Path) -> list[str]:
+    """The weights of a folder in formats that are not read."""
+    return sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".h5", ".msgpack", ".pt", ".pth"))
 
 
 def no_safetensors(where: str | Path, others: list[str]) -> str:

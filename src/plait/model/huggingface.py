@@ -22,7 +22,7 @@ from plait.modalities.base import Vocabulary
 from plait.modalities.text import Text
 from plait.model import checkpoint as own
 from plait.model.checkpoint import Checkpoint, GenerationConfig
-from plait.model.hub import find, no_safetensors
+from plait.model.hub import find, no_safetensors, other_weights
 from plait.model.multimodal import ModelConfig, Multimodal, TokenRows
 from plait.model.transformer import TransformerConfig, rotary_frequencies
 from plait.runtime import PlaitError, read_json
@@ -236,8 +236,7 @@ class _Weights:
             if lost := [path for path in paths if not path.is_file()]:
                 raise PlaitError(f"{lost[0]} is missing, though {index.name} lists it. Fetch the model again.")
         else:
-            others = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".h5", ".msgpack", ".pt", ".pth"))
-            raise PlaitError(no_safetensors(folder, others))
+            raise PlaitError(no_safetensors(folder, other_weights(folder)))
         for path in paths:
             try:
                 file = safe_open(path, framework="pt")

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from plait.data.dataset import Dataset
+from plait.data.record import Record
 from plait.data.samples import Samples
 from plait.modalities.base import MediaModality, Vocabulary
 from plait.modalities.text import Text
@@ -84,7 +85,7 @@ def load_split(
                 present += 1
                 yield modality.sample(row.parts[column])
 
-    def collect(row) -> None:
+    def collect(row: Record) -> None:
         ids.append(row.id)
         for column, values in strings.items():
             values.append(row.parts.get(column))

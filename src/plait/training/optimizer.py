@@ -12,7 +12,8 @@ def make_optimizer(
     modules: list[nn.Module], learning_rate: float, weight_decay: float, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
     """Fused AdamW over what is trainable in the modules; rows, norms and biases do not decay."""
-    decay, plain = [], []
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for module in modules:
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:

@@ -330,6 +330,10 @@ def train(dataset: Dataset, folder: Path, recipe: Recipe, report: Report, device
             )  # fmt: skip
         if len(splits["train"]) < 2:
             raise PlaitError(f"{dataset.path} has {len(splits['train'])} records to train on; at least 2 are needed.")
+        parameters = model.parameter_count()
+        run.decide(decided={"parameters": parameters, "batch_size": run.batch_size, "learning_rate": run.peak})
+        note = f"{sum(parameters.values()):,} parameters, batch {run.batch_size}, learning rate {run.peak:g}"
+        report(Progress("size " + recipe.model.size, 1, 1, note=note))
         run.codecs(model, splits)
         model.to(device.torch)
         used = time.perf_counter() - begun
@@ -536,3 +540,18 @@ class _Log:
         self.file.close()
         if self.board is not None:
             self.board.close()
+
+
+def describe(folder: Path) -> str:
+    """What a run decided and how large its model is, for people."""
+    facts = read_json(folder / "run.json")
+    config = read_json(folder / "checkpoints" / "best" / "config.json")
+    backbone, shown = config["backbone"], facts["decided"]
+    parts = ", ".join(f"{name} {count:,}" for name, count in shown["parameters"].items())
+    stopped = f", stopped early at {facts['stopped_early']}" if "stopped_early" in facts else ""
+    return (
+        f"Size {facts['size']}: width {backbone['width']}, {backbone['layers']} layers; {parts} parameters.\n"
+        f"{facts['steps']} steps of {shown['batch_size']} records{stopped}; learning rate {shown['learning_rate']:g}; "
+        f"seed {facts['seed']}; on {facts['device']} with {facts['threads']} threads. "
+        f"Best checkpoint: step {config['training']['step']} in {folder / 'checkpoints' / 'best'}"
+    )

@@ -1,0 +1,39 @@
+# Everything sets itself up: a virtual environment in .venv, from the package registry and nothing else.
+PYTHON ?= python3
+BIN = .venv/bin
+INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.lock
+
+
+.PHONY: demo speech test lint bench clean
+
+demo: .venv/demo
+	$(BIN)/plait demo -o runs/demo
+
+test: .venv/dev
+	$(BIN)/python -m pytest
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/demo: pyproject.toml constraints.lock
+	$(PYTHON) -c 'import sys; sys.exit("Plait needs Python 3.11 or newer; try make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(INSTALL) "$$(grep -x 'torch==[0-9.]*' constraints.lock)"
+	$(INSTALL) -e ".[demo]"
+	$(MAKE) -s speech || echo "No speech synthesis here: the demo goes on with text and pictures."
+	@touch $@
+
+speech:
+	$(INSTALL) --force-reinstall --no-deps espeakng-loader
+
+.venv/dev: .venv/demo
+	$(INSTALL) -e ".[dev]"
+	@touch $@
+
+bench: .venv/dev
+	$(BIN)/python bench/run.py
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,533 @@
+"""The command line: one function a command, and no logic of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+# A thread that waits for another must not spin while somebody else could use the processor; read when torch loads.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from plait.applications.model import Model
+    from plait.data.dataset import Dataset, Manifest
+    from plait.training.trainer import Progress as TrainingProgress
+
+app = typer.Typer(
+    name="plait",
+    help="One model that reads and writes text, pictures and sound from your own files.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+ModelArgument = Annotated[str, typer.Argument(help="A run, a checkpoint, or a Hugging Face name or folder.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+SeedOption = Annotated[int, typer.Option(help="The same seed gives the same result.")]
+OutOption = Annotated[Path | None, typer.Option("-o", "--out", help="Where to write.")]
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends in one message and exit code 1."""
+    from plait.runtime import PlaitError
+
+    try:
+        app()
+    except PlaitError as error:
+        err.print(f"[red]plait:[/red] {_plain(str(error))}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        err.print("\nStopped.")
+        sys.exit(130)
+
+
+def _plain(text: str) -> str:
+    """Text that rich shows as it is."""
+    return text.replace("[", "\\[")
+
+
+# --- progress ---------------------------------------------------------------------------------------------------
+
+
+class _Bar:
+    """A bar for each stage of long work; on a pipe, a line now and then instead."""
+
+    def __init__(self) -> None:
+        self.bars = Progress(
+            TextColumn("{task.description:14}"), BarColumn(30), TextColumn("{task.percentage:3.0f} %"),
+            TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=err,
+        )  # fmt: skip
+        self.tasks: dict[str, Any] = {}
+        self.told: dict[str, float] = {}
+
+    def __enter__(self) -> _Bar:
+        if err.is_terminal:
+            self.bars.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bars.stop()
+
+    def __call__(self, stage: str, done: int, total: int | None, note: str = "") -> None:
+        if err.is_terminal:
+            if stage not in self.tasks:
+                self.tasks[stage] = self.bars.add_task(stage, total=total, note="")
+            self.bars.update(self.tasks[stage], completed=done, total=total, note=note)
+        elif done == total or time.monotonic() - self.told.get(stage, 0.0) > 20:
+            self.told[stage] = time.monotonic()
+            err.print(f"{stage}: {done}{f'/{total}' if total else ''}{f'  {note}' if note else ''}")
+
+    def training(self, progress: TrainingProgress) -> None:
+        """What the trainer tells."""
+        losses = "  ".join(f"{name.replace('contrastive:', '')} {value:.3f}" for name, value in progress.losses.items())
+        rate = f"  {progress.tokens_per_second:,.0f} tokens/s" if progress.tokens_per_second else ""
+        self(progress.stage, progress.done, progress.total, losses + rate + progress.note)
+
+
+def _show_manifest(manifest: Manifest, folder: Path) -> None:
+    table = Table("column", "what", "records", "length", box=None, header_style="bold")
+    for name, kind in manifest.columns.items():
+        lengths = manifest.statistics.get(name)
+        if lengths is not None:
+            span = f"{lengths.min:.4g} to {lengths.max:.4g} {lengths.unit}"
+            table.add_row(name, kind, str(lengths.records), span)
+    out.print(table)
+    counts = ", ".join(f"{split} {count}" for split, count in manifest.counts.items())
+    overlap = "".join(f"; {pair} overlap {count}" for pair, count in manifest.overlap.items() if count)
+    out.print(f"Records: {counts}. Rejected: {manifest.rejected}. Exact duplicates: {manifest.duplicates}{overlap}.")
+    for warning in manifest.warnings:
+        out.print(f"[yellow]Note:[/yellow] {_plain(warning)}")
+    if manifest.rejected:
+        out.print(f"What was rejected, and why: {folder / 'rejects.jsonl'}")
+    out.print(f"Report: {folder / 'report.html'}")
+
+
+# --- data and training ------------------------------------------------------------------------------------------
+
+
+@app.command()
+def prepare(
+    source: Annotated[Path, typer.Argument(help="A folder, an archive or a table.")],
+    out_folder: Annotated[Path, typer.Option("-o", "--out", help="The dataset's folder.")],
+    map_: Annotated[
+        list[str] | None,
+        typer.Option("--map", help="What a column is: image=COL, audio=COL, text=COL, text=COL:NEWNAME, ignore=COL."),
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="Regular expression on file names; its named groups become text columns.")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Take map, labels and pattern from this recipe.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes that decode media.")] = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Check files and make a dataset of them: splits, counts, what was rejected and why.
+
+    Example: plait prepare photos/ -o data/photos
+    """
+    from plait.config import load_recipe
+
+    given: dict[str, str] = {}
+    for entry in map_ or []:
+        kind, _, column = entry.partition("=")
+        given[kind] = f"{given[kind]},{column}" if kind in given else column
+    data = load_recipe(recipe, {"data": {"map": given or None, "pattern": pattern}}).data
+    manifest = _prepare(source, out_folder, data, workers, seed)
+    _show_manifest(manifest, out_folder)
+    out.print(f"Next: plait train {out_folder} -o runs/{out_folder.name}")
+
+
+def _prepare(source: Path, folder: Path, data: Any, workers: int | None, seed: int) -> Manifest:
+    from plait.data.prepare import prepare as make
+
+    with _Bar() as bar:
+        return make(
+            source, folder, column_map=data.map or None, labels=data.labels or None, pattern=data.pattern,
+            workers=workers, seed=seed, progress=lambda done, total: bar("prepare", done, total),
+        )  # fmt: skip
+
+
+def _dataset(source: Path, run: Path, recipe: Any) -> Dataset:
+    """A prepared dataset, or raw files, which are prepared first, into the run's folder."""
+    from plait.data.dataset import Dataset
+
+    if (source / "manifest.json").is_file():
+        return Dataset.open(source)
+    if not (run / "data" / "manifest.json").is_file():
+        _show_manifest(_prepare(source, run / "data", recipe.data, None, 0), run / "data")
+    return Dataset.open(run / "data")
+
+
+@app.command()
+def train(
+    dataset: Annotated[Path, typer.Argument(help="A prepared dataset, or files that `prepare` reads.")],
+    run: Annotated[Path, typer.Option("-o", "--out", help="The run's folder.")],
+    recipe: Annotated[Path | None, typer.Option(help="A YAML file; see recipes/.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="tiny, small, base or large; see plait sizes.")
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="Fit the schedule to a time budget.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Train for so many steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Records a step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="The schedule's peak.")] = None,
+    init_from: Annotated[str | None, typer.Option(help="A Hugging Face GPT-2, Llama or Qwen3 to start from.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, order and augmentation.")] = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Train a model. Ctrl-C leaves a usable run, and the same command goes on from it.
+
+    Example: plait train data/photos -o runs/photos --size tiny --minutes 10
+    """
+    from plait.config import load_recipe
+
+    training = {
+        "minutes": minutes, "steps": steps, "seed": seed, "batch_size": batch_size, "learning_rate": learning_rate,
+    }  # fmt: skip
+    settings = load_recipe(recipe, {"model": {"size": size, "init_from": init_from}, "training": training})
+    _train(_dataset(dataset, run, settings), run, settings, device)
+    out.print(f"Next: plait evaluate {run}")
+
+
+def _train(dataset: Dataset, run: Path, recipe: Any, device: str) -> None:
+    from plait.evaluation.report import Findings, read_run, write_report
+    from plait.training.trainer import describe
+    from plait.training.trainer import train as fit
+
+    with _Bar() as bar:
+        try:
+            fit(dataset, run, recipe, bar.training, device)
+        except KeyboardInterrupt:
+            err.print(f"\nStopped. The run can be used as it is; the same command goes on from here: {run}")
+            raise
+    write_report(run / "report.html", {}, Findings(), read_run(run, dataset.path))
+    out.print(_plain(describe(run)))
+
+
+@app.command()
+def sizes() -> None:
+    """Show what each --size stands for.
+
+    Example: plait sizes
+    """
+    from plait.config import SIZES
+
+    names = list(next(iter(SIZES.values())).model_dump())
+    table = Table("size", *names, box=None, header_style="bold")
+    for name, size in SIZES.items():
+        table.add_row(name, *(f"{value:g}" for value in size.model_dump().values()))
+    out.print(table)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    data: Annotated[Path | None, typer.Option(help="Another dataset than the run's own.")] = None,
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    limit: Annotated[int | None, typer.Option(help="Records a task, at most.")] = None,
+    judge_seconds: Annotated[float, typer.Option(help="Time to train the judge of drawings and speech.")] = 12.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print metrics.json.")] = False,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+) -> None:
+    """Measure a run on held-out data, beside chance and a simple baseline; writes metrics.json and report.html.
+
+    Example: plait evaluate runs/photos
+    """
+    metrics = _evaluate(run, data, split, limit, judge_seconds, seed, device)
+    if as_json:
+        out.print_json(data=metrics)
+        return
+    _show_metrics(metrics)
+    out.print(f"All figures: {run / 'metrics.json'}\nReport: {run / 'report.html'}")
+
+
+def _evaluate(
+    run: Path, data: Path | None, split: str, limit: int | None, judge_seconds: float, seed: int, device: str
+) -> dict[str, Any]:
+    from plait.applications.model import load
+    from plait.data.dataset import Dataset
+    from plait.evaluation.report import read_run, write_metrics, write_report
+    from plait.evaluation.tasks import evaluate as measure
+    from plait.runtime import PlaitError, read_json
+
+    if data is None:
+        if not (run / "run.json").is_file():
+            raise PlaitError(f"{run} is not a run (it has no run.json). Name a run, or a dataset with --data.")
+        data = Path(read_json(run / "run.json")["dataset"])
+    dataset = Dataset.open(data)
+    model = load(run, device)
+    with _Bar() as bar:
+        metrics, findings = measure(
+            model, dataset, split, seed=seed, limit=limit, judge_seconds=judge_seconds, progress=bar
+        )
+    write_metrics(run / "metrics.json", metrics)
+    write_report(run / "report.html", metrics, findings, read_run(run, data))
+    return metrics
+
+
+def _show_metrics(metrics: dict[str, Any]) -> None:
+    table = Table("figure", "value", "±", "chance", "baseline", "n", box=None, header_style="bold")
+    shown = lambda value: "" if value is None else f"{value:.4g}"  # noqa: E731
+    for name, metric in metrics.items():
+        table.add_row(
+            name, *(shown(metric[key]) for key in ("value", "stderr", "chance", "baseline")), str(metric["n"])
+        )
+    out.print(table)
+
+
+@app.command()
+def demo(
+    run: Annotated[Path, typer.Option("-o", "--out", help="The run's folder.")] = Path("runs/demo"),
+    minutes: Annotated[float, typer.Option(help="Time to train.")] = 2.5,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+) -> None:
+    """Handwritten digits, their names in English and Chinese, and spoken names: one model, from files to figures.
+
+    Example: plait demo
+    """
+    from plait.applications.demo import write_demo
+    from plait.config import load_recipe
+    from plait.data.dataset import Dataset
+
+    begun = time.monotonic()
+    if not (run / "data" / "manifest.json").is_file():
+        out.print(f"Writing pictures and sounds as ordinary files: {run / 'files'}")
+        write_demo(run / "files", lambda text: err.print(f"[yellow]Note:[/yellow] {_plain(text)}"))
+        _show_manifest(_prepare(run / "files", run / "data", load_recipe(None).data, None, 0), run / "data")
+    recipe = load_recipe(None, {"training": {"minutes": minutes, "seed": seed}})
+    _train(Dataset.open(run / "data"), run, recipe, device)
+    metrics = _evaluate(run, None, "test", None, 12.0, seed, device)
+    _show_metrics({name: value for name, value in metrics.items() if name in _demo_figures(metrics)})
+    out.print(f"\n{time.monotonic() - begun:.0f} s in all. All figures: {run / 'metrics.json'}")
+    out.print(f"Report, with pictures and sounds: {run / 'report.html'}\n\nTry next:")
+    out.print(f"  plait draw {run} three -n 16 -o threes.png", f"  plait speak {run} seven -o seven.wav", sep="\n")
+    out.print(f"  plait classify {run} {run}/files/pictures/0003.png")
+    sound = next(iter(sorted((run / "files" / "sounds").glob("en-*"))), None)
+    if sound:
+        out.print(f"  plait transcribe {run} {sound} --column en")
+
+
+def _demo_figures(metrics: dict[str, Any]) -> list[str]:
+    ends = ("/accuracy", "/judged_accuracy", "/judge_real", "/diversity", "/near_copies", "audio-image/p_at_10",
+            "image-audio/p_at_10", "text/p_at_10")  # fmt: skip
+    return [name for name in metrics if name.endswith(ends)]
+
+
+# --- use --------------------------------------------------------------------------------------------------------
+
+
+def _load(name: str, device: str = "auto") -> Model:
+    from plait.applications.model import load
+
+    return load(name, device)
+
+
+def _media_or_text(value: str) -> str | Path:
+    """An argument that names a file is that file; anything else is text."""
+    looks = re.fullmatch(r"\S*\.(png|jpe?g|gif|webp|bmp|tiff?|wav|flac|ogg|opus|mp3)", value, re.IGNORECASE)
+    path = Path(value)
+    if looks and not path.is_file():
+        from plait.runtime import PlaitError
+
+        raise PlaitError(f"{path} does not exist.")
+    return path if looks else value
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        from plait.runtime import PlaitError
+
+        raise PlaitError(f"{path} does not exist.")
+    return path
+
+
+@app.command()
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    max_length: Annotated[int | None, typer.Option(help="Tokens of prompt and continuation.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens of the continuation.")] = None,
+    num_return_sequences: Annotated[int, typer.Option(min=1)] = 1,
+    temperature: Annotated[float | None, typer.Option()] = None,
+    top_k: Annotated[int | None, typer.Option()] = None,
+    top_p: Annotated[float | None, typer.Option()] = None,
+    repetition_penalty: Annotated[float | None, typer.Option()] = None,
+    do_sample: Annotated[bool | None, typer.Option(help="Sample; by itself where several are asked for.")] = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+) -> None:
+    """Continue a text.
+
+    Example: plait generate gpt2 "Hello, how are you?" --max-length 50 --num-return-sequences 5
+    """
+    made = _load(model, device).generate(
+        prompt, max_length=max_length, max_new_tokens=max_new_tokens, num_return_sequences=num_return_sequences,
+        do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p,
+        repetition_penalty=repetition_penalty, seed=seed,
+    )  # fmt: skip
+    texts = made if isinstance(made, list) else [made]
+    for text in texts:
+        out.print(text, markup=False)
+        if len(texts) > 1:
+            out.print("---")
+
+
+@app.command()
+def classify(
+    model: ModelArgument,
+    files: Annotated[list[str], typer.Argument(help="Pictures or recordings, or texts.")],
+    labels: Annotated[
+        str | None, typer.Option(help="Choose between these, with commas.")
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="Answer in this text column.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Answers to show.")] = 3,
+    device: DeviceOption = "auto",
+) -> None:
+    """Name what is in a picture or a recording, with probabilities.
+
+    Example: plait classify runs/demo runs/demo/files/pictures/0003.png
+    """
+    loaded = _load(model, device)
+    wanted = [label.strip() for label in labels.split(",")] if labels else None
+    for file in files:
+        ranked = loaded.classify(_media_or_text(file), labels=wanted, column=column, top=top)
+        out.print(_plain(f"{file}: " + ", ".join(f"{label} {probability:.3f}" for label, probability in ranked)))
+
+
+@app.command()
+def describe(
+    model: ModelArgument,
+    files: Annotated[list[Path], typer.Argument(help="Pictures.")],
+    column: Annotated[str | None, typer.Option(help="Write into this text column.")] = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Say in words what is in a picture.
+
+    Example: plait describe runs/demo runs/demo/files/pictures/0003.png --column zh
+    """
+    loaded = _load(model, device)
+    for file in files:
+        out.print(_plain(f"{file}: {loaded.describe(_existing(file), column=column)}"))
+
+
+@app.command()
+def transcribe(
+    model: ModelArgument,
+    files: Annotated[list[Path], typer.Argument(help="Recordings.")],
+    column: Annotated[str | None, typer.Option(help="Write into this text column.")] = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Write down what is said in a recording.
+
+    Example: plait transcribe openai/whisper-tiny speech.wav
+    """
+    loaded = _load(model, device)
+    for file in files:
+        out.print(_plain(f"{file}: {loaded.transcribe(_existing(file), column=column)}"))
+
+
+@app.command()
+def draw(
+    model: ModelArgument,
+    text: Annotated[str, typer.Argument(help="What to draw.")],
+    n: Annotated[int, typer.Option("-n", min=1, help="Pictures; more than one make a contact sheet.")] = 1,
+    best_of: Annotated[int | None, typer.Option(help="Draw so many for each, keep those nearest to the text.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="How strongly the text rules; 1 is not at all more.")] = None,
+    seed: SeedOption = 0,
+    out_file: Annotated[Path, typer.Option("-o", "--out", help="A PNG file.")] = Path("drawing.png"),
+    device: DeviceOption = "auto",
+) -> None:
+    """Draw pictures of a text.
+
+    Example: plait draw runs/demo "three" -n 16 -o threes.png
+    """
+    from plait.applications.sheet import contact_sheet
+
+    pictures = _load(model, device).draw(text, n=n, best_of=best_of, guidance=guidance, seed=seed)
+    _write(out_file, contact_sheet(pictures))
+    out.print(f"{len(pictures)} drawn: {out_file}")
+
+
+@app.command()
+def speak(
+    model: ModelArgument,
+    text: Annotated[str, typer.Argument(help="What to say.")],
+    guidance: Annotated[float | None, typer.Option(help="How strongly the text rules; 1 is not at all more.")] = None,
+    seed: SeedOption = 0,
+    out_file: Annotated[Path, typer.Option("-o", "--out", help="A WAV file.")] = Path("speech.wav"),
+    device: DeviceOption = "auto",
+) -> None:
+    """Say a text.
+
+    Example: plait speak runs/demo "seven" -o seven.wav
+    """
+    from plait.data.media import encode_wav
+
+    wave, rate = _load(model, device).speak(text, n=1, guidance=guidance, seed=seed)[0]
+    _write(out_file, encode_wav(wave, rate))
+    out.print(f"{len(wave) / rate:.2f} s of sound: {out_file}")
+
+
+def _write(path: Path, data: bytes) -> None:
+    from plait.runtime import PlaitError
+
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise PlaitError(f"Cannot write {path}: {error.strerror}. Choose another file with -o.") from error
+
+
+@app.command()
+def embed(
+    model: ModelArgument,
+    inputs: Annotated[list[str], typer.Argument(help="Texts, pictures and recordings.")],
+    out_file: Annotated[Path | None, typer.Option("-o", "--out", help="A .npy file; default: JSON lines.")] = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Place texts, pictures and sounds in one space.
+
+    Example: plait embed runs/demo "three" runs/demo/files/pictures/0003.png
+    """
+    import json
+
+    import numpy as np
+
+    vectors = _load(model, device).embed([_media_or_text(value) for value in inputs])
+    if out_file is not None:
+        np.save(out_file, vectors)
+        out.print(f"{vectors.shape[0]} vectors of {vectors.shape[1]}: {out_file}")
+        return
+    for value, vector in zip(inputs, vectors, strict=True):
+        out.print(_plain(json.dumps({"input": value, "embedding": [round(float(x), 6) for x in vector]})))
+
+
+@app.command()
+def export(
+    model: ModelArgument,
+    out_folder: Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")],
+    to: Annotated[str, typer.Option(help="transformers or onnx.")] = "transformers",
+) -> None:
+    """Write the text-and-codes backbone for other programs.
+
+    Example: plait export runs/demo --to transformers -o exported
+    """
+    from plait.model import huggingface
+    from plait.runtime import PlaitError
+
+    formats = {"transformers": huggingface.export_transformers, "onnx": huggingface.export_onnx}
+    if to not in formats:
+        raise PlaitError(f"Unknown format '{to}'. Use {' or '.join(formats)}.")
+    formats[to](_load(model, "cpu").checkpoint, out_folder)
+    out.print(f"Written: {out_folder}")
