@@ -88,14 +88,19 @@ def _explained(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the report that transformers logs on loading: what matters in it becomes an error."""
+    """Without transformers' warnings and bars: what matters in them becomes an error."""
+    from transformers.utils import logging as theirs
+
     logger = logging.getLogger("transformers")
-    level = logger.level
+    level, bars = logger.level, theirs.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)
+    theirs.disable_progress_bar()
     try:
         yield
     finally:
         logger.setLevel(level)
+        if bars:
+            theirs.enable_progress_bar()
 
 
 class Pretrained:
