@@ -1,12 +1,16 @@
 """Import and export against transformers itself, on tiny models with random weights made on the spot."""
 
+import hashlib
+import http.server
 import json
 import os
 import shutil
 import socket
 import struct
+import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -319,6 +323,85 @@ def test_an_unreachable_name_fails_fast(monkeypatch, tmp_path):
     for name, message in [("./no/such/folder", "no folder"), ("a--b", "not a name"), (tmp_path / "file", "is a file")]:
         with pytest.raises(PlaitError, match=message):
             huggingface.load(name)
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub as a download asks for: what a model holds, and its files."""
+
+    models: ClassVar[dict[str, Path]] = {}
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0].strip("/").removeprefix("api/models/").split("/")
+        folder = self.models.get("/".join(path[:2]))
+        files = sorted(file.name for file in folder.iterdir()) if folder else []
+        status, headers, body = 200, {"X-Repo-Commit": "a" * 40}, b""
+        if not files:
+            status, headers["X-Error-Code"] = 404, "RepoNotFound"
+        elif path[2:3] == ["resolve"] and path[-1] in files:
+            body = (folder / path[-1]).read_bytes()
+            headers["ETag"] = f'"{hashlib.sha1(body).hexdigest()}"'
+        elif path[2:3] == ["tree"]:
+            body = json.dumps(
+                [{"type": "file", "path": f, "size": (folder / f).stat().st_size, "oid": "0" * 40} for f in files]
+            ).encode()
+        elif path[2:3] in ([], ["revision"]):
+            siblings = [{"rfilename": file} for file in files]
+            body = json.dumps({"id": "/".join(path[:2]), "sha": "a" * 40, "siblings": siblings}).encode()
+        else:
+            status, headers["X-Error-Code"] = 404, "EntryNotFound"
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def test_a_name_is_fetched_once_and_then_read_from_the_cache(monkeypatch, tmp_path, folders):
+    import huggingface_hub
+
+    pickled = shutil.copytree(folders["gpt2"], tmp_path / "pickled")
+    only_bin(pickled)
+    (tmp_path / "one").mkdir()
+    extra = shutil.copytree(folders["llama"], tmp_path / "one" / "tiny")
+    (extra / "consolidated.safetensors").write_bytes(b"not wanted")
+    monkeypatch.setattr(Hub, "models", {"some/tiny": extra, "some/pickled": pickled})
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        monkeypatch.setattr(
+            huggingface_hub.constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            address + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        fetched = huggingface.load("some/tiny")
+        with pytest.raises(PlaitError, match="'some/nothing' is neither a local folder nor a model of"):
+            huggingface.load("some/nothing")
+        with pytest.raises(PlaitError, match=r"some/pickled has its weights only as pytorch_model\.bin"):
+            huggingface.load("some/pickled")
+        server.shutdown()
+        thread.join()
+    assert not list((tmp_path / "cache").rglob("consolidated*")) and not list((tmp_path / "cache").rglob("*.bin"))
+    again = huggingface.load("some/tiny")
+    local = huggingface.load(folders["llama"])
+    for name, value in local.model.state_dict().items():
+        assert torch.equal(fetched.model.state_dict()[name], value)
+        assert torch.equal(again.model.state_dict()[name], value)
+    # A download that broke off is not taken for a model.
+    next((tmp_path / "cache").rglob("model-00002*.safetensors")).unlink()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(PlaitError, match=r"the cache lacks model-00002.*cannot be reached"):
+        huggingface.load("some/tiny")
 
 
 # --- growing ------------------------------------------------------------------------------------------------------

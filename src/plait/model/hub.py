@@ -36,18 +36,15 @@ def find(name: str | Path) -> Path:
 
 
 def _cached(name: str) -> Path | None:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, try_to_load_from_cache
 
-    try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except (OSError, ValueError):
-        return None
+    # By one file: a look-up of the whole snapshot fails where files that we never fetch are not in it.
+    found = try_to_load_from_cache(name, "config.json", cache_dir=constants.HF_HUB_CACHE)
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def _gaps(folder: Path) -> list[str]:
     """The files that a cached model lacks: it may be the rest of an interrupted download."""
-    if not (folder / "config.json").is_file():
-        return ["config.json"]
     if (index := folder / "model.safetensors.index.json").is_file():
         try:
             wanted = {str(file) for file in read_json(index)["weight_map"].values()}
