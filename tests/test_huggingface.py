@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+import plait
 from plait.modalities.base import Vocabulary
 from plait.modalities.text import Text
 from plait.model import checkpoint as own
@@ -160,6 +161,17 @@ def test_import_gives_their_logits_and_their_text(name, folders, theirs):
     wanted_ids = reference.generate(torch.tensor([prompt]), **options)[0].tolist()
     assert greedy(model, prompt, 200) == wanted_ids
     assert checkpoint.text.decode(wanted_ids) == checkpoint.text.tokenizer.decode(wanted_ids, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("name", ["gpt2-untied", "llama-tied", "qwen3"])
+def test_the_front_door_continues_a_text_as_they_do(name, folders, theirs):
+    model = plait.load(folders[name], device="cpu", precision="fp32")
+    text = model.checkpoint.text
+    prompt = text.encode("the cat")
+    options = {"max_new_tokens": 200, "do_sample": False, "eos_token_id": 256, "pad_token_id": 0}
+    wanted = theirs[name].generate(torch.tensor([prompt]), **options)[0].tolist()
+    wanted = wanted[: wanted.index(256)] if 256 in wanted else wanted
+    assert model.generate("the cat", max_new_tokens=200) == text.decode(wanted)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])

@@ -174,9 +174,7 @@ def train(
     dataset: Annotated[Path, typer.Argument(help="A prepared dataset, or files that `prepare` reads.")],
     run: Annotated[Path, typer.Option("-o", "--out", help="The run's folder.")],
     recipe: Annotated[Path | None, typer.Option(help="A YAML file; see recipes/.")] = None,
-    size: Annotated[
-        str | None, typer.Option(help="tiny, small, base or large; see plait sizes.")
-    ] = None,
+    size: Annotated[str | None, typer.Option(help="tiny, small, base or large; see plait sizes.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Fit the schedule to a time budget.")] = None,
     steps: Annotated[int | None, typer.Option(help="Train for so many steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Records a step.")] = None,
@@ -258,6 +256,7 @@ def _evaluate(
     from plait.applications.model import load
     from plait.data.dataset import Dataset
     from plait.evaluation.report import read_run, write_metrics, write_report
+    from plait.evaluation.tasks import Limits
     from plait.evaluation.tasks import evaluate as measure
     from plait.runtime import PlaitError, read_json
 
@@ -268,8 +267,9 @@ def _evaluate(
     dataset = Dataset.open(data)
     model = load(run, device)
     with _Bar() as bar:
+        limits = Limits() if limit is None else Limits(records=limit)
         metrics, findings = measure(
-            model, dataset, split, seed=seed, limit=limit, judge_seconds=judge_seconds, progress=bar
+            model, dataset, split, seed=seed, limits=limits, judge_seconds=judge_seconds, progress=bar
         )
     write_metrics(run / "metrics.json", metrics)
     write_report(run / "report.html", metrics, findings, read_run(run, data))
@@ -278,6 +278,7 @@ def _evaluate(
 
 def _show_metrics(metrics: dict[str, Any]) -> None:
     table = Table("figure", "value", "±", "chance", "baseline", "n", box=None, header_style="bold")
+    table.columns[0].no_wrap, table.columns[0].min_width = True, max(len(name) for name in metrics if "[" not in name)
     shown = lambda value: "" if value is None else f"{value:.4g}"  # noqa: E731
     for name, metric in metrics.items():
         table.add_row(
@@ -388,9 +389,7 @@ def generate(
 def classify(
     model: ModelArgument,
     files: Annotated[list[str], typer.Argument(help="Pictures or recordings, or texts.")],
-    labels: Annotated[
-        str | None, typer.Option(help="Choose between these, with commas.")
-    ] = None,
+    labels: Annotated[str | None, typer.Option(help="Choose between these, with commas.")] = None,
     column: Annotated[str | None, typer.Option(help="Answer in this text column.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Answers to show.")] = 3,
     device: DeviceOption = "auto",
@@ -441,22 +440,23 @@ def transcribe(
 @app.command()
 def draw(
     model: ModelArgument,
-    text: Annotated[str, typer.Argument(help="What to draw.")],
-    n: Annotated[int, typer.Option("-n", min=1, help="Pictures; more than one make a contact sheet.")] = 1,
+    texts: Annotated[list[str], typer.Argument(help="What to draw; each text gets a row.")],
+    n: Annotated[int, typer.Option("-n", min=1, help="Pictures of each; more than one make a contact sheet.")] = 1,
     best_of: Annotated[int | None, typer.Option(help="Draw so many for each, keep those nearest to the text.")] = None,
     guidance: Annotated[float | None, typer.Option(help="How strongly the text rules; 1 is not at all more.")] = None,
     seed: SeedOption = 0,
     out_file: Annotated[Path, typer.Option("-o", "--out", help="A PNG file.")] = Path("drawing.png"),
     device: DeviceOption = "auto",
 ) -> None:
-    """Draw pictures of a text.
+    """Draw pictures of texts.
 
     Example: plait draw runs/demo "three" -n 16 -o threes.png
     """
     from plait.applications.sheet import contact_sheet
 
-    pictures = _load(model, device).draw(text, n=n, best_of=best_of, guidance=guidance, seed=seed)
-    _write(out_file, contact_sheet(pictures))
+    loaded = _load(model, device)
+    pictures = [p for text in texts for p in loaded.draw(text, n=n, best_of=best_of, guidance=guidance, seed=seed)]
+    _write(out_file, contact_sheet(pictures, n if len(texts) > 1 else None))
     out.print(f"{len(pictures)} drawn: {out_file}")
 
 

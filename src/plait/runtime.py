@@ -202,7 +202,8 @@ def only_writer(folder: Path) -> Iterator[None]:
         except OSError:
             lock.seek(0)
             raise PlaitError(
-                f"{folder} is being written by process {lock.read().strip() or '?'}. Wait for it, or choose another folder."
+                f"{folder} is being written by process {lock.read().strip() or '?'}. "
+                "Wait for it, or choose another folder."
             ) from None
         lock.seek(0)
         lock.truncate()

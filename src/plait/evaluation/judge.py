@@ -16,33 +16,40 @@ from plait.runtime import uniform
 
 Augment = Callable[[np.ndarray, Tensor], Tensor]  # indices of samples, draw (N, 8) -> features (N, C, H, W)
 BATCH = 64
+GRID = 4  # places of the last stage that are told apart, a side
+HIDDEN = 64  # width of the features
+PATIENT = 40.0  # seconds from which the larger network pays
 FEWEST = 100  # steps; a judge of fewer says nothing
 
 
 class _Network(nn.Module):
-    """Three stages of convolutions, each halving the side; averages and maxima of the last are the features."""
+    """Stages of convolutions; means and maxima of the last, on a grid of 4 x 4, become the features.
+
+    Below a width of 32 each stage has one convolution: what seconds can train.
+    """
 
     def __init__(self, channels: int, side: int, classes: int, width: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        before = channels
-        # Large inputs are halved at once: the judge has seconds, not minutes.
-        stride = 2 if side > 40 else 1
+        before, large = channels, side > 40
         for stage, after in enumerate((width, 2 * width, 2 * width)):
-            layers += [nn.Conv2d(before, after, 3, stride if stage == 0 else 1, padding=1)]
+            if stage == 0 and large:  # halved at once: most of the work lies in the first places
+                layers += [nn.Conv2d(before, after, 5, 2, padding=2)]
+            else:
+                layers += [nn.Conv2d(before, after, 3, padding=1)]
             layers += [nn.GroupNorm(8, after), nn.ReLU()]
-            if stage:
+            if stage and width >= 32:
                 layers += [nn.Conv2d(after, after, 3, padding=1), nn.GroupNorm(8, after), nn.ReLU()]
-            layers += [nn.MaxPool2d(2, ceil_mode=True)]
+            if stage < 2:
+                layers += [nn.MaxPool2d(2, ceil_mode=True)]
             before = after
         self.layers = nn.Sequential(*layers)
-        self.hidden = nn.Linear(2 * before * 4, 128)
-        self.out = nn.Linear(128, classes)
+        self.hidden = nn.Linear(2 * before * GRID**2, HIDDEN)
+        self.out = nn.Linear(HIDDEN, classes)
 
     def features(self, x: Tensor) -> Tensor:
         x = self.layers(x)
-        # A 2 x 2 grid of means and maxima keeps some of where things are, whatever the side.
-        pooled = torch.cat((F.adaptive_avg_pool2d(x, 2), F.adaptive_max_pool2d(x, 2)), 1)
+        pooled = torch.cat((F.adaptive_avg_pool2d(x, GRID), F.adaptive_max_pool2d(x, GRID)), 1)
         return F.relu(self.hidden(pooled.flatten(1)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,7 +69,7 @@ class Judge:
 
     @torch.no_grad()
     def __call__(self, features: Tensor, chunk: int = 256) -> tuple[np.ndarray, np.ndarray]:
-        """Features (N, C, H, W) to probabilities (N, classes) and what the last layer reads (N, 128)."""
+        """Features (N, C, H, W) to probabilities (N, classes) and what the last layer reads (N, 64)."""
         self.network.eval()
         device = next(self.network.parameters()).device
         probabilities, hidden = [], []
@@ -72,7 +79,7 @@ class Judge:
             hidden.append(seen.cpu().numpy())
             probabilities.append(self.network.out(seen).softmax(-1).cpu().numpy())
         if not hidden:
-            return np.zeros((0, self.classes), np.float32), np.zeros((0, 128), np.float32)
+            return np.zeros((0, self.classes), np.float32), np.zeros((0, HIDDEN), np.float32)
         return np.concatenate(probabilities), np.concatenate(hidden)
 
 
@@ -99,17 +106,18 @@ def fit_classifier(
     seconds: float = 10.0,
     steps: int | None = None,
     seed: int = 0,
-    width: int = 32,
+    width: int | None = None,
     augment: Augment | None = None,
     device: torch.device | None = None,
 ) -> Judge:
     """Fit a CNN on features (N, C, H, W) and integer labels (N,) below `classes`.
 
-    The same seed and `steps` give the same classifier. Without `steps`, five timed ones choose how many fit into
-    `seconds` of wall time, 100 at least and 40 passes at most; the number is kept in the result. `augment` makes
-    features anew from the samples' indices, and `features` may then be those of a few samples, to set the scale;
-    without it, samples are shifted a little.
+    The same seed, width and `steps` give the same classifier. Without `steps`, five timed ones choose how many fit
+    into `seconds` of wall time, 100 at least and 40 passes at most; the number is kept in the result. `width` is 16,
+    or 32 from 40 seconds on. `augment` makes features anew from the samples' indices, and `features` may then be
+    those of a few samples, to set the scale; without it, samples are shifted a little.
     """
+    width = width or (32 if seconds >= PATIENT else 16)
     began, n = time.perf_counter(), len(labels)
     device = device or torch.device("cpu")
     augment = augment or _shifted(features)

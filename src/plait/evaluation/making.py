@@ -13,7 +13,7 @@ from plait.evaluation.report import Exhibit, Gallery
 from plait.modalities.quantizer import FSQ
 
 TASK = {"image": "drawing", "audio": "speaking"}
-REDRAWS = 30  # resamples for figures that are dear to take
+REDRAWS = 20  # resamples for figures that are dear to take
 
 
 def evaluate_codec(material: Material, column: str) -> None:
@@ -37,7 +37,7 @@ def evaluate_codec(material: Material, column: str) -> None:
     count = sum(map(len, codes))
     material.keep("codec", column, "codes_used", used, n=count)
     material.keep("codec", column, "code_perplexity", perplexity, n=count)
-    shown = range(min(6, len(media)) if name == "psnr" else min(3, len(media)))
+    shown = range(min(6 if name == "psnr" else 2, len(media)))
     items = []
     for i in shown:
         exhibit = material.exhibit(column, media.samples[i], "real")
@@ -171,8 +171,8 @@ def _show(
     train: Media,
     nearest: np.ndarray,
 ) -> None:
-    rows, per_row = [], 6 if task == "drawing" else 2
-    for label in list(dict.fromkeys(wanted))[:12]:
+    rows, per_row = [], 6 if task == "drawing" else 1
+    for label in list(dict.fromkeys(wanted))[:10]:
         items = []
         for place in np.flatnonzero(wanted == label)[:per_row]:
             exhibit = material.exhibit(column, made[place], "made", None if right is None else bool(right[place]))

@@ -288,8 +288,8 @@ class Material:
             augment=augment,
             device=self.device,
         )
-        name = media_column if len(group) > 1 or len(self.labels) == 1 else f"{media_column}-{group[0]}"
-        self.keep("timing", f"judge-{name}", "seconds", judge.seconds, n=judge.steps)
+        name = media_column if len(group) > 1 or len(self.labels) == 1 else f"{media_column}_{group[0]}"
+        self.keep("timing", f"judge_{name}", "seconds", judge.seconds, n=judge.steps)
         return Critic(judge, list(group), classes)
 
 

@@ -171,7 +171,7 @@ MEANING = {
     "mel_error": ("error of the log-mel", "number", "mean absolute; lower is better"),
     "codes_used": ("codes used", "share", "share of all codes that occur"),
     "code_perplexity": ("code perplexity", "share", "as a share of all codes"),
-    "seconds": ("seconds", "number", ""),
+    "seconds": ("seconds", "number", "of a judge, n is its steps"),
 }
 HEADLINES = ("accuracy", "exact", "bits_per_byte", "p_at_10", "judged_accuracy")
 

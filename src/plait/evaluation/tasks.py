@@ -62,7 +62,8 @@ def evaluate(
                 _transcription(material, source, target)
     for column in material.text_columns:
         _language(material, column)
-    timer.lap("writing")
+    if any(name.startswith(("transcription", "language")) for name in material.metrics):
+        timer.lap("text")
     if material.media_columns and model.checkpoint.model.config.space:
         _retrieval(material)
         timer.lap("retrieval")
@@ -74,7 +75,8 @@ def evaluate(
         for target in asking:
             evaluate_making(material, target, column, max(total // len(asking), 1))
         timer.lap(TASK[kind])
-    material.findings.galleries.sort(key=lambda gallery: gallery.title.startswith(("Codec", "Mistakes")))
+    order = ("Drawing", "Speaking", "Written", "Retrieval", "Mistakes", "Codec")
+    material.findings.galleries.sort(key=lambda gallery: order.index(gallery.title.split(":")[0]))
     whole.lap("evaluation")
     return material.metrics, material.findings
 
@@ -351,11 +353,21 @@ def _search(
         chosen = np.arange(len(asked))
     chosen = material.chosen(chosen, material.limits.queries)
 
+    same: np.ndarray | None = None
+    if target in material.text_columns:
+        _, same = np.unique(keys[found, material.text_columns.index(target)], return_inverse=True)
+
     def relevant(rows: np.ndarray) -> np.ndarray:
         first, second = keys[rows][:, None], keys[found][None]
-        return ((first == second) & (first > 0)).any(-1) | (rows[:, None] == found[None])
+        related = ((first == second) & (first > 0)).any(-1) | (rows[:, None] == found[None])
+        if same is None:
+            return related
+        # Equal texts are one thing to find, whichever record they stand in.
+        texts = np.zeros((len(rows), same.max() + 1), bool)
+        np.logical_or.at(texts, (slice(None), same), related)
+        return texts[:, same]
 
-    chosen = chosen[[bool(relevant(asked[i : i + 1]).any()) for i in chosen]] if len(chosen) else chosen
+    chosen = chosen[relevant(asked[chosen]).any(1)]
     if not len(chosen):
         return
     rows = asked[chosen]
@@ -373,7 +385,7 @@ def _search(
         related = relevant(rows[i : i + 1])[0]
         items = [
             material.exhibit(target, shelf.samples[j], f"{rank + 1}", bool(related[j]))
-            for rank, j in enumerate(result["top"][i][: 6 if material.columns[target] == "image" else 3])
+            for rank, j in enumerate(result["top"][i][: 6 if material.columns[target] == "image" else 2])
         ]
         head = _shown(material, source, media, int(chosen[i]))
         shown.append((head, items))

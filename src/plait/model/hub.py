@@ -9,7 +9,7 @@ from typing import Any
 
 from plait.runtime import PlaitError, read_json
 
-PATIENCE = 3.5  # seconds that the hub has to answer
+PATIENCE = 3.0  # seconds that the hub has to answer
 _ENDINGS = (".json", ".safetensors", ".txt", ".model", ".jinja")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 

@@ -1,0 +1,145 @@
+"""The whole path through the real commands, on a small world made on the spot."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from conftest import EN, RECIPE, picture
+from plait.config import parse_recipe
+from plait.data.dataset import Dataset
+from plait.data.prepare import prepare
+from plait.training.trainer import Progress, train
+
+Plait = Callable[..., int]
+
+
+def test_files_to_figures(trained: Path) -> None:
+    metrics = json.loads((trained / "metrics.json").read_text())
+    for name in (
+        "recognition/image-en/accuracy",
+        "recognition/audio-zh/accuracy",
+        "retrieval/audio-image/p_at_10",
+        "drawing/en-image/judged_accuracy",
+        "speaking/en-audio/judged_accuracy",
+        "codec/image/psnr",
+    ):
+        assert set(metrics[name]) == {"value", "stderr", "chance", "baseline", "n"}
+    assert metrics["recognition/image-en/accuracy"]["value"] > 0.8
+    assert metrics["recognition/audio-en/accuracy"]["value"] > 0.6
+    assert metrics["retrieval/image-en/p_at_10"]["value"] > metrics["retrieval/image-en/p_at_10"]["chance"]
+    assert metrics["drawing/en-image/judge_real"]["value"] > 0.9
+
+
+def test_report_is_one_file(trained: Path) -> None:
+    page = (trained / "report.html").read_text(encoding="utf-8")
+    assert "data:image/png" in page and "data:audio" in page and "<svg" in page
+    assert not re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', page)
+
+
+def test_use(trained: Path, plait: Plait, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "a.png"
+    picture(1, np.random.default_rng(9)).save(file)
+    assert plait("classify", trained, file) == 0
+    assert re.search(r"a\.png: blue disc 0\.\d+", capsys.readouterr().out)
+    assert plait("describe", trained, file, "--column", "zh") == 0
+    assert plait("draw", trained, "red bar", "-n", 4, "-o", tmp_path / "drawn.png") == 0
+    assert Image.open(tmp_path / "drawn.png").size == (130, 130)
+    assert plait("speak", trained, "blue bar", "-o", tmp_path / "said.wav") == 0
+    wave, rate = soundfile.read(tmp_path / "said.wav")
+    assert rate == 8000 and len(wave) > 0
+    assert plait("embed", trained, "red disc", file, "-o", tmp_path / "vectors.npy") == 0
+    vectors = np.load(tmp_path / "vectors.npy")
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+def test_python_face(trained: Path) -> None:
+    import plait as package
+
+    model = package.load(trained)
+    one = model.generate("red", max_new_tokens=4)
+    many = model.generate("red", max_new_tokens=4, num_return_sequences=3)
+    assert isinstance(one, str) and one.startswith("red")
+    assert len(many) == 3 and all(text.startswith("red") for text in many)
+    assert model.generate("red", max_new_tokens=4) == one
+    label, probability = model.classify(picture(2, np.random.default_rng(3)), labels=EN)[0]
+    assert label in EN and 0 < probability <= 1
+    assert len(model.generate(["a drawing of", "red disc"], to="image", n=2)) == 2
+
+
+def interrupted_after(step: int) -> Callable[[Progress], None]:
+    def report(progress: Progress) -> None:
+        if progress.stage == "model" and progress.done == step:
+            raise KeyboardInterrupt
+
+    return report
+
+
+def test_resume_is_bit_for_bit(world: Path, tmp_path: Path) -> None:
+    """Interrupted and gone on with, a run ends with the weights of the run that was not."""
+    prepare(world, tmp_path / "data")
+    dataset = Dataset.open(tmp_path / "data")
+    recipe = parse_recipe({"model": _small(), "training": {"steps": 30, "codec_steps": 5, "batch_size": 8}}, "test")
+    whole = train(dataset, tmp_path / "whole", recipe, lambda progress: None)
+    with pytest.raises(KeyboardInterrupt):
+        train(dataset, tmp_path / "broken", recipe, interrupted_after(20))
+    train(dataset, tmp_path / "broken", recipe, lambda progress: None)
+    a = load_file(whole.parent / "last" / "model.safetensors")
+    b = load_file(tmp_path / "broken" / "checkpoints" / "last" / "model.safetensors")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def _small() -> dict[str, object]:
+    import yaml
+
+    return {**yaml.safe_load(RECIPE)["model"], "backbone": {"width": 32, "layers": 1, "heads": 2, "dropout": 0.1}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("train", "nowhere", "-o", "run"), "nowhere"),
+        (("evaluate", "nowhere"), "nowhere"),
+        (("classify", "nowhere", "x.png"), "nowhere"),
+        (("train", "{data}", "-o", "{tmp}/run", "--recipe", "{tmp}/bad.yaml"), "did you mean 'learning_rate'"),
+        (("train", "{data}", "-o", "/proc/run"), "/proc/run"),
+        (("prepare", "{tmp}/empty", "-o", "{tmp}/out"), "empty"),
+        (("classify", "{tmp}/empty", "x.png"), "empty"),
+        (("classify", "{run}", "missing.png"), "missing.png does not exist"),
+        (("train", "{data}", "-o", "{run}", "--steps", "7"), "another recipe"),
+    ],
+)
+def test_mistakes_are_told(
+    arguments: tuple[str, ...],
+    said: str,
+    trained: Path,
+    plait: Plait,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.yaml").write_text("training: {learning_rat: 1}")
+    places = {"tmp": tmp_path, "run": trained, "data": trained.parent / "data"}
+    assert plait(*(argument.format(**places) for argument in arguments)) == 1
+    told = capsys.readouterr().err
+    assert said in told and "Traceback" not in told
+
+
+def test_text_cannot_spell_special_tokens(trained: Path) -> None:
+    import plait as package
+
+    model = package.load(trained)
+    vocabulary = model.checkpoint.model.vocabulary
+    for text in ("<|image|>", "<|endoftext|>", "<|/audio|>", "<|en|>"):
+        ids = model.checkpoint.text.encode(text)
+        assert len(ids) > 1 and max(ids) < vocabulary.text
+        assert model.checkpoint.text.decode(ids) == text
