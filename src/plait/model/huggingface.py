@@ -64,14 +64,17 @@ def backbone_config(config: dict[str, Any], file: Path) -> tuple[TransformerConf
                         ("add_cross_attention", False), ("use_sliding_window", False)]:  # fmt: skip
         if config.get(key, wanted) != wanted:
             raise _refuse(file, f"{key} = {config[key]} is not supported")
-    if odd := set(config.get("layer_types") or []) - {"full_attention"}:
-        raise _refuse(file, f"layer_types has {sorted(odd)[0]!r}; only full attention is supported")
+    kinds = config.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise _refuse(file, f"layer_types is {str(kinds)[:80]}; only full attention is supported")
     if family == "gpt2":
         shape = _gpt2(config, file)
     else:
         shape = _llama(config, file)
     if shape["layers"] > 1024:
         raise PlaitError(f"{file}: {shape['layers']} layers cannot be meant.")
+    if type(shape["norm_eps"]) is not float or not 0 < shape["norm_eps"] < 1:
+        raise PlaitError(f"{file}: the norms' epsilon is {shape['norm_eps']!r}, and must lie between 0 and 1.")
     try:
         backbone = TransformerConfig.model_validate(shape)
     except ValidationError as error:
