@@ -19,7 +19,7 @@ BATCH = 64
 GRID = 4  # places of the last stage that are told apart, a side
 HIDDEN = 64  # width of the features
 PATIENT = 40.0  # seconds from which the larger network pays
-FEWEST = 100  # steps; a judge of fewer says nothing
+FEWEST = 300  # steps; a judge of fewer says little, whatever the clock
 
 
 class _Network(nn.Module):
@@ -113,8 +113,8 @@ def fit_classifier(
     """Fit a CNN on features (N, C, H, W) and integer labels (N,) below `classes`.
 
     The same seed, width and `steps` give the same classifier. Without `steps`, five timed ones choose how many fit
-    into `seconds` of wall time, 100 at least and 40 passes at most; the number is kept in the result. `width` is 16,
-    or 32 from 40 seconds on. `augment` makes features anew from the samples' indices, and `features` may then be
+    into `seconds` of wall time, at least 300 and at most 20 passes; the number is kept in the result. `width` is 16,
+    or 32 (and 60 passes) from 40 seconds on. `augment` makes features anew from the samples' indices, and `features` may then be
     those of a few samples, to set the scale; without it, samples are shifted a little.
     """
     width = width or (32 if seconds >= PATIENT else 16)
@@ -157,7 +157,8 @@ def fit_classifier(
                 took.append(time.perf_counter() - start)
             # The fastest step is what the machine can do; the others met other work.
             left = (seconds - (time.perf_counter() - began)) / (1.15 * min(took))
-            steps = max(min(int(left), 40 * -(-n // batch)) // 10 * 10, FEWEST)
+            passes = 20 if width < 32 else 60
+            steps = max(min(int(left), passes * -(-n // batch)) // 10 * 10, FEWEST)
         network, optimizer = build()
         network.train()
         torch.manual_seed(seed)

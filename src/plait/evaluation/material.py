@@ -134,6 +134,7 @@ class Material:
         self.labels = {c: self.model.labels[c] for c in self.text_columns if c in self.model.labels}
         self.texts = {c: np.array(self.dataset.texts(c), object) for c in self.text_columns}
         self._read: dict[tuple[str, str], Media] = {}
+        self._embedded: dict[str, np.ndarray] = {}
         self._rebuilt: dict[tuple[str, str], list[np.ndarray]] = {}
         self._critics: dict[tuple[str, tuple[str, ...]], Critic] = {}
 
@@ -194,6 +195,14 @@ class Material:
 
     def contexts(self, column: str, media: Media) -> list[Sequence]:
         return [self.model.context([(column, sample)]) for sample in media.samples]
+
+    def embedded(self, column: str, media: Media) -> np.ndarray:
+        """Places in the embedding space (N, E) of samples of this split, found once for all tasks."""
+        whole = self.samples(column, self.split)
+        if column not in self._embedded:
+            self.progress(f"embed {column}", 0, 1)
+            self._embedded[column] = self.model.embed_sequences(self.contexts(column, whole))
+        return self._embedded[column][np.searchsorted(whole.indices, media.indices)]
 
     def features(self, column: str, samples: list[np.ndarray]) -> Tensor:
         """Samples for a plain classifier, (N, C, H, W)."""

@@ -149,7 +149,7 @@ def _recognition(material: Material, source: str, target: str) -> None:
         value, error = metrics.mean_with_error(learnt, seed=seed)
         material.keep("recognition", direction, "train_accuracy", value, stderr=error, n=len(some))
     if material.model.checkpoint.model.config.space and source in material.media_columns:
-        places = material.model.embed_sequences(_inputs(material, source, media))
+        places = material.embedded(source, media)
         near = places @ material.model.embed_sequences([material.text_sequence(label) for label in labels]).T
         value, error = metrics.mean_with_error(near.argmax(1) == truth, seed=seed)
         material.keep(
@@ -312,11 +312,10 @@ def _retrieval(material: Material) -> None:
     """
     space: dict[str, tuple[np.ndarray, np.ndarray, Media]] = {}
     for column in material.columns:
-        material.progress(f"embed {column}", 0, 1)
         if column in material.media_columns:
             media = material.samples(column, material.split)
             if len(media):
-                space[column] = media.indices, material.model.embed_sequences(material.contexts(column, media)), media
+                space[column] = media.indices, material.embedded(column, media), media
             continue
         texts = material.texts[column]
         present = np.array([i for i in material.dataset.indices(material.split) if texts[i]], np.int64)
@@ -363,9 +362,8 @@ def _search(
         if same is None:
             return related
         # Equal texts are one thing to find, whichever record they stand in.
-        texts = np.zeros((len(rows), same.max() + 1), bool)
-        np.logical_or.at(texts, (slice(None), same), related)
-        return texts[:, same]
+        texts = related.astype(np.float32) @ np.eye(same.max() + 1, dtype=np.float32)[same]
+        return texts[:, same] > 0
 
     chosen = chosen[relevant(asked[chosen]).any(1)]
     if not len(chosen):
