@@ -445,6 +445,12 @@ def test_extending_keeps_the_old_model_and_adds_middling_rows(name, folders):
         assert new.std(0).min() > 0 and (new.mean(0) - known.mean(0)).abs().max() < 0.5 * known.std()
         assert new.std(0).mean() < known.std(0).mean()
 
+    # With an end of our own, and without the ids that the tokenizer does not have: as training asks for it.
+    ours = wide.model_copy(update={"text": source.text.size, "end_id": None})
+    short = huggingface.extend(source, config.model_copy(update={"vocabulary": ours}))
+    assert torch.equal(short.rows.free[ours.end], old.rows.free[256])
+    assert torch.equal(our_logits(short, ids)[..., : ours.text], our_logits(old, ids)[..., : ours.text])
+
     # What was grown can be grown again: rows go with their names, not with their ids.
     swapped = config.model_copy(
         update={
@@ -471,6 +477,8 @@ def test_extending_refuses_another_backbone_or_vocabulary(folders):
         ({"backbone": config.backbone.model_copy(update={"layers": 3})}, "layers is 2, the recipe's 3"),
         ({"backbone": config.backbone.model_copy(update={"max_length": 600})}, "512 positions"),
         ({"vocabulary": config.vocabulary.model_copy(update={"text": 400})}, "text vocabulary"),
+        ({"vocabulary": config.vocabulary.model_copy(update={"text": 290})}, "text vocabulary"),
+        ({"vocabulary": config.vocabulary.model_copy(update={"end_id": 7})}, "text vocabulary"),
         ({"tied": True}, "head of its own"),
     ]:
         with pytest.raises(PlaitError, match=message):

@@ -247,7 +247,8 @@ pictures and sounds into embeddings, and codes into pictures and sounds, are in 
 {spaces}
 
 Openers of spans: {openers}. In text, names of special tokens are plain characters; to write one, use its id
-(`tokenizer.convert_tokens_to_ids("{END}")`). Outside Plait nothing keeps the spans well formed but what the
+(`tokenizer.convert_tokens_to_ids("<|pad|>")`; a name that the text's tokenizer had before has `plait:` in front,
+`<|plait:pad|>`). Outside Plait nothing keeps the spans well formed but what the
 model learned.
 """
 

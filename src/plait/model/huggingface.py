@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from plait.modalities.base import Vocabulary
+from plait.modalities.base import END, Vocabulary
 from plait.modalities.text import Text
 from plait.model import checkpoint as own
 from plait.model.checkpoint import Checkpoint, GenerationConfig
@@ -386,8 +386,9 @@ def extend(source: Checkpoint | Multimodal, config: ModelConfig) -> Multimodal:
 
     Rows are matched by the names of their tokens. A new row is the mean of the old text rows plus noise of a fifth of
     their spread, so that a new token starts out as likely as a middling old one; the digits of new codes are noise
-    alone, of half that spread. Encoders, codecs and the embedding space are kept where their settings are equal.
-    Noise comes from torch's global generator. Raises PlaitError where the backbone's shape or the text ids differ.
+    alone, of half that spread. An end of our own starts as the import's. Text ids past the tokenizer's may be left out.
+    Encoders, codecs and the embedding space are kept where their settings are equal. Noise comes from torch's global
+    generator. Raises PlaitError where the backbone's shape or the text ids differ.
     """
     old = source.model if isinstance(source, Checkpoint) else source
     was, now = old.config, config
@@ -401,7 +402,11 @@ def extend(source: Checkpoint | Multimodal, config: ModelConfig) -> Multimodal:
             f"init_from: the model knows {was.backbone.max_length} positions, the recipe wants "
             f"{now.backbone.max_length}. Lower max_length."
         )
-    if was.vocabulary.text != now.vocabulary.text or was.vocabulary.end_id != now.vocabulary.end_id:
+    used = source.text.size if isinstance(source, Checkpoint) else 1
+    if not used <= now.vocabulary.text <= was.vocabulary.text or now.vocabulary.end_id not in (
+        None,
+        was.vocabulary.end_id,
+    ):
         raise PlaitError("init_from: the recipe's text vocabulary is not the model's. Use the model's tokenizer.")
     if now.tied and not was.tied:
         raise PlaitError("init_from: the model has a head of its own (tied: false). Set tied: false in the recipe.")
@@ -431,10 +436,11 @@ def _kept(name: str, value: Tensor, model: Multimodal, old: Multimodal) -> bool:
 
 
 def _extend_rows(new: TokenRows, old: TokenRows) -> None:
-    text = old.vocabulary.text
+    text = new.vocabulary.text
     known = old.free[:text]
     mean, spread = known.mean(0), known.std(0)
-    places = {name: text + i for i, name in enumerate(old.vocabulary.names())}
+    places = {name: id for id, name in enumerate(old.vocabulary.names(), old.vocabulary.text)}
+    places[END] = old.vocabulary.end
     new.free[:text] = known
     for i, name in enumerate(new.vocabulary.names(), text):
         place = places.get(name)
