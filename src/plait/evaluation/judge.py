@@ -114,8 +114,8 @@ def fit_classifier(
 
     The same seed, width and `steps` give the same classifier. Without `steps`, five timed ones choose how many fit
     into `seconds` of wall time, at least 300 and at most 20 passes; the number is kept in the result. `width` is 16,
-    or 32 (and 60 passes) from 40 seconds on. `augment` makes features anew from the samples' indices, and `features` may then be
-    those of a few samples, to set the scale; without it, samples are shifted a little.
+    or 32 (and 60 passes) from 40 seconds on. `augment` makes features anew from the samples' indices, and `features`
+    may then be those of a few samples, to set the scale; without it, samples are shifted a little.
     """
     width = width or (32 if seconds >= PATIENT else 16)
     began, n = time.perf_counter(), len(labels)

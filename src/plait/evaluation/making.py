@@ -141,7 +141,7 @@ def _copies(
     """
     train = material.with_text(material.rebuilt(column, "train"), label_column)
     test = material.with_text(material.rebuilt(column, material.split), label_column)
-    most = max(material.limits.cells // max(material.features(column, train.samples[:1]).numel(), 1), 1)
+    most = max(material.limits.cells // 4 // max(material.features(column, train.samples[:1]).numel(), 1), 1)
     places = material.chosen(np.arange(len(train)), most)
     features = [material.features(column, samples) for samples in (train.only(places).samples, made, test.samples)]
     gallery, drawn, real = (f.flatten(1).numpy() for f in features)

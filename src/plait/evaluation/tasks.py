@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections import Counter
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
@@ -29,6 +30,7 @@ def evaluate(
     split: str = "test",
     *,
     seed: int = 0,
+    limit: int | None = None,
     limits: Limits | None = None,
     judge_seconds: float = 12.0,
     progress: Progress | None = None,
@@ -37,13 +39,18 @@ def evaluate(
 
     Returns the figures under "TASK/FROM-TO/METRIC" (`write_metrics` and `write_report` take them), each with value,
     stderr, chance, baseline and n, and what the report shows beside them. `judge_seconds` is what the judge of one
-    media column gets, which is also the baseline of recognition.
+    media column gets, which is also the baseline of recognition. `limit` is the most records a direction takes;
+    `limits` says it for each kind of task.
 
     Raises PlaitError where the split is empty or the columns do not match.
     """
     if not len(dataset.indices(split)):
         raise PlaitError(f"{dataset.path} has no records in {split}. Evaluate on another split, or prepare again.")
-    material = Material(model, dataset, split, seed, limits or Limits(), judge_seconds, progress or (lambda *_: None))
+    limits = limits or Limits()
+    if limit is not None:
+        written, queries = min(limit, limits.written), min(limit, limits.queries)
+        limits = replace(limits, records=limit, written=written, queries=queries)
+    material = Material(model, dataset, split, seed, limits, judge_seconds, progress or (lambda *_: None))
     whole, timer = Timer(material), Timer(material)
     recognised = [
         (source, target)

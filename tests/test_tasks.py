@@ -1,0 +1,114 @@
+"""Evaluation end to end on small untrained models: every direction is there, and figures are what they say."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from plait.applications.model import Model
+from plait.config import parse_recipe
+from plait.data.dataset import Dataset
+from plait.data.prepare import prepare
+from plait.evaluation.report import RunInfo, write_metrics, write_report
+from plait.evaluation.tasks import Limits, evaluate
+from plait.modalities.text import Text
+from plait.model.checkpoint import Checkpoint
+from plait.model.multimodal import Multimodal, collate
+from plait.model.objectives import likelihoods
+from plait.runtime import PlaitError
+from plait.training.batches import lm_windows
+from plait.training.trainer import label_columns, model_config
+
+
+def untrained(data: Path) -> tuple[Model, Dataset]:
+    dataset = Dataset.open(data)
+    texts = [t for c, kind in dataset.columns.items() if kind == "text" for t in dataset.texts(c) if t]
+    text = Text.train(texts, 300)
+    backbone = {"width": 32, "layers": 1, "heads": 2, "context": 64}
+    recipe = parse_recipe({"model": {"backbone": backbone, "image": {"size": 16, "codec_width": 16}}}, "the test")
+    torch.manual_seed(0)
+    network = Multimodal(model_config(recipe, dataset, text.size, None)).eval()
+    return Model(Checkpoint(network, text, label_columns(dataset)), "cpu"), dataset
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    random, rows = np.random.default_rng(0), []
+    (folder / "files").mkdir()
+    for i in range(120):
+        colour = i % 3
+        pixels = random.integers(0, 60, (16, 16, 3), np.uint8)
+        pixels[..., colour] += 180
+        Image.fromarray(pixels).save(folder / "files" / f"{i}.png")
+        name = ["red", "green", "blue"][colour]
+        split = ["train", "train", "val", "test"][i // 30]
+        rows.append({"file_name": f"{i}.png", "colour": name, "caption": f"{name} picture {i}", "split": split})
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "files" / "metadata.jsonl").write_text(lines)
+    prepare(folder / "files", folder / "data", workers=1)
+    return folder / "data"
+
+
+def test_every_direction_of_pictures_with_labels_and_captions(pictures: Path, tmp_path: Path) -> None:
+    model, dataset = untrained(pictures)
+    (image,) = (c for c, kind in dataset.columns.items() if kind == "image")
+    found, findings = evaluate(model, dataset, judge_seconds=0.1, limits=Limits(drawn=6, records=20, written=5))
+    directions = {name.rpartition("/")[0] for name in found}
+    assert {
+        f"recognition/{image}-colour",
+        f"transcription/{image}-caption",
+        f"retrieval/{image}-colour",
+        f"retrieval/caption-{image}",
+        f"drawing/colour-{image}",
+        f"codec/{image}",
+        "timing/evaluation",
+    } <= directions
+    assert found[f"recognition/{image}-colour/accuracy"]["n"] == 20
+    assert found[f"recognition/{image}-colour/accuracy"]["baseline"] == 1.0  # colours are easy for the judge
+    assert found[f"drawing/colour-{image}/judge_real"]["value"] == 1.0
+    assert found[f"drawing/colour-{image}/near_copies"]["n"] == 6
+    assert found[f"transcription/{image}-caption/exact"]["value"] == 0
+    assert found[f"retrieval/{image}-caption/r_at_1"]["chance"] > 0.2  # a third share the colour
+    assert any("20 records of test" in note for note in findings.notes)
+    write_metrics(tmp_path / "metrics.json", found)
+    write_report(tmp_path / "report.html", found, findings, RunInfo())
+    assert "nearest in training" in (tmp_path / "report.html").read_text()
+
+
+def test_language_agrees_with_the_training_objective(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    for i in range(30):
+        split = "test" if i < 4 else "train"
+        (tmp_path / "texts" / split).mkdir(exist_ok=True)
+        (tmp_path / "texts" / split / f"{i}.txt").write_text(f"The story of {i} begins. " * (i + 3))
+    prepare(tmp_path / "texts", tmp_path / "data", workers=1)
+    model, dataset = untrained(tmp_path / "data")
+    (column,) = dataset.columns
+    found, _ = evaluate(model, dataset)
+    network, text = model.checkpoint.model, model.checkpoint.text
+    nats = count = size = 0.0
+    for i in dataset.indices("test"):
+        written = dataset.texts(column)[i]
+        assert written is not None
+        size += len(written.encode())
+        windows = lm_windows(text.encode(written), network.vocabulary.opener(column), network.vocabulary.end, 64)
+        batch = collate(windows, {}, network.vocabulary.pad)
+        with torch.no_grad():
+            total, number = likelihoods(network, network(batch), batch.targets)["text"]
+        nats, count = nats + float(total), count + int(number)
+    assert found[f"language/{column}/nats_per_token"]["value"] == pytest.approx(nats / count, rel=1e-4)
+    assert found[f"language/{column}/nats_per_token"]["n"] == count
+    assert found[f"language/{column}/bits_per_byte"]["value"] == pytest.approx(nats / np.log(2) / size, rel=1e-4)
+    assert found[f"language/{column}/nats_per_token"]["baseline"] < found[f"language/{column}/nats_per_token"]["chance"]
+
+
+def test_a_dataset_of_other_columns_is_refused(pictures: Path, tmp_path: Path) -> None:
+    model, _ = untrained(pictures)
+    (tmp_path / "table.csv").write_text("question,answer\nwhat,this\nwho,that\n" * 5)
+    prepare(tmp_path / "table.csv", tmp_path / "data", workers=1)
+    with pytest.raises(PlaitError, match="no column of the model"):
+        evaluate(model, Dataset.open(tmp_path / "data"), "train")
