@@ -589,6 +589,12 @@ def test_what_no_architecture_computes_is_refused(tmp_path):
         with pytest.raises(PlaitError, match=message):
             export_transformers(checkpoint, tmp_path / "out")
         assert not list(tmp_path.iterdir())
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letters.txt").write_text("mine")
+    for export in (export_transformers, export_onnx):
+        with pytest.raises(PlaitError, match="not an empty folder"):
+            export(make_plait({}), tmp_path / "full")
+    assert (tmp_path / "full" / "letters.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("switches", [{}, SWITCHES["gpt2"], {"norm": "layer", "activation": "gelu", "qk_norm": False}])

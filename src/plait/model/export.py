@@ -37,6 +37,7 @@ def export_transformers(checkpoint: Checkpoint, folder: Path) -> str:
     Ids are those of the vocabulary; rows of codes are made whole. Raises PlaitError where no architecture of
     transformers computes the same, or the folder cannot be written.
     """
+    _must_be_free(folder)
     model = checkpoint.model
     family = family_of(model)
     size = exported_size(model.vocabulary)
@@ -49,6 +50,11 @@ def export_transformers(checkpoint: Checkpoint, folder: Path) -> str:
         write_json(aside / "tokenizer_config.json", _tokenizer_config(checkpoint, names))
         write_atomic(aside / "README.md", _card(checkpoint, f"a causal language model of type `{family}`"))
     return family
+
+
+def _must_be_free(folder: Path) -> None:
+    if Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
+        raise PlaitError(f"{folder} exists and is not an empty folder. Name a new one, or delete it first.")
 
 
 def family_of(model: Multimodal) -> str:
@@ -277,6 +283,7 @@ def export_onnx(checkpoint: Checkpoint, folder: Path) -> float:
     than it was traced with; returns the largest difference of a logit. Raises PlaitError where onnxruntime is not
     installed, the difference is above 1e-4 or the folder cannot be written.
     """
+    _must_be_free(folder)
     try:
         import onnxruntime
     except ImportError:
