@@ -76,7 +76,7 @@ def test_every_direction_of_pictures_with_labels_and_captions(pictures: Path, tm
     assert any("20 records of test" in note for note in findings.notes)
     write_metrics(tmp_path / "metrics.json", found)
     write_report(tmp_path / "report.html", found, findings, RunInfo())
-    assert "nearest in training" in (tmp_path / "report.html").read_text()
+    assert "training sample nearest to it" in (tmp_path / "report.html").read_text()
 
 
 def test_language_agrees_with_the_training_objective(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def _show(
         items = []
         for place in np.flatnonzero(wanted == label)[:per_row]:
             exhibit = material.exhibit(column, made[place], "made", None if right is None else bool(right[place]))
-            exhibit.beside = material.exhibit(column, train.samples[nearest[place]], "nearest in training")
+            exhibit.beside = material.exhibit(column, train.samples[nearest[place]], "nearest")
             items.append(exhibit)
         rows.append((Exhibit(text=str(label)), items))
     source, _, target = direction.partition("-")

@@ -298,7 +298,8 @@ class Material:
             device=self.device,
         )
         name = media_column if len(group) > 1 or len(self.labels) == 1 else f"{media_column}_{group[0]}"
-        self.keep("timing", f"judge_{name}", "seconds", judge.seconds, n=judge.steps)
+        self.keep("timing", f"judge_{name}", "seconds", judge.seconds)
+        self.keep("timing", f"judge_{name}", "steps", judge.steps)
         return Critic(judge, list(group), classes)
 
 

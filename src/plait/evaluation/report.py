@@ -171,7 +171,8 @@ MEANING = {
     "mel_error": ("error of the log-mel", "number", "mean absolute; lower is better"),
     "codes_used": ("codes used", "share", "share of all codes that occur"),
     "code_perplexity": ("code perplexity", "share", "as a share of all codes"),
-    "seconds": ("seconds", "number", "of a judge, n is its steps"),
+    "seconds": ("seconds", "number", ""),
+    "steps": ("steps", "number", "of training"),
 }
 HEADLINES = ("accuracy", "exact", "bits_per_byte", "p_at_10", "judged_accuracy")
 
@@ -348,10 +349,12 @@ def _figures(metrics: Metrics) -> str:
 
 def _cards(metrics: Metrics) -> str:
     cards = []
+    shown: Counter[str] = Counter()
     for name, metric in metrics.items():
         task, direction, last = _parts(name)
-        if last not in HEADLINES or metric.get("value") is None:
+        if last not in HEADLINES or metric.get("value") is None or shown[task] == 4:
             continue
+        shown[task] += 1
         label, kind, _ = MEANING[last]
         chance = metric.get("chance")
         note = f"chance {_number(chance, kind)}" if chance is not None else "&nbsp;"
@@ -360,7 +363,7 @@ def _cards(metrics: Metrics) -> str:
             f'<div class="big">{_number(metric.get("value"), kind)}</div>'
             f'<div class="dim">{escape(label)}, {note}</div></div>'
         )
-    return f'<div class="cards">{"".join(cards[:12])}</div>' if cards else ""
+    return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
 
 
 # --- curves -----------------------------------------------------------------------------------------------------
