@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from plait.applications.model import Model
+    from plait.applications.pretrained import Pretrained
     from plait.data.dataset import Dataset, Manifest
     from plait.training.trainer import Progress as TrainingProgress
 
@@ -329,7 +331,7 @@ def _demo_figures(metrics: dict[str, Any]) -> list[str]:
 # --- use --------------------------------------------------------------------------------------------------------
 
 
-def _load(name: str, device: str = "auto") -> Model:
+def _load(name: str, device: str = "auto") -> Model | Pretrained:
     from plait.applications.model import load
 
     return load(name, device)
@@ -523,11 +525,17 @@ def export(
 
     Example: plait export runs/demo --to transformers -o exported
     """
-    from plait.model import huggingface
+    from plait.applications.model import Model as OurModel
+    from plait.model.export import export_onnx, export_transformers
     from plait.runtime import PlaitError
 
-    formats = {"transformers": huggingface.export_transformers, "onnx": huggingface.export_onnx}
+    formats: dict[str, Callable[..., object]] = {"transformers": export_transformers, "onnx": export_onnx}
     if to not in formats:
         raise PlaitError(f"Unknown format '{to}'. Use {' or '.join(formats)}.")
-    formats[to](_load(model, "cpu").checkpoint, out_folder)
+    loaded = _load(model, "cpu")
+    if not isinstance(loaded, OurModel):
+        raise PlaitError(
+            f"{model} runs in transformers already; only GPT-2, Llama, Qwen3 and Plait models are exported."
+        )
+    formats[to](loaded.checkpoint, out_folder)
     out.print(f"Written: {out_folder}")

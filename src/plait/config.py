@@ -73,12 +73,22 @@ class TrainingRecipe(_Settings):
     seed: int = 0
 
 
+class GenerationConfig(_Settings):
+    """Defaults of generation, kept with the weights; every call may override them."""
+
+    temperature: float = Field(1.0, ge=0)
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    guidance: dict[str, float] = {"image": 2.0, "audio": 2.0}
+
+
 class Recipe(_Settings):
     """A whole recipe, validated."""
 
     data: DataRecipe = DataRecipe()
     model: ModelRecipe = ModelRecipe()
     training: TrainingRecipe = TrainingRecipe()
+    generation: GenerationConfig = GenerationConfig()
 
 
 class Size(BaseModel):

@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from PIL import Image as PILImage
 
+from plait.applications.pretrained import Pretrained, load_pretrained
 from plait.data.media import MediaError, sniff
 from plait.generation import scoring
 from plait.generation.engine import Engine, Request, Written
 from plait.generation.sampling import Sampling
 from plait.modalities.base import MediaModality
 from plait.model import checkpoint as checkpoints
+from plait.model import hub, huggingface
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import Sequence
 from plait.runtime import PlaitError, choose_device, read_json
@@ -39,16 +41,20 @@ class Options(TypedDict, total=False):
     stop: str | list[str] | None
 
 
-def load(path: str | Path, device: str = "auto", precision: str = "auto") -> Model:
+def load(path: str | Path, device: str = "auto", precision: str = "auto") -> Model | Pretrained:
     """The model of a run's folder (its best checkpoint, else its last), of a checkpoint's folder, or of a Hugging
-    Face name or folder. Raises PlaitError where there is none or it is damaged."""
+    Face name or folder: GPT-2, Llama and Qwen3 in our backbone, other architectures through transformers.
+
+    Raises PlaitError where there is none or it is damaged.
+    """
     folder = find_checkpoint(path)
     chosen = choose_device(device, precision)
     if folder is not None and read_json(folder / "config.json").get("model_type") == "plait":
         return Model(checkpoints.load(folder), device, precision)
-    from plait.model import huggingface  # late: most models are our own
-
-    return Model(huggingface.load(str(folder or path), chosen.torch), device, precision)
+    folder = hub.find(folder or path)
+    if read_json(folder / "config.json").get("model_type") in huggingface.FAMILIES:
+        return Model(huggingface.load(folder, chosen.torch), device, precision)
+    return load_pretrained(str(folder), device, precision)
 
 
 def find_checkpoint(path: str | Path) -> Path | None:

@@ -148,7 +148,19 @@ class Pretrained:
         """What this model can do."""
         return list(VERBS[self.kind])
 
-    def _can(self, verb: str) -> None:
+    def draw(self, text: str, **options: Any) -> list[PILImage.Image]:
+        """No model of transformers draws through this door."""
+        self._can("draw")
+        return []
+
+    def speak(self, text: str, **options: Any) -> list[tuple[np.ndarray, int]]:
+        """No model of transformers speaks through this door."""
+        self._can("speak")
+        return []
+
+    def _can(self, verb: str, column: str | None = None) -> None:
+        if column is not None:
+            raise PlaitError(f"{self.name} has no columns. Leave out --column.")
         if verb not in VERBS[self.kind]:
             what = f"{self.name} ({self.model.config.model_type})"
             raise PlaitError(f"{what} cannot {verb}; it can {' and '.join(self.verbs)}. Use another model for that.")
@@ -161,14 +173,19 @@ class Pretrained:
     # --- pictures and texts in one space --------------------------------------------------------------------------
 
     def classify(
-        self, value: Any, labels: list[str] | None = None, top: int | None = 5, template: str = TEMPLATE
+        self,
+        value: Any,
+        labels: list[str] | None = None,
+        column: str | None = None,
+        top: int | None = 5,
+        template: str = TEMPLATE,
     ) -> list[tuple[str, float]]:
         """The likeliest labels of a picture with their probabilities, likeliest first; zero-shot.
 
         CLIP's probabilities sum to one over the labels; SigLIP judges each label by itself, as it was trained to.
         `template` puts a label, at its {}, into a sentence.
         """
-        self._can("classify")
+        self._can("classify", column)
         if not labels:
             raise PlaitError("This model knows no labels of its own. Name them: labels=[...] or --labels a,b,c.")
         if "{}" not in template:
@@ -235,10 +252,12 @@ class Pretrained:
 
     # --- texts ----------------------------------------------------------------------------------------------------
 
-    def transcribe(self, audio: Any, language: str | None = None, max_new_tokens: int | None = None) -> str:
+    def transcribe(
+        self, audio: Any, column: str | None = None, language: str | None = None, max_new_tokens: int | None = None
+    ) -> str:
         """The words of a sound, in windows of 30 s. `language` ("en", "german") is found out where it is not given
         and the model knows several."""
-        self._can("transcribe")
+        self._can("transcribe", column)
         wave, rate = _sound(audio)
         wave = resample(wave, rate, self.processor.sampling_rate)
         step = SECONDS * self.processor.sampling_rate
@@ -263,9 +282,11 @@ class Pretrained:
             texts.append(self.tokenizer.decode(ids[0], skip_special_tokens=True).strip())
         return " ".join(text for text in texts if text)
 
-    def describe(self, image: Any, prompt: str | None = None, max_new_tokens: int = 50) -> str:
+    def describe(
+        self, image: Any, column: str | None = None, prompt: str | None = None, max_new_tokens: int = 50
+    ) -> str:
         """What the model writes about a picture; `prompt` asks a question, where the model takes one."""
-        self._can("describe")
+        self._can("describe", column)
         picture = _image(image)
         if self.model.config.model_type == "vision-encoder-decoder":
             if prompt is not None:

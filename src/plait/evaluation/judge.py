@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,6 +20,7 @@ BATCH = 64
 GRID = 4  # places of the last stage that are told apart, a side
 HIDDEN = 64  # width of the features
 PATIENT = 40.0  # seconds from which the larger network pays
+SMALL = 2**17  # numbers in a batch below which threads wait for each other longer than they work
 FEWEST = 300  # steps; a judge of fewer says little, whatever the clock
 
 
@@ -146,7 +148,7 @@ def fit_classifier(
         loss.backward()
         optimizer.step()
 
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _threads(1 if batch * features[0].numel() < SMALL else None):
         if steps is None:
             network, optimizer = build()
             step(network, optimizer, 0)  # the first one is slower
@@ -168,6 +170,17 @@ def fit_classifier(
             schedule.step()
     network.eval()
     return Judge(network, mean, scale, classes, steps, time.perf_counter() - began)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Let torch use so many threads inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _rows(seed: int, number: int, batch: int, n: int) -> np.ndarray:

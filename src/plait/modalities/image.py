@@ -36,8 +36,8 @@ class ImageSettings(BaseModel):
     grid: int = 4  # side of the encoder's grid of embeddings
     stem: int = 32  # channels of the encoder's first layer
     patch: int = 4  # side in pixels of what one code stands for
-    codec_width: int = 128
-    codec_blocks: int = 2
+    codec_width: int = 96
+    codec_blocks: int = 1
     levels: list[int] = [8, 5, 5, 5]
     rotate: float = 8.0  # degrees, augmentation
     scale: float = 0.1

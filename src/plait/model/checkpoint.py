@@ -7,26 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from plait.config import GenerationConfig
 from plait.modalities.text import Text
 from plait.model.multimodal import ModelConfig, Multimodal
 from plait.runtime import PlaitError, publish_folder, read_json, sha256_file, write_atomic, write_json
 
 VERSION = 1
-
-
-class GenerationConfig(BaseModel):
-    """Defaults of generation, kept with the weights; every call may override them."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    guidance: dict[str, float] = {"image": 2.0, "audio": 2.0}
 
 
 @dataclass

@@ -49,10 +49,11 @@ def train_codec(
     if steps is None:
         start = {name: tensor.clone() for name, tensor in codec.state_dict().items()}
         one(0)
-        begun = time.perf_counter()
+        clock = [time.perf_counter()]
         for step in range(CALIBRATION):
             one(step)
-        steps = max(int(seconds * CALIBRATION / (time.perf_counter() - begun)), 20)
+            clock.append(time.perf_counter())
+        steps = max(int(seconds / np.median(np.diff(clock))), 20)
         codec.load_state_dict(start)
         optimizer = make_optimizer([codec], learning_rate, 0.0, (0.9, 0.99))
     recent: list[float] = []

@@ -70,11 +70,13 @@ Report = Callable[[Progress], None]
 # --- from the dial to a model -----------------------------------------------------------------------------------
 
 
-def model_config(recipe: Recipe, dataset: Dataset, text_size: int, backbone: TransformerConfig | None) -> ModelConfig:
-    """The network that a recipe and a dataset call for; `backbone` is an imported one's shape."""
+def model_config(recipe: Recipe, dataset: Dataset, text_size: int, imported: ModelConfig | None) -> ModelConfig:
+    """The network that a recipe and a dataset call for; of an `imported` one the backbone is kept."""
     size = SIZES[recipe.model.size]
     mine = recipe.model.backbone
-    if backbone is None:
+    if imported is not None:
+        backbone = imported.backbone
+    else:
         width, heads = mine.width or size.width, mine.heads or size.heads
         if width % heads:
             raise PlaitError(f"model.backbone: width {width} must be a multiple of heads {heads}.")
@@ -97,11 +99,13 @@ def model_config(recipe: Recipe, dataset: Dataset, text_size: int, backbone: Tra
         closers=[m for m in kinds if MODALITIES[m].variable_length],
     )
     tied = recipe.model.tied
+    if tied is None:
+        tied = imported.tied if imported else text_size > 8 * backbone.width
     return ModelConfig(
         backbone=backbone,
         vocabulary=vocabulary,
         space=(128 if kinds else 0) if recipe.model.space is None else recipe.model.space,
-        tied=(text_size > 8 * backbone.width) if tied is None else tied,
+        tied=tied,
         modalities={m: settings[m].model_dump() for m in kinds},
     )
 
@@ -316,7 +320,7 @@ def train(dataset: Dataset, folder: Path, recipe: Recipe, report: Report, device
 
             imported = huggingface.load(recipe.model.init_from)
         text = imported.text if imported else run.text()
-        config = model_config(recipe, dataset, text.size, imported.model.config.backbone if imported else None)
+        config = model_config(recipe, dataset, text.size, imported.model.config if imported else None)
         if imported:
             model = huggingface.extend(imported, config)
         else:
@@ -434,13 +438,13 @@ def _calibrate(
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     one(0, training.step(0))
-    begun = time.perf_counter()
+    clock = [time.perf_counter()]
     for number in range(CALIBRATION):
         one(number, training.step(number))
-    step_seconds = (time.perf_counter() - begun) / CALIBRATION
+        clock.append(time.perf_counter())
     model.load_state_dict(weights)
     torch.set_rng_state(state)
-    return max(int(seconds * 0.95 / step_seconds), 20)  # validation takes the rest
+    return max(int(seconds * 0.93 / np.median(np.diff(clock))), 20)  # validation takes the rest
 
 
 @torch.no_grad()
@@ -477,7 +481,7 @@ class _Saver:
         if scores:
             self.best, self.stale = min(score, self.best), 0 if improved else self.stale + 1
         facts = {"step": step, "seed": self.run.settings.seed, "validation": scores, "size": self.run.recipe.model.size}
-        whole = Checkpoint(self.model, self.text, self.labels, training=facts)
+        whole = Checkpoint(self.model, self.text, self.labels, self.run.recipe.generation, facts)
         if improved or not (self.folder / "best").exists():
             checkpoints.save(whole, self.folder / "best")
         checkpoints.save(whole, self.folder / "last")
