@@ -20,7 +20,7 @@ BATCH = 64
 GRID = 4  # places of the last stage that are told apart, a side
 HIDDEN = 64  # width of the features
 PATIENT = 40.0  # seconds from which the larger network pays
-SMALL = 2**17  # numbers in a batch below which threads wait for each other longer than they work
+SMALL = 2**19  # numbers in a batch below which threads wait for each other longer than they work
 FEWEST = 300  # steps; a judge of fewer says little, whatever the clock
 
 
@@ -123,6 +123,7 @@ def fit_classifier(
     began, n = time.perf_counter(), len(labels)
     device = device or torch.device("cpu")
     augment = augment or _shifted(features)
+    small = width < 32 and min(BATCH, n) * features[0].numel() < SMALL
     mean, scale = float(features.mean()), max(float(features.std()), 1e-3)
     targets = torch.from_numpy(np.asarray(labels, np.int64))
 
@@ -148,7 +149,7 @@ def fit_classifier(
         loss.backward()
         optimizer.step()
 
-    with torch.random.fork_rng(devices=[]), _threads(1 if batch * features[0].numel() < SMALL else None):
+    with torch.random.fork_rng(devices=[]), _threads(1 if small else None):
         if steps is None:
             network, optimizer = build()
             step(network, optimizer, 0)  # the first one is slower
