@@ -255,7 +255,7 @@ def evaluate(
 def _evaluate(
     run: Path, data: Path | None, split: str, limit: int | None, judge_seconds: float, seed: int, device: str
 ) -> dict[str, Any]:
-    from plait.applications.model import load
+    from plait.applications.model import Model, load
     from plait.data.dataset import Dataset
     from plait.evaluation.report import read_run, write_metrics, write_report
     from plait.evaluation.tasks import Limits
@@ -268,6 +268,8 @@ def _evaluate(
         data = Path(read_json(run / "run.json")["dataset"])
     dataset = Dataset.open(data)
     model = load(run, device)
+    if not isinstance(model, Model):
+        raise PlaitError(f"{run} is no model that plait trained; evaluation needs a run.")
     with _Bar() as bar:
         limits = Limits() if limit is None else Limits(records=limit)
         metrics, findings = measure(

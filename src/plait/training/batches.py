@@ -88,7 +88,8 @@ def load_split(
     def collect(row: Record) -> None:
         ids.append(row.id)
         for column, values in strings.items():
-            values.append(row.parts.get(column))
+            value = row.parts.get(column)
+            values.append(value if isinstance(value, str) else None)
 
     for column in rows:
         found[column] = Samples.write(cache / f"{split}-{column}", samples(column, first=not ids))
