@@ -42,10 +42,11 @@ class Device:
         return torch.autocast(self.name.split(":")[0], dtype=self.dtype)
 
 
-def choose_device(name: str = "auto", precision: str = "auto") -> Device:
+def choose_device(name: str = "auto", precision: str = "auto", training: bool = False) -> Device:
     """The device asked for, or the best one here: CUDA, then MPS, then CPU.
 
-    `precision` is "auto", "bf16" or "fp32"; "auto" is bf16 on CUDA with bf16 units and fp32 elsewhere.
+    `precision` is "auto", "bf16" or "fp32"; "auto" is bf16 on CUDA with bf16 units and, in training, on processors
+    that have them, and fp32 elsewhere.
     Raises PlaitError where the device does not exist.
     """
     if name == "auto":
@@ -59,11 +60,18 @@ def choose_device(name: str = "auto", precision: str = "auto") -> Device:
     if kind == "mps" and not torch.backends.mps.is_available():
         raise PlaitError("No MPS device was found. Use --device cpu, or leave --device out.")
     if precision == "auto":
-        precision = "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        units = torch.cuda.is_bf16_supported() if kind == "cuda" else training and kind == "cpu" and _cpu_bf16()
+        precision = "bf16" if units else "fp32"
     if kind == "cpu":
         # On processors with bf16 units oneDNN then splits fp32 products; the error stays that of fp32.
         torch.set_float32_matmul_precision("medium")
     return Device(name, {"bf16": torch.bfloat16, "fp32": torch.float32}[precision])
+
+
+def _cpu_bf16() -> bool:
+    """Whether this processor multiplies bf16 matrices in hardware."""
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(check is not None and check() for check in checks)
 
 
 def threads() -> int:

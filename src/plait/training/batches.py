@@ -25,6 +25,8 @@ from plait.runtime import key_of, uniform
 # What a draw is for; the last key of `uniform`, so that no two decisions share a number.
 ORDER, TARGET, SOURCE, DROP, AUGMENT, OFFSET = range(6)
 
+PASS = 600  # tokens that take as long as what one more pass costs before it computes anything
+
 
 @dataclass
 class Split:
@@ -190,13 +192,11 @@ class Sampler:
                 made.append((sequence, int(record) if contrasts else -1))
         made.sort(key=lambda pair: len(pair[0]))
         batches, span_records = [], []
-        start = 0
-        for stop in range(1, len(made) + 1):
-            if stop == len(made) or len(made[stop][0]) > 1.3 * len(made[start][0]) + 4:
-                group = made[start:stop]
-                batches.append(collate([s for s, _ in group], self.media, self.vocabulary.pad))
-                span_records.append(np.array([record for s, record in group for _ in s.spans], np.int64))
-                start = stop
+        cuts = cut_by_length([len(sequence) for sequence, _ in made])
+        for start, stop in zip([0, *cuts], [*cuts, len(made)], strict=True):
+            group = made[start:stop]
+            batches.append(collate([s for s, _ in group], self.media, self.vocabulary.pad))
+            span_records.append(np.array([record for s, record in group for _ in s.spans], np.int64))
         return Step(batches, span_records, records)
 
     def _read_samples(self, epoch: int, records: np.ndarray) -> dict[tuple[str, int], np.ndarray]:
@@ -269,6 +269,19 @@ class Sampler:
         start = window * self.context + int(draw * (slack + 1)) * (slack > 0)
         chunk = ids[start : start + size]
         return Sequence().read_ids(chunk[:1]).write(chunk[1:])
+
+
+def cut_by_length(lengths: list[int], worth: int = PASS) -> list[int]:
+    """Where to cut sequences of rising length into batches: at the place that saves most padding, again and again,
+    as long as a cut saves more tokens than the pass it adds is worth."""
+    if len(lengths) < 2:
+        return []
+    saved = [at * (lengths[-1] - lengths[at - 1]) for at in range(1, len(lengths))]
+    best = int(np.argmax(saved))
+    if saved[best] <= worth:
+        return []
+    at = best + 1
+    return [*cut_by_length(lengths[:at], worth), at, *(at + cut for cut in cut_by_length(lengths[at:], worth))]
 
 
 def lm_windows(ids: list[int], opener: int, end: int, context: int) -> list[Sequence]:

@@ -240,7 +240,8 @@ class Run:
         if not path.exists():
             self.decide(
                 **wanted, seed=self.settings.seed, size=self.recipe.model.size, device=self.device.name,
-                threads=torch.get_num_threads(), torch=torch.__version__, started=time.time(), seconds=0.0,
+                threads=torch.get_num_threads(),
+                precision=str(self.device.dtype).removeprefix("torch."), torch=torch.__version__, started=time.time(), seconds=0.0,
             )  # fmt: skip
             return False
         self.facts = read_json(path)
@@ -304,7 +305,7 @@ def train(dataset: Dataset, folder: Path, recipe: Recipe, report: Report, device
 
     Raises PlaitError for what the user can mend: no records, a folder of another run, a folder that is not writable.
     """
-    device = choose_device(device_name, recipe.training.precision)
+    device = choose_device(device_name, recipe.training.precision, training=True)
     torch.set_num_threads(threads())
     with only_writer(folder):
         run = Run(folder, dataset, recipe, report, device)
