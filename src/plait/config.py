@@ -67,6 +67,7 @@ class TrainingRecipe(_Settings):
     drop_condition: float = Field(0.1, ge=0, lt=1)  # share of samples written without their condition
     unrestricted: float = Field(0.05, ge=0, le=1)  # share of steps whose softmax runs over the whole vocabulary
     augment: bool = True
+    augment_targets: bool | None = None  # also what is written; by itself where a modality has few samples
     validations: int = Field(20, ge=1)  # in a run
     patience: int = Field(6, ge=1)  # validations without improvement before stopping
     precision: Literal["auto", "bf16", "fp32"] = "auto"

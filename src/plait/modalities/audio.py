@@ -266,7 +266,7 @@ class Audio(nn.Module):
             row[: len(sample)] = sample
         return torch.from_numpy(values), lengths
 
-    def augment(self, values: Tensor, lengths: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
+    def augment(self, values: Tensor, lengths: Tensor, draw: Tensor, hide: bool = True) -> tuple[Tensor, Tensor]:
         """Time stretch, warp of the mel axis, and a masked stretch of time and of bands, as `draw` (N, 8) says."""
         settings = self.settings
         signed = (draw * 2 - 1).float()
@@ -280,6 +280,8 @@ class Audio(nn.Module):
         matrix[:, 0, 0], matrix[:, 0, 2] = 1 / warp, 1 / warp - 1
         matrix[:, 1, 1], matrix[:, 1, 2] = time, time - 1
         x = bilinear_warp(values.float()[:, None], matrix, (longest, settings.bands), SILENCE)[:, 0]
+        if not hide:
+            return x, new_lengths
         bands, frames = torch.arange(settings.bands), torch.arange(longest)
         width = draw[:, 2, None] * settings.mask_bands * settings.bands
         start = draw[:, 3, None] * (settings.bands - width)

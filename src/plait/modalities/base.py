@@ -53,8 +53,9 @@ class MediaModality(Protocol):
         """Samples to values (N, ...), padded, and lengths (N,)."""
         ...
 
-    def augment(self, values: Tensor, lengths: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
-        """Changes that keep the meaning; `draw` (N, 8) is uniform in [0, 1)."""
+    def augment(self, values: Tensor, lengths: Tensor, draw: Tensor, hide: bool = True) -> tuple[Tensor, Tensor]:
+        """Changes that keep the meaning; `draw` (N, 8) is uniform in [0, 1). Without `hide`, nothing is masked: for
+        samples that are to be written, not read."""
         ...
 
     def token_count(self, length: int) -> int:

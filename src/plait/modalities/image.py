@@ -206,7 +206,7 @@ class Image(nn.Module):
     def batch(self, samples: list[np.ndarray]) -> tuple[Tensor, Tensor]:
         return torch.from_numpy(np.stack(samples)), torch.ones(len(samples), dtype=torch.long)
 
-    def augment(self, values: Tensor, lengths: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
+    def augment(self, values: Tensor, lengths: Tensor, draw: Tensor, hide: bool = True) -> tuple[Tensor, Tensor]:
         """Rotation, scale, shift, flip and erasing, each a function of `draw` (N, 8)."""
         settings = self.settings
         signed = (draw * 2 - 1).float()
@@ -225,7 +225,7 @@ class Image(nn.Module):
         border = torch.cat((x[..., 0, :], x[..., -1, :], x[..., :, 0], x[..., :, -1]), -1).mean(-1)
         border = border[..., None, None]
         x = bilinear_warp(x - border, matrix, (settings.size, settings.size), 0.0) + border
-        if settings.erase:
+        if settings.erase and hide:
             place = torch.arange(settings.size, device=x.device) / settings.size
             side = 0.15 + 0.25 * draw[:, 5, None]
             top, left = draw[:, 6, None] * (1 - side), draw[:, 7, None] * (1 - side)

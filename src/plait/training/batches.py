@@ -123,6 +123,9 @@ def add_codes(split: Split, columns: dict[str, str], media: dict[str, MediaModal
         split.codes[column] = Samples.write(cache / f"{name}-{column}-codes", codes())
 
 
+Media = dict[tuple[str, int], np.ndarray]  # (column, record) -> a sample, or its codes
+
+
 @dataclass
 class Step:
     """The batches of one step, of like lengths each, and which records' parts their spans are."""
@@ -145,9 +148,11 @@ class Sampler:
         seed: int,
         drop_condition: float,
         augment: bool,
+        augment_targets: bool = False,
     ) -> None:
         self.split, self.vocabulary, self.media = split, vocabulary, media
-        self.context, self.seed, self.drop_condition, self.augment = context, seed, drop_condition, augment
+        self.context, self.seed, self.drop_condition = context, seed, drop_condition
+        self.augment, self.augment_targets = augment, augment_targets
         self.columns = {c: m for c, m in vocabulary.columns.items() if c in split.texts or c in split.media}
         self.media_columns = [c for c, m in self.columns.items() if m != "text"]
         self.items = self._items()
@@ -183,12 +188,12 @@ class Sampler:
         epoch, items = self.members(step)
         records = items[:, 0]
         draws = {use: uniform(self.seed, epoch, records, items[:, 1], use) for use in (TARGET, SOURCE, DROP, OFFSET)}
-        samples = self._read_samples(epoch, records)
+        samples, codes = self._media(epoch, records)
         made: list[tuple[Sequence, int]] = []
         for place, (record, window) in enumerate(items):
             present = [c for c in self.columns if self.split.has(c, record)]
             mine = {use: float(values[place]) for use, values in draws.items()}
-            for sequence, contrasts in self._sequences(int(record), int(window), present, mine, samples):
+            for sequence, contrasts in self._sequences(int(record), int(window), present, mine, samples, codes):
                 made.append((sequence, int(record) if contrasts else -1))
         made.sort(key=lambda pair: len(pair[0]))
         batches, span_records = [], []
@@ -199,25 +204,36 @@ class Sampler:
             span_records.append(np.array([record for s, record in group for _ in s.spans], np.int64))
         return Step(batches, span_records, records)
 
-    def _read_samples(self, epoch: int, records: np.ndarray) -> dict[tuple[str, int], np.ndarray]:
-        """The samples that this step reads, augmented as (seed, epoch, record) says."""
-        found = {}
+    def _media(self, epoch: int, records: np.ndarray) -> tuple[Media, Media]:
+        """The samples that this step reads and the codes that it writes, by (column, record), augmented as (seed,
+        epoch, record) says."""
+        found: Media = {}
+        codes: Media = {}
         for column in self.media_columns:
             modality = self.media[self.columns[column]]
             mine = np.array([r for r in records if self.split.rows[column][r] >= 0], np.int64)
             if not len(mine):
                 continue
             raw = [self.split.sample(column, r) for r in mine]
+            rows = self.split.rows[column][mine]
+            written = [self.split.codes[column][row] for row in rows] if column in self.split.codes else []
             if self.augment:
-                draw = torch.from_numpy(uniform(self.seed, epoch, mine[:, None], AUGMENT, np.arange(8)))
-                values, lengths = modality.augment(*modality.batch(raw), draw.float())
+                draw = torch.from_numpy(uniform(self.seed, epoch, mine[:, None], AUGMENT, np.arange(8))).float()
+                if self.augment_targets:
+                    values, lengths = modality.augment(*modality.batch(raw), draw, hide=False)
+                    with torch.inference_mode():
+                        encoded = modality.codec.encode(values, lengths).numpy()
+                    counts = [modality.code_count(int(length)) for length in lengths]
+                    written = [row[:count] for row, count in zip(encoded, counts, strict=True)]
+                values, lengths = modality.augment(*modality.batch(raw), draw)
                 sizes = lengths.tolist() if modality.variable_length else [None] * len(raw)
                 raw = [value[:size] for value, size in zip(values.numpy(), sizes, strict=True)]
             found.update({(column, int(r)): sample for r, sample in zip(mine, raw, strict=True)})
-        return found
+            codes.update({(column, int(r)): row for r, row in zip(mine, written, strict=False)})
+        return found, codes
 
     def _sequences(
-        self, record: int, window: int, present: list[str], draws: dict[int, float], samples: dict
+        self, record: int, window: int, present: list[str], draws: dict[int, float], samples: Media, codes: Media
     ) -> Iterator[tuple[Sequence, bool]]:
         """The sequences of one visit, each with whether its spans take part in the contrastive loss."""
         media = [c for c in present if c in self.split.media]
@@ -228,20 +244,20 @@ class Sampler:
             target = present[int(draws[TARGET] * len(present))]
             others = [c for c in present if c != target]
             source = others[int(draws[SOURCE] * len(others))]
-            yield self._pair(record, source, target, samples), False
+            yield self._pair(record, source, target, samples, codes), False
             return
         for column in media:
             others = [c for c in present if c != column]
             if not others:
-                yield self._pair(record, None, column, samples), False
+                yield self._pair(record, None, column, samples, codes), False
                 continue
             target = others[int(draws[TARGET] * len(others))]
             source = others[int(draws[SOURCE] * len(others))]
-            yield self._pair(record, column, target, samples), True
+            yield self._pair(record, column, target, samples, codes), True
             dropped = draws[DROP] < self.drop_condition
-            yield self._pair(record, None if dropped else source, column, samples), not dropped
+            yield self._pair(record, None if dropped else source, column, samples, codes), not dropped
 
-    def _pair(self, record: int, source: str | None, target: str, samples: dict) -> Sequence:
+    def _pair(self, record: int, source: str | None, target: str, samples: Media, codes: Media) -> Sequence:
         """Read one part of a record and write another."""
         sequence = Sequence()
         vocabulary = self.vocabulary
@@ -256,9 +272,9 @@ class Sampler:
             return sequence.write([*(self.split.texts[target][record] or [])[: room - 1], vocabulary.end])
         modality = self.media[self.columns[target]]
         start = vocabulary.spaces[modality.name][0]
-        codes = (self.split.codes[target][self.split.rows[target][record]] + start).tolist()
+        written = (codes[target, record] + start).tolist()
         closer = [vocabulary.closer(modality.name)] if modality.variable_length else []
-        return sequence.write([*codes, *closer, vocabulary.end][:room])
+        return sequence.write([*written, *closer, vocabulary.end][:room])
 
     def _window(self, record: int, window: int, column: str, draw: float) -> Sequence:
         """One window of a text for language modelling, shifted by a new offset in each epoch."""

@@ -49,6 +49,7 @@ from plait.training.optimizer import learning_rate_at, make_optimizer
 
 UNRESTRICTED = 17  # the key of `uniform` for steps with the whole softmax
 CALIBRATION = 8  # steps that a time budget is measured by
+FEW = 10_000  # samples below which what is written is augmented too
 MAX_LABELS = 1000  # distinct values up to which a text column counts as labels
 
 
@@ -241,7 +242,7 @@ class Run:
             self.decide(
                 **wanted, seed=self.settings.seed, size=self.recipe.model.size, device=self.device.name,
                 threads=torch.get_num_threads(),
-                precision=str(self.device.dtype).removeprefix("torch."), torch=torch.__version__, started=time.time(), seconds=0.0,
+                precision=str(self.device.dtype).removeprefix("torch."), torch=torch.__version__, started=time.time(),
             )  # fmt: skip
             return False
         self.facts = read_json(path)
@@ -352,10 +353,14 @@ def _optimise(run: Run, model: Multimodal, text: Text, splits: dict[str, Split],
     settings, device, folder = run.settings, run.device, run.folder
     context = model.config.backbone.max_length
 
+    few = max((len(samples) for samples in splits["train"].media.values()), default=0) < FEW
+    augment_targets = few if settings.augment_targets is None else settings.augment_targets
+
     def sampler(name: str, augment: bool, drop: float) -> Sampler:
         return Sampler(
-            splits[name], model.vocabulary, model.media, run.batch_size, context, settings.seed, drop, augment
-        )
+            splits[name], model.vocabulary, model.media, run.batch_size, context, settings.seed, drop, augment,
+            augment_targets,
+        )  # fmt: skip
 
     training = sampler("train", settings.augment, settings.drop_condition)
     validating = sampler("val", False, 0.0) if len(splits["val"]) > 1 else None
