@@ -55,7 +55,7 @@ class TrainingRecipe(_Settings):
     minutes: float | None = Field(None, gt=0)  # for codecs and model together
     steps: int | None = Field(None, ge=1)  # of the model; instead of minutes
     codec_steps: int | None = Field(None, ge=1)
-    codec_share: float = Field(0.14, ge=0, lt=0.5)  # of the minutes, for each codec
+    codec_share: float = Field(0.1, ge=0, lt=0.5)  # of the minutes, for each codec
     batch_size: int | None = Field(None, ge=2)  # records, or windows of text
     learning_rate: float | None = Field(None, gt=0)
     codec_learning_rate: float = Field(3e-3, gt=0)
@@ -77,10 +77,11 @@ class TrainingRecipe(_Settings):
 class GenerationConfig(_Settings):
     """Defaults of generation, kept with the weights; every call may override them."""
 
-    temperature: float = Field(1.0, ge=0)
+    temperature: float = Field(1.0, ge=0)  # of text
+    media_temperature: dict[str, float] = {"image": 0.7, "audio": 0.6}
     top_k: int = Field(0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
-    guidance: dict[str, float] = {"image": 2.0, "audio": 2.0}
+    guidance: dict[str, float] = {"image": 3.0, "audio": 2.0}
 
 
 class Recipe(_Settings):

@@ -216,9 +216,10 @@ class Model:
         if not do_sample and n > 1:
             raise PlaitError("Without sampling all results are the same. Ask for one, or leave do_sample out.")
         penalty, guidance = options.get("repetition_penalty"), options.get("guidance")
+        standard = defaults.temperature if space == "text" else defaults.media_temperature.get(space, 1.0)
         sampling = Sampling(
             greedy=not do_sample,
-            temperature=defaults.temperature if temperature is None else temperature,
+            temperature=standard if temperature is None else temperature,
             top_k=defaults.top_k if top_k is None else top_k,
             top_p=defaults.top_p if top_p is None else top_p,
             min_p=min_p or 0.0,
