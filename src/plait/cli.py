@@ -235,7 +235,7 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(help="Another dataset than the run's own.")] = None,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
     limit: Annotated[int | None, typer.Option(help="Records a task, at most.")] = None,
-    judge_seconds: Annotated[float, typer.Option(help="Time to train the judge of drawings and speech.")] = 12.0,
+    judge_seconds: Annotated[float, typer.Option(help="Time to train the judge of drawings and speech.")] = 15.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print metrics.json.")] = False,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
@@ -313,7 +313,7 @@ def demo(
         _show_manifest(_prepare(run / "files", run / "data", load_recipe(None).data, None, 0), run / "data")
     recipe = load_recipe(None, {"training": {"minutes": minutes, "seed": seed}})
     _train(Dataset.open(run / "data"), run, recipe, device)
-    metrics = _evaluate(run, None, "test", None, 12.0, seed, device)
+    metrics = _evaluate(run, None, "test", None, 15.0, seed, device)
     _show_metrics({name: value for name, value in metrics.items() if name in _demo_figures(metrics)})
     out.print(f"\n{time.monotonic() - begun:.0f} s in all. All figures: {run / 'metrics.json'}")
     out.print(f"Report, with pictures and sounds: {run / 'report.html'}\n\nTry next:")

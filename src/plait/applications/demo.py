@@ -102,7 +102,7 @@ def write_sounds(folder: Path, speech: Speech) -> Iterator[dict[str, str]]:
     (folder / "sounds").mkdir(parents=True, exist_ok=True)
     variants = speech.variants()
     order = np.argsort(uniform(SEED, np.arange(len(variants)), 1))
-    for rank, index in enumerate(order[:40]):
+    for rank, index in enumerate(order[:56]):
         split = "test" if rank < 8 else "val" if rank < 11 else "train"
         for lang, accents in ACCENTS.items():
             for take in range(TAKES[lang]):

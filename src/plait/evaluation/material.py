@@ -53,7 +53,7 @@ class Limits:
     tokens: int = 200_000  # of text predicted
     queries: int = 500  # of retrieval
     drawn: int = 200  # pictures, over all columns that ask for them
-    spoken: int = 100  # sounds, likewise
+    spoken: int = 200  # sounds, likewise
     training: int = 60_000  # training records that judges and nearest neighbours see
     cells: int = 2**27  # numbers in the features of training samples that are kept at one time
 

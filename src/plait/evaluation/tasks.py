@@ -32,7 +32,7 @@ def evaluate(
     seed: int = 0,
     limit: int | None = None,
     limits: Limits | None = None,
-    judge_seconds: float = 12.0,
+    judge_seconds: float = 15.0,
     progress: Progress | None = None,
 ) -> tuple[Metrics, Findings]:
     """Measure a model on a split of a dataset; all columns that both have, in every direction.
