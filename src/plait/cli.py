@@ -220,12 +220,12 @@ def sizes() -> None:
 
     Example: plait sizes
     """
-    from plait.config import SIZES
+    from plait.training.trainer import size_table
 
-    names = list(next(iter(SIZES.values())).model_dump())
-    table = Table("size", *names, box=None, header_style="bold")
-    for name, size in SIZES.items():
-        table.add_row(name, *(f"{value:g}" for value in size.model_dump().values()))
+    rows = size_table()
+    table = Table("size", *rows, box=None, header_style="bold")
+    for name in next(iter(rows.values())):
+        table.add_row(name, *(values[name] for values in rows.values()))
     out.print(table)
 
 

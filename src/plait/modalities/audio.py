@@ -52,9 +52,13 @@ class AudioSettings(BaseModel):
         sounds = [decode_audio(example) for example in examples]
         rate = int(np.median([rate for _, rate in sounds]))
         longest = max(len(wave) / rate for wave, rate in sounds)
-        chosen: dict[str, Any] = {"rate": next(r for r in (8000, 16000, 24000) if r >= min(rate, size.rate))}
-        chosen |= {"seconds": min(size.seconds, math.ceil(longest * 11) / 10)}
-        return cls.model_validate({"bands": 64 if min(rate, size.rate) <= 8000 else 80, **chosen, **overrides})
+        fitting = next(r for r in (8000, 16000, 24000) if r >= min(rate, size.rate))
+        return cls.sized(fitting, {"seconds": min(size.seconds, math.ceil(longest * 11) / 10), **overrides})
+
+    @classmethod
+    def sized(cls, rate: int, overrides: dict[str, Any]) -> AudioSettings:
+        """The settings for sound of a rate, in samples a second."""
+        return cls.model_validate({"rate": rate, "bands": 64 if rate <= 8000 else 80, **overrides})
 
     @property
     def hop(self) -> int:

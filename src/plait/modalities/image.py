@@ -51,10 +51,16 @@ class ImageSettings(BaseModel):
         pictures = [decode_image(example) for example in examples]
         side = int(np.median([max(picture.size) for picture in pictures]))
         grey = all(picture.convert("RGB").convert("L").convert("RGB") == picture.convert("RGB") for picture in pictures)
-        chosen = {"size": min(size.picture, max(math.ceil(side / 4) * 4, 8)), "channels": 1 if grey else 3, **overrides}
-        pixels = chosen["size"] if isinstance(chosen["size"], int) else size.picture
-        patch = 4 if pixels <= 32 else 8 if pixels <= 128 else 16
-        return cls.model_validate({"patch": patch, "grid": 4 if pixels <= 32 else 8, **chosen})
+        fitting = min(size.picture, max(math.ceil(side / 4) * 4, 8))
+        return cls.sized(fitting, {"channels": 1 if grey else 3, **overrides})
+
+    @classmethod
+    def sized(cls, size: int, overrides: dict[str, Any]) -> ImageSettings:
+        """The settings for pictures of a side, in pixels."""
+        pixels = overrides.get("size", size)
+        small, middling = (not isinstance(pixels, int) or pixels <= limit for limit in (32, 128))
+        patch, grid = (4, 4) if small else (8, 8) if middling else (16, 8)
+        return cls.model_validate({"size": size, "patch": patch, "grid": grid, **overrides})
 
 
 class Residual(nn.Module):

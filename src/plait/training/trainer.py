@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from plait.config import SIZES, Recipe, Size, describe_error
+from plait.config import SIZES, BackboneRecipe, Recipe, Size, describe_error
 from plait.data.dataset import Dataset
 from plait.modalities import MODALITIES, SETTINGS
 from plait.modalities.base import Vocabulary
@@ -74,23 +74,10 @@ Report = Callable[[Progress], None]
 def model_config(recipe: Recipe, dataset: Dataset, text_size: int, imported: ModelConfig | None) -> ModelConfig:
     """The network that a recipe and a dataset call for; of an `imported` one the backbone is kept."""
     size = SIZES[recipe.model.size]
-    mine = recipe.model.backbone
     if imported is not None:
         backbone = imported.backbone
     else:
-        width, heads = mine.width or size.width, mine.heads or size.heads
-        if width % heads:
-            raise PlaitError(f"model.backbone: width {width} must be a multiple of heads {heads}.")
-        backbone = TransformerConfig(
-            width=width,
-            layers=mine.layers or size.layers,
-            heads=heads,
-            kv_heads=mine.kv_heads or heads,
-            head_width=width // heads,
-            hidden=mine.hidden or (round(width * 2.75 / 16) * 16 if mine.width else size.hidden),
-            max_length=mine.context or size.context,
-            dropout=mine.dropout,
-        )
+        backbone = backbone_config(size, recipe.model.backbone)
     kinds = [m for m in MODALITIES if m in dataset.columns.values()]
     settings = {m: fit_settings(dataset, m, size, getattr(recipe.model, m)) for m in kinds}
     vocabulary = Vocabulary(
@@ -109,6 +96,47 @@ def model_config(recipe: Recipe, dataset: Dataset, text_size: int, imported: Mod
         tied=tied,
         modalities={m: settings[m].model_dump() for m in kinds},
     )
+
+
+def backbone_config(size: Size, mine: BackboneRecipe) -> TransformerConfig:
+    """The backbone of a row of the table of sizes, with a recipe's overrides."""
+    width, heads = mine.width or size.width, mine.heads or size.heads
+    if width % heads:
+        raise PlaitError(f"model.backbone: width {width} must be a multiple of heads {heads}.")
+    return TransformerConfig(
+        width=width,
+        layers=mine.layers or size.layers,
+        heads=heads,
+        kv_heads=mine.kv_heads or heads,
+        head_width=width // heads,
+        hidden=mine.hidden or (round(width * 2.75 / 16) * 16 if mine.width else size.hidden),
+        max_length=mine.context or size.context,
+        dropout=mine.dropout,
+    )
+
+
+def size_table() -> dict[str, dict[str, str]]:
+    """Size -> what it stands for, and the parameters of a model of coloured pictures, sound and text."""
+    rows = {}
+    for name, size in SIZES.items():
+        picture = SETTINGS["image"].sized(size.picture, {"channels": 3})
+        sound = SETTINGS["audio"].sized(size.rate, {"seconds": size.seconds})
+        vocabulary = Vocabulary(
+            text=size.vocabulary,
+            columns={"image": "image", "audio": "audio", "text": "text"},
+            levels={"image": picture.levels, "audio": sound.levels},
+            closers=["audio"],
+        )
+        config = ModelConfig(
+            backbone=backbone_config(size, BackboneRecipe()),
+            vocabulary=vocabulary,
+            tied=size.vocabulary > 8 * size.width,
+            modalities={"image": picture.model_dump(), "audio": sound.model_dump()},
+        )
+        with torch.device("meta"):
+            parameters = sum(Multimodal(config).parameter_count().values())
+        rows[name] = {"parameters": f"{parameters / 1e6:.1f}M", **{k: f"{v:g}" for k, v in size.model_dump().items()}}
+    return rows
 
 
 def fit_settings(dataset: Dataset, modality: str, size: Size, overrides: dict[str, Any]) -> Any:

@@ -1,0 +1,76 @@
+"""Writes docs/sizes.md and docs/recipes.md from the code; a test checks that they are up to date.
+
+python docs/make.py
+"""
+
+from __future__ import annotations
+
+import re
+from inspect import getsource
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from plait import config
+from plait.modalities.audio import AudioSettings
+from plait.modalities.image import ImageSettings
+from plait.training.trainer import size_table
+
+HERE = Path(__file__).parent
+
+
+def sizes() -> str:
+    table = size_table()
+    names = list(next(iter(table.values())))
+    rows = [f"| {name} | " + " | ".join(values.values()) + " |" for name, values in table.items()]
+    head = f"| size | {' | '.join(names)} |\n|{' --- |' * (len(names) + 1)}"
+    return f"""# Sizes
+
+`--size` is one row of this table (`plait sizes` prints it); a recipe may override any part. `parameters` count a model
+of coloured pictures, sound and text; `picture` is the largest side in pixels, smaller pictures keep theirs, and they are
+grey where all of the data's are; `rate` is of sound in Hz, `seconds` the longest clip; `minutes` is the budget where
+neither `--minutes` nor `--steps` is given.
+
+{head}
+{chr(10).join(rows)}
+"""
+
+
+def fields(model: type[BaseModel]) -> str:
+    comments = dict(re.findall(r"^    (\w+):.*?#\s*(.+)$", getsource(model), re.MULTILINE))
+    rows = []
+    for name, field in model.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        if not isinstance(default, BaseModel):
+            rows.append(f"| `{name}` | `{default}` | {comments.get(name, '')} |")
+    return "| key | default | |\n| --- | --- | --- |\n" + "\n".join(rows)
+
+
+def recipes() -> str:
+    sections = {
+        "data": config.DataRecipe,
+        "model": config.ModelRecipe,
+        "model.backbone": config.BackboneRecipe,
+        "model.text": config.TextRecipe,
+        "model.image": ImageSettings,
+        "model.audio": AudioSettings,
+        "training": config.TrainingRecipe,
+        "generation": config.GenerationConfig,
+    }
+    tables = "\n\n".join(f"## {name}\n\n{fields(model)}" for name, model in sections.items())
+    return f"""# Recipes
+
+A recipe is a YAML file with the sections below; every key may be left out, and an unknown one is an error. `None` means
+that `--size` or the data decide.
+
+{tables}
+"""
+
+
+def pages() -> dict[Path, str]:
+    return {HERE / "sizes.md": sizes(), HERE / "recipes.md": recipes()}
+
+
+if __name__ == "__main__":
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
