@@ -164,9 +164,11 @@ def read_json(path: Path) -> Any:
 def publish_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder to fill; on success it takes the place of `path`: written aside, fsynced, renamed.
 
-    A kill at any moment leaves the old folder or the new one. Raises PlaitError where the place cannot be written.
+    A kill leaves the old folder or the new one; between the two renames the old one lies beside, under a name of its
+    own, and the next publication puts it back or clears it away. Raises PlaitError where nothing can be written.
     """
     path = Path(path)
+    _clear_leftovers(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     try:
@@ -194,6 +196,28 @@ def publish_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Put back or remove what a killed process left while it published this folder."""
+    for left in sorted(path.parent.glob(f".{path.name}.*")):
+        process, _, kind = left.name.removeprefix(f".{path.name}.").partition(".")
+        if kind not in ("tmp", "old") or not process.isdecimal() or _alive(int(process)):
+            continue
+        if kind == "old" and not path.exists():
+            left.rename(path)
+        elif left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 @contextlib.contextmanager
