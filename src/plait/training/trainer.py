@@ -282,6 +282,11 @@ class Run:
                 )
         return "finished" in self.facts
 
+    def steps_from(self, number: int) -> int:
+        """The length of the schedule as it stands at a step."""
+        revised = self.facts.get("revised")
+        return int(revised["steps"] if revised and number >= revised["at"] else self.facts["steps"])
+
     def text(self) -> Text:
         """The tokenizer: trained on the train split's texts, or read again on resume."""
         path = self.folder / "tokenizer.json"
@@ -415,10 +420,12 @@ def _optimise(run: Run, model: Multimodal, text: Text, splits: dict[str, Split],
     if "steps" not in run.facts:
         run.decide(steps=settings.steps or _calibrate(model, optimizer, training, one, seconds))
         optimizer = make_optimizer([model], run.peak, settings.weight_decay, settings.betas)
-    steps: int = run.facts["steps"]
+    planned: int = run.facts["steps"]
+    begun = time.perf_counter()
     saver = _Saver(run, model, text, optimizer)
     start = saver.resume()
-    every = max(steps // settings.validations, 1)
+    steps = run.steps_from(start)
+    every = max(planned // settings.validations, 1)
     log = _Log(folder)
     recent: dict[str, list[float]] = {}
     tokens, clock = 0, time.perf_counter()
@@ -428,6 +435,9 @@ def _optimise(run: Run, model: Multimodal, text: Text, splits: dict[str, Split],
     try:
         while number < steps and saver.stale < settings.patience:
             assert prefetched is not None
+            if number == planned // 4 and start == 0 and settings.steps is None and "revised" not in run.facts:
+                _revise(run, number, planned, seconds, time.perf_counter() - begun)
+            steps = run.steps_from(number)
             step = prefetched.result()
             prefetched = pool.submit(training.step, number + 1)
             for group in optimizer.param_groups:
@@ -457,6 +467,13 @@ def _optimise(run: Run, model: Multimodal, text: Text, splits: dict[str, Split],
         log.close()
     if number < steps:
         run.decide(stopped_early=number)
+
+
+def _revise(run: Run, number: int, planned: int, seconds: float, used: float) -> None:
+    """Plan fewer steps, once, where a quarter of them shows that the machine is slower than it was measured."""
+    possible = number + int(max(seconds - used, 0) / (used / number))
+    if possible < 0.9 * planned:
+        run.decide(revised={"at": number, "steps": max(possible, number + 1)})
 
 
 def _calibrate(
@@ -589,7 +606,7 @@ def describe(folder: Path) -> str:
     stopped = f", stopped early at {facts['stopped_early']}" if "stopped_early" in facts else ""
     return (
         f"Size {facts['size']}: width {backbone['width']}, {backbone['layers']} layers; {parts} parameters.\n"
-        f"{facts['steps']} steps of {shown['batch_size']} records{stopped}; learning rate {shown['learning_rate']:g}; "
+        f"{facts.get('revised', facts)['steps']} steps of {shown['batch_size']} records{stopped}; learning rate {shown['learning_rate']:g}; "
         f"seed {facts['seed']}; on {facts['device']} with {facts['threads']} threads. "
         f"Best checkpoint: step {config['training']['step']} in {folder / 'checkpoints' / 'best'}"
     )
