@@ -11,7 +11,6 @@ import json
 import math
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +42,7 @@ from plait.runtime import (
     uniform,
     write_json,
 )
-from plait.training.batches import Sampler, Split, Step, add_codes, load_split
+from plait.training.batches import Sampler, Split, Step, add_codes, load_split, room_needed
 from plait.training.codecs import train_codec
 from plait.training.optimizer import learning_rate_at, make_optimizer
 
@@ -51,6 +50,7 @@ UNRESTRICTED = 17  # the key of `uniform` for steps with the whole softmax
 CALIBRATION = 8  # steps that a time budget is measured by
 FEW = 10_000  # samples below which what is written is augmented too
 MAX_LABELS = 1000  # distinct values up to which a text column counts as labels
+LONGEST_LABEL = 200  # bytes
 
 
 @dataclass
@@ -156,8 +156,9 @@ def fit_settings(dataset: Dataset, modality: str, size: Size, overrides: dict[st
         raise PlaitError(f"In the recipe's model.{modality}: {lines}") from None
 
 
-def label_columns(dataset: Dataset) -> dict[str, list[str]]:
-    """Text columns with few distinct values, each with those values in the order of their first appearance."""
+def label_columns(dataset: Dataset, longest: int = LONGEST_LABEL) -> dict[str, list[str]]:
+    """Text columns with few distinct values of at most `longest` bytes, each with those values in the order of their
+    first appearance."""
     found = {}
     train = dataset.indices("train")
     for column, kind in dataset.columns.items():
@@ -166,7 +167,8 @@ def label_columns(dataset: Dataset) -> dict[str, list[str]]:
         texts = dataset.texts(column)
         values = [texts[i] for i in train if texts[i] is not None]
         distinct = list(dict.fromkeys(values))
-        if 1 < len(distinct) <= min(MAX_LABELS, len(values) // 2):
+        short = all(len(value.encode()) <= longest for value in distinct)
+        if short and 1 < len(distinct) <= min(MAX_LABELS, len(values) // 2):
             found[column] = distinct
     return found
 
@@ -363,12 +365,21 @@ def train(dataset: Dataset, folder: Path, recipe: Recipe, report: Report, device
         splits = {}
         for name in ("train", "val"):
             splits[name] = load_split(
-                dataset, name, text, model.media, folder / "cache",
+                dataset, name, text, model.media, folder / "cache", config.backbone.max_length,
                 lambda stage, done, total: report(Progress(stage, done, total)),
                 limit=None if name == "train" else 2000,
             )  # fmt: skip
         if len(splits["train"]) < 2:
             raise PlaitError(f"{dataset.path} has {len(splits['train'])} records to train on; at least 2 are needed.")
+        needed = room_needed(splits["train"], dataset.columns, model.media)
+        if needed > config.backbone.max_length:
+            raise PlaitError(
+                f"The model's context of {config.backbone.max_length} tokens is too short for the media, which need "
+                f"{needed}. Raise model.backbone.context in the recipe, or take smaller pictures or shorter clips."
+            )
+        if notes := splits["train"].notes:
+            run.decide(notes=notes)
+            report(Progress("note", 1, 1, note="; ".join(notes)))
         parameters = model.parameter_count()
         run.decide(decided={"parameters": parameters, "batch_size": run.batch_size, "learning_rate": run.peak})
         note = f"{sum(parameters.values()):,} parameters, batch {run.batch_size}, learning rate {run.peak:g}"
@@ -396,7 +407,9 @@ def _optimise(run: Run, model: Multimodal, text: Text, splits: dict[str, Split],
         )  # fmt: skip
 
     training = sampler("train", settings.augment, settings.drop_condition)
-    validating = sampler("val", False, 0.0) if len(splits["val"]) > 1 else None
+    validating: Sampler | None = sampler("val", False, 0.0) if len(splits["val"]) else None
+    if validating is not None and len(validating.items) < 2:
+        validating = None
     optimizer = make_optimizer([model], run.peak, settings.weight_decay, settings.betas)
     trainable = [p for p in model.parameters() if p.requires_grad]
 
@@ -429,17 +442,13 @@ def _optimise(run: Run, model: Multimodal, text: Text, splits: dict[str, Split],
     log = _Log(folder)
     recent: dict[str, list[float]] = {}
     tokens, clock = 0, time.perf_counter()
-    pool = ThreadPoolExecutor(1)
-    prefetched = pool.submit(training.step, start) if start < steps else None
     number = start
     try:
         while number < steps and saver.stale < settings.patience:
-            assert prefetched is not None
             if number == planned // 4 and start == 0 and settings.steps is None and "revised" not in run.facts:
                 _revise(run, number, planned, seconds, time.perf_counter() - begun)
             steps = run.steps_from(number)
-            step = prefetched.result()
-            prefetched = pool.submit(training.step, number + 1)
+            step = training.step(number)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(number, steps, run.peak, settings.warmup)
             losses, seen = one(number, step)
@@ -463,7 +472,6 @@ def _optimise(run: Run, model: Multimodal, text: Text, splits: dict[str, Split],
         saver.save(number, {}, math.inf)
         raise
     finally:
-        pool.shutdown(cancel_futures=True)
         log.close()
     if number < steps:
         run.decide(stopped_early=number)
@@ -524,7 +532,8 @@ class _Saver:
     def __init__(self, run: Run, model: Multimodal, text: Text, optimizer: torch.optim.Optimizer) -> None:
         self.run, self.model, self.text, self.optimizer = run, model, text, optimizer
         self.folder = run.folder / "checkpoints"
-        self.labels = label_columns(run.dataset)
+        # A label must fit beside what it is the label of.
+        self.labels = label_columns(run.dataset, min(LONGEST_LABEL, model.config.backbone.max_length // 2))
         self.best, self.stale = math.inf, 0
 
     def save(self, step: int, scores: dict[str, float], score: float) -> None:
@@ -533,7 +542,8 @@ class _Saver:
             self.best, self.stale = min(score, self.best), 0 if improved else self.stale + 1
         facts = {"step": step, "seed": self.run.settings.seed, "validation": scores, "size": self.run.recipe.model.size}
         whole = Checkpoint(self.model, self.text, self.labels, self.run.recipe.generation, facts)
-        if improved or not (self.folder / "best").exists():
+        # Until something was validated, the newest is the best that is known.
+        if improved or not math.isfinite(self.best):
             checkpoints.save(whole, self.folder / "best")
         checkpoints.save(whole, self.folder / "last")
         state: dict[str, Tensor] = {"rng": torch.get_rng_state()}
@@ -603,10 +613,12 @@ def describe(folder: Path) -> str:
     config = read_json(folder / "checkpoints" / "best" / "config.json")
     backbone, shown = config["backbone"], facts["decided"]
     parts = ", ".join(f"{name} {count:,}" for name, count in shown["parameters"].items())
+    notes = "".join(f"\nNote: {note}." for note in facts.get("notes", []))
     stopped = f", stopped early at {facts['stopped_early']}" if "stopped_early" in facts else ""
     return (
         f"Size {facts['size']}: width {backbone['width']}, {backbone['layers']} layers; {parts} parameters.\n"
-        f"{facts.get('revised', facts)['steps']} steps of {shown['batch_size']} records{stopped}; learning rate {shown['learning_rate']:g}; "
+        f"{facts.get('revised', facts)['steps']} steps of {shown['batch_size']} records{stopped}; "
+        f"learning rate {shown['learning_rate']:g}; "
         f"seed {facts['seed']}; on {facts['device']} with {facts['threads']} threads. "
-        f"Best checkpoint: step {config['training']['step']} in {folder / 'checkpoints' / 'best'}"
+        f"Best checkpoint: step {config['training']['step']} in {folder / 'checkpoints' / 'best'}{notes}"
     )
