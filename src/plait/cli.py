@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -265,7 +266,10 @@ def _evaluate(
     if data is None:
         if not (run / "run.json").is_file():
             raise PlaitError(f"{run} is not a run (it has no run.json). Name a run, or a dataset with --data.")
-        data = Path(read_json(run / "run.json")["dataset"])
+        facts = read_json(run / "run.json")
+        if "dataset" not in facts:
+            raise PlaitError(f"{run / 'run.json'} does not say which dataset it is of. Name one with --data.")
+        data = Path(facts["dataset"])
     dataset = Dataset.open(data)
     model = load(run, device)
     if not isinstance(model, Model):
@@ -275,6 +279,8 @@ def _evaluate(
         metrics, findings = measure(
             model, dataset, split, seed=seed, limits=limits, judge_seconds=judge_seconds, progress=bar
         )
+    for note in findings.notes:
+        err.print(f"[yellow]Note:[/yellow] {_plain(note)}")
     write_metrics(run / "metrics.json", metrics)
     write_report(run / "report.html", metrics, findings, read_run(run, data))
     return metrics
@@ -282,12 +288,15 @@ def _evaluate(
 
 def _show_metrics(metrics: dict[str, Any]) -> None:
     table = Table("figure", "value", "±", "chance", "baseline", "n", box=None, header_style="bold")
-    table.columns[0].no_wrap, table.columns[0].min_width = True, max(len(name) for name in metrics if "[" not in name)
-    shown = lambda value: "" if value is None else f"{value:.4g}"  # noqa: E731
-    for name, metric in metrics.items():
-        table.add_row(
-            name, *(shown(metric[key]) for key in ("value", "stderr", "chance", "baseline")), str(metric["n"])
-        )
+    # The figures of single labels, and times, are in the files.
+    names = [name for name in metrics if "[" not in name and not name.startswith("timing/")]
+    for name in names:
+        metric = metrics[name]
+        row = [metric[key] for key in ("value", "stderr", "chance", "baseline")]
+        shown = ["" if value is None or value != value else f"{round(value, 9):.4g}" for value in row]
+        table.add_row(_plain(name), *shown, "" if metric["n"] is None else str(metric["n"]))
+    for column, least in zip(table.columns, (max(map(len, names), default=0), 8, 7, 6, 8, 3), strict=True):
+        column.no_wrap, column.min_width = True, least
     out.print(table)
 
 
@@ -341,13 +350,17 @@ def _load(name: str, device: str = "auto") -> Model | Pretrained:
 
 def _media_or_text(value: str) -> str | Path:
     """An argument that names a file is that file; anything else is text."""
-    looks = re.fullmatch(r"\S*\.(png|jpe?g|gif|webp|bmp|tiff?|wav|flac|ogg|opus|mp3)", value, re.IGNORECASE)
+    if not re.search(r"\.(png|jpe?g|gif|webp|bmp|tiff?|wav|flac|ogg|opus|mp3)$", value, re.IGNORECASE):
+        return value
     path = Path(value)
-    if looks and not path.is_file():
-        from plait.runtime import PlaitError
+    with contextlib.suppress(OSError):  # a name longer than names may be
+        if path.is_file():
+            return path
+    if re.search(r"\s", value):
+        return value  # a sentence that ends like a file
+    from plait.runtime import PlaitError
 
-        raise PlaitError(f"{path} does not exist.")
-    return path if looks else value
+    raise PlaitError(f"{value} does not exist.")
 
 
 def _existing(path: Path) -> Path:
@@ -356,6 +369,15 @@ def _existing(path: Path) -> Path:
 
         raise PlaitError(f"{path} does not exist.")
     return path
+
+
+def _note_windows(model: Model | Pretrained, value: str | Path) -> None:
+    """Say so where a sound is longer than the model reads at once."""
+    from plait.applications.model import Model as OurModel
+
+    if isinstance(value, Path) and isinstance(model, OurModel) and (count := model.passes(value)) > 1:
+        text = f"{value} is longer than this model reads at once; it is read in {count} windows that overlap by half."
+        err.print(f"[yellow]Note:[/yellow] {_plain(text)}")
 
 
 @app.command()
@@ -405,7 +427,9 @@ def classify(
     loaded = _load(model, device)
     wanted = [label.strip() for label in labels.split(",")] if labels else None
     for file in files:
-        ranked = loaded.classify(_media_or_text(file), labels=wanted, column=column, top=top)
+        value = _media_or_text(file)
+        _note_windows(loaded, value)
+        ranked = loaded.classify(value, labels=wanted, column=column, top=top)
         out.print(_plain(f"{file}: " + ", ".join(f"{label} {probability:.3f}" for label, probability in ranked)))
 
 
@@ -438,6 +462,7 @@ def transcribe(
     """
     loaded = _load(model, device)
     for file in files:
+        _note_windows(loaded, _existing(file))
         out.print(_plain(f"{file}: {loaded.transcribe(_existing(file), column=column)}"))
 
 
@@ -504,17 +529,24 @@ def embed(
 
     Example: plait embed runs/demo "three" runs/demo/files/pictures/0003.png
     """
+    import io
     import json
 
     import numpy as np
 
-    vectors = _load(model, device).embed([_media_or_text(value) for value in inputs])
+    loaded = _load(model, device)
+    values = [_media_or_text(value) for value in inputs]
+    for value in values:
+        _note_windows(loaded, value)
+    vectors = loaded.embed(values)
     if out_file is not None:
-        np.save(out_file, vectors)
+        array = io.BytesIO()
+        np.save(array, vectors)
+        _write(out_file, array.getvalue())
         out.print(f"{vectors.shape[0]} vectors of {vectors.shape[1]}: {out_file}")
         return
-    for value, vector in zip(inputs, vectors, strict=True):
-        out.print(_plain(json.dumps({"input": value, "embedding": [round(float(x), 6) for x in vector]})))
+    for name, vector in zip(inputs, vectors, strict=True):
+        out.print(_plain(json.dumps({"input": name, "embedding": [round(float(x), 6) for x in vector]})))
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -184,6 +185,11 @@ class Model:
         except MediaError as error:
             raise PlaitError(f"{name}: {error}.") from error
 
+    def passes(self, value: Any) -> int:
+        """How many windows `classify`, `transcribe` and `embed` read an input in."""
+        windows = self._windows(value)[1]
+        return 1 if isinstance(windows, str) else len(windows)
+
     def _alone(self, value: Any, limit: int) -> list[Sequence]:
         """An input as the sequences that cover it, each with its span."""
         column, windows = self._windows(value)
@@ -228,6 +234,8 @@ class Model:
         stop = options.get("stop")
         if guidance is None:
             guidance = defaults.guidance.get(space, 1.0)
+        if not 0 <= guidance < math.inf:
+            raise PlaitError(f"guidance must be 0 or more, not {guidance}; 1 is none.")
         return Request(
             context=context,
             space=space,

@@ -488,7 +488,7 @@ def _overlap(groups: dict[bytes, int]) -> dict[str, int]:
 def _warnings(
     counts: dict[str, int], statistics: dict[str, Lengths], overlap: dict[str, int], rejected: int, duplicates: int
 ) -> list[str]:
-    warnings = [f"No record for {split}." for split in ("train", "val") if not counts[split]]
+    warnings = [f"No record for {split}." for split in SPLITS if not counts[split]]
     for name, lengths in statistics.items():
         alone = [label for label, count in (lengths.classes or {}).items() if count == 1]
         if alone:

@@ -165,14 +165,16 @@ class Material:
         if (column, split) not in self._read:
             most = self.limits.training if split == "train" else self.limits.records
             order = self.shuffled(self.dataset.indices(split))
-            modality, found = self.modality(column), {}
+            modality, found, cut = self.modality(column), {}, 0
             for start in range(0, len(order), 2000):
                 # Within a chunk in the file's order, which reads each row group once.
                 chunk = np.sort(order[start : start + 2000])
                 self.progress(f"read {column} of {split}", min(start, most), min(len(order), most))
                 for index, record in zip(chunk, self.dataset.iterate(chunk, [column]), strict=True):
                     if column in record.parts:
-                        found[int(index)] = modality.sample(record.parts[column])
+                        windows = modality.windows(record.parts[column])
+                        found[int(index)] = windows[0]
+                        cut += len(windows) > 1
                 if len(found) >= most or (
                     split == "train" and sum(sample.size for sample in found.values()) >= self.limits.cells
                 ):
@@ -180,6 +182,8 @@ class Material:
             kept = np.sort(np.array([i for i in order if i in found][:most], np.int64))
             if start + 2000 < len(order) or len(kept) < len(found):
                 self.note(f"{column}: {len(kept):,} records of {split} were used, drawn by the seed.")
+            if cut:
+                self.note(f"{column}: {cut:,} of {split} are longer than the longest clip; their beginning was used.")
             self._read[column, split] = Media(kept, [found[i] for i in kept.tolist()])
         return self._read[column, split]
 

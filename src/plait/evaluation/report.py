@@ -550,7 +550,7 @@ def _data(run: RunInfo) -> str:
         parts.append(_table(["split", "records"], [[escape(k), f"{v:,}"] for k, v in counts.items()], numbers=(1,)))
     if columns := manifest.get("columns"):
         parts.append(_table(["column", "kind"], [[escape(k), escape(str(v))] for k, v in columns.items()]))
-    notes = [*manifest.get("warnings", []), *manifest.get("notes", [])]
+    notes = [*manifest.get("warnings", []), *manifest.get("notes", []), *run.facts.get("notes", [])]
     if notes:
         parts.append("<ul>" + "".join(f"<li>{escape(str(note))}</li>" for note in notes) + "</ul>")
     parts.append("<h3>What was left out</h3>")

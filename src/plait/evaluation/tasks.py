@@ -45,7 +45,10 @@ def evaluate(
     Raises PlaitError where the split is empty or the columns do not match.
     """
     if not len(dataset.indices(split)):
-        raise PlaitError(f"{dataset.path} has no records in {split}. Evaluate on another split, or prepare again.")
+        others = [name for name in ("test", "val", "train") if len(dataset.indices(name))]
+        raise PlaitError(
+            f"{dataset.path} has no records in {split}. Evaluate with --split {' or '.join(others)}, or add data."
+        )
     limits = limits or Limits()
     if limit is not None:
         written, queries = min(limit, limits.written), min(limit, limits.queries)

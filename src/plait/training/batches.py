@@ -38,6 +38,7 @@ class Split:
     rows: dict[str, np.ndarray]  # column -> record -> row of its samples, -1 where absent
     codes: dict[str, Samples] = field(default_factory=dict)  # column -> codes, beside media
     keys: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))  # (records, text columns), 0 absent
+    notes: list[str] = field(default_factory=list)  # what is cut, for people
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -63,15 +64,20 @@ def load_split(
     text: Text,
     media: dict[str, MediaModality],
     cache: Path,
+    context: int,
     progress: Callable[[str, int, int], None] | None = None,
     limit: int | None = None,
 ) -> Split:
-    """Decode, fit and tokenise the records of a split; samples go to memory-mapped files under `cache`."""
+    """Decode, fit and tokenise the records of a split; samples go to memory-mapped files under `cache`.
+
+    What will not fit the longest clip or the context is counted in `notes`.
+    """
     indices = dataset.indices(split)[:limit]
     ids: list[str] = []
     strings: dict[str, list[str | None]] = {c: [] for c, kind in dataset.columns.items() if kind == "text"}
     rows = {c: np.full(len(indices), -1) for c, kind in dataset.columns.items() if kind in media}
     found: dict[str, Samples] = {}
+    cut = dict.fromkeys(rows, 0)
 
     def samples(column: str, first: bool) -> Iterator[np.ndarray]:
         modality = media[dataset.columns[column]]
@@ -85,7 +91,9 @@ def load_split(
             if column in row.parts:
                 rows[column][record] = present
                 present += 1
-                yield modality.sample(row.parts[column])
+                windows = modality.windows(row.parts[column])
+                cut[column] += len(windows) > 1
+                yield windows[0]
 
     def collect(row: Record) -> None:
         ids.append(row.id)
@@ -104,7 +112,25 @@ def load_split(
         encoded = iter(text.encode_batch([v for v in values if v is not None]))
         texts[column] = [None if v is None else next(encoded) for v in values]
         keys[:, place] = [0 if v is None else key_of(v) | 1 for v in values]
-    return Split(ids, texts, found, rows, keys=keys)
+    notes = [
+        f"{column}: {count:,} of {len(found[column]):,} are longer than the longest clip, "
+        f"{getattr(media[dataset.columns[column]].settings, 'seconds', '?')} s; training takes their beginning"
+        for column, count in cut.items()
+        if count
+    ]
+    result = Split(ids, texts, found, rows, keys=keys)
+    # A text alone in its record is read in windows; beside other parts it gets half the context.
+    single = np.array([sum(result.has(c, i) for c in dataset.columns) == 1 for i in range(len(ids))], bool)
+    for column, encoded_texts in texts.items():
+        present = [i for i, tokens in enumerate(encoded_texts) if tokens is not None and not single[i]]
+        count = sum(len(encoded_texts[i] or []) > context // 2 - 2 for i in present)
+        if count:
+            notes.append(
+                f"{column}: {count:,} of {len(present):,} texts are longer than {context // 2 - 2} tokens, about half "
+                "the context; where they do not fit, training takes their beginning"
+            )
+    result.notes = notes
+    return result
 
 
 def add_codes(split: Split, columns: dict[str, str], media: dict[str, MediaModality], cache: Path, name: str) -> None:
@@ -121,6 +147,17 @@ def add_codes(split: Split, columns: dict[str, str], media: dict[str, MediaModal
                     yield row[: modality.code_count(len(sample))].astype(np.int32)
 
         split.codes[column] = Samples.write(cache / f"{name}-{column}-codes", codes())
+
+
+def room_needed(split: Split, columns: dict[str, str], media: dict[str, MediaModality]) -> int:
+    """The shortest context that holds each medium beside a few words, and any two columns of media that one record
+    may have."""
+    read, written = {}, {}
+    for column, samples in split.media.items():
+        modality, length = media[columns[column]], int(samples.lengths.max(initial=1))
+        read[column], written[column] = modality.token_count(length), modality.code_count(length)
+    alone = [max(read[c], written[c]) + 8 for c in read]
+    return max([*alone, *(read[a] + written[b] + 4 for a in read for b in read if a != b)], default=0)
 
 
 Media = dict[tuple[str, int], np.ndarray]  # (column, record) -> a sample, or its codes
@@ -262,7 +299,11 @@ class Sampler:
         sequence = Sequence()
         vocabulary = self.vocabulary
         if source is not None and source in self.split.texts:
-            sequence.read_ids((self.split.texts[source][record] or [])[: self.context // 2], "text")
+            # Codes that are to be written are never cut; a text that is read gives way.
+            most = self.context // 2
+            if target in self.split.media:
+                most = min(most, max(self.context - len(codes[target, record]) - 3, 1))
+            sequence.read_ids((self.split.texts[source][record] or [])[:most], "text")
         elif source is not None:
             modality = self.media[self.columns[source]]
             sequence.read_media(modality, vocabulary.opener(source), samples[source, record], vocabulary.pad)

@@ -263,7 +263,7 @@ class Run:
         shards = "".join(shard.sha256 for shard in self.dataset.manifest.shards)
         fingerprint = hashlib.sha256(shards.encode()).hexdigest()
         wanted = {
-            "recipe": self.recipe.model_dump(),
+            "recipe": self.recipe.model_dump(mode="json"),  # as run.json gives it back
             "dataset": str(self.dataset.path),
             "data": fingerprint,
         }
