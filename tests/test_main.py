@@ -143,3 +143,44 @@ def test_text_cannot_spell_special_tokens(trained: Path) -> None:
         ids = model.checkpoint.text.encode(text)
         assert len(ids) > 1 and max(ids) < vocabulary.text
         assert model.checkpoint.text.decode(ids) == text
+
+
+def test_what_is_cut_is_said_and_best_is_the_newest_without_val(
+    plait: Plait, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A few records, none for val, one text longer than the context: counted, trained to the last step, resumed."""
+    from plait.evaluation.report import read_run
+
+    files = tmp_path / "files"
+    files.mkdir()
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(3):
+        picture(i, rng).save(files / f"{i}.png")
+        rows.append({"file_name": f"{i}.png", "text": "ab " * 200 if i else EN[0]})
+    (files / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    for seed in range(20):  # the hash splits: until train has all
+        assert plait("prepare", files, "-o", tmp_path / "data", "--workers", 0, "--seed", seed) == 0
+        if Dataset.open(tmp_path / "data").manifest.counts == {"train": 3, "val": 0, "test": 0}:
+            break
+    command = ("train", tmp_path / "data", "-o", tmp_path / "run", "--recipe", tmp_path / "recipe.yaml", "--steps", 6)
+    assert plait(*command) == 0
+    assert "longer than 46 tokens" in capsys.readouterr().out
+    assert "longer than 46 tokens" in read_run(tmp_path / "run").facts["notes"][0]
+    config = json.loads((tmp_path / "run" / "checkpoints" / "best" / "config.json").read_text())
+    assert config["training"]["step"] == 6
+    assert plait(*command) == 0  # the same command on a finished run is no other recipe
+    assert plait("evaluate", tmp_path / "run") == 1
+    assert "--split train" in capsys.readouterr().err
+
+
+def test_a_file_name_with_spaces_is_a_file(trained: Path, plait: Plait, tmp_path: Path) -> None:
+    picture(0, np.random.default_rng(0)).save(tmp_path / "my picture.png")
+    assert plait("embed", trained, tmp_path / "my picture.png", EN[0], "-o", tmp_path / "out.npy") == 0
+    vectors = np.load(tmp_path / "out.npy")
+    assert plait("embed", trained, tmp_path / "my picture.png", "-o", tmp_path / "one.npy") == 0
+    assert np.allclose(vectors[0], np.load(tmp_path / "one.npy")[0], atol=1e-5)
+    text = tmp_path / "text.npy"
+    assert plait("embed", trained, str(tmp_path / "no such.png"), "-o", text) == 0  # a text that ends like a file
+    assert not np.allclose(np.load(text)[0], vectors[0], atol=1e-3)

@@ -209,7 +209,9 @@ def _train(dataset: Dataset, run: Path, recipe: Any, device: str) -> None:
         try:
             fit(dataset, run, recipe, bar.training, device)
         except KeyboardInterrupt:
-            err.print(f"\nStopped. The run can be used as it is; the same command goes on from here: {run}")
+            usable = (run / "checkpoints" / "best").exists()
+            state = "The run can be used as it is" if usable else "There is no checkpoint yet"
+            err.print(f"\nStopped. {state}; the same command goes on from here: {run}")
             raise
     write_report(run / "report.html", {}, Findings(), read_run(run, dataset.path))
     out.print(_plain(describe(run)))
