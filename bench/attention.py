@@ -1,0 +1,59 @@
+"""Attention on a processor: plait's plain product beside torch's fused kernel, causal, 4,096 tokens a call.
+
+    python bench/attention.py
+
+This is the measurement behind the choice in `plait.model.transformer.attend`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from measure import Contender, Table, compare
+from torch import Tensor
+
+from plait.model.transformer import attend
+from plait.runtime import threads
+
+LENGTHS = (56, 256, 1024)
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def table(length: int, training: bool, **timing: Any) -> Table:
+    """Forward and backward in bf16, or forward in fp32."""
+    batch = max(4096 // length, 1)
+    dtype = torch.bfloat16 if training else torch.float32
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(batch, 6, length, 64, generator=generator).to(dtype) for _ in range(3))
+    apart = float((attend(q, k, v, None) - fused(q, k, v, None)).abs().max())
+    leaves = [t.requires_grad_(training) for t in (q, k, v)]
+
+    def work(function: Any) -> float:
+        with torch.set_grad_enabled(training):
+            out = function(*leaves, None)
+        if training:
+            torch.autograd.grad(out, leaves, out)
+        return batch * length
+
+    contenders = [
+        Contender("plain product", lambda: work(attend), matmul="medium"),
+        Contender("fused kernel (SDPA)", lambda: work(fused), "plain product", "medium", f"outputs {apart:.1g} apart"),
+    ]
+    if not training:
+        contenders.insert(1, Contender("plain product at 'highest'", lambda: work(attend), "plain product"))
+    what = "training, bf16" if training else "inference, fp32"
+    return compare(f"Attention, {what}, length {length}", "tokens/s", contenders, **timing)
+
+
+def run(**timing: Any) -> list[Table]:
+    return [table(length, training, **timing) for training in (True, False) for length in LENGTHS]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(threads())
+    run()

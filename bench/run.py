@@ -1,0 +1,102 @@
+"""Speed beside other libraries, measured side by side in one run; see docs/bench.md for how to read it.
+
+    python bench/run.py                      # make bench
+    python bench/run.py --only training --compile
+    python bench/run.py --device cuda
+
+Writes runs/bench/bench.md and bench.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import attention
+import generation
+import machine
+import media
+import torch
+import training
+from measure import ROUNDS, SECONDS, Table, shown
+
+from plait.runtime import choose_device, threads
+
+PARTS = ("training", "generation", "attention", "media")
+
+
+def tables(options: argparse.Namespace, limits: dict[str, float]) -> Iterator[Table]:
+    timing: dict[str, Any] = {"rounds": options.rounds, "seconds": SECONDS}
+    names = ["350M", "1.3B"] if options.device == "cuda" else ["0.8M", "14M", *(["124M"] if options.large else [])]
+    shapes = [training.SHAPES[name] for name in options.sizes or names]
+    if options.quick:
+        shapes, timing = [training.QUICK], {"rounds": 2, "seconds": 0.0}
+    bandwidth = max(limits["read GB/s"], limits["copy GB/s"]) * 1e9
+    if "training" in options.only:
+        device = choose_device(options.device, training=True)
+        for shape in shapes:
+            for family in training.FAMILIES:
+                yield training.pair(
+                    shape, family, device, options.compile, machine.peak(options.device, limits), **timing
+                )
+    if "generation" in options.only:
+        bf16 = choose_device(options.device, training=True).dtype is torch.bfloat16
+        for shape in shapes:
+            for precision in ["fp32"] * (options.device == "cpu") + ["bf16"] * bf16:
+                yield from generation.tables(
+                    shape, options.device, precision, options.compile, bandwidth, 8 if options.quick else 128, **timing
+                )
+    if options.device == "cpu":
+        if "attention" in options.only:
+            yield from attention.run(**timing)
+        if "media" in options.only:
+            yield from media.run(**timing)
+
+
+def report(facts: dict[str, Any], found: list[Table]) -> str:
+    """Everything as Markdown."""
+    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+    lines = [
+        "# Speed\n",
+        f"{facts['processor']}, {facts['threads']} of {facts['processors']} processors; accelerator: "
+        f"{facts['accelerator']}. Load before: {facts['load before']:.2f}. {versions}. "
+        f"Environment: {facts['environment'] or 'plain'}.\n",
+        "| limit of the machine | before | after |\n| --- | ---: | ---: |",
+        *(f"| {n} | {shown(v)} | {shown(facts['limits after'][n])} |" for n, v in facts["limits before"].items()),
+    ]
+    return "\n".join(lines) + "\n\n" + "\n".join(table.markdown() for table in found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these parts")
+    parser.add_argument("--sizes", nargs="+", choices=training.SHAPES, help="these sizes in place of the device's own")
+    parser.add_argument("--large", action="store_true", help="on a processor, the size 124M too")
+    parser.add_argument("--compile", action="store_true", help="compiled contenders too; needs a C++ compiler")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="samples of each contender")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, to see that everything runs; no figures")
+    parser.add_argument("-o", "--out", type=Path, default=Path("runs/bench"))
+    options = parser.parse_args()
+    torch.set_num_threads(threads())
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a network
+    facts = machine.facts(options.device) | {"options": vars(options) | {"out": str(options.out)}, "time": time.time()}
+    if facts["load before"] > 0.5:
+        print(f"Other programs are running (load {facts['load before']:.1f}): ratios blur, and rates mean little.\n")
+    facts["limits before"] = machine.limits(options.device, options.quick)
+    found = list(tables(options, facts["limits before"]))
+    facts["limits after"] = machine.limits(options.device, options.quick)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "bench.md").write_text(report(facts, found), encoding="utf-8")
+    (options.out / "bench.json").write_text(json.dumps(facts | {"tables": [asdict(t) for t in found]}, indent=1))
+    print(f"Written to {options.out / 'bench.md'} and bench.json.")
+
+
+if __name__ == "__main__":
+    main()
