@@ -26,8 +26,8 @@ from plait.model.multimodal import IGNORE, Batch, ModelConfig, Multimodal
 from plait.model.transformer import TransformerConfig
 from plait.runtime import Device
 from plait.training.batches import Split, Step
+from plait.training.losses import step_losses, weighted
 from plait.training.optimizer import make_optimizer
-from plait.training.trainer import step_losses, weighted
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from plait import config
 from plait.modalities.audio import AudioSettings
 from plait.modalities.image import ImageSettings
-from plait.training.trainer import size_table
+from plait.training.setup import size_table
 
 HERE = Path(__file__).parent
 

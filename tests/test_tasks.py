@@ -20,7 +20,7 @@ from plait.model.multimodal import Multimodal, collate
 from plait.model.objectives import likelihoods
 from plait.runtime import PlaitError
 from plait.training.batches import lm_windows
-from plait.training.trainer import label_columns, model_config
+from plait.training.setup import label_columns, model_config
 
 
 def untrained(data: Path) -> tuple[Model, Dataset]:
@@ -31,7 +31,7 @@ def untrained(data: Path) -> tuple[Model, Dataset]:
     recipe = parse_recipe({"model": {"backbone": backbone, "image": {"size": 16, "codec_width": 16}}}, "the test")
     torch.manual_seed(0)
     network = Multimodal(model_config(recipe, dataset, text.size, None)).eval()
-    return Model(Checkpoint(network, text, label_columns(dataset)), "cpu"), dataset
+    return Model(Checkpoint(network, text, label_columns(dataset, network.config.backbone.max_length)), "cpu"), dataset
 
 
 @pytest.fixture(scope="module")

@@ -223,7 +223,7 @@ def sizes() -> None:
 
     Example: plait sizes
     """
-    from plait.training.trainer import size_table
+    from plait.training.setup import size_table
 
     rows = size_table()
     table = Table("size", *rows, box=None, header_style="bold")

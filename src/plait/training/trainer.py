@@ -18,20 +18,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from plait.config import SIZES, BackboneRecipe, Recipe, Size, describe_error
+from plait.config import SIZES, Recipe
 from plait.data.dataset import Dataset
-from plait.modalities import MODALITIES, SETTINGS
-from plait.modalities.base import Vocabulary
 from plait.modalities.text import Text
 from plait.model import checkpoint as checkpoints
 from plait.model.checkpoint import Checkpoint
-from plait.model.multimodal import ModelConfig, Multimodal
-from plait.model.objectives import contrastive, likelihoods
-from plait.model.transformer import TransformerConfig
+from plait.model.multimodal import Multimodal
 from plait.runtime import (
     Device,
     PlaitError,
@@ -44,13 +39,13 @@ from plait.runtime import (
 )
 from plait.training.batches import Sampler, Split, Step, add_codes, load_split, room_needed
 from plait.training.codecs import train_codec
+from plait.training.losses import step_losses, weighted, weighted_floats
 from plait.training.optimizer import learning_rate_at, make_optimizer
+from plait.training.setup import label_columns, model_config
 
 UNRESTRICTED = 17  # the key of `uniform` for steps with the whole softmax
 CALIBRATION = 8  # steps that a time budget is measured by
 FEW = 10_000  # samples below which what is written is augmented too
-MAX_LABELS = 1000  # distinct values up to which a text column counts as labels
-LONGEST_LABEL = 200  # bytes
 
 
 @dataclass
@@ -66,176 +61,6 @@ class Progress:
 
 
 Report = Callable[[Progress], None]
-
-
-# --- from the dial to a model -----------------------------------------------------------------------------------
-
-
-def model_config(recipe: Recipe, dataset: Dataset, text_size: int, imported: ModelConfig | None) -> ModelConfig:
-    """The network that a recipe and a dataset call for; of an `imported` one the backbone is kept."""
-    size = SIZES[recipe.model.size]
-    if imported is not None:
-        backbone = imported.backbone
-    else:
-        backbone = backbone_config(size, recipe.model.backbone)
-    kinds = [m for m in MODALITIES if m in dataset.columns.values()]
-    settings = {m: fit_settings(dataset, m, size, getattr(recipe.model, m)) for m in kinds}
-    vocabulary = Vocabulary(
-        text=text_size,
-        columns=dict(dataset.columns),
-        levels={m: settings[m].levels for m in kinds},
-        closers=[m for m in kinds if MODALITIES[m].variable_length],
-    )
-    tied = recipe.model.tied
-    if tied is None:
-        tied = imported.tied if imported else text_size > 8 * backbone.width
-    return ModelConfig(
-        backbone=backbone,
-        vocabulary=vocabulary,
-        space=(128 if kinds else 0) if recipe.model.space is None else recipe.model.space,
-        tied=tied,
-        modalities={m: settings[m].model_dump() for m in kinds},
-    )
-
-
-def backbone_config(size: Size, mine: BackboneRecipe) -> TransformerConfig:
-    """The backbone of a row of the table of sizes, with a recipe's overrides."""
-    width, heads = mine.width or size.width, mine.heads or size.heads
-    if width % heads:
-        raise PlaitError(f"model.backbone: width {width} must be a multiple of heads {heads}.")
-    return TransformerConfig(
-        width=width,
-        layers=mine.layers or size.layers,
-        heads=heads,
-        kv_heads=mine.kv_heads or heads,
-        head_width=width // heads,
-        hidden=mine.hidden or (round(width * 2.75 / 16) * 16 if mine.width else size.hidden),
-        max_length=mine.context or size.context,
-        dropout=mine.dropout,
-    )
-
-
-def size_table() -> dict[str, dict[str, str]]:
-    """Size -> what it stands for, and the parameters of a model of coloured pictures, sound and text."""
-    rows = {}
-    for name, size in SIZES.items():
-        picture = SETTINGS["image"].sized(size.picture, {"channels": 3})
-        sound = SETTINGS["audio"].sized(size.rate, {"seconds": size.seconds})
-        vocabulary = Vocabulary(
-            text=size.vocabulary,
-            columns={"image": "image", "audio": "audio", "text": "text"},
-            levels={"image": picture.levels, "audio": sound.levels},
-            closers=["audio"],
-        )
-        config = ModelConfig(
-            backbone=backbone_config(size, BackboneRecipe()),
-            vocabulary=vocabulary,
-            tied=size.vocabulary > 8 * size.width,
-            modalities={"image": picture.model_dump(), "audio": sound.model_dump()},
-        )
-        with torch.device("meta"):
-            parameters = sum(Multimodal(config).parameter_count().values())
-        rows[name] = {"parameters": f"{parameters / 1e6:.1f}M", **{k: f"{v:g}" for k, v in size.model_dump().items()}}
-    return rows
-
-
-def fit_settings(dataset: Dataset, modality: str, size: Size, overrides: dict[str, Any]) -> Any:
-    """A modality's settings, fitted to the first pictures or sounds of train."""
-    examples: list[bytes] = []
-    columns = [c for c, kind in dataset.columns.items() if kind == modality]
-    for record in dataset.iterate(dataset.indices("train"), columns):
-        examples += [part for part in record.parts.values() if isinstance(part, bytes)]
-        if len(examples) >= 100:
-            break
-    if not examples:
-        raise PlaitError(f"No record of train in {dataset.path} has {modality}; map its columns to ignore.")
-    try:
-        return SETTINGS[modality].fitted(size, examples, overrides)
-    except ValidationError as error:
-        lines = "; ".join(describe_error(e, SETTINGS[modality]) for e in error.errors())
-        raise PlaitError(f"In the recipe's model.{modality}: {lines}") from None
-
-
-def label_columns(dataset: Dataset, longest: int = LONGEST_LABEL) -> dict[str, list[str]]:
-    """Text columns with few distinct values of at most `longest` bytes, each with those values in the order of their
-    first appearance."""
-    found = {}
-    train = dataset.indices("train")
-    for column, kind in dataset.columns.items():
-        if kind != "text":
-            continue
-        texts = dataset.texts(column)
-        values = [texts[i] for i in train if texts[i] is not None]
-        distinct = list(dict.fromkeys(values))
-        short = all(len(value.encode()) <= longest for value in distinct)
-        if short and 1 < len(distinct) <= min(MAX_LABELS, len(values) // 2):
-            found[column] = distinct
-    return found
-
-
-# --- one step ---------------------------------------------------------------------------------------------------
-
-
-def step_losses(
-    model: Multimodal, step: Step, split: Split, device: Device, restricted: bool = True
-) -> tuple[dict[str, Tensor], int]:
-    """Objective -> its loss over all batches of a step, each likelihood a mean per token; and the tokens seen."""
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, Tensor] = {}
-    pooled: dict[str, list[Tensor]] = {}
-    owners: dict[str, list[np.ndarray]] = {}
-    seen = 0
-    for batch, records in zip(step.batches, step.span_records, strict=True):
-        seen += int(batch.lengths.sum())
-        on_device = batch.to(device.torch)
-        with device.autocast():
-            hidden = model(on_device)
-            for space, (total, count) in likelihoods(model, hidden, on_device.targets, restricted).items():
-                sums[space] = sums[space] + total if space in sums else total
-                counts[space] = counts[space] + count if space in counts else count
-        chosen = np.flatnonzero(records >= 0)
-        if model.config.space and len(chosen):
-            spans = [batch.spans[i] for i in chosen]
-            rows, starts, stops = (torch.tensor([s[k] for s in spans], device=device.torch) for k in (0, 2, 3))
-            embedded = model.pool(hidden, rows, starts, stops)
-            names = np.array([s[1] for s in spans])
-            for name in dict.fromkeys(names):
-                mine = np.flatnonzero(names == name)
-                pooled.setdefault(name, []).append(embedded[torch.from_numpy(mine)])
-                owners.setdefault(name, []).append(records[chosen[mine]])
-    losses = {space: sums[space] / counts[space] for space in sums}
-    spaces = list(pooled)
-    for i, a in enumerate(spaces):
-        for b in spaces[i + 1 :]:
-            shared = _paired(pooled[a], owners[a], pooled[b], owners[b])
-            if shared is not None:
-                first, second, records = shared
-                positives = torch.from_numpy(split.positives(records, records)).to(device.torch)
-                name = "contrastive:" + "-".join(sorted((a, b)))
-                losses[name] = contrastive(first, second, positives, model.log_temperature)
-    return losses, seen
-
-
-def _paired(
-    a: list[Tensor], a_records: list[np.ndarray], b: list[Tensor], b_records: list[np.ndarray]
-) -> tuple[Tensor, Tensor, np.ndarray] | None:
-    """The embeddings of two modalities of the same records, side by side; None where fewer than two are shared."""
-    shared, i, j = np.intersect1d(np.concatenate(a_records), np.concatenate(b_records), return_indices=True)
-    if len(shared) < 2:
-        return None
-    return torch.cat(a)[torch.from_numpy(i)], torch.cat(b)[torch.from_numpy(j)], shared
-
-
-def weighted(losses: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
-    """The objective that training minimises."""
-    parts = [
-        loss * (weights.get("contrastive", 0.5) if name.startswith("contrastive") else weights.get(name, 1.0))
-        for name, loss in losses.items()
-    ]
-    return torch.stack(parts).sum()
-
-
-# --- a run ------------------------------------------------------------------------------------------------------
 
 
 class Run:
@@ -519,21 +344,13 @@ def validate(model: Multimodal, sampler: Sampler, split: Split, device: Device, 
     return {name: float(np.mean(values)) for name, values in sums.items()}
 
 
-def weighted_floats(losses: dict[str, float], weights: dict[str, float]) -> float:
-    """`weighted` for numbers that were already measured; infinite where there are none."""
-    if not losses:
-        return math.inf
-    return float(weighted({name: torch.tensor(value) for name, value in losses.items()}, weights))
-
-
 class _Saver:
     """Keeps `last`, with what resuming needs, and `best` by validation."""
 
     def __init__(self, run: Run, model: Multimodal, text: Text, optimizer: torch.optim.Optimizer) -> None:
         self.run, self.model, self.text, self.optimizer = run, model, text, optimizer
         self.folder = run.folder / "checkpoints"
-        # A label must fit beside what it is the label of.
-        self.labels = label_columns(run.dataset, min(LONGEST_LABEL, model.config.backbone.max_length // 2))
+        self.labels = label_columns(run.dataset, model.config.backbone.max_length)
         self.best, self.stale = math.inf, 0
 
     def save(self, step: int, scores: dict[str, float], score: float) -> None:

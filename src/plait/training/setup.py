@@ -1,0 +1,122 @@
+"""From the dial to a model: what a recipe and a dataset leave open is derived here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from plait.config import SIZES, BackboneRecipe, Recipe, Size, describe_error
+from plait.data.dataset import Dataset
+from plait.modalities import MODALITIES, SETTINGS
+from plait.modalities.base import Vocabulary
+from plait.model.multimodal import ModelConfig, Multimodal
+from plait.model.transformer import TransformerConfig
+from plait.runtime import PlaitError
+
+MAX_LABELS = 1000  # distinct values up to which a text column counts as labels
+LONGEST_LABEL = 200  # bytes
+
+
+def model_config(recipe: Recipe, dataset: Dataset, text_size: int, imported: ModelConfig | None) -> ModelConfig:
+    """The network that a recipe and a dataset call for; of an `imported` one the backbone is kept."""
+    size = SIZES[recipe.model.size]
+    if imported is not None:
+        backbone = imported.backbone
+    else:
+        backbone = backbone_config(size, recipe.model.backbone)
+    kinds = [m for m in MODALITIES if m in dataset.columns.values()]
+    settings = {m: fit_settings(dataset, m, size, getattr(recipe.model, m)) for m in kinds}
+    vocabulary = Vocabulary(
+        text=text_size,
+        columns=dict(dataset.columns),
+        levels={m: settings[m].levels for m in kinds},
+        closers=[m for m in kinds if MODALITIES[m].variable_length],
+    )
+    tied = recipe.model.tied
+    if tied is None:
+        tied = imported.tied if imported else text_size > 8 * backbone.width
+    return ModelConfig(
+        backbone=backbone,
+        vocabulary=vocabulary,
+        space=(128 if kinds else 0) if recipe.model.space is None else recipe.model.space,
+        tied=tied,
+        modalities={m: settings[m].model_dump() for m in kinds},
+    )
+
+
+def backbone_config(size: Size, mine: BackboneRecipe) -> TransformerConfig:
+    """The backbone of a row of the table of sizes, with a recipe's overrides."""
+    width, heads = mine.width or size.width, mine.heads or size.heads
+    if width % heads:
+        raise PlaitError(f"model.backbone: width {width} must be a multiple of heads {heads}.")
+    return TransformerConfig(
+        width=width,
+        layers=mine.layers or size.layers,
+        heads=heads,
+        kv_heads=mine.kv_heads or heads,
+        head_width=width // heads,
+        hidden=mine.hidden or (round(width * 2.75 / 16) * 16 if mine.width else size.hidden),
+        max_length=mine.context or size.context,
+        dropout=mine.dropout,
+    )
+
+
+def size_table() -> dict[str, dict[str, str]]:
+    """Size -> what it stands for, and the parameters of a model of coloured pictures, sound and text."""
+    rows = {}
+    for name, size in SIZES.items():
+        picture = SETTINGS["image"].sized(size.picture, {"channels": 3})
+        sound = SETTINGS["audio"].sized(size.rate, {"seconds": size.seconds})
+        vocabulary = Vocabulary(
+            text=size.vocabulary,
+            columns={"image": "image", "audio": "audio", "text": "text"},
+            levels={"image": picture.levels, "audio": sound.levels},
+            closers=["audio"],
+        )
+        config = ModelConfig(
+            backbone=backbone_config(size, BackboneRecipe()),
+            vocabulary=vocabulary,
+            tied=size.vocabulary > 8 * size.width,
+            modalities={"image": picture.model_dump(), "audio": sound.model_dump()},
+        )
+        with torch.device("meta"):
+            parameters = sum(Multimodal(config).parameter_count().values())
+        rows[name] = {"parameters": f"{parameters / 1e6:.1f}M", **{k: f"{v:g}" for k, v in size.model_dump().items()}}
+    return rows
+
+
+def fit_settings(dataset: Dataset, modality: str, size: Size, overrides: dict[str, Any]) -> Any:
+    """A modality's settings, fitted to the first pictures or sounds of train."""
+    examples: list[bytes] = []
+    columns = [c for c, kind in dataset.columns.items() if kind == modality]
+    for record in dataset.iterate(dataset.indices("train"), columns):
+        examples += [part for part in record.parts.values() if isinstance(part, bytes)]
+        if len(examples) >= 100:
+            break
+    if not examples:
+        raise PlaitError(f"No record of train in {dataset.path} has {modality}; map its columns to ignore.")
+    try:
+        return SETTINGS[modality].fitted(size, examples, overrides)
+    except ValidationError as error:
+        lines = "; ".join(describe_error(e, SETTINGS[modality]) for e in error.errors())
+        raise PlaitError(f"In the recipe's model.{modality}: {lines}") from None
+
+
+def label_columns(dataset: Dataset, context: int) -> dict[str, list[str]]:
+    """Text columns with few distinct values, each with those in the order of their first appearance. A label must be
+    short, and fit a context of so many tokens beside what it is the label of."""
+    longest = min(LONGEST_LABEL, context // 2)
+    found = {}
+    train = dataset.indices("train")
+    for column, kind in dataset.columns.items():
+        if kind != "text":
+            continue
+        texts = dataset.texts(column)
+        values = [texts[i] for i in train if texts[i] is not None]
+        distinct = list(dict.fromkeys(values))
+        short = all(len(value.encode()) <= longest for value in distinct)
+        if short and 1 < len(distinct) <= min(MAX_LABELS, len(values) // 2):
+            found[column] = distinct
+    return found
