@@ -92,10 +92,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float 
     """Attention of q (B, H, L, E) over k and v (B, K, T, E); returns (B, H, L, E).
 
     `mask` is True where a query may look, (B or 1, 1, L, T); None means causal with L == T. On the CPU the plain
-    product beats the fused kernel at lengths up to about a thousand (`python bench/attention.py`), but for one query
-    over a few keys, where calls cost more than work.
+    product beats the fused kernel in training at lengths of some hundred (`python bench/attention.py`), but not for
+    one query over a few keys, where calls cost more than work.
     """
-    if q.device.type != "cpu" or k.shape[2] > 1024 or (q.shape[2] == 1 and k.shape[2] <= 64):
+    if q.device.type != "cpu" or k.shape[2] > 512 or (q.shape[2] == 1 and k.shape[2] <= 64):
         same = q.shape[1] == k.shape[1]
         causal = mask is None and q.shape[2] > 1
         return F.scaled_dot_product_attention(
