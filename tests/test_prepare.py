@@ -6,7 +6,6 @@ import csv
 import gzip
 import io
 import json
-import resource
 import struct
 import subprocess
 import sys
@@ -334,7 +333,9 @@ _LIMITED = """
 import resource, sys
 from plait.data.prepare import prepare
 prepare(sys.argv[1], sys.argv[2], workers=2)
-print(*(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+# VmHWM, not ru_maxrss of this process: that one is inherited from the process that started it.
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
 
 
@@ -353,15 +354,6 @@ def test_broken_media_of_the_corpora_are_used_or_listed(tmp_path: Path) -> None:
     rejects = [json.loads(line)["file"] for line in (tmp_path / "out/rejects.jsonl").read_text().splitlines()]
     assert len(rejects) == len(set(rejects))
     assert set(rejects) | {record.source for record in dataset.iterate(columns=[])} == files
-
-
-def test_many_small_files_are_quick(tmp_path: Path) -> None:
-    for n in range(300):
-        put(tmp_path / f"in/{n}.png", picture(n))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
-    dataset, rejects = made(tmp_path / "in", tmp_path / "out", workers=None)
-    assert len(dataset) == 300 and not rejects
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_utime - before < 3
 
 
 def test_the_report_stands_alone(tmp_path: Path) -> None:

@@ -231,7 +231,7 @@ def test_pictures_are_described(folders, picture):
     ids = reference.generate(pixel_values=pixels(picture, folders["pair"]), max_new_tokens=10, do_sample=False)[0]
     assert model.describe(picture, max_new_tokens=10) == tokenizer.decode(ids, skip_special_tokens=True).strip()
     with pytest.raises(PlaitError, match="takes no prompt"):
-        model.describe(picture, "what is this ?")
+        model.describe(picture, prompt="what is this ?")
 
     # A captioner that a prompt may begin.
     model = load_pretrained(folders["blip"], device="cpu")
@@ -239,7 +239,7 @@ def test_pictures_are_described(folders, picture):
     reference = t.BlipForConditionalGeneration.from_pretrained(folders["blip"]).eval()
     ids = reference.generate(pixel_values=pixels(picture, folders["blip"]), max_new_tokens=10, do_sample=False)[0]
     assert model.describe(picture, max_new_tokens=10) == tokenizer.decode(ids, skip_special_tokens=True).strip()
-    assert isinstance(model.describe(picture, "a photo of", max_new_tokens=5), str)
+    assert isinstance(model.describe(picture, prompt="a photo of", max_new_tokens=5), str)
 
     # A chat model: the prompt is its template's, and is not part of the answer.
     model = load_pretrained(folders["llava"], device="cpu")
@@ -255,7 +255,7 @@ def test_pictures_are_described(folders, picture):
         do_sample=False,
     )[0, inputs.input_ids.shape[1] :]
     wanted = tokenizer.decode(ids, skip_special_tokens=True).strip()
-    assert wanted and model.describe(picture, "this is a cat ?", max_new_tokens=10) == wanted
+    assert wanted and model.describe(picture, prompt="this is a cat ?", max_new_tokens=10) == wanted
 
 
 def test_other_language_models_generate(folders):

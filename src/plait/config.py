@@ -63,7 +63,7 @@ class TrainingRecipe(_Settings):
     weight_decay: float = Field(0.05, ge=0)
     clip: float = Field(1.0, gt=0)
     betas: tuple[float, float] = (0.9, 0.98)
-    weights: dict[str, float] = {}  # of the objectives: text, image, audio (default 1) and contrastive (.5)
+    weights: dict[str, float] = {}  # of objectives: text, image, audio (1), contrastive (.5); 0: never written
     drop_condition: float = Field(0.1, ge=0, lt=1)  # share of samples written without their condition
     unrestricted: float = Field(0.05, ge=0, le=1)  # share of steps whose softmax runs over the whole vocabulary
     augment: bool = True

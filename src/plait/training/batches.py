@@ -186,10 +186,11 @@ class Sampler:
         drop_condition: float,
         augment: bool,
         augment_targets: bool = False,
+        unwritten: frozenset[str] = frozenset(),  # modalities that are read only
     ) -> None:
         self.split, self.vocabulary, self.media = split, vocabulary, media
         self.context, self.seed, self.drop_condition = context, seed, drop_condition
-        self.augment, self.augment_targets = augment, augment_targets
+        self.augment, self.augment_targets, self.unwritten = augment, augment_targets, unwritten
         self.columns = {c: m for c, m in vocabulary.columns.items() if c in split.texts or c in split.media}
         self.media_columns = [c for c, m in self.columns.items() if m != "text"]
         self.items = self._items()
@@ -285,14 +286,14 @@ class Sampler:
             return
         for column in media:
             others = [c for c in present if c != column]
-            if not others:
-                yield self._pair(record, None, column, samples, codes), False
-                continue
-            target = others[int(draws[TARGET] * len(others))]
-            source = others[int(draws[SOURCE] * len(others))]
-            yield self._pair(record, column, target, samples, codes), True
-            dropped = draws[DROP] < self.drop_condition
-            yield self._pair(record, None if dropped else source, column, samples, codes), not dropped
+            targets = [c for c in others if self.columns[c] not in self.unwritten]
+            if targets:
+                target = targets[int(draws[TARGET] * len(targets))]
+                yield self._pair(record, column, target, samples, codes), True
+            if self.columns[column] not in self.unwritten:
+                dropped = not others or draws[DROP] < self.drop_condition
+                condition = None if dropped else others[int(draws[SOURCE] * len(others))]
+                yield self._pair(record, condition, column, samples, codes), not dropped
 
     def _pair(self, record: int, source: str | None, target: str, samples: Media, codes: Media) -> Sequence:
         """Read one part of a record and write another."""

@@ -228,7 +228,7 @@ def _optimise(run: Run, model: Multimodal, text: Text, splits: dict[str, Split],
     def sampler(name: str, augment: bool, drop: float) -> Sampler:
         return Sampler(
             splits[name], model.vocabulary, model.media, run.batch_size, context, settings.seed, drop, augment,
-            augment_targets,
+            augment_targets, frozenset(name for name, weight in settings.weights.items() if weight == 0),
         )  # fmt: skip
 
     training = sampler("train", settings.augment, settings.drop_condition)
