@@ -45,6 +45,7 @@ class AudioSettings(BaseModel):
     warp: float = 1.12
     mask_time: float = 0.1  # share of the clip
     mask_bands: float = 0.12  # share of the bands
+    equalise: float = 0.0  # tilt and bow of the spectrum, as other microphones have; 1 is 26 dB
 
     @classmethod
     def fitted(cls, size: Size, examples: list[bytes], overrides: dict[str, Any]) -> AudioSettings:
@@ -287,6 +288,9 @@ class Audio(nn.Module):
         if not hide:
             return x, new_lengths
         bands, frames = torch.arange(settings.bands), torch.arange(longest)
+        height = bands / (settings.bands - 1)
+        curve = signed[:, 6, None] * (2 * height - 1) + signed[:, 7, None] * (2 * math.pi * height).cos()
+        x = (x + settings.equalise * curve[:, None]).clamp(min=SILENCE)
         width = draw[:, 2, None] * settings.mask_bands * settings.bands
         start = draw[:, 3, None] * (settings.bands - width)
         x = x.masked_fill(((bands >= start) & (bands < start + width))[:, None, :], SILENCE)
