@@ -5,10 +5,13 @@ Knows arrays, not what they mean: the function that turns a file's bytes into a 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+
+from plait.runtime import PlaitError, read_json, write_json
 
 
 class Samples:
@@ -32,18 +35,42 @@ class Samples:
 
     @classmethod
     def write(cls, path: Path, arrays: Iterable[np.ndarray]) -> Samples:
-        """Store the arrays under `path` (two .npy files) in bounded memory, and map them."""
+        """Store the arrays under `path` in bounded memory, and map them. The .json comes last: with it all is whole."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        offsets, shape, dtype = [0], None, None
-        raw = path.with_suffix(".raw")
+        facts, raw, places = _files(path)
+        facts.unlink(missing_ok=True)
+        offsets, shape, dtype = [0], (), np.dtype(np.uint8)
         with raw.open("wb") as file:
             for array in arrays:
-                if shape is None:
+                if len(offsets) == 1:
                     shape, dtype = array.shape[1:], array.dtype
                 offsets.append(offsets[-1] + len(array))
                 file.write(np.ascontiguousarray(array).tobytes())
-        np.save(path.with_suffix(".offsets.npy"), np.array(offsets))
-        if shape is None or dtype is None or offsets[-1] == 0:
-            raw.unlink()
-            return cls(np.zeros((0, *(shape or ())), dtype or np.uint8), np.array(offsets))
-        return cls(np.memmap(raw, dtype, "r", shape=(offsets[-1], *shape)), np.array(offsets))
+            file.flush()
+            os.fsync(file.fileno())
+        with places.open("wb") as file:
+            np.save(file, np.array(offsets))
+            file.flush()
+            os.fsync(file.fileno())
+        write_json(facts, {"shape": list(shape), "dtype": dtype.str})
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: Path) -> Samples:
+        """Map what `write` stored. Raises PlaitError naming the file that is missing or cut."""
+        facts, raw, places = _files(path)
+        known = read_json(facts)
+        try:
+            offsets = np.load(places)
+            shape, dtype = (int(offsets[-1]), *known["shape"]), np.dtype(known["dtype"])
+            if not offsets[-1]:  # nothing cannot be mapped
+                return cls(np.zeros(shape, dtype), offsets)
+            return cls(np.memmap(raw, dtype, "r", shape=shape), offsets)
+        except (OSError, ValueError) as error:
+            raise PlaitError(f"{raw} is damaged ({error}). Delete {path.parent}; it is made again.") from error
+
+
+def _files(path: Path) -> tuple[Path, Path, Path]:
+    """Facts, values and offsets; a column's name may hold dots."""
+    facts, raw, places = (path.with_name(path.name + end) for end in (".json", ".raw", ".offsets.npy"))
+    return facts, raw, places

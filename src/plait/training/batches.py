@@ -20,7 +20,7 @@ from plait.data.samples import Samples
 from plait.modalities.base import MediaModality, Vocabulary
 from plait.modalities.text import Text
 from plait.model.multimodal import Batch, Sequence, collate
-from plait.runtime import key_of, uniform
+from plait.runtime import key_of, read_json, uniform, write_json
 
 # What a draw is for; the last key of `uniform`, so that no two decisions share a number.
 ORDER, TARGET, SOURCE, DROP, AUGMENT, OFFSET = range(6)
@@ -68,7 +68,8 @@ def load_split(
     progress: Callable[[str, int, int], None] | None = None,
     limit: int | None = None,
 ) -> Split:
-    """Decode, fit and tokenise the records of a split; samples go to memory-mapped files under `cache`.
+    """Decode, fit and tokenise the records of a split; samples go to memory-mapped files under `cache`, and are only
+    mapped where an earlier call has finished there.
 
     What will not fit the longest clip or the context is counted in `notes`.
     """
@@ -101,9 +102,19 @@ def load_split(
             value = row.parts.get(column)
             values.append(value if isinstance(value, str) else None)
 
-    for column in rows:
-        found[column] = Samples.write(cache / f"{split}-{column}", samples(column, first=not ids))
-    if not rows:
+    whole = cache / f"{split}.json"
+    if whole.exists():
+        cut = read_json(whole)["cut"]
+        for column in rows:
+            found[column] = Samples.open(cache / f"{split}-{column}")
+            rows[column] = np.load(cache / f"{split}-{column}-rows.npy")
+    else:
+        for column in rows:
+            found[column] = Samples.write(cache / f"{split}-{column}", samples(column, first=not ids))
+            np.save(cache / f"{split}-{column}-rows.npy", rows[column])
+        cache.mkdir(parents=True, exist_ok=True)
+        write_json(whole, {"cut": cut})
+    if not ids:
         for row in dataset.iterate(indices, list(strings)):
             collect(row)
     texts: dict[str, list[list[int] | None]] = {}
@@ -133,9 +144,15 @@ def load_split(
     return result
 
 
-def add_codes(split: Split, columns: dict[str, str], media: dict[str, MediaModality], cache: Path, name: str) -> None:
-    """Encode all media once with the frozen codecs."""
+def add_codes(
+    split: Split, columns: dict[str, str], media: dict[str, MediaModality], cache: Path, name: str, anew: bool
+) -> None:
+    """Encode all media once with the frozen codecs; codes that are there already serve again unless `anew`."""
     for column, samples in split.media.items():
+        path = cache / f"{name}-{column}-codes"
+        if not anew and path.with_name(path.name + ".json").exists():
+            split.codes[column] = Samples.open(path)
+            continue
         modality = media[columns[column]]
 
         def codes(samples: Samples = samples, modality: MediaModality = modality) -> Iterator[np.ndarray]:
@@ -146,7 +163,7 @@ def add_codes(split: Split, columns: dict[str, str], media: dict[str, MediaModal
                 for row, sample in zip(encoded, chunk, strict=True):
                     yield row[: modality.code_count(len(sample))].astype(np.int32)
 
-        split.codes[column] = Samples.write(cache / f"{name}-{column}-codes", codes())
+        split.codes[column] = Samples.write(path, codes())
 
 
 def room_needed(split: Split, columns: dict[str, str], media: dict[str, MediaModality]) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -66,8 +67,11 @@ Report = Callable[[Progress], None]
 class Run:
     """The folder of a run and what training knows."""
 
-    def __init__(self, folder: Path, dataset: Dataset, recipe: Recipe, report: Report, device: Device) -> None:
+    def __init__(
+        self, folder: Path, dataset: Dataset, recipe: Recipe, report: Report, device: Device, reuse: Path | None = None
+    ) -> None:
         self.folder, self.dataset, self.recipe, self.report, self.device = folder, dataset, recipe, report, device
+        self.source = reuse or folder  # whose tokenizer, codecs and cache
         self.settings = recipe.training
         self.size = SIZES[recipe.model.size]
         self.batch_size = self.settings.batch_size or self.size.batch_size
@@ -94,6 +98,7 @@ class Run:
         }
         path = self.folder / "run.json"
         if not path.exists():
+            shutil.rmtree(self.folder / "cache", ignore_errors=True)
             self.decide(
                 **wanted, seed=self.settings.seed, size=self.recipe.model.size, device=self.device.name,
                 threads=torch.get_num_threads(),
@@ -116,7 +121,7 @@ class Run:
 
     def text(self) -> Text:
         """The tokenizer: trained on the train split's texts, or read again on resume."""
-        path = self.folder / "tokenizer.json"
+        path = self.source / "tokenizer.json"
         if not path.exists():
             train = self.dataset.indices("train")
             texts = [self.dataset.texts(c) for c, kind in self.dataset.columns.items() if kind == "text"]
@@ -126,8 +131,9 @@ class Run:
 
     def codecs(self, model: Multimodal, splits: dict[str, Split]) -> None:
         """Train each codec, or read it again; then encode all media."""
+        anew = False
         for name, modality in model.media.items():
-            path = self.folder / "codecs" / f"{name}.safetensors"
+            path = self.source / "codecs" / f"{name}.safetensors"
             if path.exists():
                 modality.codec.load_state_dict(load_file(path))
                 modality.codec.eval().requires_grad_(False)
@@ -149,8 +155,9 @@ class Run:
             save_file({k: v.contiguous() for k, v in modality.codec.state_dict().items()}, aside)
             aside.replace(path)
             self.decide(codecs={**self.facts.get("codecs", {}), name: result})
+            anew = True
         for name, split in splits.items():
-            add_codes(split, self.dataset.columns, model.media, self.folder / "cache", name)
+            add_codes(split, self.dataset.columns, model.media, self.source / "cache", name, anew)
 
 
 def _difference(old: Any, new: Any, where: str = "") -> str:
@@ -161,15 +168,24 @@ def _difference(old: Any, new: Any, where: str = "") -> str:
     return "" if old == new else f" ({where or 'sha256'}: was {old}, now {new})"
 
 
-def train(dataset: Dataset, folder: Path, recipe: Recipe, report: Report, device_name: str = "auto") -> Path:
+def train(
+    dataset: Dataset,
+    folder: Path,
+    recipe: Recipe,
+    report: Report,
+    device_name: str = "auto",
+    reuse: Path | None = None,
+) -> Path:
     """Train a model on a dataset into `folder`; returns its best checkpoint. Ctrl-C leaves a usable run.
 
-    Raises PlaitError for what the user can mend: no records, a folder of another run, a folder that is not writable.
+    `reuse` names a run of the same data that is past its preparation: its tokenizer, codecs and cache serve again,
+    and the time that they took counts as this run's. Raises PlaitError for what the user can mend: no records, a
+    folder of another run, a folder that is not writable.
     """
     device = choose_device(device_name, recipe.training.precision, training=True)
     torch.set_num_threads(threads())
     with only_writer(folder):
-        run = Run(folder, dataset, recipe, report, device)
+        run = Run(folder, dataset, recipe, report, device, reuse)
         best = folder / "checkpoints" / "best"
         if run.open():
             report(Progress("finished", 1, 1, note=f"{folder} is already trained; delete it to train again"))
@@ -190,7 +206,7 @@ def train(dataset: Dataset, folder: Path, recipe: Recipe, report: Report, device
         splits = {}
         for name in ("train", "val"):
             splits[name] = load_split(
-                dataset, name, text, model.media, folder / "cache", config.backbone.max_length,
+                dataset, name, text, model.media, run.source / "cache", config.backbone.max_length,
                 lambda stage, done, total: report(Progress(stage, done, total)),
                 limit=None if name == "train" else 2000,
             )  # fmt: skip
@@ -211,8 +227,10 @@ def train(dataset: Dataset, folder: Path, recipe: Recipe, report: Report, device
         report(Progress("size " + recipe.model.size, 1, 1, note=note))
         run.codecs(model, splits)
         model.to(device.torch)
-        used = time.perf_counter() - begun
-        _optimise(run, model, text, splits, max(run.minutes * 60 - used, 1.0))
+        if "prepared" not in run.facts:
+            before = read_json(reuse / "run.json")["prepared"] if reuse else 0.0
+            run.decide(prepared=max(time.perf_counter() - begun, before))
+        _optimise(run, model, text, splits, max(run.minutes * 60 - run.facts["prepared"], 1.0))
         run.decide(finished=time.time())
         return best
 
@@ -225,14 +243,15 @@ def _optimise(run: Run, model: Multimodal, text: Text, splits: dict[str, Split],
     few = max((len(samples) for samples in splits["train"].media.values()), default=0) < FEW
     augment_targets = few if settings.augment_targets is None else settings.augment_targets
 
-    def sampler(name: str, augment: bool, drop: float) -> Sampler:
+    def sampler(name: str, batch_size: int, augment: bool, drop: float) -> Sampler:
         return Sampler(
-            splits[name], model.vocabulary, model.media, run.batch_size, context, settings.seed, drop, augment,
+            splits[name], model.vocabulary, model.media, batch_size, context, settings.seed, drop, augment,
             augment_targets, frozenset(name for name, weight in settings.weights.items() if weight == 0),
         )  # fmt: skip
 
-    training = sampler("train", settings.augment, settings.drop_condition)
-    validating: Sampler | None = sampler("val", False, 0.0) if len(splits["val"]) else None
+    training = sampler("train", run.batch_size, settings.augment, settings.drop_condition)
+    # The same records and as many negatives whatever the batch size, so that runs can be compared.
+    validating: Sampler | None = sampler("val", run.size.batch_size, False, 0.0) if len(splits["val"]) else None
     if validating is not None and len(validating.items) < 2:
         validating = None
     optimizer = make_optimizer([model], run.peak, settings.weight_decay, settings.betas)
@@ -291,6 +310,7 @@ def _optimise(run: Run, model: Multimodal, text: Text, splits: dict[str, Split],
                 scores = validate(model, validating, splits["val"], device) if validating else {}
                 if scores:
                     log.write(number, "val", scores)
+                    run.report(Progress("validation", number, steps, scores))
                 saver.save(number, scores, weighted_floats(scores, settings.weights))
                 clock = time.perf_counter()
     except KeyboardInterrupt:
