@@ -21,6 +21,10 @@ class PlaitError(Exception):
     """A fault that the user can mend. The message says what was wrong, where, and what to do; never a traceback."""
 
 
+class DivergedError(PlaitError):
+    """A loss that is not finite, or that exploded: these settings do not train."""
+
+
 # --- device and precision ---------------------------------------------------------------------------------------
 
 

@@ -30,6 +30,7 @@ from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import Multimodal
 from plait.runtime import (
     Device,
+    DivergedError,
     PlaitError,
     choose_device,
     only_writer,
@@ -266,7 +267,7 @@ def _optimise(run: Run, model: Multimodal, text: Text, splits: dict[str, Split],
         norm = torch.nn.utils.clip_grad_norm_(trainable, settings.clip)
         if not math.isfinite(float(norm)):
             names = ", ".join(splits["train"].ids[r] for r in step.records[:8])
-            raise PlaitError(
+            raise DivergedError(
                 f"The loss is not finite at step {number} (records {names} ...). The last checkpoint is kept; "
                 "lower training.learning_rate, or look at these records."
             )
