@@ -46,6 +46,7 @@ class AudioSettings(BaseModel):
     mask_time: float = 0.1  # share of the clip
     mask_bands: float = 0.12  # share of the bands
     equalise: float = 0.0  # tilt and bow of the spectrum, as other microphones have; 1 is 26 dB
+    normalise: bool = False  # read without the clip's mean spectrum, which is the microphone's, the room's and the voice's
 
     @classmethod
     def fitted(cls, size: Size, examples: list[bytes], overrides: dict[str, Any]) -> AudioSettings:
@@ -138,6 +139,7 @@ class AudioEncoder(nn.Module):
     def __init__(self, settings: AudioSettings, width: int) -> None:
         super().__init__()
         channels = [settings.stem, 2 * settings.stem, 2 * settings.stem]
+        self.normalise = settings.normalise
         self.strides = [(1, 2), (2, 2), (2, 2)]
         before, bands = 1, settings.bands
         self.convolutions, self.norms = nn.ModuleList(), nn.ModuleList()
@@ -149,8 +151,11 @@ class AudioEncoder(nn.Module):
         self.norm = nn.LayerNorm(before * bands)
 
     def forward(self, values: Tensor, lengths: Tensor) -> Tensor:
-        x = values.float() - SILENCE
-        x = (x * within(lengths, x.shape[1])[..., None])[:, None]  # (N, 1, T, bands)
+        exists = within(lengths, values.shape[1])[..., None]
+        x = (values.float() - SILENCE) * exists
+        if self.normalise:  # cepstral mean normalisation: Atal (1974)
+            x = (x - x.sum(1, keepdim=True) / lengths[:, None, None]) * exists
+        x = x[:, None]  # (N, 1, T, bands)
         remaining = lengths
         for convolution, norm, (stride, _) in zip(self.convolutions, self.norms, self.strides, strict=True):
             remaining = (remaining + stride - 1) // stride
