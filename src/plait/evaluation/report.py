@@ -11,7 +11,6 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image as PILImage
 
+from plait.evaluation.page import page, table, ticks
 from plait.runtime import PlaitError, read_json, write_atomic, write_json
 
 Metric = dict[str, float | None]  # value, stderr, chance, baseline, n
@@ -268,7 +268,7 @@ def _confusion(confusion: Confusion, most: int = 40) -> str:
         order = np.argsort(-wrong, axis=None, kind="stable")[:20]
         pairs = [(i // len(labels), i % len(labels)) for i in order if wrong.flat[i]]
         rows = [[labels[a], labels[b], str(wrong[a, b]), str(counts[a].sum())] for a, b in pairs]
-        return title + _table(["truth", "taken for", "times", "of"], rows, numbers=(2, 3))
+        return title + table(["truth", "taken for", "times", "of"], rows, numbers=(2, 3))
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     head = "".join(f"<th>{label}</th>" for label in labels)
     extra = "<th>F1</th>" if confusion.f1 is not None else ""
@@ -285,17 +285,6 @@ def _confusion(confusion: Confusion, most: int = 40) -> str:
         f'{title}<p class="dim">Rows are the truth, columns the answer.</p><div class="wide"><table class="confusion">'
         f"<tr><th></th>{head}{extra}</tr>{body}</table></div>"
     )
-
-
-def _table(head: list[str], rows: Iterable[list[str]], numbers: tuple[int, ...] = (), name: str = "") -> str:
-    """A table of cells that are HTML already."""
-    names = ["n" if i in numbers else "" for i in range(len(head))]
-    top = "".join(f'<th class="{c}">{cell}</th>' for c, cell in zip(names, head, strict=True))
-    body = "".join(
-        "<tr>" + "".join(f'<td class="{c}">{cell}</td>' for c, cell in zip(names, row, strict=True)) + "</tr>"
-        for row in rows
-    )
-    return f'<div class="wide"><table class="{name}"><tr>{top}</tr>{body}</table></div>'
 
 
 def _bar(metric: Metric) -> str:
@@ -343,7 +332,7 @@ def _figures(metrics: Metrics) -> str:
             ])  # fmt: skip
             before = direction
         head = ["", "", "value", "", "chance", "baseline", "n"]
-        found += f"<h3>{escape(TASKS.get(task, task))}</h3>" + _table(head, rows, numbers=(2, 4, 5, 6), name="figures")
+        found += f"<h3>{escape(TASKS.get(task, task))}</h3>" + table(head, rows, numbers=(2, 4, 5, 6), name="figures")
     return found
 
 
@@ -384,15 +373,6 @@ def _curves(log: list[dict[str, Any]]) -> str:
     return f'<div class="panels">{"".join(panels)}</div>' if panels else "<p>No losses were logged.</p>"
 
 
-def _ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers between two bounds."""
-    span = max(high - low, 1e-9)
-    step = 10 ** math.floor(math.log10(span / count))
-    step *= next(m for m in (1, 2, 5, 10) if span / (step * m) <= count)
-    first = math.ceil(low / step - 1e-9)
-    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
 def _panel(name: str, lines: dict[str, list[tuple[float, float]]]) -> str:
     points = [p for line in lines.values() for p in line]
     right = max(p[0] for p in points)
@@ -412,10 +392,10 @@ def _panel(name: str, lines: dict[str, list[tuple[float, float]]]) -> str:
     grid = "".join(
         f'<path class="grid" d="M{left} {y(t):.1f}H{width - 10}"/>'
         f'<text x="{left - 6}" y="{y(t) + 4:.1f}" text-anchor="end">{t:.4g}</text>'
-        for t in _ticks(low, high)
+        for t in ticks(low, high)
     )
     grid += "".join(
-        f'<text x="{x(t):.1f}" y="{height - 6}" text-anchor="middle">{t:.0f}</text>' for t in _ticks(0, right, 5)
+        f'<text x="{x(t):.1f}" y="{height - 6}" text-anchor="middle">{t:.0f}</text>' for t in ticks(0, right, 5)
     )
     paths = ""
     for split, line in lines.items():
@@ -442,53 +422,6 @@ def _thin(line: list[tuple[float, float]], most: int = 300) -> list[tuple[float,
 
 # --- the page ---------------------------------------------------------------------------------------------------
 
-_STYLE = """
-:root{color-scheme:light dark;--ink:#1d2129;--dim:#68707d;--paper:#fff;--soft:#f4f5f8;--edge:#dfe2e8;--train:#3563d9;
---val:#d9692b;--good:#23894f;--bad:#c63b3b}
-@media(prefers-color-scheme:dark){:root{--ink:#e5e8ee;--dim:#98a1af;--paper:#14161b;--soft:#1e2128;--edge:#343944;
---train:#7ea2ff;--val:#ffa066;--good:#55c587;--bad:#ff7b72}}
-*{box-sizing:border-box}body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);
-max-width:70rem;margin:0 auto;padding:1.5rem 1rem 4rem}h1{font-size:1.7rem;margin:0}
-h2{font-size:1.25rem;margin:2.8rem 0 .4rem;padding-top:.8rem;border-top:1px solid var(--edge)}
-h3{font-size:1rem;margin:1.6rem 0 .3rem}p{margin:.2rem 0 .8rem;max-width:46rem}.dim{color:var(--dim);font-size:.87em}
-nav a{margin-right:1rem;color:var(--train)}.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.93em}
-td,th{padding:.28rem .7rem;text-align:left;border-bottom:1px solid var(--edge);vertical-align:top}
-th{font-weight:600;color:var(--dim);font-size:.87em}.n{text-align:right;white-space:nowrap;
-font-variant-numeric:tabular-nums}.tip{line-height:1.25}.figures{width:100%;
-table-layout:fixed}.figures td,.figures th{overflow-wrap:anywhere}.figures th:nth-child(1){width:17%}
-.figures th:nth-child(2){width:29%}.figures th:nth-child(3){width:14%}.figures th:nth-child(4){width:160px}
-.cards{display:grid;gap:.7rem;margin:1.2rem 0;
-grid-template-columns:repeat(auto-fill,minmax(10.5rem,1fr))}
-.card{background:var(--soft);border-radius:.6rem;padding:.7rem .9rem}.big{font-size:1.7rem;font-weight:650;
-font-variant-numeric:tabular-nums;line-height:1.25}.bar .fill{fill:var(--train);opacity:.4}.line{stroke:var(--ink);
-stroke-width:1.5;fill:none}.line.chance{stroke:var(--dim);stroke-dasharray:2 2}.line.baseline{stroke:var(--val);
-stroke-width:2}.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(19rem,1fr));gap:1rem}.panel{margin:0;
-background:var(--soft);border-radius:.6rem;padding:.7rem}.panel svg{width:100%;height:auto;display:block}
-.panel figcaption{max-width:none}.panel text{
-font-size:11px;fill:var(--dim)}.grid{stroke:var(--edge);fill:none}.curve{fill:none;stroke-width:1.8;
-stroke-linejoin:round}.curve.train{stroke:var(--train)}.curve.val{stroke:var(--val)}.key{display:inline-block;width:.8em;
-height:.22em;vertical-align:middle;margin-right:.35em;border-radius:1px}.key.train{background:var(--train)}
-.key.val{background:var(--val)}.confusion td{text-align:center;min-width:2.3rem;border:1px solid var(--paper);
-font-variant-numeric:tabular-nums;padding:.28rem}.confusion .hit{background:color-mix(in srgb,var(--train) var(--s),
-var(--soft))}.confusion .miss{background:color-mix(in srgb,var(--bad) var(--s),var(--soft))}
-.confusion .deep{color:var(--paper);font-weight:600}.row{display:flex;gap:1rem;align-items:center;padding:.5rem 0;
-border-bottom:1px solid var(--edge)}.head{flex:0 0 6.5rem;font-weight:600}.items{display:flex;flex-wrap:wrap;gap:.6rem}
-figure{margin:0}.full,.small{display:inline-block;text-align:center}figcaption{font-size:.75em;color:var(--dim);
-max-width:11rem;overflow-wrap:anywhere}.pic{width:4.2rem;height:4.2rem;object-fit:contain;image-rendering:pixelated;
-border-radius:.25rem;border:2px solid var(--edge);display:block;margin:auto}.small .pic{width:2.6rem;height:2.6rem;
-opacity:.85}.mel{width:9rem;height:3.6rem;border-radius:.25rem;border:2px solid var(--edge);display:block;margin:auto}
-.small .mel{width:6rem;height:2.4rem}audio{width:10.5rem;height:2rem;display:block;margin:.2rem auto}.small audio{
-width:7rem}.right .pic,.right .mel,.right .words{border-color:var(--good)}.wrong .pic,.wrong .mel,.wrong .words{
-border-color:var(--bad)}.words{display:inline-block;max-width:22rem;text-align:left;overflow-wrap:anywhere;
-border-left:3px solid var(--edge);padding-left:.5rem}.pair{display:flex;align-items:flex-end;gap:.25rem;
-background:var(--soft);border-radius:.4rem;padding:.3rem}pre{background:var(--soft);border-radius:.5rem;padding:.8rem;
-overflow-x:auto;font-size:.82rem;max-height:26rem}@media(max-width:40rem){.row{flex-direction:column;
-align-items:flex-start}.head{flex:none}.tip,.figures td:nth-child(4),.figures th:nth-child(4),
-.figures td:nth-child(7),.figures th:nth-child(7){display:none}.figures th:nth-child(3){width:25%}
-.cards{grid-template-columns:repeat(auto-fill,minmax(9rem,1fr))}.card{padding:.5rem .7rem}
-body{padding:1rem .7rem}td,th{padding:.25rem .4rem}}
-"""
-
 
 def write_report(path: Path, metrics: Metrics, findings: Findings, run: RunInfo) -> None:
     """Write the page. Raises PlaitError where it cannot be written."""
@@ -509,19 +442,9 @@ def write_report(path: Path, metrics: Metrics, findings: Findings, run: RunInfo)
     if run.manifest or run.rejects:
         sections.append(("data", "Data", _data(run)))
     sections.append(("run", "This run", _run(run)))
-    links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in sections)
     notes = "".join(f"<li>{escape(note)}</li>" for note in findings.notes)
-    body = "".join(f'<h2 id="{key}">{title}</h2>{content}' for key, title, content in sections)
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; media-src data:; '
-        "style-src 'unsafe-inline'\">"
-        f"<title>{escape(run.title)} · Plait</title><style>{_STYLE}</style></head><body>"
-        f'<h1>{escape(run.title)}</h1><p class="dim">{_summary(run)}</p><nav>{links}</nav>{_cards(metrics)}'
-        f"{f'<ul>{notes}</ul>' if notes else ''}{body}</body></html>\n"
-    )
-    write_atomic(path, page)
+    top = _cards(metrics) + (f"<ul>{notes}</ul>" if notes else "")
+    write_atomic(path, page(run.title, _summary(run), top, sections))
 
 
 def _summary(run: RunInfo) -> str:
@@ -547,9 +470,9 @@ def _data(run: RunInfo) -> str:
     counts = manifest.get("counts", {})
     parts = [f"<p>{escape(str(manifest.get('source', '')))}</p>"] if manifest.get("source") else []
     if counts:
-        parts.append(_table(["split", "records"], [[escape(k), f"{v:,}"] for k, v in counts.items()], numbers=(1,)))
+        parts.append(table(["split", "records"], [[escape(k), f"{v:,}"] for k, v in counts.items()], numbers=(1,)))
     if columns := manifest.get("columns"):
-        parts.append(_table(["column", "kind"], [[escape(k), escape(str(v))] for k, v in columns.items()]))
+        parts.append(table(["column", "kind"], [[escape(k), escape(str(v))] for k, v in columns.items()]))
     notes = [*manifest.get("warnings", []), *manifest.get("notes", []), *run.facts.get("notes", [])]
     if notes:
         parts.append("<ul>" + "".join(f"<li>{escape(str(note))}</li>" for note in notes) + "</ul>")
@@ -572,7 +495,7 @@ def _data(run: RunInfo) -> str:
     if len(reasons) > 30:
         rest = sum(count for _, count in reasons.most_common()[30:])
         rows.append([f"{len(reasons) - 30} other reasons", f"{rest:,}", "", "see rejects.jsonl"])
-    return "".join(parts) + _table(["reason", "times", "first example", "in full"], rows, numbers=(1,))
+    return "".join(parts) + table(["reason", "times", "first example", "in full"], rows, numbers=(1,))
 
 
 def _place(row: dict[str, Any]) -> str:
@@ -583,7 +506,7 @@ def _run(run: RunInfo) -> str:
     parts = []
     if run.parameters:
         rows = [[escape(name), f"{count:,}"] for name, count in run.parameters.items()]
-        parts.append("<h3>Parameters</h3>" + _table(["part", "number"], rows, numbers=(1,)))
+        parts.append("<h3>Parameters</h3>" + table(["part", "number"], rows, numbers=(1,)))
     if run.facts:
         shown = {key: value for key, value in run.facts.items() if key != "codec_log"}
         text = json.dumps(shown, ensure_ascii=False, indent=1, default=str)
