@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from plait.applications.model import Model
     from plait.applications.pretrained import Pretrained
     from plait.data.dataset import Dataset, Manifest
+    from plait.training.distributed import Group
     from plait.training.trainer import Progress as TrainingProgress
 
 app = typer.Typer(
@@ -49,6 +50,7 @@ def main() -> None:
     try:
         app()
     except PlaitError as error:
+        err.quiet = False
         err.print(f"[red]plait:[/red] {_plain(str(error))}")
         sys.exit(1)
     except KeyboardInterrupt:
@@ -184,37 +186,53 @@ def train(
     learning_rate: Annotated[float | None, typer.Option(help="The schedule's peak.")] = None,
     init_from: Annotated[str | None, typer.Option(help="A Hugging Face GPT-2, Llama or Qwen3 to start from.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, order and augmentation.")] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="So many processes on this machine, as torchrun would start them.")
+    ] = 1,
+    parallel: Annotated[str | None, typer.Option(help="ddp, or fsdp: the backbone's blocks sharded.")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Compute each batch in so many parts.")] = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Train a model. Ctrl-C leaves a usable run, and the same command goes on from it.
+    """Train a model. Ctrl-C leaves a usable run, and the same command goes on from it, with as many processes as
+    you like; docs/cluster.md has torchrun, SLURM and Kubernetes.
 
     Example: plait train data/photos -o runs/photos --size tiny --minutes 10
     """
     from plait.config import load_recipe
+    from plait.training import distributed
+
+    if processes > 1 and not distributed.launched():
+        raise typer.Exit(distributed.launch(processes, sys.argv[1:]))
 
     training = {
         "minutes": minutes, "steps": steps, "seed": seed, "batch_size": batch_size, "learning_rate": learning_rate,
+        "parallel": parallel, "accumulate": accumulate,
     }  # fmt: skip
     settings = load_recipe(recipe, {"model": {"size": size, "init_from": init_from}, "training": training})
-    _train(_dataset(dataset, run, settings), run, settings, device)
+    with distributed.processes() as group:
+        out.quiet = err.quiet = not group.first
+        with group.in_turn():
+            prepared = _dataset(dataset, run, settings)
+        _train(prepared, run, settings, device, group)
     out.print(f"Next: plait evaluate {run}")
 
 
-def _train(dataset: Dataset, run: Path, recipe: Any, device: str) -> None:
+def _train(dataset: Dataset, run: Path, recipe: Any, device: str, group: Group | None = None) -> None:
     from plait.evaluation.report import Findings, read_run, write_report
     from plait.training.trainer import describe
     from plait.training.trainer import train as fit
 
     with _Bar() as bar:
         try:
-            fit(dataset, run, recipe, bar.training, device)
+            fit(dataset, run, recipe, bar.training, device, group=group)
         except KeyboardInterrupt:
             usable = (run / "checkpoints" / "best").exists()
             state = "The run can be used as it is" if usable else "There is no checkpoint yet"
             err.print(f"\nStopped. {state}; the same command goes on from here: {run}")
             raise
-    write_report(run / "report.html", {}, Findings(), read_run(run, dataset.path))
-    out.print(_plain(describe(run)))
+    if group is None or group.first:
+        write_report(run / "report.html", {}, Findings(), read_run(run, dataset.path))
+        out.print(_plain(describe(run)))
 
 
 @app.command()

@@ -70,6 +70,9 @@ class TrainingRecipe(_Settings):
     augment_targets: bool | None = None  # also what is written; by itself where a modality has few samples
     validations: int = Field(20, ge=1)  # in a run
     patience: int = Field(6, ge=1)  # validations without improvement before stopping
+    accumulate: int = Field(1, ge=1)  # parts of a batch that are computed one after the other, to save memory
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # many processes: a whole model each, or the backbone's blocks sharded
+    recompute: bool = False  # the backbone's activations in the backward pass, to save memory
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     seed: int = 0
 

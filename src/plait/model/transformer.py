@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class TransformerConfig(BaseModel):
@@ -189,6 +190,7 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False  # activations in the backward pass, instead of keeping them
         heads, kv_heads, width = config.heads, config.kv_heads, config.head_width
         self.attention_norm = make_norm(config)
         self.qkv = nn.Linear(config.width, (heads + 2 * kv_heads) * width, bias=config.qkv_bias)
@@ -238,6 +240,13 @@ class Block(nn.Module):
         view: View | None = None,
         layer: int = 0,
     ) -> Tensor:
+        if self.recompute and view is None and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, rotary, mask, None, layer, use_reentrant=False)
+        return self._forward(x, rotary, mask, view, layer)
+
+    def _forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, view: View | None, layer: int
+    ) -> Tensor:
         dropout = self.config.dropout
         mixed = self.attention(self.attention_norm(x), rotary, mask, view, layer)
         x = x + F.dropout(mixed, dropout, self.training)
@@ -265,6 +274,13 @@ class Transformer(nn.Module):
                 nn.init.normal_(parameter, std=min(0.02 * math.sqrt(768 / config.width), config.width**-0.5))
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+
+    def recompute(self, on: bool) -> None:
+        """Whether the backward pass computes a block's activations again, instead of keeping them: less memory for
+        a third more work."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.recompute = on
 
     def forward(
         self,

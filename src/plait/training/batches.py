@@ -182,7 +182,7 @@ Media = dict[tuple[str, int], np.ndarray]  # (column, record) -> a sample, or it
 
 @dataclass
 class Step:
-    """The batches of one step, of like lengths each, and which records' parts their spans are."""
+    """The batches of one step, or of a part of one, of like lengths each, and which records' parts their spans are."""
 
     batches: list[Batch]
     span_records: list[np.ndarray]  # a batch -> a span -> record, -1 where it takes no part in the contrast
@@ -204,7 +204,9 @@ class Sampler:
         augment: bool,
         augment_targets: bool = False,
         unwritten: frozenset[str] = frozenset(),  # modalities that are read only
+        worth: float = PASS,  # of a batch more, in tokens of padding
     ) -> None:
+        self.worth = worth
         self.split, self.vocabulary, self.media = split, vocabulary, media
         self.context, self.seed, self.drop_condition = context, seed, drop_condition
         self.augment, self.augment_targets, self.unwritten = augment, augment_targets, unwritten
@@ -238,9 +240,11 @@ class Sampler:
         epoch, place = divmod(step, self.steps_per_epoch)
         return epoch, self.items[self.order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]]
 
-    def step(self, step: int) -> Step:
-        """The batches of a step."""
+    def step(self, step: int, part: int = 0, parts: int = 1) -> Step:
+        """The batches of a step, or of one of the parts into which its items are cut, as equal as may be. A part with
+        nothing to read or write is one padding token."""
         epoch, items = self.members(step)
+        items = np.array_split(items, parts)[part]
         records = items[:, 0]
         draws = {use: uniform(self.seed, epoch, records, items[:, 1], use) for use in (TARGET, SOURCE, DROP, OFFSET)}
         samples, codes = self._media(epoch, records)
@@ -250,9 +254,11 @@ class Sampler:
             mine = {use: float(values[place]) for use, values in draws.items()}
             for sequence, contrasts in self._sequences(int(record), int(window), present, mine, samples, codes):
                 made.append((sequence, int(record) if contrasts else -1))
+        if not made:
+            made.append((Sequence().read_ids([self.vocabulary.pad]), -1))
         made.sort(key=lambda pair: len(pair[0]))
         batches, span_records = [], []
-        cuts = cut_by_length([len(sequence) for sequence, _ in made])
+        cuts = cut_by_length([len(sequence) for sequence, _ in made], self.worth)
         for start, stop in zip([0, *cuts], [*cuts, len(made)], strict=True):
             group = made[start:stop]
             batches.append(collate([s for s, _ in group], self.media, self.vocabulary.pad))
@@ -346,7 +352,7 @@ class Sampler:
         return Sequence().read_ids(chunk[:1]).write(chunk[1:])
 
 
-def cut_by_length(lengths: list[int], worth: int = PASS) -> list[int]:
+def cut_by_length(lengths: list[int], worth: float = PASS) -> list[int]:
     """Where to cut sequences of rising length into batches: at the place that saves most padding, again and again,
     as long as a cut saves more tokens than the pass it adds is worth."""
     if len(lengths) < 2:

@@ -1,80 +1,205 @@
-"""The losses of one step, over batches of unlike lengths: sums and counts, then one mean per objective."""
+"""The losses of one step over the global batch, whoever computes it: sums and counts, then one mean per objective.
+
+A global batch may lie in several parts: one for each process and micro-batch. What a part adds to a likelihood is its
+sum divided by the count of the whole; the contrast needs all embeddings at once, so they are gathered, its gradient
+to each is taken there, and every part carries its own share of it back through its network (GradCache: Gao, Zhang,
+Han and Callan, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021). So neither the
+number of processes nor that of micro-batches changes a gradient.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from plait.model.multimodal import Multimodal
+from plait.model.multimodal import IGNORE, Multimodal
 from plait.model.objectives import contrastive, likelihoods
 from plait.runtime import Device
 from plait.training.batches import Split, Step
+from plait.training.distributed import Group, Network
+
+
+@dataclass
+class Output:
+    """What the forward passes of one part give."""
+
+    sums: dict[str, Tensor]  # space -> sum of -log P in nats
+    embeddings: Tensor | None  # (S, E) of the spans that take part in the contrast, in their order
+    nothing: Tensor  # zero, with a path to every parameter that the part has no other use for
+
+
+class Passes(nn.Module):
+    """The forward passes of one part, as one module: what DistributedDataParallel sees of a model."""
+
+    def __init__(self, model: Multimodal, device: Device) -> None:
+        super().__init__()
+        self.model, self.device = model, device
+
+    def forward(self, step: Step, restricted: bool, embed: bool, likelihood: bool = True) -> Output:
+        model, device = self.model, self.device.torch
+        sums: dict[str, Tensor] = {}
+        embedded: list[Tensor] = []
+        nothing = torch.zeros((), device=device)
+        for batch, records in zip(step.batches, step.span_records, strict=True):
+            on_device = batch.to(device)
+            with self.device.autocast():
+                hidden = model(on_device)
+                found = likelihoods(model, hidden, on_device.targets, restricted) if likelihood else {}
+            for space, (total, _) in found.items():
+                sums[space] = sums[space] + total if space in sums else total
+            chosen = np.flatnonzero(records >= 0)
+            if embed and len(chosen):
+                spans = [batch.spans[i] for i in chosen]
+                rows, starts, stops = (torch.tensor([s[k] for s in spans], device=device) for k in (0, 2, 3))
+                embedded.append(model.pool(hidden, rows, starts, stops))
+            if not found:
+                nothing = nothing + 0 * hidden.sum()
+        for parameter in self._idle(step, set(sums), restricted, bool(embedded)):
+            nothing = nothing + 0 * parameter.sum()
+        return Output(sums, torch.cat(embedded) if embedded else None, nothing)
+
+    def _idle(self, step: Step, spaces: set[str], restricted: bool, embedded: bool) -> list[Tensor]:
+        """Parameters that the part does not use. They take part with weight zero: all processes then wait for the
+        same gradients, and a step does the same to a parameter wherever the modality that uses it lies."""
+        model = self.model
+        read = {name for batch in step.batches for name in batch.media}
+        idle: list[Tensor] = []
+        for name, modality in model.media.items():
+            if name not in read:
+                idle += modality.encoder.parameters()
+        if model.head is not None:
+            if not spaces:
+                idle += model.head.parameters()
+            elif restricted:
+                idle += [p for name, p in model.head.digits.items() if name not in spaces]
+        if model.config.space and not embedded:
+            idle.append(model.project.weight)
+        return [p for p in idle if p.requires_grad]
 
 
 def step_losses(
-    model: Multimodal, step: Step, split: Split, device: Device, restricted: bool = True
-) -> tuple[dict[str, Tensor], int]:
-    """Objective -> its loss over all batches of a step, each likelihood a mean per token; and the tokens seen."""
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, Tensor] = {}
-    pooled: dict[str, list[Tensor]] = {}
-    owners: dict[str, list[np.ndarray]] = {}
-    seen = 0
-    for batch, records in zip(step.batches, step.span_records, strict=True):
-        seen += int(batch.lengths.sum())
-        on_device = batch.to(device.torch)
-        with device.autocast():
-            hidden = model(on_device)
-            for space, (total, count) in likelihoods(model, hidden, on_device.targets, restricted).items():
-                sums[space] = sums[space] + total if space in sums else total
-                counts[space] = counts[space] + count if space in counts else count
-        chosen = np.flatnonzero(records >= 0)
-        if model.config.space and len(chosen):
-            spans = [batch.spans[i] for i in chosen]
-            rows, starts, stops = (torch.tensor([s[k] for s in spans], device=device.torch) for k in (0, 2, 3))
-            embedded = model.pool(hidden, rows, starts, stops)
-            names = np.array([s[1] for s in spans])
-            for name in dict.fromkeys(names):
-                mine = np.flatnonzero(names == name)
-                pooled.setdefault(name, []).append(embedded[torch.from_numpy(mine)])
-                owners.setdefault(name, []).append(records[chosen[mine]])
-    losses = {space: sums[space] / counts[space] for space in sums}
-    spaces = list(pooled)
-    for i, a in enumerate(spaces):
-        for b in spaces[i + 1 :]:
-            shared = _paired(pooled[a], owners[a], pooled[b], owners[b])
-            if shared is not None:
-                first, second, records = shared
-                positives = torch.from_numpy(split.positives(records, records)).to(device.torch)
-                name = "contrastive:" + "-".join(sorted((a, b)))
-                losses[name] = contrastive(first, second, positives, model.log_temperature)
-    return losses, seen
+    network: Network,
+    parts: list[Step],
+    split: Split,
+    group: Group,
+    restricted: bool = True,
+    weights: Mapping[str, float] | None = None,
+    key: int = 0,
+) -> tuple[dict[str, float], int]:
+    """Objective -> its loss over the global batch, each likelihood a mean per token; and the tokens of it.
+
+    `parts` are this process's micro-batches. With `weights`, the gradient of the weighted objective is left in the
+    parameters of every process; more than one part then means one more forward pass each where there is a contrast.
+    Dropout is a function of `key`, so that it is the same when a part is computed twice.
+    """
+    passes: Passes = network.passes
+    model = passes.model
+    spaces = list(model.vocabulary.spaces)
+    spans = [_spans(part, list(model.media)) for part in parts]
+    counts = np.sum([_target_counts(part, model) for part in parts], 0)
+    seen = sum(int(batch.lengths.sum()) for part in parts for batch in part.batches)
+    mine = np.concatenate(spans)
+    headers = group.gather(torch.tensor([[len(mine), seen, *counts]]))
+    sizes = headers[:, 0].tolist()
+    seen, *totals = (int(n) for n in headers[:, 1:].sum(0))
+    count = dict(zip(spaces, totals, strict=True))
+    pairs = _pairs(group.gather(torch.from_numpy(mine), sizes).numpy(), ["text", *model.media])
+    if not model.config.space:
+        pairs = {}
+    learning = weights is not None
+
+    def run(index: int, likelihood: bool = True, last: bool = True) -> Output:
+        torch.manual_seed(key + index)
+        return network(parts[index], restricted, bool(pairs), likelihood, last=last)
+
+    with torch.set_grad_enabled(learning):
+        single = run(0) if len(parts) == 1 else None
+    losses: dict[str, float] = {}
+    slopes: list[Tensor] = []  # of the contrast to the embeddings of each part
+    warmth = torch.zeros(())  # of the contrast to the temperature
+    if pairs:
+        with torch.no_grad():
+            outputs = [single] if single else [run(i, likelihood=False) for i in range(len(parts))]
+        given = [output.embeddings.detach() for output in outputs if output.embeddings is not None]
+        width = model.config.space
+        own = torch.cat(given) if given else torch.zeros(0, width, device=passes.device.torch)
+        everyone = group.gather(own, sizes).requires_grad_(learning)
+        temperature = model.log_temperature.detach().clone().requires_grad_(learning)
+        contrasts = {}
+        for name, (i, j, records) in pairs.items():
+            positives = torch.from_numpy(split.positives(records, records)).to(everyone.device)
+            a, b = (everyone[torch.from_numpy(places)] for places in (i, j))
+            contrasts[name] = contrastive(a, b, positives, temperature)
+        losses = {name: float(value.detach()) for name, value in contrasts.items()}
+        if weights is not None:
+            objective = torch.stack([weight_of(name, weights) * value for name, value in contrasts.items()]).sum()
+            slope, warmth = torch.autograd.grad(objective, [everyone, temperature])
+            start = sum(sizes[: group.rank])
+            slopes = list(slope[start : start + len(mine)].split([len(part) for part in spans]))
+    sums = dict.fromkeys(spaces, 0.0)
+    for index in range(len(parts)):
+        last = index == len(parts) - 1
+        with torch.set_grad_enabled(learning):
+            output = single or run(index, last=last)
+        for space, value in output.sums.items():
+            sums[space] += float(value.detach())
+        if weights is None:
+            continue
+        share = output.nothing
+        for space, value in output.sums.items():
+            share = share + weight_of(space, weights) * value / count[space]
+        if output.embeddings is not None:
+            share = share + (output.embeddings * slopes[index]).sum()
+        if model.config.space:
+            share = share + model.log_temperature * (warmth / (group.size * len(parts)))
+        network.backward(share, last)
+    total = group.sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
+    means = {space: value / count[space] for space, value in zip(spaces, total, strict=True) if count[space]}
+    return {**means, **losses}, seen
 
 
-def _paired(
-    a: list[Tensor], a_records: list[np.ndarray], b: list[Tensor], b_records: list[np.ndarray]
-) -> tuple[Tensor, Tensor, np.ndarray] | None:
-    """The embeddings of two modalities of the same records, side by side; None where fewer than two are shared."""
-    shared, i, j = np.intersect1d(np.concatenate(a_records), np.concatenate(b_records), return_indices=True)
-    if len(shared) < 2:
-        return None
-    return torch.cat(a)[torch.from_numpy(i)], torch.cat(b)[torch.from_numpy(j)], shared
-
-
-def weighted(losses: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
-    """The objective that training minimises."""
-    parts = [
-        loss * (weights.get("contrastive", 0.5) if name.startswith("contrastive") else weights.get(name, 1.0))
-        for name, loss in losses.items()
+def _spans(part: Step, media: list[str]) -> np.ndarray:
+    """(S, 2): the modality (0 is text) and the record of each span that takes part in the contrast."""
+    place = {name: i for i, name in enumerate(["text", *media])}
+    rows = [
+        (place[span[1]], record)
+        for batch, records in zip(part.batches, part.span_records, strict=True)
+        for span, record in zip(batch.spans, records, strict=True)
+        if record >= 0
     ]
-    return torch.stack(parts).sum()
+    return np.array(rows, np.int64).reshape(-1, 2)
 
 
-def weighted_floats(losses: dict[str, float], weights: dict[str, float]) -> float:
-    """`weighted` for numbers that were already measured; infinite where there are none."""
-    if not losses:
-        return math.inf
-    return float(weighted({name: torch.tensor(value) for name, value in losses.items()}, weights))
+def _target_counts(part: Step, model: Multimodal) -> np.ndarray:
+    """How many targets lie in each space."""
+    stops = [stop for _, stop in model.vocabulary.spaces.values()]
+    targets = np.concatenate([batch.targets.numpy().ravel() for batch in part.batches])
+    places = np.searchsorted(stops, targets[targets != IGNORE], side="right")
+    return np.bincount(places, minlength=len(stops))
+
+
+def _pairs(spans: np.ndarray, names: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """For two modalities at a time, where their embeddings of the same records lie, and those records, in their
+    order; nothing where fewer than two are shared."""
+    found = {}
+    for a, b in combinations(range(len(names)), 2):
+        first, second = (np.flatnonzero(spans[:, 0] == modality) for modality in (a, b))
+        shared, i, j = np.intersect1d(spans[first, 1], spans[second, 1], return_indices=True)
+        if len(shared) > 1:
+            found["contrastive:" + "-".join(sorted((names[a], names[b])))] = first[i], second[j], shared
+    return found
+
+
+def weight_of(name: str, weights: Mapping[str, float]) -> float:
+    return weights.get("contrastive", 0.5) if name.startswith("contrastive") else weights.get(name, 1.0)
+
+
+def weighted(losses: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    """The objective that training minimises; infinite where nothing was measured."""
+    return sum(loss * weight_of(name, weights) for name, loss in losses.items()) if losses else math.inf

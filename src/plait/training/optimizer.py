@@ -7,6 +7,8 @@ import math
 import torch
 from torch import nn
 
+from plait.training.distributed import is_shard
+
 
 def make_optimizer(
     modules: list[nn.Module], learning_rate: float, weight_decay: float, betas: tuple[float, float]
@@ -19,7 +21,13 @@ def make_optimizer(
             if parameter.requires_grad:
                 matrix = parameter.ndim >= 2 and not name.startswith(("rows.", "head.")) and "places" not in name
                 (decay if matrix else plain).append(parameter)
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    # A fused step takes whole tensors or shards, not both at once.
+    groups = [
+        {"params": chosen, "weight_decay": rate}
+        for some, rate in ((decay, weight_decay), (plain, 0.0))
+        for sharded in (False, True)
+        if (chosen := [p for p in some if is_shard(p) == sharded])
+    ]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
 

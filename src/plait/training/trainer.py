@@ -12,7 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,14 +39,16 @@ from plait.runtime import (
     uniform,
     write_json,
 )
-from plait.training.batches import Sampler, Split, Step, add_codes, load_split, room_needed
+from plait.training.batches import PASS, Sampler, Split, add_codes, load_split, room_needed
 from plait.training.codecs import train_codec
-from plait.training.losses import step_losses, weighted, weighted_floats
+from plait.training.distributed import Group, Network
+from plait.training.losses import Passes, step_losses, weighted
 from plait.training.optimizer import learning_rate_at, make_optimizer
 from plait.training.setup import label_columns, model_config
 
-UNRESTRICTED = 17  # the key of `uniform` for steps with the whole softmax
+UNRESTRICTED, DROPOUT = 17, 18  # keys of `uniform`: for steps with the whole softmax, and for what a step hides
 CALIBRATION = 8  # steps that a time budget is measured by
+MANNER = ("accumulate", "parallel", "recompute")  # settings that change how a step is computed, not what
 FEW = 10_000  # samples below which what is written is augmented too
 
 
@@ -69,9 +71,12 @@ class Run:
     """The folder of a run and what training knows."""
 
     def __init__(
-        self, folder: Path, dataset: Dataset, recipe: Recipe, report: Report, device: Device, reuse: Path | None = None
-    ) -> None:
-        self.folder, self.dataset, self.recipe, self.report, self.device = folder, dataset, recipe, report, device
+        self, folder: Path, dataset: Dataset, recipe: Recipe, report: Report, device: Device,
+        reuse: Path | None = None, group: Group | None = None,
+    ) -> None:  # fmt: skip
+        self.folder, self.dataset, self.recipe, self.device = folder, dataset, recipe, device
+        self.group = group or Group()
+        self.report: Report = report if self.group.first else lambda progress: None
         self.source = reuse or folder  # whose tokenizer, codecs and cache
         self.settings = recipe.training
         self.size = SIZES[recipe.model.size]
@@ -86,7 +91,8 @@ class Run:
     def decide(self, **facts: Any) -> None:
         """Write down what was chosen once; on resume it is only read."""
         self.facts.update(facts)
-        write_json(self.folder / "run.json", self.facts)
+        if self.group.first:
+            write_json(self.folder / "run.json", self.facts)
 
     def open(self) -> bool:
         """Begin or go on; True where the run had been finished. Refuses a folder of another recipe or dataset."""
@@ -108,10 +114,13 @@ class Run:
             return False
         self.facts = read_json(path)
         for name in ("recipe", "data"):
-            if self.facts.get(name) != wanted[name]:
+            old, new = self.facts.get(name), wanted[name]
+            if name == "recipe":  # what changes no step may change
+                old, new = (_without_manner(recipe) for recipe in (old, new))
+            if old != new:
                 raise PlaitError(
                     f"{self.folder} holds a run of another {'dataset' if name == 'data' else 'recipe'}"
-                    f"{_difference(self.facts.get(name), wanted[name])}. Choose another folder with -o, or delete it."
+                    f"{_difference(old, new)}. Choose another folder with -o, or delete it."
                 )
         return "finished" in self.facts
 
@@ -161,6 +170,11 @@ class Run:
             add_codes(split, self.dataset.columns, model.media, self.source / "cache", name, anew)
 
 
+def _without_manner(recipe: Any) -> Any:
+    training = {name: value for name, value in recipe["training"].items() if name not in MANNER}
+    return {**recipe, "training": training}
+
+
 def _difference(old: Any, new: Any, where: str = "") -> str:
     """The first keys in which two nested dictionaries differ, for a message."""
     if isinstance(old, dict) and isinstance(new, dict):
@@ -176,19 +190,25 @@ def train(
     report: Report,
     device_name: str = "auto",
     reuse: Path | None = None,
+    group: Group | None = None,
 ) -> Path:
     """Train a model on a dataset into `folder`; returns its best checkpoint. Ctrl-C leaves a usable run.
 
     `reuse` names a run of the same data that is past its preparation: its tokenizer, codecs and cache serve again,
-    and the time that they took counts as this run's. Raises PlaitError for what the user can mend: no records, a
-    folder of another run, a folder that is not writable.
+    and the time that they took counts as this run's. Each process of a `group` calls this; the first of them prepares
+    and writes. Raises PlaitError for what the user can mend: no records, a folder of another run, a folder that is
+    not writable.
     """
-    device = choose_device(device_name, recipe.training.precision, training=True)
+    group = group or Group()
+    device = group.device(choose_device(device_name, recipe.training.precision, training=True))
     torch.set_num_threads(threads())
-    with only_writer(folder):
-        run = Run(folder, dataset, recipe, report, device, reuse)
+    with only_writer(folder) if group.first else nullcontext():
+        run = Run(folder, dataset, recipe, report, device, reuse, group)
+        report = run.report
         best = folder / "checkpoints" / "best"
-        if run.open():
+        with group.in_turn():
+            finished = run.open()
+        if finished:
             report(Progress("finished", 1, 1, note=f"{folder} is already trained; delete it to train again"))
             return best
         begun = time.perf_counter()
@@ -198,7 +218,8 @@ def train(
             from plait.model import huggingface
 
             imported = huggingface.load(recipe.model.init_from)
-        text = imported.text if imported else run.text()
+        with group.in_turn():
+            text = imported.text if imported else run.text()
         config = model_config(recipe, dataset, text.size, imported.model.config if imported else None)
         if imported:
             model = huggingface.extend(imported, config)
@@ -206,11 +227,12 @@ def train(
             model = Multimodal(config)
         splits = {}
         for name in ("train", "val"):
-            splits[name] = load_split(
-                dataset, name, text, model.media, run.source / "cache", config.backbone.max_length,
-                lambda stage, done, total: report(Progress(stage, done, total)),
-                limit=None if name == "train" else 2000,
-            )  # fmt: skip
+            with group.in_turn():
+                splits[name] = load_split(
+                    dataset, name, text, model.media, run.source / "cache", config.backbone.max_length,
+                    lambda stage, done, total: report(Progress(stage, done, total)),
+                    limit=None if name == "train" else 2000,
+                )  # fmt: skip
         if len(splits["train"]) < 2:
             raise PlaitError(f"{dataset.path} has {len(splits['train'])} records to train on; at least 2 are needed.")
         needed = room_needed(splits["train"], dataset.columns, model.media)
@@ -226,11 +248,12 @@ def train(
         run.decide(decided={"parameters": parameters, "batch_size": run.batch_size, "learning_rate": run.peak})
         note = f"{sum(parameters.values()):,} parameters, batch {run.batch_size}, learning rate {run.peak:g}"
         report(Progress("size " + recipe.model.size, 1, 1, note=note))
-        run.codecs(model, splits)
+        with group.in_turn():
+            run.codecs(model, splits)
         model.to(device.torch)
         if "prepared" not in run.facts:
             before = read_json(reuse / "run.json")["prepared"] if reuse else 0.0
-            run.decide(prepared=max(time.perf_counter() - begun, before))
+            run.decide(prepared=group.told(max(time.perf_counter() - begun, before)))
         _optimise(run, model, text, splits, max(run.minutes * 60 - run.facts["prepared"], 1.0))
         run.decide(finished=time.time())
         return best
@@ -238,16 +261,20 @@ def train(
 
 def _optimise(run: Run, model: Multimodal, text: Text, splits: dict[str, Split], seconds: float) -> None:
     """The steps of the model itself."""
-    settings, device, folder = run.settings, run.device, run.folder
+    settings, group, folder = run.settings, run.group, run.folder
     context = model.config.backbone.max_length
 
     few = max((len(samples) for samples in splits["train"].media.values()), default=0) < FEW
     augment_targets = few if settings.augment_targets is None else settings.augment_targets
 
+    model.backbone.recompute(settings.recompute)
+    network = Network(Passes(model, run.device), model.backbone, group, settings.parallel, run.device)
+
     def sampler(name: str, batch_size: int, augment: bool, drop: float) -> Sampler:
         return Sampler(
             splits[name], model.vocabulary, model.media, batch_size, context, settings.seed, drop, augment,
             augment_targets, frozenset(name for name, weight in settings.weights.items() if weight == 0),
+            math.inf if network.sharded else PASS,
         )  # fmt: skip
 
     training = sampler("train", run.batch_size, settings.augment, settings.drop_condition)
@@ -255,18 +282,24 @@ def _optimise(run: Run, model: Multimodal, text: Text, splits: dict[str, Split],
     validating: Sampler | None = sampler("val", run.size.batch_size, False, 0.0) if len(splits["val"]) else None
     if validating is not None and len(validating.items) < 2:
         validating = None
+    cut = group.size * settings.accumulate
+    if training.batch_size < cut:
+        raise PlaitError(
+            f"A batch of {training.batch_size} records cannot be cut into {cut} parts ({group.size} processes, "
+            f"training.accumulate {settings.accumulate}). Take fewer, or a larger training.batch_size."
+        )
     optimizer = make_optimizer([model], run.peak, settings.weight_decay, settings.betas)
-    trainable = [p for p in model.parameters() if p.requires_grad]
 
-    def one(number: int, step: Step) -> tuple[dict[str, Tensor], int]:
+    def one(number: int) -> tuple[dict[str, float], int]:
         restricted = bool(uniform(settings.seed, number, UNRESTRICTED) >= settings.unrestricted)
-        losses, tokens = step_losses(model, step, splits["train"], device, restricted)
-        loss = weighted(losses, settings.weights)
+        key = int(uniform(settings.seed, number, group.rank, DROPOUT) * 2**62)
+        mine = range(group.rank * settings.accumulate, (group.rank + 1) * settings.accumulate)
+        parts = [training.step(number, part, cut) for part in mine]
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(trainable, settings.clip)
-        if not math.isfinite(float(norm)):
-            names = ", ".join(splits["train"].ids[r] for r in step.records[:8])
+        losses, tokens = step_losses(network, parts, splits["train"], group, restricted, settings.weights, key)
+        norm = network.clip(settings.clip)
+        if not math.isfinite(norm):
+            names = ", ".join(splits["train"].ids[r] for r in training.members(number)[1][:8, 0])
             raise DivergedError(
                 f"The loss is not finite at step {number} (records {names} ...). The last checkpoint is kept; "
                 "lower training.learning_rate, or look at these records."
@@ -276,7 +309,7 @@ def _optimise(run: Run, model: Multimodal, text: Text, splits: dict[str, Split],
 
     model.train()
     if "steps" not in run.facts:
-        run.decide(steps=settings.steps or _calibrate(model, optimizer, training, one, seconds))
+        run.decide(steps=settings.steps or int(group.told(_calibrate(model, optimizer, one, seconds))))
         optimizer = make_optimizer([model], run.peak, settings.weight_decay, settings.betas)
     planned: int = run.facts["steps"]
     begun = time.perf_counter()
@@ -291,16 +324,15 @@ def _optimise(run: Run, model: Multimodal, text: Text, splits: dict[str, Split],
     try:
         while number < steps and saver.stale < settings.patience:
             if number == planned // 4 and start == 0 and settings.steps is None and "revised" not in run.facts:
-                _revise(run, number, planned, seconds, time.perf_counter() - begun)
+                _revise(run, number, planned, seconds, group.told(time.perf_counter() - begun))
             steps = run.steps_from(number)
-            step = training.step(number)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(number, steps, run.peak, settings.warmup)
-            losses, seen = one(number, step)
+            for options in optimizer.param_groups:
+                options["lr"] = learning_rate_at(number, steps, run.peak, settings.warmup)
+            losses, seen = one(number)
             number += 1
             tokens += seen
             for name, value in losses.items():
-                recent.setdefault(name, []).append(float(value.detach()))
+                recent.setdefault(name, []).append(value)
             if number % 10 == 0 or number == steps:
                 now = time.perf_counter()
                 means = {name: float(np.mean(values)) for name, values in recent.items()}
@@ -308,11 +340,11 @@ def _optimise(run: Run, model: Multimodal, text: Text, splits: dict[str, Split],
                 run.report(Progress("model", number, steps, means, tokens / (now - clock)))
                 recent, tokens, clock = {}, 0, now
             if number % every == 0 or number == steps:
-                scores = validate(model, validating, splits["val"], device) if validating else {}
+                scores = validate(network, validating, splits["val"], group) if validating else {}
                 if scores:
                     log.write(number, "val", scores)
                     run.report(Progress("validation", number, steps, scores))
-                saver.save(number, scores, weighted_floats(scores, settings.weights))
+                saver.save(number, scores, weighted(scores, settings.weights))
                 clock = time.perf_counter()
     except KeyboardInterrupt:
         saver.save(number, {}, math.inf)
@@ -333,35 +365,33 @@ def _revise(run: Run, number: int, planned: int, seconds: float, used: float) ->
 def _calibrate(
     model: Multimodal,
     optimizer: torch.optim.Optimizer,
-    training: Sampler,
-    one: Callable[[int, Step], Any],
+    one: Callable[[int], Any],
     seconds: float,
 ) -> int:
     """How many steps fit in the time left, by throw-away steps; leaves the weights as they were."""
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-    one(0, training.step(0))
+    for options in optimizer.param_groups:
+        options["lr"] = 0.0
+    one(0)
     clock = [time.perf_counter()]
     for number in range(CALIBRATION):
-        one(number, training.step(number))
+        one(number)
         clock.append(time.perf_counter())
     model.load_state_dict(weights)
     torch.set_rng_state(state)
     return max(int(seconds * 0.93 / np.median(np.diff(clock))), 20)  # validation takes the rest
 
 
-@torch.no_grad()
-def validate(model: Multimodal, sampler: Sampler, split: Split, device: Device, steps: int = 8) -> dict[str, float]:
-    """Mean losses over the first records of the validation split, the same at each call."""
-    model.eval()
+def validate(network: Network, sampler: Sampler, split: Split, group: Group, steps: int = 8) -> dict[str, float]:
+    """Mean losses over the first records of the validation split, the same at each call and on every process."""
+    network.passes.eval()
     sums: dict[str, list[float]] = {}
     for number in range(min(steps, sampler.steps_per_epoch)):
-        losses, _ = step_losses(model, sampler.step(number), split, device)
+        losses, _ = step_losses(network, [sampler.step(number, group.rank, group.size)], split, group)
         for name, value in losses.items():
-            sums.setdefault(name, []).append(float(value))
-    model.train()
+            sums.setdefault(name, []).append(value)
+    network.passes.train()
     return {name: float(np.mean(values)) for name, values in sums.items()}
 
 

@@ -1,0 +1,247 @@
+"""Many processes: what they tell each other and how they share a model. Only this file touches torch.distributed.
+
+`torchrun` (or `launch`, which is the same engine) starts the processes and ends all of them when one is lost. Rank 0
+prepares and writes; the others wait, then read the same folder. What is promised of a step does not depend on how many
+there are: each takes its slice of the same global batch, and `losses` sums over all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from plait.model.transformer import Transformer
+from plait.runtime import Device, PlaitError
+
+PATIENCE = timedelta(minutes=10)  # that a process waits for another one in a step; a lost one is noticed at once
+Parallel = Literal["ddp", "fsdp"]
+
+
+# --- the processes ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Group:
+    """The processes of a run, as one of them sees them; alone, everything here is free of cost."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    turns: int = field(default=0, init=False)
+
+    @property
+    def first(self) -> bool:
+        """Whether this process prepares and writes for all."""
+        return self.rank == 0
+
+    def device(self, chosen: Device) -> Device:
+        """The one that this process has of the kind that was chosen."""
+        return Device(f"cuda:{self.local_rank}", chosen.dtype) if chosen.name == "cuda" and self.size > 1 else chosen
+
+    def gather(self, rows: Tensor, sizes: list[int] | None = None) -> Tensor:
+        """The rows (n, ...) of all processes, in the order of their ranks, without a gradient. `sizes` are the n of
+        each, where they differ."""
+        if self.size == 1:
+            return rows
+        sizes = sizes or [len(rows)] * self.size
+        padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        found = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(found, padded)
+        return torch.cat([part[:size] for part, size in zip(found, sizes, strict=True)])
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over all processes; the same bits on each of them."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether a flag is up on any process."""
+        return bool(self.sum(torch.tensor(int(flag))))
+
+    def told(self, value: float) -> float:
+        """What rank 0 says, on all processes."""
+        return float(self.sum(torch.tensor(value if self.first else 0.0, dtype=torch.float64)))
+
+    def wait(self) -> None:
+        """Until all processes have come here."""
+        if self.size > 1:
+            dist.barrier()
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Rank 0 does what stands inside, however long it takes; then the others do it, and find the work done.
+        Where rank 0 fails, the others end without a word."""
+        self.turns += 1
+        if self.size == 1:
+            yield
+            return
+        store, key = dist.distributed_c10d._get_default_store(), f"plait/turn/{self.turns}"
+        if not self.first:
+            while not store.check([key]):
+                time.sleep(0.05)
+            if store.get(key) != b"done":
+                raise SystemExit(1)
+            yield
+            return
+        try:
+            yield
+        except BaseException:
+            store.set(key, "failed")
+            raise
+        store.set(key, "done")
+
+
+def launched() -> bool:
+    """Whether torchrun, or something like it, started this process as one of several."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+
+
+@contextmanager
+def processes() -> Iterator[Group]:
+    """Join the processes that torchrun started, or be alone. A message that all of them have is raised by one.
+
+    Raises PlaitError where another process was lost.
+    """
+    size = int(os.environ["WORLD_SIZE"]) if launched() else 1
+    if size == 1:
+        yield Group()
+        return
+    group = Group(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(group.local_rank)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    try:
+        yield group
+        group.wait()
+        dist.destroy_process_group()
+    except PlaitError as error:
+        key = "plait/told/" + hashlib.sha256(str(error).encode()).hexdigest()
+        if dist.distributed_c10d._get_default_store().add(key, 1) > 1:
+            raise SystemExit(1) from None
+        raise
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+            raise
+        raise PlaitError(
+            f"Process {group.rank} of {size} lost another one in the middle of a step. "
+            "The same command goes on from the last checkpoint."
+        ) from error
+
+
+def launch(count: int, arguments: list[str]) -> int:
+    """Run `plait` with these arguments as so many processes on this machine; returns the exit code.
+
+    The engine is torchrun's: when one process fails the others are ended, and signals are passed on.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # A machine's processors are shared out; torchrun by itself gives each process one.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) // count, 1)))
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=count, max_restarts=0, rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0", run_id=f"plait-{os.getpid()}", start_method="spawn",
+    )  # fmt: skip
+    try:
+        elastic_launch(config, sys.executable)("-m", "plait", *arguments)
+    except ChildFailedError as error:
+        codes = [failure.exitcode for failure in error.failures.values()]
+        # What was ended because another failed says nothing; a process that was killed has a negative code.
+        return next((code for code in codes if code > 0), 1)
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
+
+
+# --- the model --------------------------------------------------------------------------------------------------
+
+
+class Network:
+    """A model's forward and backward passes as the processes share them.
+
+    Replicated (`ddp`), each process holds the whole model and gradients are averaged while the backward pass runs.
+    Sharded (`fsdp`), the blocks of the backbone are split over the processes with their gradients and optimizer
+    state (FSDP2); what stands around them, a small part, is replicated. Alone, a model is left as it is.
+    """
+
+    def __init__(
+        self, passes: nn.Module, backbone: Transformer | None = None, group: Group | None = None,
+        parallel: Parallel = "ddp", device: Device | None = None,
+    ) -> None:  # fmt: skip
+        self.passes: Any = passes
+        self.group = group or Group()
+        self.wrapped: DistributedDataParallel | None = None
+        self.sharded = parallel == "fsdp" and self.group.size > 1
+        trainable = [p for p in passes.parameters() if p.requires_grad]
+        if self.sharded and backbone is not None and device is not None:
+            for tensor in passes.state_dict().values():
+                dist.broadcast(tensor, 0)
+            policy = MixedPrecisionPolicy()
+            if device.dtype is not torch.float32:
+                # Autocast decides on the products; the policy halves what is sent, and keeps gradients exact.
+                policy = MixedPrecisionPolicy(device.dtype, torch.float32, cast_forward_inputs=False)
+            mesh = dist.device_mesh.init_device_mesh(device.torch.type, (self.group.size,))
+            around = {p for name, p in backbone.named_parameters() if not name.startswith("blocks.")}
+            for block in backbone.blocks:
+                fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+            # The whole as their root, so that one block's weights arrive while another computes.
+            fully_shard(backbone, mesh=mesh, mp_policy=policy, ignored_params=around)
+            trainable = [p for p in passes.parameters() if p.requires_grad]
+        elif self.group.size > 1:
+            self.wrapped = DistributedDataParallel(passes, forward_sync_buffers=False, gradient_as_bucket_view=True)
+        self.shards = [p for p in trainable if is_shard(p)]
+        self.replicated = [p for p in trainable if not is_shard(p)]
+
+    def __call__(self, *arguments: Any, last: bool = True) -> Any:
+        """A forward pass. Only the `last` one of a step makes the processes wait for each other's gradients."""
+        if self.wrapped is None or not torch.is_grad_enabled():
+            return self.passes(*arguments)
+        with nullcontext() if last else self.wrapped.no_sync():
+            return self.wrapped(*arguments)
+
+    def backward(self, share: Tensor, last: bool = True) -> None:
+        """Add the gradient of the sum of all processes' shares to the parameters."""
+        with self.wrapped.no_sync() if self.wrapped is not None and not last else nullcontext():
+            (share * self.group.size).backward()  # both engines average
+        if last and self.sharded:
+            gradients = [p.grad for p in self.replicated if p.grad is not None]
+            flat = self.group.sum(_flatten_dense_tensors(gradients)) / self.group.size
+            for gradient, mean in zip(gradients, _unflatten_dense_tensors(flat, gradients), strict=True):
+                gradient.copy_(mean)
+
+    def clip(self, largest: float) -> float:
+        """Scale the gradients so that their norm is at most `largest`; returns what it was."""
+        gradients = [[p.grad for p in some if p.grad is not None] for some in (self.shards, self.replicated)]
+        norms = [torch.nn.utils.get_total_norm(some) for some in gradients if some]
+        norm = torch.linalg.vector_norm(torch.stack([whole(n) for n in norms]))
+        for some in (self.shards, self.replicated):
+            torch.nn.utils.clip_grads_with_norm_(some, largest, norm)
+        return float(norm)
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Whether a process holds only its own rows of a tensor."""
+    return isinstance(tensor, DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor with the rows of all processes, which must all ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
