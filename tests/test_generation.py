@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from plait.applications.model import Model, find_checkpoint, load
+from plait.generation.decoder import Decoder
 from plait.generation.engine import Engine, Request
 from plait.generation.grammar import spans
 from plait.generation.sampling import Knobs, Sampling, draw
@@ -19,7 +20,7 @@ from plait.modalities.text import Text
 from plait.model import checkpoint as checkpoints
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import ModelConfig, Multimodal, Sequence, collate
-from plait.model.transformer import TransformerConfig
+from plait.model.transformer import Transformer, TransformerConfig, View
 from plait.runtime import PlaitError, choose_device, uniform
 
 
@@ -401,3 +402,30 @@ def test_load(tmp_path, model):
         with pytest.raises(PlaitError, match=message):
             load(wrong)
     assert find_checkpoint("gpt2") is None and choose_device("cpu").name == "cpu"
+
+
+@pytest.mark.parametrize("settings", [{}, {"position": "learned", "norm": "layer", "activation": "gelu", "bias": True}])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_of_the_decoder_is_a_pass_of_the_backbone(settings, precision):
+    """Rows of unlike lengths, heads in groups; bf16 within its rounding."""
+    torch.manual_seed(0)
+    plain = {"qk_norm": False, "qkv_bias": True} if settings else {}
+    config = TransformerConfig(
+        width=32, layers=2, heads=4, kv_heads=2, head_width=8, hidden=64, max_length=32, **settings, **plain
+    )
+    backbone = Transformer(config).eval()
+    for parameter in backbone.parameters():
+        torch.nn.init.normal_(parameter, 0.0 if parameter.ndim > 1 else 1.0, 0.3)
+    decoder = Decoder(backbone, choose_device("cpu", precision))
+    x = torch.randn(3, 20, 32)
+    start = torch.tensor([9, 1, 14])
+    cache = decoder.cache(5, 32)
+    with torch.inference_mode():
+        wanted = backbone(x)
+        decoder(x[:, :14], view=View(cache, torch.arange(3), start, 14, held=0))
+        for step in range(5):
+            at = start + step
+            got = decoder.step(x[torch.arange(3), at], cache, at.numpy())
+            error = (got.float() - wanted[torch.arange(3), at]).abs().max()
+            assert error < (1e-5 if precision == "fp32" else 0.1) * wanted.abs().max()
+    assert cache.lengths.tolist() == [14, 6, 19, 0, 0]

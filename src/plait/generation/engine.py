@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from plait.generation.decoder import Decoder, Packed
 from plait.generation.grammar import Span, spans
 from plait.generation.sampling import LOWEST, Knobs, Sampling
 from plait.modalities.text import Text
@@ -216,11 +217,13 @@ class Engine:
         self.model = checkpoint.model
         self.spans = spans(self.model)
         self.max_length = self.model.config.backbone.max_length
-        with torch.no_grad():
+        with torch.inference_mode():
+            self.decoder = Decoder(self.model.backbone, device)
             self.table = self.model.rows.table().to(device.dtype)
             tied = self.model.predicting is self.model.rows
             head = self.table if tied else self.model.predicting.table().to(device.dtype)
-        self.heads = {name: head[span.start : span.stop] for name, span in self.spans.items()}
+            self.heads = {name: head[span.start : span.stop] for name, span in self.spans.items()}
+            self.predict = {name: Packed(rows) for name, rows in self.heads.items()}
         self.cache: KVCache | None = None
         self.used = 0
         self.samples: list[_Sample] = []
@@ -295,7 +298,7 @@ class Engine:
         """Admit what fits, choose one id for every sample in the batch, and read them. False when nothing is left."""
         updates: list[tuple[_Sample, Update]] = []
         try:
-            with torch.inference_mode(), self.device.autocast():
+            with torch.inference_mode():
                 self._drop_cancelled(updates)
                 self._admit()
                 feed = np.zeros(self.used, np.int64)
@@ -390,10 +393,10 @@ class Engine:
         batch = collate([s for s, _ in entries], self.model.media, self.model.vocabulary.pad).to(self.device.torch)
         rows = torch.tensor([places[0] for _, places in entries], device=self.device.torch)
         cache.lengths[rows] = 0
-        view = View(cache, rows, batch.lengths, batch.tokens.shape[1], held=0)
-        hidden = self.model.prefill(batch, view, self.table)
-        last = hidden[torch.arange(len(entries), device=hidden.device), batch.lengths - 1].to(self.hidden.dtype)
-        self.hidden[rows] = last
+        with self.device.autocast():
+            x = self.model.inputs(batch, self.table)
+        hidden = self.decoder(x, view=View(cache, rows, batch.lengths, batch.tokens.shape[1], held=0))
+        self.hidden[rows] = hidden[torch.arange(len(entries), device=hidden.device), batch.lengths - 1]
         source, target = [], []
         for context, places in entries:
             self.lengths[places] = len(context)
@@ -412,7 +415,7 @@ class Engine:
         rows = max(min(1 << (rows - 1).bit_length(), self.max_rows), len(old.lengths) if old else 0)
         length = max(-(-length // 64) * 64, old.capacity if old else 0)
         config = self.model.config.backbone
-        new = KVCache(config, rows, length, self.device.torch, self.device.dtype)
+        new = self.decoder.cache(rows, length)
         hidden = torch.zeros(rows, config.width, device=self.device.torch, dtype=self.device.dtype)
         lengths = np.zeros(rows, np.int64)
         if old is not None and self.used:
@@ -434,10 +437,11 @@ class Engine:
 
     def _choose(self, group: _Group, feed: np.ndarray, updates: list[tuple[_Sample, Update]]) -> None:
         """Choose the next id of each sample of a space and put it into `feed` (rows,)."""
-        span, head = group.span, self.heads[group.span.space]
+        span, predict = group.span, self.predict[group.span.space]
 
         def logits_of(index: Tensor) -> Tensor:
-            return F.linear(self.hidden[index], head).float()
+            logits: Tensor = predict(self.hidden[index]).float()
+            return logits
 
         own = logits = logits_of(group.index)
         if len(group.partners):
@@ -496,8 +500,6 @@ class Engine:
     def _read(self, feed: np.ndarray) -> None:
         """One forward pass over the ids just chosen."""
         assert self.cache is not None
-        tokens = torch.from_numpy(feed).to(self.device.torch)
-        view = View(self.cache, self.used, 1, 1, held=int(self.lengths[: self.used].max()))
-        x = F.embedding(tokens, self.table)[:, None]
-        self.hidden[: self.used] = self.model.backbone(x, view=view)[:, 0].to(self.hidden.dtype)
+        x = F.embedding(torch.from_numpy(feed).to(self.device.torch), self.table)
+        self.hidden[: self.used] = self.decoder.step(x, self.cache, self.lengths[: self.used])
         self.lengths[: self.used] += 1

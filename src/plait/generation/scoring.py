@@ -63,9 +63,10 @@ def _tree(engine: Engine, contexts: list[Sequence], texts: list[list[int]]) -> n
     model, device = engine.model, engine.device.torch
     span, head = engine.spans["text"], engine.heads["text"]
     assert span.end is not None
-    with torch.inference_mode(), engine.device.autocast():
+    with torch.inference_mode():
         batch = collate(contexts, model.media, model.vocabulary.pad).to(device)
-        trunk = model.inputs(batch, engine.table)  # (B, C, D)
+        with engine.device.autocast():
+            trunk = model.inputs(batch, engine.table)  # (B, C, D)
         rows, columns = batch.tokens.shape
         ids = [token for text in texts for token in text]
         owner = torch.tensor([i for i, text in enumerate(texts) for _ in text], dtype=torch.long, device=device)
@@ -79,7 +80,7 @@ def _tree(engine: Engine, contexts: list[Sequence], texts: list[list[int]]) -> n
         mask[:, :columns, :columns] = at <= at[:, None]
         mask[:, columns:, :columns] = (at < batch.lengths[:, None])[:, None]
         mask[:, columns:, columns:] = (owner == owner[:, None]) & (place <= place[:, None])
-        hidden = model.backbone(x, positions=positions, mask=mask[:, None])
+        hidden = engine.decoder(x, positions=positions, mask=mask[:, None])
         last = hidden[torch.arange(rows, device=device), batch.lengths - 1].to(head.dtype)
         first = torch.tensor([text[0] if text else span.end for text in texts], device=device)
         scores = F.linear(last, head).float().log_softmax(-1)[:, first]  # (B, texts)
@@ -106,7 +107,7 @@ def embed(engine: Engine, sequences: list[Sequence], most: int = 256) -> np.ndar
         part = [sequences[row] for row in rows]
         with torch.inference_mode(), engine.device.autocast():
             batch = collate(part, model.media, model.vocabulary.pad).to(engine.device.torch)
-            hidden = model.backbone(model.inputs(batch, engine.table))
+            hidden = engine.decoder(model.inputs(batch, engine.table))
             edges = torch.tensor([sequence.spans[0][1:] for sequence in part], device=hidden.device)
             pooled = model.pool(hidden, torch.arange(len(part), device=hidden.device), edges[:, 0], edges[:, 1])
         found[rows] = pooled.float().cpu().numpy()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from plait.modalities import MODALITIES, SETTINGS
 from plait.modalities.base import MediaModality, Vocabulary
 from plait.modalities.quantizer import FSQ
-from plait.model.transformer import Transformer, TransformerConfig, View
+from plait.model.transformer import Transformer, TransformerConfig
 
 IGNORE = -100  # no target here
 
@@ -228,10 +228,6 @@ class Multimodal(nn.Module):
         weight = inside.to(hidden.dtype) / (stops - starts)[:, None].to(hidden.dtype)
         mean = torch.bmm(weight[:, None], hidden[rows])[:, 0]
         return F.normalize(self.project(mean).float(), dim=-1)
-
-    def prefill(self, batch: Batch, view: View, table: Tensor | None = None) -> Tensor:
-        """Hidden states (B, L, D) of a context, its keys and values going into the rows of a cache."""
-        return self.backbone(self.inputs(batch, table), view=view)
 
     def parameter_count(self) -> dict[str, int]:
         """Parameters by part."""

@@ -144,19 +144,18 @@ class View:
     def __init__(
         self,
         cache: KVCache,
-        rows: Tensor | int,
-        count: Tensor | int,
+        rows: Tensor,
+        count: Tensor,
         longest: int,
         held: int | None = None,
     ) -> None:
-        """`rows` (B,) are indices into the cache, or an integer n for its first n rows, which are then not gathered;
-        `count` (B,) is how many of the `longest` new positions each one really has. `held` is the greatest length of
-        these rows where the caller knows it, which spares a wait for the device; 0 says that they are all empty."""
+        """`rows` (B,) are indices into the cache; `count` (B,) is how many of the `longest` new positions each one
+        really has. `held` is the greatest length of these rows where the caller knows it, which spares a wait for the
+        device; 0 says that they are all empty."""
         device = cache.lengths.device
         self.cache = cache
         self.rows = rows
-        self.index = torch.arange(rows, device=device) if isinstance(rows, int) else rows
-        start = cache.lengths[:rows] if isinstance(rows, int) else cache.lengths[rows]
+        start = cache.lengths[rows]
         self.new_lengths = start + count
         held = int(start.max()) if held is None else held
         self.total = min(held + longest, cache.capacity)
@@ -172,16 +171,15 @@ class View:
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (B, K, L, E); return all of these rows so far, (B, K, total, E)."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        at = (self.index[:, None], slice(None), self.positions)
+        at = (self.rows[:, None], slice(None), self.positions)
         keys[at] = k.transpose(1, 2).to(keys.dtype)
         values[at] = v.transpose(1, 2).to(values.dtype)
         if self.fresh:
             return k, v
-        rows = slice(self.rows) if isinstance(self.rows, int) else self.rows
-        return keys[rows, :, : self.total].to(k.dtype), values[rows, :, : self.total].to(v.dtype)
+        return keys[self.rows, :, : self.total].to(k.dtype), values[self.rows, :, : self.total].to(v.dtype)
 
     def finish(self) -> None:
-        self.cache.lengths[self.index] = self.new_lengths
+        self.cache.lengths[self.rows] = self.new_lengths
 
 
 class Block(nn.Module):
