@@ -45,7 +45,7 @@ OutOption = Annotated[Path | None, typer.Option("-o", "--out", help="Where to wr
 
 def main() -> None:
     """Run the command line; a user's mistake ends in one message and exit code 1."""
-    from plait.runtime import PlaitError
+    from plait.runtime import PlaitError, Terminated
 
     try:
         app()
@@ -56,6 +56,8 @@ def main() -> None:
     except KeyboardInterrupt:
         err.print("\nStopped.")
         sys.exit(130)
+    except Terminated:
+        sys.exit(143)
 
 
 def _plain(text: str) -> str:
@@ -186,6 +188,10 @@ def train(
     learning_rate: Annotated[float | None, typer.Option(help="The schedule's peak.")] = None,
     init_from: Annotated[str | None, typer.Option(help="A Hugging Face GPT-2, Llama or Qwen3 to start from.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, order and augmentation.")] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; else at validations.")] = None,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="Go on with a run though its recipe or data changed.")
+    ] = False,
     processes: Annotated[
         int, typer.Option(min=1, help="So many processes on this machine, as torchrun would start them.")
     ] = 1,
@@ -193,8 +199,8 @@ def train(
     accumulate: Annotated[int | None, typer.Option(help="Compute each batch in so many parts.")] = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Train a model. Ctrl-C leaves a usable run, and the same command goes on from it, with as many processes as
-    you like; docs/cluster.md has torchrun, SLURM and Kubernetes.
+    """Train a model. Ctrl-C and SIGTERM leave a usable run, and the same command goes on from it, with as many
+    processes as you like.
 
     Example: plait train data/photos -o runs/photos --size tiny --minutes 10
     """
@@ -206,33 +212,79 @@ def train(
 
     training = {
         "minutes": minutes, "steps": steps, "seed": seed, "batch_size": batch_size, "learning_rate": learning_rate,
-        "parallel": parallel, "accumulate": accumulate,
+        "save_every": save_every, "parallel": parallel, "accumulate": accumulate,
     }  # fmt: skip
     settings = load_recipe(recipe, {"model": {"size": size, "init_from": init_from}, "training": training})
     with distributed.processes() as group:
         out.quiet = err.quiet = not group.first
         with group.in_turn():
             prepared = _dataset(dataset, run, settings)
-        _train(prepared, run, settings, device, group)
+        _train(prepared, run, settings, device, allow_changes, group)
     out.print(f"Next: plait evaluate {run}")
 
 
-def _train(dataset: Dataset, run: Path, recipe: Any, device: str, group: Group | None = None) -> None:
+def _train(
+    dataset: Dataset, run: Path, recipe: Any, device: str, allow_changes: bool = False, group: Group | None = None
+) -> None:
     from plait.evaluation.report import Findings, read_run, write_report
+    from plait.runtime import Terminated
     from plait.training.trainer import describe
     from plait.training.trainer import train as fit
 
     with _Bar() as bar:
         try:
-            fit(dataset, run, recipe, bar.training, device, group=group)
-        except KeyboardInterrupt:
-            usable = (run / "checkpoints" / "best").exists()
-            state = "The run can be used as it is" if usable else "There is no checkpoint yet"
-            err.print(f"\nStopped. {state}; the same command goes on from here: {run}")
+            fit(dataset, run, recipe, bar.training, device, allow_changes=allow_changes, group=group)
+        except (KeyboardInterrupt, Terminated) as stop:
+            last = run / "checkpoints" / "last"
+            state = f"Saved: {last.resolve().name}" if last.exists() else "There is no checkpoint yet"
+            how = "Stopped by SIGTERM" if isinstance(stop, Terminated) else "Stopped"
+            err.print(f"\n{how}. {state}; the same command goes on from there: {run}")
             raise
     if group is None or group.first:
         write_report(run / "report.html", {}, Findings(), read_run(run, dataset.path))
         out.print(_plain(describe(run)))
+
+
+checkpoint_app = typer.Typer(
+    no_args_is_help=True,
+    help="List and verify the checkpoints of a run.\n\nExample: plait checkpoint verify runs/photos",
+)
+app.add_typer(checkpoint_app, name="checkpoint")
+RunArgument = Annotated[Path, typer.Argument(help="A run's folder.")]
+
+
+@checkpoint_app.command("list")
+def list_checkpoints(run: RunArgument) -> None:
+    """Show the checkpoints of a run, the newest first.
+
+    Example: plait checkpoint list runs/photos
+    """
+    from plait.training.saving import describe
+
+    table = Table("step", "", "MB", "validation", "state", box=None, header_style="bold")
+    for row in describe(run):
+        losses = "  ".join(f"{name} {value:.3f}" for name, value in row["validation"].items())
+        state = "[red]damaged[/red]" if row["wrong"] else "whole"
+        table.add_row(str(row["step"]), " ".join(row["names"]), f"{row['bytes'] / 1e6:.1f}", _plain(losses), state)
+    out.print(table)
+
+
+@checkpoint_app.command("verify")
+def verify_checkpoints(run: RunArgument) -> None:
+    """Compare every file of a run's checkpoints with its sha256; exit code 1 where one is damaged.
+
+    Example: plait checkpoint verify runs/photos
+    """
+    from plait.training.saving import describe
+
+    damaged = 0
+    for row in describe(run):
+        damaged += bool(row["wrong"])
+        out.print(f"step {row['step']}: {'damaged' if row['wrong'] else 'whole'}")
+        for line in row["wrong"]:
+            out.print(f"  [red]{_plain(line)}[/red]")
+    if damaged:
+        sys.exit(1)
 
 
 @app.command()

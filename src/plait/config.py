@@ -62,6 +62,8 @@ class TrainingRecipe(_Settings):
     warmup: float = Field(0.04, ge=0, lt=1)  # share of the steps
     weight_decay: float = Field(0.05, ge=0)
     clip: float = Field(1.0, gt=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)  # share of each target spread over what is possible there
+    ema: float | None = Field(None, gt=0, lt=1)  # decay of an average of the weights, which is then what is used
     betas: tuple[float, float] = (0.9, 0.98)
     weights: dict[str, float] = {}  # of objectives: text, image, audio (1), contrastive (.5); 0: never written
     drop_condition: float = Field(0.1, ge=0, lt=1)  # share of samples written without their condition
@@ -73,6 +75,10 @@ class TrainingRecipe(_Settings):
     accumulate: int = Field(1, ge=1)  # parts of a batch that are computed one after the other, to save memory
     parallel: Literal["ddp", "fsdp"] = "ddp"  # many processes: a whole model each, or the backbone's blocks sharded
     recompute: bool = False  # the backbone's activations in the backward pass, to save memory
+    save_every: int | None = Field(None, ge=1)  # steps; by itself at every validation
+    keep: int = Field(2, ge=1)  # newest checkpoints, beside the best of each
+    keep_every: int | None = Field(None, ge=1)  # steps whose multiples are kept too, where they were saved
+    log_records: bool = False  # records.jsonl: the loss and the record ids of every step
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     seed: int = 0
 

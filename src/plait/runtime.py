@@ -8,6 +8,8 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,10 @@ class DivergedError(PlaitError):
     """A loss that is not finite, or that exploded: these settings do not train."""
 
 
+class Terminated(BaseException):
+    """SIGTERM came. Like KeyboardInterrupt, nobody's `except Exception` may swallow it; exit code 143."""
+
+
 # --- device and precision ---------------------------------------------------------------------------------------
 
 
@@ -39,11 +45,15 @@ class Device:
     def torch(self) -> torch.device:
         return torch.device(self.name)
 
+    @property
+    def kind(self) -> str:
+        return self.name.split(":")[0]
+
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Mixed precision as this device does it, or nothing where fp32 is the choice."""
         if self.dtype is torch.float32:
             return contextlib.nullcontext()
-        return torch.autocast(self.name.split(":")[0], dtype=self.dtype)
+        return torch.autocast(self.kind, dtype=self.dtype)
 
 
 def choose_device(name: str = "auto", precision: str = "auto", training: bool = False) -> Device:
@@ -150,8 +160,17 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         ) from error
 
 
+def json_text(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
+
+
 def write_json(path: Path, value: object) -> None:
-    write_atomic(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+    write_atomic(path, json_text(value))
+
+
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """A dictionary with the sha256 of its JSON text under "seal", so that a changed byte shows; see `read_sealed`."""
+    return {**value, "seal": hashlib.sha256(json_text(value).encode()).hexdigest()}
 
 
 def read_json(path: Path) -> Any:
@@ -164,6 +183,15 @@ def read_json(path: Path) -> Any:
         raise PlaitError(f"{path} cannot be read as JSON: {error}.") from error
 
 
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The dictionary in a file that `sealed` made. Raises PlaitError naming the file where any byte is another."""
+    value = read_json(path)
+    body = {name: part for name, part in value.items() if name != "seal"} if isinstance(value, dict) else {}
+    if not body or path.read_bytes() != json_text(sealed(body)).encode():
+        raise PlaitError(f"{path} was altered or cut: it does not match its own seal.")
+    return body
+
+
 @contextlib.contextmanager
 def publish_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder to fill; on success it takes the place of `path`: written aside, fsynced, renamed.
@@ -172,7 +200,7 @@ def publish_folder(path: Path) -> Iterator[Path]:
     own, and the next publication puts it back or clears it away. Raises PlaitError where nothing can be written.
     """
     path = Path(path)
-    _clear_leftovers(path)
+    clear_leftovers(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     try:
@@ -202,19 +230,49 @@ def publish_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def _clear_leftovers(path: Path) -> None:
-    """Put back or remove what a killed process left while it published this folder."""
+def clear_leftovers(path: Path) -> None:
+    """Put back or remove what a killed process left while it published this folder; the caller is its one writer."""
     for left in sorted(path.parent.glob(f".{path.name}.*")):
         process, _, kind = left.name.removeprefix(f".{path.name}.").partition(".")
         if kind not in ("tmp", "old") or not process.isdecimal() or _alive(int(process)):
             continue
         if kind == "old" and not path.exists():
             left.rename(path)
-        elif left.is_dir():
+        elif left.is_dir() and not left.is_symlink():
             shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def point(link: Path, target: str) -> None:
+    """Make `link` a relative symbolic link to `target`, whatever stood there; a reader sees the old or the new one."""
+    aside = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+    try:
+        if link.is_symlink() and str(link.readlink()) == target:
+            return
+        clear_leftovers(link)
+        if link.is_dir() and not link.is_symlink():  # a copy that followed links
+            link.rename(aside)
+            shutil.rmtree(aside)
+        aside.symlink_to(target)
+        aside.replace(link)
+        fsync_folder(link.parent)
+    except OSError as error:
+        raise PlaitError(f"Cannot write {link}: {error.strerror}. Free space or choose another folder.") from error
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that a kill leaves it whole or gone; `clear_leftovers` takes what is left."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with contextlib.suppress(OSError):
+        path.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _alive(process: int) -> bool:
+    """Whether another process has this number: in a restarted container, one's own is often that of the dead."""
+    if process == os.getpid():
+        return False
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -246,3 +304,56 @@ def only_writer(folder: Path) -> Iterator[None]:
         lock.write(str(os.getpid()))
         lock.flush()
         yield
+
+
+# --- signals ----------------------------------------------------------------------------------------------------
+
+GRACE = 20  # seconds after SIGTERM in which a step, a validation or a save may come to its end
+
+
+class Signals:
+    """Ctrl-C and SIGTERM while a run trains. Outside of `held` they act at once; inside they are noted, and obeyed
+    where `check` is called. A second Ctrl-C, or the end of the grace, acts at once again."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._held = False
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt or Terminated where a signal came."""
+        if self.received is not None:
+            raise KeyboardInterrupt if self.received == signal.SIGINT else Terminated
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """For what must not be cut in the middle."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+
+    def _receive(self, number: int, frame: object) -> None:
+        again = self.received is not None
+        self.received = signal.SIGTERM if number == signal.SIGALRM else number
+        if not self._held or (again and number != signal.SIGTERM):
+            self.check()
+        elif number == signal.SIGTERM:
+            signal.alarm(signal.alarm(0) or GRACE)
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[Signals]:
+    """Listen to Ctrl-C and SIGTERM; only the main thread can, elsewhere nothing is received."""
+    listening = Signals()
+    if threading.current_thread() is not threading.main_thread():
+        yield listening
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    before = [signal.signal(number, listening._receive) for number in numbers]
+    try:
+        yield listening
+    finally:
+        signal.alarm(0)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from plait.runtime import PlaitError
+from plait.runtime import PlaitError, write_atomic
 
 
 class Text:
@@ -47,7 +47,7 @@ class Text:
             raise PlaitError(f"{path} is not a tokenizer that can be read: {error}.") from error
 
     def save(self, path: Path) -> None:
-        self.tokenizer.save(str(path))
+        write_atomic(path, self.tokenizer.to_str(pretty=True))
 
     @property
     def size(self) -> int:

@@ -1,7 +1,13 @@
-"""A checkpoint is a folder in the Hugging Face layout with a manifest of sha256, written last. No pickle anywhere."""
+"""A checkpoint is a folder in the Hugging Face layout with a manifest of sha256, written last. No pickle anywhere.
+
+A run keeps its checkpoints side by side, `checkpoints/step-000200`; `best` and `last` are links to two of them.
+"""
 
 from __future__ import annotations
 
+import errno
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,13 +16,15 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from plait.config import GenerationConfig
 from plait.modalities.text import Text
 from plait.model.multimodal import ModelConfig, Multimodal
-from plait.runtime import PlaitError, publish_folder, read_json, sha256_file, write_atomic, write_json
+from plait.runtime import PlaitError, json_text, publish_folder, read_json, read_sealed, sealed, sha256_file
 
-VERSION = 1
+VERSION = 1  # of config.json
+MANIFEST = 2  # since manifests are sealed
 
 
 @dataclass
@@ -30,30 +38,68 @@ class Checkpoint:
     training: dict[str, Any] = field(default_factory=dict)  # how it came to be: data, step, validation, seed
 
 
-def save(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write the folder, taking the place of an older one. Raises PlaitError where it cannot be written."""
-    model = checkpoint.model
-    config = model.config.model_dump()
+def save(
+    checkpoint: Checkpoint,
+    folder: Path,
+    tensors: dict[str, Tensor] | None = None,
+    more: Callable[[Path], None] | None = None,
+) -> None:
+    """Write the folder, taking the place of an older one. Raises PlaitError where it cannot be written.
+
+    `tensors` are the weights, those of the model where left out; `more` writes what else belongs into the folder
+    that it is given, before the manifest is made.
+    """
+    config = checkpoint.model.config.model_dump()
     settings = config.pop("modalities")
+    facts = {"labels": checkpoint.labels, "training": checkpoint.training}
     with publish_folder(folder) as aside:
-        write_json(
-            aside / "config.json",
-            {
-                "model_type": "plait",
-                "version": VERSION,
-                **config,
-                "labels": checkpoint.labels,
-                "training": checkpoint.training,
-            },
-        )
+        write_json(aside / "config.json", {"model_type": "plait", "version": VERSION, **config, **facts})
         write_json(aside / "preprocessor_config.json", settings)
         write_json(aside / "generation_config.json", checkpoint.generation.model_dump())
-        checkpoint.text.save(aside / "tokenizer.json")
-        tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-        save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
-        write_atomic(aside / "README.md", model_card(checkpoint))
-        files = {f.name: sha256_file(f) for f in sorted(aside.iterdir())}
-        write_json(aside / "manifest.json", {"version": VERSION, "sha256": files})
+        (aside / "tokenizer.json").write_text(checkpoint.text.tokenizer.to_str(pretty=True), encoding="utf-8")
+        write_tensors(aside / "model.safetensors", checkpoint.model.state_dict() if tensors is None else tensors)
+        (aside / "README.md").write_text(model_card(checkpoint), encoding="utf-8")
+        if more is not None:
+            more(aside)
+        files = [f for f in sorted(aside.rglob("*")) if f.is_file()]
+        sums = {f.relative_to(aside).as_posix(): sha256_file(f) for f in files}
+        write_json(aside / "manifest.json", sealed({"version": MANIFEST, "sha256": sums}))
+
+
+def write_json(path: Path, value: object) -> None:
+    """Into a folder that is still aside: whoever publishes it makes it last."""
+    path.write_text(json_text(value), encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file, into a folder that is still aside. Raises OSError where it cannot be written."""
+    whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    try:
+        save_file(whole, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error)) from error
+
+
+def series(folder: Path) -> dict[int, Path]:
+    """Step -> the folder of its checkpoint, the newest first, of a run's `checkpoints` folder. The names alone order
+    them: a clock may jump, and a copy loses its times."""
+    found = {}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if (match := re.fullmatch(r"step-(\d+)", path.name)) and path.is_dir():
+            found[int(match[1])] = path
+    return dict(sorted(found.items(), reverse=True))
+
+
+def newest_whole(folder: Path) -> tuple[int, list[str]]:
+    """The newest step of a run's `checkpoints` folder whose checkpoint is whole, 0 where there is none, and what is
+    wrong with the newer ones."""
+    wrong: list[str] = []
+    for step, path in series(folder).items():
+        found = verify(path)
+        if not found:
+            return step, wrong
+        wrong += found
+    return 0, wrong
 
 
 def verify(folder: Path) -> list[str]:
@@ -62,16 +108,26 @@ def verify(folder: Path) -> list[str]:
     if not manifest.is_file():
         return [f"{manifest} is missing: the checkpoint was not finished"]
     try:
-        sums = read_json(manifest)["sha256"].items()
-    except (PlaitError, KeyError, TypeError, AttributeError) as error:
-        return [f"{manifest} is damaged: {error}"]
+        value = read_json(manifest)
+        if "seal" in value or value["version"] != 1:
+            value = read_sealed(manifest)
+        if value["version"] > MANIFEST:
+            return [f"{manifest} is of version {value['version']}; this Plait reads up to {MANIFEST}"]
+        sums = value["sha256"].items()
+    except PlaitError as error:
+        return [str(error).rstrip(".")]
+    except (KeyError, TypeError, AttributeError) as error:
+        return [f"{manifest} is damaged: {error!r}"]
     wrong = []
     for name, wanted in sums:
         file = folder / name
-        if not file.is_file():
-            wrong.append(f"{file} is missing")
-        elif sha256_file(file) != wanted:
-            wrong.append(f"{file} was altered or cut: its sha256 differs from the manifest's")
+        try:
+            if not file.is_file():
+                wrong.append(f"{file} is missing")
+            elif sha256_file(file) != wanted:
+                wrong.append(f"{file} was altered or cut: its sha256 differs from the manifest's")
+        except OSError as error:
+            wrong.append(f"{file} cannot be read: {error.strerror}")
     return wrong
 
 

@@ -11,18 +11,26 @@ from plait.model.multimodal import IGNORE, Multimodal
 CHUNK = 2**22  # logits that exist at one time
 
 
-def negative_log_likelihood(hidden: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
-    """-log P of each target: hidden (N, D), rows (R, D), targets (N,) below R; returns (N,) in nats, fp32."""
+def negative_log_likelihood(hidden: Tensor, rows: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    """-log P of each target: hidden (N, D), rows (R, D), targets (N,) below R; returns (N,) in nats, fp32.
+
+    `smoothing` is the share of each target that is spread evenly over all R (Szegedy et al., 2016).
+    """
     step = max(CHUNK // len(rows), 1)
     parts = [
-        F.cross_entropy((hidden[i : i + step] @ rows.t()).float(), targets[i : i + step], reduction="none")
+        F.cross_entropy(
+            (hidden[i : i + step] @ rows.t()).float(),
+            targets[i : i + step],
+            reduction="none",
+            label_smoothing=smoothing,
+        )
         for i in range(0, len(hidden), step)
     ]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def likelihoods(
-    model: Multimodal, hidden: Tensor, targets: Tensor, restricted: bool = True
+    model: Multimodal, hidden: Tensor, targets: Tensor, restricted: bool = True, smoothing: float = 0.0
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Space -> (sum of -log P in nats, count) over the targets (B, L) that lie in it.
 
@@ -39,9 +47,9 @@ def likelihoods(
             continue
         if table is None:
             rows = model.predicting.space(space).to(states.dtype)
-            loss = negative_log_likelihood(states[chosen], rows, wanted[chosen] - start)
+            loss = negative_log_likelihood(states[chosen], rows, wanted[chosen] - start, smoothing)
         else:
-            loss = negative_log_likelihood(states[chosen], table, wanted[chosen])
+            loss = negative_log_likelihood(states[chosen], table, wanted[chosen], smoothing)
         found[space] = loss.sum(), chosen.sum()
     return found
 

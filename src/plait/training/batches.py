@@ -241,10 +241,12 @@ class Sampler:
         return epoch, self.items[self.order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]]
 
     def step(self, step: int, part: int = 0, parts: int = 1) -> Step:
-        """The batches of a step, or of one of the parts into which its items are cut, as equal as may be. A part with
-        nothing to read or write is one padding token."""
+        """The batches of a step, or of one of the parts into which its items are cut, as equal as may be."""
         epoch, items = self.members(step)
-        items = np.array_split(items, parts)[part]
+        return self.build(epoch, np.array_split(items, parts)[part])
+
+    def build(self, epoch: int, items: np.ndarray) -> Step:
+        """The batches that items (N, 2) of an epoch become; with nothing to read or write, one padding token."""
         records = items[:, 0]
         draws = {use: uniform(self.seed, epoch, records, items[:, 1], use) for use in (TARGET, SOURCE, DROP, OFFSET)}
         samples, codes = self._media(epoch, records)

@@ -11,14 +11,17 @@ import hashlib
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -245,3 +248,39 @@ def is_shard(tensor: Tensor) -> bool:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with the rows of all processes, which must all ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+# --- sharded files ----------------------------------------------------------------------------------------------
+
+
+def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Each process writes its shards into one folder, as safetensors files that say which rows they hold
+    (torch.distributed.checkpoint). Raises PlaitError where one of them could not."""
+    try:
+        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    except dcp.CheckpointException as error:
+        causes = "; ".join(str(cause) for cause, _ in error.failures.values())
+        raise PlaitError(f"Cannot write {folder}: {causes}. Free space, then go on with the run.") from None
+
+
+def stored_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors in the safetensors files of a folder, sharded or not, without their values."""
+    found = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {
+        name: torch.empty(kind.size, dtype=kind.properties.dtype, device="meta")
+        for name, kind in found.items()
+        if isinstance(kind, dcp.TensorStorageMetadata)
+    }
+
+
+def read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill tensors, or the shards of tensors that this process holds, from the safetensors files of a folder, however
+    many processes wrote them. Raises PlaitError where a file does not fit."""
+    alone = not dist.is_initialized()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that nobody else takes part
+            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=alone)
+    except dcp.CheckpointException as error:
+        causes = "; ".join(str(cause) for cause, _ in error.failures.values())
+        raise PlaitError(f"{folder} is not a checkpoint that this run can go on from: {causes}.") from None

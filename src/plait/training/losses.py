@@ -41,7 +41,9 @@ class Passes(nn.Module):
         super().__init__()
         self.model, self.device = model, device
 
-    def forward(self, step: Step, restricted: bool, embed: bool, likelihood: bool = True) -> Output:
+    def forward(
+        self, step: Step, restricted: bool, embed: bool, likelihood: bool = True, smoothing: float = 0.0
+    ) -> Output:
         model, device = self.model, self.device.torch
         sums: dict[str, Tensor] = {}
         embedded: list[Tensor] = []
@@ -50,7 +52,9 @@ class Passes(nn.Module):
             on_device = batch.to(device)
             with self.device.autocast():
                 hidden = model(on_device)
-                found = likelihoods(model, hidden, on_device.targets, restricted) if likelihood else {}
+                found = {}
+                if likelihood:
+                    found = likelihoods(model, hidden, on_device.targets, restricted, smoothing)
             for space, (total, _) in found.items():
                 sums[space] = sums[space] + total if space in sums else total
             chosen = np.flatnonzero(records >= 0)
@@ -91,6 +95,7 @@ def step_losses(
     restricted: bool = True,
     weights: Mapping[str, float] | None = None,
     key: int = 0,
+    smoothing: float = 0.0,
 ) -> tuple[dict[str, float], int]:
     """Objective -> its loss over the global batch, each likelihood a mean per token; and the tokens of it.
 
@@ -116,7 +121,7 @@ def step_losses(
 
     def run(index: int, likelihood: bool = True, last: bool = True) -> Output:
         torch.manual_seed(key + index)
-        return network(parts[index], restricted, bool(pairs), likelihood, last=last)
+        return network(parts[index], restricted, bool(pairs), likelihood, smoothing, last=last)
 
     with torch.set_grad_enabled(learning):
         single = run(0) if len(parts) == 1 else None

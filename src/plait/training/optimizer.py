@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from plait.training.distributed import is_shard
 
@@ -37,3 +39,38 @@ def learning_rate_at(step: int, steps: int, peak: float, warmup: float) -> float
     if step < rise:
         return peak * (step + 1) / rise
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1)))
+
+
+class Average:
+    """An exponential moving average of a model's trainable weights; its memory grows to that of `decay`."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model, self.decay = model, decay
+        self.weights: dict[str, Tensor] = {name: p.detach().clone() for name, p in self._trainable()}
+
+    def _trainable(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after a step. Early on the average is short, so that it forgets where it began."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for sharded in (False, True):
+            mine = [(self.weights[name], p.detach()) for name, p in self._trainable() if is_shard(p) == sharded]
+            if mine:
+                torch._foreach_lerp_([w for w, _ in mine], [p for _, p in mine], 1 - decay)
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Within, the model computes with the average; after, with its own weights again, to the bit."""
+        own = {name: p.detach().clone() for name, p in self._trainable()}
+        self._fill(self.weights)
+        try:
+            yield
+        finally:
+            self._fill(own)
+
+    @torch.no_grad()
+    def _fill(self, weights: dict[str, Tensor]) -> None:
+        for name, parameter in self._trainable():
+            parameter.copy_(weights[name])

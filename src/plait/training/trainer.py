@@ -1,55 +1,63 @@
 """From a dataset to a run: tokenizer, codecs, then the model, with validation, checkpoints and a log.
 
-A run folder holds `run.json` (what was decided, once), `log.jsonl`, `codecs/`, `checkpoints/{best,last}`, `cache/`
-and TensorBoard events. The same command on the same folder goes on where the run stopped.
+A run folder holds `run.json` (what was decided, once), `log.jsonl`, `codecs/`, `checkpoints/step-*` with the links
+`best` and `last`, `cache/` and TensorBoard events. The same command on the same folder goes on where the run stopped.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import shutil
+import signal
 import time
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
+from safetensors.torch import save as tensors_to_bytes
 
-from plait.config import SIZES, Recipe
+from plait.config import SIZES, Recipe, parse_recipe
 from plait.data.dataset import Dataset
 from plait.modalities.text import Text
-from plait.model import checkpoint as checkpoints
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import Multimodal
 from plait.runtime import (
     Device,
     DivergedError,
     PlaitError,
+    Signals,
+    Terminated,
     choose_device,
     only_writer,
     read_json,
+    sha256_file,
+    signals,
     threads,
     uniform,
+    write_atomic,
     write_json,
 )
 from plait.training.batches import PASS, Sampler, Split, add_codes, load_split, room_needed
 from plait.training.codecs import train_codec
 from plait.training.distributed import Group, Network
+from plait.training.log import Log
 from plait.training.losses import Passes, step_losses, weighted
-from plait.training.optimizer import learning_rate_at, make_optimizer
+from plait.training.optimizer import Average, learning_rate_at, make_optimizer
+from plait.training.saving import Position, Saver, restore
 from plait.training.setup import label_columns, model_config
 
 UNRESTRICTED, DROPOUT = 17, 18  # keys of `uniform`: for steps with the whole softmax, and for what a step hides
 CALIBRATION = 8  # steps that a time budget is measured by
-MANNER = ("accumulate", "parallel", "recompute")  # settings that change how a step is computed, not what
 FEW = 10_000  # samples below which what is written is augmented too
+# Settings that a run may change as it goes: none of them changes what a step computes.
+FREE = ("save_every", "keep", "keep_every", "log_records", "accumulate", "parallel", "recompute")
 
 
 @dataclass
@@ -83,6 +91,7 @@ class Run:
         self.batch_size = self.settings.batch_size or self.size.batch_size
         self.peak = self.settings.learning_rate or self.size.learning_rate
         self.facts: dict[str, Any] = {}
+        self.changed = False  # whether the recipe or the data are not those that the run began with
 
     @property
     def minutes(self) -> float:
@@ -94,34 +103,57 @@ class Run:
         if self.group.first:
             write_json(self.folder / "run.json", self.facts)
 
-    def open(self) -> bool:
-        """Begin or go on; True where the run had been finished. Refuses a folder of another recipe or dataset."""
+    def note(self, fact: str, name: str, value: Any) -> None:
+        """`decide` for one entry of a fact that holds one for each of several names."""
+        self.decide(**{fact: {**self.facts.get(fact, {}), name: value}})
+
+    def open(self, allow_changes: bool = False) -> bool:
+        """Begin or go on; True where the run had been finished. Refuses a folder of another recipe or dataset, unless
+        changes are allowed: then what depends on them is decided anew, and they are written down."""
         shards = "".join(shard.sha256 for shard in self.dataset.manifest.shards)
-        fingerprint = hashlib.sha256(shards.encode()).hexdigest()
-        wanted = {
+        wanted: dict[str, Any] = {
             "recipe": self.recipe.model_dump(mode="json"),  # as run.json gives it back
             "dataset": str(self.dataset.path),
-            "data": fingerprint,
+            "data": hashlib.sha256(shards.encode()).hexdigest(),
         }
         path = self.folder / "run.json"
         if not path.exists():
             shutil.rmtree(self.folder / "cache", ignore_errors=True)
             self.decide(
-                **wanted, seed=self.settings.seed, size=self.recipe.model.size, device=self.device.name,
-                threads=torch.get_num_threads(),
+                **wanted, seed=self.settings.seed, size=self.recipe.model.size, device=self.device.kind,
+                processes=self.group.size, threads=torch.get_num_threads(),
                 precision=str(self.device.dtype).removeprefix("torch."), torch=torch.__version__, started=time.time(),
             )  # fmt: skip
             return False
         self.facts = read_json(path)
-        for name in ("recipe", "data"):
-            old, new = self.facts.get(name), wanted[name]
-            if name == "recipe":  # what changes no step may change
-                old, new = (_without_manner(recipe) for recipe in (old, new))
-            if old != new:
+        if self.facts["device"] == self.device.kind:
+            self.device = Device(self.device.name, getattr(torch, self.facts["precision"]))
+        if self.facts.get("processes", 1) == self.group.size:
+            torch.set_num_threads(self.facts["threads"])
+        else:
+            self.decide(processes=self.group.size, threads=torch.get_num_threads())
+        old = parse_recipe(self.facts["recipe"], str(path)).model_dump(mode="json")
+        differences = {"recipe": _difference(_fixed(old), _fixed(wanted["recipe"])), "data": ""}
+        if self.facts["data"] != wanted["data"]:
+            differences["data"] = f" (sha256: was {self.facts['data'][:12]}, now {wanted['data'][:12]})"
+        changed = {name: text for name, text in differences.items() if text}
+        network = _difference(_network(old), _network(wanted["recipe"]))
+        for name, text in changed.items():
+            if not allow_changes or network:
+                other = "; the network of a run cannot change" if allow_changes else ", or pass --allow-changes"
                 raise PlaitError(
                     f"{self.folder} holds a run of another {'dataset' if name == 'data' else 'recipe'}"
-                    f"{_difference(old, new)}. Choose another folder with -o, or delete it."
+                    f"{network if allow_changes else text}. Choose another folder with -o, or delete it{other}."
                 )
+        if changed:
+            self.changed = True
+            for name in ("steps", "revised", "finished", "stopped_early"):
+                self.facts.pop(name, None)
+            told = "".join(changed.values()).strip()
+            self.facts["changes"] = [*self.facts.get("changes", []), told]
+            self.report(Progress("note", 1, 1, note=f"going on with changes: {told}"))
+        if any(self.facts[name] != value for name, value in wanted.items()):
+            self.decide(**wanted)
         return "finished" in self.facts
 
     def steps_from(self, number: int) -> int:
@@ -142,37 +174,38 @@ class Run:
     def codecs(self, model: Multimodal, splits: dict[str, Split]) -> None:
         """Train each codec, or read it again; then encode all media."""
         anew = False
+        trained = (self.facts if self.source == self.folder else read_json(self.source / "run.json")).get("codecs", {})
         for name, modality in model.media.items():
             path = self.source / "codecs" / f"{name}.safetensors"
-            if path.exists():
-                modality.codec.load_state_dict(load_file(path))
-                modality.codec.eval().requires_grad_(False)
-                continue
+            known = trained.get(name)
+            if known and path.exists():
+                if known["sha256"] == sha256_file(path):
+                    modality.codec.load_state_dict(load_file(path))
+                    modality.codec.eval().requires_grad_(False)
+                    continue
+                if self.source != self.folder:
+                    raise PlaitError(f"{path} was altered or cut. Go on with that run first, which mends it.")
+                note = f"{path} was altered or cut; it is trained again, which makes it what it was"
+                self.report(Progress("note", 1, 1, note=note))
             stores = [splits["train"].media[c] for c, m in self.dataset.columns.items() if m == name]
             result = train_codec(
                 modality,
                 stores,
-                steps=self.settings.codec_steps,
+                steps=self.facts.get("codec_steps", {}).get(name) or self.settings.codec_steps,
                 seconds=self.minutes * 60 * self.settings.codec_share,
                 learning_rate=self.settings.codec_learning_rate,
                 seed=self.settings.seed,
+                decide=partial(self.note, "codec_steps", name),
                 progress=lambda name, done, total, loss: self.report(
                     Progress(f"{name} codec", done, total, {"reconstruction": loss})
                 ),
             )
             path.parent.mkdir(exist_ok=True)
-            aside = path.with_suffix(".tmp")
-            save_file({k: v.contiguous() for k, v in modality.codec.state_dict().items()}, aside)
-            aside.replace(path)
-            self.decide(codecs={**self.facts.get("codecs", {}), name: result})
+            write_atomic(path, tensors_to_bytes({k: v.contiguous() for k, v in modality.codec.state_dict().items()}))
+            self.note("codecs", name, {**result, "sha256": sha256_file(path)})
             anew = True
         for name, split in splits.items():
             add_codes(split, self.dataset.columns, model.media, self.source / "cache", name, anew)
-
-
-def _without_manner(recipe: Any) -> Any:
-    training = {name: value for name, value in recipe["training"].items() if name not in MANNER}
-    return {**recipe, "training": training}
 
 
 def _difference(old: Any, new: Any, where: str = "") -> str:
@@ -180,7 +213,19 @@ def _difference(old: Any, new: Any, where: str = "") -> str:
     if isinstance(old, dict) and isinstance(new, dict):
         parts = [_difference(old.get(k), new.get(k), f"{where}.{k}".strip(".")) for k in {**old, **new}]
         return "".join(part for part in parts if part)
-    return "" if old == new else f" ({where or 'sha256'}: was {old}, now {new})"
+    return "" if old == new else f" ({where}: was {old}, now {new})"
+
+
+def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What of a recipe a run may not change by itself."""
+    training = {name: value for name, value in recipe["training"].items() if name not in FREE}
+    return {**recipe, "training": training}
+
+
+def _network(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What of a recipe fixes the network."""
+    backbone = {name: value for name, value in recipe["model"]["backbone"].items() if name != "dropout"}
+    return {"model": {**recipe["model"], "backbone": backbone}}
 
 
 def train(
@@ -190,24 +235,29 @@ def train(
     report: Report,
     device_name: str = "auto",
     reuse: Path | None = None,
+    allow_changes: bool = False,
     group: Group | None = None,
 ) -> Path:
-    """Train a model on a dataset into `folder`; returns its best checkpoint. Ctrl-C leaves a usable run.
+    """Train a model on a dataset into `folder`; returns its best checkpoint. Ctrl-C and SIGTERM leave a usable run.
 
     `reuse` names a run of the same data that is past its preparation: its tokenizer, codecs and cache serve again,
-    and the time that they took counts as this run's. Each process of a `group` calls this; the first of them prepares
-    and writes. Raises PlaitError for what the user can mend: no records, a folder of another run, a folder that is
-    not writable.
+    and the time that they took counts as this run's. Each process of a `group` calls this; the first one of them
+    prepares and writes.
+    Raises PlaitError for what the user can mend: no records, a folder of another run (unless `allow_changes`), a
+    folder that is not writable, a loss that explodes; KeyboardInterrupt or Terminated once the run was saved.
     """
     group = group or Group()
     device = group.device(choose_device(device_name, recipe.training.precision, training=True))
     torch.set_num_threads(threads())
-    with only_writer(folder) if group.first else nullcontext():
+    with only_writer(folder) if group.first else nullcontext(), signals() as listening:
         run = Run(folder, dataset, recipe, report, device, reuse, group)
         report = run.report
         best = folder / "checkpoints" / "best"
         with group.in_turn():
-            finished = run.open()
+            finished = run.open(allow_changes)
+            if group.first and not finished:
+                Dataset.open(dataset.path, verify=True)
+        run.changed = bool(group.told(run.changed))
         if finished:
             report(Progress("finished", 1, 1, note=f"{folder} is already trained; delete it to train again"))
             return best
@@ -241,7 +291,10 @@ def train(
                 f"The model's context of {config.backbone.max_length} tokens is too short for the media, which need "
                 f"{needed}. Raise model.backbone.context in the recipe, or take smaller pictures or shorter clips."
             )
-        if notes := splits["train"].notes:
+        notes = list(splits["train"].notes)
+        if len(splits["train"]) < run.batch_size:
+            notes.append(f"train has {len(splits['train'])} records, fewer than a batch of {run.batch_size} holds")
+        if notes:
             run.decide(notes=notes)
             report(Progress("note", 1, 1, note="; ".join(notes)))
         parameters = model.parameter_count()
@@ -254,21 +307,22 @@ def train(
         if "prepared" not in run.facts:
             before = read_json(reuse / "run.json")["prepared"] if reuse else 0.0
             run.decide(prepared=group.told(max(time.perf_counter() - begun, before)))
-        _optimise(run, model, text, splits, max(run.minutes * 60 - run.facts["prepared"], 1.0))
+        _optimise(run, model, text, splits, max(run.minutes * 60 - run.facts["prepared"], 1.0), listening)
         run.decide(finished=time.time())
         return best
 
 
-def _optimise(run: Run, model: Multimodal, text: Text, splits: dict[str, Split], seconds: float) -> None:
+def _optimise(
+    run: Run, model: Multimodal, text: Text, splits: dict[str, Split], seconds: float, listening: Signals
+) -> None:
     """The steps of the model itself."""
     settings, group, folder = run.settings, run.group, run.folder
+    model.backbone.recompute(settings.recompute)
+    network = Network(Passes(model, run.device), model.backbone, group, settings.parallel, run.device)
     context = model.config.backbone.max_length
 
     few = max((len(samples) for samples in splits["train"].media.values()), default=0) < FEW
     augment_targets = few if settings.augment_targets is None else settings.augment_targets
-
-    model.backbone.recompute(settings.recompute)
-    network = Network(Passes(model, run.device), model.backbone, group, settings.parallel, run.device)
 
     def sampler(name: str, batch_size: int, augment: bool, drop: float) -> Sampler:
         return Sampler(
@@ -296,70 +350,182 @@ def _optimise(run: Run, model: Multimodal, text: Text, splits: dict[str, Split],
         mine = range(group.rank * settings.accumulate, (group.rank + 1) * settings.accumulate)
         parts = [training.step(number, part, cut) for part in mine]
         optimizer.zero_grad(set_to_none=True)
-        losses, tokens = step_losses(network, parts, splits["train"], group, restricted, settings.weights, key)
-        norm = network.clip(settings.clip)
-        if not math.isfinite(norm):
-            names = ", ".join(splits["train"].ids[r] for r in training.members(number)[1][:8, 0])
-            raise DivergedError(
-                f"The loss is not finite at step {number} (records {names} ...). The last checkpoint is kept; "
-                "lower training.learning_rate, or look at these records."
-            )
+        losses, tokens = step_losses(
+            network, parts, splits["train"], group, restricted, settings.weights, key, settings.label_smoothing
+        )
+        if not (math.isfinite(network.clip(settings.clip)) and math.isfinite(weighted(losses, settings.weights))):
+            raise DivergedError(_not_finite(network, training, number))
         optimizer.step()
         return losses, tokens
 
+    together = group.size == 1  # whether all processes are at the end of the same step
+
+    def check() -> None:
+        """Obey a signal that any of the processes has received."""
+        nonlocal together
+        if group.any(listening.received is not None):
+            listening.received, together = listening.received or signal.SIGTERM, True
+            listening.check()
+
     model.train()
+    saver = Saver(folder / "checkpoints", settings.keep, settings.keep_every, group)
+    newest, wrong = saver.start()
+    if newest is None:
+        torch.manual_seed(settings.seed)  # the same whether codecs were trained just now or read
+    else:
+        for line in wrong:
+            run.report(Progress("note", 1, 1, note=f"{line}; going on from {newest}"))
+        _same_network(newest, model)
     if "steps" not in run.facts:
-        run.decide(steps=settings.steps or int(group.told(_calibrate(model, optimizer, one, seconds))))
+        run.decide(steps=settings.steps or saver.step + int(group.told(_calibrate(model, optimizer, one, seconds))))
         optimizer = make_optimizer([model], run.peak, settings.weight_decay, settings.betas)
     planned: int = run.facts["steps"]
     begun = time.perf_counter()
-    saver = _Saver(run, model, text, optimizer)
-    start = saver.resume()
-    steps = run.steps_from(start)
+    average = Average(model, settings.ema) if settings.ema else None
+    position = Position()
+    if newest is not None:
+        position = restore(newest, model, optimizer, average)
+        saver.point(position.step, position.best_step)
+        if run.changed:
+            position.first = None  # losses may be weighted differently now
+    start = position.step
     every = max(planned // settings.validations, 1)
-    log = _Log(folder)
-    recent: dict[str, list[float]] = {}
-    tokens, clock = 0, time.perf_counter()
-    number = start
+    labels = label_columns(run.dataset, context)
+    log = Log(folder, start, position.validated, settings.log_records, writes=group.first)
+
+    def save(scores: dict[str, float]) -> None:
+        facts = {"step": position.step, "seed": settings.seed, "validation": scores, "size": run.recipe.model.size}
+        log.sync()
+        whole = Checkpoint(model, text, labels, run.recipe.generation, facts)
+        saver.save(whole, optimizer, average, position)
+
+    def measure() -> dict[str, float]:
+        """Validate what is used, and beside an average the raw weights, for the report."""
+        if validating is None:
+            return {}
+        if average is not None:
+            log.write(position.step, "val_raw", validate(network, validating, splits["val"], group, check))
+        with average.used() if average else nullcontext():
+            scores = validate(network, validating, splits["val"], group, check)
+        log.write(position.step, "val", scores)
+        run.report(Progress("validation", position.step, run.steps_from(position.step), scores))
+        return scores
+
+    whole = True  # no step is half done
+    clock = time.perf_counter()
     try:
-        while number < steps and saver.stale < settings.patience:
-            if number == planned // 4 and start == 0 and settings.steps is None and "revised" not in run.facts:
-                _revise(run, number, planned, seconds, group.told(time.perf_counter() - begun))
-            steps = run.steps_from(number)
-            for options in optimizer.param_groups:
-                options["lr"] = learning_rate_at(number, steps, run.peak, settings.warmup)
-            losses, seen = one(number)
-            number += 1
-            tokens += seen
-            for name, value in losses.items():
-                recent.setdefault(name, []).append(value)
-            if number % 10 == 0 or number == steps:
-                now = time.perf_counter()
-                means = {name: float(np.mean(values)) for name, values in recent.items()}
-                log.write(number, "train", means, tokens / (now - clock), optimizer.param_groups[0]["lr"])
-                run.report(Progress("model", number, steps, means, tokens / (now - clock)))
-                recent, tokens, clock = {}, 0, now
-            if number % every == 0 or number == steps:
-                scores = validate(network, validating, splits["val"], group) if validating else {}
-                if scores:
-                    log.write(number, "val", scores)
-                    run.report(Progress("validation", number, steps, scores))
-                saver.save(number, scores, weighted(scores, settings.weights))
-                clock = time.perf_counter()
-    except KeyboardInterrupt:
-        saver.save(number, {}, math.inf)
+        with listening.held():
+            while True:
+                number = position.step
+                steps = run.steps_from(number)
+                scores: dict[str, float] = {}
+                if number and position.validated < number and (number % every == 0 or number >= steps):
+                    scores = measure()
+                    improved = position.judge(group.told(weighted(scores, settings.weights)) if scores else None)
+                    due = improved or settings.save_every is None
+                else:
+                    due = False
+                ends = number >= steps or position.stale >= settings.patience
+                if number > saver.step and (due or ends or (settings.save_every and number % settings.save_every == 0)):
+                    save(scores)
+                    clock = time.perf_counter()
+                if ends:
+                    break
+                saver.check()
+                check()
+                if number == planned // 4 and start == 0 and settings.steps is None and "revised" not in run.facts:
+                    _revise(run, number, planned, seconds, group.told(time.perf_counter() - begun))
+                    steps = run.steps_from(number)
+                for options in optimizer.param_groups:
+                    options["lr"] = learning_rate_at(number, steps, run.peak, settings.warmup)
+                whole = False
+                losses, seen = one(number)
+                if average is not None:
+                    average.update(number)
+                position.step += 1
+                position.tokens += seen
+                for name, value in losses.items():
+                    position.recent.setdefault(name, []).append(value)
+                records = training.members(number)[1][:, 0].tolist()
+                loss = weighted(losses, settings.weights)
+                log.write_records(position.step, loss, [splits["train"].ids[r] for r in records])
+                whole = True
+                if position.step % 10 == 0 or position.step == steps:
+                    now = time.perf_counter()
+                    rate, lr = position.tokens / (now - clock), optimizer.param_groups[0]["lr"]
+                    means = {name: float(np.mean(values)) for name, values in position.recent.items()}
+                    log.write(position.step, "train", means, rate, lr)
+                    _stable(position, weighted(means, settings.weights), records, splits["train"])
+                    position.recent, position.tokens, clock = {}, 0, now
+                    run.report(Progress("model", position.step, steps, means, rate))
+        saver.wait()
+    except (KeyboardInterrupt, Terminated):
+        if together:
+            with listening.held():
+                if whole and position.step > saver.step:
+                    save({})
+                saver.wait()
+                group.wait()  # a process that ends makes torchrun end the others
+        raise
+    except BaseException:
+        saver.join()
         raise
     finally:
         log.close()
-    if number < steps:
-        run.decide(stopped_early=number)
+    if position.step < steps:
+        run.decide(stopped_early=position.step)
+
+
+def _same_network(folder: Path, model: Multimodal) -> None:
+    """Raise PlaitError where a checkpoint is of another network than the run's recipe and data make."""
+    config = read_json(folder / "config.json")
+    mine = model.config.model_dump(mode="json")
+    settings = mine.pop("modalities")
+    theirs = {name: config.get(name) for name in mine}
+    for one in (mine, theirs):
+        one["backbone"] = {name: value for name, value in one["backbone"].items() if name != "dropout"}
+    different = _difference(theirs, mine) + _difference(read_json(folder / "preprocessor_config.json"), settings)
+    if different:
+        raise PlaitError(f"{folder} is of another network{different}. Choose another folder with -o.")
+
+
+def _not_finite(network: Network, sampler: Sampler, number: int) -> str:
+    """What to tell of a step whose loss or gradient is not finite: which of its records are to blame. Every process
+    looks at all of them."""
+    epoch, items = sampler.members(number)
+    network.passes.eval()
+    bad = []
+    for item in items:
+        losses, _ = step_losses(network, [sampler.build(epoch, item[None])], sampler.split, Group())
+        if not all(math.isfinite(loss) for loss in losses.values()):
+            bad.append(int(item[0]))
+    alone = 0 < len(bad) < len(items)
+    names = _names(sampler.split, bad if alone else [int(record) for record in items[:, 0]])
+    blame = f"because of record {names}" if alone else f"with records {names}"
+    remedy = "look at what it holds" if alone else "lower training.learning_rate, or look at these records"
+    return f"The loss is not finite at step {number + 1} {blame}. The last checkpoint is kept; {remedy}."
+
+
+def _names(split: Split, records: list[int]) -> str:
+    ids = [split.ids[record] for record in dict.fromkeys(records)]
+    return ", ".join(ids[:32]) + (f" and {len(ids) - 32} more" if len(ids) > 32 else "")
+
+
+def _stable(position: Position, loss: float, records: list[int], split: Split) -> None:
+    """Raise DivergedError where the mean loss of ten steps is far above that of the first ten."""
+    if position.first is None:
+        position.first = loss
+    if loss > 2 * position.first + 2:
+        raise DivergedError(
+            f"The loss exploded: {loss:.3g} at step {position.step}, {position.first:.3g} at the start (records "
+            f"{_names(split, records)}). The checkpoints are kept; lower training.learning_rate."
+        )
 
 
 def _revise(run: Run, number: int, planned: int, seconds: float, used: float) -> None:
     """Plan fewer steps, once, where a quarter of them shows that the machine is slower than it was measured."""
     possible = number + int(max(seconds - used, 0) / (used / number))
-    if possible < 0.9 * planned:
-        run.decide(revised={"at": number, "steps": max(possible, number + 1)})
+    run.decide(revised={"at": number, "steps": max(possible, number + 1) if possible < 0.9 * planned else planned})
 
 
 def _calibrate(
@@ -383,96 +549,22 @@ def _calibrate(
     return max(int(seconds * 0.93 / np.median(np.diff(clock))), 20)  # validation takes the rest
 
 
-def validate(network: Network, sampler: Sampler, split: Split, group: Group, steps: int = 8) -> dict[str, float]:
-    """Mean losses over the first records of the validation split, the same at each call and on every process."""
+def validate(
+    network: Network, sampler: Sampler, split: Split, group: Group, check: Callable[[], None], steps: int = 8
+) -> dict[str, float]:
+    """Mean losses over the first records of the validation split, the same at each call and on every process; `check`
+    may end it."""
     network.passes.eval()
     sums: dict[str, list[float]] = {}
-    for number in range(min(steps, sampler.steps_per_epoch)):
-        losses, _ = step_losses(network, [sampler.step(number, group.rank, group.size)], split, group)
-        for name, value in losses.items():
-            sums.setdefault(name, []).append(value)
-    network.passes.train()
+    try:
+        for number in range(min(steps, sampler.steps_per_epoch)):
+            check()
+            losses, _ = step_losses(network, [sampler.step(number, group.rank, group.size)], split, group)
+            for name, value in losses.items():
+                sums.setdefault(name, []).append(value)
+    finally:
+        network.passes.train()
     return {name: float(np.mean(values)) for name, values in sums.items()}
-
-
-class _Saver:
-    """Keeps `last`, with what resuming needs, and `best` by validation."""
-
-    def __init__(self, run: Run, model: Multimodal, text: Text, optimizer: torch.optim.Optimizer) -> None:
-        self.run, self.model, self.text, self.optimizer = run, model, text, optimizer
-        self.folder = run.folder / "checkpoints"
-        self.labels = label_columns(run.dataset, model.config.backbone.max_length)
-        self.best, self.stale = math.inf, 0
-
-    def save(self, step: int, scores: dict[str, float], score: float) -> None:
-        improved = score < self.best
-        if scores:
-            self.best, self.stale = min(score, self.best), 0 if improved else self.stale + 1
-        facts = {"step": step, "seed": self.run.settings.seed, "validation": scores, "size": self.run.recipe.model.size}
-        whole = Checkpoint(self.model, self.text, self.labels, self.run.recipe.generation, facts)
-        # Until something was validated, the newest is the best that is known.
-        if improved or not math.isfinite(self.best):
-            checkpoints.save(whole, self.folder / "best")
-        checkpoints.save(whole, self.folder / "last")
-        state: dict[str, Tensor] = {"rng": torch.get_rng_state()}
-        for index, values in self.optimizer.state_dict()["state"].items():
-            state |= {f"{index}.{name}": torch.as_tensor(value).cpu().contiguous() for name, value in values.items()}
-        resume = {"step": step, "best": self.best if math.isfinite(self.best) else None, "stale": self.stale}
-        aside = self.run.folder / ".training_state.tmp"
-        save_file(state, aside, metadata={"resume": json.dumps(resume)})
-        aside.replace(self.run.folder / "training_state.safetensors")
-
-    def resume(self) -> int:
-        """Take up weights, optimizer and random state; returns the step to go on from."""
-        from safetensors import safe_open
-
-        path = self.run.folder / "training_state.safetensors"
-        if not path.exists():
-            return 0
-        with safe_open(path, "pt") as file:
-            resume = json.loads(file.metadata()["resume"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        loaded = checkpoints.load(self.folder / "last")
-        if loaded.training["step"] != resume["step"]:
-            raise PlaitError(f"{self.folder / 'last'} and {path} are of different steps. Delete {self.run.folder}.")
-        self.model.load_state_dict(loaded.model.state_dict())
-        torch.set_rng_state(tensors.pop("rng"))
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            index, key = name.split(".", 1)
-            state.setdefault(int(index), {})[key] = tensor
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        self.best, self.stale = math.inf if resume["best"] is None else resume["best"], resume["stale"]
-        return int(resume["step"])
-
-
-class _Log:
-    """`log.jsonl`, one object a line, and TensorBoard events where tensorboard is installed."""
-
-    def __init__(self, folder: Path) -> None:
-        self.file = (folder / "log.jsonl").open("a", encoding="utf-8")
-        self.board: Any = None
-        with suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(folder / "tensorboard"))
-
-    def write(self, step: int, split: str, losses: dict[str, float], rate: float = 0.0, lr: float = 0.0) -> None:
-        row: dict[str, Any] = {"step": step, "split": split, "time": time.time()}
-        row |= {f"loss/{name}": round(value, 5) for name, value in losses.items()}
-        if rate:
-            row |= {"tokens_per_second": round(rate), "learning_rate": lr}
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-        if self.board is not None:
-            for name, value in row.items():
-                if name not in ("step", "split", "time"):
-                    self.board.add_scalar(f"{split}/{name}", value, step)
-
-    def close(self) -> None:
-        self.file.close()
-        if self.board is not None:
-            self.board.close()
 
 
 def describe(folder: Path) -> str:
