@@ -97,3 +97,13 @@ def test_parts_change_neither_loss_nor_gradient(parts: tuple[Multimodal, Split],
             assert parameter.grad is not None, name  # also of a modality that no part has
             off = (parameter.grad - expected[name]).norm()
             assert off <= 1e-4 * expected[name].norm() + 1e-6, (count, name, off)
+
+
+def test_what_is_only_read_still_meets_its_text(parts: tuple[Multimodal, Split]) -> None:
+    model, split = parts
+    unwritten = frozenset({"image"})
+    step = Sampler(split, model.vocabulary, model.media, 11, 96, 0, 0.1, True, True, unwritten).step(1)
+    losses = by_hand(model, step, split, True)
+    assert "contrastive:image-text" in losses and "image" not in losses
+    measured, _ = step_losses(Network(Passes(model, Device("cpu", torch.float32))), [step], split, Group())
+    assert measured == pytest.approx({name: float(value.detach()) for name, value in losses.items()}, rel=1e-5)

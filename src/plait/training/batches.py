@@ -319,6 +319,9 @@ class Sampler:
                 dropped = not others or draws[DROP] < self.drop_condition
                 condition = None if dropped else others[int(draws[SOURCE] * len(others))]
                 yield self._pair(record, condition, column, samples, codes), not dropped
+            elif texts := [c for c in others if c in self.split.texts]:  # read alone, for the contrast
+                source = texts[int(draws[SOURCE] * len(texts))]
+                yield Sequence().read_ids((self.split.texts[source][record] or [])[: self.context], "text"), True
 
     def _pair(self, record: int, source: str | None, target: str, samples: Media, codes: Media) -> Sequence:
         """Read one part of a record and write another."""
