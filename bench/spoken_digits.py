@@ -47,13 +47,15 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="the zip of wav files")
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/spoken_digits"))
     parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--steps", type=int, help="instead of minutes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", help="these speakers, or 'official'")
     options = parser.parse_args()
     with zipfile.ZipFile(options.source) as archive:
         wavs = {Path(n).name: archive.read(n) for n in archive.namelist() if n.endswith(".wav")}
     speakers = sorted({name.split("_")[1] for name in wavs})
-    training = {"minutes": options.minutes, "seed": options.seed}
+    budget = {"steps": options.steps} if options.steps else {"minutes": options.minutes}
+    training = {**budget, "seed": options.seed}
     recipe = load_recipe(Path(__file__).parent.parent / "recipes" / "spoken_digits.yaml", {"training": training})
     figures = {}
     for held_out in options.only or [*speakers, "official"]:

@@ -12,13 +12,15 @@ import torch.nn.functional as F
 import yaml
 
 from conftest import RECIPE
+from plait.applications.model import Model
 from plait.config import parse_recipe
 from plait.data.dataset import Dataset
 from plait.data.prepare import prepare
 from plait.modalities.text import Text
+from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import IGNORE, Multimodal
 from plait.model.objectives import contrastive
-from plait.runtime import Device
+from plait.runtime import Device, PlaitError
 from plait.training.batches import Sampler, Split, Step, add_codes, load_split
 from plait.training.distributed import Group, Network
 from plait.training.losses import Passes, step_losses
@@ -107,3 +109,9 @@ def test_what_is_only_read_still_meets_its_text(parts: tuple[Multimodal, Split])
     assert "contrastive:image-text" in losses and "image" not in losses
     measured, _ = step_losses(Network(Passes(model, Device("cpu", torch.float32))), [step], split, Group())
     assert measured == pytest.approx({name: float(value.detach()) for name, value in losses.items()}, rel=1e-5)
+    text = Text.train(["one", "two"], 280)
+    reader = Multimodal(model.config.model_copy(update={"read_only": ["image"]}))
+    used = Model(Checkpoint(reader, text), "cpu")
+    assert "draw" not in used.verbs and "speak" in used.verbs
+    with pytest.raises(PlaitError, match=r"training\.weights\.image: 0"):
+        used.draw("one")

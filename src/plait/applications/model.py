@@ -109,14 +109,15 @@ class Model:
     def verbs(self) -> list[str]:
         """What this model can do."""
         kinds = set(self.columns.values())
+        written = kinds - set(self.checkpoint.model.config.read_only)
         needs = {
             "classify": {"text"},
             "describe": {"image", "text"},
             "transcribe": {"audio", "text"},
-            "draw": {"image"},
-            "speak": {"audio"},
         }
+        makes = {"draw": "image", "speak": "audio"}
         found = ["generate", *(verb for verb, need in needs.items() if need <= kinds)]
+        found += [verb for verb, kind in makes.items() if kind in written]
         return found + (["embed"] if self.checkpoint.model.config.space else [])
 
     # --- inputs -----------------------------------------------------------------------------------------------
@@ -258,6 +259,11 @@ class Model:
         if column not in self.columns:
             raise PlaitError(f"There is no column '{column}'. The columns are {', '.join(self.columns) or 'none'}.")
         space = self.columns[column]
+        if space in self.checkpoint.model.config.read_only:
+            raise PlaitError(
+                f"This model reads {space} but was trained with training.weights.{space}: 0, so it cannot write it. "
+                f"It can {', '.join(self.verbs)}."
+            )
         requests = [self.request(self._opened(context, column), space, n, **options) for context in contexts]
         for i, request in enumerate(requests):
             request.first_sample = i * n

@@ -78,6 +78,8 @@ def evaluate(
         _retrieval(material)
         timer.lap("retrieval")
     for column in material.media_columns:
+        if material.columns[column] in model.checkpoint.model.config.read_only:
+            continue
         evaluate_codec(material, column)
         asking = [c for c in material.labels if len(material.with_text(material.samples(column, split), c))]
         kind = material.columns[column]

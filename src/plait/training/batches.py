@@ -147,8 +147,11 @@ def load_split(
 def add_codes(
     split: Split, columns: dict[str, str], media: dict[str, MediaModality], cache: Path, name: str, anew: bool
 ) -> None:
-    """Encode all media once with the frozen codecs; codes that are there already serve again unless `anew`."""
+    """Encode the media of these columns once with the frozen codecs; codes that are there already serve again unless
+    `anew`."""
     for column, samples in split.media.items():
+        if column not in columns:
+            continue
         path = cache / f"{name}-{column}-codes"
         if not anew and path.with_name(path.name + ".json").exists():
             split.codes[column] = Samples.open(path)
@@ -282,7 +285,7 @@ class Sampler:
             written = [self.split.codes[column][row] for row in rows] if column in self.split.codes else []
             if self.augment:
                 draw = torch.from_numpy(uniform(self.seed, epoch, mine[:, None], AUGMENT, np.arange(8))).float()
-                if self.augment_targets:
+                if self.augment_targets and column in self.split.codes:
                     values, lengths = modality.augment(*modality.batch(raw), draw, hide=False)
                     with torch.inference_mode():
                         encoded = modality.codec.encode(values, lengths).numpy()

@@ -43,6 +43,7 @@ def model_config(recipe: Recipe, dataset: Dataset, text_size: int, imported: Mod
         space=(128 if kinds else 0) if recipe.model.space is None else recipe.model.space,
         tied=tied,
         modalities={m: settings[m].model_dump() for m in kinds},
+        read_only=[m for m in kinds if recipe.training.weights.get(m) == 0],
     )
 
 

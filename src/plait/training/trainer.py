@@ -176,6 +176,8 @@ class Run:
         anew = False
         trained = (self.facts if self.source == self.folder else read_json(self.source / "run.json")).get("codecs", {})
         for name, modality in model.media.items():
+            if name in model.config.read_only:
+                continue
             path = self.source / "codecs" / f"{name}.safetensors"
             known = trained.get(name)
             if known and path.exists():
@@ -204,8 +206,9 @@ class Run:
             write_atomic(path, tensors_to_bytes({k: v.contiguous() for k, v in modality.codec.state_dict().items()}))
             self.note("codecs", name, {**result, "sha256": sha256_file(path)})
             anew = True
+        written = {c: m for c, m in self.dataset.columns.items() if m not in model.config.read_only}
         for name, split in splits.items():
-            add_codes(split, self.dataset.columns, model.media, self.source / "cache", name, anew)
+            add_codes(split, written, model.media, self.source / "cache", name, anew)
 
 
 def _difference(old: Any, new: Any, where: str = "") -> str:
@@ -327,7 +330,7 @@ def _optimise(
     def sampler(name: str, batch_size: int, augment: bool, drop: float) -> Sampler:
         return Sampler(
             splits[name], model.vocabulary, model.media, batch_size, context, settings.seed, drop, augment,
-            augment_targets, frozenset(name for name, weight in settings.weights.items() if weight == 0),
+            augment_targets, frozenset(model.config.read_only),
             math.inf if network.sharded else PASS,
         )  # fmt: skip
 
