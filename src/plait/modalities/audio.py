@@ -46,9 +46,7 @@ class AudioSettings(BaseModel):
     mask_time: float = 0.1  # share of the clip
     mask_bands: float = 0.12  # share of the bands
     equalise: float = 0.0  # tilt and bow of the spectrum, as other microphones have; 1 is 26 dB
-    normalise: bool = (
-        False  # read without the clip's mean spectrum, which is the microphone's, the room's and the voice's
-    )
+    normalise: bool = False  # read without the clip's mean spectrum: the microphone's, the room's, part of the voice
 
     @classmethod
     def fitted(cls, size: Size, examples: list[bytes], overrides: dict[str, Any]) -> AudioSettings:
