@@ -4,7 +4,7 @@ BIN = .venv/bin
 INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.lock
 
 
-.PHONY: demo speech test lint bench clean
+.PHONY: demo speech test lint bench soak clean
 
 demo: .venv/demo
 	$(BIN)/plait demo -o runs/demo
@@ -34,6 +34,9 @@ speech:
 
 bench: .venv/dev
 	$(BIN)/python bench/run.py
+
+soak: .venv/dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
 
 clean:
 	rm -rf .venv runs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -46,10 +47,17 @@ def load(path: str | Path, device: str = "auto", precision: str = "auto") -> Mod
     """The model of a run's folder (its best checkpoint, else its last), of a checkpoint's folder, or of a Hugging
     Face name or folder: GPT-2, Llama and Qwen3 in our backbone, other architectures through transformers.
 
-    Raises PlaitError where there is none or it is damaged.
+    Where a run's best checkpoint is damaged, a warning names what is wrong and the newest whole one is taken. Raises
+    PlaitError where there is none or it is damaged.
     """
     folder = find_checkpoint(path)
     chosen = choose_device(device, precision)
+    if folder is not None and folder != Path(path).expanduser() and (wrong := checkpoints.verify(folder)):
+        step, _ = checkpoints.newest_whole(folder.parent)
+        if step:
+            whole = checkpoints.series(folder.parent)[step]
+            warnings.warn(f"{'; '.join(wrong)}. Taking {whole} in its place.", stacklevel=2)
+            folder = whole
     if folder is not None and read_json(folder / "config.json").get("model_type") == "plait":
         return Model(checkpoints.load(folder), device, precision)
     folder = hub.find(folder or path)

@@ -35,23 +35,29 @@ class Samples:
 
     @classmethod
     def write(cls, path: Path, arrays: Iterable[np.ndarray]) -> Samples:
-        """Store the arrays under `path` in bounded memory, and map them. The .json comes last: with it all is whole."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Store the arrays under `path` in bounded memory, and map them. The .json comes last: with it all is whole.
+
+        Raises PlaitError where they cannot be written.
+        """
         facts, raw, places = _files(path)
-        facts.unlink(missing_ok=True)
         offsets, shape, dtype = [0], (), np.dtype(np.uint8)
-        with raw.open("wb") as file:
-            for array in arrays:
-                if len(offsets) == 1:
-                    shape, dtype = array.shape[1:], array.dtype
-                offsets.append(offsets[-1] + len(array))
-                file.write(np.ascontiguousarray(array).tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        with places.open("wb") as file:
-            np.save(file, np.array(offsets))
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            facts.unlink(missing_ok=True)
+            with raw.open("wb") as file:
+                for array in arrays:
+                    if len(offsets) == 1:
+                        shape, dtype = array.shape[1:], array.dtype
+                    offsets.append(offsets[-1] + len(array))
+                    file.write(np.ascontiguousarray(array).tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+            with places.open("wb") as file:
+                np.save(file, np.array(offsets))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise PlaitError(f"Cannot write {raw}: {error.strerror or error}. Free space, then go on.") from error
         write_json(facts, {"shape": list(shape), "dtype": dtype.str})
         return cls.open(path)
 

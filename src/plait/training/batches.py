@@ -20,7 +20,7 @@ from plait.data.samples import Samples
 from plait.modalities.base import MediaModality, Vocabulary
 from plait.modalities.text import Text
 from plait.model.multimodal import Batch, Sequence, collate
-from plait.runtime import key_of, read_json, uniform, write_json
+from plait.runtime import DivergedError, key_of, read_json, uniform, write_json
 
 # What a draw is for; the last key of `uniform`, so that no two decisions share a number.
 ORDER, TARGET, SOURCE, DROP, AUGMENT, OFFSET = range(6)
@@ -281,6 +281,12 @@ class Sampler:
             if not len(mine):
                 continue
             raw = [self.split.sample(column, r) for r in mine]
+            bad = [self.split.ids[r] for r, x in zip(mine, raw, strict=True) if not np.isfinite(x).all()]
+            if bad:
+                raise DivergedError(
+                    f"{column} of record {', '.join(bad)} holds what is not a finite number. "
+                    "Delete the run's cache, which is then made again, or look at this record."
+                )
             rows = self.split.rows[column][mine]
             written = [self.split.codes[column][row] for row in rows] if column in self.split.codes else []
             if self.augment:

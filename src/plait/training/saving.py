@@ -221,6 +221,11 @@ class Saver:
         self._thread = threading.Thread(target=self._write, args=work, name="checkpoint", daemon=True)
         self._thread.start()
 
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
     def check(self) -> None:
         """Raise what went wrong in the background, if anything."""
         if self._failure is not None:

@@ -6,13 +6,15 @@ A run folder holds `run.json` (what was decided, once), `log.jsonl`, `codecs/`, 
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import json
 import math
 import shutil
 import signal
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -252,7 +254,7 @@ def train(
     group = group or Group()
     device = group.device(choose_device(device_name, recipe.training.precision, training=True))
     torch.set_num_threads(threads())
-    with only_writer(folder) if group.first else nullcontext(), signals() as listening:
+    with only_writer(folder) if group.first else nullcontext(), signals() as listening, _room(folder):
         run = Run(folder, dataset, recipe, report, device, reuse, group)
         report = run.report
         best = folder / "checkpoints" / "best"
@@ -351,7 +353,10 @@ def _optimise(
         restricted = bool(uniform(settings.seed, number, UNRESTRICTED) >= settings.unrestricted)
         key = int(uniform(settings.seed, number, group.rank, DROPOUT) * 2**62)
         mine = range(group.rank * settings.accumulate, (group.rank + 1) * settings.accumulate)
-        parts = [training.step(number, part, cut) for part in mine]
+        try:
+            parts = [training.step(number, part, cut) for part in mine]
+        except DivergedError as error:
+            raise DivergedError(f"At step {number + 1}, {error} The last checkpoint is kept.") from None
         optimizer.zero_grad(set_to_none=True)
         losses, tokens = step_losses(
             network, parts, splits["train"], group, restricted, settings.weights, key, settings.label_smoothing
@@ -389,6 +394,7 @@ def _optimise(
     if newest is not None:
         position = restore(newest, model, optimizer, average)
         saver.point(position.step, position.best_step)
+        run.report(Progress("note", 1, 1, note=f"going on from step {position.step}"))
         if run.changed:
             position.first = None  # losses may be weighted differently now
     start = position.step
@@ -477,6 +483,19 @@ def _optimise(
         log.close()
     if position.step < steps:
         run.decide(stopped_early=position.step)
+
+
+@contextmanager
+def _room(folder: Path) -> Iterator[None]:
+    """A full disk is the user's to mend, wherever it shows."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise PlaitError(
+            f"Cannot write {error.filename or folder}: {error.strerror}. Free space; the same command goes on."
+        ) from error
 
 
 def _same_network(folder: Path, model: Multimodal) -> None:
@@ -583,5 +602,19 @@ def describe(folder: Path) -> str:
         f"{facts.get('revised', facts)['steps']} steps of {shown['batch_size']} records{stopped}; "
         f"learning rate {shown['learning_rate']:g}; "
         f"seed {facts['seed']}; on {facts['device']} with {facts['threads']} threads. "
-        f"Best checkpoint: step {config['training']['step']} in {folder / 'checkpoints' / 'best'}{notes}"
+        f"Best checkpoint: step {config['training']['step']} in {folder / 'checkpoints' / 'best'}{_averaged(folder)}"
+        f"{notes}"
     )
+
+
+def _averaged(folder: Path) -> str:
+    """What an average of the weights did to validation, where there is one."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    weights = read_json(folder / "run.json")["recipe"]["training"]["weights"]
+    found = {}
+    for row in rows:
+        losses = {name.removeprefix("loss/"): value for name, value in row.items() if name.startswith("loss/")}
+        found[row["split"]] = weighted(losses, weights)
+    if "val_raw" not in found:
+        return ""
+    return f"\nAveraged weights: validation loss {found['val']:.4f}; the raw ones: {found['val_raw']:.4f}."
