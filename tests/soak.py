@@ -143,7 +143,8 @@ def r8(place: Place, count: int, draw: random.Random) -> tuple[int, str]:
             code, text = child.wait(), child.said.read_text()
             child.said.unlink()
             assert code == 1 and f"{disk}/run" in text and "Traceback" not in text, (code, text)
-            named.append(re.sub(r"step-\d+", "step-N", text.split(f"{disk}/run/")[1].split()[0].rstrip(":,.")))
+            path = re.search(rf"{disk}/run/?([^\s:]*)", text)
+            named.append(re.sub(r"step-\d+", "step-N", path[1] if path else "?"))
             saved, wrong = checkpoints.newest_whole(disk / "run" / "checkpoints")
             assert not wrong, wrong
             subprocess.run(["mount", "-o", f"remount,size={3 * used}", disk], check=True)
