@@ -157,7 +157,7 @@ def r8(place: Place, count: int, draw: random.Random) -> tuple[int, str]:
 
 
 def r9(place: Place, count: int, draw: random.Random) -> tuple[int, str]:
-    """One byte changed, or the end cut off, in any file of a checkpoint or a data set."""
+    """One bit changed, or the end cut off, in any file of a checkpoint, a manifest or a shard of a data set."""
     work = place.root / "r9"
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(place.root / "whole" / "checkpoints", work / "checkpoints", symlinks=True)
@@ -170,12 +170,10 @@ def r9(place: Place, count: int, draw: random.Random) -> tuple[int, str]:
     for trial in range(count):
         file = files[trial % len(files)]
         whole = file.read_bytes()
-        place_ = draw.randrange(len(whole))
-        broken = (
-            whole[:place_]
-            if draw.random() < 0.25
-            else whole[:place_] + _other(whole[place_], draw) + whole[place_ + 1 :]
-        )
+        at = draw.randrange(len(whole) - 1)  # the last byte may be a line's end, which means nothing
+        broken = whole[:at]
+        if draw.random() < 0.75:
+            broken += bytes([whole[at] ^ (1 << draw.randrange(8))]) + whole[at + 1 :]
         file.write_bytes(broken)
         if file.is_relative_to(work / "data"):
             try:
@@ -188,10 +186,6 @@ def r9(place: Place, count: int, draw: random.Random) -> tuple[int, str]:
         file.write_bytes(whole)
     assert checkpoints.newest_whole(work / "checkpoints") == (newest, [])
     return good, f"in {len(files)} files; each named, the newest whole checkpoint taken"
-
-
-def _other(byte: int, draw: random.Random) -> bytes:
-    return bytes([byte ^ (1 << draw.randrange(8))])
 
 
 def r16(place: Place, count: int, draw: random.Random) -> tuple[int, str]:

@@ -173,6 +173,11 @@ def sealed(value: dict[str, Any]) -> dict[str, Any]:
     return {**value, "seal": hashlib.sha256(json_text(value).encode()).hexdigest()}
 
 
+def intact(value: dict[str, Any]) -> bool:
+    """Whether a dictionary that `sealed` made still holds what it held."""
+    return value == sealed({name: part for name, part in value.items() if name != "seal"})
+
+
 def read_json(path: Path) -> Any:
     """The JSON in a file. Raises PlaitError naming the file where it is missing or broken."""
     try:
@@ -186,10 +191,9 @@ def read_json(path: Path) -> Any:
 def read_sealed(path: Path) -> dict[str, Any]:
     """The dictionary in a file that `sealed` made. Raises PlaitError naming the file where any byte is another."""
     value = read_json(path)
-    body = {name: part for name, part in value.items() if name != "seal"} if isinstance(value, dict) else {}
-    if not body or path.read_bytes() != json_text(sealed(body)).encode():
+    if not isinstance(value, dict) or not intact(value) or path.read_bytes() != json_text(value).encode():
         raise PlaitError(f"{path} was altered or cut: it does not match its own seal.")
-    return body
+    return value
 
 
 @contextlib.contextmanager

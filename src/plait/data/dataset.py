@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from plait.data.record import SPLITS, Record
-from plait.runtime import PlaitError, read_json, sha256_file
+from plait.runtime import PlaitError, intact, read_json, sha256_file
 
 VERSION = 1
 _CACHE_BYTES = 256 << 20
@@ -99,6 +99,9 @@ class Dataset:
             raise PlaitError(
                 f"{path}/manifest.json has version {found}; this Plait reads {VERSION}. Run plait prepare again."
             )
+        # An older manifest has no seal; an unknown key without one is a seal whose name was altered.
+        if value.keys() - Manifest.model_fields.keys() and not intact(value):
+            raise PlaitError(f"{path}/manifest.json was altered. Copy the dataset again, or run plait prepare again.")
         try:
             manifest = Manifest.model_validate(value)
         except ValidationError as error:

@@ -36,7 +36,7 @@ from plait.data.media import LIMITS, Checker, MediaError
 from plait.data.preview import Example, report
 from plait.data.readers import plan
 from plait.data.record import SPLITS, text_fault
-from plait.runtime import PlaitError, key_of, publish_folder, read_json, sha256_file, threads, write_json
+from plait.runtime import PlaitError, key_of, publish_folder, read_json, sealed, sha256_file, threads, write_json
 
 _GROUP_BYTES, _GROUP_ROWS = 4 << 20, 1024
 _SHARD_BYTES = 256 << 20
@@ -72,7 +72,7 @@ def prepare(
         found = plan(tree, column_map, labels, pattern)
         manifest = _write(tree, found, folder, source, seed, workers, progress)
         shutil.rmtree(scratch, ignore_errors=True)
-        write_json(folder / "manifest.json", manifest.model_dump())
+        write_json(folder / "manifest.json", sealed(manifest.model_dump()))
     return manifest
 
 
