@@ -288,6 +288,88 @@ def verify_checkpoints(run: RunArgument) -> None:
 
 
 @app.command()
+def tune(
+    dataset: Annotated[Path, typer.Argument(help="A prepared dataset with a val split.")],
+    study: Annotated[Path, typer.Option("-o", "--out", help="The study's folder.")],
+    trials: Annotated[int, typer.Option(min=1, help="Recipes to try, the default one first.")] = 20,
+    over: Annotated[
+        str,
+        typer.Option(
+            help="What to tune, with commas: learning_rate, batch_size, width, layers, dropout, weight_decay, warmup, "
+            "drop_condition, weights; a range of one's own as learning_rate=0.0001:0.01."
+        ),
+    ] = "learning_rate,batch_size",
+    minutes: Annotated[float | None, typer.Option(help="The time of each trial.")] = None,
+    steps: Annotated[int | None, typer.Option(help="The steps of each trial, instead of minutes.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="The default recipe, a YAML file.")] = None,
+    size: Annotated[str | None, typer.Option(help="tiny, small, base or large; see plait sizes.")] = None,
+    objective: Annotated[
+        str, typer.Option(help="What is made small on val: loss, or text, image, audio, contrastive.")
+    ] = "loss",
+    processes: Annotated[int, typer.Option(min=1, help="Trials at once on this machine.")] = 1,
+    seeds: Annotated[int, typer.Option(min=0, help="Fresh seeds on which the best meets the default.")] = 3,
+    storage: Annotated[
+        str | None,
+        typer.Option(help="A database for many machines, postgresql://HOST/NAME; else a file in the study's folder."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the study and of its trials.")] = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Find better settings by trials; ends with best.yaml and whether it beats the default on fresh seeds.
+
+    Killed at any time, the same command goes on; more --trials go on too.
+
+    Example: plait tune data/photos -o studies/photos --trials 20 --minutes 2 --over learning_rate,batch_size
+    """
+    from plait.config import load_recipe
+    from plait.data.dataset import Dataset
+    from plait.tune import News, Plan
+    from plait.tune import tune as search
+
+    settings = load_recipe(
+        recipe, {"model": {"size": size}, "training": {"minutes": minutes, "steps": steps, "seed": seed}}
+    )
+    plan = Plan(settings, over.split(","), objective, trials, seeds, processes, device)
+    with _Bar() as bar:
+
+        def tell(news: News) -> None:
+            if news.line:
+                err.print(_plain(news.line))
+            bar(news.stage, news.done, news.total, news.note)
+
+        try:
+            found = search(Dataset.open(dataset), study, plan, tell, storage)
+        except KeyboardInterrupt:
+            err.print(f"\nStopped. The same command goes on from here: {study}")
+            raise
+    counts = ", ".join(f"{count} {state}" for state, count in found["counts"].items() if count)
+    best = ", ".join(f"{name} {value:.4g}" for name, value in found["best"]["params"].items())
+    out.print(f"Trials: {counts}. Best: trial {found['best']['number']}, {found['best']['value']:.4f} ({best}).")
+    out.print(_plain(found["verdict"]["text"]))
+    out.print(f"All figures: {study / 'study.json'}\nReport: {study / 'report.html'}")
+    out.print(f"Next: plait train {dataset} -o runs/best --recipe {study / 'best.yaml'}")
+
+
+@app.command()
+def doctor(
+    folder: Annotated[Path | None, typer.Argument(help="A run, a checkpoint or a dataset to check too.")] = None,
+) -> None:
+    """Check the installation, and the integrity of a run or a dataset; exit code 1 where something fails.
+
+    Example: plait doctor runs/photos
+    """
+    from plait.doctor import check_folder, check_installation
+
+    findings = check_installation(folder or Path()) + (check_folder(folder) if folder else [])
+    colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+    for found in findings:
+        mark = f"[{colours[found.level]}]{found.level:4}[/{colours[found.level]}]"
+        out.print(f"{mark}  {_plain(found.subject)}: {_plain(found.text)}")
+    if any(found.level == "fail" for found in findings):
+        sys.exit(1)
+
+
+@app.command()
 def sizes() -> None:
     """Show what each --size stands for.
 

@@ -1,0 +1,311 @@
+"""What is wrong with an installation, a dataset, a run or a checkpoint: one finding a line."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from packaging.requirements import Requirement
+from safetensors import SafetensorError, safe_open
+
+from plait.applications.demo import Speech
+from plait.data.dataset import Dataset
+from plait.evaluation.report import read_run
+from plait.model import checkpoint
+from plait.runtime import PlaitError, choose_device, read_json, sha256_file, threads
+
+LITTLE, NOTHING = 5e9, 5e8  # bytes free on a disk that are worth a warning, and too few to train
+
+# For what each optional part is; the parts for developers and benchmarks are left out.
+EXTRAS = {
+    "demo": "the demo's data, TensorBoard",
+    "speech": "the demo's voices",
+    "huggingface": "Hugging Face models",
+    "onnx": "export to ONNX",
+    "tune": "plait tune",
+    "postgresql": "plait tune on many machines",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`level` is "ok", "warn" (it works, but less well) or "fail"; `text` says what to do where it is not ok."""
+
+    level: Literal["ok", "warn", "fail"]
+    subject: str
+    text: str
+
+
+def check_installation(folder: Path) -> list[Finding]:
+    """Versions, optional parts, processor, GPU, and the disk that `folder` is on."""
+    return [
+        _python(),
+        *_packages(),
+        *(found for name in ("torchvision", "torchaudio") for found in _beside_torch(name)),
+        *_processor(),
+        *_gpu(),
+        _disk(folder),
+        _speech(),
+    ]
+
+
+def check_folder(path: Path) -> list[Finding]:
+    """The integrity of a run, a checkpoint or a dataset. Raises PlaitError where it is none of these."""
+    if (path / "run.json").is_file():
+        return _run(path)
+    if (path / "config.json").is_file():
+        return _checkpoint(path)
+    if (path / "manifest.json").is_file():
+        return _dataset(path)
+    raise PlaitError(f"{path} is no run (run.json), checkpoint (config.json) or dataset (manifest.json).")
+
+
+# --- the installation -------------------------------------------------------------------------------------------
+
+
+def _python() -> Finding:
+    told = f"Plait {_version('plait')}, Python {platform.python_version()} on {platform.system()} {platform.machine()}"
+    if platform.system() not in ("Linux", "Darwin"):
+        return Finding("fail", "python", f"{told}; use Linux or macOS, or Windows through WSL")
+    return Finding("ok", "python", told)
+
+
+def _packages() -> list[Finding]:
+    """What the installation needs, and its optional parts, each with whether it imports."""
+    needs: dict[str, list[Requirement]] = defaultdict(list)
+    for line in metadata.requires("plait") or []:
+        need = Requirement(line)
+        if need.name == "plait":
+            continue
+        if need.marker is None:
+            needs[""].append(need)
+        for extra in EXTRAS:
+            if need.marker is not None and need.marker.evaluate({"extra": extra}):
+                needs[extra].append(need)
+    modules: dict[str, list[str]] = defaultdict(list)
+    for module, names in metadata.packages_distributions().items():
+        for name in names:
+            modules[name.lower()].append(module)
+    found = []
+    for extra, wanted in needs.items():
+        subject = f"extra {extra}" if extra else "packages"
+        missing = [str(need.name) for need in wanted if _version(need.name) is None]
+        old = [f"{need.name} {_version(need.name)} ({need.specifier})" for need in wanted if _unlike(need)]
+        present = [need.name for need in wanted if need.name not in missing]
+        broken = _broken({name: modules.get(name.lower(), []) for name in present})
+        install = f"pip install 'plait[{extra}]'" if extra else "pip install plait"
+        if old or broken or (missing and not extra):
+            words = [
+                *(f"{name} is missing" for name in missing if not extra),
+                *(f"{o} is not what is needed" for o in old),
+            ]
+            found.append(Finding("fail", subject, "; ".join([*words, *broken]) + f". {install}"))
+        elif missing:
+            found.append(Finding("ok", subject, f"not installed, for {EXTRAS[extra]}: {install}"))
+        else:
+            found.append(Finding("ok", subject, ", ".join(f"{name} {_version(name)}" for name in present)))
+    return found
+
+
+def _unlike(need: Requirement) -> bool:
+    """Whether another version is installed than what is needed."""
+    version = _version(need.name)
+    return version is not None and not need.specifier.contains(version, prereleases=True)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _broken(packages: dict[str, list[str]]) -> list[str]:
+    """What does not import, and why; tried in another process, for a broken library may take its process along."""
+    names = {name: [m for m in modules if not m.startswith("_")] for name, modules in packages.items()}
+    code = "\n".join(
+        ["import importlib, sys"]
+        + [f"try: importlib.import_module({m!r})\nexcept Exception as e: print({n!r}, 'does not import:', repr(e))"
+           for n, modules in names.items() for m in modules[:1]]
+    )  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    lines = [line[:300] for line in done.stdout.splitlines() if " does not import: " in line]
+    if done.returncode:
+        lines.append(f"importing {', '.join(names)} ends the process with code {done.returncode}")
+    return lines
+
+
+def _beside_torch(name: str) -> list[Finding]:
+    """Whether torchvision or torchaudio, where installed, is the one made for this torch."""
+    mine, theirs = _version("torch"), _version(name)
+    if theirs is None or mine is None:
+        return []
+    for line in metadata.requires(name) or []:
+        need = Requirement(line)
+        if need.name == "torch" and not need.specifier.contains(mine.partition("+")[0], prereleases=True):
+            text = (
+                f"{name} {theirs} is made for torch{need.specifier}, here is {mine}: install the pair, or remove {name}"
+            )
+            return [Finding("fail", name, text)]
+    if broken := _broken({name: [name]}):
+        return [Finding("fail", name, f"{broken[0]}. Install the {name} made for torch {mine}, or remove it")]
+    return [Finding("ok", name, f"{theirs}, with torch {mine}")]
+
+
+def _processor() -> list[Finding]:
+    device = choose_device("cpu", training=True)
+    precision = "bf16 units: training uses them" if device.dtype is torch.bfloat16 else "no bf16 units: fp32"
+    found = [Finding("ok", "processor", f"{os.cpu_count()} cores, {precision}")]
+    used, allowed = threads(), _quota()
+    given = " (OMP_NUM_THREADS)" if os.environ.get("OMP_NUM_THREADS") else ""
+    if allowed is not None and used > allowed + 0.5:
+        text = f"{used} threads{given}, but this container may use {allowed:g} cores: set OMP_NUM_THREADS"
+        found.append(Finding("warn", "threads", f"{text}={max(int(allowed), 1)}"))
+    else:
+        found.append(Finding("ok", "threads", f"{used}{given}"))
+    a = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    wrong = float((a @ a - (a.double() @ a.double()).float()).abs().max())
+    level: Literal["ok", "fail"] = "ok" if wrong < 1e-2 else "fail"
+    found.append(Finding(level, "arithmetic", f"the largest error of a product of matrices is {wrong:.1g}"))
+    return found
+
+
+def _quota() -> float | None:
+    """Cores that a Linux container may use."""
+    try:
+        limit, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return None if limit == "max" else int(limit) / int(period)
+    except (OSError, ValueError):
+        return None
+
+
+def _gpu() -> list[Finding]:
+    if torch.cuda.is_available():
+        found = []
+        for number in range(torch.cuda.device_count()):
+            facts = torch.cuda.get_device_properties(number)
+            bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
+            text = f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, {bf16}, CUDA {torch.version.cuda}"
+            try:
+                bool((torch.ones(8, 8, device=f"cuda:{number}") @ torch.ones(8, 8, device=f"cuda:{number}") == 8).all())
+                found.append(Finding("ok", f"gpu {number}", text))
+            except RuntimeError as error:
+                found.append(Finding("fail", f"gpu {number}", f"{text}: {str(error).splitlines()[0]}"))
+        return found
+    if torch.backends.mps.is_available():
+        return [Finding("ok", "gpu", "Apple GPU (MPS)")]
+    if Path("/dev/nvidia0").exists():
+        why = "its driver does not answer" if torch.version.cuda else f"torch {torch.__version__} is built without CUDA"
+        return [Finding("warn", "gpu", f"there is an NVIDIA GPU, but {why}: install torch for this driver's CUDA")]
+    return [Finding("ok", "gpu", "none; everything runs on the processor")]
+
+
+def _disk(folder: Path) -> Finding:
+    place = next(p for p in (folder.resolve(), *folder.resolve().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    text = f"{free / 1e9:.1f} GB free at {place}"
+    if not os.access(place, os.W_OK):
+        return Finding("fail", "disk", f"{place} cannot be written to; choose another folder")
+    if free < LITTLE:
+        return Finding("fail" if free < NOTHING else "warn", "disk", f"{text}: free some space before training")
+    return Finding("ok", "disk", text)
+
+
+def _speech() -> Finding:
+    try:
+        return Finding("ok", "espeak", f"{len(Speech().variants())} voices for the demo")
+    except PlaitError as error:
+        return Finding("warn", "espeak", f"{error} Without it the demo has no sound; all else works.")
+
+
+# --- folders ----------------------------------------------------------------------------------------------------
+
+
+def _dataset(path: Path) -> list[Finding]:
+    """Each shard against the manifest's sha256."""
+    raw = read_json(path / "manifest.json")
+    found = []
+    for shard in raw.get("shards", []) if isinstance(raw, dict) else []:
+        file = path / str(shard.get("file"))
+        if not file.is_file():
+            found.append(Finding("fail", "shard", f"{file} is missing"))
+        elif sha256_file(file) != shard.get("sha256"):
+            found.append(Finding("fail", "shard", f"{file} was altered or cut: its sha256 differs from the manifest's"))
+    if found:
+        return [*found, Finding("fail", "dataset", "Copy the dataset again, or run plait prepare again.")]
+    try:
+        dataset = Dataset.open(path)
+    except PlaitError as error:
+        return [Finding("fail", "dataset", str(error))]
+    manifest = dataset.manifest
+    counts = ", ".join(f"{split} {count}" for split, count in manifest.counts.items())
+    found.append(
+        Finding("ok", "dataset", f"{len(manifest.shards)} shards whole; {counts}; rejected {manifest.rejected}")
+    )
+    found += [Finding("warn", "dataset", warning) for warning in manifest.warnings]
+    return found
+
+
+def _checkpoint(path: Path) -> list[Finding]:
+    wrong = [Finding("fail", "checkpoint", line) for line in checkpoint.verify(path)]
+    return wrong or [Finding("ok", "checkpoint", f"{path}: whole, {_told(path)}")]
+
+
+def _told(path: Path) -> str:
+    try:
+        training: dict[str, Any] = read_json(path / "config.json").get("training", {})
+        losses = ", ".join(f"{name} {value:.4g}" for name, value in training.get("validation", {}).items())
+        return f"step {training.get('step')}" + (f" ({losses})" if losses else "")
+    except (PlaitError, AttributeError, TypeError, ValueError):
+        return "of no known step"
+
+
+def _run(path: Path) -> list[Finding]:
+    """Its records, every file of its checkpoints, and which whole checkpoint would be used."""
+    found = []
+    try:
+        facts = read_run(path).facts
+    except PlaitError as error:
+        facts = {}
+        found.append(Finding("fail", "run", str(error)))
+    state = "finished" if "finished" in facts else "not finished: the same command goes on from the last checkpoint"
+    found.append(Finding("ok" if "finished" in facts else "warn", "run", f"{path}: {state}"))
+    for file in sorted((path / "codecs").glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as opened:
+                found.append(Finding("ok", "codec", f"{file}: {len(list(opened.keys()))} tensors"))
+        except (SafetensorError, OSError) as error:
+            found.append(Finding("fail", "codec", f"{file} is damaged: {error}. Delete it; it is trained again."))
+    whole: dict[Path, str] = {}
+    links = sorted(entry for entry in (path / "checkpoints").glob("*") if not entry.name.startswith("."))
+    for folder in dict.fromkeys(entry.resolve() for entry in links):
+        names = "/".join(entry.name for entry in links if entry.resolve() == folder)
+        if wrong := checkpoint.verify(folder):
+            found += [Finding("fail", f"checkpoint {names}", line) for line in wrong]
+        else:
+            whole[folder] = _told(folder)
+            found.append(Finding("ok", f"checkpoint {names}", whole[folder]))
+    found.append(_used(path, whole))
+    dataset = Path(str(facts.get("dataset", "")))
+    if "dataset" in facts and not (dataset / "manifest.json").is_file():
+        found.append(Finding("warn", "dataset", f"{dataset} is not there any more: evaluate with --data"))
+    return found
+
+
+def _used(path: Path, whole: dict[Path, str]) -> Finding:
+    best = (path / "checkpoints" / "best").resolve()
+    if not whole:
+        return Finding("fail", "used", f"{path} has no whole checkpoint")
+    if best in whole:
+        return Finding("ok", "used", f"{best}, {whole[best]}")
+    other = max(whole, key=lambda folder: read_json(folder / "config.json").get("training", {}).get("step", 0))
+    return Finding("warn", "used", f"the best checkpoint is not whole; this one is: {other}, {whole[other]}")
