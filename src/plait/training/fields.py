@@ -9,7 +9,7 @@ from typing import Any
 from plait.config import SIZES, Recipe, parse_recipe
 from plait.data.dataset import Dataset
 from plait.runtime import PlaitError
-from plait.training.losses import weighted_floats
+from plait.training.losses import weight_of, weighted
 
 FIRST = ("learning_rate", "batch_size")  # what is tuned where nothing else is named
 NAMES = (*FIRST, "width", "layers", "dropout", "weight_decay", "warmup", "drop_condition", "weights")
@@ -56,8 +56,8 @@ def fields_of(recipe: Recipe, dataset: Dataset, over: list[str]) -> list[Field]:
 def _weights(recipe: Recipe, dataset: Dataset) -> dict[str, float]:
     """The weights of the objectives that this data has; one of 0 is a decision, not a value to tune."""
     kinds = list(dict.fromkeys(dataset.columns.values()))
-    known = dict.fromkeys(kinds, 1.0) | ({"contrastive": 0.5} if len(kinds) > 1 else {})
-    return {name: weight for name in known if (weight := recipe.training.weights.get(name, known[name])) > 0}
+    known = {name: weight_of(name, recipe.training.weights) for name in [*kinds, *["contrastive"][: len(kinds) - 1]]}
+    return {name: weight for name, weight in known.items() if weight > 0}
 
 
 def _range(entry: str, given: str) -> tuple[float, float] | None:
@@ -83,7 +83,8 @@ def _field(
         if name == "batch_size":
             default, most = training.batch_size or size.batch_size, len(dataset.indices("train"))
             low, high = given or (size.batch_size / 4, size.batch_size * 4)
-            values = [2**power for power in range(1, 24) if low <= 2**power <= min(high, most)]
+            low, high = max(low, training.accumulate), min(high, most)
+            values = [2**power for power in range(1, 24) if low <= 2**power <= high]
         else:
             default, heads = backbone.width or size.width, backbone.heads or size.heads
             low, high = given or (size.width / 2, size.width * 2)
@@ -141,7 +142,7 @@ def score(losses: dict[str, float], objective: str, recipe: Recipe) -> float:
     """What a study minimises, of the losses of a validation: one of them, the mean of the contrastive ones, or "loss",
     all as the study's own recipe weights them, also where a trial tunes the weights."""
     if objective == "loss":
-        return weighted_floats(losses, recipe.training.weights)
+        return weighted(losses, recipe.training.weights)
     mine = [value for name, value in losses.items() if name == objective or name.startswith(f"{objective}:")]
     if not mine:
         raise PlaitError(f"Validation measured no '{objective}'; there are loss, {', '.join(losses)}.")
