@@ -91,28 +91,21 @@ def _packages() -> list[Finding]:
         for extra in EXTRAS:
             if need.marker is not None and need.marker.evaluate({"extra": extra}):
                 needs[extra].append(need)
-    modules: dict[str, list[str]] = defaultdict(list)
-    for module, names in metadata.packages_distributions().items():
-        for name in names:
-            modules[name.lower()].append(module)
+    broken = _broken([need.name for wanted in needs.values() for need in wanted if _version(need.name)])
     found = []
     for extra, wanted in needs.items():
         subject = f"extra {extra}" if extra else "packages"
-        missing = [str(need.name) for need in wanted if _version(need.name) is None]
-        old = [f"{need.name} {_version(need.name)} ({need.specifier})" for need in wanted if _unlike(need)]
-        present = [need.name for need in wanted if need.name not in missing]
-        broken = _broken({name: modules.get(name.lower(), []) for name in present})
         install = f"pip install 'plait[{extra}]'" if extra else "pip install plait"
-        if old or broken or (missing and not extra):
-            words = [
-                *(f"{name} is missing" for name in missing if not extra),
-                *(f"{o} is not what is needed" for o in old),
-            ]
-            found.append(Finding("fail", subject, "; ".join([*words, *broken]) + f". {install}"))
+        missing = [need.name for need in wanted if _version(need.name) is None]
+        wrong = [f"{need.name} {_version(need.name)} is not {need.specifier}" for need in wanted if _unlike(need)]
+        wrong += [broken[need.name] for need in wanted if need.name in broken]
+        wrong += [f"{name} is missing" for name in missing if not extra]
+        if wrong:
+            found.append(Finding("fail", subject, f"{'; '.join(wrong)}. {install}"))
         elif missing:
             found.append(Finding("ok", subject, f"not installed, for {EXTRAS[extra]}: {install}"))
         else:
-            found.append(Finding("ok", subject, ", ".join(f"{name} {_version(name)}" for name in present)))
+            found.append(Finding("ok", subject, ", ".join(f"{need.name} {_version(need.name)}" for need in wanted)))
     return found
 
 
@@ -129,19 +122,25 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _broken(packages: dict[str, list[str]]) -> list[str]:
-    """What does not import, and why; tried in another process, for a broken library may take its process along."""
-    names = {name: [m for m in modules if not m.startswith("_")] for name, modules in packages.items()}
-    code = "\n".join(
-        ["import importlib, sys"]
-        + [f"try: importlib.import_module({m!r})\nexcept Exception as e: print({n!r}, 'does not import:', repr(e))"
-           for n, modules in names.items() for m in modules[:1]]
-    )  # fmt: skip
+def _broken(names: list[str]) -> dict[str, str]:
+    """Which packages do not import, and why; tried in another process, for a broken library may take its process
+    along: then they are tried one by one."""
+    modules: dict[str, str] = {}
+    for module, owners in metadata.packages_distributions().items():
+        for owner in owners:
+            if not module.startswith("_"):
+                modules.setdefault(owner.lower().replace("_", "-"), module)
+    code = "import importlib\n" + "\n".join(
+        f"try: importlib.import_module({modules.get(name, name)!r})\n"
+        f"except BaseException as error: print({name!r}, 'does not import:', repr(error)[:300])"
+        for name in names
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    lines = [line[:300] for line in done.stdout.splitlines() if " does not import: " in line]
+    if done.returncode and len(names) > 1:
+        return {name: why for one in names for name, why in _broken([one]).items()}
     if done.returncode:
-        lines.append(f"importing {', '.join(names)} ends the process with code {done.returncode}")
-    return lines
+        return {names[0]: f"importing {names[0]} ends the process with code {done.returncode}"}
+    return {line.partition(" ")[0]: line for line in done.stdout.splitlines() if " does not import: " in line}
 
 
 def _beside_torch(name: str) -> list[Finding]:
@@ -156,8 +155,8 @@ def _beside_torch(name: str) -> list[Finding]:
                 f"{name} {theirs} is made for torch{need.specifier}, here is {mine}: install the pair, or remove {name}"
             )
             return [Finding("fail", name, text)]
-    if broken := _broken({name: [name]}):
-        return [Finding("fail", name, f"{broken[0]}. Install the {name} made for torch {mine}, or remove it")]
+    if broken := _broken([name]):
+        return [Finding("fail", name, f"{broken[name]}. Install the {name} made for torch {mine}, or remove it")]
     return [Finding("ok", name, f"{theirs}, with torch {mine}")]
 
 

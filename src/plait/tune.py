@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from plait.config import Recipe
+from plait.config import Recipe, parse_recipe
 from plait.data.dataset import Dataset
 from plait.evaluation.study import verdict, write_study_report
 from plait.runtime import PlaitError, key_of, only_writer, read_json, write_atomic, write_json
@@ -140,7 +140,10 @@ class _Study:
         found: dict[str, Any] = read_json(path)
         if not isinstance(found, dict) or found.get("version") != VERSION or "settings" not in found:
             raise PlaitError(f"{path} is not of a study that this Plait can go on with. Choose another folder with -o.")
-        different = [key for key, value in settings.items() if found["settings"].get(key) != value]
+        # Settings that a newer Plait has beside those of the study stand at their defaults.
+        old = parse_recipe(found["settings"]["recipe"], str(path)).model_dump(mode="json")
+        known = {**found["settings"], "recipe": old}
+        different = [key for key, value in settings.items() if known.get(key) != value]
         if found["shared"] != self.shared:
             different.append("storage")
         if different:
@@ -244,14 +247,12 @@ class _Study:
         self.left = [Trial(study, trial._trial_id) for trial in mine]
         beaten = -math.inf
         while True:
-            for worker in workers.idle():
-                if self.active and self.facts["source"] is None:
-                    break  # the first prepares what all use
+            # The first prepares what all use.
+            while workers.free and not (self.active and self.facts["source"] is None):
                 trial = self.left.pop(0) if self.left else ask()
                 if trial is None:
                     break
-                self.active[worker] = trial
-                worker.give(self._job(study, trial))
+                self.active[workers.give(self._job(study, trial))] = trial
             if time.monotonic() - beaten > BEAT:
                 self._beat(study)
                 beaten = time.monotonic()

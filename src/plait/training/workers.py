@@ -49,8 +49,9 @@ class _StoppedError(Exception):
 class Worker:
     """One process and the job that it has."""
 
-    def __init__(self, dataset: Path, device: str, share: int) -> None:
+    def __init__(self, place: int, dataset: Path, device: str, share: int) -> None:
         context = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
+        self.place = place
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, dataset, device), daemon=True)
         before = os.environ.get("OMP_NUM_THREADS")
@@ -65,18 +66,14 @@ class Worker:
         theirs.close()
         self.job: Job | None = None
 
-    def give(self, job: Job) -> None:
-        """Start a job; a worker that has just died says so at the next `receive`."""
-        self.job = job
-        self.send(job)
-
     def send(self, value: object) -> None:
+        """Hand it a job, or leave to go on; that it has just died shows at the next `receive`."""
         with contextlib.suppress(OSError):
             self.connection.send(value)
 
     def receive(self) -> Message:
         try:
-            message = self.connection.recv()
+            message: Message = self.connection.recv()
         except (EOFError, OSError):
             self.process.join()
             code = self.process.exitcode or 0
@@ -87,40 +84,50 @@ class Worker:
 
 
 class Workers:
-    """Some workers that share the processor's threads, or the GPUs, of this machine."""
+    """Up to `count` workers that share the processor's threads, or the GPUs, of this machine."""
 
     def __init__(self, count: int, dataset: Path, device: str) -> None:
-        self._dataset, self._device = dataset, device
-        self._share = max(threads() // count, 1)
-        self.all = [self._start(place) for place in range(count)]
+        self._count, self._dataset, self._device = count, dataset, device
+        self._all: list[Worker] = []
 
-    def _start(self, place: int) -> Worker:
-        gpus = torch.cuda.device_count()
-        device = f"cuda:{place % gpus}" if gpus > 1 and self._device in ("auto", "cuda") else self._device
-        return Worker(self._dataset, device, self._share)
+    @property
+    def free(self) -> bool:
+        """Whether another job can be given."""
+        return sum(worker.job is not None for worker in self._all) < self._count
 
-    def idle(self) -> list[Worker]:
-        return [worker for worker in self.all if worker.job is None]
+    def give(self, job: Job) -> Worker:
+        """Start a job with a worker that is idle, or a new one."""
+        worker = next((worker for worker in self._all if worker.job is None), None) or self._start()
+        worker.job = job
+        worker.send(job)
+        return worker
+
+    def _start(self) -> Worker:
+        place = min(set(range(self._count)) - {worker.place for worker in self._all})
+        gpus, device = torch.cuda.device_count(), self._device
+        if gpus > 1 and device in ("auto", "cuda"):
+            device = f"cuda:{place % gpus}"
+        self._all.append(Worker(place, self._dataset, device, max(threads() // self._count, 1)))
+        return self._all[-1]
 
     def receive(self, seconds: float) -> list[tuple[Worker, Message]]:
-        """Messages as they come, none where `seconds` pass without. A new worker takes the place of a dead one."""
-        busy: dict[Any, Worker] = {worker.connection: worker for worker in self.all if worker.job is not None}
+        """Messages as they come; none where `seconds` pass without."""
+        busy: dict[Any, Worker] = {worker.connection: worker for worker in self._all if worker.job is not None}
         received = []
         for connection in wait(list(busy), seconds):
             worker = busy[connection]
-            message = worker.receive()
-            received.append((worker, message))
-            if message.kind == "died":
-                place = self.all.index(worker)
-                self.all[place] = self._start(place)
+            received.append((worker, worker.receive()))
+            if received[-1][1].kind == "died":
+                self._all.remove(worker)
         return received
 
     def close(self) -> None:
         """Let all workers end: those that train stop where they are, and their runs can go on from there."""
-        for worker in self.all:
+        for worker in self._all:
             worker.connection.close()
-        for worker in self.all:
-            worker.process.join()
+        for worker in self._all:
+            worker.process.join(LEAVING)
+            worker.process.kill()
 
 
 def _work(connection: Connection, dataset: Path, device: str) -> None:
