@@ -36,7 +36,7 @@ def test_doctor(
     flip(best / "model.safetensors")
     code, text = told(run)
     assert code == 1
-    assert f"{best / 'model.safetensors'} was altered or cut" in text and "used:" in text
+    assert f"{best / 'model.safetensors'} was altered or cut" in text and "used: the best checkpoint is damaged" in text
     # The folders alone; the installation was checked twice.
     data = tmp_path / "data"
     shutil.copytree(world.parent / "data", data)

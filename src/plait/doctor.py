@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 from packaging.requirements import Requirement
-from safetensors import SafetensorError, safe_open
 
 from plait.applications.demo import Speech
 from plait.data.dataset import Dataset
@@ -279,11 +278,11 @@ def _run(path: Path) -> list[Finding]:
     state = "finished" if "finished" in facts else "not finished: the same command goes on from the last checkpoint"
     found.append(Finding("ok" if "finished" in facts else "warn", "run", f"{path}: {state}"))
     for file in sorted((path / "codecs").glob("*.safetensors")):
-        try:
-            with safe_open(file, "pt") as opened:
-                found.append(Finding("ok", "codec", f"{file}: {len(list(opened.keys()))} tensors"))
-        except (SafetensorError, OSError) as error:
-            found.append(Finding("fail", "codec", f"{file} is damaged: {error}. Delete it; it is trained again."))
+        known = facts.get("codecs", {}).get(file.stem, {}).get("sha256")
+        if known not in (None, sha256_file(file)):
+            found.append(Finding("fail", "codec", f"{file} was altered or cut: its sha256 differs from run.json's"))
+        else:
+            found.append(Finding("ok", "codec", f"{file.stem}: {'whole' if known else 'no sha256 was written down'}"))
     whole: dict[Path, str] = {}
     links = sorted(entry for entry in (path / "checkpoints").glob("*") if not entry.name.startswith("."))
     for folder in dict.fromkeys(entry.resolve() for entry in links):
@@ -293,18 +292,23 @@ def _run(path: Path) -> list[Finding]:
         else:
             whole[folder] = _told(folder)
             found.append(Finding("ok", f"checkpoint {names}", whole[folder]))
-    found.append(_used(path, whole))
+    step, wrong = checkpoint.newest_whole(path / "checkpoints")
+    best = (path / "checkpoints" / "best").resolve()
+    if best in whole:
+        found.append(Finding("ok", "used", f"{best}, {whole[best]}"))
+    elif step:
+        found.append(
+            Finding(
+                "warn",
+                "used",
+                f"the best checkpoint is damaged, whole is {checkpoint.series(path / 'checkpoints')[step]}",
+            )
+        )
+    else:
+        found.append(Finding("fail", "used", f"{path} has no whole checkpoint"))
+    if wrong and step:
+        found.append(Finding("warn", "resume", f"training goes on from step {step}"))
     dataset = Path(str(facts.get("dataset", "")))
     if "dataset" in facts and not (dataset / "manifest.json").is_file():
         found.append(Finding("warn", "dataset", f"{dataset} is not there any more: evaluate with --data"))
     return found
-
-
-def _used(path: Path, whole: dict[Path, str]) -> Finding:
-    best = (path / "checkpoints" / "best").resolve()
-    if not whole:
-        return Finding("fail", "used", f"{path} has no whole checkpoint")
-    if best in whole:
-        return Finding("ok", "used", f"{best}, {whole[best]}")
-    other = max(whole, key=lambda folder: read_json(folder / "config.json").get("training", {}).get("step", 0))
-    return Finding("warn", "used", f"the best checkpoint is not whole; this one is: {other}, {whole[other]}")

@@ -25,6 +25,7 @@ import yaml
 
 from plait.config import Recipe, parse_recipe
 from plait.data.dataset import Dataset
+from plait.evaluation.report import read_run
 from plait.evaluation.study import verdict, write_study_report
 from plait.runtime import PlaitError, key_of, only_writer, read_json, write_atomic, write_json
 from plait.training.fields import Field, check_objective, fields_of, score, with_values
@@ -253,6 +254,7 @@ class _Study:
                 if trial is None:
                     break
                 self.active[workers.give(self._job(study, trial))] = trial
+                beaten = -math.inf
             if time.monotonic() - beaten > BEAT:
                 self._beat(study)
                 beaten = time.monotonic()
@@ -302,9 +304,10 @@ class _Study:
         job = self._job(study, self.active.pop(worker))
         if message.kind == "done":
             self._prepared(job)
-            known = read_json(job.folder / "checkpoints" / "best" / "config.json")["training"]["validation"]
-            value = score(known, self.plan.objective, self.plan.recipe)
-            return self._end(study, trial, TrialState.COMPLETE, value)
+            value = self._value(job.folder)
+            if math.isfinite(value):
+                return self._end(study, trial, TrialState.COMPLETE, value)
+            message = Message("diverged", "The loss on val is not finite.")
         if message.kind in ("failed", "died"):
             errors = study.get_trials(deepcopy=False)[trial.number].user_attrs.get("errors", 0) + 1
             trial.set_user_attr("errors", errors)
@@ -316,8 +319,18 @@ class _Study:
             trial.set_user_attr("failed", message.value)
             return self._end(study, trial, TrialState.FAIL)
         if message.kind == "diverged":
+            self._prepared(job)
             trial.set_user_attr("diverged", message.value)
         return self._end(study, trial, TrialState.PRUNED)
+
+    def _value(self, folder: Path) -> float:
+        """The objective at a run's best checkpoint."""
+        trained = read_json(folder / "checkpoints" / "best" / "config.json")["training"]
+        losses = trained["validation"]
+        if not losses:  # it was saved by a signal, before it was validated
+            rows = [row for row in read_run(folder).log if row["split"] == "val" and row["step"] == trained["step"]]
+            losses = {k.removeprefix("loss/"): v for row in rows for k, v in row.items() if k.startswith("loss/")}
+        return score(losses, self.plan.objective, self.plan.recipe)
 
     def _prepared(self, job: Job | None) -> None:
         """The first run that has its tokenizer, codecs and cache lends them to all that follow."""
@@ -358,6 +371,7 @@ class _Study:
                 {"trial": n, "seed": seed, "state": row["state"], "value": row["value"]} for (n, seed), row in fresh
             ],
         }
+        self.facts.pop("verdict", None)
         if complete:
             best = self._best()
             self.facts["best"] = _row(best)
@@ -370,7 +384,6 @@ class _Study:
                 folder = self.folder / "trials" / f"{trial.number:04d}"
                 if trial.state.is_finished() and folder not in keep:
                     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-                    (folder / "training_state.safetensors").unlink(missing_ok=True)
         write_json(self.folder / "study.json", self.facts)
         write_study_report(self.folder / "report.html", self.folder.resolve().name, self.facts)
         return self.facts

@@ -17,7 +17,7 @@ import torch
 
 from plait.config import Recipe
 from plait.data.dataset import Dataset
-from plait.runtime import DivergedError, PlaitError, only_writer, threads
+from plait.runtime import DivergedError, PlaitError, Terminated, only_writer, threads
 from plait.training.trainer import Progress, train
 
 LEAVING = 20.0  # seconds that a dying process may take to let go of a run's folder
@@ -42,7 +42,7 @@ class Message:
     value: Any = None
 
 
-class _StoppedError(Exception):
+class _StoppedError(PlaitError):
     """The leave to go on was refused."""
 
 
@@ -141,7 +141,7 @@ def _work(connection: Connection, dataset: Path, device: str) -> None:
         os._exit(0)  # checkpoints bear it
 
     threading.Thread(target=listen, daemon=True).start()
-    with contextlib.suppress(KeyboardInterrupt):
+    with contextlib.suppress(KeyboardInterrupt, Terminated):
         opened = Dataset.open(dataset)
         while True:
             job: Job = inbox.get()
