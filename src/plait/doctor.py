@@ -127,8 +127,9 @@ def _broken(names: list[str]) -> dict[str, str]:
     modules: dict[str, str] = {}
     for module, owners in metadata.packages_distributions().items():
         for owner in owners:
-            if not module.startswith("_"):
-                modules.setdefault(owner.lower().replace("_", "-"), module)
+            name = owner.lower().replace("_", "-")
+            if name == module.replace("_", "-") or (name not in modules and not module.startswith("_")):
+                modules[name] = module
     code = "import importlib\n" + "\n".join(
         f"try: importlib.import_module({modules.get(name, name)!r})\n"
         f"except BaseException as error: print({name!r}, 'does not import:', repr(error)[:300])"
