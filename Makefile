@@ -37,6 +37,7 @@ bench: .venv/dev
 
 soak: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak_tune.py runs/soak_tune
 
 clean:
 	rm -rf .venv runs

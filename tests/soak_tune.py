@@ -1,7 +1,7 @@
 """A study whose default learning rate is 30 times too high, killed again and again: no trial lost or doubled, the
 default mended. Prints what it counted, and ends with code 1 where something does not hold.
 
-python tests/soak/tune.py FOLDER [--trials 20] [--steps 60] [--kills 2] [--processes 2] [--speech]
+python tests/soak_tune.py FOLDER [--trials 20] [--steps 60] [--kills 2] [--processes 2] [--speech]
 """
 
 from __future__ import annotations
