@@ -155,7 +155,7 @@ class Model:
                 sequence.read_ids(self.checkpoint.text.encode(windows), "text")
                 continue
             if len(windows) > 1:
-                seconds = getattr(self._modality(name).settings, "seconds", "?")
+                seconds = getattr(self.modality(name).settings, "seconds", "?")
                 raise PlaitError(
                     f"The sound is longer than the {seconds} s that this model reads at once. Cut it; classify, embed "
                     "and transcribe read longer ones in windows."
@@ -169,9 +169,10 @@ class Model:
 
     def _read(self, sequence: Sequence, column: str, sample: np.ndarray) -> Sequence:
         vocabulary = self.vocabulary
-        return sequence.read_media(self._modality(column), vocabulary.opener(column), sample, vocabulary.pad)
+        return sequence.read_media(self.modality(column), vocabulary.opener(column), sample, vocabulary.pad)
 
-    def _modality(self, column: str) -> MediaModality:
+    def modality(self, column: str) -> MediaModality:
+        """The modality of a column of media."""
         return self.checkpoint.model.media[self.columns[column]]
 
     def _windows(self, part: Any) -> tuple[str, list[np.ndarray] | str]:
@@ -190,7 +191,7 @@ class Model:
         kind, name = _kind(part)
         column = self.column(column, kind, f"read {kind}")
         try:
-            return column, self._modality(column).windows(part)
+            return column, self.modality(column).windows(part)
         except MediaError as error:
             raise PlaitError(f"{name}: {error}.") from error
 
@@ -199,8 +200,9 @@ class Model:
         windows = self._windows(value)[1]
         return 1 if isinstance(windows, str) else len(windows)
 
-    def _alone(self, value: Any, limit: int) -> list[Sequence]:
-        """An input as the sequences that cover it, each with its span."""
+    def alone(self, value: Any, limit: int) -> list[Sequence]:
+        """An input as the sequences that cover it, each of at most `limit` tokens of text or one window of a medium,
+        and each with its span."""
         column, windows = self._windows(value)
         if not isinstance(windows, str):
             return [self._read(Sequence(), column, sample) for sample in windows]
@@ -256,14 +258,10 @@ class Model:
             stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
         )
 
-    def write(
-        self, contexts: Iterable[Sequence], column: str, *, n: int = 1, **options: Unpack[Options]
-    ) -> list[list[Any]]:
-        """For each context, n results in a column: str for text, else decoded samples (arrays).
-
-        The opener is added where the context does not end with it. Result k of context i is a function of the seed,
-        i, k and the context, whatever else is written beside it.
-        """
+    def requests(
+        self, contexts: Iterable[Sequence], column: str, n: int = 1, **options: Unpack[Options]
+    ) -> list[Request]:
+        """What `write` asks the engine for, a request a context."""
         if column not in self.columns:
             raise PlaitError(f"There is no column '{column}'. The columns are {', '.join(self.columns) or 'none'}.")
         space = self.columns[column]
@@ -272,18 +270,28 @@ class Model:
                 f"This model reads {space} but was trained with training.weights.{space}: 0, so it cannot write it. "
                 f"It can {', '.join(self.verbs)}."
             )
-        requests = [self.request(self._opened(context, column), space, n, **options) for context in contexts]
-        for i, request in enumerate(requests):
+        found = [self.request(self._opened(context, column), space, n, **options) for context in contexts]
+        for i, request in enumerate(found):
             request.first_sample = i * n
-        results = self.engine.run(requests)
-        if space == "text":
+        return found
+
+    def write(
+        self, contexts: Iterable[Sequence], column: str, *, n: int = 1, **options: Unpack[Options]
+    ) -> list[list[Any]]:
+        """For each context, n results in a column: str for text, else decoded samples (arrays).
+
+        The opener is added where the context does not end with it. Result k of context i is a function of the seed,
+        i, k and the context, whatever else is written beside it.
+        """
+        results = self.engine.run(self.requests(contexts, column, n, **options))
+        if self.columns[column] == "text":
             return [[written.text for written in result.samples] for result in results]
         decoded = iter(self.decode(column, [written for result in results for written in result.samples]))
         return [[next(decoded) for _ in result.samples] for result in results]
 
     def decode(self, column: str, written: list[Written]) -> list[np.ndarray]:
         """Codes to samples, through the codec."""
-        modality = self._modality(column)
+        modality = self.modality(column)
         start = self.vocabulary.spaces[modality.name][0]
         found: list[np.ndarray] = [np.empty(0)] * len(written)
         lengths: dict[int, list[int]] = {}
@@ -342,7 +350,7 @@ class Model:
             column = to if to in self.columns else self.column(None, self._space(to), f"write {to}")
         context = self.context(parts, column)
         if not len(context):
-            context = self._start()
+            context = self.start()
         if max_length is not None:
             if max_length <= len(context):
                 raise PlaitError(
@@ -361,7 +369,7 @@ class Model:
         else:
             found = self.write([context], column, n=count, **options)[0]
             if self.columns[column] != "text":
-                found = [self._modality(column).to_object(sample) for sample in found]
+                found = [self.modality(column).to_object(sample) for sample in found]
         return found[0] if count == 1 else found
 
     def _space(self, to: str) -> str:
@@ -370,7 +378,7 @@ class Model:
             raise PlaitError(f"This model cannot write '{to}'. It writes {', '.join([*sorted(known), *self.columns])}.")
         return to
 
-    def _start(self) -> Sequence:
+    def start(self) -> Sequence:
         """What an empty prompt becomes: the opener of the first text column, or an imported model's end token."""
         for column, kind in self.columns.items():
             if kind == "text":
@@ -388,12 +396,11 @@ class Model:
         return self.write([self.context([image])], target, **options)[0][0]
 
     def transcribe(self, audio: Any, column: str | None = None, **options: Unpack[Options]) -> str:
-        """The words of a sound. A long one is read in windows that overlap by half; a text that two neighbouring
-        windows agree on is written once."""
+        """The words of a sound. A long one is read in windows that overlap by half; see `joined`."""
         self.column(None, "audio", "transcribe")
         target = self.column(column, "text", "transcribe")
-        texts = [row[0] for row in self.write(self._alone(audio, self.engine.max_length), target, **options)]
-        return " ".join(text for i, text in enumerate(texts) if i == 0 or text != texts[i - 1])
+        texts = [row[0] for row in self.write(self.alone(audio, self.engine.max_length), target, **options)]
+        return joined(texts)
 
     def draw(
         self, text: str, n: int = 1, best_of: int | None = None, column: str | None = None, **options: Unpack[Options]
@@ -414,7 +421,7 @@ class Model:
             vectors = self.embed([text, *((column, sample) for sample in samples)])
             order = np.argsort(-(vectors[1:] @ vectors[0]), kind="stable")[:n]
             samples = [samples[i] for i in order]
-        return [self._modality(column).to_object(sample) for sample in samples]
+        return [self.modality(column).to_object(sample) for sample in samples]
 
     def score(self, contexts: list[Sequence], column: str, texts: list[str], batch_size: int = 256) -> np.ndarray:
         """log P(text and its end | context, the column's opener) in nats, (contexts, texts) float64.
@@ -433,6 +440,13 @@ class Model:
         Labels default to the values that the column had in training. A sound longer than a window is read in windows
         and their probabilities averaged.
         """
+        parts = [self.context(value)] if isinstance(value, list) else self.alone(value, self.engine.max_length)
+        return self.classify_parts(parts, labels, column, top)
+
+    def classify_parts(
+        self, parts: list[Sequence], labels: list[str] | None = None, column: str | None = None, top: int | None = 5
+    ) -> list[tuple[str, float]]:
+        """`classify` for an input that is sequences already: one, or its windows."""
         if column is None:
             known = [name for name in self.labels if self.labels[name]]
             column = known[0] if known else None
@@ -440,7 +454,6 @@ class Model:
         labels = self.labels.get(column, []) if labels is None else list(labels)
         if not labels:
             raise PlaitError(f"Column '{column}' has no known labels. Name them: labels=[...] or --labels a,b,c.")
-        parts = [self.context(value)] if isinstance(value, list) else self._alone(value, self.engine.max_length)
         scores = self.score(parts, column, labels)
         chances = np.exp(scores - scores.max(1, keepdims=True))
         mean = (chances / chances.sum(1, keepdims=True)).mean(0)
@@ -451,8 +464,10 @@ class Model:
 
         Inputs longer than the model reads at once are embedded in windows whose mean counts.
         """
-        limit = self.engine.max_length
-        parts = [self._alone(value, limit) for value in inputs]
+        return self.embed_parts([self.alone(value, self.engine.max_length) for value in inputs])
+
+    def embed_parts(self, parts: list[list[Sequence]]) -> np.ndarray:
+        """`embed` for inputs that are sequences already: each the mean of its own, (N, E)."""
         owner = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
         vectors = self.embed_sequences([sequence for part in parts for sequence in part])
         sums = np.zeros((len(parts), vectors.shape[1]), np.float32)
@@ -462,6 +477,11 @@ class Model:
     def embed_sequences(self, sequences: list[Sequence], batch_size: int = 256) -> np.ndarray:
         """The embedding of the first span of each sequence, (N, E) float32, of unit length."""
         return scoring.embed(self.engine, sequences, batch_size)
+
+
+def joined(texts: list[str]) -> str:
+    """The texts of windows that overlap, as one: what two neighbours agree on is written once."""
+    return " ".join(text for i, text in enumerate(texts) if i == 0 or text != texts[i - 1])
 
 
 def _kind(part: Any) -> tuple[str, str]:

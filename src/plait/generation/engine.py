@@ -37,6 +37,7 @@ class Update:
     ids: list[int]
     text: str = ""
     finish: str | None = None
+    logprobs: tuple[float, ...] = ()  # one an id, where the request wants them
 
 
 @dataclass
@@ -471,7 +472,8 @@ class Engine:
                 self._finish(sample, sample.finish)
             if sample.job.request.on_update is not None or sample.finish is not None:
                 new = [] if token == span.end else [token]
-                updates.append((sample, Update(sample.index, new, sample.unsent(), sample.finish)))
+                told = tuple(sample.logprobs[-1:]) if new and sample.job.request.logprobs else ()
+                updates.append((sample, Update(sample.index, new, sample.unsent(), sample.finish, told)))
 
     def _leave(self, feed: np.ndarray) -> np.ndarray:
         """Free the rows of finished samples, move the last rows into their places; return `feed` moved alike."""

@@ -1,0 +1,127 @@
+"""Conversations as prompts: by the chat template that a model brings, or as a plain transcript."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plait.applications.model import Model
+from plait.model.multimodal import Sequence
+from plait.runtime import PlaitError, read_json
+
+NAMES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side said: `role` is system, developer, user or assistant; parts are inputs as `Model` takes them."""
+
+    role: str
+    parts: list[Any]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A context to write after. `stop` are strings that end a reply; `strip`, whether it begins with a stray space."""
+
+    context: Sequence
+    stop: tuple[str, ...] = ()
+    strip: bool = False
+
+
+class Chat:
+    """Turns conversations into prompts of one model."""
+
+    def __init__(self, model: Model, folder: Path | None = None) -> None:
+        """`folder` holds the checkpoint: a chat template there is used. Raises PlaitError where it needs transformers
+        and they are not installed."""
+        self.model = model
+        self.tokenizer: Any = _template(folder) if folder is not None else None
+        self.stop: tuple[str, ...] = ()
+        if self.tokenizer is not None and folder is not None:
+            self.stop = _ends(folder, self.tokenizer, model.vocabulary.end_id)
+
+    def prompt(self, turns: list[Turn], column: str | None = None) -> Prompt:
+        """The conversation up to the next reply; `column` names where it is to be written, None continues the text.
+
+        A lone message of a model that reads media is read as it is: what `plait train` made knows records, not
+        conversations. Otherwise, without a template, the transcript is "User: ...", "Assistant: ..." line by line.
+        """
+        if self.tokenizer is not None:
+            return Prompt(self._templated(turns, column), self.stop)
+        if len(turns) == 1 and self.model.checkpoint.model.media:
+            return Prompt(self.model.context(turns[0].parts, column))
+        parts: list[Any] = []
+        for turn in turns:
+            for part in (f"{NAMES[turn.role]}: ", *turn.parts, "\n"):
+                if isinstance(part, str) and parts and isinstance(parts[-1], str):
+                    parts[-1] += part
+                else:
+                    parts.append(part)
+        parts = [*parts[:-1], parts[-1] + "Assistant:"]
+        return Prompt(self.model.context(parts, column), ("\nUser:",), strip=True)
+
+    def _templated(self, turns: list[Turn], column: str | None) -> Sequence:
+        if any(not isinstance(part, str) for turn in turns for part in turn.parts):
+            raise PlaitError("This model's chat template takes text only. Leave pictures and sounds out.")
+        said = ["\n".join(turn.parts) for turn in turns]
+        special = self.tokenizer.all_special_tokens
+        sequence = Sequence()
+        if not any(name in text for text in said for name in special):
+            ids = self._ids(self._render(turns, said))
+        else:
+            # Where a text spells a special token, it is cut out of the template and encoded apart, as characters.
+            marks = [f"[{secrets.token_hex(8)}-{i}]" for i in range(len(said))]
+            rest, ids = self._render(turns, marks), list[int]()
+            for mark, text in zip(marks, said, strict=True):
+                before, found, rest = rest.partition(mark)
+                if not found or mark in rest:
+                    raise PlaitError("This model's chat template leaves out a message or repeats it; write it anew.")
+                ids += self._ids(before) + self.model.checkpoint.text.encode(text)
+            ids += self._ids(rest)
+        sequence.read_ids(ids, "text")
+        return sequence if column is None else sequence.read_ids([self.model.vocabulary.opener(column)])
+
+    def _render(self, turns: list[Turn], texts: list[str]) -> str:
+        messages = [{"role": turn.role, "content": text} for turn, text in zip(turns, texts, strict=True)]
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # the template's own complaints, and what it does to odd conversations
+            reason = " ".join(str(error).split())[:200].rstrip(".")
+            raise PlaitError(f"This model's chat template refuses the conversation: {reason}.") from error
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
+
+
+def _template(folder: Path) -> Any:
+    """The tokenizer of a folder that brings a chat template, as transformers loads it; None where there is none."""
+    settings = folder / "tokenizer_config.json"
+    known = settings.is_file() and read_json(settings).get("chat_template")
+    if not known and not (folder / "chat_template.jinja").is_file():
+        return None
+    try:
+        from transformers import PreTrainedTokenizerFast
+    except ImportError:
+        raise PlaitError(
+            f"{folder} has a chat template, which needs transformers. Run: pip install 'plait[huggingface]'."
+        ) from None
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # its loaders raise nearly every class on damaged files
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise PlaitError(f"{folder}: the tokenizer's settings cannot be read: {reason}. Fetch it again.") from error
+    return tokenizer if tokenizer.chat_template else None
+
+
+def _ends(folder: Path, tokenizer: Any, known: int | None) -> tuple[str, ...]:
+    """The spellings of further ids that end a reply: the engine knows one."""
+    found = [tokenizer.eos_token_id]
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            end = read_json(folder / name).get("eos_token_id")
+            found += end if isinstance(end, list) else [end]
+    ids = sorted({id for id in found if isinstance(id, int) and id != known})
+    return tuple(name for name in tokenizer.convert_ids_to_tokens(ids) if name)
