@@ -742,6 +742,7 @@ def serve(
     ] = None,
     allow_host: Annotated[list[str] | None, typer.Option(help="A further name that this server answers for.")] = None,
     allow_origin: Annotated[list[str] | None, typer.Option(help="A web page's origin that may call.")] = None,
+    batch: Annotated[int, typer.Option(min=2, help="Samples written at once, a model.")] = 64,
     queue: Annotated[int, typer.Option(min=0, help="Samples that may wait for a place in a model's batch.")] = 64,
     request_seconds: Annotated[float, typer.Option(min=0.1, help="The longest that a request may take.")] = 120.0,
     read_seconds: Annotated[float, typer.Option(min=0.5, help="The longest that a client may stand still.")] = 10.0,
@@ -762,7 +763,11 @@ def serve(
         raise PlaitError(f"Serving needs {error.name}. Run: pip install 'plait[serve]'.") from None
 
     limits = Limits(
-        queue=queue, request_seconds=request_seconds, read_seconds=read_seconds, drain_seconds=drain_seconds
+        batch=batch,
+        queue=queue,
+        request_seconds=request_seconds,
+        read_seconds=read_seconds,
+        drain_seconds=drain_seconds,
     )
     run(
         models, host, port, key_file=api_key_file, allow_hosts=allow_host, allow_origins=allow_origin, device=device,

@@ -109,7 +109,9 @@ def _template(folder: Path) -> Any:
             f"{folder} has a chat template, which needs transformers. Run: pip install 'plait[huggingface]'."
         ) from None
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, split_special_tokens=False
+        )
     except Exception as error:  # its loaders raise nearly every class on damaged files
         reason = " ".join(str(error).split())[:200].rstrip(".")
         raise PlaitError(f"{folder}: the tokenizer's settings cannot be read: {reason}. Fetch it again.") from error

@@ -90,7 +90,7 @@ def find_checkpoint(path: str | Path) -> Path | None:
 
 class Model:
     """A checkpoint at work on a device. Inputs are a str, a PIL image, (waveform, rate), a pathlib.Path of a media
-    file, its bytes, or (column, any of these or a fitted sample) where the column matters."""
+    file, its bytes, or (column, any of these, a fitted sample or a list of windows) where the column matters."""
 
     def __init__(self, checkpoint: Checkpoint, device: str = "auto", precision: str = "auto") -> None:
         self.checkpoint = checkpoint
@@ -184,8 +184,8 @@ class Model:
                 raise PlaitError(f"There is no column '{column}'. The columns are {', '.join(self.columns) or 'none'}.")
             if isinstance(part, str) and self.columns[column] == "text":
                 return column, part
-            if isinstance(part, np.ndarray):
-                return column, [part]
+            if isinstance(part, np.ndarray | list):
+                return column, part if isinstance(part, list) else [part]
         if isinstance(part, str):
             return "", part
         kind, name = _kind(part)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import re
 import signal
 from collections.abc import AsyncIterator, Callable
 from importlib.metadata import version
@@ -32,6 +33,7 @@ from plait.serving.service import Served, Service
 
 ROUTERS = (api.router, api_text.router, api_media.router)
 LOOPBACK = {"localhost", "127.0.0.1", "[::1]"}
+_MEMBER = re.compile(r"body|str|int|.*[\[(-].*", re.DOTALL)
 log = logging.getLogger("plait.serving")
 
 
@@ -186,10 +188,15 @@ async def _refused(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
-    """The fault that lies deepest, as a union reports one for each of its members."""
+    """Of a union's faults, one for each of its members, the one that says most: a bound, else the deepest."""
     faults: list[dict[str, Any]] = list(error.errors()) if isinstance(error, RequestValidationError) else []
-    fault = max(faults, key=lambda fault: len(fault["loc"]), default={"loc": (), "msg": "The body is not valid."})
-    places = [str(place) for place in fault["loc"] if place != "body"]
+    fault = max(
+        faults,
+        key=lambda fault: (not str(fault["type"]).endswith("_type"), len(fault["loc"])),
+        default={"loc": (), "msg": "The body is not valid."},
+    )
+    # Members of unions stand in the place like fields: list[...], constrained-str.
+    places = [str(place) for place in fault["loc"] if not _MEMBER.fullmatch(str(place))]
     param = ".".join(places) or None
     message = str(fault["msg"]).removeprefix("Value error, ")
     if fault.get("type") == "extra_forbidden":

@@ -39,6 +39,7 @@ class Limits:
     messages: int = 256
     labels: int = 1024
     connections: int = 512
+    batch: int = 64  # samples written at once, a model, where memory has room for their cache
     queue: int = 64  # samples that wait for a place in the batch, a model
     request_seconds: float = 120.0
     read_seconds: float = 10.0  # for a request's head; and for a body or a reader that hardly moves

@@ -19,7 +19,6 @@ from plait.generation.engine import Engine, Job, Request, Result, Update
 from plait.runtime import PlaitError
 from plait.serving.limits import ApiError, Limits
 
-ROWS = 64  # samples in one batch, where memory has room for their cache
 log = logging.getLogger("plait.serving")
 
 
@@ -95,7 +94,7 @@ class Worker:
         self.name, self.model, self.limits = name, model, limits
         self.engine: Engine | None = None
         if isinstance(model, Model):
-            self.engine = Engine(model.checkpoint, model.device, _rows(model))
+            self.engine = Engine(model.checkpoint, model.device, _rows(model, limits.batch))
             model.engine = self.engine  # the verbs' too: one set of rows, one cache
         self.tickets: set[Ticket] = set()
         self.calls: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
@@ -248,8 +247,8 @@ def _settle(future: asyncio.Future[Any], result: Any, error: Exception | None) -
         future.set_result(result)
 
 
-def _rows(model: Model) -> int:
-    """As many rows as ROWS, or as a quarter of the memory holds the cache of."""
+def _rows(model: Model, most: int) -> int:
+    """As many rows as `most`, or as a quarter of the memory holds the cache of."""
     config = model.checkpoint.model.config.backbone
     each = 2 * config.layers * config.kv_heads * config.head_width * config.max_length * model.device.dtype.itemsize
     if model.device.torch.type == "cuda":
@@ -258,7 +257,7 @@ def _rows(model: Model) -> int:
         memory = torch.cuda.mem_get_info(model.device.torch)[0]
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(min(ROWS, memory // 4 // each), 2)
+    return max(min(most, memory // 4 // each), 2)
 
 
 def log_fault(where: str, error: BaseException) -> None:

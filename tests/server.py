@@ -1,0 +1,118 @@
+"""A real server in a process of its own, for tests, and plain HTTP to talk to it."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from plait.modalities.text import Text
+from plait.model import checkpoint as checkpoints
+from plait.model.checkpoint import Checkpoint
+from plait.model.multimodal import ModelConfig, Multimodal
+from plait.model.transformer import TransformerConfig
+
+WORDS = ["the cat sat on the mat", "a dog ran in the park", "birds sing at dawn"] * 4
+
+
+def write_text_model(folder: Path) -> Path:
+    """A tiny language model with random weights that never ends by itself."""
+    torch.manual_seed(0)
+    text = Text.train(WORDS, 300)
+    backbone = TransformerConfig(
+        width=32, layers=2, heads=2, kv_heads=2, head_width=16, hidden=64, max_length=256
+    )  # fmt: skip
+    vocabulary = {"text": text.size, "columns": {}, "levels": {}, "closers": []}
+    model = Multimodal(ModelConfig(backbone=backbone, vocabulary=vocabulary, space=0))
+    with torch.no_grad():  # logits far enough apart that rounding decides nothing
+        for parameter in model.predicting.parameters():
+            parameter.mul_(40)
+    checkpoints.save(Checkpoint(model.eval(), text), folder)
+    return folder
+
+
+@dataclass
+class Server:
+    process: subprocess.Popen[str]
+    url: str
+    log: Path
+    key: str = ""
+
+    @classmethod
+    def start(cls, log: Path, *arguments: object, key: str = "", optimised: bool = False) -> Server:
+        """`plait serve ... --port 0`, once it takes requests."""
+        command = [sys.executable, *(["-O"] if optimised else []), "-m", "plait", "serve", *map(str, arguments)]
+        with log.open("w") as out:
+            process = subprocess.Popen(
+                [*command, "--port", "0"], stdout=subprocess.PIPE, stderr=out, text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"},
+            )  # fmt: skip
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("Serving at "), log.read_text()
+        return cls(process, line.split()[2].removesuffix("/v1"), log, key)
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rsplit(":", 1)[1])
+
+    def ask(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, key: str | None = None
+    ) -> tuple[int, dict[str, str], bytes]:
+        """(status, headers, body) of one request; a body that is not bytes is sent as JSON."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        given = dict(headers or {})
+        if body is not None and not isinstance(body, bytes):
+            body = json.dumps(body).encode()
+        if body is not None:
+            given.setdefault("Content-Type", "application/json")
+        if key is None and self.key:
+            given.setdefault("Authorization", f"Bearer {self.key}")
+        elif key:
+            given["Authorization"] = f"Bearer {key}"
+        try:
+            connection.request(method, path, body, given)
+            answer = connection.getresponse()
+            return answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read()
+        finally:
+            connection.close()
+
+    def post(self, path: str, body: Any, **options: Any) -> tuple[int, Any]:
+        """(status, JSON) of a POST."""
+        status, _, answer = self.ask("POST", path, body, **options)
+        return status, json.loads(answer)
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric over its labels."""
+        lines = self.ask("GET", "/metrics")[2].decode().splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0].split(" ")[0] == name)
+
+    def stop(self) -> int:
+        """Send SIGTERM; the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+
+def is_error(status: int, body: bytes) -> bool:
+    """Whether an answer has OpenAI's error shape."""
+    error = json.loads(body)
+    fields = set(error) == {"error"} and set(error["error"]) == {"message", "type", "param", "code"}
+    return 400 <= status < 600 and fields and isinstance(error["error"]["message"], str)
