@@ -4,10 +4,13 @@ BIN = .venv/bin
 INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.lock
 
 
-.PHONY: demo speech test lint bench soak clean
+.PHONY: demo speech serve test lint bench soak clean
 
 demo: .venv/demo
 	$(BIN)/plait demo -o runs/demo
+
+serve: .venv/serve
+	$(BIN)/plait serve runs/demo
 
 test: .venv/dev
 	$(BIN)/python -m pytest
@@ -28,6 +31,10 @@ lint: .venv/dev
 speech:
 	$(INSTALL) --force-reinstall --no-deps espeakng-loader
 
+.venv/serve: .venv/demo
+	$(INSTALL) -e ".[serve]"
+	@touch $@
+
 .venv/dev: .venv/demo
 	$(INSTALL) -e ".[dev]"
 	@touch $@
@@ -38,6 +45,7 @@ bench: .venv/dev
 soak: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak_tune.py runs/soak_tune
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak_serving.py --model runs/demo
 
 clean:
 	rm -rf .venv runs

@@ -344,8 +344,8 @@ def test_overload(server: Server) -> None:
 
 def test_deadline(trained: Path, letters: Path, tmp_path: Path) -> None:
     """A request that takes too long ends with 504, a stream with an error event; SIGTERM ends open streams so too."""
-    body = {**GOOD, "max_tokens": 250, "n": 4, "prompt": ["a"] * 4}
-    with Server.start(tmp_path / "log", f"text={letters}", "--request-seconds", 0.3, "--drain-seconds", 0) as server:
+    body = {**GOOD, "max_tokens": 250, "n": 4, "prompt": ["a"] * 16}
+    with Server.start(tmp_path / "log", f"text={letters}", "--request-seconds", 0.1, "--drain-seconds", 0) as server:
         refused(server, 504, body=body)
         status, _, answer = server.ask("POST", "/v1/completions", {**body, "stream": True})
         last = json.loads(answer.decode().strip().rpartition("data: ")[2])

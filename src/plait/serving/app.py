@@ -18,6 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartParser
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 
@@ -161,6 +162,7 @@ def make_app(service: Service, doors: Doors) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.service = service
+    MultiPartParser.spool_max_size = service.limits.body_bytes  # an upload stays in memory, where its body is already
     for router in ROUTERS:
         app.include_router(router)
     app.add_exception_handler(RequestValidationError, _invalid)
