@@ -4,7 +4,8 @@
     python tests/soak_serving.py R13 R15 --count 100   # some, shorter
     python tests/soak_serving.py --model runs/photos
 
-R11 bombs, R12 fuzzing, R13 slow clients, R14 SIGTERM, R15 clients that leave, R19 overload, memory: 1,000 mixed requests.
+R11 bombs, R12 fuzzing, R13 slow clients, R14 SIGTERM, R15 clients that leave, R19 overload, and memory over 1,000 mixed
+requests.
 """
 
 from __future__ import annotations
@@ -260,7 +261,8 @@ def r19(server: Server, model: str, count: int) -> None:
     mixed = sum(status == 200 and choices != alone[i % 16] for i, (status, _, choices) in enumerate(answers))
     told = sum(status == 429 and after.isdecimal() for status, after, _ in answers)
     say(
-        f"R19 {total} at once: {good} answered, {told} told when to come again, {total - good - told} lost, {mixed} mixed up"
+        f"R19 {total} at once: {good} answered, {told} told when to come again, {total - good - told} lost, "
+        f"{mixed} mixed up"
     )
 
 

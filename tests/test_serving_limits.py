@@ -342,27 +342,35 @@ def test_overload(server: Server) -> None:
     assert any(status == 429 for status, *_ in answers)
 
 
-def test_deadline(trained: Path, letters: Path, tmp_path: Path) -> None:
-    """A request that takes too long ends with 504, a stream with an error event; SIGTERM ends open streams so too."""
+def test_deadline(letters: Path, tmp_path: Path) -> None:
+    """A request that takes too long ends with 504, and one that has begun to stream with an error event."""
     body = {**GOOD, "max_tokens": 250, "n": 4, "prompt": ["a"] * 16}
-    with Server.start(tmp_path / "log", f"text={letters}", "--request-seconds", 0.1, "--drain-seconds", 0) as server:
+    with Server.start(tmp_path / "log", f"text={letters}", "--request-seconds", 0.5, "--batch", 2) as server:
         refused(server, 504, body=body)
-        status, _, answer = server.ask("POST", "/v1/completions", {**body, "stream": True})
-        last = json.loads(answer.decode().strip().rpartition("data: ")[2])
-        assert status == 200 and last["error"]["code"] == "deadline"
-        # Twenty streams are open when the server is told to stop.
-        asks = json.dumps({**GOOD, "max_tokens": 250, "stream": True, "prompt": "a"}).encode()
-        sockets = [socket.create_connection(("127.0.0.1", server.port), timeout=30) for _ in range(20)]
+        chat = {"model": "text", "messages": [{"role": "user", "content": "a"}], "max_tokens": 240, "n": 4}
+        bodies = [{**chat, "stream": True}] * 16
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            answers = list(pool.map(lambda body: server.ask("POST", "/v1/chat/completions", body), bodies))
+        for status, _, answer in answers:
+            last = answer.decode().strip().rpartition("data: ")[2]
+            assert last == "[DONE]" or json.loads(last)["error"]["code"] == "deadline"
+        assert any(status == 200 and b"deadline" in answer for status, _, answer in answers)
+
+
+def test_sigterm_ends_open_streams(letters: Path, tmp_path: Path) -> None:
+    """Each ends whole or with an error event, no new request is taken, and the server exits by itself."""
+    asks = json.dumps({**GOOD, "max_tokens": 250, "stream": True, "prompt": "a", "n": 4}).encode()
+    with Server.start(tmp_path / "log", f"text={letters}", "--drain-seconds", 0, "--batch", 80) as server:
+        sockets = [socket.create_connection(("127.0.0.1", server.port), timeout=60) for _ in range(20)]
         for sock in sockets:
             sock.sendall(_head(server, len(asks)) + asks)
-        found = [sock.recv(10) for sock in sockets]
-        assert all(piece.startswith(b"HTTP") for piece in found)
+        assert all(sock.recv(10).startswith(b"HTTP") for sock in sockets)
         assert server.stop() == 0
         for sock in sockets:
             text = b""
             while part := sock.recv(65536):
                 text += part
-            assert b"data: [DONE]" in text or b'"code":"stopping"' in text or b'"code":"deadline"' in text
+            assert b"data: [DONE]" in text or b'"code":"stopping"' in text
             sock.close()
         with pytest.raises(OSError):
             socket.create_connection(("127.0.0.1", server.port), timeout=5)
