@@ -351,7 +351,7 @@ def test_deadline(letters: Path, tmp_path: Path) -> None:
         bodies = [{**chat, "stream": True}] * 16
         with concurrent.futures.ThreadPoolExecutor(16) as pool:
             answers = list(pool.map(lambda body: server.ask("POST", "/v1/chat/completions", body), bodies))
-        for status, _, answer in answers:
+        for _, _, answer in answers:
             last = answer.decode().strip().rpartition("data: ")[2]
             assert last == "[DONE]" or json.loads(last)["error"]["code"] == "deadline"
         assert any(status == 200 and b"deadline" in answer for status, _, answer in answers)
