@@ -164,7 +164,7 @@ class TokenRows(nn.Module):
     def space(self, name: str) -> Tensor:
         """The rows of one space, (stop - start, D)."""
         start, stop = self.vocabulary.spaces[name]
-        rows = self.free[start:stop]
+        rows = self.free if stop - start == len(self.free) else self.free[start:stop]
         if name not in self.digits:
             return rows
         structured = F.embedding_bag(getattr(self, f"places_{name}"), self.digits[name], mode="sum")
@@ -172,7 +172,8 @@ class TokenRows(nn.Module):
 
     def table(self) -> Tensor:
         """All rows, (V, D)."""
-        return torch.cat([self.space(name) for name in self.vocabulary.spaces])
+        parts = [self.space(name) for name in self.vocabulary.spaces]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 class Multimodal(nn.Module):

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from plait.model.multimodal import IGNORE, Multimodal
 
-CHUNK = 2**22  # logits that exist at one time
+CHUNK = 2**24  # logits that exist at one time
+STRIP = 2**21  # of them in fp32
+
+
+def cut(count: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def negative_log_likelihood(hidden: Tensor, rows: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -16,17 +23,60 @@ def negative_log_likelihood(hidden: Tensor, rows: Tensor, targets: Tensor, smoot
 
     `smoothing` is the share of each target that is spread evenly over all R (Szegedy et al., 2016).
     """
-    step = max(CHUNK // len(rows), 1)
     parts = [
         F.cross_entropy(
-            (hidden[i : i + step] @ rows.t()).float(),
-            targets[i : i + step],
-            reduction="none",
-            label_smoothing=smoothing,
+            (hidden[part] @ rows.t()).float(), targets[part], reduction="none", label_smoothing=smoothing
         )
-        for i in range(0, len(hidden), step)
+        for part in cut(len(hidden), max(CHUNK // 4 // len(rows), 1))
     ]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+class _TotalLoss(torch.autograd.Function):
+    """The sum of `negative_log_likelihood`, whose gradients are taken chunk by chunk as it is computed, so that the
+    whole logits never exist: a sum's gradients are known up to a factor (as in Liger: Hsu et al., 2024)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, rows: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+        parts = cut(len(hidden), max(CHUNK // len(rows), 128))  # fewer would slow the products down
+        losses = torch.empty(len(hidden), 1, device=hidden.device)
+        to_hidden = torch.empty_like(hidden)
+        to_rows: Tensor | None = None
+        for part in parts:
+            wanted, logits = targets[part, None], hidden[part] @ rows.t()
+            for strip in cut(len(logits), max(STRIP // len(rows), 1)):
+                chances = logits[strip].softmax(1, dtype=torch.float32)
+                # The likeliest id's chance and logit give the normaliser.
+                normaliser = logits[strip].amax(1, True).float() - chances.amax(1, True).log_()
+                loss = normaliser - logits[strip].gather(1, wanted[strip])
+                losses[part][strip] = loss
+                chances.scatter_(1, wanted[strip], torch.expm1(-loss) + smoothing)
+                if smoothing:
+                    evenly = normaliser - logits[strip].float().mean(1, True)
+                    losses[part][strip] += smoothing * (evenly - loss)
+                    chances -= smoothing / len(rows)
+                logits[strip] = chances  # the gradient takes the logits' place
+            to_hidden[part] = logits @ rows
+            if to_rows is None:
+                to_rows = logits.t() @ hidden[part]
+            else:
+                to_rows = to_rows.float().add_(logits.t() @ hidden[part])
+        assert to_rows is not None
+        total = losses.sum()
+        ctx.save_for_backward(to_hidden, to_rows.to(rows.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        to_hidden, to_rows = ctx.saved_tensors
+        return to_hidden.mul_(slope), to_rows.mul_(slope), None, None
+
+
+def total_loss(hidden: Tensor, rows: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    """The sum of `negative_log_likelihood`, a scalar in nats; hidden and rows in the precision of the products."""
+    if torch.is_grad_enabled():
+        return cast(Tensor, _TotalLoss.apply(hidden, rows, targets, smoothing))
+    return negative_log_likelihood(hidden, rows, targets, smoothing).sum()
 
 
 def likelihoods(
@@ -38,19 +88,21 @@ def likelihoods(
     it runs over the whole vocabulary, and the figures are still told apart by space.
     """
     keep = targets != IGNORE
-    states, wanted = hidden[keep], targets[keep]
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    states, wanted = hidden[keep].to(dtype), targets[keep]
     found = {}
-    table = None if restricted else model.predicting.table().to(states.dtype)
+    table = None if restricted else model.predicting.table().to(dtype)
     for space, (start, stop) in model.vocabulary.spaces.items():
         chosen = (wanted >= start) & (wanted < stop)
         if not chosen.any():
             continue
         if table is None:
-            rows = model.predicting.space(space).to(states.dtype)
-            loss = negative_log_likelihood(states[chosen], rows, wanted[chosen] - start, smoothing)
+            rows = model.predicting.space(space).to(dtype)
+            loss = total_loss(states[chosen], rows, wanted[chosen] - start, smoothing)
         else:
-            loss = negative_log_likelihood(states[chosen], table, wanted[chosen], smoothing)
-        found[space] = loss.sum(), chosen.sum()
+            loss = total_loss(states[chosen], table, wanted[chosen], smoothing)
+        found[space] = loss, chosen.sum()
     return found
 
 

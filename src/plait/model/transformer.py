@@ -7,7 +7,7 @@ Shapes: B batch, L sequence length, D width, H heads, K key-value heads, E head 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -48,8 +48,47 @@ class TransformerConfig(BaseModel):
         return self
 
 
+def by_hand(x: Tensor) -> bool:
+    """Whether gradients written out below serve better than autograd's: not where a compiler fuses the plain form."""
+    return x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+class _Normalise(torch.autograd.Function):
+    """x / rms(x) * weight in fewer passes over memory; the weight has one dimension, or two to end as x does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # products of one precision are the fastest
+        size = torch.linalg.vector_norm(wide, 2, -1, True)
+        scale = torch.rsqrt(size.square_().div_(x.shape[-1]).add_(eps))
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).mul_(weight).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        x, weight, scale = ctx.saved_tensors
+        unit = x.to(scale.dtype) * scale
+        slope = slope.to(scale.dtype)
+        both = slope * unit
+        to_weight = both.sum(tuple(range(both.ndim - weight.ndim)))
+        along = both.mul_(weight).sum(-1, True)
+        to_x = (slope * weight).addcmul_(unit, along.div_(-x.shape[-1])).mul_(scale)
+        return to_x.to(x.dtype), to_weight, None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight, the mean square taken in fp32 (Zhang and Sennrich, 2019); in the precision of autocast."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    if by_hand(x):
+        return cast(Tensor, _Normalise.apply(x, weight, eps, dtype))
+    wide = x.float() if x.dtype.itemsize < 4 else x
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return wide.to(dtype) * weight.to(dtype)
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, the mean square taken in fp32 (Zhang and Sennrich, 2019)."""
+    """`rms_norm` over the last dimension."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -57,9 +96,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return wide.to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 def make_norm(config: TransformerConfig) -> nn.Module:
@@ -83,10 +120,36 @@ def rotary_frequencies(config: TransformerConfig) -> Tensor:
     return frequency * (blend + (1 - blend) / factor)
 
 
+def rotary(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines (B, L, 1, E) of positions (B, L), for `rotate`."""
+    angle = positions[..., None, None].float() * frequencies
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    wide = x.float()
+    a, b = wide.chunk(2, -1)
+    return torch.addcmul(wide * cos, torch.cat((b, a), -1), sin).to(x.dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation's gradient is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        cos, sin = ctx.saved_tensors
+        return _turn(slope, cos, -sin), None, None
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions on (B, H, L, E) with cos and sin of (B or 1, 1, L, E / 2) (Su et al., 2021)."""
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    """Rotary positions on (B, L, N, E), with what `rotary` gives (Su et al., 2021)."""
+    return cast(Tensor, _Rotate.apply(x, cos, sin)) if by_hand(x) else _turn(x, cos, sin)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
@@ -210,12 +273,16 @@ class Block(nn.Module):
     ) -> Tensor:
         config = self.config
         batch, length, _ = x.shape
-        qkv = self.qkv(x).view(batch, length, -1, config.head_width).transpose(1, 2)
-        q, k, v = qkv.split((config.heads, config.kv_heads, config.kv_heads), 1)
+        heads, kv_heads = config.heads, config.kv_heads
+        qkv = self.qkv(x).view(batch, length, -1, config.head_width)
+        qk, v = qkv.split((heads + kv_heads, kv_heads), 2)
         if config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+            weight = torch.cat((self.q_norm.weight.expand(heads, -1), self.k_norm.weight.expand(kv_heads, -1)))
+            qk = rms_norm(qk, weight, config.norm_eps)
         if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
+            qk = rotate(qk, *rotary)
+        q, k = qk.transpose(1, 2).split((heads, kv_heads), 1)
+        v = v.transpose(1, 2)
         if view is not None:
             k, v = view.append(layer, k, v)
         mixed = attend(q, k, v, mask, config.dropout if self.training else 0.0)
@@ -293,15 +360,14 @@ class Transformer(nn.Module):
             positions, mask = view.positions, view.mask
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]
-        rotary = None
+        turn = None
         if self.config.position == "learned":
             x = x + self.positions[positions.clamp(max=self.config.max_length - 1)]
         else:
-            angle = positions[:, None, :, None].float() * self.frequencies  # (B or 1, 1, L, E / 2)
-            rotary = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+            turn = rotary(positions, self.frequencies)
         x = F.dropout(x, self.config.dropout, self.training)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rotary, mask, view, layer)
+            x = block(x, turn, mask, view, layer)
         if view is not None:
             view.finish()
         return self.final_norm(x)
