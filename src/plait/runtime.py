@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -93,6 +94,20 @@ def threads() -> int:
     if os.environ.get("OMP_NUM_THREADS", "").isdecimal():
         return max(int(os.environ["OMP_NUM_THREADS"]), 1)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def keep_memory() -> None:
+    """Have glibc keep what is freed: by itself it hands large tensors back to the kernel, which clears each page anew,
+    and a training step takes 1.1 to 1.3 times as long (docs/bench.md). Other C libraries are left alone."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            mallopt(option, value)
+
+
+def compiler() -> str | None:
+    """The C++ compiler that torch.compile would use on a processor, None where there is none."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))), None)
 
 
 # --- randomness as a function -----------------------------------------------------------------------------------

@@ -24,9 +24,7 @@ def negative_log_likelihood(hidden: Tensor, rows: Tensor, targets: Tensor, smoot
     `smoothing` is the share of each target that is spread evenly over all R (Szegedy et al., 2016).
     """
     parts = [
-        F.cross_entropy(
-            (hidden[part] @ rows.t()).float(), targets[part], reduction="none", label_smoothing=smoothing
-        )
+        F.cross_entropy((hidden[part] @ rows.t()).float(), targets[part], reduction="none", label_smoothing=smoothing)
         for part in cut(len(hidden), max(CHUNK // 4 // len(rows), 1))
     ]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -67,7 +65,7 @@ class _TotalLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None, None]:
         to_hidden, to_rows = ctx.saved_tensors
         return to_hidden.mul_(slope), to_rows.mul_(slope), None, None
 

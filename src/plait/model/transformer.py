@@ -65,7 +65,7 @@ class _Normalise(torch.autograd.Function):
         return (wide * scale).mul_(weight).to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
         unit = x.to(scale.dtype) * scale
         slope = slope.to(scale.dtype)
@@ -142,7 +142,7 @@ class _Rotate(torch.autograd.Function):
         return _turn(x, cos, sin)
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return _turn(slope, cos, -sin), None, None
 
@@ -172,7 +172,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float 
     hide = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, torch.finfo(q.dtype).min)
     grouped = q.reshape(batch, kv_heads, -1, width) * width**-0.5
     scores = (grouped @ k.transpose(-1, -2)).view(batch, heads, length, total) + hide
-    weights = F.dropout(scores.softmax(-1), dropout, training=dropout > 0)
+    weights = scores.softmax(-1)
+    if dropout:
+        weights = F.dropout(weights, dropout)
     return (weights.view(batch, kv_heads, -1, total) @ v).view(batch, heads, length, width)
 
 
@@ -217,6 +219,7 @@ class View:
         device; 0 says that they are all empty."""
         device = cache.lengths.device
         self.cache = cache
+        self.layer = 0  # whose keys and values come next
         self.rows = rows
         start = cache.lengths[rows]
         self.new_lengths = start + count
@@ -231,9 +234,9 @@ class View:
             seen = torch.arange(self.total, device=device)
             self.mask = (seen <= self.positions[..., None])[:, None]  # (B, 1, L, total)
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (B, K, L, E); return all of these rows so far, (B, K, total, E)."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys, values = self.cache.keys[self.layer], self.cache.values[self.layer]
         at = (self.rows[:, None], slice(None), self.positions)
         keys[at] = k.transpose(1, 2).to(keys.dtype)
         values[at] = v.transpose(1, 2).to(values.dtype)
@@ -269,7 +272,6 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
         view: View | None,
-        layer: int,
     ) -> Tensor:
         config = self.config
         batch, length, _ = x.shape
@@ -284,7 +286,7 @@ class Block(nn.Module):
         q, k = qk.transpose(1, 2).split((heads, kv_heads), 1)
         v = v.transpose(1, 2)
         if view is not None:
-            k, v = view.append(layer, k, v)
+            k, v = view.append(k, v)
         mixed = attend(q, k, v, mask, config.dropout if self.training else 0.0)
         return self.attention_out(mixed.transpose(1, 2).reshape(batch, length, -1))
 
@@ -303,17 +305,16 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
         view: View | None = None,
-        layer: int = 0,
     ) -> Tensor:
         if self.recompute and view is None and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, rotary, mask, None, layer, use_reentrant=False)
-        return self._forward(x, rotary, mask, view, layer)
+            return checkpoint(self._forward, x, rotary, mask, None, use_reentrant=False)
+        return self._forward(x, rotary, mask, view)
 
     def _forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, view: View | None, layer: int
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, view: View | None
     ) -> Tensor:
         dropout = self.config.dropout
-        mixed = self.attention(self.attention_norm(x), rotary, mask, view, layer)
+        mixed = self.attention(self.attention_norm(x), rotary, mask, view)
         x = x + F.dropout(mixed, dropout, self.training)
         return x + F.dropout(self.feed_forward(self.feed_norm(x)), dropout, self.training)
 
@@ -339,6 +340,12 @@ class Transformer(nn.Module):
                 nn.init.normal_(parameter, std=min(0.02 * math.sqrt(768 / config.width), config.width**-0.5))
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+
+    def compile_blocks(self) -> None:
+        """Compile what blocks do, once for all of them and for all lengths, at their first use. Weights and their
+        names stay as they are."""
+        for block in self.blocks:
+            block.compile(dynamic=True)
 
     def recompute(self, on: bool) -> None:
         """Whether the backward pass computes a block's activations again, instead of keeping them: less memory for
@@ -367,7 +374,9 @@ class Transformer(nn.Module):
             turn = rotary(positions, self.frequencies)
         x = F.dropout(x, self.config.dropout, self.training)
         for layer, block in enumerate(self.blocks):
-            x = block(x, turn, mask, view, layer)
+            if view is not None:
+                view.layer = layer
+            x = block(x, turn, mask, view)
         if view is not None:
             view.finish()
         return self.final_norm(x)

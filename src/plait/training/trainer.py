@@ -37,6 +37,8 @@ from plait.runtime import (
     Signals,
     Terminated,
     choose_device,
+    compiler,
+    keep_memory,
     only_writer,
     read_json,
     sha256_file,
@@ -57,6 +59,7 @@ from plait.training.setup import label_columns, model_config
 
 UNRESTRICTED, DROPOUT = 17, 18  # keys of `uniform`: for steps with the whole softmax, and for what a step hides
 CALIBRATION = 8  # steps that a time budget is measured by
+COMPILED = 300  # seconds of training from which compiling pays
 FEW = 10_000  # samples below which what is written is augmented too
 # Settings that a run may change as it goes: none of them changes what a step computes.
 FREE = ("save_every", "keep", "keep_every", "log_records", "accumulate", "parallel", "recompute")
@@ -254,6 +257,7 @@ def train(
     group = group or Group()
     device = group.device(choose_device(device_name, recipe.training.precision, training=True))
     torch.set_num_threads(threads())
+    keep_memory()
     with only_writer(folder) if group.first else nullcontext(), signals() as listening, _room(folder):
         run = Run(folder, dataset, recipe, report, device, reuse, group)
         report = run.report
@@ -384,6 +388,10 @@ def _optimise(
         for line in wrong:
             run.report(Progress("note", 1, 1, note=f"{line}; going on from {newest}"))
         _same_network(newest, model)
+    if "compiled" not in run.facts:
+        run.decide(compiled="steps" not in run.facts and _compiles(run, model, seconds))
+    if run.facts["compiled"]:
+        model.backbone.compile_blocks()
     if "steps" not in run.facts:
         run.decide(steps=settings.steps or saver.step + int(group.told(_calibrate(model, optimizer, one, seconds))))
         optimizer = make_optimizer([model], run.peak, settings.weight_decay, settings.betas)
@@ -550,6 +558,15 @@ def _revise(run: Run, number: int, planned: int, seconds: float, used: float) ->
     run.decide(revised={"at": number, "steps": max(possible, number + 1) if possible < 0.9 * planned else planned})
 
 
+def _compiles(run: Run, model: Multimodal, seconds: float) -> bool:
+    """Whether to compile the backbone. Media vary in length, which costs compiled code its exact resuming."""
+    wish, possible = run.settings.compile, run.device.name.startswith("cuda") or compiler() is not None
+    if wish == "on" and not (possible and run.group.size == 1):
+        raise PlaitError("training.compile: on needs a C++ compiler (g++ or clang++), and works in a single process.")
+    worth = not model.media and run.settings.steps is None and seconds >= COMPILED
+    return wish == "on" or (wish == "auto" and possible and run.group.size == 1 and worth)
+
+
 def _calibrate(
     model: Multimodal,
     optimizer: torch.optim.Optimizer,
@@ -561,6 +578,7 @@ def _calibrate(
     state = torch.get_rng_state()
     for options in optimizer.param_groups:
         options["lr"] = 0.0
+    begun = time.perf_counter()
     one(0)
     clock = [time.perf_counter()]
     for number in range(CALIBRATION):
@@ -568,7 +586,8 @@ def _calibrate(
         clock.append(time.perf_counter())
     model.load_state_dict(weights)
     torch.set_rng_state(state)
-    return max(int(seconds * 0.93 / np.median(np.diff(clock))), 20)  # validation takes the rest
+    left = seconds - (clock[-1] - begun)  # compiling may have taken long
+    return max(int(left * 0.93 / np.median(np.diff(clock))), 20)  # validation takes the rest
 
 
 def validate(
