@@ -227,8 +227,8 @@ class Multimodal(nn.Module):
         """The embeddings of spans: mean hidden state, projected, of unit length; (S, E)."""
         places = torch.arange(hidden.shape[1], device=hidden.device)
         inside = (places >= starts[:, None]) & (places < stops[:, None])
-        weight = inside.to(hidden.dtype) / (stops - starts)[:, None].to(hidden.dtype)
-        mean = torch.bmm(weight[:, None], hidden[rows])[:, 0]
+        weight = inside.float() / (stops - starts)[:, None]
+        mean = torch.bmm(weight[:, None], hidden[rows].float())[:, 0]
         return F.normalize(self.project(mean).float(), dim=-1)
 
     def parameter_count(self) -> dict[str, int]:
