@@ -103,7 +103,7 @@ class _Bar:
         self(progress.stage, progress.done, progress.total, losses + rate + progress.note)
 
 
-def _show_manifest(manifest: Manifest, folder: Path) -> None:
+def _show_manifest(manifest: Manifest, folder: str | Path) -> None:
     table = Table("column", "what", "records", "length", box=None, header_style="bold")
     for name, kind in manifest.columns.items():
         lengths = manifest.statistics.get(name)
@@ -113,12 +113,15 @@ def _show_manifest(manifest: Manifest, folder: Path) -> None:
     out.print(table)
     counts = ", ".join(f"{split} {count}" for split, count in manifest.counts.items())
     overlap = "".join(f"; {pair} overlap {count}" for pair, count in manifest.overlap.items() if count)
-    out.print(f"Records: {counts}. Rejected: {manifest.rejected}. Exact duplicates: {manifest.duplicates}{overlap}.")
+    near = "".join(f"; {pair} near-duplicates {count}" for pair, count in manifest.near_duplicates.items())
+    out.print(
+        f"Records: {counts}. Rejected: {manifest.rejected}. Exact duplicates: {manifest.duplicates}{overlap}{near}."
+    )
     for warning in manifest.warnings:
         out.print(f"[yellow]Note:[/yellow] {_plain(warning)}")
     if manifest.rejected:
-        out.print(f"What was rejected, and why: {folder / 'rejects.jsonl'}")
-    out.print(f"Report: {folder / 'report.html'}")
+        out.print(f"What was rejected, and why: {folder}/rejects.jsonl")
+    out.print(f"Report: {folder}/report.html")
 
 
 # --- data and training ------------------------------------------------------------------------------------------
@@ -126,8 +129,10 @@ def _show_manifest(manifest: Manifest, folder: Path) -> None:
 
 @app.command()
 def prepare(
-    source: Annotated[Path, typer.Argument(help="A folder, an archive or a table.")],
-    out_folder: Annotated[Path, typer.Option("-o", "--out", help="The dataset's folder.")],
+    source: Annotated[
+        str, typer.Argument(help="A folder, archive or table, a URL, or hf:NAME of the Hugging Face hub.")
+    ],
+    out_folder: Annotated[str, typer.Option("-o", "--out", help="The dataset's folder, or a URL.")],
     map_: Annotated[
         list[str] | None,
         typer.Option("--map", help="What a column is: image=COL, audio=COL, text=COL, text=COL:NEWNAME, ignore=COL."),
@@ -136,10 +141,20 @@ def prepare(
         str | None, typer.Option(help="Regular expression on file names; its named groups become text columns.")
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="Take map, labels and pattern from this recipe.")] = None,
-    workers: Annotated[int | None, typer.Option(min=0, help="Processes that decode media.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that decode media; all cores if left out.")
+    ] = None,
+    near_duplicates: Annotated[
+        bool, typer.Option(help="Look for records that are alike; see duplicates.jsonl.")
+    ] = True,
+    drop_near_duplicates: Annotated[
+        bool, typer.Option("--drop-near-duplicates", help="Leave out of train what val or test has too.")
+    ] = False,
     seed: SeedOption = 0,
 ) -> None:
     """Check files and make a dataset of them: splits, counts, what was rejected and why.
+
+    Ctrl-C stops it, and the same command goes on from there.
 
     Example: plait prepare photos/ -o data/photos
     """
@@ -150,35 +165,42 @@ def prepare(
         kind, _, column = entry.partition("=")
         given[kind] = f"{given[kind]},{column}" if kind in given else column
     data = load_recipe(recipe, {"data": {"map": given or None, "pattern": pattern}}).data
-    manifest = _prepare(source, out_folder, data, workers, seed)
+    near = {"near_duplicates": near_duplicates, "drop_near_duplicates": drop_near_duplicates}
+    manifest = _prepare(source, out_folder, data, workers=workers, seed=seed, **near)
     _show_manifest(manifest, out_folder)
-    out.print(f"Next: plait train {out_folder} -o runs/{out_folder.name}")
+    out.print(f"Next: plait train {out_folder} -o runs/{Path(out_folder).name}")
 
 
-def _prepare(source: Path, folder: Path, data: Any, workers: int | None, seed: int) -> Manifest:
+def _prepare(source: str | Path, folder: str | Path, data: Any, **options: Any) -> Manifest:
     from plait.data.prepare import prepare as make
 
     with _Bar() as bar:
-        return make(
-            source, folder, column_map=data.map or None, labels=data.labels or None, pattern=data.pattern,
-            workers=workers, seed=seed, progress=lambda done, total: bar("prepare", done, total),
-        )  # fmt: skip
+        try:
+            return make(
+                source, folder, column_map=data.map or None, labels=data.labels or None, pattern=data.pattern,
+                progress=bar, **options,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            err.print("\nStopped. What is done is kept; the same command goes on from here.")
+            raise
 
 
-def _dataset(source: Path, run: Path, recipe: Any) -> Dataset:
+def _dataset(source: str, run: Path, recipe: Any) -> Dataset:
     """A prepared dataset, or raw files, which are prepared first, into the run's folder."""
     from plait.data.dataset import Dataset
 
-    if (source / "manifest.json").is_file():
+    if "://" in source or (Path(source) / "manifest.json").is_file():
         return Dataset.open(source)
     if not (run / "data" / "manifest.json").is_file():
-        _show_manifest(_prepare(source, run / "data", recipe.data, None, 0), run / "data")
+        _show_manifest(_prepare(source, run / "data", recipe.data), run / "data")
     return Dataset.open(run / "data")
 
 
 @app.command()
 def train(
-    dataset: Annotated[Path, typer.Argument(help="A prepared dataset, or files that `prepare` reads.")],
+    dataset: Annotated[
+        str, typer.Argument(help="A prepared dataset (a folder or a URL), or files that `prepare` reads.")
+    ],
     run: Annotated[Path, typer.Option("-o", "--out", help="The run's folder.")],
     recipe: Annotated[Path | None, typer.Option(help="A YAML file; see recipes/.")] = None,
     size: Annotated[str | None, typer.Option(help="tiny, small, base or large; see plait sizes.")] = None,
@@ -387,7 +409,7 @@ def sizes() -> None:
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
-    data: Annotated[Path | None, typer.Option(help="Another dataset than the run's own.")] = None,
+    data: Annotated[str | None, typer.Option(help="Another dataset than the run's own.")] = None,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
     limit: Annotated[int | None, typer.Option(help="Records a task, at most.")] = None,
     judge_seconds: Annotated[float, typer.Option(help="Time to train the judge of drawings and speech.")] = 15.0,
@@ -408,7 +430,7 @@ def evaluate(
 
 
 def _evaluate(
-    run: Path, data: Path | None, split: str, limit: int | None, judge_seconds: float, seed: int, device: str
+    run: Path, data: str | None, split: str, limit: int | None, judge_seconds: float, seed: int, device: str
 ) -> dict[str, Any]:
     from plait.applications.model import Model, load
     from plait.data.dataset import Dataset
@@ -423,7 +445,7 @@ def _evaluate(
         facts = read_json(run / "run.json")
         if "dataset" not in facts:
             raise PlaitError(f"{run / 'run.json'} does not say which dataset it is of. Name one with --data.")
-        data = Path(facts["dataset"])
+        data = facts["dataset"]
     dataset = Dataset.open(data)
     model = load(run, device)
     if not isinstance(model, Model):
@@ -473,7 +495,7 @@ def demo(
     if not (run / "data" / "manifest.json").is_file():
         out.print(f"Writing pictures and sounds as ordinary files: {run / 'files'}")
         write_demo(run / "files", lambda text: err.print(f"[yellow]Note:[/yellow] {_plain(text)}"))
-        _show_manifest(_prepare(run / "files", run / "data", load_recipe(None).data, None, 0), run / "data")
+        _show_manifest(_prepare(run / "files", run / "data", load_recipe(None).data), run / "data")
     recipe = load_recipe(None, {"training": {"minutes": minutes, "seed": seed}})
     _train(Dataset.open(run / "data"), run, recipe, device)
     metrics = _evaluate(run, None, "test", None, 15.0, seed, device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +16,8 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from plait.data.record import SPLITS, Record
-from plait.runtime import PlaitError, intact, read_json, sha256_file
+from plait.data.stores import Location, join, location, open_binary, size
+from plait.runtime import PlaitError, intact
 
 VERSION = 1
 _CACHE_BYTES = 256 << 20
@@ -45,7 +48,9 @@ class Lengths(BaseModel):
 
 class Manifest(BaseModel):
     """What a dataset holds. `counts` are records by split; `overlap` ("test/train") counts the records of the first
-    split whose media (or, without media, text) stand in the second too; `rejected` counts lines of rejects.jsonl."""
+    split whose media (or, without media, text) stand in the second too; `near_duplicates` ("test/train") those of the
+    first that have a near-duplicate in the second; `rejected` counts lines of rejects.jsonl, and `dropped` those among
+    them that were left out of train for near-duplicates; `chats` are text columns that hold conversations."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -57,6 +62,9 @@ class Manifest(BaseModel):
     rejected: int
     duplicates: int
     overlap: dict[str, int]
+    near_duplicates: dict[str, int] = {}
+    dropped: int = 0
+    chats: list[str] = []
     shards: list[Shard]
     statistics: dict[str, Lengths]
     notes: list[str]
@@ -68,10 +76,31 @@ class Manifest(BaseModel):
         return {name: value.distinct for name, value in self.statistics.items() if value.distinct is not None}
 
 
+def _manifest(path: Location) -> Any:
+    """What manifest.json holds. Raises PlaitError."""
+    file = join(path, "manifest.json")
+    try:
+        if size(file) is None:
+            raise PlaitError(
+                f"{path} is not a dataset (it has no manifest.json). Make one: plait prepare SOURCE -o {path}"
+            )
+        with open_binary(file) as opened:
+            return json.loads(opened.read())
+    except OSError as error:
+        raise PlaitError(f"{file} cannot be read: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise PlaitError(f"{file} cannot be read as JSON: {error}. Run plait prepare again.") from error
+
+
+def _sha256(place: Location) -> str:
+    with open_binary(place) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
 class Dataset:
     """Prepared records, numbered from 0 over all splits: train, then val, then test. Safe to use from threads."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Location, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
         self.columns: dict[str, str] = dict(manifest.columns)
         self._starts = np.cumsum([0] + [shard.rows for shard in manifest.shards])
@@ -84,16 +113,13 @@ class Dataset:
 
     @classmethod
     def open(cls, path: str | Path, verify: bool = False) -> Dataset:
-        """The dataset in a folder. Checks that its shards are there in full size, with `verify` also their sha256.
+        """The dataset in a folder, or at a URL that fsspec reads. Checks that its shards are there in full size, with
+        `verify` also their sha256.
 
         Raises PlaitError naming the file that is missing, cut or changed.
         """
-        path = Path(path)
-        if not (path / "manifest.json").is_file():
-            raise PlaitError(
-                f"{path} is not a dataset (it has no manifest.json). Make one: plait prepare SOURCE -o {path}"
-            )
-        value = read_json(path / "manifest.json")
+        path = location(path)
+        value = _manifest(path)
         if not isinstance(value, dict) or value.get("version") != VERSION:
             found = value.get("version") if isinstance(value, dict) else None
             raise PlaitError(
@@ -111,13 +137,17 @@ class Dataset:
                 f"{path}/manifest.json is damaged: {where}: {first['msg']}. Run plait prepare again."
             ) from error
         for shard in manifest.shards:
-            file = path / shard.file
+            file = join(path, shard.file)
             if Path(shard.file).name != shard.file:
                 raise PlaitError(f"{path}/manifest.json names a file outside of the dataset: {shard.file}.")
-            if not file.is_file():
-                raise PlaitError(f"{file} is missing. Copy the dataset again, or run plait prepare again.")
-            if file.stat().st_size != shard.bytes or (verify and sha256_file(file) != shard.sha256):
-                raise PlaitError(f"{file} is damaged. Copy the dataset again, or run plait prepare again.")
+            try:
+                length = size(file)
+                if length is None:
+                    raise PlaitError(f"{file} is missing. Copy the dataset again, or run plait prepare again.")
+                if length != shard.bytes or (verify and _sha256(file) != shard.sha256):
+                    raise PlaitError(f"{file} is damaged. Copy the dataset again, or run plait prepare again.")
+            except OSError as error:
+                raise PlaitError(f"{file} cannot be read: {error}.") from error
         return cls(path, manifest)
 
     def __len__(self) -> int:
@@ -148,6 +178,12 @@ class Dataset:
             raise PlaitError(f"Column '{column}' of {self.path} holds {self.columns[column]}, not text.")
         return self._column(column)
 
+    def seen(self) -> np.ndarray:
+        """Which records (N,) of val and test have an equal or near-equal one in train: true for those."""
+        if not self.manifest.near_duplicates and not self.manifest.overlap:
+            return np.zeros(len(self), bool)
+        return np.array(self._column("seen"), bool)
+
     def record(self, index: int, columns: Sequence[str] | None = None) -> Record:
         """Record number `index`, with only the named columns where `columns` is given."""
         return next(self.iterate([index], columns))
@@ -177,9 +213,9 @@ class Dataset:
     def _file(self, shard: int) -> pq.ParquetFile:
         file = self._files[shard]
         if file is None:
-            name = self.path / self.manifest.shards[shard].file
+            name = join(self.path, self.manifest.shards[shard].file)
             try:
-                file = pq.ParquetFile(name, memory_map=True)
+                file = pq.ParquetFile(name if isinstance(name, Path) else open_binary(name), memory_map=True)
             except (OSError, pa.ArrowException) as error:
                 raise PlaitError(f"{name} is damaged: {error}. Run plait prepare again.") from error
             rows = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
@@ -208,7 +244,7 @@ class Dataset:
             table = file.read(wanted) if group is None else file.read_row_group(group, wanted)
             return table.combine_chunks()
         except (OSError, ValueError, pa.ArrowException) as error:
-            name = self.path / self.manifest.shards[shard].file
+            name = join(self.path, self.manifest.shards[shard].file)
             raise PlaitError(f"{name} is damaged: {error}. Run plait prepare again.") from error
 
     def _column(self, name: str) -> list[Any]:

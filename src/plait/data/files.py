@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import lzma
 import os
 import re
@@ -15,14 +16,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 from plait.data.media import AUDIO_SUFFIXES, IMAGE_SUFFIXES, LIMITS, sniff
-from plait.data.record import split_name
+from plait.data.record import Rejected, split_name
+from plait.data.stores import Location, StoreError, join, listing, open_binary, size
 from plait.runtime import PlaitError
 
-TABLE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+TABLE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 # What reading a damaged compressed file may raise.
 DAMAGED = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError)
@@ -31,13 +36,18 @@ MEMBER_BYTES = 4 << 30  # of one file in an archive
 
 @dataclass
 class Media:
-    """A medium that a record names: a file, or bytes at hand, or a function that makes them (already valid)."""
+    """A medium that a record names: a file, or bytes at hand, or a picture as an array, to be encoded as PNG.
+
+    `stamp` changes with the content of a file that is not a plain one here: of an archive's member, of a URL.
+    """
 
     kind: str
     name: str
-    path: Path | None = None
+    path: Location | None = None
     data: bytes | None = None
-    make: Callable[[], bytes] | None = None
+    pixels: np.ndarray | None = None
+    size: int = 0
+    stamp: str = ""
 
 
 @dataclass
@@ -51,22 +61,7 @@ class Found:
     group: str | None = None
 
 
-@dataclass
-class Rejected:
-    """Something that cannot be used: a file (and line) and the reason."""
-
-    file: str
-    line: int | None
-    reason: str
-
-
 Item = Found | Rejected
-
-
-def rejected(place: str, reason: str) -> Rejected:
-    """The rejection of a record by its place, `file` or `file:line`."""
-    file, _, line = place.rpartition(":")
-    return Rejected(file, int(line), reason) if file and line.isdigit() else Rejected(place, None, reason)
 
 
 @dataclass
@@ -78,6 +73,7 @@ class Plan:
     read: Callable[[], Iterator[Item]]
     notes: list[str]
     tail: bool = False  # one text file: the last tenth is for validation
+    chats: list[str] = field(default_factory=list)  # columns whose text is a conversation (see chat.py)
 
 
 def suffix_of(name: str) -> str:
@@ -89,11 +85,11 @@ def suffix_of(name: str) -> str:
     return os.path.splitext(name.removesuffix(".gz"))[1]  # noqa: PTH122 - names, also of archive members
 
 
-def open_text(path: Path, name: str) -> IO[str]:
+def open_text(path: Location, name: str) -> IO[str]:
     """A text file, gunzipped where its name says so; UTF-8, line ends kept."""
     if name.lower().endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
+        return gzip.open(open_binary(path), "rt", encoding="utf-8-sig", newline="")
+    return io.TextIOWrapper(open_binary(path), encoding="utf-8-sig", newline="")
 
 
 def idx_name(name: str) -> re.Match[str] | None:
@@ -119,8 +115,9 @@ def folder_split(name: str) -> str | None:
 class Tree:
     """The files of a source by relative path, archives opened, and what was refused on the way."""
 
-    root: Path
-    files: dict[str, Path] = field(default_factory=dict)
+    root: Location
+    files: dict[str, Location] = field(default_factory=dict)
+    stamps: dict[str, tuple[int, str]] = field(default_factory=dict)  # bytes, and what changes with the content
     refused: list[Rejected] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
     archives: list[str] = field(default_factory=list)
@@ -135,32 +132,36 @@ class Tree:
         if suffix in (*TABLE_SUFFIXES, *ARCHIVE_SUFFIXES, ".txt", ".md", ".py", ".html") or idx_name(name):
             return None
         try:
-            with self.files[name].open("rb") as file:
+            with open_binary(self.files[name]) as file:
                 found = sniff(file.read(64))
         except OSError:
             return None
         return found[0] if found else None
 
-    def resolve(self, table: str, value: str) -> tuple[str, Path] | str:
-        """The file that a table's path names, or the reason why there is none. Paths are relative to the table."""
+    def media(self, kind: str, name: str) -> Media:
+        """A file of the source as a medium."""
+        size, stamp = self.stamps.get(name, (0, ""))
+        return Media(kind, name, self.files[name], size=size, stamp=stamp)
+
+    def resolve(self, table: str, value: str) -> str | Rejected:
+        """The name of the file that a table's path names, or the rejection of the table with the reason why there is
+        none. Paths are relative to the table."""
         value = value.replace("\\", "/")
         if "\0" in value:
-            return "the path holds a NUL character"
+            return Rejected(table, None, "the path holds a NUL character")
         folder = table.rpartition("/")[0]
-        if os.path.isabs(value):  # noqa: PTH117
+        if os.path.isabs(value) and isinstance(self.root, Path):  # noqa: PTH117
             name = os.path.relpath(value, self.root)
         else:
             name = os.path.normpath(f"{folder}/{value}" if folder else value)
         if name == ".." or name.startswith("../"):
-            return f"the path '{value}' leads out of the source"
-        if name in self.files:
-            return name, self.files[name]
-        if self.single is not None and (found := self._beside(name)):
-            return found
+            return Rejected(table, None, f"the path '{value}' leads out of the source")
+        if name in self.files or (self.single is not None and self._beside(name)):
+            return name
         for archive in self.archives:
             inside = f"{archive}/{value}"
             if inside in self.files:
-                return inside, self.files[inside]
+                return inside
         if self._by_name is None:
             self._by_name = {}
             for path in self.files:
@@ -169,45 +170,104 @@ class Tree:
                     self._by_name[last] = None if last in self._by_name else path
         inside_name = self._by_name.get(value)
         if inside_name is not None:
-            return inside_name, self.files[inside_name]
-        return f"the file '{value}' does not exist"
+            return inside_name
+        return Rejected(table, None, f"the file '{value}' does not exist")
 
-    def _beside(self, name: str) -> tuple[str, Path] | None:
-        path = self.root / name
+    def _beside(self, name: str) -> bool:
         try:
-            real = path.resolve()
+            if not isinstance(self.root, Path):
+                url = str(join(self.root, name))
+                if (length := size(url)) is None:
+                    return False
+                self.files[name], self.stamps[name] = url, (length, "")
+                return True
+            real = (self.root / name).resolve()
             if real.is_relative_to(self.root.resolve()) and real.is_file():
                 self.files[name] = real
-                return name, real
+                return True
         except (OSError, ValueError):
             pass
-        return None
+        return False
 
 
-def scan(source: Path, scratch: Path, skip: Path) -> Tree:
-    """List a source's files in a fixed order; archives are unpacked under `scratch`, each member under a number.
+def scan(source: Location, scratch: Path, skip: Location) -> Tree:
+    """List a source's files in a fixed order; archives are unpacked under `scratch`, each member under a number, but
+    for WebDataset shards, which are read as they are. `skip` is the dataset's own folder.
 
-    `skip` is the dataset's own folder. Raises PlaitError where the source does not exist or holds nothing.
+    Raises PlaitError where the source does not exist or holds nothing.
     """
-    if not source.exists():
-        raise PlaitError(f"{source} does not exist. Name a folder, a table, a text file or an archive.")
-    if source.is_file():
+    if isinstance(source, str):
+        tree = _listed(source, scratch)
+    elif source.is_file():
         tree = Tree(source.parent, single=source.name)
-        if suffix_of(source.name) in ARCHIVE_SUFFIXES:
-            tree.single = None
-            _unpack(tree, source, "", scratch)
-        else:
-            tree.files[source.name] = source
-    else:
+        _add(tree, source.name, source, scratch)
+    elif source.is_dir():
         tree = Tree(source)
         _walk(tree, source, scratch, skip)
+    else:
+        raise PlaitError(f"{source} does not exist. Name a folder, a table, a text file or an archive.")
     if not tree.files and not tree.refused:
         raise PlaitError(f"{source} is empty. Put files in it, or name another folder.")
     return tree
 
 
-def _walk(tree: Tree, source: Path, scratch: Path, skip: Path) -> None:
-    root, skip = source.resolve(), skip.resolve()
+def _add(tree: Tree, name: str, path: Location, scratch: Path) -> None:
+    if suffix_of(name) in ARCHIVE_SUFFIXES and not is_shard(path, name):
+        whole = tree.single == name
+        tree.single = None if whole else tree.single
+        _unpack(tree, path, "" if whole else name, scratch)
+    else:
+        tree.files[name] = path
+
+
+def _listed(url: str, scratch: Path) -> Tree:
+    try:
+        found = listing(url)
+    except StoreError as error:
+        raise PlaitError(f"{error}. Check the address, the rights and the network.") from error
+    if len(found) == 1 and next(iter(found.values()))[0].rstrip("/").endswith("/" + url.rstrip("/").rpartition("/")[2]):
+        tree = Tree(url.rstrip("/").rpartition("/")[0], single=next(iter(found)))
+    else:
+        tree = Tree(url)
+    for name, (place, length, stamp) in found.items():
+        tree.stamps[name] = length, stamp
+        if any(part.startswith(".") for part in name.split("/")):
+            tree.refused.append(Rejected(name, None, "a hidden file"))
+        elif length == 0:
+            tree.refused.append(Rejected(name, None, "the file is empty"))
+        else:
+            _add(tree, name, place, scratch)
+    return tree
+
+
+def is_shard(path: Location, name: str) -> bool:
+    """Whether a tar is a shard of a WebDataset: its name ends in a number, as shards' names do, or the first members
+    of its first stem are a `.json` or `.cls` beside something else."""
+    suffix = suffix_of(name)
+    if suffix not in ARCHIVE_SUFFIXES or suffix == ".zip":
+        return False
+    stem = name.rpartition("/")[2].lower().removesuffix(suffix)
+    numbered = re.search(r"(^|[-_.])\d{3,}$", stem) is not None
+    try:
+        with open_binary(path) as file, tarfile.open(fileobj=file, mode="r|*") as packed:
+            names = [member.name for member in islice((m for m in packed if m.isreg()), 4)]
+    except DAMAGED:
+        return False
+    keys = [shard_key(member)[0] for member in names]
+    endings = {shard_key(member)[1] for member in names if shard_key(member)[0] == keys[0]}
+    together = len(endings) > 1 and len(endings) == keys.count(keys[0])
+    return together and (numbered or bool({"json", "cls"} & endings))
+
+
+def shard_key(member: str) -> tuple[str, str]:
+    """(key, ending in lower case) of a member of a WebDataset shard: its name, cut at the first dot."""
+    folder, slash, last = member.removeprefix("./").rpartition("/")
+    stem, _, ending = last.partition(".")
+    return folder + slash + stem, ending.lower()
+
+
+def _walk(tree: Tree, source: Path, scratch: Path, out: Location) -> None:
+    root, skip = source.resolve(), out.resolve() if isinstance(out, Path) else None
 
     def failed(error: OSError) -> None:
         name = os.path.relpath(str(error.filename), source)
@@ -248,10 +308,8 @@ def _walk(tree: Tree, source: Path, scratch: Path, skip: Path) -> None:
                 reason = "its name is not valid Unicode"
             if reason:
                 tree.refused.append(Rejected(shown, None, reason))
-            elif suffix_of(name) in ARCHIVE_SUFFIXES:
-                _unpack(tree, path, shown, scratch)
             else:
-                tree.files[shown] = path
+                _add(tree, shown, path, scratch)
 
 
 def _valid(name: str) -> bool:
@@ -266,33 +324,36 @@ def _shown(path: Path, source: Path) -> str:
     return path.relative_to(source).as_posix().encode("utf-8", "backslashreplace").decode()
 
 
-def _unpack(tree: Tree, path: Path, prefix: str, scratch: Path) -> None:
+def _unpack(tree: Tree, path: Location, prefix: str, scratch: Path) -> None:
     """Add an archive's members to the tree as `prefix/member`; unsafe, empty or huge ones are refused."""
     tree.archives.append(prefix or ".")
     lead = f"{prefix}/" if prefix else ""
     opened: Callable[[], Any]
+    # The members' own files are made anew in every run: their content changes with the archive's.
+    stamp = tree.stamps.get(prefix, (0, ""))[1] if isinstance(path, str) else str(path.stat().st_mtime_ns)
     try:
-        if path.suffix.lower() == ".zip":
-            with zipfile.ZipFile(path) as archive:
-                for info in archive.infolist():
-                    if not info.is_dir():
-                        linked = stat.S_ISLNK(info.external_attr >> 16)
-                        opened = partial(archive.open, info)
-                        _member(tree, lead, info.filename, info.file_size, linked, scratch, opened)
-        else:
-            with tarfile.open(path, "r|*") as packed:
-                for member in packed:
-                    if not member.isdir():
-                        opened = partial(packed.extractfile, member)
-                        _member(tree, lead, member.name, member.size, not member.isreg(), scratch, opened)
+        with open_binary(path) as file:
+            if suffix_of(str(path)) == ".zip":
+                with zipfile.ZipFile(file) as archive:
+                    for info in archive.infolist():
+                        if not info.is_dir():
+                            linked = stat.S_ISLNK(info.external_attr >> 16)
+                            opened = partial(archive.open, info)
+                            _member(tree, lead, info.filename, info.file_size, linked, scratch, opened, stamp)
+            else:
+                with tarfile.open(fileobj=file, mode="r|*") as packed:
+                    for member in packed:
+                        if not member.isdir():
+                            opened = partial(packed.extractfile, member)
+                            _member(tree, lead, member.name, member.size, not member.isreg(), scratch, opened, stamp)
     except (*DAMAGED, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno == 28:
             raise PlaitError(f"No room to unpack {path} under {scratch.parent}. Free space there.") from error
-        tree.refused.append(Rejected(prefix or path.name, None, f"damaged archive: {error}"))
+        tree.refused.append(Rejected(prefix or str(path).rpartition("/")[2], None, f"damaged archive: {error}"))
 
 
 def _member(
-    tree: Tree, lead: str, name: str, size: int, linked: bool, scratch: Path, opened: Callable[[], Any]
+    tree: Tree, lead: str, name: str, size: int, linked: bool, scratch: Path, opened: Callable[[], Any], stamp: str
 ) -> None:
     shown = lead + name.removeprefix("./")
     media = suffix_of(name) in IMAGE_SUFFIXES or suffix_of(name) in AUDIO_SUFFIXES
@@ -324,7 +385,7 @@ def _member(
                 while left > 0 and (block := member.read(min(1 << 20, left))):
                     file.write(block)
                     left -= len(block)
-            tree.files[shown] = target
+            tree.files[shown], tree.stamps[shown] = target, (target.stat().st_size, stamp)
             return
         except (RuntimeError, *DAMAGED) as error:
             reason = f"cannot be unpacked: {error}"

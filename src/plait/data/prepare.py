@@ -1,48 +1,37 @@
 """Files -> a dataset: every record checked, split, counted; what cannot be used is listed. The bytes that come out do
-not depend on the number of processes."""
+not depend on the number of processes, nor on how often the work was interrupted."""
 
 from __future__ import annotations
 
 import hashlib
-import heapq
 import json
+import os
 import shutil
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from plait.data.dataset import VERSION, Lengths, Manifest, Shard
-from plait.data.files import (
-    ARCHIVE_SUFFIXES,
-    TABLE_SUFFIXES,
-    Found,
-    Item,
-    Media,
-    Plan,
-    Rejected,
-    Tree,
-    rejected,
-    scan,
-    suffix_of,
-)
-from plait.data.media import LIMITS, Checker, MediaError
+from plait.data.dataset import VERSION, Manifest
+from plait.data.duplicates import Duplicates, find_duplicates, first_of
+from plait.data.files import ARCHIVE_SUFFIXES, TABLE_SUFFIXES, Plan, Tree, scan, suffix_of
 from plait.data.preview import Example, report
 from plait.data.readers import plan
-from plait.data.record import SPLITS, text_fault
-from plait.runtime import PlaitError, key_of, publish_folder, read_json, sealed, sha256_file, threads, write_json
+from plait.data.record import KINDS, SPLITS, Rejected, rejected
+from plait.data.shards import Shards, Statistics
+from plait.data.staging import stage
+from plait.data.stores import Location, StoreError, location, read_bytes, size, upload
+from plait.runtime import PlaitError, only_writer, publish_folder, read_json, sealed, write_json
 
-_GROUP_BYTES, _GROUP_ROWS = 4 << 20, 1024
-_SHARD_BYTES = 256 << 20
-_FLIGHT_BYTES, _FLIGHT = 64 << 20, 512
 _VAL_MOST = 5000
-_CLASSES_MOST = 256
+_EXAMPLES = 12
+
+Progress = Callable[[str, int, int | None], None]  # stage, done, total
 
 
 def prepare(
@@ -54,320 +43,184 @@ def prepare(
     pattern: str | None = None,
     seed: int = 0,
     workers: int | None = None,
-    progress: Callable[[int, int | None], None] | None = None,
+    near_duplicates: bool = True,
+    drop_near_duplicates: bool = False,
+    progress: Progress | None = None,
 ) -> Manifest:
     """Make a dataset in the folder `out` of what lies at `source`; returns its manifest.
 
-    `column_map` says what a table's columns are, `{"image": "photo", "text": "caption:text", "ignore": "a,b"}` (see
-    plait.data.tables). `labels` names integer classes: `{"label": ["cat", "dog"]}`. `pattern` is a regular expression
-    whose named groups become text columns of media files. `workers` are the processes that decode media (0: none, in
-    this process); `progress(done, total)` is called now and then, in records.
+    `source` is a path, a URL that fsspec reads, or `hf:NAME[:CONFIG]`, a data set of the Hugging Face hub; `out` may
+    be a URL too. `column_map` says what a table's columns are, `{"image": "photo", "text": "caption:text", "ignore":
+    "a,b"}` (see plait.data.tables). `labels` names integer classes: `{"label": ["cat", "dog"]}`. `pattern` is a regular
+    expression whose named groups become text columns of media files. `workers` are the processes that decode media
+    (None: as many as there are processors; 0: none, in this process). `near_duplicates` looks for records that are
+    alike, and `drop_near_duplicates` leaves those out of train that val or test have too. `progress(stage, done,
+    total)` is called now and then.
+
+    Stopped at any moment, it goes on where it was when it is called again: chunks that are done lie beside `out`, in
+    `.NAME.partial`, until all are.
     Raises PlaitError where nothing can be read, nothing can be written or an option does not fit.
     """
-    source, out = Path(source), Path(out)
+    out = location(out)
+    source = _local(source)
     _check_out(source, out)
-    with publish_folder(out) as folder:
-        scratch = folder / ".unpacked"
-        tree = scan(source, scratch, out)
-        found = plan(tree, column_map, labels, pattern)
-        manifest = _write(tree, found, folder, source, seed, workers, progress)
-        shutil.rmtree(scratch, ignore_errors=True)
-        write_json(folder / "manifest.json", sealed(manifest.model_dump()))
+    options = Options(column_map, labels, pattern, seed, workers, near_duplicates or drop_near_duplicates,
+                      drop_near_duplicates, progress or (lambda *_: None))  # fmt: skip
+    partial = _partial(out)
+    with only_writer(partial):
+        try:
+            if isinstance(out, Path):
+                with publish_folder(out) as folder:
+                    manifest = _make(source, out, folder, partial, options)
+            else:
+                with publish_folder(partial / "out") as folder:
+                    manifest = _make(source, out, folder, partial, options)
+                upload(partial / "out", out, "manifest.json")
+            shutil.rmtree(partial, ignore_errors=True)
+        except StoreError as error:
+            raise PlaitError(f"{error}. Check the address, the rights and the network.") from error
+        finally:
+            if not any(partial.glob("chunks/*.arrow")):
+                shutil.rmtree(partial, ignore_errors=True)
     return manifest
 
 
-def _check_out(source: Path, out: Path) -> None:
-    if not source.exists():
-        raise PlaitError(f"{source} does not exist. Name a folder, a table, a text file or an archive.")
-    if out.resolve() == source.resolve() or source.resolve().is_relative_to(out.resolve()):
+@dataclass
+class Options:
+    """What `prepare` was asked for."""
+
+    column_map: dict[str, str] | None
+    labels: dict[str, list[str]] | None
+    pattern: str | None
+    seed: int
+    workers: int | None
+    near: bool
+    drop: bool
+    progress: Progress
+
+
+def _local(source: str | Path) -> Location:
+    if isinstance(source, str) and source.startswith("hf:") and not source.startswith("hf://"):
+        from plait.data.hub import download
+
+        return download(source.removeprefix("hf:"))
+    return location(source)
+
+
+def _partial(out: Location) -> Path:
+    """Where chunks lie until all are done: beside the dataset, or in the user's cache where that is far away."""
+    if isinstance(out, Path):
+        return out.parent / f".{out.name}.partial"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "plait" / f"prepare-{hashlib.sha256(out.encode()).hexdigest()[:16]}"
+
+
+def _check_out(source: Location, out: Location) -> None:
+    if isinstance(source, Path):
+        if not source.exists():
+            hint = f" For a data set of the Hugging Face hub write hf:{source}." if len(source.parts) == 2 else ""
+            raise PlaitError(f"{source} does not exist. Name a folder, a table, a text file or an archive.{hint}")
+        inside = isinstance(out, Path) and source.resolve().is_relative_to(out.resolve())
+    else:
+        inside = isinstance(out, str) and f"{source.rstrip('/')}/".startswith(f"{out.rstrip('/')}/")
+    if inside:
         raise PlaitError(f"The dataset would overwrite its source {source}. Choose another folder with -o.")
-    if out.exists() and not out.is_dir():
-        raise PlaitError(f"{out} is a file. Choose another folder with -o.")
-    if not out.is_dir() or not any(out.iterdir()):
-        return
-    if not (out / "manifest.json").is_file() or not (out / "rejects.jsonl").is_file():
-        raise PlaitError(f"{out} holds other files and is not a dataset. Choose another folder with -o.")
-    made = read_json(out / "manifest.json")
+    if isinstance(out, str):
+        try:
+            made = json.loads(read_bytes(f"{out}/manifest.json")) if size(f"{out}/manifest.json") is not None else None
+        except (OSError, ValueError) as error:
+            raise PlaitError(f"{out} cannot be used: {error}. Choose another place with -o.") from error
+        if made is None:
+            return
+    else:
+        if out.exists() and not out.is_dir():
+            raise PlaitError(f"{out} is a file. Choose another folder with -o.")
+        if not out.is_dir() or not any(out.iterdir()):
+            return
+        if not (out / "manifest.json").is_file() or not (out / "rejects.jsonl").is_file():
+            raise PlaitError(f"{out} holds other files and is not a dataset. Choose another folder with -o.")
+        made = read_json(out / "manifest.json")
     before = made.get("source") if isinstance(made, dict) else None
-    if before != str(source.resolve()):
+    if before != _named(source):
         raise PlaitError(f"{out} holds a dataset made from {before}. Choose another folder with -o, or delete it.")
 
 
-# --- checking ---------------------------------------------------------------------------------------------------
+def _named(source: Location) -> str:
+    return str(source.resolve()) if isinstance(source, Path) else source
 
 
-@dataclass
-class _Checked:
-    """A record with its bytes, ready to be written."""
+def _make(source: Location, out: Location, folder: Path, partial: Path, options: Options) -> Manifest:
+    scratch = partial / "unpacked"
+    shutil.rmtree(scratch, ignore_errors=True)
+    for left in partial.glob(".*.tmp"):
+        left.unlink(missing_ok=True)
+    chunks = partial / "chunks"
+    chunks.mkdir(exist_ok=True)
+    options.progress("look", 0, None)
+    tree = scan(source, scratch, out)
+    found = plan(tree, options.column_map, options.labels, options.pattern)
+    total = found.given.total()
 
-    found: Found
-    parts: dict[str, str | bytes]
-    content: bytes  # digest of all parts
-    group: bytes  # digest of the media, or of the text where there are none
-    shown: dict[str, dict[str, Any]]  # what decoding a medium showed
+    def told(done: int) -> None:
+        options.progress("check", done, max(total, done) or None)
 
-
-def _fetch(medium: Media) -> bytes:
-    if medium.make is not None:
-        return medium.make()
-    if medium.data is not None:
-        data = medium.data
-    else:
-        assert medium.path is not None
-        try:
-            with medium.path.open("rb") as file:
-                data = file.read(LIMITS.file_bytes + 1)
-        except OSError as error:
-            raise MediaError(f"cannot be read: {error.strerror or error}") from error
-    if not data:
-        raise MediaError("the file is empty")
-    if len(data) > LIMITS.file_bytes:
-        raise MediaError(f"larger than {LIMITS.file_bytes >> 20} MiB")
-    return data
+    paths = stage(found.read(), chunks, options.seed, options.near, options.workers, told)
+    manifest = _write(source, tree, found, paths, folder, options)
+    write_json(folder / "manifest.json", sealed(manifest.model_dump()))
+    return manifest
 
 
-def _digest(parts: dict[str, str | bytes]) -> bytes:
-    digest = hashlib.sha256()
-    for name in sorted(parts):
-        value = parts[name]
-        body = value.encode() if isinstance(value, str) else value
-        digest.update(f"{name}\0{len(body)}\0".encode())
-        digest.update(body)
-    return digest.digest()
+# --- splitting --------------------------------------------------------------------------------------------------
 
 
-def _size(found: Found, parts: dict[str, str | bytes]) -> dict[str, dict[str, Any]]:
-    """Width and height of the pictures that Plait itself encoded as PNG."""
-    return {
-        name: {"width": int.from_bytes(data[16:20], "big"), "height": int.from_bytes(data[20:24], "big")}
-        for name, data in parts.items()
-        if isinstance(data, bytes) and (medium := found.parts[name]) and isinstance(medium, Media) and medium.make
-    }
-
-
-def _checked(
-    found: Found, parts: dict[str, str | bytes], check: Callable[[str, bytes], dict[str, Any]]
-) -> _Checked | Rejected:
-    """Decode the media of one record; runs in a thread, the decoding in a process."""
-    shown = _size(found, parts)
-    for name, medium in found.parts.items():
-        if isinstance(medium, Media) and medium.make is None:
-            try:
-                data = parts[name]
-                assert isinstance(data, bytes)
-                shown[name] = check(medium.kind, data)
-            except MediaError as error:
-                return _reject(found, medium, str(error))
-    media: dict[str, str | bytes] = {name: data for name, data in parts.items() if isinstance(data, bytes)}
-    return _Checked(found, parts, _digest(parts), _digest(media or parts), shown)
-
-
-def _reject(found: Found, medium: Media, reason: str) -> Rejected:
-    if medium.name == found.place or medium.data is not None:
-        return rejected(found.place, reason)
-    return Rejected(medium.name, None, reason + (f" (of {found.place})" if ":" in found.place else ""))
-
-
-def _load(item: Found) -> dict[str, str | bytes] | Rejected:
-    """The record's parts as text and bytes."""
-    parts: dict[str, str | bytes] = {}
-    for name, value in item.parts.items():
-        if isinstance(value, str):
-            if fault := text_fault(value):
-                return rejected(item.place, f"column '{name}': {fault}")
-            parts[name] = value
-        else:
-            try:
-                parts[name] = _fetch(value)
-            except MediaError as error:
-                return _reject(item, value, str(error))
-    if fault := text_fault(item.id):
-        return rejected(item.place, f"id: {fault}")
-    return parts if parts else rejected(item.place, "the record is empty")
-
-
-def _check_all(items: Iterator[Item], workers: int | None, total: int) -> Iterator[_Checked | Rejected]:
-    """The items in order, their media decoded in other processes, a bounded number of bytes under way."""
-    wanted = workers if workers is not None else min(threads(), 8, 1 + total // 400)
-    if wanted == 0:
-        from plait.data.media import check
-    checker = Checker() if wanted else None
-    pool = ThreadPoolExecutor(max(wanted, 1))
-    waiting: deque[tuple[Future[_Checked | Rejected] | _Checked | Rejected, int]] = deque()
-    flight = 0
-
-    def take() -> _Checked | Rejected:
-        nonlocal flight
-        first, size = waiting.popleft()
-        flight -= size
-        return first.result() if isinstance(first, Future) else first
-
-    try:
-        for item in items:
-            parts = item if isinstance(item, Rejected) else _load(item)
-            if isinstance(parts, Rejected):
-                waiting.append((parts, 0))
-            else:
-                assert isinstance(item, Found)
-                size = sum(len(value) for value in parts.values())
-                busy = any(isinstance(value, Media) and value.make is None for value in item.parts.values())
-                flight += size
-                if busy and checker is not None:
-                    waiting.append((pool.submit(_checked, item, parts, checker), size))
-                else:
-                    waiting.append((_checked(item, parts, check if wanted == 0 else _never), size))
-            while waiting and (flight > _FLIGHT_BYTES or len(waiting) > _FLIGHT):
-                yield take()
-        while waiting:
-            yield take()
-    finally:
-        pool.shutdown(cancel_futures=True)
-        if checker is not None:
-            checker.close()
-
-
-def _never(kind: str, data: bytes) -> dict[str, Any]:
-    raise AssertionError("a record without media files needs no check")
-
-
-# --- splitting and writing --------------------------------------------------------------------------------------
-
-
-def _splitter(given: Counter[str | None], seed: int) -> tuple[Callable[[Found, bytes], str], str]:
-    """The rule that gives a record its split, and the rule in words."""
-
-    def place(group: bytes) -> float:
-        return key_of(f"{seed}:{group.hex()}") / 2**63
-
-    named = {split for split, count in given.items() if split and count}
-    if not named:
-
-        def by_hash(found: Found, group: bytes) -> str:
-            if found.split:
-                return found.split
-            at = place(group)
-            return "train" if at < 0.8 else "val" if at < 0.9 else "test"
-
-        return by_hash, "80/10/10 by a hash of the content; equal media share a split"
-    train = given["train"] + given[None]
+def _split(given: np.ndarray, draw: np.ndarray, tail: bool) -> tuple[np.ndarray, str]:
+    """The split of each record (N,) as a number in SPLITS, and the rule in words. `given` is what the source says,
+    -1 where it says nothing; `draw` (N,) in [0, 1) is a hash of the content."""
+    if tail:
+        return np.where(given < 0, 0, given), "the last tenth of the text is val"
+    if not (given >= 0).any():
+        return np.digitize(draw, [0.8, 0.9]), "80/10/10 by a hash of the content; equal media share a split"
+    split = np.where(given < 0, 0, given)
+    train = int((split == 0).sum())
     # Three standard deviations below the most, since a hash decides.
-    share = 0.0 if "val" in named or not train else min(0.1, (_VAL_MOST - 3 * _VAL_MOST**0.5) / train)
-
-    def by_name(found: Found, group: bytes) -> str:
-        split = found.split or "train"
-        return "val" if split == "train" and place(group) < share else split
-
-    words = "as the source says"
-    return by_name, words + (f", and {share:.1%} of train becomes val by a hash of the content" if share else "")
+    share = 0.0 if (given == 1).any() or not train else min(0.1, (_VAL_MOST - 3 * _VAL_MOST**0.5) / train)
+    words = f", and {share:.1%} of train becomes val by a hash of the content" if share else ""
+    return np.where((split == 0) & (draw < share), 1, split), "as the source says" + words
 
 
-@dataclass
-class _Column:
-    """What is counted about a column while records go by."""
-
-    kind: str
-    records: int = 0
-    total: float = 0.0
-    low: float = float("inf")
-    high: float = 0.0
-    texts: Counter[str] = field(default_factory=Counter)
-    distinct: set[int] = field(default_factory=set)
-    sizes: Counter[str] = field(default_factory=Counter)
-
-    def add(self, value: str | bytes, shown: dict[str, Any] | None) -> None:
-        if isinstance(value, str):
-            length = float(len(value.encode()))
-            self.distinct.add(hash(value))
-            if len(self.texts) <= _CLASSES_MOST and length <= 200:
-                self.texts[value] += 1
-        elif shown and "seconds" in shown:
-            length = shown["seconds"]
-            self.sizes[f"{shown['rate']} Hz"] += 1
-        else:
-            shown = shown or {"width": 0, "height": 0}
-            length = float(max(shown["width"], shown["height"]))
-            self.sizes[f"{shown['width']}x{shown['height']}"] += 1
-        self.records += 1
-        self.total += length
-        self.low, self.high = min(self.low, length), max(self.high, length)
-
-    def lengths(self) -> Lengths:
-        few = self.kind == "text" and len(self.distinct) <= _CLASSES_MOST and self.total <= 200 * self.records
-        few = few and self.texts.total() == self.records and len(self.texts) * 2 <= max(self.records, 4)
-        return Lengths(
-            unit={"text": "bytes", "image": "pixels", "audio": "seconds"}[self.kind],
-            records=self.records,
-            min=round(self.low, 4),
-            mean=round(self.total / self.records, 4),
-            max=round(self.high, 4),
-            distinct=len(self.distinct) if self.kind == "text" else None,
-            classes=dict(sorted(self.texts.items())) if few else None,
-            sizes=dict(sorted(self.sizes.most_common(10))) if self.kind != "text" else None,
-        )
+def _overlap(split: np.ndarray, group: np.ndarray) -> dict[str, int]:
+    """Records of one split whose media (or text) stand in another too, by "later/earlier" split."""
+    there = np.zeros((len(split), len(SPLITS)), bool)  # in the row of a group's first record
+    there[group, split] = True
+    overlap = {}
+    for first, second in combinations(range(len(SPLITS)), 2):
+        if count := int((there[group, first] & (split == second)).sum()):
+            overlap[f"{SPLITS[second]}/{SPLITS[first]}"] = count
+    return dict(sorted(overlap.items()))
 
 
-class _Shards:
-    """Writes the shards of one split, a row group at a time."""
-
-    def __init__(self, folder: Path, split: str, columns: dict[str, str]) -> None:
-        self.folder, self.split, self.columns = folder, split, columns
-        types = {name: pa.large_string() if kind == "text" else pa.large_binary() for name, kind in columns.items()}
-        self.schema = pa.schema({"id": pa.string(), "source": pa.string(), **types})
-        self.done: list[Shard] = []
-        self.rows: list[dict[str, Any]] = []
-        self.bytes = self.shard_rows = self.shard_bytes = 0
-        self.writer: pq.ParquetWriter | None = None
-
-    def add(self, id_: str, source: str, parts: dict[str, str | bytes]) -> None:
-        self.rows.append({"id": id_, "source": source, **parts})
-        self.bytes += sum(len(value) for value in parts.values())
-        if self.bytes >= _GROUP_BYTES or len(self.rows) >= _GROUP_ROWS:
-            self.flush()
-
-    def name(self) -> str:
-        return f"{self.split}-{len(self.done):05d}.parquet"
-
-    def flush(self) -> None:
-        if not self.rows:
-            return
-        texts = ["id", "source", *(name for name, kind in self.columns.items() if kind == "text")]
-        if self.writer is None:
-            self.writer = pq.ParquetWriter(
-                self.folder / self.name(),
-                self.schema,
-                # Encoded media do not get smaller.
-                compression={name: "zstd" if name in texts else "none" for name in self.schema.names},
-                # A picture with five captions stands in five rows, and once in its row group's dictionary.
-                use_dictionary=[name for name in self.schema.names if name != "id"],
-                dictionary_pagesize_limit=4 * _GROUP_BYTES,
-                write_statistics=False,
-            )
-        self.writer.write_table(pa.Table.from_pylist(self.rows, self.schema), row_group_size=len(self.rows))
-        self.shard_rows += len(self.rows)
-        self.shard_bytes += self.bytes
-        self.rows, self.bytes = [], 0
-        if self.shard_bytes >= _SHARD_BYTES:
-            self.close()
-
-    def close(self) -> None:
-        self.flush()
-        if self.writer is None:
-            return
-        self.writer.close()
-        path = self.folder / self.name()
-        self.done.append(
-            Shard(
-                file=path.name,
-                split=self.split,
-                rows=self.shard_rows,
-                bytes=path.stat().st_size,
-                sha256=sha256_file(path),
-            )
-        )
-        self.writer, self.shard_rows, self.shard_bytes = None, 0, 0
+# --- writing ----------------------------------------------------------------------------------------------------
 
 
-def _unused(tree: Tree, columns: dict[str, str]) -> Iterator[Rejected]:
+def _read(path: Path) -> pa.Table:
+    """The table of a chunk, its bytes left on the disk until they are needed."""
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+class _Rejects:
+    """Writes rejects.jsonl and counts reasons."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.count = file, 0
+        self.reasons: Counter[str] = Counter()
+
+    def add(self, item: Rejected) -> None:
+        self.count += 1
+        self.reasons[item.reason.split(":")[0][:80]] += 1
+        self.file.write(json.dumps(item._asdict()) + "\n")
+
+
+def _unused(tree: Tree) -> Iterator[Rejected]:
     for name in tree.files:
         if name in tree.used:
             continue
@@ -385,111 +238,162 @@ def _unused(tree: Tree, columns: dict[str, str]) -> Iterator[Rejected]:
         yield Rejected(name, None, reason)
 
 
-def _write(
-    tree: Tree,
-    found: Plan,
-    folder: Path,
-    source: Path,
-    seed: int,
-    workers: int | None,
-    progress: Callable[[int, int | None], None] | None,
-) -> Manifest:
-    total = found.given.total()
-    split_of, rule = _splitter(found.given, seed)
-    if found.tail:
-        split_of, rule = (lambda item, group: item.split or "train"), "the last tenth of the text is val"
-    shards = {split: _Shards(folder, split, found.columns) for split in SPLITS}
-    columns = {name: _Column(kind) for name, kind in found.columns.items()}
-    ids: set[str] = set()
-    contents: set[bytes] = set()
-    groups: dict[bytes, int] = {}  # records by split, 20 bits each
-    examples: list[tuple[int, str, Example]] = []
-    duplicates = refusals = done = 0
-    reasons: Counter[str] = Counter()
+def _gather(paths: list[Path], names: list[str]) -> dict[str, np.ndarray]:
+    """Facts of all records: digests as pairs of integers (N, 2), numbers (N,)."""
+    pieces: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for path in paths:
+        table = _read(path).select(names)
+        for name in names:
+            column = table[name].combine_chunks()
+            if pa.types.is_fixed_size_binary(column.type):
+                start = column.offset * 16
+                raw = np.frombuffer(column.buffers()[1] or b"", np.uint8)[start : start + 16 * len(column)]
+                pieces[name].append(raw.copy().view("<u8").reshape(-1, 2))
+            elif pa.types.is_string(column.type):
+                pieces[name].append(np.array([SPLITS.index(v) if v else -1 for v in column.to_pylist()], np.int8))
+            else:
+                pieces[name].append(column.to_numpy())
+    return {name: np.concatenate(arrays) for name, arrays in pieces.items()}
+
+
+def _write(source: Location, tree: Tree, found: Plan, paths: list[Path], folder: Path, options: Options) -> Manifest:
+    """The dataset of all chunks, but for the manifest, which is returned."""
+    facts = _gather(paths, ["key", "content", "group", "draw", "rank", "split"]) if paths else {}
+    used = first_of(facts["key"]) == np.arange(len(facts["key"])) if paths else np.zeros(0, bool)
     with (folder / "rejects.jsonl").open("w", encoding="utf-8") as file:
-
-        def reject(item: Rejected) -> None:
-            nonlocal refusals
-            refusals += 1
-            reasons[item.reason.split(":")[0][:80]] += 1
-            file.write(json.dumps({"file": item.file, "line": item.line, "reason": item.reason}) + "\n")
-
+        rejects = _Rejects(file)
         for refused in tree.refused:
-            reject(refused)
-        for item in _check_all(found.read(), workers, total):
-            done += 1
-            if progress is not None and done % 64 == 0:
-                progress(done, max(total, done))
-            if isinstance(item, _Checked) and item.found.id in ids:
-                item = rejected(
-                    item.found.place, f"the id '{item.found.id}' stands there twice; the first record is kept"
-                )
-            if isinstance(item, Rejected):
-                reject(item)
-                continue
-            record = item.found
-            ids.add(record.id)
-            if item.content in contents:
-                duplicates += 1
-            contents.add(item.content)
-            group = hashlib.sha256(record.group.encode()).digest() if record.group else item.group
-            split = split_of(record, group)
-            groups[item.group] = groups.get(item.group, 0) + (1 << 20 * SPLITS.index(split))
-            for name, value in item.parts.items():
-                columns[name].add(value, item.shown.get(name))
-            shards[split].add(record.id, record.place, item.parts)
-            rank = -key_of(f"{seed}:{record.id}")
-            if len(examples) < 12 or rank > examples[0][0]:
-                example = Example(record.id, split, item.parts)
-                (heapq.heappush if len(examples) < 12 else heapq.heapreplace)(examples, (rank, record.id, example))
-        for unused in _unused(tree, found.columns):
-            reject(unused)
-    for writer in shards.values():
-        writer.close()
-    if not ids:
-        common = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
-        raise PlaitError(f"{source}: no record can be used. {common or 'Nothing was found'}.")
-    counts = {split: sum(shard.rows for shard in shards[split].done) for split in SPLITS}
-    statistics = {name: column.lengths() for name, column in columns.items() if column.records}
-    overlap = _overlap(groups)
-    manifest = Manifest(
-        version=VERSION,
-        source=str(source.resolve()),
-        seed=seed,
-        columns={name: column.kind for name, column in columns.items() if column.records},
-        counts=counts,
-        rejected=refusals,
-        duplicates=duplicates,
-        overlap=overlap,
-        shards=[shard for split in SPLITS for shard in shards[split].done],
-        statistics=statistics,
-        notes=[*found.notes, f"split: {rule}"],
-        warnings=_warnings(counts, statistics, overlap, refusals, duplicates),
+            rejects.add(refused)
+        for path in paths:
+            for entry in json.loads(_read(path).schema.metadata[b"rejects"]):
+                rejects.add(Rejected(*entry))
+        if not used.any():
+            for unused in _unused(tree):
+                rejects.add(unused)
+            for path in paths:
+                path.unlink()
+            common = "; ".join(f"{reason} ({count})" for reason, count in rejects.reasons.most_common(3))
+            raise PlaitError(f"{source}: no record can be used. {common or 'Nothing was found'}.")
+        split, rule = _split(facts["split"][used], facts["draw"][used] / 2.0**63, found.tail)
+        duplicates = Duplicates.none(len(split))
+        if options.near:
+            options.progress("compare", 0, 1)
+            duplicates = find_duplicates(paths, used, split, folder / "duplicates.jsonl")
+            options.progress("compare", 1, 1)
+        keep = ~duplicates.spoils if options.drop else np.ones(len(split), bool)
+        manifest, examples = _write_records(
+            found, paths, folder, rejects, used, split, keep, duplicates, facts, options
+        )
+        for unused in _unused(tree):
+            rejects.add(unused)
+    group, content = (first_of(facts[name][used][keep]) for name in ("group", "content"))
+    repeated = int((content != np.arange(len(content))).sum())
+    overlap = _overlap(split[keep], group)
+    near = duplicates.counts(split, keep)
+    manifest = manifest.model_copy(
+        update={
+            "source": _named(source),
+            "rejected": rejects.count,
+            "duplicates": repeated,
+            "overlap": overlap,
+            "near_duplicates": near,
+            "dropped": int((~keep).sum()),
+            "notes": [*found.notes, f"split: {rule}"],
+            "warnings": _warnings(manifest, overlap, near, rejects.count, repeated, int((~keep).sum())),
+        }
     )
-    ranked = [example for _, _, example in sorted(examples, key=lambda entry: -entry[0])]
-    (folder / "report.html").write_text(report(manifest, ranked, reasons, source.name), encoding="utf-8")
-    if progress is not None:
-        progress(done, done)
+    name = (source.name if isinstance(source, Path) else source.rstrip("/").rpartition("/")[2]) or str(source)
+    (folder / "report.html").write_text(report(manifest, examples, rejects.reasons, name), encoding="utf-8")
     return manifest
 
 
-def _overlap(groups: dict[bytes, int]) -> dict[str, int]:
-    """Records of one split whose media (or text) stand in another too, by "later/earlier" split."""
-    mask = (1 << 20) - 1
-    overlap: Counter[str] = Counter()
-    for packed in groups.values():
-        here = [packed >> 20 * n & mask for n in range(len(SPLITS))]
-        for first, second in combinations(range(len(SPLITS)), 2):
-            if here[first] and here[second]:
-                overlap[f"{SPLITS[second]}/{SPLITS[first]}"] += here[second]
-    return dict(sorted(overlap.items()))
+def _kinds(paths: list[Path], found: Plan) -> dict[str, str]:
+    """The columns that have a value somewhere: those of the plan, then those that turned up, by kind and name."""
+    there: dict[str, str] = {}
+    for path in paths:
+        there |= json.loads(_read(path).schema.metadata[b"kinds"])
+    late = sorted(set(there) - set(found.columns), key=lambda name: (KINDS.index(there[name]), len(name), name))
+    return {name: there[name] for name in [*found.columns, *late] if name in there}
+
+
+def _write_records(
+    found: Plan,
+    paths: list[Path],
+    folder: Path,
+    rejects: _Rejects,
+    used: np.ndarray,
+    split: np.ndarray,
+    keep: np.ndarray,
+    duplicates: Duplicates,
+    facts: dict[str, np.ndarray],
+    options: Options,
+) -> tuple[Manifest, list[Example]]:
+    """Write the shards; returns the manifest as far as records tell, and examples to show."""
+    columns = _kinds(paths, found)
+    shards = {name: Shards(folder, name, columns) for name in SPLITS}
+    statistics = {name: Statistics(kind) for name, kind in columns.items()}
+    rank = np.where(keep, facts["rank"][used], np.iinfo(np.int64).max)
+    wanted = set(np.argsort(rank, kind="stable")[: min(_EXAMPLES, int(keep.sum()))].tolist())
+    examples: list[tuple[int, Example]] = []
+    seen = duplicates.seen & keep if not options.drop else np.zeros(len(split), bool)
+    place = number = 0  # among all records, and among those that are used
+    for path in paths:
+        table = _read(path)
+        here = used[place : place + len(table)]
+        for row in np.flatnonzero(~here).tolist():
+            id_, at = table["id"][row].as_py(), table["place"][row].as_py()
+            rejects.add(rejected(at, f"the id '{id_}' stands there twice; the first record is kept"))
+        place += len(table)
+        table = table.filter(pa.array(here))
+        numbers = np.arange(number, number + len(table))
+        number += len(table)
+        for row in np.flatnonzero(~keep[numbers]).tolist():
+            twin = duplicates.twin(int(numbers[row]))
+            rejects.add(rejected(table["place"][row].as_py(), f"left out of train: a near-duplicate of {twin}"))
+        table, numbers = table.filter(pa.array(keep[numbers])), numbers[keep[numbers]]
+        for name, counted in statistics.items():
+            if f"part:{name}" in table.column_names:
+                counted.add(table, name)
+        parts = [f"part:{name}" for name in columns if f"part:{name}" in table.column_names]
+        rows = table.select(["id", "place", *parts]).rename_columns(
+            ["id", "source", *(name.removeprefix("part:") for name in parts)]
+        )
+        rows = rows.append_column("seen", pa.array(seen[numbers]))
+        for n in wanted.intersection(numbers.tolist()):
+            row = rows.slice(n - int(numbers[0]) if len(numbers) == numbers[-1] - numbers[0] + 1 else
+                             int(np.searchsorted(numbers, n)), 1).to_pylist()[0]  # fmt: skip
+            cells = {name: row[name] for name in columns if row.get(name) is not None}
+            examples.append((int(rank[n]), Example(row["id"], SPLITS[split[n]], cells)))
+        for n, name in enumerate(SPLITS):
+            chosen = split[numbers] == n
+            if chosen.any():
+                shards[name].add(rows.filter(pa.array(chosen)))
+        options.progress("write", number, len(split))
+    for writer in shards.values():
+        writer.close()
+    manifest = Manifest(
+        version=VERSION,
+        source="",
+        seed=options.seed,
+        columns={name: kind for name, kind in columns.items() if statistics[name].records},
+        counts={name: sum(shard.rows for shard in shards[name].done) for name in SPLITS},
+        rejected=0,
+        duplicates=0,
+        overlap={},
+        shards=[shard for name in SPLITS for shard in shards[name].done],
+        statistics={name: counted.lengths() for name, counted in statistics.items() if counted.records},
+        chats=[name for name in found.chats if name in columns],
+        notes=[],
+        warnings=[],
+    )
+    return manifest, [example for _, example in sorted(examples, key=lambda entry: entry[0])]
 
 
 def _warnings(
-    counts: dict[str, int], statistics: dict[str, Lengths], overlap: dict[str, int], rejected: int, duplicates: int
+    manifest: Manifest, overlap: dict[str, int], near: dict[str, int], rejected: int, duplicates: int, dropped: int
 ) -> list[str]:
-    warnings = [f"No record for {split}." for split in SPLITS if not counts[split]]
-    for name, lengths in statistics.items():
+    warnings = [f"No record for {split}." for split in SPLITS if not manifest.counts[split]]
+    for name, lengths in manifest.statistics.items():
         alone = [label for label, count in (lengths.classes or {}).items() if count == 1]
         if alone:
             some = ", ".join(f"'{label}'" for label in alone[:5])
@@ -497,8 +401,17 @@ def _warnings(
     for pair, count in overlap.items():
         later, earlier = pair.split("/")
         warnings.append(f"{count} records of {later} hold the same media or text as records of {earlier}.")
+    if dropped:
+        warnings.append(f"{dropped} records were left out of train: val or test has near-duplicates of them.")
+    for pair, count in near.items():
+        later, earlier = pair.split("/")
+        warnings.append(
+            f"{count} records of {later} are near-duplicates of {'others of ' if later == earlier else ''}{earlier}: "
+            "see duplicates.jsonl."
+            + (" To leave them out of train: --drop-near-duplicates." if earlier == "train" != later else "")
+        )
     if duplicates:
         warnings.append(f"{duplicates} records repeat another one exactly.")
-    if rejected:
-        warnings.append(f"{rejected} files or rows were not used: see rejects.jsonl.")
+    if rejected - dropped:
+        warnings.append(f"{rejected - dropped} files or rows were not used: see rejects.jsonl.")
     return warnings

@@ -7,13 +7,13 @@ fetched later, when the record is prepared.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
 import re
 import struct
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import IO
 
 import numpy as np
@@ -24,7 +24,6 @@ from plait.data.files import (
     Item,
     Media,
     Plan,
-    Rejected,
     Tree,
     folder_split,
     folders_of,
@@ -32,21 +31,23 @@ from plait.data.files import (
     open_text,
     suffix_of,
 )
-from plait.data.media import AUDIO_SUFFIXES, IMAGE_SUFFIXES, LIMITS, encode_png
-from plait.data.record import split_name, split_of_file
+from plait.data.media import AUDIO_SUFFIXES, IMAGE_SUFFIXES, LIMITS
+from plait.data.record import Rejected, split_name, split_of_file
+from plait.data.stores import Location, open_binary
 from plait.data.tables import plan_tables
-from plait.runtime import PlaitError, sha256_file
+from plait.runtime import PlaitError
 
 TEXT_BYTES = 8192  # of one record of a long text
 
 # --- idx files, as MNIST ships them -----------------------------------------------------------------------------
 
 
-def _open_idx(path: Path, name: str) -> IO[bytes]:
-    return gzip.open(path) if name.endswith(".gz") else path.open("rb")  # type: ignore[return-value]
+def _open_idx(path: Location, name: str) -> IO[bytes]:
+    file = open_binary(path)
+    return gzip.open(file) if name.endswith(".gz") else file  # type: ignore[return-value]
 
 
-def _read_idx(path: Path, name: str) -> np.ndarray:
+def _read_idx(path: Location, name: str) -> np.ndarray:
     """The array in an idx file of bytes: (N,) labels or (N, H, W) pictures. Raises ValueError."""
     with _open_idx(path, name) as file:
         head = file.read(4)
@@ -108,7 +109,7 @@ def plan_idx(tree: Tree, labels: dict[str, list[str]]) -> Plan | None:
             for n, image in enumerate(images):
                 parts: dict[str, str | Media] = {}
                 place = f"{pair['images']}:{n}"
-                parts["image"] = Media("image", place, make=partial(encode_png, image))
+                parts["image"] = Media("image", place, pixels=image)
                 if values is not None:
                     value = int(values[n])
                     if names is not None and value >= len(names):
@@ -165,7 +166,7 @@ def plan_text(tree: Tree) -> Plan | None:
             split = "train" if single and border > 0 else folder_split(name)
             label = classes[name]
             given_label: dict[str, str | Media] = {"label": label} if labelled and label else {}
-            group = None if single else sha256_file(tree.files[name])  # the pieces of a text stay together
+            group = None if single else _sha256(tree.files[name])  # the pieces of a text stay together
             for n, (start, text) in enumerate(_pieces(tree.files[name], name, border)):
                 if single and start >= border > 0:
                     split = "val"
@@ -176,7 +177,12 @@ def plan_text(tree: Tree) -> Plan | None:
     return Plan(columns, given, read, [note] + ["folder names -> label"] * labelled, tail=single)
 
 
-def _pieces(path: Path, name: str, border: int) -> Iterator[tuple[int, str]]:
+def _sha256(place: Location) -> str:
+    with open_binary(place) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def _pieces(path: Location, name: str, border: int) -> Iterator[tuple[int, str]]:
     """(first character's position, text) of pieces of at most TEXT_BYTES characters; one begins at `border`."""
     with open_text(path, name) as file:
         at, kept = 0, ""
@@ -233,7 +239,7 @@ def plan_media(tree: Tree, pattern: re.Pattern[str] | None) -> Plan | None:
         for stem, files in stems.items():
             first = next(iter(files.values()))
             split = folder_split(first)
-            parts: dict[str, str | Media] = {k: Media(k, name, tree.files[name]) for k, name in files.items()}
+            parts: dict[str, str | Media] = {k: tree.media(k, name) for k, name in files.items()}
             if labelled and (label := classes[stem]) is not None:
                 parts["label"] = label
             if pattern:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 KINDS = ("text", "image", "audio")
 SPLITS = ("train", "val", "test")
@@ -30,6 +31,20 @@ class Record:
     split: str
     parts: dict[str, str | bytes] = field(default_factory=dict)
     source: str = ""
+
+
+class Rejected(NamedTuple):
+    """Something that cannot be used: a file (and line) and the reason."""
+
+    file: str
+    line: int | None
+    reason: str
+
+
+def rejected(place: str, reason: str) -> Rejected:
+    """The rejection of a record by its place, `file` or `file:line`."""
+    file, _, line = place.rpartition(":")
+    return Rejected(file, int(line), reason) if file and line.isdigit() else Rejected(place, None, reason)
 
 
 def split_name(name: str) -> str | None:

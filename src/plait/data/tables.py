@@ -25,14 +25,13 @@ from plait.data.files import (
     Item,
     Media,
     Plan,
-    Rejected,
     Tree,
     folder_split,
     open_text,
     suffix_of,
 )
 from plait.data.media import AUDIO_SUFFIXES, IMAGE_SUFFIXES, sniff
-from plait.data.record import split_name, split_of_file, text_fault
+from plait.data.record import Rejected, split_name, split_of_file, text_fault
 from plait.runtime import PlaitError
 
 ROLES = ("text", "image", "audio", "id", "split", "ignore", "each")
@@ -200,9 +199,9 @@ def _path_kinds(tree: Tree, table: str, column: str, values: list[Any]) -> set[s
         suffix = suffix_of(value.replace("\\", "/"))
         kind = "image" if suffix in IMAGE_SUFFIXES else "audio" if suffix in AUDIO_SUFFIXES else None
         found = tree.resolve(table, value) if named or not there else None
-        if isinstance(found, tuple):
+        if isinstance(found, str):
             there = True
-            kind = kind or tree.kind(found[0])
+            kind = kind or tree.kind(found)
         kinds.append(kind)
     known = [kind for kind in kinds if kind]
     return set(known) if (there or named) and len(known) >= 0.9 * len(kinds) else set()
@@ -371,11 +370,11 @@ def _medium(tree: Tree, table: Table, place: str, column: Column, value: Any) ->
     if not isinstance(value, str):
         raise _UnusableError(f"column '{column.name}' is neither a path nor bytes")
     found = tree.resolve(table.file, value)
-    if isinstance(found, str):
-        raise _UnusableError(found)
-    tree.used.add(found[0])
-    kind = column.role if column.role != "media" else tree.kind(found[0]) or "image"
-    return Media(kind, found[0], found[1])
+    if isinstance(found, Rejected):
+        raise _UnusableError(found.reason)
+    tree.used.add(found)
+    kind = column.role if column.role != "media" else tree.kind(found) or "image"
+    return tree.media(kind, found)
 
 
 def _record(tree: Tree, table: Table, line: int, row: dict[str, Any]) -> Iterator[Item]:

@@ -1,0 +1,198 @@
+"""What stands twice in a dataset: equal and near-equal media and texts, within splits and across them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from itertools import combinations_with_replacement
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from plait.data.fingerprints import PERMUTATIONS, PICTURE
+from plait.data.near import Pairs, near_pictures, near_sounds, near_texts
+from plait.data.record import SPLITS
+
+
+def first_of(keys: np.ndarray) -> np.ndarray:
+    """For each key (N, 2), the number (N,) of the first that equals it."""
+    order = np.lexsort((keys[:, 1], keys[:, 0]))
+    changed = np.ones(len(keys), bool)
+    changed[1:] = (keys[order][1:] != keys[order][:-1]).any(1)
+    first = np.empty(len(keys), np.int64)
+    first[order] = order[np.flatnonzero(changed)][np.cumsum(changed) - 1]
+    return first
+
+
+@dataclass
+class Duplicates:
+    """What was found. Records (N,) are those that are used, in order.
+
+    `seen`: records of val and test that have an equal or near-equal one in train. `spoils`: those of train that have
+    one in val or test. `near`: a bit for each split in which a record has a near-duplicate other than itself.
+    """
+
+    seen: np.ndarray
+    spoils: np.ndarray
+    near: np.ndarray
+    twins: dict[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def none(cls, count: int) -> Duplicates:
+        """Nothing found, or not looked for."""
+        return cls(np.zeros(count, bool), np.zeros(count, bool), np.zeros(count, np.uint8))
+
+    def twin(self, record: int) -> str:
+        """The id of a record of val or test that one of train spoils, with its split."""
+        return self.twins[record]
+
+    def counts(self, split: np.ndarray, keep: np.ndarray) -> dict[str, int]:
+        """Records of one split that have a near-duplicate in another or the same, by "later/earlier" split."""
+        found = {}
+        for first, second in combinations_with_replacement(range(len(SPLITS)), 2):
+            # What was left out of train is gone, and with it all that was near across that border.
+            if first == 0 < second and not keep.all():
+                continue
+            count = int((keep & (split == second) & (self.near >> first & 1 == 1)).sum())
+            if count:
+                found[f"{SPLITS[second]}/{SPLITS[first]}"] = count
+        return found
+
+
+@dataclass
+class _Things:
+    """Distinct media of one kind, or texts: of each its fingerprint, and the records that hold it."""
+
+    prints: list[bytes] = field(default_factory=list)
+    owner: list[np.ndarray] = field(default_factory=list)  # records
+    digest: list[np.ndarray] = field(default_factory=list)  # (n, 2) of what each of these records holds
+
+
+def _collect(paths: list[Path], used: np.ndarray) -> dict[str, _Things]:
+    things = {kind: _Things() for kind in ("image", "audio", "text")}
+    place = number = 0
+    for path in paths:
+        with pa.memory_map(str(path)) as file:
+            table = pa.ipc.open_file(file).read_all()
+            kinds = json.loads(table.schema.metadata[b"kinds"])
+            here = used[place : place + len(table)]
+            place += len(table)
+            columns = [("words", "group", "text")]
+            columns += [(f"print:{name}", f"digest:{name}", kind) for name, kind in kinds.items() if kind != "text"]
+            for prints, digests, kind in columns:
+                rows = np.flatnonzero(here & table[prints].is_valid().to_numpy())
+                numbers = number + np.cumsum(here)[rows] - 1
+                part = table.select([prints, digests]).take(pa.array(rows)).to_pydict()
+                things[kind].prints += part[prints]
+                things[kind].owner.append(numbers)
+                raw = b"".join(part[digests])
+                things[kind].digest.append(np.frombuffer(raw, "<u8").reshape(-1, 2))
+            number += int(here.sum())
+    return things
+
+
+def find_duplicates(paths: list[Path], used: np.ndarray, split: np.ndarray, out: Path) -> Duplicates:
+    """Compare the records of chunks (see work.py) by their media, and those without media by their text.
+
+    `used` says which records count, `split` (N,) where those are. Every pair is written to `out`, a line each.
+    """
+    found = Duplicates.none(len(split))
+    lines: list[tuple[int, int, str, float]] = []
+    for kind, held in _collect(paths, used).items():
+        if not held.prints:
+            continue
+        owner, digest = np.concatenate(held.owner), np.concatenate(held.digest)
+        first = first_of(digest)
+        distinct, thing = np.unique(first, return_inverse=True)
+        prints = [held.prints[n] for n in distinct]
+        a, b, distance = _near(kind, prints)
+        del prints
+        # The splits, as bits, in which a thing occurs, and in which things near to it do.
+        where = np.zeros(len(distinct), np.uint8)
+        np.bitwise_or.at(where, thing, (1 << split[owner]).astype(np.uint8))
+        near = np.zeros(len(distinct), np.uint8)
+        np.bitwise_or.at(near, a, where[b])
+        np.bitwise_or.at(near, b, where[a])
+        np.bitwise_or.at(found.near, owner, near[thing])
+        both = (where | near)[thing]
+        found.seen[owner[(split[owner] > 0) & (both & 1 == 1)]] = True
+        found.spoils[owner[(split[owner] == 0) & (both & 6 > 0)]] = True
+        lines += _lines(kind, owner, thing, split, where, (a, b, distance))
+    _write(paths, used, split, lines, found, out)
+    return found
+
+
+def _near(kind: str, prints: list[bytes]) -> Pairs:
+    if kind == "image":
+        return near_pictures(np.frombuffer(b"".join(prints), np.uint8).reshape(-1, PICTURE))
+    if kind == "audio":
+        return near_sounds(prints)
+    long = np.flatnonzero([len(value) > 0 for value in prints])
+    words = np.frombuffer(b"".join(prints), "<u4").reshape(len(long), PERMUTATIONS)
+    a, b, distance = near_texts(words)
+    return long[a], long[b], distance
+
+
+def _lines(
+    kind: str, owner: np.ndarray, thing: np.ndarray, split: np.ndarray, where: np.ndarray, pairs: Pairs
+) -> list[tuple[int, int, str, float]]:
+    """Two records, the kind and the distance: for each pair of near things, and each thing in two splits at distance
+    0. Of a thing's records the first in each split stands for all."""
+    order = np.lexsort((np.arange(len(owner)), split[owner], thing))
+    stands: dict[int, dict[int, int]] = {}
+    wanted = np.zeros(len(where), bool)
+    wanted[pairs[0]] = wanted[pairs[1]] = True
+    wanted |= np.bitwise_count(where) > 1
+    for n in order[wanted[thing[order]]].tolist():
+        stands.setdefault(int(thing[n]), {}).setdefault(int(split[owner[n]]), int(owner[n]))
+    lines = []
+    for records in stands.values():
+        chosen = list(records.values())
+        lines += [(chosen[0], other, kind, 0.0) for other in chosen[1:]]
+    for a, b, distance in zip(*(values.tolist() for values in pairs), strict=True):
+        for x in stands[a].values():
+            lines += [(x, y, kind, round(distance, 4)) for y in stands[b].values()]
+    return lines
+
+
+def _write(
+    paths: list[Path],
+    used: np.ndarray,
+    split: np.ndarray,
+    lines: list[tuple[int, int, str, float]],
+    found: Duplicates,
+    out: Path,
+) -> None:
+    """One line for each pair, and the twins of what spoils val or test."""
+    lines = sorted(lines)
+    wanted = np.unique(np.array([line[:2] for line in lines], np.int64))
+    told = dict(zip(wanted.tolist(), _told(paths, used, wanted), strict=True))
+
+    def shown(record: int) -> dict[str, Any]:
+        return {"id": told[record][0], "split": SPLITS[split[record]], "source": told[record][1]}
+
+    with out.open("w", encoding="utf-8") as file:
+        for a, b, kind, distance in lines:
+            for x, y in ((a, b), (b, a)):
+                if split[x] == 0 < split[y]:
+                    found.twins.setdefault(x, f"'{told[y][0]}' of {SPLITS[split[y]]}")
+            entry = {"kind": kind, "distance": distance, "first": shown(a), "second": shown(b)}
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+def _told(paths: list[Path], used: np.ndarray, wanted: np.ndarray) -> list[tuple[str, str]]:
+    """(id, source) of records by their number among the used ones, ascending."""
+    found: list[tuple[str, str]] = []
+    place = number = 0
+    for path in paths:
+        with pa.memory_map(str(path)) as file:
+            table = pa.ipc.open_file(file).read_all()
+            rows = np.flatnonzero(used[place : place + len(table)])
+            place += len(table)
+            here = wanted[(wanted >= number) & (wanted < number + len(rows))] - number
+            part = table.select(["id", "place"]).take(pa.array(rows[here])).to_pydict()
+            found += zip(part["id"], part["place"], strict=True)
+            number += len(rows)
+    return found

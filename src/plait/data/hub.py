@@ -1,0 +1,44 @@
+"""Data sets of the Hugging Face hub, by name: fetched with the `datasets` library, read from its files here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from plait.runtime import PlaitError
+
+
+def download(name: str) -> Path:
+    """A folder of Arrow files, one folder a split, of the data set `NAME` or `NAME:CONFIG`; fetched once.
+
+    Raises PlaitError where `datasets` is not installed, or the data set cannot be had.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise PlaitError(
+            f"Reading hf:{name} needs the library datasets: pip install datasets. Files that are here already "
+            "(Parquet, JSONL, a folder of save_to_disk) need no library: plait prepare FOLDER -o OUT"
+        ) from error
+    path, _, config = name.partition(":")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plait" / "hub"
+    folder = cache / name.replace("/", "--").replace(":", "--")
+    if (folder / "dataset_dict.json").is_file():
+        return folder
+    datasets.disable_progress_bars()
+    try:
+        found = datasets.load_dataset(path, config or None)
+    except Exception as error:  # the library raises its own classes, those of requests, and built-in ones
+        why = " ".join(str(error).split())[:300]
+        raise PlaitError(
+            f"hf:{name} cannot be had: {why} Check the name and the network. Offline, take the data set to this "
+            "machine as a folder (save_to_disk, or its Parquet files): plait prepare FOLDER -o OUT"
+        ) from error
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    # save_to_disk writes media as they are: nothing is decoded.
+    found.save_to_disk(str(aside))
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+    return folder

@@ -1,0 +1,248 @@
+"""Near-duplicates: which pictures, sounds or texts are one thing twice, from their fingerprints.
+
+Two steps each. Candidates come from sorting short codes several ways and comparing neighbours, which takes time in
+proportion to n log n. Then each pair of candidates is laid over one another and compared in full. All sums that decide
+are over integers, so that the answer does not depend on threads or on the machine.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import pairwise, product
+
+import numpy as np
+
+from plait.data.fingerprints import BANDS, CHROMA, PERMUTATIONS, SIDE
+
+PICTURES, SOUNDS, TEXTS = 0.1, 0.18, 0.25  # distances up to which two are near-duplicates
+_TABLES, _WINDOW = 16, 4
+_INDEXED = 6
+_PLACES = [(1, 1), (0, 0), (0, 2), (2, 0), (2, 2), (0, 1), (1, 0), (1, 2), (2, 1)]
+_CROWD = 4
+_NEAREST = 8
+_BITS = 13  # of 64 that may differ between candidates
+
+Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]  # first and second number, first < second; distance
+
+
+def _candidates(keys: list[np.ndarray], codes: np.ndarray, owner: np.ndarray, window: int) -> np.ndarray:
+    """Pairs of owners (P, 2), ascending and distinct: of entries that stand within `window` places of one another in
+    the order of one of the keys (M,), and whose codes (M,) differ in few bits; of each owner the nearest few.
+
+    An owner's first entry is its whole; of two entries one must be a whole. Owners count from 0, wholes come first.
+    """
+    count = int(owner.max()) + 1
+    found: list[np.ndarray] = []
+    for key in keys:
+        order = np.argsort(key, kind="stable")
+        for step in range(1, min(window, len(order) - 1) + 1):
+            left, right = order[:-step], order[step:]
+            bits = np.bitwise_count(codes[left] ^ codes[right]).astype(np.int64)
+            keep = (bits <= _BITS) & (owner[left] != owner[right]) & ((left < count) | (right < count))
+            a, b = owner[left[keep]], owner[right[keep]]
+            found.append((np.minimum(a, b) * count + np.maximum(a, b)) * 64 + bits[keep])
+        found = [np.unique(np.concatenate(found))]
+    pairs, bits = found[0] // 64, found[0] % 64
+    pairs, first = np.unique(pairs, return_index=True)  # the least number of bits comes first
+    ends = np.stack([pairs // count, pairs % count], 1)
+    near = np.zeros(len(ends), bool)
+    for side in (0, 1):
+        order = np.lexsort((ends[:, 1 - side], bits[first], ends[:, side]))
+        rank = np.arange(len(order)) - np.searchsorted(ends[order, side], ends[order, side])
+        near[order[rank < _NEAREST]] = True
+    return ends[near]
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def _windows() -> list[np.ndarray]:
+    """Parts of a picture that a cut may leave, as matrices (576, 576) that resample it: all of it, nine places of 95 %
+    of each side, the middle 90 %. The first six are in the index."""
+
+    def resample(size: float, start: float) -> np.ndarray:
+        at = (np.arange(SIDE) + 0.5) * size + start * SIDE - 0.5
+        at = np.clip(at, 0, SIDE - 1)
+        low = np.minimum(at.astype(int), SIDE - 2)
+        matrix = np.zeros((SIDE, SIDE), np.float32)
+        matrix[np.arange(SIDE), low] = 1 - (at - low)
+        matrix[np.arange(SIDE), low + 1] = at - low
+        return matrix
+
+    parts = [(1.0, 0.0, 0.0), *((0.95, 0.025 * y, 0.025 * x) for y, x in _PLACES), (0.9, 0.05, 0.05)]
+    return [np.kron(resample(size, top), resample(size, left)).T for size, top, left in parts]
+
+
+def _cosines(side: int, count: int) -> np.ndarray:
+    """The first `count` waves of a two-dimensional cosine transform by frequency, (side * side, count)."""
+    waves = np.cos(np.pi * np.outer(np.arange(side), np.arange(side) + 0.5) / side)
+    order = sorted(product(range(side), range(side)), key=lambda pair: (pair[0] ** 2 + pair[1] ** 2, pair))
+    return np.stack([np.outer(waves[y], waves[x]).ravel() for y, x in order[:count]], 1)
+
+
+def _packed(bits: np.ndarray) -> np.ndarray:
+    return np.packbits(bits, axis=1, bitorder="little").view("<u8")[:, 0]
+
+
+def _shuffled(bits: np.ndarray) -> list[np.ndarray]:
+    """Codes of bits (M, 64) as sort keys, in several orders of the bits."""
+    draw = np.random.Generator(np.random.PCG64(64))
+    return [_packed(bits[:, draw.permutation(64)][:, ::-1].copy()) for _ in range(_TABLES)]
+
+
+def near_pictures(prints: np.ndarray, most: float = PICTURES) -> Pairs:
+    """Pairs among pictures, `prints` (N, 704) uint8, whose distance is at most `most`.
+
+    The distance is the mean square of what differs over that of what is in the pictures, the smaller of the two laid
+    on the best-fitting part of the other.
+    """
+    count = len(prints)
+    luma, colour = prints[:, : SIDE * SIDE], prints[:, SIDE * SIDE :]
+    waves = _cosines(SIDE, 48)
+    tint = np.rint(1000 * _cosines(CHROMA, 8))
+    chroma = [colour[:, :64].astype(np.float64) @ tint, colour[:, 64:].astype(np.float64) @ tint]
+    bits = np.zeros((_INDEXED, count, 64), bool)
+    middle = None
+    for n, part in enumerate(_windows()[:_INDEXED]):
+        # Integers below 2**53 in float64: exact in any order of summation.
+        change = np.rint(1000 * (part.astype(np.float64) @ waves))
+        values = np.concatenate([luma.astype(np.float64) @ change, *chroma], 1)
+        middle = np.median(values, axis=0) if middle is None else middle
+        bits[n] = values > middle
+    flat = bits.reshape(-1, 64)
+    codes = _packed(flat)
+    owner = np.tile(np.arange(count, dtype=np.int64), len(bits))
+    pairs = _candidates(_shuffled(flat), codes, owner, _WINDOW)
+    return _distinct(pairs, _picture_distances(prints, pairs), count, most)
+
+
+def _picture_distances(prints: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Distances (P,) float32 of pairs (P, 2). Each picture's parts are made once."""
+    split = SIDE * SIDE
+    parts = np.stack(_windows()).transpose(1, 0, 2).reshape(split, -1)
+    cut, whole = np.concatenate([pairs[:, 0], pairs[:, 1]]), np.concatenate([pairs[:, 1], pairs[:, 0]])
+    order = np.argsort(cut, kind="stable")
+    least = np.zeros(len(cut), np.float32)
+    borders = np.searchsorted(cut[order], np.arange(0, len(prints) + 512, 512))
+    for start, stop in pairwise(borders):
+        for at in range(start, stop, 4096):
+            rows = order[at : min(at + 4096, stop)]
+            ours, place = np.unique(cut[rows], return_inverse=True)
+            made = (prints[ours, :split].astype(np.float32) @ parts).reshape(len(ours), -1, split)
+            other = prints[whole[rows], :split].astype(np.float32)
+            squares = (made**2).sum(2)[place] + (other**2).sum(1)[:, None]
+            least[rows] = (squares - 2 * np.einsum("pwk,pk->pw", made[place], other, optimize=True)).min(1) / split
+    luma = np.minimum(least[: len(pairs)], least[len(pairs) :])
+    spread = prints[:, :split].astype(np.float32).var(1)
+    spread += prints[:, split:].reshape(len(prints), 2, -1).astype(np.float32).var(2).mean(1)
+    tint = np.zeros(len(pairs), np.float32)
+    for at in range(0, len(pairs), 4096):
+        a, b = (prints[pairs[at : at + 4096, n], split:].astype(np.float32) for n in (0, 1))
+        tint[at : at + 4096] = ((a - b) ** 2).mean(1)
+    return (luma + tint) / ((spread[pairs[:, 0]] + spread[pairs[:, 1]]) / 2 + 16.0)
+
+
+def _distinct(pairs: np.ndarray, distance: np.ndarray, count: int, most: float) -> Pairs:
+    """The pairs that are near, and nearer than what is usual where they lie: where more than a few others are within
+    twice the distance of one of the two, likeness is what the data are like, and no sign of a copy."""
+    both = np.concatenate([pairs[:, 0], pairs[:, 1]])
+    far = np.concatenate([distance, distance])
+    order = np.lexsort((far, both))
+    both, far = both[order], far[order]
+    keep = np.flatnonzero(distance <= most)
+    # Neighbours of each end within twice the distance, by binary search in one sorted key.
+    key = both.astype(np.float64) * 8 + np.minimum(far, 7.9)
+    first = np.searchsorted(both, pairs[keep])
+    within = np.searchsorted(key, pairs[keep] * 8.0 + np.minimum(2 * distance[keep], 7.9)[:, None], "right")
+    keep = keep[(distance[keep] <= most / 10) | ((within - first).max(1) <= _CROWD)]
+    return pairs[keep, 0], pairs[keep, 1], distance[keep]
+
+
+# --- sound ------------------------------------------------------------------------------------------------------
+
+
+def _sound_features(spectrogram: np.ndarray) -> np.ndarray:
+    """What does not change where a sound begins later: its bands' levels and how they go together and follow, int64."""
+    values = spectrogram.astype(np.int64)
+    low = values.reshape(len(values), 8, BANDS // 8).sum(2)
+    found = [values.reshape(len(values), 16, BANDS // 16).sum((0, 2)) * 512 // len(values)]
+    centred = low * len(low) - low.sum(0)
+    upper = np.triu_indices(8)
+    spread = max(len(low) ** 3, 1)
+    for lag in (0, 3, 8):
+        a, b = centred[: max(len(low) - lag, 0)], centred[lag:]
+        together = a.T @ b
+        found.append(together[upper] // (spread // 64 + 1) if lag == 0 else together.ravel() // (spread // 64 + 1))
+    return np.concatenate(found)
+
+
+def near_sounds(prints: list[bytes], most: float = SOUNDS) -> Pairs:
+    """Pairs among sounds, spectrograms (frames, 64) uint8 as bytes, whose distance is at most `most`: one minus the
+    correlation of the spectrograms' patterns at the best shift in time, 80 % of the longer one overlapping."""
+    sounds = [np.frombuffer(value, np.uint8).reshape(-1, BANDS) for value in prints]
+    heard = np.array([n for n, value in enumerate(sounds) if len(value) >= 4], np.int64)
+    if len(heard) < 2:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)
+    features = np.stack([_sound_features(sounds[n]) for n in heard])
+    draw = np.random.Generator(np.random.PCG64(65))
+    scale = np.maximum(np.abs(features - np.median(features, axis=0).astype(np.int64)).mean(0).astype(np.int64), 1)
+    level = np.clip((features - np.median(features, axis=0).astype(np.int64)) * 256 // scale, -1024, 1024)
+    mix = draw.integers(-8, 9, (features.shape[1], 64))
+    values = level.astype(np.float64) @ mix.astype(np.float64)
+    bits = values > np.median(values, axis=0)
+    pairs = heard[_candidates(_shuffled(bits), _packed(bits), np.arange(len(heard)), 4 * _WINDOW)]
+    distance = np.array([_sound_distance(sounds[a], sounds[b]) for a, b in pairs], np.float32)
+    return _distinct(pairs, distance, len(sounds), most)
+
+
+def _sound_distance(first: np.ndarray, second: np.ndarray) -> float:
+    if len(first) < len(second):
+        first, second = second, first
+    least = int(np.ceil(0.8 * len(first)))
+    if len(second) < least:
+        return 1.0
+    a, b = first.astype(np.float32), second.astype(np.float32)
+    best = 0.0
+    for shift in range(least - len(b), len(a) - least + 1):
+        x = a[max(shift, 0) : shift + len(b)]
+        y = b[max(-shift, 0) :][: len(x)]
+        x, y = _patterned(x), _patterned(y)
+        best = max(best, float(np.vdot(x, y) / np.sqrt(np.vdot(x, x) * np.vdot(y, y) + 1.0)))
+    return 1.0 - best
+
+
+def _patterned(values: np.ndarray) -> np.ndarray:
+    """A spectrogram without what each moment and each band have throughout: loudness, and a voice's colour."""
+    return values - values.mean(0) - values.mean(1, keepdims=True) + values.mean()
+
+
+# --- text -------------------------------------------------------------------------------------------------------
+
+
+def near_texts(prints: np.ndarray, most: float = TEXTS) -> Pairs:
+    """Pairs among texts, `prints` (N, 128) uint32, whose distance is at most `most`: one minus the estimated share of
+    runs of five characters that two texts have in common."""
+    rows = 4
+    with np.errstate(over="ignore"):
+        bands = prints.reshape(len(prints), PERMUTATIONS // rows, rows).astype(np.uint64)
+        keys = np.zeros(bands.shape[:2], np.uint64)
+        for n in range(rows):
+            keys = (keys ^ bands[:, :, n]) * np.uint64(0x9E3779B97F4A7C15)
+            keys ^= keys >> np.uint64(31)
+
+    found = []
+    for band in keys.T.copy():
+        order = np.argsort(band, kind="stable")
+        for step in range(1, min(_WINDOW, len(order) - 1) + 1):
+            left, right = order[:-step], order[step:]
+            keep = band[left] == band[right]
+            found.append(np.minimum(left, right)[keep] * len(prints) + np.maximum(left, right)[keep])
+    both = np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
+    pairs = np.stack([both // max(len(prints), 1), both % max(len(prints), 1)], 1)
+    same = np.concatenate(
+        [(prints[part[:, 0]] == prints[part[:, 1]]).sum(1) for part in np.array_split(pairs, len(pairs) // 65536 + 1)]
+    )
+    distance = (1 - same / PERMUTATIONS).astype(np.float32)
+    keep = distance <= most
+    return pairs[keep, 0], pairs[keep, 1], distance[keep]

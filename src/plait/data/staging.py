@@ -1,0 +1,260 @@
+"""Records on their way: cut into chunks, each checked once by one of several processes and kept aside until all are.
+
+A chunk's file is named after what went into it. So a run that was stopped finds the chunks that are done, and what
+comes out depends neither on the number of processes nor on interruptions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import select
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from plait.data.files import Found, Item, Media
+from plait.data.record import Rejected
+from plait.data.work import Task, check_chunk, send
+from plait.runtime import PlaitError
+
+_ROWS, _BYTES = 512, 16 << 20  # of a chunk
+_FORM = 1  # of the chunks' files and of the fingerprints in them; another number makes all chunks anew
+_PATIENCE = 120.0  # seconds for one record
+
+
+def cores() -> int:
+    """The processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def stage(
+    items: Iterator[Item],
+    folder: Path,
+    seed: int,
+    near: bool,
+    workers: int | None,
+    progress: Callable[[int], None],
+) -> list[Path]:
+    """Check all items and return the files of their chunks in `folder`, in the order of the items (see work.py).
+
+    `workers` is the number of processes: as many as there are processors where None, none where 0. `progress` is told
+    how many records are done.
+    Raises PlaitError where a chunk cannot be written.
+    """
+    paths: list[Path] = []
+    waiting: deque[tuple[Future[None] | None, int]] = deque()
+    wanted = cores() if workers is None else workers
+    pool = _Pool(wanted, folder)
+    done = 0
+
+    def take() -> None:
+        nonlocal done
+        future, count = waiting.popleft()
+        if future is not None:
+            future.result()
+        done += count
+        progress(done)
+
+    with pool:
+        chunks = _chunks(items)
+        held = next(chunks, None)
+        while held is not None:
+            chunk, held = held, next(chunks, None)
+            task, blobs, key = _task(chunk, seed, near)
+            path = folder / f"{len(paths):07d}-{key}.arrow"
+            task["out"] = str(path)
+            paths.append(path)
+            if path.is_file():
+                waiting.append((None, len(chunk)))
+            else:
+                # One chunk of text is done sooner than a process starts.
+                alone = held is None and len(paths) == 1 and not any(map(_has_media, chunk))
+                waiting.append((pool.submit(task, blobs, here=alone), len(chunk)))
+            while len(waiting) > 2 * wanted + 2:
+                take()
+        while waiting:
+            take()
+    return paths
+
+
+def _has_media(item: Item) -> bool:
+    return isinstance(item, Found) and any(isinstance(value, Media) for value in item.parts.values())
+
+
+def _chunks(items: Iterator[Item]) -> Iterator[list[Item]]:
+    """The items in pieces of at most 512 records, or of 16 MiB of text and media and one record more."""
+    chunk: list[Item] = []
+    size = 0
+    for item in items:
+        chunk.append(item)
+        if isinstance(item, Found):
+            size += sum(map(_bytes, item.parts.values()))
+        if len(chunk) >= _ROWS or size >= _BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _bytes(value: str | Media) -> int:
+    """The bytes of a part; looks at the file of a medium, and notes what tells its content from a later one."""
+    if isinstance(value, str):
+        return len(value)
+    if value.data is not None:
+        return len(value.data)
+    if value.pixels is not None:
+        return value.pixels.nbytes
+    if isinstance(value.path, Path) and not value.stamp:
+        with contextlib.suppress(OSError):  # a file that is gone is refused when it is read
+            status = value.path.stat()
+            value.size, value.stamp = status.st_size, str(status.st_mtime_ns)
+    return value.size
+
+
+def _task(chunk: list[Item], seed: int, near: bool) -> tuple[Task, list[bytes], str]:
+    """The chunk as a process wants it, and its key."""
+    blobs: list[bytes] = []
+    items: list[Any] = []
+    digest = hashlib.sha256(f"{_FORM}:{seed}:{near}".encode())
+
+    def part(value: str | Media) -> str | dict[str, Any]:
+        if isinstance(value, str):
+            return value
+        told: dict[str, Any] = {"kind": value.kind, "name": value.name}
+        if value.data is None and value.pixels is None:
+            digest.update(f"{value.size}:{value.stamp}\0".encode())
+            return told | {"path": str(value.path)}
+        if value.pixels is not None:
+            told["pixels"] = value.pixels.shape
+        data = value.data if value.data is not None else value.pixels.tobytes()  # type: ignore[union-attr]
+        digest.update(hashlib.sha256(data).digest())
+        blobs.append(data)
+        return told | {"blob": len(blobs) - 1}
+
+    for item in chunk:
+        if isinstance(item, Rejected):
+            items.append(list(item))
+            continue
+        parts = {name: part(value) for name, value in item.parts.items()}
+        items.append({"id": item.id, "place": item.place, "split": item.split, "group": item.group, "parts": parts})
+    # Where an archive is unpacked to is no part of what is in it: the number of its member is.
+    digest.update(json.dumps(items).encode())
+    return {"items": items, "seed": seed, "near": near}, blobs, digest.hexdigest()[:32]
+
+
+class _Pool:
+    """Processes that check chunks, one for each thread that waits for them."""
+
+    def __init__(self, count: int, folder: Path) -> None:
+        self.count, self.folder = count, folder
+        self._threads = ThreadPoolExecutor(max(count, 1))
+        self._own = threading.local()
+        self._all: list[subprocess.Popen[bytes]] = []
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def __enter__(self) -> _Pool:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._closed = True
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            for process in self._all:
+                process.kill()
+        self._threads.shutdown(wait=True)
+        for process in self._all:
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    with contextlib.suppress(OSError):
+                        pipe.close()
+
+    def submit(self, task: Task, blobs: list[bytes], here: bool = False) -> Future[None]:
+        if self.count and not here:
+            return self._threads.submit(self._run, task, blobs)
+        future: Future[None] = Future()
+        try:
+            check_chunk(task, blobs)
+        except OSError as error:
+            raise _unwritten(self.folder, error.strerror or str(error)) from error
+        future.set_result(None)
+        return future
+
+    def _start(self) -> tuple[subprocess.Popen[bytes], Path]:
+        status = self.folder / f".at-{threading.get_ident()}"
+        status.write_bytes(bytes(8))
+        # A plain process, not multiprocessing: nothing of the caller's main module is imported again.
+        code = "import sys; sys.path.insert(0, sys.argv[1]); from plait.data.work import serve; serve(sys.argv[2])"
+        with self._lock:
+            if self._closed:
+                raise PlaitError("Stopped.")
+            process = subprocess.Popen(
+                [sys.executable, "-c", code, str(Path(__file__).parents[2]), str(status)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for the process that people see
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+            )
+            self._all.append(process)
+        return process, status
+
+    def _run(self, task: Task, blobs: list[bytes]) -> None:
+        faults: dict[str, str] = {}
+        while True:
+            process, status = getattr(self._own, "process", None) or self._start()
+            self._own.process = process, status
+            answer, reason = self._ask(process, status, task | {"faults": faults}, blobs)
+            if answer is not None:
+                if "error" in answer:
+                    raise _unwritten(self.folder, answer["error"])
+                return
+            self._own.process = None
+            if self._closed:
+                raise PlaitError("Stopped.")
+            at = str(struct.unpack("<q", status.read_bytes())[0])
+            if at == "-1" or at in faults:
+                raise PlaitError(
+                    f"A process that checks media ended while it wrote {task['out']}. Is there memory enough? Try "
+                    "fewer with --workers 1; what is done is kept."
+                )
+            faults[at] = reason
+
+    def _ask(
+        self, process: subprocess.Popen[bytes], status: Path, task: Task, blobs: list[bytes]
+    ) -> tuple[dict[str, Any] | None, str]:
+        """The answer of a process, or None and how it ended: it crashed, or was ended as it hung at one record."""
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            send(process.stdin, task, blobs)
+            last, since = b"", time.monotonic()
+            while not select.select([process.stdout], [], [], 2.0)[0]:
+                now = status.read_bytes()
+                if now != last:
+                    last, since = now, time.monotonic()
+                elif time.monotonic() - since > _PATIENCE:
+                    process.kill()
+                    process.wait()
+                    return None, f"decoding took more than {_PATIENCE:g} s"
+            line = process.stdout.readline()
+        except (BrokenPipeError, ValueError):
+            line = b""
+        if not line:
+            process.wait()
+            return None, "the decoder crashed"
+        return json.loads(line), ""
+
+
+def _unwritten(folder: Path, reason: str) -> PlaitError:
+    return PlaitError(f"Cannot write {folder}: {reason}. Free space there; what is done is kept.")

@@ -1,0 +1,212 @@
+"""A chunk of records, checked: media read, decoded in full and looked at, the result written aside as an Arrow file.
+
+Runs in processes of its own (`staging.py` starts them): a decoder that crashes takes its process along, and nothing
+else. Imports neither torch nor the rooms above, so that these processes start fast and stay small.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import mmap
+import os
+import struct
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from plait.data.fingerprints import picture_print, sound_print, text_print
+from plait.data.media import LIMITS, MediaError, decode_audio, decode_image, encode_png
+from plait.data.record import Rejected, rejected, text_fault
+from plait.data.stores import location, open_binary
+
+# Columns of the file: what is known of a record, then for each part NAME "part:NAME", and for a medium its width and
+# height or seconds and rate, its digest and its fingerprint; "words" is the fingerprint of a record without media.
+FACTS = {"id": pa.string(), "place": pa.string(), "split": pa.string(), "key": pa.binary(16), "content": pa.binary(16),
+         "group": pa.binary(16), "draw": pa.int64(), "rank": pa.int64(), "words": pa.binary()}  # fmt: skip
+MEDIA = {"first": pa.float64(), "second": pa.float64(), "digest": pa.binary(16), "print": pa.binary()}
+
+Task = dict[str, Any]
+
+
+def _key(data: bytes) -> int:
+    """As runtime.key_of: a stable 63-bit integer."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> 1
+
+
+def _digest(parts: Mapping[str, str | bytes]) -> bytes:
+    digest = hashlib.sha256()
+    for name in sorted(parts):
+        value = parts[name]
+        body = value.encode() if isinstance(value, str) else value
+        digest.update(f"{name}\0{len(body)}\0".encode())
+        digest.update(body)
+    return digest.digest()
+
+
+def _fetch(medium: dict[str, Any], blobs: list[bytes]) -> bytes:
+    if "pixels" in medium:
+        return encode_png(np.frombuffer(blobs[medium["blob"]], np.uint8).reshape(medium["pixels"]))
+    if "blob" in medium:
+        data = blobs[medium["blob"]]
+    else:
+        try:
+            with open_binary(location(medium["path"])) as file:
+                data = file.read(LIMITS.file_bytes + 1)
+        except OSError as error:
+            raise MediaError(f"cannot be read: {error.strerror or error}") from error
+    if not data:
+        raise MediaError("the file is empty")
+    if len(data) > LIMITS.file_bytes:
+        raise MediaError(f"larger than {LIMITS.file_bytes >> 20} MiB")
+    return data
+
+
+def _look(kind: str, data: bytes, near: bool) -> tuple[float, float, bytes]:
+    """(width, height) or (seconds, rate), and the fingerprint. Raises MediaError."""
+    if kind == "image":
+        image = decode_image(data)
+        return image.width, image.height, picture_print(image) if near else b""
+    wave, rate = decode_audio(data)
+    return len(wave) / rate, rate, sound_print(wave, rate) if near else b""
+
+
+def _check(item: dict[str, Any], blobs: list[bytes], near: bool, fault: str | None) -> dict[str, Any] | Rejected:
+    """What is known of one record, or why it cannot be used. `fault`: how an earlier try ended."""
+    place = item["place"]
+    if why := text_fault(item["id"]):
+        return rejected(place, f"id: {why}")
+    parts: dict[str, str | bytes] = {}
+    row: dict[str, Any] = {"id": item["id"], "place": place, "split": item["split"]}
+    for name, value in item["parts"].items():
+        if isinstance(value, str):
+            if why := text_fault(value):
+                return rejected(place, f"column '{name}': {why}")
+            parts[name] = value
+            continue
+        try:
+            if fault:
+                raise MediaError(fault)
+            data = _fetch(value, blobs)
+            parts[name] = data
+            first, second, seen = _look(value["kind"], data, near)
+        except (MediaError, MemoryError) as error:
+            reason = str(error) or "needs too much memory"
+            if "path" not in value or value["name"] == place:
+                return rejected(place, reason)
+            return Rejected(value["name"], None, reason + (f" (of {place})" if ":" in place else ""))
+        row |= {f"first:{name}": first, f"second:{name}": second, f"print:{name}": seen}
+    if not parts:
+        return rejected(place, "the record is empty")
+    media = {name: data for name, data in parts.items() if isinstance(data, bytes)}
+    group = _digest(media or parts)
+    words = {name: text for name, text in parts.items() if isinstance(text, str)}
+    row["group"], row["content"] = group[:16], hashlib.sha256(group + _digest(words)).digest()[:16]
+    for name, data in media.items():
+        row[f"digest:{name}"] = hashlib.sha256(data).digest()[:16]
+    if near and not media:
+        row["words"] = text_print("\n".join(words.values()))
+    if item["group"]:
+        group = hashlib.sha256(item["group"].encode()).digest()
+    row["key"] = hashlib.sha256(item["id"].encode()).digest()[:16]
+    row["draw"] = _key(f"{item['seed']}:{group.hex()}".encode())
+    row["rank"] = _key(f"{item['seed']}:{item['id']}".encode())
+    return row | {f"part:{name}": value for name, value in parts.items()}
+
+
+def check_chunk(task: Task, blobs: list[bytes], at: Callable[[int], None] = lambda n: None) -> None:
+    """Check the records of a task and write what was found to `task["out"]`, in one piece. Raises OSError.
+
+    `at` is told which record is under work, and -1 once all are done; `task["faults"]` says how earlier tries at a
+    record ended.
+    """
+    rows: list[dict[str, Any]] = []
+    refused: list[Rejected] = []
+    kinds: dict[str, str] = {}
+    for n, item in enumerate(task["items"]):
+        if isinstance(item, list):
+            refused.append(Rejected(*item))
+            continue
+        at(n)
+        found = _check(item | {"seed": task["seed"]}, blobs, task["near"], task.get("faults", {}).get(str(n)))
+        if isinstance(found, Rejected):
+            refused.append(found)
+            continue
+        rows.append(found)
+        kinds |= {name: "text" if isinstance(value, str) else value["kind"] for name, value in item["parts"].items()}
+    at(-1)
+    types: dict[str, pa.DataType] = dict(FACTS)
+    for name, kind in kinds.items():
+        types[f"part:{name}"] = pa.large_string() if kind == "text" else pa.large_binary()
+        if kind != "text":
+            types |= {f"{fact}:{name}": of for fact, of in MEDIA.items()}
+    facts = {b"rejects": json.dumps(refused).encode(), b"kinds": json.dumps(kinds).encode()}
+    columns = {name: pa.array([row.get(name) for row in rows], of) for name, of in types.items()}
+    table = pa.table(columns, pa.schema(types, facts))
+    out = Path(task["out"])
+    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+        aside.replace(out)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
+
+
+def send(file: Any, task: Task, blobs: list[bytes]) -> None:
+    """Write a task to a process: the lengths, the task as JSON, the blobs."""
+    head = json.dumps(task).encode()
+    file.write(struct.pack("<QI", len(head), len(blobs)) + struct.pack(f"<{len(blobs)}Q", *map(len, blobs)))
+    file.write(head)
+    for blob in blobs:
+        file.write(blob)
+    file.flush()
+
+
+def _receive(file: io.BufferedIOBase) -> tuple[Task, list[bytes]] | None:
+    head = file.read(12)
+    if len(head) < 12:
+        return None
+    size, count = struct.unpack("<QI", head)
+    lengths = struct.unpack(f"<{count}Q", file.read(8 * count))
+    task = json.loads(file.read(size))
+    return task, [file.read(length) for length in lengths]
+
+
+class _NoPandas:
+    """Where pandas is installed, pyarrow imports it, for seconds, to see whether a list is one of its columns."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == "pandas":
+            raise ImportError(name)
+
+
+def serve(status: str) -> None:
+    """The loop of a checking process: tasks on stdin, one JSON line for each on stdout. The record under work is
+    written to the file `status`, for whoever has to say at which one this process ended."""
+    import resource
+
+    sys.meta_path.insert(0, _NoPandas())  # type: ignore[arg-type]
+    with contextlib.suppress(ValueError, OSError):  # macOS refuses this limit
+        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+    with open(status, "r+b") as file, mmap.mmap(file.fileno(), 8) as now:  # noqa: PTH123 - mmap wants a descriptor
+
+        def at(n: int) -> None:
+            now[:] = struct.pack("<q", n)
+
+        while (received := _receive(sys.stdin.buffer)) is not None:  # type: ignore[arg-type]
+            try:
+                check_chunk(*received, at)
+                answer = {}
+            except OSError as error:
+                answer = {"error": error.strerror or str(error), "errno": error.errno}
+            sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
+            sys.stdout.buffer.flush()
