@@ -1,14 +1,30 @@
-"""Near-duplicates planted among pictures, sounds and texts made on the spot: how many are found, how many are wrong."""
+"""Near-duplicates planted among pictures, sounds and texts made on the spot: how many are found, how many are wrong.
+
+    python bench/near_duplicates.py                       # 300 copies among 10,000 of each
+    python bench/near_duplicates.py --pictures emoji.zip  # and among the pictures of an archive, whose own likenesses
+                                                          # then count as wrong
+
+`plait prepare` does the work: originals go to train, copies to test. A pair of duplicates.jsonl is right where it is an
+original and its copy.
+"""
 
 from __future__ import annotations
 
+import argparse
 import io
+import json
+import shutil
+import tempfile
+import time
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import soundfile
 from PIL import Image, ImageDraw, ImageFilter
 
-from plait.data.media import encode_png, resample
+from plait.data.media import decode_image, encode_png, encode_wav, resample
+from plait.data.prepare import prepare
 
 
 def picture(rng: np.random.Generator) -> Image.Image:
@@ -120,3 +136,72 @@ def text_copy(value: str, kind: int, rng: np.random.Generator, vocabulary: list[
         start = int(rng.integers(0, len(parts) - size + 1))
         parts = parts[start : start + size]
     return " ".join(parts)
+
+
+def write(folder: Path, kind: str, count: int, copies: int, archive: Path | None) -> dict[str, str]:
+    """Files in folder/train and folder/test; returns copy -> original."""
+    rng = np.random.default_rng(2026)
+    for split in ("train", "val", "test"):
+        (folder / split).mkdir(parents=True)
+    vocabulary = words(rng)
+    given = zipfile.ZipFile(archive) if archive else None
+    names = [name for name in given.namelist() if name.endswith((".png", ".jpg"))] if given else []
+    total = min(count - copies, len(names)) if given else count - copies
+    chosen = set(rng.choice(total, copies, replace=False).tolist())
+    truth: dict[str, str] = {}
+    ending = {"image": "png", "audio": "wav", "text": "txt"}[kind]
+    for n in range(total):
+        # An original in train, another in val: copies lie in test.
+        split = "val" if n % 10 == 9 else "train"
+        name, kept = f"{split}/{n:05d}.{ending}", len(truth)
+        copy = f"test/copy{kept:03d}"
+        if kind == "image":
+            image = decode_image(given.read(names[n])) if given else picture(rng)
+            (folder / name).write_bytes(encode_png(image))
+            made: bytes = picture_copy(image.convert("RGB"), kept % 3, rng) if n in chosen else b""
+            copy += ".jpg"
+        elif kind == "audio":
+            wave = sound(rng)
+            (folder / name).write_bytes(encode_wav(wave, 16000))
+            made = sound_copy(wave, kept % 4, rng) if n in chosen else b""
+            copy += ".ogg"
+        else:
+            value = text(rng, vocabulary)
+            (folder / name).write_text(value)
+            made = text_copy(value, kept % 3, rng, vocabulary).encode() if n in chosen else b""
+            copy += ".txt"
+        if n in chosen:
+            (folder / copy).write_bytes(made)
+            truth[copy] = name
+    return truth
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--copies", type=int, default=300)
+    parser.add_argument("--only", choices=["image", "audio", "text"])
+    parser.add_argument("--pictures", type=Path, help="an archive of pictures in place of made ones")
+    options = parser.parse_args()
+    print("| what | things | planted | recall | precision | pairs | prepare |\n| --- |" + " ---: |" * 6)
+    for kind in [options.only] if options.only else ["image"] if options.pictures else ["image", "audio", "text"]:
+        folder = Path(tempfile.mkdtemp(prefix="plait-near-"))
+        try:
+            truth = write(folder / "in", kind, options.count, options.copies, options.pictures)
+            begun = time.perf_counter()
+            prepare(folder / "in", folder / "out")
+            seconds = time.perf_counter() - begun
+            found = set()
+            for line in (folder / "out" / "duplicates.jsonl").read_text().splitlines():
+                pair = json.loads(line)
+                found.add(frozenset(pair[side]["source"].split(":")[0] for side in ("first", "second")))
+            wanted = {frozenset(pair) for pair in truth.items()}
+            recall, precision = len(found & wanted) / len(wanted), len(found & wanted) / max(len(found), 1)
+            print(f"| {kind} | {options.count:,} | {len(wanted)} | {recall:.1%} | {precision:.1%} | {len(found)} | "
+                  f"{seconds:.0f} s |", flush=True)  # fmt: skip
+        finally:
+            shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

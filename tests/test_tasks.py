@@ -112,3 +112,26 @@ def test_a_dataset_of_other_columns_is_refused(pictures: Path, tmp_path: Path) -
     prepare(tmp_path / "table.csv", tmp_path / "data", workers=1)
     with pytest.raises(PlaitError, match="no column of the model"):
         evaluate(model, Dataset.open(tmp_path / "data"), "train")
+
+
+def test_figures_without_what_train_has_too(tmp_path: Path) -> None:
+    """Ten of thirty test pictures are train's, five equal and five smaller: the others are the clean ones."""
+    rows = []
+    for i in range(90):
+        train = i - 60 if 60 <= i < 70 else i
+        small = np.random.default_rng(train).integers(0, 256, (6, 6, 3), np.uint8)
+        image = Image.fromarray(small).resize((48, 48) if i < 65 else (32, 32), Image.Resampling.BICUBIC)
+        image.save(tmp_path / f"{i}.png")
+        split = "train" if i < 50 else "val" if i < 60 else "test"
+        rows.append({"file_name": f"{i}.png", "label": "ab"[train % 2], "caption": f"number {i}", "split": split})
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    manifest = prepare(tmp_path, tmp_path / "data", workers=0)
+    assert manifest.overlap == {"test/train": 5} and manifest.near_duplicates == {"test/train": 5}
+    model, dataset = untrained(tmp_path / "data")
+    found, findings = evaluate(model, dataset, judge_seconds=0.1, limits=Limits(drawn=2, written=30))
+    assert found["recognition/image-label/accuracy"]["n"] == 30
+    names = ["recognition/image-label/accuracy", "transcription/image-caption/cer", "retrieval/image-caption/r_at_5"]
+    assert [found[f"{name}_clean"]["n"] for name in names] == [20, 20, 20]
+    assert any("figures named _clean" in note for note in findings.notes)
+    whole, clean = (found[f"recognition/image-label/accuracy{end}"]["value"] for end in ("", "_clean"))
+    assert abs(whole * 30 - clean * 20) <= 10

@@ -180,7 +180,8 @@ class Dataset:
 
     def seen(self) -> np.ndarray:
         """Which records (N,) of val and test have an equal or near-equal one in train: true for those."""
-        if not self.manifest.near_duplicates and not self.manifest.overlap:
+        known = len(self) and "seen" in self._file(0).schema_arrow.names  # not in datasets of an early Plait
+        if not known or not (self.manifest.near_duplicates or self.manifest.overlap):
             return np.zeros(len(self), bool)
         return np.array(self._column("seen"), bool)
 

@@ -166,7 +166,8 @@ def _write(
     out: Path,
 ) -> None:
     """One line for each pair, and the twins of what spoils val or test."""
-    lines = sorted(lines)
+    # The earlier split stands first.
+    lines = sorted((*sorted(line[:2], key=lambda n: (split[n], n)), *line[2:]) for line in lines)
     wanted = np.unique(np.array([line[:2] for line in lines], np.int64))
     told = dict(zip(wanted.tolist(), _told(paths, used, wanted), strict=True))
 

@@ -121,6 +121,7 @@ class Tree:
     refused: list[Rejected] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
     archives: list[str] = field(default_factory=list)
+    shards: list[str] = field(default_factory=list)  # of a WebDataset
     single: str | None = None
     _by_name: dict[str, str | None] | None = None
 
@@ -212,7 +213,10 @@ def scan(source: Location, scratch: Path, skip: Location) -> Tree:
 
 
 def _add(tree: Tree, name: str, path: Location, scratch: Path) -> None:
-    if suffix_of(name) in ARCHIVE_SUFFIXES and not is_shard(path, name):
+    if is_shard(path, name):
+        tree.files[name] = path
+        tree.shards.append(name)
+    elif suffix_of(name) in ARCHIVE_SUFFIXES:
         whole = tree.single == name
         tree.single = None if whole else tree.single
         _unpack(tree, path, "" if whole else name, scratch)
@@ -247,7 +251,7 @@ def is_shard(path: Location, name: str) -> bool:
     if suffix not in ARCHIVE_SUFFIXES or suffix == ".zip":
         return False
     stem = name.rpartition("/")[2].lower().removesuffix(suffix)
-    numbered = re.search(r"(^|[-_.])\d{3,}$", stem) is not None
+    numbered = re.search(r"(^|[-_.])(\d{5,}|0\d+)$", stem) is not None
     try:
         with open_binary(path) as file, tarfile.open(fileobj=file, mode="r|*") as packed:
             names = [member.name for member in islice((m for m in packed if m.isreg()), 4)]

@@ -7,6 +7,7 @@ are over integers, so that the answer does not depend on threads or on the machi
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import pairwise, product
 
@@ -15,23 +16,26 @@ import numpy as np
 from plait.data.fingerprints import BANDS, CHROMA, PERMUTATIONS, SIDE
 
 PICTURES, SOUNDS, TEXTS = 0.1, 0.18, 0.25  # distances up to which two are near-duplicates
-_TABLES, _WINDOW = 16, 4
-_INDEXED = 6
-_PLACES = [(1, 1), (0, 0), (0, 2), (2, 0), (2, 2), (0, 1), (1, 0), (1, 2), (2, 1)]
-_CROWD = 4
-_NEAREST = 8
+_TABLES, _WINDOW = 16, 4  # orders in which codes are sorted, and places that are compared in each
 _BITS = 13  # of 64 that may differ between candidates
+_NEAREST, _FEW = 8, 64  # candidates of one thing; things of which all pairs are candidates
+_CROWD = 4  # others that may lie within twice the distance of a copy
+_INDEXED = 6  # parts of a picture that are in the index
+_PLACES = [(1, 1), (0, 0), (0, 2), (2, 0), (2, 2), (0, 1), (1, 0), (1, 2), (2, 1)]  # of a part in the whole
 
 Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]  # first and second number, first < second; distance
 
 
-def _candidates(keys: list[np.ndarray], codes: np.ndarray, owner: np.ndarray, window: int) -> np.ndarray:
+def _candidates(keys: Iterable[np.ndarray], codes: np.ndarray, owner: np.ndarray, window: int) -> np.ndarray:
     """Pairs of owners (P, 2), ascending and distinct: of entries that stand within `window` places of one another in
     the order of one of the keys (M,), and whose codes (M,) differ in few bits; of each owner the nearest few.
 
     An owner's first entry is its whole; of two entries one must be a whole. Owners count from 0, wholes come first.
+    Of few owners all pairs are candidates.
     """
     count = int(owner.max()) + 1
+    if count <= _FEW:
+        return np.stack(np.triu_indices(count, 1), 1)
     found: list[np.ndarray] = []
     for key in keys:
         order = np.argsort(key, kind="stable")
@@ -85,10 +89,11 @@ def _packed(bits: np.ndarray) -> np.ndarray:
     return np.packbits(bits, axis=1, bitorder="little").view("<u8")[:, 0]
 
 
-def _shuffled(bits: np.ndarray) -> list[np.ndarray]:
+def _shuffled(bits: np.ndarray) -> Iterator[np.ndarray]:
     """Codes of bits (M, 64) as sort keys, in several orders of the bits."""
     draw = np.random.Generator(np.random.PCG64(64))
-    return [_packed(bits[:, draw.permutation(64)][:, ::-1].copy()) for _ in range(_TABLES)]
+    for _ in range(_TABLES):
+        yield _packed(np.ascontiguousarray(bits[:, draw.permutation(64)]))
 
 
 def near_pictures(prints: np.ndarray, most: float = PICTURES) -> Pairs:
@@ -101,15 +106,21 @@ def near_pictures(prints: np.ndarray, most: float = PICTURES) -> Pairs:
     luma, colour = prints[:, : SIDE * SIDE], prints[:, SIDE * SIDE :]
     waves = _cosines(SIDE, 48)
     tint = np.rint(1000 * _cosines(CHROMA, 8))
-    chroma = [colour[:, :64].astype(np.float64) @ tint, colour[:, 64:].astype(np.float64) @ tint]
-    bits = np.zeros((_INDEXED, count, 64), bool)
-    middle = None
-    for n, part in enumerate(_windows()[:_INDEXED]):
+
+    def project(planes: np.ndarray, matrix: np.ndarray) -> np.ndarray:
         # Integers below 2**53 in float64: exact in any order of summation.
-        change = np.rint(1000 * (part.astype(np.float64) @ waves))
-        values = np.concatenate([luma.astype(np.float64) @ change, *chroma], 1)
+        blocks = (planes[start : start + 4096].astype(np.float64) @ matrix for start in range(0, count, 4096))
+        return np.concatenate(list(blocks))
+
+    bits = np.zeros((_INDEXED, count, 64), bool)
+    for plane, places in ((colour[:, :64], slice(48, 56)), (colour[:, 64:], slice(56, 64))):
+        values = project(plane, tint)
+        bits[:, :, places] = values > np.median(values, axis=0)
+    middle: np.ndarray | None = None
+    for n, part in enumerate(_windows()[:_INDEXED]):
+        values = project(luma, np.rint(1000 * (part.astype(np.float64) @ waves)))
         middle = np.median(values, axis=0) if middle is None else middle
-        bits[n] = values > middle
+        bits[n, :, :48] = values > middle
     flat = bits.reshape(-1, 64)
     codes = _packed(flat)
     owner = np.tile(np.arange(count, dtype=np.int64), len(bits))

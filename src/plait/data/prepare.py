@@ -152,19 +152,19 @@ def _named(source: Location) -> str:
 def _make(source: Location, out: Location, folder: Path, partial: Path, options: Options) -> Manifest:
     scratch = partial / "unpacked"
     shutil.rmtree(scratch, ignore_errors=True)
-    for left in partial.glob(".*.tmp"):
-        left.unlink(missing_ok=True)
     chunks = partial / "chunks"
     chunks.mkdir(exist_ok=True)
+    for left in chunks.glob(".*.tmp"):
+        left.unlink(missing_ok=True)
     options.progress("look", 0, None)
     tree = scan(source, scratch, out)
     found = plan(tree, options.column_map, options.labels, options.pattern)
     total = found.given.total()
 
     def told(done: int) -> None:
-        options.progress("check", done, max(total, done) or None)
+        options.progress("check", done, max(total, done) if total else None)
 
-    paths = stage(found.read(), chunks, options.seed, options.near, options.workers, told)
+    paths = stage(found.read(), chunks, options.seed, options.near, found.chats, options.workers, told)
     manifest = _write(source, tree, found, paths, folder, options)
     write_json(folder / "manifest.json", sealed(manifest.model_dump()))
     return manifest

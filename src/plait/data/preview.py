@@ -8,6 +8,7 @@ import io
 from collections import Counter
 from dataclasses import dataclass
 
+from plait.data.chat import turns
 from plait.data.dataset import Manifest
 from plait.data.media import MediaError, decode_audio, decode_image, encode_png, encode_wav, mime
 
@@ -34,8 +35,13 @@ def _url(data: bytes) -> str:
     return f"data:{mime(data)};base64,{base64.b64encode(data).decode()}"
 
 
-def _shown(kind: str, value: str | bytes) -> str:
-    """A part as HTML: the text's beginning, a thumbnail, a player of at most five seconds."""
+def _shown(kind: str, value: str | bytes, chat: bool) -> str:
+    """A part as HTML: the text's or conversation's beginning, a thumbnail, a player of at most five seconds."""
+    if chat and isinstance(value, str):
+        said = (
+            (turn.role, text if kind == "text" else f"({text})") for turn in turns(value) for kind, text in turn.parts
+        )
+        value = "\n".join(f"{role}: {text}" for role, text in said)
     if isinstance(value, str):
         return f"<pre>{html.escape(value[:400])}{'…' if len(value) > 400 else ''}</pre>"
     try:
@@ -87,10 +93,20 @@ def report(manifest: Manifest, examples: list[Example], reasons: Counter[str], t
         )  # fmt: skip
     page.append(_table(["column", "kind", "records", "min / mean / max", "distinct", "classes or sizes"], rows))
     page.append("<ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in manifest.notes) + "</ul>")
+    if manifest.near_duplicates or manifest.overlap or manifest.dropped:
+        page.append("<h2>Duplicates</h2><p>Every pair is listed in duplicates.jsonl.</p>")
+        pairs = [[pair, "equal", f"{n:,}"] for pair, n in manifest.overlap.items()]
+        pairs += [[pair, "near", f"{n:,}"] for pair, n in manifest.near_duplicates.items()]
+        if manifest.dropped:
+            pairs.append(["train", "left out for near-duplicates in val or test", f"{manifest.dropped:,}"])
+        page.append(_table(["records of / that stand in", "", "records"], pairs))
     page.append("<h2>Examples</h2>")
     shown = [
         [html.escape(example.id), example.split]
-        + [_shown(kind, example.parts[c]) if c in example.parts else "" for c, kind in manifest.columns.items()]
+        + [
+            _shown(kind, example.parts[column], column in manifest.chats) if column in example.parts else ""
+            for column, kind in manifest.columns.items()
+        ]
         for example in examples
     ]
     page.append(_table(["id", "split", *map(html.escape, manifest.columns)], shown))

@@ -32,9 +32,10 @@ from plait.data.files import (
     suffix_of,
 )
 from plait.data.media import AUDIO_SUFFIXES, IMAGE_SUFFIXES, LIMITS
-from plait.data.record import Rejected, split_name, split_of_file
+from plait.data.record import RESERVED, Rejected, split_name, split_of_file
 from plait.data.stores import Location, open_binary
 from plait.data.tables import plan_tables
+from plait.data.webdataset import plan_shards
 from plait.runtime import PlaitError
 
 TEXT_BYTES = 8192  # of one record of a long text
@@ -231,7 +232,7 @@ def plan_media(tree: Tree, pattern: re.Pattern[str] | None) -> Plan | None:
     if any(f"{stem}.txt" in tree.files for stem in stems):
         columns["text"] = "text"
     for column in (["label"] if labelled else []) + [group for group in groups if group != "split"]:
-        if column in ("image", "audio", "id", "source"):
+        if column in ("image", "audio", *RESERVED):
             raise PlaitError(f"The pattern's group '{column}' has the name of another column. Rename the group.")
         columns[column] = "text"
 
@@ -304,18 +305,20 @@ def plan(
     if compiled and not compiled.groupindex:
         raise PlaitError("The pattern has no named group. Write groups as (?P<label>\\d).")
     # A pattern is about media files, so it passes idx files and tables by.
-    idx = None if compiled else plan_idx(tree, labels or {})
-    tables = None if compiled or idx else plan_tables(tree, column_map or {}, labels or {})
-    found = idx or tables
-    if found is None or (found is tables and not {"image", "audio"} & set(found.columns.values()) and not column_map):
+    shards = plan_shards(tree, labels or {})
+    idx = None if compiled or shards else plan_idx(tree, labels or {})
+    tables = None if compiled or idx or shards else plan_tables(tree, column_map or {}, labels or {})
+    found = shards or idx or tables
+    plain = found is not None and found is tables and not {"image", "audio"} & set(found.columns.values())
+    if found is None or (plain and not column_map and not found.chats):
         # Tables that name no media give way to media that lie there.
         found = plan_media(tree, compiled) or found or (plan_text(tree) if not compiled else None)
     if found is None:
         raise PlaitError(
             f"{tree.root} holds nothing that can be read: no pictures (png, jpeg, gif, webp, bmp, tiff), "
-            "sound (wav, flac, ogg, opus, mp3), tables (jsonl, csv, tsv, parquet), text (txt) or idx files."
+            "sound (wav, flac, ogg, opus, mp3), tables (jsonl, csv, tsv, parquet, arrow), text (txt) or idx files."
         )
-    if labels and found is not tables and (found is not idx or set(labels) != {"label"}):
+    if labels and found is not tables and found is not shards and (found is not idx or set(labels) != {"label"}):
         raise PlaitError(
             "Labels name the integer classes of a table's column, or of idx files (their column is 'label')."
         )

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 KINDS = ("text", "image", "audio")
 SPLITS = ("train", "val", "test")
+RESERVED = ("id", "source", "seen")  # names that no column of the user's can have
 
 _SPLIT_NAMES = {
     "train": "train",

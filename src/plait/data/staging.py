@@ -42,13 +42,14 @@ def stage(
     folder: Path,
     seed: int,
     near: bool,
+    chats: list[str],
     workers: int | None,
     progress: Callable[[int], None],
 ) -> list[Path]:
     """Check all items and return the files of their chunks in `folder`, in the order of the items (see work.py).
 
-    `workers` is the number of processes: as many as there are processors where None, none where 0. `progress` is told
-    how many records are done.
+    Columns in `chats` hold conversations. `workers` is the number of processes: as many as there are processors where
+    None, none where 0. `progress` is told how many records are done.
     Raises PlaitError where a chunk cannot be written.
     """
     paths: list[Path] = []
@@ -70,7 +71,7 @@ def stage(
         held = next(chunks, None)
         while held is not None:
             chunk, held = held, next(chunks, None)
-            task, blobs, key = _task(chunk, seed, near)
+            task, blobs, key = _task(chunk, {"seed": seed, "near": near, "chats": chats})
             path = folder / f"{len(paths):07d}-{key}.arrow"
             task["out"] = str(path)
             paths.append(path)
@@ -121,11 +122,11 @@ def _bytes(value: str | Media) -> int:
     return value.size
 
 
-def _task(chunk: list[Item], seed: int, near: bool) -> tuple[Task, list[bytes], str]:
+def _task(chunk: list[Item], options: Task) -> tuple[Task, list[bytes], str]:
     """The chunk as a process wants it, and its key."""
     blobs: list[bytes] = []
     items: list[Any] = []
-    digest = hashlib.sha256(f"{_FORM}:{seed}:{near}".encode())
+    digest = hashlib.sha256(f"{_FORM}:{json.dumps(options)}".encode())
 
     def part(value: str | Media) -> str | dict[str, Any]:
         if isinstance(value, str):
@@ -147,9 +148,8 @@ def _task(chunk: list[Item], seed: int, near: bool) -> tuple[Task, list[bytes], 
             continue
         parts = {name: part(value) for name, value in item.parts.items()}
         items.append({"id": item.id, "place": item.place, "split": item.split, "group": item.group, "parts": parts})
-    # Where an archive is unpacked to is no part of what is in it: the number of its member is.
     digest.update(json.dumps(items).encode())
-    return {"items": items, "seed": seed, "near": near}, blobs, digest.hexdigest()[:32]
+    return {"items": items, **options}, blobs, digest.hexdigest()[:32]
 
 
 class _Pool:

@@ -1,8 +1,9 @@
-"""Tables -> records: jsonl, json, csv, tsv and Parquet, with columns of text, labels, paths or bytes of media.
+"""Tables -> records: jsonl, json, csv, tsv, Parquet and Arrow, with columns of text, labels, paths or bytes of media.
 
 What a column is, is told from its name and a sample of its values, and can be said with a map: `ROLE=COLUMN[:NAME]`
-or `COLUMN=ROLE[:NAME]`, where ROLE is text, image, audio, id, split, ignore, or each (a list column: one record for
-each of its elements); several columns are separated by commas. NAME is what the column is called in the dataset.
+or `COLUMN=ROLE[:NAME]`, where ROLE is text, image, audio, chat (messages, see chat.py), id, split, ignore, or each (a
+list column: one record for each of its elements); several columns are separated by commas. NAME is what the column is
+called in the dataset.
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from plait.data.chat import flatten, is_chat
 from plait.data.files import (
     DAMAGED,
     TABLE_SUFFIXES,
@@ -31,13 +36,15 @@ from plait.data.files import (
     suffix_of,
 )
 from plait.data.media import AUDIO_SUFFIXES, IMAGE_SUFFIXES, sniff
-from plait.data.record import Rejected, split_name, split_of_file, text_fault
+from plait.data.record import RESERVED, Rejected, split_name, split_of_file, text_fault
+from plait.data.stores import Location, open_binary
 from plait.runtime import PlaitError
 
-ROLES = ("text", "image", "audio", "id", "split", "ignore", "each")
+ROLES = ("text", "image", "audio", "chat", "id", "split", "ignore", "each")
 _SAMPLE = 200
 _COLUMNS = 500
 _LINE = 64 << 20  # characters of one line of a table
+_BOOKS = ("dataset_dict.json", "dataset_info.json", "state.json")
 _PLAIN = {"file_name", "filename", "file", "path", "filepath", "file_path"}
 
 
@@ -57,7 +64,6 @@ class Table:
     samples: dict[str, list[Any]] = field(default_factory=dict)
     class_names: dict[str, list[str]] = field(default_factory=dict)
     given: Counter[str | None] = field(default_factory=Counter)
-    rows: int = 0
 
 
 Row = tuple[int, dict[str, Any] | str]  # line, and the cells or why there are none
@@ -73,9 +79,15 @@ def _rows(tree: Tree, name: str) -> Iterator[Row]:
     line = 0
     try:
         if suffix == ".parquet":
-            with pq.ParquetFile(path) as file:
+            with pq.ParquetFile(_parquet(path)) as file:
                 for batch in file.iter_batches(batch_size=64):
                     for row in batch.to_pylist():
+                        yield line, row
+                        line += 1
+        elif suffix == ".arrow":
+            for batch in _arrow(path)[1]:
+                for start in range(0, len(batch), 64):
+                    for row in batch.slice(start, 64).to_pylist():
                         yield line, row
                         line += 1
         elif suffix == ".json":
@@ -114,6 +126,47 @@ def _rows(tree: Tree, name: str) -> Iterator[Row]:
         yield line + 1, f"damaged table: {' '.join(str(error).split())[:200]}; the rest of the file was not read"
 
 
+def _parquet(path: Location) -> Any:
+    return path if isinstance(path, Path) else open_binary(path)
+
+
+def _arrow(path: Location) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    """Schema and batches of an Arrow file, of the streaming kind (as Hugging Face's datasets write) or the other."""
+    file = pa.memory_map(str(path)) if isinstance(path, Path) else pa.PythonFile(open_binary(path))
+    try:
+        reader = pa.ipc.open_stream(file)
+        return reader.schema, iter(reader)
+    except pa.ArrowInvalid:
+        file.seek(0)
+        whole = pa.ipc.open_file(file)
+        return whole.schema, (whole.get_batch(n) for n in range(whole.num_record_batches))
+
+
+def _columns(table: Table, path: Location, split: str) -> tuple[pa.Schema, Counter[str | None]]:
+    """Schema of a Parquet or Arrow file, and its rows by given split, none of its other columns being read."""
+    default = _given(table.file)
+    if suffix_of(table.file) == ".parquet":
+        with pq.ParquetFile(_parquet(path)) as file:
+            schema = file.schema_arrow
+            if split not in schema.names:
+                return schema, Counter({default: file.metadata.num_rows})
+            columns = (batch.column(0) for batch in file.iter_batches(65536, columns=[split]))
+            return schema, _counted(columns, default)
+    schema, batches = _arrow(path)
+    if split not in schema.names:
+        return schema, Counter({default: sum(map(len, batches))})
+    return schema, _counted((batch.column(schema.names.index(split)) for batch in batches), default)
+
+
+def _counted(columns: Iterator[pa.Array], default: str | None) -> Counter[str | None]:
+    given: Counter[str | None] = Counter()
+    for column in columns:
+        for entry in pc.value_counts(column).to_pylist():
+            value = entry["values"]
+            given[(split_name(value) if isinstance(value, str) else None) or default] += entry["counts"]
+    return given
+
+
 def _is_table(tree: Tree, name: str) -> bool:
     if suffix_of(name) not in TABLE_SUFFIXES:
         return False
@@ -138,29 +191,26 @@ def _scan(tree: Tree, name: str, split: str) -> Table:
     """One pass over a table: its columns, a sample of each, and its rows by given split."""
     table = Table(name)
     default = _given(name)
-    if suffix_of(name) == ".parquet":
+    known = suffix_of(name) in (".parquet", ".arrow")
+    if known:
         try:
-            schema = pq.read_schema(tree.files[name])
+            schema, table.given = _columns(table, tree.files[name], split)
         except (OSError, ValueError, pa.ArrowException):
             return table
         table.samples = {column: [] for column in schema.names}
         table.class_names = _class_names(schema)
-    for line, row in _rows(tree, name):
+    for number, (_, row) in enumerate(_rows(tree, name)):
+        if known and number == _SAMPLE:
+            break  # such files tell their columns and their size: their media need not be read for that
         if isinstance(row, str):
             continue
-        table.rows += 1
         for key, value in row.items():
             values = table.samples.setdefault(key, [])
             if len(values) < _SAMPLE and value is not None and value != "":
                 values.append(_head(value))
-        given = row.get(split)
-        table.given[(split_name(given) if isinstance(given, str) else None) or default] += 1
-        if suffix_of(name) == ".parquet" and line + 1 == _SAMPLE and split not in table.samples:
-            # The rest of a Parquet file is only counted: its media need not be read for that.
-            total = pq.read_metadata(tree.files[name]).num_rows
-            table.given[default] += total - table.rows
-            table.rows = total
-            break
+        if not known:
+            given = row.get(split)
+            table.given[(split_name(given) if isinstance(given, str) else None) or default] += 1
     return table
 
 
@@ -169,6 +219,10 @@ def _head(value: Any) -> Any:
         return value[:64]
     if _is_struct(value):
         return {"bytes": (value.get("bytes") or b"")[:64] or None, "path": value.get("path")}
+    if isinstance(value, list):
+        return [_head(cell) for cell in value]
+    if isinstance(value, dict):
+        return {key: _head(cell) for key, cell in value.items()}
     return value[:400] if isinstance(value, str) else value
 
 
@@ -224,6 +278,8 @@ def _recognise(tree: Tree, table: str, column: str, values: list[Any]) -> str:
         paths = [v["path"] for v in values if not isinstance(v, bytes) and v["path"]]
         kinds = set(found) or _path_kinds(tree, table, "file_name", paths)
         return "ignore" if not kinds else "media" if len(kinds) == 2 else kinds.pop()
+    if all(map(is_chat, values)):
+        return "chat"
     kinds = _path_kinds(tree, table, column, values)
     return "media" if len(kinds) == 2 else kinds.pop() if kinds else "text"
 
@@ -257,6 +313,9 @@ def plan_tables(tree: Tree, column_map: dict[str, str], labels: dict[str, list[s
     tables = [_scan(tree, name, split) for name in list(tree.files) if _is_table(tree, name)]
     if not tables:
         return None
+    # What Hugging Face's save_to_disk says about its tables; it holds no records.
+    if any(table.file.endswith(".arrow") for table in tables):
+        tree.used.update(name for name in tree.files if name.rpartition("/")[2] in _BOOKS)
     known = {column for table in tables for column in table.samples}
     wanted = _wanted(column_map, known)
     columns: dict[str, str] = {}
@@ -303,7 +362,8 @@ def plan_tables(tree: Tree, column_map: dict[str, str], labels: dict[str, list[s
         many = sum(len(v) if isinstance(v, list) else 1 for v in lists) / len(lists) if lists else 1.0
         given.update({of: round(count * many) for of, count in table.given.items()})
     ordered = dict(sorted(columns.items(), key=lambda item: ("image", "audio", "text").index(item[1])))
-    return Plan(ordered, given, read, list(dict.fromkeys(notes)))
+    chats = {c.name for table in tables for c in table.columns.values() if c.role == "chat"}
+    return Plan(ordered, given, read, list(dict.fromkeys(notes)), chats=sorted(chats))
 
 
 def _printable(name: str) -> str:
@@ -316,7 +376,7 @@ def _target(column: str, role: str, others: set[str]) -> str:
         name = role if column in _PLAIN else name
         if name == column or name not in others:
             column = name
-    return f"{column}_2" if column in ("id", "source") and role not in ("id", "ignore") else column
+    return f"{column}_2" if column in RESERVED and role not in ("id", "ignore") else column
 
 
 def _targets(column: Column) -> dict[str, str]:
@@ -327,30 +387,29 @@ def _targets(column: Column) -> dict[str, str]:
     return {column.name: column.role if column.role in ("image", "audio") else "text"}
 
 
-class _UnusableError(ValueError):
-    pass
+class UnusableError(ValueError):
+    """Why a cell, and so its row, cannot be used."""
 
 
-def _words(value: Any, labels: list[str] | None) -> str | None:
-    """A cell as text, or None where it is blank."""
+def words(value: Any, labels: list[str] | None) -> str | None:
+    """A cell as text, or None where it is blank. Raises UnusableError."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if labels is not None and (isinstance(value, int) or (isinstance(value, str) and value.strip().isdecimal())):
         if not 0 <= int(value) < len(labels):
-            raise _UnusableError(f"label {value}, but there are {len(labels)} names")
+            raise UnusableError(f"label {value}, but there are {len(labels)} names")
         return labels[int(value)]
     if isinstance(value, float) and not math.isfinite(value):
-        raise _UnusableError("a number that is not finite")
+        raise UnusableError("a number that is not finite")
     if isinstance(value, list):
-        words = [text for cell in value if (text := _words(cell, labels)) is not None]
-        return "\n".join(words) or None
+        return "\n".join(text for cell in value if (text := words(cell, labels)) is not None) or None
     if isinstance(value, dict):
         return json.dumps(value, ensure_ascii=False, default=str)
     if isinstance(value, bytes):
         try:
             value = value.decode()
         except UnicodeDecodeError:
-            raise _UnusableError("bytes that are not UTF-8 text") from None
+            raise UnusableError("bytes that are not UTF-8 text") from None
     text = "" if value is None else str(value)
     return text if text.strip() else None
 
@@ -366,15 +425,22 @@ def _medium(tree: Tree, table: Table, place: str, column: Column, value: Any) ->
         kind = column.role
         if kind == "media":
             kind = (sniff(value[:64]) or ("image", ""))[0]
-        return Media(kind, f"{place} {column.name}", data=value)
+        return Media(kind, place, data=value)
     if not isinstance(value, str):
-        raise _UnusableError(f"column '{column.name}' is neither a path nor bytes")
+        raise UnusableError(f"column '{column.name}' is neither a path nor bytes")
     found = tree.resolve(table.file, value)
     if isinstance(found, Rejected):
-        raise _UnusableError(found.reason)
+        raise UnusableError(found.reason)
     tree.used.add(found)
     kind = column.role if column.role != "media" else tree.kind(found) or "image"
     return tree.media(kind, found)
+
+
+def _spoken(tree: Tree, table: Table, place: str, column: Column, kind: str, value: bytes | str) -> Media:
+    medium = _medium(tree, table, place, Column(kind, column.name), value)
+    if medium is None:
+        raise UnusableError("an empty medium")
+    return medium
 
 
 def _record(tree: Tree, table: Table, line: int, row: dict[str, Any]) -> Iterator[Item]:
@@ -382,26 +448,36 @@ def _record(tree: Tree, table: Table, line: int, row: dict[str, Any]) -> Iterato
     place = f"{table.file}:{line}"
     found = Found(place, place, {}, _given(table.file))
     each: dict[str, list[Any]] = {}
+    chats: list[tuple[Column, Any]] = []
     try:
         for key, value in row.items():
             column = table.columns.get(key)
             if column is None or column.role == "ignore" or value is None:
                 continue
             if column.role == "id":
-                if not (text := _words(value, None)):
-                    raise _UnusableError("the id is empty")
+                if not (text := words(value, None)):
+                    raise UnusableError("the id is empty")
                 found.id = text
             elif column.role == "split":
                 if not (split := split_name(str(value))):
-                    raise _UnusableError(f"unknown split '{value}': write train, validation or test")
+                    raise UnusableError(f"unknown split '{value}': write train, validation or test")
                 found.split = split
+            elif column.role == "chat":
+                chats.append((column, value))
             elif column.role == "each":
                 each[key] = value if isinstance(value, list) else [value]
             elif column.role == "text":
-                if (text := _words(value, column.labels)) is not None:
+                if (text := words(value, column.labels)) is not None:
                     found.parts[column.name] = text
             elif (medium := _medium(tree, table, place, column, value)) is not None:
                 found.parts[column.name if column.role != "media" else medium.kind] = medium
+        for column, value in chats:  # last, since their media take the names that are free
+            part = partial(_spoken, tree, table, place, column)
+            try:
+                text, media = flatten(value, found.parts, part)
+            except ValueError as error:
+                raise UnusableError(f"column '{column.name}': {error}") from None
+            found.parts |= {column.name: text, **media}
         if not each:
             yield found
             return
@@ -409,8 +485,8 @@ def _record(tree: Tree, table: Table, line: int, row: dict[str, Any]) -> Iterato
             parts = dict(found.parts)
             for key, values in each.items():
                 column = table.columns[key]
-                if n < len(values) and (text := _words(values[n], column.labels)) is not None:
+                if n < len(values) and (text := words(values[n], column.labels)) is not None:
                     parts[column.name] = text
             yield Found(f"{found.id}#{n}", place, parts, found.split, found.group)
-    except _UnusableError as error:
+    except UnusableError as error:
         yield Rejected(table.file, line, str(error))

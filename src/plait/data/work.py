@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import mmap
 import os
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from plait.data.chat import turns
 from plait.data.fingerprints import picture_print, sound_print, text_print
 from plait.data.media import LIMITS, MediaError, decode_audio, decode_image, encode_png
 from plait.data.record import Rejected, rejected, text_fault
@@ -77,7 +77,12 @@ def _look(kind: str, data: bytes, near: bool) -> tuple[float, float, bytes]:
     return len(wave) / rate, rate, sound_print(wave, rate) if near else b""
 
 
-def _check(item: dict[str, Any], blobs: list[bytes], near: bool, fault: str | None) -> dict[str, Any] | Rejected:
+def _said(chat: str) -> str:
+    """What is said in a conversation, without the shell that all conversations share."""
+    return "\n".join(value for turn in turns(chat) for kind, value in turn.parts if kind == "text")
+
+
+def _check(item: Task, task: Task, blobs: list[bytes], fault: str | None) -> dict[str, Any] | Rejected:
     """What is known of one record, or why it cannot be used. `fault`: how an earlier try ended."""
     place = item["place"]
     if why := text_fault(item["id"]):
@@ -95,10 +100,10 @@ def _check(item: dict[str, Any], blobs: list[bytes], near: bool, fault: str | No
                 raise MediaError(fault)
             data = _fetch(value, blobs)
             parts[name] = data
-            first, second, seen = _look(value["kind"], data, near)
+            first, second, seen = _look(value["kind"], data, task["near"])
         except (MediaError, MemoryError) as error:
             reason = str(error) or "needs too much memory"
-            if "path" not in value or value["name"] == place:
+            if value["name"] == place:
                 return rejected(place, reason)
             return Rejected(value["name"], None, reason + (f" (of {place})" if ":" in place else ""))
         row |= {f"first:{name}": first, f"second:{name}": second, f"print:{name}": seen}
@@ -110,13 +115,13 @@ def _check(item: dict[str, Any], blobs: list[bytes], near: bool, fault: str | No
     row["group"], row["content"] = group[:16], hashlib.sha256(group + _digest(words)).digest()[:16]
     for name, data in media.items():
         row[f"digest:{name}"] = hashlib.sha256(data).digest()[:16]
-    if near and not media:
-        row["words"] = text_print("\n".join(words.values()))
+    if task["near"] and not media:
+        row["words"] = text_print("\n".join(_said(text) if n in task["chats"] else text for n, text in words.items()))
     if item["group"]:
         group = hashlib.sha256(item["group"].encode()).digest()
     row["key"] = hashlib.sha256(item["id"].encode()).digest()[:16]
-    row["draw"] = _key(f"{item['seed']}:{group.hex()}".encode())
-    row["rank"] = _key(f"{item['seed']}:{item['id']}".encode())
+    row["draw"] = _key(f"{task['seed']}:{group.hex()}".encode())
+    row["rank"] = _key(f"{task['seed']}:{item['id']}".encode())
     return row | {f"part:{name}": value for name, value in parts.items()}
 
 
@@ -134,7 +139,7 @@ def check_chunk(task: Task, blobs: list[bytes], at: Callable[[int], None] = lamb
             refused.append(Rejected(*item))
             continue
         at(n)
-        found = _check(item | {"seed": task["seed"]}, blobs, task["near"], task.get("faults", {}).get(str(n)))
+        found = _check(item, task, blobs, task.get("faults", {}).get(str(n)))
         if isinstance(found, Rejected):
             refused.append(found)
             continue
@@ -171,7 +176,7 @@ def send(file: Any, task: Task, blobs: list[bytes]) -> None:
     file.flush()
 
 
-def _receive(file: io.BufferedIOBase) -> tuple[Task, list[bytes]] | None:
+def _receive(file: Any) -> tuple[Task, list[bytes]] | None:
     head = file.read(12)
     if len(head) < 12:
         return None
@@ -194,7 +199,7 @@ def serve(status: str) -> None:
     written to the file `status`, for whoever has to say at which one this process ended."""
     import resource
 
-    sys.meta_path.insert(0, _NoPandas())  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _NoPandas())
     with contextlib.suppress(ValueError, OSError):  # macOS refuses this limit
         resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
     with open(status, "r+b") as file, mmap.mmap(file.fileno(), 8) as now:  # noqa: PTH123 - mmap wants a descriptor
@@ -202,7 +207,7 @@ def serve(status: str) -> None:
         def at(n: int) -> None:
             now[:] = struct.pack("<q", n)
 
-        while (received := _receive(sys.stdin.buffer)) is not None:  # type: ignore[arg-type]
+        while (received := _receive(sys.stdin.buffer)) is not None:
             try:
                 check_chunk(*received, at)
                 answer = {}

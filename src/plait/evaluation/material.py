@@ -133,6 +133,12 @@ class Material:
         self.text_columns = [c for c, kind in self.columns.items() if kind == "text"]
         self.labels = {c: self.model.labels[c] for c in self.text_columns if c in self.model.labels}
         self.texts = {c: np.array(self.dataset.texts(c), object) for c in self.text_columns}
+        self._seen = self.dataset.seen()
+        if self.split != "train" and (count := int(self._seen[self.dataset.indices(self.split)].sum())):
+            self.note(
+                f"{count:,} records of {self.split} have equal or near-equal ones in train (duplicates.jsonl): figures "
+                "named _clean leave them out."
+            )
         self._read: dict[tuple[str, str], Media] = {}
         self._embedded: dict[str, np.ndarray] = {}
         self._rebuilt: dict[tuple[str, str], list[np.ndarray]] = {}
@@ -149,6 +155,11 @@ class Material:
     def note(self, text: str) -> None:
         if text not in self.findings.notes:
             self.findings.notes.append(text)
+
+    def clean(self, indices: np.ndarray) -> np.ndarray | None:
+        """Which of these records (N,) have no equal or near-equal one in train; None where all or none are so."""
+        clean = ~self._seen[np.asarray(indices, np.int64)]
+        return None if clean.all() or not clean.any() else clean
 
     # --- samples ------------------------------------------------------------------------------------------------
 

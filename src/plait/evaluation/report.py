@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image as PILImage
 
+from plait.data.stores import location
 from plait.evaluation.page import page, table, ticks
 from plait.runtime import PlaitError, read_json, write_atomic, write_json
 
@@ -80,7 +81,7 @@ class RunInfo:
     parameters: dict[str, int] = field(default_factory=dict)  # by part of the model
 
 
-def read_run(folder: Path, dataset: Path | None = None) -> RunInfo:
+def read_run(folder: Path, dataset: str | Path | None = None) -> RunInfo:
     """Gather a run's facts from its folder and its data set's; files that are not there leave their part empty.
 
     Of a step that a resumed run took twice, the later row counts. Raises PlaitError for a file that is damaged.
@@ -91,10 +92,11 @@ def read_run(folder: Path, dataset: Path | None = None) -> RunInfo:
         info.facts = read_json(folder / "run.json")
     rows = {(row.get("step"), row.get("split")): row for row in _read_lines(folder / "log.jsonl", torn=True)}
     info.log = sorted(rows.values(), key=lambda row: row.get("step", 0))
-    dataset = dataset or (Path(info.facts["dataset"]) if "dataset" in info.facts else None)
-    if dataset is not None and (dataset / "manifest.json").is_file():
-        info.manifest = read_json(dataset / "manifest.json")
-        info.rejects = _read_lines(dataset / "rejects.jsonl")
+    dataset = dataset or info.facts.get("dataset")
+    place = location(dataset) if dataset else None
+    if isinstance(place, Path) and (place / "manifest.json").is_file():
+        info.manifest = read_json(place / "manifest.json")
+        info.rejects = _read_lines(place / "rejects.jsonl")
     return info
 
 

@@ -154,6 +154,12 @@ def _recognition(material: Material, source: str, target: str) -> None:
     value, error = metrics.mean_with_error(right, seed=seed)
     baseline = plain.accuracy if plain else None
     material.keep("recognition", direction, "accuracy", value, stderr=error, chance=chance, baseline=baseline, n=n)
+    clean = material.clean(media.indices)
+    if clean is not None:
+        value, error = metrics.mean_with_error(right[clean], seed=seed)
+        material.keep("recognition", direction, "accuracy_clean", value, stderr=error, n=int(clean.sum()))
+        value = metrics.classification(truth[clean], predicted[clean], len(names)).macro_f1
+        material.keep("recognition", direction, "f1_clean", value, n=int(clean.sum()))
     some = train.only(material.chosen(np.arange(len(train)), n))
     if len(some):
         known = np.array([number.get(text, -1) for text in material.texts[target][some.indices]])
@@ -228,11 +234,18 @@ def _transcription(material: Material, source: str, target: str) -> None:
     value, error = metrics.mean_with_error(same, seed=seed)
     fixed = float(np.mean([a == b for a, b in zip(truth, constant, strict=True)]))
     material.keep("transcription", direction, "exact", value, stderr=error, baseline=fixed, n=len(truth))
+    clean = material.clean(media.indices)
+    if clean is not None:
+        value, error = metrics.mean_with_error(same[clean], seed=seed)
+        material.keep("transcription", direction, "exact_clean", value, stderr=error, n=int(clean.sum()))
     others = metrics.error_rates(truth, constant)
     for name, (wrong, lengths) in metrics.error_rates(truth, written).items():
         value, error = metrics.ratio_with_error(wrong, lengths, seed=seed)
         other = others[name][0].sum() / max(others[name][1].sum(), 1)
         material.keep("transcription", direction, name, value, stderr=error, baseline=float(other), n=len(truth))
+        if clean is not None:
+            value, error = metrics.ratio_with_error(wrong[clean], lengths[clean], seed=seed)
+            material.keep("transcription", direction, f"{name}_clean", value, stderr=error, n=int(clean.sum()))
     rows = [
         (
             _shown(material, source, media, i),
@@ -260,6 +273,7 @@ def _language(material: Material, column: str) -> None:
     sequences: list[Sequence] = []
     owners: list[int] = []
     chosen: list[str] = []
+    taken: list[int] = []  # their records
     room = material.limits.tokens
     for i in order[: material.limits.records]:
         text = unicodedata.normalize("NFC", texts[i])
@@ -274,6 +288,7 @@ def _language(material: Material, column: str) -> None:
         sequences += windows
         owners += [len(chosen)] * len(windows)
         chosen.append(text)
+        taken.append(int(i))
     if not chosen:
         return
     if len(chosen) < len(order):
@@ -309,6 +324,9 @@ def _language(material: Material, column: str) -> None:
         chance, baseline = (float(total / unit / size.sum()) for total in (even, plain))
         if len(chosen) == 1:
             error = math.nan  # one text cannot say how much texts differ
+        if (clean := material.clean(np.array(taken))) is not None:
+            fresh, fresh_error = metrics.ratio_with_error(nats[clean] / unit, size[clean], seed=material.seed)
+            material.keep("language", column, f"{name}_clean", fresh, stderr=fresh_error, n=int(size[clean].sum()))
         material.keep(
             "language", column, name, value, stderr=error, chance=chance, baseline=baseline, n=int(size.sum())
         )
@@ -382,7 +400,11 @@ def _search(
         return
     rows = asked[chosen]
     result = metrics.retrieval(queries[chosen], gallery, lambda a, b: relevant(rows[a:b]))
+    clean = material.clean(rows)
     for name in ("r_at_1", "r_at_5", "r_at_10", "p_at_10"):
+        if clean is not None:
+            value, error = metrics.mean_with_error(result[name][clean], seed=material.seed)
+            material.keep("retrieval", f"{source}-{target}", f"{name}_clean", value, stderr=error, n=int(clean.sum()))
         value, error = metrics.mean_with_error(result[name], seed=material.seed)
         recall, precision = metrics.retrieval_chance(result["relevant"], len(found), int(name.rsplit("_", 1)[1]))
         blind = recall if name.startswith("r") else precision

@@ -1,0 +1,124 @@
+"""`plait prepare` on many small media: its time beside that of decoding alone, its memory, and a kill in the middle.
+
+    python bench/prepare.py --records 20000
+    python bench/prepare.py                 # 100,000
+
+Three in four records are JPEG pictures of 192 x 144, one in four is a second of 16 kHz FLAC. Decoding alone: as many
+processes as `prepare` has, each reading its share of the files and decoding them, and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from PIL import Image
+
+_DECODE = """
+import sys
+from pathlib import Path
+from plait.data.media import decode_audio, decode_image
+source, share, shares = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+for n, path in enumerate(sorted(source.rglob("*.*"))):
+    if n % shares == share:
+        (decode_image if path.suffix == ".jpg" else decode_audio)(path)
+"""
+
+
+def write(source: Path, records: int) -> None:
+    """Each file has content of its own: what does not change from one to the next is not made again."""
+    rng = np.random.default_rng(0)
+    at = np.arange(16000) / 16000
+    for n in range(records):
+        folder = source / f"{n // 1000:03d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        out = io.BytesIO()
+        if n % 4 == 3:
+            wave = 0.3 * np.sin(2 * np.pi * rng.uniform(100, 900, 3)[:, None] * at).sum(0) * np.hanning(16000)
+            soundfile.write(out, wave.astype(np.float32) + rng.normal(0, 0.01, 16000), 16000, format="FLAC")
+        else:
+            small = Image.fromarray(rng.integers(0, 256, (9, 12, 3), np.uint8))
+            small.resize((192, 144), Image.Resampling.BICUBIC).save(out, "JPEG", quality=85)
+        (folder / f"{n:06d}.{'flac' if n % 4 == 3 else 'jpg'}").write_bytes(out.getvalue())
+
+
+def decode(source: Path, shares: int) -> float:
+    """Seconds that decoding alone takes."""
+    begun = time.perf_counter()
+    processes = [
+        subprocess.Popen([sys.executable, "-c", _DECODE, str(source), str(n), str(shares)]) for n in range(shares)
+    ]
+    if sum(process.wait() for process in processes):
+        raise SystemExit("decoding failed")
+    return time.perf_counter() - begun
+
+
+def prepare(source: Path, out: Path, workers: int, kill: float = 0.0) -> tuple[float, float, float]:
+    """Seconds, and the most resident memory in MiB of the process that leads and of those that decode, largest one.
+    `kill` ends it after so many seconds."""
+    code = (
+        "import resource, sys; from plait.data.prepare import prepare\n"
+        "prepare(sys.argv[1], sys.argv[2], workers=int(sys.argv[3]))\n"
+        "for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN): print(resource.getrusage(who).ru_maxrss)"
+    )
+    begun = time.perf_counter()
+    command = [sys.executable, "-c", code, str(source), str(out), str(workers)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        if kill:
+            time.sleep(kill)
+            process.send_signal(signal.SIGKILL)
+        said = process.communicate()[0]
+    seconds = time.perf_counter() - begun
+    own, theirs = map(int, said.split()) if said else (0, 0)
+    return seconds, own / 1024, theirs / 1024
+
+
+def digest(folder: Path) -> str:
+    whole = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        whole.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return whole.hexdigest()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--records", type=int, default=100_000)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2)
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="plait-prepare-"))
+    try:
+        write(folder / "in", options.records)
+        ratios, memory, seconds = [], (0.0, 0.0), 0.0
+        for turn in range(options.rounds):
+            alone = decode(folder / "in", options.workers)
+            shutil.rmtree(folder / "out", ignore_errors=True)
+            seconds, *rest = prepare(folder / "in", folder / "out", options.workers)
+            memory = (rest[0], rest[1])
+            ratios.append(seconds / alone)
+            print(f"round {turn}: decoding alone {alone:.1f} s, prepare {seconds:.1f} s, {ratios[-1]:.2f} times, "
+                  f"load {os.getloadavg()[0]:.1f}", flush=True)  # fmt: skip
+        print(f"memory: {memory[0]:.0f} MiB in the leading process, {memory[1]:.0f} MiB in the largest other")
+        first = digest(folder / "out")
+        shutil.rmtree(folder / "out")
+        prepare(folder / "in", folder / "out", options.workers, kill=seconds / 2)
+        print(f"killed after {seconds / 2:.1f} s, {len(list(folder.glob('.out.partial/chunks/*.arrow')))} chunks kept")
+        again = prepare(folder / "in", folder / "out", options.workers)[0]
+        print(f"resumed: {again:.1f} s, same bytes: {digest(folder / 'out') == first}")
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Conversations in the shape of OpenAI's chat completions, as parts of a record.
+
+`messages` becomes one part of text: JSON that keeps the turns, their roles and the order of what is in them, where a
+picture or a sound is named by the column that holds it:
+
+    [{"role": "user", "content": [{"type": "text", "text": "What is this?"}, {"type": "image", "column": "image"}]},
+     {"role": "assistant", "content": "A cat."}]
+
+The media themselves are parts like any other, `image`, `image_2`, ..., `audio`, ... in the order in which they stand.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+from plait.data.media import LIMITS
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_MEDIA_MOST = 64  # of one conversation
+
+
+@dataclass
+class Turn:
+    """One message. `parts` are ("text", text), or ("image" or "audio", column) in the order in which they stand;
+    `message` is the whole message, with what else it holds (name, tool_calls)."""
+
+    role: str
+    parts: list[tuple[str, str]]
+    message: dict[str, Any]
+
+
+def is_chat(value: Any) -> bool:
+    """Whether a value is a list of messages."""
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(message, dict) and "role" in message and len(message) > 1 for message in value)
+    )
+
+
+def flatten(
+    messages: Any, taken: Collection[str], medium: Callable[[str, bytes | str], Any]
+) -> tuple[str, dict[str, Any]]:
+    """The text of a conversation, and its media by column. `taken` are columns that the record has already; `medium`
+    makes a part of a kind and the bytes, or the path, that the conversation holds.
+
+    Raises ValueError saying what is wrong with it.
+    """
+    if not is_chat(messages):
+        raise ValueError("messages must be a list of objects with role and content")
+    media: dict[str, Any] = {}
+
+    def place(kind: str, value: bytes | str) -> dict[str, str]:
+        if len(media) == _MEDIA_MOST:
+            raise ValueError(f"more than {_MEDIA_MOST} pictures and sounds in one conversation")
+        names = (kind if n == 1 else f"{kind}_{n}" for n in range(1, 2 * _MEDIA_MOST + len(taken)))
+        name = next(name for name in names if name not in taken and name not in media)
+        media[name] = medium(kind, value)
+        return {"type": kind, "column": name}
+
+    kept = []
+    for n, message in enumerate(messages):
+        if message["role"] not in ROLES:
+            raise ValueError(f"message {n}: role {message['role']!r} is none of {', '.join(ROLES)}")
+        # Arrow fills the fields that other messages have with None.
+        turn = {key: value for key, value in message.items() if value is not None}
+        content = turn.get("content")
+        if isinstance(content, list):
+            turn["content"] = [_part(part, f"message {n}", place) for part in content]
+        elif not isinstance(content, str) and not (content is None and len(turn) > 1):
+            raise ValueError(f"message {n}: content must be a text or a list of parts")
+        kept.append(turn)
+    return json.dumps(kept, ensure_ascii=False), media
+
+
+def _part(part: Any, where: str, place: Callable[[str, bytes | str], dict[str, str]]) -> dict[str, str]:
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        raise ValueError(f"{where}: a part of the content must be an object with a type")
+    kind = part["type"]
+    value = part.get(kind)
+    if kind == "text" and isinstance(value, str):
+        return {"type": "text", "text": value}
+    if kind == "image_url":
+        url = value.get("url") if isinstance(value, dict) else value
+        if isinstance(url, str) and url:
+            return place("image", _url(url, where))
+    if kind == "input_audio" and isinstance(value, dict) and isinstance(value.get("data"), str):
+        return place("audio", _decoded(value["data"], where))
+    known = "text {text}, image_url {url: data:...} and input_audio {data}"
+    raise ValueError(f"{where}: a part of type {kind!r} cannot be read; parts are {known}")
+
+
+def _url(url: str, where: str) -> bytes | str:
+    if url.startswith("data:"):
+        head, comma, body = url.partition(",")
+        if not comma or not head.endswith(";base64"):
+            raise ValueError(f"{where}: the data URL is not base64")
+        return _decoded(body, where)
+    if "://" in url:
+        raise ValueError(f"{where}: {url[:80]} is an address; write a data URL or the path of a file beside the table")
+    return url
+
+
+def _decoded(text: str, where: str) -> bytes:
+    if len(text) // 4 * 3 > LIMITS.file_bytes:
+        raise ValueError(f"{where}: a medium larger than {LIMITS.file_bytes >> 20} MiB")
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"{where}: a medium is not valid base64: {error}") from None
+
+
+def turns(text: str) -> list[Turn]:
+    """The turns of a conversation, from the text that `flatten` made of it."""
+    found = []
+    for message in json.loads(text):
+        content = message.get("content") or []
+        parts = [("text", content)] if isinstance(content, str) else [
+            ("text", part["text"]) if part["type"] == "text" else (part["type"], part["column"]) for part in content
+        ]  # fmt: skip
+        found.append(Turn(message["role"], parts, message))
+    return found

@@ -1,0 +1,115 @@
+"""WebDataset shards -> records: tars read once from end to end, members of one stem being one record.
+
+A member's ending says what it is: pictures and sound by their format (`jpg` -> column `image`, `seg.png` -> `seg`),
+`txt` -> `text`, `cls` -> `label`, `json` -> a text column for each of its keys. What is none of these is listed.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+
+from plait.data.files import DAMAGED, Found, Item, Media, Plan, Tree, folder_split, shard_key, suffix_of
+from plait.data.media import AUDIO_SUFFIXES, IMAGE_SUFFIXES, LIMITS
+from plait.data.record import RESERVED, Rejected, split_of_file, text_fault
+from plait.data.stores import open_binary
+from plait.data.tables import UnusableError, words
+
+_SAMPLE = 200  # records that are looked at to name the columns
+_TEXTS = {"txt": "text", "text": "text", "cls": "label"}
+
+
+def plan_shards(tree: Tree, labels: dict[str, list[str]]) -> Plan | None:
+    """The shards of a source as one plan, or None where there is none."""
+    if not tree.shards:
+        return None
+    columns: dict[str, str] = {}
+    for item in islice(_records(tree, tree.shards[0], labels), _SAMPLE):
+        if isinstance(item, Found):
+            columns |= {name: v.kind if isinstance(v, Media) else "text" for name, v in item.parts.items()}
+
+    def read() -> Iterator[Item]:
+        for shard in tree.shards:
+            tree.used.add(shard)
+            yield from _records(tree, shard, labels)
+
+    ordered = dict(sorted(columns.items(), key=lambda entry: ("image", "audio", "text").index(entry[1])))
+    note = f"{len(tree.shards)} WebDataset shards -> {', '.join(ordered)}"
+    return Plan(ordered, Counter(), read, [note])
+
+
+def _records(tree: Tree, shard: str, labels: dict[str, list[str]]) -> Iterator[Item]:
+    split = split_of_file(shard.rpartition("/")[2].split(".")[0]) or folder_split(shard)
+    held: list[tuple[str, str, bytes]] = []  # key, ending, content
+    try:
+        with open_binary(tree.files[shard]) as file, tarfile.open(fileobj=file, mode="r|*") as packed:
+            for member in packed:
+                if member.isdir():
+                    continue
+                key, ending = shard_key(member.name)
+                if held and held[0][0] != key:
+                    yield from _record(shard, held, split, labels)
+                    held = []
+                fault = text_fault(member.name)
+                if not fault and not member.isreg():
+                    fault = "a link or a device in a shard"
+                if not fault and member.size > LIMITS.file_bytes:
+                    fault = f"larger than {LIMITS.file_bytes >> 20} MiB"
+                if fault:
+                    shown = member.name.encode("utf-8", "backslashreplace").decode()
+                    yield Rejected(f"{shard}/{shown}", None, fault)
+                    continue
+                content = packed.extractfile(member)
+                held.append((key, ending, content.read() if content is not None else b""))
+            # tarfile takes half a header for the end.
+            file.seek(packed.offset)
+            if suffix_of(shard) == ".tar" and 0 < len(file.read(512)) < 512:
+                raise tarfile.ReadError("it is cut short")
+        if held:
+            yield from _record(shard, held, split, labels)
+    except DAMAGED as error:
+        yield from _record(shard, held, split, labels) if held else ()
+        yield Rejected(shard, None, f"damaged archive: {error}; the rest of it was not read")
+
+
+def _record(
+    shard: str, members: list[tuple[str, str, bytes]], split: str | None, labels: dict[str, list[str]]
+) -> Iterator[Item]:
+    """The record of members that share a stem, and the rejections of those that cannot be used."""
+    key = members[0][0]
+    place = f"{shard}/{key}"
+    found = Found(place, place, {}, split)
+    faults: list[Rejected] = []
+    for _, ending, content in members:
+        name, suffix = ending.rpartition(".")[0], ending.rpartition(".")[2]
+        member = f"{place}.{ending}"
+        try:
+            if f".{suffix}" in IMAGE_SUFFIXES | AUDIO_SUFFIXES:
+                kind = "image" if f".{suffix}" in IMAGE_SUFFIXES else "audio"
+                found.parts[_free(name or kind, found)] = Media(kind, member, data=content)
+            elif suffix == "json":
+                value = json.loads(content)
+                for column, cell in (value if isinstance(value, dict) else {"json": value}).items():
+                    if (text := words(cell, labels.get(column))) is not None:
+                        found.parts[_free(str(column), found)] = text
+            elif suffix in _TEXTS:
+                column = name or _TEXTS[suffix]
+                if (text := words(content.decode("utf-8-sig").strip(), labels.get(column))) is not None:
+                    found.parts[_free(column, found)] = text
+            else:
+                faults.append(Rejected(member, None, "not a kind of member that is read"))
+        except (ValueError, RecursionError, UnusableError) as error:
+            faults.append(Rejected(member, None, f"cannot be read: {error}"))
+    if found.parts or not faults:
+        yield found
+    yield from faults
+
+
+def _free(name: str, found: Found) -> str:
+    """The name, or one with a number where the record has that part already."""
+    name = f"{name}_2" if name in RESERVED else name
+    tries = (name if n == 1 else f"{name}_{n}" for n in range(1, len(found.parts) + 2))
+    return next(one for one in tries if one not in found.parts)
