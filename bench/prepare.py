@@ -84,6 +84,12 @@ def prepare(source: Path, out: Path, workers: int, kill: float = 0.0) -> tuple[f
     return seconds, own / 1024, theirs / 1024
 
 
+def spent() -> float:
+    """Processor seconds of all processes that were waited for: what a busy machine does not change."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
 def digest(folder: Path) -> str:
     whole = hashlib.sha256()
     for path in sorted(folder.iterdir()):
@@ -102,12 +108,16 @@ def main() -> None:
         write(folder / "in", options.records)
         ratios, memory, seconds = [], (0.0, 0.0), 0.0
         for turn in range(options.rounds):
+            start = spent()
             alone = decode(folder / "in", options.workers)
+            between = spent()
             shutil.rmtree(folder / "out", ignore_errors=True)
             seconds, *rest = prepare(folder / "in", folder / "out", options.workers)
             memory = (rest[0], rest[1])
             ratios.append(seconds / alone)
-            print(f"round {turn}: decoding alone {alone:.1f} s, prepare {seconds:.1f} s, {ratios[-1]:.2f} times, "
+            of_decoding, of_all = between - start, spent() - between
+            print(f"round {turn}: decoding alone {alone:.1f} s, prepare {seconds:.1f} s, {ratios[-1]:.2f} times; "
+                  f"processor time {of_decoding:.1f} s and {of_all:.1f} s, {of_all / of_decoding:.2f} times; "
                   f"load {os.getloadavg()[0]:.1f}", flush=True)  # fmt: skip
         print(f"memory: {memory[0]:.0f} MiB in the leading process, {memory[1]:.0f} MiB in the largest other")
         first = digest(folder / "out")

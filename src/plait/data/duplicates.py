@@ -167,7 +167,7 @@ def _write(
 ) -> None:
     """One line for each pair, and the twins of what spoils val or test."""
     # The earlier split stands first.
-    lines = sorted((*sorted(line[:2], key=lambda n: (split[n], n)), *line[2:]) for line in lines)
+    lines = sorted((b, a, k, d) if (split[b], b) < (split[a], a) else (a, b, k, d) for a, b, k, d in lines)
     wanted = np.unique(np.array([line[:2] for line in lines], np.int64))
     told = dict(zip(wanted.tolist(), _told(paths, used, wanted), strict=True))
 

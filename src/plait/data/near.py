@@ -20,6 +20,7 @@ _TABLES, _WINDOW = 16, 4  # orders in which codes are sorted, and places that ar
 _BITS = 13  # of 64 that may differ between candidates
 _NEAREST, _FEW = 8, 64  # candidates of one thing; things of which all pairs are candidates
 _CROWD = 4  # others that may lie within twice the distance of a copy
+_LONG = 18  # frames of a sound that tell it well
 _INDEXED = 6  # parts of a picture that are in the index
 _PLACES = [(1, 1), (0, 0), (0, 2), (2, 0), (2, 2), (0, 1), (1, 0), (1, 2), (2, 1)]  # of a part in the whole
 
@@ -190,7 +191,8 @@ def _sound_features(spectrogram: np.ndarray) -> np.ndarray:
 
 def near_sounds(prints: list[bytes], most: float = SOUNDS) -> Pairs:
     """Pairs among sounds, spectrograms (frames, 64) uint8 as bytes, whose distance is at most `most`: one minus the
-    correlation of the spectrograms' patterns at the best shift in time, 80 % of the longer one overlapping."""
+    correlation of the spectrograms' patterns at the best shift in time, 80 % of the longer one overlapping; times
+    .6 s over the length of a shorter one, which tells less."""
     sounds = [np.frombuffer(value, np.uint8).reshape(-1, BANDS) for value in prints]
     heard = np.array([n for n, value in enumerate(sounds) if len(value) >= 4], np.int64)
     if len(heard) < 2:
@@ -220,7 +222,7 @@ def _sound_distance(first: np.ndarray, second: np.ndarray) -> float:
         y = b[max(-shift, 0) :][: len(x)]
         x, y = _patterned(x), _patterned(y)
         best = max(best, float(np.vdot(x, y) / np.sqrt(np.vdot(x, x) * np.vdot(y, y) + 1.0)))
-    return 1.0 - best
+    return (1.0 - best) * max(1.0, _LONG / len(second))
 
 
 def _patterned(values: np.ndarray) -> np.ndarray:
