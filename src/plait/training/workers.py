@@ -49,7 +49,7 @@ class _StoppedError(PlaitError):
 class Worker:
     """One process and the job that it has."""
 
-    def __init__(self, place: int, dataset: Path, device: str, share: int) -> None:
+    def __init__(self, place: int, dataset: str | Path, device: str, share: int) -> None:
         context = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
         self.place = place
         self.connection, theirs = context.Pipe()
@@ -86,7 +86,7 @@ class Worker:
 class Workers:
     """Up to `count` workers that share the processor's threads, or the GPUs, of this machine."""
 
-    def __init__(self, count: int, dataset: Path, device: str) -> None:
+    def __init__(self, count: int, dataset: str | Path, device: str) -> None:
         self._count, self._dataset, self._device = count, dataset, device
         self._all: list[Worker] = []
 
@@ -130,7 +130,7 @@ class Workers:
             worker.process.kill()
 
 
-def _work(connection: Connection, dataset: Path, device: str) -> None:
+def _work(connection: Connection, dataset: str | Path, device: str) -> None:
     """The life of a worker: its main thread trains, another listens and ends the process with its parent's."""
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
