@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 
-from conftest import RECIPE
 from plait.applications.model import Model
-from plait.config import parse_recipe
+from plait.config import load_recipe, parse_recipe
 from plait.data.dataset import Dataset
 from plait.data.prepare import prepare
 from plait.modalities.text import Text
@@ -25,8 +26,8 @@ from plait.training.batches import Sampler, Split, Step, add_codes, load_split
 from plait.training.distributed import Group, Network
 from plait.training.losses import Passes, step_losses
 from plait.training.setup import model_config
-
-SMALL = {**yaml.safe_load(RECIPE)["model"], "backbone": {"width": 32, "layers": 2, "heads": 2, "context": 96}}
+from plait.training.trainer import train
+from several import SMALL, begin, interrupted_after, rows, workers, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +116,57 @@ def test_what_is_only_read_still_meets_its_text(parts: tuple[Multimodal, Split])
     assert "draw" not in used.verbs and "speak" in used.verbs
     with pytest.raises(PlaitError, match=r"training\.weights\.image: 0"):
         used.draw("one")
+
+
+# --- the real command -------------------------------------------------------------------------------------------
+
+
+def same(run: Path, other: Path) -> None:
+    """Every step had the same records, and the same loss."""
+    mine, theirs = rows(run), rows(other)
+    assert [row["records"] for row in mine] == [row["records"] for row in theirs]
+    assert [row["loss"] for row in mine] == pytest.approx([row["loss"] for row in theirs], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prepared: Path, plait: Callable[..., int]) -> Path:
+    """The run of one process that the others are compared with."""
+    assert plait("train", prepared / "data", "-o", prepared / "one", "--recipe", write_recipe(prepared)) == 0
+    return prepared / "one"
+
+
+def test_one_process_two_and_one_again(prepared: Path, undisturbed: Path, plait: Callable[..., int]) -> None:
+    """Sharded over two processes with one record a part, so that most parts lack pictures or sound; SIGTERM."""
+    run, recipe = prepared / "sharded", prepared / "recipe.yaml"
+    with pytest.raises(KeyboardInterrupt):
+        train(Dataset.open(prepared / "data"), run, load_recipe(recipe), interrupted_after(10))
+    assert len(rows(run)) == 10
+    started = begin(prepared / "data", run, recipe, "--parallel", "fsdp", "--accumulate", 2, after=14)
+    started.terminate()
+    told, _ = started.communicate(timeout=120)
+    assert "Traceback" not in told
+    done = len(rows(run))
+    if done < 40:  # else it was faster than this test
+        assert started.returncode == 143 and f"Saved: step-{done:06d}" in told
+    assert (run / "checkpoints" / "last" / "training_state").is_dir()
+    assert plait("train", prepared / "data", "-o", run, "--recipe", recipe) == 0
+    same(run, undisturbed)
+
+
+def test_a_killed_process_takes_the_job_down_and_it_goes_on(
+    prepared: Path, undisturbed: Path, plait: Callable[..., int]
+) -> None:
+    run, recipe = prepared / "killed", prepared / "recipe.yaml"
+    started = begin(prepared / "data", run, recipe, "--save-every", 4, after=6)
+    for process in workers(started.pid)[-1:]:
+        os.kill(process, signal.SIGKILL)
+    told, _ = started.communicate(timeout=120)
+    assert started.returncode != 0 or len(rows(run)) == 40, told
+    assert plait("train", prepared / "data", "-o", run, "--recipe", recipe) == 0
+    same(run, undisturbed)
+
+
+def test_a_batch_too_small_to_cut(prepared: Path, plait: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(prepared)
+    assert plait("train", prepared / "data", "-o", prepared / "cut", "--recipe", recipe, "--accumulate", 9) == 1
+    assert "cannot be cut into 9 parts" in capfd.readouterr().err

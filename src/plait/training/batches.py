@@ -292,17 +292,24 @@ class Sampler:
             if self.augment:
                 draw = torch.from_numpy(uniform(self.seed, epoch, mine[:, None], AUGMENT, np.arange(8))).float()
                 if self.augment_targets and column in self.split.codes:
-                    values, lengths = modality.augment(*modality.batch(raw), draw, hide=False)
+                    values, lengths = modality.augment(*self._padded(column, raw), draw, hide=False)
                     with torch.inference_mode():
                         encoded = modality.codec.encode(values, lengths).numpy()
                     counts = [modality.code_count(int(length)) for length in lengths]
                     written = [row[:count] for row, count in zip(encoded, counts, strict=True)]
-                values, lengths = modality.augment(*modality.batch(raw), draw)
+                values, lengths = modality.augment(*self._padded(column, raw), draw)
                 sizes = lengths.tolist() if modality.variable_length else [None] * len(raw)
                 raw = [value[:size] for value, size in zip(values.numpy(), sizes, strict=True)]
             found.update({(column, int(r)): sample for r, sample in zip(mine, raw, strict=True)})
             codes.update({(column, int(r)): row for r, row in zip(mine, written, strict=False)})
         return found, codes
+
+    def _padded(self, column: str, raw: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Samples as one batch as long as the column's longest: what becomes of one is then the same, to the bit,
+        whatever it is batched with; a rounding that differs may be another code."""
+        samples = self.split.media[column]
+        values, lengths = self.media[self.columns[column]].batch([*raw, samples[int(samples.lengths.argmax())]])
+        return values[:-1], lengths[:-1]
 
     def _sequences(
         self, record: int, window: int, present: list[str], draws: dict[int, float], samples: Media, codes: Media

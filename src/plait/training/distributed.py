@@ -8,6 +8,7 @@ there are: each takes its slice of the same global batch, and `losses` sums over
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import sys
 import time
@@ -17,7 +18,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,7 @@ from plait.model.transformer import Transformer
 from plait.runtime import Device, PlaitError
 
 PATIENCE = timedelta(minutes=10)  # that a process waits for another one in a step; a lost one is noticed at once
+FAILED = "plait/failed"  # in the store of the processes once one of them has said, or is about to say, what was wrong
 Parallel = Literal["ddp", "fsdp"]
 
 
@@ -54,6 +56,8 @@ class Group:
 
     def device(self, chosen: Device) -> Device:
         """The one that this process has of the kind that was chosen."""
+        if chosen.kind == "mps" and self.size > 1:
+            raise PlaitError("Several processes cannot share an MPS device. Use one process, or --device cpu.")
         return Device(f"cuda:{self.local_rank}", chosen.dtype) if chosen.name == "cuda" and self.size > 1 else chosen
 
     def gather(self, rows: Tensor, sizes: list[int] | None = None) -> Tensor:
@@ -95,20 +99,32 @@ class Group:
         if self.size == 1:
             yield
             return
-        store, key = dist.distributed_c10d._get_default_store(), f"plait/turn/{self.turns}"
+        store, key = _store(), f"plait/turn/{self.turns}"
         if not self.first:
             while not store.check([key]):
+                if store.check([FAILED]):
+                    _leave()
                 time.sleep(0.05)
-            if store.get(key) != b"done":
-                raise SystemExit(1)
             yield
             return
         try:
             yield
         except BaseException:
-            store.set(key, "failed")
+            store.set(FAILED, "")
             raise
-        store.set(key, "done")
+        store.set(key, "")
+
+
+def _store() -> dist.Store:
+    """What the processes read and write even where one of them is gone: it lives in the engine that started them."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def _leave() -> NoReturn:
+    """End without a word, once another process has had the time to say what was wrong: the first that ends takes the
+    others with it."""
+    time.sleep(1)
+    raise SystemExit(1) from None
 
 
 def launched() -> bool:
@@ -118,7 +134,8 @@ def launched() -> bool:
 
 @contextmanager
 def processes() -> Iterator[Group]:
-    """Join the processes that torchrun started, or be alone. A message that all of them have is raised by one.
+    """Join the processes that torchrun started, or be alone. A message that all of them have is raised by one. A
+    process group that exists already (Ray Train makes one) is used as it is.
 
     Raises PlaitError where another process was lost.
     """
@@ -129,19 +146,25 @@ def processes() -> Iterator[Group]:
     group = Group(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
     if torch.cuda.is_available():
         torch.cuda.set_device(group.local_rank)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    mine = not dist.is_initialized()
+    if mine:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     try:
         yield group
         group.wait()
-        dist.destroy_process_group()
+        if mine:
+            dist.destroy_process_group()
     except PlaitError as error:
-        key = "plait/told/" + hashlib.sha256(str(error).encode()).hexdigest()
-        if dist.distributed_c10d._get_default_store().add(key, 1) > 1:
-            raise SystemExit(1) from None
+        store = _store()
+        store.set(FAILED, "")
+        if store.add("plait/told/" + hashlib.sha256(str(error).encode()).hexdigest(), 1) > 1:
+            _leave()
         raise
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
             raise
+        if _store().check([FAILED]):  # the one that failed says why
+            _leave()
         raise PlaitError(
             f"Process {group.rank} of {size} lost another one in the middle of a step. "
             "The same command goes on from the last checkpoint."
@@ -157,6 +180,7 @@ def launch(count: int, arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say it better
     # A machine's processors are shared out; torchrun by itself gives each process one.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) // count, 1)))
     config = LaunchConfig(

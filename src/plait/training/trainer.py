@@ -182,6 +182,7 @@ class Run:
         trained = (self.facts if self.source == self.folder else read_json(self.source / "run.json")).get("codecs", {})
         for name, modality in model.media.items():
             if name in model.config.read_only:
+                modality.codec.eval().requires_grad_(False)
                 continue
             path = self.source / "codecs" / f"{name}.safetensors"
             known = trained.get(name)
@@ -390,7 +391,7 @@ def _optimise(
         _same_network(newest, model)
     if "compiled" not in run.facts:
         run.decide(compiled="steps" not in run.facts and _compiles(run, model, seconds))
-    if run.facts["compiled"]:
+    if run.facts["compiled"] and group.size == 1:
         model.backbone.compile_blocks()
     if "steps" not in run.facts:
         run.decide(steps=settings.steps or saver.step + int(group.told(_calibrate(model, optimizer, one, seconds))))
