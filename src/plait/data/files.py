@@ -31,6 +31,7 @@ TABLE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".ar
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 # What reading a damaged compressed file may raise.
 DAMAGED = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError)
+_COMMON = (".png", ".jpg", ".wav", ".mp3", ".txt")
 MEMBER_BYTES = 4 << 30  # of one file in an archive
 
 
@@ -78,7 +79,11 @@ class Plan:
 
 def suffix_of(name: str) -> str:
     """The ending that tells what a file is: lower case, `.gz` taken off, `.tar.gz` kept."""
+    if "." not in name:
+        return ""
     name = name.lower()
+    if name[-4:] in _COMMON and name[-5:-4] not in ("", "/", "."):
+        return name[-4:]  # asked of every file several times
     for ending in ARCHIVE_SUFFIXES:
         if name.endswith(ending):
             return ending

@@ -19,7 +19,7 @@ class StoreError(OSError):
 
 def location(text: str | Path) -> Location:
     """The URL, or the path, that a text names."""
-    return text if isinstance(text, str) and _SCHEME.match(text) else Path(text)
+    return text if isinstance(text, str) and "://" in text and _SCHEME.match(text) else Path(text)
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
