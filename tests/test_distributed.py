@@ -143,7 +143,7 @@ def test_one_process_two_and_one_again(prepared: Path, undisturbed: Path, plait:
     assert len(rows(run)) == 10
     started = begin(prepared / "data", run, recipe, "--parallel", "fsdp", "--accumulate", 2, after=14)
     started.terminate()
-    told, _ = started.communicate(timeout=120)
+    told, _ = started.communicate(timeout=600)
     assert "Traceback" not in told
     done = len(rows(run))
     if done < 40:  # else it was faster than this test
@@ -160,7 +160,7 @@ def test_a_killed_process_takes_the_job_down_and_it_goes_on(
     started = begin(prepared / "data", run, recipe, "--save-every", 4, after=6)
     for process in workers(started.pid)[-1:]:
         os.kill(process, signal.SIGKILL)
-    told, _ = started.communicate(timeout=120)
+    told, _ = started.communicate(timeout=600)
     assert started.returncode != 0 or len(rows(run)) == 40, told
     assert plait("train", prepared / "data", "-o", run, "--recipe", recipe) == 0
     same(run, undisturbed)

@@ -3,6 +3,7 @@
 python docs/cluster/ray_train.py data/photos runs/photos --workers 2 [--gpu] [--recipe recipe.yaml]
 
 The data set and the run's folder must lie where all nodes see them. Started again, a run goes on where it stopped.
+Not yet seen to train: see docs/cluster.md.
 """
 
 from __future__ import annotations
