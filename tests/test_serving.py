@@ -209,6 +209,7 @@ def test_alone_and_in_company(server: Server) -> None:
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("chat/completions", {"model": "none"}, "run, text"),
     ("chat/completions", {"wished": 1}, "Unknown field 'wished'"),
+    ("chat/completions", {"x-odd[0]": 1}, "Unknown field 'x-odd[0]'"),
     ("chat/completions", {"temperature": "hot"}, "temperature"),
     ("chat/completions", {"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
     ("chat/completions", {"messages": [{"role": "user"}]}, "empty"),

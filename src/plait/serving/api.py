@@ -260,6 +260,9 @@ async def classify(request: Request, body: s.ClassifyRequest) -> Response:
     service, trail = of(request)
     served = service.find(body.model, trail)
     parts: list[Any] = body.input if isinstance(body.input, list) else [body.input]
+    if (size := sum(map(len, body.labels or []))) > service.limits.label_bytes:
+        most = service.limits.label_bytes
+        raise ApiError(413, f"The labels have {size} characters; at most {most} are read. Send fewer.", "labels")
     deadline = service.deadline(trail)
     values = await service.parts(served.model, parts, "input", deadline)
     size = sum(len(value) for value in values if isinstance(value, str))

@@ -178,7 +178,8 @@ async def _windows_written(
         return [wanted_of(model, part, column, drawing, 1, i) for i, part in enumerate(windows(model, value))]
 
     wanted = await service.prepared(prepare, 0)
-    for start in range(0, len(wanted), WINDOWS):
-        results: list[list[Written]] = await service.written(served, wanted[start : start + WINDOWS], trail)
+    some = min(WINDOWS, model.engine.max_rows)
+    for start in range(0, len(wanted), some):
+        results: list[list[Written]] = await service.written(served, wanted[start : start + some], trail)
         for samples in results:
             yield samples[0].text or ""

@@ -34,7 +34,7 @@ from plait.serving.service import Served, Service
 
 ROUTERS = (api.router, api_text.router, api_media.router)
 LOOPBACK = {"localhost", "127.0.0.1", "[::1]"}
-_MEMBER = re.compile(r"body|str|int|.*[\[(-].*", re.DOTALL)
+_MEMBER = re.compile(r"body|str|int|(list|constrained|function|tagged|nullable|model)[-[(].*", re.DOTALL)
 log = logging.getLogger("plait.serving")
 
 
@@ -202,7 +202,9 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     param = ".".join(places) or None
     message = str(fault["msg"]).removeprefix("Value error, ")
     if fault.get("type") == "extra_forbidden":
-        message = f"Unknown field '{places[-1][:64]}'. Leave it out; see /openapi.json for those that are known."
+        message = (
+            f"Unknown field '{str(fault['loc'][-1])[:64]}'. Leave it out; see /openapi.json for those that are known."
+        )
     elif fault.get("type") == "missing" and not places:
         message = "The request needs a body of JSON. Send Content-Type: application/json."
     elif fault.get("type") == "model_attributes_type" and not places:
@@ -225,6 +227,9 @@ def _describe(app: FastAPI, keys: bool) -> dict[str, Any]:
             for operation in methods.values():
                 operation["responses"].pop("422", None)
         parts = document.setdefault("components", {})
+        for name, schema in parts.get("schemas", {}).items():
+            if name.endswith("Request"):
+                schema["properties"]["model"]["enum"] = list(app.state.service.models)
         for name in ("HTTPValidationError", "ValidationError"):
             parts.get("schemas", {}).pop(name, None)
         if keys:

@@ -32,12 +32,8 @@ class Limits:
     json_depth: int = 64
     json_marks: int = 1_000_000  # bytes of JSON outside strings
     text_bytes: int = 1_000_000  # of all texts of a request together
+    label_bytes: int = 65_536  # of all labels of a request together
     media_parts: int = 8
-    samples: int = 4  # n
-    prompts: int = 16
-    inputs: int = 256  # of one embeddings request
-    messages: int = 256
-    labels: int = 1024
     connections: int = 512
     batch: int = 64  # samples written at once, a model, where memory has room for their cache
     queue: int = 64  # samples that wait for a place in the batch, a model

@@ -122,9 +122,12 @@ class Worker:
         return sum(ticket.open for ticket in self.tickets)
 
     def admit(self, samples: int) -> None:
-        """Raises ApiError 429 where the queue has no room for so many more."""
-        rows = self.engine.max_rows if self.engine is not None else 0
+        """Raises ApiError: 429 where the queue has no room for so many more now, 413 where it never has."""
+        rows = self.engine.max_rows if self.engine is not None else 1
         ahead = self.samples + len(self.calls)
+        if samples > rows + self.limits.queue:
+            most = rows + self.limits.queue
+            raise ApiError(413, f"The request asks for {samples} samples; at most {most} are taken. Ask for fewer.")
         if ahead + samples > rows + self.limits.queue:
             seconds = min(max(math.ceil(self.stay * (ahead + samples - rows) / max(rows, 1)), 1), 60)
             raise ApiError(
