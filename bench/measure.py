@@ -1,6 +1,7 @@
 """How everything here is timed: contenders take turns, round by round, so that what else the machine does hits all.
 
-A rate is work a second of wall time. A ratio is taken within a round, then its median over rounds.
+A rate is work a second: of the process's CPU time where it has one thread of a processor, so that other programs take
+no part in it, and of wall time elsewhere. A ratio is taken within a round, then its median over rounds.
 """
 
 from __future__ import annotations
@@ -68,14 +69,18 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def clock(device: str) -> float:
+    return time.process_time() if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def timed(contender: Contender, calls: int, device: str) -> float:
     """The rate of one sample."""
     torch.set_float32_matmul_precision(contender.matmul)
     wait(device)
-    start = time.perf_counter()
+    start = clock(device)
     done = sum(contender.work() for _ in range(calls))
     wait(device)
-    return done / (time.perf_counter() - start)
+    return done / (clock(device) - start)
 
 
 def compare(
@@ -94,9 +99,9 @@ def compare(
         try:
             for _ in range(2):  # compilation, caches, the allocator
                 contender.work()
-            begun = time.perf_counter()
+            begun = clock(device)
             timed(contender, 1, device)
-            calls[contender.name] = max(round(seconds / (time.perf_counter() - begun)), 1)
+            calls[contender.name] = max(round(seconds / (clock(device) - begun)), 1)
         except (RuntimeError, ImportError, ValueError) as error:
             rows[contender.name].note = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
     running = [c for c in contenders if c.name in calls]

@@ -22,13 +22,14 @@ import attention
 import generation
 import machine
 import media
+import mixed
 import torch
 import training
 from measure import ROUNDS, SECONDS, Table, shown
 
-from plait.runtime import choose_device, threads
+from plait.runtime import choose_device, keep_memory, threads
 
-PARTS = ("training", "generation", "attention", "media")
+PARTS = ("training", "generation", "mixed", "attention", "media")
 
 
 def tables(options: argparse.Namespace, limits: dict[str, float]) -> Iterator[Table]:
@@ -41,7 +42,7 @@ def tables(options: argparse.Namespace, limits: dict[str, float]) -> Iterator[Ta
     if "training" in options.only:
         device = choose_device(options.device, training=True)
         for shape in shapes:
-            for family in training.FAMILIES:
+            for family in options.families:
                 yield training.pair(
                     shape, family, device, options.compile, machine.peak(options.device, limits), **timing
                 )
@@ -52,6 +53,8 @@ def tables(options: argparse.Namespace, limits: dict[str, float]) -> Iterator[Ta
                 yield from generation.tables(
                     shape, options.device, precision, options.compile, bandwidth, 8 if options.quick else 128, **timing
                 )
+    if "mixed" in options.only:
+        yield mixed.table(options.device, **timing)
     if options.device == "cpu":
         if "attention" in options.only:
             yield from attention.run(**timing)
@@ -78,6 +81,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these parts")
     parser.add_argument("--sizes", nargs="+", choices=training.SHAPES, help="these sizes in place of the device's own")
+    parser.add_argument("--families", nargs="+", choices=training.FAMILIES, default=list(training.FAMILIES))
     parser.add_argument("--large", action="store_true", help="on a processor, the size 124M too")
     parser.add_argument("--compile", action="store_true", help="compiled contenders too; needs a C++ compiler")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="samples of each contender")
@@ -85,6 +89,7 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/bench"))
     options = parser.parse_args()
     torch.set_num_threads(threads())
+    keep_memory()  # as `plait train` does, here for all contenders
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a network
     facts = machine.facts(options.device) | {"options": vars(options) | {"out": str(options.out)}, "time": time.time()}
     if facts["load before"] > 0.5:
