@@ -80,7 +80,7 @@ class TrainingRecipe(_Settings):
     keep_every: int | None = Field(None, ge=1)  # steps whose multiples are kept too, where they were saved
     log_records: bool = False  # records.jsonl: the loss and the record ids of every step
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"  # the backbone's blocks; auto: text alone, for 5 minutes or more
+    compile: Literal["auto", "on", "off"] = "auto"  # the backbone's blocks; auto: text alone, 10 minutes or more
     seed: int = 0
 
 

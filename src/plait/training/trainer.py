@@ -59,7 +59,7 @@ from plait.training.setup import label_columns, model_config
 
 UNRESTRICTED, DROPOUT = 17, 18  # keys of `uniform`: for steps with the whole softmax, and for what a step hides
 CALIBRATION = 8  # steps that a time budget is measured by
-COMPILED = 300  # seconds of training from which compiling pays
+COMPILED = 600  # seconds of training from which compiling pays
 FEW = 10_000  # samples below which what is written is augmented too
 # Settings that a run may change as it goes: none of them changes what a step computes.
 FREE = ("save_every", "keep", "keep_every", "log_records", "accumulate", "parallel", "recompute")
