@@ -260,6 +260,9 @@ class Audio(nn.Module):
         """The first `seconds` of the sound. Read longer ones with `windows`."""
         return self._frames(raw)[: self.settings.frames]
 
+    def blank(self) -> np.ndarray:
+        return np.full((self.settings.frames, self.settings.bands), SILENCE, np.float16)
+
     def windows(self, raw: Any) -> list[np.ndarray]:
         """Windows of the longest clip's length that overlap by half and cover the sound."""
         mel, longest = self._frames(raw), self.settings.frames

@@ -45,6 +45,10 @@ class MediaModality(Protocol):
         """A file's bytes or a Python object (PIL image, waveform) to a sample, fitted as the settings say."""
         ...
 
+    def blank(self) -> np.ndarray:
+        """A sample as large as one may be, with nothing in it."""
+        ...
+
     def windows(self, raw: Any) -> list[np.ndarray]:
         """The samples that cover an input longer than one sample may be; usually one."""
         ...

@@ -206,6 +206,10 @@ class Image(nn.Module):
             picture = picture.resize((settings.size, settings.size), PILImage.Resampling.LANCZOS)
         return np.asarray(picture, np.uint8).reshape(settings.size, settings.size, settings.channels)
 
+    def blank(self) -> np.ndarray:
+        s = self.settings
+        return np.full((s.size, s.size, s.channels), s.background, np.uint8)
+
     def windows(self, raw: Any) -> list[np.ndarray]:
         return [self.sample(raw)]
 

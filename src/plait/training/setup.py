@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from plait.config import SIZES, BackboneRecipe, Recipe, Size, describe_error
+from plait.config import SIZES, BackboneRecipe, Recipe, Size, describe_error, parse_recipe
 from plait.data.dataset import Dataset
 from plait.modalities import MODALITIES, SETTINGS
 from plait.modalities.base import Vocabulary
@@ -64,24 +64,39 @@ def backbone_config(size: Size, mine: BackboneRecipe) -> TransformerConfig:
     )
 
 
+def sized_config(recipe: Recipe) -> ModelConfig:
+    """The network that a recipe calls for where the data are coloured pictures, sound and text of its size."""
+    size = SIZES[recipe.model.size]
+    try:
+        settings = {
+            "image": SETTINGS["image"].sized(size.picture, {"channels": 3, **recipe.model.image}),
+            "audio": SETTINGS["audio"].sized(size.rate, {"seconds": size.seconds, **recipe.model.audio}),
+        }
+    except ValidationError as error:
+        raise PlaitError(f"In the recipe's model: {error.errors()[0]['msg']}") from None
+    backbone = backbone_config(size, recipe.model.backbone)
+    text = recipe.model.text.vocabulary or size.vocabulary
+    vocabulary = Vocabulary(
+        text=text,
+        columns={"image": "image", "audio": "audio", "text": "text"},
+        levels={name: one.levels for name, one in settings.items()},
+        closers=["audio"],
+    )
+    return ModelConfig(
+        backbone=backbone,
+        vocabulary=vocabulary,
+        space=128 if recipe.model.space is None else recipe.model.space,
+        tied=text > 8 * backbone.width if recipe.model.tied is None else recipe.model.tied,
+        modalities={name: one.model_dump() for name, one in settings.items()},
+        read_only=[name for name in settings if recipe.training.weights.get(name) == 0],
+    )
+
+
 def size_table() -> dict[str, dict[str, str]]:
     """Size -> what it stands for, and the parameters of a model of coloured pictures, sound and text."""
     rows = {}
     for name, size in SIZES.items():
-        picture = SETTINGS["image"].sized(size.picture, {"channels": 3})
-        sound = SETTINGS["audio"].sized(size.rate, {"seconds": size.seconds})
-        vocabulary = Vocabulary(
-            text=size.vocabulary,
-            columns={"image": "image", "audio": "audio", "text": "text"},
-            levels={"image": picture.levels, "audio": sound.levels},
-            closers=["audio"],
-        )
-        config = ModelConfig(
-            backbone=backbone_config(size, BackboneRecipe()),
-            vocabulary=vocabulary,
-            tied=size.vocabulary > 8 * size.width,
-            modalities={"image": picture.model_dump(), "audio": sound.model_dump()},
-        )
+        config = sized_config(parse_recipe({"model": {"size": name}}, "sizes"))
         with torch.device("meta"):
             parameters = sum(Multimodal(config).parameter_count().values())
         rows[name] = {"parameters": f"{parameters / 1e6:.1f}M", **{k: f"{v:g}" for k, v in size.model_dump().items()}}

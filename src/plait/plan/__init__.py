@@ -1,0 +1,1 @@
+"""Foreseeing: what a network weighs, what it costs to train, where it fits, and what failures add."""
