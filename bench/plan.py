@@ -23,7 +23,7 @@ from plait.modalities.base import Vocabulary
 from plait.model.multimodal import ModelConfig, Multimodal
 from plait.model.transformer import TransformerConfig
 from plait.plan.machines import probed_seconds, sample_batch, traced_peak
-from plait.runtime import choose_device, threads
+from plait.runtime import choose_device, keep_memory, threads
 from plait.training.batches import Step
 from plait.training.distributed import Group, Network
 from plait.training.losses import Passes, step_losses
@@ -80,6 +80,7 @@ def trainer_step(config: ModelConfig, batch: int, length: int) -> Any:
 
 def measure(name: str) -> dict[str, float]:
     """Peak memory above what the program takes by itself, and the median step."""
+    keep_memory()
     shape = SHAPES[name]
     small = trainer_step(Shape(1, 32, 1, 256, 2, 16).config(), 2, 16)
     small()
@@ -95,6 +96,7 @@ def measure(name: str) -> dict[str, float]:
 
 
 def foresee(name: str) -> dict[str, float]:
+    keep_memory()
     shape, device = SHAPES[name], choose_device("cpu", training=True)
     config = shape.config()
     return {
