@@ -14,8 +14,8 @@ import torch
 
 from plait.model.multimodal import Multimodal
 from plait.plan import failures
-from plait.plan.machines import MACHINES, machine, sample_batch, traced_peak
-from plait.plan.memory import Layout, Load, layer_activations, layouts, memory, total
+from plait.plan.machines import MACHINES, Machine, machine, sample_batch, traced_peak
+from plait.plan.memory import Layout, Load, layer_activations, layouts, memory, smallest_change, total
 from plait.plan.networks import compute_optimal, expected_loss, preset
 from plait.runtime import Device, PlaitError
 
@@ -250,6 +250,12 @@ def test_a_layout_that_cannot_fit_names_the_part_and_a_change_that_fits(
     tight = ["--preset", "gpt3-2.7b", "--gpus", "8", "--gpu", "h100", "--layout", "fsdp", "--batch", "8"]
     assert plait("plan", *tight) == 1
     assert "The smallest change that fits: --recompute selective." in capsys.readouterr().err
+
+
+def test_what_this_machine_cannot_hold_another_can() -> None:
+    here = Machine("here", 1e12, 16e9, 0, 0)
+    change = smallest_change(preset("gpt3-2.7b"), Layout("one"), Load(1, 2048), here)
+    assert change is not None and change.startswith("--gpu ")
 
 
 def test_the_documented_table_of_machines_is_the_one_that_plans_use() -> None:

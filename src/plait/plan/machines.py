@@ -21,13 +21,15 @@ from torch.utils._pytree import tree_leaves
 
 from plait.model.multimodal import IGNORE, Batch, ModelConfig, Multimodal, Sequence, collate
 from plait.model.objectives import negative_log_likelihood
-from plait.runtime import Device, PlaitError, choose_device
+from plait.runtime import Device, PlaitError, choose_device, keep_memory
 from plait.training.batches import Step
 from plait.training.losses import Passes
 from plait.training.optimizer import make_optimizer
 
 USABLE = 0.95  # of a device's memory: the rest is the driver's, the libraries' and lost between tensors
 OVERHEAD = 1.5  # energy of hosts, network and cooling beside a device's own: 1 W of device is 1.5 W on the bill
+
+HEAP = 1.13  # memory of the process over its tensors at most, on a CPU whose heap keeps what is freed (bench/plan.py)
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,11 @@ class _Live(TorchDispatchMode):
         self.now -= size
 
 
+def peak_memory(config: ModelConfig, batch: int, length: int, device: Device, recompute: bool = False) -> float:
+    """Bytes that a training step takes of this machine, above what the program takes by itself."""
+    return traced_peak(config, batch, length, device, recompute) * (HEAP if device.kind == "cpu" else 1.0)
+
+
 def traced_peak(config: ModelConfig, batch: int, length: int, device: Device, recompute: bool = False) -> float:
     """Bytes of tensors at most in a training step of `plait train`, followed operator by operator on tensors without
     memory. Codecs, which are trained before, are not in it."""
@@ -208,6 +215,7 @@ def probed_seconds(
     config: ModelConfig, batch: int, length: int, device: Device, recompute: bool = False, seconds: float = 6.0
 ) -> float:
     """Seconds of a training step here, from the steps of two networks of few layers that take turns."""
+    keep_memory()  # as `plait train` does
     layers = config.backbone.layers
     few, more = min(1, layers), min(3, layers)
     works = {n: training_step(_with_layers(config, n), batch, length, device, recompute) for n in {few, more}}

@@ -137,7 +137,7 @@ def _changes(
         for words, other in least:
             yield f"--layout {other_layout.name} {words}".strip(), other_layout, other, machine
     count = layout.devices
-    while count < 2**16:
+    while count < 2**16 and machine in MACHINES.values():  # this machine is one device
         count *= 2
         for other_layout in layouts(network, count):
             if other_layout.name == layout.name or other_layout.sharded:

@@ -10,7 +10,7 @@ import torch
 
 from plait.config import SIZES
 from plait.plan import failures
-from plait.plan.machines import OVERHEAD, USABLE, Machine, machine, probed_seconds, this_machine, traced_peak
+from plait.plan.machines import OVERHEAD, USABLE, Machine, machine, peak_memory, probed_seconds, this_machine
 from plait.plan.memory import (
     RECOMPUTE,
     Layout,
@@ -180,7 +180,7 @@ def _here(network: Network, load: Load, local: Machine, plan: dict[str, Any]) ->
     recompute = load.recompute == "full"
     if 16 * network.parameters > local.memory * USABLE:
         return {"fits": False, "states": 16 * network.parameters, "room": local.memory * USABLE}
-    one, two = (traced_peak(network.config, n, load.length, device, recompute) for n in (2, 4))
+    one, two = (peak_memory(network.config, n, load.length, device, recompute) for n in (2, 4))
     each = max((two - one) / 2, 1.0)
     peak = one + each * (load.batch - 2)
     largest = int((local.memory * USABLE - one) / each + 2)
