@@ -15,7 +15,7 @@ from typing import ClassVar
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import plait
 from plait.modalities.base import Vocabulary
@@ -41,6 +41,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64}
 SMALL = {
     "vocab_size": SIZE,
     "hidden_size": 48,
@@ -61,6 +62,18 @@ CASES = {
     "gpt2-untied": ("GPT2", {**GPT2, "tie_word_embeddings": False, "activation_function": "gelu", "n_inner": 96}),
     "llama": ("Llama", {**SMALL, "num_key_value_heads": 2, "rope_parameters": LLAMA3}),
     "llama-tied": ("Llama", {**SMALL, "tie_word_embeddings": True, "attention_bias": True, "head_dim": 16}),
+    "llama-linear": (
+        "Llama", {**SMALL, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}
+    ),
+    "llama-dynamic": (
+        "Llama", {**SMALL, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}
+    ),
+    "llama-yarn": (
+        "Llama",
+        {**SMALL, "head_dim": 16, "attention_bias": True,
+         "rope_parameters": {**YARN, "beta_fast": 8.0, "mscale": 1.2, "mscale_all_dim": 0.7, "truncate": False}},
+    ),
+    "qwen3-yarn": ("Qwen3", {**SMALL, "num_key_value_heads": 2, "head_dim": 16, "rope_parameters": YARN}),
     "qwen3": ("Qwen3", {**SMALL, "num_key_value_heads": 1, "head_dim": 16, "attention_bias": True}),
     "qwen3-tied": (
         "Qwen3",
@@ -174,13 +187,54 @@ def test_the_front_door_continues_a_text_as_they_do(name, folders, theirs):
     assert model.generate("the cat", max_new_tokens=200) == text.decode(wanted)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
+def test_a_text_begins_and_ends_as_theirs_does(folders, tmp_path):
+    """With Llama's beginning of text, several ends and a chat template, which is kept wherever the model goes."""
+    folder = shutil.copytree(folders["llama-tied"], tmp_path / "chat")
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    begin, stop = tokenizer.token_to_id("<s>"), tokenizer.token_to_id("</s>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    template = "{% for m in messages %}{{ bos_token }}{{ m['content'] }}{% endfor %}"
+    settings = {"chat_template": template, "eos_token": "</s>", "bos_token": {"content": "<s>", "__type": "AddedToken"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    prompt = theirs("the cat").input_ids
+    assert prompt[0] == begin
+    free = reference.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False, eos_token_id=None)[0].tolist()
+    ends = [stop, free[len(prompt) + 20]]  # one that it is sure to write
+    edit_json(folder / "generation_config.json", eos_token_id=ends)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    wanted = reference.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)[0].tolist()
+    assert wanted[-1] == ends[1] and len(wanted) <= len(prompt) + 21
+
+    ours = plait.load(folder, device="cpu", precision="fp32")
+    export_transformers(ours.checkpoint, tmp_path / "back")
+    own.save(ours.checkpoint, tmp_path / "kept")
+    for place in (folder, tmp_path / "kept", tmp_path / "back"):
+        model = plait.load(place, device="cpu", precision="fp32")
+        text = model.checkpoint.text
+        assert model.generate("the cat", max_new_tokens=40) == "the cat" + text.decode(wanted[len(prompt) : -1])
+        assert (text.chat_template, text.start, text.settings["bos_token"]) == (template, [begin], "<s>")
+        again = transformers.PreTrainedTokenizerFast.from_pretrained(place)
+        assert again("the cat").input_ids == prompt
+        assert again.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "<s>hi"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "llama-yarn", "qwen3-yarn"])
 def test_an_import_is_saved_read_and_given_back(name, folders, theirs, tmp_path):
     checkpoint = huggingface.load(folders[name])
     own.save(checkpoint, tmp_path / "ours")
     again = huggingface.load(tmp_path / "ours")  # also this front door reads our own folders
     export_transformers(again, tmp_path / "back")
     back = load_file(tmp_path / "back" / "model.safetensors")
+    if "yarn" in name:  # its attention factor is in the weights now
+        ids = torch.arange(150)[None]
+        reader = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+        with torch.inference_mode():
+            assert (reader(ids).logits - theirs[name](ids).logits).abs().max() < 1e-4
+        return
     for tensor, value in theirs[name].state_dict().items():
         assert torch.equal(back.pop(tensor, theirs[name].get_input_embeddings().weight), value), tensor
     assert not back
@@ -208,9 +262,12 @@ def test_older_spellings_are_read(folders, tmp_path):
 # --- what must be refused -----------------------------------------------------------------------------------------
 
 
+def edit_json(file: Path, **changes) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
 def edit_config(folder: Path, **changes) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    edit_json(folder / "config.json", **changes)
 
 
 def edit_tensors(folder: Path, change) -> None:
@@ -245,7 +302,8 @@ BAD = {
     "architecture": (lambda f: edit_config(f, model_type="mamba"), "unknown architecture 'mamba'"),
     "no architecture": (lambda f: edit_config(f, model_type=None), "unknown architecture None"),
     "quantised": (lambda f: edit_config(f, quantization_config={"bits": 4}), "quantised"),
-    "rope": (lambda f: edit_config(f, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "'yarn'"),
+    "rope": (lambda f: edit_config(f, rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}), "'longrope'"),
+    "yarn": (lambda f: edit_config(f, rope_parameters={"rope_type": "yarn"}), "factor is None"),
     "rope number": (lambda f: edit_config(f, rope_parameters={"rope_theta": "big"}), "rope_theta is 'big'"),
     "llama3 rope": (lambda f: edit_config(f, rope_parameters={"rope_type": "llama3"}), "factor is None"),
     "window": (lambda f: edit_config(f, use_sliding_window=True), "use_sliding_window"),

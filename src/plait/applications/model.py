@@ -149,6 +149,8 @@ class Model:
         A part is an input as the class describes it. Raises PlaitError for a sound longer than the model's window.
         """
         sequence = Sequence()
+        if not self.columns:  # an import: its texts begin as it was trained to read them
+            sequence.read_ids(self.checkpoint.text.start)
         for part in parts if isinstance(parts, list) else [parts]:
             name, windows = self._windows(part)
             if isinstance(windows, str):

@@ -6,9 +6,6 @@ causal language models generate. transformers is imported when the first one is 
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from plait.data.media import MediaError, decode_audio, decode_image, resample
-from plait.model.hub import find, no_safetensors, other_weights
+from plait.model.hub import explained, find, no_safetensors, other_weights, quiet
 from plait.runtime import Device, PlaitError, choose_device, read_json
 
 # What each kind of model can do.
@@ -74,35 +71,6 @@ def _kind(config: dict[str, Any], folder: Path, transformers: Any) -> str:
     raise PlaitError(f"{folder}: no use is made here of a model of type '{model}'. Used are {known}.")
 
 
-@contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    """Errors of transformers on a folder's files, as one line."""
-    try:
-        yield
-    except PlaitError:
-        raise
-    except Exception as error:  # its loaders raise nearly every class on damaged files
-        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
-        raise PlaitError(f"{folder} cannot be loaded: {reason}. Fetch the model again.") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' warnings and bars: what matters in them becomes an error."""
-    from transformers.utils import logging as theirs
-
-    logger = logging.getLogger("transformers")
-    level, bars = logger.level, theirs.is_progress_bar_enabled()
-    logger.setLevel(logging.ERROR)
-    theirs.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        if bars:
-            theirs.enable_progress_bar()
-
-
 class Pretrained:
     """A model of transformers. Inputs are those of `Model`: a str, a PIL image, (waveform, rate), a pathlib.Path of a
     media file, or its bytes. A verb that the model has not raises PlaitError and names those that it has."""
@@ -119,7 +87,7 @@ class Pretrained:
             "language": "AutoModelForCausalLM",
         }[kind]
         local = {"local_files_only": True, "trust_remote_code": False}
-        with _explained(folder), _quiet():
+        with explained(folder), quiet():
             self.model, info = getattr(transformers, auto).from_pretrained(
                 folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **local
             )
@@ -274,7 +242,7 @@ class Pretrained:
                 return_attention_mask=True,
                 return_tensors="pt",
             )
-            with _quiet():
+            with quiet():
                 try:
                     ids = self._run(self.model.generate, **features, **options)
                 except ValueError as error:  # a language that it does not have
@@ -295,7 +263,7 @@ class Pretrained:
         else:
             text = self._prompt(prompt)
             inputs = self.processor(images=[picture], return_tensors="pt", **({} if text is None else {"text": [text]}))
-        with _quiet():
+        with quiet():
             ids = self._run(self.model.generate, **inputs, max_new_tokens=max_new_tokens, do_sample=False)[0]
         read = inputs.get("input_ids")
         if read is not None and torch.equal(ids[: read.shape[1]].cpu(), read[0].cpu()):
@@ -352,7 +320,7 @@ class Pretrained:
         options: dict[str, Any] = {"do_sample": do_sample, **(sampling if do_sample else {})}
         if repetition_penalty is not None:
             options["repetition_penalty"] = repetition_penalty
-        with _quiet(), torch.random.fork_rng():
+        with quiet(), torch.random.fork_rng():
             torch.manual_seed(seed)
             ids = self._run(
                 self.model.generate,

@@ -29,7 +29,7 @@ def evaluate_codec(material: Material, column: str) -> None:
         name = "psnr"
     else:
         pairs = zip(media.samples, rebuilt, strict=True)
-        values = np.array([np.abs(a.astype(np.float32) - b[: len(a)]).mean() for a, b in pairs])
+        values = np.array([np.abs(a.astype(np.float32)[:, : b.shape[1]] - b[: len(a)]).mean() for a, b in pairs])
         name = "mel_error"
     value, error = metrics.mean_with_error(values, seed=material.seed)
     material.keep("codec", column, name, value, stderr=error, n=len(values))

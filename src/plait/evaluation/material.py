@@ -260,7 +260,8 @@ class Material:
         modality = self.modality(column)
         data = modality.to_bytes(sample)
         if modality.name == "audio":
-            return Exhibit(caption, picture=spectrogram(sample), sound=data, right=right)
+            bands: int = modality.settings.bands  # type: ignore[attr-defined]
+            return Exhibit(caption, picture=spectrogram(sample[:, :bands]), sound=data, right=right)
         return Exhibit(caption, picture=data, right=right)
 
     # --- judges -------------------------------------------------------------------------------------------------

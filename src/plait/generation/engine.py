@@ -137,7 +137,7 @@ class _Sample:
     def add(self, token: int) -> None:
         """Take the id that was chosen, and see whether it was the last."""
         span, request = self.job.span, self.job.request
-        if token == span.end:
+        if span.ends(token):
             self.finish = "end"
         else:
             self.ids.append(token)
@@ -451,7 +451,8 @@ class Engine:
         if span.end is not None and (closed := group.closed()).any():
             mask = torch.from_numpy(closed).to(self.device.torch)
             for scores_of in {id(own): own, id(logits): logits}.values():
-                scores_of[:, span.end - span.start].masked_fill_(mask, LOWEST)
+                for end in (span.end, *span.more_ends):
+                    scores_of[:, end - span.start].masked_fill_(mask, LOWEST)
         draws = torch.from_numpy(uniform(group.seeds, group.numbers, group.counts)).float().to(self.device.torch)
         chosen = group.knobs.choose(logits, draws, group.seen)
         if group.seen is not None:
@@ -471,7 +472,7 @@ class Engine:
             if sample.finish is not None:
                 self._finish(sample, sample.finish)
             if sample.job.request.on_update is not None or sample.finish is not None:
-                new = [] if token == span.end else [token]
+                new = [] if span.ends(token) else [token]
                 told = tuple(sample.logprobs[-1:]) if new and sample.job.request.logprobs else ()
                 updates.append((sample, Update(sample.index, new, sample.unsent(), sample.finish, told)))
 

@@ -22,6 +22,11 @@ class Span:
     unit: int = 1  # codes come in groups of so many
     least: int = 0  # ids before the span may end
     limit: int | None = None  # ids after which it is full
+    more_ends: tuple[int, ...] = ()  # further ids that end the span, of imported models
+
+    def ends(self, token: int | None) -> bool:
+        """Whether an id ends the span."""
+        return token is not None and (token == self.end or token in self.more_ends)
 
     def may_end(self, count: int) -> bool:
         """Whether the end is possible after `count` ids."""
@@ -31,11 +36,11 @@ class Span:
         """Whether `token` is possible after `count` ids."""
         if self.limit is not None and count >= self.limit:
             return False
-        return self.start <= token < self.stop and (token != self.end or self.may_end(count))
+        return self.start <= token < self.stop and (not self.ends(token) or self.may_end(count))
 
     def done(self, count: int, last: int | None) -> bool:
         """Whether the span is closed after `count` ids (the end not counted) of which `last` came last."""
-        return (last is not None and last == self.end) or count == self.limit
+        return self.ends(last) or count == self.limit
 
 
 def spans(model: Multimodal) -> dict[str, Span]:
@@ -45,7 +50,8 @@ def spans(model: Multimodal) -> dict[str, Span]:
     # model without columns never learnt ours.
     ours = vocabulary.end_id is None and bool(vocabulary.columns)
     end = vocabulary.end if ours or vocabulary.end_id is not None else None
-    found = {"text": Span("text", 0, vocabulary.text + ours, end)}
+    more = tuple(vocabulary.more_ends or ())
+    found = {"text": Span("text", 0, vocabulary.text + ours, end, more_ends=more)}
     for name, modality in model.media.items():
         if name not in vocabulary.spaces:
             continue

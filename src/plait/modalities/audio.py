@@ -1,7 +1,8 @@
 """Sound: log-mel -> embeddings on the way in; patches of log-mel <-> FSQ codes, and a vocoder, on the way out.
 
-A sample is float16 (T, bands): 100 frames a second of log-mel, scaled to about [-1, 1]. Values in a batch are
-(N, T, bands) with lengths (N,) in frames; beyond its length a sample is silence.
+A sample is float16 (T, bands): 100 frames a second of log-mel, scaled to about [-1, 1]. Where a pretrained tower
+reads, what it wants to hear of a frame's 10 ms (its own log-mel, or the waveform) follows in the same row. Values in a
+batch are (N, T, row) with lengths (N,) in frames; beyond its length a sample is silence.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from plait.config import Size
 from plait.data.media import decode_audio, resample
 from plait.modalities.base import ChannelNorm, bilinear_warp, within
 from plait.modalities.quantizer import FSQ
+from plait.modalities.tower import Tower, TowerSettings, transformers_for
+from plait.runtime import PlaitError
 
 SILENCE = -1.4  # the scaled log-mel of no sound
 FLOOR = 1e-4  # mel power below which everything is silence, the waveform's RMS being 0.1
@@ -37,6 +40,9 @@ class AudioSettings(BaseModel):
     rate: int = 8000  # samples a second
     seconds: float = 2.0  # the longest clip; longer ones are read in overlapping windows
     bands: int = 64
+    encoder: str | None = None  # hf:NAME-OR-FOLDER, a pretrained audio tower in the encoder's place
+    freeze: bool = True  # the tower stays as it is; a projection of what it hears is trained
+    tower: TowerSettings | None = None  # filled in from the tower's files
     stem: int = 32  # channels of the encoder's first layer
     codec_width: int = 160
     levels: list[int] = [8, 5, 5, 5]
@@ -54,6 +60,11 @@ class AudioSettings(BaseModel):
         sounds = [decode_audio(example) for example in examples]
         rate = int(np.median([rate for _, rate in sounds]))
         longest = max(len(wave) / rate for wave, rate in sounds)
+        if overrides.get("tower"):
+            tower = TowerSettings.model_validate(overrides["tower"])
+            longest, most = min(longest, tower.longest / 1.1), overrides.get("seconds", 0)
+            if isinstance(most, (int, float)) and most > tower.longest:
+                raise PlaitError(f"model.audio.seconds is {most}, but {overrides['encoder']} reads {tower.longest:g}.")
         fitting = next(r for r in (8000, 16000, 24000) if r >= min(rate, size.rate))
         return cls.sized(fitting, {"seconds": min(size.seconds, math.ceil(longest * 11) / 10), **overrides})
 
@@ -164,6 +175,73 @@ class AudioEncoder(nn.Module):
         return self.out(self.norm(x.transpose(1, 2).flatten(2)))
 
 
+class TowerInput:
+    """Waveform to what a pretrained tower reads, in rows of 10 ms."""
+
+    def __init__(self, tower: TowerSettings) -> None:
+        self.tower = tower
+
+    def forward(self, wave: np.ndarray, rate: int, frames: int) -> np.ndarray:
+        """(samples,) to float32 (frames, row), as the tower's own preprocessor has it."""
+        tower = self.tower
+        wave = resample(wave, rate, tower.rate)
+        if tower.reads == "wave":
+            if tower.normalise:
+                wave = (wave - wave.mean()) / np.sqrt(wave.var() + 1e-7)
+            size = frames * tower.row
+            return np.pad(wave, (0, max(size - len(wave), 0)))[:size].reshape(frames, tower.row).astype(np.float32)
+        extract = transformers_for("Whisper's log-mel").WhisperFeatureExtractor(tower.bands, tower.rate)
+        # Silence follows, as in the window of 30 s; the extractor takes off nothing but the last, incomplete frame.
+        wave = np.pad(wave, (0, max(frames * extract.hop_length - len(wave), 0) + extract.n_fft))
+        found = extract(wave, sampling_rate=tower.rate, padding="longest", truncation=False, return_tensors="np")
+        return np.asarray(found["input_features"][0].T[:frames], np.float32)
+
+    def silence(self, values: Tensor, exists: Tensor) -> Tensor:
+        """(N, 1, 1): what fills up values (N, T, row) where they do not exist."""
+        if self.tower.reads == "wave":
+            return torch.zeros(len(values), 1, 1, device=values.device)
+        # Whisper's log-mel is cut 8 powers of ten below its highest, and at 1e-10; a power is a quarter.
+        top = values.masked_fill(~exists, -torch.inf).amax((1, 2), keepdim=True)
+        return (top - 2).clamp(min=-1.5)
+
+
+class AudioTower(nn.Module):
+    """A pretrained tower: (N, T, row) to (N, T / 4, D). It always reads the length of the longest clip, so that what
+    it hears of a sound does not depend on the others of a batch."""
+
+    def __init__(self, settings: AudioSettings, width: int) -> None:
+        super().__init__()
+        assert settings.tower is not None
+        self.settings, self.known = settings, settings.tower
+        config = self.known.config
+        if self.known.reads == "mel":
+            config = {**config, "max_source_positions": settings.frames // 2}
+        self.tower = Tower(config, settings.freeze)
+        self.prepared = TowerInput(self.known)
+        self.norm = nn.LayerNorm(self.tower.width)
+        self.out = nn.Linear(self.tower.width, width)
+
+    def heard(self, values: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+        """The tower's inputs of a batch."""
+        x = values[..., self.settings.bands :].float()[:, : self.settings.frames]
+        exists = within(lengths, x.shape[1])[..., None]
+        silence = self.prepared.silence(x, exists)
+        x = torch.where(exists, x, silence)
+        missing = self.settings.frames - x.shape[1]
+        x = torch.cat((x, silence.expand(-1, missing, x.shape[2])), 1)
+        if self.known.reads == "mel":
+            return {"input_features": x.transpose(1, 2)}
+        inputs = {"input_values": x.flatten(1)}
+        if self.known.masked:
+            inputs["attention_mask"] = within(lengths * self.known.row, x.shape[1] * x.shape[2]).long()
+        return inputs
+
+    def forward(self, values: Tensor, lengths: Tensor) -> Tensor:
+        states = self.tower(**self.heard(values, lengths)).transpose(1, 2)
+        pooled = F.adaptive_avg_pool1d(states, self.settings.frames // PATCH)
+        return self.out(self.norm(pooled.transpose(1, 2)[:, : math.ceil(values.shape[1] / PATCH)]))
+
+
 class Residual1d(nn.Module):
     """x + conv(silu(norm(x))) over time, blind to what lies beyond a sample's end."""
 
@@ -195,7 +273,7 @@ class AudioCodec(nn.Module):
 
     def _patches(self, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """(N, T, bands) to patches (N, P, 4 * bands) and their mask (N, 1, P)."""
-        values = values.float()
+        values = values[..., : self.settings.bands].float()
         values = torch.where(within(lengths, values.shape[1])[..., None], values, SILENCE)
         values = F.pad(values, (0, 0, 0, -values.shape[1] % PATCH), value=SILENCE)
         patches = values.unflatten(1, (-1, PATCH)).flatten(2)
@@ -242,26 +320,33 @@ class Audio(nn.Module):
     def __init__(self, settings: AudioSettings, width: int) -> None:
         super().__init__()
         self.settings = settings
-        self.encoder = AudioEncoder(settings, width)
+        self.encoder = (AudioEncoder if settings.tower is None else AudioTower)(settings, width)
+        self.prepared = None if settings.tower is None else TowerInput(settings.tower)
         self.codec = AudioCodec(settings)
         self.mel = LogMel(settings)
 
     def _frames(self, raw: Any) -> np.ndarray:
-        """Bytes, a path or (waveform, rate) to float16 (T, bands), whatever its length."""
+        """Bytes, a path or (waveform, rate) to float16 (T, row), whatever its length."""
         if isinstance(raw, tuple):
             wave, rate = np.asarray(raw[0], np.float32), int(raw[1])
             wave = wave.mean(-1) if wave.ndim == 2 else wave
         else:
             wave, rate = decode_audio(Path(raw) if isinstance(raw, str) else raw)
-        wave = resample(wave, rate, self.settings.rate)
-        return self.mel.forward(torch.from_numpy(wave)).half().numpy()
+        own = self.mel.forward(torch.from_numpy(resample(wave, rate, self.settings.rate))).half().numpy()
+        return own if self.prepared is None else self._beside(own, wave, rate)
+
+    def _beside(self, own: np.ndarray, wave: np.ndarray, rate: int) -> np.ndarray:
+        """Our frames and the tower's in one row."""
+        assert self.prepared is not None
+        return np.concatenate((own, self.prepared.forward(wave, rate, len(own))), 1, dtype=np.float16)
 
     def sample(self, raw: Any) -> np.ndarray:
         """The first `seconds` of the sound. Read longer ones with `windows`."""
         return self._frames(raw)[: self.settings.frames]
 
     def blank(self) -> np.ndarray:
-        return np.full((self.settings.frames, self.settings.bands), SILENCE, np.float16)
+        row = self.settings.bands + (self.settings.tower.row if self.settings.tower else 0)
+        return np.full((self.settings.frames, row), SILENCE, np.float16)
 
     def windows(self, raw: Any) -> list[np.ndarray]:
         """Windows of the longest clip's length that overlap by half and cover the sound."""
@@ -274,7 +359,9 @@ class Audio(nn.Module):
     def batch(self, samples: list[np.ndarray]) -> tuple[Tensor, Tensor]:
         lengths = torch.tensor([len(sample) for sample in samples])
         longest = math.ceil(int(lengths.max()) / PATCH) * PATCH
-        values = np.full((len(samples), longest, self.settings.bands), SILENCE, np.float16)
+        if self.prepared is not None:  # what was decoded from codes is heard as it sounds
+            samples = [s if s.shape[1] > self.settings.bands else self._beside(s, *self.to_object(s)) for s in samples]
+        values = np.full((len(samples), longest, samples[0].shape[1]), SILENCE, np.float16)
         for row, sample in zip(values, samples, strict=True):
             row[: len(sample)] = sample
         return torch.from_numpy(values), lengths
@@ -292,9 +379,13 @@ class Audio(nn.Module):
         time = longest / values.shape[1] / stretch
         matrix[:, 0, 0], matrix[:, 0, 2] = 1 / warp, 1 / warp - 1
         matrix[:, 1, 1], matrix[:, 1, 2] = time, time - 1
-        x = bilinear_warp(values.float()[:, None], matrix, (longest, settings.bands), SILENCE)[:, 0]
+        own, others = values.float().split([settings.bands, values.shape[2] - settings.bands], 2)
+        x = bilinear_warp(own[:, None], matrix, (longest, settings.bands), SILENCE)[:, 0]
+        if self.prepared is not None:
+            silence = self.prepared.silence(others, within(lengths, others.shape[1])[..., None])
+            others = self._stretched(others, matrix, longest, silence)
         if not hide:
-            return x, new_lengths
+            return torch.cat((x, others), 2) if self.prepared is not None else x, new_lengths
         bands, frames = torch.arange(settings.bands), torch.arange(longest)
         height = bands / (settings.bands - 1)
         curve = signed[:, 6, None] * (2 * height - 1) + signed[:, 7, None] * (2 * math.pi * height).cos()
@@ -304,8 +395,22 @@ class Audio(nn.Module):
         x = x.masked_fill(((bands >= start) & (bands < start + width))[:, None, :], SILENCE)
         span = draw[:, 4, None] * settings.mask_time * new_lengths[:, None]
         start = draw[:, 5, None] * (new_lengths[:, None] - span)
-        x = x.masked_fill(((frames >= start) & (frames < start + span))[..., None], SILENCE)
-        return x, new_lengths
+        gone = ((frames >= start) & (frames < start + span))[..., None]
+        x = x.masked_fill(gone, SILENCE)
+        if self.prepared is None:
+            return x, new_lengths
+        return torch.cat((x, torch.where(gone, silence, others)), 2), new_lengths
+
+    def _stretched(self, others: Tensor, matrix: Tensor, longest: int, silence: Tensor) -> Tensor:
+        """What the tower hears (N, T, row), changed by the same maps; of a waveform the tempo and with it the pitch."""
+        assert self.prepared is not None
+        row = others.shape[2]
+        if self.prepared.tower.reads == "mel":
+            return bilinear_warp((others - silence)[:, None], matrix, (longest, row), 0.0)[:, 0] + silence
+        matrix = matrix.clone()
+        matrix[:, 0] = torch.tensor([1.0, 0.0, 0.0])
+        wave = bilinear_warp(others.flatten(1)[:, None, :, None], matrix, (longest * row, 1), 0.0)
+        return wave[:, 0, :, 0].unflatten(1, (longest, row))
 
     def token_count(self, length: int) -> int:
         return math.ceil(length / PATCH)
@@ -317,12 +422,13 @@ class Audio(nn.Module):
         """(N, 1, bands, frames), every sample cut or padded to the longest clip."""
         values = np.full((len(samples), self.settings.frames, self.settings.bands), SILENCE, np.float32)
         for row, sample in zip(values, samples, strict=True):
-            row[: len(sample)] = sample[: len(row)]
+            row[: len(sample)] = sample[: len(row), : self.settings.bands]
         return torch.from_numpy(values).transpose(1, 2)[:, None] - SILENCE
 
     def to_object(self, values: np.ndarray) -> tuple[np.ndarray, int]:
         """(waveform float32, rate)."""
-        return self.mel.invert(torch.from_numpy(np.asarray(values))).numpy(), self.settings.rate
+        own = np.asarray(values)[:, : self.settings.bands]
+        return self.mel.invert(torch.from_numpy(own)).numpy(), self.settings.rate
 
     def to_bytes(self, values: np.ndarray) -> bytes:
         buffer = io.BytesIO()

@@ -98,6 +98,7 @@ class Vocabulary(BaseModel):
     levels: dict[str, list[int]]  # modality -> levels of the FSQ digits of one code
     closers: list[str]  # modalities whose spans end with a token of their own
     end_id: int | None = None  # of an imported tokenizer that brings its own end token
+    more_ends: list[int] | None = None  # further ids at which an imported model's texts end
 
     @property
     def specials(self) -> list[str]:

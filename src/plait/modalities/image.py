@@ -22,6 +22,7 @@ from plait.config import Size
 from plait.data.media import decode_image
 from plait.modalities.base import bilinear_warp
 from plait.modalities.quantizer import FSQ
+from plait.modalities.tower import Tower, TowerSettings
 
 
 class ImageSettings(BaseModel):
@@ -34,6 +35,9 @@ class ImageSettings(BaseModel):
     fit: str = "crop"  # "crop" the middle square, "pad" to a square, or "stretch"
     background: int = 255  # what transparent parts and padding become
     grid: int = 4  # side of the encoder's grid of embeddings
+    encoder: str | None = None  # hf:NAME-OR-FOLDER, a pretrained vision tower in the encoder's place
+    freeze: bool = True  # the tower stays as it is; a projection of what it sees is trained
+    tower: TowerSettings | None = None  # filled in from the tower's files
     stem: int = 32  # channels of the encoder's first layer
     patch: int = 4  # side in pixels of what one code stands for
     codec_width: int = 96
@@ -51,7 +55,8 @@ class ImageSettings(BaseModel):
         pictures = [decode_image(example) for example in examples]
         side = int(np.median([max(picture.size) for picture in pictures]))
         grey = all(picture.convert("RGB").convert("L").convert("RGB") == picture.convert("RGB") for picture in pictures)
-        fitting = min(size.picture, max(math.ceil(side / 4) * 4, 8))
+        most = overrides["tower"]["size"] if overrides.get("tower") else size.picture
+        fitting = min(most, max(math.ceil(side / 4) * 4, 8))
         return cls.sized(fitting, {"channels": 1 if grey else 3, **overrides})
 
     @classmethod
@@ -110,6 +115,52 @@ class ImageEncoder(nn.Module):
 
     def forward(self, values: Tensor, lengths: Tensor) -> Tensor:
         return self.out(self.layers(to_unit(values)).flatten(2).transpose(1, 2)) + self.places
+
+
+class ImageTower(nn.Module):
+    """A pretrained tower: (N, H, W, C) to (N, grid * grid, D).
+
+    Its patches are averaged on the grid; each place, beside the summary that the tower makes of the whole (its first
+    token, else the mean), is normed and projected.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, settings: ImageSettings, width: int) -> None:
+        super().__init__()
+        assert settings.tower is not None
+        self.settings, self.known = settings, settings.tower
+        self.tower = Tower(self.known.config, settings.freeze)
+        self.register_buffer("mean", torch.tensor(self.known.mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(self.known.std).view(-1, 1, 1), persistent=False)
+        self.norm = nn.LayerNorm(2 * self.tower.width)
+        self.out = nn.Linear(2 * self.tower.width, width)
+        self.places = nn.Parameter(torch.randn(settings.grid**2, width) * 0.02)
+
+    def pixels(self, values: Tensor) -> Tensor:
+        """What the tower reads, (N, 3, size, size): a sample of another size is resampled."""
+        x = values.movedim(-1, 1).float() / 255
+        if x.shape[-1] != self.known.size:
+            size = (self.known.size, self.known.size)
+            x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 1)
+        return (x - self.mean) / self.std  # one channel becomes three
+
+    def forward(self, values: Tensor, lengths: Tensor) -> Tensor:
+        states = self.tower(pixel_values=self.pixels(values))
+        if states.ndim == 4:
+            patches, summary = states, states.mean((2, 3))
+        else:
+            patch = self.known.config.get("patch_size", 0)
+            side = self.known.size // patch if isinstance(patch, int) and patch else 0
+            if not side or side**2 > states.shape[1]:
+                side = math.isqrt(states.shape[1])
+            first = states.shape[1] - side**2  # a summary, registers
+            patches = states[:, first:].transpose(1, 2).unflatten(2, (side, side))
+            summary = states[:, 0] if first else patches.mean((2, 3))
+        places = F.adaptive_avg_pool2d(patches, self.settings.grid).flatten(2).transpose(1, 2)
+        both = torch.cat((places, summary[:, None].expand_as(places)), -1)
+        return self.out(self.norm(both)) + self.places
 
 
 class ImageCodec(nn.Module):
@@ -181,7 +232,7 @@ class Image(nn.Module):
     def __init__(self, settings: ImageSettings, width: int) -> None:
         super().__init__()
         self.settings = settings
-        self.encoder = ImageEncoder(settings, width)
+        self.encoder = (ImageEncoder if settings.tower is None else ImageTower)(settings, width)
         self.codec = ImageCodec(settings)
 
     def sample(self, raw: Any) -> np.ndarray:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from plait.runtime import PlaitError, write_atomic
+from plait.runtime import PlaitError, read_json, write_atomic
+
+# What is kept of an imported tokenizer's `tokenizer_config.json`.
+_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 class Text:
@@ -16,8 +21,10 @@ class Text:
 
     name = "text"
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, settings: dict[str, Any] | None = None) -> None:
+        """`settings` are those of an imported tokenizer: its chat template and the names of its special tokens."""
         self.tokenizer = tokenizer
+        self.settings = settings or {}
         # An imported tokenizer knows spellings of its special tokens; in user text they are plain characters.
         tokenizer.encode_special_tokens = True
         tokenizer.no_padding()
@@ -41,10 +48,12 @@ class Text:
 
     @classmethod
     def load(cls, path: Path) -> Text:
+        """The tokenizer of a file, with what the files beside it say of chat and special tokens."""
         try:
-            return cls(Tokenizer.from_file(str(path)))
+            tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise PlaitError(f"{path} is not a tokenizer that can be read: {error}.") from error
+        return cls(tokenizer, _settings(path.parent))
 
     def save(self, path: Path) -> None:
         write_atomic(path, self.tokenizer.to_str(pretty=True))
@@ -52,6 +61,20 @@ class Text:
     @property
     def size(self) -> int:
         return self.tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template by which an imported model wants conversations written; None where it has none."""
+        return self.settings.get("chat_template")
+
+    @cached_property
+    def start(self) -> list[int]:
+        """What an imported tokenizer puts in front of every text, as Llama's beginning of text; else nothing."""
+        if self.tokenizer.post_processor is None:
+            return []
+        plain = self.tokenizer.encode("a", add_special_tokens=False).ids
+        whole = self.tokenizer.encode("a").ids
+        return next((whole[:at] for at in range(len(whole)) if whole[at : at + len(plain)] == plain), [])
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(unicodedata.normalize("NFC", text), add_special_tokens=False).ids
@@ -62,3 +85,29 @@ class Text:
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """What `tokenizer_config.json` and `chat_template.jinja` of a folder say, as far as it is kept."""
+    file, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    known = read_json(file) if file.is_file() else {}
+    if not isinstance(known, dict):
+        raise PlaitError(f"{file} must hold an object.")
+    found: dict[str, Any] = {}
+    for name in _TOKENS:
+        token = known.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            found[name] = token
+    chat = known.get("chat_template")
+    if isinstance(chat, list):  # several by name
+        named = {entry.get("name"): entry.get("template") for entry in chat if isinstance(entry, dict)}
+        chat = named.get("default")
+    if template.is_file():
+        try:
+            chat = template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlaitError(f"{template} cannot be read: {error}. Fetch it again.") from error
+    if isinstance(chat, str):
+        found["chat_template"] = chat
+    return found

@@ -57,6 +57,8 @@ def save(
         write_json(aside / "preprocessor_config.json", settings)
         write_json(aside / "generation_config.json", checkpoint.generation.model_dump())
         (aside / "tokenizer.json").write_text(checkpoint.text.tokenizer.to_str(pretty=True), encoding="utf-8")
+        if checkpoint.text.settings:
+            write_json(aside / "tokenizer_config.json", checkpoint.text.settings)
         write_tensors(aside / "model.safetensors", checkpoint.model.state_dict() if tensors is None else tensors)
         (aside / "README.md").write_text(model_card(checkpoint), encoding="utf-8")
         if more is not None:
@@ -161,12 +163,21 @@ def model_card(checkpoint: Checkpoint) -> str:
     counts = checkpoint.model.parameter_count()
     parts = "\n".join(f"| {name} | {count:,} |" for name, count in counts.items())
     facts = "\n".join(f"* {name}: {value}" for name, value in training.items())
+    made = "Made by `plait train` from its owner's files; nothing else was used."
+    encoders = {
+        name: f"`{settings['encoder']}`, {'frozen' if settings['freeze'] else 'trained further'}"
+        for name, settings in config.modalities.items()
+        if settings.get("tower")
+    }
+    if encoders:
+        told = "; ".join(f"{name}: {encoder}" for name, encoder in encoders.items())
+        made = f"Made by `plait train` from its owner's files and pretrained encoders ({told}), whose licences apply."
     return f"""---
 library_name: plait
 ---
 # A Plait model
 
-Reads and writes the columns {columns}. Made by `plait train` from its owner's files; nothing else was used.
+Reads and writes the columns {columns}. {made}
 
 | part | parameters |
 | --- | ---: |

@@ -101,6 +101,10 @@ def _biases(c: TransformerConfig, family: str) -> tuple[bool, bool]:
     return c.qkv_bias or c.bias, c.bias and family == "llama"
 
 
+def _ends(vocabulary: Vocabulary) -> int | list[int]:
+    return [vocabulary.end, *vocabulary.more_ends] if vocabulary.more_ends else vocabulary.end
+
+
 def _config(model: Multimodal, family: str, size: int) -> dict[str, Any]:
     c, vocabulary = model.config.backbone, model.vocabulary
     common = {
@@ -109,7 +113,7 @@ def _config(model: Multimodal, family: str, size: int) -> dict[str, Any]:
         "vocab_size": size,
         "tie_word_embeddings": model.config.tied,
         "bos_token_id": None,
-        "eos_token_id": vocabulary.end,
+        "eos_token_id": _ends(vocabulary),
         "pad_token_id": vocabulary.pad if size > vocabulary.pad else None,
     }
     if family == "gpt2":
@@ -173,7 +177,7 @@ def _tensors(model: Multimodal, family: str, size: int) -> dict[str, Tensor]:
 def _generation(checkpoint: Checkpoint, size: int) -> dict[str, Any]:
     vocabulary, sampling = checkpoint.model.vocabulary, checkpoint.generation
     values: dict[str, Any] = {
-        "eos_token_id": vocabulary.end,
+        "eos_token_id": _ends(vocabulary),
         "pad_token_id": vocabulary.pad if size > vocabulary.pad else vocabulary.end,
         "do_sample": sampling.temperature > 0,
     }
@@ -208,6 +212,8 @@ def extended_tokenizer(checkpoint: Checkpoint) -> tuple[str, dict[str, str]]:
          "special": True}
         for name, id in wanted.items()
     ]  # fmt: skip
+    if vocabulary.columns and text.start:  # what was trained on records never saw an import's beginning of text
+        content["post_processor"] = None
     normal, nfc = content.get("normalizer"), {"type": "NFC"}  # as `Text` reads
     if normal is None:
         content["normalizer"] = nfc
@@ -233,7 +239,8 @@ def _tokenizer_config(checkpoint: Checkpoint, names: dict[str, str]) -> dict[str
         config["pad_token"] = names[PAD]
     end_id = model.vocabulary.end_id
     end = names.get(END) if end_id is None else checkpoint.text.tokenizer.id_to_token(end_id)
-    return config | ({} if end is None else {"eos_token": end})
+    # Of an import, its chat template and the names of its special tokens too.
+    return {**checkpoint.text.settings, **config, **({} if end is None else {"eos_token": end})}
 
 
 def _card(checkpoint: Checkpoint, what: str) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +114,32 @@ def no_safetensors(where: str | Path, others: list[str]) -> str:
         'machine you trust: python -c "from transformers import AutoModelForCausalLM as M; '
         f"M.from_pretrained('{where}').save_pretrained('converted')\", and copy the tokenizer's files along."
     )
+
+
+@contextlib.contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Errors of transformers on a folder's files, as one line."""
+    try:
+        yield
+    except PlaitError:
+        raise
+    except Exception as error:  # its loaders raise nearly every class on damaged files
+        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+        raise PlaitError(f"{folder} cannot be loaded: {reason}. Fetch the model again.") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' warnings and bars: what matters in them becomes an error."""
+    from transformers.utils import logging as theirs
+
+    logger = logging.getLogger("transformers")
+    level, bars = logger.level, theirs.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            theirs.enable_progress_bar()

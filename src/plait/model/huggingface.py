@@ -31,7 +31,14 @@ FAMILIES = ("gpt2", "llama", "qwen3")
 _BUFFERS = re.compile(
     r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$"
 )  # older files keep constants among the weights
-_ROPE_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+# What each kind of scaled rotary positions needs.
+_ROPE = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"),
+}
 
 
 # --- configuration ----------------------------------------------------------------------------------------------
@@ -134,28 +141,45 @@ def _llama(config: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def _rope(config: dict[str, Any], file: Path) -> tuple[float, dict[str, float | int | str] | None]:
-    """(theta, Llama 3 scaling or None), from `rope_parameters` (transformers 5) or the two older keys."""
+    """(theta, the scaling or None), from `rope_parameters` (transformers 5) or the two older keys."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise PlaitError(f"{file}: rope_parameters must be an object.")
     theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3") or any(isinstance(value, dict) for value in rope.values()):
-        raise _refuse(file, f"rotary positions of type {kind!r} are not supported")
+    if kind not in _ROPE or any(isinstance(value, dict) for value in rope.values()):
+        raise _refuse(file, f"rotary positions of type {kind!r} are not supported; known are {', '.join(_ROPE)}")
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
         raise _refuse(file, "partial_rotary_factor is not supported")
-    numbers = {"rope_theta": theta}
-    if kind == "llama3":
-        if rope.get("original_max_position_embeddings") is None:
-            rope = {**rope, "original_max_position_embeddings": config.get("max_position_embeddings")}
-        numbers |= {key: rope.get(key) for key in _ROPE_NUMBERS}
+    longest = config.get("max_position_embeddings")
+    trained = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or longest
+    rope = {**rope, "original_max_position_embeddings": trained}
+    if kind == "yarn":
+        rope = {**rope, "beta_fast": rope.get("beta_fast") or 32, "beta_slow": rope.get("beta_slow") or 1}
+        rope["attention_factor"] = _attention_factor(rope, file)
+    numbers = {"rope_theta": theta, **{key: rope.get(key) for key in _ROPE[kind]}}
     for key, value in numbers.items():
         if type(value) not in (int, float) or not 0 < value < math.inf:
             raise PlaitError(f"{file}: {key} is {value!r}, and must be a positive number.")
-    scaling = None
-    if kind == "llama3":
-        scaling = {"rope_type": "llama3", **{key: rope[key] for key in _ROPE_NUMBERS}}
-    return float(theta), scaling
+    scaling = {"rope_type": kind, **{key: rope[key] for key in _ROPE[kind]}}
+    if kind == "yarn":
+        scaling["truncate"] = int(rope.get("truncate", True))
+    return float(theta), None if kind == "default" else scaling
+
+
+def _attention_factor(rope: dict[str, Any], file: Path) -> float:
+    """What YaRN multiplies rotated queries and keys by: as given, or from the factor and its two scales."""
+    numbers: dict[str, Any] = {key: rope.get(key) for key in ("factor", "attention_factor", "mscale", "mscale_all_dim")}
+    for key, value in numbers.items():
+        if (value is not None or key == "factor") and (type(value) not in (int, float) or not 0 <= value < math.inf):
+            raise PlaitError(f"{file}: {key} is {value!r}, and must be a positive number.")
+    if numbers["attention_factor"] is not None:
+        return float(numbers["attention_factor"])
+    above, below = 1.0, 0.0
+    if numbers["mscale"] and numbers["mscale_all_dim"]:
+        above, below = numbers["mscale"], numbers["mscale_all_dim"]
+    growth = 0.1 * math.log(max(numbers["factor"], 1))
+    return float((above * growth + 1) / (below * growth + 1))
 
 
 # --- weights ----------------------------------------------------------------------------------------------------
@@ -322,15 +346,31 @@ def _sampling(values: dict[str, Any], file: Path) -> GenerationConfig:
         raise PlaitError(f"{file} is wrong: {error.errors()[0]['msg']}.") from error
 
 
-def _end(config: dict[str, Any], generation: dict[str, Any], size: int, file: Path) -> int | None:
-    """The first id that ends a text, from config.json, else generation_config.json."""
-    end = config.get("eos_token_id")
-    end = generation.get("eos_token_id") if end is None else end
-    if isinstance(end, list):
-        end = end[0] if end else None
-    if end is not None and (type(end) is not int or not 0 <= end < size):
-        raise PlaitError(f"{file}: eos_token_id is {end!r}, outside the vocabulary of {size}.")
-    return end
+def _ends(config: dict[str, Any], generation: dict[str, Any], size: int, folder: Path) -> list[int]:
+    """The ids that end a text: those of generation_config.json, which generation obeys, else those of config.json."""
+    found: list[int] = []
+    for name, values in (("config.json", config), ("generation_config.json", generation)):
+        ends = values.get("eos_token_id")
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        for end in ends:
+            if type(end) is not int or not 0 <= end < size:
+                raise PlaitError(f"{folder / name}: eos_token_id is {end!r}, outside the vocabulary of {size}.")
+        found = list(dict.fromkeys(ends)) or found
+    return found
+
+
+def _fold(tensors: dict[str, Tensor], backbone: TransformerConfig) -> TransformerConfig:
+    """YaRN's attention factor into what makes queries and keys, so that rotation alone remains."""
+    scaling = backbone.rope_scaling
+    if scaling is None or scaling.get("attention_factor", 1.0) == 1.0:
+        return backbone
+    factor, rows = float(scaling["attention_factor"]), (backbone.heads + backbone.kv_heads) * backbone.head_width
+    for name, tensor in tensors.items():
+        if backbone.qk_norm and name.endswith(("q_norm.weight", "k_norm.weight")):
+            tensors[name] = tensor * factor
+        elif not backbone.qk_norm and ".qkv." in name:
+            tensors[name] = torch.cat((tensor[:rows] * factor, tensor[rows:]))
+    return backbone.model_copy(update={"rope_scaling": {**scaling, "attention_factor": 1.0}})
 
 
 def load(name_or_folder: str | Path, device: torch.device | None = None) -> Checkpoint:
@@ -346,7 +386,7 @@ def load(name_or_folder: str | Path, device: torch.device | None = None) -> Chec
         return own.load(folder, device)
     backbone, size, tied = backbone_config(config, file)
     advised = _object(advice) if advice.is_file() else {}
-    generation, end = _sampling(advised, advice), _end(config, advised, size, file)
+    generation, ends = _sampling(advised, advice), _ends(config, advised, size, folder)
     family = config["model_type"]
     biases = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
     plan = layout(family, backbone, size, tied, *biases)
@@ -355,11 +395,15 @@ def load(name_or_folder: str | Path, device: torch.device | None = None) -> Chec
     copied = tied and head in weights.files  # a tied head may be stored twice
     weights.check([part for parts in plan.values() for part in parts] + ([(head, (size, backbone.width))] * copied))
     text = _read_text(folder, size)
-    vocabulary = Vocabulary(text=size, columns={}, levels={}, closers=[], end_id=end)
-    with torch.device("meta"):  # shapes only: no memory, no random numbers
-        model = Multimodal(ModelConfig(backbone=backbone, vocabulary=vocabulary, space=0, tied=tied))
+    end, more = (ends[0], ends[1:] or None) if ends else (None, None)
+    vocabulary = Vocabulary(text=size, columns={}, levels={}, closers=[], end_id=end, more_ends=more)
+
+    def build(backbone: TransformerConfig) -> Multimodal:
+        with torch.device("meta"):  # shapes only: no memory, no random numbers
+            return Multimodal(ModelConfig(backbone=backbone, vocabulary=vocabulary, space=0, tied=tied))
+
     tensors = {}
-    for name, wanted in model.state_dict().items():
+    for name, wanted in build(backbone).state_dict().items():
         parts = [weights.read(part) for part, _ in plan[name]] or [torch.zeros(wanted.shape)]
         value = parts[0] if len(parts) == 1 else torch.cat(parts)
         if family == "gpt2" and name.startswith("backbone.blocks.") and value.ndim == 2:
@@ -369,6 +413,8 @@ def load(name_or_folder: str | Path, device: torch.device | None = None) -> Chec
         tensors[name] = value
     if copied and not torch.equal(weights.read(head), tensors["rows.free"][:size]):
         raise PlaitError(f"{folder} has a {head} of its own, though config.json says tie_word_embeddings.")
+    backbone = _fold(tensors, backbone)
+    model = build(backbone)
     model.load_state_dict(tensors, assign=True)
     if backbone.position == "rotary":
         model.backbone.frequencies = rotary_frequencies(backbone)

@@ -36,7 +36,7 @@ class TransformerConfig(BaseModel):
     bias: bool = False  # of the other projections
     norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
-    rope_scaling: dict[str, float | int | str] | None = None  # Llama 3's frequency scaling, as its config.json has it
+    rope_scaling: dict[str, float | int | str] | None = None  # of the frequencies, as config.json has it
     dropout: float = 0.0
 
     @model_validator(mode="after")
@@ -106,18 +106,41 @@ def make_norm(config: TransformerConfig) -> nn.Module:
 
 
 def rotary_frequencies(config: TransformerConfig) -> Tensor:
-    """Radians a position, (E / 2,), in Llama 3's scaled form where the configuration asks for it."""
+    """Radians a position, (E / 2,), scaled as the configuration asks: linear, llama3 or yarn; dynamic scaling changes
+    nothing up to the model's length, which is as far as ours goes."""
     half = torch.arange(0, config.head_width, 2, dtype=torch.float32) / config.head_width
     frequency = 1.0 / config.rope_theta**half
     scaling = config.rope_scaling
-    if scaling is None:
+    if scaling is None or scaling["rope_type"] == "dynamic":
         return frequency
     factor = float(scaling["factor"])
+    if scaling["rope_type"] == "linear":
+        return frequency / factor
+    if scaling["rope_type"] == "yarn":
+        return _yarn(config, frequency, factor, scaling)
     low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
     trained = float(scaling["original_max_position_embeddings"])
     turns = trained * frequency / (2 * math.pi)
     blend = ((turns - low) / (high - low)).clamp(0, 1)
     return frequency * (blend + (1 - blend) / factor)
+
+
+def _yarn(config: TransformerConfig, frequency: Tensor, factor: float, scaling: dict[str, float | int | str]) -> Tensor:
+    """Frequencies that turn often within the trained length stay, rare ones are divided by the factor, those between
+    are blended by their place (Peng, Quesnelle, Fan and Shippole, "YaRN", 2023)."""
+    trained, last = float(scaling["original_max_position_embeddings"]), config.head_width - 1
+
+    def place(turns: float) -> float:
+        """Of the frequency that makes so many turns in the trained length."""
+        return config.head_width * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    low, high = place(float(scaling["beta_fast"])), place(float(scaling["beta_slow"]))
+    if scaling["truncate"]:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, last)
+    ramp = (torch.arange(len(frequency)) - low) / (high - low if high != low else 0.001)
+    blend = ramp.clamp(0, 1)
+    return frequency * (1 - blend + blend / factor)
 
 
 def rotary(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:

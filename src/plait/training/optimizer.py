@@ -13,20 +13,26 @@ from plait.training.distributed import is_shard
 
 
 def make_optimizer(
-    modules: list[nn.Module], learning_rate: float, weight_decay: float, betas: tuple[float, float]
+    modules: list[nn.Module],
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    tower_rate: float = 1.0,
 ) -> torch.optim.AdamW:
-    """Fused AdamW over what is trainable in the modules; rows, norms and biases do not decay."""
+    """Fused AdamW over what is trainable in the modules; rows, norms and biases do not decay. Pretrained encoders learn
+    at a share `tower_rate` of the learning rate, the entry "share" of their groups."""
     decay: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
+    tower: list[nn.Parameter] = []
     for module in modules:
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 matrix = parameter.ndim >= 2 and not name.startswith(("rows.", "head.")) and "places" not in name
-                (decay if matrix else plain).append(parameter)
+                (tower if ".encoder.tower." in name else decay if matrix else plain).append(parameter)
     # A fused step takes whole tensors or shards, not both at once.
     groups = [
-        {"params": chosen, "weight_decay": rate}
-        for some, rate in ((decay, weight_decay), (plain, 0.0))
+        {"params": chosen, "weight_decay": rate, "share": share}
+        for some, rate, share in ((decay, weight_decay, 1.0), (plain, 0.0, 1.0), (tower, 0.0, tower_rate))
         for sharded in (False, True)
         if (chosen := [p for p in some if is_shard(p) == sharded])
     ]

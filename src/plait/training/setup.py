@@ -11,6 +11,7 @@ from plait.config import SIZES, BackboneRecipe, Recipe, Size, describe_error, pa
 from plait.data.dataset import Dataset
 from plait.modalities import MODALITIES, SETTINGS
 from plait.modalities.base import Vocabulary
+from plait.model import towers
 from plait.model.multimodal import ModelConfig, Multimodal
 from plait.model.transformer import TransformerConfig
 from plait.runtime import PlaitError
@@ -67,10 +68,12 @@ def backbone_config(size: Size, mine: BackboneRecipe) -> TransformerConfig:
 def sized_config(recipe: Recipe) -> ModelConfig:
     """The network that a recipe calls for where the data are coloured pictures, sound and text of its size."""
     size = SIZES[recipe.model.size]
+    image, audio = (_with_tower(getattr(recipe.model, m), m) for m in ("image", "audio"))
+    side = image["tower"]["size"] if "tower" in image else size.picture
     try:
         settings = {
-            "image": SETTINGS["image"].sized(size.picture, {"channels": 3, **recipe.model.image}),
-            "audio": SETTINGS["audio"].sized(size.rate, {"seconds": size.seconds, **recipe.model.audio}),
+            "image": SETTINGS["image"].sized(side, {"channels": 3, **image}),
+            "audio": SETTINGS["audio"].sized(size.rate, {"seconds": size.seconds, **audio}),
         }
     except ValidationError as error:
         raise PlaitError(f"In the recipe's model: {error.errors()[0]['msg']}") from None
@@ -90,6 +93,15 @@ def sized_config(recipe: Recipe) -> ModelConfig:
         modalities={name: one.model_dump() for name, one in settings.items()},
         read_only=[name for name in settings if recipe.training.weights.get(name) == 0],
     )
+
+
+def _with_tower(overrides: dict[str, Any], modality: str) -> dict[str, Any]:
+    """A recipe's overrides of a modality's settings, with what the pretrained encoder that they name is."""
+    if "tower" in overrides:
+        raise PlaitError(f"In the recipe's model.{modality}: tower is filled in by itself; name the tower as encoder.")
+    if overrides.get("encoder") is None:
+        return overrides
+    return {**overrides, "tower": towers.describe(overrides["encoder"], modality).model_dump()}
 
 
 def size_table() -> dict[str, dict[str, str]]:
@@ -113,6 +125,7 @@ def fit_settings(dataset: Dataset, modality: str, size: Size, overrides: dict[st
             break
     if not examples:
         raise PlaitError(f"No record of train in {dataset.path} has {modality}; map its columns to ignore.")
+    overrides = _with_tower(overrides, modality)
     try:
         return SETTINGS[modality].fitted(size, examples, overrides)
     except ValidationError as error:

@@ -28,6 +28,7 @@ from safetensors.torch import save as tensors_to_bytes
 from plait.config import SIZES, Recipe, parse_recipe
 from plait.data.dataset import Dataset
 from plait.modalities.text import Text
+from plait.model import towers
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import Multimodal
 from plait.runtime import (
@@ -285,6 +286,7 @@ def train(
             model = huggingface.extend(imported, config)
         else:
             model = Multimodal(config)
+        towers.adopt(model, imported.model if imported else None)
         splits = {}
         for name in ("train", "val"):
             with group.in_turn():
@@ -352,7 +354,7 @@ def _optimise(
             f"A batch of {training.batch_size} records cannot be cut into {cut} parts ({group.size} processes, "
             f"training.accumulate {settings.accumulate}). Take fewer, or a larger training.batch_size."
         )
-    optimizer = make_optimizer([model], run.peak, settings.weight_decay, settings.betas)
+    optimizer = make_optimizer([model], run.peak, settings.weight_decay, settings.betas, settings.tower_rate)
 
     def one(number: int) -> tuple[dict[str, float], int]:
         restricted = bool(uniform(settings.seed, number, UNRESTRICTED) >= settings.unrestricted)
@@ -395,7 +397,7 @@ def _optimise(
         model.backbone.compile_blocks()
     if "steps" not in run.facts:
         run.decide(steps=settings.steps or saver.step + int(group.told(_calibrate(model, optimizer, one, seconds))))
-        optimizer = make_optimizer([model], run.peak, settings.weight_decay, settings.betas)
+        optimizer = make_optimizer([model], run.peak, settings.weight_decay, settings.betas, settings.tower_rate)
     planned: int = run.facts["steps"]
     begun = time.perf_counter()
     average = Average(model, settings.ema) if settings.ema else None
@@ -455,7 +457,7 @@ def _optimise(
                     _revise(run, number, planned, seconds, group.told(time.perf_counter() - begun))
                     steps = run.steps_from(number)
                 for options in optimizer.param_groups:
-                    options["lr"] = learning_rate_at(number, steps, run.peak, settings.warmup)
+                    options["lr"] = learning_rate_at(number, steps, run.peak, settings.warmup) * options["share"]
                 whole = False
                 losses, seen = one(number)
                 if average is not None:
