@@ -423,10 +423,16 @@ def _storage(url: str | None, folder: Path) -> BaseStorage:
     if url.startswith(("postgresql://", "postgres://")):
         url = "postgresql+psycopg://" + url.partition("://")[2]
     again = RetryHeartbeatStaleTrialCallback()
-    try:
-        return RDBStorage(url, heartbeat_interval=BEAT, grace_period=SILENCE, heartbeat_stale_trial_callback=again)
-    except ImportError as error:
-        raise PlaitError(f"The driver of this storage is not installed: {error}.") from error
+    for attempt in range(3):
+        try:
+            return RDBStorage(url, heartbeat_interval=BEAT, grace_period=SILENCE, heartbeat_stale_trial_callback=again)
+        except ImportError as error:
+            raise PlaitError(f"The driver of this storage is not installed: {error}.") from error
+        except SQLAlchemyError:  # two machines made its tables at once, or it is not there
+            if attempt == 2:
+                raise
+            time.sleep(1)
+    raise AssertionError("not reached")
 
 
 def _suggest(trial: Trial, field: Field) -> float | int:
