@@ -1,9 +1,9 @@
-"""Train by Ray Train: Ray places the workers, Plait trains. `pip install "ray[train]"` first.
+"""Train by Ray Train: Ray places the workers, Plait trains. `pip install -e ".[ray]"` first.
 
 python docs/cluster/ray_train.py data/photos runs/photos --workers 2 [--gpu] [--recipe recipe.yaml]
 
 The data set and the run's folder must lie where all nodes see them. Started again, a run goes on where it stopped.
-Not yet seen to train: see docs/cluster.md.
+Checked on one machine: Ray 2.60, two workers, gloo.
 """
 
 from __future__ import annotations

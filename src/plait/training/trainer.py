@@ -180,6 +180,8 @@ class Run:
     def codecs(self, model: Multimodal, splits: dict[str, Split]) -> None:
         """Train each codec, or read it again; then encode all media."""
         anew = False
+        if not self.group.first:  # the first process has just written down what it trained
+            self.facts = read_json(self.folder / "run.json")
         trained = (self.facts if self.source == self.folder else read_json(self.source / "run.json")).get("codecs", {})
         for name, modality in model.media.items():
             if name in model.config.read_only:
@@ -196,6 +198,7 @@ class Run:
                     raise PlaitError(f"{path} was altered or cut. Go on with that run first, which mends it.")
                 note = f"{path} was altered or cut; it is trained again, which makes it what it was"
                 self.report(Progress("note", 1, 1, note=note))
+            assert self.group.first
             stores = [splits["train"].media[c] for c, m in self.dataset.columns.items() if m == name]
             result = train_codec(
                 modality,
