@@ -667,3 +667,30 @@ def test_onnx_gives_the_same_logits(switches, tmp_path):
             wanted = our_logits(checkpoint.model, ids).numpy()
         assert abs(session.run(None, {"input_ids": ids.numpy()})[0] - wanted).max() < 1e-4
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_an_exported_run_keeps_its_spans_without_our_grammar(trained, request, tmp_path):
+    plait_command = request.getfixturevalue("plait")  # the package has the name here
+    assert plait_command("export", trained, "-o", tmp_path / "out") == 0
+    mine = plait.load(trained, device="cpu", precision="fp32")
+    model, vocabulary = mine.checkpoint.model, mine.vocabulary
+    reader = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = torch.randint(vocabulary.size, (2, 60), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        theirs, ours = reader(ids).logits, our_logits(model, ids)
+    for space, (start, stop) in vocabulary.spaces.items():  # within a space nothing moved, but its closer as one
+        stop -= space in vocabulary.closers
+        pair = [logits[..., start:stop].log_softmax(-1) for logits in (theirs, ours)]
+        assert (pair[0] - pair[1]).abs().max() < 1e-4
+    transformers.set_seed(0)
+    for column, space in vocabulary.columns.items():
+        context = [*tokenizer("red disc").input_ids, vocabulary.opener(column)]
+        made = reader.generate(torch.tensor([context] * 16), max_new_tokens=60, pad_token_id=vocabulary.pad)
+        start, stop = vocabulary.spaces[space]
+        wrong = total = 0
+        for row in made[:, len(context) :].tolist():
+            row = row[: row.index(vocabulary.end)] if vocabulary.end in row else row
+            total += len(row)
+            wrong += sum(not start <= token < stop for token in row)
+        assert wrong <= 0.02 * total, (column, wrong, total)

@@ -809,6 +809,7 @@ def export(
     Example: plait export runs/demo --to transformers -o exported
     """
     from plait.applications.model import Model as OurModel
+    from plait.generation.legal import settle
     from plait.model.export import export_onnx, export_transformers
     from plait.runtime import PlaitError
 
@@ -820,7 +821,7 @@ def export(
         raise PlaitError(
             f"{model} runs in transformers already; only GPT-2, Llama, Qwen3 and Plait models are exported."
         )
-    formats[to](loaded.checkpoint, out_folder)
+    formats[to](settle(loaded.checkpoint, loaded.engine), out_folder)
     out.print(f"Written: {out_folder}")
 
 

@@ -26,6 +26,7 @@ from plait.model.transformer import TransformerConfig
 from plait.runtime import PlaitError, publish_folder, write_atomic, write_json
 
 ONNX_TOLERANCE = 1e-4
+MIN_P = 0.02  # of the likeliest id's probability: what plain sampling leaves out
 
 
 # --- transformers -----------------------------------------------------------------------------------------------
@@ -183,6 +184,8 @@ def _generation(checkpoint: Checkpoint, size: int) -> dict[str, Any]:
     }
     if sampling.temperature > 0:
         values |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    if vocabulary.levels:  # what our grammar makes impossible is improbable here; this takes the rest
+        values["min_p"] = MIN_P
     if never := [id for id in (vocabulary.pad, vocabulary.special(END)) if id < size and id != vocabulary.end]:
         values["suppress_tokens"] = never
     return values
@@ -262,7 +265,8 @@ pictures and sounds into embeddings, and codes into pictures and sounds, are in 
 Openers of spans: {openers}. In text, names of special tokens are plain characters; to write one, use its id
 (`tokenizer.convert_tokens_to_ids("<|pad|>")`; a name that the text's tokenizer had before has `plait:` in front,
 `<|plait:pad|>`). Outside Plait nothing keeps the spans well formed but what the
-model learned.
+model learned: `plait export` has fitted one vector a space on top, which changes no probability within a space, and
+`generation_config.json` asks for `min_p`.
 """
 
 
