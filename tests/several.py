@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from conftest import RECIPE
-from plait.training.trainer import Progress
+from plait.training.run import Progress
 
 SMALL = {**yaml.safe_load(RECIPE)["model"], "backbone": {"width": 32, "layers": 2, "heads": 2, "context": 96}}
 

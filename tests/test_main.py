@@ -18,7 +18,8 @@ from conftest import EN, RECIPE, picture
 from plait.config import parse_recipe
 from plait.data.dataset import Dataset
 from plait.data.prepare import prepare
-from plait.training.trainer import Progress, train
+from plait.training.run import Progress
+from plait.training.trainer import train
 
 Plait = Callable[..., int]
 

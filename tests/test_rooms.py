@@ -44,7 +44,7 @@ def test_help_is_quick_to_load() -> None:
 
 def test_print_belongs_to_the_command_line() -> None:
     for file in FILES:
-        if file.name == "cli.py":
+        if file.parent.name == "cli":
             continue
         calls = (
             node.func for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)

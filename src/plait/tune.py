@@ -29,7 +29,7 @@ from plait.evaluation.report import read_run
 from plait.evaluation.study import verdict, write_study_report
 from plait.runtime import PlaitError, key_of, only_writer, read_json, write_atomic, write_json
 from plait.training.fields import Field, check_objective, fields_of, score, with_values
-from plait.training.trainer import Progress
+from plait.training.run import Progress
 from plait.training.workers import Job, Message, Worker, Workers
 
 try:

@@ -457,7 +457,7 @@ def _summary(run: RunInfo) -> str:
     if run.parameters:
         parts.append(f"{sum(run.parameters.values()):,} parameters")
     if "steps" in facts:
-        parts.append(f"{facts.get('revised', facts)['steps']} steps")
+        parts.append(f"{(facts.get('revisions') or [facts])[-1]['steps']} steps")
     if isinstance(facts.get("seconds"), (int, float)) and facts["seconds"]:
         parts.append(f"trained {facts['seconds']:.0f} s")
     if "seed" in facts:

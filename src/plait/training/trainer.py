@@ -7,32 +7,24 @@ A run folder holds `run.json` (what was decided, once), `log.jsonl`, `codecs/`, 
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import math
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
-from safetensors.torch import save as tensors_to_bytes
 
-from plait.config import SIZES, Recipe, parse_recipe
+from plait.config import Recipe
 from plait.data.dataset import Dataset
 from plait.modalities.text import Text
 from plait.model import towers
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import Multimodal
 from plait.runtime import (
-    Device,
     DivergedError,
     PlaitError,
     Signals,
@@ -42,19 +34,16 @@ from plait.runtime import (
     keep_memory,
     only_writer,
     read_json,
-    sha256_file,
     signals,
     threads,
     uniform,
-    write_atomic,
-    write_json,
 )
-from plait.training.batches import PASS, Sampler, Split, add_codes, load_split, room_needed
-from plait.training.codecs import train_codec
+from plait.training.batches import PASS, Sampler, Split, load_split, room_needed
 from plait.training.distributed import Group, Network
 from plait.training.log import Log
 from plait.training.losses import Passes, step_losses, weighted
 from plait.training.optimizer import Average, learning_rate_at, make_optimizer
+from plait.training.run import Progress, Report, Run, difference
 from plait.training.saving import Position, Saver, restore
 from plait.training.setup import label_columns, model_config
 
@@ -62,183 +51,6 @@ UNRESTRICTED, DROPOUT = 17, 18  # keys of `uniform`: for steps with the whole so
 CALIBRATION = 8  # steps that a time budget is measured by
 COMPILED = 600  # seconds of training from which compiling pays
 FEW = 10_000  # samples below which what is written is augmented too
-# Settings that a run may change as it goes: none of them changes what a step computes.
-FREE = ("save_every", "keep", "keep_every", "log_records", "accumulate", "parallel", "recompute")
-
-
-@dataclass
-class Progress:
-    """What a training run tells while it works."""
-
-    stage: str
-    done: int
-    total: int
-    losses: dict[str, float] = field(default_factory=dict)
-    tokens_per_second: float = 0.0
-    note: str = ""
-
-
-Report = Callable[[Progress], None]
-
-
-class Run:
-    """The folder of a run and what training knows."""
-
-    def __init__(
-        self, folder: Path, dataset: Dataset, recipe: Recipe, report: Report, device: Device,
-        reuse: Path | None = None, group: Group | None = None,
-    ) -> None:  # fmt: skip
-        self.folder, self.dataset, self.recipe, self.device = folder, dataset, recipe, device
-        self.group = group or Group()
-        self.report: Report = report if self.group.first else lambda progress: None
-        self.source = reuse or folder  # whose tokenizer, codecs and cache
-        self.settings = recipe.training
-        self.size = SIZES[recipe.model.size]
-        self.batch_size = self.settings.batch_size or self.size.batch_size
-        self.peak = self.settings.learning_rate or self.size.learning_rate
-        self.facts: dict[str, Any] = {}
-        self.changed = False  # whether the recipe or the data are not those that the run began with
-
-    @property
-    def minutes(self) -> float:
-        return self.settings.minutes or self.size.minutes
-
-    def decide(self, **facts: Any) -> None:
-        """Write down what was chosen once; on resume it is only read."""
-        self.facts.update(facts)
-        if self.group.first:
-            write_json(self.folder / "run.json", self.facts)
-
-    def note(self, fact: str, name: str, value: Any) -> None:
-        """`decide` for one entry of a fact that holds one for each of several names."""
-        self.decide(**{fact: {**self.facts.get(fact, {}), name: value}})
-
-    def open(self, allow_changes: bool = False) -> bool:
-        """Begin or go on; True where the run had been finished. Refuses a folder of another recipe or dataset, unless
-        changes are allowed: then what depends on them is decided anew, and they are written down."""
-        shards = "".join(shard.sha256 for shard in self.dataset.manifest.shards)
-        wanted: dict[str, Any] = {
-            "recipe": self.recipe.model_dump(mode="json"),  # as run.json gives it back
-            "dataset": str(self.dataset.path),
-            "data": hashlib.sha256(shards.encode()).hexdigest(),
-        }
-        path = self.folder / "run.json"
-        if not path.exists():
-            shutil.rmtree(self.folder / "cache", ignore_errors=True)
-            self.decide(
-                **wanted, seed=self.settings.seed, size=self.recipe.model.size, device=self.device.kind,
-                processes=self.group.size, threads=torch.get_num_threads(),
-                precision=str(self.device.dtype).removeprefix("torch."), torch=torch.__version__, started=time.time(),
-            )  # fmt: skip
-            return False
-        self.facts = read_json(path)
-        if self.facts["device"] == self.device.kind:
-            self.device = Device(self.device.name, getattr(torch, self.facts["precision"]))
-        if self.facts.get("processes", 1) == self.group.size:
-            torch.set_num_threads(self.facts["threads"])
-        else:
-            self.decide(processes=self.group.size, threads=torch.get_num_threads())
-        old = parse_recipe(self.facts["recipe"], str(path)).model_dump(mode="json")
-        differences = {"recipe": _difference(_fixed(old), _fixed(wanted["recipe"])), "data": ""}
-        if self.facts["data"] != wanted["data"]:
-            differences["data"] = f" (sha256: was {self.facts['data'][:12]}, now {wanted['data'][:12]})"
-        changed = {name: text for name, text in differences.items() if text}
-        network = _difference(_network(old), _network(wanted["recipe"]))
-        for name, text in changed.items():
-            if not allow_changes or network:
-                other = "; the network of a run cannot change" if allow_changes else ", or pass --allow-changes"
-                raise PlaitError(
-                    f"{self.folder} holds a run of another {'dataset' if name == 'data' else 'recipe'}"
-                    f"{network if allow_changes else text}. Choose another folder with -o, or delete it{other}."
-                )
-        if changed:
-            self.changed = True
-            for name in ("steps", "revised", "finished", "stopped_early"):
-                self.facts.pop(name, None)
-            told = "".join(changed.values()).strip()
-            self.facts["changes"] = [*self.facts.get("changes", []), told]
-            self.report(Progress("note", 1, 1, note=f"going on with changes: {told}"))
-        if any(self.facts[name] != value for name, value in wanted.items()):
-            self.decide(**wanted)
-        return "finished" in self.facts
-
-    def steps_from(self, number: int) -> int:
-        """The length of the schedule as it stands at a step."""
-        revised = self.facts.get("revised")
-        return int(revised["steps"] if revised and number >= revised["at"] else self.facts["steps"])
-
-    def text(self) -> Text:
-        """The tokenizer: trained on the train split's texts, or read again on resume."""
-        path = self.source / "tokenizer.json"
-        if not path.exists():
-            train = self.dataset.indices("train")
-            texts = [self.dataset.texts(c) for c, kind in self.dataset.columns.items() if kind == "text"]
-            vocabulary = self.recipe.model.text.vocabulary or self.size.vocabulary
-            Text.train((t[i] for t in texts for i in train if t[i] is not None), vocabulary).save(path)
-        return Text.load(path)
-
-    def codecs(self, model: Multimodal, splits: dict[str, Split]) -> None:
-        """Train each codec, or read it again; then encode all media."""
-        anew = False
-        if not self.group.first:  # the first process has just written down what it trained
-            self.facts = read_json(self.folder / "run.json")
-        trained = (self.facts if self.source == self.folder else read_json(self.source / "run.json")).get("codecs", {})
-        for name, modality in model.media.items():
-            if name in model.config.read_only:
-                modality.codec.eval().requires_grad_(False)
-                continue
-            path = self.source / "codecs" / f"{name}.safetensors"
-            known = trained.get(name)
-            if known and path.exists():
-                if known["sha256"] == sha256_file(path):
-                    modality.codec.load_state_dict(load_file(path))
-                    modality.codec.eval().requires_grad_(False)
-                    continue
-                if self.source != self.folder:
-                    raise PlaitError(f"{path} was altered or cut. Go on with that run first, which mends it.")
-                note = f"{path} was altered or cut; it is trained again, which makes it what it was"
-                self.report(Progress("note", 1, 1, note=note))
-            assert self.group.first
-            stores = [splits["train"].media[c] for c, m in self.dataset.columns.items() if m == name]
-            result = train_codec(
-                modality,
-                stores,
-                steps=self.facts.get("codec_steps", {}).get(name) or self.settings.codec_steps,
-                seconds=self.minutes * 60 * self.settings.codec_share,
-                learning_rate=self.settings.codec_learning_rate,
-                seed=self.settings.seed,
-                decide=partial(self.note, "codec_steps", name),
-                progress=lambda name, done, total, loss: self.report(
-                    Progress(f"{name} codec", done, total, {"reconstruction": loss})
-                ),
-            )
-            path.parent.mkdir(exist_ok=True)
-            write_atomic(path, tensors_to_bytes({k: v.contiguous() for k, v in modality.codec.state_dict().items()}))
-            self.note("codecs", name, {**result, "sha256": sha256_file(path)})
-            anew = True
-        written = {c: m for c, m in self.dataset.columns.items() if m not in model.config.read_only}
-        for name, split in splits.items():
-            add_codes(split, written, model.media, self.source / "cache", name, anew)
-
-
-def _difference(old: Any, new: Any, where: str = "") -> str:
-    """The first keys in which two nested dictionaries differ, for a message."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        parts = [_difference(old.get(k), new.get(k), f"{where}.{k}".strip(".")) for k in {**old, **new}]
-        return "".join(part for part in parts if part)
-    return "" if old == new else f" ({where}: was {old}, now {new})"
-
-
-def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:
-    """What of a recipe a run may not change by itself."""
-    training = {name: value for name, value in recipe["training"].items() if name not in FREE}
-    return {**recipe, "training": training}
-
-
-def _network(recipe: dict[str, Any]) -> dict[str, Any]:
-    """What of a recipe fixes the network."""
-    backbone = {name: value for name, value in recipe["model"]["backbone"].items() if name != "dropout"}
-    return {"model": {**recipe["model"], "backbone": backbone}}
 
 
 def train(
@@ -401,7 +213,6 @@ def _optimise(
     if "steps" not in run.facts:
         run.decide(steps=settings.steps or saver.step + int(group.told(_calibrate(model, optimizer, one, seconds))))
         optimizer = make_optimizer([model], run.peak, settings.weight_decay, settings.betas, settings.tower_rate)
-    planned: int = run.facts["steps"]
     begun = time.perf_counter()
     average = Average(model, settings.ema) if settings.ema else None
     position = Position()
@@ -412,7 +223,6 @@ def _optimise(
         if run.changed:
             position.first = None  # losses may be weighted differently now
     start = position.step
-    every = max(planned // settings.validations, 1)
     labels = label_columns(run.dataset, context)
     log = Log(folder, start, position.validated, settings.log_records, writes=group.first)
 
@@ -442,6 +252,7 @@ def _optimise(
                 number = position.step
                 steps = run.steps_from(number)
                 scores: dict[str, float] = {}
+                every = max(steps // settings.validations, 1)
                 if number and position.validated < number and (number % every == 0 or number >= steps):
                     scores = measure()
                     improved = position.judge(group.told(weighted(scores, settings.weights)) if scores else None)
@@ -456,8 +267,8 @@ def _optimise(
                     break
                 saver.check()
                 check()
-                if number == planned // 4 and start == 0 and settings.steps is None and "revised" not in run.facts:
-                    _revise(run, number, planned, seconds, group.told(time.perf_counter() - begun))
+                if settings.steps is None and start == 0 and number in (steps // 8, steps // 4, steps // 2) and number:
+                    _revise(run, number, steps, seconds, group.told(time.perf_counter() - begun))
                     steps = run.steps_from(number)
                 for options in optimizer.param_groups:
                     options["lr"] = learning_rate_at(number, steps, run.peak, settings.warmup) * options["share"]
@@ -520,7 +331,7 @@ def _same_network(folder: Path, model: Multimodal) -> None:
     theirs = {name: config.get(name) for name in mine}
     for one in (mine, theirs):
         one["backbone"] = {name: value for name, value in one["backbone"].items() if name != "dropout"}
-    different = _difference(theirs, mine) + _difference(read_json(folder / "preprocessor_config.json"), settings)
+    different = difference(theirs, mine) + difference(read_json(folder / "preprocessor_config.json"), settings)
     if different:
         raise PlaitError(f"{folder} is of another network{different}. Choose another folder with -o.")
 
@@ -559,9 +370,11 @@ def _stable(position: Position, loss: float, records: list[int], split: Split) -
 
 
 def _revise(run: Run, number: int, planned: int, seconds: float, used: float) -> None:
-    """Plan fewer steps, once, where a quarter of them shows that the machine is slower than it was measured."""
-    possible = number + int(max(seconds - used, 0) / (used / number))
-    run.decide(revised={"at": number, "steps": max(possible, number + 1) if possible < 0.9 * planned else planned})
+    """Plan anew where the steps so far show that the machine is slower or faster than it was measured: what else ran
+    beside may have begun or ended."""
+    possible = max(number + int(max(seconds - used, 0) / (used / number)), number + 1)
+    if not 0.9 * planned < possible < 1.1 * planned:
+        run.decide(revisions=[*run.facts.get("revisions", []), {"at": number, "steps": possible}])
 
 
 def _compiles(run: Run, model: Multimodal, seconds: float) -> bool:
@@ -612,34 +425,3 @@ def validate(
     finally:
         network.passes.train()
     return {name: float(np.mean(values)) for name, values in sums.items()}
-
-
-def describe(folder: Path) -> str:
-    """What a run decided and how large its model is, for people."""
-    facts = read_json(folder / "run.json")
-    config = read_json(folder / "checkpoints" / "best" / "config.json")
-    backbone, shown = config["backbone"], facts["decided"]
-    parts = ", ".join(f"{name} {count:,}" for name, count in shown["parameters"].items())
-    notes = "".join(f"\nNote: {note}." for note in facts.get("notes", []))
-    stopped = f", stopped early at {facts['stopped_early']}" if "stopped_early" in facts else ""
-    return (
-        f"Size {facts['size']}: width {backbone['width']}, {backbone['layers']} layers; {parts} parameters.\n"
-        f"{facts.get('revised', facts)['steps']} steps of {shown['batch_size']} records{stopped}; "
-        f"learning rate {shown['learning_rate']:g}; "
-        f"seed {facts['seed']}; on {facts['device']} with {facts['threads']} threads. "
-        f"Best checkpoint: step {config['training']['step']} in {folder / 'checkpoints' / 'best'}{_averaged(folder)}"
-        f"{notes}"
-    )
-
-
-def _averaged(folder: Path) -> str:
-    """What an average of the weights did to validation, where there is one."""
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    weights = read_json(folder / "run.json")["recipe"]["training"]["weights"]
-    found = {}
-    for row in rows:
-        losses = {name.removeprefix("loss/"): value for name, value in row.items() if name.startswith("loss/")}
-        found[row["split"]] = weighted(losses, weights)
-    if "val_raw" not in found:
-        return ""
-    return f"\nAveraged weights: validation loss {found['val']:.4f}; the raw ones: {found['val_raw']:.4f}."

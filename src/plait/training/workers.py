@@ -18,7 +18,8 @@ import torch
 from plait.config import Recipe
 from plait.data.dataset import Dataset
 from plait.runtime import DivergedError, PlaitError, Terminated, only_writer, threads
-from plait.training.trainer import Progress, train
+from plait.training.run import Progress
+from plait.training.trainer import train
 
 LEAVING = 20.0  # seconds that a dying process may take to let go of a run's folder
 

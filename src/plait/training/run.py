@@ -1,0 +1,246 @@
+"""The folder of a run: what was decided once, its tokenizer and codecs, and what to tell of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as tensors_to_bytes
+
+from plait.config import SIZES, Recipe, parse_recipe
+from plait.data.dataset import Dataset
+from plait.modalities.text import Text
+from plait.model.multimodal import Multimodal
+from plait.runtime import (
+    Device,
+    PlaitError,
+    read_json,
+    sha256_file,
+    write_atomic,
+    write_json,
+)
+from plait.training.batches import Split, add_codes
+from plait.training.codecs import train_codec
+from plait.training.distributed import Group
+from plait.training.losses import weighted
+
+# Settings that a run may change as it goes: none of them changes what a step computes.
+FREE = ("save_every", "keep", "keep_every", "log_records", "accumulate", "parallel", "recompute")
+
+
+@dataclass
+class Progress:
+    """What a training run tells while it works."""
+
+    stage: str
+    done: int
+    total: int
+    losses: dict[str, float] = field(default_factory=dict)
+    tokens_per_second: float = 0.0
+    note: str = ""
+
+
+Report = Callable[[Progress], None]
+
+
+class Run:
+    """The folder of a run and what training knows."""
+
+    def __init__(
+        self, folder: Path, dataset: Dataset, recipe: Recipe, report: Report, device: Device,
+        reuse: Path | None = None, group: Group | None = None,
+    ) -> None:  # fmt: skip
+        self.folder, self.dataset, self.recipe, self.device = folder, dataset, recipe, device
+        self.group = group or Group()
+        self.report: Report = report if self.group.first else lambda progress: None
+        self.source = reuse or folder  # whose tokenizer, codecs and cache
+        self.settings = recipe.training
+        self.size = SIZES[recipe.model.size]
+        self.batch_size = self.settings.batch_size or self.size.batch_size
+        self.peak = self.settings.learning_rate or self.size.learning_rate
+        self.facts: dict[str, Any] = {}
+        self.changed = False  # whether the recipe or the data are not those that the run began with
+
+    @property
+    def minutes(self) -> float:
+        return self.settings.minutes or self.size.minutes
+
+    def decide(self, **facts: Any) -> None:
+        """Write down what was chosen once; on resume it is only read."""
+        self.facts.update(facts)
+        if self.group.first:
+            write_json(self.folder / "run.json", self.facts)
+
+    def note(self, fact: str, name: str, value: Any) -> None:
+        """`decide` for one entry of a fact that holds one for each of several names."""
+        self.decide(**{fact: {**self.facts.get(fact, {}), name: value}})
+
+    def open(self, allow_changes: bool = False) -> bool:
+        """Begin or go on; True where the run had been finished. Refuses a folder of another recipe or dataset, unless
+        changes are allowed: then what depends on them is decided anew, and they are written down."""
+        shards = "".join(shard.sha256 for shard in self.dataset.manifest.shards)
+        wanted: dict[str, Any] = {
+            "recipe": self.recipe.model_dump(mode="json"),  # as run.json gives it back
+            "dataset": str(self.dataset.path),
+            "data": hashlib.sha256(shards.encode()).hexdigest(),
+        }
+        path = self.folder / "run.json"
+        if not path.exists():
+            shutil.rmtree(self.folder / "cache", ignore_errors=True)
+            self.decide(
+                **wanted, seed=self.settings.seed, size=self.recipe.model.size, device=self.device.kind,
+                processes=self.group.size, threads=torch.get_num_threads(),
+                precision=str(self.device.dtype).removeprefix("torch."), torch=torch.__version__, started=time.time(),
+            )  # fmt: skip
+            return False
+        self.facts = read_json(path)
+        if self.facts["device"] == self.device.kind:
+            self.device = Device(self.device.name, getattr(torch, self.facts["precision"]))
+        if self.facts.get("processes", 1) == self.group.size:
+            torch.set_num_threads(self.facts["threads"])
+        else:
+            self.decide(processes=self.group.size, threads=torch.get_num_threads())
+        old = parse_recipe(self.facts["recipe"], str(path)).model_dump(mode="json")
+        differences = {"recipe": difference(_fixed(old), _fixed(wanted["recipe"])), "data": ""}
+        if self.facts["data"] != wanted["data"]:
+            differences["data"] = f" (sha256: was {self.facts['data'][:12]}, now {wanted['data'][:12]})"
+        changed = {name: text for name, text in differences.items() if text}
+        network = difference(_network(old), _network(wanted["recipe"]))
+        for name, text in changed.items():
+            if not allow_changes or network:
+                other = "; the network of a run cannot change" if allow_changes else ", or pass --allow-changes"
+                raise PlaitError(
+                    f"{self.folder} holds a run of another {'dataset' if name == 'data' else 'recipe'}"
+                    f"{network if allow_changes else text}. Choose another folder with -o, or delete it{other}."
+                )
+        if changed:
+            self.changed = True
+            for name in ("steps", "revisions", "finished", "stopped_early"):
+                self.facts.pop(name, None)
+            told = "".join(changed.values()).strip()
+            self.facts["changes"] = [*self.facts.get("changes", []), told]
+            self.report(Progress("note", 1, 1, note=f"going on with changes: {told}"))
+        if any(self.facts[name] != value for name, value in wanted.items()):
+            self.decide(**wanted)
+        return "finished" in self.facts
+
+    def steps_from(self, number: int) -> int:
+        """The length of the schedule as it stands at a step."""
+        steps = self.facts["steps"]
+        for revision in self.facts.get("revisions", []):
+            if number >= revision["at"]:
+                steps = revision["steps"]
+        return int(steps)
+
+    def text(self) -> Text:
+        """The tokenizer: trained on the train split's texts, or read again on resume."""
+        path = self.source / "tokenizer.json"
+        if not path.exists():
+            train = self.dataset.indices("train")
+            texts = [self.dataset.texts(c) for c, kind in self.dataset.columns.items() if kind == "text"]
+            vocabulary = self.recipe.model.text.vocabulary or self.size.vocabulary
+            Text.train((t[i] for t in texts for i in train if t[i] is not None), vocabulary).save(path)
+        return Text.load(path)
+
+    def codecs(self, model: Multimodal, splits: dict[str, Split]) -> None:
+        """Train each codec, or read it again; then encode all media."""
+        anew = False
+        if not self.group.first:  # the first process has just written down what it trained
+            self.facts = read_json(self.folder / "run.json")
+        trained = (self.facts if self.source == self.folder else read_json(self.source / "run.json")).get("codecs", {})
+        for name, modality in model.media.items():
+            if name in model.config.read_only:
+                modality.codec.eval().requires_grad_(False)
+                continue
+            path = self.source / "codecs" / f"{name}.safetensors"
+            known = trained.get(name)
+            if known and path.exists():
+                if known["sha256"] == sha256_file(path):
+                    modality.codec.load_state_dict(load_file(path))
+                    modality.codec.eval().requires_grad_(False)
+                    continue
+                if self.source != self.folder:
+                    raise PlaitError(f"{path} was altered or cut. Go on with that run first, which mends it.")
+                note = f"{path} was altered or cut; it is trained again, which makes it what it was"
+                self.report(Progress("note", 1, 1, note=note))
+            assert self.group.first
+            stores = [splits["train"].media[c] for c, m in self.dataset.columns.items() if m == name]
+            result = train_codec(
+                modality,
+                stores,
+                steps=self.facts.get("codec_steps", {}).get(name) or self.settings.codec_steps,
+                seconds=self.minutes * 60 * self.settings.codec_share,
+                learning_rate=self.settings.codec_learning_rate,
+                seed=self.settings.seed,
+                decide=partial(self.note, "codec_steps", name),
+                progress=lambda name, done, total, loss: self.report(
+                    Progress(f"{name} codec", done, total, {"reconstruction": loss})
+                ),
+            )
+            path.parent.mkdir(exist_ok=True)
+            write_atomic(path, tensors_to_bytes({k: v.contiguous() for k, v in modality.codec.state_dict().items()}))
+            self.note("codecs", name, {**result, "sha256": sha256_file(path)})
+            anew = True
+        written = {c: m for c, m in self.dataset.columns.items() if m not in model.config.read_only}
+        for name, split in splits.items():
+            add_codes(split, written, model.media, self.source / "cache", name, anew)
+
+
+def difference(old: Any, new: Any, where: str = "") -> str:
+    """The first keys in which two nested dictionaries differ, for a message."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        parts = [difference(old.get(k), new.get(k), f"{where}.{k}".strip(".")) for k in {**old, **new}]
+        return "".join(part for part in parts if part)
+    return "" if old == new else f" ({where}: was {old}, now {new})"
+
+
+def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What of a recipe a run may not change by itself."""
+    training = {name: value for name, value in recipe["training"].items() if name not in FREE}
+    return {**recipe, "training": training}
+
+
+def _network(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What of a recipe fixes the network."""
+    backbone = {name: value for name, value in recipe["model"]["backbone"].items() if name != "dropout"}
+    return {"model": {**recipe["model"], "backbone": backbone}}
+
+
+def describe(folder: Path) -> str:
+    """What a run decided and how large its model is, for people."""
+    facts = read_json(folder / "run.json")
+    config = read_json(folder / "checkpoints" / "best" / "config.json")
+    backbone, shown = config["backbone"], facts["decided"]
+    parts = ", ".join(f"{name} {count:,}" for name, count in shown["parameters"].items())
+    notes = "".join(f"\nNote: {note}." for note in facts.get("notes", []))
+    stopped = f", stopped early at {facts['stopped_early']}" if "stopped_early" in facts else ""
+    return (
+        f"Size {facts['size']}: width {backbone['width']}, {backbone['layers']} layers; {parts} parameters.\n"
+        f"{(facts.get('revisions') or [facts])[-1]['steps']} steps of {shown['batch_size']} records{stopped}; "
+        f"learning rate {shown['learning_rate']:g}; "
+        f"seed {facts['seed']}; on {facts['device']} with {facts['threads']} threads. "
+        f"Best checkpoint: step {config['training']['step']} in {folder / 'checkpoints' / 'best'}{_averaged(folder)}"
+        f"{notes}"
+    )
+
+
+def _averaged(folder: Path) -> str:
+    """What an average of the weights did to validation, where there is one."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    weights = read_json(folder / "run.json")["recipe"]["training"]["weights"]
+    found = {}
+    for row in rows:
+        losses = {name.removeprefix("loss/"): value for name, value in row.items() if name.startswith("loss/")}
+        found[row["split"]] = weighted(losses, weights)
+    if "val_raw" not in found:
+        return ""
+    return f"\nAveraged weights: validation loss {found['val']:.4f}; the raw ones: {found['val_raw']:.4f}."
