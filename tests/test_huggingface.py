@@ -24,6 +24,7 @@ from plait.model import checkpoint as own
 from plait.model import huggingface
 from plait.model.checkpoint import Checkpoint
 from plait.model.export import export_onnx, export_transformers
+from plait.model.growing import extend
 from plait.model.multimodal import ModelConfig, Multimodal
 from plait.model.transformer import KVCache, TransformerConfig, View
 from plait.runtime import PlaitError
@@ -492,7 +493,7 @@ def test_extending_keeps_the_old_model_and_adds_middling_rows(name, folders):
     config = ModelConfig(
         backbone=old.config.backbone, vocabulary=wide, space=16, tied=old.config.tied, modalities=settings
     )
-    grown = huggingface.extend(source, config)
+    grown = extend(source, config)
     ids = torch.arange(60)[None]
     with torch.inference_mode():
         logits = our_logits(grown, ids)
@@ -505,7 +506,7 @@ def test_extending_keeps_the_old_model_and_adds_middling_rows(name, folders):
 
     # With an end of our own, and without the ids that the tokenizer does not have: as training asks for it.
     ours = wide.model_copy(update={"text": source.text.size, "end_id": None})
-    short = huggingface.extend(source, config.model_copy(update={"vocabulary": ours}))
+    short = extend(source, config.model_copy(update={"vocabulary": ours}))
     assert torch.equal(short.rows.free[ours.end], old.rows.free[256])
     assert torch.equal(our_logits(short, ids)[..., : ours.text], our_logits(old, ids)[..., : ours.text])
 
@@ -518,7 +519,7 @@ def test_extending_keeps_the_old_model_and_adds_middling_rows(name, folders):
             "modalities": {"audio": settings["audio"], "image": {"levels": [6, 3]}},
         }
     )
-    again = huggingface.extend(grown, swapped)
+    again = extend(grown, swapped)
     start, stop = swapped.vocabulary.spaces["audio"]
     first, last = wide.spaces["audio"]
     assert torch.equal(again.rows.space("audio"), grown.rows.space("audio")) and stop - start == last - first
@@ -540,7 +541,7 @@ def test_extending_refuses_another_backbone_or_vocabulary(folders):
         ({"tied": True}, "head of its own"),
     ]:
         with pytest.raises(PlaitError, match=message):
-            huggingface.extend(source, config.model_copy(update=change))
+            extend(source, config.model_copy(update=change))
 
 
 # --- export -------------------------------------------------------------------------------------------------------
@@ -625,7 +626,7 @@ def test_the_exported_tokenizer_has_our_ids_and_plain_user_text(tmp_path, folder
     backbone = source.model.config.backbone
     settings = {"image": {"levels": [4, 3]}}
     config = ModelConfig(backbone=backbone, vocabulary=wide, space=0, tied=True, modalities=settings)
-    export_transformers(Checkpoint(huggingface.extend(source, config), source.text), tmp_path / "grown")
+    export_transformers(Checkpoint(extend(source, config), source.text), tmp_path / "grown")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "grown")
     assert len(tokenizer) == wide.size and tokenizer.convert_tokens_to_ids("<|image|>") == wide.opener("image")
     assert tokenizer.convert_tokens_to_ids("<|plait:endoftext|>") == SIZE

@@ -42,13 +42,20 @@ class TextRecipe(_Settings):
 
 class ModelRecipe(_Settings):
     size: Literal["tiny", "small", "base", "large"] = "tiny"
-    init_from: str | None = None  # a Hugging Face name or folder whose weights the backbone starts from
+    init_from: str | None = None  # a run, a checkpoint, or a Hugging Face name or folder to start from
     backbone: BackboneRecipe = BackboneRecipe()
     text: TextRecipe = TextRecipe()
     image: dict[str, Any] = {}  # overrides of modalities.image.ImageSettings
     audio: dict[str, Any] = {}  # overrides of modalities.audio.AudioSettings
     space: int | None = Field(None, ge=0)
     tied: bool | None = None
+
+
+class LoraRecipe(_Settings):
+    """Low-rank updates of the backbone's matrices; all else that came with init_from is frozen."""
+
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0)  # the updates count alpha / rank times
 
 
 class TrainingRecipe(_Settings):
@@ -69,6 +76,9 @@ class TrainingRecipe(_Settings):
     weights: dict[str, float] = {}  # of objectives: text, image, audio (1), contrastive (.5); 0: never written
     drop_condition: float = Field(0.1, ge=0, lt=1)  # share of samples written without their condition
     unrestricted: float = Field(0.05, ge=0, le=1)  # share of steps whose softmax runs over the whole vocabulary
+    freeze: list[str] = []  # parts of init_from: encoder, encoder.image, encoder.audio, backbone, rows
+    lora: LoraRecipe | None = None
+    replay: dict[str, float] = {}  # further prepared datasets -> the share of every batch that comes from each
     augment: bool = True
     augment_targets: bool | None = None  # also what is written; by itself where a modality has few samples
     validations: int = Field(20, ge=1)  # in a run

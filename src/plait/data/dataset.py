@@ -261,3 +261,62 @@ class Dataset:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["path"], state["manifest"])  # type: ignore[misc]
+
+
+class Joined(Dataset):
+    """Several datasets as one, the first one's records coming first. Columns of one name are one column; `source` says
+    where a record is from."""
+
+    def __init__(self, datasets: Sequence[Dataset]) -> None:
+        """Raises PlaitError where two of them disagree about what a column holds."""
+        columns: dict[str, str] = {}
+        for dataset in datasets:
+            for name, kind in dataset.columns.items():
+                if columns.setdefault(name, kind) != kind:
+                    raise PlaitError(
+                        f"Column '{name}' holds {kind} in {dataset.path}, and {columns[name]} in another dataset. "
+                        f"Give it another name: plait prepare --map {kind}={name}:NEWNAME."
+                    )
+        first = datasets[0].manifest
+        every = [dataset.manifest for dataset in datasets]
+        joined = {
+            "columns": columns,
+            "counts": {split: sum(m.counts.get(split, 0) for m in every) for split in SPLITS},
+            "shards": [shard for m in every for shard in m.shards],
+            "chats": list(dict.fromkeys(name for m in every for name in m.chats)),
+        }
+        super().__init__(datasets[0].path, first.model_copy(update=joined))
+        self.datasets = list(datasets)
+        self._offsets = np.cumsum([0, *(len(dataset) for dataset in datasets)])
+
+    def source(self, indices: np.ndarray) -> np.ndarray:
+        """Which of the datasets each record (N,) is from, counted from 0."""
+        return np.searchsorted(self._offsets, indices, side="right") - 1
+
+    def indices(self, split: str) -> np.ndarray:
+        pairs = zip(self.datasets, self._offsets, strict=False)
+        return np.concatenate([dataset.indices(split) + offset for dataset, offset in pairs])
+
+    def iterate(self, indices: Iterable[int] | None = None, columns: Sequence[str] | None = None) -> Iterator[Record]:
+        self._known(list(columns or []))
+        for index in range(len(self)) if indices is None else indices:
+            which = int(self.source(np.array(index)))
+            dataset = self.datasets[which]
+            names = [name for name in dataset.columns if columns is None or name in columns]
+            yield dataset.record(int(index - self._offsets[which]), names)
+
+    def _column(self, name: str) -> list[Any]:
+        values: list[Any] = []
+        for dataset in self.datasets:
+            known = name == "id" or name in dataset.columns
+            values += dataset._column(name) if known else [None] * len(dataset)
+        return values
+
+    def seen(self) -> np.ndarray:
+        return np.concatenate([dataset.seen() for dataset in self.datasets])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"datasets": self.datasets}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["datasets"])  # type: ignore[misc]

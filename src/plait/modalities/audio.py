@@ -36,6 +36,8 @@ class AudioSettings(BaseModel):
     """How sound is fitted, read, written and augmented; kept in the checkpoint's preprocessor file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    # Not part of the network.
+    TRAINING: ClassVar = frozenset({"stretch", "warp", "mask_time", "mask_bands", "equalise", "freeze"})
 
     rate: int = 8000  # samples a second
     seconds: float = 2.0  # the longest clip; longer ones are read in overlapping windows

@@ -145,6 +145,12 @@ class Vocabulary(BaseModel):
         return names
 
 
+def alike(a: BaseModel, b: BaseModel) -> bool:
+    """Whether two settings of a modality make the same network for the same inputs: all but what only training uses."""
+    aside: set[str] = set(getattr(a, "TRAINING", ()))
+    return a.model_dump(exclude=aside) == b.model_dump(exclude=aside)
+
+
 def bilinear_warp(values: Tensor, matrix: Tensor, size: tuple[int, int], fill: float) -> Tensor:
     """Resample values (N, C, H, W) through affine maps (N, 2, 3) of output to input places in [-1, 1]."""
     grid = nn.functional.affine_grid(matrix, [len(values), 1, *size], align_corners=False)

@@ -29,6 +29,7 @@ class ImageSettings(BaseModel):
     """How pictures are fitted, read, written and augmented; kept in the checkpoint's preprocessor file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    TRAINING: ClassVar = frozenset({"rotate", "scale", "shift", "flip", "erase", "freeze"})  # not part of the network
 
     size: int = 32  # side in pixels; other shapes are fitted by `fit`
     channels: int = 3

@@ -18,12 +18,12 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from plait.modalities.base import END, Vocabulary
+from plait.modalities.base import Vocabulary
 from plait.modalities.text import Text
 from plait.model import checkpoint as own
 from plait.model.checkpoint import Checkpoint, GenerationConfig
 from plait.model.hub import find, no_safetensors, other_weights
-from plait.model.multimodal import ModelConfig, Multimodal, TokenRows
+from plait.model.multimodal import ModelConfig, Multimodal
 from plait.model.transformer import TransformerConfig, rotary_frequencies
 from plait.runtime import PlaitError, read_json
 
@@ -422,91 +422,3 @@ def load(name_or_folder: str | Path, device: torch.device | None = None) -> Chec
     if device is not None:
         model.to(device)
     return Checkpoint(model, text, generation=generation, training={"imported from": str(name_or_folder)})
-
-
-# --- growing ----------------------------------------------------------------------------------------------------
-
-
-def extend(source: Checkpoint | Multimodal, config: ModelConfig) -> Multimodal:
-    """A model of `config` that goes on from `source`: its backbone and rows, and new rows for what is new.
-
-    Rows are matched by the names of their tokens. A new row is the mean of the old text rows plus noise of a fifth of
-    their spread, so that a new token starts out as likely as a middling old one; the digits of new codes are noise
-    alone, of half that spread. An end of our own starts as the import's. Text ids past the tokenizer's may be left out.
-    Encoders, codecs and the embedding space are kept where their settings are equal. Noise comes from torch's global
-    generator. Raises PlaitError where the backbone's shape or the text ids differ.
-    """
-    old = source.model if isinstance(source, Checkpoint) else source
-    was, now = old.config, config
-    free = {"max_length", "dropout"}
-    before, after = was.backbone.model_dump(exclude=free), now.backbone.model_dump(exclude=free)
-    if odd := [key for key in before if before[key] != after[key]]:
-        key = odd[0]
-        raise PlaitError(f"init_from: the model's {key} is {before[key]}, the recipe's {after[key]}. Make them equal.")
-    if was.backbone.position == "learned" and now.backbone.max_length > was.backbone.max_length:
-        raise PlaitError(
-            f"init_from: the model knows {was.backbone.max_length} positions, the recipe wants "
-            f"{now.backbone.max_length}. Lower max_length."
-        )
-    used = source.text.size if isinstance(source, Checkpoint) else 1
-    if not used <= now.vocabulary.text <= was.vocabulary.text or now.vocabulary.end_id not in (
-        None,
-        was.vocabulary.end_id,
-    ):
-        raise PlaitError("init_from: the recipe's text vocabulary is not the model's. Use the model's tokenizer.")
-    if now.tied and not was.tied:
-        raise PlaitError("init_from: the model has a head of its own (tied: false). Set tied: false in the recipe.")
-    model = Multimodal(config)
-    device = next(old.parameters()).device
-    model.to(device)
-    with torch.no_grad():
-        kept = {name: value for name, value in old.state_dict().items() if _kept(name, value, model, old)}
-        if was.backbone.position == "learned":
-            kept["backbone.positions"] = old.backbone.positions[: now.backbone.max_length]
-        model.load_state_dict(kept, strict=False)
-        _extend_rows(model.rows, old.rows)
-        if model.head is not None:
-            _extend_rows(model.head, old.predicting)
-    return model.train(old.training)
-
-
-def _kept(name: str, value: Tensor, model: Multimodal, old: Multimodal) -> bool:
-    if name.startswith(("rows.", "head.")):
-        return False
-    if name.startswith("modalities."):
-        modality = name.split(".")[1]
-        # Settings are compared whole, so that defaults left out of one of the two do not count.
-        return modality in model.modalities and model.media[modality].settings == old.media[modality].settings
-    mine = dict(model.named_parameters()).get(name)
-    return mine is None or mine.shape == value.shape
-
-
-def _extend_rows(new: TokenRows, old: TokenRows) -> None:
-    text = new.vocabulary.text
-    known = old.free[:text]
-    mean, spread = known.mean(0), known.std(0)
-    places = {name: id for id, name in enumerate(old.vocabulary.names(), old.vocabulary.text)}
-    places[END] = old.vocabulary.end
-    new.free[:text] = known
-    for i, name in enumerate(new.vocabulary.names(), text):
-        place = places.get(name)
-        same = place is not None and _same_code(name, new, old)
-        # An import's own end and padding rows are zero: nothing was learned there.
-        if same and place is not None and bool(old.free[place].any()):
-            new.free[i] = old.free[place]
-        else:
-            new.free[i] = mean + 0.2 * spread * torch.randn_like(mean)
-    for modality, rows in new.digits.items():
-        levels = new.vocabulary.levels[modality]
-        if old.vocabulary.levels.get(modality) == levels:
-            rows.copy_(old.digits[modality])
-        else:
-            rows.copy_(0.5 * spread / len(levels) ** 0.5 * torch.randn_like(rows))
-
-
-def _same_code(name: str, new: TokenRows, old: TokenRows) -> bool:
-    """Whether a token of this name means the same in both: a code does only under equal levels."""
-    modality = name[2:-2].split(":")[0]
-    if ":" not in name or modality not in new.vocabulary.levels:
-        return True
-    return new.vocabulary.levels[modality] == old.vocabulary.levels.get(modality)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from plait.modalities.base import MediaModality
+from plait.modalities.base import MediaModality, alike
 from plait.modalities.tower import Tower, TowerSettings, transformers_for
 from plait.model.hub import explained, find, no_safetensors, other_weights, quiet
 from plait.model.multimodal import Multimodal
@@ -96,7 +96,7 @@ def adopt(model: Multimodal, source: Multimodal | None = None) -> None:
         if settings.tower is None:
             continue
         old = source.media.get(name) if source is not None else None
-        if old is None or old.settings != settings:
+        if old is None or not alike(old.settings, settings):
             _fill(modality, folder_of(settings.encoder, name))
 
 

@@ -8,13 +8,14 @@ written; a single text is language modelling, in windows of the context's length
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as ListOf
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from plait.data.dataset import Dataset
+from plait.data.dataset import Dataset, Joined
 from plait.data.record import Record
 from plait.data.samples import Samples
 from plait.modalities.base import MediaModality, Vocabulary
@@ -38,6 +39,7 @@ class Split:
     rows: dict[str, np.ndarray]  # column -> record -> row of its samples, -1 where absent
     codes: dict[str, Samples] = field(default_factory=dict)  # column -> codes, beside media
     keys: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))  # (records, text columns), 0 absent
+    sources: np.ndarray | None = None  # record -> which of several datasets it is from
     notes: list[str] = field(default_factory=list)  # what is cut, for people
 
     def __len__(self) -> int:
@@ -129,7 +131,8 @@ def load_split(
         for column, count in cut.items()
         if count
     ]
-    result = Split(ids, texts, found, rows, keys=keys)
+    sources = dataset.source(indices) if isinstance(dataset, Joined) else None
+    result = Split(ids, texts, found, rows, keys=keys, sources=sources)
     # A text alone in its record is read in windows; beside other parts it gets half the context.
     single = np.array([sum(result.has(c, i) for c in dataset.columns) == 1 for i in range(len(ids))], bool)
     for column, encoded_texts in texts.items():
@@ -208,6 +211,7 @@ class Sampler:
         augment_targets: bool = False,
         unwritten: frozenset[str] = frozenset(),  # modalities that are read only
         worth: float = PASS,  # of a batch more, in tokens of padding
+        shares: ListOf[float] = (),  # of a batch, for each dataset but the first, which has the rest
     ) -> None:
         self.worth = worth
         self.split, self.vocabulary, self.media = split, vocabulary, media
@@ -216,9 +220,10 @@ class Sampler:
         self.columns = {c: m for c, m in vocabulary.columns.items() if c in split.texts or c in split.media}
         self.media_columns = [c for c, m in self.columns.items() if m != "text"]
         self.items = self._items()
-        self.batch_size = min(batch_size, len(self.items))
-        self.steps_per_epoch = max(len(self.items) // self.batch_size, 1)
-        self._order: tuple[int, np.ndarray] | None = None
+        self.groups = self._groups(batch_size, shares)
+        self.batch_size = sum(count for _, count in self.groups)
+        self.steps_per_epoch = self._steps_per_epoch(0)
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}
 
     def _items(self) -> np.ndarray:
         """(items, 2): record and window. Only a record of one text has more than one window."""
@@ -231,28 +236,46 @@ class Sampler:
             items += [(record, window) for window in range(windows if present else 0)]
         return np.array(items, np.int64).reshape(-1, 2)
 
-    def order(self, epoch: int) -> np.ndarray:
-        """The items of an epoch in their order; the remainder of the last batch waits for another epoch's order."""
-        if self._order is None or self._order[0] != epoch:
-            draws = uniform(self.seed, epoch, np.arange(len(self.items)), ORDER)
-            self._order = epoch, np.argsort(draws, kind="stable")
-        return self._order[1]
+    def _groups(self, batch_size: int, shares: ListOf[float]) -> list[tuple[np.ndarray, int]]:
+        """For each dataset that has any: its items, by number, and how many of them a step takes."""
+        if not shares or self.split.sources is None:
+            return [(np.arange(len(self.items)), min(batch_size, len(self.items)))]
+        counts = [max(round(batch_size * share), 1) for share in shares]
+        of = self.split.sources[self.items[:, 0]]
+        found = [np.flatnonzero(of == which) for which in range(len(counts) + 1)]
+        wanted = [max(batch_size - sum(counts), 1), *counts]
+        return [(mine, min(count, len(mine))) for mine, count in zip(found, wanted, strict=True) if len(mine)]
 
-    def members(self, step: int) -> tuple[int, np.ndarray]:
-        """(epoch, items) of a step."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        return epoch, self.items[self.order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]]
+    def _steps_per_epoch(self, group: int) -> int:
+        items, count = self.groups[group]
+        return max(len(items) // max(count, 1), 1)
+
+    def order(self, epoch: int, group: int = 0) -> np.ndarray:
+        """The items of a dataset's epoch in their order; the remainder of the last batch waits for another epoch's."""
+        if group not in self._orders or self._orders[group][0] != epoch:
+            items = self.groups[group][0]
+            self._orders[group] = epoch, items[np.argsort(uniform(self.seed, epoch, items, ORDER), kind="stable")]
+        return self._orders[group][1]
+
+    def members(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """(epochs (N,), items (N, 2)) of a step. Each dataset has epochs of its own."""
+        epochs, chosen = [], []
+        for group, (_, count) in enumerate(self.groups):
+            epoch, place = divmod(step, self._steps_per_epoch(group))
+            chosen.append(self.order(epoch, group)[place * count : (place + 1) * count])
+            epochs.append(np.full(count, epoch))
+        return np.concatenate(epochs), self.items[np.concatenate(chosen)]
 
     def step(self, step: int, part: int = 0, parts: int = 1) -> Step:
         """The batches of a step, or of one of the parts into which its items are cut, as equal as may be."""
-        epoch, items = self.members(step)
-        return self.build(epoch, np.array_split(items, parts)[part])
+        epochs, items = self.members(step)
+        return self.build(np.array_split(epochs, parts)[part], np.array_split(items, parts)[part])
 
-    def build(self, epoch: int, items: np.ndarray) -> Step:
-        """The batches that items (N, 2) of an epoch become; with nothing to read or write, one padding token."""
+    def build(self, epochs: np.ndarray, items: np.ndarray) -> Step:
+        """The batches that items (N, 2) of epochs (N,) become; with nothing to read or write, one padding token."""
         records = items[:, 0]
-        draws = {use: uniform(self.seed, epoch, records, items[:, 1], use) for use in (TARGET, SOURCE, DROP, OFFSET)}
-        samples, codes = self._media(epoch, records)
+        draws = {use: uniform(self.seed, epochs, records, items[:, 1], use) for use in (TARGET, SOURCE, DROP, OFFSET)}
+        samples, codes = self._media(epochs, records)
         made: list[tuple[Sequence, int]] = []
         for place, (record, window) in enumerate(items):
             present = [c for c in self.columns if self.split.has(c, record)]
@@ -270,14 +293,15 @@ class Sampler:
             span_records.append(np.array([record for s, record in group for _ in s.spans], np.int64))
         return Step(batches, span_records, records)
 
-    def _media(self, epoch: int, records: np.ndarray) -> tuple[Media, Media]:
+    def _media(self, epochs: np.ndarray, records: np.ndarray) -> tuple[Media, Media]:
         """The samples that this step reads and the codes that it writes, by (column, record), augmented as (seed,
         epoch, record) says."""
         found: Media = {}
         codes: Media = {}
         for column in self.media_columns:
             modality = self.media[self.columns[column]]
-            mine = np.array([r for r in records if self.split.rows[column][r] >= 0], np.int64)
+            there = self.split.rows[column][records] >= 0
+            mine, when = records[there], epochs[there]
             if not len(mine):
                 continue
             raw = [self.split.sample(column, r) for r in mine]
@@ -290,7 +314,8 @@ class Sampler:
             rows = self.split.rows[column][mine]
             written = [self.split.codes[column][row] for row in rows] if column in self.split.codes else []
             if self.augment:
-                draw = torch.from_numpy(uniform(self.seed, epoch, mine[:, None], AUGMENT, np.arange(8))).float()
+                drawn = uniform(self.seed, when[:, None], mine[:, None], AUGMENT, np.arange(8))
+                draw = torch.from_numpy(drawn).float()
                 if self.augment_targets and column in self.split.codes:
                     values, lengths = modality.augment(*self._padded(column, raw), draw, hide=False)
                     with torch.inference_mode():

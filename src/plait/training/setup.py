@@ -21,31 +21,64 @@ LONGEST_LABEL = 200  # bytes
 
 
 def model_config(recipe: Recipe, dataset: Dataset, text_size: int, imported: ModelConfig | None) -> ModelConfig:
-    """The network that a recipe and a dataset call for; of an `imported` one the backbone is kept."""
+    """The network that a recipe and a dataset call for. Of an `imported` one all is kept, and what the dataset has
+    beside it is added; the settings of its modalities hold, with the recipe's overrides laid over them.
+
+    Raises PlaitError where a column of the dataset is of another modality than the import's.
+    """
     size = SIZES[recipe.model.size]
     if imported is not None:
         backbone = imported.backbone
+        dropout = recipe.model.backbone.dropout
+        backbone = backbone.model_copy(update={"dropout": dropout}) if dropout else backbone
     else:
         backbone = backbone_config(size, recipe.model.backbone)
-    kinds = [m for m in MODALITIES if m in dataset.columns.values()]
-    settings = {m: fit_settings(dataset, m, size, getattr(recipe.model, m)) for m in kinds}
+    columns = dict(imported.vocabulary.columns) if imported else {}
+    for name, kind in dataset.columns.items():
+        if columns.setdefault(name, kind) != kind:
+            raise PlaitError(
+                f"Column '{name}' of {dataset.path} holds {kind}, but in {recipe.model.init_from} it is "
+                f"{columns[name]}. Give it another name: plait prepare --map {kind}={name}:NEWNAME."
+            )
+    kinds = [m for m in MODALITIES if m in columns.values()]
+    settings = {}
+    for m in kinds:
+        overrides = getattr(recipe.model, m)
+        if imported and m in imported.modalities:
+            settings[m] = _laid_over(imported.modalities[m], overrides, m)
+        else:
+            settings[m] = fit_settings(dataset, m, size, overrides)
     vocabulary = Vocabulary(
         text=text_size,
-        columns=dict(dataset.columns),
+        columns=columns,
         levels={m: settings[m].levels for m in kinds},
         closers=[m for m in kinds if MODALITIES[m].variable_length],
     )
     tied = recipe.model.tied
     if tied is None:
         tied = imported.tied if imported else text_size > 8 * backbone.width
+    space = recipe.model.space
+    if space is None:
+        space = (imported.space if imported else 0) or (128 if kinds else 0)
+    unwritten = {m for m in kinds if recipe.training.weights.get(m) == 0}
+    if imported is not None:
+        unwritten |= {m for m in imported.read_only if m not in dataset.columns.values()}
     return ModelConfig(
         backbone=backbone,
         vocabulary=vocabulary,
-        space=(128 if kinds else 0) if recipe.model.space is None else recipe.model.space,
+        space=space,
         tied=tied,
         modalities={m: settings[m].model_dump() for m in kinds},
-        read_only=[m for m in kinds if recipe.training.weights.get(m) == 0],
+        read_only=[m for m in kinds if m in unwritten],
     )
+
+
+def _laid_over(settings: dict[str, Any], overrides: dict[str, Any], modality: str) -> Any:
+    try:
+        return SETTINGS[modality].model_validate({**settings, **_with_tower(overrides, modality)})
+    except ValidationError as error:
+        lines = "; ".join(describe_error(e, SETTINGS[modality]) for e in error.errors())
+        raise PlaitError(f"In the recipe's model.{modality}: {lines}") from None
 
 
 def backbone_config(size: Size, mine: BackboneRecipe) -> TransformerConfig:
