@@ -21,6 +21,7 @@ import plait.evaluation.report  # children of a fork have what was loaded here
 import plait.training.trainer
 from conftest import RECIPE, write_world
 from plait import cli
+from plait.cli import common
 
 STEPS, EPOCH, EVERY, VALIDATIONS = 60 if "--short" in sys.argv else 200, 20, 10, 8
 BATCH = 4
@@ -70,7 +71,7 @@ def fork(work: Callable[[], object], said: Path) -> Child:
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-        cli.out.file, cli.err.file = sys.stdout, sys.stderr
+        common.out.file, common.err.file = sys.stdout, sys.stderr
         work()
         code = 0
     except SystemExit as end:

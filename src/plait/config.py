@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from plait.runtime import PlaitError
 
@@ -93,6 +93,13 @@ class TrainingRecipe(_Settings):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"  # the backbone's blocks; auto: text alone, 10 minutes or more
     seed: int = 0
+
+    @field_validator("replay")
+    @classmethod
+    def _shares(cls, value: dict[str, float]) -> dict[str, float]:
+        if any(not 0 < share < 1 for share in value.values()) or sum(value.values()) >= 1:
+            raise ValueError("shares must lie between 0 and 1, and leave some to the new data")
+        return value
 
 
 class GenerationConfig(_Settings):

@@ -21,7 +21,7 @@ from plait.generation.sampling import Sampling
 from plait.modalities.base import MediaModality
 from plait.model import checkpoint as checkpoints
 from plait.model import hub, huggingface
-from plait.model.checkpoint import Checkpoint
+from plait.model.checkpoint import Checkpoint, find_checkpoint
 from plait.model.multimodal import Sequence
 from plait.runtime import PlaitError, choose_device, read_json
 
@@ -64,28 +64,6 @@ def load(path: str | Path, device: str = "auto", precision: str = "auto") -> Mod
     if read_json(folder / "config.json").get("model_type") in huggingface.FAMILIES:
         return Model(huggingface.load(folder, chosen.torch), device, precision)
     return load_pretrained(str(folder), device, precision)
-
-
-def find_checkpoint(path: str | Path) -> Path | None:
-    """The checkpoint folder that a path stands for; None where the path may be a name of the Hugging Face hub."""
-    folder = Path(path).expanduser()
-    if (folder / "config.json").is_file():
-        return folder
-    if (folder / "checkpoints").is_dir() or (folder / "run.json").is_file():
-        for name in ("best", "last"):
-            if (folder / "checkpoints" / name / "config.json").is_file():
-                return folder / "checkpoints" / name
-        raise PlaitError(f"{folder} holds no checkpoint yet. Let `plait train` reach its first one, or go on training.")
-    if folder.is_dir():
-        inside = "is empty" if not any(folder.iterdir()) else "holds neither a run nor a config.json"
-        raise PlaitError(f"{folder} {inside}. Name the folder of a run, or of a checkpoint in it.")
-    text = str(path)
-    local = folder.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1 or text.endswith("/")
-    if folder.exists():
-        raise PlaitError(f"{folder} is a file. Name the folder of a run or of a checkpoint.")
-    if local or ("/" in text and folder.parent.is_dir()) or folder.parts[:1] == ("runs",):
-        raise PlaitError(f"{folder} does not exist. Check the path; `plait train` writes runs.")
-    return None
 
 
 class Model:

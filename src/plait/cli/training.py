@@ -97,7 +97,18 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Train for so many steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Records a step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="The schedule's peak.")] = None,
-    init_from: Annotated[str | None, typer.Option(help="A Hugging Face GPT-2, Llama or Qwen3 to start from.")] = None,
+    init_from: Annotated[
+        str | None, typer.Option(help="Go on from a run, a checkpoint, or a Hugging Face GPT-2, Llama or Qwen3.")
+    ] = None,
+    freeze: Annotated[
+        str | None, typer.Option(help="Parts of it that stay as they are, with commas: encoder, backbone, rows.")
+    ] = None,
+    lora: Annotated[
+        bool, typer.Option("--lora", help="Train low-rank updates of its backbone, and what is new.")
+    ] = False,
+    replay: Annotated[
+        list[str] | None, typer.Option(help="DATASET=SHARE: of each batch, so much comes from this prepared dataset.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, order and augmentation.")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; else at validations.")] = None,
     allow_changes: Annotated[
@@ -115,7 +126,7 @@ def train(
 
     Example: plait train data/photos -o runs/photos --size tiny --minutes 10
     """
-    from plait.config import load_recipe
+    from plait.config import LoraRecipe, load_recipe
     from plait.training import distributed
 
     if processes > 1 and not distributed.launched():
@@ -124,14 +135,33 @@ def train(
     training = {
         "minutes": minutes, "steps": steps, "seed": seed, "batch_size": batch_size, "learning_rate": learning_rate,
         "save_every": save_every, "parallel": parallel, "accumulate": accumulate,
+        "freeze": freeze.split(",") if freeze else None, "replay": _shares(replay),
     }  # fmt: skip
     settings = load_recipe(recipe, {"model": {"size": size, "init_from": init_from}, "training": training})
+    if lora and settings.training.lora is None:
+        settings.training.lora = LoraRecipe()
     with distributed.processes() as group:
         out.quiet = err.quiet = not group.first
         with group.in_turn():
             prepared = _dataset(dataset, run, settings)
         train_run(prepared, run, settings, device, allow_changes, group)
     out.print(f"Next: plait evaluate {run}")
+
+
+def _shares(given: list[str] | None) -> dict[str, float] | None:
+    """Each DATASET=SHARE as an entry."""
+    from plait.runtime import PlaitError
+
+    found = {}
+    for entry in given or []:
+        path, _, share = entry.rpartition("=")
+        try:
+            found[path] = float(share)
+        except ValueError:
+            path = ""
+        if not path:
+            raise PlaitError(f"--replay {entry}: write DATASET=SHARE, as in data/photos=0.3.")
+    return found or None
 
 
 def train_run(

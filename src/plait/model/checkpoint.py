@@ -156,6 +156,28 @@ def load(folder: Path, device: torch.device | None = None) -> Checkpoint:
     return Checkpoint(model, Text.load(folder / "tokenizer.json"), labels, generation, training)
 
 
+def find_checkpoint(path: str | Path) -> Path | None:
+    """The checkpoint folder that a path stands for; None where the path may be a name of the Hugging Face hub."""
+    folder = Path(path).expanduser()
+    if (folder / "config.json").is_file():
+        return folder
+    if (folder / "checkpoints").is_dir() or (folder / "run.json").is_file():
+        for name in ("best", "last"):
+            if (folder / "checkpoints" / name / "config.json").is_file():
+                return folder / "checkpoints" / name
+        raise PlaitError(f"{folder} holds no checkpoint yet. Let `plait train` reach its first one, or go on training.")
+    if folder.is_dir():
+        inside = "is empty" if not any(folder.iterdir()) else "holds neither a run nor a config.json"
+        raise PlaitError(f"{folder} {inside}. Name the folder of a run, or of a checkpoint in it.")
+    text = str(path)
+    local = folder.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1 or text.endswith("/")
+    if folder.exists():
+        raise PlaitError(f"{folder} is a file. Name the folder of a run or of a checkpoint.")
+    if local or ("/" in text and folder.parent.is_dir()) or folder.parts[:1] == ("runs",):
+        raise PlaitError(f"{folder} does not exist. Check the path; `plait train` writes runs.")
+    return None
+
+
 def model_card(checkpoint: Checkpoint) -> str:
     """The README of a checkpoint."""
     config, training = checkpoint.model.config, checkpoint.training
@@ -164,6 +186,8 @@ def model_card(checkpoint: Checkpoint) -> str:
     parts = "\n".join(f"| {name} | {count:,} |" for name, count in counts.items())
     facts = "\n".join(f"* {name}: {value}" for name, value in training.items())
     made = "Made by `plait train` from its owner's files; nothing else was used."
+    if name := training.get("init_from"):
+        made = f"Made by `plait train` from its owner's files, going on from `{name}`, whose licence applies."
     encoders = {
         name: f"`{settings['encoder']}`, {'frozen' if settings['freeze'] else 'trained further'}"
         for name, settings in config.modalities.items()

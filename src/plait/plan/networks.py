@@ -14,6 +14,7 @@ from torch import nn
 from plait.config import SIZES, Recipe, load_recipe
 from plait.modalities.base import Vocabulary
 from plait.model import huggingface
+from plait.model.checkpoint import find_checkpoint
 from plait.model.multimodal import ModelConfig, Multimodal
 from plait.model.transformer import TransformerConfig
 from plait.runtime import PlaitError, read_json
@@ -168,7 +169,7 @@ def recipe_network(recipe: Recipe, name: str) -> Network:
     whose config.json is read, and nothing else of it."""
     config = sized_config(recipe)
     if recipe.model.init_from:
-        imported = _imported(Path(recipe.model.init_from))
+        imported = _imported(find_checkpoint(recipe.model.init_from) or Path(recipe.model.init_from))
         vocabulary = config.vocabulary.model_copy(update={"text": imported.vocabulary.size})
         config = config.model_copy(
             update={"backbone": imported.backbone, "vocabulary": vocabulary, "tied": imported.tied}

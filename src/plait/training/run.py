@@ -18,6 +18,7 @@ from safetensors.torch import save as tensors_to_bytes
 
 from plait.config import SIZES, Recipe, parse_recipe
 from plait.data.dataset import Dataset
+from plait.modalities.base import MediaModality
 from plait.modalities.text import Text
 from plait.model.multimodal import Multimodal
 from plait.runtime import (
@@ -173,6 +174,9 @@ class Run:
                 note = f"{path} was altered or cut; it is trained again, which makes it what it was"
                 self.report(Progress("note", 1, 1, note=note))
             assert self.group.first
+            if name in self.facts.get("source", {}).get("codecs", []):
+                self._keep_codec(name, modality, {"from": self.facts["source"]["name"]})
+                continue
             stores = [splits["train"].media[c] for c, m in self.dataset.columns.items() if m == name]
             result = train_codec(
                 modality,
@@ -186,13 +190,18 @@ class Run:
                     Progress(f"{name} codec", done, total, {"reconstruction": loss})
                 ),
             )
-            path.parent.mkdir(exist_ok=True)
-            write_atomic(path, tensors_to_bytes({k: v.contiguous() for k, v in modality.codec.state_dict().items()}))
-            self.note("codecs", name, {**result, "sha256": sha256_file(path)})
+            self._keep_codec(name, modality, result)
             anew = True
         written = {c: m for c, m in self.dataset.columns.items() if m not in model.config.read_only}
         for name, split in splits.items():
             add_codes(split, written, model.media, self.source / "cache", name, anew)
+
+    def _keep_codec(self, name: str, modality: MediaModality, facts: dict[str, Any]) -> None:
+        path = self.folder / "codecs" / f"{name}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, tensors_to_bytes({k: v.contiguous() for k, v in modality.codec.state_dict().items()}))
+        modality.codec.eval().requires_grad_(False)
+        self.note("codecs", name, {**facts, "sha256": sha256_file(path)})
 
 
 def difference(old: Any, new: Any, where: str = "") -> str:

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from plait.model import checkpoint as checkpoints
+from plait.model import lora
 from plait.model.checkpoint import Checkpoint
 from plait.runtime import PlaitError, clear_leftovers, fsync_folder, point, read_json, remove_folder
 from plait.training.distributed import Group, is_shard, read_tensors, stored_tensors, whole, write_shards
@@ -79,6 +80,9 @@ def snapshot(
     if average is not None:
         for name, tensor in average.weights.items():
             state[f"raw.{name}"], weights[name] = weights[name], tensor
+    weights, parts = lora.split(model, weights)
+    for name, tensor in parts.items():  # where an average is used, `raw` has what it is the average of
+        state[f"average.{name}" if f"raw.{name}" in state else f"raw.{name}"] = tensor
     if any(is_shard(tensor) for tensor in weights.values()):
         found = {}
         for name, tensor in weights.items():
@@ -105,7 +109,8 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, av
         model.load_state_dict({**weights, **raw})
         if average is not None:
             for name, tensor in average.weights.items():
-                tensor.copy_(weights[name])
+                kept = f"average.{name}"
+                tensor.copy_(state[kept] if kept in state else weights[name])
         taken: dict[int, dict[str, Tensor]] = {}
         for index, (name, _) in enumerate(_named(model, optimizer)):
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{key}.{name}" in state]
@@ -127,7 +132,8 @@ def _read(
     if not shards.is_dir() and not any(is_shard(tensor) for tensor in mine.values()):
         return load_file(folder / "model.safetensors"), load_file(folder / f"{STATE}.safetensors")
     place = shards if shards.is_dir() else folder
-    weights = {name: torch.empty_like(tensor) for name, tensor in mine.items()}
+    stored = stored_tensors(folder)
+    weights = {name: torch.empty_like(tensor) for name, tensor in mine.items() if name in stored}
     read_tensors(folder, weights)
     state = {name: t for name, t in stored_tensors(place).items() if name.startswith(("optimizer.", "random.", "raw."))}
     for name, tensor in state.items():

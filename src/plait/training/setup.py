@@ -45,6 +45,7 @@ def model_config(recipe: Recipe, dataset: Dataset, text_size: int, imported: Mod
     for m in kinds:
         overrides = getattr(recipe.model, m)
         if imported and m in imported.modalities:
+            overrides = overrides if m in dataset.columns.values() else {}
             settings[m] = _laid_over(imported.modalities[m], overrides, m)
         else:
             settings[m] = fit_settings(dataset, m, size, overrides)

@@ -19,9 +19,8 @@ import numpy as np
 import torch
 
 from plait.config import Recipe
-from plait.data.dataset import Dataset
+from plait.data.dataset import Dataset, Joined
 from plait.modalities.text import Text
-from plait.model import towers
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import Multimodal
 from plait.runtime import (
@@ -45,7 +44,8 @@ from plait.training.losses import Passes, step_losses, weighted
 from plait.training.optimizer import Average, learning_rate_at, make_optimizer
 from plait.training.run import Progress, Report, Run, difference
 from plait.training.saving import Position, Saver, restore
-from plait.training.setup import label_columns, model_config
+from plait.training.setup import label_columns
+from plait.training.starting import begin, generation_of, labels_of, still
 
 UNRESTRICTED, DROPOUT = 17, 18  # keys of `uniform`: for steps with the whole softmax, and for what a step hides
 CALIBRATION = 8  # steps that a time budget is measured by
@@ -76,32 +76,25 @@ def train(
     torch.set_num_threads(threads())
     keep_memory()
     with only_writer(folder) if group.first else nullcontext(), signals() as listening, _room(folder):
+        datasets = [dataset, *(Dataset.open(path) for path in recipe.training.replay)]
+        if len(datasets) > 1:
+            dataset = Joined(datasets)
         run = Run(folder, dataset, recipe, report, device, reuse, group)
         report = run.report
         best = folder / "checkpoints" / "best"
         with group.in_turn():
             finished = run.open(allow_changes)
             if group.first and not finished:
-                Dataset.open(dataset.path, verify=True)
+                for one in datasets:
+                    Dataset.open(one.path, verify=True)
         run.changed = bool(group.told(run.changed))
         if finished:
             report(Progress("finished", 1, 1, note=f"{folder} is already trained; delete it to train again"))
             return best
         begun = time.perf_counter()
         torch.manual_seed(recipe.training.seed)
-        imported = None
-        if recipe.model.init_from:
-            from plait.model import huggingface
-
-            imported = huggingface.load(recipe.model.init_from)
-        with group.in_turn():
-            text = imported.text if imported else run.text()
-        config = model_config(recipe, dataset, text.size, imported.model.config if imported else None)
-        if imported:
-            model = huggingface.extend(imported, config)
-        else:
-            model = Multimodal(config)
-        towers.adopt(model, imported.model if imported else None)
+        model, text, source = begin(run)
+        config = model.config
         splits = {}
         for name in ("train", "val"):
             with group.in_turn():
@@ -130,18 +123,20 @@ def train(
         report(Progress("size " + recipe.model.size, 1, 1, note=note))
         with group.in_turn():
             run.codecs(model, splits)
+        still(run, model)
         model.to(device.torch)
         if "prepared" not in run.facts:
             before = read_json(reuse / "run.json")["prepared"] if reuse else 0.0
             run.decide(prepared=group.told(max(time.perf_counter() - begun, before)))
-        _optimise(run, model, text, splits, max(run.minutes * 60 - run.facts["prepared"], 1.0), listening)
+        _optimise(run, model, text, source, splits, max(run.minutes * 60 - run.facts["prepared"], 1.0), listening)
         run.decide(finished=time.time())
         return best
 
 
 def _optimise(
-    run: Run, model: Multimodal, text: Text, splits: dict[str, Split], seconds: float, listening: Signals
-) -> None:
+    run: Run, model: Multimodal, text: Text, source: Checkpoint | None, splits: dict[str, Split], seconds: float,
+    listening: Signals,
+) -> None:  # fmt: skip
     """The steps of the model itself."""
     settings, group, folder = run.settings, run.group, run.folder
     model.backbone.recompute(settings.recompute)
@@ -155,7 +150,7 @@ def _optimise(
         return Sampler(
             splits[name], model.vocabulary, model.media, batch_size, context, settings.seed, drop, augment,
             augment_targets, frozenset(model.config.read_only),
-            math.inf if network.sharded else PASS,
+            math.inf if network.sharded else PASS, list(settings.replay.values()),
         )  # fmt: skip
 
     training = sampler("train", run.batch_size, settings.augment, settings.drop_condition)
@@ -223,13 +218,15 @@ def _optimise(
         if run.changed:
             position.first = None  # losses may be weighted differently now
     start = position.step
-    labels = label_columns(run.dataset, context)
+    labels = labels_of(source, run.dataset, label_columns(run.dataset, context))
+    generation = generation_of(source, run.recipe.generation)
+    origin = {"init_from": run.recipe.model.init_from} if source else {}
     log = Log(folder, start, position.validated, settings.log_records, writes=group.first)
 
     def save(scores: dict[str, float]) -> None:
         facts = {"step": position.step, "seed": settings.seed, "validation": scores, "size": run.recipe.model.size}
         log.sync()
-        whole = Checkpoint(model, text, labels, run.recipe.generation, facts)
+        whole = Checkpoint(model, text, labels, generation, {**facts, **origin})
         saver.save(whole, optimizer, average, position)
 
     def measure() -> dict[str, float]:
@@ -339,11 +336,11 @@ def _same_network(folder: Path, model: Multimodal) -> None:
 def _not_finite(network: Network, sampler: Sampler, number: int) -> str:
     """What to tell of a step whose loss or gradient is not finite: which of its records are to blame. Every process
     looks at all of them."""
-    epoch, items = sampler.members(number)
+    epochs, items = sampler.members(number)
     network.passes.eval()
     bad = []
-    for item in items:
-        losses, _ = step_losses(network, [sampler.build(epoch, item[None])], sampler.split, Group())
+    for epoch, item in zip(epochs, items, strict=True):
+        losses, _ = step_losses(network, [sampler.build(epoch[None], item[None])], sampler.split, Group())
         if not all(math.isfinite(loss) for loss in losses.values()):
             bad.append(int(item[0]))
     alone = 0 < len(bad) < len(items)
