@@ -71,7 +71,7 @@ def _evaluate(
 @app.command()
 def demo(
     run: Annotated[Path, typer.Option("-o", "--out", help="The run's folder.")] = Path("runs/demo"),
-    minutes: Annotated[float, typer.Option(help="Time to train.")] = 2.5,
+    minutes: Annotated[float, typer.Option(help="Time to train.")] = 3.5,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
 ) -> None:
