@@ -144,7 +144,7 @@ def fingerprint(run: Path) -> dict[str, str]:
     """What has to be equal: loss bits and record ids of all steps, the log apart from its times, weights, optimizer."""
     found = {"records.jsonl": _sha(run / "records.jsonl")}
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    kept = [{k: v for k, v in row.items() if k not in ("time", "tokens_per_second")} for row in rows]
+    kept = [{k: v for k, v in row.items() if k not in ("time", "tokens_per_second", "waited")} for row in rows]
     found["log.jsonl"] = hashlib.sha256(json.dumps(kept).encode()).hexdigest()
     for link in ("best", "last"):
         for file in sorted((run / "checkpoints" / link).resolve().glob("*")):

@@ -106,10 +106,10 @@ class GenerationConfig(_Settings):
     """Defaults of generation, kept with the weights; every call may override them."""
 
     temperature: float = Field(1.0, ge=0)  # of text
-    media_temperature: dict[str, float] = {"image": 0.8, "audio": 0.7}
+    media_temperature: dict[str, float] = {"image": 0.8, "audio": 0.5}
     top_k: int = Field(0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
-    guidance: dict[str, float] = {"image": 2.0, "audio": 1.5}
+    guidance: dict[str, float] = {"image": 2.0, "audio": 2.0}
 
 
 class Recipe(_Settings):

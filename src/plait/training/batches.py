@@ -7,8 +7,10 @@ written; a single text is language modelling, in windows of the context's length
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as ListOf
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -252,10 +254,12 @@ class Sampler:
 
     def order(self, epoch: int, group: int = 0) -> np.ndarray:
         """The items of a dataset's epoch in their order; the remainder of the last batch waits for another epoch's."""
-        if group not in self._orders or self._orders[group][0] != epoch:
+        kept = self._orders.get(group)
+        if kept is None or kept[0] != epoch:
             items = self.groups[group][0]
-            self._orders[group] = epoch, items[np.argsort(uniform(self.seed, epoch, items, ORDER), kind="stable")]
-        return self._orders[group][1]
+            kept = epoch, items[np.argsort(uniform(self.seed, epoch, items, ORDER), kind="stable")]
+            self._orders[group] = kept
+        return kept[1]
 
     def members(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(epochs (N,), items (N, 2)) of a step. Each dataset has epochs of its own."""
@@ -418,3 +422,25 @@ def lm_windows(ids: list[int], opener: int, end: int, context: int) -> list[Sequ
         Sequence().read_ids(whole[start : start + 1]).write(whole[start + 1 : start + context + 1])
         for start in range(0, len(whole) - 1, context)
     ]
+
+
+class Ahead:
+    """What `make` makes of a step's number, made in a thread while the step before computes. Always in that thread,
+    whether a run goes on or not, so that rounding is the same. `waited` is the seconds that asking has taken."""
+
+    def __init__(self, make: Callable[[int], list[Step]]) -> None:
+        self.make, self.waited = make, 0.0
+        torch.get_num_threads()  # settles this thread's number, before another thread sets its own to one
+        self.pool = ThreadPoolExecutor(1, "batches", torch.set_num_threads, (1,))
+        self.next: tuple[int, Future[list[Step]]] | None = None
+
+    def __call__(self, number: int) -> list[Step]:
+        begun = time.perf_counter()
+        ready = self.next[1] if self.next and self.next[0] == number else self.pool.submit(self.make, number)
+        made = ready.result()
+        self.next = number + 1, self.pool.submit(self.make, number + 1)
+        self.waited += time.perf_counter() - begun
+        return made
+
+    def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)

@@ -29,11 +29,14 @@ class Log:
 
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
-    def write(self, step: int, split: str, losses: dict[str, float], rate: float = 0.0, lr: float = 0.0) -> None:
+    def write(
+        self, step: int, split: str, losses: dict[str, float], rate: float = 0.0, lr: float = 0.0, waited: float = 0.0
+    ) -> None:
+        """A row; of training steps with tokens a second, the learning rate and the share of time spent waiting."""
         row: dict[str, Any] = {"step": step, "split": split, "time": time.time()}
         row |= {f"loss/{name}": round(value, 5) for name, value in losses.items()}
         if rate:
-            row |= {"tokens_per_second": round(rate), "learning_rate": lr}
+            row |= {"tokens_per_second": round(rate), "learning_rate": lr, "waited": round(waited, 4)}
         if self.rows is not None:
             _append(self.rows, row)
         if self.board is not None:

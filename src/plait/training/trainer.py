@@ -37,7 +37,7 @@ from plait.runtime import (
     threads,
     uniform,
 )
-from plait.training.batches import PASS, Sampler, Split, load_split, room_needed
+from plait.training.batches import PASS, Ahead, Sampler, Split, load_split, room_needed
 from plait.training.distributed import Group, Network
 from plait.training.log import Log
 from plait.training.losses import Passes, step_losses, weighted
@@ -166,12 +166,14 @@ def _optimise(
         )
     optimizer = make_optimizer([model], run.peak, settings.weight_decay, settings.betas, settings.tower_rate)
 
+    mine = range(group.rank * settings.accumulate, (group.rank + 1) * settings.accumulate)
+    ahead = Ahead(lambda number: [training.step(number, part, cut) for part in mine])
+
     def one(number: int) -> tuple[dict[str, float], int]:
         restricted = bool(uniform(settings.seed, number, UNRESTRICTED) >= settings.unrestricted)
         key = int(uniform(settings.seed, number, group.rank, DROPOUT) * 2**62)
-        mine = range(group.rank * settings.accumulate, (group.rank + 1) * settings.accumulate)
         try:
-            parts = [training.step(number, part, cut) for part in mine]
+            parts = ahead(number)
         except DivergedError as error:
             raise DivergedError(f"At step {number + 1}, {error} The last checkpoint is kept.") from None
         optimizer.zero_grad(set_to_none=True)
@@ -242,7 +244,7 @@ def _optimise(
         return scores
 
     whole = True  # no step is half done
-    clock = time.perf_counter()
+    clock, ahead.waited = time.perf_counter(), 0.0
     try:
         with listening.held():
             while True:
@@ -259,7 +261,7 @@ def _optimise(
                 ends = number >= steps or position.stale >= settings.patience
                 if number > saver.step and (due or ends or (settings.save_every and number % settings.save_every == 0)):
                     save(scores)
-                    clock = time.perf_counter()
+                    clock, ahead.waited = time.perf_counter(), 0.0
                 if ends:
                     break
                 saver.check()
@@ -285,9 +287,9 @@ def _optimise(
                     now = time.perf_counter()
                     rate, lr = position.tokens / (now - clock), optimizer.param_groups[0]["lr"]
                     means = {name: float(np.mean(values)) for name, values in position.recent.items()}
-                    log.write(position.step, "train", means, rate, lr)
+                    log.write(position.step, "train", means, rate, lr, ahead.waited / (now - clock))
                     _stable(position, weighted(means, settings.weights), records, splits["train"])
-                    position.recent, position.tokens, clock = {}, 0, now
+                    position.recent, position.tokens, clock, ahead.waited = {}, 0, now, 0.0
                     run.report(Progress("model", position.step, steps, means, rate))
         saver.wait()
     except (KeyboardInterrupt, Terminated):
@@ -302,6 +304,7 @@ def _optimise(
         saver.join()
         raise
     finally:
+        ahead.close()
         log.close()
     if position.step < steps:
         run.decide(stopped_early=position.step)
