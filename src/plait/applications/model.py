@@ -59,10 +59,10 @@ def load(path: str | Path, device: str = "auto", precision: str = "auto") -> Mod
             warnings.warn(f"{'; '.join(wrong)}. Taking {whole} in its place.", stacklevel=2)
             folder = whole
     if folder is not None and read_json(folder / "config.json").get("model_type") == "plait":
-        return Model(checkpoints.load(folder), device, precision)
+        return Model(checkpoints.load(folder), device, precision, folder)
     folder = hub.find(folder or path)
     if read_json(folder / "config.json").get("model_type") in huggingface.FAMILIES:
-        return Model(huggingface.load(folder, chosen.torch), device, precision)
+        return Model(huggingface.load(folder, chosen.torch), device, precision, folder)
     return load_pretrained(str(folder), device, precision)
 
 
@@ -70,8 +70,10 @@ class Model:
     """A checkpoint at work on a device. Inputs are a str, a PIL image, (waveform, rate), a pathlib.Path of a media
     file, its bytes, or (column, any of these, a fitted sample or a list of windows) where the column matters."""
 
-    def __init__(self, checkpoint: Checkpoint, device: str = "auto", precision: str = "auto") -> None:
-        self.checkpoint = checkpoint
+    def __init__(
+        self, checkpoint: Checkpoint, device: str = "auto", precision: str = "auto", folder: Path | None = None
+    ) -> None:
+        self.checkpoint, self.folder = checkpoint, folder  # the folder it was loaded from
         self.device = choose_device(device, precision)
         checkpoint.model.eval().to(self.device.torch)
         self.vocabulary = checkpoint.model.vocabulary
