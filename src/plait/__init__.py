@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from plait.applications.model import Model, load
+    from plait.applications.search import Index
     from plait.runtime import PlaitError
 
-__all__ = ["Model", "PlaitError", "load"]
+__all__ = ["Index", "Model", "PlaitError", "load"]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,6 +23,10 @@ def __getattr__(name: str) -> Any:
         from plait.applications import model
 
         return getattr(model, name)
+    if name == "Index":
+        from plait.applications.search import Index
+
+        return Index
     if name == "PlaitError":
         from plait.runtime import PlaitError
 

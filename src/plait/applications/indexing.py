@@ -18,7 +18,7 @@ from PIL import Image as PILImage
 from plait.applications.model import Model
 from plait.data.entries import Entry
 from plait.data.media import Checker, MediaError, resample, sniff
-from plait.data.record import Rejected
+from plait.data.record import Rejected, rejected
 from plait.runtime import PlaitError
 
 if TYPE_CHECKING:
@@ -89,9 +89,7 @@ class Adding:
             self.commit()
 
     def _reject(self, item: Entry, reason: str) -> None:
-        file, _, line = item.source.rpartition(":")
-        place = (file, int(line)) if file and line.isdecimal() else (item.source, None)
-        self.rejected.append(Rejected(*place, reason))
+        self.rejected.append(rejected(item.source, reason))
 
     def _read(self, kind: str, content: str | bytes, checker: Checker) -> tuple[Any, bytes | None]:
         """What the model takes, and the preview."""
@@ -117,7 +115,13 @@ class Adding:
 
     def _row(self, item: Entry, digest: bytes, vector: np.ndarray, small: bytes | None) -> None:
         text = item.value if isinstance(item.value, str) else "\n".join(item.texts.values())
-        row = {"id": item.id, "source": item.source, "kind": item.kind, "split": item.split, "text": text or None}
+        row: dict[str, Any] = {
+            "id": item.id,
+            "source": item.source,
+            "kind": item.kind,
+            "split": item.split,
+            "text": text or None,
+        }
         row |= {"_content": digest, "_vector": vector, "_preview": small}
         self.rows.append(row | {_named(name): value for name, value in item.texts.items()})
 

@@ -35,7 +35,7 @@ from plait.runtime import PlaitError, fsync_folder, only_writer, sha256_file, wr
 EXACT = 100_000  # entries up to which all vectors are kept in memory and compared
 BATCH = 256  # entries that are embedded at a time
 TABLE = "entries"
-PROBES, REFINE = 24, 1  # of an approximate search: partitions looked at, and candidates per result compared exactly
+PROBES, REFINE = 24, 4  # of an approximate search: partitions looked at, and candidates per result compared exactly
 FUSE = 60  # reciprocal rank fusion: 1 / (FUSE + rank), Cormack, Clarke and Buettcher 2009
 
 
@@ -81,6 +81,7 @@ class Index:
     def __init__(self, path: str | Path, model: str | Path | Model | Pretrained | None = None, device: str = "auto"):
         self.path: Location = location(path)
         self.device, self._lock = device, threading.Lock()
+        self.exact = EXACT
         self._model: Model | Pretrained | None = None
         self.table: Any = None
         self._loaded: tuple[int, np.ndarray, np.ndarray] | None = None  # version, row ids (N,), vectors (N, E)
@@ -89,7 +90,8 @@ class Index:
             raise PlaitError(f"{self.path} is a file. Name the folder of an index.")
         self._open()
         if model is not None:
-            self._take(load(model, device) if isinstance(model, str | Path) else model, str(model))
+            loaded = load(model, device) if isinstance(model, str | Path) else model
+            self._take(loaded, str(model if isinstance(model, str | Path) else model.folder))
         elif self.table is None:
             raise PlaitError(f"{self.path} is no index. Make one: plait index add {self.path} FILES --model RUN")
 
@@ -127,6 +129,7 @@ class Index:
     # --- the store ----------------------------------------------------------------------------------------------
 
     def _connect(self) -> Any:
+        os.environ.setdefault("LANCE_LOG", "error")
         try:
             import lancedb
         except ModuleNotFoundError:
@@ -238,7 +241,7 @@ class Index:
                 self.table.optimize(cleanup_older_than=cleanup)
             if ("text",) not in there and self.table.count_rows("text IS NOT NULL"):
                 self.table.create_index("text", config=FTS(base_tokenizer="icu", with_position=False))
-            if ("_vector",) not in there and count > EXACT:
+            if ("_vector",) not in there and count > self.exact:
                 progress("index", 0, None)
                 parts = max(int(count**0.5), 1)
                 config = IvfSq(distance_type="cosine", num_partitions=parts, sample_rate=32, max_iterations=10)
@@ -297,18 +300,23 @@ class Index:
         texts = any(tuple(index.columns) == ("text",) for index in self.table.list_indices())
         if by == "auto":
             by = "hybrid" if texts and words and words.strip() else "vector"
-        pool = max(10 * k, 100) if by == "hybrid" else k
-        rankings: list[list[int]] = []
+        pool = k if by in ("vector", "words") else max(10 * k, 1000 if self._loaded else 100)
+        rankings: list[dict[int, int]] = []
         if by != "words":
             assert vector is not None
-            rankings.append(self._nearest(np.asarray(vector, np.float32), pool, where))
+            near = self._nearest(np.asarray(vector, np.float32), pool, where)
+            rankings.append({row: place for place, row in enumerate(near)})
         if by != "vector" and texts:
             search = self.table.search(words, query_type="fts", fts_columns="text").with_row_id(True)
             search = search.where(where) if where else search
-            rankings.append(search.limit(pool).select(["id"]).to_arrow()["_rowid"].to_pylist())
+            found = search.limit(pool).select(["id", "_score"]).to_arrow()
+            values = found["_score"].to_numpy()
+            # Equal scores share a rank, so that among equal words the vectors decide.
+            places = np.searchsorted(-values, -values) if len(values) else values
+            rankings.append(dict(zip(found["_rowid"].to_pylist(), places.tolist(), strict=True)))
         scores: dict[int, float] = {}
         for ranking in rankings:
-            for place, row in enumerate(ranking):
+            for row, place in ranking.items():
                 scores[row] = scores.get(row, 0.0) + 1 / (FUSE + 1 + place)
         best = sorted(scores, key=lambda row: -scores[row])[:k]
         if not best:
@@ -330,7 +338,7 @@ class Index:
         version = self.table.version
         if self._loaded is None or self._loaded[0] != version:
             self._loaded = None
-            if self.table.count_rows() <= EXACT:
+            if self.table.count_rows() <= self.exact:
                 self._loaded = (version, *self._vectors())
 
     def _vectors(self) -> tuple[np.ndarray, np.ndarray]:
@@ -356,7 +364,7 @@ class Index:
         """The row ids of the k nearest vectors, best first."""
         if self._loaded is None:
             query = self.table.search(vector, vector_column_name="_vector").distance_type("cosine")
-            query = query.nprobes(PROBES).refine_factor(REFINE).with_row_id(True).limit(k).select(["id"])
+            query = query.nprobes(PROBES).refine_factor(REFINE).with_row_id(True).limit(k).select(["id", "_distance"])
             found = (query.where(where, prefilter=True) if where else query).to_arrow()
             return list(found["_rowid"].to_pylist())
         _, rows, vectors = self._loaded

@@ -26,6 +26,9 @@ def serve(
     read_seconds: Annotated[float, typer.Option(min=0.5, help="The longest that a client may stand still.")] = 10.0,
     drain_seconds: Annotated[float, typer.Option(min=0, help="What open requests have left at SIGTERM.")] = 10.0,
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
+    index: Annotated[
+        list[str] | None, typer.Option(help="An index to search in, made by one of the models; NAME=INDEX renames.")
+    ] = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Serve models over HTTP, in the shapes of OpenAI's API.
@@ -49,7 +52,8 @@ def serve(
     )
     run(
         models, host, port, key_file=api_key_file, allow_hosts=allow_host, allow_origins=allow_origin, device=device,
-        precision=precision, limits=limits, tell=lambda url: out.print(f"Serving at {url}/v1 (Ctrl-C stops)"),
+        precision=precision, indexes=index, limits=limits,
+        tell=lambda url: out.print(f"Serving at {url}/v1 (Ctrl-C stops)"),
     )  # fmt: skip
 
 

@@ -78,15 +78,14 @@ def entries(source: str | Path | Dataset, columns: list[str] | None = None) -> I
         tree = scan(place, Path(scratch) / "unpacked", Path(scratch))
         found = plan(tree)
         _known(columns, found.columns, str(source))
-        if isinstance(place, Path):
-            place = place.resolve()
-        root = f"{place.parent if tree.single and isinstance(place, Path) else place}"
+        shown = str(place.parent if tree.single and isinstance(place, Path) else place)
+        root = str(Path(shown).resolve()) if isinstance(place, Path) else shown
         yield from tree.refused
         for item in found.read():
             if isinstance(item, Rejected):
                 yield item
             else:
-                yield from _of_record(item, root, found.columns, columns)
+                yield from _of_record(item, f"{root.rstrip('/')}/", shown, found.columns, columns)
 
 
 def _known(columns: list[str] | None, there: dict[str, str], source: str) -> None:
@@ -100,17 +99,19 @@ def _of_dataset(dataset: Dataset, columns: list[str] | None) -> Iterator[Entry]:
     path = dataset.path.resolve() if isinstance(dataset.path, Path) else dataset.path
     for record in dataset.iterate():
         item = Found(record.id, record.source or record.id, dict(record.parts), record.split)  # type: ignore[arg-type]
-        yield from _of_record(item, f"{path}#", dataset.columns, columns)
+        yield from _of_record(item, f"{path}#", dataset.manifest.source, dataset.columns, columns)
 
 
-def _of_record(item: Found, root: str, kinds: dict[str, str], columns: list[str] | None) -> Iterator[Entry]:
+def _of_record(item: Found, root: str, shown: str, kinds: dict[str, str], columns: list[str] | None) -> Iterator[Entry]:
+    """`root` begins the ids, `shown` is the source as people know it."""
     texts = {name: value for name, value in item.parts.items() if isinstance(value, str) and kinds[name] == "text"}
-    wanted = [name for name in item.parts if name in columns] if columns is not None else None
-    if wanted is None:
-        wanted = [name for name in item.parts if kinds[name] != "text"] or list(item.parts)
+    wanted = [name for name in item.parts if columns is None or name in columns]
+    if columns is None:
+        wanted = [name for name in wanted if kinds[name] != "text"] or wanted
     for name in wanted:
+        value = item.parts[name]
+        place = value.name if isinstance(value, Media) else item.place
         tail = f"#{name}" if len(wanted) > 1 else ""
         yield Entry(
-            f"{root.removesuffix('/')}{'' if root.endswith('#') else '/'}{item.id}{tail}", item.place, kinds[name],
-            item.parts[name], texts, item.split,
+            f"{root}{item.id}{tail}", f"{shown.rstrip('/')}/{place}", kinds[name], value, texts, item.split
         )  # fmt: skip

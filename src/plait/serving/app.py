@@ -11,7 +11,7 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -22,17 +22,19 @@ from starlette.formparsers import MultiPartParser
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 
-from plait.applications.model import find_checkpoint, load
-from plait.model import hub
+from plait.applications.model import load
 from plait.runtime import PlaitError, sha256_file
-from plait.serving import api, api_media, api_text
+from plait.serving import api, api_media, api_search, api_text
 from plait.serving.guard import Doors, Guard
 from plait.serving.journal import Metrics, set_up_logging
 from plait.serving.limits import ApiError, Limits, read_keys
 from plait.serving.network import listen, make_server
 from plait.serving.service import Served, Service
 
-ROUTERS = (api.router, api_text.router, api_media.router)
+if TYPE_CHECKING:
+    from plait.applications.search import Index
+
+ROUTERS = (api.router, api_text.router, api_media.router, api_search.router)
 LOOPBACK = {"localhost", "127.0.0.1", "[::1]"}
 _MEMBER = re.compile(r"body|str|int|(list|constrained|function|tagged|nullable|model)[-[(].*", re.DOTALL)
 log = logging.getLogger("plait.serving")
@@ -48,17 +50,20 @@ def serve(
     allow_origins: list[str] | None = None,
     device: str = "auto",
     precision: str = "auto",
+    indexes: list[str] | None = None,
     limits: Limits = Limits(),
     tell: Callable[[str], None] = lambda url: None,
 ) -> None:
     """Serve models until SIGINT or SIGTERM; `tell` is called with the address once requests are taken.
 
     A model is a run, a checkpoint, or a Hugging Face name or folder; `NAME=MODEL` gives it another name. Raises
-    PlaitError for a model that cannot be loaded, an address that cannot be had, and one off loopback without keys.
+    PlaitError for a model or an index that cannot be loaded, an address that cannot be had, and one off loopback
+    without keys.
     """
     doors = make_doors(host, key_file, allow_hosts or [], allow_origins or [])
     sock = listen(host, port)
-    service = Service(load_models(models, device, precision, limits), limits, Metrics())
+    found = load_models(models, device, precision, limits)
+    service = Service(found, limits, Metrics(), open_indexes(indexes or [], found))
     guard = Guard(make_app(service, doors), doors, limits, service.metrics, _routes())
     set_up_logging()
 
@@ -97,7 +102,8 @@ def load_models(names: list[str], device: str, precision: str, limits: Limits) -
     for given in names:
         name, _, path = given.rpartition("=") if "=" in given and not Path(given).exists() else ("", "", given)
         model = load(path, device, precision)
-        folder = find_checkpoint(path) or hub.find(path)
+        folder = model.folder
+        assert folder is not None  # `load` knows it
         name = name or (Path(path).resolve().name if Path(path).expanduser().is_dir() else path)
         if name in found:
             raise PlaitError(f"Two models have the name '{name}'. Give one another: other={path}")
@@ -106,6 +112,31 @@ def load_models(names: list[str], device: str, precision: str, limits: Limits) -
     if not found:
         raise PlaitError("Name a model to serve: a run, a checkpoint, or a Hugging Face name or folder.")
     return list(found.values())
+
+
+def open_indexes(names: list[str], models: list[Served]) -> dict[str, tuple[Index, str]]:
+    """The indexes of a command line, each with the name of the model that made it. Raises PlaitError."""
+    if not names:
+        return {}
+    from plait.applications.search import Index  # with libraries that are large, and of no use without an index
+
+    found: dict[str, tuple[Index, str]] = {}
+    for given in names:
+        name, _, path = given.rpartition("=") if "=" in given and not Path(given).exists() else ("", "", given)
+        name = name or path.rstrip("/").rpartition("/")[2]
+        if name in found:
+            raise PlaitError(f"Two indexes have the name '{name}'. Give one another: other={path}")
+        wrong: PlaitError | None = None
+        for served in models:
+            try:
+                found[name] = Index(path, served.model), served.name
+            except PlaitError as error:
+                wrong = error
+        if name not in found:
+            raise wrong or PlaitError(f"{path} has no model.")
+        if not len(found[name][0]):
+            raise PlaitError(f"{path} is empty. Fill it: plait index add {path} FILES --model RUN")
+    return found
 
 
 def make_doors(host: str, key_file: Path | None, allow_hosts: list[str], allow_origins: list[str]) -> Doors:

@@ -228,6 +228,19 @@ class ClassifyRequest(Strict):
     top: Annotated[int, Field(ge=1, le=1024)] = 5
 
 
+class SearchRequest(Strict):
+    model: Name
+    input: Text | Part
+    k: Annotated[int, Field(ge=1, le=100)] = 10
+    where: Annotated[
+        dict[Name, Name | Annotated[list[Name], Field(min_length=1, max_length=64)]] | None,
+        Field(max_length=8, description="Column -> the text, or texts, that it must hold."),
+    ] = None
+    by: Literal["auto", "vector", "words", "hybrid"] = "auto"
+    index: Annotated[Name | None, Field(description="The index's name; the model's first where left out.")] = None
+    preview: Annotated[bool, Field(description="Whether small pictures and sounds come along as data: URLs.")] = True
+
+
 # --- answers ----------------------------------------------------------------------------------------------------
 
 
@@ -374,6 +387,24 @@ class Classification(BaseModel):
     object: Literal["list"] = "list"
     model: str
     data: list[LabelChance]
+
+
+class Found(BaseModel):
+    id: str
+    kind: Literal["image", "audio", "text"]
+    source: str
+    similarity: float | None
+    score: float
+    text: str | None
+    columns: dict[str, str]
+    preview: str | None
+
+
+class SearchResults(BaseModel):
+    object: Literal["list"] = "list"
+    model: str
+    index: str
+    data: list[Found]
 
 
 class Health(BaseModel):

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.responses import Response
 
@@ -24,6 +24,9 @@ from plait.serving.limits import ApiError, Limits, decode_base64, decode_data_ur
 from plait.serving.media import Reader
 from plait.serving.schemas import AudioPart, ImagePart, TextPart
 from plait.serving.worker import Ticket, Worker, follow
+
+if TYPE_CHECKING:
+    from plait.applications.search import Index
 
 T = TypeVar("T")
 INLINE = 4000  # characters that are tokenised without leaving the event loop
@@ -67,8 +70,15 @@ class Served:
 class Service:
     """All models that are served, and what a handler needs of them for one request."""
 
-    def __init__(self, models: list[Served], limits: Limits, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        models: list[Served],
+        limits: Limits,
+        metrics: Metrics,
+        indexes: dict[str, tuple[Index, str]] | None = None,
+    ) -> None:
         self.models = {served.name: served for served in models}
+        self.indexes = indexes or {}  # name -> the index, and the name of its model
         self.limits, self.metrics = limits, metrics
         self.reader = Reader(limits)
 
