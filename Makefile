@@ -47,6 +47,7 @@ soak: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak_tune.py runs/soak_tune
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak_serving.py --model runs/demo
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak_processes.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak_search.py --model runs/demo
 
 clean:
 	rm -rf .venv runs

@@ -17,6 +17,7 @@ import pytest
 from conftest import EN
 from plait import Index, load
 from plait.data.dataset import Dataset
+from plait.model import checkpoint as checkpoints
 from plait.runtime import PlaitError, only_writer
 from server import Server, is_error
 
@@ -117,14 +118,14 @@ def test_mistakes_are_told_and_nothing_is_lost(
 ) -> None:
     copy = shutil.copytree(index, tmp_path / "copy")
     other = tmp_path / "other"
-    shutil.copytree(trained / "checkpoints" / "best", other)
-    manifest = json.loads((other / "manifest.json").read_text())
-    (other / "manifest.json").write_text(json.dumps(manifest))  # other bytes: another model
+    weights = checkpoints.load(trained / "checkpoints" / "best")
+    weights.training["seed"] = 99
+    checkpoints.save(weights, other)
     (tmp_path / "text.txt").write_text("a")
 
     def fails(*arguments: object) -> str:
         assert plait(*arguments) == 1
-        told = capsys.readouterr().err
+        told = capsys.readouterr().err.lstrip()
         assert told.startswith("plait: ") and "Traceback" not in told
         return told
 
@@ -202,7 +203,7 @@ def test_search_is_served(index: Path, trained: Path, tmp_path: Path) -> None:
         assert picture["preview"].startswith("data:image/png;base64,") and str(index.parent) not in json.dumps(found)
         part = {"type": "image_url", "image_url": {"url": picture["preview"]}}
         status, again = server.post("/v1/plait/search", {"model": "m", "input": part, "k": 1, "preview": False})
-        assert again["data"][0]["id"] == picture["id"] and again["data"][0]["preview"] is None
+        assert again["data"][0]["similarity"] > 0.9999 and again["data"][0]["preview"] is None
         for wrong, word in [
             ({"where": {"colour": "red"}}, "no column"), ({"index": "x"}, "world"), ({"k": 0}, "k"),
             ({"where": {"kind": "x') OR ('1' = '1"}}, ""), ({"where": "kind = 'image'"}, "where"),

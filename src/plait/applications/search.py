@@ -150,10 +150,10 @@ class Index:
             known = isinstance(error, ValueError | RuntimeError | OSError | LookupError | pa.ArrowException)
             if not known and type(error).__name__ != "PanicException":
                 raise
-            first = " ".join(str(error).split())[:300]
+            why = "; ".join(self._damaged()[:3]) or " ".join(str(error).split())[:300]
             raise PlaitError(
-                f"{self.path} cannot be {what}: {first}. Nothing of it was changed. `plait index verify {self.path}` "
-                "names the damaged file: put that file back from a copy, or make the index again."
+                f"{self.path} cannot be {what}: {why}. Nothing of it was changed. Put the file back from a copy, or "
+                "make the index again."
             ) from None
 
     def _open(self) -> None:
@@ -353,8 +353,8 @@ class Index:
             wrong = np.flatnonzero(sums != batch["_check"].to_numpy())
             if len(wrong):
                 raise PlaitError(
-                    f"{self.path} is damaged: the entry {batch['id'][int(wrong[0])]} and {len(wrong) - 1} more do not "
-                    f"match their checksums. `plait index verify {self.path}` names the file: put it back from a copy."
+                    f"{self.path} is damaged: the entry {batch['id'][int(wrong[0])]} and {len(wrong) - 1} more do not match "
+                    f"their checksums. `plait index verify {self.path}` names the file: put it back from a copy."
                 )
             vectors.append(found)
             rows.append(batch["_rowid"].to_numpy())
@@ -410,14 +410,7 @@ class Index:
     def verify(self) -> list[str]:
         """What is wrong with the index, a line a fault; empty where it is whole. Every file is compared with its sha256
         and every entry with its checksum."""
-        wrong = []
-        known = self._sums()
-        for name, (size, digest) in known.items():
-            file = Path(str(self.path)) / name
-            if not file.is_file():
-                continue  # removed by a compaction; what is missing shows below
-            if file.stat().st_size != size or sha256_file(file) != digest:
-                wrong.append(f"{file} is damaged: it does not match its sha256")
+        wrong = self._damaged()
         try:
             with self.reading():
                 self.table.checkout_latest()
@@ -430,7 +423,17 @@ class Index:
                 for _ in self.table.search().select(self.table.schema.names).limit(None).to_batches(1024):
                     pass  # every page of every file is read once
         except PlaitError as error:
-            wrong.append(str(error))
+            wrong = wrong or [str(error)]
+        return wrong
+
+    def _damaged(self) -> list[str]:
+        """The files that do not match their sha256."""
+        wrong = []
+        for name, (size, digest) in self._sums().items():
+            file = Path(str(self.path)) / name
+            # One that is gone was removed by a compaction; where that was not so, reading shows it.
+            if file.is_file() and (file.stat().st_size != size or sha256_file(file) != digest):
+                wrong.append(f"{file} does not match its sha256")
         return wrong
 
     def _sums(self) -> dict[str, tuple[int, str]]:
