@@ -19,11 +19,13 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import lancedb  # noqa: F401 - once here, not once in every child
 import numpy as np
 from PIL import Image
 
@@ -35,14 +37,15 @@ from plait.runtime import PlaitError
 
 
 def child(work: Callable[[Callable[[str], None]], None]) -> tuple[int, int]:
-    """A forked process at work: its id, and the end of a pipe on which it tells. LanceDB's threads must not exist
-    before, so that only children ever open an index."""
+    """A forked process at work: its id, and the end of a pipe on which it tells. LanceDB starts its threads anew in a
+    child; only children ever open an index."""
     reading, writing = os.pipe()
     process = os.fork()
     if process:
         os.close(writing)
         return process, reading
     code = 1
+    warnings.simplefilter("ignore")
     try:
         os.close(reading)
         work(lambda text: os.write(writing, f"{text}\n".encode()) and None)

@@ -352,9 +352,10 @@ class Index:
             sums = checksums(batch["id"].to_pylist(), batch["_content"].to_pylist(), found)
             wrong = np.flatnonzero(sums != batch["_check"].to_numpy())
             if len(wrong):
+                first = batch["id"][int(wrong[0])]
                 raise PlaitError(
-                    f"{self.path} is damaged: the entry {batch['id'][int(wrong[0])]} and {len(wrong) - 1} more do not match "
-                    f"their checksums. `plait index verify {self.path}` names the file: put it back from a copy."
+                    f"{self.path} is damaged: {len(wrong)} entries, {first} the first, do not match their checksums. "
+                    f"`plait index verify {self.path}` names the file: put it back from a copy."
                 )
             vectors.append(found)
             rows.append(batch["_rowid"].to_numpy())
