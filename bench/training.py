@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import gc
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,12 +118,8 @@ def step_of(optimizer: torch.optim.Optimizer, model: Any, losses: Any, tokens: i
     return work
 
 
-def pair(shape: Shape, family: str, device: Device, compiled: bool, peak: float, **timing: Any) -> Table:
-    """Our model and its twin in transformers, in turn; `peak` in FLOP/s, 0 where it is not known."""
-    torch.compiler.reset()  # what earlier pairs compiled counts against a limit
-    model = make_model(shape, family)
-    peer = as_transformers(text_checkpoint(model)).to(device.torch).train()
-    model.to(device.torch).train()
+def losses(shape: Shape, device: Device) -> tuple[Callable[[Multimodal], Tensor], Callable[[Any], Tensor], int]:
+    """What computes the loss of one batch, with our network and with that of transformers; and the batch's tokens."""
     tokens = torch.randint(
         shape.vocabulary - 2, (shape.batch, shape.length), generator=torch.Generator().manual_seed(1)
     )
@@ -139,11 +136,21 @@ def pair(shape: Shape, family: str, device: Device, compiled: bool, peak: float,
             loss: Tensor = network(input_ids=ids, labels=ids, use_cache=False).loss
         return loss
 
+    return ours, theirs, tokens.numel()
+
+
+def pair(shape: Shape, family: str, device: Device, compiled: bool, peak: float, **timing: Any) -> Table:
+    """Our model and its twin in transformers, in turn; `peak` in FLOP/s, 0 where it is not known."""
+    torch.compiler.reset()  # what earlier pairs compiled counts against a limit
+    model = make_model(shape, family)
+    peer = as_transformers(text_checkpoint(model)).to(device.torch).train()
+    model.to(device.torch).train()
+    ours, theirs, tokens = losses(shape, device)
     with torch.no_grad():
         apart = abs(float(ours(model)) - float(theirs(peer)))
     optimizer, peer_optimizer = (make_optimizer([m], 1e-4, 0.1, (0.9, 0.95)) for m in (model, peer))
-    work = step_of(optimizer, model, lambda: ours(model), tokens.numel())
-    peer_work = step_of(peer_optimizer, peer, lambda: theirs(peer), tokens.numel())
+    work = step_of(optimizer, model, lambda: ours(model), tokens)
+    peer_work = step_of(peer_optimizer, peer, lambda: theirs(peer), tokens)
     contenders = [
         Contender("ours", work, matmul="medium"),
         Contender(f"transformers {family}", peer_work, "ours", note=f"first losses {apart:.4f} nats apart"),
@@ -157,9 +164,9 @@ def pair(shape: Shape, family: str, device: Device, compiled: bool, peak: float,
         peer_twin = torch.compile(peer)
         fast, peer_fast = "ours, compiled", f"transformers {family}, compiled"
         contenders += [
-            Contender(fast, step_of(optimizer, model, lambda: ours(twin), tokens.numel()), "", "medium",
+            Contender(fast, step_of(optimizer, model, lambda: ours(twin), tokens), "", "medium",
                       "as training.compile does"),
-            Contender(peer_fast, step_of(peer_optimizer, peer, lambda: theirs(peer_twin), tokens.numel()), fast),
+            Contender(peer_fast, step_of(peer_optimizer, peer, lambda: theirs(peer_twin), tokens), fast),
         ]  # fmt: skip
     precision = str(device.dtype).removeprefix("torch.")
     title = f"Training {shape.name}, {family}: {shape.batch} x {shape.length} tokens, {precision}"

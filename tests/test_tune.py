@@ -16,7 +16,7 @@ from plait.config import load_recipe, parse_recipe
 from plait.data.dataset import Dataset
 from plait.evaluation.study import verdict
 from plait.runtime import PlaitError
-from plait.training.fields import NAMES, fields_of, score, with_values
+from plait.training.fields import GUARDS, NAMES, fields_of, score, with_values
 from plait.training.setup import model_config
 
 SMALL = """
@@ -116,3 +116,16 @@ def test_killed_study_goes_on(
     capsys.readouterr()
     assert plait(*command, "--objective", "image") == 1
     assert "another objective" in capsys.readouterr().err
+
+
+def test_each_guard_is_tried_alone(data: Path, tmp_path: Path, plait: Callable[..., int]) -> None:
+    recipe, study = tmp_path / "recipe.yaml", tmp_path / "study"
+    recipe.write_text(SMALL)
+    command = ["tune", data, "-o", study, "--recipe", recipe, "--trials", 6, "--steps", 4, "--seeds", 0]
+    assert plait(*command, "--over", "guards") == 0
+    facts = json.loads((study / "study.json").read_text())
+    default = facts["trials"][0]["params"]
+    assert set(default) == set(GUARDS)
+    flipped = [[name for name in GUARDS if row["params"][name] != default[name]] for row in facts["trials"][1:]]
+    assert flipped == [[name] for name in GUARDS]
+    assert (study / "report.html").read_text().count("helped</td>") + facts["counts"]["pruned"] >= 1

@@ -156,7 +156,12 @@ class _Study:
 
     def run(self) -> dict[str, Any]:
         if self._first():
-            self.search.enqueue_trial({field.name: field.default for field in self.fields})
+            default = {field.name: field.default for field in self.fields}
+            self.search.enqueue_trial(default)
+            for field in self.fields:
+                if field.guard:
+                    other = next(choice for choice in field.choices if choice != field.default)
+                    self.search.enqueue_trial({**default, field.name: other})
         workers = Workers(self.plan.processes, self.dataset.path, self.plan.device)
         try:
             self._work(workers, self.search, "trials", self._ask, self.plan.trials)
@@ -437,7 +442,7 @@ def _storage(url: str | None, folder: Path) -> BaseStorage:
 
 def _suggest(trial: Trial, field: Field) -> float | int:
     if field.choices:
-        return int(trial.suggest_categorical(field.name, list(field.choices)))
+        return trial.suggest_categorical(field.name, list(field.choices))
     if isinstance(field.default, int):
         return trial.suggest_int(field.name, int(field.low), int(field.high), log=field.log)
     return trial.suggest_float(field.name, field.low, field.high, log=field.log)

@@ -236,7 +236,7 @@ def tune(
         str,
         typer.Option(
             help="What to tune, with commas: learning_rate, batch_size, width, layers, dropout, weight_decay, warmup, "
-            "drop_condition, weights; a range of one's own as learning_rate=0.0001:0.01."
+            "drop_condition, weights, guards (against over-fitting); a range of one's own as learning_rate=0.0001:0.01."
         ),
     ] = "learning_rate,batch_size",
     minutes: Annotated[float | None, typer.Option(help="The time of each trial.")] = None,

@@ -318,10 +318,13 @@ def _figures(metrics: Metrics) -> str:
     for task in tasks:
         rows = []
         before = ""
+        clean = any(_parts(name)[0] == task and f"{name}_clean" in metrics for name in metrics)
         for name, metric in metrics.items():
             first, direction, last = _parts(name)
             if first != task or name.endswith("]"):  # figures of single classes stand in the confusion matrix
                 continue
+            if name.removesuffix("_clean") in metrics and name.endswith("_clean"):
+                continue  # stands beside the figure of all records
             label, kind, meaning = MEANING.get(last, (last, "number", ""))
             rows.append([
                 "" if direction == before else _direction(direction),
@@ -331,10 +334,12 @@ def _figures(metrics: Metrics) -> str:
                 _number(metric.get("chance"), kind),
                 _number(metric.get("baseline"), kind),
                 "–" if metric.get("n") is None else f"{metric['n']:,.0f}",
+                *([_with_error(metrics.get(f"{name}_clean", {}), kind)] if clean else []),
             ])  # fmt: skip
             before = direction
-        head = ["", "", "value", "", "chance", "baseline", "n"]
-        found += f"<h3>{escape(TASKS.get(task, task))}</h3>" + table(head, rows, numbers=(2, 4, 5, 6), name="figures")
+        head = ["", "", "value", "", "chance", "baseline", "n", *(["without near-duplicates"] if clean else [])]
+        numbers = (2, 4, 5, 6, 7) if clean else (2, 4, 5, 6)
+        found += f"<h3>{escape(TASKS.get(task, task))}</h3>" + table(head, rows, numbers=numbers, name="figures")
     return found
 
 

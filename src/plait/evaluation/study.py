@@ -60,6 +60,8 @@ def write_study_report(path: Path, title: str, study: dict[str, Any]) -> None:
     sections = [("history", "History", _history(trials, objective))]
     if study.get("importance"):
         sections.append(("importance", "What mattered", _importance(study["importance"])))
+    if any(field.get("guard") for field in fields):
+        sections.append(("guards", "Guards against over-fitting", _guards(trials, fields)))
     sections.append(("slices", "Slices", _slices(trials, fields)))
     sections.append(("trials", "Trials", _trials(trials, fields, study.get("best"))))
     if study.get("fresh"):
@@ -197,6 +199,30 @@ def _importance(shares: dict[str, float]) -> str:
         "(PED-ANOVA); with few trials it is a hint.</p>"
     )
     return note + table(["setting", "", "share"], rows, numbers=(2,))
+
+
+def _guards(trials: list[dict[str, Any]], fields: list[dict[str, Any]]) -> str:
+    """What each guard alone did to validation, with all else at the default."""
+    default = {field["name"]: field["default"] for field in fields}
+    values = {tuple(row["params"].get(name) for name in default): row["value"] for row in trials}
+    base = values.get(tuple(default.values()))
+    rows = []
+    for field in fields:
+        if not field.get("guard"):
+            continue
+        other = next(choice for choice in field["choices"] if choice != field["default"])
+        found = values.get(tuple({**default, field["name"]: other}.values()))
+        on, off = (base, found) if field["default"] else (found, base)
+        told = "not known: a trial was stopped or failed" if on is None or off is None else (
+            "helped" if on < off else "did not help"
+        )  # fmt: skip
+        setting = _number(max(field["choices"])) if field["name"] != "augment" else "on"
+        rows.append([escape(field["name"]), setting, _number(off), _number(on), told])
+    note = (
+        '<p class="dim">One trial each, all else as in the default recipe: differences within what seeds vary say '
+        "nothing. The verdict on fresh seeds is above.</p>"
+    )
+    return note + table(["guard", "setting", "val without", "val with", ""], rows, numbers=(1, 2, 3))
 
 
 def _slices(trials: list[dict[str, Any]], fields: list[dict[str, Any]]) -> str:

@@ -13,6 +13,8 @@ from plait.training.losses import weight_of, weighted
 
 FIRST = ("learning_rate", "batch_size")  # what is tuned where nothing else is named
 NAMES = (*FIRST, "width", "layers", "dropout", "weight_decay", "warmup", "drop_condition", "weights")
+# Guards against over-fitting, each on or off: what stands for on where the recipe has it off.
+GUARDS = {"dropout": 0.1, "weight_decay": 0.05, "label_smoothing": 0.1, "ema": 0.999, "augment": 1}
 _PLACES = {"width": "model.backbone.width", "layers": "model.backbone.layers", "dropout": "model.backbone.dropout"}
 
 
@@ -27,7 +29,8 @@ class Field:
     low: float | int
     high: float | int
     log: bool = False
-    choices: tuple[int, ...] = ()
+    choices: tuple[float | int, ...] = ()
+    guard: bool = False  # on or off; a study tries it first with all else at the default
 
     def facts(self) -> dict[str, Any]:
         """As JSON gives it back."""
@@ -35,7 +38,8 @@ class Field:
 
 
 def fields_of(recipe: Recipe, dataset: Dataset, over: list[str]) -> list[Field]:
-    """The fields named in `over`, each a name or NAME=LOW:HIGH; "weights" stands for those of all objectives.
+    """The fields named in `over`, each a name or NAME=LOW:HIGH; "weights" stands for those of all objectives,
+    "guards" for all guards against over-fitting, on or off.
 
     The default value always lies within. Raises PlaitError for what is not known or cannot be tuned here.
     """
@@ -43,12 +47,15 @@ def fields_of(recipe: Recipe, dataset: Dataset, over: list[str]) -> list[Field]:
     weights = _weights(recipe, dataset)
     for entry in over or list(FIRST):
         name, _, given = entry.strip().partition("=")
+        if name == "guards" and not given:
+            fields |= {guard: _guard(guard, recipe) for guard in GUARDS}
+            continue
         expanded = [f"weights.{key}" for key in weights] if name == "weights" else [name]
         for each in expanded:
             if each.startswith("weights.") and each.removeprefix("weights.") not in weights:
                 raise PlaitError(f"There is no weight '{each}' to tune; there are {', '.join(weights)}.")
             if not each.startswith("weights.") and each not in NAMES:
-                raise PlaitError(f"'{each}' cannot be tuned. What can be: {', '.join(NAMES)}.")
+                raise PlaitError(f"'{each}' cannot be tuned. What can be: {', '.join(NAMES)}, guards.")
             fields[each] = _field(each, recipe, dataset, weights, _range(entry, given))
     return list(fields.values())
 
@@ -112,6 +119,14 @@ def _field(
     return Field(name, place, value, low, high, log=low > 0)
 
 
+def _guard(name: str, recipe: Recipe) -> Field:
+    value = getattr(recipe.model.backbone if name == "dropout" else recipe.training, name)
+    default = int(value) if name == "augment" else float(value or 0)
+    choices = (0, 1) if name == "augment" else (0.0, default or GUARDS[name])
+    place = _PLACES.get(name, f"training.{name}")
+    return Field(name, place, default, choices[0], choices[1], choices=choices, guard=True)
+
+
 def with_values(recipe: Recipe, fields: list[Field], values: dict[str, Any], seed: int | None = None) -> Recipe:
     """The recipe with a trial's values, and another seed where one is given. Raises PlaitError where they do not fit
     together."""
@@ -121,7 +136,8 @@ def with_values(recipe: Recipe, fields: list[Field], values: dict[str, Any], see
         at = raw[section]
         for part in inner[:-1]:
             at = at[part]
-        at[inner[-1]] = values[field.name]
+        value = values[field.name]
+        at[inner[-1]] = bool(value) if field.name == "augment" else (value or None) if field.name == "ema" else value
     if seed is not None:
         raw["training"]["seed"] = seed
     return parse_recipe(raw, "a trial's recipe")

@@ -1,0 +1,83 @@
+"""Training as it ships: our step in one process, that of transformers in another, sampled in turn.
+
+    OMP_NUM_THREADS=1 python bench/as_shipped.py --sizes 14M 0.8M
+
+Ours is what `plait train` does of itself in a run of text of ten minutes or more: glibc keeps freed memory, and the
+blocks are compiled where there is a C++ compiler; `--eager` leaves that out, as in shorter runs. The peer is a plain
+loop as most write it: autocast, eager, fused AdamW, gradients clipped at 1, and the allocator as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+from multiprocessing.connection import Connection
+
+import torch
+from measure import Contender, Row, Table, clock, timed
+from training import FAMILIES, SHAPES, as_transformers, losses, make_model, step_of, text_checkpoint
+
+from plait.runtime import choose_device, keep_memory, threads
+from plait.training.optimizer import make_optimizer
+
+SECONDS = 2.0  # a sample lasts about so long
+
+
+def side(pipe: Connection, ours: bool, size: str, family: str, compiled: bool) -> None:
+    """One contender: tells when it is ready, then answers each message with a rate, until there is none."""
+    torch.set_num_threads(threads())
+    if ours:
+        keep_memory()
+    device = choose_device("cpu", training=True)
+    shape = SHAPES[size]
+    model = make_model(shape, family)
+    loss, their_loss, tokens = losses(shape, device)
+    if ours:
+        if compiled:
+            model.backbone.compile_blocks()
+        work = step_of(make_optimizer([model], 1e-4, 0.1, (0.9, 0.95)), model, lambda: loss(model), tokens)
+    else:
+        peer = as_transformers(text_checkpoint(model)).train()
+        work = step_of(make_optimizer([peer], 1e-4, 0.1, (0.9, 0.95)), peer, lambda: their_loss(peer), tokens)
+    contender = Contender("", work, matmul="medium" if ours else "highest")
+    for _ in range(3):
+        work()
+    begun = clock("cpu")
+    timed(contender, 1, "cpu")
+    calls = max(round(SECONDS / (clock("cpu") - begun)), 1)
+    pipe.send(None)
+    while pipe.recv():
+        pipe.send(timed(contender, calls, "cpu"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=["14M", "0.8M"])
+    parser.add_argument("--family", choices=FAMILIES, default="Qwen3")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--eager", action="store_true", help="ours is not compiled either")
+    options = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    for size in options.sizes:
+        rows = [Row("ours, eager" if options.eager else "ours, compiled"), Row(f"transformers {options.family}, eager")]
+        pipes, processes = [], []
+        for ours in (True, False):
+            mine, other = context.Pipe()
+            process = context.Process(target=side, args=(other, ours, size, options.family, not options.eager))
+            process.start()
+            mine.recv()
+            pipes.append(mine)
+            processes.append(process)
+        for turn in range(options.rounds):
+            for which in (0, 1) if turn % 2 else (1, 0):
+                pipes[which].send(True)
+                rows[which].rates.append(pipes[which].recv())
+        for pipe, process in zip(pipes, processes, strict=True):
+            pipe.send(False)
+            process.join()
+        rows[1].ratios = [a / b for a, b in zip(rows[0].rates, rows[1].rates, strict=True)]
+        print(Table(f"Training {size}, each as it ships, bf16", "tokens/s", rows).markdown(), flush=True)
+
+
+if __name__ == "__main__":
+    main()
