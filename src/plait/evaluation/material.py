@@ -14,7 +14,8 @@ from torch import Tensor
 
 from plait.data.dataset import Dataset
 from plait.evaluation.judge import Judge, fit_classifier
-from plait.evaluation.report import Exhibit, Findings, Metric, Metrics, spectrogram
+from plait.evaluation.report import Exhibit, Findings, Metric, Metrics
+from plait.modalities.audio import spectrogram
 from plait.modalities.base import MediaModality
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import Sequence

@@ -6,7 +6,6 @@ No network, no script, no library: inline SVG and data URLs under a policy that 
 from __future__ import annotations
 
 import base64
-import io
 import json
 import math
 import time
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image as PILImage
 
 from plait.data.stores import location
 from plait.evaluation.page import page, table, ticks
@@ -217,19 +215,6 @@ def _direction(name: str) -> str:
 
 def _url(kind: str, data: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def spectrogram(values: np.ndarray) -> bytes:
-    """A PNG of log-mel (T, bands), time to the right, low tones at the bottom, dark to bright."""
-    values = np.asarray(values, np.float32)
-    low, high = float(values.min()), float(values.max())
-    x = ((values - low) / max(high - low, 1e-6)).T[::-1]
-    stops = np.array([0.0, 0.3, 0.55, 0.8, 1.0])
-    colours = np.array([[12, 8, 40], [88, 24, 110], [190, 55, 85], [245, 140, 50], [252, 245, 180]])
-    pixels = np.stack([np.interp(x, stops, colours[:, c]) for c in range(3)], -1).astype(np.uint8)
-    buffer = io.BytesIO()
-    PILImage.fromarray(pixels).save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
 
 
 def _exhibit(exhibit: Exhibit, small: bool = False) -> str:

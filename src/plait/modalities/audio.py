@@ -17,12 +17,14 @@ import numpy as np
 import soundfile
 import torch
 import torch.nn.functional as F
+from PIL import Image as PILImage
+from PIL import ImageDraw
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from plait.config import Size
 from plait.data.media import decode_audio, resample
-from plait.modalities.base import ChannelNorm, bilinear_warp, within
+from plait.modalities.base import ChannelNorm, bilinear_warp, tinted, within
 from plait.modalities.quantizer import FSQ
 from plait.modalities.tower import Tower, TowerSettings, transformers_for
 from plait.runtime import PlaitError
@@ -144,6 +146,23 @@ class LogMel:
             previous = rebuilt
             spectrum = magnitude * direction / direction.abs().clamp(min=1e-8)
         return wave / wave.abs().max().clamp(min=1e-4) * 0.9
+
+
+def _shades(values: np.ndarray) -> np.ndarray:
+    """Log-mel (T, bands) as pixels (bands, T, 3): time to the right, low tones at the bottom, dark to bright."""
+    values = np.asarray(values, np.float32)
+    low, high = float(values.min()), float(values.max())
+    x = ((values - low) / max(high - low, 1e-6)).T[::-1]
+    stops = np.array([0.0, 0.3, 0.55, 0.8, 1.0])
+    colours = np.array([[12, 8, 40], [88, 24, 110], [190, 55, 85], [245, 140, 50], [252, 245, 180]])
+    return np.stack([np.interp(x, stops, colours[:, c]) for c in range(3)], -1).astype(np.uint8)
+
+
+def spectrogram(values: np.ndarray) -> bytes:
+    """A PNG of log-mel (T, bands)."""
+    buffer = io.BytesIO()
+    PILImage.fromarray(_shades(values)).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
 
 
 class AudioEncoder(nn.Module):
@@ -426,6 +445,47 @@ class Audio(nn.Module):
         for row, sample in zip(values, samples, strict=True):
             row[: len(sample)] = sample[: len(row), : self.settings.bands]
         return torch.from_numpy(values).transpose(1, 2)[:, None] - SILENCE
+
+    def grid(self, sample: np.ndarray) -> tuple[int, int]:
+        """Regions of some 80 ms and 8 bands; beside what a tower hears, of time alone."""
+        return math.ceil(len(sample) / 8), 1 if self.prepared is not None else self.settings.bands // 8
+
+    def removed(self, sample: np.ndarray) -> np.ndarray:
+        """Silence."""
+        if self.prepared is None:
+            return np.full_like(sample, SILENCE)
+        own, others = np.split(sample, [self.settings.bands], 1)
+        values = torch.from_numpy(others.astype(np.float32))[None]
+        silent = float(self.prepared.silence(values, torch.ones(1, len(sample), 1, dtype=torch.bool)))
+        return np.concatenate((np.full_like(own, SILENCE), np.full_like(others, silent)), 1)
+
+    def spot(self, sample: np.ndarray, row: int, column: int) -> str:
+        rows, columns = self.grid(sample)
+        start, stop = (-(-k * len(sample) // rows) / 100 for k in (row, row + 1))
+        time = f"{start:.2f} to {stop:.2f} s"
+        if columns == 1:
+            return time
+        top = 2595 * math.log10(1 + self.settings.rate / 2 / 700)
+        low, high = (700 * (10 ** (top * k / columns / 2595) - 1) for k in (column, column + 1))
+        return f"{time}, {low:.0f} to {high:.0f} Hz"
+
+    def code_cells(self, count: int) -> tuple[tuple[int, int], np.ndarray]:
+        groups = self.settings.codes_per_patch
+        return (math.ceil(count / groups), 1), np.arange(count) // groups
+
+    def marked(self, sample: np.ndarray, weights: np.ndarray) -> PILImage.Image:
+        """A spectrogram above its seconds."""
+        bands = self.settings.bands
+        pixels = tinted(_shades(sample[:, :bands]), weights[:, :bands].T[::-1])
+        wide = max(480 // len(sample), 1)
+        pixels = pixels.repeat(3, 0).repeat(wide, 1)
+        picture = PILImage.new("RGB", (pixels.shape[1], pixels.shape[0] + 14), "white")
+        picture.paste(PILImage.fromarray(pixels), (0, 0))
+        pen = ImageDraw.Draw(picture)
+        for tenth in range(0, len(sample) // 10 + 1, 2):
+            pen.text((tenth * 10 * wide + 2, pixels.shape[0] + 1), f"{tenth / 10:.1f} s", fill="black")
+            pen.line((tenth * 10 * wide, pixels.shape[0], tenth * 10 * wide, pixels.shape[0] + 5), fill="black")
+        return picture
 
     def to_object(self, values: np.ndarray) -> tuple[np.ndarray, int]:
         """(waveform float32, rate)."""

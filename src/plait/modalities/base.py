@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
+from PIL import Image as PILImage
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
@@ -72,6 +73,27 @@ class MediaModality(Protocol):
 
     def features(self, samples: np.ndarray) -> Tensor:
         """Samples to (N, C, H, W) floats for a plain convolutional classifier."""
+        ...
+
+    def grid(self, sample: np.ndarray) -> tuple[int, int]:
+        """How many regions an explanation cuts a sample into, along its first two dimensions."""
+        ...
+
+    def removed(self, sample: np.ndarray) -> np.ndarray:
+        """A sample of the same shape with nothing in it: what a region becomes that is taken away."""
+        ...
+
+    def spot(self, sample: np.ndarray, row: int, column: int) -> str:
+        """Where a region of the grid lies, for people."""
+        ...
+
+    def code_cells(self, count: int) -> tuple[tuple[int, int], np.ndarray]:
+        """The grid that a sample's codes make along its first two dimensions, and the cell (count,) of each."""
+        ...
+
+    def marked(self, sample: np.ndarray, weights: np.ndarray) -> PILImage.Image:
+        """The sample as a picture, marked red where weights (its first two dimensions), in [-1, 1], are positive and
+        blue where they are negative."""
         ...
 
     def to_bytes(self, values: np.ndarray) -> bytes:
@@ -168,3 +190,17 @@ class ChannelNorm(nn.LayerNorm):
 def within(lengths: Tensor, longest: int) -> Tensor:
     """(N, longest), True at the places that exist."""
     return torch.arange(longest, device=lengths.device) < lengths[:, None]
+
+
+def cells(shape: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
+    """(shape) int: the cell of a grid, counted row by row, that each place lies in."""
+    rows, columns = (np.arange(size) * count // size for size, count in zip(shape, grid, strict=True))
+    return rows[:, None] * grid[1] + columns
+
+
+def tinted(pixels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Pixels (H, W, 3) uint8 in grey, red where weights (H, W) are positive and blue where they are negative."""
+    grey = pixels.astype(np.float32).mean(-1, keepdims=True) * 0.75 + 32
+    strength = np.abs(weights)[..., None].clip(0, 1) ** 0.7 * 0.8
+    colour = np.where(weights[..., None] > 0, [225.0, 30.0, 30.0], [40.0, 90.0, 235.0])
+    return (grey * (1 - strength) + colour * strength).clip(0, 255).astype(np.uint8)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from plait.config import Size
 from plait.data.media import decode_image
-from plait.modalities.base import bilinear_warp
+from plait.modalities.base import bilinear_warp, tinted
 from plait.modalities.quantizer import FSQ
 from plait.modalities.tower import Tower, TowerSettings
 
@@ -307,6 +307,32 @@ class Image(nn.Module):
 
     def features(self, samples: np.ndarray) -> Tensor:
         return to_unit(torch.from_numpy(np.asarray(samples)))
+
+    @staticmethod
+    def grid(sample: np.ndarray) -> tuple[int, int]:
+        return min(8, sample.shape[0]), min(8, sample.shape[1])
+
+    @staticmethod
+    def removed(sample: np.ndarray) -> np.ndarray:
+        """All of the mean colour that the picture has at its edge, as its background."""
+        edge = np.concatenate((sample[0], sample[-1], sample[:, 0], sample[:, -1]))
+        return np.broadcast_to(edge.mean(0).round().astype(sample.dtype), sample.shape)
+
+    @staticmethod
+    def spot(sample: np.ndarray, row: int, column: int) -> str:
+        (height, width), (rows, columns) = sample.shape[:2], Image.grid(sample)
+        x, y = (-(-k * size // n) for k, size, n in ((column, width, columns), (row, height, rows)))
+        right, low = (-(-(k + 1) * size // n) for k, size, n in ((column, width, columns), (row, height, rows)))
+        return f"x {x} to {right}, y {y} to {low} px"
+
+    def code_cells(self, count: int) -> tuple[tuple[int, int], np.ndarray]:
+        return (self.codec.side, self.codec.side), np.arange(count)
+
+    @staticmethod
+    def marked(sample: np.ndarray, weights: np.ndarray) -> PILImage.Image:
+        pixels = np.broadcast_to(sample, (*sample.shape[:2], 3))
+        times = max(256 // max(sample.shape[:2]), 1)
+        return PILImage.fromarray(tinted(pixels, weights).repeat(times, 0).repeat(times, 1))
 
     def to_object(self, values: np.ndarray) -> PILImage.Image:
         return PILImage.fromarray(values[..., 0] if values.shape[-1] == 1 else values)

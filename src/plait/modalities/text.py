@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable
 from functools import cached_property
@@ -79,12 +80,22 @@ class Text:
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(unicodedata.normalize("NFC", text), add_special_tokens=False).ids
 
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """Where each of a text's ids begins and ends in it, in characters; the text in normal form C."""
+        return self.tokenizer.encode(text, add_special_tokens=False).offsets
+
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         texts = [unicodedata.normalize("NFC", text) for text in texts]
         return [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, each with the white space before it; together they are the text. A Chinese or Japanese
+    character is a word of its own."""
+    return re.findall(r"\s*(?:[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\s\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+)|\s+$", text)
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,189 @@
+"""Occlusion, integrated gradients and the logit lens, each with the checks that say whether to believe it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from plait.explain.parts import Grid, Part, Question, Value, Words, Written
+from plait.generation.decoder import exact_products
+from plait.runtime import PlaitError
+
+METHODS = ("occlusion", "integrated-gradients", "logit-lens")
+STEPS = 64  # of the path that gradients are taken along
+POINTS = 12  # of a deletion or insertion curve
+RANDOMS = 10  # maps that a map is held against
+GAP = 0.05  # of completeness, above which it is warned about
+
+
+@dataclass
+class Areas:
+    """Areas under the curves of the answer's probability as units go, the weightiest first, and as they come."""
+
+    deletion: float  # small where what was marked mattered
+    insertion: float  # large
+    random_deletion: list[float]
+    random_insertion: list[float]
+
+    @property
+    def beaten(self) -> int:
+        """How many random maps do worse, by insertion less deletion."""
+        mine = self.insertion - self.deletion
+        pairs = zip(self.random_deletion, self.random_insertion, strict=True)
+        return sum(insertion - deletion < mine for deletion, insertion in pairs)
+
+
+@dataclass
+class Explanation:
+    """How much each part of an input moved an answer."""
+
+    method: str
+    answer: str
+    measure: str  # what weights are differences of, in nats but for "similarity"
+    score: float  # of the whole input
+    chance: float
+    parts: list[Part]
+    weights: list[np.ndarray]  # (units,) by part: positive where a unit speaks for the answer
+    lost: dict[str, float] = field(default_factory=dict)  # score lost when a whole part is left out, of several
+    areas: Areas | None = None
+    gap: float | None = None  # |sum of weights - difference explained| / |difference explained|
+    written: Grid | None = None  # what was made, where that is the answer
+    regions: np.ndarray | None = None  # (words, cells of its codes) log-likelihood lost without each word
+    region_words: list[str] = field(default_factory=list)
+    region_grid: tuple[int, int] = (0, 0)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def explain(question: Question, method: str = "occlusion", steps: int = STEPS, seed: int = 0) -> Explanation:
+    """Explain an answer; `steps` are those of integrated gradients, `seed` draws the random maps.
+
+    Raises PlaitError for an unknown method, or where it means nothing for this model and input.
+    """
+    if method not in METHODS:
+        raise PlaitError(f"There is no method '{method}'. Methods are {', '.join(METHODS)}.")
+    parts = question.parts
+    whole: list[Value] = [part.text if isinstance(part, Words) else part.sample for part in parts]
+    score = float(question.scores([whole])[0])
+    chance = float(question.chances(np.array([score]))[0])
+    found = Explanation(method, question.answer, question.measure, score, chance, parts, [])
+    if method == "logit-lens":
+        found.layers = question.layers()
+        return found
+    if method == "integrated-gradients":
+        found.weights, found.gap = integrated_gradients(question, steps)
+        if found.gap > GAP:
+            found.warnings.append(
+                f"The weights miss {found.gap:.0%} of the difference that they should add up to: raise the steps."
+            )
+    else:
+        found.weights = occlusion(question, score, found)
+    if len(parts) > 1:
+        without = [[None if i == gone else value for i, value in enumerate(whole)] for gone in range(len(parts))]
+        for part, rest in zip(parts, question.scores(without), strict=True):
+            name, count = part.name, 2
+            while name in found.lost:
+                name, count = f"{part.name} {count}", count + 1
+            found.lost[name] = score - float(rest)
+    found.areas = areas(question, found.weights, seed)
+    if sum(part.count for part in parts) < 3:
+        found.warnings.append("There are fewer than three units, which no order can tell from a random one.")
+    elif found.areas.beaten < RANDOMS - 1:
+        found.warnings.append(
+            f"No better than random: {RANDOMS - found.areas.beaten} of {RANDOMS} random maps do as well by deletion and "
+            "insertion. Do not trust it."
+        )
+    return found
+
+
+def _inputs(parts: list[Part], keep: np.ndarray) -> list[list[Value]]:
+    """The parts with only the units that each row of keep (N, units of all parts) has."""
+    cuts = np.cumsum([part.count for part in parts])[:-1]
+    return [[part.kept(k) for part, k in zip(parts, np.split(row, cuts), strict=True)] for row in keep]
+
+
+def occlusion(question: Question, score: float, found: Explanation | None = None) -> list[np.ndarray]:
+    """What of the score is lost when units are taken away, by part: a unit's weight is the mean over the sets of
+    units that it is taken away with (Zeiler and Fergus, 2014). Notes in `found` what was made depends on."""
+    parts = question.parts
+    total = sum(part.count for part in parts)
+    weights, start, keeps = [], 0, []
+    for part in parts:
+        gone = part.occluders()
+        keep = np.ones((len(gone), total), bool)
+        keep[:, start : start + part.count] = ~gone
+        keeps.append(keep)
+        start += part.count
+    inputs = _inputs(parts, np.concatenate(keeps))
+    drops = score - question.scores(inputs)
+    for part, lost in zip(parts, np.split(drops, np.cumsum([len(keep) for keep in keeps])[:-1]), strict=True):
+        gone = part.occluders().astype(float)
+        weights.append(gone.T @ lost / gone.sum(0))
+    if found is not None and hasattr(question, "by_code"):
+        _regions(cast(Written, question), found, inputs)
+    return weights
+
+
+def _regions(question: Written, found: Explanation, inputs: list[list[Value]]) -> None:
+    """Which cells of what was made lose likelihood without each word."""
+    whole: list[Value] = [part.text if isinstance(part, Words) else part.sample for part in question.parts]
+    grid, cell = question.code_cells
+    rows, start = [], 0
+    for part in question.parts:
+        count = len(part.occluders())
+        if isinstance(part, Words):
+            rows += inputs[start : start + count]
+            found.region_words += [word.strip() for word in part.words]
+        start += count
+    if not rows:
+        return
+    codes = question.by_code([whole, *rows])
+    drops = codes[0] - codes[1:]
+    found.written, found.region_grid = question.written, grid
+    found.regions = np.stack([np.bincount(cell, row, grid[0] * grid[1]) for row in drops])
+
+
+def integrated_gradients(question: Question, steps: int = STEPS) -> tuple[list[np.ndarray], float]:
+    """Weights by part, and the completeness gap (Sundararajan, Taly and Yan, 2017), with captum.
+
+    The path leads from the parts with nothing in them: regions as `removed` has them, words as the model's padding.
+    Raises PlaitError where captum is missing or the question has no gradients.
+    """
+    try:
+        from captum.attr import IntegratedGradients
+    except ImportError as error:
+        raise PlaitError(
+            f"Integrated gradients need captum ({error}). Install it: pip install 'plait[explain]'. Or use occlusion."
+        ) from None
+    if steps < 2:
+        raise PlaitError(f"Integrated gradients need at least 2 steps, not {steps}.")
+    path = question.path()
+    device = path.inputs[0].device
+    with exact_products(device), torch.enable_grad():
+        slopes = IntegratedGradients(path.score).attribute(
+            path.inputs, path.nothing, n_steps=steps, internal_batch_size=min(steps, 32)
+        )
+    with exact_products(device), torch.no_grad():
+        explained = float(path.score(*path.inputs)[0] - path.score(*path.nothing)[0])
+    worth = [slope[0].double().cpu().numpy() for slope in slopes]
+    gap = abs(sum(float(w.sum()) for w in worth) - explained) / max(abs(explained), 1e-9)
+    return path.by_unit(worth), gap
+
+
+def areas(question: Question, weights: list[np.ndarray], seed: int = 0, randoms: int = RANDOMS) -> Areas:
+    """Deletion and insertion (Petsiuk, Das and Saenko, 2018) of a map, beside those of random maps."""
+    flat = np.concatenate(weights)
+    rng = np.random.default_rng(seed)
+    orders = [np.argsort(-flat, kind="stable"), *(rng.permutation(len(flat)) for _ in range(randoms))]
+    counts = np.unique(np.linspace(0, len(flat), POINTS + 1).round().astype(int))
+    ranks = np.array([np.argsort(order) for order in orders])  # the place of each unit in each order
+    gone = ranks[:, None] < counts[:, None]  # (orders, points, units)
+    keep = np.concatenate((~gone, gone)).reshape(-1, len(flat))
+    distinct, back = np.unique(keep, axis=0, return_inverse=True)
+    curves = question.chances(question.scores(_inputs(question.parts, distinct)))[back.ravel()]
+    found = np.trapezoid(curves.reshape(2, len(orders), len(counts)), counts / len(flat), axis=-1)
+    deletion, insertion = found.tolist()
+    return Areas(deletion[0], insertion[0], deletion[1:], insertion[1:])

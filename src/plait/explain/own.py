@@ -1,0 +1,321 @@
+"""Questions to models in our own backbone: runs, and imported causal language models."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from plait.explain.parts import Grid, Part, Path, Question, Value, Words, log_odds
+from plait.generation import scoring
+from plait.generation.engine import Engine
+from plait.modalities.base import MediaModality, Vocabulary
+from plait.model.checkpoint import Checkpoint
+from plait.model.multimodal import Sequence, collate
+from plait.runtime import Device, PlaitError
+
+
+class Model(Protocol):
+    """What is needed of a model; `plait.load` returns one."""
+
+    checkpoint: Checkpoint
+    vocabulary: Vocabulary
+    device: Device
+
+    @property
+    def engine(self) -> Engine: ...
+
+    @property
+    def columns(self) -> dict[str, str]: ...
+
+    @property
+    def labels(self) -> dict[str, list[str]]: ...
+
+    def column(self, wanted: str | None, modality: str, verb: str) -> str: ...
+
+    def modality(self, column: str) -> MediaModality: ...
+
+    def context(self, parts: Any, column: str | None = None) -> Sequence: ...
+
+    def start(self) -> Sequence: ...
+
+    def write(self, contexts: list[Sequence], column: str, *, n: int = 1, seed: int = 0) -> list[list[Any]]: ...
+
+
+def question(
+    model: Model, value: Any, answer: Any = None, to: str = "text", column: str | None = None,
+    labels: list[str] | None = None, seed: int = 0,
+) -> Question:  # fmt: skip
+    """What is to be explained: why `answer` follows `value`, an input of the model or a list of them.
+
+    Without an answer it is the model's own: its likeliest label, the text that it writes, or, where `to` names another
+    modality, what it makes with this seed. Raises PlaitError for an answer that the model cannot give.
+    """
+    parts = [_part(model, part) for part in (value if isinstance(value, list) else [value])]
+    if to == "text":
+        return _asked(model, parts, answer, column, labels)
+    if to in model.columns and column is None:
+        to, column = model.columns[to], to
+    column = model.column(column, to, f"write {to}")
+    modality = model.modality(column)
+    if modality.name not in model.vocabulary.spaces:
+        raise PlaitError(f"This model reads {to} but cannot write it, so there is nothing to explain.")
+    context = model.context([_given(part) for part in parts], column)
+    if answer is None:
+        sample = model.write([context], column, seed=seed)[0][0]
+    else:
+        _, _, sample, _ = model.context([answer]).media[0]
+    with torch.inference_mode():
+        values, lengths = modality.batch([sample])
+        place = model.device.torch
+        codes = modality.codec.encode(values.to(place), lengths.to(place))[0].cpu().numpy()
+    codes = codes[: modality.code_count(len(sample))]
+    return Made(model, parts, column, Grid(sample, modality, modality.name, column), codes)
+
+
+def _part(model: Model, value: Any) -> Part:
+    text = value[1] if isinstance(value, tuple) and isinstance(value[0], str) else value
+    if isinstance(text, str):
+        model.context([value])  # which knows whether there is such a column
+        return Words(text)
+    context = model.context([value])
+    start, name, sample, _ = context.media[0]
+    column = next(c for c in model.columns if model.vocabulary.opener(c) == context.ids[start - 1])
+    return Grid(sample, model.modality(column), name, column)
+
+
+def _given(part: Part) -> Any:
+    """A part as `Model.context` takes it."""
+    return part.text if isinstance(part, Words) else (part.column, part.sample)
+
+
+def _near(answer: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(answer, known, 3, 0.4)
+    return f"Near ones: {', '.join(near)}." if near else f"It can say {', '.join(known[:8])}."
+
+
+def _asked(
+    model: Model, parts: list[Part], answer: Any, column: str | None, labels: list[str] | None
+) -> Question:  # fmt: skip
+    if answer is not None and (not isinstance(answer, str) or not answer):
+        raise PlaitError("The answer must be a text that is not empty; for a picture or a sound say what it is with to.")
+    encode = model.checkpoint.text.encode
+    if not model.columns:
+        if answer is None and not labels:
+            answer = _next_token(model, parts)
+        texts = labels or [answer]
+        answer = texts[0] if answer is None else answer
+    else:
+        if column is None and answer is not None and labels is None:  # the column that has this label
+            column = next((name for name, known in model.labels.items() if answer in known), None)
+        if column is None:
+            column = next((name for name, known in model.labels.items() if known), None)
+        column = model.column(column, "text", "answer")
+        texts = list(labels or model.labels.get(column, []))
+        if answer is None and not texts:
+            answer = model.write([model.context([_given(part) for part in parts])], column)[0][0]
+        texts = texts or [answer]
+    asked = Asked(model, parts, column, texts, [encode(text) for text in texts], 0)
+    if answer is None or len(texts) > 1:
+        if answer is None:
+            contexts = [model.context([_given(part) for part in parts], column)]
+            asked.place = int(scoring.score(model.engine, contexts, asked.ids, ends=column is not None)[0].argmax())
+        elif answer not in texts:
+            where = f"column '{column}'" if column else "the labels"
+            raise PlaitError(f"'{answer}' is not an answer in {where}. {_near(answer, texts)}")
+        else:
+            asked.place = texts.index(answer)
+    if not asked.ids[asked.place] and column is None:
+        raise PlaitError("The answer is empty.")
+    return asked
+
+
+def _next_token(model: Model, parts: list[Part]) -> str:
+    """The likeliest token after a text."""
+    logits = scoring.lens(model.engine, model.context([_given(part) for part in parts]))[-1]
+    for token in logits[: model.checkpoint.text.size].argsort(descending=True).tolist():
+        text = model.checkpoint.text.decode([token])
+        if text.strip() and "\ufffd" not in text:
+            return text
+    raise PlaitError("The model goes on with nothing that is text. Say which answer to explain.")
+
+
+class _Ours:
+    """What questions to our models share."""
+
+    model: Model
+    parts: list[Part]
+    column: str | None
+
+    def contexts(self, inputs: list[list[Value]]) -> list[Sequence]:
+        found = []
+        for values in inputs:
+            given: list[Any] = []
+            for part, value in zip(self.parts, values, strict=True):
+                if isinstance(part, Grid) and value is not None:
+                    given.append((part.column, value))
+                elif value:
+                    given.append(value)
+            context = self.model.context(given, self.column)
+            found.append(context if len(context) else self.model.start())
+        return found
+
+
+@dataclass
+class Asked(_Ours):
+    """Why a text is the answer: against other texts, or by its likelihood alone."""
+
+    model: Model
+    parts: list[Part]
+    column: str | None  # None: the answer goes on where a text of a model without columns stops
+    texts: list[str]
+    ids: list[list[int]]
+    place: int  # of the answer among them
+
+    @property
+    def answer(self) -> str:
+        return self.texts[self.place]
+
+    @property
+    def measure(self) -> str:
+        return "log-odds" if len(self.texts) > 1 else "log-likelihood"
+
+    def scores(self, inputs: list[list[Value]]) -> np.ndarray:
+        found = scoring.score(self.model.engine, self.contexts(inputs), self.ids, ends=self.column is not None)
+        return log_odds(found, self.place) if len(self.texts) > 1 else found[:, 0]
+
+    def chances(self, scores: np.ndarray) -> np.ndarray:
+        if len(self.texts) > 1:
+            return np.asarray(1 / (1 + np.exp(-scores.clip(-60, 60))))
+        return np.asarray(np.exp(scores / max(len(self.ids[0]) + (self.column is not None), 1)))
+
+    def path(self) -> Path:
+        model, network, place = self.model, self.model.checkpoint.model, self.model.device.torch
+        sequence = self.contexts([[part.text if isinstance(part, Words) else part.sample for part in self.parts]])[0]
+        batch = collate([sequence], network.media, network.vocabulary.pad).to(place)
+        with torch.no_grad():
+            table = network.rows.table().float()
+            span = model.engine.spans["text"]
+            head = network.predicting.table().float()[span.start : span.stop]
+        owners = _owners(model, self.parts)
+        fixed = F.embedding(batch.tokens, table)  # (1, L, D)
+        bare = fixed.clone()
+        blank = model.vocabulary.pad if model.columns else model.vocabulary.end_id
+        if blank is None:
+            bare[0, owners[0] >= 0] = table.mean(0)
+        else:
+            bare[0, owners[0] >= 0] = table[blank]
+        names = list(batch.media)
+        silent = {name: batch.media[name].values.float().clone() for name in names}
+        counts = dict.fromkeys(names, 0)
+        where: list[tuple[int, int]] = []  # of each part: its tensor, its row in it
+        for number, part in enumerate(self.parts):
+            if isinstance(part, Words):
+                where.append((0, number))
+                continue
+            row = counts[part.name]
+            counts[part.name] += 1
+            silent[part.name][row, : len(part.nothing)] = torch.from_numpy(part.nothing.astype(np.float32))
+            where.append((1 + names.index(part.name), row))
+        values = [batch.media[name].values.float()[None] for name in names]
+
+        def score(*tensors: Tensor) -> Tensor:
+            x, n = tensors[0], len(tensors[0])
+            for name, value in zip(names, tensors[1:], strict=True):
+                media = batch.media[name]
+                encoded = network.media[name].encoder(value.flatten(0, 1), media.lengths.repeat(n))
+                encoded = encoded.reshape(n, -1, encoded.shape[-1])[:, media.take]
+                x = x.index_copy(1, media.put, encoded.to(x.dtype))
+            end = span.end if self.column is not None else None
+            lengths = batch.lengths.expand(n)
+            found = scoring.branches(network.backbone, x, lengths, table, head, self.ids, end)
+            if found.shape[1] == 1:
+                return found[:, 0]
+            others = [i for i in range(found.shape[1]) if i != self.place]
+            return found[:, self.place] - found[:, others].logsumexp(1)
+
+        def by_unit(worth: list[np.ndarray]) -> list[np.ndarray]:
+            found = []
+            tokens = worth[0].sum(-1)
+            for number, (part, (tensor, row)) in enumerate(zip(self.parts, where, strict=True)):
+                if isinstance(part, Words):
+                    mine = owners[0] == number
+                    found.append(np.bincount(owners[1][mine], tokens[mine], part.count))
+                else:
+                    found.append(part.summed(worth[tensor][row][: len(part.sample)]))
+            return found
+
+        return Path(score, (fixed, *values), (bare, *(silent[name][None] for name in names)), by_unit)
+
+    def layers(self) -> list[dict[str, Any]]:
+        inputs = [[part.text if isinstance(part, Words) else part.sample for part in self.parts]]
+        wanted = self.ids[self.place][0] if self.ids[self.place] else self.model.engine.spans["text"].end
+        found = []
+        for number, logits in enumerate(scoring.lens(self.model.engine, self.contexts(inputs)[0])):
+            chances = logits.softmax(-1)
+            top = chances.topk(min(3, len(chances)))
+            likeliest = [
+                (self.model.checkpoint.text.decode([i]) if i < self.model.checkpoint.text.size else "(end)", float(p))
+                for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+            ]
+            rank = int((chances > chances[wanted]).sum()) + 1
+            found.append({"layer": number, "chance": float(chances[wanted]), "rank": rank, "likeliest": likeliest})
+        return found
+
+
+def _owners(model: Model, parts: list[Part]) -> np.ndarray:
+    """(2, L): for each place of the context, the part of text and its word, -1 elsewhere."""
+    begin = [] if model.columns else model.checkpoint.text.start
+    found: list[tuple[int, int]] = [(-1, -1)] * len(begin)
+    for number, part in enumerate(parts):
+        if isinstance(part, Words):
+            stops = [stop for _, stop in model.checkpoint.text.offsets(part.text)]
+            found += [(number, int(word)) for word in part.owners(stops)]
+        else:
+            found += [(-1, -1)] * (1 + model.modality(part.column).token_count(len(part.sample)))
+    if model.columns:
+        found.append((-1, -1))  # the opener of what is answered
+    return np.array(found or [(-1, -1)]).T
+
+
+@dataclass
+class Made(_Ours):
+    """Why a sample was made: the likelihood of its codes, all together and each for itself."""
+
+    model: Model
+    parts: list[Part]
+    column: str
+    written: Grid
+    codes: np.ndarray
+    measure: str = "log-likelihood"
+
+    @property
+    def answer(self) -> str:
+        return f"{self.written.name} of {len(self.codes)} codes"
+
+    @property
+    def code_cells(self) -> tuple[tuple[int, int], np.ndarray]:
+        return self.model.modality(self.column).code_cells(len(self.codes))
+
+    def by_code(self, inputs: list[list[Value]]) -> np.ndarray:
+        space = self.written.name
+        ids = (self.codes + self.model.vocabulary.spaces[space][0]).tolist()
+        sequences = [context.write(ids) for context in self.contexts(inputs)]
+        return np.stack(scoring.told(self.model.engine, sequences, space))
+
+    def scores(self, inputs: list[list[Value]]) -> np.ndarray:
+        return np.asarray(self.by_code(inputs).sum(1))
+
+    def chances(self, scores: np.ndarray) -> np.ndarray:
+        return np.asarray(np.exp(scores / len(self.codes)))
+
+    def path(self) -> Path:
+        raise PlaitError("Integrated gradients explain a text that is answered. Use occlusion for what is made.")
+
+    def layers(self) -> list[dict[str, Any]]:
+        raise PlaitError("The logit lens shows texts. Use occlusion for what is made.")
