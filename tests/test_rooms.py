@@ -12,8 +12,8 @@ import pytest
 
 import plait
 
-ROOMS = ["runtime", "config", "data", "modalities", "model", "training", "generation", "evaluation", "applications",
-         "tune", "doctor", "plan", "serving", "cli", "__main__"]  # fmt: skip
+ROOMS = ["runtime", "config", "data", "modalities", "model", "training", "generation", "evaluation",
+         "explain", "applications", "tune", "doctor", "plan", "serving", "cli", "__main__"]  # fmt: skip
 SOURCE = Path(plait.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 

@@ -183,6 +183,10 @@ def test_curl(server: Server, media: tuple[str, str], tmp_path: Path) -> None:
     (tmp_path / "body.json").write_text(json.dumps(body))
     found = curl(f"{server.url}/v1/plait/classify", "--json", f"@{tmp_path / 'body.json'}")
     assert json.loads(found)["data"][0]["label"] in EN
+    (tmp_path / "body.json").write_text(json.dumps({"model": "run", "input": body["input"], "picture": True}))
+    found = json.loads(curl(f"{server.url}/v1/plait/explain", "--json", f"@{tmp_path / 'body.json'}"))
+    assert found["answer"] in EN and len(found["parts"][0]["weights"]) == 64 and found["areas"]["random_maps"] == 10
+    assert found["picture"].startswith("data:image/png;base64,")
     stream = curl(f"{server.url}/v1/completions", "--json",
                   '{"model":"text","prompt":"a dog","max_tokens":4,"stream":true}').decode()  # fmt: skip
     assert stream.endswith("data: [DONE]\n\n") and 2 <= stream.count("data: ") <= 5
@@ -278,7 +282,7 @@ def test_document_is_complete(server: Server) -> None:
     document = json.loads(body)
     assert set(document["paths"]) >= {f"/v1/{path}" for path in (
         "models", "chat/completions", "completions", "embeddings", "images/generations", "audio/transcriptions",
-        "audio/speech", "plait/classify")}  # fmt: skip
+        "audio/speech", "plait/classify", "plait/explain")}  # fmt: skip
     for methods in document["paths"].values():
         for operation in methods.values():
             assert operation["description"] and {"200", "400", "401", "413", "429", "500"} <= set(

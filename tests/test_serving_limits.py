@@ -207,7 +207,8 @@ def test_odd_bodies(server: Server) -> None:
             bodies += [corpus.read(name) for name in corpus.namelist() if name.endswith(".json")]
     wanted = server.post("/v1/completions", GOOD)
     assert wanted[0] == 200
-    routes = ("chat/completions", "completions", "embeddings", "images/generations", "audio/speech", "plait/classify")
+    routes = ("chat/completions", "completions", "embeddings", "images/generations", "audio/speech", "plait/classify",
+              "plait/explain")  # fmt: skip
     for i, body in enumerate(bodies):
         status, _, answer = server.ask("POST", f"/v1/{routes[i % len(routes)]}", body)
         assert is_error(status, answer) and status < 500, body[:100]

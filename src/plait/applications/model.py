@@ -15,6 +15,8 @@ from PIL import Image as PILImage
 
 from plait.applications.pretrained import Pretrained, load_pretrained
 from plait.data.media import MediaError, sniff
+from plait.explain import own as questions
+from plait.explain.methods import STEPS, Explanation, explain
 from plait.generation import scoring
 from plait.generation.engine import Engine, Request, Written
 from plait.generation.sampling import Sampling
@@ -440,6 +442,27 @@ class Model:
         chances = np.exp(scores - scores.max(1, keepdims=True))
         mean = (chances / chances.sum(1, keepdims=True)).mean(0)
         return [(labels[i], float(mean[i])) for i in np.argsort(-mean, kind="stable")[:top]]
+
+    def explain(
+        self,
+        value: Any,
+        answer: Any = None,
+        *,
+        to: str = "text",
+        column: str | None = None,
+        labels: list[str] | None = None,
+        method: str = "occlusion",
+        steps: int = STEPS,
+        seed: int = 0,
+    ) -> Explanation:
+        """How much each part of an input, or of a list of them read in order, moved an answer.
+
+        `answer` is a text: a label, against the column's others or `labels`, or a text by its likelihood; after a
+        text of a model without columns, what follows as it is spelt. With `to` a modality or column of media it is
+        such a medium, and explained is which of the prompt's words it depends on where. Left out, it is the model's
+        own. Methods are occlusion, integrated-gradients (of so many steps) and logit-lens.
+        """
+        return explain(questions.question(self, value, answer, to, column, labels, seed), method, steps, seed)
 
     def embed(self, inputs: list[Any]) -> np.ndarray:
         """The place of each input in the one space, (N, E) float32, of unit length.

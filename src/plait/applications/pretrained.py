@@ -15,6 +15,8 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from plait.data.media import MediaError, decode_audio, decode_image, resample
+from plait.explain import theirs as questions
+from plait.explain.methods import STEPS, Explanation, explain
 from plait.model.hub import explained, find, no_safetensors, other_weights, quiet
 from plait.runtime import Device, PlaitError, choose_device, read_json
 
@@ -156,15 +158,41 @@ class Pretrained:
         self._can("classify", column)
         if not labels:
             raise PlaitError("This model knows no labels of its own. Name them: labels=[...] or --labels a,b,c.")
-        if "{}" not in template:
-            raise PlaitError(f"The template {template!r} has no {{}} where the label goes.")
-        texts = self._texts([template.replace("{}", label) for label in labels])
+        texts = self.label_inputs(labels, template)
         pixels = self.processor(images=[_image(value)], return_tensors="pt")
         logits = self._run(self.model, **texts, **pixels).logits_per_image[0].float()
         # SigLIP has a bias beside the temperature: the mark of a sigmoid loss.
         chances = (logits.sigmoid() if hasattr(self.model, "logit_bias") else logits.softmax(-1)).cpu()
         order = chances.argsort(descending=True, stable=True)[:top]
         return [(labels[i], float(chances[i])) for i in order.tolist()]
+
+    def label_inputs(self, labels: list[str], template: str) -> Any:
+        """The texts that stand for labels, as tensors."""
+        if "{}" not in template:
+            raise PlaitError(f"The template {template!r} has no {{}} where the label goes.")
+        return self._texts([template.replace("{}", label) for label in labels])
+
+    def explain(
+        self,
+        value: Any,
+        answer: Any = None,
+        *,
+        to: str = "text",
+        column: str | None = None,
+        labels: list[str] | None = None,
+        method: str = "occlusion",
+        steps: int = STEPS,
+        seed: int = 0,
+        template: str = TEMPLATE,
+    ) -> Explanation:
+        """Why a label suits a picture (CLIP, SigLIP), or a text goes on with the answer (causal language models); as
+        `Model.explain`."""
+        if column is not None or to != "text":
+            raise PlaitError(f"{self.name} has no columns and makes no media. Leave out to and column.")
+        if isinstance(value, list):
+            raise PlaitError(f"{self.name} reads one input at a time. Give one.")
+        picture = _image(value) if self.kind == "contrastive" else None
+        return explain(questions.question(self, value, picture, answer, labels, template), method, steps, seed)
 
     def _texts(self, texts: list[str]) -> Any:
         # SigLIP was trained on texts padded to its full length, without a mask.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
 import torch
 
-from plait.explain.parts import Grid, Part, Question, Value, Words, Written
+from plait.explain.parts import Grid, Part, Question, Value, Words, Written, whole
 from plait.generation.decoder import exact_products
 from plait.runtime import PlaitError
 
@@ -45,7 +46,7 @@ class Explanation:
     measure: str  # what weights are differences of, in nats but for "similarity"
     score: float  # of the whole input
     chance: float
-    parts: list[Part]
+    parts: Sequence[Part]
     weights: list[np.ndarray]  # (units,) by part: positive where a unit speaks for the answer
     lost: dict[str, float] = field(default_factory=dict)  # score lost when a whole part is left out, of several
     areas: Areas | None = None
@@ -66,8 +67,7 @@ def explain(question: Question, method: str = "occlusion", steps: int = STEPS, s
     if method not in METHODS:
         raise PlaitError(f"There is no method '{method}'. Methods are {', '.join(METHODS)}.")
     parts = question.parts
-    whole: list[Value] = [part.text if isinstance(part, Words) else part.sample for part in parts]
-    score = float(question.scores([whole])[0])
+    score = float(question.scores([whole(parts)])[0])
     chance = float(question.chances(np.array([score]))[0])
     found = Explanation(method, question.answer, question.measure, score, chance, parts, [])
     if method == "logit-lens":
@@ -82,7 +82,7 @@ def explain(question: Question, method: str = "occlusion", steps: int = STEPS, s
     else:
         found.weights = occlusion(question, score, found)
     if len(parts) > 1:
-        without = [[None if i == gone else value for i, value in enumerate(whole)] for gone in range(len(parts))]
+        without = [[None if i == gone else value for i, value in enumerate(whole(parts))] for gone in range(len(parts))]
         for part, rest in zip(parts, question.scores(without), strict=True):
             name, count = part.name, 2
             while name in found.lost:
@@ -93,13 +93,13 @@ def explain(question: Question, method: str = "occlusion", steps: int = STEPS, s
         found.warnings.append("There are fewer than three units, which no order can tell from a random one.")
     elif found.areas.beaten < RANDOMS - 1:
         found.warnings.append(
-            f"No better than random: {RANDOMS - found.areas.beaten} of {RANDOMS} random maps do as well by deletion and "
-            "insertion. Do not trust it."
+            f"No better than random: {RANDOMS - found.areas.beaten} of {RANDOMS} random maps do as well by deletion "
+            "and insertion. Do not trust it."
         )
     return found
 
 
-def _inputs(parts: list[Part], keep: np.ndarray) -> list[list[Value]]:
+def _inputs(parts: Sequence[Part], keep: np.ndarray) -> list[list[Value]]:
     """The parts with only the units that each row of keep (N, units of all parts) has."""
     cuts = np.cumsum([part.count for part in parts])[:-1]
     return [[part.kept(k) for part, k in zip(parts, np.split(row, cuts), strict=True)] for row in keep]
@@ -129,7 +129,6 @@ def occlusion(question: Question, score: float, found: Explanation | None = None
 
 def _regions(question: Written, found: Explanation, inputs: list[list[Value]]) -> None:
     """Which cells of what was made lose likelihood without each word."""
-    whole: list[Value] = [part.text if isinstance(part, Words) else part.sample for part in question.parts]
     grid, cell = question.code_cells
     rows, start = [], 0
     for part in question.parts:
@@ -140,7 +139,7 @@ def _regions(question: Written, found: Explanation, inputs: list[list[Value]]) -
         start += count
     if not rows:
         return
-    codes = question.by_code([whole, *rows])
+    codes = question.by_code([whole(question.parts), *rows])
     drops = codes[0] - codes[1:]
     found.written, found.region_grid = question.written, grid
     found.regions = np.stack([np.bincount(cell, row, grid[0] * grid[1]) for row in drops])

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plait.explain.parts import Grid, Part, Path, Question, Value, Words, log_odds
+from plait.explain.parts import Grid, Part, Path, Question, Value, Words, log_odds, whole
 from plait.generation import scoring
 from plait.generation.engine import Engine
 from plait.modalities.base import MediaModality, Vocabulary
@@ -103,7 +103,7 @@ def _asked(
     model: Model, parts: list[Part], answer: Any, column: str | None, labels: list[str] | None
 ) -> Question:  # fmt: skip
     if answer is not None and (not isinstance(answer, str) or not answer):
-        raise PlaitError("The answer must be a text that is not empty; for a picture or a sound say what it is with to.")
+        raise PlaitError("The answer must be a text that is not empty; for a medium, say which with to.")
     encode = model.checkpoint.text.encode
     if not model.columns:
         if answer is None and not labels:
@@ -196,7 +196,7 @@ class Asked(_Ours):
 
     def path(self) -> Path:
         model, network, place = self.model, self.model.checkpoint.model, self.model.device.torch
-        sequence = self.contexts([[part.text if isinstance(part, Words) else part.sample for part in self.parts]])[0]
+        sequence = self.contexts([whole(self.parts)])[0]
         batch = collate([sequence], network.media, network.vocabulary.pad).to(place)
         with torch.no_grad():
             table = network.rows.table().float()
@@ -253,10 +253,9 @@ class Asked(_Ours):
         return Path(score, (fixed, *values), (bare, *(silent[name][None] for name in names)), by_unit)
 
     def layers(self) -> list[dict[str, Any]]:
-        inputs = [[part.text if isinstance(part, Words) else part.sample for part in self.parts]]
         wanted = self.ids[self.place][0] if self.ids[self.place] else self.model.engine.spans["text"].end
         found = []
-        for number, logits in enumerate(scoring.lens(self.model.engine, self.contexts(inputs)[0])):
+        for number, logits in enumerate(scoring.lens(self.model.engine, self.contexts([whole(self.parts)])[0])):
             chances = logits.softmax(-1)
             top = chances.topk(min(3, len(chances)))
             likeliest = [

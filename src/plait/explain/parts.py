@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -122,6 +122,11 @@ class Grid:
 Part = Words | Grid
 
 
+def whole(parts: Sequence[Part]) -> list[Value]:
+    """The values of parts from which nothing is taken."""
+    return [part.text if isinstance(part, Words) else part.sample for part in parts]
+
+
 @dataclass
 class Path:
     """From an input with nothing in it to the input itself, as tensors of one row, for gradients."""
@@ -135,9 +140,16 @@ class Path:
 class Question(Protocol):
     """What is asked of a model: its parts, the answer, and the answer's score for what is left of the parts."""
 
-    parts: list[Part]
-    answer: str
-    measure: str  # "log-odds" against the other labels, "log-likelihood", or "similarity"
+    @property
+    def parts(self) -> Sequence[Part]: ...
+
+    @property
+    def answer(self) -> str: ...
+
+    @property
+    def measure(self) -> str:
+        """What scores are: "log-odds" against the other labels, "log-likelihood", or "similarity"."""
+        ...
 
     def scores(self, inputs: list[list[Value]]) -> np.ndarray:
         """The answer's score, (N,) float64, for each list of values, one a part."""
@@ -160,8 +172,13 @@ class Question(Protocol):
 class Written(Question, Protocol):
     """A question whose answer is codes of a sample."""
 
-    written: Grid
-    code_cells: tuple[tuple[int, int], np.ndarray]
+    @property
+    def written(self) -> Grid: ...
+
+    @property
+    def code_cells(self) -> tuple[tuple[int, int], np.ndarray]:
+        """The grid that the codes make, and the cell of each."""
+        ...
 
     def by_code(self, inputs: list[list[Value]]) -> np.ndarray:
         """log P of each code, (N, codes)."""

@@ -1,4 +1,4 @@
-"""Questions to models that run in transformers: CLIP and SigLIP about a picture, causal language models about a text."""
+"""Questions to models that run in transformers: CLIP and SigLIP about pictures, causal language models about texts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Pretrained(Protocol):
 
 
 def question(
-    model: Pretrained, value: Any, picture: PILImage.Image | None, answer: str | None, labels: list[str] | None,
+    model: Pretrained, value: Any, picture: PILImage.Image | None, answer: Any, labels: list[str] | None,
     template: str,
 ) -> Question:  # fmt: skip
     """What is to be explained: `picture` where the model reads pictures, else `value`, a text.

@@ -15,6 +15,7 @@ from plait.runtime import PlaitError, read_json, write_atomic
 
 # What is kept of an imported tokenizer's `tokenizer_config.json`.
 _TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+_ALONE = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # characters that are words: kana, Han
 
 
 class Text:
@@ -95,7 +96,9 @@ class Text:
 def words(text: str) -> list[str]:
     """The words of a text, each with the white space before it; together they are the text. A Chinese or Japanese
     character is a word of its own."""
-    return re.findall(r"\s*(?:[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\s\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+)|\s+$", text)
+    return re.findall(
+        r"\s*(?:[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\s\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+)|\s+$", text
+    )
 
 
 def _settings(folder: Path) -> dict[str, Any]:

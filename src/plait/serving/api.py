@@ -14,7 +14,9 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import Response
 
 from plait.applications.model import Model, Options
+from plait.explain.page import as_json_of, as_png
 from plait.generation.engine import Request as Wanted
+from plait.modalities.text import words
 from plait.model.multimodal import Sequence
 from plait.runtime import PlaitError
 from plait.serving import schemas as s
@@ -54,6 +56,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         504: "It took longer than the server allows.",
     }.items()
 }
+EXPLAINED = 256  # words of an input that are explained at once
 STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
 
 
@@ -288,3 +291,30 @@ async def classify(request: Request, body: s.ClassifyRequest) -> Response:
     ranked = await served.worker.call(work, deadline)
     data = [{"label": label, "probability": chance} for label, chance in ranked]
     return JSONResponse({"object": "list", "model": served.name, "data": data})
+
+
+@router.post("/v1/plait/explain", response_model=s.Explained, response_model_exclude_none=True, tags=["read"])
+async def explain(request: Request, body: s.ExplainRequest) -> Response:
+    """How much each word, region or moment of an input moved an answer, with checks that say whether to believe it."""
+    service, trail = of(request)
+    served = service.find(body.model, trail)
+    parts: list[Any] = body.input if isinstance(body.input, list) else [body.input]
+    deadline = service.deadline(trail)
+    values = await service.parts(served.model, parts, "input", deadline)
+    # Each word is left out once, and each of these is a pass through the model.
+    if (count := sum(len(words(value)) for value in values if isinstance(value, str))) > EXPLAINED:
+        raise ApiError(413, f"The input has {count} words; at most {EXPLAINED} are explained. Send fewer.", "input")
+    model = served.model
+
+    def work() -> dict[str, Any]:
+        found = model.explain(
+            values if len(values) > 1 else values[0], body.answer, column=body.column, labels=body.labels,
+            method=body.method, steps=body.steps, seed=body.seed,
+        )  # fmt: skip
+        shown = as_json_of(found)
+        if body.picture:
+            shown["picture"] = "data:image/png;base64," + base64.b64encode(as_png(found)).decode()
+        return shown
+
+    shown = await served.worker.call(work, deadline)
+    return JSONResponse({"object": "explanation", "model": served.name, **shown})

@@ -241,6 +241,20 @@ class SearchRequest(Strict):
     preview: Annotated[bool, Field(description="Whether small pictures and sounds come along as data: URLs.")] = True
 
 
+class ExplainRequest(Strict):
+    """Why a text is the answer to an input. `answer` defaults to the model's own."""
+
+    model: Name
+    input: Text | Part | Parts
+    answer: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    labels: Annotated[list[Annotated[str, Field(max_length=1024)]], Field(min_length=1, max_length=256)] | None = None
+    column: Name | None = None
+    method: Literal["occlusion", "integrated-gradients", "logit-lens"] = "occlusion"
+    steps: Annotated[int, Field(ge=2, le=512)] = 64
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    picture: Annotated[bool, Field(description="Send the marked input as a data: URL too.")] = False
+
+
 # --- answers ----------------------------------------------------------------------------------------------------
 
 
@@ -405,6 +419,37 @@ class SearchResults(BaseModel):
     model: str
     index: str
     data: list[Found]
+
+
+class Unit(BaseModel):
+    where: str
+    weight: float
+
+
+class ExplainedPart(BaseModel):
+    kind: str
+    weights: list[float]
+    words: list[str] | None = None
+    column: str | None = None
+    grid: list[int] | None = None
+    strongest: list[Unit]
+
+
+class Explained(BaseModel):
+    object: Literal["explanation"] = "explanation"
+    model: str
+    method: str
+    answer: str
+    measure: str
+    score: float
+    chance: float
+    parts: list[ExplainedPart]
+    lost_without: dict[str, float]
+    layers: list[dict[str, Any]]
+    warnings: list[str]
+    areas: dict[str, float] | None = None
+    completeness_gap: float | None = None
+    picture: str | None = None
 
 
 class Health(BaseModel):
