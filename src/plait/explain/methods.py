@@ -167,7 +167,7 @@ def integrated_gradients(question: Question, steps: int = STEPS) -> tuple[list[n
         )
     with exact_products(device), torch.no_grad():
         explained = float(path.score(*path.inputs)[0] - path.score(*path.nothing)[0])
-    worth = [slope[0].double().cpu().numpy() for slope in slopes]
+    worth = [slope[0].detach().double().cpu().numpy() for slope in slopes]
     gap = abs(sum(float(w.sum()) for w in worth) - explained) / max(abs(explained), 1e-9)
     return path.by_unit(worth), gap
 
