@@ -184,7 +184,7 @@ def areas(runs: list[Path], cases: int) -> None:
         blind = shuffled(model)
         for method in METHODS:
             worth: dict[str, list[float]] = {"deletion": [], "insertion": []}
-            gaps, ranks, beaten, warned = [], [], [], 0
+            gaps, steps, ranks, beaten, warned = [], [], [], [], 0
             for i, record in enumerate(records):
                 column = next(c for c in media if c in record.parts)
                 value = (column, record.parts[column])
@@ -196,6 +196,7 @@ def areas(runs: list[Path], cases: int) -> None:
                 warned += bool(found.warnings)
                 if found.gap is not None:
                     gaps.append(found.gap)
+                    steps.append(found.steps)
                 if i < 50:
                     other = blind.explain(value, answer, column=label, method=method, seed=i)
                     ranks.append(spearmanr(found.weights[0], other.weights[0]).statistic)
@@ -210,6 +211,8 @@ def areas(runs: list[Path], cases: int) -> None:
             if gaps:
                 within = np.mean(np.array(gaps) <= 0.05)
                 print(f"  completeness gap: median {np.median(gaps):.2%}, {within:.1%} within 5 %")
+                first = np.mean(np.array(steps) == 64)
+                print(f"  64 steps were enough in {first:.1%}; at most {max(steps)} were taken")
 
 
 # --- which word drew what ---------------------------------------------------------------------------------------

@@ -125,7 +125,10 @@ def test_every_kind_of_input(trained: Path, tmp_path: Path, plait: Callable[...,
     assert sound.parts[0].name == "audio" and sound.gap < 0.05 and sound.areas.beaten >= 8
     assert model.explain(tmp_path / "a.png", "蓝圆").answer == "蓝圆"  # finds the column that knows it
     both = model.explain([tmp_path / "a.png", tmp_path / "a.wav"], EN[1])
-    assert set(both.lost) == {"image", "audio"} and sum(both.lost.values()) > 0
+    assert set(both.lost) == {"image", "audio"} and len(both.weights) == 2
+    (tmp_path / "b.wav").write_bytes(tone(2, rng))
+    against = model.explain([tmp_path / "a.png", tmp_path / "b.wav"], EN[1])
+    assert against.lost["image"] > against.lost["audio"]
     page = tmp_path / "why.html"
     assert plait("explain", trained, tmp_path / "a.wav", "-o", page) == 0
     assert "0.00 to 0." in page.read_text() and "<img" in page.read_text()

@@ -16,7 +16,7 @@ from PIL import Image as PILImage
 from plait.applications.pretrained import Pretrained, load_pretrained
 from plait.data.media import MediaError, sniff
 from plait.explain import own as questions
-from plait.explain.methods import STEPS, Explanation, explain
+from plait.explain.methods import Explanation, explain
 from plait.generation import scoring
 from plait.generation.engine import Engine, Request, Written
 from plait.generation.sampling import Sampling
@@ -452,7 +452,7 @@ class Model:
         column: str | None = None,
         labels: list[str] | None = None,
         method: str = "occlusion",
-        steps: int = STEPS,
+        steps: int | None = None,
         seed: int = 0,
     ) -> Explanation:
         """How much each part of an input, or of a list of them read in order, moved an answer.
@@ -460,7 +460,7 @@ class Model:
         `answer` is a text: a label, against the column's others or `labels`, or a text by its likelihood; after a
         text of a model without columns, what follows as it is spelt. With `to` a modality or column of media it is
         such a medium, and explained is which of the prompt's words it depends on where. Left out, it is the model's
-        own. Methods are occlusion, integrated-gradients (of so many steps) and logit-lens.
+        own. Methods are occlusion, integrated-gradients (`steps`: as many as it takes) and logit-lens.
         """
         return explain(questions.question(self, value, answer, to, column, labels, seed), method, steps, seed)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from plait.data.media import MediaError, decode_audio, decode_image, resample
 from plait.explain import theirs as questions
-from plait.explain.methods import STEPS, Explanation, explain
+from plait.explain.methods import Explanation, explain
 from plait.model.hub import explained, find, no_safetensors, other_weights, quiet
 from plait.runtime import Device, PlaitError, choose_device, read_json
 
@@ -181,7 +181,7 @@ class Pretrained:
         column: str | None = None,
         labels: list[str] | None = None,
         method: str = "occlusion",
-        steps: int = STEPS,
+        steps: int | None = None,
         seed: int = 0,
         template: str = TEMPLATE,
     ) -> Explanation:

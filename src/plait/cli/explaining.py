@@ -22,7 +22,9 @@ def explain(
     to: Annotated[str, typer.Option(help="text, or what is made of a prompt: image, audio, or a column.")] = "text",
     column: Annotated[str | None, typer.Option(help="Answer in this column.")] = None,
     labels: Annotated[str | None, typer.Option(help="The answers to choose between, with commas.")] = None,
-    steps: Annotated[int, typer.Option(min=2, help="Of integrated gradients.")] = 64,
+    steps: Annotated[
+        int | None, typer.Option(min=2, help="Of integrated gradients; as many as it takes if left out.")
+    ] = None,
     target: Annotated[
         Path | None, typer.Option("-o", "--out", help="Where to write: a file that ends in .html or .png.")
     ] = None,
@@ -70,6 +72,6 @@ def explain(
             f"{found.areas.beaten} of {len(found.areas.random_deletion)} random maps"
         )
     if found.gap is not None:
-        out.print(f"completeness gap {found.gap:.2%}")
+        out.print(f"completeness gap {found.gap:.2%} at {found.steps} steps")
     if target is not None:
         out.print(f"Written: {target}")

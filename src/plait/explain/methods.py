@@ -14,7 +14,8 @@ from plait.generation.decoder import exact_products
 from plait.runtime import PlaitError
 
 METHODS = ("occlusion", "integrated-gradients", "logit-lens")
-STEPS = 64  # of the path that gradients are taken along
+STEPS = 64  # of the path that gradients are taken along, times four until the weights add up
+MOST = 1024  # of them
 POINTS = 12  # of a deletion or insertion curve
 RANDOMS = 10  # maps that a map is held against
 GAP = 0.05  # of completeness, above which it is warned about
@@ -50,6 +51,7 @@ class Explanation:
     weights: list[np.ndarray]  # (units,) by part: positive where a unit speaks for the answer
     lost: dict[str, float] = field(default_factory=dict)  # score lost when a whole part is left out, of several
     areas: Areas | None = None
+    steps: int = 0  # of integrated gradients
     gap: float | None = None  # |sum of weights - difference explained| / |difference explained|
     written: Grid | None = None  # what was made, where that is the answer
     regions: np.ndarray | None = None  # (words, cells of its codes) log-likelihood lost without each word
@@ -59,8 +61,9 @@ class Explanation:
     warnings: list[str] = field(default_factory=list)
 
 
-def explain(question: Question, method: str = "occlusion", steps: int = STEPS, seed: int = 0) -> Explanation:
-    """Explain an answer; `steps` are those of integrated gradients, `seed` draws the random maps.
+def explain(question: Question, method: str = "occlusion", steps: int | None = None, seed: int = 0) -> Explanation:
+    """Explain an answer; `steps` are those of integrated gradients, by itself as many as make the weights add up;
+    `seed` draws the random maps.
 
     Raises PlaitError for an unknown method, or where it means nothing for this model and input.
     """
@@ -74,7 +77,11 @@ def explain(question: Question, method: str = "occlusion", steps: int = STEPS, s
         found.layers = question.layers()
         return found
     if method == "integrated-gradients":
-        found.weights, found.gap = integrated_gradients(question, steps)
+        found.steps = steps or STEPS
+        found.weights, found.gap = integrated_gradients(question, found.steps)
+        while steps is None and found.gap > GAP and found.steps < MOST:
+            found.steps *= 4
+            found.weights, found.gap = integrated_gradients(question, found.steps)
         if found.gap > GAP:
             found.warnings.append(
                 f"The weights miss {found.gap:.0%} of the difference that they should add up to: raise the steps."

@@ -54,7 +54,7 @@ def as_json_of(found: Explanation) -> dict[str, Any]:
             "random_maps": len(found.areas.random_deletion),
         }
     if found.gap is not None:
-        shown["completeness_gap"] = found.gap
+        shown |= {"completeness_gap": found.gap, "steps": found.steps}
     if found.regions is not None:
         rows = [
             {"word": word, "lost": _numbers(lost)} for word, lost in zip(found.region_words, found.regions, strict=True)
@@ -228,5 +228,6 @@ def _checks(found: Explanation) -> str:
         body += table(["area under the answer's chance", "this map", "random maps", "better"], rows, numbers=(1, 2))
         body += f"<p>It does better than {areas.beaten} of {count} random maps.</p>"
     if found.gap is not None:
-        body += f"<p>Completeness gap: {found.gap:.2%} of the difference between the input and nothing.</p>"
+        body += f"<p>Completeness gap: {found.gap:.2%} of the difference between the input and nothing, "
+        body += f"at {found.steps} steps.</p>"
     return body

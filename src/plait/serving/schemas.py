@@ -250,7 +250,7 @@ class ExplainRequest(Strict):
     labels: Annotated[list[Annotated[str, Field(max_length=1024)]], Field(min_length=1, max_length=256)] | None = None
     column: Name | None = None
     method: Literal["occlusion", "integrated-gradients", "logit-lens"] = "occlusion"
-    steps: Annotated[int, Field(ge=2, le=512)] = 64
+    steps: Annotated[int, Field(ge=2, le=1024)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     picture: Annotated[bool, Field(description="Send the marked input as a data: URL too.")] = False
 
@@ -449,6 +449,7 @@ class Explained(BaseModel):
     warnings: list[str]
     areas: dict[str, float] | None = None
     completeness_gap: float | None = None
+    steps: int | None = None
     picture: str | None = None
 
 
