@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from plait.applications.model import Model
+from plait.model.dialogue import ROLES, Template
 from plait.model.multimodal import Sequence
 from plait.runtime import PlaitError, read_json
 
@@ -38,18 +38,23 @@ class Chat:
         """`folder` holds the checkpoint: a chat template there is used. Raises PlaitError where it needs transformers
         and they are not installed."""
         self.model = model
-        self.tokenizer: Any = _template(folder) if folder is not None else None
+        self.template: Template | None = None
         self.stop: tuple[str, ...] = ()
-        if self.tokenizer is not None and folder is not None:
-            self.stop = _ends(folder, self.tokenizer, model.vocabulary.end_id)
+        own = bool(model.vocabulary.turns)
+        if folder is not None and not own and (tokenizer := _template(folder)) is not None:
+            self.template = Template(model.checkpoint.text, tokenizer)
+            self.stop = _ends(folder, tokenizer, model.vocabulary.end_id)
 
     def prompt(self, turns: list[Turn], column: str | None = None) -> Prompt:
         """The conversation up to the next reply; `column` names where it is to be written, None continues the text.
 
-        A lone message of a model that reads media is read as it is: what `plait train` made knows records, not
-        conversations. Otherwise, without a template, the transcript is "User: ...", "Assistant: ..." line by line.
+        A model that was trained on conversations knows the tokens of their turns; an imported one may bring a template.
+        A lone message of another model that reads media is read as it is: it knows records, not conversations.
+        Otherwise the transcript is "User: ...", "Assistant: ..." line by line.
         """
-        if self.tokenizer is not None:
+        if self.model.vocabulary.turns:
+            return Prompt(self._turns(turns, column))
+        if self.template is not None:
             return Prompt(self._templated(turns, column), self.stop)
         if len(turns) == 1 and self.model.checkpoint.model.media:
             return Prompt(self.model.context(turns[0].parts, column))
@@ -63,37 +68,22 @@ class Chat:
         parts = [*parts[:-1], parts[-1] + "Assistant:"]
         return Prompt(self.model.context(parts, column), ("\nUser:",), strip=True)
 
+    def _turns(self, turns: list[Turn], column: str | None) -> Sequence:
+        """By the tokens of the model's own turns."""
+        vocabulary, sequence = self.model.vocabulary, Sequence()
+        for turn in turns:
+            said = self.model.context(turn.parts)
+            sequence.read_ids([vocabulary.opener(ROLES[turn.role])]).extend(said).read_ids([vocabulary.end])
+        sequence.read_ids([vocabulary.opener("assistant")])
+        return sequence if column is None else sequence.read_ids([vocabulary.opener(column)])
+
     def _templated(self, turns: list[Turn], column: str | None) -> Sequence:
+        assert self.template is not None
         if any(not isinstance(part, str) for turn in turns for part in turn.parts):
             raise PlaitError("This model's chat template takes text only. Leave pictures and sounds out.")
-        said = ["\n".join(turn.parts) for turn in turns]
-        special = self.tokenizer.all_special_tokens
-        sequence = Sequence()
-        if not any(name in text for text in said for name in special):
-            ids = self._ids(self._render(turns, said))
-        else:
-            # Where a text spells a special token, it is cut out of the template and encoded apart, as characters.
-            marks = [f"[{secrets.token_hex(8)}-{i}]" for i in range(len(said))]
-            rest, ids = self._render(turns, marks), list[int]()
-            for mark, text in zip(marks, said, strict=True):
-                before, found, rest = rest.partition(mark)
-                if not found or mark in rest:
-                    raise PlaitError("This model's chat template leaves out a message or repeats it; write it anew.")
-                ids += self._ids(before) + self.model.checkpoint.text.encode(text)
-            ids += self._ids(rest)
-        sequence.read_ids(ids, "text")
+        messages = [(turn.role, "\n".join(turn.parts)) for turn in turns]
+        sequence = Sequence().read_ids(self.template.ids(messages), "text")
         return sequence if column is None else sequence.read_ids([self.model.vocabulary.opener(column)])
-
-    def _render(self, turns: list[Turn], texts: list[str]) -> str:
-        messages = [{"role": turn.role, "content": text} for turn, text in zip(turns, texts, strict=True)]
-        try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except Exception as error:  # the template's own complaints, and what it does to odd conversations
-            reason = " ".join(str(error).split())[:200].rstrip(".")
-            raise PlaitError(f"This model's chat template refuses the conversation: {reason}.") from error
-
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
 
 
 def _template(folder: Path) -> Any:

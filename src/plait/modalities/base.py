@@ -108,9 +108,9 @@ class MediaModality(Protocol):
 class Vocabulary(BaseModel):
     """All ids of a model: text, special tokens, then the codes of each modality, in disjoint ranges.
 
-    Text may be followed by `<|endoftext|>`, `<|pad|>` and one opener for each column of the data (`<|image|>`,
-    `<|en|>`): they belong to the text space. A modality's space holds its codes and, where its length varies, a
-    closing token.
+    Text may be followed by `<|endoftext|>`, `<|pad|>`, one opener for each column of the data (`<|image|>`, `<|en|>`)
+    and one for each side of a conversation (`<|user|>`): they belong to the text space. A modality's space holds its
+    codes and, where its length varies, a closing token.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -121,10 +121,11 @@ class Vocabulary(BaseModel):
     closers: list[str]  # modalities whose spans end with a token of their own
     end_id: int | None = None  # of an imported tokenizer that brings its own end token
     more_ends: list[int] | None = None  # further ids at which an imported model's texts end
+    turns: list[str] = []  # who may speak in a conversation, a token each; none where the model knows no conversations
 
     @property
     def specials(self) -> list[str]:
-        return [END, PAD, *(f"<|{column}|>" for column in self.columns)]
+        return [END, PAD, *(f"<|{name}|>" for name in (*self.columns, *self.turns))]
 
     def special(self, name: str) -> int:
         """The id of a special token. Raises ValueError where there is none."""
@@ -139,6 +140,7 @@ class Vocabulary(BaseModel):
         return self.special(PAD)
 
     def opener(self, column: str) -> int:
+        """The id that opens a span of a column, or a turn of a conversation."""
         return self.special(f"<|{column}|>")
 
     @property

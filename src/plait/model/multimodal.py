@@ -74,6 +74,15 @@ class Sequence:
             self.targets.extend([*ids[1:], IGNORE])
         return self
 
+    def extend(self, other: Sequence) -> Sequence:
+        """Append another sequence."""
+        at = len(self.ids)
+        self.ids.extend(other.ids)
+        self.targets.extend(other.targets)
+        self.media.extend((start + at, name, sample, count) for start, name, sample, count in other.media)
+        self.spans.extend((name, start + at, stop + at) for name, start, stop in other.spans)
+        return self
+
     def __len__(self) -> int:
         return len(self.ids)
 

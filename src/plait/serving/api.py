@@ -111,8 +111,9 @@ def stops(stop: str | list[str] | None) -> tuple[str, ...]:
 
 
 def text_column(model: Model, column: str | None) -> str | None:
-    """Where a text is written: the column asked for, else the first of a model that reads media; None continues."""
-    if column is not None or model.checkpoint.model.media:
+    """Where a text is written: the column asked for, else the first of a model that reads media and knows records, not
+    conversations; None continues."""
+    if column is not None or (model.checkpoint.model.media and not model.vocabulary.turns):
         return model.column(column, "text", "write text")
     return None
 

@@ -24,6 +24,7 @@ from plait.modalities.base import MediaModality, Vocabulary
 from plait.modalities.text import Text
 from plait.model.multimodal import Batch, Sequence, collate
 from plait.runtime import DivergedError, key_of, read_json, uniform, write_json
+from plait.training.conversations import Said, Scribe, sequences
 
 # What a draw is for; the last key of `uniform`, so that no two decisions share a number.
 ORDER, TARGET, SOURCE, DROP, AUGMENT, OFFSET = range(6)
@@ -40,6 +41,7 @@ class Split:
     media: dict[str, Samples]  # column -> samples of the records that have one
     rows: dict[str, np.ndarray]  # column -> record -> row of its samples, -1 where absent
     codes: dict[str, Samples] = field(default_factory=dict)  # column -> codes, beside media
+    chats: dict[str, list[list[Said] | None]] = field(default_factory=dict)  # column -> conversation by record
     keys: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))  # (records, text columns), 0 absent
     sources: np.ndarray | None = None  # record -> which of several datasets it is from
     notes: list[str] = field(default_factory=list)  # what is cut, for people
@@ -48,6 +50,8 @@ class Split:
         return len(self.ids)
 
     def has(self, column: str, record: int) -> bool:
+        if column in self.chats:
+            return bool(self.chats[column][record])
         if column in self.texts:
             return self.texts[column][record] is not None
         return self.rows[column][record] >= 0
@@ -71,9 +75,10 @@ def load_split(
     context: int,
     progress: Callable[[str, int, int], None] | None = None,
     limit: int | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> Split:
     """Decode, fit and tokenise the records of a split; samples go to memory-mapped files under `cache`, and are only
-    mapped where an earlier call has finished there.
+    mapped where an earlier call has finished there. The `vocabulary` is what conversations are written in.
 
     What will not fit the longest clip or the context is counted in `notes`.
     """
@@ -124,6 +129,8 @@ def load_split(
     texts: dict[str, list[list[int] | None]] = {}
     keys = np.zeros((len(ids), len(strings)), np.int64)
     for place, (column, values) in enumerate(strings.items()):
+        if column in dataset.manifest.chats and vocabulary is not None:
+            continue
         encoded = iter(text.encode_batch([v for v in values if v is not None]))
         texts[column] = [None if v is None else next(encoded) for v in values]
         keys[:, place] = [0 if v is None else key_of(v) | 1 for v in values]
@@ -135,6 +142,9 @@ def load_split(
     ]
     sources = dataset.source(indices) if isinstance(dataset, Joined) else None
     result = Split(ids, texts, found, rows, keys=keys, sources=sources)
+    if vocabulary is not None:
+        for column in dataset.manifest.chats:
+            notes += _converse(result, column, strings[column], text, vocabulary, media, context)
     # A text alone in its record is read in windows; beside other parts it gets half the context.
     single = np.array([sum(result.has(c, i) for c in dataset.columns) == 1 for i in range(len(ids))], bool)
     for column, encoded_texts in texts.items():
@@ -147,6 +157,27 @@ def load_split(
             )
     result.notes = notes
     return result
+
+
+def _converse(
+    split: Split, column: str, values: list[str | None], text: Text, vocabulary: Vocabulary,
+    media: dict[str, MediaModality], context: int,
+) -> list[str]:  # fmt: skip
+    """Put a column's conversations into a split; returns what is cut, for people."""
+
+    def size(record: int, part: str) -> int:
+        modality, length = media[vocabulary.columns[part]], len(split.sample(part, record))
+        return max(modality.token_count(length), modality.code_count(length)) + 2
+
+    scribe = Scribe(text, vocabulary, context, size)
+    found = [None if value is None else scribe.conversation(i, value) for i, value in enumerate(values)]
+    split.chats[column] = found
+    dropped = sum(turns is not None and not any(turn.written for turn in turns) for turns in found)
+    told = {
+        f"do not fit {context} tokens: their oldest turns are left out": scribe.shortened,
+        "have no turn of the assistant's that fits, and are not learned": dropped,
+    }
+    return [f"{column}: {count:,} of {len(values):,} conversations {what}" for what, count in told.items() if count]
 
 
 def add_codes(
@@ -219,7 +250,9 @@ class Sampler:
         self.split, self.vocabulary, self.media = split, vocabulary, media
         self.context, self.seed, self.drop_condition = context, seed, drop_condition
         self.augment, self.augment_targets, self.unwritten = augment, augment_targets, unwritten
-        self.columns = {c: m for c, m in vocabulary.columns.items() if c in split.texts or c in split.media}
+        self.columns = {
+            c: m for c, m in vocabulary.columns.items() if c in split.texts or c in split.media or c in split.chats
+        }
         self.media_columns = [c for c, m in self.columns.items() if m != "text"]
         self.items = self._items()
         self.groups = self._groups(batch_size, shares)
@@ -343,7 +376,16 @@ class Sampler:
     def _sequences(
         self, record: int, window: int, present: list[str], draws: dict[int, float], samples: Media, codes: Media
     ) -> Iterator[tuple[Sequence, bool]]:
-        """The sequences of one visit, each with whether its spans take part in the contrastive loss."""
+        """The sequences of one visit, each with whether its spans take part in the contrastive loss. A record with a
+        conversation is nothing else."""
+        if chat := next((c for c in present if c in self.split.chats), None):
+            turns = self.split.chats[chat][record] or []
+            alone = draws[DROP] < self.drop_condition
+            given = {c: samples[c, record] for c in self.media_columns if (c, record) in samples}
+            drawn = {c: codes[c, record] for c in given if (c, record) in codes}
+            for sequence in sequences(turns, self.vocabulary, self.media, given, drawn, alone):
+                yield sequence, False
+            return
         media = [c for c in present if c in self.split.media]
         if not media:
             if len(present) == 1:

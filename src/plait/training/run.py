@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as tensors_to_bytes
 
 from plait.config import SIZES, Recipe, parse_recipe
+from plait.data.chat import turns
 from plait.data.dataset import Dataset
 from plait.modalities.base import MediaModality
 from plait.modalities.text import Text
@@ -147,7 +148,12 @@ class Run:
         path = self.source / "tokenizer.json"
         if not path.exists():
             train = self.dataset.indices("train")
-            texts = [self.dataset.texts(c) for c, kind in self.dataset.columns.items() if kind == "text"]
+            texts = [
+                self.dataset.texts(c)
+                for c, kind in self.dataset.columns.items()
+                if kind == "text" and c not in self.dataset.manifest.chats
+            ]
+            texts += [[_said(t) for t in self.dataset.texts(c)] for c in self.dataset.manifest.chats]
             vocabulary = self.recipe.model.text.vocabulary or self.size.vocabulary
             Text.train((t[i] for t in texts for i in train if t[i] is not None), vocabulary).save(path)
         return Text.load(path)
@@ -202,6 +208,13 @@ class Run:
         write_atomic(path, tensors_to_bytes({k: v.contiguous() for k, v in modality.codec.state_dict().items()}))
         modality.codec.eval().requires_grad_(False)
         self.note("codecs", name, {**facts, "sha256": sha256_file(path)})
+
+
+def _said(conversation: str | None) -> str | None:
+    """The texts of a conversation, a line each."""
+    if conversation is None:
+        return None
+    return "\n".join(content for turn in turns(conversation) for kind, content in turn.parts if kind == "text")
 
 
 def difference(old: Any, new: Any, where: str = "") -> str:

@@ -12,6 +12,7 @@ from plait.data.dataset import Dataset
 from plait.modalities import MODALITIES, SETTINGS
 from plait.modalities.base import Vocabulary
 from plait.model import towers
+from plait.model.dialogue import TURNS
 from plait.model.multimodal import ModelConfig, Multimodal
 from plait.model.transformer import TransformerConfig
 from plait.runtime import PlaitError
@@ -20,9 +21,12 @@ MAX_LABELS = 1000  # distinct values up to which a text column counts as labels
 LONGEST_LABEL = 200  # bytes
 
 
-def model_config(recipe: Recipe, dataset: Dataset, text_size: int, imported: ModelConfig | None) -> ModelConfig:
+def model_config(
+    recipe: Recipe, dataset: Dataset, text_size: int, imported: ModelConfig | None, templated: bool = False
+) -> ModelConfig:
     """The network that a recipe and a dataset call for. Of an `imported` one all is kept, and what the dataset has
-    beside it is added; the settings of its modalities hold, with the recipe's overrides laid over them.
+    beside it is added; the settings of its modalities hold, with the recipe's overrides laid over them. Conversations
+    need tokens for their turns, unless they are `templated`.
 
     Raises PlaitError where a column of the dataset is of another modality than the import's.
     """
@@ -40,6 +44,14 @@ def model_config(recipe: Recipe, dataset: Dataset, text_size: int, imported: Mod
                 f"Column '{name}' of {dataset.path} holds {kind}, but in {recipe.model.init_from} it is "
                 f"{columns[name]}. Give it another name: plait prepare --map {kind}={name}:NEWNAME."
             )
+    turns = list(imported.vocabulary.turns) if imported else []
+    if dataset.manifest.chats and not turns and not templated:
+        turns = list(TURNS)
+    if clash := [name for name in turns if name in columns]:
+        raise PlaitError(
+            f"Column '{clash[0]}' of {dataset.path} has the name of a side of conversations. Give it another name: "
+            f"plait prepare --map {columns[clash[0]]}={clash[0]}:NEWNAME."
+        )
     kinds = [m for m in MODALITIES if m in columns.values()]
     settings = {}
     for m in kinds:
@@ -54,6 +66,7 @@ def model_config(recipe: Recipe, dataset: Dataset, text_size: int, imported: Mod
         columns=columns,
         levels={m: settings[m].levels for m in kinds},
         closers=[m for m in kinds if MODALITIES[m].variable_length],
+        turns=turns,
     )
     tied = recipe.model.tied
     if tied is None:
@@ -174,7 +187,7 @@ def label_columns(dataset: Dataset, context: int) -> dict[str, list[str]]:
     found = {}
     train = dataset.indices("train")
     for column, kind in dataset.columns.items():
-        if kind != "text":
+        if kind != "text" or column in dataset.manifest.chats:
             continue
         texts = dataset.texts(column)
         values = [texts[i] for i in train if texts[i] is not None]

@@ -18,6 +18,7 @@ from plait.modalities.text import Text
 from plait.model import checkpoint as checkpoints
 from plait.model import growing, huggingface, lora, towers
 from plait.model.checkpoint import Checkpoint, find_checkpoint
+from plait.model.dialogue import TEMPLATE
 from plait.model.multimodal import Multimodal
 from plait.runtime import PlaitError
 from plait.training.run import Progress, Run
@@ -31,7 +32,10 @@ def begin(run: Run) -> tuple[Multimodal, Text, Checkpoint | None]:
     source = _source(run)
     with run.group.in_turn():
         text = source.text if source else run.text()
-    config = model_config(run.recipe, run.dataset, text.size, source.model.config if source else None)
+    templated = text.chat_template is not None
+    config = model_config(run.recipe, run.dataset, text.size, source.model.config if source else None, templated)
+    if config.vocabulary.turns:
+        text.settings["chat_template"] = TEMPLATE
     model = growing.extend(source, config) if source else Multimodal(config)
     towers.adopt(model, source.model if source else None)
     if source is not None and "source" not in run.facts:

@@ -22,7 +22,7 @@ from plait.config import Recipe
 from plait.data.dataset import Dataset, Joined
 from plait.modalities.text import Text
 from plait.model.checkpoint import Checkpoint
-from plait.model.multimodal import Multimodal
+from plait.model.multimodal import ModelConfig, Multimodal
 from plait.runtime import (
     DivergedError,
     PlaitError,
@@ -101,7 +101,7 @@ def train(
                 splits[name] = load_split(
                     dataset, name, text, model.media, run.source / "cache", config.backbone.max_length,
                     lambda stage, done, total: report(Progress(stage, done, total)),
-                    limit=None if name == "train" else 2000,
+                    limit=None if name == "train" else 2000, vocabulary=config.vocabulary,
                 )  # fmt: skip
         if len(splits["train"]) < 2:
             raise PlaitError(f"{dataset.path} has {len(splits['train'])} records to train on; at least 2 are needed.")
@@ -328,7 +328,8 @@ def _same_network(folder: Path, model: Multimodal) -> None:
     config = read_json(folder / "config.json")
     mine = model.config.model_dump(mode="json")
     settings = mine.pop("modalities")
-    theirs = {name: config.get(name) for name in mine}
+    theirs = ModelConfig.model_validate({name: config.get(name) for name in mine}).model_dump(mode="json")
+    del theirs["modalities"]
     for one in (mine, theirs):
         one["backbone"] = {name: value for name, value in one["backbone"].items() if name != "dropout"}
     different = difference(theirs, mine) + difference(read_json(folder / "preprocessor_config.json"), settings)
