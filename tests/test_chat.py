@@ -12,7 +12,7 @@ import yaml
 
 import plait as package
 from conftest import EN, RECIPE, picture
-from plait.applications.chat import Chat, Turn
+from plait.applications.chat import Chat, Session, Turn
 from plait.data import chat as data
 from plait.data.dataset import Dataset
 from plait.model.multimodal import IGNORE
@@ -112,3 +112,52 @@ def test_it_follows_its_training_and_reads_what_it_was_told(chatty: Path) -> Non
     assert [sly.count(model.vocabulary.opener(role)) for role in ("user", "assistant")] == [1, 1]
     settings = json.loads((chatty / "run/checkpoints/best/tokenizer_config.json").read_text())
     assert "<|assistant|>" in settings["chat_template"]
+
+
+def test_the_terminal(
+    chatty: Path, tmp_path: Path, plait: Plait, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Messages through a pipe: replies stream, media go along, the conversation is kept and can be trained on."""
+    import io
+
+    picture(1, np.random.default_rng(3)).save(tmp_path / "seen.png")
+    lines = [f"/image {tmp_path / 'seen.png'}", "I am Dia.", "Who am I?", "/draw Draw a red bar.",
+             f"/save {tmp_path / 'talk.jsonl'}", "/quit", "never said"]  # fmt: skip
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    capsys.readouterr()
+    command = ("chat", chatty / "run", "--system", "Be brief.", "--temperature", 0, "--pictures", tmp_path)
+    assert plait(*command) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 3 and said[1] in NAMES and said[2] == str(tmp_path / "drawing-1.png")
+    messages = json.loads((tmp_path / "talk.jsonl").read_text())["messages"]
+    assert [message["role"] for message in messages] == ["system"] + 3 * ["user", "assistant"]
+    assert messages[1]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
+    assert messages[6]["content"][0]["type"] == "image_url" and messages[4]["content"] == said[1]
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "talk.jsonl").write_text((tmp_path / "talk.jsonl").read_text())
+    assert plait("prepare", tmp_path / "again", "-o", tmp_path / "data", "--workers", 0) == 0
+    assert Dataset.open(tmp_path / "data").manifest.chats == ["messages"]
+
+    for line, message in [("/fly", "There is no command /fly"), ("/image none.png", "does not exist"),
+                          ("/audio x.wav", "no audio"), ("/draw", "needs what to draw")]:  # fmt: skip
+        monkeypatch.setattr("sys.stdin", io.StringIO(line))
+        assert plait("chat", chatty / "run") == 1
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_old_turns_give_way(chatty: Path) -> None:
+    model = package.load(chatty / "run")
+    session = Session(Chat(model), "Be brief.")
+    for n in range(9):
+        said = list(session.say(f"I am {NAMES[n % 4]}, number {n}.", temperature=0, max_new_tokens=6))
+        assert all(said)
+    assert session.left_out > 0 and len(session.turns) == 19 and session.turns[0].role == "system"
+
+
+def test_replies_are_measured(chatty: Path, plait: Plait) -> None:
+    assert plait("evaluate", chatty / "run", "--judge-seconds", 1) == 0
+    found = json.loads((chatty / "run" / "metrics.json").read_text())
+    found = found.get("metrics", found)
+    figure, exact = found["chat/messages/nats_per_token"], found["chat/messages/exact"]
+    assert figure["value"] < 0.5 * figure["baseline"] < figure["chance"] and exact["value"] > 2 * exact["baseline"]
+    assert not any(name.startswith(("language", "transcription", "recognition")) for name in found)

@@ -31,7 +31,7 @@ SEED = 7
 class Speech:
     """eSpeak NG through its C interface: text to a waveform, one call at a time."""
 
-    _SYNCHRONOUS, _RATE, _PITCH = 2, 1, 3  # of espeak_AUDIO_OUTPUT and espeak_PARAMETER
+    _SYNCHRONOUS, _RATE, _PITCH, _RANGE = 2, 1, 3, 4  # of espeak_AUDIO_OUTPUT and espeak_PARAMETER
 
     def __init__(self) -> None:
         """Raises PlaitError where the library is not installed or does not start."""
@@ -63,12 +63,14 @@ class Speech:
         odd = ("robo", "whisper", "Robot", "Demonic", "croak")
         return [name for name in names if not any(word in name for word in odd)]
 
-    def speak(self, text: str, voice: str, speed: int, pitch: int) -> np.ndarray:
-        """Float32 samples at `rate`, without the silence around them."""
+    def speak(self, text: str, voice: str, speed: int, pitch: int, spread: int = 50) -> np.ndarray:
+        """Float32 samples at `rate`, without the silence around them. Speed is in words a minute; pitch, and the spread
+        of its intonation, go from 0 to 100."""
         if self.library.espeak_SetVoiceByName(voice.encode()) != 0:
             raise PlaitError(f"eSpeak NG has no voice '{voice}'.")
         self.library.espeak_SetParameter(self._RATE, speed, 0)
         self.library.espeak_SetParameter(self._PITCH, pitch, 0)
+        self.library.espeak_SetParameter(self._RANGE, spread, 0)
         self.heard.clear()
         encoded = text.encode()
         self.library.espeak_Synth(encoded, len(encoded) + 1, 0, 1, 0, 1, None, None)

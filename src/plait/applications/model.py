@@ -273,6 +273,11 @@ class Model:
         decoded = iter(self.decode(column, [written for result in results for written in result.samples]))
         return [[next(decoded) for _ in result.samples] for result in results]
 
+    def reply(self, contexts: Iterable[Sequence], **options: Unpack[Options]) -> list[str]:
+        """What follows each context as text, up to its end; in a conversation, the reply."""
+        results = self.engine.run([self.request(context, "text", **options) for context in contexts])
+        return [result.samples[0].text or "" for result in results]
+
     def decode(self, column: str, written: list[Written]) -> list[np.ndarray]:
         """Codes to samples, through the codec."""
         modality = self.modality(column)

@@ -41,6 +41,8 @@ class Model(Protocol):
 
     def write(self, contexts: list[Sequence], column: str, *, n: int = 1, seed: int = 0) -> list[list[Any]]: ...
 
+    def reply(self, contexts: list[Sequence], *, stop: list[str] | None = None) -> list[str]: ...
+
     def embed_sequences(self, sequences: list[Sequence]) -> np.ndarray: ...
 
 
@@ -128,6 +130,8 @@ class Material:
                 f"{self.dataset.path} has no column of the model's ({', '.join(self.model.columns) or 'none'}); it has "
                 f"{', '.join(self.dataset.columns)}. Evaluate on data prepared like the training data."
             )
+        self.chats = [c for c in self.dataset.manifest.chats if c in self.columns]
+        self.columns = {c: kind for c, kind in self.columns.items() if c not in self.chats}
         self.media = self.model.checkpoint.model.media
         self.device = next(self.model.checkpoint.model.parameters()).device
         self.media_columns = [c for c, kind in self.columns.items() if kind != "text"]

@@ -13,6 +13,7 @@ import torch
 
 from plait.data.dataset import Dataset
 from plait.evaluation import metrics
+from plait.evaluation.conversation import evaluate_conversations
 from plait.evaluation.making import TASK, evaluate_codec, evaluate_making
 from plait.evaluation.material import Limits, Material, Media, Model, Progress, Timer
 from plait.evaluation.report import Confusion, Exhibit, Findings, Gallery, Metrics
@@ -72,7 +73,9 @@ def evaluate(
                 _transcription(material, source, target)
     for column in material.text_columns:
         _language(material, column)
-    if any(name.startswith(("transcription", "language")) for name in material.metrics):
+    for column in material.chats:
+        evaluate_conversations(material, column)
+    if any(name.startswith(("transcription", "language", "chat")) for name in material.metrics):
         timer.lap("text")
     if material.media_columns and model.checkpoint.model.config.space:
         _retrieval(material)
