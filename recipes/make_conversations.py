@@ -211,7 +211,7 @@ def intents() -> Iterator[dict[str, str]]:
     for intent, wishes in INTENTS.items():
         for split, frames in (WEATHER if intent == "weather" else ASKING).items():
             for frame, wish in product(frames, wishes):
-                yield {"request": frame.format(x=wish), "intent": intent, "split": split}
+                yield {"said": frame.format(x=wish), "intent": intent, "split": split}
 
 
 def feelings() -> Iterator[dict[str, str]]:
@@ -221,7 +221,7 @@ def feelings() -> Iterator[dict[str, str]]:
             for frame, word in product(frames, words):
                 for cause in draw.sample(CAUSES, 3):
                     text = frame.format(x=word, c=cause)
-                    yield {"sentence": text[0].upper() + text[1:], "feeling": feeling, "split": split}
+                    yield {"said": text[0].upper() + text[1:], "feeling": feeling, "split": split}
 
 
 # --- emotions in voices -----------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ class TrainingRecipe(_Settings):
     label_smoothing: float = Field(0.0, ge=0, lt=1)  # share of each target spread over what is possible there
     ema: float | None = Field(None, gt=0, lt=1)  # decay of an average of the weights, which is then what is used
     betas: tuple[float, float] = (0.9, 0.98)
-    weights: dict[str, float] = {}  # of objectives: text, image, audio (1), contrastive (.5); 0: never written
+    weights: dict[str, float] = {}  # of objectives: text, image, audio (1), contrastive (.5); 0, also of a column: read
     drop_condition: float = Field(0.1, ge=0, lt=1)  # share of samples written without their condition
     unrestricted: float = Field(0.05, ge=0, le=1)  # share of steps whose softmax runs over the whole vocabulary
     freeze: list[str] = []  # parts of init_from: encoder, encoder.image, encoder.audio, backbone, rows

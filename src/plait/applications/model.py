@@ -249,9 +249,9 @@ class Model:
         if column not in self.columns:
             raise PlaitError(f"There is no column '{column}'. The columns are {', '.join(self.columns) or 'none'}.")
         space = self.columns[column]
-        if space in self.checkpoint.model.config.read_only:
+        if name := next((n for n in (space, column) if n in self.checkpoint.model.config.read_only), None):
             raise PlaitError(
-                f"This model reads {space} but was trained with training.weights.{space}: 0, so it cannot write it. "
+                f"This model reads {name} but was trained with training.weights.{name}: 0, so it cannot write it. "
                 f"It can {', '.join(self.verbs)}."
             )
         found = [self.request(self._opened(context, column), space, n, **options) for context in contexts]

@@ -102,3 +102,45 @@ def _answer(session: Session, line: str, options: Options, pictures: Path) -> Se
 
 def _has_system(session: Session) -> bool:
     return bool(session.turns) and session.turns[0].role == "system"
+
+
+@app.command()
+def reply(
+    run: Annotated[Path, typer.Argument(help="A run that was trained on past questions and their replies.")],
+    messages: Annotated[list[str] | None, typer.Argument(help="Messages; without any, one a line from stdin.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The dataset of past pairs; by default the run's.")] = None,
+    question: Annotated[str | None, typer.Option(help="The column of questions.")] = None,
+    answer: Annotated[str | None, typer.Option(help="The column of replies.")] = None,
+    sources: Annotated[int, typer.Option(min=0, help="Past pairs to show beside each answer.")] = 3,
+    least: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Confidence below which there is silence; else found on val.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each message.")] = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Answer messages from past questions and replies, with sources, or stay silent where not sure.
+
+    Example: plait reply runs/replies "hello, when are you open?"
+    """
+    from dataclasses import asdict, replace
+
+    from plait.applications.model import Model
+    from plait.applications.replies import open_replies
+    from plait.runtime import PlaitError
+
+    loaded = load(str(run), device)
+    if not isinstance(loaded, Model):
+        raise PlaitError(f"{run} writes no replies; it can {', '.join(loaded.verbs)}.")
+    replies = open_replies(loaded, run, data, question, answer)
+    assert replies.confidence is not None
+    if least is not None:
+        replies.confidence = replace(replies.confidence, threshold=least)
+    lines = messages or [line.strip() for line in sys.stdin if line.strip()]
+    for message, found in zip(lines, replies.answer(lines, sources), strict=True):
+        if as_json:
+            out.print(json.dumps({"message": message, **asdict(found)}, ensure_ascii=False), markup=False)
+            continue
+        said = "(silence)" if found.reply is None else found.reply
+        out.print(plain(f"{said}  [confidence {found.confidence:.2f}, least {found.threshold:.2f}]"))
+        for pair in found.sources:
+            out.print(plain(f"  {pair.nearness:.2f}  {pair.question}  ->  {pair.reply}"))

@@ -136,6 +136,7 @@ class Material:
         self.device = next(self.model.checkpoint.model.parameters()).device
         self.media_columns = [c for c, kind in self.columns.items() if kind != "text"]
         self.text_columns = [c for c, kind in self.columns.items() if kind == "text"]
+        self.written = set(self.columns) - set(self.model.checkpoint.model.config.read_only)
         self.labels = {c: self.model.labels[c] for c in self.text_columns if c in self.model.labels}
         self.texts = {c: np.array(self.dataset.texts(c), object) for c in self.text_columns}
         self._seen = self.dataset.seen()

@@ -60,6 +60,7 @@ def evaluate(
         (source, target)
         for source in material.columns
         for target in material.labels
+        if target in material.written
         if source != target and (source in material.media_columns or not material.media_columns)
     ]
     for source, target in recognised:
@@ -69,7 +70,7 @@ def evaluate(
     for source in material.columns:
         for target in material.text_columns:
             learnt = source in material.media_columns or not material.media_columns
-            if source != target and target not in material.labels and learnt:
+            if source != target and target not in material.labels and target in material.written and learnt:
                 _transcription(material, source, target)
     for column in material.text_columns:
         _language(material, column)
@@ -263,7 +264,7 @@ def _transcription(material: Material, source: str, target: str) -> None:
 @torch.no_grad()
 def _language(material: Material, column: str) -> None:
     """Likelihood of texts that stand alone in their records, each token and the end predicted once."""
-    if material.media_columns or column in material.labels:
+    if material.media_columns or column in material.labels or column not in material.written:
         return
     checkpoint = material.model.checkpoint
     model, vocabulary = checkpoint.model, checkpoint.model.vocabulary

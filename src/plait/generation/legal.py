@@ -63,7 +63,7 @@ def _groups(model: Multimodal) -> list[tuple[int, int]]:
 def _written(checkpoint: Checkpoint, engine: Engine) -> list[tuple[list[int], list[int]]]:
     """Sequences of the model's own, (context, what follows it), each as training would have it."""
     model, vocabulary = checkpoint.model, checkpoint.model.vocabulary
-    columns = [(c, space) for c, space in vocabulary.columns.items() if space not in model.config.read_only]
+    columns = [(c, space) for c, space in vocabulary.columns.items() if not {c, space} & {*model.config.read_only}]
     texts = [label for labels in checkpoint.labels.values() for label in labels]
     prompts = [checkpoint.text.encode(text) for text in texts[:: max(len(texts) // PROMPTS, 1)][:PROMPTS]]
     if not prompts and (opener := next((vocabulary.opener(c) for c, s in columns if s == "text"), None)) is not None:

@@ -32,7 +32,7 @@ class ModelConfig(BaseModel):
     space: int = 128  # width of the embedding space; 0 for a model without one
     tied: bool = False  # one table of rows for reading and for predicting
     modalities: dict[str, dict[str, object]] = {}  # the settings of each modality present, text aside
-    read_only: list[str] = []  # modalities that are never written
+    read_only: list[str] = []  # modalities, and columns, that are never written
 
 
 # --- sequences --------------------------------------------------------------------------------------------------

@@ -242,18 +242,19 @@ class Sampler:
         drop_condition: float,
         augment: bool,
         augment_targets: bool = False,
-        unwritten: frozenset[str] = frozenset(),  # modalities that are read only
+        unwritten: frozenset[str] = frozenset(),  # modalities and columns that are read only
         worth: float = PASS,  # of a batch more, in tokens of padding
         shares: ListOf[float] = (),  # of a batch, for each dataset but the first, which has the rest
     ) -> None:
         self.worth = worth
         self.split, self.vocabulary, self.media = split, vocabulary, media
         self.context, self.seed, self.drop_condition = context, seed, drop_condition
-        self.augment, self.augment_targets, self.unwritten = augment, augment_targets, unwritten
+        self.augment, self.augment_targets = augment, augment_targets
         self.columns = {
             c: m for c, m in vocabulary.columns.items() if c in split.texts or c in split.media or c in split.chats
         }
         self.media_columns = [c for c, m in self.columns.items() if m != "text"]
+        self.unwritten = {c for c, m in self.columns.items() if not unwritten.isdisjoint({c, m})}
         self.items = self._items()
         self.groups = self._groups(batch_size, shares)
         self.batch_size = sum(count for _, count in self.groups)
@@ -265,6 +266,8 @@ class Sampler:
         items = []
         for record in range(len(self.split)):
             present = [c for c in self.columns if self.split.has(c, record)]
+            if all(c in self.unwritten and c not in self.split.media for c in present):
+                continue
             windows = 1
             if len(present) == 1 and present[0] in self.split.texts:
                 windows = max(len(self.split.texts[present[0]][record] or []) // self.context, 1)
@@ -391,18 +394,19 @@ class Sampler:
             if len(present) == 1:
                 yield self._window(record, window, present[0], draws[OFFSET]), False
                 return
-            target = present[int(draws[TARGET] * len(present))]
+            targets = [c for c in present if c not in self.unwritten]
+            target = targets[int(draws[TARGET] * len(targets))]
             others = [c for c in present if c != target]
             source = others[int(draws[SOURCE] * len(others))]
             yield self._pair(record, source, target, samples, codes), False
             return
         for column in media:
             others = [c for c in present if c != column]
-            targets = [c for c in others if self.columns[c] not in self.unwritten]
+            targets = [c for c in others if c not in self.unwritten]
             if targets:
                 target = targets[int(draws[TARGET] * len(targets))]
                 yield self._pair(record, column, target, samples, codes), True
-            if self.columns[column] not in self.unwritten:
+            if column not in self.unwritten:
                 dropped = not others or draws[DROP] < self.drop_condition
                 condition = None if dropped else others[int(draws[SOURCE] * len(others))]
                 yield self._pair(record, condition, column, samples, codes), not dropped

@@ -74,16 +74,16 @@ def model_config(
     space = recipe.model.space
     if space is None:
         space = (imported.space if imported else 0) or (128 if kinds else 0)
-    unwritten = {m for m in kinds if recipe.training.weights.get(m) == 0}
+    unwritten = {name for name in (*kinds, *columns) if recipe.training.weights.get(name) == 0}
     if imported is not None:
-        unwritten |= {m for m in imported.read_only if m not in dataset.columns.values()}
+        unwritten |= {name for name in imported.read_only if name not in {*dataset.columns, *dataset.columns.values()}}
     return ModelConfig(
         backbone=backbone,
         vocabulary=vocabulary,
         space=space,
         tied=tied,
         modalities={m: settings[m].model_dump() for m in kinds},
-        read_only=[m for m in kinds if m in unwritten],
+        read_only=[name for name in dict.fromkeys([*kinds, *columns]) if name in unwritten],
     )
 
 

@@ -53,7 +53,19 @@ def begin(run: Run) -> tuple[Multimodal, Text, Checkpoint | None]:
 
 def check(run: Run) -> None:
     """Raise PlaitError where a recipe freezes or adapts what is not there."""
-    settings, known = run.settings, ["encoder", *(f"encoder.{name}" for name in MODALITIES), "backbone", "rows"]
+    settings, columns = run.settings, run.dataset.columns
+    for name, weight in settings.weights.items():
+        if name not in ("text", "contrastive", *MODALITIES) and not (name in columns and weight == 0):
+            can = (
+                "a column has no weight of its own but 0: never written"
+                if name in columns
+                else "there is no such thing"
+            )
+            raise PlaitError(
+                f"training.weights.{name}: {weight:g} cannot be obeyed: {can}. Weights are of text, contrastive and "
+                f"{', '.join(MODALITIES)}; columns are {', '.join(columns)}."
+            )
+    known = ["encoder", *(f"encoder.{name}" for name in MODALITIES), "backbone", "rows"]
     for part in settings.freeze:
         if part not in known:
             near = difflib.get_close_matches(part, known, n=1)
