@@ -17,8 +17,8 @@ PANELS = {
     measuring.__name__: "Measure",
     using.__name__: "Use a model",
     searching.__name__: "Use a model",
-    explaining.__name__: "Understand a model",
     chatting.__name__: "Use a model",
+    explaining.__name__: "Understand a model",
     serving.__name__: "Serve",
     foreseeing.__name__: "Check and foresee",
 }
