@@ -4,6 +4,7 @@ from typing import Any
 
 from plait.modalities.audio import Audio, AudioSettings
 from plait.modalities.image import Image, ImageSettings
+from plait.modalities.item import Item, ItemSettings
 
-MODALITIES: dict[str, Any] = {"image": Image, "audio": Audio}
-SETTINGS: dict[str, Any] = {"image": ImageSettings, "audio": AudioSettings}
+MODALITIES: dict[str, Any] = {"image": Image, "audio": Audio, "item": Item}
+SETTINGS: dict[str, Any] = {"image": ImageSettings, "audio": AudioSettings, "item": ItemSettings}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from plait.modalities import MODALITIES, SETTINGS
 from plait.modalities.base import MediaModality, Vocabulary
+from plait.modalities.item import Item
 from plait.modalities.quantizer import FSQ
 from plait.model.transformer import Transformer, TransformerConfig
 
@@ -212,20 +213,40 @@ class Multimodal(nn.Module):
 
     @property
     def media(self) -> dict[str, MediaModality]:
-        return dict(self.modalities.items())  # type: ignore[arg-type]
+        return {name: part for name, part in self.modalities.items() if name != Item.name}  # type: ignore[misc]
+
+    @property
+    def items(self) -> Item | None:
+        """The catalogue, where histories are read."""
+        return self.modalities[Item.name] if Item.name in self.modalities else None  # type: ignore[return-value]
+
+    @property
+    def spaces(self) -> dict[str, tuple[int, int]]:
+        """Those of the vocabulary, and beyond it that of the items: space -> (first id, one past the last)."""
+        if self.items is None:
+            return self.vocabulary.spaces
+        size = self.vocabulary.size
+        return {**self.vocabulary.spaces, Item.name: (size, size + len(self.items))}
+
+    def reading(self, items: Tensor | None = None) -> Tensor:
+        """The rows of all ids that are read; `items` are those of the items where they are at hand."""
+        table = self.rows.table()
+        if self.items is None:
+            return table
+        return torch.cat((table, self.items.rows() if items is None else items))
 
     def inputs(self, batch: Batch, table: Tensor | None = None) -> Tensor:
-        """Token rows, with encoded media in their places: (B, L, D). `table` is `rows.table()` where it is at hand."""
-        x = F.embedding(batch.tokens, self.rows.table() if table is None else table)
+        """Token rows, with encoded media in their places: (B, L, D). `table` is `reading()` where it is at hand."""
+        x = F.embedding(batch.tokens, self.reading() if table is None else table)
         flat = x.flatten(0, 1)
         for name, media in batch.media.items():
             encoded = self.media[name].encoder(media.values, media.lengths).flatten(0, 1)
             flat = flat.index_copy(0, media.put, encoded[media.take].to(flat.dtype))
         return flat.view_as(x)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Hidden states (B, L, D), causal; what lies beyond a sequence's end means nothing."""
-        return self.backbone(self.inputs(batch))
+    def forward(self, batch: Batch, table: Tensor | None = None) -> Tensor:
+        """Hidden states (B, L, D), causal; what lies beyond a sequence's end means nothing. `table` as in `inputs`."""
+        return self.backbone(self.inputs(batch, table))
 
     def logits(self, hidden: Tensor, space: str | None = None) -> Tensor:
         """(..., D) to logits over one space, or over the whole vocabulary: (..., V)."""
@@ -245,6 +266,8 @@ class Multimodal(nn.Module):
         parts: dict[str, nn.Module] = {"backbone": self.backbone, "reading rows": self.rows}
         if self.head is not None:
             parts["predicting rows"] = self.head
+        if self.items is not None:
+            parts["items"] = self.items
         for name, modality in self.media.items():
             parts |= {f"{name} encoder": modality.encoder, f"{name} codec": modality.codec}
         return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
