@@ -16,12 +16,25 @@ class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
 
+class ItemsRecipe(_Settings):
+    """How histories of items are read and what of them is held out; see docs/recommending.md."""
+
+    interactions: str | None = None  # file of the source; found by itself where there is one
+    items: str | None = None  # likewise, the table of the items
+    columns: dict[str, str] = {}  # user, item, time, weight; id, title, text, categories, picture, sound -> column
+    split: Literal["leave-one-out", "time"] = "leave-one-out"
+    least_weight: float | None = None  # interactions of less are left out
+    untested: str | None = None  # FILE:COLUMN of a table of users; those marked 1 or true are learnt from alone
+    cold: float = Field(0.0, ge=0, lt=1)  # share of the items that training never sees
+
+
 class DataRecipe(_Settings):
     """How `plait prepare` reads a source; see `plait prepare --help`."""
 
     map: dict[str, str] = {}  # column -> image, audio, text or ignore
     labels: dict[str, list[str]] = {}  # names of a column's integer classes
     pattern: str | None = None  # regular expression on file names whose named groups become text columns
+    items: ItemsRecipe | None = None  # the source holds histories
 
 
 class BackboneRecipe(_Settings):
@@ -40,6 +53,13 @@ class TextRecipe(_Settings):
     vocabulary: int | None = Field(None, ge=256)  # ids of the byte-level BPE
 
 
+class ItemModelRecipe(_Settings):
+    encoder: str | None = None  # a run or an import whose embeddings are part of what is known of items
+    words: int = Field(1024, ge=0)  # of titles, categories and texts, the most that the content tells apart
+    drop: float = Field(0.1, ge=0, lt=1)  # share of learnt rows that a step hides
+    sampled: int | None = Field(None, ge=0)  # items drawn for the softmax, 0 for all; by itself above 30,000 items
+
+
 class ModelRecipe(_Settings):
     size: Literal["tiny", "small", "base", "large"] = "tiny"
     init_from: str | None = None  # a run, a checkpoint, or a Hugging Face name or folder to start from
@@ -47,6 +67,7 @@ class ModelRecipe(_Settings):
     text: TextRecipe = TextRecipe()
     image: dict[str, Any] = {}  # overrides of modalities.image.ImageSettings
     audio: dict[str, Any] = {}  # overrides of modalities.audio.AudioSettings
+    item: ItemModelRecipe = ItemModelRecipe()
     space: int | None = Field(None, ge=0)
     tied: bool | None = None
 

@@ -89,11 +89,15 @@ def show_manifest(manifest: Manifest, folder: str | Path) -> None:
             table.add_row(name, kind, str(lengths.records), span)
     out.print(table)
     counts = ", ".join(f"{split} {count}" for split, count in manifest.counts.items())
-    overlap = "".join(f"; {pair} overlap {count}" for pair, count in manifest.overlap.items() if count)
-    near = "".join(f"; {pair} near-duplicates {count}" for pair, count in manifest.near_duplicates.items())
-    out.print(
-        f"Records: {counts}. Rejected: {manifest.rejected}. Exact duplicates: {manifest.duplicates}{overlap}{near}."
-    )
+    if manifest.catalogue is not None:
+        out.print(f"Interactions: {counts}. Rejected: {manifest.rejected}.")
+        for note in manifest.notes:
+            out.print(f"  {plain(note)}")
+    else:
+        overlap = "".join(f"; {pair} overlap {count}" for pair, count in manifest.overlap.items() if count)
+        near = "".join(f"; {pair} near-duplicates {count}" for pair, count in manifest.near_duplicates.items())
+        doubles = f"Exact duplicates: {manifest.duplicates}{overlap}{near}."
+        out.print(f"Records: {counts}. Rejected: {manifest.rejected}. {doubles}")
     for warning in manifest.warnings:
         out.print(f"[yellow]Note:[/yellow] {plain(warning)}")
     if manifest.rejected:

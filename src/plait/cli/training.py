@@ -67,7 +67,7 @@ def prepare_files(source: str | Path, folder: str | Path, data: Any, **options: 
         try:
             return make(
                 source, folder, column_map=data.map or None, labels=data.labels or None, pattern=data.pattern,
-                progress=bar, **options,
+                items=data.items, progress=bar, **options,
             )  # fmt: skip
         except KeyboardInterrupt:
             err.print("\nStopped. What is done is kept; the same command goes on from here.")

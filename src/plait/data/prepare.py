@@ -17,9 +17,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from plait.config import ItemsRecipe
 from plait.data.dataset import VERSION, Manifest
 from plait.data.duplicates import Duplicates, find_duplicates, first_of
 from plait.data.files import ARCHIVE_SUFFIXES, TABLE_SUFFIXES, Plan, Tree, scan, suffix_of
+from plait.data.histories import write_histories
+from plait.data.interactions import find
 from plait.data.preview import Example, report
 from plait.data.readers import plan
 from plait.data.record import KINDS, SPLITS, Rejected, rejected
@@ -41,6 +44,7 @@ def prepare(
     column_map: dict[str, str] | None = None,
     labels: dict[str, list[str]] | None = None,
     pattern: str | None = None,
+    items: ItemsRecipe | None = None,
     seed: int = 0,
     workers: int | None = None,
     near_duplicates: bool = True,
@@ -52,7 +56,8 @@ def prepare(
     `source` is a path, a URL that fsspec reads, or `hf:NAME[:CONFIG]`, a data set of the Hugging Face hub; `out` may
     be a URL too. `column_map` says what a table's columns are, `{"image": "photo", "text": "caption:text", "ignore":
     "a,b"}` (see plait.data.tables). `labels` names integer classes: `{"label": ["cat", "dog"]}`. `pattern` is a regular
-    expression whose named groups become text columns of media files. `workers` are the processes that decode media
+    expression whose named groups become text columns of media files. `items` says that the source holds histories of
+    items (files named as MovieLens names them are seen by themselves). `workers` are the processes that decode media
     (None: as many as there are processors; 0: none, in this process). `near_duplicates` looks for records that are
     alike, and `drop_near_duplicates` leaves those out of train that val or test have too. `progress(stage, done,
     total)` is called now and then.
@@ -64,7 +69,7 @@ def prepare(
     out = location(out)
     source = _local(source)
     _check_out(source, out)
-    options = Options(column_map, labels, pattern, seed, workers, near_duplicates or drop_near_duplicates,
+    options = Options(column_map, labels, pattern, items, seed, workers, near_duplicates or drop_near_duplicates,
                       drop_near_duplicates, progress or (lambda *_: None))  # fmt: skip
     partial = _partial(out)
     with only_writer(partial):
@@ -92,6 +97,7 @@ class Options:
     column_map: dict[str, str] | None
     labels: dict[str, list[str]] | None
     pattern: str | None
+    items: ItemsRecipe | None
     seed: int
     workers: int | None
     near: bool
@@ -158,6 +164,12 @@ def _make(source: Location, out: Location, folder: Path, partial: Path, options:
         left.unlink(missing_ok=True)
     options.progress("look", 0, None)
     tree = scan(source, scratch, out)
+    if not (options.column_map or options.labels or options.pattern) and (tables := find(tree, options.items)):
+        recipe = options.items or ItemsRecipe()
+        manifest = write_histories(tree, *tables, folder, recipe, options.seed, options.progress)
+        manifest = manifest.model_copy(update={"source": _named(source)})
+        write_json(folder / "manifest.json", sealed(manifest.model_dump()))
+        return manifest
     found = plan(tree, options.column_map, options.labels, options.pattern)
     total = found.given.total()
 

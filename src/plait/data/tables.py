@@ -73,7 +73,7 @@ def _not_a_number(text: str) -> float:
     raise ValueError(f"{text} is not a JSON number")
 
 
-def _rows(tree: Tree, name: str) -> Iterator[Row]:
+def rows(tree: Tree, name: str) -> Iterator[Row]:
     """The rows of a table; a fault is a string in place of the cells, and the last row where it spoils the rest."""
     path, suffix = tree.files[name], suffix_of(name)
     line = 0
@@ -172,7 +172,7 @@ def _is_table(tree: Tree, name: str) -> bool:
         return False
     if suffix_of(name) != ".json":
         return True
-    first = next(_rows(tree, name), (0, ""))[1]
+    first = next(rows(tree, name), (0, ""))[1]
     return isinstance(first, dict)
 
 
@@ -199,7 +199,7 @@ def _scan(tree: Tree, name: str, split: str) -> Table:
             return table
         table.samples = {column: [] for column in schema.names}
         table.class_names = _class_names(schema)
-    for number, (_, row) in enumerate(_rows(tree, name)):
+    for number, (_, row) in enumerate(rows(tree, name)):
         if known and number == _SAMPLE:
             break  # such files tell their columns and their size: their media need not be read for that
         if isinstance(row, str):
@@ -350,7 +350,7 @@ def plan_tables(tree: Tree, column_map: dict[str, str], labels: dict[str, list[s
     def read() -> Iterator[Item]:
         for table in tables:
             tree.used.add(table.file)
-            for line, row in _rows(tree, table.file):
+            for line, row in rows(tree, table.file):
                 if isinstance(row, str):
                     yield Rejected(table.file, line, row)
                 else:

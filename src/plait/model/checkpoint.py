@@ -19,12 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from plait.config import GenerationConfig
+from plait.data.catalogue import Catalogue
 from plait.modalities.text import Text
 from plait.model.multimodal import ModelConfig, Multimodal
 from plait.runtime import PlaitError, json_text, publish_folder, read_json, read_sealed, sealed, sha256_file
 
 VERSION = 1  # of config.json
 MANIFEST = 2  # since manifests are sealed
+ITEMS = "items.parquet"
 
 
 @dataclass
@@ -36,6 +38,7 @@ class Checkpoint:
     labels: dict[str, list[str]] = field(default_factory=dict)  # text column -> its few distinct values
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     training: dict[str, Any] = field(default_factory=dict)  # how it came to be: data, step, validation, seed
+    catalogue: Catalogue | None = None  # the items that the model knows
 
 
 def save(
@@ -60,6 +63,8 @@ def save(
         if checkpoint.text.settings:
             write_json(aside / "tokenizer_config.json", checkpoint.text.settings)
         write_tensors(aside / "model.safetensors", checkpoint.model.state_dict() if tensors is None else tensors)
+        if checkpoint.catalogue is not None:
+            checkpoint.catalogue.write(aside / ITEMS, media=False)
         (aside / "README.md").write_text(model_card(checkpoint), encoding="utf-8")
         if more is not None:
             more(aside)
@@ -153,7 +158,8 @@ def load(folder: Path, device: torch.device | None = None) -> Checkpoint:
     model.eval()
     if device is not None:
         model.to(device)
-    return Checkpoint(model, Text.load(folder / "tokenizer.json"), labels, generation, training)
+    catalogue = Catalogue.read(folder / ITEMS) if model.items is not None else None
+    return Checkpoint(model, Text.load(folder / "tokenizer.json"), labels, generation, training, catalogue)
 
 
 def find_checkpoint(path: str | Path) -> Path | None:

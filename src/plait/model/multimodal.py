@@ -213,12 +213,13 @@ class Multimodal(nn.Module):
 
     @property
     def media(self) -> dict[str, MediaModality]:
-        return {name: part for name, part in self.modalities.items() if name != Item.name}  # type: ignore[misc]
+        return {name: part for name, part in self.modalities.items() if not isinstance(part, Item)}  # type: ignore[misc]
 
     @property
     def items(self) -> Item | None:
         """The catalogue, where histories are read."""
-        return self.modalities[Item.name] if Item.name in self.modalities else None  # type: ignore[return-value]
+        found = [part for part in self.modalities.values() if isinstance(part, Item)]
+        return found[0] if found else None
 
     @property
     def spaces(self) -> dict[str, tuple[int, int]]:

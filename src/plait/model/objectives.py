@@ -7,11 +7,14 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from plait.model.multimodal import IGNORE, Multimodal
 
 CHUNK = 2**24  # logits that exist at one time
 STRIP = 2**21  # of them in fp32
+CLOSE = 2**22  # of them where they are passed over once
+MANY, SAFE = 1024, 60.0  # rows from which that pays, and the greatest logit that it is right for
 
 
 def cut(count: int, size: int) -> list[slice]:
@@ -36,38 +39,70 @@ class _TotalLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, rows: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-        parts = cut(len(hidden), max(CHUNK // len(rows), 128))  # fewer would slow the products down
-        losses = torch.empty(len(hidden), 1, device=hidden.device)
-        to_hidden = torch.empty_like(hidden)
-        to_rows: Tensor | None = None
-        for part in parts:
-            wanted, logits = targets[part, None], hidden[part] @ rows.t()
-            for strip in cut(len(logits), max(STRIP // len(rows), 1)):
-                chances = logits[strip].softmax(1, dtype=torch.float32)
-                # The likeliest id's chance and logit give the normaliser.
-                normaliser = logits[strip].amax(1, True).float() - chances.amax(1, True).log_()
-                loss = normaliser - logits[strip].gather(1, wanted[strip])
-                losses[part][strip] = loss
-                chances.scatter_(1, wanted[strip], torch.expm1(-loss) + smoothing)
-                if smoothing:
-                    evenly = normaliser - logits[strip].float().mean(1, True)
-                    losses[part][strip] += smoothing * (evenly - loss)
-                    chances -= smoothing / len(rows)
-                logits[strip] = chances  # the gradient takes the logits' place
-            to_hidden[part] = logits @ rows
-            if to_rows is None:
-                to_rows = logits.t() @ hidden[part]
-            else:
-                to_rows = to_rows.float().add_(logits.t() @ hidden[part])
-        assert to_rows is not None
-        total = losses.sum()
+        # No logit is above the product of the norms: where that is small, no maximum has to be sought and taken off.
+        norms = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).amax() for x in (hidden, rows)]
+        safe = len(rows) >= MANY and float(norms[0] * norms[1]) < SAFE
+        losses, to_hidden, to_rows = (_bounded if safe else _shifted)(hidden, rows, targets, smoothing)
         ctx.save_for_backward(to_hidden, to_rows.to(rows.dtype))
-        return total
+        return losses.sum()
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None, None]:
         to_hidden, to_rows = ctx.saved_tensors
         return to_hidden.mul_(slope), to_rows.mul_(slope), None, None
+
+
+def _shifted(hidden: Tensor, rows: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses (N, 1) and their sum's gradients to hidden and rows, whatever the logits are."""
+    losses = torch.empty(len(hidden), 1, device=hidden.device)
+    to_hidden = torch.empty_like(hidden)
+    to_rows: Tensor | None = None
+    for part in cut(len(hidden), max(CHUNK // len(rows), 128)):  # fewer would slow the products down
+        wanted, logits = targets[part, None], hidden[part] @ rows.t()
+        for strip in cut(len(logits), max(STRIP // len(rows), 1)):
+            chances = logits[strip].softmax(1, dtype=torch.float32)
+            # The likeliest id's chance and logit give the normaliser.
+            normaliser = logits[strip].amax(1, True).float() - chances.amax(1, True).log_()
+            loss = normaliser - logits[strip].gather(1, wanted[strip])
+            losses[part][strip] = loss
+            chances.scatter_(1, wanted[strip], torch.expm1(-loss) + smoothing)
+            if smoothing:
+                evenly = normaliser - logits[strip].float().mean(1, True)
+                losses[part][strip] += smoothing * (evenly - loss)
+                chances -= smoothing / len(rows)
+            logits[strip] = chances  # the gradient takes the logits' place
+        to_hidden[part] = logits @ rows
+        if to_rows is None:
+            to_rows = logits.t() @ hidden[part]
+        else:
+            to_rows = to_rows.float().add_(logits.t() @ hidden[part])
+    assert to_rows is not None
+    return losses, to_hidden, to_rows
+
+
+def _bounded(hidden: Tensor, rows: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`_shifted` for logits whose exponentials cannot overflow: one pass over them between the products. What is
+    divided by the normaliser, and what concerns the targets alone, has the width of a row."""
+    losses = torch.empty(len(hidden), 1, device=hidden.device)
+    to_hidden = torch.empty_like(hidden)
+    to_rows = torch.zeros(rows.shape, device=rows.device)
+    target_rows = rows[targets]
+    middle = rows.float().mean(0)
+    for part in cut(len(hidden), max(CLOSE // len(rows), 128)):
+        states = hidden[part]
+        chances = (states @ rows.t()).exp_()
+        normaliser = chances.sum(1, True, dtype=torch.float32)
+        mean = (chances @ rows).float() / normaliser  # of the rows, by their chance
+        wide, wanted = states.float(), target_rows[part].float()
+        if smoothing:
+            wanted = wanted * (1 - smoothing) + middle * smoothing
+        losses[part] = normaliser.log() - (wide * wanted).sum(1, True)
+        to_hidden[part] = mean - wanted
+        to_rows += chances.t() @ (wide / normaliser).to(rows.dtype)
+    to_rows.index_add_(0, targets, hidden.float(), alpha=smoothing - 1)
+    if smoothing:
+        to_rows -= hidden.float().sum(0) * (smoothing / len(rows))
+    return losses, to_hidden, to_rows
 
 
 def total_loss(hidden: Tensor, rows: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -77,13 +112,46 @@ def total_loss(hidden: Tensor, rows: Tensor, targets: Tensor, smoothing: float =
     return negative_log_likelihood(hidden, rows, targets, smoothing).sum()
 
 
+def sampled_loss(hidden: Tensor, rows: Tensor, targets: Tensor, counts: Tensor, draws: int) -> Tensor:
+    """`total_loss` where the normaliser is estimated from `draws` rows, drawn in proportion to (counts + 1)^3/4.
+
+    A row that is drawn with chance q among k stands for 1 / (k q) rows; so weighted, the estimate has the right mean
+    (Bengio and Senecal, 2003). The target itself is always counted, and never drawn.
+    """
+    chance = (counts + 1) ** 0.75
+    chance = chance / chance.sum()
+    drawn = torch.multinomial(chance, draws, replacement=True)
+    correction = (chance[drawn] * draws).log()
+
+    def some(states: Tensor, wanted: Tensor, candidates: Tensor, own: Tensor) -> Tensor:
+        logits = (states @ candidates.t()).float() - correction
+        logits = logits.masked_fill(drawn == wanted[:, None], -torch.inf)
+        right = (states * own).float().sum(1, True)
+        return (torch.cat((right, logits), 1).logsumexp(1) - right[:, 0]).sum()
+
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for part in cut(len(hidden), max(STRIP // draws, 1)):
+        arguments = hidden[part], targets[part], rows[drawn], rows[targets[part]]
+        if torch.is_grad_enabled():
+            total = total + checkpoint(some, *arguments, use_reentrant=False)
+        else:
+            total = total + some(*arguments)
+    return total
+
+
 def likelihoods(
-    model: Multimodal, hidden: Tensor, targets: Tensor, restricted: bool = True, smoothing: float = 0.0
+    model: Multimodal,
+    hidden: Tensor,
+    targets: Tensor,
+    restricted: bool = True,
+    smoothing: float = 0.0,
+    items: Tensor | None = None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Space -> (sum of -log P in nats, count) over the targets (B, L) that lie in it.
 
     Restricted, the softmax of a target runs over its own space: what the span grammar allows there. Unrestricted,
-    it runs over the whole vocabulary, and the figures are still told apart by space.
+    it runs over the whole vocabulary, and the figures are still told apart by space. `items` are the rows of the
+    items; after them there is nothing but items, whose softmax is always their own.
     """
     keep = targets != IGNORE
     kind = hidden.device.type
@@ -91,11 +159,18 @@ def likelihoods(
     states, wanted = hidden[keep].to(dtype), targets[keep]
     found = {}
     table = None if restricted else model.predicting.table().to(dtype)
-    for space, (start, stop) in model.vocabulary.spaces.items():
+    for space, (start, stop) in model.spaces.items():
         chosen = (wanted >= start) & (wanted < stop)
         if not chosen.any():
             continue
-        if table is None:
+        if model.items is not None and space == model.items.name:
+            rows = (model.items.rows() if items is None else items).to(dtype)
+            draws = model.items.settings.sampled
+            if draws and model.training:
+                loss = sampled_loss(states[chosen], rows, wanted[chosen] - start, model.items.counts, draws)
+            else:
+                loss = total_loss(states[chosen], rows, wanted[chosen] - start, smoothing)
+        elif table is None:
             rows = model.predicting.space(space).to(dtype)
             loss = total_loss(states[chosen], rows, wanted[chosen] - start, smoothing)
         else:

@@ -48,13 +48,16 @@ class Passes(nn.Module):
         sums: dict[str, Tensor] = {}
         embedded: list[Tensor] = []
         nothing = torch.zeros((), device=device)
+        with self.device.autocast():  # once, for what is read and what is predicted
+            items = model.items.rows() if model.items is not None else None
+            table = model.reading(items)
         for batch, records in zip(step.batches, step.span_records, strict=True):
             on_device = batch.to(device)
             with self.device.autocast():
-                hidden = model(on_device)
+                hidden = model(on_device, table)
                 found = {}
                 if likelihood:
-                    found = likelihoods(model, hidden, on_device.targets, restricted, smoothing)
+                    found = likelihoods(model, hidden, on_device.targets, restricted, smoothing, items)
             for space, (total, _) in found.items():
                 sums[space] = sums[space] + total if space in sums else total
             chosen = np.flatnonzero(records >= 0)
@@ -105,7 +108,7 @@ def step_losses(
     """
     passes: Passes = network.passes
     model = passes.model
-    spaces = list(model.vocabulary.spaces)
+    spaces = list(model.spaces)
     spans = [_spans(part, list(model.media)) for part in parts]
     counts = np.sum([_target_counts(part, model) for part in parts], 0)
     seen = sum(int(batch.lengths.sum()) for part in parts for batch in part.batches)
@@ -183,7 +186,7 @@ def _spans(part: Step, media: list[str]) -> np.ndarray:
 
 def _target_counts(part: Step, model: Multimodal) -> np.ndarray:
     """How many targets lie in each space."""
-    stops = [stop for _, stop in model.vocabulary.spaces.values()]
+    stops = [stop for _, stop in model.spaces.values()]
     targets = np.concatenate([batch.targets.numpy().ravel() for batch in part.batches])
     places = np.searchsorted(stops, targets[targets != IGNORE], side="right")
     return np.bincount(places, minlength=len(stops))

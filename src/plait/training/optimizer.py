@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from plait.training.distributed import is_shard
 
+ROWS = ("rows.", "head.", "modalities.item.free")  # what belongs to one token or item alone
+
 
 def make_optimizer(
     modules: list[nn.Module],
@@ -27,7 +29,7 @@ def make_optimizer(
     for module in modules:
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                matrix = parameter.ndim >= 2 and not name.startswith(("rows.", "head.")) and "places" not in name
+                matrix = parameter.ndim >= 2 and not name.startswith(ROWS) and "places" not in name
                 (tower if ".encoder.tower." in name else decay if matrix else plain).append(parameter)
     # A fused step takes whole tensors or shards, not both at once.
     groups = [

@@ -11,6 +11,7 @@ from plait.config import SIZES, BackboneRecipe, Recipe, Size, describe_error, pa
 from plait.data.dataset import Dataset
 from plait.modalities import MODALITIES, SETTINGS
 from plait.modalities.base import Vocabulary
+from plait.modalities.item import Item, ItemSettings
 from plait.model import towers
 from plait.model.dialogue import TURNS
 from plait.model.multimodal import ModelConfig, Multimodal
@@ -22,11 +23,16 @@ LONGEST_LABEL = 200  # bytes
 
 
 def model_config(
-    recipe: Recipe, dataset: Dataset, text_size: int, imported: ModelConfig | None, templated: bool = False
+    recipe: Recipe,
+    dataset: Dataset,
+    text_size: int,
+    imported: ModelConfig | None,
+    templated: bool = False,
+    items: ItemSettings | None = None,
 ) -> ModelConfig:
     """The network that a recipe and a dataset call for. Of an `imported` one all is kept, and what the dataset has
     beside it is added; the settings of its modalities hold, with the recipe's overrides laid over them. Conversations
-    need tokens for their turns, unless they are `templated`.
+    need tokens for their turns, unless they are `templated`. `items` are the settings of a catalogue.
 
     Raises PlaitError where a column of the dataset is of another modality than the import's.
     """
@@ -53,27 +59,30 @@ def model_config(
             f"plait prepare --map {columns[clash[0]]}={clash[0]}:NEWNAME."
         )
     kinds = [m for m in MODALITIES if m in columns.values()]
-    settings = {}
+    settings: dict[str, Any] = {Item.name: items} if items else {}
     for m in kinds:
+        if m in settings:
+            continue
         overrides = getattr(recipe.model, m)
         if imported and m in imported.modalities:
             overrides = overrides if m in dataset.columns.values() else {}
             settings[m] = _laid_over(imported.modalities[m], overrides, m)
         else:
             settings[m] = fit_settings(dataset, m, size, overrides)
+    coded = [m for m in kinds if settings[m].levels]
     vocabulary = Vocabulary(
         text=text_size,
         columns=columns,
-        levels={m: settings[m].levels for m in kinds},
+        levels={m: settings[m].levels for m in coded},
         closers=[m for m in kinds if MODALITIES[m].variable_length],
         turns=turns,
     )
     tied = recipe.model.tied
     if tied is None:
-        tied = imported.tied if imported else text_size > 8 * backbone.width
+        tied = imported.tied if imported else items is not None or text_size > 8 * backbone.width
     space = recipe.model.space
     if space is None:
-        space = (imported.space if imported else 0) or (128 if kinds else 0)
+        space = (imported.space if imported else 0) or (128 if coded else 0)
     unwritten = {name for name in (*kinds, *columns) if recipe.training.weights.get(name) == 0}
     if imported is not None:
         unwritten |= {name for name in imported.read_only if name not in {*dataset.columns, *dataset.columns.values()}}

@@ -14,6 +14,7 @@ from plait.config import GenerationConfig
 from plait.data.dataset import Dataset
 from plait.modalities import MODALITIES
 from plait.modalities.base import Vocabulary
+from plait.modalities.item import ItemSettings
 from plait.modalities.text import Text
 from plait.model import checkpoint as checkpoints
 from plait.model import growing, huggingface, lora, towers
@@ -25,15 +26,19 @@ from plait.training.run import Progress, Run
 from plait.training.setup import model_config
 
 
-def begin(run: Run) -> tuple[Multimodal, Text, Checkpoint | None]:
+def begin(run: Run, items: ItemSettings | None = None) -> tuple[Multimodal, Text, Checkpoint | None]:
     """The model that a run starts with, its tokenizer, and the model that it was extended from, if any. What came from
-    there is written down once: when the run goes on, it no longer needs that model."""
+    there is written down once: when the run goes on, it no longer needs that model. `items` are the settings of the
+    data's catalogue."""
     check(run)
+    if items is not None and run.recipe.model.init_from is not None:
+        raise PlaitError("A model of histories begins with its catalogue: leave out --init-from and model.init_from.")
     source = _source(run)
     with run.group.in_turn():
         text = source.text if source else run.text()
     templated = text.chat_template is not None
-    config = model_config(run.recipe, run.dataset, text.size, source.model.config if source else None, templated)
+    old = source.model.config if source else None
+    config = model_config(run.recipe, run.dataset, text.size, old, templated, items)
     if config.vocabulary.turns:
         text.settings["chat_template"] = TEMPLATE
     model = growing.extend(source, config) if source else Multimodal(config)

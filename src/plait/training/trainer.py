@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from plait.config import Recipe
+from plait.data.catalogue import Catalogue
 from plait.data.dataset import Dataset, Joined
 from plait.modalities.text import Text
 from plait.model.checkpoint import Checkpoint
@@ -39,6 +40,7 @@ from plait.runtime import (
 )
 from plait.training.batches import PASS, Ahead, Sampler, Split, load_split, room_needed
 from plait.training.distributed import Group, Network
+from plait.training.histories import Embed, HistorySampler, item_content
 from plait.training.log import Log
 from plait.training.losses import Passes, step_losses, weighted
 from plait.training.optimizer import Average, learning_rate_at, make_optimizer
@@ -51,6 +53,7 @@ UNRESTRICTED, DROPOUT = 17, 18  # keys of `uniform`: for steps with the whole so
 CALIBRATION = 8  # steps that a time budget is measured by
 COMPILED = 600  # seconds of training from which compiling pays
 FEW = 10_000  # samples below which what is written is augmented too
+HISTORIES = 512  # that a step of validation takes
 
 
 def train(
@@ -62,11 +65,13 @@ def train(
     reuse: Path | None = None,
     allow_changes: bool = False,
     group: Group | None = None,
+    embed: Embed | None = None,
 ) -> Path:
     """Train a model on a dataset into `folder`; returns its best checkpoint. Ctrl-C and SIGTERM leave a usable run.
 
     `reuse` names a run of the same data that is past its preparation: its tokenizer, codecs and cache serve again,
-    and the time that they took counts as this run's. Each process of a `group` calls this; the first one of them
+    and the time that they took counts as this run's. `embed` is how the encoder that `model.item.encoder` names sees
+    items. Each process of a `group` calls this; the first one of them
     prepares and writes.
     Raises PlaitError for what the user can mend: no records, a folder of another run (unless `allow_changes`), a
     folder that is not writable, a loss that explodes; KeyboardInterrupt or Terminated once the run was saved.
@@ -93,10 +98,18 @@ def train(
             return best
         begun = time.perf_counter()
         torch.manual_seed(recipe.training.seed)
-        model, text, source = begin(run)
+        content = None
+        if dataset.manifest.catalogue is not None:
+            with group.in_turn():
+                content = item_content(dataset, recipe.model.item, run.source / "cache" / "items.npy", embed)
+        model, text, source = begin(run, content and content.settings)
         config = model.config
-        splits = {}
+        splits: dict[str, Split] = {}
         for name in ("train", "val"):
+            if content is not None:
+                splits[name] = content.split(name)
+                content.fill(model)
+                continue
             with group.in_turn():
                 splits[name] = load_split(
                     dataset, name, text, model.media, run.source / "cache", config.backbone.max_length,
@@ -128,14 +141,15 @@ def train(
         if "prepared" not in run.facts:
             before = read_json(reuse / "run.json")["prepared"] if reuse else 0.0
             run.decide(prepared=group.told(max(time.perf_counter() - begun, before)))
-        _optimise(run, model, text, source, splits, max(run.minutes * 60 - run.facts["prepared"], 1.0), listening)
+        seconds = max(run.minutes * 60 - run.facts["prepared"], 1.0)
+        _optimise(run, model, text, source, splits, seconds, listening, content and content.catalogue)
         run.decide(finished=time.time())
         return best
 
 
 def _optimise(
     run: Run, model: Multimodal, text: Text, source: Checkpoint | None, splits: dict[str, Split], seconds: float,
-    listening: Signals,
+    listening: Signals, catalogue: Catalogue | None,
 ) -> None:  # fmt: skip
     """The steps of the model itself."""
     settings, group, folder = run.settings, run.group, run.folder
@@ -147,7 +161,7 @@ def _optimise(
     augment_targets = few if settings.augment_targets is None else settings.augment_targets
 
     def sampler(name: str, batch_size: int, augment: bool, drop: float) -> Sampler:
-        return Sampler(
+        return (Sampler if catalogue is None else HistorySampler)(
             splits[name], model.vocabulary, model.media, batch_size, context, settings.seed, drop, augment,
             augment_targets, frozenset(model.config.read_only),
             math.inf if network.sharded else PASS, list(settings.replay.values()),
@@ -155,7 +169,8 @@ def _optimise(
 
     training = sampler("train", run.batch_size, settings.augment, settings.drop_condition)
     # The same records and as many negatives whatever the batch size, so that runs can be compared.
-    validating: Sampler | None = sampler("val", run.size.batch_size, False, 0.0) if len(splits["val"]) else None
+    some = run.size.batch_size if catalogue is None else HISTORIES
+    validating: Sampler | None = sampler("val", some, False, 0.0) if len(splits["val"]) else None
     if validating is not None and len(validating.items) < 2:
         validating = None
     cut = group.size * settings.accumulate
@@ -228,7 +243,7 @@ def _optimise(
     def save(scores: dict[str, float]) -> None:
         facts = {"step": position.step, "seed": settings.seed, "validation": scores, "size": run.recipe.model.size}
         log.sync()
-        whole = Checkpoint(model, text, labels, generation, {**facts, **origin})
+        whole = Checkpoint(model, text, labels, generation, {**facts, **origin}, catalogue)
         saver.save(whole, optimizer, average, position)
 
     def measure() -> dict[str, float]:
