@@ -14,6 +14,7 @@ import torch
 from PIL import Image as PILImage
 
 from plait.applications.pretrained import Pretrained, load_pretrained
+from plait.applications.recommending import Recommending
 from plait.data.media import MediaError, sniff
 from plait.explain import own as questions
 from plait.explain.methods import Explanation, explain
@@ -68,7 +69,7 @@ def load(path: str | Path, device: str = "auto", precision: str = "auto") -> Mod
     return load_pretrained(str(folder), device, precision)
 
 
-class Model:
+class Model(Recommending):
     """A checkpoint at work on a device. Inputs are a str, a PIL image, (waveform, rate), a pathlib.Path of a media
     file, its bytes, or (column, any of these, a fitted sample or a list of windows) where the column matters."""
 
@@ -106,6 +107,8 @@ class Model:
             "transcribe": {"audio", "text"},
         }
         makes = {"draw": "image", "speak": "audio"}
+        if self.checkpoint.catalogue is not None:
+            return ["recommend", "similar"]
         found = ["generate", *(verb for verb, need in needs.items() if need <= kinds)]
         found += [verb for verb, kind in makes.items() if kind in written]
         return found + (["embed"] if self.checkpoint.model.config.space else [])
@@ -205,6 +208,8 @@ class Model:
 
     def request(self, context: Sequence, space: str, n: int = 1, **options: Unpack[Options]) -> Request:
         """A request of the engine, with the checkpoint's defaults where an option is not given."""
+        if "generate" not in self.verbs:
+            raise PlaitError(f"This model knows histories of items and writes nothing. It can {', '.join(self.verbs)}.")
         defaults = self.checkpoint.generation
         temperature, top_k = options.get("temperature"), options.get("top_k")
         top_p, min_p = options.get("top_p"), options.get("min_p")

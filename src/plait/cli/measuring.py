@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from plait.cli.common import Bar, DeviceOption, SeedOption, app, err, out, plain, show_manifest, show_metrics
 from plait.cli.training import prepare_files, train_run
+
+if TYPE_CHECKING:
+    from plait.evaluation.report import Findings
 
 
 @app.command()
@@ -40,7 +43,6 @@ def _evaluate(
 ) -> dict[str, Any]:
     from plait.applications.model import Model, load
     from plait.data.dataset import Dataset
-    from plait.evaluation.report import read_run, write_metrics, write_report
     from plait.evaluation.tasks import Limits
     from plait.evaluation.tasks import evaluate as measure
     from plait.runtime import PlaitError, read_json
@@ -57,10 +59,21 @@ def _evaluate(
     if not isinstance(model, Model):
         raise PlaitError(f"{run} is no model that plait trained; evaluation needs a run.")
     with Bar() as bar:
+        if dataset.manifest.catalogue is not None:
+            from plait.evaluation.recommending import evaluate_histories
+
+            metrics, findings = evaluate_histories(model, dataset, split, seed=seed, limit=limit, progress=bar)
+            return _keep(run, data, metrics, findings)
         limits = Limits() if limit is None else Limits(records=limit)
         metrics, findings = measure(
             model, dataset, split, seed=seed, limits=limits, judge_seconds=judge_seconds, progress=bar
         )
+    return _keep(run, data, metrics, findings)
+
+
+def _keep(run: Path, data: str, metrics: dict[str, Any], findings: Findings) -> dict[str, Any]:
+    from plait.evaluation.report import read_run, write_metrics, write_report
+
     for note in findings.notes:
         err.print(f"[yellow]Note:[/yellow] {plain(note)}")
     write_metrics(run / "metrics.json", metrics)

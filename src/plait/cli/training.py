@@ -167,6 +167,7 @@ def _shares(given: list[str] | None) -> dict[str, float] | None:
 def train_run(
     dataset: Dataset, run: Path, recipe: Any, device: str, allow_changes: bool = False, group: Group | None = None
 ) -> None:
+    from plait.applications.recommending import embedder
     from plait.evaluation.report import Findings, read_run, write_report
     from plait.runtime import Terminated
     from plait.training.run import describe
@@ -174,7 +175,10 @@ def train_run(
 
     with Bar() as bar:
         try:
-            fit(dataset, run, recipe, bar.training, device, allow_changes=allow_changes, group=group)
+            fit(
+                dataset, run, recipe, bar.training, device, allow_changes=allow_changes, group=group,
+                embed=lambda items: embedder(recipe.model.item.encoder, device)(items),
+            )  # fmt: skip
         except (KeyboardInterrupt, Terminated) as stop:
             last = run / "checkpoints" / "last"
             state = f"Saved: {last.resolve().name}" if last.exists() else "There is no checkpoint yet"

@@ -90,7 +90,7 @@ def write_histories(
     """A dataset of histories in `folder`, but for the manifest, which is returned. Raises PlaitError where nothing
     can be used, or the two tables do not belong together."""
     rejects: list[Rejected] = list(tree.refused)
-    notes, warnings = [f"{interactions}: interactions"], []
+    notes, warnings = [f"{interactions}: interactions"], list[str]()
     found: list[Interaction] = []
     light = 0
     for row in read_interactions(tree, interactions, recipe):
@@ -320,7 +320,7 @@ def _write(
     examples = []
     for user in range(0, len(histories), max(len(histories) // _EXAMPLES, 1))[:_EXAMPLES]:
         some = histories.items[histories.starts[user] : histories.starts[user + 1]][-8:]
-        parts = {"item": " → ".join(catalogue.name(int(item)) for item in some)}
+        parts: dict[str, str | bytes] = {"item": " → ".join(catalogue.name(int(item)) for item in some)}
         examples.append(Example(histories.users[user], "", parts))
     reasons = Counter(reject.reason.split(":")[0][:80] for reject in rejects)
     name = str(tree.root).rstrip("/").rpartition("/")[2]

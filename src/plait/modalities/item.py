@@ -20,6 +20,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from plait.data.catalogue import Item as Known
+
 MOST = 200_000  # items, with one code each
 FULL = 30_000  # items up to which every one of them is weighed against the next
 STD = 0.02  # of rows, at the start
@@ -75,7 +77,7 @@ class Item(nn.Module):
         """The rows of all items, (items, D); in training some have no learnt part."""
         if self.project is None:
             return self.free
-        free = self.free
+        free: Tensor = self.free
         if self.training and self.settings.drop:
             free = free * (torch.rand(len(free), 1, device=free.device) >= self.settings.drop)
         return free + self.placed()
@@ -125,3 +127,17 @@ class Bag:
                 if (place := self.place.get(word)) is not None:
                     row[place] = (1 + math.log(n)) * self.weights[place]
         return found / np.linalg.norm(found, axis=1, keepdims=True).clip(1e-12)
+
+
+def bag_of(item: Known) -> list[str]:
+    """The words of an item's title and text, and its categories and decade as words of their own."""
+    year = item.more.get("year")
+    decade = [f"decade:{year // 10 * 10}"] if isinstance(year, int) else []
+    categories = [f"category:{category.lower()}" for category in item.categories]
+    return [*words_of(item.title or ""), *words_of(item.text or ""), *categories, *decade]
+
+
+def content_of(items: list[Known], settings: ItemSettings, seen: np.ndarray | None) -> np.ndarray:
+    """The content of items, (N, C): a bag of words, and beside it what an encoder sees in them."""
+    bag = Bag(settings.words, settings.weights).vectors([bag_of(item) for item in items])
+    return bag if seen is None else np.concatenate((bag, seen), 1)

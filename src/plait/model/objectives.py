@@ -13,7 +13,7 @@ from plait.model.multimodal import IGNORE, Multimodal
 
 CHUNK = 2**24  # logits that exist at one time
 STRIP = 2**21  # of them in fp32
-CLOSE = 2**22  # of them where they are passed over once
+CLOSE = 2**21  # of them where they are passed over once
 MANY, SAFE = 1024, 60.0  # rows from which that pays, and the greatest logit that it is right for
 
 
@@ -91,7 +91,8 @@ def _bounded(hidden: Tensor, rows: Tensor, targets: Tensor, smoothing: float) ->
     for part in cut(len(hidden), max(CLOSE // len(rows), 128)):
         states = hidden[part]
         chances = (states @ rows.t()).exp_()
-        normaliser = chances.sum(1, True, dtype=torch.float32)
+        # Each sum is taken in fp32 and rounded once; some of them together round less than one.
+        normaliser = torch.stack([piece.sum(1, True) for piece in chances.chunk(8, 1)]).float().sum(0)
         mean = (chances @ rows).float() / normaliser  # of the rows, by their chance
         wide, wanted = states.float(), target_rows[part].float()
         if smoothing:

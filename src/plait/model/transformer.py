@@ -175,7 +175,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return cast(Tensor, _Rotate.apply(x, cos, sin)) if by_hand(x) else _turn(x, cos, sin)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, share: float = 0.0) -> Tensor:
     """Attention of q (B, H, L, E) over k and v (B, K, T, E); returns (B, H, L, E).
 
     `mask` is True where a query may look, (B or 1, 1, L, T); None means causal with L == T. On the CPU the plain
@@ -186,7 +186,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float 
         same = q.shape[1] == k.shape[1]
         causal = mask is None and q.shape[2] > 1
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=not same
+            q, k, v, attn_mask=mask, dropout_p=share, is_causal=causal, enable_gqa=not same
         )
     batch, heads, length, width = q.shape
     kv_heads, total = k.shape[1], k.shape[2]
@@ -196,9 +196,31 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float 
     grouped = q.reshape(batch, kv_heads, -1, width) * width**-0.5
     scores = (grouped @ k.transpose(-1, -2)).view(batch, heads, length, total) + hide
     weights = scores.softmax(-1)
-    if dropout:
-        weights = F.dropout(weights, dropout)
+    weights = dropout(weights, share, True)
     return (weights.view(batch, kv_heads, -1, total) @ v).view(batch, heads, length, width)
+
+
+POOL = 2**22  # places in a pool of masks
+_pools: dict[tuple[float, torch.dtype], Tensor] = {}
+
+
+def dropout(x: Tensor, share: float, training: bool) -> Tensor:
+    """`F.dropout`. On the CPU drawing a mask costs more than what is masked, so it is cut out of a pool that was drawn
+    once, at a place that is drawn for each call."""
+    if not training or not share:
+        return x
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, share)
+    key = share, x.dtype
+    if key not in _pools:
+        drawn = torch.rand(POOL, generator=torch.Generator().manual_seed(0)) >= share
+        _pools[key] = drawn.to(x.dtype) / (1 - share)
+    pool, count = _pools[key], x.numel()
+    size = min(count, POOL // 2)
+    starts = torch.randint(POOL - size + 1, (-(-count // size),)).tolist()
+    pieces = [pool[start : start + size] for start in starts]
+    mask = pieces[0] if len(pieces) == 1 else torch.cat(pieces)[:count]
+    return x * mask.view(x.shape)
 
 
 class KVCache:
@@ -336,10 +358,10 @@ class Block(nn.Module):
     def _forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, view: View | None
     ) -> Tensor:
-        dropout = self.config.dropout
+        share = self.config.dropout
         mixed = self.attention(self.attention_norm(x), rotary, mask, view)
-        x = x + F.dropout(mixed, dropout, self.training)
-        return x + F.dropout(self.feed_forward(self.feed_norm(x)), dropout, self.training)
+        x = x + dropout(mixed, share, self.training)
+        return x + dropout(self.feed_forward(self.feed_norm(x)), share, self.training)
 
 
 class Transformer(nn.Module):
@@ -395,7 +417,7 @@ class Transformer(nn.Module):
             x = x + self.positions[positions.clamp(max=self.config.max_length - 1)]
         else:
             turn = rotary(positions, self.frequencies)
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = dropout(x, self.config.dropout, self.training)
         for layer, block in enumerate(self.blocks):
             if view is not None:
                 view.layer = layer

@@ -14,7 +14,7 @@ from plait.data.catalogue import Catalogue
 from plait.data.catalogue import Item as CatalogueItem
 from plait.data.dataset import Dataset
 from plait.data.histories import TEST, TRAIN, VAL, Histories, read_catalogue, read_histories
-from plait.modalities.item import FULL, MOST, Bag, Item, ItemSettings, words_of
+from plait.modalities.item import FULL, MOST, Bag, Item, ItemSettings, bag_of, content_of
 from plait.model.multimodal import IGNORE, Batch, Multimodal
 from plait.runtime import PlaitError, uniform
 from plait.training.batches import OFFSET, Sampler, Split, Step, cut_by_length
@@ -44,14 +44,6 @@ class ItemContent:
         model.items.counts.copy_(torch.from_numpy(np.bincount(trained, minlength=self.settings.items)))
 
 
-def bag_of(item: CatalogueItem) -> list[str]:
-    """The words of an item's title and text, and its categories and decade as words of their own."""
-    year = item.more.get("year")
-    decade = [f"decade:{year // 10 * 10}"] if isinstance(year, int) else []
-    categories = [f"category:{category.lower()}" for category in item.categories]
-    return [*words_of(item.title or ""), *words_of(item.text or ""), *categories, *decade]
-
-
 def item_content(dataset: Dataset, recipe: ItemModelRecipe, cache: Path, embed: Embed | None) -> ItemContent:
     """The content of the items that stand in training histories: a bag of words, and beside it what `embed` sees in
     them, which is kept in the file `cache`. Raises PlaitError for a catalogue that is too large."""
@@ -62,24 +54,23 @@ def item_content(dataset: Dataset, recipe: ItemModelRecipe, cache: Path, embed: 
             f"{len(known):,} items; a model has one code an item, and at most {MOST:,}. Leave out the rarest ones, or "
             "those of a weight below data.items.least_weight."
         )
-    bags = [bag_of(item) for item in known]
-    bag = Bag.fit(bags, recipe.words)
-    parts = [bag.vectors(bags)]
+    bag = Bag.fit((bag_of(item) for item in known), recipe.words)
+    seen = None
     if recipe.encoder is not None:
         if not cache.exists():
-            if embed is None:
-                raise PlaitError(f"model.item.encoder names {recipe.encoder}, which was not loaded.")
+            assert embed is not None, "model.item.encoder needs train(embed=...)"
             cache.parent.mkdir(parents=True, exist_ok=True)
             np.save(cache, embed(known))
-        parts.append(np.load(cache))
-    vectors = np.concatenate(parts, 1)
+        seen = np.load(cache)
     sampled = recipe.sampled
     if sampled is None:
         sampled = 0 if len(known) <= FULL else DRAWS
+    width = len(bag.words) + (0 if seen is None else seen.shape[1])
     settings = ItemSettings(
-        items=len(known), content=vectors.shape[1], words=bag.words, weights=[round(float(w), 6) for w in bag.weights],
-        encoder=recipe.encoder, drop=recipe.drop if vectors.shape[1] else 0.0, sampled=sampled,
+        items=len(known), content=width, words=bag.words, weights=[round(float(w), 6) for w in bag.weights],
+        encoder=recipe.encoder, drop=recipe.drop if width else 0.0, sampled=sampled,
     )  # fmt: skip
+    vectors = content_of(known, settings, seen)
     return ItemContent(catalogue, read_histories(dataset), settings, vectors)
 
 

@@ -83,6 +83,8 @@ def train(
     with only_writer(folder) if group.first else nullcontext(), signals() as listening, _room(folder):
         datasets = [dataset, *(Dataset.open(path) for path in recipe.training.replay)]
         if len(datasets) > 1:
+            if any(one.manifest.catalogue for one in datasets):
+                raise PlaitError("Histories of items are learnt alone: leave out training.replay.")
             dataset = Joined(datasets)
         run = Run(folder, dataset, recipe, report, device, reuse, group)
         report = run.report
@@ -102,7 +104,7 @@ def train(
         if dataset.manifest.catalogue is not None:
             with group.in_turn():
                 content = item_content(dataset, recipe.model.item, run.source / "cache" / "items.npy", embed)
-        model, text, source = begin(run, content and content.settings)
+        model, text, source = begin(run, content.settings if content else None)
         config = model.config
         splits: dict[str, Split] = {}
         for name in ("train", "val"):
@@ -142,7 +144,7 @@ def train(
             before = read_json(reuse / "run.json")["prepared"] if reuse else 0.0
             run.decide(prepared=group.told(max(time.perf_counter() - begun, before)))
         seconds = max(run.minutes * 60 - run.facts["prepared"], 1.0)
-        _optimise(run, model, text, source, splits, seconds, listening, content and content.catalogue)
+        _optimise(run, model, text, source, splits, seconds, listening, content.catalogue if content else None)
         run.decide(finished=time.time())
         return best
 

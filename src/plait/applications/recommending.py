@@ -1,0 +1,289 @@
+"""Recommending: the likeliest next items of a history, items that are alike, and new items by what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from plait.config import ItemsRecipe
+from plait.data.catalogue import Catalogue
+from plait.data.catalogue import Item as Known
+from plait.data.dataset import Dataset
+from plait.data.files import scan
+from plait.data.histories import Histories, read_catalogue, read_histories
+from plait.data.interactions import read_items
+from plait.data.media import decode_audio, decode_image
+from plait.data.record import Rejected
+from plait.generation.items import NextItem
+from plait.modalities.item import Item, content_of
+from plait.model.checkpoint import Checkpoint
+from plait.runtime import Device, PlaitError, read_json
+
+if TYPE_CHECKING:
+    from plait.training.histories import Embed
+
+POOL = 200  # of the likeliest items, among which diversity chooses
+REASONS = 3  # items of a history that an explanation names
+
+
+@dataclass
+class Recommendation:
+    """An item, and the chance that it comes next: among all items, before conditions."""
+
+    id: str
+    title: str
+    probability: float
+    categories: list[str] = field(default_factory=list)
+    # Items of the history, and by how much log P of this item, in nats, falls when each is left out.
+    why: list[tuple[str, float]] = field(default_factory=list)
+
+
+class Recommending:
+    """What a model of histories can do; a part of `plait.Model`."""
+
+    checkpoint: Checkpoint
+    device: Device
+    folder: Path | None  # the checkpoint's, which may lie in a run's
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """The items that the model knows. Raises PlaitError where it is no model of histories."""
+        if self.checkpoint.catalogue is None:
+            raise PlaitError("This model knows no items: recommending needs a run of histories (docs/recommending.md).")
+        return self.checkpoint.catalogue
+
+    @property
+    def _rows(self) -> Item:
+        items = self.checkpoint.model.items
+        assert items is not None
+        return items
+
+    @cached_property
+    def _next(self) -> NextItem:
+        return NextItem(self.checkpoint.model, self.device)
+
+    # --- verbs ------------------------------------------------------------------------------------------------
+
+    def recommend(
+        self,
+        history: str | Iterable[str | int] | None = None,
+        *,
+        user: str | int | None = None,
+        k: int = 10,
+        exclude_seen: bool = True,
+        where: str | None = None,
+        diversity: float = 0.0,
+        why: bool = False,
+    ) -> list[Recommendation]:
+        """The k likeliest next items after a history: titles or ids, oldest first, in a list or with commas; or after
+        that of a `user` of the run's data.
+
+        `where` is a condition of SQL on the items table. `diversity` from 0 to 1 gives up likelihood for items unlike
+        those before them in the list. With `why`, each names the items of the history that moved it most.
+        Raises PlaitError for an unknown item, user or column, and for an empty history.
+        """
+        if k < 1 or not 0 <= diversity <= 1:
+            raise PlaitError("k must be 1 or more, and diversity from 0 to 1.")
+        places = self.history(history, user)
+        allowed = self._allowed(where)
+        if exclude_seen:
+            allowed[places] = False
+        scores = self._next.log_chances([places])[0]
+        allowed &= np.isfinite(scores)
+        if not allowed.any():
+            raise PlaitError("No item is left to recommend: " + _narrow(where, exclude_seen))
+        chosen = self._choose(np.where(allowed, scores, -np.inf), min(k, int(allowed.sum())), diversity)
+        found = [self._shown(int(item), float(np.exp(scores[item]))) for item in chosen]
+        if why:
+            for one, reasons in zip(found, self._reasons(places, chosen, scores[chosen]), strict=True):
+                one.why = reasons
+        return found
+
+    def similar(self, item: str | int, k: int = 10, where: str | None = None) -> list[Recommendation]:
+        """The k items whose rows are nearest to an item's; `probability` is the cosine. Raises PlaitError for an
+        unknown item."""
+        place = self.catalogue.number(str(item))
+        rows = torch.nn.functional.normalize(self._next.rows.float(), dim=1)
+        near = (rows @ rows[place]).cpu().numpy()
+        allowed = self._allowed(where) & ~self._next.unplaced.cpu().numpy()
+        allowed[place] = False
+        if not allowed.any():
+            raise PlaitError("No item is left to compare with: " + _narrow(where, False))
+        order = np.argsort(-np.where(allowed, near, -np.inf), kind="stable")[: min(k, int(allowed.sum()))]
+        return [self._shown(int(other), float(near[other])) for other in order]
+
+    def history(self, history: str | Iterable[str | int] | None, user: str | int | None = None) -> np.ndarray:
+        """The item numbers of a history that is named, or of a user's. Raises PlaitError where it is empty."""
+        if (history is None) == (user is None):
+            raise PlaitError("Name a history or a user, one of the two.")
+        places = self._of_user(str(user)) if history is None else np.array(self.catalogue.numbers(history), np.int64)
+        if not len(places):
+            raise PlaitError("The history is empty. Name items by title or id, oldest first, or a user of the data.")
+        if self._next.unplaced.cpu().numpy()[places].all():
+            raise PlaitError(
+                "All items of this history are new, and this model knows nothing but histories. Name one that it was "
+                f"trained on, such as '{self.catalogue.name(0)}'."
+            )
+        return places
+
+    def all_new(self, places: np.ndarray) -> bool:
+        """Whether no item of a history stands in a training history: what they are alone then counts."""
+        return bool((self._rows.counts[torch.from_numpy(places)] == 0).all())
+
+    def _shown(self, item: int, probability: float) -> Recommendation:
+        one = self.catalogue.items[item]
+        return Recommendation(one.id, self.catalogue.name(item), probability, one.categories)
+
+    def _allowed(self, where: str | None) -> np.ndarray:
+        return np.ones(len(self.catalogue), bool) if where is None else self.catalogue.where(where)
+
+    def _choose(self, scores: np.ndarray, k: int, diversity: float) -> np.ndarray:
+        """The best k; with diversity one after the other, by likelihood less nearness to those chosen (maximal
+        marginal relevance: Carbonell and Goldstein, 1998)."""
+        order = np.argsort(-scores, kind="stable")
+        if not diversity:
+            return order[:k]
+        pool = order[: max(POOL, 4 * k)]
+        pool = pool[np.isfinite(scores[pool])]
+        rows = torch.nn.functional.normalize(self._next.rows.float()[torch.from_numpy(pool)], dim=1).cpu().numpy()
+        likely = (scores[pool] - scores[pool].min()) / max(np.ptp(scores[pool]), 1e-9)
+        nearest, chosen = np.zeros(len(pool)), list[int]()
+        for _ in range(k):
+            worth = (1 - diversity) * likely - diversity * nearest
+            worth[chosen] = -np.inf
+            best = int(worth.argmax())
+            chosen.append(best)
+            nearest = np.maximum(nearest, rows @ rows[best])
+        return pool[chosen]
+
+    def _reasons(self, places: np.ndarray, chosen: np.ndarray, whole: np.ndarray) -> list[list[tuple[str, float]]]:
+        """For each chosen item, those of the history whose absence costs it most, each left out by itself."""
+        read = places[-self.checkpoint.model.config.backbone.max_length :]
+        distinct = list(dict.fromkeys(read.tolist()))
+        if len(distinct) < 2:
+            return [[] for _ in chosen]
+        without = self._next.log_chances([read[read != item] for item in distinct])[:, chosen]
+        lost = whole - without  # (distinct, chosen)
+        found = []
+        for column in lost.T:
+            order = np.argsort(-column, kind="stable")[:REASONS]
+            found.append([(self.catalogue.name(distinct[i]), float(column[i])) for i in order if column[i] > 0])
+        return found
+
+    # --- users ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _histories(self) -> tuple[Histories, list[int], dict[str, int]]:
+        """The run's data, the model's number of each of its items (-1: none), and users by id."""
+        above = self.folder.resolve().parents if self.folder else []
+        run = next((parent / "run.json" for parent in above if (parent / "run.json").is_file()), None)
+        facts = read_json(run) if run else {}
+        if "dataset" not in facts:
+            raise PlaitError("This model is not in a run's folder, so its users are not known. Name a history instead.")
+        dataset = Dataset.open(facts["dataset"])
+        histories, catalogue = read_histories(dataset), read_catalogue(dataset)
+        numbers = [self.catalogue.find(item.id) for item in catalogue.items]
+        users = {user: i for i, user in enumerate(histories.users)}
+        return histories, [-1 if number is None else number for number in numbers], users
+
+    def _of_user(self, user: str) -> np.ndarray:
+        histories, numbers, users = self._histories
+        if user not in users:
+            some = ", ".join(histories.users[:3])
+            raise PlaitError(f"There is no user '{user}' in the run's data. It has {len(users):,}, such as {some}.")
+        place = users[user]
+        found = np.array(numbers)[histories.items[histories.starts[place] : histories.starts[place + 1]]]
+        return found[found >= 0].astype(np.int64)
+
+    # --- new items --------------------------------------------------------------------------------------------
+
+    def add_items(self, items: str | Path | list[Known]) -> list[Rejected]:
+        """Let new items join, of a table (with the columns of the run's) or as they are: nothing is trained, what they
+        are places them. Returns the rows that could not be used; raises PlaitError where none could."""
+        refused: list[Rejected] = []
+        if isinstance(items, list):
+            found = items
+        else:
+            found, refused = _read(Path(items))
+        known = {item.id for item in self.catalogue.items}
+        fresh: list[Known] = []
+        for item in found:
+            if item.id in known:
+                refused.append(Rejected(str(items), None, f"the item '{item.id}' is known already"))
+                continue
+            known.add(item.id)
+            fresh.append(item)
+        if not fresh:
+            if isinstance(items, list):
+                return refused
+            reasons = "; ".join(dict.fromkeys(row.reason for row in refused[:3]))
+            raise PlaitError(f"{items} has no new item. {reasons or 'It is empty'}.")
+        settings = self._rows.settings
+        seen = None
+        if settings.encoder is not None:
+            seen = embedder(settings.encoder, self.device.name)(fresh)
+        self._rows.grow(content_of(fresh, settings, seen))
+        catalogue = self.catalogue
+        self.checkpoint.catalogue = Catalogue([*catalogue.items, *fresh], catalogue.known)
+        for name in ("_next", "_histories"):
+            self.__dict__.pop(name, None)
+        return refused
+
+
+def _narrow(where: str | None, seen: bool) -> str:
+    parts = ["the condition holds for none" if where else "", "all others were seen" if seen else ""]
+    return " and ".join(part for part in parts if part) + "." if any(parts) else "the catalogue has no other."
+
+
+def _read(path: Path) -> tuple[list[Known], list[Rejected]]:
+    """The items of a table, and its rows that cannot be used."""
+    import tempfile
+
+    if not path.is_file():
+        raise PlaitError(f"{path} does not exist. Name a table of items.")
+    with tempfile.TemporaryDirectory() as scratch:
+        tree = scan(path, Path(scratch), Path(scratch) / "none")
+        items, refused = list[Known](), list(tree.refused)
+        seen: set[str] = set()
+        for line, row in read_items(tree, next(iter(tree.files)), ItemsRecipe()):
+            if isinstance(row, Rejected):
+                refused.append(row)
+            elif row.id in seen:
+                refused.append(Rejected(path.name, line, f"the item '{row.id}' stands there twice"))
+            else:
+                seen.add(row.id)
+                items.append(row)
+    return items, refused
+
+
+def embedder(name: str, device: str = "auto") -> Embed:
+    """How a run or an imported model sees items: the mean of what it makes of the title, the picture and the sound,
+    as far as it reads them; (N, E), of unit length, zero where there is nothing to see."""
+    from plait.applications.model import Model, load
+
+    model = load(name, device)
+    kinds = set(model.columns.values()) if isinstance(model, Model) else {"text", "image"}
+
+    def embed(items: list[Known]) -> np.ndarray:
+        total: np.ndarray | None = None
+        for kind, views in (
+            ("text", [item.title for item in items]),
+            ("image", [decode_image(item.picture) if item.picture else None for item in items]),
+            ("audio", [decode_audio(item.sound) if item.sound else None for item in items]),
+        ):
+            there = [i for i, view in enumerate(views) if view is not None]
+            if kind in kinds and there:
+                vectors = model.embed([views[i] for i in there])
+                total = np.zeros((len(items), vectors.shape[1]), np.float32) if total is None else total
+                total[there] += vectors
+        if total is None:
+            raise PlaitError(f"{name} reads {', '.join(sorted(kinds))}, of which the items have none.")
+        return total / np.linalg.norm(total, axis=1, keepdims=True).clip(1e-12)
+
+    return embed

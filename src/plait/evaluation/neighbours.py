@@ -1,0 +1,77 @@
+"""What recommending can be without learning a network: popularity, neighbours, EASE, and directed co-occurrence.
+
+Each scores all items for histories. The last is the one to beat: what followed what, and how soon.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+WINDOW, DECAY = 10, 3.0  # of directed co-occurrence, in places
+MOST = 6000  # items up to which every pair of them fits
+
+
+@dataclass
+class Interactions:
+    """Training histories one after the other: `items[starts[u] : starts[u + 1]]` are user u's, below `count`."""
+
+    items: np.ndarray
+    starts: np.ndarray
+    count: int
+
+    def popularity(self) -> np.ndarray:
+        """How often each item stands there, (count,)."""
+        return np.bincount(self.items, minlength=self.count).astype(np.float64)
+
+
+class Follows:
+    """Directed co-occurrence: how often b came within `WINDOW` places after a, each time weighted by exp(-places /
+    DECAY), as a share of what came after a. A history scores b by its last items in the same way."""
+
+    def __init__(self, data: Interactions) -> None:
+        self.count = data.count
+        owner = np.repeat(np.arange(len(data.starts) - 1), np.diff(data.starts))
+        keys, weights = [], []
+        for gap in range(1, WINDOW + 1):
+            same = owner[gap:] == owner[:-gap]
+            keys.append(data.items[:-gap][same].astype(np.int64) * data.count + data.items[gap:][same])
+            weights.append(np.full(len(keys[-1]), np.exp(-gap / DECAY)))
+        key, place = np.unique(np.concatenate(keys), return_inverse=True)
+        weight = np.bincount(place, np.concatenate(weights))
+        first = key // data.count
+        total = np.bincount(first, weight, minlength=data.count)
+        self.after = key % data.count
+        self.weight = weight / total[first]
+        self.starts = np.searchsorted(first, np.arange(data.count + 1))
+
+    def scores(self, history: np.ndarray) -> np.ndarray:
+        """(count,) for a history, oldest first."""
+        found = np.zeros(self.count)
+        for gap, item in enumerate(history[::-1][:WINDOW], 1):
+            some = slice(self.starts[item], self.starts[item + 1])
+            found[self.after[some]] += np.exp(-gap / DECAY) * self.weight[some]
+        return found
+
+
+class Neighbours:
+    """Item-to-item: cosine of who chose both (`item-kNN`), or EASE, a ridge regression of each item on all others in
+    closed form (Steck, "Embarrassingly Shallow Autoencoders for Sparse Data", 2019)."""
+
+    def __init__(self, data: Interactions, ease: float | None = None) -> None:
+        owner = np.repeat(np.arange(len(data.starts) - 1), np.diff(data.starts))
+        chosen = np.zeros((len(data.starts) - 1, data.count), np.float32)
+        chosen[owner, data.items] = 1
+        gram = (chosen.T @ chosen).astype(np.float64)
+        if ease is None:
+            size = np.sqrt(np.diag(gram)).clip(1e-9)
+            self.weight = gram / size / size[:, None]
+        else:
+            inverse = np.linalg.inv(gram + ease * np.eye(data.count))
+            self.weight = -inverse / np.diag(inverse)
+        np.fill_diagonal(self.weight, 0)
+
+    def scores(self, history: np.ndarray) -> np.ndarray:
+        """(count,) for a history; its order does not matter."""
+        return self.weight[np.unique(history)].sum(0)
