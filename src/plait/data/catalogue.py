@@ -156,7 +156,10 @@ class Catalogue:
                     del pieces[:count]
                     break
             else:
-                self.number(pieces[0])
+                whole = (",".join(pieces[:count]) for count in range(min(len(pieces), 4), 0, -1))
+                titles = {_plain(self.name(i)) for i in range(len(self))}
+                near = (name for name in whole if difflib.get_close_matches(_plain(name), titles, 1, 0.8))
+                self.number(next(near, pieces[0]))
         return found
 
     # --- conditions -------------------------------------------------------------------------------------------

@@ -121,7 +121,9 @@ def _is_lines(tree: Tree, name: str) -> bool:
     except DAMAGED:
         return False
     cells = [_cells(line, _mark(some)) for line in some]
-    return bool(cells) and all(len(row) >= 2 and all(re.fullmatch(r"[\w.-]+", cell) for cell in row) for row in cells)
+    ids = [cell for row in cells for cell in row]
+    numbered = sum(bool(re.search(r"\d", cell)) for cell in ids) >= 0.9 * len(ids)
+    return bool(cells) and numbered and all(len(row) >= 2 for row in cells) and not any(" " in cell for cell in ids)
 
 
 def _columns(heads: list[str], role: str, recipe: ItemsRecipe) -> list[str]:

@@ -1,0 +1,332 @@
+"""Histories of items: read from what people have, learnt, ranked and recommended; and what is said of bad input."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plait.data.dataset import Dataset
+from plait.data.histories import HIDDEN, TEST, TRAIN, VAL, read_catalogue, read_histories
+from plait.evaluation.neighbours import DECAY, WINDOW, Follows, Interactions
+from plait.evaluation.recommending import Ranks, Targets, rank
+from plait.modalities.base import Vocabulary
+from plait.model import objectives
+from plait.model.multimodal import IGNORE
+from plait.model.transformer import dropout
+from plait.training.histories import HistorySampler, HistorySplit
+
+Command = Callable[..., int]
+KINDS = ["Comedy", "War", "Western"]
+RECIPE = """
+data:
+  items: {cold: 0.1}
+model:
+  backbone: {width: 32, layers: 1, heads: 2, context: 24, dropout: 0.1}
+training: {steps: 150, batch_size: 32, learning_rate: 1.0e-2, save_every: 75}
+"""
+
+
+def write_shop(folder: Path, users: int = 240, items: int = 60) -> Path:
+    """Ratings with times, and films; somebody who likes a genre goes through its films in order, from anywhere."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    rows = ["userId,movieId,rating,timestamp"]
+    for user in range(users):
+        kind, start = int(rng.integers(3)), int(rng.integers(items // 3))
+        for step in range(int(rng.integers(6, 12))):
+            film = kind + 3 * ((start + step) % (items // 3))
+            rows.append(f"{user},{film},{rng.integers(1, 6)},{1000 + 10 * step + user}")
+    order = rng.permutation(len(rows) - 1) + 1
+    (folder / "ratings.csv").write_text("\n".join([rows[0], *(rows[i] for i in order)]) + "\n")
+    films = [f'{i},"Film {i // 3}, {KINDS[i % 3]} ({1950 + i})",{KINDS[i % 3]}|Drama' for i in range(items)]
+    films.append(films[7])
+    (folder / "movies.csv").write_text("movieId,title,genres\n" + "\n".join(films) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory, plait: Command) -> Path:
+    """A run on the ratings, through the real commands, evaluated."""
+    folder = tmp_path_factory.mktemp("shop")
+    write_shop(folder / "files")
+    (folder / "recipe.yaml").write_text(RECIPE)
+    assert plait("prepare", folder / "files", "-o", folder / "data", "--recipe", folder / "recipe.yaml") == 0
+    assert plait("train", folder / "data", "-o", folder / "run", "--recipe", folder / "recipe.yaml") == 0
+    assert plait("evaluate", folder / "run") == 0
+    return folder
+
+
+def test_from_files_to_figures(shop: Path) -> None:
+    dataset = Dataset.open(shop / "data", verify=True)
+    catalogue, histories = read_catalogue(dataset), read_histories(dataset)
+    assert len(catalogue) == 60 and 45 < catalogue.known < 60
+    trained = set(histories.items[histories.parts == TRAIN].tolist())
+    assert trained == set(range(catalogue.known))  # known ones first; cold ones in no training history
+    assert ((histories.parts == HIDDEN) <= (histories.items >= catalogue.known)).all()
+    for user in range(len(histories)):
+        mine = slice(histories.starts[user], histories.starts[user + 1])
+        assert (np.diff(histories.times[mine]) >= 0).all()
+        assert histories.parts[mine][-2:].tolist() == [VAL, TEST]
+    assert "stands there twice" in (shop / "data" / "rejects.jsonl").read_text()
+    found = json.loads((shop / "run" / "metrics.json").read_text())
+    figure = found["recommendation/item-item/hr_at_10"]
+    assert figure["value"] > max(0.75, 3 * figure["chance"]) and figure["n"] == 240 and figure["stderr"] < 0.05
+    assert found["recommendation/item-item/hr_at_10_unmasked"]["value"] <= figure["value"]
+    cold = found["recommendation/item-item/cold_hr_at_10"]
+    assert cold["n"] >= 20 and cold["value"] > 1.5 * cold["chance"]
+    assert "Recommended" in (shop / "run" / "report.html").read_text()
+
+
+def test_recommend(shop: Path, plait: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    import plait as package
+
+    model = package.load(shop / "run")
+    # Titles have commas of their own; ids and other spellings serve as well.
+    names = ["Film 3, Comedy (1959)", "film 4, comedy (1962)", "15"]
+    history = model.history(",".join(names))
+    assert history.tolist() == model.history(names).tolist() == [model.catalogue.find(i) for i in ("9", "12", "15")]
+    found = model.recommend(history=names, k=5, why=True)
+    following = [str(18 + 3 * i) for i in range(5)]
+    assert any(one.id in following[:2] for one in found[:2])
+    assert all("Comedy" in one.categories for one in found[:2]) and not {one.id for one in found} & {"9", "12", "15"}
+    assert found[0].why and found[0].why[0][0].endswith("(1965)")  # the last film counts most
+    assert {one.id for one in model.recommend(history=names, k=60, exclude_seen=False)} >= {"9", "12", "15"}
+    some = model.recommend(history=names, k=60, where="categories like '%War%' and year < 2000")
+    assert some and all("War" in one.categories for one in some)
+    plain = model.recommend(history=names, k=8)
+    mixed = model.recommend(history=names, k=8, diversity=0.9)
+    assert len({tuple(o.categories) for o in mixed}) >= len({tuple(o.categories) for o in plain})
+    alike = model.similar("Film 3, Comedy (1959)", k=4)
+    assert len(alike) == 4 and alike[0].probability >= alike[-1].probability and "9" not in {one.id for one in alike}
+    assert plait("recommend", shop / "run", "--user", 17, "-k", 3, "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)) == 3
+
+
+def test_new_items_join_by_what_they_are(shop: Path, plait: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    table = shop / "new.csv"
+    table.write_text(
+        "id,title,genres\nn1,Film 6 Western (1968),Western|Drama\nn2,Film 6 War (1969),War|Drama\n9,Old,War\n"
+    )
+    arguments = ["recommend", shop / "run", "--add-items", table, "-k", 1, "--where", "id in ('n1', 'n2')", "--json"]
+    assert plait(*arguments, "--history", "Film 4, Western (1964),Film 5, Western (1967)") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)[0]["id"] == "n1"
+    assert "2 items joined" in err and "'9' is known already" in err
+    assert plait("recommend", shop / "run", "--add-items", table, "--history", "n1,n2", "-k", 2) == 0
+    assert "All items of this history are new" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--history", "Film 3, Comedi (1959)"], "Did you mean 'Film 3, Comedy (1959)'"),
+        (["--history", " , "], "The history is empty"),
+        (["--user", "9999"], "There is no user '9999'"),
+        ([], "one of the two"),
+        (["--history", "9", "--where", "yeer > 3"], "no such column: yeer"),
+        (["--history", "9", "--where", "1; drop table items"], "cannot be used"),
+        (["--history", "9", "--where", "year > 3000"], "the condition holds for none"),
+    ],
+)
+def test_bad_questions(
+    shop: Path, plait: Command, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+) -> None:
+    assert plait("recommend", shop / "run", *arguments) == 1
+    assert told in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_model_of_histories_writes_nothing(shop: Path, plait: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plait("generate", shop / "run", "Hello") == 1
+    assert "recommend, similar" in capsys.readouterr().err
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+WANTED = {"1": ["10", "30", "20"], "2": ["20", "10", "30"]}
+TIMED = [("1", "10", 5, 100), ("2", "20", 3, 50), ("1", "20", 4, 300), ("2", "10", 4, 60), ("1", "30", 1, 200),
+         ("2", "30", 2, 70)]  # fmt: skip
+
+
+def _lines(mark: str, head: str = "") -> str:
+    return head + "".join(mark.join(map(str, row)) + "\n" for row in TIMED)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("u.data", _lines("\t")),
+        ("ratings.dat", _lines("::")),
+        ("ratings.csv", _lines(",", "userId,movieId,rating,timestamp\n")),
+        (
+            "log.csv",
+            "when,customer,asin\n" + "".join(f"2026-01-01T00:0{t // 60}:{t % 60:02},{u},{i}\n" for u, i, _, t in TIMED),
+        ),
+        (
+            "events.jsonl",
+            "".join(json.dumps(dict(zip(("user", "item", "stars", "ts"), r, strict=True))) + "\n" for r in TIMED),
+        ),
+        ("pairs.txt", "".join(f"{u} {i}\n" for u, items in WANTED.items() for i in items)),
+        ("lists.txt", "1 10 30 20\n2 20 10 30\n3 10\n"),
+    ],
+)
+def test_tables_of_interactions(tmp_path: Path, plait: Command, name: str, text: str) -> None:
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / name).write_text(text)
+    (tmp_path / "recipe.yaml").write_text("data: {items: {}}")
+    assert plait("prepare", tmp_path / "files", "-o", tmp_path / "data", "--recipe", tmp_path / "recipe.yaml") == 0
+    dataset = Dataset.open(tmp_path / "data")
+    histories, catalogue = read_histories(dataset), read_catalogue(dataset)
+    found = {
+        user: [catalogue.items[i].id for i in histories.items[histories.starts[n] : histories.starts[n + 1]]]
+        for n, user in enumerate(histories.users)
+    }
+    assert {user: found[user] for user in WANTED} == WANTED
+    assert histories.parts[:3].tolist() == [TRAIN, VAL, TEST]
+
+
+def test_movielens_100k_as_published(tmp_path: Path, plait: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    with zipfile.ZipFile(tmp_path / "ml.zip", "w") as file:
+        file.writestr("ml-100k/u.data", _lines("\t"))
+        genres = "|".join("1" if i in (1, 5) else "0" for i in range(19))
+        rows = "".join(f"{i}|Café {i} (199{i // 10})|01-Jan-1995||http://x|{genres}\n" for i in (10, 20, 30))
+        file.writestr("ml-100k/u.item", rows.encode("latin-1"))
+    assert plait("prepare", tmp_path / "ml.zip", "-o", tmp_path / "data") == 0  # seen by its names, without a recipe
+    item = read_catalogue(Dataset.open(tmp_path / "data")).items[0]
+    assert (item.title, item.categories, item.more) == ("Café 10 (1991)", ["Action", "Comedy"], {"year": 1991})
+    assert "2 of 2 users had lines out of order" not in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("files", "items", "told"),
+    [
+        ({"a.csv": "user,item\n1,2\n", "items.csv": "id,title\nx,X\n"}, "{}", "do not match"),
+        ({"a.csv": "user,thing\n1,2\n"}, "{interactions: a.csv}", "no column of items"),
+        ({"a.csv": "user,item\n1,2\n"}, "{interactions: b.csv}", "has no file 'b.csv'"),
+        ({"a.csv": "user,item\n1,2\n"}, "{split: time}", "needs a time"),
+        ({"a.csv": "user,item,time\n1,2,noon\n"}, "{}", "is no time"),
+        ({"a.txt": "A sentence is no history.\n"}, "{}", "no table of interactions"),
+    ],
+)
+def test_tables_that_cannot_be_used(
+    tmp_path: Path, plait: Command, capsys: pytest.CaptureFixture[str], files: dict[str, str], items: str, told: str
+) -> None:
+    (tmp_path / "files").mkdir()
+    for name, text in files.items():
+        (tmp_path / "files" / name).write_text(text)
+    (tmp_path / "recipe.yaml").write_text(f"data: {{items: {items}}}")
+    assert plait("prepare", tmp_path / "files", "-o", tmp_path / "data", "--recipe", tmp_path / "recipe.yaml") == 1
+    assert told in capsys.readouterr().err.replace("\n", " ")
+
+
+# --- pieces against oracles -------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(1, 60), min_size=2, max_size=8), st.integers(3, 16), st.integers(0, 5))
+def test_an_epoch_predicts_every_item_once_from_the_one_before(lengths: list[int], context: int, epoch: int) -> None:
+    starts = np.concatenate(([0], np.cumsum(lengths)))
+    split = HistorySplit([str(i) for i in range(len(lengths))], {}, {}, {}, items=np.arange(starts[-1]), starts=starts,
+                         first=np.zeros(len(lengths), np.int64))  # fmt: skip
+    vocabulary = Vocabulary(text=256, columns={"item": "item"}, levels={}, closers=[])
+    sampler = HistorySampler(split, vocabulary, {}, 1000, context, 0, 0.0, False)
+    found = []
+    for batch in sampler.build(np.full(len(sampler.items), epoch), sampler.items).batches:
+        assert batch.tokens.shape[1] <= context
+        for tokens, targets in zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True):
+            for token, target in zip(tokens, targets, strict=True):
+                if target != IGNORE:
+                    item = target - vocabulary.size
+                    found.append(item)
+                    assert token == (vocabulary.opener("item") if item in starts else target - 1)
+    assert sorted(found) == list(range(starts[-1]))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_without_a_maximum_is_the_loss(smoothing: float) -> None:
+    torch.manual_seed(0)
+    hidden, rows = torch.randn(300, 16), torch.randn(1500, 16)
+    targets = torch.randint(0, 1500, (300,))
+    found = objectives._bounded(hidden, rows, targets, smoothing)
+    leaves = hidden.double().requires_grad_(), rows.double().requires_grad_()
+    loss = F.cross_entropy(leaves[0] @ leaves[1].t(), targets, reduction="none", label_smoothing=smoothing)
+    loss.sum().backward()
+    for mine, true in zip(found, (loss[:, None], leaves[0].grad, leaves[1].grad), strict=True):
+        torch.testing.assert_close(mine.double(), true, rtol=1e-4, atol=1e-4)
+
+
+def test_the_sampled_softmax_estimates_the_whole_one() -> None:
+    torch.manual_seed(0)
+    hidden, rows, counts = torch.randn(4, 8), torch.randn(500, 8) * 0.5, torch.arange(500.0)
+    targets = torch.tensor([0, 3, 200, 499])
+    true = (hidden @ rows.t()).logsumexp(1) - (hidden * rows[targets]).sum(1)
+    with torch.no_grad():
+        draws = [
+            torch.stack(
+                [
+                    objectives.sampled_loss(h[None], rows, t[None], counts, 400)
+                    for h, t in zip(hidden, targets, strict=True)
+                ]
+            )
+            for _ in range(60)
+        ]
+    assert torch.stack(draws).mean(0) == pytest.approx(true, abs=0.05)  # small, as is the bias of a logarithm
+
+
+def test_masks_from_a_pool() -> None:
+    torch.manual_seed(0)
+    x = torch.ones(300, 70, requires_grad=True)
+    y = dropout(x, 0.25, True)
+    assert sorted(y.unique().tolist()) == [0.0, pytest.approx(4 / 3)]
+    assert float(y.detach().mean()) == pytest.approx(1, abs=0.02)
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())
+    torch.manual_seed(0)
+    assert torch.equal(dropout(torch.ones(300, 70), 0.25, True), y)
+    large = torch.ones(3 * 2**21 + 5)
+    assert float(dropout(large, 0.5, True).mean()) == pytest.approx(1, abs=0.01)
+
+
+def test_directed_cooccurrence_against_the_formula() -> None:
+    rng = np.random.default_rng(0)
+    lengths = [5, 30, 1, 14]
+    items, starts = rng.integers(0, 12, sum(lengths)), np.concatenate(([0], np.cumsum(lengths)))
+    method = Follows(Interactions(items, starts, 12))
+    table = np.zeros((12, 12))
+    for a, b in pairwise(starts.tolist()):
+        for i in range(a, b):
+            for j in range(i + 1, min(i + WINDOW + 1, b)):
+                table[items[i], items[j]] += np.exp(-(j - i) / DECAY)
+    table /= table.sum(1, keepdims=True).clip(1e-12)
+    history = rng.integers(0, 12, 15)
+    wanted = sum(np.exp(-gap / DECAY) * table[item] for gap, item in enumerate(history[::-1][:WINDOW], 1))
+    np.testing.assert_allclose(method.scores(history), wanted)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**31))
+def test_ranks_against_sorting(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(0, 6, (9, 12)).astype(float)  # with many ties
+    targets = Targets(np.arange(9), rng.integers(0, 12, 9), [rng.integers(0, 12, rng.integers(1, 5)) for _ in range(9)])
+    found: Ranks = rank(targets, lambda histories: scores[[_place(targets, h) for h in histories]].copy(), seed)
+    for i in range(9):
+        mine, item = scores[i], targets.items[i]
+        low, high = (mine > mine[item]).sum(), (mine >= mine[item]).sum() - 1
+        assert low <= found.whole[i] <= high
+        rest = np.setdiff1d(np.arange(12), np.setdiff1d(targets.histories[i], [item]))
+        assert (mine[rest] > mine[item]).sum() <= found.masked[i] <= (mine[rest] >= mine[item]).sum() - 1
+        assert not set(found.lists[i]) & set(targets.histories[i].tolist()) - {item} or len(rest) < 10
+
+
+def _place(targets: Targets, history: np.ndarray) -> int:
+    return next(i for i, other in enumerate(targets.histories) if other is history)
