@@ -49,11 +49,13 @@ def fields(model: type[BaseModel]) -> str:
 def recipes() -> str:
     sections = {
         "data": config.DataRecipe,
+        "data.items": config.ItemsRecipe,
         "model": config.ModelRecipe,
         "model.backbone": config.BackboneRecipe,
         "model.text": config.TextRecipe,
         "model.image": ImageSettings,
         "model.audio": AudioSettings,
+        "model.item": config.ItemModelRecipe,
         "training": config.TrainingRecipe,
         "generation": config.GenerationConfig,
     }
