@@ -37,8 +37,8 @@ def begin(run: Run, items: ItemSettings | None = None) -> tuple[Multimodal, Text
     with run.group.in_turn():
         text = source.text if source else run.text()
     templated = text.chat_template is not None
-    old = source.model.config if source else None
-    config = model_config(run.recipe, run.dataset, text.size, old, templated, items)
+    imported = source.model.config if source else None
+    config = model_config(run.recipe, run.dataset, text.size, imported, templated, items)
     if config.vocabulary.turns:
         text.settings["chat_template"] = TEMPLATE
     model = growing.extend(source, config) if source else Multimodal(config)
