@@ -111,6 +111,9 @@ def train(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, order and augmentation.")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; else at validations.")] = None,
+    canaries: Annotated[
+        int | None, typer.Option(min=0, help="Plant so many random texts, and see later which were learnt by heart.")
+    ] = None,
     allow_changes: Annotated[
         bool, typer.Option("--allow-changes", help="Go on with a run though its recipe or data changed.")
     ] = False,
@@ -134,7 +137,7 @@ def train(
 
     training = {
         "minutes": minutes, "steps": steps, "seed": seed, "batch_size": batch_size, "learning_rate": learning_rate,
-        "save_every": save_every, "parallel": parallel, "accumulate": accumulate,
+        "save_every": save_every, "parallel": parallel, "accumulate": accumulate, "canaries": canaries,
         "freeze": freeze.split(",") if freeze else None, "replay": _shares(replay),
     }  # fmt: skip
     settings = load_recipe(recipe, {"model": {"size": size, "init_from": init_from}, "training": training})

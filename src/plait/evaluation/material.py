@@ -15,6 +15,7 @@ from torch import Tensor
 from plait.data.dataset import Dataset
 from plait.evaluation.judge import Judge, fit_classifier
 from plait.evaluation.report import Exhibit, Findings, Metric, Metrics
+from plait.generation.engine import Engine
 from plait.modalities.audio import spectrogram
 from plait.modalities.base import MediaModality
 from plait.model.checkpoint import Checkpoint
@@ -42,6 +43,9 @@ class Model(Protocol):
     def write(self, contexts: list[Sequence], column: str, *, n: int = 1, seed: int = 0) -> list[list[Any]]: ...
 
     def reply(self, contexts: list[Sequence], *, stop: list[str] | None = None) -> list[str]: ...
+
+    @property
+    def engine(self) -> Engine: ...
 
     def embed_sequences(self, sequences: list[Sequence]) -> np.ndarray: ...
 

@@ -127,6 +127,20 @@ def macro_errors(truth: np.ndarray, predicted: np.ndarray, classes: int, *, seed
     return found
 
 
+def calibration(
+    believed: np.ndarray, right: np.ndarray, bins: int = 10
+) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
+    """Expected calibration error (Guo, Pleiss, Sun and Weinberger, 2017) of answers with probabilities believed (N,),
+    right (N,) bool; and of each bin of equal width the mean belief, the share right (nan where empty) and the count."""
+    place = np.minimum((believed * bins).astype(int), bins - 1)
+    counts = np.bincount(place, minlength=bins)
+    with np.errstate(invalid="ignore"):
+        mean = np.bincount(place, believed, bins) / counts
+        share = np.bincount(place, right.astype(float), bins) / counts
+    error = float(np.nansum(np.abs(mean - share) * counts) / max(len(believed), 1))
+    return error, mean, share, counts
+
+
 # --- text -------------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from plait.data.stores import location
-from plait.evaluation.page import page, table, ticks
+from plait.evaluation.curves import Reliability, curves, reliability_diagram
+from plait.evaluation.page import page, table
 from plait.runtime import PlaitError, read_json, write_atomic, write_json
 
 Metric = dict[str, float | None]  # value, stderr, chance, baseline, n
@@ -65,6 +66,7 @@ class Findings:
     confusions: list[Confusion] = field(default_factory=list)
     galleries: list[Gallery] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    reliabilities: list[Reliability] = field(default_factory=list)
 
 
 @dataclass
@@ -138,6 +140,7 @@ TASKS = {
     "retrieval": "Retrieval: one kind finds another",
     "drawing": "Drawing: pictures from labels",
     "speaking": "Speaking: sound from labels",
+    "memorising": "Memorising: what was learnt by heart",
     "codec": "Codecs: what is lost on the way to codes and back",
     "timing": "Time",
 }
@@ -146,6 +149,7 @@ MEANING = {
     "accuracy": ("accuracy", "share", "most likely label is the right one"),
     "train_accuracy": ("accuracy on training records", "share", "as many records as in the test"),
     "zero_shot_accuracy": ("zero-shot accuracy", "share", "nearest label in the embedding space"),
+    "ece": ("expected calibration error", "share", "of the answer's probability; lower is better"),
     "precision": ("precision, macro", "share", ""),
     "recall": ("recall, macro", "share", ""),
     "f1": ("F1, macro", "share", ""),
@@ -167,6 +171,9 @@ MEANING = {
     "frechet": ("Fréchet distance", "number", "to real test data in the judge's features; baseline: real to real"),
     "near_copies": ("near copies", "share", "closer to a training sample than 99 % of real test data are"),
     "near_copies_features": ("near copies, in features", "share", "the same, as the judge sees it"),
+    "verbatim": ("verbatim in train", "share", "of runs of 8 words that it wrote; baseline: of real test texts"),
+    "near_texts": ("near copies", "share", "longer runs out of train than in 99 % of real test texts"),
+    "exposure": ("exposure, bits", "number", "of planted canaries; chance: of canaries that were never planted"),
     "psnr": ("PSNR, dB", "number", "higher is better"),
     "mel_error": ("error of the log-mel", "number", "mean absolute; lower is better"),
     "codes_used": ("codes used", "share", "share of all codes that occur"),
@@ -347,71 +354,6 @@ def _cards(metrics: Metrics) -> str:
     return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
 
 
-# --- curves -----------------------------------------------------------------------------------------------------
-
-
-def _curves(log: list[dict[str, Any]]) -> str:
-    """A panel for each objective: training and validation over steps, with the gap at the end."""
-    names = list(dict.fromkeys(key for row in log for key in row if key.startswith("loss/")))
-    panels = []
-    for name in names:
-        lines = {
-            split: [(float(row["step"]), float(row[name])) for row in log if row.get("split") == split and name in row]
-            for split in ("train", "val")
-        }
-        lines = {split: [p for p in points if math.isfinite(p[1])] for split, points in lines.items()}
-        if any(lines.values()):
-            panels.append(_panel(name.removeprefix("loss/"), lines))
-    return f'<div class="panels">{"".join(panels)}</div>' if panels else "<p>No losses were logged.</p>"
-
-
-def _panel(name: str, lines: dict[str, list[tuple[float, float]]]) -> str:
-    points = [p for line in lines.values() for p in line]
-    right = max(p[0] for p in points)
-    values = [p[1] for p in points]
-    low, high = min(values), max(values)
-    # The first steps fall from far above; what matters lies below.
-    high = min(high, float(np.quantile(values, 0.97)) * 1.1 + 1e-9) if len(values) > 20 else high
-    low, high = (low - 0.05 * (high - low), high) if high > low else (low - 0.5, high + 0.5)
-    width, height, left, bottom = 420, 230, 44, 24
-
-    def x(step: float) -> float:
-        return left + (width - left - 10) * step / max(right, 1)
-
-    def y(value: float) -> float:
-        return 10 + (height - bottom - 10) * (1 - (min(value, high) - low) / (high - low))
-
-    grid = "".join(
-        f'<path class="grid" d="M{left} {y(t):.1f}H{width - 10}"/>'
-        f'<text x="{left - 6}" y="{y(t) + 4:.1f}" text-anchor="end">{t:.4g}</text>'
-        for t in ticks(low, high)
-    )
-    grid += "".join(
-        f'<text x="{x(t):.1f}" y="{height - 6}" text-anchor="middle">{t:.0f}</text>' for t in ticks(0, right, 5)
-    )
-    paths = ""
-    for split, line in lines.items():
-        if line:
-            path = "L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in _thin(line))
-            paths += f'<path class="curve {split}" d="M{path}"/>'
-    ends = {split: line[-1][1] for split, line in lines.items() if line}
-    note = " · ".join(f'<span class="key {split}"></span>{split} {value:.3f}' for split, value in ends.items())
-    if len(ends) == 2:
-        note += f" · gap {ends['val'] - ends['train']:+.3f}"
-    return (
-        f'<figure class="panel"><figcaption><b>{escape(name)}</b><br>{note}</figcaption>'
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="loss of {escape(name)} by step">'
-        f"{grid}{paths}</svg></figure>"
-    )
-
-
-def _thin(line: list[tuple[float, float]], most: int = 300) -> list[tuple[float, float]]:
-    """At most so many points, each the mean of its neighbours'."""
-    if len(line) <= most:
-        return line
-    return [(float(p[:, 0].mean()), float(p[:, 1].mean())) for p in np.array_split(np.array(line), most)]
-
-
 # --- the page ---------------------------------------------------------------------------------------------------
 
 
@@ -425,8 +367,15 @@ def write_report(path: Path, metrics: Metrics, findings: Findings, run: RunInfo)
         )
         sections.append(("figures", "Figures", note + _figures(metrics)))
     if run.log:
-        note = '<p class="dim">Loss by step, in nats; the gap between the lines is what was learnt by heart.</p>'
-        sections.append(("learning", "Learning", note + _curves(run.log)))
+        note = (
+            '<p class="dim">Loss by step, in nats. The gap is validation less training: what was learnt by heart. The '
+            "upright line is where it opened: from there on it stayed above 5 % of the validation loss.</p>"
+        )
+        sections.append(("learning", "Learning", note + curves(run.log)))
+    if findings.reliabilities:
+        note = '<p class="dim">How many answers of each probability were right; on the line, as many as it says.</p>'
+        panels = "".join(reliability_diagram(found) for found in findings.reliabilities)
+        sections.append(("calibration", "Calibration", f'{note}<div class="panels">{panels}</div>'))
     if findings.galleries:
         sections.append(("made", "What it makes and finds", "".join(_gallery(g) for g in findings.galleries)))
     if findings.confusions:

@@ -14,8 +14,10 @@ import torch
 from plait.data.dataset import Dataset
 from plait.evaluation import metrics
 from plait.evaluation.conversation import evaluate_conversations
+from plait.evaluation.curves import Reliability
 from plait.evaluation.making import TASK, evaluate_codec, evaluate_making
 from plait.evaluation.material import Limits, Material, Media, Model, Progress, Timer
+from plait.evaluation.memorising import WRITTEN, evaluate_canaries, evaluate_texts
 from plait.evaluation.report import Confusion, Exhibit, Findings, Gallery, Metrics
 from plait.model.multimodal import IGNORE, Sequence, collate
 from plait.model.objectives import negative_log_likelihood
@@ -76,6 +78,7 @@ def evaluate(
         _language(material, column)
     for column in material.chats:
         evaluate_conversations(material, column)
+    evaluate_canaries(material)
     if any(name.startswith(("transcription", "language", "chat")) for name in material.metrics):
         timer.lap("text")
     if material.media_columns and model.checkpoint.model.config.space:
@@ -91,7 +94,7 @@ def evaluate(
         for target in asking:
             evaluate_making(material, target, column, max(total // len(asking), 1))
         timer.lap(TASK[kind])
-    order = ("Drawing", "Speaking", "Written", "Retrieval", "Mistakes", "Codec")
+    order = ("Drawing", "Speaking", "Written", "Memorised", "Retrieval", "Mistakes", "Codec")
     material.findings.galleries.sort(key=lambda gallery: order.index(gallery.title.split(":")[0]))
     whole.lap("evaluation")
     return material.metrics, material.findings
@@ -142,7 +145,8 @@ def _recognition(material: Material, source: str, target: str) -> None:
     names = [*labels, *unseen]
     number = {name: i for i, name in enumerate(names)}
     truth = np.array([number[text] for text in truth_texts])
-    predicted = _scores(material, source, target, media, labels).argmax(1)
+    scores = _scores(material, source, target, media, labels)
+    predicted = scores.argmax(1)
     train = _pairs(material, source, target, "train")
     prior = Counter(material.texts[target][i] for i in train.indices)
     chance = float((truth == number[prior.most_common(1)[0][0]]).mean()) if prior else None
@@ -177,6 +181,7 @@ def _recognition(material: Material, source: str, target: str) -> None:
         material.keep(
             "recognition", direction, "zero_shot_accuracy", value, stderr=error, chance=chance, baseline=baseline, n=n
         )
+    _calibration(material, direction, scores, right)
     for name in ("precision", "recall", "f1"):
         other = getattr(plain, f"macro_{name}") if plain else None
         value = getattr(result, f"macro_{name}")
@@ -189,6 +194,19 @@ def _recognition(material: Material, source: str, target: str) -> None:
                 material.keep("recognition", direction, f"{name}[{label}]", value, n=int(counts[i]))
     material.findings.confusions.append(Confusion(f"{source} → {target}", names, result.confusion, result.f1))
     _show_mistakes(material, source, target, media, np.array(names, object)[predicted], right)
+
+
+def _calibration(material: Material, direction: str, scores: np.ndarray, right: np.ndarray) -> None:
+    """Whether answers are as often right as their probabilities among the labels say."""
+    chances = np.exp(scores - scores.max(1, keepdims=True))
+    believed = (chances / chances.sum(1, keepdims=True)).max(1)
+    value, mean, share, counts = metrics.calibration(believed, right)
+    error = metrics.bootstrap(
+        lambda rows: np.array([metrics.calibration(believed[row], right[row])[0] for row in rows]),
+        len(right), draws=50, seed=material.seed,
+    )  # fmt: skip
+    material.keep("recognition", direction, "ece", value, stderr=error, n=len(right))
+    material.findings.reliabilities.append(Reliability(direction, value, mean, share, counts))
 
 
 def _shown(material: Material, source: str, media: Media, place: int) -> Exhibit:
@@ -250,6 +268,7 @@ def _transcription(material: Material, source: str, target: str) -> None:
         if clean is not None:
             value, error = metrics.ratio_with_error(wrong[clean], lengths[clean], seed=seed)
             material.keep("transcription", direction, f"{name}_clean", value, stderr=error, n=int(clean.sum()))
+    evaluate_texts(material, direction, target, written, truth)
     rows = [
         (
             _shown(material, source, media, i),
@@ -297,6 +316,9 @@ def _language(material: Material, column: str) -> None:
         return
     if len(chosen) < len(order):
         material.note(f"{column}: {len(chosen):,} of {len(order):,} texts were predicted, drawn by the seed.")
+    material.progress(f"memorising {column}", 0, 1)
+    made = material.model.write([material.model.context([], column)], column, n=WRITTEN, seed=material.seed)[0]
+    evaluate_texts(material, column, column, made, chosen)
     rows = model.predicting.space("text")
     nats, tokens = np.zeros(len(chosen)), np.zeros(len(chosen))
     counts = np.zeros(vocabulary.spaces["text"][1])

@@ -39,6 +39,7 @@ from plait.runtime import (
     uniform,
 )
 from plait.training.batches import PASS, Ahead, Sampler, Split, load_split, room_needed
+from plait.training.canaries import plant
 from plait.training.distributed import Group, Network
 from plait.training.histories import Embed, HistorySampler, item_content
 from plait.training.log import Log
@@ -120,6 +121,10 @@ def train(
                 )  # fmt: skip
         if len(splits["train"]) < 2:
             raise PlaitError(f"{dataset.path} has {len(splits['train'])} records to train on; at least 2 are needed.")
+        canaries = recipe.training.canaries
+        if canaries:
+            labels = label_columns(dataset, config.backbone.max_length)
+            run.decide(canaries=plant(splits["train"], canaries, recipe.training.seed, text, labels))
         needed = room_needed(splits["train"], dataset.columns, model.media)
         if needed > config.backbone.max_length:
             raise PlaitError(
@@ -244,6 +249,8 @@ def _optimise(
 
     def save(scores: dict[str, float]) -> None:
         facts = {"step": position.step, "seed": settings.seed, "validation": scores, "size": run.recipe.model.size}
+        if "canaries" in run.facts:
+            facts["canaries"] = run.facts["canaries"]
         log.sync()
         whole = Checkpoint(model, text, labels, generation, {**facts, **origin}, catalogue)
         saver.save(whole, optimizer, average, position)

@@ -1,0 +1,142 @@
+"""What a model knows by heart: texts that it writes beside those it was trained on, and planted canaries."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from plait.evaluation import metrics
+from plait.evaluation.material import Material
+from plait.evaluation.report import Exhibit, Gallery
+from plait.generation import scoring
+from plait.modalities.text import words
+from plait.model.multimodal import Sequence
+from plait.training.canaries import TIMES, canary, times
+
+RUN = 8  # words in a run that counts as verbatim
+LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # of runs that are looked for
+PIECE = 64  # words of a text that are compared at a time
+MOST = 2_000_000  # words of training texts that are kept
+WRITTEN = 24  # texts that a language model writes for this
+OTHERS = 1023  # canaries that were never planted, among which one that was is ranked
+
+
+class Runs:
+    """Which runs of words occur in texts: a hash for each, by length."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self.numbers: dict[str, int] = {}
+        whole: list[int] = []
+        for text in texts:
+            if len(whole) > MOST:
+                break
+            # No run crosses the end of a text: each end is a number of its own.
+            whole += [self.numbers.setdefault(word.strip(), len(self.numbers) + 1) for word in words(text)]
+            whole.append(-len(whole) - 2)
+        values = np.array(whole, np.int64)
+        self.known = {length: np.unique(_hashes(values, length)) for length in LENGTHS}
+
+    def seen(self, text: str, length: int) -> np.ndarray:
+        """Whether each run of so many words of a text occurs, (words - length + 1,)."""
+        values = np.array([self.numbers.get(word.strip(), -1) for word in words(text)], np.int64)
+        return np.isin(_hashes(values, length), self.known[length])
+
+    def longest(self, text: str) -> float:
+        """The longest run that occurs, as a share of the text's words."""
+        count = len(words(text))
+        found = [length for length in LENGTHS if length <= count and self.seen(text, length).any()]
+        return max(found, default=0) / max(count, 1)
+
+
+def _hashes(values: np.ndarray, length: int) -> np.ndarray:
+    """A hash of each window of so many numbers, (N - length + 1,) uint64."""
+    count = len(values) - length + 1
+    if count < 1:
+        return np.zeros(0, np.uint64)
+    found = np.zeros(count, np.uint64)
+    for place in range(length):
+        mixed = (values[place : place + count].astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        found = (found * np.uint64(0x100000001B3)) ^ (mixed ^ (mixed >> np.uint64(29)))
+    return found
+
+
+def pieces(texts: list[str]) -> list[str]:
+    """Texts cut into pieces of at most `PIECE` words; a last piece of less than half of that is left out."""
+    found = []
+    for text in texts:
+        split = words(text)
+        cut = ["".join(split[at : at + PIECE]) for at in range(0, len(split), PIECE)]
+        found += [piece for i, piece in enumerate(cut) if i == 0 or len(words(piece)) >= PIECE // 2]
+    return [piece for piece in found if piece.strip()]
+
+
+def evaluate_texts(material: Material, name: str, column: str, written: list[str], real: list[str]) -> None:
+    """How much of what was written stands word for word in train, beside the same of real texts of the split.
+
+    Keeps the share of runs of `RUN` words, and the share of texts whose longest run out of train is longer than in 99 %
+    of the real ones.
+    """
+    train = [material.texts[column][i] for i in material.shuffled(material.dataset.indices("train"))]
+    runs = Runs([text for text in train if text])
+    own, theirs = pieces(written), pieces(real)
+    if not own or not theirs:
+        return
+    flags, ground = ([runs.seen(piece, RUN) for piece in some] for some in (own, theirs))
+    if sum(map(len, flags)) and sum(map(len, ground)):
+        value, error = metrics.ratio_with_error(
+            np.array([f.sum() for f in flags]), np.array([len(f) for f in flags]), seed=material.seed
+        )
+        material.keep(
+            "memorising", name, "verbatim", value, stderr=error, baseline=float(np.concatenate(ground).mean()),
+            n=sum(map(len, flags)),
+        )  # fmt: skip
+    mine, other = (np.array([runs.longest(piece) for piece in some]) for some in (own, theirs))
+    bound = np.quantile(other, 0.99)
+    value, error = metrics.mean_with_error(mine > bound, seed=material.seed)
+    base = float((other > bound).mean())
+    material.keep("memorising", name, "near_texts", value, stderr=error, baseline=base, n=len(mine))
+    worst = np.argsort(-mine, kind="stable")[:4]
+    rows = [(Exhibit(text=f"{mine[i] * 100:.0f} % in one run"), [Exhibit(text=own[i])]) for i in worst]
+    note = "The written texts that share the longest run of words with a training text, as a share of their words."
+    material.findings.galleries.append(Gallery(f"Memorised: {name}", note, rows))
+
+
+def evaluate_canaries(material: Material) -> None:
+    """Exposure of the canaries that were planted in training: log2 of the number of candidates, less log2 of the
+    canary's rank among them by likelihood; the chance line is the mean of canaries that were not planted."""
+    checkpoint = material.model.checkpoint
+    planted = checkpoint.training.get("canaries")
+    if not planted or planted["column"] not in material.model.columns:
+        return
+    count, seed, column = planted["count"], planted["seed"], planted["column"]
+    others = [canary(seed, 1_000_000 + i) for i in range(OTHERS)]
+    told = _told(material, [canary(seed, number) for number in range(count)] + others, column)
+    own, reference = told[:count], told[count:]
+
+    def exposure(score: float) -> float:
+        return math.log2(OTHERS + 1) - math.log2(1 + int((reference > score).sum()))
+
+    blank = float(np.mean([exposure(score) for score in reference]))
+    for often in TIMES:
+        found = [exposure(own[number]) for number in range(count) if times(number) == often]
+        if found:
+            value, error = metrics.mean_with_error(np.array(found), seed=material.seed)
+            material.keep(
+                "memorising", f"canaries planted {often} times", "exposure", value, stderr=error, chance=blank,
+                n=len(found),
+            )  # fmt: skip
+    material.note(
+        f"Canaries: an exposure of {math.log2(OTHERS + 1):.0f} bits is the most that {OTHERS:,} candidates can show."
+    )
+
+
+def _told(material: Material, texts: list[str], column: str) -> np.ndarray:
+    """log P of each text alone in its column, in nats, (N,)."""
+    model = material.model
+    vocabulary = model.checkpoint.model.vocabulary
+    sequences = [
+        Sequence().read_ids([vocabulary.opener(column)]).write([*model.checkpoint.text.encode(text), vocabulary.end])
+        for text in texts
+    ]
+    return np.array([found.sum() for found in scoring.told(model.engine, sequences, "text")])
