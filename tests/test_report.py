@@ -19,10 +19,10 @@ from plait.evaluation.report import (
     Gallery,
     RunInfo,
     read_run,
-    spectrogram,
     write_metrics,
     write_report,
 )
+from plait.modalities.audio import spectrogram
 from plait.runtime import PlaitError
 
 EVIL = "<script>alert('x')</script>&\"'>"

@@ -110,9 +110,7 @@ class TrainingRecipe(_Settings):
     save_every: int | None = Field(None, ge=1)  # steps; by itself at every validation
     keep: int = Field(2, ge=1)  # newest checkpoints, beside the best of each
     keep_every: int | None = Field(None, ge=1)  # steps whose multiples are kept too, where they were saved
-    canaries: int = Field(
-        0, ge=0, le=1000
-    )  # random texts planted 1, 10 and 100 times in turn, to see what is learnt by heart
+    canaries: int = Field(0, ge=0, le=1000)  # random texts planted 1, 10 and 100 times in turn, to be found again
     log_records: bool = False  # records.jsonl: the loss and the record ids of every step
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"  # the backbone's blocks; auto: text alone, 10 minutes or more
