@@ -70,7 +70,7 @@ def test_canaries_and_texts_by_heart(tmp_path: Path, plait: Callable[..., int], 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "model:\n  backbone: {width: 48, layers: 2, heads: 4, context: 48}\n  text: {vocabulary: 300}\n"
-        "training: {steps: 220, batch_size: 24, learning_rate: 4.0e-3, patience: 50}\n"
+        "training: {steps: 80, batch_size: 24, learning_rate: 4.0e-3, patience: 50}\n"
     )
     run = tmp_path / "run"
     assert plait("prepare", tmp_path / "files", "-o", tmp_path / "data") == 0
@@ -78,7 +78,7 @@ def test_canaries_and_texts_by_heart(tmp_path: Path, plait: Callable[..., int], 
     assert plait("evaluate", run) == 0
     metrics = json.loads((run / "metrics.json").read_text())
     exposure = [metrics[f"memorising/canaries planted {often} times/exposure"] for often in (1, 10, 100)]
-    assert exposure[0]["value"] < exposure[2]["value"] and exposure[2]["value"] > 8
+    assert exposure[0]["value"] < exposure[1]["value"] < exposure[2]["value"] and exposure[2]["value"] > 20
     assert exposure[0]["n"] == 2 and 1 < exposure[0]["chance"] < 2
     assert {"verbatim", "near_texts"} <= {name.split("/")[2] for name in metrics if name.startswith("memorising/text/")}
     page = (run / "report.html").read_text()

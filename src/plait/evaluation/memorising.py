@@ -12,14 +12,14 @@ from plait.evaluation.report import Exhibit, Gallery
 from plait.generation import scoring
 from plait.modalities.text import words
 from plait.model.multimodal import Sequence
-from plait.training.canaries import TIMES, canary, times
+from plait.training.canaries import LETTERS, TIMES, canary, times
 
 RUN = 8  # words in a run that counts as verbatim
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # of runs that are looked for
 PIECE = 64  # words of a text that are compared at a time
 MOST = 2_000_000  # words of training texts that are kept
 WRITTEN = 24  # texts that a language model writes for this
-OTHERS = 1023  # canaries that were never planted, among which one that was is ranked
+OTHERS = 1000  # canaries that were never planted, beside which one that was is seen
 
 
 class Runs:
@@ -103,8 +103,9 @@ def evaluate_texts(material: Material, name: str, column: str, written: list[str
 
 
 def evaluate_canaries(material: Material) -> None:
-    """Exposure of the canaries that were planted in training: log2 of the number of candidates, less log2 of the
-    canary's rank among them by likelihood; the chance line is the mean of canaries that were not planted."""
+    """Exposure of the canaries planted in training, in bits: -log2 of the share of all random canaries that are
+    likelier, by a normal distribution fitted to the log-likelihoods of some that were never planted, and at most
+    log2 of how many there are. The chance line is the mean of those."""
     checkpoint = material.model.checkpoint
     planted = checkpoint.training.get("canaries")
     if not planted or planted["column"] not in material.model.columns:
@@ -114,8 +115,10 @@ def evaluate_canaries(material: Material) -> None:
     told = _told(material, [canary(seed, number) for number in range(count)] + others, column)
     own, reference = told[:count], told[count:]
 
+    center, spread = float(reference.mean()), float(reference.std(ddof=1))
+
     def exposure(score: float) -> float:
-        return math.log2(OTHERS + 1) - math.log2(1 + int((reference > score).sum()))
+        return min(_bits_beyond((score - center) / max(spread, 1e-9)), LETTERS * math.log2(26))
 
     blank = float(np.mean([exposure(score) for score in reference]))
     for often in TIMES:
@@ -126,9 +129,13 @@ def evaluate_canaries(material: Material) -> None:
                 "memorising", f"canaries planted {often} times", "exposure", value, stderr=error, chance=blank,
                 n=len(found),
             )  # fmt: skip
-    material.note(
-        f"Canaries: an exposure of {math.log2(OTHERS + 1):.0f} bits is the most that {OTHERS:,} candidates can show."
-    )
+
+
+def _bits_beyond(z: float) -> float:
+    """-log2 of the share of a standard normal distribution that lies beyond z."""
+    if z < 8:
+        return -math.log2(math.erfc(z / math.sqrt(2)) / 2)
+    return (z * z / 2 + math.log(z * math.sqrt(2 * math.pi))) / math.log(2)  # erfc underflows
 
 
 def _told(material: Material, texts: list[str], column: str) -> np.ndarray:
