@@ -15,7 +15,7 @@ import numpy as np
 
 from plait.data.fingerprints import BANDS, CHROMA, PERMUTATIONS, SIDE
 
-PICTURES, SOUNDS, TEXTS = 0.1, 0.18, 0.25  # distances up to which two are near-duplicates
+PICTURES, SOUNDS, TEXTS = 0.1, 0.16, 0.25  # distances up to which two are near-duplicates
 _TABLES, _WINDOW = 16, 4  # orders in which codes are sorted, and places that are compared in each
 _BITS = 13  # of 64 that may differ between candidates
 _NEAREST, _FEW = 8, 64  # candidates of one thing; things of which all pairs are candidates
