@@ -31,8 +31,9 @@ from plait.config import load_recipe
 from plait.data.dataset import Dataset
 from plait.data.media import encode_wav
 from plait.data.prepare import prepare
-from plait.explain.methods import Explanation
-from plait.explain.parts import Words
+from plait.explain.methods import adding_up, occlusion
+from plait.explain.own import question
+from plait.explain.parts import Part, Words
 from plait.runtime import read_json
 from plait.training.trainer import train
 
@@ -114,9 +115,9 @@ def sentences(folder: Path, n: int = 3000, test: int = 200) -> None:
     table(folder, rows)
 
 
-def hit(found: Explanation, where: str) -> bool:
+def hit(part: Part, weights: np.ndarray, where: str) -> bool:
     """Whether the strongest unit is the cause."""
-    part, best = found.parts[0], int(found.weights[0].argmax())
+    best = int(weights.argmax())
     if isinstance(part, Words):
         return part.spot(best) in KEYS
     places = part.cells == best
@@ -149,13 +150,27 @@ def planted(out: Path, cases: int) -> None:
         right = sum(model.classify(record.parts[column])[0][0] == record.parts["label"] for record in records)
         print(f"{name}: accuracy on {len(records)} test records {right / len(records):.3f}")
         for method in METHODS:
-            found = [model.explain(r.parts[column], r.parts["label"], method=method) for r in records]
-            hits = [hit(e, where.get(name_of(r.parts[column]), "")) for e, r in zip(found, records, strict=True)]
-            warned = sum(bool(e.warnings) for e in found)
-            gaps = np.array([e.gap for e in found if e.gap is not None])
-            print(f"{name}, {method}: the strongest unit is the cause in {np.mean(hits):.1%}; {warned} warned")
-            if len(gaps):
-                print(f"  completeness gap: median {np.median(gaps):.2%}, {(gaps <= 0.05).mean():.1%} within 5 %")
+            hits, gaps, steps = [], [], []
+            for record in records:
+                asked = question(model, record.parts[column], record.parts["label"])
+                if method == "occlusion":
+                    weights = occlusion(asked)
+                else:
+                    weights, gap, taken = adding_up(asked)
+                    gaps.append(gap)
+                    steps.append(taken)
+                hits.append(hit(asked.parts[0], weights[0], where.get(name_of(record.parts[column]), "")))
+            print(
+                f"{name}, {method}: the strongest unit is the cause in {np.mean(hits):.1%} of {len(hits)}", flush=True
+            )
+            if gaps:
+                tell_gaps(gaps, steps)
+
+
+def tell_gaps(gaps: list[float], steps: list[int]) -> None:
+    within, first = np.mean(np.array(gaps) <= 0.05), np.mean(np.array(steps) == 64)
+    print(f"  completeness gap: median {np.median(gaps):.2%}, {within:.1%} within 5 %", flush=True)
+    print(f"  64 steps were enough in {first:.1%}; at most {max(steps)} were taken", flush=True)
 
 
 # --- random maps, shuffled weights ------------------------------------------------------------------------------
@@ -209,10 +224,7 @@ def areas(runs: list[Path], cases: int) -> None:
             error = np.std(ranks, ddof=1) / np.sqrt(len(ranks))
             print(f"  rank correlation with shuffled weights {np.mean(ranks):+.3f} ± {error:.3f}, {len(ranks)} records")
             if gaps:
-                within = np.mean(np.array(gaps) <= 0.05)
-                print(f"  completeness gap: median {np.median(gaps):.2%}, {within:.1%} within 5 %")
-                first = np.mean(np.array(steps) == 64)
-                print(f"  64 steps were enough in {first:.1%}; at most {max(steps)} were taken")
+                tell_gaps(gaps, steps)
 
 
 # --- which word drew what ---------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 import plait
 
 ROOMS = ["runtime", "config", "data", "modalities", "model", "training", "generation", "evaluation",
-         "explain", "applications", "tune", "doctor", "plan", "serving", "cli", "__main__"]  # fmt: skip
+         "explain", "applications", "tune", "transfer", "doctor", "plan", "serving", "cli", "__main__"]  # fmt: skip
 SOURCE = Path(plait.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 

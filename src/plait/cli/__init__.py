@@ -8,13 +8,25 @@ import sys
 # A thread that waits for another must not spin while somebody else could use the processor; read when torch loads.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
-from plait.cli import chatting, explaining, foreseeing, measuring, recommending, searching, serving, training, using
+from plait.cli import (
+    chatting,
+    explaining,
+    foreseeing,
+    measuring,
+    recommending,
+    searching,
+    serving,
+    training,
+    transferring,
+    using,
+)
 from plait.cli.common import app, err, plain
 
 # A file of commands is a panel of --help, in this order.
 PANELS = {
     training.__name__: "From files to a model",
     measuring.__name__: "Measure",
+    transferring.__name__: "Measure",
     using.__name__: "Use a model",
     searching.__name__: "Use a model",
     recommending.__name__: "Use a model",

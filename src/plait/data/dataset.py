@@ -322,3 +322,23 @@ class Joined(Dataset):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["datasets"])  # type: ignore[misc]
+
+
+class Chosen(Dataset):
+    """A dataset of whose splits only some records are used; numbers and ids stay what they are."""
+
+    def __init__(self, dataset: Dataset, chosen: dict[str, np.ndarray]) -> None:
+        """`chosen` has the records (numbers, ascending) of the splits that are cut; the others stay whole."""
+        counts = {split: len(numbers) for split, numbers in chosen.items()}
+        kept = {**dataset.manifest.counts, **counts}
+        super().__init__(dataset.path, dataset.manifest.model_copy(update={"counts": kept}))
+        self.dataset, self.chosen = dataset, chosen
+
+    def indices(self, split: str) -> np.ndarray:
+        return self.chosen[split] if split in self.chosen else super().indices(split)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"dataset": self.dataset, "chosen": self.chosen}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["dataset"], state["chosen"])  # type: ignore[misc]

@@ -77,11 +77,7 @@ def explain(question: Question, method: str = "occlusion", steps: int | None = N
         found.layers = question.layers()
         return found
     if method == "integrated-gradients":
-        found.steps = steps or STEPS
-        found.weights, found.gap = integrated_gradients(question, found.steps)
-        while steps is None and found.gap > GAP and found.steps < MOST:
-            found.steps *= 4
-            found.weights, found.gap = integrated_gradients(question, found.steps)
+        found.weights, found.gap, found.steps = adding_up(question, steps)
         if found.gap > GAP:
             found.warnings.append(
                 f"The weights miss {found.gap:.0%} of the difference that they should add up to: raise the steps."
@@ -112,10 +108,11 @@ def _inputs(parts: Sequence[Part], keep: np.ndarray) -> list[list[Value]]:
     return [[part.kept(k) for part, k in zip(parts, np.split(row, cuts), strict=True)] for row in keep]
 
 
-def occlusion(question: Question, score: float, found: Explanation | None = None) -> list[np.ndarray]:
+def occlusion(question: Question, score: float | None = None, found: Explanation | None = None) -> list[np.ndarray]:
     """What of the score is lost when units are taken away, by part: a unit's weight is the mean over the sets of
     units that it is taken away with (Zeiler and Fergus, 2014). Notes in `found` what was made depends on."""
     parts = question.parts
+    score = float(question.scores([whole(parts)])[0]) if score is None else score
     total = sum(part.count for part in parts)
     weights, start, keeps = [], 0, []
     for part in parts:
@@ -177,6 +174,16 @@ def integrated_gradients(question: Question, steps: int = STEPS) -> tuple[list[n
     worth = [slope[0].detach().double().cpu().numpy() for slope in slopes]
     gap = abs(sum(float(w.sum()) for w in worth) - explained) / max(abs(explained), 1e-9)
     return path.by_unit(worth), gap
+
+
+def adding_up(question: Question, steps: int | None = None) -> tuple[list[np.ndarray], float, int]:
+    """Integrated gradients at so many steps, or at as many as make the gap close, up to `MOST`; and how many."""
+    taken = steps or STEPS
+    weights, gap = integrated_gradients(question, taken)
+    while steps is None and gap > GAP and taken < MOST:
+        taken *= 4
+        weights, gap = integrated_gradients(question, taken)
+    return weights, gap, taken
 
 
 def areas(question: Question, weights: list[np.ndarray], seed: int = 0, randoms: int = RANDOMS) -> Areas:

@@ -1,0 +1,90 @@
+"""Data of the transfer studies in docs/transfer.md.
+
+    python bench/transfer.py ../shared/data -o runs/transfer
+
+Makes, from MNIST and the recorded spoken digits of FSDD: `mnist` (handwritten digits with English names), `speaker` (one speaker's
+recordings, indices 0 to 9 the test), `chinese` (all speakers, named in Chinese) and `spoken` (all speakers, English), prepared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import re
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from plait.data.prepare import prepare
+
+EN = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+ZH = ["零", "一", "二", "三", "四", "五", "六", "七", "八", "九"]
+SPEAKER = "yweweler"
+
+
+def _idx(path: Path) -> np.ndarray:
+    raw = gzip.decompress(path.read_bytes())
+    shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(raw[3])]
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
+
+
+def write(folder: Path, rows: list[tuple[bytes, str, dict[str, str], str]], kind: str) -> None:
+    """Files with a table (bytes, name, texts, split), and the dataset of them beside."""
+    if (folder / "data" / "manifest.json").is_file():
+        return
+    files = folder / "files"
+    files.mkdir(parents=True, exist_ok=True)
+    with (files / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        columns = list(rows[0][2])
+        table.writerow([f"{kind}_file_name", *columns, "split"])
+        for data, name, texts, split in rows:
+            (files / name).write_bytes(data)
+            table.writerow([name, *(texts[column] for column in columns), split])
+    prepare(files, folder / "data", near_duplicates=False, workers=0)
+
+
+def mnist(source: Path, folder: Path, train: int = 4000, test: int = 1000) -> None:
+    rng, rows = np.random.default_rng(0), []
+    for name, count, split in (("train", train, "train"), ("t10k", test, "test")):
+        pictures, labels = (_idx(source / f"{name}-{what}-ubyte.gz") for what in ("images-idx3", "labels-idx1"))
+        for place, i in enumerate(rng.permutation(len(labels))[:count]):
+            mine = "val" if split == "train" and place % 10 == 0 else split
+            file = folder / "one.png"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pictures[i]).save(file)
+            rows.append((file.read_bytes(), f"{split}-{i}.png", {"label": EN[labels[i]]}, mine))
+            file.unlink()
+    write(folder, rows, "image")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="a folder with mnist/ and fsdd/")
+    parser.add_argument("-o", "--out", type=Path, default=Path("runs/transfer"))
+    options = parser.parse_args()
+    mnist(options.source / "mnist", options.out / "mnist")
+    speaker, chinese, spoken = [], [], []
+    with zipfile.ZipFile(options.source / "fsdd" / "fsdd_5speakers_wav.zip") as archive:
+        for name in sorted(archive.namelist()):
+            found = re.fullmatch(r"(?:.*/)?(\d)_([a-z]+)_(\d+)\.wav", name)
+            if not found:
+                continue
+            digit, who, number = int(found[1]), found[2], int(found[3])
+            data, file = archive.read(name), Path(name).name
+            split = "test" if number < 5 else "val" if number < 8 else "train"
+            chinese.append((data, file, {"zh": ZH[digit]}, split))
+            spoken.append((data, file, {"en": EN[digit]}, split))
+            if who == SPEAKER:
+                alone = "test" if number < 15 else "val" if number < 18 else "train"
+                speaker.append((data, file, {"en": EN[digit]}, alone))
+    write(options.out / "speaker", speaker, "audio")
+    write(options.out / "chinese", chinese, "audio")
+    write(options.out / "spoken", spoken, "audio")
+
+
+if __name__ == "__main__":
+    main()
