@@ -2,8 +2,9 @@
 
     python bench/transfer.py ../shared/data -o runs/transfer
 
-Makes, from MNIST and the recorded spoken digits of FSDD: `mnist` (handwritten digits with English names), `speaker` (one speaker's
-recordings, indices 0 to 9 the test), `chinese` (all speakers, named in Chinese) and `spoken` (all speakers, English), prepared.
+Makes, from MNIST and the recorded spoken digits of FSDD, prepared: `mnist` (handwritten digits, English names),
+`speaker` (yweweler's recordings, 0 to 14 of each digit the test), `chinese` (all speakers, named in Chinese) and
+`spoken` (all speakers, English; 0 to 4 the test).
 """
 
 from __future__ import annotations

@@ -183,13 +183,17 @@ class _Study:
         facts = Path(self.source) / "run.json"
         name = self.plan.old or (read_json(facts).get("dataset") if facts.is_file() else None)
         if name is None:
+            self.tell(
+                News("old abilities", 1, 1, line="What is forgotten is not measured: name the old data with --old.")
+            )
             return None
         try:
             return _Task.of(Dataset.open(name), None, next(iter(self.model.labels), None))
-        except PlaitError:
+        except PlaitError as error:
             if self.plan.old is not None:
                 raise
-            return None  # the data are gone, or have no labels
+            self.tell(News("old abilities", 1, 1, line=f"What is forgotten is not measured: {error}"))
+            return None
 
     def _open(self) -> dict[str, Any]:
         """Begin or go on. Refuses the folder of another study."""
