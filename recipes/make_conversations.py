@@ -90,6 +90,7 @@ def taught(name: str, relation: str) -> bool:
 def conversations() -> Iterator[dict[str, object]]:
     known = facts()
     draw = random.Random(SEED + 1)
+    learnt = [fact for fact in known if taught(*fact)]
 
     def asked(name: str, relation: str, template: str) -> list[dict[str, str]]:
         answer = ANSWERS[relation].format(n=name, v=known[name, relation])
@@ -99,10 +100,11 @@ def conversations() -> Iterator[dict[str, object]]:
         if taught(name, relation):
             for template in QUESTIONS[relation][:-2]:
                 messages = asked(name, relation, template)
-                other = draw.choice([r for r in RELATIONS if r != relation and taught(name, r)] or [relation])
-                if other != relation:
-                    follow = ANSWERS[other].format(n=name, v=known[name, other])
-                    messages += [{"role": "user", "content": FOLLOW[other]}, {"role": "assistant", "content": follow}]
+                if draw.random() < 0.5:  # another person next, or another question about the same one
+                    who, what = draw.choice(learnt)
+                    messages += asked(who, what, draw.choice(QUESTIONS[what][:-2]))
+                elif others := [other for other in RELATIONS if other != relation and taught(name, other)]:
+                    messages += asked(name, other := draw.choice(others), FOLLOW[other])
                 yield {"messages": messages, "kind": "taught", "split": "train"}
         for split, template in zip(("val", "test"), QUESTIONS[relation][-2:], strict=True):
             kind = "taught" if taught(name, relation) else "base"

@@ -157,6 +157,8 @@ def _recognition(material: Material, source: str, target: str) -> None:
     if critic is not None:
         guess = critic.among(material.features(source, media.samples), target, labels)
         plain = metrics.classification(truth, guess, len(names))
+    elif source not in material.media_columns and len(prior) > 1:
+        plain = metrics.classification(truth, _by_tokens(material, source, target, train, media, number), len(names))
     right = truth == predicted
     n = len(truth)
     value, error = metrics.mean_with_error(right, seed=seed)
@@ -207,6 +209,21 @@ def _calibration(material: Material, direction: str, scores: np.ndarray, right: 
     )  # fmt: skip
     material.keep("recognition", direction, "ece", value, stderr=error, n=len(right))
     material.findings.reliabilities.append(Reliability(direction, value, mean, share, counts))
+
+
+def _by_tokens(
+    material: Material, source: str, target: str, train: Media, media: Media, number: dict[str, int]
+) -> np.ndarray:
+    """The numbers of the labels that logistic regression gives to texts, by the counts of the model's tokens."""
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    encode, texts, answers = material.model.checkpoint.text.encode, material.texts[source], material.texts[target]
+    judge = make_pipeline(CountVectorizer(analyzer=encode), LogisticRegression(max_iter=1000))
+    known = [i for i in train.indices if answers[i] in number]
+    judge.fit([texts[i] for i in known], [number[answers[i]] for i in known])
+    return np.asarray(judge.predict([texts[i] for i in media.indices]))
 
 
 def _shown(material: Material, source: str, media: Media, place: int) -> Exhibit:
