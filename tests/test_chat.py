@@ -15,6 +15,8 @@ from conftest import EN, RECIPE, picture
 from plait.applications.chat import Chat, Session, Turn
 from plait.data import chat as data
 from plait.data.dataset import Dataset
+from plait.modalities.text import Text
+from plait.model.dialogue import Template
 from plait.model.multimodal import IGNORE
 from plait.training.batches import Sampler, load_split
 
@@ -161,3 +163,59 @@ def test_replies_are_measured(chatty: Path, plait: Plait) -> None:
     figure, exact = found["chat/messages/nats_per_token"], found["chat/messages/exact"]
     assert figure["value"] < 0.5 * figure["baseline"] < figure["chance"] and exact["value"] > 2 * exact["baseline"]
     assert not any(name.startswith(("language", "transcription", "recognition")) for name in found)
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_an_imported_template_is_kept_and_trained_on(
+    tmp_path: Path, plait: Plait, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = Text.train(["user assistant system yes no what is it the cat"], 280).tokenizer
+    words.encode_special_tokens = False
+    words.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    theirs = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>")
+    theirs.chat_template = TEMPLATE
+    size = len(theirs)
+    config = LlamaConfig(
+        vocab_size=size, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=64, eos_token_id=theirs.eos_token_id, tie_word_embeddings=False,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    theirs.save_pretrained(tmp_path / "base")
+
+    # The pieces are the template's own ids; the replies and their ends are what is written.
+    said = [
+        ("system", "be brief"),
+        ("user", "what is it"),
+        ("assistant", "yes"),
+        ("user", "no"),
+        ("assistant", "the cat"),
+    ]
+    pieces = Template(Text.load(tmp_path / "base" / "tokenizer.json")).script(said)
+    messages = [{"role": role, "content": text} for role, text in said]
+    whole = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
+    ids = [id for _, piece in pieces for id in piece]
+    assert ids == whole[: len(ids)] and theirs.decode(whole[len(ids) :]) == "\n"
+    assert [theirs.decode(piece) for written, piece in pieces if written] == ["yes<|im_end|>", "the cat<|im_end|>"]
+
+    rows = [{"messages": messages[1:3]}, {"messages": messages[3:]}] * 12
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert plait("prepare", tmp_path / "files", "-o", tmp_path / "data", "--workers", 0) == 0
+    (tmp_path / "recipe.yaml").write_text("training: {steps: 60, batch_size: 8, learning_rate: 1.0e-2, validations: 1}")
+    command = ("train", tmp_path / "data", "-o", tmp_path / "run", "--recipe", tmp_path / "recipe.yaml")
+    assert plait(*command, "--init-from", tmp_path / "base") == 0
+    model = package.load(tmp_path / "run")
+    assert not model.vocabulary.turns and model.checkpoint.text.chat_template == TEMPLATE
+    monkeypatch.setattr("sys.stdin", io.StringIO("what is it"))
+    capsys.readouterr()
+    assert plait("chat", tmp_path / "run", "--temperature", 0, "--max-new-tokens", 9) == 0
+    assert capsys.readouterr().out.strip() == "yes"

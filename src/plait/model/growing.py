@@ -82,8 +82,9 @@ def old_rows(now: Vocabulary, was: Vocabulary) -> Tensor:
     return torch.tensor([*[True] * now.text, *same])
 
 
-def freeze(model: Multimodal, parts: set[str], was: Vocabulary, kept: set[str], touched: set[str]) -> None:
-    """Take out of training what a model brought from the one that it was extended from, part by part.
+def freeze(model: Multimodal, parts: set[str], was: Vocabulary, kept: set[str], touched: set[str]) -> int:
+    """Take out of training what a model brought from the one that it was extended from, part by part. Returns how many
+    of the parameters that are still trainable stay as they are all the same: old rows of tables that have new ones.
 
     `parts` are "encoder" (of all modalities), "encoder.image" and the like, "backbone" and "rows"; `was` is the
     vocabulary and `kept` are the modalities that it came with. What is new is trained in any case; an encoder that
@@ -95,6 +96,7 @@ def freeze(model: Multimodal, parts: set[str], was: Vocabulary, kept: set[str], 
             modality.encoder.requires_grad_(False)
     if "backbone" in parts:
         model.backbone.requires_grad_(False)
+    masked = 0
     if "rows" in parts:
         same = old_rows(model.vocabulary, was)
         for rows in [model.rows] if model.head is None else [model.rows, model.head]:
@@ -102,9 +104,11 @@ def freeze(model: Multimodal, parts: set[str], was: Vocabulary, kept: set[str], 
                 rows.free.requires_grad_(False)
             else:
                 rows.free.register_hook(_Still(same))  # AdamW leaves a row alone that never had a gradient
+                masked += int(same.sum()) * rows.free.shape[1]
             for name, digits in rows.digits.items():
                 if was.levels.get(name) == model.vocabulary.levels[name]:
                     digits.requires_grad_(False)
+    return masked
 
 
 class _Still:

@@ -107,11 +107,11 @@ def still(run: Run, model: Multimodal) -> None:
     if settings.lora:
         parts |= {"encoder", "backbone", "rows"}
     was, kept = Vocabulary.model_validate(source["vocabulary"]), set(source["modalities"])
-    growing.freeze(model, parts, was, kept, set(run.dataset.columns.values()))
+    masked = growing.freeze(model, parts, was, kept, set(run.dataset.columns.values()))
     if settings.lora:
         torch.manual_seed(settings.seed)
         lora.adapt(model.backbone, settings.lora.rank, settings.lora.alpha)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) - masked
     if not trained:
         raise PlaitError(
             f"With {', '.join(sorted(parts))} frozen nothing is left to train. Freeze less, or use training.lora."
