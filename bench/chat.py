@@ -191,7 +191,7 @@ def chat(out: Path, seed: int) -> dict[str, Any]:
     runs = {
         "base": base,
         "full": train(out, "chat", seed, "--init-from", base),
-        "LoRA": train(out, "chat-lora", seed, "--init-from", base, "--lora", kind="chat"),
+        "LoRA": train(out, "chat-lora", seed, "--init-from", base, "--lora", "--learning-rate", 4e-3, kind="chat"),
         "no base": train(out, "chat-anew", seed, kind="chat"),
     }
     rows = [json.loads(line) for line in (out / "files" / "chat" / "chats.jsonl").read_text().splitlines()]

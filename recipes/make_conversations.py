@@ -235,14 +235,15 @@ SPOKEN = {
     "val": ["The door is open.", "Take the other one."],
     "test": ["She called again.", "It was the green one.", "You said so before."],
 }  # fmt: skip
-SOUND = {  # emotion -> (words a minute, pitch, spread of the pitch), each around the middle of a voice
-    "calm": (165, 0, 45),
-    "joy": (205, 16, 100),
-    "sadness": (110, -14, 15),
-    "anger": (240, -8, 75),
-    "fear": (225, 24, 20),
+SOUND = {  # emotion -> (words a minute, pitch around the middle of a voice, spread of the pitch, how sentences end)
+    "calm": (160, 0, 45, "."),
+    "joy": (185, 26, 100, "!"),
+    "sadness": (105, -18, 10, "."),
+    "anger": (270, -16, 70, "!"),
+    "fear": (265, 34, 5, "."),
 }
-VOICES = {"train": 32, "val": 5, "test": 10}
+VOICES = {"train": 44, "val": 6, "test": 10}
+TAKES = 4  # sentences of each voice and emotion
 ACCENTS = ["en-us", "en", "en-gb-x-rp", "en-gb-scotland"]
 RATE = 8000
 
@@ -255,13 +256,13 @@ def emotions(folder: Path) -> Iterator[dict[str, str]]:
     (folder / "sounds").mkdir(parents=True, exist_ok=True)
     for split, count in VOICES.items():
         mine, variants = variants[:count], variants[count:]
-        for variant, (emotion, (speed, pitch, spread)) in product(mine, SOUND.items()):
-            middle = 30 + hash_of(variant) % 21
-            for n, sentence in enumerate(draw.sample(SPOKEN[split], min(3, len(SPOKEN[split])))):
+        for variant, (emotion, (speed, pitch, spread, end)) in product(mine, SOUND.items()):
+            middle = 36 + hash_of(variant) % 11
+            for n, sentence in enumerate(draw.sample(SPOKEN[split], min(TAKES, len(SPOKEN[split])))):
                 rate = round(speed * draw.uniform(0.93, 1.07))
                 high = min(max(middle + pitch + draw.randint(-3, 3), 0), 99)
                 voice = f"{draw.choice(ACCENTS)}+{variant}"
-                wave = speech.speak(sentence, voice, rate, high, min(spread + draw.randint(-5, 5), 100))
+                wave = speech.speak(sentence[:-1] + end, voice, rate, high, min(spread + draw.randint(-5, 5), 100))
                 if len(wave) < speech.rate // 5:
                     continue  # some variants whisper below what can be heard
                 name = f"sounds/{variant.replace(' ', '_')}-{emotion}-{n}.wav"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -48,6 +49,8 @@ def chat(
     options: Options = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed}
     asking = sys.stdin.isatty()
     if asking:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (lines can be edited, and earlier ones called back)
         err.print(plain(HELP))
     while True:
         try:
@@ -60,6 +63,10 @@ def chat(
             continue
         try:
             session = _answer(session, line, options, pictures)
+        except KeyboardInterrupt:  # gives up the reply, not the conversation
+            if not asking:
+                raise
+            err.print("\n[dim]Stopped; this message and its reply are forgotten.[/dim]")
         except PlaitError as error:
             if not asking:
                 raise

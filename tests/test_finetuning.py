@@ -1,0 +1,179 @@
+"""Going on from a trained model: what is old is kept, what is frozen stays to the bit, low-rank updates add up."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import nn
+
+from conftest import RECIPE, picture
+from plait.data.dataset import Dataset, Joined
+from plait.model import checkpoint as checkpoints
+from plait.model import lora
+from plait.training.batches import Sampler, Split
+
+Plait = Callable[..., int]
+STEPS = {"steps": 8, "codec_steps": 3, "batch_size": 8, "validations": 2, "learning_rate": 3e-3}
+NEW = ["green disc", "green bar", "black disc"]
+
+
+@pytest.fixture(scope="module")
+def new(tmp_path_factory: pytest.TempPathFactory, plait: Plait) -> Path:
+    """A dataset with new names, under a new column, of pictures as the world has them; no sound."""
+    place = tmp_path_factory.mktemp("new")
+    rng = np.random.default_rng(1)
+    rows = []
+    for i in range(48):
+        picture(i % 4, rng).save(place / f"{i}.png")
+        split = "test" if i % 6 == 5 else "val" if i % 6 == 4 else "train"
+        rows.append({"image_file_name": f"{i}.png", "fr": NEW[i % 3], "split": split})
+    (place / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert plait("prepare", place, "-o", place / "data", "--workers", 0) == 0
+    return place / "data"
+
+
+@pytest.fixture(scope="module")
+def base(world: Path, plait: Plait, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `data` and a short `run` of the world."""
+    place = tmp_path_factory.mktemp("base")
+    assert plait("prepare", world, "-o", place / "data", "--workers", 0) == 0
+    recipe = {"model": yaml.safe_load(RECIPE)["model"], "training": STEPS}
+    (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert plait("train", place / "data", "-o", place / "run", "--recipe", place / "recipe.yaml") == 0
+    return place
+
+
+def recipe(folder: Path, **training: object) -> Path:
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump({"training": {**STEPS, **training}}))
+    return file
+
+
+def weights(run: Path, name: str = "last") -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / name / "model.safetensors")
+
+
+def test_what_is_new_is_added_and_what_is_frozen_stays(base: Path, new: Path, tmp_path: Path, plait: Plait) -> None:
+    run = tmp_path / "run"
+    frozen = ("--freeze", "encoder,backbone,rows", "--init-from", base / "run")
+    assert plait("train", new, "-o", run, "--recipe", recipe(tmp_path), *frozen) == 0
+    was, now = checkpoints.load(base / "run/checkpoints/best"), checkpoints.load(run / "checkpoints/last")
+    old, grown = was.model.vocabulary, now.model.vocabulary
+    assert list(grown.columns) == [*old.columns, "fr"] and grown.levels == old.levels
+    before, after = was.model.state_dict(), now.model.state_dict()
+    for name in before:
+        if not name.startswith(("rows.free", "head.free", "project", "log_temperature")):
+            assert torch.equal(before[name], after[name]), name
+    for table in ("rows.free", "head.free"):
+        assert torch.equal(before[table][: old.opener("zh") + 1], after[table][: old.opener("zh") + 1])
+        for kind, (start, stop) in old.spaces.items():
+            if kind != "text":  # codes have moved up by the new column's token
+                assert torch.equal(before[table][start:stop], after[table][start + 1 : stop + 1])
+        assert not torch.equal(after[table][grown.opener("fr")], before[table].mean(0))
+    assert now.labels["fr"] == sorted(NEW, key=now.labels["fr"].index) and now.labels["en"] == was.labels["en"]
+    # What went in and what came out for the old columns is the same, to the bit.
+    from plait.applications.model import Model
+
+    image = picture(0, np.random.default_rng(7))
+    scores = [Model(one, "cpu").classify(image, column="en") for one in (was, now)]
+    assert scores[0] == scores[1]
+
+
+def test_low_rank_updates_are_merged_and_go_on_exactly(base: Path, new: Path, tmp_path: Path, plait: Plait) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    file = recipe(tmp_path, lora={"rank": 4, "alpha": 8}, save_every=4, ema=0.9, keep=9)
+    source = shutil.copytree(base / "run", tmp_path / "source", symlinks=True)
+    assert plait("train", new, "-o", whole, "--recipe", file, "--init-from", source) == 0
+    shutil.copytree(whole, cut, symlinks=True)
+    for folder in (cut / "checkpoints").glob("step-000008"):
+        shutil.rmtree(folder)
+    facts = json.loads((cut / "run.json").read_text())
+    del facts["finished"]
+    (cut / "run.json").write_text(json.dumps(facts))
+    shutil.rmtree(source)  # a run that has begun no longer needs it
+    assert plait("train", new, "-o", cut, "--recipe", file, "--init-from", source) == 0
+    first, second = weights(whole), weights(cut)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    old, state = weights(base / "run", "best"), load_file(whole / "checkpoints/last/training_state.safetensors")
+    name = "backbone.blocks.0.qkv"
+    update = first[f"{name}.weight"] - old[f"{name}.weight"]
+    up, down = state[f"average.{name}.up"], state[f"average.{name}.down"]
+    assert torch.equal(state[f"raw.{name}.weight"], old[f"{name}.weight"])
+    assert update.abs().max() > 0 and torch.allclose(update, 2 * up @ down, atol=1e-6)
+    assert torch.equal(first["backbone.final_norm.weight"], old["backbone.final_norm.weight"])
+    assert not any(".up" in key or ".down" in key for key in first)
+    assert json.loads((whole / "run.json").read_text())["decided"]["trained"] < sum(p.numel() for p in old.values())
+
+
+def test_a_low_rank_layer_computes_what_the_merged_one_does() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 5, bias=False))
+    low = nn.Sequential(lora.LowRank(net[0], 3, 6.0), net[1], lora.LowRank(net[2], 2, 1.0))
+    for layer in (low[0], low[2]):
+        nn.init.normal_(layer.up)
+    x = torch.randn(7, 12)
+    merged, parts = lora.split(low, low.state_dict())
+    assert set(parts) == {f"{i}.{part}" for i in (0, 2) for part in ("weight", "down", "up")}
+    apart = low(x)
+    apart.sum().backward()
+    net.load_state_dict(merged)  # the very tensors that `low` has
+    assert torch.allclose(net(x), apart, atol=1e-4)
+    assert low[0].weight.grad is None and low[0].down.grad is not None and low[2].up.grad is not None
+
+
+def test_replay_takes_its_share_of_every_batch(base: Path, new: Path, tmp_path: Path, plait: Plait) -> None:
+    both = Joined([Dataset.open(new), Dataset.open(base / "data")])
+    train = both.indices("train")
+    assert len(train) == sum(len(one.indices("train")) for one in both.datasets)
+    assert both.texts("fr")[int(both.indices("test")[-1])] is None and both.texts("fr")[0] in NEW
+    records = list(both.iterate(train[[0, -1]]))
+    assert ("fr" in records[0].parts and "en" in records[1].parts) or "zh" in records[1].parts
+    split = Split([str(i) for i in train], {"t": [[1]] * len(train)}, {}, {}, sources=both.source(train))
+    from plait.modalities.base import Vocabulary
+
+    words = Vocabulary(text=300, columns={"t": "text"}, levels={}, closers=[])
+    sampler = Sampler(split, words, {}, 10, 64, 0, 0.0, False, shares=[0.3])
+    seen: list[int] = []
+    for step in range(40):
+        _, items = sampler.members(step)
+        sources = split.sources[items[:, 0]]
+        assert (sources == 0).sum() == 7 and (sources == 1).sum() == 3
+        seen += items[sources == 1, 0].tolist()
+        assert np.array_equal(items, Sampler(split, words, {}, 10, 64, 0, 0.0, False, shares=[0.3]).members(step)[1])
+    assert len(set(seen)) == len(seen)  # none twice in an epoch
+    parts = [sampler.step(3, part, 4).records for part in range(4)]  # as four processes share a step
+    assert np.array_equal(np.concatenate(parts), sampler.step(3).records)
+    run = tmp_path / "run"
+    more = ("--init-from", base / "run", "--replay", f"{base / 'data'}=0.5")
+    assert plait("train", new, "-o", run, "--recipe", recipe(tmp_path), *more) == 0
+    config = json.loads((run / "checkpoints/best/config.json").read_text())
+    assert config["labels"]["en"] and config["labels"]["fr"]
+    assert plait("train", new, "-o", run, "--recipe", recipe(tmp_path), *more) == 0  # finished: nothing to do
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--freeze", "backbone"), "Name that model"),
+        (("--init-from", "BASE", "--freeze", "backbon"), "did you mean 'backbone'"),
+        (("--init-from", "BASE", "--replay", "x"), "write DATASET=SHARE"),
+        (("--init-from", "BASE", "--replay", "x=1.5"), "between 0 and 1"),
+        (("--init-from", "BASE", "--replay", "nowhere=0.5"), "is not a dataset"),
+        (("--init-from", "runs/nothing"), "does not exist"),
+    ],
+)
+def test_mistakes(
+    base: Path, new: Path, tmp_path: Path, plait: Plait, capsys: pytest.CaptureFixture[str], more: tuple[str, ...],
+    message: str,
+) -> None:  # fmt: skip
+    given = [str(base / "run") if value == "BASE" else value for value in more]
+    assert plait("train", new, "-o", tmp_path / "run", "--recipe", recipe(tmp_path), *given) == 1
+    assert message in " ".join(capsys.readouterr().err.split())
