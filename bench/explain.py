@@ -6,7 +6,7 @@
 
 `planted` makes three data sets in which one thing alone decides the class (a mark in pictures of noise, a tone in
 noise, a word among others), trains on each, and counts in how many of 200 test cases the strongest region or word is
-it. `areas` takes 200 test records of a run: deletion and insertion areas beside those of random maps, the
+it. `areas` takes 200 test records of a run: deletion and insertion areas beside those of 3 random maps each, the
 completeness gap, and the rank correlation with maps of the same network with shuffled weights. `words` trains on
 pictures of two objects and looks which part of a drawn picture depends on which word of the prompt.
 """
@@ -32,8 +32,9 @@ from plait.data.dataset import Dataset
 from plait.data.media import encode_wav
 from plait.data.prepare import prepare
 from plait.explain.methods import adding_up, occlusion
+from plait.explain.methods import areas as area
 from plait.explain.own import question
-from plait.explain.parts import Part, Words
+from plait.explain.parts import Part, Question, Words
 from plait.runtime import read_json
 from plait.training.trainer import train
 
@@ -153,18 +154,22 @@ def planted(out: Path, cases: int) -> None:
             hits, gaps, steps = [], [], []
             for record in records:
                 asked = question(model, record.parts[column], record.parts["label"])
-                if method == "occlusion":
-                    weights = occlusion(asked)
-                else:
-                    weights, gap, taken = adding_up(asked)
-                    gaps.append(gap)
-                    steps.append(taken)
+                weights = weigh(asked, method, gaps, steps)
                 hits.append(hit(asked.parts[0], weights[0], where.get(name_of(record.parts[column]), "")))
             print(
                 f"{name}, {method}: the strongest unit is the cause in {np.mean(hits):.1%} of {len(hits)}", flush=True
             )
             if gaps:
                 tell_gaps(gaps, steps)
+
+
+def weigh(asked: Question, method: str, gaps: list[float], steps: list[int]) -> list[np.ndarray]:
+    if method == "occlusion":
+        return occlusion(asked)
+    weights, gap, taken = adding_up(asked)
+    gaps.append(gap)
+    steps.append(taken)
+    return weights
 
 
 def tell_gaps(gaps: list[float], steps: list[int]) -> None:
@@ -188,7 +193,7 @@ def shuffled(model: Model, seed: int = 0) -> Model:
     return Model(checkpoint, "cpu")
 
 
-def areas(runs: list[Path], cases: int) -> None:
+def areas(runs: list[Path], cases: int, randoms: int = 3) -> None:
     for run in runs:
         model = load(run)
         dataset = Dataset.open(read_json(run / "run.json")["dataset"])
@@ -199,28 +204,23 @@ def areas(runs: list[Path], cases: int) -> None:
         blind = shuffled(model)
         for method in METHODS:
             worth: dict[str, list[float]] = {"deletion": [], "insertion": []}
-            gaps, steps, ranks, beaten, warned = [], [], [], [], 0
+            gaps, steps, ranks = [], [], []
             for i, record in enumerate(records):
                 column = next(c for c in media if c in record.parts)
                 value = (column, record.parts[column])
-                answer = model.classify(value)[0][0]
-                found = model.explain(value, answer, column=label, method=method, seed=i)
-                worth["deletion"].append(np.mean(found.areas.random_deletion) - found.areas.deletion)
-                worth["insertion"].append(found.areas.insertion - np.mean(found.areas.random_insertion))
-                beaten.append(found.areas.beaten)
-                warned += bool(found.warnings)
-                if found.gap is not None:
-                    gaps.append(found.gap)
-                    steps.append(found.steps)
+                asked = question(model, value, model.classify(value)[0][0], column=label)
+                weights = weigh(asked, method, gaps, steps)
+                found = area(asked, weights, seed=i, randoms=randoms)
+                worth["deletion"].append(float(np.mean(found.random_deletion)) - found.deletion)
+                worth["insertion"].append(found.insertion - float(np.mean(found.random_insertion)))
                 if i < 50:
-                    other = blind.explain(value, answer, column=label, method=method, seed=i)
-                    ranks.append(spearmanr(found.weights[0], other.weights[0]).statistic)
+                    other = weigh(question(blind, value, asked.answer, column=label), method, [], [])
+                    ranks.append(spearmanr(weights[0], other[0]).statistic)
             print(f"{run.name}, {method}, {len(records)} test records:")
             for name, gain in worth.items():
                 error = np.std(gain, ddof=1) / np.sqrt(len(gain))
                 print(f"  {name} area better than random maps by {np.mean(gain):.4f} ± {error:.4f}"
                       f" ({np.mean(gain) / error:.1f} standard errors)")  # fmt: skip
-            print(f"  {np.mean(beaten):.2f} of 10 random maps beaten; {warned} warned")
             error = np.std(ranks, ddof=1) / np.sqrt(len(ranks))
             print(f"  rank correlation with shuffled weights {np.mean(ranks):+.3f} ± {error:.3f}, {len(ranks)} records")
             if gaps:

@@ -1,10 +1,12 @@
-"""Data of the transfer studies in docs/transfer.md.
+"""Data of the transfer studies in docs/transfer.md, and a modality added to a trained model.
 
     python bench/transfer.py ../shared/data -o runs/transfer
+    python bench/transfer.py ../shared/data -o runs/transfer --add runs/fashion
 
 Makes, from MNIST and the recorded spoken digits of FSDD, prepared: `mnist` (handwritten digits, English names),
 `speaker` (yweweler's recordings, 0 to 14 of each digit the test), `chinese` (all speakers, named in Chinese) and
-`spoken` (all speakers, English; 0 to 4 the test).
+`spoken` (all speakers, English; 0 to 4 the test). With `--add` a run of pictures learns `spoken`, half of every batch
+being its own old records; and without those, for comparison. Three seeds each.
 """
 
 from __future__ import annotations
@@ -19,7 +21,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from plait.applications.model import load
+from plait.config import load_recipe
+from plait.data.dataset import Dataset
 from plait.data.prepare import prepare
+from plait.runtime import read_json
+from plait.training.trainer import train
+from plait.transfer import Task
 
 EN = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 ZH = ["零", "一", "二", "三", "四", "五", "六", "七", "八", "九"]
@@ -62,10 +70,39 @@ def mnist(source: Path, folder: Path, train: int = 4000, test: int = 1000) -> No
     write(folder, rows, "image")
 
 
+def adding(source: Path, folder: Path, steps: int, seeds: int, limit: int) -> None:
+    """A modality added: old abilities before and after, with replay and without."""
+    old = Task.of(Dataset.open(read_json(source / "run.json")["dataset"]), None, None)
+    new = Task.of(Dataset.open(folder / "spoken" / "data"), None, None)
+    before = old.accuracy(load(source), limit, 0)
+    print(f"before: {old.read} to {old.answered} {before:.3f} on {limit} test records", flush=True)
+    for replay in (0.5, 0.0):
+        rows = []
+        for seed in range(seeds):
+            training = {
+                "steps": steps, "seed": seed, "batch_size": 64, "weights": {"audio": 0},
+                "replay": {str(old.dataset.path): replay} if replay else {}, "learning_rate": 1e-3,
+            }  # fmt: skip
+            known = read_json(source / "run.json")["recipe"]["model"]
+            model = {"size": known["size"], "image": known["image"], "init_from": str(source)}
+            run = folder / f"added-{replay}-{seed}"
+            train(new.dataset, run, load_recipe(None, {"model": model, "training": training}), lambda progress: None)
+            made = load(run)
+            rows.append((old.accuracy(made, limit, 0), new.accuracy(made, limit, 0)))
+            print(f"replay {replay}, seed {seed}: old {rows[-1][0]:.3f}, new {rows[-1][1]:.3f}", flush=True)
+        means, errors = np.mean(rows, 0), np.std(rows, 0, ddof=1) / np.sqrt(len(rows))
+        print(f"replay {replay}: old {means[0]:.3f} ± {errors[0]:.3f} (before {before:.3f}), "
+              f"new {means[1]:.3f} ± {errors[1]:.3f}", flush=True)  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="a folder with mnist/ and fsdd/")
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/transfer"))
+    parser.add_argument("--add", type=Path, help="a run of pictures that learns sounds")
+    parser.add_argument("--steps", type=int, default=200, help="of --add")
+    parser.add_argument("--seeds", type=int, default=3, help="of --add")
+    parser.add_argument("--limit", type=int, default=1000, help="test records of --add")
     options = parser.parse_args()
     mnist(options.source / "mnist", options.out / "mnist")
     speaker, chinese, spoken = [], [], []
@@ -85,6 +122,8 @@ def main() -> None:
     write(options.out / "speaker", speaker, "audio")
     write(options.out / "chinese", chinese, "audio")
     write(options.out / "spoken", spoken, "audio")
+    if options.add:
+        adding(options.add, options.out, options.steps, options.seeds, options.limit)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ class News:
 
 
 @dataclass
-class _Task:
+class Task:
     """Naming what one column shows, in one of another's values."""
 
     dataset: Dataset
@@ -67,7 +67,8 @@ class _Task:
     labels: list[str]
 
     @classmethod
-    def of(cls, dataset: Dataset, read: str | None, answered: str | None) -> _Task:
+    def of(cls, dataset: Dataset, read: str | None, answered: str | None) -> Task:
+        """Of a dataset and, where they are named, the columns. Raises PlaitError where there is nothing to name."""
         texts = {name: dataset.texts(name) for name, kind in dataset.columns.items() if kind == "text"}
         for name in (read, answered):
             if name is not None and name not in dataset.columns:
@@ -160,7 +161,7 @@ class _Study:
         wrong = [count for count in plan.labels if count != ALL and not (count.isdigit() and int(count) > 0)]
         if wrong:
             raise PlaitError(f"--labels takes numbers above 0 and 'all', not '{wrong[0]}'.")
-        self.task = _Task.of(dataset, plan.source, plan.column)
+        self.task = Task.of(dataset, plan.source, plan.column)
         place = find_checkpoint(source)
         if place is None:
             raise PlaitError(f"{source} is no run or checkpoint. Transfer compares what begins from a run of Plait's.")
@@ -178,7 +179,7 @@ class _Study:
         self.old = self._old()
         self.facts = self._open()
 
-    def _old(self) -> _Task | None:
+    def _old(self) -> Task | None:
         """What the source could do before, where its data are at hand."""
         facts = Path(self.source) / "run.json"
         name = self.plan.old or (read_json(facts).get("dataset") if facts.is_file() else None)
@@ -188,7 +189,7 @@ class _Study:
             )
             return None
         try:
-            return _Task.of(Dataset.open(name), None, next(iter(self.model.labels), None))
+            return Task.of(Dataset.open(name), None, next(iter(self.model.labels), None))
         except PlaitError as error:
             if self.plan.old is not None:
                 raise

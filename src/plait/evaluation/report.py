@@ -369,7 +369,8 @@ def write_report(path: Path, metrics: Metrics, findings: Findings, run: RunInfo)
     if run.log:
         note = (
             '<p class="dim">Loss by step, in nats. The gap is validation less training: what was learnt by heart. The '
-            "upright line is where it opened: from there on it stayed above 5 % of the validation loss.</p>"
+            "upright line is where it opened: from there on it stayed above 5 % of the validation loss. A contrastive "
+            "loss depends on how many records a batch has and how many are alike, so its gap says less.</p>"
         )
         sections.append(("learning", "Learning", note + curves(run.log)))
     if findings.reliabilities:
