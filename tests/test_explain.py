@@ -101,13 +101,13 @@ def test_a_planted_mark_is_found(tmp_path: Path, plait: Callable[..., int], caps
     model = api.load(tmp_path / "run")
     for method in ("occlusion", "integrated-gradients"):
         hits = 0
-        for i in range(200, 216):
+        for i in range(200, 208):
             found = model.explain(files / f"{i}.png", ("blue", "red")[i % 2], method=method)
             row, column = divmod(int(found.weights[0].argmax()), 8)
             x, y = places[i]
             hits += x - 2 < 2 * column < x + 3 and y - 2 < 2 * row < y + 3
             assert found.gap is None or found.gap < 0.05
-        assert hits >= 15, (method, hits)
+        assert hits >= 7, (method, hits)
     capsys.readouterr()
     file = files / "201.png"
     assert plait("explain", tmp_path / "run", file, "--json", "-o", tmp_path / "why.png") == 0
