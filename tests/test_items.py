@@ -24,6 +24,7 @@ from plait.model import objectives
 from plait.model.multimodal import IGNORE
 from plait.model.transformer import dropout
 from plait.training.histories import HistorySampler, HistorySplit
+from server import Server
 
 Command = Callable[..., int]
 KINDS = ["Comedy", "War", "Western"]
@@ -148,6 +149,22 @@ def test_bad_questions(
 def test_a_model_of_histories_writes_nothing(shop: Path, plait: Command, capsys: pytest.CaptureFixture[str]) -> None:
     assert plait("generate", shop / "run", "Hello") == 1
     assert "recommend, similar" in capsys.readouterr().err
+
+
+def test_over_http(shop: Path) -> None:
+    with Server.start(shop / "log", f"films={shop / 'run'}") as server:
+        asked = {"model": "films", "history": ["Film 3, Comedy (1959)", "12", "15"], "k": 2, "why": True}
+        status, found = server.post("/v1/plait/recommend", asked)
+        assert status == 200 and len(found["data"]) == 2 and found["data"][0]["why"]
+        status, found = server.post("/v1/plait/similar", {"model": "films", "item": "12", "where": "year > 1990"})
+        assert status == 200 and found["data"]
+        status, found = server.post("/v1/plait/recommend", {**asked, "history": ["nothing"]})
+        assert status == 400 and "There is no item 'nothing'" in found["error"]["message"]
+        status, found = server.post("/v1/plait/recommend", {**asked, "where": "(select count(*) from sqlite_master"})
+        assert status == 400
+        status, found = server.post("/v1/completions", {"model": "films", "prompt": "Hello"})
+        assert status == 400 and "recommend" in found["error"]["message"]
+        assert server.stop() == 0
 
 
 # --- reading ----------------------------------------------------------------------------------------------------

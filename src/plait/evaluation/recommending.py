@@ -240,7 +240,7 @@ class _Work:
             self.keep(f"{name}_lead", value, stderr=error, n=n)
             above = _above(lead, targets.users, self.seed)
             self.findings.notes.append(
-                f"{name}: the model is ahead of directed co-occurrence by {value:.4f} ± {error:.4f}, in {above:.2%} of "
+                f"{name}, model less directed co-occurrence: {value:+.4f} ± {error:.4f}, above zero in {above:.2%} of "
                 f"{DRAWS:,} paired resamples of users."
             )
             for other, measured in others.items():

@@ -20,6 +20,7 @@ import numpy as np
 from plait.data.stores import location
 from plait.evaluation.curves import Reliability, curves, reliability_diagram
 from plait.evaluation.page import page, table
+from plait.evaluation.wording import HEADLINES, MEANING, TASKS
 from plait.runtime import PlaitError, read_json, write_atomic, write_json
 
 Metric = dict[str, float | None]  # value, stderr, chance, baseline, n
@@ -131,57 +132,7 @@ def _finite(value: float | None) -> float | None:
     return int(value) if isinstance(value, (int, np.integer)) else float(value)
 
 
-# --- words for figures ------------------------------------------------------------------------------------------
-
-TASKS = {
-    "recognition": "Recognition: which of the known labels",
-    "transcription": "Transcription and captions: free text",
-    "language": "Language: how well it predicts text",
-    "retrieval": "Retrieval: one kind finds another",
-    "drawing": "Drawing: pictures from labels",
-    "speaking": "Speaking: sound from labels",
-    "memorising": "Memorising: what was learnt by heart",
-    "codec": "Codecs: what is lost on the way to codes and back",
-    "timing": "Time",
-}
-# Metric -> (name, "share" of 1, "ratio" or plain "number", what it says).
-MEANING = {
-    "accuracy": ("accuracy", "share", "most likely label is the right one"),
-    "train_accuracy": ("accuracy on training records", "share", "as many records as in the test"),
-    "zero_shot_accuracy": ("zero-shot accuracy", "share", "nearest label in the embedding space"),
-    "ece": ("expected calibration error", "share", "of the answer's probability; lower is better"),
-    "precision": ("precision, macro", "share", ""),
-    "recall": ("recall, macro", "share", ""),
-    "f1": ("F1, macro", "share", ""),
-    "exact": ("exact match", "share", "whole text right"),
-    "wer": ("word error rate", "share", "lower is better"),
-    "cer": ("character error rate", "share", "lower is better"),
-    "nats_per_token": ("nats per token", "number", "lower is better"),
-    "nats_per_character": ("nats per character", "number", "lower is better"),
-    "bits_per_byte": ("bits per byte", "number", "lower is better"),
-    "r_at_1": ("R@1", "share", "a related record comes first"),
-    "r_at_5": ("R@5", "share", "a related record is among 5"),
-    "r_at_10": ("R@10", "share", "a related record is among 10"),
-    "p_at_10": ("P@10", "share", "related share of the first 10"),
-    "judged_accuracy": ("judged right", "share", "a classifier of real data sees the label asked for"),
-    "judge_real": ("judge on real test data", "share", "what the judge gets right at best"),
-    "judge_reconstructed": ("judge on codec reconstructions", "share", "the most the codec allows"),
-    "judged_share": ("judged right, relative to real", "ratio", ""),
-    "diversity": ("diversity", "ratio", "spread within a label, relative to real"),
-    "frechet": ("Fréchet distance", "number", "to real test data in the judge's features; baseline: real to real"),
-    "near_copies": ("near copies", "share", "closer to a training sample than 99 % of real test data are"),
-    "near_copies_features": ("near copies, in features", "share", "the same, as the judge sees it"),
-    "verbatim": ("verbatim in train", "share", "of runs of 8 words that it wrote; baseline: of real test texts"),
-    "near_texts": ("near copies", "share", "longer runs out of train than in 99 % of real test texts"),
-    "exposure": ("exposure, bits", "number", "of planted canaries; chance: of canaries that were never planted"),
-    "psnr": ("PSNR, dB", "number", "higher is better"),
-    "mel_error": ("error of the log-mel", "number", "mean absolute; lower is better"),
-    "codes_used": ("codes used", "share", "share of all codes that occur"),
-    "code_perplexity": ("code perplexity", "share", "as a share of all codes"),
-    "seconds": ("seconds", "number", ""),
-    "steps": ("steps", "number", "of training"),
-}
-HEADLINES = ("accuracy", "exact", "bits_per_byte", "p_at_10", "judged_accuracy")
+# --- pieces of figures -------------------------------------------------------------------------------------------
 
 
 def _number(value: float | None, kind: str) -> str:

@@ -24,7 +24,7 @@ from starlette.requests import Request
 
 from plait.applications.model import load
 from plait.runtime import PlaitError, sha256_file
-from plait.serving import api, api_media, api_search, api_text
+from plait.serving import api, api_media, api_recommend, api_search, api_text
 from plait.serving.guard import Doors, Guard
 from plait.serving.journal import Metrics, set_up_logging
 from plait.serving.limits import ApiError, Limits, read_keys
@@ -34,7 +34,7 @@ from plait.serving.service import Served, Service
 if TYPE_CHECKING:
     from plait.applications.search import Index
 
-ROUTERS = (api.router, api_text.router, api_media.router, api_search.router)
+ROUTERS = (api.router, api_text.router, api_media.router, api_search.router, api_recommend.router)
 LOOPBACK = {"localhost", "127.0.0.1", "[::1]"}
 _MEMBER = re.compile(r"body|str|int|(list|constrained|function|tagged|nullable|model)[-[(].*", re.DOTALL)
 log = logging.getLogger("plait.serving")
