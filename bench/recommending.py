@@ -10,12 +10,16 @@ process, `adding` the time of 1,000 new items and one recommendation; both want 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 HERE = Path(__file__).parent.parent
 FILMS = """
@@ -29,14 +33,14 @@ data:
 model:
   backbone: {width: 64, layers: 2, heads: 2, context: 200, dropout: 0.2}
   item: {words: 512}
-training: {steps: 1600, batch_size: 64, learning_rate: 2.0e-3, validations: 4, seed: %d}
+training: {steps: %d, batch_size: 64, learning_rate: 2.0e-3, validations: 4, seed: %d}
 """
 GOODS = """
 data:
   items: {interactions: interactions.txt}
 model:
   backbone: {width: 64, layers: 2, heads: 2, context: 50, dropout: 0.5}
-training: {steps: 1500, batch_size: 256, learning_rate: 2.0e-3, validations: 6, seed: %d}
+training: {steps: 1500, batch_size: 256, learning_rate: 2.0e-3, validations: 10, seed: %d}
 """
 
 
@@ -48,7 +52,7 @@ def films(data: Path, folder: Path, seed: int, cold: float) -> None:
         ("ml-1m_users.tsv", "users.tsv"),
     ):
         shutil.copy(source / name, folder / "source" / to)
-    (folder / "recipe.yaml").write_text(FILMS % (cold, seed))
+    (folder / "recipe.yaml").write_text(FILMS % (cold, 1000 if cold else 1600, seed))
 
 
 def goods(data: Path, folder: Path, seed: int, name: str) -> None:

@@ -3,8 +3,8 @@
     python recipes/make_buyers.py FOLDER-OR-ZIPS -o shop      # the folder holds emoji.jsonl and a zip of the pictures
     plait train shop -o runs/products --recipe recipes/products.yaml
 
-Each buyer has two tastes, drawn among the subgroups of Unicode (cat faces, fruit, ...). Three purchases in four are of the
-taste of the moment, which changes now and then; the others are any product. The shop's tables do not tell the
+Each buyer has two tastes, drawn among the subgroups of Unicode (cat faces, fruit, ...). Three purchases in four are of
+the taste of the moment, which changes now and then; the others are any product. The shop's tables do not tell the
 subgroups: a model knows a product by its picture, its name and who bought it.
 """
 

@@ -156,18 +156,28 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(wide * cos, torch.cat((b, a), -1), sin).to(x.dtype)
 
 
+def _turn_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`_turn` in the precision of x, in fewer passes over memory."""
+    (a, b), cos, sin = x.chunk(2, -1), cos.to(x.dtype).chunk(2, -1)[0], sin.to(x.dtype).chunk(2, -1)[1]
+    turned = torch.empty_like(x)
+    first, second = turned.chunk(2, -1)
+    torch.mul(a, cos, out=first).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=second).addcmul_(a, sin)
+    return turned
+
+
 class _Rotate(torch.autograd.Function):
     """A rotation's gradient is the rotation back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
+        return _turn_halves(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn(slope, cos, -sin), None, None
+        return _turn_halves(slope, cos, -sin), None, None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
