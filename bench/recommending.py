@@ -40,7 +40,7 @@ data:
   items: {interactions: interactions.txt}
 model:
   backbone: {width: 64, layers: 2, heads: 2, context: 50, dropout: 0.5}
-training: {steps: 1500, batch_size: 256, learning_rate: 2.0e-3, validations: 10, seed: %d}
+training: {steps: 700, batch_size: 256, learning_rate: 3.0e-3, validations: 7, seed: %d}
 """
 
 

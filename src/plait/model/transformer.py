@@ -49,8 +49,10 @@ class TransformerConfig(BaseModel):
 
 
 def by_hand(x: Tensor) -> bool:
-    """Whether gradients written out below serve better than autograd's: not where a compiler fuses the plain form."""
-    return x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """Whether gradients written out below serve better than autograd's: not where a compiler fuses the plain form, or
+    an export traces it."""
+    plain = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return x.requires_grad and torch.is_grad_enabled() and not plain
 
 
 class _Normalise(torch.autograd.Function):
