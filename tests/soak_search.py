@@ -35,6 +35,8 @@ from plait.applications.model import Model, load
 from plait.applications.search import Index
 from plait.runtime import PlaitError
 
+warnings.filterwarnings("ignore", "lancedb fork support", RuntimeWarning)
+
 
 def child(work: Callable[[Callable[[str], None]], None]) -> tuple[int, int]:
     """A forked process at work: its id, and the end of a pipe on which it tells. LanceDB starts its threads anew in a
@@ -45,7 +47,6 @@ def child(work: Callable[[Callable[[str], None]], None]) -> tuple[int, int]:
         os.close(writing)
         return process, reading
     code = 1
-    warnings.simplefilter("ignore")
     try:
         os.close(reading)
         work(lambda text: os.write(writing, f"{text}\n".encode()) and None)
