@@ -84,7 +84,8 @@ class Index:
         self.exact = EXACT
         self._model: Model | Pretrained | None = None
         self.table: Any = None
-        self._loaded: tuple[int, np.ndarray, np.ndarray] | None = None  # version, row ids (N,), vectors (N, E)
+        self._loaded: tuple[np.ndarray, np.ndarray] | None = None  # row ids (N,), vectors (N, E)
+        self._version, self._words = 0, False  # what is loaded, and whether it has an index of words
         self.facts: dict[str, Any] = {}
         if isinstance(self.path, Path) and self.path.exists() and not self.path.is_dir():
             raise PlaitError(f"{self.path} is a file. Name the folder of an index.")
@@ -288,7 +289,7 @@ class Index:
                     if not again or isinstance(error, PlaitError):
                         with self.reading():
                             raise
-                    self._loaded = None
+                    self._version = 0
         raise AssertionError
 
     def _find(self, vector: np.ndarray | None, words: str | None, k: int, where: str | None, by: str) -> list[Hit]:
@@ -297,16 +298,15 @@ class Index:
                 self.table.count_rows(where)
             except (ValueError, RuntimeError) as error:
                 raise _WhereError(_reason(error)) from None
-        texts = any(tuple(index.columns) == ("text",) for index in self.table.list_indices())
         if by == "auto":
-            by = "hybrid" if texts and words and words.strip() else "vector"
+            by = "hybrid" if self._words and words and words.strip() else "vector"
         pool = k if by in ("vector", "words") else max(10 * k, 1000 if self._loaded else 100)
         rankings: list[dict[int, int]] = []
         if by != "words":
             assert vector is not None
             near = self._nearest(np.asarray(vector, np.float32), pool, where)
             rankings.append({row: place for place, row in enumerate(near)})
-        if by != "vector" and texts:
+        if by != "vector" and self._words:
             search = self.table.search(words, query_type="fts", fts_columns="text").with_row_id(True)
             search = search.where(where) if where else search
             found = search.limit(pool).select(["id", "_score"]).to_arrow()
@@ -336,10 +336,10 @@ class Index:
         """See what other processes have committed; keep all vectors at hand while they are few."""
         self.table.checkout_latest()
         version = self.table.version
-        if self._loaded is None or self._loaded[0] != version:
-            self._loaded = None
-            if self.table.count_rows() <= self.exact:
-                self._loaded = (version, *self._vectors())
+        if self._version != version:
+            self._loaded = self._vectors() if self.table.count_rows() <= self.exact else None
+            self._words = any(tuple(index.columns) == ("text",) for index in self.table.list_indices())
+            self._version = version
 
     def _vectors(self) -> tuple[np.ndarray, np.ndarray]:
         """(row ids (N,), vectors (N, E)), each compared with its checksum."""
@@ -368,7 +368,7 @@ class Index:
             query = query.nprobes(PROBES).refine_factor(REFINE).with_row_id(True).limit(k).select(["id", "_distance"])
             found = (query.where(where, prefilter=True) if where else query).to_arrow()
             return list(found["_rowid"].to_pylist())
-        _, rows, vectors = self._loaded
+        rows, vectors = self._loaded
         if where is not None:
             allowed = self.table.search().where(where).select(["id"]).with_row_id(True).limit(None).to_arrow()
             keep = np.isin(rows, allowed["_rowid"].to_numpy())
