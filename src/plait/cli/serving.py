@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +30,7 @@ def serve(
     index: Annotated[
         list[str] | None, typer.Option(help="An index to search in, made by one of the models; NAME=INDEX renames.")
     ] = None,
+    ui: Annotated[bool, typer.Option("--ui", help="A page to try the models in, at /.")] = False,
     device: DeviceOption = "auto",
 ) -> None:
     """Serve models over HTTP, in the shapes of OpenAI's API.
@@ -42,6 +44,10 @@ def serve(
         from plait.runtime import PlaitError
 
         raise PlaitError(f"Serving needs {error.name}. Run: pip install 'plait[serve]'.") from None
+    if ui and importlib.util.find_spec("gradio") is None:
+        from plait.runtime import PlaitError
+
+        raise PlaitError("The page needs gradio. Run: pip install 'plait[ui]', or leave --ui out.")
 
     limits = Limits(
         batch=batch,
@@ -52,8 +58,8 @@ def serve(
     )
     run(
         models, host, port, key_file=api_key_file, allow_hosts=allow_host, allow_origins=allow_origin, device=device,
-        precision=precision, indexes=index, limits=limits,
-        tell=lambda url: out.print(f"Serving at {url}/v1 (Ctrl-C stops)"),
+        precision=precision, indexes=index, ui=ui, limits=limits,
+        tell=lambda url: out.print(f"Serving at {url}/v1 {f'with a page at {url} ' if ui else ''}(Ctrl-C stops)"),
     )  # fmt: skip
 
 

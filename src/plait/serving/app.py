@@ -51,20 +51,29 @@ def serve(
     device: str = "auto",
     precision: str = "auto",
     indexes: list[str] | None = None,
+    ui: bool = False,
     limits: Limits = Limits(),
     tell: Callable[[str], None] = lambda url: None,
 ) -> None:
     """Serve models until SIGINT or SIGTERM; `tell` is called with the address once requests are taken.
 
-    A model is a run, a checkpoint, or a Hugging Face name or folder; `NAME=MODEL` gives it another name. Raises
-    PlaitError for a model or an index that cannot be loaded, an address that cannot be had, and one off loopback
-    without keys.
+    A model is a run, a checkpoint, or a Hugging Face name or folder; `NAME=MODEL` gives it another name. With `ui`
+    there is a page at `/`. Raises PlaitError for a model or an index that cannot be loaded, an address that cannot be
+    had, and one off loopback without keys.
     """
     doors = make_doors(host, key_file, allow_hosts or [], allow_origins or [])
+    doors.browsers = ui
     sock = listen(host, port)
     found = load_models(models, device, precision, limits)
     service = Service(found, limits, Metrics(), open_indexes(indexes or [], found))
-    guard = Guard(make_app(service, doors), doors, limits, service.metrics, _routes())
+    app: Any = make_app(service, doors)
+    if ui:
+        from plait.serving.page import Page
+
+        app = Page(app, service)
+    guard = Guard(app, doors, limits, service.metrics, _routes())
+    if ui:
+        app.guard = guard
     set_up_logging()
 
     def stop(seconds: float) -> None:

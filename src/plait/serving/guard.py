@@ -42,6 +42,7 @@ class Doors:
     origins: set[str] = field(default_factory=set)
     keys: dict[str, bytes] = field(default_factory=dict)  # empty: no key is needed
     any_address: bool = False  # bound off loopback: a Host that is an IP address is no rebound name
+    browsers: bool = False  # there is a page: browsers ask for the key and send it as a password (HTTP Basic)
 
     def check(self, scope: Scope) -> None:
         """Raises ApiError where the request's host, origin or key is none that is known."""
@@ -65,10 +66,11 @@ class Doors:
                 return  # browsers send no key along with the question whether they may
         if self.keys and scope["path"] != OPEN:
             given = headers.get(b"authorization", [])
-            if len(given) != 1 or known_key(given[0], self.keys) is None:
+            if len(given) != 1 or known_key(given[0], self.keys, self.browsers) is None:
+                challenge = 'Basic realm="Plait: the API key is the password"'
                 raise ApiError(
                     401, "A key is needed. Send the header 'Authorization: Bearer KEY'.", code="invalid_api_key",
-                    headers={"WWW-Authenticate": "Bearer"},
+                    headers={"WWW-Authenticate": challenge if self.browsers and scope["path"] == "/" else "Bearer"},
                 )  # fmt: skip
 
 

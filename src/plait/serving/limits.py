@@ -163,9 +163,15 @@ def read_keys(file: Path) -> dict[str, bytes]:
     return keys
 
 
-def known_key(header: bytes, keys: dict[str, bytes]) -> str | None:
-    """The name of the key in an Authorization header; None where there is none that is known."""
+def known_key(header: bytes, keys: dict[str, bytes], passwords: bool = False) -> str | None:
+    """The name of the key in an Authorization header; None where there is none that is known. With `passwords` it may
+    also be the password of HTTP Basic, whoever the user is."""
     scheme, _, key = header.partition(b" ")
+    if passwords and scheme.lower() == b"basic":
+        try:
+            scheme, key = b"bearer", base64.b64decode(key.strip(), validate=True).partition(b":")[2]
+        except binascii.Error:
+            return None
     digest = hashlib.sha256(key.strip()).digest()
     # Every key is compared, so that time tells nothing.
     found = [name for name, wanted in keys.items() if hmac.compare_digest(digest, wanted)]
