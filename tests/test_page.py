@@ -86,10 +86,10 @@ def test_every_tab_does_its_job_and_keys_hold(
         page.fill("#chat-text textarea", EN[0])
         page.click("#chat-go")
         page.wait_for_selector("#chat-talk .reply img")  # a model of records answers words with a picture
-        page.fill("#chat-text textarea", "<b>*x*</b> [y](z)")
+        page.fill("#chat-text textarea", "<b>*x*</b> [y](z) '&amp;\"")
         page.click("#chat-go")
         see(page.locator("#chat-talk .reply img")).to_have_count(2)
-        assert "<b>*x*</b> [y](z)" in page.inner_text("#chat-talk")
+        assert "<b>*x*</b> [y](z) '&amp;\"" in page.inner_text("#chat-talk")
 
         visit.tab("Recognise")
         page.set_input_files(".plait-media[data-to=recognise-medium] input", trained.parent / "files/media/5.png")

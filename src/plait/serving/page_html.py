@@ -43,7 +43,8 @@ footer{display:none!important}.gradio-container{width:100%!important;max-width:6
 
 def bar_html(label: str, share: float) -> str:
     """A label with its probability as a bar."""
-    return f'<div class="plait-bar"><b>{plain_html(label)}</b><i style="width:{share:.1%}"></i><span>{share:.1%}</span></div>'
+    bar = f'<i style="width:{share:.1%}"></i><span>{share:.1%}</span>'
+    return f'<div class="plait-bar"><b>{plain_html(label)}</b>{bar}</div>'
 
 
 def example_button(where: str, kind: str, number: int, url: str) -> str:
@@ -62,7 +63,7 @@ def word_button(where: str, text: str) -> str:
 
 def plain_html(text: str) -> str:
     """Text of others in HTML: escaped, in one line, with nothing that Markdown would read as a sign."""
-    return "".join(f"&#{ord(c)};" if c in "*_`~[]#|\\$:" else c for c in escape(text)).replace("\n", "<br>")
+    return "".join(f"&#{ord(c)};" if c in "*_`~[]#|\\$:" else escape(c) for c in text).replace("\n", "<br>")
 
 
 def wrong(message: str) -> str:
@@ -93,7 +94,7 @@ def talk_html(messages: list[dict[str, Any]]) -> str:
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
         shown = "".join(map(_shown, [*parts, *message.get("images", [])]))
         if audio := message.get("audio"):
-            shown += f'<audio controls src="data:audio/wav;base64,{audio["data"]}"></audio>'
+            shown += f'<audio controls src="data:audio/wav;base64,{escape(audio["data"], quote=True)}"></audio>'
         found.append(f'<div class="plait-turn {"user" if message["role"] == "user" else "reply"}">{shown or "…"}</div>')
     return "".join(found)
 
