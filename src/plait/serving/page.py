@@ -325,7 +325,8 @@ def _blocks(page: Page) -> Any:
     made = {verb: kind for verb, kind in (("draw", "image"), ("speak", "audio")) if verb in verbs}
     words = [text for model in ours for column in texts for text in model.labels.get(column, [])[2:6]]
     media, ink = examples_of(served)
-    remembers = any(one.chat is not None and one.chat.tokenizer is not None for one in served) or not columns
+    chats = [one.chat for one in served if one.chat is not None]
+    remembers = any(chat.template or chat.model.vocabulary.turns or not chat.model.columns for chat in chats)
 
     def medium(where: str, draws: bool = True) -> Any:
         """A place to drop, draw or record a medium, the hidden text that holds it, and examples."""
