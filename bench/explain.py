@@ -135,13 +135,15 @@ def hit(part: Part, weights: np.ndarray, where: str) -> bool:
     return inside and bool(((frames >= start - 0.035) & (frames <= start + 0.235)).any())  # the window is .032 s
 
 
-def planted(out: Path, cases: int) -> None:
+def planted(out: Path, cases: int, only: list[str]) -> None:
     common = {"model": {"size": "tiny"}, "training": {"batch_size": 32, "learning_rate": 2e-3}}
     image = {**common, "training": {**common["training"], "weights": {"image": 0}}}
     audio = {**common, "training": {**common["training"], "weights": {"audio": 0}}}
     for name, write, settings, steps in (
         ("marks", marks, image, 300), ("tones", tones, audio, 300), ("sentences", sentences, common, 500),
     ):  # fmt: skip
+        if only and name not in only:
+            continue
         model = trained(out / name, write, settings, steps)
         dataset = Dataset.open(out / name / "data")
         file = out / name / "where.json"
@@ -302,12 +304,13 @@ def main() -> None:
     parser.add_argument("what", choices=("planted", "areas", "words"))
     parser.add_argument("runs", type=Path, nargs="*", help="of areas")
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/explain"))
+    parser.add_argument("--only", nargs="*", help="of planted: marks, tones, sentences")
     parser.add_argument("--cases", type=int, default=200)
     parser.add_argument("--steps", type=int, default=2500, help="of words' training")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.what == "planted":
-        planted(options.out, options.cases)
+        planted(options.out, options.cases, options.only or [])
     elif options.what == "areas":
         areas(options.runs, options.cases)
     else:

@@ -81,7 +81,7 @@ def adding(source: Path, folder: Path, steps: int, seeds: int, limit: int) -> No
         for seed in range(seeds):
             training = {
                 "steps": steps, "seed": seed, "batch_size": 64, "weights": {"audio": 0},
-                "replay": {str(old.dataset.path): replay} if replay else {}, "learning_rate": 1e-3,
+                "validations": 4, "replay": {str(old.dataset.path): replay} if replay else {}, "learning_rate": 1e-3,
             }  # fmt: skip
             known = read_json(source / "run.json")["recipe"]["model"]
             model = {"size": known["size"], "image": known["image"], "init_from": str(source)}

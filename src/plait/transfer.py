@@ -117,6 +117,10 @@ class Task:
                 found[answers[i]].append(i)
         return np.sort(np.array([i for some in found.values() for i in some], np.int64))
 
+    def _shown(self, model: Model, value: str | bytes) -> Any:
+        """A part as the model reads it; of a sound longer than its window, the beginning."""
+        return value if isinstance(value, str) else (self.read, model.modality(self.read).windows(value)[:1])
+
     def accuracy(self, model: Model, limit: int, seed: int) -> float:
         """The share of test records whose likeliest label is right."""
         split = "test" if len(self.dataset.indices("test")) else "val"
@@ -130,9 +134,7 @@ class Task:
             part = present[start : start + 256]
             records = self.dataset.iterate(part, [self.read])
             given = [record.parts[self.read] for record in records]
-            contexts = [
-                model.context([value if isinstance(value, str) else (self.read, value)]) for value in given
-            ]  # fmt: skip
+            contexts = [model.context([self._shown(model, value)]) for value in given]
             best = model.score(contexts, self.answered, self.labels).argmax(1)
             right += sum(self.labels[b] == answers[i] for b, i in zip(best, part, strict=True))
         return right / len(present)
@@ -176,6 +178,11 @@ class _Study:
                 "common with it. Choose a source that has seen such data."
             )
         self.model = model
+        # What begins from nothing is fitted as the source is, not to the few records that a run sees.
+        self.fitted = {
+            name: modality.settings.model_dump(mode="json", exclude={"tower"})
+            for name, modality in model.checkpoint.model.media.items()
+        }
         self.old = self._old()
         self.facts = self._open()
 
@@ -226,6 +233,9 @@ class _Study:
             self.tell(News("old abilities", 0, 1))
             self.facts["before"] = self.old.accuracy(self.model, self.plan.limit, 0)
             write_json(self.folder / "study.json", self.facts)
+        known = self.model.columns
+        if "as_it_is" not in self.facts and self.task.read in known and known.get(self.task.answered) == "text":
+            self.facts["as_it_is"] = self.task.accuracy(self.model, self.plan.limit, 0)
         del self.model
         jobs = list(product(self.plan.labels, range(self.plan.seeds), self.plan.ways))
         done = {(row["labels"], row["way"], row["seed"]) for row in self.facts["rows"]}
@@ -274,6 +284,10 @@ class _Study:
         if recipe.training.batch_size and records < recipe.training.batch_size:
             recipe.training.batch_size = max(records, 2)
         if way == "scratch":
+            for name, settings in self.fitted.items():
+                given = getattr(recipe.model, name, None)
+                if name in self.dataset.columns.values() and isinstance(given, dict):
+                    setattr(recipe.model, name, {**settings, **given})
             return recipe
         recipe.model.init_from = str(self.source)
         if way == "frozen":

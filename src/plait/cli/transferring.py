@@ -60,6 +60,8 @@ def transfer(
                 out.print(plain(news.line))
 
         found = compare(source, Dataset.open(dataset), study, plan, tell)
+    if found.get("as_it_is") is not None:
+        out.print(f"The source as it is, without any of these records: {found['as_it_is']:.3f}")
     words = {True: "pays", False: "costs", None: "not told apart from scratch"}
     for verdict in found["verdicts"]:
         error = "" if verdict["standard_error"] is None else f" ± {verdict['standard_error'] * 100:.1f}"

@@ -60,12 +60,15 @@ def write_comparison(path: Path, title: str, study: dict[str, Any]) -> None:
         f"{escape(settings['source'])} → {escape(study['dataset'])} · {escape(settings['read'])} → "
         f"{escape(settings['answered'])} · {len(rows)} runs"
     )
-    sections = [("accuracy", "Accuracy by labels", _picture(rows, labels, ways) + _table(rows, labels, ways))]
+    shown = _picture(rows, labels, ways) + _table(rows, labels, ways)
+    if study.get("as_it_is") is not None:
+        shown += f"<p>The source as it is, without any of these records: {study['as_it_is'] * 100:.1f} %.</p>"
+    sections = [("accuracy", "Accuracy by labels", shown)]
     sections.append(("pays", "Where it pays", _pays(study.get("verdicts", []))))
     if study.get("before") is not None:
         sections.append(("forgetting", "What was forgotten", _forgetting(rows, labels, ways, study["before"])))
-    shown = escape(json.dumps(settings, ensure_ascii=False, indent=1))
-    sections.append(("study", "This study", f"<pre>{shown}</pre>"))
+    told = escape(json.dumps(settings, ensure_ascii=False, indent=1))
+    sections.append(("study", "This study", f"<pre>{told}</pre>"))
     write_atomic(path, page(title, summary, "", sections))
 
 
