@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import EN, picture
+from conftest import EN, RECIPE, picture
 from plait.data.dataset import Chosen, Dataset
 from plait.evaluation.comparison import verdicts
 
@@ -40,8 +40,10 @@ def test_a_study(trained: Path, tmp_path: Path, plait: Callable[..., int], capsy
     some = Chosen(dataset, {"train": dataset.indices("train")[:3]})
     assert len(some.indices("train")) == 3 and len(some.indices("test")) == 16
     assert [record.id for record in some.iterate(some.indices("train"))] == dataset.ids[:3]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.replace("steps: 160", "validations: 2") + "  weights: {image: 0, audio: 0}\n")
     command = ("transfer", trained, tmp_path / "data", "-o", tmp_path / "study", "--labels", "2", "--seeds", "2",
-               "--steps", "6", "--limit", "40")  # fmt: skip
+               "--steps", "6", "--limit", "40", "--recipe", recipe)  # fmt: skip
     assert plait(*command, "--ways", "scratch") == 0
     assert plait(*command, "--ways", "scratch,full") == 0
     study = json.loads((tmp_path / "study" / "study.json").read_text())
