@@ -1,7 +1,8 @@
 """Data of the transfer studies in docs/transfer.md, and a modality added to a trained model.
 
     python bench/transfer.py ../shared/data -o runs/transfer
-    python bench/transfer.py ../shared/data -o runs/transfer --add runs/fashion
+    plait train runs/transfer/mnist/data -o runs/transfer/pictures --recipe read.yaml --steps 300
+    python bench/transfer.py ../shared/data -o runs/transfer --add runs/transfer/pictures
 
 Makes, from MNIST and the recorded spoken digits of FSDD, prepared: `mnist` (handwritten digits, English names),
 `speaker` (yweweler's recordings, 0 to 14 of each digit the test), `chinese` (all speakers, named in Chinese) and
@@ -74,17 +75,17 @@ def adding(source: Path, folder: Path, steps: int, seeds: int, limit: int) -> No
     """A modality added: old abilities before and after, with replay and without."""
     old = Task.of(Dataset.open(read_json(source / "run.json")["dataset"]), None, None)
     new = Task.of(Dataset.open(folder / "spoken" / "data"), None, None)
+    known = read_json(source / "run.json")["recipe"]
     before = old.accuracy(load(source), limit, 0)
     print(f"before: {old.read} to {old.answered} {before:.3f} on {limit} test records", flush=True)
     for replay in (0.5, 0.0):
         rows = []
         for seed in range(seeds):
             training = {
-                "steps": steps, "seed": seed, "batch_size": 64, "weights": {"audio": 0},
+                "steps": steps, "seed": seed, "batch_size": 64, "weights": {**known["training"]["weights"], "audio": 0},
                 "validations": 4, "replay": {str(old.dataset.path): replay} if replay else {}, "learning_rate": 1e-3,
             }  # fmt: skip
-            known = read_json(source / "run.json")["recipe"]["model"]
-            model = {"size": known["size"], "image": known["image"], "init_from": str(source)}
+            model = {"size": known["model"]["size"], "image": known["model"]["image"], "init_from": str(source)}
             run = folder / f"added-{replay}-{seed}"
             train(new.dataset, run, load_recipe(None, {"model": model, "training": training}), lambda progress: None)
             made = load(run)
