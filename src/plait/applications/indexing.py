@@ -132,20 +132,21 @@ class Adding:
         if rows:
             with index.reading("written"):
                 table = index.table
-                names = dict.fromkeys(name for row in rows for name in row if name not in table.schema.names)
-                if names:
+                there = set(table.schema.names)
+                if names := dict.fromkeys(name for row in rows for name in row if name not in there):
                     table.add_columns([pa.field(name, pa.string()) for name in names])
+                schema = table.schema
                 vectors = np.stack([row.pop("_vector") for row in rows]).astype(np.float32)
                 sums = checksums([row["id"] for row in rows], [row["_content"] for row in rows], vectors)
                 arrays = []
-                for part in table.schema:
+                for part in schema:
                     if part.name == "_vector":
                         arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1]))
                     elif part.name == "_check":
                         arrays.append(pa.array(sums))
                     else:
                         arrays.append(pa.array([row.get(part.name) for row in rows], part.type))
-                data = pa.Table.from_arrays(arrays, schema=table.schema)
+                data = pa.Table.from_arrays(arrays, schema=schema)
                 changed = sum(row["id"] in self.known for row in rows)
                 if changed:
                     merge = table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
