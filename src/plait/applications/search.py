@@ -35,7 +35,7 @@ from plait.runtime import PlaitError, fsync_folder, only_writer, sha256_file, wr
 EXACT = 100_000  # entries up to which all vectors are kept in memory and compared
 BATCH = 256  # entries that are embedded at a time
 TABLE = "entries"
-PROBES, REFINE = 16, 2  # of an approximate search: partitions looked at, and candidates per result compared exactly
+PROBES, REFINE = 10, 2  # of an approximate search: partitions looked at, and candidates per result compared exactly
 FUSE = 60  # reciprocal rank fusion: 1 / (FUSE + rank), Cormack, Clarke and Buettcher 2009
 
 
@@ -86,6 +86,7 @@ class Index:
         self.table: Any = None
         self._loaded: tuple[np.ndarray, np.ndarray] | None = None  # row ids (N,), vectors (N, E)
         self._version, self._words = 0, False  # what is loaded, and whether it has an index of words
+        self._shown: list[str] = []  # the columns of a hit
         self.facts: dict[str, Any] = {}
         if isinstance(self.path, Path) and self.path.exists() and not self.path.is_dir():
             raise PlaitError(f"{self.path} is a file. Name the folder of an index.")
@@ -300,6 +301,9 @@ class Index:
                 raise _WhereError(_reason(error)) from None
         if by == "auto":
             by = "hybrid" if self._words and words and words.strip() else "vector"
+        if by == "vector" and self._loaded is None:
+            rows = self._approximate(vector, k, where, self._shown)
+            return [self._hit(row, 1 - row["_distance"], None) for row in rows]
         pool = k if by in ("vector", "words") else max(10 * k, 1000 if self._loaded else 100)
         rankings: list[dict[int, int]] = []
         if by != "words":
@@ -321,13 +325,16 @@ class Index:
         best = sorted(scores, key=lambda row: -scores[row])[:k]
         if not best:
             return []
-        wanted = [name for name in self.table.schema.names if name not in ("_content", "_check")]
-        table = self.table.take_row_ids(best).select(wanted).with_row_id().to_arrow()
-        rows = {row["_rowid"]: row for row in table.to_pylist()}
-        return [self._hit(rows[row], vector, None if by == "vector" else scores[row]) for row in best]
+        table = self.table.take_row_ids(best).select([*self._shown, "_vector"]).with_row_id().to_arrow()
+        found_rows = {row["_rowid"]: row for row in table.to_pylist()}
+        hits = []
+        for number in best:
+            row = found_rows[number]
+            near_by = float("nan") if vector is None else float(np.dot(row["_vector"], vector))
+            hits.append(self._hit(row, near_by, None if by == "vector" else scores[number]))
+        return hits
 
-    def _hit(self, row: dict[str, Any], vector: np.ndarray | None, score: float | None) -> Hit:
-        near = float(np.dot(row["_vector"], vector)) if vector is not None else float("nan")
+    def _hit(self, row: dict[str, Any], near: float, score: float | None) -> Hit:
         shown = {n: str(v) for n, v in row.items() if v is not None and not n.startswith("_") and n not in OWN}
         return Hit(row["id"], row["source"], row["kind"], near, near if score is None else score, row["text"], shown,
                    row["_preview"])  # fmt: skip
@@ -339,6 +346,7 @@ class Index:
         if self._version != version:
             self._loaded = self._vectors() if self.table.count_rows() <= self.exact else None
             self._words = any(tuple(index.columns) == ("text",) for index in self.table.list_indices())
+            self._shown = [n for n in self.table.schema.names if n not in ("_content", "_check", "_vector")]
             self._version = version
 
     def _vectors(self) -> tuple[np.ndarray, np.ndarray]:
@@ -361,13 +369,20 @@ class Index:
             rows.append(batch["_rowid"].to_numpy())
         return np.concatenate(rows), np.concatenate(vectors)
 
+    def _approximate(
+        self, vector: np.ndarray | None, k: int, where: str | None, columns: list[str]
+    ) -> list[dict[str, Any]]:
+        """The k nearest as the index of vectors finds them, best first, with "_distance", 1 - cosine."""
+        query = self.table.search(np.asarray(vector, np.float32), vector_column_name="_vector").distance_type("cosine")
+        query = query.minimum_nprobes(PROBES).maximum_nprobes(0)  # more, where a condition leaves too few
+        query = query.refine_factor(REFINE).with_row_id(True).limit(k)
+        query = query.where(where, prefilter=True) if where else query
+        return list(query.select([*columns, "_distance"]).to_arrow().to_pylist())
+
     def _nearest(self, vector: np.ndarray, k: int, where: str | None) -> list[int]:
         """The row ids of the k nearest vectors, best first."""
         if self._loaded is None:
-            query = self.table.search(vector, vector_column_name="_vector").distance_type("cosine")
-            query = query.nprobes(PROBES).refine_factor(REFINE).with_row_id(True).limit(k).select(["id", "_distance"])
-            found = (query.where(where, prefilter=True) if where else query).to_arrow()
-            return list(found["_rowid"].to_pylist())
+            return [row["_rowid"] for row in self._approximate(vector, k, where, ["id"])]
         rows, vectors = self._loaded
         if where is not None:
             allowed = self.table.search().where(where).select(["id"]).with_row_id(True).limit(None).to_arrow()
