@@ -39,8 +39,8 @@ GOODS = """
 data:
   items: {interactions: interactions.txt}
 model:
-  backbone: {width: 64, layers: 2, heads: 2, context: 50, dropout: 0.5}
-training: {steps: 700, batch_size: 256, learning_rate: 3.0e-3, validations: 7, seed: %d}
+  backbone: {width: 64, layers: 2, heads: 1, context: 50, dropout: 0.4}
+training: {steps: 4400, batch_size: 128, learning_rate: 2.0e-3, validations: 8, seed: %d}
 """
 
 
@@ -52,7 +52,7 @@ def films(data: Path, folder: Path, seed: int, cold: float) -> None:
         ("ml-1m_users.tsv", "users.tsv"),
     ):
         shutil.copy(source / name, folder / "source" / to)
-    (folder / "recipe.yaml").write_text(FILMS % (cold, 1000 if cold else 1600, seed))
+    (folder / "recipe.yaml").write_text(FILMS % (cold, 700 if cold else 1600, seed))
 
 
 def goods(data: Path, folder: Path, seed: int, name: str) -> None:
