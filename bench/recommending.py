@@ -32,7 +32,7 @@ data:
     cold: %s
 model:
   backbone: {width: 64, layers: 2, heads: 2, context: 200, dropout: 0.2}
-  item: {words: 512}
+  item: {words: 512, drop: %g}
 training: {steps: %d, batch_size: 64, learning_rate: 2.0e-3, validations: 4, seed: %d}
 """
 GOODS = """
@@ -52,7 +52,7 @@ def films(data: Path, folder: Path, seed: int, cold: float) -> None:
         ("ml-1m_users.tsv", "users.tsv"),
     ):
         shutil.copy(source / name, folder / "source" / to)
-    (folder / "recipe.yaml").write_text(FILMS % (cold, 700 if cold else 1600, seed))
+    (folder / "recipe.yaml").write_text(FILMS % (cold, 0.3 if cold else 0.1, 700 if cold else 1600, seed))
 
 
 def goods(data: Path, folder: Path, seed: int, name: str) -> None:

@@ -25,6 +25,7 @@ from plait.data.catalogue import Item as Known
 MOST = 200_000  # items, with one code each
 FULL = 30_000  # items up to which every one of them is weighed against the next
 STD = 0.02  # of rows, at the start
+SPREAD = 0.1  # of what projects content: enough that what is alike in content begins alike
 
 
 class ItemSettings(BaseModel):
@@ -60,7 +61,7 @@ class Item(nn.Module):
         self.register_buffer("content", torch.zeros(settings.items, settings.content, dtype=torch.float16))
         self.project = nn.Linear(settings.content, width, bias=False) if settings.content else None
         if self.project is not None:
-            nn.init.normal_(self.project.weight, std=STD)
+            nn.init.normal_(self.project.weight, std=SPREAD)
 
     counts: Tensor
     content: Tensor
