@@ -39,8 +39,8 @@ GOODS = """
 data:
   items: {interactions: interactions.txt}
 model:
-  backbone: {width: 64, layers: 2, heads: 1, context: 50, dropout: 0.4}
-training: {steps: 4400, batch_size: 128, learning_rate: 2.0e-3, validations: 8, seed: %d}
+  backbone: {width: 64, layers: 2, heads: 2, context: 50, dropout: 0.5}
+training: {steps: 8000, batch_size: 128, learning_rate: 2.0e-3, validations: 10, seed: %d}
 """
 
 

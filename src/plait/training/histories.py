@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from plait.data.dataset import Dataset
 from plait.data.histories import TEST, TRAIN, VAL, Histories, read_catalogue, read_histories
 from plait.modalities.item import FULL, MOST, Bag, Item, ItemSettings, bag_of, content_of
 from plait.model.multimodal import IGNORE, Batch, Multimodal
-from plait.runtime import PlaitError, uniform
+from plait.runtime import Device, PlaitError, uniform
 from plait.training.batches import OFFSET, Sampler, Split, Step, cut_by_length
 
 Embed = Callable[[list[CatalogueItem]], np.ndarray]  # items to (N, E) float32, of unit length
@@ -152,3 +153,33 @@ class HistorySampler(Sampler):
             skipped = max(split.first[record] - first, 0)
             targets[row, skipped : len(ids)] = ids[skipped:]
         return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(lengths), {}, [])
+
+
+@torch.no_grad()
+def ranking(model: Multimodal, device: Device, sampler: HistorySampler, most: int = 4096) -> float:
+    """NDCG@10 of the last item of at most `most` histories of a split, among all items that the history lacks: what a
+    model of histories is chosen by. Its likelihood gets worse on val long before its ranking does."""
+    assert model.items is not None
+    training, base, found = model.training, model.vocabulary.size, []
+    model.eval()
+    with device.autocast():
+        items = model.items.rows()
+        table = model.reading(items)
+    for number in range(min(sampler.steps_per_epoch, -(-most // sampler.batch_size))):
+        for batch in sampler.step(number).batches:
+            asked = batch.targets != IGNORE
+            rows = asked.any(1).nonzero()[:, 0]
+            places = (asked.shape[1] - 1 - asked.flip(1).int().argmax(1))[rows]
+            wanted = batch.targets[rows, places] - base
+            with device.autocast():
+                hidden = model(batch.to(device.torch), table)[rows, places]
+            scores = (hidden.float() @ items.float().t()).cpu()
+            mine = scores.gather(1, wanted[:, None])
+            before = batch.tokens[rows] - base
+            known = (before >= 0) & (torch.arange(before.shape[1]) <= places[:, None])
+            row, place = known.nonzero(as_tuple=True)
+            scores[row, before[row, place]] = -torch.inf
+            better = (scores > mine).sum(1)
+            found += [1 / math.log2(rank + 2) if rank < 10 else 0.0 for rank in better.tolist()]
+    model.train(training)
+    return float(np.mean(found)) if found else 0.0

@@ -41,7 +41,7 @@ from plait.runtime import (
 from plait.training.batches import PASS, Ahead, Sampler, Split, load_split, room_needed
 from plait.training.canaries import plant
 from plait.training.distributed import Group, Network
-from plait.training.histories import Embed, HistorySampler, item_content
+from plait.training.histories import Embed, HistorySampler, item_content, ranking
 from plait.training.log import Log
 from plait.training.losses import Passes, step_losses, weighted
 from plait.training.optimizer import Average, learning_rate_at, make_optimizer
@@ -255,17 +255,24 @@ def _optimise(
         whole = Checkpoint(model, text, labels, generation, {**facts, **origin}, catalogue)
         saver.save(whole, optimizer, average, position)
 
-    def measure() -> dict[str, float]:
-        """Validate what is used, and beside an average the raw weights, for the report."""
+    def measure() -> tuple[dict[str, float], float | None]:
+        """Validate what is used, and beside an average the raw weights, for the report; the losses, and the number
+        that is least for the best: the objective, of histories minus NDCG@10."""
         if validating is None:
-            return {}
+            return {}, None
         if average is not None:
             log.write(position.step, "val_raw", validate(network, validating, splits["val"], group, check))
         with average.used() if average else nullcontext():
             scores = validate(network, validating, splits["val"], group, check)
+            judged = weighted(scores, settings.weights)
+            shown = scores
+            if isinstance(validating, HistorySampler):
+                judged = -ranking(model, run.device, validating)
+                shown = {**scores, "NDCG@10": -judged}
+                log.write(position.step, "val_ranking", {"NDCG@10": -judged})
         log.write(position.step, "val", scores)
-        run.report(Progress("validation", position.step, run.steps_from(position.step), scores))
-        return scores
+        run.report(Progress("validation", position.step, run.steps_from(position.step), shown))
+        return scores, judged
 
     whole = True  # no step is half done
     clock, ahead.waited = time.perf_counter(), 0.0
@@ -277,8 +284,8 @@ def _optimise(
                 scores: dict[str, float] = {}
                 every = max(steps // settings.validations, 1)
                 if number and position.validated < number and (number % every == 0 or number >= steps):
-                    scores = measure()
-                    improved = position.judge(group.told(weighted(scores, settings.weights)) if scores else None)
+                    scores, judged = measure()
+                    improved = position.judge(None if judged is None else group.told(judged))
                     due = improved or settings.save_every is None
                 else:
                     due = False
