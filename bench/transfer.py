@@ -26,6 +26,7 @@ from plait.applications.model import load
 from plait.config import load_recipe
 from plait.data.dataset import Dataset
 from plait.data.prepare import prepare
+from plait.evaluation.comparison import mean_and_error
 from plait.runtime import read_json
 from plait.training.trainer import train
 from plait.transfer import Task
@@ -91,9 +92,9 @@ def adding(source: Path, folder: Path, steps: int, seeds: int, limit: int) -> No
             made = load(run)
             rows.append((old.accuracy(made, limit, 0), new.accuracy(made, limit, 0)))
             print(f"replay {replay}, seed {seed}: old {rows[-1][0]:.3f}, new {rows[-1][1]:.3f}", flush=True)
-        means, errors = np.mean(rows, 0), np.std(rows, 0, ddof=1) / np.sqrt(len(rows))
-        print(f"replay {replay}: old {means[0]:.3f} ± {errors[0]:.3f} (before {before:.3f}), "
-              f"new {means[1]:.3f} ± {errors[1]:.3f}", flush=True)  # fmt: skip
+        for name, values, least in zip(("old", "new"), np.array(rows).T, (before, 0.1), strict=True):
+            mean, error = mean_and_error(values.tolist())
+            print(f"replay {replay}: {name} {mean:.3f} ± {error:.3f} (before {least:.3f})", flush=True)
 
 
 def main() -> None:
