@@ -242,7 +242,7 @@ SOUND = {  # emotion -> (words a minute, pitch around the middle of a voice, spr
     "anger": (270, -16, 70, "!"),
     "fear": (265, 34, 5, "."),
 }
-VOICES = {"train": 44, "val": 6, "test": 10}
+VOICES = {"train": 66, "val": 8, "test": 14}
 TAKES = 4  # sentences of each voice and emotion
 ACCENTS = ["en-us", "en", "en-gb-x-rp", "en-gb-scotland"]
 RATE = 8000

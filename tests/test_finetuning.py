@@ -177,3 +177,12 @@ def test_mistakes(
     given = [str(base / "run") if value == "BASE" else value for value in more]
     assert plait("train", new, "-o", tmp_path / "run", "--recipe", recipe(tmp_path), *given) == 1
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_weight_of_what_is_not_there(
+    new: Path, tmp_path: Path, plait: Plait, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for weights in ({"colour": 0}, {"fr": 0.5}):
+        assert plait("train", new, "-o", tmp_path / "run", "--recipe", recipe(tmp_path, weights=weights)) == 1
+        assert "cannot be obeyed" in capsys.readouterr().err
+        shutil.rmtree(tmp_path / "run")

@@ -34,6 +34,8 @@ def begin(run: Run, items: ItemSettings | None = None) -> tuple[Multimodal, Text
     if items is not None and run.recipe.model.init_from is not None:
         raise PlaitError("A model of histories begins with its catalogue: leave out --init-from and model.init_from.")
     source = _source(run)
+    if source is not None and source.model.items is not None:
+        raise PlaitError(f"{run.recipe.model.init_from} is a model of histories; its items cannot be carried on yet.")
     with run.group.in_turn():
         text = source.text if source else run.text()
     templated = text.chat_template is not None
