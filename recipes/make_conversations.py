@@ -236,11 +236,11 @@ SPOKEN = {
     "test": ["She called again.", "It was the green one.", "You said so before."],
 }  # fmt: skip
 SOUND = {  # emotion -> (words a minute, pitch around the middle of a voice, spread of the pitch, how sentences end)
-    "calm": (160, 0, 45, "."),
-    "joy": (185, 26, 100, "!"),
-    "sadness": (105, -18, 10, "."),
-    "anger": (270, -16, 70, "!"),
-    "fear": (265, 34, 5, "."),
+    "calm": (150, 0, 40, "."),
+    "joy": (205, 24, 100, "!"),
+    "sadness": (95, -18, 10, "."),
+    "anger": (300, -20, 80, "!"),
+    "fear": (290, 40, 5, "."),
 }
 VOICES = {"train": 66, "val": 8, "test": 14}
 TAKES = 4  # sentences of each voice and emotion
