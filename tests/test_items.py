@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from plait.data.dataset import Dataset
 from plait.data.histories import HIDDEN, TEST, TRAIN, VAL, read_catalogue, read_histories
 from plait.evaluation.neighbours import DECAY, WINDOW, Follows, Interactions
-from plait.evaluation.recommending import Ranks, Targets, rank
+from plait.evaluation.recommending import Ranks, Targets, rank, targets_of
 from plait.modalities.base import Vocabulary
 from plait.model import objectives
 from plait.model.multimodal import IGNORE
@@ -149,6 +149,8 @@ def test_bad_questions(
 def test_a_model_of_histories_writes_nothing(shop: Path, plait: Command, capsys: pytest.CaptureFixture[str]) -> None:
     assert plait("generate", shop / "run", "Hello") == 1
     assert "recommend, similar" in capsys.readouterr().err
+    assert plait("export", shop / "run", "-o", shop / "exported") == 1
+    assert "histories of items" in capsys.readouterr().err
 
 
 def test_over_http(shop: Path) -> None:
@@ -209,6 +211,19 @@ def test_tables_of_interactions(tmp_path: Path, plait: Command, name: str, text:
     }
     assert {user: found[user] for user in WANTED} == WANTED
     assert histories.parts[:3].tolist() == [TRAIN, VAL, TEST]
+
+
+def test_split_by_time(shop: Path, tmp_path: Path, plait: Command) -> None:
+    (tmp_path / "recipe.yaml").write_text("data: {items: {split: time, least_weight: 2}}")
+    assert plait("prepare", shop / "files", "-o", tmp_path / "data", "--recipe", tmp_path / "recipe.yaml") == 0
+    histories = read_histories(Dataset.open(tmp_path / "data"))
+    train, val, test = (histories.times[histories.parts == part] for part in (TRAIN, VAL, TEST))
+    assert train.max() <= val.min() and val.max() <= test.min() and len(train) > 7 * len(test) > 0
+    targets = targets_of(histories, (TEST,))
+    assert len(set(targets.users.tolist())) < len(targets)  # several of one user, each after all before it
+    for user, item, history in zip(targets.users, targets.items, targets.histories, strict=True):
+        mine = histories.items[histories.starts[user] : histories.starts[user + 1]].tolist()
+        assert mine[: len(history) + 1] == [*history, item]
 
 
 def test_movielens_100k_as_published(tmp_path: Path, plait: Command, capsys: pytest.CaptureFixture[str]) -> None:

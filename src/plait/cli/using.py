@@ -206,5 +206,7 @@ def export(
         raise PlaitError(
             f"{model} runs in transformers already; only GPT-2, Llama, Qwen3 and Plait models are exported."
         )
+    if loaded.checkpoint.catalogue is not None:
+        raise PlaitError(f"{model} knows histories of items, which no other program reads; nothing is written.")
     formats[to](settle(loaded.checkpoint, loaded.engine), out_folder)
     out.print(f"Written: {out_folder}")
