@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageDraw
+
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as `plait` does; read when torch loads
+
+import torch
 
 from plait.data.media import encode_wav
 
