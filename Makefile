@@ -10,7 +10,7 @@ demo: .venv/demo
 	$(BIN)/plait demo -o runs/demo
 
 serve: .venv/serve
-	$(BIN)/plait serve runs/demo
+	$(BIN)/plait serve runs/demo --ui
 
 test: .venv/dev
 	$(BIN)/python -m pytest
@@ -32,7 +32,7 @@ speech:
 	$(INSTALL) --force-reinstall --no-deps espeakng-loader
 
 .venv/serve: .venv/demo
-	$(INSTALL) -e ".[serve]"
+	$(INSTALL) -e ".[ui]"
 	@touch $@
 
 .venv/dev: .venv/demo
