@@ -429,3 +429,15 @@ def test_a_step_of_the_decoder_is_a_pass_of_the_backbone(settings, precision):
             error = (got.float() - wanted[torch.arange(3), at]).abs().max()
             assert error < (1e-5 if precision == "fp32" else 0.1) * wanted.abs().max()
     assert cache.lengths.tolist() == [14, 6, 19, 0, 0]
+
+
+@pytest.mark.parametrize("extreme", [5e-324, 1e-45, 1e300])
+def test_extreme_settings_draw_what_is_possible(extreme: float) -> None:
+    logits = torch.tensor([[30.0, -30.0, 29.0, float("-inf")]])
+    seen = torch.tensor([[True, True, False, False]])
+    for one in (
+        Sampling(temperature=extreme),
+        Sampling(repetition_penalty=extreme),
+        Sampling(temperature=2, top_p=1e-45),
+    ):
+        assert Knobs([one], logits.device).choose(logits, torch.tensor([0.99]), seen).item() in (0, 1, 2)

@@ -94,7 +94,8 @@ class Knobs:
         self.all_greedy = all(row.greedy for row in rows)
         self.any_greedy = any(row.greedy for row in rows)
         drawn = [row for row in rows if not row.greedy]
-        self.temperature = column("temperature").masked_fill(self.greedy, 1.0)
+        # Beyond these bounds quotients leave fp32; the likeliest id is all that is left long before.
+        self.temperature = column("temperature").masked_fill(self.greedy, 1.0).clamp(1e-4, 1e4)
         self.warm = any(row.temperature != 1 for row in drawn)
         self.top_k = column("top_k", torch.long)
         self.largest_k = max((row.top_k for row in drawn), default=0)
@@ -102,7 +103,7 @@ class Knobs:
         self.nucleus = any(row.top_p < 1 for row in drawn)
         self.min_p = column("min_p")
         self.floored = any(row.min_p > 0 for row in drawn)
-        self.penalty = column("repetition_penalty")
+        self.penalty = column("repetition_penalty").clamp(1e-4, 1e4)
         self.penalised = any(row.repetition_penalty != 1 for row in rows)
 
     def choose(self, logits: Tensor, uniforms: Tensor, seen: Tensor | None = None) -> Tensor:

@@ -57,7 +57,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     }.items()
 }
 EXPLAINED = 256  # words of an input that are explained at once
-STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+EVENT = {"type": "object", "properties": {"data": {"type": "string"}, "event": {"type": "string"}}}
+STREAM = {"text/event-stream": {"schema": EVENT}}
 
 
 def make_router() -> APIRouter:
