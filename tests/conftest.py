@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+# A shell's background jobs ignore Ctrl-C, and what they start inherits that; tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as `plait` does; read when torch loads
 
 import torch
