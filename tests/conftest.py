@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-# A shell's background jobs ignore Ctrl-C, and what they start inherits that; tests send it.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as `plait` does; read when torch loads
 
 import torch
@@ -22,6 +20,8 @@ import torch
 from plait.data.media import encode_wav
 
 torch.set_num_threads(1)
+# A shell's background jobs ignore Ctrl-C, and what they start inherits that; tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 EN = ["red disc", "blue disc", "red bar", "blue bar"]
 ZH = ["红圆", "蓝圆", "红条", "蓝条"]
