@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from conftest import EN, ZH
 from server import Server, is_error
@@ -33,7 +35,7 @@ class Visit:
         own = (server.url, "data:", "blob:")
         self.page.on("request", lambda r: None if r.url.startswith(own) else self.elsewhere.append(r.url))
         self.page.goto(server.url)
-        self.page.wait_for_selector("#chat-go")
+        self.page.wait_for_selector("[role=tab]")
 
     def tab(self, name: str) -> None:
         tab = self.page.get_by_role("tab", name=name, exact=True)
@@ -53,6 +55,26 @@ def browser() -> Iterator[Any]:
         opened.close()
 
 
+def write_shop(folder: Path, plait: Callable[..., int]) -> Path:
+    """A run on the histories of buyers; every other product has a picture."""
+    (folder / "files").mkdir(parents=True)
+    rows, goods = ["user,item"], []
+    for i, colour in enumerate(["red", "orange", "gold", "green", "teal", "blue", "purple", "brown"]):
+        picture = f"{colour}.png" if i % 2 == 0 else ""
+        if picture:
+            Image.new("RGB", (24, 24), colour).save(folder / "files" / picture)
+        goods.append(json.dumps({"id": f"p{i}", "title": f"A *{colour}* <b>hat</b>", "picture": picture}))
+        rows += [f"v{i},p{(i + j) % 8}" for j in range(5)]
+    (folder / "files" / "interactions.csv").write_text("\n".join(rows) + "\n")
+    (folder / "files" / "items.jsonl").write_text("\n".join(goods) + "\n")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        "model: {backbone: {width: 16, layers: 1, heads: 2, context: 16}}\ntraining: {steps: 20, batch_size: 8}\n"
+    )
+    assert plait("train", folder / "files", "-o", folder / "run", "--recipe", recipe) == 0
+    return folder / "run"
+
+
 def test_every_tab_does_its_job_and_keys_hold(
     trained: Path, plait: Callable[..., int], browser: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -61,7 +83,8 @@ def test_every_tab_does_its_job_and_keys_hold(
     assert plait("key", tmp_path / "keys", "--name", "me") == 0
     key = capsys.readouterr().out.strip()
     options = ("--ui", "--index", tmp_path / "index", "--api-key-file", tmp_path / "keys")
-    with Server.start(tmp_path / "log", f"m={trained}", *options, key=key) as server:
+    shop = write_shop(tmp_path / "shop", plait)
+    with Server.start(tmp_path / "log", f"m={trained}", shop, *options, key=key) as server:
         for path in ("/", "/page.js", "/theme.css", "/gradio_api/queue/data?session_hash=x", "/report/m"):
             status, headers, body = server.ask("GET", path, key="wrong")
             assert status == 401 and is_error(status, body), path
@@ -132,8 +155,38 @@ def test_every_tab_does_its_job_and_keys_hold(
         page.locator(".plait-example[data-to=find-medium]").first.click()
         page.click("#find-go")
         page.wait_for_selector("#find-out figure img")
+        visit.tab("Explain")
+        page.set_input_files(".plait-media[data-to=explain-medium] input", trained.parent / "files/media/5.png")
+        page.wait_for_selector(".plait-media[data-to=explain-medium] .shown img")
+        page.click("#explain-go")
+        page.wait_for_selector("#explain-out img.plait-overlay")
+        see(page.locator("#explain-out")).to_contain_text("random ones")
+        page.click(".plait-media[data-to=explain-medium] >> text=Clear")
+        page.fill("#explain-text textarea", f"{EN[0]} {EN[1]}")
+        page.click("#explain-go")
+        see(page.locator("#explain-out .plait-marked span")).to_have_count(len(f"{EN[0]} {EN[1]}".split()))
+        visit.tab("Recommend")
+        page.fill("#recommend-text textarea", "gold")
+        page.click("#recommend-look")
+        see(page.locator("#recommend-found button")).to_have_count(1)
+        page.click("#recommend-found button")  # begins a history
+        cards = page.locator("#recommend-out .plait-item")
+        see(cards).to_have_count(7)
+        assert page.locator("#recommend-out img").count() == 3 and page.locator("#recommend-out .tile").count() == 4
+        first = cards.first.locator("button").first
+        title = first.get_attribute("data-title")
+        first.click()  # a click on what was found goes on with it
+        see(page.locator("#recommend-chosen button")).to_have_count(2)
+        see(cards).to_have_count(6)
+        assert title in page.inner_text("#recommend-chosen") and "<b>" in title
+        see(page.locator("#recommend-out")).to_contain_text("because of")
+        cards.first.get_by_text("like it").click()
+        see(page.locator("#recommend-out")).to_contain_text("Like A *")
+        page.fill("#recommend-where textarea", "colour = 'red'")
+        page.click("#recommend-go")
+        see(page.locator("#recommend-out .plait-wrong")).to_contain_text("no such column: colour")
         visit.tab("Report")
-        assert "run" in page.frame_locator("iframe.plait-report").locator("h1").inner_text()
+        assert "run" in page.frame_locator("iframe.plait-report").first.locator("h1").inner_text()
         assert page.evaluate("document.documentElement.scrollWidth") <= 390  # nothing sticks out on a phone
         page.context.close()
         assert visit.errors == [] and visit.elsewhere == []

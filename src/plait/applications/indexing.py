@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import time
 import zlib
@@ -13,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image as PILImage
 
 from plait.applications.model import Model
 from plait.data.entries import Entry
-from plait.data.media import Checker, MediaError, resample, sniff
+from plait.data.media import Checker, MediaError, preview
 from plait.data.record import Rejected, rejected
 from plait.runtime import PlaitError
 
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
 
 OWN = ("id", "source", "kind", "split", "text")  # columns of every index that --where may name
 COMMIT, COMMIT_SECONDS = 1024, 15.0  # entries, or seconds, after which what is embedded is written
-PREVIEW_BYTES, PREVIEW_SIDE, PREVIEW_SECONDS, PREVIEW_RATE = 16_384, 128, 5, 16_000
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -80,11 +77,11 @@ class Adding:
             except (MediaError, PlaitError) as error:
                 self._reject(item, str(error).removesuffix("."))
         vectors = self._embedded([value for *_, value, _ in ready])
-        for (item, digest, _, preview), vector in zip(ready, vectors, strict=True):
+        for (item, digest, _, small), vector in zip(ready, vectors, strict=True):
             if isinstance(vector, str):
                 self._reject(item, vector)
             else:
-                self._row(item, digest, vector, preview)
+                self._row(item, digest, vector, small)
         if len(self.rows) >= COMMIT or time.monotonic() - self.begun > COMMIT_SECONDS:
             self.commit()
 
@@ -163,22 +160,3 @@ def _named(column: str) -> str:
     """The column of an index for a column of records: names of our own are given another end."""
     name = column.lstrip("_") or "column"
     return f"{name}_" if name in OWN else name
-
-
-def preview(data: bytes, value: PILImage.Image | tuple[np.ndarray, int]) -> bytes:
-    """A medium small enough to be kept in an index and shown in a browser: itself, a thumbnail, its first seconds."""
-    if len(data) <= PREVIEW_BYTES and (sniff(data[:64]) or ("", ""))[1] not in ("tiff", "bmp"):
-        return data
-    out = io.BytesIO()
-    if isinstance(value, PILImage.Image):
-        small = value.copy()
-        small.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
-        clear = small.mode in ("LA", "RGBA")
-        small.save(out, "PNG" if clear else "JPEG", quality=80)
-        return out.getvalue()
-    import soundfile
-
-    wave, rate = value
-    wave = resample(wave[: PREVIEW_SECONDS * rate], rate, PREVIEW_RATE)
-    soundfile.write(out, np.clip(wave, -1, 1), PREVIEW_RATE, format="MP3", subtype="MPEG_LAYER_III")
-    return out.getvalue()

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from plait.config import ItemsRecipe
-from plait.data.catalogue import Catalogue
+from plait.data.catalogue import Catalogue, Pictures
 from plait.data.catalogue import Item as Known
 from plait.data.dataset import Dataset
 from plait.data.files import scan
-from plait.data.histories import Histories, read_catalogue, read_histories
+from plait.data.histories import Histories, catalogue_file, read_catalogue, read_histories
 from plait.data.interactions import read_items
-from plait.data.media import decode_audio, decode_image
+from plait.data.media import MediaError, decode_audio, decode_image, preview
 from plait.data.record import Rejected
 from plait.generation.items import NextItem
 from plait.modalities.item import Item, content_of
@@ -118,6 +119,13 @@ class Recommending:
         order = np.argsort(-np.where(allowed, near, -np.inf), kind="stable")[: min(k, int(allowed.sum()))]
         return [self._shown(int(other), float(near[other])) for other in order]
 
+    def look_up(self, text: str, k: int = 10) -> list[int]:
+        """The numbers of at most k items whose titles hold a text, or nearly; without one, of those that stand most
+        often in training histories."""
+        if text.strip():
+            return self.catalogue.like(text, k)
+        return torch.argsort(self._rows.counts, descending=True, stable=True)[:k].tolist()
+
     def history(self, history: str | Iterable[str | int] | None, user: str | int | None = None) -> np.ndarray:
         """The item numbers of a history that is named, or of a user's. Raises PlaitError where it is empty."""
         if (history is None) == (user is None):
@@ -176,17 +184,40 @@ class Recommending:
             found.append([(self.catalogue.name(distinct[i]), float(column[i])) for i in order if column[i] > 0])
         return found
 
+    @cached_property
+    def _pictures(self) -> Pictures | None:
+        try:
+            return Pictures(catalogue_file(self._dataset)) if self._dataset is not None else None
+        except (PlaitError, OSError, pa.ArrowException):
+            return None  # pictures are a courtesy: the model needs no data
+
+    def picture(self, item: str) -> bytes | None:
+        """A small picture, encoded, of an item's id; None where nothing has one, or the run's data are gone."""
+        number = self.catalogue.find(item)
+        data = self.catalogue.items[number].picture if number is not None else None
+        if data is None and self._pictures is not None:
+            data = self._pictures.get(item)
+        try:
+            return preview(data, decode_image(data)) if data is not None else None
+        except MediaError:
+            return None
+
     # --- users ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _dataset(self) -> Dataset | None:
+        """The data of the run that the model lies in; None where it lies in none."""
+        above = self.folder.resolve().parents if self.folder else []
+        run = next((parent / "run.json" for parent in above if (parent / "run.json").is_file()), None)
+        facts = read_json(run) if run else {}
+        return Dataset.open(facts["dataset"]) if "dataset" in facts else None
 
     @cached_property
     def _histories(self) -> tuple[Histories, list[int], dict[str, int]]:
         """The run's data, the model's number of each of its items (-1: none), and users by id."""
-        above = self.folder.resolve().parents if self.folder else []
-        run = next((parent / "run.json" for parent in above if (parent / "run.json").is_file()), None)
-        facts = read_json(run) if run else {}
-        if "dataset" not in facts:
+        dataset = self._dataset
+        if dataset is None:
             raise PlaitError("This model is not in a run's folder, so its users are not known. Name a history instead.")
-        dataset = Dataset.open(facts["dataset"])
         histories, catalogue = read_histories(dataset), read_catalogue(dataset)
         numbers = [self.catalogue.find(item.id) for item in catalogue.items]
         users = {user: i for i, user in enumerate(histories.users)}

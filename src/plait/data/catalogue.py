@@ -20,6 +20,7 @@ from plait.runtime import PlaitError
 MEDIA = ("picture", "sound")  # bytes of files
 OWN = ("id", "title", "text", "categories", *MEDIA)  # what Plait knows the meaning of; all else is for conditions
 _STEPS = 5_000_000  # of SQLite's machine that a condition may take
+_GROUP = 1024  # rows that are read together
 
 
 @dataclass
@@ -86,7 +87,7 @@ class Catalogue:
         for name in self.columns:
             columns[f"more:{name}"] = _array([item.more.get(name) for item in self.items])
         table = pa.table(columns).replace_schema_metadata({"known": str(self.known)})
-        pq.write_table(table, path, compression="zstd")
+        pq.write_table(table, path, compression="zstd", row_group_size=_GROUP)
 
     @cached_property
     def columns(self) -> list[str]:
@@ -126,12 +127,20 @@ class Catalogue:
             raise PlaitError(f"There is no item '{name.strip()}'. {self._offer(name)}")
         return number
 
+    def like(self, text: str, count: int) -> list[int]:
+        """At most `count` items whose titles hold a text, the shortest first, then those that are nearly it."""
+        wanted = _plain(text)
+        inside = [number for plain, number in self._titles.items() if wanted and wanted in plain]
+        near = difflib.get_close_matches(wanted, self._titles, n=3, cutoff=0.5) if len(inside) < count else []
+        found = [*sorted(inside, key=lambda i: len(self.name(i)))[:count], *(self._titles[plain] for plain in near)]
+        return list(dict.fromkeys(found))[:count]
+
+    @cached_property
+    def _titles(self) -> dict[str, int]:
+        return {_plain(self.name(i)): i for i in range(len(self))}
+
     def _offer(self, name: str) -> str:
-        wanted = _plain(name)
-        titles = {_plain(self.name(i)): self.name(i) for i in range(len(self))}
-        inside = [title for plain, title in titles.items() if wanted and wanted in plain]
-        near = [titles[plain] for plain in difflib.get_close_matches(wanted, titles, n=3, cutoff=0.5)]
-        offered = list(dict.fromkeys([*sorted(inside, key=len)[:3], *near]))[:4]
+        offered = [self.name(i) for i in self.like(name, 4)]
         if offered:
             return "Did you mean " + " or ".join(f"'{title}'" for title in offered) + "?"
         return f"The catalogue has {len(self):,} items, such as '{self.name(0)}'."
@@ -157,8 +166,7 @@ class Catalogue:
                     break
             else:
                 whole = (",".join(pieces[:count]) for count in range(min(len(pieces), 4), 0, -1))
-                titles = {_plain(self.name(i)) for i in range(len(self))}
-                near = (name for name in whole if difflib.get_close_matches(_plain(name), titles, 1, 0.8))
+                near = (name for name in whole if difflib.get_close_matches(_plain(name), self._titles, 1, 0.8))
                 self.number(next(near, pieces[0]))
         return found
 
@@ -223,6 +231,27 @@ class Catalogue:
         for number, item in enumerate(self.items):
             more = (item.more.get(name) for name in self.columns)
             yield number, item.id, item.title, item.text, "|".join(item.categories), *more
+
+
+class Pictures:
+    """The pictures of a catalogue's file, read as they are asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = pq.ParquetFile(path, memory_map=True)
+        self._there = "picture" in self._file.schema_arrow.names
+        ids = self._file.read(columns=["id"])["id"].to_pylist() if self._there else []
+        self._places = {id_: place for place, id_ in enumerate(ids)}
+        groups = range(self._file.num_row_groups)
+        self._starts = np.cumsum([0] + [self._file.metadata.row_group(group).num_rows for group in groups])
+
+    def get(self, id_: str) -> bytes | None:
+        """The picture of an item; None where it has none."""
+        if (place := self._places.get(id_)) is None:
+            return None
+        group = int(np.searchsorted(self._starts, place, side="right")) - 1
+        column = self._file.read_row_group(group, columns=["picture"])["picture"]
+        found: bytes | None = column[place - int(self._starts[group])].as_py()
+        return found
 
 
 def _plain(text: str) -> str:

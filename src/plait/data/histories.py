@@ -73,12 +73,17 @@ def read_histories(dataset: Dataset) -> Histories:
 
 def read_catalogue(dataset: Dataset) -> Catalogue:
     """The catalogue of a dataset of histories. Raises PlaitError where the dataset has none, or it is damaged."""
+    return Catalogue.read(catalogue_file(dataset))
+
+
+def catalogue_file(dataset: Dataset) -> Path:
+    """The file of a dataset's catalogue. Raises PlaitError where there is none here."""
     if dataset.manifest.catalogue is None:
         raise PlaitError(f"{dataset.path} holds no histories of items. Prepare a table of interactions.")
     place = join(dataset.path, dataset.manifest.catalogue.file)
     if not isinstance(place, Path):
         raise PlaitError(f"{dataset.path} is far away; copy a dataset of histories to this machine first.")
-    return Catalogue.read(place)
+    return place
 
 
 # --- writing ----------------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ class Limits:
 
 LIMITS = Limits()
 SIDE = 2048  # pixels a side that `Checker.decode` hands over
+PREVIEW_BYTES, PREVIEW_SIDE, PREVIEW_SECONDS, PREVIEW_RATE = 16_384, 128, 5, 16_000
 _BLOCK = 1 << 16  # frames decoded at a time
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".gif", ".webp", ".bmp", ".dib", ".tif", ".tiff"}
@@ -328,6 +329,25 @@ def resample(wave: np.ndarray, rate: int, to: int) -> np.ndarray:
 
 
 # --- checking in processes of their own ---------------------------------------------------------------------------
+
+
+def preview(data: bytes, value: Image.Image | tuple[np.ndarray, int]) -> bytes:
+    """A medium small enough to be kept in an index or shown in a browser: itself, a thumbnail, its first seconds."""
+    if len(data) <= PREVIEW_BYTES and (sniff(data[:64]) or ("", ""))[1] not in ("tiff", "bmp"):
+        return data
+    out = io.BytesIO()
+    if isinstance(value, Image.Image):
+        small = value.copy()
+        small.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+        clear = small.mode in ("LA", "RGBA")
+        small.save(out, "PNG" if clear else "JPEG", quality=80)
+        return out.getvalue()
+    import soundfile
+
+    wave, rate = value
+    wave = resample(wave[: PREVIEW_SECONDS * rate], rate, PREVIEW_RATE)
+    soundfile.write(out, np.clip(wave, -1, 1), PREVIEW_RATE, format="MP3", subtype="MPEG_LAYER_III")
+    return out.getvalue()
 
 
 def _short(error: BaseException) -> str:

@@ -152,6 +152,8 @@ def evaluate_histories(
     for note in dataset.manifest.notes:
         if note.startswith(("leave one out", "split by time", "no times")) or "ties in time" in note:
             findings.notes.append(f"{note[0].upper()}{note[1:]}.")
+    if first := int((histories.parts == wanted).sum()) - len(targets):
+        findings.notes.append(f"{first:,} held-out items are the first of their users: with no history, not asked for.")
     most = min(QUERIES, limit or QUERIES)
     if len(targets) > most:
         findings.notes.append(f"{most:,} of {len(targets):,} held-out items were asked for, drawn by the seed.")

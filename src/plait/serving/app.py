@@ -73,7 +73,7 @@ def serve(
         app = Page(app, service)
     guard = Guard(app, doors, limits, service.metrics, _routes())
     if ui:
-        app.guard = guard
+        app.tabs.guard = guard
     set_up_logging()
 
     def stop(seconds: float) -> None:

@@ -11,6 +11,12 @@
     field.dispatchEvent(new Event("input", { bubbles: true }));
   }
 
+  // The items that a hidden field holds, each [id, title], changed and kept.
+  function change(where, act) {
+    const field = document.querySelector(`#${where} textarea, #${where} input`);
+    if (field) keep(where, JSON.stringify(act(JSON.parse(field.value || "[]"))));
+  }
+
   function read(blob) {
     return new Promise((done, failed) => {
       const reader = new FileReader();
@@ -137,7 +143,12 @@
 
   document.addEventListener("click", (event) => {
     const example = event.target.closest(".plait-example");
-    if (example && example.dataset.text !== undefined) keep(example.dataset.to, example.dataset.text);
+    if (example && example.dataset.act) {
+      const { act, id, title } = example.dataset;
+      if (act === "add") change("recommend-history", (list) => [...list.filter((one) => one[0] !== id), [id, title]]);
+      else if (act === "drop") change("recommend-history", (list) => list.filter((one) => one[0] !== id));
+      else keep("recommend-liked", JSON.stringify([[id, title, Date.now()]]));
+    } else if (example && example.dataset.text !== undefined) keep(example.dataset.to, example.dataset.text);
     else if (example) {
       const box = document.querySelector(`.plait-media[data-to="${example.dataset.to}"]`);
       if (box && box.plait) box.plait(example.dataset.url);

@@ -36,14 +36,22 @@ image-rendering:pixelated;margin:0}.plait-turn{margin:.5rem 0;padding:.6rem .9re
 width:fit-content;background:var(--background-fill-secondary);overflow-wrap:anywhere}.plait-turn.user{margin-left:auto;
 background:var(--color-accent-soft)}.plait-wrong{color:var(--error-text-color,#b91c1c);padding:.5rem 0}
 iframe.plait-report{width:100%;height:75vh;border:1px solid var(--border-color-primary);border-radius:.6rem}
+.plait-history{display:flex;flex-wrap:wrap;gap:.4rem;align-items:center;margin:.4rem 0}
+.plait-row .plait-item{width:9rem;display:flex;flex-direction:column;gap:.3rem}.plait-item b{font-weight:600}
+.plait-item .tile{width:9rem;height:9rem;display:grid;place-items:center;text-align:center;padding:.6rem;
+box-sizing:border-box;border-radius:.5rem;border:1px solid var(--border-color-primary);overflow:hidden;
+background:var(--background-fill-secondary);font-weight:600;overflow-wrap:anywhere}
+.plait-item .tools{display:flex;gap:.3rem}.plait-item button{flex:1;padding:.15rem .3rem;font-size:.85rem}
+.plait-marked{font-size:1.15rem;line-height:1.9}.plait-marked span{border-radius:.2rem;padding:0 .15rem;color:#111}
+.plait-row .plait-overlay{width:auto;height:auto;min-width:9rem;max-width:100%}
 footer{display:none!important}.gradio-container{width:100%!important;max-width:60rem!important;margin:0 auto!important}
 .form:not(:has(>:not(.plait-hidden))){display:none!important}.plait-media button,.plait-example{margin:0!important}
 """
 
 
-def bar_html(label: str, share: float) -> str:
-    """A label with its probability as a bar."""
-    bar = f'<i style="width:{share:.1%}"></i><span>{share:.1%}</span>'
+def bar_html(label: str, share: float, told: str | None = None) -> str:
+    """A label with its probability as a bar; `told` is the figure where it is another."""
+    bar = f'<i style="width:{share:.1%}"></i><span>{told or f"{share:.1%}"}</span>'
     return f'<div class="plait-bar"><b>{plain_html(label)}</b>{bar}</div>'
 
 
@@ -59,6 +67,79 @@ def word_button(where: str, text: str) -> str:
         f'<button type="button" class="plait-example" data-to="{where}" data-text="{escape(text, quote=True)}">'
         f"{plain_html(text)}</button>"
     )
+
+
+def _button(label: str, act: str, item: str, title: str, say: str) -> str:
+    """A button that page.js carries out on an item."""
+    data = f'data-act="{act}" data-id="{escape(item, quote=True)}" data-title="{escape(title, quote=True)}"'
+    return f'<button type="button" class="plait-example" aria-label="{escape(say, quote=True)}" {data}>{label}</button>'
+
+
+def add_button(item: dict[str, Any]) -> str:
+    """An item that joins the history at a click."""
+    return _button(plain_html(item["title"]), "add", item["id"], item["title"], f"add {item['title']}")
+
+
+def history_html(history: list[tuple[str, str]]) -> str:
+    """What was chosen, oldest first; a click takes it out."""
+    chips = (_button(f"{plain_html(title)} ✕", "drop", id_, title, f"remove {title}") for id_, title in history)
+    return f'<div class="plait-history">{"".join(chips)}</div>'
+
+
+def item_html(one: dict[str, Any], share: bool) -> str:
+    """An item that was found: its picture or title, its chance (or, where `share` is not, its cosine), and why."""
+    title = plain_html(one["title"])
+    shown = f'<img src="{one["preview"]}" alt="">' if one["preview"] else f'<div class="tile">{title}</div>'
+    told = f"<b>{title}</b><br>" if one["preview"] else ""
+    told += f"{one['probability']:.1%}" if share else f"{one['probability']:.3f}"
+    told += f" · {plain_html(', '.join(one['categories']))}" if one["categories"] else ""
+    if one["why"]:
+        told += "<br>because of " + ", ".join(plain_html(reason["title"]) for reason in one["why"])
+    add, like = (
+        _button(label, act, one["id"], one["title"], f"{act} {one['title']}")
+        for label, act in (("+ add", "add"), ("like it", "like"))
+    )
+    shown += f'<figcaption>{told}</figcaption><div class="tools">{add}{like}</div>'
+    return f'<figure class="plait-item">{shown}</figure>'
+
+
+def read_history(told: str) -> list[tuple[str, str]]:
+    """(id, title) of the items that the page keeps; nothing where it was tampered with."""
+    try:
+        return [(str(id_), str(title)) for id_, title, *_ in json.loads(told or "[]")][:1000]
+    except (ValueError, TypeError, RecursionError):
+        return []
+
+
+def explained_html(found: dict[str, Any]) -> str:
+    """An explanation as the route tells it: the marked picture or words, the strongest, and what the checks say."""
+    body = "".join(wrong(text) for text in found["warnings"])
+    body += f"<p>Why <b>{plain_html(found['answer'])}</b>: {found['measure']} {found['score']:.3f}, "
+    body += f"chance {found['chance']:.3f}. Red speaks for the answer, blue against it.</p>"
+    if "picture" in found:
+        body += f'<div class="plait-row"><img class="plait-overlay" src="{found["picture"]}" alt="marked input"></div>'
+    top = max((abs(weight) for part in found["parts"] for weight in part["weights"]), default=0) or 1
+    for part in found["parts"]:
+        if "words" in part:
+            pairs = zip(part["words"], part["weights"], strict=True)
+            body += f'<p class="plait-marked">{" ".join(_marked(word, weight / top) for word, weight in pairs)}</p>'
+        most = part["strongest"][0]["weight"] if part["strongest"] else 1
+        listed = (bar_html(one["where"], one["weight"] / most, f"{one['weight']:+.2f}") for one in part["strongest"])
+        body += "".join(listed) or "<p>No part of it speaks for the answer.</p>"
+    for part_name, lost in found["lost_without"].items():
+        body += f"<p>Without the {plain_html(part_name)} the score is {lost:+.3f} lower.</p>"
+    if areas := found.get("areas"):
+        beaten, maps = (int(areas[name]) for name in ("random_maps_beaten", "random_maps"))
+        body += f"<p>This map does better than {beaten} of {maps} random ones.</p>"
+    return body
+
+
+def _marked(word: str, share: float) -> str:
+    """A word on red where its weight, in [-1, 1], speaks for the answer, and on blue where against it."""
+    strength = min(abs(share), 1.0) ** 0.7
+    ground = (255, 120, 110) if share > 0 else (130, 165, 255)
+    colour = ",".join(str(round(255 + (channel - 255) * strength)) for channel in ground)
+    return f'<span style="background:rgb({colour})">{plain_html(word)}</span>'
 
 
 def plain_html(text: str) -> str:

@@ -241,26 +241,6 @@ class SearchRequest(Strict):
     preview: Annotated[bool, Field(description="Whether small pictures and sounds come along as data: URLs.")] = True
 
 
-Condition = Annotated[str | None, Field(max_length=1000, description="As in SQL: year >= 1990 and title like '%War%'.")]
-
-
-class RecommendRequest(Strict):
-    model: Name
-    history: Annotated[list[Name], Field(min_length=1, max_length=1000, description="Titles or ids, oldest first.")]
-    k: Annotated[int, Field(ge=1, le=100)] = 10
-    exclude_seen: bool = True
-    where: Condition = None
-    diversity: Annotated[float, Field(ge=0, le=1)] = 0.0
-    why: bool = False
-
-
-class SimilarRequest(Strict):
-    model: Name
-    item: Name
-    k: Annotated[int, Field(ge=1, le=100)] = 10
-    where: Condition = None
-
-
 class ExplainRequest(Strict):
     """Why a text is the answer to an input. `answer` defaults to the model's own."""
 
@@ -432,25 +412,6 @@ class Found(BaseModel):
     text: str | None
     columns: dict[str, str]
     preview: str | None
-
-
-class Reason(BaseModel):
-    title: str
-    lost: float
-
-
-class RecommendedItem(BaseModel):
-    id: str
-    title: str
-    probability: float
-    categories: list[str]
-    why: list[Reason]
-
-
-class Recommendations(BaseModel):
-    object: Literal["list"] = "list"
-    model: str
-    data: list[RecommendedItem]
 
 
 class SearchResults(BaseModel):
