@@ -126,6 +126,26 @@ def test_new_items_join_by_what_they_are(shop: Path, plait: Command, capsys: pyt
     assert plait("recommend", shop / "run", "--add-items", table, "--history", "n1,n2", "-k", 2) == 0
     assert "All items of this history are new" in capsys.readouterr().err
 
+    # Kept, they are there for every verb; what is evaluated is still the run's data, among all items.
+    grown, more = shop / "grown", shop / "more.csv"
+    assert plait("recommend", shop / "run", "--add-items", table, "--save", grown) == 0
+    capsys.readouterr()
+    asked = ["--history", "Film 4, Western (1964),n1", "-k", 3, "--json"]
+    assert plait("recommend", grown, *asked) == 0
+    kept = json.loads(capsys.readouterr().out)
+    assert plait("recommend", shop / "run", "--add-items", table, *asked) == 0
+    assert json.loads(capsys.readouterr().out) == kept
+    assert plait("similar", grown, "n1", "-k", 2) == plait("recommend", grown, "--user", 17) == 0
+    more.write_text("id,title,genres\nn2,Again,War\nn3,Film 5 War (1970),War\n")
+    assert plait("recommend", grown, "--add-items", more, "--save", shop / "again") == 0
+    assert "'n2' is known already" in capsys.readouterr().err
+    assert plait("recommend", grown, "--add-items", more, "--save", grown) == 1
+    assert plait("recommend", grown, "--save", shop / "third", "--history", "n1") == 1
+    assert plait("evaluate", shop / "again") == plait("doctor", shop / "again") == 0
+    before, after = (json.loads((shop / name / "metrics.json").read_text()) for name in ("run", "again"))
+    name = "recommendation/item-item/hr_at_20"
+    assert abs(after[name]["value"] - before[name]["value"]) < 0.1 and after[name]["chance"] < before[name]["chance"]
+
 
 @pytest.mark.parametrize(
     ("arguments", "told"),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,8 +23,10 @@ from plait.data.media import MediaError, decode_audio, decode_image, preview
 from plait.data.record import Rejected
 from plait.generation.items import NextItem
 from plait.modalities.item import Item, content_of
+from plait.model import checkpoint as checkpoints
 from plait.model.checkpoint import Checkpoint
-from plait.runtime import Device, PlaitError, read_json
+from plait.runtime import Device, PlaitError, publish_folder, read_json
+from plait.training.saving import folder_name, point
 
 if TYPE_CHECKING:
     from plait.training.histories import Embed
@@ -51,6 +53,7 @@ class Recommending:
     checkpoint: Checkpoint
     device: Device
     folder: Path | None  # the checkpoint's, which may lie in a run's
+    joined: int = 0  # items that joined since it was loaded
 
     @property
     def catalogue(self) -> Catalogue:
@@ -207,10 +210,15 @@ class Recommending:
     @cached_property
     def _dataset(self) -> Dataset | None:
         """The data of the run that the model lies in; None where it lies in none."""
-        above = self.folder.resolve().parents if self.folder else []
-        run = next((parent / "run.json" for parent in above if (parent / "run.json").is_file()), None)
-        facts = read_json(run) if run else {}
+        facts = self._facts
         return Dataset.open(facts["dataset"]) if "dataset" in facts else None
+
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
+        """What the run that the model lies in decided; nothing where it lies in none."""
+        places = self.folder.resolve().parents if self.folder else []
+        run = next((place / "run.json" for place in places if (place / "run.json").is_file()), None)
+        return read_json(run) if run else {}
 
     @cached_property
     def _histories(self) -> tuple[Histories, list[int], dict[str, int]]:
@@ -260,11 +268,34 @@ class Recommending:
         if settings.encoder is not None:
             seen = embedder(settings.encoder, self.device.name)(fresh)
         self._rows.grow(content_of(fresh, settings, seen))
-        catalogue = self.catalogue
+        self.joined += len(fresh)
+        network, catalogue = self.checkpoint.model, self.catalogue
+        modalities = {**network.config.modalities, Item.name: self._rows.settings.model_dump()}
+        network.config = network.config.model_copy(update={"modalities": modalities})
         self.checkpoint.catalogue = Catalogue([*catalogue.items, *fresh], catalogue.known)
         for name in ("_next", "_histories"):
             self.__dict__.pop(name, None)
         return refused
+
+    def save_catalogue(self, folder: str | Path) -> None:
+        """Write the model with its catalogue as it is now to a new folder, a run that every verb takes in the old
+        one's place. Raises PlaitError where the folder exists, or cannot be written."""
+        folder, catalogue = Path(folder), self.catalogue
+        if folder.exists():
+            raise PlaitError(f"{folder} exists already. Name a new folder for the grown model.")
+        grown = {"from": str(self.folder), "items": self.joined}
+
+        def more(aside: Path) -> None:
+            catalogue.write(aside / checkpoints.ITEMS)  # pictures and sounds of what joined are nowhere else
+
+        whole = replace(self.checkpoint, training={**self.checkpoint.training, "grown": grown})
+        name = folder_name(whole.training.get("step", 0))
+        with publish_folder(folder) as aside:
+            checkpoints.save(whole, aside / "checkpoints" / name, more=more)
+            for link in ("best", "last"):
+                point(aside / "checkpoints" / link, name)
+            if self._facts:
+                checkpoints.write_json(aside / "run.json", {**self._facts, "grown": grown})
 
 
 def _narrow(where: str | None, seen: bool) -> str:

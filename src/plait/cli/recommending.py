@@ -75,6 +75,9 @@ def recommend(
     ] = 0.0,
     why: Annotated[bool, typer.Option("--why", help="Name the items of the history that moved each most.")] = False,
     add_items: AddOption = None,
+    save: Annotated[
+        Path | None, typer.Option(help="With --add-items: keep the grown catalogue, as a new folder to use as the run.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     device: DeviceOption = "auto",
 ) -> None:
@@ -84,9 +87,19 @@ def recommend(
     """
     from plait.runtime import PlaitError
 
-    if (history is None) == (user is None):
+    if save is not None and add_items is None:
+        raise PlaitError("--save keeps a catalogue that grew: name the new items with --add-items.")
+    keeps = save is not None and history is None and user is None  # and nothing else is asked for
+    if (history is None) == (user is None) and not keeps:
         raise PlaitError('Name a history (--history "Title,Title") or a user of the data (--user 17), one of the two.')
+    if save is not None and save.exists():
+        raise PlaitError(f"{save} exists already. Name a new folder for the grown model.")
     loaded = _model(model, device, add_items)
+    if save is not None:
+        loaded.save_catalogue(save)
+        err.print(f"Kept in {plain(str(save))}, which every command takes in the run's place.")
+    if keeps:
+        return
     if loaded.all_new(loaded.history(history, user)):
         err.print("[yellow]Note:[/yellow] All items of this history are new: what they are alone counts.")
     found = loaded.recommend(

@@ -140,8 +140,8 @@ def evaluate_histories(
 
     Raises PlaitError where there is nothing to ask, or the model is of another catalogue.
     """
-    histories, catalogue = read_histories(dataset), read_catalogue(dataset)
-    _fit(model, catalogue, dataset)
+    histories = read_histories(dataset)
+    catalogue = _fit(model, read_catalogue(dataset), dataset, histories)
     if split not in ("val", "test"):
         raise PlaitError(f"Histories are evaluated on what is held out of them: --split test or val, not {split}.")
     wanted = TEST if split == "test" else VAL
@@ -169,8 +169,9 @@ def evaluate_histories(
     return work.metrics, findings
 
 
-def _fit(model: Model, catalogue: Catalogue, dataset: Dataset) -> None:
-    """Give the model the items of the dataset that it has not met; the order of both is then the same."""
+def _fit(model: Model, catalogue: Catalogue, dataset: Dataset, histories: Histories) -> Catalogue:
+    """Give the model the items of the dataset that it has not met, and the histories the model's numbers; returns its
+    catalogue, which may have more items than the dataset's."""
     own = model.checkpoint.catalogue
     if own is None:
         raise PlaitError("This model knows no items: evaluate the run that was trained on these histories.")
@@ -178,6 +179,11 @@ def _fit(model: Model, catalogue: Catalogue, dataset: Dataset) -> None:
         raise PlaitError(f"The model's items are not those of {dataset.path}. Evaluate it on the data of its run.")
     known = {item.id for item in own.items}
     model.add_items([item for item in catalogue.items if item.id not in known])
+    whole = model.checkpoint.catalogue
+    assert whole is not None
+    numbers = {item.id: number for number, item in enumerate(whole.items)}
+    histories.items = np.array([numbers[item.id] for item in catalogue.items], np.int64)[histories.items]
+    return whole
 
 
 @dataclass
