@@ -177,8 +177,10 @@ def embed(engine: Engine, sequences: list[Sequence], most: int = 256) -> np.ndar
         part = [sequences[row] for row in rows]
         with torch.inference_mode(), engine.device.autocast():
             batch = collate(part, model.media, model.vocabulary.pad).to(engine.device.torch)
-            hidden = engine.decoder(model.inputs(batch, engine.table))
+            inputs = model.inputs(batch, engine.table)
+            hidden = engine.decoder(inputs)
             edges = torch.tensor([sequence.spans[0][1:] for sequence in part], device=hidden.device)
-            pooled = model.pool(hidden, torch.arange(len(part), device=hidden.device), edges[:, 0], edges[:, 1])
+            rows_of = torch.arange(len(part), device=hidden.device)
+            pooled = model.pool(inputs, hidden, rows_of, edges[:, 0], edges[:, 1])
         found[rows] = pooled.float().cpu().numpy()
     return found

@@ -40,6 +40,7 @@ class ImageSettings(BaseModel):
     freeze: bool = True  # the tower stays as it is; a projection of what it sees is trained
     tower: TowerSettings | None = None  # filled in from the tower's files
     stem: int = 32  # channels of the encoder's first layer
+    stride: int = 1  # of that layer, in pixels
     patch: int = 4  # side in pixels of what one code stands for
     codec_width: int = 96
     codec_blocks: int = 1
@@ -66,7 +67,8 @@ class ImageSettings(BaseModel):
         pixels = overrides.get("size", size)
         small, middling = (not isinstance(pixels, int) or pixels <= limit for limit in (32, 128))
         patch, grid = (4, 4) if small else (8, 8) if middling else (16, 8)
-        return cls.model_validate({"size": size, "patch": patch, "grid": grid, **overrides})
+        stride = 1 if small else 2
+        return cls.model_validate({"size": size, "patch": patch, "grid": grid, "stride": stride, **overrides})
 
 
 class Residual(nn.Module):
@@ -99,9 +101,9 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, settings: ImageSettings, width: int) -> None:
         super().__init__()
-        halvings = max(round(math.log2(settings.size / settings.grid)), 1)
+        halvings = max(round(math.log2(settings.size / settings.stride / settings.grid)), 1)
         channels = settings.stem
-        layers: list[nn.Module] = [nn.Conv2d(settings.channels, channels, 3, padding=1)]
+        layers: list[nn.Module] = [nn.Conv2d(settings.channels, channels, 3, settings.stride, padding=1)]
         for step in range(halvings):
             wider = min(channels * 2, 4 * settings.stem)
             layers += [nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, wider, 3, padding=1)]

@@ -31,6 +31,7 @@ class ModelConfig(BaseModel):
     backbone: TransformerConfig
     vocabulary: Vocabulary
     space: int = 128  # width of the embedding space; 0 for a model without one
+    pools_inputs: bool = False  # embeddings are pooled from what enters the backbone, too; those before lacked it
     tied: bool = False  # one table of rows for reading and for predicting
     modalities: dict[str, dict[str, object]] = {}  # the settings of each modality present, text aside
     read_only: list[str] = []  # modalities, and columns, that are never written
@@ -254,8 +255,12 @@ class Multimodal(nn.Module):
         rows = self.predicting.table() if space is None else self.predicting.space(space)
         return hidden @ rows.to(hidden.dtype).t()
 
-    def pool(self, hidden: Tensor, rows: Tensor, starts: Tensor, stops: Tensor) -> Tensor:
-        """The embeddings of spans: mean hidden state, projected, of unit length; (S, E)."""
+    def pool(self, inputs: Tensor, hidden: Tensor, rows: Tensor, starts: Tensor, stops: Tensor) -> Tensor:
+        """The embeddings of spans: the mean of hidden states (B, L, D), and of the backbone's inputs (B, L, D) beside
+        them, projected, of unit length; (S, E). From hidden states alone a new model's pictures all look the same to
+        the contrast, which then makes the texts equal too, and stays there."""
+        if self.config.pools_inputs:
+            hidden = hidden + F.rms_norm(inputs.float(), inputs.shape[-1:]).to(hidden.dtype)
         places = torch.arange(hidden.shape[1], device=hidden.device)
         inside = (places >= starts[:, None]) & (places < stops[:, None])
         weight = inside.float() / (stops - starts)[:, None]

@@ -54,7 +54,8 @@ class Passes(nn.Module):
         for batch, records in zip(step.batches, step.span_records, strict=True):
             on_device = batch.to(device)
             with self.device.autocast():
-                hidden = model(on_device, table)
+                inputs = model.inputs(on_device, table)
+                hidden = model.backbone(inputs)
                 found = {}
                 if likelihood:
                     found = likelihoods(model, hidden, on_device.targets, restricted, smoothing, items)
@@ -64,7 +65,7 @@ class Passes(nn.Module):
             if embed and len(chosen):
                 spans = [batch.spans[i] for i in chosen]
                 rows, starts, stops = (torch.tensor([s[k] for s in spans], device=device) for k in (0, 2, 3))
-                embedded.append(model.pool(hidden, rows, starts, stops))
+                embedded.append(model.pool(inputs, hidden, rows, starts, stops))
             if not found:
                 nothing = nothing + 0 * hidden.sum()
         for parameter in self._idle(step, set(sums), restricted, bool(embedded)):
