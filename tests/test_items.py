@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,10 +20,13 @@ from plait.data.dataset import Dataset
 from plait.data.histories import HIDDEN, TEST, TRAIN, VAL, read_catalogue, read_histories
 from plait.evaluation.neighbours import DECAY, WINDOW, Follows, Interactions
 from plait.evaluation.recommending import Ranks, Targets, rank, targets_of
+from plait.generation.trie import NextCodes, Trie
 from plait.modalities.base import Vocabulary
+from plait.modalities.item import ItemCodesSettings, fit_codes, sizes_of
 from plait.model import objectives
-from plait.model.multimodal import IGNORE
-from plait.model.transformer import dropout
+from plait.model.multimodal import IGNORE, ModelConfig, Multimodal
+from plait.model.transformer import TransformerConfig, dropout
+from plait.runtime import choose_device
 from plait.training.histories import HistorySampler, HistorySplit
 from server import Server
 
@@ -187,6 +191,110 @@ def test_over_http(shop: Path) -> None:
         status, found = server.post("/v1/completions", {"model": "films", "prompt": "Hello"})
         assert status == 400 and "recommend" in found["error"]["message"]
         assert server.stop() == 0
+
+
+# --- semantic codes ---------------------------------------------------------------------------------------------
+
+
+def test_semantic_codes_through_the_commands(
+    tmp_path: Path, plait: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same commands, with several codes an item: what is learnt, ranked, recommended, added and kept."""
+    write_shop(tmp_path / "files", users=160)
+    recipe = RECIPE.replace("context: 24", "context: 64").replace("steps: 150", "steps: 90")
+    (tmp_path / "recipe.yaml").write_text(recipe.replace("training:", "  item: {codes: semantic}\ntraining:"))
+    run = tmp_path / "run"
+    assert plait("train", tmp_path / "files", "-o", run, "--recipe", tmp_path / "recipe.yaml") == 0
+    assert plait("evaluate", run) == 0
+    figure = json.loads((run / "metrics.json").read_text())["recommendation/item-item/hr_at_10"]
+    assert figure["value"] > max(0.6, 3 * figure["chance"])
+    table = tmp_path / "new.csv"
+    table.write_text("id,title,genres\nn1,Film 6 Western (1968),Western|Drama\nn2,Film 6 War (1969),War|Drama\n")
+    history = ["--history", "Film 3, Western (1961),Film 4, Western (1964)", "--json"]
+    capsys.readouterr()
+    assert plait("recommend", run, *history, "-k", 3, "--why", "--add-items", table, "--save", tmp_path / "grown") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert all("Western" in one["categories"] for one in found) and any(one["why"] for one in found)
+    assert plait("recommend", tmp_path / "grown", *history, "-k", 1, "--where", "id in ('n1', 'n2')") == 0
+    assert json.loads(capsys.readouterr().out)[0]["id"] == "n1"  # a new item has codes by what it is
+    assert plait("similar", run, "Film 3, Western (1961)", "-k", 3, "--json") == 0
+    alike = json.loads(capsys.readouterr().out)
+    assert all("Film 3, " in one["title"] or "Western" in one["categories"] for one in alike)
+    (tmp_path / "files" / "movies.csv").unlink()
+    assert plait("train", tmp_path / "files", "-o", tmp_path / "none", "--recipe", tmp_path / "recipe.yaml") == 1
+    assert "nothing is known" in capsys.readouterr().err.replace("\n", " ")
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sets(st.tuples(*[st.integers(0, 4)] * 3), min_size=1, max_size=60),
+    st.randoms(use_true_random=False),
+)
+def test_a_trie_leads_to_all_items_and_to_nothing_else(rows: set[tuple[int, ...]], random: Any) -> None:
+    table = np.array(random.sample(sorted(rows), len(rows)))
+    allowed = np.array([random.random() < 0.5 for _ in rows])
+    trie, alive = Trie(table), Trie(table).alive(allowed)
+
+    def walk(depth: int, node: int, codes: tuple[int, ...], only: bool) -> Iterator[tuple[int, tuple[int, ...]]]:
+        if depth == trie.depth:
+            yield int(trie.order[node]), codes
+            return
+        owner, children = trie.children(depth, np.array([node]))
+        assert (owner == 0).all()
+        for child in children:
+            if alive[depth + 1][child] or not only:
+                yield from walk(depth + 1, int(child), (*codes, int(trie.codes[depth + 1][child])), only)
+
+    assert dict(walk(0, 0, (), False)) == {item: tuple(row) for item, row in enumerate(table.tolist())}
+    assert {item for item, _ in walk(0, 0, (), True)} == set(np.flatnonzero(allowed).tolist())
+    path = trie.path(np.arange(len(table)))
+    assert all((trie.codes[d + 1][path[d]] == table[:, d]).all() for d in range(3))
+
+
+def test_chances_over_a_trie_are_those_of_its_paths() -> None:
+    """Against a plain pass over each item's codes; and all items together have the chance of one."""
+    torch.manual_seed(0)
+    content = torch.randn(90, 12).numpy().repeat(2, 0)  # in pairs that only the last code tells apart
+    codes = fit_codes(len(content), lambda numbers: content[numbers], 0)
+    known = ItemCodesSettings(items=len(content), content=12, reduced=12, sizes=sizes_of(codes))
+    vocabulary = Vocabulary(text=256, columns={"item": "item"}, levels=known.spaces, closers=[])
+    backbone = TransformerConfig(width=32, layers=2, heads=2, kv_heads=2, head_width=16, hidden=64, max_length=40)
+    model = Multimodal(ModelConfig(backbone=backbone, vocabulary=vocabulary, space=0, tied=True,
+                                   modalities={"item_codes": known.model_dump()})).eval()  # fmt: skip
+    assert model.item_codes is not None
+    with torch.no_grad():
+        for name, buffer in codes.items():
+            getattr(model.item_codes, name).copy_(buffer)
+        for parameter in model.rows.parameters():
+            parameter.mul_(30)
+    table = codes["table"].long().numpy()
+    assert len(np.unique(table, axis=0)) == len(table) and (table[::2, :-1] == table[1::2, :-1]).all()
+    following = NextCodes(model, choose_device("cpu", "fp32"))
+    rng = np.random.default_rng(0)
+    histories = [rng.integers(0, len(content), n) for n in (1, 4, 30)]
+    everything = np.arange(len(content))
+    chances = following.of(histories, everything)
+    np.testing.assert_allclose(np.exp(chances).sum(1), 1, rtol=1e-4)
+    first = [vocabulary.spaces[space][0] for space in vocabulary.levels]
+    for row, history in zip(chances, histories, strict=True):
+        for item in (0, 77):
+            read = [vocabulary.opener("item"), *(table[history[-9:]] + first).ravel().tolist()]
+            total = 0.0
+            for step, code in enumerate(table[item]):
+                ids = torch.tensor([read + [int(c) + first[d] for d, c in enumerate(table[item][:step])]])
+                hidden = model.backbone(F.embedding(ids, model.reading()))[0, -1]
+                there = sorted({int(r[step]) for r in table if (r[:step] == table[item][:step]).all()})
+                logits = model.predicting.space(f"item:{step + 1}")[there] @ hidden
+                total += float(logits.detach().log_softmax(0)[there.index(int(code))])
+            assert abs(total - row[item]) < 1e-3
+        allowed = rng.random(len(content)) < 0.3
+        items, found = following.best(history, 7, allowed)
+        wanted = np.flatnonzero(allowed)[np.argsort(-row[allowed])][:7]
+        assert items.tolist() == wanted.tolist()
+        np.testing.assert_allclose(found, row[wanted], atol=1e-4)
+    model.item_codes.grow(content[:3])
+    grown = model.item_codes.table.numpy()
+    assert (grown[-3:, :-1] == table[:3, :-1]).all() and len(np.unique(grown, axis=0)) == len(content) + 3
 
 
 # --- reading ----------------------------------------------------------------------------------------------------

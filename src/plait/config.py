@@ -54,6 +54,7 @@ class TextRecipe(_Settings):
 
 
 class ItemModelRecipe(_Settings):
+    codes: Literal["auto", "one", "semantic"] = "auto"  # of an item: one up to 200,000 items, else semantic
     encoder: str | None = None  # a run or an import whose embeddings are part of what is known of items
     words: int = Field(1024, ge=0)  # of titles, categories and texts, the most that the content tells apart
     drop: float = Field(0.1, ge=0, lt=1)  # share of learnt rows that a step hides

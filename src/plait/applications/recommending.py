@@ -21,8 +21,8 @@ from plait.data.histories import Histories, catalogue_file, read_catalogue, read
 from plait.data.interactions import read_items
 from plait.data.media import MediaError, decode_audio, decode_image, preview
 from plait.data.record import Rejected
-from plait.generation.items import NextItem
-from plait.modalities.item import Item, content_of
+from plait.generation.items import NextCodes, NextItem, foretell
+from plait.modalities.item import Item, ItemCodes, content_of
 from plait.model import checkpoint as checkpoints
 from plait.model.checkpoint import Checkpoint
 from plait.runtime import Device, PlaitError, publish_folder, read_json
@@ -63,14 +63,14 @@ class Recommending:
         return self.checkpoint.catalogue
 
     @property
-    def _rows(self) -> Item:
-        items = self.checkpoint.model.items
+    def _items(self) -> Item | ItemCodes:
+        items = self.checkpoint.model.items or self.checkpoint.model.item_codes
         assert items is not None
         return items
 
     @cached_property
-    def _next(self) -> NextItem:
-        return NextItem(self.checkpoint.model, self.device)
+    def _next(self) -> NextItem | NextCodes:
+        return foretell(self.checkpoint.model, self.device)
 
     # --- verbs ------------------------------------------------------------------------------------------------
 
@@ -98,14 +98,13 @@ class Recommending:
         allowed = self._allowed(where)
         if exclude_seen:
             allowed[places] = False
-        scores = self._next.log_chances([places])[0]
-        allowed &= np.isfinite(scores)
-        if not allowed.any():
+        items, scores = self._next.best(places, max(POOL, 4 * k) if diversity else k, allowed)
+        if not len(items):
             raise PlaitError("No item is left to recommend: " + _narrow(where, exclude_seen))
-        chosen = self._choose(np.where(allowed, scores, -np.inf), min(k, int(allowed.sum())), diversity)
-        found = [self._shown(int(item), float(np.exp(scores[item]))) for item in chosen]
+        chosen = self._choose(items, scores, min(k, len(items)), diversity)
+        found = [self._shown(int(items[i]), float(np.exp(scores[i]))) for i in chosen]
         if why:
-            for one, reasons in zip(found, self._reasons(places, chosen, scores[chosen]), strict=True):
+            for one, reasons in zip(found, self._reasons(places, items[chosen], scores[chosen]), strict=True):
                 one.why = reasons
         return found
 
@@ -127,7 +126,7 @@ class Recommending:
         often in training histories."""
         if text.strip():
             return self.catalogue.like(text, k)
-        return torch.argsort(self._rows.counts, descending=True, stable=True)[:k].tolist()
+        return torch.argsort(self._items.counts, descending=True, stable=True)[:k].tolist()
 
     def history(self, history: str | Iterable[str | int] | None, user: str | int | None = None) -> np.ndarray:
         """The item numbers of a history that is named, or of a user's. Raises PlaitError where it is empty."""
@@ -145,7 +144,7 @@ class Recommending:
 
     def all_new(self, places: np.ndarray) -> bool:
         """Whether no item of a history stands in a training history: what they are alone then counts."""
-        return bool((self._rows.counts[torch.from_numpy(places)] == 0).all())
+        return bool((self._items.counts[torch.from_numpy(places)] == 0).all())
 
     def _shown(self, item: int, probability: float) -> Recommendation:
         one = self.catalogue.items[item]
@@ -154,24 +153,21 @@ class Recommending:
     def _allowed(self, where: str | None) -> np.ndarray:
         return np.ones(len(self.catalogue), bool) if where is None else self.catalogue.where(where)
 
-    def _choose(self, scores: np.ndarray, k: int, diversity: float) -> np.ndarray:
-        """The best k; with diversity one after the other, by likelihood less nearness to those chosen (maximal
-        marginal relevance: Carbonell and Goldstein, 1998)."""
-        order = np.argsort(-scores, kind="stable")
+    def _choose(self, items: np.ndarray, scores: np.ndarray, k: int, diversity: float) -> np.ndarray:
+        """The places of the best k, of items in falling order of their scores; with diversity one after the other, by
+        likelihood less nearness to those chosen (maximal marginal relevance: Carbonell and Goldstein, 1998)."""
         if not diversity:
-            return order[:k]
-        pool = order[: max(POOL, 4 * k)]
-        pool = pool[np.isfinite(scores[pool])]
-        rows = torch.nn.functional.normalize(self._next.rows.float()[torch.from_numpy(pool)], dim=1).cpu().numpy()
-        likely = (scores[pool] - scores[pool].min()) / max(np.ptp(scores[pool]), 1e-9)
-        nearest, chosen = np.zeros(len(pool)), list[int]()
+            return np.arange(k)
+        rows = torch.nn.functional.normalize(self._next.rows.float()[torch.from_numpy(items)], dim=1).cpu().numpy()
+        likely = (scores - scores.min()) / max(np.ptp(scores), 1e-9)
+        nearest, chosen = np.zeros(len(items)), list[int]()
         for _ in range(k):
             worth = (1 - diversity) * likely - diversity * nearest
             worth[chosen] = -np.inf
             best = int(worth.argmax())
             chosen.append(best)
             nearest = np.maximum(nearest, rows @ rows[best])
-        return pool[chosen]
+        return np.array(chosen)
 
     def _reasons(self, places: np.ndarray, chosen: np.ndarray, whole: np.ndarray) -> list[list[tuple[str, float]]]:
         """For each chosen item, those of the history whose absence costs it most, each left out by itself."""
@@ -179,7 +175,7 @@ class Recommending:
         distinct = list(dict.fromkeys(read.tolist()))
         if len(distinct) < 2:
             return [[] for _ in chosen]
-        without = self._next.log_chances([read[read != item] for item in distinct])[:, chosen]
+        without = self._next.of([read[read != item] for item in distinct], chosen)
         lost = whole - without  # (distinct, chosen)
         found = []
         for column in lost.T:
@@ -263,14 +259,14 @@ class Recommending:
                 return refused
             reasons = "; ".join(dict.fromkeys(row.reason for row in refused[:3]))
             raise PlaitError(f"{items} has no new item. {reasons or 'It is empty'}.")
-        settings = self._rows.settings
+        settings = self._items.settings
         seen = None
         if settings.encoder is not None:
             seen = embedder(settings.encoder, self.device.name)(fresh)
-        self._rows.grow(content_of(fresh, settings, seen))
+        self._items.grow(content_of(fresh, settings, seen))
         self.joined += len(fresh)
         network, catalogue = self.checkpoint.model, self.catalogue
-        modalities = {**network.config.modalities, Item.name: self._rows.settings.model_dump()}
+        modalities = {**network.config.modalities, self._items.name: self._items.settings.model_dump()}
         network.config = network.config.model_copy(update={"modalities": modalities})
         self.checkpoint.catalogue = Catalogue([*catalogue.items, *fresh], catalogue.known)
         for name in ("_next", "_histories"):

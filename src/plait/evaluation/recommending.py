@@ -19,7 +19,7 @@ from plait.evaluation import metrics
 from plait.evaluation.material import Progress
 from plait.evaluation.neighbours import MOST, Follows, Interactions, Neighbours
 from plait.evaluation.report import Exhibit, Findings, Gallery, Metrics
-from plait.generation.items import NextItem
+from plait.generation.items import foretell
 from plait.model.checkpoint import Checkpoint
 from plait.runtime import Device, PlaitError, uniform
 
@@ -27,7 +27,7 @@ TASK, DIRECTION = "recommendation", "item-item"
 DEPTHS = (1, 5, 10, 20)
 DRAWS = 10_000  # resamples of the paired bootstrap
 QUERIES = 30_000  # targets, at most
-CHUNK = 512  # histories that are scored at a time
+CHUNK, CELLS = 512, 2**25  # histories that are scored at a time, and scores
 EASE = 500.0  # ridge of EASE
 ORDER, TIES = 211, 212  # keys of `uniform`
 
@@ -102,13 +102,19 @@ class Measured:
         return cls(values, ranks.lists)
 
 
-def rank(targets: Targets, scores: Scores, seed: int, told: Callable[[int], None] = lambda done: None) -> Ranks:
+def rank(
+    targets: Targets,
+    scores: Scores,
+    seed: int,
+    told: Callable[[int], None] = lambda done: None,
+    chunk: int = CHUNK,
+) -> Ranks:
     """The rank of every target among all items; equal scores are put in an order drawn by the seed."""
     masked, whole = np.zeros(len(targets), np.int64), np.zeros(len(targets), np.int64)
     lists = np.zeros((len(targets), 10), np.int64)
     order = np.argsort([len(h) for h in targets.histories], kind="stable")  # like lengths together
-    for start in range(0, len(targets), CHUNK):
-        places = order[start : start + CHUNK]
+    for start in range(0, len(targets), chunk):
+        places = order[start : start + chunk]
         told(start)
         found = scores([targets.histories[i] for i in places])
         luck = uniform(seed, np.arange(found.shape[1]), TIES)
@@ -198,7 +204,7 @@ class _Work:
 
     def __post_init__(self) -> None:
         network = self.model.checkpoint.model
-        self.next = NextItem(network, self.model.device)
+        self.next = foretell(network, self.model.device)
         keep = self.histories.parts == TRAIN
         counts = np.bincount(self.histories.owners()[keep], minlength=len(self.histories))
         starts = np.concatenate(([0], np.cumsum(counts)))
@@ -210,7 +216,8 @@ class _Work:
         self.metrics[f"{TASK}/{DIRECTION}/{name}"] = found
 
     def ranks(self, name: str, targets: Targets, scores: Scores) -> Ranks:
-        return rank(targets, scores, self.seed, lambda done: self.progress(name, done, len(targets)))
+        chunk = min(CHUNK, max(CELLS // len(self.catalogue), 16))
+        return rank(targets, scores, self.seed, lambda done: self.progress(name, done, len(targets)), chunk)
 
     def methods(self) -> dict[str, Scores]:
         """Name -> scores, the baselines that this catalogue is not too large for."""
@@ -316,7 +323,8 @@ class _Work:
     def _nearest(self) -> Scores | None:
         """Items whose content is nearest to that of the last ten."""
         items = self.model.checkpoint.model.items
-        assert items is not None
+        if items is None:  # codes say less than the content that they came from
+            return None
         content = items.content.float().cpu().numpy()
         if not content.shape[1]:
             return None

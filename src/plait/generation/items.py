@@ -7,11 +7,17 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from plait.generation.trie import NextCodes
 from plait.model.multimodal import Batch, Multimodal
 from plait.runtime import Device
 
 TOKENS = 16_384  # of histories that are read at a time
 CELLS = 2**24  # scores that exist at a time
+
+
+def foretell(model: Multimodal, device: Device) -> NextItem | NextCodes:
+    """What foretells the next item of a model of histories."""
+    return NextItem(model, device) if model.items is not None else NextCodes(model, device)
 
 
 class NextItem:
@@ -34,6 +40,17 @@ class NextItem:
         for places, scores in self.walk(histories):
             found[places] = scores
         return found
+
+    def best(self, history: np.ndarray, k: int, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """At most k of the items that are allowed (items,), the likeliest first, and log P of each."""
+        scores = self.log_chances([history])[0]
+        scores[~allowed] = -np.inf
+        order = np.argsort(-scores, kind="stable")[: min(k, int(np.isfinite(scores).sum()))]
+        return order, scores[order]
+
+    def of(self, histories: list[np.ndarray], items: np.ndarray) -> np.ndarray:
+        """log P of items (k,) after each of some histories, (N, k)."""
+        return self.log_chances(histories)[:, items]
 
     def walk(self, histories: list[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """`log_chances` in pieces, the shortest histories first: their places, and their rows."""

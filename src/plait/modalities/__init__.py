@@ -4,7 +4,12 @@ from typing import Any
 
 from plait.modalities.audio import Audio, AudioSettings
 from plait.modalities.image import Image, ImageSettings
-from plait.modalities.item import Item, ItemSettings
+from plait.modalities.item import Item, ItemCodes, ItemCodesSettings, ItemSettings
 
-MODALITIES: dict[str, Any] = {"image": Image, "audio": Audio, "item": Item}
-SETTINGS: dict[str, Any] = {"image": ImageSettings, "audio": AudioSettings, "item": ItemSettings}
+MODALITIES: dict[str, Any] = {"image": Image, "audio": Audio, "item": Item, "item_codes": ItemCodes}
+SETTINGS: dict[str, Any] = {
+    "image": ImageSettings,
+    "audio": AudioSettings,
+    "item": ItemSettings,
+    "item_codes": ItemCodesSettings,
+}

@@ -4,6 +4,11 @@ An item's row is what its content says, projected, plus a row that was learnt fr
 alone. Some learnt rows are hidden in every training step, so that what the content says suffices where it must. Rows
 serve on both sides: what is read, and what is predicted. They live beside the vocabulary, from its size on, so that a
 catalogue grows without moving an id.
+
+A catalogue too large for that has semantic codes: what the content says, quantised in a few steps, each of what the
+one before left over, and a last code that tells apart those that came out alike. They are tokens of the vocabulary,
+one space a step, and no item has a row of its own (Rajput et al., "Recommender Systems with Generative Retrieval",
+2023).
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import ClassVar
 
 import numpy as np
@@ -20,31 +25,57 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from plait.data.catalogue import Item as Known
+from plait.data.catalogue import Item as CatalogueItem
+from plait.runtime import PlaitError
 
 MOST = 200_000  # items, with one code each
 FULL = 30_000  # items up to which every one of them is weighed against the next
 STD = 0.02  # of rows, at the start
+STEPS = 3  # of quantisation
+REDUCED = 64  # numbers that content is reduced to before
+SAMPLE = 16_384  # items by which codes are fitted
+ROUNDS = 12  # of k-means
+ALIKE = 4096  # items that may come out alike
 SPREAD = 0.1  # of what projects content: enough that what is alike in content begins alike
 
 
-class ItemSettings(BaseModel):
-    """What fixes the items of a model."""
+class Known(BaseModel):
+    """How what is known of items becomes numbers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    items: int = Field(ge=1, le=MOST)
+    items: int = Field(ge=1)
     content: int = 0  # width of what the content says; 0 where nothing is known of the items
     words: list[str] = []  # of the bag, in the order of its columns
     weights: list[float] = []  # of these words
     encoder: str | None = None  # the model whose embeddings are part of the content
-    drop: float = Field(0.1, ge=0, lt=1)  # share of the learnt rows that a step hides
-    sampled: int = Field(0, ge=0)  # items that are drawn to stand for all in the softmax; 0: all of them
 
     @property
     def levels(self) -> list[int]:
-        """None: the codes of items are no part of the vocabulary."""
+        """None: items have no codec with FSQ digits."""
         return []
+
+
+class ItemSettings(Known):
+    """What fixes the items of a model that has one code an item."""
+
+    drop: float = Field(0.1, ge=0, lt=1)  # share of the learnt rows that a step hides
+    sampled: int = Field(0, ge=0)  # items that are drawn to stand for all in the softmax; 0: all of them
+
+
+class ItemCodesSettings(Known):
+    """What fixes the items of a model that has semantic codes of them."""
+
+    reduced: int = Field(ge=1)  # width of the content once it is reduced, which is what is quantised
+    sizes: list[int]  # of each code; the last tells apart what is alike
+
+    @property
+    def spaces(self) -> dict[str, list[int]]:
+        """Space of the vocabulary -> its levels, one space a code."""
+        return {f"item:{number}": [size] for number, size in enumerate(self.sizes, 1)}
+
+
+ItemsSettings = ItemSettings | ItemCodesSettings
 
 
 class Item(nn.Module):
@@ -93,6 +124,114 @@ class Item(nn.Module):
         self.settings = self.settings.model_copy(update={"items": len(self.free)})
 
 
+class ItemCodes(nn.Module):
+    """The semantic codes of a catalogue, and what makes those of a new item. Nothing of it is trained."""
+
+    name: ClassVar[str] = "item_codes"
+    variable_length: ClassVar[bool] = False
+
+    table: Tensor  # (items, codes) below the sizes; no two rows are the same
+    counts: Tensor
+    mean: Tensor
+    basis: Tensor
+    centres: Tensor  # (steps, K, reduced)
+
+    def __init__(self, settings: ItemCodesSettings, width: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.register_buffer("table", torch.zeros(settings.items, len(settings.sizes), dtype=torch.int32))
+        self.register_buffer("counts", torch.zeros(settings.items))  # how often each stands in the training histories
+        self.register_buffer("mean", torch.zeros(settings.content))
+        self.register_buffer("basis", torch.zeros(settings.content, settings.reduced))
+        steps = len(settings.sizes) - 1
+        self.register_buffer("centres", torch.zeros(steps, settings.sizes[0], settings.reduced))
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @torch.no_grad()
+    def grow(self, content: np.ndarray) -> None:
+        """Append items that no history knows, by their content (N, C). Raises PlaitError where what they are is so
+        common that no code is left."""
+        reduced = (torch.as_tensor(content, dtype=torch.float32, device=self.mean.device) - self.mean) @ self.basis
+        wanted = quantise(reduced, self.centres).tolist()
+        places, counts = torch.unique(self.table[:, :-1], dim=0, return_counts=True)
+        taken = Counter({tuple(place): n for place, n in zip(places.tolist(), counts.tolist(), strict=True)})
+        size, most = self.settings.sizes[-2], self.settings.sizes[-1]
+        rows = []
+        for row in wanted:
+            for step in range(size):  # where there is no room left, a neighbouring code is taken
+                place = (*row[:-1], (row[-1] + step) % size)
+                if taken[place] < most:
+                    break
+            else:
+                raise PlaitError(f"More than {size * most:,} items are alike to this model. Train it again with them.")
+            rows.append([*place, taken[place]])
+            taken[place] += 1
+        self.table = torch.cat((self.table, self.table.new_tensor(rows)))
+        self.counts = torch.cat((self.counts, self.counts.new_zeros(len(rows))))
+        self.settings = self.settings.model_copy(update={"items": len(self.table)})
+
+
+def quantise(reduced: Tensor, centres: Tensor) -> Tensor:
+    """(N, P) to (N, steps) integers: the nearest of the centres (steps, K, P), each of what the one before left."""
+    left, found = reduced, []
+    for some in centres:
+        nearest = torch.cat([torch.cdist(part, some).argmin(1) for part in left.split(8192)])
+        found.append(nearest)
+        left = left - some[nearest]
+    return torch.stack(found, 1)
+
+
+@torch.no_grad()
+def fit_codes(count: int, content: Callable[[np.ndarray], np.ndarray], seed: int) -> dict[str, Tensor]:
+    """The buffers of `ItemCodes` for `count` items, whose `content` is had by number, (N,) to (N, C). It is reduced to
+    the directions in which a sample of the items differs most, and these are quantised by residual k-means.
+
+    Raises PlaitError where too many items cannot be told apart.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    some = torch.randperm(count, generator=draw)[:SAMPLE].numpy()
+    sample = torch.from_numpy(content(some))
+    mean = sample.mean(0)
+    sample = sample - mean
+    _, directions = torch.linalg.eigh(sample.t() @ sample)
+    basis = directions[:, -REDUCED:].contiguous()
+    parts = np.array_split(np.arange(count), -(-count // 8192))
+    reduced = torch.cat([(torch.from_numpy(content(part)) - mean) @ basis for part in parts])
+    size = int(2 ** min(max(round(math.log2(count) / 2), 3), 8))
+    left, centres = reduced[some], []
+    for _ in range(STEPS):
+        centre = left[torch.randint(len(left), (size,), generator=draw)].clone()
+        for _ in range(ROUNDS):
+            nearest = torch.cdist(left, centre).argmin(1)
+            held = torch.bincount(nearest, minlength=size)
+            sums = torch.zeros_like(centre).index_add_(0, nearest, left)
+            centre = torch.where(held[:, None] > 0, sums / held[:, None].clamp(min=1), centre)
+        left = left - centre[torch.cdist(left, centre).argmin(1)]
+        centres.append(centre)
+    found = torch.stack(centres)
+    codes = quantise(reduced, found)
+    _, place, alike = torch.unique(codes, dim=0, return_inverse=True, return_counts=True)
+    if int(alike.max()) > ALIKE:
+        raise PlaitError(
+            f"{int(alike.max()):,} items are alike in all that is known of them, so semantic codes cannot tell them "
+            "apart. Give the items table titles, texts or categories, or name a model.item.encoder."
+        )
+    order = torch.argsort(place, stable=True)
+    last = torch.empty_like(place)
+    last[order] = torch.arange(count) - (torch.cumsum(alike, 0) - alike)[place[order]]
+    table = torch.cat((codes, last[:, None]), 1).int()
+    return {"table": table, "mean": mean, "basis": basis, "centres": found}
+
+
+def sizes_of(codes: dict[str, Tensor]) -> list[int]:
+    """The sizes of codes that were fitted; the last has room for new items."""
+    steps, size, _ = codes["centres"].shape
+    alike = int(codes["table"][:, -1].max()) + 1
+    return [size] * steps + [max(8, 2 ** math.ceil(math.log2(2 * alike)))]
+
+
 # --- what words say ---------------------------------------------------------------------------------------------
 
 
@@ -130,7 +269,7 @@ class Bag:
         return found / np.linalg.norm(found, axis=1, keepdims=True).clip(1e-12)
 
 
-def bag_of(item: Known) -> list[str]:
+def bag_of(item: CatalogueItem) -> list[str]:
     """The words of an item's title and text, and its categories and decade as words of their own."""
     year = item.more.get("year")
     decade = [f"decade:{year // 10 * 10}"] if isinstance(year, int) else []
@@ -138,7 +277,7 @@ def bag_of(item: Known) -> list[str]:
     return [*words_of(item.title or ""), *words_of(item.text or ""), *categories, *decade]
 
 
-def content_of(items: list[Known], settings: ItemSettings, seen: np.ndarray | None) -> np.ndarray:
+def content_of(items: list[CatalogueItem], settings: Known, seen: np.ndarray | None) -> np.ndarray:
     """The content of items, (N, C): a bag of words, and beside it what an encoder sees in them."""
     bag = Bag(settings.words, settings.weights).vectors([bag_of(item) for item in items])
     return bag if seen is None else np.concatenate((bag, seen), 1)

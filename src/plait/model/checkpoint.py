@@ -158,7 +158,7 @@ def load(folder: Path, device: torch.device | None = None) -> Checkpoint:
     model.eval()
     if device is not None:
         model.to(device)
-    catalogue = Catalogue.read(folder / ITEMS) if model.items is not None else None
+    catalogue = Catalogue.read(folder / ITEMS) if (folder / ITEMS).is_file() else None
     return Checkpoint(model, Text.load(folder / "tokenizer.json"), labels, generation, training, catalogue)
 
 

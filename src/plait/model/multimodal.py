@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from plait.modalities import MODALITIES, SETTINGS
 from plait.modalities.base import MediaModality, Vocabulary
-from plait.modalities.item import Item
+from plait.modalities.item import Item, ItemCodes
 from plait.modalities.quantizer import FSQ
 from plait.model.transformer import Transformer, TransformerConfig
 
@@ -214,12 +214,19 @@ class Multimodal(nn.Module):
 
     @property
     def media(self) -> dict[str, MediaModality]:
-        return {name: part for name, part in self.modalities.items() if not isinstance(part, Item)}  # type: ignore[misc]
+        items = (Item, ItemCodes)
+        return {n: part for n, part in self.modalities.items() if not isinstance(part, items)}  # type: ignore[misc]
 
     @property
     def items(self) -> Item | None:
-        """The catalogue, where histories are read."""
+        """The catalogue, where histories are read and each item has a code of its own."""
         found = [part for part in self.modalities.values() if isinstance(part, Item)]
+        return found[0] if found else None
+
+    @property
+    def item_codes(self) -> ItemCodes | None:
+        """The catalogue, where histories are read and items have semantic codes, which are tokens."""
+        found = [part for part in self.modalities.values() if isinstance(part, ItemCodes)]
         return found[0] if found else None
 
     @property

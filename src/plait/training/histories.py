@@ -9,15 +9,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as tensors_to_bytes
 
-from plait.config import ItemModelRecipe
+from plait.config import Recipe
 from plait.data.catalogue import Catalogue
 from plait.data.catalogue import Item as CatalogueItem
 from plait.data.dataset import Dataset
 from plait.data.histories import TEST, TRAIN, VAL, Histories, read_catalogue, read_histories
-from plait.modalities.item import FULL, MOST, Bag, Item, ItemSettings, bag_of, content_of
+from plait.modalities.item import (
+    FULL,
+    MOST,
+    Bag,
+    Item,
+    ItemCodesSettings,
+    ItemSettings,
+    ItemsSettings,
+    Known,
+    bag_of,
+    content_of,
+    fit_codes,
+    sizes_of,
+)
 from plait.model.multimodal import IGNORE, Batch, Multimodal
-from plait.runtime import Device, PlaitError, uniform
+from plait.runtime import Device, PlaitError, uniform, write_atomic
 from plait.training.batches import OFFSET, Sampler, Split, Step, cut_by_length
 
 Embed = Callable[[list[CatalogueItem]], np.ndarray]  # items to (N, E) float32, of unit length
@@ -31,48 +46,75 @@ class ItemContent:
 
     catalogue: Catalogue
     histories: Histories
-    settings: ItemSettings
-    vectors: np.ndarray  # (items, content)
+    settings: ItemsSettings
+    buffers: dict[str, torch.Tensor]  # of the model's items: their content (items, content), or their codes
 
     def split(self, name: str) -> HistorySplit:
-        return history_split(self.histories, name, len(self.catalogue))
+        found = history_split(self.histories, name, len(self.catalogue))
+        if "table" in self.buffers:
+            found.code_table = self.buffers["table"].numpy().astype(np.int64)
+        return found
 
     def fill(self, model: Multimodal) -> None:
-        """Give a new model its content and the items' frequencies."""
-        assert model.items is not None
-        model.items.content.copy_(torch.from_numpy(self.vectors))
+        """Give a new model what is known of the items, and how often each was chosen."""
+        items = model.items or model.item_codes
+        assert items is not None
+        for name, buffer in self.buffers.items():
+            getattr(items, name).copy_(buffer)
         trained = self.histories.items[self.histories.parts == TRAIN]
-        model.items.counts.copy_(torch.from_numpy(np.bincount(trained, minlength=self.settings.items)))
+        items.counts.copy_(torch.from_numpy(np.bincount(trained, minlength=self.settings.items)))
 
 
-def item_content(dataset: Dataset, recipe: ItemModelRecipe, cache: Path, embed: Embed | None) -> ItemContent:
+def item_content(dataset: Dataset, whole: Recipe, cache: Path, embed: Embed | None) -> ItemContent:
     """The content of the items that stand in training histories: a bag of words, and beside it what `embed` sees in
-    them, which is kept in the file `cache`. Raises PlaitError for a catalogue that is too large."""
-    catalogue = read_catalogue(dataset).trained()
+    them; or the semantic codes that it becomes. What takes long is kept in the folder `cache`.
+
+    Raises PlaitError for a catalogue that is too large, or of whose items too little is known.
+    """
+    recipe, catalogue = whole.model.item, read_catalogue(dataset).trained()
     known = catalogue.items
-    if len(known) > MOST:
+    semantic = recipe.codes == "semantic" or (recipe.codes == "auto" and len(known) > MOST)
+    if not semantic and len(known) > MOST:
         raise PlaitError(
-            f"{len(known):,} items; a model has one code an item, and at most {MOST:,}. Leave out the rarest ones, or "
-            "those of a weight below data.items.least_weight."
+            f"{len(known):,} items; with one code an item a model has at most {MOST:,}. Set model.item.codes to "
+            "semantic, or leave out the rarest ones."
         )
     bag = Bag.fit((bag_of(item) for item in known), recipe.words)
     seen = None
     if recipe.encoder is not None:
-        if not cache.exists():
+        if not (cache / "items.npy").exists():
             assert embed is not None, "model.item.encoder needs train(embed=...)"
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            np.save(cache, embed(known))
-        seen = np.load(cache)
-    sampled = recipe.sampled
-    if sampled is None:
-        sampled = 0 if len(known) <= FULL else DRAWS
-    width = len(bag.words) + (0 if seen is None else seen.shape[1])
-    settings = ItemSettings(
-        items=len(known), content=width, words=bag.words, weights=[round(float(w), 6) for w in bag.weights],
-        encoder=recipe.encoder, drop=recipe.drop if width else 0.0, sampled=sampled,
+            cache.mkdir(parents=True, exist_ok=True)
+            np.save(cache / "items.npy", embed(known))
+        seen = np.load(cache / "items.npy")
+    facts = Known(
+        items=len(known), content=len(bag.words) + (0 if seen is None else seen.shape[1]), words=bag.words,
+        weights=[round(float(w), 6) for w in bag.weights], encoder=recipe.encoder,
     )  # fmt: skip
-    vectors = content_of(known, settings, seen)
-    return ItemContent(catalogue, read_histories(dataset), settings, vectors)
+
+    def content(numbers: np.ndarray) -> np.ndarray:
+        return content_of([known[i] for i in numbers], facts, None if seen is None else seen[numbers])
+
+    settings: ItemsSettings
+    if semantic:
+        if not facts.content:
+            raise PlaitError(
+                "Semantic codes come from what items are, and nothing is known of these. Give an items table with "
+                "titles, texts or categories, or name a model.item.encoder."
+            )
+        file = cache / "item_codes.safetensors"
+        if not file.exists():
+            cache.mkdir(parents=True, exist_ok=True)
+            write_atomic(file, tensors_to_bytes(fit_codes(len(known), content, whole.training.seed)))
+        buffers = load_file(file)
+        settings = ItemCodesSettings(**facts.model_dump(), reduced=buffers["basis"].shape[1], sizes=sizes_of(buffers))
+    else:
+        sampled = recipe.sampled
+        if sampled is None:
+            sampled = 0 if len(known) <= FULL else DRAWS
+        settings = ItemSettings(**facts.model_dump(), drop=recipe.drop if facts.content else 0.0, sampled=sampled)
+        buffers = {"content": torch.from_numpy(content(np.arange(len(known))))}
+    return ItemContent(catalogue, read_histories(dataset), settings, buffers)
 
 
 @dataclass
@@ -83,6 +125,7 @@ class HistorySplit(Split):
     items: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     starts: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
     first: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    code_table: np.ndarray | None = None  # (items, codes) where each is written with several tokens
 
 
 def history_split(histories: Histories, split: str, known: int) -> HistorySplit:
@@ -113,16 +156,26 @@ class HistorySampler(Sampler):
 
     split: HistorySplit
 
+    @property
+    def each(self) -> int:
+        """Tokens of an item."""
+        return 1 if self.split.code_table is None else self.split.code_table.shape[1]
+
+    @property
+    def window(self) -> int:
+        """Items that the context holds."""
+        return self.context // self.each
+
     def _items(self) -> np.ndarray:
         lengths = np.diff(self.split.starts)
-        windows = np.where(self.split.first > 0, 1, -(-lengths // self.context))  # else the end alone matters
+        windows = np.where(self.split.first > 0, 1, -(-lengths // self.window))  # else the end alone matters
         records = np.repeat(np.arange(len(windows)), windows)
         return np.stack([records, np.arange(len(records)) - np.repeat(np.cumsum(windows) - windows, windows)], 1)
 
     def build(self, epochs: np.ndarray, items: np.ndarray) -> Step:
         """The batches that items (N, 2) of epochs (N,), a history and a window of it each, become."""
         records, windows = items[:, 0], items[:, 1]
-        split, context = self.split, self.context
+        split, context = self.split, self.window
         lengths = split.starts[records + 1] - split.starts[records]
         slack = -(-lengths // context) * context - lengths
         moved = (uniform(self.seed, epochs, records, OFFSET) * (slack + 1)).astype(np.int64) * (lengths > context)
@@ -130,12 +183,13 @@ class HistorySampler(Sampler):
         begin = np.where(tail, np.maximum(lengths - context, 0), np.maximum(windows * context - moved, 0))
         end = np.where(tail, lengths, np.minimum((windows + 1) * context - moved, lengths))
         order = np.argsort(end - begin, kind="stable")
-        sizes = (end - begin)[order].tolist()
+        sizes = ((end - begin) * self.each)[order].tolist()
         batches, span_records = [], []
         cuts = cut_by_length(sizes, self.worth)
         for start, stop in zip([0, *cuts], [*cuts, len(order)], strict=True):
             some = order[start:stop]
-            batches.append(self._batch(records[some], begin[some], end[some]))
+            make = self._batch if split.code_table is None else self._written
+            batches.append(make(records[some], begin[some], end[some]))
             span_records.append(np.zeros(0, np.int64))
         return Step(batches, span_records, records)
 
@@ -151,6 +205,23 @@ class HistorySampler(Sampler):
             tokens[row, 1 : len(ids)] = ids[:-1]
             tokens[row, 0] = split.items[at + first - 1] + base if first else opener
             skipped = max(split.first[record] - first, 0)
+            targets[row, skipped : len(ids)] = ids[skipped:]
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(lengths), {}, [])
+
+    def _written(self, records: np.ndarray, begin: np.ndarray, end: np.ndarray) -> Batch:
+        """`_batch` where items are written: all of their tokens follow the opener, and each is predicted."""
+        split, each = self.split, self.each
+        assert split.code_table is not None
+        starts = [self.vocabulary.spaces[space][0] for space in self.vocabulary.levels]
+        lengths = (end - begin) * each
+        tokens = np.full((len(records), int(lengths.max(initial=1))), self.vocabulary.pad)
+        targets = np.full(tokens.shape, IGNORE)
+        for row, (record, first, stop) in enumerate(zip(records, begin, end, strict=True)):
+            at = split.starts[record]
+            ids = (split.code_table[split.items[at + first : at + stop]] + starts).ravel()
+            tokens[row, 0] = self.vocabulary.opener(Item.name)
+            tokens[row, 1 : len(ids)] = ids[:-1]
+            skipped = max(split.first[record] - first, 0) * each
             targets[row, skipped : len(ids)] = ids[skipped:]
         return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(lengths), {}, [])
 

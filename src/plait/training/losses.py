@@ -206,7 +206,8 @@ def _pairs(spans: np.ndarray, names: list[str]) -> dict[str, tuple[np.ndarray, n
 
 
 def weight_of(name: str, weights: Mapping[str, float]) -> float:
-    return weights.get("contrastive", 0.5) if name.startswith("contrastive") else weights.get(name, 1.0)
+    kind = name.partition(":")[0]  # of a pair, or of the codes of items, which have a space each
+    return weights.get(kind, 0.5 if kind == "contrastive" else 1.0)
 
 
 def weighted(losses: Mapping[str, float], weights: Mapping[str, float]) -> float:

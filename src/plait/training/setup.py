@@ -11,7 +11,7 @@ from plait.config import SIZES, BackboneRecipe, Recipe, Size, describe_error, pa
 from plait.data.dataset import Dataset
 from plait.modalities import MODALITIES, SETTINGS
 from plait.modalities.base import Vocabulary
-from plait.modalities.item import Item, ItemSettings
+from plait.modalities.item import Item, ItemCodes, ItemCodesSettings, ItemsSettings
 from plait.model import towers
 from plait.model.dialogue import TURNS
 from plait.model.multimodal import ModelConfig, Multimodal
@@ -28,7 +28,7 @@ def model_config(
     text_size: int,
     imported: ModelConfig | None,
     templated: bool = False,
-    items: ItemSettings | None = None,
+    items: ItemsSettings | None = None,
 ) -> ModelConfig:
     """The network that a recipe and a dataset call for. Of an `imported` one all is kept, and what the dataset has
     beside it is added; the settings of its modalities hold, with the recipe's overrides laid over them. Conversations
@@ -59,7 +59,11 @@ def model_config(
             f"plait prepare --map {columns[clash[0]]}={clash[0]}:NEWNAME."
         )
     kinds = [m for m in MODALITIES if m in columns.values()]
-    settings: dict[str, Any] = {Item.name: items} if items else {}
+    settings: dict[str, Any] = {}
+    if isinstance(items, ItemCodesSettings):
+        kinds, settings = [ItemCodes.name], {ItemCodes.name: items}
+    elif items is not None:
+        settings = {Item.name: items}
     for m in kinds:
         if m in settings:
             continue
@@ -73,7 +77,7 @@ def model_config(
     vocabulary = Vocabulary(
         text=text_size,
         columns=columns,
-        levels={m: settings[m].levels for m in coded},
+        levels=items.spaces if isinstance(items, ItemCodesSettings) else {m: settings[m].levels for m in coded},
         closers=[m for m in kinds if MODALITIES[m].variable_length],
         turns=turns,
     )

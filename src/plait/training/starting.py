@@ -14,7 +14,7 @@ from plait.config import GenerationConfig
 from plait.data.dataset import Dataset
 from plait.modalities import MODALITIES
 from plait.modalities.base import Vocabulary
-from plait.modalities.item import ItemSettings
+from plait.modalities.item import ItemsSettings
 from plait.modalities.text import Text
 from plait.model import checkpoint as checkpoints
 from plait.model import growing, huggingface, lora, towers
@@ -26,7 +26,7 @@ from plait.training.run import Progress, Run
 from plait.training.setup import model_config
 
 
-def begin(run: Run, items: ItemSettings | None = None) -> tuple[Multimodal, Text, Checkpoint | None]:
+def begin(run: Run, items: ItemsSettings | None = None) -> tuple[Multimodal, Text, Checkpoint | None]:
     """The model that a run starts with, its tokenizer, and the model that it was extended from, if any. What came from
     there is written down once: when the run goes on, it no longer needs that model. `items` are the settings of the
     data's catalogue."""
@@ -34,7 +34,7 @@ def begin(run: Run, items: ItemSettings | None = None) -> tuple[Multimodal, Text
     if items is not None and run.recipe.model.init_from is not None:
         raise PlaitError("A model of histories begins with its catalogue: leave out --init-from and model.init_from.")
     source = _source(run)
-    if source is not None and source.model.items is not None:
+    if source is not None and source.catalogue is not None:
         raise PlaitError(f"{run.recipe.model.init_from} is a model of histories; its items cannot be carried on yet.")
     with run.group.in_turn():
         text = source.text if source else run.text()

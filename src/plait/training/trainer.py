@@ -104,7 +104,7 @@ def train(
         content = None
         if dataset.manifest.catalogue is not None:
             with group.in_turn():
-                content = item_content(dataset, recipe.model.item, run.source / "cache" / "items.npy", embed)
+                content = item_content(dataset, recipe, run.source / "cache", embed)
         model, text, source = begin(run, content.settings if content else None)
         config = model.config
         splits: dict[str, Split] = {}
@@ -266,7 +266,7 @@ def _optimise(
             scores = validate(network, validating, splits["val"], group, check)
             judged = weighted(scores, settings.weights)
             shown = scores
-            if isinstance(validating, HistorySampler):
+            if isinstance(validating, HistorySampler) and model.items is not None:
                 judged = -ranking(model, run.device, validating)
                 shown = {**scores, "NDCG@10": -judged}
                 log.write(position.step, "val_ranking", {"NDCG@10": -judged})
