@@ -55,7 +55,7 @@ def by_hand(model: Multimodal, step: Step, split: Split, restricted: bool) -> di
     likelihoods: dict[str, list[torch.Tensor]] = {}
     spans: dict[str, dict[int, torch.Tensor]] = {}
     for batch, owners in zip(step.batches, step.span_records, strict=True):
-        hidden = model(batch)
+        inputs, hidden = model.inputs(batch), model(batch)
         for row, place in (batch.targets != IGNORE).nonzero().tolist():
             target = int(batch.targets[row, place])
             name, (start, stop) = next((n, s) for n, s in model.vocabulary.spaces.items() if s[0] <= target < s[1])
@@ -65,8 +65,10 @@ def by_hand(model: Multimodal, step: Step, split: Split, restricted: bool) -> di
             likelihoods.setdefault(name, []).append(F.cross_entropy(logits, wanted))
         for (row, name, start, stop), owner in zip(batch.spans, owners.tolist(), strict=True):
             if owner >= 0:
-                mean = F.normalize(model.project(hidden[row, start:stop].mean(0)), dim=-1)
-                spans.setdefault(name, {}).setdefault(owner, mean)
+                mean = hidden[row, start:stop].mean(0)
+                if name != "text":
+                    mean = mean + F.rms_norm(inputs[row, start:stop], inputs.shape[-1:]).mean(0)
+                spans.setdefault(name, {}).setdefault(owner, F.normalize(model.project(mean), dim=-1))
     losses = {name: torch.stack(values).mean() for name, values in likelihoods.items()}
     for a, b in (("image", "text"), ("audio", "text")):
         records = sorted(spans.get(a, {}).keys() & spans.get(b, {}).keys())

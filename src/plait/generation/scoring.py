@@ -179,8 +179,6 @@ def embed(engine: Engine, sequences: list[Sequence], most: int = 256) -> np.ndar
             batch = collate(part, model.media, model.vocabulary.pad).to(engine.device.torch)
             inputs = model.inputs(batch, engine.table)
             hidden = engine.decoder(inputs)
-            edges = torch.tensor([sequence.spans[0][1:] for sequence in part], device=hidden.device)
-            rows_of = torch.arange(len(part), device=hidden.device)
-            pooled = model.pool(inputs, hidden, rows_of, edges[:, 0], edges[:, 1])
+            pooled = model.pool(inputs, hidden, [sequence.spans[0] for sequence in part])
         found[rows] = pooled.float().cpu().numpy()
     return found

@@ -31,7 +31,7 @@ class ModelConfig(BaseModel):
     backbone: TransformerConfig
     vocabulary: Vocabulary
     space: int = 128  # width of the embedding space; 0 for a model without one
-    pools_inputs: bool = False  # embeddings are pooled from what enters the backbone, too; those before lacked it
+    pools_inputs: bool = False  # embeddings of media are pooled from what enters the backbone, too
     tied: bool = False  # one table of rows for reading and for predicting
     modalities: dict[str, dict[str, object]] = {}  # the settings of each modality present, text aside
     read_only: list[str] = []  # modalities, and columns, that are never written
@@ -262,16 +262,27 @@ class Multimodal(nn.Module):
         rows = self.predicting.table() if space is None else self.predicting.space(space)
         return hidden @ rows.to(hidden.dtype).t()
 
-    def pool(self, inputs: Tensor, hidden: Tensor, rows: Tensor, starts: Tensor, stops: Tensor) -> Tensor:
-        """The embeddings of spans: the mean of hidden states (B, L, D), and of the backbone's inputs (B, L, D) beside
-        them, projected, of unit length; (S, E). From hidden states alone a new model's pictures all look the same to
-        the contrast, which then makes the texts equal too, and stays there."""
-        if self.config.pools_inputs:
-            hidden = hidden + F.rms_norm(inputs.float(), inputs.shape[-1:]).to(hidden.dtype)
-        places = torch.arange(hidden.shape[1], device=hidden.device)
+    def pool(
+        self, inputs: Tensor, hidden: Tensor, spans: ListOf[tuple[str, int, int]], rows: ListOf[int] | None = None
+    ) -> Tensor:
+        """The embeddings of spans (modality, start, stop), each in its row or in the one of its place: the mean of
+        hidden states (B, L, D), and for media of the backbone's inputs (B, L, D) beside them, projected, of unit
+        length; (S, E).
+
+        From hidden states alone a new model's photos all look the same to the contrast, which then makes the texts
+        equal too, and stays there.
+        """
+        device = hidden.device
+        row = torch.arange(len(spans), device=device) if rows is None else torch.tensor(rows, device=device)
+        starts, stops = (torch.tensor([span[k] for span in spans], device=device) for k in (1, 2))
+        places = torch.arange(hidden.shape[1], device=device)
         inside = (places >= starts[:, None]) & (places < stops[:, None])
         weight = inside.float() / (stops - starts)[:, None]
-        mean = torch.bmm(weight[:, None], hidden[rows].float())[:, 0]
+        mean = torch.bmm(weight[:, None], hidden[row].float())[:, 0]
+        if self.config.pools_inputs:
+            encoded = torch.tensor([span[0] in self.modalities for span in spans], device=device)
+            normed = F.rms_norm(inputs.float(), inputs.shape[-1:])
+            mean = mean + torch.bmm((weight * encoded[:, None])[:, None], normed[row])[:, 0]
         return F.normalize(self.project(mean).float(), dim=-1)
 
     def parameter_count(self) -> dict[str, int]:

@@ -63,9 +63,8 @@ class Passes(nn.Module):
                 sums[space] = sums[space] + total if space in sums else total
             chosen = np.flatnonzero(records >= 0)
             if embed and len(chosen):
-                spans = [batch.spans[i] for i in chosen]
-                rows, starts, stops = (torch.tensor([s[k] for s in spans], device=device) for k in (0, 2, 3))
-                embedded.append(model.pool(inputs, hidden, rows, starts, stops))
+                rows, spans = zip(*((row, span) for row, *span in (batch.spans[i] for i in chosen)), strict=True)
+                embedded.append(model.pool(inputs, hidden, spans, rows))
             if not found:
                 nothing = nothing + 0 * hidden.sum()
         for parameter in self._idle(step, set(sums), restricted, bool(embedded)):
