@@ -182,6 +182,7 @@ def test_every_tab_does_its_job_and_keys_hold(
         see(page.locator("#recommend-out")).to_contain_text("because of")
         cards.first.get_by_text("like it").click()
         see(page.locator("#recommend-out")).to_contain_text("Like A *")
+        see(cards).to_have_count(7)
         page.fill("#recommend-where textarea", "colour = 'red'")
         page.click("#recommend-go")
         see(page.locator("#recommend-out .plait-wrong")).to_contain_text("no such column: colour")

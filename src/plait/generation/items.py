@@ -28,7 +28,7 @@ class NextItem:
         self.model, self.device = model, device
         model.eval()
         with torch.inference_mode(), device.autocast():
-            self.rows = model.items.rows()
+            self.rows = model.items.rows().detach()  # without content, the parameter itself
             self.table = model.reading(self.rows)
         # Without content nothing is known of an item that no history has.
         self.unplaced = ~self.rows.float().abs().sum(1).bool()
