@@ -233,7 +233,7 @@ def test_semantic_codes_through_the_commands(
 def test_a_trie_leads_to_all_items_and_to_nothing_else(rows: set[tuple[int, ...]], random: Any) -> None:
     table = np.array(random.sample(sorted(rows), len(rows)))
     allowed = np.array([random.random() < 0.5 for _ in rows])
-    trie, alive = Trie(table), Trie(table).alive(allowed)
+    trie, alive = Trie(table), [nodes[0] for nodes in Trie(table).alive(allowed[None])]
 
     def walk(depth: int, node: int, codes: tuple[int, ...], only: bool) -> Iterator[tuple[int, tuple[int, ...]]]:
         if depth == trie.depth:
@@ -292,6 +292,11 @@ def test_chances_over_a_trie_are_those_of_its_paths() -> None:
         wanted = np.flatnonzero(allowed)[np.argsort(-row[allowed])][:7]
         assert items.tolist() == wanted.tolist()
         np.testing.assert_allclose(found, row[wanted], atol=1e-4)
+    few = following.log_chances(histories)
+    for row, some, history in zip(chances, few, histories, strict=True):
+        lacks = np.setdiff1d(everything, history)
+        wanted = {*np.argsort(-row)[:20], *lacks[np.argsort(-row[lacks])][:20]}
+        assert set(np.flatnonzero(np.isfinite(some)).tolist()) == wanted
     model.item_codes.grow(content[:3])
     grown = model.item_codes.table.numpy()
     assert (grown[-3:, :-1] == table[:3, :-1]).all() and len(np.unique(grown, axis=0)) == len(content) + 3

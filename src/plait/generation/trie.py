@@ -19,8 +19,7 @@ from plait.runtime import Device
 
 FIRST, WIDEST = 64, 1024  # beams
 TOGETHER = 16  # histories that are searched at a time
-SHOWN = 64  # items of whom `log_chances` tells the chance
-DEEP = 20  # of those that a history lacks
+DEEP = 20  # items, of all and of those that a history lacks, whose chances `log_chances` tells
 
 
 class Trie:
@@ -58,10 +57,10 @@ class Trie:
         return [np.searchsorted(at, place[items], side="right") - 1 for at in self.starts[1:]]
 
     def alive(self, allowed: np.ndarray) -> list[np.ndarray]:
-        """Of each depth, which nodes lead to one of the items that are allowed (items,)."""
-        total = np.concatenate(([0], np.cumsum(allowed[self.order])))
+        """Of each depth, which nodes lead to one of the items that are allowed: (B, items) to (B, nodes) each."""
+        total = np.concatenate((np.zeros((len(allowed), 1), np.int64), np.cumsum(allowed[:, self.order], 1)), 1)
         ends = [np.append(at[1:], len(self.order)) for at in self.starts]
-        return [total[end] > total[at] for at, end in zip(self.starts, ends, strict=True)]
+        return [total[:, end] > total[:, at] for at, end in zip(self.starts, ends, strict=True)]
 
 
 @dataclass
@@ -118,7 +117,7 @@ class NextCodes:
 
     def best(self, history: np.ndarray, k: int, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """At most k of the items that are allowed (items,), the likeliest first, and log P of each."""
-        return self._search([history], k, self.trie.alive(allowed))[0]
+        return self._search([history], k, self.trie.alive(allowed[None]))[0]
 
     def of(self, histories: list[np.ndarray], items: np.ndarray) -> np.ndarray:
         """log P of items (k,) after each of some histories, (N, k)."""
@@ -126,19 +125,18 @@ class NextCodes:
         return np.concatenate([self._of(part, items) for part in parts])
 
     def log_chances(self, histories: list[np.ndarray]) -> np.ndarray:
-        """As `NextItem.log_chances`, but -inf for all but the likeliest items: 64 of them, and 20 that the history
+        """As `NextItem.log_chances`, but -inf for all but the 20 likeliest items and the 20 likeliest that the history
         lacks."""
         found = np.full((len(histories), len(self.codes)), -np.inf, np.float32)
         order = np.argsort([len(history) for history in histories], kind="stable")
         for start in range(0, len(order), TOGETHER):
             some = order[start : start + TOGETHER]
-            answers = self._search([histories[i] for i in some], SHOWN, None)
-            for place, (items, chances) in zip(some, answers, strict=True):
-                found[place, items] = chances
-                if len(items) - np.isin(items, histories[place]).sum() < DEEP < len(self.codes):
-                    allowed = np.ones(len(self.codes), bool)
-                    allowed[histories[place]] = False
-                    items, chances = self.best(histories[place], DEEP, allowed)
+            read = [histories[i] for i in some]
+            lacks = np.ones((len(some), len(self.codes)), bool)
+            for row, history in zip(lacks, read, strict=True):
+                row[history] = False
+            for alive in (None, self.trie.alive(lacks)):
+                for place, (items, chances) in zip(some, self._search(read, DEEP, alive), strict=True):
                     found[place, items] = chances
         return found
 
@@ -208,9 +206,10 @@ class NextCodes:
     def _search(
         self, histories: list[np.ndarray], k: int, alive: list[np.ndarray] | None
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each history at most k items and their log P, the likeliest first; where `alive` says which nodes may be
-        passed, of those behind them. A beam is right where nothing that it dropped was likelier than the last item
-        found, since no item is likelier than its beginning; else it is searched again with a wider one."""
+        """For each history at most k items and their log P, the likeliest first; where `alive` says, history by
+        history, which nodes may be passed, of those behind them. A beam is right where nothing that it dropped was
+        likelier than the last item found, since no item is likelier than its beginning; else it is searched again with
+        a wider one."""
         found: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0, np.int64), np.zeros(0))] * len(histories)
         left, width = list(range(len(histories))), max(FIRST, 2 * k)
         while left:
@@ -219,9 +218,9 @@ class NextCodes:
             again = []
             for start in range(0, len(left), count):
                 some = left[start : start + count]
-                for place, (items, chances, dropped) in zip(
-                    some, self._beam([histories[i] for i in some], width, alive), strict=True
-                ):
+                mine = None if alive is None else [nodes[some] for nodes in alive]
+                answers = self._beam([histories[i] for i in some], width, mine)
+                for place, (items, chances, dropped) in zip(some, answers, strict=True):
                     found[place] = items[:k], chances[:k]
                     if dropped > (chances[k - 1] if len(chances) >= k else -np.inf) and width < WIDEST:
                         again.append(place)
@@ -245,7 +244,7 @@ class NextCodes:
             total = scores[..., None] + chances.view(rows, beams, codes)
             open_ = there >= 0
             if alive is not None:
-                open_ &= alive[depth + 1][there]
+                open_ &= alive[depth + 1][np.repeat(np.arange(rows), beams)[:, None], there]
             total = total.masked_fill(torch.from_numpy(~open_).view(total.shape), -torch.inf).view(rows, -1)
             kept = min(width, total.shape[1])
             best, place = total.topk(min(kept + 1, total.shape[1]), dim=1)
