@@ -161,18 +161,24 @@ def evaluate_histories(
     if first := int((histories.parts == wanted).sum()) - len(targets):
         findings.notes.append(f"{first:,} held-out items are the first of their users: with no history, not asked for.")
     most = min(QUERIES, limit or QUERIES)
-    if len(targets) > most:
-        findings.notes.append(f"{most:,} of {len(targets):,} held-out items were asked for, drawn by the seed.")
-        chosen = np.argsort(uniform(seed, np.arange(len(targets)), ORDER), kind="stable")[:most]
-        targets = targets.only(np.sort(chosen))
+    targets = _some(targets, most, "held-out items", seed, findings)
     work = _Work(model, histories, catalogue, seed, progress, findings)
     work.measure(targets)
     cold = targets_of(histories, (VAL, TEST))
-    cold = cold.only(cold.items >= catalogue.known)
+    cold = _some(cold.only(cold.items >= catalogue.known), most, "held-out new items", seed, findings)
     if len(cold) >= 20:
         work.measure_cold(cold)
     work.show(targets)
     return work.metrics, findings
+
+
+def _some(targets: Targets, most: int, what: str, seed: int, findings: Findings) -> Targets:
+    """At most so many of the targets, drawn by the seed."""
+    if len(targets) <= most:
+        return targets
+    findings.notes.append(f"{most:,} of {len(targets):,} {what} were asked for, drawn by the seed.")
+    chosen = np.argsort(uniform(seed, np.arange(len(targets)), ORDER), kind="stable")[:most]
+    return targets.only(np.sort(chosen))
 
 
 def _fit(model: Model, catalogue: Catalogue, dataset: Dataset, histories: Histories) -> Catalogue:
