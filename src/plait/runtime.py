@@ -110,6 +110,15 @@ def compiler() -> str | None:
     return next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))), None)
 
 
+def cache_folder(name: str) -> Path:
+    """The user's folder for what can be made again, ~/.cache/plait/NAME (or below XDG_CACHE_HOME); nobody else may
+    write there. Raises OSError where it cannot be made."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = root / "plait" / name
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
 # --- randomness as a function -----------------------------------------------------------------------------------
 
 _MIX1, _MIX2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)

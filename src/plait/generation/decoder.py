@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plait.generation import native
 from plait.generation.sampling import LOWEST
 from plait.model.transformer import Block, KVCache, RMSNorm, Transformer, View
 from plait.runtime import Device
@@ -65,8 +66,10 @@ class Decoder:
     def __init__(self, backbone: Transformer, device: Device) -> None:
         config, place = backbone.config, device.torch
         self.config, self.device = config, device
-        # On a processor, bf16 products of one query with its keys take longer than those in fp32.
-        self.cache_dtype = torch.float32 if place.type == "cpu" else device.dtype
+        compiled = native.library() if place.type == "cpu" else None
+        self.native = compiled and native.NativeStep(compiled, backbone, device.dtype)
+        # In PyTorch on a processor, bf16 products of one query with its keys take longer than those in fp32.
+        self.cache_dtype = torch.float32 if place.type == "cpu" and self.native is None else device.dtype
         self.whole = copy.deepcopy(backbone).eval().requires_grad_(False).to(place)
         for parameter in self.whole.parameters():
             parameter.data = parameter.data.to(device.dtype)
@@ -121,6 +124,8 @@ class Decoder:
     def step(self, x: Tensor, cache: KVCache, lengths: np.ndarray) -> Tensor:
         """Hidden states (B, D) of one more position in each of the cache's first B rows, which hold `lengths` (B,)
         and get longer by one; x (B, D) embeds what stands there."""
+        if self.native is not None:
+            return self.native(x, cache, lengths)
         with exact_products(self.device.torch):
             return self._step(x, cache, int(lengths.max()) + 1, bool((lengths == lengths[0]).all()))
 

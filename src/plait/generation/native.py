@@ -1,0 +1,184 @@
+"""The step of `decoder.py` as one call of compiled C++ (`native.cpp`): compiled at first use and kept in the user's cache,
+for processors. PyTorch's own step stays the reference, and what runs where there is no compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import subprocess
+import tempfile
+from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from plait.model.transformer import KVCache, Transformer, rotary_frequencies
+from plait.runtime import Device, cache_folder, compiler
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-Wno-psabi")
+PRODUCTS = ("vectors", "AVX512-BF16", "AMX")  # what bf16 products use, as `plait_products` numbers it
+PANEL = 32
+ACTIVATIONS = {"swiglu": 0, "gelu": 1, "gelu_tanh": 2}
+
+log = logging.getLogger(__name__)
+
+
+class _Norm(Structure):
+    _fields_ = [("weight", c_void_p), ("bias", c_void_p)]
+
+
+class _Linear(Structure):
+    _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("inputs", c_int64), ("outputs", c_int64)]
+
+
+class _Layer(Structure):
+    _fields_ = [
+        ("attention_norm", _Norm), ("feed_norm", _Norm), ("qkv", _Linear), ("attention_out", _Linear),
+        ("feed_in", _Linear), ("feed_out", _Linear), ("q_norm", c_void_p), ("k_norm", c_void_p),
+    ]  # fmt: skip
+
+
+class _Model(Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("layers", "width", "heads", "kv_heads", "head_width", "hidden", "max_length")),
+        ("activation", c_int64), ("half", c_int64), ("eps", c_float), ("turns", c_void_p), ("positions", c_void_p),
+        ("layer", POINTER(_Layer)), ("final_norm", _Norm),
+    ]  # fmt: skip
+
+
+def _processor() -> str:
+    """What decides which instructions the compiler uses."""
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return next((line for line in info.splitlines() if line.startswith(("flags", "Features"))), platform.machine())
+
+
+def _compile(target: Path, command: str) -> str:
+    """Compile to `target`; returns what went wrong, "" where nothing did."""
+    tune = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    error = ""
+    for parallel in (["-fopenmp"], []):  # Apple's clang has no OpenMP: then one thread
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made = Path(folder) / target.name
+            try:
+                done = subprocess.run(
+                    [command, *FLAGS, tune, *parallel, str(SOURCE), "-o", str(made)],
+                    capture_output=True, text=True, timeout=120,
+                )  # fmt: skip
+            except (OSError, subprocess.TimeoutExpired) as fault:
+                return str(fault)
+            if done.returncode == 0:
+                made.replace(target)
+                return ""
+            error = error or done.stderr.strip()
+    return error
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled step, None where it cannot be had; PLAIT_NATIVE=0 asks for none."""
+    command = compiler()
+    if os.environ.get("PLAIT_NATIVE") == "0" or command is None:
+        return None
+    text = [SOURCE.read_text(), command, *FLAGS, _processor()]
+    name = f"step-{hashlib.sha256(chr(0).join(text).encode()).hexdigest()[:16]}.so"
+    try:
+        path = cache_folder("native") / name
+        if not path.exists() and (error := _compile(path, command)):
+            log.warning("The native step could not be compiled; PyTorch's is used. %s", error[-500:])
+            return None
+        found = ctypes.CDLL(str(path))
+    except OSError as error:
+        log.warning("The native step could not be loaded; PyTorch's is used. %s", error)
+        return None
+    found.plait_pack.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_void_p]
+    found.plait_scratch.argtypes = [POINTER(_Model), c_int64, c_int64, c_int64]
+    found.plait_scratch.restype = c_int64
+    found.plait_step.argtypes = [POINTER(_Model), *[c_void_p] * 5, *[c_int64] * 3, c_void_p, c_int64]
+    return found
+
+
+def chosen(device: Device) -> str:
+    """What computes a step of generation on this device, in words."""
+    if device.kind != "cpu":
+        return "PyTorch"
+    found = library()
+    if found is None:
+        return "PyTorch (no native step: no C++ compiler, or PLAIT_NATIVE=0)"
+    return f"native ({PRODUCTS[found.plait_products()] if device.dtype is torch.bfloat16 else PRODUCTS[0]})"
+
+
+class NativeStep:
+    """A backbone's weights in panels, and one more position of each row in one call."""
+
+    def __init__(self, native: ctypes.CDLL, backbone: Transformer, dtype: torch.dtype) -> None:
+        config = backbone.config
+        self.native, self.dtype, self.width = native, dtype, config.width
+        native.plait_products()
+        self.kept: list[Tensor] = []  # what the pointers point to
+        self.layers = (_Layer * config.layers)(*(self._layer(block) for block in backbone.blocks))
+        turns = positions = None
+        if config.position == "rotary":
+            angle = torch.arange(config.max_length)[:, None] * rotary_frequencies(config)
+            turns = self._keep(torch.cat((angle.cos(), angle.sin()), -1))
+        else:
+            positions = self._keep(backbone.positions)
+        self.model = _Model(
+            config.layers, config.width, config.heads, config.kv_heads, config.head_width, config.hidden,
+            config.max_length, ACTIVATIONS[config.activation], dtype is torch.bfloat16, config.norm_eps, turns, positions,
+            self.layers, self._norm(backbone.final_norm),
+        )  # fmt: skip
+        self.rooms: dict[tuple[int, int, int], Tensor] = {}
+
+    def _keep(self, tensor: Tensor) -> int:
+        self.kept.append(tensor.detach().to("cpu", torch.float32).contiguous())
+        return self.kept[-1].data_ptr()
+
+    def _norm(self, module: nn.Module) -> _Norm:
+        bias = getattr(module, "bias", None)
+        assert isinstance(module.weight, Tensor)
+        return _Norm(self._keep(module.weight), None if bias is None else self._keep(bias))
+
+    def _linear(self, module: nn.Linear) -> _Linear:
+        weight, (outputs, inputs) = module.weight.detach().float().contiguous(), module.weight.shape
+        panels = torch.zeros(-(-outputs // PANEL) * PANEL, -(-inputs // PANEL) * PANEL, dtype=self.dtype)
+        half = self.dtype is torch.bfloat16
+        self.native.plait_pack(weight.data_ptr(), outputs, inputs, half, panels.data_ptr())
+        self.kept.append(panels)
+        bias = None
+        if module.bias is not None:
+            bias = self._keep(nn.functional.pad(module.bias.detach(), (0, panels.shape[0] - outputs)))
+        return _Linear(panels.data_ptr(), bias, inputs, outputs)
+
+    def _layer(self, block: nn.Module) -> _Layer:
+        norms = [self._norm(block.attention_norm), self._norm(block.feed_norm)]
+        products = [self._linear(p) for p in (block.qkv, block.attention_out, block.feed_in, block.feed_out)]
+        heads = [self._keep(norm.weight) for norm in (block.q_norm, block.k_norm)] if block.config.qk_norm else [None] * 2
+        return _Layer(*norms, *products, *heads)
+
+    def __call__(self, x: Tensor, cache: KVCache, lengths: np.ndarray) -> Tensor:
+        """As `Decoder.step`: x (B, D) to hidden states (B, D) in the step's precision."""
+        rows, threads = len(x), torch.get_num_threads()
+        sizes = rows, cache.capacity, threads
+        if sizes not in self.rooms:
+            room = torch.zeros(self.native.plait_scratch(self.model, *sizes), dtype=torch.uint8)
+            self.rooms = {sizes: room}
+        x = x.to(torch.float32, copy=True)
+        hidden = torch.empty(rows, self.width, dtype=self.dtype)
+        lengths = np.ascontiguousarray(lengths, np.int64)
+        self.native.plait_step(
+            self.model, x.data_ptr(), hidden.data_ptr(), cache.keys.data_ptr(), cache.values.data_ptr(),
+            lengths.ctypes.data, rows, cache.keys.shape[1], cache.capacity, self.rooms[sizes].data_ptr(), threads,
+        )  # fmt: skip
+        cache.lengths[:rows] += 1
+        return hidden
