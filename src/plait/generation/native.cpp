@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 #if defined(__AMX_BF16__) && defined(__linux__)
@@ -31,6 +31,7 @@ typedef uint16_t h16 __attribute__((vector_size(32), aligned(2), may_alias));
 typedef uint16_t bf16;
 
 constexpr int64_t PANEL = 32;  // outputs of a panel; sizes are filled up to it
+constexpr int64_t AHEAD = 4096;  // bytes
 constexpr int64_t MANY = 5;    // rows from which on AMX is faster than AVX512-BF16
 
 struct Norm {
@@ -66,6 +67,9 @@ static inline int64_t whole_rows(int64_t n) { return n < 16 ? n : (n + 15) / 16 
 
 static inline f16 load(const float *p) { return *(const f16 *)p; }
 static inline f16 load(const bf16 *p) {
+#if defined(__AVX512F__)  // the compiler would do it in halves
+    return (f16)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+#endif
     u16 wide = __builtin_convertvector(*(const h16 *)p, u16) << 16;
     f16 x;
     std::memcpy(&x, &wide, sizeof x);
@@ -92,7 +96,7 @@ static inline void put(bf16 *p, float x) {
     *p = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 static inline f16 all(float x) { return f16{} + x; }
-static inline float total(f16 x) {
+static inline f4 quarter(f16 x) {  // the sum of its four quarters
     f8 a, b;
     std::memcpy(&a, &x, 32);
     std::memcpy(&b, (char *)&x + 32, 32);
@@ -100,8 +104,17 @@ static inline float total(f16 x) {
     f4 c, d;
     std::memcpy(&c, &a, 16);
     std::memcpy(&d, (char *)&a + 16, 16);
-    c += d;
+    return c + d;
+}
+static inline float total(f16 x) {
+    const f4 c = quarter(x);
     return (c[0] + c[1]) + (c[2] + c[3]);
+}
+static inline f4 totals(f16 x, f16 y, f16 z, f16 w) {  // of each, as `total` adds
+    const f4 a = quarter(x), b = quarter(y), c = quarter(z), d = quarter(w);
+    const f4 ab = f4{a[0], b[0], a[2], b[2]} + f4{a[1], b[1], a[3], b[3]};
+    const f4 cd = f4{c[0], d[0], c[2], d[2]} + f4{c[1], d[1], c[3], d[3]};
+    return f4{ab[0], ab[1], cd[0], cd[1]} + f4{ab[2], ab[3], cd[2], cd[3]};
 }
 static inline f16 exponential(f16 x) {  // relative error 2e-7 (Cephes)
     x = x < -87.0f ? all(-87.0f) : x;
@@ -132,10 +145,17 @@ static inline f16 gelu(f16 x, bool by_tanh) {
 
 // --- products ----------------------------------------------------------------------------------------------------
 
+// Weights are read once, faster than the processor foresees: ask for what is 4 KiB ahead, two lines a call.
+static inline void fetch(const void *w) {
+    __builtin_prefetch((const char *)w + AHEAD);
+    __builtin_prefetch((const char *)w + AHEAD + 64);
+}
+
 template <int R>
 static void panel_rows(const float *x, int64_t stride, const float *w, int64_t in, float *out, int64_t out_stride) {
     f16 sum[R][2] = {};
     for (int64_t k = 0; k < in; k++, w += PANEL) {
+        fetch(w);
         f16 a = load(w), b = load(w + 16);
         for (int r = 0; r < R; r++) {
             sum[r][0] += x[r * stride + k] * a;
@@ -151,6 +171,7 @@ static void panel_rows(const bf16 *x, int64_t stride, const bf16 *w, int64_t in,
     __m512 sum[R][2];
     for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
     for (int64_t k = 0; k < in; k += 2, w += 2 * PANEL) {
+        fetch(w);
         __m512bh a = (__m512bh)_mm512_loadu_si512(w), b = (__m512bh)_mm512_loadu_si512(w + 32);
         for (int r = 0; r < R; r++) {
             int32_t both;
@@ -214,6 +235,7 @@ static void panel_tiles(const bf16 *x, int64_t rows, int64_t stride, const bf16 
         _tile_zero(3);
         const bf16 *panel = w;
         for (int64_t k = 0; k < in; k += 32, panel += 32 * PANEL) {
+            for (int i = 0; i < 16; i++) fetch(panel + 64 * i);
             _tile_loadd(6, panel, 4 * PANEL);
             _tile_loadd(7, panel + 32, 4 * PANEL);
             _tile_loadd(4, x + k, 2 * stride);
@@ -312,8 +334,8 @@ static void turn(float *x, const float *norm, const float *turns, const Model &m
 
 // Attention of one row's heads of one key-value head; `qkv` is turned in place, key and value go into the cache.
 template <class T>
-static void attend(const Model &m, const Layer &layer, float *qkv, int64_t kv, T *keys, T *values, int64_t at, float *scores,
-                   T *mixed) {
+static void attend(const Model &m, const Layer &layer, float *qkv, int64_t kv, T *keys, T *values, int64_t capacity,
+                   int64_t at, float *scores, T *mixed) {
     const int64_t width = m.head_width, group = m.heads / m.kv_heads, held = at + 1;
     const float *turns = m.turns ? m.turns + std::min(at, m.max_length - 1) * width : nullptr;
     float *k = qkv + (m.heads + kv) * width, *v = k + m.kv_heads * width;
@@ -322,18 +344,26 @@ static void attend(const Model &m, const Layer &layer, float *qkv, int64_t kv, T
     for (int64_t h = kv * group; h < (kv + 1) * group; h++) {
         float *q = qkv + h * width;
         turn(q, layer.q_norm, turns, m, 1.0f / std::sqrt((float)width));
-        float most = -INFINITY;
-        for (int64_t t = 0; t < held; t++) {
-            const T *key = keys + t * width;
-            f16 sum = {};
+        for (int64_t t = 0; t < held; t += 4) {
+            const T *key[4];  // beyond the end, the last again
+            for (int j = 0; j < 4; j++) {
+                key[j] = keys + std::min(t + j, at) * width;
+                for (int64_t i = 0; i < width; i += 64 / sizeof(T)) __builtin_prefetch(key[j] - keys + values + i);
+            }
+            f16 sum[4] = {};
             int64_t i = 0;
-            for (; i + 16 <= width; i += 16) sum += load(q + i) * load(key + i);
-            float score = total(sum);
-            for (; i < width; i++) score += q[i] * one(key + i);
-            scores[t] = score;
-            most = std::max(most, score);
+            for (; i + 16 <= width; i += 16)
+                for (int j = 0; j < 4; j++) sum[j] += load(q + i) * load(key[j] + i);
+            f4 score = totals(sum[0], sum[1], sum[2], sum[3]);
+            for (; i < width; i++)
+                for (int j = 0; j < 4; j++) score[j] += q[i] * one(key[j] + i);
+            *(f4 *)(scores + t) = score;
         }
         for (int64_t t = held; t % 16; t++) scores[t] = -INFINITY;
+        f16 greatest = load(scores);
+        for (int64_t t = 16; t < held; t += 16) greatest = load(scores + t) > greatest ? load(scores + t) : greatest;
+        float most = greatest[0];
+        for (int i = 1; i < 16; i++) most = std::max(most, greatest[i]);
         f16 sums = {};
         for (int64_t t = 0; t < held; t += 16) {
             f16 e = exponential(load(scores + t) - most);
@@ -347,8 +377,11 @@ static void attend(const Model &m, const Layer &layer, float *qkv, int64_t kv, T
         int64_t i = 0;
         for (; i + 64 <= width; i += 64) {
             f16 sum[4] = {};
-            for (int64_t t = 0; t < held; t++)
+            for (int64_t t = 0; t < held; t++) {
+                for (int64_t j = 0; j < 64; j += 64 / sizeof(T))  // of the next head
+                    __builtin_prefetch(keys + (capacity + t) * width + i + j);
                 for (int j = 0; j < 4; j++) sum[j] += scores[t] * load(values + t * width + i + 16 * j);
+            }
             for (int j = 0; j < 4; j++) store(out + i + 16 * j, sum[j] * share);
         }
         for (; i + 16 <= width; i += 16) {
@@ -425,7 +458,7 @@ static void step(const Model &m, const Team &team, float *x, T *hidden, T *keys,
         for (int64_t item = begin; item < end; item++) {
             const int64_t r = item / m.kv_heads, kv = item % m.kv_heads;
             const int64_t at = ((l * cache_rows + r) * m.kv_heads + kv) * capacity * m.head_width;
-            attend(m, layer, qkv + r * qkv_stride, kv, keys + at, values + at, lengths[r], scores, mixed + r * mix);
+            attend(m, layer, qkv + r * qkv_stride, kv, keys + at, values + at, capacity, lengths[r], scores, mixed + r * mix);
         }
         team.meet();
         multiply(team, layer.attention_out, mixed, rows, sums, add);
