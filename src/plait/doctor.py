@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from plait.applications.demo import Speech
 from plait.data.dataset import Dataset
 from plait.evaluation.report import read_run
+from plait.generation import native
 from plait.model import checkpoint
 from plait.runtime import PlaitError, choose_device, read_json, sha256_file, threads
 
@@ -171,6 +172,7 @@ def _processor() -> list[Finding]:
         found.append(Finding("warn", "threads", f"{text}={max(int(allowed), 1)}"))
     else:
         found.append(Finding("ok", "threads", f"{used}{given}"))
+    found.append(Finding("ok", "generation", f"a step on the processor: {native.chosen(choose_device('cpu'))}"))
     a = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     wrong = float((a @ a - (a.double() @ a.double()).float()).abs().max())
     level: Literal["ok", "fail"] = "ok" if wrong < 1e-2 else "fail"

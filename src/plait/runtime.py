@@ -78,15 +78,23 @@ def choose_device(name: str = "auto", precision: str = "auto", training: bool = 
         units = torch.cuda.is_bf16_supported() if kind == "cuda" else training and kind == "cpu" and _cpu_bf16()
         precision = "bf16" if units else "fp32"
     if kind == "cpu":
-        # On processors with bf16 units oneDNN then splits fp32 products; the error stays that of fp32.
-        torch.set_float32_matmul_precision("medium")
+        # With AVX512-BF16 oneDNN then splits fp32 products at an error of fp32; with AMX it would round to bf16.
+        torch.set_float32_matmul_precision("highest" if _cpu_amx() else "medium")
     return Device(name, {"bf16": torch.bfloat16, "fp32": torch.float32}[precision])
+
+
+def _cpu_has(check: str) -> bool:
+    found = getattr(torch.cpu, check, None)
+    return found is not None and bool(found())
+
+
+def _cpu_amx() -> bool:
+    return _cpu_has("_is_amx_tile_supported")
 
 
 def _cpu_bf16() -> bool:
     """Whether this processor multiplies bf16 matrices in hardware."""
-    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(check is not None and check() for check in checks)
+    return _cpu_has("_is_avx512_bf16_supported") or _cpu_amx()
 
 
 def threads() -> int:

@@ -44,11 +44,15 @@ def serve(
         from plait.runtime import PlaitError
 
         raise PlaitError(f"Serving needs {error.name}. Run: pip install 'plait[serve]'.") from None
+    from plait.generation.native import chosen
+    from plait.runtime import choose_device
+
     if ui and importlib.util.find_spec("gradio") is None:
         from plait.runtime import PlaitError
 
         raise PlaitError("The page needs gradio. Run: pip install 'plait[ui]', or leave --ui out.")
 
+    out.print(f"A step of generation: {chosen(choose_device(device, precision))}")
     limits = Limits(
         batch=batch,
         queue=queue,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -66,8 +66,8 @@ class Decoder:
     def __init__(self, backbone: Transformer, device: Device) -> None:
         config, place = backbone.config, device.torch
         self.config, self.device = config, device
-        compiled = native.library() if place.type == "cpu" else None
-        self.native = compiled and native.NativeStep(compiled, backbone, device.dtype)
+        self.library = native.library() if place.type == "cpu" else None
+        self.native = native.NativeStep(self.library, backbone, device.dtype) if self.library is not None else None
         # In PyTorch on a processor, bf16 products of one query with its keys take longer than those in fp32.
         self.cache_dtype = torch.float32 if place.type == "cpu" and self.native is None else device.dtype
         self.whole = copy.deepcopy(backbone).eval().requires_grad_(False).to(place)
@@ -107,6 +107,12 @@ class Decoder:
     def cache(self, rows: int, length: int) -> KVCache:
         """An empty cache, in the precision that `step` reads fastest."""
         return KVCache(self.config, rows, length, self.device.torch, self.cache_dtype)
+
+    def linear(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        """The product of a few rows (B, in) with a weight (out, in), laid out as the step's own are."""
+        if self.library is not None:
+            return native.NativeLinear(self.library, weight, self.device.dtype)
+        return Packed(weight)
 
     def _norm(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
         """The weight and bias that `_normalise` takes; an RMS norm has no bias."""

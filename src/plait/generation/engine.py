@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plait.generation.decoder import Decoder, Packed
+from plait.generation.decoder import Decoder
 from plait.generation.grammar import Span, spans
 from plait.generation.sampling import LOWEST, Knobs, Sampling
 from plait.modalities.text import Text
@@ -224,7 +224,7 @@ class Engine:
             tied = self.model.predicting is self.model.rows
             head = self.table if tied else self.model.predicting.table().to(device.dtype)
             self.heads = {name: head[span.start : span.stop] for name, span in self.spans.items()}
-            self.predict = {name: Packed(rows) for name, rows in self.heads.items()}
+            self.predict = {name: self.decoder.linear(rows) for name, rows in self.heads.items()}
         self.cache: KVCache | None = None
         self.used = 0
         self.samples: list[_Sample] = []

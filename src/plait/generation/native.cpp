@@ -257,6 +257,20 @@ static void panel_tiles(const bf16 *x, int64_t rows, int64_t stride, const bf16 
 }
 #endif
 
+struct Tiled {  // a thread's tiles while it multiplies bf16 for so many rows
+    const bool on;
+    explicit Tiled(int64_t rows) : on(products == 2 && rows >= MANY) {
+#ifdef AMX
+        if (on) lay_tiles(rows);
+#endif
+    }
+    ~Tiled() {
+#ifdef AMX
+        if (on) _tile_release();
+#endif
+    }
+};
+
 // --- a team of threads, each with a share of what is to be done -----------------------------------------------------
 
 struct Team {
@@ -428,9 +442,7 @@ static void step(const Model &m, const Team &team, float *x, T *hidden, T *keys,
     const int64_t wide = padded(m.width), mix = padded(m.heads * m.head_width), deep = padded(m.hidden);
     const int64_t qkv_stride = padded((m.heads + 2 * m.kv_heads) * m.head_width);
     int64_t begin, end;
-#ifdef AMX
-    if (sizeof(T) == 2 && products == 2 && rows >= MANY) lay_tiles(rows);
-#endif
+    const Tiled tiled(sizeof(T) == 2 ? rows : 0);
     auto norm_all = [&](const Norm &norm, T *out, int64_t stride) {
         team.share(rows, begin, end);
         for (int64_t r = begin; r < end; r++) normalise(x + r * m.width, norm, m.eps, m.width, out + r * stride);
@@ -486,9 +498,6 @@ static void step(const Model &m, const Team &team, float *x, T *hidden, T *keys,
         multiply(team, layer.feed_out, inner, rows, sums, add);
     }
     norm_all(m.final_norm, hidden, m.width);
-#ifdef AMX
-    if (sizeof(T) == 2 && products == 2 && rows >= MANY) _tile_release();
-#endif
 }
 
 extern "C" {
@@ -519,6 +528,29 @@ void plait_pack(const float *weight, int64_t out, int64_t in, int64_t half, void
 
 int64_t plait_scratch(const Model *model, int64_t rows, int64_t capacity, int64_t threads) {
     return Room(*model, rows, capacity, threads).size;
+}
+
+// out (rows, padded outputs) in fp32 = x (rows, inputs) times the weight; room for `whole_rows(rows)` rows in `out`, and
+// in `scratch` for the inputs filled up, zero at first.
+void plait_linear(const Linear *linear, int64_t half, const void *x, int64_t rows, float *out, char *scratch, int64_t threads) {
+    const int64_t item = half ? 2 : 4, wide = padded(linear->in) * item;
+    for (int64_t r = 0; r < rows; r++) std::memcpy(scratch + r * wide, (const char *)x + r * linear->in * item, linear->in * item);
+    auto nothing = [](int64_t, int64_t) {};
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+    {
+        const Team team{omp_get_thread_num(), omp_get_num_threads()};
+#else
+    {
+        const Team team{0, 1};
+#endif
+        if (!half) {
+            multiply(team, *linear, (const float *)scratch, rows, out, nothing);
+        } else {
+            const Tiled tiled(rows);
+            multiply(team, *linear, (const bf16 *)scratch, rows, out, nothing);
+        }
+    }
 }
 
 // x (rows, width) embeds one more position a row, and is overwritten; `hidden` (rows, width) gets the states after the

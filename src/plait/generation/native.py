@@ -1,5 +1,5 @@
-"""The step of `decoder.py` as one call of compiled C++ (`native.cpp`): compiled at first use and kept in the user's cache,
-for processors. PyTorch's own step stays the reference, and what runs where there is no compiler.
+"""The step of `decoder.py` on a processor as one call of compiled C++ (`native.cpp`), compiled at first use and kept in
+the user's cache. PyTorch's own step stays the reference, and is what runs where there is no compiler.
 """
 
 from __future__ import annotations
@@ -14,18 +14,20 @@ import subprocess
 import tempfile
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from plait.model.transformer import KVCache, Transformer, rotary_frequencies
+from plait.model.transformer import Block, KVCache, Transformer, rotary_frequencies
 from plait.runtime import Device, cache_folder, compiler
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-Wno-psabi")
 PRODUCTS = ("vectors", "AVX512-BF16", "AMX")  # what bf16 products use, as `plait_products` numbers it
 PANEL = 32
+SMALL = 2**22  # products of weights and rows for which a second thread does not pay
 ACTIVATIONS = {"swiglu": 0, "gelu": 1, "gelu_tanh": 2}
 
 log = logging.getLogger(__name__)
@@ -102,6 +104,8 @@ def library() -> ctypes.CDLL | None:
         log.warning("The native step could not be loaded; PyTorch's is used. %s", error)
         return None
     found.plait_pack.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_void_p]
+    found.plait_products()
+    found.plait_linear.argtypes = [POINTER(_Linear), c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64]
     found.plait_scratch.argtypes = [POINTER(_Model), c_int64, c_int64, c_int64]
     found.plait_scratch.restype = c_int64
     found.plait_step.argtypes = [POINTER(_Model), *[c_void_p] * 5, *[c_int64] * 3, c_void_p, c_int64]
@@ -118,15 +122,53 @@ def chosen(device: Device) -> str:
     return f"native ({PRODUCTS[found.plait_products()] if device.dtype is torch.bfloat16 else PRODUCTS[0]})"
 
 
+def _threads(work: int) -> int:
+    return 1 if work < SMALL else torch.get_num_threads()
+
+
+def _up(count: int, to: int) -> int:
+    return -(-count // to) * to
+
+
+class NativeLinear:
+    """A linear layer (B, in) to (B, out), its result in fp32; called for a few rows at a time."""
+
+    def __init__(self, native: ctypes.CDLL, weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> None:
+        self.native, self.half = native, dtype is torch.bfloat16
+        weight = weight.detach().to("cpu", torch.float32).contiguous()
+        self.outputs, self.inputs = weight.shape
+        self.panels = torch.zeros(_up(self.outputs, PANEL), _up(self.inputs, PANEL), dtype=dtype)
+        native.plait_pack(weight.data_ptr(), self.outputs, self.inputs, self.half, self.panels.data_ptr())
+        self.bias = None if bias is None else bias.new_zeros(len(self.panels), dtype=torch.float32)
+        if bias is not None and self.bias is not None:
+            self.bias[: self.outputs] = bias.detach()
+        pointer = None if self.bias is None else self.bias.data_ptr()
+        self.linear = _Linear(self.panels.data_ptr(), pointer, self.inputs, self.outputs)
+        self.room = torch.empty(0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = len(x)
+        many = rows if rows < 16 else _up(rows, 16)
+        if len(self.room) < many:
+            self.room = torch.zeros(many, self.panels.shape[1], dtype=self.panels.dtype)
+        x = x.to(self.panels.dtype).contiguous()
+        out = torch.empty(many, len(self.panels))
+        self.native.plait_linear(
+            self.linear, self.half, x.data_ptr(), rows, out.data_ptr(), self.room.data_ptr(),
+            _threads(rows * self.panels.numel()),
+        )  # fmt: skip
+        return out[:rows, : self.outputs]
+
+
 class NativeStep:
     """A backbone's weights in panels, and one more position of each row in one call."""
 
     def __init__(self, native: ctypes.CDLL, backbone: Transformer, dtype: torch.dtype) -> None:
         config = backbone.config
         self.native, self.dtype, self.width = native, dtype, config.width
-        native.plait_products()
         self.kept: list[Tensor] = []  # what the pointers point to
-        self.layers = (_Layer * config.layers)(*(self._layer(block) for block in backbone.blocks))
+        self.products: list[NativeLinear] = []
+        self.layers = (_Layer * config.layers)(*(self._layer(cast(Block, block)) for block in backbone.blocks))
         turns = positions = None
         if config.position == "rotary":
             angle = torch.arange(config.max_length)[:, None] * rotary_frequencies(config)
@@ -135,9 +177,10 @@ class NativeStep:
             positions = self._keep(backbone.positions)
         self.model = _Model(
             config.layers, config.width, config.heads, config.kv_heads, config.head_width, config.hidden,
-            config.max_length, ACTIVATIONS[config.activation], dtype is torch.bfloat16, config.norm_eps, turns, positions,
-            self.layers, self._norm(backbone.final_norm),
+            config.max_length, ACTIVATIONS[config.activation], dtype is torch.bfloat16, config.norm_eps, turns,
+            positions, self.layers, self._norm(backbone.final_norm),
         )  # fmt: skip
+        self.size = sum(product.panels.numel() for product in self.products)
         self.rooms: dict[tuple[int, int, int], Tensor] = {}
 
     def _keep(self, tensor: Tensor) -> int:
@@ -150,25 +193,20 @@ class NativeStep:
         return _Norm(self._keep(module.weight), None if bias is None else self._keep(bias))
 
     def _linear(self, module: nn.Linear) -> _Linear:
-        weight, (outputs, inputs) = module.weight.detach().float().contiguous(), module.weight.shape
-        panels = torch.zeros(-(-outputs // PANEL) * PANEL, -(-inputs // PANEL) * PANEL, dtype=self.dtype)
-        half = self.dtype is torch.bfloat16
-        self.native.plait_pack(weight.data_ptr(), outputs, inputs, half, panels.data_ptr())
-        self.kept.append(panels)
-        bias = None
-        if module.bias is not None:
-            bias = self._keep(nn.functional.pad(module.bias.detach(), (0, panels.shape[0] - outputs)))
-        return _Linear(panels.data_ptr(), bias, inputs, outputs)
+        self.products.append(NativeLinear(self.native, module.weight, self.dtype, module.bias))
+        return self.products[-1].linear
 
-    def _layer(self, block: nn.Module) -> _Layer:
+    def _layer(self, block: Block) -> _Layer:
         norms = [self._norm(block.attention_norm), self._norm(block.feed_norm)]
         products = [self._linear(p) for p in (block.qkv, block.attention_out, block.feed_in, block.feed_out)]
-        heads = [self._keep(norm.weight) for norm in (block.q_norm, block.k_norm)] if block.config.qk_norm else [None] * 2
+        heads: list[int | None] = [None, None]
+        if block.config.qk_norm:
+            heads = [self._keep(norm.weight) for norm in (block.q_norm, block.k_norm)]
         return _Layer(*norms, *products, *heads)
 
     def __call__(self, x: Tensor, cache: KVCache, lengths: np.ndarray) -> Tensor:
         """As `Decoder.step`: x (B, D) to hidden states (B, D) in the step's precision."""
-        rows, threads = len(x), torch.get_num_threads()
+        rows, threads = len(x), _threads(len(x) * self.size)
         sizes = rows, cache.capacity, threads
         if sizes not in self.rooms:
             room = torch.zeros(self.native.plait_scratch(self.model, *sizes), dtype=torch.uint8)
