@@ -262,7 +262,10 @@ def objects(folder: Path, n: int = 4000, test: int = 200) -> None:
 def which_word(out: Path, cases: int, steps: int) -> None:
     settings = {
         "model": {"size": "tiny", "image": {"rotate": 0, "scale": 0, "shift": 0}},
-        "training": {"batch_size": 32, "learning_rate": 2e-3, "augment_targets": False, "codec_steps": 1200},
+        "training": {
+            "batch_size": 32, "learning_rate": 2e-3, "augment_targets": False, "codec_steps": 1200, "validations": 8,
+            "weights": {"caption": 0, "contrastive": 0},  # drawn alone
+        },
     }
     model = trained(out / "objects", objects, settings, steps)
     dataset = Dataset.open(out / "objects" / "data")

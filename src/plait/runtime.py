@@ -83,6 +83,18 @@ def choose_device(name: str = "auto", precision: str = "auto", training: bool = 
     return Device(name, {"bf16": torch.bfloat16, "fp32": torch.float32}[precision])
 
 
+@contextlib.contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """fp32 products as they are on a processor: split into bf16 ones, those of one row take ten times as long."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cpu":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def _cpu_bf16() -> bool:
     """Whether this processor multiplies bf16 matrices in hardware."""
     checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
