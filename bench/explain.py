@@ -43,6 +43,7 @@ CLASSES = ["one", "two", "three", "four"]
 COLOURS = {"red": (220, 30, 30), "blue": (30, 60, 220), "green": (20, 150, 50), "black": (20, 20, 20)}
 MARKS = list(COLOURS.values())
 TONES = [500, 1000, 1800, 2900]  # Hz
+TONE = 0.4  # seconds
 KEYS = ["apple", "stone", "river", "cloud"]
 FILL = ["the", "a", "old", "new", "big", "man", "dog", "walks", "runs", "sees", "near", "far", "house", "road", "then"]
 
@@ -87,15 +88,16 @@ def marks(folder: Path, n: int = 1400, test: int = 200) -> None:
     table(folder, rows)
 
 
-def tones(folder: Path, n: int = 1400, test: int = 200) -> None:
-    """A second of noise with a tone of .2 s somewhere in it, whose height is the class."""
+def tones(folder: Path, n: int = 2400, test: int = 200) -> None:
+    """A second of noise with a tone of .4 s somewhere in it, whose height is the class."""
     folder.mkdir(parents=True)
     rng, rows, where = np.random.default_rng(1), [], {}
     for i in range(n):
         wave = rng.normal(0, 0.05, 8000)
-        start = int(rng.integers(0, 6400))
-        seconds = np.arange(1600) / 8000
-        wave[start : start + 1600] += 0.2 * np.sin(2 * np.pi * TONES[i % 4] * rng.uniform(0.98, 1.02) * seconds)
+        length = int(TONE * 8000)
+        start = int(rng.integers(0, 8000 - length))
+        seconds = np.arange(length) / 8000
+        wave[start : start + length] += 0.3 * np.sin(2 * np.pi * TONES[i % 4] * rng.uniform(0.98, 1.02) * seconds)
         (folder / f"{i:04}.wav").write_bytes(encode_wav(wave.astype(np.float32), 8000))
         split = "test" if i >= n - test else "val" if i >= n - 2 * test else "train"
         rows.append({"file_name": f"{i:04}.wav", "label": CLASSES[i % 4], "split": split})
@@ -132,13 +134,13 @@ def hit(part: Part, weights: np.ndarray, where: str) -> bool:
     bank = 2595 * np.log10(1 + np.array([low, high, hertz]) / 700)  # a filter reaches into the next band
     width = (bank[1] - bank[0]) / 8
     inside = bank[0] - width <= bank[2] <= bank[1] + width
-    return inside and bool(((frames >= start - 0.035) & (frames <= start + 0.235)).any())  # the window is .032 s
+    return inside and bool(((frames >= start - 0.035) & (frames <= start + TONE + 0.035)).any())  # the window is .032 s
 
 
 def planted(out: Path, cases: int, only: list[str]) -> None:
     common = {"model": {"size": "tiny"}, "training": {"batch_size": 32, "learning_rate": 2e-3}}
     image = {**common, "training": {**common["training"], "weights": {"image": 0}}}
-    audio = {**common, "training": {**common["training"], "weights": {"audio": 0}}}
+    audio = {**common, "training": {**common["training"], "weights": {"audio": 0, "contrastive": 1}}}
     for name, write, settings, steps in (
         ("marks", marks, image, 300), ("tones", tones, audio, 300), ("sentences", sentences, common, 500),
     ):  # fmt: skip
@@ -262,7 +264,14 @@ def objects(folder: Path, n: int = 4000, test: int = 200) -> None:
 def which_word(out: Path, cases: int, steps: int) -> None:
     settings = {
         "model": {"size": "tiny", "image": {"rotate": 0, "scale": 0, "shift": 0}},
-        "training": {"batch_size": 32, "learning_rate": 2e-3, "augment_targets": False, "codec_steps": 1200},
+        "training": {
+            "batch_size": 32,
+            "learning_rate": 2e-3,
+            "augment_targets": False,
+            "codec_steps": 1200,
+            "validations": 8,
+            "weights": {"caption": 0, "contrastive": 0},  # drawn alone
+        },
     }
     model = trained(out / "objects", objects, settings, steps)
     dataset = Dataset.open(out / "objects" / "data")

@@ -7,7 +7,8 @@
 Makes, from MNIST and the recorded spoken digits of FSDD, prepared: `mnist` (handwritten digits, English names),
 `speaker` (yweweler's recordings, 0 to 14 of each digit the test), `chinese` (all speakers, named in Chinese) and
 `spoken` (all speakers, English; 0 to 4 the test). With `--add` a run of pictures learns `spoken`, half of every batch
-being its own old records; and without those, for comparison. Three seeds each.
+being its own old records; and without those, for comparison. With `--captions` a model of text alone (the captions of
+half of Flickr8k's photos, without the photos) goes on to caption photos of the other half. Three seeds each.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from __future__ import annotations
 import argparse
 import csv
 import gzip
+import io
+import json
 import re
 import zipfile
 from pathlib import Path
@@ -24,7 +27,7 @@ from PIL import Image
 
 from plait.applications.model import load
 from plait.config import load_recipe
-from plait.data.dataset import Dataset
+from plait.data.dataset import Chosen, Dataset
 from plait.data.prepare import prepare
 from plait.evaluation.comparison import mean_and_error
 from plait.runtime import read_json
@@ -97,15 +100,93 @@ def adding(source: Path, folder: Path, steps: int, seeds: int, limit: int) -> No
             print(f"replay {replay}: {name} {mean:.3f} ± {error:.3f} (before {least:.3f})", flush=True)
 
 
+# --- a model of text alone learns to caption --------------------------------------------------------------------
+
+WAYS = {"scratch": {}, "frozen": {"freeze": ["backbone"]}, "lora": {"lora": {}}, "full": {}}
+MODEL = {"size": "tiny", "text": {"vocabulary": 1024}, "backbone": {"context": 128}}
+
+
+def photos(source: Path, folder: Path) -> None:
+    """`folder/words`: the five captions of every second training photo; `folder/photos`: the others, of 32 pixels, each
+    with its first caption. Validation and test are as published, cut to 200 and 500."""
+    if (folder / "photos" / "data" / "manifest.json").is_file():
+        return
+    with gzip.open(source / "captions.jsonl.gz", "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    (folder / "words").mkdir(parents=True, exist_ok=True)
+    said, shown = [], []
+    left = {"train": 10_000, "val": 200, "test": 500}
+    with zipfile.ZipFile(source / "images_128.zip") as archive:
+        names = {Path(name).name: name for name in archive.namelist()}
+        for place, row in enumerate(rows):
+            if row["split"] == "train" and place % 2:
+                said += [{"text": text, "split": "val" if place % 20 == 1 else "train"} for text in row["en"]]
+            elif left[row["split"]]:
+                left[row["split"]] -= 1
+                small = io.BytesIO()
+                Image.open(archive.open(names[row["file"]])).convert("RGB").resize((32, 32)).save(small, "png")
+                name = Path(row["file"]).with_suffix(".png").name
+                shown.append((small.getvalue(), name, {"caption": row["en"][0]}, row["split"]))
+    lines = [json.dumps(row) + "\n" for row in said]
+    (folder / "words" / "captions.jsonl").write_text("".join(lines), encoding="utf-8")
+    prepare(folder / "words" / "captions.jsonl", folder / "words" / "data", near_duplicates=False, workers=0)
+    write(folder / "photos", shown, "image")
+
+
+def nats(run: Path, dataset: Dataset, count: int) -> tuple[float, float]:
+    """Nats a character of the first test captions, with their photos and with their neighbours' photos."""
+    model = load(run)
+    parts = [record.parts for record in dataset.iterate(dataset.indices("test")[:count])]
+    found = []
+    for shift in (0, 1):
+        total = 0.0
+        for place, part in enumerate(parts):
+            photo = parts[(place + shift) % len(parts)]["image"]
+            total -= model.score([model.context([("image", photo)])], "caption", [part["caption"]])[0, 0]
+        found.append(total / sum(len(part["caption"]) for part in parts))
+    return found[0], found[1]
+
+
+def captions(source: Path, out: Path, ways: list[str], steps: int, seeds: int, limit: int) -> None:
+    photos(source, out)
+    text, dataset = out / "text", Dataset.open(out / "photos" / "data")
+    if not (text / "run.json").is_file() or "finished" not in read_json(text / "run.json"):
+        training = {"steps": 300, "batch_size": 32, "validations": 4}
+        recipe = load_recipe(None, {"model": MODEL, "training": training})
+        train(Dataset.open(out / "words" / "data"), text, recipe, lambda progress: None)
+    pairs = dataset.indices("train")
+    for count in (100, len(pairs)):
+        for way in ways:
+            rows = []
+            for seed in range(seeds):
+                chosen = np.sort(np.random.default_rng(seed).permutation(pairs)[:count])
+                weights = {"image": 0, "contrastive": 0}
+                training = {"steps": steps, "seed": seed, "batch_size": 32, "weights": weights, "validations": 4}
+                begun = {} if way == "scratch" else {"init_from": str(text)}
+                recipe = load_recipe(None, {"model": {**MODEL, **begun}, "training": {**training, **WAYS[way]}})
+                run = out / f"{way}-{count}-{seed}"
+                train(Chosen(dataset, {"train": chosen}), run, recipe, lambda progress: None)
+                rows.append(nats(run, dataset, limit))
+            (own, error), (other, _) = (mean_and_error(list(values)) for values in zip(*rows, strict=True))
+            print(f"{count} photos, {way}: {own:.3f} ± {error:.3f} nats a character; with another photo {other:.3f}",
+                  flush=True)  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="a folder with mnist/ and fsdd/")
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/transfer"))
     parser.add_argument("--add", type=Path, help="a run of pictures that learns sounds")
-    parser.add_argument("--steps", type=int, default=200, help="of --add")
-    parser.add_argument("--seeds", type=int, default=3, help="of --add")
-    parser.add_argument("--limit", type=int, default=1000, help="test records of --add")
+    parser.add_argument("--steps", type=int, default=200, help="of --add and --captions")
+    parser.add_argument("--seeds", type=int, default=3, help="of both")
+    parser.add_argument("--limit", type=int, default=1000, help="test records of --add and --captions")
+    parser.add_argument("--captions", action="store_true", help="only a text model that learns to caption")
+    parser.add_argument("--ways", default="scratch,frozen,full", help="of --captions; also lora")
     options = parser.parse_args()
+    if options.captions:
+        ways, place = options.ways.split(","), options.source / "flickr8k"
+        captions(place, options.out / "captions", ways, options.steps, options.seeds, options.limit)
+        return
     mnist(options.source / "mnist", options.out / "mnist")
     speaker, chinese, spoken = [], [], []
     with zipfile.ZipFile(options.source / "fsdd" / "fsdd_5speakers_wav.zip") as archive:

@@ -50,6 +50,14 @@ def test_vocoder_keeps_the_pitch() -> None:
     assert rate == 8000 and abs(peak - 700) < 40
 
 
+@pytest.mark.parametrize("samples", [1, 10, 256, 257])
+def test_a_click_is_a_sound(samples: int) -> None:
+    """Shorter than the window's half, which the transform mirrors."""
+    audio = Audio(AudioSettings(), width=32)
+    sample = audio.sample((np.full(samples, 0.5, np.float32), 8000))
+    assert len(sample) >= 1 and np.isfinite(sample).all()
+
+
 def test_sound_is_blind_to_padding() -> None:
     """Alone or beside a longer one, a sound has the same embeddings and codes."""
     torch.manual_seed(0)

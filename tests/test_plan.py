@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from plait.model import lora
 from plait.model.multimodal import Multimodal
 from plait.plan import failures
 from plait.plan.machines import MACHINES, Machine, machine, sample_batch, traced_peak
@@ -109,8 +111,8 @@ def test_a_budget_in_money_days_or_flops(plan: Callable[..., dict]) -> None:
 # --- memory against torch ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_traced_step_holds_what_torch_allocates(recompute: bool) -> None:
+@pytest.mark.parametrize(("recompute", "rank"), [(False, None), (True, None), (False, 8)])
+def test_a_traced_step_holds_what_torch_allocates(recompute: bool, rank: int | None) -> None:
     """The oracle is torch's own profiler of memory, over a real step, from which the peak is added up."""
     from plait.training.losses import Passes
     from plait.training.optimizer import make_optimizer
@@ -118,6 +120,9 @@ def test_a_traced_step_holds_what_torch_allocates(recompute: bool) -> None:
     config = preset("tiny").config.model_copy(update={"modalities": {}})
     device = Device("cpu", torch.float32)
     model = Multimodal(config)
+    if rank:
+        model.requires_grad_(False)
+        lora.adapt(model.backbone, rank, 16.0)
     model.backbone.recompute(recompute)
     seen = sample_batch(model, 4, 128)
     optimizer = make_optimizer([model], 1e-4, 0.1, (0.9, 0.95))
@@ -137,8 +142,24 @@ def test_a_traced_step_holds_what_torch_allocates(recompute: bool) -> None:
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     live = np.cumsum([event.nbytes() for event in events])
-    states = 12 * sum(p.numel() for p in model.parameters())
-    assert traced_peak(config, 4, 128, device, recompute) == pytest.approx(states + live.max(), rel=0.03)
+    states = sum(p.numel() * (12 if p.requires_grad else 4) for p in model.parameters())
+    assert traced_peak(config, 4, 128, device, recompute, rank) == pytest.approx(states + live.max(), rel=0.03)
+
+
+def test_low_rank_updates_are_counted(plan: Callable[..., dict]) -> None:
+    tiny = replace(preset("tiny"), lora=8)
+    model = Multimodal(tiny.config)
+    lora.adapt(model.backbone, 8, 16.0)
+    assert tiny.updates == sum(p.numel() for p in model.backbone.parameters() if p.requires_grad)
+
+    options = ("--preset", "llama3-8b", "--gpu", "h100", "--data-tokens", 1e8, "--recompute", "selective")
+    whole, low = (plan(*options, *more) for more in ((), ("--lora", 16)))
+    n, updates = whole["parameters"], low["low-rank updates"]
+    kinds = low["layouts"][0]["memory"]
+    assert low["parameters"] == n and kinds["weights"] == 2 * (n + updates) and kinds["optimizer"] == 12 * updates
+    assert kinds["gradients"] == 2 * updates
+    assert low["run"]["days"] / whole["run"]["days"] == pytest.approx(2 / 3, rel=0.01)
+    assert not whole["layouts"][0]["fits"] and low["layouts"][0]["fits"]
 
 
 def test_layouts_that_share_more_hold_less() -> None:

@@ -88,6 +88,18 @@ def product_precision() -> str:
     return "highest" if _has("_is_amx_tile_supported") else "medium"
 
 
+@contextlib.contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """fp32 products as they are on a processor: split into bf16 ones, those of one row take ten times as long."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cpu":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def _cpu_bf16() -> bool:
     """Whether this processor multiplies bf16 matrices in hardware."""
     return _has("_is_avx512_bf16_supported") or _has("_is_amx_tile_supported")

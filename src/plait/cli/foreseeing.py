@@ -70,6 +70,9 @@ def plan(
         str | None, typer.Option(help="Only this one: one, ddp, fsdp, tensor, sequence, sequence+fsdp.")
     ] = None,
     recompute: Annotated[str, typer.Option(help="none, selective (attention scores) or full.")] = "none",
+    lora: Annotated[
+        int | None, typer.Option(min=1, help="Train low-rank updates of this rank alone; else what the recipe says.")
+    ] = None,
     budget: Annotated[
         str | None, typer.Option(help="For the best size: FLOPs (1e22), days (10d), money ($50000).")
     ] = None,
@@ -103,7 +106,7 @@ def plan(
             gpu=gpu, gpus=gpus, price=price, tokens=data_tokens, utilisation=utilisation, tflops=tflops, batch=batch,
             length=length, layout=layout, recompute=recompute, budget=budget, fails=failures, between=mtbf,
             machines=machines, interruptions=interruptions, days=in_days, save=save_seconds, restart=restart_minutes,
-            every=every, seed=seed,
+            every=every, seed=seed, lora=lora,
         ),
     )  # fmt: skip
     if as_json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -187,20 +188,28 @@ def embed(
 def export(
     model: ModelArgument,
     out_folder: Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")],
-    to: Annotated[str, typer.Option(help="transformers or onnx.")] = "transformers",
+    to: Annotated[str, typer.Option(help="transformers, onnx or tflite.")] = "transformers",
+    length: Annotated[int | None, typer.Option(help="Positions of a tflite graph; by itself 512 at most.")] = None,
 ) -> None:
-    """Write the text-and-codes backbone for other programs.
+    """Write the text-and-codes backbone for other programs. docs/export.md says what each form can do.
 
     Example: plait export runs/demo --to transformers -o exported
     """
     from plait.applications.model import Model as OurModel
     from plait.generation.legal import settle
     from plait.model.export import export_onnx, export_transformers
+    from plait.model.tflite import export_tflite
     from plait.runtime import PlaitError
 
-    formats: dict[str, Callable[..., object]] = {"transformers": export_transformers, "onnx": export_onnx}
+    formats: dict[str, Callable[..., object]] = {
+        "transformers": export_transformers,
+        "onnx": export_onnx,
+        "tflite": partial(export_tflite, length=length, tell=lambda line: out.print(plain(line))),
+    }
     if to not in formats:
-        raise PlaitError(f"Unknown format '{to}'. Use {' or '.join(formats)}.")
+        raise PlaitError(f"Unknown format '{to}'. Use {', '.join(formats)}.")
+    if length is not None and to != "tflite":
+        raise PlaitError("--length is of --to tflite alone: the others take texts of any length.")
     loaded = load(model, "cpu")
     if not isinstance(loaded, OurModel):
         raise PlaitError(
@@ -208,5 +217,7 @@ def export(
         )
     if loaded.checkpoint.catalogue is not None:
         raise PlaitError(f"{model} knows histories of items, which no other program reads; nothing is written.")
-    formats[to](settle(loaded.checkpoint, loaded.engine), out_folder)
+    worst = formats[to](settle(loaded.checkpoint, loaded.engine), out_folder)
+    if isinstance(worst, float):
+        out.print(f"Compared: logits within {worst:.1e} of ours")
     out.print(f"Written: {out_folder}")

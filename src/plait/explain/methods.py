@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from plait.explain.parts import Grid, Part, Question, Value, Words, Written, whole
-from plait.generation.decoder import exact_products
-from plait.runtime import PlaitError
+from plait.runtime import PlaitError, exact_products
 
 METHODS = ("occlusion", "integrated-gradients", "logit-lens")
 STEPS = 64  # of the path that gradients are taken along, times four until the weights add up

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from plait.generation import native
 from plait.generation.sampling import LOWEST
 from plait.model.transformer import Block, KVCache, RMSNorm, Transformer, View
-from plait.runtime import Device
+from plait.runtime import Device, exact_products
 
 
 class Packed(nn.Module):
@@ -46,18 +46,6 @@ class Packed(nn.Module):
             out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, "none", [], "")
             return out
         return F.linear(x, self.weight, self.bias)
-
-
-@contextlib.contextmanager
-def exact_products(device: torch.device) -> Iterator[None]:
-    """fp32 products as they are on a processor: split into bf16 ones, those of one row take ten times as long."""
-    before = torch.get_float32_matmul_precision()
-    if device.type == "cpu":
-        torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 class Decoder:

@@ -120,6 +120,7 @@ class LogMel:
     def forward(self, wave: Tensor) -> Tensor:
         """(samples,) to (frames, bands); the loudness of the whole is set first, so that volume says nothing."""
         level = wave.square().mean().sqrt().clamp(min=1e-5)
+        wave = F.pad(wave, (0, max(self.settings.fft // 2 + 1 - len(wave), 0)))  # its ends are mirrored
         power = self._stft(wave * (0.1 / level)).abs().square()
         mel = power.transpose(-1, -2) @ self.filters
         return (mel.clamp(min=FLOOR).log() - math.log(FLOOR)) / 6 + SILENCE

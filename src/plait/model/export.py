@@ -23,7 +23,7 @@ from plait.model.checkpoint import Checkpoint
 from plait.model.huggingface import layout
 from plait.model.multimodal import Multimodal
 from plait.model.transformer import TransformerConfig
-from plait.runtime import PlaitError, publish_folder, write_atomic, write_json
+from plait.runtime import PlaitError, exact_products, publish_folder, write_atomic, write_json
 
 ONNX_TOLERANCE = 1e-4
 MIN_P = 0.02  # of the likeliest id's probability: what plain sampling leaves out
@@ -38,7 +38,7 @@ def export_transformers(checkpoint: Checkpoint, folder: Path) -> str:
     Ids are those of the vocabulary; rows of codes are made whole. Raises PlaitError where no architecture of
     transformers computes the same, or the folder cannot be written.
     """
-    _must_be_free(folder)
+    must_be_free(folder)
     model = checkpoint.model
     family = family_of(model)
     size = exported_size(model.vocabulary)
@@ -49,11 +49,11 @@ def export_transformers(checkpoint: Checkpoint, folder: Path) -> str:
         save_file(_tensors(model, family, size), aside / "model.safetensors", metadata={"format": "pt"})
         write_atomic(aside / "tokenizer.json", tokenizer)
         write_json(aside / "tokenizer_config.json", _tokenizer_config(checkpoint, names))
-        write_atomic(aside / "README.md", _card(checkpoint, f"a causal language model of type `{family}`"))
+        write_atomic(aside / "README.md", card(checkpoint, f"a causal language model of type `{family}`"))
     return family
 
 
-def _must_be_free(folder: Path) -> None:
+def must_be_free(folder: Path) -> None:
     if Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
         raise PlaitError(f"{folder} exists and is not an empty folder. Name a new one, or delete it first.")
 
@@ -246,7 +246,7 @@ def _tokenizer_config(checkpoint: Checkpoint, names: dict[str, str]) -> dict[str
     return {**checkpoint.text.settings, **config, **({} if end is None else {"eos_token": end})}
 
 
-def _card(checkpoint: Checkpoint, what: str) -> str:
+def card(checkpoint: Checkpoint, what: str) -> str:
     vocabulary = checkpoint.model.vocabulary
     spaces = "\n".join(f"| {name} | {start} | {stop - 1} |" for name, (start, stop) in vocabulary.spaces.items())
     openers = ", ".join(f"`<|{column}|>`" for column in vocabulary.columns) or "none"
@@ -273,7 +273,7 @@ model learned: `plait export` has fitted one vector a space on top, which change
 # --- ONNX -------------------------------------------------------------------------------------------------------
 
 
-class _Logits(nn.Module):
+class Logits(nn.Module):
     """Token ids (B, L) to logits (B, L, V), all rows made whole."""
 
     def __init__(self, model: Multimodal, size: int) -> None:
@@ -294,7 +294,7 @@ def export_onnx(checkpoint: Checkpoint, folder: Path) -> float:
     than it was traced with; returns the largest difference of a logit. Raises PlaitError where onnxruntime is not
     installed, the difference is above 1e-4 or the folder cannot be written.
     """
-    _must_be_free(folder)
+    must_be_free(folder)
     try:
         import onnxruntime
     except ImportError:
@@ -302,7 +302,7 @@ def export_onnx(checkpoint: Checkpoint, folder: Path) -> float:
     model = checkpoint.model
     size = exported_size(model.vocabulary)
     place, training = next(model.parameters()).device, model.training
-    plain = _Logits(model, size).cpu().eval()
+    plain = Logits(model, size).cpu().eval()
     draw = torch.Generator().manual_seed(0)
     longest = model.config.backbone.max_length
     try:
@@ -313,7 +313,7 @@ def export_onnx(checkpoint: Checkpoint, folder: Path) -> float:
             worst = 0.0
             for shape in [(1, 1), (3, min(33, longest))]:
                 ids = torch.randint(size, shape, generator=draw)
-                with torch.inference_mode():
+                with torch.inference_mode(), exact_products(torch.device("cpu")):
                     wanted = plain(ids).numpy()
                 (got,) = session.run(["logits"], {"input_ids": ids.numpy()})
                 worst = max(worst, float(np.abs(got - wanted).max()))
@@ -321,7 +321,7 @@ def export_onnx(checkpoint: Checkpoint, folder: Path) -> float:
                 raise PlaitError(f"The ONNX model's logits differ by {worst:.2g} from ours; nothing was written.")
             write_atomic(aside / "tokenizer.json", extended_tokenizer(checkpoint)[0])
             what = "an ONNX file, `input_ids` (batch, length) to `logits` (batch, length, ids), padded on the right"
-            write_atomic(aside / "README.md", _card(checkpoint, what).replace("transformers", "onnx", 1))
+            write_atomic(aside / "README.md", card(checkpoint, what).replace("transformers", "onnx", 1))
     finally:
         model.to(place).train(training)
     return worst

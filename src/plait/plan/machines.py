@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from plait.model import lora
 from plait.model.multimodal import IGNORE, Batch, ModelConfig, Multimodal, Sequence, collate
 from plait.model.objectives import negative_log_likelihood
 from plait.runtime import Device, PlaitError, choose_device, keep_memory
@@ -148,17 +149,23 @@ class _Live(TorchDispatchMode):
         self.now -= size
 
 
-def peak_memory(config: ModelConfig, batch: int, length: int, device: Device, recompute: bool = False) -> float:
-    """Bytes that a training step takes of this machine, above what the program takes by itself."""
-    return traced_peak(config, batch, length, device, recompute) * (HEAP if device.kind == "cpu" else 1.0)
+def peak_memory(
+    config: ModelConfig, batch: int, length: int, device: Device, recompute: bool = False, rank: int | None = None
+) -> float:
+    """Bytes that a training step takes of this machine, above what the program takes by itself. With a `rank`, of
+    low-rank updates alone."""
+    return traced_peak(config, batch, length, device, recompute, rank) * (HEAP if device.kind == "cpu" else 1.0)
 
 
-def traced_peak(config: ModelConfig, batch: int, length: int, device: Device, recompute: bool = False) -> float:
+def traced_peak(
+    config: ModelConfig, batch: int, length: int, device: Device, recompute: bool = False, rank: int | None = None
+) -> float:
     """Bytes of tensors at most in a training step of `plait train`, followed operator by operator on tensors without
     memory. Codecs, which are trained before, are not in it."""
     layers = config.backbone.layers
     peaks = {
-        n: _traced(_with_layers(config, n), batch, length, device, recompute) for n in {min(2, layers), min(3, layers)}
+        n: _traced(_with_layers(config, n), batch, length, device, recompute, rank)
+        for n in {min(2, layers), min(3, layers)}
     }
     fewest, most = min(peaks), max(peaks)
     return peaks[most] + (layers - most) * (peaks[most] - peaks[fewest])  # every further layer adds as much
@@ -168,14 +175,24 @@ def _with_layers(config: ModelConfig, layers: int) -> ModelConfig:
     return config.model_copy(update={"backbone": config.backbone.model_copy(update={"layers": layers})})
 
 
-def _traced(config: ModelConfig, batch: int, length: int, device: Device, recompute: bool) -> float:
+def _to_train(config: ModelConfig, rank: int | None) -> Multimodal:
+    """The network, all of which is trained, or only low-rank updates of its backbone."""
+    model = Multimodal(config).requires_grad_(rank is None)
+    if rank is not None:
+        lora.adapt(model.backbone, rank, 2.0 * rank)
+    return model
+
+
+def _traced(
+    config: ModelConfig, batch: int, length: int, device: Device, recompute: bool, rank: int | None
+) -> float:  # fmt: skip
     with torch.device("meta"):
-        shapes = Multimodal(config)
-    sizes = [p.numel() for p in shapes.parameters()]
+        shapes = _to_train(config, rank)
+    sizes = [p.numel() for p in shapes.parameters() if p.requires_grad]
     seen = sample_batch(shapes, batch, length)
     targets = int((seen.targets != IGNORE).sum())
     with FakeTensorMode(allow_non_fake_inputs=True), _Live() as live, torch.device(device.torch):
-        model = Multimodal(config).requires_grad_()
+        model = _to_train(config, rank)
         model.backbone.recompute(recompute)
         live.most = live.now
         placed = seen.to(device.torch)
@@ -193,10 +210,10 @@ def _traced(config: ModelConfig, batch: int, length: int, device: Device, recomp
 
 
 def training_step(
-    config: ModelConfig, batch: int, length: int, device: Device, recompute: bool = False
+    config: ModelConfig, batch: int, length: int, device: Device, recompute: bool = False, rank: int | None = None
 ) -> Callable[[], None]:
     """A training step as `plait train` takes it, to be called again and again."""
-    model = Multimodal(config).to(device.torch).train()
+    model = _to_train(config, rank).to(device.torch).train()
     model.backbone.recompute(recompute)
     step = Step([sample_batch(model, batch, length)], [np.zeros(0, np.int64)], np.zeros(0, np.int64))
     passes, optimizer = Passes(model, device), make_optimizer([model], 1e-4, 0.1, (0.9, 0.95))
@@ -205,20 +222,26 @@ def training_step(
         optimizer.zero_grad(set_to_none=True)
         output = passes(step, True, False)
         (sum(output.sums.values()) / (batch * length) + output.nothing).backward()
-        float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        float(torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0))
         optimizer.step()
 
     return work
 
 
 def probed_seconds(
-    config: ModelConfig, batch: int, length: int, device: Device, recompute: bool = False, seconds: float = 6.0
+    config: ModelConfig,
+    batch: int,
+    length: int,
+    device: Device,
+    recompute: bool = False,
+    rank: int | None = None,
+    seconds: float = 6.0,
 ) -> float:
     """Seconds of a training step here, from the steps of two networks of few layers that take turns."""
     keep_memory()  # as `plait train` does
     layers = config.backbone.layers
     few, more = min(1, layers), min(3, layers)
-    works = {n: training_step(_with_layers(config, n), batch, length, device, recompute) for n in {few, more}}
+    works = {n: training_step(_with_layers(config, n), batch, length, device, recompute, rank) for n in {few, more}}
     times: dict[int, list[float]] = {n: [] for n in works}
     for work in works.values():
         work()

@@ -88,7 +88,11 @@ def memory(network: Network, layout: Layout, load: Load) -> dict[str, float]:
     whole = network.parts.get("positions", 0) + network.parts["norms"]  # which tensor parallelism does not cut
     mine = (network.parameters - whole) / layout.tensor + whole
     shards = layout.replicas if layout.sharded else 1
-    weights, gradients, optimizer = (size * mine / shards for size in STATES[load.states])
+    updates = network.updates / layout.tensor
+    trained = mine if network.lora is None else updates
+    of_weights, *others = STATES[load.states]
+    weights = of_weights * (mine + updates) / shards
+    gradients, optimizer = (size * trained / shards for size in others)
     kinds = {"weights": weights, "gradients": gradients, "optimizer": optimizer}
     if shards > 1:
         kinds["gathered block"] = 2.0 * network.block / layout.tensor

@@ -13,7 +13,7 @@ from torch import nn
 
 from plait.config import SIZES, Recipe, load_recipe
 from plait.modalities.base import Vocabulary
-from plait.model import huggingface
+from plait.model import huggingface, lora
 from plait.model.checkpoint import find_checkpoint
 from plait.model.multimodal import ModelConfig, Multimodal
 from plait.model.transformer import TransformerConfig
@@ -31,6 +31,7 @@ class Network:
     batch_tokens: float | None = None  # a step, of all devices
     warnings: tuple[str, ...] = ()
     recipe: Recipe | None = field(default=None, compare=False)
+    lora: int | None = None  # rank of the low-rank updates that are trained alone
 
     @cached_property
     def model(self) -> Multimodal:
@@ -53,6 +54,15 @@ class Network:
         return sum(self.parts.values())
 
     @cached_property
+    def updates(self) -> int:
+        """Parameters of the low-rank updates; 0 where all of the network is trained."""
+        if self.lora is None:
+            return 0
+        block = self.model.backbone.blocks[0]
+        sides = sum(sum(getattr(block, name).weight.shape) for name in lora.ADAPTED)
+        return self.lora * sides * self.config.backbone.layers
+
+    @cached_property
     def block(self) -> int:
         """Parameters of one block of the backbone."""
         return _count(self.model.backbone.blocks[0])
@@ -60,12 +70,14 @@ class Network:
     def flops_a_token(self, length: int, attention: bool = True) -> float:
         """Of a training step, forward and backward: 6 N, every parameter counted (Kaplan et al., 2020). With
         `attention`, 6 times what takes part in products (no rows that are only looked up, no positions) and
-        6 L h (d_qk + d_v) s, the causal half counted whole as is usual."""
+        6 L h (d_qk + d_v) s, the causal half counted whole as is usual. Frozen parameters have no gradients of their
+        own: 4 N, and 6 of the updates."""
+        each, updates = (6.0, 0.0) if self.lora is None else (4.0, 6.0 * self.updates)
         if not attention:
-            return 6.0 * self.parameters
+            return each * self.parameters + updates
         c = self.config.backbone
         looked_up = self.parts.get("positions", 0) + (0 if self.config.tied else self.parts["reading rows"])
-        return 6.0 * (self.parameters - looked_up) + 6.0 * c.layers * c.heads * 2 * c.head_width * length
+        return each * (self.parameters - looked_up) + updates + 6.0 * c.layers * c.heads * 2 * c.head_width * length
 
     def cache_a_token(self, size: int = 2) -> int:
         """Bytes of keys and values that one position leaves behind, at `size` bytes a number."""
@@ -177,7 +189,8 @@ def recipe_network(recipe: Recipe, name: str) -> Network:
     size = SIZES[recipe.model.size]
     batch = (recipe.training.batch_size or size.batch_size) * config.backbone.max_length
     tokens = float(batch * recipe.training.steps) if recipe.training.steps else None
-    return Network(name, config, tokens, float(batch), recipe=recipe)
+    rank = recipe.training.lora.rank if recipe.training.lora else None
+    return Network(name, config, tokens, float(batch), recipe=recipe, lora=rank)
 
 
 def network(source: str) -> Network:

@@ -52,6 +52,7 @@ class Options:
     save: float = 30.0  # seconds
     restart: float = 10.0  # minutes
     every: float | None = None  # minutes between checkpoints
+    lora: int | None = None  # rank; else the recipe's
     seed: int = 0
 
 
@@ -64,6 +65,8 @@ def make_plan(network: Network, options: Options) -> dict[str, Any]:
     if options.recompute not in RECOMPUTE:
         raise PlaitError(f"There is no recomputation '{options.recompute}'. Use {', '.join(RECOMPUTE)}.")
     torch.set_num_threads(threads())
+    if options.lora is not None:
+        network = replace(network, lora=options.lora)
     context = network.config.backbone.max_length
     length = options.length or context
     if length > context:
@@ -84,6 +87,7 @@ def make_plan(network: Network, options: Options) -> dict[str, Any]:
         "warnings": list(network.warnings),
         "parameters": network.parameters,
         "parts": network.parts,
+        "low-rank updates": network.updates,
         "length": length,
         "batch": load.batch,
         "machine": {"name": chosen.name, "count": options.gpus, "flops": chosen.flops, "memory": chosen.memory},
@@ -140,8 +144,10 @@ def _run(network: Network, options: Options, length: int, tokens: float | None, 
     if options.utilisation is not None and options.tflops is not None:
         raise PlaitError("State the utilisation once: --utilisation or --tflops.")
     by_rule, whole = (network.flops_a_token(length, attention) for attention in (False, True))
-    run: dict[str, Any] = {"tokens": tokens, "FLOPs a token, 6 N": by_rule, "FLOPs a token, with attention": whole}
-    again = 4 / 3 if options.recompute == "full" else 1.0
+    each = 6 if network.lora is None else 4
+    rule = f"{each} N"
+    run: dict[str, Any] = {"tokens": tokens, f"FLOPs a token, {rule}": by_rule, "FLOPs a token, with attention": whole}
+    again = 1 + 2 / each if options.recompute == "full" else 1.0
     if options.tflops is not None:
         rate = options.tflops * 1e12 / again
         run["utilisation"] = rate / chosen.flops
@@ -158,13 +164,15 @@ def _run(network: Network, options: Options, length: int, tokens: float | None, 
         return run
     hours = by_rule * tokens / (rate * options.gpus) / 3600
     run |= {
-        "FLOPs, 6 N D": by_rule * tokens,
+        f"FLOPs, {rule} D": by_rule * tokens,
         "FLOPs, with attention": whole * tokens,
         "expected loss": expected_loss(network.parameters, tokens),
         "days": hours / 24,
         "days, with attention": hours / 24 * whole / by_rule,
         "device hours": hours * options.gpus,
     }
+    if network.lora is not None:  # the law is of training from nothing
+        del run["expected loss"]
     if network.batch_tokens:
         run["steps"] = tokens / network.batch_tokens
     if chosen.watts:
@@ -178,9 +186,10 @@ def _here(network: Network, load: Load, local: Machine, plan: dict[str, Any]) ->
     """What `plait train` would take of this machine: traced and probed, not by formula."""
     device = choose_device(training=True)
     recompute = load.recompute == "full"
-    if 16 * network.parameters > local.memory * USABLE:
-        return {"fits": False, "states": 16 * network.parameters, "room": local.memory * USABLE}
-    one, two = (peak_memory(network.config, n, load.length, device, recompute) for n in (2, 4))
+    states = 16 * network.parameters if network.lora is None else 4 * network.parameters + 16 * network.updates
+    if states > local.memory * USABLE:
+        return {"fits": False, "states": states, "room": local.memory * USABLE}
+    one, two = (peak_memory(network.config, n, load.length, device, recompute, network.lora) for n in (2, 4))
     each = max((two - one) / 2, 1.0)
     peak = one + each * (load.batch - 2)
     largest = int((local.memory * USABLE - one) / each + 2)
@@ -190,7 +199,7 @@ def _here(network: Network, load: Load, local: Machine, plan: dict[str, Any]) ->
     }  # fmt: skip
     if not found["fits"]:
         return found
-    seconds = probed_seconds(network.config, load.batch, load.length, device, recompute)
+    seconds = probed_seconds(network.config, load.batch, load.length, device, recompute, network.lora)
     found |= {"step seconds": seconds, "tokens/s": load.batch * load.length / seconds}
     rate = network.flops_a_token(load.length, attention=False) * found["tokens/s"]
     found["utilisation"] = rate / local.flops
@@ -292,6 +301,8 @@ def sheets(plan: dict[str, Any]) -> list[Sheet]:
     """The tables of a plan."""
     count = plan["parameters"]
     parts = [[name, f"{n:,}", f"{n / count:.1%}"] for name, n in plan["parts"].items()]
+    if plan["low-rank updates"]:
+        parts.append(["low-rank updates, trained alone", f"{plan['low-rank updates']:,}", ""])
     found = [Sheet(f"{plan['network']}: {count:,} parameters", ["part", "parameters", "share"], parts)]
     layouts_ = plan["layouts"]
     kinds = list(dict.fromkeys(kind for row in layouts_ for kind in row["memory"]))
