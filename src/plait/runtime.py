@@ -132,12 +132,8 @@ def compiler() -> str | None:
 
 
 def cache_folder(name: str) -> Path:
-    """The user's folder for what can be made again, ~/.cache/plait/NAME (or below XDG_CACHE_HOME); nobody else may
-    write there. Raises OSError where it cannot be made."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = root / "plait" / name
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder
+    """The user's folder for what can be made again: ~/.cache/plait/NAME, or below XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plait" / name
 
 
 # --- randomness as a function -----------------------------------------------------------------------------------

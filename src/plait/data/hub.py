@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from plait.runtime import PlaitError
+from plait.runtime import PlaitError, cache_folder
 
 
 def download(name: str) -> Path:
@@ -22,7 +22,7 @@ def download(name: str) -> Path:
             "(Parquet, JSONL, a folder of save_to_disk) need no library: plait prepare FOLDER -o OUT"
         ) from error
     path, _, config = name.partition(":")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plait" / "hub"
+    cache = cache_folder("hub")
     folder = cache / name.replace("/", "--").replace(":", "--")
     if (folder / "dataset_dict.json").is_file():
         return folder

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -29,7 +28,7 @@ from plait.data.record import KINDS, SPLITS, Rejected, rejected
 from plait.data.shards import Shards, Statistics
 from plait.data.staging import stage
 from plait.data.stores import Location, StoreError, location, read_bytes, size, upload
-from plait.runtime import PlaitError, only_writer, publish_folder, read_json, sealed, write_json
+from plait.runtime import PlaitError, cache_folder, only_writer, publish_folder, read_json, sealed, write_json
 
 _VAL_MOST = 5000
 _EXAMPLES = 12
@@ -117,8 +116,7 @@ def _partial(out: Location) -> Path:
     """Where chunks lie until all are done: beside the dataset, or in the user's cache where that is far away."""
     if isinstance(out, Path):
         return out.parent / f".{out.name}.partial"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "plait" / f"prepare-{hashlib.sha256(out.encode()).hexdigest()[:16]}"
+    return cache_folder(f"prepare-{hashlib.sha256(out.encode()).hexdigest()[:16]}")
 
 
 def _check_out(source: Location, out: Location) -> None:

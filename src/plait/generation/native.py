@@ -96,6 +96,7 @@ def library() -> ctypes.CDLL | None:
     name = f"step-{hashlib.sha256(chr(0).join(text).encode()).hexdigest()[:16]}.so"
     try:
         path = cache_folder("native") / name
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not path.exists() and (error := _compile(path, command)):
             log.warning("The native step could not be compiled; PyTorch's is used. %s", error[-500:])
             return None

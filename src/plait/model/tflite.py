@@ -21,7 +21,15 @@ import torch
 
 from plait.model.checkpoint import Checkpoint
 from plait.model.export import Logits, card, exported_size, extended_tokenizer, must_be_free
-from plait.runtime import PlaitError, exact_products, only_writer, publish_folder, write_atomic, write_json
+from plait.runtime import (
+    PlaitError,
+    cache_folder,
+    exact_products,
+    only_writer,
+    publish_folder,
+    write_atomic,
+    write_json,
+)
 
 TOLERANCE = 1e-4
 LITERT = "litert-torch>=0.10,<0.11"  # it is before its version 1; what the worker calls was tried with these
@@ -91,8 +99,7 @@ def hand_over(checkpoint: Checkpoint, length: int, work: Path) -> np.ndarray:
 
 def environment_folder() -> Path:
     """Where the environment of this Python and torch lies: in the user's cache folder."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "plait" / f"tflite-py{sys.version_info[0]}.{sys.version_info[1]}-torch{_torch()}"
+    return cache_folder(f"tflite-py{sys.version_info[0]}.{sys.version_info[1]}-torch{_torch()}")
 
 
 def _torch() -> str:
