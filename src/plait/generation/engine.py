@@ -453,7 +453,9 @@ class Engine:
             for scores_of in {id(own): own, id(logits): logits}.values():
                 for end in (span.end, *span.more_ends):
                     scores_of[:, end - span.start].masked_fill_(mask, LOWEST)
-        draws = torch.from_numpy(uniform(group.seeds, group.numbers, group.counts)).float().to(self.device.torch)
+        draws: Tensor | None = None
+        if not group.knobs.all_greedy:
+            draws = torch.from_numpy(uniform(group.seeds, group.numbers, group.counts)).float().to(self.device.torch)
         chosen = group.knobs.choose(logits, draws, group.seen)
         if group.seen is not None:
             group.seen.scatter_(1, chosen[:, None], True)

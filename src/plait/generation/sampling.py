@@ -106,11 +106,12 @@ class Knobs:
         self.penalty = column("repetition_penalty").clamp(1e-4, 1e4)
         self.penalised = any(row.repetition_penalty != 1 for row in rows)
 
-    def choose(self, logits: Tensor, uniforms: Tensor, seen: Tensor | None = None) -> Tensor:
-        """Ids (B,) from logits (B, V) in fp32; `seen` (B, V) goes with a repetition penalty."""
+    def choose(self, logits: Tensor, uniforms: Tensor | None, seen: Tensor | None = None) -> Tensor:
+        """Ids (B,) from logits (B, V) in fp32; `uniforms` (B,) are drawn by, and not needed where all rows are greedy;
+        `seen` (B, V) goes with a repetition penalty."""
         if seen is not None:
             logits = penalise(logits, seen, self.penalty)
-        if self.all_greedy:
+        if self.all_greedy or uniforms is None:
             return logits.argmax(-1)
         likeliest = logits.argmax(-1) if self.any_greedy else None
         if self.warm:
