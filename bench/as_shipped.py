@@ -14,7 +14,7 @@ import multiprocessing
 from multiprocessing.connection import Connection
 
 import torch
-from measure import Contender, Row, Table, clock, timed
+from measure import OURS, Contender, Row, Table, clock, timed
 from training import FAMILIES, SHAPES, as_transformers, losses, make_model, step_of, text_checkpoint
 
 from plait.runtime import choose_device, keep_memory, threads
@@ -39,7 +39,7 @@ def side(pipe: Connection, ours: bool, size: str, family: str, compiled: bool) -
     else:
         peer = as_transformers(text_checkpoint(model)).train()
         work = step_of(make_optimizer([peer], 1e-4, 0.1, (0.9, 0.95)), peer, lambda: their_loss(peer), tokens)
-    contender = Contender("", work, matmul="medium" if ours else "highest")
+    contender = Contender("", work, matmul=OURS if ours else "highest")
     for _ in range(3):
         work()
     begun = clock("cpu")

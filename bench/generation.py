@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from llama_cpp_peer import LlamaCpp
-from measure import Contender, Table, compare
+from measure import OURS, Contender, Table, compare
 from training import Shape, as_transformers, make_model, text_checkpoint
 
 from plait.generation.engine import Engine, Request
@@ -69,15 +69,15 @@ def tables(
                 against, note = "ours", f"{alike:.0%} of ids alike"
             return Contender(name, lambda: float(sum(map(len, writes()))), against, matmul, note)
 
-        torch.set_float32_matmul_precision("medium")
+        torch.set_float32_matmul_precision(OURS)
         written = ours()
         assert all(len(row) == write for row in written)
         contenders = [
-            contender("ours", ours, "medium"),
+            contender("ours", ours, OURS),
             contender("transformers", theirs, "highest", written),
         ]
-        if device.dtype is torch.float32:
-            contenders.append(contender("transformers, products at 'medium' as ours", theirs, "medium", written))
+        if device.dtype is torch.float32 and OURS != "highest":
+            contenders.append(contender(f"transformers, products at '{OURS}' as ours", theirs, OURS, written))
         if compiled:
             fast = lambda: theirs(cache_implementation="static")  # noqa: E731 (it compiles the model on a GPU by itself)
             contenders.append(contender("transformers, static cache", fast, "highest", written))

@@ -13,7 +13,10 @@ from statistics import median
 
 import torch
 
+from plait.runtime import product_precision
+
 ROUNDS, SECONDS = 7, 1.0  # samples of each contender, and how long a sample lasts at least
+OURS = product_precision()  # torch's precision of fp32 products, as plait sets it on this processor
 
 
 @dataclass
@@ -23,7 +26,7 @@ class Contender:
     name: str
     work: Callable[[], float]
     against: str = ""  # the contender whose rate is divided by this one's
-    matmul: str = "highest"  # torch's precision of fp32 products: "highest" as torch ships, "medium" as plait sets it
+    matmul: str = "highest"  # torch's precision of fp32 products: "highest" as torch ships
     note: str = ""
 
 

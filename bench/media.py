@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import Contender, Table, compare
+from measure import OURS, Contender, Table, compare
 from PIL import Image
 
 from plait.data.media import decode_image, encode_png
@@ -43,7 +43,7 @@ def run(**timing: Any) -> list[Table]:
 
     return [
         compare("Log-mel of 30 s at 16 kHz, 80 bands", "s of sound/s", [
-            Contender("ours", our_mel, matmul="medium", note="1,024-point transform"),
+            Contender("ours", our_mel, matmul=OURS, note="1,024-point transform"),
             Contender("transformers WhisperFeatureExtractor", their_mel, "ours", note="400-point transform"),
         ], **timing),
         compare("PNG of 128 x 128", "pictures/s", [

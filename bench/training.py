@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import Contender, Table, compare
+from measure import OURS, Contender, Table, compare
 from torch import Tensor
 
 from plait.modalities.base import Vocabulary
@@ -152,7 +152,7 @@ def pair(shape: Shape, family: str, device: Device, compiled: bool, peak: float,
     work = step_of(optimizer, model, lambda: ours(model), tokens)
     peer_work = step_of(peer_optimizer, peer, lambda: theirs(peer), tokens)
     contenders = [
-        Contender("ours", work, matmul="medium"),
+        Contender("ours", work, matmul=OURS),
         Contender(f"transformers {family}", peer_work, "ours", note=f"first losses {apart:.4f} nats apart"),
     ]
     if compiled:
@@ -164,7 +164,7 @@ def pair(shape: Shape, family: str, device: Device, compiled: bool, peak: float,
         peer_twin = torch.compile(peer)
         fast, peer_fast = "ours, compiled", f"transformers {family}, compiled"
         contenders += [
-            Contender(fast, step_of(optimizer, model, lambda: ours(twin), tokens), "", "medium",
+            Contender(fast, step_of(optimizer, model, lambda: ours(twin), tokens), "", OURS,
                       "as training.compile does"),
             Contender(peer_fast, step_of(peer_optimizer, peer, lambda: theirs(peer_twin), tokens), fast),
         ]  # fmt: skip

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from plait.runtime import PlaitError, only_writer, publish_folder, uniform
+from plait.runtime import PlaitError, choose_device, only_writer, publish_folder, uniform
 
 
 def test_publish_is_all_or_nothing(tmp_path: Path) -> None:
@@ -58,3 +59,11 @@ def test_uniform_depends_on_its_keys_alone() -> None:
     draws = uniform(0, np.arange(100_000))
     assert draws.min() >= 0 and draws.max() < 1
     assert abs(draws.mean() - 0.5) < 0.005 and abs(np.corrcoef(draws[:-1], draws[1:])[0, 1]) < 0.01
+
+
+def test_fp32_products_are_those_of_fp32() -> None:
+    """Some processors round them to bf16 where torch is told that less precision will do."""
+    choose_device("cpu", "fp32")
+    a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
+    wanted = a.double() @ b.double()
+    assert ((a @ b).double() - wanted).abs().max() < 1e-5 * wanted.abs().max()
