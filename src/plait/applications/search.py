@@ -35,7 +35,7 @@ from plait.runtime import PlaitError, fsync_folder, only_writer, sha256_file, wr
 EXACT = 100_000  # entries up to which all vectors are kept in memory and compared
 BATCH = 256  # entries that are embedded at a time
 TABLE = "entries"
-PROBES, REFINE = 10, 2  # of an approximate search: partitions looked at, and candidates per result compared exactly
+PROBES, REFINE = 20, 2  # of an approximate search: partitions looked at, and candidates per result compared exactly
 FUSE = 60  # reciprocal rank fusion: 1 / (FUSE + rank), Cormack, Clarke and Buettcher 2009
 
 
@@ -374,7 +374,8 @@ class Index:
     ) -> list[dict[str, Any]]:
         """The k nearest as the index of vectors finds them, best first, with "_distance", 1 - cosine."""
         query = self.table.search(np.asarray(vector, np.float32), vector_column_name="_vector").distance_type("cosine")
-        query = query.minimum_nprobes(PROBES).maximum_nprobes(0)  # more, where a condition leaves too few
+        # Without a bound LanceDB looks at all partitions, as it has to where a condition leaves few entries in each.
+        query = query.minimum_nprobes(PROBES).maximum_nprobes(0 if where else PROBES)
         query = query.refine_factor(REFINE).with_row_id(True).limit(k)
         query = query.where(where, prefilter=True) if where else query
         return list(query.select([*columns, "_distance"]).to_arrow().to_pylist())

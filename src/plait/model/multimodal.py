@@ -121,9 +121,20 @@ class Batch:
         return Batch(tokens, targets, lengths, media, self.spans)
 
 
-def collate(sequences: ListOf[Sequence], modalities: dict[str, MediaModality], pad: int) -> Batch:
-    """Pad sequences on the right into one batch on the CPU."""
+def roomy(length: int) -> int:
+    """The next length of a grid with eight steps to each doubling: training then meets few shapes, for each of which
+    oneDNN compiles its kernels anew."""
+    step = max(2 ** ((length - 1).bit_length() - 4), 1)
+    return -(-length // step) * step
+
+
+def collate(
+    sequences: ListOf[Sequence], modalities: dict[str, MediaModality], pad: int, few_shapes: bool = False
+) -> Batch:
+    """Pad sequences on the right into one batch on the CPU. With `few_shapes` somewhat further, to a `roomy` length,
+    and likewise with more samples of each modality, which nothing reads."""
     longest = max(len(s) for s in sequences)
+    longest = roomy(longest) if few_shapes else longest
     tokens = np.full((len(sequences), longest), pad, np.int64)
     targets = np.full((len(sequences), longest), IGNORE, np.int64)
     found: dict[str, list[tuple[int, int, np.ndarray, int]]] = {}
@@ -136,7 +147,9 @@ def collate(sequences: ListOf[Sequence], modalities: dict[str, MediaModality], p
         spans += [(row, *span) for span in sequence.spans]
     media = {}
     for name, samples in found.items():
-        values, lengths = modalities[name].batch([sample for _, _, sample, _ in samples])
+        given = [sample for _, _, sample, _ in samples]
+        given += [given[-1]] * (roomy(len(given)) - len(given) if few_shapes else 0)
+        values, lengths = modalities[name].batch(given)
         stride = max(count for *_, count in samples)
         take = [np.arange(count) + i * stride for i, (*_, count) in enumerate(samples)]
         put = [np.arange(count) + row * longest + start for row, start, _, count in samples]

@@ -14,6 +14,7 @@ from plait.model.multimodal import IGNORE, Multimodal
 CHUNK = 2**24  # logits that exist at one time
 STRIP = 2**21  # of them in fp32
 CLOSE = 2**21  # of them where they are passed over once
+ROUND = 128  # states, to a multiple of which their number is filled up
 MANY, SAFE = 1024, 60.0  # rows from which that pays, and the greatest logit that it is right for
 
 
@@ -42,9 +43,12 @@ class _TotalLoss(torch.autograd.Function):
         # No logit is above the product of the norms: where that is small, no maximum has to be sought and taken off.
         norms = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).amax() for x in (hidden, rows)]
         safe = len(rows) >= MANY and float(norms[0] * norms[1]) < SAFE
+        count, more = len(hidden), -len(hidden) % ROUND
+        # States of zero have no gradient and give none, and spare oneDNN kernels for one more shape.
+        hidden, targets = F.pad(hidden, (0, 0, 0, more)), F.pad(targets, (0, more))
         losses, to_hidden, to_rows = (_bounded if safe else _shifted)(hidden, rows, targets, smoothing)
-        ctx.save_for_backward(to_hidden, to_rows.to(rows.dtype))
-        return losses.sum()
+        ctx.save_for_backward(to_hidden[:count], to_rows.to(rows.dtype))
+        return losses[:count].sum()
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -57,7 +61,7 @@ def _shifted(hidden: Tensor, rows: Tensor, targets: Tensor, smoothing: float) ->
     losses = torch.empty(len(hidden), 1, device=hidden.device)
     to_hidden = torch.empty_like(hidden)
     to_rows: Tensor | None = None
-    for part in cut(len(hidden), max(CHUNK // len(rows), 128)):  # fewer would slow the products down
+    for part in cut(len(hidden), max(CHUNK // len(rows) // ROUND, 1) * ROUND):  # fewer would slow the products down
         wanted, logits = targets[part, None], hidden[part] @ rows.t()
         for strip in cut(len(logits), max(STRIP // len(rows), 1)):
             chances = logits[strip].softmax(1, dtype=torch.float32)
@@ -88,7 +92,7 @@ def _bounded(hidden: Tensor, rows: Tensor, targets: Tensor, smoothing: float) ->
     to_rows = torch.zeros(rows.shape, device=rows.device)
     target_rows = rows[targets]
     middle = rows.float().mean(0)
-    for part in cut(len(hidden), max(CLOSE // len(rows), 128)):
+    for part in cut(len(hidden), max(CLOSE // len(rows) // ROUND, 1) * ROUND):
         states = hidden[part]
         chances = (states @ rows.t()).exp_()
         # Each sum is taken in fp32 and rounded once; some of them together round less than one.

@@ -329,7 +329,7 @@ class Sampler:
         cuts = cut_by_length([len(sequence) for sequence, _ in made], self.worth)
         for start, stop in zip([0, *cuts], [*cuts, len(made)], strict=True):
             group = made[start:stop]
-            batches.append(collate([s for s, _ in group], self.media, self.vocabulary.pad))
+            batches.append(collate([s for s, _ in group], self.media, self.vocabulary.pad, few_shapes=True))
             span_records.append(np.array([record for s, record in group for _ in s.spans], np.int64))
         return Step(batches, span_records, records)
 
@@ -448,17 +448,22 @@ class Sampler:
         return Sequence().read_ids(chunk[:1]).write(chunk[1:])
 
 
-def cut_by_length(lengths: list[int], worth: float = PASS) -> list[int]:
+def cut_by_length(lengths: list[int], worth: float = PASS, grain: int | None = None) -> list[int]:
     """Where to cut sequences of rising length into batches: at the place that saves most padding, again and again,
-    as long as a cut saves more tokens than the pass it adds is worth."""
-    if len(lengths) < 2:
+    as long as a cut saves more tokens than the pass it adds is worth. The places are multiples of a `grain`, a quarter
+    of the sequences by itself: the kernels of oneDNN are compiled for each new shape, which takes longer than they do.
+    """
+    grain = grain or max(len(lengths) // 4, 1)
+    places = range(grain, len(lengths), grain)
+    if not places:
         return []
-    saved = [at * (lengths[-1] - lengths[at - 1]) for at in range(1, len(lengths))]
+    saved = [at * (lengths[-1] - lengths[at - 1]) for at in places]
     best = int(np.argmax(saved))
     if saved[best] <= worth:
         return []
-    at = best + 1
-    return [*cut_by_length(lengths[:at], worth), at, *(at + cut for cut in cut_by_length(lengths[at:], worth))]
+    at = places[best]
+    left, right = (cut_by_length(part, worth, grain) for part in (lengths[:at], lengths[at:]))
+    return [*left, at, *(at + cut for cut in right)]
 
 
 def lm_windows(ids: list[int], opener: int, end: int, context: int) -> list[Sequence]:

@@ -31,7 +31,7 @@ from plait.modalities.item import (
     fit_codes,
     sizes_of,
 )
-from plait.model.multimodal import IGNORE, Batch, Multimodal
+from plait.model.multimodal import IGNORE, Batch, Multimodal, roomy
 from plait.runtime import Device, PlaitError, uniform, write_atomic
 from plait.training.batches import OFFSET, Sampler, Split, Step, cut_by_length
 
@@ -197,7 +197,7 @@ class HistorySampler(Sampler):
         """Sequences that predict the items of places `begin` to `end`, each from the one before it."""
         split, base, opener = self.split, self.vocabulary.size, self.vocabulary.opener(Item.name)
         lengths = end - begin
-        tokens = np.full((len(records), int(lengths.max(initial=1))), self.vocabulary.pad)
+        tokens = np.full((len(records), roomy(int(lengths.max(initial=1)))), self.vocabulary.pad)
         targets = np.full(tokens.shape, IGNORE)
         for row, (record, first, stop) in enumerate(zip(records, begin, end, strict=True)):
             at = split.starts[record]
@@ -214,7 +214,7 @@ class HistorySampler(Sampler):
         assert split.code_table is not None
         starts = [self.vocabulary.spaces[space][0] for space in self.vocabulary.levels]
         lengths = (end - begin) * each
-        tokens = np.full((len(records), int(lengths.max(initial=1))), self.vocabulary.pad)
+        tokens = np.full((len(records), roomy(int(lengths.max(initial=1)))), self.vocabulary.pad)
         targets = np.full(tokens.shape, IGNORE)
         for row, (record, first, stop) in enumerate(zip(records, begin, end, strict=True)):
             at = split.starts[record]
