@@ -142,7 +142,7 @@ def planted(out: Path, cases: int, only: list[str]) -> None:
     image = {**common, "training": {**common["training"], "weights": {"image": 0}}}
     audio = {**common, "training": {**common["training"], "weights": {"audio": 0, "contrastive": 1}}}
     for name, write, settings, steps in (
-        ("marks", marks, image, 300), ("tones", tones, audio, 400), ("sentences", sentences, common, 500),
+        ("marks", marks, image, 300), ("tones", tones, audio, 300), ("sentences", sentences, common, 500),
     ):  # fmt: skip
         if only and name not in only:
             continue
@@ -317,7 +317,7 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/explain"))
     parser.add_argument("--only", nargs="*", help="of planted: marks, tones, sentences")
     parser.add_argument("--cases", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=1500, help="of words' training")
+    parser.add_argument("--steps", type=int, default=1000, help="of words' training")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.what == "planted":
