@@ -43,7 +43,7 @@ CLASSES = ["one", "two", "three", "four"]
 COLOURS = {"red": (220, 30, 30), "blue": (30, 60, 220), "green": (20, 150, 50), "black": (20, 20, 20)}
 MARKS = list(COLOURS.values())
 TONES = [500, 1000, 1800, 2900]  # Hz
-TONE = 0.4  # seconds
+TONE = 0.16  # seconds: what occlusion takes away at a time
 KEYS = ["apple", "stone", "river", "cloud"]
 FILL = ["the", "a", "old", "new", "big", "man", "dog", "walks", "runs", "sees", "near", "far", "house", "road", "then"]
 
@@ -89,7 +89,7 @@ def marks(folder: Path, n: int = 1400, test: int = 200) -> None:
 
 
 def tones(folder: Path, n: int = 2400, test: int = 200) -> None:
-    """A second of noise with a tone of .4 s somewhere in it, whose height is the class."""
+    """A second of noise with a tone of .16 s somewhere in it, whose height is the class."""
     folder.mkdir(parents=True)
     rng, rows, where = np.random.default_rng(1), [], {}
     for i in range(n):
@@ -97,7 +97,7 @@ def tones(folder: Path, n: int = 2400, test: int = 200) -> None:
         length = int(TONE * 8000)
         start = int(rng.integers(0, 8000 - length))
         seconds = np.arange(length) / 8000
-        wave[start : start + length] += 0.3 * np.sin(2 * np.pi * TONES[i % 4] * rng.uniform(0.98, 1.02) * seconds)
+        wave[start : start + length] += 0.4 * np.sin(2 * np.pi * TONES[i % 4] * rng.uniform(0.98, 1.02) * seconds)
         (folder / f"{i:04}.wav").write_bytes(encode_wav(wave.astype(np.float32), 8000))
         split = "test" if i >= n - test else "val" if i >= n - 2 * test else "train"
         rows.append({"file_name": f"{i:04}.wav", "label": CLASSES[i % 4], "split": split})
@@ -236,8 +236,9 @@ def areas(runs: list[Path], cases: int, randoms: int = 3) -> None:
 SHAPES = ("circle", "square", "triangle")
 
 
-def objects(folder: Path, n: int = 4000, test: int = 200) -> None:
-    """Pictures of two objects, and sentences that name them: "red circle left, blue square right"."""
+def objects(folder: Path, n: int = 8000, test: int = 200) -> None:
+    """Pictures of two objects, and sentences that name them: "red circle left, blue square right". In train every sixth
+    colour and shape goes unsaid, so that the likelihood with a word left out means something."""
     folder.mkdir(parents=True)
     rng, rows = np.random.default_rng(3), []
     kinds = list(itertools.product(COLOURS, SHAPES))
@@ -254,16 +255,17 @@ def objects(folder: Path, n: int = 4000, test: int = 200) -> None:
                 pen.rectangle(box, fill=COLOURS[colour])
             else:
                 pen.polygon([(x + 5, y), (x, y + 10), (x + 10, y + 10)], fill=COLOURS[colour])
-            said.append(f"{colour} {shape} {side}")
+            split = "test" if i >= n - test else "val" if i >= n - 2 * test else "train"
+            kept = [word for word in (colour, shape) if split != "train" or rng.random() > 1 / 6]
+            said.append(" ".join([*kept, side]))
         picture.save(folder / f"{i:04}.png")
-        split = "test" if i >= n - test else "val" if i >= n - 2 * test else "train"
         rows.append({"file_name": f"{i:04}.png", "caption": ", ".join(said), "split": split})
     table(folder, rows)
 
 
 def which_word(out: Path, cases: int, steps: int) -> None:
     settings = {
-        "model": {"size": "tiny", "image": {"rotate": 0, "scale": 0, "shift": 0}},
+        "model": {"size": "tiny", "image": {"rotate": 0, "scale": 0, "shift": 0, "codec_width": 48}},
         "training": {
             "batch_size": 32,
             "learning_rate": 2e-3,
@@ -315,7 +317,7 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/explain"))
     parser.add_argument("--only", nargs="*", help="of planted: marks, tones, sentences")
     parser.add_argument("--cases", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=2500, help="of words' training")
+    parser.add_argument("--steps", type=int, default=1000, help="of words' training")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.what == "planted":

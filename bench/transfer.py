@@ -151,7 +151,7 @@ def captions(source: Path, out: Path, ways: list[str], steps: int, seeds: int, l
     photos(source, out)
     text, dataset = out / "text", Dataset.open(out / "photos" / "data")
     if not (text / "run.json").is_file() or "finished" not in read_json(text / "run.json"):
-        training = {"steps": 300, "batch_size": 32, "validations": 4}
+        training = {"steps": 300, "batch_size": 16, "validations": 4}
         recipe = load_recipe(None, {"model": MODEL, "training": training})
         train(Dataset.open(out / "words" / "data"), text, recipe, lambda progress: None)
     pairs = dataset.indices("train")

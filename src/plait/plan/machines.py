@@ -30,7 +30,7 @@ from plait.training.optimizer import make_optimizer
 USABLE = 0.95  # of a device's memory: the rest is the driver's, the libraries' and lost between tensors
 OVERHEAD = 1.5  # energy of hosts, network and cooling beside a device's own: 1 W of device is 1.5 W on the bill
 
-HEAP = 1.13  # memory of the process over its tensors at most, on a CPU whose heap keeps what is freed (bench/plan.py)
+HEAP = 1.2  # memory of the process over its tensors at most, on a CPU whose heap keeps what is freed (bench/plan.py)
 
 
 @dataclass(frozen=True)
