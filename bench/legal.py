@@ -1,7 +1,7 @@
 """What plain transformers samples from an exported run: how many tokens the span grammar has no place for.
 
     python bench/legal.py runs/demo                     # 200 tokens at most after each prompt, as exported
-    python bench/legal.py runs/demo --seeds 8 --min-p 0
+    python bench/legal.py runs/demo --seeds 8 --bf16 --min-p 0
 
 Prompts are texts of the run alone, which go on as text or open a span, and with the opener of each column behind. Of
 every sample, what comes after the first token out of place is not counted: a span that is lost stays lost.
@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--each", type=int, default=8, help="samples of each prompt and column")
     parser.add_argument("--tokens", type=int, default=200, help="new tokens at most")
+    parser.add_argument("--bf16", action="store_true", help="the export is loaded in bf16")
     parser.add_argument("--min-p", type=float, help="in place of the exported one")
     options = parser.parse_args()
     torch.set_num_threads(threads())
@@ -102,7 +103,8 @@ def main() -> None:
     vocabulary, grammar = checkpoint.model.vocabulary, spans(checkpoint.model)
     with tempfile.TemporaryDirectory() as folder:
         export_transformers(settle(checkpoint, loaded.engine), Path(folder) / "model")
-        reader = AutoModelForCausalLM.from_pretrained(Path(folder) / "model").eval()
+        dtype = torch.bfloat16 if options.bf16 else torch.float32
+        reader = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=dtype).eval()
         tokenizer = AutoTokenizer.from_pretrained(Path(folder) / "model")
     if options.min_p is not None:
         reader.generation_config.min_p = options.min_p

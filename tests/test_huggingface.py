@@ -713,6 +713,16 @@ def test_counting_forbids_what_the_grammar_does_and_changes_nothing_else():
                     assert part.max() < -20 if number in lost else part.abs().max() < 1
 
 
+@pytest.mark.parametrize("name", ["gpt2-bias", "llama-bias"])
+def test_where_nothing_can_be_counted_the_model_stays(name):
+    model = make_plait(SWITCHES[name], tied=True).model
+    spans = {"image": Span("image", *model.vocabulary.spaces["image"], None, least=9, limit=9)}
+    assert channels_for(model.config, spans, 4) == 0
+    ids = torch.randint(model.vocabulary.size, (2, 60), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert (our_logits(widened(model, 0), ids) - our_logits(model, ids)).abs().max() < 1e-4
+
+
 def test_an_exported_run_keeps_its_spans_without_our_grammar(trained, request, tmp_path):
     plait_command = request.getfixturevalue("plait")  # the package has the name here
     assert plait_command("export", trained, "-o", tmp_path / "out") == 0

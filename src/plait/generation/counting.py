@@ -135,15 +135,16 @@ def count_codes(
     for number, (space, span) in enumerate(counted.items()):
         assert span.limit is not None
         knots = shares(float(model.backbone.frequencies[-1]), span.limit)
-        # A unit is one, or how far the share is above what it is after n codes; their sums meet any value at each n.
-        basis = torch.cat((torch.ones(len(knots), 1), (knots[:, None] - knots[None, 1:]).relu()), 1)
+        # A unit is one, or how far the share is below what it is after n codes; their sums meet any value at each n.
+        # Taken from below, where shares lie close together, they stay small, and rounding with them.
+        basis = torch.cat((torch.ones(len(knots), 1), (knots[None, :-1] - knots[:, None]).relu()), 1)
         losses = _losses(span, vocabulary.closer(space) if space in vocabulary.closers else None, end, groups)
         sums = torch.linalg.solve(basis, losses.double())
         units = slice(unit, unit + len(knots))
         gate, up = block.feed_in.weight[: config.hidden][units], block.feed_in.weight[config.hidden :][units]
         gate[0, one] = SHARP
-        gate[1:, share + number] = SHARP
-        gate[1:, one] = (-SHARP * knots[1:]).float()
+        gate[1:, share + number] = -SHARP
+        gate[1:, one] = (SHARP * knots[:-1]).float()
         up[:, [opens + number, codes + number]] = 1
         block.feed_out.weight[written : written + len(groups), units] = (-sums.t() * SMALL / SHARP).float()
         unit += len(knots)

@@ -266,8 +266,7 @@ Openers of spans: {openers}. In text, names of special tokens are plain characte
 (`tokenizer.convert_tokens_to_ids("<|pad|>")`; a name that the text's tokenizer had before has `plait:` in front,
 `<|plait:pad|>`). Outside Plait no grammar keeps the spans well formed: `plait export` has fitted one vector a space on
 top, which changes no probability within a space, and where the architecture is Qwen3 has added a block that counts the
-codes of a span (in fp32; in bf16 it miscounts long ones), one span of each space in a sequence.
-`generation_config.json` asks for `min_p`.
+codes of a span, one span of each space in a sequence. `generation_config.json` asks for `min_p`.
 """
 
 
