@@ -50,6 +50,30 @@ def side(pipe: Connection, ours: bool, size: str, family: str, compiled: bool) -
         pipe.send(timed(contender, calls, "cpu"))
 
 
+def table(size: str, family: str, compiled: bool, rounds: int) -> Table:
+    context = multiprocessing.get_context("spawn")
+    rows = [Row("ours, compiled" if compiled else "ours, eager"), Row(f"transformers {family}, eager")]
+    pipes, processes = [], []
+    for ours in (True, False):
+        mine, other = context.Pipe()
+        process = context.Process(target=side, args=(other, ours, size, family, compiled))
+        process.start()
+        mine.recv()
+        pipes.append(mine)
+        processes.append(process)
+    for turn in range(rounds):
+        for which in (0, 1) if turn % 2 else (1, 0):
+            pipes[which].send(True)
+            rows[which].rates.append(pipes[which].recv())
+    for pipe, process in zip(pipes, processes, strict=True):
+        pipe.send(False)
+        process.join()
+    rows[1].ratios = [a / b for a, b in zip(rows[0].rates, rows[1].rates, strict=True)]
+    found = Table(f"Training {size}, each as it ships, bf16", "tokens/s", rows)
+    print(found.markdown(), flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=["14M", "0.8M"])
@@ -57,26 +81,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--eager", action="store_true", help="ours is not compiled either")
     options = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
     for size in options.sizes:
-        rows = [Row("ours, eager" if options.eager else "ours, compiled"), Row(f"transformers {options.family}, eager")]
-        pipes, processes = [], []
-        for ours in (True, False):
-            mine, other = context.Pipe()
-            process = context.Process(target=side, args=(other, ours, size, options.family, not options.eager))
-            process.start()
-            mine.recv()
-            pipes.append(mine)
-            processes.append(process)
-        for turn in range(options.rounds):
-            for which in (0, 1) if turn % 2 else (1, 0):
-                pipes[which].send(True)
-                rows[which].rates.append(pipes[which].recv())
-        for pipe, process in zip(pipes, processes, strict=True):
-            pipe.send(False)
-            process.join()
-        rows[1].ratios = [a / b for a, b in zip(rows[0].rates, rows[1].rates, strict=True)]
-        print(Table(f"Training {size}, each as it ships, bf16", "tokens/s", rows).markdown(), flush=True)
+        table(size, options.family, not options.eager, options.rounds)
 
 
 if __name__ == "__main__":

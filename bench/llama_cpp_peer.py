@@ -75,6 +75,8 @@ class LlamaCpp:
 
     def __init__(self, library: Any, checkpoint: Checkpoint, precision: str, rows: int) -> None:
         self.library, self.rows, self.size = library, rows, checkpoint.model.vocabulary.size
+        self.quiet = library.llama_log_callback(lambda level, text, data: None)  # kept, or it is collected
+        library.llama_log_set(self.quiet, None)
         library.llama_backend_init()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.gguf"

@@ -68,7 +68,7 @@ def facts(device: str) -> dict[str, Any]:
     if info.exists():
         chip = next((line.split(":")[1].strip() for line in info.open() if line.startswith("model name")), chip)
     packages = {}
-    for name in ("torch", "transformers", "llama-cpp-python", "numpy", "pillow", "plait"):
+    for name in ("torch", "transformers", "llama-cpp-python", "open_clip_torch", "numpy", "pillow", "plait"):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:

@@ -18,10 +18,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import as_shipped
 import attention
+import contrast
 import generation
 import machine
 import media
+import memory
 import mixed
 import torch
 import training
@@ -29,7 +32,7 @@ from measure import ROUNDS, SECONDS, Table, shown
 
 from plait.runtime import choose_device, keep_memory, threads
 
-PARTS = ("training", "generation", "mixed", "attention", "media")
+PARTS = ("training", "shipped", "memory", "generation", "mixed", "contrast", "attention", "media")
 
 
 def tables(options: argparse.Namespace, limits: dict[str, float]) -> Iterator[Table]:
@@ -46,6 +49,12 @@ def tables(options: argparse.Namespace, limits: dict[str, float]) -> Iterator[Ta
                 yield training.pair(
                     shape, family, device, options.compile, machine.peak(options.device, limits), **timing
                 )
+    if options.device == "cpu" and not options.quick:
+        for shape in shapes:
+            if "shipped" in options.only:
+                yield as_shipped.table(shape.name, "Qwen3", True, options.rounds)
+            if "memory" in options.only:
+                yield memory.table(shape.name, "Qwen3")
     if "generation" in options.only:
         bf16 = choose_device(options.device, training=True).dtype is torch.bfloat16
         for shape in shapes:
@@ -55,6 +64,8 @@ def tables(options: argparse.Namespace, limits: dict[str, float]) -> Iterator[Ta
                 )
     if "mixed" in options.only:
         yield mixed.table(options.device, **timing)
+    if "contrast" in options.only:
+        yield from contrast.run(choose_device(options.device, training=True), **timing)
     if options.device == "cpu":
         if "attention" in options.only:
             yield from attention.run(**timing)

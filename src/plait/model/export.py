@@ -264,9 +264,9 @@ pictures and sounds into embeddings, and codes into pictures and sounds, are in 
 
 Openers of spans: {openers}. In text, names of special tokens are plain characters; to write one, use its id
 (`tokenizer.convert_tokens_to_ids("<|pad|>")`; a name that the text's tokenizer had before has `plait:` in front,
-`<|plait:pad|>`). Outside Plait nothing keeps the spans well formed but what the
-model learned: `plait export` has fitted one vector a space on top, which changes no probability within a space, and
-`generation_config.json` asks for `min_p`.
+`<|plait:pad|>`). Outside Plait no grammar keeps the spans well formed: `plait export` has fitted one vector a space on
+top, which changes no probability within a space, and where the architecture is Qwen3 has added a block that counts the
+codes of a span, one span of each space in a sequence. `generation_config.json` asks for `min_p`.
 """
 
 
