@@ -24,7 +24,7 @@ class ItemsRecipe(_Settings):
 
     interactions: str | None = None  # file of the source; found by itself where there is one
     items: str | None = None  # likewise, the table of the items
-    columns: dict[str, str] = {}  # what of ITEM_COLUMNS it holds -> column
+    columns: dict[str, str] = {}  # user, item, time, weight; id, title, text, categories, picture, sound -> column
     split: Literal["leave-one-out", "time"] = "leave-one-out"
     least_weight: float | None = None  # interactions of less are left out
     untested: str | None = None  # FILE:COLUMN of a table of users; those marked 1 or true are learnt from alone
