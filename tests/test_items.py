@@ -89,6 +89,8 @@ def test_from_files_to_figures(shop: Path) -> None:
     assert found["recommendation/item-item/hr_at_10_unmasked"]["value"] <= figure["value"]
     cold = found["recommendation/item-item/cold_hr_at_10"]
     assert cold["n"] >= 20 and cold["value"] > 1.5 * cold["chance"]
+    nearest, lead = (found[f"recommendation/item-item/cold_hr_at_10_{name}"]["value"] for name in ("nearest", "lead"))
+    assert lead == pytest.approx(cold["value"] - nearest)
     assert "Recommended" in (shop / "run" / "report.html").read_text()
 
 
@@ -380,6 +382,9 @@ def test_movielens_100k_as_published(tmp_path: Path, plait: Command, capsys: pyt
         ({"a.csv": "user,item\n1,2\n"}, "{split: time}", "needs a time"),
         ({"a.csv": "user,item,time\n1,2,noon\n"}, "{}", "is no time"),
         ({"a.txt": "A sentence is no history.\n"}, "{}", "no table of interactions"),
+        ({"a.csv": "user,item\n1,2\n", "items.csv": "id,title\n"}, "{items: items.csv}", "items.csv has no rows"),
+        ({"a.csv": "user,item\n1,2\n"}, "{columns: {usr: user}}", "'usr' is nothing that a column holds"),
+        ({"a.csv": "user,item,weight\n1,2,1\n"}, "{least_weight: 3}", "weighs less than 3"),
     ],
 )
 def test_tables_that_cannot_be_used(

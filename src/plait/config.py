@@ -16,6 +16,9 @@ class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
 
+ITEM_COLUMNS = ("user", "item", "time", "weight", "id", "title", "text", "categories", "picture", "sound")
+
+
 class ItemsRecipe(_Settings):
     """How histories of items are read and what of them is held out; see docs/recommending.md."""
 
@@ -26,6 +29,13 @@ class ItemsRecipe(_Settings):
     least_weight: float | None = None  # interactions of less are left out
     untested: str | None = None  # FILE:COLUMN of a table of users; those marked 1 or true are learnt from alone
     cold: float = Field(0.0, ge=0, lt=1)  # share of the items that training never sees
+
+    @field_validator("columns")
+    @classmethod
+    def _known(cls, value: dict[str, str]) -> dict[str, str]:
+        if unknown := [name for name in value if name not in ITEM_COLUMNS]:
+            raise ValueError(f"'{unknown[0]}' is nothing that a column holds; known are {', '.join(ITEM_COLUMNS)}")
+        return value
 
 
 class DataRecipe(_Settings):

@@ -42,6 +42,7 @@ class Adding:
         self.new = self.changed = self.same = 0
         self.rejected: list[Rejected] = []
         self.rows: list[dict[str, Any]] = []
+        self.reading: list[tuple[Entry, bytes, Future[tuple[Any, bytes | None]]]] = []
         self.begun = time.monotonic()
         with index.reading():
             index.table.checkout_latest()
@@ -50,7 +51,8 @@ class Adding:
         self.seen: dict[str, int] = {}
 
     def take(self, items: list[Entry | Rejected], checker: Checker, pool: ThreadPoolExecutor) -> None:
-        fresh: list[tuple[Entry, bytes, Future[tuple[Any, bytes | None]]]] = []
+        """Begin to decode what is new of these, and meanwhile embed what was taken before."""
+        before, self.reading = self.reading, []
         for item in items:
             if isinstance(item, Rejected):
                 self.rejected.append(item)
@@ -69,9 +71,18 @@ class Adding:
             if self.known.get(item.id) == digest:
                 self.same += 1
             else:
-                fresh.append((item, digest, pool.submit(self._read, item.kind, content, checker)))
+                self.reading.append((item, digest, pool.submit(self._read, item.kind, content, checker)))
+        self._embed(before)
+
+    def finish(self) -> None:
+        """Embed and write what is left."""
+        self._embed(self.reading)
+        self.reading = []
+        self.commit()
+
+    def _embed(self, taken: list[tuple[Entry, bytes, Future[tuple[Any, bytes | None]]]]) -> None:
         ready = []
-        for item, digest, future in fresh:
+        for item, digest, future in taken:
             try:
                 ready.append((item, digest, *future.result()))
             except (MediaError, PlaitError) as error:

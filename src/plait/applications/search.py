@@ -35,7 +35,7 @@ from plait.runtime import PlaitError, fsync_folder, only_writer, sha256_file, wr
 EXACT = 100_000  # entries up to which all vectors are kept in memory and compared
 BATCH = 256  # entries that are embedded at a time
 TABLE = "entries"
-PROBES, REFINE = 20, 2  # of an approximate search: partitions looked at, and candidates per result compared exactly
+PROBES, REFINE = 14, 2  # of an approximate search: partitions looked at, and candidates per result compared exactly
 FUSE = 60  # reciprocal rank fusion: 1 / (FUSE + rank), Cormack, Clarke and Buettcher 2009
 
 
@@ -225,7 +225,7 @@ class Index:
                 some = BATCH if isinstance(self.model, Model) else 16  # of whole decoded pictures
                 while chunk := list(islice(found, some)):
                     adding.take(chunk, checker, pool)
-            adding.commit()
+                adding.finish()
             self._tidy(progress)
             self.settle()
         return Added(adding.new, adding.changed, adding.same, adding.rejected)

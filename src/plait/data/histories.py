@@ -109,6 +109,7 @@ def write_histories(
                 progress("check", len(found), None)
     if not found:
         common = Counter(reject.reason for reject in rejects).most_common(3)
+        common += [(f"weighs less than {recipe.least_weight:g}, or nothing", light)] if light else []
         told = "; ".join(f"{reason} ({count})" for reason, count in common) or "nothing was found"
         raise PlaitError(f"{interactions}: no interaction can be used. {told}.")
     if recipe.least_weight is not None:

@@ -102,6 +102,15 @@ def _heads(tree: Tree, name: str) -> list[str]:
     return [key for _, row in islice(rows(tree, name), 20) if isinstance(row, dict) for key in row]
 
 
+def _rows_there(tree: Tree, name: str) -> list[str]:
+    """`_heads` of a table that is to be used. Raises PlaitError where no row of it can be read."""
+    heads = _heads(tree, name)
+    if not heads:
+        why = next((f": {row}" for _, row in rows(tree, name) if isinstance(row, str)), "")
+        raise PlaitError(f"{name} has no rows{why}. It needs a line of column names, and rows below it.")
+    return heads
+
+
 def _is_interactions(tree: Tree, name: str, recipe: ItemsRecipe) -> bool:
     heads = _heads(tree, name)
     return bool(_columns(heads, "user", recipe) and _columns(heads, "item", recipe))
@@ -207,7 +216,7 @@ def _headless(tree: Tree, name: str) -> bool:
 
 
 def _from_table(tree: Tree, name: str, recipe: ItemsRecipe) -> Iterator[Interaction | Rejected]:
-    heads = _heads(tree, name)
+    heads = _rows_there(tree, name)
     found = {role: _columns(heads, role, recipe) for role in ("user", "item", "time", "weight")}
     for role in ("user", "item"):
         if not found[role]:
@@ -301,7 +310,7 @@ def read_items(tree: Tree, name: str, recipe: ItemsRecipe) -> Iterator[tuple[int
 
 
 def _items_of_table(tree: Tree, name: str, recipe: ItemsRecipe) -> Iterator[tuple[int, Item | Rejected]]:
-    heads = list(dict.fromkeys(_heads(tree, name)))
+    heads = list(dict.fromkeys(_rows_there(tree, name)))
     roles = ("id", "title", "text", "categories", "picture", "sound")
     found = {role: _columns(heads, role, recipe) for role in roles}
     missing = [(role, column) for role, names in found.items() for column in names if column not in heads]
@@ -331,8 +340,8 @@ def _items_of_table(tree: Tree, name: str, recipe: ItemsRecipe) -> Iterator[tupl
         for role, kind in (("picture", "image"), ("sound", "audio")):
             if cell[role] and cell[role][0] not in (None, "") and fault is None:
                 data = _medium(tree, name, cell[role][0], kind)
-                if isinstance(data, Rejected):
-                    fault = data.reason
+                if isinstance(data, Rejected):  # what else is known of the item is worth keeping
+                    yield line, Rejected(name, line, f"{data.reason}; the item is kept without its {role}")
                 else:
                     setattr(item, role, data)
         yield line, Rejected(name, line, fault) if fault else _dated(item)

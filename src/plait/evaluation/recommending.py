@@ -256,14 +256,7 @@ class _Work:
             base = float(first.values[name].mean())
             self.keep(name, value, stderr=error, chance=chance, baseline=base, n=n)
         for name in ("hr_at_10", "ndcg_at_10"):
-            lead = own.values[name] - first.values[name]
-            value, error = _mean(lead, targets.users, self.seed)
-            self.keep(f"{name}_lead", value, stderr=error, n=n)
-            above = _above(lead, targets.users, self.seed)
-            self.findings.notes.append(
-                f"{name}, model less directed co-occurrence: {value:+.4f} ± {error:.4f}, above zero in {above:.2%} of "
-                f"{DRAWS:,} paired resamples of users."
-            )
+            self._lead(name, own.values[name] - first.values[name], targets, "directed co-occurrence")
             for other, measured in others.items():
                 mean, error = _mean(measured.values[name], targets.users, self.seed)
                 self.keep(f"{name}_{other}", mean, stderr=error, n=n)
@@ -276,6 +269,16 @@ class _Work:
         base = float(rare[first.lists].mean())
         self.keep("novelty_at_10", value, stderr=error, baseline=base, n=n)
         self._by_popularity(targets, own, first)
+
+    def _lead(self, name: str, lead: np.ndarray, targets: Targets, over: str) -> None:
+        """The mean of a difference of the model to a baseline, paired by target, and how sure it is that it leads."""
+        value, error = _mean(lead, targets.users, self.seed)
+        self.keep(f"{name}_lead", value, stderr=error, n=len(targets))
+        above = _above(lead, targets.users, self.seed)
+        self.findings.notes.append(
+            f"{name}, model less {over}: {value:+.4f} ± {error:.4f}, above zero in {above:.2%} of {DRAWS:,} paired "
+            "resamples of users."
+        )
 
     def _by_popularity(self, targets: Targets, own: Measured, first: Measured) -> None:
         """Thirds of the training interactions: those of the most popular items, the middle, the rest."""
@@ -306,6 +309,9 @@ class _Work:
             for other, measured in others.items():
                 mean, error = _mean(measured.values[name], targets.users, self.seed)
                 self.keep(f"cold_{name}_{other}", mean, stderr=error, n=n)
+        if "nearest" in others:
+            lead = own.values["hr_at_10"] - others["nearest"].values["hr_at_10"]
+            self._lead("cold_hr_at_10", lead, targets, "nearest content")
 
     def _genres(self) -> Scores | None:
         """What is popular in the genres that a history has; a new item counts as an average one of its genres."""

@@ -70,6 +70,7 @@ for _name, _label in (("hr", "HR@10"), ("ndcg", "NDCG@10"), ("coverage", "covera
 MEANING |= {
     "hr_at_10_lead": ("lead in HR@10", "share", "model less directed co-occurrence, paired by user"),
     "ndcg_at_10_lead": ("lead in NDCG@10", "share", "model less directed co-occurrence, paired by user"),
+    "cold_hr_at_10_lead": ("lead in HR@10, new items", "share", "model less nearest content, paired by user"),
     "coverage_at_10": ("coverage@10", "share", "of all items, those in somebody's first 10"),
     "novelty_at_10": ("novelty@10, bits", "number", "of surprise in popularity, mean over the first 10"),
     "hr_at_10_head": ("HR@10, popular items", "share", "those with the first third of all interactions"),

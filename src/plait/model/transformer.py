@@ -228,7 +228,7 @@ def dropout(x: Tensor, share: float, training: bool) -> Tensor:
         drawn = torch.rand(POOL, generator=torch.Generator().manual_seed(0)) >= share
         _pools[key] = drawn.to(x.dtype) / (1 - share)
     pool, count = _pools[key], x.numel()
-    size = min(count, POOL // 2)
+    size = min(count, POOL // 4 * 3)
     starts = torch.randint(POOL - size + 1, (-(-count // size),)).tolist()
     pieces = [pool[start : start + size] for start in starts]
     mask = pieces[0] if len(pieces) == 1 else torch.cat(pieces)[:count]
