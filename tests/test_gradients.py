@@ -35,13 +35,16 @@ def test_norm_and_rotation(shape):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("chunk", [2**24, 300 * 130])
-def test_the_loss_of_tokens(smoothing, chunk, monkeypatch):
+@pytest.mark.parametrize("many", [300, 1100])  # the least number of rows at which logits are known to be small
+def test_the_loss_of_tokens(smoothing, chunk, many, monkeypatch):
     """In one chunk and in several, strips ending unevenly."""
     monkeypatch.setattr(objectives, "CHUNK", chunk)
+    monkeypatch.setattr(objectives, "CLOSE", chunk)
+    monkeypatch.setattr(objectives, "TALL", 130)
     monkeypatch.setattr(objectives, "STRIP", 300 * 7)
     torch.manual_seed(0)
-    hidden, rows = torch.randn(400, 24, requires_grad=True), torch.randn(300, 24, requires_grad=True)
-    targets = torch.randint(300, (400,))
+    hidden, rows = (torch.randn(count, 24, requires_grad=True) for count in (400, many))
+    targets = torch.randint(many, (400,))
     wanted = F.cross_entropy(hidden @ rows.t(), targets, reduction="sum", label_smoothing=smoothing)
     found = objectives.total_loss(hidden, rows, targets, smoothing)
     assert torch.allclose(found, wanted, rtol=1e-5)

@@ -13,8 +13,8 @@ from plait.model.multimodal import IGNORE, Multimodal
 
 CHUNK = 2**24  # logits that exist at one time
 STRIP = 2**21  # of them in fp32
-CLOSE = 2**21  # of them where they are passed over once
 ROUND = 128  # states, to a multiple of which their number is filled up
+CLOSE, TALL = 2**23, 4 * ROUND  # of them where they are passed over once, but of so many rows at least
 MANY, SAFE = 1024, 60.0  # rows from which that pays, and the greatest logit that it is right for
 
 
@@ -92,7 +92,8 @@ def _bounded(hidden: Tensor, rows: Tensor, targets: Tensor, smoothing: float) ->
     to_rows = torch.zeros(rows.shape, device=rows.device)
     target_rows = rows[targets]
     middle = rows.float().mean(0)
-    for part in cut(len(hidden), max(CLOSE // len(rows) // ROUND, 1) * ROUND):
+    # Each part adds to a gradient as large as all rows: more parts cost more memory traffic than larger ones do.
+    for part in cut(len(hidden), max(CLOSE // len(rows) // ROUND * ROUND, TALL)):
         states = hidden[part]
         chances = (states @ rows.t()).exp_()
         # Each sum is taken in fp32 and rounded once; some of them together round less than one.
