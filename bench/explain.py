@@ -43,7 +43,7 @@ CLASSES = ["one", "two", "three", "four"]
 COLOURS = {"red": (220, 30, 30), "blue": (30, 60, 220), "green": (20, 150, 50), "black": (20, 20, 20)}
 MARKS = list(COLOURS.values())
 TONES = [500, 1000, 1800, 2900]  # Hz
-TONE = 0.16  # seconds: what occlusion takes away at a time
+TONE = 0.4  # seconds
 KEYS = ["apple", "stone", "river", "cloud"]
 FILL = ["the", "a", "old", "new", "big", "man", "dog", "walks", "runs", "sees", "near", "far", "house", "road", "then"]
 
@@ -89,7 +89,7 @@ def marks(folder: Path, n: int = 1400, test: int = 200) -> None:
 
 
 def tones(folder: Path, n: int = 2400, test: int = 200) -> None:
-    """A second of noise with a tone of .16 s somewhere in it, whose height is the class."""
+    """A second of noise with a tone of .4 s somewhere in it, whose height is the class."""
     folder.mkdir(parents=True)
     rng, rows, where = np.random.default_rng(1), [], {}
     for i in range(n):
@@ -97,7 +97,7 @@ def tones(folder: Path, n: int = 2400, test: int = 200) -> None:
         length = int(TONE * 8000)
         start = int(rng.integers(0, 8000 - length))
         seconds = np.arange(length) / 8000
-        wave[start : start + length] += 0.4 * np.sin(2 * np.pi * TONES[i % 4] * rng.uniform(0.98, 1.02) * seconds)
+        wave[start : start + length] += 0.3 * np.sin(2 * np.pi * TONES[i % 4] * rng.uniform(0.98, 1.02) * seconds)
         (folder / f"{i:04}.wav").write_bytes(encode_wav(wave.astype(np.float32), 8000))
         split = "test" if i >= n - test else "val" if i >= n - 2 * test else "train"
         rows.append({"file_name": f"{i:04}.wav", "label": CLASSES[i % 4], "split": split})
@@ -142,7 +142,7 @@ def planted(out: Path, cases: int, only: list[str]) -> None:
     image = {**common, "training": {**common["training"], "weights": {"image": 0}}}
     audio = {**common, "training": {**common["training"], "weights": {"audio": 0, "contrastive": 1}}}
     for name, write, settings, steps in (
-        ("marks", marks, image, 300), ("tones", tones, audio, 300), ("sentences", sentences, common, 500),
+        ("marks", marks, image, 300), ("tones", tones, audio, 900), ("sentences", sentences, common, 500),
     ):  # fmt: skip
         if only and name not in only:
             continue
