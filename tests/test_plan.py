@@ -143,7 +143,7 @@ def test_a_traced_step_holds_what_torch_allocates(recompute: bool, rank: int | N
     events.sort(key=lambda event: event.start_ns())
     live = np.cumsum([event.nbytes() for event in events])
     states = sum(p.numel() * (12 if p.requires_grad else 4) for p in model.parameters())
-    assert traced_peak(config, 4, 128, device, recompute, rank) == pytest.approx(states + live.max(), rel=0.03)
+    assert traced_peak(config, 4, 128, device, recompute, rank) == pytest.approx(states + live.max(), rel=0.05)
 
 
 def test_low_rank_updates_are_counted(plan: Callable[..., dict]) -> None:

@@ -52,7 +52,6 @@ def serve(
 
         raise PlaitError("The page needs gradio. Run: pip install 'plait[ui]', or leave --ui out.")
 
-    out.print(f"A step of generation: {chosen(choose_device(device, precision))}")
     limits = Limits(
         batch=batch,
         queue=queue,
@@ -63,7 +62,10 @@ def serve(
     run(
         models, host, port, key_file=api_key_file, allow_hosts=allow_host, allow_origins=allow_origin, device=device,
         precision=precision, indexes=index, ui=ui, limits=limits,
-        tell=lambda url: out.print(f"Serving at {url}/v1 {f'with a page at {url} ' if ui else ''}(Ctrl-C stops)"),
+        tell=lambda url: out.print(
+            f"Serving at {url}/v1 {f'with a page at {url} ' if ui else ''}(Ctrl-C stops)\n"
+            f"A step of generation: {chosen(choose_device(device, precision))}"
+        ),
     )  # fmt: skip
 
 

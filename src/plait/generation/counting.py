@@ -3,7 +3,7 @@
 New channels beside the old ones say what kind each token is, and no old block reads them. In the last block one head a
 space looks at the opener and the codes after it alike: after n codes the opener's share is near 1 / (n + 1). The
 feed-forward layer turns that share into what the grammar allows after n codes, exactly at each n, and writes it to
-channels of which the head makes logits of whole groups. All weights are set, none is trained. What is written is so
+channels of which the head makes logits of whole groups; behind text it rules codes out. All weights are set, none is trained. What is written is so
 small beside the old channels that those stay what they were: within a group no probability changes.
 
 This asks for RMS norms, rotary positions and normalised queries and keys (Qwen3), a head for each space and one more.
@@ -37,7 +37,7 @@ def channels_for(config: ModelConfig, spans: dict[str, Span], groups: int) -> in
     """How many new channels counting takes; 0 where the architecture cannot, or the spans are too long for it."""
     backbone, counted = config.backbone, _counted(spans)
     able = backbone.norm == "rms" and backbone.position == "rotary" and backbone.qk_norm
-    units = sum(span.limit + 2 for span in counted.values() if span.limit is not None)
+    units = 1 + sum(span.limit + 2 for span in counted.values() if span.limit is not None)
     if not able or not counted or len(counted) + 1 > backbone.kv_heads or units > backbone.hidden:
         return 0
     # See `count_codes`; the end may cut a group in three.
@@ -153,10 +153,15 @@ def count_codes(
         block.feed_in.weight[config.hidden + unit, closes + number] = 1
         block.feed_out.weight[written : written + len(groups), unit] = -closed * SMALL / SHARP
         unit += 1
+    # Behind text, codes and closers are impossible; that needs no opener in sight, so the size is the token's own.
+    codes_only = torch.tensor([float(start >= vocabulary.spaces["text"][1]) for start, _ in groups])
+    block.feed_in.weight[unit, other] = SHARP
+    block.feed_in.weight[config.hidden + unit, other] = 1
+    block.feed_out.weight[written : written + len(groups), unit] = -codes_only * SMALL / SHARP
     # What is written is the larger the smaller the old channels are: a loss is taken at its least.
     least = math.inf
     for ids in examples:
-        inside = torch.isin(kinds[torch.tensor(ids)] + old, torch.arange(opens, other))  # where all but some are lost
+        inside = torch.isin(kinds[torch.tensor(ids)] + old, torch.arange(opens, other + 1))  # where some are lost
         hidden = model.backbone(model.rows.free[torch.tensor(ids, device=final.weight.device)][None])[0]
         lost = -hidden[inside.to(hidden.device), written : written + len(groups)].amin(-1)
         if len(lost):
