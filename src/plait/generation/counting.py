@@ -3,8 +3,9 @@
 New channels beside the old ones say what kind each token is, and no old block reads them. In the last block one head a
 space looks at the opener and the codes after it alike: after n codes the opener's share is near 1 / (n + 1). The
 feed-forward layer turns that share into what the grammar allows after n codes, exactly at each n, and writes it to
-channels of which the head makes logits of whole groups; behind text it rules codes out. All weights are set, none is trained. What is written is so
-small beside the old channels that those stay what they were: within a group no probability changes.
+channels of which the head makes logits of whole groups; behind text it rules codes out. All weights are set, none is
+trained. What is written is so small beside the old channels that those stay what they were: within a group no
+probability changes.
 
 This asks for RMS norms, rotary positions and normalised queries and keys (Qwen3), a head for each space and one more.
 One span of each space is counted in a sequence.
