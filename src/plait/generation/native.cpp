@@ -283,6 +283,16 @@ struct Team {
     }
 };
 
+template <class Work>
+static void together(int64_t threads, Work work) {
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+    work(Team{omp_get_thread_num(), omp_get_num_threads()});
+#else
+    work(Team{0, 1});
+#endif
+}
+
 // out (rows, N) = x (rows, K) times the weight; `after(row, first output)` ends each panel while it is in the cache.
 template <class T, class After>
 static void multiply(const Team &team, const Linear &linear, const T *x, int64_t rows, float *out, After after) {
@@ -536,21 +546,13 @@ void plait_linear(const Linear *linear, int64_t half, const void *x, int64_t row
     const int64_t item = half ? 2 : 4, wide = padded(linear->in) * item;
     for (int64_t r = 0; r < rows; r++) std::memcpy(scratch + r * wide, (const char *)x + r * linear->in * item, linear->in * item);
     auto nothing = [](int64_t, int64_t) {};
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads)
-    {
-        const Team team{omp_get_thread_num(), omp_get_num_threads()};
-#else
-    {
-        const Team team{0, 1};
-#endif
-        if (!half) {
-            multiply(team, *linear, (const float *)scratch, rows, out, nothing);
-        } else {
-            const Tiled tiled(rows);
+    together(threads, [&](const Team &team) {
+        const Tiled tiled(half ? rows : 0);
+        if (half)
             multiply(team, *linear, (const bf16 *)scratch, rows, out, nothing);
-        }
-    }
+        else
+            multiply(team, *linear, (const float *)scratch, rows, out, nothing);
+    });
 }
 
 // x (rows, width) embeds one more position a row, and is overwritten; `hidden` (rows, width) gets the states after the
@@ -558,20 +560,13 @@ void plait_linear(const Linear *linear, int64_t half, const void *x, int64_t row
 // and get one more. `scratch` is zero at first, and belongs to calls of the same number of rows, capacity and threads.
 void plait_step(const Model *model, float *x, void *hidden, void *keys, void *values, const int64_t *lengths, int64_t rows,
                 int64_t cache_rows, int64_t capacity, char *scratch, int64_t threads) {
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads)
-    {
-        const Team team{omp_get_thread_num(), omp_get_num_threads()};
-#else
-    {
-        const Team team{0, 1};
-#endif
+    together(threads, [&](const Team &team) {
         if (model->half)
             step<bf16>(*model, team, x, (bf16 *)hidden, (bf16 *)keys, (bf16 *)values, lengths, rows, cache_rows, capacity,
                        scratch);
         else
             step<float>(*model, team, x, (float *)hidden, (float *)keys, (float *)values, lengths, rows, cache_rows,
                         capacity, scratch);
-    }
+    });
 }
 }
