@@ -43,11 +43,12 @@ class _TotalLoss(torch.autograd.Function):
         # No logit is above the product of the norms: where that is small, no maximum has to be sought and taken off.
         norms = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).amax() for x in (hidden, rows)]
         safe = len(rows) >= MANY and float(norms[0] * norms[1]) < SAFE
+        ctx.dtype, rows = rows.dtype, rows.to(hidden.dtype)
         count, more = len(hidden), -len(hidden) % ROUND
         # States of zero have no gradient and give none, and spare oneDNN kernels for one more shape.
         hidden, targets = F.pad(hidden, (0, 0, 0, more)), F.pad(targets, (0, more))
         losses, to_hidden, to_rows = (_bounded if safe else _shifted)(hidden, rows, targets, smoothing)
-        ctx.save_for_backward(to_hidden[:count], to_rows.to(rows.dtype))
+        ctx.save_for_backward(to_hidden[:count], to_rows.to(ctx.dtype))
         return losses[:count].sum()
 
     @staticmethod
@@ -89,9 +90,9 @@ def _bounded(hidden: Tensor, rows: Tensor, targets: Tensor, smoothing: float) ->
     divided by the normaliser, and what concerns the targets alone, has the width of a row."""
     losses = torch.empty(len(hidden), 1, device=hidden.device)
     to_hidden = torch.empty_like(hidden)
-    to_rows = torch.zeros(rows.shape, device=rows.device)
+    to_rows: Tensor | None = None
     target_rows = rows[targets]
-    middle = rows.float().mean(0)
+    middle = rows.float().mean(0) if smoothing else None
     # Each part adds to a gradient as large as all rows: more parts cost more memory traffic than larger ones do.
     for part in cut(len(hidden), max(CLOSE // len(rows) // ROUND * ROUND, TALL)):
         states = hidden[part]
@@ -100,11 +101,13 @@ def _bounded(hidden: Tensor, rows: Tensor, targets: Tensor, smoothing: float) ->
         normaliser = torch.stack([piece.sum(1, True) for piece in chances.chunk(8, 1)]).float().sum(0)
         mean = (chances @ rows).float() / normaliser  # of the rows, by their chance
         wide, wanted = states.float(), target_rows[part].float()
-        if smoothing:
+        if middle is not None:
             wanted = wanted * (1 - smoothing) + middle * smoothing
         losses[part] = normaliser.log() - (wide * wanted).sum(1, True)
         to_hidden[part] = mean - wanted
-        to_rows += chances.t() @ (wide / normaliser).to(rows.dtype)
+        added = chances.t() @ (wide / normaliser).to(rows.dtype)
+        to_rows = added.float() if to_rows is None else to_rows.add_(added)
+    assert to_rows is not None
     to_rows.index_add_(0, targets, hidden.float(), alpha=smoothing - 1)
     if smoothing:
         to_rows -= hidden.float().sum(0) * (smoothing / len(rows))
@@ -112,10 +115,11 @@ def _bounded(hidden: Tensor, rows: Tensor, targets: Tensor, smoothing: float) ->
 
 
 def total_loss(hidden: Tensor, rows: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-    """The sum of `negative_log_likelihood`, a scalar in nats; hidden and rows in the precision of the products."""
+    """The sum of `negative_log_likelihood`, a scalar in nats. Products are in the precision of hidden; rows, whose
+    gradient is summed in fp32, keep their own, so that it is not rounded on its way to them."""
     if torch.is_grad_enabled():
         return cast(Tensor, _TotalLoss.apply(hidden, rows, targets, smoothing))
-    return negative_log_likelihood(hidden, rows, targets, smoothing).sum()
+    return negative_log_likelihood(hidden, rows.to(hidden.dtype), targets, smoothing).sum()
 
 
 def sampled_loss(hidden: Tensor, rows: Tensor, targets: Tensor, counts: Tensor, draws: int) -> Tensor:
@@ -164,21 +168,20 @@ def likelihoods(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     states, wanted = hidden[keep].to(dtype), targets[keep]
     found = {}
-    table = None if restricted else model.predicting.table().to(dtype)
+    table = None if restricted else model.predicting.table()
     for space, (start, stop) in model.spaces.items():
         chosen = (wanted >= start) & (wanted < stop)
         if not chosen.any():
             continue
         if model.items is not None and space == model.items.name:
-            rows = (model.items.rows() if items is None else items).to(dtype)
+            rows = model.items.rows() if items is None else items
             draws = model.items.settings.sampled
             if draws and model.training:
-                loss = sampled_loss(states[chosen], rows, wanted[chosen] - start, model.items.counts, draws)
+                loss = sampled_loss(states[chosen], rows.to(dtype), wanted[chosen] - start, model.items.counts, draws)
             else:
                 loss = total_loss(states[chosen], rows, wanted[chosen] - start, smoothing)
         elif table is None:
-            rows = model.predicting.space(space).to(dtype)
-            loss = total_loss(states[chosen], rows, wanted[chosen] - start, smoothing)
+            loss = total_loss(states[chosen], model.predicting.space(space), wanted[chosen] - start, smoothing)
         else:
             loss = total_loss(states[chosen], table, wanted[chosen], smoothing)
         found[space] = loss, chosen.sum()

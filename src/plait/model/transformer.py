@@ -187,26 +187,37 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return cast(Tensor, _Rotate.apply(x, cos, sin)) if by_hand(x) else _turn(x, cos, sin)
 
 
+def plainly(device: torch.device, length: int, total: int) -> bool:
+    """Whether attention of so many queries to so many keys is taken as plain products. On the CPU they beat the fused
+    kernel in training at lengths of some hundred (`python bench/attention.py`), but not for one query over a few keys,
+    where calls cost more than work."""
+    return device.type == "cpu" and total <= 512 and not (length == 1 and total <= 64)
+
+
+def hiding(mask: Tensor | None, length: int, total: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What is added to scores: 0 where `mask` is True, or causally where it is None, else the least number."""
+    if mask is None:
+        mask = torch.ones(length, total, dtype=torch.bool, device=device).tril(total - length)[None, None]
+    return torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, share: float = 0.0) -> Tensor:
     """Attention of q (B, H, L, E) over k and v (B, K, T, E); returns (B, H, L, E).
 
-    `mask` is True where a query may look, (B or 1, 1, L, T); None means causal with L == T. On the CPU the plain
-    product beats the fused kernel in training at lengths of some hundred (`python bench/attention.py`), but not for
-    one query over a few keys, where calls cost more than work.
+    `mask` is True where a query may look, (B or 1, 1, L, T), or what `hiding` makes of that; None means causal with
+    L == T.
     """
-    if q.device.type != "cpu" or k.shape[2] > 512 or (q.shape[2] == 1 and k.shape[2] <= 64):
-        same = q.shape[1] == k.shape[1]
-        causal = mask is None and q.shape[2] > 1
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=share, is_causal=causal, enable_gqa=not same
-        )
     batch, heads, length, width = q.shape
     kv_heads, total = k.shape[1], k.shape[2]
-    if mask is None:
-        mask = torch.ones(length, total, dtype=torch.bool, device=q.device).tril(total - length)[None, None]
-    hide = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, torch.finfo(q.dtype).min)
+    if not plainly(q.device, length, total):
+        causal = mask is None and length > 1
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=share, is_causal=causal, enable_gqa=heads != kv_heads
+        )
+    if mask is None or mask.dtype == torch.bool:
+        mask = hiding(mask, length, total, q.dtype, q.device)
     grouped = q.reshape(batch, kv_heads, -1, width) * width**-0.5
-    scores = (grouped @ k.transpose(-1, -2)).view(batch, heads, length, total) + hide
+    scores = (grouped @ k.transpose(-1, -2)).view(batch, heads, length, total) + mask
     weights = scores.softmax(-1)
     weights = dropout(weights, share, True)
     return (weights.view(batch, kv_heads, -1, total) @ v).view(batch, heads, length, width)
@@ -430,6 +441,11 @@ class Transformer(nn.Module):
         else:
             turn = rotary(positions, self.frequencies)
         x = dropout(x, self.config.dropout, self.training)
+        length, total = x.shape[1], x.shape[1] if view is None else view.total
+        if plainly(x.device, length, total):  # once for all blocks
+            kind = x.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+            mask = hiding(mask, length, total, dtype, x.device)
         for layer, block in enumerate(self.blocks):
             if view is not None:
                 view.layer = layer
