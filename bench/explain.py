@@ -240,7 +240,7 @@ def areas(runs: list[Path], cases: int, randoms: int = 3) -> None:
 SHAPES = ("circle", "square", "triangle")
 
 
-def objects(folder: Path, n: int = 8000, test: int = 200) -> None:
+def objects(folder: Path, n: int = 20000, test: int = 200) -> None:
     """Pictures of two objects, and sentences that name them: "red circle left, blue square right". In train every sixth
     colour and shape goes unsaid, so that the likelihood with a word left out means something."""
     folder.mkdir(parents=True)
@@ -269,7 +269,7 @@ def objects(folder: Path, n: int = 8000, test: int = 200) -> None:
 
 def which_word(out: Path, cases: int, steps: int) -> None:
     settings = {
-        "model": {"size": "tiny", "image": {"rotate": 0, "scale": 0, "shift": 0, "codec_width": 48}},
+        "model": {"size": "tiny", "image": {"rotate": 0, "scale": 0, "shift": 0, "codec_width": 48, "codec_blocks": 0}},
         "training": {
             "batch_size": 32,
             "learning_rate": 2e-3,
@@ -283,7 +283,7 @@ def which_word(out: Path, cases: int, steps: int) -> None:
     dataset = Dataset.open(out / "objects" / "data")
     rows: dict[str, list[bool]] = {"colour": [], "shape": []}
     shares, right = [], []
-    for i, record in enumerate(dataset.iterate(dataset.indices("test")[:cases], ["caption"])):
+    for i, record in enumerate(dataset.iterate(dataset.indices("test")[-cases:], ["caption"])):
         words = record.parts["caption"].replace(",", "").split()
         found = model.explain(record.parts["caption"], to="image", seed=i)
         drawn = found.written.sample

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 import plait as api
 from conftest import EN, RECIPE, picture, tone
 from plait.explain.methods import areas, integrated_gradients, occlusion
+from plait.explain.own import question
 from plait.explain.parts import Grid, log_odds
 from plait.explain.parts import Path as Way
 from plait.modalities.image import Image as Pictures
@@ -136,7 +137,14 @@ def test_every_kind_of_input(trained: Path, tmp_path: Path, plait: Callable[...,
     assert "What depends on which word" in page.read_text()
     drawn = model.explain("red disc", picture(0, rng), to="image")
     assert drawn.regions.shape == (2, 16) and drawn.regions.sum() > 0
-    assert model.explain("blue bar", to="audio").written.name == "audio"
+    for modality in ("image", "audio"):
+        made = question(model, "blue bar", to=modality, seed=3)
+        codec = model.modality(made.column).codec
+        with torch.inference_mode():  # what is explained are the codes that were drawn
+            np.testing.assert_array_equal(codec.decode(torch.from_numpy(made.codes)[None])[0], made.written.sample)
+        grid, shares = made.shown()
+        assert shares.shape == (len(made.codes), grid[0] * grid[1]) and np.allclose(shares.sum(1), 1)
+        assert (shares >= 0).all() and made.written.name == modality
     capsys.readouterr()
     assert plait("explain", trained, tmp_path / "a.png", "--method", "logit-lens") == 0
     assert "layer 2" in capsys.readouterr().out

@@ -132,7 +132,6 @@ def occlusion(question: Question, score: float | None = None, found: Explanation
 
 def _regions(question: Written, found: Explanation, inputs: list[list[Value]]) -> None:
     """Which cells of what was made lose likelihood without each word."""
-    grid, cell = question.code_cells
     rows, start = [], 0
     for part in question.parts:
         count = len(part.occluders())
@@ -144,8 +143,9 @@ def _regions(question: Written, found: Explanation, inputs: list[list[Value]]) -
         return
     codes = question.by_code([whole(question.parts), *rows])
     drops = codes[0] - codes[1:]
-    found.written, found.region_grid = question.written, grid
-    found.regions = np.stack([np.bincount(cell, row, grid[0] * grid[1]) for row in drops])
+    found.written = question.written
+    found.region_grid, shares = question.shown()
+    found.regions = drops @ shares
 
 
 def integrated_gradients(question: Question, steps: int = STEPS) -> tuple[list[np.ndarray], float]:

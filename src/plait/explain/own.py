@@ -13,8 +13,8 @@ from torch import Tensor
 
 from plait.explain.parts import Grid, Part, Path, Question, Value, Words, log_odds, whole
 from plait.generation import scoring
-from plait.generation.engine import Engine
-from plait.modalities.base import MediaModality, Vocabulary
+from plait.generation.engine import Engine, Request, Written
+from plait.modalities.base import MediaModality, Vocabulary, cells
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import Sequence, collate
 from plait.runtime import Device, PlaitError
@@ -44,6 +44,10 @@ class Model(Protocol):
 
     def start(self) -> Sequence: ...
 
+    def requests(self, contexts: list[Sequence], column: str, n: int = 1, *, seed: int = 0) -> list[Request]: ...
+
+    def decode(self, column: str, written: list[Written]) -> list[np.ndarray]: ...
+
     def write(self, contexts: list[Sequence], column: str, *, n: int = 1, seed: int = 0) -> list[list[Any]]: ...
 
 
@@ -66,15 +70,17 @@ def question(
     if modality.name not in model.vocabulary.spaces:
         raise PlaitError(f"This model reads {to} but cannot write it, so there is nothing to explain.")
     context = model.context([_given(part) for part in parts], column)
-    if answer is None:
-        sample = model.write([context], column, seed=seed)[0][0]
+    if answer is None:  # the codes that were drawn: a codec does not find quite the same in what it makes of them
+        drawn = model.engine.run(model.requests([context], column, seed=seed))[0].samples[0]
+        sample = model.decode(column, [drawn])[0]
+        codes = np.array(drawn.ids) - model.vocabulary.spaces[modality.name][0]
     else:
         _, _, sample, _ = model.context([answer]).media[0]
-    with torch.inference_mode():
-        values, lengths = modality.batch([sample])
-        place = model.device.torch
-        codes = modality.codec.encode(values.to(place), lengths.to(place))[0].cpu().numpy()
-    codes = codes[: modality.code_count(len(sample))]
+        with torch.inference_mode():
+            values, lengths = modality.batch([sample])
+            place = model.device.torch
+            codes = modality.codec.encode(values.to(place), lengths.to(place))[0].cpu().numpy()
+        codes = codes[: modality.code_count(len(sample))]
     return Made(model, parts, column, Grid(sample, modality, modality.name, column), codes)
 
 
@@ -297,9 +303,31 @@ class Made(_Ours):
     def answer(self) -> str:
         return f"{self.written.name} of {len(self.codes)} codes"
 
-    @property
-    def code_cells(self) -> tuple[tuple[int, int], np.ndarray]:
-        return self.model.modality(self.column).code_cells(len(self.codes))
+    def shown(self) -> tuple[tuple[int, int], np.ndarray]:
+        """The grid of cells that the codes make, and (codes, cells) the share of each code that shows in each: of the
+        squared change where the code of a sample with nothing in it takes its place. What a code decides lies as often
+        beside its own cell as in it, for a codec looks at and writes more than that. One that changes nothing counts
+        where it stands."""
+        modality, place = self.model.modality(self.column), self.model.device.torch
+        grid, own = modality.code_cells(len(self.codes))
+        shares = np.zeros((len(self.codes), grid[0] * grid[1]))
+        codes = torch.from_numpy(self.codes).to(place)
+        with torch.inference_mode():
+            values, lengths = modality.batch([modality.removed(self.written.sample)])
+            blank = modality.codec.encode(values.to(place), lengths.to(place))[0, : len(codes)]
+            whole = modality.codec.decode(codes[None]).float()
+            where = torch.from_numpy(cells((whole.shape[1], whole.shape[2]), grid).ravel()).to(place)
+            for some in torch.arange(len(codes), device=place).split(64):
+                changed = codes.repeat(len(some), 1)
+                changed[torch.arange(len(some)), some] = blank[some]
+                change = (modality.codec.decode(changed).float() - whole).square().reshape(len(some), len(where), -1)
+                found = torch.zeros(len(some), shares.shape[1], device=place).index_add_(1, where, change.sum(-1))
+                shares[some.cpu().numpy()] = found.cpu().numpy()
+        total = shares.sum(1, keepdims=True)
+        still = total[:, 0] <= 1e-6 * total.max(initial=0)
+        shares[~still] /= total[~still]
+        shares[still] = np.eye(shares.shape[1])[own[still]]
+        return grid, shares
 
     def by_code(self, inputs: list[list[Value]]) -> np.ndarray:
         space = self.written.name

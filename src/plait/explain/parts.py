@@ -21,6 +21,9 @@ Value = str | np.ndarray | None  # a part with some of its units, or gone as a w
 class Sampled(Protocol):
     """What a modality knows of its samples; see `plait.modalities.base.MediaModality`."""
 
+    @property
+    def occluded(self) -> Sequence[tuple[int, int]]: ...
+
     def grid(self, sample: np.ndarray) -> tuple[int, int]: ...
 
     def removed(self, sample: np.ndarray) -> np.ndarray: ...
@@ -95,14 +98,15 @@ class Grid:
         return np.where(there, self.sample, self.nothing)
 
     def occluders(self) -> np.ndarray:
-        """Which units are taken away together, (M, count) bool: each window of two by two regions, so that a cause on
-        the border of regions goes as a whole; windows reach over the edges, so that all regions count alike."""
-        rows, columns = self.shape
-        row, column = np.divmod(np.arange(self.count), columns)
+        """Which units are taken away together, (M, count) bool: each window of regions of the modality's sizes, so that
+        a cause on the border of regions goes as a whole; windows reach over the edges, so that all regions count
+        alike."""
+        row, column = np.divmod(np.arange(self.count), self.shape[1])
         found = [
-            (row >= top) & (row < top + 2) & (column >= left) & (column < left + 2)
-            for top in range(-1, rows)
-            for left in range(-1, columns)
+            (row >= top) & (row < top + height) & (column >= left) & (column < left + width)
+            for height, width in self.modality.occluded
+            for top in range(1 - height, self.shape[0])
+            for left in range(1 - width, self.shape[1])
         ]
         return np.unique(np.array(found), axis=0)
 
@@ -175,9 +179,8 @@ class Written(Question, Protocol):
     @property
     def written(self) -> Grid: ...
 
-    @property
-    def code_cells(self) -> tuple[tuple[int, int], np.ndarray]:
-        """The grid that the codes make, and the cell of each."""
+    def shown(self) -> tuple[tuple[int, int], np.ndarray]:
+        """The grid that the codes make, and (codes, cells) where each of them shows."""
         ...
 
     def by_code(self, inputs: list[list[Value]]) -> np.ndarray:

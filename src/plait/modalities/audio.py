@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -338,6 +339,7 @@ class Audio(nn.Module):
 
     name: ClassVar[str] = "audio"
     variable_length: ClassVar[bool] = True
+    occluded: ClassVar[Sequence[tuple[int, int]]] = [(2, 2), (6, 2)]  # half a second: most of a tone would else remain
 
     def __init__(self, settings: AudioSettings, width: int) -> None:
         super().__init__()

@@ -6,6 +6,7 @@ padded batch, a batch into embeddings (its encoder) and into codes and back (its
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -38,6 +39,7 @@ class MediaModality(Protocol):
 
     name: ClassVar[str]
     variable_length: ClassVar[bool]  # whether the number of codes differs from sample to sample
+
     settings: BaseModel
     encoder: nn.Module  # (values, lengths) -> (N, tokens, D)
     codec: Any
@@ -77,6 +79,11 @@ class MediaModality(Protocol):
 
     def grid(self, sample: np.ndarray) -> tuple[int, int]:
         """How many regions an explanation cuts a sample into, along its first two dimensions."""
+        ...
+
+    @property
+    def occluded(self) -> Sequence[tuple[int, int]]:
+        """The sizes, in (rows, columns) of a sample's grid, of what occlusion takes away at once."""
         ...
 
     def removed(self, sample: np.ndarray) -> np.ndarray:

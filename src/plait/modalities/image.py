@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from plait.config import Size
 from plait.data.media import decode_image
-from plait.modalities.base import bilinear_warp, tinted
+from plait.modalities.base import ChannelNorm, bilinear_warp, tinted
 from plait.modalities.quantizer import FSQ
 from plait.modalities.tower import Tower, TowerSettings
 
@@ -44,6 +45,7 @@ class ImageSettings(BaseModel):
     patch: int = 4  # side in pixels of what one code stands for
     codec_width: int = 96
     codec_blocks: int = 1
+    local: bool = False  # a code tells of its surroundings alone; new runs have it, older ones norms over the picture
     levels: list[int] = [8, 5, 5, 5]
     rotate: float = 8.0  # degrees, augmentation
     scale: float = 0.1
@@ -68,21 +70,26 @@ class ImageSettings(BaseModel):
         small, middling = (not isinstance(pixels, int) or pixels <= limit for limit in (32, 128))
         patch, grid = (4, 4) if small else (8, 8) if middling else (16, 8)
         stride = 1 if small else 2
-        return cls.model_validate({"size": size, "patch": patch, "grid": grid, "stride": stride, **overrides})
+        chosen = {"size": size, "patch": patch, "grid": grid, "stride": stride, "local": True}
+        return cls.model_validate({**chosen, **overrides})
+
+
+def group_norm(width: int) -> nn.Module:
+    return nn.GroupNorm(8, width)
 
 
 class Residual(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x))))))."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, norm: Callable[[int], nn.Module] = group_norm) -> None:
         super().__init__()
         last = nn.Conv2d(width, width, 3, padding=1)
         nn.init.zeros_(last.weight)
         self.layers = nn.Sequential(
-            nn.GroupNorm(8, width),
+            norm(width),
             nn.SiLU(),
             nn.Conv2d(width, width, 3, padding=1),
-            nn.GroupNorm(8, width),
+            norm(width),
             nn.SiLU(),
             last,
         )
@@ -180,21 +187,22 @@ class ImageCodec(nn.Module):
         self.quantizer = FSQ(settings.levels)
         digits = len(settings.levels)
         fine = max(width // 4, 16)
+        norm = ChannelNorm if settings.local else group_norm
         self.encoder = nn.Sequential(
             nn.Conv2d(settings.channels, fine, 3, padding=1),
             nn.SiLU(),
             nn.Conv2d(fine, fine, 3, padding=1, stride=2),
             nn.SiLU(),
             nn.Conv2d(fine, width, patch // 2, stride=patch // 2),
-            *(Residual(width) for _ in range(settings.codec_blocks)),
-            nn.GroupNorm(8, width),
+            *(Residual(width, norm) for _ in range(settings.codec_blocks)),
+            norm(width),
             nn.SiLU(),
             nn.Conv2d(width, digits, 1),
         )
         self.decoder = nn.Sequential(
             nn.Conv2d(digits, width, 1),
             *(Residual(width) for _ in range(settings.codec_blocks + 1)),
-            nn.GroupNorm(8, width),
+            group_norm(width),
             nn.SiLU(),
             nn.Conv2d(width, fine * (patch // 2) ** 2, 1),
             nn.PixelShuffle(patch // 2),
@@ -232,6 +240,7 @@ class Image(nn.Module):
 
     name: ClassVar[str] = "image"
     variable_length: ClassVar[bool] = False
+    occluded: ClassVar[Sequence[tuple[int, int]]] = [(2, 2)]
 
     def __init__(self, settings: ImageSettings, width: int) -> None:
         super().__init__()
