@@ -259,9 +259,11 @@ class Network:
         gradients = [[p.grad for p in some if p.grad is not None] for some in (self.shards, self.replicated)]
         norms = [torch.nn.utils.get_total_norm(some) for some in gradients if some]
         norm = torch.linalg.vector_norm(torch.stack([whole(n) for n in norms]))
-        for some in (self.shards, self.replicated):
-            torch.nn.utils.clip_grads_with_norm_(some, largest, norm)
-        return float(norm)
+        found = float(norm)
+        if found > largest:  # else they would be multiplied by one
+            for some in (self.shards, self.replicated):
+                torch.nn.utils.clip_grads_with_norm_(some, largest, norm)
+        return found
 
 
 def is_shard(tensor: Tensor) -> bool:
