@@ -3,10 +3,10 @@
 Tasks: ml1m (the SASRec version of MovieLens 1M, leave one out; users marked withheld_last are learnt from and not
 asked for), cold (the same with a tenth of the films kept out of training), beauty and toys (Amazon reviews, ids alone),
 ml100k and ml100k-time, semantic (ml100k-time with semantic codes), products (emoji, and buyers who do not exist:
-recipes/make_buyers.py), large (300,000 products and buyers who do not exist, with semantic codes). DATA is the folder
-that holds movielens/, amazon/ and emoji/. `speed` measures training on ML-1M beside this machine's bf16 products in the
-same process; `adding` the time of 1,000 new items, one recommendation, and keeping them; both want the FOLDER of a task
-that was run, `speed` that of ml1m.
+recipes/make_buyers.py; their pictures are seen with --encoder RUN, a run of recipes/emoji.yaml), large (300,000
+products and buyers who do not exist, with semantic codes). DATA is the folder that holds movielens/, amazon/ and
+emoji/. `speed` measures training on ML-1M beside this machine's bf16 products in the same process; `adding` the time of
+1,000 new items, one recommendation, and keeping them; both want the FOLDER of a task that was run, `speed` that of ml1m.
 """
 
 from __future__ import annotations
@@ -70,10 +70,12 @@ def hundred(data: Path, folder: Path, seed: int, split: str) -> None:
     (folder / "recipe.yaml").write_text(recipe.replace("training:\n", f"training:\n  seed: {seed}\n"))
 
 
-def shop(data: Path, folder: Path, seed: int) -> None:
+def shop(data: Path, folder: Path, seed: int, encoder: str = "") -> None:
     make = [sys.executable, HERE / "recipes" / "make_buyers.py", data / "emoji", "-o", folder / "source"]
     subprocess.run([*map(str, make), "--seed", str(seed)], check=True)
     recipe = (HERE / "recipes" / "products.yaml").read_text()
+    if encoder:
+        recipe = recipe.replace("  item: {drop: 0.85}", f"  item: {{drop: 0.85, encoder: {encoder}}}")
     (folder / "recipe.yaml").write_text(recipe.replace("training:\n", f"training:\n  seed: {seed}\n"))
 
 
@@ -233,13 +235,15 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("-o", "--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--encoder", default="", help="of products: a run or model that sees their pictures")
     options = parser.parse_args()
     folder = options.out
     if options.task in ("speed", "adding"):
         print(json.dumps((speed if options.task == "speed" else adding)(folder), indent=1))
         return
     (folder / "source").mkdir(parents=True, exist_ok=True)
-    TASKS[options.task](options.data, folder, options.seed)
+    extra = [options.encoder] if options.encoder else []
+    TASKS[options.task](options.data, folder, options.seed, *extra)
     recipe = folder / "recipe.yaml"
     plait = [sys.executable, "-m", "plait"]
     for command in (
