@@ -6,7 +6,8 @@ ml100k and ml100k-time, semantic (ml100k-time with semantic codes), products (em
 recipes/make_buyers.py; their pictures are seen with --encoder RUN, a run of recipes/emoji.yaml), large (300,000
 products and buyers who do not exist, with semantic codes). DATA is the folder that holds movielens/, amazon/ and
 emoji/. `speed` measures training on ML-1M beside this machine's bf16 products in the same process; `adding` the time of
-1,000 new items, one recommendation, and keeping them; both want the FOLDER of a task that was run, `speed` that of ml1m.
+1,000 new items, one recommendation, and keeping them; both want the FOLDER of a task that was run, `speed` that of
+ml1m.
 """
 
 from __future__ import annotations
