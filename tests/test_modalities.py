@@ -81,6 +81,20 @@ def test_any_picture_fits(mode: str, shape: tuple[int, int]) -> None:
         assert image.codec.encode(*image.batch([sample])).shape == (1, 49)
 
 
+def test_picture_codes_are_local() -> None:
+    """What stands in one corner changes no code far from it; in runs made before, it did."""
+    torch.manual_seed(0)
+    values = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8)
+    other = values.clone()
+    other[:, :4, :4] = 255 - other[:, :4, :4]
+    for fitted, alike in ((ImageSettings.sized(64, {}), True), (ImageSettings(size=64, patch=8), False)):
+        codec = Image(fitted, 16).codec
+        with torch.no_grad():
+            before, after = (codec.encoder(x.movedim(-1, 1).float() / 127.5 - 1) for x in (values, other))
+        assert torch.equal(before[..., 5:, 5:], after[..., 5:, 5:]) == alike
+        assert not torch.equal(before[..., 0, 0], after[..., 0, 0])
+
+
 def test_augmentation_is_a_function_of_the_record() -> None:
     audio, image = Audio(AudioSettings(), 16), Image(ImageSettings(size=16, channels=1, flip=True, erase=0.5), 16)
     rng = np.random.default_rng(1)
