@@ -315,12 +315,12 @@ class Made(_Ours):
         with torch.inference_mode():
             values, lengths = modality.batch([modality.removed(self.written.sample)])
             blank = modality.codec.encode(values.to(place), lengths.to(place))[0, : len(codes)]
-            whole = modality.codec.decode(codes[None]).float()
-            where = torch.from_numpy(cells((whole.shape[1], whole.shape[2]), grid).ravel()).to(place)
+            drawn = modality.codec.decode(codes[None]).float()
+            where = torch.from_numpy(cells((drawn.shape[1], drawn.shape[2]), grid).ravel()).to(place)
             for some in torch.arange(len(codes), device=place).split(64):
                 changed = codes.repeat(len(some), 1)
-                changed[torch.arange(len(some)), some] = blank[some]
-                change = (modality.codec.decode(changed).float() - whole).square().reshape(len(some), len(where), -1)
+                changed[torch.arange(len(some), device=place), some] = blank[some]
+                change = (modality.codec.decode(changed).float() - drawn).square().reshape(len(some), len(where), -1)
                 found = torch.zeros(len(some), shares.shape[1], device=place).index_add_(1, where, change.sum(-1))
                 shares[some.cpu().numpy()] = found.cpu().numpy()
         total = shares.sum(1, keepdims=True)
