@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from plait.modalities.base import Vocabulary
 from plait.modalities.text import Text
+from plait.model import native
 from plait.model.checkpoint import Checkpoint
 from plait.model.export import export_transformers
 from plait.model.multimodal import IGNORE, Batch, ModelConfig, Multimodal
@@ -118,6 +120,16 @@ def step_of(optimizer: torch.optim.Optimizer, model: Any, losses: Any, tokens: i
     return work
 
 
+def alone(work: Callable[[], float]) -> Callable[[], float]:
+    """The same work without compiled C++ of ours."""
+
+    def without() -> float:
+        with mock.patch.object(native, "library", return_value=None):
+            return work()
+
+    return without
+
+
 def losses(shape: Shape, device: Device) -> tuple[Callable[[Multimodal], Tensor], Callable[[Any], Tensor], int]:
     """What computes the loss of one batch, with our network and with that of transformers; and the batch's tokens."""
     tokens = torch.randint(
@@ -151,10 +163,10 @@ def pair(shape: Shape, family: str, device: Device, compiled: bool, peak: float,
     optimizer, peer_optimizer = (make_optimizer([m], 1e-4, 0.1, (0.9, 0.95)) for m in (model, peer))
     work = step_of(optimizer, model, lambda: ours(model), tokens)
     peer_work = step_of(peer_optimizer, peer, lambda: theirs(peer), tokens)
-    contenders = [
-        Contender("ours", work, matmul=OURS),
-        Contender(f"transformers {family}", peer_work, "ours", note=f"first losses {apart:.4f} nats apart"),
-    ]
+    ours_row = Contender("ours", work, "", OURS, f"{native.chosen(device)}; first losses {apart:.4f} nats apart")
+    contenders = [ours_row, Contender(f"transformers {family}", peer_work, "ours")]
+    if native.chosen(device) != "PyTorch":
+        contenders.append(Contender("ours, PyTorch alone", alone(work), "ours", OURS))
     if compiled:
         # Parameters and optimizer are shared with the eager twins: less memory, the same work.
         twin = with_parts(model, backbone=with_parts(
@@ -162,11 +174,11 @@ def pair(shape: Shape, family: str, device: Device, compiled: bool, peak: float,
         ))  # fmt: skip
         twin.backbone.compile_blocks()
         peer_twin = torch.compile(peer)
-        fast, peer_fast = "ours, compiled", f"transformers {family}, compiled"
+        twin_work = alone(step_of(optimizer, model, lambda: ours(twin), tokens))
         contenders += [
-            Contender(fast, step_of(optimizer, model, lambda: ours(twin), tokens), "", OURS,
-                      "as training.compile does"),
-            Contender(peer_fast, step_of(peer_optimizer, peer, lambda: theirs(peer_twin), tokens), fast),
+            Contender("ours, PyTorch alone, compiled", twin_work, "ours", OURS),
+            Contender(f"transformers {family}, compiled",
+                      step_of(peer_optimizer, peer, lambda: theirs(peer_twin), tokens), "ours"),
         ]  # fmt: skip
     precision = str(device.dtype).removeprefix("torch.")
     title = f"Training {shape.name}, {family}: {shape.batch} x {shape.length} tokens, {precision}"

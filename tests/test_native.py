@@ -1,4 +1,5 @@
-"""The compiled step against PyTorch's: every family, odd sizes, rows of unequal lengths, both precisions."""
+"""Compiled C++ against PyTorch: a step of generation, of every family, odd sizes, rows of unequal lengths and both
+precisions; and blocks in training, with their gradients."""
 
 from __future__ import annotations
 
@@ -6,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+import plait.native
 from plait.generation import native
 from plait.generation.decoder import Decoder
+from plait.model import native as in_training
 from plait.model.transformer import KVCache, Transformer, TransformerConfig
 from plait.runtime import Device, compiler
 
@@ -112,19 +115,103 @@ def test_without_a_compiler(monkeypatch, caplog, tmp_path):
     """PyTorch's step takes over: where nothing compiles, where the source does not, and where it is asked for."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     device = Device("cpu", torch.float32)
-    broken = tmp_path / "broken.cpp"
-    broken.write_text("int plait_step( {")
-    for name, value in (("SOURCE", broken), ("compiler", lambda: None)):
+    plain = Decoder(Transformer(TransformerConfig(max_length=64, **SHAPES["odd"])).eval(), device)
+    flags = plait.native.FLAGS
+    for name, value in (("FLAGS", (*flags, "-include", "missing.h")), ("compiler", lambda: None)):
         with monkeypatch.context() as patch:
-            patch.setattr(native, name, value)
-            native.library.cache_clear()
+            patch.setattr(plait.native, name, value)
+            _forget()
             assert native.library() is None and "PyTorch" in native.chosen(device)
+            assert in_training.library() is None
     assert "could not be compiled" in caplog.text
     monkeypatch.setenv("PLAIT_NATIVE", "0")
-    native.library.cache_clear()
-    torch.manual_seed(0)
+    _forget()
     plain = Decoder(Transformer(TransformerConfig(max_length=64, **SHAPES["odd"])).eval(), device)
     assert (
         plain.native is None and len(steps(plain, plain.cache(1, 8), np.zeros(1, np.int64), [torch.randn(1, 20)])) == 1
     )
-    native.library.cache_clear()
+    assert "PyTorch" in in_training.chosen(Device("cpu", torch.bfloat16))
+    _forget()
+
+
+def _forget() -> None:
+    for found in (plait.native.library, native.library, in_training.library):
+        found.cache_clear()
+
+
+BLOCKS = {
+    "qwen3": {"heads": 4, "kv_heads": 4, "head_width": 32},
+    "grouped": {"heads": 6, "kv_heads": 2, "head_width": 32},
+    "llama": {"heads": 2, "kv_heads": 1, "head_width": 64, "qk_norm": False},
+    "learned positions": {"heads": 2, "kv_heads": 2, "head_width": 96, "position": "learned"},
+    "gpt2": {"heads": 2, "kv_heads": 2, "head_width": 32, **FAMILIES["gpt2"]},
+}
+
+
+@pytest.mark.skipif(in_training.library() is None, reason="the processor does not multiply bf16")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("family", BLOCKS)
+def test_training_as_pytorch(family, threads, monkeypatch):
+    """Losses and gradients lie no further from those of fp32 than PyTorch's own in bf16 do."""
+    monkeypatch.setattr(in_training, "SMALL", 0)
+    shape = BLOCKS[family]
+    config = TransformerConfig(width=72, layers=2, hidden=100, max_length=128, **shape)
+    torch.manual_seed(0)
+    network = Transformer(config)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+
+    def gradients(native: bool, dtype: torch.dtype, x: torch.Tensor, slope: torch.Tensor) -> list[torch.Tensor]:
+        x = x.clone().requires_grad_()
+        network.zero_grad()
+        with monkeypatch.context() as patch, Device("cpu", dtype).autocast():
+            if not native:
+                patch.setattr(in_training, "library", lambda: None)
+            assert in_training.attends(x, config.head_width) == native
+            out = network(x, positions=torch.arange(x.shape[1]) + torch.arange(len(x))[:, None])
+            out.float().backward(slope)
+        return [out.detach().float(), x.grad, *(p.grad for p in network.parameters() if p.grad is not None)]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for batch, length in ((3, 1), (2, 50), (1, 96), (2, 128)):
+            x, slope = torch.randn(batch, length, 72), torch.randn(batch, length, 72)
+            exact = gradients(False, torch.float32, x, slope)
+            found, plain = (gradients(native, torch.bfloat16, x, slope) for native in (True, False))
+            for a, b, c in zip(found, plain, exact, strict=True):
+                assert (a - c).norm() <= 1.25 * (b - c).norm() + 0.002 * c.norm() + 1e-5
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(in_training.library() is None, reason="the processor does not multiply bf16")
+def test_dropout_of_attention():
+    """Which chances are taken is seen where they are all alike and values are unit vectors; the rest follows."""
+    heads, share = 3, 0.3
+
+    def attend(qkv: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(7)
+        with Device("cpu", torch.bfloat16).autocast():
+            return in_training.attention(qkv, None, None, heads, 1e-6, share)
+
+    seen = torch.zeros(2, 32, 3 * heads, 32)
+    seen[:, :, 2 * heads :] = torch.eye(32)[:, None]
+    kept = attend(seen).float().transpose(1, 2) * torch.arange(1, 33)[:, None]  # (B, H, L, T)
+    taken = (kept == 0)[..., torch.ones(32, 32).tril().bool()].float()
+    assert abs(taken.mean() - share) < 4 * (share * (1 - share) / taken.numel()) ** 0.5
+    assert torch.allclose(kept[kept != 0], torch.tensor(1 / (1 - share)), rtol=0.01)
+    assert len({tuple(head.flatten().tolist()) for head in kept.flatten(0, 1)}) == 2 * heads
+
+    qkv, slope = torch.randn(2, 32, 3 * heads, 32), torch.randn(2, 32, heads, 32)
+    mine, plain = (qkv.clone().requires_grad_() for _ in range(2))
+    found = attend(mine).float()
+    q, k, v = plain.bfloat16().float().transpose(1, 2).split(heads, 1)
+    hidden = torch.ones(32, 32).triu(1).bool()
+    chances = (q @ k.transpose(-1, -2) / 32**0.5).masked_fill(hidden, -torch.inf).softmax(-1)
+    wanted = (chances * kept @ v).transpose(1, 2)
+    for out in (found, wanted):
+        out.backward(slope)
+    assert (found - wanted).norm() < 0.01 * wanted.norm()
+    assert (mine.grad - plain.grad).norm() < 0.01 * plain.grad.norm()

@@ -12,7 +12,7 @@ import pytest
 
 import plait
 
-ROOMS = ["runtime", "config", "data", "modalities", "model", "training", "generation", "evaluation",
+ROOMS = ["runtime", "native", "config", "data", "modalities", "model", "training", "generation", "evaluation",
          "explain", "applications", "tune", "transfer", "doctor", "plan", "serving", "cli", "__main__"]  # fmt: skip
 SOURCE = Path(plait.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))

@@ -124,7 +124,7 @@ class TrainingRecipe(_Settings):
     canaries: int = Field(0, ge=0, le=1000)  # random texts planted 1, 10 and 100 times in turn, to be found again
     log_records: bool = False  # records.jsonl: the loss and the record ids of every step
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"  # the backbone's blocks; auto: text alone, 10 minutes or more
+    compile: Literal["auto", "on", "off"] = "auto"  # blocks; auto: text alone, 10 minutes or more, no native step
     seed: int = 0
 
     @field_validator("replay")

@@ -21,6 +21,7 @@ from plait.data.dataset import Dataset
 from plait.evaluation.report import read_run
 from plait.generation import native
 from plait.model import checkpoint
+from plait.model import native as in_training
 from plait.runtime import PlaitError, choose_device, read_json, sha256_file, threads
 
 LITTLE, NOTHING = 5e9, 5e8  # bytes free on a disk that are worth a warning, and too few to train
@@ -173,6 +174,8 @@ def _processor() -> list[Finding]:
     else:
         found.append(Finding("ok", "threads", f"{used}{given}"))
     found.append(Finding("ok", "generation", f"a step on the processor: {native.chosen(choose_device('cpu'))}"))
+    blocks = in_training.chosen(choose_device("cpu", training=True))
+    found.append(Finding("ok", "training", f"blocks on the processor: {blocks}"))
     a = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     wrong = float((a @ a - (a.double() @ a.double()).float()).abs().max())
     level: Literal["ok", "fail"] = "ok" if wrong < 1e-2 else "fail"

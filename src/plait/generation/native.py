@@ -1,36 +1,25 @@
-"""The step of `decoder.py` on a processor as one call of compiled C++ (`native.cpp`), compiled at first use and kept in
-the user's cache. PyTorch's own step stays the reference, and is what runs where there is no compiler.
+"""The step of `decoder.py` on a processor as one call of compiled C++ (`native/generation.cpp`). PyTorch's own step
+stays the reference, and is what runs where there is no compiler.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import logging
-import os
-import platform
-import subprocess
-import tempfile
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
-from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from plait import native
 from plait.model.transformer import Block, KVCache, Transformer, rotary_frequencies
-from plait.runtime import Device, cache_folder, compiler
+from plait.runtime import Device
 
-SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-Wno-psabi")
-PRODUCTS = ("vectors", "AVX512-BF16", "AMX")  # what bf16 products use, as `plait_products` numbers it
 PANEL = 32
 SMALL = 2**22  # products of weights and rows for which a second thread does not pay
 ACTIVATIONS = {"swiglu": 0, "gelu": 1, "gelu_tanh": 2}
-
-log = logging.getLogger(__name__)
 
 
 class _Norm(Structure):
@@ -56,53 +45,11 @@ class _Model(Structure):
     ]  # fmt: skip
 
 
-def _processor() -> str:
-    """What decides which instructions the compiler uses."""
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    return next((line for line in info.splitlines() if line.startswith(("flags", "Features"))), platform.machine())
-
-
-def _compile(target: Path, command: str) -> str:
-    """Compile to `target`; returns what went wrong, "" where nothing did."""
-    tune = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    error = ""
-    for parallel in (["-fopenmp"], []):  # Apple's clang has no OpenMP: then one thread
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            made = Path(folder) / target.name
-            try:
-                done = subprocess.run(
-                    [command, *FLAGS, tune, *parallel, str(SOURCE), "-o", str(made)],
-                    capture_output=True, text=True, timeout=120,
-                )  # fmt: skip
-            except (OSError, subprocess.TimeoutExpired) as fault:
-                return str(fault)
-            if done.returncode == 0:
-                made.replace(target)
-                return ""
-            error = error or done.stderr.strip()
-    return error
-
-
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled step, None where it cannot be had; PLAIT_NATIVE=0 asks for none."""
-    command = compiler()
-    if os.environ.get("PLAIT_NATIVE") == "0" or command is None:
-        return None
-    text = [SOURCE.read_text(), command, *FLAGS, _processor()]
-    name = f"step-{hashlib.sha256(chr(0).join(text).encode()).hexdigest()[:16]}.so"
-    try:
-        path = cache_folder("native") / name
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not path.exists() and (error := _compile(path, command)):
-            log.warning("The native step could not be compiled; PyTorch's is used. %s", error[-500:])
-            return None
-        found = ctypes.CDLL(str(path))
-    except OSError as error:
-        log.warning("The native step could not be loaded; PyTorch's is used. %s", error)
+    """The compiled step, None where it cannot be had."""
+    found = native.library("generation")
+    if found is None:
         return None
     found.plait_pack.argtypes = [c_void_p, c_int64, c_int64, c_int64, c_void_p]
     found.plait_products()
@@ -119,8 +66,8 @@ def chosen(device: Device) -> str:
         return "PyTorch"
     found = library()
     if found is None:
-        return "PyTorch (no native step: no C++ compiler, or PLAIT_NATIVE=0)"
-    return f"native ({PRODUCTS[found.plait_products()] if device.dtype is torch.bfloat16 else PRODUCTS[0]})"
+        return native.NOT_NATIVE
+    return native.described(found.plait_products() if device.dtype is torch.bfloat16 else 0)
 
 
 def _threads(work: int) -> int:

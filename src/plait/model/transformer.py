@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from plait.model import native
+
 
 class TransformerConfig(BaseModel):
     """What fixes a backbone. The defaults are Qwen3's shape; GPT-2 and Llama differ in the switches below."""
@@ -99,6 +101,14 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+
+def add_and_norm(x: Tensor, more: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """x, plus `more` where there is any, and the norm of that."""
+    if isinstance(norm, RMSNorm) and native.takes(x):
+        return native.norm(x, more, norm.weight, norm.eps)
+    x = x if more is None else x + more
+    return x, norm(x)
 
 
 def make_norm(config: TransformerConfig) -> nn.Module:
@@ -344,6 +354,11 @@ class Block(nn.Module):
         batch, length, _ = x.shape
         heads, kv_heads = config.heads, config.kv_heads
         qkv = self.qkv(x).view(batch, length, -1, config.head_width)
+        share = config.dropout if self.training else 0.0
+        if view is None and mask is None and native.attends(qkv, config.head_width):
+            norms = (self.q_norm.weight, self.k_norm.weight) if config.qk_norm else None
+            mixed = native.attention(qkv, norms, rotary, heads, config.norm_eps, share)
+            return self.attention_out(mixed.view(batch, length, -1))
         qk, v = qkv.split((heads + kv_heads, kv_heads), 2)
         if config.qk_norm:
             weight = torch.cat((self.q_norm.weight.expand(heads, -1), self.k_norm.weight.expand(kv_heads, -1)))
@@ -354,14 +369,17 @@ class Block(nn.Module):
         v = v.transpose(1, 2)
         if view is not None:
             k, v = view.append(k, v)
-        mixed = attend(q, k, v, mask, config.dropout if self.training else 0.0)
+        mixed = attend(q, k, v, mask, share)
         return self.attention_out(mixed.transpose(1, 2).reshape(batch, length, -1))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         inner = self.feed_in(x)
         if self.config.activation == "swiglu":
-            gate, up = inner.chunk(2, -1)
-            inner = F.silu(gate) * up
+            if native.takes(inner):
+                inner = native.gate(inner)
+            else:
+                gate, up = inner.chunk(2, -1)
+                inner = F.silu(gate) * up
         else:
             inner = F.gelu(inner, approximate="tanh" if self.config.activation == "gelu_tanh" else "none")
         return self.feed_out(inner)
@@ -381,9 +399,11 @@ class Block(nn.Module):
         self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None, view: View | None
     ) -> Tensor:
         share = self.config.dropout
-        mixed = self.attention(self.attention_norm(x), rotary, mask, view)
-        x = x + dropout(mixed, share, self.training)
-        return x + dropout(self.feed_forward(self.feed_norm(x)), share, self.training)
+        x, normed = add_and_norm(x, None, self.attention_norm)
+        mixed = dropout(self.attention(normed, rotary, mask, view), share, self.training)
+        x, normed = add_and_norm(x, mixed, self.feed_norm)
+        mixed = dropout(self.feed_forward(normed), share, self.training)
+        return native.add(x, mixed) if native.takes(x) else x + mixed
 
 
 class Transformer(nn.Module):
@@ -441,7 +461,8 @@ class Transformer(nn.Module):
             turn = rotary(positions, self.frequencies)
         x = dropout(x, self.config.dropout, self.training)
         length, total = x.shape[1], x.shape[1] if view is None else view.total
-        if plainly(x.device, length, total):  # once for all blocks
+        own = view is None and mask is None and native.attends(x, self.config.head_width)
+        if not own and plainly(x.device, length, total):  # once for all blocks
             kind = x.device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
             mask = hiding(mask, length, total, dtype, x.device)
@@ -451,4 +472,4 @@ class Transformer(nn.Module):
             x = block(x, turn, mask, view)
         if view is not None:
             view.finish()
-        return self.final_norm(x)
+        return add_and_norm(x, None, self.final_norm)[1]

@@ -22,6 +22,7 @@ from plait.config import Recipe
 from plait.data.catalogue import Catalogue
 from plait.data.dataset import Dataset, Joined
 from plait.modalities.text import Text
+from plait.model import native
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import ModelConfig, Multimodal
 from plait.runtime import (
@@ -139,7 +140,8 @@ def train(
             report(Progress("note", 1, 1, note="; ".join(notes)))
         parameters = model.parameter_count()
         run.decide(decided={"parameters": parameters, "batch_size": run.batch_size, "learning_rate": run.peak})
-        note = f"{sum(parameters.values()):,} parameters, batch {run.batch_size}, learning rate {run.peak:g}"
+        note = f"{sum(parameters.values()):,} parameters, batch {run.batch_size}, learning rate {run.peak:g}; "
+        note += f"blocks: {native.chosen(device)}"
         report(Progress("size " + recipe.model.size, 1, 1, note=note))
         with group.in_turn():
             run.codecs(model, splits)
@@ -412,9 +414,10 @@ def _revise(run: Run, number: int, planned: int, seconds: float, used: float) ->
 def _compiles(run: Run, model: Multimodal, seconds: float) -> bool:
     """Whether to compile the backbone. Media vary in length, which costs compiled code its exact resuming."""
     wish, possible = run.settings.compile, run.device.name.startswith("cuda") or compiler() is not None
+    fast = native.chosen(run.device).startswith("native")  # as fast as compiled blocks, and at once
     if wish == "on" and not (possible and run.group.size == 1):
         raise PlaitError("training.compile: on needs a C++ compiler (g++ or clang++), and works in a single process.")
-    worth = not model.media and run.settings.steps is None and seconds >= COMPILED
+    worth = not model.media and run.settings.steps is None and seconds >= COMPILED and not fast
     return wish == "on" or (wish == "auto" and possible and run.group.size == 1 and worth)
 
 

@@ -1,5 +1,5 @@
 // One more position of a decoder-only transformer for each row of a batch, as one call: what `Decoder._step` does in
-// PyTorch, without its calls. `native.py` compiles and calls it; the structs below are mirrored there.
+// PyTorch, without its calls. `generation/native.py` calls it; the structs below are mirrored there.
 //
 // Weights lie in panels of 32 outputs, (N / 32, K, 32) in fp32 and (N / 32, K / 2, 32, 2) in bf16, zeros where K or N
 // end early. A sum over K runs in one order whatever the number of rows, so a row's result in fp32 does not depend on its
