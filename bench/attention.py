@@ -1,8 +1,8 @@
-"""Attention on a processor: plait's plain product beside torch's fused kernel, causal, 4,096 tokens a call.
+"""Attention on a processor: plait's plain product and native kernel beside torch's fused one, causal.
 
     python bench/attention.py
 
-This is the measurement behind the choice in `plait.model.transformer.attend`.
+This is the measurement behind the choices in `plait.model.transformer.attend` and `plait.model.native.attends`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from measure import OURS, Contender, Table, compare
 from torch import Tensor
 
+from plait.model import native
 from plait.model.transformer import attend
 from plait.runtime import threads
 
-LENGTHS = (56, 256, 1024)
+LENGTHS = (56, 256, 1024, 2048)  # 4,096 tokens a call
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
@@ -40,10 +41,21 @@ def table(length: int, training: bool, **timing: Any) -> Table:
             torch.autograd.grad(out, leaves, out)
         return batch * length
 
+    plain, fast = "plain product", "native"
+    compiled = training and native.library() is not None
     contenders = [
-        Contender("plain product", lambda: work(attend), matmul=OURS),
-        Contender("fused kernel (SDPA)", lambda: work(fused), "plain product", OURS, f"outputs {apart:.1g} apart"),
+        Contender(plain, lambda: work(attend), fast if compiled else "", OURS),
+        Contender("fused kernel (SDPA)", lambda: work(fused), fast if compiled else plain, OURS, f"{apart:.1g} apart"),
     ]
+    if compiled:
+        qkv = torch.cat((q, k, v), 1).detach().transpose(1, 2).contiguous().requires_grad_()
+
+        def whole() -> float:
+            out = native.attention(qkv, None, None, 6, 0.0, 0.0)
+            torch.autograd.grad(out, qkv, out)
+            return batch * length
+
+        contenders.append(Contender(fast, whole))
     if not training and OURS != "highest":
         contenders.insert(1, Contender("plain product at 'highest'", lambda: work(attend), "plain product"))
     what = "training, bf16" if training else "inference, fp32"

@@ -11,6 +11,7 @@ import plait.native
 from plait.generation import native
 from plait.generation.decoder import Decoder
 from plait.model import native as in_training
+from plait.model.objectives import total_loss
 from plait.model.transformer import KVCache, Transformer, TransformerConfig
 from plait.runtime import Device, compiler
 
@@ -215,3 +216,27 @@ def test_dropout_of_attention():
         out.backward(slope)
     assert (found - wanted).norm() < 0.01 * wanted.norm()
     assert (mine.grad - plain.grad).norm() < 0.01 * plain.grad.norm()
+
+
+@pytest.mark.skipif(in_training.library() is None, reason="the processor does not multiply bf16")
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("rows", [5, 300])
+def test_the_loss_of_tokens(rows, smoothing, monkeypatch):
+    torch.manual_seed(0)
+    hidden, table = 2 * torch.randn(70, 24), torch.randn(rows, 24)
+    targets = torch.randint(rows, (70,))
+
+    def gradients(native: bool, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (hidden, table)]
+        with monkeypatch.context() as patch, Device("cpu", dtype).autocast():
+            if not native:
+                patch.setattr(in_training, "library", lambda: None)
+            loss = total_loss(leaves[0].to(dtype), leaves[1], targets, smoothing)
+        (loss / 7).backward()
+        return [loss.detach(), *(leaf.grad for leaf in leaves)]
+
+    exact, plain, found = (
+        gradients(*how) for how in ((False, torch.float32), (False, torch.bfloat16), (True, torch.bfloat16))
+    )
+    for a, b, c in zip(found, plain, exact, strict=True):
+        assert (a - c).norm() <= 1.25 * (b - c).norm() + 0.002 * c.norm()

@@ -11,11 +11,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from plait import native
 from plait.runtime import Device
 
-LONGEST = 1024  # positions; a head's slopes of scores are kept whole, and beyond torch's kernel is the faster
+LONGEST = 4096  # positions: a head keeps slopes of scores whole, 32 MiB of these
 SMALL = 2**16  # items for which a second thread does not pay
 
 
@@ -41,6 +42,7 @@ def library() -> ctypes.CDLL | None:
     found.plait_norm_back.argtypes = [
         *[c_void_p] * 2, c_float, *[c_void_p] * 2, *[c_int64] * 2, *[c_void_p] * 3, c_int64,
     ]  # fmt: skip
+    found.plait_loss.argtypes = [*[c_void_p] * 2, *[c_int64] * 2, c_float, c_void_p, c_int64]
     found.plait_gate.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int64]
     found.plait_gate_back.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64]
     return found
@@ -76,10 +78,14 @@ def attends(x: Tensor, head_width: int) -> bool:
     return x.shape[1] <= LONGEST and head_width % 32 == 0 and takes(x)
 
 
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None or isinstance(tensor, FakeTensor) else tensor.data_ptr()
+
+
 def _call(name: str, *arguments: Any) -> None:
-    """Tensors as pointers to what they hold."""
-    found = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    getattr(library(), name)(*found)
+    """Tensors as pointers to what they hold. Those without memory only tell how large results are: `plan` asks."""
+    if not any(isinstance(a, FakeTensor) for a in arguments):
+        getattr(library(), name)(*(_pointer(a) if isinstance(a, Tensor) else a for a in arguments))
 
 
 def _threads(work: int) -> int:
@@ -136,6 +142,13 @@ def norm(x: Tensor, more: Tensor | None, weight: Tensor, eps: float) -> tuple[Te
     return cast(tuple[Tensor, Tensor], _Norm.apply(x.float().contiguous(), more, weight, eps))
 
 
+def softmax_loss(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    """-log P of targets (N,) in nats, (N, 1), from logits (N, R) in bf16, which become the slopes of their sum."""
+    losses = torch.empty(len(logits), 1)
+    _call("plait_loss", logits, targets.contiguous(), *logits.shape, smoothing, losses, _threads(logits.numel()))
+    return losses
+
+
 class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -171,8 +184,8 @@ class _Attend(torch.autograd.Function):
         turned = cosines is not None and len(cosines) > 1
         ctx.call = _Attention(
             batch, length, heads, (all_heads - heads) // 2, width, eps,
-            *(None if t is None else t.data_ptr() for t in (qkv, q_norm, k_norm, cosines, sines)),
-            length * width if turned else 0, mixed.data_ptr(), logs.data_ptr(), round(dropout * 2**32),
+            *(_pointer(t) for t in (qkv, q_norm, k_norm, cosines, sines)),
+            length * width if turned else 0, _pointer(mixed), _pointer(logs), round(dropout * 2**32),
             int(torch.randint(2**32, ())) if dropout else 0,
         )  # fmt: skip
         threads = _threads(qkv.numel())

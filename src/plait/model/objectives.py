@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from plait.model import native
 from plait.model.multimodal import IGNORE, Multimodal
 
 CHUNK = 2**24  # logits that exist at one time
@@ -42,7 +43,7 @@ class _TotalLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, rows: Tensor, targets: Tensor, smoothing: float) -> Tensor:
         # No logit is above the product of the norms: where that is small, no maximum has to be sought and taken off.
         norms = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).amax() for x in (hidden, rows)]
-        safe = len(rows) >= MANY and float(norms[0] * norms[1]) < SAFE
+        safe = len(rows) >= MANY and float(norms[0] * norms[1]) < SAFE and not native.takes(hidden)
         ctx.dtype, rows = rows.dtype, rows.to(hidden.dtype)
         count, more = len(hidden), -len(hidden) % ROUND
         # States of zero have no gradient and give none, and spare oneDNN kernels for one more shape.
@@ -62,9 +63,12 @@ def _shifted(hidden: Tensor, rows: Tensor, targets: Tensor, smoothing: float) ->
     losses = torch.empty(len(hidden), 1, device=hidden.device)
     to_hidden = torch.empty_like(hidden)
     to_rows: Tensor | None = None
+    compiled = hidden.dtype is torch.bfloat16 and native.takes(hidden)
     for part in cut(len(hidden), max(CHUNK // len(rows) // ROUND, 1) * ROUND):  # fewer would slow the products down
         wanted, logits = targets[part, None], hidden[part] @ rows.t()
-        for strip in cut(len(logits), max(STRIP // len(rows), 1)):
+        if compiled:
+            losses[part] = native.softmax_loss(logits, targets[part], smoothing)
+        for strip in cut(0 if compiled else len(logits), max(STRIP // len(rows), 1)):
             chances = logits[strip].softmax(1, dtype=torch.float32)
             # The likeliest id's chance and logit give the normaliser.
             normaliser = logits[strip].amax(1, True).float() - chances.amax(1, True).log_()

@@ -549,6 +549,36 @@ void plait_norm_back(const float *x, const float *weight, float eps, const bf16 
     });
 }
 
+// Logits (rows, width) become the slopes of losses (rows,), which are -log P of the targets in nats; `smoothing` is the
+// share of each target that is spread evenly.
+void plait_loss(bf16 *logits, const int64_t *targets, int64_t rows, int64_t width, float smoothing, float *losses,
+                int64_t threads) {
+    together(threads, rows, [&](int64_t, int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; r++) {
+            bf16 *row = logits + r * width;
+            __m512 most = all(-INFINITY), sums = {}, chances = {};
+            for (int64_t i = 0; i < width; i += 16) {
+                const __mmask16 m = first(width - i);
+                most = _mm512_mask_max_ps(most, m, most, load(row + i, m));
+                if (smoothing) sums += load(row + i, m);
+            }
+            const float greatest = _mm512_reduce_max_ps(most), mean = total(sums) / width;
+            for (int64_t i = 0; i < width; i += 16) {
+                const __mmask16 m = first(width - i);
+                chances += _mm512_maskz_mov_ps(m, power((load(row + i, m) - greatest) * LOG2E));
+            }
+            const float log = greatest + std::log(total(chances)), wanted = total(load(row + targets[r], 1));
+            losses[r] = log - (1.0f - smoothing) * wanted - smoothing * mean;
+            const float share = std::exp(wanted - log), evenly = smoothing / width;
+            for (int64_t i = 0; i < width; i += 16) {
+                const __mmask16 m = first(width - i);
+                store(row + i, power((load(row + i, m) - log) * LOG2E) - evenly, m);
+            }
+            store(row + targets[r], all(share - evenly - (1.0f - smoothing)), 1);
+        }
+    });
+}
+
 // out (rows, width) = silu(gate) * up, where x (rows, 2, width) holds both.
 void plait_gate(const bf16 *x, int64_t rows, int64_t width, bf16 *out, int64_t threads) {
     together(threads, rows, [&](int64_t, int64_t begin, int64_t end) {
