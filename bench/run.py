@@ -52,7 +52,7 @@ def tables(options: argparse.Namespace, limits: dict[str, float]) -> Iterator[Ta
     if options.device == "cpu" and not options.quick:
         for shape in shapes:
             if "shipped" in options.only:
-                yield as_shipped.table(shape.name, "Qwen3", True, options.rounds)
+                yield as_shipped.table(shape.name, "Qwen3", options.rounds)
             if "memory" in options.only:
                 yield memory.table(shape.name, "Qwen3")
     if "generation" in options.only:
