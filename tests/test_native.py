@@ -140,6 +140,7 @@ def _forget() -> None:
         found.cache_clear()
 
 
+halved = pytest.mark.skipif(in_training.library() is None, reason="the processor does not multiply bf16")
 BLOCKS = {
     "qwen3": {"heads": 4, "kv_heads": 4, "head_width": 32},
     "grouped": {"heads": 6, "kv_heads": 2, "head_width": 32},
@@ -149,7 +150,7 @@ BLOCKS = {
 }
 
 
-@pytest.mark.skipif(in_training.library() is None, reason="the processor does not multiply bf16")
+@halved
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("family", BLOCKS)
 def test_training_as_pytorch(family, threads, monkeypatch):
@@ -187,7 +188,7 @@ def test_training_as_pytorch(family, threads, monkeypatch):
         torch.set_num_threads(before)
 
 
-@pytest.mark.skipif(in_training.library() is None, reason="the processor does not multiply bf16")
+@halved
 def test_dropout_of_attention():
     """Which chances are taken is seen where they are all alike and values are unit vectors; the rest follows."""
     heads, share = 3, 0.3
@@ -218,7 +219,7 @@ def test_dropout_of_attention():
     assert (mine.grad - plain.grad).norm() < 0.01 * plain.grad.norm()
 
 
-@pytest.mark.skipif(in_training.library() is None, reason="the processor does not multiply bf16")
+@halved
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("rows", [5, 300])
 def test_the_loss_of_tokens(rows, smoothing, monkeypatch):
@@ -240,3 +241,44 @@ def test_the_loss_of_tokens(rows, smoothing, monkeypatch):
     )
     for a, b, c in zip(found, plain, exact, strict=True):
         assert (a - c).norm() <= 1.25 * (b - c).norm() + 0.002 * c.norm()
+
+
+@halved
+def test_recomputed_and_moved():
+    """What the backward pass reads may lie elsewhere than in the forward pass, and weights may be bf16 (FSDP)."""
+    torch.manual_seed(0)
+    shape = {"heads": 4, "kv_heads": 2, "head_width": 32}
+    network = Transformer(TransformerConfig(width=72, layers=3, hidden=100, max_length=128, **shape))
+    x, slope = torch.randn(4, 100, 72), torch.randn(4, 100, 72)
+
+    def gradients() -> list[torch.Tensor]:
+        network.zero_grad()
+        given = x.clone().requires_grad_()
+        with Device("cpu", torch.bfloat16).autocast():
+            network(given).float().backward(slope)
+        return [given.grad, *(p.grad for p in network.parameters())]
+
+    wanted = gradients()
+    network.recompute(True)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(), wanted, strict=True))
+    network.recompute(False)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t):
+        assert all(torch.equal(a, b) for a, b in zip(gradients(), wanted, strict=True))
+    network.bfloat16()
+    for a, b in zip(gradients(), wanted, strict=True):
+        assert (a - b).norm() < 0.03 * b.norm()
+
+
+@halved
+def test_what_is_not_finite_shows():
+    gates = torch.tensor([-1000.0, -89.0, 3.0, torch.nan, torch.inf, 1.0, 1.0, 1.0, 1.0, 1.0])[None].requires_grad_()
+    out = in_training.gate(gates)
+    out[0, :3].sum().backward()
+    assert torch.allclose(out[0, :3].float(), torch.tensor([0.0, 0.0, 2.86]), atol=0.01)
+    assert out[0, 3].isnan() and out[0, 4].isinf() and gates.grad[0, [0, 1, 2]].isfinite().all()
+    with Device("cpu", torch.bfloat16).autocast():
+        hidden, rows = torch.randn(3, 8).bfloat16(), torch.randn(5, 8, requires_grad=True)
+        hidden[1, 2] = torch.nan
+        assert total_loss(hidden, rows, torch.tensor([0, 1, 2])).isnan()
+        with pytest.raises(IndexError, match="outside of the 5 rows"):
+            total_loss(hidden, rows, torch.tensor([0, 5, 2]))

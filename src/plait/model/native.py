@@ -7,14 +7,18 @@ from __future__ import annotations
 import ctypes
 import functools
 from ctypes import POINTER, Structure, byref, c_float, c_int64, c_void_p
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import once_differentiable
 
 from plait import native
 from plait.runtime import Device
+
+if TYPE_CHECKING:
+    from plait.model.transformer import TransformerConfig
 
 LONGEST = 4096  # positions: a head keeps slopes of scores whole, 32 MiB of these
 SMALL = 2**16  # items for which a second thread does not pay
@@ -48,8 +52,8 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
-def chosen(device: Device) -> str:
-    """What computes the blocks of a training step on this device, in words."""
+def chosen(device: Device, config: TransformerConfig | None = None) -> str:
+    """What computes the blocks of a training step on this device, in words; of this shape where it is given."""
     if device.kind != "cpu":
         return "PyTorch"
     found = library()
@@ -57,7 +61,11 @@ def chosen(device: Device) -> str:
         return native.NOT_NATIVE if native.library("training") is None else "PyTorch (no bf16 products here)"
     if device.dtype is not torch.bfloat16:
         return "PyTorch (native ones are for bf16)"
-    return native.described(found.plait_products())
+    words = native.described(found.plait_products())
+    if config is None or (config.norm == "rms" and config.activation == "swiglu" and config.head_width % 32 == 0):
+        return words
+    parts = "attention and losses" if config.head_width % 32 == 0 else "losses"
+    return f"PyTorch, {parts} {words}"
 
 
 def takes(x: Tensor) -> bool:
@@ -100,6 +108,7 @@ class _Add(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor]:
         return slope, slope.bfloat16()
 
@@ -121,6 +130,7 @@ class _Norm(torch.autograd.Function):
         return total, out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, past: Tensor | None, slope: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         width, threads = x.shape[-1], _threads(x.numel())
@@ -139,13 +149,16 @@ def norm(x: Tensor, more: Tensor | None, weight: Tensor, eps: float) -> tuple[Te
     """x (..., D) in fp32, plus `more` in bf16, and x / rms(x) * weight of that in bf16. Who goes on with both spares a
     sum of slopes."""
     more = None if more is None else more.bfloat16().contiguous()
-    return cast(tuple[Tensor, Tensor], _Norm.apply(x.float().contiguous(), more, weight, eps))
+    return cast(tuple[Tensor, Tensor], _Norm.apply(x.float().contiguous(), more, weight.float().contiguous(), eps))
 
 
 def softmax_loss(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
     """-log P of targets (N,) in nats, (N, 1), from logits (N, R) in bf16, which become the slopes of their sum."""
+    targets = targets.long().contiguous()
+    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
+        raise IndexError(f"A target lies outside of the {logits.shape[1]} rows.")
     losses = torch.empty(len(logits), 1)
-    _call("plait_loss", logits, targets.contiguous(), *logits.shape, smoothing, losses, _threads(logits.numel()))
+    _call("plait_loss", logits, targets, *logits.shape, smoothing, losses, _threads(logits.numel()))
     return losses
 
 
@@ -159,6 +172,7 @@ class _Gate(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         width, to_x = slope.shape[-1], torch.empty_like(x)
@@ -178,35 +192,45 @@ class _Attend(torch.autograd.Function):
         ctx: Any, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, cosines: Tensor | None,
         sines: Tensor | None, heads: int, eps: float, dropout: float,
     ) -> Tensor:  # fmt: skip
-        batch, length, all_heads, width = qkv.shape
+        batch, length, _, width = qkv.shape
         mixed, logs = qkv.new_empty(batch, length, heads, width), torch.empty(batch, heads, length)
-        ctx.save_for_backward(qkv, q_norm, k_norm, cosines, sines, mixed, logs)
-        turned = cosines is not None and len(cosines) > 1
-        ctx.call = _Attention(
-            batch, length, heads, (all_heads - heads) // 2, width, eps,
-            *(_pointer(t) for t in (qkv, q_norm, k_norm, cosines, sines)),
-            length * width if turned else 0, _pointer(mixed), _pointer(logs), round(dropout * 2**32),
-            int(torch.randint(2**32, ())) if dropout else 0,
-        )  # fmt: skip
-        threads = _threads(qkv.numel())
-        _call("plait_attend", byref(ctx.call), _scratch(length, width, threads), threads)
+        ctx.eps, ctx.dropped = eps, round(dropout * 2**32)
+        ctx.seed = int(torch.randint(2**32, ())) if dropout else 0
+        tensors = (qkv, q_norm, k_norm, cosines, sines, mixed, logs)
+        ctx.save_for_backward(*tensors)
+        call, scratch, threads = _prepared(ctx, *tensors)
+        _call("plait_attend", byref(call), scratch, threads)
         return mixed
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, q_norm, _, _, _, _, _ = ctx.saved_tensors
-        length, width, threads = qkv.shape[1], qkv.shape[3], _threads(qkv.numel())
-        to_qkv, to_norms = torch.empty_like(qkv), torch.zeros(threads, 2, width)
-        scratch = _scratch(length, width, threads)
-        _call("plait_attend_back", byref(ctx.call), slope.contiguous(), to_qkv, to_norms, scratch, threads)
+        saved = ctx.saved_tensors  # which may lie elsewhere by now, and may be asked for once
+        call, scratch, threads = _prepared(ctx, *saved)
+        qkv, q_norm = saved[:2]
+        to_qkv, to_norms = torch.empty_like(qkv), torch.zeros(threads, 2, qkv.shape[3])
+        _call("plait_attend_back", byref(call), slope.contiguous(), to_qkv, to_norms, scratch, threads)
         q_slope, k_slope = (None, None) if q_norm is None else to_norms.sum(0)
         return to_qkv, q_slope, k_slope, None, None, None, None, None
 
 
-def _scratch(length: int, width: int, threads: int) -> Tensor:
+def _prepared(
+    ctx: Any, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, cosines: Tensor | None, sines: Tensor | None,
+    mixed: Tensor, logs: Tensor,
+) -> tuple[_Attention, Tensor, int]:  # fmt: skip
+    """A call's arguments, its scratch memory, and its threads."""
     found = library()
     assert found is not None
-    return torch.empty(threads * found.plait_scratch(length, width), dtype=torch.uint8)
+    batch, length, all_heads, width = qkv.shape
+    heads = mixed.shape[2]
+    kv_heads = (all_heads - heads) // 2
+    turned = cosines is not None and len(cosines) > 1
+    call = _Attention(
+        batch, length, heads, kv_heads, width, ctx.eps, *(_pointer(t) for t in (qkv, q_norm, k_norm, cosines, sines)),
+        length * width if turned else 0, _pointer(mixed), _pointer(logs), ctx.dropped, ctx.seed,
+    )  # fmt: skip
+    threads = min(_threads(qkv.numel()), batch * kv_heads)
+    return call, torch.empty(threads * found.plait_scratch(length, width), dtype=torch.uint8), threads
 
 
 def attention(
@@ -219,6 +243,7 @@ def attention(
 ) -> Tensor:
     """Causal attention from qkv (B, L, H + 2 K, E) in bf16, (B, L, H, E): queries and keys normed (weights (E,)) and
     turned (by what `transformer.rotary` gives) where asked. Dropout takes chances, as PyTorch's generator seeds it."""
-    turn = rotary and tuple(part.contiguous() for part in rotary)
-    qkv = qkv.bfloat16().contiguous()
-    return cast(Tensor, _Attend.apply(qkv, *(norms or (None, None)), *(turn or (None, None)), heads, eps, dropout))
+    weights, turn = (
+        tuple(part.float().contiguous() for part in some or ()) or (None, None) for some in (norms, rotary)
+    )
+    return cast(Tensor, _Attend.apply(qkv.bfloat16().contiguous(), *weights, *turn, heads, eps, dropout))

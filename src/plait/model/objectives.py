@@ -41,9 +41,7 @@ class _TotalLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, rows: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-        # No logit is above the product of the norms: where that is small, no maximum has to be sought and taken off.
-        norms = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).amax() for x in (hidden, rows)]
-        safe = len(rows) >= MANY and float(norms[0] * norms[1]) < SAFE and not native.takes(hidden)
+        safe = len(rows) >= MANY and not native.takes(hidden) and _small(hidden, rows)
         ctx.dtype, rows = rows.dtype, rows.to(hidden.dtype)
         count, more = len(hidden), -len(hidden) % ROUND
         # States of zero have no gradient and give none, and spare oneDNN kernels for one more shape.
@@ -56,6 +54,12 @@ class _TotalLoss(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None, None]:
         to_hidden, to_rows = ctx.saved_tensors
         return to_hidden.mul_(slope), to_rows.mul_(slope), None, None
+
+
+def _small(hidden: Tensor, rows: Tensor) -> bool:
+    """Whether no maximum has to be sought and taken off: no logit is above the product of the norms."""
+    norms = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).amax() for x in (hidden, rows)]
+    return float(norms[0] * norms[1]) < SAFE
 
 
 def _shifted(hidden: Tensor, rows: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -223,12 +223,14 @@ struct Tiles {
 static void lay_tiles(int64_t rows) {  // 0 to 3 sums, 4 and 5 inputs, 6 and 7 weights
     Tiles tiles;
     for (int i = 0; i < 8; i++) tiles.bytes[i] = 64, tiles.rows[i] = i < 6 ? std::min(rows, (int64_t)16) : 16;
+    asm volatile("" ::: "memory");  // GCC does not know what tile instructions read
     _tile_loadconfig(&tiles);
 }
 static void panel_tiles(const bf16 *x, int64_t rows, int64_t stride, const bf16 *w, int64_t in, float *out,
                         int64_t out_stride) {
     for (int64_t r = 0; r < rows; r += 32, x += 32 * stride, out += 32 * out_stride) {
         const bool two = rows - r > 16;
+        asm volatile("" ::: "memory");
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);

@@ -45,7 +45,9 @@ static inline __m512 inverse(__m512 x) {  // 1 / x to 2^-28, faster than a divis
     const __m512 y = _mm512_rcp14_ps(x);
     return y * (2.0f - x * y);
 }
-static inline __m512 sigmoid(__m512 x) { return inverse(1.0f + power(-LOG2E * x)); }
+static inline __m512 sigmoid(__m512 x) {  // the order of the minimum's operands lets what is not a number through
+    return inverse(1.0f + power(_mm512_min_ps(all(126.0f), -LOG2E * x)));
+}
 
 // Columns of 16 rows of 16 four-byte items; rows `stride` items apart.
 static inline void transpose(const void *from, int64_t stride, __m512i to[16]) {
@@ -107,6 +109,7 @@ struct Tiled {  // a thread's tiles while it multiplies
             uint8_t rows[16] = {};
         } shape;
         for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = 16;
+        asm volatile("" ::: "memory");  // GCC does not know what tile instructions read
         _tile_loadconfig(&shape);
 #endif
     }
@@ -122,6 +125,7 @@ struct Tiled {  // a thread's tiles while it multiplies
 static void product(const bf16 *a, int64_t stride, int64_t step, const bf16 *b, int64_t k, float *c) {
 #ifdef AMX
     if (tiles) {
+        asm volatile("" ::: "memory");
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
