@@ -284,7 +284,7 @@ def _optimise(
                 number = position.step
                 steps = run.steps_from(number)
                 scores: dict[str, float] = {}
-                every = max(steps // settings.validations, 1)
+                every, paused = max(steps // settings.validations, 1), time.perf_counter()
                 if number and position.validated < number and (number % every == 0 or number >= steps):
                     scores, judged = measure()
                     improved = position.judge(None if judged is None else group.told(judged))
@@ -294,11 +294,11 @@ def _optimise(
                 ends = number >= steps or position.stale >= settings.patience
                 if number > saver.step and (due or ends or (settings.save_every and number % settings.save_every == 0)):
                     save(scores)
-                    clock, ahead.waited = time.perf_counter(), 0.0
                 if ends:
                     break
                 saver.check()
                 check()
+                clock += time.perf_counter() - paused  # what was measured and saved is no part of a step
                 if settings.steps is None and start == 0 and number in (steps // 8, steps // 4, steps // 2) and number:
                     _revise(run, number, steps, seconds, group.told(time.perf_counter() - begun))
                     steps = run.steps_from(number)
