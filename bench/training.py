@@ -163,9 +163,12 @@ def pair(shape: Shape, family: str, device: Device, compiled: bool, peak: float,
     optimizer, peer_optimizer = (make_optimizer([m], 1e-4, 0.1, (0.9, 0.95)) for m in (model, peer))
     work = step_of(optimizer, model, lambda: ours(model), tokens)
     peer_work = step_of(peer_optimizer, peer, lambda: theirs(peer), tokens)
-    ours_row = Contender("ours", work, "", OURS, f"{native.chosen(device)}; first losses {apart:.4f} nats apart")
-    contenders = [ours_row, Contender(f"transformers {family}", peer_work, "ours")]
-    if native.chosen(device) != "PyTorch":
+    blocks = native.chosen(device, model.config.backbone)
+    contenders = [
+        Contender("ours", work, "", OURS, f"{blocks}; first losses {apart:.4f} nats apart"),
+        Contender(f"transformers {family}", peer_work, "ours"),
+    ]
+    if fast := native.suffices(device, model.config.backbone):
         contenders.append(Contender("ours, PyTorch alone", alone(work), "ours", OURS))
     if compiled:
         # Parameters and optimizer are shared with the eager twins: less memory, the same work.
@@ -175,10 +178,12 @@ def pair(shape: Shape, family: str, device: Device, compiled: bool, peak: float,
         twin.backbone.compile_blocks()
         peer_twin = torch.compile(peer)
         twin_work = alone(step_of(optimizer, model, lambda: ours(twin), tokens))
+        name = "ours, PyTorch alone, compiled" if fast else "ours, compiled"
+        best = "ours" if fast else name  # as `plait train` does
         contenders += [
-            Contender("ours, PyTorch alone, compiled", twin_work, "ours", OURS),
+            Contender(name, twin_work, "ours", OURS),
             Contender(f"transformers {family}, compiled",
-                      step_of(peer_optimizer, peer, lambda: theirs(peer_twin), tokens), "ours"),
+                      step_of(peer_optimizer, peer, lambda: theirs(peer_twin), tokens), best),
         ]  # fmt: skip
     precision = str(device.dtype).removeprefix("torch.")
     title = f"Training {shape.name}, {family}: {shape.batch} x {shape.length} tokens, {precision}"

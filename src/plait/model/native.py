@@ -68,6 +68,11 @@ def chosen(device: Device, config: TransformerConfig | None = None) -> str:
     return f"PyTorch, {parts} {words}"
 
 
+def suffices(device: Device, config: TransformerConfig) -> bool:
+    """Whether blocks of this shape train as fast natively as compiled by torch: where attention is native."""
+    return "native (" in chosen(device, config) and config.head_width % 32 == 0
+
+
 def takes(x: Tensor) -> bool:
     """Whether what follows x goes the native way: on a processor, in bf16 by autocast, and not where a compiler or an
     export reads along."""

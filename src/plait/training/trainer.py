@@ -414,9 +414,7 @@ def _revise(run: Run, number: int, planned: int, seconds: float, used: float) ->
 def _compiles(run: Run, model: Multimodal, seconds: float) -> bool:
     """Whether to compile the backbone. Media vary in length, which costs compiled code its exact resuming."""
     wish, possible = run.settings.compile, run.device.name.startswith("cuda") or compiler() is not None
-    fast = native.chosen(run.device, model.config.backbone).startswith(
-        "native"
-    )  # as fast as compiled blocks, and at once
+    fast = native.suffices(run.device, model.config.backbone)
     if wish == "on" and not (possible and run.group.size == 1):
         raise PlaitError("training.compile: on needs a C++ compiler (g++ or clang++), and works in a single process.")
     worth = not model.media and run.settings.steps is None and seconds >= COMPILED and not fast
