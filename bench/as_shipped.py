@@ -17,8 +17,8 @@ import torch
 from measure import OURS, Contender, Row, Table, clock, timed
 from training import FAMILIES, SHAPES, as_transformers, losses, make_model, step_of, text_checkpoint
 
-from plait.model import native
-from plait.runtime import choose_device, compiler, keep_memory, threads
+from plait.core.device import choose_device, compiler, keep_memory, threads
+from plait.kernels import training as native
 from plait.training.optimizer import make_optimizer
 
 SECONDS = 2.0  # a sample lasts about so long

@@ -2,7 +2,7 @@
 
     python bench/attention.py
 
-This is the measurement behind the choices in `plait.model.transformer.attend` and `plait.model.native.attends`.
+This is the measurement behind the choices in `plait.model.transformer.attend` and `plait.kernels.training.attends`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from measure import OURS, Contender, Table, compare
 from torch import Tensor
 
-from plait.model import native
+from plait.core.device import threads
+from plait.kernels import training as native
 from plait.model.transformer import attend
-from plait.runtime import threads
 
 LENGTHS = (56, 256, 1024, 2048)  # 4,096 tokens a call
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from plait.applications.model import Model, load
-from plait.config import load_recipe
+from plait.core.config import load_recipe
 from plait.data.dataset import Dataset
 from plait.data.prepare import prepare
 from plait.evaluation.tasks import evaluate
+from plait.inference.model import Model, load
 from plait.training.trainer import train
 
 

@@ -27,11 +27,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import plait
-from plait.applications.chat import Chat, Turn
-from plait.applications.replies import Replies, same
-from plait.data import chat as conversations
+from plait.chat.chat import Chat, Turn
+from plait.chat.replies import Replies, same
+from plait.core.files import write_json
+from plait.data import conversations as conversations
 from plait.data.dataset import Dataset
-from plait.runtime import write_json
 
 HERE = Path(__file__).resolve().parent.parent
 RECIPES = {"replies": "replies", "intents": "intents", "feelings": "intents", "emotions": "emotions", "chat": "chat"}

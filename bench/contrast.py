@@ -22,12 +22,12 @@ from measure import OURS, Contender, Table, compare
 from PIL import Image
 from training import step_of
 
+from plait.core.device import Device
 from plait.modalities import SETTINGS
 from plait.modalities.base import Vocabulary
 from plait.model.multimodal import ModelConfig, Multimodal, Sequence, collate
 from plait.model.objectives import contrastive
 from plait.model.transformer import TransformerConfig
-from plait.runtime import Device
 from plait.training.batches import Step
 from plait.training.losses import Passes
 from plait.training.optimizer import make_optimizer

@@ -26,8 +26,8 @@ import torch
 from PIL import Image, ImageDraw
 from scipy.stats import spearmanr
 
-from plait.applications.model import Model, load
-from plait.config import load_recipe
+from plait.core.config import load_recipe
+from plait.core.files import read_json
 from plait.data.dataset import Dataset
 from plait.data.media import encode_wav
 from plait.data.prepare import prepare
@@ -35,7 +35,7 @@ from plait.explain.methods import adding_up, occlusion
 from plait.explain.methods import areas as area
 from plait.explain.own import question
 from plait.explain.parts import Part, Question, Words
-from plait.runtime import read_json
+from plait.inference.model import Model, load
 from plait.training.trainer import train
 
 METHODS = ("occlusion", "integrated-gradients")

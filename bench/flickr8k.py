@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from plait.applications.model import load
 from plait.data.dataset import Dataset
+from plait.inference.model import load
 
 
 def main() -> None:

@@ -13,9 +13,9 @@ from llama_cpp_peer import LlamaCpp
 from measure import OURS, Contender, Table, compare
 from training import Shape, as_transformers, make_model, text_checkpoint
 
-from plait.generation.engine import Engine, Request
+from plait.core.device import choose_device
+from plait.inference.engine import Engine, Request
 from plait.model.multimodal import Sequence
-from plait.runtime import choose_device
 
 READ, WRITE = 32, 128
 BATCHES = (1, 8, 32)

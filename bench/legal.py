@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 import plait
-from plait.generation.grammar import Span, spans
-from plait.generation.legal import settle
+from plait.core.device import threads
+from plait.hf.export import export_transformers
+from plait.hf.export_constraints import settle
+from plait.inference.grammar import Span, spans
 from plait.modalities.base import Vocabulary
-from plait.model.export import export_transformers
-from plait.runtime import threads
 
 
 def misplaced(vocabulary: Vocabulary, grammar: dict[str, Span], column: str | None, ids: list[int]) -> tuple[int, str]:

@@ -13,7 +13,7 @@ from statistics import median
 
 import torch
 
-from plait.runtime import product_precision
+from plait.core.device import product_precision
 
 ROUNDS, SECONDS = 7, 1.0  # samples of each contender, and how long a sample lasts at least
 OURS = product_precision()  # torch's precision of fp32 products, as plait sets it on this processor

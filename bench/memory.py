@@ -15,8 +15,8 @@ import torch
 from measure import OURS, Row, Table
 from training import SHAPES, losses, make_model, step_of, text_checkpoint
 
-from plait.model.export import export_transformers
-from plait.runtime import choose_device, keep_memory, threads
+from plait.core.device import choose_device, keep_memory, threads
+from plait.hf.export import export_transformers
 from plait.training.optimizer import make_optimizer
 
 STEPS = 4

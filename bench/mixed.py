@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from measure import Contender, Table, compare
 
-from plait.config import SIZES, BackboneRecipe
-from plait.generation.engine import Engine, Request
-from plait.generation.sampling import Sampling
+from plait.core.config import SIZES, BackboneRecipe
+from plait.core.device import choose_device
+from plait.inference.engine import Engine, Request
+from plait.inference.sampling import Sampling
 from plait.modalities import SETTINGS
 from plait.modalities.base import Vocabulary
 from plait.modalities.text import Text
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import ModelConfig, Multimodal, Sequence
-from plait.runtime import choose_device
-from plait.training.setup import backbone_config
+from plait.training.build import backbone_config
 
 REQUESTS = 64
 

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from plait.core.device import choose_device, keep_memory, threads
 from plait.modalities.base import Vocabulary
 from plait.model.multimodal import ModelConfig, Multimodal
 from plait.model.transformer import TransformerConfig
 from plait.plan.machines import peak_memory, probed_seconds, sample_batch
-from plait.runtime import choose_device, keep_memory, threads
 from plait.training.batches import Step
 from plait.training.distributed import Group, Network
 from plait.training.losses import Passes, step_losses

@@ -130,16 +130,16 @@ def speed(folder: Path, rounds: int = 9) -> dict[str, float]:
     padding, and of attention the half that lies in the past."""
     import torch
 
-    from plait.config import load_recipe
+    from plait.core.config import load_recipe
+    from plait.core.device import choose_device, keep_memory, threads
     from plait.data.dataset import Dataset
     from plait.model.multimodal import Multimodal
-    from plait.runtime import choose_device, keep_memory, threads
+    from plait.recommend.sampler import HistorySampler, item_content
     from plait.training.batches import PASS
+    from plait.training.build import model_config
     from plait.training.distributed import Group, Network
-    from plait.training.histories import HistorySampler, item_content
     from plait.training.losses import Passes, step_losses
     from plait.training.optimizer import make_optimizer
-    from plait.training.setup import model_config
 
     torch.set_num_threads(threads())
     keep_memory()
@@ -190,7 +190,7 @@ def speed(folder: Path, rounds: int = 9) -> dict[str, float]:
 def adding(folder: Path, count: int = 1000) -> dict[str, float]:
     """Seconds until a run is loaded, 1,000 new items have joined, one of them was recommended, the grown model was
     kept, and loaded again."""
-    from plait.applications.model import load
+    from plait.inference.model import load
 
     model: Any = load(folder / "run", "cpu")
     items = model.catalogue.items

@@ -30,7 +30,7 @@ import torch
 import training
 from measure import ROUNDS, SECONDS, Table, shown
 
-from plait.runtime import choose_device, keep_memory, threads
+from plait.core.device import choose_device, keep_memory, threads
 
 PARTS = ("training", "shipped", "memory", "generation", "mixed", "contrast", "attention", "media")
 

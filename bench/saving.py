@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from training import SHAPES, make_model, step_of, text_checkpoint
 
+from plait.core.device import choose_device, threads
 from plait.model.multimodal import IGNORE, Batch
-from plait.runtime import choose_device, threads
 from plait.training.batches import Step
+from plait.training.checkpointing import Position, Saver
 from plait.training.distributed import Group
 from plait.training.losses import Passes
 from plait.training.optimizer import make_optimizer
-from plait.training.saving import Position, Saver
 
 BETWEEN = 100  # steps
 

@@ -28,15 +28,15 @@ import pyarrow as pa
 import torch
 from PIL import Image, ImageDraw
 
-from plait.applications import search
-from plait.applications.indexing import checksums
-from plait.applications.model import load
-from plait.applications.search import Index
+from plait.inference.model import load
 from plait.modalities.text import Text
 from plait.model import checkpoint as checkpoints
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import ModelConfig, Multimodal
 from plait.model.transformer import TransformerConfig
+from plait.search import index as search
+from plait.search.adding import checksums
+from plait.search.index import Index
 
 WIDTH, HIDDEN, CENTRES = 128, 24, 2000
 ROUNDS = 2

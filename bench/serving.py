@@ -27,9 +27,9 @@ from pathlib import Path
 import numpy as np
 from training import SHAPES, make_model
 
+from plait.hf.export import export_transformers
 from plait.modalities.text import Text
 from plait.model.checkpoint import Checkpoint
-from plait.model.export import export_transformers
 
 TOKENS = 64
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"

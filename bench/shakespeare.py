@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plait.config import load_recipe
+from plait.core.config import load_recipe
 from plait.data.dataset import Dataset
 from plait.data.prepare import prepare
 from plait.model import checkpoint as checkpoints

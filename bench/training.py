@@ -20,14 +20,14 @@ import torch
 from measure import OURS, Contender, Table, compare
 from torch import Tensor
 
+from plait.core.device import Device
+from plait.hf.export import export_transformers
+from plait.kernels import training as native
 from plait.modalities.base import Vocabulary
 from plait.modalities.text import Text
-from plait.model import native
 from plait.model.checkpoint import Checkpoint
-from plait.model.export import export_transformers
 from plait.model.multimodal import IGNORE, Batch, ModelConfig, Multimodal
 from plait.model.transformer import TransformerConfig
-from plait.runtime import Device
 from plait.training.batches import Step
 from plait.training.losses import Passes
 from plait.training.optimizer import make_optimizer

@@ -25,14 +25,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from plait.applications.model import load
-from plait.config import load_recipe
+from plait.core.config import load_recipe
+from plait.core.files import read_json
 from plait.data.dataset import Chosen, Dataset
 from plait.data.prepare import prepare
-from plait.evaluation.comparison import mean_and_error
-from plait.runtime import read_json
+from plait.inference.model import load
 from plait.training.trainer import train
-from plait.transfer import Task
+from plait.transfer.report import mean_and_error
+from plait.transfer.study import Task
 
 EN = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 ZH = ["零", "一", "二", "三", "四", "五", "六", "七", "八", "九"]

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from plait import config
+from plait.core import config
 from plait.modalities.audio import AudioSettings
 from plait.modalities.image import ImageSettings
-from plait.training.setup import size_table
+from plait.training.build import size_table
 
 HERE = Path(__file__).parent
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-import plait.evaluation.report  # children of a fork have what was loaded here
+import plait.reports.report  # children of a fork have what was loaded here
 import plait.training.trainer
 from conftest import RECIPE, write_world
 from plait import cli

@@ -29,10 +29,10 @@ import numpy as np
 import torch
 
 from faults import BATCH, EPOCH, EVERY, STEPS, VALIDATIONS, Place, fork, plait, steps_done, until
+from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
 from plait.data.samples import Samples
 from plait.model import checkpoint as checkpoints
-from plait.runtime import PlaitError
 from plait.training.log import Log
 from soak_saves import r2, r4
 

@@ -19,9 +19,9 @@ from torch import nn
 from faults import Child, Place, fork
 from plait.model import checkpoint as checkpoints
 from plait.model.checkpoint import Checkpoint
+from plait.training.checkpointing import Position, Saver, restore
 from plait.training.distributed import Group
 from plait.training.optimizer import make_optimizer
-from plait.training.saving import Position, Saver, restore
 
 CALLS = (
     "write", "pwrite64", "writev", "fsync", "fdatasync", "ftruncate", "rename", "renameat", "renameat2", "unlink",

@@ -29,11 +29,11 @@ import lancedb  # noqa: F401 - once here, not once in every child
 import numpy as np
 from PIL import Image
 
-from plait.applications import indexing
-from plait.applications import search as searching
-from plait.applications.model import Model, load
-from plait.applications.search import Index
-from plait.runtime import PlaitError
+from plait.core.errors import PlaitError
+from plait.inference.model import Model, load
+from plait.search import adding as indexing
+from plait.search import index as searching
+from plait.search.index import Index
 
 warnings.filterwarnings("ignore", "lancedb fork support", RuntimeWarning)
 

@@ -16,8 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-from plait.applications.demo import write_demo, write_pictures
-from plait.config import SIZES, load_recipe
+from plait.cli.demo_data import write_demo, write_pictures
+from plait.core.config import SIZES, load_recipe
 
 RATE = 30 * SIZES["tiny"].learning_rate
 

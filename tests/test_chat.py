@@ -12,11 +12,11 @@ import yaml
 
 import plait as package
 from conftest import EN, RECIPE, picture
-from plait.applications.chat import Chat, Session, Turn
-from plait.data import chat as data
+from plait.chat.chat import Chat, Session, Turn
+from plait.chat.template import Template
+from plait.data import conversations as data
 from plait.data.dataset import Dataset
 from plait.modalities.text import Text
-from plait.model.dialogue import Template
 from plait.model.multimodal import IGNORE
 from plait.training.batches import Sampler, load_split
 

@@ -13,19 +13,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from plait.applications.model import Model
-from plait.config import load_recipe, parse_recipe
+from plait.core.config import load_recipe, parse_recipe
+from plait.core.device import Device
+from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
 from plait.data.prepare import prepare
+from plait.inference.model import Model
 from plait.modalities.text import Text
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import IGNORE, Multimodal
 from plait.model.objectives import contrastive
-from plait.runtime import Device, PlaitError
 from plait.training.batches import Sampler, Split, Step, add_codes, load_split
+from plait.training.build import model_config
 from plait.training.distributed import Group, Network
 from plait.training.losses import Passes, step_losses
-from plait.training.setup import model_config
 from plait.training.trainer import train
 from several import SMALL, begin, interrupted_after, rows, workers, write_recipe
 

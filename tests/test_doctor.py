@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from plait.core.errors import PlaitError
 from plait.doctor import check_folder
-from plait.runtime import PlaitError
 
 
 def flip(file: Path) -> None:

@@ -16,13 +16,13 @@ from PIL import Image, ImageDraw
 
 import plait as api
 from conftest import EN, RECIPE, picture, tone
+from plait.core.errors import PlaitError
 from plait.explain.methods import areas, integrated_gradients, occlusion
 from plait.explain.own import question
 from plait.explain.parts import Grid, log_odds
 from plait.explain.parts import Path as Way
 from plait.modalities.image import Image as Pictures
 from plait.modalities.text import words
-from plait.runtime import PlaitError
 from test_pretrained import folders, make, write_tokenizer  # noqa: F401
 
 

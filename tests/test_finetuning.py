@@ -80,7 +80,7 @@ def test_what_is_new_is_added_and_what_is_frozen_stays(base: Path, new: Path, tm
         assert not torch.equal(after[table][grown.opener("fr")], before[table].mean(0))
     assert now.labels["fr"] == sorted(NEW, key=now.labels["fr"].index) and now.labels["en"] == was.labels["en"]
     # What went in and what came out for the old columns is the same, to the bit.
-    from plait.applications.model import Model
+    from plait.inference.model import Model
 
     image = picture(0, np.random.default_rng(7))
     scores = [Model(one, "cpu").classify(image, column="en") for one in (was, now)]

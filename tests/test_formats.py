@@ -17,12 +17,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from plait.core.errors import PlaitError
 from plait.data import hub
-from plait.data.chat import ROLES, flatten, turns
+from plait.data.conversations import ROLES, flatten, turns
 from plait.data.dataset import Dataset
 from plait.data.media import encode_png, encode_wav
 from plait.data.prepare import prepare
-from plait.runtime import PlaitError
 
 
 def picture(n: int) -> bytes:

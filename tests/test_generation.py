@@ -11,17 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from plait.applications.model import Model, find_checkpoint, load
-from plait.generation.decoder import Decoder
-from plait.generation.engine import Engine, Request
-from plait.generation.grammar import spans
-from plait.generation.sampling import Knobs, Sampling, draw
+from plait.core.device import choose_device
+from plait.core.errors import PlaitError
+from plait.core.rng import uniform
+from plait.inference.decoder import Decoder
+from plait.inference.engine import Engine, Request
+from plait.inference.grammar import spans
+from plait.inference.model import Model, find_checkpoint, load
+from plait.inference.sampling import Knobs, Sampling, draw
 from plait.modalities.text import Text
 from plait.model import checkpoint as checkpoints
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import ModelConfig, Multimodal, Sequence, collate
 from plait.model.transformer import Transformer, TransformerConfig, View
-from plait.runtime import PlaitError, choose_device, uniform
 
 
 def make(tied: bool = False, position: str = "rotary", **columns: str) -> Checkpoint:
@@ -224,7 +226,7 @@ def test_settings_match_transformers():
         return draw(found, uniforms)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("plait.generation.sampling.draw", spy)
+        patch.setattr("plait.inference.sampling.draw", spy)
         chosen = Knobs(rows, torch.device("cpu")).choose(logits, torch.rand(6), seen)
     for row, s in enumerate(rows):
         wanted = RepetitionPenaltyLogitsProcessor(s.repetition_penalty)(ids[row : row + 1], logits[row : row + 1])

@@ -19,18 +19,18 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import plait
-from plait.generation.counting import channels_for, count_codes, widened
-from plait.generation.grammar import Span
+from plait.core.errors import PlaitError
+from plait.hf import huggingface
+from plait.hf.export import export_onnx, export_transformers
+from plait.hf.span_counter import channels_for, count_codes, widened
+from plait.inference.grammar import Span
 from plait.modalities.base import Vocabulary
 from plait.modalities.text import Text
 from plait.model import checkpoint as own
-from plait.model import huggingface
 from plait.model.checkpoint import Checkpoint
-from plait.model.export import export_onnx, export_transformers
-from plait.model.growing import extend
+from plait.model.extend import extend
 from plait.model.multimodal import ModelConfig, Multimodal
 from plait.model.transformer import KVCache, TransformerConfig, View
-from plait.runtime import PlaitError
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 transformers = pytest.importorskip("transformers", reason="pip install plait[huggingface]")

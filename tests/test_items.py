@@ -16,18 +16,18 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from plait.core.device import choose_device
 from plait.data.dataset import Dataset
-from plait.data.histories import HIDDEN, TEST, TRAIN, VAL, read_catalogue, read_histories
-from plait.evaluation.neighbours import DECAY, WINDOW, Follows, Interactions
-from plait.evaluation.recommending import Ranks, Targets, rank, targets_of
-from plait.generation.trie import NextCodes, Trie
 from plait.modalities.base import Vocabulary
 from plait.modalities.item import ItemCodesSettings, fit_codes, sizes_of
 from plait.model import objectives
 from plait.model.multimodal import IGNORE, ModelConfig, Multimodal
 from plait.model.transformer import TransformerConfig, dropout
-from plait.runtime import choose_device
-from plait.training.histories import HistorySampler, HistorySplit
+from plait.recommend.baselines import DECAY, WINDOW, Follows, Interactions
+from plait.recommend.evaluate import Ranks, Targets, rank, targets_of
+from plait.recommend.sampler import HistorySampler, HistorySplit
+from plait.recommend.trie import NextCodes, Trie
+from plait.recommend.write_histories import HIDDEN, TEST, TRAIN, VAL, read_catalogue, read_histories
 from server import Server
 
 Command = Callable[..., int]

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from conftest import EN, RECIPE, picture
-from plait.config import parse_recipe
+from plait.core.config import parse_recipe
 from plait.data.dataset import Dataset
 from plait.data.prepare import prepare
 from plait.training.run import Progress
@@ -150,7 +150,7 @@ def test_what_is_cut_is_said_and_best_is_the_newest_without_val(
     plait: Plait, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A few records, none for val, one text longer than the context: counted, trained to the last step, resumed."""
-    from plait.evaluation.report import read_run
+    from plait.reports.report import read_run
 
     files = tmp_path / "files"
     files.mkdir()

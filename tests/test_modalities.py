@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 
+from plait.core.rng import uniform
 from plait.modalities.audio import Audio, AudioSettings, mel_filters
 from plait.modalities.base import Vocabulary
+from plait.modalities.fsq import FSQ
 from plait.modalities.image import Image, ImageSettings
-from plait.modalities.quantizer import FSQ
 from plait.modalities.text import Text
 from plait.model.multimodal import IGNORE, ModelConfig, Multimodal, Sequence, collate
 from plait.model.objectives import contrastive, likelihoods
 from plait.model.transformer import TransformerConfig
-from plait.runtime import uniform
 
 
 @given(st.lists(st.integers(2, 9), min_size=1, max_size=5))

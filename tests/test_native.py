@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-import plait.native
-from plait.generation import native
-from plait.generation.decoder import Decoder
-from plait.model import native as in_training
+import plait.kernels.build
+from plait.core.device import Device, compiler
+from plait.inference.decoder import Decoder
+from plait.kernels import generation as native
+from plait.kernels import training as in_training
 from plait.model.objectives import total_loss
 from plait.model.transformer import KVCache, Transformer, TransformerConfig
-from plait.runtime import Device, compiler
 
 FAMILIES = {
     "qwen3": {},
@@ -117,10 +117,10 @@ def test_without_a_compiler(monkeypatch, caplog, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     device = Device("cpu", torch.float32)
     plain = Decoder(Transformer(TransformerConfig(max_length=64, **SHAPES["odd"])).eval(), device)
-    flags = plait.native.FLAGS
+    flags = plait.kernels.build.FLAGS
     for name, value in (("FLAGS", (*flags, "-include", "missing.h")), ("compiler", lambda: None)):
         with monkeypatch.context() as patch:
-            patch.setattr(plait.native, name, value)
+            patch.setattr(plait.kernels.build, name, value)
             _forget()
             assert native.library() is None and "PyTorch" in native.chosen(device)
             assert in_training.library() is None
@@ -136,7 +136,7 @@ def test_without_a_compiler(monkeypatch, caplog, tmp_path):
 
 
 def _forget() -> None:
-    for found in (plait.native.library, native.library, in_training.library):
+    for found in (plait.kernels.build.library, native.library, in_training.library):
         found.cache_clear()
 
 

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 
+from plait.core.device import Device
+from plait.core.errors import PlaitError
 from plait.model import lora
 from plait.model.multimodal import Multimodal
 from plait.plan import failures
 from plait.plan.machines import MACHINES, Machine, machine, sample_batch, traced_peak
 from plait.plan.memory import Layout, Load, layer_activations, layouts, memory, smallest_change, total
 from plait.plan.networks import compute_optimal, expected_loss, preset
-from plait.runtime import Device, PlaitError
 
 Plait = Callable[..., int]
 

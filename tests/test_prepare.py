@@ -22,10 +22,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
 from plait.data.media import decode_image, encode_png, encode_wav
 from plait.data.prepare import prepare
-from plait.runtime import PlaitError
 
 CORPORA = Path(__file__).parents[2] / "shared" / "corpora"
 

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
-from plait.applications.pretrained import TEMPLATE, load_pretrained
+from plait.core.errors import PlaitError
 from plait.data.media import resample
-from plait.runtime import PlaitError
+from plait.hf.pretrained import TEMPLATE, load_pretrained
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 transformers = pytest.importorskip("transformers", reason="pip install plait[huggingface]")

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import plait as package
-from plait.applications.replies import Replies, same
+from plait.chat.replies import Replies, same
+from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
-from plait.runtime import PlaitError
 
 Plait = Callable[..., int]
 THINGS = {"a tent": "Tents are at the back.", "my parcel": "See the link.", "the hours": "From nine to six.",

@@ -12,18 +12,9 @@ import pytest
 import soundfile
 from PIL import Image
 
-from plait.evaluation.report import (
-    Confusion,
-    Exhibit,
-    Findings,
-    Gallery,
-    RunInfo,
-    read_run,
-    write_metrics,
-    write_report,
-)
+from plait.core.errors import PlaitError
 from plait.modalities.audio import spectrogram
-from plait.runtime import PlaitError
+from plait.reports.report import Confusion, Exhibit, Findings, Gallery, RunInfo, read_run, write_metrics, write_report
 
 EVIL = "<script>alert('x')</script>&\"'>"
 

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from plait.runtime import PlaitError, choose_device, only_writer, publish_folder, uniform
+from plait.core.device import choose_device
+from plait.core.errors import PlaitError
+from plait.core.files import only_writer, publish_folder
+from plait.core.rng import uniform
 
 
 def test_publish_is_all_or_nothing(tmp_path: Path) -> None:
@@ -37,7 +40,7 @@ def test_what_a_killed_process_left_is_put_back(tmp_path: Path) -> None:
 
 def test_second_writer_is_refused_and_told_of_the_first(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from plait.runtime import only_writer\n"
+        "import sys; from pathlib import Path; from plait.core.files import only_writer\n"
         "with only_writer(Path(sys.argv[1])): print('in', flush=True); sys.stdin.read()"
     )
     first = subprocess.Popen(

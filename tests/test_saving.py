@@ -16,13 +16,13 @@ import yaml
 from safetensors.torch import load_file
 
 from conftest import RECIPE
+from plait.core.errors import PlaitError
 from plait.model import checkpoint as checkpoints
 from plait.model.objectives import negative_log_likelihood
-from plait.runtime import PlaitError
+from plait.training.checkpointing import Position, Saver
 from plait.training.distributed import Group
 from plait.training.log import Log
 from plait.training.optimizer import Average, make_optimizer
-from plait.training.saving import Position, Saver
 
 Plait = Callable[..., int]
 MODEL = {**yaml.safe_load(RECIPE)["model"], "backbone": {"width": 32, "layers": 1, "heads": 2, "dropout": 0.1}}

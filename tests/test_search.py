@@ -16,9 +16,10 @@ import pytest
 
 from conftest import EN
 from plait import Index, load
+from plait.core.errors import PlaitError
+from plait.core.files import only_writer
 from plait.data.dataset import Dataset
 from plait.model import checkpoint as checkpoints
-from plait.runtime import PlaitError, only_writer
 from server import Server, is_error
 
 pytest.importorskip("lancedb")
@@ -164,9 +165,9 @@ def world_file(trained: Path) -> Path:
 ADD = """
 import sys, plait
 index = plait.Index(sys.argv[1], sys.argv[2])
-import plait.applications.indexing as indexing
+import plait.search.adding as indexing
 indexing.COMMIT = 16
-import plait.applications.search as search
+import plait.search.index as search
 search.BATCH = 16
 index.add(sys.argv[3], progress=lambda stage, done, total: print(done, flush=True))
 """

@@ -22,10 +22,10 @@ import pytest
 from PIL import Image
 
 import plait
-from plait.applications.chat import Chat, Turn
-from plait.applications.model import Model
+from plait.chat.chat import Chat, Turn
 from plait.data.media import encode_wav
-from plait.serving.limits import read_keys
+from plait.inference.model import Model
+from plait.server.limits import read_keys
 from server import Server, is_error, write_text_model
 
 CORPUS = Path(__file__).parents[2] / "shared" / "corpora" / "json_parsing.zip"
@@ -423,7 +423,7 @@ def test_chat_templates(letters: Path, tmp_path: Path) -> None:
     """Ids are those of transformers; a special token that a user spells is characters."""
     from transformers import PreTrainedTokenizerFast
 
-    from plait.model.export import export_transformers
+    from plait.hf.export import export_transformers
 
     model = Model(plait.load(letters).checkpoint, "cpu")
     export_transformers(model.checkpoint, tmp_path / "model")

@@ -8,19 +8,19 @@ import pytest
 import torch
 from PIL import Image
 
-from plait.applications.model import Model
-from plait.config import parse_recipe
+from plait.core.config import parse_recipe
+from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
 from plait.data.prepare import prepare
-from plait.evaluation.report import RunInfo, write_metrics, write_report
 from plait.evaluation.tasks import Limits, evaluate
+from plait.inference.model import Model
 from plait.modalities.text import Text
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import Multimodal, collate
 from plait.model.objectives import likelihoods
-from plait.runtime import PlaitError
+from plait.reports.report import RunInfo, write_metrics, write_report
 from plait.training.batches import lm_windows
-from plait.training.setup import label_columns, model_config
+from plait.training.build import label_columns, model_config
 
 
 def untrained(data: Path) -> tuple[Model, Dataset]:

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from plait.core.errors import PlaitError
+from plait.hf import tflite
 from plait.modalities.base import Vocabulary
 from plait.modalities.text import Text
-from plait.model import tflite
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import ModelConfig, Multimodal
 from plait.model.transformer import TransformerConfig
-from plait.runtime import PlaitError
 
 QWEN3 = {"position": "rotary", "norm": "rms", "activation": "swiglu", "qk_norm": True, "kv_heads": 2}
 GPT2 = {"position": "learned", "norm": "layer", "activation": "gelu", "qk_norm": False, "kv_heads": 4}

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 
 import plait as library
 from conftest import picture, write_world
-from plait.config import SIZES
+from plait.core.config import SIZES
+from plait.core.errors import PlaitError
 from plait.data.media import encode_wav, resample
+from plait.hf import encoders as towers
 from plait.modalities.audio import Audio, AudioSettings
 from plait.modalities.image import Image, ImageSettings
-from plait.model import towers
-from plait.runtime import PlaitError
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 transformers = pytest.importorskip("transformers", reason="pip install plait[huggingface]")

@@ -11,7 +11,7 @@ import pytest
 
 from conftest import EN, RECIPE, picture
 from plait.data.dataset import Chosen, Dataset
-from plait.evaluation.comparison import verdicts
+from plait.transfer.report import verdicts
 
 
 def test_verdicts() -> None:

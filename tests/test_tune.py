@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from plait.config import load_recipe, parse_recipe
+from plait.core.config import load_recipe, parse_recipe
+from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
-from plait.evaluation.study import verdict
-from plait.runtime import PlaitError
-from plait.training.fields import GUARDS, NAMES, fields_of, score, with_values
-from plait.training.setup import model_config
+from plait.training.build import model_config
+from plait.tune.report import verdict
+from plait.tune.space import GUARDS, NAMES, fields_of, score, with_values
 
 SMALL = """
 model:

@@ -18,7 +18,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 def work(given: dict[str, Any]) -> None:
     """What each worker does."""
-    from plait.config import load_recipe
+    from plait.core.config import load_recipe
     from plait.data.dataset import Dataset
     from plait.training.distributed import processes
     from plait.training.trainer import Progress, train

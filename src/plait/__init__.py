@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from plait.applications.model import Model, load
-    from plait.applications.search import Index
-    from plait.runtime import PlaitError
+    from plait.core.errors import PlaitError
+    from plait.inference.model import Model, load
+    from plait.search.index import Index
 
 __all__ = ["Index", "Model", "PlaitError", "load"]
 
@@ -20,15 +20,15 @@ __all__ = ["Index", "Model", "PlaitError", "load"]
 def __getattr__(name: str) -> Any:
     # Imported when asked for: torch takes seconds, and `plait --help` should not.
     if name in ("Model", "load"):
-        from plait.applications import model
+        from plait.inference import model
 
         return getattr(model, name)
     if name == "Index":
-        from plait.applications.search import Index
+        from plait.search.index import Index
 
         return Index
     if name == "PlaitError":
-        from plait.runtime import PlaitError
+        from plait.core.errors import PlaitError
 
         return PlaitError
     raise AttributeError(f"module 'plait' has no attribute '{name}'")

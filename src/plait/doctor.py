@@ -16,13 +16,15 @@ from typing import Any, Literal
 import torch
 from packaging.requirements import Requirement
 
-from plait.applications.demo import Speech
+from plait.cli.demo_data import Speech
+from plait.core.device import choose_device, threads
+from plait.core.errors import PlaitError
+from plait.core.files import read_json, sha256_file
 from plait.data.dataset import Dataset
-from plait.evaluation.report import read_run
-from plait.generation import native
+from plait.kernels import generation as native
+from plait.kernels import training as in_training
 from plait.model import checkpoint
-from plait.model import native as in_training
-from plait.runtime import PlaitError, choose_device, read_json, sha256_file, threads
+from plait.reports.report import read_run
 
 LITTLE, NOTHING = 5e9, 5e8  # bytes free on a disk that are worth a warning, and too few to train
 

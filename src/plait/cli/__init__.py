@@ -8,19 +8,17 @@ import sys
 # A thread that waits for another must not spin while somebody else could use the processor; read when torch loads.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
-from plait.cli import (
-    chatting,
-    explaining,
-    foreseeing,
-    measuring,
-    recommending,
-    searching,
-    serving,
-    training,
-    transferring,
-    using,
-)
+from plait.chat import commands as chatting
+from plait.cli import evaluate as measuring
+from plait.cli import serve as serving
+from plait.cli import train as training
+from plait.cli import use as using
 from plait.cli.common import app, err, plain
+from plait.explain import commands as explaining
+from plait.plan import commands as foreseeing
+from plait.recommend import commands as recommending
+from plait.search import commands as searching
+from plait.transfer import commands as transferring
 
 # A file of commands is a panel of --help, in this order.
 PANELS = {
@@ -43,7 +41,7 @@ for command in app.registered_commands:
 
 def main() -> None:
     """Run the command line; a user's mistake ends in one message and exit code 1."""
-    from plait.runtime import PlaitError, Terminated
+    from plait.core.errors import PlaitError, Terminated
 
     try:
         app()

@@ -15,9 +15,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from plait.applications.model import Model
-    from plait.applications.pretrained import Pretrained
     from plait.data.dataset import Manifest
+    from plait.hf.pretrained import Pretrained
+    from plait.inference.model import Model
     from plait.training.run import Progress as TrainingProgress
 
 
@@ -106,7 +106,7 @@ def show_manifest(manifest: Manifest, folder: str | Path) -> None:
 
 
 def load(name: str, device: str = "auto") -> Model | Pretrained:
-    from plait.applications.model import load
+    from plait.inference.model import load
 
     return load(name, device)
 
@@ -121,14 +121,14 @@ def media_or_text(value: str) -> str | Path:
             return path
     if re.search(r"\s", value):
         return value  # a sentence that ends like a file
-    from plait.runtime import PlaitError
+    from plait.core.errors import PlaitError
 
     raise PlaitError(f"{value} does not exist.")
 
 
 def existing(path: Path) -> Path:
     if not path.is_file():
-        from plait.runtime import PlaitError
+        from plait.core.errors import PlaitError
 
         raise PlaitError(f"{path} does not exist.")
     return path
@@ -136,7 +136,7 @@ def existing(path: Path) -> Path:
 
 def note_windows(model: Model | Pretrained, value: str | Path) -> None:
     """Say so where a sound is longer than the model reads at once."""
-    from plait.applications.model import Model as OurModel
+    from plait.inference.model import Model as OurModel
 
     if isinstance(value, Path) and isinstance(model, OurModel) and (count := model.passes(value)) > 1:
         text = f"{value} is longer than this model reads at once; it is read in {count} windows that overlap by half."
@@ -144,7 +144,7 @@ def note_windows(model: Model | Pretrained, value: str | Path) -> None:
 
 
 def write(path: Path, data: bytes) -> None:
-    from plait.runtime import PlaitError
+    from plait.core.errors import PlaitError
 
     try:
         path.write_bytes(data)

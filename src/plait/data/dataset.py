@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from plait.core.errors import PlaitError
+from plait.core.files import intact
 from plait.data.record import SPLITS, Record
 from plait.data.stores import Location, join, location, open_binary, size
-from plait.runtime import PlaitError, intact
 
 VERSION = 1
 _CACHE_BYTES = 256 << 20

@@ -22,10 +22,10 @@ from typing import IO, Any
 
 import numpy as np
 
+from plait.core.errors import PlaitError
 from plait.data.media import AUDIO_SUFFIXES, IMAGE_SUFFIXES, LIMITS, sniff
 from plait.data.record import Rejected, split_name
 from plait.data.stores import Location, StoreError, join, listing, open_binary, size
-from plait.runtime import PlaitError
 
 TABLE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")

@@ -6,7 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
-from plait.runtime import PlaitError, cache_folder
+from plait.core.errors import PlaitError
+from plait.core.files import cache_folder
 
 
 def download(name: str) -> Path:

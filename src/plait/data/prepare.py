@@ -16,19 +16,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from plait.config import ItemsRecipe
+from plait.core.config import ItemsRecipe
+from plait.core.errors import PlaitError
+from plait.core.files import cache_folder, only_writer, publish_folder, read_json, sealed, write_json
 from plait.data.dataset import VERSION, Manifest
 from plait.data.duplicates import Duplicates, find_duplicates, first_of
 from plait.data.files import ARCHIVE_SUFFIXES, TABLE_SUFFIXES, Plan, Tree, scan, suffix_of
-from plait.data.histories import write_histories
-from plait.data.interactions import find
 from plait.data.preview import Example, report
 from plait.data.readers import plan
 from plait.data.record import KINDS, SPLITS, Rejected, rejected
 from plait.data.shards import Shards, Statistics
 from plait.data.staging import stage
 from plait.data.stores import Location, StoreError, location, read_bytes, size, upload
-from plait.runtime import PlaitError, cache_folder, only_writer, publish_folder, read_json, sealed, write_json
+from plait.recommend.interactions import find
+from plait.recommend.write_histories import write_histories
 
 _VAL_MOST = 5000
 _EXAMPLES = 12

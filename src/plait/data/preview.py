@@ -8,7 +8,7 @@ import io
 from collections import Counter
 from dataclasses import dataclass
 
-from plait.data.chat import turns
+from plait.data.conversations import turns
 from plait.data.dataset import Manifest
 from plait.data.media import MediaError, decode_audio, decode_image, encode_png, encode_wav, mime
 

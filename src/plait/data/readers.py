@@ -18,6 +18,7 @@ from typing import IO
 
 import numpy as np
 
+from plait.core.errors import PlaitError
 from plait.data.files import (
     DAMAGED,
     Found,
@@ -36,7 +37,6 @@ from plait.data.record import RESERVED, Rejected, split_name, split_of_file
 from plait.data.stores import Location, open_binary
 from plait.data.tables import plan_tables
 from plait.data.webdataset import plan_shards
-from plait.runtime import PlaitError
 
 TEXT_BYTES = 8192  # of one record of a long text
 

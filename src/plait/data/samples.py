@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from plait.runtime import PlaitError, read_json, write_json
+from plait.core.errors import PlaitError
+from plait.core.files import read_json, write_json
 
 
 class Samples:

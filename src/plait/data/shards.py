@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from plait.core.files import sha256_file
 from plait.data.dataset import Lengths, Shard
-from plait.runtime import sha256_file
 
 _GROUP_BYTES, _GROUP_ROWS = 4 << 20, 1024
 _SHARD_BYTES = 256 << 20

@@ -22,10 +22,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from plait.core.errors import PlaitError
 from plait.data.files import Found, Item, Media
 from plait.data.record import Rejected
 from plait.data.work import Task, check_chunk, send
-from plait.runtime import PlaitError
 
 _ROWS, _BYTES = 512, 16 << 20  # of a chunk
 _FORM = 1  # of the chunks' files and of the fingerprints in them; another number makes all chunks anew

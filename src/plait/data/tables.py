@@ -22,7 +22,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from plait.data.chat import flatten, is_chat
+from plait.core.errors import PlaitError
+from plait.data.conversations import flatten, is_chat
 from plait.data.files import (
     DAMAGED,
     TABLE_SUFFIXES,
@@ -38,7 +39,6 @@ from plait.data.files import (
 from plait.data.media import AUDIO_SUFFIXES, IMAGE_SUFFIXES, sniff
 from plait.data.record import RESERVED, Rejected, split_name, split_of_file, text_fault
 from plait.data.stores import Location, open_binary
-from plait.runtime import PlaitError
 
 ROLES = ("text", "image", "audio", "chat", "id", "split", "ignore", "each")
 _SAMPLE = 200

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from plait.data.chat import turns
+from plait.data.conversations import turns
 from plait.data.fingerprints import picture_print, sound_print, text_print
 from plait.data.media import LIMITS, MediaError, decode_audio, decode_image, encode_png
 from plait.data.record import Rejected, rejected, text_fault

@@ -7,11 +7,11 @@ import math
 import numpy as np
 
 from plait.evaluation import metrics
-from plait.evaluation.material import Material
-from plait.evaluation.report import Exhibit, Gallery
-from plait.generation import scoring
+from plait.evaluation.context import Material
+from plait.inference import scoring
 from plait.modalities.text import words
 from plait.model.multimodal import Sequence
+from plait.reports.report import Exhibit, Gallery
 from plait.training.canaries import LETTERS, TIMES, canary, times
 
 RUN = 8  # words in a run that counts as verbatim

@@ -11,17 +11,17 @@ from itertools import permutations
 import numpy as np
 import torch
 
+from plait.chat.evaluate import evaluate_conversations
+from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
 from plait.evaluation import metrics
-from plait.evaluation.conversation import evaluate_conversations
-from plait.evaluation.curves import Reliability
-from plait.evaluation.making import TASK, evaluate_codec, evaluate_making
-from plait.evaluation.material import Limits, Material, Media, Model, Progress, Timer
+from plait.evaluation.context import Limits, Material, Media, Model, Progress, Timer
+from plait.evaluation.generative import TASK, evaluate_codec, evaluate_making
 from plait.evaluation.memorising import WRITTEN, evaluate_canaries, evaluate_texts
-from plait.evaluation.report import Confusion, Exhibit, Findings, Gallery, Metrics
 from plait.model.multimodal import IGNORE, Sequence, collate
 from plait.model.objectives import negative_log_likelihood
-from plait.runtime import PlaitError
+from plait.reports.curves import Reliability
+from plait.reports.report import Confusion, Exhibit, Findings, Gallery, Metrics
 from plait.training.batches import lm_windows
 
 __all__ = ["Limits", "Model", "evaluate"]

@@ -9,8 +9,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from plait.core.device import exact_products
+from plait.core.errors import PlaitError
 from plait.explain.parts import Grid, Part, Question, Value, Words, Written, whole
-from plait.runtime import PlaitError, exact_products
 
 METHODS = ("occlusion", "integrated-gradients", "logit-lens")
 STEPS = 64  # of the path that gradients are taken along, times four until the weights add up

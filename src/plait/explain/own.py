@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from plait.core.device import Device
+from plait.core.errors import PlaitError
 from plait.explain.parts import Grid, Part, Path, Question, Value, Words, log_odds, whole
-from plait.generation import scoring
-from plait.generation.engine import Engine, Request, Written
+from plait.inference import scoring
+from plait.inference.engine import Engine, Request, Written
 from plait.modalities.base import MediaModality, Vocabulary, cells
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import Sequence, collate
-from plait.runtime import Device, PlaitError
 
 
 class Model(Protocol):

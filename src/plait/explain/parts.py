@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image as PILImage
 from torch import Tensor
 
+from plait.core.errors import PlaitError
 from plait.modalities.base import cells
 from plait.modalities.text import words
-from plait.runtime import PlaitError
 
 Value = str | np.ndarray | None  # a part with some of its units, or gone as a whole
 

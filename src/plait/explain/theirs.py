@@ -10,10 +10,11 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
+from plait.core.device import Device
+from plait.core.errors import PlaitError
 from plait.explain.parts import Grid, Path, Question, Value, Words, log_odds
+from plait.hf.hub import quiet
 from plait.modalities.image import Image
-from plait.model.hub import quiet
-from plait.runtime import Device, PlaitError
 
 BATCH = 64  # copies of an input in one forward pass
 FINAL_NORMS = ("ln_f", "norm", "final_layer_norm", "final_layernorm", "norm_f", "final_norm")

@@ -23,12 +23,12 @@ from PIL import ImageDraw
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from plait.config import Size
+from plait.core.config import Size
+from plait.core.errors import PlaitError
 from plait.data.media import decode_audio, resample
 from plait.modalities.base import ChannelNorm, bilinear_warp, tinted, within
-from plait.modalities.quantizer import FSQ
-from plait.modalities.tower import Tower, TowerSettings, transformers_for
-from plait.runtime import PlaitError
+from plait.modalities.fsq import FSQ
+from plait.modalities.hf_encoder import Tower, TowerSettings, transformers_for
 
 SILENCE = -1.4  # the scaled log-mel of no sound
 FLOOR = 1e-4  # mel power below which everything is silence, the waveform's RMS being 0.1

@@ -19,11 +19,11 @@ from PIL import Image as PILImage
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from plait.config import Size
+from plait.core.config import Size
 from plait.data.media import decode_image
 from plait.modalities.base import ChannelNorm, bilinear_warp, tinted
-from plait.modalities.quantizer import FSQ
-from plait.modalities.tower import Tower, TowerSettings
+from plait.modalities.fsq import FSQ
+from plait.modalities.hf_encoder import Tower, TowerSettings
 
 
 class ImageSettings(BaseModel):

@@ -25,8 +25,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from plait.data.catalogue import Item as CatalogueItem
-from plait.runtime import PlaitError
+from plait.core.errors import PlaitError
+from plait.recommend.catalogue import Item as CatalogueItem
 
 MOST = 200_000  # items, with one code each
 FULL = 30_000  # items up to which every one of them is weighed against the next

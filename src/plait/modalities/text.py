@@ -11,7 +11,8 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from plait.runtime import PlaitError, read_json, write_atomic
+from plait.core.errors import PlaitError
+from plait.core.files import read_json, write_atomic
 
 # What is kept of an imported tokenizer's `tokenizer_config.json`.
 _TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")

@@ -18,11 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from plait.config import GenerationConfig
-from plait.data.catalogue import Catalogue
+from plait.core.config import GenerationConfig
+from plait.core.errors import PlaitError
+from plait.core.files import json_text, publish_folder, read_json, read_sealed, sealed, sha256_file
 from plait.modalities.text import Text
 from plait.model.multimodal import ModelConfig, Multimodal
-from plait.runtime import PlaitError, json_text, publish_folder, read_json, read_sealed, sealed, sha256_file
+from plait.recommend.catalogue import Catalogue
 
 VERSION = 1  # of config.json
 MANIFEST = 2  # since manifests are sealed

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from plait.modalities import MODALITIES, SETTINGS
 from plait.modalities.base import MediaModality, Vocabulary
+from plait.modalities.fsq import FSQ
 from plait.modalities.item import Item, ItemCodes
-from plait.modalities.quantizer import FSQ
 from plait.model.transformer import Transformer, TransformerConfig
 
 IGNORE = -100  # no target here

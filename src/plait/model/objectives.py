@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from plait.model import native
+from plait.kernels import training as native
 from plait.model.multimodal import IGNORE, Multimodal
 
 CHUNK = 2**24  # logits that exist at one time

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from plait.model import native
+from plait.kernels import training as native
 
 
 class TransformerConfig(BaseModel):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from plait.runtime import PlaitError
+from plait.core.errors import PlaitError
 
 RUNS = 400  # simulated, of each interval
 DRAWS = 4_000_000  # times between failures that are drawn at most

@@ -19,10 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from plait.core.device import Device, choose_device, keep_memory
+from plait.core.errors import PlaitError
 from plait.model import lora
 from plait.model.multimodal import IGNORE, Batch, ModelConfig, Multimodal, Sequence, collate
 from plait.model.objectives import negative_log_likelihood
-from plait.runtime import Device, PlaitError, choose_device, keep_memory
 from plait.training.batches import Step
 from plait.training.losses import Passes
 from plait.training.optimizer import make_optimizer

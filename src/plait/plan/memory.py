@@ -11,10 +11,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from plait.core.errors import PlaitError
 from plait.model.transformer import TransformerConfig
 from plait.plan.machines import MACHINES, USABLE, Machine
 from plait.plan.networks import Network
-from plait.runtime import PlaitError
 
 # Bytes a parameter: weights, gradients, optimizer. "mixed": bf16 weights and gradients, an fp32 copy and two moments.
 # "autocast", as `plait train` does: fp32 weights and gradients, two moments.

@@ -11,14 +11,16 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from plait.config import SIZES, Recipe, load_recipe
+from plait.core.config import SIZES, Recipe, load_recipe
+from plait.core.errors import PlaitError
+from plait.core.files import read_json
+from plait.hf import huggingface
 from plait.modalities.base import Vocabulary
-from plait.model import huggingface, lora
+from plait.model import lora
 from plait.model.checkpoint import find_checkpoint
 from plait.model.multimodal import ModelConfig, Multimodal
 from plait.model.transformer import TransformerConfig
-from plait.runtime import PlaitError, read_json
-from plait.training.setup import sized_config
+from plait.training.build import sized_config
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from plait.core.errors import PlaitError
+from plait.core.rng import uniform
 from plait.modalities.text import Text
-from plait.runtime import PlaitError, uniform
 from plait.training.batches import Split
 
 TIMES = (1, 10, 100)  # that a canary is planted, in turn

@@ -29,8 +29,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from plait.core.device import Device
+from plait.core.errors import PlaitError
 from plait.model.transformer import Transformer
-from plait.runtime import Device, PlaitError
 
 PATIENCE = timedelta(minutes=10)  # that a process waits for another one in a step; a lost one is noticed at once
 FAILED = "plait/failed"  # in the store of the processes once one of them has said, or is about to say, what was wrong

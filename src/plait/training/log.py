@@ -9,7 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from plait.runtime import PlaitError, write_atomic
+from plait.core.errors import PlaitError
+from plait.core.files import write_atomic
 
 
 class Log:

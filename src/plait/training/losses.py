@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from plait.core.device import Device
 from plait.model.multimodal import IGNORE, Multimodal
 from plait.model.objectives import contrastive, likelihoods
-from plait.runtime import Device
 from plait.training.batches import Split, Step
 from plait.training.distributed import Group, Network
 

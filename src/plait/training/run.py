@@ -16,22 +16,17 @@ import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as tensors_to_bytes
 
-from plait.config import SIZES, Recipe, parse_recipe
-from plait.data.chat import turns
+from plait.core.config import SIZES, Recipe, parse_recipe
+from plait.core.device import Device
+from plait.core.errors import PlaitError
+from plait.core.files import read_json, sha256_file, write_atomic, write_json
+from plait.data.conversations import turns
 from plait.data.dataset import Dataset
 from plait.modalities.base import MediaModality
 from plait.modalities.text import Text
 from plait.model.multimodal import Multimodal
-from plait.runtime import (
-    Device,
-    PlaitError,
-    read_json,
-    sha256_file,
-    write_atomic,
-    write_json,
-)
 from plait.training.batches import Split, add_codes
-from plait.training.codecs import train_codec
+from plait.training.codec_training import train_codec
 from plait.training.distributed import Group
 from plait.training.losses import weighted
 

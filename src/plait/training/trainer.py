@@ -18,38 +18,29 @@ from typing import Any
 import numpy as np
 import torch
 
-from plait.config import Recipe
-from plait.data.catalogue import Catalogue
+from plait.core.config import Recipe
+from plait.core.device import choose_device, compiler, keep_memory, threads
+from plait.core.errors import DivergedError, PlaitError, Terminated
+from plait.core.files import only_writer, read_json
+from plait.core.rng import uniform
+from plait.core.signals import Signals, signals
 from plait.data.dataset import Dataset, Joined
+from plait.kernels import training as native
 from plait.modalities.text import Text
-from plait.model import native
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import ModelConfig, Multimodal
-from plait.runtime import (
-    DivergedError,
-    PlaitError,
-    Signals,
-    Terminated,
-    choose_device,
-    compiler,
-    keep_memory,
-    only_writer,
-    read_json,
-    signals,
-    threads,
-    uniform,
-)
+from plait.recommend.catalogue import Catalogue
+from plait.recommend.sampler import Embed, HistorySampler, item_content, ranking
 from plait.training.batches import PASS, Ahead, Sampler, Split, load_split, room_needed
+from plait.training.build import label_columns
 from plait.training.canaries import plant
+from plait.training.checkpointing import Position, Saver, restore
 from plait.training.distributed import Group, Network
-from plait.training.histories import Embed, HistorySampler, item_content, ranking
+from plait.training.init_from import begin, generation_of, labels_of, still
 from plait.training.log import Log
 from plait.training.losses import Passes, step_losses, weighted
 from plait.training.optimizer import Average, learning_rate_at, make_optimizer
 from plait.training.run import Progress, Report, Run, difference
-from plait.training.saving import Position, Saver, restore
-from plait.training.setup import label_columns
-from plait.training.starting import begin, generation_of, labels_of, still
 
 UNRESTRICTED, DROPOUT = 17, 18  # keys of `uniform`: for steps with the whole softmax, and for what a step hides
 CALIBRATION = 8  # steps that a time budget is measured by

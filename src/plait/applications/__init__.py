@@ -1,1 +1,0 @@
-"""Chat, recognition, generation and search: thin, on top of generate() and embed()."""

@@ -1,0 +1,153 @@
+"""Commands that answer people: chat, reply."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from plait.cli.common import DeviceOption, ModelArgument, SeedOption, app, err, load, out, plain, write
+
+if TYPE_CHECKING:
+    from plait.chat.chat import Session
+    from plait.inference.model import Options
+
+HELP = (
+    "/image FILE and /audio FILE go along with the next message; /draw TEXT draws; /save FILE keeps the conversation; "
+    "/new begins another one; /quit, or Ctrl-D, ends."
+)
+
+
+@app.command()
+def chat(
+    model: ModelArgument,
+    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest words.")] = None,
+    top_p: Annotated[float | None, typer.Option()] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Of each reply.")] = None,
+    pictures: Annotated[Path, typer.Option(help="Where /draw puts its files.")] = Path(),
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+) -> None:
+    """Talk with a model. A line is a message; /help shows the commands. Messages may come through a pipe.
+
+    Example: plait chat runs/chat
+    """
+    from plait.chat.chat import Chat, Session
+    from plait.core.errors import PlaitError
+    from plait.hf import hub
+    from plait.inference.model import Model, find_checkpoint
+
+    loaded = load(model, device)
+    if not isinstance(loaded, Model):
+        raise PlaitError(f"{model} cannot chat; it can {', '.join(loaded.verbs)}.")
+    session = Session(Chat(loaded, find_checkpoint(model) or hub.find(model)), system)
+    options: Options = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed}
+    asking = sys.stdin.isatty()
+    if asking:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (lines can be edited, and earlier ones called back)
+        err.print(plain(HELP))
+    while True:
+        try:
+            line = input("> " if asking else "").strip()
+        except EOFError:
+            return
+        if line in ("/quit", "/exit"):
+            return
+        if not line and not session.attached:
+            continue
+        try:
+            session = _answer(session, line, options, pictures)
+        except KeyboardInterrupt:  # gives up the reply, not the conversation
+            if not asking:
+                raise
+            err.print("\n[dim]Stopped; this message and its reply are forgotten.[/dim]")
+        except PlaitError as error:
+            if not asking:
+                raise
+            err.print(f"[red]plait:[/red] {plain(str(error))}")
+
+
+def _answer(session: Session, line: str, options: Options, pictures: Path) -> Session:
+    """Obey a line; returns the conversation that goes on."""
+    from plait.core.errors import PlaitError
+
+    command, _, rest = line.partition(" ")
+    rest = rest.strip()
+    if not line.startswith("/"):
+        for piece in session.say(line, **options):
+            out.print(piece, end="", markup=False)
+        out.print()
+        if session.left_out:
+            err.print(f"[dim]{session.left_out} older turns no longer fit and were left out.[/dim]")
+    elif command == "/help":
+        err.print(plain(HELP))
+    elif command == "/new":
+        return type(session)(session.chat, session.turns[0].parts[0] if _has_system(session) else None)
+    elif command not in ("/image", "/audio", "/draw", "/save"):
+        raise PlaitError(f"There is no command {command}. {HELP}")
+    elif not rest:
+        raise PlaitError(f"{command} needs {'what to draw' if command == '/draw' else 'a file'}.")
+    elif command == "/save":
+        write(Path(rest), (json.dumps({"messages": session.messages()}, ensure_ascii=False) + "\n").encode())
+        err.print(plain(f"Saved: {rest}"))
+    elif command == "/draw":
+        image = session.draw(rest, seed=options.get("seed", 0))
+        path = next(p for n in range(1, 10**6) if not (p := pictures / f"drawing-{n}.png").exists())
+        image.save(path)
+        out.print(plain(str(path)))
+    else:
+        session.attach(Path(rest).expanduser(), command[1:])
+        err.print(plain(f"{rest} goes along with the next message."))
+    return session
+
+
+def _has_system(session: Session) -> bool:
+    return bool(session.turns) and session.turns[0].role == "system"
+
+
+@app.command()
+def reply(
+    run: Annotated[Path, typer.Argument(help="A run that was trained on past questions and their replies.")],
+    messages: Annotated[list[str] | None, typer.Argument(help="Messages; without any, one a line from stdin.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The dataset of past pairs; by default the run's.")] = None,
+    question: Annotated[str | None, typer.Option(help="The column of questions.")] = None,
+    answer: Annotated[str | None, typer.Option(help="The column of replies.")] = None,
+    sources: Annotated[int, typer.Option(min=0, help="Past pairs to show beside each answer.")] = 3,
+    least: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Confidence below which there is silence; else found on val.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each message.")] = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Answer messages from past questions and replies, with sources, or stay silent where not sure.
+
+    Example: plait reply runs/replies "hello, when are you open?"
+    """
+    from dataclasses import asdict, replace
+
+    from plait.chat.replies import open_replies
+    from plait.core.errors import PlaitError
+    from plait.inference.model import Model
+
+    loaded = load(str(run), device)
+    if not isinstance(loaded, Model):
+        raise PlaitError(f"{run} writes no replies; it can {', '.join(loaded.verbs)}.")
+    replies = open_replies(loaded, run, data, question, answer)
+    assert replies.confidence is not None
+    if least is not None:
+        replies.confidence = replace(replies.confidence, threshold=least)
+    lines = messages or [line.strip() for line in sys.stdin if line.strip()]
+    for message, found in zip(lines, replies.answer(lines, sources), strict=True):
+        if as_json:
+            out.print(json.dumps({"message": message, **asdict(found)}, ensure_ascii=False), markup=False)
+            continue
+        said = "(silence)" if found.reply is None else found.reply
+        out.print(plain(f"{said}  [confidence {found.confidence:.2f}, least {found.threshold:.2f}]"))
+        for pair in found.sources:
+            out.print(plain(f"  {pair.nearness:.2f}  {pair.question}  ->  {pair.reply}"))

@@ -1,0 +1,111 @@
+"""Which device and precision a model runs with. The one module of this package that imports torch."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from plait.core.errors import PlaitError
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a model runs. `dtype` is the precision of matrix products; parameters stay in fp32."""
+
+    name: str
+    dtype: torch.dtype
+
+    @property
+    def torch(self) -> torch.device:
+        return torch.device(self.name)
+
+    @property
+    def kind(self) -> str:
+        return self.name.split(":")[0]
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Mixed precision as this device does it, or nothing where fp32 is the choice."""
+        if self.dtype is torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.kind, dtype=self.dtype)
+
+
+def choose_device(name: str = "auto", precision: str = "auto", training: bool = False) -> Device:
+    """The device asked for, or the best one here: CUDA, then MPS, then CPU.
+
+    `precision` is "auto", "bf16" or "fp32"; "auto" is bf16 on CUDA with bf16 units and, in training, on processors
+    that have them, and fp32 elsewhere.
+    Raises PlaitError where the device does not exist.
+    """
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    kind = name.split(":")[0]
+    if kind not in ("cpu", "cuda", "mps"):
+        raise PlaitError(f"Unknown device '{name}'. Use auto, cpu, cuda or mps.")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise PlaitError("No CUDA device was found. Use --device cpu, or leave --device out.")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise PlaitError("No MPS device was found. Use --device cpu, or leave --device out.")
+    if precision == "auto":
+        units = torch.cuda.is_bf16_supported() if kind == "cuda" else training and kind == "cpu" and _cpu_bf16()
+        precision = "bf16" if units else "fp32"
+    if kind == "cpu":
+        torch.set_float32_matmul_precision(product_precision())
+    return Device(name, {"bf16": torch.bfloat16, "fp32": torch.float32}[precision])
+
+
+def product_precision() -> str:
+    """What torch calls the precision of fp32 products on this processor. With bf16 units of AVX-512, oneDNN splits them
+    at "medium", and the error stays that of fp32; with AMX's it would round to bf16 (errors of 3e-3)."""
+    return "highest" if _has("_is_amx_tile_supported") else "medium"
+
+
+@contextlib.contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """fp32 products as they are on a processor: split into bf16 ones, those of one row take ten times as long."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cpu":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _cpu_bf16() -> bool:
+    """Whether this processor multiplies bf16 matrices in hardware."""
+    return _has("_is_avx512_bf16_supported") or _has("_is_amx_tile_supported")
+
+
+def _has(check: str) -> bool:
+    found = getattr(torch.cpu, check, None)
+    return found is not None and found()
+
+
+def threads() -> int:
+    """Threads that torch may use: OMP_NUM_THREADS, or the processors this process is allowed on."""
+    if os.environ.get("OMP_NUM_THREADS", "").isdecimal():
+        return max(int(os.environ["OMP_NUM_THREADS"]), 1)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def keep_memory() -> None:
+    """Have glibc keep what is freed: by itself it hands large tensors back to the kernel, which clears each page anew,
+    and a training step takes 1.1 to 1.3 times as long (docs/bench.md). Other C libraries are left alone."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            mallopt(option, value)
+
+
+def compiler() -> str | None:
+    """The C++ compiler that torch.compile would use on a processor, None where there is none."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))), None)

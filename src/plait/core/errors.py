@@ -1,0 +1,15 @@
+"""Errors that are told to people: what was wrong, where, and what to do."""
+
+from __future__ import annotations
+
+
+class PlaitError(Exception):
+    """A fault that the user can mend. The message says what was wrong, where, and what to do; never a traceback."""
+
+
+class DivergedError(PlaitError):
+    """A loss that is not finite, or that exploded: these settings do not train."""
+
+
+class Terminated(BaseException):
+    """SIGTERM came. Like KeyboardInterrupt, nobody's `except Exception` may swallow it; exit code 143."""

@@ -1,0 +1,349 @@
+"""What tasks are made of: the model under test, samples of the data, the judges, and figures as they are kept."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from plait.core.errors import PlaitError
+from plait.core.rng import uniform
+from plait.data.dataset import Dataset
+from plait.evaluation.reference_classifier import Judge, fit_classifier
+from plait.inference.engine import Engine
+from plait.modalities.audio import spectrogram
+from plait.modalities.base import MediaModality
+from plait.model.checkpoint import Checkpoint
+from plait.model.multimodal import Sequence
+from plait.reports.report import Exhibit, Findings, Metric, Metrics
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+class Model(Protocol):
+    """What evaluation needs of a model; `plait.load` returns one."""
+
+    checkpoint: Checkpoint
+
+    @property
+    def columns(self) -> dict[str, str]: ...
+
+    @property
+    def labels(self) -> dict[str, list[str]]: ...
+
+    def context(self, parts: Any, column: str | None = None) -> Sequence: ...
+
+    def score(self, contexts: list[Sequence], column: str, texts: list[str]) -> np.ndarray: ...
+
+    def write(self, contexts: list[Sequence], column: str, *, n: int = 1, seed: int = 0) -> list[list[Any]]: ...
+
+    def reply(self, contexts: list[Sequence], *, stop: list[str] | None = None) -> list[str]: ...
+
+    @property
+    def engine(self) -> Engine: ...
+
+    def embed_sequences(self, sequences: list[Sequence]) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most of each that an evaluation takes; what is left out is drawn by the seed and noted."""
+
+    records: int = 2000  # of a split, for each direction
+    scores: int = 500_000  # texts times records that recognition scores
+    written: int = 500  # texts written
+    tokens: int = 200_000  # of text predicted
+    queries: int = 500  # of retrieval
+    drawn: int = 200  # pictures, over all columns that ask for them
+    spoken: int = 200  # sounds, likewise
+    training: int = 60_000  # training records that judges and nearest neighbours see
+    cells: int = 2**27  # numbers in the features of training samples that are kept at one time
+
+
+@dataclass
+class Media:
+    """Samples of one column and split, and the numbers of their records, ascending."""
+
+    indices: np.ndarray
+    samples: list[np.ndarray]
+
+    def only(self, keep: np.ndarray) -> Media:
+        """Those at these places, or where this mask is true."""
+        places = np.flatnonzero(keep) if keep.dtype == bool else keep
+        return Media(self.indices[places], [self.samples[i] for i in places])
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+@dataclass
+class Critic:
+    """A judge of one media column: its classes are the combinations of labels that occur in train."""
+
+    judge: Judge
+    columns: list[str]  # label columns it tells apart
+    classes: list[tuple[str | None, ...]]  # a label or None for each of them
+
+    def says(self, features: Tensor, column: str) -> tuple[list[str | None], np.ndarray]:
+        """The label that each sample has in a column, None where it looks like one of another; and features."""
+        probabilities, hidden = self.judge(features)
+        place = self.columns.index(column)
+        return [self.classes[i][place] for i in probabilities.argmax(1)], hidden
+
+    def among(self, features: Tensor, column: str, labels: list[str]) -> np.ndarray:
+        """The index of the likeliest label of a column, (N,)."""
+        probabilities, _ = self.judge(features)
+        place = self.columns.index(column)
+        sums = np.zeros((len(probabilities), len(labels)))
+        for i, value in enumerate(self.classes):
+            label = value[place]
+            if label is not None and label in labels:
+                sums[:, labels.index(label)] += probabilities[:, i]
+        return sums.argmax(1)
+
+
+@dataclass
+class Material:
+    """The model, the data and what was found so far."""
+
+    model: Model
+    dataset: Dataset
+    split: str
+    seed: int
+    limits: Limits
+    judge_seconds: float
+    progress: Progress
+    metrics: Metrics = field(default_factory=dict)
+    findings: Findings = field(default_factory=Findings)
+
+    def __post_init__(self) -> None:
+        self.columns = {c: kind for c, kind in self.model.columns.items() if c in self.dataset.columns}
+        for column, kind in self.columns.items():
+            if self.dataset.columns[column] != kind:
+                raise PlaitError(
+                    f"Column '{column}' holds {self.dataset.columns[column]} in {self.dataset.path}, but the model "
+                    f"knows it as {kind}. Evaluate on data prepared like the training data."
+                )
+        if not self.columns:
+            raise PlaitError(
+                f"{self.dataset.path} has no column of the model's ({', '.join(self.model.columns) or 'none'}); it has "
+                f"{', '.join(self.dataset.columns)}. Evaluate on data prepared like the training data."
+            )
+        self.chats = [c for c in self.dataset.manifest.chats if c in self.columns]
+        self.columns = {c: kind for c, kind in self.columns.items() if c not in self.chats}
+        self.media = self.model.checkpoint.model.media
+        self.device = next(self.model.checkpoint.model.parameters()).device
+        self.media_columns = [c for c, kind in self.columns.items() if kind != "text"]
+        self.text_columns = [c for c, kind in self.columns.items() if kind == "text"]
+        self.written = set(self.columns) - set(self.model.checkpoint.model.config.read_only)
+        self.labels = {c: self.model.labels[c] for c in self.text_columns if c in self.model.labels}
+        self.texts = {c: np.array(self.dataset.texts(c), object) for c in self.text_columns}
+        self._seen = self.dataset.seen()
+        if self.split != "train" and (count := int(self._seen[self.dataset.indices(self.split)].sum())):
+            self.note(
+                f"{count:,} records of {self.split} have equal or near-equal ones in train (duplicates.jsonl): figures "
+                "named _clean leave them out."
+            )
+        self._read: dict[tuple[str, str], Media] = {}
+        self._embedded: dict[str, np.ndarray] = {}
+        self._rebuilt: dict[tuple[str, str], list[np.ndarray]] = {}
+        self._critics: dict[tuple[str, tuple[str, ...]], Critic] = {}
+
+    def modality(self, column: str) -> MediaModality:
+        return self.media[self.columns[column]]
+
+    def keep(self, task: str, direction: str, name: str, value: float, **more: float | None) -> None:
+        """Note a figure: stderr, chance, baseline and n may be given."""
+        metric: Metric = {"value": value, "stderr": None, "chance": None, "baseline": None, "n": None, **more}
+        self.metrics[f"{task}/{direction}/{name}"] = metric
+
+    def note(self, text: str) -> None:
+        if text not in self.findings.notes:
+            self.findings.notes.append(text)
+
+    def clean(self, indices: np.ndarray) -> np.ndarray | None:
+        """Which of these records (N,) have no equal or near-equal one in train; None where all or none are so."""
+        clean = ~self._seen[np.asarray(indices, np.int64)]
+        return None if clean.all() or not clean.any() else clean
+
+    # --- samples ------------------------------------------------------------------------------------------------
+
+    def shuffled(self, indices: np.ndarray) -> np.ndarray:
+        """In an order that is a function of the seed."""
+        return indices[np.argsort(uniform(self.seed, 21, indices), kind="stable")]
+
+    def chosen(self, indices: np.ndarray, most: int) -> np.ndarray:
+        """At most so many, drawn by the seed, ascending."""
+        return np.sort(self.shuffled(indices)[:most])
+
+    def samples(self, column: str, split: str) -> Media:
+        """The samples of a column, at most `limits.records` of them (`limits.training` of train), decoded once."""
+        if (column, split) not in self._read:
+            most = self.limits.training if split == "train" else self.limits.records
+            order = self.shuffled(self.dataset.indices(split))
+            modality, found, cut = self.modality(column), {}, 0
+            for start in range(0, len(order), 2000):
+                # Within a chunk in the file's order, which reads each row group once.
+                chunk = np.sort(order[start : start + 2000])
+                self.progress(f"read {column} of {split}", min(start, most), min(len(order), most))
+                for index, record in zip(chunk, self.dataset.iterate(chunk, [column]), strict=True):
+                    if column in record.parts:
+                        windows = modality.windows(record.parts[column])
+                        found[int(index)] = windows[0]
+                        cut += len(windows) > 1
+                if len(found) >= most or (
+                    split == "train" and sum(sample.size for sample in found.values()) >= self.limits.cells
+                ):
+                    break
+            kept = np.sort(np.array([i for i in order if i in found][:most], np.int64))
+            if start + 2000 < len(order) or len(kept) < len(found):
+                self.note(f"{column}: {len(kept):,} records of {split} were used, drawn by the seed.")
+            if cut:
+                self.note(f"{column}: {cut:,} of {split} are longer than the longest clip; their beginning was used.")
+            self._read[column, split] = Media(kept, [found[i] for i in kept.tolist()])
+        return self._read[column, split]
+
+    def with_text(self, media: Media, column: str) -> Media:
+        """Those whose record has a text in this column."""
+        return media.only(np.array([self.texts[column][i] is not None for i in media.indices], bool))
+
+    def text_sequence(self, text: str) -> Sequence:
+        """A text as context, cut as training cuts it."""
+        checkpoint = self.model.checkpoint
+        ids = checkpoint.text.encode(text)[: checkpoint.model.config.backbone.max_length // 2]
+        return Sequence().read_ids(ids, "text")
+
+    def contexts(self, column: str, media: Media) -> list[Sequence]:
+        return [self.model.context([(column, sample)]) for sample in media.samples]
+
+    def embedded(self, column: str, media: Media) -> np.ndarray:
+        """Places in the embedding space (N, E) of samples of this split, found once for all tasks."""
+        whole = self.samples(column, self.split)
+        if column not in self._embedded:
+            self.progress(f"embed {column}", 0, 1)
+            self._embedded[column] = self.model.embed_sequences(self.contexts(column, whole))
+        return self._embedded[column][np.searchsorted(whole.indices, media.indices)]
+
+    def features(self, column: str, samples: list[np.ndarray]) -> Tensor:
+        """Samples for a plain classifier, (N, C, H, W)."""
+        return self.modality(column).features(samples)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def encode(self, column: str, samples: list[np.ndarray]) -> list[np.ndarray]:
+        """Samples to their codes, each of its own length."""
+        modality, found = self.modality(column), []
+        for start in range(0, len(samples), 256):
+            chunk = samples[start : start + 256]
+            values, lengths = modality.batch(chunk)
+            codes = modality.codec.encode(values.to(self.device), lengths.to(self.device)).cpu().numpy()
+            found += [row[: modality.code_count(len(s))] for row, s in zip(codes, chunk, strict=True)]
+        return found
+
+    @torch.no_grad()
+    def decode(self, column: str, codes: list[np.ndarray]) -> list[np.ndarray]:
+        """Codes to samples."""
+        modality, found = self.modality(column), [np.empty(0)] * len(codes)
+        alike: dict[int, list[int]] = {}
+        for i, row in enumerate(codes):
+            alike.setdefault(len(row), []).append(i)
+        for places in alike.values():
+            for part in (places[at : at + 256] for at in range(0, len(places), 256)):
+                values = torch.from_numpy(np.stack([codes[i] for i in part])).to(self.device)
+                for i, sample in zip(part, modality.codec.decode(values).cpu().numpy(), strict=True):
+                    found[i] = sample
+        return found
+
+    def rebuilt(self, column: str, split: str) -> Media:
+        """`samples`, each after the codec."""
+        media = self.samples(column, split)
+        if (column, split) not in self._rebuilt:
+            self._rebuilt[column, split] = self.decode(column, self.encode(column, media.samples))
+        return Media(media.indices, self._rebuilt[column, split])
+
+    def exhibit(self, column: str, sample: np.ndarray, caption: str = "", right: bool | None = None) -> Exhibit:
+        """A sample to look at, or to listen to."""
+        modality = self.modality(column)
+        data = modality.to_bytes(sample)
+        if modality.name == "audio":
+            bands: int = modality.settings.bands  # type: ignore[attr-defined]
+            return Exhibit(caption, picture=spectrogram(sample[:, :bands]), sound=data, right=right)
+        return Exhibit(caption, picture=data, right=right)
+
+    # --- judges -------------------------------------------------------------------------------------------------
+
+    def critic(self, media_column: str, column: str) -> Critic | None:
+        """The judge of a media column that knows the labels of a text column; None where train has too few.
+
+        Where label columns say the same of a record (a name in two languages), one judge serves them all.
+        """
+        columns = [c for c in self.labels if len(self.with_text(self.samples(media_column, "train"), c))]
+        train = self.samples(media_column, "train")
+        truth = [tuple(self.texts[c][i] for c in columns) for i in train.indices]
+        joint = len(set(truth)) <= sum(len(self.labels[c]) for c in columns) + 1
+        group = tuple(columns if joint else [column])
+        if (media_column, group) not in self._critics and column in group:
+            share = self.judge_seconds / (1 if joint else len(columns))
+            found = self._fit(media_column, group, share)
+            if found is None:
+                return None
+            self._critics[media_column, group] = found
+        return self._critics.get((media_column, group))
+
+    def _fit(self, media_column: str, group: tuple[str, ...], seconds: float) -> Critic | None:
+        train, modality = self.samples(media_column, "train"), self.modality(media_column)
+        truth = [tuple(self.texts[c][i] for c in group) for i in train.indices]
+        keep = np.array([any(value is not None for value in row) for row in truth], bool)
+        rows = [row for row, wanted in zip(truth, keep, strict=True) if wanted]
+        classes = list(dict.fromkeys(rows))
+        if len(classes) < 2 or len(rows) < 2 * len(classes):
+            return None
+        samples = train.only(keep).samples
+
+        def augment(places: np.ndarray, draw: Tensor) -> Tensor:
+            values, lengths = modality.batch([samples[i] for i in places])
+            values, lengths = modality.augment(values, lengths, draw.float())
+            changed = list(values.numpy())
+            if modality.variable_length:
+                changed = [value[:size] for value, size in zip(changed, lengths.tolist(), strict=True)]
+            return modality.features(changed)  # type: ignore[arg-type]
+
+        self.progress(f"judge of {media_column}", 0, 1)
+        number = {value: i for i, value in enumerate(classes)}
+        judge = fit_classifier(
+            self.features(media_column, samples[:512]),
+            np.array([number[row] for row in rows]),
+            len(classes),
+            seconds=seconds,
+            seed=self.seed,
+            augment=augment,
+            device=self.device,
+        )
+        name = media_column if len(group) > 1 or len(self.labels) == 1 else f"{media_column}_{group[0]}"
+        self.keep("timing", f"judge_{name}", "seconds", judge.seconds)
+        self.keep("timing", f"judge_{name}", "steps", judge.steps)
+        return Critic(judge, list(group), classes)
+
+
+class Timer:
+    """Seconds of the stages of an evaluation, kept as figures."""
+
+    def __init__(self, material: Material) -> None:
+        self.material, self.start = material, time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.material.keep("timing", stage, "seconds", now - self.start)
+        self.start = now
+
+
+def quotient_error(top: float, top_error: float, bottom: float, bottom_error: float) -> float:
+    """Standard error of top / bottom for two independent figures, to first order; nan where it means nothing."""
+    if not top or not bottom:
+        return math.nan
+    return abs(top / bottom) * math.hypot(top_error / top, bottom_error / bottom)

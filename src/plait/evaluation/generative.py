@@ -1,0 +1,185 @@
+"""What the model makes, judged: codecs, drawing and speaking from labels. One fixed setting, no best of many."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from plait.evaluation import metrics
+from plait.evaluation.context import Critic, Material, Media, quotient_error
+from plait.modalities.fsq import FSQ
+from plait.reports.report import Exhibit, Gallery
+
+TASK = {"image": "drawing", "audio": "speaking"}
+REDRAWS = 20  # resamples for figures that are dear to take
+
+
+def evaluate_codec(material: Material, column: str) -> None:
+    """Loss on the way to codes and back, and how many codes are in use."""
+    media = material.samples(column, material.split)
+    if not len(media):
+        return
+    codes = material.encode(column, media.samples)
+    rebuilt = material.rebuilt(column, material.split).samples
+    modality = material.modality(column)
+    if modality.name == "image":
+        values = metrics.psnr(np.stack(media.samples), np.stack(rebuilt))
+        name = "psnr"
+    else:
+        pairs = zip(media.samples, rebuilt, strict=True)
+        values = np.array([np.abs(a.astype(np.float32)[:, : b.shape[1]] - b[: len(a)]).mean() for a, b in pairs])
+        name = "mel_error"
+    value, error = metrics.mean_with_error(values, seed=material.seed)
+    material.keep("codec", column, name, value, stderr=error, n=len(values))
+    used, perplexity = metrics.code_use(np.concatenate(codes), FSQ(modality.codec.levels).size)
+    count = sum(map(len, codes))
+    material.keep("codec", column, "codes_used", used, n=count)
+    material.keep("codec", column, "code_perplexity", perplexity, n=count)
+    shown = range(min(6 if name == "psnr" else 2, len(media)))
+    items = []
+    for i in shown:
+        exhibit = material.exhibit(column, media.samples[i], "real")
+        exhibit.beside = material.exhibit(column, rebuilt[i], "rebuilt")
+        items.append(exhibit)
+    note = "Real test samples, and the same after the codec: nothing that is made can be better than this."
+    material.findings.galleries.append(Gallery(f"Codec: {column}", note, [(Exhibit(text=column), items)]))
+
+
+def evaluate_making(material: Material, label_column: str, media_column: str, total: int) -> None:
+    """Samples for each label of a column: do they show it, are they varied, near to real ones, copies of training?"""
+    kind = material.columns[media_column]
+    task, direction = TASK[kind], f"{label_column}-{media_column}"
+    train = material.with_text(material.samples(media_column, "train"), label_column)
+    test = material.with_text(material.samples(media_column, material.split), label_column)
+    present = {material.texts[label_column][i] for i in train.indices}
+    labels = [label for label in material.labels[label_column] if label in present]
+    if not labels or not len(test):
+        return
+    asked = labels[: max(total // 2, 1)]
+    if len(asked) < len(labels):
+        material.note(f"{direction}: {len(asked)} of {len(labels)} labels were made.")
+    each = max(total // len(asked), 2)
+    made: list[np.ndarray] = []
+    chunk = max(64 // each, 1)
+    for start in range(0, len(asked), chunk):
+        material.progress(f"{task} {direction}", start, len(asked))
+        contexts = [material.text_sequence(label) for label in asked[start : start + chunk]]
+        for results in material.model.write(contexts, media_column, n=each, seed=material.seed + start):
+            made += results
+    wanted = np.repeat(np.array(asked, object), each)
+    critic = material.critic(media_column, label_column)
+    right: np.ndarray | None = None
+    if critic is not None:
+        right = _judged(material, critic, task, label_column, media_column, made, wanted, train, test, len(labels))
+    nearest = _copies(material, critic, task, direction, made, label_column, media_column)
+    _show(material, task, direction, media_column, made, wanted, right, train, nearest)
+
+
+def _judged(
+    material: Material,
+    critic: Critic,
+    task: str,
+    label_column: str,
+    media_column: str,
+    made: list[np.ndarray],
+    wanted: np.ndarray,
+    train: Media,
+    test: Media,
+    classes: int,
+) -> np.ndarray:
+    """Accuracy, diversity and Frechet distance in the judge's eyes; returns which samples it sees as asked."""
+    direction, seed = f"{label_column}-{media_column}", material.seed
+
+    def look(samples: list[np.ndarray], truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        said, hidden = critic.says(material.features(media_column, samples), label_column)
+        return np.array([a == b for a, b in zip(said, truth, strict=True)], float), hidden
+
+    truth = material.texts[label_column][test.indices]
+    rebuilt = material.with_text(material.rebuilt(media_column, material.split), label_column)
+    right, hidden = look(made, wanted)
+    real, real_hidden = look(test.samples, truth)
+    again, _ = look(rebuilt.samples, truth)
+    (accuracy, error), (real_accuracy, real_error) = (metrics.mean_with_error(x, seed=seed) for x in (right, real))
+    again_accuracy, again_error = metrics.mean_with_error(again, seed=seed)
+    keep, n, chance = material.keep, len(made), 1 / classes
+    keep(task, direction, "judged_accuracy", accuracy, stderr=error, chance=chance, n=n)
+    keep(task, direction, "judge_real", real_accuracy, stderr=real_error, chance=chance, n=len(test))
+    keep(task, direction, "judge_reconstructed", again_accuracy, stderr=again_error, chance=chance, n=len(test))
+    share = accuracy / real_accuracy if real_accuracy else math.nan
+    keep(task, direction, "judged_share", share, n=n, stderr=quotient_error(accuracy, error, real_accuracy, real_error))
+    # Real samples of train serve as what perfect drawing would score, as many as were made.
+    some = material.chosen(np.arange(len(train)), n)
+    _, other = look(train.only(some).samples, material.texts[label_column][train.indices[some]])
+    value = metrics.diversity(hidden, wanted, real_hidden, truth)
+    error = _redrawn(lambda rows: metrics.diversity(hidden[rows], wanted[rows], real_hidden, truth), n, seed)
+    keep(task, direction, "diversity", value, stderr=error, baseline=1.0, n=n)
+    value = metrics.frechet_distance(hidden, real_hidden)
+    error = _redrawn(lambda rows: metrics.frechet_distance(hidden[rows], real_hidden), n, seed)
+    keep(task, direction, "frechet", value, stderr=error, baseline=metrics.frechet_distance(other, real_hidden), n=n)
+    return right.astype(bool)
+
+
+def _redrawn(statistic: Callable[[np.ndarray], float], n: int, seed: int) -> float:
+    return metrics.bootstrap(lambda rows: np.array([statistic(row) for row in rows]), n, draws=REDRAWS, seed=seed)
+
+
+def _copies(
+    material: Material,
+    critic: Critic | None,
+    task: str,
+    direction: str,
+    made: list[np.ndarray],
+    label_column: str,
+    column: str,
+) -> np.ndarray:
+    """Share of near copies; returns for each sample the place in train of its nearest neighbour.
+
+    A sample is a near copy when it lies nearer to its nearest training sample than all but 1 % of the real test
+    samples do to theirs. All have been through the codec, in which what is made must live.
+    """
+    train = material.with_text(material.rebuilt(column, "train"), label_column)
+    test = material.with_text(material.rebuilt(column, material.split), label_column)
+    most = max(material.limits.cells // 4 // max(material.features(column, train.samples[:1]).numel(), 1), 1)
+    places = material.chosen(np.arange(len(train)), most)
+    features = [material.features(column, samples) for samples in (train.only(places).samples, made, test.samples)]
+    gallery, drawn, real = (f.flatten(1).numpy() for f in features)
+    own, nearest = metrics.nearest(drawn, gallery)
+    _keep_copies(material, task, direction, "near_copies", own, metrics.nearest(real, gallery)[0])
+    if critic is not None:
+        gallery, drawn, real = (critic.judge(f)[1] for f in features)
+        own, theirs = metrics.nearest(drawn, gallery)[0], metrics.nearest(real, gallery)[0]
+        _keep_copies(material, task, direction, "near_copies_features", own, theirs)
+    return places[nearest]
+
+
+def _keep_copies(material: Material, task: str, direction: str, name: str, own: np.ndarray, theirs: np.ndarray) -> None:
+    bound = np.quantile(theirs, 0.01)
+    value, error = metrics.mean_with_error(own < bound, seed=material.seed)
+    material.keep(task, direction, name, value, stderr=error, baseline=float((theirs < bound).mean()), n=len(own))
+
+
+def _show(
+    material: Material,
+    task: str,
+    direction: str,
+    column: str,
+    made: list[np.ndarray],
+    wanted: np.ndarray,
+    right: np.ndarray | None,
+    train: Media,
+    nearest: np.ndarray,
+) -> None:
+    rows, per_row = [], 6 if task == "drawing" else 1
+    for label in list(dict.fromkeys(wanted))[:10]:
+        items = []
+        for place in np.flatnonzero(wanted == label)[:per_row]:
+            exhibit = material.exhibit(column, made[place], "made", None if right is None else bool(right[place]))
+            exhibit.beside = material.exhibit(column, train.samples[nearest[place]], "nearest")
+            items.append(exhibit)
+        rows.append((Exhibit(text=str(label)), items))
+    source, _, target = direction.partition("-")
+    note = "The first of what was made for each label, none chosen, each beside the training sample nearest to it. "
+    note += "" if right is None else "Green: the judge sees the label asked for; red: another."
+    material.findings.galleries.append(Gallery(f"{task.capitalize()}: {source} → {target}", note, rows))

@@ -1,0 +1,143 @@
+"""Pretrained encoders: what a checkpoint of transformers' says of its tower, and its weights into ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from plait.core.errors import PlaitError
+from plait.core.files import read_json
+from plait.hf.hub import explained, find, no_safetensors, other_weights, quiet
+from plait.modalities.base import MediaModality, alike
+from plait.modalities.hf_encoder import Tower, TowerSettings, transformers_for
+from plait.model.multimodal import Multimodal
+
+KNOWN = {
+    "image": "CLIP, SigLIP, ViT, DINOv2, Swin, ConvNeXt and others that turn pixel_values into last_hidden_state",
+    "audio": "Whisper's encoder and wav2vec2, HuBERT, WavLM or data2vec-audio, which read the waveform",
+}
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
+
+
+def folder_of(encoder: object, modality: str) -> Path:
+    """The folder that `hf:NAME-OR-FOLDER` stands for. Raises PlaitError within some four seconds where there is none
+    or it holds no safetensors."""
+    name = encoder.removeprefix("hf:").strip() if isinstance(encoder, str) else ""
+    if not name or not str(encoder).startswith("hf:"):
+        raise PlaitError(
+            f"In the recipe's model.{modality}: encoder is {encoder!r}. Write hf: and a name of the Hugging Face "
+            "hub or a folder, as in hf:openai/clip-vit-base-patch32, or leave it out."
+        )
+    try:
+        folder = find(name)
+    except PlaitError as error:
+        raise PlaitError(f"In the recipe's model.{modality}, encoder: {error}") from error
+    if not (folder / "model.safetensors").is_file() and not (folder / "model.safetensors.index.json").is_file():
+        raise PlaitError(no_safetensors(folder, other_weights(folder)))
+    return folder
+
+
+def describe(encoder: object, modality: str) -> TowerSettings:
+    """What `hf:NAME-OR-FOLDER` is as an encoder of a modality. Raises PlaitError where it is none."""
+    folder = folder_of(encoder, modality)
+    transformers = transformers_for(str(encoder))
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise PlaitError(f"{folder / 'config.json'} has no model_type. Fetch the model again.")
+    with explained(folder), quiet():
+        whole = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
+        part = whole.vision_config if modality == "image" and hasattr(whole, "vision_config") else whole
+        kept = {**part.to_diff_dict(), "model_type": part.model_type}
+        for key in ("transformers_version", "architectures", "dtype", "_name_or_path"):
+            kept.pop(key, None)
+        with torch.device("meta"):  # its shape alone
+            reads = Tower(kept, frozen=True).network.main_input_name
+        facts = _pixels(folder, transformers) if modality == "image" else _sound(folder, transformers, part)
+    wanted = {"pixels": "pixel_values", "mel": "input_features", "wave": "input_values"}[facts["reads"]]
+    if reads != wanted or (facts["reads"] == "wave" and not hasattr(part, "conv_stride")):
+        raise _unfit(folder, part.model_type, modality)
+    return TowerSettings(config=kept, **facts)
+
+
+def _unfit(folder: Path, kind: str, modality: str) -> PlaitError:
+    return PlaitError(f"{folder}: a model of type '{kind}' cannot encode {modality}. Known are {KNOWN[modality]}.")
+
+
+def _pixels(folder: Path, transformers: Any) -> dict[str, Any]:
+    """Side, mean and deviation as the folder's preprocessor has them."""
+    theirs = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil", **_LOCAL)
+    cropped = getattr(theirs, "do_center_crop", False) and getattr(theirs, "crop_size", None)
+    size = dict(theirs.crop_size if cropped else theirs.size)
+    side = size.get("height") or size.get("shortest_edge") or 0
+    if size.get("width", side) != side or not side:
+        raise PlaitError(f"{folder} reads pictures of {size}, which is not a square of a fixed size.")
+    facts: dict[str, Any] = {"reads": "pixels", "size": int(side)}
+    if theirs.do_normalize:
+        facts |= {"mean": [float(x) for x in theirs.image_mean], "std": [float(x) for x in theirs.image_std]}
+    return facts
+
+
+def _sound(folder: Path, transformers: Any, config: Any) -> dict[str, Any]:
+    theirs = transformers.AutoFeatureExtractor.from_pretrained(folder, **_LOCAL)
+    rate = int(theirs.sampling_rate)
+    if config.model_type == "whisper":
+        return {"reads": "mel", "rate": rate, "bands": int(theirs.feature_size)}
+    if type(theirs).__name__ != "Wav2Vec2FeatureExtractor":
+        raise _unfit(folder, config.model_type, "audio")
+    return {"reads": "wave", "rate": rate, "normalise": theirs.do_normalize, "masked": theirs.return_attention_mask}
+
+
+def adopt(model: Multimodal, source: Multimodal | None = None) -> None:
+    """Fill a new model's towers from where their weights are, but for those that came with the `source` that it was
+    extended from. Raises PlaitError where weights are missing or misshapen."""
+    for name, modality in model.media.items():
+        settings: Any = modality.settings
+        if settings.tower is None:
+            continue
+        old = source.media.get(name) if source is not None else None
+        if old is None or not alike(old.settings, settings):
+            _fill(modality, folder_of(settings.encoder, name))
+
+
+def _fill(modality: MediaModality, folder: Path) -> None:
+    transformers = transformers_for(str(folder))
+    tower = modality.encoder.tower
+    assert isinstance(tower, Tower)
+    with explained(folder), quiet():
+        whole, info = transformers.AutoModel.from_pretrained(
+            folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **_LOCAL
+        )
+        part, prefix = whole, ""
+        if whole.config.model_type == "whisper":
+            part, prefix = whole.encoder, "encoder."
+        elif hasattr(whole.config, "vision_config") and hasattr(whole, "vision_model"):
+            part, prefix = whole.vision_model, "vision_model."
+        lost = sorted({*info["missing_keys"], *(str(key[0]) for key in info.get("mismatched_keys", ()))})
+        # A pooler is often left out, and not used here.
+        lost = [key for key in lost if key.startswith(prefix) and "pooler." not in key]
+        if lost or info.get("error_msgs"):
+            raise PlaitError(f"{folder} lacks weights of its encoder: {', '.join(lost[:3])}. Fetch it again.")
+        weights = part.state_dict()
+        if prefix == "encoder.":  # no more positions than the longest clip has
+            places = tower.network.embed_positions.num_embeddings
+            weights["embed_positions.weight"] = weights["embed_positions.weight"][:places]
+        tower.network.load_state_dict(weights)
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise PlaitError(f"{folder} holds weights that are not finite. Fetch it again.")
+    if not tower.frozen:
+        _still(modality)
+
+
+def _still(modality: MediaModality) -> None:
+    """Take out of training what no state comes from, such as a head for pooling: optimisers and other processes would
+    wait for its gradient."""
+    settings: Any = modality.settings
+    tower: Any = modality.encoder.tower
+    shape = (settings.size, settings.size, settings.channels) if settings.tower.reads == "pixels" else None
+    sample = torch.zeros(1, *shape) if shape else torch.zeros(1, 4, settings.bands + settings.tower.row)
+    parameters = [p for p in tower.parameters() if p.requires_grad]
+    out = modality.encoder(sample, torch.tensor([sample.shape[1]])).sum()
+    for parameter, slope in zip(parameters, torch.autograd.grad(out, parameters, allow_unused=True), strict=True):
+        parameter.requires_grad_(slope is not None)

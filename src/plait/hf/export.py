@@ -1,0 +1,354 @@
+"""The text-and-codes backbone in the forms that others run: a transformers causal language model, and ONNX.
+
+Both read and write token ids, codes included; the encoders and codecs stay behind, and the model card says so.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from plait.core.device import exact_products
+from plait.core.errors import PlaitError
+from plait.core.files import publish_folder, write_atomic, write_json
+from plait.hf.huggingface import layout
+from plait.modalities.base import END, PAD, Vocabulary
+from plait.model.checkpoint import Checkpoint
+from plait.model.multimodal import Multimodal
+from plait.model.transformer import TransformerConfig
+
+ONNX_TOLERANCE = 1e-4
+MIN_P = 0.02  # of the likeliest id's probability: what plain sampling leaves out
+
+
+# --- transformers -----------------------------------------------------------------------------------------------
+
+
+def export_transformers(checkpoint: Checkpoint, folder: Path) -> str:
+    """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load offline; returns its `model_type`.
+
+    Ids are those of the vocabulary; rows of codes are made whole. Raises PlaitError where no architecture of
+    transformers computes the same, or the folder cannot be written.
+    """
+    must_be_free(folder)
+    model = checkpoint.model
+    family = family_of(model)
+    size = exported_size(model.vocabulary)
+    tokenizer, names = extended_tokenizer(checkpoint)
+    with publish_folder(folder) as aside:
+        write_json(aside / "config.json", _config(model, family, size))
+        write_json(aside / "generation_config.json", _generation(checkpoint, size))
+        save_file(_tensors(model, family, size), aside / "model.safetensors", metadata={"format": "pt"})
+        write_atomic(aside / "tokenizer.json", tokenizer)
+        write_json(aside / "tokenizer_config.json", _tokenizer_config(checkpoint, names))
+        write_atomic(aside / "README.md", card(checkpoint, f"a causal language model of type `{family}`"))
+    return family
+
+
+def must_be_free(folder: Path) -> None:
+    if Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
+        raise PlaitError(f"{folder} exists and is not an empty folder. Name a new one, or delete it first.")
+
+
+def family_of(model: Multimodal) -> str:
+    """Which architecture of transformers computes the same as this backbone: qwen3, llama or gpt2.
+
+    Raises PlaitError naming the switch that none of them has.
+    """
+    c = model.config.backbone
+    if (c.position, c.norm, c.activation) == ("rotary", "rms", "swiglu"):
+        if not c.qk_norm:
+            if c.width % c.heads:
+                raise _refused(f"Llama wants width ({c.width}) to be a multiple of heads ({c.heads})")
+            return "llama"
+        biases = [
+            p for name, p in model.backbone.named_parameters() if name.endswith(("feed_in.bias", "feed_out.bias"))
+        ]
+        if any(bool(p.any()) for p in biases):
+            raise _refused("Qwen3's feed-forward layers have no bias, and this model's do (bias: true)")
+        return "qwen3"
+    if (c.position, c.norm) == ("learned", "layer") and c.activation != "swiglu":
+        if c.qk_norm:
+            raise _refused("GPT-2 has no qk_norm")
+        if c.kv_heads != c.heads or c.heads * c.head_width != c.width:
+            raise _refused("GPT-2 has no grouped heads, and heads x head_width is its width")
+        return "gpt2"
+    raise _refused(f"no architecture has position {c.position}, norm {c.norm} and activation {c.activation} together")
+
+
+def _refused(why: str) -> PlaitError:
+    return PlaitError(
+        f"This model cannot be exported to transformers: {why}. Exported are rotary + rms + swiglu (Qwen3 with "
+        "qk_norm, Llama without) and learned + layer + gelu (GPT-2); ONNX takes them all."
+    )
+
+
+def exported_size(vocabulary: Vocabulary) -> int:
+    """How many ids an export has: all, but for an import that was not extended, whose last two were never used."""
+    plain = not vocabulary.columns and not vocabulary.levels and vocabulary.end_id is not None
+    return vocabulary.text if plain else vocabulary.size
+
+
+def _biases(c: TransformerConfig, family: str) -> tuple[bool, bool]:
+    """(attention_bias, mlp_bias): theirs come for all projections of a part or none, the rest being zero."""
+    return c.qkv_bias or c.bias, c.bias and family == "llama"
+
+
+def _ends(vocabulary: Vocabulary) -> int | list[int]:
+    return [vocabulary.end, *vocabulary.more_ends] if vocabulary.more_ends else vocabulary.end
+
+
+def _config(model: Multimodal, family: str, size: int) -> dict[str, Any]:
+    c, vocabulary = model.config.backbone, model.vocabulary
+    common = {
+        "model_type": family,
+        "dtype": "float32",
+        "vocab_size": size,
+        "tie_word_embeddings": model.config.tied,
+        "bos_token_id": None,
+        "eos_token_id": _ends(vocabulary),
+        "pad_token_id": vocabulary.pad if size > vocabulary.pad else None,
+    }
+    if family == "gpt2":
+        return common | {
+            "architectures": ["GPT2LMHeadModel"],
+            "n_embd": c.width,
+            "n_layer": c.layers,
+            "n_head": c.heads,
+            "n_inner": c.hidden,
+            "n_positions": c.max_length,
+            "activation_function": {"gelu_tanh": "gelu_new", "gelu": "gelu"}[c.activation],
+            "layer_norm_epsilon": c.norm_eps,
+            "attn_pdrop": c.dropout,
+            "embd_pdrop": c.dropout,
+            "resid_pdrop": c.dropout,
+        }
+    attention_bias, mlp_bias = _biases(c, family)
+    rope = {"rope_type": "default", **(c.rope_scaling or {}), "rope_theta": c.rope_theta}
+    return common | {
+        "architectures": [{"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[family]],
+        "hidden_size": c.width,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "head_dim": c.head_width,
+        "intermediate_size": c.hidden,
+        "max_position_embeddings": c.max_length,
+        "hidden_act": "silu",
+        "rms_norm_eps": c.norm_eps,
+        "attention_bias": attention_bias,
+        **({"mlp_bias": mlp_bias} if family == "llama" else {}),
+        "rope_parameters": rope,
+        # The same as readers before transformers 5 want it.
+        "rope_theta": c.rope_theta,
+        **({"rope_scaling": c.rope_scaling} if c.rope_scaling else {}),
+    }
+
+
+@torch.no_grad()
+def _tensors(model: Multimodal, family: str, size: int) -> dict[str, Tensor]:
+    c = model.config.backbone
+    ours = {f"backbone.{name}": value for name, value in model.backbone.state_dict().items()}
+    ours["rows.free"] = model.rows.table()[:size]
+    if model.head is not None:
+        ours["head.free"] = model.head.table()[:size]
+    found = {}
+    for name, parts in layout(family, c, size, model.config.tied, *_biases(c, family)).items():
+        value = ours.get(name)
+        start = 0
+        for theirs, shape in parts:
+            if value is None:  # a bias that they have and we do not
+                found[theirs] = torch.zeros(shape)
+            elif family == "gpt2" and name.startswith("backbone.blocks.") and value.ndim == 2:
+                found[theirs] = value.t()
+            else:
+                found[theirs] = value[start : start + shape[0]]
+                start += shape[0]
+    return {name: value.detach().float().cpu().contiguous().clone() for name, value in found.items()}
+
+
+def _generation(checkpoint: Checkpoint, size: int) -> dict[str, Any]:
+    vocabulary, sampling = checkpoint.model.vocabulary, checkpoint.generation
+    values: dict[str, Any] = {
+        "eos_token_id": _ends(vocabulary),
+        "pad_token_id": vocabulary.pad if size > vocabulary.pad else vocabulary.end,
+        "do_sample": sampling.temperature > 0,
+    }
+    if sampling.temperature > 0:
+        values |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    if vocabulary.levels:  # what our grammar makes impossible is improbable here; this takes the rest
+        values["min_p"] = MIN_P
+    if never := [id for id in (vocabulary.pad, vocabulary.special(END)) if id < size and id != vocabulary.end]:
+        values["suppress_tokens"] = never
+    return values
+
+
+# --- tokenizer --------------------------------------------------------------------------------------------------
+
+
+def extended_tokenizer(checkpoint: Checkpoint) -> tuple[str, dict[str, str]]:
+    """(`tokenizer.json` with every id of the vocabulary, our special names -> their names in it).
+
+    Special tokens and codes are added tokens after the text's. A name that the text tokenizer has already, as GPT-2
+    has its end, gets `plait:` in front. Raises PlaitError where the ids cannot be kept.
+    """
+    vocabulary, text = checkpoint.model.vocabulary, checkpoint.text
+    content = json.loads(text.tokenizer.to_str())
+    known = text.tokenizer.get_vocab(with_added_tokens=True)
+    used = set(known.values())
+    wanted = {f"<|unused:{id}|>": id for id in range(vocabulary.text) if id not in used}
+    names = {}
+    if exported_size(vocabulary) > vocabulary.text:
+        for id, name in enumerate(vocabulary.names(), vocabulary.text):
+            names[name] = name if name not in known else f"<|plait:{name[2:]}"
+            wanted[names[name]] = id
+    content["added_tokens"] += [
+        {"id": id, "content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+         "special": True}
+        for name, id in wanted.items()
+    ]  # fmt: skip
+    if vocabulary.columns and text.start:  # what was trained on records never saw an import's beginning of text
+        content["post_processor"] = None
+    normal, nfc = content.get("normalizer"), {"type": "NFC"}  # as `Text` reads
+    if normal is None:
+        content["normalizer"] = nfc
+    elif normal != nfc:
+        content["normalizer"] = {"type": "Sequence", "normalizers": [nfc, normal]}
+    result = json.dumps(content, ensure_ascii=False)
+    check = Tokenizer.from_str(result)
+    if wrong := [name for name, id in wanted.items() if check.token_to_id(name) != id]:
+        raise PlaitError(f"The text tokenizer leaves gaps in its ids, so that {wrong[0]} cannot keep its own.")
+    return result, names
+
+
+def _tokenizer_config(checkpoint: Checkpoint, names: dict[str, str]) -> dict[str, Any]:
+    model = checkpoint.model
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": model.config.backbone.max_length,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # in a user's text the name of a special token is plain characters
+        "padding_side": "right",
+    }
+    if names:
+        config["pad_token"] = names[PAD]
+    end_id = model.vocabulary.end_id
+    end = names.get(END) if end_id is None else checkpoint.text.tokenizer.id_to_token(end_id)
+    # Of an import, its chat template and the names of its special tokens too.
+    return {**checkpoint.text.settings, **config, **({} if end is None else {"eos_token": end})}
+
+
+def card(checkpoint: Checkpoint, what: str) -> str:
+    vocabulary = checkpoint.model.vocabulary
+    spaces = "\n".join(f"| {name} | {start} | {stop - 1} |" for name, (start, stop) in vocabulary.spaces.items())
+    openers = ", ".join(f"`<|{column}|>`" for column in vocabulary.columns) or "none"
+    return f"""---
+library_name: transformers
+---
+# The backbone of a Plait model
+
+This is {what}. It reads and writes **text and codes, not pixels or sound**: the encoders and codecs that turn
+pictures and sounds into embeddings, and codes into pictures and sounds, are in the Plait checkpoint it came from.
+
+| ids of | first | last |
+| --- | ---: | ---: |
+{spaces}
+
+Openers of spans: {openers}. In text, names of special tokens are plain characters; to write one, use its id
+(`tokenizer.convert_tokens_to_ids("<|pad|>")`; a name that the text's tokenizer had before has `plait:` in front,
+`<|plait:pad|>`). Outside Plait no grammar keeps the spans well formed: `plait export` has fitted one vector a space on
+top, which changes no probability within a space, and where the architecture is Qwen3 has added a block that counts the
+codes of a span, one span of each space in a sequence. `generation_config.json` asks for `min_p`.
+"""
+
+
+# --- ONNX -------------------------------------------------------------------------------------------------------
+
+
+class Logits(nn.Module):
+    """Token ids (B, L) to logits (B, L, V), all rows made whole."""
+
+    def __init__(self, model: Multimodal, size: int) -> None:
+        super().__init__()
+        self.backbone = model.backbone
+        self.rows = nn.Parameter(model.rows.table().detach()[:size])
+        self.head = self.rows if model.head is None else nn.Parameter(model.head.table().detach()[:size])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden: Tensor = self.backbone(F.embedding(ids, self.rows))
+        return hidden @ self.head.t()
+
+
+def export_onnx(checkpoint: Checkpoint, folder: Path) -> float:
+    """Write `model.onnx` (`input_ids` (B, L) int64 -> `logits` (B, L, V), both dimensions free) and `tokenizer.json`.
+
+    Attention is causal, so inputs padded on the right need no mask. The file is run with onnxruntime on other shapes
+    than it was traced with; returns the largest difference of a logit. Raises PlaitError where onnxruntime is not
+    installed, the difference is above 1e-4 or the folder cannot be written.
+    """
+    must_be_free(folder)
+    try:
+        import onnxruntime
+    except ImportError:
+        raise PlaitError("ONNX needs onnxruntime. Run: pip install 'plait[onnx]'.") from None
+    model = checkpoint.model
+    size = exported_size(model.vocabulary)
+    place, training = next(model.parameters()).device, model.training
+    plain = Logits(model, size).cpu().eval()
+    draw = torch.Generator().manual_seed(0)
+    longest = model.config.backbone.max_length
+    try:
+        with publish_folder(folder) as aside:
+            file = aside / "model.onnx"
+            _trace(plain, torch.randint(size, (2, min(7, longest)), generator=draw), file)
+            session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+            worst = 0.0
+            for shape in [(1, 1), (3, min(33, longest))]:
+                ids = torch.randint(size, shape, generator=draw)
+                with torch.inference_mode(), exact_products(torch.device("cpu")):
+                    wanted = plain(ids).numpy()
+                (got,) = session.run(["logits"], {"input_ids": ids.numpy()})
+                worst = max(worst, float(np.abs(got - wanted).max()))
+            if not worst <= ONNX_TOLERANCE:
+                raise PlaitError(f"The ONNX model's logits differ by {worst:.2g} from ours; nothing was written.")
+            write_atomic(aside / "tokenizer.json", extended_tokenizer(checkpoint)[0])
+            what = "an ONNX file, `input_ids` (batch, length) to `logits` (batch, length, ids), padded on the right"
+            write_atomic(aside / "README.md", card(checkpoint, what).replace("transformers", "onnx", 1))
+    finally:
+        model.to(place).train(training)
+    return worst
+
+
+def _trace(plain: nn.Module, ids: Tensor, file: Path) -> None:
+    """By the exporter that traces: the newer one needs onnxscript, and fixes lengths at our choice of kernel."""
+    free = {0: "batch", 1: "length"}
+    quiet = logging.getLogger("torch.onnx")
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                plain,
+                (ids,),
+                str(file),
+                dynamo=False,
+                opset_version=17,
+                input_names=["input_ids"],
+                output_names=["logits"],
+                dynamic_axes={"input_ids": free, "logits": free},
+            )
+    except (RuntimeError, TypeError) as error:
+        raise PlaitError(f"torch {torch.__version__} cannot export this model to ONNX: {error}") from error
+    finally:
+        quiet.setLevel(level)

@@ -1,0 +1,396 @@
+"""Models of other architectures at work through transformers, behind the verbs of `Model`.
+
+CLIP and SigLIP classify and embed, BERT and its kin embed, Whisper transcribes, image-to-text models describe, other
+causal language models generate. transformers is imported when the first one is loaded; a model's own code never runs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image as PILImage
+from torch import Tensor
+
+from plait.core.device import Device, choose_device
+from plait.core.errors import PlaitError
+from plait.core.files import read_json
+from plait.data.media import MediaError, decode_audio, decode_image, resample
+from plait.explain import theirs as questions
+from plait.explain.methods import Explanation, explain
+from plait.hf.hub import explained, find, no_safetensors, other_weights, quiet
+
+# What each kind of model can do.
+VERBS = {
+    "contrastive": ("classify", "embed"),
+    "encoder": ("embed",),
+    "speech": ("transcribe",),
+    "image-to-text": ("describe",),
+    "language": ("generate",),
+}
+SECONDS = 30  # of sound that Whisper reads at once
+TEMPLATE = "This is a photo of {}."  # what CLIP and SigLIP are asked about a label
+
+
+def load_pretrained(name_or_folder: str | Path, device: str = "auto", precision: str = "auto") -> Pretrained:
+    """A model that transformers knows, from a local folder, the Hugging Face cache or the hub, in that order.
+
+    Raises PlaitError where it cannot be found, has no safetensors, lacks weights, needs code of its own or does
+    nothing that Plait asks for.
+    """
+    folder = find(name_or_folder)
+    config = read_json(folder / "config.json")
+    if not (folder / "model.safetensors").is_file() and not (folder / "model.safetensors.index.json").is_file():
+        raise PlaitError(no_safetensors(folder, other_weights(folder)))
+    try:
+        import transformers
+    except ImportError:
+        raise PlaitError(f"{name_or_folder} needs transformers. Run: pip install 'plait[huggingface]'.") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise PlaitError(f"{folder / 'config.json'} has no model_type. Fetch the model again.")
+    return Pretrained(
+        folder, str(name_or_folder), _kind(config, folder, transformers), choose_device(device, precision)
+    )
+
+
+def _kind(config: dict[str, Any], folder: Path, transformers: Any) -> str:
+    names = transformers.models.auto.modeling_auto
+    model, heads = config["model_type"], config.get("architectures") or [""]
+    if model not in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES:
+        own = " It brings code of its own (auto_map), which Plait never runs." if "auto_map" in config else ""
+        raise PlaitError(f"{folder / 'config.json'}: transformers does not know the architecture '{model}'.{own}")
+    if model in ("clip", "siglip", "siglip2"):
+        return "contrastive"
+    if model == "whisper":
+        return "speech"
+    if model in names.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return "image-to-text"
+    if model in names.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_encoder_decoder"):
+        return "encoder"
+    if model in names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not heads[0].endswith("Classification"):
+        return "language"
+    known = "; ".join(f"{kind}: {', '.join(verbs)}" for kind, verbs in VERBS.items())
+    raise PlaitError(f"{folder}: no use is made here of a model of type '{model}'. Used are {known}.")
+
+
+class Pretrained:
+    """A model of transformers. Inputs are those of `Model`: a str, a PIL image, (waveform, rate), a pathlib.Path of a
+    media file, or its bytes. A verb that the model has not raises PlaitError and names those that it has."""
+
+    def __init__(self, folder: Path, name: str, kind: str, device: Device) -> None:
+        import transformers
+
+        self.folder, self.name, self.kind, self.device = folder, name, kind, device
+        auto = {
+            "contrastive": "AutoModel",
+            "encoder": "AutoModel",
+            "speech": "AutoModelForSpeechSeq2Seq",
+            "image-to-text": "AutoModelForImageTextToText",
+            "language": "AutoModelForCausalLM",
+        }[kind]
+        local = {"local_files_only": True, "trust_remote_code": False}
+        with explained(folder), quiet():
+            self.model, info = getattr(transformers, auto).from_pretrained(
+                folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **local
+            )
+            # An encoder's pooler is often left out, and not used here.
+            missing = sorted(key for key in info["missing_keys"] if not (kind == "encoder" and "pooler." in key))
+            missing += sorted(str(key[0]) for key in info.get("mismatched_keys", ()))
+            if missing or info.get("error_msgs"):
+                raise PlaitError(f"{folder} lacks weights of its model: {', '.join(missing[:3])}. Fetch it again.")
+            self.tokenizer: Any = None
+            self.processor: Any = None
+            if kind in ("encoder", "language"):
+                self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
+            elif kind == "speech":
+                self.processor = transformers.AutoFeatureExtractor.from_pretrained(folder, **local)
+                self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
+            elif kind == "image-to-text" and self.model.config.model_type != "vision-encoder-decoder":
+                self.processor = transformers.AutoProcessor.from_pretrained(folder, backend="pil", **local)
+                self.tokenizer = self.processor.tokenizer
+            else:
+                self.processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil", **local)
+                self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
+        self.model.eval().to(device.torch)
+
+    @property
+    def verbs(self) -> list[str]:
+        """What this model can do."""
+        return list(VERBS[self.kind])
+
+    def draw(self, text: str, **options: Any) -> list[PILImage.Image]:
+        """No model of transformers draws through this door."""
+        self._can("draw")
+        return []
+
+    def speak(self, text: str, **options: Any) -> list[tuple[np.ndarray, int]]:
+        """No model of transformers speaks through this door."""
+        self._can("speak")
+        return []
+
+    def _can(self, verb: str, column: str | None = None) -> None:
+        if column is not None:
+            raise PlaitError(f"{self.name} has no columns. Leave out --column.")
+        if verb not in VERBS[self.kind]:
+            what = f"{self.name} ({self.model.config.model_type})"
+            raise PlaitError(f"{what} cannot {verb}; it can {' and '.join(self.verbs)}. Use another model for that.")
+
+    def _run(self, function: Any, **inputs: Any) -> Any:
+        tensors = {key: v.to(self.device.torch) if isinstance(v, Tensor) else v for key, v in inputs.items()}
+        with torch.inference_mode(), self.device.autocast():
+            return function(**tensors)
+
+    # --- pictures and texts in one space --------------------------------------------------------------------------
+
+    def classify(
+        self,
+        value: Any,
+        labels: list[str] | None = None,
+        column: str | None = None,
+        top: int | None = 5,
+        template: str = TEMPLATE,
+    ) -> list[tuple[str, float]]:
+        """The likeliest labels of a picture with their probabilities, likeliest first; zero-shot.
+
+        CLIP's probabilities sum to one over the labels; SigLIP judges each label by itself, as it was trained to.
+        `template` puts a label, at its {}, into a sentence.
+        """
+        self._can("classify", column)
+        if not labels:
+            raise PlaitError("This model knows no labels of its own. Name them: labels=[...] or --labels a,b,c.")
+        texts = self.label_inputs(labels, template)
+        pixels = self.processor(images=[_image(value)], return_tensors="pt")
+        logits = self._run(self.model, **texts, **pixels).logits_per_image[0].float()
+        # SigLIP has a bias beside the temperature: the mark of a sigmoid loss.
+        chances = (logits.sigmoid() if hasattr(self.model, "logit_bias") else logits.softmax(-1)).cpu()
+        order = chances.argsort(descending=True, stable=True)[:top]
+        return [(labels[i], float(chances[i])) for i in order.tolist()]
+
+    def label_inputs(self, labels: list[str], template: str) -> Any:
+        """The texts that stand for labels, as tensors."""
+        if "{}" not in template:
+            raise PlaitError(f"The template {template!r} has no {{}} where the label goes.")
+        return self._texts([template.replace("{}", label) for label in labels])
+
+    def explain(
+        self,
+        value: Any,
+        answer: Any = None,
+        *,
+        to: str = "text",
+        column: str | None = None,
+        labels: list[str] | None = None,
+        method: str = "occlusion",
+        steps: int | None = None,
+        seed: int = 0,
+        template: str = TEMPLATE,
+    ) -> Explanation:
+        """Why a label suits a picture (CLIP, SigLIP), or a text goes on with the answer (causal language models); as
+        `Model.explain`."""
+        if column is not None or to != "text":
+            raise PlaitError(f"{self.name} has no columns and makes no media. Leave out to and column.")
+        if isinstance(value, list):
+            raise PlaitError(f"{self.name} reads one input at a time. Give one.")
+        picture = _image(value) if self.kind == "contrastive" else None
+        return explain(questions.question(self, value, picture, answer, labels, template), method, steps, seed)
+
+    def _texts(self, texts: list[str]) -> Any:
+        # SigLIP was trained on texts padded to its full length, without a mask.
+        if hasattr(self.model, "logit_bias"):
+            length = self.model.config.text_config.max_position_embeddings
+            return self.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        limit = min(self.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
+        return self.tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+
+    def embed(self, inputs: list[Any]) -> np.ndarray:
+        """The embedding of each input, (N, E) float32, of unit length: texts and pictures with CLIP and SigLIP, which
+        read the beginning of a long text; texts with an encoder, a long one as the mean of its windows."""
+        self._can("embed")
+        if self.kind == "encoder":
+            if other := [value for value in inputs if not isinstance(value, str)]:
+                raise PlaitError(
+                    f"{self.name} embeds texts, not {type(other[0]).__name__}. Use a CLIP or SigLIP model."
+                )
+            found = [self._sentence(text) for text in inputs]
+        else:
+            found = [self._contrastive(value) for value in inputs]
+        if not found:
+            return np.zeros((0, 0), np.float32)
+        vectors = torch.stack(found).float()
+        return np.asarray(torch.nn.functional.normalize(vectors, dim=-1).cpu().numpy(), np.float32)
+
+    def _contrastive(self, value: Any) -> Tensor:
+        if isinstance(value, str):
+            result = self._run(self.model.get_text_features, **self._texts([value]))
+        else:
+            pixels = self.processor(images=[_image(value)], return_tensors="pt")
+            result = self._run(self.model.get_image_features, **pixels)
+        vector: Tensor = getattr(result, "pooler_output", result)[0]
+        return vector
+
+    def _sentence(self, text: str) -> Tensor:
+        """The pooled last layer, as the folder's 1_Pooling says, else the mean over the text's tokens."""
+        file = self.folder / "1_Pooling" / "config.json"
+        first = file.is_file() and bool(read_json(file).get("pooling_mode_cls_token"))
+        places = self.model.config.max_position_embeddings
+        if self.model.config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
+            places -= 2  # theirs count from the padding id
+        limit = min(self.tokenizer.model_max_length, places)
+        windows = self.tokenizer(text, truncation=True, max_length=limit, return_overflowing_tokens=True, padding=True)
+        names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in windows]
+        inputs = {name: torch.tensor(windows[name]) for name in names}
+        hidden = self._run(self.model, **inputs).last_hidden_state.float()
+        weight = inputs["attention_mask"].to(hidden.device).float()
+        if first:
+            return torch.nn.functional.normalize(hidden[:, 0], dim=-1).mean(0)
+        means = (hidden * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)
+        return torch.nn.functional.normalize(means, dim=-1).mean(0)
+
+    # --- texts ----------------------------------------------------------------------------------------------------
+
+    def transcribe(
+        self, audio: Any, column: str | None = None, language: str | None = None, max_new_tokens: int | None = None
+    ) -> str:
+        """The words of a sound, in windows of 30 s. `language` ("en", "german") is found out where it is not given
+        and the model knows several."""
+        self._can("transcribe", column)
+        wave, rate = _sound(audio)
+        wave = resample(wave, rate, self.processor.sampling_rate)
+        step = SECONDS * self.processor.sampling_rate
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
+        if language is not None:
+            if not getattr(self.model.generation_config, "is_multilingual", False):
+                raise PlaitError(f"{self.name} knows one language only. Leave the language out.")
+            options |= {"language": language, "task": "transcribe"}
+        texts = []
+        for start in range(0, max(len(wave), 1), step):
+            features = self.processor(
+                wave[start : start + step],
+                sampling_rate=self.processor.sampling_rate,
+                return_attention_mask=True,
+                return_tensors="pt",
+            )
+            with quiet():
+                try:
+                    ids = self._run(self.model.generate, **features, **options)
+                except ValueError as error:  # a language that it does not have
+                    raise PlaitError(f"{self.name}: {' '.join(str(error).split())[:300]}") from error
+            texts.append(self.tokenizer.decode(ids[0], skip_special_tokens=True).strip())
+        return " ".join(text for text in texts if text)
+
+    def describe(
+        self, image: Any, column: str | None = None, prompt: str | None = None, max_new_tokens: int = 50
+    ) -> str:
+        """What the model writes about a picture; `prompt` asks a question, where the model takes one."""
+        self._can("describe", column)
+        picture = _image(image)
+        if self.model.config.model_type == "vision-encoder-decoder":
+            if prompt is not None:
+                raise PlaitError(f"{self.name} writes captions and takes no prompt. Leave it out.")
+            inputs = self.processor(images=[picture], return_tensors="pt")
+        else:
+            text = self._prompt(prompt)
+            inputs = self.processor(images=[picture], return_tensors="pt", **({} if text is None else {"text": [text]}))
+        with quiet():
+            ids = self._run(self.model.generate, **inputs, max_new_tokens=max_new_tokens, do_sample=False)[0]
+        read = inputs.get("input_ids")
+        if read is not None and torch.equal(ids[: read.shape[1]].cpu(), read[0].cpu()):
+            ids = ids[read.shape[1] :]
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True).strip())
+
+    def _prompt(self, prompt: str | None) -> str | None:
+        """The text beside a picture, in the form that this model was trained on."""
+        question = prompt or "Describe this picture."
+        if getattr(self.processor, "chat_template", None):
+            content = [{"type": "image"}, {"type": "text", "text": question}]
+            messages = [{"role": "user", "content": content}]
+            return str(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        if mark := getattr(self.processor, "image_token", None):
+            return f"{mark}\n{question}" if prompt or "llava" in self.model.config.model_type else f"{mark}"
+        return prompt
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_length: int | None = None,
+        max_new_tokens: int | None = None,
+        num_return_sequences: int = 1,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int = 0,
+        n: int | None = None,
+    ) -> str | list[str]:
+        """Prompt and continuation, or a list of them where several are asked for; options as in `Model.generate`."""
+        self._can("generate")
+        if not isinstance(prompt, str) or not prompt:
+            raise PlaitError(f"{self.name} continues a text. Give a prompt that is a str and not empty.")
+        count = num_return_sequences if n is None else n
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        sampling = {key: value for key, value in sampling.items() if value is not None}
+        if do_sample is None:
+            do_sample = (count > 1 or bool(sampling)) and temperature != 0
+        if not do_sample and count > 1:
+            raise PlaitError("Without sampling all results are the same. Ask for one, or leave do_sample out.")
+        inputs = dict(self.tokenizer(prompt, return_tensors="pt"))
+        inputs.pop("token_type_ids", None)
+        length = inputs["input_ids"].shape[1]
+        if max_length is not None:
+            if max_length <= length:
+                raise PlaitError(
+                    f"max_length is {max_length}, but the prompt alone takes {length} tokens. Raise it, or use "
+                    "max_new_tokens, which does not count the prompt."
+                )
+            max_new_tokens = min(max_length - length, max_new_tokens or max_length)
+        options: dict[str, Any] = {"do_sample": do_sample, **(sampling if do_sample else {})}
+        if repetition_penalty is not None:
+            options["repetition_penalty"] = repetition_penalty
+        with quiet(), torch.random.fork_rng():
+            torch.manual_seed(seed)
+            ids = self._run(
+                self.model.generate,
+                **inputs,
+                **options,
+                max_new_tokens=max_new_tokens or 50,
+                num_return_sequences=count,
+                pad_token_id=self._padding(),
+            )
+        texts = [prompt + self.tokenizer.decode(row[length:], skip_special_tokens=True) for row in ids]
+        return texts[0] if count == 1 else texts
+
+    def _padding(self) -> int:
+        settings = self.model.generation_config
+        end = settings.eos_token_id
+        end = end[0] if isinstance(end, list) else end
+        return next((int(id) for id in (settings.pad_token_id, end) if id is not None), 0)
+
+
+def _image(value: Any) -> PILImage.Image:
+    """A picture as RGB. Raises PlaitError where it is none or cannot be read."""
+    if isinstance(value, PILImage.Image):
+        return value.convert("RGB")
+    if isinstance(value, np.ndarray) and value.dtype == np.uint8:
+        return PILImage.fromarray(value).convert("RGB")
+    if not isinstance(value, (str, Path, bytes)):
+        raise PlaitError(f"A picture is a PIL image, a pathlib.Path or bytes, not {type(value).__name__}.")
+    try:
+        return decode_image(value if isinstance(value, bytes) else Path(value)).convert("RGB")
+    except MediaError as error:
+        raise PlaitError(f"{'The picture' if isinstance(value, bytes) else value}: {error}.") from error
+
+
+def _sound(value: Any) -> tuple[np.ndarray, int]:
+    """(waveform (T,), rate). Raises PlaitError where it is none or cannot be read."""
+    if isinstance(value, tuple) and len(value) == 2:
+        return np.asarray(value[0], np.float32), int(value[1])
+    if not isinstance(value, (str, Path, bytes)):
+        raise PlaitError(f"A sound is (waveform, rate), a pathlib.Path or bytes, not {type(value).__name__}.")
+    try:
+        return decode_audio(value if isinstance(value, bytes) else Path(value))
+    except MediaError as error:
+        raise PlaitError(f"{'The sound' if isinstance(value, bytes) else value}: {error}.") from error

@@ -1,0 +1,164 @@
+"""A backbone laid out for writing: weights cast once, packed where the processor has a layout of its own for them,
+and one position a row written out with as few calls as it takes.
+
+Shapes: B rows, D width, H heads, K key-value heads, E head width, T cached positions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plait.core.device import Device, exact_products
+from plait.inference.sampling import LOWEST
+from plait.kernels import generation as native
+from plait.model.transformer import Block, KVCache, RMSNorm, Transformer, View
+
+
+class Packed(nn.Module):
+    """A linear layer (..., in) to (..., out) whose weight lies as oneDNN wants it, where torch can lay it out so.
+
+    Unpacked, oneDNN lays the weight out anew at each call: for a few rows that takes as long as the product.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.bias = bias
+        self.weight = weight
+        self.packed = False
+        operations = torch.ops.mkldnn
+        # These are the calls that torch.compile makes when it freezes weights; they have no public name.
+        if weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and weight.shape[0] > 1:
+            with contextlib.suppress(AttributeError, RuntimeError), torch.inference_mode():
+                packed = operations._reorder_linear_weight(weight.contiguous(), None)
+                operations._linear_pointwise(weight.new_zeros(1, weight.shape[1]), packed, bias, "none", [], "")
+                self.weight, self.packed = packed, True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed:
+            out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, "none", [], "")
+            return out
+        return F.linear(x, self.weight, self.bias)
+
+
+class Decoder:
+    """A frozen copy of a backbone. Call it for whole inputs; `step` reads one position in each row of a cache."""
+
+    def __init__(self, backbone: Transformer, device: Device) -> None:
+        config, place = backbone.config, device.torch
+        self.config, self.device = config, device
+        self.library = native.library() if place.type == "cpu" else None
+        self.native = native.NativeStep(self.library, backbone, device.dtype) if self.library is not None else None
+        # In PyTorch on a processor, bf16 products of one query with its keys take longer than those in fp32.
+        self.cache_dtype = torch.float32 if place.type == "cpu" and self.native is None else device.dtype
+        self.whole = copy.deepcopy(backbone).eval().requires_grad_(False).to(place)
+        for parameter in self.whole.parameters():
+            parameter.data = parameter.data.to(device.dtype)
+        for module in list(self.whole.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, nn.Linear):
+                    setattr(module, name, Packed(child.weight.data, None if child.bias is None else child.bias.data))
+        self.blocks: list[Block] = list(self.whole.blocks)  # type: ignore[arg-type]
+        # `step` computes x / |x| * weight; `floor` is what epsilon becomes in it.
+        self.norms = [(self._norm(block.attention_norm), self._norm(block.feed_norm)) for block in self.blocks]
+        self.final_norm = self._norm(self.whole.final_norm)
+        self.floor, self.qk_floor = (
+            torch.tensor(math.sqrt(config.norm_eps * width), device=place)
+            for width in (config.width, config.head_width)
+        )
+        self.qk_norms: list[Tensor] = []
+        if config.qk_norm:
+            heads = [(b.q_norm.weight.expand(config.heads, -1), b.k_norm.weight) for b in self.blocks]
+            self.qk_norms = [
+                torch.cat((q, k.expand(config.kv_heads, -1))).float() * math.sqrt(config.head_width) for q, k in heads
+            ]
+        # Queries are scaled as they are rotated: (H + K, 1 or 2, 1), the halves of a head being the middle dimension.
+        scale = torch.ones(config.heads + config.kv_heads, 1, 1, device=place)
+        scale[: config.heads] = config.head_width**-0.5
+        self.turn, self.against = scale, scale * torch.tensor([[-1.0], [1.0]], device=place)
+
+    def __call__(
+        self, x: Tensor, *, positions: Tensor | None = None, mask: Tensor | None = None, view: View | None = None
+    ) -> Tensor:
+        """As `Transformer.forward`: embeddings (B, L, D) to hidden states (B, L, D), in the device's precision."""
+        with torch.autocast(self.device.torch.type, enabled=False):
+            hidden: Tensor = self.whole(x.to(self.device.dtype), positions=positions, mask=mask, view=view)
+        return hidden
+
+    def cache(self, rows: int, length: int) -> KVCache:
+        """An empty cache, in the precision that `step` reads fastest."""
+        return KVCache(self.config, rows, length, self.device.torch, self.cache_dtype)
+
+    def linear(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        """The product of a few rows (B, in) with a weight (out, in), laid out as the step's own are."""
+        if self.library is not None:
+            return native.NativeLinear(self.library, weight, self.device.dtype)
+        return Packed(weight)
+
+    def _norm(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """The weight and bias that `_normalise` takes; an RMS norm has no bias."""
+        if isinstance(module, RMSNorm):
+            return module.weight.float() * math.sqrt(self.config.width), None
+        assert isinstance(module, nn.LayerNorm)
+        return module.weight.float(), module.bias.float()
+
+    def _normalise(self, x: Tensor, norm: tuple[Tensor, Tensor | None]) -> Tensor:
+        weight, bias = norm
+        if bias is not None:
+            return F.layer_norm(x, x.shape[-1:], weight, bias, self.config.norm_eps).to(self.device.dtype)
+        return x.div(torch.linalg.vector_norm(x, 2, -1, True).hypot_(self.floor)).mul_(weight).to(self.device.dtype)
+
+    def step(self, x: Tensor, cache: KVCache, lengths: np.ndarray) -> Tensor:
+        """Hidden states (B, D) of one more position in each of the cache's first B rows, which hold `lengths` (B,)
+        and get longer by one; x (B, D) embeds what stands there."""
+        if self.native is not None:
+            return self.native(x, cache, lengths)
+        with exact_products(self.device.torch):
+            return self._step(x, cache, int(lengths.max()) + 1, bool((lengths == lengths[0]).all()))
+
+    def _step(self, x: Tensor, cache: KVCache, total: int, even: bool) -> Tensor:
+        config, rows = self.config, len(x)
+        heads, kv_heads, width = config.heads, config.kv_heads, config.head_width
+        at = cache.lengths[:rows]
+        slots = (torch.arange(rows * kv_heads, device=x.device).view(rows, -1) * cache.capacity + at[:, None]).flatten()
+        hide: Tensor | None = None
+        if not even:
+            beyond = torch.arange(total, device=x.device) > at[:, None, None, None]
+            hide = torch.zeros(beyond.shape, device=x.device, dtype=self.cache_dtype).masked_fill_(beyond, LOWEST)
+        x = x.to(torch.float32, copy=True)  # the residual stream
+        if config.position == "rotary":
+            angle = (at[:, None] * self.whole.frequencies)[:, None, None]
+            turn, against = angle.cos() * self.turn, angle.sin() * self.against  # (B, H + K, 1 or 2, E / 2)
+        else:
+            x += self.whole.positions[at.clamp(max=config.max_length - 1)]
+        for layer, (block, (norm, feed_norm)) in enumerate(zip(self.blocks, self.norms, strict=True)):
+            qkv = block.qkv(self._normalise(x, norm)).view(rows, -1, width).float()
+            qk = qkv[:, : heads + kv_heads]
+            if config.qk_norm:
+                qk = qk.div(torch.linalg.vector_norm(qk, 2, -1, True).hypot_(self.qk_floor)).mul_(self.qk_norms[layer])
+            if config.position == "rotary":
+                halves = qk.reshape(rows, -1, 2, width // 2)
+                qk = torch.addcmul(halves * turn, halves.flip(2), against).view(rows, -1, width)
+            else:
+                qk = qk * self.turn[:, 0]
+            qk = qk.to(self.cache_dtype)
+            keys, values = cache.keys[layer], cache.values[layer]
+            keys.view(-1, width).index_copy_(0, slots, qk[:, heads:].reshape(-1, width))
+            values.view(-1, width).index_copy_(0, slots, qkv[:, heads + kv_heads :].reshape(-1, width).to(values.dtype))
+            q, k, v = qk[:, :heads].reshape(rows, kv_heads, -1, width), keys[:rows, :, :total], values[:rows, :, :total]
+            if x.device.type == "cpu":
+                scores = q @ k.transpose(-1, -2)
+                mixed = (scores if hide is None else scores.add_(hide)).softmax(-1) @ v
+            else:
+                mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=hide, scale=1.0)
+            x += block.attention_out(mixed.reshape(rows, -1).to(self.device.dtype))
+            x += block.feed_forward(self._normalise(x, feed_norm))
+        cache.lengths[:rows] += 1
+        return self._normalise(x, self.final_norm)

@@ -1,0 +1,373 @@
+"""The model as its users meet it: generate, classify, embed, describe, transcribe, draw and speak."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+import numpy as np
+import torch
+from PIL import Image as PILImage
+
+from plait.core.device import choose_device
+from plait.core.errors import PlaitError
+from plait.core.files import read_json
+from plait.explain import own as questions
+from plait.explain.methods import Explanation, explain
+from plait.hf import hub, huggingface
+from plait.hf.pretrained import Pretrained, load_pretrained
+from plait.inference import scoring
+from plait.inference.engine import Engine, Request, Written
+from plait.inference.inputs import Reading
+from plait.inference.sampling import Sampling
+from plait.model import checkpoint as checkpoints
+from plait.model.checkpoint import Checkpoint, find_checkpoint
+from plait.model.multimodal import Sequence
+from plait.recommend.model import Recommending
+
+DEFAULT_NEW_TOKENS = 50  # of a continuation, where nothing else bounds it
+
+
+class Options(TypedDict, total=False):
+    """What every verb that generates takes; names and meanings are those of transformers."""
+
+    do_sample: bool | None  # None: where a setting of sampling is given, several results are asked for, or for media
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    guidance: float | None  # 1 is none; None is the checkpoint's default for the modality
+    seed: int
+    max_new_tokens: int | None
+    stop: str | list[str] | None
+
+
+def load(path: str | Path, device: str = "auto", precision: str = "auto") -> Model | Pretrained:
+    """The model of a run's folder (its best checkpoint, else its last), of a checkpoint's folder, or of a Hugging
+    Face name or folder: GPT-2, Llama and Qwen3 in our backbone, other architectures through transformers.
+
+    Where a run's best checkpoint is damaged, a warning names what is wrong and the newest whole one is taken. Raises
+    PlaitError where there is none or it is damaged.
+    """
+    folder = find_checkpoint(path)
+    chosen = choose_device(device, precision)
+    if folder is not None and folder != Path(path).expanduser() and (wrong := checkpoints.verify(folder)):
+        step, _ = checkpoints.newest_whole(folder.parent)
+        if step:
+            whole = checkpoints.series(folder.parent)[step]
+            warnings.warn(f"{'; '.join(wrong)}. Taking {whole} in its place.", stacklevel=2)
+            folder = whole
+    if folder is not None and read_json(folder / "config.json").get("model_type") == "plait":
+        return Model(checkpoints.load(folder), device, precision, folder)
+    folder = hub.find(folder or path)
+    if read_json(folder / "config.json").get("model_type") in huggingface.FAMILIES:
+        return Model(huggingface.load(folder, chosen.torch), device, precision, folder)
+    return load_pretrained(str(folder), device, precision)
+
+
+class Model(Reading, Recommending):
+    """A checkpoint at work on a device. Inputs are a str, a PIL image, (waveform, rate), a pathlib.Path of a media
+    file, its bytes, or (column, any of these, a fitted sample or a list of windows) where the column matters."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, device: str = "auto", precision: str = "auto", folder: Path | None = None
+    ) -> None:
+        self.checkpoint, self.folder = checkpoint, folder  # the folder it was loaded from
+        self.device = choose_device(device, precision)
+        checkpoint.model.eval().to(self.device.torch)
+        self.vocabulary = checkpoint.model.vocabulary
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The engine behind all verbs; made at first use, it keeps the weights' state of that moment."""
+        return Engine(self.checkpoint, self.device)
+
+    # --- generation -------------------------------------------------------------------------------------------
+
+    def request(self, context: Sequence, space: str, n: int = 1, **options: Unpack[Options]) -> Request:
+        """A request of the engine, with the checkpoint's defaults where an option is not given."""
+        if "generate" not in self.verbs:
+            raise PlaitError(f"This model knows histories of items and writes nothing. It can {', '.join(self.verbs)}.")
+        defaults = self.checkpoint.generation
+        temperature, top_k = options.get("temperature"), options.get("top_k")
+        top_p, min_p = options.get("top_p"), options.get("min_p")
+        do_sample = options.get("do_sample")
+        if temperature == 0 and do_sample is None:
+            do_sample = False
+        if do_sample is None:
+            asked = any(value is not None for value in (temperature, top_k, top_p, min_p))
+            do_sample = space != "text" or n > 1 or asked
+        if not do_sample and n > 1:
+            raise PlaitError("Without sampling all results are the same. Ask for one, or leave do_sample out.")
+        penalty, guidance = options.get("repetition_penalty"), options.get("guidance")
+        standard = defaults.temperature if space == "text" else defaults.media_temperature.get(space, 1.0)
+        sampling = Sampling(
+            greedy=not do_sample,
+            temperature=standard if temperature is None else temperature,
+            top_k=defaults.top_k if top_k is None else top_k,
+            top_p=defaults.top_p if top_p is None else top_p,
+            min_p=min_p or 0.0,
+            repetition_penalty=1.0 if penalty is None else penalty,
+        )
+        stop = options.get("stop")
+        if guidance is None:
+            guidance = defaults.guidance.get(space, 1.0)
+        if not 0 <= guidance < math.inf:
+            raise PlaitError(f"guidance must be 0 or more, not {guidance}; 1 is none.")
+        return Request(
+            context=context,
+            space=space,
+            sampling=sampling,
+            n=n,
+            max_new_tokens=options.get("max_new_tokens"),
+            guidance=guidance,
+            seed=options.get("seed", 0),
+            stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
+        )
+
+    def requests(
+        self, contexts: Iterable[Sequence], column: str, n: int = 1, **options: Unpack[Options]
+    ) -> list[Request]:
+        """What `write` asks the engine for, a request a context."""
+        if column not in self.columns:
+            raise PlaitError(f"There is no column '{column}'. The columns are {', '.join(self.columns) or 'none'}.")
+        space = self.columns[column]
+        if name := next((n for n in (space, column) if n in self.checkpoint.model.config.read_only), None):
+            raise PlaitError(
+                f"This model reads {name} but was trained with training.weights.{name}: 0, so it cannot write it. "
+                f"It can {', '.join(self.verbs)}."
+            )
+        found = [self.request(self._opened(context, column), space, n, **options) for context in contexts]
+        for i, request in enumerate(found):
+            request.first_sample = i * n
+        return found
+
+    def write(
+        self, contexts: Iterable[Sequence], column: str, *, n: int = 1, **options: Unpack[Options]
+    ) -> list[list[Any]]:
+        """For each context, n results in a column: str for text, else decoded samples (arrays).
+
+        The opener is added where the context does not end with it. Result k of context i is a function of the seed,
+        i, k and the context, whatever else is written beside it.
+        """
+        results = self.engine.run(self.requests(contexts, column, n, **options))
+        if self.columns[column] == "text":
+            return [[written.text for written in result.samples] for result in results]
+        decoded = iter(self.decode(column, [written for result in results for written in result.samples]))
+        return [[next(decoded) for _ in result.samples] for result in results]
+
+    def reply(self, contexts: Iterable[Sequence], **options: Unpack[Options]) -> list[str]:
+        """What follows each context as text, up to its end; in a conversation, the reply."""
+        results = self.engine.run([self.request(context, "text", **options) for context in contexts])
+        return [result.samples[0].text or "" for result in results]
+
+    def decode(self, column: str, written: list[Written]) -> list[np.ndarray]:
+        """Codes to samples, through the codec."""
+        modality = self.modality(column)
+        start = self.vocabulary.spaces[modality.name][0]
+        found: list[np.ndarray] = [np.empty(0)] * len(written)
+        lengths: dict[int, list[int]] = {}
+        for i, one in enumerate(written):
+            lengths.setdefault(len(one.ids), []).append(i)
+        with torch.inference_mode():
+            for alike in lengths.values():
+                for part in (alike[at : at + 256] for at in range(0, len(alike), 256)):
+                    codes = torch.tensor([written[i].ids for i in part], device=self.device.torch) - start
+                    for i, sample in zip(part, modality.codec.decode(codes).cpu().numpy(), strict=True):
+                        found[i] = sample
+        return found
+
+    def generate(
+        self,
+        prompt: Any,
+        *,
+        to: str = "text",
+        max_length: int | None = None,
+        max_new_tokens: int | None = None,
+        num_return_sequences: int = 1,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+        stop: str | list[str] | None = None,
+        n: int | None = None,
+    ) -> Any:
+        """What follows a prompt: an input, or a list of them that are read in order.
+
+        `to` is a modality or a column. A prompt of text alone with `to="text"` is continued, and prompt and
+        continuation come back as a str; else the first column of that modality, or the named one, is written: a str,
+        a PIL image or (waveform, rate). With `n` (or `num_return_sequences`) above 1, a list of so many.
+        `max_length` counts the prompt's tokens too; a continuation has at most 50 new ones unless told otherwise.
+        """
+        count = num_return_sequences if n is None else n
+        options: Options = {
+            "do_sample": do_sample,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "guidance": guidance,
+            "seed": seed,
+            "stop": stop,
+        }
+        parts = prompt if isinstance(prompt, list) else [prompt]
+        continued = to == "text" and all(isinstance(part, str) for part in parts)
+        column = None
+        if not continued:
+            column = to if to in self.columns else self.column(None, self._space(to), f"write {to}")
+        context = self.context(parts, column)
+        if not len(context):
+            context = self.start()
+        if max_length is not None:
+            if max_length <= len(context):
+                raise PlaitError(
+                    f"max_length is {max_length}, but the prompt alone takes {len(context)} tokens. Raise it, or use "
+                    "max_new_tokens, which does not count the prompt."
+                )
+            # Both bounds hold where both are given.
+            max_new_tokens = min(max_length - len(context), max_new_tokens or max_length)
+        if max_new_tokens is None and continued:
+            max_new_tokens = DEFAULT_NEW_TOKENS
+        options["max_new_tokens"] = max_new_tokens
+        if column is None:
+            result = self.engine.run([self.request(context, "text", count, **options)])[0]
+            before = "".join(parts)
+            found: list[Any] = [before + (written.text or "") for written in result.samples]
+        else:
+            found = self.write([context], column, n=count, **options)[0]
+            if self.columns[column] != "text":
+                found = [self.modality(column).to_object(sample) for sample in found]
+        return found[0] if count == 1 else found
+
+    def _space(self, to: str) -> str:
+        known = set(self.columns.values()) | {"text"}
+        if to not in known:
+            raise PlaitError(f"This model cannot write '{to}'. It writes {', '.join([*sorted(known), *self.columns])}.")
+        return to
+
+    # --- verbs ------------------------------------------------------------------------------------------------
+
+    def describe(self, image: Any, column: str | None = None, **options: Unpack[Options]) -> str:
+        """What the model writes about a picture in a text column (the first by default)."""
+        self.column(None, "image", "describe")
+        target = self.column(column, "text", "describe")
+        return self.write([self.context([image])], target, **options)[0][0]
+
+    def transcribe(self, audio: Any, column: str | None = None, **options: Unpack[Options]) -> str:
+        """The words of a sound. A long one is read in windows that overlap by half; see `joined`."""
+        self.column(None, "audio", "transcribe")
+        target = self.column(column, "text", "transcribe")
+        texts = [row[0] for row in self.write(self.alone(audio, self.engine.max_length), target, **options)]
+        return joined(texts)
+
+    def draw(
+        self, text: str, n: int = 1, best_of: int | None = None, column: str | None = None, **options: Unpack[Options]
+    ) -> list[PILImage.Image]:
+        """n pictures of what a text says; of `best_of` drawn, those whose embeddings are nearest to the text's."""
+        return self._render(text, self.column(column, "image", "draw"), n, best_of, options)
+
+    def speak(
+        self, text: str, n: int = 1, best_of: int | None = None, column: str | None = None, **options: Unpack[Options]
+    ) -> list[tuple[np.ndarray, int]]:
+        """n sounds, (waveform, rate), of what a text says; `best_of` as in `draw`."""
+        return self._render(text, self.column(column, "audio", "speak"), n, best_of, options)
+
+    def _render(self, text: str, column: str, n: int, best_of: int | None, options: Options) -> list[Any]:
+        count = max(n, best_of or n)
+        samples = self.write([self.context([text])], column, n=count, **options)[0]
+        if count > n:
+            vectors = self.embed([text, *((column, sample) for sample in samples)])
+            order = np.argsort(-(vectors[1:] @ vectors[0]), kind="stable")[:n]
+            samples = [samples[i] for i in order]
+        return [self.modality(column).to_object(sample) for sample in samples]
+
+    def score(self, contexts: list[Sequence], column: str, texts: list[str], batch_size: int = 256) -> np.ndarray:
+        """log P(text and its end | context, the column's opener) in nats, (contexts, texts) float64.
+
+        The opener is added where a context does not end with it.
+        """
+        column = self.column(column, "text", "score")
+        ids = self.checkpoint.text.encode_batch(list(texts))
+        return scoring.score(self.engine, [self._opened(c, column) for c in contexts], ids, batch_size)
+
+    def classify(
+        self, value: Any, labels: list[str] | None = None, column: str | None = None, top: int | None = 5
+    ) -> list[tuple[str, float]]:
+        """The likeliest labels of an input, each with its probability among the labels, likeliest first.
+
+        Labels default to the values that the column had in training. A sound longer than a window is read in windows
+        and their probabilities averaged.
+        """
+        parts = [self.context(value)] if isinstance(value, list) else self.alone(value, self.engine.max_length)
+        return self.classify_parts(parts, labels, column, top)
+
+    def classify_parts(
+        self, parts: list[Sequence], labels: list[str] | None = None, column: str | None = None, top: int | None = 5
+    ) -> list[tuple[str, float]]:
+        """`classify` for an input that is sequences already: one, or its windows."""
+        if column is None:
+            known = [name for name in self.labels if self.labels[name]]
+            column = known[0] if known else None
+        column = self.column(column, "text", "classify")
+        labels = self.labels.get(column, []) if labels is None else list(labels)
+        if not labels:
+            raise PlaitError(f"Column '{column}' has no known labels. Name them: labels=[...] or --labels a,b,c.")
+        scores = self.score(parts, column, labels)
+        chances = np.exp(scores - scores.max(1, keepdims=True))
+        mean = (chances / chances.sum(1, keepdims=True)).mean(0)
+        return [(labels[i], float(mean[i])) for i in np.argsort(-mean, kind="stable")[:top]]
+
+    def explain(
+        self,
+        value: Any,
+        answer: Any = None,
+        *,
+        to: str = "text",
+        column: str | None = None,
+        labels: list[str] | None = None,
+        method: str = "occlusion",
+        steps: int | None = None,
+        seed: int = 0,
+    ) -> Explanation:
+        """How much each part of an input, or of a list of them read in order, moved an answer.
+
+        `answer` is a text: a label, against the column's others or `labels`, or a text by its likelihood; after a
+        text of a model without columns, what follows as it is spelt. With `to` a modality or column of media it is
+        such a medium, and explained is which of the prompt's words it depends on where. Left out, it is the model's
+        own. Methods are occlusion, integrated-gradients (`steps`: as many as it takes) and logit-lens.
+        """
+        return explain(questions.question(self, value, answer, to, column, labels, seed), method, steps, seed)
+
+    def embed(self, inputs: list[Any]) -> np.ndarray:
+        """The place of each input in the one space, (N, E) float32, of unit length.
+
+        Inputs longer than the model reads at once are embedded in windows whose mean counts.
+        """
+        return self.embed_parts([self.alone(value, self.engine.max_length) for value in inputs])
+
+    def embed_parts(self, parts: list[list[Sequence]]) -> np.ndarray:
+        """`embed` for inputs that are sequences already: each the mean of its own, (N, E)."""
+        owner = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        vectors = self.embed_sequences([sequence for part in parts for sequence in part])
+        sums = np.zeros((len(parts), vectors.shape[1]), np.float32)
+        np.add.at(sums, owner, vectors)
+        return sums / np.linalg.norm(sums, axis=1, keepdims=True).clip(1e-12)
+
+    def embed_sequences(self, sequences: list[Sequence], batch_size: int = 256) -> np.ndarray:
+        """The embedding of the first span of each sequence, (N, E) float32, of unit length."""
+        return scoring.embed(self.engine, sequences, batch_size)
+
+
+def joined(texts: list[str]) -> str:
+    """The texts of windows that overlap, as one: what two neighbours agree on is written once."""
+    return " ".join(text for i, text in enumerate(texts) if i == 0 or text != texts[i - 1])

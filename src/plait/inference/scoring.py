@@ -1,0 +1,184 @@
+"""Likelihoods of given texts and embeddings of given inputs, many at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from plait.core.errors import PlaitError
+from plait.inference.engine import Engine
+from plait.model.multimodal import IGNORE, Sequence, collate
+from plait.model.objectives import negative_log_likelihood
+
+POSITIONS = 8192  # padded positions in one forward pass
+
+
+def batches(lengths: list[int], most: int, extra: int = 0) -> Iterator[list[int]]:
+    """Indices by ascending length, at most `most` of them and about POSITIONS padded positions at a time; `extra`
+    positions come on top of each."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    start = 0
+    while start < len(order):
+        stop = start + 1
+        while stop < len(order) and stop - start < most:
+            if (stop + 1 - start) * (lengths[order[stop]] + extra) > POSITIONS:
+                break
+            stop += 1
+        yield order[start:stop]
+        start = stop
+
+
+def score(
+    engine: Engine, contexts: list[Sequence], texts: list[list[int]], most: int = 256, ends: bool = True
+) -> np.ndarray:
+    """log P(ids and end | context) in nats, (contexts, texts) float64; without `ends`, of the ids alone.
+
+    A context is read once: the texts hang on it as branches, each of which sees the context and itself, in the
+    places that it would have alone. Raises PlaitError where a context and a text have no room.
+    """
+    limit = engine.max_length
+    longest = max((len(ids) for ids in texts), default=0)
+    for context in contexts:
+        if not len(context):
+            raise PlaitError("The context is empty. Give a context that ends with the opener of a column.")
+        if len(context) + longest > limit:
+            raise PlaitError(f"A context of {len(context)} tokens and a text of {longest} exceed this model's {limit}.")
+    found = np.zeros((len(contexts), len(texts)))
+    # Branches are cut into chunks as long as the contexts may be, so that no forward pass grows beyond its budget.
+    chunks: list[list[int]] = [[]]
+    for column in sorted(range(len(texts)), key=lambda i: len(texts[i])):
+        if chunks[-1] and sum(len(texts[i]) for i in chunks[-1]) + len(texts[column]) > 512:
+            chunks.append([])
+        chunks[-1].append(column)
+    lengths = [len(context) for context in contexts]
+    for chunk in chunks if texts else []:
+        branch = [texts[i] for i in chunk]
+        for rows in batches(lengths, most, sum(map(len, branch))):
+            found[np.ix_(rows, chunk)] = _tree(engine, [contexts[row] for row in rows], branch, ends)
+    return found
+
+
+def _tree(engine: Engine, contexts: list[Sequence], texts: list[list[int]], ends: bool) -> np.ndarray:
+    model, device = engine.model, engine.device.torch
+    with torch.inference_mode():
+        batch = collate(contexts, model.media, model.vocabulary.pad).to(device)
+        with engine.device.autocast():
+            trunk = model.inputs(batch, engine.table)  # (B, C, D)
+        end = engine.spans["text"].end if ends else None
+        found = branches(engine.decoder, trunk, batch.lengths, engine.table, engine.heads["text"], texts, end)
+        return found.double().cpu().numpy()
+
+
+def branches(
+    backbone: Callable[..., Tensor],
+    trunk: Tensor,
+    lengths: Tensor,
+    table: Tensor,
+    head: Tensor,
+    texts: list[list[int]],
+    end: int | None,
+) -> Tensor:
+    """log P(ids, then `end` unless it is None | context) in nats, (B, texts) fp32, with gradients where wanted.
+
+    `trunk` (B, C, D) embeds the contexts, `lengths` (B,) are theirs; `table` has a row for each id to read and `head`
+    one for each to predict. Without an end no text may be empty.
+    """
+    device = trunk.device
+    rows, columns = trunk.shape[:2]
+    ids = [token for text in texts for token in text]
+    owner = torch.tensor([i for i, text in enumerate(texts) for _ in text], dtype=torch.long, device=device)
+    place = torch.tensor([j for text in texts for j in range(len(text))], dtype=torch.long, device=device)
+    leaves = F.embedding(torch.tensor(ids, dtype=torch.long, device=device), table)
+    x = torch.cat((trunk, leaves.expand(rows, -1, -1)), 1)
+    at = torch.arange(columns, device=device)
+    positions = torch.cat((at.expand(rows, -1), lengths[:, None] + place), 1)
+    total = columns + len(ids)
+    mask = torch.zeros(rows, total, total, dtype=torch.bool, device=device)
+    mask[:, :columns, :columns] = at <= at[:, None]
+    mask[:, columns:, :columns] = (at < lengths[:, None])[:, None]
+    mask[:, columns:, columns:] = (owner == owner[:, None]) & (place <= place[:, None])
+    hidden = backbone(x, positions=positions, mask=mask[:, None])
+    last = hidden[torch.arange(rows, device=device), lengths - 1].to(head.dtype)
+    first = torch.tensor([text[0] if text else end for text in texts], device=device)
+    scores = F.linear(last, head).float().log_softmax(-1)[:, first]  # (B, texts)
+    wanted = [token for text in texts if text for token in [*text[1:], -1 if end is None else end]]
+    told = torch.tensor([i for i, token in enumerate(wanted) if token >= 0], dtype=torch.long, device=device)
+    if len(told):
+        goals = torch.tensor(wanted, device=device)[told]
+        states = hidden[:, columns + told].reshape(-1, hidden.shape[-1]).to(head.dtype)
+        loss = negative_log_likelihood(states, head, goals.repeat(rows)).view(rows, -1)
+        scores = scores.index_add(1, owner[told], -loss)
+    return scores
+
+
+def lens(engine: Engine, context: Sequence) -> list[Tensor]:
+    """What each layer would say next, fp32 logits (text ids) each: its hidden state at the context's end through the
+    final norm and the head; the embedding first, the last layer last (nostalgebraist, "the logit lens", 2020)."""
+    model, found = engine.model, []
+    with torch.inference_mode(), engine.device.autocast():
+        x = model.inputs(collate([context], model.media, model.vocabulary.pad).to(engine.device.torch), engine.table)
+        states = [x]
+        handles = [
+            block.register_forward_hook(lambda module, given, out: states.append(out))
+            for block in engine.decoder.whole.blocks
+        ]
+        try:
+            engine.decoder(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for state in states:
+            last = engine.decoder.whole.final_norm(state[:, -1])[0].to(engine.table.dtype)
+            found.append((last @ engine.heads["text"].t()).float())
+    return found
+
+
+def told(engine: Engine, sequences: list[Sequence], space: str, most: int = 256) -> list[np.ndarray]:
+    """log P of each id that a sequence writes, all of one space, in nats: an array (ids,) each.
+
+    Raises PlaitError where a sequence is longer than the model reads.
+    """
+    model = engine.model
+    found: list[np.ndarray] = [np.zeros(0)] * len(sequences)
+    if longest := max((len(sequence) for sequence in sequences if len(sequence) > engine.max_length), default=0):
+        raise PlaitError(f"A sequence of {longest} tokens exceeds the {engine.max_length} that this model reads.")
+    for rows in batches([len(sequence) for sequence in sequences], most):
+        with torch.inference_mode():
+            batch = collate([sequences[row] for row in rows], model.media, model.vocabulary.pad)
+            batch = batch.to(engine.device.torch)
+            with engine.device.autocast():
+                x = model.inputs(batch, engine.table)
+            head = engine.heads[space]
+            keep = batch.targets != IGNORE
+            states = engine.decoder(x)[keep].to(head.dtype)
+            loss = negative_log_likelihood(states, head, batch.targets[keep] - engine.spans[space].start)
+            pieces = (-loss).double().cpu().split(keep.sum(1).tolist())
+        for row, piece in zip(rows, pieces, strict=True):
+            found[row] = piece.numpy()
+    return found
+
+
+def embed(engine: Engine, sequences: list[Sequence], most: int = 256) -> np.ndarray:
+    """The embedding of the first span of each sequence, (N, E) float32, of unit length."""
+    model, limit = engine.model, engine.max_length
+    if not model.config.space:
+        raise PlaitError("This model has no embedding space. Train one with an embedding width above 0.")
+    found = np.zeros((len(sequences), model.config.space), np.float32)
+    for sequence in sequences:
+        if not sequence.spans:
+            raise PlaitError("There is nothing to embed: the input is empty.")
+        if len(sequence) > limit:
+            raise PlaitError(f"An input of {len(sequence)} tokens exceeds the {limit} that this model reads.")
+    for rows in batches([len(sequence) for sequence in sequences], most):
+        part = [sequences[row] for row in rows]
+        with torch.inference_mode(), engine.device.autocast():
+            batch = collate(part, model.media, model.vocabulary.pad).to(engine.device.torch)
+            inputs = model.inputs(batch, engine.table)
+            hidden = engine.decoder(inputs)
+            pooled = model.pool(inputs, hidden, [sequence.spans[0] for sequence in part])
+        found[rows] = pooled.float().cpu().numpy()
+    return found

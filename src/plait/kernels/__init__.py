@@ -1,0 +1,1 @@
+"""C++ kernels: their build, their dispatch, their PyTorch reference."""

@@ -1,0 +1,98 @@
+"""A pretrained network of transformers in an encoder's place, built from its configuration alone.
+
+What the tower reads is prepared by the modality whose encoder it is; where its weights come from is `model.towers`'s
+business. transformers is imported when the first tower is built.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from plait.core.errors import PlaitError
+
+
+class TowerSettings(BaseModel):
+    """What a checkpoint keeps of a tower beside its weights; taken from the tower's own files."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    config: dict[str, Any]  # its config.json
+    reads: Literal["pixels", "mel", "wave"]
+    size: int = 0  # side in pixels
+    mean: list[float] = [0.0, 0.0, 0.0]  # of pixels in [0, 1]
+    std: list[float] = [1.0, 1.0, 1.0]
+    rate: int = 0  # of sound, Hz
+    bands: int = 0  # of Whisper's log-mel
+    normalise: bool = False  # a waveform to zero mean and unit variance
+    masked: bool = False  # told where a waveform ends
+
+    @property
+    def row(self) -> int:
+        """Numbers that stand for 10 ms of sound."""
+        return self.bands if self.reads == "mel" else self.rate // 100
+
+    @property
+    def longest(self) -> float:
+        """Seconds of sound that the tower has positions for."""
+        return self.config.get("max_source_positions", 1500) / 50 if self.reads == "mel" else math.inf
+
+
+def transformers_for(what: str) -> Any:
+    """The library. Raises PlaitError where it is not installed."""
+    try:
+        import transformers
+    except ImportError:
+        raise PlaitError(f"{what} needs transformers. Run: pip install 'plait[huggingface]'.") from None
+    return transformers
+
+
+class Tower(nn.Module):
+    """Prepared inputs to the last hidden states (N, tokens, H), or (N, H, h, w) of convolutional towers; `width` is H.
+
+    A frozen tower always works as in use: no gradient, no dropout. Its weights mean nothing until they are loaded.
+    """
+
+    def __init__(self, config: dict[str, Any], frozen: bool) -> None:
+        super().__init__()
+        transformers = transformers_for(f"The pretrained encoder ({config.get('model_type')})")
+        rest = {key: value for key, value in config.items() if key != "model_type"}
+        # What would hide or skip parts at random outside torch's generators, or is ours to decide.
+        rest |= {"apply_spec_augment": False, "layerdrop": 0.0, "encoder_layerdrop": 0.0}
+        from transformers.initialization import no_init_weights  # they are loaded in any case
+
+        try:
+            described = transformers.AutoConfig.for_model(config["model_type"], **rest)
+            if described.model_type == "whisper":
+                from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+                self.network = WhisperEncoder(described)
+            else:
+                with no_init_weights():
+                    self.network = transformers.AutoModel.from_config(described, dtype=torch.float32)
+        except Exception as error:  # its classes raise nearly anything on odd values
+            reason = " ".join(str(error).split())[:200].rstrip(".")
+            raise PlaitError(f"The pretrained encoder cannot be built from its configuration: {reason}.") from error
+        width = getattr(described, "hidden_size", None) or described.hidden_sizes[-1]
+        self.width = int(width)
+        self.frozen = frozen
+        if frozen:
+            self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Tower:
+        super().train(mode and not self.frozen)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()  # no batch statistics
+        return self
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        asked = any(value.requires_grad for value in inputs.values())  # an explanation, of what it reads
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (asked or not self.frozen)):
+            states: Tensor = self.network(**inputs).last_hidden_state
+        return states.float()

@@ -1,0 +1,1 @@
+"""Recommendation: histories of items, from reading them to routes and commands."""

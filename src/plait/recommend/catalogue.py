@@ -1,0 +1,266 @@
+"""The items of a dataset of histories: what a table says of each, found by id or title, or by a condition."""
+
+from __future__ import annotations
+
+import difflib
+import sqlite3
+import unicodedata
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from plait.core.errors import PlaitError
+
+MEDIA = ("picture", "sound")  # bytes of files
+OWN = ("id", "title", "text", "categories", *MEDIA)  # what Plait knows the meaning of; all else is for conditions
+_STEPS = 5_000_000  # of SQLite's machine that a condition may take
+_GROUP = 1024  # rows that are read together
+
+
+@dataclass
+class Item:
+    """What is known of one item. `more` are further cells of its row, for conditions."""
+
+    id: str
+    title: str | None = None
+    text: str | None = None
+    categories: list[str] = field(default_factory=list)
+    picture: bytes | None = None
+    sound: bytes | None = None
+    more: dict[str, str | int | float | None] = field(default_factory=dict)
+
+    def named(self) -> str | None:
+        return self.title
+
+    def dated(self) -> str | None:
+        """The title as `Heat (1995)`, where the year stands in a column of its own."""
+        return f"{self.title} ({self.more['year']})" if self.title and self.more.get("year") else None
+
+
+class Catalogue:
+    """Items by number. The first `known` stand in training histories; those after them have content alone."""
+
+    def __init__(self, items: list[Item], known: int) -> None:
+        self.items, self.known = items, known
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def trained(self) -> Catalogue:
+        """Those that stand in training histories, alone."""
+        return Catalogue(self.items[: self.known], self.known)
+
+    # --- files ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def read(cls, path: Path) -> Catalogue:
+        """Raises PlaitError where the file is damaged."""
+        try:
+            table = pq.read_table(path)
+            known = int((table.schema.metadata or {})[b"known"])
+            rows = table.to_pylist()
+        except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+            raise PlaitError(f"{path} is damaged: {error}. Copy it again, or run plait prepare again.") from error
+        items = []
+        for row in rows:
+            own = {name: row.pop(name) for name in OWN if name in row}
+            own["categories"] = own.get("categories") or []
+            items.append(Item(**own, more={name.removeprefix("more:"): value for name, value in row.items()}))
+        return cls(items, known)
+
+    def write(self, path: Path, media: bool = True) -> None:
+        """A Parquet file, with the pictures and sounds or without."""
+        columns: dict[str, pa.Array] = {
+            "id": pa.array([item.id for item in self.items], pa.string()),
+            "title": pa.array([item.title for item in self.items], pa.string()),
+            "text": pa.array([item.text for item in self.items], pa.string()),
+            "categories": pa.array([item.categories for item in self.items], pa.list_(pa.string())),
+        }
+        if media:
+            columns |= {name: pa.array([getattr(item, name) for item in self.items], pa.binary()) for name in MEDIA}
+        for name in self.columns:
+            columns[f"more:{name}"] = _array([item.more.get(name) for item in self.items])
+        table = pa.table(columns).replace_schema_metadata({"known": str(self.known)})
+        pq.write_table(table, path, compression="zstd", row_group_size=_GROUP)
+
+    @cached_property
+    def columns(self) -> list[str]:
+        """The names of the further cells, in the order in which they turned up."""
+        return list(dict.fromkeys(name for item in self.items for name in item.more))
+
+    # --- names ------------------------------------------------------------------------------------------------
+
+    def name(self, number: int) -> str:
+        """The title, with its year where two items share one; else the id."""
+        item = self.items[number]
+        if item.title is None:
+            return item.id
+        return item.title if self._numbers[item.title] == number else item.dated() or f"{item.title} [{item.id}]"
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for number, item in enumerate(self.items):
+            found[item.id] = number
+        for spelling in (Item.named, Item.dated):  # an id goes before a title, and that before a title with its year
+            for number, item in enumerate(self.items):
+                if title := spelling(item):
+                    found.setdefault(title, number)
+                    found.setdefault(_plain(title), number)
+        return found
+
+    def find(self, name: str) -> int | None:
+        """The number of the item of an id or a title; None where there is none."""
+        name = name.strip()
+        return self._numbers.get(name, self._numbers.get(_plain(name)))
+
+    def number(self, name: str) -> int:
+        """`find`, but an unknown name raises PlaitError that offers those that are near."""
+        number = self.find(name)
+        if number is None:
+            raise PlaitError(f"There is no item '{name.strip()}'. {self._offer(name)}")
+        return number
+
+    def like(self, text: str, count: int) -> list[int]:
+        """At most `count` items whose titles hold a text, the shortest first, then those that are nearly it."""
+        wanted = _plain(text)
+        inside = [number for plain, number in self._titles.items() if wanted and wanted in plain]
+        near = difflib.get_close_matches(wanted, self._titles, n=3, cutoff=0.5) if len(inside) < count else []
+        found = [*sorted(inside, key=lambda i: len(self.name(i)))[:count], *(self._titles[plain] for plain in near)]
+        return list(dict.fromkeys(found))[:count]
+
+    @cached_property
+    def _titles(self) -> dict[str, int]:
+        return {_plain(self.name(i)): i for i in range(len(self))}
+
+    def _offer(self, name: str) -> str:
+        offered = [self.name(i) for i in self.like(name, 4)]
+        if offered:
+            return "Did you mean " + " or ".join(f"'{title}'" for title in offered) + "?"
+        return f"The catalogue has {len(self):,} items, such as '{self.name(0)}'."
+
+    def numbers(self, names: str | Iterable[str | int]) -> list[int]:
+        """The items that a history names: ids or titles, in a list or with commas between them. A title may have
+        commas of its own: of the pieces, as many as make a known name are taken together.
+
+        Raises PlaitError for an unknown one.
+        """
+        if not isinstance(names, str):
+            return [self.number(str(name)) for name in names]
+        pieces, found = names.split(","), []
+        while pieces:
+            if not pieces[0].strip():
+                pieces.pop(0)
+                continue
+            for count in range(len(pieces), 0, -1):
+                number = self.find(",".join(pieces[:count]))
+                if number is not None:
+                    found.append(number)
+                    del pieces[:count]
+                    break
+            else:
+                whole = (",".join(pieces[:count]) for count in range(min(len(pieces), 4), 0, -1))
+                near = (name for name in whole if difflib.get_close_matches(_plain(name), self._titles, 1, 0.8))
+                self.number(next(near, pieces[0]))
+        return found
+
+    # --- conditions -------------------------------------------------------------------------------------------
+
+    def where(self, condition: str) -> np.ndarray:
+        """Which items (len,) a condition holds for, as SQL says it: `year >= 1990 and categories like '%Comedy%'`.
+
+        Columns are id, title, text, categories (joined with |) and the further columns of the items table. Raises
+        PlaitError where the condition is not one.
+        """
+        found = np.zeros(len(self), bool)
+        try:
+            with self._lock:
+                self._database.execute("SELECT 1")  # so that the budget counts from here
+                self._spent[0] = 0
+                for (number,) in self._database.execute(f"SELECT number FROM items WHERE ({condition}\n)"):
+                    found[number] = True
+        except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
+            known = ", ".join(["id", "title", "text", "categories", *self.columns])
+            raise PlaitError(
+                f"The condition '{condition}' cannot be used: {error}. Write it as in SQL, for example "
+                f"\"categories like '%Comedy%'\"; the columns are {known}."
+            ) from None
+        return found
+
+    @cached_property
+    def _lock(self) -> Any:
+        import threading
+
+        return threading.Lock()
+
+    @cached_property
+    def _spent(self) -> list[int]:
+        return [0]
+
+    @cached_property
+    def _database(self) -> sqlite3.Connection:
+        """The items as a table in memory, which answers conditions and nothing else."""
+        database = sqlite3.connect(":memory:", check_same_thread=False)
+        names = ["id", "title", "text", "categories", *self.columns]
+        quoted = ", ".join('"' + name.replace('"', '""') + '"' for name in names)
+        database.execute(f"CREATE TABLE items (number INTEGER PRIMARY KEY, {quoted})")
+        marks = ", ".join("?" * (len(names) + 1))
+        database.executemany(f"INSERT INTO items VALUES ({marks})", self._rows())
+        # A condition may come from a stranger: it reads this table, calls plain functions, and ends.
+        allowed = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION}
+
+        def judge(action: int, *_: object) -> int:
+            return sqlite3.SQLITE_OK if action in allowed else sqlite3.SQLITE_DENY
+
+        def spend() -> int:
+            self._spent[0] += 1
+            return int(self._spent[0] > max(_STEPS, 200 * len(self)) // 1000)
+
+        database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 1_000_000)
+        database.set_authorizer(judge)
+        database.set_progress_handler(spend, 1000)
+        return database
+
+    def _rows(self) -> Iterator[tuple[Any, ...]]:
+        for number, item in enumerate(self.items):
+            more = (item.more.get(name) for name in self.columns)
+            yield number, item.id, item.title, item.text, "|".join(item.categories), *more
+
+
+class Pictures:
+    """The pictures of a catalogue's file, read as they are asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = pq.ParquetFile(path, memory_map=True)
+        self._there = "picture" in self._file.schema_arrow.names
+        ids = self._file.read(columns=["id"])["id"].to_pylist() if self._there else []
+        self._places = {id_: place for place, id_ in enumerate(ids)}
+        groups = range(self._file.num_row_groups)
+        self._starts = np.cumsum([0] + [self._file.metadata.row_group(group).num_rows for group in groups])
+
+    def get(self, id_: str) -> bytes | None:
+        """The picture of an item; None where it has none."""
+        if (place := self._places.get(id_)) is None:
+            return None
+        group = int(np.searchsorted(self._starts, place, side="right")) - 1
+        column = self._file.read_row_group(group, columns=["picture"])["picture"]
+        found: bytes | None = column[place - int(self._starts[group])].as_py()
+        return found
+
+
+def _plain(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def _array(values: list[Any]) -> pa.Array:
+    """Numbers where all cells are, else text."""
+    kinds = {type(value) for value in values if value is not None}
+    if kinds <= {int} or kinds <= {int, float}:
+        return pa.array(values, pa.int64() if kinds <= {int} else pa.float64())
+    return pa.array([None if value is None else str(value) for value in values], pa.string())

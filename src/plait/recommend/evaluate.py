@@ -1,0 +1,387 @@
+"""How well the next item is foretold: every item is ranked, always, with what a user has seen among them and without.
+
+Beside the model stand popularity, neighbours, EASE and directed co-occurrence, which is the baseline of every figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from plait.core.device import Device
+from plait.core.errors import PlaitError
+from plait.core.rng import uniform
+from plait.data.dataset import Dataset
+from plait.evaluation import metrics
+from plait.evaluation.context import Progress
+from plait.model.checkpoint import Checkpoint
+from plait.recommend.baselines import MOST, Follows, Interactions, Neighbours
+from plait.recommend.catalogue import Catalogue
+from plait.recommend.catalogue import Item as Known
+from plait.recommend.next_item import foretell
+from plait.recommend.write_histories import HIDDEN, TEST, TRAIN, VAL, Histories, read_catalogue, read_histories
+from plait.reports.report import Exhibit, Findings, Gallery, Metrics
+
+TASK, DIRECTION = "recommendation", "item-item"
+DEPTHS = (1, 5, 10, 20)
+DRAWS = 10_000  # resamples of the paired bootstrap
+QUERIES = 30_000  # targets, at most
+CHUNK, CELLS = 512, 2**25  # histories that are scored at a time, and scores
+EASE = 500.0  # ridge of EASE
+ORDER, TIES = 211, 212  # keys of `uniform`
+
+Scores = Callable[[list[np.ndarray]], np.ndarray]  # histories to (N, items)
+
+
+class Model(Protocol):
+    """What is needed of a model; `plait.load` returns one."""
+
+    checkpoint: Checkpoint
+    device: Device
+
+    def add_items(self, items: list[Known]) -> object: ...
+
+
+@dataclass
+class Targets:
+    """What is asked: after `histories[i]`, user `users[i]` chose `items[i]`."""
+
+    users: np.ndarray
+    items: np.ndarray
+    histories: list[np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def only(self, keep: np.ndarray) -> Targets:
+        places = np.flatnonzero(keep) if keep.dtype == bool else keep
+        return Targets(self.users[places], self.items[places], [self.histories[i] for i in places])
+
+
+def targets_of(histories: Histories, parts: tuple[int, ...]) -> Targets:
+    """Every interaction of these parts, after all that the user chose before and that is not hidden."""
+    owner, usable = histories.owners(), histories.parts != HIDDEN
+    wanted = np.flatnonzero(np.isin(histories.parts, parts))
+    users, items, before = [], [], []
+    for place in wanted:
+        start = histories.starts[owner[place]]
+        history = histories.items[start:place][usable[start:place]]
+        if len(history):
+            users.append(owner[place])
+            items.append(histories.items[place])
+            before.append(history.astype(np.int64))
+    return Targets(np.array(users, np.int64), np.array(items, np.int64), before)
+
+
+@dataclass
+class Ranks:
+    """Where the right item stands among all, 0 for the first: with what was seen left out, and with it."""
+
+    masked: np.ndarray
+    whole: np.ndarray
+    lists: np.ndarray  # (N, 10) the first ones, with what was seen left out
+
+
+@dataclass
+class Measured:
+    """A method's figures by name, one value a target."""
+
+    values: dict[str, np.ndarray]
+    lists: np.ndarray  # (N, 10)
+
+    @classmethod
+    def of(cls, ranks: Ranks) -> Measured:
+        values = {}
+        for suffix, rank in (("", ranks.masked), ("_unmasked", ranks.whole)):
+            for depth in DEPTHS:
+                hit = rank < depth
+                values[f"hr_at_{depth}{suffix}"] = hit.astype(float)
+                values[f"ndcg_at_{depth}{suffix}"] = hit / np.log2(rank + 2.0)
+                values[f"mrr_at_{depth}{suffix}"] = hit / (rank + 1.0)
+        return cls(values, ranks.lists)
+
+
+def rank(
+    targets: Targets,
+    scores: Scores,
+    seed: int,
+    told: Callable[[int], None] = lambda done: None,
+    chunk: int = CHUNK,
+) -> Ranks:
+    """The rank of every target among all items; equal scores are put in an order drawn by the seed."""
+    masked, whole = np.zeros(len(targets), np.int64), np.zeros(len(targets), np.int64)
+    lists = np.zeros((len(targets), 10), np.int64)
+    order = np.argsort([len(h) for h in targets.histories], kind="stable")  # like lengths together
+    for start in range(0, len(targets), chunk):
+        places = order[start : start + chunk]
+        told(start)
+        found = scores([targets.histories[i] for i in places])
+        luck = uniform(seed, np.arange(found.shape[1]), TIES)
+        for row, place in zip(found, places, strict=True):
+            item = targets.items[place]
+            ahead = (row > row[item]) | ((row == row[item]) & (luck > luck[item]))
+            whole[place] = int(ahead.sum())
+            seen = np.unique(targets.histories[place])
+            masked[place] = whole[place] - int(ahead[seen].sum())
+            row[seen[seen != item]] = -np.inf
+            first = np.argpartition(-row, min(10, len(row) - 1))[:10]
+            lists[place, : len(first)] = first[np.argsort(-row[first], kind="stable")]
+    return Ranks(masked, whole, lists)
+
+
+def _mean(values: np.ndarray, users: np.ndarray, seed: int) -> tuple[float, float]:
+    """Mean and standard error; the targets of one user are drawn together."""
+    _, group = np.unique(users, return_inverse=True)
+    if len(group) and group.max() + 1 == len(group):
+        return metrics.mean_with_error(values, seed=seed)
+    return metrics.ratio_with_error(np.bincount(group, values), np.bincount(group), seed=seed)
+
+
+def evaluate_histories(
+    model: Model, dataset: Dataset, split: str, *, seed: int, limit: int | None, progress: Progress
+) -> tuple[Metrics, Findings]:
+    """The figures of recommending on the held-out items of a dataset of histories, under
+    "recommendation/item-item/METRIC", and what the report shows beside them.
+
+    Raises PlaitError where there is nothing to ask, or the model is of another catalogue.
+    """
+    histories = read_histories(dataset)
+    catalogue = _fit(model, read_catalogue(dataset), dataset, histories)
+    if split not in ("val", "test"):
+        raise PlaitError(f"Histories are evaluated on what is held out of them: --split test or val, not {split}.")
+    wanted = TEST if split == "test" else VAL
+    targets = targets_of(histories, (wanted,))
+    if not len(targets):
+        raise PlaitError(f"{dataset.path} has no items held out for {split}: no user has three interactions or more.")
+    findings = Findings()
+    for note in dataset.manifest.notes:
+        if note.startswith(("leave one out", "split by time", "no times")) or "ties in time" in note:
+            findings.notes.append(f"{note[0].upper()}{note[1:]}.")
+    if first := int((histories.parts == wanted).sum()) - len(targets):
+        findings.notes.append(f"{first:,} held-out items are the first of their users: with no history, not asked for.")
+    most = min(QUERIES, limit or QUERIES)
+    targets = _some(targets, most, "held-out items", seed, findings)
+    work = _Work(model, histories, catalogue, seed, progress, findings)
+    work.measure(targets)
+    cold = targets_of(histories, (VAL, TEST))
+    cold = _some(cold.only(cold.items >= catalogue.known), most, "held-out new items", seed, findings)
+    if len(cold) >= 20:
+        work.measure_cold(cold)
+    work.show(targets)
+    return work.metrics, findings
+
+
+def _some(targets: Targets, most: int, what: str, seed: int, findings: Findings) -> Targets:
+    """At most so many of the targets, drawn by the seed."""
+    if len(targets) <= most:
+        return targets
+    findings.notes.append(f"{most:,} of {len(targets):,} {what} were asked for, drawn by the seed.")
+    chosen = np.argsort(uniform(seed, np.arange(len(targets)), ORDER), kind="stable")[:most]
+    return targets.only(np.sort(chosen))
+
+
+def _fit(model: Model, catalogue: Catalogue, dataset: Dataset, histories: Histories) -> Catalogue:
+    """Give the model the items of the dataset that it has not met, and the histories the model's numbers; returns its
+    catalogue, which may have more items than the dataset's."""
+    own = model.checkpoint.catalogue
+    if own is None:
+        raise PlaitError("This model knows no items: evaluate the run that was trained on these histories.")
+    if [item.id for item in own.items[: own.known]] != [item.id for item in catalogue.items[: catalogue.known]]:
+        raise PlaitError(f"The model's items are not those of {dataset.path}. Evaluate it on the data of its run.")
+    known = {item.id for item in own.items}
+    model.add_items([item for item in catalogue.items if item.id not in known])
+    whole = model.checkpoint.catalogue
+    assert whole is not None
+    numbers = {item.id: number for number, item in enumerate(whole.items)}
+    histories.items = np.array([numbers[item.id] for item in catalogue.items], np.int64)[histories.items]
+    return whole
+
+
+@dataclass
+class _Work:
+    model: Model
+    histories: Histories
+    catalogue: Catalogue
+    seed: int
+    progress: Progress
+    findings: Findings
+    metrics: Metrics = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        network = self.model.checkpoint.model
+        self.next = foretell(network, self.model.device)
+        keep = self.histories.parts == TRAIN
+        counts = np.bincount(self.histories.owners()[keep], minlength=len(self.histories))
+        starts = np.concatenate(([0], np.cumsum(counts)))
+        self.train = Interactions(self.histories.items[keep], starts, len(self.catalogue))
+        self.popularity = self.train.popularity()
+
+    def keep(self, name: str, value: float, **more: float | None) -> None:
+        found = {"value": value, "stderr": None, "chance": None, "baseline": None, "n": None, **more}
+        self.metrics[f"{TASK}/{DIRECTION}/{name}"] = found
+
+    def ranks(self, name: str, targets: Targets, scores: Scores) -> Ranks:
+        chunk = min(CHUNK, max(CELLS // len(self.catalogue), 16))
+        return rank(targets, scores, self.seed, lambda done: self.progress(name, done, len(targets)), chunk)
+
+    def methods(self) -> dict[str, Scores]:
+        """Name -> scores, the baselines that this catalogue is not too large for."""
+
+        def each(method: Follows | Neighbours) -> Scores:
+            return lambda histories: np.stack([method.scores(history) for history in histories])
+
+        found: dict[str, Scores] = {
+            "cooccurrence": each(Follows(self.train)),
+            "popularity": lambda histories: np.tile(self.popularity, (len(histories), 1)),
+        }
+        if self.train.count <= MOST:
+            found["item_knn"] = each(Neighbours(self.train))
+            found["ease"] = each(Neighbours(self.train, EASE))
+        else:
+            self.findings.notes.append(f"Item-kNN and EASE were left out: more than {MOST:,} items.")
+        return found
+
+    def measure(self, targets: Targets) -> None:
+        """Every method on the same targets; the model's lead over co-occurrence by resampling users."""
+        own = Measured.of(self.ranks("model", targets, self.next.log_chances))
+        others = {name: Measured.of(self.ranks(name, targets, s)) for name, s in self.methods().items()}
+        first, n = others["cooccurrence"], len(targets)
+        unseen = len(self.catalogue) - np.array([len(np.unique(h)) for h in targets.histories])
+        for name, values in own.values.items():
+            value, error = _mean(values, targets.users, self.seed)
+            depth = int(name.split("_")[2])
+            among = unseen if name.endswith(("1", "5", "0")) else np.full(n, len(self.catalogue))
+            chance = float((_expected(name, depth) / among).mean())
+            base = float(first.values[name].mean())
+            self.keep(name, value, stderr=error, chance=chance, baseline=base, n=n)
+        for name in ("hr_at_10", "ndcg_at_10"):
+            self._lead(name, own.values[name] - first.values[name], targets, "directed co-occurrence")
+            for other, measured in others.items():
+                mean, error = _mean(measured.values[name], targets.users, self.seed)
+                self.keep(f"{name}_{other}", mean, stderr=error, n=n)
+        covered = {name: len(np.unique(m.lists)) / len(self.catalogue) for name, m in {"": own, **others}.items()}
+        for name, share in covered.items():
+            beside = None if name else covered["cooccurrence"]
+            self.keep(f"coverage_at_10{name and '_'}{name}", share, baseline=beside, n=n)
+        rare = -np.log2((self.popularity + 1) / (self.popularity + 1).sum())
+        value, error = _mean(rare[own.lists].mean(1), targets.users, self.seed)
+        base = float(rare[first.lists].mean())
+        self.keep("novelty_at_10", value, stderr=error, baseline=base, n=n)
+        self._by_popularity(targets, own, first)
+
+    def _lead(self, name: str, lead: np.ndarray, targets: Targets, over: str) -> None:
+        """The mean of a difference of the model to a baseline, paired by target, and how sure it is that it leads."""
+        value, error = _mean(lead, targets.users, self.seed)
+        self.keep(f"{name}_lead", value, stderr=error, n=len(targets))
+        above = _above(lead, targets.users, self.seed)
+        self.findings.notes.append(
+            f"{name}, model less {over}: {value:+.4f} ± {error:.4f}, above zero in {above:.2%} of {DRAWS:,} paired "
+            "resamples of users."
+        )
+
+    def _by_popularity(self, targets: Targets, own: Measured, first: Measured) -> None:
+        """Thirds of the training interactions: those of the most popular items, the middle, the rest."""
+        order = np.argsort(-self.popularity, kind="stable")
+        third = np.empty(len(order), int)
+        share = np.cumsum(self.popularity[order]) / self.popularity.sum()
+        third[order] = np.minimum((share * 3 - 1e-9).astype(int), 2)
+        for number, name in enumerate(("head", "middle", "tail")):
+            mine = third[targets.items] == number
+            if mine.any():
+                value, error = _mean(own.values["hr_at_10"][mine], targets.users[mine], self.seed)
+                base = float(first.values["hr_at_10"][mine].mean())
+                chance = 10 / len(self.catalogue)
+                self.keep(f"hr_at_10_{name}", value, stderr=error, chance=chance, baseline=base, n=int(mine.sum()))
+
+    def measure_cold(self, targets: Targets) -> None:
+        """Items that no training history has, ranked among all; beside the most popular of the genres that a user
+        likes, and the items whose content is nearest to the last ones."""
+        own = Measured.of(self.ranks("cold items", targets, self.next.log_chances))
+        methods = {"genre": self._genres(), "nearest": self._nearest()}
+        others = {name: Measured.of(self.ranks(name, targets, s)) for name, s in methods.items() if s is not None}
+        n = len(targets)
+        for name in ("hr_at_10", "ndcg_at_10", "hr_at_20"):
+            value, error = _mean(own.values[name], targets.users, self.seed)
+            chance = _expected(name, int(name.split("_")[2])) / len(self.catalogue)
+            base = float(others["genre"].values[name].mean()) if "genre" in others else None
+            self.keep(f"cold_{name}", value, stderr=error, chance=chance, baseline=base, n=n)
+            for other, measured in others.items():
+                mean, error = _mean(measured.values[name], targets.users, self.seed)
+                self.keep(f"cold_{name}_{other}", mean, stderr=error, n=n)
+        if "nearest" in others:
+            lead = own.values["hr_at_10"] - others["nearest"].values["hr_at_10"]
+            self._lead("cold_hr_at_10", lead, targets, "nearest content")
+
+    def _genres(self) -> Scores | None:
+        """What is popular in the genres that a history has; a new item counts as an average one of its genres."""
+        names = sorted({genre for item in self.catalogue.items for genre in item.categories})
+        if not names:
+            return None
+        place = {name: i for i, name in enumerate(names)}
+        member = np.zeros((len(self.catalogue), len(names)))
+        for row, item in zip(member, self.catalogue.items, strict=True):
+            row[[place[genre] for genre in item.categories]] = 1 / max(len(item.categories), 1)
+        known = self.popularity > 0
+        typical = (member[known] * self.popularity[known, None]).sum(0) / member[known].sum(0).clip(1e-9)
+        popular = np.where(known, self.popularity, member @ typical)
+
+        def scores(histories: list[np.ndarray]) -> np.ndarray:
+            taste = np.stack([member[history].mean(0) for history in histories])
+            return (taste @ member.T) * popular
+
+        return scores
+
+    def _nearest(self) -> Scores | None:
+        """Items whose content is nearest to that of the last ten."""
+        items = self.model.checkpoint.model.items
+        if items is None:  # codes say less than the content that they came from
+            return None
+        content = items.content.float().cpu().numpy()
+        if not content.shape[1]:
+            return None
+        content = content / np.linalg.norm(content, axis=1, keepdims=True).clip(1e-9)
+
+        def scores(histories: list[np.ndarray]) -> np.ndarray:
+            return np.stack([content[history[-10:]].mean(0) for history in histories]) @ content.T
+
+        return scores
+
+    def show(self, targets: Targets) -> None:
+        """Some users for the report: the end of a history, what is recommended, and what came."""
+        rows = []
+        for i in np.argsort(uniform(self.seed, np.arange(len(targets)), ORDER), kind="stable")[:8]:
+            history, item = targets.histories[i], int(targets.items[i])
+            scores = self.next.log_chances([history])[0]
+            scores[np.setdiff1d(history, [item])] = -np.inf
+            best = np.argsort(-scores, kind="stable")[:6]
+            head = Exhibit("… then came", text=" · ".join(self.catalogue.name(int(h)) for h in history[-5:]),
+                           beside=Exhibit("chosen next", text=self.catalogue.name(item)))  # fmt: skip
+            shown = [
+                Exhibit(f"{np.exp(scores[b]):.1%}", text=self.catalogue.name(int(b)), right=True if b == item else None)
+                for b in best
+            ]
+            rows.append((head, shown))
+        note = "Users drawn by the seed: the last of a history, what came next, and the six likeliest items."
+        self.findings.galleries.append(Gallery("Recommended", note, rows))
+
+
+def _expected(name: str, depth: int) -> float:
+    """The sum over ranks below `depth` of what a hit counts there: chance is this over the number of items."""
+    places = np.arange(depth)
+    gain = {"hr": np.ones(depth), "ndcg": 1 / np.log2(places + 2.0), "mrr": 1 / (places + 1.0)}
+    return float(gain[name.split("_")[0]].sum())
+
+
+def _above(lead: np.ndarray, users: np.ndarray, seed: int) -> float:
+    """The share of resamples of users in which a paired difference is above zero."""
+    _, group = np.unique(users, return_inverse=True)
+    sums = np.bincount(group, lead)
+    random = np.random.default_rng(seed)
+    above = 0
+    for start in range(0, DRAWS, 500):
+        count = min(500, DRAWS - start)
+        above += int((sums[random.integers(0, len(sums), (count, len(sums)))].sum(1) > 0).sum())
+    return above / DRAWS

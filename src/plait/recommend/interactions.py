@@ -1,0 +1,391 @@
+"""Tables of interactions and of items -> rows: MovieLens files, CSV and the like with a heading, plain lines."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import islice
+from typing import Any
+
+from plait.core.config import ItemsRecipe
+from plait.core.errors import PlaitError
+from plait.data.files import DAMAGED, TABLE_SUFFIXES, Tree, suffix_of
+from plait.data.media import MediaError, check
+from plait.data.record import Rejected, text_fault
+from plait.data.stores import open_binary, read_bytes
+from plait.data.tables import rows
+from plait.recommend.catalogue import Item
+
+# What a column may be called: role -> names, in lower case, without what is no letter.
+ROLES = {
+    "user": "user userid uid customer customerid reviewer reviewerid session sessionid visitorid member memberid",
+    "item": "item itemid iid movieid movie filmid film productid product asin sku articleid trackid songid bookid isbn",
+    "time": "time timestamp ts date datetime unixreviewtime when at created createdat",
+    "weight": "weight rating score overall stars",
+    "id": "id item itemid iid movieid filmid productid asin sku articleid trackid songid bookid isbn hexcode",
+    "title": "title name itemname productname label",
+    "text": "text description overview summary plot abstract",
+    "categories": "categories category genres genre group tags keywords",
+    "picture": "picture image img photo poster imagefilename picturefilename cover filename file",
+    "sound": "sound audio audiofilename soundfilename preview",
+}
+_NAMES = {role: names.split() for role, names in ROLES.items()}
+_INTERACTIONS = re.compile(r"(u\.data|ratings\.(dat|csv)|(interactions|events|histories|purchases)\.\w+)(\.gz)?$")
+_ITEMS = re.compile(r"(u\.item|movies\.(dat|csv)|(items|products|catalogue|catalog)\.\w+)(\.gz)?$")
+_GENRES = (
+    "unknown|Action|Adventure|Animation|Children's|Comedy|Crime|Documentary|Drama|Fantasy|Film-Noir|Horror|Musical|"
+    "Mystery|Romance|Sci-Fi|Thriller|War|Western"
+)
+
+
+@dataclass
+class Interaction:
+    """One line: somebody chose something."""
+
+    user: str
+    item: str
+    time: int | None
+    weight: float | None
+
+
+def find(tree: Tree, recipe: ItemsRecipe | None) -> tuple[str, str | None] | None:
+    """The tables of interactions and of items among the files of a source; None where it holds no histories.
+
+    Without a recipe only files with the names of such tables count. Raises PlaitError where the recipe asks for
+    histories and there are none.
+    """
+    wish = recipe or ItemsRecipe()
+    first = _named(tree, wish.interactions) if wish.interactions else _only(tree, _INTERACTIONS)
+    second = _named(tree, wish.items) if wish.items else _only(tree, _ITEMS)
+    if first is None and recipe is not None:
+        lines = [name for name in tree.files if name != second and _is_lines(tree, name)]
+        tables = [name for name in tree.files if name != second and _is_interactions(tree, name, wish)]
+        found = tables or lines
+        if len(found) != 1:
+            shown = ", ".join(list(found or tree.files)[:8])
+            raise PlaitError(
+                f"{tree.root} has {'several tables' if found else 'no table'} of interactions ({shown}). Name it in "
+                "the recipe: data.items.interactions. It needs a user and an item in each row, or plain lines "
+                "'user item' in order of time."
+            )
+        first = found[0]
+    if first is None:
+        return None
+    if second is None and recipe is not None and recipe.items is None:
+        others = [name for name in tree.files if name != first and _is_items(tree, name, wish)]
+        second = others[0] if len(others) == 1 else None
+    return first, second
+
+
+def _named(tree: Tree, wanted: str) -> str:
+    if wanted in tree.files:
+        return wanted
+    inside = [name for name in tree.files if name.rpartition("/")[2] == wanted]
+    if len(inside) == 1:
+        return inside[0]
+    raise PlaitError(
+        f"{tree.root} has no file '{wanted}', which the recipe names. It has {', '.join(tree.files)[:300]}."
+    )
+
+
+def _only(tree: Tree, pattern: re.Pattern[str]) -> str | None:
+    found = [name for name in tree.files if pattern.fullmatch(name.rpartition("/")[2])]
+    return found[0] if len(found) == 1 else None
+
+
+def _heads(tree: Tree, name: str) -> list[str]:
+    if suffix_of(name) not in TABLE_SUFFIXES:
+        return []
+    return [key for _, row in islice(rows(tree, name), 20) if isinstance(row, dict) for key in row]
+
+
+def _rows_there(tree: Tree, name: str) -> list[str]:
+    """`_heads` of a table that is to be used. Raises PlaitError where no row of it can be read."""
+    heads = _heads(tree, name)
+    if not heads:
+        why = next((f": {row}" for _, row in rows(tree, name) if isinstance(row, str)), "")
+        raise PlaitError(f"{name} has no rows{why}. It needs a line of column names, and rows below it.")
+    return heads
+
+
+def _is_interactions(tree: Tree, name: str, recipe: ItemsRecipe) -> bool:
+    heads = _heads(tree, name)
+    return bool(_columns(heads, "user", recipe) and _columns(heads, "item", recipe))
+
+
+def _is_items(tree: Tree, name: str, recipe: ItemsRecipe) -> bool:
+    heads = _heads(tree, name)
+    return bool(_columns(heads, "id", recipe) and not _columns(heads, "user", recipe))
+
+
+def _is_lines(tree: Tree, name: str) -> bool:
+    """Whether a text file holds rows of ids: two or more in each line, all of one spelling."""
+    if suffix_of(name) not in ("", ".txt", ".dat", ".data", ".inter"):
+        return False
+    try:
+        some = [line for _, line in islice(_lines(tree, name), 50)]
+    except DAMAGED:
+        return False
+    cells = [_cells(line, _mark(some)) for line in some]
+    ids = [cell for row in cells for cell in row]
+    numbered = sum(bool(re.search(r"\d", cell)) for cell in ids) >= 0.9 * len(ids)
+    return bool(cells) and numbered and all(len(row) >= 2 for row in cells) and not any(" " in cell for cell in ids)
+
+
+def _columns(heads: list[str], role: str, recipe: ItemsRecipe) -> list[str]:
+    """The columns of a role: those that the recipe names, else the first of a usual name."""
+    if role in recipe.columns:
+        return [name.strip() for name in recipe.columns[role].split(",")]
+    plain = {re.sub(r"[^a-z]", "", head.lower()): head for head in reversed(heads)}
+    return next(([plain[name]] for name in _NAMES[role] if name in plain), [])
+
+
+# --- lines ------------------------------------------------------------------------------------------------------
+
+
+def _lines(tree: Tree, name: str) -> Iterator[tuple[int, str]]:
+    """The lines of a text file that are not blank, numbered from 1: UTF-8, else Latin-1, as MovieLens has it."""
+    import gzip
+    import io
+
+    raw = open_binary(tree.files[name])
+    with gzip.open(raw) if name.lower().endswith(".gz") else raw as file:
+        data = file.read()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = data.decode("latin-1")
+    for number, line in enumerate(io.StringIO(text), 1):
+        if line.strip():
+            yield number, line.rstrip("\r\n")
+
+
+def _mark(lines: list[str]) -> str | None:
+    """What stands between the cells; None for white space."""
+    return next((mark for mark in ("::", "\t", "|", ",", ";") if lines and all(mark in line for line in lines)), None)
+
+
+def _cells(line: str, mark: str | None) -> list[str]:
+    return [cell.strip() for cell in line.split(mark)]
+
+
+def read_interactions(tree: Tree, name: str, recipe: ItemsRecipe) -> Iterator[Interaction | Rejected]:
+    """The rows of a table of interactions, in the order of the file; what cannot be used is told."""
+    tree.used.add(name)
+    if suffix_of(name) in TABLE_SUFFIXES and not _headless(tree, name):
+        yield from _from_table(tree, name, recipe)
+        return
+    try:
+        lines = list(_lines(tree, name))
+    except DAMAGED as error:
+        raise PlaitError(f"{name} cannot be read: {error}. Fetch it again.") from error
+    some = [line for _, line in lines[:200]]
+    mark = _mark(some)
+    widths = {len(_cells(line, mark)) for line in some}
+    if widths <= {2, 3, 4} and len(widths) == 1:
+        width = widths.pop()
+        thirds = [_cells(line, mark)[2] for line in some] if width == 3 else []
+        # Of three cells the last is a time where it is too large for a rating.
+        timed = width == 4 or (width == 3 and all(_time(value) is not None for value in thirds)
+                               and max(float(_time(value) or 0) for value in thirds) > 10_000)  # fmt: skip
+        for number, line in lines:
+            cells = _cells(line, mark)
+            if len(cells) != width:
+                yield Rejected(name, number, f"{len(cells)} cells, where the other lines have {width}")
+                continue
+            weight = cells[2] if width == 4 or (width == 3 and not timed) else None
+            yield _interaction(name, number, cells[0], cells[1], cells[-1] if timed else None, weight)
+        return
+    for number, line in lines:  # a user, and all items in order
+        user, *items = _cells(line, mark)
+        if not items:
+            yield Rejected(name, number, "a user without items")
+        for item in items:
+            yield _interaction(name, number, user, item, None, None)
+
+
+def _headless(tree: Tree, name: str) -> bool:
+    """Whether a .csv or .tsv has numbers where a heading should be."""
+    if suffix_of(name) not in (".csv", ".tsv"):
+        return False
+    first = next((line for _, line in _lines(tree, name)), "")
+    return bool(first) and all(re.fullmatch(r"-?\d+(\.\d+)?", cell) for cell in _cells(first, _mark([first])))
+
+
+def _from_table(tree: Tree, name: str, recipe: ItemsRecipe) -> Iterator[Interaction | Rejected]:
+    heads = _rows_there(tree, name)
+    found = {role: _columns(heads, role, recipe) for role in ("user", "item", "time", "weight")}
+    for role in ("user", "item"):
+        if not found[role]:
+            raise PlaitError(
+                f"{name} has no column of {role}s. Its columns are {', '.join(dict.fromkeys(heads))}. Name it in the "
+                f"recipe: data.items.columns.{role}."
+            )
+    for role, names in found.items():
+        if names and names[0] not in heads:
+            raise PlaitError(
+                f"{name} has no column '{names[0]}', which the recipe's data.items.columns.{role} names. Its columns "
+                f"are {', '.join(dict.fromkeys(heads))}."
+            )
+    for line, row in rows(tree, name):
+        if isinstance(row, str):
+            yield Rejected(name, line, row)
+            continue
+        cell = {role: row.get(names[0]) if names else None for role, names in found.items()}
+        if found["time"] and cell["time"] in (None, ""):
+            yield Rejected(name, line, "no time, where other rows have one")
+            continue
+        yield _interaction(name, line, cell["user"], cell["item"], cell["time"], cell["weight"])
+
+
+def _interaction(name: str, line: int, user: Any, item: Any, time: Any, weight: Any) -> Interaction | Rejected:
+    for role, value in (("user", user), ("item", item)):
+        if value is None or str(value).strip() == "" or (isinstance(value, float) and not math.isfinite(value)):
+            return Rejected(name, line, f"no {role}")
+    moment = None
+    if time is not None:
+        moment = _time(time)
+        if moment is None:
+            return Rejected(name, line, f"'{str(time)[:40]}' is no time: write seconds since 1970, or 2026-11-24")
+    size = None
+    if weight not in (None, ""):
+        try:
+            size = float(weight)
+        except (TypeError, ValueError):
+            return Rejected(name, line, f"'{str(weight)[:40]}' is no weight")
+    return Interaction(_id(user), _id(item), moment, size)
+
+
+def _id(value: Any) -> str:
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+
+
+def _time(value: Any) -> int | None:
+    """Seconds since 1970 of a number or of an ISO date."""
+    if isinstance(value, datetime):
+        return int((value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp())
+    try:
+        number = float(value)
+        return int(number) if math.isfinite(number) and abs(number) < 2**62 else None
+    except (TypeError, ValueError):
+        pass
+    try:
+        moment = datetime.fromisoformat(str(value).strip())
+    except ValueError:
+        return None
+    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
+
+
+# --- items ------------------------------------------------------------------------------------------------------
+
+
+def read_items(tree: Tree, name: str, recipe: ItemsRecipe) -> Iterator[tuple[int, Item | Rejected]]:
+    """The rows of a table of items, each with its line; pictures and sounds are checked."""
+    tree.used.add(name)
+    if suffix_of(name) in TABLE_SUFFIXES:
+        yield from _items_of_table(tree, name, recipe)
+        return
+    genres = [genre for genre in tree.files if genre.rpartition("/")[2] == "u.genre"]
+    names = [_cells(line, "|")[0] for _, line in _lines(tree, genres[0])] if genres else _GENRES.split("|")
+    tree.used.update(genres)
+    for number, line in _lines(tree, name):
+        if name.rpartition("/")[2].startswith("u.item"):
+            cells = line.split("|")
+            if len(cells) < 6 or len(cells) - 5 > len(names):
+                yield number, Rejected(name, number, f"{len(cells)} cells; a row of u.item has {len(names) + 5}")
+                continue
+            flags = zip(names, cells[5:], strict=False)
+            categories = [genre for genre, flag in flags if flag == "1" and genre != "unknown"]
+            item = Item(cells[0], cells[1] or None, None, categories)
+        else:
+            cells = line.split("::")
+            if len(cells) < 2:
+                yield number, Rejected(name, number, "not a row 'id::title::categories'")
+                continue
+            item = Item(cells[0], cells[1] or None, None, _several(cells[2]) if len(cells) > 2 else [])
+        yield number, _dated(item)
+
+
+def _items_of_table(tree: Tree, name: str, recipe: ItemsRecipe) -> Iterator[tuple[int, Item | Rejected]]:
+    heads = list(dict.fromkeys(_rows_there(tree, name)))
+    roles = ("id", "title", "text", "categories", "picture", "sound")
+    found = {role: _columns(heads, role, recipe) for role in roles}
+    missing = [(role, column) for role, names in found.items() for column in names if column not in heads]
+    if missing or not found["id"]:
+        role, column = missing[0] if missing else ("id", "of ids")
+        raise PlaitError(
+            f"{name} has no column {column if column == 'of ids' else repr(column)}. Its columns are "
+            f"{', '.join(heads)}. Name it in the recipe: data.items.columns.{role}."
+        )
+    taken = {column for names in found.values() for column in names}
+    for line, row in rows(tree, name):
+        if isinstance(row, str):
+            yield line, Rejected(name, line, row)
+            continue
+        cell = {role: [row.get(column) for column in names] for role, names in found.items()}
+        if cell["id"][0] in (None, ""):
+            yield line, Rejected(name, line, "the item's id is empty")
+            continue
+        item = Item(
+            _id(cell["id"][0]),
+            " ".join(str(value) for value in cell["title"] if value not in (None, "")) or None,
+            " ".join(" ".join(_several(value, ("\n",))) for value in cell["text"]) or None,
+            [part for value in cell["categories"] for part in _several(value)],
+            more={key: value for key, value in row.items() if key not in taken and _scalar(value)},
+        )
+        fault = next((f for t in (item.id, item.title, item.text) if t and (f := text_fault(t))), None)
+        for role, kind in (("picture", "image"), ("sound", "audio")):
+            if cell[role] and cell[role][0] not in (None, "") and fault is None:
+                data = _medium(tree, name, cell[role][0], kind)
+                if isinstance(data, Rejected):  # what else is known of the item is worth keeping
+                    yield line, Rejected(name, line, f"{data.reason}; the item is kept without its {role}")
+                else:
+                    setattr(item, role, data)
+        yield line, Rejected(name, line, fault) if fault else _dated(item)
+
+
+def _scalar(value: Any) -> bool:
+    return isinstance(value, str | int | float) and not isinstance(value, bool) and value == value
+
+
+def _several(value: Any, marks: tuple[str, ...] = ("|", ";", ",")) -> list[str]:
+    """The values of a cell: a list, or a text with marks between them."""
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return [str(part).strip() for part in value if str(part).strip()]
+    mark = next((m for m in marks if m in str(value)), None)
+    parts = (part.strip() for part in (str(value).split(mark) if mark else [str(value)]))
+    return [part for part in parts if part and part != "(no genres listed)"]
+
+
+def _dated(item: Item) -> Item:
+    """With the year that ends the title as a cell of its own, for conditions."""
+    match = re.search(r"\((\d{4})\)\s*$", item.title or "")
+    if match and "year" not in item.more:
+        item.more["year"] = int(match[1])
+    elif isinstance(year := item.more.get("year"), str) and year.isdigit():
+        item.more["year"] = int(year)
+    return item
+
+
+def _medium(tree: Tree, table: str, value: Any, kind: str) -> bytes | Rejected:
+    """The bytes of a picture or a sound that a cell names or holds, once they were seen to decode."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        data = value
+    else:
+        found = tree.resolve(table, str(value))
+        if isinstance(found, Rejected):
+            return found
+        tree.used.add(found)
+        data = read_bytes(tree.files[found])
+    try:
+        check(kind, data)
+    except MediaError as error:
+        return Rejected(table, None, str(error))
+    return data

@@ -1,0 +1,146 @@
+"""The routes of recommending."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from starlette.responses import Response
+
+from plait.data.media import mime
+from plait.inference.model import Model
+from plait.recommend.model import Recommendation
+from plait.server.api import make_router, of
+from plait.server.limits import ApiError
+from plait.server.schemas import Name, Strict
+from plait.server.service import Served
+
+router = make_router()
+
+Condition = Annotated[str | None, Field(max_length=1000, description="As in SQL: year >= 1990 and title like '%War%'.")]
+
+
+class RecommendRequest(Strict):
+    model: Name
+    history: Annotated[list[Name], Field(min_length=1, max_length=1000, description="Titles or ids, oldest first.")]
+    k: Annotated[int, Field(ge=1, le=100)] = 10
+    exclude_seen: bool = True
+    where: Condition = None
+    diversity: Annotated[float, Field(ge=0, le=1)] = 0.0
+    why: bool = False
+    preview: Annotated[bool, Field(description="Whether small pictures of items come along as data: URLs.")] = False
+
+
+class SimilarRequest(Strict):
+    model: Name
+    item: Name
+    k: Annotated[int, Field(ge=1, le=100)] = 10
+    where: Condition = None
+    preview: Annotated[bool, Field(description="Whether small pictures of items come along as data: URLs.")] = False
+
+
+class ItemsRequest(Strict):
+    """Items whose titles hold a text; without one, those that are chosen most often."""
+
+    model: Name
+    text: Annotated[str, Field(max_length=256)] = ""
+    k: Annotated[int, Field(ge=1, le=100)] = 12
+
+
+class Reason(BaseModel):
+    title: str
+    lost: float
+
+
+class RecommendedItem(BaseModel):
+    id: str
+    title: str
+    probability: float
+    categories: list[str]
+    why: list[Reason]
+    preview: str | None
+
+
+class Recommendations(BaseModel):
+    object: Literal["list"] = "list"
+    model: str
+    data: list[RecommendedItem]
+
+
+class Listed(BaseModel):
+    id: str
+    title: str
+    categories: list[str]
+
+
+class Items(BaseModel):
+    object: Literal["list"] = "list"
+    model: str
+    data: list[Listed]
+
+
+@router.post("/v1/plait/recommend", response_model=Recommendations, tags=["read"])
+async def recommend(request: Request, body: RecommendRequest) -> Response:
+    """The likeliest next items of a history. The histories of a run's own users are not served."""
+    service, trail = of(request)
+    served = service.find(body.model, trail)
+    model = _model(served)
+
+    def work() -> list[dict[str, Any]]:
+        found = model.recommend(
+            body.history, k=body.k, exclude_seen=body.exclude_seen, where=body.where, diversity=body.diversity,
+            why=body.why,
+        )  # fmt: skip
+        return [_shown(model, one, body.preview) for one in found]
+
+    trail.prompt_tokens = len(body.history)
+    data = await served.worker.call(work, service.deadline(trail))
+    return JSONResponse({"object": "list", "model": served.name, "data": data})
+
+
+@router.post("/v1/plait/similar", response_model=Recommendations, tags=["read"])
+async def similar(request: Request, body: SimilarRequest) -> Response:
+    """The items that are like one; `probability` is the cosine."""
+    service, trail = of(request)
+    served = service.find(body.model, trail)
+    model = _model(served)
+
+    def work() -> list[dict[str, Any]]:
+        return [_shown(model, one, body.preview) for one in model.similar(body.item, body.k, body.where)]
+
+    data = await served.worker.call(work, service.deadline(trail))
+    return JSONResponse({"object": "list", "model": served.name, "data": data})
+
+
+@router.post("/v1/plait/items", response_model=Items, tags=["read"])
+async def items(request: Request, body: ItemsRequest) -> Response:
+    """Items to choose from, by a part of their titles."""
+    service, trail = of(request)
+    served = service.find(body.model, trail)
+    model = _model(served)
+
+    def work() -> list[dict[str, Any]]:
+        places = model.look_up(body.text, body.k)
+        shown = model.catalogue
+        return [
+            {"id": shown.items[i].id, "title": shown.name(i), "categories": shown.items[i].categories} for i in places
+        ]
+
+    data = await served.worker.call(work, service.deadline(trail))
+    return JSONResponse({"object": "list", "model": served.name, "data": data})
+
+
+def _model(served: Served) -> Model:
+    if "recommend" not in served.verbs:
+        raise ApiError(400, f"{served.name} knows no items. It can {', '.join(served.verbs)}.", "model")
+    return served.ours
+
+
+def _shown(model: Model, one: Recommendation, preview: bool) -> dict[str, Any]:
+    picture = model.picture(one.id) if preview else None
+    url = f"data:{mime(picture)};base64,{base64.b64encode(picture).decode()}" if picture is not None else None
+    return {**asdict(one), "why": [{"title": title, "lost": lost} for title, lost in one.why], "preview": url}

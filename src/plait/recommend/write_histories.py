@@ -1,0 +1,340 @@
+"""Histories: who chose what in which order. A dataset of them has a user in each record and a catalogue beside it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from plait.core.config import ItemsRecipe
+from plait.core.errors import PlaitError
+from plait.core.files import sha256_file
+from plait.core.rng import key_of, uniform
+from plait.data.dataset import VERSION, Dataset, Lengths, Manifest, Shard
+from plait.data.files import Tree
+from plait.data.preview import Example, report
+from plait.data.record import SPLITS, Rejected
+from plait.data.stores import join, open_binary
+from plait.data.tables import rows
+from plait.recommend.catalogue import Catalogue, Item
+from plait.recommend.interactions import Interaction, read_interactions, read_items
+
+TRAIN, VAL, TEST, HIDDEN = range(4)  # what an interaction is for; a hidden one is neither learnt nor asked for
+COLD = 101  # key of `uniform`
+_GROUP = 4096  # users in a row group
+_EXAMPLES = 12
+
+
+@dataclass
+class Histories:
+    """Interactions by user and, within a user, in order of time. User u has the places `starts[u]` to `starts[u + 1]`
+    of the arrays."""
+
+    users: list[str]
+    starts: np.ndarray  # (U + 1,) int64
+    items: np.ndarray  # (N,) int32, numbers in the catalogue
+    parts: np.ndarray  # (N,) uint8: TRAIN, VAL, TEST or HIDDEN
+    times: np.ndarray | None = None  # (N,) int64, where they are known
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def owners(self) -> np.ndarray:
+        """The user of every interaction, (N,)."""
+        return np.repeat(np.arange(len(self)), np.diff(self.starts))
+
+
+def read_histories(dataset: Dataset) -> Histories:
+    """All histories of a dataset. Raises PlaitError where a file is damaged."""
+    tables = []
+    for shard in dataset.manifest.shards:
+        file = join(dataset.path, shard.file)
+        try:
+            with open_binary(file) as opened:
+                tables.append(pq.read_table(opened, columns=["id", "item", "part", "time"]))
+        except (OSError, pa.ArrowException) as error:
+            raise PlaitError(f"{file} is damaged: {error}. Run plait prepare again.") from error
+    table = pa.concat_tables(tables).combine_chunks()
+    lists = {name: table[name].combine_chunks() for name in ("item", "part", "time")}
+    lengths = np.diff(lists["item"].offsets.to_numpy())
+    times = None if table["time"].null_count else lists["time"].flatten().to_numpy()
+    return Histories(
+        users=table["id"].to_pylist(),
+        starts=np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))),
+        items=lists["item"].flatten().to_numpy(),
+        parts=lists["part"].flatten().to_numpy(),
+        times=times,
+    )
+
+
+def read_catalogue(dataset: Dataset) -> Catalogue:
+    """The catalogue of a dataset of histories. Raises PlaitError where the dataset has none, or it is damaged."""
+    return Catalogue.read(catalogue_file(dataset))
+
+
+def catalogue_file(dataset: Dataset) -> Path:
+    """The file of a dataset's catalogue. Raises PlaitError where there is none here."""
+    if dataset.manifest.catalogue is None:
+        raise PlaitError(f"{dataset.path} holds no histories of items. Prepare a table of interactions.")
+    place = join(dataset.path, dataset.manifest.catalogue.file)
+    if not isinstance(place, Path):
+        raise PlaitError(f"{dataset.path} is far away; copy a dataset of histories to this machine first.")
+    return place
+
+
+# --- writing ----------------------------------------------------------------------------------------------------
+
+
+def write_histories(
+    tree: Tree, interactions: str, items: str | None, folder: Path, recipe: ItemsRecipe, seed: int, progress: Any
+) -> Manifest:
+    """A dataset of histories in `folder`, but for the manifest, which is returned. Raises PlaitError where nothing
+    can be used, or the two tables do not belong together."""
+    rejects: list[Rejected] = list(tree.refused)
+    notes, warnings = [f"{interactions}: interactions"], list[str]()
+    found: list[Interaction] = []
+    light = 0
+    for row in read_interactions(tree, interactions, recipe):
+        if isinstance(row, Rejected):
+            rejects.append(row)
+        elif recipe.least_weight is not None and (row.weight is None or row.weight < recipe.least_weight):
+            light += 1
+        else:
+            found.append(row)
+            if len(found) % 100_000 == 0:
+                progress("check", len(found), None)
+    if not found:
+        common = Counter(reject.reason for reject in rejects).most_common(3)
+        common += [(f"weighs less than {recipe.least_weight:g}, or nothing", light)] if light else []
+        told = "; ".join(f"{reason} ({count})" for reason, count in common) or "nothing was found"
+        raise PlaitError(f"{interactions}: no interaction can be used. {told}.")
+    if recipe.least_weight is not None:
+        notes.append(f"{light:,} interactions of a weight below {recipe.least_weight:g} were left out")
+    known = _items(tree, items, recipe, {row.item for row in found}, interactions, rejects, notes, warnings)
+    histories = _ordered(found, list(known), notes, warnings)
+    untested = _untested(tree, recipe.untested, histories.users, notes)
+    cold = _cold(list(known), recipe.cold, seed)
+    _split(histories, recipe, untested, cold, notes)
+    histories.items, order = _known_first(histories, len(known))
+    listed = list(known.values())
+    trained = len(set(histories.items[histories.parts == TRAIN].tolist()))
+    catalogue = Catalogue([listed[i] for i in order], trained)
+    if len(catalogue) > trained:
+        notes.append(f"{len(catalogue) - trained:,} items stand in no training history; what they are places them")
+    if recipe.cold:
+        notes.append(f"{recipe.cold:.0%} of the items, drawn by the seed, were kept out of training")
+    progress("write", 0, 1)
+    return _write(tree, folder, histories, catalogue, rejects, notes, warnings, seed)
+
+
+def _items(
+    tree: Tree, table: str | None, recipe: ItemsRecipe, wanted: set[str], interactions: str, rejects: list[Rejected],
+    notes: list[str], warnings: list[str],
+) -> dict[str, Item]:  # fmt: skip
+    """Id -> item: those of the table, then those that interactions alone name."""
+    known: dict[str, Item] = {}
+    twice = 0
+    if table is not None:
+        notes.append(f"{table}: items")
+        for line, row in read_items(tree, table, recipe):
+            if isinstance(row, Rejected):
+                rejects.append(Rejected(row.file, line, row.reason))
+            elif row.id in known:
+                twice += 1
+                rejects.append(Rejected(table, line, f"the item '{row.id}' stands there twice; the first row is kept"))
+            else:
+                known[row.id] = row
+        if twice:
+            warnings.append(f"{twice:,} rows of {table} repeat an item: the first of each is kept, see rejects.jsonl.")
+        shared = wanted & known.keys()
+        if not shared:
+            raise PlaitError(
+                f"The ids of {table} and {interactions} do not match: the one has {_some(known)}, the other "
+                f"{_some(wanted)}. Name the column of ids in the recipe: data.items.columns.id or .item."
+            )
+        if lone := sorted(wanted - shared, key=_natural):
+            warnings.append(f"{len(lone):,} items of {interactions} have no row in {table}, such as {_some(lone)}.")
+    for id_ in sorted(wanted - known.keys(), key=_natural):
+        known[id_] = Item(id_)
+    return known
+
+
+def _some(ids: Any) -> str:
+    return ", ".join(f"'{id_}'" for id_ in sorted(ids, key=_natural)[:3])
+
+
+def _natural(text: str) -> tuple[int, str]:
+    """Numbers in order of size."""
+    return (len(text) if text.isdigit() else 1 << 30, text)
+
+
+def _ordered(found: list[Interaction], ids: list[str], notes: list[str], warnings: list[str]) -> Histories:
+    """The interactions by user, in order of time; of equal times, in that of the file."""
+    numbers = {id_: i for i, id_ in enumerate(ids)}
+    names = list(dict.fromkeys(row.user for row in found))
+    place = {name: i for i, name in enumerate(names)}
+    users = np.array([place[row.user] for row in found])
+    items = np.array([numbers[row.item] for row in found], np.int32)
+    times = None
+    order = np.argsort(users, kind="stable")
+    if all(row.time is not None for row in found):
+        times = np.array([row.time for row in found], np.int64)
+        plain = times[order]
+        same = users[order][1:] == users[order][:-1]
+        disordered = len(np.unique(users[order][1:][same & (plain[1:] < plain[:-1])]))
+        order = np.lexsort((times, users))
+        sorted_times = times[order]
+        ties = int((same & (sorted_times[1:] == sorted_times[:-1])).sum())
+        if disordered:
+            notes.append(f"{disordered:,} of {len(names):,} users had lines out of order of time; they were sorted")
+        notes.append(f"{ties / max(int(same.sum()), 1):.1%} of the steps from one interaction to the next are ties in "
+                     "time, whose order is that of the file")  # fmt: skip
+        times = sorted_times
+    elif any(row.time is not None for row in found):
+        warnings.append("Some interactions have no time: the order is that of the file.")
+    else:
+        notes.append("no times: the order of the file is taken for that of time")
+    starts = np.concatenate(([0], np.cumsum(np.bincount(users, minlength=len(names)))))
+    parts = np.zeros(len(found), np.uint8)
+    return Histories(names, starts, items[order], parts, times)
+
+
+def _untested(tree: Tree, wanted: str | None, users: list[str], notes: list[str]) -> np.ndarray:
+    """Which users (U,) a table marks as learnt from alone."""
+    marks = np.zeros(len(users), bool)
+    if wanted is None:
+        return marks
+    file, _, column = wanted.rpartition(":")
+    file = next((name for name in tree.files if name == file or name.rpartition("/")[2] == file), "")
+    if not file:
+        raise PlaitError(f"data.items.untested: {wanted} names no file of the source. Write FILE:COLUMN.")
+    tree.used.add(file)
+    place = {user: i for i, user in enumerate(users)}
+    for line, row in rows(tree, file):
+        if isinstance(row, str):
+            continue
+        if column not in row:
+            raise PlaitError(f"data.items.untested: {file} has no column '{column}'. It has {', '.join(row)}.")
+        ids = [str(value) for value in row.values() if str(value) in place]
+        if str(row[column]).strip().lower() in ("1", "true", "yes"):
+            if not ids:
+                raise PlaitError(f"data.items.untested: {file}, line {line}, names no user of the interactions.")
+            marks[place[ids[0]]] = True
+    notes.append(f"{int(marks.sum()):,} users are learnt from and not asked for: {wanted}")
+    return marks
+
+
+def _cold(ids: list[str], share: float, seed: int) -> np.ndarray:
+    """Which items (I,) training must not see."""
+    keys = np.array([key_of(id_) for id_ in ids], np.int64)
+    return uniform(seed, keys, COLD) < share
+
+
+def _split(histories: Histories, recipe: ItemsRecipe, untested: np.ndarray, cold: np.ndarray, notes: list[str]) -> None:
+    """Say what each interaction is for."""
+    starts, parts = histories.starts, histories.parts
+    owner = histories.owners()
+    if recipe.split == "time":
+        if histories.times is None:
+            raise PlaitError("data.items.split: time needs a time in every interaction. Use leave-one-out.")
+        first, second = np.quantile(histories.times, [0.8, 0.9])
+        parts[histories.times > first] = VAL
+        parts[histories.times > second] = TEST
+        parts[untested[owner] & (parts > TRAIN)] = HIDDEN
+        notes.append("split by time: the first 80 % of all interactions train, 10 % val, the last 10 % test")
+    else:
+        lengths = np.diff(starts)
+        asked = (lengths >= 3) & ~untested
+        parts[starts[1:][asked] - 1] = TEST
+        parts[starts[1:][asked] - 2] = VAL
+        notes.append("leave one out: of each user's items the last is test, the one before it val")
+        if few := int(((lengths < 3) & ~untested).sum()):
+            notes.append(f"{few:,} users have fewer than 3 interactions: they are learnt from and not asked for")
+    parts[cold[histories.items] & (parts == TRAIN)] = HIDDEN
+
+
+def _known_first(histories: Histories, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The histories' items renumbered so that those of training come first, and the old number of each."""
+    trained = np.zeros(count, bool)
+    trained[histories.items[histories.parts == TRAIN]] = True
+    order = np.argsort(~trained, kind="stable")
+    new = np.empty(count, np.int32)
+    new[order] = np.arange(count)
+    return new[histories.items], order
+
+
+def _write(
+    tree: Tree, folder: Path, histories: Histories, catalogue: Catalogue, rejects: list[Rejected], notes: list[str],
+    warnings: list[str], seed: int,
+) -> Manifest:  # fmt: skip
+    offsets = pa.array(histories.starts, pa.int32())
+
+    def lists(values: np.ndarray) -> pa.Array:
+        return pa.ListArray.from_arrays(offsets, pa.array(values))
+
+    times = pa.nulls(len(histories), pa.list_(pa.int64())) if histories.times is None else lists(histories.times)
+    table = pa.table(
+        {
+            "id": pa.array(histories.users, pa.string()),
+            "source": pa.array(histories.users, pa.string()),
+            "item": lists(histories.items),
+            "part": lists(histories.parts),
+            "time": times,
+        }
+    )
+    pq.write_table(table, folder / "histories-00000.parquet", compression="zstd", row_group_size=_GROUP)
+    catalogue.write(folder / "items.parquet")
+    for name in tree.files:
+        if name not in tree.used:
+            rejects.append(Rejected(name, None, "neither of the two tables, nor named by them"))
+    with (folder / "rejects.jsonl").open("w", encoding="utf-8") as file:
+        for reject in rejects:
+            file.write(json.dumps(reject._asdict()) + "\n")
+    lengths = np.diff(histories.starts)
+    if rejects:
+        warnings.append(f"{len(rejects):,} files or rows were not used: see rejects.jsonl.")
+    counts = {name: int((histories.parts == part).sum()) for part, name in enumerate(SPLITS)}
+    notes.append(f"{len(histories):,} users, {len(catalogue):,} items, {len(histories.items):,} interactions")
+    manifest = Manifest(
+        version=VERSION,
+        source="",
+        seed=seed,
+        columns={"item": "item"},
+        counts=counts,
+        rejected=len(rejects),
+        duplicates=0,
+        overlap={},
+        catalogue=_shard(folder / "items.parquet", "", len(catalogue)),
+        shards=[_shard(folder / "histories-00000.parquet", "train", len(histories))],
+        statistics={
+            "item": Lengths(
+                unit="items",
+                records=len(histories),
+                min=float(lengths.min()),
+                mean=round(float(lengths.mean()), 4),
+                max=float(lengths.max()),
+                distinct=len(catalogue),
+            )
+        },
+        notes=notes,
+        warnings=warnings,
+    )
+    examples = []
+    for user in range(0, len(histories), max(len(histories) // _EXAMPLES, 1))[:_EXAMPLES]:
+        some = histories.items[histories.starts[user] : histories.starts[user + 1]][-8:]
+        parts: dict[str, str | bytes] = {"item": " → ".join(catalogue.name(int(item)) for item in some)}
+        examples.append(Example(histories.users[user], "", parts))
+    reasons = Counter(reject.reason.split(":")[0][:80] for reject in rejects)
+    name = str(tree.root).rstrip("/").rpartition("/")[2]
+    (folder / "report.html").write_text(report(manifest, examples, reasons, name), encoding="utf-8")
+    return manifest
+
+
+def _shard(path: Path, split: str, count: int) -> Shard:
+    return Shard(file=path.name, split=split, rows=count, bytes=path.stat().st_size, sha256=sha256_file(path))

@@ -1,0 +1,1 @@
+"""Search over records by words and by embeddings."""

@@ -1,0 +1,100 @@
+"""Several pictures as one, and what a search found as a picture or a page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import textwrap
+from collections.abc import Sequence
+from html import escape
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from plait.data.media import MediaError, decode_audio, decode_image, mime
+from plait.reports.html import page
+
+if TYPE_CHECKING:
+    from plait.search.index import Hit
+
+TILE, CAPTION = 128, 18  # pixels of a result's square, and of the line below it
+
+
+def contact_sheet(pictures: list[Image.Image], across: int | None = None, least: int = 64, gap: int = 2) -> bytes:
+    """A PNG with the pictures in rows of `across`, a side at least `least` pixels, enlarged without smoothing."""
+    width, height = pictures[0].size
+    zoom = max(math.ceil(least / max(width, height)), 1) if len(pictures) > 1 else 1
+    across = across or math.ceil(math.sqrt(len(pictures)))
+    down = math.ceil(len(pictures) / across)
+    cell_w, cell_h = width * zoom + gap, height * zoom + gap
+    sheet = Image.new("RGB", (across * cell_w - gap, down * cell_h - gap), "white")
+    for i, picture in enumerate(pictures):
+        large = picture.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+        sheet.paste(large, (i % across * cell_w, i // across * cell_h))
+    return _png(sheet)
+
+
+def _png(sheet: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def results_sheet(hits: Sequence[Hit]) -> bytes:
+    """A PNG of what was found, best first: pictures, waveforms of sounds and texts, each with its rank and score."""
+    tiles = []
+    for rank, hit in enumerate(hits, 1):
+        tile = Image.new("RGB", (TILE, TILE + CAPTION), "white")
+        tile.paste(_tile(hit), (0, 0))
+        figure = hit.score if math.isnan(hit.similarity) else hit.similarity
+        ImageDraw.Draw(tile).text((4, TILE + 2), f"{rank}.  {figure:.3f}", "black", ImageFont.load_default(12))
+        tiles.append(tile)
+    across = min(max(math.ceil(math.sqrt(len(tiles) * 1.6)), 1), 10)
+    return contact_sheet(tiles or [Image.new("RGB", (TILE, TILE), "white")], across, least=1, gap=6)
+
+
+def _tile(hit: Hit) -> Image.Image:
+    tile = Image.new("RGB", (TILE, TILE), (244, 245, 248))
+    pen = ImageDraw.Draw(tile)
+    try:
+        if hit.preview is not None and hit.kind == "image":
+            picture = decode_image(hit.preview).convert("RGBA")
+            zoom = TILE / max(picture.size)
+            smooth = Image.Resampling.NEAREST if zoom > 2 else Image.Resampling.LANCZOS
+            picture = picture.resize(
+                (max(round(picture.width * zoom), 1), max(round(picture.height * zoom), 1)), smooth
+            )
+            tile.paste(picture, ((TILE - picture.width) // 2, (TILE - picture.height) // 2), picture)
+            return tile
+        if hit.preview is not None:
+            wave = decode_audio(hit.preview)[0]
+            for x, part in enumerate(np.array_split(np.abs(wave), TILE)):
+                high = float(part.max(initial=0.0)) / max(float(np.abs(wave).max()), 1e-6) * TILE * 0.45
+                pen.line((x, TILE / 2 - high, x, TILE / 2 + high), (53, 99, 217))
+            return tile
+    except MediaError:
+        pass  # a preview that cannot be shown is not worth the whole sheet
+    words = textwrap.fill(hit.text or hit.source, 19, max_lines=8)
+    pen.multiline_text((6, 6), words, "black", ImageFont.load_default(12))
+    return tile
+
+
+def results_page(query: str, where: str, hits: Sequence[Hit]) -> str:
+    """A page of what was found, without scripts and without a network: pictures, sounds to play, texts."""
+    cards = []
+    for rank, hit in enumerate(hits, 1):
+        figure = hit.score if math.isnan(hit.similarity) else hit.similarity
+        body = f'<div class="words">{escape((hit.text or "")[:400])}</div>'
+        if hit.preview is not None:
+            url = f"data:{mime(hit.preview)};base64,{base64.b64encode(hit.preview).decode()}"
+            show = f'<audio controls src="{url}"></audio>'
+            if hit.kind == "image":
+                show = f'<img class="pic" style="width:9rem;height:9rem" src="{url}" alt="">'
+            body = show + (f'<div class="dim">{escape(hit.text[:120])}</div>' if hit.text else "")
+        cards.append(
+            f'<figure class="full">{body}<figcaption>{rank}. {figure:.3f}<br>{escape(hit.source)}</figcaption></figure>'
+        )
+    found = f'<div class="items">{"".join(cards)}</div>' if cards else "<p>Nothing was found.</p>"
+    return page(query, f"The {len(hits)} nearest in {escape(where)}, best first.", found, [])

@@ -1,0 +1,117 @@
+"""What a search index is made of: the pictures, sounds and texts of any source, one by one, with what is known of each.
+
+A source is a dataset that was prepared, or anything that `plait prepare` reads: files, folders, tables, archives.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from plait.core.errors import PlaitError
+from plait.data.dataset import Dataset
+from plait.data.files import Found, Media, scan
+from plait.data.media import AUDIO_SUFFIXES, IMAGE_SUFFIXES, LIMITS, encode_png
+from plait.data.readers import plan
+from plait.data.record import Rejected, text_fault
+from plait.data.stores import location, open_binary
+
+
+@dataclass
+class Entry:
+    """One picture, sound or text. `id` is its place and stays the same when its content changes; `source` is the file
+    (and line) it came from, for people; `texts` are the texts of its record by column."""
+
+    id: str
+    source: str
+    kind: str
+    value: str | bytes | Media
+    texts: dict[str, str] = field(default_factory=dict)
+    split: str | None = None
+
+    def content(self) -> str | bytes:
+        """The text, or the encoded bytes of the medium. Raises OSError, or ValueError with a reason for people."""
+        value = self.value
+        if isinstance(value, str):
+            if why := text_fault(value):
+                raise ValueError(why)
+            return value
+        if isinstance(value, Media):
+            if value.pixels is not None:
+                return encode_png(value.pixels)
+            if value.data is None:
+                assert value.path is not None
+                with open_binary(value.path) as file:
+                    value = file.read(LIMITS.file_bytes + 1)
+            else:
+                value = value.data
+        if not value:
+            raise ValueError("the file is empty")
+        if len(value) > LIMITS.file_bytes:
+            raise ValueError(f"larger than {LIMITS.file_bytes >> 20} MiB")
+        return value
+
+
+def entries(source: str | Path | Dataset, columns: list[str] | None = None) -> Iterator[Entry | Rejected]:
+    """The entries of a source: the media of its records, or their texts where they have no media; with `columns` the
+    parts of these columns, and nothing else.
+
+    Raises PlaitError where the source is missing or holds nothing to be read, or has none of the columns.
+    """
+    if isinstance(source, Dataset):
+        yield from _of_dataset(source, columns)
+        return
+    place = location(source)
+    if isinstance(place, Path):
+        if (place / "manifest.json").is_file() and (place / "rejects.jsonl").is_file():
+            yield from _of_dataset(Dataset.open(place), columns)
+            return
+        suffix = place.suffix.lower()
+        if suffix in IMAGE_SUFFIXES | AUDIO_SUFFIXES and place.is_file():
+            path = place.resolve()
+            kind = "image" if suffix in IMAGE_SUFFIXES else "audio"
+            yield Entry(str(path), str(place), kind, Media(kind, str(place), path))
+            return
+    with tempfile.TemporaryDirectory(prefix="plait-") as scratch:
+        tree = scan(place, Path(scratch) / "unpacked", Path(scratch))
+        found = plan(tree)
+        _known(columns, found.columns, str(source))
+        shown = str(place.parent if tree.single and isinstance(place, Path) else place)
+        root = str(Path(shown).resolve()) if isinstance(place, Path) else shown
+        yield from tree.refused
+        for item in found.read():
+            if isinstance(item, Rejected):
+                yield item
+            else:
+                yield from _of_record(item, f"{root.rstrip('/')}/", shown, found.columns, columns)
+
+
+def _known(columns: list[str] | None, there: dict[str, str], source: str) -> None:
+    for column in columns or []:
+        if column not in there:
+            raise PlaitError(f"{source} has no column '{column}'. Its columns are {', '.join(there) or 'none'}.")
+
+
+def _of_dataset(dataset: Dataset, columns: list[str] | None) -> Iterator[Entry]:
+    _known(columns, dataset.columns, str(dataset.path))
+    path = dataset.path.resolve() if isinstance(dataset.path, Path) else dataset.path
+    for record in dataset.iterate():
+        item = Found(record.id, record.source or record.id, dict(record.parts), record.split)  # type: ignore[arg-type]
+        yield from _of_record(item, f"{path}#", dataset.manifest.source, dataset.columns, columns)
+
+
+def _of_record(item: Found, root: str, shown: str, kinds: dict[str, str], columns: list[str] | None) -> Iterator[Entry]:
+    """`root` begins the ids, `shown` is the source as people know it."""
+    texts = {name: value for name, value in item.parts.items() if isinstance(value, str) and kinds[name] == "text"}
+    wanted = [name for name in item.parts if columns is None or name in columns]
+    if columns is None:
+        wanted = [name for name in wanted if kinds[name] != "text"] or wanted
+    for name in wanted:
+        value = item.parts[name]
+        place = value.name if isinstance(value, Media) else item.place
+        tail = f"#{name}" if len(wanted) > 1 else ""
+        yield Entry(
+            f"{root}{item.id}{tail}", f"{shown.rstrip('/')}/{place}", kinds[name], value, texts, item.split
+        )  # fmt: skip

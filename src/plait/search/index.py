@@ -1,0 +1,498 @@
+"""Search across modalities: an index of embeddings, texts and previews in LanceDB, exact while it is small.
+
+An index is a folder, or the URL of an object store. It remembers which weights made it and takes no others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import threading
+import warnings
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from plait.core.errors import PlaitError
+from plait.core.files import fsync_folder, only_writer, sha256_file, write_atomic
+from plait.data.dataset import Dataset
+from plait.data.media import Checker
+from plait.data.record import Rejected
+from plait.data.stores import Location, location
+from plait.hf.pretrained import Pretrained
+from plait.inference.model import Model, load
+from plait.search.adding import OWN, Adding, Progress, checksums
+from plait.search.entries import entries
+
+EXACT = 100_000  # entries up to which all vectors are kept in memory and compared
+BATCH = 256  # entries that are embedded at a time
+TABLE = "entries"
+PROBES, REFINE = 14, 2  # of an approximate search: partitions looked at, and candidates per result compared exactly
+FUSE = 60  # reciprocal rank fusion: 1 / (FUSE + rank), Cormack, Clarke and Buettcher 2009
+
+
+@dataclass
+class Hit:
+    """Something found. `similarity` is the cosine with the query (nan where only words were asked for); `score` is
+    what hits are ordered by; `preview` is a small picture or the beginning of a sound, encoded."""
+
+    id: str
+    source: str
+    kind: str
+    similarity: float
+    score: float
+    text: str | None
+    columns: dict[str, str] = field(default_factory=dict)
+    preview: bytes | None = None
+
+
+class Added(NamedTuple):
+    """What `Index.add` did, in entries."""
+
+    new: int
+    changed: int
+    same: int
+    rejected: list[Rejected]
+
+
+def identity(folder: Path) -> str:
+    """The sha256 that stands for a model's weights: of its manifest of sha256, else of the files themselves."""
+    if (folder / "manifest.json").is_file():
+        return sha256_file(folder / "manifest.json")
+    files = [f for f in sorted(folder.iterdir()) if f.suffix in (".safetensors", ".json", ".txt", ".model")]
+    return hashlib.sha256("".join(f"{f.name} {sha256_file(f)}\n" for f in files).encode()).hexdigest()
+
+
+class Index:
+    """Pictures, sounds and texts that can be found by any of them, and by words.
+
+    `model` is a run, a checkpoint, a Hugging Face name, or a model that `plait.load` returned; an index that exists
+    knows its own, which is loaded when it is first needed. One writer at a time, any number of readers.
+    """
+
+    def __init__(self, path: str | Path, model: str | Path | Model | Pretrained | None = None, device: str = "auto"):
+        self.path: Location = location(path)
+        self.device, self._lock = device, threading.Lock()
+        self.exact = EXACT
+        self._model: Model | Pretrained | None = None
+        self.table: Any = None
+        self._loaded: tuple[np.ndarray, np.ndarray] | None = None  # row ids (N,), vectors (N, E)
+        self._version, self._words = 0, False  # what is loaded, and whether it has an index of words
+        self._shown: list[str] = []  # the columns of a hit
+        self.facts: dict[str, Any] = {}
+        if isinstance(self.path, Path) and self.path.exists() and not self.path.is_dir():
+            raise PlaitError(f"{self.path} is a file. Name the folder of an index.")
+        self._open()
+        if model is not None:
+            loaded = load(model, device) if isinstance(model, str | Path) else model
+            self._take(loaded, str(model if isinstance(model, str | Path) else model.folder))
+        elif self.table is None:
+            raise PlaitError(f"{self.path} is no index. Make one: plait index add {self.path} FILES --model RUN")
+
+    # --- the model ----------------------------------------------------------------------------------------------
+
+    def _take(self, model: Model | Pretrained, name: str) -> None:
+        if model.folder is None:
+            raise PlaitError("The model of an index lies in a folder. Load it with plait.load(...).")
+        if "embed" not in model.verbs:
+            raise PlaitError(
+                f"{name} has no embedding space, so nothing can be found by it. It can {', '.join(model.verbs)}."
+            )
+        made = identity(model.folder)
+        if self.table is not None and made != self.facts["sha256"]:
+            raise PlaitError(
+                f"{self.path} was made by the model {self.facts['sha256'][:12]} ({self.facts['model']}); "
+                f"{name} is {made[:12]}, and places of different models do not compare. "
+                "Name that model, or make another index. This one is unchanged."
+            )
+        self._model = model
+        if self.table is None:
+            self.facts = {"model": str(model.folder.resolve()), "sha256": made}
+
+    @property
+    def model(self) -> Model | Pretrained:
+        """The model of this index. Raises PlaitError where it is not there any more or has changed."""
+        if self._model is None:
+            where = self.facts["model"]
+            if not Path(where).exists():
+                raise PlaitError(f"The model of {self.path} was {where}, which is gone. Name it: --model RUN.")
+            self._take(load(where, self.device), where)
+        assert self._model is not None
+        return self._model
+
+    # --- the store ----------------------------------------------------------------------------------------------
+
+    def _connect(self) -> Any:
+        os.environ.setdefault("LANCE_LOG", "error")
+        try:
+            import lancedb
+        except ModuleNotFoundError:
+            raise PlaitError("Search needs lancedb. Run: pip install 'plait[search]'.") from None
+        return lancedb.connect(str(self.path))
+
+    @contextlib.contextmanager
+    def reading(self, what: str = "read") -> Iterator[None]:
+        """LanceDB's errors as ours. Damage changes nothing of what is stored."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        except PlaitError:
+            raise
+        except BaseException as error:
+            # A panic of its core is no Exception.
+            known = isinstance(error, ValueError | RuntimeError | OSError | LookupError | pa.ArrowException)
+            if not known and type(error).__name__ != "PanicException":
+                raise
+            why = "; ".join(self._damaged()[:3]) or " ".join(str(error).split())[:300]
+            raise PlaitError(
+                f"{self.path} cannot be {what}: {why}. Nothing of it was changed. Put the file back from a copy, or "
+                "make the index again."
+            ) from None
+
+    def _open(self) -> None:
+        if isinstance(self.path, Path) and not self.path.exists():
+            return
+        with self.reading("opened"):
+            base = self._connect()
+            names = base.list_tables().tables
+            if TABLE not in names:
+                if isinstance(self.path, Path) and any(not f.name.startswith(".") for f in self.path.iterdir()):
+                    raise PlaitError(f"{self.path} holds other files and is no index. Choose another folder.")
+                return
+            self.table = base.open_table(TABLE)
+            self.facts = json.loads((self.table.schema.metadata or {})[b"plait"])
+            self.facts["sha256"], self.facts["model"], self.facts["width"]
+
+    def _create(self) -> None:
+        width = int(self.model.embed(["."]).shape[1])
+        self.facts["width"] = width
+        vector = pa.list_(pa.float32(), width)
+        fields = [pa.field(name, pa.string()) for name in OWN]
+        fields += [pa.field("_content", pa.binary(16)), pa.field("_vector", vector)]
+        fields += [pa.field("_preview", pa.large_binary()), pa.field("_check", pa.uint32())]
+        schema = pa.schema(fields, metadata={"plait": json.dumps(self.facts)})
+        with self.reading("written"):
+            self.table = self._connect().create_table(TABLE, schema=schema)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """The only writer of a folder. An object store has no lock: there, whoever commits last is asked again."""
+        if not isinstance(self.path, Path):
+            yield
+            return
+        with only_writer(self.path):
+            self.settle()  # what a killed writer committed
+            yield
+
+    def __len__(self) -> int:
+        with self.reading():
+            return 0 if self.table is None else int(self.table.count_rows())
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that `where` may name."""
+        return [] if self.table is None else [name for name in self.table.schema.names if not name.startswith("_")]
+
+    # --- adding -------------------------------------------------------------------------------------------------
+
+    def add(
+        self, sources: str | Path | Dataset | Iterable[str | Path | Dataset], columns: list[str] | None = None,
+        progress: Progress = lambda *_: None,
+    ) -> Added:  # fmt: skip
+        """Add whatever the sources hold: datasets, files, folders, tables, archives.
+
+        What is there already with the same content is left as it is, what has changed takes its former place. Whatever
+        `progress` was told of is on the disk: killed at any moment, the same call goes on from there. What cannot be
+        used is in `Added.rejected`. Raises PlaitError for a source that is missing.
+        """
+        given = [sources] if isinstance(sources, str | Path | Dataset) else list(sources)
+        self.model  # noqa: B018 - whether it fits is seen before anything is written
+        with self._writing():
+            if self.table is None:
+                self._create()
+            adding = Adding(self, progress)
+            with contextlib.closing(Checker()) as checker, ThreadPoolExecutor(2, "media") as pool:
+                found = (item for source in given for item in entries(source, columns))
+                some = BATCH if isinstance(self.model, Model) else 16  # of whole decoded pictures
+                while chunk := list(islice(found, some)):
+                    adding.take(chunk, checker, pool)
+                adding.finish()
+            self._tidy(progress)
+            self.settle()
+        return Added(adding.new, adding.changed, adding.same, adding.rejected)
+
+    def _tidy(self, progress: Progress, cleanup: timedelta | None = None) -> None:
+        """Few files, and indexes of words and, where there are many entries, of vectors, that know every entry."""
+        from lancedb.index import FTS, IvfSq
+
+        with self.reading("written"):
+            count, fragments = self.table.count_rows(), self.table.stats()["fragment_stats"]["num_fragments"]
+            there = {tuple(index.columns): index.name for index in self.table.list_indices()}
+            missing = max((self.table.index_stats(name).num_unindexed_rows for name in there.values()), default=0)
+            if cleanup is not None or fragments > 16 or missing > count // 20:
+                progress("compact", 0, None)
+                self.table.optimize(cleanup_older_than=cleanup)
+            if ("text",) not in there and self.table.count_rows("text IS NOT NULL"):
+                self.table.create_index("text", config=FTS(base_tokenizer="icu", with_position=False))
+            if ("_vector",) not in there and count > self.exact:
+                progress("index", 0, None)
+                parts = max(int(count**0.5), 1)
+                config = IvfSq(distance_type="cosine", num_partitions=parts, sample_rate=32, max_iterations=10)
+                self.table.create_index("_vector", config=config)
+
+    # --- searching ----------------------------------------------------------------------------------------------
+
+    def search(self, query: Any, k: int = 10, where: str | None = None, by: str = "auto") -> list[Hit]:
+        """The k entries nearest to a text, a picture, a sound or a media file, best first.
+
+        `where` is an SQL condition on `columns`. `by` is "vector", "words" (full text), "hybrid" (both rankings joined)
+        or "auto": hybrid for a text where the index holds texts. Raises PlaitError.
+        """
+        words = query if isinstance(query, str) else None
+        if by == "words":
+            return self.find(None, words, k, where, by)
+        return self.find(self.model.embed([query])[0], words, k, where, by)
+
+    def find(
+        self, vector: np.ndarray | None, words: str | None = None, k: int = 10, where: str | None = None,
+        by: str = "auto",
+    ) -> list[Hit]:  # fmt: skip
+        """`search` for a query that is embedded already, (E,). Safe to call from threads."""
+        if by not in ("auto", "vector", "words", "hybrid"):
+            raise PlaitError(f"Results are ranked by auto, vector, words or hybrid, not by '{by}'.")
+        if by in ("words", "hybrid") and words is None:
+            raise PlaitError("Only a text can be searched for by its words. Leave --by out.")
+        if k < 1:
+            raise PlaitError(f"k must be 1 or more, not {k}.")
+        if self.table is None:
+            return []
+        with self._lock:
+            for again in (True, False):
+                try:
+                    self._refresh()
+                    return self._find(vector, words, k, where, by)
+                except _WhereError as error:
+                    raise PlaitError(
+                        f"--where {where!r} cannot be used: {error}. The columns are {', '.join(self.columns)}; "
+                        "write for example --where \"kind = 'image'\"."
+                    ) from None
+                except Exception as error:
+                    # Another process may have compacted: the files of the version that was open are gone.
+                    if not again or isinstance(error, PlaitError):
+                        with self.reading():
+                            raise
+                    self._version = 0
+        raise AssertionError
+
+    def _find(self, vector: np.ndarray | None, words: str | None, k: int, where: str | None, by: str) -> list[Hit]:
+        if where is not None:
+            try:
+                self.table.count_rows(where)
+            except (ValueError, RuntimeError) as error:
+                raise _WhereError(_reason(error)) from None
+        if by == "auto":
+            by = "hybrid" if self._words and words and words.strip() else "vector"
+        if by == "vector" and self._loaded is None:
+            rows = self._approximate(vector, k, where, self._shown)
+            return [self._hit(row, 1 - row["_distance"], None) for row in rows]
+        pool = k if by in ("vector", "words") else max(10 * k, 1000 if self._loaded else 100)
+        rankings: list[dict[int, int]] = []
+        if by != "words":
+            assert vector is not None
+            near = self._nearest(np.asarray(vector, np.float32), pool, where)
+            rankings.append({row: place for place, row in enumerate(near)})
+        if by != "vector" and self._words:
+            search = self.table.search(words, query_type="fts", fts_columns="text").with_row_id(True)
+            search = search.where(where) if where else search
+            found = search.limit(pool).select(["id", "_score"]).to_arrow()
+            values = found["_score"].to_numpy()
+            # Equal scores share a rank, so that among equal words the vectors decide.
+            places = np.searchsorted(-values, -values) if len(values) else values
+            rankings.append(dict(zip(found["_rowid"].to_pylist(), places.tolist(), strict=True)))
+        scores: dict[int, float] = {}
+        for ranking in rankings:
+            for row, place in ranking.items():
+                scores[row] = scores.get(row, 0.0) + 1 / (FUSE + 1 + place)
+        best = sorted(scores, key=lambda row: -scores[row])[:k]
+        if not best:
+            return []
+        table = self.table.take_row_ids(best).select([*self._shown, "_vector"]).with_row_id().to_arrow()
+        found_rows = {row["_rowid"]: row for row in table.to_pylist()}
+        hits = []
+        for number in best:
+            row = found_rows[number]
+            near_by = float("nan") if vector is None else float(np.dot(row["_vector"], vector))
+            hits.append(self._hit(row, near_by, None if by == "vector" else scores[number]))
+        return hits
+
+    def _hit(self, row: dict[str, Any], near: float, score: float | None) -> Hit:
+        shown = {n: str(v) for n, v in row.items() if v is not None and not n.startswith("_") and n not in OWN}
+        return Hit(row["id"], row["source"], row["kind"], near, near if score is None else score, row["text"], shown,
+                   row["_preview"])  # fmt: skip
+
+    def _refresh(self) -> None:
+        """See what other processes have committed; keep all vectors at hand while they are few."""
+        self.table.checkout_latest()
+        version = self.table.version
+        if self._version != version:
+            self._loaded = self._vectors() if self.table.count_rows() <= self.exact else None
+            self._words = any(tuple(index.columns) == ("text",) for index in self.table.list_indices())
+            self._shown = [n for n in self.table.schema.names if n not in ("_content", "_check", "_vector")]
+            self._version = version
+
+    def _vectors(self) -> tuple[np.ndarray, np.ndarray]:
+        """(row ids (N,), vectors (N, E)), each compared with its checksum."""
+        chosen = ["id", "_content", "_vector", "_check"]
+        rows, vectors = [np.zeros(0, np.uint64)], [np.zeros((0, self.facts["width"]), np.float32)]
+        for batch in self.table.search().select(chosen).with_row_id(True).limit(None).to_batches(8192):
+            if not batch.num_rows:
+                continue
+            found = batch["_vector"].flatten().to_numpy().reshape(batch.num_rows, -1)
+            sums = checksums(batch["id"].to_pylist(), batch["_content"].to_pylist(), found)
+            wrong = np.flatnonzero(sums != batch["_check"].to_numpy())
+            if len(wrong):
+                first = batch["id"][int(wrong[0])]
+                raise PlaitError(
+                    f"{self.path} is damaged: {len(wrong)} entries, {first} the first, do not match their checksums. "
+                    f"`plait index verify {self.path}` names the file: put it back from a copy."
+                )
+            vectors.append(found)
+            rows.append(batch["_rowid"].to_numpy())
+        return np.concatenate(rows), np.concatenate(vectors)
+
+    def _approximate(
+        self, vector: np.ndarray | None, k: int, where: str | None, columns: list[str]
+    ) -> list[dict[str, Any]]:
+        """The k nearest as the index of vectors finds them, best first, with "_distance", 1 - cosine."""
+        query = self.table.search(np.asarray(vector, np.float32), vector_column_name="_vector").distance_type("cosine")
+        # Without a bound LanceDB looks at all partitions, as it has to where a condition leaves few entries in each.
+        query = query.minimum_nprobes(PROBES).maximum_nprobes(0 if where else PROBES)
+        query = query.refine_factor(REFINE).with_row_id(True).limit(k)
+        query = query.where(where, prefilter=True) if where else query
+        return list(query.select([*columns, "_distance"]).to_arrow().to_pylist())
+
+    def _nearest(self, vector: np.ndarray, k: int, where: str | None) -> list[int]:
+        """The row ids of the k nearest vectors, best first."""
+        if self._loaded is None:
+            return [row["_rowid"] for row in self._approximate(vector, k, where, ["id"])]
+        rows, vectors = self._loaded
+        if where is not None:
+            allowed = self.table.search().where(where).select(["id"]).with_row_id(True).limit(None).to_arrow()
+            keep = np.isin(rows, allowed["_rowid"].to_numpy())
+            rows, vectors = rows[keep], vectors[keep]
+        near = vectors @ vector
+        best = np.argpartition(-near, k - 1)[:k] if k < len(near) else np.arange(len(near))
+        return [int(row) for row in rows[best[np.lexsort((rows[best], -near[best]))]]]
+
+    # --- upkeep -------------------------------------------------------------------------------------------------
+
+    def delete(self, where: str) -> int:
+        """Delete the entries of which an SQL condition on `columns` is true; how many they were."""
+        with self._writing():
+            if self.table is None:
+                return 0
+            with self.reading():
+                self.table.checkout_latest()
+            try:
+                count = int(self.table.count_rows(where))
+            except (ValueError, RuntimeError) as error:
+                raise PlaitError(
+                    f"--where {where!r} cannot be used: {_reason(error)}. The columns are {', '.join(self.columns)}. "
+                    "Nothing was deleted."
+                ) from None
+            if count:
+                with self.reading("written"):
+                    self.table.delete(where)
+            self.settle()
+        return count
+
+    def compact(self, progress: Progress = lambda *_: None) -> None:
+        """Join small files, bring the indexes of words and vectors up to date, and remove what was deleted."""
+        with self._writing():
+            if self.table is not None:
+                with self.reading():
+                    self.table.checkout_latest()
+                self._tidy(progress, timedelta(0))
+                self.settle()
+
+    def verify(self) -> list[str]:
+        """What is wrong with the index, a line a fault; empty where it is whole. Every file is compared with its sha256
+        and every entry with its checksum."""
+        wrong = self._damaged()
+        try:
+            with self.reading():
+                self.table.checkout_latest()
+                rows, _ = self._vectors()
+                if len(rows) != self.table.count_rows():
+                    wrong.append(f"{self.path}: {len(rows)} of {self.table.count_rows()} entries can be read")
+                ids = self.table.search().select(["id"]).limit(None).to_arrow()["id"]
+                if len(ids) != len(ids.unique()):
+                    wrong.append(f"{self.path}: {len(ids) - len(ids.unique())} entries are there twice")
+                for _ in self.table.search().select(self.table.schema.names).limit(None).to_batches(1024):
+                    pass  # every page of every file is read once
+        except PlaitError as error:
+            wrong = wrong or [str(error)]
+        return wrong
+
+    def _damaged(self) -> list[str]:
+        """The files that do not match their sha256."""
+        wrong = []
+        for name, (size, digest) in self._sums().items():
+            file = Path(str(self.path)) / name
+            # One that is gone was removed by a compaction; where that was not so, reading shows it.
+            if file.is_file() and (file.stat().st_size != size or sha256_file(file) != digest):
+                wrong.append(f"{file} does not match its sha256")
+        return wrong
+
+    def _sums(self) -> dict[str, tuple[int, str]]:
+        """File -> bytes and sha256, as `settle` wrote them."""
+        found: dict[str, tuple[int, str]] = {}
+        if isinstance(self.path, Path) and (self.path / "sums.jsonl").is_file():
+            for line in (self.path / "sums.jsonl").read_text().splitlines():
+                with contextlib.suppress(ValueError, KeyError):  # the last line may be cut
+                    fact = json.loads(line)
+                    found[fact["file"]] = fact["bytes"], fact["sha256"]
+        return found
+
+    def settle(self) -> None:
+        """Bring what was committed to the disk and note its sha256. LanceDB itself does not call fsync."""
+        if not isinstance(self.path, Path):
+            return
+        known, there, folders = self._sums(), dict[str, tuple[int, str]](), {self.path}
+        for folder, _, names in os.walk(self.path / f"{TABLE}.lance"):
+            for name in names:
+                file = Path(folder) / name
+                short = file.relative_to(self.path).as_posix()
+                if name.endswith("_hint.json"):  # written anew with every version, and never needed
+                    continue
+                if short in known:  # files are written once
+                    there[short] = known[short]
+                    continue
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+                there[short] = file.stat().st_size, sha256_file(file)
+                folders.add(file.parent)
+        if there != known:
+            for changed in folders:
+                fsync_folder(changed)
+            facts = ({"file": name, "bytes": size, "sha256": digest} for name, (size, digest) in there.items())
+            write_atomic(self.path / "sums.jsonl", "".join(json.dumps(fact) + "\n" for fact in facts))
+
+
+class _WhereError(Exception):
+    """A condition that cannot be understood; the message is its reason."""
+
+
+def _reason(error: Exception) -> str:
+    """What LanceDB says of a condition, without the places in its code."""
+    return str(error).removeprefix("Invalid input, ").split(", /")[0].rstrip(".")[:200]

@@ -1,0 +1,85 @@
+"""The route of search."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+from starlette.responses import Response
+
+from plait.data.media import mime
+from plait.inference.model import Model
+from plait.server import schemas as s
+from plait.server.api import make_router, of
+from plait.server.limits import ApiError
+from plait.server.service import INLINE, Service, windows
+
+if TYPE_CHECKING:
+    from plait.search.index import Hit, Index
+
+router = make_router()
+
+
+@router.post("/v1/plait/search", response_model=s.SearchResults, tags=["read"])
+async def search(request: Request, body: s.SearchRequest) -> Response:
+    """What of an index is nearest to a text, a picture or a sound, best first."""
+    service, trail = of(request)
+    served = service.find(body.model, trail)
+    name, index = _index(service, served.name, body.index)
+    where = _condition(index, body.where or {})
+    words = body.input if isinstance(body.input, str) else getattr(body.input, "text", None)
+    deadline = service.deadline(trail)
+    vector = None
+    if body.by != "words":
+        values = await service.parts(served.model, [body.input], "input", deadline)
+        model = served.model
+        if isinstance(model, Model):
+            ours = model
+            parts = await service.prepared(lambda: [windows(ours, values[0])], len(words or ""))
+            trail.prompt_tokens = sum(map(len, parts[0]))
+            vector = (await served.worker.call(lambda: ours.embed_parts(parts), deadline))[0]
+        else:
+            vector = (await served.worker.call(lambda: model.embed(values), deadline))[0]
+    hits = await service.prepared(lambda: index.find(vector, words, body.k, where, body.by), INLINE)
+    data = [_found(hit, body.preview) for hit in hits]
+    return JSONResponse({"object": "list", "model": served.name, "index": name, "data": data})
+
+
+def _index(service: Service, model: str, wanted: str | None) -> tuple[str, Index]:
+    """The index of a name, or a model's first."""
+    known = {name: index for name, (index, owner) in service.indexes.items() if owner == model}
+    if not known:
+        raise ApiError(404, f"No index of {model} is served here. Start the server with --index INDEX.", "model")
+    if wanted is not None and wanted not in known:
+        raise ApiError(404, f"There is no index '{wanted[:80]}' of {model}. Use {', '.join(known)}.", "index")
+    name = wanted or next(iter(known))
+    return name, known[name]
+
+
+def _condition(index: Index, where: dict[str, str | list[str]]) -> str | None:
+    """SQL of our own making: clients send columns and values, never conditions."""
+    pieces = []
+    for column, values in where.items():
+        if column not in index.columns:
+            message = f"The index has no column '{column[:80]}'. Its columns are {', '.join(index.columns)}."
+            raise ApiError(400, message, "where")
+        wanted = [values] if isinstance(values, str) else values
+        listed = ", ".join("'" + value.replace("'", "''") + "'" for value in wanted)
+        pieces.append(f"`{column}` IN ({listed})")
+    return " AND ".join(pieces) or None
+
+
+def _found(hit: Hit, preview: bool) -> dict[str, Any]:
+    """A hit as it is told: without the paths of the server's machine."""
+    shown = None
+    if preview and hit.preview is not None:
+        shown = f"data:{mime(hit.preview)};base64,{base64.b64encode(hit.preview).decode()}"
+    return {
+        "id": hashlib.sha256(hit.id.encode()).hexdigest()[:24], "kind": hit.kind,
+        "source": hit.source.replace("\\", "/").rpartition("/")[2],
+        "similarity": None if hit.similarity != hit.similarity else hit.similarity, "score": hit.score,
+        "text": hit.text, "columns": hit.columns, "preview": shown,
+    }  # fmt: skip

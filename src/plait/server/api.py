@@ -1,0 +1,322 @@
+"""The routes, in OpenAI's shapes: what all share, the state of the server, embeddings and classification."""
+
+from __future__ import annotations
+
+import base64
+import secrets
+from dataclasses import replace
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.routing import APIRoute
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.responses import Response
+
+from plait.core.errors import PlaitError
+from plait.inference.engine import Request as Wanted
+from plait.inference.model import Model, Options
+from plait.modalities.text import words
+from plait.model.multimodal import Sequence
+from plait.reports.explanation import as_json_of, as_png
+from plait.server import schemas as s
+from plait.server.journal import Trail
+from plait.server.limits import ApiError, parse_json
+from plait.server.service import Served, Service, windows
+
+
+class _Body(Request):
+    async def json(self) -> Any:
+        return parse_json(await self.body(), self.app.state.service.limits)
+
+
+class _Route(APIRoute):
+    """A route whose JSON is read within the limits."""
+
+    def get_route_handler(self) -> Any:
+        handle = super().get_route_handler()
+
+        async def limited(request: Request) -> Response:
+            return await handle(_Body(request.scope, request.receive))
+
+        return limited
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": s.ErrorBody, "description": text}
+    for status, text in {
+        400: "The request cannot be met as it is; the message says what to send instead.",
+        401: "A key is needed.",
+        403: "Host or origin is not allowed.",
+        404: "No such model or route.",
+        413: "Too large.",
+        429: "The queue is full; Retry-After says when to come back.",
+        500: "A fault of the server.",
+        503: "The server is stopping, or has too many connections.",
+        504: "It took longer than the server allows.",
+    }.items()
+}
+EXPLAINED = 256  # words of an input that are explained at once
+EVENT = {"type": "object", "properties": {"data": {"type": "string"}, "event": {"type": "string"}}}
+STREAM = {"text/event-stream": {"schema": EVENT}}
+
+
+def make_router() -> APIRouter:
+    return APIRouter(route_class=_Route, responses=ERRORS)
+
+
+router = make_router()
+
+
+def of(request: Request) -> tuple[Service, Trail]:
+    return request.app.state.service, request.scope["trail"]
+
+
+# --- what all generating routes share ---------------------------------------------------------------------------
+
+
+def wanted_of(model: Model, prompt: Sequence, column: str | None, body: s.Drawing, n: int, first: int = 0,
+            most: int | None = None, stop: tuple[str, ...] = ()) -> Wanted:  # fmt: skip
+    """The engine's request for what a body asks for."""
+    greedy = body.temperature == 0 or body.top_p == 0
+    # The engine's seeds are 63 bits; a negative one is another number, always the same.
+    seed = (secrets.randbits(63) if body.seed is None else body.seed) & (2**63 - 1)
+    options: Options = {
+        "do_sample": False if greedy else None,
+        "temperature": None if greedy else body.temperature,
+        "top_p": None if greedy else body.top_p,
+        "top_k": body.top_k,
+        "min_p": body.min_p,
+        "repetition_penalty": body.repetition_penalty,
+        "guidance": body.guidance,
+        "seed": seed,
+        "max_new_tokens": most,
+        "stop": list(stop),
+    }
+    if column is None:
+        found = model.request(prompt, "text", 1 if greedy else n, **options)
+    else:
+        found = model.requests([prompt], column, 1 if greedy else n, **options)[0]
+    return replace(found, n=n, first_sample=first)
+
+
+def most_of(model: Model, wanted: int | None, param: str) -> int | None:
+    limit = model.engine.max_length
+    if wanted is not None and wanted > limit:
+        raise ApiError(400, f"{param} is {wanted}; this model has room for {limit} tokens in all. Lower it.", param)
+    return wanted
+
+
+def stops(stop: str | list[str] | None) -> tuple[str, ...]:
+    return (stop,) if isinstance(stop, str) else tuple(stop or ())
+
+
+def text_column(model: Model, column: str | None) -> str | None:
+    """Where a text is written: the column asked for, else the first of a model that reads media and knows records, not
+    conversations; None continues."""
+    if column is not None or (model.checkpoint.model.media and not model.vocabulary.turns):
+        return model.column(column, "text", "write text")
+    return None
+
+
+def finish_of(finish: str) -> str:
+    return "length" if finish == "length" else "stop"
+
+
+def token_of(model: Model, token: int, logprob: float) -> dict[str, Any]:
+    text = model.checkpoint.text.decode([token])
+    whole = "\ufffd" not in text
+    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode()) if whole else None,
+            "top_logprobs": []}  # fmt: skip
+
+
+class Lead:
+    """Takes the spaces off the beginning of a reply that comes in pieces."""
+
+    def __init__(self, strip: bool) -> None:
+        self.strip = strip
+
+    def __call__(self, text: str) -> str:
+        if self.strip:
+            text = text.lstrip()
+            self.strip = not text
+        return text
+
+
+def usage_of(read_: int, written: int) -> dict[str, int]:
+    return {"prompt_tokens": read_, "completion_tokens": written, "total_tokens": read_ + written}
+
+
+def voice_of(model: Model, voice: str | None) -> str:
+    columns = [column for column, kind in model.columns.items() if kind == "audio"]
+    if voice not in (None, "default", *columns):
+        raise ApiError(400, f"There is no voice '{voice}'. Use default or {', '.join(columns)}.", "voice")
+    return model.column(voice if voice in columns else None, "audio", "speak")
+
+
+def check_ids(model: Model, ids: list[int]) -> None:
+    """Ids of special tokens are no text: they are refused as their spellings are."""
+    text = model.checkpoint.text
+    special = {id for id, token in text.tokenizer.get_added_tokens_decoder().items() if token.special}
+    if wrong := [id for id in ids if id >= min(text.size, model.vocabulary.text) or id in special]:
+        raise PlaitError(f"The id {wrong[0]} stands for no text in this model. Use those of its tokenizer.")
+
+
+# --- models and state -------------------------------------------------------------------------------------------
+
+
+def _card(served: Served) -> dict[str, Any]:
+    ours = served.model if isinstance(served.model, Model) else None
+    return s.ModelCard(
+        id=served.name, created=served.created, verbs=served.verbs, columns=ours.columns if ours else {},
+        max_length=ours.engine.max_length if ours else None,
+    ).model_dump()  # fmt: skip
+
+
+@router.get("/v1/models", response_model=s.ModelList, tags=["models"])
+async def list_models(request: Request) -> Response:
+    """The models that are served, and what each can do."""
+    service, _ = of(request)
+    return JSONResponse({"object": "list", "data": [_card(served) for served in service.models.values()]})
+
+
+@router.get("/v1/models/{model:path}", response_model=s.ModelCard, tags=["models"])
+async def show_model(request: Request, model: str) -> Response:
+    """One model."""
+    service, trail = of(request)
+    return JSONResponse(_card(service.find(model, trail)))
+
+
+@router.get("/health", response_model=s.Health, tags=["state"])
+async def health(request: Request) -> Response:
+    """Whether requests are taken. Needs no key."""
+    service, _ = of(request)
+    alive = all(served.worker.thread.is_alive() for served in service.models.values())
+    if not alive:
+        raise ApiError(503, "A model's thread has ended. Restart the server.", code="unhealthy")
+    return JSONResponse({"status": "ok"})
+
+
+@router.get("/metrics", response_class=PlainTextResponse, tags=["state"])
+async def metrics(request: Request) -> Response:
+    """Figures in Prometheus' text format."""
+    service, _ = of(request)
+    return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+# --- embeddings and classification --------------------------------------------------------------------------------
+
+
+@router.post("/v1/embeddings", response_model=s.EmbeddingList, tags=["read"])
+async def embeddings(request: Request, body: s.EmbeddingRequest) -> Response:
+    """The place of each input in the model's one space. Beside texts, inputs may be parts as messages have them:
+    `{"type": "image_url", ...}`, `{"type": "input_audio", ...}`."""
+    service, trail = of(request)
+    served = service.find(body.model, trail)
+    given: list[Any] = [body.input] if isinstance(body.input, str) or isinstance(body.input[0], int) else body.input
+    ids = {i: value for i, value in enumerate(given) if isinstance(value, list)}
+    rest = [value for value in given if not isinstance(value, list)]
+    deadline = service.deadline(trail)
+    read_values = iter(await service.parts(served.model, rest, "input", deadline))
+    values = [ids[i] if i in ids else next(read_values) for i in range(len(given))]
+    size = sum(len(value) for value in values if isinstance(value, str | list))
+    model = served.model
+    if isinstance(model, Model):
+        if "embed" not in model.verbs:
+            raise ApiError(400, f"{served.name} has no embedding space. It can {', '.join(model.verbs)}.", "model")
+        ours = model
+
+        def prepare() -> list[list[Sequence]]:
+            found = []
+            for value in values:
+                if isinstance(value, list):
+                    check_ids(ours, value)
+                    if len(value) > ours.engine.max_length:
+                        raise PlaitError(f"{len(value)} ids; this model reads {ours.engine.max_length}. Send fewer.")
+                    found.append([Sequence().read_ids(value, "text")])
+                else:
+                    found.append(windows(ours, value))
+            return found
+
+        parts = await service.prepared(prepare, size)
+        trail.prompt_tokens = sum(len(sequence) for part in parts for sequence in part)
+        if trail.prompt_tokens > 65_536:
+            raise ApiError(413, f"The inputs take {trail.prompt_tokens} tokens; at most 65536 at once. Send fewer.")
+        vectors = await served.worker.call(lambda: ours.embed_parts(parts), deadline)
+    elif ids:
+        raise ApiError(400, f"{served.name} takes texts, not ids. Send strings.", "input")
+    else:
+        vectors = await served.worker.call(lambda: model.embed(values), deadline)
+    if body.dimensions is not None and body.dimensions != vectors.shape[1]:
+        message = f"The embeddings of {served.name} have {vectors.shape[1]} dimensions. Leave dimensions out."
+        raise ApiError(400, message, "dimensions")
+    if body.encoding_format == "base64":
+        rows: list[Any] = [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in vectors]
+    else:
+        rows = [row.tolist() for row in vectors]
+    data = [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)]
+    usage = {"prompt_tokens": trail.prompt_tokens, "total_tokens": trail.prompt_tokens}
+    return JSONResponse({"object": "list", "model": served.name, "data": data, "usage": usage})
+
+
+@router.post("/v1/plait/classify", response_model=s.Classification, tags=["read"])
+async def classify(request: Request, body: s.ClassifyRequest) -> Response:
+    """The likeliest labels of an input, each with its probability among the labels."""
+    service, trail = of(request)
+    served = service.find(body.model, trail)
+    parts: list[Any] = body.input if isinstance(body.input, list) else [body.input]
+    if (size := sum(map(len, body.labels or []))) > service.limits.label_bytes:
+        most = service.limits.label_bytes
+        raise ApiError(413, f"The labels have {size} characters; at most {most} are read. Send fewer.", "labels")
+    deadline = service.deadline(trail)
+    values = await service.parts(served.model, parts, "input", deadline)
+    size = sum(len(value) for value in values if isinstance(value, str))
+    model = served.model
+    if isinstance(model, Model):
+        ours = model
+
+        def prepare() -> list[Sequence]:
+            return [ours.context(values)] if len(values) > 1 else windows(ours, values[0])
+
+        sequences = await service.prepared(prepare, size)
+        trail.prompt_tokens = sum(map(len, sequences))
+
+        def work() -> list[tuple[str, float]]:
+            return ours.classify_parts(sequences, body.labels, body.column, body.top)
+    else:
+        if len(values) > 1:
+            raise ApiError(400, f"{served.name} classifies one input at a time. Send one part.", "input")
+
+        def work() -> list[tuple[str, float]]:
+            return model.classify(values[0], labels=body.labels, column=body.column, top=body.top)
+
+    ranked = await served.worker.call(work, deadline)
+    data = [{"label": label, "probability": chance} for label, chance in ranked]
+    return JSONResponse({"object": "list", "model": served.name, "data": data})
+
+
+@router.post("/v1/plait/explain", response_model=s.Explained, response_model_exclude_none=True, tags=["read"])
+async def explain(request: Request, body: s.ExplainRequest) -> Response:
+    """How much each word, region or moment of an input moved an answer, with checks that say whether to believe it."""
+    service, trail = of(request)
+    served = service.find(body.model, trail)
+    parts: list[Any] = body.input if isinstance(body.input, list) else [body.input]
+    deadline = service.deadline(trail)
+    values = await service.parts(served.model, parts, "input", deadline)
+    # Each word is left out once, and each of these is a pass through the model.
+    if (count := sum(len(words(value)) for value in values if isinstance(value, str))) > EXPLAINED:
+        raise ApiError(413, f"The input has {count} words; at most {EXPLAINED} are explained. Send fewer.", "input")
+    model = served.model
+
+    def work() -> dict[str, Any]:
+        found = model.explain(
+            values if len(values) > 1 else values[0], body.answer, column=body.column, labels=body.labels,
+            method=body.method, steps=body.steps, seed=body.seed,
+        )  # fmt: skip
+        shown = as_json_of(found)
+        if body.picture:
+            shown["picture"] = "data:image/png;base64," + base64.b64encode(as_png(found)).decode()
+        return shown
+
+    shown = await served.worker.call(work, deadline)
+    return JSONResponse({"object": "explanation", "model": served.name, **shown})

@@ -1,0 +1,185 @@
+"""The routes of pictures and sounds."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import Form, Request
+from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.responses import Response
+
+from plait.data.media import sniff
+from plait.inference.engine import Request as Wanted
+from plait.inference.engine import Written
+from plait.inference.model import Model, joined
+from plait.server import schemas as s
+from plait.server.api import STREAM, make_router, of, voice_of, wanted_of
+from plait.server.journal import Trail
+from plait.server.limits import ApiError
+from plait.server.media import SOUNDS, png, sound
+from plait.server.service import EventStream, Served, Service, note, read, windows
+from plait.server.worker import Ticket, follow
+
+router = make_router()
+
+WINDOWS = 32  # windows of a long sound that are in the queue at a time
+
+# --- pictures and sounds ----------------------------------------------------------------------------------------
+
+
+@router.post("/v1/images/generations", response_model=s.ImageList, responses={200: {"content": STREAM}}, tags=["media"])
+async def draw(request: Request, body: s.ImageRequest) -> Response:
+    """Pictures of what a text says, as base64 of PNG."""
+    service, trail = of(request)
+    served = service.find(body.model, trail)
+    model, n = served.ours, body.n or 1
+    service.check_parts([body.prompt])
+
+    def prepare() -> tuple[str, Wanted]:
+        column = model.column(body.column, "image", "draw")
+        return column, wanted_of(model, model.context([body.prompt]), column, body, n)
+
+    column, wanted = await service.prepared(prepare, len(body.prompt))
+    side = getattr(model.modality(column).settings, "size", 0)
+    size = f"{side}x{side}"
+    if body.size not in (None, "auto", size):
+        raise ApiError(400, f"This model draws {size}. Send size '{size}' or 'auto'.", "size")
+    if body.stream:
+        tickets = served.worker.submit([wanted], service.deadline(trail))
+        return EventStream(_picture_events(service, served, trail, tickets, column, size), tickets)
+    samples = (await service.written(served, [wanted], trail))[0]
+    pictures = await service.rendered(served, column, samples, trail)
+    encoded = await asyncio.to_thread(lambda: [png(picture) for picture in pictures])
+    return JSONResponse({
+        "created": int(time.time()), "data": [{"b64_json": one} for one in encoded], "output_format": "png",
+        "size": size, "usage": _media_usage(trail),
+    })  # fmt: skip
+
+
+def _media_usage(trail: Trail) -> dict[str, Any]:
+    read_, written = trail.prompt_tokens, trail.completion_tokens
+    return {"input_tokens": read_, "output_tokens": written, "total_tokens": read_ + written,
+            "input_tokens_details": {"text_tokens": read_, "image_tokens": 0}}  # fmt: skip
+
+
+async def _picture_events(
+    service: Service, served: Served, trail: Trail, tickets: list[Ticket], column: str, size: str
+) -> AsyncIterator[list[Any]]:
+    async for updates in follow(tickets):
+        note(trail, updates)
+    read(trail, tickets)
+    for picture in await service.rendered(served, column, tickets[0].result.samples, trail):
+        yield [{"type": "image_generation.completed", "b64_json": await asyncio.to_thread(png, picture),
+                "created_at": int(time.time()), "size": size, "output_format": "png", "quality": "auto",
+                "background": "auto", "usage": _media_usage(trail)}]  # fmt: skip
+
+
+@router.post(
+    "/v1/audio/speech",
+    response_class=Response,
+    responses={200: {"content": {**{kind: {} for kind, *_ in SOUNDS.values()}, **STREAM}}},
+    tags=["media"],
+)
+async def speak(request: Request, body: s.SpeechRequest) -> Response:
+    """A text spoken, as the bytes of a sound file."""
+    service, trail = of(request)
+    served = service.find(body.model, trail)
+    model = served.ours
+    service.check_parts([body.input])
+
+    def prepare() -> tuple[str, Wanted]:
+        column = voice_of(model, body.voice)
+        return column, wanted_of(model, model.context([body.input]), column, body, 1)
+
+    column, wanted = await service.prepared(prepare, len(body.input))
+    samples = (await service.written(served, [wanted], trail))[0]
+    wave, rate = (await service.rendered(served, column, samples, trail))[0]
+    data = await asyncio.to_thread(sound, wave, rate, body.response_format)
+    if body.stream_format == "audio":
+        return Response(data, media_type=SOUNDS[body.response_format][0])
+
+    async def events() -> AsyncIterator[list[Any]]:
+        yield [{"type": "speech.audio.delta", "audio": base64.b64encode(data).decode()},
+               {"type": "speech.audio.done", "usage": _media_usage(trail)}]  # fmt: skip
+
+    return EventStream(events(), [], done=False)
+
+
+@router.post(
+    "/v1/audio/transcriptions",
+    response_model=s.Transcription,
+    responses={200: {"content": {**STREAM, "text/plain": {}}}},
+    tags=["media"],
+)
+async def transcribe(request: Request, body: Annotated[s.TranscriptionRequest, Form()]) -> Response:
+    """The words of a sound; a long one is read in windows."""
+    service, trail = of(request)
+    served = service.find(body.model, trail)
+    deadline = service.deadline(trail)
+    data = await body.file.read()
+    if len(data) > service.limits.media.file_bytes:
+        raise ApiError(413, f"The sound is larger than {service.limits.media.file_bytes // 1_000_000} MB.", "file")
+    if (sniff(data[:64]) or ("",))[0] != "audio":
+        raise ApiError(400, "The file is no sound that is read. Send wav, flac, ogg, opus or mp3.", "file")
+    model = served.model
+    if "transcribe" not in served.verbs:
+        raise ApiError(400, f"{served.name} cannot transcribe. It can {', '.join(served.verbs)}.", "model")
+    value = await service.reader.read(model, "audio", data, "file", deadline)
+    if isinstance(model, Model):
+        pieces = _windows_written(service, served, trail, value, body)
+    else:
+        other = model
+
+        async def whole() -> AsyncIterator[str]:
+            yield await served.worker.call(lambda: other.transcribe(value, language=body.language), deadline)
+
+        pieces = whole()
+    if body.stream:
+
+        async def events() -> AsyncIterator[list[Any]]:
+            texts: list[str] = []
+            async for piece in pieces:
+                known, now = joined(texts), joined([*texts, piece])
+                texts.append(piece)
+                if len(now) > len(known):
+                    yield [{"type": "transcript.text.delta", "delta": now[len(known) :]}]
+            yield [
+                {
+                    "type": "transcript.text.done",
+                    "text": joined(texts),
+                    "usage": {
+                        "type": "tokens",
+                        **{k: v for k, v in _media_usage(trail).items() if k != "input_tokens_details"},
+                    },
+                }
+            ]
+
+        return EventStream(events(), [], done=False)
+    text = joined([piece async for piece in pieces])
+    return PlainTextResponse(text + "\n") if body.response_format == "text" else JSONResponse({"text": text})
+
+
+async def _windows_written(
+    service: Service, served: Served, trail: Trail, value: Any, body: s.TranscriptionRequest
+) -> AsyncIterator[str]:
+    """The text of each window of a sound, in order."""
+    model = served.ours
+    if body.language is not None and model.columns.get(body.language) != "text":
+        known = ", ".join(column for column, kind in model.columns.items() if kind == "text")
+        raise ApiError(400, f"language names the text column to write: {known}.", "language")
+
+    def prepare() -> list[Wanted]:
+        column = model.column(body.language, "text", "transcribe")
+        drawing = s.Drawing(temperature=body.temperature, seed=body.seed)
+        return [wanted_of(model, part, column, drawing, 1, i) for i, part in enumerate(windows(model, value))]
+
+    wanted = await service.prepared(prepare, 0)
+    some = min(WINDOWS, model.engine.max_rows)
+    for start in range(0, len(wanted), some):
+        results: list[list[Written]] = await service.written(served, wanted[start : start + some], trail)
+        for samples in results:
+            yield samples[0].text or ""

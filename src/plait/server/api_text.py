@@ -1,0 +1,284 @@
+"""The routes that write text: chat and completions."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import secrets
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from fastapi import Request
+from fastapi.responses import JSONResponse
+from starlette.responses import Response
+
+from plait.chat.chat import Prompt, Turn
+from plait.inference.engine import Request as Wanted
+from plait.inference.model import Model
+from plait.model.multimodal import Sequence
+from plait.server import schemas as s
+from plait.server.api import (
+    STREAM,
+    Lead,
+    check_ids,
+    finish_of,
+    make_router,
+    most_of,
+    of,
+    stops,
+    text_column,
+    token_of,
+    usage_of,
+    voice_of,
+    wanted_of,
+)
+from plait.server.journal import Trail
+from plait.server.limits import ApiError
+from plait.server.media import png, sound
+from plait.server.service import EventStream, Served, Service, note, read
+from plait.server.worker import Ticket, follow
+
+router = make_router()
+
+# --- chat -------------------------------------------------------------------------------------------------------
+
+
+@router.post(
+    "/v1/chat/completions", response_model=s.ChatCompletion, responses={200: {"content": STREAM}}, tags=["text"]
+)
+async def chat_completions(request: Request, body: s.ChatRequest) -> Response:
+    """The next reply of a conversation: text, and with `modalities` pictures and sounds, each written after the same
+    messages. Pictures come in `images`, as data: URLs; sounds in `audio`, of one reply the first."""
+    service, trail = of(request)
+    served = service.find(body.model, trail)
+    model, chat, n = served.ours, served.chat, body.n or 1
+    if chat is None:
+        raise ApiError(400, f"{served.name} has no chat.", "model")
+    turns = await _turns(service, model, body, service.deadline(trail))
+    size = sum(len(part) for turn in turns for part in turn.parts if isinstance(part, str))
+    most = most_of(model, body.max_completion_tokens or body.max_tokens, "max_completion_tokens")
+    outputs = body.modalities or ["text"]
+    if body.logprobs and outputs != ["text"]:
+        raise ApiError(400, "logprobs go with text alone. Leave them out, or the other modalities.", "logprobs")
+    columns: list[str | None] = []
+    prompts: list[Prompt] = []
+    wanted: list[Wanted] = []
+
+    def prepare() -> None:
+        for kind in outputs:
+            if kind == "text":
+                columns.append(text_column(model, body.column))
+            else:
+                voice = body.audio.voice if kind == "audio" and body.audio else None
+                columns.append(voice_of(model, voice) if kind == "audio" else model.column(None, kind, f"write {kind}"))
+            prompt = chat.prompt(turns, columns[-1])
+            prompts.append(prompt)
+            stop = (*stops(body.stop), *prompt.stop) if kind == "text" else ()
+            bound = most if kind == "text" else None
+            found = wanted_of(model, prompt.context, columns[-1], body, n, most=bound, stop=stop)
+            wanted.append(replace(found, logprobs=bool(body.logprobs)))
+
+    await service.prepared(prepare, size)
+    form = body.audio.format if body.audio else "wav"
+    head = _head("chatcmpl-", "chat.completion.chunk" if body.stream else "chat.completion", served)
+    if body.stream:
+        tickets = served.worker.submit(wanted, service.deadline(trail))
+        options = body.stream_options
+        usage = bool(options and options.include_usage)
+        events = _chat_events(service, served, trail, tickets, head, outputs, columns, prompts, form, usage)
+        return EventStream(events, tickets)
+    results = await service.written(served, wanted, trail)
+    choices: list[dict[str, Any]] = [
+        {"index": i, "message": {"role": "assistant", "content": None, "refusal": None}, "logprobs": None,
+         "finish_reason": "stop"} for i in range(n)
+    ]  # fmt: skip
+    for kind, column, prompt, samples in zip(outputs, columns, prompts, results, strict=True):
+        made = [] if kind == "text" else await service.rendered(served, str(column), samples, trail)
+        for i, (choice, sample) in enumerate(zip(choices, samples, strict=True)):
+            if kind == "text":
+                choice["message"]["content"] = Lead(prompt.strip)(sample.text or "")
+                choice["finish_reason"] = finish_of(sample.finish)
+                if sample.logprobs is not None:
+                    pairs = zip(sample.ids, sample.logprobs, strict=False)
+                    choice["logprobs"] = {"content": [token_of(model, *pair) for pair in pairs], "refusal": None}
+            else:
+                choice["message"] |= await asyncio.to_thread(_medium, kind, made[i], form)
+    read_ = sum(len(prompt.context) for prompt in prompts)
+    return JSONResponse({**head, "choices": choices, "usage": usage_of(read_, trail.completion_tokens)})
+
+
+async def _turns(service: Service, model: Model, body: s.ChatRequest, deadline: float) -> list[Turn]:
+    every: list[list[Any]] = []
+    for message in body.messages:
+        parts: list[Any] = [message.content] if isinstance(message.content, str) else list(message.content or [])
+        parts += message.images or []
+        if not parts:
+            raise ApiError(400, f"The {message.role} message is empty. Give it content.", f"messages.{len(every)}")
+        every.append(parts)
+    service.check_parts(part for parts in every for part in parts)
+    return [
+        Turn(message.role, await service.parts(model, parts, f"messages.{i}.content", deadline))
+        for i, (message, parts) in enumerate(zip(body.messages, every, strict=True))
+    ]
+
+
+def _head(prefix: str, kind: str, served: Served) -> dict[str, Any]:
+    return {"id": prefix + secrets.token_hex(12), "object": kind, "created": int(time.time()), "model": served.name,
+            "system_fingerprint": served.fingerprint}  # fmt: skip
+
+
+def _medium(kind: str, value: Any, form: str) -> dict[str, Any]:
+    """A picture or a sound as a message holds it."""
+    if kind == "image":
+        url = f"data:image/png;base64,{png(value)}"
+        return {"images": [{"type": "image_url", "image_url": {"url": url, "detail": None}}]}
+    wave, rate = value
+    data = base64.b64encode(sound(wave, rate, form)).decode()
+    # OpenAI keeps sounds for later turns; here the client sends them again.
+    return {"audio": {"id": "audio-" + secrets.token_hex(8), "data": data, "expires_at": int(time.time()),
+                      "transcript": ""}}  # fmt: skip
+
+
+async def _chat_events(
+    service: Service, served: Served, trail: Trail, tickets: list[Ticket], head: dict[str, Any], outputs: list[Any],
+    columns: list[str | None], prompts: list[Prompt], form: str, usage: bool,
+) -> AsyncIterator[list[Any]]:  # fmt: skip
+    more = {"usage": None} if usage else {}
+
+    def chunk(i: int, delta: dict[str, Any], finish: str | None = None, logprobs: Any = None) -> dict[str, Any]:
+        choice = {"index": i, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        return {**head, "choices": [choice], **more}
+
+    n = tickets[0].request.n
+    leads = [Lead(prompts[0].strip) for _ in range(n)]
+    ends = ["stop"] * n
+    yield [chunk(i, {"role": "assistant", "content": "" if "text" in outputs else None}) for i in range(n)]
+    async for updates in follow(tickets):
+        note(trail, updates)
+        events = []
+        for k, update in updates:
+            if outputs[k] != "text":
+                continue
+            i, text = update.sample, leads[update.sample](update.text)
+            if update.finish:
+                ends[i] = finish_of(update.finish)
+            logprobs = None
+            if tickets[k].request.logprobs and update.ids:
+                pairs = zip(update.ids, update.logprobs, strict=True)
+                logprobs = {"content": [token_of(served.ours, *pair) for pair in pairs], "refusal": None}
+            if text or logprobs:
+                events.append(chunk(i, {"content": text}, None, logprobs))
+            if update.finish and len(outputs) == 1:
+                events.append(chunk(i, {}, ends[i]))
+        if events:
+            yield events
+    read(trail, tickets)
+    for kind, column, ticket in zip(outputs, columns, tickets, strict=True):
+        if kind != "text":
+            made = await service.rendered(served, str(column), ticket.result.samples, trail)
+            for i, value in enumerate(made):
+                yield [chunk(i, await asyncio.to_thread(_medium, kind, value, form))]
+    if outputs != ["text"]:
+        yield [chunk(i, {}, ends[i]) for i in range(n)]
+    if usage:
+        yield [{**head, "choices": [], "usage": usage_of(trail.prompt_tokens, trail.completion_tokens)}]
+
+
+# --- completions ------------------------------------------------------------------------------------------------
+
+
+@router.post("/v1/completions", response_model=s.Completion, responses={200: {"content": STREAM}}, tags=["text"])
+async def completions(request: Request, body: s.CompletionRequest) -> Response:
+    """What follows a text, or each of up to 16."""
+    service, trail = of(request)
+    served = service.find(body.model, trail)
+    model, n = served.ours, body.n or 1
+    prompts = _prompts(body.prompt)
+    service.check_parts(prompt for prompt in prompts if isinstance(prompt, str))
+    most = most_of(model, body.max_tokens, "max_tokens") or 16
+    wanted: list[Wanted] = []
+
+    def prepare() -> None:
+        for i, prompt in enumerate(prompts):
+            context = _context(model, prompt)
+            if body.column is not None:
+                model.column(body.column, "text", "write text")
+            found = wanted_of(model, context, body.column, body, n, i * n, most, stops(body.stop))
+            wanted.append(replace(found, logprobs=body.logprobs is not None))
+
+    await service.prepared(prepare, sum(len(prompt) for prompt in prompts))
+    before = [model.checkpoint.text.decode(p) if isinstance(p, list) else p for p in prompts]
+    before = before if body.echo else [""] * len(prompts)
+    head = _head("cmpl-", "text_completion", served)
+    if body.stream:
+        tickets = served.worker.submit(wanted, service.deadline(trail))
+        usage = bool(body.stream_options and body.stream_options.include_usage)
+        return EventStream(_text_events(model, trail, tickets, head, before, usage), tickets)
+    results = await service.written(served, wanted, trail)
+    choices = []
+    for i, samples in enumerate(results):
+        for k, sample in enumerate(samples):
+            logprobs = _text_logprobs(model, sample.ids, sample.logprobs or [], len(before[i]))
+            choices.append({
+                "index": i * n + k, "text": before[i] + (sample.text or ""),
+                "logprobs": logprobs if body.logprobs is not None else None, "finish_reason": finish_of(sample.finish),
+            })  # fmt: skip
+    read_ = sum(len(one.context) for one in wanted)
+    return JSONResponse({**head, "choices": choices, "usage": usage_of(read_, trail.completion_tokens)})
+
+
+def _prompts(prompt: Any) -> list[str | list[int]]:
+    if isinstance(prompt, str) or isinstance(prompt[0], int):
+        return [prompt]
+    return list(prompt)
+
+
+def _context(model: Model, prompt: str | list[int]) -> Sequence:
+    if isinstance(prompt, list):
+        check_ids(model, prompt)
+        return Sequence().read_ids(prompt, "text")
+    return model.context(prompt) if prompt else model.start()
+
+
+def _text_logprobs(model: Model, ids: list[int], logprobs: list[float], at: int) -> dict[str, Any]:
+    tokens = [model.checkpoint.text.decode([token]) for token in ids]
+    offsets = [at + sum(map(len, tokens[:i])) for i in range(len(tokens))] if len(tokens) < 2 else (
+        [at, *(at + np.cumsum([len(token) for token in tokens[:-1]])).tolist()]
+    )  # fmt: skip
+    return {"tokens": tokens, "token_logprobs": [max(value, -9999.0) for value in logprobs[: len(ids)]],
+            "top_logprobs": None, "text_offset": offsets}  # fmt: skip
+
+
+async def _text_events(
+    model: Model, trail: Trail, tickets: list[Ticket], head: dict[str, Any], before: list[str], usage: bool
+) -> AsyncIterator[list[Any]]:
+    more = {"usage": None} if usage else {}
+    lengths = [[len(text)] * ticket.request.n for text, ticket in zip(before, tickets, strict=True)]
+
+    def chunk(k: int, sample: int, text: str, finish: str | None = None, logprobs: Any = None) -> dict[str, Any]:
+        index = k * tickets[k].request.n + sample
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+        return {**head, "choices": [choice], **more}
+
+    if any(before):
+        yield [chunk(k, i, before[k]) for k, ticket in enumerate(tickets) for i in range(ticket.request.n)]
+    async for updates in follow(tickets):
+        note(trail, updates)
+        events = []
+        for k, update in updates:
+            finish = finish_of(update.finish) if update.finish else None
+            logprobs = None
+            if tickets[k].request.logprobs and update.ids:
+                at = lengths[k][update.sample]
+                logprobs = _text_logprobs(model, update.ids, list(update.logprobs), at)
+                lengths[k][update.sample] += sum(map(len, logprobs["tokens"]))
+            if update.text or finish or logprobs:
+                events.append(chunk(k, update.sample, update.text, finish, logprobs))
+        if events:
+            yield events
+    read(trail, tickets)
+    if usage:
+        yield [{**head, "choices": [], "usage": usage_of(trail.prompt_tokens, trail.completion_tokens)}]

@@ -1,0 +1,283 @@
+"""The server put together: models, application, guard, sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import re
+import signal
+from collections.abc import AsyncIterator, Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartParser
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+
+from plait.core.errors import PlaitError
+from plait.core.files import sha256_file
+from plait.inference.model import load
+from plait.recommend import routes as api_recommend
+from plait.search import routes as api_search
+from plait.server import api, api_media, api_text
+from plait.server.guard import Doors, Guard
+from plait.server.journal import Metrics, set_up_logging
+from plait.server.limits import ApiError, Limits, read_keys
+from plait.server.network import listen, make_server
+from plait.server.service import Served, Service
+
+if TYPE_CHECKING:
+    from plait.search.index import Index
+
+ROUTERS = (api.router, api_text.router, api_media.router, api_search.router, api_recommend.router)
+LOOPBACK = {"localhost", "127.0.0.1", "[::1]"}
+_MEMBER = re.compile(r"body|str|int|(list|constrained|function|tagged|nullable|model)[-[(].*", re.DOTALL)
+log = logging.getLogger("plait.server")
+
+
+def serve(
+    models: list[str],
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    key_file: Path | None = None,
+    allow_hosts: list[str] | None = None,
+    allow_origins: list[str] | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    indexes: list[str] | None = None,
+    ui: bool = False,
+    limits: Limits = Limits(),
+    tell: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Serve models until SIGINT or SIGTERM; `tell` is called with the address once requests are taken.
+
+    A model is a run, a checkpoint, or a Hugging Face name or folder; `NAME=MODEL` gives it another name. With `ui`
+    there is a page at `/`. Raises PlaitError for a model or an index that cannot be loaded, an address that cannot be
+    had, and one off loopback without keys.
+    """
+    doors = make_doors(host, key_file, allow_hosts or [], allow_origins or [])
+    doors.browsers = ui
+    sock = listen(host, port)
+    found = load_models(models, device, precision, limits)
+    service = Service(found, limits, Metrics(), open_indexes(indexes or [], found))
+    app: Any = make_app(service, doors)
+    if ui:
+        from plait.server.page import Page
+
+        app = Page(app, service)
+    guard = Guard(app, doors, limits, service.metrics, _routes())
+    if ui:
+        app.tabs.guard = guard
+    set_up_logging()
+
+    def stop(seconds: float) -> None:
+        guard.stopping = True
+        log.info("stopping", extra={"fields": {"seconds": seconds}})
+        error = ApiError(503, "The server is stopping. Try again soon.", code="stopping")
+
+        def end() -> None:
+            for served in service.models.values():
+                served.worker.give_up(error)
+
+        asyncio.get_running_loop().call_later(seconds, end)
+
+    def started() -> None:
+        name = f"[{host}]" if ":" in host else host
+        url = f"http://{name}:{sock.getsockname()[1]}"
+        log.info("listening", extra={"fields": {"url": url, "models": list(service.models)}})
+        tell(url)
+
+    server = make_server(guard, limits, stop, service.metrics.closed)
+    server.on_start = started
+    service.metrics.connections = server.server_state.connections
+    # uvicorn raises the signal once more after its work is done; by then it has no meaning.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        server.run(sockets=[sock])
+    finally:
+        sock.close()
+        service.reader.close()
+
+
+def load_models(names: list[str], device: str, precision: str, limits: Limits) -> list[Served]:
+    """The models of a command line, loaded. Raises PlaitError."""
+    found: dict[str, Served] = {}
+    for given in names:
+        name, _, path = given.rpartition("=") if "=" in given and not Path(given).exists() else ("", "", given)
+        model = load(path, device, precision)
+        folder = model.folder
+        assert folder is not None  # `load` knows it
+        name = name or (Path(path).resolve().name if Path(path).expanduser().is_dir() else path)
+        if name in found:
+            raise PlaitError(f"Two models have the name '{name}'. Give one another: other={path}")
+        state = folder / "manifest.json" if (folder / "manifest.json").is_file() else folder / "config.json"
+        found[name] = Served.of(name, model, folder, f"plait-{sha256_file(state)[:12]}", limits)
+    if not found:
+        raise PlaitError("Name a model to serve: a run, a checkpoint, or a Hugging Face name or folder.")
+    return list(found.values())
+
+
+def open_indexes(names: list[str], models: list[Served]) -> dict[str, tuple[Index, str]]:
+    """The indexes of a command line, each with the name of the model that made it. Raises PlaitError."""
+    if not names:
+        return {}
+    from plait.search.index import Index  # with libraries that are large, and of no use without an index
+
+    found: dict[str, tuple[Index, str]] = {}
+    for given in names:
+        name, _, path = given.rpartition("=") if "=" in given and not Path(given).exists() else ("", "", given)
+        name = name or path.rstrip("/").rpartition("/")[2]
+        if name in found:
+            raise PlaitError(f"Two indexes have the name '{name}'. Give one another: other={path}")
+        wrong: PlaitError | None = None
+        for served in models:
+            try:
+                found[name] = Index(path, served.model), served.name
+            except PlaitError as error:
+                wrong = error
+        if name not in found:
+            raise wrong or PlaitError(f"{path} has no model.")
+        if not len(found[name][0]):
+            raise PlaitError(f"{path} is empty. Fill it: plait index add {path} FILES --model RUN")
+    return found
+
+
+def make_doors(host: str, key_file: Path | None, allow_hosts: list[str], allow_origins: list[str]) -> Doors:
+    """Who may come in, for an address. Raises PlaitError for one that others can reach while no key is needed."""
+    keys = read_keys(key_file) if key_file is not None else {}
+    local = _is_loopback(host)
+    if not local and not keys:
+        raise PlaitError(
+            f"{host} can be reached by others, so keys are needed. Make one: plait key keys.txt, "
+            "and serve with --api-key-file keys.txt; or leave --host out."
+        )
+    if bad := [origin for origin in allow_origins if "*" in origin or "://" not in origin]:
+        raise PlaitError(f"'{bad[0]}' is no origin. Name each as https://app.example.org; there is no wildcard.")
+    if bad := [name for name in allow_hosts if "*" in name or "/" in name]:
+        raise PlaitError(f"'{bad[0]}' is no host name. Name each as api.example.org; there is no wildcard.")
+    hosts = {name.lower() for name in allow_hosts} | LOOPBACK
+    hosts.add(f"[{host}]" if ":" in host else host.lower())
+    return Doors(hosts, {origin.lower().rstrip("/") for origin in allow_origins}, keys, any_address=not local)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def _routes() -> set[str]:
+    return {route.path for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)}
+
+
+# --- the application --------------------------------------------------------------------------------------------
+
+
+def make_app(service: Service, doors: Doors) -> FastAPI:
+    """The routes over the models; `Guard` stands before it."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        for served in service.models.values():
+            service.metrics.workers.append(served.worker)
+            served.worker.start()
+        yield
+        for served in service.models.values():
+            served.worker.stop()
+
+    app = FastAPI(
+        title="Plait",
+        version=version("plait"),
+        description="Models that read and write text, pictures and sound, in the shapes of OpenAI's API.",
+        lifespan=lifespan,
+        docs_url=None,  # their pages load scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.service = service
+    MultiPartParser.spool_max_size = service.limits.body_bytes  # an upload stays in memory, where its body is already
+    for router in ROUTERS:
+        app.include_router(router)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _refused)
+    app.add_exception_handler(Exception, _broken)
+    if doors.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=sorted(doors.origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )
+    app.openapi = lambda: _describe(app, bool(doors.keys))  # type: ignore[method-assign]
+    return app
+
+
+async def _refused(request: Request, error: Exception) -> JSONResponse:
+    if not isinstance(error, ApiError):
+        status = getattr(error, "status_code", 500)
+        message = {404: "There is no such route. See /openapi.json.", 405: "The route does not take this method."}.get(
+            status, str(getattr(error, "detail", ""))
+        )
+        error = ApiError(status, message, headers=getattr(error, "headers", None))
+    return JSONResponse(error.body(), error.status_code, error.headers)
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    """Of a union's faults, one for each of its members, the one that says most: a bound, else the deepest."""
+    faults: list[dict[str, Any]] = list(error.errors()) if isinstance(error, RequestValidationError) else []
+    fault = max(
+        faults,
+        key=lambda fault: (not str(fault["type"]).endswith("_type"), len(fault["loc"])),
+        default={"loc": (), "msg": "The body is not valid."},
+    )
+    # Members of unions stand in the place like fields: list[...], constrained-str.
+    places = [str(place) for place in fault["loc"] if not _MEMBER.fullmatch(str(place))]
+    param = ".".join(places) or None
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    if fault.get("type") == "extra_forbidden":
+        message = (
+            f"Unknown field '{str(fault['loc'][-1])[:64]}'. Leave it out; see /openapi.json for those that are known."
+        )
+    elif fault.get("type") == "missing" and not places:
+        message = "The request needs a body of JSON. Send Content-Type: application/json."
+    elif fault.get("type") == "model_attributes_type" and not places:
+        message = "The body must be a JSON object. Send Content-Type: application/json."
+    elif places:
+        message = f"{param[:120] if param else ''}: {message}."
+    code = "unknown_field" if fault.get("type") == "extra_forbidden" else "invalid_value"
+    return JSONResponse(ApiError(400, message, param and param[:120], code).body(), 400)
+
+
+async def _broken(request: Request, error: Exception) -> JSONResponse:
+    return JSONResponse(ApiError(500, "Something went wrong in the server.").body(), 500)
+
+
+def _describe(app: FastAPI, keys: bool) -> dict[str, Any]:
+    """The OpenAPI document, without the errors that FastAPI would send and this server does not."""
+    if app.openapi_schema is None:
+        document = FastAPI.openapi(app)
+        for methods in document["paths"].values():
+            for operation in methods.values():
+                operation["responses"].pop("422", None)
+        parts = document.setdefault("components", {})
+        for name, schema in parts.get("schemas", {}).items():
+            if name.endswith("Request"):
+                schema["properties"]["model"]["enum"] = list(app.state.service.models)
+        for name in ("HTTPValidationError", "ValidationError"):
+            parts.get("schemas", {}).pop(name, None)
+        if keys:
+            parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            document["security"] = [{"key": []}]
+            document["paths"]["/health"]["get"]["security"] = []
+        app.openapi_schema = document
+    return app.openapi_schema

@@ -1,0 +1,209 @@
+"""What stands before every route: host, origin, key, size; a client that leaves; the log line."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import json
+import logging
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from plait.server.journal import Metrics, Trail
+from plait.server.limits import ApiError, Limits, known_key
+from plait.server.worker import log_fault
+
+Scope = dict[str, Any]
+Message = dict[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+OPEN = "/health"  # the one route that needs no key
+SAFE = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cache-control", b"no-store"),
+]
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::\d{1,5})?")
+log = logging.getLogger("plait.server")
+
+
+@dataclass
+class Doors:
+    """Who may come in."""
+
+    hosts: set[str]
+    origins: set[str] = field(default_factory=set)
+    keys: dict[str, bytes] = field(default_factory=dict)  # empty: no key is needed
+    any_address: bool = False  # bound off loopback: a Host that is an IP address is no rebound name
+    browsers: bool = False  # there is a page: browsers ask for the key and send it as a password (HTTP Basic)
+
+    def check(self, scope: Scope) -> None:
+        """Raises ApiError where the request's host, origin or key is none that is known."""
+        headers: dict[bytes, list[bytes]] = {}
+        for name, value in scope["headers"]:
+            headers.setdefault(name, []).append(value)
+        hosts = headers.get(b"host", [])
+        found = _HOST.fullmatch(hosts[0].decode("latin-1").lower()) if len(hosts) == 1 else None
+        if found is None:
+            raise ApiError(400, "The request needs one Host header with a host name.", code="host")
+        if found[1] not in self.hosts and not (self.any_address and _is_address(found[1])):
+            raise ApiError(403, "This server does not answer for that host. Add it with --allow-host.", code="host")
+        origins = headers.get(b"origin", [])
+        preflight = scope["method"] == "OPTIONS" and b"access-control-request-method" in headers
+        if origins:
+            origin = origins[0].decode("latin-1").lower()
+            own = origin.partition("://")[2] == hosts[0].decode("latin-1").lower()
+            if len(origins) > 1 or not (own or origin in self.origins):
+                raise ApiError(403, "Pages of that origin may not call. Add it with --allow-origin.", code="origin")
+            if preflight and origin in self.origins:
+                return  # browsers send no key along with the question whether they may
+        if self.keys and scope["path"] != OPEN:
+            given = headers.get(b"authorization", [])
+            if len(given) != 1 or known_key(given[0], self.keys, self.browsers) is None:
+                challenge = 'Basic realm="Plait: the API key is the password"'
+                raise ApiError(
+                    401, "A key is needed. Send the header 'Authorization: Bearer KEY'.", code="invalid_api_key",
+                    headers={"WWW-Authenticate": challenge if self.browsers and scope["path"] == "/" else "Bearer"},
+                )  # fmt: skip
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
+class Guard:
+    """The outermost application: every answer, also a refusal, passes through it."""
+
+    def __init__(self, app: Any, doors: Doors, limits: Limits, metrics: Metrics, routes: set[str]) -> None:
+        self.app, self.doors, self.limits, self.metrics, self.routes = app, doors, limits, metrics, routes
+        self.stopping = False
+        self.held = 0  # bytes of all bodies that are being handled
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            return
+        trail = Trail("req-" + secrets.token_hex(8))
+        scope["trail"] = trail
+
+        async def out(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                trail.status = message["status"]
+                headers = list(message.get("headers", []))
+                present = {name.lower() for name, _ in headers}
+                headers += [header for header in SAFE if header[0] not in present]
+                headers.append((b"x-request-id", trail.id.encode()))
+                if self.stopping:
+                    headers.append((b"connection", b"close"))
+                message = {**message, "headers": headers}
+            elif not message.get("more_body", False):
+                trail.complete = True
+            await send(message)
+
+        held = [0]
+        try:
+            self.doors.check(scope)
+            if self.stopping:
+                raise ApiError(503, "The server is stopping. Try again soon.", code="stopping")
+            body = await self._body(scope, receive, held)
+            if body is not None:
+                await self._run(scope, body, receive, out, trail)
+        except ApiError as error:
+            await answer(error, out)
+        except Exception as error:
+            log_fault("route", error)  # the application has answered with status 500, unless it had begun another
+            if not trail.status:
+                await answer(ApiError(500, "Something went wrong in the server."), out)
+        finally:
+            self.held -= held[0]
+            self._tell(scope, trail)
+
+    async def _body(self, scope: Scope, receive: Receive, held: list[int]) -> bytes | None:
+        """The whole body; None where the client left. Raises ApiError 413 as soon as it is known to be too long."""
+        most = self.limits.body_bytes
+        stated = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        if len(stated) > 15 or int(stated) > most:  # the parser has seen that it is a number
+            raise ApiError(413, f"The body is larger than {most // 1_000_000} MB. Send less at once.")
+        parts, size = [], 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            part = message.get("body", b"")
+            size += len(part)
+            if size > most:
+                raise ApiError(413, f"The body is larger than {most // 1_000_000} MB. Send less at once.")
+            self.held += len(part)
+            held[0] += len(part)
+            if self.held > self.limits.bodies_bytes:
+                raise ApiError(429, "Too much is being sent at once. Try again soon.", code="overloaded",
+                               headers={"Retry-After": "1"})  # fmt: skip
+            parts.append(part)
+            if not message.get("more_body", False):
+                return b"".join(parts)
+
+    async def _run(self, scope: Scope, body: bytes, receive: Receive, out: Send, trail: Trail) -> None:
+        """Run the application, and cancel it when its client leaves."""
+        given = False
+
+        async def replay() -> Message:
+            nonlocal given
+            if given:
+                await asyncio.Event().wait()
+            given = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def gone() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+        task, left = asyncio.ensure_future(self.app(scope, replay, out)), asyncio.ensure_future(gone())
+        try:
+            await asyncio.wait({task, left}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done() and not trail.complete:
+                trail.end = "left"
+                task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        finally:
+            task.cancel()
+            left.cancel()
+
+    def _tell(self, scope: Scope, trail: Trail) -> None:
+        path = scope["path"]
+        route = "/v1/models/{model}" if path.startswith("/v1/models/") else path if path in self.routes else "other"
+        self.metrics.count(trail, route)
+        fields: dict[str, Any] = {
+            "id": trail.id,
+            "method": scope["method"] if scope["method"] in ("GET", "POST", "OPTIONS", "HEAD") else "other",
+            "route": route,
+            "status": trail.status,
+            "ms": round((time.monotonic() - trail.begun) * 1e3, 1),
+        }
+        if trail.model:
+            fields |= {"model": trail.model, "read": trail.prompt_tokens, "written": trail.completion_tokens}
+        if trail.end:
+            fields["end"] = trail.end
+        log.info("request", extra={"fields": fields})
+
+
+async def answer(error: ApiError, send: Send) -> None:
+    """Send an error in OpenAI's shape."""
+    content = json.dumps(error.body()).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+    headers += [(name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()]
+    await send({"type": "http.response.start", "status": error.status_code, "headers": headers})
+    await send({"type": "http.response.body", "body": content})

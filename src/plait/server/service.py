@@ -1,0 +1,210 @@
+"""Between the routes and the models: which model is meant, what a request's parts are, and answers that stream."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from starlette.responses import Response
+
+from plait.chat.chat import Chat
+from plait.core.errors import PlaitError
+from plait.hf.pretrained import Pretrained
+from plait.inference.engine import Request, Update, Written
+from plait.inference.model import Model
+from plait.model.multimodal import Sequence
+from plait.server.guard import Scope, Send, answer
+from plait.server.journal import Metrics, Trail
+from plait.server.limits import ApiError, Limits, decode_base64, decode_data_url
+from plait.server.media import Reader
+from plait.server.schemas import AudioPart, ImagePart, TextPart
+from plait.server.worker import Ticket, Worker, follow
+
+if TYPE_CHECKING:
+    from plait.search.index import Index
+
+T = TypeVar("T")
+INLINE = 4000  # characters that are tokenised without leaving the event loop
+
+
+@dataclass
+class Served:
+    """A model under its name."""
+
+    name: str
+    model: Model | Pretrained
+    worker: Worker
+    fingerprint: str
+    created: int
+    chat: Chat | None = None
+
+    @classmethod
+    def of(cls, name: str, model: Model | Pretrained, folder: Path, fingerprint: str, limits: Limits) -> Served:
+        chat = Chat(model, folder) if isinstance(model, Model) else None
+        return cls(name, model, Worker(name, model, limits), fingerprint, int(time.time()), chat)
+
+    @property
+    def ours(self) -> Model:
+        """The model where it runs in our engine. Raises ApiError where it does not."""
+        if isinstance(self.model, Model):
+            return self.model
+        raise ApiError(
+            400,
+            f"{self.name} runs in transformers and is served for {', '.join(self.verbs)} only. Generation needs a run, "
+            "or a GPT-2, Llama or Qwen3 model.",
+            "model",
+        )
+
+    @property
+    def verbs(self) -> list[str]:
+        if isinstance(self.model, Model):
+            return self.model.verbs
+        return [verb for verb in self.model.verbs if verb in ("classify", "embed", "transcribe")]
+
+
+class Service:
+    """All models that are served, and what a handler needs of them for one request."""
+
+    def __init__(
+        self,
+        models: list[Served],
+        limits: Limits,
+        metrics: Metrics,
+        indexes: dict[str, tuple[Index, str]] | None = None,
+    ) -> None:
+        self.models = {served.name: served for served in models}
+        self.indexes = indexes or {}  # name -> the index, and the name of its model
+        self.limits, self.metrics = limits, metrics
+        self.reader = Reader(limits)
+
+    def find(self, name: str, trail: Trail) -> Served:
+        """The model of a name. Raises ApiError 404 that lists those that are there."""
+        served = self.models.get(name)
+        if served is None:
+            known = ", ".join(self.models)
+            raise ApiError(404, f"The model '{name[:80]}' is not served here. Use {known}.", "model", "model_not_found")
+        trail.model = served.name
+        return served
+
+    def deadline(self, trail: Trail) -> float:
+        """When the request's time is over, by the loop's clock."""
+        spent = time.monotonic() - trail.begun
+        return asyncio.get_running_loop().time() + self.limits.request_seconds - spent
+
+    async def parts(self, model: Model | Pretrained, parts: list[Any], where: str, deadline: float) -> list[Any]:
+        """The parts of a request as inputs of the model: text as str, media decoded. Raises ApiError where there are
+        too many, or one cannot be used."""
+        found: list[Any] = []
+        self.check_parts(parts)
+        for i, part in enumerate(parts):
+            if isinstance(part, TextPart | str):
+                found.append(part if isinstance(part, str) else part.text)
+            elif isinstance(part, ImagePart):
+                param = f"{where}.{i}.image_url"
+                data = decode_data_url(part.image_url.url, "image", self.limits, param)
+                found.append(await self.reader.read(model, "image", data, param, deadline))
+            elif isinstance(part, AudioPart):
+                param = f"{where}.{i}.input_audio"
+                data = decode_base64(part.input_audio.data, self.limits, param)
+                found.append(await self.reader.read(model, "audio", data, param, deadline))
+            else:
+                raise ApiError(400, "A part is text, image_url or input_audio.", f"{where}.{i}")
+        return found
+
+    def check_parts(self, parts: Iterable[Any]) -> None:
+        """Raises ApiError where media are too many or texts too long, before anything is decoded."""
+        media = text = 0
+        for part in parts:
+            media += isinstance(part, ImagePart | AudioPart)
+            text += len(part if isinstance(part, str) else part.text) if isinstance(part, str | TextPart) else 0
+        if media > self.limits.media_parts:
+            raise ApiError(400, f"{media} media parts; at most {self.limits.media_parts} are read. Send fewer.")
+        if text > self.limits.text_bytes:
+            raise ApiError(413, f"{text} characters of text; at most {self.limits.text_bytes} are read. Shorten it.")
+
+    async def prepared(self, work: Callable[[], T], size: int) -> T:
+        """What `work` returns; in a thread where `size` characters take long. PlaitErrors become ApiErrors."""
+        try:
+            return work() if size < INLINE else await asyncio.to_thread(work)
+        except PlaitError as error:
+            raise ApiError(400, str(error)) from error
+
+    async def written(self, served: Served, requests: list[Request], trail: Trail) -> list[list[Written]]:
+        """Requests written to their ends: a list of samples each."""
+        tickets = served.worker.submit(requests, self.deadline(trail))
+        try:
+            async for updates in follow(tickets):
+                note(trail, updates)
+        finally:
+            for ticket in tickets:
+                ticket.cancel()
+        read(trail, tickets)
+        return [ticket.result.samples for ticket in tickets]
+
+    async def rendered(self, served: Served, column: str, written: list[Written], trail: Trail) -> list[Any]:
+        """Codes as PIL images or (waveform, rate)."""
+        model = served.ours
+
+        def work() -> list[Any]:
+            modality = model.modality(column)
+            return [modality.to_object(sample) for sample in model.decode(column, written)]
+
+        return list(await served.worker.call(work, self.deadline(trail)))
+
+
+def note(trail: Trail, updates: list[tuple[int, Update]]) -> None:
+    """Count what was written."""
+    if trail.first is None:
+        trail.first = time.monotonic() - trail.begun
+    trail.completion_tokens += sum(len(update.ids) for _, update in updates)
+
+
+def read(trail: Trail, tickets: list[Ticket]) -> None:
+    """Count what was read."""
+    trail.prompt_tokens += sum(len(ticket.request.context) for ticket in tickets)
+
+
+def windows(model: Model, value: Any) -> list[Sequence]:
+    """An input as the sequences that cover it. Raises PlaitError."""
+    return model.alone(value, model.engine.max_length)
+
+
+class EventStream(Response):
+    """Server-sent events. `events` yields dictionaries; what it raises becomes an event that ends the stream, or,
+    before the first event, an answer with a status of its own. Tickets are cancelled whatever happens."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[list[Any]], tickets: list[Ticket], done: bool = True) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self.events, self.tickets, self.done = events, tickets, done
+
+    async def __call__(self, scope: Scope, receive: Any, send: Send) -> None:  # type: ignore[override]
+        begun = False
+        try:
+            async for events in self.events:
+                if not begun:
+                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                    begun = True
+                await send({"type": "http.response.body", "body": b"".join(map(_event, events)), "more_body": True})
+            last = b"data: [DONE]\n\n" if self.done else b""
+        except ApiError as error:
+            scope["trail"].end = error.code or "error"
+            if not begun:
+                await answer(error, send)
+                return
+            last = _event(error.body())
+        finally:
+            for ticket in self.tickets:
+                ticket.cancel()
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+def _event(event: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"

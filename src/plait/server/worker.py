@@ -1,0 +1,272 @@
+"""One thread a model: it runs the engine's steps, and between them whatever else needs the model."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from typing import Any
+
+from plait.core.errors import PlaitError
+from plait.hf.pretrained import Pretrained
+from plait.inference.engine import Engine, Job, Request, Result, Update
+from plait.inference.model import Model
+from plait.server.limits import ApiError, Limits
+
+log = logging.getLogger("plait.server")
+
+
+class Ticket:
+    """A request on its way, as the event loop sees it. It ends with the job, with an ApiError, or with `cancel`."""
+
+    def __init__(self, worker: Worker, request: Request, news: asyncio.Event) -> None:
+        self.worker, self.request, self.open, self.news = worker, request, request.n, news
+        self.begun = time.monotonic()
+        self.timer: asyncio.TimerHandle | None = None
+        self.updates: deque[Update] = deque()
+        self.error: ApiError | None = None
+        self.job: Job | None = None
+
+    @property
+    def result(self) -> Result:
+        """What was written, once `follow` has come to its end."""
+        if self.job is None:
+            raise ApiError(500, "The request was lost.")
+        return self.job.result
+
+    def take(self, updates: list[Update]) -> None:
+        self.updates.extend(updates)
+        self.open -= sum(update.finish is not None for update in updates)
+        if not self.open:
+            self._close()
+        self.news.set()
+
+    def fail(self, error: ApiError) -> None:
+        """Give the request up and tell whoever waits for it."""
+        self.error = self.error or error
+        self.cancel()
+        self.news.set()
+
+    def cancel(self) -> None:
+        """Free its places in the batch. Nothing happens where it has ended."""
+        if self in self.worker.tickets:
+            self._close()
+            if self.job is not None:
+                self.job.cancel()
+
+    def _close(self) -> None:
+        self.worker.tickets.discard(self)
+        if self.timer is not None:
+            self.timer.cancel()
+
+
+async def follow(tickets: list[Ticket]) -> AsyncIterator[list[tuple[int, Update]]]:
+    """The updates of tickets that were submitted together, each with its ticket's index, as they come; ends when all
+    have ended. Raises ApiError where one was given up. Leaving the loop cancels nothing."""
+    while True:
+        found = []
+        open_ = False
+        for i, ticket in enumerate(tickets):
+            if ticket.error is not None:
+                raise ticket.error
+            found += [(i, update) for update in ticket.updates]
+            ticket.updates.clear()
+            open_ |= ticket.open > 0
+        if found:
+            yield found
+        elif not open_:
+            return
+        else:
+            tickets[0].news.clear()
+            await tickets[0].news.wait()
+
+
+class Worker:
+    """Runs one model for many requests at once. All methods but `run` belong to the event loop's thread."""
+
+    def __init__(self, name: str, model: Model | Pretrained, limits: Limits) -> None:
+        self.name, self.model, self.limits = name, model, limits
+        self.engine: Engine | None = None
+        if isinstance(model, Model):
+            self.engine = Engine(model.checkpoint, model.device, _rows(model, limits.batch))
+            model.engine = self.engine  # the verbs' too: one set of rows, one cache
+        self.tickets: set[Ticket] = set()
+        self.calls: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
+        self.outbox: list[tuple[Ticket, Update]] = []  # of the step that runs; this model's thread only
+        self.wake = threading.Condition()
+        self.stopped = False
+        self.stay = 1.0  # seconds from request to end, lately
+        self.thread = threading.Thread(target=self.run, name=f"model {name}", daemon=True)
+
+    def start(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.thread.start()
+
+    def stop(self) -> None:
+        with self.wake:
+            self.stopped = True
+            self.wake.notify()
+        self.thread.join(5)
+
+    # --- requests ---------------------------------------------------------------------------------------------
+
+    @property
+    def samples(self) -> int:
+        """Samples being written or waiting."""
+        return sum(ticket.open for ticket in self.tickets)
+
+    def admit(self, samples: int) -> None:
+        """Raises ApiError: 429 where the queue has no room for so many more now, 413 where it never has."""
+        rows = self.engine.max_rows if self.engine is not None else 1
+        ahead = self.samples + len(self.calls)
+        if samples > rows + self.limits.queue:
+            most = rows + self.limits.queue
+            raise ApiError(413, f"The request asks for {samples} samples; at most {most} are taken. Ask for fewer.")
+        if ahead + samples > rows + self.limits.queue:
+            seconds = min(max(math.ceil(self.stay * (ahead + samples - rows) / max(rows, 1)), 1), 60)
+            raise ApiError(
+                429, f"The model is busy and its queue is full. Try again in {seconds} s.", code="overloaded",
+                headers={"Retry-After": str(seconds)},
+            )  # fmt: skip
+
+    def submit(self, requests: list[Request], deadline: float) -> list[Ticket]:
+        """Queue requests, to be given up at `deadline` (the loop's time). Raises ApiError: 429 where there is no room,
+        400 where one cannot be met; then none is queued."""
+        if self.engine is None:
+            raise ApiError(400, f"{self.name} runs in transformers and does not generate here.", "model")
+        self.admit(sum(request.n for request in requests))
+        news, outbox, tickets = asyncio.Event(), self.outbox, list[Ticket]()
+
+        def enter(request: Request) -> Ticket:
+            ticket = Ticket(self, request, news)
+            wanted = replace(request, on_update=lambda update: outbox.append((ticket, update)))
+            ticket.job = self.engine.submit(wanted) if self.engine is not None else None
+            self.tickets.add(ticket)
+            ticket.timer = self.loop.call_at(deadline, ticket.fail, late())
+            return ticket
+
+        try:
+            for request in requests:
+                tickets.append(enter(request))
+        except PlaitError as error:
+            for ticket in tickets:
+                ticket.cancel()
+            raise ApiError(400, str(error)) from error
+        with self.wake:
+            self.wake.notify()
+        return tickets
+
+    async def call(self, work: Callable[[], Any], deadline: float) -> Any:
+        """What `work` returns, run by the model's thread between two steps. PlaitErrors become ApiErrors."""
+        self.admit(1)
+        future: asyncio.Future[Any] = self.loop.create_future()
+        with self.wake:
+            self.calls.append((work, future))
+            self.wake.notify()
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await future
+        except TimeoutError:
+            raise late() from None
+        except PlaitError as error:
+            raise ApiError(400, str(error)) from error
+
+    def give_up(self, error: ApiError) -> None:
+        """End all that is under way."""
+        for ticket in list(self.tickets):
+            ticket.fail(error)
+        for _, future in self.calls:
+            if not future.done():
+                future.set_exception(error)
+
+    # --- the model's thread -----------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        busy = False
+        while True:
+            with self.wake:
+                while not (busy or self.calls or self.stopped or (self.engine is not None and self.engine.pending)):
+                    self.wake.wait()
+                if self.stopped:
+                    return
+                call = self.calls.popleft() if self.calls else None
+            if call is not None:
+                self._run_call(*call)
+            if self.engine is not None:
+                busy = self._step(self.engine)
+
+    def _run_call(self, work: Callable[[], Any], future: asyncio.Future[Any]) -> None:
+        if future.cancelled():
+            return
+        try:
+            result = work()
+        except PlaitError as error:
+            self.loop.call_soon_threadsafe(_settle, future, None, error)
+        except Exception as error:
+            log_fault("call", error)
+            self.loop.call_soon_threadsafe(_settle, future, None, ApiError(500, "Something went wrong in the model."))
+        else:
+            self.loop.call_soon_threadsafe(_settle, future, result, None)
+
+    def _step(self, engine: Engine) -> bool:
+        try:
+            return engine.step()
+        except Exception as error:
+            log_fault("step", error)
+            self.loop.call_soon_threadsafe(self.give_up, ApiError(500, "Something went wrong in the model."))
+            return False
+        finally:
+            if self.outbox:
+                sent, self.outbox[:] = list(self.outbox), []
+                self.loop.call_soon_threadsafe(self._deliver, sent)
+
+    def _deliver(self, sent: list[tuple[Ticket, Update]]) -> None:
+        found: dict[Ticket, list[Update]] = {}
+        for ticket, update in sent:
+            found.setdefault(ticket, []).append(update)
+        for ticket, updates in found.items():
+            ticket.take(updates)
+        for ticket in found:
+            if not ticket.open:
+                self.stay = 0.9 * self.stay + 0.1 * (time.monotonic() - ticket.begun)
+
+
+def late() -> ApiError:
+    return ApiError(504, "The request took longer than this server allows. Ask for less at once.", code="deadline")
+
+
+def _settle(future: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
+    if future.done():  # its client has gone
+        return
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(result)
+
+
+def _rows(model: Model, most: int) -> int:
+    """As many rows as `most`, or as a quarter of the memory holds the cache of."""
+    config = model.checkpoint.model.config.backbone
+    each = 2 * config.layers * config.kv_heads * config.head_width * config.max_length * model.device.dtype.itemsize
+    if model.device.torch.type == "cuda":
+        import torch
+
+        memory = torch.cuda.mem_get_info(model.device.torch)[0]
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(min(most, memory // 4 // each), 2)
+
+
+def log_fault(where: str, error: BaseException) -> None:
+    """An unforeseen error: its class and places in the code. Its message may quote what a client sent."""
+    places, trace = [], error.__traceback__
+    while trace is not None:
+        places.append(f"{os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}")  # noqa: PTH119
+        trace = trace.tb_next
+    log.error("fault", extra={"fields": {"where": where, "error": type(error).__name__, "trace": places}})

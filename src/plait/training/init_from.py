@@ -1,0 +1,136 @@
+"""Where a run's weights begin: at nothing, at another model, or at the run's own newest checkpoint.
+
+Of another model everything is kept, and what the data have beside it is added. What may change of it is the recipe's
+to say: `training.freeze` names parts that stay as they are to the bit, `training.lora` trains low-rank updates.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+import torch
+
+from plait.chat.template import TEMPLATE
+from plait.core.config import GenerationConfig
+from plait.core.errors import PlaitError
+from plait.data.dataset import Dataset
+from plait.hf import encoders as towers
+from plait.hf import huggingface
+from plait.modalities import MODALITIES
+from plait.modalities.base import Vocabulary
+from plait.modalities.item import ItemsSettings
+from plait.modalities.text import Text
+from plait.model import checkpoint as checkpoints
+from plait.model import extend as growing
+from plait.model import lora
+from plait.model.checkpoint import Checkpoint, find_checkpoint
+from plait.model.multimodal import Multimodal
+from plait.training.build import model_config
+from plait.training.run import Progress, Run
+
+
+def begin(run: Run, items: ItemsSettings | None = None) -> tuple[Multimodal, Text, Checkpoint | None]:
+    """The model that a run starts with, its tokenizer, and the model that it was extended from, if any. What came from
+    there is written down once: when the run goes on, it no longer needs that model. `items` are the settings of the
+    data's catalogue."""
+    check(run)
+    if items is not None and run.recipe.model.init_from is not None:
+        raise PlaitError("A model of histories begins with its catalogue: leave out --init-from and model.init_from.")
+    source = _source(run)
+    if source is not None and source.catalogue is not None:
+        raise PlaitError(f"{run.recipe.model.init_from} is a model of histories; its items cannot be carried on yet.")
+    with run.group.in_turn():
+        text = source.text if source else run.text()
+    templated = text.chat_template is not None
+    imported = source.model.config if source else None
+    config = model_config(run.recipe, run.dataset, text.size, imported, templated, items)
+    if config.vocabulary.turns:
+        text.settings["chat_template"] = TEMPLATE
+    model = growing.extend(source, config) if source else Multimodal(config)
+    towers.adopt(model, source.model if source else None)
+    if source is not None and "source" not in run.facts:
+        old = source.model
+        kept = [name for name in old.media if growing.kept_modality(model, old, name)]
+        for name in old.media:
+            if name not in kept:
+                told = f"{name} has other settings than in {run.recipe.model.init_from}: its networks begin anew"
+                run.report(Progress("note", 1, 1, note=told))
+        codecs = [name for name in kept if name not in old.config.read_only]
+        facts = {"vocabulary": old.vocabulary.model_dump(), "modalities": kept, "codecs": codecs}
+        run.decide(source={"name": run.recipe.model.init_from, **facts})
+    return model, text, source
+
+
+def check(run: Run) -> None:
+    """Raise PlaitError where a recipe freezes or adapts what is not there."""
+    settings, columns = run.settings, run.dataset.columns
+    for name, weight in settings.weights.items():
+        if name not in ("text", "contrastive", *MODALITIES) and not (name in columns and weight == 0):
+            can = (
+                "a column has no weight of its own but 0: never written"
+                if name in columns
+                else "there is no such thing"
+            )
+            raise PlaitError(
+                f"training.weights.{name}: {weight:g} cannot be obeyed: {can}. Weights are of text, contrastive and "
+                f"{', '.join(MODALITIES)}; columns are {', '.join(columns)}."
+            )
+    known = ["encoder", *(f"encoder.{name}" for name in MODALITIES), "backbone", "rows"]
+    for part in settings.freeze:
+        if part not in known:
+            near = difflib.get_close_matches(part, known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"parts are {', '.join(known)}."
+            raise PlaitError(f"There is no part '{part}' to freeze: {hint}")
+    if (settings.freeze or settings.lora) and run.recipe.model.init_from is None:
+        what = "training.freeze" if settings.freeze else "training.lora"
+        raise PlaitError(f"{what} keeps what a model has learned. Name that model: --init-from RUN or model.init_from.")
+    if settings.lora and settings.parallel == "fsdp" and run.group.size > 1:
+        raise PlaitError("Low-rank updates are trained with whole models on each process. Use training.parallel: ddp.")
+
+
+def _source(run: Run) -> Checkpoint | None:
+    name = run.recipe.model.init_from
+    if name is None:
+        return None
+    own = run.folder / "checkpoints"
+    step = checkpoints.newest_whole(own)[0] if "source" in run.facts else 0
+    if step:
+        return checkpoints.load(checkpoints.series(own)[step])
+    folder = find_checkpoint(name)
+    if folder is not None and folder.resolve().is_relative_to(run.folder.resolve()):
+        raise PlaitError(f"A run cannot start from itself: {folder}. Choose another folder with -o.")
+    return huggingface.load(folder or name)
+
+
+def still(run: Run, model: Multimodal) -> None:
+    """Take out of training what the recipe freezes, and give the backbone its low-rank updates. The numbers that they
+    begin with are a function of the seed. Raises PlaitError where nothing is left to train."""
+    source, settings = run.facts.get("source"), run.settings
+    if source is None:
+        return
+    parts = set(settings.freeze)
+    if settings.lora:
+        parts |= {"encoder", "backbone", "rows"}
+    was, kept = Vocabulary.model_validate(source["vocabulary"]), set(source["modalities"])
+    masked = growing.freeze(model, parts, was, kept, set(run.dataset.columns.values()))
+    if settings.lora:
+        torch.manual_seed(settings.seed)
+        lora.adapt(model.backbone, settings.lora.rank, settings.lora.alpha)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) - masked
+    if not trained:
+        raise PlaitError(
+            f"With {', '.join(sorted(parts))} frozen nothing is left to train. Freeze less, or use training.lora."
+        )
+    run.decide(decided={**run.facts["decided"], "trained": trained})
+    run.report(Progress("note", 1, 1, note=f"{trained:,} parameters are trained, the others stay as they are"))
+
+
+def labels_of(source: Checkpoint | None, dataset: Dataset, found: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The labels that were `found` in a dataset, and those of columns that only the source knows."""
+    old = source.labels if source else {}
+    return {**{column: values for column, values in old.items() if column not in dataset.columns}, **found}
+
+
+def generation_of(source: Checkpoint | None, wanted: GenerationConfig) -> GenerationConfig:
+    """A recipe's defaults of generation; where it has none of its own, those of the source."""
+    return source.generation if source and wanted == GenerationConfig() else wanted

@@ -1,0 +1,1 @@
+"""What a pretrained run is worth on new data."""
