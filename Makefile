@@ -4,7 +4,7 @@ BIN = .venv/bin
 INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.lock
 
 
-.PHONY: demo speech serve test lint bench soak clean
+.PHONY: demo speech serve test test-slow lint bench soak clean
 
 demo: .venv/demo
 	$(BIN)/plait demo -o runs/demo
@@ -15,10 +15,14 @@ serve: .venv/serve
 test: .venv/dev
 	$(BIN)/python -m pytest
 
+test-slow: .venv/dev
+	$(BIN)/python -m pytest -m slow
+
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 .venv/demo: pyproject.toml constraints.lock
 	$(PYTHON) -c 'import sys; sys.exit("Plait needs Python 3.11 or newer; try make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
