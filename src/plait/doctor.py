@@ -182,8 +182,8 @@ def _processor() -> list[Finding]:
     cap = isa.cap()
     capped = f"; {isa.VARIABLE} caps them at {cap.name}" if cap else ""
     found.append(Finding("ok", "instructions", f"{levels}{capped}"))
-    found.append(_kernel("generation", f"a step on the processor: {native.chosen(choose_device('cpu'))}"))
-    blocks = in_training.chosen(choose_device("cpu", training=True))
+    found.append(_kernel("generation", f"a step on the processor: {native.backend_name(choose_device('cpu'))}"))
+    blocks = in_training.backend_name(choose_device("cpu", training=True))
     found.append(_kernel("training", f"blocks on the processor: {blocks}"))
     found += [Finding("ok", "measured", choice.words()) for choice in known_choices()]
     a = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
@@ -246,7 +246,7 @@ def _speech() -> Finding:
     try:
         return Finding("ok", "espeak", f"{len(Speech().variants())} voices for the demo")
     except PlaitError as error:
-        return Finding("warn", "espeak", f"{error} Without it the demo has no sound; all else works.")
+        return Finding("warn", "espeak", f"{error} Without it the demo has no audio; all else works.")
 
 
 # --- folders ----------------------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ def _run(path: Path) -> list[Finding]:
     """Its records, every file of its checkpoints, and which whole checkpoint would be used."""
     found = []
     try:
-        facts = read_run(path).facts
+        facts = read_run(path).metadata
     except PlaitError as error:
         facts = {}
         found.append(Finding("fail", "run", str(error)))

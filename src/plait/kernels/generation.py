@@ -65,7 +65,7 @@ def file_name() -> str:
     return native.kernel("generation").name
 
 
-def chosen(device: Device) -> str:
+def backend_name(device: Device) -> str:
     """What computes a step of generation on this device, in words."""
     if device.kind != "cpu":
         return "PyTorch"
