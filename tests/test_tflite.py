@@ -28,15 +28,15 @@ def make(switches: dict) -> Checkpoint:
     levels = {"image": [8, 5, 5, 5]}
     vocabulary = Vocabulary(text=text.size, columns={"caption": "text", "image": "image"}, levels=levels, closers=[])
     settings = {"image": {"levels": levels["image"]}}
-    config = ModelConfig(backbone=backbone, vocabulary=vocabulary, space=16, tied=False, modalities=settings)
+    config = ModelConfig(backbone=backbone, vocabulary=vocabulary, embed_dim=16, tied=False, modalities=settings)
     return Checkpoint(Multimodal(config).eval(), text)
 
 
 def by_definition(model: Multimodal, ids: torch.Tensor) -> np.ndarray:
     """Logits through the model's own rows and head, not through what the export makes of them."""
     with torch.inference_mode():
-        head = model.rows if model.head is None else model.head
-        return (model.backbone(model.rows.table()[ids]) @ head.table().t()).numpy()
+        head = model.token_embedding if model.lm_head is None else model.lm_head
+        return (model.backbone(model.token_embedding.table()[ids]) @ head.table().t()).numpy()
 
 
 @pytest.mark.parametrize("switches", [QWEN3, GPT2])
@@ -53,7 +53,7 @@ def test_the_program_handed_over_computes_the_models_logits(switches, tmp_path):
 
 
 def test_nothing_of_litert_is_imported_here():
-    code = "import sys, plait.model.tflite; print([m for m in sys.modules if 'litert' in m or m.startswith('jax')])"
+    code = "import sys, plait.hf.tflite; print([m for m in sys.modules if 'litert' in m or m.startswith('jax')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
