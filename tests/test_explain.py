@@ -164,7 +164,7 @@ def test_every_kind_of_input(trained: Path, tmp_path: Path, plait: Callable[...,
 
 def test_imported_models(folders: dict[str, Path]) -> None:  # noqa: F811
     transformers = pytest.importorskip("transformers")
-    clip = api.load(folders["grad_clip"])
+    clip = api.load(folders["clip"])
     image = Image.new("RGB", (40, 32), "white")
     ImageDraw.Draw(image).rectangle((6, 6, 20, 20), fill="red")
     labels = ["cat", "dog", "mat"]

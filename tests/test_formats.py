@@ -82,7 +82,7 @@ def test_a_folder_of_save_to_disk_and_a_name_of_the_hub(tmp_path: Path, monkeypa
     )  # fmt: skip
     rows = [
         {"image": {"bytes": make_image(n), "path": None}, "label": n % 2,
-         "grad_clip": {"bytes": make_audio(n), "path": None} if n % 3 else None, "words": ["a", str(n)]}
+         "clip": {"bytes": make_audio(n), "path": None} if n % 3 else None, "words": ["a", str(n)]}
         for n in range(9)
     ]  # fmt: skip
     splits = {"train": rows[:6], "validation": rows[6:8], "test": rows[8:]}
@@ -93,7 +93,7 @@ def test_a_folder_of_save_to_disk_and_a_name_of_the_hub(tmp_path: Path, monkeypa
     dataset, rejects = made(tmp_path / "in", tmp_path / "out")
     assert not rejects and dataset.manifest.counts == {"train": 6, "val": 2, "test": 1}
     record = dataset.record(int(dataset.indices("val")[1]))
-    assert record.parts == {"image": make_image(7), "grad_clip": make_audio(7), "label": "dog", "words": "a\n7"}
+    assert record.parts == {"image": make_image(7), "clip": make_audio(7), "label": "dog", "words": "a\n7"}
     # The library takes a folder for a name too: the way of a hub name without a network.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     pq.write_table(

@@ -143,7 +143,7 @@ def test_parquet_with_bytes_structs_and_named_classes(tmp_path: Path) -> None:
     info = {"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
     table = pa.table({
         "image": [{"bytes": make_image(n), "path": f"{n}.png"} for n in range(5)],
-        "grad_clip": [make_audio(n) for n in range(5)],
+        "clip": [make_audio(n) for n in range(5)],
         "label": [0, 1, 1, 0, 1],
         "score": [0.5, float("nan"), 1.0, 2.0, None],
     }).replace_schema_metadata({"huggingface": json.dumps(info)})  # fmt: skip
@@ -152,12 +152,12 @@ def test_parquet_with_bytes_structs_and_named_classes(tmp_path: Path) -> None:
     pq.write_table(table.slice(0, 1), tmp_path / "in/data/test-00000-of-00001.parquet")
     put(tmp_path / "in/README.md", "card")
     dataset, rejects = made(tmp_path / "in", tmp_path / "out")
-    assert dataset.columns == {"image": "image", "grad_clip": "audio", "label": "text", "score": "text"}
+    assert dataset.columns == {"image": "image", "clip": "audio", "label": "text", "score": "text"}
     assert len(dataset.indices("test")) == 1 and len(dataset) == 5
     assert {"not finite" in r["reason"] for r in rejects if "parquet" in r["file"]} == {True}
     assert dataset.manifest.overlap in ({"test/train": 1}, {"test/val": 1})
     record = dataset.record(int(dataset.indices("test")[0]))
-    assert record.parts == {"image": make_image(0), "grad_clip": make_audio(0), "label": "cat", "score": "0.5"}
+    assert record.parts == {"image": make_image(0), "clip": make_audio(0), "label": "cat", "score": "0.5"}
 
 
 def test_a_map_renames_ignores_and_makes_a_record_of_each_element(tmp_path: Path) -> None:

@@ -63,9 +63,9 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     t, root = transformers, tmp_path_factory.mktemp("pretrained")
     square = {"height": 32, "width": 32}
 
-    make(root / "grad_clip", 0, "CLIPModel", t.CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=16))
-    write_images(root / "grad_clip", "CLIP", square)
-    write_tokenizer(root / "grad_clip")
+    make(root / "clip", 0, "CLIPModel", t.CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=16))
+    write_images(root / "clip", "CLIP", square)
+    write_tokenizer(root / "clip")
 
     make(root / "siglip", 1, "SiglipModel", t.SiglipConfig(text_config=TEXT, vision_config=VISION))
     write_images(root / "siglip", "Siglip", square)
@@ -139,7 +139,7 @@ def pixels(image: Image.Image, folder: Path) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32).permute(2, 0, 1)[None]
 
 
-@pytest.mark.parametrize("name", ["grad_clip", "siglip"])
+@pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_images_and_texts_are_classified_and_embedded(name, folders, image, tmp_path):
     start = time.monotonic()
     model = load_pretrained(folders[name], device="cpu")

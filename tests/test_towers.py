@@ -48,7 +48,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     clip = t.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=SQUARE)
     wave = {"feature_size": 1, "sampling_rate": 16_000, "padding_value": 0.0}
     made = {
-        "grad_clip": (t.CLIPModel(t.CLIPConfig(text_config=TEXT, vision_config=VISION)), clip),
+        "clip": (t.CLIPModel(t.CLIPConfig(text_config=TEXT, vision_config=VISION)), clip),
         "siglip": (t.SiglipModel(t.SiglipConfig(text_config=TEXT, vision_config=VISION)),
                    t.SiglipImageProcessorPil(size=SQUARE)),
         "vit": (t.ViTForImageClassification(t.ViTConfig(**VISION)), t.ViTImageProcessorPil(**square)),
@@ -84,7 +84,7 @@ def modality(kind: str, folder: Path, **settings):
     return made.eval()
 
 
-@pytest.mark.parametrize("name", ["grad_clip", "siglip", "vit", "registers", "convnext"])
+@pytest.mark.parametrize("name", ["clip", "siglip", "vit", "registers", "convnext"])
 def test_a_vision_tower_sees_what_it_does_in_transformers(name, folders):
     known = {"size": 64} if name == "convnext" else {}
     mine = modality("image", folders[name], **known)
@@ -169,9 +169,9 @@ training: {{steps: 4, codec_steps: 3, batch_size: 8, validations: 2, ema: {ema}}
 """
 
 
-@pytest.mark.parametrize(("image", "audio", "ema"), [("grad_clip", "whisper", 0.9), ("vit", "hubert", "null")])
+@pytest.mark.parametrize(("image", "audio", "ema"), [("clip", "whisper", 0.9), ("vit", "hubert", "null")])
 def test_towers_are_trained_or_not_and_travel_with_the_checkpoint(image, audio, ema, folders, tmp_path, plait):
-    sources = shutil.copytree(folders["grad_clip"].parent, tmp_path / "sources")
+    sources = shutil.copytree(folders["clip"].parent, tmp_path / "sources")
     write_world(tmp_path / "files", 32)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(image=sources / image, audio=sources / audio, ema=ema))

@@ -61,7 +61,7 @@ def _kind(config: dict[str, Any], folder: Path, transformers: Any) -> str:
     if model not in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES:
         own = " It brings code of its own (auto_map), which Plait never runs." if "auto_map" in config else ""
         raise PlaitError(f"{folder / 'config.json'}: transformers does not know the architecture '{model}'.{own}")
-    if model in ("grad_clip", "siglip", "siglip2"):
+    if model in ("clip", "siglip", "siglip2"):
         return "contrastive"
     if model == "whisper":
         return "speech"
