@@ -110,7 +110,7 @@ class TrainingRecipe(_Settings):
     weights: dict[str, float] = {}  # of objectives: text, image, audio (1), contrastive (.5); 0, also of a column: read
     cond_dropout: float = Field(0.1, ge=0, lt=1)  # share of samples written without their condition
     full_softmax_prob: float = Field(0.05, ge=0, le=1)  # share of steps whose softmax runs over the whole vocabulary
-    freeze: list[str] = []  # parts of init_from: encoder, encoder.image, encoder.audio, backbone, rows
+    freeze: list[str] = []  # parts of init_from: encoder, encoder.image, encoder.audio, backbone, token_embedding
     lora: LoraRecipe | None = None
     replay: dict[str, float] = {}  # further prepared datasets -> the share of every batch that comes from each
     augment: bool = True

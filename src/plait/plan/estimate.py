@@ -323,8 +323,8 @@ def sheets(plan: dict[str, Any]) -> list[Sheet]:
     rows.append(["largest batch", *(" / ".join(map(str, row["largest batch"].values())) for row in layouts_)])
     where = plan["machine"]
     title = (
-        f"GB on one device: {plan['batch']} x {plan['length']} tokens, {plan['states']} states, recompute "
-        f"{plan['activation_checkpointing']}; {where['count']} x {where['name']}, {gigabytes(where['memory'])} GB"
+        f"GB on one device: {plan['batch']} x {plan['length']} tokens, {plan['states']} states, "
+        f"activation checkpointing {plan['activation_checkpointing']}; {where['count']} x {where['name']}, {gigabytes(where['memory'])} GB"
     )
     found.append(Sheet(title, ["", *(row["name"] for row in layouts_)], rows))
     titles = {"run": "The run", "here": "On this machine, as plait train does it", "failures": "With failures",
