@@ -324,7 +324,8 @@ def sheets(plan: dict[str, Any]) -> list[Sheet]:
     where = plan["machine"]
     title = (
         f"GB on one device: {plan['batch']} x {plan['length']} tokens, {plan['states']} states, "
-        f"activation checkpointing {plan['activation_checkpointing']}; {where['count']} x {where['name']}, {gigabytes(where['memory'])} GB"
+        f"activation checkpointing {plan['activation_checkpointing']}; "
+        f"{where['count']} x {where['name']}, {gigabytes(where['memory'])} GB"
     )
     found.append(Sheet(title, ["", *(row["name"] for row in layouts_)], rows))
     titles = {"run": "The run", "here": "On this machine, as plait train does it", "failures": "With failures",
