@@ -58,8 +58,8 @@ def test_parts_add_up_to_the_real_network() -> None:
 
 
 def test_gpt3_175b_flops_days_money_and_cache(plan: Callable[..., dict]) -> None:
-    made = plan("--preset", "gpt3-175b", "--gpus", 1024, "--gpu", "a100", "--tflops", 140, "--activation-checkpointing", "full",
-                "--price", 3)  # fmt: skip
+    made = plan("--preset", "gpt3-175b", "--gpus", 1024, "--gpu", "a100", "--tflops", 140, "--activation-checkpointing",
+                "full", "--price", 3)  # fmt: skip
     run = made["run"]
     assert run["FLOPs, 6 N D"] == pytest.approx(3.14e23, rel=0.01)
     assert run["FLOPs, with attention"] == pytest.approx(3.23e23, rel=0.01)

@@ -22,7 +22,7 @@ from plait.core.device import choose_device, threads
 from plait.core.errors import PlaitError
 from plait.core.files import read_json, sha256_file
 from plait.data.dataset import Dataset
-from plait.kernels import build as native_build
+from plait.kernels import build
 from plait.kernels import generation as native
 from plait.kernels import training as in_training
 from plait.kernels.choice import known_choices
@@ -195,7 +195,7 @@ def _processor() -> list[Finding]:
 
 def _kernel(use: str, text: str) -> Finding:
     """Whether there is a kernel, and where there is none that could be, why."""
-    kernel = native_build.kernel(use)
+    kernel = build.kernel(use)
     if kernel.library is None and kernel.wanted:
         return Finding("warn", use, f"slower than it could be, for PyTorch computes: {kernel.reason}")
     return Finding("ok", use, text)

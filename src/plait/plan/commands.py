@@ -104,7 +104,8 @@ def plan(
         network,
         Options(
             gpu=gpu, gpus=gpus, price=price, tokens=data_tokens, utilisation=utilisation, tflops=tflops, batch=batch,
-            length=length, layout=layout, activation_checkpointing=activation_checkpointing, budget=budget, fails=failures, between=mtbf,
+            length=length, layout=layout, activation_checkpointing=activation_checkpointing, budget=budget,
+            fails=failures, between=mtbf,
             machines=machines, interruptions=interruptions, days=in_days, save=save_seconds, restart=restart_minutes,
             every=every, seed=seed, lora=lora,
         ),

@@ -65,7 +65,8 @@ def make_plan(network: Network, options: Options) -> dict[str, Any]:
     """
     if options.activation_checkpointing not in ACTIVATION_CHECKPOINTING:
         raise PlaitError(
-            f"There is no recomputation '{options.activation_checkpointing}'. Use {', '.join(ACTIVATION_CHECKPOINTING)}."
+            f"There is no activation checkpointing '{options.activation_checkpointing}'. "
+            f"Use {', '.join(ACTIVATION_CHECKPOINTING)}."
         )
     torch.set_num_threads(threads())
     if options.lora is not None:
@@ -322,8 +323,9 @@ def sheets(plan: dict[str, Any]) -> list[Sheet]:
     rows.append(["largest batch", *(" / ".join(map(str, row["largest batch"].values())) for row in layouts_)])
     where = plan["machine"]
     title = (
-        f"GB on one device: {plan['batch']} x {plan['length']} tokens, {plan['states']} states, recompute "
-        f"{plan['activation_checkpointing']}; {where['count']} x {where['name']}, {gigabytes(where['memory'])} GB"
+        f"GB on one device: {plan['batch']} x {plan['length']} tokens, {plan['states']} states, "
+        f"activation checkpointing {plan['activation_checkpointing']}; "
+        f"{where['count']} x {where['name']}, {gigabytes(where['memory'])} GB"
     )
     found.append(Sheet(title, ["", *(row["name"] for row in layouts_)], rows))
     titles = {"run": "The run", "here": "On this machine, as plait train does it", "failures": "With failures",
