@@ -46,7 +46,7 @@ def server(
     """Small limits, a key, and an allowed origin."""
     folder = tmp_path_factory.mktemp("strict")
     shown = io.StringIO()
-    monkeysession.setattr("plait.cli.common.out.file", shown)
+    monkeysession.setattr("plait.console.out.file", shown)
     assert plait("key", folder / "keys", "--name", "alice") == 0
     monkeysession.undo()
     key = shown.getvalue().strip()

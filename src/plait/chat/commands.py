@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from plait.cli.common import DeviceOption, ModelArgument, SeedOption, app, err, load, out, plain, write
+from plait.console import DeviceOption, ModelArgument, SeedOption, app, err, load, out, plain, write
 
 if TYPE_CHECKING:
     from plait.chat.chat import Session

@@ -13,7 +13,7 @@ from plait.cli import evaluate as measuring
 from plait.cli import serve as serving
 from plait.cli import train as training
 from plait.cli import use as using
-from plait.cli.common import app, err, plain
+from plait.console import app, err, plain
 from plait.explain import commands as explaining
 from plait.plan import commands as foreseeing
 from plait.recommend import commands as recommending

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from plait.cli.common import Bar, DeviceOption, SeedOption, app, err, out, plain, show_manifest, show_metrics
+from plait.console import Bar, DeviceOption, SeedOption, app, err, out, plain, show_manifest, show_metrics
 from plait.cli.train import prepare_files, train_run
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from plait.cli.common import Bar, DeviceOption, RunArgument, SeedOption, app, err, out, plain, show_manifest
+from plait.console import Bar, DeviceOption, RunArgument, SeedOption, app, err, out, plain, show_manifest
 
 if TYPE_CHECKING:
     from plait.data.dataset import Dataset, Manifest

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from plait.cli.common import (
+from plait.console import (
     DeviceOption,
     ModelArgument,
     SeedOption,

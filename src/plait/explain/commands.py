@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from plait.cli.common import DeviceOption, ModelArgument, SeedOption, app, err, load, media_or_text, out, plain, write
+from plait.console import DeviceOption, ModelArgument, SeedOption, app, err, load, media_or_text, out, plain, write
 
 
 @app.command()

@@ -120,6 +120,10 @@ class Pretrained:
         """What this model can do."""
         return list(VERBS[self.kind])
 
+    def window_count(self, value: Any) -> int:
+        """1: transformers' models read an input at once, or cut it themselves."""
+        return 1
+
     def draw(self, text: str, **options: Any) -> list[PILImage.Image]:
         """No model of transformers draws through this door."""
         self._can("draw")

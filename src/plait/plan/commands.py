@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from plait.cli.common import SeedOption, app, err, out, plain
+from plait.console import SeedOption, app, err, out, plain
 
 
 @app.command()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from plait.cli.common import DeviceOption, ModelArgument, app, err, load, out, plain
+from plait.console import DeviceOption, ModelArgument, app, err, load, out, plain
 
 if TYPE_CHECKING:
     from plait.inference.model import Model

@@ -106,9 +106,10 @@ def show_manifest(manifest: Manifest, folder: str | Path) -> None:
 
 
 def load(name: str, device: str = "auto") -> Model | Pretrained:
-    from plait.inference.model import load
+    """`plait.load`, imported when it is needed."""
+    import plait
 
-    return load(name, device)
+    return plait.load(name, device)
 
 
 def media_or_text(value: str) -> str | Path:
@@ -136,9 +137,7 @@ def existing(path: Path) -> Path:
 
 def note_windows(model: Model | Pretrained, value: str | Path) -> None:
     """Say so where an audio clip is longer than the model reads at once."""
-    from plait.inference.model import Model as OurModel
-
-    if isinstance(value, Path) and isinstance(model, OurModel) and (count := model.window_count(value)) > 1:
+    if isinstance(value, Path) and (count := model.window_count(value)) > 1:
         text = f"{value} is longer than this model reads at once; it is read in {count} windows that overlap by half."
         err.print(f"[yellow]Note:[/yellow] {plain(text)}")
 
