@@ -41,9 +41,11 @@ for command in app.registered_commands:
 
 def main() -> None:
     """Run the command line; a user's mistake ends in one message and exit code 1."""
+    from plait.core import isa
     from plait.core.errors import PlaitError, Terminated
 
     try:
+        isa.cap()
         app()
     except PlaitError as error:
         err.quiet = False
