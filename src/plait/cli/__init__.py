@@ -15,10 +15,10 @@ from plait.cli import train as training
 from plait.cli import use as using
 from plait.console import app, err, plain
 from plait.explain import commands as explaining
-from plait.plan import commands as foreseeing
+from plait.planning import commands as foreseeing
 from plait.recommend import commands as recommending
 from plait.search import commands as searching
-from plait.transfer import commands as transferring
+from plait.transfer_learning import commands as transferring
 
 # A file of commands is a panel of --help, in this order.
 PANELS = {

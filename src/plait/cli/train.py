@@ -271,8 +271,8 @@ def tune(
     """
     from plait.core.config import load_recipe
     from plait.data.dataset import Dataset
-    from plait.tune.study import News, Plan
-    from plait.tune.study import tune as search
+    from plait.tuning.study import News, Plan
+    from plait.tuning.study import tune as search
 
     settings = load_recipe(
         recipe, {"model": {"size": size}, "training": {"minutes": minutes, "steps": steps, "seed": seed}}
