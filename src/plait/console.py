@@ -105,13 +105,6 @@ def show_manifest(manifest: Manifest, folder: str | Path) -> None:
     out.print(f"Report: {folder}/report.html")
 
 
-def load(name: str, device: str = "auto") -> Model | Pretrained:
-    """`plait.load`, imported when it is needed."""
-    import plait
-
-    return plait.load(name, device)
-
-
 def media_or_text(value: str) -> str | Path:
     """An argument that names a file is that file; anything else is text."""
     if not re.search(r"\.(png|jpe?g|gif|webp|bmp|tiff?|wav|flac|ogg|opus|mp3)$", value, re.IGNORECASE):

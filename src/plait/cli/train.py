@@ -172,8 +172,9 @@ def train_run(
     dataset: Dataset, run: Path, recipe: Any, device: str, allow_changes: bool = False, group: Group | None = None
 ) -> None:
     from plait.core.errors import Terminated
+    from plait.evaluation.findings import Findings
     from plait.recommend.model import embedder
-    from plait.reports.report import Findings, read_run, write_report
+    from plait.reports.report import read_run, write_report
     from plait.training.run import describe
     from plait.training.trainer import train as fit
 

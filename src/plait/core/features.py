@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ class ExtensionPoint(Generic[T]):
     The interface is a Protocol or a Callable, declared in the module that owns the point.
     """
 
-    declared: dict[str, ExtensionPoint[Any]] = {}  # those whose modules were imported, by name
+    declared: ClassVar[dict[str, ExtensionPoint[Any]]] = {}  # those whose modules were imported, by name
 
     def __init__(self, name: str) -> None:
         self.name = name
