@@ -19,7 +19,6 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartParser
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 
 from plait.core.errors import PlaitError
@@ -211,13 +210,6 @@ def make_app(service: Service, doors: Doors) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(Exception, _broken)
-    if doors.origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=sorted(doors.origins),
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
-        )
     app.openapi = lambda: _describe(app, bool(doors.keys))  # type: ignore[method-assign]
     return app
 
