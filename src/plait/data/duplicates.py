@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from plait.data.fingerprints import PERMUTATIONS, PICTURE
-from plait.data.near import Pairs, near_pictures, near_sounds, near_texts
+from plait.data.fingerprints import IMAGE, PERMUTATIONS
+from plait.data.near import Pairs, near_audio, near_images, near_texts
 from plait.data.record import SPLITS
 
 
@@ -126,9 +126,9 @@ def find_duplicates(paths: list[Path], used: np.ndarray, split: np.ndarray, out:
 
 def _near(kind: str, prints: list[bytes]) -> Pairs:
     if kind == "image":
-        return near_pictures(np.frombuffer(b"".join(prints), np.uint8).reshape(-1, PICTURE))
+        return near_images(np.frombuffer(b"".join(prints), np.uint8).reshape(-1, IMAGE))
     if kind == "audio":
-        return near_sounds(prints)
+        return near_audio(prints)
     long = np.flatnonzero([len(value) > 0 for value in prints])
     words = np.frombuffer(b"".join(prints), "<u4").reshape(len(long), PERMUTATIONS)
     a, b, distance = near_texts(words)

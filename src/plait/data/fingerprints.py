@@ -1,4 +1,5 @@
-"""What a picture, a sound or a text is like, in a few hundred bytes that survive resizing, re-encoding and cropping.
+"""What an image, an audio clip or a text is like, in a few hundred bytes that survive resizing, re-encoding and
+cropping.
 
 Light, since it runs in the processes that check media: numpy and Pillow, and nothing of the rest of Plait.
 `near.py` compares what is made here.
@@ -12,18 +13,18 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-SIDE, CHROMA = 24, 8  # of a picture's brightness and of its two colour planes
-PICTURE = SIDE * SIDE + 2 * CHROMA * CHROMA
-BANDS, FRAME, HOP = 64, 0.064, 0.032  # of a sound's spectrogram; seconds
-FRAMES = 512  # that are kept of a sound: 16 s
+SIDE, CHROMA = 24, 8  # of an image's brightness and of its two colour planes
+IMAGE = SIDE * SIDE + 2 * CHROMA * CHROMA
+BANDS, FRAME, HOP = 64, 0.064, 0.032  # of an audio clip's spectrogram; seconds
+FRAMES = 512  # that are kept of an audio clip: 16 s
 PERMUTATIONS = 128
 _LOW, _HIGH, _RATE = 80.0, 3600.0, 8000  # Hz
 _DEPTH, _STEPS, _SILENCE = 64, 4, 35  # of the spectrogram: dB, values a dB, and what counts as silence at the ends
 _SHINGLE, _TEXT = 5, 1 << 16  # characters
 
 
-def picture_print(image: Image.Image) -> bytes:
-    """Brightness (24 x 24) and two colour planes (8 x 8 each) of a picture over white: 704 x uint8."""
+def image_fingerprint(image: Image.Image) -> bytes:
+    """Brightness (24 x 24) and two colour planes (8 x 8 each) of an image over white: 704 x uint8."""
     image = image.reduce(factor) if (factor := min(image.size) // (2 * SIDE)) > 1 else image
     if image.mode in ("LA", "RGBA"):
         image = image.convert("RGBA")
@@ -44,7 +45,7 @@ def _bands(rate: int) -> tuple[np.ndarray, np.ndarray, int]:
     return np.hanning(size).astype(np.float32), filters.astype(np.float32), max(round(HOP * rate), 1)
 
 
-def sound_print(wave: np.ndarray, rate: int) -> bytes:
+def audio_fingerprint(wave: np.ndarray, rate: int) -> bytes:
     """The spectrogram of a mono waveform float32 (T,): (frames, 64) x uint8, a quarter of a decibel a step below the
     loudest, without silence at both ends, at most 16 s of it. Empty where there is silence only."""
     wave = wave[: int(2 * FRAMES * HOP * rate)]

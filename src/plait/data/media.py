@@ -1,4 +1,4 @@
-"""Pictures and sound: bytes <-> pixels and waveforms, with every limit checked before memory is asked for.
+"""Images and audio: bytes <-> pixels and waveforms, with every limit checked before memory is asked for.
 
 This file imports neither torch nor the rest of Plait, so that the processes that check media start fast. `Checker`
 decodes in such processes: a decoder that crashes takes its process along, and nothing else.
@@ -27,7 +27,7 @@ from PIL import Image, ImageOps
 
 
 class MediaError(ValueError):
-    """A picture or a sound that cannot be used. The message is a short reason for people."""
+    """An image or an audio clip that cannot be used. The message is a short reason for people."""
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,13 @@ def _read(data: bytes | Path, kind: str, limits: Limits) -> tuple[bytes, str]:
         raise MediaError(f"larger than {limits.file_bytes >> 20} MiB")
     found = sniff(data[:64])
     if found is None or found[0] != kind:
-        what = f"{found[1]}, not {'a picture' if kind == 'image' else 'sound'}" if found else "of an unknown format"
+        what = f"{found[1]}, not {'a image' if kind == 'image' else 'audio'}" if found else "of an unknown format"
         known = "png, jpeg, gif, webp, bmp, tiff" if kind == "image" else "wav, flac, ogg, opus, mp3"
         raise MediaError(f"the content is {what} (read are {known})")
     return data, found[1]
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------------------
 
 
 def _webp_size(data: bytes) -> tuple[int, int] | None:
@@ -127,11 +127,11 @@ def _check_size(size: tuple[int, int] | None, limits: Limits) -> None:
     if size is not None and size[0] * size[1] > limits.pixels:
         raise MediaError(f"{size[0]} x {size[1]} pixels, more than {limits.pixels / 1e6:g} million")
     if size is not None and min(size) < 1:
-        raise MediaError("the picture has no pixels")
+        raise MediaError("the image has no pixels")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """A 16-bit, 32-bit or float grey picture scaled to mode L."""
+    """A 16-bit, 32-bit or float grey image scaled to mode L."""
     values = np.asarray(image)
     if values.dtype.kind == "f":
         if not np.isfinite(values).all():
@@ -160,7 +160,7 @@ def decode_image(data: bytes | Path, limits: Limits = LIMITS) -> Image.Image:
                 _check_size(image.size, limits)
                 image.load()
                 _check_size(image.size, limits)
-                with contextlib.suppress(Exception):  # a broken EXIF block does not spoil the picture
+                with contextlib.suppress(Exception):  # a broken EXIF block does not spoil the image
                     ImageOps.exif_transpose(image, in_place=True)
                 mode, clear = image.mode, "transparency" in image.info
                 if mode in ("F", "I") or mode.startswith("I;"):
@@ -184,7 +184,7 @@ def decode_image(data: bytes | Path, limits: Limits = LIMITS) -> Image.Image:
 
 
 def encode_png(image: Image.Image | np.ndarray) -> bytes:
-    """The picture (PIL, or uint8 array H x W or H x W x channels) as PNG bytes, lossless."""
+    """The image (PIL, or uint8 array H x W or H x W x channels) as PNG bytes, lossless."""
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     out = io.BytesIO()
@@ -192,7 +192,7 @@ def encode_png(image: Image.Image | np.ndarray) -> bytes:
     return out.getvalue()
 
 
-# --- sound ------------------------------------------------------------------------------------------------------
+# --- audio ------------------------------------------------------------------------------------------------------
 
 
 def _wav_frames(data: bytes) -> int | None:
@@ -213,9 +213,9 @@ def _wav_frames(data: bytes) -> int | None:
         elif name == b"data":
             size = wide_size if wide and wide_size >= 0 else size
             if size > len(data) - body:
-                raise MediaError(f"cut short: the header promises {size} bytes of sound, {len(data) - body} are there")
+                raise MediaError(f"cut short: the header promises {size} bytes of audio, {len(data) - body} are there")
             return size // align if align else None
-    raise MediaError("damaged wav: no sound in it")
+    raise MediaError("damaged wav: no audio in it")
 
 
 def _blocks(data: bytes, name: str, limits: Limits) -> tuple[int, Any]:
@@ -224,10 +224,10 @@ def _blocks(data: bytes, name: str, limits: Limits) -> tuple[int, Any]:
 
     promised = _wav_frames(data) if name == "wav" else None
     try:
-        sound = soundfile.SoundFile(io.BytesIO(data))
+        audio = soundfile.SoundFile(io.BytesIO(data))
     except Exception as error:
         raise MediaError(f"damaged {name}: {_short(error)}") from error
-    rate, channels, frames = sound.samplerate, sound.channels, sound.frames
+    rate, channels, frames = audio.samplerate, audio.channels, audio.frames
     known = 0 < frames < 1 << 48
     longest = min(int(limits.seconds * max(rate, 1)), limits.samples // max(channels, 1))
     fault = None
@@ -238,24 +238,24 @@ def _blocks(data: bytes, name: str, limits: Limits) -> tuple[int, Any]:
     elif channels > limits.channels:
         fault = f"{channels} channels, more than {limits.channels}"
     elif known and frames > longest:
-        fault = f"{frames / rate:.0f} s of sound in {channels} channels, more than {limits.seconds:g} s"
+        fault = f"{frames / rate:.0f} s of audio in {channels} channels, more than {limits.seconds:g} s"
     elif promised is not None and promised != frames:
         fault = f"the header promises {promised} samples, {frames} are there"
     if fault:
-        sound.close()
+        audio.close()
         raise MediaError(fault)
 
     def read() -> Any:
         got = 0
-        with sound:
+        with audio:
             while True:
                 try:
-                    block = sound.read(_BLOCK, dtype="float32", always_2d=True)
+                    block = audio.read(_BLOCK, dtype="float32", always_2d=True)
                 except Exception as error:
                     raise MediaError(f"damaged {name}: {_short(error)}") from error
                 got += len(block)
                 if got > longest:
-                    raise MediaError(f"more than {limits.seconds:g} s of sound")
+                    raise MediaError(f"more than {limits.seconds:g} s of audio")
                 if not len(block):
                     break
                 mono = block.mean(1, dtype=np.float32) if channels > 1 else block[:, 0]
@@ -403,7 +403,7 @@ class Checker:
         return self._ask(kind, data, whole=False)[0]
 
     def decode(self, kind: str, data: bytes) -> Image.Image | tuple[np.ndarray, int]:
-        """As `decode_image` and `decode_audio`, but nothing in this process touches the encoded bytes. A picture whose
+        """As `decode_image` and `decode_audio`, but nothing in this process touches the encoded bytes. An image whose
         longer side is above SIDE comes reduced by a whole factor."""
         facts, body = self._ask(kind, data, whole=True)
         if kind == "image":
@@ -463,10 +463,10 @@ def _serve(limits: str) -> None:
             if not whole:
                 answer = check("image" if image else "audio", data, allowed)
             elif image:
-                picture = decode_image(data, allowed)
-                picture = picture.reduce(-(-max(picture.size) // SIDE)) if max(picture.size) > SIDE else picture
-                answer = {"mode": picture.mode, "width": picture.width, "height": picture.height}
-                body = picture.tobytes()
+                image = decode_image(data, allowed)
+                image = image.reduce(-(-max(image.size) // SIDE)) if max(image.size) > SIDE else image
+                answer = {"mode": image.mode, "width": image.width, "height": image.height}
+                body = image.tobytes()
             else:
                 wave, rate = decode_audio(data, allowed)
                 answer, body = {"rate": rate}, np.ascontiguousarray(wave, np.float32).tobytes()

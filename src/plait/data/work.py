@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from plait.data.conversations import turns
-from plait.data.fingerprints import picture_print, sound_print, text_print
+from plait.data.fingerprints import audio_fingerprint, image_fingerprint, text_print
 from plait.data.media import LIMITS, MediaError, decode_audio, decode_image, encode_png
 from plait.data.record import Rejected, rejected, text_fault
 from plait.data.stores import location, open_binary
@@ -72,9 +72,9 @@ def _look(kind: str, data: bytes, near: bool) -> tuple[float, float, bytes]:
     """(width, height) or (seconds, rate), and the fingerprint. Raises MediaError."""
     if kind == "image":
         image = decode_image(data)
-        return image.width, image.height, picture_print(image) if near else b""
+        return image.width, image.height, image_fingerprint(image) if near else b""
     wave, rate = decode_audio(data)
-    return len(wave) / rate, rate, sound_print(wave, rate) if near else b""
+    return len(wave) / rate, rate, audio_fingerprint(wave, rate) if near else b""
 
 
 def _said(chat: str) -> str:
