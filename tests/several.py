@@ -29,7 +29,7 @@ def interrupted_after(step: int) -> Callable[[Progress], None]:
 
 def write_recipe(folder: Path, **training: object) -> Path:
     settings = {"steps": 40, "codec_steps": 5, "batch_size": 4, "validations": 2, "precision": "fp32",
-                "learning_rate": 5e-4, "log_records": True, "unrestricted": 0}  # fmt: skip
+                "learning_rate": 5e-4, "log_records": True, "full_softmax_prob": 0}  # fmt: skip
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump({"model": SMALL, "training": {**settings, **training}}))
     return path
@@ -42,7 +42,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def build_or_load_model(
+def begin(
     data: Path, run: Path, recipe: Path, *options: object, after: int | None = None, processes: int = 2
 ) -> subprocess.Popen[str]:
     """Start to train with several processes, and wait until so many steps are done."""
