@@ -13,7 +13,7 @@ import yaml
 import plait as package
 from conftest import EN, RECIPE, make_image
 from plait.chat.chat import Chat, Session, Turn
-from plait.chat.template import Template
+from plait.model.chat_template import Template
 from plait.data import conversations as data
 from plait.data.dataset import Dataset
 from plait.modalities.text import Text

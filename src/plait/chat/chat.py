@@ -11,7 +11,7 @@ from typing import Any, Unpack
 
 from PIL import Image as PILImage
 
-from plait.chat.template import ROLES, Template
+from plait.model.chat_template import ROLES, Template
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from plait.data.media import sniff

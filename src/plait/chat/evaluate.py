@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import torch
 
-from plait.chat.sequences import Scribe, sequences
+from plait.training.conversations import Scribe, sequences
 from plait.evaluation import metrics
 from plait.evaluation.context import EvalContext
 from plait.evaluation.findings import Gallery, ReportItem

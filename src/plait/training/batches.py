@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from plait.chat.sequences import Said, Scribe, sequences
+from plait.training.conversations import Said, Scribe, sequences
 from plait.core.errors import DivergedError
 from plait.core.files import read_json, write_json
 from plait.core.rng import key_of, uniform

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from plait.chat.template import TURNS
+from plait.model.chat_template import TURNS
 from plait.core.config import SIZES, BackboneRecipe, Recipe, Size, describe_error, parse_recipe
 from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset

@@ -10,7 +10,7 @@ import difflib
 
 import torch
 
-from plait.chat.template import TEMPLATE
+from plait.model.chat_template import TEMPLATE
 from plait.core.config import GenerationConfig
 from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset

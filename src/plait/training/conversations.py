@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from plait.chat.template import ROLES, Template, column_of
+from plait.model.chat_template import ROLES, Template, column_of
 from plait.core.errors import PlaitError
 from plait.data import conversations as chat
 from plait.modalities.base import MediaModality, Vocabulary
