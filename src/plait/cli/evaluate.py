@@ -46,7 +46,7 @@ def _evaluate(
     from plait.data.dataset import Dataset
     from plait.evaluation.tasks import Limits
     from plait.evaluation.tasks import evaluate as measure
-    from plait.inference.model import Model, load
+    from plait.inference.model import load
 
     if data is None:
         if not (run / "run.json").is_file():
@@ -56,15 +56,10 @@ def _evaluate(
             raise PlaitError(f"{run / 'run.json'} does not say which dataset it is of. Name one with --data.")
         data = facts["dataset"]
     dataset = Dataset.open(data)
-    model = load(run, device)
-    if not isinstance(model, Model):
+    model = load(run, device).plait_model
+    if model is None:
         raise PlaitError(f"{run} is no model that plait trained; evaluation needs a run.")
     with Bar() as bar:
-        if dataset.manifest.catalogue is not None:
-            from plait.recommend.evaluate import evaluate_histories
-
-            metrics, findings = evaluate_histories(model, dataset, split, seed=seed, limit=limit, progress=bar)
-            return _keep(run, data, metrics, findings)
         limits = Limits() if limit is None else Limits(records=limit)
         metrics, findings = measure(
             model, dataset, split, seed=seed, limits=limits, reference_seconds=reference_seconds, progress=bar

@@ -173,17 +173,13 @@ def train_run(
 ) -> None:
     from plait.core.errors import Terminated
     from plait.evaluation.findings import Findings
-    from plait.recommend.model import embedder
     from plait.reports.report import read_run, write_report
     from plait.training.run import describe
     from plait.training.trainer import train as fit
 
     with Bar() as bar:
         try:
-            fit(
-                dataset, run, recipe, bar.training, device, allow_changes=allow_changes, group=group,
-                embed=lambda items: embedder(recipe.model.item.encoder, device)(items),
-            )  # fmt: skip
+            fit(dataset, run, recipe, bar.training, device, allow_changes=allow_changes, group=group)
         except (KeyboardInterrupt, Terminated) as stop:
             last = run / "checkpoints" / "last"
             state = f"Saved: {last.resolve().name}" if last.exists() else "There is no checkpoint yet"

@@ -23,11 +23,10 @@ from plait.console import (
 )
 
 if TYPE_CHECKING:
-    from plait.hf.pretrained import Pretrained
-    from plait.inference.model import Model
+    from plait.inference.base import Model
 
 
-def load(name: str, device: str) -> Model | Pretrained:
+def load(name: str, device: str) -> Model:
     """`plait.load`, imported when it is needed: torch takes seconds."""
     from plait.inference.model import load
 
@@ -209,7 +208,7 @@ def export(
     from plait.hf.export import export_onnx, export_transformers
     from plait.hf.export_constraints import add_export_constraints
     from plait.hf.tflite import export_tflite
-    from plait.inference.model import Model as OurModel
+    from plait.inference.base import Verb
 
     formats: dict[str, Callable[..., object]] = {
         "transformers": export_transformers,
@@ -220,13 +219,13 @@ def export(
         raise PlaitError(f"Unknown format '{to}'. Use {', '.join(formats)}.")
     if length is not None and to != "tflite":
         raise PlaitError("--length is of --to tflite alone: the others take texts of any length.")
-    loaded = load(model, "cpu")
-    if not isinstance(loaded, OurModel):
+    loaded = load(model, "cpu").plait_model
+    if loaded is None:
         raise PlaitError(
             f"{model} runs in transformers already; only GPT-2, Llama, Qwen3 and Plait models are exported."
         )
-    if loaded.checkpoint.catalogue is not None:
-        raise PlaitError(f"{model} knows histories of items, which no other program reads; nothing is written.")
+    if Verb.GENERATE not in loaded.verbs:
+        raise PlaitError(f"{model} can {' and '.join(loaded.verbs)}, which no other program can; nothing is written.")
     worst = formats[to](add_export_constraints(loaded.checkpoint, loaded.engine), out_folder)
     if isinstance(worst, float):
         out.print(f"Compared: logits within {worst:.1e} of ours")

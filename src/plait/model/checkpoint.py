@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pydantic import ValidationError
@@ -20,14 +20,32 @@ from torch import Tensor
 
 from plait.core.config import GenerationConfig
 from plait.core.errors import PlaitError
+from plait.core.features import ExtensionPoint
 from plait.core.files import json_text, publish_folder, read_json, read_sealed, sealed, sha256_file
 from plait.modalities.text import Text
 from plait.model.multimodal import ModelConfig, Multimodal
-from plait.recommend.catalogue import Catalogue
 
 VERSION = 1  # of config.json
 MANIFEST = 2  # since manifests are sealed
-ITEMS = "items.parquet"
+
+
+@dataclass(frozen=True)
+class PartFile:
+    """How a feature keeps what its models know in a checkpoint: in one file beside the weights."""
+
+    name: str  # of the file
+    read: Callable[[Path], Any]
+    write: Callable[[Any, Path], None]
+
+
+class CheckpointSource(Protocol):
+    """Checkpoints of other programs as ours; a feature adds it."""
+
+    def __call__(self, name_or_folder: str | Path) -> Checkpoint: ...
+
+
+CHECKPOINT_SOURCES: ExtensionPoint[CheckpointSource] = ExtensionPoint("checkpoint_source")
+CHECKPOINT_PARTS: ExtensionPoint[PartFile] = ExtensionPoint("checkpoint_part")
 
 
 @dataclass
@@ -39,7 +57,7 @@ class Checkpoint:
     labels: dict[str, list[str]] = field(default_factory=dict)  # text column -> its few distinct values
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     training: dict[str, Any] = field(default_factory=dict)  # how it came to be: data, step, validation, seed
-    catalogue: Catalogue | None = None  # the items that the model knows
+    parts: dict[str, Any] = field(default_factory=dict)  # name of a feature -> what it keeps with the model
 
 
 def save(
@@ -64,8 +82,9 @@ def save(
         if checkpoint.text.settings:
             write_json(aside / "tokenizer_config.json", checkpoint.text.settings)
         write_tensors(aside / "model.safetensors", checkpoint.model.state_dict() if tensors is None else tensors)
-        if checkpoint.catalogue is not None:
-            checkpoint.catalogue.write(aside / ITEMS, media=False)
+        for feature, part in checkpoint.parts.items():
+            kept = CHECKPOINT_PARTS.by_feature()[feature]
+            kept.write(part, aside / kept.name)
         (aside / "README.md").write_text(model_card(checkpoint), encoding="utf-8")
         if more is not None:
             more(aside)
@@ -159,8 +178,12 @@ def load(folder: Path, device: torch.device | None = None) -> Checkpoint:
     model.eval()
     if device is not None:
         model.to(device)
-    catalogue = Catalogue.read(folder / ITEMS) if (folder / ITEMS).is_file() else None
-    return Checkpoint(model, Text.load(folder / "tokenizer.json"), labels, generation, training, catalogue)
+    parts = {
+        feature: kept.read(folder / kept.name)
+        for feature, kept in CHECKPOINT_PARTS.by_feature().items()
+        if (folder / kept.name).is_file()
+    }
+    return Checkpoint(model, Text.load(folder / "tokenizer.json"), labels, generation, training, parts)
 
 
 def find_checkpoint(path: str | Path) -> Path | None:

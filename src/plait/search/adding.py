@@ -16,7 +16,6 @@ import pyarrow as pa
 from plait.core.errors import PlaitError
 from plait.data.media import Checker, MediaError, preview
 from plait.data.record import Rejected, rejected
-from plait.inference.model import Model
 from plait.search.entries import Entry
 
 if TYPE_CHECKING:
@@ -105,10 +104,7 @@ class Adding:
             return content, None
         value, model = checker.decode(kind, content), self.index.model
         small = preview(content, value)
-        if isinstance(model, Model):  # samples are small; a batch of decoded images may not be
-            column = model.column(None, kind, f"read {kind}")
-            value = (column, model.modality(column).windows(value))  # type: ignore[assignment]
-        return value, small
+        return model.prepared(kind, value), small
 
     def _embedded(self, values: list[Any]) -> list[np.ndarray | str]:
         """The vector of each value, or why it has none."""

@@ -13,7 +13,6 @@ from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from plait.data.dataset import Dataset
 from plait.data.media import decode_image, mime
-from plait.inference.model import Model
 from plait.server.service import Served
 
 EXAMPLES, EXAMPLE_BYTES = 4, 100_000  # media of each kind that are ready to click
@@ -224,7 +223,7 @@ def examples_of(models: list[Served]) -> tuple[dict[str, list[str]], str]:
     dark: list[float] = []
     for served in models:
         run = _run(served)
-        if run is None or not isinstance(served.model, Model):
+        if run is None or served.model.plait_model is None:
             continue
         try:
             known = str(read_json(run / "run.json").get("dataset", ""))
