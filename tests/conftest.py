@@ -17,7 +17,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as `plait` does; read when t
 
 import torch
 
-from plait.data.media import encode_wav
+from plait.modalities.audio_files import encode_wav
 
 torch.set_num_threads(1)
 # A shell's background jobs ignore Ctrl-C, and what they start inherits that; tests send it.

@@ -14,8 +14,8 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from plait.core.errors import PlaitError
-from plait.data.media import resample
 from plait.hf.pretrained import TEMPLATE, load_pretrained
+from plait.modalities.audio_files import resample
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 transformers = pytest.importorskip("transformers", reason="pip install plait[huggingface]")

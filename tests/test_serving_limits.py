@@ -23,8 +23,8 @@ from PIL import Image
 
 import plait
 from plait.chat.chat import Chat, Turn
-from plait.data.media import encode_wav
 from plait.inference.model import Model
+from plait.modalities.audio_files import encode_wav
 from plait.server.limits import read_keys
 from server import Server, is_error, write_text_model
 

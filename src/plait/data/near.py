@@ -13,7 +13,10 @@ from itertools import pairwise, product
 
 import numpy as np
 
-from plait.data.fingerprints import BANDS, CHROMA, PERMUTATIONS, SIDE
+from plait.data.fingerprints import PERMUTATIONS
+from plait.modalities.audio_files import BANDS
+from plait.modalities.image_files import CHROMA
+from plait.modalities.image_files import PRINT_SIDE as SIDE
 
 PICTURES, SOUNDS, TEXTS = 0.1, 0.16, 0.25  # distances up to which two are near-duplicates
 _TABLES, _WINDOW = 16, 4  # orders in which codes are sorted, and places that are compared in each
@@ -97,7 +100,7 @@ def _shuffled(bits: np.ndarray) -> Iterator[np.ndarray]:
         yield _packed(np.ascontiguousarray(bits[:, draw.permutation(64)]))
 
 
-def near_pictures(prints: np.ndarray, most: float = PICTURES) -> Pairs:
+def near_images(prints: np.ndarray, most: float = PICTURES) -> Pairs:
     """Pairs among pictures, `prints` (N, 704) uint8, whose distance is at most `most`.
 
     The distance is the mean square of what differs over that of what is in the pictures, the smaller of the two laid
@@ -126,10 +129,10 @@ def near_pictures(prints: np.ndarray, most: float = PICTURES) -> Pairs:
     codes = _packed(flat)
     owner = np.tile(np.arange(count, dtype=np.int64), len(bits))
     pairs = _candidates(_shuffled(flat), codes, owner, _WINDOW)
-    return _distinct(pairs, _picture_distances(prints, pairs), count, most)
+    return _distinct(pairs, _image_distances(prints, pairs), count, most)
 
 
-def _picture_distances(prints: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+def _image_distances(prints: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     """Distances (P,) float32 of pairs (P, 2). Each picture's parts are made once."""
     split = SIDE * SIDE
     parts = np.stack(_windows()).transpose(1, 0, 2).reshape(split, -1)
