@@ -53,7 +53,7 @@ def side(pipe: Connection, ours: bool, size: str, family: str) -> None:
 
 def table(size: str, family: str, rounds: int) -> Table:
     context = multiprocessing.get_context("spawn")
-    blocks = native.chosen(choose_device("cpu", training=True))
+    blocks = native.backend_name(choose_device("cpu", training=True))
     rows = [Row("ours", note=f"blocks: {blocks}"), Row(f"transformers {family}, eager")]
     pipes, processes = [], []
     for ours in (True, False):

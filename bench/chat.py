@@ -231,7 +231,9 @@ def _turns(model: plait.Model, talk: Chat, rows: list[list[dict[str, str]]]) -> 
 def _log_likelihood(model: plait.Model, context: list[int], ids: list[int]) -> float:
     inner = model.checkpoint.model
     whole = torch.tensor([[*context, *ids]])
-    hidden = inner.backbone(torch.nn.functional.embedding(whole, inner.rows.table()))[0, len(context) - 1 : -1]
+    hidden = inner.backbone(torch.nn.functional.embedding(whole, inner.token_embedding.table()))[
+        0, len(context) - 1 : -1
+    ]
     chances = inner.logits(hidden, "text").float().log_softmax(-1)
     return float(chances.gather(1, torch.tensor(ids)[:, None]).sum())
 

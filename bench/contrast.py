@@ -1,8 +1,8 @@
-"""Contrastive training of pictures and texts: our one backbone beside open_clip's two towers, from the same batch.
+"""Contrastive training of images and texts: our one backbone beside open_clip's two encoders, from the same batch.
 
-Both have some 4 million parameters, read 64 pictures of 32 x 32 and as many texts of 16 ids a step, train in autocast
-with fused AdamW and clip gradients at 1. Ours reads a picture as 16 embeddings of a convolutional stem through all its
-layers, open_clip as 65 patches of 4 x 4 through the layers of its picture tower.
+Both have some 4 million parameters, read 64 images of 32 x 32 and as many texts of 16 ids a step, train in autocast
+with fused AdamW and clip gradients at 1. Ours reads an image as 16 embeddings of a convolutional stem through all its
+layers, open_clip as 65 patches of 4 x 4 through the layers of its image encoder.
 
 To include the peer, which asks for torchvision and uses none of it here:
 
@@ -29,7 +29,7 @@ from plait.model.multimodal import ModelConfig, Multimodal, Sequence, collate
 from plait.model.objectives import contrastive
 from plait.model.transformer import TransformerConfig
 from plait.training.batches import Step
-from plait.training.losses import Passes
+from plait.training.losses import LossModule
 from plait.training.optimizer import make_optimizer
 
 BATCH, SIDE, WORDS, VOCABULARY, WIDTH, LAYERS, HEADS, SPACE = 64, 32, 16, 512, 192, 8, 6, 128
@@ -64,7 +64,7 @@ def open_clip() -> Any:
     return open_clip
 
 
-def ours(device: Device, pictures: list[Image.Image], texts: np.ndarray) -> tuple[Multimodal, Any]:
+def ours(device: Device, images: list[Image.Image], texts: np.ndarray) -> tuple[Multimodal, Any]:
     """Our model, and what computes its loss of the batch."""
     backbone = TransformerConfig(
         width=WIDTH, layers=LAYERS, heads=HEADS, kv_heads=HEADS, head_width=WIDTH // HEADS, hidden=WIDTH * 8 // 3,
@@ -74,37 +74,41 @@ def ours(device: Device, pictures: list[Image.Image], texts: np.ndarray) -> tupl
     vocabulary = Vocabulary(text=VOCABULARY, columns={"image": "image", "text": "text"}, levels={}, closers=[])
     torch.manual_seed(0)
     config = ModelConfig(
-        backbone=backbone, vocabulary=vocabulary, space=SPACE, tied=True, modalities={"image": image.model_dump()},
+        backbone=backbone, vocabulary=vocabulary, embed_dim=SPACE, tied=True, modalities={"image": image.model_dump()},
         pools_inputs=True, read_only=["image"],
     )  # fmt: skip
     model = Multimodal(config).to(device.torch).train()
     modality, opener = model.media["image"], vocabulary.opener("image")
-    seen = [Sequence().read_media(modality, opener, modality.sample(p), vocabulary.pad) for p in pictures]
+    seen = [Sequence().read_media(modality, opener, modality.sample(p), vocabulary.pad) for p in images]
     read = [Sequence().read_ids(ids.tolist(), "text") for ids in texts]
     batches = [collate(sequences, model.media, vocabulary.pad) for sequences in (seen, read)]
     records = np.arange(BATCH)
-    step, passes, positives = Step(batches, [records, records], records), Passes(model, device), torch.eye(BATCH) > 0
+    step, passes, positives = (
+        Step(batches, [records, records], records),
+        LossModule(model, device),
+        torch.eye(BATCH) > 0,
+    )
 
     def loss() -> torch.Tensor:
         output = passes(step, True, True, likelihood=False)
         assert output.embeddings is not None
         a, b = output.embeddings.split(BATCH)
-        return contrastive(a, b, positives.to(device.torch), model.log_temperature) + output.nothing
+        return contrastive(a, b, positives.to(device.torch), model.logit_scale) + output.nothing
 
     return model, loss
 
 
-def theirs(device: Device, library: Any, pictures: list[Image.Image], texts: np.ndarray) -> tuple[Any, Any]:
+def theirs(device: Device, library: Any, images: list[Image.Image], texts: np.ndarray) -> tuple[Any, Any]:
     torch.manual_seed(0)
-    tower = {"layers": LAYERS // 2, "width": WIDTH}
+    hf_encoder = {"layers": LAYERS // 2, "width": WIDTH}
     model = library.model.CLIP(
         SPACE,
-        library.model.CLIPVisionCfg(**tower, head_width=WIDTH // HEADS, patch_size=4, image_size=SIDE),
-        library.model.CLIPTextCfg(**tower, heads=HEADS, context_length=WORDS, vocab_size=VOCABULARY),
+        library.model.CLIPVisionCfg(**hf_encoder, head_width=WIDTH // HEADS, patch_size=4, image_size=SIDE),
+        library.model.CLIPTextCfg(**hf_encoder, heads=HEADS, context_length=WORDS, vocab_size=VOCABULARY),
     ).to(device.torch)
     model.train()
     criterion = library.loss.ClipLoss()
-    pixels = torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2).float() / 255
+    pixels = torch.from_numpy(np.stack([np.asarray(p) for p in images])).permute(0, 3, 1, 2).float() / 255
     pixels, ids = pixels.to(device.torch), torch.from_numpy(texts).to(device.torch)
 
     def loss() -> torch.Tensor:
@@ -118,17 +122,17 @@ def theirs(device: Device, library: Any, pictures: list[Image.Image], texts: np.
 def run(device: Device, **timing: Any) -> list[Table]:
     library = open_clip()
     rng = np.random.default_rng(0)
-    pictures = [Image.fromarray(rng.integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8)) for _ in range(BATCH)]
+    images = [Image.fromarray(rng.integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8)) for _ in range(BATCH)]
     texts = rng.integers(1, VOCABULARY, (BATCH, WORDS))
     contenders = []
-    made = [("ours", OURS, ours(device, pictures, texts))]
+    made = [("ours", OURS, ours(device, images, texts))]
     if library is not None:
-        made.append(("open_clip", "highest", theirs(device, library, pictures, texts)))
+        made.append(("open_clip", "highest", theirs(device, library, images, texts)))
     for name, matmul, (model, loss) in made:
         used = [p for key, p in model.named_parameters() if ".codec." not in key]
         work = step_of(make_optimizer([model], 1e-4, 0.1, (0.9, 0.98)), model, loss, BATCH)
         note = f"{sum(p.numel() for p in used) / 1e6:.1f} M parameters"
         contenders.append(Contender(name, work, "" if name == "ours" else "ours", matmul, note))
     precision = str(device.dtype).removeprefix("torch.")
-    title = f"Contrastive training, {BATCH} pictures of {SIDE} x {SIDE} and texts of {WORDS} ids, {precision}"
+    title = f"Contrastive training, {BATCH} images of {SIDE} x {SIDE} and texts of {WORDS} ids, {precision}"
     return [compare(title, "samples/s", contenders, device.name, **timing)]

@@ -4,11 +4,11 @@
     python bench/explain.py areas runs/fashion runs/spoken_digits/official
     python bench/explain.py words -o runs/explain
 
-`planted` makes three data sets in which one thing alone decides the class (a mark in pictures of noise, a tone in
+`planted` makes three data sets in which one thing alone decides the class (a mark in images of noise, a tone in
 noise, a word among others), trains on each, and counts in how many of 200 test cases the strongest region or word is
 it. `areas` takes 200 test records of a run: deletion and insertion areas beside those of 3 random maps each, the
 completeness gap, and the rank correlation with maps of the same network with shuffled weights. `words` trains on
-pictures of two objects and looks which part of a drawn picture depends on which word of the prompt.
+images of two objects and looks which part of a drawn image depends on which word of the prompt.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from plait.data.dataset import Dataset
 from plait.data.prepare import prepare
 from plait.explain.methods import adding_up, occlusion
 from plait.explain.methods import areas as area
-from plait.explain.own import question
 from plait.explain.parts import Part, Question, Words
+from plait.explain.plait_models import question
 from plait.inference.model import Model, load
 from plait.modalities.audio_files import encode_wav
 from plait.training.trainer import train
@@ -73,7 +73,7 @@ def name_of(part: str | bytes) -> str:
 
 
 def marks(folder: Path, n: int = 1400, test: int = 200) -> None:
-    """Pictures of noise with one square of 4 pixels, whose colour is the class."""
+    """Images of noise with one square of 4 pixels, whose colour is the class."""
     folder.mkdir(parents=True)
     rng, rows, where = np.random.default_rng(0), [], {}
     for i in range(n):
@@ -241,14 +241,14 @@ SHAPES = ("circle", "square", "triangle")
 
 
 def objects(folder: Path, n: int = 20000, test: int = 200) -> None:
-    """Pictures of two objects, and sentences that name them: "red circle left, blue square right". In train every sixth
+    """Images of two objects, and sentences that name them: "red circle left, blue square right". In train every sixth
     colour and shape goes unsaid, so that the likelihood with a word left out means something."""
     folder.mkdir(parents=True)
     rng, rows = np.random.default_rng(3), []
     kinds = list(itertools.product(COLOURS, SHAPES))
     for i in range(n):
-        picture = Image.new("RGB", (32, 32), "white")
-        pen, said = ImageDraw.Draw(picture), []
+        image = Image.new("RGB", (32, 32), "white")
+        pen, said = ImageDraw.Draw(image), []
         for side, left in (("left", 1), ("right", 17)):
             colour, shape = kinds[int(rng.integers(len(kinds)))]
             x, y = left + int(rng.integers(0, 4)), int(rng.integers(2, 19))
@@ -262,7 +262,7 @@ def objects(folder: Path, n: int = 20000, test: int = 200) -> None:
             split = "test" if i >= n - test else "val" if i >= n - 2 * test else "train"
             kept = [word for word in (colour, shape) if split != "train" or rng.random() > 1 / 6]
             said.append(" ".join([*kept, side]))
-        picture.save(folder / f"{i:04}.png")
+        image.save(folder / f"{i:04}.png")
         rows.append({"file_name": f"{i:04}.png", "caption": ", ".join(said), "split": split})
     table(folder, rows)
 

@@ -23,7 +23,7 @@ BATCHES = (1, 8, 32)
 
 def weights_read(model: Any) -> int:
     """Parameters that one step for one row must read: the backbone, and the rows it predicts with."""
-    return sum(p.numel() for part in (model.backbone, model.predicting) for p in part.parameters())
+    return sum(p.numel() for part in (model.backbone, model.output_embedding) for p in part.parameters())
 
 
 def tables(
@@ -33,7 +33,7 @@ def tables(
     device = choose_device(device_name, precision)
     model = make_model(shape, "Qwen3", tied=False, length=max(shape.length, READ + write)).eval()
     with torch.no_grad():  # the end and padding, which our grammar keeps out here, never win in the peers either
-        model.predicting.free[model.vocabulary.text :] = 0
+        model.output_embedding.free[model.vocabulary.text :] = 0
     checkpoint = text_checkpoint(model)
     peer = as_transformers(checkpoint, device.dtype).to(device.torch).eval()
     peer.generation_config = type(peer.generation_config)(

@@ -20,7 +20,7 @@ import torch
 import plait
 from plait.core.device import threads
 from plait.hf.export import export_transformers
-from plait.hf.export_constraints import settle
+from plait.hf.export_constraints import add_export_constraints
 from plait.inference.grammar import Span, spans
 from plait.modalities.base import Vocabulary
 
@@ -34,14 +34,14 @@ def misplaced(vocabulary: Vocabulary, grammar: dict[str, Span], column: str | No
     openers = {vocabulary.opener(name): name for name in vocabulary.columns}
     count, closed = 0, False
     for place, token in enumerate(ids, 1):
-        space = "text" if column is None else vocabulary.columns[column]
-        lies = next(name for name, (start, stop) in vocabulary.spaces.items() if start <= token < stop)
-        span = grammar[space]
+        token_type = "text" if column is None else vocabulary.columns[column]
+        lies = next(name for name, (start, stop) in vocabulary.id_ranges.items() if start <= token < stop)
+        span = grammar[token_type]
         if closed:
             if token != vocabulary.end:
-                return place, f"{space} goes on after its end"
+                return place, f"{token_type} goes on after its end"
             return place, ""
-        if space == "text":
+        if token_type == "text":
             if token == vocabulary.end:
                 return place, ""
             if column is None and token in openers:
@@ -49,18 +49,18 @@ def misplaced(vocabulary: Vocabulary, grammar: dict[str, Span], column: str | No
             elif lies != "text" or token >= vocabulary.text:
                 return place, f"{lies if lies != 'text' else 'a special token'} in text"
             continue
-        if lies != space:
-            return place, f"{space} ended early" if token == vocabulary.end else f"{lies} in {space}"
-        if space in vocabulary.closers and token == vocabulary.closer(space):
+        if lies != token_type:
+            return place, f"{token_type} ended early" if token == vocabulary.end else f"{lies} in {token_type}"
+        if token_type in vocabulary.closers and token == vocabulary.closer(token_type):
             if count < span.least or count % span.unit:
-                return place, f"{space} closed within a group of codes"
+                return place, f"{token_type} closed within a group of codes"
             closed = True
             continue
         count += 1
-        if space not in vocabulary.closers:
+        if token_type not in vocabulary.closers:
             closed = count == span.limit
         elif span.limit is not None and count > span.limit:
-            return place, f"{space} too long"
+            return place, f"{token_type} too long"
     return len(ids), ""
 
 
@@ -102,7 +102,7 @@ def main() -> None:
     checkpoint = loaded.checkpoint
     vocabulary, grammar = checkpoint.model.vocabulary, spans(checkpoint.model)
     with tempfile.TemporaryDirectory() as folder:
-        export_transformers(settle(checkpoint, loaded.engine), Path(folder) / "model")
+        export_transformers(add_export_constraints(checkpoint, loaded.engine), Path(folder) / "model")
         dtype = torch.bfloat16 if options.bf16 else torch.float32
         reader = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=dtype).eval()
         tokenizer = AutoTokenizer.from_pretrained(Path(folder) / "model")

@@ -21,7 +21,7 @@ OURS = product_precision()  # torch's precision of fp32 products, as plait sets 
 
 @dataclass
 class Contender:
-    """`work` does one unit of the task and returns how much that was: tokens, pictures, seconds of sound."""
+    """`work` does one unit of the task and returns how much that was: tokens, images, seconds of audio."""
 
     name: str
     work: Callable[[], float]

@@ -1,4 +1,4 @@
-"""Input: log-mel of sound, and PNG files to pixels, beside what people would reach for."""
+"""Input: log-mel of audio, and PNG files to pixels, beside what people would reach for."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(**timing: Any) -> list[Table]:
         whisper(wave, sampling_rate=16000, return_tensors="np")
         return 30.0
 
-    # Smooth, so that the file is compressed as a picture is.
+    # Smooth, so that the file is compressed as an image is.
     small = Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8))
     data = encode_png(small.resize((128, 128), Image.Resampling.BICUBIC))
 
@@ -46,7 +46,7 @@ def run(**timing: Any) -> list[Table]:
             Contender("ours", our_mel, matmul=OURS, note="1,024-point transform"),
             Contender("transformers WhisperFeatureExtractor", their_mel, "ours", note="400-point transform"),
         ], **timing),
-        compare("PNG of 128 x 128", "pictures/s", [
+        compare("PNG of 128 x 128", "images/s", [
             Contender("ours", our_png, note="with limits checked before decoding"),
             Contender("Pillow alone", their_png, "ours"),
         ], **timing),

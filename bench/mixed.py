@@ -1,7 +1,7 @@
 """Continuous batching: 64 requests of three kinds at once, beside the same engine writing them one after another.
 
-A third continue a text (16 ids read, 24 to 55 written), a third draw a picture from a text, a third transcribe a sound.
-The model is of the size tiny with random weights; in fp32 both must write the same ids.
+A third continue a text (16 ids read, 24 to 55 written), a third draw an image from a text, a third transcribe an audio
+clip. The model is of the size tiny with random weights; in fp32 both must write the same ids.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ def table(device_name: str, rounds: int, seconds: float) -> Table:
     device = choose_device(device_name, "fp32")
     size = SIZES["tiny"]
     text = Text.train([], 256)
-    picture = SETTINGS["image"].sized(size.picture, {"channels": 3})
-    sound = SETTINGS["audio"].sized(size.rate, {"seconds": size.seconds})
+    image = SETTINGS["image"].sized(size.image, {"channels": 3})
+    audio = SETTINGS["audio"].sized(size.rate, {"seconds": size.seconds})
     vocabulary = Vocabulary(
         text=text.size,
         columns={"image": "image", "audio": "audio", "text": "text"},
-        levels={"image": picture.levels, "audio": sound.levels},
+        levels={"image": image.levels, "audio": audio.levels},
         closers=["audio"],
     )
     torch.manual_seed(0)
     config = ModelConfig(
         backbone=backbone_config(size, BackboneRecipe()),
         vocabulary=vocabulary,
-        modalities={"image": picture.model_dump(), "audio": sound.model_dump()},
+        modalities={"image": image.model_dump(), "audio": audio.model_dump()},
     )
     model = Multimodal(config).eval().to(device.torch)
     engine = Engine(Checkpoint(model, text), device)

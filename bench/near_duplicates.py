@@ -1,7 +1,7 @@
-"""Near-duplicates planted among pictures, sounds and texts made on the spot: how many are found, how many are wrong.
+"""Near-duplicates planted among images, audio clips and texts made on the spot: how many are found, how many are wrong.
 
     python bench/near_duplicates.py                       # 300 copies among 10,000 of each
-    python bench/near_duplicates.py --pictures emoji.zip  # and among the pictures of an archive, whose own likenesses
+    python bench/near_duplicates.py --images emoji.zip  # and among the images of an archive, whose own likenesses
                                                           # then count as wrong
 
 `plait prepare` does the work: originals go to train, copies to test. A pair of duplicates.jsonl is right where it is an
@@ -28,7 +28,7 @@ from plait.modalities.audio_files import encode_wav, resample
 from plait.modalities.image_files import decode_image, encode_png
 
 
-def picture(rng: np.random.Generator) -> Image.Image:
+def make_image(rng: np.random.Generator) -> Image.Image:
     """A scene: a sky, a ground, things of several shapes, texture and light. No two share more than a palette."""
     width, height = (int(v) for v in rng.integers(96, 257, 2))
     corners = Image.fromarray(rng.integers(40, 230, (3, 3, 3), np.uint8))
@@ -53,8 +53,8 @@ def picture(rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
 
 
-def picture_copy(image: Image.Image, kind: int, rng: np.random.Generator) -> bytes:
-    """The picture resized, re-encoded, or cut by 5 % at its sides, then saved as JPEG or WebP."""
+def image_copy(image: Image.Image, kind: int, rng: np.random.Generator) -> bytes:
+    """The image resized, re-encoded, or cut by 5 % at its sides, then saved as JPEG or WebP."""
     width, height = image.size
     if kind == 0:
         factor = float(rng.choice([0.4, 0.5, 0.7, 1.5, 2.0]))
@@ -67,7 +67,7 @@ def picture_copy(image: Image.Image, kind: int, rng: np.random.Generator) -> byt
     return out.getvalue()
 
 
-def sound(rng: np.random.Generator, rate: int = 16000) -> np.ndarray:
+def make_audio(rng: np.random.Generator, rate: int = 16000) -> np.ndarray:
     """Something like speech: syllables of a gliding voice through moving resonances, hisses and gaps."""
     parts = []
     voice = rng.uniform(80, 260)
@@ -98,8 +98,8 @@ def encoded(wave: np.ndarray, rate: int, form: str) -> bytes:
     return out.getvalue()
 
 
-def sound_copy(wave: np.ndarray, kind: int, rng: np.random.Generator, rate: int = 16000) -> bytes:
-    """The sound at another sampling rate, re-encoded and louder or softer, cut by 5 %, or begun later."""
+def audio_copy(wave: np.ndarray, kind: int, rng: np.random.Generator, rate: int = 16000) -> bytes:
+    """The audio at another sampling rate, re-encoded and louder or softer, cut by 5 %, or begun later."""
     if kind == 0:
         to = int(rng.choice([8000, 11025, 22050]))
         wave, rate = resample(wave, rate, to), to
@@ -157,14 +157,14 @@ def write(folder: Path, kind: str, count: int, copies: int, archive: Path | None
         name, kept = f"{split}/{n:05d}.{ending}", len(truth)
         copy = f"test/copy{kept:03d}"
         if kind == "image":
-            image = decode_image(given.read(names[n])) if given else picture(rng)
+            image = decode_image(given.read(names[n])) if given else make_image(rng)
             (folder / name).write_bytes(encode_png(image))
-            made: bytes = picture_copy(image.convert("RGB"), kept % 3, rng) if n in chosen else b""
+            made: bytes = image_copy(image.convert("RGB"), kept % 3, rng) if n in chosen else b""
             copy += ".jpg"
         elif kind == "audio":
-            wave = sound(rng)
+            wave = make_audio(rng)
             (folder / name).write_bytes(encode_wav(wave, 16000))
-            made = sound_copy(wave, kept % 4, rng) if n in chosen else b""
+            made = audio_copy(wave, kept % 4, rng) if n in chosen else b""
             copy += ".ogg"
         else:
             value = text(rng, vocabulary)
@@ -182,13 +182,13 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--copies", type=int, default=300)
     parser.add_argument("--only", choices=["image", "audio", "text"])
-    parser.add_argument("--pictures", type=Path, help="an archive of pictures in place of made ones")
+    parser.add_argument("--images", type=Path, help="an archive of images in place of made ones")
     options = parser.parse_args()
     print("| what | things | planted | recall | precision | pairs | prepare |\n| --- |" + " ---: |" * 6)
-    for kind in [options.only] if options.only else ["image"] if options.pictures else ["image", "audio", "text"]:
+    for kind in [options.only] if options.only else ["image"] if options.images else ["image", "audio", "text"]:
         folder = Path(tempfile.mkdtemp(prefix="plait-near-"))
         try:
-            truth = write(folder / "in", kind, options.count, options.copies, options.pictures)
+            truth = write(folder / "in", kind, options.count, options.copies, options.images)
             begun = time.perf_counter()
             prepare(folder / "in", folder / "out")
             seconds = time.perf_counter() - begun

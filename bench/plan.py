@@ -26,7 +26,7 @@ from plait.model.transformer import TransformerConfig
 from plait.plan.machines import peak_memory, probed_seconds, sample_batch
 from plait.training.batches import Step
 from plait.training.distributed import Group, Network
-from plait.training.losses import Passes, step_losses
+from plait.training.losses import LossModule, step_losses
 from plait.training.optimizer import make_optimizer
 
 STEPS = 7
@@ -47,7 +47,7 @@ class Shape:
             head_width=self.width // self.heads, hidden=round(self.width * 8 / 3 / 16) * 16, max_length=self.length,
         )  # fmt: skip
         vocabulary = Vocabulary(text=self.vocabulary, columns={}, levels={}, closers=[])
-        return ModelConfig(backbone=backbone, vocabulary=vocabulary, space=0, tied=True)
+        return ModelConfig(backbone=backbone, vocabulary=vocabulary, embed_dim=0, tied=True)
 
 
 SHAPES = {
@@ -66,14 +66,14 @@ def resident() -> int:
 def trainer_step(config: ModelConfig, batch: int, length: int) -> Any:
     device = choose_device("cpu", training=True)
     model = Multimodal(config).train()
-    network = Network(Passes(model, device), model.backbone, Group(), "ddp", device)
+    network = Network(LossModule(model, device), model.backbone, Group(), "ddp", device)
     optimizer = make_optimizer([model], 1e-4, 0.1, (0.9, 0.95))
     step = Step([sample_batch(model, batch, length)], [np.zeros(0, np.int64)], np.zeros(0, np.int64))
 
     def work() -> None:
         optimizer.zero_grad(set_to_none=True)
         step_losses(network, [step], None, Group(), True, {})  # type: ignore[arg-type]  # no contrast, no split
-        network.clip(1.0)
+        network.clip_grad_norm(1.0)
         optimizer.step()
 
     return work

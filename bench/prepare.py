@@ -3,7 +3,7 @@
     python bench/prepare.py --records 20000
     python bench/prepare.py                 # 100,000
 
-Three in four records are JPEG pictures of 192 x 144, one in four is a second of 16 kHz FLAC. Decoding alone: as many
+Three in four records are JPEG images of 192 x 144, one in four is a second of 16 kHz FLAC. Decoding alone: as many
 processes as `prepare` has, each reading its share of the files and decoding them, and nothing else.
 """
 

@@ -3,7 +3,7 @@
 Tasks: ml1m (the SASRec version of MovieLens 1M, leave one out; users marked withheld_last are learnt from and not
 asked for), cold (the same with a tenth of the films kept out of training), beauty and toys (Amazon reviews, ids alone),
 ml100k and ml100k-time, semantic (ml100k-time with semantic codes), products (emoji, and buyers who do not exist:
-recipes/make_buyers.py; their pictures are seen with --encoder RUN, a run of recipes/emoji.yaml), large (300,000
+recipes/make_buyers.py; their images are seen with --encoder RUN, a run of recipes/emoji.yaml), large (300,000
 products and buyers who do not exist, with semantic codes). DATA is the folder that holds movielens/, amazon/ and
 emoji/. `speed` measures training on ML-1M beside this machine's bf16 products in the same process; `adding` the time of
 1,000 new items, one recommendation, and keeping them; both want the FOLDER of a task that was run, `speed` that of
@@ -138,7 +138,7 @@ def speed(folder: Path, rounds: int = 9) -> dict[str, float]:
     from plait.training.batches import PASS
     from plait.training.build import model_config
     from plait.training.distributed import Group, Network
-    from plait.training.losses import Passes, step_losses
+    from plait.training.losses import LossModule, step_losses
     from plait.training.optimizer import make_optimizer
 
     torch.set_num_threads(threads())
@@ -153,14 +153,14 @@ def speed(folder: Path, rounds: int = 9) -> dict[str, float]:
     sampler = HistorySampler(
         split, model.vocabulary, {}, settings.batch_size or 64, backbone.max_length, 0, 0.0, False, worth=PASS
     )
-    network, optimizer = Network(Passes(model, device)), make_optimizer([model], 1e-3, 0.05, (0.9, 0.98))
+    network, optimizer = Network(LossModule(model, device)), make_optimizer([model], 1e-3, 0.05, (0.9, 0.98))
     weights = sum(p.numel() for block in model.backbone.blocks for p in block.parameters() if p.ndim > 1)
 
     def work(number: int) -> tuple[float, int]:
         step = sampler.step(number)
         optimizer.zero_grad(set_to_none=True)
         _, seen = step_losses(network, [step], split, Group(), True, {}, number)
-        network.clip(1.0)
+        network.clip_grad_norm(1.0)
         optimizer.step()
         squares = sum(float((batch.lengths.double() ** 2).sum()) for batch in step.batches)
         per_place = weights + len(content.catalogue) * backbone.width
@@ -236,7 +236,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("-o", "--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--encoder", default="", help="of products: a run or model that sees their pictures")
+    parser.add_argument("--encoder", default="", help="of products: a run or model that sees their images")
     options = parser.parse_args()
     folder = options.out
     if options.task in ("speed", "adding"):

@@ -102,7 +102,10 @@ def main() -> None:
     torch.set_num_threads(threads())
     keep_memory()  # as `plait train` does, here for all contenders
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a network
-    facts = machine.facts(options.device) | {"options": vars(options) | {"out": str(options.out)}, "time": time.time()}
+    facts = machine.metadata(options.device) | {
+        "options": vars(options) | {"out": str(options.out)},
+        "time": time.time(),
+    }
     if facts["load before"] > 0.5:
         print(f"Other programs are running (load {facts['load before']:.1f}): ratios blur, and rates mean little.\n")
     facts["limits before"] = machine.limits(options.device, options.quick)

@@ -23,7 +23,7 @@ from plait.model.multimodal import IGNORE, Batch
 from plait.training.batches import Step
 from plait.training.checkpointing import Position, Saver
 from plait.training.distributed import Group
-from plait.training.losses import Passes
+from plait.training.losses import LossModule
 from plait.training.optimizer import make_optimizer
 
 BETWEEN = 100  # steps
@@ -43,7 +43,7 @@ def main() -> None:
     targets = torch.cat([tokens[:, 1:], torch.full((shape.batch, 1), IGNORE)], 1)
     batch = Batch(tokens, targets, torch.full((shape.batch,), shape.length), {}, [])
     step = Step([batch], [np.zeros(0, np.int64)], np.zeros(0, np.int64))
-    passes = Passes(model, device)
+    passes = LossModule(model, device)
     work = step_of(optimizer, model, lambda: passes(step, True, False).sums["text"] / tokens.numel(), tokens.numel())
     peace, calls, shares, written = [], [], [], []
     with tempfile.TemporaryDirectory(dir=".") as folder:

@@ -2,7 +2,7 @@
 
     python bench/search.py                              # all three
     python bench/search.py --only ann --vectors 1000000
-    python bench/search.py --only adding --model runs/demo --pictures 20000
+    python bench/search.py --only adding --model runs/demo --images 20000
 
 Vectors are made on the spot and called synthetic: 24 hidden numbers a vector, drawn around one of 2,000 centres, go
 through a fixed random network of two layers to 128 and to unit length, so that they lie on a curved surface with dense
@@ -48,7 +48,7 @@ def make_model(folder: Path) -> Path:
     text = Text.train(["a b c d"] * 20, 260)
     backbone = TransformerConfig(width=32, layers=1, heads=2, kv_heads=2, head_width=16, hidden=64, max_length=64)
     vocabulary = {"text": text.size, "columns": {}, "levels": {}, "closers": []}
-    model = Multimodal(ModelConfig(backbone=backbone, vocabulary=vocabulary, space=WIDTH)).eval()
+    model = Multimodal(ModelConfig(backbone=backbone, vocabulary=vocabulary, embed_dim=WIDTH)).eval()
     checkpoints.save(Checkpoint(model, text), folder)
     return folder
 
@@ -132,15 +132,15 @@ def measure(counts: list[int], queries: int, seed: int, model: Path, folder: Pat
 
 def adding(run: str, count: int, folder: Path) -> None:
     rng = np.random.default_rng(0)
-    files = folder / "pictures"
+    files = folder / "images"
     files.mkdir()
     for i in range(count):
-        picture = Image.new("RGB", (96, 96), tuple(int(v) for v in rng.integers(0, 256, 3)))
-        pen = ImageDraw.Draw(picture)
+        image = Image.new("RGB", (96, 96), tuple(int(v) for v in rng.integers(0, 256, 3)))
+        pen = ImageDraw.Draw(image)
         for _ in range(4):
             x, y, w, h = (int(v) for v in rng.integers(4, 60, 4))
             pen.ellipse((x, y, x + w, y + h), fill=tuple(int(v) for v in rng.integers(0, 256, 3)))
-        picture.save(files / f"{i:06d}.{'jpg' if i % 2 else 'png'}")
+        image.save(files / f"{i:06d}.{'jpg' if i % 2 else 'png'}")
     paths, model = sorted(files.iterdir()), load(run)
     model.embed(paths[:256])
     index = Index(folder / "warm", model)  # what is loaded once
@@ -164,7 +164,7 @@ def adding(run: str, count: int, folder: Path) -> None:
         assert added.new == len(some), added.rejected[:3]
     share, (used, clock), (used_whole, clock_whole) = alone / whole, alone / count * 1e3, whole / count * 1e3
     print(
-        f"{count:,} pictures of 96 x 96, {run}: embedding alone {used:.2f} ms of processor time a picture, with "
+        f"{count:,} images of 96 x 96, {run}: embedding alone {used:.2f} ms of processor time an image, with "
         f"adding {used_whole:.2f} ms ({share[0]:.0%} of that rate); by the clock {clock:.2f} and {clock_whole:.2f} ms "
         f"({share[1]:.0%})"
     )
@@ -175,8 +175,8 @@ def main() -> None:
     parser.add_argument("--only", choices=["exact", "ann", "adding"])
     parser.add_argument("--vectors", type=int, default=1_000_000, help="of the approximate index")
     parser.add_argument("--queries", type=int, default=200)
-    parser.add_argument("--pictures", type=int, default=20_000)
-    parser.add_argument("--model", default="runs/demo", help="a run that reads pictures, for the cost of adding")
+    parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--model", default="runs/demo", help="a run that reads images, for the cost of adding")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -188,7 +188,7 @@ def main() -> None:
         if options.only in (None, "ann"):
             measure([options.vectors], options.queries, options.seed, model, folder)
         if options.only in (None, "adding"):
-            adding(options.model, options.pictures, folder)
+            adding(options.model, options.images, folder)
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def run_ours(path: Path, text: str, border: int, recipe: Path, folder: Path) -> 
     assert len(ids) == len(text) - border  # characters
     with torch.no_grad():
         rows = windows(ids, model.config.backbone.max_length)
-        hidden = model.backbone(F.embedding(rows[:, :-1], model.rows.table()))
+        hidden = model.backbone(F.embedding(rows[:, :-1], model.token_embedding.table()))
         loss = F.cross_entropy(model.logits(hidden, "text").flatten(0, 1), rows[:, 1:].flatten())
     return seconds, float(loss)
 

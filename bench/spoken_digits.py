@@ -66,7 +66,7 @@ def main() -> None:
         torch.manual_seed(options.seed)
         dataset = Dataset.open(run / "data")
         train(dataset, run / "run", recipe, lambda progress: None)
-        metrics, _ = evaluate(load(run / "run"), dataset, judge_seconds=10)
+        metrics, _ = evaluate(load(run / "run"), dataset, reference_seconds=10)
         figure = metrics["recognition/audio-digit/accuracy"]
         figures[held_out] = figure
         print(f"{held_out:10} {figure['value']:.4f} ± {figure['stderr']:.4f}  (n {figure['n']}, chance .1, "

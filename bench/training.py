@@ -29,7 +29,7 @@ from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import IGNORE, Batch, ModelConfig, Multimodal
 from plait.model.transformer import TransformerConfig
 from plait.training.batches import Step
-from plait.training.losses import Passes
+from plait.training.losses import LossModule
 from plait.training.optimizer import make_optimizer
 
 
@@ -70,7 +70,7 @@ def make_model(shape: Shape, family: str, tied: bool = True, length: int | None 
     vocabulary = Vocabulary(text=shape.vocabulary - 2, columns={}, levels={}, closers=[])
     gc.collect()  # the last pair's, which its closures tie in knots
     torch.manual_seed(0)
-    return Multimodal(ModelConfig(backbone=backbone, vocabulary=vocabulary, space=0, tied=tied))
+    return Multimodal(ModelConfig(backbone=backbone, vocabulary=vocabulary, embed_dim=0, tied=tied))
 
 
 def as_transformers(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Any:
@@ -140,7 +140,7 @@ def losses(shape: Shape, device: Device) -> tuple[Callable[[Multimodal], Tensor]
     step = Step([batch], [np.zeros(0, np.int64)], np.zeros(0, np.int64))
 
     def ours(network: Multimodal) -> Tensor:
-        return Passes(network, device)(step, True, False).sums["text"] / targets.ne(IGNORE).sum()
+        return LossModule(network, device)(step, True, False).sums["text"] / targets.ne(IGNORE).sum()
 
     def theirs(network: Any) -> Tensor:
         ids = tokens.to(device.torch)
@@ -163,12 +163,12 @@ def pair(shape: Shape, family: str, device: Device, compiled: bool, peak: float,
     optimizer, peer_optimizer = (make_optimizer([m], 1e-4, 0.1, (0.9, 0.95)) for m in (model, peer))
     work = step_of(optimizer, model, lambda: ours(model), tokens)
     peer_work = step_of(peer_optimizer, peer, lambda: theirs(peer), tokens)
-    blocks = native.chosen(device, model.config.backbone)
+    blocks = native.backend_name(device, model.config.backbone)
     contenders = [
         Contender("ours", work, "", OURS, f"{blocks}; first losses {apart:.4f} nats apart"),
         Contender(f"transformers {family}", peer_work, "ours"),
     ]
-    if fast := native.suffices(device, model.config.backbone):
+    if fast := native.beats_compile(device, model.config.backbone):
         contenders.append(Contender("ours, PyTorch alone", alone(work), "ours", OURS))
     if compiled:
         # Parameters and optimizer are shared with the eager twins: less memory, the same work.

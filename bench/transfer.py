@@ -1,12 +1,12 @@
 """Data of the transfer studies in docs/transfer.md, and a modality added to a trained model.
 
     python bench/transfer.py ../shared/data -o runs/transfer
-    plait train runs/transfer/mnist/data -o runs/transfer/pictures --recipe read.yaml --steps 300
-    python bench/transfer.py ../shared/data -o runs/transfer --add runs/transfer/pictures
+    plait train runs/transfer/mnist/data -o runs/transfer/images --recipe read.yaml --steps 300
+    python bench/transfer.py ../shared/data -o runs/transfer --add runs/transfer/images
 
 Makes, from MNIST and the recorded spoken digits of FSDD, prepared: `mnist` (handwritten digits, English names),
 `speaker` (yweweler's recordings, 0 to 14 of each digit the test), `chinese` (all speakers, named in Chinese) and
-`spoken` (all speakers, English; 0 to 4 the test). With `--add` a run of pictures learns `spoken`, half of every batch
+`spoken` (all speakers, English; 0 to 4 the test). With `--add` a run of images learns `spoken`, half of every batch
 being its own old records; and without those, for comparison. With `--captions` a model of text alone (the captions of
 half of Flickr8k's photos, without the photos) goes on to caption photos of the other half. Three seeds each.
 """
@@ -64,12 +64,12 @@ def write(folder: Path, rows: list[tuple[bytes, str, dict[str, str], str]], kind
 def mnist(source: Path, folder: Path, train: int = 4000, test: int = 1000) -> None:
     rng, rows = np.random.default_rng(0), []
     for name, count, split in (("train", train, "train"), ("t10k", test, "test")):
-        pictures, labels = (_idx(source / f"{name}-{what}-ubyte.gz") for what in ("images-idx3", "labels-idx1"))
+        images, labels = (_idx(source / f"{name}-{what}-ubyte.gz") for what in ("images-idx3", "labels-idx1"))
         for place, i in enumerate(rng.permutation(len(labels))[:count]):
             mine = "val" if split == "train" and place % 10 == 0 else split
             file = folder / "one.png"
             folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pictures[i]).save(file)
+            Image.fromarray(images[i]).save(file)
             rows.append((file.read_bytes(), f"{split}-{i}.png", {"label": EN[labels[i]]}, mine))
             file.unlink()
     write(folder, rows, "image")
@@ -176,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="a folder with mnist/ and fsdd/")
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/transfer"))
-    parser.add_argument("--add", type=Path, help="a run of pictures that learns sounds")
+    parser.add_argument("--add", type=Path, help="a run of images that learns audio clips")
     parser.add_argument("--steps", type=int, default=200, help="of --add and --captions")
     parser.add_argument("--seeds", type=int, default=3, help="of both")
     parser.add_argument("--limit", type=int, default=1000, help="test records of --add and --captions")

@@ -12,13 +12,13 @@ from pathlib import Path
 SHOWN = {
     "recognition/{}/accuracy": "named right",
     "drawing/{}/judged_accuracy": "drawn right, by a judge of real data",
-    "drawing/{}/judge_real": "the judge on real pictures",
+    "drawing/{}/judge_real": "the judge on real images",
     "drawing/{}/diversity": "diversity of what is drawn, real = 1",
-    "drawing/{}/near_copies": "near copies of training pictures",
+    "drawing/{}/near_copies": "near copies of training images",
     "speaking/{}/judged_accuracy": "spoken right, by a judge of real data",
     "speaking/{}/judge_real": "the judge on real speech",
     "speaking/{}/diversity": "diversity of what is spoken, real = 1",
-    "speaking/{}/near_copies": "near copies of training sounds",
+    "speaking/{}/near_copies": "near copies of training audio clips",
     "retrieval/{}/p_at_10": "right among the 10 nearest",
     "codec/{}/psnr": "codec, PSNR in dB",
 }

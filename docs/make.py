@@ -27,8 +27,8 @@ def sizes() -> str:
     return f"""# Sizes
 
 `--size` is one row of this table (`plait sizes` prints it); a recipe may override any part. `parameters` count a
-model of coloured pictures, sound and text; `picture` is the largest side in pixels, smaller pictures keep theirs,
-and they are grey where all of the data's are; `rate` is of sound in Hz, `seconds` the longest clip; `minutes` is
+model of coloured images, audio and text; `image` is the largest side in pixels, smaller images keep theirs,
+and they are grey where all of the data's are; `rate` is of audio in Hz, `seconds` the longest clip; `minutes` is
 the budget where neither `--minutes` nor `--steps` is given.
 
 {head}

@@ -1,11 +1,11 @@
-"""A shop whose products are emoji, and buyers who do not exist: SYNTHETIC data, for trying recommending with pictures.
+"""A shop whose products are emoji, and buyers who do not exist: SYNTHETIC data, for trying recommending with images.
 
-    python recipes/make_buyers.py FOLDER-OR-ZIPS -o shop      # the folder holds emoji.jsonl and a zip of the pictures
+    python recipes/make_buyers.py FOLDER-OR-ZIPS -o shop      # the folder holds emoji.jsonl and a zip of the images
     plait train shop -o runs/products --recipe recipes/products.yaml
 
 Each buyer has two tastes, drawn among the subgroups of Unicode (cat faces, fruit, ...). Three purchases in four are of
 the taste of the moment, which changes now and then; the others are any product. The shop's tables do not tell the
-subgroups: a model knows a product by its picture, its name and who bought it.
+subgroups: a model knows a product by its image, its name and who bought it.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main() -> None:
             shutil.copy(options.source / row["file"], options.out)
     with (options.out / "items.jsonl").open("w", encoding="utf-8") as file:
         for row in rows:
-            line = {"id": row["hexcode"], "title": row["name"], "picture": row["file"]}
+            line = {"id": row["hexcode"], "title": row["name"], "image": row["file"]}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     with (options.out / "interactions.txt").open("w", encoding="utf-8") as file:
         for buyer, bought in enumerate(purchases(tastes, options.seed)):

@@ -10,7 +10,7 @@ writes, each ready for `plait prepare` or `plait train`:
                              it never answered, without a reply
     intents/intents.csv      requests to a home assistant and what each wants
     feelings/feelings.csv    what people write and how they feel
-    emotions/metadata.jsonl  the same few sentences spoken by many voices as five emotions sound
+    emotions/metadata.jsonl  the same few sentences spoken by many voices as five emotions audio
 
 Phrasings of val and test do not occur in train, nor do voices, spoken sentences and the questions without an answer.
 Everything is a function of the seed, 7. None of it is real: figures on it say that the machinery works, no more.
@@ -127,10 +127,10 @@ TOPICS = {  # key words -> the reply; questions are made of the words and of fra
     ("ship", "deliver", "abroad"): "We ship to all of Europe; it takes five days.",
     ("wash", "clean", "wool"): "Wash wool at thirty degrees and let it dry lying flat.",
     ("join", "sign up for", "the newsletter"): "Leave your e-mail at the bottom of our page.",
-    ("complain", "report a fault", "about a shoe"): "We are sorry. Send us a picture and we answer the same day.",
+    ("complain", "report a fault", "about a shoe"): "We are sorry. Send us an image and we answer the same day.",
     ("work", "apply", "as a trainee"): "Applications go to jobs at our address, with a short letter.",
     ("rent", "borrow", "a tent"): "Tents are rented out by the week, for thirty euros.",
-    ("measure", "find", "my size"): "The table of sizes is under every picture; measure around the chest.",
+    ("measure", "find", "my size"): "The table of sizes is under every image; measure around the chest.",
     ("save", "get a discount on", "old models"): "Last year's models are half the price in the cellar.",
     ("invoice", "get a bill for", "my company"): "Tell us the company's name and we mail the invoice as PDF.",
     ("recycle", "get rid of", "old boots"): "Put them into the green box at the door; a charity fetches them.",
@@ -235,7 +235,7 @@ SPOKEN = {
     "val": ["The door is open.", "Take the other one."],
     "test": ["She called again.", "It was the green one.", "You said so before."],
 }  # fmt: skip
-SOUND = {  # emotion -> (words a minute, pitch around the middle of a voice, spread of the pitch, how sentences end)
+AUDIO = {  # emotion -> (words a minute, pitch around the middle of a voice, spread of the pitch, how sentences end)
     "calm": (150, 0, 40, "."),
     "joy": (205, 24, 100, "!"),
     "sadness": (95, -18, 10, "."),
@@ -253,10 +253,10 @@ def emotions(folder: Path) -> Iterator[dict[str, str]]:
     draw = random.Random(SEED + 3)
     variants = speech.variants()
     draw.shuffle(variants)
-    (folder / "sounds").mkdir(parents=True, exist_ok=True)
+    (folder / "audio").mkdir(parents=True, exist_ok=True)
     for split, count in VOICES.items():
         mine, variants = variants[:count], variants[count:]
-        for variant, (emotion, (speed, pitch, spread, end)) in product(mine, SOUND.items()):
+        for variant, (emotion, (speed, pitch, spread, end)) in product(mine, AUDIO.items()):
             middle = 36 + hash_of(variant) % 11
             for n, sentence in enumerate(draw.sample(SPOKEN[split], min(TAKES, len(SPOKEN[split])))):
                 rate = round(speed * draw.uniform(0.93, 1.07))
@@ -265,7 +265,7 @@ def emotions(folder: Path) -> Iterator[dict[str, str]]:
                 wave = speech.speak(sentence[:-1] + end, voice, rate, high, min(spread + draw.randint(-5, 5), 100))
                 if len(wave) < speech.rate // 5:
                     continue  # some variants whisper below what can be heard
-                name = f"sounds/{variant.replace(' ', '_')}-{emotion}-{n}.wav"
+                name = f"audio clips/{variant.replace(' ', '_')}-{emotion}-{n}.wav"
                 (folder / name).write_bytes(encode_wav(resample(wave, speech.rate, RATE), RATE))
                 yield {"audio_file_name": name, "emotion": emotion, "split": split}
 

@@ -1,4 +1,4 @@
-"""A small world made on the spot: four shapes as pictures, four tones as sounds, their names in two languages."""
+"""A small world made on the spot: four shapes as images, four tones as audio clips, their names in two languages."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ training:
 """
 
 
-def picture(kind: int, rng: np.random.Generator) -> Image.Image:
+def make_image(kind: int, rng: np.random.Generator) -> Image.Image:
     image = Image.new("RGB", (16, 16), "white")
     x, y = (int(v) for v in rng.integers(1, 5, 2))
     box = (x, y, x + 9, y + 9) if kind < 2 else (x, y + 3, x + 10, y + 6)
@@ -56,14 +56,14 @@ def tone(kind: int, rng: np.random.Generator) -> bytes:
 
 
 def write_world(folder: Path, n: int = 160) -> Path:
-    """Files with `metadata.jsonl`: n pictures with both names, n sounds with one."""
+    """Files with `metadata.jsonl`: n images with both names, n audio clips with one."""
     rng = np.random.default_rng(0)
     (folder / "media").mkdir(parents=True)
     rows = []
     for i in range(n):
         kind = i % 4
         split = "test" if i % 8 >= 6 else "val" if i % 8 == 5 else "train"
-        picture(kind, rng).save(folder / "media" / f"{i}.png")
+        make_image(kind, rng).save(folder / "media" / f"{i}.png")
         (folder / "media" / f"{i}.wav").write_bytes(tone(kind, rng))
         rows.append({"image_file_name": f"media/{i}.png", "en": EN[kind], "zh": ZH[kind], "split": split})
         name = {"en": EN[kind]} if i % 3 else {"zh": ZH[kind]}
@@ -108,5 +108,5 @@ def trained(world: Path, plait: Callable[..., int]) -> Path:
     recipe.write_text(RECIPE)
     assert plait("prepare", world, "-o", world.parent / "data") == 0
     assert plait("train", world.parent / "data", "-o", run, "--recipe", recipe) == 0
-    assert plait("evaluate", run, "--judge-seconds", 3) == 0
+    assert plait("evaluate", run, "--reference-seconds", 3) == 0
     return run

@@ -31,9 +31,9 @@ def write_text_model(folder: Path) -> Path:
         width=32, layers=2, heads=2, kv_heads=2, head_width=16, hidden=64, max_length=256
     )  # fmt: skip
     vocabulary = {"text": text.size, "columns": {}, "levels": {}, "closers": []}
-    model = Multimodal(ModelConfig(backbone=backbone, vocabulary=vocabulary, space=0))
+    model = Multimodal(ModelConfig(backbone=backbone, vocabulary=vocabulary, embed_dim=0))
     with torch.no_grad():  # logits far enough apart that rounding decides nothing
-        for parameter in model.predicting.parameters():
+        for parameter in model.output_embedding.parameters():
             parameter.mul_(40)
     checkpoints.save(Checkpoint(model.eval(), text), folder)
     return folder

@@ -238,7 +238,7 @@ def jumping(work: Callable[[], None], seconds: float) -> Callable[[], None]:
 
 
 def r20(place: Place, count: int, draw: random.Random) -> tuple[int, str]:
-    """What a sound became turns into NaN on the disk while the run trains: it stops and names step and record."""
+    """What an audio clip became turns into NaN on the disk while the run trains: it stops and names step and record."""
     good = 0
     for trial in range(count):
         place.clear("r20")
@@ -254,7 +254,7 @@ def r20(place: Place, count: int, draw: random.Random) -> tuple[int, str]:
         shutil.rmtree(run / "cache")
         assert place.finish("r20") == saved
         good += 1
-    return good, "step and record named, the checkpoint kept, and with the sound mended the same end"
+    return good, "step and record named, the checkpoint kept, and with the audio mended the same end"
 
 
 def poisoned(place: Place, name: str, step: int) -> Callable[[], None]:

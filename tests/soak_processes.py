@@ -71,7 +71,7 @@ def r5(place: Place, count: int, draw: random.Random) -> tuple[int, int, str]:
         shutil.rmtree(place.root / "r5", ignore_errors=True)
         for leg, processes in enumerate(plan):
             after = (leg + 1) * STEPS // 3 if leg < 2 else None
-            options = ("--parallel", how, "--accumulate", draw.choice((1, 1 if processes == 3 else 2)))
+            options = ("--parallel", how, "--grad-accum-steps", draw.choice((1, 1 if processes == 3 else 2)))
             started = place.go("r5", processes, *options, after=after)
             if after is not None:
                 started.terminate()

@@ -156,8 +156,8 @@ def r17(model: Model, folder: Path, count: int, draw: random.Random) -> tuple[in
 
 def r16(model: Model, folder: Path, count: int, draw: random.Random) -> tuple[int, list[str]]:
     """A second writer is refused, with the process id of the first."""
-    place, picture = folder / "two", folder / "one.png"
-    Image.new("RGB", (8, 8), "red").save(picture)
+    place, image = folder / "two", folder / "one.png"
+    Image.new("RGB", (8, 8), "red").save(image)
     good, wrong = 0, []
     for turn in range(count):
 
@@ -169,7 +169,7 @@ def r16(model: Model, folder: Path, count: int, draw: random.Random) -> tuple[in
 
         def second(tell: Callable[[str], None]) -> None:
             try:
-                Index(place, model).add(picture)
+                Index(place, model).add(image)
                 tell("added")
             except PlaitError as error:
                 tell(f"refused {error}")
@@ -190,7 +190,7 @@ def r16(model: Model, folder: Path, count: int, draw: random.Random) -> tuple[in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("faults", nargs="*", default=["R16", "R17"])
-    parser.add_argument("--model", default="runs/demo", help="a run that reads pictures")
+    parser.add_argument("--model", default="runs/demo", help="a run that reads images")
     parser.add_argument("--count", type=int, help="R17: kills (200); R16: second writers (20)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -267,7 +267,7 @@ def r19(server: Server, model: str, count: int) -> None:
 
 
 def memory(server: Server, model: str, count: int) -> None:
-    """Mixed requests: text, pictures, speech, embeddings."""
+    """Mixed requests: text, images, speech, embeddings."""
     idle = resident(server)
     wave = np.sin(np.arange(4000) / 5).astype(np.float32)
     out = io.BytesIO()
@@ -305,7 +305,7 @@ CASES: dict[str, tuple[Callable[[Server, str, int], None], int]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", choices=[*CASES, []], help="all, where none is named")
-    parser.add_argument("--model", default="runs/demo", help="a run that reads pictures and sound")
+    parser.add_argument("--model", default="runs/demo", help="a run that reads images and audio")
     parser.add_argument("--count", type=int, help="how often, instead of each case's own number")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -16,20 +16,20 @@ import sys
 import time
 from pathlib import Path
 
-from plait.cli.demo_data import write_demo, write_pictures
+from plait.cli.demo_data import write_demo, write_images
 from plait.core.config import SIZES, load_recipe
 
 RATE = 30 * SIZES["tiny"].learning_rate
 
 
 def make_data(folder: Path, speech: bool) -> Path:
-    """The demo's pictures and names, on request with its voices."""
+    """The demo's images and names, on request with its voices."""
     data = folder / "data"
     if not (data / "manifest.json").is_file():
         if speech:
             write_demo(folder / "files", print)
         else:
-            rows = list(write_pictures(folder / "files"))
+            rows = list(write_images(folder / "files"))
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (folder / "files" / "metadata.jsonl").write_text(lines, encoding="utf-8")
         subprocess.run([sys.executable, "-m", "plait", "prepare", folder / "files", "-o", data], check=True)

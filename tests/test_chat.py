@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import plait as package
-from conftest import EN, RECIPE, picture
+from conftest import EN, RECIPE, make_image
 from plait.chat.chat import Chat, Session, Turn
 from plait.chat.template import Template
 from plait.data import conversations as data
@@ -26,13 +26,13 @@ NAMES = ["Ada", "Ben", "Cem", "Dia"]
 
 
 def conversations(folder: Path) -> None:
-    """Each asks what is in a picture, gets an answer, then asks for what it had said at first; some get a picture."""
+    """Each asks what is in an image, gets an answer, then asks for what it had said at first; some get an image."""
     rng = np.random.default_rng(0)
     folder.mkdir()
     rows = []
     for i in range(96):
         name, kind = NAMES[i % 4], (i // 4) % 4
-        picture(kind, rng).save(folder / f"{i}.png")
+        make_image(kind, rng).save(folder / f"{i}.png")
         image = {"type": "image_url", "image_url": {"url": f"{i}.png"}}
         messages = [
             {"role": "system", "content": "Be brief."},
@@ -94,7 +94,7 @@ def test_only_the_assistant_is_learned(chatty: Path, tmp_path: Path) -> None:
             assert len(sequence.media) == 1 and sequence.ids[0] == words.opener("system")
         else:
             drawings += 1
-            start = words.spaces["image"][0]
+            start = words.id_ranges["image"][0]
             assert [id for _, id in learned] == [*range(start, start + 16), words.end]
     assert talks and drawings
 
@@ -105,7 +105,7 @@ def test_it_follows_its_training_and_reads_what_it_was_told(chatty: Path) -> Non
     right = 0
     rng = np.random.default_rng(5)
     for kind in range(4):
-        turns = [Turn("system", ["Be brief."]), Turn("user", ["I am Ben.", picture(kind, rng)])]
+        turns = [Turn("system", ["Be brief."]), Turn("user", ["I am Ben.", make_image(kind, rng)])]
         reply = model.engine.run([model.request(chat.prompt(turns).context, "text")])[0].samples[0]
         assert reply.finish == "end"
         right += reply.text == EN[kind]
@@ -122,12 +122,12 @@ def test_the_terminal(
     """Messages through a pipe: replies stream, media go along, the conversation is kept and can be trained on."""
     import io
 
-    picture(1, np.random.default_rng(3)).save(tmp_path / "seen.png")
+    make_image(1, np.random.default_rng(3)).save(tmp_path / "seen.png")
     lines = [f"/image {tmp_path / 'seen.png'}", "I am Dia.", "Who am I?", "/draw Draw a red bar.",
              f"/save {tmp_path / 'talk.jsonl'}", "/quit", "never said"]  # fmt: skip
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     capsys.readouterr()
-    command = ("chat", chatty / "run", "--system", "Be brief.", "--temperature", 0, "--pictures", tmp_path)
+    command = ("chat", chatty / "run", "--system", "Be brief.", "--temperature", 0, "--images", tmp_path)
     assert plait(*command) == 0
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 3 and said[1] in NAMES and said[2] == str(tmp_path / "drawing-1.png")
@@ -157,7 +157,7 @@ def test_old_turns_give_way(chatty: Path) -> None:
 
 
 def test_replies_are_measured(chatty: Path, plait: Plait) -> None:
-    assert plait("evaluate", chatty / "run", "--judge-seconds", 1) == 0
+    assert plait("evaluate", chatty / "run", "--reference-seconds", 1) == 0
     found = json.loads((chatty / "run" / "metrics.json").read_text())
     found = found.get("metrics", found)
     figure, exact = found["chat/messages/nats_per_token"], found["chat/messages/exact"]

@@ -26,7 +26,7 @@ from plait.model.objectives import contrastive
 from plait.training.batches import Sampler, Split, Step, add_codes, load_split
 from plait.training.build import model_config
 from plait.training.distributed import Group, Network
-from plait.training.losses import Passes, step_losses
+from plait.training.losses import LossModule, step_losses
 from plait.training.trainer import train
 from several import SMALL, begin, interrupted_after, rows, workers, write_recipe
 
@@ -51,7 +51,7 @@ def parts(prepared: Path) -> tuple[Multimodal, Split]:
     return model, split
 
 
-def by_hand(model: Multimodal, step: Step, split: Split, restricted: bool) -> dict[str, torch.Tensor]:
+def use_manual_backward(model: Multimodal, step: Step, split: Split, restricted: bool) -> dict[str, torch.Tensor]:
     """The objectives of a whole batch, one sequence at a time, as their definition says."""
     likelihoods: dict[str, list[torch.Tensor]] = {}
     spans: dict[str, dict[int, torch.Tensor]] = {}
@@ -59,8 +59,8 @@ def by_hand(model: Multimodal, step: Step, split: Split, restricted: bool) -> di
         inputs, hidden = model.inputs(batch), model(batch)
         for row, place in (batch.targets != IGNORE).nonzero().tolist():
             target = int(batch.targets[row, place])
-            name, (start, stop) = next((n, s) for n, s in model.vocabulary.spaces.items() if s[0] <= target < s[1])
-            table = model.predicting.table()
+            name, (start, stop) = next((n, s) for n, s in model.vocabulary.id_ranges.items() if s[0] <= target < s[1])
+            table = model.output_embedding.table()
             logits = hidden[row, place] @ (table[start:stop] if restricted else table).t()
             wanted = torch.tensor(target - start * restricted)
             likelihoods.setdefault(name, []).append(F.cross_entropy(logits, wanted))
@@ -76,7 +76,7 @@ def by_hand(model: Multimodal, step: Step, split: Split, restricted: bool) -> di
         if len(records) > 1:
             same = torch.from_numpy(split.positives(np.array(records), np.array(records)))
             first, second = (torch.stack([spans[name][r] for r in records]) for name in (a, b))
-            losses[f"contrastive:{'-'.join(sorted((a, b)))}"] = contrastive(first, second, same, model.log_temperature)
+            losses[f"contrastive:{'-'.join(sorted((a, b)))}"] = contrastive(first, second, same, model.logit_scale)
     return losses
 
 
@@ -85,9 +85,9 @@ def test_parts_change_neither_loss_nor_gradient(parts: tuple[Multimodal, Split],
     """A batch in one part, in three unequal ones, and record by record, so that most parts lack a modality."""
     model, split = parts
     sampler = Sampler(split, model.vocabulary, model.media, 11, 96, 0, 0.1, True, True)
-    network = Network(Passes(model, Device("cpu", torch.float32)))
+    network = Network(LossModule(model, Device("cpu", torch.float32)))
     weights = {"image": 0.5, "contrastive": 2.0}
-    wanted = by_hand(model, sampler.step(1), split, restricted)
+    wanted = use_manual_backward(model, sampler.step(1), split, restricted)
     assert "contrastive:image-text" in wanted and "contrastive:audio-text" in wanted
     model.zero_grad()
     sum(value * {"image": 0.5, "text": 1, "audio": 1}.get(name, 2.0) for name, value in wanted.items()).backward()
@@ -109,9 +109,9 @@ def test_what_is_only_read_still_meets_its_text(parts: tuple[Multimodal, Split])
     model, split = parts
     unwritten = frozenset({"image"})
     step = Sampler(split, model.vocabulary, model.media, 11, 96, 0, 0.1, True, True, unwritten).step(1)
-    losses = by_hand(model, step, split, True)
+    losses = use_manual_backward(model, step, split, True)
     assert "contrastive:image-text" in losses and "image" not in losses
-    measured, _ = step_losses(Network(Passes(model, Device("cpu", torch.float32))), [step], split, Group())
+    measured, _ = step_losses(Network(LossModule(model, Device("cpu", torch.float32))), [step], split, Group())
     assert measured == pytest.approx({name: float(value.detach()) for name, value in losses.items()}, rel=1e-5)
     text = Text.train(["one", "two"], 280)
     reader = Multimodal(model.config.model_copy(update={"read_only": ["image"]}))
@@ -139,12 +139,12 @@ def undisturbed(prepared: Path, plait: Callable[..., int]) -> Path:
 
 
 def test_one_process_two_and_one_again(prepared: Path, undisturbed: Path, plait: Callable[..., int]) -> None:
-    """Sharded over two processes with one record a part, so that most parts lack pictures or sound; SIGTERM."""
+    """Sharded over two processes with one record a part, so that most parts lack images or audio; SIGTERM."""
     run, recipe = prepared / "sharded", prepared / "recipe.yaml"
     with pytest.raises(KeyboardInterrupt):
         train(Dataset.open(prepared / "data"), run, load_recipe(recipe), interrupted_after(10))
     assert len(rows(run)) == 10
-    started = begin(prepared / "data", run, recipe, "--parallel", "fsdp", "--accumulate", 2, after=14)
+    started = begin(prepared / "data", run, recipe, "--parallel", "fsdp", "--grad-accum-steps", 2, after=14)
     started.terminate()
     told, _ = started.communicate(timeout=600)
     assert "Traceback" not in told
@@ -171,5 +171,5 @@ def test_a_killed_process_takes_the_job_down_and_it_goes_on(
 
 def test_a_batch_too_small_to_cut(prepared: Path, plait: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
     recipe = write_recipe(prepared)
-    assert plait("train", prepared / "data", "-o", prepared / "cut", "--recipe", recipe, "--accumulate", 9) == 1
+    assert plait("train", prepared / "data", "-o", prepared / "cut", "--recipe", recipe, "--grad-accum-steps", 9) == 1
     assert "cannot be cut into 9 parts" in capfd.readouterr().err

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from plait.data.dataset import Dataset
 from plait.data.fingerprints import text_print
-from plait.data.near import near_images, near_sounds, near_texts
+from plait.data.near import near_audio, near_images, near_texts
 from plait.data.prepare import prepare
 from plait.modalities.audio_files import audio_print, decode_audio, encode_wav
 from plait.modalities.image_files import encode_png, image_print
@@ -58,11 +58,11 @@ def test_copies_are_found_and_others_are_not() -> None:
                images[7].crop((4, 3, wide, high)), images[9].convert("RGBA")]  # fmt: skip
     prints = np.stack([np.frombuffer(image_print(image), np.uint8) for image in images])
     assert pairs(near_images(prints)) == {(3, 60), (5, 61), (7, 62), (9, 63)}
-    sounds = [(song(n), 16000) for n in range(40)]
+    clips = [(song(n), 16000) for n in range(40)]
     out = io.BytesIO()
     soundfile.write(out, song(4), 16000, format="OGG")
-    sounds += [decode_audio(out.getvalue()), (np.pad(song(6), (3000, 500)), 16000), (song(8)[800:] * 0.4, 16000)]
-    assert pairs(near_sounds([audio_print(*sound) for sound in sounds])) == {(4, 40), (6, 41), (8, 42)}
+    clips += [decode_audio(out.getvalue()), (np.pad(song(6), (3000, 500)), 16000), (song(8)[800:] * 0.4, 16000)]
+    assert pairs(near_audio([audio_print(*audio) for audio in clips])) == {(4, 40), (6, 41), (8, 42)}
     rng = np.random.default_rng(0)
     texts = [" ".join(str(rng.integers(1000)) for _ in range(60)) for _ in range(50)]
     texts += [texts[2].replace(" ", ", ").upper(), texts[4][: int(0.95 * len(texts[4]))]]
@@ -84,7 +84,7 @@ def test_where_all_are_alike_none_is_a_copy() -> None:
 
 
 def write_files(source: Path) -> None:
-    """Thirty pictures, ten sounds and ten texts in train; copies of three pictures and a sound in test."""
+    """Thirty images, ten audio clips and ten texts in train; copies of three images and an audio clip in test."""
     for split in ("train", "val", "test"):
         (source / split).mkdir(parents=True)
         (source / split / "own.png").write_bytes(encode_png(scene(200 + len(split))))

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 import plait as api
-from conftest import EN, RECIPE, picture, tone
+from conftest import EN, RECIPE, make_image, tone
 from plait.core.errors import PlaitError
 from plait.explain.methods import areas, integrated_gradients, occlusion
-from plait.explain.own import question
 from plait.explain.parts import Grid, log_odds
 from plait.explain.parts import Path as Way
-from plait.modalities.image import Image as Pictures
+from plait.explain.plait_models import question
+from plait.modalities.image import Image as Images
 from plait.modalities.text import words
 from test_pretrained import folders, make, write_tokenizer  # noqa: F401
 
@@ -37,33 +37,33 @@ class Linear:
 
     answer, measure = "sum", "similarity"
 
-    def __init__(self, slopes: np.ndarray) -> None:
+    def __init__(self, grads: np.ndarray) -> None:
         rng = np.random.default_rng(0)
-        sample = rng.integers(60, 200, (*slopes.shape, 1)).astype(np.uint8)
+        sample = rng.integers(60, 200, (*grads.shape, 1)).astype(np.uint8)
         sample[0] = sample[-1] = sample[:, 0] = sample[:, -1] = 10  # the edge, so nothing is 10
-        self.slopes, self.parts = slopes, [Grid(sample, Pictures, "image")]
+        self.grads, self.parts = grads, [Grid(sample, Images, "image")]
 
     def scores(self, inputs: list) -> np.ndarray:
-        return np.array([(values[0][..., 0] * self.slopes).sum() for values in inputs])
+        return np.array([(values[0][..., 0] * self.grads).sum() for values in inputs])
 
     def chances(self, scores: np.ndarray) -> np.ndarray:
         return scores
 
     def path(self) -> Way:
-        slopes = torch.from_numpy(self.slopes).double()
+        grads = torch.from_numpy(self.grads).double()
         ends = tuple(torch.from_numpy(x.astype(float))[None] for x in (self.parts[0].sample, self.parts[0].nothing))
         return Way(
-            lambda x: (x[..., 0] * slopes).sum((1, 2)), ends[:1], ends[1:], lambda w: [self.parts[0].summed(w[0])]
+            lambda x: (x[..., 0] * grads).sum((1, 2)), ends[:1], ends[1:], lambda w: [self.parts[0].summed(w[0])]
         )
 
 
 def test_weights_of_a_linear_score_are_exact() -> None:
     """Gradients give each unit its own share, occlusion the mean over windows of four units' shares."""
-    slopes = np.zeros((16, 16))
-    slopes[5, 9], slopes[11, 3] = 3.0, -2.0  # units (2, 4) and (5, 1)
-    question = Linear(slopes)
+    grads = np.zeros((16, 16))
+    grads[5, 9], grads[11, 3] = 3.0, -2.0  # units (2, 4) and (5, 1)
+    question = Linear(grads)
     part = question.parts[0]
-    share = part.summed((part.sample - part.nothing.astype(float)) * slopes[..., None])
+    share = part.summed((part.sample - part.nothing.astype(float)) * grads[..., None])
     found, gap = integrated_gradients(question, 8)
     np.testing.assert_allclose(found[0], share, atol=1e-6)
     assert gap < 1e-6
@@ -80,7 +80,7 @@ def test_log_odds() -> None:
 
 
 def test_a_planted_mark_is_found(tmp_path: Path, plait: Callable[..., int], capsys: pytest.CaptureFixture) -> None:
-    """Pictures of noise whose class is a small square's colour: both methods point at the square."""
+    """Images of noise whose class is a small square's colour: both methods point at the square."""
     rng = np.random.default_rng(0)
     files, rows = tmp_path / "files", []
     files.mkdir()
@@ -119,11 +119,11 @@ def test_a_planted_mark_is_found(tmp_path: Path, plait: Callable[..., int], caps
 
 def test_every_kind_of_input(trained: Path, tmp_path: Path, plait: Callable[..., int], capsys) -> None:
     rng = np.random.default_rng(5)
-    picture(1, rng).save(tmp_path / "a.png")
+    make_image(1, rng).save(tmp_path / "a.png")
     (tmp_path / "a.wav").write_bytes(tone(1, rng))
     model = api.load(trained)
-    sound = model.explain(tmp_path / "a.wav", EN[1], method="integrated-gradients", steps=200)
-    assert sound.parts[0].name == "audio" and sound.gap < 0.05 and sound.areas.beaten >= 8
+    audio = model.explain(tmp_path / "a.wav", EN[1], method="integrated-gradients", steps=200)
+    assert audio.parts[0].name == "audio" and audio.gap < 0.05 and audio.areas.beaten >= 8
     assert model.explain(tmp_path / "a.png", "蓝圆").answer == "蓝圆"  # finds the column that knows it
     both = model.explain([tmp_path / "a.png", tmp_path / "a.wav"], EN[1])
     assert set(both.lost) == {"image", "audio"} and len(both.weights) == 2
@@ -135,7 +135,7 @@ def test_every_kind_of_input(trained: Path, tmp_path: Path, plait: Callable[...,
     assert "0.00 to 0." in page.read_text() and "<img" in page.read_text()
     assert plait("explain", trained, "red disc", "--to", "image", "-o", page) == 0
     assert "What depends on which word" in page.read_text()
-    drawn = model.explain("red disc", picture(0, rng), to="image")
+    drawn = model.explain("red disc", make_image(0, rng), to="image")
     assert drawn.regions.shape == (2, 16) and drawn.regions.sum() > 0
     for modality in ("image", "audio"):
         made = question(model, "blue bar", to=modality, seed=3)
@@ -215,8 +215,8 @@ def test_causal_models_in_our_backbone(tmp_path: Path) -> None:
     pieces = text.split()
     wanted = [told(text) - told(" ".join(p for p in pieces if p is not word)) for word in pieces]
     np.testing.assert_allclose(found.weights[0], wanted, atol=0.05)
-    slopes = model.explain(text, "dog", method="integrated-gradients", steps=256)
-    assert slopes.gap < 0.05 and len(slopes.weights[0]) == 6
+    grads = model.explain(text, "dog", method="integrated-gradients", steps=256)
+    assert grads.gap < 0.05 and len(grads.weights[0]) == 6
     layers = model.explain(text, "dog", method="logit-lens").layers
     assert len(layers) == 3 and np.isclose(layers[-1]["chance"], math.exp(told(text)), rtol=0.1)
     assert model.explain(text, labels=["dog", "cat"]).measure == "log-odds"

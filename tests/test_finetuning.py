@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import nn
 
-from conftest import RECIPE, picture
+from conftest import RECIPE, make_image
 from plait.data.dataset import Dataset, Joined
 from plait.model import checkpoint as checkpoints
 from plait.model import lora
@@ -27,12 +27,12 @@ NEW = ["green disc", "green bar", "black disc"]
 
 @pytest.fixture(scope="module")
 def new(tmp_path_factory: pytest.TempPathFactory, plait: Plait) -> Path:
-    """A dataset with new names, under a new column, of pictures as the world has them; no sound."""
+    """A dataset with new names, under a new column, of images as the world has them; no audio."""
     place = tmp_path_factory.mktemp("new")
     rng = np.random.default_rng(1)
     rows = []
     for i in range(48):
-        picture(i % 4, rng).save(place / f"{i}.png")
+        make_image(i % 4, rng).save(place / f"{i}.png")
         split = "test" if i % 6 == 5 else "val" if i % 6 == 4 else "train"
         rows.append({"image_file_name": f"{i}.png", "fr": NEW[i % 3], "split": split})
     (place / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -70,11 +70,11 @@ def test_what_is_new_is_added_and_what_is_frozen_stays(base: Path, new: Path, tm
     assert list(grown.columns) == [*old.columns, "fr"] and grown.levels == old.levels
     before, after = was.model.state_dict(), now.model.state_dict()
     for name in before:
-        if not name.startswith(("rows.free", "head.free", "project", "log_temperature")):
+        if not name.startswith(("rows.free", "head.free", "project", "logit_scale")):
             assert torch.equal(before[name], after[name]), name
     for table in ("rows.free", "head.free"):
         assert torch.equal(before[table][: old.opener("zh") + 1], after[table][: old.opener("zh") + 1])
-        for kind, (start, stop) in old.spaces.items():
+        for kind, (start, stop) in old.id_ranges.items():
             if kind != "text":  # codes have moved up by the new column's token
                 assert torch.equal(before[table][start:stop], after[table][start + 1 : stop + 1])
         assert not torch.equal(after[table][grown.opener("fr")], before[table].mean(0))
@@ -82,7 +82,7 @@ def test_what_is_new_is_added_and_what_is_frozen_stays(base: Path, new: Path, tm
     # What went in and what came out for the old columns is the same, to the bit.
     from plait.inference.model import Model
 
-    image = picture(0, np.random.default_rng(7))
+    image = make_image(0, np.random.default_rng(7))
     scores = [Model(one, "cpu").classify(image, column="en") for one in (was, now)]
     assert scores[0] == scores[1]
 

@@ -26,11 +26,11 @@ from plait.modalities.audio_files import encode_wav
 from plait.modalities.image_files import encode_png
 
 
-def picture(n: int) -> bytes:
+def make_image(n: int) -> bytes:
     return encode_png(np.random.default_rng(n).integers(0, 256, (6, 8, 3), np.uint8))
 
 
-def sound(n: int) -> bytes:
+def make_audio(n: int) -> bytes:
     return encode_wav(np.random.default_rng(n).uniform(-0.5, 0.5, 400), 8000)
 
 
@@ -54,9 +54,9 @@ def test_webdataset_shards(tmp_path: Path) -> None:
         members = []
         for n in range(6):
             key = f"{shard}{n:03d}"
-            members += [(f"{key}.png", picture(10 * shard + n)), (f"{key}.cls", str(n % 2).encode())]
+            members += [(f"{key}.png", make_image(10 * shard + n)), (f"{key}.cls", str(n % 2).encode())]
             members += [(f"{key}.json", json.dumps({"caption": f"a {n}", "width": 8, "none": None}).encode())]
-            members += [(f"{key}.mask.png", picture(500 + 10 * shard + n))] if n % 2 else []  # parts may lack
+            members += [(f"{key}.mask.png", make_image(500 + 10 * shard + n))] if n % 2 else []  # parts may lack
         members += [(f"{shard}007.npy", b"\x93NUMPY"), (f"{shard}008.png", b"bad")]
         write_shard(tmp_path / f"in/{split}-{shard:05d}.tar{'.gz' if shard else ''}", members)
     dataset, rejects = made(tmp_path / "in", tmp_path / "out", labels={"label": ["cat", "dog"]})
@@ -64,7 +64,7 @@ def test_webdataset_shards(tmp_path: Path) -> None:
     assert len(dataset) == 18 and len(dataset.indices("test")) == 6
     by_id = {record.id: record for record in dataset.iterate()}
     assert by_id["train-00001.tar.gz/1003"].parts == {
-        "image": picture(13), "mask": picture(513), "label": "dog", "caption": "a 3", "width": "8"}  # fmt: skip
+        "image": make_image(13), "mask": make_image(513), "label": "dog", "caption": "a 3", "width": "8"}  # fmt: skip
     assert "mask" not in by_id["train-00000.tar/0002"].parts
     assert set(rejects) == {f"{name}/{n}00{end}" for n, name in enumerate(
         ("train-00000.tar", "train-00001.tar.gz", "test-00002.tar.gz")) for end in ("7.npy", "8.png")}  # fmt: skip
@@ -82,8 +82,8 @@ def test_a_folder_of_save_to_disk_and_a_name_of_the_hub(tmp_path: Path, monkeypa
         words=datasets.List(datasets.Value("string")),
     )  # fmt: skip
     rows = [
-        {"image": {"bytes": picture(n), "path": None}, "label": n % 2,
-         "clip": {"bytes": sound(n), "path": None} if n % 3 else None, "words": ["a", str(n)]}
+        {"image": {"bytes": make_image(n), "path": None}, "label": n % 2,
+         "clip": {"bytes": make_audio(n), "path": None} if n % 3 else None, "words": ["a", str(n)]}
         for n in range(9)
     ]  # fmt: skip
     splits = {"train": rows[:6], "validation": rows[6:8], "test": rows[8:]}
@@ -94,7 +94,7 @@ def test_a_folder_of_save_to_disk_and_a_name_of_the_hub(tmp_path: Path, monkeypa
     dataset, rejects = made(tmp_path / "in", tmp_path / "out")
     assert not rejects and dataset.manifest.counts == {"train": 6, "val": 2, "test": 1}
     record = dataset.record(int(dataset.indices("val")[1]))
-    assert record.parts == {"image": picture(7), "clip": sound(7), "label": "dog", "words": "a\n7"}
+    assert record.parts == {"image": make_image(7), "clip": make_audio(7), "label": "dog", "words": "a\n7"}
     # The library takes a folder for a name too: the way of a hub name without a network.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     pq.write_table(
@@ -117,7 +117,7 @@ def test_a_folder_of_save_to_disk_and_a_name_of_the_hub(tmp_path: Path, monkeypa
 def test_many_parquet_files_with_a_split_column(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for part in range(3):
-        table = pa.table({"image": [picture(100 * part + n) for n in range(50)],
+        table = pa.table({"image": [make_image(100 * part + n) for n in range(50)],
                           "split": ["train", "train", "train", "val", "test"] * 10})  # fmt: skip
         pq.write_table(table, tmp_path / f"in/{part:03d}.parquet", row_group_size=20)
     dataset, rejects = made(tmp_path / "in", tmp_path / "out")
@@ -131,11 +131,11 @@ def test_conversations_keep_their_turns_and_media(tmp_path: Path) -> None:
     def ask(*parts: dict[str, Any]) -> dict[str, Any]:
         return {"role": "user", "content": list(parts)}
 
-    speech = {"type": "input_audio", "input_audio": {"data": base64.b64encode(sound(1)).decode(), "format": "wav"}}
-    (tmp_path / "two.png").write_bytes(picture(2))
+    speech = {"type": "input_audio", "input_audio": {"data": base64.b64encode(make_audio(1)).decode(), "format": "wav"}}
+    (tmp_path / "two.png").write_bytes(make_image(2))
     good = [
         {"role": "system", "content": "Be brief."},
-        ask({"type": "text", "text": "And?"}, {"type": "image_url", "image_url": {"url": url(picture(1))}}, speech,
+        ask({"type": "text", "text": "And?"}, {"type": "image_url", "image_url": {"url": url(make_image(1))}}, speech,
             {"type": "image_url", "image_url": {"url": "two.png"}}),
         {"role": "assistant", "content": "Two.", "name": "p"},
         {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
@@ -144,7 +144,7 @@ def test_conversations_keep_their_turns_and_media(tmp_path: Path) -> None:
         [ask({"type": "image_url", "image_url": {"url": "https://example.org/x.png"}})],
         [ask({"type": "image_url", "image_url": {"url": "data:image/png;base64,@@@"}})],
         [ask({"type": "file", "file": {}})], [{"role": "wizard", "content": "x"}], [{"role": "user", "content": 3}],
-        [ask({"type": "image_url", "image_url": {"url": url(b"not a picture")}})],
+        [ask({"type": "image_url", "image_url": {"url": url(b"not an image")}})],
     ]  # fmt: skip
     rows = [
         good,
@@ -160,7 +160,11 @@ def test_conversations_keep_their_turns_and_media(tmp_path: Path) -> None:
     assert dataset.manifest.chats == ["messages"] and dataset.columns == {
         "messages": "text", "topic": "text", "image": "image", "image_2": "image", "audio": "audio"}  # fmt: skip
     record = next(record for record in dataset.iterate() if record.id == "chat.jsonl:1")
-    assert (record.parts["image"], record.parts["image_2"], record.parts["audio"]) == (picture(1), picture(2), sound(1))
+    assert (record.parts["image"], record.parts["image_2"], record.parts["audio"]) == (
+        make_image(1),
+        make_image(2),
+        make_audio(1),
+    )
     got = turns(str(record.parts["messages"]))
     assert [turn.role for turn in got] == ["system", "user", "assistant", "assistant"]
     assert got[1].parts == [("text", "And?"), ("image", "image"), ("audio", "audio"), ("image", "image_2")]
@@ -211,13 +215,13 @@ def test_object_stores_are_read_and_written(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for n in range(8):
         (tmp_path / f"in/{'ab'[n % 2]}").mkdir(parents=True, exist_ok=True)
-        (tmp_path / f"in/{'ab'[n % 2]}/{n}.png").write_bytes(picture(n))
+        (tmp_path / f"in/{'ab'[n % 2]}/{n}.png").write_bytes(make_image(n))
     (tmp_path / "in/a/bad.png").write_bytes(b"bad")
     with tarfile.open(tmp_path / "in/more.tar", "w") as packed:
         for n in range(8, 10):
             info = tarfile.TarInfo(f"b/{n}.png")
-            info.size = len(picture(n))
-            packed.addfile(info, io.BytesIO(picture(n)))
+            info.size = len(make_image(n))
+            packed.addfile(info, io.BytesIO(make_image(n)))
     here, there = f"file://{tmp_path}/in", f"file://{tmp_path}/bucket/data"
     for _ in range(2):  # the second time a dataset is replaced
         prepare(here, there, workers=1)

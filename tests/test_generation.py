@@ -18,7 +18,7 @@ from plait.inference.decoder import Decoder
 from plait.inference.engine import Engine, Request
 from plait.inference.grammar import spans
 from plait.inference.model import Model, find_checkpoint, load
-from plait.inference.sampling import Knobs, Sampling, draw
+from plait.inference.sampling import BatchSamplingParams, Sampling, draw
 from plait.modalities.text import Text
 from plait.model import checkpoint as checkpoints
 from plait.model.checkpoint import Checkpoint
@@ -32,7 +32,7 @@ def make(tied: bool = False, position: str = "rotary", **columns: str) -> Checkp
     backbone = TransformerConfig(
         width=32, layers=2, heads=4, kv_heads=2, head_width=8, hidden=64, max_length=128, position=position
     )
-    columns = columns or {"image": "image", "label": "text", "sound": "audio", "caption": "text"}
+    columns = columns or {"image": "image", "label": "text", "audio": "audio", "caption": "text"}
     media = sorted(set(columns.values()) - {"text"}, reverse=True)
     image = {"size": 16, "stem": 8, "codec_width": 16, "levels": [4, 3]}
     audio = {"seconds": 0.4, "stem": 4, "codec_width": 16, "levels": [4, 3], "bands": 16}
@@ -44,13 +44,13 @@ def make(tied: bool = False, position: str = "rotary", **columns: str) -> Checkp
             "levels": {m: [4, 3] for m in media},
             "closers": [m for m in media if m == "audio"],
         },
-        space=16,
+        embed_dim=16,
         tied=tied,
         modalities={m: {"image": image, "audio": audio}[m] for m in media},
     )
     model = Multimodal(config).eval()
     with torch.no_grad():  # logits far enough apart that rounding decides nothing
-        for parameter in model.predicting.parameters():
+        for parameter in model.output_embedding.parameters():
             parameter.mul_(10)
     return Checkpoint(model, text, labels={"label": ["heart", "star"]} if "label" in columns else {})
 
@@ -61,12 +61,12 @@ def model() -> Model:
 
 
 @pytest.fixture(scope="module")
-def picture() -> Image.Image:
+def make_image() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8))
 
 
 @pytest.fixture(scope="module")
-def sound() -> tuple[np.ndarray, int]:
+def make_audio() -> tuple[np.ndarray, int]:
     return np.random.default_rng(1).normal(size=2400).astype(np.float32), 8000
 
 
@@ -81,7 +81,7 @@ def plain_logits(model: Model, context: Sequence, ids: list[int]) -> torch.Tenso
 
 def plain_write(model: Model, request: Request, sample: int = 0) -> list[int]:
     """The engine's promise without a cache, a batch or a tensor of settings."""
-    span = spans(model.checkpoint.model)[request.space]
+    span = spans(model.checkpoint.model)[request.token_type]
     bare = Sequence().read_ids(request.context.ids[-1:])
     ids: list[int] = []
     room = model.engine.max_length + 1 - len(request.context)
@@ -105,26 +105,26 @@ def plain_write(model: Model, request: Request, sample: int = 0) -> list[int]:
     return ids
 
 
-def mixed(model: Model, picture, sound, count: int) -> list[Request]:
+def mixed(model: Model, image, audio, count: int) -> list[Request]:
     contexts = [
         ("image", model.context(["a red heart"], "image")),
         ("text", model.context(["a red"])),
-        ("text", model.context([picture], "caption")),
-        ("audio", model.context([picture, "a star"], "sound")),
-        ("text", model.context([sound], "label")),
+        ("text", model.context([image], "caption")),
+        ("audio", model.context([image, "a star"], "audio")),
+        ("text", model.context([audio], "label")),
         ("image", model.context([], "image")),
     ]
     requests = []
     for i in range(count):
-        space, context = contexts[i % len(contexts)]
-        guided = space != "text" and i % 4 != 1
+        token_type, context = contexts[i % len(contexts)]
+        guided = token_type != "text" and i % 4 != 1
         requests.append(
             Request(
                 context,
-                space,
+                token_type,
                 Sampling(greedy=i % 5 == 0, temperature=0.7 + 0.1 * (i % 4)),
                 n=1 + (i % 7 == 0),
-                max_new_tokens=None if space != "text" else 3 + i % 9,
+                max_new_tokens=None if token_type != "text" else 3 + i % 9,
                 guidance=1.5 if guided else 1.0,
                 seed=i,
                 logprobs=i % 3 == 0,
@@ -134,17 +134,17 @@ def mixed(model: Model, picture, sound, count: int) -> list[Request]:
 
 
 @pytest.mark.parametrize(("tied", "position"), [(False, "rotary"), (True, "learned")])
-def test_engine_writes_what_a_plain_loop_writes(tied, position, picture, sound):
+def test_engine_writes_what_a_plain_loop_writes(tied, position, image, audio):
     model = Model(make(tied, position), "cpu")
-    requests = mixed(model, picture, sound, 12)
+    requests = mixed(model, image, audio, 12)
     for rows in (3, 64):  # with 3 rows most requests wait for others to leave
         results = Engine(model.checkpoint, model.device, rows).run(requests)
         for request, result in zip(requests, results, strict=True):
             assert [s.ids for s in result.samples] == [plain_write(model, request, k) for k in range(request.n)]
 
 
-def test_alone_and_in_company(model, picture, sound):
-    requests = mixed(model, picture, sound, 32)
+def test_alone_and_in_company(model, image, audio):
+    requests = mixed(model, image, audio, 32)
     together = Engine(model.checkpoint, model.device, 16).run(requests)
     for request, result in zip(requests, together, strict=True):
         alone = model.engine.run([request])[0]
@@ -155,8 +155,8 @@ def test_alone_and_in_company(model, picture, sound):
             assert a.logprobs is None or np.allclose(a.logprobs, b.logprobs, atol=1e-4)
 
 
-def test_log_probabilities_are_the_models_own(model, picture):
-    request = Request(model.context([picture], "caption"), logprobs=True, max_new_tokens=6)
+def test_log_probabilities_are_the_models_own(model, image):
+    request = Request(model.context([image], "caption"), logprobs=True, max_new_tokens=6)
     written = model.engine.run([request])[0].samples[0]
     span = spans(model.checkpoint.model)["text"]
     for place, found in enumerate(written.logprobs):
@@ -168,8 +168,8 @@ def test_log_probabilities_are_the_models_own(model, picture):
 @settings(max_examples=12, deadline=None)
 @given(st.data())
 def test_grammar_is_never_broken(model, data):
-    space = data.draw(st.sampled_from(["text", "image", "audio"]))
-    column = {"text": "caption", "image": "image", "audio": "sound"}[space]
+    token_type = data.draw(st.sampled_from(["text", "image", "audio"]))
+    column = {"text": "caption", "image": "image", "audio": "audio"}[token_type]
     sampling = Sampling(
         temperature=data.draw(st.floats(0.3, 50)),
         top_k=data.draw(st.integers(0, 5)),
@@ -179,22 +179,22 @@ def test_grammar_is_never_broken(model, data):
     )
     request = Request(
         model.context([data.draw(st.text(max_size=5))], column),
-        space,
+        token_type,
         sampling,
         n=3,
         guidance=data.draw(st.floats(-1, 5)),
         seed=data.draw(st.integers(0, 2**40)),
-        max_new_tokens=20 if space == "text" else None,
+        max_new_tokens=20 if token_type == "text" else None,
     )
-    span = spans(model.checkpoint.model)[space]
+    span = spans(model.checkpoint.model)[token_type]
     for written in model.engine.run([request])[0].samples:
         assert all(span.allows(place, token) for place, token in enumerate(written.ids))
         assert len(written.ids) >= span.least and len(written.ids) % span.unit == 0
-        if space == "image":
+        if token_type == "image":
             assert len(written.ids) == 16
-        if space == "audio":
+        if token_type == "audio":
             assert 2 <= len(written.ids) <= 20
-    samples = model.decode(column, model.engine.run([request])[0].samples) if space != "text" else []
+    samples = model.decode(column, model.engine.run([request])[0].samples) if token_type != "text" else []
     assert all(np.isfinite(sample).all() for sample in samples)
 
 
@@ -227,7 +227,7 @@ def test_settings_match_transformers():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("plait.inference.sampling.draw", spy)
-        chosen = Knobs(rows, torch.device("cpu")).choose(logits, torch.rand(6), seen)
+        chosen = BatchSamplingParams(rows, torch.device("cpu")).choose(logits, torch.rand(6), seen)
     for row, s in enumerate(rows):
         wanted = RepetitionPenaltyLogitsProcessor(s.repetition_penalty)(ids[row : row + 1], logits[row : row + 1])
         if s.greedy:
@@ -250,9 +250,9 @@ def test_draws_follow_the_probabilities():
     assert draw(logits[:2], torch.tensor([0.0, 1.0])).tolist() == [0, 3]
 
 
-def test_scores_on_a_tree_equal_plain_ones(model, picture, sound):
+def test_scores_on_a_tree_equal_plain_ones(model, image, audio):
     texts = ["heart", "a red heart", "", "star", "drei rote Herzen"]
-    contexts = [model.context([picture]), model.context(["a"]), model.context([sound, "blue"]), model.context([])]
+    contexts = [model.context([image]), model.context(["a"]), model.context([audio, "blue"]), model.context([])]
     found = model.score(contexts, "label", texts)
     alone = np.concatenate([model.score([context], "label", texts) for context in contexts])
     assert np.allclose(found, alone, atol=1e-4)
@@ -319,18 +319,18 @@ def test_stop_stream_and_cancel(model):
     assert model.engine.used == 0 and not model.engine.step()
 
 
-def test_generate(model, picture, sound):
+def test_generate(model, image, audio):
     assert model.generate("a red", max_new_tokens=5, seed=1).startswith("a red")
     five = model.generate("a red", max_length=20, num_return_sequences=5)
     assert len(five) == 5 and len(set(five)) > 1
     assert model.generate("a", n=2, seed=3) == model.generate("a", n=2, seed=3)
     assert isinstance(model.generate("", max_new_tokens=3), str)
-    drawn = model.generate(["a drawing of", picture], to="image", n=2)
+    drawn = model.generate(["a drawing of", image], to="image", n=2)
     assert [one.size for one in drawn] == [(16, 16)] * 2
     assert model.generate("a star", to="image").size == (16, 16)
-    wave, rate = model.generate([sound, "a star"], to="sound")
+    wave, rate = model.generate([audio, "a star"], to="audio")
     assert rate == 8000 and np.isfinite(wave).all()
-    assert isinstance(model.generate(picture, to="caption", max_new_tokens=4), str)
+    assert isinstance(model.generate(image, to="caption", max_new_tokens=4), str)
     for wrong in (
         lambda: model.generate("a red heart", max_length=2),
         lambda: model.generate("a", to="video"),
@@ -344,18 +344,18 @@ def test_generate(model, picture, sound):
             wrong()
 
 
-def test_verbs(model, picture, sound, tmp_path):
+def test_verbs(model, image, audio, tmp_path):
     file = tmp_path / "a.png"
-    picture.save(file)
+    image.save(file)
     found = model.classify(file)
-    assert found == model.classify(picture) and {label for label, _ in found} == {"heart", "star"}
+    assert found == model.classify(image) and {label for label, _ in found} == {"heart", "star"}
     assert sum(p for _, p in found) == pytest.approx(1) and found[0][1] >= found[1][1]
-    long = np.tile(sound[0], 4), 8000
+    long = np.tile(audio[0], 4), 8000
     assert len(model.classify(long, labels=["a", "b", "c"], column="caption", top=2)) == 2
-    assert isinstance(model.describe(picture, max_new_tokens=8), str)
+    assert isinstance(model.describe(image, max_new_tokens=8), str)
     assert isinstance(model.transcribe(long, max_new_tokens=8), str)
     assert len(model.draw("star", n=2, best_of=4)) == 2 and len(model.speak("star")) == 1
-    vectors = model.embed(["a red heart", picture, file, long, "x" * 300, ("sound", sound)])
+    vectors = model.embed(["a red heart", image, file, long, "x" * 300, ("audio", audio)])
     assert vectors.shape == (6, 16) and vectors.dtype == np.float32
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5) and np.allclose(vectors[1], vectors[2])
     assert np.allclose(vectors[0], model.embed(["a red heart"])[0], atol=1e-5)
@@ -375,13 +375,13 @@ def test_bulk_writing_gives_each_context_its_own_draws(model):
     assert len(set(model.write(contexts, "caption", max_new_tokens=4)[0])) == 1  # greedy
 
 
-def test_a_text_model_says_what_it_cannot(picture):
+def test_a_text_model_says_what_it_cannot(image):
     model = Model(make(story="text"), "cpu")
     assert model.generate("a", max_new_tokens=2).startswith("a")
     with pytest.raises(PlaitError, match="cannot draw"):
         model.draw("a star")
     with pytest.raises(PlaitError, match="no image"):
-        model.embed([picture])
+        model.embed([image])
     with pytest.raises(PlaitError, match="no known labels"):
         model.classify("a")
 
@@ -442,4 +442,4 @@ def test_extreme_settings_draw_what_is_possible(extreme: float) -> None:
         Sampling(repetition_penalty=extreme),
         Sampling(temperature=2, top_p=1e-45),
     ):
-        assert Knobs([one], logits.device).choose(logits, torch.tensor([0.99]), seen).item() in (0, 1, 2)
+        assert BatchSamplingParams([one], logits.device).choose(logits, torch.tensor([0.99]), seen).item() in (0, 1, 2)

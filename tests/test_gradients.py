@@ -24,13 +24,13 @@ def test_norm_and_rotation(shape):
     assert torch.allclose(rms_norm(x, weight, 1e-3), plain)
     y = x.detach().float().requires_grad_()
     cos, sin = rotary(torch.arange(5)[None], torch.rand(8))
-    turned, slope = rotate(y, cos, sin), torch.randn(2, 5, 3, 16)
+    turned, grad = rotate(y, cos, sin), torch.randn(2, 5, 3, 16)
     as_complex = torch.complex(*y.detach().chunk(2, -1)) * torch.complex(cos, sin)[..., 8:]
     assert torch.allclose(turned, torch.cat((as_complex.real, as_complex.imag), -1), atol=1e-6)
     # A rotation keeps products, so its gradient is the rotation back.
-    back = torch.autograd.grad(turned, y, slope)[0]
-    assert torch.allclose((back * y).sum(), (slope * turned).sum(), atol=1e-4)
-    assert torch.allclose(rotate(back, cos, sin), slope, atol=1e-5)
+    back = torch.autograd.grad(turned, y, grad)[0]
+    assert torch.allclose((back * y).sum(), (grad * turned).sum(), atol=1e-4)
+    assert torch.allclose(rotate(back, cos, sin), grad, atol=1e-5)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

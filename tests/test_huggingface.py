@@ -127,7 +127,7 @@ def theirs(folders):
 
 
 def our_logits(model: Multimodal, ids: torch.Tensor, **more) -> torch.Tensor:
-    hidden = model.backbone(torch.nn.functional.embedding(ids, model.rows.table()), **more)
+    hidden = model.backbone(torch.nn.functional.embedding(ids, model.token_embedding.table()), **more)
     return model.logits(hidden)
 
 
@@ -151,7 +151,7 @@ def test_import_gives_their_logits_and_their_text(name, folders, theirs):
     assert time.monotonic() - start < 5
     model, reference = checkpoint.model, theirs[name]
     vocabulary = model.vocabulary
-    assert (vocabulary.text, vocabulary.end, model.config.space, vocabulary.columns) == (SIZE, 256, 0, {})
+    assert (vocabulary.text, vocabulary.end, model.config.embed_dim, vocabulary.columns) == (SIZE, 256, 0, {})
     draw = torch.Generator().manual_seed(1)
     lengths = torch.tensor([150, 61, 1])
     ids = torch.randint(SIZE, (3, 150), generator=draw)
@@ -494,14 +494,14 @@ def test_extending_keeps_the_old_model_and_adds_middling_rows(name, folders):
     wide = Vocabulary(text=SIZE, columns=COLUMNS, levels=LEVELS, closers=["audio"], end_id=256)
     settings = {"image": {"levels": LEVELS["image"]}, "audio": {"levels": LEVELS["audio"]}}
     config = ModelConfig(
-        backbone=old.config.backbone, vocabulary=wide, space=16, tied=old.config.tied, modalities=settings
+        backbone=old.config.backbone, vocabulary=wide, embed_dim=16, tied=old.config.tied, modalities=settings
     )
     grown = extend(source, config)
     ids = torch.arange(60)[None]
     with torch.inference_mode():
         logits = our_logits(grown, ids)
         assert torch.equal(logits[..., :SIZE], our_logits(old, ids)[..., :SIZE])
-    for rows in [grown.rows] if old.config.tied else [grown.rows, grown.head]:
+    for rows in [grown.token_embedding] if old.config.tied else [grown.token_embedding, grown.lm_head]:
         table, known = rows.table(), rows.free[:SIZE]
         new = table[SIZE:]
         assert new.std(0).min() > 0 and (new.mean(0) - known.mean(0)).abs().max() < 0.5 * known.std()
@@ -510,7 +510,7 @@ def test_extending_keeps_the_old_model_and_adds_middling_rows(name, folders):
     # With an end of our own, and without the ids that the tokenizer does not have: as training asks for it.
     ours = wide.model_copy(update={"text": source.text.size, "end_id": None})
     short = extend(source, config.model_copy(update={"vocabulary": ours}))
-    assert torch.equal(short.rows.free[ours.end], old.rows.free[256])
+    assert torch.equal(short.token_embedding.free[ours.end], old.token_embedding.free[256])
     assert torch.equal(our_logits(short, ids)[..., : ours.text], our_logits(old, ids)[..., : ours.text])
 
     # What was grown can be grown again: rows go with their names, not with their ids.
@@ -523,10 +523,15 @@ def test_extending_keeps_the_old_model_and_adds_middling_rows(name, folders):
         }
     )
     again = extend(grown, swapped)
-    start, stop = swapped.vocabulary.spaces["audio"]
-    first, last = wide.spaces["audio"]
-    assert torch.equal(again.rows.space("audio"), grown.rows.space("audio")) and stop - start == last - first
-    assert torch.equal(again.rows.free[swapped.vocabulary.opener("en")], grown.rows.free[wide.opener("en")])
+    start, stop = swapped.vocabulary.id_ranges["audio"]
+    first, last = wide.id_ranges["audio"]
+    assert (
+        torch.equal(again.token_embedding.of_type("audio"), grown.token_embedding.of_type("audio"))
+        and stop - start == last - first
+    )
+    assert torch.equal(
+        again.token_embedding.free[swapped.vocabulary.opener("en")], grown.token_embedding.free[wide.opener("en")]
+    )
     assert torch.equal(again.project.weight, grown.project.weight)
     for key, value in grown.modalities["audio"].state_dict().items():
         assert torch.equal(again.modalities["audio"].state_dict()[key], value)
@@ -579,7 +584,7 @@ def make_plait(switches: dict, tied: bool = False) -> Checkpoint:
     vocabulary = Vocabulary(text=text.size, columns=COLUMNS, levels=LEVELS, closers=["audio"])
     settings = {"image": {"levels": LEVELS["image"]}, "audio": {"levels": LEVELS["audio"]}}
     model = Multimodal(
-        ModelConfig(backbone=backbone, vocabulary=vocabulary, space=16, tied=tied, modalities=settings)
+        ModelConfig(backbone=backbone, vocabulary=vocabulary, embed_dim=16, tied=tied, modalities=settings)
     ).eval()
     randomise(model.backbone, 5)
     return Checkpoint(model, text)
@@ -591,7 +596,7 @@ def test_plain_transformers_runs_what_we_trained(name, tied, tmp_path):
     checkpoint = make_plait(SWITCHES[name], tied)
     model, vocabulary = checkpoint.model, checkpoint.model.vocabulary
     assert export_transformers(checkpoint, tmp_path / "out") == name.split("-")[0]
-    assert "not pixels or sound" in (tmp_path / "out" / "README.md").read_text()
+    assert "not pixels or audio" in (tmp_path / "out" / "README.md").read_text()
     reader = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert reader.config.vocab_size == vocabulary.size and reader.dtype is torch.float32
     ids = torch.randint(vocabulary.size, (2, 120), generator=torch.Generator().manual_seed(0))
@@ -628,7 +633,7 @@ def test_the_exported_tokenizer_has_our_ids_and_plain_user_text(tmp_path, folder
     wide = Vocabulary(text=SIZE, columns={"image": "image"}, levels={"image": [4, 3]}, closers=[], end_id=256)
     backbone = source.model.config.backbone
     settings = {"image": {"levels": [4, 3]}}
-    config = ModelConfig(backbone=backbone, vocabulary=wide, space=0, tied=True, modalities=settings)
+    config = ModelConfig(backbone=backbone, vocabulary=wide, embed_dim=0, tied=True, modalities=settings)
     export_transformers(Checkpoint(extend(source, config), source.text), tmp_path / "grown")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "grown")
     assert len(tokenizer) == wide.size and tokenizer.convert_tokens_to_ids("<|image|>") == wide.opener("image")
@@ -678,11 +683,11 @@ def test_counting_forbids_what_the_grammar_does_and_changes_nothing_else():
     vocabulary, old = model.vocabulary, model.config.backbone.width
     spans = {
         "text": Span("text", 0, vocabulary.text + 1, vocabulary.end),
-        "image": Span("image", *vocabulary.spaces["image"], None, least=9, limit=9),
-        "audio": Span("audio", *vocabulary.spaces["audio"], vocabulary.closer("audio"), unit=2, least=2, limit=40),
+        "image": Span("image", *vocabulary.id_ranges["image"], None, least=9, limit=9),
+        "audio": Span("audio", *vocabulary.id_ranges["audio"], vocabulary.closer("audio"), unit=2, least=2, limit=40),
     }
-    (image, audio), closer = (vocabulary.spaces[name] for name in ("image", "audio")), vocabulary.closer("audio")
-    groups = [vocabulary.spaces["text"], image, (audio[0], closer), (closer, closer + 1)]
+    (image, audio), closer = (vocabulary.id_ranges[name] for name in ("image", "audio")), vocabulary.closer("audio")
+    groups = [vocabulary.id_ranges["text"], image, (audio[0], closer), (closer, closer + 1)]
     draw = np.random.default_rng(0)
     wanted = []  # an opener's sequence, and for each place after the opener the groups that are impossible
     for column, (start, stop), limit in (("image", image, 9), ("audio", (audio[0], closer), 40)):
@@ -701,13 +706,13 @@ def test_counting_forbids_what_the_grammar_does_and_changes_nothing_else():
         for (ids, impossible), before in zip(wanted, plain, strict=True):
             assert (before - our_logits(model, ids)[0]).abs().max() < 1e-4
             added = our_logits(wide, ids)[0] - before
-            text = vocabulary.spaces["text"][1]
+            text = vocabulary.id_ranges["text"][1]
             assert added[:5, :text].abs().max() < 1e-4 and added[:5, text:].max() < -20  # the prompt
             for row, lost in zip(added[5:], impossible, strict=True):
                 end = row[vocabulary.end].clone()
-                if 0 not in lost:  # nothing of text but the end, after a whole picture
+                if 0 not in lost:  # nothing of text but the end, after a whole image
                     assert abs(end) < 1 and row[: vocabulary.text].max() < -20
-                row[: vocabulary.spaces["text"][1]] = end
+                row[: vocabulary.id_ranges["text"][1]] = end
                 for number, (start, stop) in enumerate(groups):
                     part = row[start:stop]
                     assert part.max() - part.min() < 1e-3
@@ -717,7 +722,7 @@ def test_counting_forbids_what_the_grammar_does_and_changes_nothing_else():
 @pytest.mark.parametrize("name", ["gpt2-bias", "llama-bias"])
 def test_where_nothing_can_be_counted_the_model_stays(name):
     model = make_plait(SWITCHES[name], tied=True).model
-    spans = {"image": Span("image", *model.vocabulary.spaces["image"], None, least=9, limit=9)}
+    spans = {"image": Span("image", *model.vocabulary.id_ranges["image"], None, least=9, limit=9)}
     assert channels_for(model.config, spans, 4) == 0
     ids = torch.randint(model.vocabulary.size, (2, 60), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -734,15 +739,18 @@ def test_an_exported_run_keeps_its_spans_without_our_grammar(trained, request, t
     ids = torch.randint(vocabulary.size, (2, 60), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         theirs, ours = reader(ids).logits, our_logits(model, ids)
-    for space, (start, stop) in vocabulary.spaces.items():  # within a space nothing moved, but its closer as one
-        stop -= space in vocabulary.closers
+    for token_type, (
+        start,
+        stop,
+    ) in vocabulary.id_ranges.items():  # within a space nothing moved, but its closer as one
+        stop -= token_type in vocabulary.closers
         pair = [logits[..., start:stop].log_softmax(-1) for logits in (theirs, ours)]
         assert (pair[0] - pair[1]).abs().max() < 1e-4
     transformers.set_seed(0)
-    for column, space in vocabulary.columns.items():
+    for column, token_type in vocabulary.columns.items():
         context = [*tokenizer("red disc").input_ids, vocabulary.opener(column)]
         made = reader.generate(torch.tensor([context] * 16), max_new_tokens=60, pad_token_id=vocabulary.pad)
-        start, stop = vocabulary.spaces[space]
+        start, stop = vocabulary.id_ranges[token_type]
         wrong = total = 0
         for row in made[:, len(context) :].tolist():
             row = row[: row.index(vocabulary.end)] if vocabulary.end in row else row

@@ -259,15 +259,15 @@ def test_chances_over_a_trie_are_those_of_its_paths() -> None:
     content = torch.randn(90, 12).numpy().repeat(2, 0)  # in pairs that only the last code tells apart
     codes = fit_codes(len(content), lambda numbers: content[numbers], 0)
     known = ItemCodesSettings(items=len(content), content=12, reduced=12, sizes=sizes_of(codes))
-    vocabulary = Vocabulary(text=256, columns={"item": "item"}, levels=known.spaces, closers=[])
+    vocabulary = Vocabulary(text=256, columns={"item": "item"}, levels=known.code_levels, closers=[])
     backbone = TransformerConfig(width=32, layers=2, heads=2, kv_heads=2, head_width=16, hidden=64, max_length=40)
-    model = Multimodal(ModelConfig(backbone=backbone, vocabulary=vocabulary, space=0, tied=True,
+    model = Multimodal(ModelConfig(backbone=backbone, vocabulary=vocabulary, embed_dim=0, tied=True,
                                    modalities={"item_codes": known.model_dump()})).eval()  # fmt: skip
     assert model.item_codes is not None
     with torch.no_grad():
         for name, buffer in codes.items():
             getattr(model.item_codes, name).copy_(buffer)
-        for parameter in model.rows.parameters():
+        for parameter in model.token_embedding.parameters():
             parameter.mul_(30)
     table = codes["table"].long().numpy()
     assert len(np.unique(table, axis=0)) == len(table) and (table[::2, :-1] == table[1::2, :-1]).all()
@@ -277,7 +277,7 @@ def test_chances_over_a_trie_are_those_of_its_paths() -> None:
     everything = np.arange(len(content))
     chances = following.of(histories, everything)
     np.testing.assert_allclose(np.exp(chances).sum(1), 1, rtol=1e-4)
-    first = [vocabulary.spaces[space][0] for space in vocabulary.levels]
+    first = [vocabulary.id_ranges[token_type][0] for token_type in vocabulary.levels]
     for row, history in zip(chances, histories, strict=True):
         for item in (0, 77):
             read = [vocabulary.opener("item"), *(table[history[-9:]] + first).ravel().tolist()]
@@ -286,7 +286,7 @@ def test_chances_over_a_trie_are_those_of_its_paths() -> None:
                 ids = torch.tensor([read + [int(c) + first[d] for d, c in enumerate(table[item][:step])]])
                 hidden = model.backbone(F.embedding(ids, model.reading()))[0, -1]
                 there = sorted({int(r[step]) for r in table if (r[:step] == table[item][:step]).all()})
-                logits = model.predicting.space(f"item:{step + 1}")[there] @ hidden
+                logits = model.output_embedding.of_type(f"item:{step + 1}")[there] @ hidden
                 total += float(logits.detach().log_softmax(0)[there.index(int(code))])
             assert abs(total - row[item]) < 1e-3
         allowed = rng.random(len(content)) < 0.3

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from conftest import EN, RECIPE, picture
+from conftest import EN, RECIPE, make_image
 from plait.core.config import parse_recipe
 from plait.data.dataset import Dataset
 from plait.data.prepare import prepare
@@ -49,7 +49,7 @@ def test_report_is_one_file(trained: Path) -> None:
 
 def test_use(trained: Path, plait: Plait, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "a.png"
-    picture(1, np.random.default_rng(9)).save(file)
+    make_image(1, np.random.default_rng(9)).save(file)
     assert plait("classify", trained, file) == 0
     assert re.search(r"a\.png: blue disc 0\.\d+", capsys.readouterr().out)
     assert plait("describe", trained, file, "--column", "zh") == 0
@@ -72,7 +72,7 @@ def test_python_face(trained: Path) -> None:
     assert isinstance(one, str) and one.startswith("red")
     assert len(many) == 3 and all(text.startswith("red") for text in many)
     assert model.generate("red", max_new_tokens=4) == one
-    label, probability = model.classify(picture(2, np.random.default_rng(3)), labels=EN)[0]
+    label, probability = model.classify(make_image(2, np.random.default_rng(3)), labels=EN)[0]
     assert label in EN and 0 < probability <= 1
     assert len(model.generate(["a drawing of", "red disc"], to="image", n=2)) == 2
 
@@ -157,7 +157,7 @@ def test_what_is_cut_is_said_and_best_is_the_newest_without_val(
     rng = np.random.default_rng(0)
     rows = []
     for i in range(3):
-        picture(i, rng).save(files / f"{i}.png")
+        make_image(i, rng).save(files / f"{i}.png")
         rows.append({"file_name": f"{i}.png", "text": "ab " * 200 if i else EN[0]})
     (files / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "recipe.yaml").write_text(RECIPE)
@@ -168,7 +168,7 @@ def test_what_is_cut_is_said_and_best_is_the_newest_without_val(
     command = ("train", tmp_path / "data", "-o", tmp_path / "run", "--recipe", tmp_path / "recipe.yaml", "--steps", 6)
     assert plait(*command) == 0
     assert "longer than 46 tokens" in capsys.readouterr().out
-    assert "longer than 46 tokens" in read_run(tmp_path / "run").facts["notes"][0]
+    assert "longer than 46 tokens" in read_run(tmp_path / "run").metadata["notes"][0]
     config = json.loads((tmp_path / "run" / "checkpoints" / "best" / "config.json").read_text())
     assert config["training"]["step"] == 6
     assert plait(*command) == 0  # the same command on a finished run is no other recipe
@@ -177,10 +177,10 @@ def test_what_is_cut_is_said_and_best_is_the_newest_without_val(
 
 
 def test_a_file_name_with_spaces_is_a_file(trained: Path, plait: Plait, tmp_path: Path) -> None:
-    picture(0, np.random.default_rng(0)).save(tmp_path / "my picture.png")
-    assert plait("embed", trained, tmp_path / "my picture.png", EN[0], "-o", tmp_path / "out.npy") == 0
+    make_image(0, np.random.default_rng(0)).save(tmp_path / "my image.png")
+    assert plait("embed", trained, tmp_path / "my image.png", EN[0], "-o", tmp_path / "out.npy") == 0
     vectors = np.load(tmp_path / "out.npy")
-    assert plait("embed", trained, tmp_path / "my picture.png", "-o", tmp_path / "one.npy") == 0
+    assert plait("embed", trained, tmp_path / "my image.png", "-o", tmp_path / "one.npy") == 0
     assert np.allclose(vectors[0], np.load(tmp_path / "one.npy")[0], atol=1e-5)
     text = tmp_path / "text.npy"
     assert plait("embed", trained, str(tmp_path / "no such.png"), "-o", text) == 0  # a text that ends like a file

@@ -1,4 +1,4 @@
-"""Pictures and sound: what is decoded, what is refused, and at what cost."""
+"""Images and audio: what is decoded, what is refused, and at what cost."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def encoded(image: Image.Image, form: str, **options: object) -> bytes:
     return out.getvalue()
 
 
-def sound(wave: np.ndarray, rate: int, form: str, subtype: str | None = None) -> bytes:
+def make_audio(wave: np.ndarray, rate: int, form: str, subtype: str | None = None) -> bytes:
     out = io.BytesIO()
     soundfile.write(out, wave, rate, format=form, subtype=subtype)
     return out.getvalue()
@@ -91,37 +91,37 @@ def test_png_and_wav_come_back() -> None:
     assert soundfile.info(io.BytesIO(encode_wav(wave, 8000))).frames == len(wave)
 
 
-_SOUND = [("WAV", "PCM_16"), ("WAV", "FLOAT"), ("WAV", "ULAW"), ("RF64", "PCM_24"), ("FLAC", None),
+_AUDIO = [("WAV", "PCM_16"), ("WAV", "FLOAT"), ("WAV", "ULAW"), ("RF64", "PCM_24"), ("FLAC", None),
           ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", None)]  # fmt: skip
 
 
-@pytest.mark.parametrize(("form", "subtype"), _SOUND)
-def test_every_sound_format_is_read_as_mono(form: str, subtype: str | None) -> None:
+@pytest.mark.parametrize(("form", "subtype"), _AUDIO)
+def test_every_audio_format_is_read_as_mono(form: str, subtype: str | None) -> None:
     wave = tone(16000)
-    data = sound(np.stack([wave, wave], 1), 16000, form, subtype)
+    data = make_audio(np.stack([wave, wave], 1), 16000, form, subtype)
     back, rate = decode_audio(data)
     assert rate == 16000 and back.ndim == 1 and back.dtype == np.float32
     assert abs(len(back) - len(wave)) <= 2304
     assert abs(float(np.sqrt(np.mean(back**2))) - float(np.sqrt(np.mean(wave**2)))) < 0.03
 
 
-def test_sound_that_lies_about_its_length_is_refused() -> None:
-    wav = sound(tone(8000), 8000, "WAV")
+def test_audio_that_lies_about_its_length_is_refused() -> None:
+    wav = make_audio(tone(8000), 8000, "WAV")
     with pytest.raises(MediaError, match="cut short"):
         decode_audio(wav[: len(wav) // 2])
-    flac = sound(np.random.default_rng(0).uniform(-1, 1, 30000), 8000, "FLAC")
+    flac = make_audio(np.random.default_rng(0).uniform(-1, 1, 30000), 8000, "FLAC")
     with pytest.raises(MediaError):
         decode_audio(flac[: len(flac) // 2])
     with pytest.raises(MediaError, match="no samples"):
-        decode_audio(sound(np.zeros(0), 8000, "WAV"))
+        decode_audio(make_audio(np.zeros(0), 8000, "WAV"))
     with pytest.raises(MediaError, match="not numbers"):
-        decode_audio(sound(np.array([0.0, np.nan, 0.0]), 8000, "WAV", "FLOAT"))
+        decode_audio(make_audio(np.array([0.0, np.nan, 0.0]), 8000, "WAV", "FLOAT"))
     with pytest.raises(MediaError, match=r"more than 0\.1 s"):
         decode_audio(wav, Limits(seconds=0.1))
 
 
 def test_other_formats_are_refused() -> None:
-    for data in (b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%PDF-1.4", b"x", sound(tone(8000), 8000, "WAV")):
+    for data in (b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%PDF-1.4", b"x", make_audio(tone(8000), 8000, "WAV")):
         with pytest.raises(MediaError, match="content is"):
             decode_image(data)
     with pytest.raises(MediaError, match="content is png"):
@@ -158,7 +158,7 @@ def test_bombs_are_refused_in_little_memory(tmp_path: Path) -> None:
         + webp[12:]
     )
     (tmp_path / "b.webp").write_bytes(webp)
-    (tmp_path / "c.flac").write_bytes(sound(np.zeros((48000 * 700, 1), np.int16), 48000, "FLAC"))
+    (tmp_path / "c.flac").write_bytes(make_audio(np.zeros((48000 * 700, 1), np.int16), 48000, "FLAC"))
     frames = [Image.new("P", (2000, 2000), n) for n in range(10)]
     (tmp_path / "d.gif").write_bytes(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))
     names = [str(path) for path in sorted(tmp_path.iterdir())]
@@ -170,7 +170,7 @@ def test_bombs_are_refused_in_little_memory(tmp_path: Path) -> None:
 
 SEEDS = [encode_png(PIXELS), encoded(Image.fromarray(PIXELS), "GIF"), encoded(Image.fromarray(PIXELS), "JPEG"),
          encoded(Image.fromarray(PIXELS), "BMP"), encoded(Image.fromarray(PIXELS), "TIFF"),
-         encode_wav(tone(8000, 0.05), 8000), sound(tone(8000, 0.05), 8000, "FLAC")]  # fmt: skip
+         encode_wav(tone(8000, 0.05), 8000), make_audio(tone(8000, 0.05), 8000, "FLAC")]  # fmt: skip
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -51,15 +51,15 @@ def test_vocoder_keeps_the_pitch() -> None:
 
 
 @pytest.mark.parametrize("samples", [1, 10, 256, 257])
-def test_a_click_is_a_sound(samples: int) -> None:
+def test_a_click_is_a_audio(samples: int) -> None:
     """Shorter than the window's half, which the transform mirrors."""
     audio = Audio(AudioSettings(), width=32)
     sample = audio.sample((np.full(samples, 0.5, np.float32), 8000))
     assert len(sample) >= 1 and np.isfinite(sample).all()
 
 
-def test_sound_is_blind_to_padding() -> None:
-    """Alone or beside a longer one, a sound has the same embeddings and codes."""
+def test_audio_is_blind_to_padding() -> None:
+    """Alone or beside a longer one, an audio clip has the same embeddings and codes."""
     torch.manual_seed(0)
     audio = Audio(AudioSettings(), 32).eval()
     rng = np.random.default_rng(0)
@@ -73,7 +73,7 @@ def test_sound_is_blind_to_padding() -> None:
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "1"])
 @pytest.mark.parametrize("shape", [(40, 20), (5, 9), (28, 28)])
-def test_any_picture_fits(mode: str, shape: tuple[int, int]) -> None:
+def test_any_image_fits(mode: str, shape: tuple[int, int]) -> None:
     for channels in (1, 3):
         image = Image(ImageSettings(size=28, channels=channels), 16)
         sample = image.sample(PILImage.new("RGB", shape, "red").convert(mode))
@@ -81,7 +81,7 @@ def test_any_picture_fits(mode: str, shape: tuple[int, int]) -> None:
         assert image.codec.encode(*image.batch([sample])).shape == (1, 49)
 
 
-def test_picture_codes_are_local() -> None:
+def test_image_codes_are_local() -> None:
     """What stands in one corner changes no code far from it; in runs made before, it did."""
     torch.manual_seed(0)
     values = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8)
@@ -98,10 +98,10 @@ def test_picture_codes_are_local() -> None:
 def test_augmentation_is_a_function_of_the_record() -> None:
     audio, image = Audio(AudioSettings(), 16), Image(ImageSettings(size=16, channels=1, flip=True, erase=0.5), 16)
     rng = np.random.default_rng(1)
-    sounds = [rng.normal(size=(n, 64)).astype(np.float16) for n in (40, 40)]
-    pictures = [rng.integers(0, 255, (16, 16, 1), dtype=np.uint8) for _ in range(2)]
+    clips = [rng.normal(size=(n, 64)).astype(np.float16) for n in (40, 40)]
+    images = [rng.integers(0, 255, (16, 16, 1), dtype=np.uint8) for _ in range(2)]
     draw = torch.from_numpy(uniform(0, 3, np.array([[5], [9]]), np.arange(8))).float()
-    for modality, samples in ((audio, sounds), (image, pictures)):
+    for modality, samples in ((audio, clips), (image, images)):
         values, lengths = modality.augment(*modality.batch(samples), draw)
         other, other_lengths = modality.augment(*modality.batch(samples[1:]), draw[1:])
         assert torch.equal(values[1], other[0]) and lengths[1] == other_lengths[0]
@@ -129,15 +129,15 @@ def small_model(tied: bool = False) -> Multimodal:
     backbone = TransformerConfig(
         width=32, layers=2, heads=4, kv_heads=2, head_width=8, hidden=48, max_length=128, dropout=0.0
     )
-    pictures = {"size": 16, "channels": 1, "levels": [4, 3], "codec_width": 16, "stem": 8}
-    sounds = {"levels": [5, 3], "stem": 8, "codec_width": 16}
-    modalities: dict[str, dict[str, object]] = {"image": pictures, "audio": sounds}
+    images = {"size": 16, "channels": 1, "levels": [4, 3], "codec_width": 16, "stem": 8}
+    clips = {"levels": [5, 3], "stem": 8, "codec_width": 16}
+    modalities: dict[str, dict[str, object]] = {"image": images, "audio": clips}
     return Multimodal(ModelConfig(backbone=backbone, vocabulary=vocabulary, tied=tied, modalities=modalities)).eval()
 
 
 def test_vocabulary_ranges_are_disjoint_and_whole() -> None:
     vocabulary = small_model().vocabulary
-    covered = [i for start, stop in vocabulary.spaces.values() for i in range(start, stop)]
+    covered = [i for start, stop in vocabulary.id_ranges.values() for i in range(start, stop)]
     assert covered == list(range(vocabulary.size))
     assert len(vocabulary.names()) == len(set(vocabulary.names())) == vocabulary.size - vocabulary.text
 
@@ -146,7 +146,7 @@ def test_likelihoods_equal_cross_entropy() -> None:
     """Restricted, over the rows of the target's space; unrestricted, over all of them."""
     model = small_model()
     vocabulary = model.vocabulary
-    image, audio = vocabulary.spaces["image"], vocabulary.spaces["audio"]
+    image, audio = vocabulary.id_ranges["image"], vocabulary.id_ranges["audio"]
     sequences = [
         Sequence().read_ids([1, 2, vocabulary.opener("image")]).write([image[0] + 3, image[0] + 7, vocabulary.end]),
         Sequence().read_ids([vocabulary.opener("audio")]).write([audio[0], vocabulary.closer("audio"), vocabulary.end]),
@@ -156,21 +156,24 @@ def test_likelihoods_equal_cross_entropy() -> None:
     for restricted in (True, False):
         found = likelihoods(model, hidden, batch.targets, restricted)
         logits = model.logits(hidden)
-        for space, (start, stop) in vocabulary.spaces.items():
+        for token_type, (start, stop) in vocabulary.id_ranges.items():
             wanted = batch.targets.clone()
             wanted[(wanted < start) | (wanted >= stop)] = IGNORE
             view = logits[..., start:stop] if restricted else logits
             shifted = torch.where(wanted == IGNORE, IGNORE, wanted - (start if restricted else 0))
             total = F.cross_entropy(view.flatten(0, 1), shifted.flatten(), ignore_index=IGNORE, reduction="sum")
-            assert torch.allclose(found[space][0], total, atol=1e-4) and found[space][1] == (wanted != IGNORE).sum()
+            assert (
+                torch.allclose(found[token_type][0], total, atol=1e-4)
+                and found[token_type][1] == (wanted != IGNORE).sum()
+            )
 
 
 def test_contrastive_without_ties_is_infonce() -> None:
     a, b = (F.normalize(torch.randn(6, 8), dim=-1) for _ in range(2))
-    log_temperature = torch.tensor(2.0)
-    logits = log_temperature.exp() * a @ b.t()
+    logit_scale = torch.tensor(2.0)
+    logits = logit_scale.exp() * a @ b.t()
     wanted = (F.cross_entropy(logits, torch.arange(6)) + F.cross_entropy(logits.t(), torch.arange(6))) / 2
-    assert torch.allclose(contrastive(a, b, torch.eye(6, dtype=torch.bool), log_temperature), wanted, atol=1e-5)
+    assert torch.allclose(contrastive(a, b, torch.eye(6, dtype=torch.bool), logit_scale), wanted, atol=1e-5)
 
 
 def test_hidden_states_do_not_see_neighbours_or_padding() -> None:

@@ -122,7 +122,7 @@ def test_without_a_compiler(monkeypatch, caplog, tmp_path):
         with monkeypatch.context() as patch:
             patch.setattr(plait.kernels.build, name, value)
             _forget()
-            assert native.library() is None and "PyTorch" in native.chosen(device)
+            assert native.library() is None and "PyTorch" in native.backend_name(device)
             assert in_training.library() is None
     assert "could not be compiled" in caplog.text
     monkeypatch.setenv("PLAIT_NATIVE", "0")
@@ -131,7 +131,7 @@ def test_without_a_compiler(monkeypatch, caplog, tmp_path):
     assert (
         plain.native is None and len(steps(plain, plain.cache(1, 8), np.zeros(1, np.int64), [torch.randn(1, 20)])) == 1
     )
-    assert "PyTorch" in in_training.chosen(Device("cpu", torch.bfloat16))
+    assert "PyTorch" in in_training.backend_name(Device("cpu", torch.bfloat16))
     _forget()
 
 
@@ -164,24 +164,24 @@ def test_training_as_pytorch(family, threads, monkeypatch):
         for parameter in network.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
 
-    def gradients(native: bool, dtype: torch.dtype, x: torch.Tensor, slope: torch.Tensor) -> list[torch.Tensor]:
+    def gradients(native: bool, dtype: torch.dtype, x: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:
         x = x.clone().requires_grad_()
         network.zero_grad()
         with monkeypatch.context() as patch, Device("cpu", dtype).autocast():
             if not native:
                 patch.setattr(in_training, "library", lambda: None)
-            assert in_training.attends(x, config.head_width) == native
+            assert in_training.supports_attention(x, config.head_width) == native
             out = network(x, positions=torch.arange(x.shape[1]) + torch.arange(len(x))[:, None])
-            out.float().backward(slope)
+            out.float().backward(grad)
         return [out.detach().float(), x.grad, *(p.grad for p in network.parameters() if p.grad is not None)]
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         for batch, length in ((3, 1), (2, 50), (1, 96), (2, 128)):
-            x, slope = torch.randn(batch, length, 72), torch.randn(batch, length, 72)
-            exact = gradients(False, torch.float32, x, slope)
-            found, plain = (gradients(native, torch.bfloat16, x, slope) for native in (True, False))
+            x, grad = torch.randn(batch, length, 72), torch.randn(batch, length, 72)
+            exact = gradients(False, torch.float32, x, grad)
+            found, plain = (gradients(native, torch.bfloat16, x, grad) for native in (True, False))
             for a, b, c in zip(found, plain, exact, strict=True):
                 assert (a - c).norm() <= 1.25 * (b - c).norm() + 0.002 * c.norm() + 1e-5
     finally:
@@ -206,7 +206,7 @@ def test_dropout_of_attention():
     assert torch.allclose(kept[kept != 0], torch.tensor(1 / (1 - share)), rtol=0.01)
     assert len({tuple(head.flatten().tolist()) for head in kept.flatten(0, 1)}) == 2 * heads
 
-    qkv, slope = torch.randn(2, 32, 3 * heads, 32), torch.randn(2, 32, heads, 32)
+    qkv, grad = torch.randn(2, 32, 3 * heads, 32), torch.randn(2, 32, heads, 32)
     mine, plain = (qkv.clone().requires_grad_() for _ in range(2))
     found = attend(mine).float()
     q, k, v = plain.bfloat16().float().transpose(1, 2).split(heads, 1)
@@ -214,7 +214,7 @@ def test_dropout_of_attention():
     chances = (q @ k.transpose(-1, -2) / 32**0.5).masked_fill(hidden, -torch.inf).softmax(-1)
     wanted = (chances * kept @ v).transpose(1, 2)
     for out in (found, wanted):
-        out.backward(slope)
+        out.backward(grad)
     assert (found - wanted).norm() < 0.01 * wanted.norm()
     assert (mine.grad - plain.grad).norm() < 0.01 * plain.grad.norm()
 
@@ -249,19 +249,19 @@ def test_recomputed_and_moved():
     torch.manual_seed(0)
     shape = {"heads": 4, "kv_heads": 2, "head_width": 32}
     network = Transformer(TransformerConfig(width=72, layers=3, hidden=100, max_length=128, **shape))
-    x, slope = torch.randn(4, 100, 72), torch.randn(4, 100, 72)
+    x, grad = torch.randn(4, 100, 72), torch.randn(4, 100, 72)
 
     def gradients() -> list[torch.Tensor]:
         network.zero_grad()
         given = x.clone().requires_grad_()
         with Device("cpu", torch.bfloat16).autocast():
-            network(given).float().backward(slope)
+            network(given).float().backward(grad)
         return [given.grad, *(p.grad for p in network.parameters())]
 
     wanted = gradients()
-    network.recompute(True)
+    network.activation_checkpointing(True)
     assert all(torch.equal(a, b) for a, b in zip(gradients(), wanted, strict=True))
-    network.recompute(False)
+    network.activation_checkpointing(False)
     with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t):
         assert all(torch.equal(a, b) for a, b in zip(gradients(), wanted, strict=True))
     network.bfloat16()

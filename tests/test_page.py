@@ -56,14 +56,14 @@ def browser() -> Iterator[Any]:
 
 
 def write_shop(folder: Path, plait: Callable[..., int]) -> Path:
-    """A run on the histories of buyers; every other product has a picture."""
+    """A run on the histories of buyers; every other product has an image."""
     (folder / "files").mkdir(parents=True)
     rows, goods = ["user,item"], []
     for i, colour in enumerate(["red", "orange", "gold", "green", "teal", "blue", "purple", "brown"]):
-        picture = f"{colour}.png" if i % 2 == 0 else ""
-        if picture:
-            Image.new("RGB", (24, 24), colour).save(folder / "files" / picture)
-        goods.append(json.dumps({"id": f"p{i}", "title": f"A *{colour}* <b>hat</b>", "picture": picture}))
+        image = f"{colour}.png" if i % 2 == 0 else ""
+        if image:
+            Image.new("RGB", (24, 24), colour).save(folder / "files" / image)
+        goods.append(json.dumps({"id": f"p{i}", "title": f"A *{colour}* <b>hat</b>", "image": image}))
         rows += [f"v{i},p{(i + j) % 8}" for j in range(5)]
     (folder / "files" / "interactions.csv").write_text("\n".join(rows) + "\n")
     (folder / "files" / "items.jsonl").write_text("\n".join(goods) + "\n")
@@ -108,7 +108,7 @@ def test_every_tab_does_its_job_and_keys_hold(
         see.set_options(timeout=60_000)
         page.fill("#chat-text textarea", EN[0])
         page.click("#chat-go")
-        page.wait_for_selector("#chat-talk .reply img")  # a model of records answers words with a picture
+        page.wait_for_selector("#chat-talk .reply img")  # a model of records answers words with an image
         page.fill("#chat-text textarea", "<b>*x*</b> [y](z) '&amp;\"")
         page.click("#chat-go")
         see(page.locator("#chat-talk .reply img")).to_have_count(2)

@@ -58,7 +58,7 @@ def test_parts_add_up_to_the_real_network() -> None:
 
 
 def test_gpt3_175b_flops_days_money_and_cache(plan: Callable[..., dict]) -> None:
-    made = plan("--preset", "gpt3-175b", "--gpus", 1024, "--gpu", "a100", "--tflops", 140, "--recompute", "full",
+    made = plan("--preset", "gpt3-175b", "--gpus", 1024, "--gpu", "a100", "--tflops", 140, "--activation-checkpointing", "full",
                 "--price", 3)  # fmt: skip
     run = made["run"]
     assert run["FLOPs, 6 N D"] == pytest.approx(3.14e23, rel=0.01)
@@ -72,13 +72,13 @@ def test_gpt3_175b_flops_days_money_and_cache(plan: Callable[..., dict]) -> None
 
 
 @pytest.mark.parametrize(
-    ("tensor", "sequence", "recompute", "gigabytes"),
+    ("tensor", "sequence", "activation_checkpointing", "gigabytes"),
     [(1, False, "none", 2.869), (8, False, "none", 0.579), (8, True, "none", 0.359), (8, True, "selective", 0.107),
      (8, True, "full", 0.050)],
 )  # fmt: skip
-def test_activations_of_gpt3_175b(tensor: int, sequence: bool, recompute: str, gigabytes: float) -> None:
+def test_activations_of_gpt3_175b(tensor: int, sequence: bool, activation_checkpointing: str, gigabytes: float) -> None:
     config = preset("gpt3-175b").config.backbone
-    found = layer_activations(config, Load(1, 2048, recompute), tensor, sequence)
+    found = layer_activations(config, Load(1, 2048, activation_checkpointing), tensor, sequence)
     assert found / 1e9 == pytest.approx(gigabytes, rel=0.01)
 
 
@@ -112,10 +112,10 @@ def test_a_budget_in_money_days_or_flops(plan: Callable[..., dict]) -> None:
 # --- memory against torch ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("recompute", "rank"), [(False, None), (True, None), (False, 8)])
-def test_a_traced_step_holds_what_torch_allocates(recompute: bool, rank: int | None) -> None:
+@pytest.mark.parametrize(("activation_checkpointing", "rank"), [(False, None), (True, None), (False, 8)])
+def test_a_traced_step_holds_what_torch_allocates(activation_checkpointing: bool, rank: int | None) -> None:
     """The oracle is torch's own profiler of memory, over a real step, from which the peak is added up."""
-    from plait.training.losses import Passes
+    from plait.training.losses import LossModule
     from plait.training.optimizer import make_optimizer
 
     config = preset("tiny").config.model_copy(update={"modalities": {}})
@@ -124,7 +124,7 @@ def test_a_traced_step_holds_what_torch_allocates(recompute: bool, rank: int | N
     if rank:
         model.requires_grad_(False)
         lora.adapt(model.backbone, rank, 16.0)
-    model.backbone.recompute(recompute)
+    model.backbone.set_activation_checkpointing(activation_checkpointing)
     seen = sample_batch(model, 4, 128)
     optimizer = make_optimizer([model], 1e-4, 0.1, (0.9, 0.95))
 
@@ -132,7 +132,7 @@ def test_a_traced_step_holds_what_torch_allocates(recompute: bool, rank: int | N
         from plait.training.batches import Step
 
         nothing = np.zeros(0, np.int64)
-        output = Passes(model, device)(Step([seen], [nothing], nothing), True, False)
+        output = LossModule(model, device)(Step([seen], [nothing], nothing), True, False)
         output.sums["text"].backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -144,7 +144,9 @@ def test_a_traced_step_holds_what_torch_allocates(recompute: bool, rank: int | N
     events.sort(key=lambda event: event.start_ns())
     live = np.cumsum([event.nbytes() for event in events])
     states = sum(p.numel() * (12 if p.requires_grad else 4) for p in model.parameters())
-    assert traced_peak(config, 4, 128, device, recompute, rank) == pytest.approx(states + live.max(), rel=0.05)
+    assert traced_peak(config, 4, 128, device, activation_checkpointing, rank) == pytest.approx(
+        states + live.max(), rel=0.05
+    )
 
 
 def test_low_rank_updates_are_counted(plan: Callable[..., dict]) -> None:
@@ -153,7 +155,16 @@ def test_low_rank_updates_are_counted(plan: Callable[..., dict]) -> None:
     lora.adapt(model.backbone, 8, 16.0)
     assert tiny.updates == sum(p.numel() for p in model.backbone.parameters() if p.requires_grad)
 
-    options = ("--preset", "llama3-8b", "--gpu", "h100", "--data-tokens", 1e8, "--recompute", "selective")
+    options = (
+        "--preset",
+        "llama3-8b",
+        "--gpu",
+        "h100",
+        "--data-tokens",
+        1e8,
+        "--activation-checkpointing",
+        "selective",
+    )
     whole, low = (plan(*options, *more) for more in ((), ("--lora", 16)))
     n, updates = whole["parameters"], low["low-rank updates"]
     kinds = low["layouts"][0]["memory"]
@@ -263,7 +274,18 @@ def test_mistakes_end_in_a_message(
 def test_a_layout_that_cannot_fit_names_the_part_and_a_change_that_fits(
     plait: Plait, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["--preset", "gpt3-175b", "--gpus", "8", "--gpu", "h100", "--layout", "fsdp", "--recompute", "selective"]
+    command = [
+        "--preset",
+        "gpt3-175b",
+        "--gpus",
+        "8",
+        "--gpu",
+        "h100",
+        "--layout",
+        "fsdp",
+        "--activation-checkpointing",
+        "selective",
+    ]
     assert plait("plan", *command) == 1
     told = capsys.readouterr().err
     assert "The largest part is optimizer" in told and "too large by itself" in told
@@ -271,7 +293,7 @@ def test_a_layout_that_cannot_fit_names_the_part_and_a_change_that_fits(
     assert plait("plan", *command, *change) == 0
     tight = ["--preset", "gpt3-2.7b", "--gpus", "8", "--gpu", "h100", "--layout", "fsdp", "--batch", "8"]
     assert plait("plan", *tight) == 1
-    assert "The smallest change that fits: --recompute selective." in capsys.readouterr().err
+    assert "The smallest change that fits: --activation-checkpointing selective." in capsys.readouterr().err
 
 
 def test_what_this_machine_cannot_hold_another_can() -> None:

@@ -31,11 +31,11 @@ from plait.modalities.image_files import decode_image, encode_png
 CORPORA = Path(__file__).parents[2] / "shared" / "corpora"
 
 
-def picture(n: int) -> bytes:
+def make_image(n: int) -> bytes:
     return encode_png(np.random.default_rng(n).integers(0, 256, (6, 8, 3), np.uint8))
 
 
-def sound(n: int, seconds: float = 0.05) -> bytes:
+def make_audio(n: int, seconds: float = 0.05) -> bytes:
     return encode_wav(np.random.default_rng(n).uniform(-0.5, 0.5, int(8000 * seconds)), 8000)
 
 
@@ -62,8 +62,8 @@ def by_id(dataset: Dataset) -> dict[str, dict[str, str | bytes]]:
 def test_metadata_names_media_of_any_kind(tmp_path: Path) -> None:
     source = tmp_path / "in"
     for n in range(4):
-        put(source / f"pics/{n}.png", picture(n))
-        put(source / f"{n}.wav", sound(n))
+        put(source / f"pics/{n}.png", make_image(n))
+        put(source / f"{n}.wav", make_audio(n))
     put(source / "metadata.jsonl", lines(
         {"id": "a", "file_name": "pics/0.png", "voice_file_name": "0.wav", "text": "zero", "split": "train"},
         {"id": "b", "file_name": "pics/1.png", "voice_file_name": None, "text": "", "split": "validation"},
@@ -75,7 +75,10 @@ def test_metadata_names_media_of_any_kind(tmp_path: Path) -> None:
     ) + "{broken\n" + '{"file_name": Infinity}\n')  # fmt: skip
     dataset, rejects = made(source, tmp_path / "out")
     assert dataset.columns == {"image": "image", "voice": "audio", "text": "text"}
-    assert by_id(dataset) == {"a": {"image": picture(0), "voice": sound(0), "text": "zero"}, "b": {"image": picture(1)}}
+    assert by_id(dataset) == {
+        "a": {"image": make_image(0), "voice": make_audio(0), "text": "zero"},
+        "b": {"image": make_image(1)},
+    }
     assert [dataset.record(int(n)).id for n in dataset.indices("val")] == ["b"]
     reasons = {(r["file"], r["line"]): r["reason"] for r in rejects}
     assert "does not exist" in reasons["metadata.jsonl", 3]
@@ -90,17 +93,17 @@ def test_metadata_names_media_of_any_kind(tmp_path: Path) -> None:
 def test_class_folders_same_stem_texts_and_split_folders(tmp_path: Path) -> None:
     source = tmp_path / "in"
     for n, (split, label) in enumerate((s, c) for s in ("train", "test") for c in ("cat", "dog") for _ in range(3)):
-        put(source / split / label / f"{n}.png", picture(n))
+        put(source / split / label / f"{n}.png", make_image(n))
     put(source / "train/cat/0.txt", "a cat\n")
-    put(source / "train/cat/0.wav", sound(1))
-    put(source / "train/cat/bad.png", b"not a picture")
+    put(source / "train/cat/0.wav", make_audio(1))
+    put(source / "train/cat/bad.png", b"not an image")
     put(source / "train/cat/empty.png", b"")
     put(source / "notes.md", "hello")
     (source / "link.png").symlink_to("/etc/hostname")
     dataset, rejects = made(source, tmp_path / "out")
     assert dataset.columns == {"image": "image", "audio": "audio", "text": "text", "label": "text"}
     first = by_id(dataset)["train/cat/0.png"]
-    assert first == {"image": picture(0), "audio": sound(1), "text": "a cat", "label": "cat"}
+    assert first == {"image": make_image(0), "audio": make_audio(1), "text": "a cat", "label": "cat"}
     assert len(dataset.indices("test")) == 6 and len(dataset) == 12
     assert {r["file"] for r in rejects} == {"train/cat/bad.png", "train/cat/empty.png", "notes.md", "link.png"}
     assert dataset.manifest.statistics["label"].classes == {"cat": 6, "dog": 6}
@@ -110,18 +113,18 @@ def test_archives_and_patterns(tmp_path: Path) -> None:
     archive = tmp_path / "digits.zip"
     with zipfile.ZipFile(archive, "w") as file:
         for n in range(6):
-            file.writestr(f"rec/{n % 2}_ann_{n}.wav", sound(n))
-        file.writestr("../evil.wav", sound(9))
-        file.writestr("rec/odd.wav", sound(8))
+            file.writestr(f"rec/{n % 2}_ann_{n}.wav", make_audio(n))
+        file.writestr("../evil.wav", make_audio(9))
+        file.writestr("rec/odd.wav", make_audio(8))
     dataset, rejects = made(archive, tmp_path / "out", pattern=r"(?P<label>\d)_(?P<speaker>[a-z]+)_(?P<index>\d+)\.wav")
-    assert by_id(dataset)["rec/1_ann_3.wav"] == {"audio": sound(3), "label": "1", "speaker": "ann", "index": "3"}
+    assert by_id(dataset)["rec/1_ann_3.wav"] == {"audio": make_audio(3), "label": "1", "speaker": "ann", "index": "3"}
     assert {r["file"] for r in rejects} == {"../evil.wav", "rec/odd.wav"} and len(dataset) == 6
     assert not list((tmp_path / "out").rglob(".unpacked")) and not (tmp_path / "evil.wav").exists()
     with tarfile.open(tmp_path / "c.tar.gz", "w:gz") as packed:
         for n in range(4):
             info = tarfile.TarInfo(f"{'train' if n < 2 else 'test'}/{'ab'[n % 2]}/{n}.png")
-            info.size = len(picture(n))
-            packed.addfile(info, io.BytesIO(picture(n)))
+            info.size = len(make_image(n))
+            packed.addfile(info, io.BytesIO(make_image(n)))
     dataset, _ = made(tmp_path / "c.tar.gz", tmp_path / "out2")
     assert dataset.texts("label") == ["a", "b", "a", "b"] and len(dataset.indices("test")) == 2
 
@@ -129,7 +132,7 @@ def test_archives_and_patterns(tmp_path: Path) -> None:
 def test_a_table_finds_its_media_in_an_archive_beside_it(tmp_path: Path) -> None:
     with zipfile.ZipFile(put(tmp_path / "in/pics.zip", b""), "w") as file:
         for n in range(3):
-            file.writestr(f"{n}.png", picture(n))
+            file.writestr(f"{n}.png", make_image(n))
     with (tmp_path / "in/list.csv").open("w", newline="") as table:
         csv.writer(table).writerows([["file", "caption"], *([f"{n}.png", f"no, {n}\nline"] for n in range(3))])
     dataset, rejects = made(tmp_path / "in", tmp_path / "out")
@@ -140,8 +143,8 @@ def test_a_table_finds_its_media_in_an_archive_beside_it(tmp_path: Path) -> None
 def test_parquet_with_bytes_structs_and_named_classes(tmp_path: Path) -> None:
     info = {"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
     table = pa.table({
-        "image": [{"bytes": picture(n), "path": f"{n}.png"} for n in range(5)],
-        "clip": [sound(n) for n in range(5)],
+        "image": [{"bytes": make_image(n), "path": f"{n}.png"} for n in range(5)],
+        "clip": [make_audio(n) for n in range(5)],
         "label": [0, 1, 1, 0, 1],
         "score": [0.5, float("nan"), 1.0, 2.0, None],
     }).replace_schema_metadata({"huggingface": json.dumps(info)})  # fmt: skip
@@ -155,7 +158,7 @@ def test_parquet_with_bytes_structs_and_named_classes(tmp_path: Path) -> None:
     assert ["score" in record.parts for record in dataset.iterate()].count(False) == 2  # NaN, and null
     assert dataset.manifest.overlap in ({"test/train": 1}, {"test/val": 1})
     record = dataset.record(int(dataset.indices("test")[0]))
-    assert record.parts == {"image": picture(0), "clip": sound(0), "label": "cat", "score": "0.5"}
+    assert record.parts == {"image": make_image(0), "clip": make_audio(0), "label": "cat", "score": "0.5"}
 
 
 def test_a_map_renames_ignores_and_makes_a_record_of_each_element(tmp_path: Path) -> None:
@@ -225,7 +228,7 @@ def test_duplicates_share_a_split_and_are_counted(tmp_path: Path) -> None:
 
 def test_the_same_bytes_whatever_the_number_of_processes(tmp_path: Path) -> None:
     for n in range(40):
-        put(tmp_path / f"in/{'ab'[n % 2]}/{n}.png", picture(n) if n % 7 else b"bad")
+        put(tmp_path / f"in/{'ab'[n % 2]}/{n}.png", make_image(n) if n % 7 else b"bad")
     folders = []
     for workers in (0, 1, 3):
         prepare(tmp_path / "in", tmp_path / f"out{workers}", workers=workers)
@@ -358,7 +361,7 @@ def test_broken_media_of_the_corpora_are_used_or_listed(tmp_path: Path) -> None:
 
 
 def test_the_report_stands_alone(tmp_path: Path) -> None:
-    put(tmp_path / "in/<b>.png", picture(1))
+    put(tmp_path / "in/<b>.png", make_image(1))
     put(tmp_path / "in/<b>.txt", "<script>alert(1)</script>")
     Image.new("RGB", (400, 300)).save(tmp_path / "in/big.jpg")
     made(tmp_path / "in", tmp_path / "out")

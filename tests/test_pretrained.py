@@ -20,7 +20,7 @@ from plait.modalities.audio_files import resample
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 transformers = pytest.importorskip("transformers", reason="pip install plait[huggingface]")
 
-WORDS = ["the cat sat on the mat this is a photo of a dog user describe picture . ? :"] * 3
+WORDS = ["the cat sat on the mat this is a photo of a dog user describe image . ? :"] * 3
 WORDS += [f"word{i}" for i in range(120)]  # so that every id has one
 SPECIALS = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
 TEXT = {
@@ -126,21 +126,21 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def picture() -> Image.Image:
+def make_image() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8))
 
 
-def pixels(picture: Image.Image, folder: Path) -> torch.Tensor:
+def pixels(image: Image.Image, folder: Path) -> torch.Tensor:
     """Resized and normalised by hand, as the folder's preprocessor says."""
     settings = json.loads((folder / "preprocessor_config.json").read_text())
-    small = picture.convert("RGB").resize((32, 32), settings.get("resample", 3))
+    small = image.convert("RGB").resize((32, 32), settings.get("resample", 3))
     values = np.asarray(small, np.float32) / 255
     values = (values - np.array(settings["image_mean"])) / np.array(settings["image_std"])
     return torch.tensor(values, dtype=torch.float32).permute(2, 0, 1)[None]
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip"])
-def test_pictures_and_texts_are_classified_and_embedded(name, folders, picture, tmp_path):
+def test_images_and_texts_are_classified_and_embedded(name, folders, image, tmp_path):
     start = time.monotonic()
     model = load_pretrained(folders[name], device="cpu")
     assert time.monotonic() - start < 5
@@ -151,24 +151,24 @@ def test_pictures_and_texts_are_classified_and_embedded(name, folders, picture, 
     padding = {"padding": "max_length", "max_length": 24} if name == "siglip" else {"padding": True}
     texts = tokenizer([TEMPLATE.format(label) for label in labels], return_tensors="pt", **padding)
     with torch.no_grad():
-        out = reference(**texts, pixel_values=pixels(picture, folders[name]))
+        out = reference(**texts, pixel_values=pixels(image, folders[name]))
     logits = out.logits_per_image[0]
     wanted = logits.sigmoid() if name == "siglip" else logits.softmax(-1)
-    got = model.classify(picture, labels)
+    got = model.classify(image, labels)
     assert [chance for _, chance in got] == sorted((chance for _, chance in got), reverse=True)
     for label, chance in got:
         assert chance == pytest.approx(float(wanted[labels.index(label)]), abs=1e-4)
-    assert model.classify(picture, labels, top=1) == got[:1]
+    assert model.classify(image, labels, top=1) == got[:1]
 
-    picture.save(tmp_path / "picture.png")
-    vectors = model.embed([picture, tmp_path / "picture.png", *(TEMPLATE.format(label) for label in labels)])
+    image.save(tmp_path / "image.png")
+    vectors = model.embed([image, tmp_path / "image.png", *(TEMPLATE.format(label) for label in labels)])
     assert vectors.dtype == np.float32 and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     assert np.allclose(vectors[0], out.image_embeds[0], atol=1e-4) and np.array_equal(vectors[0], vectors[1])
     assert np.allclose(vectors[2:], out.text_embeds, atol=1e-4)
     with pytest.raises(PlaitError, match=r"\w+lip\) cannot transcribe; it can classify and embed"):
         model.transcribe((np.zeros(100), 8000))
     with pytest.raises(PlaitError, match="Name them"):
-        model.classify(picture)
+        model.classify(image)
     with pytest.raises(PlaitError, match=r"nothing\.png: cannot be read"):
         model.classify(tmp_path / "nothing.png", labels)
 
@@ -198,7 +198,7 @@ def test_sentences_are_embedded(folders, tmp_path):
     assert model.embed([]).shape[0] == 0
 
 
-def test_sound_is_transcribed(folders, tmp_path):
+def test_audio_is_transcribed(folders, tmp_path):
     model = load_pretrained(folders["whisper"], device="cpu")
     wave = np.sin(np.arange(16_000) * 0.3).astype(np.float32) * np.linspace(0, 0.5, 16_000, dtype=np.float32)
     reference = transformers.WhisperForConditionalGeneration.from_pretrained(folders["whisper"]).eval()
@@ -222,24 +222,24 @@ def test_sound_is_transcribed(folders, tmp_path):
         model.transcribe(tmp_path / "b.wav")
 
 
-def test_pictures_are_described(folders, picture):
+def test_images_are_described(folders, image):
     t = transformers
     # A captioner.
     model = load_pretrained(folders["pair"], device="cpu")
     tokenizer = t.AutoTokenizer.from_pretrained(folders["pair"])
     reference = t.VisionEncoderDecoderModel.from_pretrained(folders["pair"]).eval()
-    ids = reference.generate(pixel_values=pixels(picture, folders["pair"]), max_new_tokens=10, do_sample=False)[0]
-    assert model.describe(picture, max_new_tokens=10) == tokenizer.decode(ids, skip_special_tokens=True).strip()
+    ids = reference.generate(pixel_values=pixels(image, folders["pair"]), max_new_tokens=10, do_sample=False)[0]
+    assert model.describe(image, max_new_tokens=10) == tokenizer.decode(ids, skip_special_tokens=True).strip()
     with pytest.raises(PlaitError, match="takes no prompt"):
-        model.describe(picture, prompt="what is this ?")
+        model.describe(image, prompt="what is this ?")
 
     # A captioner that a prompt may begin.
     model = load_pretrained(folders["blip"], device="cpu")
     tokenizer = t.AutoTokenizer.from_pretrained(folders["blip"])
     reference = t.BlipForConditionalGeneration.from_pretrained(folders["blip"]).eval()
-    ids = reference.generate(pixel_values=pixels(picture, folders["blip"]), max_new_tokens=10, do_sample=False)[0]
-    assert model.describe(picture, max_new_tokens=10) == tokenizer.decode(ids, skip_special_tokens=True).strip()
-    assert isinstance(model.describe(picture, prompt="a photo of", max_new_tokens=5), str)
+    ids = reference.generate(pixel_values=pixels(image, folders["blip"]), max_new_tokens=10, do_sample=False)[0]
+    assert model.describe(image, max_new_tokens=10) == tokenizer.decode(ids, skip_special_tokens=True).strip()
+    assert isinstance(model.describe(image, prompt="a photo of", max_new_tokens=5), str)
 
     # A chat model: the prompt is its template's, and is not part of the answer.
     model = load_pretrained(folders["llava"], device="cpu")
@@ -250,12 +250,12 @@ def test_pictures_are_described(folders, picture):
     ids = reference.generate(
         input_ids=inputs.input_ids,
         attention_mask=inputs.attention_mask,
-        pixel_values=model.processor.image_processor(picture, return_tensors="pt").pixel_values,
+        pixel_values=model.processor.image_processor(image, return_tensors="pt").pixel_values,
         max_new_tokens=10,
         do_sample=False,
     )[0, inputs.input_ids.shape[1] :]
     wanted = tokenizer.decode(ids, skip_special_tokens=True).strip()
-    assert wanted and model.describe(picture, prompt="this is a cat ?", max_new_tokens=10) == wanted
+    assert wanted and model.describe(image, prompt="this is a cat ?", max_new_tokens=10) == wanted
 
 
 def test_other_language_models_generate(folders):

@@ -14,23 +14,32 @@ from PIL import Image
 
 from plait.core.errors import PlaitError
 from plait.modalities.audio import spectrogram
-from plait.reports.report import Confusion, Exhibit, Findings, Gallery, RunInfo, read_run, write_metrics, write_report
+from plait.reports.report import (
+    Confusion,
+    Findings,
+    Gallery,
+    ReportItem,
+    RunInfo,
+    read_run,
+    write_metrics,
+    write_report,
+)
 
 EVIL = "<script>alert('x')</script>&\"'>"
 
 
-def picture(seed: int) -> bytes:
+def make_image(seed: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(seed).integers(0, 255, (16, 16), np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def sound(seed: int) -> Exhibit:
+def make_audio(seed: int) -> ReportItem:
     buffer = io.BytesIO()
     wave = np.sin(np.arange(4000) * 0.1 * (1 + seed)) * 0.5
     soundfile.write(buffer, wave, 8000, format="WAV", subtype="PCM_16")
     mel = np.sin(np.arange(60)[:, None] / 6 + np.arange(64) / (4 + seed))
-    return Exhibit(EVIL, picture=spectrogram(mel), sound=buffer.getvalue(), right=seed % 3 > 0)
+    return ReportItem(EVIL, image=spectrogram(mel), audio=buffer.getvalue(), right=seed % 3 > 0)
 
 
 def figure(value: float, **more: float | None) -> dict[str, float | None]:
@@ -59,9 +68,9 @@ def findings() -> Findings:
     many = [f"class {i}" for i in range(100)]
     drawn = [
         (
-            Exhibit(text=name),
+            ReportItem(text=name),
             [
-                Exhibit("made", picture(9 * i + j), right=j != 3, beside=Exhibit("nearest", picture(j)))
+                ReportItem("made", make_image(9 * i + j), right=j != 3, beside=ReportItem("nearest", make_image(j)))
                 for j in range(5)
             ],
         )
@@ -73,9 +82,9 @@ def findings() -> Findings:
             Confusion("many", many, np.eye(100, dtype=int) * 5 + np.eye(100, k=1, dtype=int)),
         ],
         [
-            Gallery("Drawn", "Each beside its nearest training picture.", drawn),
-            Gallery("Spoken", "", [(Exhibit(text=labels[i]), [sound(i), sound(i + 1)]) for i in range(2)]),
-            Gallery("Found", "", [(sound(3), [Exhibit("1", picture(i), right=i < 3) for i in range(5)])]),
+            Gallery("Drawn", "Each beside its nearest training image.", drawn),
+            Gallery("Spoken", "", [(ReportItem(text=labels[i]), [make_audio(i), make_audio(i + 1)]) for i in range(2)]),
+            Gallery("Found", "", [(make_audio(3), [ReportItem("1", make_image(i), right=i < 3) for i in range(5)])]),
         ],
         [f"note {EVIL}"],
     )
@@ -160,7 +169,7 @@ def test_a_run_that_was_killed_and_resumed_is_read(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"step": 30, "sp')
     run = read_run(tmp_path)
     assert [(r["step"], r["loss/text"]) for r in run.log] == [(10, 1.0), (20, 0.8)]
-    assert (run.facts["seed"], len(run.rejects), run.manifest["counts"]) == (1, 1, {"train": 4})
+    assert (run.metadata["seed"], len(run.rejects), run.manifest["counts"]) == (1, 1, {"train": 4})
     (tmp_path / "log.jsonl").write_text("{\n{}\n")
     with pytest.raises(PlaitError, match=r"log\.jsonl, line 1"):
         read_run(tmp_path)

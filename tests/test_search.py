@@ -47,11 +47,11 @@ def test_search_is_exact_and_crosses_modalities(index: Path, trained: Path, worl
         least = np.sort(near)[::-1][14]
         names = {r.id for r, n in zip(records, near, strict=True) if n >= least - 1e-6}
         assert {hit.id.rpartition("#")[2] for hit in hits} <= names
-    # Sound and picture were never paired: they meet through their names.
-    pictures = found.search(world / "media" / "1.wav", k=10, where="kind = 'image'", by="vector")
-    assert sum(hit.columns["en"] == EN[1] for hit in pictures) >= 6
-    assert {hit.kind for hit in pictures} == {"image"}
-    assert all(hit.preview and hit.preview[:4] == b"\x89PNG" for hit in pictures)
+    # Audio and image were never paired: they meet through their names.
+    images = found.search(world / "media" / "1.wav", k=10, where="kind = 'image'", by="vector")
+    assert sum(hit.columns["en"] == EN[1] for hit in images) >= 6
+    assert {hit.kind for hit in images} == {"image"}
+    assert all(hit.preview and hit.preview[:4] == b"\x89PNG" for hit in images)
 
 
 def test_words_and_vectors_are_ranked_together(index: Path) -> None:
@@ -200,9 +200,9 @@ def test_search_is_served(index: Path, trained: Path, tmp_path: Path) -> None:
         status, found = server.post("/v1/plait/search", body)
         assert status == 200 and found["index"] == "world" and len(found["data"]) == 6
         assert sum(one["columns"]["en"] == "red bar" for one in found["data"]) >= 4
-        picture = found["data"][0]
-        assert picture["preview"].startswith("data:image/png;base64,") and str(index.parent) not in json.dumps(found)
-        part = {"type": "image_url", "image_url": {"url": picture["preview"]}}
+        image = found["data"][0]
+        assert image["preview"].startswith("data:image/png;base64,") and str(index.parent) not in json.dumps(found)
+        part = {"type": "image_url", "image_url": {"url": image["preview"]}}
         status, again = server.post("/v1/plait/search", {"model": "m", "input": part, "k": 1, "preview": False})
         assert again["data"][0]["similarity"] > 0.9999 and again["data"][0]["preview"] is None
         for wrong, word in [

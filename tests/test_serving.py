@@ -22,7 +22,7 @@ from huggingface_hub import InferenceClient
 from PIL import Image
 
 import plait as api
-from conftest import EN, picture, tone
+from conftest import EN, make_image, tone
 from server import Server, is_error, write_text_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -40,7 +40,7 @@ def server(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 def media() -> tuple[str, str]:
     """(a data: URL of a red bar, base64 of its tone)."""
     rng, buffer = np.random.default_rng(7), io.BytesIO()
-    picture(2, rng).save(buffer, "PNG")
+    make_image(2, rng).save(buffer, "PNG")
     url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
     return url, base64.b64encode(tone(2, rng)).decode()
 
@@ -64,7 +64,7 @@ async def _routes(client: Any, image: str, audio: str, local: Any) -> None:
     assert [model.id for model in (await got(client.models.list())).data] == ["run", "text"]
     assert (await got(client.models.retrieve("run"))).columns["en"] == "text"
 
-    # Chat: what a picture and a sound are called, as the local model says.
+    # Chat: what an image and an audio clip are called, as the local model says.
     see = {"type": "image_url", "image_url": {"url": image}}
     hear = {"type": "input_audio", "input_audio": {"data": audio, "format": "wav"}}
     for part, raw in ((see, image.split(",")[1]), (hear, audio)):
@@ -91,8 +91,8 @@ async def _routes(client: Any, image: str, audio: str, local: Any) -> None:
         audio={"voice": "default", "format": "wav"}, seed=3, n=2,
     ))  # fmt: skip
     messages = [choice.message for choice in drawn.choices]
-    pictures = [_png(message.images[0]["image_url"]["url"].split(",")[1]) for message in messages]
-    for a, b in zip(pictures, local.generate(["red bar"], to="image", n=2, seed=3), strict=True):
+    images = [_png(message.images[0]["image_url"]["url"].split(",")[1]) for message in messages]
+    for a, b in zip(images, local.generate(["red bar"], to="image", n=2, seed=3), strict=True):
         assert np.array_equal(a, np.asarray(b))
     assert soundfile.read(io.BytesIO(base64.b64decode(messages[0].audio.data)))[1] == 8000
     events = await every(await got(client.chat.completions.create(
@@ -100,7 +100,7 @@ async def _routes(client: Any, image: str, audio: str, local: Any) -> None:
         n=2,
     )))  # fmt: skip
     streamed = [c.choices[0].delta.images for c in events if getattr(c.choices[0].delta, "images", None)]
-    for one, wanted in zip(streamed, pictures, strict=True):
+    for one, wanted in zip(streamed, images, strict=True):
         assert np.array_equal(_png(one[0]["image_url"]["url"].split(",")[1]), wanted)
 
     # Completions: several prompts, several samples, a stop, echo.
@@ -139,21 +139,21 @@ async def _routes(client: Any, image: str, audio: str, local: Any) -> None:
         found = await got(client.embeddings.create(model="run", input=inputs, **form))
         assert np.allclose([one.embedding for one in found.data], vectors, atol=1e-5)
 
-    # Pictures and sounds.
+    # Images and audio clips.
     some = await got(client.images.generate(model="run", prompt="red bar", n=2, size="16x16", extra_body={"seed": 3}))
-    assert [np.array_equal(_png(one.b64_json), p) for one, p in zip(some.data, pictures, strict=True)] == [True] * 2
+    assert [np.array_equal(_png(one.b64_json), p) for one, p in zip(some.data, images, strict=True)] == [True] * 2
     events = await every(await got(client.images.generate(
         model="run", prompt="red bar", stream=True, extra_body={"seed": 3}
     )))  # fmt: skip
-    assert np.array_equal(_png(events[0].b64_json), pictures[0]) and events[0].usage.output_tokens
+    assert np.array_equal(_png(events[0].b64_json), images[0]) and events[0].usage.output_tokens
     for form in ("mp3", "wav", "opus", "flac", "pcm"):
         said = await got(client.audio.speech.create(model="run", input="red bar", voice="audio", response_format=form,
                                                     extra_body={"seed": 3}))  # fmt: skip
         assert form == "pcm" or len(soundfile.read(io.BytesIO(said.content))[0])
-    sound = ("a.wav", base64.b64decode(audio), "audio/wav")
-    heard = await got(client.audio.transcriptions.create(model="run", file=sound, language="en"))
+    audio = ("a.wav", base64.b64decode(audio), "audio/wav")
+    heard = await got(client.audio.transcriptions.create(model="run", file=audio, language="en"))
     assert heard.text == local.transcribe(base64.b64decode(audio), column="en")
-    events = await every(await got(client.audio.transcriptions.create(model="run", file=sound, stream=True)))
+    events = await every(await got(client.audio.transcriptions.create(model="run", file=audio, stream=True)))
     assert "".join(e.delta for e in events[:-1]) == events[-1].text == heard.text
 
 
@@ -183,10 +183,10 @@ def test_curl(server: Server, media: tuple[str, str], tmp_path: Path) -> None:
     (tmp_path / "body.json").write_text(json.dumps(body))
     found = curl(f"{server.url}/v1/plait/classify", "--json", f"@{tmp_path / 'body.json'}")
     assert json.loads(found)["data"][0]["label"] in EN
-    (tmp_path / "body.json").write_text(json.dumps({"model": "run", "input": body["input"], "picture": True}))
+    (tmp_path / "body.json").write_text(json.dumps({"model": "run", "input": body["input"], "image": True}))
     found = json.loads(curl(f"{server.url}/v1/plait/explain", "--json", f"@{tmp_path / 'body.json'}"))
     assert found["answer"] in EN and len(found["parts"][0]["weights"]) == 64 and found["areas"]["random_maps"] == 10
-    assert found["picture"].startswith("data:image/png;base64,")
+    assert found["image"].startswith("data:image/png;base64,")
     stream = curl(f"{server.url}/v1/completions", "--json",
                   '{"model":"text","prompt":"a dog","max_tokens":4,"stream":true}').decode()  # fmt: skip
     assert stream.endswith("data: [DONE]\n\n") and 2 <= stream.count("data: ") <= 5

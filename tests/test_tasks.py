@@ -35,8 +35,8 @@ def untrained(data: Path) -> tuple[Model, Dataset]:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
     random, rows = np.random.default_rng(0), []
     (folder / "files").mkdir()
     for i in range(120):
@@ -46,17 +46,17 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(pixels).save(folder / "files" / f"{i}.png")
         name = ["red", "green", "blue"][colour]
         split = ["train", "train", "val", "test"][i // 30]
-        rows.append({"file_name": f"{i}.png", "colour": name, "caption": f"{name} picture {i}", "split": split})
+        rows.append({"file_name": f"{i}.png", "colour": name, "caption": f"{name} image {i}", "split": split})
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "files" / "metadata.jsonl").write_text(lines)
     prepare(folder / "files", folder / "data", workers=1)
     return folder / "data"
 
 
-def test_every_direction_of_pictures_with_labels_and_captions(pictures: Path, tmp_path: Path) -> None:
-    model, dataset = untrained(pictures)
+def test_every_direction_of_images_with_labels_and_captions(images: Path, tmp_path: Path) -> None:
+    model, dataset = untrained(images)
     (image,) = (c for c, kind in dataset.columns.items() if kind == "image")
-    found, findings = evaluate(model, dataset, judge_seconds=0.1, limits=Limits(drawn=6, records=20, written=5))
+    found, findings = evaluate(model, dataset, reference_seconds=0.1, limits=Limits(drawn=6, records=20, written=5))
     directions = {name.rpartition("/")[0] for name in found}
     assert {
         f"recognition/{image}-colour",
@@ -106,8 +106,8 @@ def test_language_agrees_with_the_training_objective(tmp_path: Path) -> None:
     assert found[f"language/{column}/nats_per_token"]["baseline"] < found[f"language/{column}/nats_per_token"]["chance"]
 
 
-def test_a_dataset_of_other_columns_is_refused(pictures: Path, tmp_path: Path) -> None:
-    model, _ = untrained(pictures)
+def test_a_dataset_of_other_columns_is_refused(images: Path, tmp_path: Path) -> None:
+    model, _ = untrained(images)
     (tmp_path / "table.csv").write_text("question,answer\nwhat,this\nwho,that\n" * 5)
     prepare(tmp_path / "table.csv", tmp_path / "data", workers=1)
     with pytest.raises(PlaitError, match="no column of the model"):
@@ -115,7 +115,7 @@ def test_a_dataset_of_other_columns_is_refused(pictures: Path, tmp_path: Path) -
 
 
 def test_figures_without_what_train_has_too(tmp_path: Path) -> None:
-    """Ten of thirty test pictures are train's, five equal and five smaller: the others are the clean ones."""
+    """Ten of thirty test images are train's, five equal and five smaller: the others are the clean ones."""
     rows = []
     for i in range(90):
         train = i - 60 if 60 <= i < 70 else i
@@ -128,7 +128,7 @@ def test_figures_without_what_train_has_too(tmp_path: Path) -> None:
     manifest = prepare(tmp_path, tmp_path / "data", workers=0)
     assert manifest.overlap == {"test/train": 5} and manifest.near_duplicates == {"test/train": 5}
     model, dataset = untrained(tmp_path / "data")
-    found, findings = evaluate(model, dataset, judge_seconds=0.1, limits=Limits(drawn=2, written=30))
+    found, findings = evaluate(model, dataset, reference_seconds=0.1, limits=Limits(drawn=2, written=30))
     assert found["recognition/image-label/accuracy"]["n"] == 30
     names = ["recognition/image-label/accuracy", "transcription/image-caption/cer", "retrieval/image-caption/r_at_5"]
     assert [found[f"{name}_clean"]["n"] for name in names] == [20, 20, 20]

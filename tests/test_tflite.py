@@ -28,15 +28,15 @@ def make(switches: dict) -> Checkpoint:
     levels = {"image": [8, 5, 5, 5]}
     vocabulary = Vocabulary(text=text.size, columns={"caption": "text", "image": "image"}, levels=levels, closers=[])
     settings = {"image": {"levels": levels["image"]}}
-    config = ModelConfig(backbone=backbone, vocabulary=vocabulary, space=16, tied=False, modalities=settings)
+    config = ModelConfig(backbone=backbone, vocabulary=vocabulary, embed_dim=16, tied=False, modalities=settings)
     return Checkpoint(Multimodal(config).eval(), text)
 
 
 def by_definition(model: Multimodal, ids: torch.Tensor) -> np.ndarray:
     """Logits through the model's own rows and head, not through what the export makes of them."""
     with torch.inference_mode():
-        head = model.rows if model.head is None else model.head
-        return (model.backbone(model.rows.table()[ids]) @ head.table().t()).numpy()
+        head = model.token_embedding if model.lm_head is None else model.lm_head
+        return (model.backbone(model.token_embedding.table()[ids]) @ head.table().t()).numpy()
 
 
 @pytest.mark.parametrize("switches", [QWEN3, GPT2])

@@ -1,4 +1,4 @@
-"""Pretrained encoders against transformers itself, on tiny towers with random weights made on the spot."""
+"""Pretrained encoders against transformers itself, on tiny encoders with random weights made on the spot."""
 
 import json
 import os
@@ -13,10 +13,10 @@ from PIL import Image as PILImage
 from safetensors.torch import load_file
 
 import plait as library
-from conftest import picture, write_world
+from conftest import make_image, write_world
 from plait.core.config import SIZES
 from plait.core.errors import PlaitError
-from plait.hf import encoders as towers
+from plait.hf import encoders as hf_encoders
 from plait.modalities.audio import Audio, AudioSettings
 from plait.modalities.audio_files import encode_wav, resample
 from plait.modalities.image import Image, ImageSettings
@@ -37,7 +37,7 @@ SQUARE = {"height": 32, "width": 32}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    t, root = transformers, tmp_path_factory.mktemp("towers")
+    t, root = transformers, tmp_path_factory.mktemp("encoders")
     whisper = t.WhisperConfig(
         vocab_size=120, d_model=32, encoder_layers=2, decoder_layers=1, encoder_attention_heads=2,
         decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=20, max_target_positions=32,
@@ -74,13 +74,13 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 def modality(kind: str, folder: Path, **settings):
     """As training makes it, and its settings as a checkpoint keeps them."""
     overrides = {**settings, "encoder": f"hf:{folder}"}
-    overrides["tower"] = towers.describe(overrides["encoder"], kind).model_dump()
+    overrides["hf_encoder"] = hf_encoders.describe(overrides["encoder"], kind).model_dump()
     if kind == "image":
         made = Image(ImageSettings.sized(32, overrides), 24)
     else:
         made = Audio(AudioSettings.sized(8000, {"seconds": 1.0, **overrides}), 24)
     assert type(made.settings).model_validate(json.loads(made.settings.model_dump_json())) == made.settings
-    towers._fill(made, folder)
+    hf_encoders._fill(made, folder)
     return made.eval()
 
 
@@ -89,26 +89,26 @@ def test_a_vision_tower_sees_what_it_does_in_transformers(name, folders):
     known = {"size": 64} if name == "convnext" else {}
     mine = modality("image", folders[name], **known)
     rng = np.random.default_rng(0)
-    pictures = [PILImage.fromarray(rng.integers(0, 256, (mine.settings.size,) * 2 + (3,), np.uint8)) for _ in range(3)]
+    images = [PILImage.fromarray(rng.integers(0, 256, (mine.settings.size,) * 2 + (3,), np.uint8)) for _ in range(3)]
     theirs = transformers.AutoImageProcessor.from_pretrained(folders[name], backend="pil")
     resized = {"do_resize": False} if name == "registers" else {}
-    wanted = theirs(pictures, return_tensors="pt", **resized).pixel_values
-    values, lengths = mine.batch([mine.sample(p) for p in pictures])
+    wanted = theirs(images, return_tensors="pt", **resized).pixel_values
+    values, lengths = mine.batch([mine.sample(p) for p in images])
     got = mine.encoder.pixels(values)
     assert torch.allclose(got, wanted, atol=1e-5)
     whole = transformers.AutoModel.from_pretrained(folders[name]).eval()
     whole = getattr(whole, "vision_model", whole)
     with torch.no_grad():
         states = whole(pixel_values=wanted).last_hidden_state
-        assert torch.allclose(mine.encoder.tower(pixel_values=got), states, atol=1e-5)
+        assert torch.allclose(mine.encoder.hf_encoder(pixel_values=got), states, atol=1e-5)
         tokens = mine.encoder(values, lengths)
         assert tokens.shape == (3, mine.token_count(1), 24)
         # A place of the grid sees its own patches, and the summary.
         if name == "registers":
             patches = states[:, 5:].view(3, 4, 4, 32).flatten(1, 2)
             both = torch.cat((patches, states[:, :1].expand_as(patches)), -1)
-            by_hand = mine.encoder.out(mine.encoder.norm(both)) + mine.encoder.places
-            assert torch.allclose(tokens, by_hand, atol=1e-5)
+            use_manual_backward = mine.encoder.out(mine.encoder.norm(both)) + mine.encoder.places
+            assert torch.allclose(tokens, use_manual_backward, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["whisper", "wav2vec2", "hubert"])
@@ -142,7 +142,7 @@ def test_an_audio_tower_hears_what_it_does_in_transformers(name, folders):
     whole = transformers.AutoModel.from_pretrained(folders[name]).eval()
     with torch.no_grad():
         states = getattr(whole, "encoder" if name == "whisper" else "forward")(**got).last_hidden_state
-        assert torch.allclose(mine.encoder.tower(**got), states, atol=1e-5)
+        assert torch.allclose(mine.encoder.hf_encoder(**got), states, atol=1e-5)
         tokens = mine.encoder(values, lengths)
         assert tokens.shape == (2, mine.token_count(values.shape[1]), 24)
         alone = mine.encoder(*mine.batch(samples[1:]))
@@ -186,7 +186,7 @@ def test_towers_are_trained_or_not_and_travel_with_the_checkpoint(image, audio, 
     heard = (heard.encoder if audio == "whisper" else heard).state_dict()
     frozen, moved = 0, set()
     for name, value in mine.items():
-        part, _, inner = name.partition(".encoder.tower.network.")
+        part, _, inner = name.partition(".encoder.hf_encoder.network.")
         if part == "modalities.image" and inner and "pooler" not in inner:
             assert torch.equal(seen[inner], value), name
             frozen += 1
@@ -196,26 +196,26 @@ def test_towers_are_trained_or_not_and_travel_with_the_checkpoint(image, audio, 
 
     # From the run alone.
     model = library.load(run, device="cpu")
-    red = picture(0, np.random.default_rng(1))
-    sound = (np.sin(np.arange(1600) * 0.3).astype(np.float32), 8000)
+    red = make_image(0, np.random.default_rng(1))
+    audio = (np.sin(np.arange(1600) * 0.3).astype(np.float32), 8000)
     assert len(model.classify(red, column="en", top=4)) == 4
-    assert len(model.classify(sound, labels=["one", "two"])) == 2
-    assert isinstance(model.transcribe(sound), str)
-    assert np.allclose(np.linalg.norm(model.embed([red, sound, "red disc"]), axis=1), 1, atol=1e-4)
+    assert len(model.classify(audio, labels=["one", "two"])) == 2
+    assert isinstance(model.transcribe(audio), str)
+    assert np.allclose(np.linalg.norm(model.embed([red, audio, "red disc"]), axis=1), 1, atol=1e-4)
     assert len(model.speak("red disc", n=1, best_of=2)) == 1 and len(model.draw("red disc", n=1, best_of=2)) == 1
     card = (run / "checkpoints" / "best" / "README.md").read_text()
     assert f"hf:{sources / image}" in card and "frozen" in card
-    (tmp_path / "a.wav").write_bytes(encode_wav(*sound))
+    (tmp_path / "a.wav").write_bytes(encode_wav(*audio))
     assert plait("classify", run, tmp_path / "a.wav", "--labels", "one,two", "--column", "en") == 0
     if audio == "whisper":
-        assert plait("evaluate", run, "--judge-seconds", 0.5, "--limit", 8) == 0
+        assert plait("evaluate", run, "--reference-seconds", 0.5, "--limit", 8) == 0
 
 
 def test_settings_follow_the_tower_and_the_data():
     rng = np.random.default_rng(0)
     small = PILImage.fromarray(rng.integers(0, 256, (28, 28, 3), np.uint8))
     large = small.resize((500, 400))
-    tower = {"config": {"model_type": "vit"}, "reads": "pixels", "size": 224}
+    hf_encoder = {"config": {"model_type": "vit"}, "reads": "pixels", "size": 224}
 
     def size(image: PILImage.Image, **more: object) -> int:
         import io
@@ -225,7 +225,11 @@ def test_settings_follow_the_tower_and_the_data():
         return ImageSettings.fitted(SIZES["tiny"], [buffer.getvalue()], more).size
 
     assert (size(small), size(large)) == (28, 32)
-    assert (size(small, tower=tower), size(large, tower=tower), size(large, tower=tower, size=64)) == (28, 224, 64)
+    assert (
+        size(small, hf_encoder=hf_encoder),
+        size(large, hf_encoder=hf_encoder),
+        size(large, hf_encoder=hf_encoder, size=64),
+    ) == (28, 224, 64)
 
 
 def test_what_is_no_encoder_is_refused_by_name(folders, tmp_path, plait, capsys):
@@ -257,6 +261,6 @@ def test_what_is_no_encoder_is_refused_by_name(folders, tmp_path, plait, capsys)
         assert message in " ".join(capsys.readouterr().err.split()), encoder
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
     with pytest.raises(PlaitError, match=r"model\.audio\.seconds is 40"):
-        tower = towers.describe(f"hf:{folders['whisper']}", "audio").model_dump()
+        hf_encoder = hf_encoders.describe(f"hf:{folders['whisper']}", "audio").model_dump()
         wave = encode_wav(np.zeros(800, np.float32), 8000)
-        AudioSettings.fitted(SIZES["tiny"], [wave], {"encoder": "hf:x", "tower": tower, "seconds": 40})
+        AudioSettings.fitted(SIZES["tiny"], [wave], {"encoder": "hf:x", "hf_encoder": hf_encoder, "seconds": 40})

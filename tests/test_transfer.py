@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import EN, RECIPE, picture
+from conftest import EN, RECIPE, make_image
 from plait.data.dataset import Chosen, Dataset
 from plait.transfer.report import verdicts
 
@@ -31,7 +31,7 @@ def test_a_study(trained: Path, tmp_path: Path, plait: Callable[..., int], capsy
     (tmp_path / "files").mkdir()
     rows = []
     for i in range(64):
-        picture(i % 4, rng).save(tmp_path / "files" / f"{i}.png")
+        make_image(i % 4, rng).save(tmp_path / "files" / f"{i}.png")
         split = "test" if i >= 48 else "val" if i >= 40 else "train"
         rows.append({"file_name": f"{i}.png", "name": EN[i % 4].replace(" ", "-"), "split": split})
     (tmp_path / "files" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

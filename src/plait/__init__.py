@@ -1,4 +1,4 @@
-"""Plait: one model that reads and writes text, pictures and sound from your own files.
+"""Plait: one model that reads and writes text, images and audio from your own files.
 
 import plait
 model = plait.load("runs/digits")

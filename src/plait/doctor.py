@@ -175,8 +175,8 @@ def _processor() -> list[Finding]:
         found.append(Finding("warn", "threads", f"{text}={max(int(allowed), 1)}"))
     else:
         found.append(Finding("ok", "threads", f"{used}{given}"))
-    found.append(Finding("ok", "generation", f"a step on the processor: {native.chosen(choose_device('cpu'))}"))
-    blocks = in_training.chosen(choose_device("cpu", training=True))
+    found.append(Finding("ok", "generation", f"a step on the processor: {native.backend_name(choose_device('cpu'))}"))
+    blocks = in_training.backend_name(choose_device("cpu", training=True))
     found.append(Finding("ok", "training", f"blocks on the processor: {blocks}"))
     a = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     wrong = float((a @ a - (a.double() @ a.double()).float()).abs().max())
@@ -230,7 +230,7 @@ def _speech() -> Finding:
     try:
         return Finding("ok", "espeak", f"{len(Speech().variants())} voices for the demo")
     except PlaitError as error:
-        return Finding("warn", "espeak", f"{error} Without it the demo has no sound; all else works.")
+        return Finding("warn", "espeak", f"{error} Without it the demo has no audio; all else works.")
 
 
 # --- folders ----------------------------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ def _run(path: Path) -> list[Finding]:
     """Its records, every file of its checkpoints, and which whole checkpoint would be used."""
     found = []
     try:
-        facts = read_run(path).facts
+        facts = read_run(path).metadata
     except PlaitError as error:
         facts = {}
         found.append(Finding("fail", "run", str(error)))

@@ -95,7 +95,7 @@ class Chat:
     def _templated(self, turns: list[Turn], column: str | None) -> Sequence:
         assert self.template is not None
         if any(not isinstance(part, str) for turn in turns for part in turn.parts):
-            raise PlaitError("This model's chat template takes text only. Leave pictures and sounds out.")
+            raise PlaitError("This model's chat template takes text only. Leave images and audio clips out.")
         messages = [(turn.role, "\n".join(turn.parts)) for turn in turns]
         sequence = Sequence().read_ids(self.template.ids(messages), "text")
         return sequence if column is None else sequence.read_ids([self.model.vocabulary.opener(column)])
@@ -145,8 +145,8 @@ class Session:
         self.left_out = 0  # turns that the last prompt had no room for
 
     def attach(self, path: Path, kind: str) -> None:
-        """Put a picture ("image") or a sound ("audio") beside the next message. Raises PlaitError where it cannot be
-        read, or the model reads none."""
+        """Put an image ("image") or an audio clip ("audio") beside the next message. Raises PlaitError where it cannot
+        be read, or the model reads none."""
         column = self.model.column(None, kind, f"read {kind}")
         if not path.is_file():
             raise PlaitError(f"{path} does not exist.")
@@ -174,7 +174,7 @@ class Session:
         self._keep(message, said)
 
     def draw(self, text: str, **options: Unpack[Options]) -> PILImage.Image:
-        """A picture of what a text says, drawn as a turn of the conversation where the model knows turns."""
+        """An image of what a text says, drawn as a turn of the conversation where the model knows turns."""
         column = self.model.column(None, "image", "draw")
         options = self._seeded(options)
         message = Turn("user", [text])
@@ -217,7 +217,7 @@ class Session:
 
 
 def _message_part(part: Any) -> dict[str, Any]:
-    """A part of a turn as OpenAI's messages have it; pictures become PNG where they are no file."""
+    """A part of a turn as OpenAI's messages have it; images become PNG where they are no file."""
     if isinstance(part, str):
         return {"type": "text", "text": part}
     if isinstance(part, PILImage.Image):

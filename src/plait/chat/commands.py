@@ -29,7 +29,7 @@ def chat(
     temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest words.")] = None,
     top_p: Annotated[float | None, typer.Option()] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Of each reply.")] = None,
-    pictures: Annotated[Path, typer.Option(help="Where /draw puts its files.")] = Path(),
+    images: Annotated[Path, typer.Option(help="Where /draw puts its files.")] = Path(),
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
 ) -> None:
@@ -62,7 +62,7 @@ def chat(
         if not line and not session.attached:
             continue
         try:
-            session = _answer(session, line, options, pictures)
+            session = _answer(session, line, options, images)
         except KeyboardInterrupt:  # gives up the reply, not the conversation
             if not asking:
                 raise
@@ -73,7 +73,7 @@ def chat(
             err.print(f"[red]plait:[/red] {plain(str(error))}")
 
 
-def _answer(session: Session, line: str, options: Options, pictures: Path) -> Session:
+def _answer(session: Session, line: str, options: Options, images: Path) -> Session:
     """Obey a line; returns the conversation that goes on."""
     from plait.core.errors import PlaitError
 
@@ -98,7 +98,7 @@ def _answer(session: Session, line: str, options: Options, pictures: Path) -> Se
         err.print(plain(f"Saved: {rest}"))
     elif command == "/draw":
         image = session.draw(rest, seed=options.get("seed", 0))
-        path = next(p for n in range(1, 10**6) if not (p := pictures / f"drawing-{n}.png").exists())
+        path = next(p for n in range(1, 10**6) if not (p := images / f"drawing-{n}.png").exists())
         image.save(path)
         out.print(plain(str(path)))
     else:

@@ -10,54 +10,54 @@ import torch
 
 from plait.chat.sequences import Scribe, sequences
 from plait.evaluation import metrics
-from plait.evaluation.context import Material
+from plait.evaluation.context import EvalContext
 from plait.model.multimodal import IGNORE, Sequence, collate
 from plait.model.objectives import negative_log_likelihood
-from plait.reports.report import Exhibit, Gallery
+from plait.reports.report import Gallery, ReportItem
 
 
-def evaluate_conversations(material: Material, column: str) -> None:
+def evaluate_conversations(eval_context: EvalContext, column: str) -> None:
     """The assistant's turns of a split, each after what was really said before it. The baseline of likelihood counts
     the tokens of train's replies, that of writing always gives train's most common reply."""
-    checkpoint = material.model.checkpoint
+    checkpoint = eval_context.model.checkpoint
     vocabulary, text = checkpoint.model.vocabulary, checkpoint.text
-    found = _read(material, column, material.split, material.limits.records)
+    found = _read(eval_context, column, eval_context.split, eval_context.limits.records)
     if not found:
         return
-    tokens = [token for sequence in _read(material, column, "train", material.limits.records)
+    tokens = [token for sequence in _read(eval_context, column, "train", eval_context.limits.records)
               for token in sequence.targets if token != IGNORE]  # fmt: skip
-    counts = np.ones(vocabulary.spaces["text"][1])
+    counts = np.ones(vocabulary.id_ranges["text"][1])
     np.add.at(counts, tokens, 1)
-    nats, sizes, plain = _likelihood(material, found, -np.log(counts / counts.sum()))
-    value, error = metrics.ratio_with_error(nats, sizes, seed=material.seed)
+    nats, sizes, plain = _likelihood(eval_context, found, -np.log(counts / counts.sum()))
+    value, error = metrics.ratio_with_error(nats, sizes, seed=eval_context.seed)
     chance, n = math.log(len(counts)), int(sizes.sum())
-    material.keep("chat", column, "nats_per_token", value, stderr=error, chance=chance, baseline=plain, n=n)
+    eval_context.keep("chat", column, "nats_per_token", value, stderr=error, chance=chance, baseline=plain, n=n)
 
     turns = [turn for sequence in found for turn in _turns(sequence)]
-    turns = [turns[i] for i in material.chosen(np.arange(len(turns)), material.limits.written)]
+    turns = [turns[i] for i in eval_context.chosen(np.arange(len(turns)), eval_context.limits.written)]
     truth = [text.decode(ids[:-1]) for _, ids in turns]
     stops = {text.decode(ids[-1:]) for _, ids in turns if ids[-1] != vocabulary.end}
-    material.progress(f"chat {column}", 0, len(turns))
-    written = material.model.reply([context for context, _ in turns], stop=sorted(stops))
+    eval_context.progress(f"chat {column}", 0, len(turns))
+    written = eval_context.model.reply([context for context, _ in turns], stop=sorted(stops))
     same = np.array([a.strip() == b.strip() for a, b in zip(truth, written, strict=True)])
-    train = [text.decode(ids[:-1]) for sequence in _read(material, column, "train", material.limits.records)
+    train = [text.decode(ids[:-1]) for sequence in _read(eval_context, column, "train", eval_context.limits.records)
              for _, ids in _turns(sequence)]  # fmt: skip
     everyday = Counter(train).most_common(1)[0][0] if train else ""
-    value, error = metrics.mean_with_error(same, seed=material.seed)
+    value, error = metrics.mean_with_error(same, seed=eval_context.seed)
     fixed = float(np.mean([reply == everyday for reply in truth]))
-    material.keep("chat", column, "exact", value, stderr=error, baseline=fixed, n=len(same))
+    eval_context.keep("chat", column, "exact", value, stderr=error, baseline=fixed, n=len(same))
     rows = [
-        (Exhibit(text=text.decode([id for id in context.ids if id < vocabulary.text])),
-         [Exhibit("truth", text=one), Exhibit("written", text=other, right=bool(right))])
+        (ReportItem(text=text.decode([id for id in context.ids if id < vocabulary.text])),
+         [ReportItem("truth", text=one), ReportItem("written", text=other, right=bool(right))])
         for (context, _), one, other, right in list(zip(turns, truth, written, same, strict=True))[:8]
     ]  # fmt: skip
-    material.findings.galleries.append(Gallery(f"Written: {column}", "The first of the test, none chosen.", rows))
+    eval_context.findings.galleries.append(Gallery(f"Written: {column}", "The first of the test, none chosen.", rows))
 
 
-def _read(material: Material, column: str, split: str, most: int) -> list[Sequence]:
+def _read(eval_context: EvalContext, column: str, split: str, most: int) -> list[Sequence]:
     """The conversations of a split as training sees them, with nothing written but text."""
-    model, dataset = material.model.checkpoint.model, material.dataset
-    indices = material.chosen(dataset.indices(split), most)
+    model, dataset = eval_context.model.checkpoint.model, eval_context.dataset
+    indices = eval_context.chosen(dataset.indices(split), most)
     found: list[Sequence] = []
     for record in dataset.iterate(indices):
         value = record.parts.get(column)
@@ -73,23 +73,23 @@ def _read(material: Material, column: str, split: str, most: int) -> list[Sequen
             return model.media[dataset.columns[name]].token_count(len(samples[name])) + 2
 
         context = model.config.backbone.max_length
-        scribe = Scribe(material.model.checkpoint.text, model.vocabulary, context, size)
+        scribe = Scribe(eval_context.model.checkpoint.text, model.vocabulary, context, size)
         found += sequences(scribe.conversation(0, value), model.vocabulary, model.media, samples, {})
     return found
 
 
 @torch.no_grad()
 def _likelihood(
-    material: Material, found: list[Sequence], surprise: np.ndarray
+    eval_context: EvalContext, found: list[Sequence], surprise: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """(nats, tokens) by sequence, and the nats a token of a `surprise` (V,) that knows frequencies alone."""
-    model = material.model.checkpoint.model
-    rows = model.predicting.space("text")
+    model = eval_context.model.checkpoint.model
+    rows = model.output_embedding.of_type("text")
     nats, sizes, plain = np.zeros(len(found)), np.zeros(len(found)), 0.0
     order = np.argsort([len(sequence) for sequence in found], kind="stable")
     for start in range(0, len(order), 32):
         places = order[start : start + 32]
-        batch = collate([found[i] for i in places], model.media, model.vocabulary.pad).to(material.device)
+        batch = collate([found[i] for i in places], model.media, model.vocabulary.pad).to(eval_context.device)
         wanted = batch.targets != IGNORE
         loss = negative_log_likelihood(model(batch)[wanted], rows, batch.targets[wanted]).cpu().numpy()
         owner = places[wanted.nonzero()[:, 0].cpu().numpy()]

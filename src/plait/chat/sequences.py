@@ -62,7 +62,7 @@ class Scribe:
     def _templated(self, turns: list[tuple[str, chat.Turn]]) -> list[Said]:
         assert self.template is not None
         if any(kind != "text" for _, turn in turns for kind, _ in turn.parts):
-            raise PlaitError("The chat template of init_from takes text only. Leave pictures and sounds out.")
+            raise PlaitError("The chat template of init_from takes text only. Leave images and audio clips out.")
         messages = [(role, "\n".join(content for _, content in turn.parts)) for role, turn in turns]
         first = 1 if messages and messages[0][0] == "system" else 0
         pieces = self.template.script(messages)
@@ -108,7 +108,7 @@ def sequences(
                 if written is not None:
                     fork = Sequence() if alone else _copy(main)
                     closer = [vocabulary.closer(modality.name)] if modality.variable_length else []
-                    ids = (written + vocabulary.spaces[modality.name][0]).tolist()
+                    ids = (written + vocabulary.id_ranges[modality.name][0]).tolist()
                     yield fork.read_ids([opener]).write([*ids, *closer, vocabulary.end])
                 main.read_media(modality, opener, samples[part], vocabulary.pad)
             elif turn.written:

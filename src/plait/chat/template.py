@@ -1,7 +1,7 @@
 """Conversations: the tokens of their turns, or the chat template that an imported model brings.
 
 Of our own a turn is `<|user|>`, what was said, and the end; a reply begins after `<|assistant|>`. These are tokens of
-the vocabulary that no text can spell. Pictures and sounds stand in their place, as in any sequence.
+the vocabulary that no text can spell. Images and audio clips stand in their place, as in any sequence.
 """
 
 from __future__ import annotations

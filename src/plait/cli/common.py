@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="plait",
-    help="One model that reads and writes text, pictures and sound from your own files.",
+    help="One model that reads and writes text, images and audio from your own files.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -135,10 +135,10 @@ def existing(path: Path) -> Path:
 
 
 def note_windows(model: Model | Pretrained, value: str | Path) -> None:
-    """Say so where a sound is longer than the model reads at once."""
+    """Say so where an audio clip is longer than the model reads at once."""
     from plait.inference.model import Model as OurModel
 
-    if isinstance(value, Path) and isinstance(model, OurModel) and (count := model.passes(value)) > 1:
+    if isinstance(value, Path) and isinstance(model, OurModel) and (count := model.window_count(value)) > 1:
         text = f"{value} is longer than this model reads at once; it is read in {count} windows that overlap by half."
         err.print(f"[yellow]Note:[/yellow] {plain(text)}")
 

@@ -1,6 +1,6 @@
 """The demo's data, written as ordinary files: handwritten digits, their names in two languages, and spoken names.
 
-The pictures are scikit-learn's copy of the UCI handwritten digits, 8x8, shown at 16x16. The sounds are made here by
+The images are scikit-learn's copy of the UCI handwritten digits, 8x8, shown at 16x16. The audio clips are made here by
 voices of eSpeak NG; the voices of val and test do not occur in train.
 """
 
@@ -83,7 +83,7 @@ class Speech:
         return wave[max(loud[0] - margin, 0) : loud[-1] + margin]
 
 
-def write_pictures(folder: Path) -> Iterator[dict[str, str]]:
+def write_images(folder: Path) -> Iterator[dict[str, str]]:
     """Write the digits as PNG; yields a metadata row for each."""
     from sklearn.datasets import load_digits
 
@@ -91,18 +91,18 @@ def write_pictures(folder: Path) -> Iterator[dict[str, str]]:
     draw = uniform(SEED, np.arange(len(digits.target)))
     order = np.empty(len(draw))
     order[np.argsort(draw)] = np.arange(len(draw)) / len(draw)
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
     for i, (pixels, digit) in enumerate(zip(digits.images, digits.target, strict=True)):
         split = "test" if order[i] < 0.2 else "val" if order[i] < 0.28 else "train"
-        name = f"pictures/{i:04d}.png"
+        name = f"images/{i:04d}.png"
         small = Image.fromarray((pixels * 255 / 16).round().astype(np.uint8))
         small.resize((16, 16), Image.Resampling.BICUBIC).save(folder / name)
         yield {"image_file_name": name, **{lang: NAMES[lang][digit] for lang in NAMES}, "split": split}
 
 
-def write_sounds(folder: Path, speech: Speech) -> Iterator[dict[str, str]]:
+def write_clips(folder: Path, speech: Speech) -> Iterator[dict[str, str]]:
     """Write the spoken names as WAV; yields a metadata row for each."""
-    (folder / "sounds").mkdir(parents=True, exist_ok=True)
+    (folder / "audio").mkdir(parents=True, exist_ok=True)
     variants = speech.variants()
     order = np.argsort(uniform(SEED, np.arange(len(variants)), 1))
     for rank, index in enumerate(order[:60]):
@@ -116,18 +116,19 @@ def write_sounds(folder: Path, speech: Speech) -> Iterator[dict[str, str]]:
                     wave = speech.speak(text, voice, speed, pitch)
                     if len(wave) < speech.rate // 10:
                         continue  # some variants whisper below what can be heard
-                    name = f"sounds/{lang}-{variants[index].replace(' ', '_')}-{take}-{digit}.wav"
+                    name = f"audio clips/{lang}-{variants[index].replace(' ', '_')}-{take}-{digit}.wav"
                     (folder / name).write_bytes(encode_wav(resample(wave, speech.rate, RATE), RATE))
                     yield {"audio_file_name": name, lang: text, "split": split}
 
 
 def write_demo(folder: Path, tell: Callable[[str], None]) -> None:
-    """Write pictures, sounds and `metadata.jsonl`; without speech synthesis, says so and leaves the sounds out."""
+    """Write images, audio clips and `metadata.jsonl`; without speech synthesis, says so and leaves the audio clips
+    out."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = list(write_pictures(folder))
+    rows = list(write_images(folder))
     try:
-        rows += write_sounds(folder, Speech())
+        rows += write_clips(folder, Speech())
     except PlaitError as error:
-        tell(f"{error} Going on with text and pictures.")
+        tell(f"{error} Going on with text and images.")
     with (folder / "metadata.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -21,7 +21,7 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="Another dataset than the run's own.")] = None,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
     limit: Annotated[int | None, typer.Option(help="Records a task, at most.")] = None,
-    judge_seconds: Annotated[float, typer.Option(help="Time to train the judge of drawings and speech.")] = 15.0,
+    reference_seconds: Annotated[float, typer.Option(help="Time to train the judge of drawings and speech.")] = 15.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print metrics.json.")] = False,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
@@ -30,7 +30,7 @@ def evaluate(
 
     Example: plait evaluate runs/photos
     """
-    metrics = _evaluate(run, data, split, limit, judge_seconds, seed, device)
+    metrics = _evaluate(run, data, split, limit, reference_seconds, seed, device)
     if as_json:
         out.print_json(data=metrics)
         return
@@ -39,7 +39,7 @@ def evaluate(
 
 
 def _evaluate(
-    run: Path, data: str | None, split: str, limit: int | None, judge_seconds: float, seed: int, device: str
+    run: Path, data: str | None, split: str, limit: int | None, reference_seconds: float, seed: int, device: str
 ) -> dict[str, Any]:
     from plait.core.errors import PlaitError
     from plait.core.files import read_json
@@ -67,7 +67,7 @@ def _evaluate(
             return _keep(run, data, metrics, findings)
         limits = Limits() if limit is None else Limits(records=limit)
         metrics, findings = measure(
-            model, dataset, split, seed=seed, limits=limits, judge_seconds=judge_seconds, progress=bar
+            model, dataset, split, seed=seed, limits=limits, reference_seconds=reference_seconds, progress=bar
         )
     return _keep(run, data, metrics, findings)
 
@@ -99,7 +99,7 @@ def demo(
 
     begun = time.monotonic()
     if not (run / "data" / "manifest.json").is_file():
-        out.print(f"Writing pictures and sounds as ordinary files: {run / 'files'}")
+        out.print(f"Writing images and sounds as ordinary files: {run / 'files'}")
         write_demo(run / "files", lambda text: err.print(f"[yellow]Note:[/yellow] {plain(text)}"))
         show_manifest(prepare_files(run / "files", run / "data", load_recipe(None).data), run / "data")
     recipe = load_recipe(None, {"training": {"minutes": minutes, "seed": seed}})
@@ -107,12 +107,12 @@ def demo(
     metrics = _evaluate(run, None, "test", None, 15.0, seed, device)
     show_metrics({name: value for name, value in metrics.items() if name in _demo_figures(metrics)})
     out.print(f"\n{time.monotonic() - begun:.0f} s in all. All figures: {run / 'metrics.json'}")
-    out.print(f"Report, with pictures and sounds: {run / 'report.html'}\n\nTry next:")
+    out.print(f"Report, with images and audio clips: {run / 'report.html'}\n\nTry next:")
     out.print(f"  plait draw {run} three -n 16 -o threes.png", f"  plait speak {run} seven -o seven.wav", sep="\n")
-    out.print(f"  plait classify {run} {run}/files/pictures/0003.png")
-    sound = next(iter(sorted((run / "files" / "sounds").glob("en-*"))), None)
-    if sound:
-        out.print(f"  plait transcribe {run} {sound} --column en")
+    out.print(f"  plait classify {run} {run}/files/images/0003.png")
+    audio = next(iter(sorted((run / "files" / "audio").glob("en-*"))), None)
+    if audio:
+        out.print(f"  plait transcribe {run} {audio} --column en")
 
 
 def _demo_figures(metrics: dict[str, Any]) -> list[str]:

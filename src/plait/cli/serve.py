@@ -45,7 +45,7 @@ def serve(
 
         raise PlaitError(f"Serving needs {error.name}. Run: pip install 'plait[serve]'.") from None
     from plait.core.device import choose_device
-    from plait.kernels.generation import chosen
+    from plait.kernels.generation import backend_name
 
     if ui and importlib.util.find_spec("gradio") is None:
         from plait.core.errors import PlaitError
@@ -64,7 +64,7 @@ def serve(
         precision=precision, indexes=index, ui=ui, limits=limits,
         tell=lambda url: out.print(
             f"Serving at {url}/v1 {f'with a page at {url} ' if ui else ''}(Ctrl-C stops)\n"
-            f"A step of generation: {chosen(choose_device(device, precision))}"
+            f"A step of generation: {backend_name(choose_device(device, precision))}"
         ),
     )  # fmt: skip
 

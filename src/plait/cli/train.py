@@ -121,7 +121,7 @@ def train(
         int, typer.Option(min=1, help="So many processes on this machine, as torchrun would start them.")
     ] = 1,
     parallel: Annotated[str | None, typer.Option(help="ddp, or fsdp: the backbone's blocks sharded.")] = None,
-    accumulate: Annotated[int | None, typer.Option(help="Compute each batch in so many parts.")] = None,
+    grad_accum_steps: Annotated[int | None, typer.Option(help="Compute each batch in so many parts.")] = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Train a model. Ctrl-C and SIGTERM leave a usable run, and the same command goes on from it, with as many
@@ -137,15 +137,15 @@ def train(
 
     training = {
         "minutes": minutes, "steps": steps, "seed": seed, "batch_size": batch_size, "learning_rate": learning_rate,
-        "save_every": save_every, "parallel": parallel, "accumulate": accumulate, "canaries": canaries,
+        "save_every": save_every, "parallel": parallel, "grad_accum_steps": grad_accum_steps, "canaries": canaries,
         "freeze": freeze.split(",") if freeze else None, "replay": _shares(replay),
     }  # fmt: skip
     settings = load_recipe(recipe, {"model": {"size": size, "init_from": init_from}, "training": training})
     if lora and settings.training.lora is None:
         settings.training.lora = LoraRecipe()
     with distributed.processes() as group:
-        out.quiet = err.quiet = not group.first
-        with group.in_turn():
+        out.quiet = err.quiet = not group.is_main
+        with group.main_first():
             prepared = _dataset(dataset, run, settings)
         train_run(prepared, run, settings, device, allow_changes, group)
     out.print(f"Next: plait evaluate {run}")
@@ -188,7 +188,7 @@ def train_run(
             how = "Stopped by SIGTERM" if isinstance(stop, Terminated) else "Stopped"
             err.print(f"\n{how}. {state}; the same command goes on from there: {run}")
             raise
-    if group is None or group.first:
+    if group is None or group.is_main:
         write_report(run / "report.html", {}, Findings(), read_run(run, dataset.path))
         out.print(plain(describe(run)))
 
@@ -243,7 +243,7 @@ def tune(
         str,
         typer.Option(
             help="What to tune, with commas: learning_rate, batch_size, width, layers, dropout, weight_decay, warmup, "
-            "drop_condition, weights, guards (against over-fitting); a range of one's own as learning_rate=0.0001:0.01."
+            "cond_dropout, weights, guards (against over-fitting); a range of one's own as learning_rate=0.0001:0.01."
         ),
     ] = "learning_rate,batch_size",
     minutes: Annotated[float | None, typer.Option(help="The time of each trial.")] = None,

@@ -58,15 +58,15 @@ def generate(
 @app.command()
 def classify(
     model: ModelArgument,
-    files: Annotated[list[str], typer.Argument(help="Pictures or recordings, or texts.")],
+    files: Annotated[list[str], typer.Argument(help="Images or recordings, or texts.")],
     labels: Annotated[str | None, typer.Option(help="Choose between these, with commas.")] = None,
     column: Annotated[str | None, typer.Option(help="Answer in this text column.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Answers to show.")] = 3,
     device: DeviceOption = "auto",
 ) -> None:
-    """Name what is in a picture or a recording, with probabilities.
+    """Name what is in an image or a recording, with probabilities.
 
-    Example: plait classify runs/demo runs/demo/files/pictures/0003.png
+    Example: plait classify runs/demo runs/demo/files/images/0003.png
     """
     loaded = load(model, device)
     wanted = [label.strip() for label in labels.split(",")] if labels else None
@@ -80,13 +80,13 @@ def classify(
 @app.command()
 def describe(
     model: ModelArgument,
-    files: Annotated[list[Path], typer.Argument(help="Pictures.")],
+    files: Annotated[list[Path], typer.Argument(help="Images.")],
     column: Annotated[str | None, typer.Option(help="Write into this text column.")] = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Say in words what is in a picture.
+    """Say in words what is in an image.
 
-    Example: plait describe runs/demo runs/demo/files/pictures/0003.png --column zh
+    Example: plait describe runs/demo runs/demo/files/images/0003.png --column zh
     """
     loaded = load(model, device)
     for file in files:
@@ -114,23 +114,23 @@ def transcribe(
 def draw(
     model: ModelArgument,
     texts: Annotated[list[str], typer.Argument(help="What to draw; each text gets a row.")],
-    n: Annotated[int, typer.Option("-n", min=1, help="Pictures of each; more than one make a contact sheet.")] = 1,
+    n: Annotated[int, typer.Option("-n", min=1, help="Images of each; more than one make a contact sheet.")] = 1,
     best_of: Annotated[int | None, typer.Option(help="Draw so many for each, keep those nearest to the text.")] = None,
     guidance: Annotated[float | None, typer.Option(help="How strongly the text rules; 1 is not at all more.")] = None,
     seed: SeedOption = 0,
     out_file: Annotated[Path, typer.Option("-o", "--out", help="A PNG file.")] = Path("drawing.png"),
     device: DeviceOption = "auto",
 ) -> None:
-    """Draw pictures of texts.
+    """Draw images of texts.
 
     Example: plait draw runs/demo "three" -n 16 -o threes.png
     """
     from plait.search.contact_sheet import contact_sheet
 
     loaded = load(model, device)
-    pictures = [p for text in texts for p in loaded.draw(text, n=n, best_of=best_of, guidance=guidance, seed=seed)]
-    write(out_file, contact_sheet(pictures, n if len(texts) > 1 else None))
-    out.print(f"{len(pictures)} drawn: {out_file}")
+    images = [p for text in texts for p in loaded.draw(text, n=n, best_of=best_of, guidance=guidance, seed=seed)]
+    write(out_file, contact_sheet(images, n if len(texts) > 1 else None))
+    out.print(f"{len(images)} drawn: {out_file}")
 
 
 @app.command()
@@ -150,19 +150,19 @@ def speak(
 
     wave, rate = load(model, device).speak(text, n=1, guidance=guidance, seed=seed)[0]
     write(out_file, encode_wav(wave, rate))
-    out.print(f"{len(wave) / rate:.2f} s of sound: {out_file}")
+    out.print(f"{len(wave) / rate:.2f} s of audio: {out_file}")
 
 
 @app.command()
 def embed(
     model: ModelArgument,
-    inputs: Annotated[list[str], typer.Argument(help="Texts, pictures and recordings.")],
+    inputs: Annotated[list[str], typer.Argument(help="Texts, images and recordings.")],
     out_file: Annotated[Path | None, typer.Option("-o", "--out", help="A .npy file; default: JSON lines.")] = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Place texts, pictures and sounds in one space.
+    """Place texts, images and audio clips in one space.
 
-    Example: plait embed runs/demo "three" runs/demo/files/pictures/0003.png
+    Example: plait embed runs/demo "three" runs/demo/files/images/0003.png
     """
     import io
     import json
@@ -197,7 +197,7 @@ def export(
     """
     from plait.core.errors import PlaitError
     from plait.hf.export import export_onnx, export_transformers
-    from plait.hf.export_constraints import settle
+    from plait.hf.export_constraints import add_export_constraints
     from plait.hf.tflite import export_tflite
     from plait.inference.model import Model as OurModel
 
@@ -217,7 +217,7 @@ def export(
         )
     if loaded.checkpoint.catalogue is not None:
         raise PlaitError(f"{model} knows histories of items, which no other program reads; nothing is written.")
-    worst = formats[to](settle(loaded.checkpoint, loaded.engine), out_folder)
+    worst = formats[to](add_export_constraints(loaded.checkpoint, loaded.engine), out_folder)
     if isinstance(worst, float):
         out.print(f"Compared: logits within {worst:.1e} of ours")
     out.print(f"Written: {out_folder}")

@@ -16,7 +16,7 @@ class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
 
-ITEM_COLUMNS = ("user", "item", "time", "weight", "id", "title", "text", "categories", "picture", "sound")
+ITEM_COLUMNS = ("user", "item", "time", "weight", "id", "title", "text", "categories", "image", "audio")
 
 
 class ItemsRecipe(_Settings):
@@ -24,7 +24,7 @@ class ItemsRecipe(_Settings):
 
     interactions: str | None = None  # file of the source; found by itself where there is one
     items: str | None = None  # likewise, the table of the items
-    columns: dict[str, str] = {}  # user, item, time, weight; id, title, text, categories, picture, sound -> column
+    columns: dict[str, str] = {}  # user, item, time, weight; id, title, text, categories, image, audio -> column
     split: Literal["leave-one-out", "time"] = "leave-one-out"
     least_weight: float | None = None  # interactions of less are left out
     untested: str | None = None  # FILE:COLUMN of a table of users; those marked 1 or true are learnt from alone
@@ -79,7 +79,7 @@ class ModelRecipe(_Settings):
     image: dict[str, Any] = {}  # overrides of modalities.image.ImageSettings
     audio: dict[str, Any] = {}  # overrides of modalities.audio.AudioSettings
     item: ItemModelRecipe = ItemModelRecipe()
-    space: int | None = Field(None, ge=0)
+    embed_dim: int | None = Field(None, ge=0)
     tied: bool | None = None
 
 
@@ -98,16 +98,18 @@ class TrainingRecipe(_Settings):
     batch_size: int | None = Field(None, ge=2)  # records, or windows of text
     learning_rate: float | None = Field(None, gt=0)
     codec_learning_rate: float = Field(3e-3, gt=0)
-    tower_rate: float = Field(0.05, gt=0)  # of pretrained encoders that are trained, as a share of the learning rate
+    encoder_lr_scale: float = Field(
+        0.05, gt=0
+    )  # of pretrained encoders that are trained, as a share of the learning rate
     warmup: float = Field(0.04, ge=0, lt=1)  # share of the steps
     weight_decay: float = Field(0.05, ge=0)
-    clip: float = Field(1.0, gt=0)
+    grad_clip: float = Field(1.0, gt=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)  # share of each target spread over what is possible there
     ema: float | None = Field(None, gt=0, lt=1)  # decay of an average of the weights, which is then what is used
     betas: tuple[float, float] = (0.9, 0.98)
     weights: dict[str, float] = {}  # of objectives: text, image, audio (1), contrastive (.5); 0, also of a column: read
-    drop_condition: float = Field(0.1, ge=0, lt=1)  # share of samples written without their condition
-    unrestricted: float = Field(0.05, ge=0, le=1)  # share of steps whose softmax runs over the whole vocabulary
+    cond_dropout: float = Field(0.1, ge=0, lt=1)  # share of samples written without their condition
+    full_softmax_prob: float = Field(0.05, ge=0, le=1)  # share of steps whose softmax runs over the whole vocabulary
     freeze: list[str] = []  # parts of init_from: encoder, encoder.image, encoder.audio, backbone, rows
     lora: LoraRecipe | None = None
     replay: dict[str, float] = {}  # further prepared datasets -> the share of every batch that comes from each
@@ -115,9 +117,9 @@ class TrainingRecipe(_Settings):
     augment_targets: bool | None = None  # also what is written; by itself where a modality has few samples
     validations: int = Field(20, ge=1)  # in a run
     patience: int = Field(6, ge=1)  # validations without improvement before stopping
-    accumulate: int = Field(1, ge=1)  # parts of a batch that are computed one after the other, to save memory
+    grad_accum_steps: int = Field(1, ge=1)  # parts of a batch that are computed one after the other, to save memory
     parallel: Literal["ddp", "fsdp"] = "ddp"  # many processes: a whole model each, or the backbone's blocks sharded
-    recompute: bool = False  # the backbone's activations in the backward pass, to save memory
+    activation_checkpointing: bool = False  # the backbone's activations in the backward pass, to save memory
     save_every: int | None = Field(None, ge=1)  # steps; by itself at every validation
     keep: int = Field(2, ge=1)  # newest checkpoints, beside the best of each
     keep_every: int | None = Field(None, ge=1)  # steps whose multiples are kept too, where they were saved
@@ -162,8 +164,8 @@ class Size(BaseModel):
     heads: int
     hidden: int
     context: int
-    picture: int  # side in pixels; smaller pictures keep their own
-    rate: int  # of sound, Hz
+    image: int  # side in pixels; smaller images keep their own
+    rate: int  # of audio, Hz
     seconds: float  # longest clip
     vocabulary: int
     batch_size: int
@@ -173,19 +175,19 @@ class Size(BaseModel):
 
 SIZES = {
     "tiny": Size(
-        width=128, layers=4, heads=4, hidden=352, context=512, picture=32, rate=8000, seconds=1.6,
+        width=128, layers=4, heads=4, hidden=352, context=512, image=32, rate=8000, seconds=1.6,
         vocabulary=512, batch_size=32, learning_rate=2e-3, minutes=3,
     ),
     "small": Size(
-        width=256, layers=6, heads=4, hidden=704, context=1024, picture=64, rate=16000, seconds=5,
+        width=256, layers=6, heads=4, hidden=704, context=1024, image=64, rate=16000, seconds=5,
         vocabulary=4096, batch_size=32, learning_rate=1e-3, minutes=30,
     ),
     "base": Size(
-        width=512, layers=8, heads=8, hidden=1408, context=2048, picture=128, rate=16000, seconds=10,
+        width=512, layers=8, heads=8, hidden=1408, context=2048, image=128, rate=16000, seconds=10,
         vocabulary=16384, batch_size=64, learning_rate=6e-4, minutes=600,
     ),
     "large": Size(
-        width=1024, layers=16, heads=16, hidden=2816, context=4096, picture=256, rate=24000, seconds=20,
+        width=1024, layers=16, heads=16, hidden=2816, context=4096, image=256, rate=24000, seconds=20,
         vocabulary=32768, batch_size=128, learning_rate=3e-4, minutes=6000,
     ),
 }  # fmt: skip

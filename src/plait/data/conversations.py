@@ -1,7 +1,7 @@
 """Conversations in the shape of OpenAI's chat completions, as parts of a record.
 
 `messages` becomes one part of text: JSON that keeps the turns, their roles and the order of what is in them, where a
-picture or a sound is named by the column that holds it:
+image or an audio clip is named by the column that holds it:
 
     [{"role": "user", "content": [{"type": "text", "text": "What is this?"}, {"type": "image", "column": "image"}]},
      {"role": "assistant", "content": "A cat."}]
@@ -57,7 +57,7 @@ def flatten(
 
     def place(kind: str, value: bytes | str) -> dict[str, str]:
         if len(media) == _MEDIA_MOST:
-            raise ValueError(f"more than {_MEDIA_MOST} pictures and sounds in one conversation")
+            raise ValueError(f"more than {_MEDIA_MOST} images and audio clips in one conversation")
         names = (kind if n == 1 else f"{kind}_{n}" for n in range(1, 2 * _MEDIA_MOST + len(taken)))
         name = next(name for name in names if name not in taken and name not in media)
         media[name] = medium(kind, value)

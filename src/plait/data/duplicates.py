@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from plait.data.fingerprints import PERMUTATIONS
-from plait.data.near import Pairs, near_images, near_sounds, near_texts
+from plait.data.near import Pairs, near_audio, near_images, near_texts
 from plait.data.record import SPLITS
 from plait.modalities.image_files import PRINT
 from plait.modalities.media import MEDIA
@@ -131,7 +131,7 @@ def _near(kind: str, prints: list[bytes]) -> Pairs:
     if comparison == "image":
         return near_images(np.frombuffer(b"".join(prints), np.uint8).reshape(-1, PRINT))
     if comparison == "audio":
-        return near_sounds(prints)
+        return near_audio(prints)
     long = np.flatnonzero([len(value) > 0 for value in prints])
     words = np.frombuffer(b"".join(prints), "<u4").reshape(len(long), PERMUTATIONS)
     a, b, distance = near_texts(words)

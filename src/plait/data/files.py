@@ -39,7 +39,7 @@ MEMBER_BYTES = 4 << 30  # of one file in an archive
 
 @dataclass
 class Media:
-    """A medium that a record names: a file, or bytes at hand, or a picture as an array, to be encoded as PNG.
+    """A medium that a record names: a file, or bytes at hand, or an image as an array, to be encoded as PNG.
 
     `stamp` changes with the content of a file that is not a plain one here: of an archive's member, of a URL.
     """

@@ -1,4 +1,4 @@
-"""Near-duplicates: which pictures, sounds or texts are one thing twice, from their fingerprints.
+"""Near-duplicates: which images, audio clips or texts are one thing twice, from their fingerprints.
 
 Two steps each. Candidates come from sorting short codes several ways and comparing neighbours, which takes time in
 proportion to n log n. Then each pair of candidates is laid over one another and compared in full. All sums that decide
@@ -18,13 +18,13 @@ from plait.modalities.audio_files import BANDS
 from plait.modalities.image_files import CHROMA
 from plait.modalities.image_files import PRINT_SIDE as SIDE
 
-PICTURES, SOUNDS, TEXTS = 0.1, 0.16, 0.25  # distances up to which two are near-duplicates
+IMAGES, AUDIO, TEXTS = 0.1, 0.16, 0.25  # distances up to which two are near-duplicates
 _TABLES, _WINDOW = 16, 4  # orders in which codes are sorted, and places that are compared in each
 _BITS = 13  # of 64 that may differ between candidates
 _NEAREST, _FEW = 8, 64  # candidates of one thing; things of which all pairs are candidates
 _CROWD = 4  # others that may lie within twice the distance of a copy
-_LONG = 18  # frames of a sound that tell it well
-_INDEXED = 6  # parts of a picture that are in the index
+_LONG = 18  # frames of an audio clip that tell it well
+_INDEXED = 6  # parts of an image that are in the index
 _PLACES = [(1, 1), (0, 0), (0, 2), (2, 0), (2, 2), (0, 1), (1, 0), (1, 2), (2, 1)]  # of a part in the whole
 
 Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]  # first and second number, first < second; distance
@@ -61,12 +61,12 @@ def _candidates(keys: Iterable[np.ndarray], codes: np.ndarray, owner: np.ndarray
     return ends[near]
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1)
 def _windows() -> list[np.ndarray]:
-    """Parts of a picture that a cut may leave, as matrices (576, 576) that resample it: all of it, nine places of 95 %
+    """Parts of an image that a cut may leave, as matrices (576, 576) that resample it: all of it, nine places of 95 %
     of each side, the middle 90 %. The first six are in the index."""
 
     def resample(size: float, start: float) -> np.ndarray:
@@ -100,10 +100,10 @@ def _shuffled(bits: np.ndarray) -> Iterator[np.ndarray]:
         yield _packed(np.ascontiguousarray(bits[:, draw.permutation(64)]))
 
 
-def near_images(prints: np.ndarray, most: float = PICTURES) -> Pairs:
-    """Pairs among pictures, `prints` (N, 704) uint8, whose distance is at most `most`.
+def near_images(prints: np.ndarray, most: float = IMAGES) -> Pairs:
+    """Pairs among images, `prints` (N, 704) uint8, whose distance is at most `most`.
 
-    The distance is the mean square of what differs over that of what is in the pictures, the smaller of the two laid
+    The distance is the mean square of what differs over that of what is in the images, the smaller of the two laid
     on the best-fitting part of the other.
     """
     count = len(prints)
@@ -133,7 +133,7 @@ def near_images(prints: np.ndarray, most: float = PICTURES) -> Pairs:
 
 
 def _image_distances(prints: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """Distances (P,) float32 of pairs (P, 2). Each picture's parts are made once."""
+    """Distances (P,) float32 of pairs (P, 2). Each image's parts are made once."""
     split = SIDE * SIDE
     parts = np.stack(_windows()).transpose(1, 0, 2).reshape(split, -1)
     cut, whole = np.concatenate([pairs[:, 0], pairs[:, 1]]), np.concatenate([pairs[:, 1], pairs[:, 0]])
@@ -174,11 +174,12 @@ def _distinct(pairs: np.ndarray, distance: np.ndarray, count: int, most: float) 
     return pairs[keep, 0], pairs[keep, 1], distance[keep]
 
 
-# --- sound ------------------------------------------------------------------------------------------------------
+# --- audio ------------------------------------------------------------------------------------------------------
 
 
-def _sound_features(spectrogram: np.ndarray) -> np.ndarray:
-    """What does not change where a sound begins later: its bands' levels and how they go together and follow, int64."""
+def _audio_features(spectrogram: np.ndarray) -> np.ndarray:
+    """What does not change where an audio clip begins later: its bands' levels and how they go together and follow,
+    int64."""
     values = spectrogram.astype(np.int64)
     low = values.reshape(len(values), 8, BANDS // 8).sum(2)
     found = [values.reshape(len(values), 16, BANDS // 16).sum((0, 2)) * 512 // len(values)]
@@ -192,15 +193,15 @@ def _sound_features(spectrogram: np.ndarray) -> np.ndarray:
     return np.concatenate(found)
 
 
-def near_sounds(prints: list[bytes], most: float = SOUNDS) -> Pairs:
-    """Pairs among sounds, spectrograms (frames, 64) uint8 as bytes, whose distance is at most `most`: one minus the
-    correlation of the spectrograms' patterns at the best shift in time, 80 % of the longer one overlapping; times
+def near_audio(prints: list[bytes], most: float = AUDIO) -> Pairs:
+    """Pairs among audio clips, spectrograms (frames, 64) uint8 as bytes, whose distance is at most `most`: one minus
+    the correlation of the spectrograms' patterns at the best shift in time, 80 % of the longer one overlapping; times
     .6 s over the length of a shorter one, which tells less."""
-    sounds = [np.frombuffer(value, np.uint8).reshape(-1, BANDS) for value in prints]
-    heard = np.array([n for n, value in enumerate(sounds) if len(value) >= 4], np.int64)
+    clips = [np.frombuffer(value, np.uint8).reshape(-1, BANDS) for value in prints]
+    heard = np.array([n for n, value in enumerate(clips) if len(value) >= 4], np.int64)
     if len(heard) < 2:
         return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)
-    features = np.stack([_sound_features(sounds[n]) for n in heard])
+    features = np.stack([_audio_features(clips[n]) for n in heard])
     draw = np.random.Generator(np.random.PCG64(65))
     scale = np.maximum(np.abs(features - np.median(features, axis=0).astype(np.int64)).mean(0).astype(np.int64), 1)
     level = np.clip((features - np.median(features, axis=0).astype(np.int64)) * 256 // scale, -1024, 1024)
@@ -208,11 +209,11 @@ def near_sounds(prints: list[bytes], most: float = SOUNDS) -> Pairs:
     values = level.astype(np.float64) @ mix.astype(np.float64)
     bits = values > np.median(values, axis=0)
     pairs = heard[_candidates(_shuffled(bits), _packed(bits), np.arange(len(heard)), 4 * _WINDOW)]
-    distance = np.array([_sound_distance(sounds[a], sounds[b]) for a, b in pairs], np.float32)
-    return _distinct(pairs, distance, len(sounds), most)
+    distance = np.array([_audio_distance(clips[a], clips[b]) for a, b in pairs], np.float32)
+    return _distinct(pairs, distance, len(clips), most)
 
 
-def _sound_distance(first: np.ndarray, second: np.ndarray) -> float:
+def _audio_distance(first: np.ndarray, second: np.ndarray) -> float:
     if len(first) < len(second):
         first, second = second, first
     least = int(np.ceil(0.8 * len(first)))

@@ -49,7 +49,7 @@ def _open_idx(path: Location, name: str) -> IO[bytes]:
 
 
 def _read_idx(path: Location, name: str) -> np.ndarray:
-    """The array in an idx file of bytes: (N,) labels or (N, H, W) pictures. Raises ValueError."""
+    """The array in an idx file of bytes: (N,) labels or (N, H, W) images. Raises ValueError."""
     with _open_idx(path, name) as file:
         head = file.read(4)
         if len(head) < 4 or head[:3] != b"\0\0\x08" or head[3] not in (1, 3):
@@ -66,7 +66,7 @@ def _read_idx(path: Location, name: str) -> np.ndarray:
             parts.append(block)
             size -= len(block)
     if size or not all(shape):
-        raise ValueError(f"cut short: {size} bytes are missing" if size else "no pictures in it")
+        raise ValueError(f"cut short: {size} bytes are missing" if size else "no images in it")
     return np.frombuffer(b"".join(parts), np.uint8).reshape(shape)
 
 
@@ -88,13 +88,13 @@ def plan_idx(tree: Tree, labels: dict[str, list[str]]) -> Plan | None:
         try:
             images = _read_idx(tree.files[at], at)
             if images.ndim != 3:
-                raise ValueError("an idx file of pictures has three dimensions")
+                raise ValueError("an idx file of images has three dimensions")
             if label_file is None:
                 return images, None
             tree.used.add(at := label_file)
             values = _read_idx(tree.files[at], at)
             if len(values) != len(images):
-                raise ValueError(f"{len(values)} labels for {len(images)} pictures")
+                raise ValueError(f"{len(values)} labels for {len(images)} images")
             return images, values
         except DAMAGED as error:
             return Rejected(at, None, f"damaged idx file: {error}")
@@ -128,7 +128,7 @@ def plan_idx(tree: Tree, labels: dict[str, list[str]]) -> Plan | None:
                 given[split] += int.from_bytes(file.read(8)[4:], "big")
         except DAMAGED:
             continue
-        notes.append(f"{pair['images']}: pictures -> image" + (", labels -> label" if "labels" in pair else ""))
+        notes.append(f"{pair['images']}: images -> image" + (", labels -> label" if "labels" in pair else ""))
     columns = {"image": "image"} | ({"label": "text"} if any("labels" in p for p in pairs.values()) else {})
     return Plan(columns, given, read, notes)
 

@@ -126,7 +126,7 @@ class Shards:
                 self.schema,
                 # Encoded media do not get smaller.
                 compression={name: "zstd" if name in self.texts else "none" for name in self.schema.names},
-                # A picture with five captions stands in five rows, and once in its row group's dictionary.
+                # An image with five captions stands in five rows, and once in its row group's dictionary.
                 use_dictionary=[name for name in self.schema.names if name not in ("id", "seen")],
                 dictionary_pagesize_limit=4 * _GROUP_BYTES,
                 write_statistics=False,

@@ -50,7 +50,7 @@ _PLAIN = {"file_name", "filename", "file", "path", "filepath", "file_path"}
 
 @dataclass
 class Column:
-    """What a table's column is. `role` is one of ROLES or "media" (paths of pictures and of sound)."""
+    """What a table's column is. `role` is one of ROLES or "media" (paths of images and of audio)."""
 
     role: str
     name: str

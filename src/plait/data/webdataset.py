@@ -1,6 +1,6 @@
 """WebDataset shards -> records: tars read once from end to end, members of one stem being one record.
 
-A member's ending says what it is: pictures and sound by their format (`jpg` -> column `image`, `seg.png` -> `seg`),
+A member's ending says what it is: images and audio by their format (`jpg` -> column `image`, `seg.png` -> `seg`),
 `txt` -> `text`, `cls` -> `label`, `json` -> a text column for each of its keys. What is none of these is listed.
 """
 

@@ -15,13 +15,13 @@ from torch import Tensor
 from plait.core.errors import PlaitError
 from plait.core.rng import uniform
 from plait.data.dataset import Dataset
-from plait.evaluation.reference_classifier import Judge, fit_classifier
+from plait.evaluation.reference_classifier import ReferenceClassifier, fit_classifier
 from plait.inference.engine import Engine
 from plait.modalities.audio import spectrogram
 from plait.modalities.base import MediaModality
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import Sequence
-from plait.reports.report import Exhibit, Findings, Metric, Metrics
+from plait.reports.report import Findings, Metric, Metrics, ReportItem
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -60,8 +60,8 @@ class Limits:
     written: int = 500  # texts written
     tokens: int = 200_000  # of text predicted
     queries: int = 500  # of retrieval
-    drawn: int = 200  # pictures, over all columns that ask for them
-    spoken: int = 200  # sounds, likewise
+    drawn: int = 200  # images, over all columns that ask for them
+    spoken: int = 200  # audio clips, likewise
     training: int = 60_000  # training records that judges and nearest neighbours see
     cells: int = 2**27  # numbers in the features of training samples that are kept at one time
 
@@ -83,10 +83,10 @@ class Media:
 
 
 @dataclass
-class Critic:
+class LabelClassifier:
     """A judge of one media column: its classes are the combinations of labels that occur in train."""
 
-    judge: Judge
+    judge: ReferenceClassifier
     columns: list[str]  # label columns it tells apart
     classes: list[tuple[str | None, ...]]  # a label or None for each of them
 
@@ -109,7 +109,7 @@ class Critic:
 
 
 @dataclass
-class Material:
+class EvalContext:
     """The model, the data and what was found so far."""
 
     model: Model
@@ -117,7 +117,7 @@ class Material:
     split: str
     seed: int
     limits: Limits
-    judge_seconds: float
+    reference_seconds: float
     progress: Progress
     metrics: Metrics = field(default_factory=dict)
     findings: Findings = field(default_factory=Findings)
@@ -153,7 +153,7 @@ class Material:
         self._read: dict[tuple[str, str], Media] = {}
         self._embedded: dict[str, np.ndarray] = {}
         self._rebuilt: dict[tuple[str, str], list[np.ndarray]] = {}
-        self._critics: dict[tuple[str, tuple[str, ...]], Critic] = {}
+        self._critics: dict[tuple[str, tuple[str, ...]], LabelClassifier] = {}
 
     def modality(self, column: str) -> MediaModality:
         return self.media[self.columns[column]]
@@ -266,18 +266,18 @@ class Material:
             self._rebuilt[column, split] = self.decode(column, self.encode(column, media.samples))
         return Media(media.indices, self._rebuilt[column, split])
 
-    def exhibit(self, column: str, sample: np.ndarray, caption: str = "", right: bool | None = None) -> Exhibit:
+    def exhibit(self, column: str, sample: np.ndarray, caption: str = "", right: bool | None = None) -> ReportItem:
         """A sample to look at, or to listen to."""
         modality = self.modality(column)
         data = modality.to_bytes(sample)
         if modality.name == "audio":
             bands: int = modality.settings.bands  # type: ignore[attr-defined]
-            return Exhibit(caption, picture=spectrogram(sample[:, :bands]), sound=data, right=right)
-        return Exhibit(caption, picture=data, right=right)
+            return ReportItem(caption, image=spectrogram(sample[:, :bands]), audio=data, right=right)
+        return ReportItem(caption, image=data, right=right)
 
     # --- judges -------------------------------------------------------------------------------------------------
 
-    def critic(self, media_column: str, column: str) -> Critic | None:
+    def critic(self, media_column: str, column: str) -> LabelClassifier | None:
         """The judge of a media column that knows the labels of a text column; None where train has too few.
 
         Where label columns say the same of a record (a name in two languages), one judge serves them all.
@@ -288,14 +288,14 @@ class Material:
         joint = len(set(truth)) <= sum(len(self.labels[c]) for c in columns) + 1
         group = tuple(columns if joint else [column])
         if (media_column, group) not in self._critics and column in group:
-            share = self.judge_seconds / (1 if joint else len(columns))
+            share = self.reference_seconds / (1 if joint else len(columns))
             found = self._fit(media_column, group, share)
             if found is None:
                 return None
             self._critics[media_column, group] = found
         return self._critics.get((media_column, group))
 
-    def _fit(self, media_column: str, group: tuple[str, ...], seconds: float) -> Critic | None:
+    def _fit(self, media_column: str, group: tuple[str, ...], seconds: float) -> LabelClassifier | None:
         train, modality = self.samples(media_column, "train"), self.modality(media_column)
         truth = [tuple(self.texts[c][i] for c in group) for i in train.indices]
         keep = np.array([any(value is not None for value in row) for row in truth], bool)
@@ -327,18 +327,18 @@ class Material:
         name = media_column if len(group) > 1 or len(self.labels) == 1 else f"{media_column}_{group[0]}"
         self.keep("timing", f"judge_{name}", "seconds", judge.seconds)
         self.keep("timing", f"judge_{name}", "steps", judge.steps)
-        return Critic(judge, list(group), classes)
+        return LabelClassifier(judge, list(group), classes)
 
 
 class Timer:
     """Seconds of the stages of an evaluation, kept as figures."""
 
-    def __init__(self, material: Material) -> None:
-        self.material, self.start = material, time.perf_counter()
+    def __init__(self, eval_context: EvalContext) -> None:
+        self.eval_context, self.start = eval_context, time.perf_counter()
 
     def lap(self, stage: str) -> None:
         now = time.perf_counter()
-        self.material.keep("timing", stage, "seconds", now - self.start)
+        self.eval_context.keep("timing", stage, "seconds", now - self.start)
         self.start = now
 
 

@@ -8,22 +8,22 @@ from collections.abc import Callable
 import numpy as np
 
 from plait.evaluation import metrics
-from plait.evaluation.context import Critic, Material, Media, quotient_error
+from plait.evaluation.context import EvalContext, LabelClassifier, Media, quotient_error
 from plait.modalities.fsq import FSQ
-from plait.reports.report import Exhibit, Gallery
+from plait.reports.report import Gallery, ReportItem
 
 TASK = {"image": "drawing", "audio": "speaking"}
 REDRAWS = 20  # resamples for figures that are dear to take
 
 
-def evaluate_codec(material: Material, column: str) -> None:
+def evaluate_codec(eval_context: EvalContext, column: str) -> None:
     """Loss on the way to codes and back, and how many codes are in use."""
-    media = material.samples(column, material.split)
+    media = eval_context.samples(column, eval_context.split)
     if not len(media):
         return
-    codes = material.encode(column, media.samples)
-    rebuilt = material.rebuilt(column, material.split).samples
-    modality = material.modality(column)
+    codes = eval_context.encode(column, media.samples)
+    rebuilt = eval_context.rebuilt(column, eval_context.split).samples
+    modality = eval_context.modality(column)
     if modality.name == "image":
         values = metrics.psnr(np.stack(media.samples), np.stack(rebuilt))
         name = "psnr"
@@ -31,55 +31,55 @@ def evaluate_codec(material: Material, column: str) -> None:
         pairs = zip(media.samples, rebuilt, strict=True)
         values = np.array([np.abs(a.astype(np.float32)[:, : b.shape[1]] - b[: len(a)]).mean() for a, b in pairs])
         name = "mel_error"
-    value, error = metrics.mean_with_error(values, seed=material.seed)
-    material.keep("codec", column, name, value, stderr=error, n=len(values))
+    value, error = metrics.mean_with_error(values, seed=eval_context.seed)
+    eval_context.keep("codec", column, name, value, stderr=error, n=len(values))
     used, perplexity = metrics.code_use(np.concatenate(codes), FSQ(modality.codec.levels).size)
     count = sum(map(len, codes))
-    material.keep("codec", column, "codes_used", used, n=count)
-    material.keep("codec", column, "code_perplexity", perplexity, n=count)
+    eval_context.keep("codec", column, "codes_used", used, n=count)
+    eval_context.keep("codec", column, "code_perplexity", perplexity, n=count)
     shown = range(min(6 if name == "psnr" else 2, len(media)))
     items = []
     for i in shown:
-        exhibit = material.exhibit(column, media.samples[i], "real")
-        exhibit.beside = material.exhibit(column, rebuilt[i], "rebuilt")
+        exhibit = eval_context.exhibit(column, media.samples[i], "real")
+        exhibit.beside = eval_context.exhibit(column, rebuilt[i], "rebuilt")
         items.append(exhibit)
     note = "Real test samples, and the same after the codec: nothing that is made can be better than this."
-    material.findings.galleries.append(Gallery(f"Codec: {column}", note, [(Exhibit(text=column), items)]))
+    eval_context.findings.galleries.append(Gallery(f"Codec: {column}", note, [(ReportItem(text=column), items)]))
 
 
-def evaluate_making(material: Material, label_column: str, media_column: str, total: int) -> None:
+def evaluate_making(eval_context: EvalContext, label_column: str, media_column: str, total: int) -> None:
     """Samples for each label of a column: do they show it, are they varied, near to real ones, copies of training?"""
-    kind = material.columns[media_column]
+    kind = eval_context.columns[media_column]
     task, direction = TASK[kind], f"{label_column}-{media_column}"
-    train = material.with_text(material.samples(media_column, "train"), label_column)
-    test = material.with_text(material.samples(media_column, material.split), label_column)
-    present = {material.texts[label_column][i] for i in train.indices}
-    labels = [label for label in material.labels[label_column] if label in present]
+    train = eval_context.with_text(eval_context.samples(media_column, "train"), label_column)
+    test = eval_context.with_text(eval_context.samples(media_column, eval_context.split), label_column)
+    present = {eval_context.texts[label_column][i] for i in train.indices}
+    labels = [label for label in eval_context.labels[label_column] if label in present]
     if not labels or not len(test):
         return
     asked = labels[: max(total // 2, 1)]
     if len(asked) < len(labels):
-        material.note(f"{direction}: {len(asked)} of {len(labels)} labels were made.")
+        eval_context.note(f"{direction}: {len(asked)} of {len(labels)} labels were made.")
     each = max(total // len(asked), 2)
     made: list[np.ndarray] = []
     chunk = max(64 // each, 1)
     for start in range(0, len(asked), chunk):
-        material.progress(f"{task} {direction}", start, len(asked))
-        contexts = [material.text_sequence(label) for label in asked[start : start + chunk]]
-        for results in material.model.write(contexts, media_column, n=each, seed=material.seed + start):
+        eval_context.progress(f"{task} {direction}", start, len(asked))
+        contexts = [eval_context.text_sequence(label) for label in asked[start : start + chunk]]
+        for results in eval_context.model.write(contexts, media_column, n=each, seed=eval_context.seed + start):
             made += results
     wanted = np.repeat(np.array(asked, object), each)
-    critic = material.critic(media_column, label_column)
+    critic = eval_context.critic(media_column, label_column)
     right: np.ndarray | None = None
     if critic is not None:
-        right = _judged(material, critic, task, label_column, media_column, made, wanted, train, test, len(labels))
-    nearest = _copies(material, critic, task, direction, made, label_column, media_column)
-    _show(material, task, direction, media_column, made, wanted, right, train, nearest)
+        right = _judged(eval_context, critic, task, label_column, media_column, made, wanted, train, test, len(labels))
+    nearest = _copies(eval_context, critic, task, direction, made, label_column, media_column)
+    _show(eval_context, task, direction, media_column, made, wanted, right, train, nearest)
 
 
 def _judged(
-    material: Material,
-    critic: Critic,
+    eval_context: EvalContext,
+    critic: LabelClassifier,
     task: str,
     label_column: str,
     media_column: str,
@@ -90,28 +90,28 @@ def _judged(
     classes: int,
 ) -> np.ndarray:
     """Accuracy, diversity and Frechet distance in the judge's eyes; returns which samples it sees as asked."""
-    direction, seed = f"{label_column}-{media_column}", material.seed
+    direction, seed = f"{label_column}-{media_column}", eval_context.seed
 
     def look(samples: list[np.ndarray], truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        said, hidden = critic.says(material.features(media_column, samples), label_column)
+        said, hidden = critic.says(eval_context.features(media_column, samples), label_column)
         return np.array([a == b for a, b in zip(said, truth, strict=True)], float), hidden
 
-    truth = material.texts[label_column][test.indices]
-    rebuilt = material.with_text(material.rebuilt(media_column, material.split), label_column)
+    truth = eval_context.texts[label_column][test.indices]
+    rebuilt = eval_context.with_text(eval_context.rebuilt(media_column, eval_context.split), label_column)
     right, hidden = look(made, wanted)
     real, real_hidden = look(test.samples, truth)
     again, _ = look(rebuilt.samples, truth)
     (accuracy, error), (real_accuracy, real_error) = (metrics.mean_with_error(x, seed=seed) for x in (right, real))
     again_accuracy, again_error = metrics.mean_with_error(again, seed=seed)
-    keep, n, chance = material.keep, len(made), 1 / classes
+    keep, n, chance = eval_context.keep, len(made), 1 / classes
     keep(task, direction, "judged_accuracy", accuracy, stderr=error, chance=chance, n=n)
     keep(task, direction, "judge_real", real_accuracy, stderr=real_error, chance=chance, n=len(test))
     keep(task, direction, "judge_reconstructed", again_accuracy, stderr=again_error, chance=chance, n=len(test))
     share = accuracy / real_accuracy if real_accuracy else math.nan
     keep(task, direction, "judged_share", share, n=n, stderr=quotient_error(accuracy, error, real_accuracy, real_error))
     # Real samples of train serve as what perfect drawing would score, as many as were made.
-    some = material.chosen(np.arange(len(train)), n)
-    _, other = look(train.only(some).samples, material.texts[label_column][train.indices[some]])
+    some = eval_context.chosen(np.arange(len(train)), n)
+    _, other = look(train.only(some).samples, eval_context.texts[label_column][train.indices[some]])
     value = metrics.diversity(hidden, wanted, real_hidden, truth)
     error = _redrawn(lambda rows: metrics.diversity(hidden[rows], wanted[rows], real_hidden, truth), n, seed)
     keep(task, direction, "diversity", value, stderr=error, baseline=1.0, n=n)
@@ -126,8 +126,8 @@ def _redrawn(statistic: Callable[[np.ndarray], float], n: int, seed: int) -> flo
 
 
 def _copies(
-    material: Material,
-    critic: Critic | None,
+    eval_context: EvalContext,
+    critic: LabelClassifier | None,
     task: str,
     direction: str,
     made: list[np.ndarray],
@@ -139,29 +139,31 @@ def _copies(
     A sample is a near copy when it lies nearer to its nearest training sample than all but 1 % of the real test
     samples do to theirs. All have been through the codec, in which what is made must live.
     """
-    train = material.with_text(material.rebuilt(column, "train"), label_column)
-    test = material.with_text(material.rebuilt(column, material.split), label_column)
-    most = max(material.limits.cells // 4 // max(material.features(column, train.samples[:1]).numel(), 1), 1)
-    places = material.chosen(np.arange(len(train)), most)
-    features = [material.features(column, samples) for samples in (train.only(places).samples, made, test.samples)]
+    train = eval_context.with_text(eval_context.rebuilt(column, "train"), label_column)
+    test = eval_context.with_text(eval_context.rebuilt(column, eval_context.split), label_column)
+    most = max(eval_context.limits.cells // 4 // max(eval_context.features(column, train.samples[:1]).numel(), 1), 1)
+    places = eval_context.chosen(np.arange(len(train)), most)
+    features = [eval_context.features(column, samples) for samples in (train.only(places).samples, made, test.samples)]
     gallery, drawn, real = (f.flatten(1).numpy() for f in features)
     own, nearest = metrics.nearest(drawn, gallery)
-    _keep_copies(material, task, direction, "near_copies", own, metrics.nearest(real, gallery)[0])
+    _keep_copies(eval_context, task, direction, "near_copies", own, metrics.nearest(real, gallery)[0])
     if critic is not None:
         gallery, drawn, real = (critic.judge(f)[1] for f in features)
         own, theirs = metrics.nearest(drawn, gallery)[0], metrics.nearest(real, gallery)[0]
-        _keep_copies(material, task, direction, "near_copies_features", own, theirs)
+        _keep_copies(eval_context, task, direction, "near_copies_features", own, theirs)
     return places[nearest]
 
 
-def _keep_copies(material: Material, task: str, direction: str, name: str, own: np.ndarray, theirs: np.ndarray) -> None:
+def _keep_copies(
+    eval_context: EvalContext, task: str, direction: str, name: str, own: np.ndarray, theirs: np.ndarray
+) -> None:
     bound = np.quantile(theirs, 0.01)
-    value, error = metrics.mean_with_error(own < bound, seed=material.seed)
-    material.keep(task, direction, name, value, stderr=error, baseline=float((theirs < bound).mean()), n=len(own))
+    value, error = metrics.mean_with_error(own < bound, seed=eval_context.seed)
+    eval_context.keep(task, direction, name, value, stderr=error, baseline=float((theirs < bound).mean()), n=len(own))
 
 
 def _show(
-    material: Material,
+    eval_context: EvalContext,
     task: str,
     direction: str,
     column: str,
@@ -175,11 +177,11 @@ def _show(
     for label in list(dict.fromkeys(wanted))[:10]:
         items = []
         for place in np.flatnonzero(wanted == label)[:per_row]:
-            exhibit = material.exhibit(column, made[place], "made", None if right is None else bool(right[place]))
-            exhibit.beside = material.exhibit(column, train.samples[nearest[place]], "nearest")
+            exhibit = eval_context.exhibit(column, made[place], "made", None if right is None else bool(right[place]))
+            exhibit.beside = eval_context.exhibit(column, train.samples[nearest[place]], "nearest")
             items.append(exhibit)
-        rows.append((Exhibit(text=str(label)), items))
+        rows.append((ReportItem(text=str(label)), items))
     source, _, target = direction.partition("-")
     note = "The first of what was made for each label, none chosen, each beside the training sample nearest to it. "
     note += "" if right is None else "Green: the judge sees the label asked for; red: another."
-    material.findings.galleries.append(Gallery(f"{task.capitalize()}: {source} → {target}", note, rows))
+    eval_context.findings.galleries.append(Gallery(f"{task.capitalize()}: {source} → {target}", note, rows))

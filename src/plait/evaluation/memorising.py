@@ -7,11 +7,11 @@ import math
 import numpy as np
 
 from plait.evaluation import metrics
-from plait.evaluation.context import Material
+from plait.evaluation.context import EvalContext
 from plait.inference import scoring
 from plait.modalities.text import words
 from plait.model.multimodal import Sequence
-from plait.reports.report import Exhibit, Gallery
+from plait.reports.report import Gallery, ReportItem
 from plait.training.canaries import LETTERS, TIMES, canary, times
 
 RUN = 8  # words in a run that counts as verbatim
@@ -71,13 +71,13 @@ def pieces(texts: list[str]) -> list[str]:
     return [piece for piece in found if piece.strip()]
 
 
-def evaluate_texts(material: Material, name: str, column: str, written: list[str], real: list[str]) -> None:
+def evaluate_texts(eval_context: EvalContext, name: str, column: str, written: list[str], real: list[str]) -> None:
     """How much of what was written stands word for word in train, beside the same of real texts of the split.
 
     Keeps the share of runs of `RUN` words, and the share of texts whose longest run out of train is longer than in 99 %
     of the real ones.
     """
-    train = [material.texts[column][i] for i in material.shuffled(material.dataset.indices("train"))]
+    train = [eval_context.texts[column][i] for i in eval_context.shuffled(eval_context.dataset.indices("train"))]
     runs = Runs([text for text in train if text])
     own, theirs = pieces(written), pieces(real)
     if not own or not theirs:
@@ -85,34 +85,34 @@ def evaluate_texts(material: Material, name: str, column: str, written: list[str
     flags, ground = ([runs.seen(piece, RUN) for piece in some] for some in (own, theirs))
     if sum(map(len, flags)) and sum(map(len, ground)):
         value, error = metrics.ratio_with_error(
-            np.array([f.sum() for f in flags]), np.array([len(f) for f in flags]), seed=material.seed
+            np.array([f.sum() for f in flags]), np.array([len(f) for f in flags]), seed=eval_context.seed
         )
-        material.keep(
+        eval_context.keep(
             "memorising", name, "verbatim", value, stderr=error, baseline=float(np.concatenate(ground).mean()),
             n=sum(map(len, flags)),
         )  # fmt: skip
     mine, other = (np.array([runs.longest(piece) for piece in some]) for some in (own, theirs))
     bound = np.quantile(other, 0.99)
-    value, error = metrics.mean_with_error(mine > bound, seed=material.seed)
+    value, error = metrics.mean_with_error(mine > bound, seed=eval_context.seed)
     base = float((other > bound).mean())
-    material.keep("memorising", name, "near_texts", value, stderr=error, baseline=base, n=len(mine))
+    eval_context.keep("memorising", name, "near_texts", value, stderr=error, baseline=base, n=len(mine))
     worst = np.argsort(-mine, kind="stable")[:4]
-    rows = [(Exhibit(text=f"{mine[i] * 100:.0f} % in one run"), [Exhibit(text=own[i])]) for i in worst]
+    rows = [(ReportItem(text=f"{mine[i] * 100:.0f} % in one run"), [ReportItem(text=own[i])]) for i in worst]
     note = "The written texts that share the longest run of words with a training text, as a share of their words."
-    material.findings.galleries.append(Gallery(f"Memorised: {name}", note, rows))
+    eval_context.findings.galleries.append(Gallery(f"Memorised: {name}", note, rows))
 
 
-def evaluate_canaries(material: Material) -> None:
+def evaluate_canaries(eval_context: EvalContext) -> None:
     """Exposure of the canaries planted in training, in bits: -log2 of the share of all random canaries that are
     likelier, by a normal distribution fitted to the log-likelihoods of some that were never planted, and at most
     log2 of how many there are. The chance line is the mean of those."""
-    checkpoint = material.model.checkpoint
+    checkpoint = eval_context.model.checkpoint
     planted = checkpoint.training.get("canaries")
-    if not planted or planted["column"] not in material.model.columns:
+    if not planted or planted["column"] not in eval_context.model.columns:
         return
     count, seed, column = planted["count"], planted["seed"], planted["column"]
     others = [canary(seed, 1_000_000 + i) for i in range(OTHERS)]
-    told = _told(material, [canary(seed, number) for number in range(count)] + others, column)
+    told = _told(eval_context, [canary(seed, number) for number in range(count)] + others, column)
     own, reference = told[:count], told[count:]
 
     center, spread = float(reference.mean()), float(reference.std(ddof=1))
@@ -124,8 +124,8 @@ def evaluate_canaries(material: Material) -> None:
     for often in TIMES:
         found = [exposure(own[number]) for number in range(count) if times(number) == often]
         if found:
-            value, error = metrics.mean_with_error(np.array(found), seed=material.seed)
-            material.keep(
+            value, error = metrics.mean_with_error(np.array(found), seed=eval_context.seed)
+            eval_context.keep(
                 "memorising", f"canaries planted {often} times", "exposure", value, stderr=error, chance=blank,
                 n=len(found),
             )  # fmt: skip
@@ -138,9 +138,9 @@ def _bits_beyond(z: float) -> float:
     return (z * z / 2 + math.log(z * math.sqrt(2 * math.pi))) / math.log(2)  # erfc underflows
 
 
-def _told(material: Material, texts: list[str], column: str) -> np.ndarray:
+def _told(eval_context: EvalContext, texts: list[str], column: str) -> np.ndarray:
     """log P of each text alone in its column, in nats, (N,)."""
-    model = material.model
+    model = eval_context.model
     vocabulary = model.checkpoint.model.vocabulary
     sequences = [
         Sequence().read_ids([vocabulary.opener(column)]).write([*model.checkpoint.text.encode(text), vocabulary.end])

@@ -218,7 +218,7 @@ def retrieval_chance(relevant: np.ndarray, gallery: int, k: int) -> tuple[float,
     return float((1 - miss).mean()), float((relevant / gallery).mean())
 
 
-# --- pictures, sounds, codes ------------------------------------------------------------------------------------
+# --- images, audio clips, codes ------------------------------------------------------------------------------------
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:

@@ -59,7 +59,7 @@ class _Network(nn.Module):
 
 
 @dataclass
-class Judge:
+class ReferenceClassifier:
     """A fitted classifier and how it was fitted: steps and seconds are for the report."""
 
     network: _Network
@@ -111,7 +111,7 @@ def fit_classifier(
     width: int | None = None,
     augment: Augment | None = None,
     device: torch.device | None = None,
-) -> Judge:
+) -> ReferenceClassifier:
     """Fit a CNN on features (N, C, H, W) and integer labels (N,) below `classes`.
 
     The same seed, width and `steps` give the same classifier. Without `steps`, five timed ones choose how many fit
@@ -160,8 +160,8 @@ def fit_classifier(
                 took.append(time.perf_counter() - start)
             # The fastest step is what the machine can do; the others met other work.
             left = (seconds - (time.perf_counter() - began)) / (1.15 * min(took))
-            passes = 20 if width < 32 else 60
-            steps = max(min(int(left), passes * -(-n // batch)) // 10 * 10, FEWEST)
+            epochs = 20 if width < 32 else 60
+            steps = max(min(int(left), epochs * -(-n // batch)) // 10 * 10, FEWEST)
         network, optimizer = build()
         network.train()
         torch.manual_seed(seed)
@@ -170,7 +170,7 @@ def fit_classifier(
             step(network, optimizer, number)
             schedule.step()
     network.eval()
-    return Judge(network, mean, scale, classes, steps, time.perf_counter() - began)
+    return ReferenceClassifier(network, mean, scale, classes, steps, time.perf_counter() - began)
 
 
 @contextmanager

@@ -15,13 +15,13 @@ from plait.chat.evaluate import evaluate_conversations
 from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
 from plait.evaluation import metrics
-from plait.evaluation.context import Limits, Material, Media, Model, Progress, Timer
+from plait.evaluation.context import EvalContext, Limits, Media, Model, Progress, Timer
 from plait.evaluation.generative import TASK, evaluate_codec, evaluate_making
 from plait.evaluation.memorising import WRITTEN, evaluate_canaries, evaluate_texts
 from plait.model.multimodal import IGNORE, Sequence, collate
 from plait.model.objectives import negative_log_likelihood
 from plait.reports.curves import Reliability
-from plait.reports.report import Confusion, Exhibit, Findings, Gallery, Metrics
+from plait.reports.report import Confusion, Findings, Gallery, Metrics, ReportItem
 from plait.training.batches import lm_windows
 
 __all__ = ["Limits", "Model", "evaluate"]
@@ -35,7 +35,7 @@ def evaluate(
     seed: int = 0,
     limit: int | None = None,
     limits: Limits | None = None,
-    judge_seconds: float = 15.0,
+    reference_seconds: float = 15.0,
     progress: Progress | None = None,
 ) -> tuple[Metrics, Findings]:
     """Measure a model on a split of a dataset; all columns that both have, in every direction.
@@ -56,266 +56,274 @@ def evaluate(
     if limit is not None:
         written, queries = min(limit, limits.written), min(limit, limits.queries)
         limits = replace(limits, records=limit, written=written, queries=queries)
-    material = Material(model, dataset, split, seed, limits, judge_seconds, progress or (lambda *_: None))
-    whole, timer = Timer(material), Timer(material)
+    eval_context = EvalContext(model, dataset, split, seed, limits, reference_seconds, progress or (lambda *_: None))
+    whole, timer = Timer(eval_context), Timer(eval_context)
     recognised = [
         (source, target)
-        for source in material.columns
-        for target in material.labels
-        if target in material.written
-        if source != target and (source in material.media_columns or not material.media_columns)
+        for source in eval_context.columns
+        for target in eval_context.labels
+        if target in eval_context.written
+        if source != target and (source in eval_context.media_columns or not eval_context.media_columns)
     ]
     for source, target in recognised:
-        _recognition(material, source, target)
+        _recognition(eval_context, source, target)
     if recognised:
         timer.lap("recognition")
-    for source in material.columns:
-        for target in material.text_columns:
-            learnt = source in material.media_columns or not material.media_columns
-            if source != target and target not in material.labels and target in material.written and learnt:
-                _transcription(material, source, target)
-    for column in material.text_columns:
-        _language(material, column)
-    for column in material.chats:
-        evaluate_conversations(material, column)
-    evaluate_canaries(material)
-    if any(name.startswith(("transcription", "language", "chat")) for name in material.metrics):
+    for source in eval_context.columns:
+        for target in eval_context.text_columns:
+            learnt = source in eval_context.media_columns or not eval_context.media_columns
+            if source != target and target not in eval_context.labels and target in eval_context.written and learnt:
+                _transcription(eval_context, source, target)
+    for column in eval_context.text_columns:
+        _language(eval_context, column)
+    for column in eval_context.chats:
+        evaluate_conversations(eval_context, column)
+    evaluate_canaries(eval_context)
+    if any(name.startswith(("transcription", "language", "chat")) for name in eval_context.metrics):
         timer.lap("text")
-    if material.media_columns and model.checkpoint.model.config.space:
-        _retrieval(material)
+    if eval_context.media_columns and model.checkpoint.model.config.embed_dim:
+        _retrieval(eval_context)
         timer.lap("retrieval")
-    for column in material.media_columns:
-        if material.columns[column] in model.checkpoint.model.config.read_only:
+    for column in eval_context.media_columns:
+        if eval_context.columns[column] in model.checkpoint.model.config.read_only:
             continue
-        evaluate_codec(material, column)
-        asking = [c for c in material.labels if len(material.with_text(material.samples(column, split), c))]
-        kind = material.columns[column]
-        total = material.limits.drawn if kind == "image" else material.limits.spoken
+        evaluate_codec(eval_context, column)
+        asking = [c for c in eval_context.labels if len(eval_context.with_text(eval_context.samples(column, split), c))]
+        kind = eval_context.columns[column]
+        total = eval_context.limits.drawn if kind == "image" else eval_context.limits.spoken
         for target in asking:
-            evaluate_making(material, target, column, max(total // len(asking), 1))
+            evaluate_making(eval_context, target, column, max(total // len(asking), 1))
         timer.lap(TASK[kind])
     order = ("Drawing", "Speaking", "Written", "Memorised", "Retrieval", "Mistakes", "Codec")
-    material.findings.galleries.sort(key=lambda gallery: order.index(gallery.title.split(":")[0]))
+    eval_context.findings.galleries.sort(key=lambda gallery: order.index(gallery.title.split(":")[0]))
     whole.lap("evaluation")
-    return material.metrics, material.findings
+    return eval_context.metrics, eval_context.findings
 
 
 # --- recognition ------------------------------------------------------------------------------------------------
 
 
-def _pairs(material: Material, source: str, target: str, split: str) -> Media:
+def _pairs(eval_context: EvalContext, source: str, target: str, split: str) -> Media:
     """Inputs of a column whose record has a text in the other; texts are kept as their record's number alone."""
-    if source in material.media_columns:
-        return material.with_text(material.samples(source, split), target)
-    present = [i for i in material.dataset.indices(split) if material.texts[source][i] is not None]
-    media = material.with_text(Media(np.array(present, np.int64), [np.empty(0)] * len(present)), target)
-    return media.only(material.chosen(np.arange(len(media)), material.limits.records))
+    if source in eval_context.media_columns:
+        return eval_context.with_text(eval_context.samples(source, split), target)
+    present = [i for i in eval_context.dataset.indices(split) if eval_context.texts[source][i] is not None]
+    media = eval_context.with_text(Media(np.array(present, np.int64), [np.empty(0)] * len(present)), target)
+    return media.only(eval_context.chosen(np.arange(len(media)), eval_context.limits.records))
 
 
-def _inputs(material: Material, source: str, media: Media) -> list[Sequence]:
-    if source in material.media_columns:
-        return material.contexts(source, media)
-    return [material.text_sequence(material.texts[source][i]) for i in media.indices]
+def _inputs(eval_context: EvalContext, source: str, media: Media) -> list[Sequence]:
+    if source in eval_context.media_columns:
+        return eval_context.contexts(source, media)
+    return [eval_context.text_sequence(eval_context.texts[source][i]) for i in media.indices]
 
 
-def _scores(material: Material, source: str, target: str, media: Media, labels: list[str]) -> np.ndarray:
+def _scores(eval_context: EvalContext, source: str, target: str, media: Media, labels: list[str]) -> np.ndarray:
     found = []
     for start in range(0, len(media), 256):
-        material.progress(f"recognition {source}-{target}", start, len(media))
-        contexts = _inputs(material, source, media.only(np.arange(start, min(start + 256, len(media)))))
-        found.append(material.model.score(contexts, target, labels))
+        eval_context.progress(f"recognition {source}-{target}", start, len(media))
+        contexts = _inputs(eval_context, source, media.only(np.arange(start, min(start + 256, len(media)))))
+        found.append(eval_context.model.score(contexts, target, labels))
     return np.concatenate(found)
 
 
-def _recognition(material: Material, source: str, target: str) -> None:
+def _recognition(eval_context: EvalContext, source: str, target: str) -> None:
     """Which of the labels is likeliest: by likelihood, and by nearness in the embedding space."""
-    labels, seed = material.labels[target], material.seed
-    most = max(material.limits.scores // len(labels), 1)
-    media = _pairs(material, source, target, material.split)
-    media = media.only(material.chosen(np.arange(len(media)), most))
+    labels, seed = eval_context.labels[target], eval_context.seed
+    most = max(eval_context.limits.scores // len(labels), 1)
+    media = _pairs(eval_context, source, target, eval_context.split)
+    media = media.only(eval_context.chosen(np.arange(len(media)), most))
     if not len(media):
         return
     direction = f"{source}-{target}"
-    truth_texts = list(material.texts[target][media.indices])
+    truth_texts = list(eval_context.texts[target][media.indices])
     unseen = sorted(set(truth_texts) - set(labels))
     if unseen:
-        material.note(
-            f"{direction}: {len(unseen)} labels of {material.split} do not occur in train, and count as wrong."
+        eval_context.note(
+            f"{direction}: {len(unseen)} labels of {eval_context.split} do not occur in train, and count as wrong."
         )
     names = [*labels, *unseen]
     number = {name: i for i, name in enumerate(names)}
     truth = np.array([number[text] for text in truth_texts])
-    scores = _scores(material, source, target, media, labels)
+    scores = _scores(eval_context, source, target, media, labels)
     predicted = scores.argmax(1)
-    train = _pairs(material, source, target, "train")
-    prior = Counter(material.texts[target][i] for i in train.indices)
+    train = _pairs(eval_context, source, target, "train")
+    prior = Counter(eval_context.texts[target][i] for i in train.indices)
     chance = float((truth == number[prior.most_common(1)[0][0]]).mean()) if prior else None
     result = metrics.classification(truth, predicted, len(names))
     errors = metrics.macro_errors(truth, predicted, len(names), seed=seed)
     plain: metrics.Classification | None = None
-    critic = material.critic(source, target) if source in material.media_columns else None
+    critic = eval_context.critic(source, target) if source in eval_context.media_columns else None
     if critic is not None:
-        guess = critic.among(material.features(source, media.samples), target, labels)
+        guess = critic.among(eval_context.features(source, media.samples), target, labels)
         plain = metrics.classification(truth, guess, len(names))
-    elif source not in material.media_columns and len(prior) > 1:
-        plain = metrics.classification(truth, _by_tokens(material, source, target, train, media, number), len(names))
+    elif source not in eval_context.media_columns and len(prior) > 1:
+        plain = metrics.classification(
+            truth, _by_tokens(eval_context, source, target, train, media, number), len(names)
+        )
     right = truth == predicted
     n = len(truth)
     value, error = metrics.mean_with_error(right, seed=seed)
     baseline = plain.accuracy if plain else None
-    material.keep("recognition", direction, "accuracy", value, stderr=error, chance=chance, baseline=baseline, n=n)
-    clean = material.clean(media.indices)
+    eval_context.keep("recognition", direction, "accuracy", value, stderr=error, chance=chance, baseline=baseline, n=n)
+    clean = eval_context.clean(media.indices)
     if clean is not None:
         value, error = metrics.mean_with_error(right[clean], seed=seed)
-        material.keep("recognition", direction, "accuracy_clean", value, stderr=error, n=int(clean.sum()))
+        eval_context.keep("recognition", direction, "accuracy_clean", value, stderr=error, n=int(clean.sum()))
         value = metrics.classification(truth[clean], predicted[clean], len(names)).macro_f1
-        material.keep("recognition", direction, "f1_clean", value, n=int(clean.sum()))
-    some = train.only(material.chosen(np.arange(len(train)), n))
+        eval_context.keep("recognition", direction, "f1_clean", value, n=int(clean.sum()))
+    some = train.only(eval_context.chosen(np.arange(len(train)), n))
     if len(some):
-        known = np.array([number.get(text, -1) for text in material.texts[target][some.indices]])
-        learnt = known == _scores(material, source, target, some, labels).argmax(1)
+        known = np.array([number.get(text, -1) for text in eval_context.texts[target][some.indices]])
+        learnt = known == _scores(eval_context, source, target, some, labels).argmax(1)
         value, error = metrics.mean_with_error(learnt, seed=seed)
-        material.keep("recognition", direction, "train_accuracy", value, stderr=error, n=len(some))
-    if material.model.checkpoint.model.config.space and source in material.media_columns:
-        places = material.embedded(source, media)
-        near = places @ material.model.embed_sequences([material.text_sequence(label) for label in labels]).T
+        eval_context.keep("recognition", direction, "train_accuracy", value, stderr=error, n=len(some))
+    if eval_context.model.checkpoint.model.config.embed_dim and source in eval_context.media_columns:
+        places = eval_context.embedded(source, media)
+        near = places @ eval_context.model.embed_sequences([eval_context.text_sequence(label) for label in labels]).T
         value, error = metrics.mean_with_error(near.argmax(1) == truth, seed=seed)
-        material.keep(
+        eval_context.keep(
             "recognition", direction, "zero_shot_accuracy", value, stderr=error, chance=chance, baseline=baseline, n=n
         )
-    _calibration(material, direction, scores, right)
+    _calibration(eval_context, direction, scores, right)
     for name in ("precision", "recall", "f1"):
         other = getattr(plain, f"macro_{name}") if plain else None
         value = getattr(result, f"macro_{name}")
-        material.keep("recognition", direction, name, value, stderr=errors[name], baseline=other, n=n)
+        eval_context.keep("recognition", direction, name, value, stderr=errors[name], baseline=other, n=n)
     if len(names) <= 100:
         counts = result.confusion.sum(1)
         for i, label in enumerate(names):
             for name in ("precision", "recall", "f1"):
                 value = float(getattr(result, name)[i])
-                material.keep("recognition", direction, f"{name}[{label}]", value, n=int(counts[i]))
-    material.findings.confusions.append(Confusion(f"{source} → {target}", names, result.confusion, result.f1))
-    _show_mistakes(material, source, target, media, np.array(names, object)[predicted], right)
+                eval_context.keep("recognition", direction, f"{name}[{label}]", value, n=int(counts[i]))
+    eval_context.findings.confusions.append(Confusion(f"{source} → {target}", names, result.confusion, result.f1))
+    _show_mistakes(eval_context, source, target, media, np.array(names, object)[predicted], right)
 
 
-def _calibration(material: Material, direction: str, scores: np.ndarray, right: np.ndarray) -> None:
+def _calibration(eval_context: EvalContext, direction: str, scores: np.ndarray, right: np.ndarray) -> None:
     """Whether answers are as often right as their probabilities among the labels say."""
     chances = np.exp(scores - scores.max(1, keepdims=True))
     believed = (chances / chances.sum(1, keepdims=True)).max(1)
     value, mean, share, counts = metrics.calibration(believed, right)
     error = metrics.bootstrap(
         lambda rows: np.array([metrics.calibration(believed[row], right[row])[0] for row in rows]),
-        len(right), draws=50, seed=material.seed,
+        len(right), draws=50, seed=eval_context.seed,
     )  # fmt: skip
-    material.keep("recognition", direction, "ece", value, stderr=error, n=len(right))
-    material.findings.reliabilities.append(Reliability(direction, value, mean, share, counts))
+    eval_context.keep("recognition", direction, "ece", value, stderr=error, n=len(right))
+    eval_context.findings.reliabilities.append(Reliability(direction, value, mean, share, counts))
 
 
 def _by_tokens(
-    material: Material, source: str, target: str, train: Media, media: Media, number: dict[str, int]
+    eval_context: EvalContext, source: str, target: str, train: Media, media: Media, number: dict[str, int]
 ) -> np.ndarray:
     """The numbers of the labels that logistic regression gives to texts, by the counts of the model's tokens."""
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    encode, texts, answers = material.model.checkpoint.text.encode, material.texts[source], material.texts[target]
+    encode, texts, answers = (
+        eval_context.model.checkpoint.text.encode,
+        eval_context.texts[source],
+        eval_context.texts[target],
+    )
     judge = make_pipeline(CountVectorizer(analyzer=encode), LogisticRegression(max_iter=1000))
     known = [i for i in train.indices if answers[i] in number]
     judge.fit([texts[i] for i in known], [number[answers[i]] for i in known])
     return np.asarray(judge.predict([texts[i] for i in media.indices]))
 
 
-def _shown(material: Material, source: str, media: Media, place: int) -> Exhibit:
-    if source in material.media_columns:
-        return material.exhibit(source, media.samples[place])
-    return Exhibit(text=material.texts[source][media.indices[place]])
+def _shown(eval_context: EvalContext, source: str, media: Media, place: int) -> ReportItem:
+    if source in eval_context.media_columns:
+        return eval_context.exhibit(source, media.samples[place])
+    return ReportItem(text=eval_context.texts[source][media.indices[place]])
 
 
 def _show_mistakes(
-    material: Material, source: str, target: str, media: Media, said: np.ndarray, right: np.ndarray
+    eval_context: EvalContext, source: str, target: str, media: Media, said: np.ndarray, right: np.ndarray
 ) -> None:
     wrong = np.flatnonzero(~right)[:8]
     rows = [
         (
-            _shown(material, source, media, i),
+            _shown(eval_context, source, media, i),
             [
-                Exhibit("truth", text=material.texts[target][media.indices[i]]),
-                Exhibit("answer", text=said[i], right=False),
+                ReportItem("truth", text=eval_context.texts[target][media.indices[i]]),
+                ReportItem("answer", text=said[i], right=False),
             ],
         )
         for i in wrong
     ]
     if rows:
         note = f"The first {len(rows)} of {int((~right).sum())} in {len(right)}."
-        material.findings.galleries.append(Gallery(f"Mistakes: {source} → {target}", note, rows))
+        eval_context.findings.galleries.append(Gallery(f"Mistakes: {source} → {target}", note, rows))
 
 
 # --- free text --------------------------------------------------------------------------------------------------
 
 
-def _transcription(material: Material, source: str, target: str) -> None:
+def _transcription(eval_context: EvalContext, source: str, target: str) -> None:
     """Greedy writing of a text that is not one of few labels; the baseline always writes train's most common one."""
-    media = _pairs(material, source, target, material.split)
-    media = media.only(material.chosen(np.arange(len(media)), material.limits.written))
+    media = _pairs(eval_context, source, target, eval_context.split)
+    media = media.only(eval_context.chosen(np.arange(len(media)), eval_context.limits.written))
     if not len(media):
         return
-    direction, seed = f"{source}-{target}", material.seed
+    direction, seed = f"{source}-{target}", eval_context.seed
     written: list[str] = []
     for start in range(0, len(media), 64):
-        material.progress(f"transcription {direction}", start, len(media))
+        eval_context.progress(f"transcription {direction}", start, len(media))
         part = media.only(np.arange(start, min(start + 64, len(media))))
-        written += [texts[0] for texts in material.model.write(_inputs(material, source, part), target)]
-    truth = [unicodedata.normalize("NFC", text) for text in material.texts[target][media.indices]]
-    everyday = Counter(material.texts[target][i] for i in _pairs(material, source, target, "train").indices)
+        written += [texts[0] for texts in eval_context.model.write(_inputs(eval_context, source, part), target)]
+    truth = [unicodedata.normalize("NFC", text) for text in eval_context.texts[target][media.indices]]
+    everyday = Counter(eval_context.texts[target][i] for i in _pairs(eval_context, source, target, "train").indices)
     constant = [everyday.most_common(1)[0][0] if everyday else ""] * len(truth)
     same = np.array([a == b for a, b in zip(truth, written, strict=True)])
     value, error = metrics.mean_with_error(same, seed=seed)
     fixed = float(np.mean([a == b for a, b in zip(truth, constant, strict=True)]))
-    material.keep("transcription", direction, "exact", value, stderr=error, baseline=fixed, n=len(truth))
-    clean = material.clean(media.indices)
+    eval_context.keep("transcription", direction, "exact", value, stderr=error, baseline=fixed, n=len(truth))
+    clean = eval_context.clean(media.indices)
     if clean is not None:
         value, error = metrics.mean_with_error(same[clean], seed=seed)
-        material.keep("transcription", direction, "exact_clean", value, stderr=error, n=int(clean.sum()))
+        eval_context.keep("transcription", direction, "exact_clean", value, stderr=error, n=int(clean.sum()))
     others = metrics.error_rates(truth, constant)
     for name, (wrong, lengths) in metrics.error_rates(truth, written).items():
         value, error = metrics.ratio_with_error(wrong, lengths, seed=seed)
         other = others[name][0].sum() / max(others[name][1].sum(), 1)
-        material.keep("transcription", direction, name, value, stderr=error, baseline=float(other), n=len(truth))
+        eval_context.keep("transcription", direction, name, value, stderr=error, baseline=float(other), n=len(truth))
         if clean is not None:
             value, error = metrics.ratio_with_error(wrong[clean], lengths[clean], seed=seed)
-            material.keep("transcription", direction, f"{name}_clean", value, stderr=error, n=int(clean.sum()))
-    evaluate_texts(material, direction, target, written, truth)
+            eval_context.keep("transcription", direction, f"{name}_clean", value, stderr=error, n=int(clean.sum()))
+    evaluate_texts(eval_context, direction, target, written, truth)
     rows = [
         (
-            _shown(material, source, media, i),
-            [Exhibit("truth", text=truth[i]), Exhibit("written", text=written[i], right=bool(same[i]) or None)],
+            _shown(eval_context, source, media, i),
+            [ReportItem("truth", text=truth[i]), ReportItem("written", text=written[i], right=bool(same[i]) or None)],
         )
         for i in range(min(8, len(truth)))
     ]
     note = "The first of the test, none chosen."
-    material.findings.galleries.append(Gallery(f"Written: {source} → {target}", note, rows))
+    eval_context.findings.galleries.append(Gallery(f"Written: {source} → {target}", note, rows))
 
 
 @torch.no_grad()
-def _language(material: Material, column: str) -> None:
+def _language(eval_context: EvalContext, column: str) -> None:
     """Likelihood of texts that stand alone in their records, each token and the end predicted once."""
-    if material.media_columns or column in material.labels or column not in material.written:
+    if eval_context.media_columns or column in eval_context.labels or column not in eval_context.written:
         return
-    checkpoint = material.model.checkpoint
+    checkpoint = eval_context.model.checkpoint
     model, vocabulary = checkpoint.model, checkpoint.model.vocabulary
-    alone = np.ones(len(material.dataset), bool)
-    for other in material.text_columns:
+    alone = np.ones(len(eval_context.dataset), bool)
+    for other in eval_context.text_columns:
         if other != column:
-            alone &= np.array([text is None for text in material.texts[other]], bool)
-    texts = material.texts[column]
-    order = [i for i in material.shuffled(material.dataset.indices(material.split)) if alone[i] and texts[i]]
+            alone &= np.array([text is None for text in eval_context.texts[other]], bool)
+    texts = eval_context.texts[column]
+    order = [
+        i for i in eval_context.shuffled(eval_context.dataset.indices(eval_context.split)) if alone[i] and texts[i]
+    ]
     sequences: list[Sequence] = []
     owners: list[int] = []
     chosen: list[str] = []
     taken: list[int] = []  # their records
-    room = material.limits.tokens
-    for i in order[: material.limits.records]:
+    room = eval_context.limits.tokens
+    for i in order[: eval_context.limits.records]:
         text = unicodedata.normalize("NFC", texts[i])
         ids = checkpoint.text.encode(text)
         if len(ids) >= room and chosen:
@@ -332,24 +340,26 @@ def _language(material: Material, column: str) -> None:
     if not chosen:
         return
     if len(chosen) < len(order):
-        material.note(f"{column}: {len(chosen):,} of {len(order):,} texts were predicted, drawn by the seed.")
-    material.progress(f"memorising {column}", 0, 1)
-    made = material.model.write([material.model.context([], column)], column, n=WRITTEN, seed=material.seed)[0]
-    evaluate_texts(material, column, column, made, chosen)
-    rows = model.predicting.space("text")
+        eval_context.note(f"{column}: {len(chosen):,} of {len(order):,} texts were predicted, drawn by the seed.")
+    eval_context.progress(f"memorising {column}", 0, 1)
+    made = eval_context.model.write(
+        [eval_context.model.context([], column)], column, n=WRITTEN, seed=eval_context.seed
+    )[0]
+    evaluate_texts(eval_context, column, column, made, chosen)
+    rows = model.output_embedding.of_type("text")
     nats, tokens = np.zeros(len(chosen)), np.zeros(len(chosen))
-    counts = np.zeros(vocabulary.spaces["text"][1])
-    for i in material.dataset.indices("train"):
-        if alone[i] and texts[i] and counts.sum() < 10 * material.limits.tokens:
+    counts = np.zeros(vocabulary.id_ranges["text"][1])
+    for i in eval_context.dataset.indices("train"):
+        if alone[i] and texts[i] and counts.sum() < 10 * eval_context.limits.tokens:
             np.add.at(counts, [*checkpoint.text.encode(texts[i]), vocabulary.end], 1)
     surprise = -np.log((counts + 1) / (counts + 1).sum())  # a unigram of the same tokens, one added to each count
     plain = 0.0
     by_length = np.argsort([len(s) for s in sequences], kind="stable")
     step = max(16384 // model.config.backbone.max_length, 1)
     for start in range(0, len(by_length), step):
-        material.progress(f"language {column}", start, len(by_length))
+        eval_context.progress(f"language {column}", start, len(by_length))
         places = by_length[start : start + step]
-        batch = collate([sequences[i] for i in places], model.media, vocabulary.pad).to(material.device)
+        batch = collate([sequences[i] for i in places], model.media, vocabulary.pad).to(eval_context.device)
         wanted = batch.targets != IGNORE
         loss = negative_log_likelihood(model(batch)[wanted], rows, batch.targets[wanted]).cpu().numpy()
         owner = np.array(owners)[places][wanted.nonzero()[:, 0].cpu().numpy()]
@@ -363,14 +373,14 @@ def _language(material: Material, column: str) -> None:
     }
     even = tokens.sum() * math.log(len(rows))
     for name, (size, unit) in sizes.items():
-        value, error = metrics.ratio_with_error(nats / unit, size, seed=material.seed)
+        value, error = metrics.ratio_with_error(nats / unit, size, seed=eval_context.seed)
         chance, baseline = (float(total / unit / size.sum()) for total in (even, plain))
         if len(chosen) == 1:
             error = math.nan  # one text cannot say how much texts differ
-        if (clean := material.clean(np.array(taken))) is not None:
-            fresh, fresh_error = metrics.ratio_with_error(nats[clean] / unit, size[clean], seed=material.seed)
-            material.keep("language", column, f"{name}_clean", fresh, stderr=fresh_error, n=int(size[clean].sum()))
-        material.keep(
+        if (clean := eval_context.clean(np.array(taken))) is not None:
+            fresh, fresh_error = metrics.ratio_with_error(nats[clean] / unit, size[clean], seed=eval_context.seed)
+            eval_context.keep("language", column, f"{name}_clean", fresh, stderr=fresh_error, n=int(size[clean].sum()))
+        eval_context.keep(
             "language", column, name, value, stderr=error, chance=chance, baseline=baseline, n=int(size.sum())
         )
 
@@ -378,56 +388,56 @@ def _language(material: Material, column: str) -> None:
 # --- retrieval --------------------------------------------------------------------------------------------------
 
 
-def _retrieval(material: Material) -> None:
+def _retrieval(eval_context: EvalContext) -> None:
     """Every ordered pair of columns with a medium in it, trained together or not, in the embedding space.
 
     Two records are related when they are one, or share an equal text in some column.
     """
-    space: dict[str, tuple[np.ndarray, np.ndarray, Media]] = {}
-    for column in material.columns:
-        if column in material.media_columns:
-            media = material.samples(column, material.split)
+    by_column: dict[str, tuple[np.ndarray, np.ndarray, Media]] = {}
+    for column in eval_context.columns:
+        if column in eval_context.media_columns:
+            media = eval_context.samples(column, eval_context.split)
             if len(media):
-                space[column] = media.indices, material.embedded(column, media), media
+                by_column[column] = media.indices, eval_context.embedded(column, media), media
             continue
-        texts = material.texts[column]
-        present = np.array([i for i in material.dataset.indices(material.split) if texts[i]], np.int64)
-        present = material.chosen(present, material.limits.records)
+        texts = eval_context.texts[column]
+        present = np.array([i for i in eval_context.dataset.indices(eval_context.split) if texts[i]], np.int64)
+        present = eval_context.chosen(present, eval_context.limits.records)
         if len(present):
             distinct, place = np.unique([texts[i] for i in present], return_inverse=True)
-            places = material.model.embed_sequences([material.text_sequence(str(text)) for text in distinct])
-            space[column] = present, places[place], Media(present, [])
-    keys = np.zeros((len(material.dataset), max(len(material.text_columns), 1)), np.int64)
-    for i, column in enumerate(material.text_columns):
+            places = eval_context.model.embed_sequences([eval_context.text_sequence(str(text)) for text in distinct])
+            by_column[column] = present, places[place], Media(present, [])
+    keys = np.zeros((len(eval_context.dataset), max(len(eval_context.text_columns), 1)), np.int64)
+    for i, column in enumerate(eval_context.text_columns):
         number: dict[str, int] = {}
-        keys[:, i] = [0 if t is None else number.setdefault(t, len(number) + 1) for t in material.texts[column]]
-    for source, target in permutations(space, 2):
-        if source in material.media_columns or target in material.media_columns:
-            _search(material, source, target, space, keys)
+        keys[:, i] = [0 if t is None else number.setdefault(t, len(number) + 1) for t in eval_context.texts[column]]
+    for source, target in permutations(by_column, 2):
+        if source in eval_context.media_columns or target in eval_context.media_columns:
+            _search(eval_context, source, target, by_column, keys)
 
 
 def _search(
-    material: Material,
+    eval_context: EvalContext,
     source: str,
     target: str,
-    space: dict[str, tuple[np.ndarray, np.ndarray, Media]],
+    by_column: dict[str, tuple[np.ndarray, np.ndarray, Media]],
     keys: np.ndarray,
 ) -> None:
-    asked, queries, media = space[source]
-    found, gallery, shelf = space[target]
-    if source in material.text_columns:
+    asked, queries, media = by_column[source]
+    found, gallery, shelf = by_column[target]
+    if source in eval_context.text_columns:
         # An equal text is an equal query: it counts once, by the record that says most.
         most: dict[str, int] = {}
         for place in np.argsort(-(keys[asked] > 0).sum(1), kind="stable"):
-            most.setdefault(material.texts[source][asked[place]], int(place))
+            most.setdefault(eval_context.texts[source][asked[place]], int(place))
         chosen = np.sort(np.array(list(most.values())))
     else:
         chosen = np.arange(len(asked))
-    chosen = material.chosen(chosen, material.limits.queries)
+    chosen = eval_context.chosen(chosen, eval_context.limits.queries)
 
     same: np.ndarray | None = None
-    if target in material.text_columns:
-        _, same = np.unique(keys[found, material.text_columns.index(target)], return_inverse=True)
+    if target in eval_context.text_columns:
+        _, same = np.unique(keys[found, eval_context.text_columns.index(target)], return_inverse=True)
 
     def relevant(rows: np.ndarray) -> np.ndarray:
         first, second = keys[rows][:, None], keys[found][None]
@@ -443,26 +453,28 @@ def _search(
         return
     rows = asked[chosen]
     result = metrics.retrieval(queries[chosen], gallery, lambda a, b: relevant(rows[a:b]))
-    clean = material.clean(rows)
+    clean = eval_context.clean(rows)
     for name in ("r_at_1", "r_at_5", "r_at_10", "p_at_10"):
         if clean is not None:
-            value, error = metrics.mean_with_error(result[name][clean], seed=material.seed)
-            material.keep("retrieval", f"{source}-{target}", f"{name}_clean", value, stderr=error, n=int(clean.sum()))
-        value, error = metrics.mean_with_error(result[name], seed=material.seed)
+            value, error = metrics.mean_with_error(result[name][clean], seed=eval_context.seed)
+            eval_context.keep(
+                "retrieval", f"{source}-{target}", f"{name}_clean", value, stderr=error, n=int(clean.sum())
+            )
+        value, error = metrics.mean_with_error(result[name], seed=eval_context.seed)
         recall, precision = metrics.retrieval_chance(result["relevant"], len(found), int(name.rsplit("_", 1)[1]))
         blind = recall if name.startswith("r") else precision
         direction = f"{source}-{target}"
-        material.keep("retrieval", direction, name, value, stderr=error, chance=blind, baseline=blind, n=len(rows))
-    if target not in material.media_columns:
+        eval_context.keep("retrieval", direction, name, value, stderr=error, chance=blind, baseline=blind, n=len(rows))
+    if target not in eval_context.media_columns:
         return
     shown = []
-    for i in material.chosen(np.arange(len(chosen)), 3):
+    for i in eval_context.chosen(np.arange(len(chosen)), 3):
         related = relevant(rows[i : i + 1])[0]
         items = [
-            material.exhibit(target, shelf.samples[j], f"{rank + 1}", bool(related[j]))
-            for rank, j in enumerate(result["top"][i][: 6 if material.columns[target] == "image" else 2])
+            eval_context.exhibit(target, shelf.samples[j], f"{rank + 1}", bool(related[j]))
+            for rank, j in enumerate(result["top"][i][: 6 if eval_context.columns[target] == "image" else 2])
         ]
-        head = _shown(material, source, media, int(chosen[i]))
+        head = _shown(eval_context, source, media, int(chosen[i]))
         shown.append((head, items))
     note = f"Three queries drawn by the seed among {len(found):,} records; green ones share a text with the query."
-    material.findings.galleries.append(Gallery(f"Retrieval: {source} → {target}", note, shown))
+    eval_context.findings.galleries.append(Gallery(f"Retrieval: {source} → {target}", note, shown))

@@ -13,7 +13,7 @@ from plait.cli.common import DeviceOption, ModelArgument, SeedOption, app, err, 
 @app.command()
 def explain(
     model: ModelArgument,
-    inputs: Annotated[list[str], typer.Argument(help="A picture, a recording or a text; several are read together.")],
+    inputs: Annotated[list[str], typer.Argument(help="An image, a recording or a text; several are read together.")],
     answer: Annotated[
         str | None,
         typer.Option("--for", help="The answer to explain, or a file with --to; the model's own if left out."),
@@ -34,7 +34,7 @@ def explain(
 ) -> None:
     """Show how much each part of an input moved the answer, and whether that can be believed.
 
-    Example: plait explain runs/demo runs/demo/files/pictures/0003.png --for three -o why.html
+    Example: plait explain runs/demo runs/demo/files/images/0003.png --for three -o why.html
     """
     from plait.core.errors import PlaitError
     from plait.reports.explanation import STRONGEST, as_html, as_json_of, as_png

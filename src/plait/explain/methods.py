@@ -166,12 +166,12 @@ def integrated_gradients(question: Question, steps: int = STEPS) -> tuple[list[n
     path = question.path()
     device = path.inputs[0].device
     with exact_products(device), torch.enable_grad():
-        slopes = IntegratedGradients(path.score).attribute(
-            path.inputs, path.nothing, n_steps=steps, internal_batch_size=min(steps, 32)
+        grads = IntegratedGradients(path.score).attribute(
+            path.inputs, path.baseline, n_steps=steps, internal_batch_size=min(steps, 32)
         )
     with exact_products(device), torch.no_grad():
-        explained = float(path.score(*path.inputs)[0] - path.score(*path.nothing)[0])
-    worth = [slope[0].detach().double().cpu().numpy() for slope in slopes]
+        explained = float(path.score(*path.inputs)[0] - path.score(*path.baseline)[0])
+    worth = [grad[0].detach().double().cpu().numpy() for grad in grads]
     gap = abs(sum(float(w.sum()) for w in worth) - explained) / max(abs(explained), 1e-9)
     return path.by_unit(worth), gap
 

@@ -71,7 +71,7 @@ class Words:
 
 @dataclass
 class Grid:
-    """A picture or a sound; its units are regions of a grid, which become what the modality says is nothing."""
+    """An image or an audio clip; its units are regions of a grid, which become what the modality says is nothing."""
 
     sample: np.ndarray
     modality: Sampled
@@ -79,13 +79,13 @@ class Grid:
     column: str = ""
     shape: tuple[int, int] = field(init=False)
     cells: np.ndarray = field(init=False)  # (sample's first two dimensions) the unit of each place
-    nothing: np.ndarray = field(init=False)
+    baseline: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
         self.shape = self.modality.grid(self.sample)
         self.cells = cells((self.sample.shape[0], self.sample.shape[1]), self.shape)
-        self.nothing = self.modality.removed(self.sample)
-        if np.array_equal(self.nothing, self.sample):
+        self.baseline = self.modality.removed(self.sample)
+        if np.array_equal(self.baseline, self.sample):
             raise PlaitError(f"The {self.name} is the same all over: there is nothing to remove. Give another.")
 
     @property
@@ -95,7 +95,7 @@ class Grid:
     def kept(self, keep: np.ndarray) -> np.ndarray:
         """The sample with only the regions where keep (count,) is true."""
         there = keep[self.cells].reshape(*self.cells.shape, *(1,) * (self.sample.ndim - 2))
-        return np.where(there, self.sample, self.nothing)
+        return np.where(there, self.sample, self.baseline)
 
     def occluders(self) -> np.ndarray:
         """Which units are taken away together, (M, count) bool: each window of regions of the modality's sizes, so that
@@ -119,7 +119,7 @@ class Grid:
         return np.bincount(self.cells.ravel(), flat.ravel(), self.count)
 
     def marked(self, weights: np.ndarray) -> PILImage.Image:
-        """The sample as a picture, marked by weights (count,) in [-1, 1]."""
+        """The sample as an image, marked by weights (count,) in [-1, 1]."""
         return self.modality.marked(self.sample, weights[self.cells])
 
 
@@ -137,7 +137,7 @@ class Path:
 
     score: Callable[..., Tensor]  # tensors (n, ...) -> (n,)
     inputs: tuple[Tensor, ...]  # (1, ...) each
-    nothing: tuple[Tensor, ...]
+    baseline: tuple[Tensor, ...]
     by_unit: Callable[[list[np.ndarray]], list[np.ndarray]]  # what each tensor is worth, without n -> (units,) by part
 
 

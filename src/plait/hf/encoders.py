@@ -1,4 +1,4 @@
-"""Pretrained encoders: what a checkpoint of transformers' says of its tower, and its weights into ours."""
+"""Pretrained encoders: what a checkpoint of transformers' says of its encoder, and its weights into ours."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from plait.hf.hub import explained, find, no_safetensors, other_weights, quiet
 from plait.modalities.base import MediaModality, alike
-from plait.modalities.hf_encoder import Tower, TowerSettings, transformers_for
+from plait.modalities.hf_encoder import HFEncoder, HFEncoderSettings, transformers_for
 from plait.model.multimodal import Multimodal
 
 KNOWN = {
@@ -39,7 +39,7 @@ def folder_of(encoder: object, modality: str) -> Path:
     return folder
 
 
-def describe(encoder: object, modality: str) -> TowerSettings:
+def describe(encoder: object, modality: str) -> HFEncoderSettings:
     """What `hf:NAME-OR-FOLDER` is as an encoder of a modality. Raises PlaitError where it is none."""
     folder = folder_of(encoder, modality)
     transformers = transformers_for(str(encoder))
@@ -53,12 +53,12 @@ def describe(encoder: object, modality: str) -> TowerSettings:
         for key in ("transformers_version", "architectures", "dtype", "_name_or_path"):
             kept.pop(key, None)
         with torch.device("meta"):  # its shape alone
-            reads = Tower(kept, frozen=True).network.main_input_name
-        facts = _pixels(folder, transformers) if modality == "image" else _sound(folder, transformers, part)
+            reads = HFEncoder(kept, frozen=True).network.main_input_name
+        facts = _pixels(folder, transformers) if modality == "image" else _audio(folder, transformers, part)
     wanted = {"pixels": "pixel_values", "mel": "input_features", "wave": "input_values"}[facts["reads"]]
     if reads != wanted or (facts["reads"] == "wave" and not hasattr(part, "conv_stride")):
         raise _unfit(folder, part.model_type, modality)
-    return TowerSettings(config=kept, **facts)
+    return HFEncoderSettings(config=kept, **facts)
 
 
 def _unfit(folder: Path, kind: str, modality: str) -> PlaitError:
@@ -72,14 +72,14 @@ def _pixels(folder: Path, transformers: Any) -> dict[str, Any]:
     size = dict(theirs.crop_size if cropped else theirs.size)
     side = size.get("height") or size.get("shortest_edge") or 0
     if size.get("width", side) != side or not side:
-        raise PlaitError(f"{folder} reads pictures of {size}, which is not a square of a fixed size.")
+        raise PlaitError(f"{folder} reads images of {size}, which is not a square of a fixed size.")
     facts: dict[str, Any] = {"reads": "pixels", "size": int(side)}
     if theirs.do_normalize:
         facts |= {"mean": [float(x) for x in theirs.image_mean], "std": [float(x) for x in theirs.image_std]}
     return facts
 
 
-def _sound(folder: Path, transformers: Any, config: Any) -> dict[str, Any]:
+def _audio(folder: Path, transformers: Any, config: Any) -> dict[str, Any]:
     theirs = transformers.AutoFeatureExtractor.from_pretrained(folder, **_LOCAL)
     rate = int(theirs.sampling_rate)
     if config.model_type == "whisper":
@@ -90,11 +90,11 @@ def _sound(folder: Path, transformers: Any, config: Any) -> dict[str, Any]:
 
 
 def adopt(model: Multimodal, source: Multimodal | None = None) -> None:
-    """Fill a new model's towers from where their weights are, but for those that came with the `source` that it was
+    """Fill a new model's encoders from where their weights are, but for those that came with the `source` that it was
     extended from. Raises PlaitError where weights are missing or misshapen."""
     for name, modality in model.media.items():
         settings: Any = modality.settings
-        if settings.tower is None:
+        if settings.hf_encoder is None:
             continue
         old = source.media.get(name) if source is not None else None
         if old is None or not alike(old.settings, settings):
@@ -103,8 +103,8 @@ def adopt(model: Multimodal, source: Multimodal | None = None) -> None:
 
 def _fill(modality: MediaModality, folder: Path) -> None:
     transformers = transformers_for(str(folder))
-    tower = modality.encoder.tower
-    assert isinstance(tower, Tower)
+    hf_encoder = modality.encoder.hf_encoder
+    assert isinstance(hf_encoder, HFEncoder)
     with explained(folder), quiet():
         whole, info = transformers.AutoModel.from_pretrained(
             folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **_LOCAL
@@ -121,12 +121,12 @@ def _fill(modality: MediaModality, folder: Path) -> None:
             raise PlaitError(f"{folder} lacks weights of its encoder: {', '.join(lost[:3])}. Fetch it again.")
         weights = part.state_dict()
         if prefix == "encoder.":  # no more positions than the longest clip has
-            places = tower.network.embed_positions.num_embeddings
+            places = hf_encoder.network.embed_positions.num_embeddings
             weights["embed_positions.weight"] = weights["embed_positions.weight"][:places]
-        tower.network.load_state_dict(weights)
+        hf_encoder.network.load_state_dict(weights)
     if not all(value.isfinite().all() for value in weights.values()):
         raise PlaitError(f"{folder} holds weights that are not finite. Fetch it again.")
-    if not tower.frozen:
+    if not hf_encoder.frozen:
         _still(modality)
 
 
@@ -134,10 +134,10 @@ def _still(modality: MediaModality) -> None:
     """Take out of training what no state comes from, such as a head for pooling: optimisers and other processes would
     wait for its gradient."""
     settings: Any = modality.settings
-    tower: Any = modality.encoder.tower
-    shape = (settings.size, settings.size, settings.channels) if settings.tower.reads == "pixels" else None
-    sample = torch.zeros(1, *shape) if shape else torch.zeros(1, 4, settings.bands + settings.tower.row)
-    parameters = [p for p in tower.parameters() if p.requires_grad]
+    hf_encoder: Any = modality.encoder.hf_encoder
+    shape = (settings.size, settings.size, settings.channels) if settings.hf_encoder.reads == "pixels" else None
+    sample = torch.zeros(1, *shape) if shape else torch.zeros(1, 4, settings.bands + settings.hf_encoder.row)
+    parameters = [p for p in hf_encoder.parameters() if p.requires_grad]
     out = modality.encoder(sample, torch.tensor([sample.shape[1]])).sum()
-    for parameter, slope in zip(parameters, torch.autograd.grad(out, parameters, allow_unused=True), strict=True):
-        parameter.requires_grad_(slope is not None)
+    for parameter, grad in zip(parameters, torch.autograd.grad(out, parameters, allow_unused=True), strict=True):
+        parameter.requires_grad_(grad is not None)

@@ -159,9 +159,9 @@ def _config(model: Multimodal, family: str, size: int) -> dict[str, Any]:
 def _tensors(model: Multimodal, family: str, size: int) -> dict[str, Tensor]:
     c = model.config.backbone
     ours = {f"backbone.{name}": value for name, value in model.backbone.state_dict().items()}
-    ours["rows.free"] = model.rows.table()[:size]
-    if model.head is not None:
-        ours["head.free"] = model.head.table()[:size]
+    ours["rows.free"] = model.token_embedding.table()[:size]
+    if model.lm_head is not None:
+        ours["head.free"] = model.lm_head.table()[:size]
     found = {}
     for name, parts in layout(family, c, size, model.config.tied, *_biases(c, family)).items():
         value = ours.get(name)
@@ -250,19 +250,19 @@ def _tokenizer_config(checkpoint: Checkpoint, names: dict[str, str]) -> dict[str
 
 def card(checkpoint: Checkpoint, what: str) -> str:
     vocabulary = checkpoint.model.vocabulary
-    spaces = "\n".join(f"| {name} | {start} | {stop - 1} |" for name, (start, stop) in vocabulary.spaces.items())
+    id_ranges = "\n".join(f"| {name} | {start} | {stop - 1} |" for name, (start, stop) in vocabulary.id_ranges.items())
     openers = ", ".join(f"`<|{column}|>`" for column in vocabulary.columns) or "none"
     return f"""---
 library_name: transformers
 ---
 # The backbone of a Plait model
 
-This is {what}. It reads and writes **text and codes, not pixels or sound**: the encoders and codecs that turn
-pictures and sounds into embeddings, and codes into pictures and sounds, are in the Plait checkpoint it came from.
+This is {what}. It reads and writes **text and codes, not pixels or audio**: the encoders and codecs that turn
+images and audio clips into embeddings, and codes into images and audio clips, are in the Plait checkpoint it came from.
 
 | ids of | first | last |
 | --- | ---: | ---: |
-{spaces}
+{id_ranges}
 
 Openers of spans: {openers}. In text, names of special tokens are plain characters; to write one, use its id
 (`tokenizer.convert_tokens_to_ids("<|pad|>")`; a name that the text's tokenizer had before has `plait:` in front,
@@ -281,12 +281,12 @@ class Logits(nn.Module):
     def __init__(self, model: Multimodal, size: int) -> None:
         super().__init__()
         self.backbone = model.backbone
-        self.rows = nn.Parameter(model.rows.table().detach()[:size])
-        self.head = self.rows if model.head is None else nn.Parameter(model.head.table().detach()[:size])
+        self.rows = nn.Parameter(model.token_embedding.table().detach()[:size])
+        self.lm_head = self.rows if model.lm_head is None else nn.Parameter(model.lm_head.table().detach()[:size])
 
     def forward(self, ids: Tensor) -> Tensor:
         hidden: Tensor = self.backbone(F.embedding(ids, self.rows))
-        return hidden @ self.head.t()
+        return hidden @ self.lm_head.t()
 
 
 def export_onnx(checkpoint: Checkpoint, folder: Path) -> float:

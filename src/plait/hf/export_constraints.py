@@ -30,7 +30,7 @@ DECAY = 1e-4  # of the vectors
 EXAMPLES = 200  # sequences to see sizes in
 
 
-def settle(checkpoint: Checkpoint, engine: Engine) -> Checkpoint:
+def add_export_constraints(checkpoint: Checkpoint, engine: Engine) -> Checkpoint:
     """The backbone with rows for reading and predicting, codes made whole, whose spaces and closing tokens lie apart;
     the one given stays as it is. A model of text alone is given back."""
     model = checkpoint.model
@@ -42,9 +42,9 @@ def settle(checkpoint: Checkpoint, engine: Engine) -> Checkpoint:
         shift = _fit(_places(model, groups, written))
         channels = channels_for(model.config, engine.spans, len(groups))
         settled = widened(model, channels)
-        assert settled.head is not None
+        assert settled.lm_head is not None
         for (start, stop), vector in zip(groups, shift, strict=True):
-            settled.head.free[start:stop, : len(vector)] += vector
+            settled.lm_head.free[start:stop, : len(vector)] += vector
         if channels:
             examples = [one.ids for one in written[:: max(len(written) // EXAMPLES, 1)]]
             count_codes(settled, model.config.backbone.width, engine.spans, groups, examples)
@@ -56,7 +56,7 @@ def _groups(model: Multimodal) -> list[tuple[int, int]]:
     their order; the first is text."""
     vocabulary = model.vocabulary
     found = []
-    for name, (start, stop) in vocabulary.spaces.items():
+    for name, (start, stop) in vocabulary.id_ranges.items():
         if name in vocabulary.closers:
             found += [(start, stop - 1), (stop - 1, stop)]
         else:
@@ -79,21 +79,25 @@ def _written(checkpoint: Checkpoint, engine: Engine, seed: int = 0) -> list[_Wri
     """Sequences of the model's own, as training would have them: after some texts, spans of every column and text that
     goes on; the shortest first."""
     model, vocabulary = checkpoint.model, checkpoint.model.vocabulary
-    columns = [(c, space) for c, space in vocabulary.columns.items() if not {c, space} & {*model.config.read_only}]
+    columns = [
+        (c, token_type)
+        for c, token_type in vocabulary.columns.items()
+        if not {c, token_type} & {*model.config.read_only}
+    ]
     texts = [label for labels in checkpoint.labels.values() for label in labels]
     prompts = [checkpoint.text.encode(text) for text in texts[:: max(len(texts) // PROMPTS, 1)][:PROMPTS]]
     if not prompts and (opener := next((vocabulary.opener(c) for c, s in columns if s == "text"), None)) is not None:
         made = engine.run([_request([opener], "text", PROMPTS, 0, engine.max_length // 4)])[0].samples
         prompts = [written.ids for written in made if written.ids]
     found = []
-    for column, space in [*columns, (None, "text")]:
-        span = engine.spans[space]
+    for column, token_type in [*columns, (None, "text")]:
+        span = engine.spans[token_type]
         before = [vocabulary.opener(column)] if column else []
         room = engine.max_length // 2 if span.limit is None else None
         long = span.limit or min(engine.max_length // 2, 64)
         each = max(POSITIONS // ((len(columns) + 1) * (len(prompts) + 1) * long), 1)
         requests = [
-            _request([*ids, *before], space, each, seed * (PROMPTS + 1) + number, room)
+            _request([*ids, *before], token_type, each, seed * (PROMPTS + 1) + number, room)
             for number, ids in enumerate([[], *prompts])
             if (ids or before) and len(ids) + 1 + (span.limit or 1) <= engine.max_length
         ]
@@ -104,18 +108,18 @@ def _written(checkpoint: Checkpoint, engine: Engine, seed: int = 0) -> list[_Wri
     return sorted(found, key=lambda written: len(written.ids))
 
 
-def _request(ids: list[int], space: str, n: int, seed: int, room: int | None) -> Request:
-    return Request(Sequence().read_ids(ids), space, Sampling(min_p=MIN_P), n, seed=seed, max_new_tokens=room)
+def _request(ids: list[int], token_type: str, n: int, seed: int, room: int | None) -> Request:
+    return Request(Sequence().read_ids(ids), token_type, Sampling(min_p=MIN_P), n, seed=seed, max_new_tokens=room)
 
 
 def _sequence(context: list[int], ids: list[int], span: Span, model: Multimodal, ended: bool) -> _Written:
     """A context and a span after it, with the end where there is one."""
     vocabulary = model.vocabulary
     text: tuple[int, ...] = (0,)
-    if span.space == "text":
+    if span.token_type == "text":
         return _Written([*context, *ids], [text] * (len(context) + len(ids)))
     codes = (span.start,)
-    closer = vocabulary.closer(span.space) if span.space in vocabulary.closers else None
+    closer = vocabulary.closer(span.token_type) if span.token_type in vocabulary.closers else None
     following = []
     for count in range(len(ids) + 1):
         full = count == span.limit
@@ -153,7 +157,7 @@ def _places(model: Multimodal, groups: list[tuple[int, int]], sequences: list[_W
     device = next(model.parameters()).device
     starts = torch.tensor([start for start, _ in groups])
     states, masses, tops, possible = [], [], [], []
-    head = model.predicting.table()
+    head = model.output_embedding.table()
     for at in range(0, len(sequences), 32):
         part = sequences[at : at + 32]
         batch = collate([Sequence().read_ids(written.ids) for written in part], {}, model.vocabulary.pad)

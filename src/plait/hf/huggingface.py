@@ -401,7 +401,7 @@ def load(name_or_folder: str | Path, device: torch.device | None = None) -> Chec
 
     def build(backbone: TransformerConfig) -> Multimodal:
         with torch.device("meta"):  # shapes only: no memory, no random numbers
-            return Multimodal(ModelConfig(backbone=backbone, vocabulary=vocabulary, space=0, tied=tied))
+            return Multimodal(ModelConfig(backbone=backbone, vocabulary=vocabulary, embed_dim=0, tied=tied))
 
     tensors = {}
     for name, wanted in build(backbone).state_dict().items():

@@ -17,7 +17,7 @@ from torch import Tensor
 from plait.core.device import Device, choose_device
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
-from plait.explain import theirs as questions
+from plait.explain import hf_models as questions
 from plait.explain.methods import Explanation, explain
 from plait.hf.hub import explained, find, no_safetensors, other_weights, quiet
 from plait.modalities.audio_files import decode_audio, resample
@@ -32,7 +32,7 @@ VERBS = {
     "image-to-text": ("describe",),
     "language": ("generate",),
 }
-SECONDS = 30  # of sound that Whisper reads at once
+SECONDS = 30  # of audio that Whisper reads at once
 TEMPLATE = "This is a photo of {}."  # what CLIP and SigLIP are asked about a label
 
 
@@ -144,7 +144,7 @@ class Pretrained:
         with torch.inference_mode(), self.device.autocast():
             return function(**tensors)
 
-    # --- pictures and texts in one space --------------------------------------------------------------------------
+    # --- images and texts in one space --------------------------------------------------------------------------
 
     def classify(
         self,
@@ -154,7 +154,7 @@ class Pretrained:
         top: int | None = 5,
         template: str = TEMPLATE,
     ) -> list[tuple[str, float]]:
-        """The likeliest labels of a picture with their probabilities, likeliest first; zero-shot.
+        """The likeliest labels of an image with their probabilities, likeliest first; zero-shot.
 
         CLIP's probabilities sum to one over the labels; SigLIP judges each label by itself, as it was trained to.
         `template` puts a label, at its {}, into a sentence.
@@ -189,14 +189,14 @@ class Pretrained:
         seed: int = 0,
         template: str = TEMPLATE,
     ) -> Explanation:
-        """Why a label suits a picture (CLIP, SigLIP), or a text goes on with the answer (causal language models); as
+        """Why a label suits an image (CLIP, SigLIP), or a text goes on with the answer (causal language models); as
         `Model.explain`."""
         if column is not None or to != "text":
             raise PlaitError(f"{self.name} has no columns and makes no media. Leave out to and column.")
         if isinstance(value, list):
             raise PlaitError(f"{self.name} reads one input at a time. Give one.")
-        picture = _image(value) if self.kind == "contrastive" else None
-        return explain(questions.question(self, value, picture, answer, labels, template), method, steps, seed)
+        image = _image(value) if self.kind == "contrastive" else None
+        return explain(questions.question(self, value, image, answer, labels, template), method, steps, seed)
 
     def _texts(self, texts: list[str]) -> Any:
         # SigLIP was trained on texts padded to its full length, without a mask.
@@ -207,7 +207,7 @@ class Pretrained:
         return self.tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
 
     def embed(self, inputs: list[Any]) -> np.ndarray:
-        """The embedding of each input, (N, E) float32, of unit length: texts and pictures with CLIP and SigLIP, which
+        """The embedding of each input, (N, E) float32, of unit length: texts and images with CLIP and SigLIP, which
         read the beginning of a long text; texts with an encoder, a long one as the mean of its windows."""
         self._can("embed")
         if self.kind == "encoder":
@@ -255,10 +255,10 @@ class Pretrained:
     def transcribe(
         self, audio: Any, column: str | None = None, language: str | None = None, max_new_tokens: int | None = None
     ) -> str:
-        """The words of a sound, in windows of 30 s. `language` ("en", "german") is found out where it is not given
-        and the model knows several."""
+        """The words of an audio clip, in windows of 30 s. `language` ("en", "german") is found out where it is not
+        given and the model knows several."""
         self._can("transcribe", column)
-        wave, rate = _sound(audio)
+        wave, rate = _audio(audio)
         wave = resample(wave, rate, self.processor.sampling_rate)
         step = SECONDS * self.processor.sampling_rate
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
@@ -285,16 +285,16 @@ class Pretrained:
     def describe(
         self, image: Any, column: str | None = None, prompt: str | None = None, max_new_tokens: int = 50
     ) -> str:
-        """What the model writes about a picture; `prompt` asks a question, where the model takes one."""
+        """What the model writes about an image; `prompt` asks a question, where the model takes one."""
         self._can("describe", column)
-        picture = _image(image)
+        image = _image(image)
         if self.model.config.model_type == "vision-encoder-decoder":
             if prompt is not None:
                 raise PlaitError(f"{self.name} writes captions and takes no prompt. Leave it out.")
-            inputs = self.processor(images=[picture], return_tensors="pt")
+            inputs = self.processor(images=[image], return_tensors="pt")
         else:
             text = self._prompt(prompt)
-            inputs = self.processor(images=[picture], return_tensors="pt", **({} if text is None else {"text": [text]}))
+            inputs = self.processor(images=[image], return_tensors="pt", **({} if text is None else {"text": [text]}))
         with quiet():
             ids = self._run(self.model.generate, **inputs, max_new_tokens=max_new_tokens, do_sample=False)[0]
         read = inputs.get("input_ids")
@@ -303,8 +303,8 @@ class Pretrained:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True).strip())
 
     def _prompt(self, prompt: str | None) -> str | None:
-        """The text beside a picture, in the form that this model was trained on."""
-        question = prompt or "Describe this picture."
+        """The text beside an image, in the form that this model was trained on."""
+        question = prompt or "Describe this image."
         if getattr(self.processor, "chat_template", None):
             content = [{"type": "image"}, {"type": "text", "text": question}]
             messages = [{"role": "user", "content": content}]
@@ -373,26 +373,26 @@ class Pretrained:
 
 
 def _image(value: Any) -> PILImage.Image:
-    """A picture as RGB. Raises PlaitError where it is none or cannot be read."""
+    """An image as RGB. Raises PlaitError where it is none or cannot be read."""
     if isinstance(value, PILImage.Image):
         return value.convert("RGB")
     if isinstance(value, np.ndarray) and value.dtype == np.uint8:
         return PILImage.fromarray(value).convert("RGB")
     if not isinstance(value, (str, Path, bytes)):
-        raise PlaitError(f"A picture is a PIL image, a pathlib.Path or bytes, not {type(value).__name__}.")
+        raise PlaitError(f"An image is a PIL image, a pathlib.Path or bytes, not {type(value).__name__}.")
     try:
         return decode_image(value if isinstance(value, bytes) else Path(value)).convert("RGB")
     except MediaError as error:
-        raise PlaitError(f"{'The picture' if isinstance(value, bytes) else value}: {error}.") from error
+        raise PlaitError(f"{'The image' if isinstance(value, bytes) else value}: {error}.") from error
 
 
-def _sound(value: Any) -> tuple[np.ndarray, int]:
+def _audio(value: Any) -> tuple[np.ndarray, int]:
     """(waveform (T,), rate). Raises PlaitError where it is none or cannot be read."""
     if isinstance(value, tuple) and len(value) == 2:
         return np.asarray(value[0], np.float32), int(value[1])
     if not isinstance(value, (str, Path, bytes)):
-        raise PlaitError(f"A sound is (waveform, rate), a pathlib.Path or bytes, not {type(value).__name__}.")
+        raise PlaitError(f"An audio clip is (waveform, rate), a pathlib.Path or bytes, not {type(value).__name__}.")
     try:
         return decode_audio(value if isinstance(value, bytes) else Path(value))
     except MediaError as error:
-        raise PlaitError(f"{'The sound' if isinstance(value, bytes) else value}: {error}.") from error
+        raise PlaitError(f"{'The audio' if isinstance(value, bytes) else value}: {error}.") from error

@@ -53,11 +53,11 @@ def widened(model: Multimodal, channels: int) -> Multimodal:
     width = old.width + channels
     eps = old.norm_eps * old.width / width
     backbone = old.model_copy(update={"width": width, "layers": old.layers + (channels > 0), "norm_eps": eps})
-    update = {"backbone": backbone, "tied": False, "modalities": {}, "space": 0}
-    wide = Multimodal(model.config.model_copy(update=update)).to(model.rows.free.device)
+    update = {"backbone": backbone, "tied": False, "modalities": {}, "embed_dim": 0}
+    wide = Multimodal(model.config.model_copy(update=update)).to(model.token_embedding.free.device)
     wide.eval().requires_grad_(False)
-    assert wide.head is not None
-    for rows, source in ((wide.rows, model.rows), (wide.head, model.predicting)):
+    assert wide.lm_head is not None
+    for rows, source in ((wide.token_embedding, model.token_embedding), (wide.lm_head, model.output_embedding)):
         for parameter in rows.parameters():
             parameter.zero_()
         rows.free[:, : old.width] = source.table()
@@ -86,7 +86,7 @@ def count_codes(
     sequences it is taken how large what is written becomes."""
     config, vocabulary, counted = model.config.backbone, model.vocabulary, _counted(spans)
     block, final = model.backbone.blocks[-1], model.backbone.final_norm
-    assert isinstance(block, Block) and isinstance(final, RMSNorm) and model.head is not None
+    assert isinstance(block, Block) and isinstance(final, RMSNorm) and model.lm_head is not None
     assert isinstance(block.attention_norm, RMSNorm) and isinstance(block.feed_norm, RMSNorm)
     for norm in (block.attention_norm, block.feed_norm, final):
         norm.weight[old:] = 1 / SMALL
@@ -97,49 +97,49 @@ def count_codes(
     ]
     groups = [(start, stop) for start, stop in cuts if start < stop]
     # Channels: what opens each space, its codes, its closer, all else; shares; the size of a share of one; groups.
-    spaces = list(counted)
-    opens, codes, closes = (old + len(spaces) * k for k in (0, 1, 2))
-    other = closes + len(spaces)
+    id_ranges = list(counted)
+    opens, codes, closes = (old + len(id_ranges) * k for k in (0, 1, 2))
+    other = closes + len(id_ranges)
     share = other + 1
-    one = share + len(spaces)
+    one = share + len(id_ranges)
     written = one + 1
     kinds = torch.full((vocabulary.size,), other - old)
-    for number, space in enumerate(spaces):
-        start, stop = vocabulary.spaces[space]
-        kinds[start : stop - (space in vocabulary.closers)] = codes - old + number
-        if space in vocabulary.closers:
-            kinds[vocabulary.closer(space)] = closes - old + number
+    for number, token_type in enumerate(id_ranges):
+        start, stop = vocabulary.id_ranges[token_type]
+        kinds[start : stop - (token_type in vocabulary.closers)] = codes - old + number
+        if token_type in vocabulary.closers:
+            kinds[vocabulary.closer(token_type)] = closes - old + number
         for column, modality in vocabulary.columns.items():
-            if modality == space:
+            if modality == token_type:
                 kinds[vocabulary.opener(column)] = opens - old + number
-    model.rows.free[:, old:] = SMALL * one_hot(kinds, config.width - old)
+    model.token_embedding.free[:, old:] = SMALL * one_hot(kinds, config.width - old)
     # Heads: query and key lie in the slowest pair of dimensions, the value in the first.
     width, heads, kv_heads = config.head_width, config.heads, config.kv_heads
     slowest = width // 2 - 1
     block.q_norm.weight[slowest] = FOCUS / math.sqrt(width)  # of products of length sqrt(width), divided by it
     block.k_norm.weight[slowest] = 1
     every = torch.arange(opens, share)
-    for number in range(len(spaces) + 1):
+    for number in range(len(id_ranges) + 1):
         query = number * (heads // kv_heads) * width
         key, value = ((heads + shift + number) * width for shift in (0, kv_heads))
         block.qkv.weight[query + slowest, every] = 1
         block.qkv.weight[key + slowest, every] = -1
-        if number < len(spaces):
+        if number < len(id_ranges):
             block.qkv.weight[key + slowest, [opens + number, codes + number]] = 1
             block.qkv.weight[value, opens + number] = 1
             block.attention_out.weight[share + number, query] = SMALL
         else:
-            block.qkv.weight[key + slowest, opens : opens + len(spaces)] = 1
-            block.qkv.weight[value, opens : opens + len(spaces)] = 1
+            block.qkv.weight[key + slowest, opens : opens + len(id_ranges)] = 1
+            block.qkv.weight[value, opens : opens + len(id_ranges)] = 1
             block.attention_out.weight[one, query] = SMALL
     unit = 0
-    for number, (space, span) in enumerate(counted.items()):
+    for number, (token_type, span) in enumerate(counted.items()):
         assert span.limit is not None
         knots = shares(float(model.backbone.frequencies[-1]), span.limit)
         # A unit is one, or how far the share is below what it is after n codes; their sums meet any value at each n.
         # Taken from below, where shares lie close together, they stay small, and rounding with them.
         basis = torch.cat((torch.ones(len(knots), 1), (knots[None, :-1] - knots[:, None]).relu()), 1)
-        losses = _losses(span, vocabulary.closer(space) if space in vocabulary.closers else None, end, groups)
+        losses = _losses(span, vocabulary.closer(token_type) if token_type in vocabulary.closers else None, end, groups)
         sums = torch.linalg.solve(basis, losses.double())
         units = slice(unit, unit + len(knots))
         gate, up = block.feed_in.weight[: config.hidden][units], block.feed_in.weight[config.hidden :][units]
@@ -155,7 +155,7 @@ def count_codes(
         block.feed_out.weight[written : written + len(groups), unit] = -closed * SMALL / SHARP
         unit += 1
     # Behind text, codes and closers are impossible; that needs no opener in sight, so the size is the token's own.
-    codes_only = torch.tensor([float(start >= vocabulary.spaces["text"][1]) for start, _ in groups])
+    codes_only = torch.tensor([float(start >= vocabulary.id_ranges["text"][1]) for start, _ in groups])
     block.feed_in.weight[unit, other] = SHARP
     block.feed_in.weight[config.hidden + unit, other] = 1
     block.feed_out.weight[written : written + len(groups), unit] = -codes_only * SMALL / SHARP
@@ -163,12 +163,12 @@ def count_codes(
     least = math.inf
     for ids in examples:
         inside = torch.isin(kinds[torch.tensor(ids)] + old, torch.arange(opens, other + 1))  # where some are lost
-        hidden = model.backbone(model.rows.free[torch.tensor(ids, device=final.weight.device)][None])[0]
+        hidden = model.backbone(model.token_embedding.free[torch.tensor(ids, device=final.weight.device)][None])[0]
         lost = -hidden[inside.to(hidden.device), written : written + len(groups)].amin(-1)
         if len(lost):
             least = min(least, float(lost[lost > lost.amax() / 8].amin()))
     for number, (start, stop) in enumerate(groups):
-        model.head.free[start:stop, written + number] = LOSS / least if least < math.inf else 0
+        model.lm_head.free[start:stop, written + number] = LOSS / least if least < math.inf else 0
 
 
 def _losses(span: Span, closer: int | None, end: int, groups: list[tuple[int, int]]) -> Tensor:

@@ -21,7 +21,7 @@ from plait.core.errors import PlaitError
 from plait.core.rng import uniform
 from plait.inference.decoder import Decoder
 from plait.inference.grammar import Span, spans
-from plait.inference.sampling import LOWEST, Knobs, Sampling
+from plait.inference.sampling import LOWEST, BatchSamplingParams, Sampling
 from plait.modalities.text import Text
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import Sequence, collate
@@ -32,7 +32,7 @@ GREEDY = Sampling(greedy=True)
 
 
 @dataclass(frozen=True)
-class Update:
+class Delta:
     """What one step added to one sample; `finish` is set in its last update."""
 
     sample: int
@@ -47,7 +47,7 @@ class Request:
     """One context and what to write after it. The context ends where writing begins: with an opener, or with text."""
 
     context: Sequence
-    space: str = "text"
+    token_type: str = "text"
     sampling: Sampling = GREEDY
     n: int = 1
     max_new_tokens: int | None = None  # None: as many as the context and the grammar have room for
@@ -57,11 +57,11 @@ class Request:
     first_sample: int = 0  # samples are drawn as numbers first_sample .. first_sample + n - 1 of the seed
     stop: tuple[str, ...] = ()  # strings that end a text; they are left out of it
     logprobs: bool = False
-    on_update: Callable[[Update], None] | None = None  # called by the thread that runs the engine
+    on_delta: Callable[[Delta], None] | None = None  # called by the thread that runs the engine
 
 
 @dataclass
-class Written:
+class Completion:
     """One sample: its ids without the end, and for text what they spell. `finish` is "end", "length", "stop" or
     "cancelled"; `logprobs` (nats, one an id, then the end's) are the model's own, before guidance and settings."""
 
@@ -73,7 +73,7 @@ class Written:
 
 @dataclass
 class Result:
-    samples: list[Written]
+    samples: list[Completion]
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Job:
     request: Request
     span: Span
     limit: int  # ids that each sample may have
-    finished: list[Written | None]
+    finished: list[Completion | None]
     cancelled: bool = False
     done: threading.Event = field(default_factory=threading.Event)
 
@@ -97,7 +97,7 @@ class Job:
         return Result([written for written in self.finished if written is not None])
 
 
-class Speller:
+class IncrementalDetokenizer:
     """Ids to text piece by piece: a piece ends where the bytes so far make whole characters."""
 
     def __init__(self, text: Text, before: list[int]) -> None:
@@ -127,10 +127,10 @@ class _Sample:
         self.finish: str | None = None
         request = job.request
         self.guided = request.guidance != 1 and len(request.context) > 1
-        self.speller: Speller | None = None
+        self.speller: IncrementalDetokenizer | None = None
         self.spelt, self.sent = "", 0
-        if job.span.space == "text" and (request.stop or request.on_update):
-            self.speller = Speller(text, request.context.ids[-8:] if not request.context.media else [])
+        if job.span.token_type == "text" and (request.stop or request.on_delta):
+            self.speller = IncrementalDetokenizer(text, request.context.ids[-8:] if not request.context.media else [])
 
     @property
     def rows(self) -> int:
@@ -186,7 +186,7 @@ class _Group:
         self.numbers = np.array([r.first_sample + s.index for r, s in zip(requests, samples, strict=True)])
         self.counts = np.array([len(sample.ids) for sample in samples])
         self.least = np.array([max(request.min_new_tokens, span.least) for request in requests])
-        self.knobs = Knobs([request.sampling for request in requests], device)
+        self.knobs = BatchSamplingParams([request.sampling for request in requests], device)
         self.logprobs = any(request.logprobs for request in requests)
         guided = [i for i, sample in enumerate(samples) if sample.guided]
         self.partners = np.array([samples[i].partner for i in guided], dtype=np.int64)
@@ -198,7 +198,7 @@ class _Group:
         if self.knobs.penalised:
             seen = np.zeros((len(samples), span.stop - span.start), bool)
             for row, sample in zip(seen, samples, strict=True):
-                read = sample.job.request.context.ids if span.space == "text" else []
+                read = sample.job.request.context.ids if span.token_type == "text" else []
                 ids = np.array([*read, *sample.ids], dtype=np.int64)
                 row[ids[(ids >= span.start) & (ids < span.stop)] - span.start] = True
             self.seen = torch.from_numpy(seen).to(device)
@@ -222,9 +222,9 @@ class Engine:
         self.max_length = self.model.config.backbone.max_length
         with torch.inference_mode():
             self.decoder = Decoder(self.model.backbone, device)
-            self.table = self.model.rows.table().to(device.dtype)
-            tied = self.model.predicting is self.model.rows
-            head = self.table if tied else self.model.predicting.table().to(device.dtype)
+            self.table = self.model.token_embedding.table().to(device.dtype)
+            tied = self.model.output_embedding is self.model.token_embedding
+            head = self.table if tied else self.model.output_embedding.table().to(device.dtype)
             self.heads = {name: head[span.start : span.stop] for name, span in self.spans.items()}
             self.predict = {name: self.decoder.linear(rows) for name, rows in self.heads.items()}
         self.cache: KVCache | None = None
@@ -240,9 +240,9 @@ class Engine:
 
     def submit(self, request: Request) -> Job:
         """Queue a request. Raises PlaitError where it cannot be met."""
-        if request.space not in self.spans:
-            raise PlaitError(f"This model cannot write {request.space}. It writes {', '.join(self.spans)}.")
-        span, length = self.spans[request.space], len(request.context)
+        if request.token_type not in self.spans:
+            raise PlaitError(f"This model cannot write {request.token_type}. It writes {', '.join(self.spans)}.")
+        span, length = self.spans[request.token_type], len(request.context)
         if not length:
             raise PlaitError("The prompt is empty. Give a prompt, or name the column to write.")
         if length > self.max_length:
@@ -257,13 +257,13 @@ class Engine:
         room = self.max_length + 1 - length  # the last id is never read
         if room < span.least:
             raise PlaitError(
-                f"The prompt takes {length} tokens and {span.space} needs {span.least} more, but this model has room "
+                f"The prompt takes {length} tokens and {span.token_type} needs {span.least} more, but this model has room "
                 f"for {self.max_length}. Shorten the prompt."
             )
         bounds = [b for b in (request.max_new_tokens, span.limit, room) if b is not None]
         limit = min(bounds) // span.unit * span.unit
         if limit < 1 or limit < span.least:
-            raise PlaitError(f"max_new_tokens must be at least {max(span.least, 1)} for {span.space}.")
+            raise PlaitError(f"max_new_tokens must be at least {max(span.least, 1)} for {span.token_type}.")
         if request.n < 1:
             raise PlaitError(f"The number of samples must be at least 1, not {request.n}.")
         if any(not stop for stop in request.stop):
@@ -281,10 +281,10 @@ class Engine:
             pass
         return [job.result for job in jobs]
 
-    def stream(self, request: Request) -> Iterator[Update]:
+    def stream(self, request: Request) -> Iterator[Delta]:
         """Yield the updates of one request, running the engine meanwhile. Leaving the loop cancels it."""
-        updates: deque[Update] = deque()
-        job = self.submit(replace(request, on_update=updates.append))
+        updates: deque[Delta] = deque()
+        job = self.submit(replace(request, on_delta=updates.append))
         try:
             while not job.done.is_set():
                 self.step()
@@ -299,7 +299,7 @@ class Engine:
 
     def step(self) -> bool:
         """Admit what fits, choose one id for every sample in the batch, and read them. False when nothing is left."""
-        updates: list[tuple[_Sample, Update]] = []
+        updates: list[tuple[_Sample, Delta]] = []
         try:
             with torch.inference_mode():
                 self._drop_cancelled(updates)
@@ -314,8 +314,8 @@ class Engine:
             self.abort()
             raise
         for sample, update in updates:
-            if sample.job.request.on_update is not None:
-                sample.job.request.on_update(update)
+            if sample.job.request.on_delta is not None:
+                sample.job.request.on_delta(update)
         for sample, update in updates:
             if update.finish and all(sample.job.finished):
                 sample.job.done.set()
@@ -335,15 +335,17 @@ class Engine:
     def _finish(self, sample: _Sample, finish: str) -> None:
         sample.finish = finish
         text = None
-        if sample.job.span.space == "text":
+        if sample.job.span.token_type == "text":
             text = sample.spelt
             if sample.speller is None:
                 before = sample.job.request.context
-                text = Speller(self.checkpoint.text, [] if before.media else before.ids[-8:]).add(sample.ids, True)
+                text = IncrementalDetokenizer(self.checkpoint.text, [] if before.media else before.ids[-8:]).add(
+                    sample.ids, True
+                )
         logprobs = sample.logprobs if sample.job.request.logprobs else None
-        sample.job.finished[sample.index] = Written(sample.ids, finish, text, logprobs)
+        sample.job.finished[sample.index] = Completion(sample.ids, finish, text, logprobs)
 
-    def _drop_cancelled(self, updates: list[tuple[_Sample, Update]]) -> None:
+    def _drop_cancelled(self, updates: list[tuple[_Sample, Delta]]) -> None:
         with self.lock:
             gone = [sample for sample in self.pending if sample.job.cancelled]
             if gone:
@@ -351,7 +353,7 @@ class Engine:
         gone += [sample for sample in self.samples if sample.job.cancelled]
         for sample in gone:
             self._finish(sample, "cancelled")
-            updates.append((sample, Update(sample.index, [], sample.unsent(), "cancelled")))
+            updates.append((sample, Delta(sample.index, [], sample.unsent(), "cancelled")))
         if gone:
             self._leave(np.zeros(self.used, np.int64))
 
@@ -434,13 +436,13 @@ class Engine:
         if self.groups is None:
             parts: dict[str, list[_Sample]] = {}
             for sample in self.samples:
-                parts.setdefault(sample.job.span.space, []).append(sample)
+                parts.setdefault(sample.job.span.token_type, []).append(sample)
             self.groups = [_Group(self.spans[name], part, self.device.torch) for name, part in parts.items()]
         return self.groups
 
-    def _choose(self, group: _Group, feed: np.ndarray, updates: list[tuple[_Sample, Update]]) -> None:
+    def _choose(self, group: _Group, feed: np.ndarray, updates: list[tuple[_Sample, Delta]]) -> None:
         """Choose the next id of each sample of a space and put it into `feed` (rows,)."""
-        span, predict = group.span, self.predict[group.span.space]
+        span, predict = group.span, self.predict[group.span.token_type]
 
         def logits_of(index: Tensor) -> Tensor:
             logits: Tensor = predict(self.hidden[index]).float()
@@ -475,10 +477,10 @@ class Engine:
                 sample.logprobs.append(scores[i])
             if sample.finish is not None:
                 self._finish(sample, sample.finish)
-            if sample.job.request.on_update is not None or sample.finish is not None:
+            if sample.job.request.on_delta is not None or sample.finish is not None:
                 new = [] if span.ends(token) else [token]
                 told = tuple(sample.logprobs[-1:]) if new and sample.job.request.logprobs else ()
-                updates.append((sample, Update(sample.index, new, sample.unsent(), sample.finish, told)))
+                updates.append((sample, Delta(sample.index, new, sample.unsent(), sample.finish, told)))
 
     def _leave(self, feed: np.ndarray) -> np.ndarray:
         """Free the rows of finished samples, move the last rows into their places; return `feed` moved alike."""

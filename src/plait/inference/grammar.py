@@ -15,7 +15,7 @@ from plait.model.multimodal import Multimodal
 class Span:
     """What may be written into a span of one space after its opener."""
 
-    space: str
+    token_type: str
     start: int  # the first id that is possible
     stop: int  # one past the last
     end: int | None  # the id in that range that ends the span; None where only its length does
@@ -53,9 +53,9 @@ def spans(model: Multimodal) -> dict[str, Span]:
     more = tuple(vocabulary.more_ends or ())
     found = {"text": Span("text", 0, vocabulary.text + ours, end, more_ends=more)}
     for name, modality in model.media.items():
-        if name not in vocabulary.spaces:
+        if name not in vocabulary.id_ranges:
             continue
-        start, stop = vocabulary.spaces[name]
+        start, stop = vocabulary.id_ranges[name]
         settings = modality.settings
         limit = modality.code_count(getattr(settings, "frames", 1))
         unit = getattr(settings, "codes_per_patch", 1) if modality.variable_length else 1

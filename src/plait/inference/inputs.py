@@ -1,4 +1,4 @@
-"""What people give, as sequences that the model reads: texts, pictures, sounds, one after the other."""
+"""What people give, as sequences that the model reads: texts, images, audio clips, one after the other."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Reading:
             return ["recommend", "similar"]
         found = ["generate", *(verb for verb, need in needs.items() if need <= kinds)]
         found += [verb for verb, kind in makes.items() if kind in written]
-        return found + (["embed"] if self.checkpoint.model.config.space else [])
+        return found + (["embed"] if self.checkpoint.model.config.embed_dim else [])
 
     def column(self, wanted: str | None, modality: str, verb: str) -> str:
         """The column to use: the one asked for, which must be of this modality, or the first of its modality."""
@@ -65,7 +65,8 @@ class Reading:
     def context(self, parts: Any, column: str | None = None) -> Sequence:
         """Parts in their order, and the opener of `column` where one is to be written next.
 
-        A part is an input as `plait.Model` describes it. Raises PlaitError for a sound longer than the model's window.
+        A part is an input as `plait.Model` describes it. Raises PlaitError for an audio clip longer than the model's
+        window.
         """
         sequence = Sequence()
         if not self.columns:  # an import: its texts begin as it was trained to read them
@@ -78,7 +79,7 @@ class Reading:
             if len(windows) > 1:
                 seconds = getattr(self.modality(name).settings, "seconds", "?")
                 raise PlaitError(
-                    f"The sound is longer than the {seconds} s that this model reads at once. Cut it; classify, embed "
+                    f"The audio is longer than the {seconds} s that this model reads at once. Cut it; classify, embed "
                     "and transcribe read longer ones in windows."
                 )
             self._read(sequence, name, windows[0])
@@ -97,7 +98,7 @@ class Reading:
         return self.checkpoint.model.media[self.columns[column]]
 
     def _windows(self, part: Any) -> tuple[str, list[np.ndarray] | str]:
-        """A part's column and its samples: usually one, several where a sound is long; a text stays a str."""
+        """A part's column and its samples: usually one, several where an audio clip is long; a text stays a str."""
         column = None
         if isinstance(part, tuple) and len(part) == 2 and isinstance(part[0], str):
             column, part = part
@@ -116,7 +117,7 @@ class Reading:
         except MediaError as error:
             raise PlaitError(f"{name}: {error}.") from error
 
-    def passes(self, value: Any) -> int:
+    def window_count(self, value: Any) -> int:
         """How many windows `classify`, `transcribe` and `embed` read an input in."""
         windows = self._windows(value)[1]
         return 1 if isinstance(windows, str) else len(windows)
@@ -151,9 +152,9 @@ class Reading:
 def _kind(part: Any) -> tuple[str, str]:
     """The modality of a raw medium, by what it is or by a file's first bytes, and a name for messages."""
     if isinstance(part, (PILImage.Image, np.ndarray)):
-        return "image", "the picture"
+        return "image", "the image"
     if isinstance(part, tuple) and len(part) == 2:
-        return "audio", "the sound"
+        return "audio", "the audio"
     if isinstance(part, (Path, bytes)):
         name, head = "the medium", part[:64] if isinstance(part, bytes) else b""
         if isinstance(part, Path):
@@ -165,7 +166,7 @@ def _kind(part: Any) -> tuple[str, str]:
                 raise PlaitError(f"{part} cannot be read: {error.strerror or error}.") from error
         found = sniff(head)
         if found is None:
-            raise PlaitError(f"{name} is neither a picture nor a sound that can be read.")
+            raise PlaitError(f"{name} is neither an image nor an audio clip that can be read.")
         return found[0], name
     raise PlaitError(
         f"An input of type {type(part).__name__} is none that can be read. Give a str, a PIL image, (waveform, rate), "

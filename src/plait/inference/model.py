@@ -16,12 +16,12 @@ from PIL import Image as PILImage
 from plait.core.device import choose_device
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
-from plait.explain import own as questions
+from plait.explain import plait_models as questions
 from plait.explain.methods import Explanation, explain
 from plait.hf import hub, huggingface
 from plait.hf.pretrained import Pretrained, load_pretrained
 from plait.inference import scoring
-from plait.inference.engine import Engine, Request, Written
+from plait.inference.engine import Completion, Engine, Request
 from plait.inference.inputs import Reading
 from plait.inference.sampling import Sampling
 from plait.model import checkpoint as checkpoints
@@ -89,7 +89,7 @@ class Model(Reading, Recommending):
 
     # --- generation -------------------------------------------------------------------------------------------
 
-    def request(self, context: Sequence, space: str, n: int = 1, **options: Unpack[Options]) -> Request:
+    def request(self, context: Sequence, token_type: str, n: int = 1, **options: Unpack[Options]) -> Request:
         """A request of the engine, with the checkpoint's defaults where an option is not given."""
         if "generate" not in self.verbs:
             raise PlaitError(f"This model knows histories of items and writes nothing. It can {', '.join(self.verbs)}.")
@@ -101,11 +101,11 @@ class Model(Reading, Recommending):
             do_sample = False
         if do_sample is None:
             asked = any(value is not None for value in (temperature, top_k, top_p, min_p))
-            do_sample = space != "text" or n > 1 or asked
+            do_sample = token_type != "text" or n > 1 or asked
         if not do_sample and n > 1:
             raise PlaitError("Without sampling all results are the same. Ask for one, or leave do_sample out.")
         penalty, guidance = options.get("repetition_penalty"), options.get("guidance")
-        standard = defaults.temperature if space == "text" else defaults.media_temperature.get(space, 1.0)
+        standard = defaults.temperature if token_type == "text" else defaults.media_temperature.get(token_type, 1.0)
         sampling = Sampling(
             greedy=not do_sample,
             temperature=standard if temperature is None else temperature,
@@ -116,12 +116,12 @@ class Model(Reading, Recommending):
         )
         stop = options.get("stop")
         if guidance is None:
-            guidance = defaults.guidance.get(space, 1.0)
+            guidance = defaults.guidance.get(token_type, 1.0)
         if not 0 <= guidance < math.inf:
             raise PlaitError(f"guidance must be 0 or more, not {guidance}; 1 is none.")
         return Request(
             context=context,
-            space=space,
+            token_type=token_type,
             sampling=sampling,
             n=n,
             max_new_tokens=options.get("max_new_tokens"),
@@ -136,13 +136,13 @@ class Model(Reading, Recommending):
         """What `write` asks the engine for, a request a context."""
         if column not in self.columns:
             raise PlaitError(f"There is no column '{column}'. The columns are {', '.join(self.columns) or 'none'}.")
-        space = self.columns[column]
-        if name := next((n for n in (space, column) if n in self.checkpoint.model.config.read_only), None):
+        token_type = self.columns[column]
+        if name := next((n for n in (token_type, column) if n in self.checkpoint.model.config.read_only), None):
             raise PlaitError(
                 f"This model reads {name} but was trained with training.weights.{name}: 0, so it cannot write it. "
                 f"It can {', '.join(self.verbs)}."
             )
-        found = [self.request(self._opened(context, column), space, n, **options) for context in contexts]
+        found = [self.request(self._opened(context, column), token_type, n, **options) for context in contexts]
         for i, request in enumerate(found):
             request.first_sample = i * n
         return found
@@ -166,10 +166,10 @@ class Model(Reading, Recommending):
         results = self.engine.run([self.request(context, "text", **options) for context in contexts])
         return [result.samples[0].text or "" for result in results]
 
-    def decode(self, column: str, written: list[Written]) -> list[np.ndarray]:
+    def decode(self, column: str, written: list[Completion]) -> list[np.ndarray]:
         """Codes to samples, through the codec."""
         modality = self.modality(column)
-        start = self.vocabulary.spaces[modality.name][0]
+        start = self.vocabulary.id_ranges[modality.name][0]
         found: list[np.ndarray] = [np.empty(0)] * len(written)
         lengths: dict[int, list[int]] = {}
         for i, one in enumerate(written):
@@ -258,13 +258,13 @@ class Model(Reading, Recommending):
     # --- verbs ------------------------------------------------------------------------------------------------
 
     def describe(self, image: Any, column: str | None = None, **options: Unpack[Options]) -> str:
-        """What the model writes about a picture in a text column (the first by default)."""
+        """What the model writes about an image in a text column (the first by default)."""
         self.column(None, "image", "describe")
         target = self.column(column, "text", "describe")
         return self.write([self.context([image])], target, **options)[0][0]
 
     def transcribe(self, audio: Any, column: str | None = None, **options: Unpack[Options]) -> str:
-        """The words of a sound. A long one is read in windows that overlap by half; see `joined`."""
+        """The words of an audio clip. A long one is read in windows that overlap by half; see `joined`."""
         self.column(None, "audio", "transcribe")
         target = self.column(column, "text", "transcribe")
         texts = [row[0] for row in self.write(self.alone(audio, self.engine.max_length), target, **options)]
@@ -273,13 +273,13 @@ class Model(Reading, Recommending):
     def draw(
         self, text: str, n: int = 1, best_of: int | None = None, column: str | None = None, **options: Unpack[Options]
     ) -> list[PILImage.Image]:
-        """n pictures of what a text says; of `best_of` drawn, those whose embeddings are nearest to the text's."""
+        """n images of what a text says; of `best_of` drawn, those whose embeddings are nearest to the text's."""
         return self._render(text, self.column(column, "image", "draw"), n, best_of, options)
 
     def speak(
         self, text: str, n: int = 1, best_of: int | None = None, column: str | None = None, **options: Unpack[Options]
     ) -> list[tuple[np.ndarray, int]]:
-        """n sounds, (waveform, rate), of what a text says; `best_of` as in `draw`."""
+        """n audio clips, (waveform, rate), of what a text says; `best_of` as in `draw`."""
         return self._render(text, self.column(column, "audio", "speak"), n, best_of, options)
 
     def _render(self, text: str, column: str, n: int, best_of: int | None, options: Options) -> list[Any]:
@@ -305,8 +305,8 @@ class Model(Reading, Recommending):
     ) -> list[tuple[str, float]]:
         """The likeliest labels of an input, each with its probability among the labels, likeliest first.
 
-        Labels default to the values that the column had in training. A sound longer than a window is read in windows
-        and their probabilities averaged.
+        Labels default to the values that the column had in training. An audio clip longer than a window is read in
+        windows and their probabilities averaged.
         """
         parts = [self.context(value)] if isinstance(value, list) else self.alone(value, self.engine.max_length)
         return self.classify_parts(parts, labels, column, top)

@@ -83,7 +83,7 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(total, target[:, None], right=True)[:, 0]
 
 
-class Knobs:
+class BatchSamplingParams:
     """The settings of a batch's rows as tensors, made once while the batch stays the same."""
 
     def __init__(self, rows: Sequence[Sampling], device: torch.device) -> None:

@@ -137,7 +137,7 @@ def lens(engine: Engine, context: Sequence) -> list[Tensor]:
     return found
 
 
-def told(engine: Engine, sequences: list[Sequence], space: str, most: int = 256) -> list[np.ndarray]:
+def told(engine: Engine, sequences: list[Sequence], token_type: str, most: int = 256) -> list[np.ndarray]:
     """log P of each id that a sequence writes, all of one space, in nats: an array (ids,) each.
 
     Raises PlaitError where a sequence is longer than the model reads.
@@ -152,10 +152,10 @@ def told(engine: Engine, sequences: list[Sequence], space: str, most: int = 256)
             batch = batch.to(engine.device.torch)
             with engine.device.autocast():
                 x = model.inputs(batch, engine.table)
-            head = engine.heads[space]
+            head = engine.heads[token_type]
             keep = batch.targets != IGNORE
             states = engine.decoder(x)[keep].to(head.dtype)
-            loss = negative_log_likelihood(states, head, batch.targets[keep] - engine.spans[space].start)
+            loss = negative_log_likelihood(states, head, batch.targets[keep] - engine.spans[token_type].start)
             pieces = (-loss).double().cpu().split(keep.sum(1).tolist())
         for row, piece in zip(rows, pieces, strict=True):
             found[row] = piece.numpy()
@@ -165,9 +165,9 @@ def told(engine: Engine, sequences: list[Sequence], space: str, most: int = 256)
 def embed(engine: Engine, sequences: list[Sequence], most: int = 256) -> np.ndarray:
     """The embedding of the first span of each sequence, (N, E) float32, of unit length."""
     model, limit = engine.model, engine.max_length
-    if not model.config.space:
+    if not model.config.embed_dim:
         raise PlaitError("This model has no embedding space. Train one with an embedding width above 0.")
-    found = np.zeros((len(sequences), model.config.space), np.float32)
+    found = np.zeros((len(sequences), model.config.embed_dim), np.float32)
     for sequence in sequences:
         if not sequence.spans:
             raise PlaitError("There is nothing to embed: the input is empty.")

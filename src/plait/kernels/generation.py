@@ -60,7 +60,7 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
-def chosen(device: Device) -> str:
+def backend_name(device: Device) -> str:
     """What computes a step of generation on this device, in words."""
     if device.kind != "cpu":
         return "PyTorch"

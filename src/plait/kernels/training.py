@@ -52,7 +52,7 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
-def chosen(device: Device, config: TransformerConfig | None = None) -> str:
+def backend_name(device: Device, config: TransformerConfig | None = None) -> str:
     """What computes the blocks of a training step on this device, in words; of this shape where it is given."""
     if device.kind != "cpu":
         return "PyTorch"
@@ -68,12 +68,12 @@ def chosen(device: Device, config: TransformerConfig | None = None) -> str:
     return f"PyTorch, {parts} {words}"
 
 
-def suffices(device: Device, config: TransformerConfig) -> bool:
+def beats_compile(device: Device, config: TransformerConfig) -> bool:
     """Whether blocks of this shape train as fast natively as compiled by torch: where attention is native."""
-    return "native (" in chosen(device, config) and config.head_width % 32 == 0
+    return "native (" in backend_name(device, config) and config.head_width % 32 == 0
 
 
-def takes(x: Tensor) -> bool:
+def supports(x: Tensor) -> bool:
     """Whether what follows x goes the native way: on a processor, in bf16 by autocast, and not where a compiler or an
     export reads along."""
     return (
@@ -86,9 +86,9 @@ def takes(x: Tensor) -> bool:
     )
 
 
-def attends(x: Tensor, head_width: int) -> bool:
+def supports_attention(x: Tensor, head_width: int) -> bool:
     """Whether causal attention over x (B, L, ...) goes the native way."""
-    return x.shape[1] <= LONGEST and head_width % 32 == 0 and takes(x)
+    return x.shape[1] <= LONGEST and head_width % 32 == 0 and supports(x)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -114,8 +114,8 @@ class _Add(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor]:
-        return slope, slope.bfloat16()
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad.bfloat16()
 
 
 def add(x: Tensor, more: Tensor) -> Tensor:
@@ -136,15 +136,15 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, past: Tensor | None, slope: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, past: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         width, threads = x.shape[-1], _threads(x.numel())
         past = None if past is None else past.contiguous()
-        slope = torch.zeros(x.shape, dtype=torch.bfloat16) if slope is None else slope.contiguous()
+        grad = torch.zeros(x.shape, dtype=torch.bfloat16) if grad is None else grad.contiguous()
         to_x, to_weight = torch.empty_like(x), x.new_zeros(threads, width)
-        to_more = torch.empty_like(slope) if ctx.added else None
+        to_more = torch.empty_like(grad) if ctx.added else None
         _call(
-            "plait_norm_back", x, weight, ctx.eps, slope, past, x.numel() // width, width, to_x, to_more, to_weight,
+            "plait_norm_back", x, weight, ctx.eps, grad, past, x.numel() // width, width, to_x, to_more, to_weight,
             threads,
         )  # fmt: skip
         return to_x, to_more, to_weight.sum(0), None
@@ -178,11 +178,11 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        width, to_x = slope.shape[-1], torch.empty_like(x)
-        rows = slope.numel() // width
-        _call("plait_gate_back", x, slope.contiguous(), rows, width, to_x, _threads(slope.numel()))
+        width, to_x = grad.shape[-1], torch.empty_like(x)
+        rows = grad.numel() // width
+        _call("plait_gate_back", x, grad.contiguous(), rows, width, to_x, _threads(grad.numel()))
         return to_x
 
 
@@ -209,12 +209,12 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # which may lie elsewhere by now, and may be asked for once
         call, scratch, threads = _prepared(ctx, *saved)
         qkv, q_norm = saved[:2]
         to_qkv, to_norms = torch.empty_like(qkv), torch.zeros(threads, 2, qkv.shape[3])
-        _call("plait_attend_back", byref(call), slope.contiguous(), to_qkv, to_norms, scratch, threads)
+        _call("plait_attend_back", byref(call), grad.contiguous(), to_qkv, to_norms, scratch, threads)
         q_slope, k_slope = (None, None) if q_norm is None else to_norms.sum(0)
         return to_qkv, q_slope, k_slope, None, None, None, None, None
 

@@ -1,6 +1,6 @@
-"""Sound: log-mel -> embeddings on the way in; patches of log-mel <-> FSQ codes, and a vocoder, on the way out.
+"""Audio: log-mel -> embeddings on the way in; patches of log-mel <-> FSQ codes, and a vocoder, on the way out.
 
-A sample is float16 (T, bands): 100 frames a second of log-mel, scaled to about [-1, 1]. Where a pretrained tower
+A sample is float16 (T, bands): 100 frames a second of log-mel, scaled to about [-1, 1]. Where a pretrained encoder
 reads, what it wants to hear of a frame's 10 ms (its own log-mel, or the waveform) follows in the same row. Values in a
 batch are (N, T, row) with lengths (N,) in frames; beyond its length a sample is silence.
 """
@@ -28,15 +28,15 @@ from plait.core.errors import PlaitError
 from plait.modalities.audio_files import decode_audio, resample
 from plait.modalities.base import ChannelNorm, bilinear_warp, tinted, within
 from plait.modalities.fsq import FSQ
-from plait.modalities.hf_encoder import Tower, TowerSettings, transformers_for
+from plait.modalities.hf_encoder import HFEncoder, HFEncoderSettings, transformers_for
 
-SILENCE = -1.4  # the scaled log-mel of no sound
+SILENCE = -1.4  # the scaled log-mel of no audio
 FLOOR = 1e-4  # mel power below which everything is silence, the waveform's RMS being 0.1
 PATCH = 4  # frames that share their codes, and that one embedding covers: 40 ms
 
 
 class AudioSettings(BaseModel):
-    """How sound is fitted, read, written and augmented; kept in the checkpoint's preprocessor file."""
+    """How audio is fitted, read, written and augmented; kept in the checkpoint's preprocessor file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     # Not part of the network.
@@ -45,9 +45,9 @@ class AudioSettings(BaseModel):
     rate: int = 8000  # samples a second
     seconds: float = 2.0  # the longest clip; longer ones are read in overlapping windows
     bands: int = 64
-    encoder: str | None = None  # hf:NAME-OR-FOLDER, a pretrained audio tower in the encoder's place
-    freeze: bool = True  # the tower stays as it is; a projection of what it hears is trained
-    tower: TowerSettings | None = None  # filled in from the tower's files
+    encoder: str | None = None  # hf:NAME-OR-FOLDER, a pretrained audio encoder in the encoder's place
+    freeze: bool = True  # the encoder stays as it is; a projection of what it hears is trained
+    hf_encoder: HFEncoderSettings | None = None  # filled in from the encoder's files
     stem: int = 32  # channels of the encoder's first layer
     codec_width: int = 160
     levels: list[int] = [8, 5, 5, 5]
@@ -62,20 +62,22 @@ class AudioSettings(BaseModel):
     @classmethod
     def fitted(cls, size: Size, examples: list[bytes], overrides: dict[str, Any]) -> AudioSettings:
         """The settings that a row of the table of sizes and some of the user's recordings call for."""
-        sounds = [decode_audio(example) for example in examples]
-        rate = int(np.median([rate for _, rate in sounds]))
-        longest = max(len(wave) / rate for wave, rate in sounds)
-        if overrides.get("tower"):
-            tower = TowerSettings.model_validate(overrides["tower"])
-            longest, most = min(longest, tower.longest / 1.1), overrides.get("seconds", 0)
-            if isinstance(most, (int, float)) and most > tower.longest:
-                raise PlaitError(f"model.audio.seconds is {most}, but {overrides['encoder']} reads {tower.longest:g}.")
+        clips = [decode_audio(example) for example in examples]
+        rate = int(np.median([rate for _, rate in clips]))
+        longest = max(len(wave) / rate for wave, rate in clips)
+        if overrides.get("hf_encoder"):
+            hf_encoder = HFEncoderSettings.model_validate(overrides["hf_encoder"])
+            longest, most = min(longest, hf_encoder.longest / 1.1), overrides.get("seconds", 0)
+            if isinstance(most, (int, float)) and most > hf_encoder.longest:
+                raise PlaitError(
+                    f"model.audio.seconds is {most}, but {overrides['encoder']} reads {hf_encoder.longest:g}."
+                )
         fitting = next(r for r in (8000, 16000, 24000) if r >= min(rate, size.rate))
         return cls.sized(fitting, {"seconds": min(size.seconds, math.ceil(longest * 11) / 10), **overrides})
 
     @classmethod
     def sized(cls, rate: int, overrides: dict[str, Any]) -> AudioSettings:
-        """The settings for sound of a rate, in samples a second."""
+        """The settings for audio of a rate, in samples a second."""
         return cls.model_validate({"rate": rate, "bands": 64 if rate <= 8000 else 80, **overrides})
 
     @property
@@ -198,54 +200,54 @@ class AudioEncoder(nn.Module):
         return self.out(self.norm(x.transpose(1, 2).flatten(2)))
 
 
-class TowerInput:
-    """Waveform to what a pretrained tower reads, in rows of 10 ms."""
+class HFEncoderInput:
+    """Waveform to what a pretrained encoder reads, in rows of 10 ms."""
 
-    def __init__(self, tower: TowerSettings) -> None:
-        self.tower = tower
+    def __init__(self, hf_encoder: HFEncoderSettings) -> None:
+        self.hf_encoder = hf_encoder
 
     def forward(self, wave: np.ndarray, rate: int, frames: int) -> np.ndarray:
-        """(samples,) to float32 (frames, row), as the tower's own preprocessor has it."""
-        tower = self.tower
-        wave = resample(wave, rate, tower.rate)
-        if tower.reads == "wave":
-            if tower.normalise:
+        """(samples,) to float32 (frames, row), as the encoder's own preprocessor has it."""
+        hf_encoder = self.hf_encoder
+        wave = resample(wave, rate, hf_encoder.rate)
+        if hf_encoder.reads == "wave":
+            if hf_encoder.normalise:
                 wave = (wave - wave.mean()) / np.sqrt(wave.var() + 1e-7)
-            size = frames * tower.row
-            return np.pad(wave, (0, max(size - len(wave), 0)))[:size].reshape(frames, tower.row).astype(np.float32)
-        extract = transformers_for("Whisper's log-mel").WhisperFeatureExtractor(tower.bands, tower.rate)
+            size = frames * hf_encoder.row
+            return np.pad(wave, (0, max(size - len(wave), 0)))[:size].reshape(frames, hf_encoder.row).astype(np.float32)
+        extract = transformers_for("Whisper's log-mel").WhisperFeatureExtractor(hf_encoder.bands, hf_encoder.rate)
         # Silence follows, as in the window of 30 s; the extractor takes off nothing but the last, incomplete frame.
         wave = np.pad(wave, (0, max(frames * extract.hop_length - len(wave), 0) + extract.n_fft))
-        found = extract(wave, sampling_rate=tower.rate, padding="longest", truncation=False, return_tensors="np")
+        found = extract(wave, sampling_rate=hf_encoder.rate, padding="longest", truncation=False, return_tensors="np")
         return np.asarray(found["input_features"][0].T[:frames], np.float32)
 
     def silence(self, values: Tensor, exists: Tensor) -> Tensor:
         """(N, 1, 1): what fills up values (N, T, row) where they do not exist."""
-        if self.tower.reads == "wave":
+        if self.hf_encoder.reads == "wave":
             return torch.zeros(len(values), 1, 1, device=values.device)
         # Whisper's log-mel is cut 8 powers of ten below its highest, and at 1e-10; a power is a quarter.
         top = values.masked_fill(~exists, -torch.inf).amax((1, 2), keepdim=True)
         return (top - 2).clamp(min=-1.5)
 
 
-class AudioTower(nn.Module):
-    """A pretrained tower: (N, T, row) to (N, T / 4, D). It always reads the length of the longest clip, so that what
-    it hears of a sound does not depend on the others of a batch."""
+class HFAudioEncoder(nn.Module):
+    """A pretrained encoder: (N, T, row) to (N, T / 4, D). It always reads the length of the longest clip, so that what
+    it hears of an audio clip does not depend on the others of a batch."""
 
     def __init__(self, settings: AudioSettings, width: int) -> None:
         super().__init__()
-        assert settings.tower is not None
-        self.settings, self.known = settings, settings.tower
+        assert settings.hf_encoder is not None
+        self.settings, self.known = settings, settings.hf_encoder
         config = self.known.config
         if self.known.reads == "mel":
             config = {**config, "max_source_positions": settings.frames // 2}
-        self.tower = Tower(config, settings.freeze)
-        self.prepared = TowerInput(self.known)
-        self.norm = nn.LayerNorm(self.tower.width)
-        self.out = nn.Linear(self.tower.width, width)
+        self.hf_encoder = HFEncoder(config, settings.freeze)
+        self.prepared = HFEncoderInput(self.known)
+        self.norm = nn.LayerNorm(self.hf_encoder.width)
+        self.out = nn.Linear(self.hf_encoder.width, width)
 
     def heard(self, values: Tensor, lengths: Tensor) -> dict[str, Tensor]:
-        """The tower's inputs of a batch."""
+        """The encoder's inputs of a batch."""
         x = values[..., self.settings.bands :].float()[:, : self.settings.frames]
         exists = within(lengths, x.shape[1])[..., None]
         silence = self.prepared.silence(x, exists)
@@ -260,7 +262,7 @@ class AudioTower(nn.Module):
         return inputs
 
     def forward(self, values: Tensor, lengths: Tensor) -> Tensor:
-        states = self.tower(**self.heard(values, lengths)).transpose(1, 2)
+        states = self.hf_encoder(**self.heard(values, lengths)).transpose(1, 2)
         pooled = F.adaptive_avg_pool1d(states, self.settings.frames // PATCH)
         return self.out(self.norm(pooled.transpose(1, 2)[:, : math.ceil(values.shape[1] / PATCH)]))
 
@@ -344,8 +346,8 @@ class Audio(nn.Module):
     def __init__(self, settings: AudioSettings, width: int) -> None:
         super().__init__()
         self.settings = settings
-        self.encoder = (AudioEncoder if settings.tower is None else AudioTower)(settings, width)
-        self.prepared = None if settings.tower is None else TowerInput(settings.tower)
+        self.encoder = (AudioEncoder if settings.hf_encoder is None else HFAudioEncoder)(settings, width)
+        self.prepared = None if settings.hf_encoder is None else HFEncoderInput(settings.hf_encoder)
         self.codec = AudioCodec(settings)
         self.mel = LogMel(settings)
 
@@ -360,20 +362,20 @@ class Audio(nn.Module):
         return own if self.prepared is None else self._beside(own, wave, rate)
 
     def _beside(self, own: np.ndarray, wave: np.ndarray, rate: int) -> np.ndarray:
-        """Our frames and the tower's in one row."""
+        """Our frames and the encoder's in one row."""
         assert self.prepared is not None
         return np.concatenate((own, self.prepared.forward(wave, rate, len(own))), 1, dtype=np.float16)
 
     def sample(self, raw: Any) -> np.ndarray:
-        """The first `seconds` of the sound. Read longer ones with `windows`."""
+        """The first `seconds` of the audio. Read longer ones with `windows`."""
         return self._frames(raw)[: self.settings.frames]
 
     def blank(self) -> np.ndarray:
-        row = self.settings.bands + (self.settings.tower.row if self.settings.tower else 0)
+        row = self.settings.bands + (self.settings.hf_encoder.row if self.settings.hf_encoder else 0)
         return np.full((self.settings.frames, row), SILENCE, np.float16)
 
     def windows(self, raw: Any) -> list[np.ndarray]:
-        """Windows of the longest clip's length that overlap by half and cover the sound."""
+        """Windows of the longest clip's length that overlap by half and cover the audio."""
         mel, longest = self._frames(raw), self.settings.frames
         if len(mel) <= longest:
             return [mel]
@@ -383,7 +385,7 @@ class Audio(nn.Module):
     def batch(self, samples: list[np.ndarray]) -> tuple[Tensor, Tensor]:
         lengths = torch.tensor([len(sample) for sample in samples])
         longest = math.ceil(int(lengths.max()) / PATCH) * PATCH
-        if self.prepared is not None:  # what was decoded from codes is heard as it sounds
+        if self.prepared is not None:  # what was decoded from codes is heard as it audio clips
             samples = [s if s.shape[1] > self.settings.bands else self._beside(s, *self.to_object(s)) for s in samples]
         values = np.full((len(samples), longest, samples[0].shape[1]), SILENCE, np.float16)
         for row, sample in zip(values, samples, strict=True):
@@ -426,10 +428,11 @@ class Audio(nn.Module):
         return torch.cat((x, torch.where(gone, silence, others)), 2), new_lengths
 
     def _stretched(self, others: Tensor, matrix: Tensor, longest: int, silence: Tensor) -> Tensor:
-        """What the tower hears (N, T, row), changed by the same maps; of a waveform the tempo and with it the pitch."""
+        """What the encoder hears (N, T, row), changed by the same maps; of a waveform the tempo and with it the
+        pitch."""
         assert self.prepared is not None
         row = others.shape[2]
-        if self.prepared.tower.reads == "mel":
+        if self.prepared.hf_encoder.reads == "mel":
             return bilinear_warp((others - silence)[:, None], matrix, (longest, row), 0.0)[:, 0] + silence
         matrix = matrix.clone()
         matrix[:, 0] = torch.tensor([1.0, 0.0, 0.0])
@@ -450,7 +453,7 @@ class Audio(nn.Module):
         return torch.from_numpy(values).transpose(1, 2)[:, None] - SILENCE
 
     def grid(self, sample: np.ndarray) -> tuple[int, int]:
-        """Regions of some 80 ms and 8 bands; beside what a tower hears, of time alone."""
+        """Regions of some 80 ms and 8 bands; beside what a encoder hears, of time alone."""
         return math.ceil(len(sample) / 8), 1 if self.prepared is not None else self.settings.bands // 8
 
     def removed(self, sample: np.ndarray) -> np.ndarray:
@@ -482,13 +485,13 @@ class Audio(nn.Module):
         pixels = tinted(_shades(sample[:, :bands]), weights[:, :bands].T[::-1])
         wide = max(480 // len(sample), 1)
         pixels = pixels.repeat(3, 0).repeat(wide, 1)
-        picture = PILImage.new("RGB", (pixels.shape[1], pixels.shape[0] + 14), "white")
-        picture.paste(PILImage.fromarray(pixels), (0, 0))
-        pen = ImageDraw.Draw(picture)
+        image = PILImage.new("RGB", (pixels.shape[1], pixels.shape[0] + 14), "white")
+        image.paste(PILImage.fromarray(pixels), (0, 0))
+        pen = ImageDraw.Draw(image)
         for tenth in range(0, len(sample) // 10 + 1, 2):
             pen.text((tenth * 10 * wide + 2, pixels.shape[0] + 1), f"{tenth / 10:.1f} s", fill="black")
             pen.line((tenth * 10 * wide, pixels.shape[0], tenth * 10 * wide, pixels.shape[0] + 5), fill="black")
-        return picture
+        return image
 
     def to_object(self, values: np.ndarray) -> tuple[np.ndarray, int]:
         """(waveform float32, rate)."""

@@ -97,10 +97,10 @@ class AudioFiles(MediaFiles):
         return Packed({"rate": value[1]}, np.ascontiguousarray(value[0], np.float32).tobytes())
 
     def unpack(self, packed: Packed) -> Wave:
-        return np.frombuffer(packed.body, np.float32).copy(), int(packed.facts["rate"])
+        return np.frombuffer(packed.body, np.float32).copy(), int(packed.metadata["rate"])
 
 
-# Brands of the ISO base media format that are no sound: images.
+# Brands of the ISO base media format that are no audio: images.
 _OTHER_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"mif2", b"avif", b"avis")
 
 AUDIO = AudioFiles()
@@ -148,10 +148,10 @@ def _libsndfile_blocks(data: bytes, name: str, limits: Limits) -> Blocks:
     elif name == "mp3":
         data, counted = _counted_mp3(data)
     try:
-        sound = soundfile.SoundFile(io.BytesIO(data))
+        audio = soundfile.SoundFile(io.BytesIO(data))
     except Exception as error:
         raise MediaError(f"damaged {name}: {short(error)}") from error
-    rate, channels, frames = sound.samplerate, sound.channels, sound.frames
+    rate, channels, frames = audio.samplerate, audio.channels, audio.frames
     # Frames of an mp3 whose count neither its header nor we know are an estimate.
     known = 0 < frames < 1 << 48 and (name != "mp3" or counted)
     longest = min(int(limits.seconds * max(rate, 1)), limits.samples // max(channels, 1))
@@ -163,24 +163,24 @@ def _libsndfile_blocks(data: bytes, name: str, limits: Limits) -> Blocks:
     elif channels > limits.channels:
         fault = f"{channels} channels, more than {limits.channels}"
     elif known and frames > longest:
-        fault = f"{frames / rate:.0f} s of sound in {channels} channels, more than {limits.seconds:g} s"
+        fault = f"{frames / rate:.0f} s of audio in {channels} channels, more than {limits.seconds:g} s"
     elif promised is not None and promised != frames:
         fault = f"the header promises {promised} samples, {frames} are there"
     if fault:
-        sound.close()
+        audio.close()
         raise MediaError(fault)
 
     def read() -> Iterator[np.ndarray]:
         got = 0
-        with sound:
+        with audio:
             while True:
                 try:
-                    block = sound.read(_BLOCK, dtype="float32", always_2d=True)
+                    block = audio.read(_BLOCK, dtype="float32", always_2d=True)
                 except Exception as error:
                     raise MediaError(f"damaged {name}: {short(error)}") from error
                 got += len(block)
                 if got > longest:
-                    raise MediaError(f"more than {limits.seconds:g} s of sound")
+                    raise MediaError(f"more than {limits.seconds:g} s of audio")
                 if not len(block):
                     break
                 mono = block.mean(1, dtype=np.float32) if channels > 1 else block[:, 0]
@@ -198,7 +198,7 @@ def _libsndfile_blocks(data: bytes, name: str, limits: Limits) -> Blocks:
 
 
 def av_blocks(data: bytes, name: str, limits: Limits) -> Blocks:
-    """The sound of a container that FFmpeg reads, by PyAV. Raises MediaError, also where it has none."""
+    """The audio of a container that FFmpeg reads, by PyAV. Raises MediaError, also where it has none."""
     import av
 
     try:
@@ -210,12 +210,12 @@ def av_blocks(data: bytes, name: str, limits: Limits) -> Blocks:
         raise MediaError(f"damaged {name}: {short(error)}") from error
     if stream is None:
         container.close()
-        raise MediaError(f"no sound in this {name}")
+        raise MediaError(f"no audio in this {name}")
     fault = None
     if not 100 <= rate <= 768_000:
         fault = f"a sampling rate of {rate} Hz"
     elif seconds > limits.seconds * 1.01 + 1:
-        fault = f"{seconds:.0f} s of sound, more than {limits.seconds:g} s"
+        fault = f"{seconds:.0f} s of audio, more than {limits.seconds:g} s"
     if fault:
         container.close()
         raise MediaError(fault)
@@ -232,7 +232,7 @@ def av_blocks(data: bytes, name: str, limits: Limits) -> Blocks:
                     block = frame.to_ndarray().reshape(-1).astype(np.float32)
                     got += len(block)
                     if got > longest:
-                        raise MediaError(f"more than {limits.seconds:g} s of sound")
+                        raise MediaError(f"more than {limits.seconds:g} s of audio")
                     if not np.isfinite(block).all():
                         raise MediaError("samples that are not numbers")
                     yield block
@@ -261,7 +261,7 @@ def av_blocks(data: bytes, name: str, limits: Limits) -> Blocks:
 def _wav(data: bytes) -> tuple[bytes, int | None]:
     """The bytes for libsndfile, and the frames that the header promises, None where they cannot be told.
 
-    A stream's header has a placeholder for a length that was not known when it was written: it is mended, and the sound
+    A stream's header has a placeholder for a length that was not known when it was written: it is mended, and the audio
     reaches to the end of the file. Raises MediaError where a length that was meant is not there.
     """
     big, wide = data[:4] == b"RIFX", data[:4] == b"RF64"
@@ -290,10 +290,10 @@ def _wav(data: bytes) -> tuple[bytes, int | None]:
                 sizes = (struct.pack(order + "I", body + size - 8), struct.pack(order + "I", size))
                 data = data[:4] + sizes[0] + data[8 : at + 4] + sizes[1] + data[body : body + size]
             if size > left:
-                raise MediaError(f"cut short: the header promises {size} bytes of sound, {left} are there")
+                raise MediaError(f"cut short: the header promises {size} bytes of audio, {left} are there")
             return data, size // align if align else None
         at = following
-    raise MediaError("damaged wav: no sound in it")
+    raise MediaError("damaged wav: no audio in it")
 
 
 _KBPS = {  # by (MPEG 1, layer): of the 14 numbers that a frame's head may have

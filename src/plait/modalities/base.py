@@ -99,7 +99,7 @@ class MediaModality(Protocol):
         ...
 
     def marked(self, sample: np.ndarray, weights: np.ndarray) -> PILImage.Image:
-        """The sample as a picture, marked red where weights (its first two dimensions), in [-1, 1], are positive and
+        """The sample as an image, marked red where weights (its first two dimensions), in [-1, 1], are positive and
         blue where they are negative."""
         ...
 
@@ -151,21 +151,21 @@ class Vocabulary(BaseModel):
         return self.special(f"<|{column}|>")
 
     @property
-    def spaces(self) -> dict[str, tuple[int, int]]:
+    def id_ranges(self) -> dict[str, tuple[int, int]]:
         """Space -> (first id, one past the last)."""
         stop = self.text + len(self.specials)
-        spaces = {"text": (0, stop)}
+        id_ranges = {"text": (0, stop)}
         for modality, levels in self.levels.items():
             start, stop = stop, stop + int(np.prod(levels)) + (modality in self.closers)
-            spaces[modality] = (start, stop)
-        return spaces
+            id_ranges[modality] = (start, stop)
+        return id_ranges
 
     def closer(self, modality: str) -> int:
-        return self.spaces[modality][1] - 1
+        return self.id_ranges[modality][1] - 1
 
     @property
     def size(self) -> int:
-        return max(stop for _, stop in self.spaces.values())
+        return max(stop for _, stop in self.id_ranges.values())
 
     def names(self) -> list[str]:
         """The token names of all ids from `text` on, for export."""

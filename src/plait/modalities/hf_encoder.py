@@ -1,7 +1,7 @@
 """A pretrained network of transformers in an encoder's place, built from its configuration alone.
 
-What the tower reads is prepared by the modality whose encoder it is; where its weights come from is `model.towers`'s
-business. transformers is imported when the first tower is built.
+What the encoder reads is prepared by the modality whose encoder it is; where its weights come from is
+`model.encoders`'s business. transformers is imported when the first encoder is built.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from plait.core.errors import PlaitError
 
 
-class TowerSettings(BaseModel):
-    """What a checkpoint keeps of a tower beside its weights; taken from the tower's own files."""
+class HFEncoderSettings(BaseModel):
+    """What a checkpoint keeps of a encoder beside its weights; taken from the encoder's own files."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -26,19 +26,19 @@ class TowerSettings(BaseModel):
     size: int = 0  # side in pixels
     mean: list[float] = [0.0, 0.0, 0.0]  # of pixels in [0, 1]
     std: list[float] = [1.0, 1.0, 1.0]
-    rate: int = 0  # of sound, Hz
+    rate: int = 0  # of audio, Hz
     bands: int = 0  # of Whisper's log-mel
     normalise: bool = False  # a waveform to zero mean and unit variance
     masked: bool = False  # told where a waveform ends
 
     @property
     def row(self) -> int:
-        """Numbers that stand for 10 ms of sound."""
+        """Numbers that stand for 10 ms of audio."""
         return self.bands if self.reads == "mel" else self.rate // 100
 
     @property
     def longest(self) -> float:
-        """Seconds of sound that the tower has positions for."""
+        """Seconds of audio that the encoder has positions for."""
         return self.config.get("max_source_positions", 1500) / 50 if self.reads == "mel" else math.inf
 
 
@@ -51,10 +51,11 @@ def transformers_for(what: str) -> Any:
     return transformers
 
 
-class Tower(nn.Module):
-    """Prepared inputs to the last hidden states (N, tokens, H), or (N, H, h, w) of convolutional towers; `width` is H.
+class HFEncoder(nn.Module):
+    """Prepared inputs to the last hidden states (N, tokens, H), or (N, H, h, w) of convolutional encoders; `width` is
+    H.
 
-    A frozen tower always works as in use: no gradient, no dropout. Its weights mean nothing until they are loaded.
+    A frozen encoder always works as in use: no gradient, no dropout. Its weights mean nothing until they are loaded.
     """
 
     def __init__(self, config: dict[str, Any], frozen: bool) -> None:
@@ -84,7 +85,7 @@ class Tower(nn.Module):
             self.requires_grad_(False)
         self.eval()
 
-    def train(self, mode: bool = True) -> Tower:
+    def train(self, mode: bool = True) -> HFEncoder:
         super().train(mode and not self.frozen)
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -1,4 +1,4 @@
-"""Pictures: pixels -> a short grid of embeddings on the way in; pixels <-> a grid of FSQ codes on the way out.
+"""Images: pixels -> a short grid of embeddings on the way in; pixels <-> a grid of FSQ codes on the way out.
 
 A sample is uint8 (H, W, C). Values in a batch are uint8 or float (N, H, W, C); inside the networks (N, C, H, W)
 in [-1, 1].
@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from plait.core.config import Size
 from plait.modalities.base import ChannelNorm, bilinear_warp, tinted
 from plait.modalities.fsq import FSQ
-from plait.modalities.hf_encoder import Tower, TowerSettings
+from plait.modalities.hf_encoder import HFEncoder, HFEncoderSettings
 from plait.modalities.image_files import decode_image
 
 
 class ImageSettings(BaseModel):
-    """How pictures are fitted, read, written and augmented; kept in the checkpoint's preprocessor file."""
+    """How images are fitted, read, written and augmented; kept in the checkpoint's preprocessor file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     TRAINING: ClassVar = frozenset({"rotate", "scale", "shift", "flip", "erase", "freeze"})  # not part of the network
@@ -37,15 +37,15 @@ class ImageSettings(BaseModel):
     fit: str = "crop"  # "crop" the middle square, "pad" to a square, or "stretch"
     background: int = 255  # what transparent parts and padding become
     grid: int = 4  # side of the encoder's grid of embeddings
-    encoder: str | None = None  # hf:NAME-OR-FOLDER, a pretrained vision tower in the encoder's place
-    freeze: bool = True  # the tower stays as it is; a projection of what it sees is trained
-    tower: TowerSettings | None = None  # filled in from the tower's files
+    encoder: str | None = None  # hf:NAME-OR-FOLDER, a pretrained vision encoder in the encoder's place
+    freeze: bool = True  # the encoder stays as it is; a projection of what it sees is trained
+    hf_encoder: HFEncoderSettings | None = None  # filled in from the encoder's files
     stem: int = 32  # channels of the encoder's first layer
     stride: int = 1  # of that layer, in pixels
     patch: int = 4  # side in pixels of what one code stands for
     codec_width: int = 96
     codec_blocks: int = 1
-    local: bool = False  # a code tells of its surroundings alone; new runs have it, older ones norms over the picture
+    local: bool = False  # a code tells of its surroundings alone; new runs have it, older ones norms over the image
     levels: list[int] = [8, 5, 5, 5]
     rotate: float = 8.0  # degrees, augmentation
     scale: float = 0.1
@@ -55,17 +55,17 @@ class ImageSettings(BaseModel):
 
     @classmethod
     def fitted(cls, size: Size, examples: list[bytes], overrides: dict[str, Any]) -> ImageSettings:
-        """The settings that a row of the table of sizes and some of the user's pictures call for."""
-        pictures = [decode_image(example) for example in examples]
-        side = int(np.median([max(picture.size) for picture in pictures]))
-        grey = all(picture.convert("RGB").convert("L").convert("RGB") == picture.convert("RGB") for picture in pictures)
-        most = overrides["tower"]["size"] if overrides.get("tower") else size.picture
+        """The settings that a row of the table of sizes and some of the user's images call for."""
+        images = [decode_image(example) for example in examples]
+        side = int(np.median([max(image.size) for image in images]))
+        grey = all(image.convert("RGB").convert("L").convert("RGB") == image.convert("RGB") for image in images)
+        most = overrides["hf_encoder"]["size"] if overrides.get("hf_encoder") else size.image
         fitting = min(most, max(math.ceil(side / 4) * 4, 8))
         return cls.sized(fitting, {"channels": 1 if grey else 3, **overrides})
 
     @classmethod
     def sized(cls, size: int, overrides: dict[str, Any]) -> ImageSettings:
-        """The settings for pictures of a side, in pixels."""
+        """The settings for images of a side, in pixels."""
         pixels = overrides.get("size", size)
         small, middling = (not isinstance(pixels, int) or pixels <= limit for limit in (32, 128))
         patch, grid = (4, 4) if small else (8, 8) if middling else (16, 8)
@@ -128,10 +128,10 @@ class ImageEncoder(nn.Module):
         return self.out(self.layers(to_unit(values)).flatten(2).transpose(1, 2)) + self.places
 
 
-class ImageTower(nn.Module):
-    """A pretrained tower: (N, H, W, C) to (N, grid * grid, D).
+class HFImageEncoder(nn.Module):
+    """A pretrained encoder: (N, H, W, C) to (N, grid * grid, D).
 
-    Its patches are averaged on the grid; each place, beside the summary that the tower makes of the whole (its first
+    Its patches are averaged on the grid; each place, beside the summary that the encoder makes of the whole (its first
     token, else the mean), is normed and projected.
     """
 
@@ -140,17 +140,17 @@ class ImageTower(nn.Module):
 
     def __init__(self, settings: ImageSettings, width: int) -> None:
         super().__init__()
-        assert settings.tower is not None
-        self.settings, self.known = settings, settings.tower
-        self.tower = Tower(self.known.config, settings.freeze)
+        assert settings.hf_encoder is not None
+        self.settings, self.known = settings, settings.hf_encoder
+        self.hf_encoder = HFEncoder(self.known.config, settings.freeze)
         self.register_buffer("mean", torch.tensor(self.known.mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.known.std).view(-1, 1, 1), persistent=False)
-        self.norm = nn.LayerNorm(2 * self.tower.width)
-        self.out = nn.Linear(2 * self.tower.width, width)
+        self.norm = nn.LayerNorm(2 * self.hf_encoder.width)
+        self.out = nn.Linear(2 * self.hf_encoder.width, width)
         self.places = nn.Parameter(torch.randn(settings.grid**2, width) * 0.02)
 
     def pixels(self, values: Tensor) -> Tensor:
-        """What the tower reads, (N, 3, size, size): a sample of another size is resampled."""
+        """What the encoder reads, (N, 3, size, size): a sample of another size is resampled."""
         x = values.movedim(-1, 1).float() / 255
         if x.shape[-1] != self.known.size:
             size = (self.known.size, self.known.size)
@@ -158,7 +158,7 @@ class ImageTower(nn.Module):
         return (x - self.mean) / self.std  # one channel becomes three
 
     def forward(self, values: Tensor, lengths: Tensor) -> Tensor:
-        states = self.tower(pixel_values=self.pixels(values))
+        states = self.hf_encoder(pixel_values=self.pixels(values))
         if states.ndim == 4:
             patches, summary = states, states.mean((2, 3))
         else:
@@ -245,7 +245,7 @@ class Image(nn.Module):
     def __init__(self, settings: ImageSettings, width: int) -> None:
         super().__init__()
         self.settings = settings
-        self.encoder = (ImageEncoder if settings.tower is None else ImageTower)(settings, width)
+        self.encoder = (ImageEncoder if settings.hf_encoder is None else HFImageEncoder)(settings, width)
         self.codec = ImageCodec(settings)
 
     def sample(self, raw: Any) -> np.ndarray:
@@ -253,22 +253,22 @@ class Image(nn.Module):
         settings = self.settings
         if isinstance(raw, np.ndarray):
             raw = PILImage.fromarray(raw)
-        picture = raw if isinstance(raw, PILImage.Image) else decode_image(Path(raw) if isinstance(raw, str) else raw)
-        if "A" in picture.getbands() or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            ground = PILImage.new("RGBA", picture.size, (settings.background,) * 3 + (255,))
-            picture = PILImage.alpha_composite(ground, picture)
-        picture = picture.convert("L" if settings.channels == 1 else "RGB")
-        width, height = picture.size
+        image = raw if isinstance(raw, PILImage.Image) else decode_image(Path(raw) if isinstance(raw, str) else raw)
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            ground = PILImage.new("RGBA", image.size, (settings.background,) * 3 + (255,))
+            image = PILImage.alpha_composite(ground, image)
+        image = image.convert("L" if settings.channels == 1 else "RGB")
+        width, height = image.size
         if width != height and settings.fit != "stretch":
             side = min(width, height) if settings.fit == "crop" else max(width, height)
             left, top = (width - side) // 2, (height - side) // 2
-            square = PILImage.new(picture.mode, (side, side), (settings.background,) * len(picture.getbands()))
-            square.paste(picture, (-left, -top))
-            picture = square
-        if picture.size != (settings.size, settings.size):
-            picture = picture.resize((settings.size, settings.size), PILImage.Resampling.LANCZOS)
-        return np.asarray(picture, np.uint8).reshape(settings.size, settings.size, settings.channels)
+            square = PILImage.new(image.mode, (side, side), (settings.background,) * len(image.getbands()))
+            square.paste(image, (-left, -top))
+            image = square
+        if image.size != (settings.size, settings.size):
+            image = image.resize((settings.size, settings.size), PILImage.Resampling.LANCZOS)
+        return np.asarray(image, np.uint8).reshape(settings.size, settings.size, settings.channels)
 
     def blank(self) -> np.ndarray:
         s = self.settings
@@ -326,7 +326,7 @@ class Image(nn.Module):
 
     @staticmethod
     def removed(sample: np.ndarray) -> np.ndarray:
-        """All of the mean colour that the picture has at its edge, as its background."""
+        """All of the mean colour that the image has at its edge, as its background."""
         edge = np.concatenate((sample[0], sample[-1], sample[:, 0], sample[:, -1]))
         return np.broadcast_to(edge.mean(0).round().astype(sample.dtype), sample.shape)
 

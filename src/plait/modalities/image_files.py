@@ -96,7 +96,7 @@ class ImageFiles(MediaFiles):
         return Packed({"mode": value.mode, "width": value.width, "height": value.height}, value.tobytes())
 
     def unpack(self, packed: Packed) -> Image.Image:
-        facts = packed.facts
+        facts = packed.metadata
         return Image.frombytes(facts["mode"], (facts["width"], facts["height"]), packed.body)
 
 

@@ -70,7 +70,7 @@ class ItemCodesSettings(Known):
     sizes: list[int]  # of each code; the last tells apart what is alike
 
     @property
-    def spaces(self) -> dict[str, list[int]]:
+    def code_levels(self) -> dict[str, list[int]]:
         """Space of the vocabulary -> its levels, one space a code."""
         return {f"item:{number}": [size] for number, size in enumerate(self.sizes, 1)}
 

@@ -32,7 +32,7 @@ def kind_of_suffix(suffix: str) -> str | None:
 
 def sniff(head: bytes) -> tuple[str, str] | None:
     """(kind, format) from a file's first 64 bytes or more, or None where it is none of the formats that are read. Of a
-    container that may hold sound alone or images too, the richer kind."""
+    container that may hold audio alone or images too, the richer kind."""
     for kind in reversed(MEDIA):
         if name := MEDIA[kind].sniff(head):
             return kind, name
@@ -91,7 +91,7 @@ class Checker:
 
     def __call__(self, kind: str, data: bytes) -> dict[str, Any]:
         """What decoding shows (`MediaFiles.check`); a crash or a decoder that hangs is a MediaError too."""
-        return self._ask(kind, data, whole=False).facts
+        return self._ask(kind, data, whole=False).metadata
 
     def decode(self, kind: str, data: bytes) -> Any:
         """As the modality decodes it, but nothing in this process touches the encoded bytes. A large image comes
@@ -152,7 +152,7 @@ def _serve(limits: str) -> None:
         try:
             if whole:
                 packed = files.pack(files.decode(data, allowed))
-                answer, body = packed.facts, packed.body
+                answer, body = packed.metadata, packed.body
             else:
                 answer = files.check(data, allowed)
         except MediaError as error:

@@ -198,7 +198,7 @@ def model_card(checkpoint: Checkpoint) -> str:
     encoders = {
         name: f"`{settings['encoder']}`, {'frozen' if settings['freeze'] else 'trained further'}"
         for name, settings in config.modalities.items()
-        if settings.get("tower")
+        if settings.get("hf_encoder")
     }
     if encoders:
         told = "; ".join(f"{name}: {encoder}" for name, encoder in encoders.items())
@@ -217,6 +217,6 @@ Reads and writes the columns {columns}. {made}
 {facts}
 
 Load it with `plait.load("<this folder>")` or any `plait` command. Figures, with how they were measured, are in the
-run's `metrics.json` and `report.html`. It knows what its data held and nothing more; pictures and sounds that it
+run's `metrics.json` and `report.html`. It knows what its data held and nothing more; images and audio clips that it
 makes are machine-made.
 """

@@ -8,7 +8,7 @@ from torch import Tensor
 from plait.core.errors import PlaitError
 from plait.modalities.base import END, Vocabulary, alike
 from plait.model.checkpoint import Checkpoint
-from plait.model.multimodal import ModelConfig, Multimodal, TokenRows
+from plait.model.multimodal import ModelConfig, Multimodal, TokenEmbedding
 
 
 def extend(source: Checkpoint | Multimodal, config: ModelConfig) -> Multimodal:
@@ -48,14 +48,14 @@ def extend(source: Checkpoint | Multimodal, config: ModelConfig) -> Multimodal:
         if was.backbone.position == "learned":
             kept["backbone.positions"] = old.backbone.positions[: now.backbone.max_length]
         model.load_state_dict(kept, strict=False)
-        _extend_rows(model.rows, old.rows)
-        if model.head is not None:
-            _extend_rows(model.head, old.predicting)
+        _extend_rows(model.token_embedding, old.token_embedding)
+        if model.lm_head is not None:
+            _extend_rows(model.lm_head, old.output_embedding)
     return model.train(old.training)
 
 
 def _kept(name: str, value: Tensor, model: Multimodal, old: Multimodal) -> bool:
-    if name.startswith(("rows.", "head.")):
+    if name.startswith(("token_embedding.", "lm_head.")):
         return False
     if name.startswith("modalities."):
         modality = name.split(".")[1]
@@ -99,7 +99,7 @@ def freeze(model: Multimodal, parts: set[str], was: Vocabulary, kept: set[str], 
     masked = 0
     if "rows" in parts:
         same = old_rows(model.vocabulary, was)
-        for rows in [model.rows] if model.head is None else [model.rows, model.head]:
+        for rows in [model.token_embedding] if model.lm_head is None else [model.token_embedding, model.lm_head]:
             if bool(same.all()):
                 rows.free.requires_grad_(False)
             else:
@@ -115,14 +115,14 @@ class _Still:
     """A gradient without its part in some rows."""
 
     def __init__(self, rows: Tensor) -> None:
-        self.rows = rows[:, None]
+        self.token_embedding = rows[:, None]
 
-    def __call__(self, slope: Tensor) -> Tensor:
-        self.rows = self.rows.to(slope.device)
-        return slope.masked_fill(self.rows, 0)
+    def __call__(self, grad: Tensor) -> Tensor:
+        self.token_embedding = self.token_embedding.to(grad.device)
+        return grad.masked_fill(self.token_embedding, 0)
 
 
-def _extend_rows(new: TokenRows, old: TokenRows) -> None:
+def _extend_rows(new: TokenEmbedding, old: TokenEmbedding) -> None:
     text = new.vocabulary.text
     known = old.free[:text]
     mean, spread = known.mean(0), known.std(0)

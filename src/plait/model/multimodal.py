@@ -30,7 +30,7 @@ class ModelConfig(BaseModel):
 
     backbone: TransformerConfig
     vocabulary: Vocabulary
-    space: int = 128  # width of the embedding space; 0 for a model without one
+    embed_dim: int = 128  # width of the embedding space; 0 for a model without one
     pools_inputs: bool = False  # embeddings of media are pooled from what enters the backbone, too
     tied: bool = False  # one table of rows for reading and for predicting
     modalities: dict[str, dict[str, object]] = {}  # the settings of each modality present, text aside
@@ -121,7 +121,7 @@ class Batch:
         return Batch(tokens, targets, lengths, media, self.spans)
 
 
-def roomy(length: int) -> int:
+def bucket_length(length: int) -> int:
     """The next length of a grid with eight steps to each doubling: training then meets few shapes, for each of which
     oneDNN compiles its kernels anew."""
     step = max(2 ** ((length - 1).bit_length() - 4), 1)
@@ -134,7 +134,7 @@ def collate(
     """Pad sequences on the right into one batch on the CPU. With `few_shapes` somewhat further, to a `roomy` length,
     and likewise with more samples of each modality, which nothing reads."""
     longest = max(len(s) for s in sequences)
-    longest = roomy(longest) if few_shapes else longest
+    longest = bucket_length(longest) if few_shapes else longest
     tokens = np.full((len(sequences), longest), pad, np.int64)
     targets = np.full((len(sequences), longest), IGNORE, np.int64)
     found: dict[str, list[tuple[int, int, np.ndarray, int]]] = {}
@@ -148,7 +148,7 @@ def collate(
     media = {}
     for name, samples in found.items():
         given = [sample for _, _, sample, _ in samples]
-        given += [given[-1]] * (roomy(len(given)) - len(given) if few_shapes else 0)
+        given += [given[-1]] * (bucket_length(len(given)) - len(given) if few_shapes else 0)
         values, lengths = modalities[name].batch(given)
         stride = max(count for *_, count in samples)
         take = [np.arange(count) + i * stride for i, (*_, count) in enumerate(samples)]
@@ -167,7 +167,7 @@ def collate(
 # --- the model --------------------------------------------------------------------------------------------------
 
 
-class TokenRows(nn.Module):
+class TokenEmbedding(nn.Module):
     """One row a token, (V, D). A code's row is a free row plus one row for each of its FSQ digits, so that codes
     that decode alike start alike."""
 
@@ -179,15 +179,15 @@ class TokenRows(nn.Module):
         for modality, levels in vocabulary.levels.items():
             quantizer = FSQ(levels)
             digits = quantizer.digits(torch.arange(quantizer.size)) + torch.tensor([0, *np.cumsum(levels)[:-1]])
-            start = vocabulary.spaces[modality][0]
+            start = vocabulary.id_ranges[modality][0]
             with torch.no_grad():
                 self.free[start : start + quantizer.size] *= 0.5
             self.digits[modality] = nn.Parameter(torch.randn(sum(levels), width) * std / len(levels) ** 0.5)
             self.register_buffer(f"places_{modality}", digits, persistent=False)  # (codes, digits)
 
-    def space(self, name: str) -> Tensor:
+    def of_type(self, name: str) -> Tensor:
         """The rows of one space, (stop - start, D)."""
-        start, stop = self.vocabulary.spaces[name]
+        start, stop = self.vocabulary.id_ranges[name]
         rows = self.free if stop - start == len(self.free) else self.free[start:stop]
         if name not in self.digits:
             return rows
@@ -196,12 +196,12 @@ class TokenRows(nn.Module):
 
     def table(self) -> Tensor:
         """All rows, (V, D)."""
-        parts = [self.space(name) for name in self.vocabulary.spaces]
+        parts = [self.of_type(name) for name in self.vocabulary.id_ranges]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 class Multimodal(nn.Module):
-    """Reads text, pictures and sound, predicts text and codes, and embeds them in one space."""
+    """Reads text, images and audio, predicts text and codes, and embeds them in one space."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -214,16 +214,16 @@ class Multimodal(nn.Module):
                 for name, settings in config.modalities.items()
             }
         )
-        self.rows = TokenRows(config.vocabulary, width, 0.02 if config.tied else 0.5)
-        self.head = None if config.tied else TokenRows(config.vocabulary, width, 0.02)
+        self.token_embedding = TokenEmbedding(config.vocabulary, width, 0.02 if config.tied else 0.5)
+        self.lm_head = None if config.tied else TokenEmbedding(config.vocabulary, width, 0.02)
         self.backbone = Transformer(config.backbone)
-        if config.space:
-            self.project = nn.Linear(width, config.space, bias=False)
-            self.log_temperature = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))
+        if config.embed_dim:
+            self.project = nn.Linear(width, config.embed_dim, bias=False)
+            self.logit_scale = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))
 
     @property
-    def predicting(self) -> TokenRows:
-        return self.rows if self.head is None else self.head
+    def output_embedding(self) -> TokenEmbedding:
+        return self.token_embedding if self.lm_head is None else self.lm_head
 
     @property
     def media(self) -> dict[str, MediaModality]:
@@ -243,16 +243,16 @@ class Multimodal(nn.Module):
         return found[0] if found else None
 
     @property
-    def spaces(self) -> dict[str, tuple[int, int]]:
+    def id_ranges(self) -> dict[str, tuple[int, int]]:
         """Those of the vocabulary, and beyond it that of the items: space -> (first id, one past the last)."""
         if self.items is None:
-            return self.vocabulary.spaces
+            return self.vocabulary.id_ranges
         size = self.vocabulary.size
-        return {**self.vocabulary.spaces, Item.name: (size, size + len(self.items))}
+        return {**self.vocabulary.id_ranges, Item.name: (size, size + len(self.items))}
 
     def reading(self, items: Tensor | None = None) -> Tensor:
         """The rows of all ids that are read; `items` are those of the items where they are at hand."""
-        table = self.rows.table()
+        table = self.token_embedding.table()
         if self.items is None:
             return table
         return torch.cat((table, self.items.rows() if items is None else items))
@@ -270,9 +270,9 @@ class Multimodal(nn.Module):
         """Hidden states (B, L, D), causal; what lies beyond a sequence's end means nothing. `table` as in `inputs`."""
         return self.backbone(self.inputs(batch, table))
 
-    def logits(self, hidden: Tensor, space: str | None = None) -> Tensor:
+    def logits(self, hidden: Tensor, token_type: str | None = None) -> Tensor:
         """(..., D) to logits over one space, or over the whole vocabulary: (..., V)."""
-        rows = self.predicting.table() if space is None else self.predicting.space(space)
+        rows = self.output_embedding.table() if token_type is None else self.output_embedding.of_type(token_type)
         return hidden @ rows.to(hidden.dtype).t()
 
     def pool(
@@ -300,9 +300,9 @@ class Multimodal(nn.Module):
 
     def parameter_count(self) -> dict[str, int]:
         """Parameters by part."""
-        parts: dict[str, nn.Module] = {"backbone": self.backbone, "reading rows": self.rows}
-        if self.head is not None:
-            parts["predicting rows"] = self.head
+        parts: dict[str, nn.Module] = {"backbone": self.backbone, "token embedding": self.token_embedding}
+        if self.lm_head is not None:
+            parts["lm head"] = self.lm_head
         if self.items is not None:
             parts["items"] = self.items
         for name, modality in self.media.items():

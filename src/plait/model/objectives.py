@@ -41,7 +41,7 @@ class _TotalLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, rows: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-        safe = len(rows) >= MANY and not native.takes(hidden) and _small(hidden, rows)
+        safe = len(rows) >= MANY and not native.supports(hidden) and _small(hidden, rows)
         ctx.dtype, rows = rows.dtype, rows.to(hidden.dtype)
         count, more = len(hidden), -len(hidden) % ROUND
         # States of zero have no gradient and give none, and spare oneDNN kernels for one more shape.
@@ -51,9 +51,9 @@ class _TotalLoss(torch.autograd.Function):
         return losses[:count].sum()
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         to_hidden, to_rows = ctx.saved_tensors
-        return to_hidden.mul_(slope), to_rows.mul_(slope), None, None
+        return to_hidden.mul_(grad), to_rows.mul_(grad), None, None
 
 
 def _small(hidden: Tensor, rows: Tensor) -> bool:
@@ -67,7 +67,7 @@ def _shifted(hidden: Tensor, rows: Tensor, targets: Tensor, smoothing: float) ->
     losses = torch.empty(len(hidden), 1, device=hidden.device)
     to_hidden = torch.empty_like(hidden)
     to_rows: Tensor | None = None
-    compiled = hidden.dtype is torch.bfloat16 and native.takes(hidden)
+    compiled = hidden.dtype is torch.bfloat16 and native.supports(hidden)
     for part in cut(len(hidden), max(CHUNK // len(rows) // ROUND, 1) * ROUND):  # fewer would slow the products down
         wanted, logits = targets[part, None], hidden[part] @ rows.t()
         if compiled:
@@ -176,12 +176,12 @@ def likelihoods(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     states, wanted = hidden[keep].to(dtype), targets[keep]
     found = {}
-    table = None if restricted else model.predicting.table()
-    for space, (start, stop) in model.spaces.items():
+    table = None if restricted else model.output_embedding.table()
+    for token_type, (start, stop) in model.id_ranges.items():
         chosen = (wanted >= start) & (wanted < stop)
         if not chosen.any():
             continue
-        if model.items is not None and space == model.items.name:
+        if model.items is not None and token_type == model.items.name:
             rows = model.items.rows() if items is None else items
             draws = model.items.settings.sampled
             if draws and model.training:
@@ -189,20 +189,22 @@ def likelihoods(
             else:
                 loss = total_loss(states[chosen], rows, wanted[chosen] - start, smoothing)
         elif table is None:
-            loss = total_loss(states[chosen], model.predicting.space(space), wanted[chosen] - start, smoothing)
+            loss = total_loss(
+                states[chosen], model.output_embedding.of_type(token_type), wanted[chosen] - start, smoothing
+            )
         else:
             loss = total_loss(states[chosen], table, wanted[chosen], smoothing)
-        found[space] = loss, chosen.sum()
+        found[token_type] = loss, chosen.sum()
     return found
 
 
-def contrastive(a: Tensor, b: Tensor, positives: Tensor, log_temperature: Tensor) -> Tensor:
+def contrastive(a: Tensor, b: Tensor, positives: Tensor, logit_scale: Tensor) -> Tensor:
     """InfoNCE in both directions with several positives: a and b (N, E), positives (N, N) bool; a scalar in nats.
 
     The target spreads evenly over a row's positives (van den Oord et al., 2018; Khosla et al., 2020), so its floor
     is the mean log of their number.
     """
-    logits = log_temperature.clamp(max=4.6).exp() * a @ b.t()
+    logits = logit_scale.clamp(max=4.6).exp() * a @ b.t()
     share = positives.float()
     forward = -(share / share.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
     backward = -(share / share.sum(0, keepdim=True) * logits.log_softmax(0)).sum(0).mean()

@@ -50,7 +50,7 @@ class TransformerConfig(BaseModel):
         return self
 
 
-def by_hand(x: Tensor) -> bool:
+def use_manual_backward(x: Tensor) -> bool:
     """Whether gradients written out below serve better than autograd's: not where a compiler fuses the plain form, or
     an export traces it."""
     plain = torch.compiler.is_compiling() or torch.jit.is_tracing()
@@ -69,14 +69,14 @@ class _Normalise(torch.autograd.Function):
         return (wide * scale).mul_(weight).to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
         unit = x.to(scale.dtype) * scale
-        slope = slope.to(scale.dtype)
-        both = slope * unit
+        grad = grad.to(scale.dtype)
+        both = grad * unit
         to_weight = both.sum(tuple(range(both.ndim - weight.ndim)))
         along = both.mul_(weight).sum(-1, True)
-        to_x = (slope * weight).addcmul_(unit, along.div_(-x.shape[-1])).mul_(scale)
+        to_x = (grad * weight).addcmul_(unit, along.div_(-x.shape[-1])).mul_(scale)
         return to_x.to(x.dtype), to_weight, None, None
 
 
@@ -84,7 +84,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight, the mean square taken in fp32 (Zhang and Sennrich, 2019); in the precision of autocast."""
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    if by_hand(x):
+    if use_manual_backward(x):
         return cast(Tensor, _Normalise.apply(x, weight, eps, dtype))
     wide = x.float() if x.dtype.itemsize < 4 else x
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -105,7 +105,7 @@ class RMSNorm(nn.Module):
 
 def add_and_norm(x: Tensor, more: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """x, plus `more` where there is any, and the norm of that."""
-    if isinstance(norm, RMSNorm) and native.takes(x):
+    if isinstance(norm, RMSNorm) and native.supports(x):
         return native.norm(x, more, norm.weight, norm.eps)
     x = x if more is None else x + more
     return x, norm(x)
@@ -186,24 +186,24 @@ class _Rotate(torch.autograd.Function):
         return _turn_halves(x, cos, sin)
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn_halves(slope, cos, -sin), None, None
+        return _turn_halves(grad, cos, -sin), None, None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions on (B, L, N, E), with what `rotary` gives (Su et al., 2021)."""
-    return cast(Tensor, _Rotate.apply(x, cos, sin)) if by_hand(x) else _turn(x, cos, sin)
+    return cast(Tensor, _Rotate.apply(x, cos, sin)) if use_manual_backward(x) else _turn(x, cos, sin)
 
 
-def plainly(device: torch.device, length: int, total: int) -> bool:
+def use_math_attention(device: torch.device, length: int, total: int) -> bool:
     """Whether attention of so many queries to so many keys is taken as plain products. On the CPU they beat the fused
     kernel in training at lengths of some hundred (`python bench/attention.py`), but not for one query over a few keys,
     where calls cost more than work."""
     return device.type == "cpu" and total <= 512 and not (length == 1 and total <= 64)
 
 
-def hiding(mask: Tensor | None, length: int, total: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def additive_mask(mask: Tensor | None, length: int, total: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What is added to scores: 0 where `mask` is True, or causally where it is None, else the least number."""
     if mask is None:
         mask = torch.ones(length, total, dtype=torch.bool, device=device).tril(total - length)[None, None]
@@ -218,13 +218,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, share: float = 
     """
     batch, heads, length, width = q.shape
     kv_heads, total = k.shape[1], k.shape[2]
-    if not plainly(q.device, length, total):
+    if not use_math_attention(q.device, length, total):
         causal = mask is None and length > 1
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=share, is_causal=causal, enable_gqa=heads != kv_heads
         )
     if mask is None or mask.dtype == torch.bool:
-        mask = hiding(mask, length, total, q.dtype, q.device)
+        mask = additive_mask(mask, length, total, q.dtype, q.device)
     grouped = q.reshape(batch, kv_heads, -1, width) * width**-0.5
     scores = (grouped @ k.transpose(-1, -2)).view(batch, heads, length, total) + mask
     weights = scores.softmax(-1)
@@ -331,7 +331,7 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.recompute = False  # activations in the backward pass, instead of keeping them
+        self.activation_checkpointing = False  # activations in the backward pass, instead of keeping them
         heads, kv_heads, width = config.heads, config.kv_heads, config.head_width
         self.attention_norm = make_norm(config)
         self.qkv = nn.Linear(config.width, (heads + 2 * kv_heads) * width, bias=config.qkv_bias)
@@ -355,7 +355,7 @@ class Block(nn.Module):
         heads, kv_heads = config.heads, config.kv_heads
         qkv = self.qkv(x).view(batch, length, -1, config.head_width)
         share = config.dropout if self.training else 0.0
-        if view is None and mask is None and native.attends(qkv, config.head_width):
+        if view is None and mask is None and native.supports_attention(qkv, config.head_width):
             norms = (self.q_norm.weight, self.k_norm.weight) if config.qk_norm else None
             mixed = native.attention(qkv, norms, rotary, heads, config.norm_eps, share)
             return self.attention_out(mixed.view(batch, length, -1))
@@ -375,7 +375,7 @@ class Block(nn.Module):
     def feed_forward(self, x: Tensor) -> Tensor:
         inner = self.feed_in(x)
         if self.config.activation == "swiglu":
-            if native.takes(inner):
+            if native.supports(inner):
                 inner = native.gate(inner)
             else:
                 gate, up = inner.chunk(2, -1)
@@ -391,7 +391,7 @@ class Block(nn.Module):
         mask: Tensor | None,
         view: View | None = None,
     ) -> Tensor:
-        if self.recompute and view is None and torch.is_grad_enabled():
+        if self.activation_checkpointing and view is None and torch.is_grad_enabled():
             return checkpoint(self._forward, x, rotary, mask, None, use_reentrant=False)
         return self._forward(x, rotary, mask, view)
 
@@ -403,7 +403,7 @@ class Block(nn.Module):
         mixed = dropout(self.attention(normed, rotary, mask, view), share, self.training)
         x, normed = add_and_norm(x, mixed, self.feed_norm)
         mixed = dropout(self.feed_forward(normed), share, self.training)
-        return native.add(x, mixed) if native.takes(x) else x + mixed
+        return native.add(x, mixed) if native.supports(x) else x + mixed
 
 
 class Transformer(nn.Module):
@@ -434,12 +434,12 @@ class Transformer(nn.Module):
         for block in self.blocks:
             block.compile(dynamic=True)
 
-    def recompute(self, on: bool) -> None:
+    def set_activation_checkpointing(self, on: bool) -> None:
         """Whether the backward pass computes a block's activations again, instead of keeping them: less memory for
         a third more work."""
         for block in self.blocks:
             assert isinstance(block, Block)
-            block.recompute = on
+            block.activation_checkpointing = on
 
     def forward(
         self,
@@ -461,11 +461,11 @@ class Transformer(nn.Module):
             turn = rotary(positions, self.frequencies)
         x = dropout(x, self.config.dropout, self.training)
         length, total = x.shape[1], x.shape[1] if view is None else view.total
-        own = view is None and mask is None and native.attends(x, self.config.head_width)
-        if not own and plainly(x.device, length, total):  # once for all blocks
+        own = view is None and mask is None and native.supports_attention(x, self.config.head_width)
+        if not own and use_math_attention(x.device, length, total):  # once for all blocks
             kind = x.device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-            mask = hiding(mask, length, total, dtype, x.device)
+            mask = additive_mask(mask, length, total, dtype, x.device)
         for layer, block in enumerate(self.blocks):
             if view is not None:
                 view.layer = layer

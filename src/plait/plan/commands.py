@@ -69,7 +69,7 @@ def plan(
     layout: Annotated[
         str | None, typer.Option(help="Only this one: one, ddp, fsdp, tensor, sequence, sequence+fsdp.")
     ] = None,
-    recompute: Annotated[str, typer.Option(help="none, selective (attention scores) or full.")] = "none",
+    activation_checkpointing: Annotated[str, typer.Option(help="none, selective (attention scores) or full.")] = "none",
     lora: Annotated[
         int | None, typer.Option(min=1, help="Train low-rank updates of this rank alone; else what the recipe says.")
     ] = None,
@@ -104,7 +104,7 @@ def plan(
         network,
         Options(
             gpu=gpu, gpus=gpus, price=price, tokens=data_tokens, utilisation=utilisation, tflops=tflops, batch=batch,
-            length=length, layout=layout, recompute=recompute, budget=budget, fails=failures, between=mtbf,
+            length=length, layout=layout, activation_checkpointing=activation_checkpointing, budget=budget, fails=failures, between=mtbf,
             machines=machines, interruptions=interruptions, days=in_days, save=save_seconds, restart=restart_minutes,
             every=every, seed=seed, lora=lora,
         ),

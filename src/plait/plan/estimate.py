@@ -14,7 +14,7 @@ from plait.core.errors import PlaitError
 from plait.plan import failures
 from plait.plan.machines import OVERHEAD, USABLE, Machine, machine, peak_memory, probed_seconds, this_machine
 from plait.plan.memory import (
-    RECOMPUTE,
+    ACTIVATION_CHECKPOINTING,
     Layout,
     Load,
     check_fits,
@@ -43,7 +43,7 @@ class Options:
     batch: int | None = None  # sequences a device
     length: int | None = None
     layout: str | None = None
-    recompute: str = "none"
+    activation_checkpointing: str = "none"
     budget: str | None = None
     fails: bool = False
     between: float | None = None  # hours between the failures of one machine
@@ -63,8 +63,10 @@ def make_plan(network: Network, options: Options) -> dict[str, Any]:
     Raises PlaitError for options that contradict each other, a machine that is not known, a layout that cannot fit
     and a run that failures would keep from ending.
     """
-    if options.recompute not in RECOMPUTE:
-        raise PlaitError(f"There is no recomputation '{options.recompute}'. Use {', '.join(RECOMPUTE)}.")
+    if options.activation_checkpointing not in ACTIVATION_CHECKPOINTING:
+        raise PlaitError(
+            f"There is no recomputation '{options.activation_checkpointing}'. Use {', '.join(ACTIVATION_CHECKPOINTING)}."
+        )
     torch.set_num_threads(threads())
     if options.lora is not None:
         network = replace(network, lora=options.lora)
@@ -81,7 +83,7 @@ def make_plan(network: Network, options: Options) -> dict[str, Any]:
     usual = SIZES[network.recipe.model.size].batch_size if network.recipe else 1
     if network.recipe is not None:
         usual = network.recipe.training.batch_size or usual
-    load = Load(options.batch or usual, length, options.recompute, "autocast" if of_plait else "mixed")
+    load = Load(options.batch or usual, length, options.activation_checkpointing, "autocast" if of_plait else "mixed")
     tokens = options.tokens or network.tokens
     plan: dict[str, Any] = {
         "network": network.name,
@@ -93,7 +95,7 @@ def make_plan(network: Network, options: Options) -> dict[str, Any]:
         "batch": load.batch,
         "machine": {"name": chosen.name, "count": options.gpus, "flops": chosen.flops, "memory": chosen.memory},
         "states": load.states,
-        "recompute": load.recompute,
+        "activation_checkpointing": load.activation_checkpointing,
         "KV cache": {"a token": network.cache_a_token(), f"{length} tokens": network.cache_a_token() * length},
     }
     plan["layouts"] = _layouts(network, options, load, chosen)
@@ -125,7 +127,7 @@ def _layouts(network: Network, options: Options, load: Load, chosen: Machine) ->
         check_fits(network, possible[0], load, chosen)
     rows = []
     for layout in possible:
-        loads = {way: replace(load, recompute=way) for way in RECOMPUTE}
+        loads = {way: replace(load, activation_checkpointing=way) for way in ACTIVATION_CHECKPOINTING}
         rows.append(
             {
                 "name": layout.name,
@@ -148,7 +150,7 @@ def _run(network: Network, options: Options, length: int, tokens: float | None, 
     each = 6 if network.lora is None else 4
     rule = f"{each} N"
     run: dict[str, Any] = {"tokens": tokens, f"FLOPs a token, {rule}": by_rule, "FLOPs a token, with attention": whole}
-    again = 1 + 2 / each if options.recompute == "full" else 1.0
+    again = 1 + 2 / each if options.activation_checkpointing == "full" else 1.0
     if options.tflops is not None:
         rate = options.tflops * 1e12 / again
         run["utilisation"] = rate / chosen.flops
@@ -186,11 +188,13 @@ def _run(network: Network, options: Options, length: int, tokens: float | None, 
 def _here(network: Network, load: Load, local: Machine, plan: dict[str, Any]) -> dict[str, Any]:
     """What `plait train` would take of this machine: traced and probed, not by formula."""
     device = choose_device(training=True)
-    recompute = load.recompute == "full"
+    activation_checkpointing = load.activation_checkpointing == "full"
     states = 16 * network.parameters if network.lora is None else 4 * network.parameters + 16 * network.updates
     if states > local.memory * USABLE:
         return {"fits": False, "states": states, "room": local.memory * USABLE}
-    one, two = (peak_memory(network.config, n, load.length, device, recompute, network.lora) for n in (2, 4))
+    one, two = (
+        peak_memory(network.config, n, load.length, device, activation_checkpointing, network.lora) for n in (2, 4)
+    )
     each = max((two - one) / 2, 1.0)
     peak = one + each * (load.batch - 2)
     largest = int((local.memory * USABLE - one) / each + 2)
@@ -200,7 +204,7 @@ def _here(network: Network, load: Load, local: Machine, plan: dict[str, Any]) ->
     }  # fmt: skip
     if not found["fits"]:
         return found
-    seconds = probed_seconds(network.config, load.batch, load.length, device, recompute, network.lora)
+    seconds = probed_seconds(network.config, load.batch, load.length, device, activation_checkpointing, network.lora)
     found |= {"step seconds": seconds, "tokens/s": load.batch * load.length / seconds}
     rate = network.flops_a_token(load.length, attention=False) * found["tokens/s"]
     found["utilisation"] = rate / local.flops
@@ -310,14 +314,16 @@ def sheets(plan: dict[str, Any]) -> list[Sheet]:
     rows = [["tensor x data", *(row["layout"] for row in layouts_)]]
     for kind in kinds:
         rows.append([kind, *(gigabytes(row["memory"][kind]) if kind in row["memory"] else "" for row in layouts_)])
-    for way, words in zip(RECOMPUTE, ("total", "total, scores recomputed", "total, blocks recomputed"), strict=True):
+    for way, words in zip(
+        ACTIVATION_CHECKPOINTING, ("total", "total, scores recomputed", "total, blocks recomputed"), strict=True
+    ):
         rows.append([words, *(gigabytes(row["total"][way]) for row in layouts_)])
     rows.append(["fits", *("yes" if row["fits"] else "no" for row in layouts_)])
     rows.append(["largest batch", *(" / ".join(map(str, row["largest batch"].values())) for row in layouts_)])
     where = plan["machine"]
     title = (
         f"GB on one device: {plan['batch']} x {plan['length']} tokens, {plan['states']} states, recompute "
-        f"{plan['recompute']}; {where['count']} x {where['name']}, {gigabytes(where['memory'])} GB"
+        f"{plan['activation_checkpointing']}; {where['count']} x {where['name']}, {gigabytes(where['memory'])} GB"
     )
     found.append(Sheet(title, ["", *(row["name"] for row in layouts_)], rows))
     titles = {"run": "The run", "here": "On this machine, as plait train does it", "failures": "With failures",

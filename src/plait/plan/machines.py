@@ -25,7 +25,7 @@ from plait.model import lora
 from plait.model.multimodal import IGNORE, Batch, ModelConfig, Multimodal, Sequence, collate
 from plait.model.objectives import negative_log_likelihood
 from plait.training.batches import Step
-from plait.training.losses import Passes
+from plait.training.losses import LossModule
 from plait.training.optimizer import make_optimizer
 
 USABLE = 0.95  # of a device's memory: the rest is the driver's, the libraries' and lost between tensors
@@ -151,21 +151,33 @@ class _Live(TorchDispatchMode):
 
 
 def peak_memory(
-    config: ModelConfig, batch: int, length: int, device: Device, recompute: bool = False, rank: int | None = None
+    config: ModelConfig,
+    batch: int,
+    length: int,
+    device: Device,
+    activation_checkpointing: bool = False,
+    rank: int | None = None,
 ) -> float:
     """Bytes that a training step takes of this machine, above what the program takes by itself. With a `rank`, of
     low-rank updates alone."""
-    return traced_peak(config, batch, length, device, recompute, rank) * (HEAP if device.kind == "cpu" else 1.0)
+    return traced_peak(config, batch, length, device, activation_checkpointing, rank) * (
+        HEAP if device.kind == "cpu" else 1.0
+    )
 
 
 def traced_peak(
-    config: ModelConfig, batch: int, length: int, device: Device, recompute: bool = False, rank: int | None = None
+    config: ModelConfig,
+    batch: int,
+    length: int,
+    device: Device,
+    activation_checkpointing: bool = False,
+    rank: int | None = None,
 ) -> float:
     """Bytes of tensors at most in a training step of `plait train`, followed operator by operator on tensors without
     memory. Codecs, which are trained before, are not in it."""
     layers = config.backbone.layers
     peaks = {
-        n: _traced(_with_layers(config, n), batch, length, device, recompute, rank)
+        n: _traced(_with_layers(config, n), batch, length, device, activation_checkpointing, rank)
         for n in {min(2, layers), min(3, layers)}
     }
     fewest, most = min(peaks), max(peaks)
@@ -185,7 +197,7 @@ def _to_train(config: ModelConfig, rank: int | None) -> Multimodal:
 
 
 def _traced(
-    config: ModelConfig, batch: int, length: int, device: Device, recompute: bool, rank: int | None
+    config: ModelConfig, batch: int, length: int, device: Device, activation_checkpointing: bool, rank: int | None
 ) -> float:  # fmt: skip
     with torch.device("meta"):
         shapes = _to_train(config, rank)
@@ -194,7 +206,7 @@ def _traced(
     targets = int((seen.targets != IGNORE).sum())
     with FakeTensorMode(allow_non_fake_inputs=True), _Live() as live, torch.device(device.torch):
         model = _to_train(config, rank)
-        model.backbone.recompute(recompute)
+        model.backbone.set_activation_checkpointing(activation_checkpointing)
         live.most = live.now
         placed = seen.to(device.torch)
         with device.autocast():
@@ -203,7 +215,7 @@ def _traced(
             wanted = placed.targets.flatten()
             count = torch.arange(targets)
             states = hidden[count][count]
-            rows = model.predicting.space("text").to(states.dtype)
+            rows = model.output_embedding.of_type("text").to(states.dtype)
             loss = negative_log_likelihood(states, rows, wanted[:targets]).sum()
         loss.backward()
         peak = live.most
@@ -211,17 +223,22 @@ def _traced(
 
 
 def training_step(
-    config: ModelConfig, batch: int, length: int, device: Device, recompute: bool = False, rank: int | None = None
+    config: ModelConfig,
+    batch: int,
+    length: int,
+    device: Device,
+    activation_checkpointing: bool = False,
+    rank: int | None = None,
 ) -> Callable[[], None]:
     """A training step as `plait train` takes it, to be called again and again."""
     model = _to_train(config, rank).to(device.torch).train()
-    model.backbone.recompute(recompute)
+    model.backbone.set_activation_checkpointing(activation_checkpointing)
     step = Step([sample_batch(model, batch, length)], [np.zeros(0, np.int64)], np.zeros(0, np.int64))
-    passes, optimizer = Passes(model, device), make_optimizer([model], 1e-4, 0.1, (0.9, 0.95))
+    loss_module, optimizer = LossModule(model, device), make_optimizer([model], 1e-4, 0.1, (0.9, 0.95))
 
     def work() -> None:
         optimizer.zero_grad(set_to_none=True)
-        output = passes(step, True, False)
+        output = loss_module(step, True, False)
         (sum(output.sums.values()) / (batch * length) + output.nothing).backward()
         float(torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0))
         optimizer.step()
@@ -234,7 +251,7 @@ def probed_seconds(
     batch: int,
     length: int,
     device: Device,
-    recompute: bool = False,
+    activation_checkpointing: bool = False,
     rank: int | None = None,
     seconds: float = 6.0,
 ) -> float:
@@ -242,7 +259,10 @@ def probed_seconds(
     keep_memory()  # as `plait train` does
     layers = config.backbone.layers
     few, more = min(1, layers), min(3, layers)
-    works = {n: training_step(_with_layers(config, n), batch, length, device, recompute, rank) for n in {few, more}}
+    works = {
+        n: training_step(_with_layers(config, n), batch, length, device, activation_checkpointing, rank)
+        for n in {few, more}
+    }
     times: dict[int, list[float]] = {n: [] for n in works}
     for work in works.values():
         work()

@@ -19,7 +19,11 @@ from plait.plan.networks import Network
 # Bytes a parameter: weights, gradients, optimizer. "mixed": bf16 weights and gradients, an fp32 copy and two moments.
 # "autocast", as `plait train` does: fp32 weights and gradients, two moments.
 STATES = {"mixed": (2, 2, 12), "autocast": (4, 4, 8)}
-RECOMPUTE = ("none", "selective", "full")  # nothing; the attention's scores, as fused kernels do by themselves; blocks
+ACTIVATION_CHECKPOINTING = (
+    "none",
+    "selective",
+    "full",
+)  # nothing; the attention's scores, as fused kernels do by themselves; blocks
 LOGIT = 6  # bytes: bf16 logits, and the fp32 log-probabilities that the backward pass needs
 
 
@@ -51,7 +55,7 @@ class Load:
 
     batch: int
     length: int
-    recompute: str = "none"
+    activation_checkpointing: str = "none"
     states: str = "mixed"
 
 
@@ -72,13 +76,13 @@ def layouts(network: Network, devices: int, tensor: int = 8) -> list[Layout]:
 def layer_activations(config: TransformerConfig, load: Load, tensor: int = 1, sequence: bool = False) -> float:
     """Bytes that a layer keeps for its backward pass, at two bytes a number and one a dropout mask."""
     d, tokens, dropout = config.width, load.batch * load.length, config.dropout > 0
-    if load.recompute == "full":
+    if load.activation_checkpointing == "full":
         return 2.0 * d * tokens
     q, k = config.heads * config.head_width, config.kv_heads * config.head_width
     between = 8 * d + 2 * d * dropout  # the norms' inputs and outputs, and two masks
     gated = config.activation == "swiglu"  # up, gate, its silu and their product, instead of one and its gelu
     within = 4 * q + 4 * k + (8 if gated else 4) * config.hidden
-    scores = (5 if dropout else 2) * config.heads * load.length if load.recompute == "none" else 0
+    scores = (5 if dropout else 2) * config.heads * load.length if load.activation_checkpointing == "none" else 0
     return tokens * (between / (tensor if sequence else 1) + (within + scores) / tensor)
 
 
@@ -100,8 +104,10 @@ def memory(network: Network, layout: Layout, load: Load) -> dict[str, float]:
     cut = layout.tensor if layout.sequence else 1
     ends = tokens * c.width * (4 + (1 if c.dropout > 0 else 0)) / cut  # the final norm's input and output, a mask
     kinds["activations"] = c.layers * layer + ends
-    if load.recompute == "full":  # one layer at work
-        kinds["activations"] += layer_activations(c, replace(load, recompute="none"), layout.tensor, layout.sequence)
+    if load.activation_checkpointing == "full":  # one layer at work
+        kinds["activations"] += layer_activations(
+            c, replace(load, activation_checkpointing="none"), layout.tensor, layout.sequence
+        )
     kinds["logits"] = float(LOGIT) * tokens * network.config.vocabulary.size / layout.tensor
     return kinds
 
@@ -125,14 +131,16 @@ def _changes(
 ) -> Iterator[tuple[str, Layout, Load, Machine]]:
     """Ways out, the smallest change first: of the load, then of the layout, then of the machines."""
     loads = [("", load)]
-    for way in RECOMPUTE[RECOMPUTE.index(load.recompute) + 1 :]:
-        loads.append((f"--recompute {way}", replace(load, recompute=way)))
+    for way in ACTIVATION_CHECKPOINTING[ACTIVATION_CHECKPOINTING.index(load.activation_checkpointing) + 1 :]:
+        loads.append((f"--activation-checkpointing {way}", replace(load, activation_checkpointing=way)))
     for words, other in list(loads):
         batch = min(largest_batch(network, layout, other, machine), load.batch)
         if 0 < batch < load.batch:
             loads.append((f"{words} --batch {batch}".strip(), replace(other, batch=batch)))
     if load.batch > 1:
-        loads.append(("--recompute full --batch 1", replace(load, recompute="full", batch=1)))
+        loads.append(
+            ("--activation-checkpointing full --batch 1", replace(load, activation_checkpointing="full", batch=1))
+        )
     for words, other in loads[1:]:
         yield words, layout, other, machine
     least = [loads[0], loads[-1]]

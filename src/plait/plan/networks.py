@@ -78,7 +78,7 @@ class Network:
         if not attention:
             return each * self.parameters + updates
         c = self.config.backbone
-        looked_up = self.parts.get("positions", 0) + (0 if self.config.tied else self.parts["reading rows"])
+        looked_up = self.parts.get("positions", 0) + (0 if self.config.tied else self.parts["token embedding"])
         return each * (self.parameters - looked_up) + updates + 6.0 * c.layers * c.heads * 2 * c.head_width * length
 
     def cache_a_token(self, size: int = 2) -> int:
@@ -103,7 +103,7 @@ def _part(name: str) -> str:
         if "norm" in rest:
             return "norms"
         return "attention" if ".qkv" in rest or ".attention" in rest else "feed-forward"
-    return {"rows": "reading rows", "head": "predicting rows"}.get(head, "embedding space")
+    return {"rows": "token embedding", "head": "lm head"}.get(head, "embedding space")
 
 
 # --- by name ----------------------------------------------------------------------------------------------------
@@ -175,11 +175,11 @@ def _text_only(backbone: TransformerConfig, rows: int, tied: bool) -> ModelConfi
     """A model of text with so many rows, special tokens among them."""
     bare = Vocabulary(text=rows, columns={}, levels={}, closers=[])
     vocabulary = bare.model_copy(update={"text": rows - len(bare.specials)})
-    return ModelConfig(backbone=backbone, vocabulary=vocabulary, space=0, tied=tied)
+    return ModelConfig(backbone=backbone, vocabulary=vocabulary, embed_dim=0, tied=tied)
 
 
 def recipe_network(recipe: Recipe, name: str) -> Network:
-    """The network of a recipe, for coloured pictures, sound and text. Its backbone may come from `model.init_from`,
+    """The network of a recipe, for coloured images, audio and text. Its backbone may come from `model.init_from`,
     whose config.json is read, and nothing else of it."""
     config = sized_config(recipe)
     if recipe.model.init_from:

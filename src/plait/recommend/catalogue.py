@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from plait.core.errors import PlaitError
 
-MEDIA = ("picture", "sound")  # bytes of files
+MEDIA = ("image", "audio")  # bytes of files
 OWN = ("id", "title", "text", "categories", *MEDIA)  # what Plait knows the meaning of; all else is for conditions
 _STEPS = 5_000_000  # of SQLite's machine that a condition may take
 _GROUP = 1024  # rows that are read together
@@ -31,8 +31,8 @@ class Item:
     title: str | None = None
     text: str | None = None
     categories: list[str] = field(default_factory=list)
-    picture: bytes | None = None
-    sound: bytes | None = None
+    image: bytes | None = None
+    audio: bytes | None = None
     more: dict[str, str | int | float | None] = field(default_factory=dict)
 
     def named(self) -> str | None:
@@ -75,7 +75,7 @@ class Catalogue:
         return cls(items, known)
 
     def write(self, path: Path, media: bool = True) -> None:
-        """A Parquet file, with the pictures and sounds or without."""
+        """A Parquet file, with the images and audio clips or without."""
         columns: dict[str, pa.Array] = {
             "id": pa.array([item.id for item in self.items], pa.string()),
             "title": pa.array([item.title for item in self.items], pa.string()),
@@ -233,23 +233,23 @@ class Catalogue:
             yield number, item.id, item.title, item.text, "|".join(item.categories), *more
 
 
-class Pictures:
-    """The pictures of a catalogue's file, read as they are asked for."""
+class Images:
+    """The images of a catalogue's file, read as they are asked for."""
 
     def __init__(self, path: Path) -> None:
         self._file = pq.ParquetFile(path, memory_map=True)
-        self._there = "picture" in self._file.schema_arrow.names
+        self._there = "image" in self._file.schema_arrow.names
         ids = self._file.read(columns=["id"])["id"].to_pylist() if self._there else []
         self._places = {id_: place for place, id_ in enumerate(ids)}
         groups = range(self._file.num_row_groups)
         self._starts = np.cumsum([0] + [self._file.metadata.row_group(group).num_rows for group in groups])
 
     def get(self, id_: str) -> bytes | None:
-        """The picture of an item; None where it has none."""
+        """The image of an item; None where it has none."""
         if (place := self._places.get(id_)) is None:
             return None
         group = int(np.searchsorted(self._starts, place, side="right")) - 1
-        column = self._file.read_row_group(group, columns=["picture"])["picture"]
+        column = self._file.read_row_group(group, columns=["image"])["image"]
         found: bytes | None = column[place - int(self._starts[group])].as_py()
         return found
 

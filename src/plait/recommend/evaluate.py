@@ -23,7 +23,7 @@ from plait.recommend.catalogue import Catalogue
 from plait.recommend.catalogue import Item as Known
 from plait.recommend.next_item import foretell
 from plait.recommend.write_histories import HIDDEN, TEST, TRAIN, VAL, Histories, read_catalogue, read_histories
-from plait.reports.report import Exhibit, Findings, Gallery, Metrics
+from plait.reports.report import Findings, Gallery, Metrics, ReportItem
 
 TASK, DIRECTION = "recommendation", "item-item"
 DEPTHS = (1, 5, 10, 20)
@@ -357,10 +357,12 @@ class _Work:
             scores = self.next.log_chances([history])[0]
             scores[np.setdiff1d(history, [item])] = -np.inf
             best = np.argsort(-scores, kind="stable")[:6]
-            head = Exhibit("… then came", text=" · ".join(self.catalogue.name(int(h)) for h in history[-5:]),
-                           beside=Exhibit("chosen next", text=self.catalogue.name(item)))  # fmt: skip
+            head = ReportItem("… then came", text=" · ".join(self.catalogue.name(int(h)) for h in history[-5:]),
+                           beside=ReportItem("chosen next", text=self.catalogue.name(item)))  # fmt: skip
             shown = [
-                Exhibit(f"{np.exp(scores[b]):.1%}", text=self.catalogue.name(int(b)), right=True if b == item else None)
+                ReportItem(
+                    f"{np.exp(scores[b]):.1%}", text=self.catalogue.name(int(b)), right=True if b == item else None
+                )
                 for b in best
             ]
             rows.append((head, shown))

@@ -30,8 +30,8 @@ ROLES = {
     "title": "title name itemname productname label",
     "text": "text description overview summary plot abstract",
     "categories": "categories category genres genre group tags keywords",
-    "picture": "picture image img photo poster imagefilename picturefilename cover filename file",
-    "sound": "sound audio audiofilename soundfilename preview",
+    "image": "image image img photo poster imagefilename picturefilename cover filename file",
+    "audio": "audio audio audiofilename soundfilename preview",
 }
 _NAMES = {role: names.split() for role, names in ROLES.items()}
 _INTERACTIONS = re.compile(r"(u\.data|ratings\.(dat|csv)|(interactions|events|histories|purchases)\.\w+)(\.gz)?$")
@@ -284,7 +284,7 @@ def _time(value: Any) -> int | None:
 
 
 def read_items(tree: Tree, name: str, recipe: ItemsRecipe) -> Iterator[tuple[int, Item | Rejected]]:
-    """The rows of a table of items, each with its line; pictures and sounds are checked."""
+    """The rows of a table of items, each with its line; images and audio clips are checked."""
     tree.used.add(name)
     if suffix_of(name) in TABLE_SUFFIXES:
         yield from _items_of_table(tree, name, recipe)
@@ -312,7 +312,7 @@ def read_items(tree: Tree, name: str, recipe: ItemsRecipe) -> Iterator[tuple[int
 
 def _items_of_table(tree: Tree, name: str, recipe: ItemsRecipe) -> Iterator[tuple[int, Item | Rejected]]:
     heads = list(dict.fromkeys(_rows_there(tree, name)))
-    roles = ("id", "title", "text", "categories", "picture", "sound")
+    roles = ("id", "title", "text", "categories", "image", "audio")
     found = {role: _columns(heads, role, recipe) for role in roles}
     missing = [(role, column) for role, names in found.items() for column in names if column not in heads]
     if missing or not found["id"]:
@@ -338,7 +338,7 @@ def _items_of_table(tree: Tree, name: str, recipe: ItemsRecipe) -> Iterator[tupl
             more={key: value for key, value in row.items() if key not in taken and _scalar(value)},
         )
         fault = next((f for t in (item.id, item.title, item.text) if t and (f := text_fault(t))), None)
-        for role, kind in (("picture", "image"), ("sound", "audio")):
+        for role, kind in (("image", "image"), ("audio", "audio")):
             if cell[role] and cell[role][0] not in (None, "") and fault is None:
                 data = _medium(tree, name, cell[role][0], kind)
                 if isinstance(data, Rejected):  # what else is known of the item is worth keeping
@@ -374,7 +374,7 @@ def _dated(item: Item) -> Item:
 
 
 def _medium(tree: Tree, table: str, value: Any, kind: str) -> bytes | Rejected:
-    """The bytes of a picture or a sound that a cell names or holds, once they were seen to decode."""
+    """The bytes of an image or an audio clip that a cell names or holds, once they were seen to decode."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):

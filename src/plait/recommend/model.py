@@ -26,7 +26,7 @@ from plait.modalities.item import Item, ItemCodes, content_of
 from plait.modalities.media import preview
 from plait.model import checkpoint as checkpoints
 from plait.model.checkpoint import Checkpoint
-from plait.recommend.catalogue import Catalogue, Pictures
+from plait.recommend.catalogue import Catalogue, Images
 from plait.recommend.catalogue import Item as Known
 from plait.recommend.interactions import read_items
 from plait.recommend.next_item import NextCodes, NextItem, foretell
@@ -189,18 +189,18 @@ class Recommending:
         return found
 
     @cached_property
-    def _pictures(self) -> Pictures | None:
+    def _images(self) -> Images | None:
         try:
-            return Pictures(catalogue_file(self._dataset)) if self._dataset is not None else None
+            return Images(catalogue_file(self._dataset)) if self._dataset is not None else None
         except (PlaitError, OSError, pa.ArrowException):
-            return None  # pictures are a courtesy: the model needs no data
+            return None  # images are a courtesy: the model needs no data
 
-    def picture(self, item: str) -> bytes | None:
-        """A small picture, encoded, of an item's id; None where nothing has one, or the run's data are gone."""
+    def image(self, item: str) -> bytes | None:
+        """A small image, encoded, of an item's id; None where nothing has one, or the run's data are gone."""
         number = self.catalogue.find(item)
-        data = self.catalogue.items[number].picture if number is not None else None
-        if data is None and self._pictures is not None:
-            data = self._pictures.get(item)
+        data = self.catalogue.items[number].image if number is not None else None
+        if data is None and self._images is not None:
+            data = self._images.get(item)
         try:
             return preview("image", data, decode_image(data)) if data is not None else None
         except MediaError:
@@ -287,7 +287,7 @@ class Recommending:
         grown = {"from": str(self.folder), "items": self.joined}
 
         def more(aside: Path) -> None:
-            catalogue.write(aside / checkpoints.ITEMS)  # pictures and sounds of what joined are nowhere else
+            catalogue.write(aside / checkpoints.ITEMS)  # images and audio clips of what joined are nowhere else
 
         whole = replace(self.checkpoint, training={**self.checkpoint.training, "grown": grown})
         name = folder_name(whole.training.get("step", 0))
@@ -326,7 +326,7 @@ def _read(path: Path) -> tuple[list[Known], list[Rejected]]:
 
 
 def embedder(name: str, device: str = "auto") -> Embed:
-    """How a run or an imported model sees items: the mean of what it makes of the title, the picture and the sound,
+    """How a run or an imported model sees items: the mean of what it makes of the title, the image and the audio,
     as far as it reads them; (N, E), of unit length, zero where there is nothing to see."""
     from plait.inference.model import Model, load
 
@@ -337,8 +337,8 @@ def embedder(name: str, device: str = "auto") -> Embed:
         total: np.ndarray | None = None
         for kind, views in (
             ("text", [item.title for item in items]),
-            ("image", [decode_image(item.picture) if item.picture else None for item in items]),
-            ("audio", [decode_audio(item.sound) if item.sound else None for item in items]),
+            ("image", [decode_image(item.image) if item.image else None for item in items]),
+            ("audio", [decode_audio(item.audio) if item.audio else None for item in items]),
         ):
             there = [i for i, view in enumerate(views) if view is not None]
             if kind in kinds and there:

@@ -32,7 +32,7 @@ class RecommendRequest(Strict):
     where: Condition = None
     diversity: Annotated[float, Field(ge=0, le=1)] = 0.0
     why: bool = False
-    preview: Annotated[bool, Field(description="Whether small pictures of items come along as data: URLs.")] = False
+    preview: Annotated[bool, Field(description="Whether small images of items come along as data: URLs.")] = False
 
 
 class SimilarRequest(Strict):
@@ -40,7 +40,7 @@ class SimilarRequest(Strict):
     item: Name
     k: Annotated[int, Field(ge=1, le=100)] = 10
     where: Condition = None
-    preview: Annotated[bool, Field(description="Whether small pictures of items come along as data: URLs.")] = False
+    preview: Annotated[bool, Field(description="Whether small images of items come along as data: URLs.")] = False
 
 
 class ItemsRequest(Strict):
@@ -86,8 +86,8 @@ class Items(BaseModel):
 @router.post("/v1/plait/recommend", response_model=Recommendations, tags=["read"])
 async def recommend(request: Request, body: RecommendRequest) -> Response:
     """The likeliest next items of a history. The histories of a run's own users are not served."""
-    service, trail = of(request)
-    served = service.find(body.model, trail)
+    service, request_context = of(request)
+    served = service.find(body.model, request_context)
     model = _model(served)
 
     def work() -> list[dict[str, Any]]:
@@ -97,30 +97,30 @@ async def recommend(request: Request, body: RecommendRequest) -> Response:
         )  # fmt: skip
         return [_shown(model, one, body.preview) for one in found]
 
-    trail.prompt_tokens = len(body.history)
-    data = await served.worker.call(work, service.deadline(trail))
+    request_context.prompt_tokens = len(body.history)
+    data = await served.worker.call(work, service.deadline(request_context))
     return JSONResponse({"object": "list", "model": served.name, "data": data})
 
 
 @router.post("/v1/plait/similar", response_model=Recommendations, tags=["read"])
 async def similar(request: Request, body: SimilarRequest) -> Response:
     """The items that are like one; `probability` is the cosine."""
-    service, trail = of(request)
-    served = service.find(body.model, trail)
+    service, request_context = of(request)
+    served = service.find(body.model, request_context)
     model = _model(served)
 
     def work() -> list[dict[str, Any]]:
         return [_shown(model, one, body.preview) for one in model.similar(body.item, body.k, body.where)]
 
-    data = await served.worker.call(work, service.deadline(trail))
+    data = await served.worker.call(work, service.deadline(request_context))
     return JSONResponse({"object": "list", "model": served.name, "data": data})
 
 
 @router.post("/v1/plait/items", response_model=Items, tags=["read"])
 async def items(request: Request, body: ItemsRequest) -> Response:
     """Items to choose from, by a part of their titles."""
-    service, trail = of(request)
-    served = service.find(body.model, trail)
+    service, request_context = of(request)
+    served = service.find(body.model, request_context)
     model = _model(served)
 
     def work() -> list[dict[str, Any]]:
@@ -130,7 +130,7 @@ async def items(request: Request, body: ItemsRequest) -> Response:
             {"id": shown.items[i].id, "title": shown.name(i), "categories": shown.items[i].categories} for i in places
         ]
 
-    data = await served.worker.call(work, service.deadline(trail))
+    data = await served.worker.call(work, service.deadline(request_context))
     return JSONResponse({"object": "list", "model": served.name, "data": data})
 
 
@@ -141,6 +141,6 @@ def _model(served: Served) -> Model:
 
 
 def _shown(model: Model, one: Recommendation, preview: bool) -> dict[str, Any]:
-    picture = model.picture(one.id) if preview else None
-    url = f"data:{media_type(picture)};base64,{base64.b64encode(picture).decode()}" if picture is not None else None
+    image = model.image(one.id) if preview else None
+    url = f"data:{media_type(image)};base64,{base64.b64encode(image).decode()}" if image is not None else None
     return {**asdict(one), "why": [{"title": title, "lost": lost} for title, lost in one.why], "preview": url}

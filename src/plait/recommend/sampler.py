@@ -32,7 +32,7 @@ from plait.modalities.item import (
     fit_codes,
     sizes_of,
 )
-from plait.model.multimodal import IGNORE, Batch, Multimodal, roomy
+from plait.model.multimodal import IGNORE, Batch, Multimodal, bucket_length
 from plait.recommend.catalogue import Catalogue
 from plait.recommend.catalogue import Item as CatalogueItem
 from plait.recommend.write_histories import TEST, TRAIN, VAL, Histories, read_catalogue, read_histories
@@ -200,7 +200,7 @@ class HistorySampler(Sampler):
         """Sequences that predict the items of places `begin` to `end`, each from the one before it."""
         split, base, opener = self.split, self.vocabulary.size, self.vocabulary.opener(Item.name)
         lengths = end - begin
-        tokens = np.full((len(records), roomy(int(lengths.max(initial=1)))), self.vocabulary.pad)
+        tokens = np.full((len(records), bucket_length(int(lengths.max(initial=1)))), self.vocabulary.pad)
         targets = np.full(tokens.shape, IGNORE)
         for row, (record, first, stop) in enumerate(zip(records, begin, end, strict=True)):
             at = split.starts[record]
@@ -215,9 +215,9 @@ class HistorySampler(Sampler):
         """`_batch` where items are written: all of their tokens follow the opener, and each is predicted."""
         split, each = self.split, self.each
         assert split.code_table is not None
-        starts = [self.vocabulary.spaces[space][0] for space in self.vocabulary.levels]
+        starts = [self.vocabulary.id_ranges[token_type][0] for token_type in self.vocabulary.levels]
         lengths = (end - begin) * each
-        tokens = np.full((len(records), roomy(int(lengths.max(initial=1)))), self.vocabulary.pad)
+        tokens = np.full((len(records), bucket_length(int(lengths.max(initial=1)))), self.vocabulary.pad)
         targets = np.full(tokens.shape, IGNORE)
         for row, (record, first, stop) in enumerate(zip(records, begin, end, strict=True)):
             at = split.starts[record]

@@ -98,11 +98,11 @@ class NextCodes:
         model.eval()
         self.codes = model.item_codes.table.cpu().numpy().astype(np.int64)
         self.trie = Trie(self.codes)
-        spaces = list(model.vocabulary.levels)
-        self.first = np.array([model.vocabulary.spaces[space][0] for space in spaces])
+        id_ranges = list(model.vocabulary.levels)
+        self.first = np.array([model.vocabulary.id_ranges[token_type][0] for token_type in id_ranges])
         with torch.inference_mode():
             self.table = model.reading()
-            self.heads = [model.predicting.space(space).float() for space in spaces]
+            self.heads = [model.output_embedding.of_type(token_type).float() for token_type in id_ranges]
         self.unplaced = torch.zeros(len(self.codes), dtype=torch.bool, device=device.torch)
 
     @cached_property

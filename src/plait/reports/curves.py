@@ -1,4 +1,4 @@
-"""Over-fitting as pictures: losses over steps with the gap between training and validation, and calibration."""
+"""Over-fitting as images: losses over steps with the gap between training and validation, and calibration."""
 
 from __future__ import annotations
 

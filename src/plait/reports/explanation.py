@@ -1,4 +1,4 @@
-"""An explanation as JSON, as a page of HTML, and as one picture."""
+"""An explanation as JSON, as a page of HTML, and as one image."""
 
 from __future__ import annotations
 
@@ -78,17 +78,17 @@ def _shares(weights: np.ndarray, all_weights: list[np.ndarray]) -> np.ndarray:
     return weights / top if top else weights
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------------------
 
 
-def _png(picture: PILImage.Image) -> bytes:
+def _png(image: PILImage.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
+    image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
 def _maps(found: Explanation) -> list[tuple[str, PILImage.Image]]:
-    """The marked pictures of an explanation, each with its name."""
+    """The marked images of an explanation, each with its name."""
     maps = [
         (part.name, part.marked(_shares(weights, found.weights)))
         for part, weights in zip(found.parts, found.weights, strict=False)
@@ -110,10 +110,10 @@ def _region(found: Explanation, lost: np.ndarray) -> PILImage.Image:
 
 
 def _line(words: list[str], shares: np.ndarray, width: int = 640) -> PILImage.Image:
-    """Marked words as a picture. The font knows Latin letters; the page shows all."""
+    """Marked words as an image. The font knows Latin letters; the page shows all."""
     font = ImageFont.load_default(20)
-    picture = PILImage.new("RGB", (width, 30 * (2 + sum(map(len, words)) // 50)), "white")
-    pen, x, y = ImageDraw.Draw(picture), 8, 6
+    image = PILImage.new("RGB", (width, 30 * (2 + sum(map(len, words)) // 50)), "white")
+    pen, x, y = ImageDraw.Draw(image), 8, 6
     for word, share in zip(words, shares, strict=True):
         shown = word.strip()
         size = int(pen.textlength(shown, font=font))
@@ -122,7 +122,7 @@ def _line(words: list[str], shares: np.ndarray, width: int = 640) -> PILImage.Im
         pen.rectangle((x - 2, y, x + size + 2, y + 25), fill=_colour(float(share)))
         pen.text((x, y), shown, fill="black", font=font)
         x += size + 10
-    return picture.crop((0, 0, width, y + 32))
+    return image.crop((0, 0, width, y + 32))
 
 
 def _colour(share: float) -> tuple[int, int, int]:
@@ -133,27 +133,27 @@ def _colour(share: float) -> tuple[int, int, int]:
 
 def as_png(found: Explanation) -> bytes:
     """All marked parts below one another."""
-    pictures = [picture for _, picture in _maps(found)]
+    images = [image for _, image in _maps(found)]
     for part, weights in zip(found.parts, found.weights, strict=False):
         if isinstance(part, Words):
-            pictures.append(_line(part.words, _shares(weights, found.weights)))
-    if not pictures:  # the logit lens
+            images.append(_line(part.words, _shares(weights, found.weights)))
+    if not images:  # the logit lens
         rows = [f"{layer['layer']:3}  {layer['chance']:.3f}  {layer['likeliest'][0][0]}" for layer in found.layers]
-        pictures = [_line([row], np.zeros(1)) for row in rows]
-    wide = max(picture.width for picture in pictures)
-    whole = PILImage.new("RGB", (wide, sum(picture.height + 8 for picture in pictures)), "white")
+        images = [_line([row], np.zeros(1)) for row in rows]
+    wide = max(image.width for image in images)
+    whole = PILImage.new("RGB", (wide, sum(image.height + 8 for image in images)), "white")
     y = 0
-    for picture in pictures:
-        whole.paste(picture, (0, y))
-        y += picture.height + 8
+    for image in images:
+        whole.paste(image, (0, y))
+        y += image.height + 8
     return _png(whole)
 
 
 # --- the page ---------------------------------------------------------------------------------------------------
 
 
-def _url(picture: PILImage.Image) -> str:
-    return "data:image/png;base64," + base64.b64encode(_png(picture)).decode()
+def _url(image: PILImage.Image) -> str:
+    return "data:image/png;base64," + base64.b64encode(_png(image)).decode()
 
 
 def _marked_text(part: Words, shares: np.ndarray) -> str:
@@ -193,8 +193,8 @@ def as_html(found: Explanation) -> str:
         sections.append(("parts", "What moved the answer", body))
     if found.regions is not None:
         body = '<p class="dim">Marked is what would have been less likely without the word.</p><div class="panels">'
-        for name, picture in _maps(found)[-len(found.region_words) - 1 :]:
-            image = f'<img style="max-width:100%" alt="{escape(name)}" src="{_url(picture)}">'
+        for name, marked in _maps(found)[-len(found.region_words) - 1 :]:
+            image = f'<img style="max-width:100%" alt="{escape(name)}" src="{_url(marked)}">'
             body += f'<figure class="panel"><figcaption>{escape(name)}</figcaption>{image}</figure>'
         sections.append(("made", "What depends on which word", body + "</div>"))
     if found.lost:

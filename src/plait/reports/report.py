@@ -1,4 +1,4 @@
-"""One self-contained HTML page for a run: figures with error bars, curves, pictures, sounds, what was left out.
+"""One self-contained HTML page for a run: figures with error bars, curves, images, audio clips, what was left out.
 
 No network, no script, no library: inline SVG and data URLs under a policy that forbids everything else.
 """
@@ -31,15 +31,15 @@ Metrics = dict[str, Metric]  # "TASK/FROM-TO/METRIC" -> figure
 
 
 @dataclass
-class Exhibit:
-    """One thing to look at or listen to, with what lies next to it (a drawn picture's nearest training picture)."""
+class ReportItem:
+    """One thing to look at or listen to, with what lies next to it (a drawn image's nearest training image)."""
 
     caption: str = ""
-    picture: bytes | None = None  # PNG
-    sound: bytes | None = None  # WAV
+    image: bytes | None = None  # PNG
+    audio: bytes | None = None  # WAV
     text: str | None = None
     right: bool | None = None  # framed green or red
-    beside: Exhibit | None = None
+    beside: ReportItem | None = None
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Gallery:
 
     title: str
     note: str
-    rows: list[tuple[Exhibit, list[Exhibit]]]
+    rows: list[tuple[ReportItem, list[ReportItem]]]
 
 
 @dataclass
@@ -76,7 +76,7 @@ class RunInfo:
     """What is known of a run and its data; every part may be empty."""
 
     title: str = "Plait"
-    facts: dict[str, Any] = field(default_factory=dict)  # run.json
+    metadata: dict[str, Any] = field(default_factory=dict)  # run.json
     log: list[dict[str, Any]] = field(default_factory=list)  # rows of log.jsonl
     manifest: dict[str, Any] = field(default_factory=dict)  # the data set's
     rejects: list[dict[str, Any]] = field(default_factory=list)
@@ -91,10 +91,10 @@ def read_run(folder: Path, dataset: str | Path | None = None) -> RunInfo:
     folder = Path(folder)
     info = RunInfo(title=folder.resolve().name)
     if (folder / "run.json").is_file():
-        info.facts = read_json(folder / "run.json")
+        info.metadata = read_json(folder / "run.json")
     rows = {(row.get("step"), row.get("split")): row for row in _read_lines(folder / "log.jsonl", torn=True)}
     info.log = sorted(rows.values(), key=lambda row: row.get("step", 0))
-    dataset = dataset or info.facts.get("dataset")
+    dataset = dataset or info.metadata.get("dataset")
     place = location(dataset) if dataset else None
     if isinstance(place, Path) and (place / "manifest.json").is_file():
         info.manifest = read_json(place / "manifest.json")
@@ -176,16 +176,14 @@ def _url(kind: str, data: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _exhibit(exhibit: Exhibit, small: bool = False) -> str:
+def _exhibit(exhibit: ReportItem, small: bool = False) -> str:
     mark = {True: " right", False: " wrong", None: ""}[exhibit.right]
     parts = []
-    if exhibit.picture is not None:
-        shape = "mel" if exhibit.sound is not None else "pic"
-        parts.append(
-            f'<img class="{shape}" alt="{escape(exhibit.caption)}" src="{_url("image/png", exhibit.picture)}">'
-        )
-    if exhibit.sound is not None:
-        parts.append(f'<audio controls preload="none" src="{_url("audio/wav", exhibit.sound)}"></audio>')
+    if exhibit.image is not None:
+        shape = "mel" if exhibit.audio is not None else "pic"
+        parts.append(f'<img class="{shape}" alt="{escape(exhibit.caption)}" src="{_url("image/png", exhibit.image)}">')
+    if exhibit.audio is not None:
+        parts.append(f'<audio controls preload="none" src="{_url("audio/wav", exhibit.audio)}"></audio>')
     if exhibit.text is not None:
         cut = exhibit.text if len(exhibit.text) <= 300 else exhibit.text[:300] + "…"
         parts.append(f'<span class="words">{escape(cut)}</span>')
@@ -342,7 +340,7 @@ def write_report(path: Path, metrics: Metrics, findings: Findings, run: RunInfo)
 
 
 def _summary(run: RunInfo) -> str:
-    facts = run.facts
+    facts = run.metadata
     parts = []
     if "size" in facts:
         parts.append(f"size {escape(str(facts['size']))}")
@@ -367,7 +365,7 @@ def _data(run: RunInfo) -> str:
         parts.append(table(["split", "records"], [[escape(k), f"{v:,}"] for k, v in counts.items()], numbers=(1,)))
     if columns := manifest.get("columns"):
         parts.append(table(["column", "kind"], [[escape(k), escape(str(v))] for k, v in columns.items()]))
-    notes = [*manifest.get("warnings", []), *manifest.get("notes", []), *run.facts.get("notes", [])]
+    notes = [*manifest.get("warnings", []), *manifest.get("notes", []), *run.metadata.get("notes", [])]
     if notes:
         parts.append("<ul>" + "".join(f"<li>{escape(str(note))}</li>" for note in notes) + "</ul>")
     parts.append("<h3>What was left out</h3>")
@@ -401,8 +399,8 @@ def _run(run: RunInfo) -> str:
     if run.parameters:
         rows = [[escape(name), f"{count:,}"] for name, count in run.parameters.items()]
         parts.append("<h3>Parameters</h3>" + table(["part", "number"], rows, numbers=(1,)))
-    if run.facts:
-        shown = {key: value for key, value in run.facts.items() if key != "codec_log"}
+    if run.metadata:
+        shown = {key: value for key, value in run.metadata.items() if key != "codec_log"}
         text = json.dumps(shown, ensure_ascii=False, indent=1, default=str)
         parts.append(f"<h3>Configuration</h3><pre>{escape(text)}</pre>")
     return "".join(parts) or "<p>Nothing is known of how it was trained.</p>"

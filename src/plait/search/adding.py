@@ -106,7 +106,7 @@ class Adding:
             return content, None
         value, model = checker.decode(kind, content), self.index.model
         small = preview(kind, content, value)
-        if isinstance(model, Model):  # samples are small; a batch of decoded pictures may not be
+        if isinstance(model, Model):  # samples are small; a batch of decoded images may not be
             column = model.column(None, kind, f"read {kind}")
             value = (column, model.modality(column).windows(value))
         return value, small
@@ -162,7 +162,7 @@ class Adding:
                     merge.execute(data)
                 else:
                     table.add(data)
-                index.settle()
+                index.add_export_constraints()
             self.known |= {row["id"]: row["_content"] for row in rows}
             self.new, self.changed = self.new + len(rows) - changed, self.changed + changed
         self.progress("add", self.new + self.changed + self.same, None)

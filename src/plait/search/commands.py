@@ -1,4 +1,4 @@
-"""Commands that find: indexes of pictures, sounds and texts, and search in them."""
+"""Commands that find: indexes of images, audio clips and texts, and search in them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from plait.cli.common import Bar, DeviceOption, app, err, media_or_text, out, pl
 
 index_app = typer.Typer(
     no_args_is_help=True,
-    help="Make and keep indexes of pictures, sounds and texts.\n\n"
+    help="Make and keep indexes of images, audio clips and texts.\n\n"
     "Example: plait index add photos.index photos/ --model runs/photos",
 )
 app.add_typer(index_app, name="index", rich_help_panel="Use a model")
@@ -102,13 +102,13 @@ def verify(index: IndexArgument) -> None:
         out.print(f"[red]{plain(line)}[/red]")
     if wrong:
         sys.exit(1)
-    out.print(f"{len(found)} entries, all whole, made by {plain(str(found.facts['model']))}.")
+    out.print(f"{len(found)} entries, all whole, made by {plain(str(found.metadata['model']))}.")
 
 
 @app.command()
 def search(
     index: IndexArgument,
-    query: Annotated[str, typer.Argument(help="Words, or a picture or sound file.")],
+    query: Annotated[str, typer.Argument(help="Words, or an image or audio file.")],
     k: Annotated[int, typer.Option("-k", min=1, help="Results.")] = 10,
     where: WhereOption = None,
     by: Annotated[
@@ -117,12 +117,12 @@ def search(
     ] = "auto",
     model: Annotated[str | None, typer.Option(help="The index's model, where it has been moved.")] = None,
     out_file: Annotated[
-        Path | None, typer.Option("-o", "--out", help="The results as a picture (.png) or a page (.html).")
+        Path | None, typer.Option("-o", "--out", help="The results as an image (.png) or a page (.html).")
     ] = None,
     open_: Annotated[bool, typer.Option("--open", help="Show the results in the browser.")] = False,
     device: DeviceOption = "auto",
 ) -> None:
-    """Find pictures, sounds and texts by words, by a picture or by a sound.
+    """Find images, audio clips and texts by words, by an image or by an audio clip.
 
     Example: plait search photos.index "a red boat" -k 12 --open
     """

@@ -1,4 +1,4 @@
-"""Several pictures as one, and what a search found as a picture or a page."""
+"""Several images as one, and what a search found as an image or a page."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 TILE, CAPTION = 128, 18  # pixels of a result's square, and of the line below it
 
 
-def contact_sheet(pictures: list[Image.Image], across: int | None = None, least: int = 64, gap: int = 2) -> bytes:
-    """A PNG with the pictures in rows of `across`, a side at least `least` pixels, enlarged without smoothing."""
-    width, height = pictures[0].size
-    zoom = max(math.ceil(least / max(width, height)), 1) if len(pictures) > 1 else 1
-    across = across or math.ceil(math.sqrt(len(pictures)))
-    down = math.ceil(len(pictures) / across)
+def contact_sheet(images: list[Image.Image], across: int | None = None, least: int = 64, gap: int = 2) -> bytes:
+    """A PNG with the images in rows of `across`, a side at least `least` pixels, enlarged without smoothing."""
+    width, height = images[0].size
+    zoom = max(math.ceil(least / max(width, height)), 1) if len(images) > 1 else 1
+    across = across or math.ceil(math.sqrt(len(images)))
+    down = math.ceil(len(images) / across)
     cell_w, cell_h = width * zoom + gap, height * zoom + gap
     sheet = Image.new("RGB", (across * cell_w - gap, down * cell_h - gap), "white")
-    for i, picture in enumerate(pictures):
-        large = picture.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+    for i, image in enumerate(images):
+        large = image.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
         sheet.paste(large, (i % across * cell_w, i // across * cell_h))
     return _png(sheet)
 
@@ -46,7 +46,7 @@ def _png(sheet: Image.Image) -> bytes:
 
 
 def results_sheet(hits: Sequence[Hit]) -> bytes:
-    """A PNG of what was found, best first: pictures, waveforms of sounds and texts, each with its rank and score."""
+    """A PNG of what was found, best first: images, waveforms of audio clips and texts, each with its rank and score."""
     tiles = []
     for rank, hit in enumerate(hits, 1):
         tile = Image.new("RGB", (TILE, TILE + CAPTION), "white")
@@ -63,13 +63,11 @@ def _tile(hit: Hit) -> Image.Image:
     pen = ImageDraw.Draw(tile)
     try:
         if hit.preview is not None and hit.kind == "image":
-            picture = decode_image(hit.preview).convert("RGBA")
-            zoom = TILE / max(picture.size)
+            image = decode_image(hit.preview).convert("RGBA")
+            zoom = TILE / max(image.size)
             smooth = Image.Resampling.NEAREST if zoom > 2 else Image.Resampling.LANCZOS
-            picture = picture.resize(
-                (max(round(picture.width * zoom), 1), max(round(picture.height * zoom), 1)), smooth
-            )
-            tile.paste(picture, ((TILE - picture.width) // 2, (TILE - picture.height) // 2), picture)
+            image = image.resize((max(round(image.width * zoom), 1), max(round(image.height * zoom), 1)), smooth)
+            tile.paste(image, ((TILE - image.width) // 2, (TILE - image.height) // 2), image)
             return tile
         if hit.preview is not None:
             wave = decode_audio(hit.preview)[0]
@@ -85,7 +83,7 @@ def _tile(hit: Hit) -> Image.Image:
 
 
 def results_page(query: str, where: str, hits: Sequence[Hit]) -> str:
-    """A page of what was found, without scripts and without a network: pictures, sounds to play, texts."""
+    """A page of what was found, without scripts and without a network: images, audio clips to play, texts."""
     cards = []
     for rank, hit in enumerate(hits, 1):
         figure = hit.score if math.isnan(hit.similarity) else hit.similarity

@@ -1,4 +1,5 @@
-"""What a search index is made of: the pictures, sounds and texts of any source, one by one, with what is known of each.
+"""What a search index is made of: the images, audio clips and texts of any source, one by one, with what is known of
+each.
 
 A source is a dataset that was prepared, or anything that `plait prepare` reads: files, folders, tables, archives.
 """
@@ -23,7 +24,7 @@ from plait.modalities.media import kind_of_suffix
 
 @dataclass
 class Entry:
-    """One picture, sound or text. `id` is its place and stays the same when its content changes; `source` is the file
+    """One image, audio or text. `id` is its place and stays the same when its content changes; `source` is the file
     (and line) it came from, for people; `texts` are the texts of its record by column."""
 
     id: str

@@ -43,7 +43,7 @@ FUSE = 60  # reciprocal rank fusion: 1 / (FUSE + rank), Cormack, Clarke and Buet
 @dataclass
 class Hit:
     """Something found. `similarity` is the cosine with the query (nan where only words were asked for); `score` is
-    what hits are ordered by; `preview` is a small picture or the beginning of a sound, encoded."""
+    what hits are ordered by; `preview` is a small image or the beginning of an audio clip, encoded."""
 
     id: str
     source: str
@@ -73,7 +73,7 @@ def identity(folder: Path) -> str:
 
 
 class Index:
-    """Pictures, sounds and texts that can be found by any of them, and by words.
+    """Images, audio clips and texts that can be found by any of them, and by words.
 
     `model` is a run, a checkpoint, a Hugging Face name, or a model that `plait.load` returned; an index that exists
     knows its own, which is loaded when it is first needed. One writer at a time, any number of readers.
@@ -88,7 +88,7 @@ class Index:
         self._loaded: tuple[np.ndarray, np.ndarray] | None = None  # row ids (N,), vectors (N, E)
         self._version, self._words = 0, False  # what is loaded, and whether it has an index of words
         self._shown: list[str] = []  # the columns of a hit
-        self.facts: dict[str, Any] = {}
+        self.metadata: dict[str, Any] = {}
         if isinstance(self.path, Path) and self.path.exists() and not self.path.is_dir():
             raise PlaitError(f"{self.path} is a file. Name the folder of an index.")
         self._open()
@@ -108,21 +108,21 @@ class Index:
                 f"{name} has no embedding space, so nothing can be found by it. It can {', '.join(model.verbs)}."
             )
         made = identity(model.folder)
-        if self.table is not None and made != self.facts["sha256"]:
+        if self.table is not None and made != self.metadata["sha256"]:
             raise PlaitError(
-                f"{self.path} was made by the model {self.facts['sha256'][:12]} ({self.facts['model']}); "
+                f"{self.path} was made by the model {self.metadata['sha256'][:12]} ({self.metadata['model']}); "
                 f"{name} is {made[:12]}, and places of different models do not compare. "
                 "Name that model, or make another index. This one is unchanged."
             )
         self._model = model
         if self.table is None:
-            self.facts = {"model": str(model.folder.resolve()), "sha256": made}
+            self.metadata = {"model": str(model.folder.resolve()), "sha256": made}
 
     @property
     def model(self) -> Model | Pretrained:
         """The model of this index. Raises PlaitError where it is not there any more or has changed."""
         if self._model is None:
-            where = self.facts["model"]
+            where = self.metadata["model"]
             if not Path(where).exists():
                 raise PlaitError(f"The model of {self.path} was {where}, which is gone. Name it: --model RUN.")
             self._take(load(where, self.device), where)
@@ -170,17 +170,17 @@ class Index:
                     raise PlaitError(f"{self.path} holds other files and is no index. Choose another folder.")
                 return
             self.table = base.open_table(TABLE)
-            self.facts = json.loads((self.table.schema.metadata or {})[b"plait"])
-            self.facts["sha256"], self.facts["model"], self.facts["width"]
+            self.metadata = json.loads((self.table.schema.metadata or {})[b"plait"])
+            self.metadata["sha256"], self.metadata["model"], self.metadata["width"]
 
     def _create(self) -> None:
         width = int(self.model.embed(["."]).shape[1])
-        self.facts["width"] = width
+        self.metadata["width"] = width
         vector = pa.list_(pa.float32(), width)
         fields = [pa.field(name, pa.string()) for name in OWN]
         fields += [pa.field("_content", pa.binary(16)), pa.field("_vector", vector)]
         fields += [pa.field("_preview", pa.large_binary()), pa.field("_check", pa.uint32())]
-        schema = pa.schema(fields, metadata={"plait": json.dumps(self.facts)})
+        schema = pa.schema(fields, metadata={"plait": json.dumps(self.metadata)})
         with self.reading("written"):
             self.table = self._connect().create_table(TABLE, schema=schema)
 
@@ -191,7 +191,7 @@ class Index:
             yield
             return
         with only_writer(self.path):
-            self.settle()  # what a killed writer committed
+            self.add_export_constraints()  # what a killed writer committed
             yield
 
     def __len__(self) -> int:
@@ -223,12 +223,12 @@ class Index:
             adding = Adding(self, progress)
             with contextlib.closing(Checker()) as checker, ThreadPoolExecutor(2, "media") as pool:
                 found = (item for source in given for item in entries(source, columns))
-                some = BATCH if isinstance(self.model, Model) else 16  # of whole decoded pictures
+                some = BATCH if isinstance(self.model, Model) else 16  # of whole decoded images
                 while chunk := list(islice(found, some)):
                     adding.take(chunk, checker, pool)
                 adding.finish()
             self._tidy(progress)
-            self.settle()
+            self.add_export_constraints()
         return Added(adding.new, adding.changed, adding.same, adding.rejected)
 
     def _tidy(self, progress: Progress, cleanup: timedelta | None = None) -> None:
@@ -253,7 +253,7 @@ class Index:
     # --- searching ----------------------------------------------------------------------------------------------
 
     def search(self, query: Any, k: int = 10, where: str | None = None, by: str = "auto") -> list[Hit]:
-        """The k entries nearest to a text, a picture, a sound or a media file, best first.
+        """The k entries nearest to a text, an image, an audio clip or a media file, best first.
 
         `where` is an SQL condition on `columns`. `by` is "vector", "words" (full text), "hybrid" (both rankings joined)
         or "auto": hybrid for a text where the index holds texts. Raises PlaitError.
@@ -353,7 +353,7 @@ class Index:
     def _vectors(self) -> tuple[np.ndarray, np.ndarray]:
         """(row ids (N,), vectors (N, E)), each compared with its checksum."""
         chosen = ["id", "_content", "_vector", "_check"]
-        rows, vectors = [np.zeros(0, np.uint64)], [np.zeros((0, self.facts["width"]), np.float32)]
+        rows, vectors = [np.zeros(0, np.uint64)], [np.zeros((0, self.metadata["width"]), np.float32)]
         for batch in self.table.search().select(chosen).with_row_id(True).limit(None).to_batches(8192):
             if not batch.num_rows:
                 continue
@@ -413,7 +413,7 @@ class Index:
             if count:
                 with self.reading("written"):
                     self.table.delete(where)
-            self.settle()
+            self.add_export_constraints()
         return count
 
     def compact(self, progress: Progress = lambda *_: None) -> None:
@@ -423,7 +423,7 @@ class Index:
                 with self.reading():
                     self.table.checkout_latest()
                 self._tidy(progress, timedelta(0))
-                self.settle()
+                self.add_export_constraints()
 
     def verify(self) -> list[str]:
         """What is wrong with the index, a line a fault; empty where it is whole. Every file is compared with its sha256
@@ -464,7 +464,7 @@ class Index:
                     found[fact["file"]] = fact["bytes"], fact["sha256"]
         return found
 
-    def settle(self) -> None:
+    def add_export_constraints(self) -> None:
         """Bring what was committed to the disk and note its sha256. LanceDB itself does not call fsync."""
         if not isinstance(self.path, Path):
             return

@@ -25,13 +25,13 @@ router = make_router()
 
 @router.post("/v1/plait/search", response_model=s.SearchResults, tags=["read"])
 async def search(request: Request, body: s.SearchRequest) -> Response:
-    """What of an index is nearest to a text, a picture or a sound, best first."""
-    service, trail = of(request)
-    served = service.find(body.model, trail)
+    """What of an index is nearest to a text, an image or an audio clip, best first."""
+    service, request_context = of(request)
+    served = service.find(body.model, request_context)
     name, index = _index(service, served.name, body.index)
     where = _condition(index, body.where or {})
     words = body.input if isinstance(body.input, str) else getattr(body.input, "text", None)
-    deadline = service.deadline(trail)
+    deadline = service.deadline(request_context)
     vector = None
     if body.by != "words":
         values = await service.parts(served.model, [body.input], "input", deadline)
@@ -39,7 +39,7 @@ async def search(request: Request, body: s.SearchRequest) -> Response:
         if isinstance(model, Model):
             ours = model
             parts = await service.prepared(lambda: [windows(ours, values[0])], len(words or ""))
-            trail.prompt_tokens = sum(map(len, parts[0]))
+            request_context.prompt_tokens = sum(map(len, parts[0]))
             vector = (await served.worker.call(lambda: ours.embed_parts(parts), deadline))[0]
         else:
             vector = (await served.worker.call(lambda: model.embed(values), deadline))[0]

@@ -20,7 +20,7 @@ from plait.modalities.text import words
 from plait.model.multimodal import Sequence
 from plait.reports.explanation import as_json_of, as_png
 from plait.server import schemas as s
-from plait.server.journal import Trail
+from plait.server.access_log import RequestContext
 from plait.server.limits import ApiError, parse_json
 from plait.server.service import Served, Service, windows
 
@@ -68,7 +68,7 @@ def make_router() -> APIRouter:
 router = make_router()
 
 
-def of(request: Request) -> tuple[Service, Trail]:
+def of(request: Request) -> tuple[Service, RequestContext]:
     return request.app.state.service, request.scope["trail"]
 
 
@@ -183,8 +183,8 @@ async def list_models(request: Request) -> Response:
 @router.get("/v1/models/{model:path}", response_model=s.ModelCard, tags=["models"])
 async def show_model(request: Request, model: str) -> Response:
     """One model."""
-    service, trail = of(request)
-    return JSONResponse(_card(service.find(model, trail)))
+    service, request_context = of(request)
+    return JSONResponse(_card(service.find(model, request_context)))
 
 
 @router.get("/health", response_model=s.Health, tags=["state"])
@@ -211,12 +211,12 @@ async def metrics(request: Request) -> Response:
 async def embeddings(request: Request, body: s.EmbeddingRequest) -> Response:
     """The place of each input in the model's one space. Beside texts, inputs may be parts as messages have them:
     `{"type": "image_url", ...}`, `{"type": "input_audio", ...}`."""
-    service, trail = of(request)
-    served = service.find(body.model, trail)
+    service, request_context = of(request)
+    served = service.find(body.model, request_context)
     given: list[Any] = [body.input] if isinstance(body.input, str) or isinstance(body.input[0], int) else body.input
     ids = {i: value for i, value in enumerate(given) if isinstance(value, list)}
     rest = [value for value in given if not isinstance(value, list)]
-    deadline = service.deadline(trail)
+    deadline = service.deadline(request_context)
     read_values = iter(await service.parts(served.model, rest, "input", deadline))
     values = [ids[i] if i in ids else next(read_values) for i in range(len(given))]
     size = sum(len(value) for value in values if isinstance(value, str | list))
@@ -239,9 +239,11 @@ async def embeddings(request: Request, body: s.EmbeddingRequest) -> Response:
             return found
 
         parts = await service.prepared(prepare, size)
-        trail.prompt_tokens = sum(len(sequence) for part in parts for sequence in part)
-        if trail.prompt_tokens > 65_536:
-            raise ApiError(413, f"The inputs take {trail.prompt_tokens} tokens; at most 65536 at once. Send fewer.")
+        request_context.prompt_tokens = sum(len(sequence) for part in parts for sequence in part)
+        if request_context.prompt_tokens > 65_536:
+            raise ApiError(
+                413, f"The inputs take {request_context.prompt_tokens} tokens; at most 65536 at once. Send fewer."
+            )
         vectors = await served.worker.call(lambda: ours.embed_parts(parts), deadline)
     elif ids:
         raise ApiError(400, f"{served.name} takes texts, not ids. Send strings.", "input")
@@ -255,20 +257,20 @@ async def embeddings(request: Request, body: s.EmbeddingRequest) -> Response:
     else:
         rows = [row.tolist() for row in vectors]
     data = [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)]
-    usage = {"prompt_tokens": trail.prompt_tokens, "total_tokens": trail.prompt_tokens}
+    usage = {"prompt_tokens": request_context.prompt_tokens, "total_tokens": request_context.prompt_tokens}
     return JSONResponse({"object": "list", "model": served.name, "data": data, "usage": usage})
 
 
 @router.post("/v1/plait/classify", response_model=s.Classification, tags=["read"])
 async def classify(request: Request, body: s.ClassifyRequest) -> Response:
     """The likeliest labels of an input, each with its probability among the labels."""
-    service, trail = of(request)
-    served = service.find(body.model, trail)
+    service, request_context = of(request)
+    served = service.find(body.model, request_context)
     parts: list[Any] = body.input if isinstance(body.input, list) else [body.input]
     if (size := sum(map(len, body.labels or []))) > service.limits.label_bytes:
         most = service.limits.label_bytes
         raise ApiError(413, f"The labels have {size} characters; at most {most} are read. Send fewer.", "labels")
-    deadline = service.deadline(trail)
+    deadline = service.deadline(request_context)
     values = await service.parts(served.model, parts, "input", deadline)
     size = sum(len(value) for value in values if isinstance(value, str))
     model = served.model
@@ -279,7 +281,7 @@ async def classify(request: Request, body: s.ClassifyRequest) -> Response:
             return [ours.context(values)] if len(values) > 1 else windows(ours, values[0])
 
         sequences = await service.prepared(prepare, size)
-        trail.prompt_tokens = sum(map(len, sequences))
+        request_context.prompt_tokens = sum(map(len, sequences))
 
         def work() -> list[tuple[str, float]]:
             return ours.classify_parts(sequences, body.labels, body.column, body.top)
@@ -298,10 +300,10 @@ async def classify(request: Request, body: s.ClassifyRequest) -> Response:
 @router.post("/v1/plait/explain", response_model=s.Explained, response_model_exclude_none=True, tags=["read"])
 async def explain(request: Request, body: s.ExplainRequest) -> Response:
     """How much each word, region or moment of an input moved an answer, with checks that say whether to believe it."""
-    service, trail = of(request)
-    served = service.find(body.model, trail)
+    service, request_context = of(request)
+    served = service.find(body.model, request_context)
     parts: list[Any] = body.input if isinstance(body.input, list) else [body.input]
-    deadline = service.deadline(trail)
+    deadline = service.deadline(request_context)
     values = await service.parts(served.model, parts, "input", deadline)
     # Each word is left out once, and each of these is a pass through the model.
     if (count := sum(len(words(value)) for value in values if isinstance(value, str))) > EXPLAINED:
@@ -314,8 +316,8 @@ async def explain(request: Request, body: s.ExplainRequest) -> Response:
             method=body.method, steps=body.steps, seed=body.seed,
         )  # fmt: skip
         shown = as_json_of(found)
-        if body.picture:
-            shown["picture"] = "data:image/png;base64," + base64.b64encode(as_png(found)).decode()
+        if body.image:
+            shown["image"] = "data:image/png;base64," + base64.b64encode(as_png(found)).decode()
         return shown
 
     shown = await served.worker.call(work, deadline)

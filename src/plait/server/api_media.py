@@ -1,4 +1,4 @@
-"""The routes of pictures and sounds."""
+"""The routes of images and audio clips."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from fastapi import Form, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.responses import Response
 
+from plait.inference.engine import Completion
 from plait.inference.engine import Request as Wanted
-from plait.inference.engine import Written
 from plait.inference.model import Model, joined
 from plait.modalities.media import sniff
 from plait.server import schemas as s
+from plait.server.access_log import RequestContext
 from plait.server.api import STREAM, make_router, of, voice_of, wanted_of
-from plait.server.journal import Trail
 from plait.server.limits import ApiError
-from plait.server.media import SOUNDS, png, sound
+from plait.server.media import AUDIO, audio, png
 from plait.server.service import EventStream, Served, Service, note, read, windows
-from plait.server.worker import Ticket, follow
+from plait.server.worker import PendingRequest, follow
 
 router = make_router()
 
-WINDOWS = 32  # windows of a long sound that are in the queue at a time
+WINDOWS = 32  # windows of a long audio that are in the queue at a time
 
-# --- pictures and sounds ----------------------------------------------------------------------------------------
+# --- images and audio clips ----------------------------------------------------------------------------------------
 
 
 @router.post("/v1/images/generations", response_model=s.ImageList, responses={200: {"content": STREAM}}, tags=["media"])
 async def draw(request: Request, body: s.ImageRequest) -> Response:
-    """Pictures of what a text says, as base64 of PNG."""
-    service, trail = of(request)
-    served = service.find(body.model, trail)
+    """Images of what a text says, as base64 of PNG."""
+    service, request_context = of(request)
+    served = service.find(body.model, request_context)
     model, n = served.ours, body.n or 1
     service.check_parts([body.prompt])
 
@@ -49,45 +49,52 @@ async def draw(request: Request, body: s.ImageRequest) -> Response:
     if body.size not in (None, "auto", size):
         raise ApiError(400, f"This model draws {size}. Send size '{size}' or 'auto'.", "size")
     if body.stream:
-        tickets = served.worker.submit([wanted], service.deadline(trail))
-        return EventStream(_picture_events(service, served, trail, tickets, column, size), tickets)
-    samples = (await service.written(served, [wanted], trail))[0]
-    pictures = await service.rendered(served, column, samples, trail)
-    encoded = await asyncio.to_thread(lambda: [png(picture) for picture in pictures])
+        pending_requests = served.worker.submit([wanted], service.deadline(request_context))
+        return EventStream(
+            _image_events(service, served, request_context, pending_requests, column, size), pending_requests
+        )
+    samples = (await service.written(served, [wanted], request_context))[0]
+    images = await service.rendered(served, column, samples, request_context)
+    encoded = await asyncio.to_thread(lambda: [png(image) for image in images])
     return JSONResponse({
         "created": int(time.time()), "data": [{"b64_json": one} for one in encoded], "output_format": "png",
-        "size": size, "usage": _media_usage(trail),
+        "size": size, "usage": _media_usage(request_context),
     })  # fmt: skip
 
 
-def _media_usage(trail: Trail) -> dict[str, Any]:
-    read_, written = trail.prompt_tokens, trail.completion_tokens
+def _media_usage(request_context: RequestContext) -> dict[str, Any]:
+    read_, written = request_context.prompt_tokens, request_context.completion_tokens
     return {"input_tokens": read_, "output_tokens": written, "total_tokens": read_ + written,
             "input_tokens_details": {"text_tokens": read_, "image_tokens": 0}}  # fmt: skip
 
 
-async def _picture_events(
-    service: Service, served: Served, trail: Trail, tickets: list[Ticket], column: str, size: str
+async def _image_events(
+    service: Service,
+    served: Served,
+    request_context: RequestContext,
+    pending_requests: list[PendingRequest],
+    column: str,
+    size: str,
 ) -> AsyncIterator[list[Any]]:
-    async for updates in follow(tickets):
-        note(trail, updates)
-    read(trail, tickets)
-    for picture in await service.rendered(served, column, tickets[0].result.samples, trail):
-        yield [{"type": "image_generation.completed", "b64_json": await asyncio.to_thread(png, picture),
+    async for updates in follow(pending_requests):
+        note(request_context, updates)
+    read(request_context, pending_requests)
+    for image in await service.rendered(served, column, pending_requests[0].result.samples, request_context):
+        yield [{"type": "image_generation.completed", "b64_json": await asyncio.to_thread(png, image),
                 "created_at": int(time.time()), "size": size, "output_format": "png", "quality": "auto",
-                "background": "auto", "usage": _media_usage(trail)}]  # fmt: skip
+                "background": "auto", "usage": _media_usage(request_context)}]  # fmt: skip
 
 
 @router.post(
     "/v1/audio/speech",
     response_class=Response,
-    responses={200: {"content": {**{kind: {} for kind, *_ in SOUNDS.values()}, **STREAM}}},
+    responses={200: {"content": {**{kind: {} for kind, *_ in AUDIO.values()}, **STREAM}}},
     tags=["media"],
 )
 async def speak(request: Request, body: s.SpeechRequest) -> Response:
-    """A text spoken, as the bytes of a sound file."""
-    service, trail = of(request)
-    served = service.find(body.model, trail)
+    """A text spoken, as the bytes of an audio clip file."""
+    service, request_context = of(request)
+    served = service.find(body.model, request_context)
     model = served.ours
     service.check_parts([body.input])
 
@@ -96,15 +103,15 @@ async def speak(request: Request, body: s.SpeechRequest) -> Response:
         return column, wanted_of(model, model.context([body.input]), column, body, 1)
 
     column, wanted = await service.prepared(prepare, len(body.input))
-    samples = (await service.written(served, [wanted], trail))[0]
-    wave, rate = (await service.rendered(served, column, samples, trail))[0]
-    data = await asyncio.to_thread(sound, wave, rate, body.response_format)
+    samples = (await service.written(served, [wanted], request_context))[0]
+    wave, rate = (await service.rendered(served, column, samples, request_context))[0]
+    data = await asyncio.to_thread(audio, wave, rate, body.response_format)
     if body.stream_format == "audio":
-        return Response(data, media_type=SOUNDS[body.response_format][0])
+        return Response(data, media_type=AUDIO[body.response_format][0])
 
     async def events() -> AsyncIterator[list[Any]]:
         yield [{"type": "speech.audio.delta", "audio": base64.b64encode(data).decode()},
-               {"type": "speech.audio.done", "usage": _media_usage(trail)}]  # fmt: skip
+               {"type": "speech.audio.done", "usage": _media_usage(request_context)}]  # fmt: skip
 
     return EventStream(events(), [], done=False)
 
@@ -116,21 +123,21 @@ async def speak(request: Request, body: s.SpeechRequest) -> Response:
     tags=["media"],
 )
 async def transcribe(request: Request, body: Annotated[s.TranscriptionRequest, Form()]) -> Response:
-    """The words of a sound; a long one is read in windows."""
-    service, trail = of(request)
-    served = service.find(body.model, trail)
-    deadline = service.deadline(trail)
+    """The words of an audio clip; a long one is read in windows."""
+    service, request_context = of(request)
+    served = service.find(body.model, request_context)
+    deadline = service.deadline(request_context)
     data = await body.file.read()
     if len(data) > service.limits.media.file_bytes:
-        raise ApiError(413, f"The sound is larger than {service.limits.media.file_bytes // 1_000_000} MB.", "file")
+        raise ApiError(413, f"The audio is larger than {service.limits.media.file_bytes // 1_000_000} MB.", "file")
     if (sniff(data[:64]) or ("",))[0] != "audio":
-        raise ApiError(400, "The file is no sound that is read. Send wav, flac, ogg, opus or mp3.", "file")
+        raise ApiError(400, "The file is no audio that is read. Send wav, flac, ogg, opus or mp3.", "file")
     model = served.model
     if "transcribe" not in served.verbs:
         raise ApiError(400, f"{served.name} cannot transcribe. It can {', '.join(served.verbs)}.", "model")
     value = await service.reader.read(model, "audio", data, "file", deadline)
     if isinstance(model, Model):
-        pieces = _windows_written(service, served, trail, value, body)
+        pieces = _windows_written(service, served, request_context, value, body)
     else:
         other = model
 
@@ -153,7 +160,7 @@ async def transcribe(request: Request, body: Annotated[s.TranscriptionRequest, F
                     "text": joined(texts),
                     "usage": {
                         "type": "tokens",
-                        **{k: v for k, v in _media_usage(trail).items() if k != "input_tokens_details"},
+                        **{k: v for k, v in _media_usage(request_context).items() if k != "input_tokens_details"},
                     },
                 }
             ]
@@ -164,9 +171,9 @@ async def transcribe(request: Request, body: Annotated[s.TranscriptionRequest, F
 
 
 async def _windows_written(
-    service: Service, served: Served, trail: Trail, value: Any, body: s.TranscriptionRequest
+    service: Service, served: Served, request_context: RequestContext, value: Any, body: s.TranscriptionRequest
 ) -> AsyncIterator[str]:
-    """The text of each window of a sound, in order."""
+    """The text of each window of an audio clip, in order."""
     model = served.ours
     if body.language is not None and model.columns.get(body.language) != "text":
         known = ", ".join(column for column, kind in model.columns.items() if kind == "text")
@@ -180,6 +187,6 @@ async def _windows_written(
     wanted = await service.prepared(prepare, 0)
     some = min(WINDOWS, model.engine.max_rows)
     for start in range(0, len(wanted), some):
-        results: list[list[Written]] = await service.written(served, wanted[start : start + some], trail)
+        results: list[list[Completion]] = await service.written(served, wanted[start : start + some], request_context)
         for samples in results:
             yield samples[0].text or ""

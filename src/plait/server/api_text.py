@@ -20,6 +20,7 @@ from plait.inference.engine import Request as Wanted
 from plait.inference.model import Model
 from plait.model.multimodal import Sequence
 from plait.server import schemas as s
+from plait.server.access_log import RequestContext
 from plait.server.api import (
     STREAM,
     Lead,
@@ -35,11 +36,10 @@ from plait.server.api import (
     voice_of,
     wanted_of,
 )
-from plait.server.journal import Trail
 from plait.server.limits import ApiError
-from plait.server.media import png, sound
+from plait.server.media import audio, png
 from plait.server.service import EventStream, Served, Service, note, read
-from plait.server.worker import Ticket, follow
+from plait.server.worker import PendingRequest, follow
 
 router = make_router()
 
@@ -50,14 +50,14 @@ router = make_router()
     "/v1/chat/completions", response_model=s.ChatCompletion, responses={200: {"content": STREAM}}, tags=["text"]
 )
 async def chat_completions(request: Request, body: s.ChatRequest) -> Response:
-    """The next reply of a conversation: text, and with `modalities` pictures and sounds, each written after the same
-    messages. Pictures come in `images`, as data: URLs; sounds in `audio`, of one reply the first."""
-    service, trail = of(request)
-    served = service.find(body.model, trail)
+    """The next reply of a conversation: text, and with `modalities` images and audio clips, each written after the same
+    messages. Images come in `images`, as data: URLs; audio clips in `audio`, of one reply the first."""
+    service, request_context = of(request)
+    served = service.find(body.model, request_context)
     model, chat, n = served.ours, served.chat, body.n or 1
     if chat is None:
         raise ApiError(400, f"{served.name} has no chat.", "model")
-    turns = await _turns(service, model, body, service.deadline(trail))
+    turns = await _turns(service, model, body, service.deadline(request_context))
     size = sum(len(part) for turn in turns for part in turn.parts if isinstance(part, str))
     most = most_of(model, body.max_completion_tokens or body.max_tokens, "max_completion_tokens")
     outputs = body.modalities or ["text"]
@@ -85,18 +85,20 @@ async def chat_completions(request: Request, body: s.ChatRequest) -> Response:
     form = body.audio.format if body.audio else "wav"
     head = _head("chatcmpl-", "chat.completion.chunk" if body.stream else "chat.completion", served)
     if body.stream:
-        tickets = served.worker.submit(wanted, service.deadline(trail))
+        pending_requests = served.worker.submit(wanted, service.deadline(request_context))
         options = body.stream_options
         usage = bool(options and options.include_usage)
-        events = _chat_events(service, served, trail, tickets, head, outputs, columns, prompts, form, usage)
-        return EventStream(events, tickets)
-    results = await service.written(served, wanted, trail)
+        events = _chat_events(
+            service, served, request_context, pending_requests, head, outputs, columns, prompts, form, usage
+        )
+        return EventStream(events, pending_requests)
+    results = await service.written(served, wanted, request_context)
     choices: list[dict[str, Any]] = [
         {"index": i, "message": {"role": "assistant", "content": None, "refusal": None}, "logprobs": None,
          "finish_reason": "stop"} for i in range(n)
     ]  # fmt: skip
     for kind, column, prompt, samples in zip(outputs, columns, prompts, results, strict=True):
-        made = [] if kind == "text" else await service.rendered(served, str(column), samples, trail)
+        made = [] if kind == "text" else await service.rendered(served, str(column), samples, request_context)
         for i, (choice, sample) in enumerate(zip(choices, samples, strict=True)):
             if kind == "text":
                 choice["message"]["content"] = Lead(prompt.strip)(sample.text or "")
@@ -107,7 +109,7 @@ async def chat_completions(request: Request, body: s.ChatRequest) -> Response:
             else:
                 choice["message"] |= await asyncio.to_thread(_medium, kind, made[i], form)
     read_ = sum(len(prompt.context) for prompt in prompts)
-    return JSONResponse({**head, "choices": choices, "usage": usage_of(read_, trail.completion_tokens)})
+    return JSONResponse({**head, "choices": choices, "usage": usage_of(read_, request_context.completion_tokens)})
 
 
 async def _turns(service: Service, model: Model, body: s.ChatRequest, deadline: float) -> list[Turn]:
@@ -131,19 +133,19 @@ def _head(prefix: str, kind: str, served: Served) -> dict[str, Any]:
 
 
 def _medium(kind: str, value: Any, form: str) -> dict[str, Any]:
-    """A picture or a sound as a message holds it."""
+    """An image or an audio clip as a message holds it."""
     if kind == "image":
         url = f"data:image/png;base64,{png(value)}"
         return {"images": [{"type": "image_url", "image_url": {"url": url, "detail": None}}]}
     wave, rate = value
-    data = base64.b64encode(sound(wave, rate, form)).decode()
-    # OpenAI keeps sounds for later turns; here the client sends them again.
+    data = base64.b64encode(audio(wave, rate, form)).decode()
+    # OpenAI keeps audio clips for later turns; here the client sends them again.
     return {"audio": {"id": "audio-" + secrets.token_hex(8), "data": data, "expires_at": int(time.time()),
                       "transcript": ""}}  # fmt: skip
 
 
 async def _chat_events(
-    service: Service, served: Served, trail: Trail, tickets: list[Ticket], head: dict[str, Any], outputs: list[Any],
+    service: Service, served: Served, request_context: RequestContext, pending_requests: list[PendingRequest], head: dict[str, Any], outputs: list[Any],
     columns: list[str | None], prompts: list[Prompt], form: str, usage: bool,
 ) -> AsyncIterator[list[Any]]:  # fmt: skip
     more = {"usage": None} if usage else {}
@@ -152,12 +154,12 @@ async def _chat_events(
         choice = {"index": i, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
         return {**head, "choices": [choice], **more}
 
-    n = tickets[0].request.n
+    n = pending_requests[0].request.n
     leads = [Lead(prompts[0].strip) for _ in range(n)]
     ends = ["stop"] * n
     yield [chunk(i, {"role": "assistant", "content": "" if "text" in outputs else None}) for i in range(n)]
-    async for updates in follow(tickets):
-        note(trail, updates)
+    async for updates in follow(pending_requests):
+        note(request_context, updates)
         events = []
         for k, update in updates:
             if outputs[k] != "text":
@@ -166,7 +168,7 @@ async def _chat_events(
             if update.finish:
                 ends[i] = finish_of(update.finish)
             logprobs = None
-            if tickets[k].request.logprobs and update.ids:
+            if pending_requests[k].request.logprobs and update.ids:
                 pairs = zip(update.ids, update.logprobs, strict=True)
                 logprobs = {"content": [token_of(served.ours, *pair) for pair in pairs], "refusal": None}
             if text or logprobs:
@@ -175,16 +177,18 @@ async def _chat_events(
                 events.append(chunk(i, {}, ends[i]))
         if events:
             yield events
-    read(trail, tickets)
-    for kind, column, ticket in zip(outputs, columns, tickets, strict=True):
+    read(request_context, pending_requests)
+    for kind, column, pending in zip(outputs, columns, pending_requests, strict=True):
         if kind != "text":
-            made = await service.rendered(served, str(column), ticket.result.samples, trail)
+            made = await service.rendered(served, str(column), pending.result.samples, request_context)
             for i, value in enumerate(made):
                 yield [chunk(i, await asyncio.to_thread(_medium, kind, value, form))]
     if outputs != ["text"]:
         yield [chunk(i, {}, ends[i]) for i in range(n)]
     if usage:
-        yield [{**head, "choices": [], "usage": usage_of(trail.prompt_tokens, trail.completion_tokens)}]
+        yield [
+            {**head, "choices": [], "usage": usage_of(request_context.prompt_tokens, request_context.completion_tokens)}
+        ]
 
 
 # --- completions ------------------------------------------------------------------------------------------------
@@ -193,8 +197,8 @@ async def _chat_events(
 @router.post("/v1/completions", response_model=s.Completion, responses={200: {"content": STREAM}}, tags=["text"])
 async def completions(request: Request, body: s.CompletionRequest) -> Response:
     """What follows a text, or each of up to 16."""
-    service, trail = of(request)
-    served = service.find(body.model, trail)
+    service, request_context = of(request)
+    served = service.find(body.model, request_context)
     model, n = served.ours, body.n or 1
     prompts = _prompts(body.prompt)
     service.check_parts(prompt for prompt in prompts if isinstance(prompt, str))
@@ -214,10 +218,12 @@ async def completions(request: Request, body: s.CompletionRequest) -> Response:
     before = before if body.echo else [""] * len(prompts)
     head = _head("cmpl-", "text_completion", served)
     if body.stream:
-        tickets = served.worker.submit(wanted, service.deadline(trail))
+        pending_requests = served.worker.submit(wanted, service.deadline(request_context))
         usage = bool(body.stream_options and body.stream_options.include_usage)
-        return EventStream(_text_events(model, trail, tickets, head, before, usage), tickets)
-    results = await service.written(served, wanted, trail)
+        return EventStream(
+            _text_events(model, request_context, pending_requests, head, before, usage), pending_requests
+        )
+    results = await service.written(served, wanted, request_context)
     choices = []
     for i, samples in enumerate(results):
         for k, sample in enumerate(samples):
@@ -227,7 +233,7 @@ async def completions(request: Request, body: s.CompletionRequest) -> Response:
                 "logprobs": logprobs if body.logprobs is not None else None, "finish_reason": finish_of(sample.finish),
             })  # fmt: skip
     read_ = sum(len(one.context) for one in wanted)
-    return JSONResponse({**head, "choices": choices, "usage": usage_of(read_, trail.completion_tokens)})
+    return JSONResponse({**head, "choices": choices, "usage": usage_of(read_, request_context.completion_tokens)})
 
 
 def _prompts(prompt: Any) -> list[str | list[int]]:
@@ -253,25 +259,30 @@ def _text_logprobs(model: Model, ids: list[int], logprobs: list[float], at: int)
 
 
 async def _text_events(
-    model: Model, trail: Trail, tickets: list[Ticket], head: dict[str, Any], before: list[str], usage: bool
+    model: Model,
+    request_context: RequestContext,
+    pending_requests: list[PendingRequest],
+    head: dict[str, Any],
+    before: list[str],
+    usage: bool,
 ) -> AsyncIterator[list[Any]]:
     more = {"usage": None} if usage else {}
-    lengths = [[len(text)] * ticket.request.n for text, ticket in zip(before, tickets, strict=True)]
+    lengths = [[len(text)] * pending.request.n for text, pending in zip(before, pending_requests, strict=True)]
 
     def chunk(k: int, sample: int, text: str, finish: str | None = None, logprobs: Any = None) -> dict[str, Any]:
-        index = k * tickets[k].request.n + sample
+        index = k * pending_requests[k].request.n + sample
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
         return {**head, "choices": [choice], **more}
 
     if any(before):
-        yield [chunk(k, i, before[k]) for k, ticket in enumerate(tickets) for i in range(ticket.request.n)]
-    async for updates in follow(tickets):
-        note(trail, updates)
+        yield [chunk(k, i, before[k]) for k, pending in enumerate(pending_requests) for i in range(pending.request.n)]
+    async for updates in follow(pending_requests):
+        note(request_context, updates)
         events = []
         for k, update in updates:
             finish = finish_of(update.finish) if update.finish else None
             logprobs = None
-            if tickets[k].request.logprobs and update.ids:
+            if pending_requests[k].request.logprobs and update.ids:
                 at = lengths[k][update.sample]
                 logprobs = _text_logprobs(model, update.ids, list(update.logprobs), at)
                 lengths[k][update.sample] += sum(map(len, logprobs["tokens"]))
@@ -279,6 +290,8 @@ async def _text_events(
                 events.append(chunk(k, update.sample, update.text, finish, logprobs))
         if events:
             yield events
-    read(trail, tickets)
+    read(request_context, pending_requests)
     if usage:
-        yield [{**head, "choices": [], "usage": usage_of(trail.prompt_tokens, trail.completion_tokens)}]
+        yield [
+            {**head, "choices": [], "usage": usage_of(request_context.prompt_tokens, request_context.completion_tokens)}
+        ]

@@ -28,9 +28,9 @@ from plait.inference.model import load
 from plait.recommend import routes as api_recommend
 from plait.search import routes as api_search
 from plait.server import api, api_media, api_text
-from plait.server.guard import Doors, Guard
-from plait.server.journal import Metrics, set_up_logging
+from plait.server.access_log import Metrics, set_up_logging
 from plait.server.limits import ApiError, Limits, read_keys
+from plait.server.middleware import AccessMiddleware, AccessPolicy
 from plait.server.network import listen, make_server
 from plait.server.service import Served, Service
 
@@ -64,17 +64,17 @@ def serve(
     there is a page at `/`. Raises PlaitError for a model or an index that cannot be loaded, an address that cannot be
     had, and one off loopback without keys.
     """
-    doors = make_doors(host, key_file, allow_hosts or [], allow_origins or [])
-    doors.browsers = ui
+    access_policy = make_doors(host, key_file, allow_hosts or [], allow_origins or [])
+    access_policy.browsers = ui
     sock = listen(host, port)
     found = load_models(models, device, precision, limits)
     service = Service(found, limits, Metrics(), open_indexes(indexes or [], found))
-    app: Any = make_app(service, doors)
+    app: Any = make_app(service, access_policy)
     if ui:
         from plait.server.page import Page
 
         app = Page(app, service)
-    guard = Guard(app, doors, limits, service.metrics, _routes())
+    guard = AccessMiddleware(app, access_policy, limits, service.metrics, _routes())
     if ui:
         app.tabs.guard = guard
     set_up_logging()
@@ -151,7 +151,7 @@ def open_indexes(names: list[str], models: list[Served]) -> dict[str, tuple[Inde
     return found
 
 
-def make_doors(host: str, key_file: Path | None, allow_hosts: list[str], allow_origins: list[str]) -> Doors:
+def make_doors(host: str, key_file: Path | None, allow_hosts: list[str], allow_origins: list[str]) -> AccessPolicy:
     """Who may come in, for an address. Raises PlaitError for one that others can reach while no key is needed."""
     keys = read_keys(key_file) if key_file is not None else {}
     local = _is_loopback(host)
@@ -166,7 +166,7 @@ def make_doors(host: str, key_file: Path | None, allow_hosts: list[str], allow_o
         raise PlaitError(f"'{bad[0]}' is no host name. Name each as api.example.org; there is no wildcard.")
     hosts = {name.lower() for name in allow_hosts} | LOOPBACK
     hosts.add(f"[{host}]" if ":" in host else host.lower())
-    return Doors(hosts, {origin.lower().rstrip("/") for origin in allow_origins}, keys, any_address=not local)
+    return AccessPolicy(hosts, {origin.lower().rstrip("/") for origin in allow_origins}, keys, any_address=not local)
 
 
 def _is_loopback(host: str) -> bool:
@@ -183,7 +183,7 @@ def _routes() -> set[str]:
 # --- the application --------------------------------------------------------------------------------------------
 
 
-def make_app(service: Service, doors: Doors) -> FastAPI:
+def make_app(service: Service, access_policy: AccessPolicy) -> FastAPI:
     """The routes over the models; `Guard` stands before it."""
 
     @contextlib.asynccontextmanager
@@ -198,7 +198,7 @@ def make_app(service: Service, doors: Doors) -> FastAPI:
     app = FastAPI(
         title="Plait",
         version=version("plait"),
-        description="Models that read and write text, pictures and sound, in the shapes of OpenAI's API.",
+        description="Models that read and write text, images and audio, in the shapes of OpenAI's API.",
         lifespan=lifespan,
         docs_url=None,  # their pages load scripts from elsewhere
         redoc_url=None,
@@ -211,14 +211,14 @@ def make_app(service: Service, doors: Doors) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(Exception, _broken)
-    if doors.origins:
+    if access_policy.origins:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=sorted(doors.origins),
+            allow_origins=sorted(access_policy.origins),
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type"],
         )
-    app.openapi = lambda: _describe(app, bool(doors.keys))  # type: ignore[method-assign]
+    app.openapi = lambda: _describe(app, bool(access_policy.keys))  # type: ignore[method-assign]
     return app
 
 

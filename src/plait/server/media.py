@@ -27,7 +27,7 @@ PATIENCE = 10.0  # seconds that one medium may take to decode
 PCM_RATE = 24_000  # of headerless samples, as OpenAI's clients expect
 
 # Format -> (media type, container, encoding, the rates it knows; empty for any).
-SOUNDS: dict[str, tuple[str, str, str, tuple[int, ...]]] = {
+AUDIO: dict[str, tuple[str, str, str, tuple[int, ...]]] = {
     "wav": ("audio/wav", "WAV", "PCM_16", ()),
     "flac": ("audio/flac", "FLAC", "PCM_16", ()),
     "mp3": ("audio/mpeg", "MP3", "MPEG_LAYER_III", (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)),
@@ -46,7 +46,7 @@ class Reader:
         self.waiting = 0
 
     async def read(self, model: Model | Pretrained, kind: str, data: bytes, param: str, deadline: float) -> Any:
-        """The medium as an input of the model: (column, its samples) for ours, else a picture or (waveform, rate).
+        """The medium as an input of the model: (column, its samples) for ours, else an image or (waveform, rate).
         Raises ApiError where it cannot be read, or while too many wait."""
         if isinstance(model, Model):
             try:
@@ -67,7 +67,7 @@ class Reader:
             async with asyncio.timeout_at(deadline):
                 return await asyncio.get_running_loop().run_in_executor(self.pool, work)
         except MediaError as error:
-            what = "picture" if kind == "image" else "sound"
+            what = "image" if kind == "image" else "audio"
             raise ApiError(400, f"The {what} cannot be used: {error}.", param) from error
         except TimeoutError:
             raise late() from None
@@ -79,14 +79,14 @@ class Reader:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 
-def png(picture: PILImage.Image) -> str:
-    """A picture as base64 of a PNG."""
-    return base64.b64encode(encode_png(picture)).decode()
+def png(image: PILImage.Image) -> str:
+    """An image as base64 of a PNG."""
+    return base64.b64encode(encode_png(image)).decode()
 
 
-def sound(wave: np.ndarray, rate: int, form: str) -> bytes:
+def audio(wave: np.ndarray, rate: int, form: str) -> bytes:
     """A waveform in one of SOUNDS."""
-    _, container, encoding, rates = SOUNDS[form]
+    _, container, encoding, rates = AUDIO[form]
     if rates and rate not in rates:
         to = next((known for known in rates if known > rate), rates[-1])
         wave, rate = resample(wave, rate, to), to

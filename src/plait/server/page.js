@@ -26,8 +26,8 @@
     });
   }
 
-  // A picture as the server takes it: as it is where it is small, else reduced here.
-  async function picture(file) {
+  // An image as the server takes it: as it is where it is small, else reduced here.
+  async function image(file) {
     const bitmap = await createImageBitmap(file);
     if (file.size < 2e6 && Math.max(bitmap.width, bitmap.height) <= SIDE && /png|jpeg|webp|gif/.test(file.type)) return read(file);
     const scale = Math.min(1, SIDE / Math.max(bitmap.width, bitmap.height));
@@ -38,8 +38,8 @@
     return canvas.toDataURL("image/png");
   }
 
-  // Any sound that the browser can play, as a mono WAV of 16 kHz and at most 60 seconds.
-  async function sound(file) {
+  // Any audio that the browser can play, as a mono WAV of 16 kHz and at most 60 seconds.
+  async function audio(file) {
     const context = new OfflineAudioContext(1, 1, RATE);
     const buffer = await context.decodeAudioData(await file.arrayBuffer());
     const count = Math.min(buffer.length, 60 * RATE);
@@ -61,7 +61,7 @@
     const where = box.dataset.to, tools = box.dataset.tools.split(" "), white = box.dataset.ink === "white";
     const bar = document.createElement("div"), shown = document.createElement("div"), told = document.createElement("p");
     bar.className = "tools"; shown.className = "shown"; told.className = "told";
-    const kinds = tools.filter((tool) => tool !== "draw").map((kind) => (kind === "image" ? "a picture" : "a sound"));
+    const kinds = tools.filter((tool) => tool !== "draw").map((kind) => (kind === "image" ? "an image" : "an audio clip"));
     told.textContent = `Choose, drop or paste ${kinds.join(" or ")}${tools.includes("draw") ? ", or draw one" : ""}.`;
 
     function show(url) {
@@ -80,8 +80,8 @@
 
     async function take(file) {
       try {
-        box.plait(file.type.startsWith("audio") || file.type.startsWith("video") ? await sound(file) : await picture(file));
-      } catch { told.textContent = "That file cannot be read as a picture or a sound."; }
+        box.plait(file.type.startsWith("audio") || file.type.startsWith("video") ? await audio(file) : await image(file));
+      } catch { told.textContent = "That file cannot be read as an image or an audio clip."; }
     }
     function button(label, act) {
       const made = document.createElement("button");

@@ -16,8 +16,8 @@ from typing import Any
 import gradio
 from fastapi import FastAPI
 
-from plait.server.guard import Message, Receive, Scope, Send, answer
 from plait.server.limits import ApiError, parse_json
+from plait.server.middleware import Message, Receive, Scope, Send, answer
 from plait.server.page_html import STYLE, holds_object, report_of
 from plait.server.page_layout import blocks
 from plait.server.page_tabs import Tabs

@@ -59,7 +59,7 @@ def bar_html(label: str, share: float, told: str | None = None) -> str:
 
 def example_button(where: str, kind: str, number: int, url: str) -> str:
     """A medium that is ready to click, for the field `where`."""
-    shown = f'<img src="{url}" alt="example">' if kind == "image" else f"sound {number}"
+    shown = f'<img src="{url}" alt="example">' if kind == "image" else f"audio {number}"
     return f'<button type="button" class="plait-example" data-to="{where}" data-url="{url}">{shown}</button>'
 
 
@@ -89,7 +89,7 @@ def history_html(history: list[tuple[str, str]]) -> str:
 
 
 def item_html(one: dict[str, Any], share: bool) -> str:
-    """An item that was found: its picture or title, its chance (or, where `share` is not, its cosine), and why."""
+    """An item that was found: its image or title, its chance (or, where `share` is not, its cosine), and why."""
     title = plain_html(one["title"])
     shown = f'<img src="{one["preview"]}" alt="">' if one["preview"] else f'<div class="tile">{title}</div>'
     told = f"<b>{title}</b><br>" if one["preview"] else ""
@@ -114,12 +114,12 @@ def read_history(told: str) -> list[tuple[str, str]]:
 
 
 def explained_html(found: dict[str, Any]) -> str:
-    """An explanation as the route tells it: the marked picture or words, the strongest, and what the checks say."""
+    """An explanation as the route tells it: the marked image or words, the strongest, and what the checks say."""
     body = "".join(wrong(text) for text in found["warnings"])
     body += f"<p>Why <b>{plain_html(found['answer'])}</b>: {found['measure']} {found['score']:.3f}, "
     body += f"chance {found['chance']:.3f}. Red speaks for the answer, blue against it.</p>"
-    if "picture" in found:
-        body += f'<div class="plait-row"><img class="plait-overlay" src="{found["picture"]}" alt="marked input"></div>'
+    if "image" in found:
+        body += f'<div class="plait-row"><img class="plait-overlay" src="{found["image"]}" alt="marked input"></div>'
     top = max((abs(weight) for part in found["parts"] for weight in part["weights"]), default=0) or 1
     for part in found["parts"]:
         if "words" in part:
@@ -186,7 +186,7 @@ def _shown(part: dict[str, Any]) -> str:
     if part["type"] == "text":
         return plain_html(part["text"])
     if part["type"] == "image_url":
-        return f'<img src="{escape(part["image_url"]["url"], quote=True)}" alt="picture">'
+        return f'<img src="{escape(part["image_url"]["url"], quote=True)}" alt="image">'
     data = escape(part["input_audio"]["data"], quote=True)
     return (
         f'<audio controls src="data:audio/{escape(part["input_audio"]["format"], quote=True)};base64,{data}"></audio>'
@@ -220,7 +220,7 @@ def report_of(served: Served) -> Path | None:
 
 def examples_of(models: list[Served]) -> tuple[dict[str, list[str]], str]:
     """Kind -> a few media of the models' own data that were not trained on, as `data:` URLs; and the ink in which
-    pictures like these are drawn: "black" on white, or "white" on black."""
+    images like these are drawn: "black" on white, or "white" on black."""
     found: dict[str, list[str]] = {}
     dark: list[float] = []
     for served in models:

@@ -12,8 +12,8 @@ from plait.inference.model import Model
 from plait.server.page_html import example_button, examples_of, word_button
 from plait.server.page_tabs import Tabs
 
-PICTURES = 4  # drawn at once: what a request may ask for
-KINDS = [("pictures", "image"), ("sounds", "audio"), ("texts", "text")]
+IMAGES = 4  # drawn at once: what a request may ask for
+KINDS = [("images", "image"), ("audio", "audio"), ("texts", "text")]
 HOW_TO_FIND = (
     "<p>To find things, make an index and serve it:</p><pre>plait index add my.index FILES --model RUN\n"
     "plait serve RUN --ui --index my.index</pre>"
@@ -84,7 +84,7 @@ def blocks(page: Tabs, reports: list[str]) -> Any:
         if not page.service.indexes:
             _html(HOW_TO_FIND)
             return
-        text = gradio.Textbox(label="Words, or a picture or sound below", elem_id="find-text")
+        text = gradio.Textbox(label="Words, or an image or audio below", elem_id="find-text")
         examples(text)
         seen = medium("find-medium")
         with gradio.Row():
@@ -116,14 +116,14 @@ def blocks(page: Tabs, reports: list[str]) -> Any:
                 with gradio.Tab("Chat"):
                     talk, told = _html("", "chat-talk"), gradio.Textbox(elem_classes="plait-hidden", label="told")
                     text = gradio.Textbox(
-                        label="Say", placeholder="Write, or add a picture or a sound", elem_id="chat-text"
+                        label="Say", placeholder="Write, or add an image or an audio clip", elem_id="chat-text"
                     )
-                    with gradio.Accordion("A picture or a sound", open=False, visible=bool(kinds)):
+                    with gradio.Accordion("An image or an audio clip", open=False, visible=bool(kinds)):
                         seen = medium("chat-medium")
                     with gradio.Row():
                         # A model of records answers media with words, and words with media.
                         forms = [("auto", ""), ("text", "text")]
-                        forms += [(f"a {'picture' if kind == 'image' else 'sound'}", kind) for kind in made.values()]
+                        forms += [(f"a {'image' if kind == 'image' else 'audio'}", kind) for kind in made.values()]
                         first = "" if made and not remembers else "text"
                         kind = gradio.Radio(forms, value=first, label="Reply in", visible=len(forms) > 2)
                         column = choice("Reply column", texts, "the first", len(texts) > 1)
@@ -153,7 +153,7 @@ def blocks(page: Tabs, reports: list[str]) -> Any:
                     text = gradio.Textbox(label="What to draw", elem_id="draw-text")
                     examples(text)
                     with gradio.Row():
-                        n = gradio.Slider(1, PICTURES, value=PICTURES, step=1, label="Pictures")
+                        n = gradio.Slider(1, IMAGES, value=IMAGES, step=1, label="Images")
                         guidance = gradio.Slider(1, 5, value=2, step=0.5, label="Guidance")
                         seed = gradio.Textbox(label="Seed", placeholder="any")
                     go, out = gradio.Button("Draw", variant="primary", elem_id="draw-go"), _html("", "draw-out")

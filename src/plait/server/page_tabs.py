@@ -13,7 +13,7 @@ from typing import Any
 import gradio
 
 from plait.inference.model import Model
-from plait.server.guard import Guard, Message
+from plait.server.middleware import AccessMiddleware, Message
 from plait.server.page_html import (
     add_button,
     bar_html,
@@ -42,7 +42,7 @@ class Tabs:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        self.guard: Guard | None = None  # set once it stands before the page
+        self.guard: AccessMiddleware | None = None  # set once it stands before the page
 
     async def post(self, path: str, body: dict[str, Any], visitor: gradio.Request) -> AsyncIterator[bytes]:
         """The answer of a route, piece by piece. Raises AnswerError where it is not 2xx. Left early, the request
@@ -101,7 +101,7 @@ class Tabs:
         parts: list[dict[str, Any]] = [{"type": "text", "text": text}] if text else []
         parts += [part_of(medium)] if medium else []
         if not parts:
-            yield talk_html(messages) + wrong("Write something, or give a picture or a sound."), told, text, medium
+            yield talk_html(messages) + wrong("Write something, or give an image or an audio clip."), told, text, medium
             return
         model = self.service.models[name].model if name in self.service.models else None
         room = min(REPLY, model.engine.max_length // 2) if isinstance(model, Model) else REPLY
@@ -131,8 +131,8 @@ class Tabs:
             yield talk_html([*messages, asked]) + wrong(str(error)), told, "", ""
             return
         kept = {key: value for key, value in reply.items() if key != "audio"}
-        if "audio" in reply:  # as the API wants a sound that was made in an earlier turn
-            kept["content"] = kept["content"] or "(a sound)"
+        if "audio" in reply:  # as the API wants an audio clip that was made in an earlier turn
+            kept["content"] = kept["content"] or "(an audio clip)"
         messages = [*messages, asked, kept]
         shown = [*messages[:-1], reply]
         yield talk_html(shown), json.dumps(messages), "", ""
@@ -160,8 +160,8 @@ class Tabs:
             found = json.loads(await self.ask("/v1/images/generations", body, visitor))["data"]
         except AnswerError as error:
             return wrong(str(error))
-        pictures = (f'<img src="data:image/png;base64,{one["b64_json"]}" alt="{escape(text)}">' for one in found)
-        return f'<div class="plait-row">{"".join(pictures)}</div>'
+        images = (f'<img src="data:image/png;base64,{one["b64_json"]}" alt="{escape(text)}">' for one in found)
+        return f'<div class="plait-row">{"".join(images)}</div>'
 
     async def speak(self, name: str, text: str, voice: str, seed: str, visitor: gradio.Request) -> str:
         try:
@@ -181,7 +181,7 @@ class Tabs:
         self, name: str, text: str, medium: str, kinds: list[str], k: float, index: str, visitor: gradio.Request
     ) -> str:
         if not text and not medium:
-            return wrong("Write something, or give a picture or a sound.")
+            return wrong("Write something, or give an image or an audio clip.")
         try:
             body = {"model": name, "input": part_of(medium) if medium else text, "k": int(k), "index": index or None,
                     "where": {"kind": kinds} if kinds else None}  # fmt: skip
@@ -242,9 +242,9 @@ class Tabs:
     ) -> str:
         parts = ([part_of(medium)] if medium else []) + ([{"type": "text", "text": text}] if text else [])
         if not parts:
-            return wrong("Give a picture, a sound or some words first.")
+            return wrong("Give an image, an audio clip or some words first.")
         body = {"model": name, "input": parts, "answer": answer.strip(), "column": column, "method": method,
-                "picture": bool(medium)}  # fmt: skip
+                "image": bool(medium)}  # fmt: skip
         try:
             return explained_html(json.loads(await self.ask("/v1/plait/explain", body, visitor)))
         except AnswerError as error:

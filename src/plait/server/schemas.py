@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from fastapi import UploadFile
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-SoundFormat = Literal["wav", "flac", "mp3", "opus", "pcm"]
+AudioFormat = Literal["wav", "flac", "mp3", "opus", "pcm"]
 
 
 class Strict(BaseModel):
@@ -85,7 +85,7 @@ class Message(Strict):
     name: Annotated[str | None, _only(instead="say who speaks in the content")] = None
     images: Annotated[list[ImagePart], Field(max_length=8)] | None = None
     refusal: Annotated[str | None, _only(instead="leave it out")] = None
-    audio: Annotated[Any, _only(instead="send the sound again as an input_audio part")] = None
+    audio: Annotated[Any, _only(instead="send the audio again as an input_audio part")] = None
     tool_calls: Annotated[Any, _only([], instead="leave it out")] = None
     annotations: Annotated[Any, _only([], instead="leave it out")] = None
     function_call: Annotated[Any, _only(instead="leave it out")] = None
@@ -103,7 +103,7 @@ class ResponseFormat(Strict):
 
 class AudioOut(Strict):
     voice: Name | None = None
-    format: SoundFormat = "wav"
+    format: AudioFormat = "wav"
 
 
 # --- requests ---------------------------------------------------------------------------------------------------
@@ -183,12 +183,12 @@ class ImageRequest(Drawing):
     prompt: Text
     n: Count | None = None
     size: Annotated[str | None, Field(max_length=32)] = None
-    response_format: Annotated[str | None, _only("b64_json", instead="pictures come as b64_json")] = None
-    output_format: Annotated[str | None, _only("png", instead="pictures come as png")] = None
+    response_format: Annotated[str | None, _only("b64_json", instead="images come as b64_json")] = None
+    output_format: Annotated[str | None, _only("png", instead="images come as png")] = None
     quality: Annotated[str | None, _only("auto", "standard", instead="leave it out")] = None
     background: Annotated[str | None, _only("auto", instead="leave it out")] = None
     stream: bool | None = None
-    partial_images: Annotated[int | None, _only(0, instead="leave it out: pictures come whole")] = None
+    partial_images: Annotated[int | None, _only(0, instead="leave it out: images come whole")] = None
     user: Annotated[str, Field(max_length=512, description="Has no effect.")] | None = None
     column: Name | None = None
 
@@ -197,7 +197,7 @@ class SpeechRequest(Drawing):
     model: Name
     input: Text
     voice: Annotated[Name, Field(description="An audio column of the model, or default.")] = "default"
-    response_format: SoundFormat = "mp3"
+    response_format: AudioFormat = "mp3"
     speed: Annotated[float | None, _only(1, instead="leave it out")] = None
     instructions: Annotated[str | None, _only("", instead="leave it out")] = None
     stream_format: Literal["audio", "sse"] = "audio"
@@ -238,7 +238,7 @@ class SearchRequest(Strict):
     ] = None
     by: Literal["auto", "vector", "words", "hybrid"] = "auto"
     index: Annotated[Name | None, Field(description="The index's name; the model's first where left out.")] = None
-    preview: Annotated[bool, Field(description="Whether small pictures and sounds come along as data: URLs.")] = True
+    preview: Annotated[bool, Field(description="Whether small images and audio clips come along as data: URLs.")] = True
 
 
 class ExplainRequest(Strict):
@@ -252,7 +252,7 @@ class ExplainRequest(Strict):
     method: Literal["occlusion", "integrated-gradients", "logit-lens"] = "occlusion"
     steps: Annotated[int, Field(ge=2, le=1024)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    picture: Annotated[bool, Field(description="Send the marked input as a data: URL too.")] = False
+    image: Annotated[bool, Field(description="Send the marked input as a data: URL too.")] = False
 
 
 # --- answers ----------------------------------------------------------------------------------------------------
@@ -450,7 +450,7 @@ class Explained(BaseModel):
     areas: dict[str, float] | None = None
     completeness_gap: float | None = None
     steps: int | None = None
-    picture: str | None = None
+    image: str | None = None
 
 
 class Health(BaseModel):

@@ -15,15 +15,15 @@ from starlette.responses import Response
 from plait.chat.chat import Chat
 from plait.core.errors import PlaitError
 from plait.hf.pretrained import Pretrained
-from plait.inference.engine import Request, Update, Written
+from plait.inference.engine import Completion, Delta, Request
 from plait.inference.model import Model
 from plait.model.multimodal import Sequence
-from plait.server.guard import Scope, Send, answer
-from plait.server.journal import Metrics, Trail
+from plait.server.access_log import Metrics, RequestContext
 from plait.server.limits import ApiError, Limits, decode_base64, decode_data_url
 from plait.server.media import Reader
+from plait.server.middleware import Scope, Send, answer
 from plait.server.schemas import AudioPart, ImagePart, TextPart
-from plait.server.worker import Ticket, Worker, follow
+from plait.server.worker import PendingRequest, Worker, follow
 
 if TYPE_CHECKING:
     from plait.search.index import Index
@@ -82,18 +82,18 @@ class Service:
         self.limits, self.metrics = limits, metrics
         self.reader = Reader(limits)
 
-    def find(self, name: str, trail: Trail) -> Served:
+    def find(self, name: str, request_context: RequestContext) -> Served:
         """The model of a name. Raises ApiError 404 that lists those that are there."""
         served = self.models.get(name)
         if served is None:
             known = ", ".join(self.models)
             raise ApiError(404, f"The model '{name[:80]}' is not served here. Use {known}.", "model", "model_not_found")
-        trail.model = served.name
+        request_context.model = served.name
         return served
 
-    def deadline(self, trail: Trail) -> float:
+    def deadline(self, request_context: RequestContext) -> float:
         """When the request's time is over, by the loop's clock."""
-        spent = time.monotonic() - trail.begun
+        spent = time.monotonic() - request_context.begun
         return asyncio.get_running_loop().time() + self.limits.request_seconds - spent
 
     async def parts(self, model: Model | Pretrained, parts: list[Any], where: str, deadline: float) -> list[Any]:
@@ -134,19 +134,23 @@ class Service:
         except PlaitError as error:
             raise ApiError(400, str(error)) from error
 
-    async def written(self, served: Served, requests: list[Request], trail: Trail) -> list[list[Written]]:
+    async def written(
+        self, served: Served, requests: list[Request], request_context: RequestContext
+    ) -> list[list[Completion]]:
         """Requests written to their ends: a list of samples each."""
-        tickets = served.worker.submit(requests, self.deadline(trail))
+        pending_requests = served.worker.submit(requests, self.deadline(request_context))
         try:
-            async for updates in follow(tickets):
-                note(trail, updates)
+            async for updates in follow(pending_requests):
+                note(request_context, updates)
         finally:
-            for ticket in tickets:
-                ticket.cancel()
-        read(trail, tickets)
-        return [ticket.result.samples for ticket in tickets]
+            for pending in pending_requests:
+                pending.cancel()
+        read(request_context, pending_requests)
+        return [pending.result.samples for pending in pending_requests]
 
-    async def rendered(self, served: Served, column: str, written: list[Written], trail: Trail) -> list[Any]:
+    async def rendered(
+        self, served: Served, column: str, written: list[Completion], request_context: RequestContext
+    ) -> list[Any]:
         """Codes as PIL images or (waveform, rate)."""
         model = served.ours
 
@@ -154,19 +158,19 @@ class Service:
             modality = model.modality(column)
             return [modality.to_object(sample) for sample in model.decode(column, written)]
 
-        return list(await served.worker.call(work, self.deadline(trail)))
+        return list(await served.worker.call(work, self.deadline(request_context)))
 
 
-def note(trail: Trail, updates: list[tuple[int, Update]]) -> None:
+def note(request_context: RequestContext, updates: list[tuple[int, Delta]]) -> None:
     """Count what was written."""
-    if trail.first is None:
-        trail.first = time.monotonic() - trail.begun
-    trail.completion_tokens += sum(len(update.ids) for _, update in updates)
+    if request_context.first is None:
+        request_context.first = time.monotonic() - request_context.begun
+    request_context.completion_tokens += sum(len(update.ids) for _, update in updates)
 
 
-def read(trail: Trail, tickets: list[Ticket]) -> None:
+def read(request_context: RequestContext, pending_requests: list[PendingRequest]) -> None:
     """Count what was read."""
-    trail.prompt_tokens += sum(len(ticket.request.context) for ticket in tickets)
+    request_context.prompt_tokens += sum(len(pending.request.context) for pending in pending_requests)
 
 
 def windows(model: Model, value: Any) -> list[Sequence]:
@@ -180,10 +184,12 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[list[Any]], tickets: list[Ticket], done: bool = True) -> None:
+    def __init__(
+        self, events: AsyncIterator[list[Any]], pending_requests: list[PendingRequest], done: bool = True
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self.events, self.tickets, self.done = events, tickets, done
+        self.events, self.pending_requests, self.done = events, pending_requests, done
 
     async def __call__(self, scope: Scope, receive: Any, send: Send) -> None:  # type: ignore[override]
         begun = False
@@ -201,8 +207,8 @@ class EventStream(Response):
                 return
             last = _event(error.body())
         finally:
-            for ticket in self.tickets:
-                ticket.cancel()
+            for pending in self.pending_requests:
+                pending.cancel()
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
 

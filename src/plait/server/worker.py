@@ -15,21 +15,21 @@ from typing import Any
 
 from plait.core.errors import PlaitError
 from plait.hf.pretrained import Pretrained
-from plait.inference.engine import Engine, Job, Request, Result, Update
+from plait.inference.engine import Delta, Engine, Job, Request, Result
 from plait.inference.model import Model
 from plait.server.limits import ApiError, Limits
 
 log = logging.getLogger("plait.server")
 
 
-class Ticket:
+class PendingRequest:
     """A request on its way, as the event loop sees it. It ends with the job, with an ApiError, or with `cancel`."""
 
     def __init__(self, worker: Worker, request: Request, news: asyncio.Event) -> None:
         self.worker, self.request, self.open, self.news = worker, request, request.n, news
         self.begun = time.monotonic()
         self.timer: asyncio.TimerHandle | None = None
-        self.updates: deque[Update] = deque()
+        self.updates: deque[Delta] = deque()
         self.error: ApiError | None = None
         self.job: Job | None = None
 
@@ -40,7 +40,7 @@ class Ticket:
             raise ApiError(500, "The request was lost.")
         return self.job.result
 
-    def take(self, updates: list[Update]) -> None:
+    def take(self, updates: list[Delta]) -> None:
         self.updates.extend(updates)
         self.open -= sum(update.finish is not None for update in updates)
         if not self.open:
@@ -55,36 +55,36 @@ class Ticket:
 
     def cancel(self) -> None:
         """Free its places in the batch. Nothing happens where it has ended."""
-        if self in self.worker.tickets:
+        if self in self.worker.pending_requests:
             self._close()
             if self.job is not None:
                 self.job.cancel()
 
     def _close(self) -> None:
-        self.worker.tickets.discard(self)
+        self.worker.pending_requests.discard(self)
         if self.timer is not None:
             self.timer.cancel()
 
 
-async def follow(tickets: list[Ticket]) -> AsyncIterator[list[tuple[int, Update]]]:
+async def follow(pending_requests: list[PendingRequest]) -> AsyncIterator[list[tuple[int, Delta]]]:
     """The updates of tickets that were submitted together, each with its ticket's index, as they come; ends when all
     have ended. Raises ApiError where one was given up. Leaving the loop cancels nothing."""
     while True:
         found = []
         open_ = False
-        for i, ticket in enumerate(tickets):
-            if ticket.error is not None:
-                raise ticket.error
-            found += [(i, update) for update in ticket.updates]
-            ticket.updates.clear()
-            open_ |= ticket.open > 0
+        for i, pending in enumerate(pending_requests):
+            if pending.error is not None:
+                raise pending.error
+            found += [(i, update) for update in pending.updates]
+            pending.updates.clear()
+            open_ |= pending.open > 0
         if found:
             yield found
         elif not open_:
             return
         else:
-            tickets[0].news.clear()
-            await tickets[0].news.wait()
+            pending_requests[0].news.clear()
+            await pending_requests[0].news.wait()
 
 
 class Worker:
@@ -96,9 +96,9 @@ class Worker:
         if isinstance(model, Model):
             self.engine = Engine(model.checkpoint, model.device, _rows(model, limits.batch))
             model.engine = self.engine  # the verbs' too: one set of rows, one cache
-        self.tickets: set[Ticket] = set()
+        self.pending_requests: set[PendingRequest] = set()
         self.calls: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
-        self.outbox: list[tuple[Ticket, Update]] = []  # of the step that runs; this model's thread only
+        self.outbox: list[tuple[PendingRequest, Delta]] = []  # of the step that runs; this model's thread only
         self.wake = threading.Condition()
         self.stopped = False
         self.stay = 1.0  # seconds from request to end, lately
@@ -119,7 +119,7 @@ class Worker:
     @property
     def samples(self) -> int:
         """Samples being written or waiting."""
-        return sum(ticket.open for ticket in self.tickets)
+        return sum(pending.open for pending in self.pending_requests)
 
     def admit(self, samples: int) -> None:
         """Raises ApiError: 429 where the queue has no room for so many more now, 413 where it never has."""
@@ -135,32 +135,32 @@ class Worker:
                 headers={"Retry-After": str(seconds)},
             )  # fmt: skip
 
-    def submit(self, requests: list[Request], deadline: float) -> list[Ticket]:
+    def submit(self, requests: list[Request], deadline: float) -> list[PendingRequest]:
         """Queue requests, to be given up at `deadline` (the loop's time). Raises ApiError: 429 where there is no room,
         400 where one cannot be met; then none is queued."""
         if self.engine is None:
             raise ApiError(400, f"{self.name} runs in transformers and does not generate here.", "model")
         self.admit(sum(request.n for request in requests))
-        news, outbox, tickets = asyncio.Event(), self.outbox, list[Ticket]()
+        news, outbox, pending_requests = asyncio.Event(), self.outbox, list[PendingRequest]()
 
-        def enter(request: Request) -> Ticket:
-            ticket = Ticket(self, request, news)
-            wanted = replace(request, on_update=lambda update: outbox.append((ticket, update)))
-            ticket.job = self.engine.submit(wanted) if self.engine is not None else None
-            self.tickets.add(ticket)
-            ticket.timer = self.loop.call_at(deadline, ticket.fail, late())
-            return ticket
+        def enter(request: Request) -> PendingRequest:
+            pending = PendingRequest(self, request, news)
+            wanted = replace(request, on_delta=lambda update: outbox.append((pending, update)))
+            pending.job = self.engine.submit(wanted) if self.engine is not None else None
+            self.pending_requests.add(pending)
+            pending.timer = self.loop.call_at(deadline, pending.fail, late())
+            return pending
 
         try:
             for request in requests:
-                tickets.append(enter(request))
+                pending_requests.append(enter(request))
         except PlaitError as error:
-            for ticket in tickets:
-                ticket.cancel()
+            for pending in pending_requests:
+                pending.cancel()
             raise ApiError(400, str(error)) from error
         with self.wake:
             self.wake.notify()
-        return tickets
+        return pending_requests
 
     async def call(self, work: Callable[[], Any], deadline: float) -> Any:
         """What `work` returns, run by the model's thread between two steps. PlaitErrors become ApiErrors."""
@@ -179,8 +179,8 @@ class Worker:
 
     def give_up(self, error: ApiError) -> None:
         """End all that is under way."""
-        for ticket in list(self.tickets):
-            ticket.fail(error)
+        for pending in list(self.pending_requests):
+            pending.fail(error)
         for _, future in self.calls:
             if not future.done():
                 future.set_exception(error)
@@ -226,15 +226,15 @@ class Worker:
                 sent, self.outbox[:] = list(self.outbox), []
                 self.loop.call_soon_threadsafe(self._deliver, sent)
 
-    def _deliver(self, sent: list[tuple[Ticket, Update]]) -> None:
-        found: dict[Ticket, list[Update]] = {}
-        for ticket, update in sent:
-            found.setdefault(ticket, []).append(update)
-        for ticket, updates in found.items():
-            ticket.take(updates)
-        for ticket in found:
-            if not ticket.open:
-                self.stay = 0.9 * self.stay + 0.1 * (time.monotonic() - ticket.begun)
+    def _deliver(self, sent: list[tuple[PendingRequest, Delta]]) -> None:
+        found: dict[PendingRequest, list[Delta]] = {}
+        for pending, update in sent:
+            found.setdefault(pending, []).append(update)
+        for pending, updates in found.items():
+            pending.take(updates)
+        for pending in found:
+            if not pending.open:
+                self.stay = 0.9 * self.stay + 0.1 * (time.monotonic() - pending.begun)
 
 
 def late() -> ApiError:

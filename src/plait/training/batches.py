@@ -241,7 +241,7 @@ class Sampler:
         batch_size: int,
         context: int,
         seed: int,
-        drop_condition: float,
+        cond_dropout: float,
         augment: bool,
         augment_targets: bool = False,
         unwritten: frozenset[str] = frozenset(),  # modalities and columns that are read only
@@ -250,7 +250,7 @@ class Sampler:
     ) -> None:
         self.worth = worth
         self.split, self.vocabulary, self.media = split, vocabulary, media
-        self.context, self.seed, self.drop_condition = context, seed, drop_condition
+        self.context, self.seed, self.cond_dropout = context, seed, cond_dropout
         self.augment, self.augment_targets = augment, augment_targets
         self.columns = {
             c: m for c, m in vocabulary.columns.items() if c in split.texts or c in split.media or c in split.chats
@@ -385,7 +385,7 @@ class Sampler:
         conversation is nothing else."""
         if chat := next((c for c in present if c in self.split.chats), None):
             turns = self.split.chats[chat][record] or []
-            alone = draws[DROP] < self.drop_condition
+            alone = draws[DROP] < self.cond_dropout
             given = {c: samples[c, record] for c in self.media_columns if (c, record) in samples}
             drawn = {c: codes[c, record] for c in given if (c, record) in codes}
             for sequence in sequences(turns, self.vocabulary, self.media, given, drawn, alone):
@@ -409,7 +409,7 @@ class Sampler:
                 target = targets[int(draws[TARGET] * len(targets))]
                 yield self._pair(record, column, target, samples, codes), True
             if column not in self.unwritten:
-                dropped = not others or draws[DROP] < self.drop_condition
+                dropped = not others or draws[DROP] < self.cond_dropout
                 condition = None if dropped else others[int(draws[SOURCE] * len(others))]
                 yield self._pair(record, condition, column, samples, codes), not dropped
             elif texts := [c for c in others if c in self.split.texts]:  # read alone, for the contrast
@@ -434,7 +434,7 @@ class Sampler:
         if target in self.split.texts:
             return sequence.write([*(self.split.texts[target][record] or [])[: room - 1], vocabulary.end])
         modality = self.media[self.columns[target]]
-        start = vocabulary.spaces[modality.name][0]
+        start = vocabulary.id_ranges[modality.name][0]
         written = (codes[target, record] + start).tolist()
         closer = [vocabulary.closer(modality.name)] if modality.variable_length else []
         return sequence.write([*written, *closer, vocabulary.end][:room])
@@ -477,7 +477,7 @@ def lm_windows(ids: list[int], opener: int, end: int, context: int) -> list[Sequ
     ]
 
 
-class Ahead:
+class BatchPrefetcher:
     """What `make` makes of a step's number, made in a thread while the step before computes. Always in that thread,
     whether a run goes on or not, so that rounding is the same. `waited` is the seconds that asking has taken."""
 

@@ -11,7 +11,7 @@ from plait.chat.template import TURNS
 from plait.core.config import SIZES, BackboneRecipe, Recipe, Size, describe_error, parse_recipe
 from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
-from plait.hf import encoders as towers
+from plait.hf import encoders as hf_encoders
 from plait.modalities.base import Vocabulary
 from plait.modalities.item import Item, ItemCodes, ItemCodesSettings, ItemsSettings
 from plait.modalities.registry import MODALITIES, SETTINGS
@@ -77,24 +77,24 @@ def model_config(
     vocabulary = Vocabulary(
         text=text_size,
         columns=columns,
-        levels=items.spaces if isinstance(items, ItemCodesSettings) else {m: settings[m].levels for m in coded},
+        levels=items.code_levels if isinstance(items, ItemCodesSettings) else {m: settings[m].levels for m in coded},
         closers=[m for m in kinds if MODALITIES[m].variable_length],
         turns=turns,
     )
     tied = recipe.model.tied
     if tied is None:
         tied = imported.tied if imported else items is not None or text_size > 8 * backbone.width
-    space = recipe.model.space
-    if space is None:
-        space = (imported.space if imported else 0) or (128 if coded else 0)
+    embed_dim = recipe.model.embed_dim
+    if embed_dim is None:
+        embed_dim = (imported.embed_dim if imported else 0) or (128 if coded else 0)
     unwritten = {name for name in (*kinds, *columns) if recipe.training.weights.get(name) == 0}
     if imported is not None:
         unwritten |= {name for name in imported.read_only if name not in {*dataset.columns, *dataset.columns.values()}}
     return ModelConfig(
         backbone=backbone,
         vocabulary=vocabulary,
-        space=space,
-        pools_inputs=imported.pools_inputs if imported and imported.space else True,
+        embed_dim=embed_dim,
+        pools_inputs=imported.pools_inputs if imported and imported.embed_dim else True,
         tied=tied,
         modalities={m: settings[m].model_dump() for m in kinds},
         read_only=[name for name in dict.fromkeys([*kinds, *columns]) if name in unwritten],
@@ -103,7 +103,7 @@ def model_config(
 
 def _laid_over(settings: dict[str, Any], overrides: dict[str, Any], modality: str) -> Any:
     try:
-        return SETTINGS[modality].model_validate({**settings, **_with_tower(overrides, modality)})
+        return SETTINGS[modality].model_validate({**settings, **_with_hf_encoder(overrides, modality)})
     except ValidationError as error:
         lines = "; ".join(describe_error(e, SETTINGS[modality]) for e in error.errors())
         raise PlaitError(f"In the recipe's model.{modality}: {lines}") from None
@@ -127,10 +127,10 @@ def backbone_config(size: Size, mine: BackboneRecipe) -> TransformerConfig:
 
 
 def sized_config(recipe: Recipe) -> ModelConfig:
-    """The network that a recipe calls for where the data are coloured pictures, sound and text of its size."""
+    """The network that a recipe calls for where the data are coloured images, audio and text of its size."""
     size = SIZES[recipe.model.size]
-    image, audio = (_with_tower(getattr(recipe.model, m), m) for m in ("image", "audio"))
-    side = image["tower"]["size"] if "tower" in image else size.picture
+    image, audio = (_with_hf_encoder(getattr(recipe.model, m), m) for m in ("image", "audio"))
+    side = image["hf_encoder"]["size"] if "hf_encoder" in image else size.image
     try:
         settings = {
             "image": SETTINGS["image"].sized(side, {"channels": 3, **image}),
@@ -149,7 +149,7 @@ def sized_config(recipe: Recipe) -> ModelConfig:
     return ModelConfig(
         backbone=backbone,
         vocabulary=vocabulary,
-        space=128 if recipe.model.space is None else recipe.model.space,
+        embed_dim=128 if recipe.model.embed_dim is None else recipe.model.embed_dim,
         pools_inputs=True,
         tied=text > 8 * backbone.width if recipe.model.tied is None else recipe.model.tied,
         modalities={name: one.model_dump() for name, one in settings.items()},
@@ -157,17 +157,19 @@ def sized_config(recipe: Recipe) -> ModelConfig:
     )
 
 
-def _with_tower(overrides: dict[str, Any], modality: str) -> dict[str, Any]:
+def _with_hf_encoder(overrides: dict[str, Any], modality: str) -> dict[str, Any]:
     """A recipe's overrides of a modality's settings, with what the pretrained encoder that they name is."""
-    if "tower" in overrides:
-        raise PlaitError(f"In the recipe's model.{modality}: tower is filled in by itself; name the tower as encoder.")
+    if "hf_encoder" in overrides:
+        raise PlaitError(
+            f"In the recipe's model.{modality}: encoder is filled in by itself; name the encoder as encoder."
+        )
     if overrides.get("encoder") is None:
         return overrides
-    return {**overrides, "tower": towers.describe(overrides["encoder"], modality).model_dump()}
+    return {**overrides, "hf_encoder": hf_encoders.describe(overrides["encoder"], modality).model_dump()}
 
 
 def size_table() -> dict[str, dict[str, str]]:
-    """Size -> what it stands for, and the parameters of a model of coloured pictures, sound and text."""
+    """Size -> what it stands for, and the parameters of a model of coloured images, audio and text."""
     rows = {}
     for name, size in SIZES.items():
         config = sized_config(parse_recipe({"model": {"size": name}}, "sizes"))
@@ -178,7 +180,7 @@ def size_table() -> dict[str, dict[str, str]]:
 
 
 def fit_settings(dataset: Dataset, modality: str, size: Size, overrides: dict[str, Any]) -> Any:
-    """A modality's settings, fitted to the first pictures or sounds of train."""
+    """A modality's settings, fitted to the first images or audio clips of train."""
     examples: list[bytes] = []
     columns = [c for c, kind in dataset.columns.items() if kind == modality]
     for record in dataset.iterate(dataset.indices("train"), columns):
@@ -187,7 +189,7 @@ def fit_settings(dataset: Dataset, modality: str, size: Size, overrides: dict[st
             break
     if not examples:
         raise PlaitError(f"No record of train in {dataset.path} has {modality}; map its columns to ignore.")
-    overrides = _with_tower(overrides, modality)
+    overrides = _with_hf_encoder(overrides, modality)
     try:
         return SETTINGS[modality].fitted(size, examples, overrides)
     except ValidationError as error:

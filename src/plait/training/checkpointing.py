@@ -88,11 +88,11 @@ def snapshot(
         found = {}
         for name, tensor in weights.items():
             full = whole(tensor)
-            if group.first:
+            if group.is_main:
                 found[name] = _copy(full)
         write_shards(aside, state)
         return Snapshot(found, {}, aside)
-    if not group.first:
+    if not group.is_main:
         return Snapshot({}, {})
     copies = [{name: _copy(tensor) for name, tensor in some.items()} for some in (weights, state)]
     return Snapshot(copies[0], copies[1])
@@ -191,8 +191,8 @@ class Saver:
         """Clear away what a kill left; the newest whole checkpoint to go on from, if there is any, and what is wrong
         with newer ones. Raises PlaitError where there are checkpoints and all of them are damaged."""
         wrong: list[str] = []
-        with self.group.in_turn():
-            if self.group.first:
+        with self.group.main_first():
+            if self.group.is_main:
                 for left in self.folder.glob(".*.*.*"):
                     clear_leftovers(self.folder / left.name[1:].split(".")[0])
                 self.step, wrong = checkpoints.newest_whole(self.folder)
@@ -201,7 +201,7 @@ class Saver:
                     f"No checkpoint of {self.folder} is whole: {'; '.join(wrong)}. "
                     "Put one back from a copy, or delete the run's folder to train again."
                 )
-        self.step = int(self.group.told(self.step))
+        self.step = int(self.group.broadcast(self.step))
         if not self.step:
             return None, []
         self._damaged = [path for step, path in checkpoints.series(self.folder).items() if step > self.step]
@@ -215,13 +215,13 @@ class Saver:
         Raises PlaitError where that one failed.
         """
         self.wait()
-        process = int(self.group.told(os.getpid()))
+        process = int(self.group.broadcast(os.getpid()))
         aside = self.folder / f".{STATE}.{process}.tmp"
         taken = snapshot(whole.model, optimizer, average, self.group, aside)
         if position.best is None:
             position.best_step = position.step
         self.step = position.step
-        if not self.group.first:
+        if not self.group.is_main:
             return
         text = json.dumps(asdict(position))
         work = (whole, taken, text, position.step, position.best_step)
@@ -266,7 +266,7 @@ class Saver:
 
     def point(self, step: int, best: int) -> None:
         """`last` to a step, `best` to another; where that one is gone, to this one."""
-        if not self.group.first:
+        if not self.group.is_main:
             return
         point(self.folder / "last", folder_name(step))
         known = (self.folder / folder_name(best)).is_dir()

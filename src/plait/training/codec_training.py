@@ -24,7 +24,7 @@ def train_codec(
     seconds: float,
     learning_rate: float,
     seed: int,
-    decide: Callable[[int], None],
+    record: Callable[[int], None],
     progress: Callable[[str, int, int, float], None],
 ) -> dict[str, float]:
     """Fit a codec on all samples of its modality; returns its number of steps and last mean loss.
@@ -57,7 +57,7 @@ def train_codec(
         steps = max(int(seconds / np.median(np.diff(clock))), 20)
         codec.load_state_dict(start)
         optimizer = make_optimizer([codec], learning_rate, 0.0, (0.9, 0.99))
-    decide(steps)
+    record(steps)
     recent: list[float] = []
     for step in range(steps):
         for group in optimizer.param_groups:

@@ -51,7 +51,7 @@ class Group:
     turns: int = field(default=0, init=False)
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process prepares and writes for all."""
         return self.rank == 0
 
@@ -73,7 +73,7 @@ class Group:
         dist.all_gather(found, padded)
         return torch.cat([part[:size] for part, size in zip(found, sizes, strict=True)])
 
-    def sum(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         """The sum of a tensor over all processes; the same bits on each of them."""
         if self.size > 1:
             dist.all_reduce(values)
@@ -81,19 +81,19 @@ class Group:
 
     def any(self, flag: bool) -> bool:
         """Whether a flag is up on any process."""
-        return bool(self.sum(torch.tensor(int(flag))))
+        return bool(self.all_reduce(torch.tensor(int(flag))))
 
-    def told(self, value: float) -> float:
+    def broadcast(self, value: float) -> float:
         """What rank 0 says, on all processes."""
-        return float(self.sum(torch.tensor(value if self.first else 0.0, dtype=torch.float64)))
+        return float(self.all_reduce(torch.tensor(value if self.is_main else 0.0, dtype=torch.float64)))
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until all processes have come here."""
         if self.size > 1:
             dist.barrier()
 
     @contextmanager
-    def in_turn(self) -> Iterator[None]:
+    def main_first(self) -> Iterator[None]:
         """Rank 0 does what stands inside, however long it takes; then the others do it, and find the work done.
         Where rank 0 fails, the others end without a word."""
         self.turns += 1
@@ -101,7 +101,7 @@ class Group:
             yield
             return
         store, key = _store(), f"plait/turn/{self.turns}"
-        if not self.first:
+        if not self.is_main:
             while not store.check([key]):
                 if store.check([FAILED]):
                     _leave()
@@ -152,7 +152,7 @@ def processes() -> Iterator[Group]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     try:
         yield group
-        group.wait()
+        group.barrier()
         if mine:
             dist.destroy_process_group()
     except PlaitError as error:
@@ -211,16 +211,16 @@ class Network:
     """
 
     def __init__(
-        self, passes: nn.Module, backbone: Transformer | None = None, group: Group | None = None,
+        self, loss_module: nn.Module, backbone: Transformer | None = None, group: Group | None = None,
         parallel: Parallel = "ddp", device: Device | None = None,
     ) -> None:  # fmt: skip
-        self.passes: Any = passes
+        self.loss_module: Any = loss_module
         self.group = group or Group()
         self.wrapped: DistributedDataParallel | None = None
         self.sharded = parallel == "fsdp" and self.group.size > 1
-        trainable = [p for p in passes.parameters() if p.requires_grad]
+        trainable = [p for p in loss_module.parameters() if p.requires_grad]
         if self.sharded and backbone is not None and device is not None:
-            for tensor in passes.state_dict().values():
+            for tensor in loss_module.state_dict().values():
                 dist.broadcast(tensor, 0)
             policy = MixedPrecisionPolicy()
             if device.dtype is not torch.float32:
@@ -232,16 +232,18 @@ class Network:
                 fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
             # The whole as their root, so that one block's weights arrive while another computes.
             fully_shard(backbone, mesh=mesh, mp_policy=policy, ignored_params=around)
-            trainable = [p for p in passes.parameters() if p.requires_grad]
+            trainable = [p for p in loss_module.parameters() if p.requires_grad]
         elif self.group.size > 1:
-            self.wrapped = DistributedDataParallel(passes, forward_sync_buffers=False, gradient_as_bucket_view=True)
+            self.wrapped = DistributedDataParallel(
+                loss_module, forward_sync_buffers=False, gradient_as_bucket_view=True
+            )
         self.shards = [p for p in trainable if is_shard(p)]
         self.replicated = [p for p in trainable if not is_shard(p)]
 
     def __call__(self, *arguments: Any, last: bool = True) -> Any:
         """A forward pass. Only the `last` one of a step makes the processes wait for each other's gradients."""
         if self.wrapped is None or not torch.is_grad_enabled():
-            return self.passes(*arguments)
+            return self.loss_module(*arguments)
         with nullcontext() if last else self.wrapped.no_sync():
             return self.wrapped(*arguments)
 
@@ -251,11 +253,11 @@ class Network:
             (share * self.group.size).backward()  # both engines average
         if last and self.sharded:
             gradients = [p.grad for p in self.replicated if p.grad is not None]
-            flat = self.group.sum(_flatten_dense_tensors(gradients)) / self.group.size
+            flat = self.group.all_reduce(_flatten_dense_tensors(gradients)) / self.group.size
             for gradient, mean in zip(gradients, _unflatten_dense_tensors(flat, gradients), strict=True):
                 gradient.copy_(mean)
 
-    def clip(self, largest: float) -> float:
+    def clip_grad_norm(self, largest: float) -> float:
         """Scale the gradients so that their norm is at most `largest`; returns what it was."""
         gradients = [[p.grad for p in some if p.grad is not None] for some in (self.shards, self.replicated)]
         norms = [torch.nn.utils.get_total_norm(some) for some in gradients if some]

@@ -14,7 +14,7 @@ from plait.chat.template import TEMPLATE
 from plait.core.config import GenerationConfig
 from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
-from plait.hf import encoders as towers
+from plait.hf import encoders as hf_encoders
 from plait.hf import huggingface
 from plait.modalities.base import Vocabulary
 from plait.modalities.item import ItemsSettings
@@ -29,7 +29,7 @@ from plait.training.build import model_config
 from plait.training.run import Progress, Run
 
 
-def begin(run: Run, items: ItemsSettings | None = None) -> tuple[Multimodal, Text, Checkpoint | None]:
+def build_or_load_model(run: Run, items: ItemsSettings | None = None) -> tuple[Multimodal, Text, Checkpoint | None]:
     """The model that a run starts with, its tokenizer, and the model that it was extended from, if any. What came from
     there is written down once: when the run goes on, it no longer needs that model. `items` are the settings of the
     data's catalogue."""
@@ -39,7 +39,7 @@ def begin(run: Run, items: ItemsSettings | None = None) -> tuple[Multimodal, Tex
     source = _source(run)
     if source is not None and source.catalogue is not None:
         raise PlaitError(f"{run.recipe.model.init_from} is a model of histories; its items cannot be carried on yet.")
-    with run.group.in_turn():
+    with run.group.main_first():
         text = source.text if source else run.text()
     templated = text.chat_template is not None
     imported = source.model.config if source else None
@@ -47,8 +47,8 @@ def begin(run: Run, items: ItemsSettings | None = None) -> tuple[Multimodal, Tex
     if config.vocabulary.turns:
         text.settings["chat_template"] = TEMPLATE
     model = growing.extend(source, config) if source else Multimodal(config)
-    towers.adopt(model, source.model if source else None)
-    if source is not None and "source" not in run.facts:
+    hf_encoders.adopt(model, source.model if source else None)
+    if source is not None and "source" not in run.metadata:
         old = source.model
         kept = [name for name in old.media if growing.kept_modality(model, old, name)]
         for name in old.media:
@@ -57,7 +57,7 @@ def begin(run: Run, items: ItemsSettings | None = None) -> tuple[Multimodal, Tex
                 run.report(Progress("note", 1, 1, note=told))
         codecs = [name for name in kept if name not in old.config.read_only]
         facts = {"vocabulary": old.vocabulary.model_dump(), "modalities": kept, "codecs": codecs}
-        run.decide(source={"name": run.recipe.model.init_from, **facts})
+        run.record(source={"name": run.recipe.model.init_from, **facts})
     return model, text, source
 
 
@@ -93,7 +93,7 @@ def _source(run: Run) -> Checkpoint | None:
     if name is None:
         return None
     own = run.folder / "checkpoints"
-    step = checkpoints.newest_whole(own)[0] if "source" in run.facts else 0
+    step = checkpoints.newest_whole(own)[0] if "source" in run.metadata else 0
     if step:
         return checkpoints.load(checkpoints.series(own)[step])
     folder = find_checkpoint(name)
@@ -102,10 +102,10 @@ def _source(run: Run) -> Checkpoint | None:
     return huggingface.load(folder or name)
 
 
-def still(run: Run, model: Multimodal) -> None:
+def apply_freezing(run: Run, model: Multimodal) -> None:
     """Take out of training what the recipe freezes, and give the backbone its low-rank updates. The numbers that they
     begin with are a function of the seed. Raises PlaitError where nothing is left to train."""
-    source, settings = run.facts.get("source"), run.settings
+    source, settings = run.metadata.get("source"), run.settings
     if source is None:
         return
     parts = set(settings.freeze)
@@ -121,7 +121,7 @@ def still(run: Run, model: Multimodal) -> None:
         raise PlaitError(
             f"With {', '.join(sorted(parts))} frozen nothing is left to train. Freeze less, or use training.lora."
         )
-    run.decide(decided={**run.facts["decided"], "trained": trained})
+    run.record(decided={**run.metadata["decided"], "trained": trained})
     run.report(Progress("note", 1, 1, note=f"{trained:,} parameters are trained, the others stay as they are"))
 
 

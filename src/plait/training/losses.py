@@ -31,10 +31,10 @@ class Output:
 
     sums: dict[str, Tensor]  # space -> sum of -log P in nats
     embeddings: Tensor | None  # (S, E) of the spans that take part in the contrast, in their order
-    nothing: Tensor  # zero, with a path to every parameter that the part has no other use for
+    zero_anchor: Tensor  # zero, with a path to every parameter that the part has no other use for
 
 
-class Passes(nn.Module):
+class LossModule(nn.Module):
     """The forward passes of one part, as one module: what DistributedDataParallel sees of a model."""
 
     def __init__(self, model: Multimodal, device: Device) -> None:
@@ -47,7 +47,7 @@ class Passes(nn.Module):
         model, device = self.model, self.device.torch
         sums: dict[str, Tensor] = {}
         embedded: list[Tensor] = []
-        nothing = torch.zeros((), device=device)
+        zero_anchor = torch.zeros((), device=device)
         with self.device.autocast():  # once, for what is read and what is predicted
             items = model.items.rows() if model.items is not None else None
             table = model.reading(items)
@@ -59,19 +59,19 @@ class Passes(nn.Module):
                 found = {}
                 if likelihood:
                     found = likelihoods(model, hidden, on_device.targets, restricted, smoothing, items)
-            for space, (total, _) in found.items():
-                sums[space] = sums[space] + total if space in sums else total
+            for token_type, (total, _) in found.items():
+                sums[token_type] = sums[token_type] + total if token_type in sums else total
             chosen = np.flatnonzero(records >= 0)
             if embed and len(chosen):
                 rows, spans = zip(*((row, span) for row, *span in (batch.spans[i] for i in chosen)), strict=True)
                 embedded.append(model.pool(inputs, hidden, spans, rows))
             if not found:
-                nothing = nothing + 0 * hidden.sum()
+                zero_anchor = zero_anchor + 0 * hidden.sum()
         for parameter in self._idle(step, set(sums), restricted, bool(embedded)):
-            nothing = nothing + 0 * parameter.sum()
-        return Output(sums, torch.cat(embedded) if embedded else None, nothing)
+            zero_anchor = zero_anchor + 0 * parameter.sum()
+        return Output(sums, torch.cat(embedded) if embedded else None, zero_anchor)
 
-    def _idle(self, step: Step, spaces: set[str], restricted: bool, embedded: bool) -> list[Tensor]:
+    def _idle(self, step: Step, id_ranges: set[str], restricted: bool, embedded: bool) -> list[Tensor]:
         """Parameters that the part does not use. They take part with weight zero: all processes then wait for the
         same gradients, and a step does the same to a parameter wherever the modality that uses it lies."""
         model = self.model
@@ -80,12 +80,12 @@ class Passes(nn.Module):
         for name, modality in model.media.items():
             if name not in read:
                 idle += modality.encoder.parameters()
-        if model.head is not None:
-            if not spaces:
-                idle += model.head.parameters()
+        if model.lm_head is not None:
+            if not id_ranges:
+                idle += model.lm_head.parameters()
             elif restricted:
-                idle += [p for name, p in model.head.digits.items() if name not in spaces]
-        if model.config.space and not embedded:
+                idle += [p for name, p in model.lm_head.digits.items() if name not in id_ranges]
+        if model.config.embed_dim and not embedded:
             idle.append(model.project.weight)
         return [p for p in idle if p.requires_grad]
 
@@ -106,9 +106,9 @@ def step_losses(
     parameters of every process; more than one part then means one more forward pass each where there is a contrast.
     Dropout is a function of `key`, so that it is the same when a part is computed twice.
     """
-    passes: Passes = network.passes
-    model = passes.model
-    spaces = list(model.spaces)
+    loss_module: LossModule = network.loss_module
+    model = loss_module.model
+    id_ranges = list(model.id_ranges)
     spans = [_spans(part, list(model.media)) for part in parts]
     counts = np.sum([_target_counts(part, model) for part in parts], 0)
     seen = sum(int(batch.lengths.sum()) for part in parts for batch in part.batches)
@@ -116,9 +116,9 @@ def step_losses(
     headers = group.gather(torch.tensor([[len(mine), seen, *counts]]))
     sizes = headers[:, 0].tolist()
     seen, *totals = (int(n) for n in headers[:, 1:].sum(0))
-    count = dict(zip(spaces, totals, strict=True))
+    count = dict(zip(id_ranges, totals, strict=True))
     pairs = _pairs(group.gather(torch.from_numpy(mine), sizes).numpy(), ["text", *model.media])
-    if not model.config.space:
+    if not model.config.embed_dim:
         pairs = {}
     learning = weights is not None
 
@@ -129,16 +129,16 @@ def step_losses(
     with torch.set_grad_enabled(learning):
         single = run(0) if len(parts) == 1 else None
     losses: dict[str, float] = {}
-    slopes: list[Tensor] = []  # of the contrast to the embeddings of each part
-    warmth = torch.zeros(())  # of the contrast to the temperature
+    grads: list[Tensor] = []  # of the contrast to the embeddings of each part
+    grad_logit_scale = torch.zeros(())  # of the contrast to the temperature
     if pairs:
         with torch.no_grad():
             outputs = [single] if single else [run(i, likelihood=False) for i in range(len(parts))]
         given = [output.embeddings.detach() for output in outputs if output.embeddings is not None]
-        width = model.config.space
-        own = torch.cat(given) if given else torch.zeros(0, width, device=passes.device.torch)
+        width = model.config.embed_dim
+        own = torch.cat(given) if given else torch.zeros(0, width, device=loss_module.device.torch)
         everyone = group.gather(own, sizes).requires_grad_(learning)
-        temperature = model.log_temperature.detach().clone().requires_grad_(learning)
+        temperature = model.logit_scale.detach().clone().requires_grad_(learning)
         contrasts = {}
         for name, (i, j, records) in pairs.items():
             positives = torch.from_numpy(split.positives(records, records)).to(everyone.device)
@@ -147,28 +147,32 @@ def step_losses(
         losses = {name: float(value.detach()) for name, value in contrasts.items()}
         if weights is not None:
             objective = torch.stack([weight_of(name, weights) * value for name, value in contrasts.items()]).sum()
-            slope, warmth = torch.autograd.grad(objective, [everyone, temperature])
+            grad, grad_logit_scale = torch.autograd.grad(objective, [everyone, temperature])
             start = sum(sizes[: group.rank])
-            slopes = list(slope[start : start + len(mine)].split([len(part) for part in spans]))
-    sums = dict.fromkeys(spaces, 0.0)
+            grads = list(grad[start : start + len(mine)].split([len(part) for part in spans]))
+    sums = dict.fromkeys(id_ranges, 0.0)
     for index in range(len(parts)):
         last = index == len(parts) - 1
         with torch.set_grad_enabled(learning):
             output = single or run(index, last=last)
-        for space, value in output.sums.items():
-            sums[space] += float(value.detach())
+        for token_type, value in output.sums.items():
+            sums[token_type] += float(value.detach())
         if weights is None:
             continue
-        share = output.nothing
-        for space, value in output.sums.items():
-            share = share + weight_of(space, weights) * value / count[space]
+        share = output.zero_anchor
+        for token_type, value in output.sums.items():
+            share = share + weight_of(token_type, weights) * value / count[token_type]
         if output.embeddings is not None:
-            share = share + (output.embeddings * slopes[index]).sum()
-        if model.config.space:
-            share = share + model.log_temperature * (warmth / (group.size * len(parts)))
+            share = share + (output.embeddings * grads[index]).sum()
+        if model.config.embed_dim:
+            share = share + model.logit_scale * (grad_logit_scale / (group.size * len(parts)))
         network.backward(share, last)
-    total = group.sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
-    means = {space: value / count[space] for space, value in zip(spaces, total, strict=True) if count[space]}
+    total = group.all_reduce(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
+    means = {
+        token_type: value / count[token_type]
+        for token_type, value in zip(id_ranges, total, strict=True)
+        if count[token_type]
+    }
     return {**means, **losses}, seen
 
 
@@ -186,7 +190,7 @@ def _spans(part: Step, media: list[str]) -> np.ndarray:
 
 def _target_counts(part: Step, model: Multimodal) -> np.ndarray:
     """How many targets lie in each space."""
-    stops = [stop for _, stop in model.spaces.values()]
+    stops = [stop for _, stop in model.id_ranges.values()]
     targets = np.concatenate([batch.targets.numpy().ravel() for batch in part.batches])
     places = np.searchsorted(stops, targets[targets != IGNORE], side="right")
     return np.bincount(places, minlength=len(stops))

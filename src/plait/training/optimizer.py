@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from plait.training.distributed import is_shard
 
-ROWS = ("rows.", "head.", "modalities.item.free")  # what belongs to one token or item alone
+ROWS = ("token_embedding.", "lm_head.", "modalities.item.free")  # what belongs to one token or item alone
 
 
 def make_optimizer(
@@ -19,22 +19,22 @@ def make_optimizer(
     learning_rate: float,
     weight_decay: float,
     betas: tuple[float, float],
-    tower_rate: float = 1.0,
+    encoder_lr_scale: float = 1.0,
 ) -> torch.optim.AdamW:
     """Fused AdamW over what is trainable in the modules; rows, norms and biases do not decay. Pretrained encoders learn
-    at a share `tower_rate` of the learning rate, the entry "share" of their groups."""
+    at a share `encoder_lr_scale` of the learning rate, the entry "share" of their groups."""
     decay: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
-    tower: list[nn.Parameter] = []
+    hf_encoder: list[nn.Parameter] = []
     for module in modules:
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 matrix = parameter.ndim >= 2 and not name.startswith(ROWS) and "places" not in name
-                (tower if ".encoder.tower." in name else decay if matrix else plain).append(parameter)
+                (hf_encoder if ".encoder.hf_encoder." in name else decay if matrix else plain).append(parameter)
     # A fused step takes whole tensors or shards, not both at once.
     groups = [
         {"params": chosen, "weight_decay": rate, "share": share}
-        for some, rate, share in ((decay, weight_decay, 1.0), (plain, 0.0, 1.0), (tower, 0.0, tower_rate))
+        for some, rate, share in ((decay, weight_decay, 1.0), (plain, 0.0, 1.0), (hf_encoder, 0.0, encoder_lr_scale))
         for sharded in (False, True)
         if (chosen := [p for p in some if is_shard(p) == sharded])
     ]

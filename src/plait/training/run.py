@@ -31,7 +31,7 @@ from plait.training.distributed import Group
 from plait.training.losses import weighted
 
 # Settings that a run may change as it goes: none of them changes what a step computes.
-FREE = ("save_every", "keep", "keep_every", "log_records", "accumulate", "parallel", "recompute")
+FREE = ("save_every", "keep", "keep_every", "log_records", "grad_accum_steps", "parallel", "activation_checkpointing")
 
 
 @dataclass
@@ -58,28 +58,28 @@ class Run:
     ) -> None:  # fmt: skip
         self.folder, self.dataset, self.recipe, self.device = folder, dataset, recipe, device
         self.group = group or Group()
-        self.report: Report = report if self.group.first else lambda progress: None
+        self.report: Report = report if self.group.is_main else lambda progress: None
         self.source = reuse or folder  # whose tokenizer, codecs and cache
         self.settings = recipe.training
         self.size = SIZES[recipe.model.size]
         self.batch_size = self.settings.batch_size or self.size.batch_size
         self.peak = self.settings.learning_rate or self.size.learning_rate
-        self.facts: dict[str, Any] = {}
+        self.metadata: dict[str, Any] = {}
         self.changed = False  # whether the recipe or the data are not those that the run began with
 
     @property
     def minutes(self) -> float:
         return self.settings.minutes or self.size.minutes
 
-    def decide(self, **facts: Any) -> None:
+    def record(self, **facts: Any) -> None:
         """Write down what was chosen once; on resume it is only read."""
-        self.facts.update(facts)
-        if self.group.first:
-            write_json(self.folder / "run.json", self.facts)
+        self.metadata.update(facts)
+        if self.group.is_main:
+            write_json(self.folder / "run.json", self.metadata)
 
     def note(self, fact: str, name: str, value: Any) -> None:
         """`decide` for one entry of a fact that holds one for each of several names."""
-        self.decide(**{fact: {**self.facts.get(fact, {}), name: value}})
+        self.record(**{fact: {**self.metadata.get(fact, {}), name: value}})
 
     def open(self, allow_changes: bool = False) -> bool:
         """Begin or go on; True where the run had been finished. Refuses a folder of another recipe or dataset, unless
@@ -93,23 +93,23 @@ class Run:
         path = self.folder / "run.json"
         if not path.exists():
             shutil.rmtree(self.folder / "cache", ignore_errors=True)
-            self.decide(
+            self.record(
                 **wanted, seed=self.settings.seed, size=self.recipe.model.size, device=self.device.kind,
                 processes=self.group.size, threads=torch.get_num_threads(),
                 precision=str(self.device.dtype).removeprefix("torch."), torch=torch.__version__, started=time.time(),
             )  # fmt: skip
             return False
-        self.facts = read_json(path)
-        if self.facts["device"] == self.device.kind:
-            self.device = Device(self.device.name, getattr(torch, self.facts["precision"]))
-        if self.facts.get("processes", 1) == self.group.size:
-            torch.set_num_threads(self.facts["threads"])
+        self.metadata = read_json(path)
+        if self.metadata["device"] == self.device.kind:
+            self.device = Device(self.device.name, getattr(torch, self.metadata["precision"]))
+        if self.metadata.get("processes", 1) == self.group.size:
+            torch.set_num_threads(self.metadata["threads"])
         else:
-            self.decide(processes=self.group.size, threads=torch.get_num_threads())
-        old = parse_recipe(self.facts["recipe"], str(path)).model_dump(mode="json")
+            self.record(processes=self.group.size, threads=torch.get_num_threads())
+        old = parse_recipe(self.metadata["recipe"], str(path)).model_dump(mode="json")
         differences = {"recipe": difference(_fixed(old), _fixed(wanted["recipe"])), "data": ""}
-        if self.facts["data"] != wanted["data"]:
-            differences["data"] = f" (sha256: was {self.facts['data'][:12]}, now {wanted['data'][:12]})"
+        if self.metadata["data"] != wanted["data"]:
+            differences["data"] = f" (sha256: was {self.metadata['data'][:12]}, now {wanted['data'][:12]})"
         changed = {name: text for name, text in differences.items() if text}
         network = difference(_network(old), _network(wanted["recipe"]))
         for name, text in changed.items():
@@ -122,18 +122,18 @@ class Run:
         if changed:
             self.changed = True
             for name in ("steps", "revisions", "finished", "stopped_early"):
-                self.facts.pop(name, None)
+                self.metadata.pop(name, None)
             told = "".join(changed.values()).strip()
-            self.facts["changes"] = [*self.facts.get("changes", []), told]
+            self.metadata["changes"] = [*self.metadata.get("changes", []), told]
             self.report(Progress("note", 1, 1, note=f"going on with changes: {told}"))
-        if any(self.facts[name] != value for name, value in wanted.items()):
-            self.decide(**wanted)
-        return "finished" in self.facts
+        if any(self.metadata[name] != value for name, value in wanted.items()):
+            self.record(**wanted)
+        return "finished" in self.metadata
 
     def steps_from(self, number: int) -> int:
         """The length of the schedule as it stands at a step."""
-        steps = self.facts["steps"]
-        for revision in self.facts.get("revisions", []):
+        steps = self.metadata["steps"]
+        for revision in self.metadata.get("revisions", []):
             if number >= revision["at"]:
                 steps = revision["steps"]
         return int(steps)
@@ -156,9 +156,11 @@ class Run:
     def codecs(self, model: Multimodal, splits: dict[str, Split]) -> None:
         """Train each codec, or read it again; then encode all media."""
         anew = False
-        if not self.group.first:  # the first process has just written down what it trained
-            self.facts = read_json(self.folder / "run.json")
-        trained = (self.facts if self.source == self.folder else read_json(self.source / "run.json")).get("codecs", {})
+        if not self.group.is_main:  # the first process has just written down what it trained
+            self.metadata = read_json(self.folder / "run.json")
+        trained = (self.metadata if self.source == self.folder else read_json(self.source / "run.json")).get(
+            "codecs", {}
+        )
         for name, modality in model.media.items():
             if name in model.config.read_only:
                 modality.codec.eval().requires_grad_(False)
@@ -174,19 +176,19 @@ class Run:
                     raise PlaitError(f"{path} was altered or cut. Go on with that run first, which mends it.")
                 note = f"{path} was altered or cut; it is trained again, which makes it what it was"
                 self.report(Progress("note", 1, 1, note=note))
-            assert self.group.first
-            if name in self.facts.get("source", {}).get("codecs", []):
-                self._keep_codec(name, modality, {"from": self.facts["source"]["name"]})
+            assert self.group.is_main
+            if name in self.metadata.get("source", {}).get("codecs", []):
+                self._keep_codec(name, modality, {"from": self.metadata["source"]["name"]})
                 continue
             stores = [splits["train"].media[c] for c, m in self.dataset.columns.items() if m == name]
             result = train_codec(
                 modality,
                 stores,
-                steps=self.facts.get("codec_steps", {}).get(name) or self.settings.codec_steps,
+                steps=self.metadata.get("codec_steps", {}).get(name) or self.settings.codec_steps,
                 seconds=self.minutes * 60 * self.settings.codec_share,
                 learning_rate=self.settings.codec_learning_rate,
                 seed=self.settings.seed,
-                decide=partial(self.note, "codec_steps", name),
+                record=partial(self.note, "codec_steps", name),
                 progress=lambda name, done, total, loss: self.report(
                     Progress(f"{name} codec", done, total, {"reconstruction": loss})
                 ),

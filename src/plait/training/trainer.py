@@ -31,18 +31,18 @@ from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import ModelConfig, Multimodal
 from plait.recommend.catalogue import Catalogue
 from plait.recommend.sampler import Embed, HistorySampler, item_content, ranking
-from plait.training.batches import PASS, Ahead, Sampler, Split, load_split, room_needed
+from plait.training.batches import PASS, BatchPrefetcher, Sampler, Split, load_split, room_needed
 from plait.training.build import label_columns
 from plait.training.canaries import plant
 from plait.training.checkpointing import Position, Saver, restore
 from plait.training.distributed import Group, Network
-from plait.training.init_from import begin, generation_of, labels_of, still
+from plait.training.init_from import apply_freezing, build_or_load_model, generation_of, labels_of
 from plait.training.log import Log
-from plait.training.losses import Passes, step_losses, weighted
+from plait.training.losses import LossModule, step_losses, weighted
 from plait.training.optimizer import Average, learning_rate_at, make_optimizer
 from plait.training.run import Progress, Report, Run, difference
 
-UNRESTRICTED, DROPOUT = 17, 18  # keys of `uniform`: for steps with the whole softmax, and for what a step hides
+FULL_SOFTMAX, DROPOUT = 17, 18  # keys of `uniform`: for steps with the whole softmax, and for what a step hides
 CALIBRATION = 8  # steps that a time budget is measured by
 COMPILED = 600  # seconds of training from which compiling pays
 FEW = 10_000  # samples below which what is written is augmented too
@@ -73,7 +73,7 @@ def train(
     device = group.device(choose_device(device_name, recipe.training.precision, training=True))
     torch.set_num_threads(threads())
     keep_memory()
-    with only_writer(folder) if group.first else nullcontext(), signals() as listening, _room(folder):
+    with only_writer(folder) if group.is_main else nullcontext(), signals() as listening, _room(folder):
         datasets = [dataset, *(Dataset.open(path) for path in recipe.training.replay)]
         if len(datasets) > 1:
             if any(one.manifest.catalogue for one in datasets):
@@ -82,12 +82,12 @@ def train(
         run = Run(folder, dataset, recipe, report, device, reuse, group)
         report = run.report
         best = folder / "checkpoints" / "best"
-        with group.in_turn():
+        with group.main_first():
             finished = run.open(allow_changes)
-            if group.first and not finished:
+            if group.is_main and not finished:
                 for one in datasets:
                     Dataset.open(one.path, verify=True)
-        run.changed = bool(group.told(run.changed))
+        run.changed = bool(group.broadcast(run.changed))
         if finished:
             report(Progress("finished", 1, 1, note=f"{folder} is already trained; delete it to train again"))
             return best
@@ -95,9 +95,9 @@ def train(
         torch.manual_seed(recipe.training.seed)
         content = None
         if dataset.manifest.catalogue is not None:
-            with group.in_turn():
+            with group.main_first():
                 content = item_content(dataset, recipe, run.source / "cache", embed)
-        model, text, source = begin(run, content.settings if content else None)
+        model, text, source = build_or_load_model(run, content.settings if content else None)
         config = model.config
         splits: dict[str, Split] = {}
         for name in ("train", "val"):
@@ -105,7 +105,7 @@ def train(
                 splits[name] = content.split(name)
                 content.fill(model)
                 continue
-            with group.in_turn():
+            with group.main_first():
                 splits[name] = load_split(
                     dataset, name, text, model.media, run.source / "cache", config.backbone.max_length,
                     lambda stage, done, total: report(Progress(stage, done, total)),
@@ -116,34 +116,34 @@ def train(
         canaries = recipe.training.canaries
         if canaries:
             labels = label_columns(dataset, config.backbone.max_length)
-            run.decide(canaries=plant(splits["train"], canaries, recipe.training.seed, text, labels))
+            run.record(canaries=plant(splits["train"], canaries, recipe.training.seed, text, labels))
         needed = room_needed(splits["train"], dataset.columns, model.media)
         if needed > config.backbone.max_length:
             raise PlaitError(
                 f"The model's context of {config.backbone.max_length} tokens is too short for the media, which need "
-                f"{needed}. Raise model.backbone.context in the recipe, or take smaller pictures or shorter clips."
+                f"{needed}. Raise model.backbone.context in the recipe, or take smaller images or shorter clips."
             )
         notes = list(splits["train"].notes)
         if len(splits["train"]) < run.batch_size:
             notes.append(f"train has {len(splits['train'])} records, fewer than a batch of {run.batch_size} holds")
         if notes:
-            run.decide(notes=notes)
+            run.record(notes=notes)
             report(Progress("note", 1, 1, note="; ".join(notes)))
         parameters = model.parameter_count()
-        run.decide(decided={"parameters": parameters, "batch_size": run.batch_size, "learning_rate": run.peak})
+        run.record(decided={"parameters": parameters, "batch_size": run.batch_size, "learning_rate": run.peak})
         note = f"{sum(parameters.values()):,} parameters, batch {run.batch_size}, learning rate {run.peak:g}; "
-        note += f"blocks: {native.chosen(device, config.backbone)}"
+        note += f"blocks: {native.backend_name(device, config.backbone)}"
         report(Progress("size " + recipe.model.size, 1, 1, note=note))
-        with group.in_turn():
+        with group.main_first():
             run.codecs(model, splits)
-        still(run, model)
+        apply_freezing(run, model)
         model.to(device.torch)
-        if "prepared" not in run.facts:
+        if "prepared" not in run.metadata:
             before = read_json(reuse / "run.json")["prepared"] if reuse else 0.0
-            run.decide(prepared=group.told(max(time.perf_counter() - begun, before)))
-        seconds = max(run.minutes * 60 - run.facts["prepared"], 1.0)
+            run.record(prepared=group.broadcast(max(time.perf_counter() - begun, before)))
+        seconds = max(run.minutes * 60 - run.metadata["prepared"], 1.0)
         _optimise(run, model, text, source, splits, seconds, listening, content.catalogue if content else None)
-        run.decide(finished=time.time())
+        run.record(finished=time.time())
         return best
 
 
@@ -153,8 +153,8 @@ def _optimise(
 ) -> None:  # fmt: skip
     """The steps of the model itself."""
     settings, group, folder = run.settings, run.group, run.folder
-    model.backbone.recompute(settings.recompute)
-    network = Network(Passes(model, run.device), model.backbone, group, settings.parallel, run.device)
+    model.backbone.set_activation_checkpointing(settings.activation_checkpointing)
+    network = Network(LossModule(model, run.device), model.backbone, group, settings.parallel, run.device)
     context = model.config.backbone.max_length
 
     few = max((len(samples) for samples in splits["train"].media.values()), default=0) < FEW
@@ -167,25 +167,25 @@ def _optimise(
             math.inf if network.sharded else PASS, list(settings.replay.values()),
         )  # fmt: skip
 
-    training = sampler("train", run.batch_size, settings.augment, settings.drop_condition)
+    training = sampler("train", run.batch_size, settings.augment, settings.cond_dropout)
     # The same records and as many negatives whatever the batch size, so that runs can be compared.
     some = run.size.batch_size if catalogue is None else HISTORIES
     validating: Sampler | None = sampler("val", some, False, 0.0) if len(splits["val"]) else None
     if validating is not None and len(validating.items) < 2:
         validating = None
-    cut = group.size * settings.accumulate
+    cut = group.size * settings.grad_accum_steps
     if training.batch_size < cut:
         raise PlaitError(
             f"A batch of {training.batch_size} records cannot be cut into {cut} parts ({group.size} processes, "
-            f"training.accumulate {settings.accumulate}). Take fewer, or a larger training.batch_size."
+            f"training.grad_accum_steps {settings.grad_accum_steps}). Take fewer, or a larger training.batch_size."
         )
-    optimizer = make_optimizer([model], run.peak, settings.weight_decay, settings.betas, settings.tower_rate)
+    optimizer = make_optimizer([model], run.peak, settings.weight_decay, settings.betas, settings.encoder_lr_scale)
 
-    mine = range(group.rank * settings.accumulate, (group.rank + 1) * settings.accumulate)
-    ahead = Ahead(lambda number: [training.step(number, part, cut) for part in mine])
+    mine = range(group.rank * settings.grad_accum_steps, (group.rank + 1) * settings.grad_accum_steps)
+    ahead = BatchPrefetcher(lambda number: [training.step(number, part, cut) for part in mine])
 
     def one(number: int) -> tuple[dict[str, float], int]:
-        restricted = bool(uniform(settings.seed, number, UNRESTRICTED) >= settings.unrestricted)
+        restricted = bool(uniform(settings.seed, number, FULL_SOFTMAX) >= settings.full_softmax_prob)
         key = int(uniform(settings.seed, number, group.rank, DROPOUT) * 2**62)
         try:
             parts = ahead(number)
@@ -195,7 +195,10 @@ def _optimise(
         losses, tokens = step_losses(
             network, parts, splits["train"], group, restricted, settings.weights, key, settings.label_smoothing
         )
-        if not (math.isfinite(network.clip(settings.clip)) and math.isfinite(weighted(losses, settings.weights))):
+        if not (
+            math.isfinite(network.clip_grad_norm(settings.grad_clip))
+            and math.isfinite(weighted(losses, settings.weights))
+        ):
             raise DivergedError(_not_finite(network, training, number))
         optimizer.step()
         return losses, tokens
@@ -218,13 +221,15 @@ def _optimise(
         for line in wrong:
             run.report(Progress("note", 1, 1, note=f"{line}; going on from {newest}"))
         _same_network(newest, model)
-    if "compiled" not in run.facts:
-        run.decide(compiled="steps" not in run.facts and _compiles(run, model, seconds))
-    if run.facts["compiled"] and group.size == 1:
+    if "compiled" not in run.metadata:
+        run.record(compiled="steps" not in run.metadata and _compiles(run, model, seconds))
+    if run.metadata["compiled"] and group.size == 1:
         model.backbone.compile_blocks()
-    if "steps" not in run.facts:
-        run.decide(steps=settings.steps or saver.step + int(group.told(_calibrate(model, optimizer, one, seconds))))
-        optimizer = make_optimizer([model], run.peak, settings.weight_decay, settings.betas, settings.tower_rate)
+    if "steps" not in run.metadata:
+        run.record(
+            steps=settings.steps or saver.step + int(group.broadcast(_calibrate(model, optimizer, one, seconds)))
+        )
+        optimizer = make_optimizer([model], run.peak, settings.weight_decay, settings.betas, settings.encoder_lr_scale)
     begun = time.perf_counter()
     average = Average(model, settings.ema) if settings.ema else None
     position = Position()
@@ -238,12 +243,12 @@ def _optimise(
     labels = labels_of(source, run.dataset, label_columns(run.dataset, context))
     generation = generation_of(source, run.recipe.generation)
     origin = {"init_from": run.recipe.model.init_from} if source else {}
-    log = Log(folder, start, position.validated, settings.log_records, writes=group.first)
+    log = Log(folder, start, position.validated, settings.log_records, writes=group.is_main)
 
     def save(scores: dict[str, float]) -> None:
         facts = {"step": position.step, "seed": settings.seed, "validation": scores, "size": run.recipe.model.size}
-        if "canaries" in run.facts:
-            facts["canaries"] = run.facts["canaries"]
+        if "canaries" in run.metadata:
+            facts["canaries"] = run.metadata["canaries"]
         log.sync()
         whole = Checkpoint(model, text, labels, generation, {**facts, **origin}, catalogue)
         saver.save(whole, optimizer, average, position)
@@ -278,7 +283,7 @@ def _optimise(
                 every, paused = max(steps // settings.validations, 1), time.perf_counter()
                 if number and position.validated < number and (number % every == 0 or number >= steps):
                     scores, judged = measure()
-                    improved = position.judge(None if judged is None else group.told(judged))
+                    improved = position.judge(None if judged is None else group.broadcast(judged))
                     due = improved or settings.save_every is None
                 else:
                     due = False
@@ -291,7 +296,7 @@ def _optimise(
                 check()
                 clock += time.perf_counter() - paused  # what was measured and saved is no part of a step
                 if settings.steps is None and start == 0 and number in (steps // 8, steps // 4, steps // 2) and number:
-                    _revise(run, number, steps, seconds, group.told(time.perf_counter() - begun))
+                    _revise(run, number, steps, seconds, group.broadcast(time.perf_counter() - begun))
                     steps = run.steps_from(number)
                 for options in optimizer.param_groups:
                     options["lr"] = learning_rate_at(number, steps, run.peak, settings.warmup) * options["share"]
@@ -322,7 +327,7 @@ def _optimise(
                 if whole and position.step > saver.step:
                     save({})
                 saver.wait()
-                group.wait()  # a process that ends makes torchrun end the others
+                group.barrier()  # a process that ends makes torchrun end the others
         raise
     except BaseException:
         saver.join()
@@ -331,7 +336,7 @@ def _optimise(
         ahead.close()
         log.close()
     if position.step < steps:
-        run.decide(stopped_early=position.step)
+        run.record(stopped_early=position.step)
 
 
 @contextmanager
@@ -365,7 +370,7 @@ def _not_finite(network: Network, sampler: Sampler, number: int) -> str:
     """What to tell of a step whose loss or gradient is not finite: which of its records are to blame. Every process
     looks at all of them."""
     epochs, items = sampler.members(number)
-    network.passes.eval()
+    network.loss_module.eval()
     bad = []
     for epoch, item in zip(epochs, items, strict=True):
         losses, _ = step_losses(network, [sampler.build(epoch[None], item[None])], sampler.split, Group())
@@ -399,13 +404,13 @@ def _revise(run: Run, number: int, planned: int, seconds: float, used: float) ->
     beside may have begun or ended."""
     possible = max(number + int(max(seconds - used, 0) / (used / number)), number + 1)
     if not 0.9 * planned < possible < 1.1 * planned:
-        run.decide(revisions=[*run.facts.get("revisions", []), {"at": number, "steps": possible}])
+        run.record(revisions=[*run.metadata.get("revisions", []), {"at": number, "steps": possible}])
 
 
 def _compiles(run: Run, model: Multimodal, seconds: float) -> bool:
     """Whether to compile the backbone. Media vary in length, which costs compiled code its exact resuming."""
     wish, possible = run.settings.compile, run.device.name.startswith("cuda") or compiler() is not None
-    fast = native.suffices(run.device, model.config.backbone)
+    fast = native.beats_compile(run.device, model.config.backbone)
     if wish == "on" and not (possible and run.group.size == 1):
         raise PlaitError("training.compile: on needs a C++ compiler (g++ or clang++), and works in a single process.")
     worth = not model.media and run.settings.steps is None and seconds >= COMPILED and not fast
@@ -440,7 +445,7 @@ def validate(
 ) -> dict[str, float]:
     """Mean losses over the first records of the validation split, the same at each call and on every process; `check`
     may end it."""
-    network.passes.eval()
+    network.loss_module.eval()
     sums: dict[str, list[float]] = {}
     try:
         for number in range(min(steps, sampler.steps_per_epoch)):
@@ -449,5 +454,5 @@ def validate(
             for name, value in losses.items():
                 sums.setdefault(name, []).append(value)
     finally:
-        network.passes.train()
+        network.loss_module.train()
     return {name: float(np.mean(values)) for name, values in sums.items()}

@@ -60,7 +60,7 @@ def write_comparison(path: Path, title: str, study: dict[str, Any]) -> None:
         f"{escape(settings['source'])} → {escape(study['dataset'])} · {escape(settings['read'])} → "
         f"{escape(settings['answered'])} · {len(rows)} runs"
     )
-    shown = _picture(rows, labels, ways) + _table(rows, labels, ways)
+    shown = _image(rows, labels, ways) + _table(rows, labels, ways)
     if study.get("as_it_is") is not None:
         shown += f"<p>The source as it is, without any of these records: {study['as_it_is'] * 100:.1f} %.</p>"
     sections = [("accuracy", "Accuracy by labels", shown)]
@@ -103,7 +103,7 @@ def _forgetting(rows: Rows, labels: list[str], ways: list[str], before: float) -
     return note + table(["records a label", *began], body, numbers=tuple(range(1, len(began) + 1)))
 
 
-def _picture(rows: Rows, labels: list[str], ways: list[str]) -> str:
+def _image(rows: Rows, labels: list[str], ways: list[str]) -> str:
     """Accuracy over labels, a line for each way, with error bars."""
     if not rows:
         return "<p>No run has ended yet.</p>"

@@ -120,7 +120,7 @@ class Task:
         return np.sort(np.array([i for some in found.values() for i in some], np.int64))
 
     def _shown(self, model: Model, value: str | bytes) -> Any:
-        """A part as the model reads it; of a sound longer than its window, the beginning."""
+        """A part as the model reads it; of an audio clip longer than its window, the beginning."""
         return value if isinstance(value, str) else (self.read, model.modality(self.read).windows(value)[:1])
 
     def accuracy(self, model: Model, limit: int, seed: int) -> float:
@@ -182,11 +182,11 @@ class _Study:
         self.model = model
         # What begins from nothing is fitted as the source is, not to the few records that a run sees.
         self.fitted = {
-            name: modality.settings.model_dump(mode="json", exclude={"tower"})
+            name: modality.settings.model_dump(mode="json", exclude={"hf_encoder"})
             for name, modality in model.checkpoint.model.media.items()
         }
         self.old = self._old()
-        self.facts = self._open()
+        self.metadata = self._open()
 
     def _old(self) -> Task | None:
         """What the source could do before, where its data are at hand."""
@@ -231,27 +231,27 @@ class _Study:
         return found
 
     def run(self) -> dict[str, Any]:
-        if self.old is not None and "before" not in self.facts:
+        if self.old is not None and "before" not in self.metadata:
             self.tell(News("old abilities", 0, 1))
-            self.facts["before"] = self.old.accuracy(self.model, self.plan.limit, 0)
-            write_json(self.folder / "study.json", self.facts)
+            self.metadata["before"] = self.old.accuracy(self.model, self.plan.limit, 0)
+            write_json(self.folder / "study.json", self.metadata)
         known = self.model.columns
-        if "as_it_is" not in self.facts and self.task.read in known and known.get(self.task.answered) == "text":
-            self.facts["as_it_is"] = self.task.accuracy(self.model, self.plan.limit, 0)
+        if "as_it_is" not in self.metadata and self.task.read in known and known.get(self.task.answered) == "text":
+            self.metadata["as_it_is"] = self.task.accuracy(self.model, self.plan.limit, 0)
         del self.model
         jobs = list(product(self.plan.labels, range(self.plan.seeds), self.plan.ways))
-        done = {(row["labels"], row["way"], row["seed"]) for row in self.facts["rows"]}
+        done = {(row["labels"], row["way"], row["seed"]) for row in self.metadata["rows"]}
         for number, (count, seed, way) in enumerate(jobs):
             if (count, way, seed) in done:
                 continue
             row = self._one(count, way, seed, number, len(jobs))
-            self.facts["rows"].append(row)
+            self.metadata["rows"].append(row)
             self._write()
             old = "" if row["old"] is None else f", old {row['old']:.3f}"
             line = f"{count} a label, {way}, seed {seed}: {row['accuracy']:.3f}{old}"
             self.tell(News("transfer", number + 1, len(jobs), line=line))
         self._write()
-        return self.facts
+        return self.metadata
 
     def _one(self, count: str, way: str, seed: int, number: int, total: int) -> dict[str, Any]:
         """Train one run and test it; its folder is deleted, but for its log."""
@@ -299,6 +299,6 @@ class _Study:
         return recipe
 
     def _write(self) -> None:
-        self.facts["verdicts"] = verdicts(self.facts["rows"], list(self.plan.labels))
-        write_json(self.folder / "study.json", self.facts)
-        write_comparison(self.folder / "report.html", self.folder.resolve().name, self.facts)
+        self.metadata["verdicts"] = verdicts(self.metadata["rows"], list(self.plan.labels))
+        write_json(self.folder / "study.json", self.metadata)
+        write_comparison(self.folder / "report.html", self.folder.resolve().name, self.metadata)

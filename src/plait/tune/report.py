@@ -142,7 +142,7 @@ def _mark(x: float, y: float, row: dict[str, Any]) -> str:
     )
 
 
-def _picture(name: str, note: str, body: str) -> str:
+def _image(name: str, note: str, body: str) -> str:
     return (
         f'<figure class="panel"><figcaption><b>{escape(name)}</b><br>{escape(note)}</figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(name)}">{body}</svg></figure>'
@@ -180,7 +180,7 @@ def _history(trials: list[dict[str, Any]], objective: str) -> str:
             path.append(f"{x(row['number']):.1f} {y(best):.1f}")
     line = f'<path class="curve train" d="M{"L".join(path)}"/>' if path else ""
     dots = "".join(_mark(x(row["number"]), y(value), row) for row in rows if (value := _seen(row)) is not None)
-    panel = _picture(f"{objective} by trial", "the line is the best so far", grid + line + dots)
+    panel = _image(f"{objective} by trial", "the line is the best so far", grid + line + dots)
     return f'{_LEGEND}<div class="panels">{panel}</div>'
 
 
@@ -246,7 +246,7 @@ def _slices(trials: list[dict[str, Any]], fields: list[dict[str, Any]]) -> str:
             for row in rows
             if name in row["params"] and (value := _seen(row)) is not None
         )
-        panels.append(_picture(name, f"default {_number(field['default'])}", grid + axis + dots))
+        panels.append(_image(name, f"default {_number(field['default'])}", grid + axis + dots))
     return f'{_LEGEND}<div class="panels">{"".join(panels)}</div>'
 
 

@@ -12,7 +12,7 @@ from plait.data.dataset import Dataset
 from plait.training.losses import weight_of, weighted
 
 FIRST = ("learning_rate", "batch_size")  # what is tuned where nothing else is named
-NAMES = (*FIRST, "width", "layers", "dropout", "weight_decay", "warmup", "drop_condition", "weights")
+NAMES = (*FIRST, "width", "layers", "dropout", "weight_decay", "warmup", "cond_dropout", "weights")
 # Guards against over-fitting, each on or off: what stands for on where the recipe has it off.
 GUARDS = {"dropout": 0.1, "weight_decay": 0.05, "label_smoothing": 0.1, "ema": 0.999, "augment": 1}
 _PLACES = {"width": "model.backbone.width", "layers": "model.backbone.layers", "dropout": "model.backbone.dropout"}
@@ -32,7 +32,7 @@ class Field:
     choices: tuple[float | int, ...] = ()
     guard: bool = False  # on or off; a study tries it first with all else at the default
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """As JSON gives it back."""
         return {**asdict(self), "choices": list(self.choices)}
 
@@ -90,7 +90,7 @@ def _field(
         if name == "batch_size":
             default, most = training.batch_size or size.batch_size, len(dataset.indices("train"))
             low, high = given or (size.batch_size / 4, size.batch_size * 4)
-            low, high = max(low, training.accumulate), min(high, most)
+            low, high = max(low, training.grad_accum_steps), min(high, most)
             values = [2**power for power in range(1, 24) if low <= 2**power <= high]
         else:
             default, heads = backbone.width or size.width, backbone.heads or size.heads
@@ -112,7 +112,7 @@ def _field(
     else:
         value = float(getattr(backbone if name == "dropout" else training, name))
         low, high = {
-            "dropout": (0.0, 0.3), "weight_decay": (0.005, 0.5), "warmup": (0.01, 0.2), "drop_condition": (0.0, 0.3),
+            "dropout": (0.0, 0.3), "weight_decay": (0.005, 0.5), "warmup": (0.01, 0.2), "cond_dropout": (0.0, 0.3),
         }[name]  # fmt: skip
     low, high = given or (low, high)
     low, high = min(low, value), max(high, value)

@@ -108,13 +108,13 @@ class _Study:
         self.dataset, self.folder, self.plan, self.tell = dataset, folder, plan, tell
         self.shared = storage is not None
         self.fields = fields_of(plan.recipe, dataset, plan.over)
-        self.facts = self._open()
-        self.owner: str = self.facts["owner"]
+        self.metadata = self._open()
+        self.owner: str = self.metadata["owner"]
         self.storage = _storage(storage, folder)
         pruner = optuna.pruners.MedianPruner(n_startup_trials=WARM - 1, n_warmup_steps=WARM)
         self.search, self.fresh = (
             optuna.create_study(
-                storage=self.storage, study_name=self.facts["name"] + end, direction="minimize", load_if_exists=True,
+                storage=self.storage, study_name=self.metadata["name"] + end, direction="minimize", load_if_exists=True,
                 pruner=pruner,
             )
             for end in ("", "-fresh")
@@ -128,7 +128,7 @@ class _Study:
         settings = {
             "data": hashlib.sha256(shards.encode()).hexdigest(),
             "recipe": self.plan.recipe.model_dump(mode="json"),
-            "fields": [field.facts() for field in self.fields],
+            "fields": [field.metadata() for field in self.fields],
             "objective": self.plan.objective,
         }
         name = "plait-" + hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
@@ -256,7 +256,7 @@ class _Study:
         beaten = -math.inf
         while True:
             # The first prepares what all use.
-            while workers.free and not (self.active and self.facts["source"] is None):
+            while workers.free and not (self.active and self.metadata["source"] is None):
                 trial = self.left.pop(0) if self.left else ask()
                 if trial is None:
                     break
@@ -285,7 +285,7 @@ class _Study:
             number, seed = trial.suggest_int("trial", 0, 10**9), trial.suggest_int("seed", 0, 2**40)
             folder = self.folder / "fresh" / f"{number:04d}-seed-{seed}"
             values = self.search.get_trials(deepcopy=False)[number].params
-        reuse = self.folder / self.facts["source"] if self.facts["source"] else None
+        reuse = self.folder / self.metadata["source"] if self.metadata["source"] else None
         recipe = with_values(self.plan.recipe, self.fields, values, seed)
         return Job(folder, recipe, reuse if reuse != folder else None, asks=study is self.search and trial.number > 0)
 
@@ -341,9 +341,9 @@ class _Study:
 
     def _prepared(self, job: Job | None) -> None:
         """The first run that has its tokenizer, codecs and cache lends them to all that follow."""
-        if self.facts["source"] is None and job is not None:
-            self.facts["source"] = str(job.folder.relative_to(self.folder))
-            write_json(self.folder / "study.json", self.facts)
+        if self.metadata["source"] is None and job is not None:
+            self.metadata["source"] = str(job.folder.relative_to(self.folder))
+            write_json(self.folder / "study.json", self.metadata)
 
     def _note(self, trial: Trial, progress: Progress) -> bool:
         """Note a validation; whether the trial may go on. Trial 0, the default, always may."""
@@ -369,7 +369,7 @@ class _Study:
         counted, plan = sorted(_counted(self.search), key=lambda trial: trial.number), self.plan
         complete = [trial for trial in counted if trial.state is TrialState.COMPLETE]
         fresh = [(_pair(trial), _row(trial)) for trial in _finished(self.fresh)]
-        self.facts |= {
+        self.metadata |= {
             "asked": {"trials": plan.trials, "seeds": plan.seeds},
             "finished": finished,
             "counts": {s: sum(_row(t)["state"] == s for t in counted) for s in ("complete", "pruned", "failed")},
@@ -378,22 +378,22 @@ class _Study:
                 {"trial": n, "seed": seed, "state": row["state"], "value": row["value"]} for (n, seed), row in fresh
             ],
         }
-        self.facts.pop("verdict", None)
+        self.metadata.pop("verdict", None)
         if complete:
             best = self._best()
-            self.facts["best"] = _row(best)
-            self.facts["importance"] = _importance(self.search, complete, self.fields)
+            self.metadata["best"] = _row(best)
+            self.metadata["importance"] = _importance(self.search, complete, self.fields)
             self._write_recipe(best)
             if finished:
-                self.facts["verdict"] = self._verdict(best)
+                self.metadata["verdict"] = self._verdict(best)
             keep = {self.folder / "trials" / f"{best.number:04d}"}
             for trial in counted:
                 folder = self.folder / "trials" / f"{trial.number:04d}"
                 if trial.state.is_finished() and folder not in keep:
                     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        write_json(self.folder / "study.json", self.facts)
-        write_study_report(self.folder / "report.html", self.folder.resolve().name, self.facts)
-        return self.facts
+        write_json(self.folder / "study.json", self.metadata)
+        write_study_report(self.folder / "report.html", self.folder.resolve().name, self.metadata)
+        return self.metadata
 
     def _verdict(self, best: FrozenTrial) -> dict[str, Any]:
         values: dict[int, list[float]] = {0: [], best.number: []}

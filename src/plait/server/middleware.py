@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from plait.server.journal import Metrics, Trail
+from plait.server.access_log import Metrics, RequestContext
 from plait.server.limits import ApiError, Limits, known_key
 from plait.server.worker import log_fault
 
@@ -35,7 +35,7 @@ log = logging.getLogger("plait.server")
 
 
 @dataclass
-class Doors:
+class AccessPolicy:
     """Who may come in."""
 
     hosts: set[str]
@@ -82,11 +82,19 @@ def _is_address(host: str) -> bool:
     return True
 
 
-class Guard:
+class AccessMiddleware:
     """The outermost application: every answer, also a refusal, passes through it."""
 
-    def __init__(self, app: Any, doors: Doors, limits: Limits, metrics: Metrics, routes: set[str]) -> None:
-        self.app, self.doors, self.limits, self.metrics, self.routes = app, doors, limits, metrics, routes
+    def __init__(
+        self, app: Any, access_policy: AccessPolicy, limits: Limits, metrics: Metrics, routes: set[str]
+    ) -> None:
+        self.app, self.access_policy, self.limits, self.metrics, self.routes = (
+            app,
+            access_policy,
+            limits,
+            metrics,
+            routes,
+        )
         self.stopping = False
         self.held = 0  # bytes of all bodies that are being handled
 
@@ -96,40 +104,40 @@ class Guard:
             return
         if scope["type"] != "http":
             return
-        trail = Trail("req-" + secrets.token_hex(8))
-        scope["trail"] = trail
+        request_context = RequestContext("req-" + secrets.token_hex(8))
+        scope["trail"] = request_context
 
         async def out(message: Message) -> None:
             if message["type"] == "http.response.start":
-                trail.status = message["status"]
+                request_context.status = message["status"]
                 headers = list(message.get("headers", []))
                 present = {name.lower() for name, _ in headers}
                 headers += [header for header in SAFE if header[0] not in present]
-                headers.append((b"x-request-id", trail.id.encode()))
+                headers.append((b"x-request-id", request_context.id.encode()))
                 if self.stopping:
                     headers.append((b"connection", b"close"))
                 message = {**message, "headers": headers}
             elif not message.get("more_body", False):
-                trail.complete = True
+                request_context.complete = True
             await send(message)
 
         held = [0]
         try:
-            self.doors.check(scope)
+            self.access_policy.check(scope)
             if self.stopping:
                 raise ApiError(503, "The server is stopping. Try again soon.", code="stopping")
             body = await self._body(scope, receive, held)
             if body is not None:
-                await self._run(scope, body, receive, out, trail)
+                await self._run(scope, body, receive, out, request_context)
         except ApiError as error:
             await answer(error, out)
         except Exception as error:
             log_fault("route", error)  # the application has answered with status 500, unless it had begun another
-            if not trail.status:
+            if not request_context.status:
                 await answer(ApiError(500, "Something went wrong in the server."), out)
         finally:
             self.held -= held[0]
-            self._tell(scope, trail)
+            self._tell(scope, request_context)
 
     async def _body(self, scope: Scope, receive: Receive, held: list[int]) -> bytes | None:
         """The whole body; None where the client left. Raises ApiError 413 as soon as it is known to be too long."""
@@ -155,7 +163,9 @@ class Guard:
             if not message.get("more_body", False):
                 return b"".join(parts)
 
-    async def _run(self, scope: Scope, body: bytes, receive: Receive, out: Send, trail: Trail) -> None:
+    async def _run(
+        self, scope: Scope, body: bytes, receive: Receive, out: Send, request_context: RequestContext
+    ) -> None:
         """Run the application, and cancel it when its client leaves."""
         given = False
 
@@ -173,8 +183,8 @@ class Guard:
         task, left = asyncio.ensure_future(self.app(scope, replay, out)), asyncio.ensure_future(gone())
         try:
             await asyncio.wait({task, left}, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done() and not trail.complete:
-                trail.end = "left"
+            if not task.done() and not request_context.complete:
+                request_context.end = "left"
                 task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
@@ -182,21 +192,25 @@ class Guard:
             task.cancel()
             left.cancel()
 
-    def _tell(self, scope: Scope, trail: Trail) -> None:
+    def _tell(self, scope: Scope, request_context: RequestContext) -> None:
         path = scope["path"]
         route = "/v1/models/{model}" if path.startswith("/v1/models/") else path if path in self.routes else "other"
-        self.metrics.count(trail, route)
+        self.metrics.count(request_context, route)
         fields: dict[str, Any] = {
-            "id": trail.id,
+            "id": request_context.id,
             "method": scope["method"] if scope["method"] in ("GET", "POST", "OPTIONS", "HEAD") else "other",
             "route": route,
-            "status": trail.status,
-            "ms": round((time.monotonic() - trail.begun) * 1e3, 1),
+            "status": request_context.status,
+            "ms": round((time.monotonic() - request_context.begun) * 1e3, 1),
         }
-        if trail.model:
-            fields |= {"model": trail.model, "read": trail.prompt_tokens, "written": trail.completion_tokens}
-        if trail.end:
-            fields["end"] = trail.end
+        if request_context.model:
+            fields |= {
+                "model": request_context.model,
+                "read": request_context.prompt_tokens,
+                "written": request_context.completion_tokens,
+            }
+        if request_context.end:
+            fields["end"] = request_context.end
         log.info("request", extra={"fields": fields})
 
 

@@ -15,7 +15,7 @@ from plait.core.device import Device
 from plait.core.errors import PlaitError
 from plait.explain.parts import Grid, Part, Path, Question, Value, Words, log_odds, whole
 from plait.inference import scoring
-from plait.inference.engine import Engine, Request, Written
+from plait.inference.engine import Completion, Engine, Request
 from plait.modalities.base import MediaModality, Vocabulary, cells
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import Sequence, collate
@@ -47,7 +47,7 @@ class Model(Protocol):
 
     def requests(self, contexts: list[Sequence], column: str, n: int = 1, *, seed: int = 0) -> list[Request]: ...
 
-    def decode(self, column: str, written: list[Written]) -> list[np.ndarray]: ...
+    def decode(self, column: str, written: list[Completion]) -> list[np.ndarray]: ...
 
     def write(self, contexts: list[Sequence], column: str, *, n: int = 1, seed: int = 0) -> list[list[Any]]: ...
 
@@ -68,13 +68,13 @@ def question(
         to, column = model.columns[to], to
     column = model.column(column, to, f"write {to}")
     modality = model.modality(column)
-    if modality.name not in model.vocabulary.spaces:
+    if modality.name not in model.vocabulary.id_ranges:
         raise PlaitError(f"This model reads {to} but cannot write it, so there is nothing to explain.")
     context = model.context([_given(part) for part in parts], column)
     if answer is None:  # the codes that were drawn: a codec does not find quite the same in what it makes of them
         drawn = model.engine.run(model.requests([context], column, seed=seed))[0].samples[0]
         sample = model.decode(column, [drawn])[0]
-        codes = np.array(drawn.ids) - model.vocabulary.spaces[modality.name][0]
+        codes = np.array(drawn.ids) - model.vocabulary.id_ranges[modality.name][0]
     else:
         _, _, sample, _ = model.context([answer]).media[0]
         with torch.inference_mode():
@@ -206,9 +206,9 @@ class Asked(_Ours):
         sequence = self.contexts([whole(self.parts)])[0]
         batch = collate([sequence], network.media, network.vocabulary.pad).to(place)
         with torch.no_grad():
-            table = network.rows.table().float()
+            table = network.token_embedding.table().float()
             span = model.engine.spans["text"]
-            head = network.predicting.table().float()[span.start : span.stop]
+            head = network.output_embedding.table().float()[span.start : span.stop]
         owners = _owners(model, self.parts)
         fixed = F.embedding(batch.tokens, table)  # (1, L, D)
         bare = fixed.clone()
@@ -227,7 +227,7 @@ class Asked(_Ours):
                 continue
             row = counts[part.name]
             counts[part.name] += 1
-            silent[part.name][row, : len(part.nothing)] = torch.from_numpy(part.nothing.astype(np.float32))
+            silent[part.name][row, : len(part.baseline)] = torch.from_numpy(part.baseline.astype(np.float32))
             where.append((1 + names.index(part.name), row))
         values = [batch.media[name].values.float()[None] for name in names]
 
@@ -331,10 +331,10 @@ class Made(_Ours):
         return grid, shares
 
     def by_code(self, inputs: list[list[Value]]) -> np.ndarray:
-        space = self.written.name
-        ids = (self.codes + self.model.vocabulary.spaces[space][0]).tolist()
+        token_type = self.written.name
+        ids = (self.codes + self.model.vocabulary.id_ranges[token_type][0]).tolist()
         sequences = [context.write(ids) for context in self.contexts(inputs)]
-        return np.stack(scoring.told(self.model.engine, sequences, space))
+        return np.stack(scoring.told(self.model.engine, sequences, token_type))
 
     def scores(self, inputs: list[list[Value]]) -> np.ndarray:
         return np.asarray(self.by_code(inputs).sum(1))

@@ -1,4 +1,4 @@
-"""Questions to models that run in transformers: CLIP and SigLIP about pictures, causal language models about texts."""
+"""Questions to models that run in transformers: CLIP and SigLIP about images, causal language models about texts."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ class Pretrained(Protocol):
 
 
 def question(
-    model: Pretrained, value: Any, picture: PILImage.Image | None, answer: Any, labels: list[str] | None,
+    model: Pretrained, value: Any, image: PILImage.Image | None, answer: Any, labels: list[str] | None,
     template: str,
 ) -> Question:  # fmt: skip
-    """What is to be explained: `picture` where the model reads pictures, else `value`, a text.
+    """What is to be explained: `image` where the model reads images, else `value`, a text.
 
     Without an answer it is the likeliest label, or the likeliest next token. Raises PlaitError for what cannot be
     asked of the model.
     """
     if answer is not None and (not isinstance(answer, str) or not answer):
         raise PlaitError("The answer must be a text that is not empty.")
-    if picture is not None:
-        return _labelled(model, picture, answer, labels, template)
+    if image is not None:
+        return _labelled(model, image, answer, labels, template)
     if model.kind != "language":
         raise PlaitError(
-            f"Explained are pictures by CLIP and SigLIP, texts by causal language models, and all that our own models "
+            f"Explained are images by CLIP and SigLIP, texts by causal language models, and all that our own models "
             f"read; {model.name} is none of these ({model.kind})."
         )
     if not isinstance(value, str):
@@ -57,7 +57,7 @@ def question(
 
 
 def _labelled(
-    model: Pretrained, picture: PILImage.Image, answer: str | None, labels: list[str] | None, template: str
+    model: Pretrained, image: PILImage.Image, answer: str | None, labels: list[str] | None, template: str
 ) -> Labelled:  # fmt: skip
     labels = list(labels or ([answer] if answer else []))
     if not labels:
@@ -65,7 +65,7 @@ def _labelled(
     if answer is not None and answer not in labels:
         raise PlaitError(f"'{answer}' is not among the labels {', '.join(labels[:8])}. Add it, or ask for one of them.")
     plain = model.processor(
-        images=[picture], do_rescale=False, do_normalize=False, return_tensors="np"
+        images=[image], do_rescale=False, do_normalize=False, return_tensors="np"
     )["pixel_values"][0]  # fmt: skip
     pixels = np.moveaxis(np.asarray(plain, np.float32), 0, -1).clip(0, 255).round().astype(np.uint8)
     asked = Labelled(model, [Grid(pixels, Image, "image")], labels, 0, template)
@@ -79,7 +79,7 @@ def _labelled(
 
 @dataclass
 class Labelled:
-    """Why a label suits a picture."""
+    """Why a label suits an image."""
 
     model: Pretrained
     parts: list[Grid]
@@ -100,9 +100,9 @@ class Labelled:
     def measure(self) -> str:
         return "log-odds" if len(self.texts) > 1 else "similarity"
 
-    def tensor(self, pictures: list[Any]) -> Tensor:
-        """Pictures (H, W, 3) as (N, 3, H, W) floats from 0 to 255."""
-        stacked = torch.from_numpy(np.stack(pictures)).to(self.model.device.torch)
+    def tensor(self, images: list[Any]) -> Tensor:
+        """Images (H, W, 3) as (N, 3, H, W) floats from 0 to 255."""
+        stacked = torch.from_numpy(np.stack(images)).to(self.model.device.torch)
         return stacked.movedim(-1, 1).float()
 
     def logits(self, pixels: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class Labelled:
         with torch.inference_mode(), self.model.device.autocast():
             for start in range(0, len(inputs), BATCH):
                 given = [values[0] for values in inputs[start : start + BATCH]]
-                given = [self.parts[0].nothing if value is None else value for value in given]
+                given = [self.parts[0].baseline if value is None else value for value in given]
                 found.append(self.logits(self.tensor(given)).double().cpu().numpy())
         logits = np.concatenate(found)
         return log_odds(logits, self.place) if len(self.texts) > 1 else logits[:, 0]
@@ -139,7 +139,7 @@ class Labelled:
         def by_unit(worth: list[np.ndarray]) -> list[np.ndarray]:
             return [part.summed(np.moveaxis(worth[0], 0, -1))]
 
-        return Path(score, (self.tensor([part.sample]),), (self.tensor([part.nothing]),), by_unit)
+        return Path(score, (self.tensor([part.sample]),), (self.tensor([part.baseline]),), by_unit)
 
     def layers(self) -> list[dict[str, Any]]:
         raise PlaitError(f"The logit lens shows what a language model would say; {self.model.name} compares.")

@@ -21,7 +21,7 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
 @dataclass
-class Trail:
+class RequestContext:
     """What becomes known of a request on its way, for its log line."""
 
     id: str
@@ -64,14 +64,14 @@ class Metrics:
         yield queue
         yield GaugeMetricFamily("plait_connections", "Open connections", len(self.connections))
 
-    def count(self, trail: Trail, route: str) -> None:
-        self.requests.labels(route, str(trail.status)).inc()
-        self.seconds.labels(route).observe(time.monotonic() - trail.begun)
-        if trail.model:
-            self.tokens.labels(trail.model, "prompt").inc(trail.prompt_tokens)
-            self.tokens.labels(trail.model, "completion").inc(trail.completion_tokens)
-            if trail.first is not None:
-                self.first.labels(trail.model).observe(trail.first)
+    def count(self, request_context: RequestContext, route: str) -> None:
+        self.requests.labels(route, str(request_context.status)).inc()
+        self.seconds.labels(route).observe(time.monotonic() - request_context.begun)
+        if request_context.model:
+            self.tokens.labels(request_context.model, "prompt").inc(request_context.prompt_tokens)
+            self.tokens.labels(request_context.model, "completion").inc(request_context.completion_tokens)
+            if request_context.first is not None:
+                self.first.labels(request_context.model).observe(request_context.first)
 
 
 class _Lines(logging.Formatter):
