@@ -93,7 +93,7 @@ def ours(device: Device, images: list[Image.Image], texts: np.ndarray) -> tuple[
         output = passes(step, True, True, likelihood=False)
         assert output.embeddings is not None
         a, b = output.embeddings.split(BATCH)
-        return contrastive(a, b, positives.to(device.torch), model.logit_scale) + output.nothing
+        return contrastive(a, b, positives.to(device.torch), model.logit_scale) + output.zero_anchor
 
     return model, loss
 

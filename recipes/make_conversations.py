@@ -265,7 +265,7 @@ def emotions(folder: Path) -> Iterator[dict[str, str]]:
                 wave = speech.speak(sentence[:-1] + end, voice, rate, high, min(spread + draw.randint(-5, 5), 100))
                 if len(wave) < speech.rate // 5:
                     continue  # some variants whisper below what can be heard
-                name = f"audio clips/{variant.replace(' ', '_')}-{emotion}-{n}.wav"
+                name = f"audio/{variant.replace(' ', '_')}-{emotion}-{n}.wav"
                 (folder / name).write_bytes(encode_wav(resample(wave, speech.rate, RATE), RATE))
                 yield {"audio_file_name": name, "emotion": emotion, "split": split}
 

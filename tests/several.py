@@ -29,7 +29,7 @@ def interrupted_after(step: int) -> Callable[[Progress], None]:
 
 def write_recipe(folder: Path, **training: object) -> Path:
     settings = {"steps": 40, "codec_steps": 5, "batch_size": 4, "validations": 2, "precision": "fp32",
-                "learning_rate": 5e-4, "log_records": True, "unrestricted": 0}  # fmt: skip
+                "learning_rate": 5e-4, "log_records": True, "full_softmax_prob": 0}  # fmt: skip
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump({"model": SMALL, "training": {**settings, **training}}))
     return path

@@ -23,8 +23,8 @@ from plait.data.dataset import Dataset
 from plait.data.fingerprints import text_print
 from plait.data.near import near_audio, near_images, near_texts
 from plait.data.prepare import prepare
-from plait.modalities.audio_files import audio_print, decode_audio, encode_wav
-from plait.modalities.image_files import encode_png, image_print
+from plait.modalities.audio_files import audio_fingerprint, decode_audio, encode_wav
+from plait.modalities.image_files import encode_png, image_fingerprint
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,19 +56,19 @@ def test_copies_are_found_and_others_are_not() -> None:
     wide, high = images[0].size
     images += [images[3].resize((40, 30)), Image.open(io.BytesIO(saved(images[5], "JPEG", quality=40))),
                images[7].crop((4, 3, wide, high)), images[9].convert("RGBA")]  # fmt: skip
-    prints = np.stack([np.frombuffer(image_print(image), np.uint8) for image in images])
+    prints = np.stack([np.frombuffer(image_fingerprint(image), np.uint8) for image in images])
     assert pairs(near_images(prints)) == {(3, 60), (5, 61), (7, 62), (9, 63)}
     clips = [(song(n), 16000) for n in range(40)]
     out = io.BytesIO()
     soundfile.write(out, song(4), 16000, format="OGG")
     clips += [decode_audio(out.getvalue()), (np.pad(song(6), (3000, 500)), 16000), (song(8)[800:] * 0.4, 16000)]
-    assert pairs(near_audio([audio_print(*audio) for audio in clips])) == {(4, 40), (6, 41), (8, 42)}
+    assert pairs(near_audio([audio_fingerprint(*audio) for audio in clips])) == {(4, 40), (6, 41), (8, 42)}
     rng = np.random.default_rng(0)
     texts = [" ".join(str(rng.integers(1000)) for _ in range(60)) for _ in range(50)]
     texts += [texts[2].replace(" ", ", ").upper(), texts[4][: int(0.95 * len(texts[4]))]]
     signs = np.stack([np.frombuffer(text_print(text), "<u4") for text in texts])
     assert pairs(near_texts(signs)) == {(2, 50), (4, 51)}
-    assert text_print("too short") == audio_print(np.zeros(800, np.float32), 8000) == b""
+    assert text_print("too short") == audio_fingerprint(np.zeros(800, np.float32), 8000) == b""
 
 
 def test_where_all_are_alike_none_is_a_copy() -> None:
@@ -79,7 +79,7 @@ def test_where_all_are_alike_none_is_a_copy() -> None:
         canvas = np.zeros((28, 28), np.uint8)
         image = Image.fromarray(canvas)
         ImageDraw.Draw(image).line([tuple(rng.uniform(4, 24, 2)) for _ in range(3)], fill=255, width=3, joint="curve")
-        prints.append(image_print(image.filter(ImageFilter.GaussianBlur(1.2))))
+        prints.append(image_fingerprint(image.filter(ImageFilter.GaussianBlur(1.2))))
     assert len(near_images(np.stack([np.frombuffer(p, np.uint8) for p in prints]))[0]) < 40
 
 

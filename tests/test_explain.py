@@ -51,7 +51,7 @@ class Linear:
 
     def path(self) -> Way:
         grads = torch.from_numpy(self.grads).double()
-        ends = tuple(torch.from_numpy(x.astype(float))[None] for x in (self.parts[0].sample, self.parts[0].nothing))
+        ends = tuple(torch.from_numpy(x.astype(float))[None] for x in (self.parts[0].sample, self.parts[0].baseline))
         return Way(
             lambda x: (x[..., 0] * grads).sum((1, 2)), ends[:1], ends[1:], lambda w: [self.parts[0].summed(w[0])]
         )
@@ -63,7 +63,7 @@ def test_weights_of_a_linear_score_are_exact() -> None:
     grads[5, 9], grads[11, 3] = 3.0, -2.0  # units (2, 4) and (5, 1)
     question = Linear(grads)
     part = question.parts[0]
-    share = part.summed((part.sample - part.nothing.astype(float)) * grads[..., None])
+    share = part.summed((part.sample - part.baseline.astype(float)) * grads[..., None])
     found, gap = integrated_gradients(question, 8)
     np.testing.assert_allclose(found[0], share, atol=1e-6)
     assert gap < 1e-6

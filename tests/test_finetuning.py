@@ -63,16 +63,16 @@ def weights(run: Path, name: str = "last") -> dict[str, torch.Tensor]:
 
 def test_what_is_new_is_added_and_what_is_frozen_stays(base: Path, new: Path, tmp_path: Path, plait: Plait) -> None:
     run = tmp_path / "run"
-    frozen = ("--freeze", "encoder,backbone,rows", "--init-from", base / "run")
+    frozen = ("--freeze", "encoder,backbone,token_embedding", "--init-from", base / "run")
     assert plait("train", new, "-o", run, "--recipe", recipe(tmp_path), *frozen) == 0
     was, now = checkpoints.load(base / "run/checkpoints/best"), checkpoints.load(run / "checkpoints/last")
     old, grown = was.model.vocabulary, now.model.vocabulary
     assert list(grown.columns) == [*old.columns, "fr"] and grown.levels == old.levels
     before, after = was.model.state_dict(), now.model.state_dict()
     for name in before:
-        if not name.startswith(("rows.free", "head.free", "project", "logit_scale")):
+        if not name.startswith(("token_embedding.free", "lm_head.free", "project", "logit_scale")):
             assert torch.equal(before[name], after[name]), name
-    for table in ("rows.free", "head.free"):
+    for table in ("token_embedding.free", "lm_head.free"):
         assert torch.equal(before[table][: old.opener("zh") + 1], after[table][: old.opener("zh") + 1])
         for kind, (start, stop) in old.id_ranges.items():
             if kind != "text":  # codes have moved up by the new column's token

@@ -17,10 +17,10 @@ from plait.core.device import Device
 from plait.core.errors import PlaitError
 from plait.model import lora
 from plait.model.multimodal import Multimodal
-from plait.plan import failures
-from plait.plan.machines import MACHINES, Machine, machine, sample_batch, traced_peak
-from plait.plan.memory import Layout, Load, layer_activations, layouts, memory, smallest_change, total
-from plait.plan.networks import compute_optimal, expected_loss, preset
+from plait.planning import failures
+from plait.planning.machines import MACHINES, Machine, machine, sample_batch, traced_peak
+from plait.planning.memory import Layout, Load, layer_activations, layouts, memory, smallest_change, total
+from plait.planning.networks import compute_optimal, expected_loss, preset
 
 Plait = Callable[..., int]
 
@@ -58,8 +58,8 @@ def test_parts_add_up_to_the_real_network() -> None:
 
 
 def test_gpt3_175b_flops_days_money_and_cache(plan: Callable[..., dict]) -> None:
-    made = plan("--preset", "gpt3-175b", "--gpus", 1024, "--gpu", "a100", "--tflops", 140, "--activation-checkpointing", "full",
-                "--price", 3)  # fmt: skip
+    made = plan("--preset", "gpt3-175b", "--gpus", 1024, "--gpu", "a100", "--tflops", 140, "--activation-checkpointing",
+                "full", "--price", 3)  # fmt: skip
     run = made["run"]
     assert run["FLOPs, 6 N D"] == pytest.approx(3.14e23, rel=0.01)
     assert run["FLOPs, with attention"] == pytest.approx(3.23e23, rel=0.01)

@@ -53,7 +53,7 @@ def test_the_program_handed_over_computes_the_models_logits(switches, tmp_path):
 
 
 def test_nothing_of_litert_is_imported_here():
-    code = "import sys, plait.model.tflite; print([m for m in sys.modules if 'litert' in m or m.startswith('jax')])"
+    code = "import sys, plait.hf.tflite; print([m for m in sys.modules if 'litert' in m or m.startswith('jax')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

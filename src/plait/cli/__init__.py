@@ -15,10 +15,10 @@ from plait.cli import train as training
 from plait.cli import use as using
 from plait.cli.common import app, err, plain
 from plait.explain import commands as explaining
-from plait.plan import commands as foreseeing
+from plait.planning import commands as foreseeing
 from plait.recommend import commands as recommending
 from plait.search import commands as searching
-from plait.transfer import commands as transferring
+from plait.transfer_learning import commands as transferring
 
 # A file of commands is a panel of --help, in this order.
 PANELS = {
@@ -41,9 +41,11 @@ for command in app.registered_commands:
 
 def main() -> None:
     """Run the command line; a user's mistake ends in one message and exit code 1."""
+    from plait.core import isa
     from plait.core.errors import PlaitError, Terminated
 
     try:
+        isa.cap()
         app()
     except PlaitError as error:
         err.quiet = False

@@ -116,7 +116,7 @@ def write_clips(folder: Path, speech: Speech) -> Iterator[dict[str, str]]:
                     wave = speech.speak(text, voice, speed, pitch)
                     if len(wave) < speech.rate // 10:
                         continue  # some variants whisper below what can be heard
-                    name = f"audio clips/{lang}-{variants[index].replace(' ', '_')}-{take}-{digit}.wav"
+                    name = f"audio/{lang}-{variants[index].replace(' ', '_')}-{take}-{digit}.wav"
                     (folder / name).write_bytes(encode_wav(resample(wave, speech.rate, RATE), RATE))
                     yield {"audio_file_name": name, lang: text, "split": split}
 

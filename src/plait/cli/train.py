@@ -101,7 +101,8 @@ def train(
         str | None, typer.Option(help="Go on from a run, a checkpoint, or a Hugging Face GPT-2, Llama or Qwen3.")
     ] = None,
     freeze: Annotated[
-        str | None, typer.Option(help="Parts of it that stay as they are, with commas: encoder, backbone, rows.")
+        str | None,
+        typer.Option(help="Parts of it that stay as they are, with commas: encoder, backbone, token_embedding."),
     ] = None,
     lora: Annotated[
         bool, typer.Option("--lora", help="Train low-rank updates of its backbone, and what is new.")
@@ -270,8 +271,8 @@ def tune(
     """
     from plait.core.config import load_recipe
     from plait.data.dataset import Dataset
-    from plait.tune.study import News, Plan
-    from plait.tune.study import tune as search
+    from plait.tuning.study import News, Plan
+    from plait.tuning.study import tune as search
 
     settings = load_recipe(
         recipe, {"model": {"size": size}, "training": {"minutes": minutes, "steps": steps, "seed": seed}}

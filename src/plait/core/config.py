@@ -98,9 +98,7 @@ class TrainingRecipe(_Settings):
     batch_size: int | None = Field(None, ge=2)  # records, or windows of text
     learning_rate: float | None = Field(None, gt=0)
     codec_learning_rate: float = Field(3e-3, gt=0)
-    encoder_lr_scale: float = Field(
-        0.05, gt=0
-    )  # of pretrained encoders that are trained, as a share of the learning rate
+    encoder_lr_scale: float = Field(0.05, gt=0)  # learning rate of a pretrained encoder, as a share of the model's
     warmup: float = Field(0.04, ge=0, lt=1)  # share of the steps
     weight_decay: float = Field(0.05, ge=0)
     grad_clip: float = Field(1.0, gt=0)
@@ -110,7 +108,7 @@ class TrainingRecipe(_Settings):
     weights: dict[str, float] = {}  # of objectives: text, image, audio (1), contrastive (.5); 0, also of a column: read
     cond_dropout: float = Field(0.1, ge=0, lt=1)  # share of samples written without their condition
     full_softmax_prob: float = Field(0.05, ge=0, le=1)  # share of steps whose softmax runs over the whole vocabulary
-    freeze: list[str] = []  # parts of init_from: encoder, encoder.image, encoder.audio, backbone, rows
+    freeze: list[str] = []  # parts of init_from: encoder, encoder.image, encoder.audio, backbone, token_embedding
     lora: LoraRecipe | None = None
     replay: dict[str, float] = {}  # further prepared datasets -> the share of every batch that comes from each
     augment: bool = True

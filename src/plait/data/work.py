@@ -73,7 +73,7 @@ def _fetch(medium: dict[str, Any], blobs: list[bytes]) -> bytes:
 def _look(kind: str, data: bytes, near: bool) -> tuple[float, float, bytes]:
     """The two figures of a decoded medium (MediaFiles.facts), and the fingerprint. Raises MediaError."""
     value = MEDIA[kind].decode(data)
-    return *MEDIA[kind].metadata(value), MEDIA[kind].fingerprint(value) if near else b""
+    return *MEDIA[kind].facts(value), MEDIA[kind].fingerprint(value) if near else b""
 
 
 def _said(chat: str) -> str:

@@ -159,9 +159,9 @@ def _config(model: Multimodal, family: str, size: int) -> dict[str, Any]:
 def _tensors(model: Multimodal, family: str, size: int) -> dict[str, Tensor]:
     c = model.config.backbone
     ours = {f"backbone.{name}": value for name, value in model.backbone.state_dict().items()}
-    ours["rows.free"] = model.token_embedding.table()[:size]
+    ours["token_embedding.free"] = model.token_embedding.table()[:size]
     if model.lm_head is not None:
-        ours["head.free"] = model.lm_head.table()[:size]
+        ours["lm_head.free"] = model.lm_head.table()[:size]
     found = {}
     for name, parts in layout(family, c, size, model.config.tied, *_biases(c, family)).items():
         value = ours.get(name)

@@ -213,7 +213,7 @@ def layout(
         for kind in ("weight", "bias"):
             found[f"backbone.final_norm.{kind}"] = [(f"transformer.ln_f.{kind}", (c.width,))]
         found["backbone.positions"] = [("transformer.wpe.weight", (c.max_length, c.width))]
-        found["rows.free"] = [("transformer.wte.weight", (vocabulary, c.width))]
+        found["token_embedding.free"] = [("transformer.wte.weight", (vocabulary, c.width))]
     else:
         queries, keys = c.heads * c.head_width, c.kv_heads * c.head_width
         for i in range(c.layers):
@@ -236,9 +236,9 @@ def layout(
                 for part in ("q_norm", "k_norm"):
                     found[f"{ours}{part}.weight"] = [(f"{theirs}self_attn.{part}.weight", (c.head_width,))]
         found["backbone.final_norm.weight"] = [("model.norm.weight", (c.width,))]
-        found["rows.free"] = [("model.embed_tokens.weight", (vocabulary, c.width))]
+        found["token_embedding.free"] = [("model.embed_tokens.weight", (vocabulary, c.width))]
     if not tied:
-        found["head.free"] = [("lm_head.weight", (vocabulary, c.width))]
+        found["lm_head.free"] = [("lm_head.weight", (vocabulary, c.width))]
     return found
 
 
@@ -412,7 +412,7 @@ def load(name_or_folder: str | Path, device: torch.device | None = None) -> Chec
         if name.endswith(".free"):
             value = F.pad(value, (0, 0, 0, vocabulary.size - size))
         tensors[name] = value
-    if copied and not torch.equal(weights.read(head), tensors["rows.free"][:size]):
+    if copied and not torch.equal(weights.read(head), tensors["token_embedding.free"][:size]):
         raise PlaitError(f"{folder} has a {head} of its own, though config.json says tie_word_embeddings.")
     backbone = _fold(tensors, backbone)
     model = build(backbone)

@@ -20,6 +20,7 @@ from plait.core.files import read_json
 from plait.explain import hf_models as questions
 from plait.explain.methods import Explanation, explain
 from plait.hf.hub import explained, find, no_safetensors, other_weights, quiet
+from plait.inference.results import Prediction, Predictions
 from plait.modalities.audio_files import decode_audio, resample
 from plait.modalities.descriptor import MediaError
 from plait.modalities.image_files import decode_image
@@ -153,7 +154,7 @@ class Pretrained:
         column: str | None = None,
         top: int | None = 5,
         template: str = TEMPLATE,
-    ) -> list[tuple[str, float]]:
+    ) -> Predictions:
         """The likeliest labels of an image with their probabilities, likeliest first; zero-shot.
 
         CLIP's probabilities sum to one over the labels; SigLIP judges each label by itself, as it was trained to.
@@ -168,7 +169,7 @@ class Pretrained:
         # SigLIP has a bias beside the temperature: the mark of a sigmoid loss.
         chances = (logits.sigmoid() if hasattr(self.model, "logit_bias") else logits.softmax(-1)).cpu()
         order = chances.argsort(descending=True, stable=True)[:top]
-        return [(labels[i], float(chances[i])) for i in order.tolist()]
+        return Predictions(Prediction(labels[i], float(chances[i])) for i in order.tolist())
 
     def label_inputs(self, labels: list[str], template: str) -> Any:
         """The texts that stand for labels, as tensors."""

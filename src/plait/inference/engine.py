@@ -257,8 +257,8 @@ class Engine:
         room = self.max_length + 1 - length  # the last id is never read
         if room < span.least:
             raise PlaitError(
-                f"The prompt takes {length} tokens and {span.token_type} needs {span.least} more, but this model has room "
-                f"for {self.max_length}. Shorten the prompt."
+                f"The prompt takes {length} tokens and {span.token_type} needs {span.least} more, but this model has "
+                f"room for {self.max_length}. Shorten the prompt."
             )
         bounds = [b for b in (request.max_new_tokens, span.limit, room) if b is not None]
         limit = min(bounds) // span.unit * span.unit

@@ -453,7 +453,7 @@ class Audio(nn.Module):
         return torch.from_numpy(values).transpose(1, 2)[:, None] - SILENCE
 
     def grid(self, sample: np.ndarray) -> tuple[int, int]:
-        """Regions of some 80 ms and 8 bands; beside what a encoder hears, of time alone."""
+        """Regions of some 80 ms and 8 bands; beside what an encoder hears, of time alone."""
         return math.ceil(len(sample) / 8), 1 if self.prepared is not None else self.settings.bands // 8
 
     def removed(self, sample: np.ndarray) -> np.ndarray:

@@ -79,7 +79,7 @@ class AudioFiles(MediaFiles):
         return f"{second:.0f} Hz"
 
     def fingerprint(self, value: Wave) -> bytes:
-        return audio_print(*value)
+        return audio_fingerprint(*value)
 
     def preview(self, data: bytes, value: Wave) -> bytes:
         """The file itself where it is small and a browser plays it, else its first seconds as MP3."""
@@ -97,7 +97,7 @@ class AudioFiles(MediaFiles):
         return Packed({"rate": value[1]}, np.ascontiguousarray(value[0], np.float32).tobytes())
 
     def unpack(self, packed: Packed) -> Wave:
-        return np.frombuffer(packed.body, np.float32).copy(), int(packed.metadata["rate"])
+        return np.frombuffer(packed.body, np.float32).copy(), int(packed.facts["rate"])
 
 
 # Brands of the ISO base media format that are no audio: images.
@@ -434,7 +434,7 @@ def _bands(rate: int) -> tuple[np.ndarray, np.ndarray, int]:
     return np.hanning(size).astype(np.float32), filters.astype(np.float32), max(round(HOP * rate), 1)
 
 
-def audio_print(wave: np.ndarray, rate: int) -> bytes:
+def audio_fingerprint(wave: np.ndarray, rate: int) -> bytes:
     """The spectrogram of a mono waveform float32 (T,): (frames, 64) x uint8, a quarter of a decibel a step below the
     loudest, without silence at both ends, at most 16 s of it. Empty where there is silence only."""
     wave = wave[: int(2 * _FRAMES * HOP * rate)]

@@ -17,7 +17,7 @@ from plait.core.errors import PlaitError
 
 
 class HFEncoderSettings(BaseModel):
-    """What a checkpoint keeps of a encoder beside its weights; taken from the encoder's own files."""
+    """What a checkpoint keeps of an encoder beside its weights; taken from the encoder's own files."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

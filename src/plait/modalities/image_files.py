@@ -78,7 +78,7 @@ class ImageFiles(MediaFiles):
 
     def fingerprint(self, value: Image.Image) -> bytes:
         """Brightness (24 x 24) and two colour planes (8 x 8 each) over white: 704 x uint8."""
-        return image_print(value)
+        return image_fingerprint(value)
 
     def preview(self, data: bytes, value: Image.Image) -> bytes:
         """The image itself where it is small and a browser shows it, else a thumbnail."""
@@ -96,7 +96,7 @@ class ImageFiles(MediaFiles):
         return Packed({"mode": value.mode, "width": value.width, "height": value.height}, value.tobytes())
 
     def unpack(self, packed: Packed) -> Image.Image:
-        facts = packed.metadata
+        facts = packed.facts
         return Image.frombytes(facts["mode"], (facts["width"], facts["height"]), packed.body)
 
 
@@ -275,7 +275,7 @@ def encode_png(image: Image.Image | np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def image_print(image: Image.Image) -> bytes:
+def image_fingerprint(image: Image.Image) -> bytes:
     """Brightness (24 x 24) and two colour planes (8 x 8 each) of an image over white: 704 x uint8."""
     image = image.reduce(factor) if (factor := min(image.size) // (2 * PRINT_SIDE)) > 1 else image
     if image.mode in ("LA", "RGBA"):

@@ -91,7 +91,7 @@ class Checker:
 
     def __call__(self, kind: str, data: bytes) -> dict[str, Any]:
         """What decoding shows (`MediaFiles.check`); a crash or a decoder that hangs is a MediaError too."""
-        return self._ask(kind, data, whole=False).metadata
+        return self._ask(kind, data, whole=False).facts
 
     def decode(self, kind: str, data: bytes) -> Any:
         """As the modality decodes it, but nothing in this process touches the encoded bytes. A large image comes
@@ -152,7 +152,7 @@ def _serve(limits: str) -> None:
         try:
             if whole:
                 packed = files.pack(files.decode(data, allowed))
-                answer, body = packed.metadata, packed.body
+                answer, body = packed.facts, packed.body
             else:
                 answer = files.check(data, allowed)
         except MediaError as error:

@@ -86,8 +86,8 @@ def freeze(model: Multimodal, parts: set[str], was: Vocabulary, kept: set[str], 
     """Take out of training what a model brought from the one that it was extended from, part by part. Returns how many
     of the parameters that are still trainable stay as they are all the same: old rows of tables that have new ones.
 
-    `parts` are "encoder" (of all modalities), "encoder.image" and the like, "backbone" and "rows"; `was` is the
-    vocabulary and `kept` are the modalities that it came with. What is new is trained in any case; an encoder that
+    `parts` are "encoder" (of all modalities), "encoder.image" and the like, "backbone" and "token_embedding"; `was` is
+    the vocabulary and `kept` are the modalities that it came with. What is new is trained in any case; an encoder that
     came and whose modality is not among the `touched` ones is frozen, since nothing but decay would move it.
     """
     for name, modality in model.media.items():
@@ -97,7 +97,7 @@ def freeze(model: Multimodal, parts: set[str], was: Vocabulary, kept: set[str], 
     if "backbone" in parts:
         model.backbone.requires_grad_(False)
     masked = 0
-    if "rows" in parts:
+    if "token_embedding" in parts:
         same = old_rows(model.vocabulary, was)
         for rows in [model.token_embedding] if model.lm_head is None else [model.token_embedding, model.lm_head]:
             if bool(same.all()):

@@ -30,8 +30,8 @@ ROLES = {
     "title": "title name itemname productname label",
     "text": "text description overview summary plot abstract",
     "categories": "categories category genres genre group tags keywords",
-    "image": "image image img photo poster imagefilename picturefilename cover filename file",
-    "audio": "audio audio audiofilename soundfilename preview",
+    "image": "image picture img photo poster imagefilename picturefilename cover filename file",
+    "audio": "audio sound audiofilename soundfilename preview",
 }
 _NAMES = {role: names.split() for role, names in ROLES.items()}
 _INTERACTIONS = re.compile(r"(u\.data|ratings\.(dat|csv)|(interactions|events|histories|purchases)\.\w+)(\.gz)?$")

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from plait.core.errors import PlaitError
 from plait.inference.engine import Request as Wanted
 from plait.inference.model import Model, Options
+from plait.inference.results import Predictions
 from plait.modalities.text import words
 from plait.model.multimodal import Sequence
 from plait.reports.explanation import as_json_of, as_png
@@ -283,17 +284,17 @@ async def classify(request: Request, body: s.ClassifyRequest) -> Response:
         sequences = await service.prepared(prepare, size)
         request_context.prompt_tokens = sum(map(len, sequences))
 
-        def work() -> list[tuple[str, float]]:
+        def work() -> Predictions:
             return ours.classify_parts(sequences, body.labels, body.column, body.top)
     else:
         if len(values) > 1:
             raise ApiError(400, f"{served.name} classifies one input at a time. Send one part.", "input")
 
-        def work() -> list[tuple[str, float]]:
+        def work() -> Predictions:
             return model.classify(values[0], labels=body.labels, column=body.column, top=body.top)
 
     ranked = await served.worker.call(work, deadline)
-    data = [{"label": label, "probability": chance} for label, chance in ranked]
+    data = [prediction._asdict() for prediction in ranked]
     return JSONResponse({"object": "list", "model": served.name, "data": data})
 
 

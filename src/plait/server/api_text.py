@@ -145,7 +145,8 @@ def _medium(kind: str, value: Any, form: str) -> dict[str, Any]:
 
 
 async def _chat_events(
-    service: Service, served: Served, request_context: RequestContext, pending_requests: list[PendingRequest], head: dict[str, Any], outputs: list[Any],
+    service: Service, served: Served, request_context: RequestContext, pending_requests: list[PendingRequest],
+    head: dict[str, Any], outputs: list[Any],
     columns: list[str | None], prompts: list[Prompt], form: str, usage: bool,
 ) -> AsyncIterator[list[Any]]:  # fmt: skip
     more = {"usage": None} if usage else {}

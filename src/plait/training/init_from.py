@@ -75,7 +75,7 @@ def check(run: Run) -> None:
                 f"training.weights.{name}: {weight:g} cannot be obeyed: {can}. Weights are of text, contrastive and "
                 f"{', '.join(MODALITIES)}; columns are {', '.join(columns)}."
             )
-    known = ["encoder", *(f"encoder.{name}" for name in MODALITIES), "backbone", "rows"]
+    known = ["encoder", *(f"encoder.{name}" for name in MODALITIES), "backbone", "token_embedding"]
     for part in settings.freeze:
         if part not in known:
             near = difflib.get_close_matches(part, known, n=1)
@@ -110,7 +110,7 @@ def apply_freezing(run: Run, model: Multimodal) -> None:
         return
     parts = set(settings.freeze)
     if settings.lora:
-        parts |= {"encoder", "backbone", "rows"}
+        parts |= {"encoder", "backbone", "token_embedding"}
     was, kept = Vocabulary.model_validate(source["vocabulary"]), set(source["modalities"])
     masked = growing.freeze(model, parts, was, kept, set(run.dataset.columns.values()))
     if settings.lora:

@@ -94,8 +94,8 @@ def plan(
     Example: plait plan --preset gpt3-175b --gpus 1024 --gpu h100 --price 3
     """
     from plait.core.errors import PlaitError
-    from plait.plan import networks
-    from plait.plan.estimate import Options, make_plan, sheets
+    from plait.planning import networks
+    from plait.planning.estimate import Options, make_plan, sheets
 
     if (source is None) == (preset is None):
         raise PlaitError("Say what to plan: a recipe, or --preset NAME. Example: plait plan --preset gpt3-175b")
@@ -104,7 +104,8 @@ def plan(
         network,
         Options(
             gpu=gpu, gpus=gpus, price=price, tokens=data_tokens, utilisation=utilisation, tflops=tflops, batch=batch,
-            length=length, layout=layout, activation_checkpointing=activation_checkpointing, budget=budget, fails=failures, between=mtbf,
+            length=length, layout=layout, activation_checkpointing=activation_checkpointing, budget=budget,
+            fails=failures, between=mtbf,
             machines=machines, interruptions=interruptions, days=in_days, save=save_seconds, restart=restart_minutes,
             every=every, seed=seed, lora=lora,
         ),

@@ -103,7 +103,7 @@ def _part(name: str) -> str:
         if "norm" in rest:
             return "norms"
         return "attention" if ".qkv" in rest or ".attention" in rest else "feed-forward"
-    return {"rows": "token embedding", "head": "lm head"}.get(head, "embedding space")
+    return {"token_embedding": "token embedding", "lm_head": "lm head"}.get(head, "embedding space")
 
 
 # --- by name ----------------------------------------------------------------------------------------------------

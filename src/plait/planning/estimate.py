@@ -11,9 +11,9 @@ import torch
 from plait.core.config import SIZES
 from plait.core.device import choose_device, threads
 from plait.core.errors import PlaitError
-from plait.plan import failures
-from plait.plan.machines import OVERHEAD, USABLE, Machine, machine, peak_memory, probed_seconds, this_machine
-from plait.plan.memory import (
+from plait.planning import failures
+from plait.planning.machines import OVERHEAD, USABLE, Machine, machine, peak_memory, probed_seconds, this_machine
+from plait.planning.memory import (
     ACTIVATION_CHECKPOINTING,
     Layout,
     Load,
@@ -24,7 +24,7 @@ from plait.plan.memory import (
     smallest_change,
     total,
 )
-from plait.plan.networks import PRESETS, Network, compute_optimal, expected_loss, preset
+from plait.planning.networks import PRESETS, Network, compute_optimal, expected_loss, preset
 
 UTILISATION = 0.4  # of the peak, where none is stated: well-kept runs reach .3 to .55
 DAY = 86_400.0
@@ -65,7 +65,8 @@ def make_plan(network: Network, options: Options) -> dict[str, Any]:
     """
     if options.activation_checkpointing not in ACTIVATION_CHECKPOINTING:
         raise PlaitError(
-            f"There is no recomputation '{options.activation_checkpointing}'. Use {', '.join(ACTIVATION_CHECKPOINTING)}."
+            f"There is no activation checkpointing '{options.activation_checkpointing}'. "
+            f"Use {', '.join(ACTIVATION_CHECKPOINTING)}."
         )
     torch.set_num_threads(threads())
     if options.lora is not None:
@@ -322,8 +323,9 @@ def sheets(plan: dict[str, Any]) -> list[Sheet]:
     rows.append(["largest batch", *(" / ".join(map(str, row["largest batch"].values())) for row in layouts_)])
     where = plan["machine"]
     title = (
-        f"GB on one device: {plan['batch']} x {plan['length']} tokens, {plan['states']} states, recompute "
-        f"{plan['activation_checkpointing']}; {where['count']} x {where['name']}, {gigabytes(where['memory'])} GB"
+        f"GB on one device: {plan['batch']} x {plan['length']} tokens, {plan['states']} states, "
+        f"activation checkpointing {plan['activation_checkpointing']}; "
+        f"{where['count']} x {where['name']}, {gigabytes(where['memory'])} GB"
     )
     found.append(Sheet(title, ["", *(row["name"] for row in layouts_)], rows))
     titles = {"run": "The run", "here": "On this machine, as plait train does it", "failures": "With failures",

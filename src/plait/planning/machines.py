@@ -239,7 +239,7 @@ def training_step(
     def work() -> None:
         optimizer.zero_grad(set_to_none=True)
         output = loss_module(step, True, False)
-        (sum(output.sums.values()) / (batch * length) + output.nothing).backward()
+        (sum(output.sums.values()) / (batch * length) + output.zero_anchor).backward()
         float(torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0))
         optimizer.step()
 

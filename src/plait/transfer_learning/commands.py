@@ -36,8 +36,8 @@ def transfer(
     from plait.core.config import load_recipe, parse_recipe
     from plait.core.files import read_json
     from plait.data.dataset import Dataset
-    from plait.transfer.study import News, Plan
-    from plait.transfer.study import transfer as compare
+    from plait.transfer_learning.study import News, Plan
+    from plait.transfer_learning.study import transfer as compare
 
     facts = Path(source) / "run.json"
     budget = {"training": {"minutes": minutes, "steps": steps}}
