@@ -10,6 +10,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 from plait.chat import commands as chatting
 from plait.cli import evaluate as measuring
+from plait.cli import recipes as offering
 from plait.cli import serve as serving
 from plait.cli import train as training
 from plait.cli import use as using
@@ -23,6 +24,7 @@ from plait.transfer import commands as transferring
 # A file of commands is a panel of --help, in this order.
 PANELS = {
     training.__name__: "From files to a model",
+    offering.__name__: "From files to a model",
     measuring.__name__: "Measure",
     transferring.__name__: "Measure",
     using.__name__: "Use a model",

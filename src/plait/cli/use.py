@@ -195,6 +195,7 @@ def export(
 
     Example: plait export runs/demo --to transformers -o exported
     """
+    from plait.core.dist import check_extra
     from plait.core.errors import PlaitError
     from plait.hf.export import export_onnx, export_transformers
     from plait.hf.export_constraints import add_export_constraints
@@ -210,6 +211,9 @@ def export(
         raise PlaitError(f"Unknown format '{to}'. Use {', '.join(formats)}.")
     if length is not None and to != "tflite":
         raise PlaitError("--length is of --to tflite alone: the others take texts of any length.")
+    if to == "onnx":
+        for module in ("onnx", "onnxruntime"):
+            check_extra(module, "onnx", "Export to ONNX")
     loaded = load(model, "cpu")
     if not isinstance(loaded, OurModel):
         raise PlaitError(

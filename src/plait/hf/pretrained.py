@@ -15,6 +15,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from plait.core.device import Device, choose_device
+from plait.core.dist import import_extra
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from plait.data.media import MediaError, decode_audio, decode_image, resample
@@ -44,10 +45,7 @@ def load_pretrained(name_or_folder: str | Path, device: str = "auto", precision:
     config = read_json(folder / "config.json")
     if not (folder / "model.safetensors").is_file() and not (folder / "model.safetensors.index.json").is_file():
         raise PlaitError(no_safetensors(folder, other_weights(folder)))
-    try:
-        import transformers
-    except ImportError:
-        raise PlaitError(f"{name_or_folder} needs transformers. Run: pip install 'plait[huggingface]'.") from None
+    transformers = import_extra("transformers", "huggingface", str(name_or_folder))
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise PlaitError(f"{folder / 'config.json'} has no model_type. Fetch the model again.")
     return Pretrained(

@@ -1,6 +1,6 @@
 """Synthetic data for chat, auto-reply, intents and emotions, made from templates and from voices of eSpeak NG.
 
-    python recipes/make_conversations.py FOLDER
+    python bench/make_conversations.py FOLDER
 
 writes, each ready for `plait prepare` or `plait train`:
 
