@@ -16,14 +16,17 @@ from typing import Any, Literal
 import torch
 from packaging.requirements import Requirement
 
-from plait.cli.demo_data import Speech
+from plait.core import isa
 from plait.core.device import choose_device, threads
 from plait.core.dist import DISTRIBUTION, VERSION, install_command
 from plait.core.errors import PlaitError
 from plait.core.files import read_json, sha256_file
 from plait.data.dataset import Dataset
+from plait.data.demo_data import Speech
+from plait.kernels import build
 from plait.kernels import generation as native
 from plait.kernels import training as in_training
+from plait.kernels.choice import known_choices
 from plait.model import checkpoint
 from plait.reports.report import read_run
 
@@ -186,14 +189,27 @@ def _processor() -> list[Finding]:
         found.append(Finding("warn", "threads", f"{text}={max(int(allowed), 1)}"))
     else:
         found.append(Finding("ok", "threads", f"{used}{given}"))
-    found.append(Finding("ok", "generation", f"a step on the processor: {native.backend_name(choose_device('cpu'))}"))
+    levels = ", ".join(level.name for level in isa.supported()) or "none that kernels are written for"
+    cap = isa.cap()
+    capped = f"; {isa.VARIABLE} caps them at {cap.name}" if cap else ""
+    found.append(Finding("ok", "instructions", f"{levels}{capped}"))
+    found.append(_kernel("generation", f"a step on the processor: {native.backend_name(choose_device('cpu'))}"))
     blocks = in_training.backend_name(choose_device("cpu", training=True))
-    found.append(Finding("ok", "training", f"blocks on the processor: {blocks}"))
+    found.append(_kernel("training", f"blocks on the processor: {blocks}"))
+    found += [Finding("ok", "measured", choice.words()) for choice in known_choices()]
     a = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     wrong = float((a @ a - (a.double() @ a.double()).float()).abs().max())
     level: Literal["ok", "fail"] = "ok" if wrong < 1e-2 else "fail"
     found.append(Finding(level, "arithmetic", f"the largest error of a product of matrices is {wrong:.1g}"))
     return found
+
+
+def _kernel(use: str, text: str) -> Finding:
+    """Whether there is a kernel, and where there is none that could be, why."""
+    kernel = build.kernel(use)
+    if kernel.library is None and kernel.wanted:
+        return Finding("warn", use, f"slower than it could be, for PyTorch computes: {kernel.reason}")
+    return Finding("ok", use, text)
 
 
 def _quota() -> float | None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from plait.cli.common import app, out, plain
+from plait.console import app, out, plain
 
 
 @app.command()

@@ -31,9 +31,9 @@ from plait.core.rng import key_of
 from plait.data.dataset import Dataset
 from plait.reports.report import read_run
 from plait.training.run import Progress
-from plait.tune.report import verdict, write_study_report
-from plait.tune.space import Field, check_objective, fields_of, score, with_values
-from plait.tune.workers import Job, Message, Worker, Workers
+from plait.tuning.report import verdict, write_study_report
+from plait.tuning.space import Field, check_objective, fields_of, score, with_values
+from plait.tuning.workers import Job, Message, Worker, Workers
 
 try:
     import optuna

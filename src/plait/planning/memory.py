@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 from plait.core.errors import PlaitError
 from plait.model.transformer import TransformerConfig
-from plait.plan.machines import MACHINES, USABLE, Machine
-from plait.plan.networks import Network
+from plait.planning.machines import MACHINES, USABLE, Machine
+from plait.planning.networks import Network
 
 # Bytes a parameter: weights, gradients, optimizer. "mixed": bf16 weights and gradients, an fp32 copy and two moments.
 # "autocast", as `plait train` does: fp32 weights and gradients, two moments.

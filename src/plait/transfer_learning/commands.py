@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from plait.cli.common import Bar, DeviceOption, app, out, plain
+from plait.console import Bar, DeviceOption, app, out, plain
 
 
 @app.command()
@@ -38,8 +38,8 @@ def transfer(
     from plait.core.config import load_recipe, parse_recipe
     from plait.core.files import read_json
     from plait.data.dataset import Dataset
-    from plait.transfer.study import News, Plan
-    from plait.transfer.study import transfer as compare
+    from plait.transfer_learning.study import News, Plan
+    from plait.transfer_learning.study import transfer as compare
 
     facts = Path(source) / "run.json"
     budget = {"training": {"minutes": minutes, "steps": steps}}

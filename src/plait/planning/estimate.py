@@ -11,9 +11,9 @@ import torch
 from plait.core.config import SIZES
 from plait.core.device import choose_device, threads
 from plait.core.errors import PlaitError
-from plait.plan import failures
-from plait.plan.machines import OVERHEAD, USABLE, Machine, machine, peak_memory, probed_seconds, this_machine
-from plait.plan.memory import (
+from plait.planning import failures
+from plait.planning.machines import OVERHEAD, USABLE, Machine, machine, peak_memory, probed_seconds, this_machine
+from plait.planning.memory import (
     ACTIVATION_CHECKPOINTING,
     Layout,
     Load,
@@ -24,7 +24,7 @@ from plait.plan.memory import (
     smallest_change,
     total,
 )
-from plait.plan.networks import PRESETS, Network, compute_optimal, expected_loss, preset
+from plait.planning.networks import PRESETS, Network, compute_optimal, expected_loss, preset
 
 UTILISATION = 0.4  # of the peak, where none is stated: well-kept runs reach .3 to .55
 DAY = 86_400.0

@@ -26,7 +26,7 @@ from plait.inference.model import Model, load
 from plait.model.checkpoint import find_checkpoint
 from plait.training.run import Progress
 from plait.training.trainer import train
-from plait.transfer.report import verdicts, write_comparison
+from plait.transfer_learning.report import verdicts, write_comparison
 
 WAYS = ("scratch", "frozen", "lora", "full")
 ALL = "all"
