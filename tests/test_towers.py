@@ -22,7 +22,7 @@ from plait.modalities.audio_files import encode_wav, resample
 from plait.modalities.image import Image, ImageSettings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
-transformers = pytest.importorskip("transformers", reason="pip install plait[huggingface]")
+transformers = pytest.importorskip("transformers", reason="pip install plait-ml[huggingface]")
 
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
           "image_size": 32, "patch_size": 8, "initializer_range": 0.3}  # fmt: skip

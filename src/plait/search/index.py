@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from plait.core.dist import import_extra
 from plait.core.errors import PlaitError
 from plait.core.files import fsync_folder, only_writer, sha256_file, write_atomic
 from plait.data.dataset import Dataset
@@ -133,11 +134,7 @@ class Index:
 
     def _connect(self) -> Any:
         os.environ.setdefault("LANCE_LOG", "error")
-        try:
-            import lancedb
-        except ModuleNotFoundError:
-            raise PlaitError("Search needs lancedb. Run: pip install 'plait[search]'.") from None
-        return lancedb.connect(str(self.path))
+        return import_extra("lancedb", "search", "Search").connect(str(self.path))
 
     @contextlib.contextmanager
     def reading(self, what: str = "read") -> Iterator[None]:
