@@ -27,12 +27,8 @@ from itertools import product
 from pathlib import Path
 
 from plait.cli.demo_data import Speech
-<<<<<<< HEAD:recipes/make_conversations.py
-from plait.modalities.audio_files import encode_wav, resample
-=======
 
 from plait.modalities.audio_files import encode_wav, resample
->>>>>>> main:bench/make_conversations.py
 
 SEED = 7
 PEOPLE = [
