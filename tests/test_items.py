@@ -178,7 +178,7 @@ def test_bad_questions(
 
 def test_a_model_of_histories_writes_nothing(shop: Path, plait: Command, capsys: pytest.CaptureFixture[str]) -> None:
     assert plait("generate", shop / "run", "Hello") == 1
-    assert "recommend, similar" in capsys.readouterr().err
+    assert "recommend and similar" in capsys.readouterr().err
     assert plait("export", shop / "run", "-o", shop / "exported") == 1
     assert "histories of items" in capsys.readouterr().err
 

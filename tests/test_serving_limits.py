@@ -25,9 +25,9 @@ from PIL import Image
 
 import plait
 from plait.core.interruption import Interrupted, pause_point, pausing
-from plait.data.media import encode_wav
 from plait.inference.model import PlaitModel
 from plait.inference.prompts import Chat, Turn
+from plait.modalities.audio_files import encode_wav
 from plait.server.limits import ApiError, Limits, read_keys
 from plait.server.worker import Worker, follow
 from server import Server, is_error, write_text_model

@@ -11,9 +11,9 @@ from typing import Any, Unpack
 from PIL import Image as PILImage
 
 from plait.core.errors import PlaitError
-from plait.data.media import sniff
 from plait.inference.model import Options
 from plait.inference.prompts import Chat, Prompt, Turn
+from plait.modalities.media import sniff
 
 
 class Session:

@@ -9,7 +9,7 @@ import sys
 # A thread that waits for another must not spin while somebody else could use the processor; read when torch loads.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
-from plait.cli import doctor, evaluate, serve, train, use
+from plait.cli import doctor, evaluate, recipes, serve, train, use
 from plait.console import app, err, plain
 from plait.core.features import features
 
@@ -20,6 +20,7 @@ def _arrange_commands() -> None:
     """Import the features' commands, and put all commands under the panels of --help, in the order of `PANELS`."""
     panels = {
         train.__name__: "From files to a model",
+        recipes.__name__: "From files to a model",
         evaluate.__name__: "Measure",
         use.__name__: "Use a model",
         serve.__name__: "Serve",

@@ -29,7 +29,7 @@ def prepare(
     pattern: Annotated[
         str | None, typer.Option(help="Regular expression on file names; its named groups become text columns.")
     ] = None,
-    recipe: Annotated[Path | None, typer.Option(help="Take map, labels and pattern from this recipe.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Take map, labels and pattern from this recipe.")] = None,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes that decode media; all cores if left out.")
     ] = None,
@@ -91,7 +91,7 @@ def train(
         str, typer.Argument(help="A prepared dataset (a folder or a URL), or files that `prepare` reads.")
     ],
     run: Annotated[Path, typer.Option("-o", "--out", help="The run's folder.")],
-    recipe: Annotated[Path | None, typer.Option(help="A YAML file; see recipes/.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="A YAML file, or a name of `plait recipes`.")] = None,
     size: Annotated[str | None, typer.Option(help="tiny, small, base or large; see plait sizes.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Fit the schedule to a time budget.")] = None,
     steps: Annotated[int | None, typer.Option(help="Train for so many steps.")] = None,
@@ -246,7 +246,7 @@ def tune(
     ] = "learning_rate,batch_size",
     minutes: Annotated[float | None, typer.Option(help="The time of each trial.")] = None,
     steps: Annotated[int | None, typer.Option(help="The steps of each trial, instead of minutes.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="The default recipe, a YAML file.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="The default recipe, a YAML file.")] = None,
     size: Annotated[str | None, typer.Option(help="tiny, small, base or large; see plait sizes.")] = None,
     objective: Annotated[
         str, typer.Option(help="What is made small on val: loss, or text, image, audio, contrastive.")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plait.core.dist import import_extra
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from plait.inference.model import PlaitModel
@@ -101,14 +102,9 @@ def _template(folder: Path) -> Any:
     known = settings.is_file() and read_json(settings).get("chat_template")
     if not known and not (folder / "chat_template.jinja").is_file():
         return None
+    transformers = import_extra("transformers", "huggingface", f"The chat template of {folder}")
     try:
-        from transformers import PreTrainedTokenizerFast
-    except ImportError:
-        raise PlaitError(
-            f"{folder} has a chat template, which needs transformers. Run: pip install 'plait[huggingface]'."
-        ) from None
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, split_special_tokens=False
         )
     except Exception as error:  # its loaders raise nearly every class on damaged files

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
-from plait.data.media import mime
+from plait.modalities.media import media_type
 from plait.recommend.model import Recommendation, RecommendationModel
 from plait.server.api import make_router, of
 from plait.server.limits import ApiError
@@ -141,5 +141,5 @@ def _model(served: Served) -> RecommendationModel:
 
 def _shown(model: RecommendationModel, one: Recommendation, preview: bool) -> dict[str, Any]:
     image = model.image(one.id) if preview else None
-    url = f"data:{mime(image)};base64,{base64.b64encode(image).decode()}" if image is not None else None
+    url = f"data:{media_type(image)};base64,{base64.b64encode(image).decode()}" if image is not None else None
     return {**asdict(one), "why": [{"title": title, "lost": lost} for title, lost in one.why], "preview": url}

@@ -14,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 
 from plait.core.errors import PlaitError
-from plait.data.media import Checker, MediaError, preview
 from plait.data.record import Rejected, rejected
+from plait.modalities.descriptor import MediaError
+from plait.modalities.media import Checker, preview
 from plait.search.entries import Entry
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class Adding:
         if isinstance(content, str):
             return content, None
         value, model = checker.decode(kind, content), self.index.model
-        small = preview(content, value)
+        small = preview(kind, content, value)
         return model.prepared(kind, value), small
 
     def _embedded(self, values: list[Any]) -> list[np.ndarray | str]:

@@ -11,8 +11,8 @@ from pydantic import BaseModel, ValidationError
 from plait.core.config import SIZES, BackboneRecipe, Recipe, Size, describe_error, parse_recipe
 from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
-from plait.modalities import MODALITIES, SETTINGS
 from plait.modalities.base import ENCODER_SOURCES, Vocabulary, code_levels
+from plait.modalities.registry import MODALITIES, SETTINGS
 from plait.model.chat_template import TURNS
 from plait.model.multimodal import ModelConfig, Multimodal
 from plait.model.transformer import TransformerConfig

@@ -16,8 +16,8 @@ from pydantic import BaseModel
 from plait.core.config import GenerationConfig
 from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
-from plait.modalities import MODALITIES
 from plait.modalities.base import ENCODER_SOURCES, Vocabulary, alike
+from plait.modalities.registry import MODALITIES
 from plait.modalities.text import Text
 from plait.model import checkpoint as checkpoints
 from plait.model import extend as growing
