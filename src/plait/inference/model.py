@@ -82,7 +82,7 @@ class PlaitModel(Reading, Model):
     """A checkpoint at work in Plait's engine. Inputs are those of `Model`, or (column, an input, a fitted sample or a
     list of windows) where the column matters."""
 
-    embed_batch = 512
+    embed_batch = 256
 
     def __init__(
         self, checkpoint: Checkpoint, device: str = "auto", precision: str = "auto", folder: Path | None = None

@@ -35,7 +35,7 @@ from plait.search.adding import OWN, Adding, Progress, checksums
 from plait.search.entries import entries
 
 EXACT = 100_000  # entries up to which all vectors are kept in memory and compared
-BATCH = 256  # entries that are embedded at a time
+BATCH = 256  # entries that are embedded at a time, at most
 TABLE = "entries"
 PROBES, REFINE = 14, 2  # of an approximate search: partitions looked at, and candidates per result compared exactly
 FUSE = 60  # reciprocal rank fusion: 1 / (FUSE + rank), Cormack, Clarke and Buettcher 2009
@@ -220,7 +220,7 @@ class Index:
             adding = Adding(self, progress)
             with contextlib.closing(Checker()) as checker, ThreadPoolExecutor(2, "media") as pool:
                 found = (item for source in given for item in entries(source, columns))
-                some = self.model.embed_batch
+                some = min(BATCH, self.model.embed_batch)
                 while chunk := list(islice(found, some)):
                     adding.take(chunk, checker, pool)
                 adding.finish()
