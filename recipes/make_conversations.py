@@ -27,6 +27,7 @@ from itertools import product
 from pathlib import Path
 
 from plait.cli.demo_data import Speech
+
 from plait.data.media import encode_wav, resample
 
 SEED = 7

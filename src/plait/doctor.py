@@ -16,12 +16,12 @@ from typing import Any, Literal
 import torch
 from packaging.requirements import Requirement
 
-from plait.cli.demo_data import Speech
 from plait.core import isa
 from plait.core.device import choose_device, threads
 from plait.core.errors import PlaitError
 from plait.core.files import read_json, sha256_file
 from plait.data.dataset import Dataset
+from plait.data.demo_data import Speech
 from plait.kernels import build
 from plait.kernels import generation as native
 from plait.kernels import training as in_training

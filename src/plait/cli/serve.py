@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from plait.cli.common import DeviceOption, app, out
+from plait.console import DeviceOption, app, out
 
 
 @app.command()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from plait.cli.common import Bar, DeviceOption, RunArgument, SeedOption, app, err, out, plain, show_manifest
+from plait.console import Bar, DeviceOption, RunArgument, SeedOption, app, err, out, plain, show_manifest
 
 if TYPE_CHECKING:
     from plait.data.dataset import Dataset, Manifest
@@ -172,8 +172,9 @@ def train_run(
     dataset: Dataset, run: Path, recipe: Any, device: str, allow_changes: bool = False, group: Group | None = None
 ) -> None:
     from plait.core.errors import Terminated
+    from plait.evaluation.findings import Findings
     from plait.recommend.model import embedder
-    from plait.reports.report import Findings, read_run, write_report
+    from plait.reports.report import read_run, write_report
     from plait.training.run import describe
     from plait.training.trainer import train as fit
 

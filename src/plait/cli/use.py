@@ -5,23 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from plait.cli.common import (
+from plait.console import (
     DeviceOption,
     ModelArgument,
     SeedOption,
     app,
     existing,
-    load,
     media_or_text,
     note_windows,
     out,
     plain,
     write,
 )
+
+if TYPE_CHECKING:
+    from plait.hf.pretrained import Pretrained
+    from plait.inference.model import Model
+
+
+def load(name: str, device: str) -> Model | Pretrained:
+    """`plait.load`, imported when it is needed: torch takes seconds."""
+    from plait.inference.model import load
+
+    return load(name, device)
 
 
 @app.command()

@@ -17,6 +17,7 @@ from torch import Tensor
 from plait.core.device import Device, choose_device
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
+from plait.core.interruption import pause_point
 from plait.data.media import MediaError, decode_audio, decode_image, resample
 from plait.explain import hf_models as questions
 from plait.explain.methods import Explanation, explain
@@ -32,6 +33,7 @@ VERBS = {
     "language": ("generate",),
 }
 SECONDS = 30  # of audio that Whisper reads at once
+WINDOWS = 16  # of a long text that are read at once
 TEMPLATE = "This is a photo of {}."  # what CLIP and SigLIP are asked about a label
 
 
@@ -121,6 +123,10 @@ class Pretrained:
         """What this model can do."""
         return list(VERBS[self.kind])
 
+    def window_count(self, value: Any) -> int:
+        """1: transformers' models read an input at once, or cut it themselves."""
+        return 1
+
     def draw(self, text: str, **options: Any) -> list[PILImage.Image]:
         """No model of transformers draws through this door."""
         self._can("draw")
@@ -139,6 +145,7 @@ class Pretrained:
             raise PlaitError(f"{what} cannot {verb}; it can {' and '.join(self.verbs)}. Use another model for that.")
 
     def _run(self, function: Any, **inputs: Any) -> Any:
+        pause_point()
         tensors = {key: v.to(self.device.torch) if isinstance(v, Tensor) else v for key, v in inputs.items()}
         with torch.inference_mode(), self.device.autocast():
             return function(**tensors)
@@ -242,12 +249,14 @@ class Pretrained:
         windows = self.tokenizer(text, truncation=True, max_length=limit, return_overflowing_tokens=True, padding=True)
         names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in windows]
         inputs = {name: torch.tensor(windows[name]) for name in names}
-        hidden = self._run(self.model, **inputs).last_hidden_state.float()
-        weight = inputs["attention_mask"].to(hidden.device).float()
-        if first:
-            return torch.nn.functional.normalize(hidden[:, 0], dim=-1).mean(0)
-        means = (hidden * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)
-        return torch.nn.functional.normalize(means, dim=-1).mean(0)
+        vectors = []
+        for at in range(0, len(inputs["input_ids"]), WINDOWS):
+            some = {name: tensor[at : at + WINDOWS] for name, tensor in inputs.items()}
+            hidden = self._run(self.model, **some).last_hidden_state.float()
+            weight = some["attention_mask"].to(hidden.device).float()
+            means = (hidden * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)
+            vectors.append(torch.nn.functional.normalize(hidden[:, 0] if first else means, dim=-1))
+        return torch.cat(vectors).mean(0)
 
     # --- texts ----------------------------------------------------------------------------------------------------
 
@@ -265,6 +274,12 @@ class Pretrained:
             if not getattr(self.model.generation_config, "is_multilingual", False):
                 raise PlaitError(f"{self.name} knows one language only. Leave the language out.")
             options |= {"language": language, "task": "transcribe"}
+
+        def stop(ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            pause_point()
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+        options["stopping_criteria"] = [stop]
         texts = []
         for start in range(0, max(len(wave), 1), step):
             features = self.processor(

@@ -16,7 +16,7 @@ import numpy as np
 from fastapi import HTTPException
 from pydantic_core import from_json
 
-from plait.core.errors import PlaitError
+from plait.core.errors import ContextLengthError, PlaitError
 from plait.core.files import write_atomic
 from plait.data import media
 
@@ -63,6 +63,12 @@ class ApiError(HTTPException):
             self.status_code, "invalid_request_error" if self.status_code < 500 else "server_error"
         )
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def as_api_error(error: PlaitError) -> ApiError:
+    """What a request's own fault becomes."""
+    code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
+    return ApiError(400, str(error), code=code)
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from plait.cli.common import Bar, DeviceOption, app, out, plain
+from plait.console import Bar, DeviceOption, app, out, plain
 
 
 @app.command()
