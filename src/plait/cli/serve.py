@@ -1,4 +1,4 @@
-"""Commands of the server: serve, key."""
+"""The command that serves models over HTTP."""
 
 from __future__ import annotations
 
@@ -67,17 +67,3 @@ def serve(
             f"A step of generation: {backend_name(choose_device(device, precision))}"
         ),
     )  # fmt: skip
-
-
-@app.command()
-def key(
-    file: Annotated[Path, typer.Argument(help="Where hashes of keys are kept.")],
-    name: Annotated[str, typer.Option(help="Whose key it is.")] = "default",
-) -> None:
-    """Make an API key: it is shown once, and only its hash is kept.
-
-    Example: plait key keys.txt --name alice
-    """
-    from plait.server.limits import new_key
-
-    out.print(new_key(file, name))

@@ -40,7 +40,7 @@ class DatasetViews:
 
     @property
     def report(self) -> Path:
-        """The page that shows columns, splits, examples and what was rejected. Raises PlaitError where there is none."""
+        """The page with columns, splits, examples and what was rejected. Raises PlaitError where there is none."""
         if not isinstance(self.path, Path) or not (self.path / "report.html").is_file():
             raise PlaitError(f"{self.path} has no report.html on this machine.")
         return self.path / "report.html"

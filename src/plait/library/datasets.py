@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plait.core.config import Recipe, load_recipe, parse_recipe
+from plait.core.config import Recipe, as_recipe
 from plait.core.errors import PlaitError
 from plait.core.files import cache_folder
 from plait.core.progress import ProgressBar
@@ -16,21 +16,6 @@ from plait.data.dataset import Dataset
 from plait.data.memory import in_memory, write_source
 from plait.data.prepare import prepare as prepare_files
 from plait.data.stores import location
-
-
-def as_recipe(recipe: Recipe | str | Path | Mapping[str, Any] | None, overrides: dict[str, dict[str, Any]]) -> Recipe:
-    """A recipe from what people give: none, the path of a YAML file, a dictionary, or a Recipe; with overrides by
-    section laid over it, of which None says nothing.
-
-    Raises PlaitError naming the key that is unknown or wrong.
-    """
-    if recipe is None or isinstance(recipe, (str, Path)):
-        return load_recipe(None if recipe is None else Path(recipe), overrides)
-    raw = recipe.model_dump(mode="json", exclude_unset=True) if isinstance(recipe, Recipe) else dict(recipe)
-    for section, values in overrides.items():
-        if known := {key: value for key, value in values.items() if value is not None}:
-            raw[section] = {**(raw.get(section) or {}), **known}
-    return parse_recipe(raw, "the recipe")
 
 
 def prepare(

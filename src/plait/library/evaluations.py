@@ -10,8 +10,9 @@ from plait.core.errors import PlaitError
 from plait.core.frames import data_frame, html_table
 from plait.core.progress import ProgressBar
 from plait.data.dataset import Dataset
+from plait.evaluation.findings import Findings, Metrics
 from plait.library.runs import Run
-from plait.reports.report import Findings, Metrics, read_run, write_metrics, write_report
+from plait.reports.report import read_run, write_metrics, write_report
 
 
 class Metric(NamedTuple):

@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plait.core.config import LoraRecipe, Recipe, parse_recipe
+from plait.core.config import LoraRecipe, Recipe, as_recipe, parse_recipe
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from plait.core.frames import data_frame, html_table
 from plait.core.progress import ProgressBar
 from plait.data.dataset import Dataset
-from plait.library.datasets import as_recipe, open_or_prepare
+from plait.library.datasets import open_or_prepare
 from plait.training.callbacks import Callback, TensorBoard
 from plait.training.run import Progress
 
@@ -292,15 +292,16 @@ def _fit(
     callbacks: Sequence[Callback],
 ) -> None:
     """Train, and write the report."""
+    from plait.evaluation.findings import Findings
     from plait.recommend.model import embedder
-    from plait.reports.report import Findings, read_run, write_report
+    from plait.reports.report import read_run, write_report
     from plait.training.trainer import train as fit
 
     if importlib.util.find_spec("tensorboard") is not None and not any(isinstance(c, TensorBoard) for c in callbacks):
         callbacks = [TensorBoard(), *callbacks]
     fit(
         dataset, folder, recipe, shown_by(bar), device, allow_changes=allow_changes, group=group, callbacks=callbacks,
-        embed=lambda items: embedder(recipe.model.item.encoder, device)(items),
+        embed=lambda items: embedder(str(recipe.model.item.encoder), device)(items),
     )  # fmt: skip
     if group.is_main:
         write_report(folder / "report.html", {}, Findings(), read_run(folder, dataset.path))
