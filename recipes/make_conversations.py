@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
-from plait.cli.demo_data import Speech
+from plait.data.demo_data import Speech
 
 from plait.data.media import encode_wav, resample
 
