@@ -299,9 +299,9 @@ def test_recomputed_and_moved():
         return [given.grad, *(p.grad for p in network.parameters())]
 
     wanted = gradients()
-    network.activation_checkpointing(True)
+    network.set_activation_checkpointing(True)
     assert all(torch.equal(a, b) for a, b in zip(gradients(), wanted, strict=True))
-    network.activation_checkpointing(False)
+    network.set_activation_checkpointing(False)
     with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t):
         assert all(torch.equal(a, b) for a, b in zip(gradients(), wanted, strict=True))
     network.bfloat16()
