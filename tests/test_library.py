@@ -53,6 +53,7 @@ TWINS = {
     "chat": "plait.chat.chat:Session.say",
     "reply": "plait.chat.replies:open_replies",
     "serve": "plait.server.app:serve",
+    "recipes": "plait.core.recipes:packaged_recipes",
     "key": "plait.server.limits:new_key",
     "doctor": "plait.doctor:check_folder",
     "sizes": "plait.training.build:size_table",

@@ -16,6 +16,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from plait.core.dist import VERSION as __version__
+
 if TYPE_CHECKING:
     from plait.core.errors import PlaitError
     from plait.data.dataset import Dataset
@@ -31,8 +33,6 @@ if TYPE_CHECKING:
     from plait.training.callbacks import Callback
     from plait.transfer_learning.api import transfer
     from plait.tuning.api import tune
-
-    __version__: str
 
 __all__ = [
     "Callback",
@@ -80,10 +80,6 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import version
-
-        return version("plait")
     if name not in _MODULES:
         raise AttributeError(f"module 'plait' has no attribute '{name}'")
     return getattr(import_module(_MODULES[name]), name)

@@ -24,6 +24,7 @@ from plait.cli import (
     generate,
     key,
     prepare,
+    recipes,
     serve,
     sizes,
     speak,
@@ -35,7 +36,7 @@ from plait.core.features import features
 
 # A heading of `plait --help` -> the modules whose commands stand under it, before those of features.
 PANELS = {
-    "From files to a model": (prepare, train, checkpoint),
+    "From files to a model": (prepare, train, recipes, checkpoint),
     "Measure": (evaluate, demo),
     "Use a model": (generate, classify, describe, transcribe, draw, speak, embed, export),
     "Understand a model": (),

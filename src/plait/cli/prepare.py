@@ -24,7 +24,7 @@ def prepare(
     pattern: Annotated[
         str | None, typer.Option(help="Regular expression on file names; its named groups become text columns.")
     ] = None,
-    recipe: Annotated[Path | None, typer.Option(help="Take map, labels and pattern from this recipe.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Take map, labels and pattern from this recipe.")] = None,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes that decode media; all cores if left out.")
     ] = None,

@@ -19,7 +19,7 @@ def train(
         str, typer.Argument(help="A prepared dataset (a folder or a URL), or files that `prepare` reads.")
     ],
     run: Annotated[Path, typer.Option("-o", "--out", help="The run's folder.")],
-    recipe: Annotated[Path | None, typer.Option(help="A YAML file; see recipes/.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="A YAML file, or a name of `plait recipes`.")] = None,
     size: Annotated[str | None, typer.Option(help="tiny, small, base or large; see plait sizes.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Fit the schedule to a time budget.")] = None,
     steps: Annotated[int | None, typer.Option(help="Train for so many steps.")] = None,

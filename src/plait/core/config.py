@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from plait.core.errors import PlaitError
+from plait.core.recipes import find_recipe
 
 
 class _Settings(BaseModel):
@@ -192,15 +193,16 @@ SIZES = {
 }  # fmt: skip
 
 
-def load_recipe(path: Path | None, overrides: dict[str, dict[str, Any]] | None = None) -> Recipe:
-    """The recipe in a YAML file, or the default one, with overrides by section laid over it.
+def load_recipe(path: str | Path | None, overrides: dict[str, dict[str, Any]] | None = None) -> Recipe:
+    """The recipe in a YAML file or of a packaged name, or the default one, with overrides by section laid over it.
 
     Raises PlaitError naming the file, the key and the nearest known key.
     """
     raw: Any = {}
     if path is not None:
+        path = find_recipe(path)
         try:
-            raw = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except OSError as error:
             raise PlaitError(f"Recipe {path} cannot be read: {error.strerror}.") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -221,7 +223,7 @@ def as_recipe(recipe: Recipe | str | Path | Mapping[str, Any] | None, overrides:
     Raises PlaitError naming the key that is unknown or wrong.
     """
     if recipe is None or isinstance(recipe, (str, Path)):
-        return load_recipe(None if recipe is None else Path(recipe), overrides)
+        return load_recipe(recipe, overrides)
     raw = recipe.model_dump(mode="json", exclude_unset=True) if isinstance(recipe, Recipe) else dict(recipe)
     for section, values in overrides.items():
         if known := {key: value for key, value in values.items() if value is not None}:

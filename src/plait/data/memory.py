@@ -19,7 +19,9 @@ import pyarrow.parquet as pq
 from PIL import Image as PILImage
 
 from plait.core.errors import PlaitError
-from plait.data.media import AUDIO_SUFFIXES, IMAGE_SUFFIXES, encode_png, encode_wav
+from plait.modalities.audio_files import encode_wav
+from plait.modalities.image_files import encode_png
+from plait.modalities.media import kind_of_suffix
 
 ROWS = 256  # that are encoded and written at a time
 
@@ -272,8 +274,7 @@ def _is_struct(value: Any) -> bool:
 
 def _names_medium(value: str) -> bool:
     """Whether a text looks like the path of a medium."""
-    suffix = Path(value).suffix.lower() if len(value) < 1024 and "\n" not in value else ""
-    return suffix in IMAGE_SUFFIXES or suffix in AUDIO_SUFFIXES
+    return len(value) < 1024 and "\n" not in value and kind_of_suffix(Path(value).suffix) is not None
 
 
 _MEDIUM = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from plait.core.dist import check_extra
 from plait.core.errors import PlaitError
 
 if TYPE_CHECKING:
@@ -61,6 +62,9 @@ def export(
         raise PlaitError(f"Unknown format '{to}'. Use {', '.join(formats)}.")
     if length is not None and to != "tflite":
         raise PlaitError("--length is of --to tflite alone: the others take texts of any length.")
+    if to == "onnx":
+        for module in ("onnx", "onnxruntime"):
+            check_extra(module, "onnx", "Export to ONNX")
     loaded = load(model, "cpu") if isinstance(model, (str, Path)) else model
     if not isinstance(loaded, Model):
         raise PlaitError(

@@ -234,7 +234,7 @@ def train(
         dataset: a Dataset, the folder or URL of one, or data as `plait.prepare` takes them, which are prepared into
             the run's folder first.
         out: the run's folder.
-        recipe: a YAML file, a dictionary or a Recipe; the arguments below are laid over it.
+        recipe: a YAML file, a name of `plait recipes`, a dictionary or a Recipe; the arguments below are laid over it.
         size: tiny, small, base or large.
         minutes: a time budget that the schedule is fitted to.
         steps: steps to train for, instead of minutes.

@@ -24,7 +24,9 @@ def tune(
     ] = "learning_rate,batch_size",
     minutes: Annotated[float | None, typer.Option(help="The time of each trial.")] = None,
     steps: Annotated[int | None, typer.Option(help="The steps of each trial, instead of minutes.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="The default recipe, a YAML file.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="The default recipe: a YAML file, or a name of `plait recipes`.")
+    ] = None,
     size: Annotated[str | None, typer.Option(help="tiny, small, base or large; see plait sizes.")] = None,
     objective: Annotated[
         str, typer.Option(help="What is made small on val: loss, or text, image, audio, contrastive.")
