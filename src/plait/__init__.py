@@ -16,7 +16,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from plait.core.dist import VERSION as __version__
+from plait.core import dist
 
 if TYPE_CHECKING:
     from plait.core.errors import PlaitError
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from plait.training.callbacks import Callback
     from plait.transfer_learning.api import transfer
     from plait.tuning.api import tune
+
+__version__ = dist.VERSION
 
 __all__ = [
     "Callback",
