@@ -38,8 +38,7 @@ def serve(
     """
     from plait.core.dist import check_extra
 
-    for module in ("fastapi", "uvicorn", "httptools", "multipart", "prometheus_client"):
-        check_extra(module, "serve", "plait serve")
+    _check_serve_extra()
     if ui:
         check_extra("gradio", "ui", "--ui")
     if index:
@@ -75,6 +74,15 @@ def key(
 
     Example: plait key keys.txt --name alice
     """
+    _check_serve_extra()
     from plait.server.limits import new_key
 
     out.print(new_key(file, name))
+
+
+def _check_serve_extra() -> None:
+    """Raise PlaitError with the line to type where a package of the extra is missing."""
+    from plait.core.dist import check_extra
+
+    for module in ("fastapi", "uvicorn", "httptools", "multipart", "prometheus_client"):
+        check_extra(module, "serve", "The server")
