@@ -28,7 +28,7 @@ from pathlib import Path
 
 from plait.cli.demo_data import Speech
 
-from plait.data.media import encode_wav, resample
+from plait.modalities.audio_files import encode_wav, resample
 
 SEED = 7
 PEOPLE = [

@@ -21,8 +21,9 @@ from plait.core.errors import PlaitError
 from plait.data import hub
 from plait.data.conversations import ROLES, flatten, turns
 from plait.data.dataset import Dataset
-from plait.data.media import encode_png, encode_wav
 from plait.data.prepare import prepare
+from plait.modalities.audio_files import encode_wav
+from plait.modalities.image_files import encode_png
 
 
 def make_image(n: int) -> bytes:

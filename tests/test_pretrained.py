@@ -14,8 +14,8 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from plait.core.errors import PlaitError
-from plait.data.media import resample
 from plait.hf.pretrained import TEMPLATE, load_pretrained
+from plait.modalities.audio_files import resample
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 transformers = pytest.importorskip("transformers", reason="pip install plait-ml[huggingface]")
@@ -126,7 +126,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def make_image() -> Image.Image:
+def image() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8))
 
 

@@ -16,9 +16,9 @@ import plait as library
 from conftest import make_image, write_world
 from plait.core.config import SIZES
 from plait.core.errors import PlaitError
-from plait.data.media import encode_wav, resample
 from plait.hf import encoders as hf_encoders
 from plait.modalities.audio import Audio, AudioSettings
+from plait.modalities.audio_files import encode_wav, resample
 from plait.modalities.image import Image, ImageSettings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported

@@ -15,8 +15,8 @@ from plait.chat.template import ROLES, Template
 from plait.core.dist import import_extra
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
-from plait.data.media import sniff
 from plait.inference.model import Model, Options
+from plait.modalities.media import sniff
 from plait.model.multimodal import Sequence
 
 NAMES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}

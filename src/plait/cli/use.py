@@ -156,7 +156,7 @@ def speak(
 
     Example: plait speak runs/demo "seven" -o seven.wav
     """
-    from plait.data.media import encode_wav
+    from plait.modalities.audio_files import encode_wav
 
     wave, rate = load(model, device).speak(text, n=1, guidance=guidance, seed=seed)[0]
     write(out_file, encode_wav(wave, rate))

@@ -18,7 +18,7 @@ from PIL import Image
 from plait.core.dist import install_command
 from plait.core.errors import PlaitError
 from plait.core.rng import uniform
-from plait.data.media import encode_wav, resample
+from plait.modalities.audio_files import encode_wav, resample
 
 NAMES = {
     "en": ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"],

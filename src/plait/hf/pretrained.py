@@ -19,11 +19,13 @@ from plait.core.dist import import_extra
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from plait.core.interruption import pause_point
-from plait.data.media import MediaError, decode_audio, decode_image, resample
 from plait.explain import hf_models as questions
 from plait.explain.methods import Explanation, explain
 from plait.hf.hub import explained, find, no_safetensors, other_weights, quiet
 from plait.inference.results import Prediction, Predictions
+from plait.modalities.audio_files import decode_audio, resample
+from plait.modalities.descriptor import MediaError
+from plait.modalities.image_files import decode_image
 
 # What each kind of model can do.
 VERBS = {

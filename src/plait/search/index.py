@@ -26,11 +26,11 @@ from plait.core.dist import import_extra
 from plait.core.errors import PlaitError
 from plait.core.files import fsync_folder, only_writer, sha256_file, write_atomic
 from plait.data.dataset import Dataset
-from plait.data.media import Checker
 from plait.data.record import Rejected
 from plait.data.stores import Location, location
 from plait.hf.pretrained import Pretrained
 from plait.inference.model import Model, load
+from plait.modalities.media import Checker
 from plait.search.adding import OWN, Adding, Progress, checksums
 from plait.search.entries import entries
 
