@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from plait.cli.serve import check_serve_extra
 from plait.console import app, out
 
 
@@ -19,6 +20,7 @@ def key(
 
     Example: plait key keys.txt --name alice
     """
+    check_serve_extra()
     from plait.server.limits import new_key
 
     out.print(new_key(file, name))

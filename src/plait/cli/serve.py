@@ -38,8 +38,7 @@ def serve(
     """
     from plait.core.dist import check_extra
 
-    for module in ("fastapi", "uvicorn", "httptools", "multipart", "prometheus_client"):
-        check_extra(module, "serve", "plait serve")
+    check_serve_extra()
     if ui:
         check_extra("gradio", "ui", "--ui")
     if index:
@@ -64,3 +63,11 @@ def serve(
             f"A step of generation: {backend_name(choose_device(device, precision))}"
         ),
     )  # fmt: skip
+
+
+def check_serve_extra() -> None:
+    """Raise PlaitError with the line to type where a package of the extra is missing."""
+    from plait.core.dist import check_extra
+
+    for module in ("fastapi", "uvicorn", "httptools", "multipart", "prometheus_client"):
+        check_extra(module, "serve", "The server")
