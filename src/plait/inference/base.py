@@ -116,6 +116,7 @@ class Model:
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
         repetition_penalty: float | None = None,
         seed: int = 0,
         n: int | None = None,
