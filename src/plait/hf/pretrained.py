@@ -303,7 +303,6 @@ class Pretrained(Model):
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
-        min_p: float | None = None,
         repetition_penalty: float | None = None,
         seed: int = 0,
         n: int | None = None,
