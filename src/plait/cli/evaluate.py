@@ -44,6 +44,7 @@ def _evaluate(
     from plait.core.errors import PlaitError
     from plait.core.files import read_json
     from plait.data.dataset import Dataset
+    from plait.data.stores import location, read_place
     from plait.evaluation.tasks import Limits
     from plait.evaluation.tasks import evaluate as measure
     from plait.inference.model import Model, load
@@ -54,8 +55,8 @@ def _evaluate(
         facts = read_json(run / "run.json")
         if "dataset" not in facts:
             raise PlaitError(f"{run / 'run.json'} does not say which dataset it is of. Name one with --data.")
-        data = facts["dataset"]
-    dataset = Dataset.open(data)
+    place = location(data) if data is not None else read_place(facts["dataset"], run)
+    dataset = Dataset.open(place)
     model = load(run, device)
     if not isinstance(model, Model):
         raise PlaitError(f"{run} is no model that plait trained; evaluation needs a run.")
@@ -64,15 +65,15 @@ def _evaluate(
             from plait.recommend.evaluate import evaluate_histories
 
             metrics, findings = evaluate_histories(model, dataset, split, seed=seed, limit=limit, progress=bar)
-            return _keep(run, data, metrics, findings)
+            return _keep(run, place, metrics, findings)
         limits = Limits() if limit is None else Limits(records=limit)
         metrics, findings = measure(
             model, dataset, split, seed=seed, limits=limits, reference_seconds=reference_seconds, progress=bar
         )
-    return _keep(run, data, metrics, findings)
+    return _keep(run, place, metrics, findings)
 
 
-def _keep(run: Path, data: str, metrics: dict[str, Any], findings: Findings) -> dict[str, Any]:
+def _keep(run: Path, data: str | Path, metrics: dict[str, Any], findings: Findings) -> dict[str, Any]:
     from plait.reports.report import read_run, write_metrics, write_report
 
     for note in findings.notes:

@@ -57,7 +57,10 @@ def prepare(
     near = {"near_duplicates": near_duplicates, "drop_near_duplicates": drop_near_duplicates}
     manifest = prepare_files(source, out_folder, data, workers=workers, seed=seed, **near)
     show_manifest(manifest, out_folder)
-    out.print(f"Next: plait train {out_folder} -o runs/{Path(out_folder).name}")
+    if manifest.counts.get("train"):
+        out.print(f"Next: plait train {out_folder} -o runs/{Path(out_folder).name}")
+    else:
+        out.print(f"There is nothing to train on. Next: plait evaluate RUN --data {out_folder}")
 
 
 def prepare_files(source: str | Path, folder: str | Path, data: Any, **options: Any) -> Manifest:
@@ -74,15 +77,25 @@ def prepare_files(source: str | Path, folder: str | Path, data: Any, **options: 
             raise
 
 
-def _dataset(source: str, run: Path, recipe: Any) -> Dataset:
+def _dataset(source: str, run: Path, recipe: Any, allow_changes: bool) -> Dataset:
     """A prepared dataset, or raw files, which are prepared first, into the run's folder."""
-    from plait.data.dataset import Dataset
+    from plait.core.config import DataRecipe
+    from plait.data.prepare import dataset_for
 
-    if "://" in source or (Path(source) / "manifest.json").is_file():
-        return Dataset.open(source)
-    if not (run / "data" / "manifest.json").is_file():
-        show_manifest(prepare_files(source, run / "data", recipe.data), run / "data")
-    return Dataset.open(run / "data")
+    made: list[Manifest] = []
+
+    def make(replace: bool) -> Manifest:
+        made.append(prepare_files(source, run / "data", recipe.data, replace=replace))
+        return made[0]
+
+    dataset = dataset_for(source, run / "data", allow_changes, make)
+    if made:
+        show_manifest(made[0], run / "data")
+    elif dataset.path != run / "data" and recipe.data != DataRecipe():
+        err.print(
+            f"[yellow]Note:[/yellow] {plain(source)} is prepared already, so the recipe's data section has no effect."
+        )
+    return dataset
 
 
 @app.command()
@@ -147,7 +160,7 @@ def train(
     with distributed.processes() as group:
         out.quiet = err.quiet = not group.is_main
         with group.main_first():
-            prepared = _dataset(dataset, run, settings)
+            prepared = _dataset(dataset, run, settings, allow_changes)
         train_run(prepared, run, settings, device, allow_changes, group)
     out.print(f"Next: plait evaluate {run}")
 
