@@ -393,10 +393,26 @@ def test_other_data_into_a_runs_folder(tmp_path: Path, plait: Command, capsys: p
     assert plait(*begin, 4, tmp_path / "b", "--allow-changes") == 0
     labels_now = {str(record.parts["label"]) for record in Dataset.open(tmp_path / "run/data").iterate()}
     assert labels_now == {"u", "w"}
-    # A run knows its data wherever it stands, and from wherever it is asked.
+
+
+def test_a_run_knows_its_data_wherever_it_stands(
+    tmp_path: Path, plait: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for label in ("x", "y"):
+        for n in range(12):
+            put(tmp_path / "a" / label / f"{n}.txt", f"{label} {n} text {n * 7}")
+    recipe = put(tmp_path / "r.yaml", "model: {backbone: {width: 16, layers: 1, heads: 2, context: 32}}\n")
+    monkeypatch.chdir(tmp_path)
+    assert plait("train", "a", "-o", "run", "--recipe", recipe, "--steps", 2) == 0
+    assert json.loads((tmp_path / "run/run.json").read_text())["dataset"] == "data"
     (tmp_path / "run").rename(tmp_path / "moved")
-    assert json.loads((tmp_path / "moved/run.json").read_text())["dataset"] == "data"
-    assert plait("evaluate", tmp_path / "moved", "--limit", 2) == 0
+    monkeypatch.chdir(tmp_path / "a")
+    assert plait("evaluate", "../moved", "--limit", 2) == 0
+    assert plait("prepare", tmp_path / "a", "-o", tmp_path / "data") == 0
+    monkeypatch.chdir(tmp_path)
+    assert plait("train", "data", "-o", "run", "--recipe", recipe, "--steps", 2) == 0
+    monkeypatch.chdir(tmp_path / "a")
+    assert plait("evaluate", tmp_path / "run", "--limit", 2) == 0
 
 
 def test_home_and_other_encodings(tmp_path: Path, plait: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ import pyarrow as pa
 from plait.core.config import ItemsRecipe
 from plait.core.errors import PlaitError
 from plait.core.files import cache_folder, only_writer, publish_folder, read_json, sealed, write_json
-from plait.data.dataset import VERSION, Dataset, Manifest
+from plait.data.dataset import VERSION, Manifest
 from plait.data.duplicates import Duplicates, find_duplicates, first_of
 from plait.data.files import ARCHIVE_SUFFIXES, TABLE_SUFFIXES, Plan, Tree, scan, suffix_of
 from plait.data.preview import Example, report
@@ -183,31 +183,6 @@ def source_stamp(source: Location, out: Location) -> str:
                 inside = os.path.relpath(Path(folder) / name, source)
                 digest.update(os.fsencode(f"{inside}\0{status.st_size}\0{status.st_mtime_ns}\0"))
     return digest.hexdigest()
-
-
-def dataset_for(source: str | Path, folder: Path, allow_changes: bool, make: Callable[[bool], Manifest]) -> Dataset:
-    """What training is to read: the dataset at `source`, or the one in `folder` that is made of the files there, by
-    `make(replace)` where it was not before.
-
-    Raises PlaitError where `folder` has a dataset of other files, unless changes are allowed: then it is made anew.
-    """
-    place = location(source)
-    if (isinstance(place, Path) and (place / "manifest.json").is_file()) or isinstance(place, str):
-        return Dataset.open(place)
-    if not (folder / "manifest.json").is_file():
-        make(False)
-        return Dataset.open(folder)
-    dataset = Dataset.open(folder)
-    difference = changed_source(source, dataset.manifest, folder)
-    if difference is None:
-        return dataset
-    if not allow_changes:
-        raise PlaitError(
-            f"{folder} holds the data of another run: {difference}. Choose another folder with -o, or pass "
-            "--allow-changes to prepare the files anew and go on with them."
-        )
-    make(True)
-    return Dataset.open(folder)
 
 
 def _named(source: Location) -> str:
