@@ -77,7 +77,7 @@ def media_or_text(value: str) -> str | Path:
     with contextlib.suppress(OSError, ValueError):  # a name longer than names may be, or with a NUL
         if path.is_file():
             return path
-        if path.is_dir() and ("/" in value or len(value.split()) > 1):
+        if "/" in value and path.is_dir():
             raise PlaitError(f"{value} is a folder. Name a file, or write text that is no path.")
     spaced = re.search(r"\s", value) is not None  # a sentence may end like a file, or hold a stroke
     rooted = value.startswith(("/", "./", "../", "~/")) and "." in path.name
