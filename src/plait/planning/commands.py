@@ -1,34 +1,13 @@
-"""Commands that tell before the work: doctor, sizes, plan."""
+"""Commands that tell before the work: sizes, plan."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from plait.cli.common import SeedOption, app, err, out, plain
-
-
-@app.command()
-def doctor(
-    folder: Annotated[Path | None, typer.Argument(help="A run, a checkpoint or a dataset to check too.")] = None,
-) -> None:
-    """Check the installation, and the integrity of a run or a dataset; exit code 1 where something fails.
-
-    Example: plait doctor runs/photos
-    """
-    from plait.doctor import check_folder, check_installation
-
-    findings = check_installation(folder or Path()) + (check_folder(folder) if folder else [])
-    colours = {"ok": "green", "warn": "yellow", "fail": "red"}
-    for found in findings:
-        mark = f"[{colours[found.level]}]{found.level:4}[/{colours[found.level]}]"
-        out.print(f"{mark}  {plain(found.subject)}: {plain(found.text)}")
-    if any(found.level == "fail" for found in findings):
-        sys.exit(1)
+from plait.console import SeedOption, app, err, out, plain
 
 
 @app.command()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from plait.cli.common import Bar, DeviceOption, app, out, plain
+from plait.console import Bar, DeviceOption, app, out, plain
 
 
 @app.command()
@@ -23,7 +23,9 @@ def transfer(
     read: Annotated[str | None, typer.Option(help="The column that is read; the first medium if left out.")] = None,
     column: Annotated[str | None, typer.Option(help="The column of labels; the one with fewest if left out.")] = None,
     old: Annotated[str | None, typer.Option(help="The source's own data, by which forgetting is measured.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="A YAML file; the source's recipe if left out.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="A YAML file or a name of `plait recipes`; else the source's.")
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Test records, at most.")] = 1000,
     device: DeviceOption = "auto",
 ) -> None:

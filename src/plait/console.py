@@ -105,12 +105,6 @@ def show_manifest(manifest: Manifest, folder: str | Path) -> None:
     out.print(f"Report: {folder}/report.html")
 
 
-def load(name: str, device: str = "auto") -> Model | Pretrained:
-    from plait.inference.model import load
-
-    return load(name, device)
-
-
 def media_or_text(value: str) -> str | Path:
     """An argument that names a file is that file; anything else is text."""
     if not re.search(r"\.(png|jpe?g|gif|webp|bmp|tiff?|wav|flac|ogg|opus|mp3)$", value, re.IGNORECASE):
@@ -136,9 +130,7 @@ def existing(path: Path) -> Path:
 
 def note_windows(model: Model | Pretrained, value: str | Path) -> None:
     """Say so where an audio clip is longer than the model reads at once."""
-    from plait.inference.model import Model as OurModel
-
-    if isinstance(value, Path) and isinstance(model, OurModel) and (count := model.window_count(value)) > 1:
+    if isinstance(value, Path) and (count := model.window_count(value)) > 1:
         text = f"{value} is longer than this model reads at once; it is read in {count} windows that overlap by half."
         err.print(f"[yellow]Note:[/yellow] {plain(text)}")
 

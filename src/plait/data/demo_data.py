@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from plait.core.dist import install_command
 from plait.core.errors import PlaitError
 from plait.core.rng import uniform
-from plait.data.media import encode_wav, resample
+from plait.modalities.audio_files import encode_wav, resample
 
 NAMES = {
     "en": ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"],
@@ -42,9 +43,7 @@ class Speech:
             self.data = Path(espeakng_loader.get_data_path())
             self.library: Any = ctypes.CDLL(espeakng_loader.get_library_path())
         except (ImportError, OSError, RuntimeError) as error:
-            raise PlaitError(
-                f"eSpeak NG cannot be loaded ({error}). Install it: pip install 'plait[speech]'"
-            ) from error
+            raise PlaitError(f"eSpeak NG cannot be loaded ({error}). Run: {install_command('speech')}") from error
         self.rate = self.library.espeak_Initialize(self._SYNCHRONOUS, 0, str(self.data.parent).encode(), 0)
         if self.rate <= 0:
             raise PlaitError("eSpeak NG did not start. To install it again: make speech.")

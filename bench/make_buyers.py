@@ -1,7 +1,7 @@
 """A shop whose products are emoji, and buyers who do not exist: SYNTHETIC data, for trying recommending with images.
 
-    python recipes/make_buyers.py FOLDER-OR-ZIPS -o shop      # the folder holds emoji.jsonl and a zip of the images
-    plait train shop -o runs/products --recipe recipes/products.yaml
+    python bench/make_buyers.py FOLDER-OR-ZIPS -o shop      # the folder holds emoji.jsonl and a zip of the images
+    plait train shop -o runs/products --recipe products
 
 Each buyer has two tastes, drawn among the subgroups of Unicode (cat faces, fruit, ...). Three purchases in four are of
 the taste of the moment, which changes now and then; the others are any product. The shop's tables do not tell the

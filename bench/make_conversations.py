@@ -1,6 +1,6 @@
 """Synthetic data for chat, auto-reply, intents and emotions, made from templates and from voices of eSpeak NG.
 
-    python recipes/make_conversations.py FOLDER
+    python bench/make_conversations.py FOLDER
 
 writes, each ready for `plait prepare` or `plait train`:
 
@@ -27,7 +27,8 @@ from itertools import product
 from pathlib import Path
 
 from plait.cli.demo_data import Speech
-from plait.data.media import encode_wav, resample
+
+from plait.modalities.audio_files import encode_wav, resample
 
 SEED = 7
 PEOPLE = [
