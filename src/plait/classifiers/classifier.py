@@ -1,8 +1,8 @@
 """A column's classifier: what was fitted beside the model's own weights, as arrays and JSON.
 
-Its opinions are named: `linear` (features or n-grams, no network), `network` (the recogniser's head), `likelihood` (of the
-label as text), `nearest` (label in the embedding space). The model gives the last three; this file knows the first and
-how all are mixed.
+Its opinions are named: `linear` (features or n-grams, no network), `network` (the recogniser's head), `likelihood`
+(of the label as text), `nearest` (label in the embedding space). The model gives the last three; this file knows the
+first and how all are mixed.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def _colours(values: np.ndarray) -> np.ndarray:
 
 
 def audio_features(samples: Sequence[np.ndarray], bands: int) -> np.ndarray:
-    """Log-mel clips (T, at least `bands`) to float32 (N, F): cepstra in twelve equal segments of each clip's length, their
+    """Log-mel clips (T, at least `bands`) to float32 (N, F): cepstra in twelve equal segments of each clip, their
     means, spreads and changes, without the mean spectrum of the clip, which is the microphone's; and the length."""
     places = np.arange(bands) + 0.5
     basis = np.cos(math.pi / bands * np.outer(places, np.arange(CEPSTRA))) / math.sqrt(bands)

@@ -72,9 +72,8 @@ class Grams:
     def fit(cls, texts: Sequence[str]) -> Grams:
         least = 1 if len(texts) < 2000 else 2
         words = TfidfVectorizer(ngram_range=WORD_GRAMS, sublinear_tf=True, min_df=least, token_pattern=r"(?u)\b\w+\b")
-        characters = TfidfVectorizer(
-            analyzer="char_wb", ngram_range=CHARACTER_GRAMS, sublinear_tf=True, min_df=least, max_features=4 * MOST_GRAMS
-        )
+        options = {"sublinear_tf": True, "min_df": least, "max_features": 4 * MOST_GRAMS}
+        characters = TfidfVectorizer(analyzer="char_wb", ngram_range=CHARACTER_GRAMS, **options)
         grams = cls([words, characters])
         for vectorizer in grams.vectorizers:
             vectorizer.fit(texts)

@@ -41,12 +41,12 @@ class Mixture:
 
     def log_probabilities(self, scores: dict[str, np.ndarray]) -> np.ndarray:
         """Opinion -> (N, C), all that count among them, to (N, C)."""
-        return log_softmax(sum(self.weights[name] * scores[name] for name in self.used))  # type: ignore[arg-type]
+        return log_softmax(np.sum([self.weights[name] * scores[name] for name in self.used], axis=0))
 
     def familiarity(self, scores: dict[str, np.ndarray]) -> np.ndarray:
         """(N,), around 0 for what is like validation records, the larger the more familiar."""
         total = sum(self.weights[name] * self.spreads[name] for name in self.used)
-        return sum(  # type: ignore[return-value]
+        return sum(
             self.weights[name] / total * (scores[name].max(1) - self.centres[name]) for name in self.used
         )
 
@@ -66,8 +66,9 @@ def temperature(scores: np.ndarray, truth: np.ndarray) -> float:
 def fit_mixture(scores: dict[str, np.ndarray], truth: np.ndarray) -> Mixture:
     """Fit on validation records: opinion -> scores (N, C), and the right class (N,) of each.
 
-    Each opinion is calibrated alone first; then all weights are fitted together by likelihood, drawn towards equal shares
-    by a few records' worth. An opinion that adds nothing gets the weight 0 and need not be asked.
+    Each opinion is calibrated alone first; then all weights are fitted together by likelihood, drawn by a few
+    records' worth towards shares that go by how likely each opinion alone makes the truth. An opinion that adds nothing
+    gets the weight 0 and need not be asked.
     """
     names, rows = list(scores), np.arange(len(truth))
     stack = np.stack([scores[name] for name in names])

@@ -102,7 +102,7 @@ def demo(
         out.print(f"Writing images and sounds as ordinary files: {run / 'files'}")
         write_demo(run / "files", lambda text: err.print(f"[yellow]Note:[/yellow] {plain(text)}"))
         show_manifest(prepare_files(run / "files", run / "data", load_recipe(None).data), run / "data")
-    recipe = load_recipe(None, {"training": {"minutes": minutes, "seed": seed}})
+    recipe = load_recipe(None, {"training": {"task": "draw", "minutes": minutes, "seed": seed}})
     train_run(Dataset.open(run / "data"), run, recipe, device)
     metrics = _evaluate(run, None, "test", None, 15.0, seed, device)
     show_metrics({name: value for name, value in metrics.items() if name in _demo_figures(metrics)})

@@ -93,6 +93,10 @@ def train(
     run: Annotated[Path, typer.Option("-o", "--out", help="The run's folder.")],
     recipe: Annotated[str | None, typer.Option(help="A YAML file, or a name of `plait recipes`.")] = None,
     size: Annotated[str | None, typer.Option(help="tiny, small, base or large; see plait sizes.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="recognise, describe, draw, language, chat, reply or recommend; else seen in the data."),
+    ] = None,
     minutes: Annotated[float | None, typer.Option(help="Fit the schedule to a time budget.")] = None,
     steps: Annotated[int | None, typer.Option(help="Train for so many steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Records a step.")] = None,
@@ -131,24 +135,31 @@ def train(
     Example: plait train data/photos -o runs/photos --size tiny --minutes 10
     """
     from plait.core.config import LoraRecipe, load_recipe
+    from plait.core.errors import PlaitError
     from plait.training import distributed
 
     if processes > 1 and not distributed.launched():
         raise typer.Exit(distributed.launch(processes, sys.argv[1:]))
 
+    if minutes is not None and steps is not None:
+        raise PlaitError("--minutes and --steps exclude each other: give one of them.")
     training = {
-        "minutes": minutes, "steps": steps, "seed": seed, "batch_size": batch_size, "learning_rate": learning_rate,
+        "task": task, "minutes": minutes, "steps": steps, "seed": seed, "batch_size": batch_size,
+        "learning_rate": learning_rate,
         "save_every": save_every, "parallel": parallel, "grad_accum_steps": grad_accum_steps, "canaries": canaries,
         "freeze": freeze.split(",") if freeze else None, "replay": _shares(replay),
     }  # fmt: skip
     settings = load_recipe(recipe, {"model": {"size": size, "init_from": init_from}, "training": training})
+    if minutes is not None:
+        settings.training.steps = None  # the command line wins over a recipe
     if lora and settings.training.lora is None:
         settings.training.lora = LoraRecipe()
     with distributed.processes() as group:
         out.quiet = err.quiet = not group.is_main
         with group.main_first():
             prepared = _dataset(dataset, run, settings)
-        train_run(prepared, run, settings, device, allow_changes, group)
+        sees = recipe is None or settings.training.task != "auto"  # a recipe is taken as it is
+        train_run(prepared, run, settings, device, allow_changes, group, sees)
     out.print(f"Next: plait evaluate {run}")
 
 
@@ -169,30 +180,47 @@ def _shares(given: list[str] | None) -> dict[str, float] | None:
 
 
 def train_run(
-    dataset: Dataset, run: Path, recipe: Any, device: str, allow_changes: bool = False, group: Group | None = None
+    dataset: Dataset,
+    run: Path,
+    recipe: Any,
+    device: str,
+    allow_changes: bool = False,
+    group: Group | None = None,
+    sees_task: bool = True,
 ) -> None:
+    """Train, and fit the classifiers of a run that recognises. With `sees_task`, what the recipe leaves open
+    follows from the task, which is the recipe's or is seen in the data."""
     from plait.core.errors import Terminated
+    from plait.evaluation.decide import finish
     from plait.evaluation.findings import Findings
     from plait.recommend.model import embedder
     from plait.reports.report import read_run, write_report
     from plait.training.run import describe
+    from plait.training.tasks import derive
     from plait.training.trainer import train as fit
 
+    if sees_task:
+        derived = derive(dataset, recipe)
+        recipe = derived.recipe
+        for line in derived.lines:
+            out.print(plain(line))
+    main = group is None or group.is_main
     with Bar() as bar:
         try:
             fit(
                 dataset, run, recipe, bar.training, device, allow_changes=allow_changes, group=group,
                 embed=lambda items: embedder(recipe.model.item.encoder, device)(items),
             )  # fmt: skip
+            lines = finish(run, dataset, device, bar) if main and recipe.training.task == "recognise" else []
         except (KeyboardInterrupt, Terminated) as stop:
             last = run / "checkpoints" / "last"
             state = f"Saved: {last.resolve().name}" if last.exists() else "There is no checkpoint yet"
             how = "Stopped by SIGTERM" if isinstance(stop, Terminated) else "Stopped"
             err.print(f"\n{how}. {state}; the same command goes on from there: {run}")
             raise
-    if group is None or group.is_main:
+    if main:
         write_report(run / "report.html", {}, Findings(), read_run(run, dataset.path))
-        out.print(plain(describe(run)))
+        out.print(plain("\n".join([describe(run), *lines])))
 
 
 checkpoint_app = typer.Typer(

@@ -29,7 +29,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.first, self.second = ConvNorm(width, width), ConvNorm(width, width)
-        nn.init.zeros_(self.second[1].weight)
+        nn.init.zeros_(next(self.second[1].parameters()))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.silu(x + self.second(F.silu(self.first(x))))
@@ -114,10 +114,11 @@ class ImageRecogniser(Recogniser):
 
 
 class AudioRecogniser(Recogniser):
-    """(N, T, bands) log-mel, 0 being silence, to (N, T / 4, D), and to logits."""
+    """(N, T, bands) log-mel to (N, T / 4, D), and to logits."""
 
-    def __init__(self, bands: int, stem: int, width: int, classes: dict[str, int]) -> None:
+    def __init__(self, bands: int, silence: float, stem: int, width: int, classes: dict[str, int]) -> None:
         super().__init__(classes)
+        self.silence = silence
         self.trunk, before = nn.ModuleList(), 1
         for stage in range(3):
             after = stem * 2**stage
@@ -135,7 +136,7 @@ class AudioRecogniser(Recogniser):
     def _seen(self, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """(N, F, T / 4, bands / 8) and the lengths that are left."""
         exists = torch.arange(values.shape[1], device=values.device) < lengths[:, None]
-        x = values * exists[..., None]
+        x = (values.float() - self.silence) * exists[..., None]
         # Without the clip's mean spectrum: the microphone's, the room's, part of the voice.
         x = ((x - x.sum(1, keepdim=True) / lengths[:, None, None]) * exists[..., None])[:, None]
         x = x.contiguous(memory_format=torch.channels_last)
