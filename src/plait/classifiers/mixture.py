@@ -46,9 +46,7 @@ class Mixture:
     def familiarity(self, scores: dict[str, np.ndarray]) -> np.ndarray:
         """(N,), around 0 for what is like validation records, the larger the more familiar."""
         total = sum(self.weights[name] * self.spreads[name] for name in self.used)
-        return sum(
-            self.weights[name] / total * (scores[name].max(1) - self.centres[name]) for name in self.used
-        )
+        return sum(self.weights[name] / total * (scores[name].max(1) - self.centres[name]) for name in self.used)
 
     def ood_scores(self, scores: dict[str, np.ndarray]) -> np.ndarray:
         """(N,) in [0, 1]: the share of validation records that look more familiar."""

@@ -211,7 +211,7 @@ def train_run(
                 dataset, run, recipe, bar.training, device, allow_changes=allow_changes, group=group,
                 embed=lambda items: embedder(recipe.model.item.encoder, device)(items),
             )  # fmt: skip
-            lines = finish(run, dataset, device, bar) if main and recipe.training.task == "recognise" else []
+            lines = finish(run, dataset, device, bar) if main and recipe.training.task in ("recognise", "draw") else []
         except (KeyboardInterrupt, Terminated) as stop:
             last = run / "checkpoints" / "last"
             state = f"Saved: {last.resolve().name}" if last.exists() else "There is no checkpoint yet"
