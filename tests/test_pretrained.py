@@ -126,7 +126,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def make_image() -> Image.Image:
+def image() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8))
 
 
