@@ -2,8 +2,8 @@
 
     python bench/quality.py photos --data CIFAR_FOLDER --seed 0 --seconds 90 --out quality.jsonl
 
-Time is the processor's: the clock that training plans by is the process's own, so that a busy machine changes nothing but
-how long one waits. A row that stands in the file for the same seconds and seed is not measured again.
+Time is the processor's: the clock that training plans by is the process's own, so that a busy machine changes nothing
+but how long one waits. A row that stands in the file for the same seconds and seed is not measured again.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def files(folder: Path) -> list[Path]:
 
 
 def share_right(run: Path, folder: Path, column: str | None = None) -> dict[str, float]:
-    """The share of files under a folder of class folders whose first prediction is their folder's name, and of how many;
-    beside it, of the linear opinion alone."""
+    """The share of files under a folder of class folders whose first prediction is their folder's name; beside it,
+    that of the linear opinion alone, and of how many."""
     import numpy as np
 
     model = plait.load(run)

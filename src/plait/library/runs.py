@@ -273,7 +273,8 @@ def train(
     if minutes is not None and steps is not None:
         raise PlaitError("minutes and steps exclude each other: give one of them.")
     training = {
-        "task": task, "minutes": minutes, "steps": steps, "seed": seed, "batch_size": batch_size, "learning_rate": learning_rate,
+        "task": task, "minutes": minutes, "steps": steps, "seed": seed, "batch_size": batch_size,
+        "learning_rate": learning_rate,
         "save_every": save_every, "parallel": parallel, "grad_accum_steps": grad_accum_steps, "canaries": canaries,
         "freeze": [freeze] if isinstance(freeze, str) else list(freeze) if freeze else None,
         "replay": dict(replay) if replay else None,

@@ -123,7 +123,7 @@ def _recognise(dataset: Dataset, derived: Derived, labels: dict[str, list[str]],
         share = recipe.training.recogniser_share
         derived.lines.append(
             f"Time: {seconds * share:.0f} s for encoders that learn the labels, {seconds * (0.9 - share):.0f} s for "
-            f"the model, {seconds * 0.1:.0f} s to prepare, validate and calibrate. Images and audio are read, not made; "
+            f"the model, {seconds * 0.1:.0f} s to prepare, validate and calibrate. Media are read, not made; "
             "--task draw makes them."
         )
     else:
