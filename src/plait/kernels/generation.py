@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from plait.core.device import Device
 from plait.kernels import build as native
-from plait.model.transformer import Block, KVCache, Transformer, rotary_frequencies
+from plait.model.transformer import Block, KVCache, Transformer, TransformerConfig, rotary_frequencies
 
 PANEL = 32
 SMALL = 2**22  # products of weights and rows for which a second thread does not pay
@@ -58,6 +58,14 @@ def library() -> ctypes.CDLL | None:
     found.plait_scratch.restype = c_int64
     found.plait_step.argtypes = [POINTER(_Model), *[c_void_p] * 5, *[c_int64] * 3, c_void_p, c_int64]
     return found
+
+
+def supports(config: TransformerConfig) -> bool:
+    """Whether the compiled step computes a backbone of this shape: not sliding windows that bite, layers without
+    rotary positions, norms after a layer, GeGLU, or LongRoPE."""
+    windows = "sliding" in (config.layer_types or []) and (config.sliding_window or 0) < config.max_length
+    plain = config.activation in ACTIVATIONS and not config.post_norm and config.embed_scale == 1.0
+    return plain and not windows and not config.layers_without_rotary and config.trained_length is None
 
 
 def backend_name(device: Device) -> str:
@@ -120,7 +128,7 @@ class NativeStep:
         turns = positions = None
         if config.position == "rotary":
             angle = torch.arange(config.max_length)[:, None] * rotary_frequencies(config)
-            turns = self._keep(torch.cat((angle.cos(), angle.sin()), -1))
+            turns = self._keep(torch.cat((angle.cos(), angle.sin()), -1) * config.rotary_scale)
         else:
             positions = self._keep(backbone.positions)
         self.model = _Model(
