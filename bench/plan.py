@@ -23,7 +23,7 @@ from plait.core.device import choose_device, keep_memory, threads
 from plait.modalities.base import Vocabulary
 from plait.model.multimodal import ModelConfig, Multimodal
 from plait.model.transformer import TransformerConfig
-from plait.plan.machines import peak_memory, probed_seconds, sample_batch
+from plait.planning.machines import peak_memory, probed_seconds, sample_batch
 from plait.training.batches import Step
 from plait.training.distributed import Group, Network
 from plait.training.losses import LossModule, step_losses

@@ -31,8 +31,8 @@ from plait.data.dataset import Chosen, Dataset
 from plait.data.prepare import prepare
 from plait.inference.model import load
 from plait.training.trainer import train
-from plait.transfer.report import mean_and_error
-from plait.transfer.study import Task
+from plait.transfer_learning.report import mean_and_error
+from plait.transfer_learning.study import Task
 
 EN = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 ZH = ["零", "一", "二", "三", "四", "五", "六", "七", "八", "九"]

@@ -15,9 +15,9 @@ from PIL import Image, ImageDraw
 
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as `plait` does; read when torch loads
 
-import torch
+from plait.modalities.audio_files import encode_wav  # isort: skip before torch: PLAIT_ISA may cap what torch uses
 
-from plait.data.media import encode_wav
+import torch
 
 torch.set_num_threads(1)
 # A shell's background jobs ignore Ctrl-C, and what they start inherits that; tests send it.

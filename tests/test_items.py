@@ -162,6 +162,10 @@ def test_new_items_join_by_what_they_are(shop: Path, plait: Command, capsys: pyt
         ([], "one of the two"),
         (["--history", "9", "--where", "yeer > 3"], "no such column: yeer"),
         (["--history", "9", "--where", "1; drop table items"], "cannot be used"),
+        (["--history", "9", "--where", "1=1) UNION SELECT 'abc' WHERE (1=1"], "without SELECT"),
+        (["--history", "9", "--where", "year in (select 1960)"], "without SELECT"),
+        (["--history", "9", "--where", "length(randomblob(900000000)) > 1"], "function randomblob is not allowed"),
+        (["--history", "9", "--where", "hex(zeroblob(9)) = title"], "is not allowed"),
         (["--history", "9", "--where", "year > 3000"], "the condition holds for none"),
     ],
 )
@@ -190,6 +194,9 @@ def test_over_http(shop: Path) -> None:
         assert status == 400 and "There is no item 'nothing'" in found["error"]["message"]
         status, found = server.post("/v1/plait/recommend", {**asked, "where": "(select count(*) from sqlite_master"})
         assert status == 400
+        for wrong in ("1=1) UNION SELECT 'abc' WHERE (1=1", "length(randomblob(900000)) > 1", "load_extension('x')"):
+            status, found = server.post("/v1/plait/similar", {"model": "films", "item": "12", "where": wrong})
+            assert status == 400 and "cannot be used" in found["error"]["message"]
         status, found = server.post("/v1/completions", {"model": "films", "prompt": "Hello"})
         assert status == 400 and "recommend" in found["error"]["message"]
         assert server.stop() == 0

@@ -37,7 +37,7 @@ def decoder(shape: dict, family: dict, dtype: torch.dtype) -> Decoder:
     with torch.no_grad():
         for parameter in network.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
-    made = Decoder(network, Device("cpu", dtype))
+    made = Decoder(network, Device("cpu", dtype), measured=False)
     assert made.native is not None
     return made
 
@@ -113,17 +113,32 @@ def test_linear(threads, monkeypatch):
 
 
 def test_without_a_compiler(monkeypatch, caplog, tmp_path):
-    """PyTorch's step takes over: where nothing compiles, where the source does not, and where it is asked for."""
+    """PyTorch's step takes over: without a compiler, with one that fails or hangs, and where it is asked for. A failure
+    is remembered and told with its reason."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     device = Device("cpu", torch.float32)
-    plain = Decoder(Transformer(TransformerConfig(max_length=64, **SHAPES["odd"])).eval(), device)
-    flags = plait.kernels.build.FLAGS
-    for name, value in (("FLAGS", (*flags, "-include", "missing.h")), ("compiler", lambda: None)):
-        with monkeypatch.context() as patch:
-            patch.setattr(plait.kernels.build, name, value)
+    monkeypatch.setattr(plait.kernels.build, "compiler", lambda: None)
+    _forget()
+    assert native.library() is None and "no C++ compiler" in native.backend_name(device)
+    assert in_training.library() is None
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    broken, runs = tmp_path / "broken", tmp_path / "runs"
+    for script, reason in (
+        (f"echo run >> {runs}; echo no such thing >&2; exit 1", "no such thing"),
+        (f"echo run >> {runs}; sleep 60 & wait", "did not end"),
+    ):
+        broken.write_text(f"#!/bin/sh\n{script}\n")
+        broken.chmod(0o700)
+        monkeypatch.setenv("CXX", str(broken))
+        monkeypatch.setattr(plait.kernels.build, "COMPILE_SECONDS", 0.5)
+        runs.unlink(missing_ok=True)
+        counts = []
+        for _ in range(2):
             _forget()
-            assert native.library() is None and "PyTorch" in native.backend_name(device)
-            assert in_training.library() is None
+            assert native.library() is None and reason in plait.kernels.build.kernel("generation").reason
+            counts.append(len(runs.read_text().splitlines()))
+        assert counts[0] == counts[1]
     assert "could not be compiled" in caplog.text
     monkeypatch.setenv("PLAIT_NATIVE", "0")
     _forget()
@@ -135,8 +150,33 @@ def test_without_a_compiler(monkeypatch, caplog, tmp_path):
     _forget()
 
 
+def test_where_binaries_lie(monkeypatch, tmp_path):
+    """A wrapped compiler works; where others may write to the cache, a folder of one's own serves."""
+    wrapper, temporary = tmp_path / "wrapper", tmp_path / "tmp"
+    wrapper.write_text('#!/bin/sh\nexec "$@"\n')
+    wrapper.chmod(0o700)
+    temporary.mkdir()
+    monkeypatch.setenv("CXX", f"{wrapper} {' '.join(compiler() or [])}")
+    monkeypatch.setattr(plait.kernels.build, "FLAGS", (*plait.kernels.build.FLAGS, "-O0"))
+    monkeypatch.setattr(plait.kernels.build.tempfile, "gettempdir", lambda: str(temporary))
+    shared = tmp_path / "shared"
+    (shared / "plait" / "native").mkdir(parents=True)
+    (shared / "plait" / "native").chmod(0o777)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(shared))
+    _forget()
+    assert native.library() is not None
+    assert not list(shared.rglob("*.so")) and len(list(temporary.rglob("generation-*.so"))) == 1
+    (made,) = temporary.rglob("*.so")
+    made.unlink()  # not written over: it is mapped
+    made.write_bytes(b"planted")
+    made.chmod(0o777)  # by anybody: it is made anew, not loaded
+    _forget()
+    assert native.library() is not None and made.stat().st_size > 1000
+    _forget()
+
+
 def _forget() -> None:
-    for found in (plait.kernels.build.library, native.library, in_training.library):
+    for found in (plait.kernels.build.kernel, native.library, in_training.library):
         found.cache_clear()
 
 
@@ -259,9 +299,9 @@ def test_recomputed_and_moved():
         return [given.grad, *(p.grad for p in network.parameters())]
 
     wanted = gradients()
-    network.activation_checkpointing(True)
+    network.set_activation_checkpointing(True)
     assert all(torch.equal(a, b) for a, b in zip(gradients(), wanted, strict=True))
-    network.activation_checkpointing(False)
+    network.set_activation_checkpointing(False)
     with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t):
         assert all(torch.equal(a, b) for a, b in zip(gradients(), wanted, strict=True))
     network.bfloat16()

@@ -17,10 +17,10 @@ from plait.core.device import Device
 from plait.core.errors import PlaitError
 from plait.model import lora
 from plait.model.multimodal import Multimodal
-from plait.plan import failures
-from plait.plan.machines import MACHINES, Machine, machine, sample_batch, traced_peak
-from plait.plan.memory import Layout, Load, layer_activations, layouts, memory, smallest_change, total
-from plait.plan.networks import compute_optimal, expected_loss, preset
+from plait.planning import failures
+from plait.planning.machines import MACHINES, Machine, machine, sample_batch, traced_peak
+from plait.planning.memory import Layout, Load, layer_activations, layouts, memory, smallest_change, total
+from plait.planning.networks import compute_optimal, expected_loss, preset
 
 Plait = Callable[..., int]
 

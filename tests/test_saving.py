@@ -119,6 +119,20 @@ def test_changes_are_refused_until_allowed(
     assert json.loads((run / "run.json").read_text())["changes"] == ["(training.steps: was 24, now 26)"]
 
 
+def test_other_arithmetic_is_refused_until_allowed(
+    small: Path, run: Path, plait: Plait, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = json.loads((run / "run.json").read_text())
+    assert facts["threads"] == 1 and facts["computing"]["instructions"] and facts["computing"]["blocks"]
+    del facts["finished"]
+    facts["computing"]["instructions"] = "another"
+    (run / "run.json").write_text(json.dumps(facts))
+    assert plait(*command(small, run)) == 1
+    assert "instructions: was another, now" in capsys.readouterr().err
+    assert plait(*command(small, run, "--allow-changes")) == 0
+    assert json.loads((run / "run.json").read_text())["computing"]["instructions"] != "another"
+
+
 def test_data_that_was_altered_is_refused(
     small: Path, plait: Plait, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import base64
 import concurrent.futures
+import importlib.util
 import io
 import json
 import re
@@ -23,9 +25,11 @@ from PIL import Image
 
 import plait
 from plait.chat.chat import Chat, Turn
-from plait.data.media import encode_wav
+from plait.core.interruption import Interrupted, pause_point, pausing
 from plait.inference.model import Model
-from plait.server.limits import read_keys
+from plait.modalities.audio_files import encode_wav
+from plait.server.limits import ApiError, Limits, read_keys
+from plait.server.worker import Worker, follow
 from server import Server, is_error, write_text_model
 
 CORPUS = Path(__file__).parents[2] / "shared" / "corpora" / "json_parsing.zip"
@@ -46,14 +50,14 @@ def server(
     """Small limits, a key, and an allowed origin."""
     folder = tmp_path_factory.mktemp("strict")
     shown = io.StringIO()
-    monkeysession.setattr("plait.cli.common.out.file", shown)
+    monkeysession.setattr("plait.console.out.file", shown)
     assert plait("key", folder / "keys", "--name", "alice") == 0
     monkeysession.undo()
     key = shown.getvalue().strip()
     with Server.start(
         folder / "log", trained, f"text={letters}", "--api-key-file", folder / "keys", "--read-seconds", 1,
         "--batch", CAPACITY // 2, "--queue", CAPACITY // 2, "--drain-seconds", 1, "--allow-origin", "https://app.test",
-        key=key, optimised=True,
+        *(["--ui"] if importlib.util.find_spec("gradio") else []), key=key, optimised=True,
     ) as running:  # fmt: skip
         yield running
 
@@ -113,11 +117,64 @@ def test_hosts_and_origins(server: Server) -> None:
         assert status == 403 and is_error(status, body) and "access-control-allow-origin" not in headers
     status, headers, _ = server.ask("GET", "/v1/models", headers={"Origin": "https://app.test"})
     assert status == 200 and headers["access-control-allow-origin"] == "https://app.test"
-    asked = {"Origin": "https://app.test", "Access-Control-Request-Method": "POST"}
+    asked = {"Origin": "https://app.test", "Access-Control-Request-Method": "POST",
+             "Access-Control-Request-Headers": "authorization, x-stainless-os"}  # fmt: skip
     status, headers, _ = server.ask("OPTIONS", "/v1/completions", headers=asked, key="none")
-    assert status == 200 and headers["access-control-allow-origin"] == "https://app.test"
+    assert status == 204 and headers["access-control-allow-origin"] == "https://app.test"
+    assert headers["access-control-allow-headers"] == "authorization, x-stainless-os"
+    for path in ("/v1/models", "/nothing"):  # a page can read errors too
+        status, headers, _ = server.ask("GET", path, headers={"Origin": "https://app.test"}, key="none")
+        assert status == 401 and headers["access-control-allow-origin"] == "https://app.test"
+        assert "x-request-id" in headers["access-control-expose-headers"]
     assert server.ask("GET", "/v1/models", headers={**asked}, key="none")[0] == 401
     assert server.ask("GET", "/v1/models", headers={"Origin": server.url})[0] == 200  # a page of its own
+
+
+PAGE = ["/", "/page.js", "/theme.css", "/favicon.ico", "/report/run", "/report/text", "/assets/x.js", "/static/x",
+        "/gradio_api/queue/join", "/gradio_api/queue/data", "/gradio_api/upload", "/config"]  # fmt: skip
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
+
+
+def test_every_route_and_method(server: Server) -> None:
+    """Without a key nothing is told, whatever the method and the headers; with one, no more than the document says."""
+    paths = json.loads(server.ask("GET", "/openapi.json")[2])["paths"]
+    known = {path: {method.upper() for method in methods} for path, methods in paths.items()}
+    origin = {"Origin": "https://app.test"}
+    preflights = [{**origin, "Access-Control-Request-Method": method} for method in ("GET", "POST")]
+    for path in [*known, *PAGE]:
+        for method in METHODS:
+            for headers in ({}, origin, *preflights):
+                status, _, body = server.ask(method, path.replace("{model}", "run"), headers=headers, key="none")
+                if method == "OPTIONS" and len(headers) > 1:
+                    assert status == 204 and not body
+                elif path == "/health" and method in ("GET", "HEAD"):
+                    assert status == 200
+                elif path == "/health" and method != "OPTIONS":
+                    assert status == 405
+                else:
+                    assert status == (204 if path == "/health" else 401), (method, path, headers)
+                    assert not body or is_error(status, body)
+            if path in known and method not in known[path] | {"OPTIONS"} | (
+                {"HEAD"} if "GET" in known[path] else set()
+            ):
+                assert server.ask(method, path.replace("{model}", "run"))[0] == 405, (method, path)
+    for path in PAGE:
+        for method in ("PUT", "PATCH", "DELETE", "TRACE", "GET" if path.endswith("join") else "POST"):
+            assert server.ask(method, path)[0] in (404, 405), (method, path)
+        assert server.ask("OPTIONS", path)[2] == b""
+    status, headers, body = server.ask("HEAD", "/v1/models")
+    assert status == 200 and not body and int(headers["content-length"]) > 50
+
+
+def test_http_1_0(server: Server) -> None:
+    """Which knows no chunks: an answer ends where its connection does."""
+    body = json.dumps({**GOOD, "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.0\r\nHost: localhost\r\nAuthorization: Bearer {server.key}\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as sock:
+        sock.sendall(head.encode() + b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        answer = b"".join(iter(lambda: sock.recv(65536), b""))
+    head_, _, events = answer.partition(b"\r\n\r\n")
+    assert b"chunked" not in head_ and events.startswith(b"data: {") and events.endswith(b"data: [DONE]\n\n")
 
 
 # --- limits before allocation -----------------------------------------------------------------------------------
@@ -141,6 +198,66 @@ def test_sizes(server: Server) -> None:
     chat = {"model": "text", "messages": [{"role": "user", "content": "x"}]}
     for kind in ("json_schema", "json_object", "regex"):
         refused(server, 400, "/v1/chat/completions", {**chat, "response_format": {"type": kind}})
+
+
+def test_prompts_that_cannot_fit_are_not_tokenised(server: Server) -> None:
+    long = "the cat sat " * 80_000
+    for path, body in (
+        ("completions", {"prompt": long}),
+        ("completions", {"prompt": ["x", long]}),
+        ("chat/completions", {"messages": [{"role": "user", "content": long}]}),
+    ):
+        status, found = server.post(f"/v1/{path}", {"model": "text", **body})
+        assert status == 400 and found["error"]["code"] == "context_length_exceeded", found
+        assert "bytes" in found["error"]["message"] and "256" in found["error"]["message"]
+
+
+def test_work_beside_generation_ends_at_its_deadline(letters: Path) -> None:
+    """Whatever the model's thread does stands still between its passes: others write meanwhile, and when its time is
+    over or its client has gone, it ends. Without that this test would not."""
+    model = plait.load(letters)
+    assert isinstance(model, Model)
+
+    def endless() -> None:
+        while True:
+            pause_point()
+
+    async def run() -> None:
+        worker = Worker("letters", model, Limits())
+        worker.start()
+        now = asyncio.get_running_loop().time
+        with pytest.raises(ApiError) as late:
+            await worker.call(endless, now() + 0.2)
+        assert late.value.status_code == 504
+        task = asyncio.ensure_future(worker.call(endless, now() + 60))
+        request = model.request(model.context("the cat"), "text", max_new_tokens=9)
+        async for _ in follow(worker.submit([request], now() + 60)):
+            pass
+        assert await worker.call(lambda: 7, now() + 60) == 7  # a short one does not wait for a long one
+        task.cancel()
+        assert await worker.call(lambda: model.reply([model.context("a")], max_new_tokens=3), now() + 60)
+        worker.stop()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("method", ["occlusion", "integrated-gradients"])
+def test_verbs_can_be_interrupted(trained: Path, method: str) -> None:
+    model = plait.load(trained)
+    calls: list[Callable[[], Any]] = [
+        lambda: model.classify("red bar"),
+        lambda: model.embed(["red bar"]),
+        lambda: model.explain("red bar", "red bar", method=method),
+        lambda: model.generate(["red bar"], to="en"),
+    ]
+
+    def stop(others: bool) -> None:
+        raise Interrupted
+
+    for call in calls:
+        with pausing(stop), pytest.raises(Interrupted):
+            call()
+        call()  # and what was interrupted leaves nothing behind
 
 
 def _image(data: bytes) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 
 from conftest import EN, RECIPE, make_image
 from plait.data.dataset import Chosen, Dataset
-from plait.transfer.report import verdicts
+from plait.transfer_learning.report import verdicts
 
 
 def test_verdicts() -> None:

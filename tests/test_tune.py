@@ -16,8 +16,8 @@ from plait.core.config import load_recipe, parse_recipe
 from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
 from plait.training.build import model_config
-from plait.tune.report import verdict
-from plait.tune.space import GUARDS, NAMES, fields_of, score, with_values
+from plait.tuning.report import verdict
+from plait.tuning.space import GUARDS, NAMES, fields_of, score, with_values
 
 SMALL = """
 model:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from plait.core import isa as _isa  # noqa: F401 (first of all: PLAIT_ISA must be set before torch loads)
+
 if TYPE_CHECKING:
     from plait.core.errors import PlaitError
     from plait.inference.model import Model, load

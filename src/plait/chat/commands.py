@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from plait.cli.common import DeviceOption, ModelArgument, SeedOption, app, err, load, out, plain, write
+from plait.console import DeviceOption, ModelArgument, SeedOption, app, err, out, plain, write
 
 if TYPE_CHECKING:
     from plait.chat.chat import Session
@@ -40,7 +40,7 @@ def chat(
     from plait.chat.chat import Chat, Session
     from plait.core.errors import PlaitError
     from plait.hf import hub
-    from plait.inference.model import Model, find_checkpoint
+    from plait.inference.model import Model, find_checkpoint, load
 
     loaded = load(model, device)
     if not isinstance(loaded, Model):
@@ -133,7 +133,7 @@ def reply(
 
     from plait.chat.replies import open_replies
     from plait.core.errors import PlaitError
-    from plait.inference.model import Model
+    from plait.inference.model import Model, load
 
     loaded = load(str(run), device)
     if not isinstance(loaded, Model):

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from plait.cli.common import Bar, DeviceOption, SeedOption, app, err, out, plain, show_manifest, show_metrics
 from plait.cli.train import prepare_files, train_run
+from plait.console import Bar, DeviceOption, SeedOption, app, err, out, plain, show_manifest, show_metrics
 
 if TYPE_CHECKING:
-    from plait.reports.report import Findings
+    from plait.evaluation.findings import Findings
 
 
 @app.command()
@@ -93,9 +93,9 @@ def demo(
 
     Example: plait demo
     """
-    from plait.cli.demo_data import write_demo
     from plait.core.config import load_recipe
     from plait.data.dataset import Dataset
+    from plait.data.demo_data import write_demo
 
     begun = time.monotonic()
     if not (run / "data" / "manifest.json").is_file():

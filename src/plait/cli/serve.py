@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from plait.cli.common import DeviceOption, app, out
+from plait.console import DeviceOption, app, out
 
 
 @app.command()
@@ -37,20 +36,18 @@ def serve(
 
     Example: plait serve runs/demo --port 8000
     """
-    try:
-        from plait.server.app import Limits
-        from plait.server.app import serve as run
-    except ModuleNotFoundError as error:
-        from plait.core.errors import PlaitError
+    from plait.core.dist import check_extra
 
-        raise PlaitError(f"Serving needs {error.name}. Run: pip install 'plait[serve]'.") from None
+    for module in ("fastapi", "uvicorn", "httptools", "multipart", "prometheus_client"):
+        check_extra(module, "serve", "plait serve")
+    if ui:
+        check_extra("gradio", "ui", "--ui")
+    if index:
+        check_extra("lancedb", "search", "--index")
     from plait.core.device import choose_device
     from plait.kernels.generation import backend_name
-
-    if ui and importlib.util.find_spec("gradio") is None:
-        from plait.core.errors import PlaitError
-
-        raise PlaitError("The page needs gradio. Run: pip install 'plait[ui]', or leave --ui out.")
+    from plait.server.app import Limits
+    from plait.server.app import serve as run
 
     limits = Limits(
         batch=batch,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from plait.cli.common import Bar, DeviceOption, RunArgument, SeedOption, app, err, out, plain, show_manifest
+from plait.console import Bar, DeviceOption, RunArgument, SeedOption, app, err, out, plain, show_manifest
 
 if TYPE_CHECKING:
     from plait.data.dataset import Dataset, Manifest
@@ -29,7 +29,7 @@ def prepare(
     pattern: Annotated[
         str | None, typer.Option(help="Regular expression on file names; its named groups become text columns.")
     ] = None,
-    recipe: Annotated[Path | None, typer.Option(help="Take map, labels and pattern from this recipe.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Take map, labels and pattern from this recipe.")] = None,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes that decode media; all cores if left out.")
     ] = None,
@@ -91,7 +91,7 @@ def train(
         str, typer.Argument(help="A prepared dataset (a folder or a URL), or files that `prepare` reads.")
     ],
     run: Annotated[Path, typer.Option("-o", "--out", help="The run's folder.")],
-    recipe: Annotated[Path | None, typer.Option(help="A YAML file; see recipes/.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="A YAML file, or a name of `plait recipes`.")] = None,
     size: Annotated[str | None, typer.Option(help="tiny, small, base or large; see plait sizes.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Fit the schedule to a time budget.")] = None,
     steps: Annotated[int | None, typer.Option(help="Train for so many steps.")] = None,
@@ -172,8 +172,9 @@ def train_run(
     dataset: Dataset, run: Path, recipe: Any, device: str, allow_changes: bool = False, group: Group | None = None
 ) -> None:
     from plait.core.errors import Terminated
+    from plait.evaluation.findings import Findings
     from plait.recommend.model import embedder
-    from plait.reports.report import Findings, read_run, write_report
+    from plait.reports.report import read_run, write_report
     from plait.training.run import describe
     from plait.training.trainer import train as fit
 
@@ -249,7 +250,7 @@ def tune(
     ] = "learning_rate,batch_size",
     minutes: Annotated[float | None, typer.Option(help="The time of each trial.")] = None,
     steps: Annotated[int | None, typer.Option(help="The steps of each trial, instead of minutes.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="The default recipe, a YAML file.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="The default recipe, a YAML file.")] = None,
     size: Annotated[str | None, typer.Option(help="tiny, small, base or large; see plait sizes.")] = None,
     objective: Annotated[
         str, typer.Option(help="What is made small on val: loss, or text, image, audio, contrastive.")
@@ -271,8 +272,8 @@ def tune(
     """
     from plait.core.config import load_recipe
     from plait.data.dataset import Dataset
-    from plait.tune.study import News, Plan
-    from plait.tune.study import tune as search
+    from plait.tuning.study import News, Plan
+    from plait.tuning.study import tune as search
 
     settings = load_recipe(
         recipe, {"model": {"size": size}, "training": {"minutes": minutes, "steps": steps, "seed": seed}}

@@ -5,23 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from plait.cli.common import (
+from plait.console import (
     DeviceOption,
     ModelArgument,
     SeedOption,
     app,
     existing,
-    load,
     media_or_text,
     note_windows,
     out,
     plain,
     write,
 )
+
+if TYPE_CHECKING:
+    from plait.hf.pretrained import Pretrained
+    from plait.inference.model import Model
+
+
+def load(name: str, device: str) -> Model | Pretrained:
+    """`plait.load`, imported when it is needed: torch takes seconds."""
+    from plait.inference.model import load
+
+    return load(name, device)
 
 
 @app.command()
@@ -146,7 +156,7 @@ def speak(
 
     Example: plait speak runs/demo "seven" -o seven.wav
     """
-    from plait.data.media import encode_wav
+    from plait.modalities.audio_files import encode_wav
 
     wave, rate = load(model, device).speak(text, n=1, guidance=guidance, seed=seed)[0]
     write(out_file, encode_wav(wave, rate))
@@ -195,6 +205,7 @@ def export(
 
     Example: plait export runs/demo --to transformers -o exported
     """
+    from plait.core.dist import check_extra
     from plait.core.errors import PlaitError
     from plait.hf.export import export_onnx, export_transformers
     from plait.hf.export_constraints import add_export_constraints
@@ -210,6 +221,9 @@ def export(
         raise PlaitError(f"Unknown format '{to}'. Use {', '.join(formats)}.")
     if length is not None and to != "tflite":
         raise PlaitError("--length is of --to tflite alone: the others take texts of any length.")
+    if to == "onnx":
+        for module in ("onnx", "onnxruntime"):
+            check_extra(module, "onnx", "Export to ONNX")
     loaded = load(model, "cpu")
     if not isinstance(loaded, OurModel):
         raise PlaitError(

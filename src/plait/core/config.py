@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from plait.core.errors import PlaitError
+from plait.core.recipes import find_recipe
 
 
 class _Settings(BaseModel):
@@ -191,15 +192,16 @@ SIZES = {
 }  # fmt: skip
 
 
-def load_recipe(path: Path | None, overrides: dict[str, dict[str, Any]] | None = None) -> Recipe:
-    """The recipe in a YAML file, or the default one, with overrides by section laid over it.
+def load_recipe(path: str | Path | None, overrides: dict[str, dict[str, Any]] | None = None) -> Recipe:
+    """The recipe in a YAML file or of a packaged name, or the default one, with overrides by section laid over it.
 
     Raises PlaitError naming the file, the key and the nearest known key.
     """
     raw: Any = {}
     if path is not None:
+        path = find_recipe(path)
         try:
-            raw = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except OSError as error:
             raise PlaitError(f"Recipe {path} cannot be read: {error.strerror}.") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from plait.core import isa
 from plait.core.errors import PlaitError
 
 
@@ -42,8 +44,9 @@ def choose_device(name: str = "auto", precision: str = "auto", training: bool = 
 
     `precision` is "auto", "bf16" or "fp32"; "auto" is bf16 on CUDA with bf16 units and, in training, on processors
     that have them, and fp32 elsewhere.
-    Raises PlaitError where the device does not exist.
+    Raises PlaitError where the device does not exist, or PLAIT_ISA cannot hold.
     """
+    isa.cap()
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -65,7 +68,7 @@ def choose_device(name: str = "auto", precision: str = "auto", training: bool = 
 def product_precision() -> str:
     """What torch calls the precision of fp32 products on this processor. With bf16 units of AVX-512, oneDNN splits them
     at "medium", and the error stays that of fp32; with AMX's it would round to bf16 (errors of 3e-3)."""
-    return "highest" if _has("_is_amx_tile_supported") else "medium"
+    return "highest" if _allows("amx", "_is_amx_tile_supported") else "medium"
 
 
 @contextlib.contextmanager
@@ -82,12 +85,13 @@ def exact_products(device: torch.device) -> Iterator[None]:
 
 def _cpu_bf16() -> bool:
     """Whether this processor multiplies bf16 matrices in hardware."""
-    return _has("_is_avx512_bf16_supported") or _has("_is_amx_tile_supported")
+    return _allows("avx512bf16", "_is_avx512_bf16_supported") or _allows("amx", "_is_amx_tile_supported")
 
 
-def _has(check: str) -> bool:
-    found = getattr(torch.cpu, check, None)
-    return found is not None and found()
+def _allows(level: str, check: str) -> bool:
+    """Whether torch finds a level of instructions, and PLAIT_ISA does not cap it away."""
+    present, cap = getattr(torch.cpu, check, None), isa.cap()
+    return present is not None and present() and (cap is None or isa.NAMES.index(cap.name) >= isa.NAMES.index(level))
 
 
 def threads() -> int:
@@ -106,6 +110,10 @@ def keep_memory() -> None:
             mallopt(option, value)
 
 
-def compiler() -> str | None:
-    """The C++ compiler that torch.compile would use on a processor, None where there is none."""
-    return next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))), None)
+def compiler() -> list[str] | None:
+    """The command of the C++ compiler: what CXX says ("ccache g++" too), else g++, c++ or clang++; None without one."""
+    for command in (os.environ.get("CXX", ""), "g++", "c++", "clang++"):
+        words = shlex.split(command)
+        if words and shutil.which(words[0]):
+            return words
+    return None

@@ -13,3 +13,7 @@ class DivergedError(PlaitError):
 
 class Terminated(BaseException):
     """SIGTERM came. Like KeyboardInterrupt, nobody's `except Exception` may swallow it; exit code 143."""
+
+
+class ContextLengthError(PlaitError):
+    """A prompt that is longer than the model reads."""

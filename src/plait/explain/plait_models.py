@@ -13,6 +13,7 @@ from torch import Tensor
 
 from plait.core.device import Device
 from plait.core.errors import PlaitError
+from plait.core.interruption import pause_point
 from plait.explain.parts import Grid, Part, Path, Question, Value, Words, log_odds, whole
 from plait.inference import scoring
 from plait.inference.engine import Completion, Engine, Request
@@ -232,6 +233,7 @@ class Asked(_Ours):
         values = [batch.media[name].values.float()[None] for name in names]
 
         def score(*tensors: Tensor) -> Tensor:
+            pause_point()
             x, n = tensors[0], len(tensors[0])
             for name, value in zip(names, tensors[1:], strict=True):
                 media = batch.media[name]

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from plait.core.dist import DISTRIBUTION
 from plait.core.errors import PlaitError
 from plait.model.transformer import LayerType, TransformerConfig
 
@@ -65,7 +66,7 @@ class Architecture:
 
 def refuse(file: Path, what: str) -> PlaitError:
     known = ", ".join(a.class_name.removesuffix("ForCausalLM").removesuffix("LMHeadModel") for a in _ALL)
-    return PlaitError(f"{file}: {what}. Plait runs {known} itself; others work through plait[huggingface].")
+    return PlaitError(f"{file}: {what}. Plait runs {known} itself; others work through {DISTRIBUTION}[huggingface].")
 
 
 def number(config: Config, key: str, file: Path, default: int | None = None) -> int:

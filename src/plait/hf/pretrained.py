@@ -15,12 +15,17 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from plait.core.device import Device, choose_device
+from plait.core.dist import import_extra
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
-from plait.data.media import MediaError, decode_audio, decode_image, resample
+from plait.core.interruption import pause_point
 from plait.explain import hf_models as questions
 from plait.explain.methods import Explanation, explain
 from plait.hf.hub import explained, find, no_safetensors, other_weights, quiet
+from plait.inference.results import Prediction, Predictions
+from plait.modalities.audio_files import decode_audio, resample
+from plait.modalities.descriptor import MediaError
+from plait.modalities.image_files import decode_image
 
 # What each kind of model can do.
 VERBS = {
@@ -31,6 +36,7 @@ VERBS = {
     "language": ("generate",),
 }
 SECONDS = 30  # of audio that Whisper reads at once
+WINDOWS = 16  # of a long text that are read at once
 TEMPLATE = "This is a photo of {}."  # what CLIP and SigLIP are asked about a label
 
 
@@ -44,10 +50,7 @@ def load_pretrained(name_or_folder: str | Path, device: str = "auto", precision:
     config = read_json(folder / "config.json")
     if not (folder / "model.safetensors").is_file() and not (folder / "model.safetensors.index.json").is_file():
         raise PlaitError(no_safetensors(folder, other_weights(folder)))
-    try:
-        import transformers
-    except ImportError:
-        raise PlaitError(f"{name_or_folder} needs transformers. Run: pip install 'plait[huggingface]'.") from None
+    transformers = import_extra("transformers", "huggingface", str(name_or_folder))
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise PlaitError(f"{folder / 'config.json'} has no model_type. Fetch the model again.")
     return Pretrained(
@@ -120,6 +123,10 @@ class Pretrained:
         """What this model can do."""
         return list(VERBS[self.kind])
 
+    def window_count(self, value: Any) -> int:
+        """1: transformers' models read an input at once, or cut it themselves."""
+        return 1
+
     def draw(self, text: str, **options: Any) -> list[PILImage.Image]:
         """No model of transformers draws through this door."""
         self._can("draw")
@@ -138,6 +145,7 @@ class Pretrained:
             raise PlaitError(f"{what} cannot {verb}; it can {' and '.join(self.verbs)}. Use another model for that.")
 
     def _run(self, function: Any, **inputs: Any) -> Any:
+        pause_point()
         tensors = {key: v.to(self.device.torch) if isinstance(v, Tensor) else v for key, v in inputs.items()}
         with torch.inference_mode(), self.device.autocast():
             return function(**tensors)
@@ -151,7 +159,7 @@ class Pretrained:
         column: str | None = None,
         top: int | None = 5,
         template: str = TEMPLATE,
-    ) -> list[tuple[str, float]]:
+    ) -> Predictions:
         """The likeliest labels of an image with their probabilities, likeliest first; zero-shot.
 
         CLIP's probabilities sum to one over the labels; SigLIP judges each label by itself, as it was trained to.
@@ -166,7 +174,7 @@ class Pretrained:
         # SigLIP has a bias beside the temperature: the mark of a sigmoid loss.
         chances = (logits.sigmoid() if hasattr(self.model, "logit_bias") else logits.softmax(-1)).cpu()
         order = chances.argsort(descending=True, stable=True)[:top]
-        return [(labels[i], float(chances[i])) for i in order.tolist()]
+        return Predictions(Prediction(labels[i], float(chances[i])) for i in order.tolist())
 
     def label_inputs(self, labels: list[str], template: str) -> Any:
         """The texts that stand for labels, as tensors."""
@@ -241,12 +249,14 @@ class Pretrained:
         windows = self.tokenizer(text, truncation=True, max_length=limit, return_overflowing_tokens=True, padding=True)
         names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in windows]
         inputs = {name: torch.tensor(windows[name]) for name in names}
-        hidden = self._run(self.model, **inputs).last_hidden_state.float()
-        weight = inputs["attention_mask"].to(hidden.device).float()
-        if first:
-            return torch.nn.functional.normalize(hidden[:, 0], dim=-1).mean(0)
-        means = (hidden * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)
-        return torch.nn.functional.normalize(means, dim=-1).mean(0)
+        vectors = []
+        for at in range(0, len(inputs["input_ids"]), WINDOWS):
+            some = {name: tensor[at : at + WINDOWS] for name, tensor in inputs.items()}
+            hidden = self._run(self.model, **some).last_hidden_state.float()
+            weight = some["attention_mask"].to(hidden.device).float()
+            means = (hidden * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)
+            vectors.append(torch.nn.functional.normalize(hidden[:, 0] if first else means, dim=-1))
+        return torch.cat(vectors).mean(0)
 
     # --- texts ----------------------------------------------------------------------------------------------------
 
@@ -264,6 +274,12 @@ class Pretrained:
             if not getattr(self.model.generation_config, "is_multilingual", False):
                 raise PlaitError(f"{self.name} knows one language only. Leave the language out.")
             options |= {"language": language, "task": "transcribe"}
+
+        def stop(ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            pause_point()
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+        options["stopping_criteria"] = [stop]
         texts = []
         for start in range(0, max(len(wave), 1), step):
             features = self.processor(

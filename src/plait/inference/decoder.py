@@ -20,7 +20,11 @@ from torch import Tensor, nn
 from plait.core.device import Device, exact_products
 from plait.inference.sampling import LOWEST
 from plait.kernels import generation as native
+from plait.kernels.choice import KERNEL, PYTORCH, choose, question
 from plait.model.transformer import Block, KVCache, LayerType, RMSNorm, Transformer, View
+
+ROWS = (1, 8, 32)  # at which a step is timed
+PROBED = 2  # layers that are timed
 
 
 class Packed(nn.Module):
@@ -52,16 +56,39 @@ class Packed(nn.Module):
 Norm = tuple[Tensor, Tensor | None]  # weight and bias; an RMS norm has no bias
 
 
+def nearest(rows: int) -> int:
+    """The entry of ROWS whose measurement holds for so many rows."""
+    return min(ROWS, key=lambda entry: abs(math.log(max(rows, 1) / entry)))
+
+
+def _probe(decoder: Decoder, rows: int) -> Callable[[], object]:
+    """A step of so many rows that hold some positions, to be timed."""
+    held = min(64, decoder.config.max_length - 1)
+    cache = decoder.cache(rows, held + 1)
+    x = torch.zeros(rows, decoder.config.width, dtype=decoder.device.dtype)
+
+    def step() -> object:
+        with torch.inference_mode():
+            cache.lengths.fill_(held)
+            return decoder.step(x, cache, np.full(rows, held))
+
+    return step
+
+
 class Decoder:
     """A frozen copy of a backbone. Call it for whole inputs; `step` reads one position in each row of a cache."""
 
-    def __init__(self, backbone: Transformer, device: Device) -> None:
+    def __init__(self, backbone: Transformer, device: Device, measured: bool = True) -> None:
+        """`measured` asks whether the kernel is faster than PyTorch at each number of rows; else it serves all."""
         config, place = backbone.config, device.torch
         self.config, self.device = config, device
         self.library = native.library() if place.type == "cpu" else None
         self.native: native.NativeStep | None = None
         if self.library is not None and native.supports(config):
             self.native = native.NativeStep(self.library, backbone, device.dtype)
+        self.plain_rows = self._slow_rows(backbone) if measured and self.native is not None else frozenset()
+        if len(self.plain_rows) == len(ROWS):
+            self.native = None
         # In PyTorch on a processor, bf16 products of one query with its keys take longer than those in fp32.
         self.cache_dtype = torch.float32 if place.type == "cpu" and self.native is None else device.dtype
         self.whole = copy.deepcopy(backbone).eval().requires_grad_(False).to(place)
@@ -92,6 +119,28 @@ class Decoder:
         scale = torch.ones(config.heads + config.kv_heads, 1, 1, device=place)
         scale[: config.heads] = config.head_width**-0.5
         self.turn, self.against = scale, scale * torch.tensor([[-1.0], [1.0]], device=place)
+
+    def _slow_rows(self, backbone: Transformer) -> frozenset[int]:
+        """The entries of ROWS at which PyTorch's step is faster than the kernel, measured on two layers of this shape.
+        In bf16 the two keep different caches, so it is all or nothing: what is faster over all of ROWS."""
+        config = backbone.config.model_copy(update={"layers": min(backbone.config.layers, PROBED)})
+        shape = f"width {config.width}, hidden {config.hidden}, heads {config.heads}/{config.kv_heads}"
+        precision = str(self.device.dtype).removeprefix("torch.")
+        asked = question(f"generation, {config.norm}, {config.activation}, {shape}, {precision}", native.file_name())
+
+        def ways() -> dict[str, dict[str, Callable[[], object]]]:
+            with torch.random.fork_rng(devices=[]), torch.inference_mode():
+                network = Transformer(config).eval()
+                kernel, plain = (Decoder(network, self.device, measured=False) for _ in range(2))
+            plain.native, plain.cache_dtype = None, torch.float32
+            return {str(rows): {KERNEL: _probe(kernel, rows), PYTORCH: _probe(plain, rows)} for rows in ROWS}
+
+        choice = choose(asked, ways)
+        slow = frozenset(rows for rows in ROWS if choice.way(str(rows)) == PYTORCH)
+        if slow and self.device.dtype is not torch.float32:
+            gain = math.prod(choice.ratio(str(rows)) for rows in ROWS)
+            return frozenset(ROWS) if gain < 1 else frozenset()
+        return slow
 
     def __call__(
         self, x: Tensor, *, positions: Tensor | None = None, mask: Tensor | None = None, view: View | None = None
@@ -128,7 +177,7 @@ class Decoder:
     def step(self, x: Tensor, cache: KVCache, lengths: np.ndarray) -> Tensor:
         """Hidden states (B, D) of one more position in each of the cache's first B rows, which hold `lengths` (B,)
         and get longer by one; x (B, D) embeds what stands there."""
-        if self.native is not None:
+        if self.native is not None and nearest(len(x)) not in self.plain_rows:
             return self.native(x, cache, lengths)
         with exact_products(self.device.torch):
             return self._step(x, cache, int(lengths.max()) + 1, bool((lengths == lengths[0]).all()))

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plait.core.device import Device
-from plait.core.errors import PlaitError
+from plait.core.errors import ContextLengthError, PlaitError
+from plait.core.interruption import Interrupted, pause_point
 from plait.core.rng import uniform
 from plait.inference.decoder import Decoder
 from plait.inference.grammar import Span, spans
@@ -246,7 +247,7 @@ class Engine:
         if not length:
             raise PlaitError("The prompt is empty. Give a prompt, or name the column to write.")
         if length > self.max_length:
-            raise PlaitError(
+            raise ContextLengthError(
                 f"The prompt takes {length} tokens; this model has room for {self.max_length}. Shorten it."
             )
         vocabulary = self.model.vocabulary
@@ -256,7 +257,7 @@ class Engine:
             )
         room = self.max_length + 1 - length  # the last id is never read
         if room < span.least:
-            raise PlaitError(
+            raise ContextLengthError(
                 f"The prompt takes {length} tokens and {span.token_type} needs {span.least} more, but this model has "
                 f"room for {self.max_length}. Shorten the prompt."
             )
@@ -277,8 +278,14 @@ class Engine:
     def run(self, requests: Iterable[Request]) -> list[Result]:
         """Write all requests to their ends, in the order given."""
         jobs = [self.submit(request) for request in requests]
-        while self.step():
-            pass
+        try:
+            while not all(job.done.is_set() for job in jobs):
+                self.step()
+                pause_point()
+        except Interrupted:
+            for job in jobs:
+                job.cancel()
+            raise
         return [job.result for job in jobs]
 
     def stream(self, request: Request) -> Iterator[Delta]:

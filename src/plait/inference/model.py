@@ -24,6 +24,7 @@ from plait.hf.pretrained import Pretrained, load_pretrained
 from plait.inference import scoring
 from plait.inference.engine import Completion, Engine, Request
 from plait.inference.inputs import Reading
+from plait.inference.results import Prediction, Predictions
 from plait.inference.sampling import Sampling
 from plait.model import checkpoint as checkpoints
 from plait.model.checkpoint import Checkpoint, find_checkpoint
@@ -303,7 +304,7 @@ class Model(Reading, Recommending):
 
     def classify(
         self, value: Any, labels: list[str] | None = None, column: str | None = None, top: int | None = 5
-    ) -> list[tuple[str, float]]:
+    ) -> Predictions:
         """The likeliest labels of an input, each with its probability among the labels, likeliest first.
 
         Labels default to the values that the column had in training. An audio clip longer than a window is read in
@@ -314,7 +315,7 @@ class Model(Reading, Recommending):
 
     def classify_parts(
         self, parts: list[Sequence], labels: list[str] | None = None, column: str | None = None, top: int | None = 5
-    ) -> list[tuple[str, float]]:
+    ) -> Predictions:
         """`classify` for an input that is sequences already: one, or its windows."""
         if column is None:
             known = [name for name in self.labels if self.labels[name]]
@@ -326,7 +327,8 @@ class Model(Reading, Recommending):
         scores = self.score(parts, column, labels)
         chances = np.exp(scores - scores.max(1, keepdims=True))
         mean = (chances / chances.sum(1, keepdims=True)).mean(0)
-        return [(labels[i], float(mean[i])) for i in np.argsort(-mean, kind="stable")[:top]]
+        order = np.argsort(-mean, kind="stable")[:top]
+        return Predictions(Prediction(labels[i], float(mean[i])) for i in order)
 
     def explain(
         self,

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plait.core.errors import PlaitError
+from plait.core.interruption import pause_point
 from plait.inference.engine import Engine
 from plait.model.multimodal import IGNORE, Sequence, collate
 from plait.model.objectives import negative_log_likelihood
@@ -28,6 +29,7 @@ def batches(lengths: list[int], most: int, extra: int = 0) -> Iterator[list[int]
             if (stop + 1 - start) * (lengths[order[stop]] + extra) > POSITIONS:
                 break
             stop += 1
+        pause_point()
         yield order[start:stop]
         start = stop
 

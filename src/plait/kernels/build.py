@@ -1,83 +1,227 @@
 """Compiled C++ for processors, one file for each use: `generation.cpp` (called by `kernels/generation.py`) and
-`training.cpp` (by `kernels/training.py`). A file is compiled at first use and kept in the user's cache. PyTorch stays
-the reference, and is what runs where there is no compiler.
+`training.cpp` (by `kernels/training.py`). A file is compiled at first use, for the instructions that `core/isa.py`
+allows, and kept in the user's cache. PyTorch stays the reference, and is what runs where there is no kernel.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import logging
 import os
 import platform
+import shutil
+import signal
+import stat
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
+from plait.core import isa
 from plait.core.device import compiler
 from plait.core.files import cache_folder
 
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-Wno-psabi")
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-Wno-psabi", "-fno-math-errno")
+COMPILE_SECONDS = 120
 PRODUCTS = ("vectors", "AVX512-BF16", "AMX")  # what bf16 products use, as `plait_products` numbers it
+INSTALL = {  # the command that brings a compiler, by the ID or ID_LIKE of /etc/os-release
+    "debian": "apt install g++",
+    "fedora": "dnf install gcc-c++",
+    "rhel": "dnf install gcc-c++",
+    "suse": "zypper install gcc-c++",
+    "arch": "pacman -S gcc",
+    "alpine": "apk add g++",
+}
 
 log = logging.getLogger(__name__)
 
 
-def _processor() -> str:
-    """What decides which instructions the compiler uses."""
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled file; without a library, `reason` says why and what to do, and `wanted` that somebody should."""
+
+    library: ctypes.CDLL | None = None
+    name: str = ""
+    level: isa.Level | None = None
+    reason: str = ""
+    wanted: bool = True
+
+
+def install_hint() -> str:
+    """The command that installs a C++ compiler here."""
+    if platform.system() == "Darwin":
+        return "xcode-select --install"
     try:
-        info = Path("/proc/cpuinfo").read_text()
+        system = platform.freedesktop_os_release()
     except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    return next((line for line in info.splitlines() if line.startswith(("flags", "Features"))), platform.machine())
+        return "install g++ or clang++"
+    for name in [system.get("ID", ""), *system.get("ID_LIKE", "").split()]:
+        if name == "ubuntu":
+            name = "debian"
+        if name in INSTALL:
+            return INSTALL[name]
+    return "install g++ or clang++"
 
 
-def _compile(source: Path, target: Path, command: str) -> str:
+# --- where binaries lie -----------------------------------------------------------------------------------------
+
+
+def _own(path: Path) -> bool:
+    """Whether nobody but this user (or root) can have written a file or folder."""
+    if not hasattr(os, "geteuid"):
+        return True
+    facts = path.lstat()
+    theirs = facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return not stat.S_ISLNK(facts.st_mode) and facts.st_uid in (os.geteuid(), 0) and not theirs
+
+
+def _candidates() -> list[Path]:
+    """Folders that binaries may lie in, the best first: the cache, or one in the temporary folder where there is no
+    home, or the cache is read-only or somebody else's."""
+    folders = []
+    with contextlib.suppress(RuntimeError):  # no home
+        folders.append(cache_folder("native"))
+    user = os.geteuid() if hasattr(os, "geteuid") else 0
+    folders.append(Path(tempfile.gettempdir()) / f"plait-native-{user}")
+    return folders
+
+
+def _usable(folder: Path) -> bool:
+    """Whether a folder of one's own is there, made where it can be."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return _own(folder)
+    except OSError:
+        return False
+
+
+def _kept(name: str) -> Path | None:
+    """The file of that name in one of the folders, None where there is none of one's own."""
+    for folder in _candidates():
+        path = folder / name
+        try:
+            if _own(folder) and _own(path):
+                return path
+        except OSError:
+            continue
+    return None
+
+
+# --- compiling --------------------------------------------------------------------------------------------------
+
+
+def _run(command: list[str]) -> str:
+    """Run a compiler; returns what went wrong, "" where nothing did. One that hangs is ended with what it started."""
+    text = " ".join(command[: command.index(FLAGS[0])])
+    try:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            errors="replace", start_new_session=True,
+        )  # fmt: skip
+    except OSError as fault:
+        return str(fault)
+    try:
+        _, error = process.communicate(timeout=COMPILE_SECONDS)
+    except subprocess.TimeoutExpired:
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+        process.communicate()
+        return f"{text} did not end within {COMPILE_SECONDS:g} seconds"
+    return "" if process.returncode == 0 else error.strip() or f"{text} ended with code {process.returncode}"
+
+
+def _compile(source: Path, target: Path, command: list[str], flags: tuple[str, ...]) -> str:
     """Compile to `target`; returns what went wrong, "" where nothing did."""
-    tune = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    error = ""
+    first = ""
     for parallel in (["-fopenmp"], []):  # Apple's clang has no OpenMP: then one thread
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder) / target.name
-            try:
-                done = subprocess.run(
-                    [command, *FLAGS, tune, *parallel, str(source), "-o", str(made)],
-                    capture_output=True, text=True, timeout=120,
-                )  # fmt: skip
-            except (OSError, subprocess.TimeoutExpired) as fault:
-                return str(fault)
-            if done.returncode == 0:
+            error = _run([*command, *FLAGS, *flags, *parallel, str(source), "-o", str(made)])
+            if not error and made.is_file():
+                made.chmod(0o700)
                 made.replace(target)
                 return ""
-            error = error or done.stderr.strip()
-    return error
+            first = first or error or f"{command[0]} made nothing"
+            if "did not end" in error:
+                break
+    return first
+
+
+def _name(source: Path, level: isa.Level) -> str:
+    """A file name that changes with the source, the compiler and the instructions, so that no binary serves others."""
+    parts = [source.read_text(), *FLAGS, *level.flags, platform.system(), platform.machine()]
+    return f"{source.stem}-{level.name}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
+
+
+def _identity(command: list[str]) -> str:
+    """Which compiler this is, as far as its files tell: a failure is remembered of this one only."""
+    facts = [" ".join(command)]
+    for word in command:
+        if path := shutil.which(word):
+            status = Path(path).resolve().stat()
+            facts += [path, str(status.st_size), str(status.st_mtime_ns)]
+    return hashlib.sha256(chr(0).join(facts).encode()).hexdigest()[:16]
+
+
+def _build(use: str, level: isa.Level) -> Kernel:
+    source = Path(__file__).with_name(f"{use}.cpp")
+    command = compiler()
+    name = _name(source, level)
+    path = _kept(f"{name}.so")
+    if path is None:
+        if command is None:
+            return Kernel(reason=f"no C++ compiler: {install_hint()}")
+        folder = next(filter(_usable, _candidates()), None)
+        if folder is None:
+            return Kernel(reason="no folder of one's own to compile in: set XDG_CACHE_HOME to one that is writable")
+        path, failed = folder / f"{name}.so", folder / f"{name}-{_identity(command)}.failed"
+        if failed.is_file() and _own(failed):
+            error = failed.read_text(errors="replace")
+            return Kernel(reason=f"the C++ compiler failed before (remove {failed} to try again): {error}")
+        if error := _compile(source, path, command, level.flags):
+            error = error[-2000:]
+            failed.write_text(error)
+            log.warning("The kernel of %s could not be compiled; PyTorch's code is used. %s", use, error[-500:])
+            return Kernel(reason=f"the C++ compiler failed: {error}")
+    try:
+        return Kernel(ctypes.CDLL(str(path)), name, level)
+    except OSError as error:
+        log.warning("The kernel of %s could not be loaded; PyTorch's code is used. %s", use, error)
+        return Kernel(reason=f"{path} cannot be loaded (remove it to have it made anew): {error}")
 
 
 @functools.cache
-def library(use: str) -> ctypes.CDLL | None:
-    """The compiled file of a use, None where it cannot be had; PLAIT_NATIVE=0 asks for none."""
-    command = compiler()
-    if os.environ.get("PLAIT_NATIVE") == "0" or command is None:
-        return None
-    source = Path(__file__).with_name(f"{use}.cpp")
-    text = [source.read_text(), command, *FLAGS, _processor()]
-    name = f"{use}-{hashlib.sha256(chr(0).join(text).encode()).hexdigest()[:16]}.so"
+def kernel(use: str, level: isa.Level | None = None) -> Kernel:
+    """The compiled file of a use, for the best instructions allowed or those given; PLAIT_NATIVE=0 asks for none."""
+    if os.environ.get("PLAIT_NATIVE") == "0":
+        return Kernel(reason="PLAIT_NATIVE=0", wanted=False)
+    level = level or isa.level()
+    if level is None:
+        return Kernel(reason="this processor has no AVX2", wanted=False)
     try:
-        path = cache_folder("native") / name
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not path.exists() and (error := _compile(source, path, command)):
-            log.warning("The native step of %s could not be compiled; PyTorch's is used. %s", use, error[-500:])
-            return None
-        return ctypes.CDLL(str(path))
+        return _build(use, level)
     except OSError as error:
-        log.warning("The native step of %s could not be loaded; PyTorch's is used. %s", use, error)
-        return None
+        log.warning("The kernel of %s could not be made; PyTorch's code is used. %s", use, error)
+        return Kernel(reason=str(error))
 
 
-def described(products: int) -> str:
-    """What computes, in words, from what `plait_products` gave."""
-    return f"native ({PRODUCTS[products]})"
+def library(use: str) -> ctypes.CDLL | None:
+    """The compiled file of a use, None where it cannot be had."""
+    return kernel(use).library
 
 
-NOT_NATIVE = "PyTorch (no native step: no C++ compiler, or PLAIT_NATIVE=0)"
+def described(use: str, products: int) -> str:
+    """What computes, in words; `products` is what `plait_products` gave, 0 for fp32."""
+    level = kernel(use).level
+    units = f", {PRODUCTS[products]}" if products else ""
+    return f"native ({level.name if level else 'none'}{units})"
+
+
+def not_native(use: str) -> str:
+    """Why PyTorch computes, in words."""
+    return f"PyTorch (no kernel: {kernel(use).reason.splitlines()[0]})"

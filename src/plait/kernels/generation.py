@@ -68,14 +68,19 @@ def supports(config: TransformerConfig) -> bool:
     return plain and not windows and not config.layers_without_rotary and config.trained_length is None
 
 
+def file_name() -> str:
+    """The name of the compiled file, which changes with its source and its instructions."""
+    return native.kernel("generation").name
+
+
 def backend_name(device: Device) -> str:
     """What computes a step of generation on this device, in words."""
     if device.kind != "cpu":
         return "PyTorch"
     found = library()
     if found is None:
-        return native.NOT_NATIVE
-    return native.described(found.plait_products() if device.dtype is torch.bfloat16 else 0)
+        return native.not_native("generation")
+    return native.described("generation", found.plait_products() if device.dtype is torch.bfloat16 else 0)
 
 
 def _threads(work: int) -> int:

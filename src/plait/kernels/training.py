@@ -58,10 +58,12 @@ def backend_name(device: Device, config: TransformerConfig | None = None) -> str
         return "PyTorch"
     found = library()
     if found is None:
-        return native.NOT_NATIVE if native.library("training") is None else "PyTorch (no bf16 products here)"
+        return (
+            native.not_native("training") if native.library("training") is None else "PyTorch (no bf16 products here)"
+        )
     if device.dtype is not torch.bfloat16:
         return "PyTorch (native ones are for bf16)"
-    words = native.described(found.plait_products())
+    words = native.described("training", found.plait_products())
     if config is None or (config.norm == "rms" and config.activation == "swiglu" and config.head_width % 32 == 0):
         return words
     parts = "attention and losses" if config.head_width % 32 == 0 else "losses"

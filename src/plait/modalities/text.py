@@ -80,7 +80,7 @@ class Text:
         return next((whole[:at] for at in range(len(whole)) if whole[at : at + len(plain)] == plain), [])
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(unicodedata.normalize("NFC", text), add_special_tokens=False).ids
+        return self.encode_batch([text])[0]  # `tokenizer.encode` would keep other threads waiting
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
         """Where each of a text's ids begins and ends in it, in characters; the text in normal form C."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sqlite3
+import time
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -16,10 +17,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from plait.core.errors import PlaitError
+from plait.core.interruption import Interrupted, check_interrupted
 
 MEDIA = ("image", "audio")  # bytes of files
 OWN = ("id", "title", "text", "categories", *MEDIA)  # what Plait knows the meaning of; all else is for conditions
+# Of SQLite's functions those whose time and result are bounded by what they are given.
+FUNCTIONS = {"abs", "coalesce", "glob", "ifnull", "iif", "length", "like", "lower", "ltrim", "max", "min", "nullif",
+             "round", "rtrim", "substr", "substring", "trim", "upper"}  # fmt: skip
 _STEPS = 5_000_000  # of SQLite's machine that a condition may take
+_SECONDS = 5.0  # and how long
 _GROUP = 1024  # rows that are read together
 
 
@@ -176,20 +182,23 @@ class Catalogue:
         """Which items (len,) a condition holds for, as SQL says it: `year >= 1990 and categories like '%Comedy%'`.
 
         Columns are id, title, text, categories (joined with |) and the further columns of the items table. Raises
-        PlaitError where the condition is not one.
+        PlaitError where the condition is not one, calls a function that is not in FUNCTIONS, or takes too long.
         """
         found = np.zeros(len(self), bool)
+        asked = _Condition(max(_STEPS, 200 * len(self)))
         try:
             with self._lock:
-                self._database.execute("SELECT 1")  # so that the budget counts from here
-                self._spent[0] = 0
+                self._database.set_authorizer(asked.judge)
+                self._database.set_progress_handler(asked.spend, asked.INTERVAL)
                 for (number,) in self._database.execute(f"SELECT number FROM items WHERE ({condition}\n)"):
                     found[number] = True
         except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
+            if asked.interrupted is not None:
+                raise asked.interrupted from None
             known = ", ".join(["id", "title", "text", "categories", *self.columns])
             raise PlaitError(
-                f"The condition '{condition}' cannot be used: {error}. Write it as in SQL, for example "
-                f"\"categories like '%Comedy%'\"; the columns are {known}."
+                f"The condition '{condition[:200]}' cannot be used: {asked.reason or error}. Write it as in SQL, for "
+                f"example \"categories like '%Comedy%'\"; the columns are {known}."
             ) from None
         return found
 
@@ -200,37 +209,67 @@ class Catalogue:
         return threading.Lock()
 
     @cached_property
-    def _spent(self) -> list[int]:
-        return [0]
-
-    @cached_property
     def _database(self) -> sqlite3.Connection:
         """The items as a table in memory, which answers conditions and nothing else."""
-        database = sqlite3.connect(":memory:", check_same_thread=False)
+        # A statement that was compiled before would not be judged again: none is kept.
+        database = sqlite3.connect(":memory:", check_same_thread=False, cached_statements=0)
         names = ["id", "title", "text", "categories", *self.columns]
         quoted = ", ".join('"' + name.replace('"', '""') + '"' for name in names)
         database.execute(f"CREATE TABLE items (number INTEGER PRIMARY KEY, {quoted})")
         marks = ", ".join("?" * (len(names) + 1))
         database.executemany(f"INSERT INTO items VALUES ({marks})", self._rows())
-        # A condition may come from a stranger: it reads this table, calls plain functions, and ends.
-        allowed = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION}
-
-        def judge(action: int, *_: object) -> int:
-            return sqlite3.SQLITE_OK if action in allowed else sqlite3.SQLITE_DENY
-
-        def spend() -> int:
-            self._spent[0] += 1
-            return int(self._spent[0] > max(_STEPS, 200 * len(self)) // 1000)
-
         database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 1_000_000)
-        database.set_authorizer(judge)
-        database.set_progress_handler(spend, 1000)
+        database.setlimit(sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 1000)
         return database
 
     def _rows(self) -> Iterator[tuple[Any, ...]]:
         for number, item in enumerate(self.items):
             more = (item.more.get(name) for name in self.columns)
             yield number, item.id, item.title, item.text, "|".join(item.categories), *more
+
+
+class _Condition:
+    """What one condition, which may come from a stranger, is allowed: it reads the table of items, calls plain
+    functions, and ends."""
+
+    INTERVAL = 200  # steps of SQLite's machine between two calls of `spend`
+
+    def __init__(self, steps: int) -> None:
+        """`steps` are those of SQLite's machine that it may take."""
+        self.steps, self.until = steps, time.monotonic() + _SECONDS
+        self.selects = 0
+        self.reason = ""
+        self.interrupted: Interrupted | None = None
+
+    def judge(self, action: int, first: str | None, second: str | None, *_: object) -> int:
+        """SQLite's question whether a part of the statement is allowed."""
+        if action == sqlite3.SQLITE_READ:
+            return sqlite3.SQLITE_OK
+        if action == sqlite3.SQLITE_SELECT:
+            self.selects += 1
+            if self.selects == 1:  # the statement around the condition
+                return sqlite3.SQLITE_OK
+            self.reason = "it must be one condition, without SELECT in it"
+        elif action == sqlite3.SQLITE_FUNCTION:
+            if second in FUNCTIONS:
+                return sqlite3.SQLITE_OK
+            self.reason = f"the function {second} is not allowed. Those that are: {', '.join(sorted(FUNCTIONS))}"
+        else:
+            self.reason = self.reason or "it must be one condition"
+        return sqlite3.SQLITE_DENY
+
+    def spend(self) -> int:
+        """Whether to stop: asked every INTERVAL steps."""
+        self.steps -= self.INTERVAL
+        try:
+            check_interrupted()
+        except Interrupted as error:
+            self.interrupted = error
+            return 1
+        if self.steps < 0 or time.monotonic() > self.until:
+            self.reason = "it takes too long"
+            return 1
+        return 0
 
 
 class Images:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from plait.core.device import Device
+from plait.core.interruption import pause_point
 from plait.model.multimodal import Batch, Multimodal
 from plait.recommend.trie import NextCodes
 
@@ -63,6 +64,7 @@ class NextItem:
             while stop < len(order) and stop - start < most and lengths[order[stop]] * (stop + 1 - start) <= TOKENS:
                 stop += 1
             some = order[start:stop]
+            pause_point()
             yield some, self._scores([histories[i] for i in some])
             start = stop
 

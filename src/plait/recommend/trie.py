@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plait.core.device import Device
+from plait.core.interruption import pause_point
 from plait.model.multimodal import Multimodal
 
 FIRST, WIDEST = 64, 1024  # beams
@@ -160,6 +161,7 @@ class NextCodes:
         """Hidden states at a history's end and at each node behind it, (B, 1 + T, D)."""
         rows, long = tokens.shape
         more = branches.tokens.shape[1]
+        pause_point()
         place = torch.arange(long, device=tokens.device)
         positions = torch.cat((place.expand(rows, -1), lengths[:, None] - 1 + branches.depth), 1)
         sees = torch.zeros(rows, long + more, long + more, dtype=torch.bool, device=tokens.device)

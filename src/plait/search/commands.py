@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from plait.cli.common import Bar, DeviceOption, app, err, media_or_text, out, plain, write
+from plait.console import Bar, DeviceOption, app, err, media_or_text, out, plain, write
 
 index_app = typer.Typer(
     no_args_is_help=True,

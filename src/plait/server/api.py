@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import secrets
 from dataclasses import replace
@@ -16,6 +17,7 @@ from starlette.responses import Response
 from plait.core.errors import PlaitError
 from plait.inference.engine import Request as Wanted
 from plait.inference.model import Model, Options
+from plait.inference.results import Predictions
 from plait.modalities.text import words
 from plait.model.multimodal import Sequence
 from plait.reports.explanation import as_json_of, as_png
@@ -27,7 +29,8 @@ from plait.server.service import Served, Service, windows
 
 class _Body(Request):
     async def json(self) -> Any:
-        return parse_json(await self.body(), self.app.state.service.limits)
+        body, limits = await self.body(), self.app.state.service.limits
+        return parse_json(body, limits) if len(body) < APART else await asyncio.to_thread(parse_json, body, limits)
 
 
 class _Route(APIRoute):
@@ -56,6 +59,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         504: "It took longer than the server allows.",
     }.items()
 }
+APART = 16_384  # bytes of JSON that are parsed on the event loop
+READ_AT_ONCE = 65_536  # tokens that one request has embedded or classified
 EXPLAINED = 256  # words of an input that are explained at once
 EVENT = {"type": "object", "properties": {"data": {"type": "string"}, "event": {"type": "string"}}}
 STREAM = {"text/event-stream": {"schema": EVENT}}
@@ -162,6 +167,12 @@ def check_ids(model: Model, ids: list[int]) -> None:
         raise PlaitError(f"The id {wrong[0]} stands for no text in this model. Use those of its tokenizer.")
 
 
+def check_read(tokens: int) -> None:
+    """Raises ApiError where a request that is read in windows has too many tokens."""
+    if tokens > READ_AT_ONCE:
+        raise ApiError(413, f"The inputs take {tokens} tokens; at most {READ_AT_ONCE} are read at once. Send fewer.")
+
+
 # --- models and state -------------------------------------------------------------------------------------------
 
 
@@ -240,10 +251,7 @@ async def embeddings(request: Request, body: s.EmbeddingRequest) -> Response:
 
         parts = await service.prepared(prepare, size)
         request_context.prompt_tokens = sum(len(sequence) for part in parts for sequence in part)
-        if request_context.prompt_tokens > 65_536:
-            raise ApiError(
-                413, f"The inputs take {request_context.prompt_tokens} tokens; at most 65536 at once. Send fewer."
-            )
+        check_read(request_context.prompt_tokens)
         vectors = await served.worker.call(lambda: ours.embed_parts(parts), deadline)
     elif ids:
         raise ApiError(400, f"{served.name} takes texts, not ids. Send strings.", "input")
@@ -282,18 +290,19 @@ async def classify(request: Request, body: s.ClassifyRequest) -> Response:
 
         sequences = await service.prepared(prepare, size)
         request_context.prompt_tokens = sum(map(len, sequences))
+        check_read(request_context.prompt_tokens)
 
-        def work() -> list[tuple[str, float]]:
+        def work() -> Predictions:
             return ours.classify_parts(sequences, body.labels, body.column, body.top)
     else:
         if len(values) > 1:
             raise ApiError(400, f"{served.name} classifies one input at a time. Send one part.", "input")
 
-        def work() -> list[tuple[str, float]]:
+        def work() -> Predictions:
             return model.classify(values[0], labels=body.labels, column=body.column, top=body.top)
 
     ranked = await served.worker.call(work, deadline)
-    data = [{"label": label, "probability": chance} for label, chance in ranked]
+    data = [prediction._asdict() for prediction in ranked]
     return JSONResponse({"object": "list", "model": served.name, "data": data})
 
 

@@ -12,10 +12,10 @@ from fastapi import Form, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.responses import Response
 
-from plait.data.media import sniff
 from plait.inference.engine import Completion
 from plait.inference.engine import Request as Wanted
 from plait.inference.model import Model, joined
+from plait.modalities.media import sniff
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext
 from plait.server.api import STREAM, make_router, of, voice_of, wanted_of
@@ -38,6 +38,7 @@ async def draw(request: Request, body: s.ImageRequest) -> Response:
     served = service.find(body.model, request_context)
     model, n = served.ours, body.n or 1
     service.check_parts([body.prompt])
+    served.check_prompt([body.prompt], "prompt")
 
     def prepare() -> tuple[str, Wanted]:
         column = model.column(body.column, "image", "draw")
@@ -97,6 +98,7 @@ async def speak(request: Request, body: s.SpeechRequest) -> Response:
     served = service.find(body.model, request_context)
     model = served.ours
     service.check_parts([body.input])
+    served.check_prompt([body.input], "input")
 
     def prepare() -> tuple[str, Wanted]:
         column = voice_of(model, body.voice)

@@ -57,7 +57,7 @@ async def chat_completions(request: Request, body: s.ChatRequest) -> Response:
     model, chat, n = served.ours, served.chat, body.n or 1
     if chat is None:
         raise ApiError(400, f"{served.name} has no chat.", "model")
-    turns = await _turns(service, model, body, service.deadline(request_context))
+    turns = await _turns(service, served, body, service.deadline(request_context))
     size = sum(len(part) for turn in turns for part in turn.parts if isinstance(part, str))
     most = most_of(model, body.max_completion_tokens or body.max_tokens, "max_completion_tokens")
     outputs = body.modalities or ["text"]
@@ -112,7 +112,7 @@ async def chat_completions(request: Request, body: s.ChatRequest) -> Response:
     return JSONResponse({**head, "choices": choices, "usage": usage_of(read_, request_context.completion_tokens)})
 
 
-async def _turns(service: Service, model: Model, body: s.ChatRequest, deadline: float) -> list[Turn]:
+async def _turns(service: Service, served: Served, body: s.ChatRequest, deadline: float) -> list[Turn]:
     every: list[list[Any]] = []
     for message in body.messages:
         parts: list[Any] = [message.content] if isinstance(message.content, str) else list(message.content or [])
@@ -121,8 +121,9 @@ async def _turns(service: Service, model: Model, body: s.ChatRequest, deadline: 
             raise ApiError(400, f"The {message.role} message is empty. Give it content.", f"messages.{len(every)}")
         every.append(parts)
     service.check_parts(part for parts in every for part in parts)
+    served.check_prompt((part for parts in every for part in parts), "messages")
     return [
-        Turn(message.role, await service.parts(model, parts, f"messages.{i}.content", deadline))
+        Turn(message.role, await service.parts(served.model, parts, f"messages.{i}.content", deadline))
         for i, (message, parts) in enumerate(zip(body.messages, every, strict=True))
     ]
 
@@ -203,6 +204,8 @@ async def completions(request: Request, body: s.CompletionRequest) -> Response:
     model, n = served.ours, body.n or 1
     prompts = _prompts(body.prompt)
     service.check_parts(prompt for prompt in prompts if isinstance(prompt, str))
+    for prompt in prompts:
+        served.check_prompt([prompt], "prompt")
     most = most_of(model, body.max_tokens, "max_tokens") or 16
     wanted: list[Wanted] = []
 

@@ -19,7 +19,6 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartParser
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 
 from plait.core.errors import PlaitError
@@ -211,13 +210,6 @@ def make_app(service: Service, access_policy: AccessPolicy) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(Exception, _broken)
-    if access_policy.origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=sorted(access_policy.origins),
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
-        )
     app.openapi = lambda: _describe(app, bool(access_policy.keys))  # type: ignore[method-assign]
     return app
 

@@ -30,6 +30,9 @@ SAFE = [
     (b"referrer-policy", b"no-referrer"),
     (b"cache-control", b"no-store"),
 ]
+METHODS = b"GET, HEAD, POST"
+EXPOSED = (b"access-control-expose-headers", b"retry-after, x-request-id, x-plait-ignored")
+_NAMES = re.compile(rb"[A-Za-z0-9-]{1,64}(?:\s*,\s*[A-Za-z0-9-]{1,64}){0,63}")
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::\d{1,5})?")
 log = logging.getLogger("plait.server")
 
@@ -44,6 +47,11 @@ class AccessPolicy:
     any_address: bool = False  # bound off loopback: a Host that is an IP address is no rebound name
     browsers: bool = False  # there is a page: browsers ask for the key and send it as a password (HTTP Basic)
 
+    def allowed_origin(self, scope: Scope) -> bytes | None:
+        """The Origin header of a request from a page that `--allow-origin` names."""
+        found = [value for name, value in scope["headers"] if name == b"origin"]
+        return found[0] if len(found) == 1 and found[0].decode("latin-1").lower() in self.origins else None
+
     def check(self, scope: Scope) -> None:
         """Raises ApiError where the request's host, origin or key is none that is known."""
         headers: dict[bytes, list[bytes]] = {}
@@ -56,13 +64,12 @@ class AccessPolicy:
         if found[1] not in self.hosts and not (self.any_address and _is_address(found[1])):
             raise ApiError(403, "This server does not answer for that host. Add it with --allow-host.", code="host")
         origins = headers.get(b"origin", [])
-        preflight = scope["method"] == "OPTIONS" and b"access-control-request-method" in headers
         if origins:
             origin = origins[0].decode("latin-1").lower()
             own = origin.partition("://")[2] == hosts[0].decode("latin-1").lower()
             if len(origins) > 1 or not (own or origin in self.origins):
                 raise ApiError(403, "Pages of that origin may not call. Add it with --allow-origin.", code="origin")
-            if preflight and origin in self.origins:
+            if origin in self.origins and is_preflight(scope):
                 return  # browsers send no key along with the question whether they may
         if self.keys and scope["path"] != OPEN:
             given = headers.get(b"authorization", [])
@@ -72,6 +79,12 @@ class AccessPolicy:
                     401, "A key is needed. Send the header 'Authorization: Bearer KEY'.", code="invalid_api_key",
                     headers={"WWW-Authenticate": challenge if self.browsers and scope["path"] == "/" else "Bearer"},
                 )  # fmt: skip
+
+
+def is_preflight(scope: Scope) -> bool:
+    """Whether a browser asks, before a request, whether it may send it. The guard itself answers: nothing that a
+    preflight asks ever reaches a route."""
+    return scope["method"] == "OPTIONS" and any(n == b"access-control-request-method" for n, _ in scope["headers"])
 
 
 def _is_address(host: str) -> bool:
@@ -106,6 +119,7 @@ class AccessMiddleware:
             return
         request_context = RequestContext("req-" + secrets.token_hex(8))
         scope["trail"] = request_context
+        origin = self.access_policy.allowed_origin(scope)
 
         async def out(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -113,6 +127,8 @@ class AccessMiddleware:
                 headers = list(message.get("headers", []))
                 present = {name.lower() for name, _ in headers}
                 headers += [header for header in SAFE if header[0] not in present]
+                if origin is not None:
+                    headers += [(b"access-control-allow-origin", origin), (b"vary", b"Origin"), EXPOSED]
                 headers.append((b"x-request-id", request_context.id.encode()))
                 if self.stopping:
                     headers.append((b"connection", b"close"))
@@ -126,9 +142,13 @@ class AccessMiddleware:
             self.access_policy.check(scope)
             if self.stopping:
                 raise ApiError(503, "The server is stopping. Try again soon.", code="stopping")
+            if scope["method"] == "OPTIONS":
+                await answer_options(scope, out)
+                return
             body = await self._body(scope, receive, held)
             if body is not None:
-                await self._run(scope, body, receive, out, request_context)
+                asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope  # uvicorn sends no body
+                await self._run(asked, body, receive, out, request_context)
         except ApiError as error:
             await answer(error, out)
         except Exception as error:
@@ -212,6 +232,19 @@ class AccessMiddleware:
         if request_context.end:
             fields["end"] = request_context.end
         log.info("request", extra={"fields": fields})
+
+
+async def answer_options(scope: Scope, send: Send) -> None:
+    """Say what a page may send. What it sends then is judged by itself, key and all."""
+    headers = [(b"content-length", b"0"), (b"allow", METHODS)]
+    if is_preflight(scope):
+        asked = b", ".join(value for name, value in scope["headers"] if name == b"access-control-request-headers")
+        headers += [(b"access-control-allow-methods", METHODS), (b"access-control-max-age", b"600"),
+                    (b"vary", b"Access-Control-Request-Headers")]  # fmt: skip
+        if asked and _NAMES.fullmatch(asked):
+            headers.append((b"access-control-allow-headers", asked))
+    await send({"type": "http.response.start", "status": 204, "headers": headers})
+    await send({"type": "http.response.body", "body": b""})
 
 
 async def answer(error: ApiError, send: Send) -> None:

@@ -23,6 +23,16 @@ LEAST_READ = 65_536  # bytes that a client must take in `read_seconds` while mor
 SEND_BUFFER = 131_072  # bytes that the system may hold of an answer, so that a client's standstill shows
 
 
+class _UntilClose(int):
+    """The length of an answer that ends where its connection does: never exceeded, always reached."""
+
+    def __lt__(self, other: int) -> bool:
+        return False
+
+    def __sub__(self, other: int) -> _UntilClose:
+        return self
+
+
 class Connection(HttpToolsProtocol):
     """One connection. `check` is called every second; it closes what has stood still for too long."""
 
@@ -68,6 +78,9 @@ class Connection(HttpToolsProtocol):
             raise ValueError  # the parser hands it to send_400_response
         self.phase, self.since, self.received = "body", self.loop.time(), 0
         super().on_headers_complete()
+        if self.parser.get_http_version() == "1.0":  # which knows no chunks
+            self.cycle.chunked_encoding = False
+            self.cycle.expected_content_length = _UntilClose()
 
     def on_body(self, body: bytes) -> None:
         self.received += len(body)

@@ -24,7 +24,8 @@ from plait.server.page_tabs import Tabs
 from plait.server.service import Service
 
 SCRIPT = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
-OPEN = {"/", "/page.js", "/theme.css", "/favicon.ico", "/gradio_api/queue/join", "/gradio_api/queue/data"}
+JOIN = "/gradio_api/queue/join"
+OPEN = {"/", "/page.js", "/theme.css", "/favicon.ico", JOIN, "/gradio_api/queue/data"}
 FOLDERS = ("/assets/", "/static/", "/report/")
 POLICY = (
     "default-src 'none'; script-src 'self' 'nonce-{nonce}'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
@@ -59,7 +60,10 @@ class Page:
                 await self.app(scope, receive, send)
             return
         path = scope["path"]
-        if path not in OPEN and not path.startswith(FOLDERS):
+        if scope["method"] != ("POST" if path == JOIN else "GET") and (path in OPEN or path.startswith(FOLDERS)):
+            # HEAD has become GET on its way here.
+            await answer(ApiError(405, "The page's paths are read with GET; its queue takes POST."), send)
+        elif path not in OPEN and not path.startswith(FOLDERS):
             await self.app(scope, receive, send)
         elif path == "/page.js":
             await _whole(send, SCRIPT.encode(), "text/javascript; charset=utf-8")
@@ -67,7 +71,7 @@ class Page:
             await self._send_report(path.removeprefix("/report/"), send)
         elif path == "/":
             await self._send_page(scope, receive, send)
-        elif path == "/gradio_api/queue/join":
+        elif path == JOIN:
             await self._join(scope, receive, send)
         else:
             await self.inner(scope, receive, send)

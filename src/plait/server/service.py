@@ -19,7 +19,7 @@ from plait.inference.engine import Completion, Delta, Request
 from plait.inference.model import Model
 from plait.model.multimodal import Sequence
 from plait.server.access_log import Metrics, RequestContext
-from plait.server.limits import ApiError, Limits, decode_base64, decode_data_url
+from plait.server.limits import ApiError, Limits, as_api_error, decode_base64, decode_data_url
 from plait.server.media import Reader
 from plait.server.middleware import Scope, Send, answer
 from plait.server.schemas import AudioPart, ImagePart, TextPart
@@ -42,11 +42,25 @@ class Served:
     fingerprint: str
     created: int
     chat: Chat | None = None
+    prompt_bytes: int = 0  # more bytes of text than these cannot fit into the model's context; 0: not known
 
     @classmethod
     def of(cls, name: str, model: Model | Pretrained, folder: Path, fingerprint: str, limits: Limits) -> Served:
         chat = Chat(model, folder) if isinstance(model, Model) else None
-        return cls(name, model, Worker(name, model, limits), fingerprint, int(time.time()), chat)
+        worker = Worker(name, model, limits)
+        most = _most_bytes(model) if isinstance(model, Model) else 0
+        return cls(name, model, worker, fingerprint, int(time.time()), chat, most)
+
+    def check_prompt(self, parts: Iterable[Any], param: str) -> None:
+        """Raises ApiError for texts that are certainly too long for the model, before they are tokenised."""
+        texts = (part.text if isinstance(part, TextPart) else part for part in parts)
+        size = sum(len(text.encode()) for text in texts if isinstance(text, str))
+        if self.prompt_bytes and size > self.prompt_bytes:
+            limit = self.ours.engine.max_length
+            raise ApiError(
+                400, f"The prompt has {size} bytes, which do not fit into this model's {limit} tokens: it has room for "
+                f"{limit}. Shorten it.", param, "context_length_exceeded",
+            )  # fmt: skip
 
     @property
     def ours(self) -> Model:
@@ -132,7 +146,7 @@ class Service:
         try:
             return work() if size < INLINE else await asyncio.to_thread(work)
         except PlaitError as error:
-            raise ApiError(400, str(error)) from error
+            raise as_api_error(error) from error
 
     async def written(
         self, served: Served, requests: list[Request], request_context: RequestContext
@@ -159,6 +173,13 @@ class Service:
             return [modality.to_object(sample) for sample in model.decode(column, written)]
 
         return list(await served.worker.call(work, self.deadline(request_context)))
+
+
+def _most_bytes(model: Model) -> int:
+    """Bytes of text beyond which no prompt fits into a model's context: as many as its longest token has, each. Normal
+    form C makes a text at most three times shorter."""
+    longest = max((len(token.encode()) for token in model.checkpoint.text.tokenizer.get_vocab()), default=1)
+    return 3 * longest * model.engine.max_length
 
 
 def note(request_context: RequestContext, updates: list[tuple[int, Delta]]) -> None:

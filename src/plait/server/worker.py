@@ -14,11 +14,14 @@ from dataclasses import replace
 from typing import Any
 
 from plait.core.errors import PlaitError
+from plait.core.interruption import Interrupted, pausing
 from plait.hf.pretrained import Pretrained
 from plait.inference.engine import Delta, Engine, Job, Request, Result
 from plait.inference.model import Model
-from plait.server.limits import ApiError, Limits
+from plait.server.limits import ApiError, Limits, as_api_error
 
+DEEPEST = 8  # calls that stand still while another one runs
+LONG = 0.1  # seconds after which a call lets another one, that waits, run in between
 log = logging.getLogger("plait.server")
 
 
@@ -98,6 +101,7 @@ class Worker:
             model.engine = self.engine  # the verbs' too: one set of rows, one cache
         self.pending_requests: set[PendingRequest] = set()
         self.calls: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
+        self.futures: set[asyncio.Future[Any]] = set()  # of the calls that wait or run
         self.outbox: list[tuple[PendingRequest, Delta]] = []  # of the step that runs; this model's thread only
         self.wake = threading.Condition()
         self.stopped = False
@@ -124,7 +128,7 @@ class Worker:
     def admit(self, samples: int) -> None:
         """Raises ApiError: 429 where the queue has no room for so many more now, 413 where it never has."""
         rows = self.engine.max_rows if self.engine is not None else 1
-        ahead = self.samples + len(self.calls)
+        ahead = self.samples + len(self.futures)
         if samples > rows + self.limits.queue:
             most = rows + self.limits.queue
             raise ApiError(413, f"The request asks for {samples} samples; at most {most} are taken. Ask for fewer.")
@@ -157,15 +161,19 @@ class Worker:
         except PlaitError as error:
             for pending in pending_requests:
                 pending.cancel()
-            raise ApiError(400, str(error)) from error
+            raise as_api_error(error) from error
         with self.wake:
             self.wake.notify()
         return pending_requests
 
     async def call(self, work: Callable[[], Any], deadline: float) -> Any:
-        """What `work` returns, run by the model's thread between two steps. PlaitErrors become ApiErrors."""
+        """What `work` returns, run by the model's thread between two steps, which go on wherever the work has a
+        `pause_point`; there it ends too once the deadline is over or its client has left. PlaitErrors become
+        ApiErrors."""
         self.admit(1)
         future: asyncio.Future[Any] = self.loop.create_future()
+        self.futures.add(future)
+        future.add_done_callback(self.futures.discard)
         with self.wake:
             self.calls.append((work, future))
             self.wake.notify()
@@ -175,13 +183,13 @@ class Worker:
         except TimeoutError:
             raise late() from None
         except PlaitError as error:
-            raise ApiError(400, str(error)) from error
+            raise as_api_error(error) from error
 
     def give_up(self, error: ApiError) -> None:
         """End all that is under way."""
         for pending in list(self.pending_requests):
             pending.fail(error)
-        for _, future in self.calls:
+        for future in [*self.futures]:
             if not future.done():
                 future.set_exception(error)
 
@@ -201,11 +209,28 @@ class Worker:
             if self.engine is not None:
                 busy = self._step(self.engine)
 
-    def _run_call(self, work: Callable[[], Any], future: asyncio.Future[Any]) -> None:
-        if future.cancelled():
+    def _run_call(self, work: Callable[[], Any], future: asyncio.Future[Any], depth: int = 0) -> None:
+        """Run one call; `depth` of others stand still meanwhile, at their pause points."""
+        if future.done():
             return
+        begun = time.monotonic()
+
+        def pause(others: bool) -> None:
+            if future.done() or self.stopped:
+                raise Interrupted
+            if not others:
+                return
+            if self.engine is not None and (self.engine.samples or self.engine.pending):
+                self._step(self.engine)
+            if depth < DEEPEST and time.monotonic() - begun > LONG and self.calls:
+                self._run_call(*self.calls.popleft(), depth + 1)
+
         try:
-            result = work()
+            with pausing(pause):
+                result = work()
+        except Interrupted:
+            if not future.done():
+                self.loop.call_soon_threadsafe(_settle, future, None, ApiError(503, "The server is stopping."))
         except PlaitError as error:
             self.loop.call_soon_threadsafe(_settle, future, None, error)
         except Exception as error:

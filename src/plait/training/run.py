@@ -16,12 +16,14 @@ import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as tensors_to_bytes
 
+from plait.core import isa
 from plait.core.config import SIZES, Recipe, parse_recipe
 from plait.core.device import Device
 from plait.core.errors import PlaitError
 from plait.core.files import read_json, sha256_file, write_atomic, write_json
 from plait.data.conversations import turns
 from plait.data.dataset import Dataset
+from plait.kernels import training as native
 from plait.modalities.base import MediaModality
 from plait.modalities.text import Text
 from plait.model.multimodal import Multimodal
@@ -81,6 +83,32 @@ class Run:
         """`decide` for one entry of a fact that holds one for each of several names."""
         self.record(**{fact: {**self.metadata.get(fact, {}), name: value}})
 
+    def computing(self) -> dict[str, str]:
+        """What decides the last bits of a step on a processor: the instructions, and what computes blocks."""
+        if self.device.kind != "cpu":
+            return {}
+        level = isa.level()
+        return {"instructions": level.name if level else "none", "blocks": native.backend_name(self.device)}
+
+    def _same_computing(self, allow_changes: bool) -> None:
+        """Refuse to go on where a step would compute otherwise than it did, unless changes are allowed."""
+        began, now = self.metadata.get("computing") or {}, self.computing()
+        different = [name for name in began if began[name] != now.get(name)]
+        if not different or "finished" in self.metadata or self.metadata["device"] != self.device.kind:
+            return
+        words = "; ".join(f"{name}: was {began[name]}, now {now.get(name, 'on another device')}" for name in different)
+        if not allow_changes:
+            remedy = "restore what it had"
+            if "instructions" in different and began["instructions"] in [level.name for level in isa.supported()]:
+                remedy = f"set {isa.VARIABLE}={began['instructions']}"
+            raise PlaitError(
+                f"{self.folder} was computed otherwise ({words}), so that it would not go on bit for bit. To go on, "
+                f"{remedy}, or pass --allow-changes."
+            )
+        self.metadata["changes"] = [*self.metadata.get("changes", []), words]
+        self.record(computing=now)
+        self.report(Progress("note", 1, 1, note=f"going on with other arithmetic: {words}"))
+
     def open(self, allow_changes: bool = False) -> bool:
         """Begin or go on; True where the run had been finished. Refuses a folder of another recipe or dataset, unless
         changes are allowed: then what depends on them is decided anew, and they are written down."""
@@ -95,7 +123,7 @@ class Run:
             shutil.rmtree(self.folder / "cache", ignore_errors=True)
             self.record(
                 **wanted, seed=self.settings.seed, size=self.recipe.model.size, device=self.device.kind,
-                processes=self.group.size, threads=torch.get_num_threads(),
+                processes=self.group.size, threads=torch.get_num_threads(), computing=self.computing(),
                 precision=str(self.device.dtype).removeprefix("torch."), torch=torch.__version__, started=time.time(),
             )  # fmt: skip
             return False
@@ -128,6 +156,7 @@ class Run:
             self.report(Progress("note", 1, 1, note=f"going on with changes: {told}"))
         if any(self.metadata[name] != value for name, value in wanted.items()):
             self.record(**wanted)
+        self._same_computing(allow_changes)
         return "finished" in self.metadata
 
     def steps_from(self, number: int) -> int:
