@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from plait.cli.train import prepare_files, train_run
-from plait.console import Bar, DeviceOption, SeedOption, app, err, out, plain, show_manifest, show_metrics
+from plait.console import (
+    Bar,
+    DeviceOption,
+    PrecisionOption,
+    SeedOption,
+    app,
+    err,
+    out,
+    plain,
+    show_manifest,
+    show_metrics,
+)
 
 if TYPE_CHECKING:
     from plait.evaluation.findings import Findings
@@ -25,12 +36,13 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print metrics.json.")] = False,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
 ) -> None:
     """Measure a run on held-out data, beside chance and a simple baseline; writes metrics.json and report.html.
 
     Example: plait evaluate runs/photos
     """
-    metrics = _evaluate(run, data, split, limit, reference_seconds, seed, device)
+    metrics = _evaluate(run, data, split, limit, reference_seconds, seed, device, precision)
     if as_json:
         out.print_json(data=metrics)
         return
@@ -39,7 +51,14 @@ def evaluate(
 
 
 def _evaluate(
-    run: Path, data: str | None, split: str, limit: int | None, reference_seconds: float, seed: int, device: str
+    run: Path,
+    data: str | None,
+    split: str,
+    limit: int | None,
+    reference_seconds: float,
+    seed: int,
+    device: str,
+    precision: str,
 ) -> dict[str, Any]:
     from plait.core.errors import PlaitError
     from plait.core.files import read_json
@@ -56,7 +75,7 @@ def _evaluate(
             raise PlaitError(f"{run / 'run.json'} does not say which dataset it is of. Name one with --data.")
         data = facts["dataset"]
     dataset = Dataset.open(data)
-    model = load(run, device)
+    model = load(run, device, precision)
     if not isinstance(model, Model):
         raise PlaitError(f"{run} is no model that plait trained; evaluation needs a run.")
     with Bar() as bar:
@@ -104,7 +123,7 @@ def demo(
         show_manifest(prepare_files(run / "files", run / "data", load_recipe(None).data), run / "data")
     recipe = load_recipe(None, {"training": {"minutes": minutes, "seed": seed}})
     train_run(Dataset.open(run / "data"), run, recipe, device)
-    metrics = _evaluate(run, None, "test", None, 15.0, seed, device)
+    metrics = _evaluate(run, None, "test", None, 15.0, seed, device, "auto")
     show_metrics({name: value for name, value in metrics.items() if name in _demo_figures(metrics)})
     out.print(f"\n{time.monotonic() - begun:.0f} s in all. All figures: {run / 'metrics.json'}")
     out.print(f"Report, with images and audio clips: {run / 'report.html'}\n\nTry next:")

@@ -12,6 +12,7 @@ import typer
 from plait.console import (
     DeviceOption,
     ModelArgument,
+    PrecisionOption,
     SeedOption,
     app,
     existing,
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
     from plait.inference.model import Model
 
 
-def load(name: str, device: str) -> Model | Pretrained:
+def load(name: str, device: str, precision: str = "auto") -> Model | Pretrained:
     """`plait.load`, imported when it is needed: torch takes seconds."""
     from plait.inference.model import load
 
-    return load(name, device)
+    return load(name, device, precision)
 
 
 @app.command()
@@ -48,12 +49,13 @@ def generate(
     do_sample: Annotated[bool | None, typer.Option(help="Sample; by itself where several are asked for.")] = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
 ) -> None:
     """Continue a text.
 
     Example: plait generate gpt2 "Hello, how are you?" --max-length 50 --num-return-sequences 5
     """
-    made = load(model, device).generate(
+    made = load(model, device, precision).generate(
         prompt, max_length=max_length, max_new_tokens=max_new_tokens, num_return_sequences=num_return_sequences,
         do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p,
         repetition_penalty=repetition_penalty, seed=seed,
@@ -73,12 +75,13 @@ def classify(
     column: Annotated[str | None, typer.Option(help="Answer in this text column.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Answers to show.")] = 3,
     device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
 ) -> None:
     """Name what is in an image or a recording, with probabilities.
 
     Example: plait classify runs/demo runs/demo/files/images/0003.png
     """
-    loaded = load(model, device)
+    loaded = load(model, device, precision)
     wanted = [label.strip() for label in labels.split(",")] if labels else None
     for file in files:
         value = media_or_text(file)
@@ -93,12 +96,13 @@ def describe(
     files: Annotated[list[Path], typer.Argument(help="Images.")],
     column: Annotated[str | None, typer.Option(help="Write into this text column.")] = None,
     device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
 ) -> None:
     """Say in words what is in an image.
 
     Example: plait describe runs/demo runs/demo/files/images/0003.png --column zh
     """
-    loaded = load(model, device)
+    loaded = load(model, device, precision)
     for file in files:
         out.print(plain(f"{file}: {loaded.describe(existing(file), column=column)}"))
 
@@ -109,12 +113,13 @@ def transcribe(
     files: Annotated[list[Path], typer.Argument(help="Recordings.")],
     column: Annotated[str | None, typer.Option(help="Write into this text column.")] = None,
     device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
 ) -> None:
     """Write down what is said in a recording.
 
     Example: plait transcribe openai/whisper-tiny speech.wav
     """
-    loaded = load(model, device)
+    loaded = load(model, device, precision)
     for file in files:
         note_windows(loaded, existing(file))
         out.print(plain(f"{file}: {loaded.transcribe(existing(file), column=column)}"))
@@ -130,6 +135,7 @@ def draw(
     seed: SeedOption = 0,
     out_file: Annotated[Path, typer.Option("-o", "--out", help="A PNG file.")] = Path("drawing.png"),
     device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
 ) -> None:
     """Draw images of texts.
 
@@ -137,7 +143,7 @@ def draw(
     """
     from plait.search.contact_sheet import contact_sheet
 
-    loaded = load(model, device)
+    loaded = load(model, device, precision)
     images = [p for text in texts for p in loaded.draw(text, n=n, best_of=best_of, guidance=guidance, seed=seed)]
     write(out_file, contact_sheet(images, n if len(texts) > 1 else None))
     out.print(f"{len(images)} drawn: {out_file}")
@@ -151,6 +157,7 @@ def speak(
     seed: SeedOption = 0,
     out_file: Annotated[Path, typer.Option("-o", "--out", help="A WAV file.")] = Path("speech.wav"),
     device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
 ) -> None:
     """Say a text.
 
@@ -158,7 +165,7 @@ def speak(
     """
     from plait.modalities.audio_files import encode_wav
 
-    wave, rate = load(model, device).speak(text, n=1, guidance=guidance, seed=seed)[0]
+    wave, rate = load(model, device, precision).speak(text, n=1, guidance=guidance, seed=seed)[0]
     write(out_file, encode_wav(wave, rate))
     out.print(f"{len(wave) / rate:.2f} s of audio: {out_file}")
 
@@ -169,6 +176,7 @@ def embed(
     inputs: Annotated[list[str], typer.Argument(help="Texts, images and recordings.")],
     out_file: Annotated[Path | None, typer.Option("-o", "--out", help="A .npy file; default: JSON lines.")] = None,
     device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
 ) -> None:
     """Place texts, images and audio clips in one space.
 
@@ -179,7 +187,7 @@ def embed(
 
     import numpy as np
 
-    loaded = load(model, device)
+    loaded = load(model, device, precision)
     values = [media_or_text(value) for value in inputs]
     for value in values:
         note_windows(loaded, value)
