@@ -27,7 +27,9 @@ def chat(
     model: ModelArgument,
     system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest words.")] = None,
-    top_p: Annotated[float | None, typer.Option()] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample among the likeliest tokens that together have this probability.")
+    ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Of each reply.")] = None,
     images: Annotated[Path, typer.Option(help="Where /draw puts its files.")] = Path(),
     seed: SeedOption = 0,

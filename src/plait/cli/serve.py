@@ -1,4 +1,4 @@
-"""Commands of the server: serve, key."""
+"""The command that serves models over HTTP."""
 
 from __future__ import annotations
 
@@ -38,8 +38,7 @@ def serve(
     """
     from plait.core.dist import check_extra
 
-    for module in ("fastapi", "uvicorn", "httptools", "multipart", "prometheus_client"):
-        check_extra(module, "serve", "plait serve")
+    check_serve_extra()
     if ui:
         check_extra("gradio", "ui", "--ui")
     if index:
@@ -66,15 +65,9 @@ def serve(
     )  # fmt: skip
 
 
-@app.command()
-def key(
-    file: Annotated[Path, typer.Argument(help="Where hashes of keys are kept.")],
-    name: Annotated[str, typer.Option(help="Whose key it is.")] = "default",
-) -> None:
-    """Make an API key: it is shown once, and only its hash is kept.
+def check_serve_extra() -> None:
+    """Raise PlaitError with the line to type where a package of the extra is missing."""
+    from plait.core.dist import check_extra
 
-    Example: plait key keys.txt --name alice
-    """
-    from plait.server.limits import new_key
-
-    out.print(new_key(file, name))
+    for module in ("fastapi", "uvicorn", "httptools", "multipart", "prometheus_client"):
+        check_extra(module, "serve", "The server")

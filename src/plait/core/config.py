@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -213,6 +214,21 @@ def load_recipe(path: str | Path | None, overrides: dict[str, dict[str, Any]] | 
         if known:
             raw[section] = {**(raw.get(section) or {}), **known}
     return parse_recipe(raw, str(path or "the options"))
+
+
+def as_recipe(recipe: Recipe | str | Path | Mapping[str, Any] | None, overrides: dict[str, dict[str, Any]]) -> Recipe:
+    """A recipe from what people give: none, the path of a YAML file, a dictionary, or a Recipe; with overrides by
+    section laid over it, of which None says nothing.
+
+    Raises PlaitError naming the key that is unknown or wrong.
+    """
+    if recipe is None or isinstance(recipe, (str, Path)):
+        return load_recipe(recipe, overrides)
+    raw = recipe.model_dump(mode="json", exclude_unset=True) if isinstance(recipe, Recipe) else dict(recipe)
+    for section, values in overrides.items():
+        if known := {key: value for key, value in values.items() if value is not None}:
+            raw[section] = {**(raw.get(section) or {}), **known}
+    return parse_recipe(raw, "the recipe")
 
 
 def parse_recipe(raw: dict[str, Any], where: str) -> Recipe:
