@@ -82,6 +82,8 @@ class Model(Reading, Recommending):
         self.checkpoint, self.folder = checkpoint, folder  # the folder it was loaded from
         self.device = choose_device(device, precision)
         checkpoint.model.eval().to(self.device.torch)
+        if self.device.weights is not None:
+            checkpoint.model.pack(self.device.weights)
         self.vocabulary = checkpoint.model.vocabulary
 
     @cached_property
