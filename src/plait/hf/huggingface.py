@@ -20,7 +20,7 @@ from torch import Tensor
 
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
-from plait.hf.architectures import Stored, imported, layout
+from plait.hf.architectures import ARCHITECTURES, Stored, imported, layout
 from plait.hf.hub import find, no_safetensors, other_weights
 from plait.modalities.base import Vocabulary
 from plait.modalities.text import Text
@@ -152,6 +152,11 @@ def _ends(config: dict[str, Any], generation: dict[str, Any], size: int, folder:
                 raise PlaitError(f"{folder / name}: eos_token_id is {end!r}, outside the vocabulary of {size}.")
         found = list(dict.fromkeys(ends)) or found
     return found
+
+
+def runs(config: dict[str, Any]) -> bool:
+    """Whether our backbone computes what a `config.json` names."""
+    return config.get("model_type") in ARCHITECTURES
 
 
 def load(name_or_folder: str | Path, device: torch.device | None = None) -> Checkpoint:

@@ -19,7 +19,6 @@ from plait.core.files import read_json
 from plait.explain import plait_models as questions
 from plait.explain.methods import Explanation, explain
 from plait.hf import hub, huggingface
-from plait.hf.architectures import ARCHITECTURES
 from plait.hf.pretrained import Pretrained, load_pretrained
 from plait.inference import scoring
 from plait.inference.engine import Completion, Engine, Request
@@ -67,7 +66,7 @@ def load(path: str | Path, device: str = "auto", precision: str = "auto") -> Mod
     if folder is not None and read_json(folder / "config.json").get("model_type") == "plait":
         return Model(checkpoints.load(folder), device, precision, folder)
     folder = hub.find(folder or path)
-    if read_json(folder / "config.json").get("model_type") in ARCHITECTURES:
+    if huggingface.runs(read_json(folder / "config.json")):
         return Model(huggingface.load(folder, chosen.torch), device, precision, folder)
     return load_pretrained(str(folder), device, precision)
 
