@@ -68,7 +68,7 @@ def load(path: str | Path, device: str = "auto", precision: str = "auto") -> Mod
     if folder is not None and read_json(folder / "config.json").get("model_type") == "plait":
         return Model(checkpoints.load(folder), device, precision, folder)
     folder = hub.find(folder or path)
-    if read_json(folder / "config.json").get("model_type") in huggingface.FAMILIES:
+    if huggingface.runs(read_json(folder / "config.json")):
         return Model(huggingface.load(folder, chosen.torch), device, precision, folder)
     return load_pretrained(str(folder), device, precision)
 
@@ -83,6 +83,8 @@ class Model(Reading, Recommending):
         self.checkpoint, self.folder = checkpoint, folder  # the folder it was loaded from
         self.device = choose_device(device, precision)
         checkpoint.model.eval().to(self.device.torch)
+        if self.device.weights is not None:
+            checkpoint.model.pack(self.device.weights)
         self.vocabulary = checkpoint.model.vocabulary
 
     @cached_property
