@@ -30,6 +30,8 @@ def serve(
     index: Annotated[
         list[str] | None, typer.Option(help="An index to search in, made by one of the models; NAME=INDEX renames.")
     ] = None,
+    alias: Annotated[list[str] | None, typer.Option(help="NAME=MODEL: a further name of a model.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse fields that have no effect.")] = False,
     ui: Annotated[bool, typer.Option("--ui", help="A page to try the models in, at /.")] = False,
     device: DeviceOption = "auto",
 ) -> None:
@@ -61,7 +63,7 @@ def serve(
     )
     run(
         models, host, port, key_file=api_key_file, allow_hosts=allow_host, allow_origins=allow_origin, device=device,
-        precision=precision, indexes=index, ui=ui, limits=limits,
+        precision=precision, indexes=index, ui=ui, aliases=alias, strict=strict, limits=limits,
         tell=lambda url: out.print(
             f"Serving at {url}/v1 {f'with a page at {url} ' if ui else ''}(Ctrl-C stops)\n"
             f"A step of generation: {backend_name(choose_device(device, precision))}"
@@ -73,6 +75,7 @@ def serve(
 def key(
     file: Annotated[Path, typer.Argument(help="Where hashes of keys are kept.")],
     name: Annotated[str, typer.Option(help="Whose key it is.")] = "default",
+    rate: Annotated[int | None, typer.Option(min=1, max=9_999_999, help="Requests a minute.")] = None,
 ) -> None:
     """Make an API key: it is shown once, and only its hash is kept.
 
@@ -80,4 +83,4 @@ def key(
     """
     from plait.server.limits import new_key
 
-    out.print(new_key(file, name))
+    out.print(new_key(file, name, rate))
