@@ -28,8 +28,8 @@ lint: .venv/dev
 	$(PYTHON) -c 'import sys; sys.exit("Plait needs Python 3.11 or newer; try make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(INSTALL) "$$(grep -x 'torch==[0-9.]*' constraints.lock)"
-	$(INSTALL) -e ".[demo]"
-	$(MAKE) -s speech || echo "No speech synthesis here: the demo goes on with text and pictures."
+	$(INSTALL) -e ".[tensorboard]"
+	$(MAKE) -s speech || echo "No speech synthesis here: the demo goes on with text and images."
 	@touch $@
 
 speech:

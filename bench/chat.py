@@ -2,7 +2,7 @@
 
     python bench/chat.py -o runs/talk [--seeds 0 1 2] [--only chat replies intents feelings emotions few]
 
-makes the data (recipes/make_conversations.py), trains every model that is not there yet with the recipes of `recipes/`,
+makes the data (bench/make_conversations.py), trains every model that is not there yet with the packaged recipes,
 and writes OUT/talk.json. Phrasings, voices, spoken sentences and unanswerable questions of test do not occur in train.
 """
 
@@ -50,7 +50,7 @@ def command(*arguments: object) -> float:
 def data(out: Path, name: str) -> Path:
     folder = out / f"data-{name}"
     if not (folder / "manifest.json").is_file():
-        more = ("--recipe", HERE / "recipes" / "chat.yaml") if name == "chat" else ()
+        more = ("--recipe", "chat") if name == "chat" else ()
         command("prepare", out / "files" / name, "-o", folder, *more)
     return folder
 
@@ -59,7 +59,7 @@ def train(out: Path, name: str, seed: int, *more: object, kind: str | None = Non
     run = out / f"{name}-{seed}"
     kind = kind or name
     if not (run / "run.json").is_file() or "finished" not in json.loads((run / "run.json").read_text()):
-        recipe = ("--recipe", HERE / "recipes" / f"{RECIPES[kind]}.yaml") if kind in RECIPES else ()
+        recipe = ("--recipe", RECIPES[kind]) if kind in RECIPES else ()
         seconds = command("train", data(out, kind), "-o", run, *recipe, "--seed", seed, *more)
         (run / "seconds.json").write_text(json.dumps(round(seconds, 1)))
     return run
@@ -252,7 +252,7 @@ def main() -> None:
     chosen = parser.parse_args()
     out = chosen.out
     if not (out / "files").is_dir():
-        subprocess.run([sys.executable, HERE / "recipes" / "make_conversations.py", out / "files"], check=True)
+        subprocess.run([sys.executable, HERE / "bench" / "make_conversations.py", out / "files"], check=True)
     results = json.loads((out / "talk.json").read_text()) if (out / "talk.json").is_file() else {}
     for name in chosen.only:
         for seed in chosen.seeds:

@@ -29,13 +29,13 @@ from scipy.stats import spearmanr
 from plait.core.config import load_recipe
 from plait.core.files import read_json
 from plait.data.dataset import Dataset
-from plait.data.media import encode_wav
 from plait.data.prepare import prepare
 from plait.explain.methods import adding_up, occlusion
 from plait.explain.methods import areas as area
 from plait.explain.parts import Part, Question, Words
 from plait.explain.plait_models import question
 from plait.inference.model import Model, load
+from plait.modalities.audio_files import encode_wav
 from plait.training.trainer import train
 
 METHODS = ("occlusion", "integrated-gradients")

@@ -10,8 +10,8 @@ import torch
 from measure import OURS, Contender, Table, compare
 from PIL import Image
 
-from plait.data.media import decode_image, encode_png
 from plait.modalities.audio import AudioSettings, LogMel
+from plait.modalities.image_files import decode_image, encode_png
 
 
 def run(**timing: Any) -> list[Table]:

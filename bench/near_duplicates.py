@@ -23,8 +23,9 @@ import numpy as np
 import soundfile
 from PIL import Image, ImageDraw, ImageFilter
 
-from plait.data.media import decode_image, encode_png, encode_wav, resample
 from plait.data.prepare import prepare
+from plait.modalities.audio_files import encode_wav, resample
+from plait.modalities.image_files import decode_image, encode_png
 
 
 def make_image(rng: np.random.Generator) -> Image.Image:

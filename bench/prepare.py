@@ -28,7 +28,8 @@ from PIL import Image
 _DECODE = """
 import sys
 from pathlib import Path
-from plait.data.media import decode_audio, decode_image
+from plait.modalities.audio_files import decode_audio
+from plait.modalities.image_files import decode_image
 source, share, shares = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 for n, path in enumerate(sorted(source.rglob("*.*"))):
     if n % shares == share:

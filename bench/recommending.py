@@ -3,7 +3,7 @@
 Tasks: ml1m (the SASRec version of MovieLens 1M, leave one out; users marked withheld_last are learnt from and not
 asked for), cold (the same with a tenth of the films kept out of training), beauty and toys (Amazon reviews, ids alone),
 ml100k and ml100k-time, semantic (ml100k-time with semantic codes), products (emoji, and buyers who do not exist:
-recipes/make_buyers.py; their images are seen with --encoder RUN, a run of recipes/emoji.yaml), large (300,000
+bench/make_buyers.py; their images are seen with --encoder RUN, a run of the recipe emoji), large (300,000
 products and buyers who do not exist, with semantic codes). DATA is the folder that holds movielens/, amazon/ and
 emoji/. `speed` measures training on ML-1M beside this machine's bf16 products in the same process; `adding` the time of
 1,000 new items, one recommendation, and keeping them; both want the FOLDER of a task that was run, `speed` that of
@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from plait.core.recipes import find_recipe
 
 HERE = Path(__file__).parent.parent
 FILMS = """
@@ -66,15 +68,15 @@ def goods(data: Path, folder: Path, seed: int, name: str) -> None:
 
 def hundred(data: Path, folder: Path, seed: int, split: str) -> None:
     shutil.copy(data / "movielens" / "ml-100k.zip", folder / "source")
-    recipe = (HERE / "recipes" / "movielens.yaml").read_text()
+    recipe = find_recipe("movielens").read_text(encoding="utf-8")
     recipe = recipe.replace("items: {}", f"items: {{split: {split}}}")
     (folder / "recipe.yaml").write_text(recipe.replace("training:\n", f"training:\n  seed: {seed}\n"))
 
 
 def shop(data: Path, folder: Path, seed: int, encoder: str = "") -> None:
-    make = [sys.executable, HERE / "recipes" / "make_buyers.py", data / "emoji", "-o", folder / "source"]
+    make = [sys.executable, HERE / "bench" / "make_buyers.py", data / "emoji", "-o", folder / "source"]
     subprocess.run([*map(str, make), "--seed", str(seed)], check=True)
-    recipe = (HERE / "recipes" / "products.yaml").read_text()
+    recipe = find_recipe("products").read_text(encoding="utf-8")
     if encoder:
         recipe = recipe.replace("  item: {drop: 0.85}", f"  item: {{drop: 0.85, encoder: {encoder}}}")
     (folder / "recipe.yaml").write_text(recipe.replace("training:\n", f"training:\n  seed: {seed}\n"))

@@ -1,4 +1,4 @@
-"""Tiny Shakespeare on one core: nanoGPT's published setting for a processor, then `recipes/shakespeare.yaml`.
+"""Tiny Shakespeare on one core: nanoGPT's published setting for a processor, then the recipe `shakespeare`.
 
     python bench/shakespeare.py input.txt
 
@@ -104,7 +104,7 @@ def run_peer(text: str, border: int) -> tuple[float, float]:
         return seconds, float(model.loss(windows(splits[1], CONTEXT)))
 
 
-def run_ours(path: Path, text: str, border: int, recipe: Path, folder: Path) -> tuple[float, float]:
+def run_ours(path: Path, text: str, border: int, recipe: str, folder: Path) -> tuple[float, float]:
     """(CPU seconds, nats a character)."""
     prepare(path, folder / "data")
     begun = time.process_time()
@@ -124,7 +124,7 @@ def run_ours(path: Path, text: str, border: int, recipe: Path, folder: Path) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path, help="the text as one file")
-    parser.add_argument("--recipe", type=Path, default=Path(__file__).parent.parent / "recipes" / "shakespeare.yaml")
+    parser.add_argument("--recipe", default="shakespeare")
     parser.add_argument("--skip-peer", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -134,7 +134,7 @@ def main() -> None:
         print("nanoGPT's setting: {:.1f} CPU seconds, {:.4f} nats".format(*run_peer(text, border)), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         seconds, loss = run_ours(options.text, text, border, options.recipe, Path(folder))
-    print(f"{options.recipe.name}: {seconds:.1f} CPU seconds, {loss:.4f} nats")
+    print(f"{options.recipe}: {seconds:.1f} CPU seconds, {loss:.4f} nats")
 
 
 if __name__ == "__main__":

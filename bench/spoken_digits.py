@@ -3,7 +3,7 @@
     python bench/spoken_digits.py ../shared/data/fsdd/fsdd_5speakers_wav.zip -o runs/spoken_digits
 
 Each split becomes an ordinary folder with `metadata.csv` and goes through prepare, train and evaluate with
-`recipes/spoken_digits.yaml`. Prints accuracy on the speaker that the run never heard, and their mean.
+the recipe `spoken_digits`. Prints accuracy on the speaker that the run never heard, and their mean.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> None:
     speakers = sorted({name.split("_")[1] for name in wavs})
     budget = {"steps": options.steps} if options.steps else {"minutes": options.minutes}
     training = {**budget, "seed": options.seed}
-    recipe = load_recipe(Path(__file__).parent.parent / "recipes" / "spoken_digits.yaml", {"training": training})
+    recipe = load_recipe("spoken_digits", {"training": training})
     figures = {}
     for held_out in options.only or [*speakers, "official"]:
         run = options.out / held_out

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as `plait` does; read when torch loads
 
-from plait.data.media import encode_wav  # isort: skip (before torch: PLAIT_ISA may cap what torch uses)
+from plait.modalities.audio_files import encode_wav  # isort: skip before torch: PLAIT_ISA may cap what torch uses
 
 import torch
 

@@ -20,8 +20,7 @@ import yaml
 import plait.reports.report  # children of a fork have what was loaded here
 import plait.training.trainer
 from conftest import RECIPE, write_world
-from plait import cli
-from plait.cli import common
+from plait import cli, console
 
 STEPS, EPOCH, EVERY, VALIDATIONS = 60 if "--short" in sys.argv else 200, 20, 10, 8
 BATCH = 4
@@ -71,7 +70,7 @@ def fork(work: Callable[[], object], said: Path) -> Child:
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-        common.out.file, common.err.file = sys.stdout, sys.stderr
+        console.out.file, console.err.file = sys.stdout, sys.stderr
         work()
         code = 0
     except SystemExit as end:

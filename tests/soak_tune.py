@@ -16,8 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-from plait.cli.demo_data import write_demo, write_images
 from plait.core.config import SIZES, load_recipe
+from plait.data.demo_data import write_demo, write_images
 
 RATE = 30 * SIZES["tiny"].learning_rate
 

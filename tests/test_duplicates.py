@@ -20,10 +20,11 @@ import soundfile
 from PIL import Image, ImageDraw, ImageFilter
 
 from plait.data.dataset import Dataset
-from plait.data.fingerprints import audio_fingerprint, image_fingerprint, text_print
-from plait.data.media import decode_audio, encode_png, encode_wav
+from plait.data.fingerprints import text_print
 from plait.data.near import near_audio, near_images, near_texts
 from plait.data.prepare import prepare
+from plait.modalities.audio_files import audio_fingerprint, decode_audio, encode_wav
+from plait.modalities.image_files import encode_png, image_fingerprint
 
 ROOT = Path(__file__).parents[1]
 

@@ -21,8 +21,9 @@ from plait.core.errors import PlaitError
 from plait.data import hub
 from plait.data.conversations import ROLES, flatten, turns
 from plait.data.dataset import Dataset
-from plait.data.media import encode_png, encode_wav
 from plait.data.prepare import prepare
+from plait.modalities.audio_files import encode_wav
+from plait.modalities.image_files import encode_png
 
 
 def make_image(n: int) -> bytes:
@@ -107,7 +108,7 @@ def test_a_folder_of_save_to_disk_and_a_name_of_the_hub(tmp_path: Path, monkeypa
     with pytest.raises(PlaitError, match=r"hf:nobody/nothing cannot be had.*Offline, take"):
         hub.download("nobody/nothing")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(PlaitError, match="pip install datasets"):
+    with pytest.raises(PlaitError, match=r'pip install "plait-ml\[hub\]"'):
         hub.download("nobody/nothing")
     with pytest.raises(PlaitError, match="write hf:nobody/nothing"):
         prepare("nobody/nothing", tmp_path / "x")

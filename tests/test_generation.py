@@ -61,12 +61,12 @@ def model() -> Model:
 
 
 @pytest.fixture(scope="module")
-def make_image() -> Image.Image:
+def image() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8))
 
 
 @pytest.fixture(scope="module")
-def make_audio() -> tuple[np.ndarray, int]:
+def audio() -> tuple[np.ndarray, int]:
     return np.random.default_rng(1).normal(size=2400).astype(np.float32), 8000
 
 

@@ -33,7 +33,7 @@ from plait.model.multimodal import ModelConfig, Multimodal
 from plait.model.transformer import KVCache, TransformerConfig, View
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
-transformers = pytest.importorskip("transformers", reason="pip install plait[huggingface]")
+transformers = pytest.importorskip("transformers", reason="pip install plait-ml[huggingface]")
 
 WORDS = ["the cat sat on the mat", "a red heart in a green field", "twelve quick foxes jump", "naïve façade, 東京"] * 4
 SIZE = 320
@@ -666,7 +666,7 @@ def test_what_no_architecture_computes_is_refused(tmp_path):
 
 @pytest.mark.parametrize("switches", [{}, SWITCHES["gpt2"], {"norm": "layer", "activation": "gelu", "qk_norm": False}])
 def test_onnx_gives_the_same_logits(switches, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install plait[onnx]")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install plait-ml[onnx]")
     checkpoint = make_plait(switches)
     assert export_onnx(checkpoint, tmp_path / "out") < 1e-4
     session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])

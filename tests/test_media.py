@@ -20,17 +20,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.signal import resample_poly
 
-from plait.data.media import (
-    Checker,
-    Limits,
-    MediaError,
-    check,
-    decode_audio,
-    decode_image,
-    encode_png,
-    encode_wav,
-    resample,
-)
+from plait.modalities.audio_files import decode_audio, encode_wav, resample
+from plait.modalities.descriptor import Limits, MediaError
+from plait.modalities.image_files import decode_image, encode_png
+from plait.modalities.media import MEDIA, Checker
 
 
 def encoded(image: Image.Image, form: str, **options: object) -> bytes:
@@ -139,11 +132,12 @@ def test_other_formats_are_refused() -> None:
 
 _BOMBS = """
 import resource, sys
-from plait.data.media import MediaError, check
+from plait.modalities.descriptor import MediaError
+from plait.modalities.media import MEDIA
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for name in sys.argv[1:]:
     try:
-        check("image" if name.endswith(("png", "gif", "webp")) else "audio", open(name, "rb").read())
+        MEDIA["image" if name.endswith(("png", "gif", "webp")) else "audio"].check(open(name, "rb").read())
         print("accepted")
     except MediaError as error:
         print("refused")
@@ -190,7 +184,7 @@ def test_damage_is_a_media_error_or_harmless(seed: bytes, flips: list[tuple[floa
     data = data[: max(1, int(len(data) * max(keep, 0.3)))]
     for kind in ("image", "audio"):
         try:
-            check(kind, bytes(data))
+            MEDIA[kind].check(bytes(data))
         except MediaError as error:
             assert 3 < len(str(error)) < 250
 
@@ -235,5 +229,5 @@ def test_a_decoder_that_dies_or_hangs_takes_nothing_along() -> None:
 
 
 def test_checking_processes_import_no_torch() -> None:
-    code = "import sys, plait.data.media; sys.exit('torch' in sys.modules)"
+    code = "import sys, plait.modalities.media, plait.data.work, plait.data.prepare; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

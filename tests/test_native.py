@@ -8,10 +8,14 @@ import pytest
 import torch
 
 import plait.kernels.build
+from plait.core import isa
 from plait.core.device import Device, compiler
-from plait.inference.decoder import Decoder
+from plait.inference.decoder import Decoder, Ways, copied
 from plait.kernels import generation as native
+from plait.kernels import linear as packed
 from plait.kernels import training as in_training
+from plait.kernels.choice import KERNEL
+from plait.kernels.linear import STORAGES, PackedLinear, dequantise, quantise
 from plait.model.objectives import total_loss
 from plait.model.transformer import KVCache, Transformer, TransformerConfig
 
@@ -31,13 +35,25 @@ SHAPES = {
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 
 
-def decoder(shape: dict, family: dict, dtype: torch.dtype) -> Decoder:
+def portable(lanes: int) -> isa.Level:
+    """The arithmetic of a processor with so many lanes, in the compiler's own vectors."""
+    return isa.Level(f"portable{lanes}", "any", lanes, (f"-DPLAIT_LANES={lanes}", "-O1"), frozenset())
+
+
+LEVELS = {"here": None, **{f"{lanes} lanes": portable(lanes) for lanes in (4, 8, 16)}}
+
+
+def backbone(shape: dict, family: dict) -> Transformer:
     torch.manual_seed(0)
     network = Transformer(TransformerConfig(max_length=64, **shape, **family)).eval()
     with torch.no_grad():
         for parameter in network.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
-    made = Decoder(network, Device("cpu", dtype), measured=False)
+    return network
+
+
+def decoder(shape: dict, family: dict, dtype: torch.dtype) -> Decoder:
+    made = Decoder(backbone(shape, family), Device("cpu", dtype), Ways.all(KERNEL))
     assert made.native is not None
     return made
 
@@ -79,6 +95,29 @@ def test_as_pytorch(family, shape, dtype):
         assert torch.equal(ours.lengths, plain.lengths)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+def test_a_step_with_any_lanes(lanes, dtype):
+    """The same step in portable vectors of each length, and in int8: what other processors run."""
+    lengths = np.array([0, 17, 5])
+    for family, shape in (("qwen3", "grouped"), ("gpt2", "odd"), ("llama", "wide heads")):
+        made = decoder(SHAPES[shape], FAMILIES[family], dtype)
+        assert made.native is not None
+        expected = steps(made, filled(made, lengths, dtype), lengths, [torch.ones(3, made.config.width).to(dtype)])
+        for storage in ("fp32" if dtype is torch.float32 else "bf16", "int8"):
+            level = portable(lanes)
+
+            def pack(layer, storage=storage, level=level):
+                return PackedLinear(layer.weight, layer.bias, storage, level)
+
+            network = copied(backbone(SHAPES[shape], FAMILIES[family]), pack, dtype, torch.device("cpu"))
+            made.native = native.NativeStep(native.library(level), network, dtype)
+            cache = filled(made, lengths, dtype)
+            found = steps(made, cache, lengths, [torch.ones(3, made.config.width).to(dtype)])
+            difference = (found[0] - expected[0]).norm() / expected[0].norm()
+            assert difference < (0.05 if storage == "int8" else 1e-5 if dtype is torch.float32 else 0.02)
+
+
 def test_a_row_does_not_depend_on_its_company():
     made = decoder(SHAPES["grouped"], FAMILIES["qwen3"], torch.float32)
     lengths = np.random.default_rng(0).integers(0, 20, 37)
@@ -95,19 +134,57 @@ def test_a_row_does_not_depend_on_its_company():
         assert torch.equal(steps(made, alone, lengths[row : row + 1], [inputs[0][row : row + 1]])[0][0], together[row])
 
 
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_linear(level, storage):
+    """A packed layer against PyTorch on the same numbers: few rows and many, sizes that fill no panel, both precisions
+    of inputs; a row is the same in any company."""
+    torch.manual_seed(0)
+    for outputs, inputs in ((70, 45), (96, 352)):
+        weight, bias = torch.randn(outputs, inputs), torch.randn(outputs)
+        layer = PackedLinear(weight, bias, storage, LEVELS[level])
+        plain = dequantise(quantise(weight, storage), inputs)
+        assert torch.equal(layer.dense(), plain)
+        ids = torch.tensor([outputs - 1, 0, 33])
+        assert torch.equal(layer.rows(ids), plain[ids])
+        bound = {"int8": 0.01, "int4": 0.01}.get(storage, 1e-6)  # inputs are rounded to 8 bits
+        for rows in (1, 2, 3, 6, 13, 33, 200):
+            x = torch.randn(rows, inputs)
+            expected = torch.nn.functional.linear(x, plain, bias)
+            product = layer(x)
+            assert (product - expected).norm() <= bound * expected.norm()
+            assert torch.equal(layer(x[-1:])[0], product[-1])
+            halved = layer(x.bfloat16())
+            assert halved.dtype is torch.bfloat16 and (halved - expected).norm() <= 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("storage", ["fp32", "int8", "int4"])
+def test_linear_without_a_kernel(storage, monkeypatch):
+    """PyTorch computes the same from the same numbers, and gradients reach the input."""
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(40, 70), torch.randn(40), torch.randn(2, 5, 70, requires_grad=True)
+    here = PackedLinear(weight, bias, storage)
+    monkeypatch.setattr(packed, "library", lambda level=None: None)
+    plain = PackedLinear(weight, bias, storage)
+    assert torch.equal(here.dense(), plain.dense())
+    assert (here(x) - plain(x)).norm() < 0.01 * plain(x).norm()
+    here(x).sum().backward()
+    torch.testing.assert_close(x.grad, here.dense().sum(0).expand_as(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
-def test_linear(threads, monkeypatch):
-    monkeypatch.setattr(native, "SMALL", 0)
+def test_threads(threads, monkeypatch):
+    monkeypatch.setattr(packed, "SMALL", 0)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        weight, bias = torch.randn(70, 45), torch.randn(70)
-        for dtype in (torch.float32, torch.bfloat16):
-            product = native.NativeLinear(native.library(), weight, dtype, bias)
+        weight = torch.randn(70, 45)
+        for storage in STORAGES:
+            layer = PackedLinear(weight, None, storage)
             for rows in (1, 6, 33, 3):
-                x = torch.randn(rows, 45).to(dtype)
-                wanted = torch.nn.functional.linear(x.double(), weight.to(dtype).double(), bias.double())
-                torch.testing.assert_close(product(x).double(), wanted, atol=1e-4, rtol=1e-4)
+                x = torch.randn(rows, 45)
+                expected = torch.nn.functional.linear(x, layer.dense())
+                assert (layer(x) - expected).norm() <= 0.01 * expected.norm()
     finally:
         torch.set_num_threads(before)
 
@@ -176,7 +253,7 @@ def test_where_binaries_lie(monkeypatch, tmp_path):
 
 
 def _forget() -> None:
-    for found in (plait.kernels.build.kernel, native.library, in_training.library):
+    for found in (plait.kernels.build.kernel, packed.library, native.library, in_training.library):
         found.cache_clear()
 
 
@@ -299,9 +376,9 @@ def test_recomputed_and_moved():
         return [given.grad, *(p.grad for p in network.parameters())]
 
     wanted = gradients()
-    network.activation_checkpointing(True)
+    network.set_activation_checkpointing(True)
     assert all(torch.equal(a, b) for a, b in zip(gradients(), wanted, strict=True))
-    network.activation_checkpointing(False)
+    network.set_activation_checkpointing(False)
     with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t):
         assert all(torch.equal(a, b) for a, b in zip(gradients(), wanted, strict=True))
     network.bfloat16()

@@ -14,11 +14,11 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from plait.core.errors import PlaitError
-from plait.data.media import resample
 from plait.hf.pretrained import TEMPLATE, load_pretrained
+from plait.modalities.audio_files import resample
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
-transformers = pytest.importorskip("transformers", reason="pip install plait[huggingface]")
+transformers = pytest.importorskip("transformers", reason="pip install plait-ml[huggingface]")
 
 WORDS = ["the cat sat on the mat this is a photo of a dog user describe image . ? :"] * 3
 WORDS += [f"word{i}" for i in range(120)]  # so that every id has one
@@ -126,7 +126,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def make_image() -> Image.Image:
+def image() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8))
 
 

@@ -13,17 +13,9 @@ import soundfile
 from PIL import Image
 
 from plait.core.errors import PlaitError
+from plait.evaluation.findings import Confusion, Findings, Gallery, ReportItem
 from plait.modalities.audio import spectrogram
-from plait.reports.report import (
-    Confusion,
-    Findings,
-    Gallery,
-    ReportItem,
-    RunInfo,
-    read_run,
-    write_metrics,
-    write_report,
-)
+from plait.reports.report import RunInfo, read_run, write_metrics, write_report
 
 EVIL = "<script>alert('x')</script>&\"'>"
 

@@ -150,10 +150,10 @@ async def _routes(client: Any, image: str, audio: str, local: Any) -> None:
         said = await got(client.audio.speech.create(model="run", input="red bar", voice="audio", response_format=form,
                                                     extra_body={"seed": 3}))  # fmt: skip
         assert form == "pcm" or len(soundfile.read(io.BytesIO(said.content))[0])
-    clip = ("a.wav", base64.b64decode(audio), "audio/wav")
-    heard = await got(client.audio.transcriptions.create(model="run", file=clip, language="en"))
+    recording = ("a.wav", base64.b64decode(audio), "audio/wav")
+    heard = await got(client.audio.transcriptions.create(model="run", file=recording, language="en"))
     assert heard.text == local.transcribe(base64.b64decode(audio), column="en")
-    events = await every(await got(client.audio.transcriptions.create(model="run", file=clip, stream=True)))
+    events = await every(await got(client.audio.transcriptions.create(model="run", file=recording, stream=True)))
     assert "".join(e.delta for e in events[:-1]) == events[-1].text == heard.text
 
 

@@ -26,8 +26,8 @@ from PIL import Image
 import plait
 from plait.chat.chat import Chat, Turn
 from plait.core.interruption import Interrupted, pause_point, pausing
-from plait.data.media import encode_wav
 from plait.inference.model import Model
+from plait.modalities.audio_files import encode_wav
 from plait.server.limits import ApiError, Limits, read_keys
 from plait.server.worker import Worker, follow
 from server import Server, is_error, write_text_model
@@ -50,7 +50,7 @@ def server(
     """Small limits, a key, and an allowed origin."""
     folder = tmp_path_factory.mktemp("strict")
     shown = io.StringIO()
-    monkeysession.setattr("plait.cli.common.out.file", shown)
+    monkeysession.setattr("plait.console.out.file", shown)
     assert plait("key", folder / "keys", "--name", "alice") == 0
     monkeysession.undo()
     key = shown.getvalue().strip()

@@ -16,13 +16,13 @@ import plait as library
 from conftest import make_image, write_world
 from plait.core.config import SIZES
 from plait.core.errors import PlaitError
-from plait.data.media import encode_wav, resample
 from plait.hf import encoders as hf_encoders
 from plait.modalities.audio import Audio, AudioSettings
+from plait.modalities.audio_files import encode_wav, resample
 from plait.modalities.image import Image, ImageSettings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
-transformers = pytest.importorskip("transformers", reason="pip install plait[huggingface]")
+transformers = pytest.importorskip("transformers", reason="pip install plait-ml[huggingface]")
 
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
           "image_size": 32, "patch_size": 8, "initializer_range": 0.3}  # fmt: skip

@@ -16,12 +16,13 @@ from typing import Any, Literal
 import torch
 from packaging.requirements import Requirement
 
-from plait.cli.demo_data import Speech
 from plait.core import isa
 from plait.core.device import choose_device, threads
+from plait.core.dist import DISTRIBUTION, VERSION, install_command
 from plait.core.errors import PlaitError
 from plait.core.files import read_json, sha256_file
 from plait.data.dataset import Dataset
+from plait.data.demo_data import Speech
 from plait.kernels import build
 from plait.kernels import generation as native
 from plait.kernels import training as in_training
@@ -33,12 +34,17 @@ LITTLE, NOTHING = 5e9, 5e8  # bytes free on a disk that are worth a warning, and
 
 # For what each optional part is; the parts for developers and benchmarks are left out.
 EXTRAS = {
-    "demo": "the demo's data, TensorBoard",
-    "speech": "the demo's voices",
-    "huggingface": "Hugging Face models",
-    "onnx": "export to ONNX",
+    "huggingface": "Hugging Face models that transformers runs",
+    "serve": "plait serve",
+    "ui": "the page of plait serve",
+    "search": "plait index and plait search",
+    "explain": "integrated gradients",
     "tune": "plait tune",
     "postgresql": "plait tune on many machines",
+    "hub": "data sets of the Hugging Face hub",
+    "onnx": "export to ONNX",
+    "tensorboard": "TensorBoard's curves",
+    "speech": "the demo's voices",
 }
 
 
@@ -79,7 +85,7 @@ def check_folder(path: Path) -> list[Finding]:
 
 
 def _python() -> Finding:
-    told = f"Plait {_version('plait')}, Python {platform.python_version()} on {platform.system()} {platform.machine()}"
+    told = f"Plait {VERSION}, Python {platform.python_version()} on {platform.system()} {platform.machine()}"
     if platform.system() not in ("Linux", "Darwin"):
         return Finding("fail", "python", f"{told}; use Linux or macOS, or Windows through WSL")
     return Finding("ok", "python", told)
@@ -88,9 +94,14 @@ def _python() -> Finding:
 def _packages() -> list[Finding]:
     """What the installation needs, and its optional parts, each with whether it imports."""
     needs: dict[str, list[Requirement]] = defaultdict(list)
-    for line in metadata.requires("plait") or []:
+    try:
+        lines = metadata.requires(DISTRIBUTION) or []
+    except metadata.PackageNotFoundError:
+        how = "the package runs from its source and is not installed: pip install -e ."
+        return [Finding("warn", "packages", how)]
+    for line in lines:
         need = Requirement(line)
-        if need.name == "plait":
+        if need.name == DISTRIBUTION:  # an extra of an extra
             continue
         if need.marker is None:
             needs[""].append(need)
@@ -101,7 +112,7 @@ def _packages() -> list[Finding]:
     found = []
     for extra, wanted in needs.items():
         subject = f"extra {extra}" if extra else "packages"
-        install = f"pip install 'plait[{extra}]'" if extra else "pip install plait"
+        install = install_command(extra)
         missing = [need.name for need in wanted if _version(need.name) is None]
         wrong = [f"{need.name} {_version(need.name)} is not {need.specifier}" for need in wanted if _unlike(need)]
         wrong += [broken[need.name] for need in wanted if need.name in broken]

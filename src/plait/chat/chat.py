@@ -12,10 +12,11 @@ from typing import Any, Unpack
 from PIL import Image as PILImage
 
 from plait.chat.template import ROLES, Template
+from plait.core.dist import import_extra
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
-from plait.data.media import sniff
 from plait.inference.model import Model, Options
+from plait.modalities.media import sniff
 from plait.model.multimodal import Sequence
 
 NAMES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant", "tool": "Tool",
@@ -108,14 +109,9 @@ def _template(folder: Path) -> Any:
     known = settings.is_file() and read_json(settings).get("chat_template")
     if not known and not (folder / "chat_template.jinja").is_file():
         return None
+    transformers = import_extra("transformers", "huggingface", f"The chat template of {folder}")
     try:
-        from transformers import PreTrainedTokenizerFast
-    except ImportError:
-        raise PlaitError(
-            f"{folder} has a chat template, which needs transformers. Run: pip install 'plait[huggingface]'."
-        ) from None
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, split_special_tokens=False
         )
     except Exception as error:  # its loaders raise nearly every class on damaged files

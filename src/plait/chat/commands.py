@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from plait.cli.common import DeviceOption, ModelArgument, SeedOption, app, err, load, out, plain, write
+from plait.console import DeviceOption, ModelArgument, SeedOption, app, err, out, plain, write
 
 if TYPE_CHECKING:
     from plait.chat.chat import Session
@@ -27,7 +27,9 @@ def chat(
     model: ModelArgument,
     system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest words.")] = None,
-    top_p: Annotated[float | None, typer.Option()] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample among the likeliest tokens that together have this probability.")
+    ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Of each reply.")] = None,
     images: Annotated[Path, typer.Option(help="Where /draw puts its files.")] = Path(),
     seed: SeedOption = 0,
@@ -40,7 +42,7 @@ def chat(
     from plait.chat.chat import Chat, Session
     from plait.core.errors import PlaitError
     from plait.hf import hub
-    from plait.inference.model import Model, find_checkpoint
+    from plait.inference.model import Model, find_checkpoint, load
 
     loaded = load(model, device)
     if not isinstance(loaded, Model):
@@ -133,7 +135,7 @@ def reply(
 
     from plait.chat.replies import open_replies
     from plait.core.errors import PlaitError
-    from plait.inference.model import Model
+    from plait.inference.model import Model, load
 
     loaded = load(str(run), device)
     if not isinstance(loaded, Model):

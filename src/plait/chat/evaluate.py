@@ -11,9 +11,9 @@ import torch
 from plait.chat.sequences import Scribe, sequences
 from plait.evaluation import metrics
 from plait.evaluation.context import EvalContext
+from plait.evaluation.findings import Gallery, ReportItem
 from plait.model.multimodal import IGNORE, Sequence, collate
 from plait.model.objectives import negative_log_likelihood
-from plait.reports.report import Gallery, ReportItem
 
 
 def evaluate_conversations(eval_context: EvalContext, column: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from plait.core.dist import import_extra
 from plait.core.errors import PlaitError
 from plait.modalities.base import Vocabulary
 from plait.modalities.text import Text
@@ -39,12 +40,9 @@ class Template:
         """`tokenizer` is transformers' where it has been loaded. Raises PlaitError where transformers is missing."""
         self.text = text
         if tokenizer is None:
-            try:
-                from transformers import PreTrainedTokenizerFast
-            except ImportError:
-                raise PlaitError("A chat template needs transformers. Run: pip install 'plait[huggingface]'.") from None
+            transformers = import_extra("transformers", "huggingface", "A chat template")
             names = {name: value for name, value in text.settings.items() if name.endswith("_token")}
-            tokenizer = PreTrainedTokenizerFast(
+            tokenizer = transformers.PreTrainedTokenizerFast(
                 tokenizer_object=Tokenizer.from_str(text.tokenizer.to_str()), split_special_tokens=False, **names
             )
             tokenizer.chat_template = text.chat_template

@@ -2,41 +2,68 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
+
+from typer.models import CommandInfo
 
 # A thread that waits for another must not spin while somebody else could use the processor; read when torch loads.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
-from plait.chat import commands as chatting
-from plait.cli import evaluate as measuring
-from plait.cli import serve as serving
-from plait.cli import train as training
-from plait.cli import use as using
-from plait.cli.common import app, err, plain
-from plait.explain import commands as explaining
-from plait.planning import commands as foreseeing
-from plait.recommend import commands as recommending
-from plait.search import commands as searching
-from plait.transfer_learning import commands as transferring
+from plait.cli import (
+    checkpoint,
+    classify,
+    demo,
+    describe,
+    doctor,
+    draw,
+    embed,
+    evaluate,
+    export,
+    generate,
+    key,
+    prepare,
+    recipes,
+    serve,
+    sizes,
+    speak,
+    train,
+    transcribe,
+)
+from plait.console import app, err, plain
+from plait.core.features import features
 
-# A file of commands is a panel of --help, in this order.
+# A heading of `plait --help` -> the modules whose commands stand under it, before those of features.
 PANELS = {
-    training.__name__: "From files to a model",
-    measuring.__name__: "Measure",
-    transferring.__name__: "Measure",
-    using.__name__: "Use a model",
-    searching.__name__: "Use a model",
-    recommending.__name__: "Use a model",
-    chatting.__name__: "Use a model",
-    explaining.__name__: "Understand a model",
-    serving.__name__: "Serve",
-    foreseeing.__name__: "Check and foresee",
+    "From files to a model": (prepare, train, recipes, checkpoint),
+    "Measure": (evaluate, demo),
+    "Use a model": (generate, classify, describe, transcribe, draw, speak, embed, export),
+    "Understand a model": (),
+    "Serve": (serve, key),
+    "Check and foresee": (doctor, sizes),
 }
-modules = list(PANELS)
-app.registered_commands.sort(key=lambda command: modules.index(command.callback.__module__))
-for command in app.registered_commands:
-    command.rich_help_panel = PANELS[command.callback.__module__]
+
+
+def _arrange_commands() -> None:
+    """Import the features' commands, and put all commands under their headings, in the order of `PANELS`."""
+    panels = {module.__name__: panel for panel, modules in PANELS.items() for module in modules}
+    for feature in features():
+        if feature.commands is not None:
+            importlib.import_module(feature.commands)
+            panels[feature.commands] = feature.panel
+    headings, modules = list(PANELS), list(panels)
+
+    def place(command: CommandInfo) -> tuple[int, int]:
+        module = getattr(command.callback, "__module__", "")
+        return headings.index(panels[module]), modules.index(module)
+
+    app.registered_commands.sort(key=place)
+    for command in app.registered_commands:
+        command.rich_help_panel = panels[getattr(command.callback, "__module__", "")]
+
+
+_arrange_commands()
 
 
 def main() -> None:

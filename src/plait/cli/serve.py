@@ -1,14 +1,13 @@
-"""Commands of the server: serve, key."""
+"""The command that serves models over HTTP."""
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from plait.cli.common import DeviceOption, app, out
+from plait.console import DeviceOption, app, out
 
 
 @app.command()
@@ -39,20 +38,17 @@ def serve(
 
     Example: plait serve runs/demo --port 8000
     """
-    try:
-        from plait.server.app import Limits
-        from plait.server.app import serve as run
-    except ModuleNotFoundError as error:
-        from plait.core.errors import PlaitError
+    from plait.core.dist import check_extra
 
-        raise PlaitError(f"Serving needs {error.name}. Run: pip install 'plait[serve]'.") from None
+    check_serve_extra()
+    if ui:
+        check_extra("gradio", "ui", "--ui")
+    if index:
+        check_extra("lancedb", "search", "--index")
     from plait.core.device import choose_device
     from plait.kernels.generation import backend_name
-
-    if ui and importlib.util.find_spec("gradio") is None:
-        from plait.core.errors import PlaitError
-
-        raise PlaitError("The page needs gradio. Run: pip install 'plait[ui]', or leave --ui out.")
+    from plait.server.app import Limits
+    from plait.server.app import serve as run
 
     limits = Limits(
         batch=batch,
@@ -71,16 +67,9 @@ def serve(
     )  # fmt: skip
 
 
-@app.command()
-def key(
-    file: Annotated[Path, typer.Argument(help="Where hashes of keys are kept.")],
-    name: Annotated[str, typer.Option(help="Whose key it is.")] = "default",
-    rate: Annotated[int | None, typer.Option(min=1, max=9_999_999, help="Requests a minute.")] = None,
-) -> None:
-    """Make an API key: it is shown once, and only its hash is kept.
+def check_serve_extra() -> None:
+    """Raise PlaitError with the line to type where a package of the extra is missing."""
+    from plait.core.dist import check_extra
 
-    Example: plait key keys.txt --name alice
-    """
-    from plait.server.limits import new_key
-
-    out.print(new_key(file, name, rate))
+    for module in ("fastapi", "uvicorn", "httptools", "multipart", "prometheus_client"):
+        check_extra(module, "serve", "The server")

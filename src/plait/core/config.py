@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from plait.core.errors import PlaitError
+from plait.core.recipes import find_recipe
 
 
 class _Settings(BaseModel):
@@ -191,15 +193,16 @@ SIZES = {
 }  # fmt: skip
 
 
-def load_recipe(path: Path | None, overrides: dict[str, dict[str, Any]] | None = None) -> Recipe:
-    """The recipe in a YAML file, or the default one, with overrides by section laid over it.
+def load_recipe(path: str | Path | None, overrides: dict[str, dict[str, Any]] | None = None) -> Recipe:
+    """The recipe in a YAML file or of a packaged name, or the default one, with overrides by section laid over it.
 
     Raises PlaitError naming the file, the key and the nearest known key.
     """
     raw: Any = {}
     if path is not None:
+        path = find_recipe(path)
         try:
-            raw = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except OSError as error:
             raise PlaitError(f"Recipe {path} cannot be read: {error.strerror}.") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -211,6 +214,21 @@ def load_recipe(path: Path | None, overrides: dict[str, dict[str, Any]] | None =
         if known:
             raw[section] = {**(raw.get(section) or {}), **known}
     return parse_recipe(raw, str(path or "the options"))
+
+
+def as_recipe(recipe: Recipe | str | Path | Mapping[str, Any] | None, overrides: dict[str, dict[str, Any]]) -> Recipe:
+    """A recipe from what people give: none, the path of a YAML file, a dictionary, or a Recipe; with overrides by
+    section laid over it, of which None says nothing.
+
+    Raises PlaitError naming the key that is unknown or wrong.
+    """
+    if recipe is None or isinstance(recipe, (str, Path)):
+        return load_recipe(recipe, overrides)
+    raw = recipe.model_dump(mode="json", exclude_unset=True) if isinstance(recipe, Recipe) else dict(recipe)
+    for section, values in overrides.items():
+        if known := {key: value for key, value in values.items() if value is not None}:
+            raw[section] = {**(raw.get(section) or {}), **known}
+    return parse_recipe(raw, "the recipe")
 
 
 def parse_recipe(raw: dict[str, Any], where: str) -> Recipe:

@@ -16,13 +16,22 @@ import torch
 from plait.core import isa
 from plait.core.errors import PlaitError
 
+PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
+KEPT = ("fp16", "int8", "int4")  # of weights alone
+
 
 @dataclass(frozen=True)
 class Device:
-    """Where a model runs. `dtype` is the precision of matrix products; parameters stay in fp32."""
+    """Where a model runs. `dtype` is the precision of activations and, in training, of matrix products, where
+    parameters stay in fp32; `storage` is how generation on a processor keeps weights, one of PRECISIONS."""
 
     name: str
     dtype: torch.dtype
+    weights: str | None = None  # None: in `dtype`
+
+    @property
+    def storage(self) -> str:
+        return self.weights or {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
 
     @property
     def torch(self) -> torch.device:
@@ -42,8 +51,9 @@ class Device:
 def choose_device(name: str = "auto", precision: str = "auto", training: bool = False) -> Device:
     """The device asked for, or the best one here: CUDA, then MPS, then CPU.
 
-    `precision` is "auto", "bf16" or "fp32"; "auto" is bf16 on CUDA with bf16 units and, in training, on processors
-    that have them, and fp32 elsewhere.
+    `precision` is "auto", "bf16" or "fp32", and in use on a processor "fp16", "int8" or "int4", which are kept so in
+    memory and compute with activations in fp32. "auto" is bf16 on CUDA with bf16 units and, in training, on processors
+    that have them, and fp32 elsewhere. In use, a processor without bf16 units keeps bf16 weights and computes in fp32.
     Raises PlaitError where the device does not exist, or PLAIT_ISA cannot hold.
     """
     isa.cap()
@@ -62,6 +72,14 @@ def choose_device(name: str = "auto", precision: str = "auto", training: bool = 
         precision = "bf16" if units else "fp32"
     if kind == "cpu":
         torch.set_float32_matmul_precision(product_precision())
+    if precision not in PRECISIONS:
+        raise PlaitError(f"Unknown precision '{precision}'. Use auto, {', '.join(PRECISIONS)}.")
+    if precision in KEPT and (training or kind != "cpu"):
+        where = "training" if training else f"{kind}"
+        raise PlaitError(f"Precision {precision} is for use on a processor, not for {where}. Use bf16 or fp32.")
+    widened = precision in KEPT or (precision == "bf16" and kind == "cpu" and not training and not _cpu_bf16())
+    if widened:
+        return Device(name, torch.float32, precision)
     return Device(name, {"bf16": torch.bfloat16, "fp32": torch.float32}[precision])
 
 

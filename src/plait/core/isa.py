@@ -50,11 +50,12 @@ LEVELS = (
         _caps("avx512", "AVX512", "AVX512_CORE"),
     ),
     Level(
-        "avx512bf16", "x86", 16, (*_AVX512, "-mavx512bf16"), frozenset({"avx512_bf16"}),
+        "avx512bf16", "x86", 16, (*_AVX512, "-mavx512vnni", "-mavx512bf16"), frozenset({"avx512_vnni", "avx512_bf16"}),
         _caps("avx512", "AVX512_E3", "AVX512_CORE_BF16"),
     ),
     Level(
-        "amx", "x86", 16, (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"), frozenset({"amx_tile", "amx_bf16"}),
+        "amx", "x86", 16, (*_AVX512, "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+        frozenset({"amx_tile", "amx_bf16"}),
         _caps("avx512", "AVX512_E4", "AVX512_CORE_AMX"),
     ),
 )  # fmt: skip

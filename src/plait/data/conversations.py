@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from plait.data.media import LIMITS
+from plait.modalities.descriptor import LIMITS
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _MEDIA_MOST = 64  # of one conversation

@@ -19,6 +19,7 @@ from plait.core.errors import PlaitError
 from plait.core.files import intact
 from plait.data.record import SPLITS, Record
 from plait.data.stores import Location, join, location, open_binary, size
+from plait.data.views import DatasetViews
 
 VERSION = 1
 _CACHE_BYTES = 256 << 20
@@ -100,7 +101,7 @@ def _sha256(place: Location) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
-class Dataset:
+class Dataset(DatasetViews):
     """Prepared records, numbered from 0 over all splits: train, then val, then test. Safe to use from threads."""
 
     def __init__(self, path: Location, manifest: Manifest) -> None:

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from plait.data.fingerprints import IMAGE, PERMUTATIONS
+from plait.data.fingerprints import PERMUTATIONS
 from plait.data.near import Pairs, near_audio, near_images, near_texts
 from plait.data.record import SPLITS
+from plait.modalities.image_files import PRINT
+from plait.modalities.media import MEDIA
 
 
 def first_of(keys: np.ndarray) -> np.ndarray:
@@ -71,7 +73,7 @@ class _Things:
 
 
 def _collect(paths: list[Path], used: np.ndarray) -> dict[str, _Things]:
-    things = {kind: _Things() for kind in ("image", "audio", "text")}
+    things = {kind: _Things() for kind in (*MEDIA, "text")}
     place = number = 0
     for path in paths:
         with pa.memory_map(str(path)) as file:
@@ -125,9 +127,10 @@ def find_duplicates(paths: list[Path], used: np.ndarray, split: np.ndarray, out:
 
 
 def _near(kind: str, prints: list[bytes]) -> Pairs:
-    if kind == "image":
-        return near_images(np.frombuffer(b"".join(prints), np.uint8).reshape(-1, IMAGE))
-    if kind == "audio":
+    comparison = MEDIA[kind].comparison if kind in MEDIA else "text"
+    if comparison == "image":
+        return near_images(np.frombuffer(b"".join(prints), np.uint8).reshape(-1, PRINT))
+    if comparison == "audio":
         return near_audio(prints)
     long = np.flatnonzero([len(value) > 0 for value in prints])
     words = np.frombuffer(b"".join(prints), "<u4").reshape(len(long), PERMUTATIONS)

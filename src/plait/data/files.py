@@ -10,6 +10,7 @@ import re
 import shutil
 import stat
 import tarfile
+import unicodedata
 import zipfile
 import zlib
 from collections import Counter
@@ -23,9 +24,10 @@ from typing import IO, Any
 import numpy as np
 
 from plait.core.errors import PlaitError
-from plait.data.media import AUDIO_SUFFIXES, IMAGE_SUFFIXES, LIMITS, sniff
-from plait.data.record import Rejected, split_name
+from plait.data.record import Rejected
 from plait.data.stores import Location, StoreError, join, listing, open_binary, size
+from plait.modalities.descriptor import LIMITS
+from plait.modalities.media import kind_of_suffix, sniff
 
 TABLE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -74,7 +76,8 @@ class Plan:
     read: Callable[[], Iterator[Item]]
     notes: list[str]
     tail: bool = False  # one text file: the last tenth is for validation
-    chats: list[str] = field(default_factory=list)  # columns whose text is a conversation (see chat.py)
+    chats: list[str] = field(default_factory=list)  # columns whose text is a conversation (see conversations.py)
+    warnings: list[str] = field(default_factory=list)  # what people must know of how it is read
 
 
 def suffix_of(name: str) -> str:
@@ -90,27 +93,24 @@ def suffix_of(name: str) -> str:
     return os.path.splitext(name.removesuffix(".gz"))[1]  # noqa: PTH122 - names, also of archive members
 
 
-def open_text(path: Location, name: str) -> IO[str]:
-    """A text file, gunzipped where its name says so; UTF-8, line ends kept."""
-    if name.lower().endswith(".gz"):
-        return gzip.open(open_binary(path), "rt", encoding="utf-8-sig", newline="")
-    return io.TextIOWrapper(open_binary(path), encoding="utf-8-sig", newline="")
+def open_text(path: Location, name: str, errors: str = "surrogateescape") -> IO[str]:
+    """A text file, line ends kept: gunzipped where its first bytes say so, UTF-8, or UTF-16 where it begins with that
+    mark (as Excel's "Unicode text" does). Bytes that are none of it become lone surrogates, unless `errors` says
+    otherwise."""
+    raw: IO[bytes] = open_binary(path)
+    head = raw.read(4)
+    raw.seek(0)
+    if head[:2] == b"\x1f\x8b":
+        raw = gzip.GzipFile(fileobj=raw)  # type: ignore[assignment]
+        head = raw.read(4)
+        raw.seek(0)
+    wide = head[:2] in (b"\xff\xfe", b"\xfe\xff")
+    return io.TextIOWrapper(raw, encoding="utf-16" if wide else "utf-8-sig", errors=errors, newline="")
 
 
 def idx_name(name: str) -> re.Match[str] | None:
     """The match of an idx file's name: its stem, and images or labels."""
     return re.fullmatch(r"(.*?)-?(images|labels)[-.]idx[13]-ubyte(\.gz)?", name.rpartition("/")[2])
-
-
-def folders_of(name: str) -> list[str]:
-    """The folders of a path; an archive counts as a folder of its own name without the ending."""
-    parts = name.split("/")[:-1]
-    return [part.removesuffix(suffix_of(part)) if suffix_of(part) in ARCHIVE_SUFFIXES else part for part in parts]
-
-
-def folder_split(name: str) -> str | None:
-    """The split that one of a path's folders names, or None."""
-    return next((split for part in folders_of(name) if (split := split_name(part))), None)
 
 
 # --- the files of a source --------------------------------------------------------------------------------------
@@ -121,20 +121,23 @@ class Tree:
     """The files of a source by relative path, archives opened, and what was refused on the way."""
 
     root: Location
+    source: Location  # what was given: the root, or the one file in it
     files: dict[str, Location] = field(default_factory=dict)
     stamps: dict[str, tuple[int, str]] = field(default_factory=dict)  # bytes, and what changes with the content
     refused: list[Rejected] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
     archives: list[str] = field(default_factory=list)
     shards: list[str] = field(default_factory=list)  # of a WebDataset
+    warnings: list[str] = field(default_factory=list)  # what people must know of how it was listed
+    why_not: dict[str, str] = field(default_factory=dict)  # of files that look like tables: why they are none
     single: str | None = None
     _by_name: dict[str, str | None] | None = None
 
     def kind(self, name: str) -> str | None:
-        """ "image" or "audio" by the file's ending, else by its first bytes; None for anything else."""
+        """The kind of media by the file's ending, else by its first bytes; None for anything else."""
         suffix = suffix_of(name)
-        if suffix in IMAGE_SUFFIXES or suffix in AUDIO_SUFFIXES:
-            return "image" if suffix in IMAGE_SUFFIXES else "audio"
+        if kind := kind_of_suffix(suffix):
+            return kind
         if suffix in (*TABLE_SUFFIXES, *ARCHIVE_SUFFIXES, ".txt", ".md", ".py", ".html") or idx_name(name):
             return None
         try:
@@ -152,7 +155,7 @@ class Tree:
     def resolve(self, table: str, value: str) -> str | Rejected:
         """The name of the file that a table's path names, or the rejection of the table with the reason why there is
         none. Paths are relative to the table."""
-        value = value.replace("\\", "/")
+        value = unicodedata.normalize("NFC", value.replace("\\", "/"))
         if "\0" in value:
             return Rejected(table, None, "the path holds a NUL character")
         folder = table.rpartition("/")[0]
@@ -187,10 +190,11 @@ class Tree:
                     return False
                 self.files[name], self.stamps[name] = url, (length, "")
                 return True
-            real = (self.root / name).resolve()
-            if real.is_relative_to(self.root.resolve()) and real.is_file():
-                self.files[name] = real
-                return True
+            for form in ("NFC", "NFD"):  # as files are named on Linux and Windows, and on a Mac
+                real = (self.root / unicodedata.normalize(form, name)).resolve()
+                if real.is_relative_to(self.root.resolve()) and real.is_file():
+                    self.files[name] = real
+                    return True
         except (OSError, ValueError):
             pass
         return False
@@ -205,10 +209,10 @@ def scan(source: Location, scratch: Path, skip: Location) -> Tree:
     if isinstance(source, str):
         tree = _listed(source, scratch)
     elif source.is_file():
-        tree = Tree(source.parent, single=source.name)
+        tree = Tree(source.parent, source, single=source.name)
         _add(tree, source.name, source, scratch)
     elif source.is_dir():
-        tree = Tree(source)
+        tree = Tree(source, source)
         _walk(tree, source, scratch, skip)
     else:
         raise PlaitError(f"{source} does not exist. Name a folder, a table, a text file or an archive.")
@@ -218,6 +222,14 @@ def scan(source: Location, scratch: Path, skip: Location) -> Tree:
 
 
 def _add(tree: Tree, name: str, path: Location, scratch: Path) -> None:
+    """Add a file under its name in composed Unicode, an archive's members in its place."""
+    composed = unicodedata.normalize("NFC", name)
+    if composed != name and composed not in tree.files:
+        if name in tree.stamps:
+            tree.stamps[composed] = tree.stamps.pop(name)
+        if tree.single == name:
+            tree.single = composed
+        name = composed
     if is_shard(path, name):
         tree.files[name] = path
         tree.shards.append(name)
@@ -235,9 +247,9 @@ def _listed(url: str, scratch: Path) -> Tree:
     except StoreError as error:
         raise PlaitError(f"{error}. Check the address, the rights and the network.") from error
     if len(found) == 1 and next(iter(found.values()))[0].rstrip("/").endswith("/" + url.rstrip("/").rpartition("/")[2]):
-        tree = Tree(url.rstrip("/").rpartition("/")[0], single=next(iter(found)))
+        tree = Tree(url.rstrip("/").rpartition("/")[0], url, single=next(iter(found)))
     else:
-        tree = Tree(url)
+        tree = Tree(url, url)
     for name, (place, length, stamp) in found.items():
         tree.stamps[name] = length, stamp
         if any(part.startswith(".") for part in name.split("/")):
@@ -334,21 +346,29 @@ def _shown(path: Path, source: Path) -> str:
 
 
 def _unpack(tree: Tree, path: Location, prefix: str, scratch: Path) -> None:
-    """Add an archive's members to the tree as `prefix/member`; unsafe, empty or huge ones are refused."""
+    """Add an archive's members to the tree as `prefix/member`; unsafe, empty or huge ones are refused. Whether it is a
+    zip or a tar is told by its first bytes."""
     tree.archives.append(prefix or ".")
     lead = f"{prefix}/" if prefix else ""
+    shown = prefix or str(path).rpartition("/")[2]
     opened: Callable[[], Any]
     # The members' own files are made anew in every run: their content changes with the archive's.
     stamp = tree.stamps.get(prefix, (0, ""))[1] if isinstance(path, str) else str(path.stat().st_mtime_ns)
+    claimed: list[str] = []
     try:
         with open_binary(path) as file:
-            if suffix_of(str(path)) == ".zip":
+            head = file.read(4)
+            file.seek(0)
+            if head[:2] == b"PK":
                 with zipfile.ZipFile(file) as archive:
                     for info in archive.infolist():
                         if not info.is_dir():
                             linked = stat.S_ISLNK(info.external_attr >> 16)
                             opened = partial(archive.open, info)
-                            _member(tree, lead, info.filename, info.file_size, linked, scratch, opened, stamp)
+                            name, known = _zip_name(info)
+                            if not known:
+                                claimed.append(name)
+                            _member(tree, lead, name, info.file_size, linked, scratch, opened, stamp)
             else:
                 with tarfile.open(fileobj=file, mode="r|*") as packed:
                     for member in packed:
@@ -358,15 +378,34 @@ def _unpack(tree: Tree, path: Location, prefix: str, scratch: Path) -> None:
     except (*DAMAGED, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno == 28:
             raise PlaitError(f"No room to unpack {path} under {scratch.parent}. Free space there.") from error
-        tree.refused.append(Rejected(prefix or str(path).rpartition("/")[2], None, f"damaged archive: {error}"))
+        tree.refused.append(Rejected(shown, None, f"damaged archive: {error}"))
+    if claimed:
+        tree.warnings.append(
+            f"{shown}: {len(claimed):,} names are not UTF-8 and do not say what they are; they are read as a zip's "
+            f"are, in code page 437, as '{claimed[0]}'. If that is wrong, pack it again with UTF-8 names."
+        )
+
+
+def _zip_name(info: zipfile.ZipInfo) -> tuple[str, bool]:
+    """A member's name, and whether it is known to be right. A zip's names are code page 437 where no flag says UTF-8,
+    but macOS and others write UTF-8 without the flag."""
+    name = info.filename
+    if name.isascii() or info.flag_bits & 0x800:
+        return name, True
+    try:
+        return name.encode("cp437").decode(), True
+    except UnicodeError:
+        return name, False
 
 
 def _member(
     tree: Tree, lead: str, name: str, size: int, linked: bool, scratch: Path, opened: Callable[[], Any], stamp: str
 ) -> None:
-    shown = lead + name.removeprefix("./")
-    media = suffix_of(name) in IMAGE_SUFFIXES or suffix_of(name) in AUDIO_SUFFIXES
-    limit = LIMITS.file_bytes if media else MEMBER_BYTES
+    plain = name.removeprefix("./")
+    shown = lead + (unicodedata.normalize("NFC", plain) if _valid(plain) else plain)
+    if shown in tree.files:
+        shown = lead + plain
+    limit = LIMITS.file_bytes if kind_of_suffix(suffix_of(name)) else MEMBER_BYTES
     reason = None
     if not _valid(name):
         shown = shown.encode("utf-8", "backslashreplace").decode()

@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+from plait.core.dist import import_extra
 from plait.core.errors import PlaitError
 from plait.core.files import cache_folder
 
@@ -15,13 +16,10 @@ def download(name: str) -> Path:
 
     Raises PlaitError where `datasets` is not installed, or the data set cannot be had.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise PlaitError(
-            f"Reading hf:{name} needs the library datasets: pip install datasets. Files that are here already "
-            "(Parquet, JSONL, a folder of save_to_disk) need no library: plait prepare FOLDER -o OUT"
-        ) from error
+    datasets = import_extra(
+        "datasets", "hub", f"hf:{name} is read by the library datasets. Files that are here already "
+        "(Parquet, JSONL, a folder of save_to_disk) need no library: plait prepare FOLDER -o OUT. Reading from the hub",
+    )  # fmt: skip
     path, _, config = name.partition(":")
     cache = cache_folder("hub")
     folder = cache / name.replace("/", "--").replace(":", "--")

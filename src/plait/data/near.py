@@ -13,7 +13,10 @@ from itertools import pairwise, product
 
 import numpy as np
 
-from plait.data.fingerprints import BANDS, CHROMA, PERMUTATIONS, SIDE
+from plait.data.fingerprints import PERMUTATIONS
+from plait.modalities.audio_files import BANDS
+from plait.modalities.image_files import CHROMA
+from plait.modalities.image_files import PRINT_SIDE as SIDE
 
 IMAGES, AUDIO, TEXTS = 0.1, 0.16, 0.25  # distances up to which two are near-duplicates
 _TABLES, _WINDOW = 16, 4  # orders in which codes are sorted, and places that are compared in each

@@ -24,10 +24,11 @@ from plait.data.duplicates import Duplicates, find_duplicates, first_of
 from plait.data.files import ARCHIVE_SUFFIXES, TABLE_SUFFIXES, Plan, Tree, scan, suffix_of
 from plait.data.preview import Example, report
 from plait.data.readers import plan
-from plait.data.record import KINDS, SPLITS, Rejected, rejected
+from plait.data.record import SPLITS, Rejected, rejected
 from plait.data.shards import Shards, Statistics
 from plait.data.staging import stage
 from plait.data.stores import Location, StoreError, location, read_bytes, size, upload
+from plait.modalities.media import KINDS
 from plait.recommend.interactions import find
 from plait.recommend.write_histories import write_histories
 
@@ -242,6 +243,8 @@ def _unused(tree: Tree) -> Iterator[Rejected]:
             reason = "a text that belongs to no medium of the same name"
         elif suffix in ARCHIVE_SUFFIXES:
             reason = "an archive inside an archive is not opened"
+        elif name in tree.why_not:
+            reason = tree.why_not[name]
         elif suffix in TABLE_SUFFIXES:
             reason = "not read: it is no table of records, or names none of the media here"
         else:
@@ -310,7 +313,11 @@ def _write(source: Location, tree: Tree, found: Plan, paths: list[Path], folder:
             "near_duplicates": near,
             "dropped": int((~keep).sum()),
             "notes": [*found.notes, f"split: {rule}"],
-            "warnings": _warnings(manifest, overlap, near, rejects.count, repeated, int((~keep).sum())),
+            "warnings": [
+                *tree.warnings,
+                *found.warnings,
+                *_warnings(manifest, overlap, near, rejects.count, repeated, int((~keep).sum())),
+            ],
         }
     )
     name = (source.name if isinstance(source, Path) else source.rstrip("/").rpartition("/")[2]) or str(source)

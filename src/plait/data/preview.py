@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 from plait.data.conversations import turns
 from plait.data.dataset import Manifest
-from plait.data.media import MediaError, decode_audio, decode_image, encode_png, encode_wav, mime
+from plait.modalities.audio_files import decode_audio, encode_wav
+from plait.modalities.descriptor import MediaError
+from plait.modalities.image_files import decode_image, encode_png
+from plait.modalities.media import media_type
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#222;background:#fff}
@@ -32,7 +35,7 @@ class Example:
 
 
 def _url(data: bytes) -> str:
-    return f"data:{mime(data)};base64,{base64.b64encode(data).decode()}"
+    return f"data:{media_type(data)};base64,{base64.b64encode(data).decode()}"
 
 
 def _shown(kind: str, value: str | bytes, chat: bool) -> str:

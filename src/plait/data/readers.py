@@ -26,17 +26,17 @@ from plait.data.files import (
     Media,
     Plan,
     Tree,
-    folder_split,
-    folders_of,
     idx_name,
     open_text,
     suffix_of,
 )
-from plait.data.media import AUDIO_SUFFIXES, IMAGE_SUFFIXES, LIMITS
+from plait.data.folders import Folders
 from plait.data.record import RESERVED, Rejected, split_name, split_of_file
 from plait.data.stores import Location, open_binary
 from plait.data.tables import plan_tables
 from plait.data.webdataset import plan_shards
+from plait.modalities.descriptor import LIMITS
+from plait.modalities.media import MEDIA, kind_of_suffix, known_formats
 
 TEXT_BYTES = 8192  # of one record of a long text
 
@@ -142,16 +142,17 @@ def plan_text(tree: Tree) -> Plan | None:
     if not names:
         return None
     single = len(names) == 1
-    classes = {name: next((part for part in folders_of(name)[::-1] if not split_name(part)), None) for name in names}
+    folders = Folders(names)
+    classes = {name: folders.label(name) for name in names}
     labelled = len({label for label in classes.values() if label}) > 1
     sizes: dict[str, int] = {}  # characters
     broken: dict[str, str] = {}
     given: Counter[str | None] = Counter()
     for name in names:
         try:
-            with open_text(tree.files[name], name) as file:
+            with open_text(tree.files[name], name, "strict") as file:
                 sizes[name] = sum(map(len, iter(partial(file.read, 1 << 20), "")))
-            given[None if single else folder_split(name)] += 1 + sizes[name] // TEXT_BYTES
+            given[None if single else folders.split(name)] += 1 + sizes[name] // TEXT_BYTES
         except UnicodeDecodeError as error:
             broken[name] = f"not UTF-8: byte {error.object[error.start]:#04x}. Save it as UTF-8"
         except DAMAGED as error:
@@ -164,7 +165,7 @@ def plan_text(tree: Tree) -> Plan | None:
                 yield Rejected(name, None, broken[name])
                 continue
             border = int(0.9 * sizes[name]) if single else -1  # the customary 90/10 split, to the character
-            split = "train" if single and border > 0 else folder_split(name)
+            split = "train" if single and border > 0 else folders.split(name)
             label = classes[name]
             given_label: dict[str, str | Media] = {"label": label} if labelled and label else {}
             group = None if single else _sha256(tree.files[name])  # the pieces of a text stay together
@@ -175,7 +176,8 @@ def plan_text(tree: Tree) -> Plan | None:
 
     note = f"{len(names)} text files -> text" if not single else f"{names[0]} -> text, the last tenth for validation"
     columns = {"text": "text", "label": "text"} if labelled else {"text": "text"}
-    return Plan(columns, given, read, [note] + ["folder names -> label"] * labelled, tail=single)
+    notes = [note] + ["folder names -> label"] * labelled
+    return Plan(columns, given, read, notes, tail=single, warnings=list(folders.notes.values()))
 
 
 def _sha256(place: Location) -> str:
@@ -185,7 +187,7 @@ def _sha256(place: Location) -> str:
 
 def _pieces(path: Location, name: str, border: int) -> Iterator[tuple[int, str]]:
     """(first character's position, text) of pieces of at most TEXT_BYTES characters; one begins at `border`."""
-    with open_text(path, name) as file:
+    with open_text(path, name, "strict") as file:
         at, kept = 0, ""
         for block in iter(partial(file.read, 1 << 20), ""):
             kept += block
@@ -219,27 +221,24 @@ def plan_media(tree: Tree, pattern: re.Pattern[str] | None) -> Plan | None:
         key = stem if kind not in stems.get(stem, {}) else name
         stems.setdefault(key, {})[kind] = name
     groups = list(pattern.groupindex) if pattern else []
-    classes = {}
-    for stem, files in stems.items():
-        first = next(iter(files.values()))
-        folders = [part for part in folders_of(first) if not split_name(part)]
-        classes[stem] = folders[-1] if folders else None
+    folders = Folders(kinds)
+    classes = {stem: folders.label(next(iter(files.values()))) for stem, files in stems.items()}
     labelled = "label" not in groups and len({c for c in classes.values() if c}) > 1
     columns: dict[str, str] = {}
-    for kind in ("image", "audio"):
+    for kind in MEDIA:
         if kind in kinds.values():
             columns[kind] = kind
     if any(f"{stem}.txt" in tree.files for stem in stems):
         columns["text"] = "text"
     for column in (["label"] if labelled else []) + [group for group in groups if group != "split"]:
-        if column in ("image", "audio", *RESERVED):
+        if column in (*MEDIA, *RESERVED):
             raise PlaitError(f"The pattern's group '{column}' has the name of another column. Rename the group.")
         columns[column] = "text"
 
     def records() -> Iterator[tuple[Item, str]]:
         for stem, files in stems.items():
             first = next(iter(files.values()))
-            split = folder_split(first)
+            split = folders.split(first)
             parts: dict[str, str | Media] = {k: tree.media(k, name) for k, name in files.items()}
             if labelled and (label := classes[stem]) is not None:
                 parts["label"] = label
@@ -262,7 +261,7 @@ def plan_media(tree: Tree, pattern: re.Pattern[str] | None) -> Plan | None:
             if isinstance(item, Found) and text in tree.files and "text" not in item.parts:
                 tree.used.add(text)
                 try:
-                    with open_text(tree.files[text], text) as file:
+                    with open_text(tree.files[text], text, "strict") as file:
                         words = file.read(LIMITS.file_bytes).strip()
                     if words:
                         item.parts["text"] = words
@@ -272,18 +271,26 @@ def plan_media(tree: Tree, pattern: re.Pattern[str] | None) -> Plan | None:
             yield item
 
     given: Counter[str | None] = Counter(item.split for item, _ in records() if isinstance(item, Found))
-    notes = [f"{sum(k == kind for k in kinds.values())} {kind} files -> {kind}" for kind in ("image", "audio")
+    notes = [f"{sum(k == kind for k in kinds.values())} {kind} files -> {kind}" for kind in MEDIA
              if kind in columns]  # fmt: skip
     notes += ["files of the same name ending in .txt -> text"] if "text" in columns else []
     notes += ["folder names -> label"] if labelled else []
     notes += [f"the pattern's groups -> {', '.join(groups)}"] if groups else []
-    return Plan(columns, given, read, notes)
+    return Plan(columns, given, read, notes, warnings=list(folders.notes.values()))
 
 
 def _ending(name: str) -> str:
     last = name.rpartition("/")[2]
     suffix = os.path.splitext(last)[1]  # noqa: PTH122
-    return suffix if suffix.lower() in IMAGE_SUFFIXES | AUDIO_SUFFIXES else ""
+    return suffix if kind_of_suffix(suffix) else ""
+
+
+def _reasons(tree: Tree) -> str:
+    """Why files were refused, or are no tables, for people: the commonest reasons with their counts."""
+    counts = Counter(refused.reason for refused in tree.refused)
+    counts.update(f"{name.rpartition('/')[2]}: {why}" for name, why in tree.why_not.items())
+    common = "; ".join(f"{reason} ({count})" for reason, count in counts.most_common(3))
+    return f" {common[:1].upper()}{common[1:]}." if common else ""
 
 
 def plan(
@@ -315,8 +322,8 @@ def plan(
         found = plan_media(tree, compiled) or found or (plan_text(tree) if not compiled else None)
     if found is None:
         raise PlaitError(
-            f"{tree.root} holds nothing that can be read: no images (png, jpeg, gif, webp, bmp, tiff), "
-            "audio (wav, flac, ogg, opus, mp3), tables (jsonl, csv, tsv, parquet, arrow), text (txt) or idx files."
+            f"{tree.source} holds nothing that can be read.{_reasons(tree)} What is read: {known_formats()}, tables "
+            "(jsonl, json, csv, tsv, parquet, arrow), text (txt), idx files, and archives of these (zip, tar)."
         )
     if labels and found is not tables and found is not shards and (found is not idx or set(labels) != {"label"}):
         raise PlaitError(

@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-KINDS = ("text", "image", "audio")
 SPLITS = ("train", "val", "test")
 RESERVED = ("id", "source", "seen")  # names that no column of the user's can have
 

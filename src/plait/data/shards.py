@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from plait.core.files import sha256_file
 from plait.data.dataset import Lengths, Shard
+from plait.modalities.media import MEDIA
 
 _GROUP_BYTES, _GROUP_ROWS = 4 << 20, 1024
 _SHARD_BYTES = 256 << 20
@@ -55,10 +56,10 @@ class Statistics:
                     self.texts = None
         else:
             first, second = (table[f"{fact}:{name}"].to_numpy() for fact in ("first", "second"))
-            lengths = np.maximum(first, second) if self.kind == "image" else first
+            lengths = MEDIA[self.kind].length(first, second)
             pairs, counts = np.unique(np.stack([first, second], 1), axis=0, return_counts=True)
             for (a, b), count in zip(pairs.tolist(), counts.tolist(), strict=True):
-                self.sizes[f"{a:.0f}x{b:.0f}" if self.kind == "image" else f"{b:.0f} Hz"] += count
+                self.sizes[MEDIA[self.kind].size_name(a, b)] += count
         self.records += len(table)
         self.total += float(lengths.sum())
         self.low, self.high = min(self.low, float(lengths.min())), max(self.high, float(lengths.max()))
@@ -67,7 +68,7 @@ class Statistics:
         """The figures, once all records were counted."""
         few = self.kind == "text" and self.texts is not None and len(self.texts) * 2 <= max(self.records, 4)
         return Lengths(
-            unit={"text": "bytes", "image": "pixels", "audio": "seconds"}[self.kind],
+            unit="bytes" if self.kind == "text" else MEDIA[self.kind].unit,
             records=self.records,
             min=round(self.low, 4),
             mean=round(self.total / self.records, 4),

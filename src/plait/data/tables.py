@@ -8,19 +8,19 @@ called in the dataset.
 
 from __future__ import annotations
 
-import csv
+import codecs
 import json
 import math
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from plait.core.errors import PlaitError
 from plait.data.conversations import flatten, is_chat
@@ -32,18 +32,18 @@ from plait.data.files import (
     Media,
     Plan,
     Tree,
-    folder_split,
-    open_text,
     suffix_of,
 )
-from plait.data.media import AUDIO_SUFFIXES, IMAGE_SUFFIXES, sniff
-from plait.data.record import RESERVED, Rejected, split_name, split_of_file, text_fault
-from plait.data.stores import Location, open_binary
+from plait.data.folders import FileSplits
+from plait.data.record import RESERVED, Rejected, split_name, text_fault
+from plait.data.rows import TableError, batches, distinct, heading, rows, schema_of
+from plait.modalities.media import KINDS, MEDIA, kind_of_suffix, sniff
 
-ROLES = ("text", "image", "audio", "chat", "id", "split", "ignore", "each")
+ROLES = ("text", *MEDIA, "chat", "id", "split", "ignore", "each")
 _SAMPLE = 200
 _COLUMNS = 500
-_LINE = 64 << 20  # characters of one line of a table
+_MOST = 0.8  # of a column's values decide what it is
+_SHORT = 200  # characters of what may be a label
 _BOOKS = ("dataset_dict.json", "dataset_info.json", "state.json")
 _PLAIN = {"file_name", "filename", "file", "path", "filepath", "file_path"}
 
@@ -60,125 +60,25 @@ class Column:
 @dataclass
 class Table:
     file: str
+    split: str | None  # of its rows, where they do not say another one
     columns: dict[str, Column] = field(default_factory=dict)
     samples: dict[str, list[Any]] = field(default_factory=dict)
     class_names: dict[str, list[str]] = field(default_factory=dict)
     given: Counter[str | None] = field(default_factory=Counter)
-
-
-Row = tuple[int, dict[str, Any] | str]  # line, and the cells or why there are none
-
-
-def _not_a_number(text: str) -> float:
-    raise ValueError(f"{text} is not a JSON number")
-
-
-def rows(tree: Tree, name: str) -> Iterator[Row]:
-    """The rows of a table; a fault is a string in place of the cells, and the last row where it spoils the rest."""
-    path, suffix = tree.files[name], suffix_of(name)
-    line = 0
-    try:
-        if suffix == ".parquet":
-            with pq.ParquetFile(_parquet(path)) as file:
-                for batch in file.iter_batches(batch_size=64):
-                    for row in batch.to_pylist():
-                        yield line, row
-                        line += 1
-        elif suffix == ".arrow":
-            for batch in _arrow(path)[1]:
-                for start in range(0, len(batch), 64):
-                    for row in batch.slice(start, 64).to_pylist():
-                        yield line, row
-                        line += 1
-        elif suffix == ".json":
-            with open_text(path, name) as file:
-                for row in json.loads(file.read(4 * _LINE), parse_constant=_not_a_number):
-                    yield line, row if isinstance(row, dict) else "not an object with the columns' names"
-                    line += 1
-        elif suffix in (".csv", ".tsv"):
-            csv.field_size_limit(_LINE)
-            with open_text(path, name) as file:
-                head = file.readline(_LINE)
-                file.seek(0)
-                marks = "\t" if suffix == ".tsv" else max(",;\t", key=head.count)
-                reader = csv.DictReader(file, delimiter=marks, strict=True)
-                for cells in reader:
-                    line = reader.line_num
-                    # DictReader keeps surplus cells under None and fills short rows with None.
-                    yield line, "more cells than columns" if None in cells else dict(cells)
-        else:
-            with open_text(path, name) as file:
-                while text := file.readline(_LINE):
-                    line += 1
-                    if len(text) == _LINE:
-                        raise ValueError(f"line {line} is longer than {_LINE >> 20} Mi characters")
-                    if not text.strip():
-                        continue
-                    try:
-                        row = json.loads(text, parse_constant=_not_a_number)
-                    except (ValueError, RecursionError) as error:
-                        yield line, f"not valid JSON: {error}"
-                        continue
-                    yield line, row if isinstance(row, dict) else "not an object with the columns' names"
-    except UnicodeDecodeError as error:
-        yield line + 1, f"not UTF-8 (byte {error.object[error.start]:#04x}); the rest of the file was not read"
-    except (*DAMAGED, RecursionError, TypeError, csv.Error, pa.ArrowException) as error:
-        yield line + 1, f"damaged table: {' '.join(str(error).split())[:200]}; the rest of the file was not read"
-
-
-def _parquet(path: Location) -> Any:
-    return path if isinstance(path, Path) else open_binary(path)
-
-
-def _arrow(path: Location) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-    """Schema and batches of an Arrow file, of the streaming kind (as Hugging Face's datasets write) or the other."""
-    file = pa.memory_map(str(path)) if isinstance(path, Path) else pa.PythonFile(open_binary(path))
-    try:
-        reader = pa.ipc.open_stream(file)
-        return reader.schema, iter(reader)
-    except pa.ArrowInvalid:
-        file.seek(0)
-        whole = pa.ipc.open_file(file)
-        return whole.schema, (whole.get_batch(n) for n in range(whole.num_record_batches))
-
-
-def _columns(table: Table, path: Location, split: str) -> tuple[pa.Schema, Counter[str | None]]:
-    """Schema of a Parquet or Arrow file, and its rows by given split, none of its other columns being read."""
-    default = _given(table.file)
-    if suffix_of(table.file) == ".parquet":
-        with pq.ParquetFile(_parquet(path)) as file:
-            schema = file.schema_arrow
-            if split not in schema.names:
-                return schema, Counter({default: file.metadata.num_rows})
-            columns = (batch.column(0) for batch in file.iter_batches(65536, columns=[split]))
-            return schema, _counted(columns, default)
-    schema, batches = _arrow(path)
-    if split not in schema.names:
-        return schema, Counter({default: sum(map(len, batches))})
-    return schema, _counted((batch.column(schema.names.index(split)) for batch in batches), default)
-
-
-def _counted(columns: Iterator[pa.Array], default: str | None) -> Counter[str | None]:
-    given: Counter[str | None] = Counter()
-    for column in columns:
-        for entry in pc.value_counts(column).to_pylist():
-            value = entry["values"]
-            given[(split_name(value) if isinstance(value, str) else None) or default] += entry["counts"]
-    return given
+    notes: list[str] = field(default_factory=list)
 
 
 def _is_table(tree: Tree, name: str) -> bool:
+    """Whether a file has a table's ending; a `.json` must also hold rows."""
     if suffix_of(name) not in TABLE_SUFFIXES:
         return False
     if suffix_of(name) != ".json":
         return True
-    first = next(rows(tree, name), (0, ""))[1]
-    return isinstance(first, dict)
-
-
-def _given(name: str) -> str | None:
-    stem = name.rpartition("/")[2].split(".")[0]
-    return split_of_file(stem) or folder_split(name)
+    for _, row in islice(rows(tree, name), 20):
+        if isinstance(row, dict):
+            return True
+        tree.why_not[name] = row
+    return False
 
 
 def _split_column(column_map: dict[str, str]) -> str:
@@ -187,18 +87,30 @@ def _split_column(column_map: dict[str, str]) -> str:
     return (column_map.get("split") or (mapped or ["split"])[0]).strip()
 
 
-def _scan(tree: Tree, name: str, split: str) -> Table:
-    """One pass over a table: its columns, a sample of each, and its rows by given split."""
-    table = Table(name)
-    default = _given(name)
-    known = suffix_of(name) in (".parquet", ".arrow")
+def _scan(tree: Tree, name: str, split: str, default: str | None) -> Table:
+    """One pass over a table: its columns, a sample of each, and its rows by given split. Of Parquet and Arrow files the
+    schema and the split's column are enough."""
+    table = Table(name, default)
+    suffix = suffix_of(name)
+    known = suffix in (".parquet", ".arrow")
     if known:
         try:
-            schema, table.given = _columns(table, tree.files[name], split)
-        except (OSError, ValueError, pa.ArrowException):
-            return table
-        table.samples = {column: [] for column in schema.names}
+            schema, count = schema_of(tree.files[name], suffix)
+            names, table.notes = distinct(schema.names)
+            if split in names:
+                table.given = _counted(batches(tree.files[name], suffix, names.index(split)), default)
+            else:
+                count = sum(map(len, batches(tree.files[name], suffix, 0))) if count is None else count
+                table.given = Counter({default: count})
+        except (OSError, ValueError, IndexError, pa.ArrowException):
+            return table  # `rows` says what is wrong
+        table.samples = {column: [] for column in names}
         table.class_names = _class_names(schema)
+    elif suffix in (".csv", ".tsv"):
+        try:
+            table.notes = heading(tree.files[name], name).notes
+        except (*DAMAGED, TableError):
+            return table
     for number, (_, row) in enumerate(rows(tree, name)):
         if known and number == _SAMPLE:
             break  # such files tell their columns and their size: their media need not be read for that
@@ -206,12 +118,26 @@ def _scan(tree: Tree, name: str, split: str) -> Table:
             continue
         for key, value in row.items():
             values = table.samples.setdefault(key, [])
-            if len(values) < _SAMPLE and value is not None and value != "":
+            if len(values) < _SAMPLE and not is_blank(value):
                 values.append(_head(value))
         if not known:
             given = row.get(split)
             table.given[(split_name(given) if isinstance(given, str) else None) or default] += 1
     return table
+
+
+def _counted(found: Iterator[pa.RecordBatch], default: str | None) -> Counter[str | None]:
+    given: Counter[str | None] = Counter()
+    for batch in found:
+        for entry in pc.value_counts(batch.column(0)).to_pylist():
+            value = entry["values"]
+            given[(split_name(value) if isinstance(value, str) else None) or default] += entry["counts"]
+    return given
+
+
+def is_blank(value: Any) -> bool:
+    """Whether a cell holds no value: nothing, an empty text, or NaN, by which data frames write a missing number."""
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
 
 def _head(value: Any) -> Any:
@@ -243,45 +169,63 @@ def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
         return {}
 
 
+def _most(count: int, values: list[Any]) -> bool:
+    """Whether so many of the values decide what a column is: the few others are then rows to be rejected, and never a
+    reason to read the whole column as something else."""
+    return count >= _MOST * len(values)
+
+
 def _path_kinds(tree: Tree, table: str, column: str, values: list[Any]) -> set[str]:
-    """The kinds of media whose paths the values are; empty where they are not paths."""
+    """The kinds of media whose paths most of the values are; empty where they are not paths."""
     named = column == "file_name" or column.endswith("_file_name")
-    kinds, there = [], False
+    kinds: list[str] = []
+    there = False
     for value in values:
         if not isinstance(value, str) or len(value) > 300 or "\n" in value or "://" in value:
-            return set()
-        suffix = suffix_of(value.replace("\\", "/"))
-        kind = "image" if suffix in IMAGE_SUFFIXES else "audio" if suffix in AUDIO_SUFFIXES else None
-        found = tree.resolve(table, value) if named or not there else None
+            continue
+        kind = kind_of_suffix(suffix_of(value.replace("\\", "/")))
+        found = tree.resolve(table, value) if named or (not there and kind) else None
         if isinstance(found, str):
             there = True
             kind = kind or tree.kind(found)
-        kinds.append(kind)
-    known = [kind for kind in kinds if kind]
-    return set(known) if (there or named) and len(known) >= 0.9 * len(kinds) else set()
+        if kind:
+            kinds.append(kind)
+    return set(kinds) if (there or named) and values and _most(len(kinds), values) else set()
+
+
+def _is_text(head: bytes) -> bool:
+    """Whether the first bytes of a value are text: UTF-8 that may be cut, without control characters."""
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return not any(ord(c) < 32 and c not in "\t\n\r" for c in text)
 
 
 def _recognise(tree: Tree, table: str, column: str, values: list[Any]) -> str:
-    """A column's role from its name and the sample of its values."""
+    """A column's role from its name and the sample of its values: what most of them are."""
     if not column or text_fault(column):
         return "ignore"
     if not values:
         return "text"
-    # Most values decide: the few others are then rows to be rejected, not a reason to read the column otherwise.
-    if column == "split" and sum(isinstance(v, str) and bool(split_name(v)) for v in values) >= 0.8 * len(values):
+    if column == "split" and _most(sum(isinstance(v, str) and bool(split_name(v)) for v in values), values):
         return "split"
-    if column == "id" and all(isinstance(v, str | int) for v in values) and len(set(values)) >= 0.8 * len(values):
+    numbered = [v for v in values if isinstance(v, str | int)]
+    if column == "id" and _most(len(numbered), values) and _most(len(set(numbered)), values):
         return "id"
-    if all(isinstance(v, bytes) or _is_struct(v) for v in values):
-        heads = [v if isinstance(v, bytes) else v["bytes"] or b"" for v in values]
-        found = Counter(kind[0] for head in heads if (kind := sniff(head)))
-        paths = [v["path"] for v in values if not isinstance(v, bytes) and v["path"]]
-        kinds = set(found) or _path_kinds(tree, table, "file_name", paths)
-        return "ignore" if not kinds else "media" if len(kinds) == 2 else kinds.pop()
-    if all(map(is_chat, values)):
+    encoded = [v for v in values if isinstance(v, bytes) or _is_struct(v)]
+    if _most(len(encoded), values):
+        heads = [v if isinstance(v, bytes) else v["bytes"] or b"" for v in encoded]
+        kinds = {kind[0] for head in heads if (kind := sniff(head))}
+        paths = [v["path"] for v in encoded if not isinstance(v, bytes) and v["path"]]
+        kinds = kinds or _path_kinds(tree, table, "file_name", paths)
+        if not kinds:
+            return "text" if _most(sum(bool(head) and _is_text(head) for head in heads), values) else "ignore"
+        return "media" if len(kinds) > 1 else kinds.pop()
+    if _most(sum(map(is_chat, values)), values):
         return "chat"
     kinds = _path_kinds(tree, table, column, values)
-    return "media" if len(kinds) == 2 else kinds.pop() if kinds else "text"
+    return "media" if len(kinds) > 1 else kinds.pop() if kinds else "text"
 
 
 def _wanted(column_map: dict[str, str], known: set[str]) -> dict[str, tuple[str, str | None]]:
@@ -310,7 +254,9 @@ def plan_tables(tree: Tree, column_map: dict[str, str], labels: dict[str, list[s
     Raises PlaitError where the map or the labels do not fit, or two tables disagree about a column.
     """
     split = _split_column(column_map)
-    tables = [_scan(tree, name, split) for name in list(tree.files) if _is_table(tree, name)]
+    names_of_tables = [name for name in list(tree.files) if _is_table(tree, name)]
+    splits = FileSplits(names_of_tables)
+    tables = [_scan(tree, name, split, splits.split(name)) for name in names_of_tables]
     if not tables:
         return None
     # What Hugging Face's save_to_disk says about its tables; it holds no records.
@@ -327,7 +273,7 @@ def plan_tables(tree: Tree, column_map: dict[str, str], labels: dict[str, list[s
             name = (asked[1] if asked else None) or _target(column, role, set(table.samples))
             names = labels.get(name) or labels.get(column) or table.class_names.get(column)
             table.columns[column] = Column(role, name, names)
-            shown = name if role != "media" else "image, audio"
+            shown = name if role != "media" else ", ".join(MEDIA)
             notes.append(
                 f"{table.file}: {_printable(column) or 'a column without a name'} -> "
                 + (role if role in ("id", "split", "ignore") else f"{shown} ({'text' if role == 'each' else role})")
@@ -361,9 +307,11 @@ def plan_tables(tree: Tree, column_map: dict[str, str], labels: dict[str, list[s
         lists = [v for key, c in table.columns.items() if c.role == "each" for v in table.samples[key]]
         many = sum(len(v) if isinstance(v, list) else 1 for v in lists) / len(lists) if lists else 1.0
         given.update({of: round(count * many) for of, count in table.given.items()})
-    ordered = dict(sorted(columns.items(), key=lambda item: ("image", "audio", "text").index(item[1])))
+    ordered = dict(sorted(columns.items(), key=lambda item: KINDS.index(item[1])))
     chats = {c.name for table in tables for c in table.columns.values() if c.role == "chat"}
-    return Plan(ordered, given, read, list(dict.fromkeys(notes)), chats=sorted(chats))
+    warnings = [f"{table.file}: {note}." for table in tables for note in table.notes]
+    warnings += [*splits.notes, *splits.folders.notes.values()]
+    return Plan(ordered, given, read, list(dict.fromkeys(notes)), chats=sorted(chats), warnings=warnings)
 
 
 def _printable(name: str) -> str:
@@ -371,7 +319,7 @@ def _printable(name: str) -> str:
 
 
 def _target(column: str, role: str, others: set[str]) -> str:
-    if role in ("image", "audio"):
+    if role in MEDIA:
         name = column.removesuffix("_file_name") if column.endswith("_file_name") else column
         name = role if column in _PLAIN else name
         if name == column or name not in others:
@@ -383,8 +331,8 @@ def _targets(column: Column) -> dict[str, str]:
     if column.role in ("id", "split", "ignore"):
         return {}
     if column.role == "media":
-        return {"image": "image", "audio": "audio"}
-    return {column.name: column.role if column.role in ("image", "audio") else "text"}
+        return {kind: kind for kind in MEDIA}
+    return {column.name: column.role if column.role in MEDIA else "text"}
 
 
 class UnusableError(ValueError):
@@ -399,8 +347,12 @@ def words(value: Any, labels: list[str] | None) -> str | None:
         if not 0 <= int(value) < len(labels):
             raise UnusableError(f"label {value}, but there are {len(labels)} names")
         return labels[int(value)]
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, float) and math.isinf(value):
         raise UnusableError("a number that is not finite")
+    if is_blank(value):
+        return None
+    if isinstance(value, list) and value and all(isinstance(cell, tuple) and len(cell) == 2 for cell in value):
+        value = {str(key): cell for key, cell in value}  # a map of Arrow's
     if isinstance(value, list):
         return "\n".join(text for cell in value if (text := words(cell, labels)) is not None) or None
     if isinstance(value, dict):
@@ -410,8 +362,11 @@ def words(value: Any, labels: list[str] | None) -> str | None:
             value = value.decode()
         except UnicodeDecodeError:
             raise UnusableError("bytes that are not UTF-8 text") from None
-    text = "" if value is None else str(value)
-    return text if text.strip() else None
+    text = str(value)
+    if not text.strip():
+        return None
+    # Labels are compared by their spelling: of the two that Unicode has for an accent, one.
+    return unicodedata.normalize("NFC", text) if len(text) <= _SHORT else text
 
 
 def _medium(tree: Tree, table: Table, place: str, column: Column, value: Any) -> Media | None:
@@ -424,7 +379,7 @@ def _medium(tree: Tree, table: Table, place: str, column: Column, value: Any) ->
     if isinstance(value, bytes):
         kind = column.role
         if kind == "media":
-            kind = (sniff(value[:64]) or ("image", ""))[0]
+            kind = (sniff(value[:64]) or (next(iter(MEDIA)), ""))[0]
         return Media(kind, place, data=value)
     if not isinstance(value, str):
         raise UnusableError(f"column '{column.name}' is neither a path nor bytes")
@@ -432,7 +387,7 @@ def _medium(tree: Tree, table: Table, place: str, column: Column, value: Any) ->
     if isinstance(found, Rejected):
         raise UnusableError(found.reason)
     tree.used.add(found)
-    kind = column.role if column.role != "media" else tree.kind(found) or "image"
+    kind = column.role if column.role != "media" else tree.kind(found) or next(iter(MEDIA))
     return tree.media(kind, found)
 
 
@@ -446,13 +401,13 @@ def _spoken(tree: Tree, table: Table, place: str, column: Column, kind: str, val
 def _record(tree: Tree, table: Table, line: int, row: dict[str, Any]) -> Iterator[Item]:
     """The record of a row; one for each element where a column's role is "each"."""
     place = f"{table.file}:{line}"
-    found = Found(place, place, {}, _given(table.file))
+    found = Found(place, place, {}, table.split)
     each: dict[str, list[Any]] = {}
     chats: list[tuple[Column, Any]] = []
     try:
         for key, value in row.items():
             column = table.columns.get(key)
-            if column is None or column.role == "ignore" or value is None:
+            if column is None or column.role == "ignore" or is_blank(value):
                 continue
             if column.role == "id":
                 if not (text := words(value, None)):

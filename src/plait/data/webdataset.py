@@ -6,17 +6,19 @@ A member's ending says what it is: images and audio by their format (`jpg` -> co
 
 from __future__ import annotations
 
-import json
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 
-from plait.data.files import DAMAGED, Found, Item, Media, Plan, Tree, folder_split, shard_key, suffix_of
-from plait.data.media import AUDIO_SUFFIXES, IMAGE_SUFFIXES, LIMITS
-from plait.data.record import RESERVED, Rejected, split_of_file, text_fault
+from plait.data.files import DAMAGED, Found, Item, Media, Plan, Tree, shard_key, suffix_of
+from plait.data.folders import FileSplits
+from plait.data.record import RESERVED, Rejected, text_fault
+from plait.data.rows import parse_json
 from plait.data.stores import open_binary
 from plait.data.tables import UnusableError, words
+from plait.modalities.descriptor import LIMITS
+from plait.modalities.media import KINDS, kind_of_suffix
 
 _SAMPLE = 200  # records that are looked at to name the columns
 _TEXTS = {"txt": "text", "text": "text", "cls": "label"}
@@ -27,22 +29,22 @@ def plan_shards(tree: Tree, labels: dict[str, list[str]]) -> Plan | None:
     if not tree.shards:
         return None
     columns: dict[str, str] = {}
-    for item in islice(_records(tree, tree.shards[0], labels), _SAMPLE):
+    splits = FileSplits(tree.shards)
+    for item in islice(_records(tree, tree.shards[0], labels, None), _SAMPLE):
         if isinstance(item, Found):
             columns |= {name: v.kind if isinstance(v, Media) else "text" for name, v in item.parts.items()}
 
     def read() -> Iterator[Item]:
         for shard in tree.shards:
             tree.used.add(shard)
-            yield from _records(tree, shard, labels)
+            yield from _records(tree, shard, labels, splits.split(shard))
 
-    ordered = dict(sorted(columns.items(), key=lambda entry: ("image", "audio", "text").index(entry[1])))
+    ordered = dict(sorted(columns.items(), key=lambda entry: KINDS.index(entry[1])))
     note = f"{len(tree.shards)} WebDataset shards -> {', '.join(ordered)}"
-    return Plan(ordered, Counter(), read, [note])
+    return Plan(ordered, Counter(), read, [note], warnings=[*splits.notes, *splits.folders.notes.values()])
 
 
-def _records(tree: Tree, shard: str, labels: dict[str, list[str]]) -> Iterator[Item]:
-    split = split_of_file(shard.rpartition("/")[2].split(".")[0]) or folder_split(shard)
+def _records(tree: Tree, shard: str, labels: dict[str, list[str]], split: str | None) -> Iterator[Item]:
     held: list[tuple[str, str, bytes]] = []  # key, ending, content
     try:
         with open_binary(tree.files[shard]) as file, tarfile.open(fileobj=file, mode="r|*") as packed:
@@ -87,11 +89,10 @@ def _record(
         name, suffix = ending.rpartition(".")[0], ending.rpartition(".")[2]
         member = f"{place}.{ending}"
         try:
-            if f".{suffix}" in IMAGE_SUFFIXES | AUDIO_SUFFIXES:
-                kind = "image" if f".{suffix}" in IMAGE_SUFFIXES else "audio"
+            if kind := kind_of_suffix(f".{suffix}"):
                 found.parts[_free(name or kind, found)] = Media(kind, member, data=content)
             elif suffix == "json":
-                value = json.loads(content)
+                value = parse_json(content.decode("utf-8-sig"))
                 for column, cell in (value if isinstance(value, dict) else {"json": value}).items():
                     if (text := words(cell, labels.get(column))) is not None:
                         found.parts[_free(str(column), found)] = text

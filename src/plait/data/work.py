@@ -21,16 +21,18 @@ import numpy as np
 import pyarrow as pa
 
 from plait.data.conversations import turns
-from plait.data.fingerprints import audio_fingerprint, image_fingerprint, text_print
-from plait.data.media import LIMITS, MediaError, decode_audio, decode_image, encode_png
+from plait.data.fingerprints import text_print
 from plait.data.record import Rejected, rejected, text_fault
 from plait.data.stores import location, open_binary
+from plait.modalities.descriptor import LIMITS, MediaError
+from plait.modalities.image_files import encode_png
+from plait.modalities.media import MEDIA
 
 # Columns of the file: what is known of a record, then for each part NAME "part:NAME", and for a medium its width and
 # height or seconds and rate, its digest and its fingerprint; "words" is the fingerprint of a record without media.
 FACTS = {"id": pa.string(), "place": pa.string(), "split": pa.string(), "key": pa.binary(16), "content": pa.binary(16),
          "group": pa.binary(16), "draw": pa.int64(), "rank": pa.int64(), "words": pa.binary()}  # fmt: skip
-MEDIA = {"first": pa.float64(), "second": pa.float64(), "digest": pa.binary(16), "print": pa.binary()}
+MEDIA_FACTS = {"first": pa.float64(), "second": pa.float64(), "digest": pa.binary(16), "print": pa.binary()}
 
 Task = dict[str, Any]
 
@@ -69,12 +71,9 @@ def _fetch(medium: dict[str, Any], blobs: list[bytes]) -> bytes:
 
 
 def _look(kind: str, data: bytes, near: bool) -> tuple[float, float, bytes]:
-    """(width, height) or (seconds, rate), and the fingerprint. Raises MediaError."""
-    if kind == "image":
-        image = decode_image(data)
-        return image.width, image.height, image_fingerprint(image) if near else b""
-    wave, rate = decode_audio(data)
-    return len(wave) / rate, rate, audio_fingerprint(wave, rate) if near else b""
+    """The two figures of a decoded medium (MediaFiles.facts), and the fingerprint. Raises MediaError."""
+    value = MEDIA[kind].decode(data)
+    return *MEDIA[kind].facts(value), MEDIA[kind].fingerprint(value) if near else b""
 
 
 def _said(chat: str) -> str:
@@ -150,7 +149,7 @@ def check_chunk(task: Task, blobs: list[bytes], at: Callable[[int], None] = lamb
     for name, kind in kinds.items():
         types[f"part:{name}"] = pa.large_string() if kind == "text" else pa.large_binary()
         if kind != "text":
-            types |= {f"{fact}:{name}": of for fact, of in MEDIA.items()}
+            types |= {f"{fact}:{name}": of for fact, of in MEDIA_FACTS.items()}
     facts = {b"rejects": json.dumps(refused).encode(), b"kinds": json.dumps(kinds).encode()}
     columns = {name: pa.array([row.get(name) for row in rows], of) for name, of in types.items()}
     table = pa.table(columns, pa.schema(types, facts))

@@ -15,13 +15,13 @@ from torch import Tensor
 from plait.core.errors import PlaitError
 from plait.core.rng import uniform
 from plait.data.dataset import Dataset
+from plait.evaluation.findings import Findings, Metric, Metrics, ReportItem
 from plait.evaluation.reference_classifier import ReferenceClassifier, fit_classifier
 from plait.inference.engine import Engine
 from plait.modalities.audio import spectrogram
 from plait.modalities.base import MediaModality
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import Sequence
-from plait.reports.report import Findings, Metric, Metrics, ReportItem
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 

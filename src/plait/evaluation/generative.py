@@ -9,8 +9,8 @@ import numpy as np
 
 from plait.evaluation import metrics
 from plait.evaluation.context import EvalContext, LabelClassifier, Media, quotient_error
+from plait.evaluation.findings import Gallery, ReportItem
 from plait.modalities.fsq import FSQ
-from plait.reports.report import Gallery, ReportItem
 
 TASK = {"image": "drawing", "audio": "speaking"}
 REDRAWS = 20  # resamples for figures that are dear to take

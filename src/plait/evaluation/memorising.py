@@ -8,10 +8,10 @@ import numpy as np
 
 from plait.evaluation import metrics
 from plait.evaluation.context import EvalContext
+from plait.evaluation.findings import Gallery, ReportItem
 from plait.inference import scoring
 from plait.modalities.text import words
 from plait.model.multimodal import Sequence
-from plait.reports.report import Gallery, ReportItem
 from plait.training.canaries import LETTERS, TIMES, canary, times
 
 RUN = 8  # words in a run that counts as verbatim

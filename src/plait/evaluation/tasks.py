@@ -16,12 +16,11 @@ from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
 from plait.evaluation import metrics
 from plait.evaluation.context import EvalContext, Limits, Media, Model, Progress, Timer
+from plait.evaluation.findings import Confusion, Findings, Gallery, Metrics, Reliability, ReportItem
 from plait.evaluation.generative import TASK, evaluate_codec, evaluate_making
 from plait.evaluation.memorising import WRITTEN, evaluate_canaries, evaluate_texts
 from plait.model.multimodal import IGNORE, Sequence, collate
 from plait.model.objectives import negative_log_likelihood
-from plait.reports.curves import Reliability
-from plait.reports.report import Confusion, Findings, Gallery, Metrics, ReportItem
 from plait.training.batches import lm_windows
 
 __all__ = ["Limits", "Model", "evaluate"]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from plait.cli.common import DeviceOption, ModelArgument, SeedOption, app, err, load, media_or_text, out, plain, write
+from plait.console import DeviceOption, ModelArgument, SeedOption, app, err, media_or_text, out, plain, write
 
 
 @app.command()
@@ -37,6 +37,7 @@ def explain(
     Example: plait explain runs/demo runs/demo/files/images/0003.png --for three -o why.html
     """
     from plait.core.errors import PlaitError
+    from plait.inference.model import load
     from plait.reports.explanation import STRONGEST, as_html, as_json_of, as_png
 
     if target is not None and target.suffix.lower() not in (".html", ".png"):

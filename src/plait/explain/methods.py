@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from plait.core.device import exact_products
+from plait.core.dist import import_extra
 from plait.core.errors import PlaitError
 from plait.explain.parts import Grid, Part, Question, Value, Words, Written, whole
 
@@ -155,18 +156,13 @@ def integrated_gradients(question: Question, steps: int = STEPS) -> tuple[list[n
     The path leads from the parts with nothing in them: regions as `removed` has them, words as the model's padding.
     Raises PlaitError where captum is missing or the question has no gradients.
     """
-    try:
-        from captum.attr import IntegratedGradients
-    except ImportError as error:
-        raise PlaitError(
-            f"Integrated gradients need captum ({error}). Install it: pip install 'plait[explain]'. Or use occlusion."
-        ) from None
+    captum = import_extra("captum.attr", "explain", "The method integrated-gradients")
     if steps < 2:
         raise PlaitError(f"Integrated gradients need at least 2 steps, not {steps}.")
     path = question.path()
     device = path.inputs[0].device
     with exact_products(device), torch.enable_grad():
-        grads = IntegratedGradients(path.score).attribute(
+        grads = captum.IntegratedGradients(path.score).attribute(
             path.inputs, path.baseline, n_steps=steps, internal_batch_size=min(steps, 32)
         )
     with exact_products(device), torch.no_grad():

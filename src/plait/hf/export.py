@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from plait.core.device import exact_products
+from plait.core.dist import import_extra
 from plait.core.errors import PlaitError
 from plait.core.files import publish_folder, write_atomic, write_json
 from plait.hf.huggingface import layout
@@ -297,10 +298,7 @@ def export_onnx(checkpoint: Checkpoint, folder: Path) -> float:
     installed, the difference is above 1e-4 or the folder cannot be written.
     """
     must_be_free(folder)
-    try:
-        import onnxruntime
-    except ImportError:
-        raise PlaitError("ONNX needs onnxruntime. Run: pip install 'plait[onnx]'.") from None
+    onnxruntime = import_extra("onnxruntime", "onnx", "Export to ONNX")
     model = checkpoint.model
     size = exported_size(model.vocabulary)
     place, training = next(model.parameters()).device, model.training

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from plait.core.dist import DISTRIBUTION
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from plait.hf.hub import find, no_safetensors, other_weights
@@ -47,7 +48,9 @@ _ROPE = {
 
 def _refuse(file: Path, what: str) -> PlaitError:
     known = "GPT-2, Llama and Qwen3 language models"
-    return PlaitError(f"{file}: {what}. Plait trains and runs {known} itself; others work through plait[huggingface].")
+    return PlaitError(
+        f"{file}: {what}. Plait trains and runs {known} itself; others work through {DISTRIBUTION}[huggingface]."
+    )
 
 
 def _number(config: dict[str, Any], key: str, file: Path, default: int | None = None) -> int:

@@ -15,14 +15,17 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from plait.core.device import Device, choose_device
+from plait.core.dist import import_extra
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from plait.core.interruption import pause_point
-from plait.data.media import MediaError, decode_audio, decode_image, resample
 from plait.explain import hf_models as questions
 from plait.explain.methods import Explanation, explain
 from plait.hf.hub import explained, find, no_safetensors, other_weights, quiet
 from plait.inference.results import Prediction, Predictions
+from plait.modalities.audio_files import decode_audio, resample
+from plait.modalities.descriptor import MediaError
+from plait.modalities.image_files import decode_image
 
 # What each kind of model can do.
 VERBS = {
@@ -47,10 +50,7 @@ def load_pretrained(name_or_folder: str | Path, device: str = "auto", precision:
     config = read_json(folder / "config.json")
     if not (folder / "model.safetensors").is_file() and not (folder / "model.safetensors.index.json").is_file():
         raise PlaitError(no_safetensors(folder, other_weights(folder)))
-    try:
-        import transformers
-    except ImportError:
-        raise PlaitError(f"{name_or_folder} needs transformers. Run: pip install 'plait[huggingface]'.") from None
+    transformers = import_extra("transformers", "huggingface", str(name_or_folder))
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise PlaitError(f"{folder / 'config.json'} has no model_type. Fetch the model again.")
     return Pretrained(
@@ -122,6 +122,10 @@ class Pretrained:
     def verbs(self) -> list[str]:
         """What this model can do."""
         return list(VERBS[self.kind])
+
+    def window_count(self, value: Any) -> int:
+        """1: transformers' models read an input at once, or cut it themselves."""
+        return 1
 
     def draw(self, text: str, **options: Any) -> list[PILImage.Image]:
         """No model of transformers draws through this door."""
@@ -334,6 +338,7 @@ class Pretrained:
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
         repetition_penalty: float | None = None,
         seed: int = 0,
         n: int | None = None,
@@ -343,7 +348,7 @@ class Pretrained:
         if not isinstance(prompt, str) or not prompt:
             raise PlaitError(f"{self.name} continues a text. Give a prompt that is a str and not empty.")
         count = num_return_sequences if n is None else n
-        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         sampling = {key: value for key, value in sampling.items() if value is not None}
         if do_sample is None:
             do_sample = (count > 1 or bool(sampling)) and temperature != 0

@@ -10,6 +10,8 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +22,12 @@ from plait.core.device import Device, exact_products
 from plait.inference.sampling import LOWEST
 from plait.kernels import generation as native
 from plait.kernels.choice import KERNEL, PYTORCH, choose, question
+from plait.kernels.linear import DTYPES, PackedLinear
 from plait.model.transformer import Block, KVCache, RMSNorm, Transformer, View
 
 ROWS = (1, 8, 32)  # at which a step is timed
 PROBED = 2  # layers that are timed
+LARGE = 2**28  # bytes of weights above which they are held once
 
 
 class Packed(nn.Module):
@@ -57,6 +61,45 @@ def nearest(rows: int) -> int:
     return min(ROWS, key=lambda entry: abs(math.log(max(rows, 1) / entry)))
 
 
+def copied(module: nn.Module, make: Callable[[nn.Linear], nn.Module], dtype: torch.dtype, place: torch.device) -> Any:
+    """A frozen copy of a module, with what `make` makes of each linear layer, and all other weights in `dtype`. Layers
+    that are packed are shared: they hold their weight once."""
+    if isinstance(module, PackedLinear):
+        return module
+    if isinstance(module, nn.Linear):
+        return make(module)
+    twin = copy.copy(module)
+    for name, value in module.__dict__.items():
+        if isinstance(value, dict):  # of parameters, modules, hooks
+            twin.__dict__[name] = value.copy()
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            value = parameter.detach().to(place, dtype, copy=True)
+            twin._parameters[name] = nn.Parameter(value, requires_grad=False)
+    for name, buffer in module._buffers.items():
+        twin._buffers[name] = None if buffer is None else buffer.to(place)
+    for name, child in module._modules.items():
+        twin._modules[name] = None if child is None else copied(child, make, dtype, place)
+    twin.training = False
+    return twin
+
+
+@dataclass(frozen=True)
+class Ways:
+    """What computes the steps of so many rows, and prompts: KERNEL or PYTORCH each."""
+
+    steps: dict[int, str]
+    prompt: str
+
+    @classmethod
+    def all(cls, way: str) -> Ways:
+        return cls(dict.fromkeys(ROWS, way), way)
+
+    @property
+    def used(self) -> set[str]:
+        return {*self.steps.values(), self.prompt}
+
+
 def _probe(decoder: Decoder, rows: int) -> Callable[[], object]:
     """A step of so many rows that hold some positions, to be timed."""
     held = min(64, decoder.config.max_length - 1)
@@ -71,31 +114,46 @@ def _probe(decoder: Decoder, rows: int) -> Callable[[], object]:
     return step
 
 
+def _probe_prompt(decoder: Decoder) -> Callable[[], object]:
+    """A prompt of some length, to be timed."""
+    x = torch.zeros(1, min(128, decoder.config.max_length), decoder.config.width, dtype=decoder.device.dtype)
+
+    def read() -> object:
+        with torch.inference_mode():
+            return decoder(x)
+
+    return read
+
+
 class Decoder:
     """A frozen copy of a backbone. Call it for whole inputs; `step` reads one position in each row of a cache."""
 
-    def __init__(self, backbone: Transformer, device: Device, measured: bool = True) -> None:
-        """`measured` asks whether the kernel is faster than PyTorch at each number of rows; else it serves all."""
+    def __init__(self, backbone: Transformer, device: Device, ways: Ways | None = None) -> None:
+        """A backbone whose layers are packed already keeps them; else they are laid out for what computes them the
+        fastest: that is measured where `ways` does not say it."""
         config, place = backbone.config, device.torch
         self.config, self.device = config, device
         self.library = native.library() if place.type == "cpu" else None
-        self.native = native.NativeStep(self.library, backbone, device.dtype) if self.library is not None else None
-        self.plain_rows = self._slow_rows(backbone) if measured and self.native is not None else frozenset()
-        if len(self.plain_rows) == len(ROWS):
-            self.native = None
+        packed = any(isinstance(module, PackedLinear) for module in backbone.modules())
+        if self.library is None:
+            ways = Ways.all(PYTORCH)
+        elif packed or device.storage not in ("fp32", "bf16") or DTYPES[device.storage] is not device.dtype:
+            ways = Ways.all(KERNEL)  # PyTorch has no such weights
+        self.ways = ways or self._measured(backbone)
+        networks: dict[str, Transformer] = {}
+        for way in self.ways.used:
+            networks[way] = copied(backbone, self._packed if way == KERNEL else self._plain, device.dtype, place)
+        self.native: native.NativeStep | None = None
+        if self.library is not None and KERNEL in self.ways.steps.values():
+            self.native = native.NativeStep(self.library, networks[KERNEL], device.dtype)
         # In PyTorch on a processor, bf16 products of one query with its keys take longer than those in fp32.
         self.cache_dtype = torch.float32 if place.type == "cpu" and self.native is None else device.dtype
-        self.whole = copy.deepcopy(backbone).eval().requires_grad_(False).to(place)
-        for parameter in self.whole.parameters():
-            parameter.data = parameter.data.to(device.dtype)
-        for module in list(self.whole.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, nn.Linear):
-                    setattr(module, name, Packed(child.weight.data, None if child.bias is None else child.bias.data))
-        self.blocks: list[Block] = list(self.whole.blocks)  # type: ignore[arg-type]
+        self.whole = networks[self.ways.prompt]
+        plain = networks.get(PYTORCH, self.whole)
+        self.blocks: list[Block] = list(plain.blocks)  # type: ignore[arg-type]
         # `step` computes x / |x| * weight; `floor` is what epsilon becomes in it.
         self.norms = [(self._norm(block.attention_norm), self._norm(block.feed_norm)) for block in self.blocks]
-        self.final_norm = self._norm(self.whole.final_norm)
+        self.final_norm = self._norm(plain.final_norm)
         self.floor, self.qk_floor = (
             torch.tensor(math.sqrt(config.norm_eps * width), device=place)
             for width in (config.width, config.head_width)
@@ -111,27 +169,42 @@ class Decoder:
         scale[: config.heads] = config.head_width**-0.5
         self.turn, self.against = scale, scale * torch.tensor([[-1.0], [1.0]], device=place)
 
-    def _slow_rows(self, backbone: Transformer) -> frozenset[int]:
-        """The entries of ROWS at which PyTorch's step is faster than the kernel, measured on two layers of this shape.
-        In bf16 the two keep different caches, so it is all or nothing: what is faster over all of ROWS."""
+    def _packed(self, layer: nn.Linear) -> nn.Module:
+        return PackedLinear(layer.weight, layer.bias, self.device.storage)
+
+    def _plain(self, layer: nn.Linear) -> nn.Module:
+        place, dtype = self.device.torch, self.device.dtype
+        weight = layer.weight.detach().to(place, dtype, copy=True)
+        if self.device.storage not in ("fp32", "bf16"):  # without a kernel: numbers that PyTorch widens at each call
+            return PackedLinear(layer.weight, layer.bias, self.device.storage)
+        return Packed(weight, None if layer.bias is None else layer.bias.detach().to(place, dtype, copy=True))
+
+    def _measured(self, backbone: Transformer) -> Ways:
+        """What is faster at each number of rows, and for a prompt, on two layers of this shape. In bf16 kernel and
+        PyTorch keep different caches, and a large model's weights are held once: then one of them serves all."""
         config = backbone.config.model_copy(update={"layers": min(backbone.config.layers, PROBED)})
         shape = f"width {config.width}, hidden {config.hidden}, heads {config.heads}/{config.kv_heads}"
-        precision = str(self.device.dtype).removeprefix("torch.")
-        asked = question(f"generation, {config.norm}, {config.activation}, {shape}, {precision}", native.file_name())
+        what = f"generation, {config.norm}, {config.activation}, {shape}, {self.device.storage}"
 
-        def ways() -> dict[str, dict[str, Callable[[], object]]]:
+        def calls() -> dict[str, dict[str, Callable[[], object]]]:
             with torch.random.fork_rng(devices=[]), torch.inference_mode():
                 network = Transformer(config).eval()
-                kernel, plain = (Decoder(network, self.device, measured=False) for _ in range(2))
-            plain.native, plain.cache_dtype = None, torch.float32
-            return {str(rows): {KERNEL: _probe(kernel, rows), PYTORCH: _probe(plain, rows)} for rows in ROWS}
+                both = {way: Decoder(network, self.device, Ways.all(way)) for way in (KERNEL, PYTORCH)}
+            shapes: dict[str, dict[str, Callable[[], object]]] = {
+                f"batch {rows}": {way: _probe(decoder, rows) for way, decoder in both.items()} for rows in ROWS
+            }
+            shapes["prompt"] = {way: _probe_prompt(decoder) for way, decoder in both.items()}
+            return shapes
 
-        choice = choose(asked, ways)
-        slow = frozenset(rows for rows in ROWS if choice.way(str(rows)) == PYTORCH)
-        if slow and self.device.dtype is not torch.float32:
-            gain = math.prod(choice.ratio(str(rows)) for rows in ROWS)
-            return frozenset(ROWS) if gain < 1 else frozenset()
-        return slow
+        choice = choose(question(what, native.file_name()), calls)
+        ways = Ways({rows: choice.way(f"batch {rows}") for rows in ROWS}, choice.way("prompt"))
+        steps = math.prod(choice.ratio(f"batch {rows}") for rows in ROWS)
+        large = sum(p.numel() for p in backbone.parameters()) * self.device.dtype.itemsize > LARGE
+        if large:
+            return Ways.all(KERNEL if steps >= 1 else PYTORCH)
+        if len(set(ways.steps.values())) > 1 and self.device.dtype is not torch.float32:
+            return replace(ways, steps=dict.fromkeys(ROWS, KERNEL if steps >= 1 else PYTORCH))
+        return ways
 
     def __call__(
         self, x: Tensor, *, positions: Tensor | None = None, mask: Tensor | None = None, view: View | None = None
@@ -147,9 +220,9 @@ class Decoder:
 
     def linear(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
         """The product of a few rows (B, in) with a weight (out, in), laid out as the step's own are."""
-        if self.library is not None:
-            return native.NativeLinear(self.library, weight, self.device.dtype)
-        return Packed(weight)
+        if self.native is not None:
+            return PackedLinear(weight, None, self.device.storage)
+        return Packed(weight.to(self.device.dtype))
 
     def _norm(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
         """The weight and bias that `_normalise` takes; an RMS norm has no bias."""
@@ -167,7 +240,7 @@ class Decoder:
     def step(self, x: Tensor, cache: KVCache, lengths: np.ndarray) -> Tensor:
         """Hidden states (B, D) of one more position in each of the cache's first B rows, which hold `lengths` (B,)
         and get longer by one; x (B, D) embeds what stands there."""
-        if self.native is not None and nearest(len(x)) not in self.plain_rows:
+        if self.native is not None and self.ways.steps[nearest(len(x))] == KERNEL:
             return self.native(x, cache, lengths)
         with exact_products(self.device.torch):
             return self._step(x, cache, int(lengths.max()) + 1, bool((lengths == lengths[0]).all()))

@@ -9,8 +9,9 @@ import numpy as np
 from PIL import Image as PILImage
 
 from plait.core.errors import PlaitError
-from plait.data.media import MediaError, sniff
 from plait.modalities.base import MediaModality, Vocabulary
+from plait.modalities.descriptor import MediaError
+from plait.modalities.media import sniff
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import Sequence
 

@@ -24,7 +24,7 @@ from plait.core import isa
 from plait.core.device import compiler
 from plait.core.files import cache_folder
 
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-Wno-psabi", "-fno-math-errno")
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-Wno-psabi", "-fno-math-errno", "-ffp-contract=fast")
 COMPILE_SECONDS = 120
 PRODUCTS = ("vectors", "AVX512-BF16", "AMX")  # what bf16 products use, as `plait_products` numbers it
 INSTALL = {  # the command that brings a compiler, by the ID or ID_LIKE of /etc/os-release
@@ -154,7 +154,8 @@ def _compile(source: Path, target: Path, command: list[str], flags: tuple[str, .
 
 def _name(source: Path, level: isa.Level) -> str:
     """A file name that changes with the source, the compiler and the instructions, so that no binary serves others."""
-    parts = [source.read_text(), *FLAGS, *level.flags, platform.system(), platform.machine()]
+    files = [source, *sorted(source.parent.glob("*.h"))]
+    parts = [*(file.read_text() for file in files), *FLAGS, *level.flags, platform.system(), platform.machine()]
     return f"{source.stem}-{level.name}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
 
 

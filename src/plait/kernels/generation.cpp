@@ -1,38 +1,29 @@
-// One more position of a decoder-only transformer for each row of a batch, as one call: what `Decoder._step` does in
-// PyTorch, without its calls. `generation/native.py` calls it; the structs below are mirrored there.
+// Linear layers whose weights are packed once, and one more position of a decoder-only transformer for each row of a
+// batch as one call: what `Decoder._step` does in PyTorch, without its calls. `kernels/linear.py` and
+// `kernels/generation.py` call this; the structs below are mirrored there.
 //
-// Weights lie in panels of 32 outputs, (N / 32, K, 32) in fp32 and (N / 32, K / 2, 32, 2) in bf16, zeros where K or N
-// end early. A sum over K runs in one order whatever the number of rows, so a row's result in fp32 does not depend on its
-// company. Vectors are the compiler's own (16 floats, split where the processor's are shorter); bf16 products use
-// AVX512-BF16 or AMX where the compiler has them for this processor.
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+// Weights lie in panels of 32 outputs; a panel goes along K, the inputs, in one of the formats below, zeros where K or N
+// end early. A sum over K runs in one order whatever the number of rows, so a row's result does not depend on its
+// company, but for bf16 products of AMX.
+#include "vectors.h"
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-#if defined(__AMX_BF16__) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#define AMX 1
-#endif
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
-typedef float f16 __attribute__((vector_size(64), aligned(4), may_alias));
-typedef float f8 __attribute__((vector_size(32), aligned(4), may_alias));
-typedef float f4 __attribute__((vector_size(16), aligned(4), may_alias));
-typedef int32_t i16 __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t u16 __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t h16 __attribute__((vector_size(32), aligned(2), may_alias));
-typedef uint16_t bf16;
-
-constexpr int64_t PANEL = 32;  // outputs of a panel; sizes are filled up to it
+constexpr int64_t PANEL = 32;    // outputs of a panel; sizes are filled up to it
+constexpr int64_t GROUP = 32;    // inputs that share a scale, where weights are integers
+constexpr int64_t DEPTH = 256;   // inputs of a block: with 32 outputs in fp32, what the first cache holds
+constexpr int64_t HEIGHT = 192;  // rows that are multiplied while they lie in the second cache
 constexpr int64_t AHEAD = 4096;  // bytes
-constexpr int64_t MANY = 5;    // rows from which on AMX is faster than AVX512-BF16
+constexpr int64_t MANY = 5;      // rows from which on AMX is faster than AVX512-BF16
+constexpr int VECTORS = PANEL / LANES;  // of a panel's row
+
+enum Format {
+    FP32,  // (K, 32)
+    BF16,  // (K / 2, 32, 2)
+    FP16,  // (K, 32)
+    INT8,  // a group: 32 scales in bf16, then (8, 32, 4) of -127 to 127
+    INT4,  // a group: 32 scales and 32 offsets in bf16, then (4, 32, 4) of two numbers 0 to 15, of inputs 4 apart
+};
+constexpr int64_t BYTES[] = {4, 2, 2, 0, 0};                       // a weight
+constexpr int64_t GROUP_BYTES[] = {0, 0, 0, 64 + 1024, 128 + 512};  // a group of a panel
 
 struct Norm {
     const float *weight, *bias;  // no bias: RMS
@@ -40,7 +31,7 @@ struct Norm {
 struct Linear {
     const void *weight;  // packed
     const float *bias;   // or null
-    int64_t in, out;
+    int64_t in, out, format;
 };
 struct Layer {
     Norm attention_norm, feed_norm;
@@ -50,7 +41,7 @@ struct Layer {
 struct Model {
     int64_t layers, width, heads, kv_heads, head_width, hidden, max_length;
     int64_t activation;  // 0 SwiGLU, 1 GELU, 2 GELU by tanh
-    int64_t half;        // weights, activations and cache in bf16
+    int64_t half;        // cache and hidden states in bf16; activations too, where there are units for its products
     float eps;
     const float *turns;      // (max_length, head_width): cosines, then sines of half the places; or null
     const float *positions;  // (max_length, width), or null
@@ -58,120 +49,321 @@ struct Model {
     Norm final_norm;
 };
 
-static int products = 0;  // 0 plain vectors, 1 AVX512-BF16, 2 AMX
+static int products = 0;  // of bf16: 0 plain vectors, 1 AVX512-BF16, 2 AMX
 
 static inline int64_t padded(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
 static inline int64_t whole_rows(int64_t n) { return n < 16 ? n : (n + 15) / 16 * 16; }
-
-// --- vectors -----------------------------------------------------------------------------------------------------
-
-static inline f16 load(const float *p) { return *(const f16 *)p; }
-static inline f16 load(const bf16 *p) {
-#if defined(__AVX512F__)  // the compiler would do it in halves
-    return (f16)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
-#endif
-    u16 wide = __builtin_convertvector(*(const h16 *)p, u16) << 16;
-    f16 x;
-    std::memcpy(&x, &wide, sizeof x);
-    return x;
-}
-static inline void store(float *p, f16 x) { *(f16 *)p = x; }
-static inline void store(bf16 *p, f16 x) {
-    u16 bits;
-    std::memcpy(&bits, &x, sizeof x);
-    bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to the nearest, ties to even
-    *(h16 *)p = __builtin_convertvector(bits, h16);
-}
-static inline float one(const float *p) { return *p; }
-static inline float one(const bf16 *p) {
-    uint32_t bits = (uint32_t)*p << 16;
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
-}
-static inline void put(float *p, float x) { *p = x; }
-static inline void put(bf16 *p, float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof x);
-    *p = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-static inline f16 all(float x) { return f16{} + x; }
-static inline f4 quarter(f16 x) {  // the sum of its four quarters
-    f8 a, b;
-    std::memcpy(&a, &x, 32);
-    std::memcpy(&b, (char *)&x + 32, 32);
-    a += b;
-    f4 c, d;
-    std::memcpy(&c, &a, 16);
-    std::memcpy(&d, (char *)&a + 16, 16);
-    return c + d;
-}
-static inline float total(f16 x) {
-    const f4 c = quarter(x);
-    return (c[0] + c[1]) + (c[2] + c[3]);
-}
-static inline f4 totals(f16 x, f16 y, f16 z, f16 w) {  // of each, as `total` adds
-    const f4 a = quarter(x), b = quarter(y), c = quarter(z), d = quarter(w);
-    const f4 ab = f4{a[0], b[0], a[2], b[2]} + f4{a[1], b[1], a[3], b[3]};
-    const f4 cd = f4{c[0], d[0], c[2], d[2]} + f4{c[1], d[1], c[3], d[3]};
-    return f4{ab[0], ab[1], cd[0], cd[1]} + f4{ab[2], ab[3], cd[2], cd[3]};
-}
-static inline f16 exponential(f16 x) {  // relative error 2e-7 (Cephes)
-    x = x < -87.0f ? all(-87.0f) : x;
-    x = x > 88.0f ? all(88.0f) : x;
-    const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    f16 n = x * 1.44269504f + shift - shift;
-    f16 r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    f16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    i16 power = (__builtin_convertvector(n, i16) + 127) << 23;
-    f16 scale;
-    std::memcpy(&scale, &power, sizeof scale);
-    return p * scale;
-}
-static inline f16 sigmoid(f16 x) { return 1.0f / (1.0f + exponential(-x)); }
-static inline f16 gelu(f16 x, bool by_tanh) {
-    if (by_tanh) return x * sigmoid(1.5957691216f * (x + 0.044715f * x * x * x));
-    // x * Phi(x), erfc by Abramowitz and Stegun 7.1.26, error 1.5e-7
-    f16 z = x * 0.70710678f, a = z < 0.0f ? -z : z, t = 1.0f / (1.0f + 0.3275911f * a);
-    f16 p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
-    f16 tail = 0.5f * p * exponential(-a * a);
-    return x * (x < 0.0f ? tail : 1.0f - tail);
+static inline bool is_integer(int64_t format) { return format == INT8 || format == INT4; }
+static inline int64_t panel_bytes(int64_t format, int64_t in) {
+    return is_integer(format) ? padded(in) / GROUP * GROUP_BYTES[format] : padded(in) * PANEL * BYTES[format];
 }
 
-// --- products ----------------------------------------------------------------------------------------------------
+// Weights are read once, faster than the processor foresees: ask for what is 4 KiB ahead.
+INLINE void fetch(const void *w) { __builtin_prefetch((const char *)w + AHEAD); }
 
-// Weights are read once, faster than the processor foresees: ask for what is 4 KiB ahead, two lines a call.
-static inline void fetch(const void *w) {
-    __builtin_prefetch((const char *)w + AHEAD);
-    __builtin_prefetch((const char *)w + AHEAD + 64);
-}
+// --- products in fp32 --------------------------------------------------------------------------------------------------
+//
+// A tile is R rows by C vectors of outputs, as many sums as the registers hold. Where there is `more`, it goes on with
+// what `out` has from the inputs before.
 
-template <int R>
-static void panel_rows(const float *x, int64_t stride, const float *w, int64_t in, float *out, int64_t out_stride) {
-    f16 sum[R][2] = {};
-    for (int64_t k = 0; k < in; k++, w += PANEL) {
-        fetch(w);
-        f16 a = load(w), b = load(w + 16);
+constexpr int ROWS = LANES == 16 ? 12 : 6;     // of the largest tile
+constexpr int NARROW = LANES == 16 ? 2 : LANES == 8 ? 2 : 4;  // vectors of a tile of many rows
+
+template <int R, int C, bool FIRST = true>  // FIRST: nobody has read this part of the weight yet
+INLINE void tile(const float *x, int64_t stride, const float *w, int64_t k, float *out, int64_t out_stride, bool more) {
+    vec sum[R][C];
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) sum[r][c] = more ? load(out + r * out_stride + c * LANES) : vec{};
+    for (int64_t i = 0; i < k; i++, w += PANEL) {
+        if (FIRST) fetch(w), fetch(w + 16);
+        vec b[C];
+        for (int c = 0; c < C; c++) b[c] = load(w + c * LANES);
         for (int r = 0; r < R; r++) {
-            sum[r][0] += x[r * stride + k] * a;
-            sum[r][1] += x[r * stride + k] * b;
+            const vec a = splat(x[r * stride + i]);
+            for (int c = 0; c < C; c++) sum[r][c] += a * b[c];
         }
     }
-    for (int r = 0; r < R; r++) store(out + r * out_stride, sum[r][0]), store(out + r * out_stride + 16, sum[r][1]);
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) store(out + r * out_stride + c * LANES, sum[r][c]);
 }
 
+// Pairs of bf16 are widened where they are used.
+template <int R, int C>
+INLINE void tile(const float *x, int64_t stride, const bf16 *w, int64_t k, float *out, int64_t out_stride, bool more) {
+    vec sum[R][C];
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) sum[r][c] = more ? load(out + r * out_stride + c * LANES) : vec{};
+    for (int64_t i = 0; i < k; i += 2, w += 2 * PANEL) {
+        fetch(w), fetch(w + 32);
+        for (int c = 0; c < C; c++) {
+            const uvec pairs = *(const uvec *)(w + 2 * c * LANES);
+            const vec even = bits_of<vec>((uvec)(pairs << 16)), odd = bits_of<vec>((uvec)(pairs & 0xffff0000u));
+            for (int r = 0; r < R; r++) {
+                sum[r][c] += splat(x[r * stride + i]) * even;
+                sum[r][c] += splat(x[r * stride + i + 1]) * odd;
+            }
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) store(out + r * out_stride + c * LANES, sum[r][c]);
+}
+
+template <int R, int C>
+INLINE void tile(const float *x, int64_t stride, const half *w, int64_t k, float *out, int64_t out_stride, bool more) {
+    vec sum[R][C];
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) sum[r][c] = more ? load(out + r * out_stride + c * LANES) : vec{};
+    for (int64_t i = 0; i < k; i++, w += PANEL) {
+        fetch(w);
+        for (int c = 0; c < C; c++) {
+            const vec b = load(w + c * LANES);
+            for (int r = 0; r < R; r++) sum[r][c] += splat(x[r * stride + i]) * b;
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) store(out + r * out_stride + c * LANES, sum[r][c]);
+}
+
+// The whole panel at once for one or two rows: nothing is read twice.
+template <class W>
+static void few(const float *x, int64_t rows, int64_t stride, const W *w, int64_t k, float *out, int64_t out_stride, bool more) {
+    if (rows == 2)
+        tile<2, VECTORS>(x, stride, w, k, out, out_stride, more);
+    else
+        tile<1, VECTORS>(x, stride, w, k, out, out_stride, more);
+}
+
+template <int R, bool FIRST>
+static void strip(const float *x, int64_t stride, const float *w, int64_t k, float *out, int64_t out_stride, bool more) {
+    tile<R, NARROW, FIRST>(x, stride, w, k, out, out_stride, more);
+    for (int c = NARROW; c < VECTORS; c += NARROW)
+        tile<R, NARROW, false>(x, stride, w + c * LANES, k, out + c * LANES, out_stride, more);
+}
+
+template <int R, bool FIRST>
+static void strips(int64_t rows, const float *x, int64_t stride, const float *w, int64_t k, float *out, int64_t out_stride, bool more) {
+    if (rows == R)
+        strip<R, FIRST>(x, stride, w, k, out, out_stride, more);
+    else if constexpr (R > 1)
+        strips<R - 1, FIRST>(rows, x, stride, w, k, out, out_stride, more);
+}
+
+// Rows in strips of about equal height.
+static void block(const float *x, int64_t rows, int64_t stride, const float *w, int64_t k, float *out, int64_t out_stride, bool more) {
+    bool first = true;
+    for (int64_t left = (rows + ROWS - 1) / ROWS; left > 0; left--, first = false) {
+        const int64_t here = (rows + left - 1) / left;
+        (first ? strips<ROWS, true> : strips<ROWS, false>)(here, x, stride, w, k, out, out_stride, more);
+        rows -= here, x += here * stride, out += here * out_stride;
+    }
+}
+
+
+static void widen(const bf16 *w, int64_t k, float *to) {
+    for (int64_t i = 0; i < k; i += 2, w += 2 * PANEL, to += 2 * PANEL)
+        for (int c = 0; c < PANEL; c += LANES) {
+            const uvec pairs = *(const uvec *)(w + 2 * c);
+            store(to + c, bits_of<vec>((uvec)(pairs << 16)));
+            store(to + PANEL + c, bits_of<vec>((uvec)(pairs & 0xffff0000u)));
+        }
+}
+static void widen(const half *w, int64_t k, float *to) {
+    for (int64_t i = 0; i < k * PANEL; i += LANES) store(to + i, load(w + i));
+}
+
+// out (rows, 32) = x (rows, in) times a panel.
+template <class W>
+static void panel(const float *x, int64_t rows, int64_t stride, const W *w, int64_t in, float *out, int64_t out_stride) {
+    alignas(64) float wide[sizeof(W) == 4 ? 1 : DEPTH * PANEL];
+    for (int64_t k = 0; k < in; k += DEPTH, w += DEPTH * PANEL) {
+        const int64_t deep = std::min(in - k, DEPTH);
+        if (rows <= 2) {
+            few(x + k, rows, stride, w, deep, out, out_stride, k > 0);
+        } else if constexpr (sizeof(W) == 4) {
+            block(x + k, rows, stride, w, deep, out, out_stride, k > 0);
+        } else {
+            widen(w, deep, wide);
+            block(x + k, rows, stride, wide, deep, out, out_stride, k > 0);
+        }
+    }
+}
+
+// --- products of integers ----------------------------------------------------------------------------------------------
+//
+// Inputs become 8 bits too, with a scale for each group of a row. A sum of a group is exact; those of groups are added in
+// fp32, in order.
+
+struct Quantised {  // rows of inputs, one after the other
+    char *at;
+    int64_t in;  // filled up
+    int64_t groups() const { return in / GROUP; }
+    int64_t stride() const { return (in + groups() * 8 + 63) / 64 * 64; }
+    int8_t *numbers(int64_t row) const { return (int8_t *)at + row * stride(); }
+    float *scales(int64_t row) const { return (float *)(at + row * stride() + in); }
+    int32_t *sums(int64_t row) const { return (int32_t *)(scales(row) + groups()); }  // of a group's numbers
+
+    template <class T>
+    void fill(int64_t row, const T *x) const {
+        int8_t *q = numbers(row);
+        for (int64_t g = 0; g < groups(); g++, x += GROUP, q += GROUP) {
+            vec greatest = {};
+            for (int64_t i = 0; i < GROUP; i += LANES) {
+                const vec v = load(x + i);
+                greatest = larger(greatest, v < 0.0f ? -v : v);
+            }
+            const float scale = most(greatest) / 127.0f, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+            int32_t sum = 0;
+            for (int64_t i = 0; i < GROUP; i += LANES) {
+                const vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+                const ivec n = __builtin_convertvector(load(x + i) * inverse + shift - shift, ivec);
+                for (int j = 0; j < LANES; j++) q[i + j] = (int8_t)n[j], sum += n[j];
+            }
+            scales(row)[g] = scale;
+            sums(row)[g] = sum;
+        }
+    }
+};
+
+// The sums of a group's products, int32, of R rows from `row` on and C vectors of outputs from `c` on.
+template <int R, int C, bool FOUR>
+INLINE void group_sums(const int8_t *const *x, const uint8_t *w, ivec (&sum)[R][C]) {
+#if defined(WIDE)
+    __m512i acc[R][C];
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) acc[r][c] = _mm512_setzero_si512();
+    auto add = [&](int quad, const __m512i (&b)[C]) {
+        for (int r = 0; r < R; r++) {
+            const __m512i a = _mm512_set1_epi32(*(const int32_t *)(x[r] + 4 * quad));
+#if defined(__AVX512VNNI__)
+            for (int c = 0; c < C; c++) acc[r][c] = _mm512_dpbusd_epi32(acc[r][c], b[c], a);
+#else
+            const __m512i ones = _mm512_set1_epi16(1), size = _mm512_abs_epi8(a);
+            const __mmask64 negative = _mm512_movepi8_mask(a);
+            for (int c = 0; c < C; c++) {
+                const __m512i pairs = FOUR ? _mm512_maddubs_epi16(b[c], a)
+                                           : _mm512_maddubs_epi16(size, _mm512_mask_sub_epi8(b[c], negative, __m512i{}, b[c]));
+                acc[r][c] = _mm512_add_epi32(acc[r][c], _mm512_madd_epi16(pairs, ones));
+            }
+#endif
+        }
+    };
+    for (int j = 0; j < (FOUR ? 4 : 8); j++, w += 128) {
+        __m512i b[C], high[C];
+        for (int c = 0; c < C; c++) {
+            b[c] = _mm512_loadu_si512(w + 64 * c);
+            if (FOUR) {
+                high[c] = _mm512_and_si512(_mm512_srli_epi16(b[c], 4), _mm512_set1_epi8(15));
+                b[c] = _mm512_and_si512(b[c], _mm512_set1_epi8(15));
+            }
+        }
+        add(FOUR ? 2 * j : j, b);
+        if (FOUR) add(2 * j + 1, high);
+    }
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) sum[r][c] = (ivec)acc[r][c];
+#elif defined(X86)
+    const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15);
+    __m256i acc[R][C];
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) acc[r][c] = _mm256_setzero_si256();
+    for (int j = 0; j < (FOUR ? 4 : 8); j++, w += 128) {
+        __m256i b[C];
+        for (int c = 0; c < C; c++) b[c] = _mm256_loadu_si256((const __m256i *)(w + 32 * c));
+        for (int r = 0; r < R; r++) {
+            if (FOUR) {  // at most 15 * 127 * 2 * 8 = 30480: 16 bits hold a group's sum
+                const __m256i a = _mm256_set1_epi32(*(const int32_t *)(x[r] + 8 * j));
+                const __m256i next = _mm256_set1_epi32(*(const int32_t *)(x[r] + 8 * j + 4));
+                for (int c = 0; c < C; c++) {
+                    const __m256i high = _mm256_and_si256(_mm256_srli_epi16(b[c], 4), low);
+                    acc[r][c] = _mm256_add_epi16(acc[r][c], _mm256_maddubs_epi16(_mm256_and_si256(b[c], low), a));
+                    acc[r][c] = _mm256_add_epi16(acc[r][c], _mm256_maddubs_epi16(high, next));
+                }
+            } else {  // at most 127 * 127 * 2: 16 bits hold a pair's
+                const __m256i a = _mm256_set1_epi32(*(const int32_t *)(x[r] + 4 * j)), size = _mm256_abs_epi8(a);
+                for (int c = 0; c < C; c++) {
+                    const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(b[c], a));
+                    acc[r][c] = _mm256_add_epi32(acc[r][c], _mm256_madd_epi16(pairs, ones));
+                }
+            }
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) sum[r][c] = (ivec)(FOUR ? _mm256_madd_epi16(acc[r][c], ones) : acc[r][c]);
+#else
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) sum[r][c] = ivec{};
+    for (int j = 0; j < (FOUR ? 4 : 8); j++, w += 128)
+        for (int r = 0; r < R; r++)
+            for (int c = 0; c < C; c++)
+                for (int i = 0; i < LANES; i++)
+                    for (int q = 0; q < 4; q++) {
+                        const uint8_t b = w[4 * (c * LANES + i) + q];
+                        if (FOUR)
+                            sum[r][c][i] += (b & 15) * x[r][8 * j + q] + (b >> 4) * x[r][8 * j + 4 + q];
+                        else
+                            sum[r][c][i] += (int8_t)b * x[r][4 * j + q];
+                    }
+#endif
+}
+
+// Whether weights of 8 bits are kept above zero, as the processor's instruction for them wants one side.
+#if defined(WIDE) && defined(__AVX512VNNI__)
+constexpr int SHIFTED = 128;
+#else
+constexpr int SHIFTED = 0;
+#endif
+
+template <int R, int C, bool FOUR>
+static void integer_tile(const Quantised &x, int64_t row, const uint8_t *w, int64_t c, float *out, int64_t out_stride) {
+    vec sum[R][C] = {};
+    const int8_t *numbers[R];
+    for (int r = 0; r < R; r++) numbers[r] = x.numbers(row + r);
+    constexpr int64_t BEFORE = FOUR ? 128 : 64;
+    for (int64_t g = 0; g < x.groups(); g++, w += GROUP_BYTES[FOUR ? INT4 : INT8]) {
+        for (int64_t i = 0; i < GROUP_BYTES[FOUR ? INT4 : INT8]; i += 64) fetch(w + i);
+        ivec sums[R][C];
+        group_sums<R, C, FOUR>(numbers, w + BEFORE + 4 * c * LANES, sums);
+        vec scale[C], offset[C];
+        for (int j = 0; j < C; j++) {
+            scale[j] = load((const bf16 *)w + (c + j) * LANES);
+            if (FOUR) offset[j] = load((const bf16 *)w + 32 + (c + j) * LANES);
+        }
+        for (int r = 0; r < R; r++) {
+            const float own = x.scales(row + r)[g];
+            const int32_t all = x.sums(row + r)[g];
+            for (int j = 0; j < C; j++) {
+                if (!FOUR && SHIFTED) sums[r][j] -= SHIFTED * all;
+                sum[r][j] += __builtin_convertvector(sums[r][j], vec) * (own * scale[j]);
+                if (FOUR) sum[r][j] += offset[j] * (own * all);
+            }
+            numbers[r] += GROUP;
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int j = 0; j < C; j++) store(out + r * out_stride + (c + j) * LANES, sum[r][j]);
+}
+
+template <bool FOUR>
+static void integer_panel(const Quantised &x, int64_t row, int64_t rows, const uint8_t *w, float *out, int64_t out_stride) {
+    for (; rows >= 4; rows -= 4, row += 4, out += 4 * out_stride)
+        for (int c = 0; c < VECTORS; c += 2) integer_tile<4, 2, FOUR>(x, row, w, c, out, out_stride);
+    for (; rows >= 2; rows -= 2, row += 2, out += 2 * out_stride)
+        for (int c = 0; c < VECTORS; c += 2) integer_tile<2, 2, FOUR>(x, row, w, c, out, out_stride);
+    if (rows) {
+        constexpr int C = VECTORS > 4 ? 4 : VECTORS;
+        for (int c = 0; c < VECTORS; c += C) integer_tile<1, C, FOUR>(x, row, w, c, out, out_stride);
+    }
+}
+
+// --- products of bf16, where there are units for them --------------------------------------------------------------------
+
+#if defined(BF16_UNITS)
 template <int R>
 static void panel_rows(const bf16 *x, int64_t stride, const bf16 *w, int64_t in, float *out, int64_t out_stride) {
-#if defined(__AVX512BF16__)
     __m512 sum[R][2];
     for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
     for (int64_t k = 0; k < in; k += 2, w += 2 * PANEL) {
-        fetch(w);
+        fetch(w), fetch(w + 32);
         __m512bh a = (__m512bh)_mm512_loadu_si512(w), b = (__m512bh)_mm512_loadu_si512(w + 32);
         for (int r = 0; r < R; r++) {
             int32_t both;
@@ -185,34 +377,24 @@ static void panel_rows(const bf16 *x, int64_t stride, const bf16 *w, int64_t in,
         _mm512_storeu_ps(out + r * out_stride, sum[r][0]);
         _mm512_storeu_ps(out + r * out_stride + 16, sum[r][1]);
     }
-#else
-    f16 sum[R][2] = {};
-    for (int64_t k = 0; k < in; k += 2, w += 2 * PANEL)
-        for (int half = 0; half < 2; half++) {
-            u16 pairs = *(const u16 *)(w + 32 * half), low = pairs << 16, high = pairs & 0xffff0000u;
-            f16 even, odd;
-            std::memcpy(&even, &low, sizeof even);
-            std::memcpy(&odd, &high, sizeof odd);
-            for (int r = 0; r < R; r++)
-                sum[r][half] += one(x + r * stride + k) * even + one(x + r * stride + k + 1) * odd;
-        }
-    for (int r = 0; r < R; r++) store(out + r * out_stride, sum[r][0]), store(out + r * out_stride + 16, sum[r][1]);
-#endif
 }
 
-template <class T>
-static void panel(const T *x, int64_t rows, int64_t stride, const T *w, int64_t in, float *out, int64_t out_stride) {
-    for (int64_t r = 0; r < rows; r += 8, x += 8 * stride, out += 8 * out_stride) switch (std::min(rows - r, (int64_t)8)) {
-            case 8: panel_rows<8>(x, stride, w, in, out, out_stride); break;
-            case 7: panel_rows<7>(x, stride, w, in, out, out_stride); break;
-            case 6: panel_rows<6>(x, stride, w, in, out, out_stride); break;
-            case 5: panel_rows<5>(x, stride, w, in, out, out_stride); break;
-            case 4: panel_rows<4>(x, stride, w, in, out, out_stride); break;
-            case 3: panel_rows<3>(x, stride, w, in, out, out_stride); break;
-            case 2: panel_rows<2>(x, stride, w, in, out, out_stride); break;
-            default: panel_rows<1>(x, stride, w, in, out, out_stride);
-        }
+template <int R>
+static void panel_strips(int64_t rows, const bf16 *x, int64_t stride, const bf16 *w, int64_t in, float *out, int64_t out_stride) {
+    if (rows == R)
+        panel_rows<R>(x, stride, w, in, out, out_stride);
+    else if constexpr (R > 1)
+        panel_strips<R - 1>(rows, x, stride, w, in, out, out_stride);
 }
+
+static void panel(const bf16 *x, int64_t rows, int64_t stride, const bf16 *w, int64_t in, float *out, int64_t out_stride) {
+    for (int64_t left = (rows + ROWS - 1) / ROWS; left > 0; left--) {
+        const int64_t here = (rows + left - 1) / left;
+        panel_strips<ROWS>(here, x, stride, w, in, out, out_stride);
+        rows -= here, x += here * stride, out += here * out_stride;
+    }
+}
+#endif
 
 #ifdef AMX
 struct Tiles {
@@ -237,7 +419,7 @@ static void panel_tiles(const bf16 *x, int64_t rows, int64_t stride, const bf16 
         _tile_zero(3);
         const bf16 *panel = w;
         for (int64_t k = 0; k < in; k += 32, panel += 32 * PANEL) {
-            for (int i = 0; i < 16; i++) fetch(panel + 64 * i);
+            for (int i = 0; i < 32; i++) fetch(panel + 32 * i);
             _tile_loadd(6, panel, 4 * PANEL);
             _tile_loadd(7, panel + 32, 4 * PANEL);
             _tile_loadd(4, x + k, 2 * stride);
@@ -295,50 +477,75 @@ static void together(int64_t threads, Work work) {
 #endif
 }
 
-// out (rows, N) = x (rows, K) times the weight; `after(row, first output)` ends each panel while it is in the cache.
+// out (rows, N) = x (rows, K) times the weight; `after(row, first output)` ends each panel while it is in the cache. Rows of
+// x are filled up with zeros; `numbers` has room for them as integers.
 template <class T, class After>
-static void multiply(const Team &team, const Linear &linear, const T *x, int64_t rows, float *out, After after) {
-    const int64_t in = padded(linear.in), stride = padded(linear.out);
+static void multiply(const Team &team, const Linear &linear, const T *x, int64_t rows, float *out, char *numbers, After after) {
+    const int64_t in = padded(linear.in), stride = padded(linear.out), size = panel_bytes(linear.format, in);
     int64_t begin, end;
+    const Quantised integers{numbers, in};
+    if (is_integer(linear.format)) {
+        team.share(rows, begin, end);
+        for (int64_t r = begin; r < end; r++) integers.fill(r, x + r * in);
+        team.meet();
+    }
     team.share(stride / PANEL, begin, end);
-    for (int64_t p = begin; p < end; p++) {
-        const T *w = (const T *)linear.weight + p * PANEL * in;
-        float *to = out + p * PANEL;
+    for (int64_t first = 0; first < rows; first += HEIGHT) {
+        const int64_t here = std::min(rows - first, HEIGHT);
+        for (int64_t p = begin; p < end; p++) {
+            const char *w = (const char *)linear.weight + p * size;
+            float *to = out + first * stride + p * PANEL;
+            const T *from = x + first * in;
+            if (linear.format == INT8) {
+                integer_panel<false>(integers, first, here, (const uint8_t *)w, to, stride);
+            } else if (linear.format == INT4) {
+                integer_panel<true>(integers, first, here, (const uint8_t *)w, to, stride);
+            } else if constexpr (sizeof(T) == 2) {
 #ifdef AMX
-        if (sizeof(T) == 2 && products == 2 && rows >= MANY)
-            panel_tiles((const bf16 *)x, rows, in, (const bf16 *)w, in, to, stride);
-        else
+                if (products == 2 && rows >= MANY)
+                    panel_tiles(from, here, in, (const bf16 *)w, in, to, stride);
+                else
 #endif
-            panel(x, rows, in, w, in, to, stride);
-        for (int64_t r = 0; r < rows; r++) {
-            float *row = to + r * stride;
-            if (linear.bias)
-                for (int64_t i = 0; i < PANEL; i += 16) store(row + i, load(row + i) + load(linear.bias + p * PANEL + i));
-            after(r, p * PANEL);
+#if defined(BF16_UNITS)
+                    panel(from, here, in, (const bf16 *)w, in, to, stride);
+#endif
+            } else if (linear.format == FP32) {
+                panel(from, here, in, (const float *)w, in, to, stride);
+            } else if (linear.format == BF16) {
+                panel(from, here, in, (const bf16 *)w, in, to, stride);
+            } else {
+                panel(from, here, in, (const half *)w, in, to, stride);
+            }
+            for (int64_t r = 0; r < here; r++) {
+                float *row = to + r * stride;
+                if (linear.bias)
+                    for (int64_t i = 0; i < PANEL; i += LANES) store(row + i, load(row + i) + load(linear.bias + p * PANEL + i));
+                after(first + r, p * PANEL);
+            }
         }
     }
     team.meet();
 }
 
-// --- the step ----------------------------------------------------------------------------------------------------
+// --- the step --------------------------------------------------------------------------------------------------------
 
 template <class T>
 static void normalise(const float *x, const Norm &norm, float eps, int64_t width, T *out) {
-    f16 sums = {}, squares = {};
+    vec sums = {}, squares = {};
     float mean = 0, square = 0;
     int64_t i = 0;
-    for (; i + 16 <= width; i += 16) sums += load(x + i);
     if (norm.bias) {
+        for (; i + LANES <= width; i += LANES) sums += load(x + i);
         mean = total(sums);
         for (; i < width; i++) mean += x[i];
         mean /= width;
     }
-    for (i = 0; i + 16 <= width; i += 16) squares += (load(x + i) - mean) * (load(x + i) - mean);
+    for (i = 0; i + LANES <= width; i += LANES) squares += (load(x + i) - mean) * (load(x + i) - mean);
     square = total(squares);
     for (; i < width; i++) square += (x[i] - mean) * (x[i] - mean);
     const float scale = 1.0f / std::sqrt(square / width + eps);
-    for (i = 0; i + 16 <= width; i += 16) {
-        f16 y = (load(x + i) - mean) * scale * load(norm.weight + i);
+    for (i = 0; i + LANES <= width; i += LANES) {
+        vec y = (load(x + i) - mean) * scale * load(norm.weight + i);
         store(out + i, norm.bias ? y + load(norm.bias + i) : y);
     }
     for (; i < width; i++) put(out + i, (x[i] - mean) * scale * norm.weight[i] + (norm.bias ? norm.bias[i] : 0.0f));
@@ -346,21 +553,39 @@ static void normalise(const float *x, const Norm &norm, float eps, int64_t width
 
 // The norm of a head, its rotation, and a factor; in place.
 static void turn(float *x, const float *norm, const float *turns, const Model &m, float factor) {
-    const int64_t width = m.head_width, half = width / 2;
+    const int64_t width = m.head_width, middle = width / 2;
     if (norm) normalise(x, Norm{norm, nullptr}, m.eps, width, x);
-    if (turns)
-        for (int64_t i = 0; i < half; i++) {
-            const float a = x[i], b = x[i + half], cosine = turns[i], sine = turns[i + half];
-            x[i] = (a * cosine - b * sine) * factor;
-            x[i + half] = (b * cosine + a * sine) * factor;
-        }
-    else
-        for (int64_t i = 0; i < width; i++) x[i] *= factor;
+    int64_t i = 0;
+    if (!turns) {
+        for (; i < width; i++) x[i] *= factor;
+        return;
+    }
+    for (; i + LANES <= middle; i += LANES) {
+        const vec a = load(x + i), b = load(x + i + middle), cosine = load(turns + i), sine = load(turns + i + middle);
+        store(x + i, (a * cosine - b * sine) * factor);
+        store(x + i + middle, (b * cosine + a * sine) * factor);
+    }
+    for (; i < middle; i++) {
+        const float a = x[i], b = x[i + middle], cosine = turns[i], sine = turns[i + middle];
+        x[i] = (a * cosine - b * sine) * factor;
+        x[i + middle] = (b * cosine + a * sine) * factor;
+    }
+}
+
+// The weighted sum of N vectors of values from `i` on.
+template <int N, class C, class T>
+INLINE void mix(const float *scores, int64_t held, const C *values, int64_t width, const C *next, float share, T *out) {
+    vec sum[N] = {};
+    for (int64_t t = 0; t < held; t++) {
+        if (N * LANES >= 64 / (int)sizeof(C)) __builtin_prefetch(next + t * width);  // keys of the next head
+        for (int j = 0; j < N; j++) sum[j] += scores[t] * load(values + t * width + j * LANES);
+    }
+    for (int j = 0; j < N; j++) store(out + j * LANES, sum[j] * share);
 }
 
 // Attention of one row's heads of one key-value head; `qkv` is turned in place, key and value go into the cache.
-template <class T>
-static void attend(const Model &m, const Layer &layer, float *qkv, int64_t kv, T *keys, T *values, int64_t capacity,
+template <class T, class C>
+static void attend(const Model &m, const Layer &layer, float *qkv, int64_t kv, C *keys, C *values, int64_t capacity,
                    int64_t at, float *scores, T *mixed) {
     const int64_t width = m.head_width, group = m.heads / m.kv_heads, held = at + 1;
     const float *turns = m.turns ? m.turns + std::min(at, m.max_length - 1) * width : nullptr;
@@ -371,50 +596,38 @@ static void attend(const Model &m, const Layer &layer, float *qkv, int64_t kv, T
         float *q = qkv + h * width;
         turn(q, layer.q_norm, turns, m, 1.0f / std::sqrt((float)width));
         for (int64_t t = 0; t < held; t += 4) {
-            const T *key[4];  // beyond the end, the last again
+            const C *key[4];  // beyond the end, the last again
             for (int j = 0; j < 4; j++) {
                 key[j] = keys + std::min(t + j, at) * width;
-                for (int64_t i = 0; i < width; i += 64 / sizeof(T)) __builtin_prefetch(key[j] - keys + values + i);
+                for (int64_t i = 0; i < width; i += 64 / sizeof(C)) __builtin_prefetch(key[j] - keys + values + i);
             }
-            f16 sum[4] = {};
+            vec sum[4] = {};
             int64_t i = 0;
-            for (; i + 16 <= width; i += 16)
+            for (; i + LANES <= width; i += LANES)
                 for (int j = 0; j < 4; j++) sum[j] += load(q + i) * load(key[j] + i);
             f4 score = totals(sum[0], sum[1], sum[2], sum[3]);
             for (; i < width; i++)
                 for (int j = 0; j < 4; j++) score[j] += q[i] * one(key[j] + i);
             *(f4 *)(scores + t) = score;
         }
-        for (int64_t t = held; t % 16; t++) scores[t] = -INFINITY;
-        f16 greatest = load(scores);
-        for (int64_t t = 16; t < held; t += 16) greatest = load(scores + t) > greatest ? load(scores + t) : greatest;
-        float most = greatest[0];
-        for (int i = 1; i < 16; i++) most = std::max(most, greatest[i]);
-        f16 sums = {};
-        for (int64_t t = 0; t < held; t += 16) {
-            f16 e = exponential(load(scores + t) - most);
-            if (t + 16 > held)
-                for (int64_t i = held - t; i < 16; i++) e[i] = 0;
+        for (int64_t t = held; t % LANES; t++) scores[t] = -INFINITY;
+        vec greatest = load(scores);
+        for (int64_t t = LANES; t < held; t += LANES) greatest = larger(greatest, load(scores + t));
+        const float top = most(greatest);
+        vec sums = {};
+        for (int64_t t = 0; t < held; t += LANES) {
+            vec e = exponential(load(scores + t) - top);
+            if (t + LANES > held)
+                for (int64_t i = held - t; i < LANES; i++) e[i] = 0;
             store(scores + t, e);
             sums += e;
         }
         const float share = 1.0f / total(sums);
         T *out = mixed + h * width;
         int64_t i = 0;
-        for (; i + 64 <= width; i += 64) {
-            f16 sum[4] = {};
-            for (int64_t t = 0; t < held; t++) {
-                for (int64_t j = 0; j < 64; j += 64 / sizeof(T))  // of the next head
-                    __builtin_prefetch(keys + (capacity + t) * width + i + j);
-                for (int j = 0; j < 4; j++) sum[j] += scores[t] * load(values + t * width + i + 16 * j);
-            }
-            for (int j = 0; j < 4; j++) store(out + i + 16 * j, sum[j] * share);
-        }
-        for (; i + 16 <= width; i += 16) {
-            f16 sum = {};
-            for (int64_t t = 0; t < held; t++) sum += scores[t] * load(values + t * width + i);
-            store(out + i, sum * share);
-        }
+        for (; i + 64 <= width; i += 64)
+            mix<64 / LANES>(scores, held, values + i, width, keys + capacity * width + i, share, out + i);
+        for (; i + LANES <= width; i += LANES) mix<1>(scores, held, values + i, width, keys + i, share, out + i);
         for (; i < width; i++) {
             float sum = 0;
             for (int64_t t = 0; t < held; t++) sum += scores[t] * one(values + t * width + i);
@@ -423,10 +636,13 @@ static void attend(const Model &m, const Layer &layer, float *qkv, int64_t kv, T
     }
 }
 
+// Whether activations are bf16 as well.
+static inline bool in_units(const Model &m) { return m.half && products && m.layers && m.layer[0].qkv.format == BF16; }
+
 struct Room {  // of the scratch memory, in bytes; inputs of products keep zeros where they are filled up
-    int64_t normed, mixed, inner, qkv, gates, sums, scores, size;
+    int64_t normed, mixed, inner, qkv, gates, sums, scores, numbers, size;
     Room(const Model &m, int64_t rows, int64_t capacity, int64_t threads) {
-        const int64_t item = m.half ? 2 : 4, many = whole_rows(rows);
+        const int64_t item = in_units(m) ? 2 : 4, many = whole_rows(rows);
         int64_t at = 0;
         auto take = [&](int64_t bytes) {
             int64_t here = at;
@@ -440,22 +656,26 @@ struct Room {  // of the scratch memory, in bytes; inputs of products keep zeros
         gates = take(many * padded(m.hidden * (m.activation ? 1 : 2)) * 4);
         sums = take(many * padded(m.width) * 4);
         scores = take(threads * (capacity + 16) * 4);
+        const int64_t widest = std::max({m.width, m.heads * m.head_width, m.hidden});
+        numbers = take(rows * Quantised{nullptr, padded(widest)}.stride());
         size = at;
     }
 };
 
-template <class T>
-static void step(const Model &m, const Team &team, float *x, T *hidden, T *keys, T *values, const int64_t *lengths,
+// T is of activations, C of the cache and of the hidden states.
+template <class T, class C>
+static void step(const Model &m, const Team &team, float *x, C *hidden, C *keys, C *values, const int64_t *lengths,
                  int64_t rows, int64_t cache_rows, int64_t capacity, char *scratch) {
     const Room room(m, rows, capacity, team.size);
     T *normed = (T *)(scratch + room.normed), *mixed = (T *)(scratch + room.mixed), *inner = (T *)(scratch + room.inner);
     float *qkv = (float *)(scratch + room.qkv), *gates = (float *)(scratch + room.gates);
     float *sums = (float *)(scratch + room.sums), *scores = (float *)(scratch + room.scores) + team.index * (capacity + 16);
+    char *numbers = scratch + room.numbers;
     const int64_t wide = padded(m.width), mix = padded(m.heads * m.head_width), deep = padded(m.hidden);
     const int64_t qkv_stride = padded((m.heads + 2 * m.kv_heads) * m.head_width);
     int64_t begin, end;
     const Tiled tiled(sizeof(T) == 2 ? rows : 0);
-    auto norm_all = [&](const Norm &norm, T *out, int64_t stride) {
+    auto norm_all = [&](const Norm &norm, auto *out, int64_t stride) {
         team.share(rows, begin, end);
         for (int64_t r = begin; r < end; r++) normalise(x + r * m.width, norm, m.eps, m.width, out + r * stride);
         team.meet();
@@ -477,7 +697,7 @@ static void step(const Model &m, const Team &team, float *x, T *hidden, T *keys,
     for (int64_t l = 0; l < m.layers; l++) {
         const Layer &layer = m.layer[l];
         norm_all(layer.attention_norm, normed, wide);
-        multiply(team, layer.qkv, normed, rows, qkv, nothing);
+        multiply(team, layer.qkv, normed, rows, qkv, numbers, nothing);
         team.share(rows * m.kv_heads, begin, end);
         for (int64_t item = begin; item < end; item++) {
             const int64_t r = item / m.kv_heads, kv = item % m.kv_heads;
@@ -485,18 +705,18 @@ static void step(const Model &m, const Team &team, float *x, T *hidden, T *keys,
             attend(m, layer, qkv + r * qkv_stride, kv, keys + at, values + at, capacity, lengths[r], scores, mixed + r * mix);
         }
         team.meet();
-        multiply(team, layer.attention_out, mixed, rows, sums, add);
+        multiply(team, layer.attention_out, mixed, rows, sums, numbers, add);
         norm_all(layer.feed_norm, normed, wide);
-        multiply(team, layer.feed_in, normed, rows, gates, nothing);
-        team.share(rows * deep / 16, begin, end);
+        multiply(team, layer.feed_in, normed, rows, gates, numbers, nothing);
+        team.share(rows * deep / LANES, begin, end);
         const int64_t gates_stride = padded(layer.feed_in.out);
         for (int64_t item = begin; item < end; item++) {
-            const int64_t r = item / (deep / 16), i = item % (deep / 16) * 16;
+            const int64_t r = item / (deep / LANES), i = item % (deep / LANES) * LANES;
             const float *gate = gates + r * gates_stride + i;
             T *to = inner + r * deep + i;
-            if (i + 16 > m.hidden) {
+            if (i + LANES > m.hidden) {
                 for (int64_t j = i; j < m.hidden; j++) {
-                    const f16 a = all(gates[r * gates_stride + j]);
+                    const vec a = splat(gates[r * gates_stride + j]);
                     put(inner + r * deep + j, m.activation ? gelu(a, m.activation == 2)[0]
                                                            : (a * sigmoid(a))[0] * gates[r * gates_stride + m.hidden + j]);
                 }
@@ -507,7 +727,7 @@ static void step(const Model &m, const Team &team, float *x, T *hidden, T *keys,
             }
         }
         team.meet();
-        multiply(team, layer.feed_out, inner, rows, sums, add);
+        multiply(team, layer.feed_out, inner, rows, sums, numbers, add);
     }
     norm_all(m.final_norm, hidden, m.width);
 }
@@ -516,7 +736,7 @@ extern "C" {
 
 // What bf16 products use here: 0 plain vectors, 1 AVX512-BF16, 2 AMX. To be called first.
 int plait_products() {
-#if defined(__AVX512BF16__)
+#if defined(BF16_UNITS)
     products = 1;
 #endif
 #ifdef AMX
@@ -525,35 +745,109 @@ int plait_products() {
     return products;
 }
 
-// Weight (out, in) in fp32, laid out in panels; `to` holds padded(out) * padded(in) items and is zero.
-void plait_pack(const float *weight, int64_t out, int64_t in, int64_t half, void *to) {
-    const int64_t deep = padded(in);
-    for (int64_t n = 0; n < out; n++)
-        for (int64_t k = 0; k < in; k++) {
-            const int64_t panel = n / PANEL * PANEL * deep, column = n % PANEL;
-            if (half)
-                put((bf16 *)to + panel + (k / 2 * PANEL + column) * 2 + k % 2, weight[n * in + k]);
-            else
-                ((float *)to)[panel + k * PANEL + column] = weight[n * in + k];
+// Bytes of a packed weight.
+int64_t plait_packed_size(int64_t out, int64_t in, int64_t format) { return padded(out) / PANEL * panel_bytes(format, in); }
+
+// Weight (out, in) in fp32, laid out in panels; `to` is zero.
+void plait_pack(const float *weight, int64_t out, int64_t in, int64_t format, char *to) {
+    const int64_t deep = padded(in), size = panel_bytes(format, in);
+    for (int64_t n = 0; n < out; n++, weight += in) {
+        char *panel = to + n / PANEL * size;
+        const int64_t column = n % PANEL;
+        if (!is_integer(format)) {
+            for (int64_t k = 0; k < in; k++) {
+                if (format == BF16)
+                    put((bf16 *)panel + (k / 2 * PANEL + column) * 2 + k % 2, weight[k]);
+                else if (format == FP16)
+                    put((half *)panel + k * PANEL + column, weight[k]);
+                else
+                    ((float *)panel)[k * PANEL + column] = weight[k];
+            }
+            continue;
         }
+        for (int64_t k = 0; k < deep; k += GROUP, panel += GROUP_BYTES[format]) {
+            float w[GROUP] = {}, low = 0, high = 0;
+            for (int64_t i = 0; i < std::min(GROUP, in - k); i++) {
+                w[i] = weight[k + i];
+                low = std::min(low, w[i]), high = std::max(high, w[i]);
+            }
+            bf16 *scale = (bf16 *)panel + column;
+            put(scale, format == INT8 ? std::max(high, -low) / 127.0f : (high - low) / 15.0f);
+            if (format == INT4) put(scale + PANEL, low);
+            const float unit = one(scale), start = format == INT4 ? one(scale + PANEL) : 0.0f;
+            uint8_t *numbers = (uint8_t *)panel + (format == INT8 ? 64 : 128);
+            for (int64_t i = 0; i < GROUP; i++) {
+                const float q = unit > 0.0f ? std::nearbyint((w[i] - start) / unit) : 0.0f;
+                if (format == INT8)
+                    numbers[(i / 4 * PANEL + column) * 4 + i % 4] = (uint8_t)((int)std::min(std::max(q, -127.0f), 127.0f) + SHIFTED);
+                else
+                    numbers[(i / 8 * PANEL + column) * 4 + i % 4] |= (uint8_t)std::min(std::max(q, 0.0f), 15.0f) << (i / 4 % 2 * 4);
+            }
+        }
+    }
+}
+
+// Rows `ids` (n,) of a packed weight, as outputs (n, in) in fp32.
+void plait_rows(const Linear *linear, const int64_t *ids, int64_t n, float *to) {
+    const int64_t size = panel_bytes(linear->format, linear->in);
+    for (int64_t r = 0; r < n; r++, to += linear->in) {
+        const char *panel = (const char *)linear->weight + ids[r] / PANEL * size;
+        const int64_t column = ids[r] % PANEL;
+        for (int64_t k = 0; k < linear->in; k++) switch (linear->format) {
+                case FP32: to[k] = ((const float *)panel)[k * PANEL + column]; break;
+                case BF16: to[k] = one((const bf16 *)panel + (k / 2 * PANEL + column) * 2 + k % 2); break;
+                case FP16: to[k] = one((const half *)panel + k * PANEL + column); break;
+                case INT8: {
+                    const char *group = panel + k / GROUP * GROUP_BYTES[INT8];
+                    const uint8_t q = ((const uint8_t *)group)[64 + (k % GROUP / 4 * PANEL + column) * 4 + k % 4];
+                    to[k] = one((const bf16 *)group + column) * (SHIFTED ? (int)q - SHIFTED : (int8_t)q);
+                    break;
+                }
+                default: {
+                    const char *group = panel + k / GROUP * GROUP_BYTES[INT4];
+                    const uint8_t q = ((const uint8_t *)group)[128 + (k % GROUP / 8 * PANEL + column) * 4 + k % 4];
+                    const int number = k / 4 % 2 ? q >> 4 : q & 15;
+                    to[k] = one((const bf16 *)group + PANEL + column) + one((const bf16 *)group + column) * number;
+                }
+            }
+    }
 }
 
 int64_t plait_scratch(const Model *model, int64_t rows, int64_t capacity, int64_t threads) {
     return Room(*model, rows, capacity, threads).size;
 }
 
-// out (rows, padded outputs) in fp32 = x (rows, inputs) times the weight; room for `whole_rows(rows)` rows in `out`, and
-// in `scratch` for the inputs filled up, zero at first.
-void plait_linear(const Linear *linear, int64_t half, const void *x, int64_t rows, float *out, char *scratch, int64_t threads) {
-    const int64_t item = half ? 2 : 4, wide = padded(linear->in) * item;
-    for (int64_t r = 0; r < rows; r++) std::memcpy(scratch + r * wide, (const char *)x + r * linear->in * item, linear->in * item);
+// Bytes that `plait_linear` needs beside.
+int64_t plait_linear_scratch(int64_t in, int64_t rows) {
+    return whole_rows(rows) * padded(in) * 4 + rows * Quantised{nullptr, padded(in)}.stride();
+}
+
+// out (rows, padded outputs) in fp32 = x (rows, inputs) in fp32 or, where `halved`, bf16, times the weight; room for
+// `whole_rows(rows)` rows in `out`. `scratch` is zero at first.
+void plait_linear(const Linear *linear, int64_t halved, const void *x, int64_t rows, float *out, char *scratch, int64_t threads) {
+    const int64_t in = linear->in, wide = padded(in);
+    const bool units = halved && products && linear->format == BF16;
+    char *numbers = scratch + whole_rows(rows) * wide * 4;
+    const bool direct = in == wide && (units ? rows == whole_rows(rows) : !halved);
     auto nothing = [](int64_t, int64_t) {};
     together(threads, [&](const Team &team) {
-        const Tiled tiled(half ? rows : 0);
-        if (half)
-            multiply(team, *linear, (const bf16 *)scratch, rows, out, nothing);
+        int64_t begin, end;
+        team.share(direct ? 0 : rows, begin, end);
+        for (int64_t r = begin; r < end; r++) {
+            if (units || !halved) {
+                const int64_t item = units ? 2 : 4;
+                std::memcpy(scratch + r * wide * item, (const char *)x + r * in * item, in * item);
+            } else {
+                for (int64_t i = 0; i < in; i++) ((float *)scratch)[r * wide + i] = one((const bf16 *)x + r * in + i);
+            }
+        }
+        team.meet();
+        const void *from = direct ? x : scratch;
+        const Tiled tiled(units ? rows : 0);
+        if (units)
+            multiply(team, *linear, (const bf16 *)from, rows, out, numbers, nothing);
         else
-            multiply(team, *linear, (const float *)scratch, rows, out, nothing);
+            multiply(team, *linear, (const float *)from, rows, out, numbers, nothing);
     });
 }
 
@@ -563,12 +857,16 @@ void plait_linear(const Linear *linear, int64_t half, const void *x, int64_t row
 void plait_step(const Model *model, float *x, void *hidden, void *keys, void *values, const int64_t *lengths, int64_t rows,
                 int64_t cache_rows, int64_t capacity, char *scratch, int64_t threads) {
     together(threads, [&](const Team &team) {
-        if (model->half)
-            step<bf16>(*model, team, x, (bf16 *)hidden, (bf16 *)keys, (bf16 *)values, lengths, rows, cache_rows, capacity,
-                       scratch);
+        auto run = [&](auto activation, auto cached) {
+            typedef decltype(cached) C;
+            step<decltype(activation), C>(*model, team, x, (C *)hidden, (C *)keys, (C *)values, lengths, rows, cache_rows, capacity, scratch);
+        };
+        if (in_units(*model))
+            run(bf16{}, bf16{});
+        else if (model->half)
+            run(float{}, bf16{});
         else
-            step<float>(*model, team, x, (float *)hidden, (float *)keys, (float *)values, lengths, rows, cache_rows,
-                        capacity, scratch);
+            run(float{}, float{});
     });
 }
 }

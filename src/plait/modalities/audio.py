@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from plait.core.config import Size
 from plait.core.errors import PlaitError
-from plait.data.media import decode_audio, resample
+from plait.modalities.audio_files import decode_audio, resample
 from plait.modalities.base import ChannelNorm, bilinear_warp, tinted, within
 from plait.modalities.fsq import FSQ
 from plait.modalities.hf_encoder import HFEncoder, HFEncoderSettings, transformers_for

@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from plait.core.dist import import_extra
 from plait.core.errors import PlaitError
 
 
@@ -44,11 +45,7 @@ class HFEncoderSettings(BaseModel):
 
 def transformers_for(what: str) -> Any:
     """The library. Raises PlaitError where it is not installed."""
-    try:
-        import transformers
-    except ImportError:
-        raise PlaitError(f"{what} needs transformers. Run: pip install 'plait[huggingface]'.") from None
-    return transformers
+    return import_extra("transformers", "huggingface", what)
 
 
 class HFEncoder(nn.Module):

@@ -20,10 +20,10 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from plait.core.config import Size
-from plait.data.media import decode_image
 from plait.modalities.base import ChannelNorm, bilinear_warp, tinted
 from plait.modalities.fsq import FSQ
 from plait.modalities.hf_encoder import HFEncoder, HFEncoderSettings
+from plait.modalities.image_files import decode_image
 
 
 class ImageSettings(BaseModel):

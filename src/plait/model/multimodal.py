@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from plait.modalities import MODALITIES, SETTINGS
 from plait.modalities.base import MediaModality, Vocabulary
 from plait.modalities.fsq import FSQ
 from plait.modalities.item import Item, ItemCodes
+from plait.modalities.registry import MODALITIES, SETTINGS
 from plait.model.transformer import Transformer, TransformerConfig
 
 IGNORE = -100  # no target here

@@ -14,6 +14,7 @@ from torch import nn
 from plait.core.config import SIZES, Recipe, load_recipe
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
+from plait.core.recipes import packaged_recipes
 from plait.hf import huggingface
 from plait.modalities.base import Vocabulary
 from plait.model import lora
@@ -198,15 +199,15 @@ def recipe_network(recipe: Recipe, name: str) -> Network:
 def network(source: str) -> Network:
     """What a path names: a recipe (YAML), a run, a checkpoint, or a folder with a Hugging Face config.json."""
     path = Path(source)
-    if path.suffix in (".yaml", ".yml"):
-        return recipe_network(load_recipe(path), path.stem)
+    if path.suffix in (".yaml", ".yml") or (source in packaged_recipes() and not path.exists()):
+        return recipe_network(load_recipe(source), path.stem)
     if (path / "checkpoints").is_dir():
         path = path / "checkpoints" / ("best" if (path / "checkpoints" / "best").exists() else "last")
     if (path / "config.json").is_file():
         return Network(Path(source).name, _imported(path))
     raise PlaitError(
-        f"{source} is no recipe (a .yaml file), run, checkpoint or folder with a config.json. For a network that is "
-        f"known by name: plait plan --preset NAME, of {', '.join(PRESETS)}."
+        f"{source} is no recipe (a .yaml file or a name of `plait recipes`), run, checkpoint or folder with a "
+        f"config.json. For a network that is known by name: plait plan --preset NAME, of {', '.join(PRESETS)}."
     )
 
 

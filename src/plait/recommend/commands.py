@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from plait.cli.common import DeviceOption, ModelArgument, app, err, load, out, plain
+from plait.console import DeviceOption, ModelArgument, app, err, out, plain
 
 if TYPE_CHECKING:
     from plait.inference.model import Model
@@ -25,7 +25,7 @@ CountOption = Annotated[int, typer.Option("-k", min=1, help="Items to show.")]
 
 def _model(name: str, device: str, add: Path | None) -> Model:
     from plait.core.errors import PlaitError
-    from plait.inference.model import Model
+    from plait.inference.model import Model, load
 
     loaded = load(name, device)
     if not isinstance(loaded, Model):

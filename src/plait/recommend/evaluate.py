@@ -17,13 +17,13 @@ from plait.core.rng import uniform
 from plait.data.dataset import Dataset
 from plait.evaluation import metrics
 from plait.evaluation.context import Progress
+from plait.evaluation.findings import Findings, Gallery, Metrics, ReportItem
 from plait.model.checkpoint import Checkpoint
 from plait.recommend.baselines import MOST, Follows, Interactions, Neighbours
 from plait.recommend.catalogue import Catalogue
 from plait.recommend.catalogue import Item as Known
 from plait.recommend.next_item import foretell
 from plait.recommend.write_histories import HIDDEN, TEST, TRAIN, VAL, Histories, read_catalogue, read_histories
-from plait.reports.report import Findings, Gallery, Metrics, ReportItem
 
 TASK, DIRECTION = "recommendation", "item-item"
 DEPTHS = (1, 5, 10, 20)

@@ -13,10 +13,11 @@ from typing import Any
 from plait.core.config import ItemsRecipe
 from plait.core.errors import PlaitError
 from plait.data.files import DAMAGED, TABLE_SUFFIXES, Tree, suffix_of
-from plait.data.media import MediaError, check
 from plait.data.record import Rejected, text_fault
 from plait.data.stores import open_binary, read_bytes
 from plait.data.tables import rows
+from plait.modalities.descriptor import MediaError
+from plait.modalities.media import MEDIA
 from plait.recommend.catalogue import Item
 
 # What a column may be called: role -> names, in lower case, without what is no letter.
@@ -385,7 +386,7 @@ def _medium(tree: Tree, table: str, value: Any, kind: str) -> bytes | Rejected:
         tree.used.add(found)
         data = read_bytes(tree.files[found])
     try:
-        check(kind, data)
+        MEDIA[kind].check(data)
     except MediaError as error:
         return Rejected(table, None, str(error))
     return data

@@ -18,9 +18,12 @@ from plait.core.errors import PlaitError
 from plait.core.files import publish_folder, read_json
 from plait.data.dataset import Dataset
 from plait.data.files import scan
-from plait.data.media import MediaError, decode_audio, decode_image, preview
 from plait.data.record import Rejected
+from plait.modalities.audio_files import decode_audio
+from plait.modalities.descriptor import MediaError
+from plait.modalities.image_files import decode_image
 from plait.modalities.item import Item, ItemCodes, content_of
+from plait.modalities.media import preview
 from plait.model import checkpoint as checkpoints
 from plait.model.checkpoint import Checkpoint
 from plait.recommend.catalogue import Catalogue, Images
@@ -199,7 +202,7 @@ class Recommending:
         if data is None and self._images is not None:
             data = self._images.get(item)
         try:
-            return preview(data, decode_image(data)) if data is not None else None
+            return preview("image", data, decode_image(data)) if data is not None else None
         except MediaError:
             return None
 

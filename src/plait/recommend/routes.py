@@ -11,8 +11,8 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
-from plait.data.media import mime
 from plait.inference.model import Model
+from plait.modalities.media import media_type
 from plait.recommend.model import Recommendation
 from plait.server.api import make_router, of
 from plait.server.limits import ApiError
@@ -139,5 +139,5 @@ def _model(served: Served) -> Model:
 
 def _shown(model: Model, one: Recommendation, preview: bool) -> dict[str, Any]:
     image = model.image(one.id) if preview else None
-    url = f"data:{mime(image)};base64,{base64.b64encode(image).decode()}" if image is not None else None
+    url = f"data:{media_type(image)};base64,{base64.b64encode(image).decode()}" if image is not None else None
     return {**asdict(one), "why": [{"title": title, "lost": lost} for title, lost in one.why], "preview": url}

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from plait.evaluation.findings import Reliability
 from plait.reports.html import ticks
 
 OPEN = 0.05  # share of the validation loss beyond which a gap counts as open
@@ -44,17 +45,6 @@ def gap(log: list[dict[str, Any]], name: str) -> Gap | None:
     last_closed = max((i for i, w in enumerate(wide) if not w), default=-1)
     opened = steps[last_closed + 1] if last_closed + 1 < len(steps) else None
     return Gap(steps, gaps, opened, min(val, key=lambda point: point[1])[0])
-
-
-@dataclass(frozen=True)
-class Reliability:
-    """How often what is believed with some probability is right: bins by that probability."""
-
-    title: str
-    error: float  # expected calibration error
-    believed: np.ndarray  # (bins,) mean probability, nan where a bin is empty
-    right: np.ndarray  # (bins,) share that is right
-    counts: np.ndarray  # (bins,)
 
 
 def reliability_diagram(found: Reliability) -> str:

@@ -20,55 +20,10 @@ import numpy as np
 from plait.core.errors import PlaitError
 from plait.core.files import read_json, write_atomic, write_json
 from plait.data.stores import location
-from plait.reports.curves import Reliability, curves, reliability_diagram
+from plait.evaluation.findings import Confusion, Findings, Gallery, Metric, Metrics, ReportItem
+from plait.reports.curves import curves, reliability_diagram
 from plait.reports.html import page, table
 from plait.reports.metric_labels import HEADLINES, MEANING, TASKS
-
-Metric = dict[str, float | None]  # value, stderr, chance, baseline, n
-Metrics = dict[str, Metric]  # "TASK/FROM-TO/METRIC" -> figure
-
-# --- what a report shows ----------------------------------------------------------------------------------------
-
-
-@dataclass
-class ReportItem:
-    """One thing to look at or listen to, with what lies next to it (a drawn image's nearest training image)."""
-
-    caption: str = ""
-    image: bytes | None = None  # PNG
-    audio: bytes | None = None  # WAV
-    text: str | None = None
-    right: bool | None = None  # framed green or red
-    beside: ReportItem | None = None
-
-
-@dataclass
-class Gallery:
-    """Rows of exhibits: a label and what was made for it, a query and what it found."""
-
-    title: str
-    note: str
-    rows: list[tuple[ReportItem, list[ReportItem]]]
-
-
-@dataclass
-class Confusion:
-    """Counts (C, C) of truth by prediction."""
-
-    title: str
-    labels: list[str]
-    counts: np.ndarray
-    f1: np.ndarray | None = None  # (C,)
-
-
-@dataclass
-class Findings:
-    """What an evaluation found beside its figures."""
-
-    confusions: list[Confusion] = field(default_factory=list)
-    galleries: list[Gallery] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    reliabilities: list[Reliability] = field(default_factory=list)
 
 
 @dataclass

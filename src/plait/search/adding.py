@@ -14,9 +14,10 @@ import numpy as np
 import pyarrow as pa
 
 from plait.core.errors import PlaitError
-from plait.data.media import Checker, MediaError, preview
 from plait.data.record import Rejected, rejected
 from plait.inference.model import Model
+from plait.modalities.descriptor import MediaError
+from plait.modalities.media import Checker, preview
 from plait.search.entries import Entry
 
 if TYPE_CHECKING:
@@ -104,10 +105,10 @@ class Adding:
         if isinstance(content, str):
             return content, None
         value, model = checker.decode(kind, content), self.index.model
-        small = preview(content, value)
+        small = preview(kind, content, value)
         if isinstance(model, Model):  # samples are small; a batch of decoded images may not be
             column = model.column(None, kind, f"read {kind}")
-            value = (column, model.modality(column).windows(value))  # type: ignore[assignment]
+            value = (column, model.modality(column).windows(value))
         return value, small
 
     def _embedded(self, values: list[Any]) -> list[np.ndarray | str]:

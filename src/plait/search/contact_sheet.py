@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from plait.data.media import MediaError, decode_audio, decode_image, mime
+from plait.modalities.audio_files import decode_audio
+from plait.modalities.descriptor import MediaError
+from plait.modalities.image_files import decode_image
+from plait.modalities.media import media_type
 from plait.reports.html import page
 
 if TYPE_CHECKING:
@@ -86,7 +89,7 @@ def results_page(query: str, where: str, hits: Sequence[Hit]) -> str:
         figure = hit.score if math.isnan(hit.similarity) else hit.similarity
         body = f'<div class="words">{escape((hit.text or "")[:400])}</div>'
         if hit.preview is not None:
-            url = f"data:{mime(hit.preview)};base64,{base64.b64encode(hit.preview).decode()}"
+            url = f"data:{media_type(hit.preview)};base64,{base64.b64encode(hit.preview).decode()}"
             show = f'<audio controls src="{url}"></audio>'
             if hit.kind == "image":
                 show = f'<img class="pic" style="width:9rem;height:9rem" src="{url}" alt="">'

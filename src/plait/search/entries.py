@@ -14,10 +14,12 @@ from pathlib import Path
 from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
 from plait.data.files import Found, Media, scan
-from plait.data.media import AUDIO_SUFFIXES, IMAGE_SUFFIXES, LIMITS, encode_png
 from plait.data.readers import plan
 from plait.data.record import Rejected, text_fault
 from plait.data.stores import location, open_binary
+from plait.modalities.descriptor import LIMITS
+from plait.modalities.image_files import encode_png
+from plait.modalities.media import kind_of_suffix
 
 
 @dataclass
@@ -69,10 +71,8 @@ def entries(source: str | Path | Dataset, columns: list[str] | None = None) -> I
         if (place / "manifest.json").is_file() and (place / "rejects.jsonl").is_file():
             yield from _of_dataset(Dataset.open(place), columns)
             return
-        suffix = place.suffix.lower()
-        if suffix in IMAGE_SUFFIXES | AUDIO_SUFFIXES and place.is_file():
+        if (kind := kind_of_suffix(place.suffix)) and place.is_file():
             path = place.resolve()
-            kind = "image" if suffix in IMAGE_SUFFIXES else "audio"
             yield Entry(str(path), str(place), kind, Media(kind, str(place), path))
             return
     with tempfile.TemporaryDirectory(prefix="plait-") as scratch:

@@ -22,14 +22,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from plait.core.dist import import_extra
 from plait.core.errors import PlaitError
 from plait.core.files import fsync_folder, only_writer, sha256_file, write_atomic
 from plait.data.dataset import Dataset
-from plait.data.media import Checker
 from plait.data.record import Rejected
 from plait.data.stores import Location, location
 from plait.hf.pretrained import Pretrained
 from plait.inference.model import Model, load
+from plait.modalities.media import Checker
 from plait.search.adding import OWN, Adding, Progress, checksums
 from plait.search.entries import entries
 
@@ -133,11 +134,7 @@ class Index:
 
     def _connect(self) -> Any:
         os.environ.setdefault("LANCE_LOG", "error")
-        try:
-            import lancedb
-        except ModuleNotFoundError:
-            raise PlaitError("Search needs lancedb. Run: pip install 'plait[search]'.") from None
-        return lancedb.connect(str(self.path))
+        return import_extra("lancedb", "search", "Search").connect(str(self.path))
 
     @contextlib.contextmanager
     def reading(self, what: str = "read") -> Iterator[None]:

@@ -10,8 +10,8 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
-from plait.data.media import mime
 from plait.inference.model import Model
+from plait.modalities.media import media_type
 from plait.server import schemas as s
 from plait.server.api import make_router, of
 from plait.server.limits import ApiError
@@ -76,7 +76,7 @@ def _found(hit: Hit, preview: bool) -> dict[str, Any]:
     """A hit as it is told: without the paths of the server's machine."""
     shown = None
     if preview and hit.preview is not None:
-        shown = f"data:{mime(hit.preview)};base64,{base64.b64encode(hit.preview).decode()}"
+        shown = f"data:{media_type(hit.preview)};base64,{base64.b64encode(hit.preview).decode()}"
     return {
         "id": hashlib.sha256(hit.id.encode()).hexdigest()[:24], "kind": hit.kind,
         "source": hit.source.replace("\\", "/").rpartition("/")[2],

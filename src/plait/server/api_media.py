@@ -12,10 +12,10 @@ from fastapi import Form, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.responses import Response
 
-from plait.data.media import sniff
 from plait.inference.engine import Completion
 from plait.inference.engine import Request as Wanted
 from plait.inference.model import Model, joined
+from plait.modalities.media import sniff
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext
 from plait.server.api import STREAM, make_router, of, voice_of, wanted_of

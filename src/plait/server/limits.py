@@ -18,7 +18,8 @@ from pydantic_core import from_json
 
 from plait.core.errors import ContextLengthError, PlaitError
 from plait.core.files import write_atomic
-from plait.data import media
+from plait.modalities.descriptor import Limits as MediaLimits
+from plait.modalities.media import MEDIA, media_type
 
 MIB = 1 << 20
 
@@ -41,7 +42,7 @@ class Limits:
     request_seconds: float = 120.0
     read_seconds: float = 10.0  # for a request's head; and for a body or a reader that hardly moves
     drain_seconds: float = 10.0  # that open requests have once the server is told to stop
-    media: media.Limits = field(default_factory=lambda: media.Limits(file_bytes=15_000_000, seconds=60.0))
+    media: MediaLimits = field(default_factory=lambda: MediaLimits(file_bytes=15_000_000, seconds=60.0))
 
 
 class ApiError(HTTPException):
@@ -120,9 +121,9 @@ def decode_data_url(url: str, kind: str, limits: Limits, param: str) -> bytes:
         raise ApiError(400, f"The data: URL needs a media type and base64. Send {example}.", param)
     data = decode_base64(url[found.end() :], limits, param)
     stated = _NAMES.get(found[1].lower(), found[1].lower())
-    actual = media.mime(data)
+    actual = media_type(data)
     if not actual.startswith(f"{kind}/") or stated != actual:
-        known = "png, jpeg, gif, webp, bmp or tiff" if kind == "image" else "wav, flac, ogg, opus or mp3"
+        known = MEDIA[kind].format_names
         what = "of no known format" if actual == "application/octet-stream" else actual
         raise ApiError(400, f"The data: URL says {stated[:40]}, its content is {what}. Send {known}.", param)
     return data

@@ -13,9 +13,12 @@ import soundfile
 from PIL import Image as PILImage
 
 from plait.core.errors import PlaitError
-from plait.data.media import Checker, MediaError, encode_png, encode_wav, resample
 from plait.hf.pretrained import Pretrained
 from plait.inference.model import Model
+from plait.modalities.audio_files import encode_wav, resample
+from plait.modalities.descriptor import MediaError
+from plait.modalities.image_files import encode_png
+from plait.modalities.media import Checker
 from plait.server.limits import ApiError, Limits
 from plait.server.worker import late
 

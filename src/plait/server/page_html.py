@@ -12,8 +12,9 @@ from typing import Any
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from plait.data.dataset import Dataset
-from plait.data.media import decode_image, mime
 from plait.inference.model import Model
+from plait.modalities.image_files import decode_image
+from plait.modalities.media import media_type
 from plait.server.service import Served
 
 EXAMPLES, EXAMPLE_BYTES = 4, 100_000  # media of each kind that are ready to click
@@ -240,7 +241,7 @@ def examples_of(models: list[Served]) -> tuple[dict[str, list[str]], str]:
             for name, value in record.parts.items():
                 kind, few = dataset.columns[name], found.setdefault(dataset.columns[name], [])
                 if isinstance(value, bytes) and len(few) < EXAMPLES and len(value) <= EXAMPLE_BYTES:
-                    few.append(f"data:{mime(value)};base64,{base64.b64encode(value).decode()}")
+                    few.append(f"data:{media_type(value)};base64,{base64.b64encode(value).decode()}")
                     if kind == "image":
                         grey = decode_image(value).convert("RGBA").convert("L")
                         dark.append(sum(i * n for i, n in enumerate(grey.histogram())) / (grey.width * grey.height))

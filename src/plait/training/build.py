@@ -12,9 +12,9 @@ from plait.core.config import SIZES, BackboneRecipe, Recipe, Size, describe_erro
 from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
 from plait.hf import encoders as hf_encoders
-from plait.modalities import MODALITIES, SETTINGS
 from plait.modalities.base import Vocabulary
 from plait.modalities.item import Item, ItemCodes, ItemCodesSettings, ItemsSettings
+from plait.modalities.registry import MODALITIES, SETTINGS
 from plait.model.multimodal import ModelConfig, Multimodal
 from plait.model.transformer import TransformerConfig
 

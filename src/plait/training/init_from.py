@@ -16,9 +16,9 @@ from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
 from plait.hf import encoders as hf_encoders
 from plait.hf import huggingface
-from plait.modalities import MODALITIES
 from plait.modalities.base import Vocabulary
 from plait.modalities.item import ItemsSettings
+from plait.modalities.registry import MODALITIES
 from plait.modalities.text import Text
 from plait.model import checkpoint as checkpoints
 from plait.model import extend as growing

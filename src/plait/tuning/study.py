@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 
 from plait.core.config import Recipe, parse_recipe
+from plait.core.dist import install_command
 from plait.core.errors import PlaitError
 from plait.core.files import only_writer, read_json, write_atomic, write_json
 from plait.core.rng import key_of
@@ -41,7 +42,7 @@ try:
     from optuna.trial import FrozenTrial, Trial, TrialState
     from sqlalchemy.exc import SQLAlchemyError
 except ImportError as error:
-    raise PlaitError(f"Tuning needs Optuna ({error}). Install it: pip install 'plait[tune]'") from error
+    raise PlaitError(f"Tuning needs Optuna ({error}). Run: {install_command('tune')}") from error
 
 VERSION = 1
 CHECKS = 20  # times in a trial that it may be pruned, at equal shares of its schedule

@@ -1,0 +1,120 @@
+"""What the commands share: the application, consoles, kinds of options."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from plait.data.dataset import Manifest
+    from plait.hf.pretrained import Pretrained
+    from plait.inference.model import Model
+
+
+app = typer.Typer(
+    name="plait",
+    help="One model that reads and writes text, images and audio from your own files.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+# On a pipe, lines are as long as they are.
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 1000)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+ModelArgument = Annotated[str, typer.Argument(help="A run, a checkpoint, or a Hugging Face name or folder.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+SeedOption = Annotated[int, typer.Option(help="The same seed gives the same result.")]
+RunArgument = Annotated[Path, typer.Argument(help="A run's folder.")]
+
+
+def plain(text: str) -> str:
+    """Text that rich shows as it is."""
+    return text.replace("[", "\\[")
+
+
+def show_manifest(manifest: Manifest, folder: str | Path) -> None:
+    table = Table("column", "what", "records", "length", box=None, header_style="bold")
+    for name, kind in manifest.columns.items():
+        lengths = manifest.statistics.get(name)
+        if lengths is not None:
+            span = f"{lengths.min:.4g} to {lengths.max:.4g} {lengths.unit}"
+            table.add_row(name, kind, str(lengths.records), span)
+    out.print(table)
+    counts = ", ".join(f"{split} {count}" for split, count in manifest.counts.items())
+    if manifest.catalogue is not None:
+        out.print(f"Interactions: {counts}. Rejected: {manifest.rejected}.")
+        for note in manifest.notes:
+            out.print(f"  {plain(note)}")
+    else:
+        overlap = "".join(f"; {pair} overlap {count}" for pair, count in manifest.overlap.items() if count)
+        near = "".join(f"; {pair} near-duplicates {count}" for pair, count in manifest.near_duplicates.items())
+        doubles = f"Exact duplicates: {manifest.duplicates}{overlap}{near}."
+        out.print(f"Records: {counts}. Rejected: {manifest.rejected}. {doubles}")
+    for warning in manifest.warnings:
+        out.print(f"[yellow]Note:[/yellow] {plain(warning)}")
+    if manifest.rejected:
+        out.print(f"What was rejected, and why: {folder}/rejects.jsonl")
+    out.print(f"Report: {folder}/report.html")
+
+
+def media_or_text(value: str) -> str | Path:
+    """An argument that names a file is that file; anything else is text."""
+    if not re.search(r"\.(png|jpe?g|gif|webp|bmp|tiff?|wav|flac|ogg|opus|mp3)$", value, re.IGNORECASE):
+        return value
+    path = Path(value)
+    with contextlib.suppress(OSError):  # a name longer than names may be
+        if path.is_file():
+            return path
+    if re.search(r"\s", value):
+        return value  # a sentence that ends like a file
+    from plait.core.errors import PlaitError
+
+    raise PlaitError(f"{value} does not exist.")
+
+
+def existing(path: Path) -> Path:
+    if not path.is_file():
+        from plait.core.errors import PlaitError
+
+        raise PlaitError(f"{path} does not exist.")
+    return path
+
+
+def note_windows(model: Model | Pretrained, value: str | Path) -> None:
+    """Say so where an audio clip is longer than the model reads at once."""
+    if isinstance(value, Path) and (count := model.window_count(value)) > 1:
+        text = f"{value} is longer than this model reads at once; it is read in {count} windows that overlap by half."
+        err.print(f"[yellow]Note:[/yellow] {plain(text)}")
+
+
+def write(path: Path, data: bytes) -> None:
+    from plait.core.errors import PlaitError
+
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise PlaitError(f"Cannot write {path}: {error.strerror}. Choose another file with -o.") from error
+
+
+def show_metrics(metrics: dict[str, Any]) -> None:
+    table = Table("figure", "value", "±", "chance", "baseline", "n", box=None, header_style="bold")
+    # The figures of single labels, and times, are in the files.
+    names = [name for name in metrics if "[" not in name and not name.startswith("timing/")]
+    for name in names:
+        metric = metrics[name]
+        row = [metric[key] for key in ("value", "stderr", "chance", "baseline")]
+        shown = ["" if value is None or value != value else f"{round(value, 9):.4g}" for value in row]
+        table.add_row(plain(name), *shown, "" if metric["n"] is None else str(metric["n"]))
+    for column, least in zip(table.columns, (max(map(len, names), default=0), 8, 7, 6, 8, 3), strict=True):
+        column.no_wrap, column.min_width = True, least
+    out.print(table)

@@ -1,0 +1,62 @@
+"""What an evaluation finds: figures, and what people look at beside them. Reports show it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+Metric = dict[str, float | None]  # value, stderr, chance, baseline, n
+Metrics = dict[str, Metric]  # "TASK/FROM-TO/METRIC" -> figure
+
+
+@dataclass
+class ReportItem:
+    """One thing to look at or listen to, with what lies next to it (a drawn image's nearest training image)."""
+
+    caption: str = ""
+    image: bytes | None = None  # PNG
+    audio: bytes | None = None  # WAV
+    text: str | None = None
+    right: bool | None = None  # framed green or red
+    beside: ReportItem | None = None
+
+
+@dataclass
+class Gallery:
+    """Rows of exhibits: a label and what was made for it, a query and what it found."""
+
+    title: str
+    note: str
+    rows: list[tuple[ReportItem, list[ReportItem]]]
+
+
+@dataclass
+class Confusion:
+    """Counts (C, C) of truth by prediction."""
+
+    title: str
+    labels: list[str]
+    counts: np.ndarray
+    f1: np.ndarray | None = None  # (C,)
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How often what is believed with some probability is right: bins by that probability."""
+
+    title: str
+    error: float  # expected calibration error
+    believed: np.ndarray  # (bins,) mean probability, nan where a bin is empty
+    right: np.ndarray  # (bins,) share that is right
+    counts: np.ndarray  # (bins,)
+
+
+@dataclass
+class Findings:
+    """What an evaluation found beside its figures."""
+
+    confusions: list[Confusion] = field(default_factory=list)
+    galleries: list[Gallery] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    reliabilities: list[Reliability] = field(default_factory=list)

@@ -1,0 +1,199 @@
+"""Linear layers whose weight is packed once, in fp32, 16 bits, int8 or int4, for products of any number of rows on a
+processor (`kernels/generation.cpp`). Where there is no kernel, PyTorch computes the same from the same numbers.
+
+int8 and int4 weights have a scale for each 32 inputs of an output, int4 an offset too; both scales are bf16, so that a
+weight takes 8.5 and 5 bits. Their inputs are rounded to 8 bits, with a scale for each 32, as llama.cpp does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import POINTER, Structure, c_int64, c_void_p
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plait.core import isa
+from plait.kernels import build
+
+STORAGES = ("fp32", "bf16", "fp16", "int8", "int4")
+FORMATS = {name: number for number, name in enumerate(STORAGES)}  # as `Format` in generation.cpp
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PANEL, GROUP = 32, 32
+SMALL = 2**22  # products of weights and rows for which a second thread does not pay
+CHUNK = 4096  # outputs that are laid out at a time: as much of them is held twice
+
+
+class LinearStruct(Structure):
+    """`Linear` of generation.cpp."""
+
+    _fields_ = [
+        ("weight", c_void_p), ("bias", c_void_p), ("inputs", c_int64), ("outputs", c_int64), ("format", c_int64)
+    ]  # fmt: skip
+
+
+@functools.cache
+def library(level: isa.Level | None = None) -> ctypes.CDLL | None:
+    """The compiled file, None where it cannot be had; for the best instructions allowed, or those given."""
+    compiled = build.kernel("generation", level).library
+    if compiled is None:
+        return None
+    compiled.plait_products()
+    compiled.plait_packed_size.argtypes, compiled.plait_packed_size.restype = [c_int64] * 3, c_int64
+    compiled.plait_pack.argtypes = [c_void_p, *[c_int64] * 3, c_void_p]
+    compiled.plait_rows.argtypes = [POINTER(LinearStruct), c_void_p, c_int64, c_void_p]
+    compiled.plait_linear_scratch.argtypes, compiled.plait_linear_scratch.restype = [c_int64] * 2, c_int64
+    compiled.plait_linear.argtypes = [
+        POINTER(LinearStruct), c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64
+    ]  # fmt: skip
+    return compiled
+
+
+def threads_for(work: int) -> int:
+    """Threads that pay for so many products of weights and rows."""
+    return 1 if work < SMALL else torch.get_num_threads()
+
+
+def round_up(count: int, to: int) -> int:
+    return -(-count // to) * to
+
+
+def _whole_rows(rows: int) -> int:
+    return rows if rows < 16 else round_up(rows, 16)
+
+
+def quantise(weight: Tensor, storage: str) -> dict[str, Tensor]:
+    """A weight (O, I) as PyTorch keeps it where there is no kernel: "weight" in its storage, or "numbers" (O, G, 32) in
+    uint8 with "scale" and "offset" (O, G, 1) in bf16; the inputs are filled up with zeros to G groups."""
+    if storage in DTYPES:
+        return {"weight": weight.to(DTYPES[storage])}
+    groups = F.pad(weight.float(), (0, -weight.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    low, high = groups.amin(-1, True).clamp(max=0), groups.amax(-1, True).clamp(min=0)
+    if storage == "int8":
+        scale, offset = torch.maximum(high, -low) / 127, torch.zeros_like(low)
+        least, most = -127, 127
+    else:
+        scale, offset, least, most = (high - low) / 15, low, 0, 15
+    scale, offset = scale.bfloat16(), offset.bfloat16()
+    unit = scale.float()
+    numbers = torch.where(unit > 0, (groups - offset.float()) / unit, 0).round().clamp(least, most)
+    if storage == "int8":
+        offset = -127 * unit  # numbers are kept from 0 on
+        numbers = numbers + 127
+    return {"numbers": numbers.to(torch.uint8), "scale": scale, "offset": offset.to(torch.float32)}
+
+
+def dequantise(parts: dict[str, Tensor], inputs: int) -> Tensor:
+    """What `quantise` keeps, as a weight (O, I) in fp32."""
+    if "weight" in parts:
+        return parts["weight"].float()
+    return (parts["numbers"] * parts["scale"].float() + parts["offset"]).flatten(1)[:, :inputs]
+
+
+class _Product(torch.autograd.Function):
+    """The product, with the gradient to its inputs: weights are frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:
+        ctx.layer = layer
+        return layer.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.layer.dense().to(grad.dtype), None
+
+
+class PackedLinear(nn.Module):
+    """A frozen linear layer (..., in) to (..., out), in the precision of its input."""
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None = None, storage: str = "fp32", level: isa.Level | None = None
+    ) -> None:
+        """`weight` (out, in) may be of any precision, and is not kept; `level` caps the instructions, for tests."""
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.storage = storage
+        self.library = library(level) if weight.device.type == "cpu" else None
+        self.scratch = torch.empty(0, dtype=torch.uint8)
+        self.bias: Tensor | None = None
+        weight = weight.detach()
+        if self.library is None:
+            self.parts = quantise(weight, storage)
+            self.bias = None if bias is None else bias.detach().float()
+            return
+        outputs = round_up(self.out_features, PANEL)
+        size = self.library.plait_packed_size(outputs, self.in_features, FORMATS[storage])
+        # A cache line and a page begin it, so that vectors do not cross lines.
+        self.panels = torch.zeros(size + 64, dtype=torch.uint8)
+        start = -self.panels.data_ptr() % 64
+        self.panels = self.panels[start : start + size]
+        for at in range(0, self.out_features, CHUNK):
+            part = weight[at : at + CHUNK].float().contiguous()
+            before = self.library.plait_packed_size(at, self.in_features, FORMATS[storage])
+            self.library.plait_pack(
+                part.data_ptr(), len(part), self.in_features, FORMATS[storage], self.panels.data_ptr() + before
+            )
+        if bias is not None:
+            self.bias = torch.zeros(outputs)
+            self.bias[: self.out_features] = bias.detach()
+        pointer = None if self.bias is None else self.bias.data_ptr()
+        self.struct = LinearStruct(
+            self.panels.data_ptr(), pointer, self.in_features, self.out_features, FORMATS[storage]
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Of the weight."""
+        if self.library is not None:
+            return self.panels.nbytes
+        return sum(part.nbytes for part in self.parts.values())
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight (out, in) in fp32, unpacked anew at each call."""
+        return self.dense()
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows `ids` (N,) of the weight, (N, in) in fp32: an embedding that shares the weight of the head."""
+        if self.library is None:
+            return dequantise({name: part[ids] for name, part in self.parts.items()}, self.in_features)
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.out_features:
+            raise IndexError(f"A row lies outside of the {self.out_features} rows.")
+        ids, rows = ids.long().contiguous(), torch.empty(len(ids), self.in_features)
+        self.library.plait_rows(self.struct, ids.data_ptr(), len(ids), rows.data_ptr())
+        return rows
+
+    def dense(self) -> Tensor:
+        return self.rows(torch.arange(self.out_features))
+
+    def product(self, x: Tensor) -> Tensor:
+        """`forward` without gradients."""
+        if self.library is None:
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return F.linear(x, dequantise(self.parts, self.in_features).to(x.dtype), bias)
+        flat = x.reshape(-1, self.in_features)
+        if flat.dtype not in (torch.float32, torch.bfloat16):
+            flat = flat.float()
+        flat, rows = flat.contiguous(), flat.numel() // self.in_features
+        needed = self.library.plait_linear_scratch(self.in_features, rows)
+        if len(self.scratch) != needed:  # what is filled up in it depends on the number of rows
+            self.scratch = torch.zeros(needed, dtype=torch.uint8)
+        out = torch.empty(_whole_rows(rows), round_up(self.out_features, PANEL))
+        self.library.plait_linear(
+            self.struct, flat.dtype is torch.bfloat16, flat.data_ptr(), rows, out.data_ptr(), self.scratch.data_ptr(),
+            threads_for(rows * self.in_features * self.out_features),
+        )  # fmt: skip
+        if rows * self.in_features > CHUNK:
+            self.scratch = torch.empty(0, dtype=torch.uint8)  # of a prompt: not kept
+        return out[:rows, : self.out_features].to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            return cast(Tensor, _Product.apply(x, self))
+        return self.product(x)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, storage={self.storage}"

@@ -1,0 +1,286 @@
+"""Image files: bytes <-> pixels, with every limit checked before memory is asked for. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from plait.modalities.descriptor import LIMITS, Format, Limits, MediaError, MediaFiles, Packed, container_brand, short
+
+SIDE = 2048  # pixels a side that are handed from one process to another
+PREVIEW_BYTES, PREVIEW_SIDE = 16_384, 128
+PRINT_SIDE, CHROMA = 24, 8  # of a fingerprint's brightness and of its two colour planes
+PRINT = PRINT_SIDE * PRINT_SIDE + 2 * CHROMA * CHROMA
+_HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"mif2")
+_AVIF = (b"avif", b"avis")
+
+
+class ImageFiles(MediaFiles):
+    """The descriptor of images. A value is a PIL image in mode L, LA, RGB or RGBA, 8 bits a channel, upright."""
+
+    kind, verb, unit, comparison = "image", "describe", "pixels", "image"
+    formats = (
+        Format("png", (".png",), "image/png"),
+        Format("jpeg", (".jpg", ".jpeg", ".jpe", ".jfif"), "image/jpeg"),
+        Format("gif", (".gif",), "image/gif"),
+        Format("webp", (".webp",), "image/webp"),
+        Format("bmp", (".bmp", ".dib"), "image/bmp"),
+        Format("tiff", (".tif", ".tiff"), "image/tiff"),
+        Format("heic", (".heic", ".heif", ".hif"), "image/heic", needs="pillow_heif"),
+        Format("avif", (".avif",), "image/avif"),
+        Format("jxl", (".jxl",), "image/jxl", needs="pillow_jxl"),
+    )
+
+    def sniff(self, head: bytes) -> str | None:
+        if head.startswith(b"\x89PNG\r\n\x1a\n"):
+            return "png"
+        if head.startswith(b"\xff\xd8\xff"):
+            return "jpeg"
+        if head[:6] in (b"GIF87a", b"GIF89a"):
+            return "gif"
+        if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+            return "webp"
+        if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+            return "tiff"
+        sized = head[:2] == b"BM" and len(head) >= 18
+        if sized and struct.unpack_from("<I", head, 14)[0] in (12, 40, 52, 56, 64, 108, 124):
+            return "bmp"
+        if head[:2] == b"\xff\x0a" or head[:12] == b"\0\0\0\x0cJXL \r\n\x87\n":
+            return "jxl"
+        brand = container_brand(head)
+        if brand in _AVIF or (brand in _HEIC and b"avif" in head[12:64]):
+            return "avif"
+        return "heic" if brand in _HEIC else None
+
+    def decode(self, data: bytes | Path, limits: Limits = LIMITS) -> Image.Image:
+        return decode_image(data, limits)
+
+    def check(self, data: bytes, limits: Limits = LIMITS) -> dict[str, Any]:
+        image = decode_image(data, limits)
+        return {"width": image.width, "height": image.height}
+
+    def facts(self, value: Image.Image) -> tuple[float, float]:
+        return value.width, value.height
+
+    def length(self, first: Any, second: Any) -> Any:
+        return np.maximum(first, second)
+
+    def size_name(self, first: float, second: float) -> str:
+        return f"{first:.0f}x{second:.0f}"
+
+    def fingerprint(self, value: Image.Image) -> bytes:
+        """Brightness (24 x 24) and two colour planes (8 x 8 each) over white: 704 x uint8."""
+        return image_fingerprint(value)
+
+    def preview(self, data: bytes, value: Image.Image) -> bytes:
+        """The image itself where it is small and a browser shows it, else a thumbnail."""
+        if len(data) <= PREVIEW_BYTES and self.sniff(data[:64]) in ("png", "jpeg", "gif", "webp", "avif"):
+            return data
+        small = value.copy()
+        small.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+        out = io.BytesIO()
+        small.save(out, "PNG" if small.mode in ("LA", "RGBA") else "JPEG", quality=80)
+        return out.getvalue()
+
+    def pack(self, value: Image.Image) -> Packed:
+        """An image whose longer side is above SIDE is reduced by a whole factor."""
+        value = value.reduce(-(-max(value.size) // SIDE)) if max(value.size) > SIDE else value
+        return Packed({"mode": value.mode, "width": value.width, "height": value.height}, value.tobytes())
+
+    def unpack(self, packed: Packed) -> Image.Image:
+        facts = packed.facts
+        return Image.frombytes(facts["mode"], (facts["width"], facts["height"]), packed.body)
+
+
+IMAGE = ImageFiles()
+
+
+def decode_image(data: bytes | Path, limits: Limits = LIMITS) -> Image.Image:
+    """The first frame of an image file in mode L, LA, RGB or RGBA, 8 bits a channel, upright.
+
+    Raises MediaError where it is damaged, of another format or larger than the limits, before memory is asked for.
+    """
+    data, form = IMAGE.read(data, limits)
+    if form.name == "webp":
+        _check_size(_webp_size(data), limits)
+    _register(form)
+    try:
+        try:
+            return _decode(data, form, limits)
+        except MediaError:
+            raise
+        except MemoryError as error:
+            raise MediaError("needs too much memory") from error
+        except Exception:
+            # Text, profiles and previews that a file carries along do not spoil its pixels.
+            bare = _without_metadata(data, form.name)
+            if bare is None:
+                raise
+            return _decode(bare, form, limits)
+    except MediaError:
+        raise
+    except MemoryError as error:
+        raise MediaError("needs too much memory") from error
+    except Image.DecompressionBombError as error:
+        raise MediaError(f"more than {limits.pixels / 1e6:g} million pixels") from error
+    # Pillow's parsers raise nearly every built-in class on damaged files.
+    except Exception as error:
+        raise MediaError(f"damaged {form.name}: {short(error)}") from error
+
+
+def _register(form: Format) -> None:
+    """Make Pillow know a format of the extra `media`."""
+    if form.name == "heic":
+        import pillow_heif
+
+        pillow_heif.register_heif_opener(thumbnails=False)
+    elif form.name == "jxl":
+        import pillow_jxl  # noqa: F401 - it registers itself
+
+
+def _decode(data: bytes, form: Format, limits: Limits) -> Image.Image:
+    pillow_name = {"heic": "HEIF"}.get(form.name, form.name.upper())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # oddities of metadata; the size is checked here, by our own limit
+        with Image.open(io.BytesIO(data), formats=[pillow_name]) as image:
+            _check_size(image.size, limits)
+            image.load()
+            _check_size(image.size, limits)
+            with contextlib.suppress(Exception):  # a broken EXIF block does not spoil the image
+                ImageOps.exif_transpose(image, in_place=True)
+            mode, clear = image.mode, "transparency" in image.info
+            if mode in ("F", "I") or mode.startswith("I;"):
+                return _eight_bits(image)
+            if mode in ("LA", "RGBA") or (mode in ("L", "RGB") and not clear):
+                target = mode
+            elif mode in ("1", "L", "La"):
+                target = "LA" if clear or mode == "La" else "L"
+            else:
+                target = "RGBA" if clear or mode in ("PA", "RGBa") else "RGB"
+            return image.copy() if mode == target else image.convert(target)
+
+
+def _check_size(size: tuple[int, int] | None, limits: Limits) -> None:
+    if size is not None and size[0] * size[1] > limits.pixels:
+        raise MediaError(f"{size[0]} x {size[1]} pixels, more than {limits.pixels / 1e6:g} million")
+    if size is not None and min(size) < 1:
+        raise MediaError("the image has no pixels")
+
+
+def _webp_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height from a WebP header: Pillow's decoder allocates the canvas already on opening."""
+    chunk, body = data[12:16], data[20:30]
+    if len(body) < 10:
+        return None
+    if chunk == b"VP8X":
+        return 1 + int.from_bytes(body[4:7], "little"), 1 + int.from_bytes(body[7:10], "little")
+    if chunk == b"VP8L":
+        bits = int.from_bytes(body[1:5], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    return int.from_bytes(body[6:8], "little") & 0x3FFF, int.from_bytes(body[8:10], "little") & 0x3FFF
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A 16-bit, 32-bit or float grey image scaled to mode L.
+
+    A file of 16 bits says what white is. One of 32 bits or of floats does not: values up to 1 (floats), to 255 and to
+    65,535 are taken for the scales that these numbers suggest.
+    """
+    values = np.asarray(image)
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise MediaError("pixels that are not numbers")
+    top = float(values.max(initial=0))
+    if image.mode.startswith("I;"):
+        scale = 1 / 257
+    elif values.dtype.kind == "f" and top <= 1.0:
+        scale = 255.0
+    else:
+        scale = 1.0 if top <= 255.0 else 1 / 257
+    values = values.astype(np.float32) * np.float32(scale)
+    if values.max(initial=0) > 255.5 or values.min(initial=0) < -0.5:
+        raise MediaError("pixel values beyond 16 bits")
+    return Image.fromarray(np.rint(values).clip(0, 255).astype(np.uint8))
+
+
+# --- metadata ---------------------------------------------------------------------------------------------------
+
+
+def _without_metadata(data: bytes, name: str) -> bytes | None:
+    """The file without what is not needed for its pixels, or None where this is not known of its format."""
+    strip = {"png": _bare_png, "jpeg": _bare_jpeg, "webp": _bare_webp}.get(name)
+    try:
+        return strip(data) if strip else None
+    except (struct.error, IndexError):
+        return None
+
+
+def _bare_png(data: bytes) -> bytes:
+    """Without texts, profiles and EXIF; a bad checksum of what is left is still an error."""
+    kept, at = [data[:8]], 8
+    while at + 12 <= len(data):
+        size = struct.unpack_from(">I", data, at)[0]
+        if data[at + 4 : at + 8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf"):
+            kept.append(data[at : at + 12 + size])
+        elif (
+            data[at + 4 : at + 8] == b"eXIf"
+            and zlib.crc32(data[at + 4 : at + 8 + size]) == struct.unpack_from(">I", data, at + 8 + size)[0]
+        ):
+            kept.append(data[at : at + 12 + size])  # it says which side is up
+        at += 12 + size
+    return b"".join(kept)
+
+
+def _bare_jpeg(data: bytes) -> bytes:
+    """Without comments and application segments, but for those of JFIF and Adobe, which say what the colours are."""
+    kept, at = [data[:2]], 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
+        marker = data[at + 1]
+        size = 2 + struct.unpack_from(">H", data, at + 2)[0]
+        if not (0xE1 <= marker <= 0xEF or marker == 0xFE) or marker == 0xEE:
+            kept.append(data[at : at + size])
+        at += size
+    return b"".join([*kept, data[at:]])
+
+
+def _bare_webp(data: bytes) -> bytes:
+    """Without colour profile, EXIF and XMP."""
+    kept, at = [], 12
+    while at + 8 <= len(data):
+        size = struct.unpack_from("<I", data, at + 4)[0]
+        size += size & 1
+        if data[at : at + 4] not in (b"ICCP", b"EXIF", b"XMP "):
+            kept.append(data[at : at + 8 + size])
+        at += 8 + size
+    body = b"WEBP" + b"".join(kept)
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+# --- encoding and fingerprints ----------------------------------------------------------------------------------
+
+
+def encode_png(image: Image.Image | np.ndarray) -> bytes:
+    """The image (PIL, or uint8 array H x W or H x W x channels) as PNG bytes, lossless."""
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+def image_fingerprint(image: Image.Image) -> bytes:
+    """Brightness (24 x 24) and two colour planes (8 x 8 each) of an image over white: 704 x uint8."""
+    image = image.reduce(factor) if (factor := min(image.size) // (2 * PRINT_SIDE)) > 1 else image
+    if image.mode in ("LA", "RGBA"):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    small = image.convert("RGB").resize((PRINT_SIDE, PRINT_SIDE), Image.Resampling.BOX).convert("YCbCr")
+    colour = small.resize((CHROMA, CHROMA), Image.Resampling.BOX).tobytes()
+    return small.tobytes()[::3] + colour[1::3] + colour[2::3]

@@ -1,0 +1,15 @@
+"""The modalities that a model may have, by name."""
+
+from typing import Any
+
+from plait.modalities.audio import Audio, AudioSettings
+from plait.modalities.image import Image, ImageSettings
+from plait.modalities.item import Item, ItemCodes, ItemCodesSettings, ItemSettings
+
+MODALITIES: dict[str, Any] = {"image": Image, "audio": Audio, "item": Item, "item_codes": ItemCodes}
+SETTINGS: dict[str, Any] = {
+    "image": ImageSettings,
+    "audio": AudioSettings,
+    "item": ItemSettings,
+    "item_codes": ItemCodesSettings,
+}
