@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from plait.console import DeviceOption, app, out
+from plait.console import DeviceOption, PrecisionOption, app, out
 
 
 @app.command()
@@ -25,7 +25,7 @@ def serve(
     request_seconds: Annotated[float, typer.Option(min=0.1, help="The longest that a request may take.")] = 120.0,
     read_seconds: Annotated[float, typer.Option(min=0.5, help="The longest that a client may stand still.")] = 10.0,
     drain_seconds: Annotated[float, typer.Option(min=0, help="What open requests have left at SIGTERM.")] = 10.0,
-    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
+    precision: PrecisionOption = "auto",
     index: Annotated[
         list[str] | None, typer.Option(help="An index to search in, made by one of the models; NAME=INDEX renames.")
     ] = None,
