@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from plait.console import DeviceOption, ModelArgument, SeedOption, app, err, out, plain, write
+from plait.console import DeviceOption, ModelArgument, PrecisionOption, SeedOption, app, err, out, plain, write
 
 if TYPE_CHECKING:
     from plait.chat.session import Session
@@ -34,6 +34,7 @@ def chat(
     images: Annotated[Path, typer.Option(help="Where /draw puts its files.")] = Path(),
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
 ) -> None:
     """Talk with a model. A line is a message; /help shows the commands. Messages may come through a pipe.
 
@@ -46,7 +47,7 @@ def chat(
     from plait.inference.model import find_checkpoint, load
     from plait.inference.prompts import Chat
 
-    loaded = load(model, device).plait_model
+    loaded = load(model, device, precision).plait_model
     if loaded is None or Verb.GENERATE not in loaded.verbs:
         raise PlaitError(f"{model} cannot chat: it runs in transformers, or writes nothing.")
     session = Session(Chat(loaded, find_checkpoint(model) or hub.find(model)), system)

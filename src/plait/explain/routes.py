@@ -24,7 +24,7 @@ router = make_router()
 async def explain(request: Request, body: s.ExplainRequest) -> Response:
     """How much each word, region or moment of an input moved an answer, with checks that say whether to believe it."""
     service, request_context = of(request)
-    served = service.find(body.model, request_context)
+    served = service.open(body, request_context)
     parts: list[Any] = body.input if isinstance(body.input, list) else [body.input]
     deadline = service.deadline(request_context)
     values = await service.parts(served.model, parts, "input", deadline)

@@ -18,7 +18,7 @@ def load_model(name_or_folder: str | Path, device: str = "auto", precision: str 
     Raises PlaitError where it cannot be found, or nothing that Plait asks for can be done with it.
     """
     folder = hub.find(name_or_folder)
-    if read_json(folder / "config.json").get("model_type") in huggingface.FAMILIES:
+    if huggingface.runs(read_json(folder / "config.json")):
         checkpoint = huggingface.load(folder, choose_device(device, precision).torch)
         return PlaitModel(checkpoint, device, precision, folder)
     return load_pretrained(str(folder), device, precision)

@@ -6,7 +6,9 @@ A run keeps its checkpoints side by side, `checkpoints/step-000200`; `best` and 
 from __future__ import annotations
 
 import errno
+import os
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +20,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from plait.classifiers.classifier import ARRAYS, FILE, Classifier, load_classifiers, save_classifiers
 from plait.core.config import GenerationConfig
 from plait.core.errors import PlaitError
 from plait.core.features import ExtensionPoint
-from plait.core.files import json_text, publish_folder, read_json, read_sealed, sealed, sha256_file
+from plait.core.files import (
+    fsync_folder,
+    json_text,
+    publish_folder,
+    read_json,
+    read_sealed,
+    sealed,
+    sha256_file,
+    write_atomic,
+)
 from plait.modalities.text import Text
 from plait.model.multimodal import ModelConfig, Multimodal
 
@@ -58,6 +70,7 @@ class Checkpoint:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     training: dict[str, Any] = field(default_factory=dict)  # how it came to be: data, step, validation, seed
     parts: dict[str, Any] = field(default_factory=dict)  # name of a feature -> what it keeps with the model
+    classifiers: list[Classifier] = field(default_factory=list)  # fitted once training has ended
 
 
 def save(
@@ -85,12 +98,33 @@ def save(
         for feature, part in checkpoint.parts.items():
             kept = CHECKPOINT_PARTS.by_feature()[feature]
             kept.write(part, aside / kept.name)
+        if checkpoint.classifiers:
+            save_classifiers(checkpoint.classifiers, aside)
         (aside / "README.md").write_text(model_card(checkpoint), encoding="utf-8")
         if more is not None:
             more(aside)
         files = [f for f in sorted(aside.rglob("*")) if f.is_file()]
         sums = {f.relative_to(aside).as_posix(): sha256_file(f) for f in files}
         write_json(aside / "manifest.json", sealed({"version": MANIFEST, "sha256": sums}))
+
+
+def add_classifiers(folder: Path, classifiers: list[Classifier]) -> None:
+    """Add classifiers to a checkpoint's folder, in place of those that it has. Killed at any moment, what is left is
+    the checkpoint without them, or with them."""
+    manifest = folder / "manifest.json"
+    value = read_sealed(manifest)
+    sums = {name: digest for name, digest in value["sha256"].items() if name not in (FILE, ARRAYS)}
+
+    def publish() -> None:
+        write_atomic(manifest, json_text(sealed({"version": value["version"], "sha256": sums})))
+
+    publish()
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as aside:
+        for name in save_classifiers(classifiers, Path(aside)):
+            os.replace(Path(aside) / name, folder / name)  # noqa: PTH105
+            sums[name] = sha256_file(folder / name)
+    fsync_folder(folder)
+    publish()
 
 
 def write_json(path: Path, value: object) -> None:
@@ -183,7 +217,8 @@ def load(folder: Path, device: torch.device | None = None) -> Checkpoint:
         for feature, kept in CHECKPOINT_PARTS.by_feature().items()
         if (folder / kept.name).is_file()
     }
-    return Checkpoint(model, Text.load(folder / "tokenizer.json"), labels, generation, training, parts)
+    text = Text.load(folder / "tokenizer.json")
+    return Checkpoint(model, text, labels, generation, training, parts, load_classifiers(folder))
 
 
 def find_checkpoint(path: str | Path) -> Path | None:
