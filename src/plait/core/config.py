@@ -169,7 +169,7 @@ class TrainingRecipe(_Settings):
     )
     freeze: list[str] = Field(
         [],
-        description="Parts of init_from left as they are: encoder, encoder.image, encoder.audio, backbone, ...",
+        description="Parts left as they are: encoder, encoder.image, encoder.audio, backbone, token_embedding.",
     )
     lora: LoraRecipe | None = Field(
         None, description="Train low-rank updates of the backbone; see training.lora. None to train it whole."
