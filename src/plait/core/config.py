@@ -130,11 +130,21 @@ class LoraRecipe(_Settings):
     alpha: float = Field(16.0, gt=0, description="Scale of the updates: they count alpha / rank times.")
 
 
+Task = Literal["auto", "recognise", "describe", "draw", "language", "chat", "reply", "recommend"]
+
+
 class TrainingRecipe(_Settings):
+    task: Task = Field("auto", description="What the model is wanted for; auto sees it in the data.")
     minutes: float | None = Field(None, gt=0, description="Time budget for codecs and model together.")
     steps: int | None = Field(None, ge=1, description="Steps of the model, instead of minutes.")
     codec_steps: int | None = Field(None, ge=1, description="Steps of each codec, instead of its share of the minutes.")
     codec_share: float = Field(0.1, ge=0, lt=0.5, description="Share of the minutes for each codec.")
+    recogniser_steps: int | None = Field(
+        None, ge=1, description="Steps of each encoder that is trained on labels, instead of its share of the minutes."
+    )
+    recogniser_share: float = Field(
+        0.7, ge=0, lt=1, description="Share of the minutes for encoders that are trained on labels, together."
+    )
     batch_size: int | None = Field(None, ge=2, description="Records, or windows of text, a step.")
     learning_rate: float | None = Field(None, gt=0, description="Peak of the learning rate's schedule.")
     codec_learning_rate: float = Field(3e-3, gt=0, description="Learning rate of the codecs.")

@@ -24,6 +24,7 @@ from plait.modalities.base import ChannelNorm, bilinear_warp, tinted
 from plait.modalities.fsq import FSQ
 from plait.modalities.hf_encoder import HFEncoder, HFEncoderSettings
 from plait.modalities.image_files import decode_image
+from plait.modalities.recogniser import ImageRecogniser
 
 
 class ImageSettings(BaseModel):
@@ -44,6 +45,9 @@ class ImageSettings(BaseModel):
         True, description="The pretrained encoder stays as it is; a projection of what it sees is trained."
     )
     hf_encoder: HFEncoderSettings | None = Field(None, description="Filled in from the pretrained encoder's files.")
+    classes: dict[str, int] = Field(
+        {}, description="Column of labels -> how many; where there are any, the encoder is trained to recognise them."
+    )
     stem: int = Field(32, description="Channels of the encoder's first layer.")
     stride: int = Field(1, description="Of that layer, in pixels.")
     patch: int = Field(4, description="Side in pixels of what one code stands for.")
@@ -244,6 +248,15 @@ class ImageCodec(nn.Module):
         return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(1, -1)
 
 
+def _encoder(settings: ImageSettings, width: int) -> nn.Module:
+    if settings.hf_encoder is not None:
+        return HFImageEncoder(settings, width)
+    if settings.classes:
+        s = settings
+        return ImageRecogniser(s.size, s.channels, s.stride, s.grid, s.stem, width, s.classes)
+    return ImageEncoder(settings, width)
+
+
 class Image(nn.Module):
     """The modality: settings, encoder and codec."""
 
@@ -254,7 +267,7 @@ class Image(nn.Module):
     def __init__(self, settings: ImageSettings, width: int) -> None:
         super().__init__()
         self.settings = settings
-        self.encoder = (ImageEncoder if settings.hf_encoder is None else HFImageEncoder)(settings, width)
+        self.encoder = _encoder(settings, width)
         self.codec = ImageCodec(settings)
 
     def sample(self, raw: Any) -> np.ndarray:
