@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from plait.console import DeviceOption, ModelArgument, SeedOption, app, err, out, plain, write
+from plait.console import DeviceOption, ModelArgument, PrecisionOption, SeedOption, app, err, out, plain, write
 
 if TYPE_CHECKING:
     from plait.chat.chat import Session
@@ -34,6 +34,7 @@ def chat(
     images: Annotated[Path, typer.Option(help="Where /draw puts its files.")] = Path(),
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
 ) -> None:
     """Talk with a model. A line is a message; /help shows the commands. Messages may come through a pipe.
 
@@ -44,7 +45,7 @@ def chat(
     from plait.hf import hub
     from plait.inference.model import Model, find_checkpoint, load
 
-    loaded = load(model, device)
+    loaded = load(model, device, precision)
     if not isinstance(loaded, Model):
         raise PlaitError(f"{model} cannot chat; it can {', '.join(loaded.verbs)}.")
     session = Session(Chat(loaded, find_checkpoint(model) or hub.find(model)), system)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import plait
-from plait.console import DeviceOption, ModelArgument, app, media_or_text, note_windows, out, plain
+from plait.console import DeviceOption, ModelArgument, PrecisionOption, app, media_or_text, note_windows, out, plain
 
 
 @app.command()
@@ -18,12 +18,13 @@ def classify(
     column: Annotated[str | None, typer.Option(help="Answer in this text column.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Answers to show.")] = 3,
     device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
 ) -> None:
     """Name what is in an image or a recording, with probabilities.
 
     Example: plait classify runs/demo runs/demo/files/images/0003.png
     """
-    loaded = plait.load(model, device)
+    loaded = plait.load(model, device, precision)
     wanted = [label.strip() for label in labels.split(",")] if labels else None
     for file in files:
         value = media_or_text(file)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import plait
-from plait.console import DeviceOption, ModelArgument, SeedOption, app, out, write
+from plait.console import DeviceOption, ModelArgument, PrecisionOption, SeedOption, app, out, write
 
 
 @app.command()
@@ -21,6 +21,7 @@ def draw(
     seed: SeedOption = 0,
     out_file: Annotated[Path, typer.Option("-o", "--out", help="A PNG file.")] = Path("drawing.png"),
     device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
 ) -> None:
     """Draw images of texts.
 
@@ -28,7 +29,7 @@ def draw(
     """
     from plait.search.contact_sheet import contact_sheet
 
-    loaded = plait.load(model, device)
+    loaded = plait.load(model, device, precision)
     images = [p for text in texts for p in loaded.draw(text, n=n, best_of=best_of, guidance=guidance, seed=seed)]
     write(out_file, contact_sheet(images, n if len(texts) > 1 else None))
     out.print(f"{len(images)} drawn: {out_file}")

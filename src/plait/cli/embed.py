@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 import plait
-from plait.console import DeviceOption, ModelArgument, app, media_or_text, note_windows, out, plain, write
+from plait.console import (
+    DeviceOption,
+    ModelArgument,
+    PrecisionOption,
+    app,
+    media_or_text,
+    note_windows,
+    out,
+    plain,
+    write,
+)
 
 
 @app.command()
@@ -17,6 +27,7 @@ def embed(
     inputs: Annotated[list[str], typer.Argument(help="Texts, images and recordings.")],
     out_file: Annotated[Path | None, typer.Option("-o", "--out", help="A .npy file; default: JSON lines.")] = None,
     device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
 ) -> None:
     """Place texts, images and audio clips in one space.
 
@@ -27,7 +38,7 @@ def embed(
 
     import numpy as np
 
-    loaded = plait.load(model, device)
+    loaded = plait.load(model, device, precision)
     values = [media_or_text(value) for value in inputs]
     for value in values:
         note_windows(loaded, value)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import plait
-from plait.console import DeviceOption, SeedOption, app, err, out, plain, show_metrics
+from plait.console import DeviceOption, PrecisionOption, SeedOption, app, err, out, plain, show_metrics
 
 
 @app.command()
@@ -21,6 +21,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print metrics.json.")] = False,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
 ) -> None:
     """Measure a run on held-out data, beside chance and a simple baseline; writes metrics.json and report.html.
 
@@ -28,7 +29,7 @@ def evaluate(
     """
     evaluation = plait.evaluate(
         run, data=data, split=split, limit=limit, reference_seconds=reference_seconds, seed=seed, device=device,
-        progress=True,
+        precision=precision, progress=True,
     )  # fmt: skip
     for note in evaluation.notes:
         err.print(f"[yellow]Note:[/yellow] {plain(note)}")

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import plait
-from plait.console import DeviceOption, ModelArgument, SeedOption, app, out
+from plait.console import DeviceOption, ModelArgument, PrecisionOption, SeedOption, app, out
 
 
 @app.command()
@@ -34,12 +34,13 @@ def generate(
     do_sample: Annotated[bool | None, typer.Option(help="Sample; by itself where several are asked for.")] = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
 ) -> None:
     """Continue a text.
 
     Example: plait generate gpt2 "Hello, how are you?" --max-length 50 --num-return-sequences 5
     """
-    made = plait.load(model, device).generate(
+    made = plait.load(model, device, precision).generate(
         prompt, max_length=max_length, max_new_tokens=max_new_tokens, num_return_sequences=num_return_sequences,
         do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p,
         min_p=min_p,

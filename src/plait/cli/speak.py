@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import plait
-from plait.console import DeviceOption, ModelArgument, SeedOption, app, out, write
+from plait.console import DeviceOption, ModelArgument, PrecisionOption, SeedOption, app, out, write
 
 
 @app.command()
@@ -19,6 +19,7 @@ def speak(
     seed: SeedOption = 0,
     out_file: Annotated[Path, typer.Option("-o", "--out", help="A WAV file.")] = Path("speech.wav"),
     device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
 ) -> None:
     """Say a text.
 
@@ -26,6 +27,6 @@ def speak(
     """
     from plait.modalities.audio_files import encode_wav
 
-    wave, rate = plait.load(model, device).speak(text, n=1, guidance=guidance, seed=seed)[0]
+    wave, rate = plait.load(model, device, precision).speak(text, n=1, guidance=guidance, seed=seed)[0]
     write(out_file, encode_wav(wave, rate))
     out.print(f"{len(wave) / rate:.2f} s of audio: {out_file}")

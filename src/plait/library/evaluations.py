@@ -99,6 +99,7 @@ def evaluate(
     reference_seconds: float = 15.0,
     seed: int = 0,
     device: str = "auto",
+    precision: str = "auto",
     progress: bool | None = None,
 ) -> Evaluation:
     """Measure a run on held-out data; writes `metrics.json` and `report.html` into its folder.
@@ -111,6 +112,7 @@ def evaluate(
         reference_seconds: time to train the classifier that judges drawings and speech.
         seed: of samples and of what is written.
         device: auto, cpu, cuda or mps.
+        precision: as in `plait.load`.
         progress: as in `plait.train`.
 
     Returns:
@@ -124,7 +126,7 @@ def evaluate(
     if data is None:
         data = Run(folder).dataset_path
     dataset = data if isinstance(data, Dataset) else Dataset.open(data)
-    model = load(folder, device)
+    model = load(folder, device, precision)
     if not isinstance(model, Model):
         raise PlaitError(f"{folder} is no model that plait trained; evaluation needs a run.")
     with ProgressBar(progress) as bar:
