@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from conftest import make_image
 from plait.core.errors import PlaitError
+from plait.data.dataset import Dataset
 from plait.studio import jobs
 from plait.studio.app import Studio, make_app
 from plait.studio.labels import LabelEdits
@@ -249,6 +250,13 @@ def test_a_linked_folder_is_only_read(client: TestClient, workspace: Workspace, 
     assert list_project(workspace.project("p")).labels == {"disc": 1}
     assert client.post("/p/p/uploads", json={"name": "x.png", "size": 1}).status_code == 400
     assert client.get("/p/p/file", params={"file": "../../etc/passwd"}).status_code == 400
+    assert (
+        client.post("/p/p/labels", json={"action": "move", "files": ["disc/a.png"], "label": "ring"}).status_code == 200
+    )
+    jobs.start(workspace, jobs.Job(workspace.project("p").folder, "1", ("--steps", "1")))
+    finished(workspace.project("p"), "1")  # one record cannot be trained on, but it was prepared with its new label
+    dataset = Dataset.open(workspace.project("p").data)
+    assert dataset.texts("label") == ["ring"] and [path.name for path in (tmp_path / "mine").iterdir()] == ["disc"]
     client.post("/p/p/delete")
     assert (tmp_path / "mine" / "disc" / "a.png").exists() and not workspace.projects()
 

@@ -17,8 +17,10 @@ import numpy as np
 
 from plait.core.errors import PlaitError
 from plait.core.files import write_atomic
+from plait.modalities.media import MEDIA
 from plait.studio.jobs import Job, read_job
-from plait.studio.listing import write_labels
+from plait.studio.labels import LabelEdits
+from plait.studio.listing import list_project, write_labels
 from plait.studio.workspace import Project
 
 PREDICTIONS = 400  # records of test that are shown
@@ -53,22 +55,34 @@ def _work(project: Project, job: Job) -> Job:
     steps = (("preparing", prepare), ("training", train), ("evaluating", evaluate))
     for stage, command in steps:
         job = job.at(stage)  # type: ignore[arg-type]
-        if stage == "preparing":
-            if _is_prepared(project):
-                continue
-            write_labels(project)
-        _run(command)
-        if stage == "preparing":
+        if stage != "preparing":
+            _run(command)
+        elif not _is_prepared(project):
+            _prepare(project, command)
             write_atomic(project.folder / "prepared.json", json.dumps({"state": _state(project)}))
     job = job.at("predicting")
     write_predictions(project, job)
     return job
 
 
+def _prepare(project: Project, command: list[str]) -> None:
+    """Make the dataset; where labels of a linked folder were edited, from rows in memory: nothing is written there."""
+    write_labels(project)
+    if project.linked is None or not LabelEdits(project.folder / "labels.jsonl").edits:
+        _run(command)
+        return
+    import plait
+
+    rows = [
+        {item.kind: project.source / item.path, **({"label": item.label} if item.label else {})}
+        for item in list_project(project).items
+        if item.kind in MEDIA
+    ]
+    plait.prepare(rows, project.data)
+
+
 def _state(project: Project) -> dict[str, float | str]:
     """What the dataset was made of: it is made again where this changes."""
-    from plait.studio.listing import list_project
-
     listing = list_project(project)
     edits = project.folder / "labels.jsonl"
     newest = max((_mtime(project, item.path) for item in listing.items), default=0.0)
