@@ -534,3 +534,17 @@ class Engine:
         x = embed_tokens(torch.from_numpy(feed).to(self.device.torch), self.table)
         self.hidden[: self.used] = self.decoder.step(x, self.cache, self.lengths[: self.used])
         self.lengths[: self.used] += 1
+        trained = self.model.config.backbone.trained_length
+        if trained is not None and (self.lengths[: self.used] == trained + 1).any():
+            self._read_anew(trained + 1)
+
+    def _read_anew(self, length: int) -> None:
+        """Read rows of this length as a whole: they have just outgrown LongRoPE's trained length, and from there on all
+        of their positions are turned by other factors."""
+        entries = []
+        for sample in self.samples:
+            if self.lengths[sample.row] == length:
+                whole = Sequence().extend(sample.job.request.context).read_ids(sample.ids)
+                entries.append((whole, [sample.row]))
+        for entry in entries:
+            self._prefill([entry])
