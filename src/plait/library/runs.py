@@ -14,6 +14,7 @@ from plait.core.files import read_json
 from plait.core.frames import data_frame, html_table
 from plait.core.progress import ProgressBar
 from plait.data.dataset import Dataset
+from plait.data.stores import read_place
 from plait.library.datasets import open_or_prepare
 from plait.training.callbacks import Callback, TensorBoard
 from plait.training.run import Progress
@@ -95,7 +96,7 @@ class Run:
         facts = self.metadata
         if "dataset" not in facts:
             raise PlaitError(f"{self.folder / 'run.json'} does not say which dataset it is of.")
-        return str(facts["dataset"])
+        return str(read_place(facts["dataset"], self.folder))
 
     @property
     def finished(self) -> bool:
@@ -287,7 +288,7 @@ def train(
     folder = Path(out).expanduser()
     with distributed.processes() as group, ProgressBar(progress if group.is_main else False) as bar:
         with group.main_first():
-            data = open_or_prepare(dataset, folder / "data", settings, bar)
+            data = open_or_prepare(dataset, folder / "data", settings, bar, allow_changes)
         say = tell if tell is not None and group.is_main else lambda line: None
         if recipe is None or settings.training.task != "auto":  # a recipe without a task is taken as it is
             settings = _derived(data, settings, say)
