@@ -60,21 +60,11 @@ TWINS = {
 }
 # Of these every option must be an argument of the function.
 WHOLE = ("prepare", "train", "evaluate", "tune", "transfer", "plan", "demo", "export", "generate", "classify")
-SHOWS = {
-    "as_json",
-    "out_folder",
-    "run",
-    "study",
-    "device",
-    "precision",
-    "model",
-    "files",
-    "inputs",
-    "prompt",
-    "source",
-    "dataset",
-}
-OTHER = {("train", "processes")}  # `--processes` starts the program several times, as torchrun does
+SHOWS = {"as_json", "out_folder", "run", "study", "device", "model", "files", "inputs", "prompt", "source", "dataset"}
+OTHER = {
+    ("train", "processes"),  # starts the program several times, as torchrun does
+    ("generate", "precision"), ("classify", "precision"),  # arguments of `plait.load`
+}  # fmt: skip
 
 
 def _commands() -> Iterator[tuple[str, Any]]:

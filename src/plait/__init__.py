@@ -17,6 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from plait.core import dist
+from plait.core import isa as _isa  # noqa: F401 (PLAIT_ISA must reach the environment before torch loads)
 
 if TYPE_CHECKING:
     from plait.core.errors import PlaitError
