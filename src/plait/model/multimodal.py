@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as ListOf
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -170,6 +171,8 @@ def collate(
 class TokenEmbedding(nn.Module):
     """One row a token, (V, D). A code's row is a free row plus one row for each of its FSQ digits, so that codes
     that decode alike start alike."""
+
+    optimizer_groups: ClassVar = {"*": "no_decay"}  # a row belongs to one token alone
 
     def __init__(self, vocabulary: Vocabulary, width: int, std: float) -> None:
         super().__init__()
