@@ -172,6 +172,7 @@ def train_run(
     dataset: Dataset, run: Path, recipe: Any, device: str, allow_changes: bool = False, group: Group | None = None
 ) -> None:
     from plait.core.errors import Terminated
+    from plait.core.files import link_target
     from plait.evaluation.findings import Findings
     from plait.recommend.model import embedder
     from plait.reports.report import read_run, write_report
@@ -186,7 +187,7 @@ def train_run(
             )  # fmt: skip
         except (KeyboardInterrupt, Terminated) as stop:
             last = run / "checkpoints" / "last"
-            state = f"Saved: {last.resolve().name}" if last.exists() else "There is no checkpoint yet"
+            state = f"Saved: {link_target(last) or last.name}" if last.exists() else "There is no checkpoint yet"
             how = "Stopped by SIGTERM" if isinstance(stop, Terminated) else "Stopped"
             err.print(f"\n{how}. {state}; the same command goes on from there: {run}")
             raise

@@ -60,13 +60,15 @@ def save(
         write_json(aside / "config.json", {"model_type": "plait", "version": VERSION, **config, **facts})
         write_json(aside / "preprocessor_config.json", settings)
         write_json(aside / "generation_config.json", checkpoint.generation.model_dump())
-        (aside / "tokenizer.json").write_text(checkpoint.text.tokenizer.to_str(pretty=True), encoding="utf-8")
+        (aside / "tokenizer.json").write_text(
+            checkpoint.text.tokenizer.to_str(pretty=True), encoding="utf-8", newline="\n"
+        )
         if checkpoint.text.settings:
             write_json(aside / "tokenizer_config.json", checkpoint.text.settings)
         write_tensors(aside / "model.safetensors", checkpoint.model.state_dict() if tensors is None else tensors)
         if checkpoint.catalogue is not None:
             checkpoint.catalogue.write(aside / ITEMS, media=False)
-        (aside / "README.md").write_text(model_card(checkpoint), encoding="utf-8")
+        (aside / "README.md").write_text(model_card(checkpoint), encoding="utf-8", newline="\n")
         if more is not None:
             more(aside)
         files = [f for f in sorted(aside.rglob("*")) if f.is_file()]
@@ -76,7 +78,7 @@ def save(
 
 def write_json(path: Path, value: object) -> None:
     """Into a folder that is still aside: whoever publishes it makes it last."""
-    path.write_text(json_text(value), encoding="utf-8")
+    path.write_text(json_text(value), encoding="utf-8", newline="\n")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
