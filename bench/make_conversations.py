@@ -26,8 +26,7 @@ from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
-from plait.cli.demo_data import Speech
-
+from plait.data.demo_data import Speech
 from plait.modalities.audio_files import encode_wav, resample
 
 SEED = 7

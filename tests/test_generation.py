@@ -14,11 +14,13 @@ from PIL import Image
 from plait.core.device import choose_device
 from plait.core.errors import PlaitError
 from plait.core.rng import uniform
+from plait.inference import scoring
 from plait.inference.decoder import Decoder
 from plait.inference.engine import Engine, Request
 from plait.inference.grammar import spans
 from plait.inference.model import Model, find_checkpoint, load
 from plait.inference.sampling import BatchSamplingParams, Sampling, draw
+from plait.kernels.linear import PackedLinear
 from plait.modalities.text import Text
 from plait.model import checkpoint as checkpoints
 from plait.model.checkpoint import Checkpoint
@@ -153,6 +155,29 @@ def test_alone_and_in_company(model, image, audio):
         ]
         for a, b in zip(alone.samples, result.samples, strict=True):
             assert a.logprobs is None or np.allclose(a.logprobs, b.logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "int8", "int4"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_in_fewer_bits(tied, precision, image):
+    """Held once, in the precision asked for; what is written stays near to what fp32 writes."""
+    exact, small = Model(make(tied, "rotary"), "cpu"), Model(make(tied, "rotary"), "cpu", precision)
+    network = small.checkpoint.model
+    kept = [module for module in network.modules() if isinstance(module, PackedLinear)]
+    if small.device.weights is not None:
+        bits = {"bf16": 16, "fp16": 16, "int8": 8.5, "int4": 5}[precision]
+        products = 4 * network.config.backbone.layers + (1 if tied else 2)
+        assert len(kept) == products and not network.token_embedding.free.numel()
+        padded = sum(-(-layer.out_features // 32) * 32 * -(-layer.in_features // 32) * 32 for layer in kept)
+        if kept[0].library is not None:
+            assert sum(layer.nbytes for layer in kept) == padded * bits / 8
+    context = exact.context([image], "caption")
+    request = Request(context, logprobs=True, max_new_tokens=1, n=1)
+    first, second = (model.engine.run([request])[0].samples[0].logprobs[0] for model in (exact, small))
+    assert first == pytest.approx(second, abs=0.3 if precision == "int4" else 0.05)
+    ids = exact.checkpoint.text.encode("a red heart")
+    first, second = (scoring.score(model.engine, [context], [ids])[0, 0] / len(ids) for model in (exact, small))
+    assert first == pytest.approx(second, abs=0.3 if precision == "int4" else 0.05)
 
 
 def test_log_probabilities_are_the_models_own(model, image):

@@ -1,36 +1,91 @@
 """Plait: one model that reads and writes text, images and audio from your own files.
 
-import plait
-model = plait.load("runs/digits")
-model.generate("Hello, how are you?", max_length=50, num_return_sequences=5)
+    import plait
+
+    dataset = plait.prepare("photos/", "data/photos")
+    run = plait.train(dataset, "runs/photos", minutes=10)
+    result = plait.evaluate(run)
+    model = plait.load("runs/photos")
+    model.classify("new.jpg")
+
+What is listed in `__all__` is imported when it is first asked for, so that `import plait` starts no torch.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from plait.core import isa as _isa  # noqa: F401 (first of all: PLAIT_ISA must be set before torch loads)
+from plait.core import dist
 
 if TYPE_CHECKING:
     from plait.core.errors import PlaitError
+    from plait.data.dataset import Dataset
     from plait.inference.model import Model, load
+    from plait.inference.results import Prediction, Predictions
+    from plait.library.datasets import prepare
+    from plait.library.demo import demo
+    from plait.library.evaluations import Evaluation, evaluate
+    from plait.library.exports import export
+    from plait.library.runs import Run, train
+    from plait.planning.api import plan
     from plait.search.index import Index
+    from plait.training.callbacks import Callback
+    from plait.transfer_learning.api import transfer
+    from plait.tuning.api import tune
 
-__all__ = ["Index", "Model", "PlaitError", "load"]
+__version__ = dist.VERSION
+
+__all__ = [
+    "Callback",
+    "Dataset",
+    "Evaluation",
+    "Index",
+    "Model",
+    "PlaitError",
+    "Prediction",
+    "Predictions",
+    "Run",
+    "__version__",
+    "demo",
+    "evaluate",
+    "export",
+    "load",
+    "plan",
+    "prepare",
+    "train",
+    "transfer",
+    "tune",
+]
+
+# Name -> the module that has it.
+_MODULES = {
+    "Callback": "plait.training.callbacks",
+    "Dataset": "plait.data.dataset",
+    "Evaluation": "plait.library.evaluations",
+    "Index": "plait.search.index",
+    "Model": "plait.inference.model",
+    "PlaitError": "plait.core.errors",
+    "Prediction": "plait.inference.results",
+    "Predictions": "plait.inference.results",
+    "Run": "plait.library.runs",
+    "demo": "plait.library.demo",
+    "evaluate": "plait.library.evaluations",
+    "export": "plait.library.exports",
+    "load": "plait.inference.model",
+    "plan": "plait.planning.api",
+    "prepare": "plait.library.datasets",
+    "train": "plait.library.runs",
+    "transfer": "plait.transfer_learning.api",
+    "tune": "plait.tuning.api",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when asked for: torch takes seconds, and `plait --help` should not.
-    if name in ("Model", "load"):
-        from plait.inference import model
+    if name not in _MODULES:
+        raise AttributeError(f"module 'plait' has no attribute '{name}'")
+    return getattr(import_module(_MODULES[name]), name)
 
-        return getattr(model, name)
-    if name == "Index":
-        from plait.search.index import Index
 
-        return Index
-    if name == "PlaitError":
-        from plait.core.errors import PlaitError
-
-        return PlaitError
-    raise AttributeError(f"module 'plait' has no attribute '{name}'")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

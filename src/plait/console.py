@@ -1,24 +1,21 @@
-"""What the commands share: the application, consoles, kinds of options, a progress bar."""
+"""What the commands share: the application, consoles, kinds of options."""
 
 from __future__ import annotations
 
 import contextlib
 import re
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
     from plait.data.dataset import Manifest
     from plait.hf.pretrained import Pretrained
     from plait.inference.model import Model
-    from plait.training.run import Progress as TrainingProgress
 
 
 app = typer.Typer(
@@ -36,6 +33,9 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 ModelArgument = Annotated[str, typer.Argument(help="A run, a checkpoint, or a Hugging Face name or folder.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+PrecisionOption = Annotated[
+    str, typer.Option(help="auto, fp32, bf16; on a processor also fp16, int8, int4: weights kept so, in less memory.")
+]
 SeedOption = Annotated[int, typer.Option(help="The same seed gives the same result.")]
 RunArgument = Annotated[Path, typer.Argument(help="A run's folder.")]
 
@@ -43,41 +43,6 @@ RunArgument = Annotated[Path, typer.Argument(help="A run's folder.")]
 def plain(text: str) -> str:
     """Text that rich shows as it is."""
     return text.replace("[", "\\[")
-
-
-class Bar:
-    """A bar for each stage of long work; on a pipe, a line now and then instead."""
-
-    def __init__(self) -> None:
-        self.bars = Progress(
-            TextColumn("{task.description:14}"), BarColumn(30), TextColumn("{task.percentage:3.0f} %"),
-            TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=err,
-        )  # fmt: skip
-        self.tasks: dict[str, Any] = {}
-        self.told: dict[str, float] = {}
-
-    def __enter__(self) -> Bar:
-        if err.is_terminal:
-            self.bars.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.bars.stop()
-
-    def __call__(self, stage: str, done: int, total: int | None, note: str = "") -> None:
-        if err.is_terminal:
-            if stage not in self.tasks:
-                self.tasks[stage] = self.bars.add_task(stage, total=total, note="")
-            self.bars.update(self.tasks[stage], completed=done, total=total, note=note)
-        elif done == total or time.monotonic() - self.told.get(stage, 0.0) > 20:
-            self.told[stage] = time.monotonic()
-            err.print(f"{stage}: {done}{f'/{total}' if total else ''}{f'  {note}' if note else ''}")
-
-    def training(self, progress: TrainingProgress) -> None:
-        """What the trainer tells."""
-        losses = "  ".join(f"{name.replace('contrastive:', '')} {value:.3f}" for name, value in progress.losses.items())
-        rate = f"  {progress.tokens_per_second:,.0f} tokens/s" if progress.tokens_per_second else ""
-        self(progress.stage, progress.done, progress.total, losses + rate + progress.note)
 
 
 def show_manifest(manifest: Manifest, folder: str | Path) -> None:
@@ -106,18 +71,22 @@ def show_manifest(manifest: Manifest, folder: str | Path) -> None:
 
 
 def media_or_text(value: str) -> str | Path:
-    """An argument that names a file is that file; anything else is text."""
-    if not re.search(r"\.(png|jpe?g|gif|webp|bmp|tiff?|wav|flac|ogg|opus|mp3)$", value, re.IGNORECASE):
-        return value
-    path = Path(value)
-    with contextlib.suppress(OSError):  # a name longer than names may be
+    """An argument that names a file is that file; what looks like a path and is not there is an error; anything else is
+    text. Raises PlaitError."""
+    from plait.core.errors import PlaitError
+    from plait.modalities.media import kind_of_suffix
+
+    path = Path(value).expanduser()
+    with contextlib.suppress(OSError, ValueError):  # a name longer than names may be, or with a NUL
         if path.is_file():
             return path
-    if re.search(r"\s", value):
-        return value  # a sentence that ends like a file
-    from plait.core.errors import PlaitError
-
-    raise PlaitError(f"{value} does not exist.")
+        if "/" in value and path.is_dir():
+            raise PlaitError(f"{value} is a folder. Name a file, or write text that is no path.")
+    spaced = re.search(r"\s", value) is not None  # a sentence may end like a file, or hold a stroke
+    rooted = value.startswith(("/", "./", "../", "~/")) and "." in path.name
+    if not spaced and (rooted or kind_of_suffix(path.suffix)):
+        raise PlaitError(f"{value} does not exist.")
+    return value
 
 
 def existing(path: Path) -> Path:

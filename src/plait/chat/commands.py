@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from plait.console import DeviceOption, ModelArgument, SeedOption, app, err, out, plain, write
+from plait.console import DeviceOption, ModelArgument, PrecisionOption, SeedOption, app, err, out, plain, write
 
 if TYPE_CHECKING:
     from plait.chat.chat import Session
@@ -27,11 +27,14 @@ def chat(
     model: ModelArgument,
     system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest words.")] = None,
-    top_p: Annotated[float | None, typer.Option()] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample among the likeliest tokens that together have this probability.")
+    ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Of each reply.")] = None,
     images: Annotated[Path, typer.Option(help="Where /draw puts its files.")] = Path(),
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
 ) -> None:
     """Talk with a model. A line is a message; /help shows the commands. Messages may come through a pipe.
 
@@ -42,7 +45,7 @@ def chat(
     from plait.hf import hub
     from plait.inference.model import Model, find_checkpoint, load
 
-    loaded = load(model, device)
+    loaded = load(model, device, precision)
     if not isinstance(loaded, Model):
         raise PlaitError(f"{model} cannot chat; it can {', '.join(loaded.verbs)}.")
     session = Session(Chat(loaded, find_checkpoint(model) or hub.find(model)), system)

@@ -3,46 +3,76 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
+from pathlib import Path
+
+from typer.models import CommandInfo
 
 # A thread that waits for another must not spin while somebody else could use the processor; read when torch loads.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
-from plait.cli import doctor, evaluate, recipes, serve, train, use
+from plait.cli import (
+    checkpoint,
+    classify,
+    demo,
+    describe,
+    doctor,
+    draw,
+    embed,
+    evaluate,
+    export,
+    generate,
+    key,
+    prepare,
+    recipes,
+    serve,
+    sizes,
+    speak,
+    train,
+    transcribe,
+)
 from plait.console import app, err, plain
 from plait.core.features import features
 
-PANELS = ("From files to a model", "Measure", "Use a model", "Understand a model", "Serve", "Check and foresee")
+# A heading of `plait --help` -> the modules whose commands stand under it, before those of features.
+PANELS = {
+    "From files to a model": (prepare, train, recipes, checkpoint),
+    "Measure": (evaluate, demo),
+    "Use a model": (generate, classify, describe, transcribe, draw, speak, embed, export),
+    "Understand a model": (),
+    "Serve": (serve, key),
+    "Check and foresee": (doctor, sizes),
+}
 
 
 def _arrange_commands() -> None:
-    """Import the features' commands, and put all commands under the panels of --help, in the order of `PANELS`."""
-    panels = {
-        train.__name__: "From files to a model",
-        recipes.__name__: "From files to a model",
-        evaluate.__name__: "Measure",
-        use.__name__: "Use a model",
-        serve.__name__: "Serve",
-        doctor.__name__: "Check and foresee",
-    }
+    """Import the features' commands, and put all commands under their headings, in the order of `PANELS`."""
+    panels = {module.__name__: panel for panel, modules in PANELS.items() for module in modules}
     for feature in features():
         if feature.commands is not None:
             importlib.import_module(feature.commands)
             panels[feature.commands] = feature.panel
+    headings, modules = list(PANELS), list(panels)
+
+    def place(command: CommandInfo) -> tuple[int, int]:
+        module = getattr(command.callback, "__module__", "")
+        return headings.index(panels[module]), modules.index(module)
+
+    app.registered_commands.sort(key=place)
     for command in app.registered_commands:
-        assert command.callback is not None
-        command.rich_help_panel = panels[command.callback.__module__]
-    modules = list(panels)
-    app.registered_commands.sort(
-        key=lambda command: (
-            PANELS.index(str(command.rich_help_panel)),
-            modules.index(getattr(command.callback, "__module__", "")),
-        )
-    )
+        command.rich_help_panel = panels[getattr(command.callback, "__module__", "")]
 
 
 _arrange_commands()
+
+
+def _expanded(argument: str) -> str:
+    """`--out=~/data` with the user's home in place of `~`, as the shell puts it where a space stands before."""
+    option, equals, value = argument.partition("=")
+    tilde = equals and option.startswith("--") and (value == "~" or value.startswith("~/"))
+    return f"{option}={Path(value).expanduser()}" if tilde else argument
 
 
 def main() -> None:
@@ -50,8 +80,12 @@ def main() -> None:
     from plait.core import isa
     from plait.core.errors import PlaitError, Terminated
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding lacks is shown as its code
+            stream.reconfigure(errors="backslashreplace")
     try:
         isa.cap()
+        sys.argv[1:] = map(_expanded, sys.argv[1:])
         app()
     except PlaitError as error:
         err.quiet = False

@@ -1,4 +1,4 @@
-"""Commands of the server: serve, key."""
+"""The command that serves models over HTTP."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from plait.console import DeviceOption, app, out
+from plait.console import DeviceOption, PrecisionOption, app, out
 
 
 @app.command()
@@ -25,10 +25,12 @@ def serve(
     request_seconds: Annotated[float, typer.Option(min=0.1, help="The longest that a request may take.")] = 120.0,
     read_seconds: Annotated[float, typer.Option(min=0.5, help="The longest that a client may stand still.")] = 10.0,
     drain_seconds: Annotated[float, typer.Option(min=0, help="What open requests have left at SIGTERM.")] = 10.0,
-    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
+    precision: PrecisionOption = "auto",
     index: Annotated[
         list[str] | None, typer.Option(help="An index to search in, made by one of the models; NAME=INDEX renames.")
     ] = None,
+    alias: Annotated[list[str] | None, typer.Option(help="NAME=MODEL: a further name of a model.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse fields that have no effect.")] = False,
     ui: Annotated[bool, typer.Option("--ui", help="A page to try the models in, at /.")] = False,
     device: DeviceOption = "auto",
 ) -> None:
@@ -38,7 +40,7 @@ def serve(
     """
     from plait.core.dist import check_extra
 
-    _check_serve_extra()
+    check_serve_extra()
     if ui:
         check_extra("gradio", "ui", "--ui")
     if index:
@@ -57,7 +59,7 @@ def serve(
     )
     run(
         models, host, port, key_file=api_key_file, allow_hosts=allow_host, allow_origins=allow_origin, device=device,
-        precision=precision, indexes=index, ui=ui, limits=limits,
+        precision=precision, indexes=index, ui=ui, aliases=alias, strict=strict, limits=limits,
         tell=lambda url: out.print(
             f"Serving at {url}/v1 {f'with a page at {url} ' if ui else ''}(Ctrl-C stops)\n"
             f"A step of generation: {backend_name(choose_device(device, precision))}"
@@ -65,22 +67,7 @@ def serve(
     )  # fmt: skip
 
 
-@app.command()
-def key(
-    file: Annotated[Path, typer.Argument(help="Where hashes of keys are kept.")],
-    name: Annotated[str, typer.Option(help="Whose key it is.")] = "default",
-) -> None:
-    """Make an API key: it is shown once, and only its hash is kept.
-
-    Example: plait key keys.txt --name alice
-    """
-    _check_serve_extra()
-    from plait.server.limits import new_key
-
-    out.print(new_key(file, name))
-
-
-def _check_serve_extra() -> None:
+def check_serve_extra() -> None:
     """Raise PlaitError with the line to type where a package of the extra is missing."""
     from plait.core.dist import check_extra
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,11 +92,17 @@ class LoraRecipe(_Settings):
     alpha: float = Field(16.0, gt=0)  # the updates count alpha / rank times
 
 
+Task = Literal["auto", "recognise", "describe", "draw", "language", "chat", "reply", "recommend"]
+
+
 class TrainingRecipe(_Settings):
+    task: Task = "auto"  # what the model is wanted for; auto sees it in the data
     minutes: float | None = Field(None, gt=0)  # for codecs and model together
     steps: int | None = Field(None, ge=1)  # of the model; instead of minutes
     codec_steps: int | None = Field(None, ge=1)
     codec_share: float = Field(0.1, ge=0, lt=0.5)  # of the minutes, for each codec
+    recogniser_steps: int | None = Field(None, ge=1)  # of each encoder that is trained on labels
+    recogniser_share: float = Field(0.7, ge=0, lt=1)  # of the minutes, for these encoders together
     batch_size: int | None = Field(None, ge=2)  # records, or windows of text
     learning_rate: float | None = Field(None, gt=0)
     codec_learning_rate: float = Field(3e-3, gt=0)
@@ -213,6 +220,21 @@ def load_recipe(path: str | Path | None, overrides: dict[str, dict[str, Any]] | 
         if known:
             raw[section] = {**(raw.get(section) or {}), **known}
     return parse_recipe(raw, str(path or "the options"))
+
+
+def as_recipe(recipe: Recipe | str | Path | Mapping[str, Any] | None, overrides: dict[str, dict[str, Any]]) -> Recipe:
+    """A recipe from what people give: none, the path of a YAML file, a dictionary, or a Recipe; with overrides by
+    section laid over it, of which None says nothing.
+
+    Raises PlaitError naming the key that is unknown or wrong.
+    """
+    if recipe is None or isinstance(recipe, (str, Path)):
+        return load_recipe(recipe, overrides)
+    raw = recipe.model_dump(mode="json", exclude_unset=True) if isinstance(recipe, Recipe) else dict(recipe)
+    for section, values in overrides.items():
+        if known := {key: value for key, value in values.items() if value is not None}:
+            raw[section] = {**(raw.get(section) or {}), **known}
+    return parse_recipe(raw, "the recipe")
 
 
 def parse_recipe(raw: dict[str, Any], where: str) -> Recipe:

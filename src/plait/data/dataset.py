@@ -19,6 +19,7 @@ from plait.core.errors import PlaitError
 from plait.core.files import intact
 from plait.data.record import SPLITS, Record
 from plait.data.stores import Location, join, location, open_binary, size
+from plait.data.views import DatasetViews
 
 VERSION = 1
 _CACHE_BYTES = 256 << 20
@@ -58,6 +59,7 @@ class Manifest(BaseModel):
 
     version: int
     source: str
+    source_stamp: str = ""  # a hash of the names, sizes and times of the source's files
     seed: int
     columns: dict[str, str]
     counts: dict[str, int]
@@ -100,7 +102,7 @@ def _sha256(place: Location) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
-class Dataset:
+class Dataset(DatasetViews):
     """Prepared records, numbered from 0 over all splits: train, then val, then test. Safe to use from threads."""
 
     def __init__(self, path: Location, manifest: Manifest) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from plait.core.device import exact_products
 from plait.core.dist import import_extra
 from plait.core.errors import PlaitError
 from plait.core.files import publish_folder, write_atomic, write_json
-from plait.hf.huggingface import layout
+from plait.hf.architectures import ARCHITECTURES, Architecture, Biases, layout
 from plait.modalities.base import END, PAD, Vocabulary
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import Multimodal
@@ -43,17 +44,19 @@ def export_transformers(checkpoint: Checkpoint, folder: Path) -> str:
     """
     must_be_free(folder)
     model = checkpoint.model
-    family = family_of(model)
+    architecture = architecture_of(model)
     size = exported_size(model.vocabulary)
     tokenizer, names = extended_tokenizer(checkpoint)
     with publish_folder(folder) as aside:
-        write_json(aside / "config.json", _config(model, family, size))
+        write_json(aside / "config.json", _config(model, architecture, size))
         write_json(aside / "generation_config.json", _generation(checkpoint, size))
-        save_file(_tensors(model, family, size), aside / "model.safetensors", metadata={"format": "pt"})
+        save_file(_tensors(model, architecture, size), aside / "model.safetensors", metadata={"format": "pt"})
         write_atomic(aside / "tokenizer.json", tokenizer)
         write_json(aside / "tokenizer_config.json", _tokenizer_config(checkpoint, names))
-        write_atomic(aside / "README.md", card(checkpoint, f"a causal language model of type `{family}`"))
-    return family
+        write_atomic(
+            aside / "README.md", card(checkpoint, f"a causal language model of type `{architecture.model_type}`")
+        )
+    return architecture.model_type
 
 
 def must_be_free(folder: Path) -> None:
@@ -61,30 +64,70 @@ def must_be_free(folder: Path) -> None:
         raise PlaitError(f"{folder} exists and is not an empty folder. Name a new one, or delete it first.")
 
 
-def family_of(model: Multimodal) -> str:
-    """Which architecture of transformers computes the same as this backbone: qwen3, llama or gpt2.
+def architecture_of(model: Multimodal) -> Architecture:
+    """Which architecture of transformers computes the same as this backbone.
 
     Raises PlaitError naming the switch that none of them has.
     """
     c = model.config.backbone
-    if (c.position, c.norm, c.activation) == ("rotary", "rms", "swiglu"):
-        if not c.qk_norm:
-            if c.width % c.heads:
-                raise _refused(f"Llama wants width ({c.width}) to be a multiple of heads ({c.heads})")
-            return "llama"
+    if c.position == "learned":
+        return ARCHITECTURES[_like_gpt2(c)]
+    if c.norm != "rms" or not c.gated:
+        raise _refused(
+            f"no architecture has position {c.position}, norm {c.norm} and activation {c.activation} together"
+        )
+    if c.activation == "geglu_tanh":
+        gemma = c.post_norm and c.qk_norm and c.local_rope_theta and c.embed_scale == math.sqrt(c.width)
+        if not gemma or c.layers_without_rotary or c.qkv_bias or c.bias:
+            raise _refused("Gemma 3 has GeGLU with all of its norms, windows and scaled embeddings, and no biases")
+        return ARCHITECTURES["gemma3_text"]
+    if c.post_norm or c.embed_scale != 1.0 or c.local_rope_theta:
+        raise _refused("post_norm, embed_scale and local_rope_theta go with activation geglu_tanh")
+    return ARCHITECTURES[_like_llama(model)]
+
+
+def _like_gpt2(c: TransformerConfig) -> str:
+    if c.norm != "layer" or c.gated:
+        raise _refused(
+            f"no architecture has position {c.position}, norm {c.norm} and activation {c.activation} together"
+        )
+    if c.qk_norm:
+        raise _refused("GPT-2 has no qk_norm")
+    if c.layer_types is not None:
+        raise _refused("GPT-2 has no sliding windows")
+    if c.kv_heads != c.heads or c.heads * c.head_width != c.width:
+        raise _refused("GPT-2 has no grouped heads, and heads x head_width is its width")
+    return "gpt2"
+
+
+def _like_llama(model: Multimodal) -> str:
+    """The architecture of a backbone with rotary positions, RMS norms and SwiGLU."""
+    c = model.config.backbone
+    every_slides = c.layer_types is not None and set(c.layer_types) == {"sliding"}
+    if c.layers_without_rotary:
+        if c.qk_norm:
+            raise _refused("SmolLM3 has layers without rotary positions, and no qk_norm")
+        return "smollm3"
+    if c.qk_norm:
         biases = [
             p for name, p in model.backbone.named_parameters() if name.endswith(("feed_in.bias", "feed_out.bias"))
         ]
         if any(bool(p.any()) for p in biases):
             raise _refused("Qwen3's feed-forward layers have no bias, and this model's do (bias: true)")
         return "qwen3"
-    if (c.position, c.norm) == ("learned", "layer") and c.activation != "swiglu":
-        if c.qk_norm:
-            raise _refused("GPT-2 has no qk_norm")
-        if c.kv_heads != c.heads or c.heads * c.head_width != c.width:
-            raise _refused("GPT-2 has no grouped heads, and heads x head_width is its width")
-        return "gpt2"
-    raise _refused(f"no architecture has position {c.position}, norm {c.norm} and activation {c.activation} together")
+    if c.trained_length is not None:
+        if c.qkv_bias or c.bias or (c.layer_types is not None and not every_slides):
+            raise _refused("Phi-3 has LongRoPE, no biases, and a window in every layer or in none")
+        return "phi3"
+    if c.qkv_bias and not c.bias:
+        return "qwen2"
+    if c.layer_types is not None:
+        if c.qkv_bias or c.bias or not every_slides:
+            raise _refused("Mistral has a window in every layer, and no biases")
+        return "mistral"
+    if c.width % c.heads:
+        raise _refused(f"Llama wants width ({c.width}) to be a multiple of heads ({c.heads})")
+    return "llama"
 
 
 def _refused(why: str) -> PlaitError:
@@ -100,82 +143,51 @@ def exported_size(vocabulary: Vocabulary) -> int:
     return vocabulary.text if plain else vocabulary.size
 
 
-def _biases(c: TransformerConfig, family: str) -> tuple[bool, bool]:
-    """(attention_bias, mlp_bias): theirs come for all projections of a part or none, the rest being zero."""
-    return c.qkv_bias or c.bias, c.bias and family == "llama"
+def _biases(c: TransformerConfig, architecture: Architecture) -> Biases:
+    """Theirs come for all projections of a part or none, the rest being zero."""
+    if architecture.model_type == "qwen2":
+        return Biases(qkv=True)
+    return Biases(c.qkv_bias or c.bias, c.qkv_bias or c.bias, c.bias and architecture.model_type != "qwen3")
 
 
 def _ends(vocabulary: Vocabulary) -> int | list[int]:
     return [vocabulary.end, *vocabulary.more_ends] if vocabulary.more_ends else vocabulary.end
 
 
-def _config(model: Multimodal, family: str, size: int) -> dict[str, Any]:
-    c, vocabulary = model.config.backbone, model.vocabulary
-    common = {
-        "model_type": family,
+def _config(model: Multimodal, architecture: Architecture, size: int) -> dict[str, Any]:
+    vocabulary = model.vocabulary
+    return {
+        "model_type": architecture.model_type,
+        "architectures": [architecture.class_name],
         "dtype": "float32",
         "vocab_size": size,
         "tie_word_embeddings": model.config.tied,
         "bos_token_id": None,
         "eos_token_id": _ends(vocabulary),
         "pad_token_id": vocabulary.pad if size > vocabulary.pad else None,
-    }
-    if family == "gpt2":
-        return common | {
-            "architectures": ["GPT2LMHeadModel"],
-            "n_embd": c.width,
-            "n_layer": c.layers,
-            "n_head": c.heads,
-            "n_inner": c.hidden,
-            "n_positions": c.max_length,
-            "activation_function": {"gelu_tanh": "gelu_new", "gelu": "gelu"}[c.activation],
-            "layer_norm_epsilon": c.norm_eps,
-            "attn_pdrop": c.dropout,
-            "embd_pdrop": c.dropout,
-            "resid_pdrop": c.dropout,
-        }
-    attention_bias, mlp_bias = _biases(c, family)
-    rope = {"rope_type": "default", **(c.rope_scaling or {}), "rope_theta": c.rope_theta}
-    return common | {
-        "architectures": [{"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[family]],
-        "hidden_size": c.width,
-        "num_hidden_layers": c.layers,
-        "num_attention_heads": c.heads,
-        "num_key_value_heads": c.kv_heads,
-        "head_dim": c.head_width,
-        "intermediate_size": c.hidden,
-        "max_position_embeddings": c.max_length,
-        "hidden_act": "silu",
-        "rms_norm_eps": c.norm_eps,
-        "attention_bias": attention_bias,
-        **({"mlp_bias": mlp_bias} if family == "llama" else {}),
-        "rope_parameters": rope,
-        # The same as readers before transformers 5 want it.
-        "rope_theta": c.rope_theta,
-        **({"rope_scaling": c.rope_scaling} if c.rope_scaling else {}),
+        **architecture.write(model.config.backbone),
     }
 
 
 @torch.no_grad()
-def _tensors(model: Multimodal, family: str, size: int) -> dict[str, Tensor]:
+def _tensors(model: Multimodal, architecture: Architecture, size: int) -> dict[str, Tensor]:
     c = model.config.backbone
     ours = {f"backbone.{name}": value for name, value in model.backbone.state_dict().items()}
     ours["token_embedding.free"] = model.token_embedding.table()[:size]
     if model.lm_head is not None:
         ours["lm_head.free"] = model.lm_head.table()[:size]
-    found = {}
-    for name, parts in layout(family, c, size, model.config.tied, *_biases(c, family)).items():
-        value = ours.get(name)
-        start = 0
-        for theirs, shape in parts:
+    tensors = {}
+    for name, parts in layout(architecture, c, size, model.config.tied, _biases(c, architecture)).items():
+        value, start = ours.get(name), 0
+        for part in parts:
             if value is None:  # a bias that they have and we do not
-                found[theirs] = torch.zeros(shape)
-            elif family == "gpt2" and name.startswith("backbone.blocks.") and value.ndim == 2:
-                found[theirs] = value.t()
-            else:
-                found[theirs] = value[start : start + shape[0]]
-                start += shape[0]
-    return {name: value.detach().float().cpu().contiguous().clone() for name, value in found.items()}
+                tensors[part.name] = torch.zeros(part.shape)
+                continue
+            rows = part.shape[1] if part.transposed else part.shape[0]
+            piece = value[start : start + rows].float() - part.offset
+            tensors[part.name] = piece.t() if part.transposed else piece
+            start += rows
+    return {name: value.detach().float().cpu().contiguous().clone() for name, value in tensors.items()}
 
 
 def _generation(checkpoint: Checkpoint, size: int) -> dict[str, Any]:
@@ -220,11 +232,6 @@ def extended_tokenizer(checkpoint: Checkpoint) -> tuple[str, dict[str, str]]:
     ]  # fmt: skip
     if vocabulary.columns and text.start:  # what was trained on records never saw an import's beginning of text
         content["post_processor"] = None
-    normal, nfc = content.get("normalizer"), {"type": "NFC"}  # as `Text` reads
-    if normal is None:
-        content["normalizer"] = nfc
-    elif normal != nfc:
-        content["normalizer"] = {"type": "Sequence", "normalizers": [nfc, normal]}
     result = json.dumps(content, ensure_ascii=False)
     check = Tokenizer.from_str(result)
     if wrong := [name for name, id in wanted.items() if check.token_to_id(name) != id]:

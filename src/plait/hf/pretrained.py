@@ -338,6 +338,7 @@ class Pretrained:
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
         repetition_penalty: float | None = None,
         seed: int = 0,
         n: int | None = None,
@@ -347,7 +348,7 @@ class Pretrained:
         if not isinstance(prompt, str) or not prompt:
             raise PlaitError(f"{self.name} continues a text. Give a prompt that is a str and not empty.")
         count = num_return_sequences if n is None else n
-        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         sampling = {key: value for key, value in sampling.items() if value is not None}
         if do_sample is None:
             do_sample = (count > 1 or bool(sampling)) and temperature != 0

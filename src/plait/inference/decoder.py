@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from plait.inference.sampling import LOWEST
 from plait.kernels import generation as native
 from plait.kernels.choice import KERNEL, PYTORCH, choose, question
 from plait.kernels.linear import DTYPES, PackedLinear
-from plait.model.transformer import Block, KVCache, RMSNorm, Transformer, View
+from plait.model.transformer import Block, KVCache, LayerType, RMSNorm, Transformer, View
 
 ROWS = (1, 8, 32)  # at which a step is timed
 PROBED = 2  # layers that are timed
@@ -54,6 +54,9 @@ class Packed(nn.Module):
             out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, "none", [], "")
             return out
         return F.linear(x, self.weight, self.bias)
+
+
+Norm = tuple[Tensor, Tensor | None]  # weight and bias; an RMS norm has no bias
 
 
 def nearest(rows: int) -> int:
@@ -139,12 +142,14 @@ class Decoder:
             ways = Ways.all(PYTORCH)
         elif packed or device.storage not in ("fp32", "bf16") or DTYPES[device.storage] is not device.dtype:
             ways = Ways.all(KERNEL)  # PyTorch has no such weights
+        elif not native.supports(config):
+            ways = Ways.all(PYTORCH)
         self.ways = ways or self._measured(backbone)
         networks: dict[str, Transformer] = {}
         for way in self.ways.used:
             networks[way] = copied(backbone, self._packed if way == KERNEL else self._plain, device.dtype, place)
         self.native: native.NativeStep | None = None
-        if self.library is not None and KERNEL in self.ways.steps.values():
+        if self.library is not None and KERNEL in self.ways.steps.values() and native.supports(config):
             self.native = native.NativeStep(self.library, networks[KERNEL], device.dtype)
         # In PyTorch on a processor, bf16 products of one query with its keys take longer than those in fp32.
         self.cache_dtype = torch.float32 if place.type == "cpu" and self.native is None else device.dtype
@@ -153,6 +158,9 @@ class Decoder:
         self.blocks: list[Block] = list(plain.blocks)  # type: ignore[arg-type]
         # `step` computes x / |x| * weight; `floor` is what epsilon becomes in it.
         self.norms = [(self._norm(block.attention_norm), self._norm(block.feed_norm)) for block in self.blocks]
+        self.post_norms: list[tuple[Norm, Norm]] = []
+        if config.post_norm:
+            self.post_norms = [(self._norm(b.attention_post_norm), self._norm(b.feed_post_norm)) for b in self.blocks]
         self.final_norm = self._norm(plain.final_norm)
         self.floor, self.qk_floor = (
             torch.tensor(math.sqrt(config.norm_eps * width), device=place)
@@ -220,21 +228,22 @@ class Decoder:
 
     def linear(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
         """The product of a few rows (B, in) with a weight (out, in), laid out as the step's own are."""
-        if self.native is not None:
+        if KERNEL in self.ways.used:
             return PackedLinear(weight, None, self.device.storage)
         return Packed(weight.to(self.device.dtype))
 
-    def _norm(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    def _norm(self, module: nn.Module) -> Norm:
         """The weight and bias that `_normalise` takes; an RMS norm has no bias."""
         if isinstance(module, RMSNorm):
             return module.weight.float() * math.sqrt(self.config.width), None
         assert isinstance(module, nn.LayerNorm)
         return module.weight.float(), module.bias.float()
 
-    def _normalise(self, x: Tensor, norm: tuple[Tensor, Tensor | None]) -> Tensor:
+    def _normalise(self, x: Tensor, norm: Norm) -> Tensor:
         weight, bias = norm
         if bias is not None:
             return F.layer_norm(x, x.shape[-1:], weight, bias, self.config.norm_eps).to(self.device.dtype)
+        x = x.float()
         return x.div(torch.linalg.vector_norm(x, 2, -1, True).hypot_(self.floor)).mul_(weight).to(self.device.dtype)
 
     def step(self, x: Tensor, cache: KVCache, lengths: np.ndarray) -> Tensor:
@@ -245,27 +254,63 @@ class Decoder:
         with exact_products(self.device.torch):
             return self._step(x, cache, int(lengths.max()) + 1, bool((lengths == lengths[0]).all()))
 
+    def _turns(self, at: Tensor, long: Tensor) -> dict[LayerType, tuple[Tensor, Tensor]]:
+        """What positions `at` (B,) multiply the halves of a head and its swapped halves by, by the type of layer:
+        (B, H + K, 1 or 2, E / 2) each. `long` (B,) are rows that LongRoPE's long factors turn."""
+        config, frequencies = self.config, self.whole.frequencies
+        if config.trained_length is not None:
+            frequencies = torch.where(long[:, None], self.whole.long_frequencies, frequencies)
+
+        def turned(frequencies: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+            angle = (at[:, None] * frequencies)[:, None, None]
+            return angle.cos() * (self.turn * scale), angle.sin() * (self.against * scale)
+
+        full = turned(frequencies, config.rotary_scale)
+        if config.local_rope_theta is None:
+            return {"full": full, "sliding": full}
+        return {"full": full, "sliding": turned(self.whole.local_frequencies, 1.0)}
+
+    def _hidden_keys(self, at: Tensor, total: int, even: bool) -> dict[LayerType, Tensor | None]:
+        """What is added to the scores of `total` keys, by the type of layer; None where all of them are seen."""
+        window = self.config.sliding_window or total
+        keys = torch.arange(total, device=at.device)
+        beyond = keys > at[:, None, None, None]
+        hidden: dict[LayerType, Tensor | None] = {}
+        for kind, mask, bites in (
+            ("full", beyond, not even),
+            ("sliding", beyond | (keys <= at[:, None, None, None] - window), not even or total > window),
+        ):
+            zeros = torch.zeros(mask.shape, device=at.device, dtype=self.cache_dtype)
+            hidden[cast(LayerType, kind)] = zeros.masked_fill_(mask, LOWEST) if bites else None
+        return hidden
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, hide: Tensor | None) -> Tensor:
+        """One scaled query q (B, K, H / K, E) of each row over keys and values (B, K, T, E); (B, K, H / K, E)."""
+        if q.device.type == "cpu":
+            scores = q @ k.transpose(-1, -2)
+            return (scores if hide is None else scores.add_(hide)).softmax(-1) @ v
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=hide, scale=1.0)
+
     def _step(self, x: Tensor, cache: KVCache, total: int, even: bool) -> Tensor:
         config, rows = self.config, len(x)
         heads, kv_heads, width = config.heads, config.kv_heads, config.head_width
         at = cache.lengths[:rows]
         slots = (torch.arange(rows * kv_heads, device=x.device).view(rows, -1) * cache.capacity + at[:, None]).flatten()
-        hide: Tensor | None = None
-        if not even:
-            beyond = torch.arange(total, device=x.device) > at[:, None, None, None]
-            hide = torch.zeros(beyond.shape, device=x.device, dtype=self.cache_dtype).masked_fill_(beyond, LOWEST)
-        x = x.to(torch.float32, copy=True)  # the residual stream
+        hide = self._hidden_keys(at, total, even)
+        turns: dict[LayerType, tuple[Tensor, Tensor]] = {}
+        x = x.to(torch.float32, copy=True).mul_(config.embed_scale)  # the residual stream
         if config.position == "rotary":
-            angle = (at[:, None] * self.whole.frequencies)[:, None, None]
-            turn, against = angle.cos() * self.turn, angle.sin() * self.against  # (B, H + K, 1 or 2, E / 2)
+            turns = self._turns(at, cache.long[:rows])
         else:
             x += self.whole.positions[at.clamp(max=config.max_length - 1)]
         for layer, (block, (norm, feed_norm)) in enumerate(zip(self.blocks, self.norms, strict=True)):
+            kind = config.layer_type(layer)
             qkv = block.qkv(self._normalise(x, norm)).view(rows, -1, width).float()
             qk = qkv[:, : heads + kv_heads]
             if config.qk_norm:
                 qk = qk.div(torch.linalg.vector_norm(qk, 2, -1, True).hypot_(self.qk_floor)).mul_(self.qk_norms[layer])
-            if config.position == "rotary":
+            if turns and layer not in config.layers_without_rotary:
+                turn, against = turns[kind]
                 halves = qk.reshape(rows, -1, 2, width // 2)
                 qk = torch.addcmul(halves * turn, halves.flip(2), against).view(rows, -1, width)
             else:
@@ -274,13 +319,11 @@ class Decoder:
             keys, values = cache.keys[layer], cache.values[layer]
             keys.view(-1, width).index_copy_(0, slots, qk[:, heads:].reshape(-1, width))
             values.view(-1, width).index_copy_(0, slots, qkv[:, heads + kv_heads :].reshape(-1, width).to(values.dtype))
-            q, k, v = qk[:, :heads].reshape(rows, kv_heads, -1, width), keys[:rows, :, :total], values[:rows, :, :total]
-            if x.device.type == "cpu":
-                scores = q @ k.transpose(-1, -2)
-                mixed = (scores if hide is None else scores.add_(hide)).softmax(-1) @ v
-            else:
-                mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=hide, scale=1.0)
-            x += block.attention_out(mixed.reshape(rows, -1).to(self.device.dtype))
-            x += block.feed_forward(self._normalise(x, feed_norm))
+            q = qk[:, :heads].reshape(rows, kv_heads, -1, width)
+            mixed = self._attend(q, keys[:rows, :, :total], values[:rows, :, :total], hide[kind])
+            mixed = block.attention_out(mixed.reshape(rows, -1).to(self.device.dtype))
+            x += self._normalise(mixed, self.post_norms[layer][0]) if self.post_norms else mixed
+            mixed = block.feed_forward(self._normalise(x, feed_norm))
+            x += self._normalise(mixed, self.post_norms[layer][1]) if self.post_norms else mixed
         cache.lengths[:rows] += 1
         return self._normalise(x, self.final_norm)

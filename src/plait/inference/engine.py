@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from plait.core.device import Device
@@ -23,9 +22,10 @@ from plait.core.rng import uniform
 from plait.inference.decoder import Decoder
 from plait.inference.grammar import Span, spans
 from plait.inference.sampling import LOWEST, BatchSamplingParams, Sampling
+from plait.kernels.linear import PackedLinear
 from plait.modalities.text import Text
 from plait.model.checkpoint import Checkpoint
-from plait.model.multimodal import Sequence, collate
+from plait.model.multimodal import Sequence, TokenEmbedding, collate, embed_tokens
 from plait.model.transformer import KVCache, View
 
 PREFILL_TOKENS = 8192  # padded positions in one prefill
@@ -223,11 +223,10 @@ class Engine:
         self.max_length = self.model.config.backbone.max_length
         with torch.inference_mode():
             self.decoder = Decoder(self.model.backbone, device)
-            self.table = self.model.token_embedding.table().to(device.dtype)
+            self.table = self._table(self.model.token_embedding)
             tied = self.model.output_embedding is self.model.token_embedding
-            head = self.table if tied else self.model.output_embedding.table().to(device.dtype)
-            self.heads = {name: head[span.start : span.stop] for name, span in self.spans.items()}
-            self.predict = {name: self.decoder.linear(rows) for name, rows in self.heads.items()}
+            self.rows = self.table if tied else self._table(self.model.output_embedding)
+            self.predict = {name: self._head(span.start, span.stop) for name, span in self.spans.items()}
         self.cache: KVCache | None = None
         self.used = 0
         self.samples: list[_Sample] = []
@@ -236,6 +235,22 @@ class Engine:
         self.lengths = np.zeros(0, np.int64)  # of the rows, as the cache has them
         self.pending: deque[_Sample] = deque()
         self.lock = threading.Lock()
+
+    def _table(self, embedding: TokenEmbedding) -> Tensor | PackedLinear:
+        return embedding.table().to(self.device.dtype) if embedding.packed is None else embedding.packed
+
+    def _head(self, start: int, stop: int) -> Callable[[Tensor], Tensor]:
+        if isinstance(self.rows, PackedLinear):
+            return self.rows.part(start, stop)
+        return self.decoder.linear(self.rows[start:stop])
+
+    def head(self, token_type: str) -> Tensor:
+        """The rows that ids of a type are predicted with, (ids, D) in the engine's precision; unpacked anew where
+        they are kept packed."""
+        span = self.spans[token_type]
+        if isinstance(self.rows, PackedLinear):
+            return self.rows.rows(torch.arange(span.start, span.stop)).to(self.device.dtype)
+        return self.rows[span.start : span.stop]
 
     # --- requests ---------------------------------------------------------------------------------------------
 
@@ -516,6 +531,20 @@ class Engine:
     def _read(self, feed: np.ndarray) -> None:
         """One forward pass over the ids just chosen."""
         assert self.cache is not None
-        x = F.embedding(torch.from_numpy(feed).to(self.device.torch), self.table)
+        x = embed_tokens(torch.from_numpy(feed).to(self.device.torch), self.table)
         self.hidden[: self.used] = self.decoder.step(x, self.cache, self.lengths[: self.used])
         self.lengths[: self.used] += 1
+        trained = self.model.config.backbone.trained_length
+        if trained is not None and (self.lengths[: self.used] == trained + 1).any():
+            self._read_anew(trained + 1)
+
+    def _read_anew(self, length: int) -> None:
+        """Read rows of this length as a whole: they have just outgrown LongRoPE's trained length, and from there on all
+        of their positions are turned by other factors."""
+        entries = []
+        for sample in self.samples:
+            if self.lengths[sample.row] == length:
+                whole = Sequence().extend(sample.job.request.context).read_ids(sample.ids)
+                entries.append((whole, [sample.row]))
+        for entry in entries:
+            self._prefill([entry])

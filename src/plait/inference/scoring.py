@@ -12,7 +12,8 @@ from torch import Tensor
 from plait.core.errors import PlaitError
 from plait.core.interruption import pause_point
 from plait.inference.engine import Engine
-from plait.model.multimodal import IGNORE, Sequence, collate
+from plait.kernels.linear import PackedLinear
+from plait.model.multimodal import IGNORE, Sequence, collate, embed_tokens
 from plait.model.objectives import negative_log_likelihood
 
 POSITIONS = 8192  # padded positions in one forward pass
@@ -71,7 +72,7 @@ def _tree(engine: Engine, contexts: list[Sequence], texts: list[list[int]], ends
         with engine.device.autocast():
             trunk = model.inputs(batch, engine.table)  # (B, C, D)
         end = engine.spans["text"].end if ends else None
-        found = branches(engine.decoder, trunk, batch.lengths, engine.table, engine.heads["text"], texts, end)
+        found = branches(engine.decoder, trunk, batch.lengths, engine.table, engine.head("text"), texts, end)
         return found.double().cpu().numpy()
 
 
@@ -79,7 +80,7 @@ def branches(
     backbone: Callable[..., Tensor],
     trunk: Tensor,
     lengths: Tensor,
-    table: Tensor,
+    table: Tensor | PackedLinear,
     head: Tensor,
     texts: list[list[int]],
     end: int | None,
@@ -94,7 +95,7 @@ def branches(
     ids = [token for text in texts for token in text]
     owner = torch.tensor([i for i, text in enumerate(texts) for _ in text], dtype=torch.long, device=device)
     place = torch.tensor([j for text in texts for j in range(len(text))], dtype=torch.long, device=device)
-    leaves = F.embedding(torch.tensor(ids, dtype=torch.long, device=device), table)
+    leaves = embed_tokens(torch.tensor(ids, dtype=torch.long, device=device), table)
     x = torch.cat((trunk, leaves.expand(rows, -1, -1)), 1)
     at = torch.arange(columns, device=device)
     positions = torch.cat((at.expand(rows, -1), lengths[:, None] + place), 1)
@@ -134,8 +135,8 @@ def lens(engine: Engine, context: Sequence) -> list[Tensor]:
             for handle in handles:
                 handle.remove()
         for state in states:
-            last = engine.decoder.whole.final_norm(state[:, -1])[0].to(engine.table.dtype)
-            found.append((last @ engine.heads["text"].t()).float())
+            last = engine.decoder.whole.final_norm(state[:, -1])[0].to(engine.device.dtype)
+            found.append((last @ engine.head("text").t()).float())
     return found
 
 
@@ -154,7 +155,7 @@ def told(engine: Engine, sequences: list[Sequence], token_type: str, most: int =
             batch = batch.to(engine.device.torch)
             with engine.device.autocast():
                 x = model.inputs(batch, engine.table)
-            head = engine.heads[token_type]
+            head = engine.head(token_type)
             keep = batch.targets != IGNORE
             states = engine.decoder(x)[keep].to(head.dtype)
             loss = negative_log_likelihood(states, head, batch.targets[keep] - engine.spans[token_type].start)

@@ -18,7 +18,7 @@ from plait.core.device import Device
 from plait.kernels import build
 from plait.kernels import linear as packed
 from plait.kernels.linear import LinearStruct, PackedLinear
-from plait.model.transformer import Block, KVCache, Transformer, rotary_frequencies
+from plait.model.transformer import Block, KVCache, Transformer, TransformerConfig, rotary_frequencies
 
 ACTIVATIONS = {"swiglu": 0, "gelu": 1, "gelu_tanh": 2}
 
@@ -54,6 +54,14 @@ def library(level: isa.Level | None = None) -> ctypes.CDLL | None:
     return compiled
 
 
+def supports(config: TransformerConfig) -> bool:
+    """Whether the compiled step computes a backbone of this shape: not sliding windows that bite, layers without
+    rotary positions, norms after a layer, GeGLU, or LongRoPE."""
+    windows = "sliding" in (config.layer_types or []) and (config.sliding_window or 0) < config.max_length
+    plain = config.activation in ACTIVATIONS and not config.post_norm and config.embed_scale == 1.0
+    return plain and not windows and not config.layers_without_rotary and config.trained_length is None
+
+
 def file_name() -> str:
     """The name of the compiled file, which changes with its source and its instructions."""
     return build.kernel("generation").name
@@ -82,7 +90,7 @@ class NativeStep:
         turns = positions = None
         if config.position == "rotary":
             angle = torch.arange(config.max_length)[:, None] * rotary_frequencies(config)
-            turns = self._keep(torch.cat((angle.cos(), angle.sin()), -1))
+            turns = self._keep(torch.cat((angle.cos(), angle.sin()), -1) * config.rotary_scale)
         else:
             positions = self._keep(backbone.positions)
         self.model = _Model(

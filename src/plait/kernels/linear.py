@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from ctypes import POINTER, Structure, c_int64, c_void_p
 from typing import Any, cast
 
@@ -169,11 +170,25 @@ class PackedLinear(nn.Module):
     def dense(self) -> Tensor:
         return self.rows(torch.arange(self.out_features))
 
-    def product(self, x: Tensor) -> Tensor:
-        """`forward` without gradients."""
+    def part(self, start: int, stop: int) -> Callable[[Tensor], Tensor]:
+        """The layer of the outputs from `start` to `stop`, with the same memory."""
+        return functools.partial(self.product, start=start, stop=stop)
+
+    def product(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """`forward` without gradients, of the outputs from `start` to `stop`."""
+        stop = self.out_features if stop is None else stop
         if self.library is None:
-            bias = None if self.bias is None else self.bias.to(x.dtype)
-            return F.linear(x, dequantise(self.parts, self.in_features).to(x.dtype), bias)
+            bias = None if self.bias is None else self.bias[start:stop].to(x.dtype)
+            parts = {name: part[start:stop] for name, part in self.parts.items()}
+            return F.linear(x, dequantise(parts, self.in_features).to(x.dtype), bias)
+        first = start // PANEL * PANEL
+        struct = self.struct
+        if first or stop < self.out_features:
+            before = self.library.plait_packed_size(first, self.in_features, FORMATS[self.storage])
+            bias_at = None if self.bias is None else self.bias[first:].data_ptr()
+            struct = LinearStruct(
+                self.panels.data_ptr() + before, bias_at, self.in_features, stop - first, FORMATS[self.storage]
+            )
         flat = x.reshape(-1, self.in_features)
         if flat.dtype not in (torch.float32, torch.bfloat16):
             flat = flat.float()
@@ -181,14 +196,14 @@ class PackedLinear(nn.Module):
         needed = self.library.plait_linear_scratch(self.in_features, rows)
         if len(self.scratch) != needed:  # what is filled up in it depends on the number of rows
             self.scratch = torch.zeros(needed, dtype=torch.uint8)
-        out = torch.empty(_whole_rows(rows), round_up(self.out_features, PANEL))
+        out = torch.empty(_whole_rows(rows), round_up(stop - first, PANEL))
         self.library.plait_linear(
-            self.struct, flat.dtype is torch.bfloat16, flat.data_ptr(), rows, out.data_ptr(), self.scratch.data_ptr(),
-            threads_for(rows * self.in_features * self.out_features),
+            struct, flat.dtype is torch.bfloat16, flat.data_ptr(), rows, out.data_ptr(), self.scratch.data_ptr(),
+            threads_for(rows * self.in_features * (stop - first)),
         )  # fmt: skip
         if rows * self.in_features > CHUNK:
             self.scratch = torch.empty(0, dtype=torch.uint8)  # of a prompt: not kept
-        return out[:rows, : self.out_features].to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+        return out[:rows, start - first : stop - first].to(x.dtype).reshape(*x.shape[:-1], stop - start)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():
@@ -197,3 +212,12 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, storage={self.storage}"
+
+
+def pack_linear_layers(module: nn.Module, storage: str) -> None:
+    """Put a `PackedLinear` in the place of each linear layer below a module; what they held is freed one by one."""
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.Linear):
+            setattr(module, name, PackedLinear(child.weight, child.bias, storage))
+        else:
+            pack_linear_layers(child, storage)

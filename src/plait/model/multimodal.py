@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from plait.kernels.linear import PackedLinear, pack_linear_layers
 from plait.modalities.base import MediaModality, Vocabulary
 from plait.modalities.fsq import FSQ
 from plait.modalities.item import Item, ItemCodes
@@ -174,6 +175,7 @@ class TokenEmbedding(nn.Module):
     def __init__(self, vocabulary: Vocabulary, width: int, std: float) -> None:
         super().__init__()
         self.vocabulary = vocabulary
+        self.packed: PackedLinear | None = None  # all rows, where they are kept for use alone
         self.free = nn.Parameter(torch.randn(vocabulary.size, width) * std)
         self.digits = nn.ParameterDict()
         for modality, levels in vocabulary.levels.items():
@@ -188,6 +190,8 @@ class TokenEmbedding(nn.Module):
     def of_type(self, name: str) -> Tensor:
         """The rows of one space, (stop - start, D)."""
         start, stop = self.vocabulary.id_ranges[name]
+        if self.packed is not None:
+            return self.packed.rows(torch.arange(start, stop))
         rows = self.free if stop - start == len(self.free) else self.free[start:stop]
         if name not in self.digits:
             return rows
@@ -196,8 +200,24 @@ class TokenEmbedding(nn.Module):
 
     def table(self) -> Tensor:
         """All rows, (V, D)."""
+        if self.packed is not None:
+            return self.packed.dense()
         parts = [self.of_type(name) for name in self.vocabulary.id_ranges]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    @torch.no_grad()
+    def pack(self, storage: str) -> None:
+        """Keep the rows packed, in less memory, for use alone; see `kernels.linear`."""
+        self.packed = PackedLinear(self.table(), None, storage)
+        self.free = nn.Parameter(self.free.new_empty(0, self.free.shape[1]), requires_grad=False)
+        self.digits = nn.ParameterDict()
+
+
+def embed_tokens(ids: Tensor, table: Tensor | PackedLinear) -> Tensor:
+    """Rows (..., D) of a table for ids (...)."""
+    if isinstance(table, PackedLinear):
+        return table.rows(ids.flatten()).view(*ids.shape, -1)
+    return F.embedding(ids, table)
 
 
 class Multimodal(nn.Module):
@@ -257,9 +277,18 @@ class Multimodal(nn.Module):
             return table
         return torch.cat((table, self.items.rows() if items is None else items))
 
-    def inputs(self, batch: Batch, table: Tensor | None = None) -> Tensor:
+    def pack(self, storage: str) -> None:
+        """Keep the weights of the backbone and the vocabulary packed, once and in less memory: for use on a processor,
+        not for training."""
+        self.requires_grad_(False)
+        pack_linear_layers(self.backbone, storage)
+        self.token_embedding.pack(storage)
+        if self.lm_head is not None:
+            self.lm_head.pack(storage)
+
+    def inputs(self, batch: Batch, table: Tensor | PackedLinear | None = None) -> Tensor:
         """Token rows, with encoded media in their places: (B, L, D). `table` is `reading()` where it is at hand."""
-        x = F.embedding(batch.tokens, self.reading() if table is None else table)
+        x = embed_tokens(batch.tokens, self.reading() if table is None else table)
         flat = x.flatten(0, 1)
         for name, media in batch.media.items():
             encoded = self.media[name].encoder(media.values, media.lengths).flatten(0, 1)

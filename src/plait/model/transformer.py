@@ -1,4 +1,5 @@
-"""The backbone: one decoder-only transformer that covers GPT-2, Llama and Qwen3 by configuration.
+"""The backbone: one decoder-only transformer that covers GPT-2, Llama, Mistral, Phi-3, SmolLM3, Qwen2, Qwen3 and
+Gemma 3 by configuration.
 
 It maps embeddings to hidden states; the rows of the vocabulary, on both sides, belong to `multimodal`.
 Shapes: B batch, L sequence length, D width, H heads, K key-value heads, E head width, T cached positions.
@@ -17,9 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 from plait.kernels import training as native
 
+LayerType = Literal["full", "sliding"]  # what a layer's queries see: all before them, or the last `sliding_window`
+
 
 class TransformerConfig(BaseModel):
-    """What fixes a backbone. The defaults are Qwen3's shape; GPT-2 and Llama differ in the switches below."""
+    """What fixes a backbone. The defaults are Qwen3's shape; other architectures differ in the switches below."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -32,13 +35,19 @@ class TransformerConfig(BaseModel):
     max_length: int
     position: Literal["rotary", "learned"] = "rotary"
     norm: Literal["rms", "layer"] = "rms"
-    activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
+    activation: Literal["swiglu", "geglu_tanh", "gelu", "gelu_tanh"] = "swiglu"
     qk_norm: bool = True
     qkv_bias: bool = False
     bias: bool = False  # of the other projections
     norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
-    rope_scaling: dict[str, float | int | str] | None = None  # of the frequencies, as config.json has it
+    rope_scaling: dict[str, float | int | str | list[float]] | None = None  # of the frequencies, as config.json has it
+    sliding_window: int | None = None  # positions that a query of a sliding layer sees, its own among them
+    layer_types: list[LayerType] | None = None  # one a layer; None: all see everything
+    local_rope_theta: float | None = None  # of sliding layers, unscaled, where theirs is another
+    layers_without_rotary: list[int] = []
+    post_norm: bool = False  # a norm after attention and feed-forward, too, before they are added
+    embed_scale: float = 1.0  # what embeddings are multiplied by on their way in
     dropout: float = 0.0
 
     @model_validator(mode="after")
@@ -47,7 +56,36 @@ class TransformerConfig(BaseModel):
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
         if self.position == "rotary" and self.head_width % 2:
             raise ValueError(f"head_width ({self.head_width}) must be even for rotary positions")
+        if self.layer_types is not None and len(self.layer_types) != self.layers:
+            raise ValueError(f"layer_types has {len(self.layer_types)} entries for {self.layers} layers")
+        if "sliding" in (self.layer_types or []) and not self.sliding_window:
+            raise ValueError("sliding layers need a sliding_window")
+        if any(not 0 <= layer < self.layers for layer in self.layers_without_rotary):
+            raise ValueError(f"layers_without_rotary names a layer outside 0 .. {self.layers - 1}")
         return self
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward layer multiplies its inner values by a gate."""
+        return self.activation in ("swiglu", "geglu_tanh")
+
+    def layer_type(self, layer: int) -> LayerType:
+        return "full" if self.layer_types is None else self.layer_types[layer]
+
+    @property
+    def rotary_scale(self) -> float:
+        """What turned queries and keys are multiplied by, each: the attention factor of YaRN and LongRoPE."""
+        factor = (self.rope_scaling or {}).get("attention_factor", 1.0)
+        assert isinstance(factor, int | float)
+        return float(factor)
+
+    @property
+    def trained_length(self) -> int | None:
+        """Under LongRoPE, the length up to which a sequence is turned by the short factors; else None."""
+        scaling = self.rope_scaling
+        if scaling is None or scaling["rope_type"] != "longrope":
+            return None
+        return int(cast(float, scaling["original_max_position_embeddings"]))
 
 
 def use_manual_backward(x: Tensor) -> bool:
@@ -117,14 +155,21 @@ def make_norm(config: TransformerConfig) -> nn.Module:
     return nn.LayerNorm(config.width, eps=config.norm_eps)
 
 
-def rotary_frequencies(config: TransformerConfig) -> Tensor:
-    """Radians a position, (E / 2,), scaled as the configuration asks: linear, llama3 or yarn; dynamic scaling changes
-    nothing up to the model's length, which is as far as ours goes."""
-    half = torch.arange(0, config.head_width, 2, dtype=torch.float32) / config.head_width
-    frequency = 1.0 / config.rope_theta**half
-    scaling = config.rope_scaling
-    if scaling is None or scaling["rope_type"] == "dynamic":
+def plain_frequencies(theta: float, width: int) -> Tensor:
+    """Radians a position, (E / 2,), as Su et al. have them."""
+    half = torch.arange(0, width, 2, dtype=torch.float32) / width
+    return 1.0 / theta**half
+
+
+def rotary_frequencies(config: TransformerConfig, long: bool = False) -> Tensor:
+    """Radians a position, (E / 2,), scaled as the configuration asks: linear, llama3, yarn or longrope (of which `long`
+    takes the long factors); dynamic scaling changes nothing up to the model's length, which is as far as ours goes."""
+    frequency = plain_frequencies(config.rope_theta, config.head_width)
+    if config.rope_scaling is None or config.rope_scaling["rope_type"] == "dynamic":
         return frequency
+    if config.rope_scaling["rope_type"] == "longrope":
+        return frequency / torch.tensor(config.rope_scaling["long_factor" if long else "short_factor"])
+    scaling = {k: v for k, v in config.rope_scaling.items() if not isinstance(v, list)}
     factor = float(scaling["factor"])
     if scaling["rope_type"] == "linear":
         return frequency / factor
@@ -155,10 +200,13 @@ def _yarn(config: TransformerConfig, frequency: Tensor, factor: float, scaling: 
     return frequency * (1 - blend + blend / factor)
 
 
-def rotary(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines (B, L, 1, E) of positions (B, L), for `rotate`."""
+def rotary(positions: Tensor, frequencies: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines (B, L, 1, E) of positions (B, L), for `rotate`, which then scales as it turns.
+    `frequencies` are (E / 2,), or of each row (B, 1, 1, E / 2)."""
     angle = positions[..., None, None].float() * frequencies
     cos, sin = angle.cos(), angle.sin()
+    if scale != 1.0:
+        cos, sin = cos * scale, sin * scale
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
@@ -268,6 +316,7 @@ class KVCache:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self.long = torch.zeros(rows, dtype=torch.bool, device=device)  # turned by LongRoPE's long factors
 
     @property
     def capacity(self) -> int:
@@ -278,6 +327,7 @@ class KVCache:
         self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
         self.values[:, target, :, :length] = self.values[:, source, :, :length]
         self.lengths[target] = self.lengths[source]
+        self.long[target] = self.long[source]
 
 
 class View:
@@ -311,6 +361,13 @@ class View:
             seen = torch.arange(self.total, device=device)
             self.mask = (seen <= self.positions[..., None])[:, None]  # (B, 1, L, total)
 
+    def long_rows(self, trained: int) -> Tensor:
+        """(B,), which rows LongRoPE turns by its long factors: those whose first input was longer than `trained`. Their
+        keys are kept turned, so that a row stays what it began as."""
+        begun = self.cache.lengths[self.rows] > 0
+        self.cache.long[self.rows] = torch.where(begun, self.cache.long[self.rows], self.new_lengths > trained)
+        return self.cache.long[self.rows]
+
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (B, K, L, E); return all of these rows so far, (B, K, total, E)."""
         keys, values = self.cache.keys[self.layer], self.cache.values[self.layer]
@@ -326,7 +383,8 @@ class View:
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each added to its input; the projections of a part are one product."""
+    """Pre-norm attention and feed-forward, each normed once more where `post_norm` asks, and added to its input; the
+    projections of a part are one product."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -339,7 +397,9 @@ class Block(nn.Module):
         if config.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(width, config.norm_eps), RMSNorm(width, config.norm_eps)
         self.feed_norm = make_norm(config)
-        inner = config.hidden * (2 if config.activation == "swiglu" else 1)
+        if config.post_norm:
+            self.attention_post_norm, self.feed_post_norm = make_norm(config), make_norm(config)
+        inner = config.hidden * (2 if config.gated else 1)
         self.feed_in = nn.Linear(config.width, inner, bias=config.bias)
         self.feed_out = nn.Linear(config.hidden, config.width, bias=config.bias)
 
@@ -380,6 +440,9 @@ class Block(nn.Module):
             else:
                 gate, up = inner.chunk(2, -1)
                 inner = F.silu(gate) * up
+        elif self.config.activation == "geglu_tanh":
+            gate, up = inner.chunk(2, -1)
+            inner = F.gelu(gate, approximate="tanh") * up
         else:
             inner = F.gelu(inner, approximate="tanh" if self.config.activation == "gelu_tanh" else "none")
         return self.feed_out(inner)
@@ -400,9 +463,14 @@ class Block(nn.Module):
     ) -> Tensor:
         share = self.config.dropout
         x, normed = add_and_norm(x, None, self.attention_norm)
-        mixed = dropout(self.attention(normed, rotary, mask, view), share, self.training)
-        x, normed = add_and_norm(x, mixed, self.feed_norm)
-        mixed = dropout(self.feed_forward(normed), share, self.training)
+        mixed = self.attention(normed, rotary, mask, view)
+        if self.config.post_norm:
+            mixed = self.attention_post_norm(mixed)
+        x, normed = add_and_norm(x, dropout(mixed, share, self.training), self.feed_norm)
+        mixed = self.feed_forward(normed)
+        if self.config.post_norm:
+            mixed = self.feed_post_norm(mixed)
+        mixed = dropout(mixed, share, self.training)
         return native.add(x, mixed) if native.supports(x) else x + mixed
 
 
@@ -410,6 +478,8 @@ class Transformer(nn.Module):
     """Embeddings (B, L, D) to hidden states (B, L, D) after the final norm."""
 
     frequencies: Tensor  # radians a position, where positions are rotary
+    long_frequencies: Tensor  # those of LongRoPE beyond the trained length
+    local_frequencies: Tensor  # those of sliding layers
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -417,7 +487,7 @@ class Transformer(nn.Module):
         if config.position == "learned":
             self.positions = nn.Parameter(torch.randn(config.max_length, config.width) * 0.02)
         else:
-            self.register_buffer("frequencies", rotary_frequencies(config), persistent=False)
+            self.set_frequencies()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.final_norm = make_norm(config)
         for name, parameter in self.named_parameters():
@@ -427,6 +497,56 @@ class Transformer(nn.Module):
                 nn.init.normal_(parameter, std=min(0.02 * math.sqrt(768 / config.width), config.width**-0.5))
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+
+    def set_frequencies(self) -> None:
+        """Compute what rotary positions turn by; it follows from the configuration and is no weight."""
+        config = self.config
+        self.register_buffer("frequencies", rotary_frequencies(config), persistent=False)
+        if config.trained_length is not None:
+            self.register_buffer("long_frequencies", rotary_frequencies(config, long=True), persistent=False)
+        if config.local_rope_theta is not None:
+            local = plain_frequencies(config.local_rope_theta, config.head_width)
+            self.register_buffer("local_frequencies", local, persistent=False)
+
+    def _turns(self, positions: Tensor, view: View | None) -> dict[LayerType, tuple[Tensor, Tensor]]:
+        """Cosines and sines for positions (B, L), by the type of layer."""
+        config, frequencies = self.config, self.frequencies
+        if config.trained_length is not None:
+            if view is not None:
+                long = view.long_rows(config.trained_length)
+            else:
+                long = positions.amax(-1) >= config.trained_length
+            frequencies = torch.where(long[:, None, None, None], self.long_frequencies, frequencies)
+        full = rotary(positions, frequencies, config.rotary_scale)
+        if config.local_rope_theta is None:
+            return {"full": full, "sliding": full}
+        return {"full": full, "sliding": rotary(positions, self.local_frequencies)}
+
+    def _masks(
+        self, x: Tensor, positions: Tensor, mask: Tensor | None, view: View | None
+    ) -> dict[LayerType, Tensor | None]:
+        """What queries may see, by the type of layer; None is causal. A window that is longer than the input hides
+        nothing."""
+        config, length = self.config, x.shape[1]
+        total = length if view is None else view.total
+        masks: dict[LayerType, Tensor | None] = {"full": mask, "sliding": mask}
+        if config.layer_types is not None and config.sliding_window is not None and total > config.sliding_window:
+            if view is None or view.fresh:
+                keys = positions
+            else:
+                keys = torch.arange(total, device=x.device)[None]
+            near = (keys[:, None] > positions[..., None] - config.sliding_window)[:, None]  # (B, 1, L, T)
+            if mask is None:
+                mask = torch.ones(length, total, dtype=torch.bool, device=x.device).tril()[None, None]
+            masks["sliding"] = near & mask
+        for kind in {config.layer_type(layer) for layer in range(config.layers)}:
+            seen = masks[kind]
+            own = view is None and seen is None and native.supports_attention(x, config.head_width)
+            if not own and use_math_attention(x.device, length, total):  # once for all blocks
+                device = x.device.type
+                dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+                masks[kind] = additive_mask(seen, length, total, dtype, x.device)
+        return masks
 
     def compile_blocks(self) -> None:
         """Compile what blocks do, once for all of them and for all lengths, at their first use. Weights and their
@@ -454,22 +574,22 @@ class Transformer(nn.Module):
             positions, mask = view.positions, view.mask
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]
-        turn = None
-        if self.config.position == "learned":
-            x = x + self.positions[positions.clamp(max=self.config.max_length - 1)]
+        config = self.config
+        turns: dict[LayerType, tuple[Tensor, Tensor]] = {}
+        if config.embed_scale != 1.0:
+            x = x * config.embed_scale
+        if config.position == "learned":
+            x = x + self.positions[positions.clamp(max=config.max_length - 1)]
         else:
-            turn = rotary(positions, self.frequencies)
-        x = dropout(x, self.config.dropout, self.training)
-        length, total = x.shape[1], x.shape[1] if view is None else view.total
-        own = view is None and mask is None and native.supports_attention(x, self.config.head_width)
-        if not own and use_math_attention(x.device, length, total):  # once for all blocks
-            kind = x.device.type
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-            mask = additive_mask(mask, length, total, dtype, x.device)
+            turns = self._turns(positions, view)
+        x = dropout(x, config.dropout, self.training)
+        masks = self._masks(x, positions, mask, view)
         for layer, block in enumerate(self.blocks):
             if view is not None:
                 view.layer = layer
-            x = block(x, turn, mask, view)
+            kind = config.layer_type(layer)
+            turn = None if layer in config.layers_without_rotary else turns.get(kind)
+            x = block(x, turn, masks[kind], view)
         if view is not None:
             view.finish()
         return add_and_norm(x, None, self.final_norm)[1]

@@ -1,4 +1,4 @@
-"""Commands that tell before the work: sizes, plan."""
+"""The command that tells what training costs before it begins."""
 
 from __future__ import annotations
 
@@ -8,21 +8,6 @@ import typer
 from rich.table import Table
 
 from plait.console import SeedOption, app, err, out, plain
-
-
-@app.command()
-def sizes() -> None:
-    """Show what each --size stands for.
-
-    Example: plait sizes
-    """
-    from plait.training.build import size_table
-
-    rows = size_table()
-    table = Table("size", *rows, box=None, header_style="bold")
-    for name in next(iter(rows.values())):
-        table.add_row(name, *(values[name] for values in rows.values()))
-    out.print(table)
 
 
 @app.command()
@@ -72,29 +57,20 @@ def plan(
 
     Example: plait plan --preset gpt3-175b --gpus 1024 --gpu h100 --price 3
     """
-    from plait.core.errors import PlaitError
-    from plait.planning import networks
-    from plait.planning.estimate import Options, make_plan, sheets
+    from plait.planning.api import plan as make_plan
 
-    if (source is None) == (preset is None):
-        raise PlaitError("Say what to plan: a recipe, or --preset NAME. Example: plait plan --preset gpt3-175b")
-    network = networks.preset(preset) if preset is not None else networks.network(str(source))
     made = make_plan(
-        network,
-        Options(
-            gpu=gpu, gpus=gpus, price=price, tokens=data_tokens, utilisation=utilisation, tflops=tflops, batch=batch,
-            length=length, layout=layout, activation_checkpointing=activation_checkpointing, budget=budget,
-            fails=failures, between=mtbf,
-            machines=machines, interruptions=interruptions, days=in_days, save=save_seconds, restart=restart_minutes,
-            every=every, seed=seed, lora=lora,
-        ),
+        source, preset=preset, gpu=gpu, gpus=gpus, price=price, data_tokens=data_tokens, utilisation=utilisation,
+        tflops=tflops, batch=batch, length=length, layout=layout, activation_checkpointing=activation_checkpointing,
+        lora=lora, budget=budget, failures=failures, mtbf=mtbf, machines=machines, interruptions=interruptions,
+        in_days=in_days, save_seconds=save_seconds, restart_minutes=restart_minutes, every=every, seed=seed,
     )  # fmt: skip
     if as_json:
-        out.print_json(data=made)
+        out.print_json(data=made.to_dict())
         return
-    for warning in made["warnings"]:
+    for warning in made.warnings:
         err.print(f"[yellow]Note:[/yellow] {plain(warning)}")
-    for sheet in sheets(made):
+    for sheet in made.sheets():
         out.print(f"\n[bold]{plain(sheet.title)}[/bold]")
         table = Table(*sheet.heads, box=None, show_header=bool(sheet.heads), header_style="bold")
         for row in sheet.rows:

@@ -80,7 +80,7 @@ def layer_activations(config: TransformerConfig, load: Load, tensor: int = 1, se
         return 2.0 * d * tokens
     q, k = config.heads * config.head_width, config.kv_heads * config.head_width
     between = 8 * d + 2 * d * dropout  # the norms' inputs and outputs, and two masks
-    gated = config.activation == "swiglu"  # up, gate, its silu and their product, instead of one and its gelu
+    gated = config.gated  # up, gate, its silu and their product, instead of one and its gelu
     within = 4 * q + 4 * k + (8 if gated else 4) * config.hidden
     scores = (5 if dropout else 2) * config.heads * load.length if load.activation_checkpointing == "none" else 0
     return tokens * (between / (tensor if sequence else 1) + (within + scores) / tensor)

@@ -15,7 +15,7 @@ from plait.core.config import SIZES, Recipe, load_recipe
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from plait.core.recipes import packaged_recipes
-from plait.hf import huggingface
+from plait.hf.architectures import imported
 from plait.modalities.base import Vocabulary
 from plait.model import lora
 from plait.model.checkpoint import find_checkpoint
@@ -224,8 +224,8 @@ def _imported(folder: Path) -> ModelConfig:
             raise PlaitError(
                 f"{folder / 'config.json'} does not describe a model: {error.errors()[0]['msg']}."
             ) from None
-    backbone, rows, tied = huggingface.backbone_config(config, folder / "config.json")
-    return _text_only(backbone, rows, tied)
+    described = imported(config, folder / "config.json")
+    return _text_only(described.backbone, described.size, described.tied)
 
 
 # --- the best size for a budget ---------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from plait.console import Bar, DeviceOption, app, err, media_or_text, out, plain, write
+from plait.console import DeviceOption, app, err, media_or_text, out, plain, write
+from plait.core.progress import ProgressBar
 
 index_app = typer.Typer(
     no_args_is_help=True,
@@ -45,7 +46,7 @@ def add(
 
     found = Index(index, model, device)
     wanted = [name.strip() for name in columns.split(",")] if columns else None
-    with Bar() as bar:
+    with ProgressBar(True) as bar:
         added = found.add(sources, wanted, bar)
     out.print(f"{added.new} added, {added.changed} changed, {added.same} as before; {len(found)} in {plain(index)}.")
     for one in added.rejected[:20]:
@@ -83,7 +84,7 @@ def compact(index: IndexArgument) -> None:
     from plait.search.index import Index
 
     found = Index(index)
-    with Bar() as bar:
+    with ProgressBar(True) as bar:
         found.compact(bar)
     out.print(f"{len(found)} in {plain(index)}.")
 

@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: `log.jsonl`, TensorBoard events, and on request the records of every step."""
+"""What a run writes down as it goes: `log.jsonl`, and on request the records of every step."""
 
 from __future__ import annotations
 
@@ -14,21 +14,13 @@ from plait.core.files import write_atomic
 
 
 class Log:
-    """`log.jsonl`, one object a line, and TensorBoard events where tensorboard is installed. With `records`, also
-    `records.jsonl`: the loss and the record ids of each step. Begins after `step` and the step that was `validated`
-    last: later rows, which a run wrote after its last checkpoint, are taken back; the run will write them again.
-    Without `writes`, for all processes but one, nothing is written."""
+    """`log.jsonl`, one object a line. With `records`, also `records.jsonl`: the loss and the record ids of each step.
+    Begins after `step` and the step that was `validated` last: later rows, which a run wrote after its last checkpoint,
+    are taken back; the run will write them again. Without `writes`, for all processes but one, nothing is written."""
 
     def __init__(self, folder: Path, step: int, validated: int = 0, records: bool = False, writes: bool = True) -> None:
         self.rows = _from(folder / "log.jsonl", step, validated) if writes else None
         self.records = _from(folder / "records.jsonl", step, validated) if records and writes else None
-        self.board: Any = None
-        if not writes:
-            return
-        with suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(
         self, step: int, split: str, losses: dict[str, float], rate: float = 0.0, lr: float = 0.0, waited: float = 0.0
@@ -40,10 +32,6 @@ class Log:
             row |= {"tokens_per_second": round(rate), "learning_rate": lr, "waited": round(waited, 4)}
         if self.rows is not None:
             _append(self.rows, row)
-        if self.board is not None:
-            for name, value in row.items():
-                if name not in ("step", "split", "time"):
-                    self.board.add_scalar(f"{split}/{name}", value, step)
 
     def write_records(self, step: int, loss: float, ids: list[str]) -> None:
         if self.records is not None:
@@ -56,7 +44,7 @@ class Log:
                 os.fsync(file.fileno())
 
     def close(self) -> None:
-        for file in (self.rows, self.records, self.board):
+        for file in (self.rows, self.records):
             if file is not None:
                 file.close()
 

@@ -1,7 +1,7 @@
 """From a dataset to a run: tokenizer, codecs, then the model, with validation, checkpoints and a log.
 
 A run folder holds `run.json` (what was decided, once), `log.jsonl`, `codecs/`, `checkpoints/step-*` with the links
-`best` and `last`, `cache/` and TensorBoard events. The same command on the same folder goes on where the run stopped.
+`best` and `last`, and `cache/`. The same command on the same folder goes on where the run stopped.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import errno
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from plait.recommend.catalogue import Catalogue
 from plait.recommend.sampler import Embed, HistorySampler, item_content, ranking
 from plait.training.batches import PASS, BatchPrefetcher, Sampler, Split, load_split, room_needed
 from plait.training.build import label_columns
+from plait.training.callbacks import Callback, Callbacks, EndEvent, StartEvent, StepEvent, ValidationEvent
 from plait.training.canaries import plant
 from plait.training.checkpointing import Position, Saver, restore
 from plait.training.distributed import Group, Network
@@ -43,6 +44,7 @@ from plait.training.optimizer import Average, learning_rate_at, make_optimizer
 from plait.training.run import Progress, Report, Run, difference
 
 FULL_SOFTMAX, DROPOUT = 17, 18  # keys of `uniform`: for steps with the whole softmax, and for what a step hides
+DECIDING = 0.08  # share of the time that the classifier of labels takes once the model is trained
 CALIBRATION = 8  # steps that a time budget is measured by
 COMPILED = 600  # seconds of training from which compiling pays
 FEW = 10_000  # samples below which what is written is augmented too
@@ -59,13 +61,13 @@ def train(
     allow_changes: bool = False,
     group: Group | None = None,
     embed: Embed | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Path:
     """Train a model on a dataset into `folder`; returns its best checkpoint. Ctrl-C and SIGTERM leave a usable run.
 
     `reuse` names a run of the same data that is past its preparation: its tokenizer, codecs and cache serve again,
     and the time that they took counts as this run's. `embed` is how the encoder that `model.item.encoder` names sees
-    items. Each process of a `group` calls this; the first one of them
-    prepares and writes.
+    items. Each process of a `group` calls this; the first one of them prepares and writes, and calls the `callbacks`.
     Raises PlaitError for what the user can mend: no records, a folder of another run (unless `allow_changes`), a
     folder that is not writable, a loss that explodes; KeyboardInterrupt or Terminated once the run was saved.
     """
@@ -136,20 +138,23 @@ def train(
         report(Progress("size " + recipe.model.size, 1, 1, note=note))
         with group.main_first():
             run.codecs(model, splits)
+            run.recognisers(model, splits)
         apply_freezing(run, model)
         model.to(device.torch)
         if "prepared" not in run.metadata:
             before = read_json(reuse / "run.json")["prepared"] if reuse else 0.0
             run.record(prepared=group.broadcast(max(time.perf_counter() - begun, before)))
-        seconds = max(run.minutes * 60 - run.metadata["prepared"], 1.0)
-        _optimise(run, model, text, source, splits, seconds, listening, content.catalogue if content else None)
+        share = 1 - DECIDING if recipe.training.task == "recognise" else 1.0
+        seconds = max(run.minutes * 60 * share - run.metadata["prepared"], 1.0)
+        calls = Callbacks(callbacks if group.is_main else ())
+        _optimise(run, model, text, source, splits, seconds, listening, content.catalogue if content else None, calls)
         run.record(finished=time.time())
         return best
 
 
 def _optimise(
     run: Run, model: Multimodal, text: Text, source: Checkpoint | None, splits: dict[str, Split], seconds: float,
-    listening: Signals, catalogue: Catalogue | None,
+    listening: Signals, catalogue: Catalogue | None, callbacks: Callback,
 ) -> None:  # fmt: skip
     """The steps of the model itself."""
     settings, group, folder = run.settings, run.group, run.folder
@@ -243,6 +248,15 @@ def _optimise(
     labels = labels_of(source, run.dataset, label_columns(run.dataset, context))
     generation = generation_of(source, run.recipe.generation)
     origin = {"init_from": run.recipe.model.init_from} if source else {}
+    callbacks.on_start(
+        StartEvent(
+            folder=folder,
+            step=start,
+            total_steps=run.steps_from(start),
+            recipe=run.recipe.model_dump(mode="json"),
+            parameters=run.metadata["decided"]["parameters"],
+        )
+    )
     log = Log(folder, start, position.validated, settings.log_records, writes=group.is_main)
 
     def save(scores: dict[str, float]) -> None:
@@ -272,7 +286,7 @@ def _optimise(
         run.report(Progress("validation", position.step, run.steps_from(position.step), shown))
         return scores, judged
 
-    whole = True  # no step is half done
+    whole, done = True, False  # no step is half done
     clock, ahead.waited = time.perf_counter(), 0.0
     try:
         with listening.held():
@@ -284,6 +298,7 @@ def _optimise(
                 if number and position.validated < number and (number % every == 0 or number >= steps):
                     scores, judged = measure()
                     improved = position.judge(None if judged is None else group.broadcast(judged))
+                    callbacks.on_validation(ValidationEvent(number, scores, improved))
                     due = improved or settings.save_every is None
                 else:
                     due = False
@@ -312,15 +327,18 @@ def _optimise(
                 loss = weighted(losses, settings.weights)
                 log.write_records(position.step, loss, [splits["train"].ids[r] for r in records])
                 whole = True
+                learning_rate = optimizer.param_groups[0]["lr"]
+                callbacks.on_step(StepEvent(position.step, steps, loss, losses, learning_rate))
                 if position.step % 10 == 0 or position.step == steps:
                     now = time.perf_counter()
-                    rate, lr = position.tokens / (now - clock), optimizer.param_groups[0]["lr"]
+                    rate = position.tokens / (now - clock)
                     means = {name: float(np.mean(values)) for name, values in position.recent.items()}
-                    log.write(position.step, "train", means, rate, lr, ahead.waited / (now - clock))
+                    log.write(position.step, "train", means, rate, learning_rate, ahead.waited / (now - clock))
                     _stable(position, weighted(means, settings.weights), records, splits["train"])
                     position.recent, position.tokens, clock, ahead.waited = {}, 0, now, 0.0
                     run.report(Progress("model", position.step, steps, means, rate))
         saver.wait()
+        done = True
     except (KeyboardInterrupt, Terminated):
         if together:
             with listening.held():
@@ -335,6 +353,7 @@ def _optimise(
     finally:
         ahead.close()
         log.close()
+        callbacks.on_end(EndEvent(position.step, done, folder))
     if position.step < steps:
         run.record(stopped_early=position.step)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from plait.console import Bar, DeviceOption, app, out, plain
+from plait.console import DeviceOption, app, out, plain
 
 
 @app.command()
@@ -35,38 +35,19 @@ def transfer(
 
     Example: plait transfer runs/fashion data/mnist -o runs/transfer --labels 1,10 --steps 200
     """
-    from plait.core.config import load_recipe, parse_recipe
-    from plait.core.files import read_json
-    from plait.data.dataset import Dataset
-    from plait.transfer_learning.study import News, Plan
-    from plait.transfer_learning.study import transfer as compare
+    from plait.transfer_learning.api import transfer as compare
 
-    facts = Path(source) / "run.json"
-    budget = {"training": {"minutes": minutes, "steps": steps}}
-    if recipe is None and facts.is_file():
-        known = read_json(facts)["recipe"]
-        known["model"]["init_from"] = None
-        known["training"] |= {"minutes": minutes, "steps": steps, "replay": {}, "freeze": [], "lora": None}
-        settings = parse_recipe(known, str(facts))
-    else:
-        settings = load_recipe(recipe, budget)
-    plan = Plan(
-        settings, tuple(part.strip() for part in labels.split(",")), seeds,
-        tuple(part.strip() for part in ways.split(",")), column, read, limit, old, device,
+    compared = compare(
+        source, dataset, study, labels=_listed(labels), ways=_listed(ways), seeds=seeds, minutes=minutes, steps=steps,
+        read=read, column=column, old=old, recipe=recipe, limit=limit, device=device, progress=True,
     )  # fmt: skip
-    with Bar() as bar:
+    if compared.source_accuracy is not None:
+        out.print(f"The source as it is, without any of these records: {compared.source_accuracy:.3f}")
+    for line in compared.lines():
+        out.print(plain(line))
+    out.print(f"All figures: {study / 'study.json'}\nReport: {compared.report}")
 
-        def tell(news: News) -> None:
-            bar(news.stage, news.done, news.total, news.note)
-            if news.line:
-                out.print(plain(news.line))
 
-        found = compare(source, Dataset.open(dataset), study, plan, tell)
-    if found.get("as_it_is") is not None:
-        out.print(f"The source as it is, without any of these records: {found['as_it_is']:.3f}")
-    words = {True: "pays", False: "costs", None: "not told apart from scratch"}
-    for verdict in found["verdicts"]:
-        error = "" if verdict["standard_error"] is None else f" ± {verdict['standard_error'] * 100:.1f}"
-        gain = f"{verdict['gain'] * 100:+.1f}{error} points"
-        out.print(f"{verdict['labels']} a label, {verdict['way']}: {gain}, {words[verdict['pays']]}")
-    out.print(f"All figures: {study / 'study.json'}\nReport: {study / 'report.html'}")
+def _listed(text: str) -> list[str]:
+    """The parts of a text between commas."""
+    return [part.strip() for part in text.split(",")]

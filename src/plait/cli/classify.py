@@ -1,0 +1,33 @@
+"""The command that names what is in an input."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import plait
+from plait.console import DeviceOption, ModelArgument, PrecisionOption, app, media_or_text, note_windows, out, plain
+
+
+@app.command()
+def classify(
+    model: ModelArgument,
+    files: Annotated[list[str], typer.Argument(help="Images or recordings, or texts.")],
+    labels: Annotated[str | None, typer.Option(help="Choose between these, with commas.")] = None,
+    column: Annotated[str | None, typer.Option(help="Answer in this text column.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Answers to show.")] = 3,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+) -> None:
+    """Name what is in an image or a recording, with probabilities.
+
+    Example: plait classify runs/demo runs/demo/files/images/0003.png
+    """
+    loaded = plait.load(model, device, precision)
+    wanted = [label.strip() for label in labels.split(",")] if labels else None
+    for file in files:
+        value = media_or_text(file)
+        note_windows(loaded, value)
+        ranked = loaded.classify(value, labels=wanted, column=column, top=top)
+        out.print(plain(f"{file}: " + ", ".join(f"{label} {probability:.3f}" for label, probability in ranked)))

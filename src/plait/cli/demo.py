@@ -1,0 +1,44 @@
+"""The command that shows everything on digits."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import plait
+from plait.console import DeviceOption, SeedOption, app, err, out, plain, show_manifest, show_metrics
+
+# Ends of the names of the figures that are printed; the others stand in metrics.json.
+SHOWN = ("/accuracy", "/judged_accuracy", "/judge_real", "/diversity", "/near_copies", "audio-image/p_at_10",
+         "image-audio/p_at_10", "text/p_at_10")  # fmt: skip
+
+
+@app.command()
+def demo(
+    run: Annotated[Path, typer.Option("-o", "--out", help="The run's folder.")] = Path("runs/demo"),
+    minutes: Annotated[float, typer.Option(help="Time to train.")] = 3.5,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+) -> None:
+    """Handwritten digits, their names in English and Chinese, and spoken names: one model, from files to figures.
+
+    Example: plait demo
+    """
+    begun = time.monotonic()
+    evaluation = plait.demo(
+        run, minutes=minutes, seed=seed, device=device, progress=True,
+        tell=lambda text: err.print(f"[yellow]Note:[/yellow] {plain(text)}"),
+    )  # fmt: skip
+    show_manifest(plait.Run(run).dataset.manifest, run / "data")
+    shown = {name: metric for name, metric in evaluation.to_dict().items() if name.endswith(SHOWN)}
+    show_metrics(shown)
+    out.print(f"\n{time.monotonic() - begun:.0f} s in all. All figures: {run / 'metrics.json'}")
+    out.print(f"Report, with images and audio clips: {evaluation.report}\n\nTry next:")
+    out.print(f"  plait draw {run} three -n 16 -o threes.png", f"  plait speak {run} seven -o seven.wav", sep="\n")
+    out.print(f"  plait classify {run} {run}/files/images/0003.png")
+    audio = next(iter(sorted((run / "files" / "audio").glob("en-*"))), None)
+    if audio:
+        out.print(f"  plait transcribe {run} {audio} --column en")

@@ -1,0 +1,53 @@
+"""The command that embeds inputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import plait
+from plait.console import (
+    DeviceOption,
+    ModelArgument,
+    PrecisionOption,
+    app,
+    media_or_text,
+    note_windows,
+    out,
+    plain,
+    write,
+)
+
+
+@app.command()
+def embed(
+    model: ModelArgument,
+    inputs: Annotated[list[str], typer.Argument(help="Texts, images and recordings.")],
+    out_file: Annotated[Path | None, typer.Option("-o", "--out", help="A .npy file; default: JSON lines.")] = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+) -> None:
+    """Place texts, images and audio clips in one space.
+
+    Example: plait embed runs/demo "three" runs/demo/files/images/0003.png
+    """
+    import io
+    import json
+
+    import numpy as np
+
+    loaded = plait.load(model, device, precision)
+    values = [media_or_text(value) for value in inputs]
+    for value in values:
+        note_windows(loaded, value)
+    vectors = loaded.embed(values)
+    if out_file is not None:
+        array = io.BytesIO()
+        np.save(array, vectors)
+        write(out_file, array.getvalue())
+        out.print(f"{vectors.shape[0]} vectors of {vectors.shape[1]}: {out_file}")
+        return
+    for name, vector in zip(inputs, vectors, strict=True):
+        out.print(plain(json.dumps({"input": name, "embedding": [round(float(x), 6) for x in vector]})))

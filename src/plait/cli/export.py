@@ -1,0 +1,28 @@
+"""The command that writes a model for other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import plait
+from plait.console import ModelArgument, app, out, plain
+
+
+@app.command()
+def export(
+    model: ModelArgument,
+    out_folder: Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")],
+    to: Annotated[str, typer.Option(help="transformers, onnx or tflite.")] = "transformers",
+    length: Annotated[int | None, typer.Option(help="Positions of a tflite graph; by itself 512 at most.")] = None,
+) -> None:
+    """Write the text-and-codes backbone for other programs. docs/export.md says what each form can do.
+
+    Example: plait export runs/demo --to transformers -o exported
+    """
+    exported = plait.export(model, out_folder, to=to, length=length, tell=lambda line: out.print(plain(line)))
+    if exported.difference is not None:
+        out.print(f"Compared: logits within {exported.difference:.1e} of ours")
+    out.print(f"Written: {exported.folder}")

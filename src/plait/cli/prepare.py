@@ -1,0 +1,66 @@
+"""The command that makes a dataset of files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import plait
+from plait.console import SeedOption, app, err, out, show_manifest
+
+
+@app.command()
+def prepare(
+    source: Annotated[
+        str, typer.Argument(help="A folder, archive or table, a URL, or hf:NAME of the Hugging Face hub.")
+    ],
+    out_folder: Annotated[str, typer.Option("-o", "--out", help="The dataset's folder, or a URL.")],
+    map_: Annotated[
+        list[str] | None,
+        typer.Option("--map", help="What a column is: image=COL, audio=COL, text=COL, text=COL:NEWNAME, ignore=COL."),
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="Regular expression on file names; its named groups become text columns.")
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="Take map, labels and pattern from this recipe.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that decode media; all cores if left out.")
+    ] = None,
+    near_duplicates: Annotated[
+        bool, typer.Option(help="Look for records that are alike; see duplicates.jsonl.")
+    ] = True,
+    drop_near_duplicates: Annotated[
+        bool, typer.Option("--drop-near-duplicates", help="Leave out of train what val or test has too.")
+    ] = False,
+    seed: SeedOption = 0,
+) -> None:
+    """Check files and make a dataset of them: splits, counts, what was rejected and why.
+
+    Ctrl-C stops it, and the same command goes on from there.
+
+    Example: plait prepare photos/ -o data/photos
+    """
+    try:
+        dataset = plait.prepare(
+            source, out_folder, map=_column_map(map_), pattern=pattern, recipe=recipe, workers=workers, seed=seed,
+            near_duplicates=near_duplicates, drop_near_duplicates=drop_near_duplicates, progress=True,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        err.print("\nStopped. What is done is kept; the same command goes on from here.")
+        raise
+    show_manifest(dataset.manifest, out_folder)
+    if dataset.manifest.counts.get("train"):
+        out.print(f"Next: plait train {out_folder} -o runs/{Path(out_folder).name}")
+    else:
+        out.print(f"There is nothing to train on. Next: plait evaluate RUN --data {out_folder}")
+
+
+def _column_map(entries: list[str] | None) -> dict[str, str] | None:
+    """Each KIND=COLUMN as an entry; columns of one kind are joined by commas."""
+    columns: dict[str, str] = {}
+    for entry in entries or []:
+        kind, _, column = entry.partition("=")
+        columns[kind] = f"{columns[kind]},{column}" if kind in columns else column
+    return columns or None

@@ -1,0 +1,29 @@
+"""The command that transcribes audio."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import plait
+from plait.console import DeviceOption, ModelArgument, PrecisionOption, app, existing, note_windows, out, plain
+
+
+@app.command()
+def transcribe(
+    model: ModelArgument,
+    files: Annotated[list[Path], typer.Argument(help="Recordings.")],
+    column: Annotated[str | None, typer.Option(help="Write into this text column.")] = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+) -> None:
+    """Write down what is said in a recording.
+
+    Example: plait transcribe openai/whisper-tiny speech.wav
+    """
+    loaded = plait.load(model, device, precision)
+    for file in files:
+        note_windows(loaded, existing(file))
+        out.print(plain(f"{file}: {loaded.transcribe(existing(file), column=column)}"))

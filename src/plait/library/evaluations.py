@@ -1,0 +1,157 @@
+"""`plait.evaluate`: a run measured on held-out data, beside chance and a simple baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from plait.core.errors import PlaitError
+from plait.core.frames import data_frame, html_table
+from plait.core.progress import ProgressBar
+from plait.data.dataset import Dataset
+from plait.evaluation.findings import Findings, Metrics
+from plait.library.runs import Run
+from plait.reports.report import read_run, write_metrics, write_report
+
+
+class Metric(NamedTuple):
+    """One figure.
+
+    Attributes:
+        value: the figure; None where it could not be measured.
+        stderr: its bootstrap standard error.
+        chance: what guessing would have.
+        baseline: what the simple alternative has.
+        n: records that it is of.
+    """
+
+    value: float | None
+    stderr: float | None
+    chance: float | None
+    baseline: float | None
+    n: int | None
+
+    def __float__(self) -> float:
+        return float("nan") if self.value is None else float(self.value)
+
+
+class Evaluation(Mapping[str, Metric]):
+    """Figures by "TASK/FROM-TO/METRIC", as `evaluation["recognition/image-label/accuracy"].value`.
+
+    Attributes:
+        folder: the run's folder, in which `metrics.json` and `report.html` lie.
+        split: what was measured on.
+        notes: what to know about the figures.
+    """
+
+    def __init__(self, folder: Path, split: str, metrics: Metrics, findings: Findings) -> None:
+        self.folder, self.split, self.findings = folder, split, findings
+        self.notes = list(findings.notes)
+        self._metrics = metrics
+
+    def __getitem__(self, name: str) -> Metric:
+        metric = self._metrics[name]
+        return Metric(*(metric.get(field) for field in Metric._fields))  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._metrics)
+
+    def __len__(self) -> int:
+        return len(self._metrics)
+
+    @property
+    def report(self) -> Path:
+        """The page with all figures, images and audio clips."""
+        return self.folder / "report.html"
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Everything as plain dictionaries, as `metrics.json` holds it."""
+        return {name: self[name]._asdict() for name in self}
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame, a row a figure, indexed by its name. Raises PlaitError where pandas is not installed."""
+        columns = {field: [getattr(self[name], field) for name in self] for field in Metric._fields}
+        return data_frame(columns, list(self), "metric")
+
+    def main(self) -> list[str]:
+        """The names of the figures of whole tasks, without those of single labels and times."""
+        return [name for name in self if "[" not in name and not name.startswith("timing/")]
+
+    def __repr__(self) -> str:
+        return f"Evaluation({str(self.folder)!r}, split={self.split!r}, {len(self)} figures)"
+
+    def _repr_html_(self) -> str:
+        rows = [[name, *map(_shown, self[name])] for name in self.main()]
+        return html_table(["figure", "value", "±", "chance", "baseline", "n"], rows, f"{self.folder}, {self.split}")
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None or value != value else f"{value:.4g}"
+
+
+def evaluate(
+    run: Run | str | Path,
+    *,
+    data: Dataset | str | Path | None = None,
+    split: str = "test",
+    limit: int | None = None,
+    reference_seconds: float = 15.0,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "auto",
+    progress: bool | None = None,
+) -> Evaluation:
+    """Measure a run on held-out data; writes `metrics.json` and `report.html` into its folder.
+
+    Args:
+        run: a Run, or its folder.
+        data: another dataset than the run's own.
+        split: train, val or test.
+        limit: records a task, at most.
+        reference_seconds: time to train the classifier that judges drawings and speech.
+        seed: of samples and of what is written.
+        device: auto, cpu, cuda or mps.
+        precision: as in `plait.load`.
+        progress: as in `plait.train`.
+
+    Returns:
+        The figures, each with its standard error, chance and a simple baseline.
+
+    Raises PlaitError where the split is empty, the dataset is not there or its columns are not the model's.
+    """
+    from plait.inference.model import Model, load
+
+    folder = run.folder if isinstance(run, Run) else Path(run).expanduser()
+    if data is None:
+        data = Run(folder).dataset_path
+    dataset = data if isinstance(data, Dataset) else Dataset.open(data)
+    model = load(folder, device, precision)
+    if not isinstance(model, Model):
+        raise PlaitError(f"{folder} is no model that plait trained; evaluation needs a run.")
+    with ProgressBar(progress) as bar:
+        metrics, findings = _measure(model, dataset, split, limit, reference_seconds, seed, bar)
+    write_metrics(folder / "metrics.json", metrics)
+    write_report(folder / "report.html", metrics, findings, read_run(folder, dataset.path))
+    return Evaluation(folder, split, metrics, findings)
+
+
+def _measure(
+    model: Any,
+    dataset: Dataset,
+    split: str,
+    limit: int | None,
+    reference_seconds: float,
+    seed: int,
+    bar: ProgressBar,
+) -> tuple[Metrics, Findings]:
+    """The figures of a model, and what the report shows beside them."""
+    if dataset.manifest.catalogue is not None:
+        from plait.recommend.evaluate import evaluate_histories
+
+        return evaluate_histories(model, dataset, split, seed=seed, limit=limit, progress=bar)
+    from plait.evaluation.tasks import Limits
+    from plait.evaluation.tasks import evaluate as measure
+
+    limits = Limits() if limit is None else Limits(records=limit)
+    return measure(model, dataset, split, seed=seed, limits=limits, reference_seconds=reference_seconds, progress=bar)

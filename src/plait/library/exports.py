@@ -1,0 +1,76 @@
+"""`plait.export`: a model's text-and-codes backbone, written for other programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from plait.core.dist import check_extra
+from plait.core.errors import PlaitError
+
+if TYPE_CHECKING:
+    from plait.hf.pretrained import Pretrained
+    from plait.inference.model import Model
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written.
+
+    Attributes:
+        folder: where it lies.
+        difference: the largest difference of logits from ours, where the written model was run and compared.
+    """
+
+    folder: Path
+    difference: float | None
+
+
+def export(
+    model: Model | Pretrained | str | Path,
+    out: str | Path,
+    *,
+    to: str = "transformers",
+    length: int | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Export:
+    """Write a model's text-and-codes backbone for other programs.
+
+    Args:
+        model: a model on the CPU, or what `plait.load` takes.
+        out: the folder to write.
+        to: transformers, onnx or tflite.
+        length: positions of a tflite graph; 512 at most if left out.
+        tell: called with lines about long work.
+
+    Raises PlaitError for a format that is unknown or whose library is missing, and for a model that cannot be written.
+    """
+    from plait.hf.export import export_onnx, export_transformers
+    from plait.hf.export_constraints import add_export_constraints
+    from plait.hf.tflite import export_tflite
+    from plait.inference.model import Model, load
+
+    formats: dict[str, Callable[..., object]] = {
+        "transformers": export_transformers,
+        "onnx": export_onnx,
+        "tflite": partial(export_tflite, length=length, tell=tell or (lambda line: None)),
+    }
+    if to not in formats:
+        raise PlaitError(f"Unknown format '{to}'. Use {', '.join(formats)}.")
+    if length is not None and to != "tflite":
+        raise PlaitError("--length is of --to tflite alone: the others take texts of any length.")
+    if to == "onnx":
+        for module in ("onnx", "onnxruntime"):
+            check_extra(module, "onnx", "Export to ONNX")
+    loaded = load(model, "cpu") if isinstance(model, (str, Path)) else model
+    if not isinstance(loaded, Model):
+        raise PlaitError(
+            f"{model} runs in transformers already; only GPT-2, Llama, Qwen3 and Plait models are exported."
+        )
+    if loaded.checkpoint.catalogue is not None:
+        raise PlaitError(f"{model} knows histories of items, which no other program reads; nothing is written.")
+    worst = formats[to](add_export_constraints(loaded.checkpoint, loaded.engine), Path(out))
+    return Export(Path(out), worst if isinstance(worst, float) else None)

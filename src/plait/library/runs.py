@@ -1,0 +1,348 @@
+"""`plait.train` and `plait.Run`: a training run, what it knows, and how it goes on."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from plait.core.config import LoraRecipe, Recipe, as_recipe, parse_recipe
+from plait.core.errors import PlaitError
+from plait.core.files import read_json
+from plait.core.frames import data_frame, html_table
+from plait.core.progress import ProgressBar
+from plait.data.dataset import Dataset
+from plait.data.stores import read_place
+from plait.library.datasets import open_or_prepare
+from plait.training.callbacks import Callback, TensorBoard
+from plait.training.run import Progress
+
+if TYPE_CHECKING:
+    from plait.hf.pretrained import Pretrained
+    from plait.inference.model import Model
+    from plait.library.evaluations import Evaluation
+
+
+class History(Sequence[dict[str, Any]]):
+    """What a run wrote down while it trained: a row for each ten steps and for each validation.
+
+    A row has `step`, `split` ("train", "val", ...), `time` (Unix seconds) and `loss/OBJECTIVE` in nats; of train also
+    `tokens_per_second`, `learning_rate` and `waited`, the share of time spent waiting for data.
+    """
+
+    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
+        self.rows = list(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.rows[place]
+
+    @property
+    def objectives(self) -> list[str]:
+        """The objectives that have losses, as `text`, `image`, `contrastive:image-text`."""
+        names = {name.removeprefix("loss/"): None for row in self.rows for name in row if name.startswith("loss/")}
+        return list(names)
+
+    def losses(self, objective: str, split: str = "train") -> tuple[list[int], list[float]]:
+        """Steps, and an objective's losses at them. Raises PlaitError for an objective that has none."""
+        if objective not in self.objectives:
+            raise PlaitError(f"There is no loss '{objective}'. There are {', '.join(self.objectives) or 'none'}.")
+        rows = [row for row in self.rows if row["split"] == split and f"loss/{objective}" in row]
+        return [row["step"] for row in rows], [row[f"loss/{objective}"] for row in rows]
+
+    def to_pandas(self) -> Any:
+        """All rows as a pandas DataFrame. Raises PlaitError where pandas is not installed."""
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        return data_frame({name: [row.get(name) for row in self.rows] for name in names})
+
+
+class Run:
+    """The folder of a training run.
+
+    Args:
+        folder: a folder that `plait.train` made.
+
+    Raises PlaitError where it is none.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser()
+        if not (self.folder / "run.json").is_file():
+            raise PlaitError(f"{folder} is not a run (it has no run.json). Train one: plait train DATA -o {folder}")
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What was decided once: the recipe, sizes, steps, seed, device; see run.json."""
+        metadata: dict[str, Any] = read_json(self.folder / "run.json")
+        return metadata
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that the run trains by."""
+        return parse_recipe(self.metadata["recipe"], str(self.folder / "run.json"))
+
+    @property
+    def dataset(self) -> Dataset:
+        """The dataset that it was trained on. Raises PlaitError where that is not there any more."""
+        return Dataset.open(self.dataset_path)
+
+    @property
+    def dataset_path(self) -> str:
+        """Where the dataset lies that it was trained on."""
+        facts = self.metadata
+        if "dataset" not in facts:
+            raise PlaitError(f"{self.folder / 'run.json'} does not say which dataset it is of.")
+        return str(read_place(facts["dataset"], self.folder))
+
+    @property
+    def finished(self) -> bool:
+        """Whether it trained to the end of its schedule."""
+        return "finished" in self.metadata
+
+    @property
+    def history(self) -> History:
+        """Losses by step; empty before the first ten steps."""
+        path = self.folder / "log.jsonl"
+        if not path.is_file():
+            return History([])
+        rows: dict[tuple[int, str], dict[str, Any]] = {}
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:  # a line that a kill cut
+                continue
+            rows[row["step"], row["split"]] = row
+        return History(sorted(rows.values(), key=lambda row: int(row["step"])))
+
+    @property
+    def best(self) -> Path:
+        """The folder of the checkpoint that was best on val. Raises PlaitError where nothing was saved yet."""
+        return self._checkpoint("best")
+
+    @property
+    def last(self) -> Path:
+        """The folder of the newest checkpoint. Raises PlaitError where nothing was saved yet."""
+        return self._checkpoint("last")
+
+    def _checkpoint(self, name: str) -> Path:
+        path = self.folder / "checkpoints" / name
+        if not path.exists():
+            raise PlaitError(f"{self.folder} has no checkpoint yet. Go on with it: plait.Run(...).resume()")
+        return path.resolve()
+
+    def checkpoints(self) -> list[dict[str, Any]]:
+        """The checkpoints, the newest first, each compared with its sha256.
+
+        Returns:
+            For each `step`, `names` (best, last), `bytes`, `validation` losses, and `wrong`: what is damaged in it.
+        """
+        from plait.training.checkpointing import describe
+
+        return describe(self.folder)
+
+    @property
+    def report(self) -> Path:
+        """The page with curves and, once evaluated, figures. Raises PlaitError where there is none yet."""
+        path = self.folder / "report.html"
+        if not path.is_file():
+            raise PlaitError(f"{path} does not exist yet: training writes it at its end.")
+        return path
+
+    def describe(self) -> str:
+        """What was decided, and how large the model is, in a few lines of text."""
+        from plait.training.run import describe
+
+        return describe(self.folder)
+
+    def model(self, device: str = "auto", precision: str = "auto") -> Model | Pretrained:
+        """The model of its best checkpoint, ready to use."""
+        from plait.inference.model import load
+
+        return load(self.folder, device, precision)
+
+    def evaluate(self, **options: Any) -> Evaluation:
+        """Measure it; see `plait.evaluate`."""
+        from plait.library.evaluations import evaluate
+
+        return evaluate(self, **options)
+
+    def resume(
+        self,
+        *,
+        device: str = "auto",
+        callbacks: Sequence[Callback] = (),
+        progress: bool | None = None,
+    ) -> Run:
+        """Go on where training stopped, by the same recipe on the same data; at once where it had ended.
+
+        Args:
+            device: auto, cpu, cuda or mps.
+            callbacks: what is called while it trains.
+            progress: as in `plait.train`.
+
+        Raises PlaitError where the data are not there any more or have changed.
+        """
+        return train(
+            self.dataset, self.folder, recipe=self.recipe, device=device, callbacks=callbacks, progress=progress
+        )
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r}, {'finished' if self.finished else 'not finished'})"
+
+    def _repr_html_(self) -> str:
+        facts, history = self.metadata, self.history
+        rows = [["state", "finished" if self.finished else "not finished"], ["dataset", facts.get("dataset", "")]]
+        rows += [[name, facts[name]] for name in ("size", "steps", "seed", "device") if name in facts]
+        for name in history.objectives:
+            for split in ("train", "val"):
+                steps, values = history.losses(name, split)
+                if steps:
+                    rows.append([f"{split} loss, {name}", f"{values[-1]:.4f} at step {steps[-1]}"])
+        return html_table(["", ""], rows, str(self.folder))
+
+
+def train(
+    dataset: Any,
+    out: str | Path,
+    *,
+    recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
+    task: str | None = None,
+    size: str | None = None,
+    minutes: float | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
+    init_from: str | None = None,
+    freeze: Sequence[str] | None = None,
+    lora: bool = False,
+    replay: Mapping[str, float] | None = None,
+    seed: int | None = None,
+    save_every: int | None = None,
+    canaries: int | None = None,
+    parallel: str | None = None,
+    grad_accum_steps: int | None = None,
+    allow_changes: bool = False,
+    device: str = "auto",
+    callbacks: Sequence[Callback] = (),
+    progress: bool | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Run:
+    """Train a model, or go on with it where the folder holds a run that was stopped.
+
+    Args:
+        dataset: a Dataset, the folder or URL of one, or data as `plait.prepare` takes them, which are prepared into
+            the run's folder first.
+        out: the run's folder.
+        recipe: a YAML file, a name of `plait recipes`, a dictionary or a Recipe; the arguments below are laid over it.
+        task: recognise, describe, draw, language, chat, reply or recommend; seen in the data where neither it nor a
+            recipe is given. What a recipe leaves open follows from the task.
+        size: tiny, small, base or large.
+        minutes: a time budget that the schedule is fitted to.
+        steps: steps to train for, instead of minutes.
+        batch_size: records a step.
+        learning_rate: peak of the schedule.
+        init_from: a run, a checkpoint, or a Hugging Face name or folder to begin from.
+        freeze: parts of it that stay as they are: encoder, backbone, token_embedding.
+        lora: train low-rank updates of its backbone, and what is new.
+        replay: further prepared datasets, and the share of each batch that comes from each.
+        seed: of weights, order and augmentation.
+        save_every: steps between checkpoints; at validations if left out.
+        canaries: random texts to plant, so that it shows later which were learnt by heart.
+        parallel: ddp or fsdp, where several processes train.
+        grad_accum_steps: parts of a batch that are computed one after the other.
+        allow_changes: go on with a run though its recipe or data changed.
+        device: auto, cpu, cuda or mps.
+        callbacks: what is called at the start, after steps and validations, and at the end; see
+            `plait.training.callbacks`.
+        progress: True for bars, or lines where there is no terminal; None for bars in terminals and notebooks alone;
+            False for none.
+        tell: called with what is to be known before and after: the task, the time each part gets, how well labels
+            are recognised on val.
+
+    Returns:
+        The run; `.history`, `.best`, `.model()`, `.report`.
+
+    Raises PlaitError for what the user can mend. KeyboardInterrupt is raised once the run was saved; the same call, or
+    `Run.resume()`, goes on. Processes that torchrun started train one model together.
+    """
+    from plait.training import distributed
+
+    if minutes is not None and steps is not None:
+        raise PlaitError("minutes and steps exclude each other: give one of them.")
+    training = {
+        "task": task, "minutes": minutes, "steps": steps, "seed": seed, "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "save_every": save_every, "parallel": parallel, "grad_accum_steps": grad_accum_steps, "canaries": canaries,
+        "freeze": [freeze] if isinstance(freeze, str) else list(freeze) if freeze else None,
+        "replay": dict(replay) if replay else None,
+    }  # fmt: skip
+    settings = as_recipe(recipe, {"model": {"size": size, "init_from": init_from}, "training": training})
+    if minutes is not None:
+        settings.training.steps = None  # what is asked for here wins over a recipe
+    if lora and settings.training.lora is None:
+        settings.training.lora = LoraRecipe()
+    folder = Path(out).expanduser()
+    with distributed.processes() as group, ProgressBar(progress if group.is_main else False) as bar:
+        with group.main_first():
+            data = open_or_prepare(dataset, folder / "data", settings, bar, allow_changes)
+        say = tell if tell is not None and group.is_main else lambda line: None
+        if recipe is None or settings.training.task != "auto":  # a recipe without a task is taken as it is
+            settings = _derived(data, settings, say)
+        _fit(data, folder, settings, bar, device, allow_changes, group, callbacks, say)
+    return Run(folder)
+
+
+def _derived(dataset: Dataset, recipe: Recipe, tell: Callable[[str], None]) -> Recipe:
+    """The recipe with what follows from the task."""
+    from plait.training.tasks import derive
+
+    derived = derive(dataset, recipe)
+    for line in derived.lines:
+        tell(line)
+    return derived.recipe
+
+
+def _fit(
+    dataset: Dataset,
+    folder: Path,
+    recipe: Recipe,
+    bar: ProgressBar,
+    device: str,
+    allow_changes: bool,
+    group: Any,
+    callbacks: Sequence[Callback],
+    tell: Callable[[str], None],
+) -> None:
+    """Train, fit the classifiers of labels, and write the report."""
+    from plait.evaluation.decide import finish
+    from plait.evaluation.findings import Findings
+    from plait.recommend.model import embedder
+    from plait.reports.report import read_run, write_report
+    from plait.training.trainer import train as fit
+
+    if importlib.util.find_spec("tensorboard") is not None and not any(isinstance(c, TensorBoard) for c in callbacks):
+        callbacks = [TensorBoard(), *callbacks]
+    fit(
+        dataset, folder, recipe, shown_by(bar), device, allow_changes=allow_changes, group=group, callbacks=callbacks,
+        embed=lambda items: embedder(str(recipe.model.item.encoder), device)(items),
+    )  # fmt: skip
+    if group.is_main and recipe.training.task in ("recognise", "draw"):
+        for line in finish(folder, dataset, device, bar):
+            tell(line)
+    if group.is_main:
+        write_report(folder / "report.html", {}, Findings(), read_run(folder, dataset.path))
+
+
+def shown_by(bar: ProgressBar) -> Callable[[Progress], None]:
+    """What the trainer tells, on a bar."""
+
+    def show(progress: Progress) -> None:
+        losses = "  ".join(f"{name.replace('contrastive:', '')} {value:.3f}" for name, value in progress.losses.items())
+        rate = f"  {progress.tokens_per_second:,.0f} tokens/s" if progress.tokens_per_second else ""
+        bar(progress.stage, progress.done, progress.total, losses + rate + progress.note)
+
+    return show
