@@ -30,6 +30,7 @@ from plait.cli import (
     serve,
     sizes,
     speak,
+    studio,
     train,
     transcribe,
 )
@@ -42,7 +43,7 @@ PANELS = {
     "Measure": (evaluate, demo),
     "Use a model": (generate, classify, describe, transcribe, draw, speak, embed, export),
     "Understand a model": (),
-    "Serve": (serve, key),
+    "Serve": (studio, serve, key),
     "Check and foresee": (doctor, sizes),
 }
 
