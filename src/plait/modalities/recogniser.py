@@ -7,7 +7,6 @@ Batch statistics are used while the recogniser itself is trained, by one process
 from __future__ import annotations
 
 import math
-
 from typing import ClassVar
 
 import torch
