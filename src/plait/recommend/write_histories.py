@@ -80,9 +80,9 @@ def read_catalogue(dataset: Dataset) -> Catalogue:
 
 def catalogue_file(dataset: Dataset) -> Path:
     """The file of a dataset's catalogue. Raises PlaitError where there is none here."""
-    if dataset.manifest.catalogue is None:
+    if "items" not in dataset.manifest.parts:
         raise PlaitError(f"{dataset.path} holds no histories of items. Prepare a table of interactions.")
-    place = join(dataset.path, dataset.manifest.catalogue.file)
+    place = join(dataset.path, dataset.manifest.parts["items"].file)
     if not isinstance(place, Path):
         raise PlaitError(f"{dataset.path} is far away; copy a dataset of histories to this machine first.")
     return place
@@ -321,7 +321,9 @@ def _write(
         rejected=len(rejects),
         duplicates=0,
         overlap={},
-        catalogue=_shard(folder / "items.parquet", "", len(catalogue)),
+        kind="recommend",
+        unit="interactions",
+        parts={"items": _shard(folder / "items.parquet", "", len(catalogue))},
         shards=[_shard(folder / "histories-00000.parquet", "train", len(histories))],
         statistics={
             "item": Lengths(
