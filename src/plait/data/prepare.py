@@ -328,7 +328,7 @@ def _write(
     """The dataset of all chunks, but for the manifest, which is returned."""
     facts = _gather(paths, ["key", "content", "group", "draw", "rank", "split"]) if paths else {}
     used = first_of(facts["key"]) == np.arange(len(facts["key"])) if paths else np.zeros(0, bool)
-    with (folder / "rejects.jsonl").open("w", encoding="utf-8") as file:
+    with (folder / "rejects.jsonl").open("w", encoding="utf-8", newline="\n") as file:
         rejects = _Rejects(file)
         for refused in tree.refused:
             rejects.add(refused)
@@ -375,7 +375,9 @@ def _write(
         }
     )
     name = (source.name if isinstance(source, Path) else source.rstrip("/").rpartition("/")[2]) or str(source)
-    (folder / "report.html").write_text(report(manifest, examples, rejects.reasons, name), encoding="utf-8")
+    (folder / "report.html").write_text(
+        report(manifest, examples, rejects.reasons, name), encoding="utf-8", newline="\n"
+    )
     return manifest
 
 

@@ -91,7 +91,9 @@ def save(
         write_json(aside / "config.json", {"model_type": "plait", "version": VERSION, **config, **facts})
         write_json(aside / "preprocessor_config.json", settings)
         write_json(aside / "generation_config.json", checkpoint.generation.model_dump())
-        (aside / "tokenizer.json").write_text(checkpoint.text.tokenizer.to_str(pretty=True), encoding="utf-8")
+        (aside / "tokenizer.json").write_text(
+            checkpoint.text.tokenizer.to_str(pretty=True), encoding="utf-8", newline="\n"
+        )
         if checkpoint.text.settings:
             write_json(aside / "tokenizer_config.json", checkpoint.text.settings)
         write_tensors(aside / "model.safetensors", checkpoint.model.state_dict() if tensors is None else tensors)
@@ -100,7 +102,7 @@ def save(
             kept.write(part, aside / kept.name)
         if checkpoint.classifiers:
             save_classifiers(checkpoint.classifiers, aside)
-        (aside / "README.md").write_text(model_card(checkpoint), encoding="utf-8")
+        (aside / "README.md").write_text(model_card(checkpoint), encoding="utf-8", newline="\n")
         if more is not None:
             more(aside)
         files = [f for f in sorted(aside.rglob("*")) if f.is_file()]
@@ -129,7 +131,7 @@ def add_classifiers(folder: Path, classifiers: list[Classifier]) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Into a folder that is still aside: whoever publishes it makes it last."""
-    path.write_text(json_text(value), encoding="utf-8")
+    path.write_text(json_text(value), encoding="utf-8", newline="\n")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -304,7 +304,7 @@ def _write(
     for name in tree.files:
         if name not in tree.used:
             rejects.append(Rejected(name, None, "neither of the two tables, nor named by them"))
-    with (folder / "rejects.jsonl").open("w", encoding="utf-8") as file:
+    with (folder / "rejects.jsonl").open("w", encoding="utf-8", newline="\n") as file:
         for reject in rejects:
             file.write(json.dumps(reject._asdict()) + "\n")
     lengths = np.diff(histories.starts)
@@ -345,7 +345,7 @@ def _write(
         examples.append(Example(histories.users[user], "", parts))
     reasons = Counter(reject.reason.split(":")[0][:80] for reject in rejects)
     name = str(tree.root).rstrip("/").rpartition("/")[2]
-    (folder / "report.html").write_text(report(manifest, examples, reasons, name), encoding="utf-8")
+    (folder / "report.html").write_text(report(manifest, examples, reasons, name), encoding="utf-8", newline="\n")
     return manifest
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from plait.core.errors import PlaitError
 from plait.core.interruption import Interrupted, pausing
+from plait.core.system import total_memory
 from plait.inference.base import Model
 from plait.inference.engine import Delta, Engine, Job, Request, Result
 from plait.inference.model import PlaitModel
@@ -284,7 +285,7 @@ def _rows(model: PlaitModel, most: int) -> int:
 
         memory = torch.cuda.mem_get_info(model.device.torch)[0]
     else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = total_memory()
     return max(min(most, memory // 4 // each), 2)
 
 
