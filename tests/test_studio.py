@@ -220,7 +220,7 @@ def test_edits_of_labels_are_undone_and_change_no_file(client: TestClient, works
     assert {path: path.read_bytes() for path in project.uploads.rglob("*.png")} == before
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=15)
 @given(st.lists(st.sampled_from(["move", "rename", "delete", "undo"]), max_size=12))
 def test_undoing_everything_gives_the_folders_labels(actions: list[str]) -> None:
     folders = {f"{label}/{n}": label for label in "ab" for n in range(3)}

@@ -10,7 +10,6 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from plait.inference.model import Model
 from plait.server.limits import ApiError
 from plait.server.middleware import Receive, Scope, Send, answer
 from plait.server.service import Served, Service
@@ -53,7 +52,8 @@ class ServedPage:
     def html(self, language: str) -> str:
         """The page, with what the models can do written into it."""
         models = [_card(served) for served in self.service.models.values()]
-        indexes = [{"name": name, "model": model} for name, (_, model) in self.service.indexes.items()]
+        opened = self.service.resources.get("search", {})
+        indexes = [{"name": name, "model": model} for name, (_, model) in opened.items()]
         return render("served.html", language, models=models, indexes=indexes, reports=list(self.reports))
 
     async def _send_report(self, name: str, send: Send) -> None:
@@ -67,7 +67,7 @@ class ServedPage:
 
 def _card(served: Served) -> dict[str, Any]:
     """What the page's script needs to know of a model."""
-    ours = served.model if isinstance(served.model, Model) else None
+    ours = served.model.plait_model
     columns = ours.columns if ours else {}
     texts = [name for name, kind in columns.items() if kind == "text"]
     labels = [label for name in texts for label in ours.labels.get(name, [])] if ours else []

@@ -109,7 +109,7 @@ class Models:
 
     def chat(self, run: Path, messages: list[dict[str, str]]) -> str:
         """The next turn of a conversation of texts."""
-        from plait.chat.chat import Chat, Turn
+        from plait.chat.session import Chat, Turn
 
         turns = [Turn(message["role"], [message["content"][:TEXT_LIMIT]]) for message in messages[-20:]]
         with self.lock:
