@@ -58,7 +58,6 @@ TWINS = {
     "key": "plait.server.limits:new_key",
     "doctor": "plait.doctor:check_folder",
     "sizes": "plait.training.build:size_table",
-    "studio": "plait.studio.app:serve",
 }
 # Of these every option must be an argument of the function.
 WHOLE = ("prepare", "train", "evaluate", "tune", "transfer", "plan", "demo", "export", "generate", "classify")

@@ -59,14 +59,14 @@ def _work(project: Project, job: Job) -> Job:
         if stage != "preparing":
             _run(command)
         elif not _is_prepared(project):
-            _prepare(project, command)
+            prepare_data(project, command)
             write_atomic(project.folder / "prepared.json", json.dumps({"state": _state(project)}))
     job = job.at("predicting")
     write_predictions(project, job)
     return job
 
 
-def _prepare(project: Project, command: list[str]) -> None:
+def prepare_data(project: Project, command: list[str]) -> None:
     """Make the dataset; where labels of a linked folder were edited, from rows in memory: nothing is written there."""
     write_labels(project)
     if project.linked is None or not LabelEdits(project.folder / "labels.jsonl").edits:
