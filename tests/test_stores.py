@@ -91,14 +91,25 @@ class Faulty(ThreadingHTTPServer):
 
 
 class _Proxy(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.0"
+    protocol_version = "HTTP/1.1"
     server: Faulty
 
     def log_message(self, *arguments: object) -> None:
         pass
 
+    def _body(self) -> Iterator[bytes]:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            yield self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            return
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            yield self.rfile.read(size)
+            self.rfile.readline()
+        while self.rfile.readline().strip():
+            pass
+
     def _pass(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.close_connection = True
+        body = b"".join(self._body())
         fault = self.server.draw.choice(["refuse", "403", "503", "cut"])
         if not self.server.down and self.server.draw.random() >= self.server.share:
             fault = ""
@@ -110,7 +121,12 @@ class _Proxy(BaseHTTPRequestHandler):
             reason = b"<Error><Code>ExpiredToken</Code><Message>expired</Message></Error>"
             self._answer(int(fault), {"Content-Type": "application/xml"}, reason, len(reason))
             return
-        headers = {key: value for key, value in self.headers.items() if key.lower() not in ("connection",)}
+        headers = {
+            key: value
+            for key, value in self.headers.items()
+            if key.lower() not in ("connection", "transfer-encoding", "expect")
+        }
+        headers.setdefault("Content-Type", "application/octet-stream")  # urllib would say that it is a form
         request = urllib.request.Request(self.server.behind + self.path, body or None, headers, method=self.command)
         try:
             with urllib.request.urlopen(request) as answer:
@@ -126,6 +142,7 @@ class _Proxy(BaseHTTPRequestHandler):
             if key.lower() not in ("content-length", "connection", "transfer-encoding", "date", "server"):
                 self.send_header(key, value)
         self.send_header("Content-Length", str(length))
+        self.send_header("Connection", "close")
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
@@ -193,7 +210,7 @@ def test_an_object_store_behind_a_proxy_that_fails(store: Faulty, monkeypatch: p
     store.down, store.share = False, 0.0
     prepare("s3://bucket/raw", "s3://bucket/late", workers=2)
     assert shards("s3://bucket/late") == wanted[0]
-    with pytest.raises(PlaitError, match=r"does not exist|holds nothing"):
+    with pytest.raises(PlaitError, match=r"does not exist|is empty"):
         prepare("s3://bucket/none", "s3://bucket/x", workers=0)
     with pytest.raises(FileNotFoundError), open_binary("s3://bucket/none.txt"):
         pass
