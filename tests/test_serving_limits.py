@@ -191,9 +191,8 @@ def test_sizes(server: Server) -> None:
     assert "64 levels" in refused(server, 400, body=b'{"model":' + b"[" * 65 + b"]" * 65 + b"}")
     for text in (b"NaN", b"-Infinity", b"1e999", b"1" * 5000, b'"\\ud800"', b'"\xff"'):
         refused(server, 400, body=b'{"model":"text","prompt":"x","temperature":' + text + b"}")
-    for wrong in ({"n": 5}, {"prompt": ["x"] * 17}, {"stop": ["x"] * 5}, {"stop": "x" * 300}, {"max_tokens": 257},
-                  {"max_tokens": 2**70}, {"logit_bias": {"1": 1}}, {"grammar": "x"}, {"regex": "(a+)+"},
-                  {"chat_template": "{{x}}"}):  # fmt: skip
+    for wrong in ({"n": 5}, {"prompt": ["x"] * 17}, {"stop": ["x"] * 17}, {"stop": "x" * 300},
+                  {"max_tokens": 2**70}):  # fmt: skip
         refused(server, 400, body={**GOOD, **wrong})
     chat = {"model": "text", "messages": [{"role": "user", "content": "x"}]}
     for kind in ("json_schema", "json_object", "regex"):
@@ -333,7 +332,7 @@ def test_odd_bodies(server: Server) -> None:
         assert server.post("/v1/completions", {**GOOD, "prompt": text})[0] == 200
         chat = {"model": "run", "messages": [{"role": "user", "content": text}], "modalities": ["image"]}
         assert server.post("/v1/chat/completions", chat)[0] == 200
-        refused(server, 404, body={**GOOD, "model": text})
+        refused(server, 404 if text else 400, body={**GOOD, "model": text})
     for kind in (
         "text/plain",
         "application/x-www-form-urlencoded",

@@ -71,18 +71,22 @@ def show_manifest(manifest: Manifest, folder: str | Path) -> None:
 
 
 def media_or_text(value: str) -> str | Path:
-    """An argument that names a file is that file; anything else is text."""
-    if not re.search(r"\.(png|jpe?g|gif|webp|bmp|tiff?|wav|flac|ogg|opus|mp3)$", value, re.IGNORECASE):
-        return value
-    path = Path(value)
-    with contextlib.suppress(OSError):  # a name longer than names may be
+    """An argument that names a file is that file; what looks like a path and is not there is an error; anything else is
+    text. Raises PlaitError."""
+    from plait.core.errors import PlaitError
+    from plait.modalities.media import kind_of_suffix
+
+    path = Path(value).expanduser()
+    with contextlib.suppress(OSError, ValueError):  # a name longer than names may be, or with a NUL
         if path.is_file():
             return path
-    if re.search(r"\s", value):
-        return value  # a sentence that ends like a file
-    from plait.core.errors import PlaitError
-
-    raise PlaitError(f"{value} does not exist.")
+        if "/" in value and path.is_dir():
+            raise PlaitError(f"{value} is a folder. Name a file, or write text that is no path.")
+    spaced = re.search(r"\s", value) is not None  # a sentence may end like a file, or hold a stroke
+    rooted = value.startswith(("/", "./", "../", "~/")) and "." in path.name
+    if not spaced and (rooted or kind_of_suffix(path.suffix)):
+        raise PlaitError(f"{value} does not exist.")
+    return value
 
 
 def existing(path: Path) -> Path:

@@ -23,6 +23,7 @@ from plait.core.errors import PlaitError
 from plait.core.files import read_json, sha256_file
 from plait.data.dataset import Dataset
 from plait.data.demo_data import Speech
+from plait.data.stores import read_place
 from plait.kernels import build
 from plait.kernels import generation as native
 from plait.kernels import training as in_training
@@ -343,7 +344,7 @@ def _run(path: Path) -> list[Finding]:
         found.append(Finding("fail", "used", f"{path} has no whole checkpoint"))
     if wrong and step:
         found.append(Finding("warn", "resume", f"training goes on from step {step}"))
-    dataset = Path(str(facts.get("dataset", "")))
-    if "dataset" in facts and not (dataset / "manifest.json").is_file():
+    dataset = read_place(str(facts.get("dataset", "")), path)
+    if "dataset" in facts and isinstance(dataset, Path) and not (dataset / "manifest.json").is_file():
         found.append(Finding("warn", "dataset", f"{dataset} is not there any more: evaluate with --data"))
     return found

@@ -19,12 +19,13 @@ from plait.inference.model import Model, Options
 from plait.modalities.media import sniff
 from plait.model.multimodal import Sequence
 
-NAMES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
+NAMES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant", "tool": "Tool",
+         "function": "Tool"}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side said: `role` is system, developer, user or assistant; parts are inputs as `Model` takes them."""
+    """What one side said: `role` is one of NAMES; parts are inputs as `Model` takes them."""
 
     role: str
     parts: list[Any]

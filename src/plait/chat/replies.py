@@ -18,6 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from plait.core.errors import PlaitError
 from plait.core.files import read_json, write_json
 from plait.data.dataset import Dataset
+from plait.data.stores import read_place
 from plait.inference.model import Model
 
 FILE = "replies.json"
@@ -245,8 +246,10 @@ def open_replies(model: Model, run: Path, dataset: Path | None, question: str | 
         facts = run / "run.json"
         if not facts.is_file():
             raise PlaitError(f"{run} is no run, so its past replies are not known. Name them with --data.")
-        dataset = Path(read_json(facts)["dataset"])
-    replies = Replies(model, Dataset.open(dataset), question, reply)
+        place = read_place(read_json(facts)["dataset"], run)
+    else:
+        place = dataset
+    replies = Replies(model, Dataset.open(place), question, reply)
     if not replies.restore(run):
         replies.fit()
         if (run / "run.json").is_file():

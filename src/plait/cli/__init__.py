@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
+from pathlib import Path
 
 from typer.models import CommandInfo
 
@@ -66,13 +68,24 @@ def _arrange_commands() -> None:
 _arrange_commands()
 
 
+def _expanded(argument: str) -> str:
+    """`--out=~/data` with the user's home in place of `~`, as the shell puts it where a space stands before."""
+    option, equals, value = argument.partition("=")
+    tilde = equals and option.startswith("--") and (value == "~" or value.startswith("~/"))
+    return f"{option}={Path(value).expanduser()}" if tilde else argument
+
+
 def main() -> None:
     """Run the command line; a user's mistake ends in one message and exit code 1."""
     from plait.core import isa
     from plait.core.errors import PlaitError, Terminated
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding lacks is shown as its code
+            stream.reconfigure(errors="backslashreplace")
     try:
         isa.cap()
+        sys.argv[1:] = map(_expanded, sys.argv[1:])
         app()
     except PlaitError as error:
         err.quiet = False

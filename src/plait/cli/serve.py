@@ -29,6 +29,8 @@ def serve(
     index: Annotated[
         list[str] | None, typer.Option(help="An index to search in, made by one of the models; NAME=INDEX renames.")
     ] = None,
+    alias: Annotated[list[str] | None, typer.Option(help="NAME=MODEL: a further name of a model.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse fields that have no effect.")] = False,
     ui: Annotated[bool, typer.Option("--ui", help="A page to try the models in, at /.")] = False,
     device: DeviceOption = "auto",
 ) -> None:
@@ -57,7 +59,7 @@ def serve(
     )
     run(
         models, host, port, key_file=api_key_file, allow_hosts=allow_host, allow_origins=allow_origin, device=device,
-        precision=precision, indexes=index, ui=ui, limits=limits,
+        precision=precision, indexes=index, ui=ui, aliases=alias, strict=strict, limits=limits,
         tell=lambda url: out.print(
             f"Serving at {url}/v1 {f'with a page at {url} ' if ui else ''}(Ctrl-C stops)\n"
             f"A step of generation: {backend_name(choose_device(device, precision))}"

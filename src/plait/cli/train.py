@@ -20,6 +20,10 @@ def train(
     ],
     run: Annotated[Path, typer.Option("-o", "--out", help="The run's folder.")],
     recipe: Annotated[str | None, typer.Option(help="A YAML file, or a name of `plait recipes`.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="recognise, describe, draw, language, chat, reply or recommend; else seen in the data."),
+    ] = None,
     size: Annotated[str | None, typer.Option(help="tiny, small, base or large; see plait sizes.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Fit the schedule to a time budget.")] = None,
     steps: Annotated[int | None, typer.Option(help="Train for so many steps.")] = None,
@@ -66,10 +70,11 @@ def train(
     out.quiet = err.quiet = distributed.launched() and os.environ["RANK"] != "0"
     try:
         trained = plait.train(
-            dataset, run, recipe=recipe, size=size, minutes=minutes, steps=steps, batch_size=batch_size,
+            dataset, run, recipe=recipe, task=task, size=size, minutes=minutes, steps=steps, batch_size=batch_size,
             learning_rate=learning_rate, init_from=init_from, freeze=freeze.split(",") if freeze else None, lora=lora,
             replay=_shares(replay), seed=seed, save_every=save_every, canaries=canaries, parallel=parallel,
             grad_accum_steps=grad_accum_steps, allow_changes=allow_changes, device=device, progress=True,
+            tell=lambda line: out.print(plain(line)),
         )  # fmt: skip
     except (KeyboardInterrupt, Terminated) as stop:
         last = run / "checkpoints" / "last"

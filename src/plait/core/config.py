@@ -92,11 +92,17 @@ class LoraRecipe(_Settings):
     alpha: float = Field(16.0, gt=0)  # the updates count alpha / rank times
 
 
+Task = Literal["auto", "recognise", "describe", "draw", "language", "chat", "reply", "recommend"]
+
+
 class TrainingRecipe(_Settings):
+    task: Task = "auto"  # what the model is wanted for; auto sees it in the data
     minutes: float | None = Field(None, gt=0)  # for codecs and model together
     steps: int | None = Field(None, ge=1)  # of the model; instead of minutes
     codec_steps: int | None = Field(None, ge=1)
     codec_share: float = Field(0.1, ge=0, lt=0.5)  # of the minutes, for each codec
+    recogniser_steps: int | None = Field(None, ge=1)  # of each encoder that is trained on labels
+    recogniser_share: float = Field(0.7, ge=0, lt=1)  # of the minutes, for these encoders together
     batch_size: int | None = Field(None, ge=2)  # records, or windows of text
     learning_rate: float | None = Field(None, gt=0)
     codec_learning_rate: float = Field(3e-3, gt=0)

@@ -59,6 +59,7 @@ class Manifest(BaseModel):
 
     version: int
     source: str
+    source_stamp: str = ""  # a hash of the names, sizes and times of the source's files
     seed: int
     columns: dict[str, str]
     counts: dict[str, int]

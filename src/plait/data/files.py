@@ -368,6 +368,9 @@ def _unpack(tree: Tree, path: Location, prefix: str, scratch: Path) -> None:
                             name, known = _zip_name(info)
                             if not known:
                                 claimed.append(name)
+                            if info.flag_bits & 1:
+                                tree.refused.append(Rejected(lead + name, None, "locked with a password"))
+                                continue
                             _member(tree, lead, name, info.file_size, linked, scratch, opened, stamp)
             else:
                 with tarfile.open(fileobj=file, mode="r|*") as packed:

@@ -18,8 +18,25 @@ class StoreError(OSError):
 
 
 def location(text: str | Path) -> Location:
-    """The URL, or the path, that a text names."""
-    return text if isinstance(text, str) and "://" in text and _SCHEME.match(text) else Path(text)
+    """The URL, or the path, that a text names; `~` is the user's home."""
+    if isinstance(text, str) and "://" in text and _SCHEME.match(text):
+        return text
+    return Path(text).expanduser()
+
+
+def written_place(place: Location, folder: Path) -> str:
+    """How a file in `folder` names a place: relative to the folder where it lies in it, so that the folder may be
+    moved, else in full, so that the working directory does not matter."""
+    if isinstance(place, str):
+        return place
+    place, folder = place.resolve(), folder.resolve()
+    return place.relative_to(folder).as_posix() if place.is_relative_to(folder) else str(place)
+
+
+def read_place(text: str, folder: Path) -> Location:
+    """The place that a file in `folder` names (see `written_place`)."""
+    place = location(text)
+    return folder / place if isinstance(place, Path) else place
 
 
 def _filesystem(url: str) -> tuple[Any, str]:

@@ -238,11 +238,6 @@ def extended_tokenizer(checkpoint: Checkpoint) -> tuple[str, dict[str, str]]:
     ]  # fmt: skip
     if vocabulary.columns and text.start:  # what was trained on records never saw an import's beginning of text
         content["post_processor"] = None
-    normal, nfc = content.get("normalizer"), {"type": "NFC"}  # as `Text` reads
-    if normal is None:
-        content["normalizer"] = nfc
-    elif normal != nfc:
-        content["normalizer"] = {"type": "Sequence", "normalizers": [nfc, normal]}
     result = json.dumps(content, ensure_ascii=False)
     check = Tokenizer.from_str(result)
     if wrong := [name for name, id in wanted.items() if check.token_to_id(name) != id]:

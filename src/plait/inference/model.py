@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image as PILImage
 
+from plait.classifiers.classifier import Classifier
 from plait.core.device import choose_device
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
@@ -23,6 +24,7 @@ from plait.hf.pretrained import Pretrained, load_pretrained
 from plait.inference import scoring
 from plait.inference.engine import Completion, Engine, Request
 from plait.inference.inputs import Reading
+from plait.inference.opinions import opinion_scores
 from plait.inference.results import Prediction, Predictions
 from plait.inference.sampling import Sampling
 from plait.model import checkpoint as checkpoints
@@ -308,8 +310,10 @@ class Model(Reading, Recommending):
     ) -> Predictions:
         """The likeliest labels of an input, each with its probability among the labels, likeliest first.
 
-        Labels default to the values that the column had in training. An audio clip longer than a window is read in
-        windows and their probabilities averaged.
+        Labels default to the values that the column had in training; then the run's classifier answers, whose
+        probabilities are calibrated on validation records and which knows what is unfamiliar. Labels of your own are
+        ranked by their likelihood as texts. An audio clip longer than a window is read in windows and their
+        probabilities averaged.
         """
         parts = [self.context(value)] if isinstance(value, list) else self.alone(value, self.engine.max_length)
         return self.classify_parts(parts, labels, column, top)
@@ -322,6 +326,8 @@ class Model(Reading, Recommending):
             known = [name for name in self.labels if self.labels[name]]
             column = known[0] if known else None
         column = self.column(column, "text", "classify")
+        if labels is None and (classifier := self._classifier(parts, column)):
+            return self._decide(classifier, parts, top)
         labels = self.labels.get(column, []) if labels is None else list(labels)
         if not labels:
             raise PlaitError(f"Column '{column}' has no known labels. Name them: labels=[...] or --labels a,b,c.")
@@ -330,6 +336,32 @@ class Model(Reading, Recommending):
         mean = (chances / chances.sum(1, keepdims=True)).mean(0)
         order = np.argsort(-mean, kind="stable")[:top]
         return Predictions(Prediction(labels[i], float(mean[i])) for i in order)
+
+    def _classifier(self, parts: list[Sequence], column: str) -> Classifier | None:
+        """What was fitted for one input of this kind, alone; None where nothing was."""
+        for one in self.checkpoint.classifiers:
+            opener = None if one.features.kind == "text" else self.vocabulary.opener(one.source)
+            media = [len(part.media) for part in parts]
+            if opener is None:
+                fits = not any(media) and all(len(part.spans) == 1 for part in parts)
+            else:
+                fits = all(count == 1 and part.ids[0] == opener for count, part in zip(media, parts, strict=True))
+            if one.target == column and fits:
+                return one
+        return None
+
+    def _decide(self, classifier: Classifier, parts: list[Sequence], top: int | None) -> Predictions:
+        """The classifier's answer to an input that is one sequence, or windows."""
+        if classifier.features.kind == "text":
+            inputs: list[Any] = ["".join(self.checkpoint.text.decode(part.ids) for part in parts)]
+        else:
+            inputs = [part.media[0][2] for part in parts]
+        scores = opinion_scores(self, classifier, inputs, classifier.mixture.used)
+        mean = np.exp(classifier.mixture.log_probabilities(scores)).mean(0)
+        unfamiliar = float(classifier.mixture.ood_scores(scores).mean())
+        order = np.argsort(-mean, kind="stable")[:top]
+        ranked = (Prediction(classifier.labels[i], float(mean[i])) for i in order)
+        return Predictions(ranked, unfamiliar, unfamiliar > classifier.mixture.threshold)
 
     def explain(
         self,

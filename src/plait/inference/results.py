@@ -20,10 +20,19 @@ class Prediction(NamedTuple):
 
 
 class Predictions(list[Prediction]):
-    """The predictions for one input, likeliest first; shows itself as a table in notebooks."""
+    """The predictions for one input, likeliest first; shows itself as a table in notebooks.
 
-    def __init__(self, predictions: Iterable[Prediction] = ()) -> None:
+    Attributes:
+        ood_score: in [0, 1], the share of validation records that look more familiar than this input: near 1 for what
+            is unlike all that was learnt. None where it was not calibrated, as for labels of one's own.
+        none_of_these: whether the score is above the threshold that was set on validation records.
+    """
+
+    def __init__(
+        self, predictions: Iterable[Prediction] = (), ood_score: float | None = None, none_of_these: bool = False
+    ) -> None:
         super().__init__(predictions)
+        self.ood_score, self.none_of_these = ood_score, none_of_these
 
     def _repr_html_(self) -> str:
         rows = "".join(

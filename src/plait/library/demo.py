@@ -38,5 +38,5 @@ def demo(
     if not (folder / "data" / "manifest.json").is_file():
         write_demo(folder / "files", tell or (lambda text: None))
         prepare(folder / "files", folder / "data", progress=progress)
-    train(folder / "data", folder, minutes=minutes, seed=seed, device=device, progress=progress)
+    train(folder / "data", folder, task="draw", minutes=minutes, seed=seed, device=device, progress=progress)
     return evaluate(folder, seed=seed, device=device, progress=progress)

@@ -14,6 +14,7 @@ from plait.core.files import read_json
 from plait.core.frames import data_frame, html_table
 from plait.core.progress import ProgressBar
 from plait.data.dataset import Dataset
+from plait.data.stores import read_place
 from plait.library.datasets import open_or_prepare
 from plait.training.callbacks import Callback, TensorBoard
 from plait.training.run import Progress
@@ -95,7 +96,7 @@ class Run:
         facts = self.metadata
         if "dataset" not in facts:
             raise PlaitError(f"{self.folder / 'run.json'} does not say which dataset it is of.")
-        return str(facts["dataset"])
+        return str(read_place(facts["dataset"], self.folder))
 
     @property
     def finished(self) -> bool:
@@ -209,6 +210,7 @@ def train(
     out: str | Path,
     *,
     recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
+    task: str | None = None,
     size: str | None = None,
     minutes: float | None = None,
     steps: int | None = None,
@@ -227,6 +229,7 @@ def train(
     device: str = "auto",
     callbacks: Sequence[Callback] = (),
     progress: bool | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Run:
     """Train a model, or go on with it where the folder holds a run that was stopped.
 
@@ -235,6 +238,8 @@ def train(
             the run's folder first.
         out: the run's folder.
         recipe: a YAML file, a name of `plait recipes`, a dictionary or a Recipe; the arguments below are laid over it.
+        task: recognise, describe, draw, language, chat, reply or recommend; seen in the data where neither it nor a
+            recipe is given. What a recipe leaves open follows from the task.
         size: tiny, small, base or large.
         minutes: a time budget that the schedule is fitted to.
         steps: steps to train for, instead of minutes.
@@ -255,6 +260,8 @@ def train(
             `plait.training.callbacks`.
         progress: True for bars, or lines where there is no terminal; None for bars in terminals and notebooks alone;
             False for none.
+        tell: called with what is to be known before and after: the task, the time each part gets, how well labels
+            are recognised on val.
 
     Returns:
         The run; `.history`, `.best`, `.model()`, `.report`.
@@ -264,21 +271,39 @@ def train(
     """
     from plait.training import distributed
 
+    if minutes is not None and steps is not None:
+        raise PlaitError("minutes and steps exclude each other: give one of them.")
     training = {
-        "minutes": minutes, "steps": steps, "seed": seed, "batch_size": batch_size, "learning_rate": learning_rate,
+        "task": task, "minutes": minutes, "steps": steps, "seed": seed, "batch_size": batch_size,
+        "learning_rate": learning_rate,
         "save_every": save_every, "parallel": parallel, "grad_accum_steps": grad_accum_steps, "canaries": canaries,
         "freeze": [freeze] if isinstance(freeze, str) else list(freeze) if freeze else None,
         "replay": dict(replay) if replay else None,
     }  # fmt: skip
     settings = as_recipe(recipe, {"model": {"size": size, "init_from": init_from}, "training": training})
+    if minutes is not None:
+        settings.training.steps = None  # what is asked for here wins over a recipe
     if lora and settings.training.lora is None:
         settings.training.lora = LoraRecipe()
     folder = Path(out).expanduser()
     with distributed.processes() as group, ProgressBar(progress if group.is_main else False) as bar:
         with group.main_first():
-            data = open_or_prepare(dataset, folder / "data", settings, bar)
-        _fit(data, folder, settings, bar, device, allow_changes, group, callbacks)
+            data = open_or_prepare(dataset, folder / "data", settings, bar, allow_changes)
+        say = tell if tell is not None and group.is_main else lambda line: None
+        if recipe is None or settings.training.task != "auto":  # a recipe without a task is taken as it is
+            settings = _derived(data, settings, say)
+        _fit(data, folder, settings, bar, device, allow_changes, group, callbacks, say)
     return Run(folder)
+
+
+def _derived(dataset: Dataset, recipe: Recipe, tell: Callable[[str], None]) -> Recipe:
+    """The recipe with what follows from the task."""
+    from plait.training.tasks import derive
+
+    derived = derive(dataset, recipe)
+    for line in derived.lines:
+        tell(line)
+    return derived.recipe
 
 
 def _fit(
@@ -290,8 +315,10 @@ def _fit(
     allow_changes: bool,
     group: Any,
     callbacks: Sequence[Callback],
+    tell: Callable[[str], None],
 ) -> None:
-    """Train, and write the report."""
+    """Train, fit the classifiers of labels, and write the report."""
+    from plait.evaluation.decide import finish
     from plait.evaluation.findings import Findings
     from plait.recommend.model import embedder
     from plait.reports.report import read_run, write_report
@@ -303,6 +330,9 @@ def _fit(
         dataset, folder, recipe, shown_by(bar), device, allow_changes=allow_changes, group=group, callbacks=callbacks,
         embed=lambda items: embedder(str(recipe.model.item.encoder), device)(items),
     )  # fmt: skip
+    if group.is_main and recipe.training.task in ("recognise", "draw"):
+        for line in finish(folder, dataset, device, bar):
+            tell(line)
     if group.is_main:
         write_report(folder / "report.html", {}, Findings(), read_run(folder, dataset.path))
 

@@ -29,6 +29,7 @@ from plait.modalities.audio_files import decode_audio, resample
 from plait.modalities.base import ChannelNorm, bilinear_warp, tinted, within
 from plait.modalities.fsq import FSQ
 from plait.modalities.hf_encoder import HFEncoder, HFEncoderSettings, transformers_for
+from plait.modalities.recogniser import AudioRecogniser
 
 SILENCE = -1.4  # the scaled log-mel of no audio
 FLOOR = 1e-4  # mel power below which everything is silence, the waveform's RMS being 0.1
@@ -48,6 +49,7 @@ class AudioSettings(BaseModel):
     encoder: str | None = None  # hf:NAME-OR-FOLDER, a pretrained audio encoder in the encoder's place
     freeze: bool = True  # the encoder stays as it is; a projection of what it hears is trained
     hf_encoder: HFEncoderSettings | None = None  # filled in from the encoder's files
+    classes: dict[str, int] = {}  # column of labels -> how many; where any, the encoder is a recogniser
     stem: int = 32  # channels of the encoder's first layer
     codec_width: int = 160
     levels: list[int] = [8, 5, 5, 5]
@@ -336,6 +338,14 @@ class AudioCodec(nn.Module):
         return self._rebuild(self.quantizer.vectors(codes), mask).unflatten(-1, (PATCH, -1)).flatten(1, 2)
 
 
+def _encoder(settings: AudioSettings, width: int) -> nn.Module:
+    if settings.hf_encoder is not None:
+        return HFAudioEncoder(settings, width)
+    if settings.classes:
+        return AudioRecogniser(settings.bands, SILENCE, settings.stem // 2, width, settings.classes)
+    return AudioEncoder(settings, width)
+
+
 class Audio(nn.Module):
     """The modality: settings, encoder, codec and vocoder."""
 
@@ -346,7 +356,7 @@ class Audio(nn.Module):
     def __init__(self, settings: AudioSettings, width: int) -> None:
         super().__init__()
         self.settings = settings
-        self.encoder = (AudioEncoder if settings.hf_encoder is None else HFAudioEncoder)(settings, width)
+        self.encoder = _encoder(settings, width)
         self.prepared = None if settings.hf_encoder is None else HFEncoderInput(settings.hf_encoder)
         self.codec = AudioCodec(settings)
         self.mel = LogMel(settings)

@@ -24,6 +24,7 @@ from plait.modalities.base import ChannelNorm, bilinear_warp, tinted
 from plait.modalities.fsq import FSQ
 from plait.modalities.hf_encoder import HFEncoder, HFEncoderSettings
 from plait.modalities.image_files import decode_image
+from plait.modalities.recogniser import ImageRecogniser
 
 
 class ImageSettings(BaseModel):
@@ -40,6 +41,7 @@ class ImageSettings(BaseModel):
     encoder: str | None = None  # hf:NAME-OR-FOLDER, a pretrained vision encoder in the encoder's place
     freeze: bool = True  # the encoder stays as it is; a projection of what it sees is trained
     hf_encoder: HFEncoderSettings | None = None  # filled in from the encoder's files
+    classes: dict[str, int] = {}  # column of labels -> how many; where any, the encoder is a recogniser
     stem: int = 32  # channels of the encoder's first layer
     stride: int = 1  # of that layer, in pixels
     patch: int = 4  # side in pixels of what one code stands for
@@ -235,6 +237,15 @@ class ImageCodec(nn.Module):
         return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(1, -1)
 
 
+def _encoder(settings: ImageSettings, width: int) -> nn.Module:
+    if settings.hf_encoder is not None:
+        return HFImageEncoder(settings, width)
+    if settings.classes:
+        s = settings
+        return ImageRecogniser(s.size, s.channels, s.stride, s.grid, s.stem, width, s.classes)
+    return ImageEncoder(settings, width)
+
+
 class Image(nn.Module):
     """The modality: settings, encoder and codec."""
 
@@ -245,7 +256,7 @@ class Image(nn.Module):
     def __init__(self, settings: ImageSettings, width: int) -> None:
         super().__init__()
         self.settings = settings
-        self.encoder = (ImageEncoder if settings.hf_encoder is None else HFImageEncoder)(settings, width)
+        self.encoder = _encoder(settings, width)
         self.codec = ImageCodec(settings)
 
     def sample(self, raw: Any) -> np.ndarray:

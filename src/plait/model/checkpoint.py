@@ -6,7 +6,9 @@ A run keeps its checkpoints side by side, `checkpoints/step-000200`; `best` and 
 from __future__ import annotations
 
 import errno
+import os
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +20,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from plait.classifiers.classifier import ARRAYS, FILE, Classifier, load_classifiers, save_classifiers
 from plait.core.config import GenerationConfig
 from plait.core.errors import PlaitError
-from plait.core.files import json_text, publish_folder, read_json, read_sealed, sealed, sha256_file
+from plait.core.files import (
+    fsync_folder,
+    json_text,
+    publish_folder,
+    read_json,
+    read_sealed,
+    sealed,
+    sha256_file,
+    write_atomic,
+)
 from plait.modalities.text import Text
 from plait.model.multimodal import ModelConfig, Multimodal
 from plait.recommend.catalogue import Catalogue
@@ -40,6 +52,7 @@ class Checkpoint:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     training: dict[str, Any] = field(default_factory=dict)  # how it came to be: data, step, validation, seed
     catalogue: Catalogue | None = None  # the items that the model knows
+    classifiers: list[Classifier] = field(default_factory=list)  # fitted once training has ended
 
 
 def save(
@@ -66,12 +79,33 @@ def save(
         write_tensors(aside / "model.safetensors", checkpoint.model.state_dict() if tensors is None else tensors)
         if checkpoint.catalogue is not None:
             checkpoint.catalogue.write(aside / ITEMS, media=False)
+        if checkpoint.classifiers:
+            save_classifiers(checkpoint.classifiers, aside)
         (aside / "README.md").write_text(model_card(checkpoint), encoding="utf-8")
         if more is not None:
             more(aside)
         files = [f for f in sorted(aside.rglob("*")) if f.is_file()]
         sums = {f.relative_to(aside).as_posix(): sha256_file(f) for f in files}
         write_json(aside / "manifest.json", sealed({"version": MANIFEST, "sha256": sums}))
+
+
+def add_classifiers(folder: Path, classifiers: list[Classifier]) -> None:
+    """Add classifiers to a checkpoint's folder, in place of those that it has. Killed at any moment, what is left is
+    the checkpoint without them, or with them."""
+    manifest = folder / "manifest.json"
+    value = read_sealed(manifest)
+    sums = {name: digest for name, digest in value["sha256"].items() if name not in (FILE, ARRAYS)}
+
+    def publish() -> None:
+        write_atomic(manifest, json_text(sealed({"version": value["version"], "sha256": sums})))
+
+    publish()
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as aside:
+        for name in save_classifiers(classifiers, Path(aside)):
+            os.replace(Path(aside) / name, folder / name)  # noqa: PTH105
+            sums[name] = sha256_file(folder / name)
+    fsync_folder(folder)
+    publish()
 
 
 def write_json(path: Path, value: object) -> None:
@@ -160,7 +194,8 @@ def load(folder: Path, device: torch.device | None = None) -> Checkpoint:
     if device is not None:
         model.to(device)
     catalogue = Catalogue.read(folder / ITEMS) if (folder / ITEMS).is_file() else None
-    return Checkpoint(model, Text.load(folder / "tokenizer.json"), labels, generation, training, catalogue)
+    text = Text.load(folder / "tokenizer.json")
+    return Checkpoint(model, text, labels, generation, training, catalogue, load_classifiers(folder))
 
 
 def find_checkpoint(path: str | Path) -> Path | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,7 @@ from plait.core.files import publish_folder, read_json
 from plait.data.dataset import Dataset
 from plait.data.files import scan
 from plait.data.record import Rejected
+from plait.data.stores import read_place, written_place
 from plait.modalities.audio_files import decode_audio
 from plait.modalities.descriptor import MediaError
 from plait.modalities.image_files import decode_image
@@ -211,15 +212,15 @@ class Recommending:
     @cached_property
     def _dataset(self) -> Dataset | None:
         """The data of the run that the model lies in; None where it lies in none."""
-        facts = self._facts
-        return Dataset.open(facts["dataset"]) if "dataset" in facts else None
+        run = self._run
+        facts = read_json(run / "run.json") if run else {}
+        return Dataset.open(read_place(facts["dataset"], run)) if run and "dataset" in facts else None
 
     @cached_property
-    def _facts(self) -> dict[str, Any]:
-        """What the run that the model lies in decided; nothing where it lies in none."""
+    def _run(self) -> Path | None:
+        """The folder of the run that the model lies in; None where it lies in none."""
         places = self.folder.resolve().parents if self.folder else []
-        run = next((place / "run.json" for place in places if (place / "run.json").is_file()), None)
-        return read_json(run) if run else {}
+        return next((place for place in places if (place / "run.json").is_file()), None)
 
     @cached_property
     def _histories(self) -> tuple[Histories, list[int], dict[str, int]]:
@@ -295,8 +296,11 @@ class Recommending:
             checkpoints.save(whole, aside / "checkpoints" / name, more=more)
             for link in ("best", "last"):
                 point(aside / "checkpoints" / link, name)
-            if self._facts:
-                checkpoints.write_json(aside / "run.json", {**self._facts, "grown": grown})
+            if self._run is not None:
+                facts = read_json(self._run / "run.json")
+                if "dataset" in facts:
+                    facts["dataset"] = written_place(read_place(facts["dataset"], self._run), folder)
+                checkpoints.write_json(aside / "run.json", {**facts, "grown": grown})
 
 
 def _narrow(where: str | None, seen: bool) -> str:

@@ -16,7 +16,7 @@ from plait.modalities.media import media_type
 from plait.recommend.model import Recommendation
 from plait.server.api import make_router, of
 from plait.server.limits import ApiError
-from plait.server.schemas import Name, Strict
+from plait.server.schemas import Body, Name
 from plait.server.service import Served
 
 router = make_router()
@@ -24,8 +24,7 @@ router = make_router()
 Condition = Annotated[str | None, Field(max_length=1000, description="As in SQL: year >= 1990 and title like '%War%'.")]
 
 
-class RecommendRequest(Strict):
-    model: Name
+class RecommendRequest(Body):
     history: Annotated[list[Name], Field(min_length=1, max_length=1000, description="Titles or ids, oldest first.")]
     k: Annotated[int, Field(ge=1, le=100)] = 10
     exclude_seen: bool = True
@@ -35,18 +34,16 @@ class RecommendRequest(Strict):
     preview: Annotated[bool, Field(description="Whether small images of items come along as data: URLs.")] = False
 
 
-class SimilarRequest(Strict):
-    model: Name
+class SimilarRequest(Body):
     item: Name
     k: Annotated[int, Field(ge=1, le=100)] = 10
     where: Condition = None
     preview: Annotated[bool, Field(description="Whether small images of items come along as data: URLs.")] = False
 
 
-class ItemsRequest(Strict):
+class ItemsRequest(Body):
     """Items whose titles hold a text; without one, those that are chosen most often."""
 
-    model: Name
     text: Annotated[str, Field(max_length=256)] = ""
     k: Annotated[int, Field(ge=1, le=100)] = 12
 
@@ -87,7 +84,7 @@ class Items(BaseModel):
 async def recommend(request: Request, body: RecommendRequest) -> Response:
     """The likeliest next items of a history. The histories of a run's own users are not served."""
     service, request_context = of(request)
-    served = service.find(body.model, request_context)
+    served = service.open(body, request_context)
     model = _model(served)
 
     def work() -> list[dict[str, Any]]:
@@ -106,7 +103,7 @@ async def recommend(request: Request, body: RecommendRequest) -> Response:
 async def similar(request: Request, body: SimilarRequest) -> Response:
     """The items that are like one; `probability` is the cosine."""
     service, request_context = of(request)
-    served = service.find(body.model, request_context)
+    served = service.open(body, request_context)
     model = _model(served)
 
     def work() -> list[dict[str, Any]]:
@@ -120,7 +117,7 @@ async def similar(request: Request, body: SimilarRequest) -> Response:
 async def items(request: Request, body: ItemsRequest) -> Response:
     """Items to choose from, by a part of their titles."""
     service, request_context = of(request)
-    served = service.find(body.model, request_context)
+    served = service.open(body, request_context)
     model = _model(served)
 
     def work() -> list[dict[str, Any]]:

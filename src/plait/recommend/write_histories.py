@@ -184,7 +184,7 @@ def _ordered(found: list[Interaction], ids: list[str], notes: list[str], warning
     times = None
     order = np.argsort(users, kind="stable")
     if all(row.time is not None for row in found):
-        times = np.array([row.time for row in found], np.int64)
+        times = _counted_times([row.time for row in found if row.time is not None], notes)
         plain = times[order]
         same = users[order][1:] == users[order][:-1]
         disordered = len(np.unique(users[order][1:][same & (plain[1:] < plain[:-1])]))
@@ -203,6 +203,17 @@ def _ordered(found: list[Interaction], ids: list[str], notes: list[str], warning
     starts = np.concatenate(([0], np.cumsum(np.bincount(users, minlength=len(names)))))
     parts = np.zeros(len(found), np.uint8)
     return Histories(names, starts, items[order], parts, times)
+
+
+def _counted_times(found: list[float], notes: list[str]) -> np.ndarray:
+    """The times (N,) as integers: as they are, or in millionths where some have a fraction."""
+    if all(isinstance(time, int) for time in found):
+        return np.array(found, np.int64)
+    exact = np.array(found, np.float64)
+    scale = 1e6 if np.abs(exact).max() < 2**40 else 1.0  # larger ones are no seconds
+    if scale > 1:
+        notes.append("times have fractions of a second: they are kept in microseconds")
+    return np.rint(exact * scale).astype(np.int64)
 
 
 def _untested(tree: Tree, wanted: str | None, users: list[str], notes: list[str]) -> np.ndarray:

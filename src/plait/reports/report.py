@@ -19,7 +19,7 @@ import numpy as np
 
 from plait.core.errors import PlaitError
 from plait.core.files import read_json, write_atomic, write_json
-from plait.data.stores import location
+from plait.data.stores import location, read_place
 from plait.evaluation.findings import Confusion, Findings, Gallery, Metric, Metrics, ReportItem
 from plait.reports.curves import curves, reliability_diagram
 from plait.reports.html import page, table
@@ -49,8 +49,9 @@ def read_run(folder: Path, dataset: str | Path | None = None) -> RunInfo:
         info.metadata = read_json(folder / "run.json")
     rows = {(row.get("step"), row.get("split")): row for row in _read_lines(folder / "log.jsonl", torn=True)}
     info.log = sorted(rows.values(), key=lambda row: row.get("step", 0))
-    dataset = dataset or info.metadata.get("dataset")
     place = location(dataset) if dataset else None
+    if place is None and "dataset" in info.metadata:
+        place = read_place(info.metadata["dataset"], folder)
     if isinstance(place, Path) and (place / "manifest.json").is_file():
         info.manifest = read_json(place / "manifest.json")
         info.rejects = _read_lines(place / "rejects.jsonl")

@@ -27,7 +27,7 @@ router = make_router()
 async def search(request: Request, body: s.SearchRequest) -> Response:
     """What of an index is nearest to a text, an image or an audio clip, best first."""
     service, request_context = of(request)
-    served = service.find(body.model, request_context)
+    served = service.open(body, request_context)
     name, index = _index(service, served.name, body.index)
     where = _condition(index, body.where or {})
     words = body.input if isinstance(body.input, str) else getattr(body.input, "text", None)

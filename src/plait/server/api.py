@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import secrets
 from dataclasses import replace
 from typing import Any
@@ -61,6 +62,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 APART = 16_384  # bytes of JSON that are parsed on the event loop
 READ_AT_ONCE = 65_536  # tokens that one request has embedded or classified
+VOICES = {"alloy", "ash", "ballad", "coral", "echo", "fable", "marin", "nova", "onyx", "sage", "shimmer", "verse",
+          "cedar"}  # fmt: skip
 EXPLAINED = 256  # words of an input that are explained at once
 EVENT = {"type": "object", "properties": {"data": {"type": "string"}, "event": {"type": "string"}}}
 STREAM = {"text/event-stream": {"schema": EVENT}}
@@ -98,18 +101,19 @@ def wanted_of(model: Model, prompt: Sequence, column: str | None, body: s.Drawin
         "max_new_tokens": most,
         "stop": list(stop),
     }
+    least = 0
+    if isinstance(body, s.Writing):
+        least = model.engine.max_length if body.ignore_eos else body.min_tokens or 0
     if column is None:
         found = model.request(prompt, "text", 1 if greedy else n, **options)
     else:
         found = model.requests([prompt], column, 1 if greedy else n, **options)[0]
-    return replace(found, n=n, first_sample=first)
+    return replace(found, n=n, first_sample=first, min_new_tokens=least)
 
 
-def most_of(model: Model, wanted: int | None, param: str) -> int | None:
-    limit = model.engine.max_length
-    if wanted is not None and wanted > limit:
-        raise ApiError(400, f"{param} is {wanted}; this model has room for {limit} tokens in all. Lower it.", param)
-    return wanted
+def most_of(model: Model, wanted: int | None) -> int | None:
+    """How many tokens may be written: no more than the model has room for, whatever a client asks for."""
+    return None if wanted is None else max(min(wanted, model.engine.max_length), 1)
 
 
 def stops(stop: str | list[str] | None) -> tuple[str, ...]:
@@ -152,8 +156,12 @@ def usage_of(read_: int, written: int) -> dict[str, int]:
     return {"prompt_tokens": read_, "completion_tokens": written, "total_tokens": read_ + written}
 
 
-def voice_of(model: Model, voice: str | None) -> str:
+def voice_of(service: Service, request_context: RequestContext, model: Model, voice: str | None) -> str:
+    """The audio column to speak in; of OpenAI's voices each is the first one."""
     columns = [column for column, kind in model.columns.items() if kind == "audio"]
+    if voice in VOICES and voice not in columns:
+        service.ignore("voice", request_context)
+        voice = None
     if voice not in (None, "default", *columns):
         raise ApiError(400, f"There is no voice '{voice}'. Use default or {', '.join(columns)}.", "voice")
     return model.column(voice if voice in columns else None, "audio", "speak")
@@ -188,7 +196,9 @@ def _card(served: Served) -> dict[str, Any]:
 async def list_models(request: Request) -> Response:
     """The models that are served, and what each can do."""
     service, _ = of(request)
-    return JSONResponse({"object": "list", "data": [_card(served) for served in service.models.values()]})
+    cards = [_card(served) for served in service.models.values()]
+    cards += [{**_card(service.models[model]), "id": alias} for alias, model in service.aliases.items()]
+    return JSONResponse({"object": "list", "data": cards})
 
 
 @router.get("/v1/models/{model:path}", response_model=s.ModelCard, tags=["models"])
@@ -223,7 +233,7 @@ async def embeddings(request: Request, body: s.EmbeddingRequest) -> Response:
     """The place of each input in the model's one space. Beside texts, inputs may be parts as messages have them:
     `{"type": "image_url", ...}`, `{"type": "input_audio", ...}`."""
     service, request_context = of(request)
-    served = service.find(body.model, request_context)
+    served = service.open(body, request_context)
     given: list[Any] = [body.input] if isinstance(body.input, str) or isinstance(body.input[0], int) else body.input
     ids = {i: value for i, value in enumerate(given) if isinstance(value, list)}
     rest = [value for value in given if not isinstance(value, list)]
@@ -264,16 +274,22 @@ async def embeddings(request: Request, body: s.EmbeddingRequest) -> Response:
         rows: list[Any] = [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in vectors]
     else:
         rows = [row.tolist() for row in vectors]
-    data = [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)]
     usage = {"prompt_tokens": request_context.prompt_tokens, "total_tokens": request_context.prompt_tokens}
-    return JSONResponse({"object": "list", "model": served.name, "data": data, "usage": usage})
+
+    def written() -> bytes:
+        # A vector at a time, so that other threads are not kept waiting by thousands of them.
+        data = (json.dumps({"object": "embedding", "index": i, "embedding": row}) for i, row in enumerate(rows))
+        head = json.dumps({"object": "list", "model": served.name, "usage": usage})
+        return f'{head[:-1]}, "data": [{", ".join(data)}]}}'.encode()
+
+    return Response(await asyncio.to_thread(written), media_type="application/json")
 
 
 @router.post("/v1/plait/classify", response_model=s.Classification, tags=["read"])
 async def classify(request: Request, body: s.ClassifyRequest) -> Response:
     """The likeliest labels of an input, each with its probability among the labels."""
     service, request_context = of(request)
-    served = service.find(body.model, request_context)
+    served = service.open(body, request_context)
     parts: list[Any] = body.input if isinstance(body.input, list) else [body.input]
     if (size := sum(map(len, body.labels or []))) > service.limits.label_bytes:
         most = service.limits.label_bytes
@@ -310,7 +326,7 @@ async def classify(request: Request, body: s.ClassifyRequest) -> Response:
 async def explain(request: Request, body: s.ExplainRequest) -> Response:
     """How much each word, region or moment of an input moved an answer, with checks that say whether to believe it."""
     service, request_context = of(request)
-    served = service.find(body.model, request_context)
+    served = service.open(body, request_context)
     parts: list[Any] = body.input if isinstance(body.input, list) else [body.input]
     deadline = service.deadline(request_context)
     values = await service.parts(served.model, parts, "input", deadline)

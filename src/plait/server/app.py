@@ -54,20 +54,25 @@ def serve(
     precision: str = "auto",
     indexes: list[str] | None = None,
     ui: bool = False,
+    aliases: list[str] | None = None,
+    strict: bool = False,
     limits: Limits = Limits(),
     tell: Callable[[str], None] = lambda url: None,
 ) -> None:
     """Serve models until SIGINT or SIGTERM; `tell` is called with the address once requests are taken.
 
     A model is a run, a checkpoint, or a Hugging Face name or folder; `NAME=MODEL` gives it another name. With `ui`
-    there is a page at `/`. Raises PlaitError for a model or an index that cannot be loaded, an address that cannot be
-    had, and one off loopback without keys.
+    there is a page at `/`. An alias, NAME=MODEL, is a further name of a model that is served. With `strict`, fields
+    that have no effect are refused. Raises PlaitError for a model or an index that cannot be loaded, an address that
+    cannot be had, and one off loopback without keys.
     """
     access_policy = make_doors(host, key_file, allow_hosts or [], allow_origins or [])
     access_policy.browsers = ui
     sock = listen(host, port)
     found = load_models(models, device, precision, limits)
-    service = Service(found, limits, Metrics(), open_indexes(indexes or [], found))
+    service = Service(
+        found, limits, Metrics(), open_indexes(indexes or [], found), read_aliases(aliases or [], found), strict
+    )
     app: Any = make_app(service, access_policy)
     if ui:
         from plait.server.page import Page
@@ -93,7 +98,18 @@ def serve(
         name = f"[{host}]" if ":" in host else host
         url = f"http://{name}:{sock.getsockname()[1]}"
         log.info("listening", extra={"fields": {"url": url, "models": list(service.models)}})
+        if key_file is not None:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
         tell(url)
+
+    def reload() -> None:
+        assert key_file is not None
+        try:
+            access_policy.keys = read_keys(key_file)
+        except PlaitError as error:  # the keys as they were go on
+            log.error("keys", extra={"fields": {"error": str(error)}})
+        else:
+            log.info("keys", extra={"fields": {"keys": sorted(access_policy.keys)}})
 
     server = make_server(guard, limits, stop, service.metrics.closed)
     server.on_start = started
@@ -123,6 +139,19 @@ def load_models(names: list[str], device: str, precision: str, limits: Limits) -
     if not found:
         raise PlaitError("Name a model to serve: a run, a checkpoint, or a Hugging Face name or folder.")
     return list(found.values())
+
+
+def read_aliases(given: list[str], models: list[Served]) -> dict[str, str]:
+    """Further names of models, from NAME=MODEL. Raises PlaitError for one that is taken, or that leads nowhere."""
+    known, found = {served.name for served in models}, dict[str, str]()
+    for alias in given:
+        name, _, model = alias.partition("=")
+        if not name or model not in known:
+            raise PlaitError(f"--alias {alias} must be NAME=MODEL, with MODEL one of {', '.join(sorted(known))}.")
+        if name in known or name in found:
+            raise PlaitError(f"--alias {alias}: the name '{name}' is taken. Choose another.")
+        found[name] = model
+    return found
 
 
 def open_indexes(names: list[str], models: list[Served]) -> dict[str, tuple[Index, str]]:
@@ -264,7 +293,7 @@ def _describe(app: FastAPI, keys: bool) -> dict[str, Any]:
         parts = document.setdefault("components", {})
         for name, schema in parts.get("schemas", {}).items():
             if name.endswith("Request"):
-                schema["properties"]["model"]["enum"] = list(app.state.service.models)
+                schema["properties"]["model"]["anyOf"][0]["enum"] = list(app.state.service.models)
         for name in ("HTTPValidationError", "ValidationError"):
             parts.get("schemas", {}).pop(name, None)
         if keys:

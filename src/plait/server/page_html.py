@@ -12,6 +12,7 @@ from typing import Any
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from plait.data.dataset import Dataset
+from plait.data.stores import read_place
 from plait.inference.model import Model
 from plait.modalities.image_files import decode_image
 from plait.modalities.media import media_type
@@ -228,8 +229,8 @@ def examples_of(models: list[Served]) -> tuple[dict[str, list[str]], str]:
         if run is None or not isinstance(served.model, Model):
             continue
         try:
-            known = str(read_json(run / "run.json").get("dataset", ""))
-            places = [place for place in (run / "data", Path(known)) if (place / "manifest.json").is_file()]
+            known = read_place(str(read_json(run / "run.json").get("dataset", "data")), run)
+            places = [place for place in (known,) if isinstance(place, Path) and (place / "manifest.json").is_file()]
             dataset = Dataset.open(places[0]) if places else None
             rows: list[int] = dataset.indices("test").tolist() if dataset is not None else []
         except PlaitError:

@@ -22,7 +22,7 @@ from plait.server.access_log import Metrics, RequestContext
 from plait.server.limits import ApiError, Limits, as_api_error, decode_base64, decode_data_url
 from plait.server.media import Reader
 from plait.server.middleware import Scope, Send, answer
-from plait.server.schemas import AudioPart, ImagePart, TextPart
+from plait.server.schemas import HARMLESS, AudioPart, Body, ImagePart, TextPart
 from plait.server.worker import PendingRequest, Worker, follow
 
 if TYPE_CHECKING:
@@ -90,16 +90,44 @@ class Service:
         limits: Limits,
         metrics: Metrics,
         indexes: dict[str, tuple[Index, str]] | None = None,
+        aliases: dict[str, str] | None = None,
+        strict: bool = False,
     ) -> None:
         self.models = {served.name: served for served in models}
+        self.aliases = aliases or {}  # further name -> name
+        self.strict = strict
         self.indexes = indexes or {}  # name -> the index, and the name of its model
         self.limits, self.metrics = limits, metrics
         self.reader = Reader(limits)
 
-    def find(self, name: str, request_context: RequestContext) -> Served:
-        """The model of a name. Raises ApiError 404 that lists those that are there."""
-        served = self.models.get(name)
+    def open(self, body: Body, request_context: RequestContext) -> Served:
+        """The model that a request is for; its fields that have no effect are noted. Raises ApiError for a model that
+        is not there, and on a strict server for such fields."""
+        for name in body.model_extra or {}:
+            self.ignore(name, request_context)
+        return self.find(body.model, request_context)
+
+    def ignore(self, field: str, request_context: RequestContext) -> None:
+        """Note a field that has no effect. Raises ApiError on a strict server, unless it never changes an answer."""
+        if self.strict and field not in HARMLESS:
+            raise ApiError(
+                400, f"Unknown field '{field[:64]}'. Leave it out; see /openapi.json for those that have an effect.",
+                field[:120], "unknown_field",
+            )  # fmt: skip
+        request_context.ignored.add(field)
+
+    def find(self, name: str | None, request_context: RequestContext) -> Served:
+        """The model of a name or an alias; where one is served, it, whatever the name. Raises ApiError 404 that lists
+        those that are there."""
+        served = self.models.get(self.aliases.get(name or "", name or ""))
+        if served is None and len(self.models) == 1 and not self.strict:
+            served = next(iter(self.models.values()))
+            if name:
+                request_context.ignored.add("model")
+        if served is None and not name:
+            raise ApiError(400, f"Name the model: {', '.join(self.models)}.", "model", "missing_model")
         if served is None:
+            assert name
             known = ", ".join(self.models)
             raise ApiError(404, f"The model '{name[:80]}' is not served here. Use {known}.", "model", "model_not_found")
         request_context.model = served.name

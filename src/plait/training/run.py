@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as tensors_to_bytes
@@ -21,16 +22,21 @@ from plait.core.config import SIZES, Recipe, parse_recipe
 from plait.core.device import Device
 from plait.core.errors import PlaitError
 from plait.core.files import read_json, sha256_file, write_atomic, write_json
+from plait.core.rng import key_of
 from plait.data.conversations import turns
 from plait.data.dataset import Dataset
+from plait.data.stores import written_place
 from plait.kernels import training as native
 from plait.modalities.base import MediaModality
+from plait.modalities.recogniser import Recogniser
 from plait.modalities.text import Text
 from plait.model.multimodal import Multimodal
 from plait.training.batches import Split, add_codes
+from plait.training.build import label_columns
 from plait.training.codec_training import train_codec
 from plait.training.distributed import Group
 from plait.training.losses import weighted
+from plait.training.recogniser_training import Labelled, train_recogniser
 
 # Settings that a run may change as it goes: none of them changes what a step computes.
 FREE = ("save_every", "keep", "keep_every", "log_records", "grad_accum_steps", "parallel", "activation_checkpointing")
@@ -115,7 +121,7 @@ class Run:
         shards = "".join(shard.sha256 for shard in self.dataset.manifest.shards)
         wanted: dict[str, Any] = {
             "recipe": self.recipe.model_dump(mode="json"),  # as run.json gives it back
-            "dataset": str(self.dataset.path),
+            "dataset": written_place(self.dataset.path, self.folder),
             "data": hashlib.sha256(shards.encode()).hexdigest(),
         }
         path = self.folder / "run.json"
@@ -227,6 +233,54 @@ class Run:
         written = {c: m for c, m in self.dataset.columns.items() if m not in model.config.read_only}
         for name, split in splits.items():
             add_codes(split, written, model.media, self.source / "cache", name, anew)
+
+    def recognisers(self, model: Multimodal, splits: dict[str, Split]) -> None:
+        """Train each encoder that is a recogniser on its labels, or read it again. Only the first process trains."""
+        mine = {name: modality for name, modality in model.media.items() if isinstance(modality.encoder, Recogniser)}
+        if not self.group.is_main:
+            self.metadata = read_json(self.folder / "run.json")
+        known = (self.metadata if self.source == self.folder else read_json(self.source / "run.json")).get(
+            "recognisers", {}
+        )
+        for name, modality in mine.items():
+            path = self.source / "recognisers" / f"{name}.safetensors"
+            if name in known and path.exists() and known[name]["sha256"] == sha256_file(path):
+                modality.encoder.load_state_dict(load_file(path))
+                continue
+            assert isinstance(modality.encoder, Recogniser)
+            data = self._labelled(name, modality.encoder.columns, splits["train"])
+            result = train_recogniser(
+                modality,
+                data,
+                device=self.device,
+                steps=self.metadata.get("recogniser_steps", {}).get(name) or self.settings.recogniser_steps,
+                seconds=self.minutes * 60 * self.settings.recogniser_share / len(mine),
+                seed=self.settings.seed,
+                record=partial(self.note, "recogniser_steps", name),
+                progress=lambda name, done, total, loss: self.report(
+                    Progress(f"{name} labels", done, total, {"labels": loss})
+                ),
+            )
+            path = self.folder / "recognisers" / f"{name}.safetensors"
+            path.parent.mkdir(exist_ok=True)
+            tensors = {key: value.cpu().contiguous() for key, value in modality.encoder.state_dict().items()}
+            write_atomic(path, tensors_to_bytes(tensors))
+            self.note("recognisers", name, {**result, "sha256": sha256_file(path)})
+
+    def _labelled(self, modality: str, columns: list[str], split: Split) -> Labelled:
+        """The samples of a modality's first column, and the classes of their records, in the labels' order."""
+        source = next(c for c, m in self.dataset.columns.items() if m == modality)
+        labels = label_columns(self.dataset, 2**31)
+        places = np.flatnonzero(split.rows[source] >= 0)
+        texts = list(split.texts)
+        classes = {}
+        for column in columns:
+            number = {key_of(text) | 1: place for place, text in enumerate(labels[column])}
+            keys = split.keys[places, texts.index(column)]
+            found = np.full(len(split.media[source]), -1, np.int64)
+            found[split.rows[source][places]] = [number.get(int(key), -1) for key in keys]
+            classes[column] = found
+        return Labelled(split.media[source], classes)
 
     def _keep_codec(self, name: str, modality: MediaModality, facts: dict[str, Any]) -> None:
         path = self.folder / "codecs" / f"{name}.safetensors"

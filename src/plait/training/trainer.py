@@ -44,6 +44,7 @@ from plait.training.optimizer import Average, learning_rate_at, make_optimizer
 from plait.training.run import Progress, Report, Run, difference
 
 FULL_SOFTMAX, DROPOUT = 17, 18  # keys of `uniform`: for steps with the whole softmax, and for what a step hides
+DECIDING = 0.08  # share of the time that the classifier of labels takes once the model is trained
 CALIBRATION = 8  # steps that a time budget is measured by
 COMPILED = 600  # seconds of training from which compiling pays
 FEW = 10_000  # samples below which what is written is augmented too
@@ -137,12 +138,14 @@ def train(
         report(Progress("size " + recipe.model.size, 1, 1, note=note))
         with group.main_first():
             run.codecs(model, splits)
+            run.recognisers(model, splits)
         apply_freezing(run, model)
         model.to(device.torch)
         if "prepared" not in run.metadata:
             before = read_json(reuse / "run.json")["prepared"] if reuse else 0.0
             run.record(prepared=group.broadcast(max(time.perf_counter() - begun, before)))
-        seconds = max(run.minutes * 60 - run.metadata["prepared"], 1.0)
+        share = 1 - DECIDING if recipe.training.task == "recognise" else 1.0
+        seconds = max(run.minutes * 60 * share - run.metadata["prepared"], 1.0)
         calls = Callbacks(callbacks if group.is_main else ())
         _optimise(run, model, text, source, splits, seconds, listening, content.catalogue if content else None, calls)
         run.record(finished=time.time())

@@ -22,6 +22,7 @@ from plait.core.errors import PlaitError
 from plait.core.files import only_writer, read_json, write_json
 from plait.core.rng import uniform
 from plait.data.dataset import Chosen, Dataset
+from plait.data.stores import Location, read_place
 from plait.inference.model import Model, load
 from plait.model.checkpoint import find_checkpoint
 from plait.training.run import Progress
@@ -191,7 +192,9 @@ class _Study:
     def _old(self) -> Task | None:
         """What the source could do before, where its data are at hand."""
         facts = Path(self.source) / "run.json"
-        name = self.plan.old or (read_json(facts).get("dataset") if facts.is_file() else None)
+        name: Location | None = self.plan.old
+        if name is None and facts.is_file() and "dataset" in (known := read_json(facts)):
+            name = read_place(known["dataset"], facts.parent)
         if name is None:
             self.tell(
                 News("old abilities", 1, 1, line="What is forgotten is not measured: name the old data with --old.")

@@ -1,0 +1,138 @@
+"""A column's classifier: what was fitted beside the model's own weights, as arrays and JSON.
+
+Its opinions are named: `linear` (features or n-grams, no network), `network` (the recogniser's head), `likelihood`
+(of the label as text), `nearest` (label in the embedding space). The model gives the last three; this file knows the
+first and how all are mixed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from plait.classifiers.features import audio_features, image_features
+from plait.classifiers.linear import Grams, Linear
+from plait.classifiers.mixture import Mixture
+
+FILE, ARRAYS = "classifiers.json", "classifiers.safetensors"
+VERSION = 1
+Kind = Literal["image", "audio", "text"]
+
+
+@dataclass
+class Features:
+    """How inputs of one kind become rows of numbers: fixed features, centred and scaled, or n-grams of texts."""
+
+    kind: Kind
+    bands: int = 0  # of audio
+    mean: np.ndarray | None = None
+    scale: np.ndarray | None = None
+    grams: Grams | None = None
+
+    @classmethod
+    def fit(cls, kind: Kind, inputs: Sequence[Any], bands: int = 0) -> Features:
+        """`inputs` are texts, or samples of the modality."""
+        if kind == "text":
+            return cls(kind, grams=Grams.fit(inputs))
+        raw = cls(kind, bands).raw(inputs)
+        return cls(kind, bands, raw.mean(0), raw.std(0) + 1e-3)
+
+    def raw(self, inputs: Sequence[Any]) -> np.ndarray:
+        """Features of media as they are, (N, F)."""
+        return image_features(inputs) if self.kind == "image" else audio_features(inputs, self.bands)
+
+    def __call__(self, inputs: Sequence[Any]) -> Any:
+        """(N, F), dense for media and sparse for texts."""
+        if self.grams is not None:
+            return self.grams(inputs)
+        return (self.raw(inputs) - self.mean) / self.scale
+
+
+@dataclass
+class Classifier:
+    """What decides about `labels` of the column `target`, from the column `source`.
+
+    `mirrored`: images mean the same when mirrored, so both are asked. `measured` tells the report what validation
+    records showed: opinion -> accuracy.
+    """
+
+    source: str
+    target: str
+    labels: list[str]
+    features: Features
+    linear: Linear
+    mixture: Mixture
+    mirrored: bool = False
+    measured: dict[str, float] = field(default_factory=dict)
+
+    def linear_scores(self, inputs: Sequence[Any]) -> np.ndarray:
+        """The linear opinion, (N, labels)."""
+        scores = self.linear(self.features(inputs))
+        if self.mirrored:
+            scores = (scores + self.linear(self.features([value[:, ::-1] for value in inputs]))) / 2
+        return scores
+
+
+def save_classifiers(classifiers: Sequence[Classifier], folder: Path) -> list[str]:
+    """Write them into a folder; returns the names of the files."""
+    arrays: dict[str, np.ndarray] = {}
+    entries = []
+    for number, one in enumerate(classifiers):
+        found = {"weights": one.linear.weights.astype(np.float16), "bias": one.linear.bias.astype(np.float32)}
+        if one.features.grams is not None:
+            found |= {f"idf.{i}": value for i, value in enumerate(one.features.grams.arrays())}
+        else:
+            assert one.features.mean is not None and one.features.scale is not None
+            found |= {"mean": one.features.mean, "scale": one.features.scale}
+        arrays |= {f"{number}.{name}": np.ascontiguousarray(value) for name, value in found.items()}
+        entries.append(
+            {
+                "source": one.source,
+                "target": one.target,
+                "labels": one.labels,
+                "kind": one.features.kind,
+                "bands": one.features.bands,
+                "grams": one.features.grams.facts() if one.features.grams else None,
+                "mixture": asdict(one.mixture),
+                "mirrored": one.mirrored,
+                "measured": one.measured,
+            }
+        )
+    facts = {"version": VERSION, "classifiers": entries}
+    (folder / FILE).write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
+    save_file(arrays, folder / ARRAYS)
+    return [FILE, ARRAYS]
+
+
+def load_classifiers(folder: Path) -> list[Classifier]:
+    """Those that `save_classifiers` wrote; none where it wrote nothing."""
+    if not (folder / FILE).is_file():
+        return []
+    facts, arrays = json.loads((folder / FILE).read_text(encoding="utf-8")), load_file(folder / ARRAYS)
+    found = []
+    for number, entry in enumerate(facts["classifiers"]):
+
+        def take(name: str, number: int = number) -> np.ndarray:
+            return arrays[f"{number}.{name}"]
+
+        grams = entry["grams"]
+        if grams is not None:
+            restored = Grams.restore(grams, [take(f"idf.{i}") for i in range(len(grams))])
+            features = Features(entry["kind"], grams=restored)
+        else:
+            features = Features(entry["kind"], entry["bands"], take("mean"), take("scale"))
+        linear = Linear(take("weights").astype(np.float32), take("bias").astype(np.float64))
+        mixture = Mixture(**entry["mixture"])
+        found.append(
+            Classifier(
+                entry["source"], entry["target"], entry["labels"], features, linear, mixture, entry["mirrored"],
+                entry["measured"],
+            )
+        )  # fmt: skip
+    return found

@@ -1,0 +1,89 @@
+"""Features that need no training: gradients and colours of images, the spectrum of audio clips over time.
+
+They are what a good practitioner takes before trying a network, and the network's companion where data are few.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+SIDE = 32  # pixels to which images are reduced
+CELL, STRIDE, BINS = 8, 4, 9  # of the histograms of oriented gradients
+COLOUR_GRID = 4  # places, a side, whose mean colour and spread is told
+SEGMENTS, CEPSTRA = 12, 20  # of an audio clip
+
+
+def image_features(samples: Sequence[np.ndarray]) -> np.ndarray:
+    """Images, uint8 (H, W, C) of one shape, to float32 (N, F): HOG on an overlapping grid (Dalal and Triggs, 2005),
+    mean and spread of colours on a coarse grid, a histogram of colours."""
+    parts = [_image_chunk(np.stack(samples[at : at + 512])) for at in range(0, len(samples), 512)]
+    return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
+
+
+def _image_chunk(pixels: np.ndarray) -> np.ndarray:
+    values = _reduced(pixels.astype(np.float32) / 255)
+    return np.concatenate([_oriented_gradients(values), _colours(values)], 1)
+
+
+def _reduced(values: np.ndarray) -> np.ndarray:
+    """(N, H, W, C) to at most SIDE pixels a side, by the mean of whole blocks."""
+    block = max(min(values.shape[1:3]) // SIDE, 1)
+    height, width = (size // block * block for size in values.shape[1:3])
+    cut = values[:, :height, :width]
+    return cut.reshape(len(cut), height // block, block, width // block, block, -1).mean((2, 4))
+
+
+def _oriented_gradients(values: np.ndarray) -> np.ndarray:
+    """(N, H, W, C) to (N, places * BINS): gradients of the channel in which they are strongest, by direction."""
+    down, right = np.gradient(values, axis=(1, 2))
+    strongest = np.hypot(down, right).argmax(-1)[..., None]
+    down, right = (np.take_along_axis(one, strongest, -1)[..., 0] for one in (down, right))
+    size, turn = np.hypot(down, right), (np.arctan2(down, right) % math.pi) * (BINS / math.pi)
+    low, share = np.floor(turn).astype(int) % BINS, turn % 1
+    planes = np.zeros((*size.shape, BINS), np.float32)
+    np.put_along_axis(planes, low[..., None], (size * (1 - share))[..., None], -1)
+    upper = np.zeros_like(planes)
+    np.put_along_axis(upper, ((low + 1) % BINS)[..., None], (size * share)[..., None], -1)
+    sums = np.pad((planes + upper).cumsum(1, np.float64).cumsum(2), ((0, 0), (1, 0), (1, 0), (0, 0)))
+    cell = min(CELL, *size.shape[1:])
+    tops, lefts = (np.arange(0, extent - cell + 1, STRIDE) for extent in size.shape[1:])
+    a, b = tops[:, None], lefts[None, :]
+    cells = sums[:, a + cell, b + cell] - sums[:, a, b + cell] - sums[:, a + cell, b] + sums[:, a, b]
+    cells = cells.clip(0)  # differences of sums are not exact
+    for _ in range(2):  # normed, cut and normed again
+        cells = np.minimum(cells / (np.linalg.norm(cells, axis=-1, keepdims=True) + 0.05), 0.4)
+    return np.sqrt(cells).reshape(len(values), -1).astype(np.float32)
+
+
+def _colours(values: np.ndarray) -> np.ndarray:
+    """(N, H, W, C) to mean and spread on a grid, and for colour images a histogram of 4 x 4 x 4 colours."""
+    rows, columns = (np.array_split(np.arange(extent), COLOUR_GRID) for extent in values.shape[1:3])
+    places = [values[:, r[0] : r[-1] + 1, c[0] : c[-1] + 1] for r in rows for c in columns if len(r) and len(c)]
+    found = [part.mean((1, 2)) for part in places] + [part.std((1, 2)) for part in places]
+    if values.shape[-1] == 3:
+        codes = (values * 3.999).astype(int) @ np.array([16, 4, 1])
+        counts = np.stack([np.bincount(row.ravel(), minlength=64) for row in codes])
+        found.append(np.sqrt(counts / codes[0].size))
+    return np.concatenate(found, 1).astype(np.float32)
+
+
+def audio_features(samples: Sequence[np.ndarray], bands: int) -> np.ndarray:
+    """Log-mel clips (T, at least `bands`) to float32 (N, F): cepstra in twelve equal segments of each clip, their
+    means, spreads and changes, without the mean spectrum of the clip, which is the microphone's; and the length."""
+    places = np.arange(bands) + 0.5
+    basis = np.cos(math.pi / bands * np.outer(places, np.arange(CEPSTRA))) / math.sqrt(bands)
+    found = []
+    for sample in samples:
+        cepstra = np.asarray(sample[:, :bands], np.float32) @ basis
+        centred = cepstra - cepstra.mean(0)
+        edges = np.linspace(0, len(centred), SEGMENTS + 1)
+        starts = np.minimum(np.floor(edges[:-1]).astype(int), len(centred) - 1)
+        stops = np.maximum(np.ceil(edges[1:]).astype(int), starts + 1)
+        grid = [centred[a:b].mean(0) for a, b in zip(starts, stops, strict=True)]
+        moves = np.abs(np.diff(centred, axis=0)).mean(0) if len(centred) > 1 else np.zeros(CEPSTRA)
+        rest = [cepstra.mean(0) * 0.3, cepstra.std(0), moves, np.array([math.log(len(sample))])]
+        found.append(np.concatenate([*grid, *rest]))
+    return np.array(found, np.float32)

@@ -1,0 +1,178 @@
+"""After training: the classifier of each column of labels is fitted and stored with the checkpoint.
+
+Simple features with a linear model are fitted on train; then all opinions (see `classifiers.classifier`) are weighed
+and calibrated on val. So what the network does not add is not asked, and a simple model that does better answers in its
+place, behind the same verbs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from plait.classifiers.classifier import Classifier, Features, Kind
+from plait.classifiers.linear import DENSE_STRENGTHS, STRENGTHS, choose_linear, fit_linear
+from plait.classifiers.mixture import Mixture, fit_mixture
+from plait.core.errors import PlaitError
+from plait.core.rng import uniform
+from plait.data.dataset import Dataset
+from plait.inference.model import Model, load
+from plait.inference.opinions import available, opinion_scores
+from plait.model.checkpoint import add_classifiers
+
+MOST_MEDIA, MOST_TEXTS = 20_000, 100_000  # training records that the linear model sees
+MOST_VALIDATION = 1000  # records that opinions are weighed on
+FEWEST_VALIDATION = 20  # below which a fifth of train takes their place
+POSITIONS = 100_000  # tokens that likelihoods of validation may take, contexts and labels together
+DRAW = 311  # key of `uniform`
+
+
+@dataclass
+class Examples:
+    """Inputs (texts, or samples), and the class of each."""
+
+    inputs: list[Any]
+    classes: np.ndarray
+
+    def only(self, places: np.ndarray) -> Examples:
+        return Examples([self.inputs[i] for i in places], self.classes[places])
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+
+def directions(model: Model, dataset: Dataset) -> list[tuple[str, str]]:
+    """(source, target) of what can be recognised: labels, from media, or where there are none from texts."""
+    media = [c for c, kind in dataset.columns.items() if kind in model.checkpoint.model.media and c in model.columns]
+    texts = [
+        c
+        for c, kind in dataset.columns.items()
+        if kind == "text" and c in model.columns and c not in model.labels and c not in dataset.manifest.chats
+    ]
+    return [(source, target) for target in model.labels if target in dataset.columns for source in media or texts]
+
+
+def fit_classifiers(
+    model: Model, dataset: Dataset, seed: int = 0, progress: Callable[[str, int, int], None] | None = None
+) -> list[Classifier]:
+    """A classifier for each direction of the dataset, in the order of its columns."""
+    found = []
+    for source, target in directions(model, dataset):
+        if progress:
+            progress(f"classifier {source}-{target}", 0, 1)
+        one = _fit(model, dataset, source, target, seed)
+        if one is not None:
+            found.append(one)
+        if progress:
+            progress(f"classifier {source}-{target}", 1, 1)
+    return found
+
+
+def finish(
+    run: Path, dataset: Dataset, device: str = "auto", progress: Callable[[str, int, int], None] | None = None
+) -> list[str]:
+    """Fit the classifiers of a run and store them with its best checkpoint; returns what to tell of each, a line. A run
+    that has them keeps them."""
+    model = load(run, device)
+    if not isinstance(model, Model) or model.folder is None:
+        raise PlaitError(f"{run} is no model that plait trained.")
+    if not model.checkpoint.classifiers:
+        seed = int(model.checkpoint.training.get("seed", 0))
+        model.checkpoint.classifiers = fit_classifiers(model, dataset, seed, progress)
+        add_classifiers(model.folder.resolve(), model.checkpoint.classifiers)
+    return [describe(one) for one in model.checkpoint.classifiers]
+
+
+def describe(classifier: Classifier) -> str:
+    """What a classifier goes by, and how right that is on validation records."""
+    measured = ", ".join(
+        f"{name} {share:.1%}{'' if classifier.mixture.weights.get(name) else ' (not used)'}"
+        for name, share in classifier.measured.items()
+        if name != "mixed"
+    )
+    mixed = classifier.measured.get("mixed", 0.0)
+    return f"{classifier.target} from {classifier.source}: {mixed:.1%} of val right (fitted there), by {measured}."
+
+
+def _fit(model: Model, dataset: Dataset, source: str, target: str, seed: int) -> Classifier | None:
+    labels = model.labels[target]
+    kind: Kind = dataset.columns[source]  # type: ignore[assignment]
+    most = MOST_TEXTS if kind == "text" else MOST_MEDIA
+    train = _examples(model, dataset, source, target, "train", most, seed)
+    held = _examples(model, dataset, source, target, "val", MOST_VALIDATION, seed)
+    if len(train) < 2 * len(labels) and len(train) < 20:
+        return None
+    fitting, independent = train, len(held) >= FEWEST_VALIDATION
+    if not independent:  # the network knows these records, so only the linear model can be weighed
+        draw = uniform(seed, DRAW, 1, np.arange(len(train))) < 0.2
+        held, fitting = train.only(np.flatnonzero(draw)), train.only(np.flatnonzero(~draw))
+    if len(np.unique(fitting.classes)) < 2 or not len(held):
+        return None
+    settings = model.checkpoint.model.config.modalities.get(kind, {})
+    mirrored = kind == "image" and bool(settings.get("flip"))
+    bands = int(str(settings.get("bands", 0)))
+    features = Features.fit(kind, fitting.inputs, bands)
+    rows, classes = _rows(features, fitting, mirrored)
+    strengths = STRENGTHS if kind == "text" else DENSE_STRENGTHS
+    held_rows = features(held.inputs)
+    strength, balanced = choose_linear(rows, classes, held_rows, held.classes, len(labels), strengths)
+    linear = fit_linear(rows, classes, len(labels), strength, balanced)
+    empty = Mixture({}, {}, {}, [])
+    classifier = Classifier(source, target, labels, features, linear, empty, mirrored)
+    names = available(model.checkpoint, source, target) if independent else ["linear"]
+    weighed = _affordable(model, held, labels, kind)
+    if len(weighed) < min(FEWEST_VALIDATION, len(held)):  # likelihoods of so many labels cost too much
+        names, weighed = [name for name in names if name != "likelihood"], held
+    scores = opinion_scores(model, classifier, weighed.inputs, names)
+    classifier.mixture = fit_mixture(scores, weighed.classes)
+    classifier.measured = {name: float((one.argmax(1) == weighed.classes).mean()) for name, one in scores.items()}
+    mixed = classifier.mixture.log_probabilities(scores)
+    classifier.measured["mixed"] = float((mixed.argmax(1) == weighed.classes).mean())
+    # What was chosen on val holds; the linear model then learns from val too.
+    both = Examples(fitting.inputs + held.inputs, np.concatenate([fitting.classes, held.classes]))
+    if kind == "text":
+        classifier.features = Features.fit(kind, both.inputs)
+    rows, classes = _rows(classifier.features, both, mirrored)
+    classifier.linear = fit_linear(rows, classes, len(labels), strength, balanced)
+    if classifier.features.grams is not None:
+        pruned, classifier.linear = classifier.features.grams.pruned(classifier.linear)
+        classifier.features.grams = pruned
+    return classifier
+
+
+def _rows(features: Features, examples: Examples, mirrored: bool) -> tuple[Any, np.ndarray]:
+    """Features and classes to fit on; where mirrored images mean the same, these too."""
+    rows = features(examples.inputs)
+    if not mirrored:
+        return rows, examples.classes
+    other = features([value[:, ::-1] for value in examples.inputs])
+    return np.concatenate([rows, other]), np.concatenate([examples.classes] * 2)
+
+
+def _examples(model: Model, dataset: Dataset, source: str, target: str, split: str, most: int, seed: int) -> Examples:
+    """Records of a split that have both columns, at most so many, drawn by the seed."""
+    number = {label: place for place, label in enumerate(model.labels[target])}
+    answers = dataset.texts(target)
+    indices = np.array([i for i in dataset.indices(split) if answers[i] in number], np.int64)
+    if len(indices) > most:
+        indices = np.sort(indices[np.argsort(uniform(seed, DRAW, indices), kind="stable")[:most]])
+    inputs: list[Any] = []
+    classes = []
+    for index, record in zip(indices, dataset.iterate(indices, [source]), strict=True):
+        value = record.parts.get(source)
+        if value is None:
+            continue
+        inputs.append(value if isinstance(value, str) else model.modality(source).windows(value)[0])
+        classes.append(number[answers[index]])
+    return Examples(inputs, np.array(classes, np.int64))
+
+
+def _affordable(model: Model, held: Examples, labels: list[str], kind: Kind) -> Examples:
+    """As many validation records as likelihoods of all labels can be had for."""
+    encode = model.checkpoint.text.encode_batch
+    each = sum(len(ids) for ids in encode(labels)) + (16 if kind != "text" else 0)
+    return held.only(np.arange(min(len(held), max(POSITIONS // max(each, 1), 1))))

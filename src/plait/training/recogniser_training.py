@@ -1,0 +1,128 @@
+"""Encoders of media with labels are trained on the labels directly, before the backbone: what a network of this size
+learns soonest and best. Then they are frozen.
+
+What is known to help with few data: shifts, mirrors and erased parts (by the modality's settings), smoothed labels, a
+learning rate that rises quickly and falls to zero, weight decay.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from plait.core.device import Device
+from plait.core.rng import uniform
+from plait.data.samples import Samples
+from plait.modalities.base import MediaModality
+from plait.modalities.recogniser import Recogniser
+from plait.training.optimizer import learning_rate_at, make_optimizer
+
+CALIBRATION = 6  # steps that a time budget is measured by
+PEAK, DECAY, SMOOTHING, WARMUP = 4e-3, 0.05, 0.1, 0.15
+BATCH, SMALL_BATCH, FEW = 64, 32, 600  # records in a step, and records below which it is the smaller one
+EPOCHS = 400  # more passes than that teach nothing new
+ORDER, AUGMENT = 301, 302  # keys of `uniform`
+
+
+@dataclass
+class Labelled:
+    """Samples of one column, and for each column of labels the class of each sample, -1 where it has none."""
+
+    samples: Samples
+    classes: dict[str, np.ndarray]
+
+
+def train_recogniser(
+    modality: MediaModality,
+    data: Labelled,
+    *,
+    device: Device,
+    steps: int | None,
+    seconds: float,
+    seed: int,
+    record: Callable[[int], None],
+    progress: Callable[[str, int, int, float], None],
+) -> dict[str, float]:
+    """Train trunk and heads; returns the number of steps and the last mean loss in nats.
+
+    `steps` None means as many as fit in `seconds`, measured on throw-away steps; `record` is told before the first.
+    """
+    encoder = modality.encoder
+    assert isinstance(encoder, Recogniser)
+    encoder.to(device.torch).learn(True)
+    usable = np.flatnonzero(np.any([classes >= 0 for classes in data.classes.values()], axis=0))
+    batch = min(SMALL_BATCH if len(usable) < FEW else BATCH, len(usable))
+    targets = {column: torch.from_numpy(classes) for column, classes in data.classes.items()}
+    if device.torch.type == "cpu":  # in which convolutions are twice as fast
+        for parameter in encoder.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    optimizer = make_optimizer([encoder], PEAK, DECAY, (0.9, 0.98))
+
+    def one(step: int) -> float:
+        rows = usable[_rows(seed, step, batch, len(usable))]
+        values, lengths = modality.batch([data.samples[i] for i in rows])
+        draw = torch.from_numpy(uniform(seed, AUGMENT, step, rows[:, None], np.arange(8)))
+        values, lengths = modality.augment(values, lengths, draw)
+        if modality.variable_length:
+            values = values[:, : int(lengths.max())]
+        losses = _losses(encoder.logits(values.to(device.torch), lengths.to(device.torch)), targets, rows)
+        loss = torch.stack(losses).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(encoder.parameters(), 5.0)
+        optimizer.step()
+        return float(loss.detach())
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # of dropout
+        if steps is None:
+            start = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+            one(0)
+            clock = [time.perf_counter()]
+            for step in range(CALIBRATION):
+                one(step)
+                clock.append(time.perf_counter())
+            possible = max(int(seconds / np.median(np.diff(clock))), 20)
+            steps = min(possible, EPOCHS * -(-len(usable) // batch))
+            encoder.load_state_dict(start)
+            optimizer = make_optimizer([encoder], PEAK, DECAY, (0.9, 0.98))
+        record(steps)
+        torch.manual_seed(seed)
+        recent: list[float] = []
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(step, steps, PEAK, WARMUP)
+            recent.append(one(step))
+            if step % 10 == 9 or step == steps - 1:
+                progress(modality.name, step + 1, steps, float(np.mean(recent[-20:])))
+    encoder.learn(False)
+    return {"steps": steps, "loss": float(np.mean(recent[-20:]))}
+
+
+def _losses(
+    logits: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor], rows: np.ndarray
+) -> list[torch.Tensor]:
+    """The mean loss of each column of labels that some of these records have."""
+    losses = []
+    for column, values in logits.items():
+        wanted = targets[column][rows].to(values.device)
+        if (wanted >= 0).any():
+            losses.append(F.cross_entropy(values.float(), wanted, ignore_index=-1, label_smoothing=SMOOTHING))
+    return losses
+
+
+def _rows(seed: int, step: int, batch: int, count: int) -> np.ndarray:
+    """The records of a step: epochs are permutations, and one that ends inside a step goes on in the next."""
+    places = np.arange(step * batch, (step + 1) * batch)
+    rows = np.empty(batch, np.int64)
+    for epoch in np.unique(places // count):
+        here = places // count == epoch
+        order = np.argsort(uniform(seed, ORDER, int(epoch), np.arange(count)), kind="stable")
+        rows[here] = order[places[here] % count]
+    return rows

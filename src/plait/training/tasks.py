@@ -1,0 +1,205 @@
+"""What a dataset is wanted for, and what of a recipe follows from that. Whatever a recipe says itself is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from plait.classifiers.features import image_features
+from plait.classifiers.linear import fit_linear
+from plait.core.config import SIZES, Recipe, Task
+from plait.core.errors import PlaitError
+from plait.core.rng import uniform
+from plait.data.dataset import Dataset
+from plait.modalities.registry import MODALITIES
+from plait.training.build import fit_settings, label_columns
+
+MIRROR_RECORDS = 1500  # images that say whether a mirrored one means the same
+MIRROR_LOSS = 0.9  # share of the accuracy that mirrored images must keep
+MIRROR_STRENGTH = 3e-4  # of the linear model that finds out
+LABELLED = 0.5  # share of the records with media that must have a label for it to be the task
+DRAW = 321  # key of `uniform`
+
+MEANINGS = {
+    "recognise": "say which label an input has",
+    "describe": "find media by words and words by media, and describe them",
+    "draw": "recognise, describe, and make images and audio",
+    "language": "continue texts",
+    "chat": "reply in conversations",
+    "reply": "answer questions from past pairs",
+    "recommend": "say what comes next in a history",
+}
+
+
+@dataclass
+class Derived:
+    """The task, the recipe with what follows from it, and what to tell of it, a line each."""
+
+    task: Task
+    recipe: Recipe
+    lines: list[str] = field(default_factory=list)
+
+
+def find_task(dataset: Dataset, labels: dict[str, list[str]]) -> Task:
+    """What a dataset's columns are good for."""
+    if dataset.manifest.catalogue is not None:
+        return "recommend"
+    if dataset.manifest.chats:
+        return "chat"
+    media = [c for c, kind in dataset.columns.items() if kind != "text"]
+    texts = [c for c, kind in dataset.columns.items() if kind == "text"]
+    if media:
+        train = dataset.indices("train")
+        named = [c for c in labels if _share(dataset, c, train) >= LABELLED]
+        return "recognise" if named else "describe" if texts else "draw"
+    others = [c for c in texts if c not in labels]
+    if labels and others:
+        return "recognise"
+    return "reply" if len(texts) > 1 else "language"
+
+
+def derive(dataset: Dataset, recipe: Recipe) -> Derived:
+    """The recipe for a dataset. The same dataset and recipe give the same.
+
+    Raises PlaitError where the recipe names a task that the data cannot serve.
+    """
+    context = recipe.model.backbone.context or SIZES[recipe.model.size].context
+    labels = label_columns(dataset, context)
+    task = recipe.training.task
+    found = find_task(dataset, labels)
+    if task == "auto":
+        task = found
+    if task == "recognise" and found != "recognise":
+        raise PlaitError(
+            f"{dataset.path} has no column of labels (texts of at most {context // 2} tokens, each of which stands at "
+            "several records), so nothing can be recognised. Put files into a folder for each label, or add a column."
+        )
+    training = {"task": task}
+    lines = [f"Task: {task} ({MEANINGS[task]})."]
+    if task == "draw" and not labels and all(kind != "text" for kind in dataset.columns.values()):
+        lines.append(
+            "Without labels or captions nothing can be named. What can be had: near-duplicates (plait prepare), search "
+            "by example (plait index), new images of the same kind (plait draw). To label: a folder for each label."
+        )
+    derived = Derived(task, recipe, lines)
+    if task == "recognise":
+        _recognise(dataset, derived, labels, training)
+    elif task == "language" and recipe.model.init_from is None:
+        _language(derived, training)
+    elif task == "recommend":
+        _recommend(derived, training)
+    derived.recipe = _with(derived.recipe, training=training)
+    return derived
+
+
+def _recognise(dataset: Dataset, derived: Derived, labels: dict[str, list[str]], training: dict[str, Any]) -> None:
+    """Media and texts that have labels are read and never written; encoders of media learn the labels directly."""
+    recipe = derived.recipe
+    media = [c for c, kind in dataset.columns.items() if kind != "text"]
+    kinds = [kind for kind in MODALITIES if kind in {dataset.columns[c] for c in media}]
+    sources = kinds or [c for c, kind in dataset.columns.items() if kind == "text" and c not in labels]
+    training["weights"] = {**dict.fromkeys(sources, 0.0), **recipe.training.weights}
+    training["validations"] = min(recipe.training.validations, 8)
+    model: dict[str, Any] = {}
+    for kind in kinds:
+        given: dict[str, Any] = getattr(recipe.model, kind)
+        if recipe.model.init_from is not None or given.get("encoder"):
+            continue
+        classes = {column: len(values) for column, values in labels.items()}
+        chosen: dict[str, Any] = {"classes": classes}
+        if kind == "image":
+            chosen |= {"grid": 4, "rotate": 0.0, "scale": 0.08, "shift": 0.12, "erase": 0.75}
+            if "flip" not in given:
+                chosen["flip"] = mirrors(dataset, recipe, labels)
+                what = "a mirrored image means the same" if chosen["flip"] else "mirrored images mean something else"
+                derived.lines.append(f"Found in the images: {what}.")
+        else:
+            chosen |= {"stretch": 1.2, "warp": 1.15, "mask_time": 0.15, "mask_bands": 0.2, "equalise": 0.3}
+        model[kind] = {**chosen, **given}
+    seconds = 60 * (recipe.training.minutes or SIZES[recipe.model.size].minutes)
+    if model:
+        share = recipe.training.recogniser_share
+        derived.lines.append(
+            f"Time: {seconds * share:.0f} s for encoders that learn the labels, {seconds * (0.9 - share):.0f} s for "
+            f"the model, {seconds * 0.1:.0f} s to prepare, validate and calibrate. Media are read, not made; "
+            "--task draw makes them."
+        )
+    else:
+        derived.lines.append(f"Time: {seconds * 0.9:.0f} s for the model, the rest for n-grams and calibration.")
+    derived.recipe = _with(recipe, model=model)
+
+
+def _language(derived: Derived, training: dict[str, Any]) -> None:
+    """Short windows and small batches, so that hundreds of steps fit into minutes."""
+    recipe = derived.recipe
+    minutes = recipe.training.minutes or SIZES[recipe.model.size].minutes
+    if recipe.model.size != "tiny" or minutes > 60:
+        return
+    mine, defaults = recipe.training, Recipe().training
+    backbone = recipe.model.backbone
+    context = backbone.context or (128 if minutes <= 20 else 256)
+    model = {"backbone": {"context": context}, "tied": True if recipe.model.tied is None else recipe.model.tied}
+    chosen = {"batch_size": 8, "learning_rate": 4e-3, "weight_decay": 0.1, "betas": (0.9, 0.99),
+              "full_softmax_prob": 0.0, "validations": 10}  # fmt: skip
+    training |= {key: value for key, value in chosen.items() if getattr(mine, key) == getattr(defaults, key)}
+    derived.recipe = _with(recipe, model=model)
+    derived.lines.append(f"For {minutes:g} minutes: windows of {context} tokens, 8 in a batch.")
+
+
+def _recommend(derived: Derived, training: dict[str, Any]) -> None:
+    """A narrow network: histories are short, and items many."""
+    recipe = derived.recipe
+    if recipe.model.size != "tiny":
+        return
+    given = recipe.model.backbone.model_dump(exclude_unset=True)
+    chosen = {"width": 64, "layers": 2, "heads": 2, "context": 200, "dropout": 0.2}
+    defaults = Recipe().training
+    training |= {"batch_size": 64} if recipe.training.batch_size == defaults.batch_size else {}
+    derived.recipe = _with(recipe, model={"backbone": {**chosen, **given}})
+
+
+def _with(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
+    """A recipe with these keys laid over it, validated again."""
+    values = recipe.model_dump()
+    for name, changes in sections.items():
+        for key, value in changes.items():
+            old = values[name].get(key)
+            values[name][key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+    return Recipe.model_validate(values)
+
+
+def _share(dataset: Dataset, column: str, indices: np.ndarray) -> float:
+    texts = dataset.texts(column)
+    return float(np.mean([texts[i] is not None for i in indices])) if len(indices) else 0.0
+
+
+def mirrors(dataset: Dataset, recipe: Recipe, labels: dict[str, list[str]]) -> bool:
+    """Whether images mean the same when they are mirrored: a linear model on simple features, fitted on half of some
+    training images, knows the other half as well when these are mirrored."""
+    source = next(c for c, kind in dataset.columns.items() if kind == "image")
+    target = next(iter(labels))
+    answers = dataset.texts(target)
+    indices = np.array([i for i in dataset.indices("train") if answers[i] is not None], np.int64)
+    order = np.argsort(uniform(recipe.training.seed, DRAW, indices), kind="stable")
+    indices = np.sort(indices[order[:MIRROR_RECORDS]])
+    settings = fit_settings(dataset, "image", SIZES[recipe.model.size], dict(recipe.model.image))
+    modality = MODALITIES["image"](settings, 8)
+    number = {label: place for place, label in enumerate(labels[target])}
+    images, classes = [], []
+    for index, record in zip(indices, dataset.iterate(indices, [source]), strict=True):
+        if source in record.parts:
+            images.append(modality.sample(record.parts[source]))
+            classes.append(number[answers[index]])
+    if len(images) < 40 or len(set(classes)) < 2:
+        return False
+    truth = np.array(classes)
+    half = uniform(recipe.training.seed, DRAW, 1, np.arange(len(images))) < 0.5
+    rows = image_features(images)
+    scale = rows[half].std(0) + 1e-3
+    model = fit_linear((rows[half] - rows[half].mean(0)) / scale, truth[half], len(number), MIRROR_STRENGTH, False)
+    others = [image[:, ::-1] for image, first in zip(images, half, strict=True) if not first]
+    straight = model((rows[~half] - rows[half].mean(0)) / scale).argmax(1) == truth[~half]
+    mirrored = model((image_features(others) - rows[half].mean(0)) / scale).argmax(1) == truth[~half]
+    return bool(mirrored.mean() >= MIRROR_LOSS * straight.mean())
