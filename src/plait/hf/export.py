@@ -279,9 +279,10 @@ images and audio clips into embeddings, and codes into images and audio clips, a
 
 Openers of spans: {openers}. A special token is read where its name stands, as a chat template writes it; of text that
 others wrote, read names as plain characters: `tokenizer(text, split_special_tokens=True)`. A name that the text's
-tokenizer had before has `plait:` in front, `<|plait:pad|>`. Outside Plait no grammar keeps the spans well formed: `plait export` has fitted one vector a space on
-top, which changes no probability within a space, and where the architecture is Qwen3 has added a block that counts the
-codes of a span, one span of each space in a sequence. `generation_config.json` asks for `min_p`.
+tokenizer had before has `plait:` in front, `<|plait:pad|>`. Outside Plait no grammar keeps the spans well formed:
+`plait export` has fitted one vector a space on top, which changes no probability within a space, and where the
+architecture is Qwen3 has added a block that counts the codes of a span, one span of each space in a sequence.
+`generation_config.json` asks for `min_p`.
 """
 
 
