@@ -4,13 +4,16 @@ BIN = .venv/bin
 INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.lock
 
 
-.PHONY: demo speech serve test test-slow lint bench soak clean
+.PHONY: demo studio speech serve test test-slow lint bench soak clean
 
 demo: .venv/demo
 	$(BIN)/plait demo -o runs/demo
 
 serve: .venv/serve
 	$(BIN)/plait serve runs/demo --ui
+
+studio: .venv/serve
+	$(BIN)/plait studio runs/studio
 
 test: .venv/dev
 	$(BIN)/python -m pytest
@@ -36,7 +39,7 @@ speech:
 	$(INSTALL) --force-reinstall --no-deps espeakng-loader
 
 .venv/serve: .venv/demo
-	$(INSTALL) -e ".[ui]"
+	$(INSTALL) -e ".[ui,studio]"
 	@touch $@
 
 .venv/dev: .venv/demo

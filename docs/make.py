@@ -5,9 +5,9 @@ python docs/make.py
 
 from __future__ import annotations
 
-import re
-from inspect import getsource
 from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -37,13 +37,31 @@ the budget where neither `--minutes` nor `--steps` is given.
 
 
 def fields(model: type[BaseModel]) -> str:
-    comments = dict(re.findall(r"^    (\w+):.*?#\s*(.+)$", getsource(model), re.MULTILINE))
+    """A table of a section's keys. Raises ValueError for a key without a description."""
     rows = []
     for name, field in model.model_fields.items():
+        if not field.description:
+            raise ValueError(f"{model.__name__}.{name} has no description: Field(..., description=...)")
         default = field.get_default(call_default_factory=True)
         if not isinstance(default, BaseModel):
-            rows.append(f"| `{name}` | `{default}` | {comments.get(name, '')} |")
-    return "| key | default | |\n| --- | --- | --- |\n" + "\n".join(rows)
+            rows.append(f"| `{name}` | {_type(field.annotation)} | `{default}` | {field.description} |")
+    return "| key | type | default | |\n| --- | --- | --- | --- |\n" + "\n".join(rows)
+
+
+def _type(annotation: Any) -> str:
+    """A type as people read it: `one of ddp, fsdp`, `number or None`."""
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(map(str, get_args(annotation)))
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(dict.fromkeys(_type(part) for part in get_args(annotation)))
+    if get_origin(annotation) is dict:
+        return "mapping"
+    if get_origin(annotation) in (list, tuple):
+        return "list"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
+    names = {float: "number", int: "integer", bool: "true or false", str: "text", type(None): "None"}
+    return names.get(annotation, str(annotation))
 
 
 def recipes() -> str:
@@ -57,6 +75,7 @@ def recipes() -> str:
         "model.audio": AudioSettings,
         "model.item": config.ItemModelRecipe,
         "training": config.TrainingRecipe,
+        "training.lora": config.LoraRecipe,
         "generation": config.GenerationConfig,
     }
     tables = "\n\n".join(f"## {name}\n\n{fields(model)}" for name, model in sections.items())

@@ -19,16 +19,16 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import plait
-from plait.chat.chat import Chat, Turn
-from plait.chat.template import TEMPLATE
 from plait.core.errors import PlaitError
 from plait.hf import huggingface
 from plait.hf.export import export_onnx, export_transformers
 from plait.hf.span_counter import channels_for, count_codes, widened
 from plait.inference.grammar import Span
+from plait.inference.prompts import Chat, Turn
 from plait.modalities.base import Vocabulary
 from plait.modalities.text import Text
 from plait.model import checkpoint as own
+from plait.model.chat_template import TEMPLATE
 from plait.model.checkpoint import Checkpoint
 from plait.model.extend import extend
 from plait.model.multimodal import ModelConfig, Multimodal

@@ -15,6 +15,7 @@ import torch
 
 from plait.core import isa
 from plait.core.errors import PlaitError
+from plait.core.system import processors
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
 KEPT = ("fp16", "int8", "int4")  # of weights alone
@@ -116,7 +117,7 @@ def threads() -> int:
     """Threads that torch may use: OMP_NUM_THREADS, or the processors this process is allowed on."""
     if os.environ.get("OMP_NUM_THREADS", "").isdecimal():
         return max(int(os.environ["OMP_NUM_THREADS"]), 1)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return processors()
 
 
 def keep_memory() -> None:

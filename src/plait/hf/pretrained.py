@@ -19,10 +19,9 @@ from plait.core.dist import import_extra
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from plait.core.interruption import pause_point
-from plait.explain import hf_models as questions
-from plait.explain.methods import Explanation, explain
 from plait.hf.hub import explained, find, no_safetensors, other_weights, quiet
-from plait.hf.sentences import SentenceEncoder
+from plait.hf.sentences import BATCH, SentenceEncoder
+from plait.inference.base import Model
 from plait.inference.results import Prediction, Predictions
 from plait.modalities.audio_files import decode_audio, resample
 from plait.modalities.descriptor import MediaError
@@ -81,9 +80,10 @@ def _kind(config: dict[str, Any], folder: Path, transformers: Any) -> str:
     raise PlaitError(f"{folder}: no use is made here of a model of type '{model}'. Used are {known}.")
 
 
-class Pretrained:
-    """A model of transformers. Inputs are those of `Model`: a str, a PIL image, (waveform, rate), a pathlib.Path of a
-    media file, or its bytes. A verb that the model has not raises PlaitError and names those that it has."""
+class Pretrained(Model):
+    """A model that transformers runs."""
+
+    folder: Path
 
     def __init__(self, folder: Path, name: str, kind: str, device: Device) -> None:
         import transformers
@@ -122,25 +122,13 @@ class Pretrained:
                 self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
         self.model.eval().to(device.torch)
         self.sentences = SentenceEncoder(folder, self.model, self.tokenizer, device) if kind == "encoder" else None
+        if self.sentences is not None:
+            self.embed_batch = BATCH
 
     @property
     def verbs(self) -> list[str]:
         """What this model can do."""
         return list(VERBS[self.kind])
-
-    def window_count(self, value: Any) -> int:
-        """1: transformers' models read an input at once, or cut it themselves."""
-        return 1
-
-    def draw(self, text: str, **options: Any) -> list[PILImage.Image]:
-        """No model of transformers draws through this door."""
-        self._can("draw")
-        return []
-
-    def speak(self, text: str, **options: Any) -> list[tuple[np.ndarray, int]]:
-        """No model of transformers speaks through this door."""
-        self._can("speak")
-        return []
 
     def _can(self, verb: str, column: str | None = None) -> None:
         if column is not None:
@@ -178,7 +166,7 @@ class Pretrained:
             chances = self._text_labels(value, labels, template or TEXT_TEMPLATE)
         else:
             texts = self.label_inputs(labels, template or TEMPLATE)
-            pixels = self.processor(images=[_image(value)], return_tensors="pt")
+            pixels = self.processor(images=[read_image(value)], return_tensors="pt")
             logits = self._run(self.model, **texts, **pixels).logits_per_image[0].float()
             # SigLIP has a bias beside the temperature: the mark of a sigmoid loss.
             chances = (logits.sigmoid() if hasattr(self.model, "logit_bias") else logits.softmax(-1)).cpu()
@@ -198,28 +186,6 @@ class Pretrained:
     def label_inputs(self, labels: list[str], template: str) -> Any:
         """The texts that stand for labels, as tensors."""
         return self._texts([_sentence(label, template) for label in labels])
-
-    def explain(
-        self,
-        value: Any,
-        answer: Any = None,
-        *,
-        to: str = "text",
-        column: str | None = None,
-        labels: list[str] | None = None,
-        method: str = "occlusion",
-        steps: int | None = None,
-        seed: int = 0,
-        template: str = TEMPLATE,
-    ) -> Explanation:
-        """Why a label suits an image (CLIP, SigLIP), or a text goes on with the answer (causal language models); as
-        `Model.explain`."""
-        if column is not None or to != "text":
-            raise PlaitError(f"{self.name} has no columns and makes no media. Leave out to and column.")
-        if isinstance(value, list):
-            raise PlaitError(f"{self.name} reads one input at a time. Give one.")
-        image = _image(value) if self.kind == "contrastive" else None
-        return explain(questions.question(self, value, image, answer, labels, template), method, steps, seed)
 
     def _texts(self, texts: list[str]) -> Any:
         # SigLIP was trained on texts padded to its full length, without a mask.
@@ -250,7 +216,7 @@ class Pretrained:
         if isinstance(value, str):
             result = self._run(self.model.get_text_features, **self._texts([value]))
         else:
-            pixels = self.processor(images=[_image(value)], return_tensors="pt")
+            pixels = self.processor(images=[read_image(value)], return_tensors="pt")
             result = self._run(self.model.get_image_features, **pixels)
         vector: Tensor = getattr(result, "pooler_output", result)[0]
         return vector
@@ -294,11 +260,11 @@ class Pretrained:
         return " ".join(text for text in texts if text)
 
     def describe(
-        self, image: Any, column: str | None = None, prompt: str | None = None, max_new_tokens: int = 50
+        self, image: Any, column: str | None = None, prompt: str | None = None, max_new_tokens: int | None = None
     ) -> str:
         """What the model writes about an image; `prompt` asks a question, where the model takes one."""
         self._can("describe", column)
-        image = _image(image)
+        image = read_image(image)
         if self.model.config.model_type == "vision-encoder-decoder":
             if prompt is not None:
                 raise PlaitError(f"{self.name} writes captions and takes no prompt. Leave it out.")
@@ -307,7 +273,7 @@ class Pretrained:
             text = self._prompt(prompt)
             inputs = self.processor(images=[image], return_tensors="pt", **({} if text is None else {"text": [text]}))
         with quiet():
-            ids = self._run(self.model.generate, **inputs, max_new_tokens=max_new_tokens, do_sample=False)[0]
+            ids = self._run(self.model.generate, **inputs, max_new_tokens=max_new_tokens or 50, do_sample=False)[0]
         read = inputs.get("input_ids")
         if read is not None and torch.equal(ids[: read.shape[1]].cpu(), read[0].cpu()):
             ids = ids[read.shape[1] :]
@@ -391,7 +357,7 @@ def _sentence(label: str, template: str) -> str:
     return template.replace("{}", label.replace("_", " "))
 
 
-def _image(value: Any) -> PILImage.Image:
+def read_image(value: Any) -> PILImage.Image:
     """An image as RGB. Raises PlaitError where it is none or cannot be read."""
     if isinstance(value, PILImage.Image):
         return value.convert("RGB")

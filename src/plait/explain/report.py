@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 import io
-from html import escape
 from typing import Any
 
 import numpy as np
 from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 
+from plait.core.pages import render
 from plait.explain.methods import Explanation
 from plait.explain.parts import Grid, Part, Words
 from plait.modalities.base import cells
-from plait.reports.html import page, table
 
 STRONGEST = 5  # units that are listed by name
 
@@ -152,82 +150,64 @@ def as_png(found: Explanation) -> bytes:
 # --- the page ---------------------------------------------------------------------------------------------------
 
 
-def _url(image: PILImage.Image) -> str:
-    return "data:image/png;base64," + base64.b64encode(_png(image)).decode()
-
-
-def _marked_text(part: Words, shares: np.ndarray) -> str:
-    spans = []
-    for word, share in zip(part.words, shares, strict=True):
-        red, green, blue = _colour(float(share))
-        style = f"background:rgb({red},{green},{blue});color:#111;border-radius:.2rem;padding:0 .15rem"
-        spans.append(f'{word[: len(word) - len(word.lstrip())]}<span style="{style}">{escape(word.strip())}</span>')
-    return f'<p style="font-size:1.2rem;line-height:1.9">{"".join(spans)}</p>'
-
-
-def _strongest(part: Part, weights: np.ndarray) -> str:
-    rows = [[escape(part.spot(unit)), f"{weights[unit]:+.3f}"] for unit in _top(weights)]
-    return table(["strongest", "weight"], rows, numbers=(1,)) if rows else "<p>No unit speaks for the answer.</p>"
-
-
 def as_html(found: Explanation) -> str:
     """A self-contained page."""
     measure = f"{found.measure} {found.score:.3f}"
-    summary = f"{escape(found.method)} · why “{escape(found.answer)}” · {measure} · chance {found.chance:.3f}"
-    top = "".join(f'<p style="color:var(--bad)"><b>{escape(text)}</b></p>' for text in found.warnings)
-    sections: list[tuple[str, str, str]] = []
-    if found.weights:
-        note = (
-            '<p class="dim">Red speaks for the answer, blue against it; weights are '
-            f"{escape(found.measure)}{'' if found.measure == 'similarity' else ', in nats'}.</p>"
+    regions = _maps(found)[-len(found.region_words) - 1 :] if found.regions is not None else []
+    return render(
+        "explain/explanation.html",
+        title="Why: " + found.answer,
+        summary=f"{found.method} · why “{found.answer}” · {measure} · chance {found.chance:.3f}",
+        warnings=found.warnings,
+        measure=found.measure,
+        parts=[_part(found, part, weights) for part, weights in zip(found.parts, found.weights, strict=False)],
+        made=[(name, _png(image)) for name, image in regions],
+        lost=[(name, f"{lost:+.3f}") for name, lost in found.lost.items()],
+        layers=[_layer(layer) for layer in found.layers],
+        areas=_areas(found),
+        beaten=f"{found.areas.beaten} of {len(found.areas.random_deletion)}" if found.areas is not None else "",
+        gap=_gap(found),
+    )
+
+
+def _part(found: Explanation, part: Part, weights: np.ndarray) -> dict[str, Any]:
+    """A part of the input: its marked words or image, and its strongest units."""
+    shares = _shares(weights, found.weights)
+    strongest = [(part.spot(unit), f"{weights[unit]:+.3f}") for unit in _top(weights)]
+    if isinstance(part, Words):
+        words = [_word(word, float(share)) for word, share in zip(part.words, shares, strict=True)]
+        return {"name": part.name, "words": words, "image": b"", "strongest": strongest}
+    return {"name": part.name, "words": [], "image": _png(part.marked(shares)), "strongest": strongest}
+
+
+def _word(word: str, share: float) -> tuple[str, str, str]:
+    """The space before a word, the word, and its colour."""
+    red, green, blue = _colour(share)
+    return word[: len(word) - len(word.lstrip())], word.strip(), f"rgb({red},{green},{blue})"
+
+
+def _layer(layer: dict[str, Any]) -> list[str]:
+    """A row of the table of layers."""
+    likeliest = ", ".join(f"{text!r} {chance:.3f}" for text, chance in layer["likeliest"])
+    return [str(layer["layer"]), f"{layer['chance']:.4f}", str(layer["rank"]), likeliest]
+
+
+def _areas(found: Explanation) -> list[tuple[str, str, str, str]]:
+    """Deletion and insertion beside those of random maps."""
+    if found.areas is None:
+        return []
+    areas = found.areas
+    return [
+        (name, f"{mine:.3f}", f"{np.mean(random):.3f} ± {np.std(random):.3f}", better)
+        for name, mine, random, better in (
+            ("deletion, the weightiest first", areas.deletion, areas.random_deletion, "lower"),
+            ("insertion, the weightiest first", areas.insertion, areas.random_insertion, "higher"),
         )
-        body = note
-        for part, weights in zip(found.parts, found.weights, strict=True):
-            shares = _shares(weights, found.weights)
-            body += f"<h3>{escape(part.name)}</h3>"
-            if isinstance(part, Words):
-                body += _marked_text(part, shares)
-            else:
-                body += f'<img alt="marked {escape(part.name)}" src="{_url(part.marked(shares))}">'
-            body += _strongest(part, weights)
-        sections.append(("parts", "What moved the answer", body))
-    if found.regions is not None:
-        body = '<p class="dim">Marked is what would have been less likely without the word.</p><div class="panels">'
-        for name, marked in _maps(found)[-len(found.region_words) - 1 :]:
-            image = f'<img style="max-width:100%" alt="{escape(name)}" src="{_url(marked)}">'
-            body += f'<figure class="panel"><figcaption>{escape(name)}</figcaption>{image}</figure>'
-        sections.append(("made", "What depends on which word", body + "</div>"))
-    if found.lost:
-        rows = [[escape(name), f"{lost:+.3f}"] for name, lost in found.lost.items()]
-        sections.append(("removed", "Each part left out", table(["without", "score lost"], rows, numbers=(1,))))
-    if found.layers:
-        rows = [
-            [str(layer["layer"]), f"{layer['chance']:.4f}", str(layer["rank"]),
-             ", ".join(f"{escape(repr(text))} {p:.3f}" for text, p in layer["likeliest"])]
-            for layer in found.layers
-        ]  # fmt: skip
-        head = ["layer", "chance of the answer's first token", "rank", "likeliest"]
-        sections.append(("layers", "What each layer would say", table(head, rows, numbers=(0, 1, 2))))
-    checks = _checks(found)
-    if checks:
-        sections.append(("checks", "Checks", checks))
-    return page("Why: " + found.answer, summary, top, sections)
+    ]
 
 
-def _checks(found: Explanation) -> str:
-    body = ""
-    if found.areas is not None:
-        areas, count = found.areas, len(found.areas.random_deletion)
-        rows = [
-            [name, f"{mine:.3f}", f"{np.mean(random):.3f} ± {np.std(random):.3f}", better]
-            for name, mine, random, better in (
-                ("deletion, the weightiest first", areas.deletion, areas.random_deletion, "lower"),
-                ("insertion, the weightiest first", areas.insertion, areas.random_insertion, "higher"),
-            )
-        ]
-        body += table(["area under the answer's chance", "this map", "random maps", "better"], rows, numbers=(1, 2))
-        body += f"<p>It does better than {areas.beaten} of {count} random maps.</p>"
-    if found.gap is not None:
-        body += f"<p>Completeness gap: {found.gap:.2%} of the difference between the input and nothing, "
-        body += f"at {found.steps} steps.</p>"
-    return body
+def _gap(found: Explanation) -> str:
+    """How far integrated gradients are from adding up, as a sentence."""
+    if found.gap is None:
+        return ""
+    return f"Completeness gap: {found.gap:.2%} of the difference between the input and nothing, at {found.steps} steps."

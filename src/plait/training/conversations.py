@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from plait.chat.template import ROLES, Template, column_of
 from plait.core.errors import PlaitError
 from plait.data import conversations as chat
 from plait.modalities.base import MediaModality, Vocabulary
 from plait.modalities.text import Text
+from plait.model.chat_template import ROLES, Template, column_of
 from plait.model.multimodal import IGNORE, Sequence
 
 Part = list[int] | str  # the ids of a text, or the column of a medium
