@@ -23,8 +23,8 @@ from PIL import Image
 from training import step_of
 
 from plait.core.device import Device
-from plait.modalities import SETTINGS
 from plait.modalities.base import Vocabulary
+from plait.modalities.registry import SETTINGS
 from plait.model.multimodal import ModelConfig, Multimodal, Sequence, collate
 from plait.model.objectives import contrastive
 from plait.model.transformer import TransformerConfig

@@ -18,7 +18,7 @@ from plait.core.device import Device
 from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
 from plait.data.prepare import prepare
-from plait.inference.model import Model
+from plait.inference.model import PlaitModel
 from plait.modalities.text import Text
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import IGNORE, Multimodal
@@ -115,7 +115,7 @@ def test_what_is_only_read_still_meets_its_text(parts: tuple[Multimodal, Split])
     assert measured == pytest.approx({name: float(value.detach()) for name, value in losses.items()}, rel=1e-5)
     text = Text.train(["one", "two"], 280)
     reader = Multimodal(model.config.model_copy(update={"read_only": ["image"]}))
-    used = Model(Checkpoint(reader, text), "cpu")
+    used = PlaitModel(Checkpoint(reader, text), "cpu")
     assert "draw" not in used.verbs and "speak" in used.verbs
     with pytest.raises(PlaitError, match=r"training\.weights\.image: 0"):
         used.draw("one")

@@ -59,7 +59,8 @@ def serve(
     )
     run(
         models, host, port, key_file=api_key_file, allow_hosts=allow_host, allow_origins=allow_origin, device=device,
-        precision=precision, indexes=index, ui=ui, aliases=alias, strict=strict, limits=limits,
+        precision=precision, resources={"search": index} if index else {}, ui=ui, aliases=alias, strict=strict,
+        limits=limits,
         tell=lambda url: out.print(
             f"Serving at {url}/v1 {f'with a page at {url} ' if ui else ''}(Ctrl-C stops)\n"
             f"A step of generation: {backend_name(choose_device(device, precision))}"

@@ -15,6 +15,7 @@ import torch
 
 from plait.core import isa
 from plait.core.errors import PlaitError
+from plait.core.system import processors
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
 KEPT = ("fp16", "int8", "int4")  # of weights alone
@@ -116,12 +117,12 @@ def threads() -> int:
     """Threads that torch may use: OMP_NUM_THREADS, or the processors this process is allowed on."""
     if os.environ.get("OMP_NUM_THREADS", "").isdecimal():
         return max(int(os.environ["OMP_NUM_THREADS"]), 1)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return processors()
 
 
 def keep_memory() -> None:
     """Have glibc keep what is freed: by itself it hands large tensors back to the kernel, which clears each page anew,
-    and a training step takes 1.1 to 1.3 times as long (docs/bench.md). Other C libraries are left alone."""
+    and a training step takes 1.1 to 1.3 times as long (docs/benchmarks/speed.md). Other C libraries are left alone."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD

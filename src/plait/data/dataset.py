@@ -52,8 +52,9 @@ class Manifest(BaseModel):
     """What a dataset holds. `counts` are records by split; `overlap` ("test/train") counts the records of the first
     split whose media (or, without media, text) stand in the second too; `near_duplicates` ("test/train") those of the
     first that have a near-duplicate in the second; `rejected` counts lines of rejects.jsonl, and `dropped` those among
-    them that were left out of train for near-duplicates; `chats` are text columns that hold conversations. A dataset of
-    histories has a `catalogue`; its records are users, and its counts interactions."""
+    them that were left out of train for near-duplicates; `chats` are text columns that hold conversations. `kind` is
+    "records", or the name of the feature whose data it holds; `unit` says what `counts` count, and `parts` are further
+    files of that feature."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -69,7 +70,9 @@ class Manifest(BaseModel):
     near_duplicates: dict[str, int] = {}
     dropped: int = 0
     chats: list[str] = []
-    catalogue: Shard | None = None
+    kind: str = "records"
+    unit: str = "records"
+    parts: dict[str, Shard] = {}
     shards: list[Shard]
     statistics: dict[str, Lengths]
     notes: list[str]
@@ -141,7 +144,7 @@ class Dataset(DatasetViews):
             raise PlaitError(
                 f"{path}/manifest.json is damaged: {where}: {first['msg']}. Run plait prepare again."
             ) from error
-        for shard in [*manifest.shards, *([manifest.catalogue] if manifest.catalogue else [])]:
+        for shard in [*manifest.shards, *manifest.parts.values()]:
             file = join(path, shard.file)
             if Path(shard.file).name != shard.file:
                 raise PlaitError(f"{path}/manifest.json names a file outside of the dataset: {shard.file}.")

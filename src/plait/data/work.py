@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from plait.core.system import limit_memory
 from plait.data.conversations import turns
 from plait.data.fingerprints import text_print
 from plait.data.record import Rejected, rejected, text_fault
@@ -196,11 +197,8 @@ class _NoPandas:
 def serve(status: str) -> None:
     """The loop of a checking process: tasks on stdin, one JSON line for each on stdout. The record under work is
     written to the file `status`, for whoever has to say at which one this process ended."""
-    import resource
-
     sys.meta_path.insert(0, _NoPandas())
-    with contextlib.suppress(ValueError, OSError):  # macOS refuses this limit
-        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+    limit_memory(4 << 30)
     with open(status, "r+b") as file, mmap.mmap(file.fileno(), 8) as now:  # noqa: PTH123 - mmap wants a descriptor
 
         def at(n: int) -> None:

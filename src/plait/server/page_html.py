@@ -13,7 +13,6 @@ from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from plait.data.dataset import Dataset
 from plait.data.stores import read_place
-from plait.inference.model import Model
 from plait.modalities.image_files import decode_image
 from plait.modalities.media import media_type
 from plait.server.service import Served
@@ -226,7 +225,7 @@ def examples_of(models: list[Served]) -> tuple[dict[str, list[str]], str]:
     dark: list[float] = []
     for served in models:
         run = _run(served)
-        if run is None or not isinstance(served.model, Model):
+        if run is None or served.model.plait_model is None:
             continue
         try:
             known = read_place(str(read_json(run / "run.json").get("dataset", "data")), run)

@@ -8,7 +8,6 @@ from typing import Any
 
 import gradio
 
-from plait.inference.model import Model
 from plait.server.page_html import example_button, examples_of, word_button
 from plait.server.page_tabs import Tabs
 
@@ -25,7 +24,7 @@ def blocks(page: Tabs, reports: list[str]) -> Any:
     """Gradio's page over the handlers; `reports` names the models that have one."""
     served = list(page.service.models.values())
     verbs = {verb for one in served for verb in one.verbs}
-    ours = [one.model for one in served if isinstance(one.model, Model)]
+    ours = [one.model for one in served if one.model.plait_model is not None]
     columns = {name: kind for model in ours for name, kind in model.columns.items()}
     texts = [name for name, kind in columns.items() if kind == "text"]
     voices = [name for name, kind in columns.items() if kind == "audio"]
@@ -81,7 +80,8 @@ def blocks(page: Tabs, reports: list[str]) -> Any:
         gradio.on([look.click, text.submit, whole.load, name.change], page.look_up, [name, text], found, **private)
 
     def finding() -> None:
-        if not page.service.indexes:
+        indexes = page.service.resources.get("search", {})
+        if not indexes:
             _html(HOW_TO_FIND)
             return
         text = gradio.Textbox(label="Words, or an image or audio below", elem_id="find-text")
@@ -90,7 +90,12 @@ def blocks(page: Tabs, reports: list[str]) -> Any:
         with gradio.Row():
             wanted = gradio.CheckboxGroup(KINDS, label="Only", elem_id="find-kinds")
             k = gradio.Slider(1, 50, value=12, step=1, label="Results")
-            index = choice("Index", list(page.service.indexes), "the first", len(page.service.indexes) > 1)
+            index = choice(
+                "Index",
+                list(indexes),
+                "the first",
+                len(indexes) > 1,
+            )
         go, out = gradio.Button("Find", variant="primary", elem_id="find-go"), _html("", "find-out")
         gradio.on([go.click, text.submit], page.find, [name, text, seen, wanted, k, index], out, **private)
 

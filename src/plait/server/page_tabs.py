@@ -12,7 +12,6 @@ from typing import Any
 
 import gradio
 
-from plait.inference.model import Model
 from plait.server.middleware import AccessMiddleware, Message
 from plait.server.page_html import (
     add_button,
@@ -104,7 +103,8 @@ class Tabs:
             yield talk_html(messages) + wrong("Write something, or give an image or an audio clip."), told, text, medium
             return
         model = self.service.models[name].model if name in self.service.models else None
-        room = min(REPLY, model.engine.max_length // 2) if isinstance(model, Model) else REPLY
+        ours = model.plait_model if model is not None else None
+        room = REPLY if ours is None else min(REPLY, ours.engine.max_length // 2)
         if not kind:
             verbs = self.service.models[name].verbs if name in self.service.models else []
             kind = "text" if medium else "image" if "draw" in verbs else "audio" if "speak" in verbs else "text"
@@ -142,9 +142,9 @@ class Tabs:
             return wrong("Choose, draw or record something first.")
         wanted = [label.strip() for label in labels.split(",") if label.strip()]
         model = self.service.models[name].model if name in self.service.models else None
-        known = isinstance(model, Model) and any(model.labels.get(c) for c in ([column] if column else model.labels))
+        known = model is not None and any(model.labels.get(c) for c in ([column] if column else model.labels))
         try:
-            if wanted or known or not isinstance(model, Model):
+            if wanted or known or model is None or model.plait_model is None:
                 body = {"model": name, "input": [part_of(medium)], "labels": wanted or None, "column": column, "top": 5}
                 found = json.loads(await self.ask("/v1/plait/classify", body, visitor))["data"]
                 return "".join(bar_html(one["label"], one["probability"]) for one in found)

@@ -49,8 +49,8 @@ class LossModule(nn.Module):
         embedded: list[Tensor] = []
         zero_anchor = torch.zeros((), device=device)
         with self.device.autocast():  # once, for what is read and what is predicted
-            items = model.items.rows() if model.items is not None else None
-            table = model.reading(items)
+            rows = model.row_modality.rows() if model.row_modality is not None else None
+            table = model.reading(rows)
         for batch, records in zip(step.batches, step.span_records, strict=True):
             on_device = batch.to(device)
             with self.device.autocast():
@@ -58,13 +58,13 @@ class LossModule(nn.Module):
                 hidden = model.backbone(inputs)
                 found = {}
                 if likelihood:
-                    found = likelihoods(model, hidden, on_device.targets, restricted, smoothing, items)
+                    found = likelihoods(model, hidden, on_device.targets, restricted, smoothing, rows)
             for token_type, (total, _) in found.items():
                 sums[token_type] = sums[token_type] + total if token_type in sums else total
             chosen = np.flatnonzero(records >= 0)
             if embed and len(chosen):
-                rows, spans = zip(*((row, span) for row, *span in (batch.spans[i] for i in chosen)), strict=True)
-                embedded.append(model.pool(inputs, hidden, spans, rows))
+                places, spans = zip(*((row, span) for row, *span in (batch.spans[i] for i in chosen)), strict=True)
+                embedded.append(model.pool(inputs, hidden, spans, places))
             if not found:
                 zero_anchor = zero_anchor + 0 * hidden.sum()
         for parameter in self._idle(step, set(sums), restricted, bool(embedded)):

@@ -29,9 +29,7 @@ from plait.kernels import training as native
 from plait.modalities.text import Text
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import ModelConfig, Multimodal
-from plait.recommend.catalogue import Catalogue
-from plait.recommend.sampler import Embed, HistorySampler, item_content, ranking
-from plait.training.batches import PASS, BatchPrefetcher, Sampler, Split, load_split, room_needed
+from plait.training.batches import PASS, BatchPrefetcher, Sampler, Split, room_needed
 from plait.training.build import label_columns
 from plait.training.callbacks import Callback, Callbacks, EndEvent, StartEvent, StepEvent, ValidationEvent
 from plait.training.canaries import plant
@@ -42,13 +40,13 @@ from plait.training.log import Log
 from plait.training.losses import LossModule, step_losses, weighted
 from plait.training.optimizer import Average, learning_rate_at, make_optimizer
 from plait.training.run import Progress, Report, Run, difference
+from plait.training.source import SOURCES, RecordSource, Source
 
 FULL_SOFTMAX, DROPOUT = 17, 18  # keys of `uniform`: for steps with the whole softmax, and for what a step hides
 DECIDING = 0.08  # share of the time that the classifier of labels takes once the model is trained
 CALIBRATION = 8  # steps that a time budget is measured by
 COMPILED = 600  # seconds of training from which compiling pays
 FEW = 10_000  # samples below which what is written is augmented too
-HISTORIES = 512  # that a step of validation takes
 
 
 def train(
@@ -60,14 +58,13 @@ def train(
     reuse: Path | None = None,
     allow_changes: bool = False,
     group: Group | None = None,
-    embed: Embed | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Path:
     """Train a model on a dataset into `folder`; returns its best checkpoint. Ctrl-C and SIGTERM leave a usable run.
 
     `reuse` names a run of the same data that is past its preparation: its tokenizer, codecs and cache serve again,
-    and the time that they took counts as this run's. `embed` is how the encoder that `model.item.encoder` names sees
-    items. Each process of a `group` calls this; the first one of them prepares and writes, and calls the `callbacks`.
+    and the time that they took counts as this run's. Each process of a `group` calls this; the first one of them
+    prepares and writes, and calls the `callbacks`.
     Raises PlaitError for what the user can mend: no records, a folder of another run (unless `allow_changes`), a
     folder that is not writable, a loss that explodes; KeyboardInterrupt or Terminated once the run was saved.
     """
@@ -78,8 +75,11 @@ def train(
     with only_writer(folder) if group.is_main else nullcontext(), signals() as listening, _room(folder):
         datasets = [dataset, *(Dataset.open(path) for path in recipe.training.replay)]
         if len(datasets) > 1:
-            if any(one.manifest.catalogue for one in datasets):
-                raise PlaitError("Histories of items are learnt alone: leave out training.replay.")
+            if alone := next((one for one in datasets if one.manifest.kind != "records"), None):
+                raise PlaitError(
+                    f"{alone.path} holds data of a kind of its own ({alone.manifest.kind}), which are learnt alone: "
+                    "leave out training.replay."
+                )
             dataset = Joined(datasets)
         run = Run(folder, dataset, recipe, report, device, reuse, group)
         report = run.report
@@ -95,24 +95,15 @@ def train(
             return best
         begun = time.perf_counter()
         torch.manual_seed(recipe.training.seed)
-        content = None
-        if dataset.manifest.catalogue is not None:
-            with group.main_first():
-                content = item_content(dataset, recipe, run.source / "cache", embed)
-        model, text, source = build_or_load_model(run, content.settings if content else None)
+        with group.main_first():
+            data = _open_source(run)
+        model, text, source = build_or_load_model(run, data.settings)
+        data.fill(model)
         config = model.config
         splits: dict[str, Split] = {}
         for name in ("train", "val"):
-            if content is not None:
-                splits[name] = content.split(name)
-                content.fill(model)
-                continue
             with group.main_first():
-                splits[name] = load_split(
-                    dataset, name, text, model.media, run.source / "cache", config.backbone.max_length,
-                    lambda stage, done, total: report(Progress(stage, done, total)),
-                    limit=None if name == "train" else 2000, vocabulary=config.vocabulary,
-                )  # fmt: skip
+                splits[name] = data.split(name, text, model)
         if len(splits["train"]) < 2:
             raise PlaitError(f"{dataset.path} has {len(splits['train'])} records to train on; at least 2 are needed.")
         canaries = recipe.training.canaries
@@ -147,14 +138,26 @@ def train(
         share = 1 - DECIDING if recipe.training.task == "recognise" else 1.0
         seconds = max(run.minutes * 60 * share - run.metadata["prepared"], 1.0)
         calls = Callbacks(callbacks if group.is_main else ())
-        _optimise(run, model, text, source, splits, seconds, listening, content.catalogue if content else None, calls)
+        _optimise(run, model, text, source, splits, seconds, listening, data, calls)
         run.record(finished=time.time())
         return best
 
 
+def _open_source(run: Run) -> Source:
+    """The data of a run, of whatever kind."""
+    cache = run.source / "cache"
+    if run.dataset.manifest.kind != "records":
+        return SOURCES.by_feature()[run.dataset.manifest.kind](run.dataset, run.recipe, cache, run.device)
+
+    def progress(stage: str, done: int, total: int) -> None:
+        run.report(Progress(stage, done, total))
+
+    return RecordSource(run.dataset, cache, progress)
+
+
 def _optimise(
     run: Run, model: Multimodal, text: Text, source: Checkpoint | None, splits: dict[str, Split], seconds: float,
-    listening: Signals, catalogue: Catalogue | None, callbacks: Callback,
+    listening: Signals, data: Source, callbacks: Callback,
 ) -> None:  # fmt: skip
     """The steps of the model itself."""
     settings, group, folder = run.settings, run.group, run.folder
@@ -166,7 +169,7 @@ def _optimise(
     augment_targets = few if settings.augment_targets is None else settings.augment_targets
 
     def sampler(name: str, batch_size: int, augment: bool, drop: float) -> Sampler:
-        return (Sampler if catalogue is None else HistorySampler)(
+        return data.sampler(
             splits[name], model.vocabulary, model.media, batch_size, context, settings.seed, drop, augment,
             augment_targets, frozenset(model.config.read_only),
             math.inf if network.sharded else PASS, list(settings.replay.values()),
@@ -174,8 +177,8 @@ def _optimise(
 
     training = sampler("train", run.batch_size, settings.augment, settings.cond_dropout)
     # The same records and as many negatives whatever the batch size, so that runs can be compared.
-    some = run.size.batch_size if catalogue is None else HISTORIES
-    validating: Sampler | None = sampler("val", some, False, 0.0) if len(splits["val"]) else None
+    compared = data.validation_batch_size or run.size.batch_size
+    validating: Sampler | None = sampler("val", compared, False, 0.0) if len(splits["val"]) else None
     if validating is not None and len(validating.items) < 2:
         validating = None
     cut = group.size * settings.grad_accum_steps
@@ -264,12 +267,12 @@ def _optimise(
         if "canaries" in run.metadata:
             facts["canaries"] = run.metadata["canaries"]
         log.sync()
-        whole = Checkpoint(model, text, labels, generation, {**facts, **origin}, catalogue)
+        whole = Checkpoint(model, text, labels, generation, {**facts, **origin}, dict(data.parts))
         saver.save(whole, optimizer, average, position)
 
     def measure() -> tuple[dict[str, float], float | None]:
         """Validate what is used, and beside an average the raw weights, for the report; the losses, and the number
-        that is least for the best: the objective, of histories minus NDCG@10."""
+        that is least for the best: the objective, or minus the score that the data are judged by."""
         if validating is None:
             return {}, None
         if average is not None:
@@ -278,10 +281,10 @@ def _optimise(
             scores = validate(network, validating, splits["val"], group, check)
             judged = weighted(scores, settings.weights)
             shown = scores
-            if isinstance(validating, HistorySampler) and model.items is not None:
-                judged = -ranking(model, run.device, validating)
-                shown = {**scores, "NDCG@10": -judged}
-                log.write(position.step, "val_ranking", {"NDCG@10": -judged})
+            if (score := data.score(model, run.device, validating)) is not None:
+                judged = -score.value
+                shown = {**scores, score.name: score.value}
+                log.write(position.step, "val_score", {score.name: score.value})
         log.write(position.step, "val", scores)
         run.report(Progress("validation", position.step, run.steps_from(position.step), shown))
         return scores, judged
