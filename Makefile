@@ -46,6 +46,14 @@ speech:
 	$(INSTALL) -e ".[dev]"
 	@touch $@
 
+docs: .venv/docs
+	$(BIN)/python docs/make.py
+	$(BIN)/python -m mkdocs build --strict
+
+.venv/docs: .venv/dev
+	$(INSTALL) -e ".[docs]"
+	@touch $@
+
 bench: .venv/dev
 	$(BIN)/python bench/run.py
 
@@ -57,4 +65,4 @@ soak: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak_search.py --model runs/demo
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site
