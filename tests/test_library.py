@@ -54,6 +54,7 @@ TWINS = {
     "reply": "plait.chat.replies:open_replies",
     "serve": "plait.server.app:serve",
     "recipes": "plait.core.recipes:packaged_recipes",
+    "studio": "plait.studio.app:serve",
     "key": "plait.server.limits:new_key",
     "doctor": "plait.doctor:check_folder",
     "sizes": "plait.training.build:size_table",

@@ -21,7 +21,6 @@ app = typer.Typer(
     name="plait",
     help="One model that reads and writes text, images and audio from your own files.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -152,7 +152,7 @@ def threads() -> int:
 
 def keep_memory() -> None:
     """Have glibc keep what is freed: by itself it hands large tensors back to the kernel, which clears each page anew,
-    and a training step takes 1.1 to 1.3 times as long (docs/bench.md). Other C libraries are left alone."""
+    and a training step takes 1.1 to 1.3 times as long (docs/benchmarks/speed.md). Other C libraries are left alone."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
