@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plait.core.device import Device
 from plait.core.errors import PlaitError
 from plait.core.rng import uniform
 from plait.data.dataset import Dataset
@@ -30,6 +31,7 @@ class Model(Protocol):
     """What evaluation needs of a model; `plait.load` returns one."""
 
     checkpoint: Checkpoint
+    device: Device
 
     @property
     def columns(self) -> dict[str, str]: ...
@@ -38,6 +40,8 @@ class Model(Protocol):
     def labels(self) -> dict[str, list[str]]: ...
 
     def context(self, parts: Any, column: str | None = None) -> Sequence: ...
+
+    def alone(self, value: Any, limit: int) -> list[Sequence]: ...
 
     def score(self, contexts: list[Sequence], column: str, texts: list[str]) -> np.ndarray: ...
 

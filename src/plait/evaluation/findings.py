@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from plait.evaluation.verdict import Outcome, Verdict
+
 Metric = dict[str, float | None]  # value, stderr, chance, baseline, n
 Metrics = dict[str, Metric]  # "TASK/FROM-TO/METRIC" -> figure
 
@@ -60,3 +62,5 @@ class Findings:
     galleries: list[Gallery] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     reliabilities: list[Reliability] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)  # what the verdict rests on, what the run is for first
+    verdict: Verdict | None = None
