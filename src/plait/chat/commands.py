@@ -128,7 +128,9 @@ def reply(
     encoder: Annotated[
         str | None, typer.Option(help="A text encoder that helps to find what is near: a Hugging Face name or folder.")
     ] = None,
-    compose: Annotated[bool, typer.Option("--compose", help="Let the run's model write; else replies are quoted.")] = False,
+    compose: Annotated[
+        bool, typer.Option("--compose", help="Let the run's model write; else replies are quoted.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each message.")] = False,
     device: DeviceOption = "auto",
 ) -> None:

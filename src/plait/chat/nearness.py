@@ -8,11 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
 
 Embed = Callable[[list[str]], np.ndarray]  # texts to unit vectors (N, E)
 SATURATION, LENGTH = 1.2, 0.75  # of BM25 (Robertson et al., 1994)
 STEM = 5  # letters of a word that count, so that "renew" and "renewal" are one
+COMMON = 0.25  # weight of the words that say little
+_STOP = {word[:STEM] for word in ENGLISH_STOP_WORDS}
 
 
 def words(text: str) -> list[str]:
@@ -27,12 +29,27 @@ class Bm25:
         self.counts = [Counter(words(text)) for text in texts]
         self.lengths = np.array([sum(count.values()) for count in self.counts], float)
         found = Counter(word for count in self.counts for word in count)
-        self.weights = {w: math.log(1 + (len(texts) - n + 0.5) / (n + 0.5)) for w, n in found.items()}
+        # Few texts cannot show how common a word is: those that say little in English weigh less from the start.
+        self.weights = {
+            w: (COMMON if w in _STOP else 1.0) * math.log(1 + (len(texts) - n + 0.5) / (n + 0.5))
+            for w, n in found.items()
+        }
         self.unknown = math.log(1 + (len(texts) + 0.5) / 0.5)
         self.places: dict[str, list[int]] = {}
         for place, count in enumerate(self.counts):
             for word in count:
                 self.places.setdefault(word, []).append(place)
+
+    def rarity(self, word: str) -> float:
+        """How much a word says, from 0 to 1: near 1 for what stands in one text, or in none."""
+        return self.weights.get(word, self.unknown) / self.unknown
+
+    def shared(self, message: str, place: int) -> tuple[float, float]:
+        """Of the words that a message shares with a text: the rarity of the rarest, and their share of all that the
+        text says."""
+        both = [self.rarity(word) for word in set(words(message)) if word in self.counts[place]]
+        whole = sum(self.rarity(word) for word in self.counts[place])
+        return max(both, default=0.0), sum(both) / max(whole, 1e-9)
 
     def __call__(self, message: str) -> np.ndarray:
         """(texts,)"""

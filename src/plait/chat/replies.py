@@ -1,8 +1,9 @@
 """Auto-reply: new messages answered from past questions and their replies, or met with silence.
 
-An answer quotes the reply of the past question that is nearest. How near is near enough is found by leaving pairs out: a
-question whose pair is gone must meet silence, and one that lost half of its words must still be answered. So forty pairs
-suffice, and all of them stay in the past. What was fitted lies in the run's folder as JSON.
+An answer quotes the reply of the past question that is nearest. How near is near enough is found on messages that are
+made of the questions: with some of their words, among words that mean nothing, they are to be answered, and must meet
+silence once their pair is left out. So forty pairs suffice, and all of them stay in the past. What was fitted lies in
+the run's folder as JSON.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from plait.chat.nearness import Embed, Nearness
+from plait.chat.nearness import Embed, Nearness, words
 from plait.core.errors import PlaitError
 from plait.core.files import read_json, write_json
 from plait.core.rng import uniform
@@ -25,10 +26,12 @@ FILE = "replies.json"
 VERSION = 2
 FEWEST = 8  # pairs
 MOST = 2000  # pairs that are left out in turn
-SILENT = 0.95  # share of what must not be answered that meets silence, where it was measured
+STRANGE, LEFT_OUT, MISTAKEN = 0.98, 0.8, 0.9  # shares of what must not be answered that meets silence; see `fit`
+MADE = 4  # messages that are made of each question
 SHARES = {"characters": 0.4, "words": 0.3, "words with the reply": 0.3, "encoder": 2.0}  # of the kinds of nearness
-FEATURES = ("nearness of the nearest pair", "its lead over the nearest with another reply", "its nearness by words")
-DROPPED = 0.5  # share of the words that a question loses to stand for the way somebody else asks
+FEATURES = ("nearness of the nearest pair", "its lead over the nearest with another reply", "rarity of what is shared",
+            "share of the question that is shared", "its nearness by meaning")  # fmt: skip
+FILLERS = (2, 8)  # words that mean nothing in a message that is made
 DRAW = 331  # key of `uniform`
 QUESTIONS, REPLIES = ("question", "message", "prompt", "query"), ("reply", "answer", "response")  # names of columns
 
@@ -44,8 +47,8 @@ class Pair:
 
 @dataclass(frozen=True)
 class Answer:
-    """A reply, None for silence; how sure it is, the least that is asked for, and the nearest past pairs. `composed` says
-    that the model wrote the reply, else it is quoted."""
+    """A reply, None for silence; how sure it is, the least that is asked for, and the nearest past pairs. `composed`
+    says that the model wrote the reply, else it is quoted."""
 
     reply: str | None
     confidence: float
@@ -95,8 +98,8 @@ class Replies:
         known = [i for i in range(len(dataset)) if questions[i] and replies[i]]
         if len(known) < FEWEST:
             raise PlaitError(
-                f"{dataset.path} has {len(known)} records with both {self.question} and {self.reply}; at least {FEWEST} "
-                "are needed."
+                f"{dataset.path} has {len(known)} records with both {self.question} and {self.reply}; at least "
+                f"{FEWEST} are needed."
             )
         self.questions = [str(questions[i]) for i in known]
         self.replies = [str(replies[i]) for i in known]
@@ -127,27 +130,30 @@ class Replies:
     def _answer(self, message: str, kinds: np.ndarray, sources: int, compose: bool) -> Answer:
         assert self.confidence is not None
         near = kinds @ self.shares
-        chance = float(self.confidence(np.array([self._features(kinds)]))[0])
+        chance = float(self.confidence(np.array([self._features(message, kinds)]))[0])
         order = np.argsort(-near, kind="stable")
         pairs = [Pair(self.questions[i], self.replies[i], float(near[i].clip(0, 1))) for i in order[:sources]]
         said: str | None = self.replies[order[0]]
-        if chance < self.confidence.threshold:
+        if chance <= self.confidence.threshold:
             said = None
         elif compose:
             assert self.model is not None
             said = self.model.write([self.model.context(message)], self.reply)[0][0]
         return Answer(said, chance, self.confidence.threshold, pairs, compose and said is not None)
 
-    def _features(self, kinds: np.ndarray, without: np.ndarray | None = None) -> list[float]:
-        """As `FEATURES` names them, of the kinds (pairs, kinds) of nearness of one message; pairs where `without` is true
-        are treated as never seen."""
+    def _features(self, message: str, kinds: np.ndarray, without: np.ndarray | None = None) -> list[float]:
+        """As `FEATURES` names them, of a message and the kinds (pairs, kinds) of its nearness; pairs where `without` is
+        true are treated as never seen."""
         near = kinds @ self.shares
         if without is not None:
             near = np.where(without, -1.0, near)
         best = int(near.argmax())
         others = near[self.owner != self.owner[best]]
-        second = float(others.max()) if len(others) else 0.0
-        return [max(float(near[best]), 0.0), max(float(near[best]) - max(second, 0.0), 0.0), float(kinds[best, 1])]
+        second = max(float(others.max()), 0.0) if len(others) else 0.0
+        rarest, covered = self.nearness.by_words.shared(message, best)
+        meaning = float(kinds[best, -1]) if self.nearness.embed is not None else 0.0
+        top = max(float(near[best]), 0.0)
+        return [top, max(top - second, 0.0), rarest, covered, meaning]
 
     def _right(self, kinds: np.ndarray, wanted: int, without: np.ndarray | None = None) -> bool:
         """Whether the nearest pair has the reply `wanted`."""
@@ -158,47 +164,63 @@ class Replies:
     # --- how sure is sure enough ------------------------------------------------------------------------------
 
     def fit(self) -> Confidence:
-        """Fit the confidence by leaving pairs out. What is to be answered: each question with half of its words, and
-        where its reply has other questions, as it is without its own pair. What is to meet silence: each question without
-        all pairs of its reply, and the questions of the data that have no reply."""
+        """Fit the confidence on messages made of the questions. To be answered: those whose nearest pair has their
+        reply. To meet silence: those whose nearest has another, those whose pairs are left out, words that mean
+        nothing, and the questions of the data that have no reply."""
         order = np.argsort(uniform(DRAW, np.arange(len(self.questions))), kind="stable")[:MOST]
-        good, right, bad = [], [], []
-        for start in range(0, len(order), 256):
-            chosen = order[start : start + 256]
-            whole = self.nearness([self.questions[i] for i in chosen])
-            halves = self.nearness([_shortened(self.questions[i], int(i)) for i in chosen])
-            for i, kinds, half in zip(chosen, whole, halves, strict=True):
-                alike = self.owner == self.owner[i]
-                itself = np.arange(len(self.owner)) == i
-                bad.append(self._features(kinds, alike))
-                if alike.sum() > 1:
-                    good.append(self._features(kinds, itself))
-                    right.append(self._right(kinds, self.owner[i], itself))
-                good.append(self._features(half))
-                right.append(self._right(half, self.owner[i]))
-        real = [self._features(kinds) for kinds in self.nearness(self.never)] if self.never else []
-        inside, outside = np.array(good), np.array(bad + real)
-        fine = np.array(right)
-        features = np.concatenate([inside, outside])
-        labels = np.concatenate([fine, np.zeros(len(outside))]).astype(int)
-        if labels.min() == labels.max():
+        right: list[list[float]] = []
+        mistaken: list[list[float]] = []
+        left_out: list[list[float]] = []
+        strange: list[list[float]] = []
+        for i in order:
+            messages = [self._made(int(i), number, number + 1 < MADE) for number in range(MADE)]
+            alike = self.owner == self.owner[i]
+            for number, (message, kinds) in enumerate(zip(messages, self.nearness(messages), strict=True)):
+                if number + 1 == MADE:
+                    strange.append(self._features(message, kinds))
+                    continue
+                fine = self._right(kinds, self.owner[i])
+                (right if fine else mistaken).append(self._features(message, kinds))
+                left_out.append(self._features(message, kinds, alike))
+        real: list[list[float]] = []
+        if self.never:
+            pairs = zip(self.never, self.nearness(self.never), strict=True)
+            real = [self._features(message, kinds) for message, kinds in pairs]
+        groups = [(mistaken, MISTAKEN), (left_out, LEFT_OUT), (strange + real, STRANGE)]
+        outside = [row for rows, _ in groups for row in rows]
+        if not right:
             raise PlaitError("No question is nearer to its own pair than to others. Give pairs that differ more.")
+        features = np.array(right + outside)
+        labels = np.arange(len(features)) < len(right)
         mean, scale = features.mean(0), features.std(0) + 1e-6
         model = LogisticRegression(class_weight="balanced", max_iter=1000).fit((features - mean) / scale, labels)
         fitted = mean.tolist(), scale.tolist(), model.coef_[0].tolist(), float(model.intercept_[0])
         found = Confidence(*fitted, threshold=0.5, answered=0, silent=0, measured=len(real))
-        sure, unsure = found(inside), found(outside)
-        found.threshold = _threshold(sure[fine], found(np.array(real)) if len(real) >= FEWEST else unsure)
-        found.answered = float(((sure >= found.threshold) & fine).mean())
-        found.silent = float((unsure < found.threshold).mean())
+        found.threshold = max(float(np.quantile(found(np.array(rows)), share)) for rows, share in groups if rows)
+        found.answered = float((found(np.array(right)) > found.threshold).sum() / (len(right) + len(mistaken)))
+        found.silent = float((found(np.array(outside)) <= found.threshold).mean())
         self.confidence = found
         return found
+
+    def _made(self, pair: int, number: int, asks: bool) -> str:
+        """A message as somebody else might ask for a pair: some words of its question, those that say most being as
+        likely to be missing as others, among words that mean nothing. Where it does not ask, the common words alone."""
+        parts = self.questions[pair].split()
+        draw = uniform(DRAW, pair, number, np.arange(len(parts) + 1))
+        rare = [max((self.nearness.by_words.rarity(word) for word in words(part)), default=0.0) for part in parts]
+        if asks:
+            kept = [part for part, chance in zip(parts, draw, strict=False) if chance < 0.5]
+            kept = kept or [parts[int(np.argmax(rare))]]
+        else:
+            kept = [part for part, value in zip(parts, rare, strict=True) if value < np.median(rare)]
+        fillers = FILLERS[0] + int(draw[-1] * (FILLERS[1] - FILLERS[0] + 1))
+        return " ".join([*kept, *(_nonsense(pair, number, k) for k in range(fillers))])
 
     def save(self, folder: Path) -> None:
         """Write down what was fitted, for runs of this data."""
         assert self.confidence is not None
-        facts = {"question": self.question, "reply": self.reply, "kinds": self.nearness.kinds}
-        facts |= {"confidence": asdict(self.confidence)}
+        facts: dict[str, Any] = {"question": self.question, "reply": self.reply, "kinds": self.nearness.kinds}
+        facts["confidence"] = asdict(self.confidence)
         write_json(folder / FILE, {"version": VERSION, "pairs": len(self.questions), **facts})
 
     def restore(self, folder: Path) -> bool:
@@ -215,27 +237,16 @@ class Replies:
         return True
 
 
-def _shortened(question: str, number: int) -> str:
-    """A question without some of its words, drawn by its number: short ones first, which say least."""
-    parts = question.split()
-    if len(parts) < 2:
-        return question
-    draw = uniform(DRAW, number, np.arange(len(parts)))
-    kept = np.sort(np.argsort(draw, kind="stable")[: max(round(len(parts) * (1 - DROPPED)), 1)])
-    return " ".join(parts[i] for i in kept)
+def _nonsense(*keys: int) -> str:
+    """A word that no text holds, of two to eight letters."""
+    draw = uniform(DRAW, *keys, np.arange(9))
+    letters = np.array([*"aeiounrtslm"])
+    return "".join(letters[(draw[: 2 + int(draw[8] * 7)] * len(letters)).astype(int)])
 
 
 def same(a: str, b: str) -> bool:
     """Whether two replies say the same, but for white space."""
     return " ".join(a.split()) == " ".join(b.split())
-
-
-def _threshold(good: np.ndarray, bad: np.ndarray) -> float:
-    """The least confidence above the share SILENT of what must not be answered; where the good ones leave room above it,
-    in the middle between."""
-    low = float(np.quantile(bad, SILENT))
-    above = good[good > low]
-    return (low + float(above.min())) / 2 if len(above) else min(low + 1e-6, 1.0)
 
 
 def _columns(dataset: Dataset, question: str | None, reply: str | None) -> tuple[str, str]:
@@ -259,8 +270,8 @@ def open_replies(
     run: Path, dataset: Path | None, question: str | None, reply: str | None, embed: Embed | None = None,
     model: Model | None = None, least: float | None = None,
 ) -> Replies:  # fmt: skip
-    """The replies of a run, fitted now or before; `dataset` is where the pairs lie, by default the run's. `least` is the
-    least confidence, in place of the one that was found.
+    """The replies of a run, fitted now or before; `dataset` is where the pairs lie, by default the run's. `least` is
+    the least confidence, in place of the one that was found.
 
     Raises PlaitError where the run or its data are not there."""
     if dataset is None:
