@@ -213,18 +213,10 @@ def test_alone_and_in_company(server: Server) -> None:
 
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("chat/completions", {"model": "none"}, "run, text"),
-    ("chat/completions", {"wished": 1}, "Unknown field 'wished'"),
-    ("chat/completions", {"x-odd[0]": 1}, "Unknown field 'x-odd[0]'"),
     ("chat/completions", {"temperature": "hot"}, "temperature"),
     ("chat/completions", {"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
     ("chat/completions", {"messages": [{"role": "user"}]}, "empty"),
-    ("chat/completions", {"max_tokens": 5, "max_completion_tokens": 5}, "max_completion_tokens alone"),
-    ("chat/completions", {"max_tokens": 500}, "room for 256"),
-    ("chat/completions", {"tools": [{"type": "function"}]}, "tools"),
     ("chat/completions", {"response_format": {"type": "json_object"}}, "text"),
-    ("chat/completions", {"logit_bias": {"1": 2}}, "logit_bias"),
-    ("chat/completions", {"frequency_penalty": 0.5}, "repetition_penalty"),
-    ("chat/completions", {"stream_options": {"include_usage": True}}, "stream: true"),
     ("chat/completions", {"messages": [{"role": "user", "content": "page " * 60_000}]}, "room for 256"),
     ("chat/completions", {"messages": [{"role": "user", "content": "x" * 1_000_001}]}, "1000000"),
     ("chat/completions", {"modalities": ["image"]}, "image"),
@@ -232,11 +224,10 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("completions", {"prompt": [999_999]}, "stands for no text"),
     ("completions", {"prompt": "x", "n": 5}, "4"),
     ("completions", {"prompt": ["x"] * 17}, "16"),
-    ("completions", {"prompt": "x", "stop": ["a"] * 5}, "4"),
+    ("completions", {"prompt": "x", "stop": ["a"] * 17}, "16"),
     ("completions", {"prompt": "x", "logprobs": 5}, "0 gives"),
     ("embeddings", {"input": "x"}, "no embedding space"),
-    ("images/generations", {"model": "run", "prompt": "red bar", "size": "1024x1024"}, "16x16"),
-    ("audio/speech", {"model": "run", "input": "red bar", "voice": "alloy"}, "default or audio"),
+    ("audio/speech", {"model": "run", "input": "red bar", "voice": "nobody"}, "default or audio"),
     ("embeddings", {"model": "run", "input": "x", "dimensions": 3}, "dimensions"),
 ]  # fmt: skip
 MEDIA = [

@@ -20,7 +20,8 @@ from plait.core.errors import PlaitError
 from plait.core.files import read_json, write_json
 from plait.core.rng import uniform
 from plait.data.dataset import Dataset
-from plait.inference.model import Model
+from plait.data.stores import read_place
+from plait.inference.model import PlaitModel
 
 FILE = "replies.json"
 VERSION = 2
@@ -86,7 +87,7 @@ class Replies:
         question: str | None = None,
         reply: str | None = None,
         embed: Embed | None = None,
-        model: Model | None = None,
+        model: PlaitModel | None = None,
     ) -> None:
         """`question` and `reply` are the columns; found by their names, else the first two texts. `embed` is a text
         encoder that helps to find what is near; `model` writes replies where that is asked for.
@@ -268,7 +269,7 @@ def _columns(dataset: Dataset, question: str | None, reply: str | None) -> tuple
 
 def open_replies(
     run: Path, dataset: Path | None, question: str | None, reply: str | None, embed: Embed | None = None,
-    model: Model | None = None, least: float | None = None,
+    model: PlaitModel | None = None, least: float | None = None,
 ) -> Replies:  # fmt: skip
     """The replies of a run, fitted now or before; `dataset` is where the pairs lie, by default the run's. `least` is
     the least confidence, in place of the one that was found.
@@ -278,8 +279,10 @@ def open_replies(
         facts = run / "run.json"
         if not facts.is_file():
             raise PlaitError(f"{run} is no run, so its past replies are not known. Name them with --data.")
-        dataset = Path(read_json(facts)["dataset"])
-    replies = Replies(Dataset.open(dataset), question, reply, embed, model)
+        place = read_place(read_json(facts)["dataset"], run)
+    else:
+        place = dataset
+    replies = Replies(Dataset.open(place), question, reply, embed, model)
     if not replies.restore(run):
         replies.fit()
         if (run / "run.json").is_file():

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
+from pathlib import Path
+from typing import Annotated
 
+import typer
 from typer.models import CommandInfo
 
 # A thread that waits for another must not spin while somebody else could use the processor; read when torch loads.
@@ -28,10 +32,12 @@ from plait.cli import (
     serve,
     sizes,
     speak,
+    studio,
     train,
     transcribe,
 )
 from plait.console import app, err, plain
+from plait.core import dist
 from plait.core.features import features
 
 # A heading of `plait --help` -> the modules whose commands stand under it, before those of features.
@@ -40,7 +46,7 @@ PANELS = {
     "Measure": (evaluate, demo),
     "Use a model": (generate, classify, describe, transcribe, draw, speak, embed, export),
     "Understand a model": (),
-    "Serve": (serve, key),
+    "Serve": (studio, serve, key),
     "Check and foresee": (doctor, sizes),
 }
 
@@ -63,7 +69,29 @@ def _arrange_commands() -> None:
         command.rich_help_panel = panels[getattr(command.callback, "__module__", "")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"plait {dist.VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """One model that reads and writes text, images and audio from your own files."""
+
+
 _arrange_commands()
+
+
+def _expanded(argument: str) -> str:
+    """`--out=~/data` with the user's home in place of `~`, as the shell puts it where a space stands before."""
+    option, equals, value = argument.partition("=")
+    tilde = equals and option.startswith("--") and (value == "~" or value.startswith("~/"))
+    return f"{option}={Path(value).expanduser()}" if tilde else argument
 
 
 def main() -> None:
@@ -71,8 +99,12 @@ def main() -> None:
     from plait.core import isa
     from plait.core.errors import PlaitError, Terminated
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding lacks is shown as its code
+            stream.reconfigure(errors="backslashreplace")
     try:
         isa.cap()
+        sys.argv[1:] = map(_expanded, sys.argv[1:])
         app()
     except PlaitError as error:
         err.quiet = False

@@ -15,6 +15,7 @@ from plait.console import app, out
 def key(
     file: Annotated[Path, typer.Argument(help="Where hashes of keys are kept.")],
     name: Annotated[str, typer.Option(help="Whose key it is.")] = "default",
+    rate: Annotated[int | None, typer.Option(min=1, max=9_999_999, help="Requests a minute.")] = None,
 ) -> None:
     """Make an API key: it is shown once, and only its hash is kept.
 
@@ -23,4 +24,4 @@ def key(
     check_serve_extra()
     from plait.server.limits import new_key
 
-    out.print(new_key(file, name))
+    out.print(new_key(file, name, rate))

@@ -51,7 +51,10 @@ def prepare(
         err.print("\nStopped. What is done is kept; the same command goes on from here.")
         raise
     show_manifest(dataset.manifest, out_folder)
-    out.print(f"Next: plait train {out_folder} -o runs/{Path(out_folder).name}")
+    if dataset.manifest.counts.get("train"):
+        out.print(f"Next: plait train {out_folder} -o runs/{Path(out_folder).name}")
+    else:
+        out.print(f"There is nothing to train on. Next: plait evaluate RUN --data {out_folder}")
 
 
 def _column_map(entries: list[str] | None) -> dict[str, str] | None:

@@ -34,8 +34,29 @@ class Turn:
     message: dict[str, Any]
 
 
+# Who speaks in ShareGPT's files (`from`, `value`), by the roles of OpenAI's.
+_SHAREGPT = {
+    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
+    "bard": "assistant", "assistant": "assistant", "system": "system", "tool": "tool", "observation": "tool",
+}  # fmt: skip
+
+
+def messages_of(value: Any) -> Any:
+    """A conversation as a list of messages with role and content, where it is one in another shape: JSON text, or
+    ShareGPT's `from` and `value`. Anything else comes back as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    if isinstance(value, list) and value and all(isinstance(m, dict) and "from" in m and "value" in m for m in value):
+        return [{"role": _SHAREGPT.get(str(m["from"]).lower(), m["from"]), "content": m["value"]} for m in value]
+    return value
+
+
 def is_chat(value: Any) -> bool:
-    """Whether a value is a list of messages."""
+    """Whether a value is a list of messages, in one of the shapes that `messages_of` knows."""
+    value = messages_of(value)
     return (
         isinstance(value, list)
         and len(value) > 0
@@ -51,6 +72,7 @@ def flatten(
 
     Raises ValueError saying what is wrong with it.
     """
+    messages = messages_of(messages)
     if not is_chat(messages):
         raise ValueError("messages must be a list of objects with role and content")
     media: dict[str, Any] = {}

@@ -3,21 +3,24 @@ not depend on the number of processes, nor on how often the work was interrupted
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 
 from plait.core.config import ItemsRecipe
 from plait.core.errors import PlaitError
+from plait.core.features import ExtensionPoint
 from plait.core.files import cache_folder, only_writer, publish_folder, read_json, sealed, write_json
 from plait.data.dataset import VERSION, Manifest
 from plait.data.duplicates import Duplicates, find_duplicates, first_of
@@ -27,15 +30,25 @@ from plait.data.readers import plan
 from plait.data.record import SPLITS, Rejected, rejected
 from plait.data.shards import Shards, Statistics
 from plait.data.staging import stage
-from plait.data.stores import Location, StoreError, location, read_bytes, size, upload
+from plait.data.stores import Location, check_writable, listing, location, read_bytes, size, upload
 from plait.modalities.media import KINDS
-from plait.recommend.interactions import find
-from plait.recommend.write_histories import write_histories
 
 _VAL_MOST = 5000
 _EXAMPLES = 12
 
 Progress = Callable[[str, int, int | None], None]  # stage, done, total
+Writer = Callable[[Path, int, Progress], Manifest]  # a dataset into a folder, but for the manifest, which is returned
+
+
+class DataKind(Protocol):
+    """Data of a kind of its own, other than records of columns; a feature adds it."""
+
+    def __call__(self, tree: Tree, settings: ItemsRecipe | None) -> Writer | None:
+        """What writes the dataset, where the source holds data of this kind; else None."""
+        ...
+
+
+DATA_KINDS: ExtensionPoint[DataKind] = ExtensionPoint("data_kind")
 
 
 def prepare(
@@ -50,6 +63,7 @@ def prepare(
     workers: int | None = None,
     near_duplicates: bool = True,
     drop_near_duplicates: bool = False,
+    replace: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
     """Make a dataset in the folder `out` of what lies at `source`; returns its manifest.
@@ -69,7 +83,7 @@ def prepare(
     """
     out = location(out)
     source = _local(source)
-    _check_out(source, out)
+    _check_out(source, out, replace)
     options = Options(column_map, labels, pattern, items, seed, workers, near_duplicates or drop_near_duplicates,
                       drop_near_duplicates, progress or (lambda *_: None))  # fmt: skip
     partial = _partial(out)
@@ -83,8 +97,6 @@ def prepare(
                     manifest = _make(source, out, folder, partial, options)
                 upload(partial / "out", out, "manifest.json")
             shutil.rmtree(partial, ignore_errors=True)
-        except StoreError as error:
-            raise PlaitError(f"{error}. Check the address, the rights and the network.") from error
         finally:
             if not any(partial.glob("chunks/*.arrow")):
                 shutil.rmtree(partial, ignore_errors=True)
@@ -121,7 +133,7 @@ def _partial(out: Location) -> Path:
     return cache_folder(f"prepare-{hashlib.sha256(out.encode()).hexdigest()[:16]}")
 
 
-def _check_out(source: Location, out: Location) -> None:
+def _check_out(source: Location, out: Location, replace: bool) -> None:
     if isinstance(source, Path):
         if not source.exists():
             hint = f" For a data set of the Hugging Face hub write hf:{source}." if len(source.parts) == 2 else ""
@@ -137,6 +149,7 @@ def _check_out(source: Location, out: Location) -> None:
         except (OSError, ValueError) as error:
             raise PlaitError(f"{out} cannot be used: {error}. Choose another place with -o.") from error
         if made is None:
+            check_writable(out)
             return
     else:
         if out.exists() and not out.is_dir():
@@ -147,8 +160,39 @@ def _check_out(source: Location, out: Location) -> None:
             raise PlaitError(f"{out} holds other files and is not a dataset. Choose another folder with -o.")
         made = read_json(out / "manifest.json")
     before = made.get("source") if isinstance(made, dict) else None
-    if before != _named(source):
+    if before != _named(source) and not replace:
         raise PlaitError(f"{out} holds a dataset made from {before}. Choose another folder with -o, or delete it.")
+
+
+def changed_source(source: str | Path, made: Manifest, folder: Path) -> str | None:
+    """How the files at `source` differ from those that a dataset in `folder` was made of, for people; None where they
+    do not, as far as their names, sizes and times tell."""
+    place = location(source)
+    if isinstance(source, str) and source.startswith("hf:"):
+        place = _local(source)
+    if made.source != _named(place):
+        return f"it was made from {made.source}, not from {_named(place)}"
+    if made.source_stamp != source_stamp(place, folder):
+        return f"files of {made.source} were added, removed or changed since"
+    return None
+
+
+def source_stamp(source: Location, out: Location) -> str:
+    """A hash of the names, sizes and times of a source's files, hidden ones and those of `out` left aside."""
+    digest = hashlib.sha256()
+    if isinstance(source, str):
+        for name, (_, length, stamp) in listing(source).items():
+            digest.update(f"{name}\0{length}\0{stamp}\0".encode())
+        return digest.hexdigest()
+    skip = out.resolve() if isinstance(out, Path) else None
+    for folder, folders, names in os.walk(source) if source.is_dir() else [(str(source.parent), [], [source.name])]:
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and (Path(folder) / f).resolve() != skip)
+        for name in sorted(names):
+            with contextlib.suppress(OSError):
+                status = (Path(folder) / name).stat()
+                inside = os.path.relpath(Path(folder) / name, source)
+                digest.update(os.fsencode(f"{inside}\0{status.st_size}\0{status.st_mtime_ns}\0"))
+    return digest.hexdigest()
 
 
 def _named(source: Location) -> str:
@@ -164,10 +208,13 @@ def _make(source: Location, out: Location, folder: Path, partial: Path, options:
         left.unlink(missing_ok=True)
     options.progress("look", 0, None)
     tree = scan(source, scratch, out)
-    if not (options.column_map or options.labels or options.pattern) and (tables := find(tree, options.items)):
-        recipe = options.items or ItemsRecipe()
-        manifest = write_histories(tree, *tables, folder, recipe, options.seed, options.progress)
-        manifest = manifest.model_copy(update={"source": _named(source)})
+    writer = None
+    if not (options.column_map or options.labels or options.pattern):
+        writer = next(filter(None, (kind(tree, options.items) for kind in DATA_KINDS.all())), None)
+    if writer is not None:
+        manifest = writer(folder, options.seed, options.progress)
+        named = {"source": _named(source), "source_stamp": source_stamp(source, out)}
+        manifest = manifest.model_copy(update=named)
         write_json(folder / "manifest.json", sealed(manifest.model_dump()))
         return manifest
     found = plan(tree, options.column_map, options.labels, options.pattern)
@@ -177,7 +224,7 @@ def _make(source: Location, out: Location, folder: Path, partial: Path, options:
         options.progress("check", done, max(total, done) if total else None)
 
     paths = stage(found.read(), chunks, options.seed, options.near, found.chats, options.workers, told)
-    manifest = _write(source, tree, found, paths, folder, options)
+    manifest = _write(source, out, tree, found, paths, folder, options)
     write_json(folder / "manifest.json", sealed(manifest.model_dump()))
     return manifest
 
@@ -231,6 +278,10 @@ class _Rejects:
         self.reasons[item.reason.split(":")[0][:80]] += 1
         self.file.write(json.dumps(item._asdict()) + "\n")
 
+    def common(self) -> str:
+        """The commonest reasons with their counts, for people."""
+        return "; ".join(f"{reason} ({count})" for reason, count in self.reasons.most_common(3))
+
 
 def _unused(tree: Tree) -> Iterator[Rejected]:
     for name in tree.files:
@@ -270,11 +321,13 @@ def _gather(paths: list[Path], names: list[str]) -> dict[str, np.ndarray]:
     return {name: np.concatenate(arrays) for name, arrays in pieces.items()}
 
 
-def _write(source: Location, tree: Tree, found: Plan, paths: list[Path], folder: Path, options: Options) -> Manifest:
+def _write(
+    source: Location, out: Location, tree: Tree, found: Plan, paths: list[Path], folder: Path, options: Options
+) -> Manifest:
     """The dataset of all chunks, but for the manifest, which is returned."""
     facts = _gather(paths, ["key", "content", "group", "draw", "rank", "split"]) if paths else {}
     used = first_of(facts["key"]) == np.arange(len(facts["key"])) if paths else np.zeros(0, bool)
-    with (folder / "rejects.jsonl").open("w", encoding="utf-8") as file:
+    with (folder / "rejects.jsonl").open("w", encoding="utf-8", newline="\n") as file:
         rejects = _Rejects(file)
         for refused in tree.refused:
             rejects.add(refused)
@@ -286,8 +339,7 @@ def _write(source: Location, tree: Tree, found: Plan, paths: list[Path], folder:
                 rejects.add(unused)
             for path in paths:
                 path.unlink()
-            common = "; ".join(f"{reason} ({count})" for reason, count in rejects.reasons.most_common(3))
-            raise PlaitError(f"{source}: no record can be used. {common or 'Nothing was found'}.")
+            raise PlaitError(f"{source}: no record can be used. {rejects.common() or 'Nothing was found'}.")
         split, rule = _split(facts["split"][used], facts["draw"][used] / 2.0**63, found.tail)
         duplicates = Duplicates.none(len(split))
         if options.near:
@@ -307,6 +359,7 @@ def _write(source: Location, tree: Tree, found: Plan, paths: list[Path], folder:
     manifest = manifest.model_copy(
         update={
             "source": _named(source),
+            "source_stamp": source_stamp(source, out),
             "rejected": rejects.count,
             "duplicates": repeated,
             "overlap": overlap,
@@ -316,12 +369,14 @@ def _write(source: Location, tree: Tree, found: Plan, paths: list[Path], folder:
             "warnings": [
                 *tree.warnings,
                 *found.warnings,
-                *_warnings(manifest, overlap, near, rejects.count, repeated, int((~keep).sum())),
+                *_warnings(manifest, overlap, near, rejects, repeated, int((~keep).sum())),
             ],
         }
     )
     name = (source.name if isinstance(source, Path) else source.rstrip("/").rpartition("/")[2]) or str(source)
-    (folder / "report.html").write_text(report(manifest, examples, rejects.reasons, name), encoding="utf-8")
+    (folder / "report.html").write_text(
+        report(manifest, examples, rejects.reasons, name), encoding="utf-8", newline="\n"
+    )
     return manifest
 
 
@@ -408,7 +463,7 @@ def _write_records(
 
 
 def _warnings(
-    manifest: Manifest, overlap: dict[str, int], near: dict[str, int], rejected: int, duplicates: int, dropped: int
+    manifest: Manifest, overlap: dict[str, int], near: dict[str, int], rejects: _Rejects, duplicates: int, dropped: int
 ) -> list[str]:
     warnings = [f"No record for {split}." for split in SPLITS if not manifest.counts[split]]
     for name, lengths in manifest.statistics.items():
@@ -430,6 +485,8 @@ def _warnings(
         )
     if duplicates:
         warnings.append(f"{duplicates} records repeat another one exactly.")
-    if rejected - dropped:
-        warnings.append(f"{rejected - dropped} files or rows were not used: see rejects.jsonl.")
+    if rejects.count - dropped:
+        warnings.append(
+            f"{rejects.count - dropped} files or rows were not used: {rejects.common()}. See rejects.jsonl."
+        )
     return warnings

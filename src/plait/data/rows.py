@@ -7,6 +7,7 @@ without `.gz` may be compressed. A fault costs its own row: the reader goes on w
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections import Counter, deque
@@ -20,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from plait.data.files import DAMAGED, Tree, open_text, suffix_of
-from plait.data.stores import Location, open_binary
+from plait.data.stores import Location, open_binary, raise_if_passing
 
 LINE = 64 << 20  # characters of one line of a table, at most
 _QUOTED = 4 << 20  # characters of one CSV record that goes over several lines, at most
@@ -67,6 +68,7 @@ def rows(tree: Tree, name: str) -> Iterator[Row]:
         yield line, str(error)
     # Arrow turns values that Python cannot hold into ArithmeticError (OverflowError among them).
     except (*DAMAGED, ArithmeticError, RecursionError, TypeError, csv.Error, pa.ArrowException) as error:
+        raise_if_passing(error, name)
         yield line + 1, f"damaged table: {' '.join(str(error).split())[:200]}; the rest of the file was not read"
 
 
@@ -201,8 +203,9 @@ def _fit(lines: list[str], mark: str) -> tuple[float, float, int]:
         except csv.Error:
             return -1.0, 0.0, 0
     counts: Counter[int] = Counter()
-    for row in csv.reader(lines, delimiter=mark):
-        counts[len(row)] += 1
+    for _, _, row in _records(_Source(io.StringIO("".join(lines))), mark, False):
+        if isinstance(row, list) and row:
+            counts[len(row)] += 1
     counts[head] -= 1
     others = sum(counts.values())
     share = counts[head] / others if others else 1.0
@@ -247,40 +250,46 @@ class _Source:
         self.held, self.size = [], 0
 
 
+def _records(source: _Source, mark: str, spaced: bool) -> Iterator[tuple[int, list[str], list[str] | str]]:
+    """The records of a CSV file: the number of each one's first line, its lines, and its cells or why there are none.
+    Behind a fault the next line is read."""
+    csv.field_size_limit(LINE)
+
+    def reader() -> Any:
+        return csv.reader(source, delimiter=mark, strict=True, skipinitialspace=spaced)
+
+    cells = reader()
+    while True:
+        try:
+            row = next(cells, None)
+        except csv.Error as error:
+            if not source.held:  # nothing was read: not a fault of a line
+                raise
+            why = "a quote that is not closed" if "end of data" in str(error) else str(error)
+            yield source.first, source.held[:1], f"not valid CSV: {why}"
+            source.give_back()
+            cells = reader()
+            continue
+        if row is None:
+            return
+        line, held = source.first, source.held
+        source.next_record()
+        yield line, held, row
+
+
 def _csv_rows(path: Location, name: str) -> Iterator[Row]:
     told = heading(path, name)
-    csv.field_size_limit(LINE)
     with open_text(path, name) as file:
-        source = _Source(file)
-
-        def reader() -> Any:
-            return csv.reader(source, delimiter=told.mark, strict=True, skipinitialspace=told.spaced)
-
-        cells = reader()
         headed = False
-        while True:
-            try:
-                row = next(cells, None)
-            except csv.Error as error:
-                if not source.held:  # nothing was read: not a fault of a line
-                    raise
-                why = "a quote that is not closed" if "end of data" in str(error) else str(error)
-                yield source.first, f"not valid CSV: {why}"
-                source.give_back()
-                cells = reader()
-                continue
-            if row is None:
-                return
-            line, held = source.first, source.held
-            source.next_record()
+        for line, held, row in _records(_Source(file), told.mark, told.spaced):
             if not row:
                 continue
             if not headed:
                 headed = True
                 continue
             fault = next((f for text in held if not text.isascii() and (f := not_utf8(text))), None)
-            if fault:
-                yield line, fault
+            if fault or isinstance(row, str):
+                yield line, fault or str(row)
             elif len(row) > len(told.names):
                 yield line, f"{len(row)} cells, more than the {len(told.names)} columns"
             else:

@@ -149,7 +149,9 @@ def _head(value: Any) -> Any:
         return [_head(cell) for cell in value]
     if isinstance(value, dict):
         return {key: _head(cell) for key, cell in value.items()}
-    return value[:400] if isinstance(value, str) else value
+    if isinstance(value, str) and not value.lstrip().startswith("["):
+        return value[:400]
+    return value[:100_000] if isinstance(value, str) else value
 
 
 def _is_struct(value: Any) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from plait.evaluation.verdict import Outcome, Verdict
+from plait.evaluation.outcome import Outcome
 
 Metric = dict[str, float | None]  # value, stderr, chance, baseline, n
 Metrics = dict[str, Metric]  # "TASK/FROM-TO/METRIC" -> figure
@@ -52,6 +52,26 @@ class Reliability:
     believed: np.ndarray  # (bins,) mean probability, nan where a bin is empty
     right: np.ndarray  # (bins,) share that is right
     counts: np.ndarray  # (bins,)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an evaluation comes to, as the report opens with it.
+
+    Attributes:
+        sentence: the figure that matters beside that of the simple alternative, and which of the two to take.
+        next_step: what to do now; a command where there is one.
+        better: whether the model is worth having; None where the data do not tell.
+        learnt: whether it is clearly better than guessing.
+    """
+
+    sentence: str
+    next_step: str = ""
+    better: bool | None = None
+    learnt: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.sentence} Next: {self.next_step}" if self.next_step else self.sentence
 
 
 @dataclass

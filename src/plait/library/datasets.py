@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plait.core.config import Recipe, as_recipe
+from plait.core.config import DataRecipe, Recipe, as_recipe
 from plait.core.errors import PlaitError
 from plait.core.files import cache_folder
 from plait.core.progress import ProgressBar
 from plait.data.dataset import Dataset
 from plait.data.memory import in_memory, write_source
+from plait.data.prepare import changed_source
 from plait.data.prepare import prepare as prepare_files
 from plait.data.stores import location
 
@@ -30,6 +31,7 @@ def prepare(
     workers: int | None = None,
     near_duplicates: bool = True,
     drop_near_duplicates: bool = False,
+    replace: bool = False,
     progress: bool | None = None,
 ) -> Dataset:
     """Check data and make a dataset of them: splits, counts, what was rejected and why.
@@ -48,6 +50,7 @@ def prepare(
         workers: processes that decode media; as many as there are processors if left out, 0 for none.
         near_duplicates: look for records that are alike.
         drop_near_duplicates: leave out of train what val or test has too.
+        replace: take the place of a dataset in `out` that was made from another source.
         progress: True for bars, or lines where there is no terminal; None for bars in terminals and notebooks alone.
 
     Returns:
@@ -69,7 +72,7 @@ def prepare(
         prepare_files(
             source, place, column_map=data.map or None, labels=data.labels or None, pattern=data.pattern,
             items=data.items, seed=seed, workers=workers, near_duplicates=near_duplicates,
-            drop_near_duplicates=drop_near_duplicates, progress=bar,
+            drop_near_duplicates=drop_near_duplicates, replace=replace, progress=bar,
         )  # fmt: skip
     if held:
         shutil.rmtree(source, ignore_errors=True)
@@ -89,15 +92,33 @@ def _written(source: Any, out: Path | str) -> Path:
     return folder
 
 
-def open_or_prepare(source: Any, folder: Path, recipe: Recipe, bar: ProgressBar, **options: Any) -> Dataset:
+def open_or_prepare(
+    source: Any, folder: Path, recipe: Recipe, bar: ProgressBar, allow_changes: bool, **options: Any
+) -> Dataset:
     """A dataset from whatever `train` was given: one that is open or prepared, or data, which are prepared in `folder`
-    unless they were before."""
+    unless they were before.
+
+    Raises PlaitError where `folder` holds a dataset of other files, unless changes are allowed: then it is made anew.
+    """
     if isinstance(source, Dataset):
         return source
-    if isinstance(source, (str, Path)) and ("://" in str(source) or (Path(source) / "manifest.json").is_file()):
-        return Dataset.open(source)
-    if in_memory(source) or not (folder / "manifest.json").is_file():
-        prepared = prepare(source, folder, recipe=recipe, progress=bar.enabled, **options)
-        bar.message(prepared.summary())
-        return prepared
-    return Dataset.open(folder)
+    if isinstance(source, (str, Path)):
+        place = location(source)
+        if isinstance(place, str) or (place / "manifest.json").is_file():
+            if recipe.data != DataRecipe():
+                bar.message(f"Note: {source} is prepared already, so the recipe's data section has no effect.")
+            return Dataset.open(place)
+    if not in_memory(source) and (folder / "manifest.json").is_file():
+        dataset = Dataset.open(folder)
+        difference = changed_source(source, dataset.manifest, folder)
+        if difference is None:
+            return dataset
+        if not allow_changes:
+            raise PlaitError(
+                f"{folder} holds the data of another run: {difference}. Choose another folder with -o, or pass "
+                "--allow-changes to prepare the files anew and go on with them."
+            )
+        options = {**options, "replace": True}
+    prepared = prepare(source, folder, recipe=recipe, progress=bar.enabled, **options)
+    bar.message(prepared.summary())
+    return prepared

@@ -14,13 +14,13 @@ from plait.core.files import read_json
 from plait.core.frames import data_frame, html_table
 from plait.core.progress import ProgressBar
 from plait.data.dataset import Dataset
+from plait.data.stores import read_place
 from plait.library.datasets import open_or_prepare
 from plait.training.callbacks import Callback, TensorBoard
 from plait.training.run import Progress
 
 if TYPE_CHECKING:
-    from plait.hf.pretrained import Pretrained
-    from plait.inference.model import Model
+    from plait.inference.base import Model
     from plait.library.evaluations import Evaluation
 
 
@@ -95,7 +95,7 @@ class Run:
         facts = self.metadata
         if "dataset" not in facts:
             raise PlaitError(f"{self.folder / 'run.json'} does not say which dataset it is of.")
-        return str(facts["dataset"])
+        return str(read_place(facts["dataset"], self.folder))
 
     @property
     def finished(self) -> bool:
@@ -157,7 +157,7 @@ class Run:
 
         return describe(self.folder)
 
-    def model(self, device: str = "auto", precision: str = "auto") -> Model | Pretrained:
+    def model(self, device: str = "auto", precision: str = "auto") -> Model:
         """The model of its best checkpoint, ready to use."""
         from plait.inference.model import load
 
@@ -287,7 +287,7 @@ def train(
     folder = Path(out).expanduser()
     with distributed.processes() as group, ProgressBar(progress if group.is_main else False) as bar:
         with group.main_first():
-            data = open_or_prepare(dataset, folder / "data", settings, bar)
+            data = open_or_prepare(dataset, folder / "data", settings, bar, allow_changes)
         say = tell if tell is not None and group.is_main else lambda line: None
         if recipe is None or settings.training.task != "auto":  # a recipe without a task is taken as it is
             settings = _derived(data, settings, say)
@@ -319,16 +319,12 @@ def _fit(
     """Train, fit the classifiers of labels, and write the report."""
     from plait.evaluation.decide import finish
     from plait.evaluation.findings import Findings
-    from plait.recommend.model import embedder
     from plait.reports.report import read_run, write_report
     from plait.training.trainer import train as fit
 
     if importlib.util.find_spec("tensorboard") is not None and not any(isinstance(c, TensorBoard) for c in callbacks):
         callbacks = [TensorBoard(), *callbacks]
-    fit(
-        dataset, folder, recipe, shown_by(bar), device, allow_changes=allow_changes, group=group, callbacks=callbacks,
-        embed=lambda items: embedder(str(recipe.model.item.encoder), device)(items),
-    )  # fmt: skip
+    fit(dataset, folder, recipe, shown_by(bar), device, allow_changes=allow_changes, group=group, callbacks=callbacks)
     if group.is_main and recipe.training.task in ("recognise", "draw"):
         for line in finish(folder, dataset, device, bar):
             tell(line)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from plait.core.errors import PlaitError
 from plait.core.files import read_json, write_atomic
@@ -37,6 +36,7 @@ class Text:
     def train(cls, texts: Iterable[str], vocabulary: int) -> Text:
         """Fit a byte-level BPE of at most `vocabulary` ids (at least the 256 bytes) on these texts."""
         tokenizer = Tokenizer(models.BPE())
+        tokenizer.normalizer = normalizers.NFC()  # an import has its own, or none
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
@@ -83,11 +83,10 @@ class Text:
         return self.encode_batch([text])[0]  # `tokenizer.encode` would keep other threads waiting
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
-        """Where each of a text's ids begins and ends in it, in characters; the text in normal form C."""
+        """Where each of a text's ids begins and ends in it, in characters."""
         return self.tokenizer.encode(text, add_special_tokens=False).offsets
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        texts = [unicodedata.normalize("NFC", text) for text in texts]
         return [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int]) -> str:

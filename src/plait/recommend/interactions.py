@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
@@ -14,7 +15,7 @@ from plait.core.config import ItemsRecipe
 from plait.core.errors import PlaitError
 from plait.data.files import DAMAGED, TABLE_SUFFIXES, Tree, suffix_of
 from plait.data.record import Rejected, text_fault
-from plait.data.stores import open_binary, read_bytes
+from plait.data.stores import open_binary, raise_if_passing, read_bytes
 from plait.data.tables import rows
 from plait.modalities.descriptor import MediaError
 from plait.modalities.media import MEDIA
@@ -36,6 +37,8 @@ ROLES = {
 _NAMES = {role: names.split() for role, names in ROLES.items()}
 _INTERACTIONS = re.compile(r"(u\.data|ratings\.(dat|csv)|(interactions|events|histories|purchases)\.\w+)(\.gz)?$")
 _ITEMS = re.compile(r"(u\.item|movies\.(dat|csv)|(items|products|catalogue|catalog)\.\w+)(\.gz)?$")
+_MOST = 0.9  # of the lines decide what a file is
+_SAMPLE = 200  # lines that are looked at for that
 _GENRES = (
     "unknown|Action|Adventure|Animation|Children's|Comedy|Crime|Documentary|Drama|Fantasy|Film-Noir|Horror|Musical|"
     "Mystery|Romance|Sci-Fi|Thriller|War|Western"
@@ -48,7 +51,7 @@ class Interaction:
 
     user: str
     item: str
-    time: int | None
+    time: float | None  # seconds since 1970, or whatever the file counts
     weight: float | None
 
 
@@ -123,24 +126,30 @@ def _is_items(tree: Tree, name: str, recipe: ItemsRecipe) -> bool:
 
 
 def _is_lines(tree: Tree, name: str) -> bool:
-    """Whether a text file holds rows of ids: two or more in each line, all of one spelling."""
+    """Whether a text file holds rows of ids: two or more in nearly each line, with digits in them."""
     if suffix_of(name) not in ("", ".txt", ".dat", ".data", ".inter"):
         return False
     try:
-        some = [line for _, line in islice(_lines(tree, name), 50)]
+        lines = [line for _, line in islice(_lines(tree, name), 51)]
     except DAMAGED:
         return False
-    cells = [_cells(line, _mark(some)) for line in some]
+    mark = _mark(lines)
+    cells = [_cells(line, mark) for line in lines]
+    if len(cells) > 1 and _named_cells(cells[0]):
+        cells = cells[1:]
     ids = [cell for row in cells for cell in row]
-    numbered = sum(bool(re.search(r"\d", cell)) for cell in ids) >= 0.9 * len(ids)
-    return bool(cells) and numbered and all(len(row) >= 2 for row in cells) and not any(" " in cell for cell in ids)
+    numbered = sum(bool(re.search(r"\d", cell)) for cell in ids) >= _MOST * len(ids)
+    several = sum(len(row) >= 2 for row in cells) >= _MOST * len(cells)
+    spaced = sum(" " in cell and _time(cell) is None for cell in ids) > (1 - _MOST) * len(ids)
+    return bool(cells) and numbered and several and not spaced
 
 
 def _columns(heads: list[str], role: str, recipe: ItemsRecipe) -> list[str]:
     """The columns of a role: those that the recipe names, else the first of a usual name."""
     if role in recipe.columns:
         return [name.strip() for name in recipe.columns[role].split(",")]
-    plain = {re.sub(r"[^a-z]", "", head.lower()): head for head in reversed(heads)}
+    # RecBole's headings say the type too: "user_id:token".
+    plain = {re.sub(r"[^a-z]", "", head.lower().partition(":")[0]): head for head in reversed(heads)}
     return next(([plain[name]] for name in _NAMES[role] if name in plain), [])
 
 
@@ -165,12 +174,62 @@ def _lines(tree: Tree, name: str) -> Iterator[tuple[int, str]]:
 
 
 def _mark(lines: list[str]) -> str | None:
-    """What stands between the cells; None for white space."""
-    return next((mark for mark in ("::", "\t", "|", ",", ";") if lines and all(mark in line for line in lines)), None)
+    """What stands between the cells of nearly all lines; None for white space."""
+    marks = ("::", "\t", "|", ",", ";")
+    return next((m for m in marks if lines and sum(m in line for line in lines) >= _MOST * len(lines)), None)
 
 
 def _cells(line: str, mark: str | None) -> list[str]:
     return [cell.strip() for cell in line.split(mark)]
+
+
+def _named_cells(cells: list[str]) -> bool:
+    """Whether a line's cells are names of columns, a user's and an item's among them."""
+    recipe = ItemsRecipe()
+    return bool(_columns(cells, "user", recipe) and _columns(cells, "item", recipe))
+
+
+@dataclass
+class Layout:
+    """Which cell of a line is what. Without `width` a line is a user and all items in order."""
+
+    width: int | None
+    user: int = 0
+    item: int = 1
+    time: int | None = None
+    weight: int | None = None
+    headed: bool = False  # the first line holds the columns' names
+
+
+def _layout(lines: list[str], mark: str | None, recipe: ItemsRecipe) -> Layout:
+    """How lines are laid out, told by a heading, else by what nearly all of them hold."""
+    rows = [_cells(line, mark) for line in lines]
+    widths = Counter(len(row) for row in rows)
+    width, count = widths.most_common(1)[0]
+    if _named_cells(rows[0]) and len(rows[0]) == width:
+        place = {role: _columns(rows[0], role, recipe) for role in ("user", "item", "time", "weight")}
+        found = {role: rows[0].index(names[0]) for role, names in place.items() if names and names[0] in rows[0]}
+        return Layout(width, headed=True, **found)
+    if width not in (2, 3, 4) or count < _MOST * len(rows):
+        return Layout(None)
+    alike = [row for row in rows if len(row) == width]
+    later = alike[1:] or alike  # the first may be a heading whose names are not known
+    numbers = [n for n in range(1, width) if _share(later, n, lambda cell: _time(cell) is not None) >= _MOST]
+    dates = [n for n in numbers if _share(later, n, lambda cell: _number(cell) is None) >= _MOST]
+    if dates:  # as in `session, time, item, category`
+        others = [n for n in range(1, width) if n != dates[0]]
+        weight = others[1] if len(others) > 1 and others[1] in numbers else None
+        return Layout(width, item=others[0], time=dates[0], weight=weight)
+    last = width - 1
+    # Of three cells the last is a time where it is too large for a rating.
+    large = _share(later, last, lambda cell: (_time(cell) or 0) > 10_000)
+    if width == 4 or (width == 3 and last in numbers and large >= 0.5):
+        return Layout(width, time=last, weight=2 if width == 4 else None)
+    return Layout(width, weight=2 if width == 3 else None)
+
+
+def _share(rows: list[list[str]], column: int, holds: Callable[[str], bool]) -> float:
+    return sum(holds(row[column]) for row in rows) / len(rows)
 
 
 def read_interactions(tree: Tree, name: str, recipe: ItemsRecipe) -> Iterator[Interaction | Rejected]:
@@ -182,30 +241,29 @@ def read_interactions(tree: Tree, name: str, recipe: ItemsRecipe) -> Iterator[In
     try:
         lines = list(_lines(tree, name))
     except DAMAGED as error:
+        raise_if_passing(error, name)
         raise PlaitError(f"{name} cannot be read: {error}. Fetch it again.") from error
-    some = [line for _, line in lines[:200]]
-    mark = _mark(some)
-    widths = {len(_cells(line, mark)) for line in some}
-    if widths <= {2, 3, 4} and len(widths) == 1:
-        width = widths.pop()
-        thirds = [_cells(line, mark)[2] for line in some] if width == 3 else []
-        # Of three cells the last is a time where it is too large for a rating.
-        timed = width == 4 or (width == 3 and all(_time(value) is not None for value in thirds)
-                               and max(float(_time(value) or 0) for value in thirds) > 10_000)  # fmt: skip
-        for number, line in lines:
-            cells = _cells(line, mark)
-            if len(cells) != width:
-                yield Rejected(name, number, f"{len(cells)} cells, where the other lines have {width}")
-                continue
-            weight = cells[2] if width == 4 or (width == 3 and not timed) else None
-            yield _interaction(name, number, cells[0], cells[1], cells[-1] if timed else None, weight)
+    if not lines:
         return
-    for number, line in lines:  # a user, and all items in order
-        user, *items = _cells(line, mark)
-        if not items:
-            yield Rejected(name, number, "a user without items")
-        for item in items:
-            yield _interaction(name, number, user, item, None, None)
+    sample = [line for _, line in lines[:_SAMPLE]]
+    mark = _mark(sample)
+    layout = _layout(sample, mark, recipe)
+    for number, line in lines[1:] if layout.headed else lines:
+        cells = _cells(line, mark)
+        if layout.width is None:  # a user, and all items in order
+            if len(cells) < 2:
+                yield Rejected(name, number, "a user without items")
+            for item in cells[1:]:
+                yield _interaction(name, number, cells[0], item, None, None)
+            continue
+        if len(cells) != layout.width:
+            yield Rejected(name, number, f"{len(cells)} cells, where the other lines have {layout.width}")
+            continue
+        time, weight = (None if n is None else cells[n] for n in (layout.time, layout.weight))
+        if time == "":
+            yield Rejected(name, number, "no time, where other rows have one")
+            continue
+        yield _interaction(name, number, cells[layout.user], cells[layout.item], time, weight)
 
 
 def _headless(tree: Tree, name: str) -> bool:
@@ -264,20 +322,30 @@ def _id(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
 
 
-def _time(value: Any) -> int | None:
-    """Seconds since 1970 of a number or of an ISO date."""
+def _number(value: Any) -> float | None:
+    """A cell as a number: an int where it is one, which a float would round above 2^53."""
+    for kind in (int, float) if isinstance(value, str | int) else (float,):
+        try:
+            return kind(value)
+        except (TypeError, ValueError):
+            continue
+    return None
+
+
+def _time(value: Any) -> float | None:
+    """A number as it is, or the seconds since 1970 of an ISO date, with their fraction; an int where there is none."""
     if isinstance(value, datetime):
-        return int((value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp())
-    try:
-        number = float(value)
-        return int(number) if math.isfinite(number) and abs(number) < 2**62 else None
-    except (TypeError, ValueError):
-        pass
-    try:
-        moment = datetime.fromisoformat(str(value).strip())
-    except ValueError:
-        return None
-    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
+        moment = value
+    elif (number := _number(value)) is not None:
+        usable = math.isfinite(number) and abs(number) < 2**62
+        return (int(number) if number == int(number) else number) if usable else None
+    else:
+        try:
+            moment = datetime.fromisoformat(str(value).strip())
+        except ValueError:
+            return None
+    seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    return int(seconds) if seconds == int(seconds) else seconds
 
 
 # --- items ------------------------------------------------------------------------------------------------------

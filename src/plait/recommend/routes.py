@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import base64
 from dataclasses import asdict
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
-from plait.inference.model import Model
 from plait.modalities.media import media_type
-from plait.recommend.model import Recommendation
+from plait.recommend.model import Recommendation, RecommendationModel
 from plait.server.api import make_router, of
 from plait.server.limits import ApiError
-from plait.server.schemas import Name, Strict
+from plait.server.schemas import Body, Name
 from plait.server.service import Served
 
 router = make_router()
@@ -24,8 +23,7 @@ router = make_router()
 Condition = Annotated[str | None, Field(max_length=1000, description="As in SQL: year >= 1990 and title like '%War%'.")]
 
 
-class RecommendRequest(Strict):
-    model: Name
+class RecommendRequest(Body):
     history: Annotated[list[Name], Field(min_length=1, max_length=1000, description="Titles or ids, oldest first.")]
     k: Annotated[int, Field(ge=1, le=100)] = 10
     exclude_seen: bool = True
@@ -35,18 +33,16 @@ class RecommendRequest(Strict):
     preview: Annotated[bool, Field(description="Whether small images of items come along as data: URLs.")] = False
 
 
-class SimilarRequest(Strict):
-    model: Name
+class SimilarRequest(Body):
     item: Name
     k: Annotated[int, Field(ge=1, le=100)] = 10
     where: Condition = None
     preview: Annotated[bool, Field(description="Whether small images of items come along as data: URLs.")] = False
 
 
-class ItemsRequest(Strict):
+class ItemsRequest(Body):
     """Items whose titles hold a text; without one, those that are chosen most often."""
 
-    model: Name
     text: Annotated[str, Field(max_length=256)] = ""
     k: Annotated[int, Field(ge=1, le=100)] = 12
 
@@ -87,7 +83,7 @@ class Items(BaseModel):
 async def recommend(request: Request, body: RecommendRequest) -> Response:
     """The likeliest next items of a history. The histories of a run's own users are not served."""
     service, request_context = of(request)
-    served = service.find(body.model, request_context)
+    served = service.open(body, request_context)
     model = _model(served)
 
     def work() -> list[dict[str, Any]]:
@@ -106,7 +102,7 @@ async def recommend(request: Request, body: RecommendRequest) -> Response:
 async def similar(request: Request, body: SimilarRequest) -> Response:
     """The items that are like one; `probability` is the cosine."""
     service, request_context = of(request)
-    served = service.find(body.model, request_context)
+    served = service.open(body, request_context)
     model = _model(served)
 
     def work() -> list[dict[str, Any]]:
@@ -120,7 +116,7 @@ async def similar(request: Request, body: SimilarRequest) -> Response:
 async def items(request: Request, body: ItemsRequest) -> Response:
     """Items to choose from, by a part of their titles."""
     service, request_context = of(request)
-    served = service.find(body.model, request_context)
+    served = service.open(body, request_context)
     model = _model(served)
 
     def work() -> list[dict[str, Any]]:
@@ -134,13 +130,13 @@ async def items(request: Request, body: ItemsRequest) -> Response:
     return JSONResponse({"object": "list", "model": served.name, "data": data})
 
 
-def _model(served: Served) -> Model:
+def _model(served: Served) -> RecommendationModel:
     if "recommend" not in served.verbs:
         raise ApiError(400, f"{served.name} knows no items. It can {', '.join(served.verbs)}.", "model")
-    return served.ours
+    return cast(RecommendationModel, served.ours)
 
 
-def _shown(model: Model, one: Recommendation, preview: bool) -> dict[str, Any]:
+def _shown(model: RecommendationModel, one: Recommendation, preview: bool) -> dict[str, Any]:
     image = model.image(one.id) if preview else None
     url = f"data:{media_type(image)};base64,{base64.b64encode(image).decode()}" if image is not None else None
     return {**asdict(one), "why": [{"title": title, "lost": lost} for title, lost in one.why], "preview": url}

@@ -80,9 +80,9 @@ def read_catalogue(dataset: Dataset) -> Catalogue:
 
 def catalogue_file(dataset: Dataset) -> Path:
     """The file of a dataset's catalogue. Raises PlaitError where there is none here."""
-    if dataset.manifest.catalogue is None:
+    if "items" not in dataset.manifest.parts:
         raise PlaitError(f"{dataset.path} holds no histories of items. Prepare a table of interactions.")
-    place = join(dataset.path, dataset.manifest.catalogue.file)
+    place = join(dataset.path, dataset.manifest.parts["items"].file)
     if not isinstance(place, Path):
         raise PlaitError(f"{dataset.path} is far away; copy a dataset of histories to this machine first.")
     return place
@@ -184,7 +184,7 @@ def _ordered(found: list[Interaction], ids: list[str], notes: list[str], warning
     times = None
     order = np.argsort(users, kind="stable")
     if all(row.time is not None for row in found):
-        times = np.array([row.time for row in found], np.int64)
+        times = _counted_times([row.time for row in found if row.time is not None], notes)
         plain = times[order]
         same = users[order][1:] == users[order][:-1]
         disordered = len(np.unique(users[order][1:][same & (plain[1:] < plain[:-1])]))
@@ -203,6 +203,17 @@ def _ordered(found: list[Interaction], ids: list[str], notes: list[str], warning
     starts = np.concatenate(([0], np.cumsum(np.bincount(users, minlength=len(names)))))
     parts = np.zeros(len(found), np.uint8)
     return Histories(names, starts, items[order], parts, times)
+
+
+def _counted_times(found: list[float], notes: list[str]) -> np.ndarray:
+    """The times (N,) as integers: as they are, or in millionths where some have a fraction."""
+    if all(isinstance(time, int) for time in found):
+        return np.array(found, np.int64)
+    exact = np.array(found, np.float64)
+    scale = 1e6 if np.abs(exact).max() < 2**40 else 1.0  # larger ones are no seconds
+    if scale > 1:
+        notes.append("times have fractions of a second: they are kept in microseconds")
+    return np.rint(exact * scale).astype(np.int64)
 
 
 def _untested(tree: Tree, wanted: str | None, users: list[str], notes: list[str]) -> np.ndarray:
@@ -293,7 +304,7 @@ def _write(
     for name in tree.files:
         if name not in tree.used:
             rejects.append(Rejected(name, None, "neither of the two tables, nor named by them"))
-    with (folder / "rejects.jsonl").open("w", encoding="utf-8") as file:
+    with (folder / "rejects.jsonl").open("w", encoding="utf-8", newline="\n") as file:
         for reject in rejects:
             file.write(json.dumps(reject._asdict()) + "\n")
     lengths = np.diff(histories.starts)
@@ -310,7 +321,9 @@ def _write(
         rejected=len(rejects),
         duplicates=0,
         overlap={},
-        catalogue=_shard(folder / "items.parquet", "", len(catalogue)),
+        kind="recommend",
+        unit="interactions",
+        parts={"items": _shard(folder / "items.parquet", "", len(catalogue))},
         shards=[_shard(folder / "histories-00000.parquet", "train", len(histories))],
         statistics={
             "item": Lengths(
@@ -332,7 +345,7 @@ def _write(
         examples.append(Example(histories.users[user], "", parts))
     reasons = Counter(reject.reason.split(":")[0][:80] for reject in rejects)
     name = str(tree.root).rstrip("/").rpartition("/")[2]
-    (folder / "report.html").write_text(report(manifest, examples, reasons, name), encoding="utf-8")
+    (folder / "report.html").write_text(report(manifest, examples, reasons, name), encoding="utf-8", newline="\n")
     return manifest
 
 

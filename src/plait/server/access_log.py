@@ -17,6 +17,7 @@ from prometheus_client.core import GaugeMetricFamily
 if TYPE_CHECKING:
     from plait.server.worker import Worker
 
+FIELDS = 64  # fields without effect that are counted by name
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
@@ -31,6 +32,8 @@ class RequestContext:
     completion_tokens: int = 0
     first: float | None = None  # seconds to the first token
     end: str = ""  # how it ended, where that was not by its answer
+    key: str = ""  # the name of the key that was sent
+    ignored: set[str] = field(default_factory=set)  # fields that had no effect
     status: int = 0
     complete: bool = False
 
@@ -44,8 +47,10 @@ class Metrics:
         self.requests = Counter("plait_requests", "Requests answered", ["route", "status"], **make)
         self.seconds = Histogram("plait_request_seconds", "From head to end", ["route"], buckets=SECONDS, **make)
         self.first = Histogram("plait_first_token_seconds", "To the first token", ["model"], buckets=SECONDS, **make)
+        self.ignored = Counter("plait_ignored_fields", "Fields of requests that had no effect", ["field"], **make)
         self.tokens = Counter("plait_tokens", "Tokens read and written", ["model", "kind"], **make)
         self.closed = Counter("plait_connections_closed_early", "Connections given up", ["reason"], **make)
+        self.fields: set[str] = set()
         self.workers: list[Worker] = []
         self.connections: Any = ()
         ProcessCollector(registry=self.registry)
@@ -63,6 +68,12 @@ class Metrics:
         yield batch
         yield queue
         yield GaugeMetricFamily("plait_connections", "Open connections", len(self.connections))
+
+    def count_ignored(self, field: str) -> None:
+        """Count a field that had no effect. Clients choose their names, so that only the first few are told apart."""
+        if field not in self.fields and len(self.fields) < FIELDS:
+            self.fields.add(field)
+        self.ignored.labels(field if field in self.fields else "other").inc()
 
     def count(self, request_context: RequestContext, route: str) -> None:
         self.requests.labels(route, str(request_context.status)).inc()

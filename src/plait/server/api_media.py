@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from plait.inference.engine import Completion
 from plait.inference.engine import Request as Wanted
-from plait.inference.model import Model, joined
+from plait.inference.model import joined
 from plait.modalities.media import sniff
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext
@@ -35,7 +35,7 @@ WINDOWS = 32  # windows of a long audio that are in the queue at a time
 async def draw(request: Request, body: s.ImageRequest) -> Response:
     """Images of what a text says, as base64 of PNG."""
     service, request_context = of(request)
-    served = service.find(body.model, request_context)
+    served = service.open(body, request_context)
     model, n = served.ours, body.n or 1
     service.check_parts([body.prompt])
     served.check_prompt([body.prompt], "prompt")
@@ -47,8 +47,8 @@ async def draw(request: Request, body: s.ImageRequest) -> Response:
     column, wanted = await service.prepared(prepare, len(body.prompt))
     side = getattr(model.modality(column).settings, "size", 0)
     size = f"{side}x{side}"
-    if body.size not in (None, "auto", size):
-        raise ApiError(400, f"This model draws {size}. Send size '{size}' or 'auto'.", "size")
+    if body.size not in (None, "auto", size):  # the answer says which size it is
+        service.ignore("size", request_context)
     if body.stream:
         pending_requests = served.worker.submit([wanted], service.deadline(request_context))
         return EventStream(
@@ -58,9 +58,15 @@ async def draw(request: Request, body: s.ImageRequest) -> Response:
     images = await service.rendered(served, column, samples, request_context)
     encoded = await asyncio.to_thread(lambda: [png(image) for image in images])
     return JSONResponse({
-        "created": int(time.time()), "data": [{"b64_json": one} for one in encoded], "output_format": "png",
+        "created": int(time.time()), "data": [_image_data(one, body.response_format) for one in encoded],
+        "output_format": "png",
         "size": size, "usage": _media_usage(request_context),
     })  # fmt: skip
+
+
+def _image_data(encoded: str, form: str) -> dict[str, str]:
+    """An image as the client wants it; a URL is a data: URL, since nothing is kept."""
+    return {"b64_json": encoded} if form == "b64_json" else {"url": f"data:image/png;base64,{encoded}"}
 
 
 def _media_usage(request_context: RequestContext) -> dict[str, Any]:
@@ -95,13 +101,13 @@ async def _image_events(
 async def speak(request: Request, body: s.SpeechRequest) -> Response:
     """A text spoken, as the bytes of an audio clip file."""
     service, request_context = of(request)
-    served = service.find(body.model, request_context)
+    served = service.open(body, request_context)
     model = served.ours
     service.check_parts([body.input])
     served.check_prompt([body.input], "input")
 
     def prepare() -> tuple[str, Wanted]:
-        column = voice_of(model, body.voice)
+        column = voice_of(service, request_context, model, body.voice)
         return column, wanted_of(model, model.context([body.input]), column, body, 1)
 
     column, wanted = await service.prepared(prepare, len(body.input))
@@ -127,7 +133,7 @@ async def speak(request: Request, body: s.SpeechRequest) -> Response:
 async def transcribe(request: Request, body: Annotated[s.TranscriptionRequest, Form()]) -> Response:
     """The words of an audio clip; a long one is read in windows."""
     service, request_context = of(request)
-    served = service.find(body.model, request_context)
+    served = service.open(body, request_context)
     deadline = service.deadline(request_context)
     data = await body.file.read()
     if len(data) > service.limits.media.file_bytes:
@@ -138,7 +144,7 @@ async def transcribe(request: Request, body: Annotated[s.TranscriptionRequest, F
     if "transcribe" not in served.verbs:
         raise ApiError(400, f"{served.name} cannot transcribe. It can {', '.join(served.verbs)}.", "model")
     value = await service.reader.read(model, "audio", data, "file", deadline)
-    if isinstance(model, Model):
+    if model.plait_model is not None:
         pieces = _windows_written(service, served, request_context, value, body)
     else:
         other = model
@@ -177,12 +183,13 @@ async def _windows_written(
 ) -> AsyncIterator[str]:
     """The text of each window of an audio clip, in order."""
     model = served.ours
-    if body.language is not None and model.columns.get(body.language) != "text":
-        known = ", ".join(column for column, kind in model.columns.items() if kind == "text")
-        raise ApiError(400, f"language names the text column to write: {known}.", "language")
+    language = body.language
+    if language is not None and model.columns.get(language) != "text":  # it names the text column to write
+        service.ignore("language", request_context)
+        language = None
 
     def prepare() -> list[Wanted]:
-        column = model.column(body.language, "text", "transcribe")
+        column = model.column(language, "text", "transcribe")
         drawing = s.Drawing(temperature=body.temperature, seed=body.seed)
         return [wanted_of(model, part, column, drawing, 1, i) for i, part in enumerate(windows(model, value))]
 

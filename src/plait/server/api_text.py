@@ -15,9 +15,9 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
-from plait.chat.chat import Prompt, Turn
 from plait.inference.engine import Request as Wanted
-from plait.inference.model import Model
+from plait.inference.model import PlaitModel
+from plait.inference.prompts import Prompt, Turn
 from plait.model.multimodal import Sequence
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext
@@ -53,14 +53,14 @@ async def chat_completions(request: Request, body: s.ChatRequest) -> Response:
     """The next reply of a conversation: text, and with `modalities` images and audio clips, each written after the same
     messages. Images come in `images`, as data: URLs; audio clips in `audio`, of one reply the first."""
     service, request_context = of(request)
-    served = service.find(body.model, request_context)
+    served = service.open(body, request_context)
     model, chat, n = served.ours, served.chat, body.n or 1
     if chat is None:
         raise ApiError(400, f"{served.name} has no chat.", "model")
     turns = await _turns(service, served, body, service.deadline(request_context))
     size = sum(len(part) for turn in turns for part in turn.parts if isinstance(part, str))
-    most = most_of(model, body.max_completion_tokens or body.max_tokens, "max_completion_tokens")
-    outputs = body.modalities or ["text"]
+    most = most_of(model, body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens)
+    outputs = list(dict.fromkeys(body.modalities or ["text"]))
     if body.logprobs and outputs != ["text"]:
         raise ApiError(400, "logprobs go with text alone. Leave them out, or the other modalities.", "logprobs")
     columns: list[str | None] = []
@@ -73,7 +73,11 @@ async def chat_completions(request: Request, body: s.ChatRequest) -> Response:
                 columns.append(text_column(model, body.column))
             else:
                 voice = body.audio.voice if kind == "audio" and body.audio else None
-                columns.append(voice_of(model, voice) if kind == "audio" else model.column(None, kind, f"write {kind}"))
+                columns.append(
+                    voice_of(service, request_context, model, voice)
+                    if kind == "audio"
+                    else model.column(None, kind, f"write {kind}")
+                )
             prompt = chat.prompt(turns, columns[-1])
             prompts.append(prompt)
             stop = (*stops(body.stop), *prompt.stop) if kind == "text" else ()
@@ -117,7 +121,7 @@ async def _turns(service: Service, served: Served, body: s.ChatRequest, deadline
     for message in body.messages:
         parts: list[Any] = [message.content] if isinstance(message.content, str) else list(message.content or [])
         parts += message.images or []
-        if not parts:
+        if not parts and message.role != "assistant":
             raise ApiError(400, f"The {message.role} message is empty. Give it content.", f"messages.{len(every)}")
         every.append(parts)
     service.check_parts(part for parts in every for part in parts)
@@ -125,6 +129,7 @@ async def _turns(service: Service, served: Served, body: s.ChatRequest, deadline
     return [
         Turn(message.role, await service.parts(served.model, parts, f"messages.{i}.content", deadline))
         for i, (message, parts) in enumerate(zip(body.messages, every, strict=True))
+        if parts  # clients send replies that were cut before their first word
     ]
 
 
@@ -200,13 +205,13 @@ async def _chat_events(
 async def completions(request: Request, body: s.CompletionRequest) -> Response:
     """What follows a text, or each of up to 16."""
     service, request_context = of(request)
-    served = service.find(body.model, request_context)
+    served = service.open(body, request_context)
     model, n = served.ours, body.n or 1
     prompts = _prompts(body.prompt)
     service.check_parts(prompt for prompt in prompts if isinstance(prompt, str))
     for prompt in prompts:
         served.check_prompt([prompt], "prompt")
-    most = most_of(model, body.max_tokens, "max_tokens") or 16
+    most = most_of(model, body.max_tokens) or 16
     wanted: list[Wanted] = []
 
     def prepare() -> None:
@@ -246,14 +251,14 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
     return list(prompt)
 
 
-def _context(model: Model, prompt: str | list[int]) -> Sequence:
+def _context(model: PlaitModel, prompt: str | list[int]) -> Sequence:
     if isinstance(prompt, list):
         check_ids(model, prompt)
         return Sequence().read_ids(prompt, "text")
     return model.context(prompt) if prompt else model.start()
 
 
-def _text_logprobs(model: Model, ids: list[int], logprobs: list[float], at: int) -> dict[str, Any]:
+def _text_logprobs(model: PlaitModel, ids: list[int], logprobs: list[float], at: int) -> dict[str, Any]:
     tokens = [model.checkpoint.text.decode([token]) for token in ids]
     offsets = [at + sum(map(len, tokens[:i])) for i in range(len(tokens))] if len(tokens) < 2 else (
         [at, *(at + np.cumsum([len(token) for token in tokens[:-1]])).tolist()]
@@ -263,7 +268,7 @@ def _text_logprobs(model: Model, ids: list[int], logprobs: list[float], at: int)
 
 
 async def _text_events(
-    model: Model,
+    model: PlaitModel,
     request_context: RequestContext,
     pending_requests: list[PendingRequest],
     head: dict[str, Any],

@@ -131,25 +131,39 @@ def decode_data_url(url: str, kind: str, limits: Limits, param: str) -> bytes:
 
 # --- keys -------------------------------------------------------------------------------------------------------
 
-_LINE = re.compile(r"([\w.@-]{1,64}) sha256:([0-9a-f]{64})")
+_LINE = re.compile(r"([\w.@-]{1,64}) sha256:([0-9a-f]{64})(?: ([1-9]\d{0,6})/min)?")
 
 
-def new_key(file: Path, name: str) -> str:
-    """A new API key of 32 random bytes; the file gets its name and its hash. Raises PlaitError for a name in use."""
+@dataclass(frozen=True)
+class Key:
+    """A key as the file keeps it: the sha256 of it, and how many requests a minute it may send (None: any)."""
+
+    digest: bytes
+    rate: int | None = None
+
+
+def new_key(file: Path, name: str, rate: int | None = None) -> str:
+    """A new API key of 32 random bytes, for `rate` requests a minute; the file gets its name and its hash. Raises
+    PlaitError for a name in use."""
     keys = read_keys(file) if file.exists() else {}
     if name in keys:
         raise PlaitError(f"{file} has a key of the name '{name}' already. Choose another, or delete its line.")
     if not re.fullmatch(r"[\w.@-]{1,64}", name):
         raise PlaitError(f"'{name}' is no name of a key: use letters, digits and . _ @ -, at most 64.")
     key = "plait-" + secrets.token_urlsafe(32)
-    keys[name] = hashlib.sha256(key.encode()).digest()
-    write_atomic(file, "".join(f"{name} sha256:{digest.hex()}\n" for name, digest in keys.items()))
+    keys[name] = Key(hashlib.sha256(key.encode()).digest(), rate)
+    write_atomic(file, "".join(map(_line, keys.items())))
     file.chmod(0o600)
     return key
 
 
-def read_keys(file: Path) -> dict[str, bytes]:
-    """Name -> sha256 of its key. Raises PlaitError for a file that is missing, empty, broken or that others may
+def _line(entry: tuple[str, Key]) -> str:
+    name, key = entry
+    return f"{name} sha256:{key.digest.hex()}{f' {key.rate}/min' if key.rate else ''}\n"
+
+
+def read_keys(file: Path) -> dict[str, Key]:
+    """The keys of a file by name. Raises PlaitError for a file that is missing, empty, broken or that others may
     write."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -164,14 +178,17 @@ def read_keys(file: Path) -> dict[str, bytes]:
             continue
         found = _LINE.fullmatch(line.strip())
         if found is None:
-            raise PlaitError(f"{file}:{number} is not 'NAME sha256:HEX'. Keys are added by: plait key {file}")
-        keys[found[1]] = bytes.fromhex(found[2])
+            raise PlaitError(
+                f"{file}:{number} is not 'NAME sha256:HEX', with N/min behind it or not. Keys are added by: plait key "
+                f"{file}"
+            )
+        keys[found[1]] = Key(bytes.fromhex(found[2]), int(found[3]) if found[3] else None)
     if not keys:
         raise PlaitError(f"{file} holds no key. Add one: plait key {file}")
     return keys
 
 
-def known_key(header: bytes, keys: dict[str, bytes], passwords: bool = False) -> str | None:
+def known_key(header: bytes, keys: dict[str, Key], passwords: bool = False) -> str | None:
     """The name of the key in an Authorization header; None where there is none that is known. With `passwords` it may
     also be the password of HTTP Basic, whoever the user is."""
     scheme, _, key = header.partition(b" ")
@@ -182,5 +199,5 @@ def known_key(header: bytes, keys: dict[str, bytes], passwords: bool = False) ->
             return None
     digest = hashlib.sha256(key.strip()).digest()
     # Every key is compared, so that time tells nothing.
-    found = [name for name, wanted in keys.items() if hmac.compare_digest(digest, wanted)]
+    found = [name for name, key_ in keys.items() if hmac.compare_digest(digest, key_.digest)]
     return found[0] if found and scheme.lower() == b"bearer" else None

@@ -7,6 +7,7 @@ import contextlib
 import ipaddress
 import json
 import logging
+import math
 import re
 import secrets
 import time
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from plait.server.access_log import Metrics, RequestContext
-from plait.server.limits import ApiError, Limits, known_key
+from plait.server.limits import ApiError, Key, Limits, known_key
 from plait.server.worker import log_fault
 
 Scope = dict[str, Any]
@@ -33,6 +34,7 @@ SAFE = [
 METHODS = b"GET, HEAD, POST"
 EXPOSED = (b"access-control-expose-headers", b"retry-after, x-request-id, x-plait-ignored")
 _NAMES = re.compile(rb"[A-Za-z0-9-]{1,64}(?:\s*,\s*[A-Za-z0-9-]{1,64}){0,63}")
+_FIELD = re.compile(r"[A-Za-z0-9_.\[\]-]{1,64}")
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::\d{1,5})?")
 log = logging.getLogger("plait.server")
 
@@ -43,17 +45,35 @@ class AccessPolicy:
 
     hosts: set[str]
     origins: set[str] = field(default_factory=set)
-    keys: dict[str, bytes] = field(default_factory=dict)  # empty: no key is needed
+    keys: dict[str, Key] = field(default_factory=dict)  # by name; empty: no key is needed
     any_address: bool = False  # bound off loopback: a Host that is an IP address is no rebound name
+    _left: dict[str, tuple[float, float]] = field(default_factory=dict)  # by key: requests left, and when that was
     browsers: bool = False  # there is a page: browsers ask for the key and send it as a password (HTTP Basic)
+
+    def spend(self, name: str, now: float) -> None:
+        """Count a request of a key that has a rate. Raises ApiError 429 where it has none left."""
+        key = self.keys.get(name)
+        if key is None or key.rate is None:
+            return
+        left, since = self._left.get(name, (float(key.rate), now))
+        left = min(left + (now - since) * key.rate / 60, float(key.rate))
+        if left < 1:
+            self._left[name] = left, now
+            seconds = str(math.ceil((1 - left) * 60 / key.rate))
+            raise ApiError(
+                429, f"This key may send {key.rate} requests a minute. Try again in {seconds} s.", code="rate_limit",
+                headers={"Retry-After": seconds},
+            )  # fmt: skip
+        self._left[name] = left - 1, now
 
     def allowed_origin(self, scope: Scope) -> bytes | None:
         """The Origin header of a request from a page that `--allow-origin` names."""
         found = [value for name, value in scope["headers"] if name == b"origin"]
         return found[0] if len(found) == 1 and found[0].decode("latin-1").lower() in self.origins else None
 
-    def check(self, scope: Scope) -> None:
-        """Raises ApiError where the request's host, origin or key is none that is known."""
+    def check(self, scope: Scope) -> str:
+        """The name of the request's key, empty where none is needed. Raises ApiError where its host, origin or key is
+        none that is known, or the key has been used too often."""
         headers: dict[bytes, list[bytes]] = {}
         for name, value in scope["headers"]:
             headers.setdefault(name, []).append(value)
@@ -70,15 +90,18 @@ class AccessPolicy:
             if len(origins) > 1 or not (own or origin in self.origins):
                 raise ApiError(403, "Pages of that origin may not call. Add it with --allow-origin.", code="origin")
             if origin in self.origins and is_preflight(scope):
-                return  # browsers send no key along with the question whether they may
-        if self.keys and scope["path"] != OPEN:
-            given = headers.get(b"authorization", [])
-            if len(given) != 1 or known_key(given[0], self.keys, self.browsers) is None:
-                challenge = 'Basic realm="Plait: the API key is the password"'
-                raise ApiError(
-                    401, "A key is needed. Send the header 'Authorization: Bearer KEY'.", code="invalid_api_key",
-                    headers={"WWW-Authenticate": challenge if self.browsers and scope["path"] == "/" else "Bearer"},
-                )  # fmt: skip
+                return ""  # browsers send no key along with the question whether they may
+        if not self.keys or scope["path"] == OPEN:
+            return ""
+        given = headers.get(b"authorization") or [b"Bearer " + key for key in headers.get(b"x-api-key", [])]
+        name = known_key(given[0], self.keys, self.browsers) if len(given) == 1 else None
+        if name is None:
+            challenge = 'Basic realm="Plait: the API key is the password"'
+            raise ApiError(
+                401, "A key is needed. Send the header 'Authorization: Bearer KEY'.", code="invalid_api_key",
+                headers={"WWW-Authenticate": challenge if self.browsers and scope["path"] == "/" else "Bearer"},
+            )  # fmt: skip
+        return name
 
 
 def is_preflight(scope: Scope) -> bool:
@@ -130,6 +153,9 @@ class AccessMiddleware:
                 if origin is not None:
                     headers += [(b"access-control-allow-origin", origin), (b"vary", b"Origin"), EXPOSED]
                 headers.append((b"x-request-id", request_context.id.encode()))
+                if request_context.ignored:
+                    names = (name for name in sorted(request_context.ignored) if _FIELD.fullmatch(name))
+                    headers.append((b"x-plait-ignored", ", ".join(names)[:1000].encode()))
                 if self.stopping:
                     headers.append((b"connection", b"close"))
                 message = {**message, "headers": headers}
@@ -139,7 +165,8 @@ class AccessMiddleware:
 
         held = [0]
         try:
-            self.access_policy.check(scope)
+            request_context.key = self.access_policy.check(scope)
+            self.access_policy.spend(request_context.key, request_context.begun)
             if self.stopping:
                 raise ApiError(503, "The server is stopping. Try again soon.", code="stopping")
             if scope["method"] == "OPTIONS":
@@ -147,8 +174,7 @@ class AccessMiddleware:
                 return
             body = await self._body(scope, receive, held)
             if body is not None:
-                asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope  # uvicorn sends no body
-                await self._run(asked, body, receive, out, request_context)
+                await self._run(self._routed(scope), body, receive, out, request_context)
         except ApiError as error:
             await answer(error, out)
         except Exception as error:
@@ -158,6 +184,21 @@ class AccessMiddleware:
         finally:
             self.held -= held[0]
             self._tell(scope, request_context)
+
+    def _routed(self, scope: Scope) -> Scope:
+        """The request as the routes know it: HEAD as GET, whose body uvicorn does not send, and `/chat/completions` as
+        `/v1/chat/completions`."""
+        path = self._path(scope)
+        return {
+            **scope,
+            "method": "GET" if scope["method"] == "HEAD" else scope["method"],
+            "path": path,
+            "raw_path": path.encode(),
+        }
+
+    def _path(self, scope: Scope) -> str:
+        path: str = scope["path"]
+        return f"/v1{path}" if f"/v1{path}" in self.routes or path.startswith("/models/") else path
 
     async def _body(self, scope: Scope, receive: Receive, held: list[int]) -> bytes | None:
         """The whole body; None where the client left. Raises ApiError 413 as soon as it is known to be too long."""
@@ -213,9 +254,11 @@ class AccessMiddleware:
             left.cancel()
 
     def _tell(self, scope: Scope, request_context: RequestContext) -> None:
-        path = scope["path"]
+        path = self._path(scope)
         route = "/v1/models/{model}" if path.startswith("/v1/models/") else path if path in self.routes else "other"
         self.metrics.count(request_context, route)
+        for name in request_context.ignored:
+            self.metrics.count_ignored(name if _FIELD.fullmatch(name) else "other")
         fields: dict[str, Any] = {
             "id": request_context.id,
             "method": scope["method"] if scope["method"] in ("GET", "POST", "OPTIONS", "HEAD") else "other",
@@ -229,6 +272,8 @@ class AccessMiddleware:
                 "read": request_context.prompt_tokens,
                 "written": request_context.completion_tokens,
             }
+        if request_context.key:
+            fields["key"] = request_context.key
         if request_context.end:
             fields["end"] = request_context.end
         log.info("request", extra={"fields": fields})

@@ -1,23 +1,45 @@
-"""What requests and answers hold: OpenAI's fields, and ours under names of their own. Unknown fields are refused."""
+"""What requests and answers hold: OpenAI's fields, and ours under names of their own.
+
+A field that is not declared here has no effect: it is taken, and named in the header `x-plait-ignored` (with `--strict`
+it is refused). Inside messages and parts such fields are dropped. `null` is as if a field were not there.
+"""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
 from fastapi import UploadFile
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 AudioFormat = Literal["wav", "flac", "mp3", "opus", "pcm"]
+# Fields of OpenAI's that say who asks or how an answer is kept, and may be sent to a strict server too.
+HARMLESS = {"user", "metadata", "parallel_tool_calls", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 
 
-class Strict(BaseModel):
+def _without_null(value: Any) -> Any:
+    return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+
+
+class Inner(BaseModel):
     """A part of a request."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+    _null = model_validator(mode="before")(_without_null)
+
+
+class Body(BaseModel):
+    """A request. `model_extra` holds what has no effect."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    _null = model_validator(mode="before")(_without_null)
+
+    model: Annotated[str, Field(max_length=256)] | None = None
 
 
 def _only(*values: object, instead: str) -> AfterValidator:
-    """A field of OpenAI's that has no effect here is taken at these values alone."""
+    """A field whose other values would change what an answer means, and are not known here."""
 
     def check(value: Any) -> Any:
         if value is not None and value not in values:
@@ -27,81 +49,105 @@ def _only(*values: object, instead: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-Zero = Annotated[float | None, _only(0, instead="leave it out or send 0; repetition_penalty is")]
+def _off_below_zero(value: Any) -> Any:
+    """Some servers write -1 for "no bound"."""
+    return None if value == -1 and not isinstance(value, bool) else value
+
+
 Seed = Annotated[int | None, Field(ge=-(2**63), lt=2**63)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Count = Annotated[int, Field(ge=1, le=4)]
 Text = Annotated[str, Field(max_length=1_000_000)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
+Tokens = Annotated[int | None, Field(ge=0, le=2**31), BeforeValidator(_off_below_zero)]
 
 
-class Drawing(Strict):
+class Drawing(Body):
     """How ids are chosen. Nothing given: the likeliest for a single text, sampling for media."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Seed = None
-    top_k: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    top_k: Annotated[int | None, Field(ge=0, le=1_000_000), BeforeValidator(_off_below_zero)] = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     guidance: Annotated[float, Field(ge=0, le=100)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _other_names(cls, value: Any) -> Any:
+        """llama.cpp's name of the penalty."""
+        if isinstance(value, dict) and "repeat_penalty" in value and "repetition_penalty" not in value:
+            value = dict(value)
+            value["repetition_penalty"] = value.pop("repeat_penalty")
+        return value
 
 
 # --- parts of messages ------------------------------------------------------------------------------------------
 
 
-class TextPart(Strict):
+class TextPart(Inner):
     type: Literal["text"]
     text: Text
 
 
-class ImageUrl(Strict):
+class ImageUrl(Inner):
     url: Annotated[str, Field(description="A data: URL. Nothing is fetched.")]
-    detail: Literal["auto", "low", "high"] | None = None
 
 
-class ImagePart(Strict):
+class ImagePart(Inner):
     type: Literal["image_url"]
     image_url: ImageUrl
 
 
-class InputAudio(Strict):
+class InputAudio(Inner):
     data: Annotated[str, Field(description="Base64.")]
-    format: Literal["wav", "flac", "mp3", "ogg", "opus"]
 
 
-class AudioPart(Strict):
+class AudioPart(Inner):
     type: Literal["input_audio"]
     input_audio: InputAudio
 
 
-Part = Annotated[TextPart | ImagePart | AudioPart, Field(discriminator="type")]
+def _one_spelling(value: Any) -> Any:
+    """A part as chat completions write it: the Responses API, Anthropic's messages and Ollama have other spellings."""
+    if not isinstance(value, dict):
+        return value
+    kind, image = value.get("type"), value.get("image_url")
+    if kind in ("input_text", "output_text"):
+        return {**value, "type": "text"}
+    if kind == "refusal":
+        return {"type": "text", "text": value.get("refusal")}
+    if kind == "input_image" or (kind == "image_url" and isinstance(image, str)):
+        return {"type": "image_url", "image_url": {"url": image} if isinstance(image, str) else image}
+    source = value.get("source")
+    if kind == "image" and isinstance(source, dict):
+        url = f"data:{source.get('media_type')};base64,{source.get('data')}"
+        return {"type": "image_url", "image_url": {"url": url if source.get("type") == "base64" else source.get("url")}}
+    return value
+
+
+Part = Annotated[
+    Annotated[TextPart | ImagePart | AudioPart, Field(discriminator="type")], BeforeValidator(_one_spelling)
+]
 Parts = Annotated[list[Part], Field(min_length=1, max_length=256)]
 
 
-class Message(Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Parts | None = None
-    name: Annotated[str | None, _only(instead="say who speaks in the content")] = None
+class Message(Inner):
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Text | Annotated[list[Part], Field(max_length=256)] | None = None
     images: Annotated[list[ImagePart], Field(max_length=8)] | None = None
-    refusal: Annotated[str | None, _only(instead="leave it out")] = None
-    audio: Annotated[Any, _only(instead="send the audio again as an input_audio part")] = None
-    tool_calls: Annotated[Any, _only([], instead="leave it out")] = None
-    annotations: Annotated[Any, _only([], instead="leave it out")] = None
-    function_call: Annotated[Any, _only(instead="leave it out")] = None
 
 
-class StreamOptions(Strict):
+class StreamOptions(Inner):
     include_usage: bool | None = None
-    include_obfuscation: Annotated[bool | None, _only(False, instead="leave it out")] = None
 
 
-class ResponseFormat(Strict):
+class ResponseFormat(Inner):
     type: Annotated[str, _only("text", instead='the only response_format is {"type": "text"}')]
-    json_schema: Any = None
 
 
-class AudioOut(Strict):
+class AudioOut(Inner):
     voice: Name | None = None
     format: AudioFormat = "wav"
 
@@ -112,50 +158,26 @@ class AudioOut(Strict):
 class Writing(Drawing):
     """What chat and completions share."""
 
-    model: Name
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Tokens = None
+    min_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    ignore_eos: bool | None = None
     n: Count | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    frequency_penalty: Zero = None
-    presence_penalty: Zero = None
-    logit_bias: Annotated[dict[str, Any] | None, _only({}, instead="leave it out")] = None
-    user: Annotated[str, Field(max_length=512, description="Has no effect.")] | None = None
     column: Annotated[Name | None, Field(description="Ours: the text column to write.")] = None
-
-    @model_validator(mode="after")
-    def _streaming(self) -> Writing:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options goes with stream: true")
-        return self
 
 
 class ChatRequest(Writing):
     messages: Annotated[list[Message], Field(min_length=1, max_length=256)]
     modalities: Annotated[list[Literal["text", "image", "audio"]], Field(min_length=1, max_length=3)] | None = None
     audio: AudioOut | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Tokens = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int | None, _only(0, instead="logprobs: true gives those of the ids chosen")] = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Any] | None, _only([], instead="no model here calls tools; leave it out")] = None
-    tool_choice: Annotated[Any, _only("none", "auto", instead="no model here calls tools; leave it out")] = None
-    parallel_tool_calls: Annotated[bool | None, Field(description="Has no effect.")] = None
-    store: Annotated[bool | None, _only(False, instead="nothing is stored here; leave it out")] = None
-    metadata: Annotated[dict[str, str], Field(max_length=16, description="Has no effect.")] | None = None
-    service_tier: Annotated[str | None, _only("auto", "default", instead="leave it out")] = None
-
-    @model_validator(mode="after")
-    def _one_spelling(self) -> ChatRequest:
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ValueError("max_tokens and max_completion_tokens are the same: send max_completion_tokens alone")
-        if self.modalities is not None and len(set(self.modalities)) < len(self.modalities):
-            raise ValueError("modalities names one twice")
-        return self
 
 
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=65_536)]
+Ids = Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1, max_length=65_536)]
 
 
 class CompletionRequest(Writing):
@@ -164,72 +186,53 @@ class CompletionRequest(Writing):
     ]  # fmt: skip
     echo: bool | None = None
     logprobs: Annotated[int | None, _only(0, instead="0 gives the log probabilities of the ids chosen")] = None
-    best_of: Annotated[int | None, _only(1, instead="ask for n instead")] = None
-    suffix: Annotated[str | None, _only("", instead="leave it out")] = None
 
 
-class EmbeddingRequest(Strict):
-    model: Name
+class EmbeddingRequest(Body):
     input: Text | Ids | Annotated[
-        list[Text | Part | Ids], Field(min_length=1, max_length=256, description="Texts, ids, or ours: media parts.")
+        list[Text | Part | Ids], Field(min_length=1, max_length=2048, description="Texts, ids, or ours: media parts.")
     ]  # fmt: skip
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Field(ge=1)] | None = None
-    user: Annotated[str, Field(max_length=512, description="Has no effect.")] | None = None
 
 
 class ImageRequest(Drawing):
-    model: Name
     prompt: Text
     n: Count | None = None
     size: Annotated[str | None, Field(max_length=32)] = None
-    response_format: Annotated[str | None, _only("b64_json", instead="images come as b64_json")] = None
-    output_format: Annotated[str | None, _only("png", instead="images come as png")] = None
-    quality: Annotated[str | None, _only("auto", "standard", instead="leave it out")] = None
-    background: Annotated[str | None, _only("auto", instead="leave it out")] = None
+    response_format: Literal["b64_json", "url"] = "b64_json"
     stream: bool | None = None
-    partial_images: Annotated[int | None, _only(0, instead="leave it out: images come whole")] = None
-    user: Annotated[str, Field(max_length=512, description="Has no effect.")] | None = None
     column: Name | None = None
 
 
 class SpeechRequest(Drawing):
-    model: Name
     input: Text
     voice: Annotated[Name, Field(description="An audio column of the model, or default.")] = "default"
     response_format: AudioFormat = "mp3"
-    speed: Annotated[float | None, _only(1, instead="leave it out")] = None
-    instructions: Annotated[str | None, _only("", instead="leave it out")] = None
     stream_format: Literal["audio", "sse"] = "audio"
 
 
-class TranscriptionRequest(BaseModel):
+class TranscriptionRequest(Body):
     """A multipart form."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
     file: UploadFile
-    model: Name
     language: Annotated[str | None, Field(max_length=64, description="A text column, or a language of Whisper's.")] = (
         None
     )
     response_format: Literal["json", "text"] = "json"
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    prompt: Annotated[str | None, _only("", instead="leave it out")] = None
     seed: Seed = None
 
 
-class ClassifyRequest(Strict):
-    model: Name
+class ClassifyRequest(Body):
     input: Text | Part | Parts
     labels: Annotated[list[Annotated[str, Field(max_length=1024)]], Field(min_length=1, max_length=1024)] | None = None
     column: Name | None = None
     top: Annotated[int, Field(ge=1, le=1024)] = 5
 
 
-class SearchRequest(Strict):
-    model: Name
+class SearchRequest(Body):
     input: Text | Part
     k: Annotated[int, Field(ge=1, le=100)] = 10
     where: Annotated[
@@ -241,10 +244,9 @@ class SearchRequest(Strict):
     preview: Annotated[bool, Field(description="Whether small images and audio clips come along as data: URLs.")] = True
 
 
-class ExplainRequest(Strict):
+class ExplainRequest(Body):
     """Why a text is the answer to an input. `answer` defaults to the model's own."""
 
-    model: Name
     input: Text | Part | Parts
     answer: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     labels: Annotated[list[Annotated[str, Field(max_length=1024)]], Field(min_length=1, max_length=256)] | None = None
@@ -377,7 +379,8 @@ class EmbeddingList(BaseModel):
 
 
 class ImageData(BaseModel):
-    b64_json: str
+    b64_json: str | None = None
+    url: str | None = None
 
 
 class ImageList(BaseModel):

@@ -25,6 +25,7 @@ from plait.core.files import read_json, sha256_file, write_atomic, write_json
 from plait.core.rng import key_of
 from plait.data.conversations import turns
 from plait.data.dataset import Dataset
+from plait.data.stores import written_place
 from plait.kernels import training as native
 from plait.modalities.base import MediaModality
 from plait.modalities.recogniser import Recogniser
@@ -120,7 +121,7 @@ class Run:
         shards = "".join(shard.sha256 for shard in self.dataset.manifest.shards)
         wanted: dict[str, Any] = {
             "recipe": self.recipe.model_dump(mode="json"),  # as run.json gives it back
-            "dataset": str(self.dataset.path),
+            "dataset": written_place(self.dataset.path, self.folder),
             "data": hashlib.sha256(shards.encode()).hexdigest(),
         }
         path = self.folder / "run.json"
