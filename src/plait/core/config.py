@@ -117,6 +117,11 @@ class ModelRecipe(_Settings):
         ge=0,
         description="Dimension of the embedding space; 0 for none, 128 where None and there are media.",
     )
+    contrastive: Literal["softmax", "sigmoid"] = Field(
+        "softmax",
+        description="The loss that makes the embedding space: softmax over the batch, as in CLIP, or sigmoid, as in "
+        "SigLIP.",
+    )
     tied: bool | None = Field(
         None,
         description="Whether the output layer shares the token embedding's weights; if None, in large vocabularies.",
