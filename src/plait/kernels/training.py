@@ -1,6 +1,6 @@
 """What lies between the matrix products of a block, as compiled C++ with its gradients (`kernels/training.cpp`): norms,
-gates, activations, and attention whole, in fp32 and, where the processor has units for it, in bf16. `transformer.py` holds
-the same in PyTorch, and asks `supports` or `supports_attention` which to use.
+gates, activations, and attention whole, in fp32 and, where the processor has units for it, in bf16. `transformer.py`
+holds the same in PyTorch, and asks `supports` or `supports_attention` which to use.
 """
 
 from __future__ import annotations
@@ -306,8 +306,8 @@ def attention(
     eps: float,
     dropout: float,
 ) -> Tensor:
-    """Causal attention from qkv (B, L, H + 2 K, E) of activations, (B, L, H, E): queries and keys normed (weights (E,)) and
-    turned (by what `transformer.rotary` gives) where asked. Dropout takes chances, as PyTorch's generator seeds it."""
+    """Causal attention from qkv (B, L, H + 2 K, E) of activations, (B, L, H, E): queries and keys normed (weights (E,))
+    and turned (by what `transformer.rotary` gives) where asked. Dropout takes chances, as PyTorch's generator seeds it."""
     weights, turn = (
         tuple(part.float().contiguous() for part in some or ()) or (None, None) for some in (norms, rotary)
     )
