@@ -27,11 +27,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import plait
-from plait.chat.chat import Chat, Turn
 from plait.chat.replies import Replies, same
 from plait.core.files import write_json
 from plait.data import conversations as conversations
 from plait.data.dataset import Dataset
+from plait.inference.prompts import Chat, Turn
 
 HERE = Path(__file__).resolve().parent.parent
 RECIPES = {"replies": "replies", "intents": "intents", "feelings": "intents", "emotions": "emotions", "chat": "chat"}
@@ -161,7 +161,7 @@ def few(out: Path, seed: int) -> dict[str, Any]:
 def replies(out: Path, seed: int) -> dict[str, Any]:
     run = train(out, "replies", seed)
     dataset = Dataset.open(data(out, "replies"))
-    there = Replies(plait.load(run, "cpu"), dataset)
+    there = Replies(dataset)
     fitted = there.fit()
     asked = list(dataset.iterate(dataset.indices("test")))
     known = [(str(r.parts["question"]), str(r.parts["reply"])) for r in asked if "reply" in r.parts]

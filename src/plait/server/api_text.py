@@ -15,9 +15,9 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
-from plait.chat.chat import Prompt, Turn
 from plait.inference.engine import Request as Wanted
-from plait.inference.model import Model
+from plait.inference.model import PlaitModel
+from plait.inference.prompts import Prompt, Turn
 from plait.model.multimodal import Sequence
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext
@@ -251,14 +251,14 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
     return list(prompt)
 
 
-def _context(model: Model, prompt: str | list[int]) -> Sequence:
+def _context(model: PlaitModel, prompt: str | list[int]) -> Sequence:
     if isinstance(prompt, list):
         check_ids(model, prompt)
         return Sequence().read_ids(prompt, "text")
     return model.context(prompt) if prompt else model.start()
 
 
-def _text_logprobs(model: Model, ids: list[int], logprobs: list[float], at: int) -> dict[str, Any]:
+def _text_logprobs(model: PlaitModel, ids: list[int], logprobs: list[float], at: int) -> dict[str, Any]:
     tokens = [model.checkpoint.text.decode([token]) for token in ids]
     offsets = [at + sum(map(len, tokens[:i])) for i in range(len(tokens))] if len(tokens) < 2 else (
         [at, *(at + np.cumsum([len(token) for token in tokens[:-1]])).tolist()]
@@ -268,7 +268,7 @@ def _text_logprobs(model: Model, ids: list[int], logprobs: list[float], at: int)
 
 
 async def _text_events(
-    model: Model,
+    model: PlaitModel,
     request_context: RequestContext,
     pending_requests: list[PendingRequest],
     head: dict[str, Any],
