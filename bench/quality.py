@@ -47,8 +47,8 @@ def files(folder: Path) -> list[Path]:
 
 
 def share_right(run: Path, folder: Path) -> dict[str, float]:
-    """The share of files under a folder of class folders whose likeliest label is their folder's name; beside it, that of
-    the linear opinion alone, and of how many."""
+    """The share of files under a folder of class folders whose likeliest label is their folder's name; beside it, that
+    of the linear opinion alone, and of how many."""
     model = plait.load(run)
     classifier = model.checkpoint.classifiers[0]
     paths = files(folder)
@@ -86,7 +86,7 @@ def labelled_texts(data: Path, run: Path, seed: int, seconds: float) -> dict[str
 
 
 def recommendation(data: Path, run: Path, seed: int, seconds: float) -> dict[str, float]:
-    """`data` is a file or folder of interactions; HR@10 of the last item of each user, beside directed co-occurrence."""
+    """`data` is a file or folder of interactions; HR@10 of each user's last item, beside directed co-occurrence."""
     command("train", data, "-o", run, "--minutes", seconds / 60, "--seed", seed)
     found = plait.evaluate(run, progress=False)
     hits = found["recommendation/item-item/hr_at_10"]

@@ -49,8 +49,8 @@ def choose_linear(
     classes: int,
     strengths: Sequence[float],
 ) -> tuple[float, bool]:
-    """The strength, and whether to balance classes, by accuracy and macro F1 (their mean) on held-out records: the least
-    strength within a standard error of the best, since new records differ more from train than held-out ones do."""
+    """The strength, and whether to balance classes, by accuracy and macro F1 (their mean) on held-out records: the
+    least strength within a standard error of the best, since new records differ more from train than these do."""
     counts = np.bincount(labels, minlength=classes)
     uneven = counts.max() > 3 * max(np.median(counts), 1)
     found: list[tuple[float, float, bool]] = []
