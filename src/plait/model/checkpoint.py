@@ -115,8 +115,8 @@ def save(
 
 
 def add_classifiers(folder: Path, classifiers: list[Classifier], space: SpaceQuality | None = None) -> None:
-    """Add classifiers, and what the space is worth, to a checkpoint's folder, in place of those that it has. Killed at any
-    moment, what is left is the checkpoint without them, or with them."""
+    """Add classifiers, and what the space is worth, to a checkpoint's folder, in place of those that it has. Killed at
+    any moment, what is left is the checkpoint without them, or with them."""
     manifest = folder / "manifest.json"
     value = read_sealed(manifest)
     sums = {name: digest for name, digest in value["sha256"].items() if name not in (FILE, ARRAYS, SPACE)}
