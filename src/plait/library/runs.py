@@ -237,7 +237,7 @@ def train(
             the run's folder first.
         out: the run's folder.
         recipe: a YAML file, a name of `plait recipes`, a dictionary or a Recipe; the arguments below are laid over it.
-        task: recognise, describe, draw, language, chat, reply or recommend; seen in the data where neither it nor a
+        task: one of `plait.core.config.known_tasks`; seen in the data where neither it nor a
             recipe is given. What a recipe leaves open follows from the task.
         size: tiny, small, base or large.
         minutes: a time budget that the schedule is fitted to.
