@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,6 +15,7 @@ from starlette.responses import Response
 from plait.chat.chat import Chat
 from plait.core.errors import PlaitError
 from plait.hf.pretrained import Pretrained
+from plait.inference.constrained import TextConstraint
 from plait.inference.engine import Completion, Delta, Request
 from plait.inference.model import Model
 from plait.model.multimodal import Sequence
@@ -42,6 +43,7 @@ class Served:
     fingerprint: str
     created: int
     chat: Chat | None = None
+    constraints: dict[str, TextConstraint] = field(default_factory=dict)  # compiled, by what was asked for
     prompt_bytes: int = 0  # more bytes of text than these cannot fit into the model's context; 0: not known
 
     @classmethod
@@ -49,7 +51,7 @@ class Served:
         chat = Chat(model, folder) if isinstance(model, Model) else None
         worker = Worker(name, model, limits)
         most = _most_bytes(model) if isinstance(model, Model) else 0
-        return cls(name, model, worker, fingerprint, int(time.time()), chat, most)
+        return cls(name, model, worker, fingerprint, int(time.time()), chat, prompt_bytes=most)
 
     def check_prompt(self, parts: Iterable[Any], param: str) -> None:
         """Raises ApiError for texts that are certainly too long for the model, before they are tokenised."""
