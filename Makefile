@@ -4,13 +4,16 @@ BIN = .venv/bin
 INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.lock
 
 
-.PHONY: demo speech serve test test-slow lint bench soak clean
+.PHONY: demo studio speech serve test test-slow lint bench soak clean
 
 demo: .venv/demo
 	$(BIN)/plait demo -o runs/demo
 
 serve: .venv/serve
 	$(BIN)/plait serve runs/demo --ui
+
+studio: .venv/serve
+	$(BIN)/plait studio runs/studio
 
 test: .venv/dev
 	$(BIN)/python -m pytest
@@ -36,11 +39,19 @@ speech:
 	$(INSTALL) --force-reinstall --no-deps espeakng-loader
 
 .venv/serve: .venv/demo
-	$(INSTALL) -e ".[ui]"
+	$(INSTALL) -e ".[studio]"
 	@touch $@
 
 .venv/dev: .venv/demo
 	$(INSTALL) -e ".[dev]"
+	@touch $@
+
+docs: .venv/docs
+	$(BIN)/python docs/make.py
+	$(BIN)/python -m mkdocs build --strict
+
+.venv/docs: .venv/dev
+	$(INSTALL) -e ".[docs]"
 	@touch $@
 
 bench: .venv/dev
@@ -54,4 +65,4 @@ soak: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak_search.py --model runs/demo
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site

@@ -13,6 +13,8 @@ import argparse
 import multiprocessing
 from multiprocessing.connection import Connection
 
+from plait.core import isa  # noqa: F401  isort: skip (before torch, which it may cap)
+
 import torch
 from measure import OURS, Contender, Row, Table, clock, timed
 from training import FAMILIES, SHAPES, as_transformers, losses, make_model, step_of, text_checkpoint
@@ -53,7 +55,8 @@ def side(pipe: Connection, ours: bool, size: str, family: str) -> None:
 
 def table(size: str, family: str, rounds: int) -> Table:
     context = multiprocessing.get_context("spawn")
-    blocks = native.backend_name(choose_device("cpu", training=True))
+    device = choose_device("cpu", training=True)
+    blocks, precision = native.backend_name(device), str(device.dtype).removeprefix("torch.")
     rows = [Row("ours", note=f"blocks: {blocks}"), Row(f"transformers {family}, eager")]
     pipes, processes = [], []
     for ours in (True, False):
@@ -71,7 +74,7 @@ def table(size: str, family: str, rounds: int) -> Table:
         pipe.send(False)
         process.join()
     rows[1].ratios = [a / b for a, b in zip(rows[0].rates, rows[1].rates, strict=True)]
-    found = Table(f"Training {size}, each as it ships, bf16", "tokens/s", rows)
+    found = Table(f"Training {size}, each as it ships, {precision}", "tokens/s", rows)
     print(found.markdown(), flush=True)
     return found
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from plait.core import isa  # noqa: F401  isort: skip (before torch, which it may cap)
+
 import torch
 import torch.nn.functional as F
 from measure import OURS, Contender, Table, compare

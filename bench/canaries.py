@@ -18,7 +18,7 @@ from plait.core.config import load_recipe
 from plait.data.dataset import Dataset
 from plait.data.prepare import prepare
 from plait.evaluation.tasks import evaluate
-from plait.inference.model import Model, load
+from plait.inference.model import PlaitModel, load
 from plait.training.trainer import train
 
 
@@ -45,7 +45,7 @@ def main() -> None:
     dataset = Dataset.open(options.out / "data")
     train(dataset, options.out / "run", recipe, lambda progress: None)
     model = load(options.out / "run")
-    assert isinstance(model, Model)
+    assert isinstance(model, PlaitModel)
     for name, metric in evaluate(model, dataset)[0].items():
         if name.startswith("memorising"):
             print(f"{name}: {metric['value']:.3g} ± {metric['stderr']:.2g} ({metric['n']}); chance {metric['chance']}, "

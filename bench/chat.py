@@ -27,11 +27,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import plait
-from plait.chat.chat import Chat, Turn
 from plait.chat.replies import Replies, same
 from plait.core.files import write_json
 from plait.data import conversations as conversations
 from plait.data.dataset import Dataset
+from plait.inference.prompts import Chat, Turn
 
 HERE = Path(__file__).resolve().parent.parent
 RECIPES = {"replies": "replies", "intents": "intents", "feelings": "intents", "emotions": "emotions", "chat": "chat"}

@@ -34,7 +34,7 @@ from plait.explain.methods import adding_up, occlusion
 from plait.explain.methods import areas as area
 from plait.explain.parts import Part, Question, Words
 from plait.explain.plait_models import question
-from plait.inference.model import Model, load
+from plait.inference.model import PlaitModel, load
 from plait.modalities.audio_files import encode_wav
 from plait.training.trainer import train
 
@@ -48,7 +48,7 @@ KEYS = ["apple", "stone", "river", "cloud"]
 FILL = ["the", "a", "old", "new", "big", "man", "dog", "walks", "runs", "sees", "near", "far", "house", "road", "then"]
 
 
-def trained(folder: Path, write: Callable[[Path], None], settings: dict, steps: int) -> Model:
+def trained(folder: Path, write: Callable[[Path], None], settings: dict, steps: int) -> PlaitModel:
     """The model of a data set that `write` makes, trained once."""
     run = folder / "run"
     if "finished" not in (read_json(run / "run.json") if (run / "run.json").is_file() else {}):
@@ -189,7 +189,7 @@ def tell_gaps(gaps: list[float], steps: list[int]) -> None:
 # --- random maps, shuffled weights ------------------------------------------------------------------------------
 
 
-def shuffled(model: Model, seed: int = 0) -> Model:
+def shuffled(model: PlaitModel, seed: int = 0) -> PlaitModel:
     """The same network with the numbers of each tensor in a random order (Adebayo et al., 2018)."""
     checkpoint = copy.copy(model.checkpoint)
     checkpoint.model = copy.deepcopy(model.checkpoint.model)
@@ -198,7 +198,7 @@ def shuffled(model: Model, seed: int = 0) -> Model:
         for parameter in checkpoint.model.parameters():
             order = torch.randperm(parameter.numel(), generator=generator)
             parameter.copy_(parameter.flatten()[order].view_as(parameter))
-    return Model(checkpoint, "cpu")
+    return PlaitModel(checkpoint, "cpu")
 
 
 def areas(runs: list[Path], cases: int, randoms: int = 3) -> None:

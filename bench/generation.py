@@ -6,6 +6,7 @@ The note shows the share of ids that both wrote alike: 100 % in fp32, less in bf
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from training import Shape, as_transformers, make_model, text_checkpoint
 
 from plait.core.device import choose_device
 from plait.inference.engine import Engine, Request
+from plait.kernels import generation as native
 from plait.model.multimodal import Sequence
 
 READ, WRITE = 32, 128
@@ -42,13 +44,16 @@ def tables(
     llama = LlamaCpp.of(checkpoint, precision, max(BATCHES)) if device.name == "cpu" else None
     model.to(device.torch)
     engine = Engine(checkpoint, device)
+    with mock.patch.object(native, "library", return_value=None):
+        plain = Engine(checkpoint, device)
+    small = Engine(checkpoint, choose_device("cpu", "int8")) if device.name == "cpu" and precision == "fp32" else None
     limit = bandwidth / (weights_read(model) * device.dtype.itemsize)
     found = []
     for rows in BATCHES:
         prompts = np.random.default_rng(0).integers(0, shape.vocabulary - 2, (rows, READ))
         ids = torch.from_numpy(prompts).to(device.torch)
 
-        def ours(prompts: np.ndarray = prompts) -> list[list[int]]:
+        def ours(prompts: np.ndarray = prompts, engine: Engine = engine) -> list[list[int]]:
             requests = [Request(Sequence().read_ids(p.tolist()), max_new_tokens=write) for p in prompts]
             return [result.samples[0].ids for result in engine.run(requests)]
 
@@ -81,8 +86,14 @@ def tables(
         if compiled:
             fast = lambda: theirs(cache_implementation="static")  # noqa: E731 (it compiles the model on a GPU by itself)
             contenders.append(contender("transformers, static cache", fast, "highest", written))
+        if device.name == "cpu":
+            contenders.append(contender("ours, PyTorch alone", lambda ours=ours: ours(engine=plain), OURS, written))
+        if small is not None:
+            contenders.append(contender("ours, int8", lambda ours=ours: ours(engine=small), OURS, written))
         if llama is not None:
             contenders.append(contender("llama.cpp", llamas, "highest", written))
+        note = ", ".join(f"batch {rows} {way}" for rows, way in engine.decoder.ways.steps.items())
+        contenders[0].note = f"measured choice: {note}"
         title = f"Generation {shape.name}, batch {rows}, {precision}"
         share = ("of bandwidth limit", limit) if rows == 1 else ("", 0.0)
         found.append(compare(title, "tokens/s", contenders, device.name, share, **timing))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from plait.core import isa
 from plait.model.checkpoint import Checkpoint
 
 NAMES = {  # Qwen3's in transformers -> GGUF's
@@ -65,6 +66,9 @@ class LlamaCpp:
     @classmethod
     def of(cls, checkpoint: Checkpoint, precision: str, rows: int) -> LlamaCpp | None:
         """None, with a line that says why, where the packages are not there."""
+        if isa.cap() is not None:
+            print(f"llama.cpp is left out: {isa.VARIABLE} does not cap it.\n")
+            return None
         try:
             import gguf  # noqa: F401
             import llama_cpp

@@ -13,9 +13,11 @@ from statistics import median
 
 import torch
 
+from plait.core import isa
 from plait.core.device import product_precision
 
 ROUNDS, SECONDS = 7, 1.0  # samples of each contender, and how long a sample lasts at least
+LEVEL = level.name if (level := isa.level()) else "no AVX2"  # the instructions that a processor may use here
 OURS = product_precision()  # torch's precision of fp32 products, as plait sets it on this processor
 
 
@@ -45,11 +47,16 @@ class Table:
     unit: str
     rows: list[Row]
     limit: str = ""  # what `share` is a share of
+    level: str = LEVEL  # the instruction set, or the accelerator
 
     def markdown(self) -> str:
         limit = [self.limit] if self.limit else []
         head = ["", self.unit, "least to most", "ours / this", "least to most", *limit, ""]
-        lines = [f"### {self.title}\n", f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 2) + " --- |"]
+        lines = [
+            f"### {self.title}, {self.level}\n",
+            f"| {' | '.join(head)} |",
+            "| --- |" + " ---: |" * (len(head) - 2) + " --- |",
+        ]
         for row in self.rows:
             cells = [row.name, *spread(row.rates, shown), *spread(row.ratios, "{:.2f}".format)]
             if self.limit:
@@ -118,6 +125,6 @@ def compare(
             row.share = median(row.rates) / limit[1]
         if contender.against in calls:
             row.ratios = [a / b for a, b in zip(rows[contender.against].rates, row.rates, strict=True)]
-    table = Table(title, unit, list(rows.values()), limit[0] if limit[1] else "")
+    table = Table(title, unit, list(rows.values()), limit[0] if limit[1] else "", LEVEL if device == "cpu" else device)
     print(table.markdown(), flush=True)
     return table

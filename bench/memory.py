@@ -70,6 +70,7 @@ def table(name: str, family: str) -> Table:
             process.join()
     rows[1].ratios = [rows[1].rates[0] / rows[0].rates[0]]
     rows[0].note = f"weights, gradients and moments {states:,.0f}; the ratio is theirs / ours"
-    found = Table(f"Memory of training {name}, {family}, bf16", "MB", rows)
+    precision = str(choose_device("cpu", training=True).dtype).removeprefix("torch.")
+    found = Table(f"Memory of training {name}, {family}, {precision}", "MB", rows)
     print(found.markdown(), flush=True)
     return found

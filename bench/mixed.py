@@ -14,8 +14,8 @@ from plait.core.config import SIZES, BackboneRecipe
 from plait.core.device import choose_device
 from plait.inference.engine import Engine, Request
 from plait.inference.sampling import Sampling
-from plait.modalities import SETTINGS
 from plait.modalities.base import Vocabulary
+from plait.modalities.registry import SETTINGS
 from plait.modalities.text import Text
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import ModelConfig, Multimodal, Sequence

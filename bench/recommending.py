@@ -136,7 +136,8 @@ def speed(folder: Path, rounds: int = 9) -> dict[str, float]:
     from plait.core.device import choose_device, keep_memory, threads
     from plait.data.dataset import Dataset
     from plait.model.multimodal import Multimodal
-    from plait.recommend.sampler import HistorySampler, item_content
+    from plait.recommend.sampler import HistorySampler
+    from plait.recommend.source import open_histories
     from plait.training.batches import PASS
     from plait.training.build import model_config
     from plait.training.distributed import Group, Network
@@ -147,8 +148,8 @@ def speed(folder: Path, rounds: int = 9) -> dict[str, float]:
     keep_memory()
     recipe, dataset = load_recipe(folder / "recipe.yaml"), Dataset.open(folder / "data")
     device = choose_device("cpu", training=True)
-    content = item_content(dataset, recipe, folder / "none", None)
-    model = Multimodal(model_config(recipe, dataset, 256, None, items=content.settings))
+    content = open_histories(dataset, recipe, folder / "none", device)
+    model = Multimodal(model_config(recipe, dataset, 256, None, brought=content.settings))
     content.fill(model)
     model.train()
     split, backbone, settings = content.split("train"), model.config.backbone, recipe.training

@@ -1,10 +1,11 @@
-"""Speed beside other libraries, measured side by side in one run; see docs/bench.md for how to read it.
+"""Speed beside other libraries, measured side by side in one run; see docs/benchmarks/speed.md for how to read it.
 
     python bench/run.py                      # make bench
     python bench/run.py --only training --compile
     python bench/run.py --device cuda
 
-Writes runs/bench/bench.md and bench.json.
+Writes runs/bench/bench.md and bench.json; and on a processor with more than AVX2, what it does with AVX2 alone
+(PLAIT_ISA=avx2) beside them in runs/bench/avx2.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from plait.core import isa  # isort: skip (before torch, which it may cap)
 
 import as_shipped
 import attention
@@ -78,7 +83,8 @@ def report(facts: dict[str, Any], found: list[Table]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     lines = [
         "# Speed\n",
-        f"{facts['processor']}, {facts['threads']} of {facts['processors']} processors; accelerator: "
+        f"{facts['processor']}, instructions up to {facts['instructions']}; "
+        f"{facts['threads']} of {facts['processors']} processors; accelerator: "
         f"{facts['accelerator']}. Load before: {facts['load before']:.2f}. {versions}. "
         f"Environment: {facts['environment'] or 'plain'}.\n",
         "| limit of the machine | before | after |\n| --- | ---: | ---: |",
@@ -102,7 +108,7 @@ def main() -> None:
     torch.set_num_threads(threads())
     keep_memory()  # as `plait train` does, here for all contenders
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a network
-    facts = machine.metadata(options.device) | {
+    facts = machine.facts(options.device) | {
         "options": vars(options) | {"out": str(options.out)},
         "time": time.time(),
     }
@@ -115,6 +121,22 @@ def main() -> None:
     (options.out / "bench.md").write_text(report(facts, found), encoding="utf-8")
     (options.out / "bench.json").write_text(json.dumps(facts | {"tables": [asdict(t) for t in found]}, indent=1))
     print(f"Written to {options.out / 'bench.md'} and bench.json.")
+    if options.device == "cpu" and not options.quick and isa.cap() is None and len(isa.supported()) > 1:
+        capped(options)
+
+
+def capped(options: argparse.Namespace) -> None:
+    """What a processor with AVX2 alone would do: the parts where kernels count, once more in a process of that cap."""
+    parts = [part for part in ("training", "shipped", "generation") if part in options.only]
+    if not parts:
+        return
+    least = isa.supported()[0].name
+    print(f"\nOnce more with {isa.VARIABLE}={least}.\n", flush=True)
+    command = [sys.executable, __file__, "--only", *parts, "--families", "Qwen3", "--rounds", str(options.rounds)]
+    if options.sizes:
+        command += ["--sizes", *options.sizes]
+    command += ["-o", str(options.out / least)]
+    subprocess.run(command, env={**os.environ, isa.VARIABLE: least}, check=True)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def build_or_load_model(
+def begin(
     data: Path, run: Path, recipe: Path, *options: object, after: int | None = None, processes: int = 2
 ) -> subprocess.Popen[str]:
     """Start to train with several processes, and wait until so many steps are done."""

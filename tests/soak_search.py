@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image
 
 from plait.core.errors import PlaitError
-from plait.inference.model import Model, load
+from plait.inference.model import PlaitModel, load
 from plait.search import adding as indexing
 from plait.search import index as searching
 from plait.search.index import Index
@@ -80,7 +80,7 @@ def listed(index: Index) -> list[str]:
     return sorted(index.table.search().select(["id"]).limit(None).to_arrow()["id"].to_pylist())
 
 
-def r17(model: Model, folder: Path, count: int, draw: random.Random) -> tuple[int, list[str]]:
+def r17(model: PlaitModel, folder: Path, count: int, draw: random.Random) -> tuple[int, list[str]]:
     """Killed in add, delete and compact."""
     indexing.COMMIT = searching.BATCH = 16
     files, place = folder / "files", folder / "index"
@@ -154,7 +154,7 @@ def r17(model: Model, folder: Path, count: int, draw: random.Random) -> tuple[in
     return good, wrong
 
 
-def r16(model: Model, folder: Path, count: int, draw: random.Random) -> tuple[int, list[str]]:
+def r16(model: PlaitModel, folder: Path, count: int, draw: random.Random) -> tuple[int, list[str]]:
     """A second writer is refused, with the process id of the first."""
     place, image = folder / "two", folder / "one.png"
     Image.new("RGB", (8, 8), "red").save(image)
@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     loaded = load(options.model, "cpu")
-    assert isinstance(loaded, Model)
+    assert isinstance(loaded, PlaitModel)
     failed = False
     for name, work, usual in (("R16", r16, 20), ("R17", r17, 200)):
         if name in options.faults:

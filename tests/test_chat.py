@@ -12,11 +12,12 @@ import yaml
 
 import plait as package
 from conftest import EN, RECIPE, make_image
-from plait.chat.chat import Chat, Session, Turn
-from plait.chat.template import Template
+from plait.chat.session import Session
 from plait.data import conversations as data
 from plait.data.dataset import Dataset
+from plait.inference.prompts import Chat, Turn
 from plait.modalities.text import Text
+from plait.model.chat_template import Template
 from plait.model.multimodal import IGNORE
 from plait.training.batches import Sampler, load_split
 

@@ -18,11 +18,10 @@ from plait.core.device import Device
 from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
 from plait.data.prepare import prepare
-from plait.inference.model import Model
+from plait.inference.model import PlaitModel
 from plait.modalities.text import Text
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import IGNORE, Multimodal
-from plait.model.objectives import contrastive
 from plait.training.batches import Sampler, Split, Step, add_codes, load_split
 from plait.training.build import model_config
 from plait.training.distributed import Group, Network
@@ -76,7 +75,7 @@ def use_manual_backward(model: Multimodal, step: Step, split: Split, restricted:
         if len(records) > 1:
             same = torch.from_numpy(split.positives(np.array(records), np.array(records)))
             first, second = (torch.stack([spans[name][r] for r in records]) for name in (a, b))
-            losses[f"contrastive:{'-'.join(sorted((a, b)))}"] = contrastive(first, second, same, model.logit_scale)
+            losses[f"contrastive:{'-'.join(sorted((a, b)))}"] = model.pair_loss(first, second, same, model.pair_scalars)
     return losses
 
 
@@ -115,7 +114,7 @@ def test_what_is_only_read_still_meets_its_text(parts: tuple[Multimodal, Split])
     assert measured == pytest.approx({name: float(value.detach()) for name, value in losses.items()}, rel=1e-5)
     text = Text.train(["one", "two"], 280)
     reader = Multimodal(model.config.model_copy(update={"read_only": ["image"]}))
-    used = Model(Checkpoint(reader, text), "cpu")
+    used = PlaitModel(Checkpoint(reader, text), "cpu")
     assert "draw" not in used.verbs and "speak" in used.verbs
     with pytest.raises(PlaitError, match=r"training\.weights\.image: 0"):
         used.draw("one")

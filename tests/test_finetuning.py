@@ -80,10 +80,10 @@ def test_what_is_new_is_added_and_what_is_frozen_stays(base: Path, new: Path, tm
         assert not torch.equal(after[table][grown.opener("fr")], before[table].mean(0))
     assert now.labels["fr"] == sorted(NEW, key=now.labels["fr"].index) and now.labels["en"] == was.labels["en"]
     # What went in and what came out for the old columns is the same, to the bit.
-    from plait.inference.model import Model
+    from plait.inference.model import PlaitModel
 
     image = make_image(0, np.random.default_rng(7))
-    scores = [Model(one, "cpu").classify(image, column="en") for one in (was, now)]
+    scores = [PlaitModel(one, "cpu").classify(image, column="en") for one in (was, now)]
     assert scores[0] == scores[1]
 
 

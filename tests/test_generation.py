@@ -18,7 +18,7 @@ from plait.inference import scoring
 from plait.inference.decoder import Decoder
 from plait.inference.engine import Engine, Request
 from plait.inference.grammar import spans
-from plait.inference.model import Model, find_checkpoint, load
+from plait.inference.model import PlaitModel, find_checkpoint, load
 from plait.inference.sampling import BatchSamplingParams, Sampling, draw
 from plait.kernels.linear import PackedLinear
 from plait.modalities.text import Text
@@ -58,8 +58,8 @@ def make(tied: bool = False, position: str = "rotary", **columns: str) -> Checkp
 
 
 @pytest.fixture(scope="module")
-def model() -> Model:
-    return Model(make(), "cpu")
+def model() -> PlaitModel:
+    return PlaitModel(make(), "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def audio() -> tuple[np.ndarray, int]:
     return np.random.default_rng(1).normal(size=2400).astype(np.float32), 8000
 
 
-def plain_logits(model: Model, context: Sequence, ids: list[int]) -> torch.Tensor:
+def plain_logits(model: PlaitModel, context: Sequence, ids: list[int]) -> torch.Tensor:
     """Logits (V,) after context and ids by one uncached pass."""
     whole = Sequence(context.ids + ids, context.targets + ids, context.media)
     net = model.checkpoint.model
@@ -81,7 +81,7 @@ def plain_logits(model: Model, context: Sequence, ids: list[int]) -> torch.Tenso
     return logits.clone()
 
 
-def plain_write(model: Model, request: Request, sample: int = 0) -> list[int]:
+def plain_write(model: PlaitModel, request: Request, sample: int = 0) -> list[int]:
     """The engine's promise without a cache, a batch or a tensor of settings."""
     span = spans(model.checkpoint.model)[request.token_type]
     bare = Sequence().read_ids(request.context.ids[-1:])
@@ -107,7 +107,7 @@ def plain_write(model: Model, request: Request, sample: int = 0) -> list[int]:
     return ids
 
 
-def mixed(model: Model, image, audio, count: int) -> list[Request]:
+def mixed(model: PlaitModel, image, audio, count: int) -> list[Request]:
     contexts = [
         ("image", model.context(["a red heart"], "image")),
         ("text", model.context(["a red"])),
@@ -137,7 +137,7 @@ def mixed(model: Model, image, audio, count: int) -> list[Request]:
 
 @pytest.mark.parametrize(("tied", "position"), [(False, "rotary"), (True, "learned")])
 def test_engine_writes_what_a_plain_loop_writes(tied, position, image, audio):
-    model = Model(make(tied, position), "cpu")
+    model = PlaitModel(make(tied, position), "cpu")
     requests = mixed(model, image, audio, 12)
     for rows in (3, 64):  # with 3 rows most requests wait for others to leave
         results = Engine(model.checkpoint, model.device, rows).run(requests)
@@ -161,7 +161,7 @@ def test_alone_and_in_company(model, image, audio):
 @pytest.mark.parametrize("tied", [True, False])
 def test_weights_in_fewer_bits(tied, precision, image):
     """Held once, in the precision asked for; what is written stays near to what fp32 writes."""
-    exact, small = Model(make(tied, "rotary"), "cpu"), Model(make(tied, "rotary"), "cpu", precision)
+    exact, small = PlaitModel(make(tied, "rotary"), "cpu"), PlaitModel(make(tied, "rotary"), "cpu", precision)
     network = small.checkpoint.model
     kept = [module for module in network.modules() if isinstance(module, PackedLinear)]
     if small.device.weights is not None:
@@ -401,7 +401,7 @@ def test_bulk_writing_gives_each_context_its_own_draws(model):
 
 
 def test_a_text_model_says_what_it_cannot(image):
-    model = Model(make(story="text"), "cpu")
+    model = PlaitModel(make(story="text"), "cpu")
     assert model.generate("a", max_new_tokens=2).startswith("a")
     with pytest.raises(PlaitError, match="cannot draw"):
         model.draw("a star")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,3 +38,32 @@ def test_print_belongs_to_the_command_line() -> None:
             node.func for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)
         )
         assert not any(isinstance(f, ast.Name) and f.id == "print" for f in calls), file
+
+
+@pytest.mark.parametrize("words", ["plait --help", "plait tr", "plait train --h"])
+def test_help_and_completion_load_no_model_code(words: str) -> None:
+    script = (
+        "import atexit, sys; from plait.cli import main;"
+        "atexit.register(lambda: print(*(m for m in ('torch', 'transformers', 'sklearn') if m in sys.modules)));"
+        f"sys.argv = {words.split()!r}; main()"
+    )
+    options = {} if "--help" in words else {"_PLAIT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": "1"}
+    if words.startswith("plait train"):
+        options["COMP_CWORD"] = "2"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, **options}, capture_output=True, text=True, check=False
+    )
+    lines = done.stdout.split("\n")
+    assert lines[-2] == "", "what was loaded"
+    assert {"plait --help": "prepare", "plait tr": "train", "plait train --h": "--help"}[words] in done.stdout
+
+
+def test_version_is_one() -> None:
+    from typer.testing import CliRunner
+
+    from plait.cli import app
+
+    assert CliRunner().invoke(app, ["--version"]).stdout == f"plait {plait.__version__}\n"
+    root = SOURCE.parent.parent
+    if (root / "CITATION.cff").is_file():  # not in an installed package
+        assert f"version: {plait.__version__}" in (root / "CITATION.cff").read_text(encoding="utf-8")

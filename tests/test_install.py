@@ -55,6 +55,13 @@ def test_names_agree() -> None:
     with pytest.raises(PlaitError, match=re.escape(f"Chess needs nothing_of_this_name. Run: {install_command('ui')}")):
         check_extra("nothing_of_this_name.part", "ui", "Chess")
     check_extra("numpy", "ui", "Counting")
+    named = set()
+    for file in (ROOT / "src").rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        assert not re.search(r"pip install '?\"?plait(?!-ml)", text), f"{file}: say it by plait.core.dist"
+        calls = r"install_command\([\"'](\w+)[\"']\)|(?:check|import)_extra\(\s*\"?[\w.]+\"?, \"(\w+)\""
+        named |= {extra for match in re.finditer(calls, text) for extra in match.groups() if extra}
+    assert named and named <= set(PROJECT["optional-dependencies"])
 
 
 def test_recipes_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

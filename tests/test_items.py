@@ -178,9 +178,9 @@ def test_bad_questions(
 
 def test_a_model_of_histories_writes_nothing(shop: Path, plait: Command, capsys: pytest.CaptureFixture[str]) -> None:
     assert plait("generate", shop / "run", "Hello") == 1
-    assert "recommend, similar" in capsys.readouterr().err
+    assert "recommend and similar" in capsys.readouterr().err
     assert plait("export", shop / "run", "-o", shop / "exported") == 1
-    assert "histories of items" in capsys.readouterr().err
+    assert "which no other program can" in capsys.readouterr().err
 
 
 def test_over_http(shop: Path) -> None:
@@ -270,10 +270,10 @@ def test_chances_over_a_trie_are_those_of_its_paths() -> None:
     backbone = TransformerConfig(width=32, layers=2, heads=2, kv_heads=2, head_width=16, hidden=64, max_length=40)
     model = Multimodal(ModelConfig(backbone=backbone, vocabulary=vocabulary, embed_dim=0, tied=True,
                                    modalities={"item_codes": known.model_dump()})).eval()  # fmt: skip
-    assert model.item_codes is not None
+    codes_of_items = model.modalities["item_codes"]
     with torch.no_grad():
         for name, buffer in codes.items():
-            getattr(model.item_codes, name).copy_(buffer)
+            getattr(codes_of_items, name).copy_(buffer)
         for parameter in model.token_embedding.parameters():
             parameter.mul_(30)
     table = codes["table"].long().numpy()
@@ -306,8 +306,8 @@ def test_chances_over_a_trie_are_those_of_its_paths() -> None:
         lacks = np.setdiff1d(everything, history)
         wanted = {*np.argsort(-row)[:20], *lacks[np.argsort(-row[lacks])][:20]}
         assert set(np.flatnonzero(np.isfinite(some)).tolist()) == wanted
-    model.item_codes.grow(content[:3])
-    grown = model.item_codes.table.numpy()
+    codes_of_items.grow(content[:3])
+    grown = codes_of_items.table.numpy()
     assert (grown[-3:, :-1] == table[:3, :-1]).all() and len(np.unique(grown, axis=0)) == len(content) + 3
 
 

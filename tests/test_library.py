@@ -41,8 +41,8 @@ TWINS = {
     "speak": "plait:Model.speak",
     "embed": "plait:Model.embed",
     "explain": "plait:Model.explain",
-    "recommend": "plait:Model.recommend",
-    "similar": "plait:Model.similar",
+    "recommend": "plait.recommend.model:RecommendationModel.recommend",
+    "similar": "plait.recommend.model:RecommendationModel.similar",
     "search": "plait:Index.search",
     "index add": "plait:Index.add",
     "index delete": "plait:Index.delete",
@@ -50,10 +50,11 @@ TWINS = {
     "index verify": "plait:Index.verify",
     "checkpoint list": "plait:Run.checkpoints",
     "checkpoint verify": "plait:Run.checkpoints",
-    "chat": "plait.chat.chat:Session.say",
+    "chat": "plait.chat.session:Session.say",
     "reply": "plait.chat.replies:open_replies",
     "serve": "plait.server.app:serve",
     "recipes": "plait.core.recipes:packaged_recipes",
+    "studio": "plait.studio.app:serve",
     "key": "plait.server.limits:new_key",
     "doctor": "plait.doctor:check_folder",
     "sizes": "plait.training.build:size_table",
@@ -61,7 +62,10 @@ TWINS = {
 # Of these every option must be an argument of the function.
 WHOLE = ("prepare", "train", "evaluate", "tune", "transfer", "plan", "demo", "export", "generate", "classify")
 SHOWS = {"as_json", "out_folder", "run", "study", "device", "model", "files", "inputs", "prompt", "source", "dataset"}
-OTHER = {("train", "processes")}  # `--processes` starts the program several times, as torchrun does
+OTHER = {
+    ("train", "processes"),  # starts the program several times, as torchrun does
+    ("generate", "precision"), ("classify", "precision"),  # arguments of `plait.load`
+}  # fmt: skip
 
 
 def _commands() -> Iterator[tuple[str, Any]]:

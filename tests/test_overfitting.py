@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from plait.evaluation.memorising import Runs, pieces
 from plait.evaluation.metrics import calibration
-from plait.reports.curves import gap
+from plait.reports.overfitting import gap
 from plait.training.canaries import canary
 
 WORDS = ["the", "a", "red", "blue", "old", "new", "fox", "dog", "runs", "near", "far", "tree", "and", "then", "sees"]

@@ -6,7 +6,6 @@ import ast
 import asyncio
 import base64
 import concurrent.futures
-import importlib.util
 import io
 import json
 import re
@@ -24,9 +23,9 @@ import pytest
 from PIL import Image
 
 import plait
-from plait.chat.chat import Chat, Turn
 from plait.core.interruption import Interrupted, pause_point, pausing
-from plait.inference.model import Model
+from plait.inference.model import PlaitModel
+from plait.inference.prompts import Chat, Turn
 from plait.modalities.audio_files import encode_wav
 from plait.server.limits import ApiError, Limits, read_keys
 from plait.server.worker import Worker, follow
@@ -57,7 +56,7 @@ def server(
     with Server.start(
         folder / "log", trained, f"text={letters}", "--api-key-file", folder / "keys", "--read-seconds", 1,
         "--batch", CAPACITY // 2, "--queue", CAPACITY // 2, "--drain-seconds", 1, "--allow-origin", "https://app.test",
-        *(["--ui"] if importlib.util.find_spec("gradio") else []), key=key, optimised=True,
+        "--ui", key=key, optimised=True,
     ) as running:  # fmt: skip
         yield running
 
@@ -131,7 +130,7 @@ def test_hosts_and_origins(server: Server) -> None:
 
 
 PAGE = ["/", "/page.js", "/theme.css", "/favicon.ico", "/report/run", "/report/text", "/assets/x.js", "/static/x",
-        "/gradio_api/queue/join", "/gradio_api/queue/data", "/gradio_api/upload", "/config"]  # fmt: skip
+        "/static/studio.js", "/static/served.js", "/static/studio.css"]  # fmt: skip
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 
 
@@ -215,7 +214,7 @@ def test_work_beside_generation_ends_at_its_deadline(letters: Path) -> None:
     """Whatever the model's thread does stands still between its passes: others write meanwhile, and when its time is
     over or its client has gone, it ends. Without that this test would not."""
     model = plait.load(letters)
-    assert isinstance(model, Model)
+    assert isinstance(model, PlaitModel)
 
     def endless() -> None:
         while True:
@@ -541,7 +540,7 @@ def test_chat_templates(letters: Path, tmp_path: Path) -> None:
 
     from plait.hf.export import export_transformers
 
-    model = Model(plait.load(letters).checkpoint, "cpu")
+    model = PlaitModel(plait.load(letters).checkpoint, "cpu")
     export_transformers(model.checkpoint, tmp_path / "model")
     theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path / "model", split_special_tokens=False)
     theirs.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import plait
-from plait.inference.model import Model
+from plait.inference.model import PlaitModel
 from server import Server, is_error, write_imports, write_text_model
 
 transformers = pytest.importorskip("transformers")
@@ -121,7 +121,7 @@ def check_schemas(folder: Path, count: int) -> None:
     """In one batch, beside a free text that must not notice."""
     jsonschema_rs = pytest.importorskip("jsonschema_rs")
     model = plait.load(folder)
-    assert isinstance(model, Model)
+    assert isinstance(model, PlaitModel)
     rng = random.Random(count)
     schemas = [random_schema(rng) for _ in range(count)]
     context = model.context("the cat")
@@ -153,7 +153,7 @@ def test_many_schemas(models: dict[str, Path]) -> None:
 
 def test_constraints_of_python(models: dict[str, Path]) -> None:
     model = plait.load(models["bytes"])
-    assert isinstance(model, Model)
+    assert isinstance(model, PlaitModel)
     assert model.generate("the", choice=["yes", "no, never"], seed=3, do_sample=True) in ("yes", "no, never")
     found = model.generate("the", regex="[ab]{3,5}c", n=3)
     assert all(3 <= len(text) - 1 <= 5 and set(text[:-1]) <= set("ab") and text[-1] == "c" for text in found)

@@ -13,7 +13,7 @@ from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
 from plait.data.prepare import prepare
 from plait.evaluation.tasks import Limits, evaluate
-from plait.inference.model import Model
+from plait.inference.model import PlaitModel
 from plait.modalities.text import Text
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import Multimodal, collate
@@ -23,7 +23,7 @@ from plait.training.batches import lm_windows
 from plait.training.build import label_columns, model_config
 
 
-def untrained(data: Path) -> tuple[Model, Dataset]:
+def untrained(data: Path) -> tuple[PlaitModel, Dataset]:
     dataset = Dataset.open(data)
     texts = [t for c, kind in dataset.columns.items() if kind == "text" for t in dataset.texts(c) if t]
     text = Text.train(texts, 300)
@@ -31,7 +31,9 @@ def untrained(data: Path) -> tuple[Model, Dataset]:
     recipe = parse_recipe({"model": {"backbone": backbone, "image": {"size": 16, "codec_width": 16}}}, "the test")
     torch.manual_seed(0)
     network = Multimodal(model_config(recipe, dataset, text.size, None)).eval()
-    return Model(Checkpoint(network, text, label_columns(dataset, network.config.backbone.max_length)), "cpu"), dataset
+    return PlaitModel(
+        Checkpoint(network, text, label_columns(dataset, network.config.backbone.max_length)), "cpu"
+    ), dataset
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from plait.core import dist
+from plait.core import isa as _isa  # noqa: F401 (PLAIT_ISA must reach the environment before torch loads)
 
 if TYPE_CHECKING:
     from plait.core.errors import PlaitError
     from plait.data.dataset import Dataset
-    from plait.inference.model import Model, load
+    from plait.inference.base import Model
+    from plait.inference.model import load
     from plait.inference.results import Prediction, Predictions
     from plait.library.datasets import prepare
     from plait.library.demo import demo
@@ -64,7 +66,7 @@ _MODULES = {
     "Dataset": "plait.data.dataset",
     "Evaluation": "plait.library.evaluations",
     "Index": "plait.search.index",
-    "Model": "plait.inference.model",
+    "Model": "plait.inference.base",
     "PlaitError": "plait.core.errors",
     "Prediction": "plait.inference.results",
     "Predictions": "plait.inference.results",

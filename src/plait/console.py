@@ -14,15 +14,13 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from plait.data.dataset import Manifest
-    from plait.hf.pretrained import Pretrained
-    from plait.inference.model import Model
+    from plait.inference.base import Model
 
 
 app = typer.Typer(
     name="plait",
     help="One model that reads and writes text, images and audio from your own files.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -54,8 +52,8 @@ def show_manifest(manifest: Manifest, folder: str | Path) -> None:
             table.add_row(name, kind, str(lengths.records), span)
     out.print(table)
     counts = ", ".join(f"{split} {count}" for split, count in manifest.counts.items())
-    if manifest.catalogue is not None:
-        out.print(f"Interactions: {counts}. Rejected: {manifest.rejected}.")
+    if manifest.kind != "records":
+        out.print(f"{manifest.unit.capitalize()}: {counts}. Rejected: {manifest.rejected}.")
         for note in manifest.notes:
             out.print(f"  {plain(note)}")
     else:
@@ -97,7 +95,7 @@ def existing(path: Path) -> Path:
     return path
 
 
-def note_windows(model: Model | Pretrained, value: str | Path) -> None:
+def note_windows(model: Model, value: str | Path) -> None:
     """Say so where an audio clip is longer than the model reads at once."""
     if isinstance(value, Path) and (count := model.window_count(value)) > 1:
         text = f"{value} is longer than this model reads at once; it is read in {count} windows that overlap by half."

@@ -20,7 +20,7 @@ from plait.core import isa
 from plait.core.device import choose_device, threads
 from plait.core.dist import DISTRIBUTION, VERSION, install_command
 from plait.core.errors import PlaitError
-from plait.core.files import read_json, sha256_file
+from plait.core.files import link_target, read_json, sha256_file
 from plait.data.dataset import Dataset
 from plait.data.demo_data import Speech
 from plait.data.stores import read_place
@@ -37,12 +37,13 @@ LITTLE, NOTHING = 5e9, 5e8  # bytes free on a disk that are worth a warning, and
 EXTRAS = {
     "huggingface": "Hugging Face models that transformers runs",
     "serve": "plait serve",
-    "ui": "the page of plait serve",
+    "studio": "plait studio, and the page of plait serve",
     "search": "plait index and plait search",
     "explain": "integrated gradients",
     "tune": "plait tune",
     "postgresql": "plait tune on many machines",
     "hub": "data sets of the Hugging Face hub",
+    "media": "video, HEIC, JPEG XL, AAC",
     "onnx": "export to ONNX",
     "tensorboard": "TensorBoard's curves",
     "speech": "the demo's voices",
@@ -87,8 +88,6 @@ def check_folder(path: Path) -> list[Finding]:
 
 def _python() -> Finding:
     told = f"Plait {VERSION}, Python {platform.python_version()} on {platform.system()} {platform.machine()}"
-    if platform.system() not in ("Linux", "Darwin"):
-        return Finding("fail", "python", f"{told}; use Linux or macOS, or Windows through WSL")
     return Finding("ok", "python", told)
 
 
@@ -321,15 +320,15 @@ def _run(path: Path) -> list[Finding]:
             found.append(Finding("ok", "codec", f"{file.stem}: {'whole' if known else 'no sha256 was written down'}"))
     whole: dict[Path, str] = {}
     links = sorted(entry for entry in (path / "checkpoints").glob("*") if not entry.name.startswith("."))
-    for folder in dict.fromkeys(entry.resolve() for entry in links):
-        names = "/".join(entry.name for entry in links if entry.resolve() == folder)
+    for folder in dict.fromkeys(_led_to(entry) for entry in links):
+        names = "/".join(entry.name for entry in links if _led_to(entry) == folder)
         if wrong := checkpoint.verify(folder):
             found += [Finding("fail", f"checkpoint {names}", line) for line in wrong]
         else:
             whole[folder] = _told(folder)
             found.append(Finding("ok", f"checkpoint {names}", whole[folder]))
     step, wrong = checkpoint.newest_whole(path / "checkpoints")
-    best = (path / "checkpoints" / "best").resolve()
+    best = _led_to(path / "checkpoints" / "best")
     if best in whole:
         found.append(Finding("ok", "used", f"{best}, {whole[best]}"))
     elif step:
@@ -348,3 +347,9 @@ def _run(path: Path) -> list[Finding]:
     if "dataset" in facts and isinstance(dataset, Path) and not (dataset / "manifest.json").is_file():
         found.append(Finding("warn", "dataset", f"{dataset} is not there any more: evaluate with --data"))
     return found
+
+
+def _led_to(entry: Path) -> Path:
+    """The folder of a step: an entry among the checkpoints, or what it is a link to."""
+    target = link_target(entry)
+    return entry.resolve() if target is None else (entry.parent / target).resolve()

@@ -13,7 +13,7 @@ import typer
 from plait.console import DeviceOption, ModelArgument, PrecisionOption, SeedOption, app, err, out, plain, write
 
 if TYPE_CHECKING:
-    from plait.chat.chat import Session
+    from plait.chat.session import Session
     from plait.inference.model import Options
 
 HELP = (
@@ -40,14 +40,16 @@ def chat(
 
     Example: plait chat runs/chat
     """
-    from plait.chat.chat import Chat, Session
+    from plait.chat.session import Session
     from plait.core.errors import PlaitError
     from plait.hf import hub
-    from plait.inference.model import Model, find_checkpoint, load
+    from plait.inference.base import Verb
+    from plait.inference.model import find_checkpoint, load
+    from plait.inference.prompts import Chat
 
-    loaded = load(model, device, precision)
-    if not isinstance(loaded, Model):
-        raise PlaitError(f"{model} cannot chat; it can {', '.join(loaded.verbs)}.")
+    loaded = load(model, device, precision).plait_model
+    if loaded is None or Verb.GENERATE not in loaded.verbs:
+        raise PlaitError(f"{model} cannot chat: it runs in transformers, or writes nothing.")
     session = Session(Chat(loaded, find_checkpoint(model) or hub.find(model)), system)
     options: Options = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed}
     asking = sys.stdin.isatty()
@@ -136,11 +138,11 @@ def reply(
 
     from plait.chat.replies import open_replies
     from plait.core.errors import PlaitError
-    from plait.inference.model import Model, load
+    from plait.inference.model import load
 
-    loaded = load(str(run), device)
-    if not isinstance(loaded, Model):
-        raise PlaitError(f"{run} writes no replies; it can {', '.join(loaded.verbs)}.")
+    loaded = load(str(run), device).plait_model
+    if loaded is None:
+        raise PlaitError(f"{run} writes no replies: it runs in transformers.")
     replies = open_replies(loaded, run, data, question, answer)
     assert replies.confidence is not None
     if least is not None:

@@ -8,12 +8,18 @@ from collections import Counter
 import numpy as np
 import torch
 
-from plait.chat.sequences import Scribe, sequences
 from plait.evaluation import metrics
 from plait.evaluation.context import EvalContext
 from plait.evaluation.findings import Gallery, ReportItem
 from plait.model.multimodal import IGNORE, Sequence, collate
 from plait.model.objectives import negative_log_likelihood
+from plait.training.conversations import Scribe, sequences
+
+
+def evaluate_chats(eval_context: EvalContext) -> None:
+    """All columns of conversations."""
+    for column in eval_context.chats:
+        evaluate_conversations(eval_context, column)
 
 
 def evaluate_conversations(eval_context: EvalContext, column: str) -> None:

@@ -8,4 +8,5 @@ FEATURE = Feature(
     name="chat",
     commands="plait.chat.commands",
     panel="Use a model",
+    adds={"record_evaluation": "plait.chat.evaluate:evaluate_chats"},
 )

@@ -19,7 +19,7 @@ from plait.core.errors import PlaitError
 from plait.core.files import read_json, write_json
 from plait.data.dataset import Dataset
 from plait.data.stores import read_place
-from plait.inference.model import Model
+from plait.inference.model import PlaitModel
 
 FILE = "replies.json"
 VERSION = 1
@@ -79,7 +79,9 @@ class Confidence:
 class Replies:
     """Answers from the past pairs of a dataset, by a model that was trained on it."""
 
-    def __init__(self, model: Model, dataset: Dataset, question: str | None = None, reply: str | None = None) -> None:
+    def __init__(
+        self, model: PlaitModel, dataset: Dataset, question: str | None = None, reply: str | None = None
+    ) -> None:
         """`question` and `reply` are the columns; by default the one that is never written, and the first other text.
 
         Raises PlaitError where there are no such columns or no pairs."""
@@ -222,7 +224,7 @@ def _threshold(good: np.ndarray, bad: np.ndarray) -> float:
     return float((cuts[best[0]] + cuts[best[-1]]) / 2)
 
 
-def _columns(model: Model, dataset: Dataset, question: str | None, reply: str | None) -> tuple[str, str]:
+def _columns(model: PlaitModel, dataset: Dataset, question: str | None, reply: str | None) -> tuple[str, str]:
     texts = [c for c, kind in model.columns.items() if kind == "text" and dataset.columns.get(c) == "text"]
     unwritten = [c for c in texts if c in model.checkpoint.model.config.read_only]
     first = question or next(iter(unwritten or texts), None)
@@ -238,7 +240,9 @@ def _columns(model: Model, dataset: Dataset, question: str | None, reply: str | 
     return first, second
 
 
-def open_replies(model: Model, run: Path, dataset: Path | None, question: str | None, reply: str | None) -> Replies:
+def open_replies(
+    model: PlaitModel, run: Path, dataset: Path | None, question: str | None, reply: str | None
+) -> Replies:
     """The replies of a run, fitted now or before; `dataset` is where the run's pairs lie by default.
 
     Raises PlaitError where the run or its data are not there."""

@@ -7,7 +7,9 @@ import io
 import os
 import sys
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from typer.models import CommandInfo
 
 # A thread that waits for another must not spin while somebody else could use the processor; read when torch loads.
@@ -30,10 +32,12 @@ from plait.cli import (
     serve,
     sizes,
     speak,
+    studio,
     train,
     transcribe,
 )
 from plait.console import app, err, plain
+from plait.core import dist
 from plait.core.features import features
 
 # A heading of `plait --help` -> the modules whose commands stand under it, before those of features.
@@ -42,7 +46,7 @@ PANELS = {
     "Measure": (evaluate, demo),
     "Use a model": (generate, classify, describe, transcribe, draw, speak, embed, export),
     "Understand a model": (),
-    "Serve": (serve, key),
+    "Serve": (studio, serve, key),
     "Check and foresee": (doctor, sizes),
 }
 
@@ -63,6 +67,21 @@ def _arrange_commands() -> None:
     app.registered_commands.sort(key=place)
     for command in app.registered_commands:
         command.rich_help_panel = panels[getattr(command.callback, "__module__", "")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"plait {dist.VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """One model that reads and writes text, images and audio from your own files."""
 
 
 _arrange_commands()

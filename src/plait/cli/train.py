@@ -63,6 +63,7 @@ def train(
     Example: plait train data/photos -o runs/photos --size tiny --minutes 10
     """
     from plait.core.errors import Terminated
+    from plait.core.files import link_target
     from plait.training import distributed
 
     if processes > 1 and not distributed.launched():
@@ -78,7 +79,7 @@ def train(
         )  # fmt: skip
     except (KeyboardInterrupt, Terminated) as stop:
         last = run / "checkpoints" / "last"
-        state = f"Saved: {last.resolve().name}" if last.exists() else "There is no checkpoint yet"
+        state = f"Saved: {link_target(last) or last.name}" if last.exists() else "There is no checkpoint yet"
         how = "Stopped by SIGTERM" if isinstance(stop, Terminated) else "Stopped"
         err.print(f"\n{how}. {state}; the same command goes on from there: {run}")
         raise

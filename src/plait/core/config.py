@@ -22,15 +22,26 @@ ITEM_COLUMNS = ("user", "item", "time", "weight", "id", "title", "text", "catego
 
 
 class ItemsRecipe(_Settings):
-    """How histories of items are read and what of them is held out; see docs/recommending.md."""
+    """How histories of items are read and what of them is held out; see docs/how-to/recommending.md."""
 
-    interactions: str | None = None  # file of the source; found by itself where there is one
-    items: str | None = None  # likewise, the table of the items
-    columns: dict[str, str] = {}  # user, item, time, weight; id, title, text, categories, image, audio -> column
-    split: Literal["leave-one-out", "time"] = "leave-one-out"
-    least_weight: float | None = None  # interactions of less are left out
-    untested: str | None = None  # FILE:COLUMN of a table of users; those marked 1 or true are learnt from alone
-    cold: float = Field(0.0, ge=0, lt=1)  # share of the items that training never sees
+    interactions: str | None = Field(
+        None, description="File of the source with the interactions; found by itself where there is one."
+    )
+    items: str | None = Field(
+        None, description="File of the source with the table of items; found by itself where there is one."
+    )
+    columns: dict[str, str] = Field(
+        {},
+        description="user, item, time, weight; id, title, text, categories, image, audio -> the column that holds it.",
+    )
+    split: Literal["leave-one-out", "time"] = Field(
+        "leave-one-out", description="What is held out: each user's last item, or all that came after a time."
+    )
+    least_weight: float | None = Field(None, description="Interactions of less weight are left out; None for none.")
+    untested: str | None = Field(
+        None, description="FILE:COLUMN of a table of users; those marked 1 or true are trained on but not tested."
+    )
+    cold: float = Field(0.0, ge=0, lt=1, description="Share of the items that training never sees.")
 
     @field_validator("columns")
     @classmethod
@@ -43,97 +54,177 @@ class ItemsRecipe(_Settings):
 class DataRecipe(_Settings):
     """How `plait prepare` reads a source; see `plait prepare --help`."""
 
-    map: dict[str, str] = {}  # column -> image, audio, text or ignore
-    labels: dict[str, list[str]] = {}  # names of a column's integer classes
-    pattern: str | None = None  # regular expression on file names whose named groups become text columns
-    items: ItemsRecipe | None = None  # the source holds histories
+    map: dict[str, str] = Field(
+        {}, description="Column -> image, audio, text, chat, id, split, each or ignore; see docs/how-to/data.md."
+    )
+    labels: dict[str, list[str]] = Field({}, description="Names of a column's integer classes, in their order.")
+    pattern: str | None = Field(
+        None, description="Regular expression on file names; its named groups become text columns."
+    )
+    items: ItemsRecipe | None = Field(None, description="The source holds histories of items; see data.items.")
 
 
 class BackboneRecipe(_Settings):
     """Overrides of what `size` derives for the backbone."""
 
-    width: int | None = Field(None, ge=8)
-    layers: int | None = Field(None, ge=1)
-    heads: int | None = Field(None, ge=1)
-    kv_heads: int | None = Field(None, ge=1)
-    hidden: int | None = Field(None, ge=8)
-    context: int | None = Field(None, ge=16)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    width: int | None = Field(None, ge=8, description="Dimension of the hidden states; a multiple of heads.")
+    layers: int | None = Field(None, ge=1, description="Number of transformer blocks.")
+    heads: int | None = Field(None, ge=1, description="Attention heads of the queries.")
+    kv_heads: int | None = Field(
+        None, ge=1, description="Attention heads of keys and values; as many as heads where None."
+    )
+    hidden: int | None = Field(None, ge=8, description="Width of the feed-forward layers.")
+    context: int | None = Field(None, ge=16, description="Longest sequence, in tokens.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of activations that a training step drops.")
 
 
 class TextRecipe(_Settings):
-    vocabulary: int | None = Field(None, ge=256)  # ids of the byte-level BPE
+    vocabulary: int | None = Field(
+        None, ge=256, description="Ids of the byte-level BPE tokenizer that is trained on the data."
+    )
 
 
 class ItemModelRecipe(_Settings):
-    codes: Literal["auto", "one", "semantic"] = "auto"  # of an item: one up to 200,000 items, else semantic
-    encoder: str | None = None  # a run or an import whose embeddings are part of what is known of items
-    words: int = Field(1024, ge=0)  # of titles, categories and texts, the most that the content tells apart
-    drop: float = Field(0.1, ge=0, lt=1)  # share of learnt rows that a step hides
-    sampled: int | None = Field(None, ge=0)  # items drawn for the softmax, 0 for all; by itself above 30,000 items
+    codes: Literal["auto", "one", "semantic"] = Field(
+        "auto", description="Codes of an item: one up to 200,000 items, else semantic (several, from what the item is)."
+    )
+    encoder: str | None = Field(
+        None, description="A run or an import whose embeddings are part of what is known of items."
+    )
+    words: int = Field(
+        1024, ge=0, description="Most words of titles, categories and texts that the content tells apart."
+    )
+    drop: float = Field(0.1, ge=0, lt=1, description="Share of learnt item embeddings that a training step hides.")
+    sampled: int | None = Field(
+        None, ge=0, description="Items drawn for the softmax, 0 for all; by itself above 30,000 items."
+    )
 
 
 class ModelRecipe(_Settings):
-    size: Literal["tiny", "small", "base", "large"] = "tiny"
-    init_from: str | None = None  # a run, a checkpoint, or a Hugging Face name or folder to start from
-    backbone: BackboneRecipe = BackboneRecipe()
-    text: TextRecipe = TextRecipe()
-    image: dict[str, Any] = {}  # overrides of modalities.image.ImageSettings
-    audio: dict[str, Any] = {}  # overrides of modalities.audio.AudioSettings
-    item: ItemModelRecipe = ItemModelRecipe()
-    embed_dim: int | None = Field(None, ge=0)
-    tied: bool | None = None
+    size: Literal["tiny", "small", "base", "large"] = Field(
+        "tiny", description="A row of the table of sizes, from which all that is left out follows."
+    )
+    init_from: str | None = Field(
+        None, description="A run, a checkpoint, or a Hugging Face name or folder to start from."
+    )
+    backbone: BackboneRecipe = Field(BackboneRecipe(), description="Overrides of the backbone; see model.backbone.")
+    text: TextRecipe = Field(TextRecipe(), description="Overrides for text; see model.text.")
+    image: dict[str, Any] = Field({}, description="Overrides for images; see model.image.")
+    audio: dict[str, Any] = Field({}, description="Overrides for audio; see model.audio.")
+    item: ItemModelRecipe = Field(ItemModelRecipe(), description="Overrides for items; see model.item.")
+    embed_dim: int | None = Field(
+        None,
+        ge=0,
+        description="Dimension of the embedding space; 0 for none, 128 where None and there are media.",
+    )
+    contrastive: Literal["softmax", "sigmoid"] = Field(
+        "softmax",
+        description="The loss that makes the embedding space: softmax over the batch, as in CLIP, or sigmoid, as in "
+        "SigLIP.",
+    )
+    tied: bool | None = Field(
+        None,
+        description="Whether the output layer shares the token embedding's weights; if None, in large vocabularies.",
+    )
 
 
 class LoraRecipe(_Settings):
     """Low-rank updates of the backbone's matrices; all else that came with init_from is frozen."""
 
-    rank: int = Field(8, ge=1)
-    alpha: float = Field(16.0, gt=0)  # the updates count alpha / rank times
+    rank: int = Field(8, ge=1, description="Rank of the updates.")
+    alpha: float = Field(16.0, gt=0, description="Scale of the updates: they count alpha / rank times.")
 
 
 Task = Literal["auto", "recognise", "describe", "draw", "language", "chat", "reply", "recommend"]
 
 
 class TrainingRecipe(_Settings):
-    task: Task = "auto"  # what the model is wanted for; auto sees it in the data
-    minutes: float | None = Field(None, gt=0)  # for codecs and model together
-    steps: int | None = Field(None, ge=1)  # of the model; instead of minutes
-    codec_steps: int | None = Field(None, ge=1)
-    codec_share: float = Field(0.1, ge=0, lt=0.5)  # of the minutes, for each codec
-    recogniser_steps: int | None = Field(None, ge=1)  # of each encoder that is trained on labels
-    recogniser_share: float = Field(0.7, ge=0, lt=1)  # of the minutes, for these encoders together
-    batch_size: int | None = Field(None, ge=2)  # records, or windows of text
-    learning_rate: float | None = Field(None, gt=0)
-    codec_learning_rate: float = Field(3e-3, gt=0)
-    encoder_lr_scale: float = Field(0.05, gt=0)  # learning rate of a pretrained encoder, as a share of the model's
-    warmup: float = Field(0.04, ge=0, lt=1)  # share of the steps
-    weight_decay: float = Field(0.05, ge=0)
-    grad_clip: float = Field(1.0, gt=0)
-    label_smoothing: float = Field(0.0, ge=0, lt=1)  # share of each target spread over what is possible there
-    ema: float | None = Field(None, gt=0, lt=1)  # decay of an average of the weights, which is then what is used
-    betas: tuple[float, float] = (0.9, 0.98)
-    weights: dict[str, float] = {}  # of objectives: text, image, audio (1), contrastive (.5); 0, also of a column: read
-    cond_dropout: float = Field(0.1, ge=0, lt=1)  # share of samples written without their condition
-    full_softmax_prob: float = Field(0.05, ge=0, le=1)  # share of steps whose softmax runs over the whole vocabulary
-    freeze: list[str] = []  # parts of init_from: encoder, encoder.image, encoder.audio, backbone, token_embedding
-    lora: LoraRecipe | None = None
-    replay: dict[str, float] = {}  # further prepared datasets -> the share of every batch that comes from each
-    augment: bool = True
-    augment_targets: bool | None = None  # also what is written; by itself where a modality has few samples
-    validations: int = Field(20, ge=1)  # in a run
-    patience: int = Field(6, ge=1)  # validations without improvement before stopping
-    grad_accum_steps: int = Field(1, ge=1)  # parts of a batch that are computed one after the other, to save memory
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # many processes: a whole model each, or the backbone's blocks sharded
-    activation_checkpointing: bool = False  # the backbone's activations in the backward pass, to save memory
-    save_every: int | None = Field(None, ge=1)  # steps; by itself at every validation
-    keep: int = Field(2, ge=1)  # newest checkpoints, beside the best of each
-    keep_every: int | None = Field(None, ge=1)  # steps whose multiples are kept too, where they were saved
-    canaries: int = Field(0, ge=0, le=1000)  # random texts planted 1, 10 and 100 times in turn, to be found again
-    log_records: bool = False  # records.jsonl: the loss and the record ids of every step
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"  # blocks; auto: text alone, 10 minutes or more, no native step
-    seed: int = 0
+    task: Task = Field("auto", description="What the model is wanted for; auto sees it in the data.")
+    minutes: float | None = Field(None, gt=0, description="Time budget for codecs and model together.")
+    steps: int | None = Field(None, ge=1, description="Steps of the model, instead of minutes.")
+    codec_steps: int | None = Field(None, ge=1, description="Steps of each codec, instead of its share of the minutes.")
+    codec_share: float = Field(0.1, ge=0, lt=0.5, description="Share of the minutes for each codec.")
+    recogniser_steps: int | None = Field(
+        None, ge=1, description="Steps of each encoder that is trained on labels, instead of its share of the minutes."
+    )
+    recogniser_share: float = Field(
+        0.7, ge=0, lt=1, description="Share of the minutes for encoders that are trained on labels, together."
+    )
+    batch_size: int | None = Field(None, ge=2, description="Records, or windows of text, a step.")
+    learning_rate: float | None = Field(None, gt=0, description="Peak of the learning rate's schedule.")
+    codec_learning_rate: float = Field(3e-3, gt=0, description="Learning rate of the codecs.")
+    encoder_lr_scale: float = Field(
+        0.05, gt=0, description="Learning rate of a pretrained encoder, as a share of the model's."
+    )
+    warmup: float = Field(0.04, ge=0, lt=1, description="Share of the steps in which the learning rate rises.")
+    weight_decay: float = Field(0.05, ge=0, description="Weight decay of AdamW, on matrices.")
+    grad_clip: float = Field(1.0, gt=0, description="Norm at which gradients are clipped.")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="Share of each target that is spread over what is possible there."
+    )
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Decay of an average of the weights, which is then what is used; None for no average.",
+    )
+    betas: tuple[float, float] = Field((0.9, 0.98), description="Decays of AdamW's first and second moments.")
+    weights: dict[str, float] = Field(
+        {},
+        description="Of text, image, audio (1) and contrastive (.5). A modality or column of weight 0 is only read.",
+    )
+    cond_dropout: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="Share of samples that are written without their condition, for classifier-free guidance.",
+    )
+    full_softmax_prob: float = Field(
+        0.05, ge=0, le=1, description="Share of steps whose softmax runs over the whole vocabulary."
+    )
+    freeze: list[str] = Field(
+        [],
+        description="Parts left as they are: encoder, encoder.image, encoder.audio, backbone, token_embedding.",
+    )
+    lora: LoraRecipe | None = Field(
+        None, description="Train low-rank updates of the backbone; see training.lora. None to train it whole."
+    )
+    replay: dict[str, float] = Field(
+        {}, description="Further prepared datasets -> the share of every batch that comes from each."
+    )
+    augment: bool = Field(True, description="Whether what is read is augmented.")
+    augment_targets: bool | None = Field(
+        None, description="Whether what is written is augmented too; by itself where a modality has few samples."
+    )
+    validations: int = Field(20, ge=1, description="Validations in a run.")
+    patience: int = Field(6, ge=1, description="Validations without improvement before training stops.")
+    grad_accum_steps: int = Field(
+        1, ge=1, description="Parts of a batch that are computed one after the other, to save memory."
+    )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp",
+        description="Several processes hold a whole model each (ddp), or share the backbone's blocks (fsdp).",
+    )
+    activation_checkpointing: bool = Field(
+        False, description="Compute the backbone's activations again in the backward pass, to save memory."
+    )
+    save_every: int | None = Field(None, ge=1, description="Steps between checkpoints; at every validation where None.")
+    keep: int = Field(2, ge=1, description="Newest checkpoints that are kept, beside the best.")
+    keep_every: int | None = Field(None, ge=1, description="Steps whose multiples are kept too, where they were saved.")
+    canaries: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="Random texts planted 1, 10 and 100 times in turn, to see which are learnt by heart.",
+    )
+    log_records: bool = Field(False, description="Write records.jsonl: the loss and the record ids of every step.")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="Of the arithmetic; auto takes bf16 where the processor or GPU is fast in it."
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="Compile the blocks; auto: text alone, 10 minutes or more, and no faster kernel."
+    )
+    seed: int = Field(0, description="Of weights, order and augmentation.")
 
     @field_validator("replay")
     @classmethod
@@ -146,20 +237,30 @@ class TrainingRecipe(_Settings):
 class GenerationConfig(_Settings):
     """Defaults of generation, kept with the weights; every call may override them."""
 
-    temperature: float = Field(1.0, ge=0)  # of text
-    media_temperature: dict[str, float] = {"image": 0.8, "audio": 0.5}
-    top_k: int = Field(0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    guidance: dict[str, float] = {"image": 2.0, "audio": 2.0}
+    temperature: float = Field(
+        1.0, ge=0, description="Of text: above 1 flattens probabilities, below sharpens them, 0 takes the likeliest."
+    )
+    media_temperature: dict[str, float] = Field(
+        {"image": 0.8, "audio": 0.5}, description="The same of codes, by modality."
+    )
+    top_k: int = Field(0, ge=0, description="Sample among so many likeliest tokens; 0 for all.")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Sample among the likeliest tokens that together have this probability."
+    )
+    guidance: dict[str, float] = Field(
+        {"image": 2.0, "audio": 2.0}, description="Classifier-free guidance by modality; 1 is none."
+    )
 
 
 class Recipe(_Settings):
     """A whole recipe, validated."""
 
-    data: DataRecipe = DataRecipe()
-    model: ModelRecipe = ModelRecipe()
-    training: TrainingRecipe = TrainingRecipe()
-    generation: GenerationConfig = GenerationConfig()
+    data: DataRecipe = Field(DataRecipe(), description="How the source is read.")
+    model: ModelRecipe = Field(ModelRecipe(), description="What is trained.")
+    training: TrainingRecipe = Field(TrainingRecipe(), description="How it is trained.")
+    generation: GenerationConfig = Field(
+        GenerationConfig(), description="Defaults of generation, kept with the weights."
+    )
 
 
 class Size(BaseModel):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -12,12 +11,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
+import platformdirs
+
 from plait.core.errors import PlaitError
+from plait.core.system import is_running
+
+LINK_NAME = ".link"  # in a folder that stands in for a link: the name of what it stands for
 
 
 def cache_folder(name: str) -> Path:
-    """The user's folder for what can be made again: ~/.cache/plait/NAME, or below XDG_CACHE_HOME."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plait" / name
+    """The user's folder for what can be made again, NAME below the system's cache: ~/.cache/plait (or
+    XDG_CACHE_HOME) on Linux, ~/Library/Caches/plait, %LOCALAPPDATA%\\plait\\Cache.
+
+    A systemd unit with CacheDirectory= has its own, which CACHE_DIRECTORY names. Raises RuntimeError where there is no
+    home.
+    """
+    given = os.environ.get("CACHE_DIRECTORY", "").split(":")[0]
+    if given:
+        return Path(given) / name
+    folder = platformdirs.user_cache_path("plait", appauthor=False)
+    if not folder.is_absolute():  # a home that is not known is left as "~"
+        raise RuntimeError("There is no home folder: set HOME or XDG_CACHE_HOME.")
+    return folder / name
 
 
 def sha256_file(path: Path) -> str:
@@ -26,6 +42,9 @@ def sha256_file(path: Path) -> str:
 
 
 def fsync_folder(path: Path) -> None:
+    """Make the names in a folder last through a loss of power. Windows writes them with the files."""
+    if os.name == "nt":
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -130,7 +149,7 @@ def clear_leftovers(path: Path) -> None:
     """Put back or remove what a killed process left while it published this folder; the caller is its one writer."""
     for left in sorted(path.parent.glob(f".{path.name}.*")):
         process, _, kind = left.name.removeprefix(f".{path.name}.").partition(".")
-        if kind not in ("tmp", "old") or not process.isdecimal() or _alive(int(process)):
+        if kind not in ("tmp", "old") or not process.isdecimal() or is_running(int(process)):
             continue
         if kind == "old" and not path.exists():
             left.rename(path)
@@ -141,12 +160,22 @@ def clear_leftovers(path: Path) -> None:
 
 
 def point(link: Path, target: str) -> None:
-    """Make `link` a relative symbolic link to `target`, whatever stood there; a reader sees the old or the new one."""
+    """Make `link` a relative symbolic link to the folder `target` beside it, whatever stood there; a reader sees
+    the old or the new one.
+
+    Where links are refused (Windows without the right to make them, exFAT) a folder with hard links to the files, or
+    copies of them, stands in; `link_target` knows both.
+    """
+    if link_target(link) == target and (link.is_symlink() or not _symlinks_work(link.parent)):
+        return
+    clear_leftovers(link)
     aside = link.with_name(f".{link.name}.{os.getpid()}.tmp")
     try:
-        if link.is_symlink() and str(link.readlink()) == target:
+        if not _symlinks_work(link.parent):
+            with publish_folder(link) as folder:
+                _link_files(link.parent / target, folder)
+                write_atomic(folder / LINK_NAME, target)
             return
-        clear_leftovers(link)
         if link.is_dir() and not link.is_symlink():  # a copy that followed links
             link.rename(aside)
             shutil.rmtree(aside)
@@ -157,6 +186,39 @@ def point(link: Path, target: str) -> None:
         raise PlaitError(f"Cannot write {link}: {error.strerror}. Free space or choose another folder.") from error
 
 
+def link_target(link: Path) -> str | None:
+    """The name of what `point` made `link` lead to; None where it leads nowhere."""
+    if link.is_symlink():
+        return link.readlink().name
+    if (link / LINK_NAME).is_file():
+        return (link / LINK_NAME).read_text(encoding="utf-8").strip()
+    return None
+
+
+def _symlinks_work(folder: Path) -> bool:
+    """Whether symbolic links can be made in a folder."""
+    probe = folder / f".link.{os.getpid()}.tmp"
+    try:
+        probe.symlink_to(".")
+        probe.unlink()
+    except (OSError, NotImplementedError):
+        return False
+    return True
+
+
+def _link_files(source: Path, target: Path) -> None:
+    """The files below `source` under the same names below `target`: hard links, or copies where there are none."""
+    for file in sorted(source.rglob("*")):
+        place = target / file.relative_to(source)
+        if file.is_dir():
+            place.mkdir()
+            continue
+        try:
+            os.link(file, place)
+        except OSError:
+            shutil.copy2(file, place)
+
+
 def remove_folder(path: Path) -> None:
     """Remove a folder so that a kill leaves it whole or gone; `clear_leftovers` takes what is left."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -165,38 +227,28 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _alive(process: int) -> bool:
-    """Whether another process has this number: in a restarted container, one's own is often that of the dead."""
-    if process == os.getpid():
-        return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; a second writer is refused with the process id of the first."""
+    """Hold the folder's lock; a second writer is refused with the process id of the first.
+
+    The system lets go of the lock when its process ends, however it ends. The number of the process is in a file of its
+    own: a locked file cannot be read on Windows.
+    """
+    writer = folder / ".writer"
+    lock = filelock.FileLock(folder / ".lock", blocking=False, thread_local=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a+")
-    except OSError as error:
-        raise PlaitError(f"Cannot write to {folder}: {error.strerror}. Choose another folder with -o.") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            raise PlaitError(
-                f"{folder} is being written by process {lock.read().strip() or '?'}. "
-                "Wait for it, or choose another folder."
-            ) from None
-        lock.seek(0)
-        lock.truncate()
-        lock.write(str(os.getpid()))
-        lock.flush()
+        lock.acquire()
+    except filelock.Timeout:
+        holder = writer.read_text(encoding="ascii", errors="replace").strip() if writer.is_file() else "?"
+        raise PlaitError(
+            f"{folder} is being written by process {holder}. Wait for it, or choose another folder."
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise PlaitError(f"Cannot write to {folder}: {why}. Choose another folder with -o.") from error
+    try:
+        writer.write_text(str(os.getpid()), encoding="ascii")
         yield
+    finally:
+        lock.release()

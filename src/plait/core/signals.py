@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import signal
 import threading
@@ -10,6 +11,35 @@ from collections.abc import Iterator
 from plait.core.errors import Terminated
 
 GRACE = 20  # seconds after SIGTERM in which a step, a validation or a save may come to its end
+ALARM: int | None = getattr(signal, "SIGALRM", None)  # interrupts what waits; Windows has none
+BREAK: int | None = getattr(signal, "SIGBREAK", None)  # what Windows sends in place of SIGTERM
+
+
+class _Grace:
+    """Calls the handler of `ALARM`, or of SIGTERM where there is no such signal, when the grace ends."""
+
+    def __init__(self) -> None:
+        self.over = False
+        self._timer: threading.Timer | None = None
+
+    def begin(self) -> None:
+        """Nothing, where it has begun already."""
+        if ALARM is not None:
+            signal.alarm(signal.alarm(0) or GRACE)
+        elif self._timer is None:
+            self._timer = threading.Timer(GRACE, self._end)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _end(self) -> None:
+        self.over = True
+        _thread.interrupt_main(signal.SIGTERM)
+
+    def cancel(self) -> None:
+        if ALARM is not None:
+            signal.alarm(0)
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 class Signals:
@@ -19,6 +49,7 @@ class Signals:
     def __init__(self) -> None:
         self.received: int | None = None
         self._held = False
+        self._grace = _Grace()
 
     def check(self) -> None:
         """Raise KeyboardInterrupt or Terminated where a signal came."""
@@ -36,11 +67,13 @@ class Signals:
 
     def _receive(self, number: int, frame: object) -> None:
         again = self.received is not None
-        self.received = signal.SIGTERM if number == signal.SIGALRM else number
-        if not self._held or (again and number != signal.SIGTERM):
+        interrupt = number == signal.SIGINT
+        self._grace.over = self._grace.over or number == ALARM
+        self.received = signal.SIGINT if interrupt else signal.SIGTERM
+        if not self._held or self._grace.over or (again and interrupt):
             self.check()
-        elif number == signal.SIGTERM:
-            signal.alarm(signal.alarm(0) or GRACE)
+        elif not interrupt:
+            self._grace.begin()
 
 
 @contextlib.contextmanager
@@ -50,11 +83,11 @@ def signals() -> Iterator[Signals]:
     if threading.current_thread() is not threading.main_thread():
         yield listening
         return
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM, ALARM, BREAK) if number is not None]
     before = [signal.signal(number, listening._receive) for number in numbers]
     try:
         yield listening
     finally:
-        signal.alarm(0)
+        listening._grace.cancel()
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)

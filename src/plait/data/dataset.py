@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from plait.core.errors import PlaitError
 from plait.core.files import intact
 from plait.data.record import SPLITS, Record
-from plait.data.stores import Location, join, location, open_binary, size
+from plait.data.stores import Location, join, location, open_binary, raise_if_passing, size
 from plait.data.views import DatasetViews
 
 VERSION = 1
@@ -52,8 +52,9 @@ class Manifest(BaseModel):
     """What a dataset holds. `counts` are records by split; `overlap` ("test/train") counts the records of the first
     split whose media (or, without media, text) stand in the second too; `near_duplicates` ("test/train") those of the
     first that have a near-duplicate in the second; `rejected` counts lines of rejects.jsonl, and `dropped` those among
-    them that were left out of train for near-duplicates; `chats` are text columns that hold conversations. A dataset of
-    histories has a `catalogue`; its records are users, and its counts interactions."""
+    them that were left out of train for near-duplicates; `chats` are text columns that hold conversations. `kind` is
+    "records", or the name of the feature whose data it holds; `unit` says what `counts` count, and `parts` are further
+    files of that feature."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -69,7 +70,9 @@ class Manifest(BaseModel):
     near_duplicates: dict[str, int] = {}
     dropped: int = 0
     chats: list[str] = []
-    catalogue: Shard | None = None
+    kind: str = "records"
+    unit: str = "records"
+    parts: dict[str, Shard] = {}
     shards: list[Shard]
     statistics: dict[str, Lengths]
     notes: list[str]
@@ -141,7 +144,7 @@ class Dataset(DatasetViews):
             raise PlaitError(
                 f"{path}/manifest.json is damaged: {where}: {first['msg']}. Run plait prepare again."
             ) from error
-        for shard in [*manifest.shards, *([manifest.catalogue] if manifest.catalogue else [])]:
+        for shard in [*manifest.shards, *manifest.parts.values()]:
             file = join(path, shard.file)
             if Path(shard.file).name != shard.file:
                 raise PlaitError(f"{path}/manifest.json names a file outside of the dataset: {shard.file}.")
@@ -223,6 +226,7 @@ class Dataset(DatasetViews):
             try:
                 file = pq.ParquetFile(name if isinstance(name, Path) else open_binary(name), memory_map=True)
             except (OSError, pa.ArrowException) as error:
+                raise_if_passing(error, str(name))
                 raise PlaitError(f"{name} is damaged: {error}. Run plait prepare again.") from error
             rows = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
             self._files[shard], self._groups[shard] = file, np.cumsum([0, *rows])
@@ -251,6 +255,7 @@ class Dataset(DatasetViews):
             return table.combine_chunks()
         except (OSError, ValueError, pa.ArrowException) as error:
             name = join(self.path, self.manifest.shards[shard].file)
+            raise_if_passing(error, str(name))
             raise PlaitError(f"{name} is damaged: {error}. Run plait prepare again.") from error
 
     def _column(self, name: str) -> list[Any]:

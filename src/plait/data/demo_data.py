@@ -129,5 +129,5 @@ def write_demo(folder: Path, tell: Callable[[str], None]) -> None:
         rows += write_clips(folder, Speech())
     except PlaitError as error:
         tell(f"{error} Going on with text and images.")
-    with (folder / "metadata.jsonl").open("w", encoding="utf-8") as file:
+    with (folder / "metadata.jsonl").open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -177,7 +177,7 @@ def _write(
     def shown(record: int) -> dict[str, Any]:
         return {"id": told[record][0], "split": SPLITS[split[record]], "source": told[record][1]}
 
-    with out.open("w", encoding="utf-8") as file:
+    with out.open("w", encoding="utf-8", newline="\n") as file:
         for a, b, kind, distance in lines:
             for x, y in ((a, b), (b, a)):
                 if split[x] == 0 < split[y]:

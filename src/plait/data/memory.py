@@ -1,4 +1,4 @@
-"""What people hold in memory, written down as files that `prepare` reads, and single values that look like media.
+"""What people hold in memory, written down as files that `prepare` reads.
 
 A data set of Hugging Face's `datasets`, a pandas DataFrame or a list of dictionaries becomes a folder of tables. Cells
 may be texts, numbers, PIL images, arrays of pixels, (waveform, rate), bytes or paths of media files, and messages of
@@ -21,109 +21,12 @@ from PIL import Image as PILImage
 from plait.core.errors import PlaitError
 from plait.modalities.audio_files import encode_wav
 from plait.modalities.image_files import encode_png
+from plait.modalities.inputs import as_audio, as_image, is_tensor
 from plait.modalities.media import kind_of_suffix
 
 ROWS = 256  # that are encoded and written at a time
 
 Row = Mapping[str, Any]
-
-
-# --- single values -----------------------------------------------------------------------------------------------
-
-
-def is_tensor(value: Any) -> bool:
-    """Whether a value is a torch tensor; torch is not imported for that."""
-    return type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "detach")
-
-
-def as_image(value: Any) -> PILImage.Image:
-    """An image from a PIL image, an array (H, W) or (H, W, C), or a tensor (C, H, W).
-
-    Numbers are 0 to 255 where they are integers, 0 to 1 where they are floats.
-    Raises PlaitError for other shapes and ranges.
-    """
-    if isinstance(value, PILImage.Image):
-        return value
-    if is_tensor(value):
-        pixels = value.detach().cpu().numpy()
-        if pixels.ndim == 3 and pixels.shape[0] in (1, 3, 4):
-            pixels = np.moveaxis(pixels, 0, -1)
-    else:
-        pixels = np.asarray(value)
-    if pixels.ndim == 3 and pixels.shape[-1] == 1:
-        pixels = pixels[..., 0]
-    if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[-1] not in (3, 4)) or 0 in pixels.shape:
-        hint = " A waveform needs its rate beside it: (waveform, rate)." if pixels.ndim == 1 else ""
-        raise PlaitError(
-            f"An array of shape {tuple(pixels.shape)} is not an image. Give (H, W) or (H, W, C) as an array, or "
-            f"(C, H, W) as a tensor, with 1, 3 or 4 channels.{hint}"
-        )
-    return PILImage.fromarray(_eight_bits(pixels))
-
-
-def _eight_bits(pixels: np.ndarray) -> np.ndarray:
-    """Pixels as uint8. Raises PlaitError where their range says neither 0 to 1 nor 0 to 255."""
-    if pixels.dtype == np.uint8:
-        return np.ascontiguousarray(pixels)
-    if pixels.dtype == bool:
-        return pixels.astype(np.uint8) * 255
-    if not np.issubdtype(pixels.dtype, np.number) or np.iscomplexobj(pixels) or not np.isfinite(pixels).all():
-        raise PlaitError(f"The pixels are no finite numbers (dtype {pixels.dtype}).")
-    low, high = float(pixels.min()), float(pixels.max())
-    floats = np.issubdtype(pixels.dtype, np.floating)
-    if low < 0 or high > (1.0 if floats else 255):
-        allowed = "0 to 1 as floats" if floats else "0 to 255 as integers"
-        raise PlaitError(f"The pixels lie between {low:g} and {high:g}. Give {allowed}.")
-    return np.round(pixels * 255).astype(np.uint8) if floats else pixels.astype(np.uint8)
-
-
-def as_audio(value: Any) -> tuple[np.ndarray, int] | None:
-    """(waveform (T,) float32, rate in Hz) from (waveform, rate), (rate, waveform) as scipy gives it, or a dictionary
-    with "array" and "sampling_rate" as `datasets` gives it; None where the value is none of these.
-
-    Integers are scaled to -1 to 1; channels, the smaller of two axes, are averaged.
-    Raises PlaitError for a rate or a waveform that cannot be.
-    """
-    if isinstance(value, dict) and set(value) >= {"array", "sampling_rate"}:
-        value = (value["array"], value["sampling_rate"])
-    if not isinstance(value, tuple) or len(value) != 2:
-        return None
-    first, second = value
-    if _is_wave(first) and _is_rate(second):
-        wave, rate = first, second
-    elif _is_rate(first) and _is_wave(second):
-        wave, rate = second, first
-    else:
-        return None
-    rate = int(rate)
-    if not 100 <= rate <= 1_000_000:
-        raise PlaitError(f"A rate of {rate} Hz cannot be. Give (waveform, rate) with the rate in Hz.")
-    return _mono(wave.detach().cpu().numpy() if is_tensor(wave) else np.asarray(wave)), rate
-
-
-def _is_wave(value: Any) -> bool:
-    return is_tensor(value) or (isinstance(value, (np.ndarray, list)) and np.ndim(value) in (1, 2))
-
-
-def _is_rate(value: Any) -> bool:
-    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-
-
-def _mono(wave: np.ndarray) -> np.ndarray:
-    """One channel of float32 between -1 and 1. Raises PlaitError where the values are no waveform."""
-    if wave.size == 0 or not np.issubdtype(wave.dtype, np.number) or np.iscomplexobj(wave):
-        raise PlaitError(f"A waveform of shape {wave.shape} and dtype {wave.dtype} is none that can be heard.")
-    if np.issubdtype(wave.dtype, np.integer):
-        scale = float(np.iinfo(wave.dtype).max) + 1
-        wave = (wave.astype(np.float64) - 128) / 128 if wave.dtype == np.uint8 else wave / scale
-    if wave.ndim == 2:
-        wave = wave.mean(int(np.argmin(wave.shape)))
-    if not np.isfinite(wave).all():
-        raise PlaitError("The waveform holds values that are not finite.")
-    return np.asarray(wave, np.float32)
-
-
-# --- tables ------------------------------------------------------------------------------------------------------
 
 
 def in_memory(source: Any) -> bool:

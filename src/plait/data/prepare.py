@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 
 from plait.core.config import ItemsRecipe
 from plait.core.errors import PlaitError
+from plait.core.features import ExtensionPoint
 from plait.core.files import cache_folder, only_writer, publish_folder, read_json, sealed, write_json
 from plait.data.dataset import VERSION, Manifest
 from plait.data.duplicates import Duplicates, find_duplicates, first_of
@@ -29,15 +30,25 @@ from plait.data.readers import plan
 from plait.data.record import SPLITS, Rejected, rejected
 from plait.data.shards import Shards, Statistics
 from plait.data.staging import stage
-from plait.data.stores import Location, StoreError, listing, location, read_bytes, size, upload
+from plait.data.stores import Location, check_writable, listing, location, read_bytes, size, upload
 from plait.modalities.media import KINDS
-from plait.recommend.interactions import find
-from plait.recommend.write_histories import write_histories
 
 _VAL_MOST = 5000
 _EXAMPLES = 12
 
 Progress = Callable[[str, int, int | None], None]  # stage, done, total
+Writer = Callable[[Path, int, Progress], Manifest]  # a dataset into a folder, but for the manifest, which is returned
+
+
+class DataKind(Protocol):
+    """Data of a kind of its own, other than records of columns; a feature adds it."""
+
+    def __call__(self, tree: Tree, settings: ItemsRecipe | None) -> Writer | None:
+        """What writes the dataset, where the source holds data of this kind; else None."""
+        ...
+
+
+DATA_KINDS: ExtensionPoint[DataKind] = ExtensionPoint("data_kind")
 
 
 def prepare(
@@ -86,8 +97,6 @@ def prepare(
                     manifest = _make(source, out, folder, partial, options)
                 upload(partial / "out", out, "manifest.json")
             shutil.rmtree(partial, ignore_errors=True)
-        except StoreError as error:
-            raise PlaitError(f"{error}. Check the address, the rights and the network.") from error
         finally:
             if not any(partial.glob("chunks/*.arrow")):
                 shutil.rmtree(partial, ignore_errors=True)
@@ -140,6 +149,7 @@ def _check_out(source: Location, out: Location, replace: bool) -> None:
         except (OSError, ValueError) as error:
             raise PlaitError(f"{out} cannot be used: {error}. Choose another place with -o.") from error
         if made is None:
+            check_writable(out)
             return
     else:
         if out.exists() and not out.is_dir():
@@ -198,9 +208,11 @@ def _make(source: Location, out: Location, folder: Path, partial: Path, options:
         left.unlink(missing_ok=True)
     options.progress("look", 0, None)
     tree = scan(source, scratch, out)
-    if not (options.column_map or options.labels or options.pattern) and (tables := find(tree, options.items)):
-        recipe = options.items or ItemsRecipe()
-        manifest = write_histories(tree, *tables, folder, recipe, options.seed, options.progress)
+    writer = None
+    if not (options.column_map or options.labels or options.pattern):
+        writer = next(filter(None, (kind(tree, options.items) for kind in DATA_KINDS.all())), None)
+    if writer is not None:
+        manifest = writer(folder, options.seed, options.progress)
         named = {"source": _named(source), "source_stamp": source_stamp(source, out)}
         manifest = manifest.model_copy(update=named)
         write_json(folder / "manifest.json", sealed(manifest.model_dump()))
@@ -315,7 +327,7 @@ def _write(
     """The dataset of all chunks, but for the manifest, which is returned."""
     facts = _gather(paths, ["key", "content", "group", "draw", "rank", "split"]) if paths else {}
     used = first_of(facts["key"]) == np.arange(len(facts["key"])) if paths else np.zeros(0, bool)
-    with (folder / "rejects.jsonl").open("w", encoding="utf-8") as file:
+    with (folder / "rejects.jsonl").open("w", encoding="utf-8", newline="\n") as file:
         rejects = _Rejects(file)
         for refused in tree.refused:
             rejects.add(refused)
@@ -362,7 +374,9 @@ def _write(
         }
     )
     name = (source.name if isinstance(source, Path) else source.rstrip("/").rpartition("/")[2]) or str(source)
-    (folder / "report.html").write_text(report(manifest, examples, rejects.reasons, name), encoding="utf-8")
+    (folder / "report.html").write_text(
+        report(manifest, examples, rejects.reasons, name), encoding="utf-8", newline="\n"
+    )
     return manifest
 
 

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import select
 import struct
 import subprocess
 import sys
@@ -23,18 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from plait.core.errors import PlaitError
+from plait.core.system import OUT_OF_HEARING, processors, read_line
 from plait.data.files import Found, Item, Media
 from plait.data.record import Rejected
+from plait.data.stores import StoreError
 from plait.data.work import Task, check_chunk, send
 
 _ROWS, _BYTES = 512, 16 << 20  # of a chunk
 _FORM = 1  # of the chunks' files and of the fingerprints in them; another number makes all chunks anew
 _PATIENCE = 120.0  # seconds for one record
-
-
-def cores() -> int:
-    """The processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 def stage(
@@ -54,7 +50,7 @@ def stage(
     """
     paths: list[Path] = []
     waiting: deque[tuple[Future[None] | None, int]] = deque()
-    wanted = cores() if workers is None else workers
+    wanted = processors() if workers is None else workers
     pool = _Pool(wanted, folder)
     done = 0
 
@@ -204,7 +200,7 @@ class _Pool:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is for the process that people see
+                **OUT_OF_HEARING,
                 env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
             )
             self._all.append(process)
@@ -217,6 +213,8 @@ class _Pool:
             self._own.process = process, status
             answer, reason = self._ask(process, status, task | {"faults": faults}, blobs)
             if answer is not None:
+                if "store" in answer:
+                    raise StoreError(answer["store"])
                 if "error" in answer:
                     raise _unwritten(self.folder, answer["error"])
                 return
@@ -238,22 +236,30 @@ class _Pool:
         assert process.stdin is not None and process.stdout is not None
         try:
             send(process.stdin, task, blobs)
-            last, since = b"", time.monotonic()
-            while not select.select([process.stdout], [], [], 2.0)[0]:
-                now = status.read_bytes()
-                if now != last:
-                    last, since = now, time.monotonic()
-                elif time.monotonic() - since > _PATIENCE:
-                    process.kill()
-                    process.wait()
-                    return None, f"decoding took more than {_PATIENCE:g} s"
-            line = process.stdout.readline()
-        except (BrokenPipeError, ValueError):
+            line = read_line(process, _hangs(status), 2.0)
+        except (OSError, ValueError):  # a pipe whose other end is gone
             line = b""
+        if line is None:
+            process.wait()
+            return None, f"decoding took more than {_PATIENCE:g} s"
         if not line:
             process.wait()
             return None, "the decoder crashed"
         return json.loads(line), ""
+
+
+def _hangs(status: Path) -> Callable[[], bool]:
+    """Whether the record that `status` names has been under work for too long, asked again and again."""
+    last, since = b"", time.monotonic()
+
+    def hangs() -> bool:
+        nonlocal last, since
+        now = status.read_bytes()
+        if now != last:
+            last, since = now, time.monotonic()
+        return time.monotonic() - since > _PATIENCE
+
+    return hangs
 
 
 def _unwritten(folder: Path, reason: str) -> PlaitError:

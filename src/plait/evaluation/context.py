@@ -6,49 +6,37 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from plait.core.errors import PlaitError
+from plait.core.features import ExtensionPoint
 from plait.core.rng import uniform
 from plait.data.dataset import Dataset
 from plait.evaluation.findings import Findings, Metric, Metrics, ReportItem
 from plait.evaluation.reference_classifier import ReferenceClassifier, fit_classifier
-from plait.inference.engine import Engine
+from plait.inference.model import PlaitModel
 from plait.modalities.audio import spectrogram
 from plait.modalities.base import MediaModality
-from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import Sequence
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
-class Model(Protocol):
-    """What evaluation needs of a model; `plait.load` returns one."""
+class DatasetEvaluation(Protocol):
+    """Measures models of data of a kind of its own (`Manifest.kind`); a feature adds it."""
 
-    checkpoint: Checkpoint
+    def __call__(
+        self, model: PlaitModel, dataset: Dataset, split: str, *, seed: int, limit: int | None, progress: Progress
+    ) -> tuple[Metrics, Findings]: ...
 
-    @property
-    def columns(self) -> dict[str, str]: ...
 
-    @property
-    def labels(self) -> dict[str, list[str]]: ...
-
-    def context(self, parts: Any, column: str | None = None) -> Sequence: ...
-
-    def score(self, contexts: list[Sequence], column: str, texts: list[str]) -> np.ndarray: ...
-
-    def write(self, contexts: list[Sequence], column: str, *, n: int = 1, seed: int = 0) -> list[list[Any]]: ...
-
-    def reply(self, contexts: list[Sequence], *, stop: list[str] | None = None) -> list[str]: ...
-
-    @property
-    def engine(self) -> Engine: ...
-
-    def embed_sequences(self, sequences: list[Sequence]) -> np.ndarray: ...
+EVALUATIONS: ExtensionPoint[DatasetEvaluation] = ExtensionPoint("evaluation")
+# What features measure of records beside recognition, transcription and the rest.
+RECORD_EVALUATIONS: ExtensionPoint[Callable[[EvalContext], None]] = ExtensionPoint("record_evaluation")
 
 
 @dataclass(frozen=True)
@@ -112,7 +100,7 @@ class LabelClassifier:
 class EvalContext:
     """The model, the data and what was found so far."""
 
-    model: Model
+    model: PlaitModel
     dataset: Dataset
     split: str
     seed: int

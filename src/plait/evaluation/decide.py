@@ -20,7 +20,7 @@ from plait.classifiers.mixture import Mixture, fit_mixture
 from plait.core.errors import PlaitError
 from plait.core.rng import uniform
 from plait.data.dataset import Dataset
-from plait.inference.model import Model, load
+from plait.inference.model import PlaitModel, load
 from plait.inference.opinions import available, opinion_scores
 from plait.model.checkpoint import add_classifiers
 
@@ -45,7 +45,7 @@ class Examples:
         return len(self.inputs)
 
 
-def directions(model: Model, dataset: Dataset) -> list[tuple[str, str]]:
+def directions(model: PlaitModel, dataset: Dataset) -> list[tuple[str, str]]:
     """(source, target) of what can be recognised: labels, from media, or where there are none from texts."""
     media = [c for c, kind in dataset.columns.items() if kind in model.checkpoint.model.media and c in model.columns]
     texts = [
@@ -57,7 +57,7 @@ def directions(model: Model, dataset: Dataset) -> list[tuple[str, str]]:
 
 
 def fit_classifiers(
-    model: Model, dataset: Dataset, seed: int = 0, progress: Callable[[str, int, int], None] | None = None
+    model: PlaitModel, dataset: Dataset, seed: int = 0, progress: Callable[[str, int, int], None] | None = None
 ) -> list[Classifier]:
     """A classifier for each direction of the dataset, in the order of its columns."""
     found = []
@@ -77,8 +77,8 @@ def finish(
 ) -> list[str]:
     """Fit the classifiers of a run and store them with its best checkpoint; returns what to tell of each, a line. A run
     that has them keeps them."""
-    model = load(run, device)
-    if not isinstance(model, Model) or model.folder is None:
+    model = load(run, device).plait_model
+    if model is None or model.folder is None:
         raise PlaitError(f"{run} is no model that plait trained.")
     if not model.checkpoint.classifiers:
         seed = int(model.checkpoint.training.get("seed", 0))
@@ -98,7 +98,7 @@ def describe(classifier: Classifier) -> str:
     return f"{classifier.target} from {classifier.source}: {mixed:.1%} of val right (fitted there), by {measured}."
 
 
-def _fit(model: Model, dataset: Dataset, source: str, target: str, seed: int) -> Classifier | None:
+def _fit(model: PlaitModel, dataset: Dataset, source: str, target: str, seed: int) -> Classifier | None:
     labels = model.labels[target]
     kind: Kind = dataset.columns[source]  # type: ignore[assignment]
     most = MOST_TEXTS if kind == "text" else MOST_MEDIA
@@ -153,7 +153,9 @@ def _rows(features: Features, examples: Examples, mirrored: bool) -> tuple[Any, 
     return np.concatenate([rows, other]), np.concatenate([examples.classes] * 2)
 
 
-def _examples(model: Model, dataset: Dataset, source: str, target: str, split: str, most: int, seed: int) -> Examples:
+def _examples(
+    model: PlaitModel, dataset: Dataset, source: str, target: str, split: str, most: int, seed: int
+) -> Examples:
     """Records of a split that have both columns, at most so many, drawn by the seed."""
     number = {label: place for place, label in enumerate(model.labels[target])}
     answers = dataset.texts(target)
@@ -171,7 +173,7 @@ def _examples(model: Model, dataset: Dataset, source: str, target: str, split: s
     return Examples(inputs, np.array(classes, np.int64))
 
 
-def _affordable(model: Model, held: Examples, labels: list[str], kind: Kind) -> Examples:
+def _affordable(model: PlaitModel, held: Examples, labels: list[str], kind: Kind) -> Examples:
     """As many validation records as likelihoods of all labels can be had for."""
     encode = model.checkpoint.text.encode_batch
     each = sum(len(ids) for ids in encode(labels)) + (16 if kind != "text" else 0)

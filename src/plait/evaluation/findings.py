@@ -52,6 +52,21 @@ class Reliability:
     counts: np.ndarray  # (bins,)
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What an evaluation comes to, as the report opens with it.
+
+    Attributes:
+        sentence: the figure that matters beside that of the simple alternative, and which of the two to take.
+        next_step: what to do now; a command where there is one.
+        better: whether the model is worth having; None where the data do not tell.
+    """
+
+    sentence: str
+    next_step: str = ""
+    better: bool | None = None
+
+
 @dataclass
 class Findings:
     """What an evaluation found beside its figures."""
@@ -60,3 +75,4 @@ class Findings:
     galleries: list[Gallery] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     reliabilities: list[Reliability] = field(default_factory=list)
+    verdict: Verdict | None = None

@@ -11,23 +11,23 @@ from itertools import permutations
 import numpy as np
 import torch
 
-from plait.chat.evaluate import evaluate_conversations
 from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
 from plait.evaluation import metrics
-from plait.evaluation.context import EvalContext, Limits, Media, Model, Progress, Timer
+from plait.evaluation.context import EVALUATIONS, RECORD_EVALUATIONS, EvalContext, Limits, Media, Progress, Timer
 from plait.evaluation.findings import Confusion, Findings, Gallery, Metrics, Reliability, ReportItem
 from plait.evaluation.generative import TASK, evaluate_codec, evaluate_making
 from plait.evaluation.memorising import WRITTEN, evaluate_canaries, evaluate_texts
+from plait.inference.model import PlaitModel
 from plait.model.multimodal import IGNORE, Sequence, collate
 from plait.model.objectives import negative_log_likelihood
 from plait.training.batches import lm_windows
 
-__all__ = ["Limits", "Model", "evaluate"]
+__all__ = ["Limits", "evaluate"]
 
 
 def evaluate(
-    model: Model,
+    model: PlaitModel,
     dataset: Dataset,
     split: str = "test",
     *,
@@ -46,6 +46,10 @@ def evaluate(
 
     Raises PlaitError where the split is empty or the columns do not match.
     """
+    if dataset.manifest.kind != "records":
+        measure = EVALUATIONS.by_feature()[dataset.manifest.kind]
+        most = limit or (limits.records if limits else None)
+        return measure(model, dataset, split, seed=seed, limit=most, progress=progress or (lambda *_: None))
     if not len(dataset.indices(split)):
         others = [name for name in ("test", "val", "train") if len(dataset.indices(name))]
         raise PlaitError(
@@ -75,8 +79,8 @@ def evaluate(
                 _transcription(eval_context, source, target)
     for column in eval_context.text_columns:
         _language(eval_context, column)
-    for column in eval_context.chats:
-        evaluate_conversations(eval_context, column)
+    for evaluate_more in RECORD_EVALUATIONS.all():
+        evaluate_more(eval_context)
     evaluate_canaries(eval_context)
     if any(name.startswith(("transcription", "language", "chat")) for name in eval_context.metrics):
         timer.lap("text")

@@ -37,8 +37,8 @@ def explain(
     Example: plait explain runs/demo runs/demo/files/images/0003.png --for three -o why.html
     """
     from plait.core.errors import PlaitError
+    from plait.explain.report import STRONGEST, as_html, as_json_of, as_png
     from plait.inference.model import load
-    from plait.reports.explanation import STRONGEST, as_html, as_json_of, as_png
 
     if target is not None and target.suffix.lower() not in (".html", ".png"):
         raise PlaitError(f"{target}: an explanation is written as .html or .png. Choose such a name with -o.")

@@ -8,4 +8,8 @@ FEATURE = Feature(
     name="explain",
     commands="plait.explain.commands",
     panel="Understand a model",
+    adds={
+        "explainer": "plait.explain.answers:explain_answer",
+        "routes": "plait.explain.routes:router",
+    },
 )

@@ -3,49 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
-from plait.core.device import Device
 from plait.core.errors import PlaitError
 from plait.explain.parts import Grid, Path, Question, Value, Words, log_odds
 from plait.hf.hub import quiet
+from plait.hf.pretrained import TEMPLATE, Pretrained, read_image
 from plait.modalities.image import Image
 
 BATCH = 64  # copies of an input in one forward pass
 FINAL_NORMS = ("ln_f", "norm", "final_layer_norm", "final_layernorm", "norm_f", "final_norm")
 
 
-class Pretrained(Protocol):
-    """What is needed of a model; `plait.load` returns one."""
-
-    name: str
-    kind: str
-    device: Device
-    model: Any
-    tokenizer: Any
-    processor: Any
-
-    def label_inputs(self, labels: list[str], template: str) -> Any: ...
-
-
-def question(
-    model: Pretrained, value: Any, image: PILImage.Image | None, answer: Any, labels: list[str] | None,
-    template: str,
-) -> Question:  # fmt: skip
-    """What is to be explained: `image` where the model reads images, else `value`, a text.
+def question(model: Pretrained, value: Any, answer: Any, labels: list[str] | None, template: str | None) -> Question:
+    """What is to be explained of an image (CLIP, SigLIP) or a text (causal language models).
 
     Without an answer it is the likeliest label, or the likeliest next token. Raises PlaitError for what cannot be
     asked of the model.
     """
     if answer is not None and (not isinstance(answer, str) or not answer):
         raise PlaitError("The answer must be a text that is not empty.")
-    if image is not None:
-        return _labelled(model, image, answer, labels, template)
+    if model.kind == "contrastive":
+        return _labelled(model, read_image(value), answer, labels, template or TEMPLATE)
     if model.kind != "language":
         raise PlaitError(
             f"Explained are images by CLIP and SigLIP, texts by causal language models, and all that our own models "

@@ -4,57 +4,24 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plait.core.device import Device
 from plait.core.errors import PlaitError
 from plait.core.interruption import pause_point
 from plait.explain.parts import Grid, Part, Path, Question, Value, Words, log_odds, whole
 from plait.inference import scoring
-from plait.inference.engine import Completion, Engine, Request
-from plait.modalities.base import MediaModality, Vocabulary, cells
-from plait.model.checkpoint import Checkpoint
+from plait.inference.model import PlaitModel
+from plait.modalities.base import cells
 from plait.model.multimodal import Sequence, collate
 
 
-class Model(Protocol):
-    """What is needed of a model; `plait.load` returns one."""
-
-    checkpoint: Checkpoint
-    vocabulary: Vocabulary
-    device: Device
-
-    @property
-    def engine(self) -> Engine: ...
-
-    @property
-    def columns(self) -> dict[str, str]: ...
-
-    @property
-    def labels(self) -> dict[str, list[str]]: ...
-
-    def column(self, wanted: str | None, modality: str, verb: str) -> str: ...
-
-    def modality(self, column: str) -> MediaModality: ...
-
-    def context(self, parts: Any, column: str | None = None) -> Sequence: ...
-
-    def start(self) -> Sequence: ...
-
-    def requests(self, contexts: list[Sequence], column: str, n: int = 1, *, seed: int = 0) -> list[Request]: ...
-
-    def decode(self, column: str, written: list[Completion]) -> list[np.ndarray]: ...
-
-    def write(self, contexts: list[Sequence], column: str, *, n: int = 1, seed: int = 0) -> list[list[Any]]: ...
-
-
 def question(
-    model: Model, value: Any, answer: Any = None, to: str = "text", column: str | None = None,
+    model: PlaitModel, value: Any, answer: Any = None, to: str = "text", column: str | None = None,
     labels: list[str] | None = None, seed: int = 0,
 ) -> Question:  # fmt: skip
     """What is to be explained: why `answer` follows `value`, an input of the model or a list of them.
@@ -86,7 +53,7 @@ def question(
     return Made(model, parts, column, Grid(sample, modality, modality.name, column), codes)
 
 
-def _part(model: Model, value: Any) -> Part:
+def _part(model: PlaitModel, value: Any) -> Part:
     text = value[1] if isinstance(value, tuple) and isinstance(value[0], str) else value
     if isinstance(text, str):
         model.context([value])  # which knows whether there is such a column
@@ -108,7 +75,7 @@ def _near(answer: str, known: list[str]) -> str:
 
 
 def _asked(
-    model: Model, parts: list[Part], answer: Any, column: str | None, labels: list[str] | None
+    model: PlaitModel, parts: list[Part], answer: Any, column: str | None, labels: list[str] | None
 ) -> Question:  # fmt: skip
     if answer is not None and (not isinstance(answer, str) or not answer):
         raise PlaitError("The answer must be a text that is not empty; for a medium, say which with to.")
@@ -143,7 +110,7 @@ def _asked(
     return asked
 
 
-def _next_token(model: Model, parts: list[Part]) -> str:
+def _next_token(model: PlaitModel, parts: list[Part]) -> str:
     """The likeliest token after a text."""
     logits = scoring.lens(model.engine, model.context([_given(part) for part in parts]))[-1]
     for token in logits[: model.checkpoint.text.size].argsort(descending=True).tolist():
@@ -156,7 +123,7 @@ def _next_token(model: Model, parts: list[Part]) -> str:
 class _Ours:
     """What questions to our models share."""
 
-    model: Model
+    model: PlaitModel
     parts: list[Part]
     column: str | None
 
@@ -178,7 +145,7 @@ class _Ours:
 class Asked(_Ours):
     """Why a text is the answer: against other texts, or by its likelihood alone."""
 
-    model: Model
+    model: PlaitModel
     parts: list[Part]
     column: str | None  # None: the answer goes on where a text of a model without columns stops
     texts: list[str]
@@ -276,7 +243,7 @@ class Asked(_Ours):
         return found
 
 
-def _owners(model: Model, parts: list[Part]) -> np.ndarray:
+def _owners(model: PlaitModel, parts: list[Part]) -> np.ndarray:
     """(2, L): for each place of the context, the part of text and its word, -1 elsewhere."""
     begin = [] if model.columns else model.checkpoint.text.start
     found: list[tuple[int, int]] = [(-1, -1)] * len(begin)
@@ -295,7 +262,7 @@ def _owners(model: Model, parts: list[Part]) -> np.ndarray:
 class Made(_Ours):
     """Why a sample was made: the likelihood of its codes, all together and each for itself."""
 
-    model: Model
+    model: PlaitModel
     parts: list[Part]
     column: str
     written: Grid

@@ -10,9 +10,8 @@ import torch
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from plait.hf.hub import explained, find, no_safetensors, other_weights, quiet
-from plait.modalities.base import MediaModality, alike
+from plait.modalities.base import MediaModality
 from plait.modalities.hf_encoder import HFEncoder, HFEncoderSettings, transformers_for
-from plait.model.multimodal import Multimodal
 
 KNOWN = {
     "image": "CLIP, SigLIP, ViT, DINOv2, Swin, ConvNeXt and others that turn pixel_values into last_hidden_state",
@@ -89,16 +88,20 @@ def _audio(folder: Path, transformers: Any, config: Any) -> dict[str, Any]:
     return {"reads": "wave", "rate": rate, "normalise": theirs.do_normalize, "masked": theirs.return_attention_mask}
 
 
-def adopt(model: Multimodal, source: Multimodal | None = None) -> None:
-    """Fill a new model's encoders from where their weights are, but for those that came with the `source` that it was
-    extended from. Raises PlaitError where weights are missing or misshapen."""
-    for name, modality in model.media.items():
+class HFEncoders:
+    """The encoders of transformers' checkpoints, as `plait.modalities.base.EncoderSource`."""
+
+    def describe(self, encoder: object, modality: str) -> HFEncoderSettings:
+        """What `hf:NAME-OR-FOLDER` is as an encoder of a modality. Raises PlaitError where it is none."""
+        return describe(encoder, modality)
+
+    def fill(self, modality: MediaModality) -> None:
+        """Give a new modality's encoder its weights. Raises PlaitError where they are missing or misshapen."""
         settings: Any = modality.settings
-        if settings.hf_encoder is None:
-            continue
-        old = source.media.get(name) if source is not None else None
-        if old is None or not alike(old.settings, settings):
-            _fill(modality, folder_of(settings.encoder, name))
+        _fill(modality, folder_of(settings.encoder, modality.name))
+
+
+HF_ENCODERS = HFEncoders()
 
 
 def _fill(modality: MediaModality, folder: Path) -> None:

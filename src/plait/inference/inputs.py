@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image as PILImage
 
 from plait.core.errors import PlaitError
+from plait.inference.base import Verb
 from plait.modalities.base import MediaModality, Vocabulary
 from plait.modalities.descriptor import MediaError
 from plait.modalities.media import sniff
@@ -33,21 +34,24 @@ class Reading:
         return self.checkpoint.labels
 
     @property
+    def modalities(self) -> set[str]:
+        """The modalities of its columns."""
+        return set(self.columns.values())
+
+    @property
     def verbs(self) -> list[str]:
         """What this model can do."""
         kinds = set(self.columns.values())
         written = kinds - set(self.checkpoint.model.config.read_only)
         needs = {
-            "classify": {"text"},
-            "describe": {"image", "text"},
-            "transcribe": {"audio", "text"},
+            Verb.CLASSIFY: {"text"},
+            Verb.DESCRIBE: {"image", "text"},
+            Verb.TRANSCRIBE: {"audio", "text"},
         }
-        makes = {"draw": "image", "speak": "audio"}
-        if self.checkpoint.catalogue is not None:
-            return ["recommend", "similar"]
-        found = ["generate", *(verb for verb, need in needs.items() if need <= kinds)]
+        makes = {Verb.DRAW: "image", Verb.SPEAK: "audio"}
+        found: list[str] = [Verb.GENERATE, *(verb for verb, need in needs.items() if need <= kinds)]
         found += [verb for verb, kind in makes.items() if kind in written]
-        return found + (["embed"] if self.checkpoint.model.config.embed_dim else [])
+        return found + ([Verb.EMBED] if self.checkpoint.model.config.embed_dim else [])
 
     def column(self, wanted: str | None, modality: str, verb: str) -> str:
         """The column to use: the one asked for, which must be of this modality, or the first of its modality."""

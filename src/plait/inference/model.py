@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Protocol, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -16,12 +16,10 @@ from PIL import Image as PILImage
 from plait.classifiers.classifier import Classifier
 from plait.core.device import choose_device
 from plait.core.errors import PlaitError
+from plait.core.features import ExtensionPoint
 from plait.core.files import read_json
-from plait.explain import plait_models as questions
-from plait.explain.methods import Explanation, explain
-from plait.hf import hub, huggingface
-from plait.hf.pretrained import Pretrained, load_pretrained
 from plait.inference import scoring
+from plait.inference.base import Model, Verb
 from plait.inference.constrained import ConstraintCompiler, ConstraintError, TextConstraint
 from plait.inference.engine import Completion, Engine, Request
 from plait.inference.inputs import Reading
@@ -31,9 +29,19 @@ from plait.inference.sampling import Sampling
 from plait.model import checkpoint as checkpoints
 from plait.model.checkpoint import Checkpoint, find_checkpoint
 from plait.model.multimodal import Sequence
-from plait.recommend.model import Recommending
 
 DEFAULT_NEW_TOKENS = 50  # of a continuation, where nothing else bounds it
+
+
+class ModelSource(Protocol):
+    """Where models come from that are no checkpoints of Plait; a feature adds it. Arguments are those of `load`."""
+
+    def __call__(self, name_or_folder: str | Path, device: str = "auto", precision: str = "auto") -> Model: ...
+
+
+MODEL_SOURCES: ExtensionPoint[ModelSource] = ExtensionPoint("model_source")
+# A feature whose part a checkpoint holds may have a class of models with verbs of its own.
+MODEL_CLASSES: ExtensionPoint[type[PlaitModel]] = ExtensionPoint("model_class")
 
 
 class Options(TypedDict, total=False):
@@ -52,7 +60,7 @@ class Options(TypedDict, total=False):
     constraint: TextConstraint | None  # of texts; `Model.constraints` compiles them
 
 
-def load(path: str | Path, device: str = "auto", precision: str = "auto") -> Model | Pretrained:
+def load(path: str | Path, device: str = "auto", precision: str = "auto") -> Model:
     """The model of a run's folder (its best checkpoint, else its last), of a checkpoint's folder, or of a Hugging
     Face name or folder: GPT-2, Llama and Qwen3 in our backbone, other architectures through transformers.
 
@@ -60,7 +68,7 @@ def load(path: str | Path, device: str = "auto", precision: str = "auto") -> Mod
     PlaitError where there is none or it is damaged.
     """
     folder = find_checkpoint(path)
-    chosen = choose_device(device, precision)
+    choose_device(device, precision)  # which says what is wrong before anything is read
     if folder is not None and folder != Path(path).expanduser() and (wrong := checkpoints.verify(folder)):
         step, _ = checkpoints.newest_whole(folder.parent)
         if step:
@@ -68,16 +76,17 @@ def load(path: str | Path, device: str = "auto", precision: str = "auto") -> Mod
             warnings.warn(f"{'; '.join(wrong)}. Taking {whole} in its place.", stacklevel=2)
             folder = whole
     if folder is not None and read_json(folder / "config.json").get("model_type") == "plait":
-        return Model(checkpoints.load(folder), device, precision, folder)
-    folder = hub.find(folder or path)
-    if huggingface.runs(read_json(folder / "config.json")):
-        return Model(huggingface.load(folder, chosen.torch), device, precision, folder)
-    return load_pretrained(str(folder), device, precision)
+        checkpoint = checkpoints.load(folder)
+        classes = [MODEL_CLASSES.by_feature()[name] for name in checkpoint.parts]
+        return (classes[0] if classes else PlaitModel)(checkpoint, device, precision, folder)
+    return MODEL_SOURCES.one()(folder or path, device, precision)
 
 
-class Model(Reading, Recommending):
-    """A checkpoint at work on a device. Inputs are a str, a PIL image, (waveform, rate), a pathlib.Path of a media
-    file, its bytes, or (column, any of these, a fitted sample or a list of windows) where the column matters."""
+class PlaitModel(Reading, Model):
+    """A checkpoint at work in Plait's engine. Inputs are those of `Model`, or (column, an input, a fitted sample or a
+    list of windows) where the column matters."""
+
+    embed_batch = 256
 
     def __init__(
         self, checkpoint: Checkpoint, device: str = "auto", precision: str = "auto", folder: Path | None = None
@@ -88,6 +97,15 @@ class Model(Reading, Recommending):
         if self.device.weights is not None:
             checkpoint.model.pack(self.device.weights)
         self.vocabulary = checkpoint.model.vocabulary
+
+    @property
+    def plait_model(self) -> PlaitModel:
+        return self
+
+    def prepared(self, kind: str, value: Any) -> Any:
+        """The samples that a decoded medium is fitted to: smaller than it, as a rule."""
+        column = self.column(None, kind, f"read {kind}")
+        return column, self.modality(column).windows(value)
 
     @cached_property
     def engine(self) -> Engine:
@@ -124,8 +142,7 @@ class Model(Reading, Recommending):
 
     def request(self, context: Sequence, token_type: str, n: int = 1, **options: Unpack[Options]) -> Request:
         """A request of the engine, with the checkpoint's defaults where an option is not given."""
-        if "generate" not in self.verbs:
-            raise PlaitError(f"This model knows histories of items and writes nothing. It can {', '.join(self.verbs)}.")
+        self.require(Verb.GENERATE)
         defaults = self.checkpoint.generation
         temperature, top_k = options.get("temperature"), options.get("top_k")
         top_p, min_p = options.get("top_p"), options.get("min_p")
@@ -304,8 +321,12 @@ class Model(Reading, Recommending):
         target = self.column(column, "text", "describe")
         return self.write([self.context([image])], target, **options)[0][0]
 
-    def transcribe(self, audio: Any, column: str | None = None, **options: Unpack[Options]) -> str:
+    def transcribe(
+        self, audio: Any, column: str | None = None, *, language: str | None = None, **options: Unpack[Options]
+    ) -> str:
         """The words of an audio clip. A long one is read in windows that overlap by half; see `joined`."""
+        if language is not None:
+            raise PlaitError(f"{self.name} writes what its columns hold. Leave the language out, or name a column.")
         self.column(None, "audio", "transcribe")
         target = self.column(column, "text", "transcribe")
         texts = [row[0] for row in self.write(self.alone(audio, self.engine.max_length), target, **options)]
@@ -398,27 +419,6 @@ class Model(Reading, Recommending):
         order = np.argsort(-mean, kind="stable")[:top]
         ranked = (Prediction(classifier.labels[i], float(mean[i])) for i in order)
         return Predictions(ranked, unfamiliar, unfamiliar > classifier.mixture.threshold)
-
-    def explain(
-        self,
-        value: Any,
-        answer: Any = None,
-        *,
-        to: str = "text",
-        column: str | None = None,
-        labels: list[str] | None = None,
-        method: str = "occlusion",
-        steps: int | None = None,
-        seed: int = 0,
-    ) -> Explanation:
-        """How much each part of an input, or of a list of them read in order, moved an answer.
-
-        `answer` is a text: a label, against the column's others or `labels`, or a text by its likelihood; after a
-        text of a model without columns, what follows as it is spelt. With `to` a modality or column of media it is
-        such a medium, and explained is which of the prompt's words it depends on where. Left out, it is the model's
-        own. Methods are occlusion, integrated-gradients (`steps`: as many as it takes) and logit-lens.
-        """
-        return explain(questions.question(self, value, answer, to, column, labels, seed), method, steps, seed)
 
     def embed(self, inputs: list[Any]) -> np.ndarray:
         """The place of each input in the one space, (N, E) float32, of unit length.

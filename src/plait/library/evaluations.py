@@ -120,14 +120,14 @@ def evaluate(
 
     Raises PlaitError where the split is empty, the dataset is not there or its columns are not the model's.
     """
-    from plait.inference.model import Model, load
+    from plait.inference.model import load
 
     folder = run.folder if isinstance(run, Run) else Path(run).expanduser()
     if data is None:
         data = Run(folder).dataset_path
     dataset = data if isinstance(data, Dataset) else Dataset.open(data)
-    model = load(folder, device, precision)
-    if not isinstance(model, Model):
+    model = load(folder, device, precision).plait_model
+    if model is None:
         raise PlaitError(f"{folder} is no model that plait trained; evaluation needs a run.")
     with ProgressBar(progress) as bar:
         metrics, findings = _measure(model, dataset, split, limit, reference_seconds, seed, bar)
@@ -146,10 +146,6 @@ def _measure(
     bar: ProgressBar,
 ) -> tuple[Metrics, Findings]:
     """The figures of a model, and what the report shows beside them."""
-    if dataset.manifest.catalogue is not None:
-        from plait.recommend.evaluate import evaluate_histories
-
-        return evaluate_histories(model, dataset, split, seed=seed, limit=limit, progress=bar)
     from plait.evaluation.tasks import Limits
     from plait.evaluation.tasks import evaluate as measure
 

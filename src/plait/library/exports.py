@@ -12,8 +12,7 @@ from plait.core.dist import check_extra
 from plait.core.errors import PlaitError
 
 if TYPE_CHECKING:
-    from plait.hf.pretrained import Pretrained
-    from plait.inference.model import Model
+    from plait.inference.base import Model
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Export:
 
 
 def export(
-    model: Model | Pretrained | str | Path,
+    model: Model | str | Path,
     out: str | Path,
     *,
     to: str = "transformers",
@@ -51,7 +50,8 @@ def export(
     from plait.hf.export import export_onnx, export_transformers
     from plait.hf.export_constraints import add_export_constraints
     from plait.hf.tflite import export_tflite
-    from plait.inference.model import Model, load
+    from plait.inference.base import Verb
+    from plait.inference.model import load
 
     formats: dict[str, Callable[..., object]] = {
         "transformers": export_transformers,
@@ -65,12 +65,12 @@ def export(
     if to == "onnx":
         for module in ("onnx", "onnxruntime"):
             check_extra(module, "onnx", "Export to ONNX")
-    loaded = load(model, "cpu") if isinstance(model, (str, Path)) else model
-    if not isinstance(loaded, Model):
+    loaded = (load(model, "cpu") if isinstance(model, (str, Path)) else model).plait_model
+    if loaded is None:
         raise PlaitError(
             f"{model} runs in transformers already; only GPT-2, Llama, Qwen3 and Plait models are exported."
         )
-    if loaded.checkpoint.catalogue is not None:
-        raise PlaitError(f"{model} knows histories of items, which no other program reads; nothing is written.")
+    if Verb.GENERATE not in loaded.verbs:
+        raise PlaitError(f"{model} can {' and '.join(loaded.verbs)}, which no other program can; nothing is written.")
     worst = formats[to](add_export_constraints(loaded.checkpoint, loaded.engine), Path(out))
     return Export(Path(out), worst if isinstance(worst, float) else None)

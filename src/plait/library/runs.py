@@ -20,8 +20,7 @@ from plait.training.callbacks import Callback, TensorBoard
 from plait.training.run import Progress
 
 if TYPE_CHECKING:
-    from plait.hf.pretrained import Pretrained
-    from plait.inference.model import Model
+    from plait.inference.base import Model
     from plait.library.evaluations import Evaluation
 
 
@@ -158,7 +157,7 @@ class Run:
 
         return describe(self.folder)
 
-    def model(self, device: str = "auto", precision: str = "auto") -> Model | Pretrained:
+    def model(self, device: str = "auto", precision: str = "auto") -> Model:
         """The model of its best checkpoint, ready to use."""
         from plait.inference.model import load
 
@@ -320,16 +319,12 @@ def _fit(
     """Train, fit the classifiers of labels, and write the report."""
     from plait.evaluation.decide import finish
     from plait.evaluation.findings import Findings
-    from plait.recommend.model import embedder
     from plait.reports.report import read_run, write_report
     from plait.training.trainer import train as fit
 
     if importlib.util.find_spec("tensorboard") is not None and not any(isinstance(c, TensorBoard) for c in callbacks):
         callbacks = [TensorBoard(), *callbacks]
-    fit(
-        dataset, folder, recipe, shown_by(bar), device, allow_changes=allow_changes, group=group, callbacks=callbacks,
-        embed=lambda items: embedder(str(recipe.model.item.encoder), device)(items),
-    )  # fmt: skip
+    fit(dataset, folder, recipe, shown_by(bar), device, allow_changes=allow_changes, group=group, callbacks=callbacks)
     if group.is_main and recipe.training.task in ("recognise", "draw"):
         for line in finish(folder, dataset, device, bar):
             tell(line)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image as PILImage
 from PIL import ImageDraw
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from plait.core.config import Size
@@ -43,23 +43,35 @@ class AudioSettings(BaseModel):
     # Not part of the network.
     TRAINING: ClassVar = frozenset({"stretch", "warp", "mask_time", "mask_bands", "equalise", "freeze"})
 
-    rate: int = 8000  # samples a second
-    seconds: float = 2.0  # the longest clip; longer ones are read in overlapping windows
-    bands: int = 64
-    encoder: str | None = None  # hf:NAME-OR-FOLDER, a pretrained audio encoder in the encoder's place
-    freeze: bool = True  # the encoder stays as it is; a projection of what it hears is trained
-    hf_encoder: HFEncoderSettings | None = None  # filled in from the encoder's files
-    classes: dict[str, int] = {}  # column of labels -> how many; where any, the encoder is a recogniser
-    stem: int = 32  # channels of the encoder's first layer
-    codec_width: int = 160
-    levels: list[int] = [8, 5, 5, 5]
-    codes_per_patch: int = 2
-    stretch: float = 1.25  # augmentation: of time, of the mel axis, and masks
-    warp: float = 1.12
-    mask_time: float = 0.1  # share of the clip
-    mask_bands: float = 0.12  # share of the bands
-    equalise: float = 0.0  # tilt and bow of the spectrum, as other microphones have; 1 is 26 dB
-    normalise: bool = False  # read without the clip's mean spectrum: the microphone's, the room's, part of the voice
+    rate: int = Field(8000, description="Samples a second, Hz.")
+    seconds: float = Field(2.0, description="The longest clip; longer ones are read in overlapping windows.")
+    bands: int = Field(64, description="Mel bands.")
+    encoder: str | None = Field(
+        None, description="hf:NAME-OR-FOLDER, a pretrained audio encoder in the encoder's place."
+    )
+    freeze: bool = Field(
+        True, description="The pretrained encoder stays as it is; a projection of what it hears is trained."
+    )
+    hf_encoder: HFEncoderSettings | None = Field(None, description="Filled in from the pretrained encoder's files.")
+    classes: dict[str, int] = Field(
+        {}, description="Column of labels -> how many; where there are any, the encoder is trained to recognise them."
+    )
+    stem: int = Field(32, description="Channels of the encoder's first layer.")
+    codec_width: int = Field(160, description="Channels of the codec.")
+    levels: list[int] = Field(
+        [8, 5, 5, 5], description="Levels of each FSQ dimension; their product is the number of codes."
+    )
+    codes_per_patch: int = Field(2, description="Codes of a patch of four frames.")
+    stretch: float = Field(1.25, description="Augmentation: time is stretched by up to this factor.")
+    warp: float = Field(1.12, description="Augmentation: the mel axis is warped by up to this factor.")
+    mask_time: float = Field(0.1, description="Augmentation: share of the clip that is masked.")
+    mask_bands: float = Field(0.12, description="Augmentation: share of the mel bands that is masked.")
+    equalise: float = Field(
+        0.0, description="Augmentation: tilt and bow of the spectrum, as other microphones have; 1 is 26 dB."
+    )
+    normalise: bool = Field(
+        False, description="Read without the clip's mean spectrum: the microphone's, the room's, part of the voice."
+    )
 
     @classmethod
     def fitted(cls, size: Size, examples: list[bytes], overrides: dict[str, Any]) -> AudioSettings:

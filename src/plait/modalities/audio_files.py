@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from plait.core.dist import install_command
 from plait.modalities.descriptor import LIMITS, Format, Limits, MediaError, MediaFiles, Packed, container_brand, short
 
 PREVIEW_BYTES, PREVIEW_SECONDS, PREVIEW_RATE = 16_384, 5, 16_000
@@ -134,7 +135,7 @@ def _blocks(data: bytes, form: Format, limits: Limits) -> Blocks:
     # Core Audio's files may hold AAC, which libsndfile does not read.
     other = Format("caf", (), "audio/x-caf", needs="av")
     if other.decoder_missing():
-        raise MediaError("this caf needs the extra 'media': pip install 'plait[media]'")
+        raise MediaError(f"this caf needs the extra media: {install_command('media')}")
     return av_blocks(data, form.name, limits)
 
 

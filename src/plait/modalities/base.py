@@ -7,13 +7,15 @@ padded batch, a batch into embeddings (its encoder) and into codes and back (its
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
 from PIL import Image as PILImage
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
+
+from plait.core.features import ExtensionPoint
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 
@@ -110,6 +112,57 @@ class MediaModality(Protocol):
     def to_object(self, values: np.ndarray) -> Any:
         """A decoded sample to what a Python user expects: a PIL image, or (waveform, rate)."""
         ...
+
+
+class RowModality(Protocol):
+    """A modality of things that have one row each, for reading and for predicting, with ids beyond the vocabulary."""
+
+    name: ClassVar[str]
+    counts: Tensor  # (N,) how often each thing stands in the training data
+
+    @property
+    def sampled(self) -> int:
+        """How many things are drawn to stand for all in the softmax of a training step; 0: all of them."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def rows(self) -> Tensor:
+        """The row of each thing, (N, D)."""
+        ...
+
+
+Role = Literal["media", "rows", "codes"]
+
+
+def role_of(modality: object) -> Role:
+    """How a modality takes part in a model: through an encoder and a codec ("media"), with a row a thing beyond the
+    vocabulary ("rows"), or by codes that were fitted before training ("codes"). Its class says so as `role`."""
+    role: Role = getattr(modality, "role", "media")
+    return role
+
+
+def code_levels(name: str, settings: Any) -> dict[str, list[int]]:
+    """Token type -> the levels of one code's digits: what a modality of these settings adds to the vocabulary."""
+    own: dict[str, list[int]] | None = getattr(settings, "code_levels", None)
+    if own is not None:
+        return own
+    return {name: settings.levels} if settings.levels else {}
+
+
+class EncoderSource(Protocol):
+    """Pretrained encoders, which a feature adds."""
+
+    def describe(self, encoder: object, modality: str) -> BaseModel:
+        """The settings of the encoder that a recipe names for a modality. Raises PlaitError where it is none."""
+        ...
+
+    def fill(self, modality: MediaModality) -> None:
+        """Give a new modality's encoder its pretrained weights. Raises PlaitError where they are missing."""
+        ...
+
+
+ENCODER_SOURCES: ExtensionPoint[EncoderSource] = ExtensionPoint("encoder_source")
 
 
 class Vocabulary(BaseModel):

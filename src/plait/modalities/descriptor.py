@@ -11,6 +11,8 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
+from plait.core.dist import install_command
+
 
 class MediaError(ValueError):
     """An image, audio or video that cannot be used. The message is a short reason for people."""
@@ -136,7 +138,7 @@ class MediaFiles(ABC):
             raise MediaError(f"the content is {what} (read are {self.format_names})")
         form = next(form for form in self.formats if form.name == name)
         if form.decoder_missing():
-            raise MediaError(f"{name} needs the extra 'media': pip install 'plait[media]'")
+            raise MediaError(f"{name} needs the extra media: {install_command('media')}")
         return data, form
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image as PILImage
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from plait.core.config import Size
@@ -33,27 +33,38 @@ class ImageSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     TRAINING: ClassVar = frozenset({"rotate", "scale", "shift", "flip", "erase", "freeze"})  # not part of the network
 
-    size: int = 32  # side in pixels; other shapes are fitted by `fit`
-    channels: int = 3
-    fit: str = "crop"  # "crop" the middle square, "pad" to a square, or "stretch"
-    background: int = 255  # what transparent parts and padding become
-    grid: int = 4  # side of the encoder's grid of embeddings
-    encoder: str | None = None  # hf:NAME-OR-FOLDER, a pretrained vision encoder in the encoder's place
-    freeze: bool = True  # the encoder stays as it is; a projection of what it sees is trained
-    hf_encoder: HFEncoderSettings | None = None  # filled in from the encoder's files
-    classes: dict[str, int] = {}  # column of labels -> how many; where any, the encoder is a recogniser
-    stem: int = 32  # channels of the encoder's first layer
-    stride: int = 1  # of that layer, in pixels
-    patch: int = 4  # side in pixels of what one code stands for
-    codec_width: int = 96
-    codec_blocks: int = 1
-    local: bool = False  # a code tells of its surroundings alone; new runs have it, older ones norms over the image
-    levels: list[int] = [8, 5, 5, 5]
-    rotate: float = 8.0  # degrees, augmentation
-    scale: float = 0.1
-    shift: float = 0.08  # of the side
-    flip: bool = False
-    erase: float = 0.0  # share of samples that lose a random rectangle
+    size: int = Field(32, description="Side in pixels; other shapes are fitted by `fit`.")
+    channels: int = Field(3, description="1 for grey images, 3 for coloured ones.")
+    fit: str = Field("crop", description="crop (the middle square), pad (to a square) or stretch.")
+    background: int = Field(255, description="What transparent parts and padding become, 0 to 255.")
+    grid: int = Field(4, description="Side of the encoder's grid of embeddings: an image is grid x grid positions.")
+    encoder: str | None = Field(
+        None, description="hf:NAME-OR-FOLDER, a pretrained vision encoder in the encoder's place."
+    )
+    freeze: bool = Field(
+        True, description="The pretrained encoder stays as it is; a projection of what it sees is trained."
+    )
+    hf_encoder: HFEncoderSettings | None = Field(None, description="Filled in from the pretrained encoder's files.")
+    classes: dict[str, int] = Field(
+        {}, description="Column of labels -> how many; where there are any, the encoder is trained to recognise them."
+    )
+    stem: int = Field(32, description="Channels of the encoder's first layer.")
+    stride: int = Field(1, description="Of that layer, in pixels.")
+    patch: int = Field(4, description="Side in pixels of what one code stands for.")
+    codec_width: int = Field(96, description="Channels of the codec.")
+    codec_blocks: int = Field(1, description="Residual blocks of the codec, on each side.")
+    local: bool = Field(
+        False,
+        description="A code tells of its surroundings alone; new runs have it, older ones norms over the whole image.",
+    )
+    levels: list[int] = Field(
+        [8, 5, 5, 5], description="Levels of each FSQ dimension; their product is the number of codes."
+    )
+    rotate: float = Field(8.0, description="Augmentation: rotation up to so many degrees.")
+    scale: float = Field(0.1, description="Augmentation: zoom by up to this share.")
+    shift: float = Field(0.08, description="Augmentation: shift by up to this share of the side.")
+    flip: bool = Field(False, description="Augmentation: mirror half of the samples.")
+    erase: float = Field(0.0, description="Augmentation: share of samples that lose a random rectangle.")
 
     @classmethod
     def fitted(cls, size: Size, examples: list[bytes], overrides: dict[str, Any]) -> ImageSettings:
@@ -109,6 +120,8 @@ def to_unit(values: Tensor) -> Tensor:
 class ImageEncoder(nn.Module):
     """A small CNN: (N, H, W, C) to (N, grid * grid, D)."""
 
+    optimizer_groups: ClassVar = {"places": "no_decay"}
+
     def __init__(self, settings: ImageSettings, width: int) -> None:
         super().__init__()
         halvings = max(round(math.log2(settings.size / settings.stride / settings.grid)), 1)
@@ -136,6 +149,8 @@ class HFImageEncoder(nn.Module):
     Its patches are averaged on the grid; each place, beside the summary that the encoder makes of the whole (its first
     token, else the mean), is normed and projected.
     """
+
+    optimizer_groups: ClassVar = {"places": "no_decay"}
 
     mean: Tensor
     std: Tensor

@@ -17,8 +17,8 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
-from typing import ClassVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from plait.core.errors import PlaitError
-from plait.recommend.catalogue import Item as CatalogueItem
+from plait.modalities.base import Role
 
 MOST = 200_000  # items, with one code each
 FULL = 30_000  # items up to which every one of them is weighed against the next
@@ -37,6 +37,15 @@ SAMPLE = 16_384  # items by which codes are fitted
 ROUNDS = 12  # of k-means
 ALIKE = 4096  # items that may come out alike
 SPREAD = 0.1  # of what projects content: enough that what is alike in content begins alike
+
+
+class Described(Protocol):
+    """What is known of an item, as far as it becomes numbers here."""
+
+    title: str | None
+    text: str | None
+    categories: list[str]
+    more: dict[str, str | int | float | None]  # further cells of its row
 
 
 class Known(BaseModel):
@@ -82,6 +91,8 @@ class Item(nn.Module):
     """The rows of a catalogue; see the top of this file."""
 
     name: ClassVar[str] = "item"
+    role: ClassVar[Role] = "rows"
+    optimizer_groups: ClassVar = {"free": "no_decay"}  # a row belongs to one item alone
     variable_length: ClassVar[bool] = False
 
     def __init__(self, settings: ItemSettings, width: int) -> None:
@@ -99,6 +110,11 @@ class Item(nn.Module):
 
     def __len__(self) -> int:
         return len(self.free)
+
+    @property
+    def sampled(self) -> int:
+        """Items that are drawn to stand for all in the softmax; 0: all of them."""
+        return self.settings.sampled
 
     def placed(self) -> Tensor:
         """What the content alone says of each item, (items, D)."""
@@ -128,6 +144,7 @@ class ItemCodes(nn.Module):
     """The semantic codes of a catalogue, and what makes those of a new item. Nothing of it is trained."""
 
     name: ClassVar[str] = "item_codes"
+    role: ClassVar[Role] = "codes"
     variable_length: ClassVar[bool] = False
 
     table: Tensor  # (items, codes) below the sizes; no two rows are the same
@@ -171,6 +188,18 @@ class ItemCodes(nn.Module):
         self.table = torch.cat((self.table, self.table.new_tensor(rows)))
         self.counts = torch.cat((self.counts, self.counts.new_zeros(len(rows))))
         self.settings = self.settings.model_copy(update={"items": len(self.table)})
+
+
+def item_rows(modalities: nn.ModuleDict) -> Item | None:
+    """The items of a model that has a row for each."""
+    found = [part for name, part in modalities.items() if name == Item.name]
+    return found[0] if found else None  # type: ignore[return-value]
+
+
+def item_codes(modalities: nn.ModuleDict) -> ItemCodes | None:
+    """The items of a model that has semantic codes of them."""
+    found = [part for name, part in modalities.items() if name == ItemCodes.name]
+    return found[0] if found else None  # type: ignore[return-value]
 
 
 def quantise(reduced: Tensor, centres: Tensor) -> Tensor:
@@ -269,7 +298,7 @@ class Bag:
         return found / np.linalg.norm(found, axis=1, keepdims=True).clip(1e-12)
 
 
-def bag_of(item: CatalogueItem) -> list[str]:
+def bag_of(item: Described) -> list[str]:
     """The words of an item's title and text, and its categories and decade as words of their own."""
     year = item.more.get("year")
     decade = [f"decade:{year // 10 * 10}"] if isinstance(year, int) else []
@@ -277,7 +306,7 @@ def bag_of(item: CatalogueItem) -> list[str]:
     return [*words_of(item.title or ""), *words_of(item.text or ""), *categories, *decade]
 
 
-def content_of(items: list[CatalogueItem], settings: Known, seen: np.ndarray | None) -> np.ndarray:
+def content_of(items: Sequence[Described], settings: Known, seen: np.ndarray | None) -> np.ndarray:
     """The content of items, (N, C): a bag of words, and beside it what an encoder sees in them."""
     bag = Bag(settings.words, settings.weights).vectors([bag_of(item) for item in items])
     return bag if seen is None else np.concatenate((bag, seen), 1)

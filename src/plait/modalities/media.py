@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import struct
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from plait.core.system import limit_memory, read_line
 from plait.modalities.audio_files import AUDIO
 from plait.modalities.descriptor import LIMITS, Limits, MediaError, MediaFiles, Packed
 from plait.modalities.image_files import IMAGE
@@ -106,13 +106,12 @@ class Checker:
             process.stdin.write(struct.pack("<BBQ", list(MEDIA).index(kind), whole, len(data)))
             process.stdin.write(data)
             process.stdin.flush()
-            if not select.select([process.stdout], [], [], self.patience)[0]:
-                process.kill()
-                process.wait()
-                raise MediaError(f"decoding took more than {self.patience:g} s")
-            line = process.stdout.readline()
-        except BrokenPipeError:
+            line = read_line(process, lambda: True, self.patience)
+        except OSError:  # a pipe whose other end is gone
             line = b""
+        if line is None:
+            process.wait()
+            raise MediaError(f"decoding took more than {self.patience:g} s")
         answer: dict[str, Any] = {}
         if line:
             answer = json.loads(line)
@@ -138,10 +137,7 @@ class Checker:
 def _serve(limits: str) -> None:
     """The loop of a checking process: header and bytes on stdin; for each, one JSON line on stdout, and the pixels or
     samples where they are asked for."""
-    import resource
-
-    with contextlib.suppress(ValueError, OSError):  # macOS refuses this limit
-        resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+    limit_memory(3 << 30)
     allowed = Limits(**json.loads(limits))
     stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
     while len(header := stdin.read(10)) == 10:

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pydantic import ValidationError
@@ -23,6 +23,7 @@ from torch import Tensor
 from plait.classifiers.classifier import ARRAYS, FILE, Classifier, load_classifiers, save_classifiers
 from plait.core.config import GenerationConfig
 from plait.core.errors import PlaitError
+from plait.core.features import ExtensionPoint
 from plait.core.files import (
     fsync_folder,
     json_text,
@@ -35,11 +36,28 @@ from plait.core.files import (
 )
 from plait.modalities.text import Text
 from plait.model.multimodal import ModelConfig, Multimodal
-from plait.recommend.catalogue import Catalogue
 
 VERSION = 1  # of config.json
 MANIFEST = 2  # since manifests are sealed
-ITEMS = "items.parquet"
+
+
+@dataclass(frozen=True)
+class PartFile:
+    """How a feature keeps what its models know in a checkpoint: in one file beside the weights."""
+
+    name: str  # of the file
+    read: Callable[[Path], Any]
+    write: Callable[[Any, Path], None]
+
+
+class CheckpointSource(Protocol):
+    """Checkpoints of other programs as ours; a feature adds it."""
+
+    def __call__(self, name_or_folder: str | Path) -> Checkpoint: ...
+
+
+CHECKPOINT_SOURCES: ExtensionPoint[CheckpointSource] = ExtensionPoint("checkpoint_source")
+CHECKPOINT_PARTS: ExtensionPoint[PartFile] = ExtensionPoint("checkpoint_part")
 
 
 @dataclass
@@ -51,7 +69,7 @@ class Checkpoint:
     labels: dict[str, list[str]] = field(default_factory=dict)  # text column -> its few distinct values
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     training: dict[str, Any] = field(default_factory=dict)  # how it came to be: data, step, validation, seed
-    catalogue: Catalogue | None = None  # the items that the model knows
+    parts: dict[str, Any] = field(default_factory=dict)  # name of a feature -> what it keeps with the model
     classifiers: list[Classifier] = field(default_factory=list)  # fitted once training has ended
 
 
@@ -73,15 +91,18 @@ def save(
         write_json(aside / "config.json", {"model_type": "plait", "version": VERSION, **config, **facts})
         write_json(aside / "preprocessor_config.json", settings)
         write_json(aside / "generation_config.json", checkpoint.generation.model_dump())
-        (aside / "tokenizer.json").write_text(checkpoint.text.tokenizer.to_str(pretty=True), encoding="utf-8")
+        (aside / "tokenizer.json").write_text(
+            checkpoint.text.tokenizer.to_str(pretty=True), encoding="utf-8", newline="\n"
+        )
         if checkpoint.text.settings:
             write_json(aside / "tokenizer_config.json", checkpoint.text.settings)
         write_tensors(aside / "model.safetensors", checkpoint.model.state_dict() if tensors is None else tensors)
-        if checkpoint.catalogue is not None:
-            checkpoint.catalogue.write(aside / ITEMS, media=False)
+        for feature, part in checkpoint.parts.items():
+            kept = CHECKPOINT_PARTS.by_feature()[feature]
+            kept.write(part, aside / kept.name)
         if checkpoint.classifiers:
             save_classifiers(checkpoint.classifiers, aside)
-        (aside / "README.md").write_text(model_card(checkpoint), encoding="utf-8")
+        (aside / "README.md").write_text(model_card(checkpoint), encoding="utf-8", newline="\n")
         if more is not None:
             more(aside)
         files = [f for f in sorted(aside.rglob("*")) if f.is_file()]
@@ -110,7 +131,7 @@ def add_classifiers(folder: Path, classifiers: list[Classifier]) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Into a folder that is still aside: whoever publishes it makes it last."""
-    path.write_text(json_text(value), encoding="utf-8")
+    path.write_text(json_text(value), encoding="utf-8", newline="\n")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -193,9 +214,13 @@ def load(folder: Path, device: torch.device | None = None) -> Checkpoint:
     model.eval()
     if device is not None:
         model.to(device)
-    catalogue = Catalogue.read(folder / ITEMS) if (folder / ITEMS).is_file() else None
+    parts = {
+        feature: kept.read(folder / kept.name)
+        for feature, kept in CHECKPOINT_PARTS.by_feature().items()
+        if (folder / kept.name).is_file()
+    }
     text = Text.load(folder / "tokenizer.json")
-    return Checkpoint(model, text, labels, generation, training, catalogue, load_classifiers(folder))
+    return Checkpoint(model, text, labels, generation, training, parts, load_classifiers(folder))
 
 
 def find_checkpoint(path: str | Path) -> Path | None:

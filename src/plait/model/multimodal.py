@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as ListOf
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -15,10 +16,10 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from plait.kernels.linear import PackedLinear, pack_linear_layers
-from plait.modalities.base import MediaModality, Vocabulary
+from plait.modalities.base import MediaModality, RowModality, Vocabulary, role_of
 from plait.modalities.fsq import FSQ
-from plait.modalities.item import Item, ItemCodes
 from plait.modalities.registry import MODALITIES, SETTINGS
+from plait.model.contrastive import PAIR_LOSSES, PairLoss
 from plait.model.transformer import Transformer, TransformerConfig
 
 IGNORE = -100  # no target here
@@ -32,6 +33,7 @@ class ModelConfig(BaseModel):
     backbone: TransformerConfig
     vocabulary: Vocabulary
     embed_dim: int = 128  # width of the embedding space; 0 for a model without one
+    contrastive: str = "softmax"  # the loss that makes the space, of PAIR_LOSSES
     pools_inputs: bool = False  # embeddings of media are pooled from what enters the backbone, too
     tied: bool = False  # one table of rows for reading and for predicting
     modalities: dict[str, dict[str, object]] = {}  # the settings of each modality present, text aside
@@ -172,6 +174,8 @@ class TokenEmbedding(nn.Module):
     """One row a token, (V, D). A code's row is a free row plus one row for each of its FSQ digits, so that codes
     that decode alike start alike."""
 
+    optimizer_groups: ClassVar = {"*": "no_decay"}  # a row belongs to one token alone
+
     def __init__(self, vocabulary: Vocabulary, width: int, std: float) -> None:
         super().__init__()
         self.vocabulary = vocabulary
@@ -239,7 +243,19 @@ class Multimodal(nn.Module):
         self.backbone = Transformer(config.backbone)
         if config.embed_dim:
             self.project = nn.Linear(width, config.embed_dim, bias=False)
-            self.logit_scale = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))
+            for name, value in self.pair_loss.scalars.items():
+                self.register_parameter(name, nn.Parameter(torch.tensor(value, dtype=torch.float32)))
+
+    @property
+    def pair_loss(self) -> PairLoss:
+        """What makes embeddings of one record agree."""
+        return PAIR_LOSSES[self.config.contrastive]
+
+    @property
+    def pair_scalars(self) -> dict[str, nn.Parameter]:
+        """The scalars of `pair_loss`, by name; none in a model without an embedding space."""
+        names = self.pair_loss.scalars if self.config.embed_dim else ()
+        return {name: getattr(self, name) for name in names}
 
     @property
     def output_embedding(self) -> TokenEmbedding:
@@ -247,35 +263,29 @@ class Multimodal(nn.Module):
 
     @property
     def media(self) -> dict[str, MediaModality]:
-        items = (Item, ItemCodes)
-        return {n: part for n, part in self.modalities.items() if not isinstance(part, items)}  # type: ignore[misc]
+        """The modalities that go in through an encoder and out through a codec, by name."""
+        return {name: part for name, part in self.modalities.items() if role_of(part) == "media"}  # type: ignore[misc]
 
     @property
-    def items(self) -> Item | None:
-        """The catalogue, where histories are read and each item has a code of its own."""
-        found = [part for part in self.modalities.values() if isinstance(part, Item)]
-        return found[0] if found else None
-
-    @property
-    def item_codes(self) -> ItemCodes | None:
-        """The catalogue, where histories are read and items have semantic codes, which are tokens."""
-        found = [part for part in self.modalities.values() if isinstance(part, ItemCodes)]
-        return found[0] if found else None
+    def row_modality(self) -> RowModality | None:
+        """The modality whose things have a row each, beyond the vocabulary, if the model has one."""
+        found = [part for part in self.modalities.values() if role_of(part) == "rows"]
+        return found[0] if found else None  # type: ignore[return-value]
 
     @property
     def id_ranges(self) -> dict[str, tuple[int, int]]:
-        """Those of the vocabulary, and beyond it that of the items: space -> (first id, one past the last)."""
-        if self.items is None:
+        """Token type -> (first id, one past the last): those of the vocabulary, and beyond it the modality of rows."""
+        if (beyond := self.row_modality) is None:
             return self.vocabulary.id_ranges
         size = self.vocabulary.size
-        return {**self.vocabulary.id_ranges, Item.name: (size, size + len(self.items))}
+        return {**self.vocabulary.id_ranges, beyond.name: (size, size + len(beyond))}
 
-    def reading(self, items: Tensor | None = None) -> Tensor:
-        """The rows of all ids that are read; `items` are those of the items where they are at hand."""
+    def reading(self, rows: Tensor | None = None) -> Tensor:
+        """The rows of all ids that are read, (V, D); `rows` are those beyond the vocabulary where they are at hand."""
         table = self.token_embedding.table()
-        if self.items is None:
+        if (beyond := self.row_modality) is None:
             return table
-        return torch.cat((table, self.items.rows() if items is None else items))
+        return torch.cat((table, beyond.rows() if rows is None else rows))
 
     def pack(self, storage: str) -> None:
         """Keep the weights of the backbone and the vocabulary packed, once and in less memory: for use on a processor,
@@ -332,8 +342,8 @@ class Multimodal(nn.Module):
         parts: dict[str, nn.Module] = {"backbone": self.backbone, "token embedding": self.token_embedding}
         if self.lm_head is not None:
             parts["lm head"] = self.lm_head
-        if self.items is not None:
-            parts["items"] = self.items
+        if self.row_modality is not None:
+            parts[f"{self.row_modality.name}s"] = self.modalities[self.row_modality.name]
         for name, modality in self.media.items():
             parts |= {f"{name} encoder": modality.encoder, f"{name} codec": modality.codec}
         return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}

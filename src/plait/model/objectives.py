@@ -163,31 +163,33 @@ def likelihoods(
     targets: Tensor,
     restricted: bool = True,
     smoothing: float = 0.0,
-    items: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Space -> (sum of -log P in nats, count) over the targets (B, L) that lie in it.
 
     Restricted, the softmax of a target runs over its own space: what the span grammar allows there. Unrestricted,
-    it runs over the whole vocabulary, and the figures are still told apart by space. `items` are the rows of the
-    items; after them there is nothing but items, whose softmax is always their own.
+    it runs over the whole vocabulary, and the figures are still told apart by space. `rows` are those of
+    the modality of rows, whose softmax is always its own.
     """
     keep = targets != IGNORE
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     states, wanted = hidden[keep].to(dtype), targets[keep]
     found = {}
+    beyond = model.row_modality
     table = None if restricted else model.output_embedding.table()
     for token_type, (start, stop) in model.id_ranges.items():
         chosen = (wanted >= start) & (wanted < stop)
         if not chosen.any():
             continue
-        if model.items is not None and token_type == model.items.name:
-            rows = model.items.rows() if items is None else items
-            draws = model.items.settings.sampled
-            if draws and model.training:
-                loss = sampled_loss(states[chosen], rows.to(dtype), wanted[chosen] - start, model.items.counts, draws)
+        if beyond is not None and token_type == beyond.name:
+            of_things = beyond.rows() if rows is None else rows
+            if beyond.sampled and model.training:
+                loss = sampled_loss(
+                    states[chosen], of_things.to(dtype), wanted[chosen] - start, beyond.counts, beyond.sampled
+                )
             else:
-                loss = total_loss(states[chosen], rows, wanted[chosen] - start, smoothing)
+                loss = total_loss(states[chosen], of_things, wanted[chosen] - start, smoothing)
         elif table is None:
             loss = total_loss(
                 states[chosen], model.output_embedding.of_type(token_type), wanted[chosen] - start, smoothing
@@ -196,16 +198,3 @@ def likelihoods(
             loss = total_loss(states[chosen], table, wanted[chosen], smoothing)
         found[token_type] = loss, chosen.sum()
     return found
-
-
-def contrastive(a: Tensor, b: Tensor, positives: Tensor, logit_scale: Tensor) -> Tensor:
-    """InfoNCE in both directions with several positives: a and b (N, E), positives (N, N) bool; a scalar in nats.
-
-    The target spreads evenly over a row's positives (van den Oord et al., 2018; Khosla et al., 2020), so its floor
-    is the mean log of their number.
-    """
-    logits = logit_scale.clamp(max=4.6).exp() * a @ b.t()
-    share = positives.float()
-    forward = -(share / share.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
-    backward = -(share / share.sum(0, keepdim=True) * logits.log_softmax(0)).sum(0).mean()
-    return (forward + backward) / 2

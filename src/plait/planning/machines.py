@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import os
 import platform
 import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -21,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from plait.core.device import Device, choose_device, keep_memory
 from plait.core.errors import PlaitError
+from plait.core.system import available_memory
 from plait.model import lora
 from plait.model.multimodal import IGNORE, Batch, ModelConfig, Multimodal, Sequence, collate
 from plait.model.objectives import negative_log_likelihood
@@ -76,7 +75,10 @@ def this_machine() -> Machine:
     if device.kind == "cuda":
         name, free = torch.cuda.get_device_name(), float(torch.cuda.mem_get_info()[0])
     else:
-        name, free = f"this machine ({platform.machine()}, {torch.get_num_threads()} threads)", _free_memory()
+        name, free = (
+            f"this machine ({platform.machine()}, {torch.get_num_threads()} threads)",
+            float(available_memory()),
+        )
     side = 1024 if device.kind == "cpu" else 8192
     a, b = (torch.randn(side, side, device=device.torch).to(device.dtype) for _ in range(2))
 
@@ -92,17 +94,6 @@ def this_machine() -> Machine:
         multiply()
         rates.append(2 * side**3 / (time.perf_counter() - begun))
     return Machine(name, max(rates), free, 0, 0)
-
-
-def _free_memory() -> float:
-    """Bytes that this process could still take."""
-    free = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    info, limit, used = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if info.exists():
-        free = next(float(line.split()[1]) * 1024 for line in info.open() if line.startswith("MemAvailable"))
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()).isdecimal():
-        free = min(free, float(text) - float(used.read_text()))
-    return max(free, 0.0)
 
 
 # --- a step here ------------------------------------------------------------------------------------------------

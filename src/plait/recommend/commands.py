@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.table import Table
@@ -11,8 +11,7 @@ from rich.table import Table
 from plait.console import DeviceOption, ModelArgument, app, err, out, plain
 
 if TYPE_CHECKING:
-    from plait.inference.model import Model
-    from plait.recommend.model import Recommendation
+    from plait.recommend.model import Recommendation, RecommendationModel
 
 WhereOption = Annotated[
     str | None, typer.Option(help="A condition as in SQL: \"year >= 1990 and categories like '%War%'\".")
@@ -23,20 +22,23 @@ AddOption = Annotated[
 CountOption = Annotated[int, typer.Option("-k", min=1, help="Items to show.")]
 
 
-def _model(name: str, device: str, add: Path | None) -> Model:
+def _model(name: str, device: str, add: Path | None) -> RecommendationModel:
+    from plait.core.dist import docs_page
     from plait.core.errors import PlaitError
-    from plait.inference.model import Model, load
+    from plait.inference.model import load
 
     loaded = load(name, device)
-    if not isinstance(loaded, Model):
-        raise PlaitError(f"{name} knows no items: recommending needs a run of histories (docs/recommending.md).")
+    if "recommend" not in loaded.verbs:
+        page = docs_page("how-to/recommending")
+        raise PlaitError(f"{name} knows no items: recommending needs a run of histories: {page}")
+    model = cast("RecommendationModel", loaded)
     if add is not None:
-        before = len(loaded.catalogue)
-        for row in loaded.add_items(add)[:10]:
+        before = len(model.catalogue)
+        for row in model.add_items(add)[:10]:
             place = f"{row.file}, line {row.line}" if row.line else row.file
             err.print(f"[yellow]Note:[/yellow] {plain(f'{place}: {row.reason}')}")
-        err.print(f"{len(loaded.catalogue) - before:,} items joined, placed by what they are.")
-    return loaded
+        err.print(f"{len(model.catalogue) - before:,} items joined, placed by what they are.")
+    return model
 
 
 def _show(found: list[Recommendation], measure: str, as_json: bool) -> None:

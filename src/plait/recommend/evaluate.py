@@ -7,21 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import cast
 
 import numpy as np
 
-from plait.core.device import Device
 from plait.core.errors import PlaitError
 from plait.core.rng import uniform
 from plait.data.dataset import Dataset
 from plait.evaluation import metrics
 from plait.evaluation.context import Progress
 from plait.evaluation.findings import Findings, Gallery, Metrics, ReportItem
-from plait.model.checkpoint import Checkpoint
+from plait.inference.model import PlaitModel
+from plait.modalities.item import item_rows
 from plait.recommend.baselines import MOST, Follows, Interactions, Neighbours
 from plait.recommend.catalogue import Catalogue
-from plait.recommend.catalogue import Item as Known
+from plait.recommend.checkpoint_part import catalogue_of
+from plait.recommend.model import RecommendationModel
 from plait.recommend.next_item import foretell
 from plait.recommend.write_histories import HIDDEN, TEST, TRAIN, VAL, Histories, read_catalogue, read_histories
 
@@ -34,15 +35,6 @@ EASE = 500.0  # ridge of EASE
 ORDER, TIES = 211, 212  # keys of `uniform`
 
 Scores = Callable[[list[np.ndarray]], np.ndarray]  # histories to (N, items)
-
-
-class Model(Protocol):
-    """What is needed of a model; `plait.load` returns one."""
-
-    checkpoint: Checkpoint
-    device: Device
-
-    def add_items(self, items: list[Known]) -> object: ...
 
 
 @dataclass
@@ -141,7 +133,7 @@ def _mean(values: np.ndarray, users: np.ndarray, seed: int) -> tuple[float, floa
 
 
 def evaluate_histories(
-    model: Model, dataset: Dataset, split: str, *, seed: int, limit: int | None, progress: Progress
+    model: PlaitModel, dataset: Dataset, split: str, *, seed: int, limit: int | None, progress: Progress
 ) -> tuple[Metrics, Findings]:
     """The figures of recommending on the held-out items of a dataset of histories, under
     "recommendation/item-item/METRIC", and what the report shows beside them.
@@ -149,7 +141,9 @@ def evaluate_histories(
     Raises PlaitError where there is nothing to ask, or the model is of another catalogue.
     """
     histories = read_histories(dataset)
-    catalogue = _fit(model, read_catalogue(dataset), dataset, histories)
+    catalogue_of(model.checkpoint)  # which says what to do where it is no model of histories
+    recommending = cast(RecommendationModel, model)
+    catalogue = _fit(recommending, read_catalogue(dataset), dataset, histories)
     if split not in ("val", "test"):
         raise PlaitError(f"Histories are evaluated on what is held out of them: --split test or val, not {split}.")
     wanted = TEST if split == "test" else VAL
@@ -164,7 +158,7 @@ def evaluate_histories(
         findings.notes.append(f"{first:,} held-out items are the first of their users: with no history, not asked for.")
     most = min(QUERIES, limit or QUERIES)
     targets = _some(targets, most, "held-out items", seed, findings)
-    work = _Work(model, histories, catalogue, seed, progress, findings)
+    work = _Work(recommending, histories, catalogue, seed, progress, findings)
     work.measure(targets)
     cold = targets_of(histories, (VAL, TEST))
     cold = _some(cold.only(cold.items >= catalogue.known), most, "held-out new items", seed, findings)
@@ -183,26 +177,23 @@ def _some(targets: Targets, most: int, what: str, seed: int, findings: Findings)
     return targets.only(np.sort(chosen))
 
 
-def _fit(model: Model, catalogue: Catalogue, dataset: Dataset, histories: Histories) -> Catalogue:
+def _fit(model: RecommendationModel, catalogue: Catalogue, dataset: Dataset, histories: Histories) -> Catalogue:
     """Give the model the items of the dataset that it has not met, and the histories the model's numbers; returns its
     catalogue, which may have more items than the dataset's."""
-    own = model.checkpoint.catalogue
-    if own is None:
-        raise PlaitError("This model knows no items: evaluate the run that was trained on these histories.")
+    own = model.catalogue
     if [item.id for item in own.items[: own.known]] != [item.id for item in catalogue.items[: catalogue.known]]:
         raise PlaitError(f"The model's items are not those of {dataset.path}. Evaluate it on the data of its run.")
     known = {item.id for item in own.items}
     model.add_items([item for item in catalogue.items if item.id not in known])
-    whole = model.checkpoint.catalogue
-    assert whole is not None
-    numbers = {item.id: number for number, item in enumerate(whole.items)}
+    grown = model.catalogue
+    numbers = {item.id: number for number, item in enumerate(grown.items)}
     histories.items = np.array([numbers[item.id] for item in catalogue.items], np.int64)[histories.items]
-    return whole
+    return grown
 
 
 @dataclass
 class _Work:
-    model: Model
+    model: RecommendationModel
     histories: Histories
     catalogue: Catalogue
     seed: int
@@ -336,7 +327,7 @@ class _Work:
 
     def _nearest(self) -> Scores | None:
         """Items whose content is nearest to that of the last ten."""
-        items = self.model.checkpoint.model.items
+        items = item_rows(self.model.checkpoint.model.modalities)
         if items is None:  # codes say less than the content that they came from
             return None
         content = items.content.float().cpu().numpy()

@@ -8,4 +8,12 @@ FEATURE = Feature(
     name="recommend",
     commands="plait.recommend.commands",
     panel="Use a model",
+    adds={
+        "checkpoint_part": "plait.recommend.checkpoint_part:CATALOGUE_FILE",
+        "data_kind": "plait.recommend.prepare:histories_in",
+        "evaluation": "plait.recommend.evaluate:evaluate_histories",
+        "model_class": "plait.recommend.model:RecommendationModel",
+        "routes": "plait.recommend.routes:router",
+        "training_source": "plait.recommend.source:open_histories",
+    },
 )

@@ -2,41 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from plait.core.config import ItemsRecipe
-from plait.core.device import Device
 from plait.core.errors import PlaitError
 from plait.core.files import publish_folder, read_json
 from plait.data.dataset import Dataset
 from plait.data.files import scan
 from plait.data.record import Rejected
 from plait.data.stores import read_place, written_place
+from plait.inference.model import PlaitModel, load
 from plait.modalities.audio_files import decode_audio
 from plait.modalities.descriptor import MediaError
 from plait.modalities.image_files import decode_image
-from plait.modalities.item import Item, ItemCodes, content_of
+from plait.modalities.item import Item, ItemCodes, content_of, item_codes, item_rows
 from plait.modalities.media import preview
 from plait.model import checkpoint as checkpoints
-from plait.model.checkpoint import Checkpoint
 from plait.recommend.catalogue import Catalogue, Images
 from plait.recommend.catalogue import Item as Known
+from plait.recommend.checkpoint_part import CATALOGUE_FILE, catalogue_of
+from plait.recommend.feature import FEATURE
 from plait.recommend.interactions import read_items
 from plait.recommend.next_item import NextCodes, NextItem, foretell
 from plait.recommend.write_histories import Histories, catalogue_file, read_catalogue, read_histories
 from plait.training.checkpointing import folder_name, point
 
-if TYPE_CHECKING:
-    from plait.recommend.sampler import Embed
-
+Embed = Callable[[list[Known]], np.ndarray]  # items to (N, E) float32, of unit length
 POOL = 200  # of the likeliest items, among which diversity chooses
 REASONS = 3  # items of a history that an explanation names
 
@@ -53,24 +51,24 @@ class Recommendation:
     why: list[tuple[str, float]] = field(default_factory=list)
 
 
-class Recommending:
-    """What a model of histories can do; a part of `plait.Model`."""
+class RecommendationModel(PlaitModel):
+    """A model of histories at work: what comes next, what is alike. `plait.load` returns it for such a run."""
 
-    checkpoint: Checkpoint
-    device: Device
-    folder: Path | None  # the checkpoint's, which may lie in a run's
     joined: int = 0  # items that joined since it was loaded
 
     @property
+    def verbs(self) -> list[str]:
+        return ["recommend", "similar"]
+
+    @property
     def catalogue(self) -> Catalogue:
-        """The items that the model knows. Raises PlaitError where it is no model of histories."""
-        if self.checkpoint.catalogue is None:
-            raise PlaitError("This model knows no items: recommending needs a run of histories (docs/recommending.md).")
-        return self.checkpoint.catalogue
+        """The items that the model knows."""
+        return catalogue_of(self.checkpoint)
 
     @property
     def _items(self) -> Item | ItemCodes:
-        items = self.checkpoint.model.items or self.checkpoint.model.item_codes
+        modalities = self.checkpoint.model.modalities
+        items = item_rows(modalities) or item_codes(modalities)
         assert items is not None
         return items
 
@@ -274,7 +272,7 @@ class Recommending:
         network, catalogue = self.checkpoint.model, self.catalogue
         modalities = {**network.config.modalities, self._items.name: self._items.settings.model_dump()}
         network.config = network.config.model_copy(update={"modalities": modalities})
-        self.checkpoint.catalogue = Catalogue([*catalogue.items, *fresh], catalogue.known)
+        self.checkpoint.parts[FEATURE.name] = Catalogue([*catalogue.items, *fresh], catalogue.known)
         for name in ("_next", "_histories"):
             self.__dict__.pop(name, None)
         return refused
@@ -288,7 +286,7 @@ class Recommending:
         grown = {"from": str(self.folder), "items": self.joined}
 
         def more(aside: Path) -> None:
-            catalogue.write(aside / checkpoints.ITEMS)  # images and audio clips of what joined are nowhere else
+            catalogue.write(aside / CATALOGUE_FILE.name)  # images and audio clips of what joined are nowhere else
 
         whole = replace(self.checkpoint, training={**self.checkpoint.training, "grown": grown})
         name = folder_name(whole.training.get("step", 0))
@@ -332,10 +330,8 @@ def _read(path: Path) -> tuple[list[Known], list[Rejected]]:
 def embedder(name: str, device: str = "auto") -> Embed:
     """How a run or an imported model sees items: the mean of what it makes of the title, the image and the audio,
     as far as it reads them; (N, E), of unit length, zero where there is nothing to see."""
-    from plait.inference.model import Model, load
-
     model = load(name, device)
-    kinds = set(model.columns.values()) if isinstance(model, Model) else {"text", "image"}
+    kinds = model.modalities
 
     def embed(items: list[Known]) -> np.ndarray:
         total: np.ndarray | None = None

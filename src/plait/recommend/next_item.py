@@ -9,6 +9,7 @@ import torch
 
 from plait.core.device import Device
 from plait.core.interruption import pause_point
+from plait.modalities.item import item_rows
 from plait.model.multimodal import Batch, Multimodal
 from plait.recommend.trie import NextCodes
 
@@ -18,18 +19,19 @@ CELLS = 2**24  # scores that exist at a time
 
 def foretell(model: Multimodal, device: Device) -> NextItem | NextCodes:
     """What foretells the next item of a model of histories."""
-    return NextItem(model, device) if model.items is not None else NextCodes(model, device)
+    return NextItem(model, device) if model.row_modality is not None else NextCodes(model, device)
 
 
 class NextItem:
     """Scores all items of a model's catalogue after histories; its rows are taken once."""
 
     def __init__(self, model: Multimodal, device: Device) -> None:
-        assert model.items is not None
+        items = item_rows(model.modalities)
+        assert items is not None
         self.model, self.device = model, device
         model.eval()
         with torch.inference_mode(), device.autocast():
-            self.rows = model.items.rows().detach()  # without content, the parameter itself
+            self.rows = items.rows().detach()  # without content, the parameter itself
             self.table = model.reading(self.rows)
         # Without content nothing is known of an item that no history has.
         self.unplaced = ~self.rows.float().abs().sum(1).bool()

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import base64
 from dataclasses import asdict
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
-from plait.inference.model import Model
 from plait.modalities.media import media_type
-from plait.recommend.model import Recommendation
+from plait.recommend.model import Recommendation, RecommendationModel
 from plait.server.api import make_router, of
 from plait.server.limits import ApiError
 from plait.server.schemas import Body, Name
@@ -131,13 +130,13 @@ async def items(request: Request, body: ItemsRequest) -> Response:
     return JSONResponse({"object": "list", "model": served.name, "data": data})
 
 
-def _model(served: Served) -> Model:
+def _model(served: Served) -> RecommendationModel:
     if "recommend" not in served.verbs:
         raise ApiError(400, f"{served.name} knows no items. It can {', '.join(served.verbs)}.", "model")
-    return served.ours
+    return cast(RecommendationModel, served.ours)
 
 
-def _shown(model: Model, one: Recommendation, preview: bool) -> dict[str, Any]:
+def _shown(model: RecommendationModel, one: Recommendation, preview: bool) -> dict[str, Any]:
     image = model.image(one.id) if preview else None
     url = f"data:{media_type(image)};base64,{base64.b64encode(image).decode()}" if image is not None else None
     return {**asdict(one), "why": [{"title": title, "lost": lost} for title, lost in one.why], "preview": url}

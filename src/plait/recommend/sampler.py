@@ -3,121 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
-from safetensors.torch import save as tensors_to_bytes
 
-from plait.core.config import Recipe
 from plait.core.device import Device
-from plait.core.errors import PlaitError
-from plait.core.files import write_atomic
 from plait.core.rng import uniform
-from plait.data.dataset import Dataset
 from plait.modalities.item import (
-    FULL,
-    MOST,
-    Bag,
     Item,
-    ItemCodesSettings,
-    ItemSettings,
-    ItemsSettings,
-    Known,
-    bag_of,
-    content_of,
-    fit_codes,
-    sizes_of,
+    item_rows,
 )
 from plait.model.multimodal import IGNORE, Batch, Multimodal, bucket_length
-from plait.recommend.catalogue import Catalogue
-from plait.recommend.catalogue import Item as CatalogueItem
-from plait.recommend.write_histories import TEST, TRAIN, VAL, Histories, read_catalogue, read_histories
+from plait.recommend.write_histories import TEST, TRAIN, VAL, Histories
 from plait.training.batches import OFFSET, Sampler, Split, Step, cut_by_length
-
-Embed = Callable[[list[CatalogueItem]], np.ndarray]  # items to (N, E) float32, of unit length
-
-DRAWS = 8192  # items that stand for all where they are too many
-
-
-@dataclass
-class ItemContent:
-    """What is known of the items that histories are learnt of, and the settings that follow from it."""
-
-    catalogue: Catalogue
-    histories: Histories
-    settings: ItemsSettings
-    buffers: dict[str, torch.Tensor]  # of the model's items: their content (items, content), or their codes
-
-    def split(self, name: str) -> HistorySplit:
-        found = history_split(self.histories, name, len(self.catalogue))
-        if "table" in self.buffers:
-            found.code_table = self.buffers["table"].numpy().astype(np.int64)
-        return found
-
-    def fill(self, model: Multimodal) -> None:
-        """Give a new model what is known of the items, and how often each was chosen."""
-        items = model.items or model.item_codes
-        assert items is not None
-        for name, buffer in self.buffers.items():
-            getattr(items, name).copy_(buffer)
-        trained = self.histories.items[self.histories.parts == TRAIN]
-        items.counts.copy_(torch.from_numpy(np.bincount(trained, minlength=self.settings.items)))
-
-
-def item_content(dataset: Dataset, whole: Recipe, cache: Path, embed: Embed | None) -> ItemContent:
-    """The content of the items that stand in training histories: a bag of words, and beside it what `embed` sees in
-    them; or the semantic codes that it becomes. What takes long is kept in the folder `cache`.
-
-    Raises PlaitError for a catalogue that is too large, or of whose items too little is known.
-    """
-    recipe, catalogue = whole.model.item, read_catalogue(dataset).trained()
-    known = catalogue.items
-    semantic = recipe.codes == "semantic" or (recipe.codes == "auto" and len(known) > MOST)
-    if not semantic and len(known) > MOST:
-        raise PlaitError(
-            f"{len(known):,} items; with one code an item a model has at most {MOST:,}. Set model.item.codes to "
-            "semantic, or leave out the rarest ones."
-        )
-    bag = Bag.fit((bag_of(item) for item in known), recipe.words)
-    seen = None
-    if recipe.encoder is not None:
-        if not (cache / "items.npy").exists():
-            assert embed is not None, "model.item.encoder needs train(embed=...)"
-            cache.mkdir(parents=True, exist_ok=True)
-            np.save(cache / "items.npy", embed(known))
-        seen = np.load(cache / "items.npy")
-    facts = Known(
-        items=len(known), content=len(bag.words) + (0 if seen is None else seen.shape[1]), words=bag.words,
-        weights=[round(float(w), 6) for w in bag.weights], encoder=recipe.encoder,
-    )  # fmt: skip
-
-    def content(numbers: np.ndarray) -> np.ndarray:
-        return content_of([known[i] for i in numbers], facts, None if seen is None else seen[numbers])
-
-    settings: ItemsSettings
-    if semantic:
-        if not facts.content:
-            raise PlaitError(
-                "Semantic codes come from what items are, and nothing is known of these. Give an items table with "
-                "titles, texts or categories, or name a model.item.encoder."
-            )
-        file = cache / "item_codes.safetensors"
-        if not file.exists():
-            cache.mkdir(parents=True, exist_ok=True)
-            write_atomic(file, tensors_to_bytes(fit_codes(len(known), content, whole.training.seed)))
-        buffers = load_file(file)
-        settings = ItemCodesSettings(**facts.model_dump(), reduced=buffers["basis"].shape[1], sizes=sizes_of(buffers))
-    else:
-        sampled = recipe.sampled
-        if sampled is None:
-            sampled = 0 if len(known) <= FULL else DRAWS
-        settings = ItemSettings(**facts.model_dump(), drop=recipe.drop if facts.content else 0.0, sampled=sampled)
-        buffers = {"content": torch.from_numpy(content(np.arange(len(known))))}
-    return ItemContent(catalogue, read_histories(dataset), settings, buffers)
 
 
 @dataclass
@@ -233,11 +132,12 @@ class HistorySampler(Sampler):
 def ranking(model: Multimodal, device: Device, sampler: HistorySampler, most: int = 4096) -> float:
     """NDCG@10 of the last item of at most `most` histories of a split, among all items that the history lacks: what a
     model of histories is chosen by. Its likelihood gets worse on val long before its ranking does."""
-    assert model.items is not None
+    module = item_rows(model.modalities)
+    assert module is not None
     training, base, found = model.training, model.vocabulary.size, []
     model.eval()
     with device.autocast():
-        items = model.items.rows()
+        items = module.rows()
         table = model.reading(items)
     for number in range(min(sampler.steps_per_epoch, -(-most // sampler.batch_size))):
         for batch in sampler.step(number).batches:

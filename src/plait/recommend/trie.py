@@ -16,6 +16,7 @@ from torch import Tensor
 
 from plait.core.device import Device
 from plait.core.interruption import pause_point
+from plait.modalities.item import item_codes
 from plait.model.multimodal import Multimodal
 
 FIRST, WIDEST = 64, 1024  # beams
@@ -94,10 +95,11 @@ class NextCodes:
     of log P among those that the trie has there, so that all items together have the chance of one."""
 
     def __init__(self, model: Multimodal, device: Device) -> None:
-        assert model.item_codes is not None
+        codes = item_codes(model.modalities)
+        assert codes is not None
         self.model, self.device = model, device
         model.eval()
-        self.codes = model.item_codes.table.cpu().numpy().astype(np.int64)
+        self.codes = codes.table.cpu().numpy().astype(np.int64)
         self.trie = Trie(self.codes)
         id_ranges = list(model.vocabulary.levels)
         self.first = np.array([model.vocabulary.id_ranges[token_type][0] for token_type in id_ranges])
@@ -109,7 +111,7 @@ class NextCodes:
     @cached_property
     def rows(self) -> Tensor:
         """What items are, as far as their codes say it, (items, P): the sum of the centres that these stand for."""
-        items = self.model.item_codes
+        items = item_codes(self.model.modalities)
         assert items is not None
         steps = zip(items.centres, items.table.long().t(), strict=False)
         return torch.stack([centres[codes] for centres, codes in steps]).sum(0)

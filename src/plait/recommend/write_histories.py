@@ -80,9 +80,9 @@ def read_catalogue(dataset: Dataset) -> Catalogue:
 
 def catalogue_file(dataset: Dataset) -> Path:
     """The file of a dataset's catalogue. Raises PlaitError where there is none here."""
-    if dataset.manifest.catalogue is None:
+    if "items" not in dataset.manifest.parts:
         raise PlaitError(f"{dataset.path} holds no histories of items. Prepare a table of interactions.")
-    place = join(dataset.path, dataset.manifest.catalogue.file)
+    place = join(dataset.path, dataset.manifest.parts["items"].file)
     if not isinstance(place, Path):
         raise PlaitError(f"{dataset.path} is far away; copy a dataset of histories to this machine first.")
     return place
@@ -304,7 +304,7 @@ def _write(
     for name in tree.files:
         if name not in tree.used:
             rejects.append(Rejected(name, None, "neither of the two tables, nor named by them"))
-    with (folder / "rejects.jsonl").open("w", encoding="utf-8") as file:
+    with (folder / "rejects.jsonl").open("w", encoding="utf-8", newline="\n") as file:
         for reject in rejects:
             file.write(json.dumps(reject._asdict()) + "\n")
     lengths = np.diff(histories.starts)
@@ -321,7 +321,9 @@ def _write(
         rejected=len(rejects),
         duplicates=0,
         overlap={},
-        catalogue=_shard(folder / "items.parquet", "", len(catalogue)),
+        kind="recommend",
+        unit="interactions",
+        parts={"items": _shard(folder / "items.parquet", "", len(catalogue))},
         shards=[_shard(folder / "histories-00000.parquet", "train", len(histories))],
         statistics={
             "item": Lengths(
@@ -343,7 +345,7 @@ def _write(
         examples.append(Example(histories.users[user], "", parts))
     reasons = Counter(reject.reason.split(":")[0][:80] for reject in rejects)
     name = str(tree.root).rstrip("/").rpartition("/")[2]
-    (folder / "report.html").write_text(report(manifest, examples, reasons, name), encoding="utf-8")
+    (folder / "report.html").write_text(report(manifest, examples, reasons, name), encoding="utf-8", newline="\n")
     return manifest
 
 

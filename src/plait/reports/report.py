@@ -5,25 +5,26 @@ No network, no script, no library: inline SVG and data URLs under a policy that 
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from html import escape
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from plait.core.errors import PlaitError
 from plait.core.files import read_json, write_atomic, write_json
+from plait.core.pages import number, render
 from plait.data.stores import location, read_place
-from plait.evaluation.findings import Confusion, Findings, Gallery, Metric, Metrics, ReportItem
-from plait.reports.curves import curves, reliability_diagram
-from plait.reports.html import page, table
+from plait.evaluation.findings import Confusion, Findings, Metric, Metrics
+from plait.reports.charts import Panel, bar, loss_panel, reliability_panel
 from plait.reports.metric_labels import HEADLINES, MEANING, TASKS
+from plait.reports.overfitting import gap
 
 
 @dataclass
@@ -64,13 +65,13 @@ def _read_lines(path: Path, torn: bool = False) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     rows = []
-    for number, line in enumerate(lines, 1):
+    for line_number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
         except ValueError as error:
-            if torn and number == len(lines):
+            if torn and line_number == len(lines):
                 break
-            raise PlaitError(f"{path}, line {number}, is not JSON: {error}. Delete the line.") from error
+            raise PlaitError(f"{path}, line {line_number}, is not JSON: {error}. Delete the line.") from error
     return rows
 
 
@@ -89,24 +90,58 @@ def _finite(value: float | None) -> float | None:
     return int(value) if isinstance(value, (int, np.integer)) else float(value)
 
 
-# --- pieces of figures -------------------------------------------------------------------------------------------
+# --- the page ----------------------------------------------------------------------------------------------------
+
+CARDS = 5  # figures that stand above the tables
+LABELS = 40  # up to which a confusion is shown as a matrix
+REASONS = 30  # for rejecting that are listed
 
 
-def _number(value: float | None, kind: str) -> str:
-    if value is None or not math.isfinite(value):
-        return "–"
-    if kind == "share":
-        return f"{value * 100:.1f} %"
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+@dataclass(frozen=True)
+class FigureRow:
+    """A row of the tables of figures: what was measured from what to what, and how it stands to chance and baseline."""
+
+    direction: str
+    label: str
+    meaning: str
+    kind: str
+    metric: Metric
+    clean: Metric | None  # without records that have a near-duplicate in train
+    bar: Markup
 
 
-def _with_error(metric: Metric, kind: str) -> str:
-    error = metric.get("stderr")
-    text = f"<b>{_number(metric.get('value'), kind)}</b>"
-    if error is None or not math.isfinite(error):
-        return text
-    shown = f"{error * 100:.1f}" if kind == "share" else f"{error:.2g}"
-    return f'{text} <span class="dim">±&nbsp;{shown}</span>'
+@dataclass(frozen=True)
+class FigureTable:
+    """The figures of a task."""
+
+    title: str
+    rows: list[FigureRow]
+    has_clean: bool
+
+
+def write_report(path: Path, metrics: Metrics, findings: Findings, run: RunInfo) -> None:
+    """Write the page: the verdict, images and audio, five figures, then tables. Raises PlaitError where it cannot be
+    written."""
+    columns = list(run.manifest.get("columns", {}))
+    page = render(
+        "reports/run.html",
+        title=run.title,
+        summary=_summary(run),
+        findings=findings,
+        cards=_cards(metrics, columns),
+        tables=_tables(metrics, columns),
+        curves=_curves(run.log),
+        reliabilities=[reliability_panel(found) for found in findings.reliabilities],
+        confusions=[_confusion(found) for found in findings.confusions],
+        run=run,
+        reasons=_reasons(run.rejects),
+        notes=[*run.manifest.get("warnings", []), *run.manifest.get("notes", []), *run.metadata.get("notes", [])],
+        metadata=json.dumps(run.metadata, ensure_ascii=False, indent=1, default=str),
+    )
+    write_atomic(path, page)
+
+
+# --- figures -----------------------------------------------------------------------------------------------------
 
 
 def _parts(name: str) -> tuple[str, str, str]:
@@ -116,190 +151,128 @@ def _parts(name: str) -> tuple[str, str, str]:
     return task, direction, metric
 
 
-def _direction(name: str) -> str:
-    """ "image-en" -> "image → en": columns' names may hold hyphens themselves, so the middle one counts."""
-    places = [i for i, c in enumerate(name) if c == "-"]
+def _direction(direction: str, columns: list[str]) -> str:
+    """ "image-en" as "image → en". Names of columns may hold hyphens: where both sides are known columns, it is cut
+    between them, else at the middle hyphen."""
+    places = [i for i, letter in enumerate(direction) if letter == "-"]
     if not places:
-        return escape(name)
-    middle = places[len(places) // 2]
-    return f"{escape(name[:middle])} → {escape(name[middle + 1 :])}"
+        return direction
+    known = [i for i in places if direction[:i] in columns and direction[i + 1 :] in columns]
+    place = known[0] if known else places[len(places) // 2]
+    return f"{direction[:place]} → {direction[place + 1 :]}"
 
 
-# --- pieces of a page -------------------------------------------------------------------------------------------
-
-
-def _url(kind: str, data: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _exhibit(exhibit: ReportItem, small: bool = False) -> str:
-    mark = {True: " right", False: " wrong", None: ""}[exhibit.right]
-    parts = []
-    if exhibit.image is not None:
-        shape = "mel" if exhibit.audio is not None else "pic"
-        parts.append(f'<img class="{shape}" alt="{escape(exhibit.caption)}" src="{_url("image/png", exhibit.image)}">')
-    if exhibit.audio is not None:
-        parts.append(f'<audio controls preload="none" src="{_url("audio/wav", exhibit.audio)}"></audio>')
-    if exhibit.text is not None:
-        cut = exhibit.text if len(exhibit.text) <= 300 else exhibit.text[:300] + "…"
-        parts.append(f'<span class="words">{escape(cut)}</span>')
-    if exhibit.caption:
-        parts.append(f"<figcaption>{escape(exhibit.caption)}</figcaption>")
-    figure = f'<figure class="{"small" if small else "full"}{mark}">{"".join(parts)}</figure>'
-    if exhibit.beside is not None:
-        return f'<div class="pair">{figure}{_exhibit(exhibit.beside, small=True)}</div>'
-    return figure
-
-
-def _gallery(gallery: Gallery) -> str:
-    rows = "".join(
-        f'<div class="row"><div class="head">{_exhibit(head)}</div>'
-        f'<div class="items">{"".join(_exhibit(item) for item in items)}</div></div>'
-        for head, items in gallery.rows
-    )
-    return f'<h3>{escape(gallery.title)}</h3><p class="dim">{escape(gallery.note)}</p><div class="gallery">{rows}</div>'
-
-
-def _confusion(confusion: Confusion, most: int = 40) -> str:
-    counts, labels = confusion.counts, [escape(label) for label in confusion.labels]
-    title = f"<h3>{escape(confusion.title)}</h3>"
-    if len(labels) > most:
-        wrong = counts - np.diag(np.diag(counts))
-        order = np.argsort(-wrong, axis=None, kind="stable")[:20]
-        pairs = [(i // len(labels), i % len(labels)) for i in order if wrong.flat[i]]
-        rows = [[labels[a], labels[b], str(wrong[a, b]), str(counts[a].sum())] for a, b in pairs]
-        return title + table(["truth", "taken for", "times", "of"], rows, numbers=(2, 3))
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    head = "".join(f"<th>{label}</th>" for label in labels)
-    extra = "<th>F1</th>" if confusion.f1 is not None else ""
-    body = ""
-    for i, label in enumerate(labels):
-        cells = "".join(
-            f'<td class="{"hit" if i == j else "miss"}{" deep" if shares[i, j] > 0.5 else ""}" '
-            f'style="--s:{shares[i, j] * 100:.0f}%">{counts[i, j] or ""}</td>'
-            for j in range(len(labels))
-        )
-        tail = f'<td class="n">{confusion.f1[i] * 100:.1f}</td>' if confusion.f1 is not None else ""
-        body += f"<tr><th>{label}</th>{cells}{tail}</tr>"
-    return (
-        f'{title}<p class="dim">Rows are the truth, columns the answer.</p><div class="wide"><table class="confusion">'
-        f"<tr><th></th>{head}{extra}</tr>{body}</table></div>"
-    )
-
-
-def _bar(metric: Metric) -> str:
-    """A share as a bar with its error, and ticks at chance (dashed) and at the baseline."""
-    value = metric.get("value")
-    if value is None or not math.isfinite(value):
-        return ""
-    width = 140
-
-    def x(share: float) -> float:
-        return 2 + (width - 4) * min(max(share, 0), 1)
-
-    parts = [f'<rect class="fill" x="2" y="4" width="{x(value) - 2:.1f}" height="8" rx="2"/>']
-    error = metric.get("stderr")
-    if error is not None and math.isfinite(error):
-        parts.append(f'<path class="line" d="M{x(value - error):.1f} 8H{x(value + error):.1f}"/>')
-    for key in ("chance", "baseline"):
-        place = metric.get(key)
-        if place is not None and math.isfinite(place):
-            parts.append(f'<path class="line {key}" d="M{x(place):.1f} 1V15"/>')
-    box = f'viewBox="0 0 {width} 16" width="{width}" height="16"'
-    return f'<svg class="bar" {box} aria-hidden="true">{"".join(parts)}</svg>'
-
-
-def _figures(metrics: Metrics) -> str:
-    found = ""
+def _tables(metrics: Metrics, columns: list[str]) -> list[FigureTable]:
+    """The figures by task, in the order of `TASKS`; those of single classes stand in the confusion matrices."""
     names = list(dict.fromkeys(_parts(name)[0] for name in metrics))
     tasks = [task for task in TASKS if task in names] + [name for name in names if name not in TASKS]
-    for task in tasks:
-        rows = []
-        before = ""
-        clean = any(_parts(name)[0] == task and f"{name}_clean" in metrics for name in metrics)
-        for name, metric in metrics.items():
-            first, direction, last = _parts(name)
-            if first != task or name.endswith("]"):  # figures of single classes stand in the confusion matrix
-                continue
-            if name.removesuffix("_clean") in metrics and name.endswith("_clean"):
-                continue  # stands beside the figure of all records
-            label, kind, meaning = MEANING.get(last, (last, "number", ""))
-            rows.append([
-                "" if direction == before else _direction(direction),
-                f'{escape(label)}<div class="dim tip">{escape(meaning)}</div>',
-                _with_error(metric, kind),
-                _bar(metric) if kind == "share" else "",
-                _number(metric.get("chance"), kind),
-                _number(metric.get("baseline"), kind),
-                "–" if metric.get("n") is None else f"{metric['n']:,.0f}",
-                *([_with_error(metrics.get(f"{name}_clean", {}), kind)] if clean else []),
-            ])  # fmt: skip
-            before = direction
-        head = ["", "", "value", "", "chance", "baseline", "n", *(["without near-duplicates"] if clean else [])]
-        numbers = (2, 4, 5, 6, 7) if clean else (2, 4, 5, 6)
-        found += f"<h3>{escape(TASKS.get(task, task))}</h3>" + table(head, rows, numbers=numbers, name="figures")
-    return found
+    return [_table(task, metrics, columns) for task in tasks]
 
 
-def _cards(metrics: Metrics) -> str:
-    cards = []
-    shown: Counter[str] = Counter()
+def _table(task: str, metrics: Metrics, columns: list[str]) -> FigureTable:
+    rows: list[FigureRow] = []
+    before = ""
+    for name, metric in metrics.items():
+        first, direction, last = _parts(name)
+        of_all = name.endswith("_clean") and name.removesuffix("_clean") in metrics  # stands beside that figure
+        if first != task or name.endswith("]") or of_all:
+            continue
+        label, kind, meaning = MEANING.get(last, (last, "number", ""))
+        shown = "" if direction == before else _direction(direction, columns)
+        drawn = bar(metric) if kind == "share" else Markup("")
+        rows.append(FigureRow(shown, label, meaning, kind, metric, metrics.get(f"{name}_clean"), drawn))
+        before = direction
+    return FigureTable(TASKS.get(task, task), rows, any(row.clean is not None for row in rows))
+
+
+def _cards(metrics: Metrics, columns: list[str]) -> list[tuple[str, str, str]]:
+    """Label, figure and note of the five figures that tell most: the headlines of each task in turn."""
+    by_task: dict[str, list[tuple[str, str, str]]] = {}
     for name, metric in metrics.items():
         task, direction, last = _parts(name)
-        if last not in HEADLINES or metric.get("value") is None or shown[task] == 4:
+        if last not in HEADLINES or metric.get("value") is None:
             continue
-        shown[task] += 1
         label, kind, _ = MEANING[last]
-        chance = metric.get("chance")
-        note = f"chance {_number(chance, kind)}" if chance is not None else "&nbsp;"
-        cards.append(
-            f'<div class="card"><div class="dim">{escape(task)} · {_direction(direction)}</div>'
-            f'<div class="big">{_number(metric.get("value"), kind)}</div>'
-            f'<div class="dim">{escape(label)}, {note}</div></div>'
-        )
-    return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
+        others = [f"{key} {number(metric[key], kind)}" for key in ("chance", "baseline") if metric.get(key) is not None]
+        heading = f"{task} · {_direction(direction, columns)}"
+        note = ", ".join([label, *others])
+        by_task.setdefault(task, []).append((heading, number(metric.get("value"), kind), note))
+    rounds = zip_longest(*by_task.values())
+    return [card for cards in rounds for card in cards if card is not None][:CARDS]
 
 
-# --- the page ---------------------------------------------------------------------------------------------------
+# --- charts and tables -------------------------------------------------------------------------------------------
 
 
-def write_report(path: Path, metrics: Metrics, findings: Findings, run: RunInfo) -> None:
-    """Write the page. Raises PlaitError where it cannot be written."""
-    sections: list[tuple[str, str, str]] = []
-    if metrics:
-        note = (
-            '<p class="dim">Each figure is of the test split, ± its bootstrap standard error. '
-            "In a bar, the dashed tick is chance and the orange one the baseline.</p>"
-        )
-        sections.append(("figures", "Figures", note + _figures(metrics)))
-    if run.log:
-        note = (
-            '<p class="dim">Loss by step, in nats. The gap is validation less training: what was learnt by heart. The '
-            "upright line is where it opened: from there on it stayed above 5 % of the validation loss. A contrastive "
-            "loss depends on how many records a batch has and how many are alike, so its gap says less.</p>"
-        )
-        sections.append(("learning", "Learning", note + curves(run.log)))
-    if findings.reliabilities:
-        note = '<p class="dim">How many answers of each probability were right; on the line, as many as it says.</p>'
-        panels = "".join(reliability_diagram(found) for found in findings.reliabilities)
-        sections.append(("calibration", "Calibration", f'{note}<div class="panels">{panels}</div>'))
-    if findings.galleries:
-        sections.append(("made", "What it makes and finds", "".join(_gallery(g) for g in findings.galleries)))
-    if findings.confusions:
-        sections.append(("confusion", "What it takes for what", "".join(_confusion(c) for c in findings.confusions)))
-    if run.manifest or run.rejects:
-        sections.append(("data", "Data", _data(run)))
-    sections.append(("run", "This run", _run(run)))
-    notes = "".join(f"<li>{escape(note)}</li>" for note in findings.notes)
-    top = _cards(metrics) + (f"<ul>{notes}</ul>" if notes else "")
-    write_atomic(path, page(run.title, _summary(run), top, sections))
+def _curves(log: list[dict[str, Any]]) -> list[Panel]:
+    """A panel for each objective: training and validation over steps."""
+    panels = []
+    for name in dict.fromkeys(key for row in log for key in row if key.startswith("loss/")):
+        lines: dict[str, list[tuple[float, float]]] = {"train": [], "val": []}
+        for row in log:
+            if row.get("split") in lines and math.isfinite(row.get(name, math.nan)):
+                lines[row["split"]].append((float(row["step"]), float(row[name])))
+        if any(lines.values()):
+            panels.append(loss_panel(name.removeprefix("loss/"), lines, gap(log, name)))
+    return panels
+
+
+@dataclass(frozen=True)
+class ConfusionView:
+    """A confusion as it is shown: a matrix where labels are few, else the pairs that are confused most."""
+
+    title: str
+    labels: list[str]
+    matrix: list[list[tuple[int, float]]]  # counts and their shares of the row, by truth and answer
+    f1: list[float] | None
+    pairs: list[tuple[str, str, int, int]]  # truth, taken for, times, of
+
+
+def _confusion(confusion: Confusion) -> ConfusionView:
+    counts, labels = confusion.counts, confusion.labels
+    f1 = None if confusion.f1 is None else [float(value) for value in confusion.f1]
+    if len(labels) > LABELS:
+        wrong = counts - np.diag(np.diag(counts))
+        order = np.argsort(-wrong, axis=None, kind="stable")[:20]
+        places = [divmod(int(i), len(labels)) for i in order if wrong.flat[i]]
+        pairs = [(labels[a], labels[b], int(wrong[a, b]), int(counts[a].sum())) for a, b in places]
+        return ConfusionView(confusion.title, labels, [], f1, pairs)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    matrix = [
+        [(int(count), float(share)) for count, share in zip(row, row_shares, strict=True)]
+        for row, row_shares in zip(counts, shares, strict=True)
+    ]
+    return ConfusionView(confusion.title, labels, matrix, f1, [])
+
+
+def _reasons(rejects: list[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """Why something was rejected, how often, the first place, and its reason in full."""
+    counts: Counter[str] = Counter()
+    first: dict[str, dict[str, Any]] = {}
+    for row in rejects:
+        reason = str(row.get("reason", "?")).split(":")[0][:80]
+        counts[reason] += 1
+        first.setdefault(reason, row)
+    rows = [
+        (reason, f"{count:,}", _place(first[reason]), str(first[reason].get("reason", ""))[:200])
+        for reason, count in counts.most_common(REASONS)
+    ]
+    if len(counts) > REASONS:
+        rest = sum(count for _, count in counts.most_common()[REASONS:])
+        rows.append((f"{len(counts) - REASONS} other reasons", f"{rest:,}", "", "see rejects.jsonl"))
+    return rows
+
+
+def _place(row: dict[str, Any]) -> str:
+    return str(row.get("file", "")) + (f", line {row['line']}" if row.get("line") is not None else "")
 
 
 def _summary(run: RunInfo) -> str:
+    """A line about the run: size, parameters, steps, time, seed."""
     facts = run.metadata
     parts = []
     if "size" in facts:
-        parts.append(f"size {escape(str(facts['size']))}")
+        parts.append(f"size {facts['size']}")
     if run.parameters:
         parts.append(f"{sum(run.parameters.values()):,} parameters")
     if "steps" in facts:
@@ -311,52 +284,3 @@ def _summary(run: RunInfo) -> str:
     if isinstance(facts.get("started"), (int, float)):
         parts.append(time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(facts["started"])))
     return " · ".join(parts)
-
-
-def _data(run: RunInfo) -> str:
-    manifest = run.manifest
-    counts = manifest.get("counts", {})
-    parts = [f"<p>{escape(str(manifest.get('source', '')))}</p>"] if manifest.get("source") else []
-    if counts:
-        parts.append(table(["split", "records"], [[escape(k), f"{v:,}"] for k, v in counts.items()], numbers=(1,)))
-    if columns := manifest.get("columns"):
-        parts.append(table(["column", "kind"], [[escape(k), escape(str(v))] for k, v in columns.items()]))
-    notes = [*manifest.get("warnings", []), *manifest.get("notes", []), *run.metadata.get("notes", [])]
-    if notes:
-        parts.append("<ul>" + "".join(f"<li>{escape(str(note))}</li>" for note in notes) + "</ul>")
-    parts.append("<h3>What was left out</h3>")
-    if not run.rejects:
-        return "".join(parts) + "<p>Nothing.</p>"
-    reasons = Counter(str(row.get("reason", "?")).split(":")[0][:80] for row in run.rejects)
-    first: dict[str, dict[str, Any]] = {}
-    for row in run.rejects:
-        first.setdefault(str(row.get("reason", "?")).split(":")[0][:80], row)
-    rows = [
-        [
-            escape(reason),
-            f"{count:,}",
-            escape(_place(first[reason])),
-            escape(str(first[reason].get("reason", ""))[:200]),
-        ]
-        for reason, count in reasons.most_common(30)
-    ]
-    if len(reasons) > 30:
-        rest = sum(count for _, count in reasons.most_common()[30:])
-        rows.append([f"{len(reasons) - 30} other reasons", f"{rest:,}", "", "see rejects.jsonl"])
-    return "".join(parts) + table(["reason", "times", "first example", "in full"], rows, numbers=(1,))
-
-
-def _place(row: dict[str, Any]) -> str:
-    return str(row.get("file", "")) + (f", line {row['line']}" if row.get("line") is not None else "")
-
-
-def _run(run: RunInfo) -> str:
-    parts = []
-    if run.parameters:
-        rows = [[escape(name), f"{count:,}"] for name, count in run.parameters.items()]
-        parts.append("<h3>Parameters</h3>" + table(["part", "number"], rows, numbers=(1,)))
-    if run.metadata:
-        shown = {key: value for key, value in run.metadata.items() if key != "codec_log"}
-        text = json.dumps(shown, ensure_ascii=False, indent=1, default=str)
-        parts.append(f"<h3>Configuration</h3><pre>{escape(text)}</pre>")
-    return "".join(parts) or "<p>Nothing is known of how it was trained.</p>"

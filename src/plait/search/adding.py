@@ -15,7 +15,6 @@ import pyarrow as pa
 
 from plait.core.errors import PlaitError
 from plait.data.record import Rejected, rejected
-from plait.inference.model import Model
 from plait.modalities.descriptor import MediaError
 from plait.modalities.media import Checker, preview
 from plait.search.entries import Entry
@@ -106,10 +105,7 @@ class Adding:
             return content, None
         value, model = checker.decode(kind, content), self.index.model
         small = preview(kind, content, value)
-        if isinstance(model, Model):  # samples are small; a batch of decoded images may not be
-            column = model.column(None, kind, f"read {kind}")
-            value = (column, model.modality(column).windows(value))
-        return value, small
+        return model.prepared(kind, value), small
 
     def _embedded(self, values: list[Any]) -> list[np.ndarray | str]:
         """The vector of each value, or why it has none."""

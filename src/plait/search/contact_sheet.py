@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import math
 import textwrap
 from collections.abc import Sequence
-from html import escape
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from plait.core.pages import render
 from plait.modalities.audio_files import decode_audio
 from plait.modalities.descriptor import MediaError
 from plait.modalities.image_files import decode_image
 from plait.modalities.media import media_type
-from plait.reports.html import page
 
 if TYPE_CHECKING:
     from plait.search.index import Hit
@@ -84,18 +82,17 @@ def _tile(hit: Hit) -> Image.Image:
 
 def results_page(query: str, where: str, hits: Sequence[Hit]) -> str:
     """A page of what was found, without scripts and without a network: images, audio clips to play, texts."""
-    cards = []
-    for rank, hit in enumerate(hits, 1):
-        figure = hit.score if math.isnan(hit.similarity) else hit.similarity
-        body = f'<div class="words">{escape((hit.text or "")[:400])}</div>'
-        if hit.preview is not None:
-            url = f"data:{media_type(hit.preview)};base64,{base64.b64encode(hit.preview).decode()}"
-            show = f'<audio controls src="{url}"></audio>'
-            if hit.kind == "image":
-                show = f'<img class="pic" style="width:9rem;height:9rem" src="{url}" alt="">'
-            body = show + (f'<div class="dim">{escape(hit.text[:120])}</div>' if hit.text else "")
-        cards.append(
-            f'<figure class="full">{body}<figcaption>{rank}. {figure:.3f}<br>{escape(hit.source)}</figcaption></figure>'
-        )
-    found = f'<div class="items">{"".join(cards)}</div>' if cards else "<p>Nothing was found.</p>"
-    return page(query, f"The {len(hits)} nearest in {escape(where)}, best first.", found, [])
+    shown = [
+        {
+            "preview": hit.preview,
+            "media_type": media_type(hit.preview) if hit.preview is not None else "",
+            "is_image": hit.kind == "image",
+            "text": hit.text,
+            "source": hit.source,
+            "figure": hit.score if math.isnan(hit.similarity) else hit.similarity,
+        }
+        for hit in hits
+    ]
+    return render(
+        "search/results.html", title=query, summary=f"The {len(hits)} nearest in {where}, best first.", hits=shown
+    )

@@ -8,4 +8,8 @@ FEATURE = Feature(
     name="search",
     commands="plait.search.commands",
     panel="Use a model",
+    adds={
+        "routes": "plait.search.routes:router",
+        "served_resources": "plait.search.routes:open_indexes",
+    },
 )

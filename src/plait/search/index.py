@@ -28,14 +28,14 @@ from plait.core.files import fsync_folder, only_writer, sha256_file, write_atomi
 from plait.data.dataset import Dataset
 from plait.data.record import Rejected
 from plait.data.stores import Location, location
-from plait.hf.pretrained import Pretrained
-from plait.inference.model import Model, load
+from plait.inference.base import Model
+from plait.inference.model import load
 from plait.modalities.media import Checker
 from plait.search.adding import OWN, Adding, Progress, checksums
 from plait.search.entries import entries
 
 EXACT = 100_000  # entries up to which all vectors are kept in memory and compared
-BATCH = 256  # entries that are embedded at a time
+BATCH = 256  # entries that are embedded at a time, at most
 TABLE = "entries"
 PROBES, REFINE = 14, 2  # of an approximate search: partitions looked at, and candidates per result compared exactly
 FUSE = 60  # reciprocal rank fusion: 1 / (FUSE + rank), Cormack, Clarke and Buettcher 2009
@@ -80,11 +80,11 @@ class Index:
     knows its own, which is loaded when it is first needed. One writer at a time, any number of readers.
     """
 
-    def __init__(self, path: str | Path, model: str | Path | Model | Pretrained | None = None, device: str = "auto"):
+    def __init__(self, path: str | Path, model: str | Path | Model | None = None, device: str = "auto"):
         self.path: Location = location(path)
         self.device, self._lock = device, threading.Lock()
         self.exact = EXACT
-        self._model: Model | Pretrained | None = None
+        self._model: Model | None = None
         self.table: Any = None
         self._loaded: tuple[np.ndarray, np.ndarray] | None = None  # row ids (N,), vectors (N, E)
         self._version, self._words = 0, False  # what is loaded, and whether it has an index of words
@@ -101,7 +101,7 @@ class Index:
 
     # --- the model ----------------------------------------------------------------------------------------------
 
-    def _take(self, model: Model | Pretrained, name: str) -> None:
+    def _take(self, model: Model, name: str) -> None:
         if model.folder is None:
             raise PlaitError("The model of an index lies in a folder. Load it with plait.load(...).")
         if "embed" not in model.verbs:
@@ -120,7 +120,7 @@ class Index:
             self.metadata = {"model": str(model.folder.resolve()), "sha256": made}
 
     @property
-    def model(self) -> Model | Pretrained:
+    def model(self) -> Model:
         """The model of this index. Raises PlaitError where it is not there any more or has changed."""
         if self._model is None:
             where = self.metadata["model"]
@@ -220,7 +220,7 @@ class Index:
             adding = Adding(self, progress)
             with contextlib.closing(Checker()) as checker, ThreadPoolExecutor(2, "media") as pool:
                 found = (item for source in given for item in entries(source, columns))
-                some = BATCH if isinstance(self.model, Model) else 16  # of whole decoded images
+                some = min(BATCH, self.model.embed_batch)
                 while chunk := list(islice(found, some)):
                     adding.take(chunk, checker, pool)
                 adding.finish()

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
-from plait.inference.model import Model
+from plait.core.errors import PlaitError
 from plait.modalities.media import media_type
 from plait.server import schemas as s
 from plait.server.api import make_router, of
 from plait.server.limits import ApiError
-from plait.server.service import INLINE, Service, windows
+from plait.server.service import INLINE, Served, Service, windows
 
 if TYPE_CHECKING:
     from plait.search.index import Hit, Index
@@ -36,8 +37,7 @@ async def search(request: Request, body: s.SearchRequest) -> Response:
     if body.by != "words":
         values = await service.parts(served.model, [body.input], "input", deadline)
         model = served.model
-        if isinstance(model, Model):
-            ours = model
+        if (ours := model.plait_model) is not None:
             parts = await service.prepared(lambda: [windows(ours, values[0])], len(words or ""))
             request_context.prompt_tokens = sum(map(len, parts[0]))
             vector = (await served.worker.call(lambda: ours.embed_parts(parts), deadline))[0]
@@ -50,7 +50,7 @@ async def search(request: Request, body: s.SearchRequest) -> Response:
 
 def _index(service: Service, model: str, wanted: str | None) -> tuple[str, Index]:
     """The index of a name, or a model's first."""
-    known = {name: index for name, (index, owner) in service.indexes.items() if owner == model}
+    known = {name: index for name, (index, owner) in service.resources.get("search", {}).items() if owner == model}
     if not known:
         raise ApiError(404, f"No index of {model} is served here. Start the server with --index INDEX.", "model")
     if wanted is not None and wanted not in known:
@@ -83,3 +83,26 @@ def _found(hit: Hit, preview: bool) -> dict[str, Any]:
         "similarity": None if hit.similarity != hit.similarity else hit.similarity, "score": hit.score,
         "text": hit.text, "columns": hit.columns, "preview": shown,
     }  # fmt: skip
+
+
+def open_indexes(names: list[str], models: list[Served]) -> dict[str, tuple[Index, str]]:
+    """The indexes of a command line, each with the name of the model that made it. Raises PlaitError."""
+    from plait.search.index import Index  # with libraries that are large, and of no use without an index
+
+    found: dict[str, tuple[Index, str]] = {}
+    for given in names:
+        name, _, path = given.rpartition("=") if "=" in given and not Path(given).exists() else ("", "", given)
+        name = name or path.rstrip("/").rpartition("/")[2]
+        if name in found:
+            raise PlaitError(f"Two indexes have the name '{name}'. Give one another: other={path}")
+        wrong: PlaitError | None = None
+        for served in models:
+            try:
+                found[name] = Index(path, served.model), served.name
+            except PlaitError as error:
+                wrong = error
+        if name not in found:
+            raise wrong or PlaitError(f"{path} has no model.")
+        if not len(found[name][0]):
+            raise PlaitError(f"{path} is empty. Fill it: plait index add {path} FILES --model RUN")
+    return found

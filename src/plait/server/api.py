@@ -19,11 +19,9 @@ from starlette.responses import Response
 from plait.core.errors import PlaitError
 from plait.inference.constrained import TextConstraint
 from plait.inference.engine import Request as Wanted
-from plait.inference.model import Model, Options
+from plait.inference.model import Options, PlaitModel
 from plait.inference.results import Predictions
-from plait.modalities.text import words
 from plait.model.multimodal import Sequence
-from plait.reports.explanation import as_json_of, as_png
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext
 from plait.server.limits import ApiError, parse_json
@@ -68,7 +66,6 @@ VOICES = {"alloy", "ash", "ballad", "coral", "echo", "fable", "marin", "nova", "
           "cedar"}  # fmt: skip
 COMPILE_SECONDS = 1.0  # that a schema or grammar may take
 KEPT = 64  # compiled ones that a model keeps
-EXPLAINED = 256  # words of an input that are explained at once
 EVENT = {"type": "object", "properties": {"data": {"type": "string"}, "event": {"type": "string"}}}
 STREAM = {"text/event-stream": {"schema": EVENT}}
 
@@ -87,7 +84,7 @@ def of(request: Request) -> tuple[Service, RequestContext]:
 # --- what all generating routes share ---------------------------------------------------------------------------
 
 
-def wanted_of(model: Model, prompt: Sequence, column: str | None, body: s.Drawing, n: int, first: int = 0,
+def wanted_of(model: PlaitModel, prompt: Sequence, column: str | None, body: s.Drawing, n: int, first: int = 0,
             most: int | None = None, stop: tuple[str, ...] = ()) -> Wanted:  # fmt: skip
     """The engine's request for what a body asks for."""
     greedy = body.temperature == 0 or body.top_p == 0
@@ -115,7 +112,7 @@ def wanted_of(model: Model, prompt: Sequence, column: str | None, body: s.Drawin
     return replace(found, n=n, first_sample=first, min_new_tokens=least)
 
 
-def most_of(model: Model, wanted: int | None) -> int | None:
+def most_of(model: PlaitModel, wanted: int | None) -> int | None:
     """How many tokens may be written: no more than the model has room for, whatever a client asks for."""
     return None if wanted is None else max(min(wanted, model.engine.max_length), 1)
 
@@ -124,7 +121,7 @@ def stops(stop: str | list[str] | None) -> tuple[str, ...]:
     return (stop,) if isinstance(stop, str) else tuple(stop or ())
 
 
-def text_column(model: Model, column: str | None) -> str | None:
+def text_column(model: PlaitModel, column: str | None) -> str | None:
     """Where a text is written: the column asked for, else the first of a model that reads media and knows records, not
     conversations; None continues."""
     if column is not None or (model.checkpoint.model.media and not model.vocabulary.turns):
@@ -203,7 +200,7 @@ def usage_of(read_: int, written: int) -> dict[str, int]:
     return {"prompt_tokens": read_, "completion_tokens": written, "total_tokens": read_ + written}
 
 
-def voice_of(service: Service, request_context: RequestContext, model: Model, voice: str | None) -> str:
+def voice_of(service: Service, request_context: RequestContext, model: PlaitModel, voice: str | None) -> str:
     """The audio column to speak in; of OpenAI's voices each is the first one."""
     columns = [column for column, kind in model.columns.items() if kind == "audio"]
     if voice in VOICES and voice not in columns:
@@ -214,7 +211,7 @@ def voice_of(service: Service, request_context: RequestContext, model: Model, vo
     return model.column(voice if voice in columns else None, "audio", "speak")
 
 
-def check_ids(model: Model, ids: list[int]) -> None:
+def check_ids(model: PlaitModel, ids: list[int]) -> None:
     """Ids of special tokens are no text: they are refused as their spellings are."""
     text = model.checkpoint.text
     special = {id for id, token in text.tokenizer.get_added_tokens_decoder().items() if token.special}
@@ -232,7 +229,7 @@ def check_read(tokens: int) -> None:
 
 
 def _card(served: Served) -> dict[str, Any]:
-    ours = served.model if isinstance(served.model, Model) else None
+    ours = served.model.plait_model
     return s.ModelCard(
         id=served.name, created=served.created, verbs=served.verbs, columns=ours.columns if ours else {},
         max_length=ours.engine.max_length if ours else None,
@@ -289,10 +286,9 @@ async def embeddings(request: Request, body: s.EmbeddingRequest) -> Response:
     values = [ids[i] if i in ids else next(read_values) for i in range(len(given))]
     size = sum(len(value) for value in values if isinstance(value, str | list))
     model = served.model
-    if isinstance(model, Model):
+    if (ours := model.plait_model) is not None:
         if "embed" not in model.verbs:
             raise ApiError(400, f"{served.name} has no embedding space. It can {', '.join(model.verbs)}.", "model")
-        ours = model
 
         def prepare() -> list[list[Sequence]]:
             found = []
@@ -345,8 +341,7 @@ async def classify(request: Request, body: s.ClassifyRequest) -> Response:
     values = await service.parts(served.model, parts, "input", deadline)
     size = sum(len(value) for value in values if isinstance(value, str))
     model = served.model
-    if isinstance(model, Model):
-        ours = model
+    if (ours := model.plait_model) is not None:
 
         def prepare() -> list[Sequence]:
             return [ours.context(values)] if len(values) > 1 else windows(ours, values[0])
@@ -367,30 +362,3 @@ async def classify(request: Request, body: s.ClassifyRequest) -> Response:
     ranked = await served.worker.call(work, deadline)
     data = [prediction._asdict() for prediction in ranked]
     return JSONResponse({"object": "list", "model": served.name, "data": data})
-
-
-@router.post("/v1/plait/explain", response_model=s.Explained, response_model_exclude_none=True, tags=["read"])
-async def explain(request: Request, body: s.ExplainRequest) -> Response:
-    """How much each word, region or moment of an input moved an answer, with checks that say whether to believe it."""
-    service, request_context = of(request)
-    served = service.open(body, request_context)
-    parts: list[Any] = body.input if isinstance(body.input, list) else [body.input]
-    deadline = service.deadline(request_context)
-    values = await service.parts(served.model, parts, "input", deadline)
-    # Each word is left out once, and each of these is a pass through the model.
-    if (count := sum(len(words(value)) for value in values if isinstance(value, str))) > EXPLAINED:
-        raise ApiError(413, f"The input has {count} words; at most {EXPLAINED} are explained. Send fewer.", "input")
-    model = served.model
-
-    def work() -> dict[str, Any]:
-        found = model.explain(
-            values if len(values) > 1 else values[0], body.answer, column=body.column, labels=body.labels,
-            method=body.method, steps=body.steps, seed=body.seed,
-        )  # fmt: skip
-        shown = as_json_of(found)
-        if body.image:
-            shown["image"] = "data:image/png;base64," + base64.b64encode(as_png(found)).decode()
-        return shown
-
-    shown = await served.worker.call(work, deadline)
-    return JSONResponse({"object": "explanation", "model": served.name, **shown})

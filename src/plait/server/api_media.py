@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from plait.inference.engine import Completion
 from plait.inference.engine import Request as Wanted
-from plait.inference.model import Model, joined
+from plait.inference.model import joined
 from plait.modalities.media import sniff
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext
@@ -144,7 +144,7 @@ async def transcribe(request: Request, body: Annotated[s.TranscriptionRequest, F
     if "transcribe" not in served.verbs:
         raise ApiError(400, f"{served.name} cannot transcribe. It can {', '.join(served.verbs)}.", "model")
     value = await service.reader.read(model, "audio", data, "file", deadline)
-    if isinstance(model, Model):
+    if model.plait_model is not None:
         pieces = _windows_written(service, served, request_context, value, body)
     else:
         other = model

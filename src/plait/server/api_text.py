@@ -14,10 +14,10 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
-from plait.chat.chat import Prompt, Turn
 from plait.inference.engine import Completion
 from plait.inference.engine import Request as Wanted
-from plait.inference.model import Model
+from plait.inference.model import PlaitModel
+from plait.inference.prompts import Prompt, Turn
 from plait.inference.scoring import PromptScores, prompt_scores
 from plait.model.multimodal import Sequence
 from plait.server import schemas as s
@@ -279,7 +279,7 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
     return list(prompt)
 
 
-def _context(model: Model, prompt: str | list[int]) -> Sequence:
+def _context(model: PlaitModel, prompt: str | list[int]) -> Sequence:
     if isinstance(prompt, list):
         check_ids(model, prompt)
         return Sequence().read_ids(prompt, "text")
@@ -294,7 +294,7 @@ class _Shown:
     count: int | None  # likeliest tokens a place; None: no log probabilities
     prompt: list[Token] = field(default_factory=list)  # of the prompt, where it is echoed
 
-    def echo(self, model: Model, prompt: str | list[int], scores: PromptScores) -> None:
+    def echo(self, model: PlaitModel, prompt: str | list[int], scores: PromptScores) -> None:
         """Take the prompt's own, without what an import puts in front of every text."""
         hidden = 0
         if isinstance(prompt, str):
@@ -303,11 +303,11 @@ class _Shown:
         aligner = Aligner(model.checkpoint.text)
         self.prompt = aligner.add(ids, scores.logprobs[hidden:], scores.top[hidden:], last=True)
 
-    def aligner(self, model: Model, offset: int) -> Aligner:
+    def aligner(self, model: PlaitModel, offset: int) -> Aligner:
         """What follows the tokens of one sample."""
         return Aligner(model.checkpoint.text, [] if self.context.media else self.context.ids, offset)
 
-    def of(self, model: Model, sample: Completion, offset: int) -> dict[str, Any]:
+    def of(self, model: PlaitModel, sample: Completion, offset: int) -> dict[str, Any]:
         """The log probabilities of a sample; behind an echo also that of its end, if it came to one."""
         ids, logprobs = list(sample.ids), sample.logprobs or []
         tokens = self.aligner(model, offset).add(ids, logprobs, sample.top, last=True)
@@ -318,7 +318,7 @@ class _Shown:
 
 
 async def _text_events(
-    model: Model,
+    model: PlaitModel,
     request_context: RequestContext,
     pending_requests: list[PendingRequest],
     head: dict[str, Any],

@@ -11,9 +11,9 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
@@ -22,10 +22,9 @@ from starlette.formparsers import MultiPartParser
 from starlette.requests import Request
 
 from plait.core.errors import PlaitError
+from plait.core.features import ExtensionPoint
 from plait.core.files import sha256_file
 from plait.inference.model import load
-from plait.recommend import routes as api_recommend
-from plait.search import routes as api_search
 from plait.server import api, api_media, api_text
 from plait.server.access_log import Metrics, set_up_logging
 from plait.server.limits import ApiError, Limits, read_keys
@@ -33,10 +32,9 @@ from plait.server.middleware import AccessMiddleware, AccessPolicy
 from plait.server.network import listen, make_server
 from plait.server.service import Served, Service
 
-if TYPE_CHECKING:
-    from plait.search.index import Index
-
-ROUTERS = (api.router, api_text.router, api_media.router, api_search.router, api_recommend.router)
+ROUTES: ExtensionPoint[APIRouter] = ExtensionPoint("routes")  # what features serve
+# Of a feature: opens what a command line names, for the models that are served.
+RESOURCES: ExtensionPoint[Callable[[list[str], list[Served]], Any]] = ExtensionPoint("served_resources")
 LOOPBACK = {"localhost", "127.0.0.1", "[::1]"}
 _MEMBER = re.compile(r"body|str|int|(list|constrained|function|tagged|nullable|model)[-[(].*", re.DOTALL)
 log = logging.getLogger("plait.server")
@@ -52,8 +50,8 @@ def serve(
     allow_origins: list[str] | None = None,
     device: str = "auto",
     precision: str = "auto",
-    indexes: list[str] | None = None,
-    ui: bool = False,
+    resources: dict[str, list[str]] | None = None,
+    page: Callable[[Any, Service], Any] | None = None,
     aliases: list[str] | None = None,
     strict: bool = False,
     limits: Limits = Limits(),
@@ -61,26 +59,22 @@ def serve(
 ) -> None:
     """Serve models until SIGINT or SIGTERM; `tell` is called with the address once requests are taken.
 
-    A model is a run, a checkpoint, or a Hugging Face name or folder; `NAME=MODEL` gives it another name. With `ui`
-    there is a page at `/`. An alias, NAME=MODEL, is a further name of a model that is served. With `strict`, fields
-    that have no effect are refused. Raises PlaitError for a model or an index that cannot be loaded, an address that
-    cannot be had, and one off loopback without keys.
+    A model is a run, a checkpoint, or a Hugging Face name or folder; `NAME=MODEL` gives it another name. `page`
+    puts an application with a page at `/` before the API. `resources` are things of features that are served beside
+    the models, by the feature's name: {"search": ["photos.index"]}. An alias, NAME=MODEL, is a further name of a model
+    that is served. With `strict`, fields that have no effect are refused. Raises PlaitError for what cannot be loaded,
+    an address that cannot be had, and one off loopback without keys.
     """
     access_policy = make_doors(host, key_file, allow_hosts or [], allow_origins or [])
-    access_policy.browsers = ui
+    access_policy.browsers = page is not None
     sock = listen(host, port)
     found = load_models(models, device, precision, limits)
-    service = Service(
-        found, limits, Metrics(), open_indexes(indexes or [], found), read_aliases(aliases or [], found), strict
-    )
+    opened = {feature: RESOURCES.by_feature()[feature](names, found) for feature, names in (resources or {}).items()}
+    service = Service(found, limits, Metrics(), opened, read_aliases(aliases or [], found), strict)
     app: Any = make_app(service, access_policy)
-    if ui:
-        from plait.server.page import Page
-
-        app = Page(app, service)
+    if page is not None:
+        app = page(app, service)
     guard = AccessMiddleware(app, access_policy, limits, service.metrics, _routes())
-    if ui:
-        app.tabs.guard = guard
     set_up_logging()
 
     def stop(seconds: float) -> None:
@@ -141,6 +135,10 @@ def load_models(names: list[str], device: str, precision: str, limits: Limits) -
     return list(found.values())
 
 
+def _routers() -> list[APIRouter]:
+    return [api.router, api_text.router, api_media.router, *ROUTES.all()]
+
+
 def read_aliases(given: list[str], models: list[Served]) -> dict[str, str]:
     """Further names of models, from NAME=MODEL. Raises PlaitError for one that is taken, or that leads nowhere."""
     known, found = {served.name for served in models}, dict[str, str]()
@@ -151,31 +149,6 @@ def read_aliases(given: list[str], models: list[Served]) -> dict[str, str]:
         if name in known or name in found:
             raise PlaitError(f"--alias {alias}: the name '{name}' is taken. Choose another.")
         found[name] = model
-    return found
-
-
-def open_indexes(names: list[str], models: list[Served]) -> dict[str, tuple[Index, str]]:
-    """The indexes of a command line, each with the name of the model that made it. Raises PlaitError."""
-    if not names:
-        return {}
-    from plait.search.index import Index  # with libraries that are large, and of no use without an index
-
-    found: dict[str, tuple[Index, str]] = {}
-    for given in names:
-        name, _, path = given.rpartition("=") if "=" in given and not Path(given).exists() else ("", "", given)
-        name = name or path.rstrip("/").rpartition("/")[2]
-        if name in found:
-            raise PlaitError(f"Two indexes have the name '{name}'. Give one another: other={path}")
-        wrong: PlaitError | None = None
-        for served in models:
-            try:
-                found[name] = Index(path, served.model), served.name
-            except PlaitError as error:
-                wrong = error
-        if name not in found:
-            raise wrong or PlaitError(f"{path} has no model.")
-        if not len(found[name][0]):
-            raise PlaitError(f"{path} is empty. Fill it: plait index add {path} FILES --model RUN")
     return found
 
 
@@ -205,7 +178,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _routes() -> set[str]:
-    return {route.path for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)}
+    return {route.path for router in _routers() for route in router.routes if isinstance(route, APIRoute)}
 
 
 # --- the application --------------------------------------------------------------------------------------------
@@ -234,7 +207,7 @@ def make_app(service: Service, access_policy: AccessPolicy) -> FastAPI:
     )
     app.state.service = service
     MultiPartParser.spool_max_size = service.limits.body_bytes  # an upload stays in memory, where its body is already
-    for router in ROUTERS:
+    for router in _routers():
         app.include_router(router)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _refused)

@@ -13,8 +13,7 @@ import soundfile
 from PIL import Image as PILImage
 
 from plait.core.errors import PlaitError
-from plait.hf.pretrained import Pretrained
-from plait.inference.model import Model
+from plait.inference.base import Model
 from plait.modalities.audio_files import encode_wav, resample
 from plait.modalities.descriptor import MediaError
 from plait.modalities.image_files import encode_png
@@ -45,12 +44,12 @@ class Reader:
         self.pool = ThreadPoolExecutor(DECODERS, "media")
         self.waiting = 0
 
-    async def read(self, model: Model | Pretrained, kind: str, data: bytes, param: str, deadline: float) -> Any:
+    async def read(self, model: Model, kind: str, data: bytes, param: str, deadline: float) -> Any:
         """The medium as an input of the model: (column, its samples) for ours, else an image or (waveform, rate).
         Raises ApiError where it cannot be read, or while too many wait."""
-        if isinstance(model, Model):
+        if (ours := model.plait_model) is not None:
             try:
-                column = model.column(None, kind, f"read {kind}")  # before anything is decoded
+                ours.column(None, kind, f"read {kind}")  # before anything is decoded
             except PlaitError as error:
                 raise ApiError(400, str(error), param) from error
         if self.waiting >= self.limits.queue:
@@ -60,7 +59,7 @@ class Reader:
 
         def work() -> Any:
             value = self.checker.decode(kind, data)
-            return (column, model.modality(column).windows(value)) if isinstance(model, Model) else value
+            return model.prepared(kind, value)
 
         self.waiting += 1
         try:

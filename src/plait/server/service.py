@@ -8,16 +8,16 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from starlette.responses import Response
 
-from plait.chat.chat import Chat
 from plait.core.errors import PlaitError
-from plait.hf.pretrained import Pretrained
+from plait.inference.base import Model
 from plait.inference.constrained import TextConstraint
 from plait.inference.engine import Completion, Delta, Request
-from plait.inference.model import Model
+from plait.inference.model import PlaitModel
+from plait.inference.prompts import Chat
 from plait.model.multimodal import Sequence
 from plait.server.access_log import Metrics, RequestContext
 from plait.server.limits import ApiError, Limits, as_api_error, decode_base64, decode_data_url
@@ -25,9 +25,6 @@ from plait.server.media import Reader
 from plait.server.middleware import Scope, Send, answer
 from plait.server.schemas import HARMLESS, AudioPart, Body, ImagePart, TextPart
 from plait.server.worker import PendingRequest, Worker, follow
-
-if TYPE_CHECKING:
-    from plait.search.index import Index
 
 T = TypeVar("T")
 INLINE = 4000  # characters that are tokenised without leaving the event loop
@@ -38,7 +35,7 @@ class Served:
     """A model under its name."""
 
     name: str
-    model: Model | Pretrained
+    model: Model
     worker: Worker
     fingerprint: str
     created: int
@@ -47,10 +44,10 @@ class Served:
     prompt_bytes: int = 0  # more bytes of text than these cannot fit into the model's context; 0: not known
 
     @classmethod
-    def of(cls, name: str, model: Model | Pretrained, folder: Path, fingerprint: str, limits: Limits) -> Served:
-        chat = Chat(model, folder) if isinstance(model, Model) else None
+    def of(cls, name: str, model: Model, folder: Path, fingerprint: str, limits: Limits) -> Served:
+        chat = Chat(ours, folder) if (ours := model.plait_model) is not None else None
         worker = Worker(name, model, limits)
-        most = _most_bytes(model) if isinstance(model, Model) else 0
+        most = _most_bytes(ours) if ours is not None else 0
         return cls(name, model, worker, fingerprint, int(time.time()), chat, prompt_bytes=most)
 
     def check_prompt(self, parts: Iterable[Any], param: str) -> None:
@@ -65,10 +62,10 @@ class Served:
             )  # fmt: skip
 
     @property
-    def ours(self) -> Model:
+    def ours(self) -> PlaitModel:
         """The model where it runs in our engine. Raises ApiError where it does not."""
-        if isinstance(self.model, Model):
-            return self.model
+        if (ours := self.model.plait_model) is not None:
+            return ours
         raise ApiError(
             400,
             f"{self.name} runs in transformers and is served for {', '.join(self.verbs)} only. Generation needs a run, "
@@ -78,7 +75,7 @@ class Served:
 
     @property
     def verbs(self) -> list[str]:
-        if isinstance(self.model, Model):
+        if self.model.plait_model is not None:
             return self.model.verbs
         return [verb for verb in self.model.verbs if verb in ("classify", "embed", "transcribe")]
 
@@ -91,14 +88,14 @@ class Service:
         models: list[Served],
         limits: Limits,
         metrics: Metrics,
-        indexes: dict[str, tuple[Index, str]] | None = None,
+        resources: dict[str, Any] | None = None,
         aliases: dict[str, str] | None = None,
         strict: bool = False,
     ) -> None:
         self.models = {served.name: served for served in models}
         self.aliases = aliases or {}  # further name -> name
         self.strict = strict
-        self.indexes = indexes or {}  # name -> the index, and the name of its model
+        self.resources = resources or {}  # name of a feature -> what it opened
         self.limits, self.metrics = limits, metrics
         self.reader = Reader(limits)
 
@@ -140,7 +137,7 @@ class Service:
         spent = time.monotonic() - request_context.begun
         return asyncio.get_running_loop().time() + self.limits.request_seconds - spent
 
-    async def parts(self, model: Model | Pretrained, parts: list[Any], where: str, deadline: float) -> list[Any]:
+    async def parts(self, model: Model, parts: list[Any], where: str, deadline: float) -> list[Any]:
         """The parts of a request as inputs of the model: text as str, media decoded. Raises ApiError where there are
         too many, or one cannot be used."""
         found: list[Any] = []
@@ -205,7 +202,7 @@ class Service:
         return list(await served.worker.call(work, self.deadline(request_context)))
 
 
-def _most_bytes(model: Model) -> int:
+def _most_bytes(model: PlaitModel) -> int:
     """Bytes of text beyond which no prompt fits into a model's context: as many as its longest token has, each. Normal
     form C makes a text at most three times shorter."""
     longest = max((len(token.encode()) for token in model.checkpoint.text.tokenizer.get_vocab()), default=1)
@@ -224,7 +221,7 @@ def read(request_context: RequestContext, pending_requests: list[PendingRequest]
     request_context.prompt_tokens += sum(len(pending.request.context) for pending in pending_requests)
 
 
-def windows(model: Model, value: Any) -> list[Sequence]:
+def windows(model: PlaitModel, value: Any) -> list[Sequence]:
     """An input as the sequences that cover it. Raises PlaitError."""
     return model.alone(value, model.engine.max_length)
 

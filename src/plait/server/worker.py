@@ -15,9 +15,10 @@ from typing import Any
 
 from plait.core.errors import PlaitError
 from plait.core.interruption import Interrupted, pausing
-from plait.hf.pretrained import Pretrained
+from plait.core.system import total_memory
+from plait.inference.base import Model
 from plait.inference.engine import Delta, Engine, Job, Request, Result
-from plait.inference.model import Model
+from plait.inference.model import PlaitModel
 from plait.server.limits import ApiError, Limits, as_api_error
 
 DEEPEST = 8  # calls that stand still while another one runs
@@ -93,12 +94,12 @@ async def follow(pending_requests: list[PendingRequest]) -> AsyncIterator[list[t
 class Worker:
     """Runs one model for many requests at once. All methods but `run` belong to the event loop's thread."""
 
-    def __init__(self, name: str, model: Model | Pretrained, limits: Limits) -> None:
+    def __init__(self, name: str, model: Model, limits: Limits) -> None:
         self.name, self.model, self.limits = name, model, limits
         self.engine: Engine | None = None
-        if isinstance(model, Model):
-            self.engine = Engine(model.checkpoint, model.device, _rows(model, limits.batch))
-            model.engine = self.engine  # the verbs' too: one set of rows, one cache
+        if (ours := model.plait_model) is not None:
+            self.engine = Engine(ours.checkpoint, ours.device, _rows(ours, limits.batch))
+            ours.engine = self.engine  # the verbs' too: one set of rows, one cache
         self.pending_requests: set[PendingRequest] = set()
         self.calls: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
         self.futures: set[asyncio.Future[Any]] = set()  # of the calls that wait or run
@@ -275,7 +276,7 @@ def _settle(future: asyncio.Future[Any], result: Any, error: Exception | None) -
         future.set_result(result)
 
 
-def _rows(model: Model, most: int) -> int:
+def _rows(model: PlaitModel, most: int) -> int:
     """As many rows as `most`, or as a quarter of the memory holds the cache of."""
     config = model.checkpoint.model.config.backbone
     each = 2 * config.layers * config.kv_heads * config.head_width * config.max_length * model.device.dtype.itemsize
@@ -284,7 +285,7 @@ def _rows(model: Model, most: int) -> int:
 
         memory = torch.cuda.mem_get_info(model.device.torch)[0]
     else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = total_memory()
     return max(min(most, memory // 4 // each), 2)
 
 

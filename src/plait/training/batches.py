@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from plait.chat.sequences import Said, Scribe, sequences
 from plait.core.errors import DivergedError
 from plait.core.files import read_json, write_json
 from plait.core.rng import key_of, uniform
@@ -27,6 +26,7 @@ from plait.data.samples import Samples
 from plait.modalities.base import MediaModality, Vocabulary
 from plait.modalities.text import Text
 from plait.model.multimodal import Batch, Sequence, collate
+from plait.training.conversations import Said, Scribe, sequences
 
 # What a draw is for; the last key of `uniform`, so that no two decisions share a number.
 ORDER, TARGET, SOURCE, DROP, AUGMENT, OFFSET = range(6)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from plait.chat.template import TURNS
 from plait.core.config import SIZES, BackboneRecipe, Recipe, Size, describe_error, parse_recipe
 from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
-from plait.hf import encoders as hf_encoders
-from plait.modalities.base import Vocabulary
-from plait.modalities.item import Item, ItemCodes, ItemCodesSettings, ItemsSettings
+from plait.modalities.base import ENCODER_SOURCES, Vocabulary, code_levels
 from plait.modalities.registry import MODALITIES, SETTINGS
+from plait.model.chat_template import TURNS
 from plait.model.multimodal import ModelConfig, Multimodal
 from plait.model.transformer import TransformerConfig
 
@@ -28,11 +27,12 @@ def model_config(
     text_size: int,
     imported: ModelConfig | None,
     templated: bool = False,
-    items: ItemsSettings | None = None,
+    brought: Mapping[str, BaseModel] | None = None,
 ) -> ModelConfig:
     """The network that a recipe and a dataset call for. Of an `imported` one all is kept, and what the dataset has
     beside it is added; the settings of its modalities hold, with the recipe's overrides laid over them. Conversations
-    need tokens for their turns, unless they are `templated`. `items` are the settings of a catalogue.
+    need tokens for their turns, unless they are `templated`. `brought` are the settings of modalities that data of
+    a kind of its own bring along, which are then all that the model has.
 
     Raises PlaitError where a column of the dataset is of another modality than the import's.
     """
@@ -60,10 +60,8 @@ def model_config(
         )
     kinds = [m for m in MODALITIES if m in columns.values()]
     settings: dict[str, Any] = {}
-    if isinstance(items, ItemCodesSettings):
-        kinds, settings = [ItemCodes.name], {ItemCodes.name: items}
-    elif items is not None:
-        settings = {Item.name: items}
+    if brought:
+        kinds, settings = list(brought), dict(brought)
     for m in kinds:
         if m in settings:
             continue
@@ -77,13 +75,13 @@ def model_config(
     vocabulary = Vocabulary(
         text=text_size,
         columns=columns,
-        levels=items.code_levels if isinstance(items, ItemCodesSettings) else {m: settings[m].levels for m in coded},
+        levels={name: levels for m in kinds for name, levels in code_levels(m, settings[m]).items()},
         closers=[m for m in kinds if MODALITIES[m].variable_length],
         turns=turns,
     )
     tied = recipe.model.tied
     if tied is None:
-        tied = imported.tied if imported else items is not None or text_size > 8 * backbone.width
+        tied = imported.tied if imported else bool(brought) or text_size > 8 * backbone.width
     embed_dim = recipe.model.embed_dim
     if embed_dim is None:
         embed_dim = (imported.embed_dim if imported else 0) or (128 if coded else 0)
@@ -94,6 +92,7 @@ def model_config(
         backbone=backbone,
         vocabulary=vocabulary,
         embed_dim=embed_dim,
+        contrastive=imported.contrastive if imported and imported.embed_dim else recipe.model.contrastive,
         pools_inputs=imported.pools_inputs if imported and imported.embed_dim else True,
         tied=tied,
         modalities={m: settings[m].model_dump() for m in kinds},
@@ -150,6 +149,7 @@ def sized_config(recipe: Recipe) -> ModelConfig:
         backbone=backbone,
         vocabulary=vocabulary,
         embed_dim=128 if recipe.model.embed_dim is None else recipe.model.embed_dim,
+        contrastive=recipe.model.contrastive,
         pools_inputs=True,
         tied=text > 8 * backbone.width if recipe.model.tied is None else recipe.model.tied,
         modalities={name: one.model_dump() for name, one in settings.items()},
@@ -165,7 +165,7 @@ def _with_hf_encoder(overrides: dict[str, Any], modality: str) -> dict[str, Any]
         )
     if overrides.get("encoder") is None:
         return overrides
-    return {**overrides, "hf_encoder": hf_encoders.describe(overrides["encoder"], modality).model_dump()}
+    return {**overrides, "hf_encoder": ENCODER_SOURCES.one().describe(overrides["encoder"], modality).model_dump()}
 
 
 def size_table() -> dict[str, dict[str, str]]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plait.core.dist import install_command
 from plait.core.errors import PlaitError
 
 
@@ -174,7 +175,7 @@ class TensorBoard(_Logger):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise PlaitError(f"TensorBoard is not installed ({error}). Run: pip install tensorboard") from None
+            raise PlaitError(f"TensorBoard is not installed ({error}). Run: {install_command('tensorboard')}") from None
         # What was written after the checkpoint that training goes on from is taken back.
         self.writer = SummaryWriter(str(self.folder or event.folder / "tensorboard"), purge_step=event.step + 1)
 

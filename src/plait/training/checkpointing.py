@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from plait.core.errors import PlaitError
-from plait.core.files import clear_leftovers, fsync_folder, point, read_json, remove_folder
+from plait.core.files import clear_leftovers, fsync_folder, link_target, point, read_json, remove_folder
 from plait.model import checkpoint as checkpoints
 from plait.model import lora
 from plait.model.checkpoint import Checkpoint
@@ -255,7 +255,7 @@ class Saver:
                 taken.shards.rename(folder / STATE)
             else:
                 checkpoints.write_tensors(folder / f"{STATE}.safetensors", taken.state)
-            (folder / f"{STATE}.json").write_text(position + "\n", encoding="utf-8")
+            (folder / f"{STATE}.json").write_text(position + "\n", encoding="utf-8", newline="\n")
 
         try:
             checkpoints.save(whole, self.folder / folder_name(step), taken.weights, more)
@@ -297,7 +297,7 @@ def describe(folder: Path) -> list[dict[str, Any]]:
     series = checkpoints.series(folder / "checkpoints")
     if not series:
         raise PlaitError(f"{folder} holds no checkpoint of a run. Name the folder of a run.")
-    links = {name: (folder / "checkpoints" / name).resolve().name for name in ("best", "last")}
+    links = {name: link_target(folder / "checkpoints" / name) for name in ("best", "last")}
     rows = []
     for step, path in series.items():
         wrong = checkpoints.verify(path)

@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from plait.core.device import Device
 from plait.core.errors import PlaitError
+from plait.core.system import processors
 from plait.model.transformer import Transformer
 
 PATIENCE = timedelta(minutes=10)  # that a process waits for another one in a step; a lost one is noticed at once
@@ -183,7 +184,7 @@ def launch(count: int, arguments: list[str]) -> int:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say it better
     # A machine's processors are shared out; torchrun by itself gives each process one.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) // count, 1)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(processors() // count, 1)))
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=count, max_restarts=0, rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", run_id=f"plait-{os.getpid()}", start_method="spawn",

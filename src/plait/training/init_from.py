@@ -7,47 +7,53 @@ to say: `training.freeze` names parts that stay as they are to the bit, `trainin
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from pydantic import BaseModel
 
-from plait.chat.template import TEMPLATE
 from plait.core.config import GenerationConfig
 from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
-from plait.hf import encoders as hf_encoders
-from plait.hf import huggingface
-from plait.modalities.base import Vocabulary
-from plait.modalities.item import ItemsSettings
+from plait.modalities.base import ENCODER_SOURCES, Vocabulary, alike
 from plait.modalities.registry import MODALITIES
 from plait.modalities.text import Text
 from plait.model import checkpoint as checkpoints
 from plait.model import extend as growing
 from plait.model import lora
-from plait.model.checkpoint import Checkpoint, find_checkpoint
+from plait.model.chat_template import TEMPLATE
+from plait.model.checkpoint import CHECKPOINT_SOURCES, Checkpoint, find_checkpoint
 from plait.model.multimodal import Multimodal
 from plait.training.build import model_config
 from plait.training.run import Progress, Run
 
 
-def build_or_load_model(run: Run, items: ItemsSettings | None = None) -> tuple[Multimodal, Text, Checkpoint | None]:
+def build_or_load_model(run: Run, brought: Mapping[str, BaseModel]) -> tuple[Multimodal, Text, Checkpoint | None]:
     """The model that a run starts with, its tokenizer, and the model that it was extended from, if any. What came from
-    there is written down once: when the run goes on, it no longer needs that model. `items` are the settings of the
-    data's catalogue."""
+    there is written down once: when the run goes on, it no longer needs that model. `brought` are the settings of
+    modalities that the data bring along."""
     check(run)
-    if items is not None and run.recipe.model.init_from is not None:
-        raise PlaitError("A model of histories begins with its catalogue: leave out --init-from and model.init_from.")
+    if brought and run.recipe.model.init_from is not None:
+        raise PlaitError(
+            f"{run.dataset.path} holds data of a kind of its own ({run.dataset.manifest.kind}), whose models begin "
+            "anew: leave out --init-from and model.init_from."
+        )
     source = _source(run)
-    if source is not None and source.catalogue is not None:
-        raise PlaitError(f"{run.recipe.model.init_from} is a model of histories; its items cannot be carried on yet.")
+    if source is not None and source.parts:
+        raise PlaitError(
+            f"{run.recipe.model.init_from} is a model of data of a kind of its own ({', '.join(source.parts)}), from "
+            "which no other can go on yet."
+        )
     with run.group.main_first():
         text = source.text if source else run.text()
     templated = text.chat_template is not None
     imported = source.model.config if source else None
-    config = model_config(run.recipe, run.dataset, text.size, imported, templated, items)
+    config = model_config(run.recipe, run.dataset, text.size, imported, templated, brought)
     if config.vocabulary.turns:
         text.settings["chat_template"] = TEMPLATE
     model = growing.extend(source, config) if source else Multimodal(config)
-    hf_encoders.adopt(model, source.model if source else None)
+    _fill_encoders(model, source.model if source else None)
     if source is not None and "source" not in run.metadata:
         old = source.model
         kept = [name for name in old.media if growing.kept_modality(model, old, name)]
@@ -99,7 +105,19 @@ def _source(run: Run) -> Checkpoint | None:
     folder = find_checkpoint(name)
     if folder is not None and folder.resolve().is_relative_to(run.folder.resolve()):
         raise PlaitError(f"A run cannot start from itself: {folder}. Choose another folder with -o.")
-    return huggingface.load(folder or name)
+    return CHECKPOINT_SOURCES.one()(folder or name)
+
+
+def _fill_encoders(model: Multimodal, source: Multimodal | None) -> None:
+    """Fill a new model's pretrained encoders from where their weights are, but for those that came with the `source`
+    that it was extended from. Raises PlaitError where weights are missing or misshapen."""
+    for name, modality in model.media.items():
+        settings: Any = modality.settings
+        if settings.hf_encoder is None:
+            continue
+        old = source.media.get(name) if source is not None else None
+        if old is None or not alike(old.settings, settings):
+            ENCODER_SOURCES.one().fill(modality)
 
 
 def apply_freezing(run: Run, model: Multimodal) -> None:

@@ -61,7 +61,7 @@ def _from(path: Path, step: int, validated: int) -> IO[str]:
                     kept.append(line)
         write_atomic(path, "".join(kept))
     try:
-        return path.open("a", encoding="utf-8")
+        return path.open("a", encoding="utf-8", newline="\n")
     except OSError as error:
         raise PlaitError(f"Cannot write {path}: {error.strerror}. Free space or choose another folder.") from error
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -44,8 +44,8 @@ class Derived:
 
 def find_task(dataset: Dataset, labels: dict[str, list[str]]) -> Task:
     """What a dataset's columns are good for."""
-    if dataset.manifest.catalogue is not None:
-        return "recommend"
+    if dataset.manifest.kind != "records":
+        return cast(Task, dataset.manifest.kind)  # a feature's data have the task of its name
     if dataset.manifest.chats:
         return "chat"
     media = [c for c, kind in dataset.columns.items() if kind != "text"]

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from plait.core.files import write_atomic
-from plait.reports.html import page, table, ticks
+from plait.core.pages import render
+from plait.reports.charts import Axes, Panel, key, ticks
 
 COLOURS = {"scratch": "var(--dim)", "frozen": "var(--good)", "lora": "var(--train)", "full": "var(--val)"}
-WIDTH, HEIGHT, LEFT, BOTTOM = 560, 300, 46, 30
 
 Rows = list[dict[str, Any]]
 
@@ -55,89 +55,68 @@ def write_comparison(path: Path, title: str, study: dict[str, Any]) -> None:
     rows: Rows = study["rows"]
     labels = list(dict.fromkeys(row["labels"] for row in rows))
     ways = [way for way in COLOURS if any(row["way"] == way for row in rows)]
+    began = [way for way in ways if way != "scratch"]
     settings = study["settings"]
-    summary = (
-        f"{escape(settings['source'])} → {escape(study['dataset'])} · {escape(settings['read'])} → "
-        f"{escape(settings['answered'])} · {len(rows)} runs"
+    before = study.get("before")
+    page = render(
+        "transfer_learning/study.html",
+        title=title,
+        summary=(
+            f"{settings['source']} → {study['dataset']} · {settings['read']} → {settings['answered']} · "
+            f"{len(rows)} runs"
+        ),
+        chart=_chart(rows, labels, ways),
+        ways=ways,
+        accuracy=[[count, *(_shown(_of(rows, count, way)) for way in ways)] for count in labels],
+        as_it_is=study.get("as_it_is"),
+        pays=[_pays(verdict) for verdict in study.get("verdicts", [])],
+        began=began,
+        before=before,
+        forgetting=[] if before is None else _forgetting(rows, labels, began),
+        settings=json.dumps(settings, ensure_ascii=False, indent=1),
     )
-    shown = _image(rows, labels, ways) + _table(rows, labels, ways)
-    if study.get("as_it_is") is not None:
-        shown += f"<p>The source as it is, without any of these records: {study['as_it_is'] * 100:.1f} %.</p>"
-    sections = [("accuracy", "Accuracy by labels", shown)]
-    sections.append(("pays", "Where it pays", _pays(study.get("verdicts", []))))
-    if study.get("before") is not None:
-        sections.append(("forgetting", "What was forgotten", _forgetting(rows, labels, ways, study["before"])))
-    told = escape(json.dumps(settings, ensure_ascii=False, indent=1))
-    sections.append(("study", "This study", f"<pre>{told}</pre>"))
-    write_atomic(path, page(title, summary, "", sections))
+    write_atomic(path, page)
 
 
 def _shown(values: list[float]) -> str:
+    """Mean and standard error in per cent."""
     if not values:
         return "–"
     mean, error = mean_and_error(values)
     return f"{mean * 100:.1f}" if math.isnan(error) else f"{mean * 100:.1f} ± {error * 100:.1f}"
 
 
-def _table(rows: Rows, labels: list[str], ways: list[str]) -> str:
-    body = [[escape(count), *(_shown(_of(rows, count, way)) for way in ways)] for count in labels]
-    note = '<p class="dim">Per cent of test records named right, mean over seeds ± its standard error.</p>'
-    return note + table(["records a label", *ways], body, numbers=tuple(range(1, len(ways) + 1)))
-
-
-def _pays(found: list[dict[str, Any]]) -> str:
+def _pays(verdict: dict[str, Any]) -> list[Any]:
+    """A row of where it pays."""
     words = {True: "pays", False: "costs", None: "not told apart"}
-    body = [
-        [escape(v["labels"]), escape(v["way"]), f"{v['gain'] * 100:+.1f}",
-         "–" if v["standard_error"] is None else f"{v['standard_error'] * 100:.1f}", f"<b>{words[v['pays']]}</b>"]
-        for v in found
-    ]  # fmt: skip
-    note = '<p class="dim">Points over scratch; it pays, or costs, where that is more than two standard errors.</p>'
-    return note + table(["records a label", "begun", "gain", "±", ""], body, numbers=(2, 3))
+    error = "–" if verdict["standard_error"] is None else f"{verdict['standard_error'] * 100:.1f}"
+    word = Markup("<b>{}</b>").format(words[verdict["pays"]])
+    return [verdict["labels"], verdict["way"], f"{verdict['gain'] * 100:+.1f}", error, word]
 
 
-def _forgetting(rows: Rows, labels: list[str], ways: list[str], before: float) -> str:
-    began = [way for way in ways if way != "scratch"]
-    body = [[escape(count), *(_shown(_of(rows, count, way, "old")) for way in began)] for count in labels]
-    note = f'<p class="dim">The source\'s own test: {before * 100:.1f} % before, and after each way.</p>'
-    return note + table(["records a label", *began], body, numbers=tuple(range(1, len(began) + 1)))
+def _forgetting(rows: Rows, labels: list[str], began: list[str]) -> list[list[str]]:
+    """What each way still knows of the source's own test, by labels."""
+    return [[count, *(_shown(_of(rows, count, way, "old")) for way in began)] for count in labels]
 
 
-def _image(rows: Rows, labels: list[str], ways: list[str]) -> str:
-    """Accuracy over labels, a line for each way, with error bars."""
+def _chart(rows: Rows, labels: list[str], ways: list[str]) -> Panel | None:
+    """Accuracy over labels, a line for each way, with error bars; None where no run has ended."""
     if not rows:
-        return "<p>No run has ended yet.</p>"
-
-    def x(place: float) -> float:
-        return LEFT + 30 + (WIDTH - LEFT - 60) * place / max(len(labels) - 1, 1)
-
-    def y(value: float) -> float:
-        return 10 + (HEIGHT - BOTTOM - 10) * (1 - value)
-
-    parts = [
-        f'<path class="grid" d="M{LEFT} {y(t):.1f}H{WIDTH - 10}"/>'
-        f'<text x="{LEFT - 6}" y="{y(t) + 4:.1f}" text-anchor="end">{t * 100:.0f} %</text>'
-        for t in ticks(0.0, 1.0, 5)
-    ]
-    parts += [
-        f'<text x="{x(i):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{escape(count)}</text>'
-        for i, count in enumerate(labels)
-    ]
+        return None
+    axes = Axes((-0.3, max(len(labels) - 1, 1) + 0.3), (0.0, 1.0), width=560, height=300, bottom=30)
+    axes.y_axis(ticks(0.0, 1.0, 5), lambda value: f"{value * 100:.0f} %")
+    for place, count in enumerate(labels):
+        axes.text(axes.x(place), axes.height - 8, count, "middle")
     for number, way in enumerate(ways):
         points = []
-        for i, count in enumerate(labels):
+        for place, count in enumerate(labels):
             mean, error = mean_and_error(_of(rows, count, way))
             if math.isnan(mean):
                 continue
-            at = x(i) + (number - 1.5) * 5
-            points.append(f"{at:.1f} {y(mean):.1f}")
-            low, high = (mean, mean) if math.isnan(error) else (max(mean - error, 0), min(mean + error, 1))
-            parts.append(f'<path d="M{at:.1f} {y(low):.1f}V{y(high):.1f}" stroke="{COLOURS[way]}" stroke-width="2"/>')
-            parts.append(f'<circle cx="{at:.1f}" cy="{y(mean):.1f}" r="3.5" fill="{COLOURS[way]}"/>')
-        parts.append(f'<path class="curve" d="M{"L".join(points)}" stroke="{COLOURS[way]}"/>' if points else "")
-    key = " · ".join(f'<span class="key" style="background:{COLOURS[way]}"></span>{way}' for way in ways)
-    return (
-        f'<figure class="panel" style="max-width:40rem"><figcaption>{key}</figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="accuracy by records a label">'
-        f"{''.join(parts)}</svg></figure>"
-    )
+            at = place + (number - 1.5) * 0.03 * max(len(labels) - 1, 1)
+            points.append((at, mean))
+            if not math.isnan(error):
+                axes.line([(at, max(mean - error, 0.0)), (at, min(mean + error, 1.0))], "curve", COLOURS[way])
+            axes.dot(at, mean, COLOURS[way], title=f"{way}, {count} a label: {mean * 100:.1f} %")
+        axes.line(points, "curve", COLOURS[way])
+    return Panel("", key({way: COLOURS[way] for way in ways}), axes.svg("accuracy by records a label"))

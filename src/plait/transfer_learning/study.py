@@ -23,7 +23,7 @@ from plait.core.files import only_writer, read_json, write_json
 from plait.core.rng import uniform
 from plait.data.dataset import Chosen, Dataset
 from plait.data.stores import Location, read_place
-from plait.inference.model import Model, load
+from plait.inference.model import PlaitModel, load
 from plait.model.checkpoint import find_checkpoint
 from plait.training.run import Progress
 from plait.training.trainer import train
@@ -120,11 +120,11 @@ class Task:
                 found[answers[i]].append(i)
         return np.sort(np.array([i for some in found.values() for i in some], np.int64))
 
-    def _shown(self, model: Model, value: str | bytes) -> Any:
+    def _shown(self, model: PlaitModel, value: str | bytes) -> Any:
         """A part as the model reads it; of an audio clip longer than its window, the beginning."""
         return value if isinstance(value, str) else (self.read, model.modality(self.read).windows(value)[:1])
 
-    def accuracy(self, model: Model, limit: int, seed: int) -> float:
+    def accuracy(self, model: PlaitModel, limit: int, seed: int) -> float:
         """The share of test records whose likeliest label is right."""
         split = "test" if len(self.dataset.indices("test")) else "val"
         present = self.present(split)
@@ -170,8 +170,8 @@ class _Study:
         place = find_checkpoint(source)
         if place is None:
             raise PlaitError(f"{source} is no run or checkpoint. Transfer compares what begins from a run of Plait's.")
-        model = load(source, plan.device)
-        if not isinstance(model, Model):
+        model = load(source, plan.device).plait_model
+        if model is None:
             raise PlaitError(f"{source} runs in transformers. Transfer compares what begins from a run of Plait's.")
         shared = set(model.columns.values()) & set(dataset.columns.values())
         if not shared - {"text"} and dataset.columns[self.task.read] != "text":
@@ -269,8 +269,8 @@ class _Study:
             self.tell(News("transfer", number, total, note))
 
         train(Chosen(self.dataset, {"train": chosen}), folder, recipe, report, self.plan.device)
-        model = load(folder, self.plan.device)
-        assert isinstance(model, Model)
+        model = load(folder, self.plan.device).plait_model
+        assert model is not None
         row = {
             "labels": count, "way": way, "seed": seed, "records": len(chosen),
             "steps": model.checkpoint.training["step"],

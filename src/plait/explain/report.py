@@ -1,0 +1,213 @@
+"""An explanation as JSON, as a page of HTML, and as one image."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image as PILImage
+from PIL import ImageDraw, ImageFont
+
+from plait.core.pages import render
+from plait.explain.methods import Explanation
+from plait.explain.parts import Grid, Part, Words
+from plait.modalities.base import cells
+
+STRONGEST = 5  # units that are listed by name
+
+
+def as_json_of(found: Explanation) -> dict[str, Any]:
+    """Everything, as JSON has it: weights by word, or by region of a grid of rows and columns."""
+    parts: list[dict[str, Any]] = []
+    for part, weights in zip(found.parts, found.weights, strict=False):
+        entry: dict[str, Any] = {"kind": part.name, "weights": _numbers(weights)}
+        if isinstance(part, Words):
+            entry["words"] = [word.strip() for word in part.words]
+        else:
+            entry |= {"column": part.column, "grid": list(part.shape)}
+        entry["strongest"] = [{"where": part.spot(unit), "weight": float(weights[unit])} for unit in _top(weights)]
+        parts.append(entry)
+    shown: dict[str, Any] = {
+        "method": found.method,
+        "answer": found.answer,
+        "measure": found.measure,
+        "score": found.score,
+        "chance": found.chance,
+        "parts": parts,
+        "lost_without": found.lost,
+        "layers": [
+            {**layer, "likeliest": [{"text": text, "chance": p} for text, p in layer["likeliest"]]}
+            for layer in found.layers
+        ],
+        "warnings": found.warnings,
+    }
+    if found.areas is not None:
+        shown["areas"] = {
+            "deletion": found.areas.deletion,
+            "insertion": found.areas.insertion,
+            "random_deletion": float(np.mean(found.areas.random_deletion)),
+            "random_insertion": float(np.mean(found.areas.random_insertion)),
+            "random_maps_beaten": found.areas.beaten,
+            "random_maps": len(found.areas.random_deletion),
+        }
+    if found.gap is not None:
+        shown |= {"completeness_gap": found.gap, "steps": found.steps}
+    if found.regions is not None:
+        rows = [
+            {"word": word, "lost": _numbers(lost)} for word, lost in zip(found.region_words, found.regions, strict=True)
+        ]
+        shown["made"] = {"grid": list(found.region_grid), "words": rows}
+    return shown
+
+
+def _numbers(values: np.ndarray) -> list[float]:
+    return [round(float(value), 6) for value in values]
+
+
+def _top(weights: np.ndarray) -> list[int]:
+    order = np.argsort(-weights, kind="stable")[:STRONGEST].tolist()
+    return [unit for unit in order if weights[unit] > 0]
+
+
+def _shares(weights: np.ndarray, all_weights: list[np.ndarray]) -> np.ndarray:
+    """Weights in [-1, 1], on one scale for all parts."""
+    top = max(float(np.abs(one).max(initial=0)) for one in all_weights)
+    return weights / top if top else weights
+
+
+# --- images ---------------------------------------------------------------------------------------------------
+
+
+def _png(image: PILImage.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _maps(found: Explanation) -> list[tuple[str, PILImage.Image]]:
+    """The marked images of an explanation, each with its name."""
+    maps = [
+        (part.name, part.marked(_shares(weights, found.weights)))
+        for part, weights in zip(found.parts, found.weights, strict=False)
+        if isinstance(part, Grid)
+    ]
+    if found.regions is not None and found.written is not None:
+        maps.append((f"made: {found.written.name}", found.written.marked(np.zeros(found.written.count))))
+        for word, lost in zip(found.region_words, found.regions, strict=True):
+            maps.append((f"“{word}”", _region(found, lost)))
+    return maps
+
+
+def _region(found: Explanation, lost: np.ndarray) -> PILImage.Image:
+    """What was made, marked where it lost likelihood (cells,)."""
+    assert found.written is not None and found.regions is not None
+    written = found.written
+    places = cells((written.sample.shape[0], written.sample.shape[1]), found.region_grid)
+    return written.modality.marked(written.sample, _shares(lost, [found.regions])[places])
+
+
+def _line(words: list[str], shares: np.ndarray, width: int = 640) -> PILImage.Image:
+    """Marked words as an image. The font knows Latin letters; the page shows all."""
+    font = ImageFont.load_default(20)
+    image = PILImage.new("RGB", (width, 30 * (2 + sum(map(len, words)) // 50)), "white")
+    pen, x, y = ImageDraw.Draw(image), 8, 6
+    for word, share in zip(words, shares, strict=True):
+        shown = word.strip()
+        size = int(pen.textlength(shown, font=font))
+        if x + size > width - 8:
+            x, y = 8, y + 30
+        pen.rectangle((x - 2, y, x + size + 2, y + 25), fill=_colour(float(share)))
+        pen.text((x, y), shown, fill="black", font=font)
+        x += size + 10
+    return image.crop((0, 0, width, y + 32))
+
+
+def _colour(share: float) -> tuple[int, int, int]:
+    strength = min(abs(share), 1.0) ** 0.7
+    ground = (255, 120, 110) if share > 0 else (130, 165, 255)
+    return tuple(round(255 + (channel - 255) * strength) for channel in ground)
+
+
+def as_png(found: Explanation) -> bytes:
+    """All marked parts below one another."""
+    images = [image for _, image in _maps(found)]
+    for part, weights in zip(found.parts, found.weights, strict=False):
+        if isinstance(part, Words):
+            images.append(_line(part.words, _shares(weights, found.weights)))
+    if not images:  # the logit lens
+        rows = [f"{layer['layer']:3}  {layer['chance']:.3f}  {layer['likeliest'][0][0]}" for layer in found.layers]
+        images = [_line([row], np.zeros(1)) for row in rows]
+    wide = max(image.width for image in images)
+    whole = PILImage.new("RGB", (wide, sum(image.height + 8 for image in images)), "white")
+    y = 0
+    for image in images:
+        whole.paste(image, (0, y))
+        y += image.height + 8
+    return _png(whole)
+
+
+# --- the page ---------------------------------------------------------------------------------------------------
+
+
+def as_html(found: Explanation) -> str:
+    """A self-contained page."""
+    measure = f"{found.measure} {found.score:.3f}"
+    regions = _maps(found)[-len(found.region_words) - 1 :] if found.regions is not None else []
+    return render(
+        "explain/explanation.html",
+        title="Why: " + found.answer,
+        summary=f"{found.method} · why “{found.answer}” · {measure} · chance {found.chance:.3f}",
+        warnings=found.warnings,
+        measure=found.measure,
+        parts=[_part(found, part, weights) for part, weights in zip(found.parts, found.weights, strict=False)],
+        made=[(name, _png(image)) for name, image in regions],
+        lost=[(name, f"{lost:+.3f}") for name, lost in found.lost.items()],
+        layers=[_layer(layer) for layer in found.layers],
+        areas=_areas(found),
+        beaten=f"{found.areas.beaten} of {len(found.areas.random_deletion)}" if found.areas is not None else "",
+        gap=_gap(found),
+    )
+
+
+def _part(found: Explanation, part: Part, weights: np.ndarray) -> dict[str, Any]:
+    """A part of the input: its marked words or image, and its strongest units."""
+    shares = _shares(weights, found.weights)
+    strongest = [(part.spot(unit), f"{weights[unit]:+.3f}") for unit in _top(weights)]
+    if isinstance(part, Words):
+        words = [_word(word, float(share)) for word, share in zip(part.words, shares, strict=True)]
+        return {"name": part.name, "words": words, "image": b"", "strongest": strongest}
+    return {"name": part.name, "words": [], "image": _png(part.marked(shares)), "strongest": strongest}
+
+
+def _word(word: str, share: float) -> tuple[str, str, str]:
+    """The space before a word, the word, and its colour."""
+    red, green, blue = _colour(share)
+    return word[: len(word) - len(word.lstrip())], word.strip(), f"rgb({red},{green},{blue})"
+
+
+def _layer(layer: dict[str, Any]) -> list[str]:
+    """A row of the table of layers."""
+    likeliest = ", ".join(f"{text!r} {chance:.3f}" for text, chance in layer["likeliest"])
+    return [str(layer["layer"]), f"{layer['chance']:.4f}", str(layer["rank"]), likeliest]
+
+
+def _areas(found: Explanation) -> list[tuple[str, str, str, str]]:
+    """Deletion and insertion beside those of random maps."""
+    if found.areas is None:
+        return []
+    areas = found.areas
+    return [
+        (name, f"{mine:.3f}", f"{np.mean(random):.3f} ± {np.std(random):.3f}", better)
+        for name, mine, random, better in (
+            ("deletion, the weightiest first", areas.deletion, areas.random_deletion, "lower"),
+            ("insertion, the weightiest first", areas.insertion, areas.random_insertion, "higher"),
+        )
+    ]
+
+
+def _gap(found: Explanation) -> str:
+    """How far integrated gradients are from adding up, as a sentence."""
+    if found.gap is None:
+        return ""
+    return f"Completeness gap: {found.gap:.2%} of the difference between the input and nothing, at {found.steps} steps."

@@ -1,0 +1,218 @@
+"""The one type of model: what every model answers, whoever computes it, and what it can do.
+
+Two kinds of models stand behind it: those that run in Plait's engine (`plait.inference.model`) and those that
+transformers runs (`plait.hf.pretrained`). A caller asks for a capability, never for a class.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from PIL import Image as PILImage
+
+from plait.core.device import Device
+from plait.core.errors import PlaitError
+from plait.core.features import ExtensionPoint
+from plait.inference.results import Predictions
+
+if TYPE_CHECKING:
+    from plait.inference.model import PlaitModel
+
+
+class Verb(StrEnum):
+    """What models can do. Features have verbs of their own beside these."""
+
+    GENERATE = "generate"
+    CLASSIFY = "classify"
+    DESCRIBE = "describe"
+    TRANSCRIBE = "transcribe"
+    DRAW = "draw"
+    SPEAK = "speak"
+    EMBED = "embed"
+
+
+class Explainer(Protocol):
+    """How answers are explained; a feature adds it. Arguments are those of `Model.explain`."""
+
+    def __call__(
+        self, model: Model, value: Any, answer: Any, *, to: str, column: str | None, labels: list[str] | None,
+        template: str | None, method: str, steps: int | None, seed: int,
+    ) -> Any: ...  # fmt: skip
+
+
+EXPLAINERS: ExtensionPoint[Explainer] = ExtensionPoint("explainer")
+
+
+class Model:
+    """A model at work on a device.
+
+    An input is a str, a PIL image, (waveform, rate), a pathlib.Path of a media file, or its bytes. A verb that the
+    model lacks raises PlaitError and names those that it has.
+
+    Attributes:
+        name: What messages call it.
+        folder: The checkpoint's folder that it was loaded from, if any.
+        device: Where it runs, and in which precision.
+    """
+
+    name: str = "This model"
+    folder: Path | None = None
+    device: Device
+    embed_batch: int = 16  # inputs that `embed` is best given at a time
+
+    # --- capabilities -----------------------------------------------------------------------------------------------
+
+    @property
+    def verbs(self) -> list[str]:
+        """What this model can do: `Verb`s, and those of features."""
+        raise NotImplementedError
+
+    @property
+    def plait_model(self) -> PlaitModel | None:
+        """This model where it runs in Plait's engine, which knows columns, sequences and requests; else None."""
+        return None
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Column -> modality, in the data's order; none for a model that knows no columns."""
+        return {}
+
+    @property
+    def labels(self) -> dict[str, list[str]]:
+        """Text column -> its few distinct values; none for a model that knows no columns."""
+        return {}
+
+    @property
+    def modalities(self) -> set[str]:
+        """The modalities that it embeds or reads."""
+        return {"text", "image"}
+
+    def require(self, verb: str) -> None:
+        """Raise PlaitError where the model lacks a verb."""
+        if verb not in self.verbs:
+            raise self._lacks(verb)
+
+    def window_count(self, value: Any) -> int:
+        """How many windows an input is read in; 1 where the model reads it at once, or cuts it itself."""
+        return 1
+
+    def prepared(self, kind: str, value: Any) -> Any:
+        """A decoded medium of a modality in the form in which this model takes it; small where it can be."""
+        return value
+
+    # --- verbs ------------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: Any,
+        *,
+        max_length: int | None = None,
+        max_new_tokens: int | None = None,
+        num_return_sequences: int = 1,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int = 0,
+        n: int | None = None,
+    ) -> Any:
+        """What follows a prompt; options are those of transformers. A list where several results are asked for."""
+        raise self._lacks(Verb.GENERATE)
+
+    def classify(
+        self, value: Any, labels: list[str] | None = None, column: str | None = None, top: int | None = 5
+    ) -> Predictions:
+        """The likeliest labels of an input, each with its probability, likeliest first."""
+        raise self._lacks(Verb.CLASSIFY)
+
+    def describe(self, image: Any, column: str | None = None, *, max_new_tokens: int | None = None) -> str:
+        """What the model writes about an image."""
+        raise self._lacks(Verb.DESCRIBE)
+
+    def transcribe(
+        self, audio: Any, column: str | None = None, *, language: str | None = None, max_new_tokens: int | None = None
+    ) -> str:
+        """The words of an audio clip; `language` for a model that knows several."""
+        raise self._lacks(Verb.TRANSCRIBE)
+
+    def draw(
+        self,
+        text: str,
+        n: int = 1,
+        best_of: int | None = None,
+        column: str | None = None,
+        *,
+        guidance: float | None = None,
+        seed: int = 0,
+    ) -> list[PILImage.Image]:
+        """n images of what a text says."""
+        raise self._lacks(Verb.DRAW)
+
+    def speak(
+        self,
+        text: str,
+        n: int = 1,
+        best_of: int | None = None,
+        column: str | None = None,
+        *,
+        guidance: float | None = None,
+        seed: int = 0,
+    ) -> list[tuple[np.ndarray, int]]:
+        """n audio clips, (waveform, rate), of what a text says."""
+        raise self._lacks(Verb.SPEAK)
+
+    def embed(self, inputs: list[Any]) -> np.ndarray:
+        """The embedding of each input, (N, E) float32, of unit length."""
+        raise self._lacks(Verb.EMBED)
+
+    def explain(
+        self,
+        value: Any,
+        answer: Any = None,
+        *,
+        to: str = "text",
+        column: str | None = None,
+        labels: list[str] | None = None,
+        template: str | None = None,
+        method: str = "occlusion",
+        steps: int | None = None,
+        seed: int = 0,
+    ) -> Any:
+        """How much each part of an input, or of a list of them read in order, moved an answer.
+
+        Args:
+            value: An input, or a list of inputs.
+            answer: A text: a label, against the column's others or `labels`, or a text by its likelihood; after a text
+                of a model without columns, what follows as it is spelt. With `to` a modality or column of media it is
+                such a medium, and explained is which of the prompt's words it depends on where. None: the model's own.
+            to: "text", or what is made of a prompt.
+            column: The column of the answer.
+            labels: The answers to choose between.
+            template: A sentence with {} for a label, for models that compare images with texts.
+            method: occlusion, integrated-gradients or logit-lens.
+            steps: Of integrated gradients; None for as many as it takes.
+            seed: Of what is drawn.
+
+        Returns:
+            A `plait.explain.methods.Explanation`.
+        """
+        return EXPLAINERS.one()(
+            self,
+            value,
+            answer,
+            to=to,
+            column=column,
+            labels=labels,
+            template=template,
+            method=method,
+            steps=steps,
+            seed=seed,
+        )
+
+    def _lacks(self, verb: str) -> PlaitError:
+        return PlaitError(f"{self.name} cannot {verb}; it can {' and '.join(self.verbs)}. Use another model for that.")

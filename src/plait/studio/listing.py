@@ -1,0 +1,206 @@
+"""What lies in a project: its files with their labels, thumbnails, waveforms and excerpts."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from plait.core.errors import PlaitError
+from plait.core.files import write_atomic
+from plait.modalities.descriptor import MediaError
+from plait.modalities.media import MEDIA, Checker, kind_of_suffix
+from plait.studio.labels import LabelEdits
+from plait.studio.workspace import Project
+
+TABLES = {".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt", ".md"}
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+SIDE = 160  # pixels of a thumbnail
+EXCERPT = 400  # characters of a text file that are shown
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A file of a project.
+
+    Attributes:
+        path: Relative to the project's source, with slashes.
+        kind: "image", "audio", "video", "text", or "other" for what is not read.
+        label: "" where it has none.
+    """
+
+    path: str
+    kind: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """All files of a project that are in use.
+
+    Attributes:
+        items: By label, then path.
+        labels: Label -> number of files, the most frequent first; "" for files without one.
+        removed: How many files edits have left out.
+        described: A table names the labels or captions of the media, so that folders do not.
+    """
+
+    items: tuple[Item, ...]
+    labels: dict[str, int]
+    removed: int
+    described: bool
+
+    def of_label(self, label: str | None) -> list[Item]:
+        """The items of a label, all of them for None."""
+        return [item for item in self.items if label is None or item.label == label]
+
+
+def list_project(project: Project) -> Listing:
+    """The files of a project, read from the disk; kept in memory until a folder or the edits change."""
+    source, edits = project.source, project.folder / "labels.jsonl"
+    stamp = edits.stat().st_mtime_ns if edits.exists() else 0
+    return _listing(source, edits, stamp, _state(source))
+
+
+def _state(source: Path) -> int:
+    """A number that changes when a file is added to or removed from any folder below `source`."""
+    if source.is_file():
+        return source.stat().st_mtime_ns
+    times = [(str(folder), Path(folder).stat().st_mtime_ns) for folder, _, _ in os.walk(source)]
+    return hash(tuple(times))
+
+
+@lru_cache(maxsize=8)
+def _listing(source: Path, edits: Path, stamp: int, state: int) -> Listing:
+    paths = _files(source)
+    described = any(path.lower() in METADATA for path in paths) and not (edits.exists() and stamp)
+    folder_labels = {path: _folder_label(path) for path in paths if kind_of(path) in MEDIA}
+    labels = LabelEdits(edits).apply(folder_labels)
+    items = [Item(path, kind_of(path), labels.get(path) or "") for path in paths
+             if labels.get(path, "") is not None and path.lower() not in METADATA]  # fmt: skip
+    items.sort(key=lambda item: (item.label == "", item.label, item.path))
+    counts = Counter(item.label for item in items if item.kind in MEDIA)
+    removed = sum(label is None for label in labels.values())
+    return Listing(tuple(items), dict(counts.most_common()), removed, described)
+
+
+def _files(source: Path) -> list[str]:
+    if source.is_file():
+        return [source.name]
+    found = []
+    for folder, folders, files in os.walk(source):
+        folders[:] = sorted(name for name in folders if not name.startswith(("._", ".", "__MACOSX")))
+        inside = Path(folder)
+        for name in files:
+            if not name.startswith(".") and not (inside / name).is_symlink():
+                found.append((inside / name).relative_to(source).as_posix())
+    return found
+
+
+def kind_of(path: str) -> str:
+    """What a file is, by its ending; what is wrong inside shows when it is prepared."""
+    suffix = Path(path).suffix.lower()
+    return kind_of_suffix(suffix) or ("text" if suffix in TABLES else "other")
+
+
+def _folder_label(path: str) -> str:
+    """The nearest folder's name, unless it is the name of a split."""
+    folder = Path(path).parent.name
+    return "" if folder.lower() in SPLITS and len(Path(path).parts) == 2 else folder
+
+
+def write_labels(project: Project) -> None:
+    """Write `metadata.jsonl` beside uploaded files where labels were edited, for `plait prepare` to read."""
+    if project.linked is not None or not LabelEdits(project.folder / "labels.jsonl").edits:
+        return
+    rows = labelled_rows(project)
+    path = project.uploads / "metadata.jsonl"
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def labelled_rows(project: Project) -> list[dict[str, str]]:
+    """A row a medium with its label, as `metadata.jsonl` holds them."""
+    found = []
+    for item in list_project(project).items:
+        if item.kind in MEDIA:
+            column = "file_name" if item.kind == "image" else f"{item.kind}_file_name"
+            found.append({column: item.path, **({"label": item.label} if item.label else {})})
+    return found
+
+
+# --- previews ---------------------------------------------------------------------------------------------------
+
+
+class Previews:
+    """Thumbnails and waveforms, kept in `NAME/.cache`; media are decoded in a process of their own."""
+
+    def __init__(self) -> None:
+        self.checker = Checker(patience=20)
+
+    def close(self) -> None:
+        self.checker.close()
+
+    def image(self, project: Project, path: Path, kind: str) -> bytes:
+        """A PNG of a file: the image made small, or the waveform of audio. Raises PlaitError for what cannot be
+        decoded."""
+        state = path.stat()
+        key = hashlib.sha256(f"{path}\0{state.st_size}\0{state.st_mtime_ns}".encode()).hexdigest()[:24]
+        cached = project.folder / ".cache" / f"{key}.png"
+        if cached.is_file():
+            return cached.read_bytes()
+        try:
+            value = self.checker.decode(kind, path.read_bytes())
+        except (MediaError, OSError) as error:
+            raise PlaitError(f"{path.name}: {error}") from error
+        picture = thumbnail(value) if isinstance(value, Image.Image) else waveform(_wave(value))
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        cached.parent.mkdir(exist_ok=True)
+        aside = cached.with_suffix(f".{os.getpid()}.tmp")
+        aside.write_bytes(buffer.getvalue())
+        aside.replace(cached)
+        return buffer.getvalue()
+
+
+def _wave(value: object) -> np.ndarray:
+    """The samples of decoded audio, mono float32."""
+    wave = np.asarray(value[0] if isinstance(value, tuple) else value, np.float32)
+    return wave.mean(-1) if wave.ndim == 2 else wave
+
+
+def thumbnail(image: Image.Image) -> Image.Image:
+    """An image of at most SIDE x SIDE pixels; tiny ones are enlarged without smoothing, so that pixels show."""
+    image = image.convert("RGB")
+    if max(image.size) * 2 <= SIDE:
+        factor = SIDE // max(image.size)
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    return ImageOps.contain(image, (SIDE, SIDE))
+
+
+def waveform(wave: np.ndarray, width: int = SIDE, height: int = 64) -> Image.Image:
+    """The loudest samples over time as bars, (width, height) pixels."""
+    edges = np.linspace(0, len(wave), width // 2 + 1).astype(int)
+    peaks = np.array([np.abs(wave[a:b]).max(initial=0.0) for a, b in pairwise(edges)])
+    peaks = peaks / max(float(peaks.max(initial=0.0)), 1e-6)
+    pixels = np.full((height, width, 3), 255, np.uint8)
+    for column, peak in enumerate(peaks):
+        half = max(int(peak * (height - 4) / 2), 1)
+        pixels[height // 2 - half : height // 2 + half, 2 * column] = (72, 92, 199)
+    return Image.fromarray(pixels)
+
+
+def excerpt(path: Path) -> str:
+    """The beginning of a text file."""
+    with path.open("rb") as file:
+        text = file.read(4 * EXCERPT).decode("utf-8", errors="replace")
+    return text[:EXCERPT] + ("…" if len(text) > EXCERPT else "")

@@ -1,0 +1,111 @@
+"""How far a job is, read from what it wrote: losses, time left, memory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from plait.studio.jobs import Job
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a training has done.
+
+    Attributes:
+        step: Steps of the model so far.
+        steps: Steps planned, 0 while that is not known.
+        seconds_left: Of training, None while that is not known.
+        training: (step, loss) of training, the mean over objectives.
+        validation: (step, loss) of validation.
+        checkpoint: The newest checkpoint's step, 0 for none.
+        memory: Bytes that the job's processes hold.
+        note: The last line that the job printed.
+    """
+
+    step: int = 0
+    steps: int = 0
+    seconds_left: float | None = None
+    training: list[tuple[int, float]] = field(default_factory=list)
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    checkpoint: int = 0
+    memory: int = 0
+    note: str = ""
+
+    @property
+    def share(self) -> float:
+        return min(self.step / self.steps, 1.0) if self.steps else 0.0
+
+
+def read_progress(run: Path, job: Job | None = None) -> Progress:
+    """The progress of a run's training."""
+    curves: dict[str, list[tuple[int, float]]] = {"train": [], "val": []}
+    times: list[tuple[int, float]] = []
+    for row in _rows(run / "log.jsonl"):
+        losses = [value for name, value in row.items() if name.startswith("loss/") and isinstance(value, int | float)]
+        if row.get("split") in curves and losses:
+            curves[row["split"]].append((int(row["step"]), sum(losses) / len(losses)))
+            if row["split"] == "train":
+                times.append((int(row["step"]), float(row["time"])))
+    step = times[-1][0] if times else 0
+    steps = _planned(run)
+    left = None
+    if steps and len(times) > 1 and times[-1][0] > times[0][0]:
+        left = (steps - step) * (times[-1][1] - times[0][1]) / (times[-1][0] - times[0][0])
+    return Progress(step, steps, left, curves["train"], curves["val"], _newest(run), _memory(job), _note(job))
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:  # the last line while it is being written
+            continue
+        if isinstance(row, dict) and "step" in row:
+            found.append(row)
+    return found
+
+
+def _planned(run: Path) -> int:
+    try:
+        known = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 0
+    revised = [int(row["steps"]) for row in known.get("revisions", [])]
+    return revised[-1] if revised else int(known.get("steps") or 0)
+
+
+def _newest(run: Path) -> int:
+    steps = [path.name.rpartition("-")[2] for path in (run / "checkpoints").glob("*") if not path.is_symlink()]
+    return max((int(step) for step in steps if step.isdecimal()), default=0)
+
+
+def _memory(job: Job | None) -> int:
+    if job is None or not job.alive:
+        return 0
+    try:
+        process = psutil.Process(job.process)
+        return sum(one.memory_info().rss for one in [process, *process.children(recursive=True)])
+    except psutil.Error:
+        return 0
+
+
+def _note(job: Job | None) -> str:
+    if job is None:
+        return ""
+    try:
+        with job.log.open("rb") as file:
+            file.seek(max(job.log.stat().st_size - 2000, 0))
+            lines = file.read().decode("utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")

@@ -1,0 +1,120 @@
+"""What the result page shows, read from a run's folder and its job's predictions."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SHOWN = 5  # figures beside the verdict
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What a model said of one record that training never saw.
+
+    Attributes:
+        index: The record's number in the dataset.
+        column: The column that was read.
+        kind: "image", "audio" or "text".
+        source: The file that it came from.
+        truth: Its label.
+        answers: (label, probability), the likeliest first.
+    """
+
+    index: int
+    column: str
+    kind: str
+    source: str
+    truth: str
+    answers: list[tuple[str, float]]
+
+    @property
+    def right(self) -> bool:
+        return self.answers[0][0] == self.truth
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outcome of a run.
+
+    Attributes:
+        verdict: The sentence that `plait evaluate` ends with, "" where there is none.
+        next_step: What it advises.
+        figures: (name, value, chance) of the most telling metrics.
+        predictions: Records of test.
+        report: Whether there is a report to open.
+    """
+
+    verdict: str
+    next_step: str
+    figures: list[tuple[str, float, float | None]]
+    predictions: list[Predicted]
+    report: bool
+
+    @property
+    def right(self) -> int:
+        return sum(one.right for one in self.predictions)
+
+    @property
+    def learnt_nothing(self) -> bool:
+        """Whether no more is named right than guessing would, within two standard errors."""
+        n, chance = len(self.predictions), 1 / max(len(self.labels), 1)
+        return n > 0 and self.right / n < chance + 2 * math.sqrt(chance * (1 - chance) / n)
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels that were met, the most frequent first."""
+        return [label for label, _ in Counter(one.truth for one in self.predictions).most_common()]
+
+    def confusion(self) -> list[tuple[str, str, int]]:
+        """(truth, answer, count) of wrong answers, the most frequent first."""
+        wrong = Counter((one.truth, one.answers[0][0]) for one in self.predictions if not one.right)
+        return [(truth, answer, count) for (truth, answer), count in wrong.most_common(12)]
+
+
+def read_result(run: Path, job_folder: Path) -> Result:
+    """The result of a run; empty parts where it was not evaluated."""
+    metrics = _json(run / "metrics.json")
+    verdict = _json(run / "verdict.json")
+    return Result(
+        str(verdict.get("sentence", "")), str(verdict.get("next_step", "")), _figures(metrics),
+        _predictions(job_folder / "predictions.jsonl"), (run / "report.html").is_file(),
+    )  # fmt: skip
+
+
+def _figures(metrics: dict[str, Any]) -> list[tuple[str, float, float | None]]:
+    """The headline metrics: those with a chance level, recognition and retrieval first."""
+    rows = []
+    for key, metric in metrics.items():
+        value = metric.get("value") if isinstance(metric, dict) else None
+        if not isinstance(value, int | float) or not math.isfinite(value) or "[" in key or key.startswith("timing/"):
+            continue
+        chance = metric.get("chance")
+        rows.append((key, float(value), float(chance) if isinstance(chance, int | float) else None))
+    rows.sort(key=lambda row: (row[2] is None, not row[0].endswith(("accuracy", "r_at_10", "hr_at_10", "f1"))))
+    return rows[:SHOWN]
+
+
+def _predictions(path: Path) -> list[Predicted]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        row = json.loads(line)
+        answers = [(label, chance) for label, chance in row["answers"]]
+        found.append(Predicted(row["index"], row["column"], row["kind"], row["source"], row["truth"], answers))
+    return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,400 @@
+// The studio's own behaviour: uploads in pieces, selecting and relabelling, camera and microphone, the slider, asking.
+// htmx fetches the parts of pages; nothing is loaded from elsewhere and nothing is kept here.
+"use strict";
+
+const PIECE = 8 << 20; // bytes of an upload that are sent at once
+const TRIES = 6; // of a piece, before an upload is given up
+const $ = (selector, root = document) => root.querySelector(selector);
+const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
+
+function tell(text) {
+  const place = $("#message");
+  place.textContent = text;
+  place.hidden = !text;
+  if (text) setTimeout(() => { place.hidden = true; }, 9000);
+}
+
+async function ask(address, options = {}) {
+  const answer = await fetch(address, { headers: { accept: "application/json", ...options.headers }, ...options });
+  if (answer.ok) return answer;
+  let text = `${answer.status} ${answer.statusText}`;
+  try { text = (await answer.json()).error || text; } catch { /* no JSON: the status says it */ }
+  throw new Error(text);
+}
+
+const send = (address, value) =>
+  ask(address, { method: "POST", body: JSON.stringify(value), headers: { "content-type": "application/json" } });
+
+const guarded = (work) => async (...given) => {
+  try { return await work(...given); } catch (error) { tell(error.message); return undefined; }
+};
+
+// --- uploads --------------------------------------------------------------------------------------------------
+
+async function upload(project, file, name, progress) {
+  const base = `/p/${encodeURIComponent(project)}/uploads`;
+  let { id, received } = await (await send(base, { name, size: file.size })).json();
+  let failures = 0;
+  while (received < file.size) {
+    try {
+      const body = file.slice(received, received + PIECE);
+      const answer = await ask(`${base}/${id}?offset=${received}`, { method: "PUT", body });
+      ({ received } = await answer.json());
+      failures = 0;
+    } catch (error) {
+      if (++failures >= TRIES) throw error;
+      await new Promise((done) => setTimeout(done, 500 * 2 ** failures));
+      ({ received } = await (await send(base, { name, size: file.size })).json());
+    }
+    progress(received);
+  }
+  return (await (await send(`${base}/${id}/end`, {})).json()).notes;
+}
+
+async function uploadAll(project, files) {
+  const shown = $("#uploading");
+  const total = files.reduce((sum, { file }) => sum + file.size, 0) || 1;
+  let before = 0;
+  const notes = [];
+  shown.hidden = false;
+  for (const { file, name } of files) {
+    $("span", shown).textContent = name;
+    notes.push(...await upload(project, file, name, (now) => { $("progress", shown).value = (before + now) / total; }));
+    before += file.size;
+  }
+  if (notes.length) tell(notes.slice(0, 5).join(" · "));
+  location.reload();
+}
+
+async function* entries(entry, path = "") {
+  if (entry.isFile) {
+    const file = await new Promise((done, failed) => entry.file(done, failed));
+    if (!file.name.startsWith(".")) yield { file, name: path + file.name };
+    return;
+  }
+  const reader = entry.createReader();
+  for (;;) {
+    const part = await new Promise((done, failed) => reader.readEntries(done, failed));
+    if (!part.length) return;
+    for (const inside of part) yield* entries(inside, `${path}${entry.name}/`);
+  }
+}
+
+async function dropped(transfer) {
+  const roots = [...transfer.items].map((item) => item.webkitGetAsEntry && item.webkitGetAsEntry()).filter(Boolean);
+  if (!roots.length) return [...transfer.files].map((file) => ({ file, name: file.name }));
+  const found = [];
+  for (const root of roots) for await (const one of entries(root)) found.push(one);
+  // One folder that holds class folders: its own name is no label.
+  const deep = roots.length === 1 && found.every(({ name }) => name.split("/").length > 2);
+  return deep ? found.map(({ file, name }) => ({ file, name: name.split("/").slice(1).join("/") })) : found;
+}
+
+function dropZone(place, work) {
+  for (const kind of ["dragenter", "dragover"]) {
+    place.addEventListener(kind, (event) => { event.preventDefault(); place.classList.add("over"); });
+  }
+  place.addEventListener("dragleave", () => place.classList.remove("over"));
+  place.addEventListener("drop", (event) => {
+    event.preventDefault();
+    place.classList.remove("over");
+    work(event.dataTransfer);
+  });
+}
+
+function dataPage() {
+  const place = $("#drop");
+  if (!place) return;
+  const { project } = place.dataset;
+  dropZone(place, guarded(async (transfer) => uploadAll(project, await dropped(transfer))));
+  const chosen = guarded((event) => uploadAll(project, [...event.target.files].map((file) => {
+    const parts = (file.webkitRelativePath || file.name).split("/");
+    return { file, name: (parts.length > 2 ? parts.slice(1) : parts).join("/") };
+  }).filter(({ name }) => !name.split("/").some((part) => part.startsWith(".")))));
+  $("#files").addEventListener("change", chosen);
+  $("#folder").addEventListener("change", chosen);
+}
+
+// --- labels ---------------------------------------------------------------------------------------------------
+
+function galleryPage() {
+  const gallery = $("#gallery"), bar = $("#edit");
+  if (!gallery || !bar) return;
+  let last = null;
+  const selected = () => $$('.tile[aria-checked="true"]', gallery);
+  const mark = (tile, on) => tile.setAttribute("aria-checked", String(on));
+  const choose = (tile, range) => {
+    const tiles = $$(".tile", gallery);
+    if (range && last) {
+      const [a, b] = [tiles.indexOf(last), tiles.indexOf(tile)].sort((x, y) => x - y);
+      tiles.slice(a, b + 1).forEach((one) => mark(one, true));
+    } else {
+      mark(tile, tile.getAttribute("aria-checked") !== "true");
+    }
+    last = tile;
+    $("#count").textContent = selected().length;
+  };
+  gallery.addEventListener("click", (event) => {
+    const tile = event.target.closest(".tile");
+    if (tile && !event.target.closest("audio")) choose(tile, event.shiftKey);
+  });
+  gallery.addEventListener("keydown", (event) => {
+    if ((event.key === " " || event.key === "Enter") && event.target.classList.contains("tile")) {
+      event.preventDefault();
+      choose(event.target, event.shiftKey);
+    }
+  });
+  $$(".chip[hx-get]").forEach((chip) => chip.addEventListener("click", () => {
+    $$(".chip[hx-get]").forEach((one) => one.setAttribute("aria-selected", String(one === chip)));
+  }));
+  bar.addEventListener("click", guarded(async (event) => {
+    const { action } = event.target.dataset;
+    if (!action) return;
+    const current = $('.chip[aria-selected="true"]');
+    const value = { action, files: selected().map((tile) => tile.dataset.file), label: $("#to-label").value };
+    if (action === "rename") value.old = current.dataset.label || "";
+    await send(`/p/${encodeURIComponent(bar.dataset.project)}/labels`, value);
+    location.reload();
+  }));
+}
+
+// --- camera and microphone --------------------------------------------------------------------------------------
+
+async function openCamera(video) {
+  if (!navigator.mediaDevices) throw new Error("This browser gives no camera here.");
+  video.srcObject = await navigator.mediaDevices.getUserMedia({ video: { width: 640, height: 480 } });
+  video.hidden = false;
+  await video.play();
+}
+
+function closeCamera(video) {
+  if (video.srcObject) video.srcObject.getTracks().forEach((track) => track.stop());
+  video.srcObject = null;
+  video.hidden = true;
+}
+
+async function photo(video) {
+  const canvas = document.createElement("canvas");
+  canvas.width = video.videoWidth;
+  canvas.height = video.videoHeight;
+  canvas.getContext("2d").drawImage(video, 0, 0);
+  return new Promise((done) => canvas.toBlob(done, "image/jpeg", 0.92));
+}
+
+// Recordings are written as WAV: every model here reads it.
+async function recorder() {
+  const stream = await navigator.mediaDevices.getUserMedia({ audio: true });
+  const media = new MediaRecorder(stream), parts = [];
+  media.addEventListener("dataavailable", (event) => parts.push(event.data));
+  media.start();
+  return async () => {
+    await new Promise((done) => { media.addEventListener("stop", done); media.stop(); });
+    stream.getTracks().forEach((track) => track.stop());
+    const context = new AudioContext();
+    const decoded = await context.decodeAudioData(await new Blob(parts).arrayBuffer());
+    await context.close();
+    return wav(decoded.getChannelData(0), decoded.sampleRate);
+  };
+}
+
+function wav(samples, rate) {
+  const view = new DataView(new ArrayBuffer(44 + 2 * samples.length));
+  const text = (at, value) => [...value].forEach((c, i) => view.setUint8(at + i, c.charCodeAt(0)));
+  text(0, "RIFF"); view.setUint32(4, 36 + 2 * samples.length, true); text(8, "WAVEfmt ");
+  view.setUint32(16, 16, true); view.setUint16(20, 1, true); view.setUint16(22, 1, true);
+  view.setUint32(24, rate, true); view.setUint32(28, 2 * rate, true); view.setUint16(32, 2, true);
+  view.setUint16(34, 16, true); text(36, "data"); view.setUint32(40, 2 * samples.length, true);
+  samples.forEach((v, i) => view.setInt16(44 + 2 * i, Math.max(-1, Math.min(1, v)) * 32767, true));
+  return new Blob([view], { type: "audio/wav" });
+}
+
+function toggleRecording(button, work) {
+  let stop = null;
+  button.addEventListener("click", guarded(async () => {
+    if (!stop) {
+      stop = await recorder();
+      button.textContent = button.dataset.stop;
+    } else {
+      const blob = await stop();
+      stop = null;
+      button.textContent = button.dataset.start;
+      await work(blob);
+    }
+  }));
+}
+
+function recordPage() {
+  const place = $("#record");
+  if (!place) return;
+  const { project } = place.dataset, video = $("#video");
+  const name = (ending) => `${$("#record-label").value.trim() || "label"}/${Date.now()}.${ending}`;
+  const keep = async (blob, ending) => {
+    const path = name(ending);
+    await upload(project, blob, path, () => {});
+    $("#taken").textContent = path;
+  };
+  $("#camera").addEventListener("click", guarded(async () => { await openCamera(video); $("#shot").hidden = false; }));
+  $("#shot").addEventListener("click", guarded(async () => keep(await photo(video), "jpg")));
+  toggleRecording($("#microphone"), (blob) => keep(blob, "wav"));
+}
+
+// --- results --------------------------------------------------------------------------------------------------
+
+function resultPage() {
+  const slider = $("#threshold");
+  if (!slider) return;
+  const points = JSON.parse($("#points").textContent);
+  slider.addEventListener("input", () => {
+    const least = slider.value / 100;
+    const answered = points.filter(([chance]) => chance >= least);
+    const right = answered.reduce((sum, [, good]) => sum + good, 0);
+    $("#threshold-value").textContent = `${slider.value} %`;
+    $("#covered").textContent = (100 * answered.length / points.length).toFixed(1);
+    $("#accuracy").textContent = answered.length ? (100 * right / answered.length).toFixed(1) : "–";
+  });
+  $$("[data-filter]").forEach((button) => button.addEventListener("click", () => {
+    const { filter } = button.dataset;
+    $$(".chip[data-filter]").forEach((one) => one.setAttribute("aria-pressed", String(one === button)));
+    $$("#answers .tile").forEach((tile) => {
+      tile.hidden = Boolean(filter) && !tile.classList.contains(filter) && tile.dataset.pair !== filter;
+    });
+    if (!button.classList.contains("chip")) $("#answers").scrollIntoView();
+  }));
+}
+
+// --- use ------------------------------------------------------------------------------------------------------
+
+function usePage() {
+  const place = $("#use");
+  if (!place) return;
+  const { base } = place.dataset;
+  const show = async (answer) => { $("#answer").innerHTML = await answer.text(); };
+  const askFile = guarded(async (blob) =>
+    show(await ask(`${base}/ask`, { method: "POST", body: blob, headers: { "content-type": "application/octet-stream" } })));
+  if ($("#ask")) askZone(base, show, askFile);
+  $$(".make").forEach((part) => makePart(part, base));
+  if ($("#chat")) chatPart($("#chat"), base);
+  if ($("#recommend")) recommendPart($("#recommend"), base);
+}
+
+function askZone(base, show, askFile) {
+  dropZone($("#ask"), async (transfer) => { const [first] = await dropped(transfer); if (first) askFile(first.file); });
+  $("#ask-file").addEventListener("change", (event) => askFile(event.target.files[0]));
+  $("#ask-text").addEventListener("submit", guarded(async (event) => {
+    event.preventDefault();
+    await show(await send(`${base}/ask`, { text: event.target.elements.text.value }));
+  }));
+  document.addEventListener("paste", (event) => {
+    const file = [...event.clipboardData.files][0];
+    if (file) askFile(file);
+  });
+  const camera = $("#live-camera"), video = $("#live-video");
+  if (camera) {
+    let on = false;
+    camera.addEventListener("click", guarded(async () => {
+      on = !on;
+      if (!on) { closeCamera(video); return; }
+      await openCamera(video);
+      while (on) await askFile(await photo(video)); // the next image is taken when the last one is answered
+    }));
+  }
+  if ($("#live-microphone")) toggleRecording($("#live-microphone"), askFile);
+}
+
+function makePart(part, base) {
+  const { verb } = part.dataset;
+  let seed = 0;
+  $("form", part).addEventListener("submit", guarded(async (event) => {
+    event.preventDefault();
+    const text = event.target.elements.text.value;
+    const { made } = await (await send(`${base}/make`, { verb, text, n: 4, seed: seed++ })).json();
+    for (const address of made) {
+      const figure = document.createElement("figure");
+      figure.className = "tile static";
+      const medium = document.createElement(verb === "draw" ? "img" : "audio");
+      if (verb === "draw") { medium.alt = text; medium.className = "pixels"; } else { medium.controls = true; }
+      medium.src = address;
+      const caption = document.createElement("figcaption");
+      caption.textContent = text;
+      figure.append(medium, caption);
+      $(".made", part).prepend(figure);
+    }
+  }));
+}
+
+function chatPart(part, base) {
+  const messages = [];
+  const draw = () => {
+    const talk = $(".talk", part);
+    talk.replaceChildren(...messages.map(({ role, content }) => {
+      const line = document.createElement("p");
+      line.className = role;
+      line.textContent = content;
+      return line;
+    }));
+    $("#again").disabled = !messages.length;
+  };
+  const answer = guarded(async () => {
+    draw();
+    const { text } = await (await send(`${base}/chat`, { messages })).json();
+    messages.push({ role: "assistant", content: text });
+    draw();
+  });
+  $("form", part).addEventListener("submit", (event) => {
+    event.preventDefault();
+    messages.push({ role: "user", content: event.target.elements.text.value });
+    event.target.reset();
+    answer();
+  });
+  $("textarea", part).addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); $("form", part).requestSubmit(); }
+  });
+  $("#again").addEventListener("click", () => {
+    if (messages.at(-1)?.role === "assistant") messages.pop();
+    answer();
+  });
+}
+
+function recommendPart(part, base) {
+  $("form", part).addEventListener("submit", guarded(async (event) => {
+    event.preventDefault();
+    const { items } = await (await send(`${base}/recommend`, { history: event.target.elements.history.value })).json();
+    $(".suggestions", part).replaceChildren(...items.map(({ title, probability }) => {
+      const line = document.createElement("li");
+      line.textContent = `${title}  ${(100 * probability).toFixed(1)} %`;
+      return line;
+    }));
+  }));
+}
+
+// --- everywhere -----------------------------------------------------------------------------------------------
+
+function everywhere() {
+  $("#theme").addEventListener("click", () => {
+    const root = document.documentElement;
+    const dark = root.dataset.theme === "dark" || (!root.dataset.theme && matchMedia("(prefers-color-scheme:dark)").matches);
+    root.dataset.theme = dark ? "light" : "dark";
+    localStorage.setItem("theme", root.dataset.theme);
+  });
+  $$(".copy").forEach((button) => button.addEventListener("click", guarded(async () => {
+    await navigator.clipboard.writeText(button.previousElementSibling.textContent);
+    button.textContent = button.dataset.done;
+  })));
+  $$("form[method=post]").forEach((form) => form.addEventListener("submit", guarded(async (event) => {
+    event.preventDefault();
+    const answer = await ask(form.action, { method: "POST", body: new URLSearchParams(new FormData(form)) });
+    location.href = answer.url;
+  })));
+  document.body.addEventListener("htmx:responseError", (event) => {
+    let text = event.detail.xhr.statusText;
+    try { text = JSON.parse(event.detail.xhr.responseText).error; } catch { /* the status says it */ }
+    tell(text);
+  });
+}
+
+everywhere();
+dataPage();
+galleryPage();
+recordPage();
+resultPage();
+usePage();

@@ -1,0 +1,197 @@
+"""What a trained model can do with what falls into the page. One model is held at a time; it works in one thread."""
+
+from __future__ import annotations
+
+import base64
+import io
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from plait.core.errors import PlaitError
+from plait.modalities.descriptor import MediaError
+from plait.modalities.media import Checker, sniff
+
+NEAREST = 6  # records shown beside an answer
+INDEXED = 2000  # records that are compared with
+TEXT_LIMIT = 20_000  # characters of a text that is read
+
+
+@dataclass(frozen=True)
+class Answer:
+    """All that a model says about an input.
+
+    Attributes:
+        kind: "image", "audio" or "text".
+        labels: (label, probability), the likeliest first.
+        none_of_these: The model thinks that none of its labels fits.
+        text: A caption, a transcript or a reply.
+        nearest: Indices of the records of the dataset that are most alike, with their similarity.
+        preview: The input as the model saw it, a `data:` URL, for images.
+    """
+
+    kind: str
+    labels: list[tuple[str, float]] = field(default_factory=list)
+    none_of_these: bool = False
+    text: str = ""
+    nearest: list[tuple[int, float]] = field(default_factory=list)
+    preview: str = ""
+
+
+class Models:
+    """The model that is in use, loaded when it is first asked for and let go when another one is."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.checker = Checker(patience=20)
+        self._key: tuple[str, float] | None = None
+        self._model: Any = None
+        self._vectors: tuple[np.ndarray, list[int]] | None = None
+
+    def close(self) -> None:
+        self.checker.close()
+
+    def get(self, run: Path) -> Any:
+        """The model of a run, loaded again when it has learnt more. Call with the lock held."""
+        from plait.inference.model import load
+
+        best = run / "checkpoints" / "best"
+        place = best if best.exists() else run / "checkpoints" / "last"
+        if not place.exists():
+            raise PlaitError("This run has learnt nothing yet.")
+        key = str(run), place.resolve().stat().st_mtime
+        if self._key != key:
+            self._model = self._vectors = None
+            self._model, self._key = load(run), key
+        return self._model
+
+    def ask(self, run: Path, data: Path, body: bytes, text: str) -> Answer:
+        """Everything the model says about a file's bytes, or about a text.
+
+        Args:
+            run: The run's folder.
+            data: The dataset that it was trained on, for the nearest records.
+            body: A file; empty for a text.
+            text: A text; empty for a file.
+        """
+        value, kind, preview = self._input(body, text)
+        with self.lock:
+            model = self.get(run)
+            verbs = set(model.verbs)
+            if kind == "text" and "reply" in verbs:
+                return Answer(kind, text=str(model.reply([value])[0]))
+            columns = dict(getattr(model, "columns", {}))
+            if columns and kind not in columns.values():
+                known = ", ".join(sorted(set(columns.values())))
+                raise PlaitError(f"This model does not read {kind}. It reads {known}.")
+            labels: list[tuple[str, float]] = []
+            none = False
+            if "classify" in verbs and any(getattr(model, "labels", {}).values()):
+                found = model.classify(value, top=5)
+                labels = [(str(label), float(chance)) for label, chance in found]
+                none = bool(getattr(found, "none_of_these", False))
+            words = self._words(model, verbs, kind, value) if not labels else ""
+            nearest = self._nearest(model, data, value) if "embed" in verbs else []
+        return Answer(kind, labels, none, words, nearest, preview)
+
+    def make(self, run: Path, verb: str, text: str, count: int, seed: int) -> list[str]:
+        """Images or audio clips of what a text says, as `data:` URLs."""
+        with self.lock:
+            model = self.get(run)
+            if verb not in ("draw", "speak") or verb not in model.verbs:
+                raise PlaitError(f"This model cannot {verb}. It can {', '.join(model.verbs)}.")
+            made = getattr(model, verb)(text, n=count, seed=seed)
+        return [image_url(one) if verb == "draw" else wave_url(*one) for one in made]
+
+    def chat(self, run: Path, messages: list[dict[str, str]]) -> str:
+        """The next turn of a conversation of texts."""
+        from plait.chat.session import Chat, Turn
+
+        turns = [Turn(message["role"], [message["content"][:TEXT_LIMIT]]) for message in messages[-20:]]
+        with self.lock:
+            model = self.get(run)
+            if "generate" not in model.verbs:
+                raise PlaitError(f"This model cannot talk. It can {', '.join(model.verbs)}.")
+            chat = Chat(model, run)
+            prompt = chat.prompt(turns)
+            return str(model.reply([prompt.context], stop=list(prompt.stop), max_new_tokens=200)[0]).strip()
+
+    def recommend(self, run: Path, history: list[str], count: int = 10) -> list[dict[str, Any]]:
+        """The items that come next after a history of titles."""
+        with self.lock:
+            model = self.get(run)
+            found = model.recommend(history=history or None, k=count)
+        return [{"title": one.title, "probability": round(float(one.probability), 4)} for one in found]
+
+    def _input(self, body: bytes, text: str) -> tuple[Any, str, str]:
+        if not body:
+            if not text.strip():
+                raise PlaitError("Drop a file, or write something.")
+            return text[:TEXT_LIMIT], "text", ""
+        found = sniff(body[:64])
+        if found is None:
+            raise PlaitError("That is no image, audio or video that is read here.")
+        kind = found[0]
+        try:
+            value = self.checker.decode(kind, body)
+        except MediaError as error:
+            raise PlaitError(f"The file cannot be read: {error}") from error
+        preview = image_url(_small(value)) if isinstance(value, Image.Image) else ""
+        return value, kind, preview
+
+    def _words(self, model: Any, verbs: set[str], kind: str, value: Any) -> str:
+        if kind == "image" and "describe" in verbs:
+            return str(model.describe(value))
+        if kind == "audio" and "transcribe" in verbs:
+            return str(model.transcribe(value))
+        if kind == "text" and "generate" in verbs:
+            return str(model.generate(value, max_new_tokens=60))
+        return ""
+
+    def _nearest(self, model: Any, data: Path, value: Any) -> list[tuple[int, float]]:
+        from plait.data.dataset import Dataset
+
+        if not (data / "manifest.json").is_file():
+            return []
+        if self._vectors is None:
+            dataset = Dataset.open(data)
+            column = next((name for name, kind in dataset.columns.items() if kind != "text"), None)
+            column = column or next(iter(dataset.columns))
+            indices = [int(i) for i in dataset.indices("train")[:INDEXED]]
+            rows = [(i, record.parts[column]) for i, record in zip(indices, dataset.iterate(indices, [column]),
+                                                                   strict=True) if column in record.parts]  # fmt: skip
+            vectors = model.embed([(column, part) for _, part in rows]) if rows else np.zeros((0, 1), np.float32)
+            self._vectors = vectors, [i for i, _ in rows]
+        vectors, owners = self._vectors
+        if not len(vectors):
+            return []
+        alike = vectors @ model.embed([value])[0]
+        order = np.argsort(-alike, kind="stable")[:NEAREST]
+        return [(owners[i], float(alike[i])) for i in order]
+
+
+def _small(image: Image.Image) -> Image.Image:
+    image = image.convert("RGB")
+    image.thumbnail((320, 320))
+    return image
+
+
+def image_url(image: Image.Image) -> str:
+    """An image as a `data:` URL."""
+    if max(image.size) < 160:
+        factor = max(160 // max(image.size), 1)
+        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def wave_url(wave: np.ndarray, rate: int) -> str:
+    """Audio as a `data:` URL of a WAV file."""
+    from plait.modalities.audio_files import encode_wav
+
+    return "data:audio/wav;base64," + base64.b64encode(encode_wav(wave, rate)).decode()

@@ -1,0 +1,186 @@
+"""The process of a job: prepare, train, evaluate, then predict what the result page shows.
+
+Run as `python -m plait.studio.worker PROJECT RUN`. Each step is a command that goes on where it was when it is called
+again, so a job may be killed at any moment and started anew.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from plait.core.errors import PlaitError
+from plait.core.files import write_atomic
+from plait.modalities.media import MEDIA
+from plait.studio.jobs import Job, read_job
+from plait.studio.labels import LabelEdits
+from plait.studio.listing import list_project, write_labels
+from plait.studio.workspace import Project
+
+PREDICTIONS = 400  # records of test that are shown
+WAIT_SECONDS = 30.0  # for the studio to write the job down
+
+
+class StoppedError(Exception):
+    """The job was asked to stop."""
+
+
+class CommandError(Exception):
+    """A command failed; the message is its last line for people."""
+
+
+def main() -> None:
+    """Do the job that the command line names."""
+    project = Project(Path(sys.argv[1]))
+    job = _await_job(project, sys.argv[2])
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        job = _work(project, job)
+    except (StoppedError, KeyboardInterrupt):
+        job.at("stopped")
+    except (CommandError, PlaitError, OSError) as error:
+        job.at("failed", str(error))
+    else:
+        job.at("done")
+
+
+def _work(project: Project, job: Job) -> Job:
+    prepare, train, evaluate = job.commands()
+    steps = (("preparing", prepare), ("training", train), ("evaluating", evaluate))
+    for stage, command in steps:
+        job = job.at(stage)  # type: ignore[arg-type]
+        if stage != "preparing":
+            _run(command)
+        elif not _is_prepared(project):
+            prepare_data(project, command)
+            write_atomic(project.folder / "prepared.json", json.dumps({"state": _state(project)}))
+    job = job.at("predicting")
+    write_predictions(project, job)
+    return job
+
+
+def prepare_data(project: Project, command: list[str]) -> None:
+    """Make the dataset; where labels of a linked folder were edited, from rows in memory: nothing is written there."""
+    write_labels(project)
+    if project.linked is None or not LabelEdits(project.folder / "labels.jsonl").edits:
+        _run(command)
+        return
+    import plait
+
+    rows = [
+        {item.kind: project.source / item.path, **({"label": item.label} if item.label else {})}
+        for item in list_project(project).items
+        if item.kind in MEDIA
+    ]
+    plait.prepare(rows, project.data)
+
+
+def _state(project: Project) -> dict[str, float | str]:
+    """What the dataset was made of: it is made again where this changes."""
+    listing = list_project(project)
+    edits = project.folder / "labels.jsonl"
+    newest = max((_mtime(project, item.path) for item in listing.items), default=0.0)
+    return {"source": str(project.source), "files": len(listing.items), "newest": newest,
+            "edits": edits.stat().st_mtime if edits.exists() else 0.0}  # fmt: skip
+
+
+def _mtime(project: Project, path: str) -> float:
+    place = project.source if project.source.is_file() else project.source / path
+    return place.stat().st_mtime
+
+
+def _is_prepared(project: Project) -> bool:
+    try:
+        known = json.loads((project.folder / "prepared.json").read_text(encoding="utf-8"))["state"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return (project.data / "manifest.json").is_file() and known == _state(project)
+
+
+def _run(command: list[str]) -> None:
+    """Run a command of Plait. Raises CommandError with what it said, StoppedError where it was told to stop."""
+    sys.stdout.write("$ " + shlex.join(command) + "\n")
+    sys.stdout.flush()
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace",
+    )  # fmt: skip
+    said: list[str] = []
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            sys.stdout.write(line)
+            sys.stdout.flush()
+            if line.startswith("plait:"):
+                said = []
+            said = [*said[-5:], line.strip()]
+        code = process.wait()
+    except StoppedError:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        raise
+    if code in (130, 143, -signal.SIGTERM):
+        raise StoppedError
+    if code:
+        words = " ".join(filter(None, said)).removeprefix("plait:").strip()
+        raise CommandError(words or f"{command[1]} ended with code {code}.")
+
+
+def write_predictions(project: Project, job: Job) -> None:
+    """Write `predictions.jsonl` into the job's folder: what the model says of records of test, of val where there is no
+    test. Nothing is written for a model that cannot name anything."""
+    from plait.data.dataset import Dataset
+    from plait.inference.model import load
+
+    target = job.folder / "predictions.jsonl"
+    if not (job.run_folder / "checkpoints").exists():
+        return
+    model, dataset = load(job.run_folder), Dataset.open(project.data)
+    labels = getattr(model, "labels", {})
+    column = next((name for name in labels if labels[name] and name in dataset.columns), None)
+    media = next((name for name, kind in dataset.columns.items() if kind != "text"), None)
+    source = media or next((name for name in dataset.columns if name != column), None)
+    if column is None or source is None or "classify" not in model.verbs:
+        return
+    split = "test" if dataset.manifest.counts.get("test") else "val"
+    rows = []
+    # In an order of its own, so that the first ones shown are of all labels.
+    for index in np.random.default_rng(0).permutation(dataset.indices(split))[:PREDICTIONS]:
+        record = dataset.record(int(index))
+        if record.parts.get(column) is None or record.parts.get(source) is None:
+            continue
+        answers = model.classify((source, record.parts[source]), column=column, top=3)
+        rows.append({
+            "id": record.id, "source": record.source, "kind": dataset.columns[source], "truth": record.parts[column],
+            "answers": [[str(label), round(float(chance), 4)] for label, chance in answers],
+            "index": int(index), "column": source,
+        })  # fmt: skip
+    write_atomic(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _await_job(project: Project, run: str) -> Job:
+    """The job, once the studio has written this process's number into it."""
+    go = project.folder / "jobs" / run / "go"
+    end = time.monotonic() + WAIT_SECONDS
+    while not go.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    go.unlink(missing_ok=True)
+    job = read_job(project, run)
+    if job is None:
+        sys.exit(f"{project.folder} has no job {run}.")
+    return job
+
+
+def _stop(number: int, frame: object) -> None:
+    raise StoppedError
+
+
+if __name__ == "__main__":
+    main()
