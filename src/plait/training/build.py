@@ -206,6 +206,9 @@ def label_columns(dataset: Dataset, context: int) -> dict[str, list[str]]:
     for column, kind in dataset.columns.items():
         if kind != "text" or column in dataset.manifest.chats:
             continue
+        known = dataset.manifest.statistics.get(column)
+        if known is not None and known.max > longest:
+            continue  # one is longer: no labels, and nothing to read
         texts = dataset.texts(column)
         values = [texts[i] for i in train if texts[i] is not None]
         distinct = list(dict.fromkeys(values))

@@ -171,8 +171,8 @@ def _with(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
 
 
 def _share(dataset: Dataset, column: str, indices: np.ndarray) -> float:
-    texts = dataset.texts(column)
-    return float(np.mean([texts[i] is not None for i in indices])) if len(indices) else 0.0
+    present = sum(len(values) - values.null_count for values in dataset.cells(column, indices))
+    return present / len(indices) if len(indices) else 0.0
 
 
 def mirrors(dataset: Dataset, recipe: Recipe, labels: dict[str, list[str]]) -> bool:
