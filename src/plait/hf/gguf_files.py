@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, processors
 from torch import Tensor
 
 from plait.core.dist import import_extra
 from plait.core.errors import PlaitError
 from plait.hf.architectures import ARCHITECTURES, Config, Stored
 from plait.hf.hub import explained, quiet
+from plait.modalities.text import TOKENS, Text
 
 # Our name of an architecture -> llama.cpp's. Mistral's files call themselves llama.
 NAMES = {
@@ -38,7 +40,7 @@ class GGUF:
         """Raises PlaitError where the file cannot be read, is cut short, or is of an architecture that does not run
         here."""
         self.path = path
-        self.library = import_extra("gguf", "gguf", f"{path.name}")
+        self.library = import_extra("gguf", "huggingface", path.name)
         try:
             reader = _reader(self.library)(path)
         except (ValueError, OSError, IndexError, struct.error, OverflowError, MemoryError) as error:
@@ -126,14 +128,23 @@ class GGUF:
         keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
         return list(dict.fromkeys(int(self.fields[key]) for key in keys if key in self.fields))
 
-    def write_tokenizer(self, folder: Path) -> None:
-        """Write `tokenizer.json` and its settings into a folder, made by transformers of the file's vocabulary."""
-        transformers = import_extra("transformers", "huggingface", f"The tokenizer of {self.path.name}")
+    def text(self) -> Text:
+        """The tokenizer and chat template, made by transformers of the file's vocabulary."""
+        import_extra("transformers", "huggingface", f"The tokenizer of {self.path.name}")
+        from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
+
         with explained(self.path), quiet():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                self.path.parent, gguf_file=self.path.name, local_files_only=True
+            architecture, vocabulary, settings = get_gguf_tokenizer(str(self.path))
+            tokenizer: Tokenizer = convert_gguf_tokenizer(architecture, vocabulary)[0]
+        kept = {name: settings[name] for name in (*TOKENS, "chat_template") if isinstance(settings.get(name), str)}
+        first = kept.get("bos_token")
+        if settings.get("add_bos_token") and first is not None:
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=f"{first} $A", special_tokens=[(first, tokenizer.token_to_id(first))]
             )
-            tokenizer.save_pretrained(folder)
+        else:
+            tokenizer.post_processor = None
+        return Text(tokenizer, kept)
 
     # --- tensors ---------------------------------------------------------------------------------------------------
 
@@ -179,7 +190,7 @@ class GGUF:
             values = self.library.dequantize(data, tensor.tensor_type)
         else:
             values = self.library.dequantize(data.reshape(stop - start, size), tensor.tensor_type)
-        value = torch.from_numpy(np.array(values, np.float32)).reshape(stop - start, *shape[1:])
+        value = torch.from_numpy(np.ascontiguousarray(values, np.float32)).reshape(stop - start, *shape[1:])
         if not bool(value.isfinite().all()):
             raise PlaitError(f"{self.path}: tensor {name} holds values that are not finite. Fetch it again.")
         return value

@@ -8,20 +8,18 @@ No transformers here: a checkpoint is JSON and safetensors.
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
-from plait.hf.architectures import ARCHITECTURES, Imported, Layout, Stored, imported, layout
+from plait.hf.architectures import Imported, Layout, Stored, UnsupportedError, imported, layout
 from plait.hf.gguf_files import GGUF
 from plait.hf.hub import find, no_safetensors, other_weights
 from plait.kernels.linear import PackedLinear
@@ -166,9 +164,13 @@ def _ends(config: dict[str, Any], generation: dict[str, Any], size: int, folder:
     return found
 
 
-def runs(config: dict[str, Any]) -> bool:
-    """Whether our backbone computes what a `config.json` names."""
-    return config.get("model_type") in ARCHITECTURES
+def runs(folder: Path) -> bool:
+    """Whether our backbone computes what a folder's `config.json` describes. Raises PlaitError where that is wrong."""
+    try:
+        imported(_object(folder / "config.json"), folder / "config.json")
+    except UnsupportedError:
+        return False
+    return True
 
 
 def load(name_or_folder: str | Path, device: torch.device | None = None, storage: str | None = None) -> Checkpoint:
@@ -200,9 +202,9 @@ def _load_gguf(path: Path, device: torch.device | None, storage: str | None) -> 
     file = GGUF(path)
     config = file.config()
     described = imported(config, path)
-    with tempfile.TemporaryDirectory() as scratch:
-        file.write_tokenizer(Path(scratch))
-        text = _read_text(Path(scratch), described.size)
+    text = file.text()
+    if text.size > described.size:
+        raise PlaitError(f"{path}: the tokenizer knows {text.size} ids, and the table has {described.size} rows.")
     model = _build(described, file, _ends(config, {}, described.size, path), storage, path)
     return _finished(Checkpoint(model, text), str(path), device)
 
@@ -236,8 +238,7 @@ def _build(
     for name, wanted in model.state_dict().items():
         if storage is not None and name.endswith(".free"):
             continue
-        value = _Rows(plan[name], wanted.shape, weights, backbone)[:]
-        tensors[name] = F.pad(value, (0, 0, 0, vocabulary.size - size)) if name.endswith(".free") else value
+        tensors[name] = _Rows(plan[name], wanted.shape, weights, backbone)[:]
     model.load_state_dict(tensors, assign=True, strict=storage is None)
     if backbone.position == "rotary":
         model.backbone.set_frequencies()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from plait.core.device import choose_device
-from plait.core.files import read_json
 from plait.hf import hub, huggingface
 from plait.hf.pretrained import load_pretrained
 from plait.inference.base import Model
@@ -20,7 +19,7 @@ def load_model(name_or_folder: str | Path, device: str = "auto", precision: str 
     """
     folder = hub.find(name_or_folder)
     gguf = folder.suffix == ".gguf"
-    if gguf or huggingface.runs(read_json(folder / "config.json")):
+    if gguf or huggingface.runs(folder):
         chosen = choose_device(device, precision)
         storage = "file" if gguf and precision == "auto" and chosen.kind == "cpu" else chosen.weights
         checkpoint = huggingface.load(folder, chosen.torch, storage)
