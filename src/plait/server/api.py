@@ -7,7 +7,7 @@ import base64
 import json
 import secrets
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
@@ -17,8 +17,9 @@ from starlette.responses import Response
 
 from plait.core.errors import PlaitError
 from plait.inference.engine import Request as Wanted
-from plait.inference.model import Options, PlaitModel
+from plait.inference.model import PlaitModel
 from plait.inference.results import Predictions
+from plait.inference.sampling import Options, SamplingOptions
 from plait.model.multimodal import Sequence
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext
@@ -86,13 +87,11 @@ def wanted_of(model: PlaitModel, prompt: Sequence, column: str | None, body: s.D
     greedy = body.temperature == 0 or body.top_p == 0
     # The engine's seeds are 63 bits; a negative one is another number, always the same.
     seed = (secrets.randbits(63) if body.seed is None else body.seed) & (2**63 - 1)
+    given = {name: getattr(body, name) for name in SamplingOptions.__annotations__ if name in type(body).model_fields}
+    if greedy:
+        given |= {"do_sample": False, "temperature": None, "top_p": None}
     options: Options = {
-        "do_sample": False if greedy else None,
-        "temperature": None if greedy else body.temperature,
-        "top_p": None if greedy else body.top_p,
-        "top_k": body.top_k,
-        "min_p": body.min_p,
-        "repetition_penalty": body.repetition_penalty,
+        **cast(Options, given),
         "guidance": body.guidance,
         "seed": seed,
         "max_new_tokens": most,

@@ -70,6 +70,7 @@ class Drawing(Body):
     seed: Seed = None
     top_k: Annotated[int | None, Field(ge=0, le=1_000_000), BeforeValidator(_off_below_zero)] = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_a: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     guidance: Annotated[float, Field(ge=0, le=100)] | None = None
 
