@@ -39,7 +39,7 @@ speech:
 	$(INSTALL) --force-reinstall --no-deps espeakng-loader
 
 .venv/serve: .venv/demo
-	$(INSTALL) -e ".[ui,studio]"
+	$(INSTALL) -e ".[studio]"
 	@touch $@
 
 .venv/dev: .venv/demo

@@ -30,7 +30,7 @@ from plait.data.readers import plan
 from plait.data.record import SPLITS, Rejected, rejected
 from plait.data.shards import Shards, Statistics
 from plait.data.staging import stage
-from plait.data.stores import Location, StoreError, listing, location, read_bytes, size, upload
+from plait.data.stores import Location, check_writable, listing, location, read_bytes, size, upload
 from plait.modalities.media import KINDS
 
 _VAL_MOST = 5000
@@ -71,10 +71,10 @@ def prepare(
     `source` is a path, a URL that fsspec reads, or `hf:NAME[:CONFIG]`, a data set of the Hugging Face hub; `out` may
     be a URL too. `column_map` says what a table's columns are, `{"image": "photo", "text": "caption:text", "ignore":
     "a,b"}` (see plait.data.tables). `labels` names integer classes: `{"label": ["cat", "dog"]}`. `pattern` is a regular
-    expression whose named groups become text columns of media files. `items` says that the source holds histories of
-    items (files named as MovieLens names them are seen by themselves). `workers` are the processes that decode media
-    (None: as many as there are processors; 0: none, in this process). `near_duplicates` looks for records that are
-    alike, and `drop_near_duplicates` leaves those out of train that val or test have too. `progress(stage, done,
+    expression whose named groups become text columns of media files. `items` says that the source holds interactions
+    with items (files named as MovieLens names them are seen by themselves). `workers` are the processes that decode
+    media (None: as many as there are processors; 0: none, in this process). `near_duplicates` looks for records that
+    are alike, and `drop_near_duplicates` leaves those out of train that val or test have too. `progress(stage, done,
     total)` is called now and then.
 
     Stopped at any moment, it goes on where it was when it is called again: chunks that are done lie beside `out`, in
@@ -97,8 +97,6 @@ def prepare(
                     manifest = _make(source, out, folder, partial, options)
                 upload(partial / "out", out, "manifest.json")
             shutil.rmtree(partial, ignore_errors=True)
-        except StoreError as error:
-            raise PlaitError(f"{error}. Check the address, the rights and the network.") from error
         finally:
             if not any(partial.glob("chunks/*.arrow")):
                 shutil.rmtree(partial, ignore_errors=True)
@@ -151,6 +149,7 @@ def _check_out(source: Location, out: Location, replace: bool) -> None:
         except (OSError, ValueError) as error:
             raise PlaitError(f"{out} cannot be used: {error}. Choose another place with -o.") from error
         if made is None:
+            check_writable(out)
             return
     else:
         if out.exists() and not out.is_dir():

@@ -7,7 +7,7 @@ causal language models generate. transformers is imported when the first one is 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -20,8 +20,10 @@ from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from plait.core.interruption import pause_point
 from plait.hf.hub import explained, find, no_safetensors, other_weights, quiet
+from plait.hf.sentences import BATCH, SentenceEncoder
 from plait.inference.base import Model
 from plait.inference.results import Prediction, Predictions
+from plait.inference.sampling import Options
 from plait.modalities.audio_files import decode_audio, resample
 from plait.modalities.descriptor import MediaError
 from plait.modalities.image_files import decode_image
@@ -29,13 +31,17 @@ from plait.modalities.image_files import decode_image
 # What each kind of model can do.
 VERBS = {
     "contrastive": ("classify", "embed"),
-    "encoder": ("embed",),
+    "encoder": ("classify", "embed"),
     "speech": ("transcribe",),
     "image-to-text": ("describe",),
     "language": ("generate",),
 }
+SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p")  # that transformers has
+GENERATE_OPTIONS = (*SAMPLING_OPTIONS, "do_sample", "repetition_penalty", "seed", "max_new_tokens")
 SECONDS = 30  # of audio that Whisper reads at once
 WINDOWS = 16  # of a long text that are read at once
+SHARPNESS = 20.0  # what cosines of texts and labels are multiplied by: the scale that text encoders are trained with
+TEXT_TEMPLATE = "{}"  # what a text encoder is asked about a label
 TEMPLATE = "This is a photo of {}."  # what CLIP and SigLIP are asked about a label
 
 
@@ -86,6 +92,7 @@ class Pretrained(Model):
         import transformers
 
         self.folder, self.name, self.kind, self.device = folder, name, kind, device
+        self._labels: tuple[tuple[str, ...], np.ndarray] = ((), np.empty(0))  # the last ones, embedded
         auto = {
             "contrastive": "AutoModel",
             "encoder": "AutoModel",
@@ -117,6 +124,9 @@ class Pretrained(Model):
                 self.processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil", **local)
                 self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
         self.model.eval().to(device.torch)
+        self.sentences = SentenceEncoder(folder, self.model, self.tokenizer, device) if kind == "encoder" else None
+        if self.sentences is not None:
+            self.embed_batch = BATCH
 
     @property
     def verbs(self) -> list[str]:
@@ -144,29 +154,41 @@ class Pretrained(Model):
         labels: list[str] | None = None,
         column: str | None = None,
         top: int | None = 5,
-        template: str = TEMPLATE,
+        template: str | None = None,
     ) -> Predictions:
-        """The likeliest labels of an image with their probabilities, likeliest first; zero-shot.
+        """The likeliest labels of an image, or with a text encoder of a text, with their probabilities, likeliest
+        first; zero-shot.
 
-        CLIP's probabilities sum to one over the labels; SigLIP judges each label by itself, as it was trained to.
-        `template` puts a label, at its {}, into a sentence.
+        Probabilities sum to one over the labels, but for SigLIP, which judges each label by itself, as it was trained
+        to. `template` puts a label, at its {}, into a sentence; a label's underscores are spaces there.
         """
         self._can("classify", column)
         if not labels:
             raise PlaitError("This model knows no labels of its own. Name them: labels=[...] or --labels a,b,c.")
-        texts = self.label_inputs(labels, template)
-        pixels = self.processor(images=[read_image(value)], return_tensors="pt")
-        logits = self._run(self.model, **texts, **pixels).logits_per_image[0].float()
-        # SigLIP has a bias beside the temperature: the mark of a sigmoid loss.
-        chances = (logits.sigmoid() if hasattr(self.model, "logit_bias") else logits.softmax(-1)).cpu()
+        if self.sentences is not None:
+            chances = self._text_labels(value, labels, template or TEXT_TEMPLATE)
+        else:
+            texts = self.label_inputs(labels, template or TEMPLATE)
+            pixels = self.processor(images=[read_image(value)], return_tensors="pt")
+            logits = self._run(self.model, **texts, **pixels).logits_per_image[0].float()
+            # SigLIP has a bias beside the temperature: the mark of a sigmoid loss.
+            chances = (logits.sigmoid() if hasattr(self.model, "logit_bias") else logits.softmax(-1)).cpu()
         order = chances.argsort(descending=True, stable=True)[:top]
         return Predictions(Prediction(labels[i], float(chances[i])) for i in order.tolist())
 
+    def _text_labels(self, value: Any, labels: list[str], template: str) -> Tensor:
+        """The probability (N,) of each label for a text, by how near their embeddings are."""
+        if not isinstance(value, str):
+            raise PlaitError(f"{self.name} reads texts, not {type(value).__name__}. Use a CLIP or SigLIP model.")
+        key = (template, *labels)
+        if self._labels[0] != key:  # the same for many texts
+            self._labels = key, self.embed([_sentence(label, template) for label in labels])
+        cosines = self._labels[1] @ self.embed([value])[0]
+        return torch.from_numpy(cosines * SHARPNESS).softmax(-1)
+
     def label_inputs(self, labels: list[str], template: str) -> Any:
         """The texts that stand for labels, as tensors."""
-        if "{}" not in template:
-            raise PlaitError(f"The template {template!r} has no {{}} where the label goes.")
-        return self._texts([template.replace("{}", label) for label in labels])
+        return self._texts([_sentence(label, template) for label in labels])
 
     def _texts(self, texts: list[str]) -> Any:
         # SigLIP was trained on texts padded to its full length, without a mask.
@@ -176,18 +198,18 @@ class Pretrained(Model):
         limit = min(self.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
         return self.tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
 
-    def embed(self, inputs: list[Any]) -> np.ndarray:
-        """The embedding of each input, (N, E) float32, of unit length: texts and images with CLIP and SigLIP, which
-        read the beginning of a long text; texts with an encoder, a long one as the mean of its windows."""
+    def embed(self, inputs: list[Any], prompt: str | None = None) -> np.ndarray:
+        """The embedding of each input, (N, E) float32, of unit length: texts and images with CLIP and SigLIP, texts
+        with an encoder, as sentence-transformers embeds them. Of a long text the beginning is read. `prompt` names one
+        of a text encoder's prompts, as "query"."""
         self._can("embed")
-        if self.kind == "encoder":
+        if self.sentences is not None:
             if other := [value for value in inputs if not isinstance(value, str)]:
                 raise PlaitError(
                     f"{self.name} embeds texts, not {type(other[0]).__name__}. Use a CLIP or SigLIP model."
                 )
-            found = [self._sentence(text) for text in inputs]
-        else:
-            found = [self._contrastive(value) for value in inputs]
+            return self.sentences.embed(inputs, prompt)
+        found = [self._contrastive(value) for value in inputs]
         if not found:
             return np.zeros((0, 0), np.float32)
         vectors = torch.stack(found).float()
@@ -201,26 +223,6 @@ class Pretrained(Model):
             result = self._run(self.model.get_image_features, **pixels)
         vector: Tensor = getattr(result, "pooler_output", result)[0]
         return vector
-
-    def _sentence(self, text: str) -> Tensor:
-        """The pooled last layer, as the folder's 1_Pooling says, else the mean over the text's tokens."""
-        file = self.folder / "1_Pooling" / "config.json"
-        first = file.is_file() and bool(read_json(file).get("pooling_mode_cls_token"))
-        places = self.model.config.max_position_embeddings
-        if self.model.config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
-            places -= 2  # theirs count from the padding id
-        limit = min(self.tokenizer.model_max_length, places)
-        windows = self.tokenizer(text, truncation=True, max_length=limit, return_overflowing_tokens=True, padding=True)
-        names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in windows]
-        inputs = {name: torch.tensor(windows[name]) for name in names}
-        vectors = []
-        for at in range(0, len(inputs["input_ids"]), WINDOWS):
-            some = {name: tensor[at : at + WINDOWS] for name, tensor in inputs.items()}
-            hidden = self._run(self.model, **some).last_hidden_state.float()
-            weight = some["attention_mask"].to(hidden.device).float()
-            means = (hidden * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)
-            vectors.append(torch.nn.functional.normalize(hidden[:, 0] if first else means, dim=-1))
-        return torch.cat(vectors).mean(0)
 
     # --- texts ----------------------------------------------------------------------------------------------------
 
@@ -296,26 +298,22 @@ class Pretrained(Model):
         prompt: str,
         *,
         max_length: int | None = None,
-        max_new_tokens: int | None = None,
         num_return_sequences: int = 1,
-        do_sample: bool | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int = 0,
         n: int | None = None,
+        **options: Unpack[Options],
     ) -> str | list[str]:
         """Prompt and continuation, or a list of them where several are asked for; options as in `Model.generate`."""
         self._can("generate")
         if not isinstance(prompt, str) or not prompt:
             raise PlaitError(f"{self.name} continues a text. Give a prompt that is a str and not empty.")
         count = num_return_sequences if n is None else n
-        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        sampling = {key: value for key, value in sampling.items() if value is not None}
+        given = {name: value for name, value in options.items() if value is not None}
+        if unknown := [name for name in given if name not in GENERATE_OPTIONS]:
+            raise PlaitError(f"{self.name} runs in transformers, which has no {unknown[0]} here. Leave it out.")
+        sampling = {name: given[name] for name in SAMPLING_OPTIONS if name in given}
+        do_sample, max_new_tokens = options.get("do_sample"), options.get("max_new_tokens")
         if do_sample is None:
-            do_sample = (count > 1 or bool(sampling)) and temperature != 0
+            do_sample = (count > 1 or bool(sampling)) and options.get("temperature") != 0
         if not do_sample and count > 1:
             raise PlaitError("Without sampling all results are the same. Ask for one, or leave do_sample out.")
         inputs = dict(self.tokenizer(prompt, return_tensors="pt"))
@@ -328,15 +326,15 @@ class Pretrained(Model):
                     "max_new_tokens, which does not count the prompt."
                 )
             max_new_tokens = min(max_length - length, max_new_tokens or max_length)
-        options: dict[str, Any] = {"do_sample": do_sample, **(sampling if do_sample else {})}
-        if repetition_penalty is not None:
-            options["repetition_penalty"] = repetition_penalty
+        settings: dict[str, Any] = {"do_sample": do_sample, **(sampling if do_sample else {})}
+        if "repetition_penalty" in given:
+            settings["repetition_penalty"] = given["repetition_penalty"]
         with quiet(), torch.random.fork_rng():
-            torch.manual_seed(seed)
+            torch.manual_seed(options.get("seed", 0))
             ids = self._run(
                 self.model.generate,
                 **inputs,
-                **options,
+                **settings,
                 max_new_tokens=max_new_tokens or 50,
                 num_return_sequences=count,
                 pad_token_id=self._padding(),
@@ -349,6 +347,13 @@ class Pretrained(Model):
         end = settings.eos_token_id
         end = end[0] if isinstance(end, list) else end
         return next((int(id) for id in (settings.pad_token_id, end) if id is not None), 0)
+
+
+def _sentence(label: str, template: str) -> str:
+    """A label in the sentence that stands for it."""
+    if "{}" not in template:
+        raise PlaitError(f"The template {template!r} has no {{}} where the label goes.")
+    return template.replace("{}", label.replace("_", " "))
 
 
 def read_image(value: Any) -> PILImage.Image:

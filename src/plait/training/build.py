@@ -92,6 +92,7 @@ def model_config(
         backbone=backbone,
         vocabulary=vocabulary,
         embed_dim=embed_dim,
+        contrastive=imported.contrastive if imported and imported.embed_dim else recipe.model.contrastive,
         pools_inputs=imported.pools_inputs if imported and imported.embed_dim else True,
         tied=tied,
         modalities={m: settings[m].model_dump() for m in kinds},
@@ -148,6 +149,7 @@ def sized_config(recipe: Recipe) -> ModelConfig:
         backbone=backbone,
         vocabulary=vocabulary,
         embed_dim=128 if recipe.model.embed_dim is None else recipe.model.embed_dim,
+        contrastive=recipe.model.contrastive,
         pools_inputs=True,
         tied=text > 8 * backbone.width if recipe.model.tied is None else recipe.model.tied,
         modalities={name: one.model_dump() for name, one in settings.items()},
@@ -204,6 +206,9 @@ def label_columns(dataset: Dataset, context: int) -> dict[str, list[str]]:
     for column, kind in dataset.columns.items():
         if kind != "text" or column in dataset.manifest.chats:
             continue
+        known = dataset.manifest.statistics.get(column)
+        if known is not None and known.max > longest:
+            continue  # one is longer: no labels, and nothing to read
         texts = dataset.texts(column)
         values = [texts[i] for i in train if texts[i] is not None]
         distinct = list(dict.fromkeys(values))
