@@ -325,7 +325,7 @@ def _fit(
     if importlib.util.find_spec("tensorboard") is not None and not any(isinstance(c, TensorBoard) for c in callbacks):
         callbacks = [TensorBoard(), *callbacks]
     fit(dataset, folder, recipe, shown_by(bar), device, allow_changes=allow_changes, group=group, callbacks=callbacks)
-    if group.is_main and recipe.training.task in ("recognise", "draw"):
+    if group.is_main and recipe.training.task in ("recognise", "draw", "describe"):
         for line in finish(folder, dataset, device, bar):
             tell(line)
     if group.is_main:

@@ -23,6 +23,8 @@ MIRROR_STRENGTH = 3e-4  # of the linear model that finds out
 LABELLED = 0.5  # share of the records with media that must have a label for it to be the task
 DRAW = 321  # key of `uniform`
 
+QUESTIONS, REPLIES = ("question", "message", "prompt", "query"), ("reply", "answer", "response")  # names of columns
+
 MEANINGS = {
     "recognise": "say which label an input has",
     "describe": "find media by words and words by media, and describe them",
@@ -68,6 +70,8 @@ def find_task(dataset: Dataset, labels: dict[str, list[str]]) -> str:
         named = [c for c in labels if _share(dataset, c, train) >= LABELLED]
         return "recognise" if named else "describe" if texts else "draw"
     others = [c for c in texts if c not in labels]
+    if len(texts) == 2 and {c.lower() for c in texts} & set(REPLIES) and {c.lower() for c in texts} & set(QUESTIONS):
+        return "reply"
     if labels and others:
         return "recognise"
     return "reply" if len(texts) > 1 else "language"
@@ -114,6 +118,8 @@ def _recognise(dataset: Dataset, derived: Derived, labels: dict[str, list[str]],
     media = [c for c, kind in dataset.columns.items() if kind != "text"]
     kinds = [kind for kind in MODALITIES if kind in {dataset.columns[c] for c in media}]
     sources = kinds or [c for c, kind in dataset.columns.items() if kind == "text" and c not in labels]
+    # A column called text has the name of the objective, and cannot be told apart from it: it is written, too.
+    sources = [name for name in sources if name != "text"]
     training["weights"] = {**dict.fromkeys(sources, 0.0), **recipe.training.weights}
     training["validations"] = min(recipe.training.validations, 8)
     model: dict[str, Any] = {}
