@@ -212,6 +212,8 @@ class TokenEmbedding(nn.Module):
     @torch.no_grad()
     def pack(self, storage: str) -> None:
         """Keep the rows packed, in less memory, for use alone; see `kernels.linear`."""
+        if self.packed is not None:
+            return
         self.packed = PackedLinear(self.table(), None, storage)
         self.free = nn.Parameter(self.free.new_empty(0, self.free.shape[1]), requires_grad=False)
         self.digits = nn.ParameterDict()
