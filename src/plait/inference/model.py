@@ -20,6 +20,7 @@ from plait.core.features import ExtensionPoint
 from plait.core.files import read_json
 from plait.inference import scoring
 from plait.inference.base import Model, Verb
+from plait.inference.constrained import ConstraintCompiler, ConstraintError, TextConstraint
 from plait.inference.engine import Completion, Engine, Request
 from plait.inference.inputs import Reading
 from plait.inference.opinions import opinion_scores
@@ -95,6 +96,32 @@ class PlaitModel(Reading, Model):
         """The engine behind all verbs; made at first use, it keeps the weights' state of that moment."""
         return Engine(self.checkpoint, self.device)
 
+    @cached_property
+    def constraints(self) -> ConstraintCompiler:
+        """What compiles schemas and grammars for this model's ids; made at first use. Raises PlaitError where
+        llguidance is missing."""
+        span = self.engine.spans["text"]
+        return ConstraintCompiler(self.checkpoint.text, span.end, span.more_ends)
+
+    def constraint(
+        self,
+        *,
+        schema: Any = None,
+        regex: str | None = None,
+        choice: list[str] | None = None,
+        grammar: str | None = None,
+    ) -> TextConstraint | None:
+        """What a text must be, compiled; None where nothing is asked for. Raises ConstraintError."""
+        asked = {"schema": schema, "regex": regex, "choice": choice, "grammar": grammar}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        if not asked:
+            return None
+        if len(asked) > 1:
+            raise ConstraintError(f"A text has one constraint, not {' and '.join(asked)}. Leave all but one out.")
+        ((name, value),) = asked.items()
+        compiled: TextConstraint = getattr(self.constraints, name)(value)
+        return compiled
+
     # --- generation -------------------------------------------------------------------------------------------
 
     def request(self, context: Sequence, token_type: str, n: int = 1, **options: Unpack[Options]) -> Request:
@@ -116,6 +143,7 @@ class PlaitModel(Reading, Model):
             guidance=guidance,
             seed=options.get("seed", 0),
             stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
+            constraint=options.get("constraint") if token_type == "text" else None,
         )
 
     def requests(
@@ -178,6 +206,10 @@ class PlaitModel(Reading, Model):
         max_length: int | None = None,
         num_return_sequences: int = 1,
         n: int | None = None,
+        schema: Any = None,
+        regex: str | None = None,
+        choice: list[str] | None = None,
+        grammar: str | None = None,
         **options: Unpack[Options],
     ) -> Any:
         """What follows a prompt: an input, or a list of them that are read in order.
@@ -186,9 +218,14 @@ class PlaitModel(Reading, Model):
         continuation come back as a str; else the first column of that modality, or the named one, is written: a str,
         a PIL image or (waveform, rate). With `n` (or `num_return_sequences`) above 1, a list of so many.
         `max_length` counts the prompt's tokens too; a continuation has at most 50 new ones unless told otherwise.
-        `options` are those of `plait.inference.sampling.Options`.
+        A text can be held to a JSON `schema` (a dictionary or a pydantic model), a `regex`, a `choice` of texts or a
+        `grammar` (Lark or GBNF); then only what was written is returned, as a str. `options` are those of
+        `plait.inference.sampling.Options`.
         """
         count = num_return_sequences if n is None else n
+        held = self.constraint(schema=schema, regex=regex, choice=choice, grammar=grammar)
+        if held is not None:
+            options["constraint"] = held
         max_new_tokens = options.get("max_new_tokens")
         parts = prompt if isinstance(prompt, list) else [prompt]
         continued = to == "text" and all(isinstance(part, str) for part in parts)
@@ -211,7 +248,7 @@ class PlaitModel(Reading, Model):
         options["max_new_tokens"] = max_new_tokens
         if column is None:
             result = self.engine.run([self.request(context, "text", count, **options)])[0]
-            before = "".join(parts)
+            before = "".join(parts) if held is None else ""
             found: list[Any] = [before + (written.text or "") for written in result.samples]
         else:
             found = self.write([context], column, n=count, **options)[0]
@@ -324,7 +361,7 @@ class PlaitModel(Reading, Model):
         if classifier.features.kind == "text":
             inputs: list[Any] = ["".join(self.checkpoint.text.decode(part.ids) for part in parts)]
         else:
-            inputs = [part.media[0][2] for part in parts]
+            inputs = [part.media[0].sample for part in parts]
         scores = opinion_scores(self, classifier, inputs, classifier.mixture.used)
         mean = np.exp(classifier.mixture.log_probabilities(scores)).mean(0)
         unfamiliar = float(classifier.mixture.ood_scores(scores).mean())

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor
 
 from plait.core.config import GenerationConfig
 from plait.core.errors import PlaitError
+
+if TYPE_CHECKING:
+    from plait.inference.constrained import TextConstraint
 
 LOWEST = float("-inf")
 
@@ -40,6 +43,7 @@ class Options(SamplingOptions, total=False):
     seed: int
     max_new_tokens: int | None
     stop: str | list[str] | None
+    constraint: TextConstraint | None  # of texts; `PlaitModel.constraint` compiles one
 
 
 @dataclass(frozen=True)

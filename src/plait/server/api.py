@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import secrets
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import Response
 
 from plait.core.errors import PlaitError
+from plait.inference.constrained import TextConstraint
 from plait.inference.engine import Request as Wanted
 from plait.inference.model import PlaitModel
 from plait.inference.results import Predictions
@@ -63,6 +65,8 @@ APART = 16_384  # bytes of JSON that are parsed on the event loop
 READ_AT_ONCE = 65_536  # tokens that one request has embedded or classified
 VOICES = {"alloy", "ash", "ballad", "coral", "echo", "fable", "marin", "nova", "onyx", "sage", "shimmer", "verse",
           "cedar"}  # fmt: skip
+COMPILE_SECONDS = 1.0  # that a schema or grammar may take
+KEPT = 64  # compiled ones that a model keeps
 EVENT = {"type": "object", "properties": {"data": {"type": "string"}, "event": {"type": "string"}}}
 STREAM = {"text/event-stream": {"schema": EVENT}}
 
@@ -128,11 +132,54 @@ def finish_of(finish: str) -> str:
     return "length" if finish == "length" else "stop"
 
 
-def token_of(model: PlaitModel, token: int, logprob: float) -> dict[str, Any]:
-    text = model.checkpoint.text.decode([token])
-    whole = "\ufffd" not in text
-    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode()) if whole else None,
-            "top_logprobs": []}  # fmt: skip
+async def constraint_of(service: Service, served: Served, body: s.Writing) -> TextConstraint | None:
+    """What the text must be, compiled in a thread within COMPILE_SECONDS. Raises ApiError for what cannot be used."""
+    asked = dict(_constraints(body))
+    if not asked:
+        return None
+    if len(asked) > 1:
+        raise ApiError(400, f"A text has one constraint, not {' and '.join(asked)}. Leave all but one out.")
+    ((name, value),) = asked.items()
+    key = json.dumps([name, value])
+    if (known := served.constraints.get(key)) is not None:
+        return known
+    model = served.ours
+    if isinstance(value, str) and name == "schema":
+        value = parse_json(value.encode(), service.limits)
+    await asyncio.to_thread(lambda: model.constraints)  # reads the vocabulary, once
+    try:
+        async with asyncio.timeout(COMPILE_SECONDS):
+            found = await asyncio.to_thread(lambda: model.constraint(**{name: value}))
+    except TimeoutError:
+        raise ApiError(
+            400, "The schema or grammar takes too long to compile. Simplify it.", "response_format"
+        ) from None
+    except PlaitError as error:
+        raise ApiError(400, str(error), "response_format") from error
+    assert found is not None
+    if len(served.constraints) >= KEPT:
+        served.constraints.pop(next(iter(served.constraints)))
+    served.constraints[key] = found
+    return found
+
+
+def _constraints(body: s.Writing) -> Iterator[tuple[str, Any]]:
+    """What a request holds its text to, in the spellings of OpenAI, vLLM and llama.cpp: (schema, regex, choice or
+    grammar, its value)."""
+    form, held = body.response_format, body.structured_outputs or s.StructuredOutputs()
+    if (form is not None and form.type == "json_object") or held.json_object:
+        yield "schema", {"type": "object"}
+    if form is not None and form.type == "json_schema":
+        if form.json_schema is None:
+            raise ApiError(400, "response_format json_schema needs json_schema: {schema: ...}.", "response_format")
+        yield "schema", form.json_schema.schema_
+    for name, values in (
+        ("schema", (held.json_, body.guided_json, body.json_schema)),
+        ("regex", (held.regex, body.guided_regex)),
+        ("choice", (held.choice, body.guided_choice)),
+        ("grammar", (held.grammar, body.guided_grammar, body.grammar)),
+    ):
+        yield from ((name, value) for value in values if value)
 
 
 class Lead:
