@@ -369,7 +369,7 @@ class PlaitModel(Reading, Model):
         if classifier.features.kind == "text":
             inputs: list[Any] = ["".join(self.checkpoint.text.decode(part.ids) for part in parts)]
         else:
-            inputs = [part.media[0][2] for part in parts]
+            inputs = [part.media[0].sample for part in parts]
         scores = opinion_scores(self, classifier, inputs, classifier.mixture.used)
         mean = np.exp(classifier.mixture.log_probabilities(scores)).mean(0)
         unfamiliar = float(classifier.mixture.ood_scores(scores).mean())
