@@ -1,5 +1,5 @@
-"""Compiled C++ against PyTorch: packed layers and a step of generation, of every family, odd sizes, rows of unequal lengths and both
-precisions; and blocks in training, with their gradients."""
+"""Compiled C++ against PyTorch: packed layers; a step of generation, of every family, odd sizes, rows of unequal lengths
+and both precisions; and blocks in training, with their gradients."""
 
 from __future__ import annotations
 
