@@ -1,4 +1,4 @@
-"""Compiled C++ against PyTorch: packed layers; a step of generation, of every family, odd sizes, rows of unequal lengths
+"""Compiled C++ against PyTorch: packed layers; a step of generation of every family, odd sizes, rows of unequal lengths
 and both precisions; and blocks in training, with their gradients."""
 
 from __future__ import annotations
