@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import plait.kernels.build
+import plait.kernels.compile
 from plait.core import isa
 from plait.core.device import Device, compiler
 from plait.inference.decoder import Decoder, Ways, copied
@@ -209,7 +210,7 @@ def test_without_a_compiler(monkeypatch, caplog, tmp_path):
         broken.write_text(f"#!/bin/sh\n{script}\n")
         broken.chmod(0o700)
         monkeypatch.setenv("CXX", str(broken))
-        monkeypatch.setattr(plait.kernels.build, "COMPILE_SECONDS", 0.5)
+        monkeypatch.setattr(plait.kernels.compile, "COMPILE_SECONDS", 0.5)
         runs.unlink(missing_ok=True)
         counts = []
         for _ in range(2):
@@ -235,7 +236,7 @@ def test_where_binaries_lie(monkeypatch, tmp_path):
     wrapper.chmod(0o700)
     temporary.mkdir()
     monkeypatch.setenv("CXX", f"{wrapper} {' '.join(compiler() or [])}")
-    monkeypatch.setattr(plait.kernels.build, "FLAGS", (*plait.kernels.build.FLAGS, "-O0"))
+    monkeypatch.setattr(plait.kernels.compile, "FLAGS", (*plait.kernels.compile.FLAGS, "-O0"))
     monkeypatch.setattr(plait.kernels.build.tempfile, "gettempdir", lambda: str(temporary))
     shared = tmp_path / "shared"
     (shared / "plait" / "native").mkdir(parents=True)
