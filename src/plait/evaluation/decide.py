@@ -135,8 +135,8 @@ def describe(classifier: Classifier) -> str:
     if mixed <= classifier.guess + noise:
         return (
             f"{classifier.target} from {classifier.source}: nothing was learnt ({mixed:.1%} of val right; always "
-            f"saying the most frequent label has {classifier.guess:.1%}). Train longer, give more records, or look at whether "
-            "inputs and labels belong together."
+            f"saying the most frequent label has {classifier.guess:.1%}). Train longer, give more records, or look at "
+            "whether inputs and labels belong together."
         )
     return f"{classifier.target} from {classifier.source}: {mixed:.1%} of val right (fitted there), by {measured}."
 
