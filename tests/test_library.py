@@ -55,6 +55,7 @@ TWINS = {
     "chat": "plait.chat.session:Session.say",
     "reply": "plait.chat.replies:open_replies",
     "serve": "plait.server.app:serve",
+    "example": "plait.data.examples:write_example",
     "recipes": "plait.core.recipes:packaged_recipes",
     "studio": "plait.studio.app:serve",
     "key": "plait.server.limits:new_key",

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import plait.kernels.build
+import plait.kernels.compile
 from plait.core import isa
 from plait.core.device import Device, compiler
 from plait.inference.decoder import Decoder, Ways, copied
@@ -17,7 +18,7 @@ from plait.kernels import training as in_training
 from plait.kernels.choice import KERNEL
 from plait.kernels.linear import STORAGES, PackedLinear, dequantise, quantise
 from plait.model.objectives import total_loss
-from plait.model.transformer import KVCache, Transformer, TransformerConfig
+from plait.model.transformer import KVCache, Transformer, TransformerConfig, rotary_frequencies
 
 FAMILIES = {
     "qwen3": {},
@@ -111,7 +112,8 @@ def test_a_step_with_any_lanes(lanes, dtype):
                 return PackedLinear(layer.weight, layer.bias, storage, level)
 
             network = copied(backbone(SHAPES[shape], FAMILIES[family]), pack, dtype, torch.device("cpu"))
-            made.native = native.NativeStep(native.library(level), network, dtype)
+            frequencies = rotary_frequencies(made.config) if made.config.position == "rotary" else None
+            made.native = native.NativeStep(native.library(level), network, dtype, frequencies)
             cache = filled(made, lengths, dtype)
             found = steps(made, cache, lengths, [torch.ones(3, made.config.width).to(dtype)])
             difference = (found[0] - expected[0]).norm() / expected[0].norm()
@@ -208,7 +210,7 @@ def test_without_a_compiler(monkeypatch, caplog, tmp_path):
         broken.write_text(f"#!/bin/sh\n{script}\n")
         broken.chmod(0o700)
         monkeypatch.setenv("CXX", str(broken))
-        monkeypatch.setattr(plait.kernels.build, "COMPILE_SECONDS", 0.5)
+        monkeypatch.setattr(plait.kernels.compile, "COMPILE_SECONDS", 0.5)
         runs.unlink(missing_ok=True)
         counts = []
         for _ in range(2):
@@ -234,7 +236,7 @@ def test_where_binaries_lie(monkeypatch, tmp_path):
     wrapper.chmod(0o700)
     temporary.mkdir()
     monkeypatch.setenv("CXX", f"{wrapper} {' '.join(compiler() or [])}")
-    monkeypatch.setattr(plait.kernels.build, "FLAGS", (*plait.kernels.build.FLAGS, "-O0"))
+    monkeypatch.setattr(plait.kernels.compile, "FLAGS", (*plait.kernels.compile.FLAGS, "-O0"))
     monkeypatch.setattr(plait.kernels.build.tempfile, "gettempdir", lambda: str(temporary))
     shared = tmp_path / "shared"
     (shared / "plait" / "native").mkdir(parents=True)

@@ -139,10 +139,21 @@ class Model:
         raise self._lacks(Verb.DESCRIBE)
 
     def transcribe(
-        self, audio: Any, column: str | None = None, *, language: str | None = None, max_new_tokens: int | None = None
+        self,
+        audio: Any,
+        column: str | None = None,
+        *,
+        language: str | None = None,
+        task: str = "transcribe",
+        max_new_tokens: int | None = None,
     ) -> str:
-        """The words of an audio clip; `language` for a model that knows several."""
+        """The words of an audio clip; `language` for a model that knows several, and for one that translates into
+        English the `task` "translate"."""
         raise self._lacks(Verb.TRANSCRIBE)
+
+    def segments(self, audio: Any, language: str | None = None, task: str = "transcribe") -> list[Any]:
+        """What is said when in an audio clip: `start`, `end` in seconds, `text`. For models that tell times."""
+        raise PlaitError(f"{self.name} does not tell times. Use a Whisper, or leave --times out.")
 
     def draw(
         self,

@@ -15,7 +15,7 @@ from plait.core.errors import PlaitError
 from plait.core.files import read_json, write_atomic
 
 # What is kept of an imported tokenizer's `tokenizer_config.json`.
-_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece spells a byte that is no character
 _ALONE = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # characters that are words: kana, Han
 
@@ -141,7 +141,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     if not isinstance(known, dict):
         raise PlaitError(f"{file} must hold an object.")
     found: dict[str, Any] = {}
-    for name in _TOKENS:
+    for name in TOKENS:
         token = known.get(name)
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):

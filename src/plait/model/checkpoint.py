@@ -244,6 +244,8 @@ def find_checkpoint(path: str | Path) -> Path | None:
     if folder.is_dir():
         inside = "is empty" if not any(folder.iterdir()) else "holds neither a run nor a config.json"
         raise PlaitError(f"{folder} {inside}. Name the folder of a run, or of a checkpoint in it.")
+    if folder.suffix == ".gguf" and folder.is_file():
+        return None
     text = str(path)
     local = folder.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1 or text.endswith("/")
     if folder.exists():
