@@ -6,6 +6,7 @@ transformers runs (`plait.hf.pretrained`). A caller asks for a capability, never
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Unpack
@@ -20,6 +21,7 @@ from plait.inference.results import Predictions
 from plait.inference.sampling import Options
 
 if TYPE_CHECKING:
+    from plait.inference.decisions import Decision, Question
     from plait.inference.model import PlaitModel
 
 
@@ -124,6 +126,13 @@ class Model:
     ) -> Predictions:
         """The likeliest labels of an input, each with its probability, likeliest first."""
         raise self._lacks(Verb.CLASSIFY)
+
+    def decide(self, value: Any, questions: Sequence[Question]) -> list[Decision]:
+        """Answers to typed questions about an input (`plait.inference.decisions`), each with probabilities or refused;
+        a list of inputs is read in order."""
+        from plait.inference.decisions import decide
+
+        return decide(self, value, questions)
 
     def describe(self, image: Any, column: str | None = None, *, max_new_tokens: int | None = None) -> str:
         """What the model writes about an image."""
