@@ -6,6 +6,7 @@ transformers runs (`plait.hf.pretrained`). A caller asks for a capability, never
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Unpack
@@ -20,6 +21,7 @@ from plait.inference.results import Predictions
 from plait.inference.sampling import Options
 
 if TYPE_CHECKING:
+    from plait.inference.decisions import Decision, Question
     from plait.inference.model import PlaitModel
 
 
@@ -125,15 +127,33 @@ class Model:
         """The likeliest labels of an input, each with its probability, likeliest first."""
         raise self._lacks(Verb.CLASSIFY)
 
+    def decide(self, value: Any, questions: Sequence[Question]) -> list[Decision]:
+        """Answers to typed questions about an input (`plait.inference.decisions`), each with probabilities or refused;
+        a list of inputs is read in order."""
+        from plait.inference.decisions import decide
+
+        return decide(self, value, questions)
+
     def describe(self, image: Any, column: str | None = None, *, max_new_tokens: int | None = None) -> str:
         """What the model writes about an image."""
         raise self._lacks(Verb.DESCRIBE)
 
     def transcribe(
-        self, audio: Any, column: str | None = None, *, language: str | None = None, max_new_tokens: int | None = None
+        self,
+        audio: Any,
+        column: str | None = None,
+        *,
+        language: str | None = None,
+        task: str = "transcribe",
+        max_new_tokens: int | None = None,
     ) -> str:
-        """The words of an audio clip; `language` for a model that knows several."""
+        """The words of an audio clip; `language` for a model that knows several, and for one that translates into
+        English the `task` "translate"."""
         raise self._lacks(Verb.TRANSCRIBE)
+
+    def segments(self, audio: Any, language: str | None = None, task: str = "transcribe") -> list[Any]:
+        """What is said when in an audio clip: `start`, `end` in seconds, `text`. For models that tell times."""
+        raise PlaitError(f"{self.name} does not tell times. Use a Whisper, or leave --times out.")
 
     def draw(
         self,

@@ -271,9 +271,17 @@ class PlaitModel(Reading, Model):
         return self.write([self.context([image])], target, **options)[0][0]
 
     def transcribe(
-        self, audio: Any, column: str | None = None, *, language: str | None = None, **options: Unpack[Options]
+        self,
+        audio: Any,
+        column: str | None = None,
+        *,
+        language: str | None = None,
+        task: str = "transcribe",
+        **options: Unpack[Options],
     ) -> str:
         """The words of an audio clip. A long one is read in windows that overlap by half; see `joined`."""
+        if task != "transcribe":
+            raise PlaitError(f"This model writes down what it hears, and knows no task '{task}'. Leave it out.")
         if language is not None:
             raise PlaitError(f"{self.name} writes what its columns hold. Leave the language out, or name a column.")
         self.column(None, "audio", "transcribe")
