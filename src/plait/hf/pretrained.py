@@ -25,6 +25,7 @@ from plait.inference.results import Prediction, Predictions
 from plait.modalities.audio_files import decode_audio, resample
 from plait.modalities.descriptor import MediaError
 from plait.modalities.image_files import decode_image
+from plait.modalities.inputs import as_audio, as_image, medium_of
 
 # What each kind of model can do.
 VERBS = {
@@ -138,15 +139,15 @@ class Pretrained(Model):
 
     # --- images and texts in one space --------------------------------------------------------------------------
 
-    def classify(
+    def classify_inputs(
         self,
-        value: Any,
+        inputs: list[Any],
         labels: list[str] | None = None,
         column: str | None = None,
         top: int | None = 5,
         template: str = TEMPLATE,
-    ) -> Predictions:
-        """The likeliest labels of an image with their probabilities, likeliest first; zero-shot.
+    ) -> list[Predictions]:
+        """The likeliest labels of images with their probabilities, likeliest first; zero-shot.
 
         CLIP's probabilities sum to one over the labels; SigLIP judges each label by itself, as it was trained to.
         `template` puts a label, at its {}, into a sentence.
@@ -155,6 +156,10 @@ class Pretrained(Model):
         if not labels:
             raise PlaitError("This model knows no labels of its own. Name them: labels=[...] or --labels a,b,c.")
         texts = self.label_inputs(labels, template)
+        return [self._classified(value, labels, texts, top) for value in inputs]
+
+    def _classified(self, value: Any, labels: list[str], texts: Any, top: int | None) -> Predictions:
+        """The labels of one image, whose texts are tensors already."""
         pixels = self.processor(images=[read_image(value)], return_tensors="pt")
         logits = self._run(self.model, **texts, **pixels).logits_per_image[0].float()
         # SigLIP has a bias beside the temperature: the mark of a sigmoid loss.
@@ -176,7 +181,7 @@ class Pretrained(Model):
         limit = min(self.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
         return self.tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
 
-    def embed(self, inputs: list[Any]) -> np.ndarray:
+    def embed_inputs(self, inputs: list[Any]) -> np.ndarray:
         """The embedding of each input, (N, E) float32, of unit length: texts and images with CLIP and SigLIP, which
         read the beginning of a long text; texts with an encoder, a long one as the mean of its windows."""
         self._can("embed")
@@ -230,7 +235,7 @@ class Pretrained(Model):
         """The words of an audio clip, in windows of 30 s. `language` ("en", "german") is found out where it is not
         given and the model knows several."""
         self._can("transcribe", column)
-        wave, rate = _audio(audio)
+        wave, rate = _audio(medium_of(audio))
         wave = resample(wave, rate, self.processor.sampling_rate)
         step = SECONDS * self.processor.sampling_rate
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
@@ -265,7 +270,7 @@ class Pretrained(Model):
     ) -> str:
         """What the model writes about an image; `prompt` asks a question, where the model takes one."""
         self._can("describe", column)
-        image = read_image(image)
+        image = read_image(medium_of(image))
         if self.model.config.model_type == "vision-encoder-decoder":
             if prompt is not None:
                 raise PlaitError(f"{self.name} writes captions and takes no prompt. Leave it out.")
@@ -353,25 +358,25 @@ class Pretrained(Model):
 
 def read_image(value: Any) -> PILImage.Image:
     """An image as RGB. Raises PlaitError where it is none or cannot be read."""
-    if isinstance(value, PILImage.Image):
-        return value.convert("RGB")
-    if isinstance(value, np.ndarray) and value.dtype == np.uint8:
-        return PILImage.fromarray(value).convert("RGB")
-    if not isinstance(value, (str, Path, bytes)):
-        raise PlaitError(f"An image is a PIL image, a pathlib.Path or bytes, not {type(value).__name__}.")
+    if isinstance(value, (PILImage.Image, np.ndarray)):
+        return as_image(value).convert("RGB")
+    if not isinstance(value, (Path, bytes)):  # a str is a text: it may come over the network, and must open no file
+        what = "a text" if isinstance(value, str) else type(value).__name__
+        raise PlaitError(f"An image is a PIL image, an array, a file or bytes, not {what}.")
     try:
-        return decode_image(value if isinstance(value, bytes) else Path(value)).convert("RGB")
+        return decode_image(value).convert("RGB")
     except MediaError as error:
         raise PlaitError(f"{'The image' if isinstance(value, bytes) else value}: {error}.") from error
 
 
 def _audio(value: Any) -> tuple[np.ndarray, int]:
     """(waveform (T,), rate). Raises PlaitError where it is none or cannot be read."""
-    if isinstance(value, tuple) and len(value) == 2:
-        return np.asarray(value[0], np.float32), int(value[1])
-    if not isinstance(value, (str, Path, bytes)):
-        raise PlaitError(f"An audio clip is (waveform, rate), a pathlib.Path or bytes, not {type(value).__name__}.")
+    if (audio := as_audio(value)) is not None:
+        return audio
+    if not isinstance(value, (Path, bytes)):
+        what = "a text" if isinstance(value, str) else type(value).__name__
+        raise PlaitError(f"An audio clip is (waveform, rate), a file or bytes, not {what}.")
     try:
-        return decode_audio(value if isinstance(value, bytes) else Path(value))
+        return decode_audio(value)
     except MediaError as error:
         raise PlaitError(f"{'The audio' if isinstance(value, bytes) else value}: {error}.") from error

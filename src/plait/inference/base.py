@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import numpy as np
 from PIL import Image as PILImage
@@ -17,6 +17,7 @@ from plait.core.device import Device
 from plait.core.errors import PlaitError
 from plait.core.features import ExtensionPoint
 from plait.inference.results import Predictions
+from plait.modalities.inputs import inputs_of
 
 if TYPE_CHECKING:
     from plait.inference.model import PlaitModel
@@ -49,8 +50,9 @@ EXPLAINERS: ExtensionPoint[Explainer] = ExtensionPoint("explainer")
 class Model:
     """A model at work on a device.
 
-    An input is a str, a PIL image, (waveform, rate), a pathlib.Path of a media file, or its bytes. A verb that the
-    model lacks raises PlaitError and names those that it has.
+    An input is a text, the path of a media file (a str or a Path), its bytes, a PIL image, an array of pixels (H, W) or
+    (H, W, C), a tensor (C, H, W), or (waveform, rate). A verb that the model lacks raises PlaitError and names those
+    that it has.
 
     Attributes:
         name: What messages call it.
@@ -124,20 +126,53 @@ class Model:
         """What follows a prompt; options are those of transformers. A list where several results are asked for."""
         raise self._lacks(Verb.GENERATE)
 
+    @overload
     def classify(
-        self, value: Any, labels: list[str] | None = None, column: str | None = None, top: int | None = 5
-    ) -> Predictions:
-        """The likeliest labels of an input, each with its probability, likeliest first."""
+        self, value: list[Any], labels: list[str] | None = None, column: str | None = None, top: int | None = 5,
+        **options: Any,
+    ) -> list[Predictions]: ...  # fmt: skip
+
+    @overload
+    def classify(
+        self, value: Any, labels: list[str] | None = None, column: str | None = None, top: int | None = 5,
+        **options: Any,
+    ) -> Predictions: ...  # fmt: skip
+
+    def classify(
+        self, value: Any, labels: list[str] | None = None, column: str | None = None, top: int | None = 5,
+        **options: Any,
+    ) -> Any:  # fmt: skip
+        """The likeliest labels of an input, each with its probability, likeliest first.
+
+        Args:
+            value: An input. A str that names a file is that file; a folder stands for the files in it, a list for a
+                batch, and both are answered by a list.
+            labels: What to choose between; the values that the column had in training if left out.
+            column: The text column to answer in; the first that has labels if left out.
+            top: How many labels to give; all if None.
+            options: Of this model alone: `template`, for models that compare images with texts.
+
+        Raises PlaitError where a file does not exist or cannot be read, and where there are no labels.
+        """
+        inputs = inputs_of(value)
+        answers = self.classify_inputs(inputs.values, labels, column, top, **options)
+        return answers if inputs.several else answers[0]
+
+    def classify_inputs(
+        self, inputs: list[Any], labels: list[str] | None = None, column: str | None = None, top: int | None = 5,
+    ) -> list[Predictions]:  # fmt: skip
+        """`classify` for inputs as they are: a str is a text, whatever it looks like."""
         raise self._lacks(Verb.CLASSIFY)
 
     def describe(self, image: Any, column: str | None = None, *, max_new_tokens: int | None = None) -> str:
-        """What the model writes about an image."""
+        """What the model writes about an image: a PIL image, an array, bytes, or a file's path."""
         raise self._lacks(Verb.DESCRIBE)
 
     def transcribe(
         self, audio: Any, column: str | None = None, *, language: str | None = None, max_new_tokens: int | None = None
     ) -> str:
-        """The words of an audio clip; `language` for a model that knows several."""
+        """The words of an audio clip: (waveform, rate), bytes, or a file's path; `language` for a model that knows
+        several."""
         raise self._lacks(Verb.TRANSCRIBE)
 
     def draw(
@@ -166,8 +201,20 @@ class Model:
         """n audio clips, (waveform, rate), of what a text says."""
         raise self._lacks(Verb.SPEAK)
 
-    def embed(self, inputs: list[Any]) -> np.ndarray:
-        """The embedding of each input, (N, E) float32, of unit length."""
+    def embed(self, inputs: Any) -> np.ndarray:
+        """The embedding of an input, (E,) float32, of unit length.
+
+        Args:
+            inputs: An input, as `classify` takes it. A list, or a folder, has the embeddings (N, E) of its inputs.
+
+        Raises PlaitError where a file does not exist or cannot be read.
+        """
+        given = inputs_of(inputs)
+        vectors = self.embed_inputs(given.values)
+        return vectors if given.several else vectors[0]
+
+    def embed_inputs(self, inputs: list[Any]) -> np.ndarray:
+        """The embeddings (N, E) of inputs as they are: a str is a text, whatever it looks like."""
         raise self._lacks(Verb.EMBED)
 
     def explain(
