@@ -6,6 +6,10 @@ import importlib
 import inspect
 import io
 import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -241,3 +245,17 @@ def test_unknown_arguments_and_callbacks(tmp_path: Path) -> None:
         plait.train("nothing", tmp_path / "run", recipe={"training": {"step": 3}})
     with pytest.raises(plait.PlaitError, match="is not a run"):
         plait.Run(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_readme_example_runs(tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    text = (root / "README.md").read_text(encoding="utf-8")
+    example = re.search(r"```python\n(import plait\n.*?)```", text, re.DOTALL)
+    assert example is not None and "minutes=2" in example[1]
+    program = example[1].replace("minutes=2", "minutes=0.3")
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": str(root / "src")},
+    )  # fmt: skip
+    assert "Prediction(label='7'" in done.stdout and "(2, 128)" in done.stdout
