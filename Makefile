@@ -39,11 +39,19 @@ speech:
 	$(INSTALL) --force-reinstall --no-deps espeakng-loader
 
 .venv/serve: .venv/demo
-	$(INSTALL) -e ".[ui,studio]"
+	$(INSTALL) -e ".[studio]"
 	@touch $@
 
 .venv/dev: .venv/demo
 	$(INSTALL) -e ".[dev]"
+	@touch $@
+
+docs: .venv/docs
+	$(BIN)/python docs/make.py
+	$(BIN)/python -m mkdocs build --strict
+
+.venv/docs: .venv/dev
+	$(INSTALL) -e ".[docs]"
 	@touch $@
 
 bench: .venv/dev
@@ -57,4 +65,4 @@ soak: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak_search.py --model runs/demo
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site

@@ -161,7 +161,7 @@ def few(out: Path, seed: int) -> dict[str, Any]:
 def replies(out: Path, seed: int) -> dict[str, Any]:
     run = train(out, "replies", seed)
     dataset = Dataset.open(data(out, "replies"))
-    there = Replies(plait.load(run, "cpu"), dataset)
+    there = Replies(dataset)
     fitted = there.fit()
     asked = list(dataset.iterate(dataset.indices("test")))
     known = [(str(r.parts["question"]), str(r.parts["reply"])) for r in asked if "reply" in r.parts]

@@ -26,7 +26,6 @@ from plait.core.device import Device
 from plait.modalities.base import Vocabulary
 from plait.modalities.registry import SETTINGS
 from plait.model.multimodal import ModelConfig, Multimodal, Sequence, collate
-from plait.model.objectives import contrastive
 from plait.model.transformer import TransformerConfig
 from plait.training.batches import Step
 from plait.training.losses import LossModule
@@ -93,7 +92,7 @@ def ours(device: Device, images: list[Image.Image], texts: np.ndarray) -> tuple[
         output = passes(step, True, True, likelihood=False)
         assert output.embeddings is not None
         a, b = output.embeddings.split(BATCH)
-        return contrastive(a, b, positives.to(device.torch), model.logit_scale) + output.zero_anchor
+        return model.pair_loss(a, b, positives.to(device.torch), model.pair_scalars) + output.zero_anchor
 
     return model, loss
 

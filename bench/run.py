@@ -1,4 +1,4 @@
-"""Speed beside other libraries, measured side by side in one run; see docs/bench.md for how to read it.
+"""Speed beside other libraries, measured side by side in one run; see docs/benchmarks/speed.md for how to read it.
 
     python bench/run.py                      # make bench
     python bench/run.py --only training --compile

@@ -1,4 +1,4 @@
-"""Data of the transfer studies in docs/transfer.md, and a modality added to a trained model.
+"""Data of the transfer studies in docs/how-to/transfer.md, and a modality added to a trained model.
 
     python bench/transfer.py ../shared/data -o runs/transfer
     plait train runs/transfer/mnist/data -o runs/transfer/images --recipe read.yaml --steps 300

@@ -1,4 +1,4 @@
-"""Prints the tables of README.md and docs/results.md from what commands left behind.
+"""Prints the tables of README.md and docs/benchmarks/quality.md from what commands left behind.
 
 python docs/figures.py runs/demo runs/fashion
 """

@@ -1,16 +1,22 @@
-"""Writes docs/sizes.md and docs/recipes.md from the code; a test checks that they are up to date.
+"""Writes what is generated: docs/reference's sizes, recipes and command line, and the tutorial's notebook; a test
+checks that they are up to date.
 
 python docs/make.py
 """
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+import typer
 from pydantic import BaseModel
 
+from plait import cli
 from plait.core import config
 from plait.modalities.audio import AudioSettings
 from plait.modalities.image import ImageSettings
@@ -88,10 +94,82 @@ that `--size` or the data decide.
 """
 
 
+def command_line() -> str:
+    """Every command with its arguments and options, as --help has them."""
+    root = typer.main.get_command(cli.app)
+    panels: dict[str, list[str]] = {}
+    for path, command in walk(root, ("plait",)):
+        if len(path) > 1:
+            panel = str(getattr(root.commands[path[1]], "rich_help_panel", None) or "Others")  # type: ignore[attr-defined]
+            panels.setdefault(panel, []).append(describe_command(path, command))
+    text = "\n\n".join(f"## {panel}\n\n" + "\n\n".join(entries) for panel, entries in panels.items())
+    return f"""# Command line
+
+Each command is a function of the library with the same options: see [Python](python.md). `plait COMMAND --help` shows
+the same, and `plait --install-completion` teaches your shell the names. Exit codes: 0 done, 1 a mistake that the
+message explains, 2 an unknown option, 130 stopped by Ctrl-C, 143 by SIGTERM.
+
+{text}
+"""
+
+
+def walk(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The commands below one, without the groups."""
+    if not hasattr(command, "commands"):
+        yield path, command
+    for name, below in getattr(command, "commands", {}).items():
+        yield from walk(below, (*path, name))
+
+
+def describe_command(path: tuple[str, ...], command: Any) -> str:
+    """A command's section: what it does, an example, its arguments and options."""
+    text, _, example = (command.help or "").partition("Example: ")
+    rows = []
+    for parameter in command.params:
+        if parameter.name in ("help", "install_completion", "show_completion"):
+            continue
+        option = ", ".join(f"`{name}`" for name in parameter.opts + parameter.secondary_opts)
+        name = option if parameter.param_type_name == "option" else f"`{parameter.name.upper()}`"
+        default = parameter.default
+        shown = "required" if parameter.required else "" if default in (None, False, [], ()) else f"`{default}`"
+        help_text = " ".join((getattr(parameter, "help", "") or "").split()).replace("|", "\\|")
+        rows.append(f"| {name} | {shown} | {help_text} |")
+    table = "| | default | |\n| --- | --- | --- |\n" + "\n".join(rows) if rows else ""
+    shown_example = f"```sh\n{' '.join(example.split())}\n```\n\n" if example else ""
+    return f"### {' '.join(path)}\n\n{text.strip()}\n\n{shown_example}{table}".rstrip()
+
+
+def notebook(page: Path) -> str:
+    """A page as a Jupyter notebook: text, Python cells, and shell blocks as `!` lines."""
+    parts = re.split(r"^```(sh|python)\n(.*?)^```\n", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    cells = [_cell("markdown", parts[0])]
+    for language, code, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+        lines = code.splitlines()
+        cells.append(_cell("code", code if language == "python" else "\n".join(f"!{line}" for line in lines)))
+        if text.strip():
+            cells.append(_cell("markdown", text))
+    for number, cell in enumerate(cells):
+        cell["id"] = f"cell-{number}"
+    kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    value = {"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
+    return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
+
+
+def _cell(kind: str, text: str) -> dict[str, Any]:
+    code = {"execution_count": None, "outputs": []} if kind == "code" else {}
+    return {"cell_type": kind, "metadata": {}, "source": text.strip().splitlines(keepends=True), **code}
+
+
 def pages() -> dict[Path, str]:
-    return {HERE / "sizes.md": sizes(), HERE / "recipes.md": recipes()}
+    tutorial = HERE / "tutorial" / "first-model.md"
+    return {
+        tutorial.with_suffix(".ipynb"): notebook(tutorial),
+        HERE / "reference" / "sizes.md": sizes(),
+        HERE / "reference" / "recipes.md": recipes(),
+        HERE / "reference" / "command-line.md": command_line(),
+    }
 
 
 if __name__ == "__main__":
     for path, text in pages().items():
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", newline="\n")

@@ -1,4 +1,4 @@
-"""Faults and how a run survives them: each case prints its count, `R1 50/50`. See docs/reliability.md.
+"""Faults and how a run survives them: each case prints its count, `R1 50/50`. See docs/explanation/reliability.md.
 
     python tests/soak.py                     # all cases in full: make soak
     python tests/soak.py R1 R8 --count 5     # some, shorter

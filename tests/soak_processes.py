@@ -1,4 +1,4 @@
-"""Many processes and what happens to them: R5 and R6 of docs/cluster.md, and SIGTERM; each prints its count.
+"""Many processes and what happens to them: R5 and R6 of docs/how-to/cluster.md, and SIGTERM; each prints its count.
 
     python tests/soak_processes.py               # in full: make soak
     python tests/soak_processes.py R6 --count 3  # some, shorter

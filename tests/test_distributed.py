@@ -22,7 +22,6 @@ from plait.inference.model import PlaitModel
 from plait.modalities.text import Text
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import IGNORE, Multimodal
-from plait.model.objectives import contrastive
 from plait.training.batches import Sampler, Split, Step, add_codes, load_split
 from plait.training.build import model_config
 from plait.training.distributed import Group, Network
@@ -76,7 +75,7 @@ def use_manual_backward(model: Multimodal, step: Step, split: Split, restricted:
         if len(records) > 1:
             same = torch.from_numpy(split.positives(np.array(records), np.array(records)))
             first, second = (torch.stack([spans[name][r] for r in records]) for name in (a, b))
-            losses[f"contrastive:{'-'.join(sorted((a, b)))}"] = contrastive(first, second, same, model.logit_scale)
+            losses[f"contrastive:{'-'.join(sorted((a, b)))}"] = model.pair_loss(first, second, same, model.pair_scalars)
     return losses
 
 

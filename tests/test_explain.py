@@ -21,6 +21,7 @@ from plait.explain.methods import areas, integrated_gradients, occlusion
 from plait.explain.parts import Grid, log_odds
 from plait.explain.parts import Path as Way
 from plait.explain.plait_models import question
+from plait.hf.pretrained import load_pretrained
 from plait.modalities.image import Image as Images
 from plait.modalities.text import words
 from test_pretrained import folders, make, write_tokenizer  # noqa: F401
@@ -177,7 +178,7 @@ def test_imported_models(folders: dict[str, Path]) -> None:  # noqa: F811
         clip.explain(image, "a cat", method="logit-lens")
     # A causal language model in transformers, beside its own log-probabilities.
     folder = folders["mistral"]
-    theirs = api.load(folder)
+    theirs = load_pretrained(folder, device="cpu")
     text = "the cat sat on the"
     for method in ("occlusion", "integrated-gradients", "logit-lens"):
         found = theirs.explain(text, "mat", method=method)

@@ -24,9 +24,11 @@ from plait.hf import huggingface
 from plait.hf.export import export_onnx, export_transformers
 from plait.hf.span_counter import channels_for, count_codes, widened
 from plait.inference.grammar import Span
+from plait.inference.prompts import Chat, Turn
 from plait.modalities.base import Vocabulary
 from plait.modalities.text import Text
 from plait.model import checkpoint as own
+from plait.model.chat_template import TEMPLATE
 from plait.model.checkpoint import Checkpoint
 from plait.model.extend import extend
 from plait.model.multimodal import ModelConfig, Multimodal
@@ -675,8 +677,8 @@ def test_the_exported_tokenizer_has_our_ids_and_plain_user_text(tmp_path, folder
     assert tokenizer.convert_tokens_to_ids(names) == list(range(vocabulary.text, vocabulary.size))
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (vocabulary.end, vocabulary.pad)
     for sample in [*WORDS, "e\u0301 <|image|> <|image:3|> <|endoftext|>", "<|/audio|>", " "]:
-        assert tokenizer(sample).input_ids == text.encode(sample)
-        assert max(tokenizer(sample).input_ids) < vocabulary.text
+        plain = tokenizer(sample, split_special_tokens=True).input_ids
+        assert plain == text.encode(sample) and max(plain) < vocabulary.text
         assert tokenizer.decode(text.encode(sample)) == text.decode(text.encode(sample))
 
     # An import whose tokenizer is shorter than its vocabulary, and has an end token of its own.
@@ -690,6 +692,68 @@ def test_the_exported_tokenizer_has_our_ids_and_plain_user_text(tmp_path, folder
     assert len(tokenizer) == wide.size and tokenizer.convert_tokens_to_ids("<|image|>") == wide.opener("image")
     assert tokenizer.convert_tokens_to_ids("<|plait:endoftext|>") == SIZE
     assert tokenizer.convert_tokens_to_ids("<|image:11|>") == wide.size - 1
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_an_export_chats_in_plain_transformers_and_ends_where_ours_ends(folders, tmp_path):
+    """A template of special tokens, whose end of a turn is missing from generation_config.json, as in real folders."""
+    folder = shutil.copytree(folders["qwen2"], tmp_path / "chat")
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    end = tokenizer.token_to_id("<|im_end|>")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML, "eos_token": "<|im_end|>"}))
+    messages = [{"role": "user", "content": "the cat"}]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    prompt = theirs.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+
+    # What it would write at some place becomes the end of a turn: the rows of the two are swapped.
+    reader = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    free = reader.generate(prompt, max_new_tokens=30, do_sample=False, eos_token_id=None)[0, prompt.shape[1] :].tolist()
+    place = max(free.index(id) for id in free)
+    assert place > 3
+
+    def swap(tensors: dict) -> None:
+        rows = tensors["lm_head.weight"]
+        rows[[free[place], end]] = rows[[end, free[place]]]
+
+    edit_tensors(folder, swap)
+    model = plait.load(folder, device="cpu", precision="fp32")
+    asked = Chat(model).prompt([Turn("user", ["the cat"])])
+    assert asked.context.ids == prompt[0].tolist()
+    ours = model.reply([asked.context], stop=list(asked.stop), max_new_tokens=100)[0]
+    assert ours == model.checkpoint.text.decode(free[:place])
+
+    export_transformers(model.checkpoint, tmp_path / "out")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    reader = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    again = theirs.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    assert torch.equal(again, prompt)
+    reply = reader.generate(again, max_new_tokens=100, do_sample=False)[0, prompt.shape[1] :].tolist()
+    assert reply == [*free[:place], end]
+    assert theirs.decode(reply, skip_special_tokens=True) == ours
+
+
+def test_an_export_of_our_own_turns_is_read_through_its_template(tmp_path):
+    """Trained on conversations, with tokens for who speaks."""
+    checkpoint = make_plait({})
+    vocabulary = checkpoint.model.vocabulary.model_copy(update={"turns": ["system", "user", "assistant", "tool"]})
+    config = checkpoint.model.config.model_copy(update={"vocabulary": vocabulary})
+    checkpoint.text.settings["chat_template"] = TEMPLATE
+    checkpoint = Checkpoint(extend(checkpoint, config), checkpoint.text)
+    export_transformers(checkpoint, tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    messages = [{"role": "user", "content": "the cat"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    text, end = checkpoint.text.encode("the cat"), vocabulary.end
+    assert ids == [vocabulary.opener("user"), *text, end, vocabulary.opener("assistant")]
+    settings = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == end == tokenizer.eos_token_id
 
 
 def test_what_no_architecture_computes_is_refused(tmp_path):

@@ -66,6 +66,7 @@ TWINS = {
 # Of these every option must be an argument of the function.
 WHOLE = ("prepare", "train", "evaluate", "tune", "transfer", "plan", "demo", "export", "generate", "classify")
 SHOWS = {"as_json", "out_folder", "run", "study", "device", "model", "files", "inputs", "prompt", "source", "dataset"}
+SHOWS |= {"all_figures"}
 OTHER = {
     ("train", "processes"),  # starts the program several times, as torchrun does
     ("generate", "precision"), ("classify", "precision"),  # arguments of `plait.load`

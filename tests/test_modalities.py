@@ -18,8 +18,9 @@ from plait.modalities.base import Vocabulary
 from plait.modalities.fsq import FSQ
 from plait.modalities.image import Image, ImageSettings
 from plait.modalities.text import Text
+from plait.model.contrastive import InfoNCE, SigmoidLoss
 from plait.model.multimodal import IGNORE, ModelConfig, Multimodal, Sequence, collate
-from plait.model.objectives import contrastive, likelihoods
+from plait.model.objectives import likelihoods
 from plait.model.transformer import TransformerConfig
 
 
@@ -173,7 +174,18 @@ def test_contrastive_without_ties_is_infonce() -> None:
     logit_scale = torch.tensor(2.0)
     logits = logit_scale.exp() * a @ b.t()
     wanted = (F.cross_entropy(logits, torch.arange(6)) + F.cross_entropy(logits.t(), torch.arange(6))) / 2
-    assert torch.allclose(contrastive(a, b, torch.eye(6, dtype=torch.bool), logit_scale), wanted, atol=1e-5)
+    found = InfoNCE()(a, b, torch.eye(6, dtype=torch.bool), {"logit_scale": logit_scale})
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_the_sigmoid_loss_judges_each_pair_by_itself() -> None:
+    a, b = (F.normalize(torch.randn(6, 8), dim=-1) for _ in range(2))
+    positives = torch.eye(6, dtype=torch.bool)
+    positives[0, 3] = positives[3, 0] = True  # two records of one label
+    scalars = {"logit_scale": torch.tensor(2.0), "logit_bias": torch.tensor(-3.0)}
+    logits = torch.exp(scalars["logit_scale"]) * a @ b.t() - 3
+    wanted = F.binary_cross_entropy_with_logits(logits, positives.float(), reduction="sum") / 6
+    assert torch.allclose(SigmoidLoss()(a, b, positives, scalars), wanted, atol=1e-5)
 
 
 def test_hidden_states_do_not_see_neighbours_or_padding() -> None:

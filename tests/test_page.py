@@ -1,4 +1,4 @@
-"""The page in a real Chromium: every tab does its job, offline, without an error, behind the same doors as the API."""
+"""The page in a real Chromium: every part does its job, offline, without an error, behind the same doors as the API."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from PIL import Image
 from conftest import EN, ZH
 from server import Server, is_error
 
-pytest.importorskip("gradio")
 pytest.importorskip("lancedb")
 playwright = pytest.importorskip("playwright.sync_api")
+pytestmark = pytest.mark.slow
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -35,14 +35,7 @@ class Visit:
         own = (server.url, "data:", "blob:")
         self.page.on("request", lambda r: None if r.url.startswith(own) else self.elsewhere.append(r.url))
         self.page.goto(server.url)
-        self.page.wait_for_selector("[role=tab]")
-
-    def tab(self, name: str) -> None:
-        tab = self.page.get_by_role("tab", name=name, exact=True)
-        if not tab.is_visible():  # on a phone they are behind a button
-            self.page.locator(".overflow-menu > button").click()
-            tab = self.page.locator(".overflow-dropdown button", has_text=name)
-        tab.click()
+        self.page.wait_for_selector("[data-verb]:not([hidden])")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +68,7 @@ def write_shop(folder: Path, plait: Callable[..., int]) -> Path:
     return folder / "run"
 
 
-def test_every_tab_does_its_job_and_keys_hold(
+def test_every_part_does_its_job_and_keys_hold(
     trained: Path, plait: Callable[..., int], browser: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert plait("index", "add", tmp_path / "index", trained.parent / "data", "--model", trained) == 0
@@ -85,110 +78,72 @@ def test_every_tab_does_its_job_and_keys_hold(
     options = ("--ui", "--index", tmp_path / "index", "--api-key-file", tmp_path / "keys")
     shop = write_shop(tmp_path / "shop", plait)
     with Server.start(tmp_path / "log", f"m={trained}", shop, *options, key=key) as server:
-        for path in ("/", "/page.js", "/theme.css", "/gradio_api/queue/data?session_hash=x", "/report/m"):
+        for path in ("/", "/static/served.js", "/static/studio.css", "/report/m"):
             status, headers, body = server.ask("GET", path, key="wrong")
             assert status == 401 and is_error(status, body), path
             assert headers["www-authenticate"].startswith("Basic") == (path == "/")
-        for path in ("/gradio_api/upload", "/gradio_api/file=/etc/passwd", "/gradio_api/proxy=http://x", "/config",
-                     "/report/../../etc/passwd", "/gradio_api/run/chat", "/gradio_api/info"):  # fmt: skip
-            for method in ("GET", "POST"):
-                status, _, body = server.ask(method, path)
-                assert status in (404, 405) or body == b"There is no report.", path
-        fetched = {"path": "http://127.0.0.1:9/x.png", "meta": {"_type": "gradio.FileData"}}
-        join = {"data": ["m", fetched, "", "", "", False, ""], "fn_index": 0, "session_hash": "x"}
-        status, _, body = server.ask("POST", "/gradio_api/queue/join", join)
-        assert is_error(status, body) and b"texts and numbers" in body
+            status, _, body = server.ask("POST", path)
+            assert status == 405, path
+        for path in ("/static/htmx.min.js", "/static/../app.py", "/report/../../etc/passwd", "/projects", "/p/x/data"):
+            status, _, body = server.ask("GET", path)
+            assert status == 404 or body == b"There is no report.", path
         status, headers, body = server.ask("GET", "/")
         policy = headers["content-security-policy"]
-        assert status == 200 and "'unsafe-eval'" not in policy and "default-src 'none'" in policy
-        assert "script-src 'self' 'nonce-" in policy and body.count(b"<script") == body.count(b"<script nonce=")
+        assert status == 200 and "unsafe" not in policy and "default-src 'none'" in policy
 
         visit = Visit(browser, server, key)
         page, see = visit.page, playwright.expect
         see.set_options(timeout=60_000)
-        page.fill("#chat-text textarea", EN[0])
-        page.click("#chat-go")
-        page.wait_for_selector("#chat-talk .reply img")  # a model of records answers words with an image
-        page.fill("#chat-text textarea", "<b>*x*</b> [y](z) '&amp;\"")
-        page.click("#chat-go")
-        see(page.locator("#chat-talk .reply img")).to_have_count(2)
-        assert "<b>*x*</b> [y](z) '&amp;\"" in page.inner_text("#chat-talk")
+        part = '[data-verb="{}"]'.format
+        page.fill(f"{part('chat')} textarea", EN[0])
+        page.click(f"{part('chat')} button.primary")
+        page.wait_for_selector(".talk .assistant img")  # a model of records answers words with an image
+        page.fill(f"{part('chat')} textarea", "<b>*x*</b> [y](z) '&amp;\"")
+        page.click(f"{part('chat')} button.primary")
+        see(page.locator(".talk .assistant img")).to_have_count(2)
+        assert "<b>*x*</b> [y](z) '&amp;\"" in page.inner_text(".talk")
 
-        visit.tab("Recognise")
-        page.set_input_files(".plait-media[data-to=recognise-medium] input", trained.parent / "files/media/5.png")
-        page.wait_for_selector(".plait-media[data-to=recognise-medium] .shown img")
-        page.click("#recognise-go")
-        first = page.locator("#recognise-out .plait-bar b").first
-        see(first).to_have_text(re.compile("|".join(EN)))
-        page.set_input_files(".plait-media[data-to=recognise-medium] input", trained.parent / "files/media/6.wav")
-        page.wait_for_selector(".plait-media[data-to=recognise-medium] .shown audio")
-        page.fill("#recognise-labels textarea", ", ".join(ZH))
-        page.click("#recognise-go")
-        see(first).to_have_text(re.compile("|".join(ZH)))
-        page.click(".plait-media[data-to=recognise-medium] >> text=Draw")
-        box = page.locator(".plait-media[data-to=recognise-medium] canvas").bounding_box()
-        page.mouse.move(box["x"] + 40, box["y"] + 60)
-        page.mouse.down()
-        page.mouse.move(box["x"] + 160, box["y"] + 90, steps=4)
-        page.mouse.up()
-        page.fill("#recognise-labels textarea", "")
-        page.click("#recognise-go")
-        see(first).to_have_text(re.compile("|".join(EN)))
+        page.set_input_files("#ask-file", trained.parent / "files/media/5.png")
+        answer = page.locator("#answer .big").first
+        see(answer).to_have_text(re.compile("|".join(EN)))
+        page.click("#answer >> text=Why?")
+        page.wait_for_selector("#answer img.overlay")
+        see(page.locator("#answer")).to_contain_text("random ones")
+        page.set_input_files("#ask-file", trained.parent / "files/media/6.wav")
+        page.wait_for_selector("#answer audio")
+        see(answer).to_have_text(re.compile("|".join(EN + ZH)))
 
-        visit.tab("Draw")
-        page.get_by_role("button", name=EN[3]).locator("visible=true").click()  # an example
-        see(page.locator("#draw-text textarea")).to_have_value(EN[3])
-        page.click("#draw-go")
-        see(page.locator("#draw-out img")).to_have_count(4)
-        visit.tab("Speak")
-        page.fill("#speak-text textarea", EN[2])
-        page.click("#speak-go")
-        page.wait_for_selector("#speak-out audio")
-        assert (
-            page.evaluate(
-                "new Promise(done => { const a = document.querySelector('#speak-out audio'); "
-                "if (a.duration) done(a.duration); a.onloadedmetadata = () => done(a.duration); })"
-            )
-            > 0
-        )
-        visit.tab("Find")
-        page.locator(".plait-example[data-to=find-medium]").first.click()
-        page.click("#find-go")
-        page.wait_for_selector("#find-out figure img")
-        visit.tab("Explain")
-        page.set_input_files(".plait-media[data-to=explain-medium] input", trained.parent / "files/media/5.png")
-        page.wait_for_selector(".plait-media[data-to=explain-medium] .shown img")
-        page.click("#explain-go")
-        page.wait_for_selector("#explain-out img.plait-overlay")
-        see(page.locator("#explain-out")).to_contain_text("random ones")
-        page.click(".plait-media[data-to=explain-medium] >> text=Clear")
-        page.fill("#explain-text textarea", f"{EN[0]} {EN[1]}")
-        page.click("#explain-go")
-        see(page.locator("#explain-out .plait-marked span")).to_have_count(len(f"{EN[0]} {EN[1]}".split()))
-        visit.tab("Recommend")
-        page.fill("#recommend-text textarea", "gold")
-        page.click("#recommend-look")
-        see(page.locator("#recommend-found button")).to_have_count(1)
-        page.click("#recommend-found button")  # begins a history
-        cards = page.locator("#recommend-out .plait-item")
+        page.fill(f"{part('draw')} input", EN[3])
+        page.click(f"{part('draw')} button.primary")
+        see(page.locator(f"{part('draw')} .made img")).to_have_count(4)
+        page.fill(f"{part('speak')} input", EN[2])
+        page.click(f"{part('speak')} button.primary")
+        page.wait_for_selector(f"{part('speak')} .made audio")
+        page.wait_for_function("document.querySelector('[data-verb=speak] .made audio').duration > 0")
+        page.set_input_files("#find-file", trained.parent / "files/media/5.png")
+        page.wait_for_selector("#found figure img")
+
+        page.select_option("#model", label="run")  # the shop's
+        page.fill("#items-form input", "gold")
+        page.click("#items-form button")
+        see(page.locator("#items .chip")).to_have_count(1)
+        page.click("#items .chip")  # begins a history
+        cards = page.locator("#recommended .tile")
         see(cards).to_have_count(7)
-        assert page.locator("#recommend-out img").count() == 3 and page.locator("#recommend-out .tile").count() == 4
-        first = cards.first.locator("button").first
-        title = first.get_attribute("data-title")
-        first.click()  # a click on what was found goes on with it
-        see(page.locator("#recommend-chosen button")).to_have_count(2)
+        assert page.locator("#recommended img").count() == 3
+        title = cards.first.locator("b").inner_text()
+        cards.first.locator("button").first.click()  # what was found joins the history
+        see(page.locator("#history .chip")).to_have_count(2)
         see(cards).to_have_count(6)
-        assert title in page.inner_text("#recommend-chosen") and "<b>" in title
-        see(page.locator("#recommend-out")).to_contain_text("because of")
+        assert title in page.inner_text("#history") and "<b>" in title
+        see(page.locator("#recommended")).to_contain_text("because of")
         cards.first.get_by_text("like it").click()
-        see(page.locator("#recommend-out")).to_contain_text("Like A *")
         see(cards).to_have_count(7)
-        page.fill("#recommend-where textarea", "colour = 'red'")
-        page.click("#recommend-go")
-        see(page.locator("#recommend-out .plait-wrong")).to_contain_text("no such column: colour")
-        visit.tab("Report")
-        assert "run" in page.frame_locator("iframe.plait-report").first.locator("h1").inner_text()
+        page.fill("#where-form input", "colour = 'red'")
+        page.click("#where-form button")
+        see(page.locator("#message")).to_contain_text("colour")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390  # nothing sticks out on a phone
         page.context.close()
-        assert visit.errors == [] and visit.elsewhere == []
+        allowed = [error for error in visit.errors if "400" not in error]  # the condition that was refused
+        assert allowed == [] and visit.elsewhere == []
         assert key not in server.log.read_text() and "zeppelin" not in server.log.read_text()

@@ -366,4 +366,4 @@ def test_the_report_stands_alone(tmp_path: Path) -> None:
     Image.new("RGB", (400, 300)).save(tmp_path / "in/big.jpg")
     made(tmp_path / "in", tmp_path / "out")
     page = (tmp_path / "out/report.html").read_text()
-    assert "<script" not in page and "http" not in page and page.count("data:image/") == 2
+    assert "<script" not in page and "http:" not in page and "https:" not in page and page.count("data:image/") == 2

@@ -11,6 +11,7 @@ import pytest
 import soundfile
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from plait.core.errors import PlaitError
@@ -185,14 +186,40 @@ def test_sentences_are_embedded(folders, tmp_path):
             hidden = reference(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
         wanted = hidden.mean(0) / hidden.mean(0).norm()
         assert np.allclose(vector, wanted, atol=1e-5)
-    # The end of a text longer than the model reads counts too.
-    long = model.embed(["the cat " * 20 + "dog", "the cat " * 20 + "mat"])
-    assert np.abs(long[0] - long[1]).max() > 1e-3
+    # Of a text longer than the model reads the beginning counts, as in sentence-transformers.
+    assert np.allclose(*model.embed(["the cat " * 20 + "dog", "the cat " * 20 + "mat"]), atol=1e-6)
+    many = model.embed([" ".join(["the", "cat", "mat"] * n) for n in range(1, 8)] * 20)  # in batches of like lengths
+    assert np.allclose(many[:7], many[7:14], atol=1e-6)
+    assert np.allclose(many[1], model.embed(["the cat mat the cat mat"])[0], atol=1e-5)
+
+    # What the folder of sentence-transformers says: pooling, a dense layer, a prompt, how much is read.
     (folder / "1_Pooling").mkdir()
+    (folder / "2_Dense").mkdir()
+    modules = [{"path": "", "type": "sentence_transformers.models.Transformer"}]
+    modules += [{"path": f"{k}_{kind}", "type": f"sentence_transformers.models.{kind}"}
+                for k, kind in enumerate(["Pooling", "Dense"], 1)]  # fmt: skip
+    (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
-    with torch.no_grad():
-        hidden = reference(**tokenizer(texts[0], return_tensors="pt")).last_hidden_state[0, 0]
-    assert np.allclose(load_pretrained(folder).embed(texts[:1])[0], hidden / hidden.norm(), atol=1e-5)
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 4}')
+    (folder / "config_sentence_transformers.json").write_text('{"prompts": {"query": "dog "}}')
+    weight = torch.randn(5, 32)
+    save_file({"linear.weight": weight}, folder / "2_Dense" / "model.safetensors")
+    dense = {"in_features": 32, "out_features": 5, "bias": False, "activation_function": "torch.nn.Tanh"}
+    (folder / "2_Dense" / "config.json").write_text(json.dumps(dense))
+    model = load_pretrained(folder)
+    for prompt, text in ((None, "the cat sat"), ("query", "dog the cat sat")):
+        with torch.no_grad():
+            ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=4)
+            wanted = (weight @ reference(**ids).last_hidden_state[0, 0]).tanh()
+        assert np.allclose(model.embed(["the cat sat"], prompt)[0], wanted / wanted.norm(), atol=1e-5)
+    with pytest.raises(PlaitError, match="no prompt 'passage'"):
+        model.embed(["the cat"], "passage")
+
+    # Zero-shot: how near the texts of the labels are.
+    answers = model.classify("the cat", labels=["the_cat", "dog", "a mat"])
+    assert answers[0][0] == "the_cat" and abs(sum(chance for _, chance in answers) - 1) < 1e-6
+    nearness = np.exp(20 * (model.embed(["the cat", "dog", "a mat"]) @ model.embed(["the cat"])[0]))
+    assert np.allclose(sorted(nearness / nearness.sum(), reverse=True), [chance for _, chance in answers], atol=1e-6)
     with pytest.raises(PlaitError, match="embeds texts, not Image"):
         model.embed([Image.new("L", (4, 4))])
     assert model.embed([]).shape[0] == 0

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import plait as package
-from plait.chat.replies import Replies, same
+from plait.chat.nearness import Bm25
+from plait.chat.replies import Replies, open_replies
 from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
 
@@ -60,18 +61,19 @@ def run(tmp_path_factory: pytest.TempPathFactory, plait: Plait) -> Path:
 
 
 def test_answers_and_silence(run: Path, plait: Plait, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = [FRAMES[5].format(x=thing) for thing in THINGS]
+    asked = [f"Someone here asked us of {thing}." for thing in THINGS]  # in no record
+    never = ["quarrels vex mighty fjords", "bumpy kiwi syrup", "glyphs of crypts"]
     capsys.readouterr()
-    assert plait("reply", run, *asked, *NEVER[::2], "--json") == 0
+    assert plait("reply", run, *asked, *never, "--json") == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    right = [same(one["reply"] or "", reply) for one, reply in zip(found, THINGS.values(), strict=False)]
+    right = [one["reply"] == reply for one, reply in zip(found, THINGS.values(), strict=False)]
     silent = [one["reply"] is None for one in found[len(asked) :]]
     assert sum(right) >= 4 and sum(silent) >= 2
-    assert all(len(one["sources"]) == 3 and 0 <= one["confidence"] <= 1 for one in found)
+    assert all(len(one["sources"]) == 3 and 0 <= one["confidence"] <= 1 and not one["composed"] for one in found)
     nearest = found[0]["sources"][0]
     assert nearest["reply"] == THINGS["a tent"] and 0 < nearest["nearness"] <= 1
     fitted = json.loads((run / "replies.json").read_text())
-    assert fitted["confidence"]["measured"] == 3 and fitted["pairs"] == 40
+    assert fitted["confidence"]["measured"] == len(NEVER) and fitted["pairs"] == len(THINGS) * len(FRAMES)
 
     # Fitted once; the least confidence can be set by hand, and messages may come through a pipe.
     (run / "replies.json").write_text(json.dumps({**fitted, "confidence": {**fitted["confidence"], "threshold": 0.0}}))
@@ -82,14 +84,28 @@ def test_answers_and_silence(run: Path, plait: Plait, capsys: pytest.CaptureFixt
     (run / "replies.json").unlink()
 
 
-def test_a_reply_that_is_taken_away_counts_as_never_given(run: Path) -> None:
-    replies = Replies(package.load(run), Dataset.open(run.parent / "data"))
+def test_a_model_composes_where_asked(run: Path) -> None:
+    replies = open_replies(run, None, None, None, model=package.load(run))
+    assert replies.answer(["What about a tent?"], compose=True)[0].composed
+    with pytest.raises(PlaitError, match="composed by a model"):
+        open_replies(run, None, None, None).answer(["What about a tent?"], compose=True)
+    (run / "replies.json").unlink()
+
+
+def test_a_pair_that_is_left_out_counts_as_never_seen(run: Path) -> None:
+    replies = Replies(Dataset.open(run.parent / "data"))
     assert (replies.question, replies.reply) == ("question", "reply")
-    known = replies._evidence("What about a tent?")
-    gone = replies.place[THINGS["a tent"]]
-    whole, without = (replies._features(known, place) for place in (-1, gone))
-    assert whole[0] == pytest.approx(1.0) and without[0] < 0.8 and without[1] < whole[1]
-    assert np.isclose(known.near.max(), 1.0) and len(known.places) == len(THINGS)
+    kinds = replies.nearness(["What about a tent?"])[0]
+    gone = np.array([text == THINGS["a tent"] for text in replies.replies])
+    whole, without = (replies._features("What about a tent?", kinds, left) for left in (None, gone))
+    assert whole[0] > 0.9 > 0.8 > without[0] and whole[2] > without[2]
+
+
+def test_words_that_say_more_weigh_more() -> None:
+    found = Bm25(["how do I renew a loan", "how do I print", "how do I pay"])
+    scores = found("please, renewal of my book: how?")
+    assert scores.argmax() == 0 and scores[0] > 2 * scores[1]
+    assert found.rarity("renew") > found.rarity("how") and found.shared("renewal", 0)[0] == found.rarity("renew")
 
 
 def test_mistakes(run: Path, plait: Plait, capsys: pytest.CaptureFixture[str]) -> None:

@@ -109,7 +109,7 @@ def test_killed_study_goes_on(
     best = load_recipe(study / "best.yaml")
     assert best.training.learning_rate == facts["best"]["params"]["learning_rate"]
     page = (study / "report.html").read_text()
-    assert facts["verdict"]["text"].split(":")[0] in page.replace("&#x27;", "'")
+    assert facts["verdict"]["text"].split(":")[0] in page.replace("&#39;", "'")
     assert page.count("<circle") >= 4 and not re.search(r"(src|href)=\"?(http|//)", page)
     # Finished, it trains nothing again; as another study, it is refused.
     assert plait(*command) == 0 and json.loads((study / "study.json").read_text()) == facts

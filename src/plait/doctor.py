@@ -37,7 +37,7 @@ LITTLE, NOTHING = 5e9, 5e8  # bytes free on a disk that are worth a warning, and
 EXTRAS = {
     "huggingface": "Hugging Face models that transformers runs",
     "serve": "plait serve",
-    "ui": "the page of plait serve",
+    "studio": "plait studio, and the page of plait serve",
     "search": "plait index and plait search",
     "explain": "integrated gradients",
     "tune": "plait tune",

@@ -127,6 +127,12 @@ def reply(
     least: Annotated[
         float | None, typer.Option(min=0, max=1, help="Confidence below which there is silence; else found on val.")
     ] = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="A text encoder that helps to find what is near: a Hugging Face name or folder.")
+    ] = None,
+    compose: Annotated[
+        bool, typer.Option("--compose", help="Let the run's model write; else replies are quoted.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each message.")] = False,
     device: DeviceOption = "auto",
 ) -> None:
@@ -134,21 +140,19 @@ def reply(
 
     Example: plait reply runs/replies "hello, when are you open?"
     """
-    from dataclasses import asdict, replace
+    from dataclasses import asdict
 
     from plait.chat.replies import open_replies
     from plait.core.errors import PlaitError
     from plait.inference.model import load
 
-    loaded = load(str(run), device).plait_model
-    if loaded is None:
+    loaded = load(str(run), device).plait_model if compose else None
+    if compose and loaded is None:
         raise PlaitError(f"{run} writes no replies: it runs in transformers.")
-    replies = open_replies(loaded, run, data, question, answer)
-    assert replies.confidence is not None
-    if least is not None:
-        replies.confidence = replace(replies.confidence, threshold=least)
+    embedder = load(encoder, device).embed if encoder is not None else None
+    replies = open_replies(run, data, question, answer, embedder, loaded, least)
     lines = messages or [line.strip() for line in sys.stdin if line.strip()]
-    for message, found in zip(lines, replies.answer(lines, sources), strict=True):
+    for message, found in zip(lines, replies.answer(lines, sources, compose), strict=True):
         if as_json:
             out.print(json.dumps({"message": message, **asdict(found)}, ensure_ascii=False), markup=False)
             continue

@@ -18,6 +18,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
     limit: Annotated[int | None, typer.Option(help="Records a task, at most.")] = None,
     reference_seconds: Annotated[float, typer.Option(help="Time to train the judge of drawings and speech.")] = 15.0,
+    all_figures: Annotated[bool, typer.Option("--all", help="Show all figures, not the main ones.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print metrics.json.")] = False,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
@@ -36,5 +37,7 @@ def evaluate(
     if as_json:
         out.print_json(data=evaluation.to_dict())
         return
-    show_metrics(evaluation.to_dict())
+    show_metrics(evaluation.to_dict() if all_figures else evaluation.headlines())
+    if evaluation.verdict is not None:
+        out.print(f"\n{plain(str(evaluation.verdict))}\n")
     out.print(f"All figures: {run / 'metrics.json'}\nReport: {evaluation.report}")

@@ -18,7 +18,7 @@ def export(
     to: Annotated[str, typer.Option(help="transformers, onnx or tflite.")] = "transformers",
     length: Annotated[int | None, typer.Option(help="Positions of a tflite graph; by itself 512 at most.")] = None,
 ) -> None:
-    """Write the text-and-codes backbone for other programs. docs/export.md says what each form can do.
+    """Write the text-and-codes backbone for other programs. docs/how-to/export.md says what each form can do.
 
     Example: plait export runs/demo --to transformers -o exported
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -42,7 +42,7 @@ def serve(
 
     check_serve_extra()
     if ui:
-        check_extra("gradio", "ui", "--ui")
+        check_extra("jinja2", "studio", "--ui")
     if index:
         check_extra("lancedb", "search", "--index")
     from plait.core.device import choose_device
@@ -50,6 +50,11 @@ def serve(
     from plait.server.app import Limits
     from plait.server.app import serve as run
 
+    page: Any = None
+    if ui:
+        from plait.studio.served import ServedPage
+
+        page = ServedPage
     limits = Limits(
         batch=batch,
         queue=queue,
@@ -59,7 +64,7 @@ def serve(
     )
     run(
         models, host, port, key_file=api_key_file, allow_hosts=allow_host, allow_origins=allow_origin, device=device,
-        precision=precision, resources={"search": index} if index else {}, ui=ui, aliases=alias, strict=strict,
+        precision=precision, resources={"search": index} if index else {}, page=page, aliases=alias, strict=strict,
         limits=limits,
         tell=lambda url: out.print(
             f"Serving at {url}/v1 {f'with a page at {url} ' if ui else ''}(Ctrl-C stops)\n"

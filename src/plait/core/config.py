@@ -22,7 +22,7 @@ ITEM_COLUMNS = ("user", "item", "time", "weight", "id", "title", "text", "catego
 
 
 class ItemsRecipe(_Settings):
-    """How histories of items are read and what of them is held out; see docs/recommending.md."""
+    """How histories of items are read and what of them is held out; see docs/how-to/recommending.md."""
 
     interactions: str | None = Field(
         None, description="File of the source with the interactions; found by itself where there is one."
@@ -55,7 +55,7 @@ class DataRecipe(_Settings):
     """How `plait prepare` reads a source; see `plait prepare --help`."""
 
     map: dict[str, str] = Field(
-        {}, description="Column -> image, audio, text, chat, id, split, each or ignore; see docs/data.md."
+        {}, description="Column -> image, audio, text, chat, id, split, each or ignore; see docs/how-to/data.md."
     )
     labels: dict[str, list[str]] = Field({}, description="Names of a column's integer classes, in their order.")
     pattern: str | None = Field(
@@ -116,6 +116,11 @@ class ModelRecipe(_Settings):
         None,
         ge=0,
         description="Dimension of the embedding space; 0 for none, 128 where None and there are media.",
+    )
+    contrastive: Literal["softmax", "sigmoid"] = Field(
+        "softmax",
+        description="The loss that makes the embedding space: softmax over the batch, as in CLIP, or sigmoid, as in "
+        "SigLIP.",
     )
     tied: bool | None = Field(
         None,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import shlex
 import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -42,11 +43,15 @@ class Device:
     def kind(self) -> str:
         return self.name.split(":")[0]
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Mixed precision as this device does it, or nothing where fp32 is the choice."""
-        if self.dtype is torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.kind, dtype=self.dtype)
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Mixed precision as this device does it, for a forward pass; in fp32 the products that are fastest here."""
+        with matmul_precision(self):
+            if self.dtype is torch.float32:
+                yield
+            else:
+                with torch.autocast(self.kind, dtype=self.dtype):
+                    yield
 
 
 def choose_device(name: str = "auto", precision: str = "auto", training: bool = False) -> Device:
@@ -71,8 +76,6 @@ def choose_device(name: str = "auto", precision: str = "auto", training: bool = 
     if precision == "auto":
         units = torch.cuda.is_bf16_supported() if kind == "cuda" else training and kind == "cpu" and _cpu_bf16()
         precision = "bf16" if units else "fp32"
-    if kind == "cpu":
-        torch.set_float32_matmul_precision(product_precision())
     if precision not in PRECISIONS:
         raise PlaitError(f"Unknown precision '{precision}'. Use auto, {', '.join(PRECISIONS)}.")
     if precision in KEPT and (training or kind != "cpu"):
@@ -84,22 +87,49 @@ def choose_device(name: str = "auto", precision: str = "auto", training: bool = 
     return Device(name, {"bf16": torch.bfloat16, "fp32": torch.float32}[precision])
 
 
+@functools.cache
 def product_precision() -> str:
     """What torch calls the precision of fp32 products on this processor. With bf16 units of AVX-512, oneDNN splits them
     at "medium", and the error stays that of fp32; with AMX's it would round to bf16 (errors of 3e-3)."""
     return "highest" if _allows("amx", "_is_amx_tile_supported") else "medium"
 
 
-@contextlib.contextmanager
-def exact_products(device: torch.device) -> Iterator[None]:
+class _MatmulPrecision:
+    """torch's precision of fp32 products, which belongs to the process, lent to scopes: the newest open one has its
+    way, and once all are closed it is what it was. Threads may open and close scopes in any order."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.scopes: list[tuple[object, str]] = []
+        self.outside = ""
+
+    @contextlib.contextmanager
+    def scope(self, precision: str) -> Iterator[None]:
+        scope = object(), precision
+        with self.lock:
+            if not self.scopes:
+                self.outside = torch.get_float32_matmul_precision()
+            self.scopes.append(scope)
+            torch.set_float32_matmul_precision(precision)
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.scopes.remove(scope)
+                torch.set_float32_matmul_precision(self.scopes[-1][1] if self.scopes else self.outside)
+
+
+_PRECISION = _MatmulPrecision()
+
+
+def matmul_precision(device: Device) -> contextlib.AbstractContextManager[None]:
+    """Within, fp32 products are as fast as they can be on a processor at the error of fp32; see `product_precision`."""
+    return _PRECISION.scope(product_precision()) if device.kind == "cpu" else contextlib.nullcontext()
+
+
+def exact_products(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """fp32 products as they are on a processor: split into bf16 ones, those of one row take ten times as long."""
-    before = torch.get_float32_matmul_precision()
-    if device.type == "cpu":
-        torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    return _PRECISION.scope("highest") if device.type == "cpu" else contextlib.nullcontext()
 
 
 def _cpu_bf16() -> bool:
@@ -122,7 +152,7 @@ def threads() -> int:
 
 def keep_memory() -> None:
     """Have glibc keep what is freed: by itself it hands large tensors back to the kernel, which clears each page anew,
-    and a training step takes 1.1 to 1.3 times as long (docs/bench.md). Other C libraries are left alone."""
+    and a training step takes 1.1 to 1.3 times as long (docs/benchmarks/speed.md). Other C libraries are left alone."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD

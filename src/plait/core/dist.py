@@ -11,11 +11,17 @@ from plait.core.errors import PlaitError
 # The name `plait` belongs to another project on the package index. The import and the command stay `plait`.
 DISTRIBUTION = "plait-ml"
 VERSION = "0.1.0"  # pyproject.toml reads it from here
+DOCUMENTATION = "https://plait-ml.github.io/plait"
 
 
 def install_command(extra: str = "") -> str:
     """The line that installs an extra, or the package alone; double quotes work in every shell, cmd.exe included."""
     return f'pip install "{DISTRIBUTION}[{extra}]"' if extra else f"pip install {DISTRIBUTION}"
+
+
+def docs_page(page: str) -> str:
+    """The address of a page of the documentation: `docs_page("how-to/plan")` is docs/how-to/plan.md."""
+    return f"{DOCUMENTATION}/{page}/"
 
 
 def check_extra(module: str, extra: str, what: str) -> None:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from plait.core.errors import PlaitError
 from plait.core.files import intact
 from plait.data.record import SPLITS, Record
-from plait.data.stores import Location, join, location, open_binary, size
+from plait.data.stores import Location, join, location, open_binary, raise_if_passing, size
 from plait.data.views import DatasetViews
 
 VERSION = 1
@@ -226,6 +226,7 @@ class Dataset(DatasetViews):
             try:
                 file = pq.ParquetFile(name if isinstance(name, Path) else open_binary(name), memory_map=True)
             except (OSError, pa.ArrowException) as error:
+                raise_if_passing(error, str(name))
                 raise PlaitError(f"{name} is damaged: {error}. Run plait prepare again.") from error
             rows = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
             self._files[shard], self._groups[shard] = file, np.cumsum([0, *rows])
@@ -254,6 +255,7 @@ class Dataset(DatasetViews):
             return table.combine_chunks()
         except (OSError, ValueError, pa.ArrowException) as error:
             name = join(self.path, self.manifest.shards[shard].file)
+            raise_if_passing(error, str(name))
             raise PlaitError(f"{name} is damaged: {error}. Run plait prepare again.") from error
 
     def _column(self, name: str) -> list[Any]:

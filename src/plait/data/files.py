@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import lzma
@@ -25,7 +26,7 @@ import numpy as np
 
 from plait.core.errors import PlaitError
 from plait.data.record import Rejected
-from plait.data.stores import Location, StoreError, join, listing, open_binary, size
+from plait.data.stores import Location, StoreError, join, listing, open_binary, raise_if_passing, read_bytes, size
 from plait.modalities.descriptor import LIMITS
 from plait.modalities.media import kind_of_suffix, sniff
 
@@ -141,8 +142,7 @@ class Tree:
         if suffix in (*TABLE_SUFFIXES, *ARCHIVE_SUFFIXES, ".txt", ".md", ".py", ".html") or idx_name(name):
             return None
         try:
-            with open_binary(self.files[name]) as file:
-                found = sniff(file.read(64))
+            found = sniff(read_bytes(self.files[name], 64))
         except OSError:
             return None
         return found[0] if found else None
@@ -244,8 +244,8 @@ def _add(tree: Tree, name: str, path: Location, scratch: Path) -> None:
 def _listed(url: str, scratch: Path) -> Tree:
     try:
         found = listing(url)
-    except StoreError as error:
-        raise PlaitError(f"{error}. Check the address, the rights and the network.") from error
+    except FileNotFoundError as error:
+        raise PlaitError(f"{url} does not exist. Check the address.") from error
     if len(found) == 1 and next(iter(found.values()))[0].rstrip("/").endswith("/" + url.rstrip("/").rpartition("/")[2]):
         tree = Tree(url.rstrip("/").rpartition("/")[0], url, single=next(iter(found)))
     else:
@@ -292,6 +292,7 @@ def _walk(tree: Tree, source: Path, scratch: Path, out: Location) -> None:
 
     def failed(error: OSError) -> None:
         name = os.path.relpath(str(error.filename), source)
+        raise_if_passing(error, name)
         tree.refused.append(Rejected(name, None, f"cannot be opened: {error.strerror}"))
 
     for folder, folders, names in os.walk(source, onerror=failed):
@@ -324,6 +325,7 @@ def _walk(tree: Tree, source: Path, scratch: Path, out: Location) -> None:
                 elif status.st_size == 0:
                     reason = "the file is empty"
             except OSError as error:
+                raise_if_passing(error, shown)
                 reason = f"cannot be opened: {error.strerror}"
             if reason is None and not _valid(name):
                 reason = "its name is not valid Unicode"
@@ -379,8 +381,9 @@ def _unpack(tree: Tree, path: Location, prefix: str, scratch: Path) -> None:
                             opened = partial(packed.extractfile, member)
                             _member(tree, lead, member.name, member.size, not member.isreg(), scratch, opened, stamp)
     except (*DAMAGED, NotImplementedError) as error:
-        if isinstance(error, OSError) and error.errno == 28:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise PlaitError(f"No room to unpack {path} under {scratch.parent}. Free space there.") from error
+        raise_if_passing(error, shown)
         tree.refused.append(Rejected(shown, None, f"damaged archive: {error}"))
     if claimed:
         tree.warnings.append(
@@ -438,10 +441,11 @@ def _member(
                     left -= len(block)
             tree.files[shown], tree.stamps[shown] = target, (target.stat().st_size, stamp)
             return
-        except (RuntimeError, *DAMAGED) as error:
-            reason = f"cannot be unpacked: {error}"
-        except Exception as error:
-            if isinstance(error, OSError) and error.errno == 28:
+        except StoreError:
+            raise
+        except Exception as error:  # what the archive's own decoder raises
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise
+            raise_if_passing(error, shown)
             reason = f"cannot be unpacked: {error}"
     tree.refused.append(Rejected(shown, None, reason))

@@ -30,7 +30,7 @@ from plait.data.readers import plan
 from plait.data.record import SPLITS, Rejected, rejected
 from plait.data.shards import Shards, Statistics
 from plait.data.staging import stage
-from plait.data.stores import Location, StoreError, listing, location, read_bytes, size, upload
+from plait.data.stores import Location, check_writable, listing, location, read_bytes, size, upload
 from plait.modalities.media import KINDS
 
 _VAL_MOST = 5000
@@ -97,8 +97,6 @@ def prepare(
                     manifest = _make(source, out, folder, partial, options)
                 upload(partial / "out", out, "manifest.json")
             shutil.rmtree(partial, ignore_errors=True)
-        except StoreError as error:
-            raise PlaitError(f"{error}. Check the address, the rights and the network.") from error
         finally:
             if not any(partial.glob("chunks/*.arrow")):
                 shutil.rmtree(partial, ignore_errors=True)
@@ -151,6 +149,7 @@ def _check_out(source: Location, out: Location, replace: bool) -> None:
         except (OSError, ValueError) as error:
             raise PlaitError(f"{out} cannot be used: {error}. Choose another place with -o.") from error
         if made is None:
+            check_writable(out)
             return
     else:
         if out.exists() and not out.is_dir():

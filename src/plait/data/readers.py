@@ -32,7 +32,7 @@ from plait.data.files import (
 )
 from plait.data.folders import Folders
 from plait.data.record import RESERVED, Rejected, split_name, split_of_file
-from plait.data.stores import Location, open_binary
+from plait.data.stores import Location, open_binary, raise_if_passing
 from plait.data.tables import plan_tables
 from plait.data.webdataset import plan_shards
 from plait.modalities.descriptor import LIMITS
@@ -97,6 +97,7 @@ def plan_idx(tree: Tree, labels: dict[str, list[str]]) -> Plan | None:
                 raise ValueError(f"{len(values)} labels for {len(images)} images")
             return images, values
         except DAMAGED as error:
+            raise_if_passing(error, at)
             return Rejected(at, None, f"damaged idx file: {error}")
 
     def read() -> Iterator[Item]:
@@ -156,6 +157,7 @@ def plan_text(tree: Tree) -> Plan | None:
         except UnicodeDecodeError as error:
             broken[name] = f"not UTF-8: byte {error.object[error.start]:#04x}. Save it as UTF-8"
         except DAMAGED as error:
+            raise_if_passing(error, name)
             broken[name] = f"cannot be read: {error}"
 
     def read() -> Iterator[Item]:
@@ -266,6 +268,7 @@ def plan_media(tree: Tree, pattern: re.Pattern[str] | None) -> Plan | None:
                     if words:
                         item.parts["text"] = words
                 except DAMAGED as error:
+                    raise_if_passing(error, text)
                     yield Rejected(text, None, f"the text cannot be read: {error}")
                     continue
             yield item

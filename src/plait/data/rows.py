@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from plait.data.files import DAMAGED, Tree, open_text, suffix_of
-from plait.data.stores import Location, open_binary
+from plait.data.stores import Location, open_binary, raise_if_passing
 
 LINE = 64 << 20  # characters of one line of a table, at most
 _QUOTED = 4 << 20  # characters of one CSV record that goes over several lines, at most
@@ -68,6 +68,7 @@ def rows(tree: Tree, name: str) -> Iterator[Row]:
         yield line, str(error)
     # Arrow turns values that Python cannot hold into ArithmeticError (OverflowError among them).
     except (*DAMAGED, ArithmeticError, RecursionError, TypeError, csv.Error, pa.ArrowException) as error:
+        raise_if_passing(error, name)
         yield line + 1, f"damaged table: {' '.join(str(error).split())[:200]}; the rest of the file was not read"
 
 

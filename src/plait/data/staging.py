@@ -25,6 +25,7 @@ from plait.core.errors import PlaitError
 from plait.core.system import OUT_OF_HEARING, processors, read_line
 from plait.data.files import Found, Item, Media
 from plait.data.record import Rejected
+from plait.data.stores import StoreError
 from plait.data.work import Task, check_chunk, send
 
 _ROWS, _BYTES = 512, 16 << 20  # of a chunk
@@ -212,6 +213,8 @@ class _Pool:
             self._own.process = process, status
             answer, reason = self._ask(process, status, task | {"faults": faults}, blobs)
             if answer is not None:
+                if "store" in answer:
+                    raise StoreError(answer["store"])
                 if "error" in answer:
                     raise _unwritten(self.folder, answer["error"])
                 return

@@ -15,7 +15,7 @@ from plait.data.files import DAMAGED, Found, Item, Media, Plan, Tree, shard_key,
 from plait.data.folders import FileSplits
 from plait.data.record import RESERVED, Rejected, text_fault
 from plait.data.rows import parse_json
-from plait.data.stores import open_binary
+from plait.data.stores import open_binary, raise_if_passing
 from plait.data.tables import UnusableError, words
 from plait.modalities.descriptor import LIMITS
 from plait.modalities.media import KINDS, kind_of_suffix
@@ -73,6 +73,7 @@ def _records(tree: Tree, shard: str, labels: dict[str, list[str]], split: str | 
         if held:
             yield from _record(shard, held, split, labels)
     except DAMAGED as error:
+        raise_if_passing(error, shard)
         yield from _record(shard, held, split, labels) if held else ()
         yield Rejected(shard, None, f"damaged archive: {error}; the rest of it was not read")
 

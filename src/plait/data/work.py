@@ -24,7 +24,7 @@ from plait.core.system import limit_memory
 from plait.data.conversations import turns
 from plait.data.fingerprints import text_print
 from plait.data.record import Rejected, rejected, text_fault
-from plait.data.stores import location, open_binary
+from plait.data.stores import StoreError, location, read_bytes
 from plait.modalities.descriptor import LIMITS, MediaError
 from plait.modalities.image_files import encode_png
 from plait.modalities.media import MEDIA
@@ -60,9 +60,8 @@ def _fetch(medium: dict[str, Any], blobs: list[bytes]) -> bytes:
         data = blobs[medium["blob"]]
     else:
         try:
-            with open_binary(location(medium["path"])) as file:
-                data = file.read(LIMITS.file_bytes + 1)
-        except OSError as error:
+            data = read_bytes(location(medium["path"]), LIMITS.file_bytes + 1)
+        except OSError as error:  # it is not there, or may not be read; other failures are StoreErrors
             raise MediaError(f"cannot be read: {error.strerror or error}") from error
     if not data:
         raise MediaError("the file is empty")
@@ -126,7 +125,8 @@ def _check(item: Task, task: Task, blobs: list[bytes], fault: str | None) -> dic
 
 
 def check_chunk(task: Task, blobs: list[bytes], at: Callable[[int], None] = lambda n: None) -> None:
-    """Check the records of a task and write what was found to `task["out"]`, in one piece. Raises OSError.
+    """Check the records of a task and write what was found to `task["out"]`, in one piece. Raises OSError where
+    it cannot be written, and StoreError where a disk or a store fails: then there is no chunk.
 
     `at` is told which record is under work, and -1 once all are done; `task["faults"]` says how earlier tries at a
     record ended.
@@ -207,7 +207,9 @@ def serve(status: str) -> None:
         while (received := _receive(sys.stdin.buffer)) is not None:
             try:
                 check_chunk(*received, at)
-                answer = {}
+                answer: dict[str, Any] = {}
+            except StoreError as error:
+                answer = {"store": str(error)}
             except OSError as error:
                 answer = {"error": error.strerror or str(error), "errno": error.errno}
             sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from plait.evaluation.outcome import Outcome
+
 Metric = dict[str, float | None]  # value, stderr, chance, baseline, n
 Metrics = dict[str, Metric]  # "TASK/FROM-TO/METRIC" -> figure
 
@@ -60,11 +62,16 @@ class Verdict:
         sentence: the figure that matters beside that of the simple alternative, and which of the two to take.
         next_step: what to do now; a command where there is one.
         better: whether the model is worth having; None where the data do not tell.
+        learnt: whether it is clearly better than guessing.
     """
 
     sentence: str
     next_step: str = ""
     better: bool | None = None
+    learnt: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.sentence} Next: {self.next_step}" if self.next_step else self.sentence
 
 
 @dataclass
@@ -75,4 +82,5 @@ class Findings:
     galleries: list[Gallery] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     reliabilities: list[Reliability] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)  # what the verdict rests on, what the run is for first
     verdict: Verdict | None = None

@@ -7,18 +7,24 @@ import unicodedata
 from collections import Counter
 from dataclasses import replace
 from itertools import permutations
+from typing import Any, cast
 
 import numpy as np
 import torch
 
+from plait.classifiers.classifier import Classifier, Kind
 from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
 from plait.evaluation import metrics
+from plait.evaluation.alternatives import MOST, NAMES, GramModel, fit_alternative, paired_error
 from plait.evaluation.context import EVALUATIONS, RECORD_EVALUATIONS, EvalContext, Limits, Media, Progress, Timer
 from plait.evaluation.findings import Confusion, Findings, Gallery, Metrics, Reliability, ReportItem
 from plait.evaluation.generative import TASK, evaluate_codec, evaluate_making
 from plait.evaluation.memorising import WRITTEN, evaluate_canaries, evaluate_texts
+from plait.evaluation.outcome import Outcome
+from plait.evaluation.verdict import make_verdict
 from plait.inference.model import PlaitModel
+from plait.inference.opinions import opinion_scores
 from plait.model.multimodal import IGNORE, Sequence, collate
 from plait.model.objectives import negative_log_likelihood
 from plait.training.batches import lm_windows
@@ -100,6 +106,7 @@ def evaluate(
     order = ("Drawing", "Speaking", "Written", "Memorised", "Retrieval", "Mistakes", "Codec")
     eval_context.findings.galleries.sort(key=lambda gallery: order.index(gallery.title.split(":")[0]))
     whole.lap("evaluation")
+    eval_context.findings.verdict = make_verdict(eval_context.findings.outcomes)
     return eval_context.metrics, eval_context.findings
 
 
@@ -148,7 +155,8 @@ def _recognition(eval_context: EvalContext, source: str, target: str) -> None:
     names = [*labels, *unseen]
     number = {name: i for i, name in enumerate(names)}
     truth = np.array([number[text] for text in truth_texts])
-    scores = _scores(eval_context, source, target, media, labels)
+    classifier = _classifier(eval_context, source, target)
+    scores = _answers(eval_context, source, target, media, labels)
     predicted = scores.argmax(1)
     train = _pairs(eval_context, source, target, "train")
     prior = Counter(eval_context.texts[target][i] for i in train.indices)
@@ -156,18 +164,31 @@ def _recognition(eval_context: EvalContext, source: str, target: str) -> None:
     result = metrics.classification(truth, predicted, len(names))
     errors = metrics.macro_errors(truth, predicted, len(names), seed=seed)
     plain: metrics.Classification | None = None
-    critic = eval_context.critic(source, target) if source in eval_context.media_columns else None
-    if critic is not None:
-        guess = critic.among(eval_context.features(source, media.samples), target, labels)
+    kind = cast(Kind, eval_context.columns[source])
+    guess, alternative = None, NAMES[kind]
+    if len(prior) > 1:
+        guess = _simple(eval_context, classifier, source, target, train, media, labels)
+    drawn = source in eval_context.media_columns and kind not in eval_context.model.checkpoint.model.config.read_only
+    critic = eval_context.critic(source, target) if drawn else None
+    if critic is not None:  # trained in any case, as the judge of what is drawn
+        by_critic = critic.among(eval_context.features(source, media.samples), target, labels)
+        if guess is None or (by_critic == truth).mean() > (guess == truth).mean():
+            guess, alternative = by_critic, "a small CNN"
+    if guess is not None:
         plain = metrics.classification(truth, guess, len(names))
-    elif source not in eval_context.media_columns and len(prior) > 1:
-        plain = metrics.classification(
-            truth, _by_tokens(eval_context, source, target, train, media, number), len(names)
-        )
     right = truth == predicted
     n = len(truth)
     value, error = metrics.mean_with_error(right, seed=seed)
     baseline = plain.accuracy if plain else None
+    wrong = Counter(zip(truth[~right].tolist(), predicted[~right].tolist(), strict=True))
+    eval_context.findings.outcomes.append(
+        Outcome(
+            "recognition", f"{target} from {source}", "right", value, error, n, chance,
+            alternative if guess is not None else None, baseline,
+            paired_error(right, guess == truth) if guess is not None else None,
+            confused=[(names[a], names[b]) for (a, b), _ in wrong.most_common(3)],
+        )
+    )  # fmt: skip
     eval_context.keep("recognition", direction, "accuracy", value, stderr=error, chance=chance, baseline=baseline, n=n)
     clean = eval_context.clean(media.indices)
     if clean is not None:
@@ -178,7 +199,7 @@ def _recognition(eval_context: EvalContext, source: str, target: str) -> None:
     some = train.only(eval_context.chosen(np.arange(len(train)), n))
     if len(some):
         known = np.array([number.get(text, -1) for text in eval_context.texts[target][some.indices]])
-        learnt = known == _scores(eval_context, source, target, some, labels).argmax(1)
+        learnt = known == _answers(eval_context, source, target, some, labels).argmax(1)
         value, error = metrics.mean_with_error(learnt, seed=seed)
         eval_context.keep("recognition", direction, "train_accuracy", value, stderr=error, n=len(some))
     if eval_context.model.checkpoint.model.config.embed_dim and source in eval_context.media_columns:
@@ -216,23 +237,45 @@ def _calibration(eval_context: EvalContext, direction: str, scores: np.ndarray, 
     eval_context.findings.reliabilities.append(Reliability(direction, value, mean, share, counts))
 
 
-def _by_tokens(
-    eval_context: EvalContext, source: str, target: str, train: Media, media: Media, number: dict[str, int]
-) -> np.ndarray:
-    """The numbers of the labels that logistic regression gives to texts, by the counts of the model's tokens."""
-    from sklearn.feature_extraction.text import CountVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
+def _classifier(eval_context: EvalContext, source: str, target: str) -> Classifier | None:
+    """What `classify` goes by for these columns, if anything was fitted."""
+    found = eval_context.model.checkpoint.classifiers
+    return next((one for one in found if (one.source, one.target) == (source, target)), None)
 
-    encode, texts, answers = (
-        eval_context.model.checkpoint.text.encode,
-        eval_context.texts[source],
-        eval_context.texts[target],
+
+def _answers(eval_context: EvalContext, source: str, target: str, media: Media, labels: list[str]) -> np.ndarray:
+    """What `classify` says, as log-probabilities (N, labels): the classifier's, else by likelihood alone."""
+    classifier = _classifier(eval_context, source, target)
+    if classifier is None:
+        return _scores(eval_context, source, target, media, labels)
+    eval_context.progress(f"recognition {source}-{target}", 0, len(media))
+    inputs = _raw(eval_context, source, media)
+    return classifier.mixture.log_probabilities(
+        opinion_scores(eval_context.model, classifier, inputs, classifier.mixture.used)
     )
-    judge = make_pipeline(CountVectorizer(analyzer=encode), LogisticRegression(max_iter=1000))
-    known = [i for i in train.indices if answers[i] in number]
-    judge.fit([texts[i] for i in known], [number[answers[i]] for i in known])
-    return np.asarray(judge.predict([texts[i] for i in media.indices]))
+
+
+def _raw(eval_context: EvalContext, source: str, media: Media) -> list[Any]:
+    """Samples, or texts."""
+    if source in eval_context.media_columns:
+        return list(media.samples)
+    return [eval_context.texts[source][i] for i in media.indices]
+
+
+def _simple(
+    eval_context: EvalContext, classifier: Classifier | None, source: str, target: str, train: Media, media: Media,
+    labels: list[str],
+) -> np.ndarray:  # fmt: skip
+    """The classes (N,) by the simple alternative: the linear part of the run's classifier, else one fitted now."""
+    if classifier is None:
+        kind = cast(Kind, eval_context.columns[source])
+        number = {label: i for i, label in enumerate(labels)}
+        some = train.only(eval_context.chosen(np.arange(len(train)), MOST))
+        some = some.only(np.array([eval_context.texts[target][i] in number for i in some.indices], bool))
+        classes = np.array([number[eval_context.texts[target][i]] for i in some.indices])
+        bands = int(getattr(eval_context.modality(source).settings, "bands", 0)) if kind == "audio" else 0
+        classifier = fit_alternative(kind, _raw(eval_context, source, some), classes, labels, bands)
+    return classifier.linear_scores(_raw(eval_context, source, media)).argmax(1)
 
 
 def _shown(eval_context: EvalContext, source: str, media: Media, place: int) -> ReportItem:
@@ -386,6 +429,20 @@ def _language(eval_context: EvalContext, column: str) -> None:
         eval_context.keep(
             "language", column, name, value, stderr=error, chance=chance, baseline=baseline, n=int(size.sum())
         )
+        if name == "bits_per_byte":
+            past = [texts[i] for i in eval_context.dataset.indices("train") if alone[i] and texts[i]]
+            grams = GramModel("\n".join(past).encode())
+            simple = np.array([grams.nats(text.encode()) for text in chosen])
+            simple_value, _ = metrics.ratio_with_error(simple / unit, size, seed=eval_context.seed)
+            _, lead_error = metrics.ratio_with_error((nats - simple) / unit, size, seed=eval_context.seed)
+            eval_context.keep("language", column, "bits_per_byte_ngrams", simple_value, n=int(size.sum()))
+            eval_context.findings.outcomes.append(
+                Outcome(
+                    "language", column, "bits a byte", value, error, int(size.sum()), chance,
+                    "an n-gram model of six characters", simple_value, 0.0 if len(chosen) == 1 else lead_error,
+                    higher_is_better=False, share=False,
+                )
+            )  # fmt: skip
 
 
 # --- retrieval --------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The decoder-only architectures of transformers that run in our backbone: what their `config.json` means, where their
-tensors go, and the way back. An architecture is an entry of `ARCHITECTURES`; docs/huggingface.md says how to add one.
+tensors go, and the way back. An architecture is an entry of `ARCHITECTURES`; docs/how-to/huggingface.md says how
+to add one.
 
 Nothing here reads a weight: a configuration becomes a `TransformerConfig` and a plan of tensors.
 """

@@ -48,7 +48,7 @@ def export_transformers(checkpoint: Checkpoint, folder: Path) -> str:
     size = exported_size(model.vocabulary)
     tokenizer, names = extended_tokenizer(checkpoint)
     with publish_folder(folder) as aside:
-        write_json(aside / "config.json", _config(model, architecture, size))
+        write_json(aside / "config.json", _config(checkpoint, architecture, size))
         write_json(aside / "generation_config.json", _generation(checkpoint, size))
         save_file(_tensors(model, architecture, size), aside / "model.safetensors", metadata={"format": "pt"})
         write_atomic(aside / "tokenizer.json", tokenizer)
@@ -150,12 +150,18 @@ def _biases(c: TransformerConfig, architecture: Architecture) -> Biases:
     return Biases(c.qkv_bias or c.bias, c.qkv_bias or c.bias, c.bias and architecture.model_type != "qwen3")
 
 
-def _ends(vocabulary: Vocabulary) -> int | list[int]:
-    return [vocabulary.end, *vocabulary.more_ends] if vocabulary.more_ends else vocabulary.end
+def _ends(checkpoint: Checkpoint) -> int | list[int]:
+    """The ids that end a text, and a reply written by the chat template: the tokenizer's own end, as `<|im_end|>`."""
+    vocabulary, text = checkpoint.model.vocabulary, checkpoint.text
+    ends = [vocabulary.end, *(vocabulary.more_ends or [])]
+    turn = text.tokenizer.token_to_id(text.settings.get("eos_token", ""))
+    if text.chat_template is not None and turn is not None and turn not in ends:
+        ends.append(turn)
+    return ends if len(ends) > 1 else ends[0]
 
 
-def _config(model: Multimodal, architecture: Architecture, size: int) -> dict[str, Any]:
-    vocabulary = model.vocabulary
+def _config(checkpoint: Checkpoint, architecture: Architecture, size: int) -> dict[str, Any]:
+    model, vocabulary = checkpoint.model, checkpoint.model.vocabulary
     return {
         "model_type": architecture.model_type,
         "architectures": [architecture.class_name],
@@ -163,7 +169,7 @@ def _config(model: Multimodal, architecture: Architecture, size: int) -> dict[st
         "vocab_size": size,
         "tie_word_embeddings": model.config.tied,
         "bos_token_id": None,
-        "eos_token_id": _ends(vocabulary),
+        "eos_token_id": _ends(checkpoint),
         "pad_token_id": vocabulary.pad if size > vocabulary.pad else None,
         **architecture.write(model.config.backbone),
     }
@@ -193,7 +199,7 @@ def _tensors(model: Multimodal, architecture: Architecture, size: int) -> dict[s
 def _generation(checkpoint: Checkpoint, size: int) -> dict[str, Any]:
     vocabulary, sampling = checkpoint.model.vocabulary, checkpoint.generation
     values: dict[str, Any] = {
-        "eos_token_id": _ends(vocabulary),
+        "eos_token_id": _ends(checkpoint),
         "pad_token_id": vocabulary.pad if size > vocabulary.pad else vocabulary.end,
         "do_sample": sampling.temperature > 0,
     }
@@ -245,15 +251,14 @@ def _tokenizer_config(checkpoint: Checkpoint, names: dict[str, str]) -> dict[str
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": model.config.backbone.max_length,
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # in a user's text the name of a special token is plain characters
         "padding_side": "right",
     }
     if names:
         config["pad_token"] = names[PAD]
     end_id = model.vocabulary.end_id
     end = names.get(END) if end_id is None else checkpoint.text.tokenizer.id_to_token(end_id)
-    # Of an import, its chat template and the names of its special tokens too.
-    return {**checkpoint.text.settings, **config, **({} if end is None else {"eos_token": end})}
+    # Of an import, its chat template and the names of its special tokens too, among them the end of its turns.
+    return {**({} if end is None else {"eos_token": end}), **checkpoint.text.settings, **config}
 
 
 def card(checkpoint: Checkpoint, what: str) -> str:
@@ -272,11 +277,12 @@ images and audio clips into embeddings, and codes into images and audio clips, a
 | --- | ---: | ---: |
 {id_ranges}
 
-Openers of spans: {openers}. In text, names of special tokens are plain characters; to write one, use its id
-(`tokenizer.convert_tokens_to_ids("<|pad|>")`; a name that the text's tokenizer had before has `plait:` in front,
-`<|plait:pad|>`). Outside Plait no grammar keeps the spans well formed: `plait export` has fitted one vector a space on
-top, which changes no probability within a space, and where the architecture is Qwen3 has added a block that counts the
-codes of a span, one span of each space in a sequence. `generation_config.json` asks for `min_p`.
+Openers of spans: {openers}. A special token is read where its name stands, as a chat template writes it; of text that
+others wrote, read names as plain characters: `tokenizer(text, split_special_tokens=True)`. A name that the text's
+tokenizer had before has `plait:` in front, `<|plait:pad|>`. Outside Plait no grammar keeps the spans well formed:
+`plait export` has fitted one vector a space on top, which changes no probability within a space, and where the
+architecture is Qwen3 has added a block that counts the codes of a span, one span of each space in a sequence.
+`generation_config.json` asks for `min_p`.
 """
 
 

@@ -15,6 +15,7 @@ from plait.core.files import read_json
 
 PATIENCE = 3.0  # seconds that the hub has to answer
 _ENDINGS = (".json", ".safetensors", ".txt", ".model", ".jinja")
+MODULES = ("[0-9]_*/config.json", "[0-9]_*/model.safetensors")  # of sentence encoders
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -94,7 +95,7 @@ def _download(name: str, known: str) -> Path:
     # Folders, and Mistral's "consolidated", hold the same weights in other forms; "1_Pooling" is of sentence encoders.
     top = [f for f in files if "/" not in f and f.endswith(_ENDINGS) and not f.startswith("consolidated")]
     try:
-        return Path(snapshot_download(name, allow_patterns=[*top, "1_Pooling/config.json"], etag_timeout=PATIENCE))
+        return Path(snapshot_download(name, allow_patterns=[*top, *MODULES], etag_timeout=PATIENCE))
     except Exception as error:  # the client raises errors of several libraries
         raise PlaitError(
             f"The download of '{name}' broke off: {error}. Run it again: it goes on where it was."

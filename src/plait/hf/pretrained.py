@@ -20,6 +20,7 @@ from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from plait.core.interruption import pause_point
 from plait.hf.hub import explained, find, no_safetensors, other_weights, quiet
+from plait.hf.sentences import BATCH, SentenceEncoder
 from plait.inference.base import Model
 from plait.inference.results import Prediction, Predictions
 from plait.modalities.audio_files import decode_audio, resample
@@ -30,13 +31,15 @@ from plait.modalities.inputs import as_audio, as_image, medium_of
 # What each kind of model can do.
 VERBS = {
     "contrastive": ("classify", "embed"),
-    "encoder": ("embed",),
+    "encoder": ("classify", "embed"),
     "speech": ("transcribe",),
     "image-to-text": ("describe",),
     "language": ("generate",),
 }
 SECONDS = 30  # of audio that Whisper reads at once
 WINDOWS = 16  # of a long text that are read at once
+SHARPNESS = 20.0  # what cosines of texts and labels are multiplied by: the scale that text encoders are trained with
+TEXT_TEMPLATE = "{}"  # what a text encoder is asked about a label
 TEMPLATE = "This is a photo of {}."  # what CLIP and SigLIP are asked about a label
 
 
@@ -87,6 +90,7 @@ class Pretrained(Model):
         import transformers
 
         self.folder, self.name, self.kind, self.device = folder, name, kind, device
+        self._labels: tuple[tuple[str, ...], np.ndarray] = ((), np.empty(0))  # the last ones, embedded
         auto = {
             "contrastive": "AutoModel",
             "encoder": "AutoModel",
@@ -118,6 +122,9 @@ class Pretrained(Model):
                 self.processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil", **local)
                 self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
         self.model.eval().to(device.torch)
+        self.sentences = SentenceEncoder(folder, self.model, self.tokenizer, device) if kind == "encoder" else None
+        if self.sentences is not None:
+            self.embed_batch = BATCH
 
     @property
     def verbs(self) -> list[str]:
@@ -145,33 +152,45 @@ class Pretrained(Model):
         labels: list[str] | None = None,
         column: str | None = None,
         top: int | None = 5,
-        template: str = TEMPLATE,
+        template: str | None = None,
     ) -> list[Predictions]:
-        """The likeliest labels of images with their probabilities, likeliest first; zero-shot.
+        """The likeliest labels of images, or with a text encoder of texts, with their probabilities, likeliest first;
+        zero-shot.
 
-        CLIP's probabilities sum to one over the labels; SigLIP judges each label by itself, as it was trained to.
-        `template` puts a label, at its {}, into a sentence.
+        Probabilities sum to one over the labels, but for SigLIP, which judges each label by itself, as it was trained
+        to. `template` puts a label, at its {}, into a sentence; a label's underscores are spaces there.
         """
         self._can("classify", column)
         if not labels:
             raise PlaitError("This model knows no labels of its own. Name them: labels=[...] or --labels a,b,c.")
-        texts = self.label_inputs(labels, template)
-        return [self._classified(value, labels, texts, top) for value in inputs]
+        if self.sentences is not None:
+            rows = [self._text_labels(value, labels, template or TEXT_TEMPLATE) for value in inputs]
+        else:
+            texts = self.label_inputs(labels, template or TEMPLATE)
+            rows = [self._image_labels(value, texts) for value in inputs]
+        return [_ranked(chances, labels, top) for chances in rows]
 
-    def _classified(self, value: Any, labels: list[str], texts: Any, top: int | None) -> Predictions:
-        """The labels of one image, whose texts are tensors already."""
+    def _image_labels(self, value: Any, texts: Any) -> Tensor:
+        """The probability (N,) of each label, whose texts are tensors already, for an image."""
         pixels = self.processor(images=[read_image(value)], return_tensors="pt")
         logits = self._run(self.model, **texts, **pixels).logits_per_image[0].float()
         # SigLIP has a bias beside the temperature: the mark of a sigmoid loss.
-        chances = (logits.sigmoid() if hasattr(self.model, "logit_bias") else logits.softmax(-1)).cpu()
-        order = chances.argsort(descending=True, stable=True)[:top]
-        return Predictions(Prediction(labels[i], float(chances[i])) for i in order.tolist())
+        chances: Tensor = (logits.sigmoid() if hasattr(self.model, "logit_bias") else logits.softmax(-1)).cpu()
+        return chances
+
+    def _text_labels(self, value: Any, labels: list[str], template: str) -> Tensor:
+        """The probability (N,) of each label for a text, by how near their embeddings are."""
+        if not isinstance(value, str):
+            raise PlaitError(f"{self.name} reads texts, not {type(value).__name__}. Use a CLIP or SigLIP model.")
+        key = (template, *labels)
+        if self._labels[0] != key:  # the same for many texts
+            self._labels = key, self.embed_inputs([_sentence(label, template) for label in labels])
+        cosines = self._labels[1] @ self.embed_inputs([value])[0]
+        return torch.from_numpy(cosines * SHARPNESS).softmax(-1)
 
     def label_inputs(self, labels: list[str], template: str) -> Any:
         """The texts that stand for labels, as tensors."""
-        if "{}" not in template:
-            raise PlaitError(f"The template {template!r} has no {{}} where the label goes.")
-        return self._texts([template.replace("{}", label) for label in labels])
+        return self._texts([_sentence(label, template) for label in labels])
 
     def _texts(self, texts: list[str]) -> Any:
         # SigLIP was trained on texts padded to its full length, without a mask.
@@ -181,18 +200,18 @@ class Pretrained(Model):
         limit = min(self.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
         return self.tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
 
-    def embed_inputs(self, inputs: list[Any]) -> np.ndarray:
-        """The embedding of each input, (N, E) float32, of unit length: texts and images with CLIP and SigLIP, which
-        read the beginning of a long text; texts with an encoder, a long one as the mean of its windows."""
+    def embed_inputs(self, inputs: list[Any], prompt: str | None = None) -> np.ndarray:
+        """The embedding of each input, (N, E) float32, of unit length: texts and images with CLIP and SigLIP, texts
+        with an encoder, as sentence-transformers embeds them. Of a long text the beginning is read. `prompt` names one
+        of a text encoder's prompts, as "query"."""
         self._can("embed")
-        if self.kind == "encoder":
+        if self.sentences is not None:
             if other := [value for value in inputs if not isinstance(value, str)]:
                 raise PlaitError(
                     f"{self.name} embeds texts, not {type(other[0]).__name__}. Use a CLIP or SigLIP model."
                 )
-            found = [self._sentence(text) for text in inputs]
-        else:
-            found = [self._contrastive(value) for value in inputs]
+            return self.sentences.embed(inputs, prompt)
+        found = [self._contrastive(value) for value in inputs]
         if not found:
             return np.zeros((0, 0), np.float32)
         vectors = torch.stack(found).float()
@@ -206,26 +225,6 @@ class Pretrained(Model):
             result = self._run(self.model.get_image_features, **pixels)
         vector: Tensor = getattr(result, "pooler_output", result)[0]
         return vector
-
-    def _sentence(self, text: str) -> Tensor:
-        """The pooled last layer, as the folder's 1_Pooling says, else the mean over the text's tokens."""
-        file = self.folder / "1_Pooling" / "config.json"
-        first = file.is_file() and bool(read_json(file).get("pooling_mode_cls_token"))
-        places = self.model.config.max_position_embeddings
-        if self.model.config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
-            places -= 2  # theirs count from the padding id
-        limit = min(self.tokenizer.model_max_length, places)
-        windows = self.tokenizer(text, truncation=True, max_length=limit, return_overflowing_tokens=True, padding=True)
-        names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in windows]
-        inputs = {name: torch.tensor(windows[name]) for name in names}
-        vectors = []
-        for at in range(0, len(inputs["input_ids"]), WINDOWS):
-            some = {name: tensor[at : at + WINDOWS] for name, tensor in inputs.items()}
-            hidden = self._run(self.model, **some).last_hidden_state.float()
-            weight = some["attention_mask"].to(hidden.device).float()
-            means = (hidden * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)
-            vectors.append(torch.nn.functional.normalize(hidden[:, 0] if first else means, dim=-1))
-        return torch.cat(vectors).mean(0)
 
     # --- texts ----------------------------------------------------------------------------------------------------
 
@@ -354,6 +353,19 @@ class Pretrained(Model):
         end = settings.eos_token_id
         end = end[0] if isinstance(end, list) else end
         return next((int(id) for id in (settings.pad_token_id, end) if id is not None), 0)
+
+
+def _ranked(chances: Tensor, labels: list[str], top: int | None) -> Predictions:
+    """The likeliest of labels (N,), by their probabilities."""
+    order = chances.argsort(descending=True, stable=True)[:top]
+    return Predictions(Prediction(labels[i], float(chances[i])) for i in order.tolist())
+
+
+def _sentence(label: str, template: str) -> str:
+    """A label in the sentence that stands for it."""
+    if "{}" not in template:
+        raise PlaitError(f"The template {template!r} has no {{}} where the label goes.")
+    return template.replace("{}", label.replace("_", " "))
 
 
 def read_image(value: Any) -> PILImage.Image:

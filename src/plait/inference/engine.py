@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plait.core.device import Device
+from plait.core.device import Device, matmul_precision
 from plait.core.errors import ContextLengthError, PlaitError
 from plait.core.interruption import Interrupted, pause_point
 from plait.core.rng import uniform
@@ -323,7 +323,7 @@ class Engine:
         """Admit what fits, choose one id for every sample in the batch, and read them. False when nothing is left."""
         updates: list[tuple[_Sample, Delta]] = []
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), matmul_precision(self.device):
                 self._drop_cancelled(updates)
                 self._admit()
                 feed = np.zeros(self.used, np.int64)

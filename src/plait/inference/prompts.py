@@ -38,8 +38,9 @@ class Chat:
     """Turns conversations into prompts of one model."""
 
     def __init__(self, model: PlaitModel, folder: Path | None = None) -> None:
-        """`folder` holds the checkpoint: a chat template there is used. Raises PlaitError where it needs transformers
-        and they are not installed."""
+        """`folder` holds the checkpoint, where it is not the one that the model was loaded from: a chat template there
+        is used. Raises PlaitError where it needs transformers and they are not installed."""
+        folder = folder or model.folder
         self.model = model
         self.template: Template | None = None
         self.stop: tuple[str, ...] = ()

@@ -12,6 +12,7 @@ from plait.core.progress import ProgressBar
 from plait.data.dataset import Dataset
 from plait.evaluation.findings import Findings, Metrics
 from plait.library.runs import Run
+from plait.reports.metric_labels import HEADLINES
 from plait.reports.report import read_run, write_metrics, write_report
 
 
@@ -43,11 +44,13 @@ class Evaluation(Mapping[str, Metric]):
         folder: the run's folder, in which `metrics.json` and `report.html` lie.
         split: what was measured on.
         notes: what to know about the figures.
+        verdict: one sentence and a next step; None where there is nothing to compare.
     """
 
     def __init__(self, folder: Path, split: str, metrics: Metrics, findings: Findings) -> None:
         self.folder, self.split, self.findings = folder, split, findings
         self.notes = list(findings.notes)
+        self.verdict = findings.verdict
         self._metrics = metrics
 
     def __getitem__(self, name: str) -> Metric:
@@ -73,6 +76,17 @@ class Evaluation(Mapping[str, Metric]):
         """A pandas DataFrame, a row a figure, indexed by its name. Raises PlaitError where pandas is not installed."""
         columns = {field: [getattr(self[name], field) for name in self] for field in Metric._fields}
         return data_frame(columns, list(self), "metric")
+
+    def headlines(self) -> dict[str, dict[str, Any]]:
+        """The main figures, as `to_dict` has them: at most two of each task and direction."""
+        counts: dict[str, int] = {}
+        found = {}
+        for name in self.main():
+            direction, _, metric = name.rpartition("/")
+            if metric in HEADLINES and counts.setdefault(direction, 0) < 2:
+                counts[direction] += 1
+                found[name] = self[name]._asdict()
+        return found
 
     def main(self) -> list[str]:
         """The names of the figures of whole tasks, without those of single labels and times."""

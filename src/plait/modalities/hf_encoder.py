@@ -7,7 +7,7 @@ What the encoder reads is prepared by the modality whose encoder it is; where it
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -54,6 +54,8 @@ class HFEncoder(nn.Module):
 
     A frozen encoder always works as in use: no gradient, no dropout. Its weights mean nothing until they are loaded.
     """
+
+    optimizer_groups: ClassVar = {"*": "pretrained"}
 
     def __init__(self, config: dict[str, Any], frozen: bool) -> None:
         super().__init__()

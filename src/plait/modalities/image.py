@@ -120,6 +120,8 @@ def to_unit(values: Tensor) -> Tensor:
 class ImageEncoder(nn.Module):
     """A small CNN: (N, H, W, C) to (N, grid * grid, D)."""
 
+    optimizer_groups: ClassVar = {"places": "no_decay"}
+
     def __init__(self, settings: ImageSettings, width: int) -> None:
         super().__init__()
         halvings = max(round(math.log2(settings.size / settings.stride / settings.grid)), 1)
@@ -147,6 +149,8 @@ class HFImageEncoder(nn.Module):
     Its patches are averaged on the grid; each place, beside the summary that the encoder makes of the whole (its first
     token, else the mean), is normed and projected.
     """
+
+    optimizer_groups: ClassVar = {"places": "no_decay"}
 
     mean: Tensor
     std: Tensor

@@ -92,6 +92,7 @@ class Item(nn.Module):
 
     name: ClassVar[str] = "item"
     role: ClassVar[Role] = "rows"
+    optimizer_groups: ClassVar = {"free": "no_decay"}  # a row belongs to one item alone
     variable_length: ClassVar[bool] = False
 
     def __init__(self, settings: ItemSettings, width: int) -> None:

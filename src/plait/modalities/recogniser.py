@@ -7,6 +7,7 @@ Batch statistics are used while the recogniser itself is trained, by one process
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,8 @@ class ResidualBlock(nn.Module):
 
 class Recogniser(nn.Module):
     """What images and audio clips share: the switch between training and use, and the heads."""
+
+    optimizer_groups: ClassVar = {"places": "no_decay"}
 
     trunk: nn.ModuleList
     heads: nn.ModuleList

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as ListOf
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from plait.kernels.linear import PackedLinear, pack_linear_layers
 from plait.modalities.base import MediaModality, RowModality, Vocabulary, role_of
 from plait.modalities.fsq import FSQ
 from plait.modalities.registry import MODALITIES, SETTINGS
+from plait.model.contrastive import PAIR_LOSSES, PairLoss
 from plait.model.transformer import Transformer, TransformerConfig
 
 IGNORE = -100  # no target here
@@ -31,6 +33,7 @@ class ModelConfig(BaseModel):
     backbone: TransformerConfig
     vocabulary: Vocabulary
     embed_dim: int = 128  # width of the embedding space; 0 for a model without one
+    contrastive: str = "softmax"  # the loss that makes the space, of PAIR_LOSSES
     pools_inputs: bool = False  # embeddings of media are pooled from what enters the backbone, too
     tied: bool = False  # one table of rows for reading and for predicting
     modalities: dict[str, dict[str, object]] = {}  # the settings of each modality present, text aside
@@ -171,6 +174,8 @@ class TokenEmbedding(nn.Module):
     """One row a token, (V, D). A code's row is a free row plus one row for each of its FSQ digits, so that codes
     that decode alike start alike."""
 
+    optimizer_groups: ClassVar = {"*": "no_decay"}  # a row belongs to one token alone
+
     def __init__(self, vocabulary: Vocabulary, width: int, std: float) -> None:
         super().__init__()
         self.vocabulary = vocabulary
@@ -238,7 +243,19 @@ class Multimodal(nn.Module):
         self.backbone = Transformer(config.backbone)
         if config.embed_dim:
             self.project = nn.Linear(width, config.embed_dim, bias=False)
-            self.logit_scale = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))
+            for name, value in self.pair_loss.scalars.items():
+                self.register_parameter(name, nn.Parameter(torch.tensor(value, dtype=torch.float32)))
+
+    @property
+    def pair_loss(self) -> PairLoss:
+        """What makes embeddings of one record agree."""
+        return PAIR_LOSSES[self.config.contrastive]
+
+    @property
+    def pair_scalars(self) -> dict[str, nn.Parameter]:
+        """The scalars of `pair_loss`, by name; none in a model without an embedding space."""
+        names = self.pair_loss.scalars if self.config.embed_dim else ()
+        return {name: getattr(self, name) for name in names}
 
     @property
     def output_embedding(self) -> TokenEmbedding:

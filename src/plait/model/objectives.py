@@ -198,16 +198,3 @@ def likelihoods(
             loss = total_loss(states[chosen], table, wanted[chosen], smoothing)
         found[token_type] = loss, chosen.sum()
     return found
-
-
-def contrastive(a: Tensor, b: Tensor, positives: Tensor, logit_scale: Tensor) -> Tensor:
-    """InfoNCE in both directions with several positives: a and b (N, E), positives (N, N) bool; a scalar in nats.
-
-    The target spreads evenly over a row's positives (van den Oord et al., 2018; Khosla et al., 2020), so its floor
-    is the mean log of their number.
-    """
-    logits = logit_scale.clamp(max=4.6).exp() * a @ b.t()
-    share = positives.float()
-    forward = -(share / share.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
-    backward = -(share / share.sum(0, keepdim=True) * logits.log_softmax(0)).sum(0).mean()
-    return (forward + backward) / 2

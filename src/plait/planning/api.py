@@ -75,7 +75,7 @@ def plan(
     Args:
         source: a recipe, a run, or a folder with a config.json.
         preset: instead, a network known by name: tiny, gpt3-175b, llama3-405b, ...
-        gpu: `here`, or a row of the table in docs/plan.md.
+        gpu: `here`, or a row of the table in docs/how-to/plan.md.
         gpus: so many of them.
         price: of a device and hour.
         data_tokens: tokens to train on.

@@ -16,9 +16,7 @@ def plan(
     preset: Annotated[
         str | None, typer.Option(help="A network known by name: tiny, gpt3-175b, llama3-405b, ...")
     ] = None,
-    gpu: Annotated[
-        str | None, typer.Option(help="here, or a row of the table in docs/plan.md: h100, a100, ...")
-    ] = None,
+    gpu: Annotated[str | None, typer.Option(help="here, or a GPU that `plait plan` knows: h100, a100, ...")] = None,
     gpus: Annotated[int, typer.Option(min=1, help="So many of them.")] = 1,
     price: Annotated[float | None, typer.Option(min=0, help="Of a device and hour, in your money.")] = None,
     data_tokens: Annotated[float | None, typer.Option(min=1, help="Tokens to train on.")] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from plait.core.dist import docs_page
 from plait.core.errors import PlaitError
 from plait.model.checkpoint import Checkpoint, PartFile
 from plait.recommend.catalogue import Catalogue
@@ -15,5 +16,7 @@ def catalogue_of(checkpoint: Checkpoint) -> Catalogue:
     """The items that a model knows. Raises PlaitError where it is no model of histories."""
     found = checkpoint.parts.get(FEATURE.name)
     if not isinstance(found, Catalogue):
-        raise PlaitError("This model knows no items: recommending needs a run of histories (docs/recommending.md).")
+        raise PlaitError(
+            f"This model knows no items: recommending needs a run of histories: {docs_page('how-to/recommending')}"
+        )
     return found

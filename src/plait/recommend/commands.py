@@ -23,12 +23,14 @@ CountOption = Annotated[int, typer.Option("-k", min=1, help="Items to show.")]
 
 
 def _model(name: str, device: str, add: Path | None) -> RecommendationModel:
+    from plait.core.dist import docs_page
     from plait.core.errors import PlaitError
     from plait.inference.model import load
 
     loaded = load(name, device)
     if "recommend" not in loaded.verbs:
-        raise PlaitError(f"{name} knows no items: recommending needs a run of histories (docs/recommending.md).")
+        page = docs_page("how-to/recommending")
+        raise PlaitError(f"{name} knows no items: recommending needs a run of histories: {page}")
     model = cast("RecommendationModel", loaded)
     if add is not None:
         before = len(model.catalogue)

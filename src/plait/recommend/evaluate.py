@@ -17,6 +17,8 @@ from plait.data.dataset import Dataset
 from plait.evaluation import metrics
 from plait.evaluation.context import Progress
 from plait.evaluation.findings import Findings, Gallery, Metrics, ReportItem
+from plait.evaluation.outcome import Outcome
+from plait.evaluation.verdict import make_verdict
 from plait.inference.model import PlaitModel
 from plait.modalities.item import item_rows
 from plait.recommend.baselines import MOST, Follows, Interactions, Neighbours
@@ -165,6 +167,7 @@ def evaluate_histories(
     if len(cold) >= 20:
         work.measure_cold(cold)
     work.show(targets)
+    findings.verdict = make_verdict(findings.outcomes)
     return work.metrics, findings
 
 
@@ -248,6 +251,15 @@ class _Work:
             chance = float((_expected(name, depth) / among).mean())
             base = float(first.values[name].mean())
             self.keep(name, value, stderr=error, chance=chance, baseline=base, n=n)
+        hits, plain_hits = own.values["hr_at_10"], first.values["hr_at_10"]
+        value, error = _mean(hits, targets.users, self.seed)
+        _, lead_error = _mean(hits - plain_hits, targets.users, self.seed)
+        self.findings.outcomes.append(
+            Outcome(
+                TASK, "the next item among ten, of all", "HR@10", value, error, n, float((10 / unseen).mean()),
+                "directed co-occurrence", float(plain_hits.mean()), lead_error,
+            )
+        )  # fmt: skip
         for name in ("hr_at_10", "ndcg_at_10"):
             self._lead(name, own.values[name] - first.values[name], targets, "directed co-occurrence")
             for other, measured in others.items():

@@ -13,6 +13,7 @@ FEATURE = Feature(
         "data_kind": "plait.recommend.prepare:histories_in",
         "evaluation": "plait.recommend.evaluate:evaluate_histories",
         "model_class": "plait.recommend.model:RecommendationModel",
+        "page_part": "plait.recommend.page_part:RECOMMEND",
         "routes": "plait.recommend.routes:router",
         "training_source": "plait.recommend.source:open_histories",
     },

@@ -15,7 +15,7 @@ from plait.core.config import ItemsRecipe
 from plait.core.errors import PlaitError
 from plait.data.files import DAMAGED, TABLE_SUFFIXES, Tree, suffix_of
 from plait.data.record import Rejected, text_fault
-from plait.data.stores import open_binary, read_bytes
+from plait.data.stores import open_binary, raise_if_passing, read_bytes
 from plait.data.tables import rows
 from plait.modalities.descriptor import MediaError
 from plait.modalities.media import MEDIA
@@ -241,6 +241,7 @@ def read_interactions(tree: Tree, name: str, recipe: ItemsRecipe) -> Iterator[In
     try:
         lines = list(_lines(tree, name))
     except DAMAGED as error:
+        raise_if_passing(error, name)
         raise PlaitError(f"{name} cannot be read: {error}. Fetch it again.") from error
     if not lines:
         return

@@ -16,7 +16,7 @@ from plait.data.dataset import Dataset
 from plait.data.files import Found, Media, scan
 from plait.data.readers import plan
 from plait.data.record import Rejected, text_fault
-from plait.data.stores import location, open_binary
+from plait.data.stores import location, read_bytes
 from plait.modalities.descriptor import LIMITS
 from plait.modalities.image_files import encode_png
 from plait.modalities.media import kind_of_suffix
@@ -46,8 +46,7 @@ class Entry:
                 return encode_png(value.pixels)
             if value.data is None:
                 assert value.path is not None
-                with open_binary(value.path) as file:
-                    value = file.read(LIMITS.file_bytes + 1)
+                value = read_bytes(value.path, LIMITS.file_bytes + 1)
             else:
                 value = value.data
         if not value:

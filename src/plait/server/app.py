@@ -51,7 +51,7 @@ def serve(
     device: str = "auto",
     precision: str = "auto",
     resources: dict[str, list[str]] | None = None,
-    ui: bool = False,
+    page: Callable[[Any, Service], Any] | None = None,
     aliases: list[str] | None = None,
     strict: bool = False,
     limits: Limits = Limits(),
@@ -59,26 +59,22 @@ def serve(
 ) -> None:
     """Serve models until SIGINT or SIGTERM; `tell` is called with the address once requests are taken.
 
-    A model is a run, a checkpoint, or a Hugging Face name or folder; `NAME=MODEL` gives it another name. With `ui`
-    there is a page at `/`. `resources` are things of features that are served beside the models, by the feature's
-    name: {"search": ["photos.index"]}. An alias, NAME=MODEL, is a further name of a model that is served. With
-    `strict`, fields that have no effect are refused. Raises PlaitError for what cannot be loaded, an address that
-    cannot be had, and one off loopback without keys.
+    A model is a run, a checkpoint, or a Hugging Face name or folder; `NAME=MODEL` gives it another name. `page`
+    puts an application with a page at `/` before the API. `resources` are things of features that are served beside
+    the models, by the feature's name: {"search": ["photos.index"]}. An alias, NAME=MODEL, is a further name of a model
+    that is served. With `strict`, fields that have no effect are refused. Raises PlaitError for what cannot be loaded,
+    an address that cannot be had, and one off loopback without keys.
     """
     access_policy = make_doors(host, key_file, allow_hosts or [], allow_origins or [])
-    access_policy.browsers = ui
+    access_policy.browsers = page is not None
     sock = listen(host, port)
     found = load_models(models, device, precision, limits)
     opened = {feature: RESOURCES.by_feature()[feature](names, found) for feature, names in (resources or {}).items()}
     service = Service(found, limits, Metrics(), opened, read_aliases(aliases or [], found), strict)
     app: Any = make_app(service, access_policy)
-    if ui:
-        from plait.server.page import Page
-
-        app = Page(app, service)
+    if page is not None:
+        app = page(app, service)
     guard = AccessMiddleware(app, access_policy, limits, service.metrics, _routes())
-    if ui:
-        app.tabs.guard = guard
     set_up_logging()
 
     def stop(seconds: float) -> None:

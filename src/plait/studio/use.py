@@ -15,6 +15,7 @@ from PIL import Image
 from plait.core.errors import PlaitError
 from plait.modalities.descriptor import MediaError
 from plait.modalities.media import Checker, sniff
+from plait.server.page_parts import PAGE_PARTS
 
 NEAREST = 6  # records shown beside an answer
 INDEXED = 2000  # records that are compared with
@@ -120,12 +121,14 @@ class Models:
             prompt = chat.prompt(turns)
             return str(model.reply([prompt.context], stop=list(prompt.stop), max_new_tokens=200)[0]).strip()
 
-    def recommend(self, run: Path, history: list[str], count: int = 10) -> list[dict[str, Any]]:
-        """The items that come next after a history of titles."""
+    def answer_lines(self, run: Path, verb: str, lines: list[str]) -> list[str]:
+        """What a feature's part of the page answers to lines of text."""
+        part = next((one for one in PAGE_PARTS.all() if one.verb == verb), None)
         with self.lock:
             model = self.get(run)
-            found = model.recommend(history=history or None, k=count)
-        return [{"title": one.title, "probability": round(float(one.probability), 4)} for one in found]
+            if part is None or verb not in model.verbs:
+                raise PlaitError(f"This model cannot {verb}. It can {', '.join(model.verbs)}.")
+            return part.answer(model, lines)
 
     def _input(self, body: bytes, text: str) -> tuple[Any, str, str]:
         if not body:

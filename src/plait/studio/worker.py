@@ -7,6 +7,7 @@ again, so a job may be killed at any moment and started anew.
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -58,14 +59,14 @@ def _work(project: Project, job: Job) -> Job:
         if stage != "preparing":
             _run(command)
         elif not _is_prepared(project):
-            _prepare(project, command)
+            prepare_data(project, command)
             write_atomic(project.folder / "prepared.json", json.dumps({"state": _state(project)}))
     job = job.at("predicting")
     write_predictions(project, job)
     return job
 
 
-def _prepare(project: Project, command: list[str]) -> None:
+def prepare_data(project: Project, command: list[str]) -> None:
     """Make the dataset; where labels of a linked folder were edited, from rows in memory: nothing is written there."""
     write_labels(project)
     if project.linked is None or not LabelEdits(project.folder / "labels.jsonl").edits:
@@ -105,7 +106,8 @@ def _is_prepared(project: Project) -> bool:
 
 def _run(command: list[str]) -> None:
     """Run a command of Plait. Raises CommandError with what it said, StoppedError where it was told to stop."""
-    print(f"$ {' '.join(command)}", flush=True)  # noqa: T201  (into the job's log)
+    sys.stdout.write("$ " + shlex.join(command) + "\n")
+    sys.stdout.flush()
     process = subprocess.Popen(
         [sys.executable, "-m", *command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace",

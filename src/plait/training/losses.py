@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from plait.core.device import Device
 from plait.model.multimodal import IGNORE, Multimodal
-from plait.model.objectives import contrastive, likelihoods
+from plait.model.objectives import likelihoods
 from plait.training.batches import Split, Step
 from plait.training.distributed import Group, Network
 
@@ -90,6 +90,35 @@ class LossModule(nn.Module):
         return [p for p in idle if p.requires_grad]
 
 
+@dataclass
+class Pair:
+    """Two modalities' embeddings of the same records."""
+
+    first: np.ndarray  # (N,) places of the one among the embeddings of the global batch
+    second: np.ndarray  # (N,) places of the other
+    records: np.ndarray  # (N,) the records, ascending
+
+
+@dataclass
+class StepLayout:
+    """What a global batch holds, known to every process before anything is computed."""
+
+    spans: list[np.ndarray]  # of each own part, as `_spans` gives them
+    sizes: list[int]  # spans of each process
+    counts: dict[str, int]  # token type -> targets
+    tokens: int
+    pairs: dict[str, Pair]  # objective -> what agrees
+
+
+@dataclass
+class ContrastResult:
+    """The contrastive losses of a global batch, and their gradient to what this process computed."""
+
+    losses: dict[str, float]
+    grads: list[Tensor]  # of the embeddings of each own part
+    scalar_grads: dict[str, Tensor]  # of the loss's scalars
+
+
 def step_losses(
     network: Network,
     parts: list[Step],
@@ -100,80 +129,121 @@ def step_losses(
     key: int = 0,
     smoothing: float = 0.0,
 ) -> tuple[dict[str, float], int]:
-    """Objective -> its loss over the global batch, each likelihood a mean per token; and the tokens of it.
+    """The losses of a global batch and, with `weights`, their gradients.
 
-    `parts` are this process's micro-batches. With `weights`, the gradient of the weighted objective is left in the
-    parameters of every process; more than one part then means one more forward pass each where there is a contrast.
-    Dropout is a function of `key`, so that it is the same when a part is computed twice.
+    Args:
+        network: The model as the processes share it.
+        parts: This process's micro-batches.
+        split: Whose records they are.
+        group: The processes of the run.
+        restricted: Whether the softmax of a target runs over the ids that the grammar allows there, or over all.
+        weights: Of the objectives. The gradient of their weighted sum is left in the parameters of every process; more
+            than one part then means one more forward pass each where there is a contrast. None: no gradients.
+        key: What dropout is a function of, so that it is the same when a part is computed twice.
+        smoothing: Share of each target that is spread over what is possible there.
+
+    Returns:
+        Objective -> its loss over the global batch, each likelihood a mean per token in nats; and the tokens of it.
     """
-    loss_module: LossModule = network.loss_module
-    model = loss_module.model
-    id_ranges = list(model.id_ranges)
-    spans = [_spans(part, list(model.media)) for part in parts]
-    counts = np.sum([_target_counts(part, model) for part in parts], 0)
-    seen = sum(int(batch.lengths.sum()) for part in parts for batch in part.batches)
-    mine = np.concatenate(spans)
-    headers = group.gather(torch.tensor([[len(mine), seen, *counts]]))
-    sizes = headers[:, 0].tolist()
-    seen, *totals = (int(n) for n in headers[:, 1:].sum(0))
-    count = dict(zip(id_ranges, totals, strict=True))
-    pairs = _pairs(group.gather(torch.from_numpy(mine), sizes).numpy(), ["text", *model.media])
-    if not model.config.embed_dim:
-        pairs = {}
+    model: Multimodal = network.loss_module.model
+    layout = _layout(parts, model, group)
     learning = weights is not None
 
-    def run(index: int, likelihood: bool = True, last: bool = True) -> Output:
+    def forward(index: int, likelihood: bool = True, last: bool = True) -> Output:
         torch.manual_seed(key + index)
-        return network(parts[index], restricted, bool(pairs), likelihood, smoothing, last=last)
+        return network(parts[index], restricted, bool(layout.pairs), likelihood, smoothing, last=last)
 
     with torch.set_grad_enabled(learning):
-        single = run(0) if len(parts) == 1 else None
-    losses: dict[str, float] = {}
-    grads: list[Tensor] = []  # of the contrast to the embeddings of each part
-    grad_logit_scale = torch.zeros(())  # of the contrast to the temperature
-    if pairs:
+        only = forward(0) if len(parts) == 1 else None
+    contrast = ContrastResult({}, [], {})
+    if layout.pairs:
         with torch.no_grad():
-            outputs = [single] if single else [run(i, likelihood=False) for i in range(len(parts))]
-        given = [output.embeddings.detach() for output in outputs if output.embeddings is not None]
-        width = model.config.embed_dim
-        own = torch.cat(given) if given else torch.zeros(0, width, device=loss_module.device.torch)
-        everyone = group.gather(own, sizes).requires_grad_(learning)
-        temperature = model.logit_scale.detach().clone().requires_grad_(learning)
-        contrasts = {}
-        for name, (i, j, records) in pairs.items():
-            positives = torch.from_numpy(split.positives(records, records)).to(everyone.device)
-            a, b = (everyone[torch.from_numpy(places)] for places in (i, j))
-            contrasts[name] = contrastive(a, b, positives, temperature)
-        losses = {name: float(value.detach()) for name, value in contrasts.items()}
-        if weights is not None:
-            objective = torch.stack([weight_of(name, weights) * value for name, value in contrasts.items()]).sum()
-            grad, grad_logit_scale = torch.autograd.grad(objective, [everyone, temperature])
-            start = sum(sizes[: group.rank])
-            grads = list(grad[start : start + len(mine)].split([len(part) for part in spans]))
-    sums = dict.fromkeys(id_ranges, 0.0)
+            outputs = [only] if only else [forward(index, likelihood=False) for index in range(len(parts))]
+        embeddings = [output.embeddings.detach() for output in outputs if output.embeddings is not None]
+        contrast = _contrast(network, layout, embeddings, split, group, weights)
+    sums = dict.fromkeys(layout.counts, 0.0)
     for index in range(len(parts)):
         last = index == len(parts) - 1
         with torch.set_grad_enabled(learning):
-            output = single or run(index, last=last)
+            output = only or forward(index, last=last)
         for token_type, value in output.sums.items():
             sums[token_type] += float(value.detach())
-        if weights is None:
-            continue
-        share = output.zero_anchor
-        for token_type, value in output.sums.items():
-            share = share + weight_of(token_type, weights) * value / count[token_type]
-        if output.embeddings is not None:
-            share = share + (output.embeddings * grads[index]).sum()
-        if model.config.embed_dim:
-            share = share + model.logit_scale * (grad_logit_scale / (group.size * len(parts)))
-        network.backward(share, last)
-    total = group.all_reduce(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
+        if weights is not None:
+            grad = contrast.grads[index] if contrast.grads else None
+            share = _objective_share(output, layout, weights, grad)
+            for name, scalar in model.pair_scalars.items():
+                scalar_grad = contrast.scalar_grads.get(name, torch.zeros(()))
+                share = share + scalar * (scalar_grad / (group.size * len(parts)))
+            network.backward(share, last)
+    totals = group.all_reduce(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
     means = {
-        token_type: value / count[token_type]
-        for token_type, value in zip(id_ranges, total, strict=True)
-        if count[token_type]
+        token_type: total / count
+        for (token_type, count), total in zip(layout.counts.items(), totals, strict=True)
+        if count
     }
-    return {**means, **losses}, seen
+    return {**means, **contrast.losses}, layout.tokens
+
+
+def _layout(parts: list[Step], model: Multimodal, group: Group) -> StepLayout:
+    """What the parts of all processes hold."""
+    spans = [_spans(part, list(model.media)) for part in parts]
+    own_spans = np.concatenate(spans)
+    own_counts = np.sum([_target_counts(part, model) for part in parts], 0)
+    own_tokens = sum(int(batch.lengths.sum()) for part in parts for batch in part.batches)
+    headers = group.gather(torch.tensor([[len(own_spans), own_tokens, *own_counts]]))
+    sizes = headers[:, 0].tolist()
+    tokens, *counts = (int(number) for number in headers[:, 1:].sum(0))
+    pairs = _pairs(group.gather(torch.from_numpy(own_spans), sizes).numpy(), ["text", *model.media])
+    return StepLayout(
+        spans=spans,
+        sizes=sizes,
+        counts=dict(zip(model.id_ranges, counts, strict=True)),
+        tokens=tokens,
+        pairs=pairs if model.config.embed_dim else {},
+    )
+
+
+def _contrast(
+    network: Network,
+    layout: StepLayout,
+    embeddings: list[Tensor],
+    split: Split,
+    group: Group,
+    weights: Mapping[str, float] | None,
+) -> ContrastResult:
+    """The contrastive losses over the embeddings of all processes; `embeddings` are those of the own parts."""
+    model: Multimodal = network.loss_module.model
+    learning = weights is not None
+    width, device = model.config.embed_dim, network.loss_module.device.torch
+    own = torch.cat(embeddings) if embeddings else torch.zeros(0, width, device=device)
+    everyone = group.gather(own, layout.sizes).requires_grad_(learning)
+    scalars = {name: value.detach().clone().requires_grad_(learning) for name, value in model.pair_scalars.items()}
+    losses = {}
+    for name, pair in layout.pairs.items():
+        positives = torch.from_numpy(split.positives(pair.records, pair.records)).to(everyone.device)
+        a, b = (everyone[torch.from_numpy(places)] for places in (pair.first, pair.second))
+        losses[name] = model.pair_loss(a, b, positives, scalars)
+    values = {name: float(value.detach()) for name, value in losses.items()}
+    if weights is None:
+        return ContrastResult(values, [], {})
+    objective = torch.stack([weight_of(name, weights) * value for name, value in losses.items()]).sum()
+    grad, *scalar_grads = torch.autograd.grad(objective, [everyone, *scalars.values()])
+    start = sum(layout.sizes[: group.rank])
+    own_grad = grad[start : start + len(own)]
+    grads = list(own_grad.split([len(spans) for spans in layout.spans]))
+    return ContrastResult(values, grads, dict(zip(scalars, scalar_grads, strict=True)))
+
+
+def _objective_share(
+    output: Output, layout: StepLayout, weights: Mapping[str, float], embedding_grads: Tensor | None
+) -> Tensor:
+    """What a part adds to the weighted objective of the global batch, as a scalar with the right gradient."""
+    share = output.zero_anchor
+    for token_type, value in output.sums.items():
+        share = share + weight_of(token_type, weights) * value / layout.counts[token_type]
+    if output.embeddings is not None and embedding_grads is not None:
+        share = share + (output.embeddings * embedding_grads).sum()
+    return share
 
 
 def _spans(part: Step, media: list[str]) -> np.ndarray:
@@ -196,7 +266,7 @@ def _target_counts(part: Step, model: Multimodal) -> np.ndarray:
     return np.bincount(places, minlength=len(stops))
 
 
-def _pairs(spans: np.ndarray, names: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _pairs(spans: np.ndarray, names: list[str]) -> dict[str, Pair]:
     """For two modalities at a time, where their embeddings of the same records lie, and those records, in their
     order; nothing where fewer than two are shared."""
     found = {}
@@ -204,7 +274,7 @@ def _pairs(spans: np.ndarray, names: list[str]) -> dict[str, tuple[np.ndarray, n
         first, second = (np.flatnonzero(spans[:, 0] == modality) for modality in (a, b))
         shared, i, j = np.intersect1d(spans[first, 1], spans[second, 1], return_indices=True)
         if len(shared) > 1:
-            found["contrastive:" + "-".join(sorted((names[a], names[b])))] = first[i], second[j], shared
+            found["contrastive:" + "-".join(sorted((names[a], names[b])))] = Pair(first[i], second[j], shared)
     return found
 
 

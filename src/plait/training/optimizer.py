@@ -5,13 +5,31 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from plait.training.distributed import is_shard
 
-ROWS = ("token_embedding.", "lm_head.", "modalities.item.free")  # what belongs to one token or item alone
+Kind = Literal["decay", "no_decay", "pretrained"]
+
+
+def parameter_kinds(module: nn.Module, inherited: Kind | None = None) -> dict[nn.Parameter, Kind]:
+    """How each trainable parameter is treated by the optimizer.
+
+    A module's class says so as `optimizer_groups`: name of a parameter of its own -> kind, or "*" -> kind for all that
+    is inside it. Of the rest, matrices decay; vectors, such as norms and biases, do not.
+    """
+    declared: dict[str, Kind] = getattr(module, "optimizer_groups", {})
+    inherited = declared.get("*", inherited)
+    kinds: dict[nn.Parameter, Kind] = {}
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.requires_grad:
+            kinds[parameter] = declared.get(name) or inherited or ("decay" if parameter.ndim >= 2 else "no_decay")
+    for child in module.children():
+        kinds |= parameter_kinds(child, inherited)
+    return kinds
 
 
 def make_optimizer(
@@ -21,23 +39,28 @@ def make_optimizer(
     betas: tuple[float, float],
     encoder_lr_scale: float = 1.0,
 ) -> torch.optim.AdamW:
-    """Fused AdamW over what is trainable in the modules; rows, norms and biases do not decay. Pretrained encoders learn
-    at a share `encoder_lr_scale` of the learning rate, the entry "share" of their groups."""
-    decay: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    hf_encoder: list[nn.Parameter] = []
+    """Fused AdamW over what is trainable in the modules.
+
+    Args:
+        modules: Whose parameters are trained; see `parameter_kinds`.
+        learning_rate: Of all groups at first; each has an entry "lr_scale" by which a schedule is to be multiplied.
+        weight_decay: Of the kind "decay"; the others have none.
+        betas: Of Adam.
+        encoder_lr_scale: The "lr_scale" of the kind "pretrained"; that of the others is 1.
+    """
+    kinds: dict[nn.Parameter, Kind] = {}
     for module in modules:
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                matrix = parameter.ndim >= 2 and not name.startswith(ROWS) and "places" not in name
-                (hf_encoder if ".encoder.hf_encoder." in name else decay if matrix else plain).append(parameter)
-    # A fused step takes whole tensors or shards, not both at once.
-    groups = [
-        {"params": chosen, "weight_decay": rate, "share": share}
-        for some, rate, share in ((decay, weight_decay, 1.0), (plain, 0.0, 1.0), (hf_encoder, 0.0, encoder_lr_scale))
-        for sharded in (False, True)
-        if (chosen := [p for p in some if is_shard(p) == sharded])
-    ]
+        kinds |= parameter_kinds(module)
+    groups = []
+    for kind, decay, lr_scale in (
+        ("decay", weight_decay, 1.0),
+        ("no_decay", 0.0, 1.0),
+        ("pretrained", 0.0, encoder_lr_scale),
+    ):
+        for sharded in (False, True):  # a fused step takes whole tensors or shards, not both at once
+            parameters = [p for p, own in kinds.items() if own == kind and is_shard(p) == sharded]
+            if parameters:
+                groups.append({"params": parameters, "weight_decay": decay, "lr_scale": lr_scale})
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
 

@@ -274,7 +274,7 @@ function usePage() {
   if ($("#ask")) askZone(base, show, askFile);
   $$(".make").forEach((part) => makePart(part, base));
   if ($("#chat")) chatPart($("#chat"), base);
-  if ($("#recommend")) recommendPart($("#recommend"), base);
+  $$(".lines").forEach((part) => linesPart(part, base));
 }
 
 function askZone(base, show, askFile) {
@@ -355,15 +355,12 @@ function chatPart(part, base) {
   });
 }
 
-function recommendPart(part, base) {
+function linesPart(part, base) {
   $("form", part).addEventListener("submit", guarded(async (event) => {
     event.preventDefault();
-    const { items } = await (await send(`${base}/recommend`, { history: event.target.elements.history.value })).json();
-    $(".suggestions", part).replaceChildren(...items.map(({ title, probability }) => {
-      const line = document.createElement("li");
-      line.textContent = `${title}  ${(100 * probability).toFixed(1)} %`;
-      return line;
-    }));
+    const text = event.target.elements.text.value;
+    const { lines } = await (await send(`${base}/lines/${part.dataset.verb}`, { text })).json();
+    $("ol", part).replaceChildren(...lines.map((line) => Object.assign(document.createElement("li"), { textContent: line })));
   }));
 }
 

@@ -1,0 +1,59 @@
+"""What an evaluation comes to: one sentence and a next step."""
+
+from __future__ import annotations
+
+import math
+
+from plait.evaluation.findings import Verdict
+from plait.evaluation.outcome import Outcome
+
+
+def make_verdict(outcomes: list[Outcome]) -> Verdict | None:
+    """The verdict on the first outcome, which is of what the run is for; None where nothing was measured."""
+    if not outcomes:
+        return None
+    outcome = outcomes[0]
+    if not outcome.learnt:
+        assert outcome.guess is not None
+        guess = _number(outcome, outcome.guess)
+        sentence = f"Nothing was learnt: {_figure(outcome)}, where guessing has {guess}{_of(outcome)}."
+        step = "train longer (--minutes), or look at whether inputs and answers of the data belong together."
+        return Verdict(sentence, step, outcome.better, learnt=False)
+    sentence = f"{_figure(outcome)}{_of(outcome)}"
+    if outcome.alternative is None or outcome.alternative_value is None:
+        return Verdict(f"{sentence}.", _next(outcome))
+    other = f"{_number(outcome, outcome.alternative_value)} of {outcome.alternative}"
+    if outcome.better is None:
+        told = f", against {other}: these records cannot tell them apart"
+    elif outcome.better:
+        told = f", against {other}: worth it"
+    else:
+        told = f", against {other}, which is better"
+    return Verdict(f"{sentence}{told}.", _next(outcome), outcome.better)
+
+
+def _number(outcome: Outcome, value: float) -> str:
+    return f"{value:.1%}" if outcome.share else f"{value:.3g}"
+
+
+def _figure(outcome: Outcome) -> str:
+    error = ""
+    if outcome.stderr is not None and not math.isnan(outcome.stderr):
+        error = f" ± {outcome.stderr * 100:.1f}" if outcome.share else f" ± {outcome.stderr:.2g}"
+    return f"{_number(outcome, outcome.value)}{error} {outcome.figure}"
+
+
+def _of(outcome: Outcome) -> str:
+    return f" ({outcome.subject}, {outcome.n:,} records)"
+
+
+def _next(outcome: Outcome) -> str:
+    """What would help most."""
+    if outcome.better is False and outcome.task == "recognition":
+        return f"take {outcome.alternative}, which `plait classify` asks too; or train longer (--minutes)."
+    if outcome.better is False:
+        return "train longer (--minutes), or give more records."
+    if outcome.confused:
+        pairs = ", ".join(f"{truth} taken for {said}" for truth, said in outcome.confused[:2])
+        return f"more records of what is confused most ({pairs}), or train longer (--minutes)."
+    return "more records, or train longer (--minutes)."

@@ -1,0 +1,76 @@
+"""The pages of results: the verdict, right and wrong answers, the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastapi import FastAPI, Request
+from fastapi.responses import FileResponse, RedirectResponse, Response
+
+from plait.core.errors import PlaitError
+from plait.modalities.media import media_type
+from plait.studio.results import Result, read_result
+from plait.studio.security import FILE_POLICY
+from plait.studio.web import Studio, in_thread, page
+from plait.studio.workspace import Project
+
+
+def result_pages(app: FastAPI, studio: Studio) -> None:
+    workspace = studio.workspace
+
+    @app.get("/p/{name}/result")
+    def newest_result(name: str, request: Request) -> Response:
+        project = workspace.project(name)
+        run = next((run for run in project.runs if (run / "metrics.json").is_file()), None)
+        if run is None:
+            return page("no_result.html", request, project=project, tab="result")
+        return RedirectResponse(f"/p/{project.name}/result/{run.name}", 307)
+
+    @app.get("/p/{name}/result/{run}")
+    def result(name: str, run: str, request: Request) -> Response:
+        project = workspace.project(name)
+        folder = project.run(run)
+        found = read_result(folder, project.folder / "jobs" / run)
+        compared = [(other.name, _share_right(project, other)) for other in project.runs]
+        return page(
+            "result.html", request, project=project, tab="result", run=run, result=found, points=_points(found),
+            compared=[row for row in compared if row[1] is not None],
+        )  # fmt: skip
+
+    @app.get("/p/{name}/result/{run}/report")
+    def report(name: str, run: str) -> Response:
+        path = workspace.project(name).run(run) / "report.html"
+        if not path.is_file():
+            raise PlaitError("There is no report yet.")
+        policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:; sandbox"
+        return FileResponse(path, media_type="text/html", headers={"content-security-policy": policy})
+
+    @app.get("/p/{name}/record/{index}")
+    async def record(name: str, index: int, column: str) -> Response:
+        project = workspace.project(name)
+        data, kind = await in_thread(_record, project, index, column)
+        headers = {"content-security-policy": FILE_POLICY, "cache-control": "private, max-age=3600"}
+        return Response(data, media_type=kind, headers=headers)
+
+
+def _record(project: Project, index: int, column: str) -> tuple[bytes, str]:
+    """A record's medium or text as it was prepared, and its media type."""
+    from plait.data.dataset import Dataset
+
+    dataset = Dataset.open(project.data)
+    if column not in dataset.columns or not 0 <= index < len(dataset):
+        raise PlaitError("There is no such record.")
+    part = dataset.record(index, [column]).parts.get(column, "")
+    if isinstance(part, str):
+        return part.encode(), "text/plain; charset=utf-8"
+    return part, media_type(part)
+
+
+def _share_right(project: Project, run: Path) -> float | None:
+    found = read_result(run, project.folder / "jobs" / run.name)
+    return found.right / len(found.predictions) if found.predictions else None
+
+
+def _points(result: Result) -> list[tuple[float, int]]:
+    """(probability, right) of each answer, for the slider."""
+    return [(one.answers[0][1], int(one.right)) for one in result.predictions]

@@ -1,0 +1,131 @@
+"""The pages of training: start, watch, stop, go on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import RedirectResponse, Response
+
+from plait.core.errors import PlaitError
+from plait.studio import jobs
+from plait.studio.listing import list_project
+from plait.studio.progress import Progress, read_progress
+from plait.studio.render import curve
+from plait.studio.web import Studio, in_thread, page, read_values
+from plait.studio.workspace import Project, safe_name
+
+MINUTES = 3.0
+SIZES = ("", "tiny", "small", "base", "large")
+
+
+def training_pages(app: FastAPI, studio: Studio) -> None:
+    workspace = studio.workspace
+
+    @app.get("/p/{name}/train")
+    def train(name: str, request: Request) -> Response:
+        project = workspace.project(name)
+        listing = list_project(project) if project.has_files else None
+        rows = [(run.name, _stage(project, run)) for run in project.runs]
+        busy = jobs.running(workspace)
+        preview = jobs.Job(project.folder, project.next_run().name, ("--minutes", f"{MINUTES:g}"))
+        return page(
+            "train.html", request, project=project, tab="train", listing=listing, rows=rows, sizes=SIZES,
+            minutes=MINUTES, busy=busy, command=preview.as_text(), python=_python(project, preview.run),
+        )  # fmt: skip
+
+    @app.post("/p/{name}/train")
+    async def start(name: str, request: Request) -> Response:
+        project, values = workspace.project(name), await read_values(request)
+        if not project.has_files:
+            raise PlaitError("There are no files yet. Add some under Data.")
+        job = jobs.Job(project.folder, project.next_run().name, _options(values))
+        await in_thread(jobs.start, workspace, job)
+        return RedirectResponse(f"/p/{project.name}/runs/{job.run}", 303)
+
+    @app.get("/p/{name}/runs/{run}")
+    def run_page(name: str, run: str, request: Request) -> Response:
+        project = workspace.project(name)
+        job = _job(project, run)
+        return page("run.html", request, project=project, tab="train", run=run, job=job, **_live(project, run))
+
+    @app.get("/p/{name}/runs/{run}/live")
+    def live(name: str, run: str, request: Request) -> Response:
+        project = workspace.project(name)
+        return page("live.html", request, project=project, run=run, job=_job(project, run), **_live(project, run))
+
+    @app.post("/p/{name}/runs/{run}/stop")
+    def stop(name: str, run: str) -> Response:
+        job = jobs.read_job(workspace.project(name), safe_name(run))
+        if job is not None:
+            jobs.stop(job)
+        return RedirectResponse(f"/p/{name}/runs/{run}", 303)
+
+    @app.post("/p/{name}/runs/{run}/continue")
+    async def go_on(name: str, run: str, request: Request) -> Response:
+        project = workspace.project(name)
+        job = _job(project, safe_name(run))
+        if job is None:
+            raise PlaitError(
+                f"Run {run} was not made here. Go on with: plait train {project.data} -o {project.run(run)}"
+            )
+        await in_thread(jobs.start, workspace, job)
+        return RedirectResponse(f"/p/{name}/runs/{run}", 303)
+
+
+def _options(values: dict[str, Any]) -> tuple[str, ...]:
+    """The options of `plait train` that the form asks for."""
+    try:
+        minutes = float(values.get("minutes") or MINUTES)
+        seed = int(values.get("seed") or 0)
+    except ValueError as error:
+        raise PlaitError("Minutes and seed are numbers.") from error
+    if not 0.1 <= minutes <= 10_000:
+        raise PlaitError("Minutes lie between 0.1 and 10,000.")
+    size = str(values.get("size") or "")
+    if size not in SIZES:
+        raise PlaitError(f"There is no size '{size}'. There are {', '.join(SIZES[1:])}.")
+    found = ["--minutes", f"{minutes:g}"]
+    found += ["--size", size] if size else []
+    found += ["--seed", str(seed)] if seed else []
+    return tuple(found)
+
+
+def _job(project: Project, run: str) -> jobs.Job | None:
+    job = jobs.read_job(project, safe_name(run))
+    if job is None:
+        project.run(run)  # raises where there is none
+    return job
+
+
+def _stage(project: Project, run: Path) -> str:
+    job = jobs.read_job(project, run.name)
+    return job.current if job is not None else "done"
+
+
+def _live(project: Project, run: str) -> dict[str, Any]:
+    job = jobs.read_job(project, safe_name(run))
+    progress = read_progress(project.folder / "runs" / safe_name(run), job)
+    stage = job.current if job is not None else "done"
+    return {"progress": progress, "stage": stage, "log": jobs.last_lines(job) if job else "", **_curves(progress)}
+
+
+def _curves(progress: Progress) -> dict[str, str]:
+    losses = [loss for _, loss in progress.training[1:] + progress.validation]
+    low, high = min(losses, default=0.0), max(losses, default=1.0)
+    last = max([progress.steps, *(step for step, _ in progress.training)], default=1)
+    return {
+        "training_curve": curve(progress.training, last, low, high) if progress.training else "",
+        "validation_curve": curve(progress.validation, last, low, high) if progress.validation else "",
+    }
+
+
+def _python(project: Project, run: str) -> str:
+    """The lines of Python that do the same."""
+    return (
+        "import plait\n\n"
+        f"dataset = plait.prepare({str(project.source)!r}, {str(project.data)!r})\n"
+        f"run = plait.train(dataset, {str(project.folder / 'runs' / run)!r}, minutes={MINUTES:g})\n"
+        "print(plait.evaluate(run))\n"
+    )

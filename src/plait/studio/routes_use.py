@@ -1,0 +1,106 @@
+"""The pages of use: one drop zone, drawing, speaking, talking, and what features add."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from plait.core.errors import PlaitError
+from plait.server.page_parts import PAGE_PARTS
+from plait.studio.web import Studio, in_thread, page, read_body, read_values
+from plait.studio.workspace import Project
+
+BODY = 64 << 20  # bytes of a file that is asked about
+
+
+def use_pages(app: FastAPI, studio: Studio) -> None:
+    workspace = studio.workspace
+
+    def trained(project: Project, run: str = "") -> Path:
+        runs = [project.run(run)] if run else project.runs
+        found = next(
+            (one for one in runs if (one / "checkpoints").is_dir() and any((one / "checkpoints").iterdir())), None
+        )
+        if found is None:
+            raise PlaitError("No run has learnt anything yet. Start a training first.")
+        return found
+
+    @app.get("/p/{name}/use")
+    async def use(name: str, request: Request) -> Response:
+        project = workspace.project(name)
+        try:
+            run = trained(project)
+        except PlaitError:
+            return page("no_result.html", request, project=project, tab="use")
+        verbs, kinds = await in_thread(_abilities, studio, run)
+        return page(
+            "use.html",
+            request,
+            project=project,
+            tab="use",
+            run=run.name,
+            verbs=verbs,
+            kinds=kinds,
+            parts=PAGE_PARTS.all(),
+        )
+
+    @app.post("/p/{name}/runs/{run}/ask")
+    async def ask(name: str, run: str, request: Request) -> Response:
+        project = workspace.project(name)
+        body, text = b"", ""
+        if request.headers.get("content-type", "").startswith("application/json"):
+            text = str((await read_values(request)).get("text", ""))
+        else:
+            body = await read_body(request, BODY)
+        answer = await in_thread(studio.models.ask, trained(project, run), project.data, body, text)
+        return page("answer.html", request, project=project, answer=answer, columns=_media_column(project))
+
+    @app.post("/p/{name}/runs/{run}/make")
+    async def make(name: str, run: str, request: Request) -> Response:
+        values = await read_values(request)
+        verb, text = str(values.get("verb", "")), str(values.get("text", ""))
+        count, seed = min(int(values.get("n", 4) or 4), 16), int(values.get("seed", 0) or 0)
+        made = await in_thread(studio.models.make, trained(workspace.project(name), run), verb, text, count, seed)
+        return JSONResponse({"made": made})
+
+    @app.post("/p/{name}/runs/{run}/chat")
+    async def chat(name: str, run: str, request: Request) -> Response:
+        messages = (await read_values(request)).get("messages")
+        if not isinstance(messages, list) or not all(
+            isinstance(m, dict) and m.get("role") in ("user", "assistant") and isinstance(m.get("content"), str)
+            for m in messages
+        ):
+            raise PlaitError("A conversation is a list of messages, each with a role and a content.")
+        text = await in_thread(studio.models.chat, trained(workspace.project(name), run), messages)
+        return JSONResponse({"text": text})
+
+    @app.post("/p/{name}/runs/{run}/lines/{verb}")
+    async def lines(name: str, run: str, verb: str, request: Request) -> Response:
+        given = str((await read_values(request)).get("text", "")).splitlines()
+        kept = [line.strip() for line in given if line.strip()]
+        found = await in_thread(studio.models.answer_lines, trained(workspace.project(name), run), verb, kept)
+        return JSONResponse({"lines": found})
+
+    @app.get("/p/{name}/hand-over")
+    def hand_over(name: str, request: Request) -> Response:
+        project = workspace.project(name)
+        run = next(iter(project.runs), None)
+        return page("hand_over.html", request, project=project, tab="hand_over", run=run)
+
+
+def _abilities(studio: Studio, run: Path) -> tuple[list[str], list[str]]:
+    with studio.models.lock:
+        model = studio.models.get(run)
+        return list(model.verbs), sorted(set(getattr(model, "columns", {}).values()))
+
+
+def _media_column(project: Project) -> str:
+    from plait.data.dataset import Dataset
+
+    try:
+        columns = Dataset.open(project.data).columns
+    except PlaitError:
+        return ""
+    return next((name for name, kind in columns.items() if kind != "text"), next(iter(columns), ""))

@@ -1,0 +1,74 @@
+"""What the routes of the studio share: its state, requests in, pages out."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+from urllib.parse import parse_qsl
+
+from fastapi import Request
+from fastapi.responses import HTMLResponse
+
+from plait.core.errors import PlaitError
+from plait.studio.listing import Previews
+from plait.studio.render import LANGUAGES, render
+from plait.studio.use import Models
+from plait.studio.workspace import Workspace
+
+FORM = 1 << 20  # bytes of what a form or a script sends
+
+
+class Studio:
+    """What the routes share.
+
+    Args:
+        workspace: The folder of all projects.
+    """
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self.previews = Previews()
+        self.models = Models()
+
+    def close(self) -> None:
+        self.previews.close()
+        self.models.close()
+
+
+def language_of(request: Request) -> str:
+    asked = request.cookies.get("language") or request.headers.get("accept-language", "en")[:2].lower()
+    return asked if asked in LANGUAGES else "en"
+
+
+def page(template: str, request: Request, status: int = 200, **values: Any) -> HTMLResponse:
+    return HTMLResponse(render(template, language_of(request), **values), status)
+
+
+async def read_body(request: Request, limit: int = FORM) -> bytes:
+    """A request's body. Raises PlaitError where it is longer than `limit` bytes."""
+    data = bytearray()
+    async for piece in request.stream():
+        data += piece
+        if len(data) > limit:
+            raise PlaitError(f"That is more than {limit >> 20} MB.")
+    return bytes(data)
+
+
+async def read_values(request: Request) -> dict[str, Any]:
+    """The JSON object or the form that a script or a button sent."""
+    if request.headers.get("content-type", "").startswith("application/json"):
+        try:
+            found = json.loads(await read_body(request))
+        except ValueError as error:
+            raise PlaitError("The request is no JSON.") from error
+        if not isinstance(found, dict):
+            raise PlaitError("The request must be a JSON object.")
+        return found
+    return dict(parse_qsl((await read_body(request)).decode("utf-8", errors="replace"), keep_blank_values=True))
+
+
+async def in_thread(work: Callable[..., Any], *arguments: Any) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(None, partial(work, *arguments))

@@ -1,0 +1,69 @@
+"""How many steps a time budget holds, and whether compiling pays within it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from plait.core.device import compiler
+from plait.core.errors import PlaitError
+from plait.kernels import training as training_kernels
+from plait.model.multimodal import Multimodal
+from plait.training.run import Run
+
+CALIBRATION_STEPS = 8  # by which a step's time is measured
+FEWEST_STEPS = 20  # of a schedule, however short the time
+VALIDATION_SHARE = 0.07  # of the time, which validations take
+COMPILE_SECONDS = 600  # of training, from which compiling pays
+REVISED_AT = (8, 4, 2)  # after the eighth, the quarter and the half of the schedule it is planned anew
+
+
+def calibrate(model: Multimodal, optimizer: torch.optim.Optimizer, step: Callable[[int], Any], seconds: float) -> int:
+    """How many steps fit in the time left, by throw-away steps with a learning rate of 0; leaves the weights as they
+    were."""
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
+    for options in optimizer.param_groups:
+        options["lr"] = 0.0
+    begun = time.perf_counter()
+    step(0)
+    clock = [time.perf_counter()]
+    for number in range(CALIBRATION_STEPS):
+        step(number)
+        clock.append(time.perf_counter())
+    model.load_state_dict(weights)
+    torch.set_rng_state(state)
+    left = seconds - (clock[-1] - begun)  # compiling may have taken long
+    return max(int(left * (1 - VALIDATION_SHARE) / np.median(np.diff(clock))), FEWEST_STEPS)
+
+
+def revise(run: Run, step: int, seconds: float, used: float) -> None:
+    """Plan anew where the steps so far, which `used` so many of the `seconds`, show that the machine is slower or
+    faster than it was measured: what else ran beside may have begun or ended."""
+    planned = run.steps_from(step)
+    if not step or step not in [planned // part for part in REVISED_AT]:
+        return
+    used = run.group.broadcast(used)
+    possible = max(step + int(max(seconds - used, 0) / (used / step)), step + 1)
+    if not 0.9 * planned < possible < 1.1 * planned:
+        run.record(revisions=[*run.metadata.get("revisions", []), {"at": step, "steps": possible}])
+
+
+def compiles(run: Run, model: Multimodal, seconds: float) -> bool:
+    """Whether to compile the backbone. Media vary in length, which costs compiled code its exact resuming.
+
+    Raises PlaitError where the recipe asks for it and it is not possible here.
+    """
+    asked, alone = run.settings.compile, run.group.size == 1
+    possible = alone and (run.device.name.startswith("cuda") or compiler() is not None)
+    if asked == "on" and not possible:
+        raise PlaitError("training.compile: on needs a C++ compiler (g++ or clang++), and works in a single process.")
+    if asked != "auto":
+        return asked == "on"
+    long = run.settings.steps is None and seconds >= COMPILE_SECONDS
+    kernels_suffice = training_kernels.beats_compile(run.device, model.config.backbone)
+    return possible and long and not model.media and not kernels_suffice

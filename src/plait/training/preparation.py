@@ -1,0 +1,126 @@
+"""What stands before the first step of a run: its data, its model, its codecs, and what it decided about them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from plait.core.errors import PlaitError
+from plait.core.files import read_json
+from plait.data.dataset import Dataset, Joined
+from plait.kernels import training as training_kernels
+from plait.modalities.text import Text
+from plait.model.checkpoint import Checkpoint
+from plait.model.multimodal import Multimodal
+from plait.training.batches import Split, room_needed
+from plait.training.build import label_columns
+from plait.training.canaries import plant
+from plait.training.init_from import apply_freezing, build_or_load_model
+from plait.training.run import Progress, Run
+from plait.training.source import SOURCES, RecordSource, Source
+
+CLASSIFIER_SHARE = 0.08  # of the time of a run that recognises: what fitting its classifiers takes after training
+
+
+@dataclass
+class Prepared:
+    """A run ready for its first step."""
+
+    model: Multimodal  # on the run's device
+    text: Text  # the tokenizer
+    source: Source  # of the data
+    splits: dict[str, Split]  # "train" and "val"
+    init_from: Checkpoint | None  # the model that this one was extended from
+    seconds: float  # that are left of the time budget
+
+
+def join_replayed(dataset: Dataset, paths: list[str]) -> tuple[Dataset, list[Dataset]]:
+    """A dataset with those that are replayed beside it, as one, and all of them apart.
+
+    Raises PlaitError where one of them holds data of a kind of its own.
+    """
+    datasets = [dataset, *(Dataset.open(path) for path in paths)]
+    if len(datasets) == 1:
+        return dataset, datasets
+    if alone := next((one for one in datasets if one.manifest.kind != "records"), None):
+        raise PlaitError(
+            f"{alone.path} holds data of a kind of its own ({alone.manifest.kind}), which are learnt alone: "
+            "leave out training.replay."
+        )
+    return Joined(datasets), datasets
+
+
+def prepare_run(run: Run, reuse: Path | None) -> Prepared:
+    """Make the model and its data, train its codecs, and record what was decided.
+
+    Raises PlaitError for too few records, a context that is too short, or parts that cannot be frozen.
+    """
+    group, dataset = run.group, run.dataset
+    begun = time.perf_counter()
+    torch.manual_seed(run.settings.seed)
+    with group.main_first():
+        source = _open_source(run)
+    model, text, init_from = build_or_load_model(run, source.settings)
+    source.fill(model)
+    splits: dict[str, Split] = {}
+    for name in ("train", "val"):
+        with group.main_first():
+            splits[name] = source.split(name, text, model)
+    if len(splits["train"]) < 2:
+        raise PlaitError(f"{dataset.path} has {len(splits['train'])} records to train on; at least 2 are needed.")
+    if run.settings.canaries:
+        labels = label_columns(dataset, model.config.backbone.max_length)
+        run.record(canaries=plant(splits["train"], run.settings.canaries, run.settings.seed, text, labels))
+    _check_context(run, model, splits["train"])
+    _report_sizes(run, model, splits["train"])
+    with group.main_first():
+        run.codecs(model, splits)
+        run.recognisers(model, splits)
+    apply_freezing(run, model)
+    model.to(run.device.torch)
+    if "prepared" not in run.metadata:
+        earlier = read_json(reuse / "run.json")["prepared"] if reuse else 0.0
+        run.record(prepared=group.broadcast(max(time.perf_counter() - begun, earlier)))
+    share = 1 - CLASSIFIER_SHARE if run.settings.task == "recognise" else 1.0
+    seconds = max(run.minutes * 60 * share - run.metadata["prepared"], 1.0)
+    return Prepared(model, text, source, splits, init_from, seconds)
+
+
+def _open_source(run: Run) -> Source:
+    """The data of a run, of whatever kind."""
+    cache = run.source / "cache"
+    if run.dataset.manifest.kind != "records":
+        return SOURCES.by_feature()[run.dataset.manifest.kind](run.dataset, run.recipe, cache, run.device)
+
+    def progress(stage: str, done: int, total: int) -> None:
+        run.report(Progress(stage, done, total))
+
+    return RecordSource(run.dataset, cache, progress)
+
+
+def _check_context(run: Run, model: Multimodal, train: Split) -> None:
+    """Raise PlaitError where media do not fit the model's context."""
+    context, needed = model.config.backbone.max_length, room_needed(train, run.dataset.columns, model.media)
+    if needed > context:
+        raise PlaitError(
+            f"The model's context of {context} tokens is too short for the media, which need "
+            f"{needed}. Raise model.backbone.context in the recipe, or take smaller images or shorter clips."
+        )
+
+
+def _report_sizes(run: Run, model: Multimodal, train: Split) -> None:
+    """Record and tell what was cut of the data, and how large model and batch are."""
+    notes = list(train.notes)
+    if len(train) < run.batch_size:
+        notes.append(f"train has {len(train)} records, fewer than a batch of {run.batch_size} holds")
+    if notes:
+        run.record(notes=notes)
+        run.report(Progress("note", 1, 1, note="; ".join(notes)))
+    parameters = model.parameter_count()
+    run.record(decided={"parameters": parameters, "batch_size": run.batch_size, "learning_rate": run.peak})
+    note = f"{sum(parameters.values()):,} parameters, batch {run.batch_size}, learning rate {run.peak:g}; "
+    note += f"blocks: {training_kernels.backend_name(run.device, model.config.backbone)}"
+    run.report(Progress("size " + run.recipe.model.size, 1, 1, note=note))
