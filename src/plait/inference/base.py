@@ -201,20 +201,20 @@ class Model:
         """n audio clips, (waveform, rate), of what a text says."""
         raise self._lacks(Verb.SPEAK)
 
-    def embed(self, inputs: Any, **options: Any) -> np.ndarray:
+    def embed(self, inputs: Any, prompt: str | None = None) -> np.ndarray:
         """The embedding of an input, (E,) float32, of unit length.
 
         Args:
             inputs: An input, as `classify` takes it. A list, or a folder, has the embeddings (N, E) of its inputs.
-            options: Of this model alone: `prompt`, for text encoders that have prompts.
+            prompt: One of the prompts that some text encoders have, as "query".
 
         Raises PlaitError where a file does not exist or cannot be read.
         """
         given = inputs_of(inputs)
-        vectors = self.embed_inputs(given.values, **options)
+        vectors = self.embed_inputs(given.values, prompt)
         return vectors if given.several else vectors[0]
 
-    def embed_inputs(self, inputs: list[Any]) -> np.ndarray:
+    def embed_inputs(self, inputs: list[Any], prompt: str | None = None) -> np.ndarray:
         """The embeddings (N, E) of inputs as they are: a str is a text, whatever it looks like."""
         raise self._lacks(Verb.EMBED)
 

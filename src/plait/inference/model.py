@@ -413,11 +413,13 @@ class PlaitModel(Reading, Model):
             for mean, score in zip(chances, unfamiliar, strict=True)
         ]
 
-    def embed_inputs(self, inputs: list[Any]) -> np.ndarray:
+    def embed_inputs(self, inputs: list[Any], prompt: str | None = None) -> np.ndarray:
         """The place of each input in the one space, (N, E) float32, of unit length.
 
         Inputs longer than the model reads at once are embedded in windows whose mean counts.
         """
+        if prompt is not None:
+            raise PlaitError(f"{self.name} has no prompts. Leave the prompt out.")
         return self.embed_parts([self.alone(value, self.engine.max_length) for value in inputs])
 
     def embed_parts(self, parts: list[list[Sequence]]) -> np.ndarray:
