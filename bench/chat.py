@@ -50,7 +50,7 @@ def command(*arguments: object) -> float:
 def data(out: Path, name: str) -> Path:
     folder = out / f"data-{name}"
     if not (folder / "manifest.json").is_file():
-        more = ("--recipe", "chat") if name == "chat" else ()
+        more = ("--map", "ignore=kind") if name == "chat" else ()
         command("prepare", out / "files" / name, "-o", folder, *more)
     return folder
 

@@ -25,6 +25,9 @@ from plait.core import isa  # noqa: E402
 
 isa.cap()  # PLAIT_ISA, before torch loads
 
+import numpy as np  # noqa: E402
+from sklearn.metrics import f1_score  # noqa: E402
+
 import plait.cli  # noqa: E402
 from plait.inference.opinions import opinion_scores  # noqa: E402
 
@@ -43,25 +46,28 @@ def files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def share_right(run: Path, folder: Path, column: str | None = None) -> dict[str, float]:
-    """The share of files under a folder of class folders whose first prediction is their folder's name; beside it,
-    that of the linear opinion alone, and of how many."""
-    import numpy as np
-
+def share_right(run: Path, folder: Path) -> dict[str, float]:
+    """The share of files under a folder of class folders whose likeliest label is their folder's name; beside it, that
+    of the linear opinion alone, and of how many."""
     model = plait.load(run)
-    answers = [(path.parent.name, model.classify(path, column=column)) for path in files(folder)]
-    right = np.array([truth == found[0].label for truth, found in answers])
-    simple = np.array([truth == found for truth, found in linear_answers(model, folder)])
-    return {"value": float(right.mean()), "simple": float(simple.mean()), "n": len(right)}
-
-
-def linear_answers(model: Any, folder: Path) -> list[tuple[str, str]]:
-    """The truth and what the linear opinion says, for files in class folders."""
     classifier = model.checkpoint.classifiers[0]
     paths = files(folder)
     samples = [model.modality(classifier.source).windows(path)[0] for path in paths]
-    said = classifier.linear_scores(samples).argmax(1)
-    return [(path.parent.name, classifier.labels[i]) for path, i in zip(paths, said, strict=True)]
+    return compared(model, classifier, samples, [path.parent.name for path in paths])
+
+
+def compared(model: Any, classifier: Any, inputs: list[Any], truth: list[str]) -> dict[str, float]:
+    """How often the classifier is right on inputs, and the linear opinion alone; by accuracy and macro F1."""
+    names, wanted = np.array(classifier.labels), np.array(truth)
+    scores = opinion_scores(model, classifier, inputs, list(dict.fromkeys(["linear", *classifier.mixture.used])))
+    said = names[classifier.mixture.log_probabilities(scores).argmax(1)]
+    simple = names[scores["linear"].argmax(1)]
+    return {
+        "value": float((said == wanted).mean()), "simple": float((simple == wanted).mean()), "n": len(wanted),
+        "macro_f1": float(f1_score(wanted, said, average="macro")),
+        "simple_macro_f1": float(f1_score(wanted, simple, average="macro")),
+        **{f"{name} alone": float((names[one.argmax(1)] == wanted).mean()) for name, one in scores.items()},
+    }  # fmt: skip
 
 
 def photos(data: Path, run: Path, seed: int, seconds: float) -> dict[str, float]:
@@ -72,27 +78,33 @@ def photos(data: Path, run: Path, seed: int, seconds: float) -> dict[str, float]
 
 def labelled_texts(data: Path, run: Path, seed: int, seconds: float) -> dict[str, float]:
     """`data` holds train.csv and, elsewhere in it, new/test.csv, of two columns: a text and its label."""
-    import numpy as np
-    from sklearn.metrics import f1_score
-
     command("train", data / "train.csv", "-o", run, "--minutes", seconds / 60, "--seed", seed)
     model = plait.load(run)
     with (data / "new" / "test.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file))[1:]
-    texts, truth = [row[0] for row in rows], np.array([row[1] for row in rows])
-    classifier = model.checkpoint.classifiers[0]
-    names = np.array(classifier.labels)
-    scores = opinion_scores(model, classifier, texts, list(dict.fromkeys(["linear", *classifier.mixture.used])))
-    said = names[classifier.mixture.log_probabilities(scores).argmax(1)]
-    simple = names[scores["linear"].argmax(1)]
-    found = {"value": float((said == truth).mean()), "simple": float((simple == truth).mean()), "n": len(truth)}
-    return found | {
-        "macro_f1": float(f1_score(truth, said, average="macro")),
-        "simple_macro_f1": float(f1_score(truth, simple, average="macro")),
-    }
+    return compared(model, model.checkpoint.classifiers[0], [row[0] for row in rows], [row[1] for row in rows])
 
 
-ROWS = {"photos": photos, "digits": photos, "intents": labelled_texts, "emotions": labelled_texts}
+def recommendation(data: Path, run: Path, seed: int, seconds: float) -> dict[str, float]:
+    """`data` is a file or folder of interactions; HR@10 of each user's last item, beside directed co-occurrence."""
+    command("train", data, "-o", run, "--minutes", seconds / 60, "--seed", seed)
+    found = plait.evaluate(run, progress=False)
+    hits = found["recommendation/item-item/hr_at_10"]
+    return {"value": hits.value, "stderr": hits.stderr, "simple": hits.baseline, "n": hits.n}
+
+
+def language(data: Path, run: Path, seed: int, seconds: float) -> dict[str, float]:
+    """`data` is one file of text, whose last tenth is held out; nats a character, beside an n-gram model."""
+    command("train", data, "-o", run, "--minutes", seconds / 60, "--seed", seed)
+    found = plait.evaluate(run, split="val", progress=False)
+    bits = found["language/text/bits_per_byte"].value
+    other = found["language/text/bits_per_byte_ngrams"].value
+    nats = found["language/text/nats_per_character"]
+    return {"value": nats.value, "simple": nats.value * other / bits, "n": nats.n}
+
+
+ROWS = {"photos": photos, "digits": photos, "intents": labelled_texts, "emotions": labelled_texts,
+        "films": recommendation, "text": language}  # fmt: skip
 
 
 def main() -> None:

@@ -39,6 +39,48 @@ def write_text_model(folder: Path) -> Path:
     return folder
 
 
+def write_imports(folder: Path) -> dict[str, Path]:
+    """Two checkpoints of Hugging Face with random weights: tokens of bytes, and SentencePiece's."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    texts = ["the cat sat on the mat", "der Bär läuft", "café naïve", "한국어 문장", "Việt Nam đẹp"] * 20
+    plain = Tokenizer(models.BPE())
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    plain.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False,
+    ))  # fmt: skip
+    size = plain.get_vocab_size()
+    GPT2LMHeadModel(GPT2Config(vocab_size=size, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=0,
+                               eos_token_id=0)).save_pretrained(folder / "bytes")  # fmt: skip
+    PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<|end|>").save_pretrained(folder / "bytes")
+
+    marked = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    marked.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    marked.decoder = decoders.Sequence([
+        decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0),
+    ])  # fmt: skip
+    hexes = [f"<0x{byte:02X}>" for byte in range(256)]
+    marked.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<unk>", "<s>", "</s>", *hexes], show_progress=False,
+    ))  # fmt: skip
+    state = json.loads(marked.to_str())  # the bytes are tokens like others
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in hexes]
+    marked = Tokenizer.from_str(json.dumps(state))
+    config = LlamaConfig(
+        vocab_size=marked.get_vocab_size(), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "pieces")
+    PreTrainedTokenizerFast(
+        tokenizer_object=marked, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder / "pieces")
+    return {"bytes": folder / "bytes", "pieces": folder / "pieces"}
+
+
 @dataclass
 class Server:
     process: subprocess.Popen[str]

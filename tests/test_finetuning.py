@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import yaml
@@ -16,6 +17,8 @@ from torch import nn
 
 from conftest import RECIPE, make_image
 from plait.data.dataset import Dataset, Joined
+from plait.data.samples import Samples
+from plait.data.tokens import Ids, Tokens
 from plait.model import checkpoint as checkpoints
 from plait.model import lora
 from plait.training.batches import Sampler, Split
@@ -136,7 +139,11 @@ def test_replay_takes_its_share_of_every_batch(base: Path, new: Path, tmp_path: 
     assert both.texts("fr")[int(both.indices("test")[-1])] is None and both.texts("fr")[0] in NEW
     records = list(both.iterate(train[[0, -1]]))
     assert ("fr" in records[0].parts and "en" in records[1].parts) or "zh" in records[1].parts
-    split = Split([str(i) for i in train], {"t": [[1]] * len(train)}, {}, {}, sources=both.source(train))
+    one_each = Samples(np.ones(len(train), np.uint16), np.arange(len(train) + 1))
+    tokens = Tokens(one_each, np.arange(len(train)))
+    split = Split(
+        Ids([pa.array([str(i) for i in train], pa.string())]), {"t": tokens}, {}, {}, sources=both.source(train)
+    )
     from plait.modalities.base import Vocabulary
 
     words = Vocabulary(text=300, columns={"t": "text"}, levels={}, closers=[])

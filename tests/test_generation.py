@@ -19,7 +19,7 @@ from plait.inference.decoder import Decoder
 from plait.inference.engine import Engine, Request
 from plait.inference.grammar import spans
 from plait.inference.model import PlaitModel, find_checkpoint, load
-from plait.inference.sampling import BatchSamplingParams, Sampling, draw
+from plait.inference.sampling import BatchSamplingParams, Sampling, draw, keep_top_a
 from plait.kernels.linear import PackedLinear
 from plait.modalities.text import Text
 from plait.model import checkpoint as checkpoints
@@ -265,6 +265,15 @@ def test_settings_match_transformers():
         for processor in chain:
             wanted = processor(ids[row : row + 1], wanted)
         torch.testing.assert_close(kept[0][row], wanted[0])
+
+
+def test_top_a_keeps_what_is_likely_beside_the_likeliest():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.94, 0.03, 0.02, 0.01]]).log()
+    kept = keep_top_a(logits, torch.tensor([0.4, 0.4])) > -torch.inf  # at least .1, and at least .353
+    assert kept.tolist() == [[True, True, True, False], [True, False, False, False]]
+    rows = [Sampling(top_a=0.4), Sampling()]
+    found = BatchSamplingParams(rows, torch.device("cpu")).choose(logits[[1, 1]], torch.tensor([0.99, 0.995]))
+    assert found.tolist() == [0, 3]
 
 
 def test_draws_follow_the_probabilities():

@@ -307,6 +307,101 @@ def test_older_spellings_are_read(folders, tmp_path):
     assert (our_logits(model, ids) - our_logits(huggingface.load(folders["gpt2"]).model, ids)).abs().max() < 0.1
 
 
+def write_gguf(folder: Path, path: Path, arch: str, kind: str) -> None:
+    """As llama.cpp's converter does it, of matrices whose rows are whole blocks."""
+    import gguf
+
+    config = json.loads((folder / "config.json").read_text())
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    heads, pairs = config["num_attention_heads"], config["num_key_value_heads"]
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(pairs)
+    writer.add_key_length(config["head_dim"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(1e6 if arch == "gemma3" else config["rope_parameters"]["rope_theta"])
+    if arch == "gemma3":
+        writer.add_sliding_window(config["sliding_window"])
+    ids = {**tokenizer["model"]["vocab"], **{t["content"]: t["id"] for t in tokenizer["added_tokens"]}}
+    names = [*sorted(ids, key=ids.get), *(f"[unused{n}]" for n in range(SIZE - len(ids)))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(names)
+    writer.add_token_types([3 if name == "<|endoftext|>" or "unused" in name else 1 for name in names])
+    writer.add_token_merges([" ".join(merge) for merge in tokenizer["model"]["merges"]])
+    writer.add_eos_token_id(256)
+    codes = {name: code for code, name in gguf.MODEL_ARCH_NAMES.items()}
+    known = gguf.get_tensor_name_map(codes[arch], config["num_hidden_layers"])
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        value = tensor.float()
+        if arch == "llama" and ("q_proj" in name or "k_proj" in name):
+            count = heads if "q_proj" in name else pairs
+            value = value.view(count, 2, len(value) // count // 2, -1).transpose(1, 2).reshape(value.shape)
+        value = value + 1 if arch == "gemma3" and "norm" in name else value
+        theirs = known.get_name(name, try_suffixes=(".weight", ".bias"))
+        quantise = value.ndim == 2 and kind != "F32"
+        code = gguf.GGMLQuantizationType[kind if quantise else "F32"]
+        writer.add_tensor(theirs, gguf.quantize(value.numpy(), code) if quantise else value.numpy(), raw_dtype=code)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize(("arch", "kind"), [("llama", "F32"), ("qwen2", "Q8_0"), ("gemma3", "Q4_0"), ("qwen3", "F16")])
+def test_a_gguf_file_is_read_and_kept_packed(arch, kind, tmp_path):
+    gguf = pytest.importorskip("gguf", reason="pip install plait-ml[huggingface]")
+    class_name, settings = CASES[{"llama": "llama-linear", "qwen3": "qwen3-tied"}.get(arch, arch)]
+    wide = {"hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 2, "head_dim": 32}
+    rope = {} if arch == "gemma3" else {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    more = (
+        {"layer_types": None, "num_hidden_layers": 6, "rope_parameters": None, "query_pre_attn_scalar": 32}
+        if arch == "gemma3"
+        else {}
+    )
+    settings = {**settings, **wide, **rope, **more, "attention_bias": False}
+    torch.manual_seed(5)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{class_name}Config")(**settings))
+    randomise(model, 5)
+    model.save_pretrained(tmp_path / "theirs")
+    make_tokenizer().save(str(tmp_path / "theirs" / "tokenizer.json"))
+    edit_config(tmp_path / "theirs", head_dim=32)
+    file = tmp_path / "model.gguf"
+    write_gguf(tmp_path / "theirs", file, arch, kind)
+
+    # The weights as the file has them, in transformers' model.
+    code = gguf.GGMLQuantizationType[kind]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2 and kind != "F32":
+                rounded = gguf.dequantize(gguf.quantize(parameter.numpy(), code), code)
+                parameter.copy_(torch.from_numpy(rounded).view(parameter.shape))
+    ids = torch.randint(SIZE, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        wanted = model.eval()(ids).logits
+        ours = huggingface.load(file)
+        got = our_logits(ours.model, ids)[..., :SIZE]
+    assert (got - wanted).abs().max() < 1e-3 * wanted.abs().max()
+    assert ours.text.encode("the cat sat") == make_tokenizer().encode("the cat sat").ids
+    assert ours.model.vocabulary.end == 256
+
+    packed = plait.load(file, device="cpu")
+    assert packed.checkpoint.model.token_embedding.packed is not None
+    table = packed.checkpoint.model.token_embedding.table()[:SIZE]
+    reference = model.get_input_embeddings().weight
+    assert (table - reference).abs().max() < 0.06 * reference.abs().max()  # of 4 bits, a step is a fifteenth
+    assert packed.generate("the cat", max_new_tokens=4).startswith("the cat")
+
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2])
+    with pytest.raises(PlaitError, match="cut short"):
+        plait.load(file)
+
+
 # --- what must be refused -----------------------------------------------------------------------------------------
 
 

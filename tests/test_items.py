@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from plait.core.device import choose_device
 from plait.data.dataset import Dataset
+from plait.data.tokens import Ids
 from plait.modalities.base import Vocabulary
 from plait.modalities.item import ItemCodesSettings, fit_codes, sizes_of
 from plait.model import objectives
@@ -412,7 +414,8 @@ def test_tables_that_cannot_be_used(
 @given(st.lists(st.integers(1, 60), min_size=2, max_size=8), st.integers(3, 16), st.integers(0, 5))
 def test_an_epoch_predicts_every_item_once_from_the_one_before(lengths: list[int], context: int, epoch: int) -> None:
     starts = np.concatenate(([0], np.cumsum(lengths)))
-    split = HistorySplit([str(i) for i in range(len(lengths))], {}, {}, {}, items=np.arange(starts[-1]), starts=starts,
+    ids = Ids([pa.array(list(map(str, range(len(lengths)))), pa.string())])
+    split = HistorySplit(ids, {}, {}, {}, items=np.arange(starts[-1]), starts=starts,
                          first=np.zeros(len(lengths), np.int64))  # fmt: skip
     vocabulary = Vocabulary(text=256, columns={"item": "item"}, levels={}, closers=[])
     sampler = HistorySampler(split, vocabulary, {}, 1000, context, 0, 0.0, False)

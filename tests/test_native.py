@@ -17,7 +17,7 @@ from plait.kernels import training as in_training
 from plait.kernels.choice import KERNEL
 from plait.kernels.linear import STORAGES, PackedLinear, dequantise, quantise
 from plait.model.objectives import total_loss
-from plait.model.transformer import KVCache, Transformer, TransformerConfig
+from plait.model.transformer import KVCache, Transformer, TransformerConfig, rotary_frequencies
 
 FAMILIES = {
     "qwen3": {},
@@ -111,7 +111,8 @@ def test_a_step_with_any_lanes(lanes, dtype):
                 return PackedLinear(layer.weight, layer.bias, storage, level)
 
             network = copied(backbone(SHAPES[shape], FAMILIES[family]), pack, dtype, torch.device("cpu"))
-            made.native = native.NativeStep(native.library(level), network, dtype)
+            frequencies = rotary_frequencies(made.config) if made.config.position == "rotary" else None
+            made.native = native.NativeStep(native.library(level), network, dtype, frequencies)
             cache = filled(made, lengths, dtype)
             found = steps(made, cache, lengths, [torch.ones(3, made.config.width).to(dtype)])
             difference = (found[0] - expected[0]).norm() / expected[0].norm()

@@ -14,7 +14,7 @@ from plait.console import DeviceOption, ModelArgument, PrecisionOption, SeedOpti
 
 if TYPE_CHECKING:
     from plait.chat.session import Session
-    from plait.inference.model import Options
+    from plait.inference.sampling import Options
 
 HELP = (
     "/image FILE and /audio FILE go along with the next message; /draw TEXT draws; /save FILE keeps the conversation; "

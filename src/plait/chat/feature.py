@@ -8,5 +8,8 @@ FEATURE = Feature(
     name="chat",
     commands="plait.chat.commands",
     panel="Use a model",
-    adds={"record_evaluation": "plait.chat.evaluate:evaluate_chats"},
+    adds={
+        "page_part": "plait.chat.page_part:REPLY",
+        "record_evaluation": "plait.chat.evaluate:evaluate_chats",
+    },
 )

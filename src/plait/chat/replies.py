@@ -22,6 +22,7 @@ from plait.core.rng import uniform
 from plait.data.dataset import Dataset
 from plait.data.stores import read_place
 from plait.inference.model import PlaitModel
+from plait.training.tasks import QUESTIONS, REPLIES
 
 FILE = "replies.json"
 VERSION = 2
@@ -34,7 +35,6 @@ FEATURES = ("nearness of the nearest pair", "its lead over the nearest with anot
             "share of the question that is shared", "its nearness by meaning")  # fmt: skip
 FILLERS = (2, 8)  # words that mean nothing in a message that is made
 DRAW = 331  # key of `uniform`
-QUESTIONS, REPLIES = ("question", "message", "prompt", "query"), ("reply", "answer", "response")  # names of columns
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any, Unpack
 from PIL import Image as PILImage
 
 from plait.core.errors import PlaitError
-from plait.inference.model import Options
 from plait.inference.prompts import Chat, Prompt, Turn
+from plait.inference.sampling import Options
 from plait.modalities.media import sniff
 
 

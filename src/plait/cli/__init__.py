@@ -24,6 +24,7 @@ from plait.cli import (
     draw,
     embed,
     evaluate,
+    example,
     export,
     generate,
     key,
@@ -42,7 +43,7 @@ from plait.core.features import features
 
 # A heading of `plait --help` -> the modules whose commands stand under it, before those of features.
 PANELS = {
-    "From files to a model": (prepare, train, recipes, checkpoint),
+    "From files to a model": (example, prepare, train, recipes, checkpoint),
     "Measure": (evaluate, demo),
     "Use a model": (generate, classify, describe, transcribe, draw, speak, embed, export),
     "Understand a model": (),

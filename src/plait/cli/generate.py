@@ -28,6 +28,10 @@ def generate(
     min_p: Annotated[
         float | None, typer.Option(help="Sample among tokens with this share of the likeliest one's probability.")
     ] = None,
+    top_a: Annotated[
+        float | None,
+        typer.Option(help="Sample among tokens with this times the square of the likeliest one's probability."),
+    ] = None,
     repetition_penalty: Annotated[
         float | None, typer.Option(help="Above 1, makes tokens that were there already less likely.")
     ] = None,
@@ -43,7 +47,7 @@ def generate(
     made = plait.load(model, device, precision).generate(
         prompt, max_length=max_length, max_new_tokens=max_new_tokens, num_return_sequences=num_return_sequences,
         do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p,
-        min_p=min_p,
+        min_p=min_p, top_a=top_a,
         repetition_penalty=repetition_penalty, seed=seed,
     )  # fmt: skip
     texts = made if isinstance(made, list) else [made]

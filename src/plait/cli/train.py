@@ -11,6 +11,7 @@ import typer
 
 import plait
 from plait.console import DeviceOption, app, err, out, plain
+from plait.core.config import known_tasks
 
 
 @app.command()
@@ -22,7 +23,7 @@ def train(
     recipe: Annotated[str | None, typer.Option(help="A YAML file, or a name of `plait recipes`.")] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="recognise, describe, draw, language, chat, reply or recommend; else seen in the data."),
+        typer.Option(help=f"{', '.join(known_tasks()[1:])}; else seen in the data."),
     ] = None,
     size: Annotated[str | None, typer.Option(help="tiny, small, base or large; see plait sizes.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Fit the schedule to a time budget.")] = None,

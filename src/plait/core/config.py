@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from plait.core.errors import PlaitError
+from plait.core.features import features
 from plait.core.recipes import find_recipe
 
 
@@ -22,7 +23,7 @@ ITEM_COLUMNS = ("user", "item", "time", "weight", "id", "title", "text", "catego
 
 
 class ItemsRecipe(_Settings):
-    """How histories of items are read and what of them is held out; see docs/how-to/recommending.md."""
+    """How interactions of users with items are read, and what of them is held out."""
 
     interactions: str | None = Field(
         None, description="File of the source with the interactions; found by itself where there is one."
@@ -61,7 +62,9 @@ class DataRecipe(_Settings):
     pattern: str | None = Field(
         None, description="Regular expression on file names; its named groups become text columns."
     )
-    items: ItemsRecipe | None = Field(None, description="The source holds histories of items; see data.items.")
+    items: ItemsRecipe | None = Field(
+        None, description="The source holds interactions of users with items; see data.items."
+    )
 
 
 class BackboneRecipe(_Settings):
@@ -135,11 +138,16 @@ class LoraRecipe(_Settings):
     alpha: float = Field(16.0, gt=0, description="Scale of the updates: they count alpha / rank times.")
 
 
-Task = Literal["auto", "recognise", "describe", "draw", "language", "chat", "reply", "recommend"]
+TASKS = ("auto", "recognise", "describe", "draw", "language", "chat", "reply")
+
+
+def known_tasks() -> tuple[str, ...]:
+    """What data may be wanted for: `TASKS`, and the names of features with data of their own."""
+    return (*TASKS, *(feature.name for feature in features() if "task" in feature.adds))
 
 
 class TrainingRecipe(_Settings):
-    task: Task = Field("auto", description="What the model is wanted for; auto sees it in the data.")
+    task: str = Field("auto", description="What the model is wanted for; auto sees it in the data.")
     minutes: float | None = Field(None, gt=0, description="Time budget for codecs and model together.")
     steps: int | None = Field(None, ge=1, description="Steps of the model, instead of minutes.")
     codec_steps: int | None = Field(None, ge=1, description="Steps of each codec, instead of its share of the minutes.")
@@ -225,6 +233,13 @@ class TrainingRecipe(_Settings):
         "auto", description="Compile the blocks; auto: text alone, 10 minutes or more, and no faster kernel."
     )
     seed: int = Field(0, description="Of weights, order and augmentation.")
+
+    @field_validator("task")
+    @classmethod
+    def _task(cls, value: str) -> str:
+        if value not in known_tasks():
+            raise ValueError(f"'{value}' is no task; known are {', '.join(known_tasks())}")
+        return value
 
     @field_validator("replay")
     @classmethod

@@ -7,6 +7,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,20 @@ class Dataset(DatasetViews):
             parts = {name: values[name] for name in names if values[name] is not None}
             yield Record(values["id"], self.manifest.shards[shard].split, parts, values["source"])
 
+    def cells(self, column: str, indices: np.ndarray) -> Iterator[pa.Array]:
+        """The values of a column (or of "id") for ascending `indices`, an Arrow array for each row group: no Python
+        object a record, and no more than a few row groups in memory."""
+        if column != "id":
+            self._known([column])
+        for shard, numbers in _runs(indices, self._starts):
+            with self._lock:
+                self._file(shard)  # its row groups are known then
+            rows = numbers - self._starts[shard]
+            for group, inside in _runs(rows, self._groups[shard]):
+                table, _ = self._group(shard, int(inside[0]), (column,))
+                taken = table.column(column).take(pa.array(inside - self._groups[shard][group]))
+                yield taken.combine_chunks() if isinstance(taken, pa.ChunkedArray) else taken
+
     def _known(self, columns: Sequence[str]) -> None:
         for column in columns:
             if column not in self.columns:
@@ -273,6 +288,15 @@ class Dataset(DatasetViews):
         self.__init__(state["path"], state["manifest"])  # type: ignore[misc]
 
 
+def _runs(indices: np.ndarray, borders: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Cut ascending indices where they cross a border: (number of the piece between borders, its indices)."""
+    piece = np.searchsorted(borders, indices, side="right") - 1
+    cuts = np.concatenate(([0], np.flatnonzero(np.diff(piece)) + 1, [len(indices)]))
+    for start, stop in pairwise(cuts.tolist()):
+        if stop > start:
+            yield int(piece[start]), indices[start:stop]
+
+
 class Joined(Dataset):
     """Several datasets as one, the first one's records coming first. Columns of one name are one column; `source` says
     where a record is from."""
@@ -314,6 +338,14 @@ class Joined(Dataset):
             dataset = self.datasets[which]
             names = [name for name in dataset.columns if columns is None or name in columns]
             yield dataset.record(int(index - self._offsets[which]), names)
+
+    def cells(self, column: str, indices: np.ndarray) -> Iterator[pa.Array]:
+        for which, numbers in _runs(indices, self._offsets):
+            dataset = self.datasets[which]
+            if column == "id" or column in dataset.columns:
+                yield from dataset.cells(column, numbers - self._offsets[which])
+            else:
+                yield pa.nulls(len(numbers), pa.large_string())
 
     def _column(self, name: str) -> list[Any]:
         values: list[Any] = []

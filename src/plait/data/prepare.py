@@ -71,10 +71,10 @@ def prepare(
     `source` is a path, a URL that fsspec reads, or `hf:NAME[:CONFIG]`, a data set of the Hugging Face hub; `out` may
     be a URL too. `column_map` says what a table's columns are, `{"image": "photo", "text": "caption:text", "ignore":
     "a,b"}` (see plait.data.tables). `labels` names integer classes: `{"label": ["cat", "dog"]}`. `pattern` is a regular
-    expression whose named groups become text columns of media files. `items` says that the source holds histories of
-    items (files named as MovieLens names them are seen by themselves). `workers` are the processes that decode media
-    (None: as many as there are processors; 0: none, in this process). `near_duplicates` looks for records that are
-    alike, and `drop_near_duplicates` leaves those out of train that val or test have too. `progress(stage, done,
+    expression whose named groups become text columns of media files. `items` says that the source holds interactions
+    with items (files named as MovieLens names them are seen by themselves). `workers` are the processes that decode
+    media (None: as many as there are processors; 0: none, in this process). `near_duplicates` looks for records that
+    are alike, and `drop_near_duplicates` leaves those out of train that val or test have too. `progress(stage, done,
     total)` is called now and then.
 
     Stopped at any moment, it goes on where it was when it is called again: chunks that are done lie beside `out`, in

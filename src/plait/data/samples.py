@@ -6,6 +6,7 @@ Knows arrays, not what they mean: the function that turns a file's bytes into a 
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -41,20 +42,20 @@ class Samples:
         Raises PlaitError where they cannot be written.
         """
         facts, raw, places = _files(path)
-        offsets, shape, dtype = [0], (), np.dtype(np.uint8)
+        offsets, shape, dtype = array("q", [0]), (), np.dtype(np.uint8)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             facts.unlink(missing_ok=True)
             with raw.open("wb") as file:
-                for array in arrays:
+                for values in arrays:
                     if len(offsets) == 1:
-                        shape, dtype = array.shape[1:], array.dtype
-                    offsets.append(offsets[-1] + len(array))
-                    file.write(np.ascontiguousarray(array).tobytes())
+                        shape, dtype = values.shape[1:], values.dtype
+                    offsets.append(offsets[-1] + len(values))
+                    file.write(np.ascontiguousarray(values).tobytes())
                 file.flush()
                 os.fsync(file.fileno())
             with places.open("wb") as file:
-                np.save(file, np.array(offsets))
+                np.save(file, np.frombuffer(offsets, np.int64))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:

@@ -65,9 +65,15 @@ class Architecture:
 # --- what a config.json says --------------------------------------------------------------------------------------
 
 
-def refuse(file: Path, what: str) -> PlaitError:
+class UnsupportedError(PlaitError):
+    """A configuration that transformers may know and our backbone does not compute."""
+
+
+def refuse(file: Path, what: str) -> UnsupportedError:
     known = ", ".join(a.class_name.removesuffix("ForCausalLM").removesuffix("LMHeadModel") for a in _ALL)
-    return PlaitError(f"{file}: {what}. Plait runs {known} itself; others work through {DISTRIBUTION}[huggingface].")
+    return UnsupportedError(
+        f"{file}: {what}. Plait runs {known} itself; others work through {DISTRIBUTION}[huggingface]."
+    )
 
 
 def number(config: Config, key: str, file: Path, default: int | None = None) -> int:
@@ -250,6 +256,8 @@ def _gemma3(config: Config, file: Path) -> Fields:
     if activation != "gelu_pytorch_tanh":
         raise refuse(file, f"hidden_activation = {activation!r} is not supported")
     fields = _shape(config, file, 4, 256)
+    if config.get("query_pre_attn_scalar", fields["head_width"]) != fields["head_width"]:
+        raise refuse(file, f"query_pre_attn_scalar = {config['query_pre_attn_scalar']} is not the head's width")
     rope = config.get("rope_parameters") or {}
     local = rope.get("sliding_attention") or {"rope_theta": config.get("rope_local_base_freq", 10_000.0)}
     full = {"rope_theta": 1_000_000.0, **config, "rope_parameters": rope.get("full_attention")}

@@ -20,7 +20,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def find(name: str | Path) -> Path:
-    """The folder of a model: a local folder, else the Hugging Face cache, else a download from the hub.
+    """The folder of a model, or its GGUF file: a local one, else the Hugging Face cache, else a download from the hub.
 
     Raises PlaitError, within some four seconds where the hub does not answer. Only JSON, safetensors and tokenizer
     files are fetched.
@@ -29,6 +29,8 @@ def find(name: str | Path) -> Path:
     if folder.is_dir():
         return folder
     name = str(name)
+    if folder.is_file() and folder.suffix == ".gguf":
+        return folder
     if folder.exists():
         raise PlaitError(f"{name} is a file. Name the folder that holds config.json and the weights.")
     if not _HUB_NAME.fullmatch(name) or ".." in name or "--" in name:

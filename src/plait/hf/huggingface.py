@@ -13,20 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
-from plait.hf.architectures import ARCHITECTURES, Stored, imported, layout
+from plait.hf.architectures import Imported, Layout, Stored, UnsupportedError, imported, layout
+from plait.hf.gguf_files import GGUF
 from plait.hf.hub import find, no_safetensors, other_weights
+from plait.kernels.linear import PackedLinear
+from plait.kernels.linear import library as linear_library
 from plait.modalities.base import Vocabulary
 from plait.modalities.text import Text
 from plait.model import checkpoint as own
 from plait.model.checkpoint import Checkpoint, GenerationConfig
 from plait.model.multimodal import ModelConfig, Multimodal
+from plait.model.transformer import TransformerConfig
 
 _BUFFERS = re.compile(
     r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$"
@@ -97,15 +100,22 @@ class _Weights:
                     f"{path}: tensor {name} is of type {part.get_dtype()}; quantised weights cannot be read."
                 )
 
-    def read(self, name: str) -> Tensor:
-        file, inner, path = self.files[name]
+    def read(self, part: Stored, rows: slice = slice(None)) -> Tensor:
+        """Rows of a tensor, in fp32. The file is opened anew each time, so that no more of it stays in memory."""
+        _, inner, path = self.files[part.name]
         try:
-            value: Tensor = file.get_tensor(inner).float()
+            with safe_open(path, framework="pt") as file:
+                value: Tensor = file.get_slice(inner)[rows].float()
         except (SafetensorError, RuntimeError, OSError) as error:
-            raise PlaitError(f"{path}: tensor {name} cannot be read: {error}. Fetch it again.") from error
+            raise PlaitError(f"{path}: tensor {part.name} cannot be read: {error}. Fetch it again.") from error
         if not value.isfinite().all():
-            raise PlaitError(f"{path}: tensor {name} holds values that are not finite. Fetch it again.")
+            raise PlaitError(f"{path}: tensor {part.name} holds values that are not finite. Fetch it again.")
         return value
+
+    def storage(self, part: Stored) -> str:
+        """How the file keeps a tensor, in our words."""
+        file, inner, _ = self.files[part.name]
+        return {"F16": "fp16", "BF16": "bf16"}.get(file.get_slice(inner).get_dtype(), "fp32")
 
 
 def _read_text(folder: Path, size: int) -> Text:
@@ -154,59 +164,142 @@ def _ends(config: dict[str, Any], generation: dict[str, Any], size: int, folder:
     return found
 
 
-def runs(config: dict[str, Any]) -> bool:
-    """Whether our backbone computes what a `config.json` names."""
-    return config.get("model_type") in ARCHITECTURES
+def runs(folder: Path) -> bool:
+    """Whether our backbone computes what a folder's `config.json` describes. Raises PlaitError where that is wrong."""
+    try:
+        imported(_object(folder / "config.json"), folder / "config.json")
+    except UnsupportedError:
+        return False
+    return True
 
 
-def load(name_or_folder: str | Path, device: torch.device | None = None) -> Checkpoint:
-    """A causal language model of one of the `ARCHITECTURES` as a Plait checkpoint that reads and writes text, in fp32.
+def load(name_or_folder: str | Path, device: torch.device | None = None, storage: str | None = None) -> Checkpoint:
+    """A causal language model of one of the `ARCHITECTURES` as a Plait checkpoint that reads and writes text.
 
     The vocabulary is theirs and ends with their end token; our own end and padding rows after it are zero and unused.
+    Weights are fp32, or with `storage` packed for use alone as they are read, one tensor after the other: in one of
+    `kernels.linear.STORAGES`, or "file", which keeps a GGUF file's own precision as near as there are kernels.
+
     Raises PlaitError naming the file, key or tensor where the model cannot be found, trusted or represented.
     """
     folder = find(name_or_folder)
+    if folder.suffix == ".gguf":
+        return _load_gguf(folder, device, storage)
     file, advice = folder / "config.json", folder / "generation_config.json"
     config = _object(file)
     if config.get("model_type") == "plait":
         return own.load(folder, device)
     described = imported(config, file)
-    architecture, size, tied = described.architecture, described.size, described.tied
     advised = _object(advice) if advice.is_file() else {}
-    generation, ends = _sampling(advised, advice), _ends(config, advised, size, folder)
-    plan = layout(architecture, described.backbone, size, tied, described.biases)
-    weights = _Weights(folder, architecture.prefix)
-    head = Stored("lm_head.weight", (size, described.backbone.width))
-    copied = tied and head.name in weights.files  # a tied head may be stored twice
+    generation, ends = _sampling(advised, advice), _ends(config, advised, described.size, folder)
+    weights = _Weights(folder, described.architecture.prefix)
+    text = _read_text(folder, described.size)
+    model = _build(described, weights, ends, storage, folder)
+    return _finished(Checkpoint(model, text, generation=generation), str(name_or_folder), device)
+
+
+def _load_gguf(path: Path, device: torch.device | None, storage: str | None) -> Checkpoint:
+    file = GGUF(path)
+    config = file.config()
+    described = imported(config, path)
+    text = file.text()
+    if text.size > described.size:
+        raise PlaitError(f"{path}: the tokenizer knows {text.size} ids, and the table has {described.size} rows.")
+    model = _build(described, file, _ends(config, {}, described.size, path), storage, path)
+    return _finished(Checkpoint(model, text), str(path), device)
+
+
+def _finished(checkpoint: Checkpoint, name: str, device: torch.device | None) -> Checkpoint:
+    checkpoint.training["imported from"] = name
+    checkpoint.model.eval()
+    if device is not None:
+        checkpoint.model.to(device)
+    return checkpoint
+
+
+def _build(
+    described: Imported, weights: _Weights | GGUF, ends: list[int], storage: str | None, where: Path
+) -> Multimodal:
+    """The network with its weights. Everything is checked before the first one is read."""
+    backbone, size, tied = described.backbone, described.size, described.tied
+    plan = layout(described.architecture, backbone, size, tied, described.biases)
+    head = Stored("lm_head.weight", (size, backbone.width))
+    copied = tied and isinstance(weights, _Weights) and head.name in weights.files  # a tied head may be stored twice
     weights.check([part for parts in plan.values() for part in parts] + [head] * copied)
-    text = _read_text(folder, size)
     end, more = (ends[0], ends[1:] or None) if ends else (None, None)
     vocabulary = Vocabulary(text=size, columns={}, levels={}, closers=[], end_id=end, more_ends=more)
     with torch.device("meta"):  # shapes only: no memory, no random numbers
-        model = Multimodal(ModelConfig(backbone=described.backbone, vocabulary=vocabulary, embed_dim=0, tied=tied))
+        model = Multimodal(ModelConfig(backbone=backbone, vocabulary=vocabulary, embed_dim=0, tied=tied))
+    if copied and not torch.equal(weights.read(head), weights.read(plan["token_embedding.free"][0])):
+        raise PlaitError(f"{where} has a {head.name} of its own, though config.json says tie_word_embeddings.")
+    if storage is not None:
+        _pack(model, plan, weights, storage)
     tensors = {}
     for name, wanted in model.state_dict().items():
-        value = _ours(plan[name], weights, wanted.shape)
-        if name.endswith(".free"):
-            value = F.pad(value, (0, 0, 0, vocabulary.size - size))
-        tensors[name] = value
-    if copied and not torch.equal(weights.read(head.name), tensors["token_embedding.free"][:size]):
-        raise PlaitError(f"{folder} has a {head.name} of its own, though config.json says tie_word_embeddings.")
-    model.load_state_dict(tensors, assign=True)
-    if described.backbone.position == "rotary":
+        if storage is not None and name.endswith(".free"):
+            continue
+        tensors[name] = _Rows(plan[name], wanted.shape, weights, backbone)[:]
+    model.load_state_dict(tensors, assign=True, strict=storage is None)
+    if backbone.position == "rotary":
         model.backbone.set_frequencies()
-    model.eval()
-    if device is not None:
-        model.to(device)
-    return Checkpoint(model, text, generation=generation, training={"imported from": str(name_or_folder)})
+    return model.requires_grad_(storage is None)
 
 
-def _ours(parts: list[Stored], weights: _Weights, shape: torch.Size) -> Tensor:
-    """One of our tensors, made of theirs."""
-    values = []
-    for part in parts:
-        value = weights.read(part.name) + part.offset
-        values.append(value.t().contiguous() if part.transposed else value)
-    if not values:
-        return torch.zeros(shape)
-    return values[0] if len(values) == 1 else torch.cat(values)
+def _pack(model: Multimodal, plan: Layout, weights: _Weights | GGUF, storage: str) -> None:
+    """Put packed layers in the place of a network's linear layers and tables."""
+
+    def packed(name: str, shape: tuple[int, int], bias: Tensor | None = None) -> PackedLinear:
+        parts = plan[name]
+        kind = weights.storage(parts[0]) if storage == "file" else storage
+        rows: Any = _Rows(parts, torch.Size(shape), weights, model.config.backbone)
+        return PackedLinear(rows if linear_library() is not None else rows[:], bias, kind)
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            parent, _, child = name.rpartition(".")
+            bias = None
+            if module.bias is not None:
+                shape = module.bias.shape
+                bias = _Rows(plan[f"{name}.bias"], shape, weights, model.config.backbone)[:]
+            linear = packed(f"{name}.weight", (module.out_features, module.in_features), bias)
+            setattr(model.get_submodule(parent), child, linear)
+    for name, table in (("token_embedding", model.token_embedding), ("lm_head", model.lm_head)):
+        if table is not None:
+            rows, width = table.free.shape
+            table.packed = packed(f"{name}.free", (rows, width))
+            table.free = nn.Parameter(torch.empty(0, width), requires_grad=False)
+
+
+class _Rows:
+    """One of our tensors, made of theirs when its rows are asked for: what packs it takes a few at a time. Rows beyond
+    theirs are zero."""
+
+    def __init__(
+        self, parts: list[Stored], shape: torch.Size, weights: _Weights | GGUF, backbone: TransformerConfig
+    ) -> None:
+        self.parts, self.shape, self.weights, self.backbone = parts, shape, weights, backbone
+        self.device = torch.device("cpu")
+
+    def detach(self) -> _Rows:
+        return self
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        start, stop, _ = rows.indices(self.shape[0])
+        values, at = [], 0
+        for part in self.parts:
+            count = part.shape[1] if part.transposed else part.shape[0]
+            first, last = max(start - at, 0), min(stop - at, count)
+            if first < last:
+                values.append(self._part(part, slice(first, last)))
+            at += count
+        value = torch.cat(values) if len(values) > 1 else values[0] if values else torch.zeros(0, *self.shape[1:])
+        missing = stop - start - len(value)
+        return torch.cat((value, torch.zeros(missing, *self.shape[1:]))) if missing else value
+
+    def _part(self, part: Stored, rows: slice) -> Tensor:
+        if isinstance(self.weights, GGUF):
+            heads = self.backbone.heads if "q_proj" in part.name else self.backbone.kv_heads
+            return self.weights.read(part, rows, heads) + part.offset
+        if part.transposed:
+            return self.weights.read(part).t()[rows].contiguous() + part.offset
+        return self.weights.read(part, rows) + part.offset

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from plait.core.device import choose_device
-from plait.core.files import read_json
 from plait.hf import hub, huggingface
 from plait.hf.pretrained import load_pretrained
 from plait.inference.base import Model
@@ -13,12 +12,16 @@ from plait.inference.model import PlaitModel
 
 
 def load_model(name_or_folder: str | Path, device: str = "auto", precision: str = "auto") -> Model:
-    """GPT-2, Llama and Qwen3 in our backbone, other architectures through transformers.
+    """The architectures of `hf.architectures` and GGUF files in our backbone, others through transformers. Weights are
+    kept as `precision` says, those of a GGUF file by default as the file keeps them.
 
     Raises PlaitError where it cannot be found, or nothing that Plait asks for can be done with it.
     """
     folder = hub.find(name_or_folder)
-    if huggingface.runs(read_json(folder / "config.json")):
-        checkpoint = huggingface.load(folder, choose_device(device, precision).torch)
+    gguf = folder.suffix == ".gguf"
+    if gguf or huggingface.runs(folder):
+        chosen = choose_device(device, precision)
+        storage = "file" if gguf and precision == "auto" and chosen.kind == "cpu" else chosen.weights
+        checkpoint = huggingface.load(folder, chosen.torch, storage)
         return PlaitModel(checkpoint, device, precision, folder)
     return load_pretrained(str(folder), device, precision)

@@ -7,7 +7,7 @@ causal language models generate. transformers is imported when the first one is 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from plait.hf.hub import explained, find, no_safetensors, other_weights, quiet
 from plait.hf.sentences import BATCH, SentenceEncoder
 from plait.inference.base import Model
 from plait.inference.results import Prediction, Predictions
+from plait.inference.sampling import Options
 from plait.modalities.audio_files import decode_audio, resample
 from plait.modalities.descriptor import MediaError
 from plait.modalities.image_files import decode_image
@@ -36,6 +37,8 @@ VERBS = {
     "image-to-text": ("describe",),
     "language": ("generate",),
 }
+SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p")  # that transformers has
+GENERATE_OPTIONS = (*SAMPLING_OPTIONS, "do_sample", "repetition_penalty", "seed", "max_new_tokens")
 SECONDS = 30  # of audio that Whisper reads at once
 WINDOWS = 16  # of a long text that are read at once
 SHARPNESS = 20.0  # what cosines of texts and labels are multiplied by: the scale that text encoders are trained with
@@ -300,26 +303,22 @@ class Pretrained(Model):
         prompt: str,
         *,
         max_length: int | None = None,
-        max_new_tokens: int | None = None,
         num_return_sequences: int = 1,
-        do_sample: bool | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int = 0,
         n: int | None = None,
+        **options: Unpack[Options],
     ) -> str | list[str]:
         """Prompt and continuation, or a list of them where several are asked for; options as in `Model.generate`."""
         self._can("generate")
         if not isinstance(prompt, str) or not prompt:
             raise PlaitError(f"{self.name} continues a text. Give a prompt that is a str and not empty.")
         count = num_return_sequences if n is None else n
-        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        sampling = {key: value for key, value in sampling.items() if value is not None}
+        given = {name: value for name, value in options.items() if value is not None}
+        if unknown := [name for name in given if name not in GENERATE_OPTIONS]:
+            raise PlaitError(f"{self.name} runs in transformers, which has no {unknown[0]} here. Leave it out.")
+        sampling = {name: given[name] for name in SAMPLING_OPTIONS if name in given}
+        do_sample, max_new_tokens = options.get("do_sample"), options.get("max_new_tokens")
         if do_sample is None:
-            do_sample = (count > 1 or bool(sampling)) and temperature != 0
+            do_sample = (count > 1 or bool(sampling)) and options.get("temperature") != 0
         if not do_sample and count > 1:
             raise PlaitError("Without sampling all results are the same. Ask for one, or leave do_sample out.")
         inputs = dict(self.tokenizer(prompt, return_tensors="pt"))
@@ -332,15 +331,15 @@ class Pretrained(Model):
                     "max_new_tokens, which does not count the prompt."
                 )
             max_new_tokens = min(max_length - length, max_new_tokens or max_length)
-        options: dict[str, Any] = {"do_sample": do_sample, **(sampling if do_sample else {})}
-        if repetition_penalty is not None:
-            options["repetition_penalty"] = repetition_penalty
+        settings: dict[str, Any] = {"do_sample": do_sample, **(sampling if do_sample else {})}
+        if "repetition_penalty" in given:
+            settings["repetition_penalty"] = given["repetition_penalty"]
         with quiet(), torch.random.fork_rng():
-            torch.manual_seed(seed)
+            torch.manual_seed(options.get("seed", 0))
             ids = self._run(
                 self.model.generate,
                 **inputs,
-                **options,
+                **settings,
                 max_new_tokens=max_new_tokens or 50,
                 num_return_sequences=count,
                 pad_token_id=self._padding(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, overload
+from typing import TYPE_CHECKING, Any, Protocol, Unpack, overload
 
 import numpy as np
 from PIL import Image as PILImage
@@ -17,6 +17,7 @@ from plait.core.device import Device
 from plait.core.errors import PlaitError
 from plait.core.features import ExtensionPoint
 from plait.inference.results import Predictions
+from plait.inference.sampling import Options
 from plait.modalities.inputs import inputs_of
 
 if TYPE_CHECKING:
@@ -112,18 +113,12 @@ class Model:
         prompt: Any,
         *,
         max_length: int | None = None,
-        max_new_tokens: int | None = None,
         num_return_sequences: int = 1,
-        do_sample: bool | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int = 0,
         n: int | None = None,
+        **options: Unpack[Options],
     ) -> Any:
-        """What follows a prompt; options are those of transformers. A list where several results are asked for."""
+        """What follows a prompt; a list where several results are asked for. `max_length` counts the prompt's tokens
+        too."""
         raise self._lacks(Verb.GENERATE)
 
     @overload

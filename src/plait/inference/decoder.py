@@ -23,7 +23,7 @@ from plait.inference.sampling import LOWEST
 from plait.kernels import generation as native
 from plait.kernels.choice import KERNEL, PYTORCH, choose, question
 from plait.kernels.linear import DTYPES, PackedLinear
-from plait.model.transformer import Block, KVCache, LayerType, RMSNorm, Transformer, View
+from plait.model.transformer import Block, KVCache, LayerType, RMSNorm, Transformer, View, rotary_frequencies
 
 ROWS = (1, 8, 32)  # at which a step is timed
 PROBED = 2  # layers that are timed
@@ -150,7 +150,8 @@ class Decoder:
             networks[way] = copied(backbone, self._packed if way == KERNEL else self._plain, device.dtype, place)
         self.native: native.NativeStep | None = None
         if self.library is not None and KERNEL in self.ways.steps.values() and native.supports(config):
-            self.native = native.NativeStep(self.library, networks[KERNEL], device.dtype)
+            frequencies = rotary_frequencies(config) if config.position == "rotary" else None
+            self.native = native.NativeStep(self.library, networks[KERNEL], device.dtype, frequencies)
         # In PyTorch on a processor, bf16 products of one query with its keys take longer than those in fp32.
         self.cache_dtype = torch.float32 if place.type == "cpu" and self.native is None else device.dtype
         self.whole = networks[self.ways.prompt]

@@ -19,6 +19,7 @@ from plait.core.device import Device, matmul_precision
 from plait.core.errors import ContextLengthError, PlaitError
 from plait.core.interruption import Interrupted, pause_point
 from plait.core.rng import uniform
+from plait.inference.constrained import TextConstraint, allowed_ids
 from plait.inference.decoder import Decoder
 from plait.inference.grammar import Span, spans
 from plait.inference.sampling import LOWEST, BatchSamplingParams, Sampling
@@ -33,6 +34,14 @@ GREEDY = Sampling(greedy=True)
 
 
 @dataclass(frozen=True)
+class TopIds:
+    """The likeliest ids at one place, likeliest first, and log P of each in nats."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Delta:
     """What one step added to one sample; `finish` is set in its last update."""
 
@@ -41,6 +50,7 @@ class Delta:
     text: str = ""
     finish: str | None = None
     logprobs: tuple[float, ...] = ()  # one an id, where the request wants them
+    top: tuple[TopIds, ...] = ()  # likewise
 
 
 @dataclass
@@ -58,6 +68,8 @@ class Request:
     first_sample: int = 0  # samples are drawn as numbers first_sample .. first_sample + n - 1 of the seed
     stop: tuple[str, ...] = ()  # strings that end a text; they are left out of it
     logprobs: bool = False
+    top_logprobs: int = 0  # the likeliest ids at each place, so many; they need `logprobs`
+    constraint: TextConstraint | None = None  # what a text must be
     on_delta: Callable[[Delta], None] | None = None  # called by the thread that runs the engine
 
 
@@ -70,6 +82,7 @@ class Completion:
     finish: str
     text: str | None = None
     logprobs: list[float] | None = None
+    top: list[TopIds] | None = None  # one a log probability, where they were asked for
 
 
 @dataclass
@@ -125,6 +138,9 @@ class _Sample:
         self.row = self.partner = -1
         self.ids: list[int] = []
         self.logprobs: list[float] = []
+        self.top: list[TopIds] = []
+        constraint = job.request.constraint
+        self.matcher = constraint.matcher() if constraint is not None and job.span.token_type == "text" else None
         self.finish: str | None = None
         request = job.request
         self.guided = request.guidance != 1 and len(request.context) > 1
@@ -146,14 +162,16 @@ class _Sample:
             self.ids.append(token)
             if len(self.ids) == span.limit:
                 self.finish = "end"
+            elif self.matcher is not None and self.matcher.accept(token):
+                self.finish = "length" if self.matcher.failed else "end"
             elif len(self.ids) >= self.job.limit:
                 self.finish = "length"
         if self.speller is not None:
-            self._spell(token, request.stop)
+            self._spell([] if span.ends(token) else [token], request.stop)
 
-    def _spell(self, token: int, stops: tuple[str, ...]) -> None:
+    def _spell(self, ids: list[int], stops: tuple[str, ...]) -> None:
         assert self.speller is not None
-        fresh = self.speller.add([] if self.finish == "end" else [token], last=self.finish is not None)
+        fresh = self.speller.add(ids, last=self.finish is not None)
         self.spelt += fresh
         if not stops or not fresh:
             return
@@ -186,9 +204,16 @@ class _Group:
         self.seeds = np.array([request.seed for request in requests])
         self.numbers = np.array([r.first_sample + s.index for r, s in zip(requests, samples, strict=True)])
         self.counts = np.array([len(sample.ids) for sample in samples])
-        self.least = np.array([max(request.min_new_tokens, span.least) for request in requests])
+        self.least = np.array(
+            [
+                max(r.min_new_tokens if s.matcher is None else 0, span.least)
+                for r, s in zip(requests, samples, strict=True)
+            ]
+        )
         self.knobs = BatchSamplingParams([request.sampling for request in requests], device)
         self.logprobs = any(request.logprobs for request in requests)
+        self.top = max(request.top_logprobs for request in requests)
+        self.constrained = [i for i, sample in enumerate(samples) if sample.matcher is not None]
         guided = [i for i, sample in enumerate(samples) if sample.guided]
         self.partners = np.array([samples[i].partner for i in guided], dtype=np.int64)
         self.guided = torch.tensor(guided, dtype=torch.long, device=device)
@@ -207,6 +232,15 @@ class _Group:
     def closed(self) -> np.ndarray:
         """Which samples may not end here, (B,) bool."""
         return (self.counts < self.least) | (self.counts % self.span.unit != 0)
+
+
+def top_ids(chances: Tensor, count: int, start: int = 0) -> list[TopIds] | None:
+    """The likeliest `count` ids of each row of log P (B, V), whose first column is the id `start`."""
+    if not count:
+        return None
+    top = chances.topk(min(count, chances.shape[1]), -1)
+    ids, logprobs = (top.indices + start).tolist(), top.values.tolist()
+    return [TopIds(tuple(i), tuple(p)) for i, p in zip(ids, logprobs, strict=True)]
 
 
 class Engine:
@@ -364,8 +398,10 @@ class Engine:
                 text = IncrementalDetokenizer(self.checkpoint.text, [] if before.media else before.ids[-8:]).add(
                     sample.ids, True
                 )
-        logprobs = sample.logprobs if sample.job.request.logprobs else None
-        sample.job.finished[sample.index] = Completion(sample.ids, finish, text, logprobs)
+        request = sample.job.request
+        logprobs = sample.logprobs if request.logprobs else None
+        top = sample.top if request.logprobs and request.top_logprobs else None
+        sample.job.finished[sample.index] = Completion(sample.ids, finish, text, logprobs, top)
 
     def _drop_cancelled(self, updates: list[tuple[_Sample, Delta]]) -> None:
         with self.lock:
@@ -479,6 +515,8 @@ class Engine:
             for scores_of in {id(own): own, id(logits): logits}.values():
                 for end in (span.end, *span.more_ends):
                     scores_of[:, end - span.start].masked_fill_(mask, LOWEST)
+        if group.constrained:
+            logits = self._constrained(group, logits)
         draws: Tensor | None = None
         if not group.knobs.all_greedy:
             draws = torch.from_numpy(uniform(group.seeds, group.numbers, group.counts)).float().to(self.device.torch)
@@ -486,8 +524,11 @@ class Engine:
         if group.seen is not None:
             group.seen.scatter_(1, chosen[:, None], True)
         scores: list[float] | None = None
+        tops: list[TopIds] | None = None
         if group.logprobs:
-            scores = own.log_softmax(-1).gather(1, chosen[:, None])[:, 0].tolist()
+            chances = own.log_softmax(-1)
+            scores = chances.gather(1, chosen[:, None])[:, 0].tolist()
+            tops = top_ids(chances, group.top, span.start)
         tokens = chosen.cpu().numpy() + span.start
         feed[group.rows] = tokens
         if len(group.partners):
@@ -497,12 +538,23 @@ class Engine:
             sample.add(token)
             if scores is not None:
                 sample.logprobs.append(scores[i])
+            if tops is not None:
+                sample.top.append(tops[i])
             if sample.finish is not None:
                 self._finish(sample, sample.finish)
             if sample.job.request.on_delta is not None or sample.finish is not None:
                 new = [] if span.ends(token) else [token]
                 told = tuple(sample.logprobs[-1:]) if new and sample.job.request.logprobs else ()
-                updates.append((sample, Delta(sample.index, new, sample.unsent(), sample.finish, told)))
+                top = tuple(sample.top[-1:]) if told and sample.job.request.top_logprobs else ()
+                updates.append((sample, Delta(sample.index, new, sample.unsent(), sample.finish, told, top)))
+
+    def _constrained(self, group: _Group, logits: Tensor) -> Tensor:
+        """The logits (B, V) with what the samples' constraints forbid taken out."""
+        matchers = [group.samples[i].matcher for i in group.constrained]
+        allowed = allowed_ids([matcher for matcher in matchers if matcher is not None], logits.shape[1])
+        rows = torch.tensor(group.constrained, device=logits.device)
+        forbidden = torch.from_numpy(~allowed).to(logits.device)
+        return logits.index_copy(0, rows, logits[rows].masked_fill(forbidden, LOWEST))
 
     def _leave(self, feed: np.ndarray) -> np.ndarray:
         """Free the rows of finished samples, move the last rows into their places; return `feed` moved alike."""

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TypedDict, Unpack
+from typing import Any, Protocol, Unpack
 
 import numpy as np
 import torch
@@ -20,11 +20,12 @@ from plait.core.features import ExtensionPoint
 from plait.core.files import read_json
 from plait.inference import scoring
 from plait.inference.base import Model, Verb
+from plait.inference.constrained import ConstraintCompiler, ConstraintError, TextConstraint
 from plait.inference.engine import Completion, Engine, Request
 from plait.inference.inputs import Reading
 from plait.inference.opinions import opinion_scores
 from plait.inference.results import Prediction, Predictions
-from plait.inference.sampling import Sampling
+from plait.inference.sampling import Options, make_sampling
 from plait.modalities.inputs import medium_of
 from plait.model import checkpoint as checkpoints
 from plait.model.checkpoint import Checkpoint, find_checkpoint
@@ -42,21 +43,6 @@ class ModelSource(Protocol):
 MODEL_SOURCES: ExtensionPoint[ModelSource] = ExtensionPoint("model_source")
 # A feature whose part a checkpoint holds may have a class of models with verbs of its own.
 MODEL_CLASSES: ExtensionPoint[type[PlaitModel]] = ExtensionPoint("model_class")
-
-
-class Options(TypedDict, total=False):
-    """What every verb that generates takes; names and meanings are those of transformers."""
-
-    do_sample: bool | None  # None: where a setting of sampling is given, several results are asked for, or for media
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    repetition_penalty: float | None
-    guidance: float | None  # 1 is none; None is the checkpoint's default for the modality
-    seed: int
-    max_new_tokens: int | None
-    stop: str | list[str] | None
 
 
 def load(path: str | Path, device: str = "auto", precision: str = "auto") -> Model:
@@ -111,33 +97,40 @@ class PlaitModel(Reading, Model):
         """The engine behind all verbs; made at first use, it keeps the weights' state of that moment."""
         return Engine(self.checkpoint, self.device)
 
+    @cached_property
+    def constraints(self) -> ConstraintCompiler:
+        """What compiles schemas and grammars for this model's ids; made at first use. Raises PlaitError where
+        llguidance is missing."""
+        span = self.engine.spans["text"]
+        return ConstraintCompiler(self.checkpoint.text, span.end, span.more_ends)
+
+    def constraint(
+        self,
+        *,
+        schema: Any = None,
+        regex: str | None = None,
+        choice: list[str] | None = None,
+        grammar: str | None = None,
+    ) -> TextConstraint | None:
+        """What a text must be, compiled; None where nothing is asked for. Raises ConstraintError."""
+        asked = {"schema": schema, "regex": regex, "choice": choice, "grammar": grammar}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        if not asked:
+            return None
+        if len(asked) > 1:
+            raise ConstraintError(f"A text has one constraint, not {' and '.join(asked)}. Leave all but one out.")
+        ((name, value),) = asked.items()
+        compiled: TextConstraint = getattr(self.constraints, name)(value)
+        return compiled
+
     # --- generation -------------------------------------------------------------------------------------------
 
     def request(self, context: Sequence, token_type: str, n: int = 1, **options: Unpack[Options]) -> Request:
         """A request of the engine, with the checkpoint's defaults where an option is not given."""
         self.require(Verb.GENERATE)
         defaults = self.checkpoint.generation
-        temperature, top_k = options.get("temperature"), options.get("top_k")
-        top_p, min_p = options.get("top_p"), options.get("min_p")
-        do_sample = options.get("do_sample")
-        if temperature == 0 and do_sample is None:
-            do_sample = False
-        if do_sample is None:
-            asked = any(value is not None for value in (temperature, top_k, top_p, min_p))
-            do_sample = token_type != "text" or n > 1 or asked
-        if not do_sample and n > 1:
-            raise PlaitError("Without sampling all results are the same. Ask for one, or leave do_sample out.")
-        penalty, guidance = options.get("repetition_penalty"), options.get("guidance")
-        standard = defaults.temperature if token_type == "text" else defaults.media_temperature.get(token_type, 1.0)
-        sampling = Sampling(
-            greedy=not do_sample,
-            temperature=standard if temperature is None else temperature,
-            top_k=defaults.top_k if top_k is None else top_k,
-            top_p=defaults.top_p if top_p is None else top_p,
-            min_p=min_p or 0.0,
-            repetition_penalty=1.0 if penalty is None else penalty,
-        )
-        stop = options.get("stop")
+        sampling = make_sampling(options, defaults, token_type, n)
+        guidance, stop = options.get("guidance"), options.get("stop")
         if guidance is None:
             guidance = defaults.guidance.get(token_type, 1.0)
         if not 0 <= guidance < math.inf:
@@ -151,6 +144,7 @@ class PlaitModel(Reading, Model):
             guidance=guidance,
             seed=options.get("seed", 0),
             stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
+            constraint=options.get("constraint") if token_type == "text" else None,
         )
 
     def requests(
@@ -211,18 +205,13 @@ class PlaitModel(Reading, Model):
         *,
         to: str = "text",
         max_length: int | None = None,
-        max_new_tokens: int | None = None,
         num_return_sequences: int = 1,
-        do_sample: bool | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        guidance: float | None = None,
-        seed: int = 0,
-        stop: str | list[str] | None = None,
         n: int | None = None,
+        schema: Any = None,
+        regex: str | None = None,
+        choice: list[str] | None = None,
+        grammar: str | None = None,
+        **options: Unpack[Options],
     ) -> Any:
         """What follows a prompt: an input, or a list of them that are read in order.
 
@@ -230,19 +219,15 @@ class PlaitModel(Reading, Model):
         continuation come back as a str; else the first column of that modality, or the named one, is written: a str,
         a PIL image or (waveform, rate). With `n` (or `num_return_sequences`) above 1, a list of so many.
         `max_length` counts the prompt's tokens too; a continuation has at most 50 new ones unless told otherwise.
+        A text can be held to a JSON `schema` (a dictionary or a pydantic model), a `regex`, a `choice` of texts or a
+        `grammar` (Lark or GBNF); then only what was written is returned, as a str. `options` are those of
+        `plait.inference.sampling.Options`.
         """
         count = num_return_sequences if n is None else n
-        options: Options = {
-            "do_sample": do_sample,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-            "guidance": guidance,
-            "seed": seed,
-            "stop": stop,
-        }
+        held = self.constraint(schema=schema, regex=regex, choice=choice, grammar=grammar)
+        if held is not None:
+            options["constraint"] = held
+        max_new_tokens = options.get("max_new_tokens")
         parts = prompt if isinstance(prompt, list) else [prompt]
         continued = to == "text" and all(isinstance(part, str) for part in parts)
         column = None
@@ -264,7 +249,7 @@ class PlaitModel(Reading, Model):
         options["max_new_tokens"] = max_new_tokens
         if column is None:
             result = self.engine.run([self.request(context, "text", count, **options)])[0]
-            before = "".join(parts)
+            before = "".join(parts) if held is None else ""
             found: list[Any] = [before + (written.text or "") for written in result.samples]
         else:
             found = self.write([context], column, n=count, **options)[0]
@@ -403,7 +388,7 @@ class PlaitModel(Reading, Model):
             samples: list[Any] = ["".join(self.checkpoint.text.decode(part.ids) for part in parts) for parts in inputs]
             owners = [parts[:1] for parts in inputs]
         else:
-            samples = [part.media[0][2] for parts in inputs for part in parts]
+            samples = [part.media[0].sample for parts in inputs for part in parts]
             owners = inputs
         scores = opinion_scores(self, classifier, samples, classifier.mixture.used)
         chances = _means(np.exp(classifier.mixture.log_probabilities(scores)), owners)

@@ -1,6 +1,6 @@
 """From logits to ids: pure functions on (B, V), every setting one number a row, so that requests share a batch.
 
-Logits come first through `penalise`, then temperature, top-k, top-p and min-p, in the order and in the sense of
+Logits come first through `penalise`, then temperature, top-k, top-p, min-p and top-a, in the order and in the sense of
 transformers. A draw inverts the distribution function at one uniform number, which is a function of the request's
 seed, the sample's index and the place: so a request's result does not depend on its company.
 """
@@ -9,24 +9,53 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor
 
+from plait.core.config import GenerationConfig
 from plait.core.errors import PlaitError
+
+if TYPE_CHECKING:
+    from plait.inference.constrained import TextConstraint
 
 LOWEST = float("-inf")
 
 
+class SamplingOptions(TypedDict, total=False):
+    """How ids are chosen, as users say it; what is left out or None is the checkpoint's default. Names and meanings are
+    those of transformers, but for `top_a`."""
+
+    do_sample: bool | None  # None: where a setting of sampling is given, several results are asked for, or for media
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    top_a: float | None  # ids whose probability is at least this times the square of the greatest
+    repetition_penalty: float | None
+
+
+class Options(SamplingOptions, total=False):
+    """What every verb that generates takes."""
+
+    guidance: float | None  # 1 is none; None is the checkpoint's default for the modality
+    seed: int
+    max_new_tokens: int | None
+    stop: str | list[str] | None
+    constraint: TextConstraint | None  # of texts; `PlaitModel.constraint` compiles one
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How ids are chosen. `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 do nothing."""
+    """How ids are chosen. `top_k` 0, `top_p` 1, `min_p` 0, `top_a` 0 and `repetition_penalty` 1 do nothing."""
 
     greedy: bool = False
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    top_a: float = 0.0
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
@@ -39,10 +68,31 @@ class Sampling:
             wrong = f"top_p must be above 0 and at most 1, not {self.top_p}"
         elif not 0 <= self.min_p <= 1:
             wrong = f"min_p must be from 0 to 1, not {self.min_p}"
+        elif not 0 <= self.top_a <= 1:
+            wrong = f"top_a must be from 0 to 1, not {self.top_a}"
         elif not self.repetition_penalty > 0:
             wrong = f"repetition_penalty must be above 0, not {self.repetition_penalty}"
         if wrong:
             raise PlaitError(wrong + ".")
+
+
+def make_sampling(options: SamplingOptions, defaults: GenerationConfig, token_type: str, n: int = 1) -> Sampling:
+    """The settings of n samples of a token type, with a checkpoint's defaults where an option is not given.
+
+    Raises PlaitError where they cannot be met.
+    """
+    given = {name: value for name, value in options.items() if name in Sampling.__dataclass_fields__}
+    given = {name: value for name, value in given.items() if value is not None}
+    do_sample = options.get("do_sample")
+    if do_sample is None and options.get("temperature") == 0:
+        do_sample = False
+    if do_sample is None:
+        do_sample = token_type != "text" or n > 1 or bool(given.keys() - {"repetition_penalty"})
+    if not do_sample and n > 1:
+        raise PlaitError("Without sampling all results are the same. Ask for one, or leave do_sample out.")
+    temperature = defaults.temperature if token_type == "text" else defaults.media_temperature.get(token_type, 1.0)
+    standard = {"temperature": temperature, "top_k": defaults.top_k, "top_p": defaults.top_p}
+    return Sampling(greedy=not do_sample, **{**standard, **given})  # type: ignore[arg-type]
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
@@ -75,6 +125,14 @@ def keep_min_p(logits: Tensor, p: Tensor) -> Tensor:
     return logits.masked_fill(logits < threshold, LOWEST)
 
 
+def keep_top_a(logits: Tensor, a: Tensor) -> Tensor:
+    """-inf where the probability is below a (B,) times the square of the greatest: few ids where the model is sure,
+    many where it is not."""
+    log_chances = logits.log_softmax(-1)
+    threshold = 2 * log_chances.amax(-1, keepdim=True) + a.to(logits.dtype).log()[:, None]
+    return logits.masked_fill(log_chances < threshold, LOWEST)
+
+
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     """One id a row, (B,): the distribution function inverted at `uniforms` (B,) in [0, 1)."""
     total = logits.softmax(-1).cumsum(-1)
@@ -103,6 +161,8 @@ class BatchSamplingParams:
         self.nucleus = any(row.top_p < 1 for row in drawn)
         self.min_p = column("min_p")
         self.floored = any(row.min_p > 0 for row in drawn)
+        self.top_a = column("top_a")
+        self.adaptive = any(row.top_a > 0 for row in drawn)
         self.penalty = column("repetition_penalty").clamp(1e-4, 1e4)
         self.penalised = any(row.repetition_penalty != 1 for row in rows)
 
@@ -122,5 +182,7 @@ class BatchSamplingParams:
             logits = keep_top_p(logits, self.top_p)
         if self.floored:
             logits = keep_min_p(logits, self.min_p)
+        if self.adaptive:
+            logits = keep_top_a(logits, self.top_a)
         drawn = draw(logits, uniforms)
         return drawn if likeliest is None else torch.where(self.greedy, likeliest, drawn)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plait.core.errors import PlaitError
+from plait.core.errors import ContextLengthError, PlaitError
 from plait.core.interruption import pause_point
-from plait.inference.engine import Engine
+from plait.inference.engine import Engine, TopIds, top_ids
 from plait.kernels.linear import PackedLinear
 from plait.model.multimodal import IGNORE, Sequence, collate, embed_tokens
 from plait.model.objectives import negative_log_likelihood
 
+PLACES = 64  # of a prompt whose scores of the whole vocabulary exist at a time
 POSITIONS = 8192  # padded positions in one forward pass
 
 
@@ -162,6 +164,39 @@ def told(engine: Engine, sequences: list[Sequence], token_type: str, most: int =
             pieces = (-loss).double().cpu().split(keep.sum(1).tolist())
         for row, piece in zip(rows, pieces, strict=True):
             found[row] = piece.numpy()
+    return found
+
+
+@dataclass(frozen=True)
+class PromptScores:
+    """log P in nats of each id of a prompt after those before it, None where it has none; and the likeliest ids."""
+
+    logprobs: list[float | None]
+    top: list[TopIds | None]
+
+
+def prompt_scores(engine: Engine, prompts: list[Sequence], top: int = 0, most: int = 32) -> list[PromptScores]:
+    """How likely each prompt of text is, id by id, with the `top` likeliest ids at each place. The first id has no log
+    probability, nor has one that no text holds. Raises ContextLengthError for a prompt that is longer than the model
+    reads."""
+    model, limit, span, predict = engine.model, engine.max_length, engine.spans["text"], engine.predict["text"]
+    if longest := max((len(prompt) for prompt in prompts if len(prompt) > limit), default=0):
+        raise ContextLengthError(f"The prompt takes {longest} tokens; this model has room for {limit}. Shorten it.")
+    found = [PromptScores([None], [None]) for _ in prompts]
+    for rows in batches([len(prompt) for prompt in prompts], most):
+        with torch.inference_mode():
+            batch = collate([prompts[row] for row in rows], model.media, model.vocabulary.pad).to(engine.device.torch)
+            with engine.device.autocast():
+                hidden = engine.decoder(model.inputs(batch, engine.table))
+            for row, states in zip(rows, hidden, strict=True):
+                wanted = [token - span.start for token in prompts[row].ids[1:]]
+                for at in range(0, len(wanted), PLACES):
+                    chances = predict(states[at : min(at + PLACES, len(wanted))]).float().log_softmax(-1)
+                    tops = top_ids(chances, top, span.start)
+                    for place, token in enumerate(wanted[at : at + PLACES]):
+                        known = 0 <= token < span.stop - span.start
+                        found[row].logprobs.append(float(chances[place, token]) if known else None)
+                        found[row].top.append(tops[place] if tops and known else None)
     return found
 
 

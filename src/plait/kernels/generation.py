@@ -7,7 +7,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ from plait.core.device import Device
 from plait.kernels import build
 from plait.kernels import linear as packed
 from plait.kernels.linear import LinearStruct, PackedLinear
-from plait.model.transformer import Block, KVCache, Transformer, TransformerConfig, rotary_frequencies
+
+if TYPE_CHECKING:
+    from plait.model.transformer import Block, KVCache, Transformer, TransformerConfig
 
 ACTIVATIONS = {"swiglu": 0, "gelu": 1, "gelu_tanh": 2}
 
@@ -80,16 +82,19 @@ def backend_name(device: Device) -> str:
 class NativeStep:
     """One more position of each row in one call, with the weights that a backbone's packed layers hold."""
 
-    def __init__(self, native: ctypes.CDLL, backbone: Transformer, dtype: torch.dtype) -> None:
-        """`backbone` has a `PackedLinear` in place of each linear layer; `dtype` is that of the cache."""
+    def __init__(
+        self, native: ctypes.CDLL, backbone: Transformer, dtype: torch.dtype, frequencies: Tensor | None
+    ) -> None:
+        """`backbone` has a `PackedLinear` in place of each linear layer; `dtype` is that of the cache; `frequencies`,
+        (E / 2,) radians a position, are those of rotary positions, None where positions are learned."""
         config = backbone.config
         self.native, self.dtype, self.width = native, dtype, config.width
         self.kept: list[Tensor | nn.Module] = []  # what the pointers point to
         self.size = 0
-        self.layers = (_Layer * config.layers)(*(self._layer(cast(Block, block)) for block in backbone.blocks))
+        self.layers = (_Layer * config.layers)(*(self._layer(cast("Block", block)) for block in backbone.blocks))
         turns = positions = None
-        if config.position == "rotary":
-            angle = torch.arange(config.max_length)[:, None] * rotary_frequencies(config)
+        if frequencies is not None:
+            angle = torch.arange(config.max_length)[:, None] * frequencies
             turns = self._keep(torch.cat((angle.cos(), angle.sin()), -1) * config.rotary_scale)
         else:
             positions = self._keep(backbone.positions)

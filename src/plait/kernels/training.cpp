@@ -1,83 +1,11 @@
 // What lies between the matrix products of a block in training, forward and backward, in few passes over memory: norms,
-// gates, and attention whole. `model/native.py` calls it; what it computes in PyTorch is `model/transformer.py`.
+// gates, activations, losses, and attention whole. `kernels/training.py` calls it; what it computes in
+// PyTorch is `model/transformer.py`.
 //
-// Activations are bf16, the residual stream and all sums fp32. Needs AVX512-BF16; products use AMX where it is there.
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+// Activations are fp32 or, where the processor has units for its products, bf16; the residual stream and all sums are fp32.
+#include "products.h"
 
-typedef uint16_t bf16;
-
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#include <immintrin.h>
-#if defined(__AMX_BF16__) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#define AMX 1
-#endif
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
-constexpr float LOG2E = 1.44269504f;
-static bool tiles = false;  // whether products use AMX
-
-// --- vectors of 16 floats; `m` says which of them are there ----------------------------------------------------------
-
-static inline __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : (__mmask16)((1u << n) - 1); }
-static inline __m512 load(const float *p, __mmask16 m = 0xffff) { return _mm512_maskz_loadu_ps(m, p); }
-static inline __m512 load(const bf16 *p, __mmask16 m = 0xffff) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p)), 16));
-}
-static inline void store(float *p, __m512 x, __mmask16 m = 0xffff) { _mm512_mask_storeu_ps(p, m, x); }
-static inline void store(bf16 *p, __m512 x, __mmask16 m = 0xffff) {
-    _mm256_mask_storeu_epi16(p, m, (__m256i)_mm512_cvtneps_pbh(x));
-}
-static inline __m512 all(float x) { return _mm512_set1_ps(x); }
-static inline float total(__m512 x) { return _mm512_reduce_add_ps(x); }
-static inline __m512 power(__m512 x) {  // 2^x, relative error 1e-7: a polynomial fitted on half a unit to each side
-    const __m512 n = _mm512_roundscale_ps(x, 0), r = x - n;
-    const __m512 p = ((((r * 0.00132765f + 0.00967554f) * r + 0.05550713f) * r + 0.24022120f) * r + 0.69314697f) * r + 1.0f;
-    return _mm512_scalef_ps(p, n);
-}
-static inline __m512 inverse(__m512 x) {  // 1 / x to 2^-28, faster than a division
-    const __m512 y = _mm512_rcp14_ps(x);
-    return y * (2.0f - x * y);
-}
-static inline __m512 sigmoid(__m512 x) {  // the order of the minimum's operands lets what is not a number through
-    return inverse(1.0f + power(_mm512_min_ps(all(126.0f), -LOG2E * x)));
-}
-
-// Columns of 16 rows of 16 four-byte items; rows `stride` items apart.
-static inline void transpose(const void *from, int64_t stride, __m512i to[16]) {
-    __m512i a[16], b[16];
-    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512((const int32_t *)from + i * stride);
-    for (int i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
-        b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
-        b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
-        b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 4; i++) {
-        to[i] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88);
-        to[i + 8] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd);
-        to[i + 4] = _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88);
-        to[i + 12] = _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd);
-    }
-}
-
-// --- a team of threads -------------------------------------------------------------------------------------------------
+// --- a team of threads -----------------------------------------------------------------------------------------------
 
 template <class Work>
 static void together(int64_t threads, int64_t items, Work work) {  // work(thread, begin, end)
@@ -94,119 +22,17 @@ static void together(int64_t threads, int64_t items, Work work) {  // work(threa
     work((int64_t)0, (int64_t)0, items);
 }
 
-// --- products of bf16 in blocks of 32 by 32 ----------------------------------------------------------------------------
+// --- attention: causal, over what each row holds itself ----------------------------------------------------------------
 
-constexpr int64_t BLOCK = 32, PANEL = 32 * BLOCK;  // items of 32 rows in a panel
-static inline int64_t padded(int64_t n) { return (n + BLOCK - 1) / BLOCK * BLOCK; }
-
-struct Tiled {  // a thread's tiles while it multiplies
-    Tiled() {
-#ifdef AMX
-        if (!tiles) return;
-        struct {
-            uint8_t palette = 1, start = 0, reserved[14] = {};
-            uint16_t bytes[16] = {};
-            uint8_t rows[16] = {};
-        } shape;
-        for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = 16;
-        asm volatile("" ::: "memory");  // GCC does not know what tile instructions read
-        _tile_loadconfig(&shape);
-#endif
-    }
-    ~Tiled() {
-#ifdef AMX
-        if (tiles) _tile_release();
-#endif
-    }
-};
-
-// c (32, 32) = a (32, k) times b, a panel of pairs of rows: (k / 2, 32, 2). Rows of a lie `stride` apart, and `step` items
-// lead from 32 of its columns to the next.
-static void product(const bf16 *a, int64_t stride, int64_t step, const bf16 *b, int64_t k, float *c) {
-#ifdef AMX
-    if (tiles) {
-        asm volatile("" ::: "memory");
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int64_t i = 0; i < k; i += 32, a += step, b += PANEL) {
-            _tile_loadd(4, a, 2 * stride);
-            _tile_loadd(6, b, 128);
-            _tile_loadd(7, b + 32, 128);
-            _tile_loadd(5, a + 16 * stride, 2 * stride);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-        _tile_stored(0, c, 128);
-        _tile_stored(1, c + 16, 128);
-        _tile_stored(2, c + 16 * 32, 128);
-        _tile_stored(3, c + 16 * 32 + 16, 128);
-        return;
-    }
-#endif
-    for (int64_t r = 0; r < 32; r += 8) {
-        __m512 sum[8][2];
-        for (int j = 0; j < 8; j++) sum[j][0] = sum[j][1] = _mm512_setzero_ps();
-        for (int64_t i = 0; i < k; i += 2) {
-            const __m512bh left = (__m512bh)_mm512_loadu_si512(b + 32 * i), right = (__m512bh)_mm512_loadu_si512(b + 32 * i + 32);
-            for (int j = 0; j < 8; j++) {
-                int32_t both;
-                std::memcpy(&both, a + i / 32 * step + (r + j) * stride + i % 32, 4);
-                const __m512bh pair = (__m512bh)_mm512_set1_epi32(both);
-                sum[j][0] = _mm512_dpbf16_ps(sum[j][0], left, pair);
-                sum[j][1] = _mm512_dpbf16_ps(sum[j][1], right, pair);
-            }
-        }
-        for (int j = 0; j < 8; j++) store(c + (r + j) * 32, sum[j][0]), store(c + (r + j) * 32 + 16, sum[j][1]);
-    }
-}
-
-// Two rows of 16 as one of pairs.
-static inline __m512i paired(__m256i even, __m256i odd) {
-    return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
-}
-
-// Rows (n, width) as panels of pairs of rows, (width / 32, n / 2, 32, 2); n and width are multiples of 32.
-static void pair_rows(const bf16 *from, int64_t n, int64_t width, bf16 *to) {
-    for (int64_t r = 0; r < n; r += 2)
-        for (int64_t i = 0; i < width; i += 16) {
-            const __m256i even = _mm256_loadu_si256((const __m256i *)(from + r * width + i));
-            const __m256i odd = _mm256_loadu_si256((const __m256i *)(from + (r + 1) * width + i));
-            _mm512_storeu_si512(to + i / 32 * 32 * n + r * 32 + i % 32 * 2, paired(even, odd));
-        }
-}
-
-// Rows (n, width) as panels of pairs of columns, (n / 32, width / 2, 32, 2), or as plain columns, (width, n).
-template <bool PLAIN>
-static void columns_of(const bf16 *from, int64_t n, int64_t width, bf16 *to) {
-    for (int64_t r = 0; r < n; r += 16)
-        for (int64_t i = 0; i < width; i += 32) {
-            __m512i columns[16];
-            transpose(from + r * width + i, width / 2, columns);
-            for (int j = 0; j < 16; j++)
-                if (PLAIN) {
-                    bf16 *even = to + (i + 2 * j) * n + r;
-                    _mm256_storeu_si256((__m256i *)even, _mm512_cvtepi32_epi16(columns[j]));
-                    _mm256_storeu_si256((__m256i *)(even + n), _mm512_cvtepi32_epi16(_mm512_srli_epi32(columns[j], 16)));
-                } else {
-                    _mm512_storeu_si512(to + r / 32 * 32 * width + (i / 2 + j) * 64 + r % 32 * 2, columns[j]);
-                }
-        }
-}
-
-// --- attention: causal, over what each row holds itself -------------------------------------------------------------------
-
-struct Attention {  // mirrored in native.py
+template <class T>
+struct Attention {  // mirrored in training.py
     int64_t batch, length, heads, kv_heads, width;  // a head's width is a multiple of 32
     float eps;
-    const bf16 *qkv;               // (batch, length, heads + 2 kv_heads, width)
+    const T *qkv;                  // (batch, length, heads + 2 kv_heads, width)
     const float *q_norm, *k_norm;  // (width,), or null
     const float *cosines, *sines;  // (1 or batch, length, width), the sines of the first half negated; or null
     int64_t stride;                // of a batch row in those
-    bf16 *mixed;                   // (batch, length, heads, width)
+    T *mixed;                      // (batch, length, heads, width)
     float *logs;                   // (batch, heads, length): of each softmax's normaliser, to base 2
     int64_t dropped;               // of 2^32 chances, how many dropout takes; which, `seed` says
     int64_t seed;
@@ -214,99 +40,6 @@ struct Attention {  // mirrored in native.py
     int64_t all_heads() const { return heads + 2 * kv_heads; }
     int64_t at(int64_t b, int64_t l, int64_t head) const { return ((b * length + l) * all_heads() + head) * width; }
 };
-
-// Rows of a head lie far apart: ask for them ahead.
-constexpr int64_t AHEAD = 12;
-static inline void fetch(const bf16 *row, int64_t width) {
-    for (int64_t i = 0; i < width; i += 32) __builtin_prefetch(row + i);
-}
-
-// 1 / rms of a head's values.
-static inline float scale_of(const bf16 *from, int64_t width, float eps) {
-    __m512 squares = {};
-    for (int64_t i = 0; i < width; i += 16) squares += load(from + i) * load(from + i);
-    return 1.0f / std::sqrt(total(squares) / width + eps);
-}
-
-// A head of queries or keys as rows (padded length, width), normed and turned; zeros beyond.
-static void turned_rows(const Attention &x, int64_t b, int64_t head, const float *norm, bf16 *to) {
-    const int64_t width = x.width, half = width / 2;
-    for (int64_t l = 0; l < x.length; l++, to += width) {
-        const bf16 *from = x.qkv + x.at(b, l, head);
-        fetch(from + AHEAD * x.all_heads() * width, width);
-        const float scale = norm ? scale_of(from, width, x.eps) : 1.0f;
-        for (int64_t i = 0, j = half; i < half; i += 16, j += 16) {
-            const __mmask16 m = first(half - i);
-            __m512 a = load(from + i, m), c = load(from + j, m);
-            if (norm) a = a * scale * load(norm + i, m), c = c * scale * load(norm + j, m);
-            if (x.cosines) {
-                const int64_t at = b * x.stride + l * width;
-                const __m512 cosine = load(x.cosines + at + i, m), sine = load(x.sines + at + j, m);
-                const __m512 before = a;
-                a = a * cosine - c * sine;
-                c = c * cosine + before * sine;
-            }
-            store(to + i, a, m);
-            store(to + j, c, m);
-        }
-    }
-    std::memset(to, 0, (padded(x.length) - x.length) * width * 2);
-}
-
-// What dropout multiplies the chances of 16 queries with, for one key: a function of the place and the seed alone.
-static inline __m512 kept(const Attention &x, int64_t head, int64_t t, int64_t l) {
-    if (!x.dropped) return all(1.0f);
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    __m512i bits = _mm512_add_epi32(lane, _mm512_set1_epi32((int32_t)((head * x.length + t) * x.length + l)));
-    bits = _mm512_xor_si512(bits, _mm512_set1_epi32((int32_t)x.seed));
-    bits = _mm512_mullo_epi32(_mm512_xor_si512(bits, _mm512_srli_epi32(bits, 16)), _mm512_set1_epi32((int32_t)0x85ebca6b));
-    bits = _mm512_mullo_epi32(_mm512_xor_si512(bits, _mm512_srli_epi32(bits, 13)), _mm512_set1_epi32((int32_t)0xc2b2ae35));
-    bits = _mm512_xor_si512(bits, _mm512_srli_epi32(bits, 16));  // murmur3's finaliser
-    const __mmask16 stays = _mm512_cmpge_epu32_mask(bits, _mm512_set1_epi32((int32_t)(uint32_t)x.dropped));
-    return _mm512_maskz_mov_ps(stays, all((float)(1.0 / (1.0 - x.dropped / 4294967296.0))));
-}
-
-// The slopes to what `turned_rows` read, from those to what it gave, (length, width) in fp32, which it overwrites;
-// `to_norm` (width,) is added to.
-static void turned_back(const Attention &x, int64_t b, int64_t head, const float *norm, float *slopes, bf16 *to_qkv, float *to_norm) {
-    const int64_t width = x.width, half = width / 2;
-    for (int64_t l = 0; l < x.length; l++, slopes += width) {
-        const bf16 *from = x.qkv + x.at(b, l, head);
-        bf16 *to = to_qkv + x.at(b, l, head);
-        fetch(from + AHEAD * x.all_heads() * width, width);
-        if (x.cosines)  // the rotation back
-            for (int64_t i = 0, j = half; i < half; i += 16, j += 16) {
-                const __mmask16 m = first(half - i);
-                const int64_t at = b * x.stride + l * width;
-                const __m512 cosine = load(x.cosines + at + i, m), sine = load(x.sines + at + j, m);
-                const __m512 a = load(slopes + i, m), c = load(slopes + j, m);
-                store(slopes + i, a * cosine + c * sine, m);
-                store(slopes + j, c * cosine - a * sine, m);
-            }
-        if (!norm) {
-            for (int64_t i = 0; i < width; i += 16) store(to + i, load(slopes + i));
-            continue;
-        }
-        const float scale = scale_of(from, width, x.eps);
-        __m512 along = {};
-        for (int64_t i = 0; i < width; i += 16) along += load(from + i) * load(slopes + i) * load(norm + i);
-        const float mean = total(along) * scale * scale / width;
-        for (int64_t i = 0; i < width; i += 16) {
-            const __m512 v = load(from + i), s = load(slopes + i);
-            store(to_norm + i, load(to_norm + i) + s * v * scale);
-            store(to + i, (s * load(norm + i) - v * mean) * scale);
-        }
-    }
-}
-
-// (length, width) of a tensor whose rows lie `stride` apart, as rows (padded length, width).
-static void plain_rows(const bf16 *from, int64_t stride, int64_t length, int64_t width, bf16 *to) {
-    for (int64_t l = 0; l < length; l++, from += stride) {
-        fetch(from + AHEAD * stride, width);
-        std::memcpy(to + l * width, from, width * 2);
-    }
-    std::memset(to + length * width, 0, (padded(length) - length) * width * 2);
-}
 
 struct Scratch {
     char *at;
@@ -317,298 +50,485 @@ struct Scratch {
         return here;
     }
 };
-static int64_t scratch_size(int64_t length, int64_t width) {
-    const int64_t n = padded(length);
-    return n * (width * (8 * 2 + 3 * 4) + n * 2 + 32 * (4 + 2 + 2) + 2 * 4) + 2 * BLOCK * BLOCK * 4 + 32 * 64;
+
+#if defined(BF16_UNITS)
+#include "attention_bf16.h"
+#endif
+
+constexpr int64_t BLOCK = 32;  // queries that are taken at a time
+static inline int64_t padded(int64_t n) { return (n + BLOCK - 1) / BLOCK * BLOCK; }
+
+// 1 / rms of a head's values.
+INLINE float scale_of(const float *from, int64_t width, float eps) {
+    vec squares = {};
+    for (int64_t i = 0; i < width; i += LANES) squares += load(from + i) * load(from + i);
+    return 1.0f / std::sqrt(total(squares) / width + eps);
 }
 
-static inline void store_pairs(bf16 *to, __m512 even, __m512 odd) {
-    _mm512_storeu_si512(to, paired((__m256i)_mm512_cvtneps_pbh(even), (__m256i)_mm512_cvtneps_pbh(odd)));
-}
-
-// Scores lie turned, (keys, queries), so that a softmax runs down a lane and only small matrices have to be transposed.
-static void attend(const Attention &x, int64_t b, int64_t kv, Scratch room) {
-    const int64_t length = x.length, n = padded(length), width = x.width, group = x.heads / x.kv_heads;
-    bf16 *rows = room.take<bf16>(n * width), *keys = room.take<bf16>(n * width), *queries = room.take<bf16>(n * width);
-    bf16 *turned_values = room.take<bf16>(n * width), *pairs = room.take<bf16>(n * 32);
-    float *scores = room.take<float>(n * 32), *out = room.take<float>(BLOCK * BLOCK);
-    const float scale = 1.0f / std::sqrt((float)width), unit = scale * LOG2E;
-    plain_rows(x.qkv + x.at(b, 0, x.heads + x.kv_heads + kv), x.all_heads() * width, length, width, rows);
-    columns_of<true>(rows, n, width, turned_values);
-    turned_rows(x, b, x.heads + kv, x.k_norm, keys);
-    for (int64_t h = kv * group; h < (kv + 1) * group; h++) {
-        turned_rows(x, b, h, x.q_norm, rows);
-        columns_of<false>(rows, n, width, queries);
-        for (int64_t l = 0; l < length; l += 32) {
-            const int64_t held = l + 32, here = std::min(length - l, (int64_t)32);
-            for (int64_t t = 0; t < held; t += 32) product(keys + t * width, width, 32, queries + l * width, width, scores + t * 32);
-            float logs[32], shares[32];
-            for (int64_t i = 0; i < 32; i += 16) {
-                // What is not seen, in the last block: lane q of row r where q < r.
-                auto seen = [&](int64_t t) { return t - l <= i ? (__mmask16)0xffff : (__mmask16)~first(t - l - i); };
-                __m512 most = all(-INFINITY), sums = {};
-                for (int64_t t = 0; t < l; t++) most = _mm512_max_ps(most, load(scores + t * 32 + i));
-                for (int64_t t = l; t < held; t++) most = _mm512_mask_max_ps(most, seen(t), most, load(scores + t * 32 + i));
-                most = most * unit;
-                for (int64_t t = 0; t < held; t += 2) {
-                    __m512 even = power(load(scores + t * 32 + i) * unit - most);
-                    __m512 odd = power(load(scores + (t + 1) * 32 + i) * unit - most);
-                    if (t >= l) even = _mm512_maskz_mov_ps(seen(t), even), odd = _mm512_maskz_mov_ps(seen(t + 1), odd);
-                    sums += even + odd;
-                    const int64_t head = b * x.heads + h;
-                    store_pairs(pairs + t * 32 + 2 * i, even * kept(x, head, t, l + i), odd * kept(x, head, t + 1, l + i));
-                }
-                store(shares + i, 1.0f / sums);
-                store(logs + i, most);
-                for (int64_t j = i; j < i + 16; j++) logs[j] -= std::log2(shares[j]);
+// A head of queries or keys as rows (padded length, width), normed and turned; zeros beyond.
+static void turned_rows(const Attention<float> &x, int64_t b, int64_t head, const float *norm, float *to) {
+    const int64_t width = x.width, middle = width / 2;
+    for (int64_t l = 0; l < x.length; l++, to += width) {
+        const float *from = x.qkv + x.at(b, l, head);
+        const float scale = norm ? scale_of(from, width, x.eps) : 1.0f;
+        for (int64_t i = 0, j = middle; i < middle; i += LANES, j += LANES) {
+            vec a = load(from + i), c = load(from + j);
+            if (norm) a = a * scale * load(norm + i), c = c * scale * load(norm + j);
+            if (x.cosines) {
+                const int64_t at = b * x.stride + l * width;
+                const vec cosine = load(x.cosines + at + i), sine = load(x.sines + at + j), before = a;
+                a = a * cosine - c * sine;
+                c = c * cosine + before * sine;
             }
-            std::memcpy(x.logs + (b * x.heads + h) * length + l, logs, here * 4);
-            for (int64_t i = 0; i < width; i += 32) {
-                product(turned_values + i * n, n, 32, pairs, held, out);
-                for (int64_t r = 0; r < 32; r += 16)
-                    for (int64_t j = 0; j < here; j += 16) {
-                        __m512i columns[16];
-                        transpose(out + r * 32 + j, 32, columns);
-                        for (int64_t k = 0; k < std::min(here - j, (int64_t)16); k++)
-                            store(x.mixed + ((b * length + l + j + k) * x.heads + h) * width + i + r,
-                                  _mm512_castsi512_ps(columns[k]) * shares[j + k]);
-                    }
+            store(to + i, a);
+            store(to + j, c);
+        }
+    }
+    std::memset(to, 0, (padded(x.length) - x.length) * width * 4);
+}
+
+// The gradient to what `turned_rows` read, from that to what it gave, (length, width), which it overwrites; `to_norm`
+// (width,) is added to.
+static void turned_back(const Attention<float> &x, int64_t b, int64_t head, const float *norm, float *grads, float *to_qkv, float *to_norm) {
+    const int64_t width = x.width, middle = width / 2;
+    for (int64_t l = 0; l < x.length; l++, grads += width) {
+        const float *from = x.qkv + x.at(b, l, head);
+        float *to = to_qkv + x.at(b, l, head);
+        if (x.cosines)  // the rotation back
+            for (int64_t i = 0, j = middle; i < middle; i += LANES, j += LANES) {
+                const int64_t at = b * x.stride + l * width;
+                const vec cosine = load(x.cosines + at + i), sine = load(x.sines + at + j);
+                const vec a = load(grads + i), c = load(grads + j);
+                store(grads + i, a * cosine + c * sine);
+                store(grads + j, c * cosine - a * sine);
+            }
+        if (!norm) {
+            std::memcpy(to, grads, width * 4);
+            continue;
+        }
+        const float scale = scale_of(from, width, x.eps);
+        vec along = {};
+        for (int64_t i = 0; i < width; i += LANES) along += load(from + i) * load(grads + i) * load(norm + i);
+        const float mean = total(along) * scale * scale / width;
+        for (int64_t i = 0; i < width; i += LANES) {
+            const vec v = load(from + i), g = load(grads + i);
+            store(to_norm + i, load(to_norm + i) + g * v * scale);
+            store(to + i, (g * load(norm + i) - v * mean) * scale);
+        }
+    }
+}
+
+// (length, width) of a tensor whose rows lie `stride` apart, as rows (padded length, width).
+static void plain_rows(const float *from, int64_t stride, int64_t length, int64_t width, float *to) {
+    for (int64_t l = 0; l < length; l++, from += stride) std::memcpy(to + l * width, from, width * 4);
+    std::memset(to + length * width, 0, (padded(length) - length) * width * 4);
+}
+
+// What dropout multiplies the chances of a query l with, for LANES keys from t on: a function of the place and the seed.
+INLINE vec kept(const Attention<float> &x, int64_t head, int64_t t, int64_t l) {
+    uvec bits = (uvec)lanes() * (uint32_t)x.length + (uint32_t)((head * x.length + t) * x.length + l);
+    bits ^= (uint32_t)x.seed;
+    bits = (bits ^ (bits >> 16)) * 0x85ebca6bu;
+    bits = (bits ^ (bits >> 13)) * 0xc2b2ae35u;
+    bits ^= bits >> 16;  // murmur3's finaliser
+    const ivec stays = bits >= (uint32_t)x.dropped;
+    return where(stays, splat((float)(1.0 / (1.0 - x.dropped / 4294967296.0))), vec{});
+}
+
+static int64_t fp32_scratch(int64_t length, int64_t width) {
+    const int64_t n = padded(length);
+    return (n * width * 9 + 2 * BLOCK * n + BLOCK * width) * 4 + 16 * 64;
+}
+
+static void attend(const Attention<float> &x, int64_t b, int64_t kv, Scratch room) {
+    const int64_t length = x.length, n = padded(length), width = x.width, group = x.heads / x.kv_heads;
+    float *queries = room.take<float>(n * width), *keys = room.take<float>(n * width), *turned = room.take<float>(n * width);
+    float *values = room.take<float>(n * width), *scores = room.take<float>(BLOCK * n), *out = room.take<float>(BLOCK * width);
+    const float unit = LOG2E / std::sqrt((float)width);
+    turned_rows(x, b, x.heads + kv, x.k_norm, keys);
+    columns_of(keys, n, width, turned);
+    plain_rows(x.qkv + x.at(b, 0, x.heads + x.kv_heads + kv), x.all_heads() * width, length, width, values);
+    for (int64_t h = kv * group; h < (kv + 1) * group; h++) {
+        turned_rows(x, b, h, x.q_norm, queries);
+        for (int64_t l = 0; l < length; l += BLOCK) {
+            const int64_t held = l + BLOCK, here = std::min(length - l, BLOCK);
+            product(queries + l * width, width, 1, here, turned, n, width, held, scores, held, false);
+            float shares[BLOCK];
+            for (int64_t q = 0; q < here; q++) {
+                float *row = scores + q * held;
+                const int64_t seen = l + q + 1, whole = (seen + LANES - 1) / LANES * LANES;
+                for (int64_t t = seen; t < whole; t++) row[t] = -INFINITY;
+                vec greatest = load(row);
+                for (int64_t t = LANES; t < whole; t += LANES) greatest = larger(greatest, load(row + t));
+                const float top = most(greatest) * unit;
+                vec sums = {};
+                for (int64_t t = 0; t < whole; t += LANES) {
+                    vec chance = power(load(row + t) * unit - top);
+                    if (t + LANES > seen) chance = where(lanes() < (int32_t)(seen - t), chance, vec{});
+                    sums += chance;
+                    store(row + t, x.dropped ? chance * kept(x, b * x.heads + h, t, l + q) : chance);
+                }
+                for (int64_t t = whole; t < held; t++) row[t] = 0.0f;
+                const float sum = total(sums);
+                shares[q] = 1.0f / sum;
+                x.logs[(b * x.heads + h) * length + l + q] = top + std::log2(sum);
+            }
+            product(scores, held, 1, here, values, width, held, width, out, width, false);
+            for (int64_t q = 0; q < here; q++) {
+                float *to = x.mixed + ((b * length + l + q) * x.heads + h) * width;
+                for (int64_t i = 0; i < width; i += LANES) store(to + i, load(out + q * width + i) * shares[q]);
             }
         }
     }
 }
 
 // As in FlashAttention (Dao et al., 2022): chances are computed again from the logs.
-static void attend_back(const Attention &x, int64_t b, int64_t kv, const bf16 *slope, bf16 *to_qkv, float *to_norms, Scratch room) {
+static void attend_back(const Attention<float> &x, int64_t b, int64_t kv, const float *grad, float *to_qkv, float *to_norms, Scratch room) {
     const int64_t length = x.length, n = padded(length), width = x.width, group = x.heads / x.kv_heads;
-    bf16 *keys = room.take<bf16>(n * width), *values = room.take<bf16>(n * width), *turned_keys = room.take<bf16>(n * width);
-    bf16 *rows = room.take<bf16>(n * width), *query_columns = room.take<bf16>(n * width), *query_pairs = room.take<bf16>(n * width);
-    bf16 *slope_columns = room.take<bf16>(n * width), *slope_pairs = room.take<bf16>(n * width);
-    bf16 *chances = room.take<bf16>(n * 32), *slopes = room.take<bf16>(n * 32), *pairs = room.take<bf16>(n * n);
+    float *queries = room.take<float>(n * width), *keys = room.take<float>(n * width), *turned_keys = room.take<float>(n * width);
+    float *values = room.take<float>(n * width), *turned_values = room.take<float>(n * width), *grads = room.take<float>(n * width);
     float *to_query = room.take<float>(n * width), *to_key = room.take<float>(n * width), *to_value = room.take<float>(n * width);
-    float *means = room.take<float>(n), *logs = room.take<float>(n);
-    float *c = room.take<float>(BLOCK * BLOCK), *d = room.take<float>(BLOCK * BLOCK);
+    float *chances = room.take<float>(BLOCK * n), *slopes = room.take<float>(BLOCK * n);
     const float scale = 1.0f / std::sqrt((float)width), unit = scale * LOG2E;
     turned_rows(x, b, x.heads + kv, x.k_norm, keys);
-    columns_of<true>(keys, n, width, turned_keys);
+    columns_of(keys, n, width, turned_keys);
     plain_rows(x.qkv + x.at(b, 0, x.heads + x.kv_heads + kv), x.all_heads() * width, length, width, values);
+    columns_of(values, n, width, turned_values);
     std::memset(to_key, 0, n * width * 4);
     std::memset(to_value, 0, n * width * 4);
     for (int64_t h = kv * group; h < (kv + 1) * group; h++) {
-        turned_rows(x, b, h, x.q_norm, rows);
-        columns_of<false>(rows, n, width, query_columns);
-        pair_rows(rows, n, width, query_pairs);
-        plain_rows(slope + (b * length * x.heads + h) * width, x.heads * width, length, width, rows);
-        columns_of<false>(rows, n, width, slope_columns);
-        pair_rows(rows, n, width, slope_pairs);
-        for (int64_t l = 0; l < n; l++) {
-            __m512 sum = {};
-            const bf16 *mixed = x.mixed + ((b * length + l) * x.heads + h) * width;
-            for (int64_t i = 0; l < length && i < width; i += 16) sum += load(mixed + i) * load(rows + l * width + i);
-            means[l] = total(sum);
-            logs[l] = l < length ? x.logs[(b * x.heads + h) * length + l] : 0.0f;
-        }
-        for (int64_t t = 0; t < n; t += 32) {
-            for (int64_t l = t; l < n; l += 32) {
-                product(keys + t * width, width, 32, query_columns + l * width, width, c);
-                product(values + t * width, width, 32, slope_columns + l * width, width, d);
-                for (int64_t i = 0; i < 32; i += 16) {
-                    const __m512 mean = load(means + l + i), log = load(logs + l + i);
-                    for (int64_t r = 0; r < 32; r += 2) {
-                        __m512 p[2], s[2];
-                        for (int64_t j = 0; j < 2; j++) {
-                            const int64_t at = (r + j) * 32 + i, to = l * 32 + at;
-                            p[j] = power(load(c + at) * unit - log);
-                            if (l == t && r + j > i) p[j] = _mm512_maskz_mov_ps((__mmask16)~first(r + j - i), p[j]);
-                            const __m512 keep = kept(x, b * x.heads + h, t + r + j, l + i);
-                            s[j] = p[j] * (load(d + at) * keep - mean) * scale;
-                            store(chances + to, p[j] * keep);
-                            store(slopes + to, s[j]);
-                        }
-                        store_pairs(pairs + l * n + (t + r) * 32 + 2 * i, s[0], s[1]);
+        turned_rows(x, b, h, x.q_norm, queries);
+        plain_rows(grad + (b * length * x.heads + h) * width, x.heads * width, length, width, grads);
+        for (int64_t l = 0; l < length; l += BLOCK) {
+            const int64_t held = l + BLOCK, here = std::min(length - l, BLOCK);
+            product(queries + l * width, width, 1, here, turned_keys, n, width, held, chances, held, false);
+            product(grads + l * width, width, 1, here, turned_values, n, width, held, slopes, held, false);
+            for (int64_t q = 0; q < here; q++) {
+                const float *mixed = x.mixed + ((b * length + l + q) * x.heads + h) * width, *own = grads + (l + q) * width;
+                vec sum = {};
+                for (int64_t i = 0; i < width; i += LANES) sum += load(mixed + i) * load(own + i);
+                const float mean = total(sum), log = x.logs[(b * x.heads + h) * length + l + q];
+                float *p = chances + q * held, *s = slopes + q * held;
+                const int64_t seen = l + q + 1;
+                int64_t t = 0;
+                for (; t < seen; t += LANES) {
+                    vec chance = power(load(p + t) * unit - log), slope = load(s + t);
+                    if (t + LANES > seen) chance = where(lanes() < (int32_t)(seen - t), chance, vec{});
+                    if (x.dropped) {
+                        const vec keep = kept(x, b * x.heads + h, t, l + q);
+                        store(s + t, chance * (slope * keep - mean) * scale);
+                        store(p + t, chance * keep);
+                    } else {
+                        store(s + t, chance * (slope - mean) * scale);
+                        store(p + t, chance);
                     }
                 }
+                for (; t < held; t += LANES) store(p + t, vec{}), store(s + t, vec{});
             }
-            for (int64_t i = 0; i < width; i += 32) {
-                product(chances + t * 32, 32, PANEL, slope_pairs + i * n + t * 32, n - t, c);
-                product(slopes + t * 32, 32, PANEL, query_pairs + i * n + t * 32, n - t, d);
-                for (int64_t r = 0; r < 32; r++)
-                    for (int64_t j = 0; j < 32; j += 16) {
-                        float *value = to_value + (t + r) * width + i + j, *key = to_key + (t + r) * width + i + j;
-                        store(value, load(value) + load(c + r * 32 + j));
-                        store(key, load(key) + load(d + r * 32 + j));
-                    }
-            }
+            product(slopes, held, 1, here, keys, width, held, width, to_query + l * width, width, false);
+            product(chances, 1, held, held, grads + l * width, width, here, width, to_value, width, true);
+            product(slopes, 1, held, held, queries + l * width, width, here, width, to_key, width, true);
         }
-        for (int64_t l = 0; l < n; l += 32)
-            for (int64_t i = 0; i < width; i += 32) {
-                product(turned_keys + i * n, n, 32, pairs + l * n, l + 32, c);
-                for (int64_t r = 0; r < 32; r += 16)
-                    for (int64_t j = 0; j < 32; j += 16) {
-                        __m512i columns[16];
-                        transpose(c + r * 32 + j, 32, columns);
-                        for (int k = 0; k < 16; k++) _mm512_storeu_si512(to_query + (l + j + k) * width + i + r, columns[k]);
-                    }
-            }
         turned_back(x, b, h, x.q_norm, to_query, to_qkv, to_norms);
     }
     turned_back(x, b, x.heads + kv, x.k_norm, to_key, to_qkv, to_norms + width);
     for (int64_t l = 0; l < length; l++)
-        for (int64_t i = 0; i < width; i += 16)
-            store(to_qkv + x.at(b, l, x.heads + x.kv_heads + kv) + i, load(to_value + l * width + i));
+        std::memcpy(to_qkv + x.at(b, l, x.heads + x.kv_heads + kv), to_value + l * width, width * 4);
 }
 
-extern "C" {
+// --- between the products ----------------------------------------------------------------------------------------------
 
-// What products use here: 0 nothing, for want of AVX512-BF16; 1 AVX512-BF16; 2 AMX. To be called first.
-int plait_products() {
-#ifdef AMX
-    tiles = !syscall(SYS_arch_prctl, 0x1023, 18);  // ARCH_REQ_XCOMP_PERM for the tiles' data
+INLINE vec open(vec x) {  // the sigmoid; what is not a number stays so
+#if defined(WIDE)
+    const __m512 y = 1.0f + (__m512)power((vec)_mm512_min_ps(_mm512_set1_ps(126.0f), -LOG2E * (__m512)x));
+    const __m512 guess = _mm512_rcp14_ps(y);
+    return (vec)(guess * (2.0f - y * guess));  // to 2^-28, faster than a division
+#else
+    const vec y = -LOG2E * x;
+    return 1.0f / (1.0f + power(y > 126.0f ? splat(126.0f) : y));
 #endif
-    return tiles ? 2 : 1;
-}
-
-int64_t plait_scratch(int64_t length, int64_t width) { return scratch_size(length, width); }
-
-// Fills `mixed` and `logs`; `scratch` has `plait_scratch` bytes a thread.
-void plait_attend(const Attention *x, char *scratch, int64_t threads) {
-    const int64_t size = scratch_size(x->length, x->width);
-    together(threads, x->batch * x->kv_heads, [&](int64_t thread, int64_t begin, int64_t end) {
-        const Tiled tiled;
-        for (int64_t i = begin; i < end; i++) attend(*x, i / x->kv_heads, i % x->kv_heads, Scratch{scratch + thread * size});
-    });
-}
-
-// From the slope to `mixed`: that to `qkv`, all of it, and to both norms, (threads, 2, width), zero at first.
-void plait_attend_back(const Attention *x, const bf16 *slope, bf16 *to_qkv, float *to_norms, char *scratch, int64_t threads) {
-    const int64_t size = scratch_size(x->length, x->width);
-    together(threads, x->batch * x->kv_heads, [&](int64_t thread, int64_t begin, int64_t end) {
-        const Tiled tiled;
-        for (int64_t i = begin; i < end; i++)
-            attend_back(*x, i / x->kv_heads, i % x->kv_heads, slope, to_qkv, to_norms + thread * 2 * x->width,
-                        Scratch{scratch + thread * size});
-    });
 }
 
 // sum = x + more, both (n,).
-void plait_add(const float *x, const bf16 *more, int64_t n, float *sum, int64_t threads) {
-    together(threads, (n + 15) / 16, [&](int64_t, int64_t begin, int64_t end) {
-        for (int64_t i = 16 * begin; i < std::min(16 * end, n); i += 16)
-            store(sum + i, load(x + i, first(n - i)) + load(more + i, first(n - i)), first(n - i));
+template <class T>
+static void add(const float *x, const T *more, int64_t n, float *sum, int64_t threads) {
+    together(threads, (n + LANES - 1) / LANES, [&](int64_t, int64_t begin, int64_t end) {
+        for (int64_t i = LANES * begin; i < std::min(LANES * end, n); i += LANES)
+            store(sum + i, load(x + i, n - i) + load(more + i, n - i), n - i);
     });
 }
 
-// out (rows, width) = x / rms(x) * weight; where `more` is given, it is added to x before, in `sum`.
-void plait_norm(const float *x, const bf16 *more, const float *weight, float eps, int64_t rows, int64_t width, float *sum,
-                bf16 *out, int64_t threads) {
+// out (rows, width) = x / rms(x) * weight or, where there is a bias, the layer norm of x; where `more` is given, it is
+// added to x before, in `sum`.
+template <class T>
+static void norm(const float *x, const T *more, const float *weight, const float *bias, float eps, int64_t rows, int64_t width,
+                 float *sum, T *out, int64_t threads) {
     together(threads, rows, [&](int64_t, int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; r++) {
             const float *row = x + r * width;
             if (more) {
-                for (int64_t i = 0; i < width; i += 16) {
-                    const __mmask16 m = first(width - i);
-                    store(sum + r * width + i, load(row + i, m) + load(more + r * width + i, m), m);
-                }
+                for (int64_t i = 0; i < width; i += LANES)
+                    store(sum + r * width + i, load(row + i, width - i) + load(more + r * width + i, width - i), width - i);
                 row = sum + r * width;
             }
-            __m512 squares = {};
-            for (int64_t i = 0; i < width; i += 16) squares += load(row + i, first(width - i)) * load(row + i, first(width - i));
+            float mean = 0.0f;
+            if (bias) {
+                vec sums = {};
+                for (int64_t i = 0; i < width; i += LANES) sums += load(row + i, width - i);
+                mean = total(sums) / width;
+            }
+            vec squares = {};
+            for (int64_t i = 0; i < width; i += LANES) {
+                vec v = load(row + i, width - i) - mean;
+                if (bias && i + LANES > width) v = where(lanes() < (int32_t)(width - i), v, vec{});
+                squares += v * v;
+            }
             const float scale = 1.0f / std::sqrt(total(squares) / width + eps);
-            for (int64_t i = 0; i < width; i += 16) {
-                const __mmask16 m = first(width - i);
-                store(out + r * width + i, load(row + i, m) * scale * load(weight + i, m), m);
+            for (int64_t i = 0; i < width; i += LANES) {
+                vec y = (load(row + i, width - i) - mean) * scale * load(weight + i, width - i);
+                if (bias) y += load(bias + i, width - i);
+                store(out + r * width + i, y, width - i);
             }
         }
     });
 }
 
-// The slope to x, from that to its norm and, where `past` is given, that to x itself; the same in `to_more` where that is
-// given. `to_weight` (threads, width) is zero at first.
-void plait_norm_back(const float *x, const float *weight, float eps, const bf16 *slope, const float *past, int64_t rows,
-                     int64_t width, float *to_x, bf16 *to_more, float *to_weight, int64_t threads) {
+// The gradient to x, from that to its norm and, where `past` is given, that to x itself; the same in `to_more` where that
+// is given. `to_weight` and, of a layer norm, `to_bias` (threads, width) are zero at first.
+template <class T>
+static void norm_back(const float *x, const float *weight, float eps, const T *grad, const float *past, int64_t rows, int64_t width,
+                      float *to_x, T *to_more, float *to_weight, float *to_bias, int64_t threads) {
     together(threads, rows, [&](int64_t thread, int64_t begin, int64_t end) {
-        float *sums = to_weight + thread * width;
+        float *sums = to_weight + thread * width, *biases = to_bias ? to_bias + thread * width : nullptr;
         for (int64_t r = begin; r < end; r++) {
             const float *row = x + r * width;
-            const bf16 *s = slope + r * width;
-            __m512 squares = {}, along = {};
-            for (int64_t i = 0; i < width; i += 16) {
-                const __mmask16 m = first(width - i);
-                const __m512 v = load(row + i, m);
+            const T *g = grad + r * width;
+            float middle = 0.0f;
+            if (to_bias) {
+                vec all = {};
+                for (int64_t i = 0; i < width; i += LANES) all += load(row + i, width - i);
+                middle = total(all) / width;
+            }
+            vec squares = {}, along = {}, across = {};
+            for (int64_t i = 0; i < width; i += LANES) {
+                vec v = load(row + i, width - i) - middle;
+                if (to_bias && i + LANES > width) v = where(lanes() < (int32_t)(width - i), v, vec{});
+                const vec w = load(g + i, width - i) * load(weight + i, width - i);
                 squares += v * v;
-                along += v * load(s + i, m) * load(weight + i, m);
+                along += v * w;
+                across += w;
             }
             const float scale = 1.0f / std::sqrt(total(squares) / width + eps);
-            const float mean = total(along) * scale * scale / width;
-            for (int64_t i = 0; i < width; i += 16) {
-                const __mmask16 m = first(width - i);
-                const __m512 v = load(row + i, m), w = load(s + i, m);
-                store(sums + i, load(sums + i, m) + w * v * scale, m);
-                __m512 to = (w * load(weight + i, m) - v * mean) * scale;
-                if (past) to += load(past + r * width + i, m);
-                store(to_x + r * width + i, to, m);
-                if (to_more) store(to_more + r * width + i, to, m);
+            const float mean = total(along) * scale * scale / width, level = to_bias ? total(across) / width : 0.0f;
+            for (int64_t i = 0; i < width; i += LANES) {
+                const int64_t left = width - i;
+                const vec v = load(row + i, left) - middle, w = load(g + i, left);
+                store(sums + i, load(sums + i, left) + w * v * scale, left);
+                if (biases) store(biases + i, load(biases + i, left) + w, left);
+                vec to = (w * load(weight + i, left) - level - v * mean) * scale;
+                if (past) to += load(past + r * width + i, left);
+                store(to_x + r * width + i, to, left);
+                if (to_more) store(to_more + r * width + i, to, left);
             }
         }
     });
 }
 
-// Logits (rows, width) become the slopes of losses (rows,), which are -log P of the targets in nats; `smoothing` is the
+// Logits (rows, width) become the gradients of losses (rows,), which are -log P of the targets in nats; `smoothing` is the
 // share of each target that is spread evenly.
-void plait_loss(bf16 *logits, const int64_t *targets, int64_t rows, int64_t width, float smoothing, float *losses,
-                int64_t threads) {
+template <class T>
+static void loss(T *logits, const int64_t *targets, int64_t rows, int64_t width, float smoothing, float *losses, int64_t threads) {
     together(threads, rows, [&](int64_t, int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; r++) {
-            bf16 *row = logits + r * width;
-            __m512 most = all(-INFINITY), sums = {}, chances = {};
-            for (int64_t i = 0; i < width; i += 16) {
-                const __mmask16 m = first(width - i);
-                most = _mm512_mask_max_ps(most, m, most, load(row + i, m));
-                if (smoothing) sums += load(row + i, m);
+            T *row = logits + r * width;
+            vec greatest = splat(-INFINITY), sums = {}, chances = {};
+            for (int64_t i = 0; i < width; i += LANES) {
+                vec v = load(row + i, width - i);
+                if (smoothing) sums += v;
+                if (i + LANES > width) v = where(lanes() < (int32_t)(width - i), v, splat(-INFINITY));
+                greatest = larger(greatest, v);
             }
-            const float greatest = _mm512_reduce_max_ps(most), mean = total(sums) / width;
-            for (int64_t i = 0; i < width; i += 16) {
-                const __mmask16 m = first(width - i);
-                chances += _mm512_maskz_mov_ps(m, power((load(row + i, m) - greatest) * LOG2E));
+            const float top = most(greatest), mean = total(sums) / width;
+            for (int64_t i = 0; i < width; i += LANES) {
+                vec e = power((load(row + i, width - i) - top) * LOG2E);
+                if (i + LANES > width) e = where(lanes() < (int32_t)(width - i), e, vec{});
+                chances += e;
             }
-            const float log = greatest + std::log(total(chances)), wanted = total(load(row + targets[r], 1));
+            const float log = top + std::log(total(chances)), wanted = one(row + targets[r]);
             losses[r] = log - (1.0f - smoothing) * wanted - smoothing * mean;
             const float share = std::exp(wanted - log), evenly = smoothing / width;
-            for (int64_t i = 0; i < width; i += 16) {
-                const __mmask16 m = first(width - i);
-                store(row + i, power((load(row + i, m) - log) * LOG2E) - evenly, m);
-            }
-            store(row + targets[r], all(share - evenly - (1.0f - smoothing)), 1);
+            for (int64_t i = 0; i < width; i += LANES)
+                store(row + i, power((load(row + i, width - i) - log) * LOG2E) - evenly, width - i);
+            put(row + targets[r], share - evenly - (1.0f - smoothing));
         }
     });
 }
 
 // out (rows, width) = silu(gate) * up, where x (rows, 2, width) holds both.
-void plait_gate(const bf16 *x, int64_t rows, int64_t width, bf16 *out, int64_t threads) {
+template <class T>
+static void gate(const T *x, int64_t rows, int64_t width, T *out, int64_t threads) {
     together(threads, rows, [&](int64_t, int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; r++)
-            for (int64_t i = 0; i < width; i += 16) {
-                const __mmask16 m = first(width - i);
-                const __m512 gate = load(x + 2 * r * width + i, m);
-                store(out + r * width + i, gate * sigmoid(gate) * load(x + (2 * r + 1) * width + i, m), m);
+            for (int64_t i = 0; i < width; i += LANES) {
+                const vec g = load(x + 2 * r * width + i, width - i);
+                store(out + r * width + i, g * open(g) * load(x + (2 * r + 1) * width + i, width - i), width - i);
+            }
+    });
+}
+template <class T>
+static void gate_back(const T *x, const T *grad, int64_t rows, int64_t width, T *to_x, int64_t threads) {
+    together(threads, rows, [&](int64_t, int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; r++)
+            for (int64_t i = 0; i < width; i += LANES) {
+                const int64_t at = 2 * r * width + i, left = width - i;
+                const vec g = load(x + at, left), up = load(x + at + width, left), s = load(grad + r * width + i, left);
+                const vec o = open(g);
+                store(to_x + at, s * up * o * (1.0f + g * (1.0f - o)), left);
+                store(to_x + at + width, s * g * o, left);
             }
     });
 }
 
-void plait_gate_back(const bf16 *x, const bf16 *slope, int64_t rows, int64_t width, bf16 *to_x, int64_t threads) {
-    together(threads, rows, [&](int64_t, int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; r++)
-            for (int64_t i = 0; i < width; i += 16) {
-                const __mmask16 m = first(width - i);
-                const int64_t at = 2 * r * width + i;
-                const __m512 gate = load(x + at, m), up = load(x + at + width, m), s = load(slope + r * width + i, m);
-                const __m512 open = sigmoid(gate);
-                store(to_x + at, s * up * open * (1.0f + gate * (1.0f - open)), m);
-                store(to_x + at + width, s * gate * open, m);
-            }
+// GELU of x (n,), exact or by tanh.
+template <class T>
+static void curve(const T *x, int64_t n, bool by_tanh, T *out, int64_t threads) {
+    together(threads, (n + LANES - 1) / LANES, [&](int64_t, int64_t begin, int64_t end) {
+        for (int64_t i = LANES * begin; i < std::min(LANES * end, n); i += LANES)
+            store(out + i, gelu(load(x + i, n - i), by_tanh), n - i);
     });
 }
+template <class T>
+static void curve_back(const T *x, const T *grad, int64_t n, bool by_tanh, T *to_x, int64_t threads) {
+    together(threads, (n + LANES - 1) / LANES, [&](int64_t, int64_t begin, int64_t end) {
+        for (int64_t i = LANES * begin; i < std::min(LANES * end, n); i += LANES) {
+            const vec v = load(x + i, n - i);
+            vec slope;
+            if (by_tanh) {
+                const vec o = open(1.5957691216f * (v + 0.044715f * v * v * v));
+                slope = o + v * o * (1.0f - o) * 1.5957691216f * (1.0f + 0.134145f * v * v);
+            } else {  // Phi(x) + x phi(x)
+                const vec z = v * 0.70710678f, a = z < 0.0f ? -z : z, t = 1.0f / (1.0f + 0.3275911f * a);
+                const vec e = exponential(-a * a);
+                const vec p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
+                const vec tail = 0.5f * p * e;
+                slope = (v < 0.0f ? tail : 1.0f - tail) + v * e * 0.39894228f;
+            }
+            store(to_x + i, load(grad + i, n - i) * slope, n - i);
+        }
+    });
 }
-#else
-extern "C" int plait_products() { return 0; }
+
+extern "C" {
+
+// What bf16 products use here: 0 nothing, for want of units; 1 AVX512-BF16; 2 AMX. To be called first.
+int plait_products() {
+#if defined(BF16_UNITS)
+#ifdef AMX
+    units::tiles = !syscall(SYS_arch_prctl, 0x1023, 18);  // ARCH_REQ_XCOMP_PERM for the tiles' data
 #endif
+    return units::tiles ? 2 : 1;
+#else
+    return 0;
+#endif
+}
+
+// In all that follows, `halved` says that activations are bf16; attention takes these only where there are units.
+
+int64_t plait_scratch(int64_t length, int64_t width, int64_t halved) {
+#if defined(BF16_UNITS)
+    if (halved) return units::scratch_size(length, width);
+#endif
+    return fp32_scratch(length, width);
+}
+
+// Fills `mixed` and `logs`; `scratch` has `plait_scratch` bytes a thread.
+void plait_attend(const void *call, int64_t halved, char *scratch, int64_t threads) {
+    const auto *x = (const Attention<float> *)call;
+    const int64_t size = plait_scratch(x->length, x->width, halved);
+    together(threads, x->batch * x->kv_heads, [&](int64_t thread, int64_t begin, int64_t end) {
+        const Scratch room{scratch + thread * size};
+#if defined(BF16_UNITS)
+        if (halved) {
+            const units::Tiled tiled;
+            for (int64_t i = begin; i < end; i++)
+                units::attend(*(const Attention<bf16> *)call, i / x->kv_heads, i % x->kv_heads, room);
+            return;
+        }
+#endif
+        for (int64_t i = begin; i < end; i++) attend(*x, i / x->kv_heads, i % x->kv_heads, room);
+    });
+}
+
+// From the gradient to `mixed`: that to `qkv`, all of it, and to both norms, (threads, 2, width), zero at first.
+void plait_attend_back(const void *call, int64_t halved, const void *grad, void *to_qkv, float *to_norms, char *scratch, int64_t threads) {
+    const auto *x = (const Attention<float> *)call;
+    const int64_t size = plait_scratch(x->length, x->width, halved);
+    together(threads, x->batch * x->kv_heads, [&](int64_t thread, int64_t begin, int64_t end) {
+        const Scratch room{scratch + thread * size};
+        float *norms = to_norms + thread * 2 * x->width;
+#if defined(BF16_UNITS)
+        if (halved) {
+            const units::Tiled tiled;
+            for (int64_t i = begin; i < end; i++)
+                units::attend_back(*(const Attention<bf16> *)call, i / x->kv_heads, i % x->kv_heads, (const bf16 *)grad,
+                                   (bf16 *)to_qkv, norms, room);
+            return;
+        }
+#endif
+        for (int64_t i = begin; i < end; i++)
+            attend_back(*x, i / x->kv_heads, i % x->kv_heads, (const float *)grad, (float *)to_qkv, norms, room);
+    });
+}
+
+void plait_add(int64_t halved, const float *x, const void *more, int64_t n, float *sum, int64_t threads) {
+    if (halved)
+        add(x, (const bf16 *)more, n, sum, threads);
+    else
+        add(x, (const float *)more, n, sum, threads);
+}
+void plait_norm(int64_t halved, const float *x, const void *more, const float *weight, const float *bias, float eps, int64_t rows,
+                int64_t width, float *sum, void *out, int64_t threads) {
+    if (halved)
+        norm(x, (const bf16 *)more, weight, bias, eps, rows, width, sum, (bf16 *)out, threads);
+    else
+        norm(x, (const float *)more, weight, bias, eps, rows, width, sum, (float *)out, threads);
+}
+void plait_norm_back(int64_t halved, const float *x, const float *weight, float eps, const void *grad, const float *past, int64_t rows,
+                     int64_t width, float *to_x, void *to_more, float *to_weight, float *to_bias, int64_t threads) {
+    if (halved)
+        norm_back(x, weight, eps, (const bf16 *)grad, past, rows, width, to_x, (bf16 *)to_more, to_weight, to_bias, threads);
+    else
+        norm_back(x, weight, eps, (const float *)grad, past, rows, width, to_x, (float *)to_more, to_weight, to_bias, threads);
+}
+void plait_loss(int64_t halved, void *logits, const int64_t *targets, int64_t rows, int64_t width, float smoothing, float *losses,
+                int64_t threads) {
+    if (halved)
+        loss((bf16 *)logits, targets, rows, width, smoothing, losses, threads);
+    else
+        loss((float *)logits, targets, rows, width, smoothing, losses, threads);
+}
+void plait_gate(int64_t halved, const void *x, int64_t rows, int64_t width, void *out, int64_t threads) {
+    if (halved)
+        gate((const bf16 *)x, rows, width, (bf16 *)out, threads);
+    else
+        gate((const float *)x, rows, width, (float *)out, threads);
+}
+void plait_gate_back(int64_t halved, const void *x, const void *grad, int64_t rows, int64_t width, void *to_x, int64_t threads) {
+    if (halved)
+        gate_back((const bf16 *)x, (const bf16 *)grad, rows, width, (bf16 *)to_x, threads);
+    else
+        gate_back((const float *)x, (const float *)grad, rows, width, (float *)to_x, threads);
+}
+void plait_gelu(int64_t halved, const void *x, int64_t n, int64_t by_tanh, void *out, int64_t threads) {
+    if (halved)
+        curve((const bf16 *)x, n, by_tanh, (bf16 *)out, threads);
+    else
+        curve((const float *)x, n, by_tanh, (float *)out, threads);
+}
+void plait_gelu_back(int64_t halved, const void *x, const void *grad, int64_t n, int64_t by_tanh, void *to_x, int64_t threads) {
+    if (halved)
+        curve_back((const bf16 *)x, (const bf16 *)grad, n, by_tanh, (bf16 *)to_x, threads);
+    else
+        curve_back((const float *)x, (const float *)grad, n, by_tanh, (float *)to_x, threads);
+}
+}

@@ -1,5 +1,6 @@
 """What lies between the matrix products of a block, as compiled C++ with its gradients (`kernels/training.cpp`): norms,
-gates, and attention whole. `transformer.py` holds the same in PyTorch, and asks `takes` or `attends` which to use.
+gates, activations, and attention whole, in fp32 and, where the processor has units for it, in bf16. `transformer.py`
+holds the same in PyTorch, and asks `supports` or `supports_attention` which to use.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from plait.core.device import Device
-from plait.kernels import build as native
+from plait.kernels import build
 
 if TYPE_CHECKING:
     from plait.model.transformer import TransformerConfig
@@ -34,40 +35,40 @@ class _Attention(Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled functions; None without a compiler, or where the processor does not multiply bf16."""
-    found = native.library("training")
-    if found is None or not found.plait_products():
+    """The compiled functions, None where they cannot be had."""
+    compiled = build.library("training")
+    if compiled is None:
         return None
-    found.plait_scratch.argtypes, found.plait_scratch.restype = [c_int64, c_int64], c_int64
-    found.plait_attend.argtypes = [POINTER(_Attention), c_void_p, c_int64]
-    found.plait_attend_back.argtypes = [POINTER(_Attention), *[c_void_p] * 4, c_int64]
-    found.plait_add.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_int64]
-    found.plait_norm.argtypes = [*[c_void_p] * 3, c_float, *[c_int64] * 2, *[c_void_p] * 2, c_int64]
-    found.plait_norm_back.argtypes = [
-        *[c_void_p] * 2, c_float, *[c_void_p] * 2, *[c_int64] * 2, *[c_void_p] * 3, c_int64,
-    ]  # fmt: skip
-    found.plait_loss.argtypes = [*[c_void_p] * 2, *[c_int64] * 2, c_float, c_void_p, c_int64]
-    found.plait_gate.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_int64]
-    found.plait_gate_back.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64]
-    return found
+    sizes, pointers = [c_int64] * 2, [c_void_p] * 2
+    compiled.plait_products()
+    compiled.plait_scratch.argtypes, compiled.plait_scratch.restype = [c_int64] * 3, c_int64
+    compiled.plait_attend.argtypes = [POINTER(_Attention), c_int64, c_void_p, c_int64]
+    compiled.plait_attend_back.argtypes = [POINTER(_Attention), c_int64, *[c_void_p] * 4, c_int64]
+    compiled.plait_add.argtypes = [c_int64, *pointers, c_int64, c_void_p, c_int64]
+    compiled.plait_norm.argtypes = [c_int64, *[c_void_p] * 4, c_float, *sizes, *pointers, c_int64]
+    compiled.plait_norm_back.argtypes = [c_int64, *pointers, c_float, *pointers, *sizes, *[c_void_p] * 4, c_int64]
+    compiled.plait_loss.argtypes = [c_int64, *pointers, *sizes, c_float, c_void_p, c_int64]
+    compiled.plait_gate.argtypes = [c_int64, c_void_p, *sizes, c_void_p, c_int64]
+    compiled.plait_gate_back.argtypes = [c_int64, *pointers, *sizes, c_void_p, c_int64]
+    compiled.plait_gelu.argtypes = [c_int64, c_void_p, *sizes, c_void_p, c_int64]
+    compiled.plait_gelu_back.argtypes = [c_int64, *pointers, *sizes, c_void_p, c_int64]
+    return compiled
 
 
 def backend_name(device: Device, config: TransformerConfig | None = None) -> str:
     """What computes the blocks of a training step on this device, in words; of this shape where it is given."""
     if device.kind != "cpu":
         return "PyTorch"
-    found = library()
-    if found is None:
-        return (
-            native.not_native("training") if native.library("training") is None else "PyTorch (no bf16 products here)"
-        )
-    if device.dtype is not torch.bfloat16:
-        return "PyTorch (native ones are for bf16)"
-    words = native.described("training", found.plait_products())
-    if config is None or (config.norm == "rms" and config.activation == "swiglu" and config.head_width % 32 == 0):
+    compiled = library()
+    if compiled is None:
+        return build.not_native("training")
+    halved = device.dtype is torch.bfloat16
+    if halved and not compiled.plait_products():
+        return "PyTorch (no bf16 products here)"
+    words = build.described("training", compiled.plait_products() if halved else 0)
+    if config is None or config.head_width % 32 == 0:
         return words
-    parts = "attention and losses" if config.head_width % 32 == 0 else "losses"
-    return f"PyTorch, {parts} {words}"
+    return f"{words}; attention by PyTorch, for heads of {config.head_width}"
 
 
 def beats_compile(device: Device, config: TransformerConfig) -> bool:
@@ -75,22 +76,32 @@ def beats_compile(device: Device, config: TransformerConfig) -> bool:
     return "native (" in backend_name(device, config) and config.head_width % 32 == 0
 
 
+def activations(x: Tensor) -> torch.dtype | None:
+    """The precision of activations where what follows x goes the native way: bf16 by autocast, where there are units
+    for its products, or fp32. None elsewhere than on a processor, and where a compiler or an export reads along."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    compiled = library()
+    if compiled is None:
+        return None
+    if torch.is_autocast_enabled("cpu"):
+        units = torch.get_autocast_dtype("cpu") is torch.bfloat16 and compiled.plait_products()
+        return torch.bfloat16 if units else None
+    return torch.float32 if x.dtype is torch.float32 else None
+
+
 def supports(x: Tensor) -> bool:
-    """Whether what follows x goes the native way: on a processor, in bf16 by autocast, and not where a compiler or an
-    export reads along."""
-    return (
-        x.device.type == "cpu"
-        and torch.is_autocast_enabled("cpu")
-        and torch.get_autocast_dtype("cpu") is torch.bfloat16
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and library() is not None
-    )
+    """Whether what follows x goes the native way."""
+    return activations(x) is not None
 
 
 def supports_attention(x: Tensor, head_width: int) -> bool:
     """Whether causal attention over x (B, L, ...) goes the native way."""
     return x.shape[1] <= LONGEST and head_width % 32 == 0 and supports(x)
+
+
+def _active(x: Tensor) -> torch.dtype:
+    return activations(x) or torch.float32
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -107,32 +118,42 @@ def _threads(work: int) -> int:
     return 1 if work < SMALL else torch.get_num_threads()
 
 
+def _halved(dtype: torch.dtype) -> bool:
+    return dtype is torch.bfloat16
+
+
 class _Add(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, more: Tensor) -> Tensor:
         out = torch.empty_like(x)
-        _call("plait_add", x, more, x.numel(), out, _threads(x.numel()))
+        ctx.dtype = more.dtype
+        _call("plait_add", _halved(more.dtype), x, more, x.numel(), out, _threads(x.numel()))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, grad.bfloat16()
+        return grad, grad.to(ctx.dtype)
 
 
 def add(x: Tensor, more: Tensor) -> Tensor:
-    """x in fp32 plus as many items in bf16, in fp32."""
-    return cast(Tensor, _Add.apply(x.float().contiguous(), more.bfloat16().contiguous()))
+    """x in fp32 plus as many items of activations, in fp32."""
+    return cast(Tensor, _Add.apply(x.float().contiguous(), more.to(_active(x)).contiguous()))
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, more: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        width, out = x.shape[-1], torch.empty(x.shape, dtype=torch.bfloat16)
+    def forward(
+        ctx: Any, x: Tensor, more: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        width, out = x.shape[-1], torch.empty(x.shape, dtype=dtype)
         total = x.view_as(x) if more is None else torch.empty_like(x)
-        _call("plait_norm", x, more, weight, eps, x.numel() // width, width, total, out, _threads(x.numel()))
+        _call(
+            "plait_norm", _halved(dtype), x, more, weight, bias, eps, x.numel() // width, width, total, out,
+            _threads(x.numel()),
+        )  # fmt: skip
         ctx.save_for_backward(total, weight)
-        ctx.eps, ctx.added = eps, more is not None
+        ctx.eps, ctx.added, ctx.dtype, ctx.biased = eps, more is not None, dtype, bias is not None
         ctx.set_materialize_grads(False)
         return total, out
 
@@ -142,30 +163,42 @@ class _Norm(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         width, threads = x.shape[-1], _threads(x.numel())
         past = None if past is None else past.contiguous()
-        grad = torch.zeros(x.shape, dtype=torch.bfloat16) if grad is None else grad.contiguous()
+        grad = torch.zeros(x.shape, dtype=ctx.dtype) if grad is None else grad.contiguous()
         to_x, to_weight = torch.empty_like(x), x.new_zeros(threads, width)
-        to_more = torch.empty_like(grad) if ctx.added else None
+        to_bias = x.new_zeros(threads, width) if ctx.biased else None
+        apart = ctx.added and _halved(ctx.dtype)  # in fp32, both that were added have the gradient of the sum
+        to_more = torch.empty_like(grad) if apart else None
         _call(
-            "plait_norm_back", x, weight, ctx.eps, grad, past, x.numel() // width, width, to_x, to_more, to_weight,
-            threads,
+            "plait_norm_back", _halved(ctx.dtype), x, weight, ctx.eps, grad, past, x.numel() // width, width, to_x,
+            to_more, to_weight, to_bias, threads,
         )  # fmt: skip
-        return to_x, to_more, to_weight.sum(0), None
+        if ctx.added and not apart:
+            to_more = to_x
+        return to_x, to_more, to_weight.sum(0), None if to_bias is None else to_bias.sum(0), None, None
 
 
-def norm(x: Tensor, more: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x (..., D) in fp32, plus `more` in bf16, and x / rms(x) * weight of that in bf16. Who goes on with both spares a
-    sum of slopes."""
-    more = None if more is None else more.bfloat16().contiguous()
-    return cast(tuple[Tensor, Tensor], _Norm.apply(x.float().contiguous(), more, weight.float().contiguous(), eps))
+def norm(
+    x: Tensor, more: Tensor | None, weight: Tensor, eps: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x (..., D) in fp32, plus `more`, and x / rms(x) * weight of that or, with a bias, its layer norm, as activations.
+    Who goes on with both spares a sum of gradients."""
+    dtype = _active(x)
+    more = None if more is None else more.to(dtype).contiguous()
+    weights = weight.float().contiguous(), None if bias is None else bias.float().contiguous()
+    return cast(tuple[Tensor, Tensor], _Norm.apply(x.float().contiguous(), more, *weights, eps, dtype))
 
 
 def softmax_loss(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-    """-log P of targets (N,) in nats, (N, 1), from logits (N, R) in bf16, which become the slopes of their sum."""
+    """-log P of targets (N,) in nats, (N, 1), from logits (N, R) in bf16 or fp32, which become the gradients of their
+    sum."""
     targets = targets.long().contiguous()
     if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
         raise IndexError(f"A target lies outside of the {logits.shape[1]} rows.")
     losses = torch.empty(len(logits), 1)
-    _call("plait_loss", logits, targets, *logits.shape, smoothing, losses, _threads(logits.numel()))
+    _call(
+        "plait_loss", _halved(logits.dtype), logits, targets, *logits.shape, smoothing, losses,
+        _threads(logits.numel()),
+    )  # fmt: skip
     return losses
 
 
@@ -174,7 +207,7 @@ class _Gate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         width = x.shape[-1] // 2
         out = x.new_empty(*x.shape[:-1], width)
-        _call("plait_gate", x, out.numel() // width, width, out, _threads(out.numel()))
+        _call("plait_gate", _halved(x.dtype), x, out.numel() // width, width, out, _threads(out.numel()))
         ctx.save_for_backward(x)
         return out
 
@@ -183,14 +216,37 @@ class _Gate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         width, to_x = grad.shape[-1], torch.empty_like(x)
-        rows = grad.numel() // width
-        _call("plait_gate_back", x, grad.contiguous(), rows, width, to_x, _threads(grad.numel()))
+        rows, grad = grad.numel() // width, grad.contiguous()
+        _call("plait_gate_back", _halved(x.dtype), x, grad, rows, width, to_x, _threads(grad.numel()))
         return to_x
 
 
 def gate(x: Tensor) -> Tensor:
-    """silu(gate) * up (..., F), where x (..., 2 F) in bf16 holds both."""
-    return cast(Tensor, _Gate.apply(x.bfloat16().contiguous()))
+    """silu(gate) * up (..., F), where activations x (..., 2 F) hold both."""
+    return cast(Tensor, _Gate.apply(x.to(_active(x)).contiguous()))
+
+
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, by_tanh: bool) -> Tensor:
+        out = torch.empty_like(x)
+        _call("plait_gelu", _halved(x.dtype), x, x.numel(), by_tanh, out, _threads(x.numel()))
+        ctx.save_for_backward(x)
+        ctx.by_tanh = by_tanh
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        to_x, grad = torch.empty_like(x), grad.contiguous()
+        _call("plait_gelu_back", _halved(x.dtype), x, grad, x.numel(), ctx.by_tanh, to_x, _threads(x.numel()))
+        return to_x, None
+
+
+def gelu(x: Tensor, by_tanh: bool) -> Tensor:
+    """GELU of activations x (...), exact or by tanh."""
+    return cast(Tensor, _Gelu.apply(x.to(_active(x)).contiguous(), by_tanh))
 
 
 class _Attend(torch.autograd.Function):
@@ -206,7 +262,7 @@ class _Attend(torch.autograd.Function):
         tensors = (qkv, q_norm, k_norm, cosines, sines, mixed, logs)
         ctx.save_for_backward(*tensors)
         call, scratch, threads = _prepared(ctx, *tensors)
-        _call("plait_attend", byref(call), scratch, threads)
+        _call("plait_attend", byref(call), _halved(qkv.dtype), scratch, threads)
         return mixed
 
     @staticmethod
@@ -216,9 +272,10 @@ class _Attend(torch.autograd.Function):
         call, scratch, threads = _prepared(ctx, *saved)
         qkv, q_norm = saved[:2]
         to_qkv, to_norms = torch.empty_like(qkv), torch.zeros(threads, 2, qkv.shape[3])
-        _call("plait_attend_back", byref(call), grad.contiguous(), to_qkv, to_norms, scratch, threads)
-        q_slope, k_slope = (None, None) if q_norm is None else to_norms.sum(0)
-        return to_qkv, q_slope, k_slope, None, None, None, None, None
+        halved = _halved(qkv.dtype)
+        _call("plait_attend_back", byref(call), halved, grad.contiguous(), to_qkv, to_norms, scratch, threads)
+        to_q_norm, to_k_norm = (None, None) if q_norm is None else to_norms.sum(0)
+        return to_qkv, to_q_norm, to_k_norm, None, None, None, None, None
 
 
 def _prepared(
@@ -226,8 +283,8 @@ def _prepared(
     mixed: Tensor, logs: Tensor,
 ) -> tuple[_Attention, Tensor, int]:  # fmt: skip
     """A call's arguments, its scratch memory, and its threads."""
-    found = library()
-    assert found is not None
+    compiled = library()
+    assert compiled is not None
     batch, length, all_heads, width = qkv.shape
     heads = mixed.shape[2]
     kv_heads = (all_heads - heads) // 2
@@ -237,7 +294,8 @@ def _prepared(
         length * width if turned else 0, _pointer(mixed), _pointer(logs), ctx.dropped, ctx.seed,
     )  # fmt: skip
     threads = min(_threads(qkv.numel()), batch * kv_heads)
-    return call, torch.empty(threads * found.plait_scratch(length, width), dtype=torch.uint8), threads
+    size = compiled.plait_scratch(length, width, _halved(qkv.dtype))
+    return call, torch.empty(threads * size, dtype=torch.uint8), threads
 
 
 def attention(
@@ -248,9 +306,10 @@ def attention(
     eps: float,
     dropout: float,
 ) -> Tensor:
-    """Causal attention from qkv (B, L, H + 2 K, E) in bf16, (B, L, H, E): queries and keys normed (weights (E,)) and
-    turned (by what `transformer.rotary` gives) where asked. Dropout takes chances, as PyTorch's generator seeds it."""
+    """Causal attention from qkv (B, L, H + 2 K, E) of activations, (B, L, H, E): queries and keys normed (weights (E,))
+    and turned (by what `transformer.rotary` gives) where asked. Dropout takes chances, as PyTorch's generator seeds
+    it."""
     weights, turn = (
         tuple(part.float().contiguous() for part in some or ()) or (None, None) for some in (norms, rotary)
     )
-    return cast(Tensor, _Attend.apply(qkv.bfloat16().contiguous(), *weights, *turn, heads, eps, dropout))
+    return cast(Tensor, _Attend.apply(qkv.to(_active(qkv)).contiguous(), *weights, *turn, heads, eps, dropout))

@@ -12,7 +12,7 @@ from plait.core.progress import ProgressBar
 from plait.data.dataset import Dataset
 from plait.evaluation.findings import Findings, Metrics
 from plait.library.runs import Run
-from plait.reports.metric_labels import HEADLINES
+from plait.reports.metric_labels import metric_labels
 from plait.reports.report import read_run, write_metrics, write_report
 
 
@@ -83,7 +83,7 @@ class Evaluation(Mapping[str, Metric]):
         found = {}
         for name in self.main():
             direction, _, metric = name.rpartition("/")
-            if metric in HEADLINES and counts.setdefault(direction, 0) < 2:
+            if metric in metric_labels().headlines and counts.setdefault(direction, 0) < 2:
                 counts[direction] += 1
                 found[name] = self[name]._asdict()
         return found

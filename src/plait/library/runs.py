@@ -237,7 +237,7 @@ def train(
             the run's folder first.
         out: the run's folder.
         recipe: a YAML file, a name of `plait recipes`, a dictionary or a Recipe; the arguments below are laid over it.
-        task: recognise, describe, draw, language, chat, reply or recommend; seen in the data where neither it nor a
+        task: one of `plait.core.config.known_tasks`; seen in the data where neither it nor a
             recipe is given. What a recipe leaves open follows from the task.
         size: tiny, small, base or large.
         minutes: a time budget that the schedule is fitted to.
@@ -325,7 +325,7 @@ def _fit(
     if importlib.util.find_spec("tensorboard") is not None and not any(isinstance(c, TensorBoard) for c in callbacks):
         callbacks = [TensorBoard(), *callbacks]
     fit(dataset, folder, recipe, shown_by(bar), device, allow_changes=allow_changes, group=group, callbacks=callbacks)
-    if group.is_main and recipe.training.task in ("recognise", "draw"):
+    if group.is_main and recipe.training.task in ("recognise", "draw", "describe"):
         for line in finish(folder, dataset, device, bar):
             tell(line)
     if group.is_main:

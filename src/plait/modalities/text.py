@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from functools import cached_property
@@ -14,8 +15,19 @@ from plait.core.errors import PlaitError
 from plait.core.files import read_json, write_atomic
 
 # What is kept of an imported tokenizer's `tokenizer_config.json`.
-_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece spells a byte that is no character
 _ALONE = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # characters that are words: kana, Han
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letter by which byte-level BPE spells each byte: itself where it can be seen, else one from 256 on."""
+    seen = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+_LETTERS = _byte_letters()
 
 
 class Text:
@@ -89,6 +101,27 @@ class Text:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes that each id stands for, also those of a part of a character."""
+        decoders_ = json.dumps(json.loads(self.tokenizer.to_str())["decoder"], ensure_ascii=False)
+        vocabulary = self.tokenizer.get_vocab()
+        found = [b""] * (max(vocabulary.values(), default=-1) + 1)
+        added = {token.content for token in self.tokenizer.get_added_tokens_decoder().values()}
+        for token, id_ in vocabulary.items():
+            byte = _BYTE.fullmatch(token) if "ByteFallback" in decoders_ else None
+            if token in added:
+                found[id_] = token.encode()
+            elif '"ByteLevel"' in decoders_ and all(letter in _LETTERS for letter in token):
+                found[id_] = bytes(_LETTERS[letter] for letter in token)
+            elif byte is not None:
+                found[id_] = bytes([int(byte[1], 16)])
+            else:
+                found[id_] = (
+                    token.replace("\u2581", " ") if "\u2581" in decoders_ or "Metaspace" in decoders_ else token
+                ).encode()
+        return found
+
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
@@ -108,7 +141,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     if not isinstance(known, dict):
         raise PlaitError(f"{file} must hold an object.")
     found: dict[str, Any] = {}
-    for name in _TOKENS:
+    for name in TOKENS:
         token = known.get(name)
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):

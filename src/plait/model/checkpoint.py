@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from plait.classifiers.classifier import ARRAYS, FILE, Classifier, load_classifiers, save_classifiers
+from plait.classifiers.space import SPACE, SpaceQuality, load_space
 from plait.core.config import GenerationConfig
 from plait.core.errors import PlaitError
 from plait.core.features import ExtensionPoint
@@ -71,6 +72,7 @@ class Checkpoint:
     training: dict[str, Any] = field(default_factory=dict)  # how it came to be: data, step, validation, seed
     parts: dict[str, Any] = field(default_factory=dict)  # name of a feature -> what it keeps with the model
     classifiers: list[Classifier] = field(default_factory=list)  # fitted once training has ended
+    space: SpaceQuality | None = None  # measured once training has ended
 
 
 def save(
@@ -102,6 +104,8 @@ def save(
             kept.write(part, aside / kept.name)
         if checkpoint.classifiers:
             save_classifiers(checkpoint.classifiers, aside)
+        if checkpoint.space is not None:
+            checkpoint.space.save(aside)
         (aside / "README.md").write_text(model_card(checkpoint), encoding="utf-8", newline="\n")
         if more is not None:
             more(aside)
@@ -110,19 +114,23 @@ def save(
         write_json(aside / "manifest.json", sealed({"version": MANIFEST, "sha256": sums}))
 
 
-def add_classifiers(folder: Path, classifiers: list[Classifier]) -> None:
-    """Add classifiers to a checkpoint's folder, in place of those that it has. Killed at any moment, what is left is
-    the checkpoint without them, or with them."""
+def add_classifiers(folder: Path, classifiers: list[Classifier], space: SpaceQuality | None = None) -> None:
+    """Add classifiers, and what the space is worth, to a checkpoint's folder, in place of those that it has. Killed at
+    any moment, what is left is the checkpoint without them, or with them."""
     manifest = folder / "manifest.json"
     value = read_sealed(manifest)
-    sums = {name: digest for name, digest in value["sha256"].items() if name not in (FILE, ARRAYS)}
+    sums = {name: digest for name, digest in value["sha256"].items() if name not in (FILE, ARRAYS, SPACE)}
 
     def publish() -> None:
         write_atomic(manifest, json_text(sealed({"version": value["version"], "sha256": sums})))
 
     publish()
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as aside:
-        for name in save_classifiers(classifiers, Path(aside)):
+        names = save_classifiers(classifiers, Path(aside))
+        if space is not None:
+            space.save(Path(aside))
+            names.append(SPACE)
+        for name in names:
             os.replace(Path(aside) / name, folder / name)  # noqa: PTH105
             sums[name] = sha256_file(folder / name)
     fsync_folder(folder)
@@ -220,7 +228,7 @@ def load(folder: Path, device: torch.device | None = None) -> Checkpoint:
         if (folder / kept.name).is_file()
     }
     text = Text.load(folder / "tokenizer.json")
-    return Checkpoint(model, text, labels, generation, training, parts, load_classifiers(folder))
+    return Checkpoint(model, text, labels, generation, training, parts, load_classifiers(folder), load_space(folder))
 
 
 def find_checkpoint(path: str | Path) -> Path | None:
@@ -236,6 +244,8 @@ def find_checkpoint(path: str | Path) -> Path | None:
     if folder.is_dir():
         inside = "is empty" if not any(folder.iterdir()) else "holds neither a run nor a config.json"
         raise PlaitError(f"{folder} {inside}. Name the folder of a run, or of a checkpoint in it.")
+    if folder.suffix == ".gguf" and folder.is_file():
+        return None
     text = str(path)
     local = folder.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1 or text.endswith("/")
     if folder.exists():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as ListOf
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -43,6 +43,32 @@ class ModelConfig(BaseModel):
 # --- sequences --------------------------------------------------------------------------------------------------
 
 
+class Medium(NamedTuple):
+    """A medium that a sequence reads."""
+
+    start: int  # of its positions
+    modality: str
+    sample: np.ndarray
+    tokens: int  # positions that it takes
+
+
+class SequenceSpan(NamedTuple):
+    """Positions of a sequence that embed one part of a record: a text or a medium."""
+
+    modality: str
+    start: int
+    stop: int
+
+
+class BatchSpan(NamedTuple):
+    """A span of a batch, in its row."""
+
+    row: int
+    modality: str
+    start: int
+    stop: int
+
+
 @dataclass
 class Sequence:
     """A context and a target as the backbone sees them, built left to right.
@@ -53,13 +79,13 @@ class Sequence:
 
     ids: list[int] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
-    media: list[tuple[int, str, np.ndarray, int]] = field(default_factory=list)  # start, modality, sample, tokens
-    spans: list[tuple[str, int, int]] = field(default_factory=list)  # modality, start, stop
+    media: list[Medium] = field(default_factory=list)
+    spans: list[SequenceSpan] = field(default_factory=list)
 
     def read_ids(self, ids: ListOf[int], span: str | None = None) -> Sequence:
         """Append context ids; with `span`, they form one that may be pooled."""
         if span and ids:
-            self.spans.append((span, len(self.ids), len(self.ids) + len(ids)))
+            self.spans.append(SequenceSpan(span, len(self.ids), len(self.ids) + len(ids)))
         self.ids.extend(ids)
         self.targets.extend([IGNORE] * len(ids))
         return self
@@ -68,7 +94,7 @@ class Sequence:
         """Append a medium that goes in through its encoder, after the opener of its column."""
         count = modality.token_count(len(sample))
         self.read_ids([opener])
-        self.media.append((len(self.ids), modality.name, sample, count))
+        self.media.append(Medium(len(self.ids), modality.name, sample, count))
         return self.read_ids([pad] * count, modality.name)
 
     def write(self, ids: ListOf[int]) -> Sequence:
@@ -84,8 +110,8 @@ class Sequence:
         at = len(self.ids)
         self.ids.extend(other.ids)
         self.targets.extend(other.targets)
-        self.media.extend((start + at, name, sample, count) for start, name, sample, count in other.media)
-        self.spans.extend((name, start + at, stop + at) for name, start, stop in other.spans)
+        self.media.extend(medium._replace(start=medium.start + at) for medium in other.media)
+        self.spans.extend(SequenceSpan(name, start + at, stop + at) for name, start, stop in other.spans)
         return self
 
     def __len__(self) -> int:
@@ -111,7 +137,7 @@ class Batch:
     targets: Tensor  # (B, L), IGNORE where there is none
     lengths: Tensor  # (B,)
     media: dict[str, MediaBatch]
-    spans: list[tuple[int, str, int, int]]  # row, modality, start, stop
+    spans: list[BatchSpan]
 
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
@@ -147,7 +173,7 @@ def collate(
         targets[row, : len(sequence)] = sequence.targets
         for start, name, sample, count in sequence.media:
             found.setdefault(name, []).append((row, start, sample, count))
-        spans += [(row, *span) for span in sequence.spans]
+        spans += [BatchSpan(row, *span) for span in sequence.spans]
     media = {}
     for name, samples in found.items():
         given = [sample for _, _, sample, _ in samples]
@@ -212,6 +238,8 @@ class TokenEmbedding(nn.Module):
     @torch.no_grad()
     def pack(self, storage: str) -> None:
         """Keep the rows packed, in less memory, for use alone; see `kernels.linear`."""
+        if self.packed is not None:
+            return
         self.packed = PackedLinear(self.table(), None, storage)
         self.free = nn.Parameter(self.free.new_empty(0, self.free.shape[1]), requires_grad=False)
         self.digits = nn.ParameterDict()
@@ -315,7 +343,7 @@ class Multimodal(nn.Module):
         return hidden @ rows.to(hidden.dtype).t()
 
     def pool(
-        self, inputs: Tensor, hidden: Tensor, spans: ListOf[tuple[str, int, int]], rows: ListOf[int] | None = None
+        self, inputs: Tensor, hidden: Tensor, spans: ListOf[SequenceSpan], rows: ListOf[int] | None = None
     ) -> Tensor:
         """The embeddings of spans (modality, start, stop), each in its row or in the one of its place: the mean of
         hidden states (B, L, D), and for media of the backbone's inputs (B, L, D) beside them, projected, of unit
@@ -326,13 +354,14 @@ class Multimodal(nn.Module):
         """
         device = hidden.device
         row = torch.arange(len(spans), device=device) if rows is None else torch.tensor(rows, device=device)
-        starts, stops = (torch.tensor([span[k] for span in spans], device=device) for k in (1, 2))
+        starts = torch.tensor([span.start for span in spans], device=device)
+        stops = torch.tensor([span.stop for span in spans], device=device)
         places = torch.arange(hidden.shape[1], device=device)
         inside = (places >= starts[:, None]) & (places < stops[:, None])
         weight = inside.float() / (stops - starts)[:, None]
         mean = torch.bmm(weight[:, None], hidden[row].float())[:, 0]
         if self.config.pools_inputs:
-            encoded = torch.tensor([span[0] in self.modalities for span in spans], device=device)
+            encoded = torch.tensor([span.modality in self.modalities for span in spans], device=device)
             normed = F.rms_norm(inputs.float(), inputs.shape[-1:])
             mean = mean + torch.bmm((weight * encoded[:, None])[:, None], normed[row])[:, 0]
         return F.normalize(self.project(mean).float(), dim=-1)

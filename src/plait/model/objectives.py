@@ -67,7 +67,7 @@ def _shifted(hidden: Tensor, rows: Tensor, targets: Tensor, smoothing: float) ->
     losses = torch.empty(len(hidden), 1, device=hidden.device)
     to_hidden = torch.empty_like(hidden)
     to_rows: Tensor | None = None
-    compiled = hidden.dtype is torch.bfloat16 and native.supports(hidden)
+    compiled = hidden.dtype is native.activations(hidden)
     for part in cut(len(hidden), max(CHUNK // len(rows) // ROUND, 1) * ROUND):  # fewer would slow the products down
         wanted, logits = targets[part, None], hidden[part] @ rows.t()
         if compiled:

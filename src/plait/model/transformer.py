@@ -145,6 +145,9 @@ def add_and_norm(x: Tensor, more: Tensor | None, norm: nn.Module) -> tuple[Tenso
     """x, plus `more` where there is any, and the norm of that."""
     if isinstance(norm, RMSNorm) and native.supports(x):
         return native.norm(x, more, norm.weight, norm.eps)
+    # In bf16 a layer norm's result would be rounded, which PyTorch's is not.
+    if isinstance(norm, nn.LayerNorm) and norm.bias is not None and native.activations(x) is torch.float32:
+        return native.norm(x, more, norm.weight, norm.eps, norm.bias)
     x = x if more is None else x + more
     return x, norm(x)
 
@@ -443,6 +446,8 @@ class Block(nn.Module):
         elif self.config.activation == "geglu_tanh":
             gate, up = inner.chunk(2, -1)
             inner = F.gelu(gate, approximate="tanh") * up
+        elif native.supports(inner):
+            inner = native.gelu(inner, self.config.activation == "gelu_tanh")
         else:
             inner = F.gelu(inner, approximate="tanh" if self.config.activation == "gelu_tanh" else "none")
         return self.feed_out(inner)

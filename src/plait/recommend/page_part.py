@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from plait.server.page_parts import LinesPart
 
 
-def _next_titles(model: Any, lines: list[str]) -> list[str]:
+def _applies(model: Any, run: Path) -> bool:
+    return "recommend" in model.verbs
+
+
+def _next_titles(model: Any, run: Path, data: Path, lines: list[str]) -> list[str]:
     found = model.recommend(history=lines or None, k=10)
     return [f"{one.title} · {one.probability:.1%}" for one in found]
 
 
 RECOMMEND = LinesPart(
-    verb="recommend",
+    name="recommend",
+    applies=_applies,
     title={"en": "Recommend", "zh": "推荐"},
     question={"en": "What was seen, one a line", "zh": "看过的，每行一个"},
     answer=_next_titles,

@@ -6,10 +6,12 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from plait.core.device import Device
 from plait.core.rng import uniform
+from plait.data.tokens import Ids
 from plait.modalities.item import (
     Item,
     item_rows,
@@ -43,7 +45,7 @@ def history_split(histories: Histories, split: str, known: int) -> HistorySplit:
     counts = np.bincount(owner[usable], minlength=len(histories))[chosen]
     before = np.bincount(owner[usable & (histories.parts < wanted)], minlength=len(histories))[chosen]
     return HistorySplit(
-        ids=[histories.users[i] for i in chosen],
+        ids=Ids([pa.array([histories.users[i] for i in chosen], pa.string())]),
         texts={},
         media={},
         rows={},

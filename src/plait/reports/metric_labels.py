@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+from plait.core.features import ExtensionPoint
+
 TASKS = {
     "recognition": "Recognition: which of the known labels",
     "transcription": "Transcription and captions: free text",
     "language": "Language: how well it predicts text",
     "retrieval": "Retrieval: one kind finds another",
-    "recommendation": "Recommendation: the next item, ranked among all",
     "drawing": "Drawing: images from labels",
     "speaking": "Speaking: audio from labels",
     "memorising": "Memorising: what was learnt by heart",
@@ -52,37 +57,33 @@ MEANING = {
     "seconds": ("seconds", "number", ""),
     "steps": ("steps", "number", "of training"),
 }
-_RANKED = {"hr": ("HR", "the item that came is among {}"), "ndcg": ("NDCG", "the same, more for a better place"),
-           "mrr": ("MRR", "the same, one over its place")}  # fmt: skip
-MEANING |= {
-    f"{name}_at_{depth}{suffix}": (f"{label}@{depth}{more}", "share", text.format(depth))
-    for suffix, more in (("", ""), ("_unmasked", ", with what was seen"))
-    for depth in (1, 5, 10, 20)
-    for name, (label, text) in _RANKED.items()
-}
-_METHODS = {
-    "cooccurrence": ("directed co-occurrence", "what followed what, and how soon: the baseline of all figures here"),
-    "popularity": ("popularity", "the same for everybody"),
-    "item_knn": ("item-kNN", "items that the same people chose"),
-    "ease": ("EASE", "a linear model of which items go together"),
-}
-for _name, _label in (("hr", "HR@10"), ("ndcg", "NDCG@10"), ("coverage", "coverage@10")):
-    MEANING |= {f"{_name}_at_10_{key}": (f"{_label}: {word}", "share", text) for key, (word, text) in _METHODS.items()}
-MEANING |= {
-    "hr_at_10_lead": ("lead in HR@10", "share", "model less directed co-occurrence, paired by user"),
-    "ndcg_at_10_lead": ("lead in NDCG@10", "share", "model less directed co-occurrence, paired by user"),
-    "cold_hr_at_10_lead": ("lead in HR@10, new items", "share", "model less nearest content, paired by user"),
-    "coverage_at_10": ("coverage@10", "share", "of all items, those in somebody's first 10"),
-    "novelty_at_10": ("novelty@10, bits", "number", "of surprise in popularity, mean over the first 10"),
-    "hr_at_10_head": ("HR@10, popular items", "share", "those with the first third of all interactions"),
-    "hr_at_10_middle": ("HR@10, items in the middle", "share", "the second third"),
-    "hr_at_10_tail": ("HR@10, rare items", "share", "the last third"),
-}
-_NEW = {
-    "": ("", "in no training history, ranked among all; baseline: popular in their categories"),
-    "_genre": (": popular in the categories", "of the history"),
-    "_nearest": (": nearest content", "to the last ten of the history"),
-}
-for _name, _label in (("hr_at_10", "HR@10"), ("ndcg_at_10", "NDCG@10"), ("hr_at_20", "HR@20")):
-    MEANING |= {f"cold_{_name}{k}": (f"{_label}, new items{word}", "share", text) for k, (word, text) in _NEW.items()}
-HEADLINES = ("accuracy", "exact", "bits_per_byte", "p_at_10", "judged_accuracy", "hr_at_10", "ndcg_at_10")
+HEADLINES: tuple[str, ...] = ("accuracy", "exact", "bits_per_byte", "p_at_10", "judged_accuracy")
+
+
+@dataclass(frozen=True)
+class MetricLabels:
+    """What a feature's figures are called.
+
+    Attributes:
+        tasks: Task -> its heading.
+        meaning: Metric -> (name, kind, what it says), as in `MEANING`.
+        headlines: Metrics that stand at the top of a report.
+    """
+
+    tasks: Mapping[str, str]
+    meaning: Mapping[str, tuple[str, str, str]]
+    headlines: tuple[str, ...] = ()
+
+
+METRIC_LABELS: ExtensionPoint[MetricLabels] = ExtensionPoint("metric_labels")
+
+
+@cache
+def metric_labels() -> MetricLabels:
+    """The names of all figures, those of features after our own."""
+    tasks, meaning, headlines = dict(TASKS), dict(MEANING), HEADLINES
+    for added in METRIC_LABELS.all():
+        tasks |= added.tasks
+        meaning |= added.meaning
+        headlines += added.headlines
+    return MetricLabels(tasks, meaning, headlines)

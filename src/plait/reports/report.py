@@ -23,7 +23,7 @@ from plait.core.pages import number, render
 from plait.data.stores import location, read_place
 from plait.evaluation.findings import Confusion, Findings, Metric, Metrics
 from plait.reports.charts import Panel, bar, loss_panel, reliability_panel
-from plait.reports.metric_labels import HEADLINES, MEANING, TASKS
+from plait.reports.metric_labels import metric_labels
 from plait.reports.overfitting import gap
 
 
@@ -163,9 +163,11 @@ def _direction(direction: str, columns: list[str]) -> str:
 
 
 def _tables(metrics: Metrics, columns: list[str]) -> list[FigureTable]:
-    """The figures by task, in the order of `TASKS`; those of single classes stand in the confusion matrices."""
+    """The figures by task, in the order of their labels; those of single classes stand in the confusion matrices."""
     names = list(dict.fromkeys(_parts(name)[0] for name in metrics))
-    tasks = [task for task in TASKS if task in names] + [name for name in names if name not in TASKS]
+    tasks = [task for task in metric_labels().tasks if task in names] + [
+        name for name in names if name not in metric_labels().tasks
+    ]
     return [_table(task, metrics, columns) for task in tasks]
 
 
@@ -177,12 +179,12 @@ def _table(task: str, metrics: Metrics, columns: list[str]) -> FigureTable:
         of_all = name.endswith("_clean") and name.removesuffix("_clean") in metrics  # stands beside that figure
         if first != task or name.endswith("]") or of_all:
             continue
-        label, kind, meaning = MEANING.get(last, (last, "number", ""))
+        label, kind, meaning = metric_labels().meaning.get(last, (last, "number", ""))
         shown = "" if direction == before else _direction(direction, columns)
         drawn = bar(metric) if kind == "share" else Markup("")
         rows.append(FigureRow(shown, label, meaning, kind, metric, metrics.get(f"{name}_clean"), drawn))
         before = direction
-    return FigureTable(TASKS.get(task, task), rows, any(row.clean is not None for row in rows))
+    return FigureTable(metric_labels().tasks.get(task, task), rows, any(row.clean is not None for row in rows))
 
 
 def _cards(metrics: Metrics, columns: list[str]) -> list[tuple[str, str, str]]:
@@ -190,9 +192,9 @@ def _cards(metrics: Metrics, columns: list[str]) -> list[tuple[str, str, str]]:
     by_task: dict[str, list[tuple[str, str, str]]] = {}
     for name, metric in metrics.items():
         task, direction, last = _parts(name)
-        if last not in HEADLINES or metric.get("value") is None:
+        if last not in metric_labels().headlines or metric.get("value") is None:
             continue
-        label, kind, _ = MEANING[last]
+        label, kind, _ = metric_labels().meaning[last]
         others = [f"{key} {number(metric[key], kind)}" for key in ("chance", "baseline") if metric.get(key) is not None]
         heading = f"{task} · {_direction(direction, columns)}"
         note = ", ".join([label, *others])

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from plait.classifiers.space import SpaceQuality
 from plait.core.dist import import_extra
 from plait.core.errors import PlaitError
 from plait.core.files import fsync_folder, only_writer, sha256_file, write_atomic
@@ -253,8 +254,9 @@ class Index:
     def search(self, query: Any, k: int = 10, where: str | None = None, by: str = "auto") -> list[Hit]:
         """The k entries nearest to a text, an image, an audio clip or a media file, best first.
 
-        `where` is an SQL condition on `columns`. `by` is "vector", "words" (full text), "hybrid" (both rankings joined)
-        or "auto": hybrid for a text where the index holds texts. Raises PlaitError.
+        `where` is an SQL condition on `columns`. `by` is "vector", "words" (full text), "hybrid" (both rankings joined,
+        the vectors' weighed by what they were worth on the run's val, and without what is nearer by chance) or "auto":
+        hybrid for a text where the index holds texts. Raises PlaitError.
         """
         query = inputs_of(query).values[0] if by != "words" else query
         words = query if isinstance(query, str) else None
@@ -305,11 +307,12 @@ class Index:
             rows = self._approximate(vector, k, where, self._shown)
             return [self._hit(row, 1 - row["_distance"], None) for row in rows]
         pool = k if by in ("vector", "words") else max(10 * k, 1000 if self._loaded else 100)
-        rankings: list[dict[int, int]] = []
-        if by != "words":
+        space = self._space() if by == "hybrid" else None
+        rankings: list[tuple[float, dict[int, int]]] = []
+        if by != "words" and (space is None or space.trust > 0):
             assert vector is not None
             near = self._nearest(np.asarray(vector, np.float32), pool, where)
-            rankings.append({row: place for place, row in enumerate(near)})
+            rankings.append((1.0 if space is None else space.trust, {row: n for n, row in enumerate(near)}))
         if by != "vector" and self._words:
             search = self.table.search(words, query_type="fts", fts_columns="text").with_row_id(True)
             search = search.where(where) if where else search
@@ -317,11 +320,12 @@ class Index:
             values = found["_score"].to_numpy()
             # Equal scores share a rank, so that among equal words the vectors decide.
             places = np.searchsorted(-values, -values) if len(values) else values
-            rankings.append(dict(zip(found["_rowid"].to_pylist(), places.tolist(), strict=True)))
+            rankings.append((1.0, dict(zip(found["_rowid"].to_pylist(), places.tolist(), strict=True))))
         scores: dict[int, float] = {}
-        for ranking in rankings:
+        for weight, ranking in rankings:
             for row, place in ranking.items():
-                scores[row] = scores.get(row, 0.0) + 1 / (FUSE + 1 + place)
+                scores[row] = scores.get(row, 0.0) + weight / (FUSE + 1 + place)
+        by_words = rankings[-1][1] if by != "vector" and self._words else {}
         best = sorted(scores, key=lambda row: -scores[row])[:k]
         if not best:
             return []
@@ -331,8 +335,15 @@ class Index:
         for number in best:
             row = found_rows[number]
             near_by = float("nan") if vector is None else float(np.dot(row["_vector"], vector))
+            if space is not None and number not in by_words and near_by <= space.unrelated:
+                continue  # as near as what has nothing to do with it
             hits.append(self._hit(row, near_by, None if by == "vector" else scores[number]))
         return hits
+
+    def _space(self) -> SpaceQuality | None:
+        """What the model's space is worth, as its training measured; None where that is not known."""
+        loaded = self.model.plait_model
+        return loaded.checkpoint.space if loaded is not None else None
 
     def _hit(self, row: dict[str, Any], near: float, score: float | None) -> Hit:
         shown = {n: str(v) for n, v in row.items() if v is not None and not n.startswith("_") and n not in OWN}

@@ -6,8 +6,9 @@ import asyncio
 import base64
 import json
 import secrets
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
@@ -16,9 +17,11 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import Response
 
 from plait.core.errors import PlaitError
+from plait.inference.constrained import TextConstraint
 from plait.inference.engine import Request as Wanted
-from plait.inference.model import Options, PlaitModel
+from plait.inference.model import PlaitModel
 from plait.inference.results import Predictions
+from plait.inference.sampling import Options, SamplingOptions
 from plait.model.multimodal import Sequence
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext
@@ -62,6 +65,8 @@ APART = 16_384  # bytes of JSON that are parsed on the event loop
 READ_AT_ONCE = 65_536  # tokens that one request has embedded or classified
 VOICES = {"alloy", "ash", "ballad", "coral", "echo", "fable", "marin", "nova", "onyx", "sage", "shimmer", "verse",
           "cedar"}  # fmt: skip
+COMPILE_SECONDS = 1.0  # that a schema or grammar may take
+KEPT = 64  # compiled ones that a model keeps
 EVENT = {"type": "object", "properties": {"data": {"type": "string"}, "event": {"type": "string"}}}
 STREAM = {"text/event-stream": {"schema": EVENT}}
 
@@ -86,13 +91,11 @@ def wanted_of(model: PlaitModel, prompt: Sequence, column: str | None, body: s.D
     greedy = body.temperature == 0 or body.top_p == 0
     # The engine's seeds are 63 bits; a negative one is another number, always the same.
     seed = (secrets.randbits(63) if body.seed is None else body.seed) & (2**63 - 1)
+    given = {name: getattr(body, name) for name in SamplingOptions.__annotations__ if name in type(body).model_fields}
+    if greedy:
+        given |= {"do_sample": False, "temperature": None, "top_p": None}
     options: Options = {
-        "do_sample": False if greedy else None,
-        "temperature": None if greedy else body.temperature,
-        "top_p": None if greedy else body.top_p,
-        "top_k": body.top_k,
-        "min_p": body.min_p,
-        "repetition_penalty": body.repetition_penalty,
+        **cast(Options, given),
         "guidance": body.guidance,
         "seed": seed,
         "max_new_tokens": most,
@@ -129,11 +132,54 @@ def finish_of(finish: str) -> str:
     return "length" if finish == "length" else "stop"
 
 
-def token_of(model: PlaitModel, token: int, logprob: float) -> dict[str, Any]:
-    text = model.checkpoint.text.decode([token])
-    whole = "\ufffd" not in text
-    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode()) if whole else None,
-            "top_logprobs": []}  # fmt: skip
+async def constraint_of(service: Service, served: Served, body: s.Writing) -> TextConstraint | None:
+    """What the text must be, compiled in a thread within COMPILE_SECONDS. Raises ApiError for what cannot be used."""
+    asked = dict(_constraints(body))
+    if not asked:
+        return None
+    if len(asked) > 1:
+        raise ApiError(400, f"A text has one constraint, not {' and '.join(asked)}. Leave all but one out.")
+    ((name, value),) = asked.items()
+    key = json.dumps([name, value])
+    if (known := served.constraints.get(key)) is not None:
+        return known
+    model = served.ours
+    if isinstance(value, str) and name == "schema":
+        value = parse_json(value.encode(), service.limits)
+    await asyncio.to_thread(lambda: model.constraints)  # reads the vocabulary, once
+    try:
+        async with asyncio.timeout(COMPILE_SECONDS):
+            found = await asyncio.to_thread(lambda: model.constraint(**{name: value}))
+    except TimeoutError:
+        raise ApiError(
+            400, "The schema or grammar takes too long to compile. Simplify it.", "response_format"
+        ) from None
+    except PlaitError as error:
+        raise ApiError(400, str(error), "response_format") from error
+    assert found is not None
+    if len(served.constraints) >= KEPT:
+        served.constraints.pop(next(iter(served.constraints)))
+    served.constraints[key] = found
+    return found
+
+
+def _constraints(body: s.Writing) -> Iterator[tuple[str, Any]]:
+    """What a request holds its text to, in the spellings of OpenAI, vLLM and llama.cpp: (schema, regex, choice or
+    grammar, its value)."""
+    form, held = body.response_format, body.structured_outputs or s.StructuredOutputs()
+    if (form is not None and form.type == "json_object") or held.json_object:
+        yield "schema", {"type": "object"}
+    if form is not None and form.type == "json_schema":
+        if form.json_schema is None:
+            raise ApiError(400, "response_format json_schema needs json_schema: {schema: ...}.", "response_format")
+        yield "schema", form.json_schema.schema_
+    for name, values in (
+        ("schema", (held.json_, body.guided_json, body.json_schema)),
+        ("regex", (held.regex, body.guided_regex)),
+        ("choice", (held.choice, body.guided_choice)),
+        ("grammar", (held.grammar, body.guided_grammar, body.grammar)),
+    ):
+        yield from ((name, value) for value in values if value)
 
 
 class Lead:

@@ -7,17 +7,18 @@ import base64
 import secrets
 import time
 from collections.abc import AsyncIterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 from fastapi import Request
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
+from plait.inference.engine import Completion
 from plait.inference.engine import Request as Wanted
 from plait.inference.model import PlaitModel
 from plait.inference.prompts import Prompt, Turn
+from plait.inference.scoring import PromptScores, prompt_scores
 from plait.model.multimodal import Sequence
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext
@@ -25,18 +26,19 @@ from plait.server.api import (
     STREAM,
     Lead,
     check_ids,
+    constraint_of,
     finish_of,
     make_router,
     most_of,
     of,
     stops,
     text_column,
-    token_of,
     usage_of,
     voice_of,
     wanted_of,
 )
 from plait.server.limits import ApiError
+from plait.server.logprobs import Aligner, Token, of_chat, of_text
 from plait.server.media import audio, png
 from plait.server.service import EventStream, Served, Service, note, read
 from plait.server.worker import PendingRequest, follow
@@ -63,6 +65,7 @@ async def chat_completions(request: Request, body: s.ChatRequest) -> Response:
     outputs = list(dict.fromkeys(body.modalities or ["text"]))
     if body.logprobs and outputs != ["text"]:
         raise ApiError(400, "logprobs go with text alone. Leave them out, or the other modalities.", "logprobs")
+    constraint = await constraint_of(service, served, body)
     columns: list[str | None] = []
     prompts: list[Prompt] = []
     wanted: list[Wanted] = []
@@ -83,7 +86,14 @@ async def chat_completions(request: Request, body: s.ChatRequest) -> Response:
             stop = (*stops(body.stop), *prompt.stop) if kind == "text" else ()
             bound = most if kind == "text" else None
             found = wanted_of(model, prompt.context, columns[-1], body, n, most=bound, stop=stop)
-            wanted.append(replace(found, logprobs=bool(body.logprobs)))
+            wanted.append(
+                replace(
+                    found,
+                    logprobs=bool(body.logprobs),
+                    top_logprobs=body.top_logprobs or 0 if body.logprobs else 0,
+                    constraint=constraint if kind == "text" else None,
+                )
+            )
 
     await service.prepared(prepare, size)
     form = body.audio.format if body.audio else "wav"
@@ -108,8 +118,8 @@ async def chat_completions(request: Request, body: s.ChatRequest) -> Response:
                 choice["message"]["content"] = Lead(prompt.strip)(sample.text or "")
                 choice["finish_reason"] = finish_of(sample.finish)
                 if sample.logprobs is not None:
-                    pairs = zip(sample.ids, sample.logprobs, strict=False)
-                    choice["logprobs"] = {"content": [token_of(model, *pair) for pair in pairs], "refusal": None}
+                    aligner = Aligner(model.checkpoint.text, [] if prompt.context.media else prompt.context.ids)
+                    choice["logprobs"] = of_chat(aligner.add(sample.ids, sample.logprobs, sample.top, last=True))
             else:
                 choice["message"] |= await asyncio.to_thread(_medium, kind, made[i], form)
     read_ = sum(len(prompt.context) for prompt in prompts)
@@ -162,6 +172,8 @@ async def _chat_events(
         return {**head, "choices": [choice], **more}
 
     n = pending_requests[0].request.n
+    before = prompts[0].context
+    aligners = [Aligner(served.ours.checkpoint.text, [] if before.media else before.ids) for _ in range(n)]
     leads = [Lead(prompts[0].strip) for _ in range(n)]
     ends = ["stop"] * n
     yield [chunk(i, {"role": "assistant", "content": "" if "text" in outputs else None}) for i in range(n)]
@@ -176,8 +188,8 @@ async def _chat_events(
                 ends[i] = finish_of(update.finish)
             logprobs = None
             if pending_requests[k].request.logprobs and update.ids:
-                pairs = zip(update.ids, update.logprobs, strict=True)
-                logprobs = {"content": [token_of(served.ours, *pair) for pair in pairs], "refusal": None}
+                tokens = aligners[i].add(update.ids, update.logprobs, update.top, update.finish is not None)
+                logprobs = of_chat(tokens)
             if text or logprobs:
                 events.append(chunk(i, {"content": text}, None, logprobs))
             if update.finish and len(outputs) == 1:
@@ -211,7 +223,9 @@ async def completions(request: Request, body: s.CompletionRequest) -> Response:
     service.check_parts(prompt for prompt in prompts if isinstance(prompt, str))
     for prompt in prompts:
         served.check_prompt([prompt], "prompt")
-    most = most_of(model, body.max_tokens) or 16
+    most = 16 if body.max_tokens is None else most_of(model, body.max_tokens) if body.max_tokens else 0
+    constraint = await constraint_of(service, served, body)
+    deadline = service.deadline(request_context)
     wanted: list[Wanted] = []
 
     def prepare() -> None:
@@ -220,26 +234,40 @@ async def completions(request: Request, body: s.CompletionRequest) -> Response:
             if body.column is not None:
                 model.column(body.column, "text", "write text")
             found = wanted_of(model, context, body.column, body, n, i * n, most, stops(body.stop))
-            wanted.append(replace(found, logprobs=body.logprobs is not None))
+            wanted.append(
+                replace(
+                    found, logprobs=body.logprobs is not None, top_logprobs=body.logprobs or 0, constraint=constraint
+                )
+            )
 
     await service.prepared(prepare, sum(len(prompt) for prompt in prompts))
+    shown = [_Shown(one.context, body.logprobs) for one in wanted]
+    if body.echo and body.logprobs is not None:
+        contexts = [one.context for one in wanted]
+        top = body.logprobs
+        scores = await served.worker.call(lambda: prompt_scores(model.engine, contexts, top), deadline)
+        for one, prompt, score in zip(shown, prompts, scores, strict=True):
+            one.echo(model, prompt, score)
     before = [model.checkpoint.text.decode(p) if isinstance(p, list) else p for p in prompts]
     before = before if body.echo else [""] * len(prompts)
     head = _head("cmpl-", "text_completion", served)
-    if body.stream:
-        pending_requests = served.worker.submit(wanted, service.deadline(request_context))
+    if body.stream and most:
+        pending_requests = served.worker.submit(wanted, deadline)
         usage = bool(body.stream_options and body.stream_options.include_usage)
         return EventStream(
-            _text_events(model, request_context, pending_requests, head, before, usage), pending_requests
+            _text_events(model, request_context, pending_requests, head, before, shown, usage), pending_requests
         )
-    results = await service.written(served, wanted, request_context)
+    if most:
+        results = await service.written(served, wanted, request_context)
+    else:
+        results = [[Completion([], "length", "", [], [])] * n for _ in wanted]
     choices = []
     for i, samples in enumerate(results):
         for k, sample in enumerate(samples):
-            logprobs = _text_logprobs(model, sample.ids, sample.logprobs or [], len(before[i]))
+            logprobs = shown[i].of(model, sample, len(before[i])) if body.logprobs is not None else None
             choices.append({
-                "index": i * n + k, "text": before[i] + (sample.text or ""),
-                "logprobs": logprobs if body.logprobs is not None else None, "finish_reason": finish_of(sample.finish),
+                "index": i * n + k, "text": before[i] + (sample.text or ""), "logprobs": logprobs,
+                "finish_reason": finish_of(sample.finish),
             })  # fmt: skip
     read_ = sum(len(one.context) for one in wanted)
     return JSONResponse({**head, "choices": choices, "usage": usage_of(read_, request_context.completion_tokens)})
@@ -258,13 +286,35 @@ def _context(model: PlaitModel, prompt: str | list[int]) -> Sequence:
     return model.context(prompt) if prompt else model.start()
 
 
-def _text_logprobs(model: PlaitModel, ids: list[int], logprobs: list[float], at: int) -> dict[str, Any]:
-    tokens = [model.checkpoint.text.decode([token]) for token in ids]
-    offsets = [at + sum(map(len, tokens[:i])) for i in range(len(tokens))] if len(tokens) < 2 else (
-        [at, *(at + np.cumsum([len(token) for token in tokens[:-1]])).tolist()]
-    )  # fmt: skip
-    return {"tokens": tokens, "token_logprobs": [max(value, -9999.0) for value in logprobs[: len(ids)]],
-            "top_logprobs": None, "text_offset": offsets}  # fmt: skip
+@dataclass
+class _Shown:
+    """The log probabilities of one prompt's choices."""
+
+    context: Sequence
+    count: int | None  # likeliest tokens a place; None: no log probabilities
+    prompt: list[Token] = field(default_factory=list)  # of the prompt, where it is echoed
+
+    def echo(self, model: PlaitModel, prompt: str | list[int], scores: PromptScores) -> None:
+        """Take the prompt's own, without what an import puts in front of every text."""
+        hidden = 0
+        if isinstance(prompt, str):
+            hidden = len(model.checkpoint.text.start) if not model.columns and prompt else 0 if prompt else 1
+        ids = self.context.ids[hidden:]
+        aligner = Aligner(model.checkpoint.text)
+        self.prompt = aligner.add(ids, scores.logprobs[hidden:], scores.top[hidden:], last=True)
+
+    def aligner(self, model: PlaitModel, offset: int) -> Aligner:
+        """What follows the tokens of one sample."""
+        return Aligner(model.checkpoint.text, [] if self.context.media else self.context.ids, offset)
+
+    def of(self, model: PlaitModel, sample: Completion, offset: int) -> dict[str, Any]:
+        """The log probabilities of a sample; behind an echo also that of its end, if it came to one."""
+        ids, logprobs = list(sample.ids), sample.logprobs or []
+        tokens = self.aligner(model, offset).add(ids, logprobs, sample.top, last=True)
+        if self.prompt and len(logprobs) > len(ids):
+            end = Token("", offset + len(sample.text or ""), b"", logprobs[len(ids)])
+            tokens.append(end)
+        return of_text([*self.prompt, *tokens], self.count or 0)
 
 
 async def _text_events(
@@ -273,10 +323,14 @@ async def _text_events(
     pending_requests: list[PendingRequest],
     head: dict[str, Any],
     before: list[str],
+    shown: list[_Shown],
     usage: bool,
 ) -> AsyncIterator[list[Any]]:
     more = {"usage": None} if usage else {}
-    lengths = [[len(text)] * pending.request.n for text, pending in zip(before, pending_requests, strict=True)]
+    aligners = [
+        [one.aligner(model, len(text)) for _ in range(pending.request.n)]
+        for one, text, pending in zip(shown, before, pending_requests, strict=True)
+    ]
 
     def chunk(k: int, sample: int, text: str, finish: str | None = None, logprobs: Any = None) -> dict[str, Any]:
         index = k * pending_requests[k].request.n + sample
@@ -284,7 +338,12 @@ async def _text_events(
         return {**head, "choices": [choice], **more}
 
     if any(before):
-        yield [chunk(k, i, before[k]) for k, pending in enumerate(pending_requests) for i in range(pending.request.n)]
+        heads = [of_text(one.prompt, one.count or 0) if one.prompt else None for one in shown]
+        yield [
+            chunk(k, i, before[k], None, heads[k])
+            for k, pending in enumerate(pending_requests)
+            for i in range(pending.request.n)
+        ]
     async for updates in follow(pending_requests):
         note(request_context, updates)
         events = []
@@ -292,9 +351,8 @@ async def _text_events(
             finish = finish_of(update.finish) if update.finish else None
             logprobs = None
             if pending_requests[k].request.logprobs and update.ids:
-                at = lengths[k][update.sample]
-                logprobs = _text_logprobs(model, update.ids, list(update.logprobs), at)
-                lengths[k][update.sample] += sum(map(len, logprobs["tokens"]))
+                aligner, last = aligners[k][update.sample], update.finish is not None
+                logprobs = of_text(aligner.add(update.ids, update.logprobs, update.top, last), shown[k].count or 0)
             if update.text or finish or logprobs:
                 events.append(chunk(k, update.sample, update.text, finish, logprobs))
         if events:

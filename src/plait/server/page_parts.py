@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from plait.core.features import ExtensionPoint
@@ -14,16 +15,18 @@ class LinesPart:
     """A box for lines of text, and a list of lines as the answer.
 
     Attributes:
-        verb: The verb that a model must have.
+        name: The part's own name, for its address.
+        applies: (model, run's folder) -> whether the page shows it.
         title: The heading, by language ("en", "zh").
         question: What to write into the box, by language.
-        answer: (model, lines) -> lines.
+        answer: (model, run's folder, dataset's folder, lines) -> lines.
     """
 
-    verb: str
+    name: str
+    applies: Callable[[Any, Path], bool]
     title: Mapping[str, str]
     question: Mapping[str, str]
-    answer: Callable[[Any, list[str]], list[str]]
+    answer: Callable[[Any, Path, Path, list[str]], list[str]]
 
 
 PAGE_PARTS: ExtensionPoint[LinesPart] = ExtensionPoint("page_part")

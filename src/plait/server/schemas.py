@@ -70,6 +70,7 @@ class Drawing(Body):
     seed: Seed = None
     top_k: Annotated[int | None, Field(ge=0, le=1_000_000), BeforeValidator(_off_below_zero)] = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_a: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     guidance: Annotated[float, Field(ge=0, le=100)] | None = None
 
@@ -143,8 +144,23 @@ class StreamOptions(Inner):
     include_usage: bool | None = None
 
 
+class JsonSchema(Inner):
+    schema_: Annotated[dict[str, Any], Field(alias="schema")] = {}
+
+
 class ResponseFormat(Inner):
-    type: Annotated[str, _only("text", instead='the only response_format is {"type": "text"}')]
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(Inner):
+    """vLLM's way to hold a text to something."""
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    regex: str | None = None
+    choice: Annotated[list[str], Field(min_length=1, max_length=4096)] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
 
 
 class AudioOut(Inner):
@@ -165,6 +181,14 @@ class Writing(Drawing):
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    grammar: Annotated[str | None, Field(description="In Lark's or llama.cpp's notation.")] = None
+    json_schema: Annotated[dict[str, Any] | None, Field(description="llama.cpp's spelling.")] = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     column: Annotated[Name | None, Field(description="Ours: the text column to write.")] = None
 
 
@@ -174,7 +198,7 @@ class ChatRequest(Writing):
     audio: AudioOut | None = None
     max_completion_tokens: Tokens = None
     logprobs: bool | None = None
-    response_format: ResponseFormat | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
 
 Ids = Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1, max_length=65_536)]
@@ -185,7 +209,7 @@ class CompletionRequest(Writing):
         list[Ids], Field(min_length=1, max_length=16)
     ]  # fmt: skip
     echo: bool | None = None
-    logprobs: Annotated[int | None, _only(0, instead="0 gives the log probabilities of the ids chosen")] = None
+    logprobs: Annotated[int | None, Field(ge=0, le=20, description="So many likeliest tokens at each place.")] = None
 
 
 class EmbeddingRequest(Body):
@@ -343,8 +367,8 @@ class ChatCompletion(BaseModel):
 
 class TextLogprobs(BaseModel):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: None = None
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None = None
     text_offset: list[int]
 
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from plait.core.errors import PlaitError
 from plait.inference.base import Model
+from plait.inference.constrained import TextConstraint
 from plait.inference.engine import Completion, Delta, Request
 from plait.inference.model import PlaitModel
 from plait.inference.prompts import Chat
@@ -39,6 +40,7 @@ class Served:
     fingerprint: str
     created: int
     chat: Chat | None = None
+    constraints: dict[str, TextConstraint] = field(default_factory=dict)  # compiled, by what was asked for
     prompt_bytes: int = 0  # more bytes of text than these cannot fit into the model's context; 0: not known
 
     @classmethod
@@ -46,7 +48,7 @@ class Served:
         chat = Chat(ours, folder) if (ours := model.plait_model) is not None else None
         worker = Worker(name, model, limits)
         most = _most_bytes(ours) if ours is not None else 0
-        return cls(name, model, worker, fingerprint, int(time.time()), chat, most)
+        return cls(name, model, worker, fingerprint, int(time.time()), chat, prompt_bytes=most)
 
     def check_prompt(self, parts: Iterable[Any], param: str) -> None:
         """Raises ApiError for texts that are certainly too long for the model, before they are tokenised."""

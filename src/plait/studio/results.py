@@ -78,8 +78,8 @@ class Result:
 
 def read_result(run: Path, job_folder: Path) -> Result:
     """The result of a run; empty parts where it was not evaluated."""
-    metrics = _json(run / "metrics.json")
-    verdict = _json(run / "verdict.json")
+    verdict = _json(job_folder / "verdict.json")
+    metrics = verdict.get("figures") or _json(run / "metrics.json")
     return Result(
         str(verdict.get("sentence", "")), str(verdict.get("next_step", "")), _figures(metrics),
         _predictions(job_folder / "predictions.jsonl"), (run / "report.html").is_file(),

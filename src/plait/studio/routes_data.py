@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from plait.core.files import write_atomic
 from plait.modalities.media import MEDIA, media_type
 from plait.studio import examples, jobs, uploads
 from plait.studio.labels import LabelEdits
-from plait.studio.listing import Item, excerpt, kind_of, list_project
+from plait.studio.listing import excerpt, kind_of, list_project
 from plait.studio.render import LANGUAGES
 from plait.studio.security import FILE_POLICY
 from plait.studio.web import Studio, in_thread, page, read_values
@@ -111,8 +113,8 @@ def gallery_parts(app: FastAPI, studio: Studio) -> None:
     @app.get("/p/{name}/thumb")
     async def thumb(name: str, file: str) -> Response:
         project = workspace.project(name)
-        item = Item(file, _kind(file), "")
-        body = await in_thread(studio.previews.image, project, _place(project, file), item.kind)
+        work = partial(studio.previews.image, project, _place(project, file), _kind(file))
+        body = await asyncio.get_running_loop().run_in_executor(studio.decoding, work)
         headers = {"cache-control": "private, max-age=86400", "content-security-policy": FILE_POLICY}
         return Response(body, media_type="image/png", headers=headers)
 

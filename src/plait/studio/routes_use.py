@@ -8,7 +8,6 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from plait.core.errors import PlaitError
-from plait.server.page_parts import PAGE_PARTS
 from plait.studio.web import Studio, in_thread, page, read_body, read_values
 from plait.studio.workspace import Project
 
@@ -43,7 +42,7 @@ def use_pages(app: FastAPI, studio: Studio) -> None:
             run=run.name,
             verbs=verbs,
             kinds=kinds,
-            parts=PAGE_PARTS.all(),
+            parts=await in_thread(studio.models.parts, run),
         )
 
     @app.post("/p/{name}/runs/{run}/ask")
@@ -76,11 +75,13 @@ def use_pages(app: FastAPI, studio: Studio) -> None:
         text = await in_thread(studio.models.chat, trained(workspace.project(name), run), messages)
         return JSONResponse({"text": text})
 
-    @app.post("/p/{name}/runs/{run}/lines/{verb}")
-    async def lines(name: str, run: str, verb: str, request: Request) -> Response:
+    @app.post("/p/{name}/runs/{run}/lines/{part}")
+    async def lines(name: str, run: str, part: str, request: Request) -> Response:
         given = str((await read_values(request)).get("text", "")).splitlines()
         kept = [line.strip() for line in given if line.strip()]
-        found = await in_thread(studio.models.answer_lines, trained(workspace.project(name), run), verb, kept)
+        project = workspace.project(name)
+        work = studio.models.answer_lines
+        found = await in_thread(work, trained(project, run), project.data, part, kept)
         return JSONResponse({"lines": found})
 
     @app.get("/p/{name}/hand-over")

@@ -15,7 +15,7 @@ from PIL import Image
 from plait.core.errors import PlaitError
 from plait.modalities.descriptor import MediaError
 from plait.modalities.media import Checker, sniff
-from plait.server.page_parts import PAGE_PARTS
+from plait.server.page_parts import PAGE_PARTS, LinesPart
 
 NEAREST = 6  # records shown beside an answer
 INDEXED = 2000  # records that are compared with
@@ -121,14 +121,19 @@ class Models:
             prompt = chat.prompt(turns)
             return str(model.reply([prompt.context], stop=list(prompt.stop), max_new_tokens=200)[0]).strip()
 
-    def answer_lines(self, run: Path, verb: str, lines: list[str]) -> list[str]:
-        """What a feature's part of the page answers to lines of text."""
-        part = next((one for one in PAGE_PARTS.all() if one.verb == verb), None)
+    def parts(self, run: Path) -> list[LinesPart]:
+        """What features add to the page for this run's model."""
         with self.lock:
             model = self.get(run)
-            if part is None or verb not in model.verbs:
-                raise PlaitError(f"This model cannot {verb}. It can {', '.join(model.verbs)}.")
-            return part.answer(model, lines)
+            return [part for part in PAGE_PARTS.all() if part.applies(model, run)]
+
+    def answer_lines(self, run: Path, data: Path, name: str, lines: list[str]) -> list[str]:
+        """What a feature's part of the page answers to lines of text."""
+        part = next((part for part in self.parts(run) if part.name == name), None)
+        if part is None:
+            raise PlaitError(f"This model has no use for '{name}'.")
+        with self.lock:
+            return part.answer(self.get(run), run, data, lines)
 
     def _input(self, body: bytes, text: str) -> tuple[Any, str, str]:
         if not body:

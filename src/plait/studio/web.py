@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 from urllib.parse import parse_qsl
@@ -31,9 +32,12 @@ class Studio:
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
         self.previews = Previews()
+        # Each thread that decodes has a process of its own: a few serve all tiles.
+        self.decoding = ThreadPoolExecutor(2, "previews")
         self.models = Models()
 
     def close(self) -> None:
+        self.decoding.shutdown(cancel_futures=True)
         self.previews.close()
         self.models.close()
 

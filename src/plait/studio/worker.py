@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from plait.core.errors import PlaitError
-from plait.core.files import write_atomic
+from plait.core.files import write_atomic, write_json
 from plait.modalities.media import MEDIA
 from plait.studio.jobs import Job, read_job
 from plait.studio.labels import LabelEdits
@@ -52,15 +52,15 @@ def main() -> None:
 
 
 def _work(project: Project, job: Job) -> Job:
-    prepare, train, evaluate = job.commands()
-    steps = (("preparing", prepare), ("training", train), ("evaluating", evaluate))
-    for stage, command in steps:
-        job = job.at(stage)  # type: ignore[arg-type]
-        if stage != "preparing":
-            _run(command)
-        elif not _is_prepared(project):
-            prepare_data(project, command)
-            write_atomic(project.folder / "prepared.json", json.dumps({"state": _state(project)}))
+    prepare, train, _ = job.commands()
+    job = job.at("preparing")
+    if not _is_prepared(project):
+        prepare_data(project, prepare)
+        write_atomic(project.folder / "prepared.json", json.dumps({"state": _state(project)}))
+    job = job.at("training")
+    _run(train)
+    job = job.at("evaluating")
+    _evaluate(job)
     job = job.at("predicting")
     write_predictions(project, job)
     return job
@@ -131,6 +131,21 @@ def _run(command: list[str]) -> None:
     if code:
         words = " ".join(filter(None, said)).removeprefix("plait:").strip()
         raise CommandError(words or f"{command[1]} ended with code {code}.")
+
+
+def _evaluate(job: Job) -> None:
+    """As `plait evaluate`, with the verdict and the main figures kept for the result page."""
+    import plait
+
+    evaluation = plait.evaluate(job.run_folder, progress=True)
+    verdict = evaluation.verdict
+    kept = {
+        "sentence": verdict.sentence if verdict else "",
+        "next_step": verdict.next_step if verdict else "",
+        "learnt": verdict.learnt if verdict else None,
+        "figures": evaluation.headlines(),
+    }
+    write_json(job.folder / "verdict.json", kept)
 
 
 def write_predictions(project: Project, job: Job) -> None:

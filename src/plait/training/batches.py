@@ -7,6 +7,7 @@ written; a single text is language modelling, in windows of the context's length
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as ListOf
@@ -15,14 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from plait.core.errors import DivergedError
 from plait.core.files import read_json, write_json
 from plait.core.rng import key_of, uniform
 from plait.data.dataset import Dataset, Joined
-from plait.data.record import Record
 from plait.data.samples import Samples
+from plait.data.tokens import Ids, Tokens, open_tokens, write_tokens
 from plait.modalities.base import MediaModality, Vocabulary
 from plait.modalities.text import Text
 from plait.model.multimodal import Batch, Sequence, collate
@@ -38,8 +40,8 @@ PASS = 600  # tokens that take as long as what one more pass costs before it com
 class Split:
     """The records of one split, ready to become sequences."""
 
-    ids: list[str]
-    texts: dict[str, list[list[int] | None]]  # column -> token ids by record
+    ids: Ids
+    texts: dict[str, Tokens]  # column -> token ids by record
     media: dict[str, Samples]  # column -> samples of the records that have one
     rows: dict[str, np.ndarray]  # column -> record -> row of its samples, -1 where absent
     codes: dict[str, Samples] = field(default_factory=dict)  # column -> codes, beside media
@@ -54,9 +56,13 @@ class Split:
     def has(self, column: str, record: int) -> bool:
         if column in self.chats:
             return bool(self.chats[column][record])
-        if column in self.texts:
-            return self.texts[column][record] is not None
-        return self.rows[column][record] >= 0
+        return bool((self.texts[column].rows if column in self.texts else self.rows[column])[record] >= 0)
+
+    def present(self, column: str) -> np.ndarray:
+        """(N,) which records have a part of a column."""
+        if column in self.chats:
+            return np.array([bool(turns) for turns in self.chats[column]], bool)
+        return (self.texts[column].rows if column in self.texts else self.rows[column]) >= 0
 
     def sample(self, column: str, record: int) -> np.ndarray:
         return self.media[column][self.rows[column][record]]
@@ -85,21 +91,21 @@ def load_split(
     What will not fit the longest clip or the context is counted in `notes`.
     """
     indices = dataset.indices(split)[:limit]
-    ids: list[str] = []
-    strings: dict[str, list[str | None]] = {c: [] for c, kind in dataset.columns.items() if kind == "text"}
+    plain = [c for c, kind in dataset.columns.items() if kind == "text" and c not in dataset.manifest.chats]
+    if vocabulary is None:  # conversations are read as the texts that they are
+        plain += dataset.manifest.chats
     rows = {c: np.full(len(indices), -1) for c, kind in dataset.columns.items() if kind in media}
     found: dict[str, Samples] = {}
+    texts: dict[str, Tokens] = {}
+    keys = np.zeros((len(indices), len(plain)), np.int64)
     cut = dict.fromkeys(rows, 0)
 
-    def samples(column: str, first: bool) -> Iterator[np.ndarray]:
+    def samples(column: str) -> Iterator[np.ndarray]:
         modality = media[dataset.columns[column]]
         present = 0
-        wanted = [column, *strings] if first else [column]
-        for record, row in enumerate(dataset.iterate(indices, wanted)):
+        for record, row in enumerate(dataset.iterate(indices, [column])):
             if progress and record % 500 == 0:
                 progress(f"{split}: {column}", record, len(indices))
-            if first:
-                collect(row)
             if column in row.parts:
                 rows[column][record] = present
                 present += 1
@@ -107,35 +113,37 @@ def load_split(
                 cut[column] += len(windows) > 1
                 yield windows[0]
 
-    def collect(row: Record) -> None:
-        ids.append(row.id)
-        for column, values in strings.items():
-            value = row.parts.get(column)
-            values.append(value if isinstance(value, str) else None)
+    def strings(column: str) -> Iterator[pa.Array]:
+        done, place = 0, plain.index(column)
+        for values in dataset.cells(column, indices):
+            keys[done : done + len(values), place] = [0 if v is None else key_of(v) | 1 for v in values.to_pylist()]
+            done += len(values)
+            if progress:
+                progress(f"{split}: {column}", done, len(indices))
+            yield values
 
     whole = cache / f"{split}.json"
-    if whole.exists():
-        cut = read_json(whole)["cut"]
+    made_of = _made_of(dataset, indices, text, media)
+    known = read_json(whole) if whole.exists() else {}
+    if known.get("made_of") == made_of:
+        cut = known["cut"]
         for column in rows:
             found[column] = Samples.open(cache / f"{split}-{column}")
             rows[column] = np.load(cache / f"{split}-{column}-rows.npy")
+        texts = {column: open_tokens(cache / f"{split}-{column}-tokens") for column in plain}
+        keys = np.load(cache / f"{split}-keys.npy")
     else:
-        for column in rows:
-            found[column] = Samples.write(cache / f"{split}-{column}", samples(column, first=not ids))
-            np.save(cache / f"{split}-{column}-rows.npy", rows[column])
         cache.mkdir(parents=True, exist_ok=True)
-        write_json(whole, {"cut": cut})
-    if not ids:
-        for row in dataset.iterate(indices, list(strings)):
-            collect(row)
-    texts: dict[str, list[list[int] | None]] = {}
-    keys = np.zeros((len(ids), len(strings)), np.int64)
-    for place, (column, values) in enumerate(strings.items()):
-        if column in dataset.manifest.chats and vocabulary is not None:
-            continue
-        encoded = iter(text.encode_batch([v for v in values if v is not None]))
-        texts[column] = [None if v is None else next(encoded) for v in values]
-        keys[:, place] = [0 if v is None else key_of(v) | 1 for v in values]
+        whole.unlink(missing_ok=True)
+        for column in rows:
+            found[column] = Samples.write(cache / f"{split}-{column}", samples(column))
+            np.save(cache / f"{split}-{column}-rows.npy", rows[column])
+        for column in plain:
+            path = cache / f"{split}-{column}-tokens"
+            texts[column] = write_tokens(path, strings(column), text.encode_batch, text.size)
+        np.save(cache / f"{split}-keys.npy", keys)
+        write_json(whole, {"cut": cut, "made_of": made_of})
+    ids = Ids(list(dataset.cells("id", indices)))
     notes = [
         f"{column}: {count:,} of {len(found[column]):,} are longer than the longest clip, "
         f"{getattr(media[dataset.columns[column]].settings, 'seconds', '?')} s; training takes their beginning"
@@ -146,19 +154,30 @@ def load_split(
     result = Split(ids, texts, found, rows, keys=keys, sources=sources)
     if vocabulary is not None:
         for column in dataset.manifest.chats:
-            notes += _converse(result, column, strings[column], text, vocabulary, media, context)
+            values = [value for array in dataset.cells(column, indices) for value in array.to_pylist()]
+            notes += _converse(result, column, values, text, vocabulary, media, context)
     # A text alone in its record is read in windows; beside other parts it gets half the context.
-    single = np.array([sum(result.has(c, i) for c in dataset.columns) == 1 for i in range(len(ids))], bool)
-    for column, encoded_texts in texts.items():
-        present = [i for i, tokens in enumerate(encoded_texts) if tokens is not None and not single[i]]
-        count = sum(len(encoded_texts[i] or []) > context // 2 - 2 for i in present)
+    several = np.sum([result.present(c) for c in dataset.columns], axis=0) > 1
+    for column, tokens in texts.items():
+        beside = tokens.present & several
+        count = int((tokens.lengths[beside] > context // 2 - 2).sum())
         if count:
             notes.append(
-                f"{column}: {count:,} of {len(present):,} texts are longer than {context // 2 - 2} tokens, about half "
-                "the context; where they do not fit, training takes their beginning"
+                f"{column}: {count:,} of {int(beside.sum()):,} texts are longer than {context // 2 - 2} tokens, about "
+                "half the context; where they do not fit, training takes their beginning"
             )
     result.notes = notes
     return result
+
+
+def _made_of(dataset: Dataset, indices: np.ndarray, text: Text, media: dict[str, MediaModality]) -> str:
+    """A hash of all that the cache of a split depends on: the data, the tokenizer and how media are fitted."""
+    digest = hashlib.sha256("".join(shard.sha256 for shard in dataset.manifest.shards).encode())
+    digest.update(np.ascontiguousarray(indices).tobytes())
+    digest.update(text.tokenizer.to_str().encode())
+    for name, modality in media.items():
+        digest.update(f"{name}:{modality.settings.model_dump_json()}".encode())
+    return digest.hexdigest()
 
 
 def _converse(
@@ -265,16 +284,22 @@ class Sampler:
 
     def _items(self) -> np.ndarray:
         """(items, 2): record and window. Only a record of one text has more than one window."""
-        items = []
-        for record in range(len(self.split)):
-            present = [c for c in self.columns if self.split.has(c, record)]
-            if all(c in self.unwritten and c not in self.split.media for c in present):
-                continue
-            windows = 1
-            if len(present) == 1 and present[0] in self.split.texts:
-                windows = max(len(self.split.texts[present[0]][record] or []) // self.context, 1)
-            items += [(record, window) for window in range(windows if present else 0)]
-        return np.array(items, np.int64).reshape(-1, 2)
+        columns = [c for c in self.columns if c in self.split.chats or c in self.split.texts or c in self.split.rows]
+        count = len(self.split)
+        parts, useful = np.zeros(count, np.int32), np.zeros(count, bool)
+        for column in columns:
+            present = self.split.present(column)
+            parts += present
+            if column not in self.unwritten or column in self.split.media:
+                useful |= present
+        windows = useful.astype(np.int64)
+        for column, tokens in self.split.texts.items():
+            if column in self.columns:
+                alone = useful & tokens.present & (parts == 1)
+                windows[alone] = np.maximum(tokens.lengths[alone] // self.context, 1)
+        records = np.repeat(np.arange(count), windows)
+        first = np.cumsum(windows) - windows
+        return np.stack([records, np.arange(len(records)) - np.repeat(first, windows)], 1)
 
     def _groups(self, batch_size: int, shares: ListOf[float]) -> list[tuple[np.ndarray, int]]:
         """For each dataset that has any: its items, by number, and how many of them a step takes."""

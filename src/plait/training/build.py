@@ -19,6 +19,7 @@ from plait.model.transformer import TransformerConfig
 
 MAX_LABELS = 1000  # distinct values up to which a text column counts as labels
 LONGEST_LABEL = 200  # bytes
+EMBED_DIM = 128  # of a model of media, where a recipe says nothing
 
 
 def model_config(
@@ -37,12 +38,48 @@ def model_config(
     Raises PlaitError where a column of the dataset is of another modality than the import's.
     """
     size = SIZES[recipe.model.size]
-    if imported is not None:
-        backbone = imported.backbone
-        dropout = recipe.model.backbone.dropout
-        backbone = backbone.model_copy(update={"dropout": dropout}) if dropout else backbone
-    else:
-        backbone = backbone_config(size, recipe.model.backbone)
+    backbone = _backbone(recipe, size, imported)
+    columns = _columns(recipe, dataset, imported)
+    kinds = list(brought) if brought else [name for name in MODALITIES if name in columns.values()]
+    settings = dict(brought or {})
+    for name in kinds:
+        if name not in settings:
+            settings[name] = _modality_settings(recipe, dataset, size, name, imported)
+    vocabulary = Vocabulary(
+        text=text_size,
+        columns=columns,
+        levels={token: levels for name in kinds for token, levels in code_levels(name, settings[name]).items()},
+        closers=[name for name in kinds if MODALITIES[name].variable_length],
+        turns=_turns(dataset, columns, imported, templated),
+    )
+    tied, embed_dim = recipe.model.tied, recipe.model.embed_dim
+    if tied is None:
+        tied = imported.tied if imported else bool(brought) or text_size > 8 * backbone.width
+    if embed_dim is None:
+        written = any(getattr(settings[name], "levels", None) for name in kinds)
+        embed_dim = (imported.embed_dim if imported else 0) or (EMBED_DIM if written else 0)
+    embeds = imported if imported and imported.embed_dim else None
+    return ModelConfig(
+        backbone=backbone,
+        vocabulary=vocabulary,
+        embed_dim=embed_dim,
+        contrastive=embeds.contrastive if embeds else recipe.model.contrastive,
+        pools_inputs=embeds.pools_inputs if embeds else True,
+        tied=tied,
+        modalities={name: settings[name].model_dump() for name in kinds},
+        read_only=_read_only(recipe, dataset, [*kinds, *columns], imported),
+    )
+
+
+def _backbone(recipe: Recipe, size: Size, imported: ModelConfig | None) -> TransformerConfig:
+    if imported is None:
+        return backbone_config(size, recipe.model.backbone)
+    dropout = recipe.model.backbone.dropout
+    return imported.backbone.model_copy(update={"dropout": dropout}) if dropout else imported.backbone
+
+
+def _columns(recipe: Recipe, dataset: Dataset, imported: ModelConfig | None) -> dict[str, str]:
+    """Column -> modality, an import's first. Raises PlaitError where the two do not agree."""
     columns = dict(imported.vocabulary.columns) if imported else {}
     for name, kind in dataset.columns.items():
         if columns.setdefault(name, kind) != kind:
@@ -50,6 +87,11 @@ def model_config(
                 f"Column '{name}' of {dataset.path} holds {kind}, but in {recipe.model.init_from} it is "
                 f"{columns[name]}. Give it another name: plait prepare --map {kind}={name}:NEWNAME."
             )
+    return columns
+
+
+def _turns(dataset: Dataset, columns: dict[str, str], imported: ModelConfig | None, templated: bool) -> list[str]:
+    """Who may speak in conversations, a token each. Raises PlaitError where a column has such a name."""
     turns = list(imported.vocabulary.turns) if imported else []
     if dataset.manifest.chats and not turns and not templated:
         turns = list(TURNS)
@@ -58,46 +100,31 @@ def model_config(
             f"Column '{clash[0]}' of {dataset.path} has the name of a side of conversations. Give it another name: "
             f"plait prepare --map {columns[clash[0]]}={clash[0]}:NEWNAME."
         )
-    kinds = [m for m in MODALITIES if m in columns.values()]
-    settings: dict[str, Any] = {}
-    if brought:
-        kinds, settings = list(brought), dict(brought)
-    for m in kinds:
-        if m in settings:
-            continue
-        overrides = getattr(recipe.model, m)
-        if imported and m in imported.modalities:
-            overrides = overrides if m in dataset.columns.values() else {}
-            settings[m] = _laid_over(imported.modalities[m], overrides, m)
-        else:
-            settings[m] = fit_settings(dataset, m, size, overrides)
-    coded = [m for m in kinds if settings[m].levels]
-    vocabulary = Vocabulary(
-        text=text_size,
-        columns=columns,
-        levels={name: levels for m in kinds for name, levels in code_levels(m, settings[m]).items()},
-        closers=[m for m in kinds if MODALITIES[m].variable_length],
-        turns=turns,
+    return turns
+
+
+def _modality_settings(
+    recipe: Recipe, dataset: Dataset, size: Size, modality: str, imported: ModelConfig | None
+) -> BaseModel:
+    """An import's settings with the recipe's overrides laid over them where the data have the modality; without an
+    import, settings that are fitted to the data."""
+    overrides = getattr(recipe.model, modality)
+    if imported is None or modality not in imported.modalities:
+        settings: BaseModel = fit_settings(dataset, modality, size, overrides)
+        return settings
+    laid: BaseModel = _laid_over(
+        imported.modalities[modality], overrides if modality in dataset.columns.values() else {}, modality
     )
-    tied = recipe.model.tied
-    if tied is None:
-        tied = imported.tied if imported else bool(brought) or text_size > 8 * backbone.width
-    embed_dim = recipe.model.embed_dim
-    if embed_dim is None:
-        embed_dim = (imported.embed_dim if imported else 0) or (128 if coded else 0)
-    unwritten = {name for name in (*kinds, *columns) if recipe.training.weights.get(name) == 0}
+    return laid
+
+
+def _read_only(recipe: Recipe, dataset: Dataset, names: list[str], imported: ModelConfig | None) -> list[str]:
+    """Modalities and columns that are never written: those of weight 0, and an import's that are not in the data."""
+    here = {*dataset.columns, *dataset.columns.values()}
+    unwritten = {name for name in names if recipe.training.weights.get(name) == 0}
     if imported is not None:
-        unwritten |= {name for name in imported.read_only if name not in {*dataset.columns, *dataset.columns.values()}}
-    return ModelConfig(
-        backbone=backbone,
-        vocabulary=vocabulary,
-        embed_dim=embed_dim,
-        contrastive=imported.contrastive if imported and imported.embed_dim else recipe.model.contrastive,
-        pools_inputs=imported.pools_inputs if imported and imported.embed_dim else True,
-        tied=tied,
-        modalities={m: settings[m].model_dump() for m in kinds},
-        read_only=[name for name in dict.fromkeys([*kinds, *columns]) if name in unwritten],
-    )
+        unwritten |= {name for name in imported.read_only if name not in here}
+    return [name for name in dict.fromkeys(names) if name in unwritten]
 
 
 def _laid_over(settings: dict[str, Any], overrides: dict[str, Any], modality: str) -> Any:
@@ -148,7 +175,7 @@ def sized_config(recipe: Recipe) -> ModelConfig:
     return ModelConfig(
         backbone=backbone,
         vocabulary=vocabulary,
-        embed_dim=128 if recipe.model.embed_dim is None else recipe.model.embed_dim,
+        embed_dim=EMBED_DIM if recipe.model.embed_dim is None else recipe.model.embed_dim,
         contrastive=recipe.model.contrastive,
         pools_inputs=True,
         tied=text > 8 * backbone.width if recipe.model.tied is None else recipe.model.tied,
@@ -206,6 +233,9 @@ def label_columns(dataset: Dataset, context: int) -> dict[str, list[str]]:
     for column, kind in dataset.columns.items():
         if kind != "text" or column in dataset.manifest.chats:
             continue
+        known = dataset.manifest.statistics.get(column)
+        if known is not None and known.max > longest:
+            continue  # one is longer: no labels, and nothing to read
         texts = dataset.texts(column)
         values = [texts[i] for i in train if texts[i] is not None]
         distinct = list(dict.fromkeys(values))

@@ -40,9 +40,9 @@ def plant(split: Split, count: int, seed: int, text: Text, labels: dict[str, lis
     column = next((name for name in split.texts if name not in labels), next(iter(split.texts)))
     planted = [number for number in range(count) for _ in range(times(number))]
     ids = text.encode_batch([canary(seed, number) for number in range(count)])
-    split.ids += [f"canary-{number}" for number in planted]
+    split.ids.extend(f"canary-{number}" for number in planted)
     for name, texts in split.texts.items():
-        texts += [ids[number] if name == column else None for number in planted]
+        texts.extend(ids[number] if name == column else None for number in planted)
     for name, rows in split.rows.items():
         split.rows[name] = np.concatenate((rows, np.full(len(planted), -1, rows.dtype)))
     split.keys = np.concatenate((split.keys, np.zeros((len(planted), split.keys.shape[1]), split.keys.dtype)))

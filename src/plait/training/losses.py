@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.core.device import Device
-from plait.model.multimodal import IGNORE, Multimodal
+from plait.model.multimodal import IGNORE, Multimodal, SequenceSpan
 from plait.model.objectives import likelihoods
 from plait.training.batches import Split, Step
 from plait.training.distributed import Group, Network
@@ -63,8 +63,9 @@ class LossModule(nn.Module):
                 sums[token_type] = sums[token_type] + total if token_type in sums else total
             chosen = np.flatnonzero(records >= 0)
             if embed and len(chosen):
-                places, spans = zip(*((row, span) for row, *span in (batch.spans[i] for i in chosen)), strict=True)
-                embedded.append(model.pool(inputs, hidden, spans, places))
+                spans = [batch.spans[i] for i in chosen]
+                within = [SequenceSpan(span.modality, span.start, span.stop) for span in spans]
+                embedded.append(model.pool(inputs, hidden, within, [span.row for span in spans]))
             if not found:
                 zero_anchor = zero_anchor + 0 * hidden.sum()
         for parameter in self._idle(step, set(sums), restricted, bool(embedded)):
@@ -250,7 +251,7 @@ def _spans(part: Step, media: list[str]) -> np.ndarray:
     """(S, 2): the modality (0 is text) and the record of each span that takes part in the contrast."""
     place = {name: i for i, name in enumerate(["text", *media])}
     rows = [
-        (place[span[1]], record)
+        (place[span.modality], record)
         for batch, records in zip(part.batches, part.span_records, strict=True)
         for span, record in zip(batch.spans, records, strict=True)
         if record >= 0

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from plait.training.distributed import Group
 from plait.training.losses import weighted
 from plait.training.recogniser_training import Labelled, train_recogniser
 
+_TOKENIZER_BYTES = 256 << 20  # of a column's text, at most, by which the tokenizer is trained
 # Settings that a run may change as it goes: none of them changes what a step computes.
 FREE = ("save_every", "keep", "keep_every", "log_records", "grad_accum_steps", "parallel", "activation_checkpointing")
 
@@ -177,16 +179,24 @@ class Run:
         """The tokenizer: trained on the train split's texts, or read again on resume."""
         path = self.source / "tokenizer.json"
         if not path.exists():
-            train = self.dataset.indices("train")
-            texts = [
-                self.dataset.texts(c)
-                for c, kind in self.dataset.columns.items()
-                if kind == "text" and c not in self.dataset.manifest.chats
-            ]
-            texts += [[_said(t) for t in self.dataset.texts(c)] for c in self.dataset.manifest.chats]
             vocabulary = self.recipe.model.text.vocabulary or self.size.vocabulary
-            Text.train((t[i] for t in texts for i in train if t[i] is not None), vocabulary).save(path)
+            Text.train(self._tokenizer_texts(), vocabulary).save(path)
         return Text.load(path)
+
+    def _tokenizer_texts(self) -> Iterator[str]:
+        """The texts of train, one after another; of columns of more than _TOKENIZER_BYTES every nth record."""
+        train = self.dataset.indices("train")
+        chats = self.dataset.manifest.chats
+        columns = [c for c, kind in self.dataset.columns.items() if kind == "text" and c not in chats]
+        for column in [*columns, *chats]:
+            known = self.dataset.manifest.statistics.get(column)
+            size = known.mean * known.records if known else 0.0
+            step = max(math.ceil(size / _TOKENIZER_BYTES), 1)
+            for values in self.dataset.cells(column, train[::step]):
+                for value in values.to_pylist():
+                    value = _said(value) if column in chats else value
+                    if value is not None:
+                        yield value
 
     def codecs(self, model: Multimodal, splits: dict[str, Split]) -> None:
         """Train each codec, or read it again; then encode all media."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Protocol
 
 import numpy as np
 
 from plait.classifiers.features import image_features
 from plait.classifiers.linear import fit_linear
-from plait.core.config import SIZES, Recipe, Task
+from plait.core.config import SIZES, Recipe
 from plait.core.errors import PlaitError
+from plait.core.features import ExtensionPoint
 from plait.core.rng import uniform
 from plait.data.dataset import Dataset
 from plait.modalities.registry import MODALITIES
@@ -22,6 +23,8 @@ MIRROR_STRENGTH = 3e-4  # of the linear model that finds out
 LABELLED = 0.5  # share of the records with media that must have a label for it to be the task
 DRAW = 321  # key of `uniform`
 
+QUESTIONS, REPLIES = ("question", "message", "prompt", "query"), ("reply", "answer", "response")  # names of columns
+
 MEANINGS = {
     "recognise": "say which label an input has",
     "describe": "find media by words and words by media, and describe them",
@@ -29,23 +32,35 @@ MEANINGS = {
     "language": "continue texts",
     "chat": "reply in conversations",
     "reply": "answer questions from past pairs",
-    "recommend": "say what comes next in a history",
 }
+
+
+class FeatureTask(Protocol):
+    """What a feature's own data are wanted for; the task has the feature's name."""
+
+    meaning: str  # what a model does then, for people
+
+    def recipe(self, recipe: Recipe) -> Recipe:
+        """A recipe with what follows from the task where it says nothing itself."""
+        ...
+
+
+FEATURE_TASKS: ExtensionPoint[FeatureTask] = ExtensionPoint("task")
 
 
 @dataclass
 class Derived:
     """The task, the recipe with what follows from it, and what to tell of it, a line each."""
 
-    task: Task
+    task: str
     recipe: Recipe
     lines: list[str] = field(default_factory=list)
 
 
-def find_task(dataset: Dataset, labels: dict[str, list[str]]) -> Task:
+def find_task(dataset: Dataset, labels: dict[str, list[str]]) -> str:
     """What a dataset's columns are good for."""
     if dataset.manifest.kind != "records":
-        return cast(Task, dataset.manifest.kind)  # a feature's data have the task of its name
+        return dataset.manifest.kind  # a feature's data have the task of its name
     if dataset.manifest.chats:
         return "chat"
     media = [c for c, kind in dataset.columns.items() if kind != "text"]
@@ -55,6 +70,8 @@ def find_task(dataset: Dataset, labels: dict[str, list[str]]) -> Task:
         named = [c for c in labels if _share(dataset, c, train) >= LABELLED]
         return "recognise" if named else "describe" if texts else "draw"
     others = [c for c in texts if c not in labels]
+    if len(texts) == 2 and {c.lower() for c in texts} & set(REPLIES) and {c.lower() for c in texts} & set(QUESTIONS):
+        return "reply"
     if labels and others:
         return "recognise"
     return "reply" if len(texts) > 1 else "language"
@@ -77,7 +94,8 @@ def derive(dataset: Dataset, recipe: Recipe) -> Derived:
             "several records), so nothing can be recognised. Put files into a folder for each label, or add a column."
         )
     training = {"task": task}
-    lines = [f"Task: {task} ({MEANINGS[task]})."]
+    feature = FEATURE_TASKS.by_feature().get(task)
+    lines = [f"Task: {task} ({MEANINGS[task] if feature is None else feature.meaning})."]
     if task == "draw" and not labels and all(kind != "text" for kind in dataset.columns.values()):
         lines.append(
             "Without labels or captions nothing can be named. What can be had: near-duplicates (plait prepare), search "
@@ -88,9 +106,9 @@ def derive(dataset: Dataset, recipe: Recipe) -> Derived:
         _recognise(dataset, derived, labels, training)
     elif task == "language" and recipe.model.init_from is None:
         _language(derived, training)
-    elif task == "recommend":
-        _recommend(derived, training)
-    derived.recipe = _with(derived.recipe, training=training)
+    elif feature is not None:
+        derived.recipe = feature.recipe(recipe)
+    derived.recipe = with_sections(derived.recipe, training=training)
     return derived
 
 
@@ -100,6 +118,8 @@ def _recognise(dataset: Dataset, derived: Derived, labels: dict[str, list[str]],
     media = [c for c, kind in dataset.columns.items() if kind != "text"]
     kinds = [kind for kind in MODALITIES if kind in {dataset.columns[c] for c in media}]
     sources = kinds or [c for c, kind in dataset.columns.items() if kind == "text" and c not in labels]
+    # A column called text has the name of the objective, and cannot be told apart from it: it is written, too.
+    sources = [name for name in sources if name != "text"]
     training["weights"] = {**dict.fromkeys(sources, 0.0), **recipe.training.weights}
     training["validations"] = min(recipe.training.validations, 8)
     model: dict[str, Any] = {}
@@ -128,7 +148,7 @@ def _recognise(dataset: Dataset, derived: Derived, labels: dict[str, list[str]],
         )
     else:
         derived.lines.append(f"Time: {seconds * 0.9:.0f} s for the model, the rest for n-grams and calibration.")
-    derived.recipe = _with(recipe, model=model)
+    derived.recipe = with_sections(recipe, model=model)
 
 
 def _language(derived: Derived, training: dict[str, Any]) -> None:
@@ -144,23 +164,11 @@ def _language(derived: Derived, training: dict[str, Any]) -> None:
     chosen = {"batch_size": 8, "learning_rate": 4e-3, "weight_decay": 0.1, "betas": (0.9, 0.99),
               "full_softmax_prob": 0.0, "validations": 10}  # fmt: skip
     training |= {key: value for key, value in chosen.items() if getattr(mine, key) == getattr(defaults, key)}
-    derived.recipe = _with(recipe, model=model)
+    derived.recipe = with_sections(recipe, model=model)
     derived.lines.append(f"For {minutes:g} minutes: windows of {context} tokens, 8 in a batch.")
 
 
-def _recommend(derived: Derived, training: dict[str, Any]) -> None:
-    """A narrow network: histories are short, and items many."""
-    recipe = derived.recipe
-    if recipe.model.size != "tiny":
-        return
-    given = recipe.model.backbone.model_dump(exclude_unset=True)
-    chosen = {"width": 64, "layers": 2, "heads": 2, "context": 200, "dropout": 0.2}
-    defaults = Recipe().training
-    training |= {"batch_size": 64} if recipe.training.batch_size == defaults.batch_size else {}
-    derived.recipe = _with(recipe, model={"backbone": {**chosen, **given}})
-
-
-def _with(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
+def with_sections(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
     """A recipe with these keys laid over it, validated again."""
     values = recipe.model_dump()
     for name, changes in sections.items():
@@ -171,8 +179,8 @@ def _with(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
 
 
 def _share(dataset: Dataset, column: str, indices: np.ndarray) -> float:
-    texts = dataset.texts(column)
-    return float(np.mean([texts[i] is not None for i in indices])) if len(indices) else 0.0
+    present = sum(len(values) - values.null_count for values in dataset.cells(column, indices))
+    return present / len(indices) if len(indices) else 0.0
 
 
 def mirrors(dataset: Dataset, recipe: Recipe, labels: dict[str, list[str]]) -> bool:

@@ -359,7 +359,7 @@ function linesPart(part, base) {
   $("form", part).addEventListener("submit", guarded(async (event) => {
     event.preventDefault();
     const text = event.target.elements.text.value;
-    const { lines } = await (await send(`${base}/lines/${part.dataset.verb}`, { text })).json();
+    const { lines } = await (await send(`${base}/lines/${part.dataset.part}`, { text })).json();
     $("ol", part).replaceChildren(...lines.map((line) => Object.assign(document.createElement("li"), { textContent: line })));
   }));
 }

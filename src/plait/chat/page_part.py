@@ -1,0 +1,34 @@
+"""Auto-reply on the studio's Use page: questions in, quoted past replies out, or silence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from plait.chat.replies import open_replies
+from plait.core.files import read_json
+from plait.server.page_parts import LinesPart
+
+SILENCE = "—"  # what the page shows where no past reply fits
+
+
+def _applies(model: Any, run: Path) -> bool:
+    recipe = read_json(run / "run.json").get("recipe", {})
+    return bool(recipe.get("training", {}).get("task") == "reply")
+
+
+def _answers(model: Any, run: Path, data: Path, lines: list[str]) -> list[str]:
+    found = open_replies(run, data, None, None).answer(lines)
+    return [f"{line} → {one.reply or SILENCE} · {one.confidence:.0%}" for line, one in zip(lines, found, strict=True)]
+
+
+REPLY = LinesPart(
+    name="reply",
+    applies=_applies,
+    title={"en": "Answer questions", "zh": "回答问题"},
+    question={
+        "en": "Questions, one a line. It stays silent where no past reply fits.",
+        "zh": "问题，每行一个。没有合适的回复时保持沉默。",
+    },
+    answer=_answers,
+)

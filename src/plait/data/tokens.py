@@ -1,0 +1,110 @@
+"""Texts as token ids on disk: made once, memory-mapped, with no Python object a record or a token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from plait.data.samples import Samples
+
+Encode = Callable[[list[str]], Sequence[Sequence[int]]]
+
+
+class Tokens:
+    """The token ids of a column's texts by record; None where a record has no text.
+
+    `samples` holds those of the records that have one, back to back on disk, and `rows` (N,) the number there of each
+    record, -1 where absent. What is added later (`extend`) is kept in memory.
+    """
+
+    def __init__(self, samples: Samples, rows: np.ndarray) -> None:
+        self.samples, self.rows = samples, rows
+        self.more: list[list[int]] = []
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, record: int) -> list[int] | None:
+        row = int(self.rows[record])
+        if row < 0:
+            return None
+        stored = len(self.samples)
+        return self.samples[row].tolist() if row < stored else list(self.more[row - stored])
+
+    @property
+    def present(self) -> np.ndarray:
+        """(N,) whether a record has a text."""
+        return self.rows >= 0
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(N,) tokens of each record's text, 0 where it has none."""
+        known = np.concatenate((self.samples.lengths, [len(ids) for ids in self.more], [0])).astype(np.int64)
+        return known[self.rows]  # -1 is the last, which is 0
+
+    def extend(self, texts: Iterable[list[int] | None]) -> None:
+        """Add records."""
+        rows = []
+        for ids in texts:
+            rows.append(-1 if ids is None else len(self.samples) + len(self.more))
+            if ids is not None:
+                self.more.append(ids)
+        self.rows = np.concatenate((self.rows, np.array(rows, self.rows.dtype)))
+
+
+class Ids:
+    """The ids of records as Arrow strings; an id is a Python object only when it is asked for."""
+
+    def __init__(self, values: Sequence[pa.Array]) -> None:
+        """Raises nothing; `values` are string arrays, the records' ids one after another."""
+        self.values = pa.chunked_array([array.cast(pa.large_string()) for array in values], pa.large_string())
+        self.values = self.values.combine_chunks()
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, record: int) -> str:
+        return str(self.values[int(record)].as_py())
+
+    def __iter__(self) -> Iterator[str]:
+        return (str(value.as_py()) for value in self.values)
+
+    def extend(self, ids: Iterable[str]) -> None:
+        """Add records."""
+        self.values = pa.concat_arrays([self.values, pa.array(list(ids), pa.large_string())])
+
+
+def write_tokens(path: Path, texts: Iterable[pa.Array], encode: Encode, vocabulary: int) -> Tokens:
+    """Tokenise texts and store them under `path`, a block in memory at a time.
+
+    Args:
+        path: as in `Samples.write`; the records' numbers are in a file beside it.
+        texts: string arrays, the texts of consecutive records, null where one has none.
+        encode: a list of texts to their ids.
+        vocabulary: one more than the largest id.
+    """
+    kind = np.uint16 if vocabulary <= 1 << 16 else np.uint32
+    rows: list[np.ndarray] = []
+    count = 0
+
+    def arrays() -> Iterator[np.ndarray]:
+        nonlocal count
+        for array in texts:
+            there = array.is_valid().to_numpy(zero_copy_only=False)
+            rows.append(np.where(there, count - 1 + np.cumsum(there), -1))
+            count += int(there.sum())
+            for ids in encode([value for value in array.to_pylist() if value is not None]):
+                yield np.array(ids, kind)
+
+    samples = Samples.write(path, arrays())
+    numbers = np.concatenate([*rows, np.zeros(0, np.int64)]).astype(np.int64)
+    np.save(path.with_name(path.name + ".rows.npy"), numbers)
+    return Tokens(samples, numbers)
+
+
+def open_tokens(path: Path) -> Tokens:
+    """Map what `write_tokens` stored. Raises PlaitError naming the file that is missing or cut."""
+    return Tokens(Samples.open(path), np.load(path.with_name(path.name + ".rows.npy")))

@@ -1,0 +1,26 @@
+"""What histories are wanted for, and what of a recipe follows from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from plait.core.config import Recipe
+from plait.training.tasks import with_sections
+
+
+class RecommendTask:
+    """Saying what comes next: a narrow network, since histories are short and items many."""
+
+    meaning = "say what comes next in a history"
+
+    def recipe(self, recipe: Recipe) -> Recipe:
+        """A recipe with this network where it is of the least size, and says nothing of its own."""
+        if recipe.model.size != "tiny":
+            return recipe
+        chosen = {"width": 64, "layers": 2, "heads": 2, "context": 200, "dropout": 0.2}
+        own = recipe.model.backbone.model_dump(exclude_unset=True)
+        training: dict[str, Any] = {} if recipe.training.batch_size else {"batch_size": 64}
+        return with_sections(recipe, model={"backbone": {**chosen, **own}}, training=training)
+
+
+TASK = RecommendTask()

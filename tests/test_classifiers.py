@@ -1,0 +1,182 @@
+"""What decides about labels: opinions and their mixture, what is stored, what the commands make of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import plait as package
+from plait.classifiers.classifier import Classifier, Features, load_classifiers, save_classifiers
+from plait.classifiers.linear import fit_linear
+from plait.classifiers.mixture import fit_mixture, log_softmax
+from plait.classifiers.space import measure_space
+from plait.core.config import Recipe
+from plait.data.dataset import Dataset
+from plait.evaluation.alternatives import GramModel
+from plait.evaluation.outcome import Outcome
+from plait.evaluation.verdict import make_verdict
+from plait.training.tasks import derive
+
+Plait = Callable[..., int]
+RNG = np.random.default_rng(5)
+
+
+def opinions(n: int = 600, classes: int = 4) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """One opinion that knows, one that knows in part, one that says anything; all of other scales."""
+    truth = RNG.integers(0, classes, n)
+    right = np.eye(classes)[truth]
+    noise = RNG.normal(size=(3, n, classes))
+    scores = {"good": 30 * (right + noise[0] * 0.5), "weak": right + noise[1], "none": 5 * noise[2]}
+    return scores, truth
+
+
+def test_opinions_are_weighed_and_calibrated() -> None:
+    scores, truth = opinions()
+    mixture = fit_mixture(scores, truth)
+    assert mixture.weights["none"] * 5 < 0.1 * mixture.weights["good"] * 30
+    fresh, wanted = opinions()
+    logs = mixture.log_probabilities(fresh)
+    np.testing.assert_allclose(np.exp(logs).sum(1), 1, atol=1e-9)
+    believed = np.exp(logs).max(1)
+    right = logs.argmax(1) == wanted
+    assert right.mean() >= max((one.argmax(1) == wanted).mean() for one in fresh.values())
+    assert abs(believed.mean() - right.mean()) < 0.05
+    # Inputs that every opinion is unsure of are less familiar than nearly all of validation.
+    flat = {name: np.full((1, 4), -100.0) for name in fresh}
+    assert mixture.ood_scores(flat)[0] == 1 and 0.3 < np.median(mixture.ood_scores(fresh)) < 0.7
+
+
+@pytest.mark.parametrize("kind", ["image", "audio", "text"])
+def test_what_was_stored_decides_alike(kind: str, tmp_path: Path) -> None:
+    labels = ["red", "green", "blue"]
+    classes = np.arange(60) % 3
+    if kind == "text":
+        inputs = [f"{labels[c]} things number {i}" for i, c in enumerate(classes)]
+    elif kind == "image":
+        inputs = [(RNG.integers(0, 99, (32, 32, 3)) + 120 * np.eye(3, dtype=int)[c]).astype(np.uint8) for c in classes]
+    else:
+        inputs = [RNG.normal(size=(40, 64)).astype(np.float16) + np.sin(np.arange(64) * (c + 1) / 9) for c in classes]
+    features = Features.fit(kind, inputs, 64)  # type: ignore[arg-type]
+    linear = fit_linear(features(inputs), classes, 3, 0.1, False)
+    if features.grams is not None:
+        features.grams, linear = features.grams.pruned(linear)
+    mixture = fit_mixture({"linear": linear(features(inputs))}, classes)
+    made = Classifier("a", "b", labels, features, linear, mixture)
+    assert (made.linear_scores(inputs).argmax(1) == classes).mean() > 0.9
+    save_classifiers([made], tmp_path)
+    (again,) = load_classifiers(tmp_path)
+    np.testing.assert_allclose(again.linear_scores(inputs), made.linear_scores(inputs), atol=0.02)
+    assert again.mixture == mixture and again.labels == labels
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
+
+
+def test_log_softmax_agrees_with_scipy() -> None:
+    from scipy.special import log_softmax as theirs
+
+    scores = RNG.normal(size=(5, 7)) * 50
+    np.testing.assert_allclose(log_softmax(scores), theirs(scores, axis=1))
+
+
+def test_chances_of_an_n_gram_model_sum_to_one() -> None:
+    model = GramModel(b"the cat sat on the mat and the rat sat on the cat " * 3)
+    before = b"the rat sat"
+    chances = [np.exp(model.nats(before) - model.nats(before + bytes([byte]))) for byte in range(256)]
+    assert sum(chances) == pytest.approx(1)
+    assert int(np.argmax(chances)) == ord(" ")
+
+
+def test_a_space_that_learnt_nothing_is_not_trusted() -> None:
+    def unit(x: np.ndarray) -> np.ndarray:
+        return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+    media, related = unit(RNG.normal(size=(300, 16))), np.eye(300, dtype=bool)
+    assert measure_space(unit(RNG.normal(size=(300, 16))), media, related).trust < 0.03
+    good = measure_space(unit(media + RNG.normal(size=media.shape) * 0.05), media, related)
+    assert good.trust > 0.9 and good.unrelated < 0.6
+
+
+def test_the_verdict_says_what_counts() -> None:
+    def verdict(value: float, other: float, guess: float = 0.1) -> str:
+        outcome = Outcome("recognition", "label from image", "right", value, 0.02, 500, guess, "an SVM", other, 0.02,
+                          confused=[("cat", "dog")])  # fmt: skip
+        found = make_verdict([outcome])
+        assert found is not None
+        return f"{found.learnt} {found.better} {found}"
+
+    assert verdict(0.61, 0.5) == (
+        "True True 61.0% ± 2.0 right (label from image, 500 records), against 50.0% of an SVM: worth it. "
+        "Next: more records of what is confused most (cat taken for dog), or train longer (--minutes)."
+    )
+    assert verdict(0.61, 0.6).startswith("True None 61.0% ± 2.0 right") and "cannot tell" in verdict(0.61, 0.6)
+    assert "which is better" in verdict(0.5, 0.6) and verdict(0.5, 0.6).startswith("True False")
+    assert verdict(0.11, 0.6).startswith("False False Nothing was learnt")
+    assert make_verdict([]) is None
+
+
+def write_arrows(folder: Path, count: int = 240) -> None:
+    """Arrows that point left or right, and up: mirrored, two of the three mean something else."""
+    for number in range(count):
+        kind = ("left", "right", "up")[number % 3]
+        pixels = RNG.integers(0, 60, (16, 16), dtype=np.uint8)
+        top, side = RNG.integers(0, 6, 2)
+        for k in range(5):
+            pixels[top + 4 - k : top + 6 + k, side + k] = 255
+        value = {"left": pixels, "right": pixels[:, ::-1], "up": pixels.T}[kind]
+        path = folder / kind / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.ascontiguousarray(value)).save(path)
+
+
+def test_labelled_images_are_recognised_and_evaluated(
+    plait: Plait, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_arrows(tmp_path / "arrows")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: {backbone: {width: 32, layers: 1, heads: 2, context: 64}, image: {stem: 8}}\n"
+        "training: {task: recognise, steps: 12, recogniser_steps: 60}\n"
+    )
+    run = tmp_path / "run"
+    assert plait("train", tmp_path / "arrows", "-o", run, "--recipe", recipe) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Task: recognise" in told and "mirrored images mean something else" in told
+    assert "label from image:" in told and "of val right" in told
+    assert not (run / "codecs").exists()  # nothing is drawn
+
+    model = package.load(run)
+    found = model.classify(tmp_path / "arrows" / "left" / "0.png")
+    assert found[0].label == "left" and sum(one.probability for one in found) == pytest.approx(1)
+    assert 0 <= (found.ood_score or 0) <= 1
+    noise = model.classify(Image.fromarray(RNG.integers(0, 255, (16, 16), dtype=np.uint8)))
+    assert noise.ood_score is not None and noise.ood_score >= found.ood_score - 0.5
+
+    assert plait("evaluate", run) == 0
+    assert "right (label from image" in " ".join(capsys.readouterr().out.split())
+    metrics = json.loads((run / "metrics.json").read_text())
+    dataset = Dataset.open(run / "data")
+    test = [dataset.record(int(i)) for i in dataset.indices("test")]
+    right = [model.classify(one.parts["image"])[0].label == one.parts["label"] for one in test]
+    assert metrics["recognition/image-label/accuracy"]["value"] == pytest.approx(np.mean(right))
+    assert np.mean(right) > 0.8
+
+
+def test_the_task_is_seen_in_the_data(plait: Plait, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = "question,reply\n" + "".join(f"how is number {i},it is {i * 7}\n" for i in range(30))
+    labelled = "said,wish\n" + "".join(f"number {i} please,{('tea', 'milk')[i % 2]}\n" for i in range(40))
+    for name, content, task in (("pairs", pairs, "reply"), ("wishes", labelled, "recognise")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.csv").write_text(content)
+        assert plait("prepare", tmp_path / name, "-o", tmp_path / f"{name}.data", "--workers", 0) == 0
+        derived = derive(Dataset.open(tmp_path / f"{name}.data"), Recipe())
+        assert derived.task == task == derived.recipe.training.task
+        assert derive(Dataset.open(tmp_path / f"{name}.data"), derived.recipe).recipe == derived.recipe
+    assert derived.recipe.training.weights == {"said": 0}
+    assert plait("train", tmp_path / "pairs.data", "-o", tmp_path / "run", "--task", "recognise") == 1
+    assert "no column of labels" in " ".join(capsys.readouterr().err.split())
+    assert plait("train", tmp_path / "pairs.data", "-o", tmp_path / "run", "--minutes", 1, "--steps", 2) == 1
+    assert "exclude each other" in " ".join(capsys.readouterr().err.split())
