@@ -440,3 +440,63 @@ def test_every_ending_has_one_kind_and_every_format_a_sniffer() -> None:
     assert len(endings) == len(set(endings)) and all(e.startswith(".") and e == e.lower() for e in endings)
     assert sniff(image(0)[:64]) == ("image", "png") and sniff(b"plain text, nothing else") is None
     assert SPLITS == ("train", "val", "test")
+
+
+# --- what phones make ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "form"), [("HEIF", "heic"), ("AVIF", "avif"), ("JXL", "jxl")])
+def test_images_of_phones(name: str, form: str) -> None:
+    pytest.importorskip("pillow_jxl")
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    row = np.arange(64, dtype=np.uint8) * 4
+    pixels = np.stack([np.tile(row, (48, 1)), np.tile(row[::-1], (48, 1)), np.full((48, 64), 90, np.uint8)], 2)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, name, quality=95)
+    assert sniff(out.getvalue()[:64]) == ("image", form)
+    decoded = decode_image(out.getvalue())
+    assert decoded.size == (64, 48) and np.abs(np.asarray(decoded).astype(int) - pixels).mean() < 3
+    with pytest.raises(MediaError):
+        decode_image(out.getvalue()[:100])
+    assert MEDIA["image"].preview(out.getvalue(), decoded)  # as a browser shows it
+
+
+@pytest.mark.parametrize(
+    ("container", "codec", "rate", "form"),
+    [("ipod", "aac", 16000, "m4a"), ("adts", "aac", 16000, "aac"), ("webm", "libopus", 48000, "webm"),
+     ("3gp", "aac", 16000, "m4a")],
+)  # fmt: skip
+def test_audio_of_phones(container: str, codec: str, rate: int, form: str) -> None:
+    av = pytest.importorskip("av")
+    wave = (0.3 * np.sin(2 * np.pi * 440 * np.arange(2 * rate) / rate)).astype(np.float32)
+    out = io.BytesIO()
+    with av.open(out, "w", format=container) as file:
+        stream = file.add_stream(codec, rate=rate, layout="mono")
+        frame = av.AudioFrame.from_ndarray(wave[None], format="fltp", layout="mono")
+        frame.sample_rate = rate
+        size = stream.codec_context.frame_size or 960
+        resampler = av.AudioResampler(stream.codec_context.format, "mono", rate, frame_size=size)
+        for piece in (*resampler.resample(frame), *resampler.resample(None)):
+            file.mux(stream.encode(piece))
+        file.mux(stream.encode(None))
+    data = out.getvalue()
+    assert MEDIA["audio"].sniff(data[:64]) == form
+    decoded, found = decode_audio(data)
+    assert found == rate and 1.9 < len(decoded) / rate < 2.2
+    assert np.abs(np.fft.rfft(decoded[:rate])).argmax() == 440
+    for limits in (data[: len(data) // 3], data[:40]):
+        with pytest.raises(MediaError):
+            decode_audio(limits)
+
+
+def test_a_format_whose_decoder_is_missing_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.setitem(sys.modules, "av", None)
+    put(tmp_path / "in/a.heic", b"\0\0\0\x18ftypheic" + bytes(60))
+    put(tmp_path / "in/b.m4a", b"\0\0\0\x18ftypM4A " + bytes(60))
+    put(tmp_path / "in/c.png", image(1))
+    dataset, rejects = made(tmp_path / "in")
+    assert len(dataset) == 1
+    for name in ("a.heic", "b.m4a"):
+        assert "needs the extra media: pip install" in rejects[name, None]
+    assert any("needs the extra media" in warning for warning in dataset.manifest.warnings)

@@ -44,6 +44,8 @@ EXTRAS = {
     "postgresql": "plait tune on many machines",
     "hub": "data sets of the Hugging Face hub",
     "media": "video, HEIC, JPEG XL, AAC",
+    "s3": "s3:// as source and target",
+    "az": "az:// as source and target",
     "onnx": "export to ONNX",
     "tensorboard": "TensorBoard's curves",
     "speech": "the demo's voices",

@@ -65,7 +65,8 @@ def fit_mixture(scores: dict[str, np.ndarray], truth: np.ndarray) -> Mixture:
     """Fit on validation records: opinion -> scores (N, C), and the right class (N,) of each.
 
     Each opinion is calibrated alone first; then all weights are fitted together by likelihood, drawn by a few
-    records' worth towards shares that go by how likely each opinion alone makes the truth. An opinion that adds nothing
+    records' worth towards shares that go by how likely each opinion alone makes the truth. Where they are together not
+    more often right than the best opinion alone, that one is taken. An opinion that adds nothing
     gets the weight 0 and need not be asked.
     """
     names, rows = list(scores), np.arange(len(truth))
@@ -84,6 +85,14 @@ def fit_mixture(scores: dict[str, np.ndarray], truth: np.ndarray) -> Mixture:
 
     found = minimize(loss, prior, jac=True, method="L-BFGS-B", bounds=[(0, None)] * len(names))
     shares = np.where(found.x < 0.02 * found.x.max(), 0.0, found.x)
+    best = int(losses.argmin())
+
+    def right(weights: np.ndarray) -> float:
+        return float((np.tensordot(weights * alone, stack, 1).argmax(1) == truth).mean())
+
+    single = np.eye(len(names))[best]
+    if right(shares) <= right(single):  # the others do not help
+        shares = single
     weights = {name: float(share * factor) for name, share, factor in zip(names, shares, alone, strict=True)}
     highest = {name: scores[name].max(1) for name in names}
     mixture = Mixture(

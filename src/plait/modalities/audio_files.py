@@ -13,7 +13,16 @@ from typing import Any
 import numpy as np
 
 from plait.core.dist import install_command
-from plait.modalities.descriptor import LIMITS, Format, Limits, MediaError, MediaFiles, Packed, container_brand, short
+from plait.modalities.descriptor import (
+    LIMITS,
+    Format,
+    Limits,
+    MediaError,
+    MediaFiles,
+    Packed,
+    container_brand,
+    short,
+)
 
 PREVIEW_BYTES, PREVIEW_SECONDS, PREVIEW_RATE = 16_384, 5, 16_000
 BANDS, FRAME, HOP = 64, 0.064, 0.032  # of a fingerprint's spectrogram; seconds

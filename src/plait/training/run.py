@@ -263,7 +263,9 @@ class Run:
                 modality,
                 data,
                 device=self.device,
-                steps=self.metadata.get("recogniser_steps", {}).get(name) or self.settings.recogniser_steps,
+                steps=self.metadata.get("recogniser_steps", {}).get(name)
+                or self.settings.recogniser_steps
+                or self.settings.steps,  # where the model's are given, the encoders train for as many
                 seconds=self.minutes * 60 * self.settings.recogniser_share / len(mine),
                 seed=self.settings.seed,
                 record=partial(self.note, "recogniser_steps", name),

@@ -1,0 +1,76 @@
+"""The token store against encoding one text after another, and the sampler's items against counting them."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from plait.data.dataset import Dataset
+from plait.data.prepare import prepare
+from plait.data.samples import Samples
+from plait.data.tokens import Ids, Tokens, open_tokens, write_tokens
+from plait.modalities.base import Vocabulary
+from plait.modalities.text import Text
+from plait.training.batches import Sampler, Split, load_split
+
+
+def dataset_of(folder: Path, count: int) -> Dataset:
+    rows = [{"id": f"r{n}", "a": f"text number {n} " * (1 + n % 5), **({"b": f"über {n}"} if n % 3 else {})}
+            for n in range(count)]  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare(folder / "t.jsonl", folder / "data", workers=0, near_duplicates=False)
+    return Dataset.open(folder / "data")
+
+
+def test_a_split_is_tokenised_once_and_again_for_another_tokenizer(tmp_path: Path) -> None:
+    dataset = dataset_of(tmp_path, 60)
+    first, second = (Text.train(words * 20, 300) for words in (["text number"], ["über mber"]))
+    made: list[int] = []
+    for text in (first, first, second):
+        split = load_split(dataset, "train", text, {}, tmp_path / "cache", 64)
+        for record, row in enumerate(dataset.iterate(dataset.indices("train"))):
+            assert split.ids[record] == row.id
+            for column in ("a", "b"):
+                value = row.parts.get(column)
+                wanted = text.encode(str(value)) if value is not None else None
+                assert split.texts[column][record] == wanted
+                assert split.has(column, record) == (wanted is not None)
+                assert split.texts[column].lengths[record] == len(wanted or [])
+        made.append((tmp_path / "cache/train-a-tokens.raw").stat().st_mtime_ns)
+    assert made[0] == made[1] < made[2]
+    assert list(split.ids) == [row.id for row in dataset.iterate(dataset.indices("train"))]
+
+
+def test_tokens_grow_and_come_back(tmp_path: Path) -> None:
+    texts = [pa.array(["b", None]), pa.array([], pa.string()), pa.array(["cc", ""])]
+    tokens = write_tokens(tmp_path / "x", texts, lambda values: [list(value.encode()) for value in values], 70_000)
+    assert tokens.samples.flat.dtype == np.uint32
+    again = open_tokens(tmp_path / "x")
+    again.extend([None, [7, 8]])
+    assert [again[n] for n in range(len(again))] == [[98], None, [99, 99], [], None, [7, 8]]
+    assert again.lengths.tolist() == [1, 0, 2, 0, 0, 2] and again.present.tolist() == [1, 0, 1, 1, 0, 1]
+    ids = Ids([pa.array(["a"]), pa.array(["b", "c"])])
+    ids.extend(["d"])
+    assert [ids[n] for n in range(len(ids))] == list(ids) == ["a", "b", "c", "d"]
+
+
+def test_the_sampler_takes_a_few_bytes_a_record() -> None:
+    count = 200_000
+    lengths = np.where(np.arange(count) % 4 == 0, 130, 9)
+    flat = np.zeros(int(lengths.sum()), np.uint16)
+    tokens = Tokens(Samples(flat, np.concatenate(([0], np.cumsum(lengths)))), np.arange(count))
+    ids = Ids([pa.array([str(n) for n in range(count)], pa.string())])
+    words = Vocabulary(text=300, columns={"t": "text"}, levels={}, closers=[])
+    tracemalloc.start()
+    sampler = Sampler(Split(ids, {"t": tokens}, {}, {}), words, {}, 16, 64, 0, 0.0, False)
+    sampler.members(5)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    wanted = [(n, window) for n in range(count) for window in range(max(int(lengths[n]) // 64, 1))]
+    assert sampler.items.tolist() == [list(item) for item in wanted]
+    assert peak < 64 * len(wanted) * 2
