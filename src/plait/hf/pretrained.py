@@ -21,6 +21,7 @@ from plait.core.files import read_json
 from plait.core.interruption import pause_point
 from plait.hf.hub import explained, find, no_safetensors, other_weights, quiet
 from plait.hf.sentences import BATCH, SentenceEncoder
+from plait.hf.speech import Segment, Speech
 from plait.inference.base import Model
 from plait.inference.results import Prediction, Predictions
 from plait.inference.sampling import Options
@@ -39,7 +40,6 @@ VERBS = {
 }
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p")  # that transformers has
 GENERATE_OPTIONS = (*SAMPLING_OPTIONS, "do_sample", "repetition_penalty", "seed", "max_new_tokens")
-SECONDS = 30  # of audio that Whisper reads at once
 WINDOWS = 16  # of a long text that are read at once
 SHARPNESS = 20.0  # what cosines of texts and labels are multiplied by: the scale that text encoders are trained with
 TEXT_TEMPLATE = "{}"  # what a text encoder is asked about a label
@@ -232,40 +232,31 @@ class Pretrained(Model):
     # --- texts ----------------------------------------------------------------------------------------------------
 
     def transcribe(
-        self, audio: Any, column: str | None = None, language: str | None = None, max_new_tokens: int | None = None
+        self,
+        audio: Any,
+        column: str | None = None,
+        *,
+        language: str | None = None,
+        max_new_tokens: int | None = None,
+        task: str = "transcribe",
     ) -> str:
-        """The words of an audio clip, in windows of 30 s. `language` ("en", "german") is found out where it is not
-        given and the model knows several."""
+        """The words of an audio clip of any length; none of silence. `language` ("en", "german") is found out where it
+        is not given and the model knows several; the `task` "translate" writes English."""
         self._can("transcribe", column)
-        wave, rate = _audio(medium_of(audio))
-        wave = resample(wave, rate, self.processor.sampling_rate)
-        step = SECONDS * self.processor.sampling_rate
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
-        if language is not None:
-            if not getattr(self.model.generation_config, "is_multilingual", False):
-                raise PlaitError(f"{self.name} knows one language only. Leave the language out.")
-            options |= {"language": language, "task": "transcribe"}
+        wave = self._heard(medium_of(audio))
+        return self._speech().text(wave, language, task, max_new_tokens)
 
-        def stop(ids: Tensor, scores: Any, **_: Any) -> Tensor:
-            pause_point()
-            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    def segments(self, audio: Any, language: str | None = None, task: str = "transcribe") -> list[Segment]:
+        """What is said when in an audio clip of any length."""
+        self._can("transcribe")
+        return self._speech().segments(self._heard(medium_of(audio)), language, task)
 
-        options["stopping_criteria"] = [stop]
-        texts = []
-        for start in range(0, max(len(wave), 1), step):
-            features = self.processor(
-                wave[start : start + step],
-                sampling_rate=self.processor.sampling_rate,
-                return_attention_mask=True,
-                return_tensors="pt",
-            )
-            with quiet():
-                try:
-                    ids = self._run(self.model.generate, **features, **options)
-                except ValueError as error:  # a language that it does not have
-                    raise PlaitError(f"{self.name}: {' '.join(str(error).split())[:300]}") from error
-            texts.append(self.tokenizer.decode(ids[0], skip_special_tokens=True).strip())
-        return " ".join(text for text in texts if text)
+    def _heard(self, audio: Any) -> np.ndarray:
+        wave, rate = _audio(audio)
+        return resample(wave, rate, self.processor.sampling_rate)
+
+    def _speech(self) -> Speech:
+        return Speech(self.name, self.model, self.processor, self.tokenizer, self._run)
 
     def describe(
         self, image: Any, column: str | None = None, prompt: str | None = None, max_new_tokens: int | None = None

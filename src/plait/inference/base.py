@@ -6,6 +6,7 @@ transformers runs (`plait.hf.pretrained`). A caller asks for a capability, never
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Unpack, overload
@@ -21,6 +22,7 @@ from plait.inference.sampling import Options
 from plait.modalities.inputs import inputs_of
 
 if TYPE_CHECKING:
+    from plait.inference.decisions import Decision, Question
     from plait.inference.model import PlaitModel
 
 
@@ -159,16 +161,42 @@ class Model:
         """`classify` for inputs as they are: a str is a text, whatever it looks like."""
         raise self._lacks(Verb.CLASSIFY)
 
+    def classify_together(
+        self, value: Any, labels: list[str] | None = None, column: str | None = None, top: int | None = 5
+    ) -> Predictions:
+        """The likeliest labels of an input as it is, or of a list of inputs that are read in order as one."""
+        values = value if isinstance(value, list) else [value]
+        if len(values) != 1:
+            raise PlaitError(f"{self.name} classifies one input at a time. Send one part.")
+        return self.classify_inputs(values, labels, column, top)[0]
+
+    def decide(self, value: Any, questions: Sequence[Question]) -> list[Decision]:
+        """Answers to typed questions about an input (`plait.inference.decisions`), each with probabilities or refused;
+        a list of inputs is read in order."""
+        from plait.inference.decisions import decide
+
+        return decide(self, value, questions)
+
     def describe(self, image: Any, column: str | None = None, *, max_new_tokens: int | None = None) -> str:
         """What the model writes about an image: a PIL image, an array, bytes, or a file's path."""
         raise self._lacks(Verb.DESCRIBE)
 
     def transcribe(
-        self, audio: Any, column: str | None = None, *, language: str | None = None, max_new_tokens: int | None = None
+        self,
+        audio: Any,
+        column: str | None = None,
+        *,
+        language: str | None = None,
+        task: str = "transcribe",
+        max_new_tokens: int | None = None,
     ) -> str:
         """The words of an audio clip: (waveform, rate), bytes, or a file's path; `language` for a model that knows
-        several."""
+        several, and for one that translates into English the `task` "translate"."""
         raise self._lacks(Verb.TRANSCRIBE)
+
+    def segments(self, audio: Any, language: str | None = None, task: str = "transcribe") -> list[Any]:
+        """What is said when in an audio clip: `start`, `end` in seconds, `text`. For models that tell times."""
+        raise PlaitError(f"{self.name} does not tell times. Use a Whisper, or leave --times out.")
 
     def draw(
         self,

@@ -273,9 +273,17 @@ class PlaitModel(Reading, Model):
         return self.write([self.context([image])], target, **options)[0][0]
 
     def transcribe(
-        self, audio: Any, column: str | None = None, *, language: str | None = None, **options: Unpack[Options]
+        self,
+        audio: Any,
+        column: str | None = None,
+        *,
+        language: str | None = None,
+        task: str = "transcribe",
+        **options: Unpack[Options],
     ) -> str:
         """The words of an audio clip. A long one is read in windows that overlap by half; see `joined`."""
+        if task != "transcribe":
+            raise PlaitError(f"This model writes down what it hears, and knows no task '{task}'. Leave it out.")
         if language is not None:
             raise PlaitError(f"{self.name} writes what its columns hold. Leave the language out, or name a column.")
         self.column(None, "audio", "transcribe")
@@ -327,6 +335,14 @@ class PlaitModel(Reading, Model):
         return self.classify_sequences(
             [self.alone(value, self.engine.max_length) for value in inputs], labels, column, top
         )
+
+    def classify_together(
+        self, value: Any, labels: list[str] | None = None, column: str | None = None, top: int | None = 5
+    ) -> Predictions:
+        """The likeliest labels of an input as it is, or of a list of inputs that are read in order as one."""
+        if isinstance(value, list):
+            return self.classify_parts([self.context(value)], labels, column, top)
+        return self.classify_inputs([value], labels, column, top)[0]
 
     def classify_parts(
         self, parts: list[Sequence], labels: list[str] | None = None, column: str | None = None, top: int | None = 5

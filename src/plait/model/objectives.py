@@ -69,7 +69,7 @@ def _shifted(hidden: Tensor, rows: Tensor, targets: Tensor, smoothing: float) ->
     to_rows: Tensor | None = None
     compiled = hidden.dtype is native.activations(hidden)
     for part in cut(len(hidden), max(CHUNK // len(rows) // ROUND, 1) * ROUND):  # fewer would slow the products down
-        wanted, logits = targets[part, None], hidden[part] @ rows.t()
+        wanted, logits = targets[part, None], native.product(hidden[part], rows.t())
         if compiled:
             losses[part] = native.softmax_loss(logits, targets[part], smoothing)
         for strip in cut(0 if compiled else len(logits), max(STRIP // len(rows), 1)):
@@ -84,11 +84,9 @@ def _shifted(hidden: Tensor, rows: Tensor, targets: Tensor, smoothing: float) ->
                 losses[part][strip] += smoothing * (evenly - loss)
                 chances -= smoothing / len(rows)
             logits[strip] = chances  # the gradient takes the logits' place
-        to_hidden[part] = logits @ rows
-        if to_rows is None:
-            to_rows = logits.t() @ hidden[part]
-        else:
-            to_rows = to_rows.float().add_(logits.t() @ hidden[part])
+        to_hidden[part] = native.product(logits, rows)
+        added = native.product(logits.t(), hidden[part])
+        to_rows = added if to_rows is None else to_rows.float().add_(added)
     assert to_rows is not None
     return losses, to_hidden, to_rows
 

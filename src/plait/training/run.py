@@ -28,6 +28,7 @@ from plait.data.conversations import turns
 from plait.data.dataset import Dataset
 from plait.data.stores import written_place
 from plait.kernels import training as native
+from plait.kernels.choice import KERNEL, PYTORCH
 from plait.modalities.base import MediaModality
 from plait.modalities.recogniser import Recogniser
 from plait.modalities.text import Text
@@ -96,11 +97,17 @@ class Run:
         if self.device.kind != "cpu":
             return {}
         level = isa.level()
-        return {"instructions": level.name if level else "none", "blocks": native.backend_name(self.device)}
+        facts = {"instructions": level.name if level else "none", "blocks": native.backend_name(self.device)}
+        if self.device.dtype is torch.float32:
+            facts["products"] = KERNEL if native.multiplies() else PYTORCH
+        return facts
 
     def _same_computing(self, allow_changes: bool) -> None:
         """Refuse to go on where a step would compute otherwise than it did, unless changes are allowed."""
-        began, now = self.metadata.get("computing") or {}, self.computing()
+        began = self.metadata.get("computing") or {}
+        if "products" in began and native.library() is not None:
+            native.multiply(began["products"] == KERNEL)  # whatever is measured today
+        now = self.computing()
         different = [name for name in began if began[name] != now.get(name)]
         if not different or "finished" in self.metadata or self.metadata["device"] != self.device.kind:
             return
