@@ -36,6 +36,7 @@ TWINS = {
     "export": "plait:export",
     "generate": "plait:Model.generate",
     "classify": "plait:Model.classify",
+    "decide": "plait:Model.decide",
     "describe": "plait:Model.describe",
     "transcribe": "plait:Model.transcribe",
     "draw": "plait:Model.draw",

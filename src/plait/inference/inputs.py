@@ -50,9 +50,9 @@ class Reading:
             Verb.TRANSCRIBE: {"audio", "text"},
         }
         makes = {Verb.DRAW: "image", Verb.SPEAK: "audio"}
-        found: list[str] = [Verb.GENERATE, *(verb for verb, need in needs.items() if need <= kinds)]
-        found += [verb for verb, kind in makes.items() if kind in written]
-        return found + ([Verb.EMBED] if self.checkpoint.model.config.embed_dim else [])
+        verbs: list[str] = [Verb.GENERATE, *(verb for verb, need in needs.items() if need <= kinds)]
+        verbs += [verb for verb, kind in makes.items() if kind in written]
+        return verbs + ([Verb.EMBED] if self.checkpoint.model.config.embed_dim else [])
 
     def column(self, wanted: str | None, modality: str, verb: str) -> str:
         """The column to use: the one asked for, which must be of this modality, or the first of its modality."""

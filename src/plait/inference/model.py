@@ -57,9 +57,9 @@ def load(path: str | Path, device: str = "auto", precision: str = "auto") -> Mod
     if folder is not None and folder != Path(path).expanduser() and (wrong := checkpoints.verify(folder)):
         step, _ = checkpoints.newest_whole(folder.parent)
         if step:
-            whole = checkpoints.series(folder.parent)[step]
-            warnings.warn(f"{'; '.join(wrong)}. Taking {whole} in its place.", stacklevel=2)
-            folder = whole
+            newest = checkpoints.series(folder.parent)[step]
+            warnings.warn(f"{'; '.join(wrong)}. Taking {newest} in its place.", stacklevel=2)
+            folder = newest
     if folder is not None and read_json(folder / "config.json").get("model_type") == "plait":
         checkpoint = checkpoints.load(folder)
         classes = [MODEL_CLASSES.by_feature()[name] for name in checkpoint.parts]
@@ -159,10 +159,10 @@ class PlaitModel(Reading, Model):
                 f"This model reads {name} but was trained with training.weights.{name}: 0, so it cannot write it. "
                 f"It can {', '.join(self.verbs)}."
             )
-        found = [self.request(self._opened(context, column), token_type, n, **options) for context in contexts]
-        for i, request in enumerate(found):
+        requests = [self.request(self._opened(context, column), token_type, n, **options) for context in contexts]
+        for i, request in enumerate(requests):
             request.first_sample = i * n
-        return found
+        return requests
 
     def write(
         self, contexts: Iterable[Sequence], column: str, *, n: int = 1, **options: Unpack[Options]
@@ -187,7 +187,7 @@ class PlaitModel(Reading, Model):
         """Codes to samples, through the codec."""
         modality = self.modality(column)
         start = self.vocabulary.id_ranges[modality.name][0]
-        found: list[np.ndarray] = [np.empty(0)] * len(written)
+        samples: list[np.ndarray] = [np.empty(0)] * len(written)
         lengths: dict[int, list[int]] = {}
         for i, one in enumerate(written):
             lengths.setdefault(len(one.ids), []).append(i)
@@ -196,8 +196,8 @@ class PlaitModel(Reading, Model):
                 for part in (alike[at : at + 256] for at in range(0, len(alike), 256)):
                     codes = torch.tensor([written[i].ids for i in part], device=self.device.torch) - start
                     for i, sample in zip(part, modality.codec.decode(codes).cpu().numpy(), strict=True):
-                        found[i] = sample
-        return found
+                        samples[i] = sample
+        return samples
 
     def generate(
         self,
