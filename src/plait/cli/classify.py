@@ -26,10 +26,9 @@ def classify(
     """
     from plait.modalities.inputs import inputs_of
 
-    inputs = inputs_of(files).values
-    wanted = [label.strip() for label in labels.split(",")] if labels else None
     loaded = plait.load(model, device, precision)
-    for value in inputs:
+    wanted = [label.strip() for label in labels.split(",")] if labels else None
+    for value in inputs_of(files).values:
         note_windows(loaded, value)
         ranked = loaded.classify_inputs([value], labels=wanted, column=column, top=top)[0]
         out.print(plain(f"{value}: " + ", ".join(f"{label} {probability:.3f}" for label, probability in ranked)))

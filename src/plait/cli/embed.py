@@ -39,8 +39,8 @@ def embed(
 
     from plait.modalities.inputs import inputs_of
 
-    values = inputs_of(inputs).values
     loaded = plait.load(model, device, precision)
+    values = inputs_of(inputs).values
     for value in values:
         note_windows(loaded, value)
     vectors = loaded.embed_inputs(values)
