@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from conftest import RECIPE, write_world
+from plait.core.device import compiler
 from plait.core.dist import DISTRIBUTION, VERSION, check_extra, install_command
 from plait.core.errors import PlaitError
 from plait.core.recipes import describe_recipe, find_recipe, packaged_recipes
@@ -157,6 +158,16 @@ def test_distributions_hold_what_they_should(distributions: dict[str, Path]) -> 
     assert distributions["wheel"].stat().st_size < 5e6
     description = meta.partition("\n\n")[2]
     assert not re.findall(r"\]\((?!https://|#)", description), "links on the package index must be absolute"
+
+
+@pytest.mark.slow
+def test_the_wheel_brings_its_kernels(bare: Path, distributions: dict[str, Path], tmp_path: Path) -> None:
+    """Where the machine that built it had a compiler: they load without one, and are for this system alone."""
+    if compiler() is None:
+        pytest.skip("no compiler here")
+    assert re.search(r"-py3-none-(?!any)\w+\.whl$", distributions["wheel"].name)
+    checked = run(bare, ROOT / "tests" / "check_wheel.py", cwd=tmp_path)
+    assert checked.returncode == 0, checked.stdout
 
 
 @pytest.mark.slow

@@ -244,6 +244,11 @@ def test_audio_is_transcribed(folders, tmp_path):
     assert model.transcribe((long, 16_000)) == f"{expected(long[: 30 * 16_000])} {expected(wave)}"
     with pytest.raises(PlaitError, match="one language only"):
         model.transcribe((wave, 16_000), language="en")
+    assert model.transcribe((np.zeros(16_000, np.float32), 16_000)) == ""
+    with pytest.raises(PlaitError, match="does not tell times"):
+        model.segments((wave, 16_000))
+    with pytest.raises(PlaitError, match="no task 'sing'"):
+        model.transcribe((wave, 16_000), task="sing")
     (tmp_path / "b.wav").write_bytes(b"RIFF")
     with pytest.raises(PlaitError, match=r"b\.wav: "):
         model.transcribe(tmp_path / "b.wav")

@@ -18,6 +18,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 from plait.cli import (
     checkpoint,
     classify,
+    decide,
     demo,
     describe,
     doctor,
@@ -45,7 +46,7 @@ from plait.core.features import features
 PANELS = {
     "From files to a model": (example, prepare, train, recipes, checkpoint),
     "Measure": (evaluate, demo),
-    "Use a model": (generate, classify, describe, transcribe, draw, speak, embed, export),
+    "Use a model": (generate, classify, decide, describe, transcribe, draw, speak, embed, export),
     "Understand a model": (),
     "Serve": (studio, serve, key),
     "Check and foresee": (doctor, sizes),

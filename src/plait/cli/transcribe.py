@@ -16,6 +16,9 @@ def transcribe(
     model: ModelArgument,
     files: Annotated[list[Path], typer.Argument(help="Recordings.")],
     column: Annotated[str | None, typer.Option(help="Write into this text column.")] = None,
+    language: Annotated[str | None, typer.Option(help="Spoken there, as en; default: found out.")] = None,
+    task: Annotated[str, typer.Option(help="transcribe, or translate into English.")] = "transcribe",
+    times: Annotated[bool, typer.Option("--times", help="A line a segment, with when it was said.")] = False,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
 ) -> None:
@@ -26,4 +29,8 @@ def transcribe(
     loaded = plait.load(model, device, precision)
     for file in files:
         note_windows(loaded, existing(file))
-        out.print(plain(f"{file}: {loaded.transcribe(existing(file), column=column)}"))
+        if times:
+            for segment in loaded.segments(existing(file), language=language, task=task):
+                out.print(plain(f"{file}: {segment.start:7.2f} {segment.end:7.2f} {segment.text}"))
+            continue
+        out.print(plain(f"{file}: {loaded.transcribe(existing(file), column=column, language=language, task=task)}"))

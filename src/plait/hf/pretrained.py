@@ -21,12 +21,14 @@ from plait.core.files import read_json
 from plait.core.interruption import pause_point
 from plait.hf.hub import explained, find, no_safetensors, other_weights, quiet
 from plait.hf.sentences import BATCH, SentenceEncoder
+from plait.hf.speech import Segment, Speech
 from plait.inference.base import Model
 from plait.inference.results import Prediction, Predictions
 from plait.inference.sampling import Options
 from plait.modalities.audio_files import decode_audio, resample
 from plait.modalities.descriptor import MediaError
 from plait.modalities.image_files import decode_image
+from plait.modalities.inputs import as_audio, as_image, medium_of
 
 # What each kind of model can do.
 VERBS = {
@@ -38,7 +40,6 @@ VERBS = {
 }
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p")  # that transformers has
 GENERATE_OPTIONS = (*SAMPLING_OPTIONS, "do_sample", "repetition_penalty", "seed", "max_new_tokens")
-SECONDS = 30  # of audio that Whisper reads at once
 WINDOWS = 16  # of a long text that are read at once
 SHARPNESS = 20.0  # what cosines of texts and labels are multiplied by: the scale that text encoders are trained with
 TEXT_TEMPLATE = "{}"  # what a text encoder is asked about a label
@@ -148,16 +149,16 @@ class Pretrained(Model):
 
     # --- images and texts in one space --------------------------------------------------------------------------
 
-    def classify(
+    def classify_inputs(
         self,
-        value: Any,
+        inputs: list[Any],
         labels: list[str] | None = None,
         column: str | None = None,
         top: int | None = 5,
         template: str | None = None,
-    ) -> Predictions:
-        """The likeliest labels of an image, or with a text encoder of a text, with their probabilities, likeliest
-        first; zero-shot.
+    ) -> list[Predictions]:
+        """The likeliest labels of images, or with a text encoder of texts, with their probabilities, likeliest first;
+        zero-shot.
 
         Probabilities sum to one over the labels, but for SigLIP, which judges each label by itself, as it was trained
         to. `template` puts a label, at its {}, into a sentence; a label's underscores are spaces there.
@@ -166,15 +167,19 @@ class Pretrained(Model):
         if not labels:
             raise PlaitError("This model knows no labels of its own. Name them: labels=[...] or --labels a,b,c.")
         if self.sentences is not None:
-            chances = self._text_labels(value, labels, template or TEXT_TEMPLATE)
+            rows = [self._text_labels(value, labels, template or TEXT_TEMPLATE) for value in inputs]
         else:
             texts = self.label_inputs(labels, template or TEMPLATE)
-            pixels = self.processor(images=[read_image(value)], return_tensors="pt")
-            logits = self._run(self.model, **texts, **pixels).logits_per_image[0].float()
-            # SigLIP has a bias beside the temperature: the mark of a sigmoid loss.
-            chances = (logits.sigmoid() if hasattr(self.model, "logit_bias") else logits.softmax(-1)).cpu()
-        order = chances.argsort(descending=True, stable=True)[:top]
-        return Predictions(Prediction(labels[i], float(chances[i])) for i in order.tolist())
+            rows = [self._image_labels(value, texts) for value in inputs]
+        return [_ranked(chances, labels, top) for chances in rows]
+
+    def _image_labels(self, value: Any, texts: Any) -> Tensor:
+        """The probability (N,) of each label, whose texts are tensors already, for an image."""
+        pixels = self.processor(images=[read_image(value)], return_tensors="pt")
+        logits = self._run(self.model, **texts, **pixels).logits_per_image[0].float()
+        # SigLIP has a bias beside the temperature: the mark of a sigmoid loss.
+        chances: Tensor = (logits.sigmoid() if hasattr(self.model, "logit_bias") else logits.softmax(-1)).cpu()
+        return chances
 
     def _text_labels(self, value: Any, labels: list[str], template: str) -> Tensor:
         """The probability (N,) of each label for a text, by how near their embeddings are."""
@@ -182,8 +187,8 @@ class Pretrained(Model):
             raise PlaitError(f"{self.name} reads texts, not {type(value).__name__}. Use a CLIP or SigLIP model.")
         key = (template, *labels)
         if self._labels[0] != key:  # the same for many texts
-            self._labels = key, self.embed([_sentence(label, template) for label in labels])
-        cosines = self._labels[1] @ self.embed([value])[0]
+            self._labels = key, self.embed_inputs([_sentence(label, template) for label in labels])
+        cosines = self._labels[1] @ self.embed_inputs([value])[0]
         return torch.from_numpy(cosines * SHARPNESS).softmax(-1)
 
     def label_inputs(self, labels: list[str], template: str) -> Any:
@@ -198,7 +203,7 @@ class Pretrained(Model):
         limit = min(self.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
         return self.tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
 
-    def embed(self, inputs: list[Any], prompt: str | None = None) -> np.ndarray:
+    def embed_inputs(self, inputs: list[Any], prompt: str | None = None) -> np.ndarray:
         """The embedding of each input, (N, E) float32, of unit length: texts and images with CLIP and SigLIP, texts
         with an encoder, as sentence-transformers embeds them. Of a long text the beginning is read. `prompt` names one
         of a text encoder's prompts, as "query"."""
@@ -227,47 +232,38 @@ class Pretrained(Model):
     # --- texts ----------------------------------------------------------------------------------------------------
 
     def transcribe(
-        self, audio: Any, column: str | None = None, language: str | None = None, max_new_tokens: int | None = None
+        self,
+        audio: Any,
+        column: str | None = None,
+        *,
+        language: str | None = None,
+        max_new_tokens: int | None = None,
+        task: str = "transcribe",
     ) -> str:
-        """The words of an audio clip, in windows of 30 s. `language` ("en", "german") is found out where it is not
-        given and the model knows several."""
+        """The words of an audio clip of any length; none of silence. `language` ("en", "german") is found out where it
+        is not given and the model knows several; the `task` "translate" writes English."""
         self._can("transcribe", column)
+        wave = self._heard(medium_of(audio))
+        return self._speech().text(wave, language, task, max_new_tokens)
+
+    def segments(self, audio: Any, language: str | None = None, task: str = "transcribe") -> list[Segment]:
+        """What is said when in an audio clip of any length."""
+        self._can("transcribe")
+        return self._speech().segments(self._heard(medium_of(audio)), language, task)
+
+    def _heard(self, audio: Any) -> np.ndarray:
         wave, rate = _audio(audio)
-        wave = resample(wave, rate, self.processor.sampling_rate)
-        step = SECONDS * self.processor.sampling_rate
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
-        if language is not None:
-            if not getattr(self.model.generation_config, "is_multilingual", False):
-                raise PlaitError(f"{self.name} knows one language only. Leave the language out.")
-            options |= {"language": language, "task": "transcribe"}
+        return resample(wave, rate, self.processor.sampling_rate)
 
-        def stop(ids: Tensor, scores: Any, **_: Any) -> Tensor:
-            pause_point()
-            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-
-        options["stopping_criteria"] = [stop]
-        texts = []
-        for start in range(0, max(len(wave), 1), step):
-            features = self.processor(
-                wave[start : start + step],
-                sampling_rate=self.processor.sampling_rate,
-                return_attention_mask=True,
-                return_tensors="pt",
-            )
-            with quiet():
-                try:
-                    ids = self._run(self.model.generate, **features, **options)
-                except ValueError as error:  # a language that it does not have
-                    raise PlaitError(f"{self.name}: {' '.join(str(error).split())[:300]}") from error
-            texts.append(self.tokenizer.decode(ids[0], skip_special_tokens=True).strip())
-        return " ".join(text for text in texts if text)
+    def _speech(self) -> Speech:
+        return Speech(self.name, self.model, self.processor, self.tokenizer, self._run)
 
     def describe(
         self, image: Any, column: str | None = None, prompt: str | None = None, max_new_tokens: int | None = None
     ) -> str:
         """What the model writes about an image; `prompt` asks a question, where the model takes one."""
         self._can("describe", column)
-        image = read_image(image)
+        image = read_image(medium_of(image))
         if self.model.config.model_type == "vision-encoder-decoder":
             if prompt is not None:
                 raise PlaitError(f"{self.name} writes captions and takes no prompt. Leave it out.")
@@ -349,6 +345,12 @@ class Pretrained(Model):
         return next((int(id) for id in (settings.pad_token_id, end) if id is not None), 0)
 
 
+def _ranked(chances: Tensor, labels: list[str], top: int | None) -> Predictions:
+    """The likeliest of labels (N,), by their probabilities."""
+    order = chances.argsort(descending=True, stable=True)[:top]
+    return Predictions(Prediction(labels[i], float(chances[i])) for i in order.tolist())
+
+
 def _sentence(label: str, template: str) -> str:
     """A label in the sentence that stands for it."""
     if "{}" not in template:
@@ -358,25 +360,25 @@ def _sentence(label: str, template: str) -> str:
 
 def read_image(value: Any) -> PILImage.Image:
     """An image as RGB. Raises PlaitError where it is none or cannot be read."""
-    if isinstance(value, PILImage.Image):
-        return value.convert("RGB")
-    if isinstance(value, np.ndarray) and value.dtype == np.uint8:
-        return PILImage.fromarray(value).convert("RGB")
-    if not isinstance(value, (str, Path, bytes)):
-        raise PlaitError(f"An image is a PIL image, a pathlib.Path or bytes, not {type(value).__name__}.")
+    if isinstance(value, (PILImage.Image, np.ndarray)):
+        return as_image(value).convert("RGB")
+    if not isinstance(value, (Path, bytes)):  # a str is a text: it may come over the network, and must open no file
+        what = "a text" if isinstance(value, str) else type(value).__name__
+        raise PlaitError(f"An image is a PIL image, an array, a file or bytes, not {what}.")
     try:
-        return decode_image(value if isinstance(value, bytes) else Path(value)).convert("RGB")
+        return decode_image(value).convert("RGB")
     except MediaError as error:
         raise PlaitError(f"{'The image' if isinstance(value, bytes) else value}: {error}.") from error
 
 
 def _audio(value: Any) -> tuple[np.ndarray, int]:
     """(waveform (T,), rate). Raises PlaitError where it is none or cannot be read."""
-    if isinstance(value, tuple) and len(value) == 2:
-        return np.asarray(value[0], np.float32), int(value[1])
-    if not isinstance(value, (str, Path, bytes)):
-        raise PlaitError(f"An audio clip is (waveform, rate), a pathlib.Path or bytes, not {type(value).__name__}.")
+    if (audio := as_audio(value)) is not None:
+        return audio
+    if not isinstance(value, (Path, bytes)):
+        what = "a text" if isinstance(value, str) else type(value).__name__
+        raise PlaitError(f"An audio clip is (waveform, rate), a file or bytes, not {what}.")
     try:
-        return decode_audio(value if isinstance(value, bytes) else Path(value))
+        return decode_audio(value)
     except MediaError as error:
         raise PlaitError(f"{'The audio' if isinstance(value, bytes) else value}: {error}.") from error

@@ -13,9 +13,7 @@ import logging
 import os
 import platform
 import shutil
-import signal
 import stat
-import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +21,9 @@ from pathlib import Path
 from plait.core import isa
 from plait.core.device import compiler
 from plait.core.files import cache_folder
+from plait.kernels.compile import compile_kernel, file_name
 
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-Wno-psabi", "-fno-math-errno", "-ffp-contract=fast")
-COMPILE_SECONDS = 120
+BUILT = Path(__file__).with_name("built")  # what a wheel brings, compiled
 PRODUCTS = ("vectors", "AVX512-BF16", "AMX")  # what bf16 products use, as `plait_products` numbers it
 INSTALL = {  # the command that brings a compiler, by the ID or ID_LIKE of /etc/os-release
     "debian": "apt install g++",
@@ -99,7 +97,9 @@ def _usable(folder: Path) -> bool:
 
 
 def _kept(name: str) -> Path | None:
-    """The file of that name in one of the folders, None where there is none of one's own."""
+    """The file of that name: the package's own, or in one of the folders, None where there is none of one's own."""
+    if (BUILT / name).is_file():  # as much to be trusted as this file
+        return BUILT / name
     for folder in _candidates():
         path = folder / name
         try:
@@ -111,52 +111,6 @@ def _kept(name: str) -> Path | None:
 
 
 # --- compiling --------------------------------------------------------------------------------------------------
-
-
-def _run(command: list[str]) -> str:
-    """Run a compiler; returns what went wrong, "" where nothing did. One that hangs is ended with what it started."""
-    text = " ".join(command[: command.index(FLAGS[0])])
-    try:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            errors="replace", start_new_session=True,
-        )  # fmt: skip
-    except OSError as fault:
-        return str(fault)
-    try:
-        _, error = process.communicate(timeout=COMPILE_SECONDS)
-    except subprocess.TimeoutExpired:
-        if hasattr(os, "killpg"):
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
-            process.kill()
-        process.communicate()
-        return f"{text} did not end within {COMPILE_SECONDS:g} seconds"
-    return "" if process.returncode == 0 else error.strip() or f"{text} ended with code {process.returncode}"
-
-
-def _compile(source: Path, target: Path, command: list[str], flags: tuple[str, ...]) -> str:
-    """Compile to `target`; returns what went wrong, "" where nothing did."""
-    first = ""
-    for parallel in (["-fopenmp"], []):  # Apple's clang has no OpenMP: then one thread
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            made = Path(folder) / target.name
-            error = _run([*command, *FLAGS, *flags, *parallel, str(source), "-o", str(made)])
-            if not error and made.is_file():
-                made.chmod(0o700)
-                made.replace(target)
-                return ""
-            first = first or error or f"{command[0]} made nothing"
-            if "did not end" in error:
-                break
-    return first
-
-
-def _name(source: Path, level: isa.Level) -> str:
-    """A file name that changes with the source, the compiler and the instructions, so that no binary serves others."""
-    files = [source, *sorted(source.parent.glob("*.h"))]
-    parts = [*(file.read_text() for file in files), *FLAGS, *level.flags, platform.system(), platform.machine()]
-    return f"{source.stem}-{level.name}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
 
 
 def _identity(command: list[str]) -> str:
@@ -172,7 +126,7 @@ def _identity(command: list[str]) -> str:
 def _build(use: str, level: isa.Level) -> Kernel:
     source = Path(__file__).with_name(f"{use}.cpp")
     command = compiler()
-    name = _name(source, level)
+    name = file_name(source, level)
     path = _kept(f"{name}.so")
     if path is None:
         if command is None:
@@ -184,7 +138,7 @@ def _build(use: str, level: isa.Level) -> Kernel:
         if failed.is_file() and _own(failed):
             error = failed.read_text(errors="replace")
             return Kernel(reason=f"the C++ compiler failed before (remove {failed} to try again): {error}")
-        if error := _compile(source, path, command, level.flags):
+        if error := compile_kernel(source, path, command, level.flags):
             error = error[-2000:]
             failed.write_text(error)
             log.warning("The kernel of %s could not be compiled; PyTorch's code is used. %s", use, error[-500:])
