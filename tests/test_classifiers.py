@@ -18,6 +18,7 @@ from plait.classifiers.space import measure_space
 from plait.core.config import Recipe
 from plait.data.dataset import Dataset
 from plait.evaluation.alternatives import GramModel
+from plait.evaluation.decide import describe
 from plait.evaluation.outcome import Outcome
 from plait.evaluation.verdict import make_verdict
 from plait.training.tasks import derive
@@ -116,6 +117,17 @@ def test_the_verdict_says_what_counts() -> None:
     assert "which is better" in verdict(0.5, 0.6) and verdict(0.5, 0.6).startswith("True False")
     assert verdict(0.11, 0.6).startswith("False False Nothing was learnt")
     assert make_verdict([]) is None
+
+
+def test_a_classifier_that_learnt_nothing_says_so() -> None:
+    labels, classes = ["a", "b"], np.arange(200) % 2
+    texts = [f"word{RNG.integers(0, 50)} word{RNG.integers(0, 50)}" for _ in classes]
+    features = Features.fit("text", texts)
+    linear = fit_linear(features(texts), classes, 2, 0.1, False)
+    mixture = fit_mixture({"linear": linear(features(texts))}, classes)
+    for accuracy, words in ((0.52, "nothing was learnt"), (0.7, "70.0% of val right")):
+        made = Classifier("x", "y", labels, features, linear, mixture, False, {"mixed": accuracy}, 0.5, 200)
+        assert words in describe(made)
 
 
 def write_arrows(folder: Path, count: int = 240) -> None:

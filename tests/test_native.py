@@ -1,5 +1,5 @@
-"""Compiled C++ against PyTorch: a step of generation, of every family, odd sizes, rows of unequal lengths and both
-precisions; and blocks in training, with their gradients."""
+"""Compiled C++ against PyTorch: packed layers; a step of generation of every family, odd sizes, rows of unequal lengths
+and both precisions; and blocks in training, with their gradients."""
 
 from __future__ import annotations
 
@@ -259,7 +259,10 @@ def _forget() -> None:
         found.cache_clear()
 
 
-halved = pytest.mark.skipif(in_training.library() is None, reason="the processor does not multiply bf16")
+halved = pytest.mark.skipif(
+    not (in_training.library() and in_training.library().plait_products()),
+    reason="the processor does not multiply bf16",
+)
 BLOCKS = {
     "qwen3": {"heads": 4, "kv_heads": 4, "head_width": 32},
     "grouped": {"heads": 6, "kv_heads": 2, "head_width": 32},
@@ -305,6 +308,62 @@ def test_training_as_pytorch(family, threads, monkeypatch):
                 assert (a - c).norm() <= 1.25 * (b - c).norm() + 0.002 * c.norm() + 1e-5
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["our products", "torch's"])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("family", [*BLOCKS, "exact gelu"])
+def test_training_in_fp32(family, threads, ours, monkeypatch):
+    """Losses and gradients are those of PyTorch up to rounding; heads that no kernel takes go through PyTorch."""
+    monkeypatch.setattr(in_training, "SMALL", 0)
+    monkeypatch.setattr(in_training, "SMALL_PRODUCT", 0)
+    monkeypatch.setattr(in_training, "FEWEST", 1)
+    monkeypatch.setattr(in_training, "multiplies", lambda: ours)
+    shape = BLOCKS.get(family) or {"heads": 2, "kv_heads": 2, "head_width": 24, **FAMILIES[family]}
+    torch.manual_seed(0)
+    network = Transformer(TransformerConfig(width=72, layers=2, hidden=100, max_length=128, **shape))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+
+    def gradients(native: bool, x: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:
+        x = x.clone().requires_grad_()
+        network.zero_grad()
+        with monkeypatch.context() as patch:
+            if not native:
+                patch.setattr(in_training, "library", lambda: None)
+                patch.setattr(in_training, "multiplies", lambda: False)
+            assert in_training.supports(x) == native
+            out = network(x, positions=torch.arange(x.shape[1]) + torch.arange(len(x))[:, None])
+            out.backward(grad)
+        return [out.detach(), x.grad, *(p.grad for p in network.parameters() if p.grad is not None)]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for batch, length in ((2, 50), (1, 96), (2, 128)):
+            x, grad = torch.randn(batch, length, 72), torch.randn(batch, length, 72)
+            for a, b in zip(gradients(True, x, grad), gradients(False, x, grad), strict=True):
+                assert (a - b).norm() <= 1e-5 * b.norm() + 1e-6
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_of_tokens_in_fp32(smoothing, monkeypatch):
+    torch.manual_seed(0)
+    hidden, table, targets = 2 * torch.randn(70, 24), torch.randn(300, 24), torch.randint(300, (70,))
+    found = []
+    for native_loss in (True, False):
+        leaves = [t.clone().requires_grad_() for t in (hidden, table)]
+        with monkeypatch.context() as patch:
+            if not native_loss:
+                patch.setattr(in_training, "library", lambda: None)
+            loss = total_loss(*leaves, targets, smoothing)
+        (loss / 7).backward()
+        found.append([loss.detach(), *(leaf.grad for leaf in leaves)])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() <= 2e-6 * b.norm()
 
 
 @halved

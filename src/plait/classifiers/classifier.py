@@ -58,8 +58,8 @@ class Features:
 class Classifier:
     """What decides about `labels` of the column `target`, from the column `source`.
 
-    `mirrored`: images mean the same when mirrored, so both are asked. `measured` tells the report what validation
-    records showed: opinion -> accuracy.
+    `mirrored`: images mean the same when mirrored, so both are asked. `measured` tells what `records` of validation
+    showed: opinion -> accuracy; `guess` is that of always saying train's most frequent label.
     """
 
     source: str
@@ -70,6 +70,8 @@ class Classifier:
     mixture: Mixture
     mirrored: bool = False
     measured: dict[str, float] = field(default_factory=dict)
+    guess: float = 0.0
+    records: int = 0
 
     def linear_scores(self, inputs: Sequence[Any]) -> np.ndarray:
         """The linear opinion, (N, labels)."""
@@ -102,6 +104,8 @@ def save_classifiers(classifiers: Sequence[Classifier], folder: Path) -> list[st
                 "mixture": asdict(one.mixture),
                 "mirrored": one.mirrored,
                 "measured": one.measured,
+                "guess": one.guess,
+                "records": one.records,
             }
         )
     facts = {"version": VERSION, "classifiers": entries}
@@ -132,7 +136,7 @@ def load_classifiers(folder: Path) -> list[Classifier]:
         found.append(
             Classifier(
                 entry["source"], entry["target"], entry["labels"], features, linear, mixture, entry["mirrored"],
-                entry["measured"],
+                entry["measured"], entry["guess"], entry["records"],
             )
         )  # fmt: skip
     return found

@@ -123,7 +123,7 @@ class ModelRecipe(_Settings):
     contrastive: Literal["softmax", "sigmoid"] = Field(
         "softmax",
         description="The loss that makes the embedding space: softmax over the batch, as in CLIP, or sigmoid, as in "
-        "SigLIP.",
+        "SigLIP, which is for large batches: in short runs of small ones it learns more slowly.",
     )
     tied: bool | None = Field(
         None,

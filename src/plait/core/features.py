@@ -70,10 +70,10 @@ class ExtensionPoint(Generic[T]):
 
     def one(self) -> T:
         """What the only feature adds here. Raises LookupError where there is not exactly one."""
-        found = self.all()
-        if len(found) != 1:
-            raise LookupError(f"{len(found)} features add '{self.name}'; exactly one must.")
-        return found[0]
+        added = self.all()
+        if len(added) != 1:
+            raise LookupError(f"{len(added)} features add '{self.name}'; exactly one must.")
+        return added[0]
 
 
 def _imported(entry: str) -> Any:

@@ -118,7 +118,7 @@ def space_quality(model: PlaitModel, dataset: Dataset, seed: int) -> SpaceQualit
     distinct, place = np.unique([said for said, _ in pairs], return_inverse=True)
     if len(distinct) < 2:
         return None
-    queries = model.embed([str(text) for text in distinct])
+    queries = model.embed_inputs([str(text) for text in distinct])
     found = model.embed_sequences([model.context([(media[0], sample)]) for _, sample in pairs])
     return measure_space(queries, found, place[None] == np.arange(len(distinct))[:, None])
 
@@ -131,6 +131,13 @@ def describe(classifier: Classifier) -> str:
         if name != "mixed"
     )
     mixed = classifier.measured.get("mixed", 0.0)
+    noise = 2 * (classifier.guess * (1 - classifier.guess) / max(classifier.records, 1)) ** 0.5
+    if mixed <= classifier.guess + noise:
+        return (
+            f"{classifier.target} from {classifier.source}: nothing was learnt ({mixed:.1%} of val right; always "
+            f"saying the most frequent label has {classifier.guess:.1%}). Train longer, give more records, or look at "
+            "whether inputs and labels belong together."
+        )
     return f"{classifier.target} from {classifier.source}: {mixed:.1%} of val right (fitted there), by {measured}."
 
 
@@ -167,6 +174,8 @@ def _fit(model: PlaitModel, dataset: Dataset, source: str, target: str, seed: in
     classifier.mixture = fit_mixture(scores, weighed.classes)
     classifier.measured = {name: float((one.argmax(1) == weighed.classes).mean()) for name, one in scores.items()}
     mixed = classifier.mixture.log_probabilities(scores)
+    frequent = int(np.bincount(fitting.classes).argmax())
+    classifier.guess, classifier.records = float((weighed.classes == frequent).mean()), len(weighed)
     classifier.measured["mixed"] = float((mixed.argmax(1) == weighed.classes).mean())
     # What was chosen on val holds; the linear model then learns from val too.
     both = Examples(fitting.inputs + held.inputs, np.concatenate([fitting.classes, held.classes]))

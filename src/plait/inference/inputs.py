@@ -12,6 +12,7 @@ from plait.core.errors import PlaitError
 from plait.inference.base import Verb
 from plait.modalities.base import MediaModality, Vocabulary
 from plait.modalities.descriptor import MediaError
+from plait.modalities.inputs import plain_input
 from plait.modalities.media import sniff
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import Sequence
@@ -49,9 +50,9 @@ class Reading:
             Verb.TRANSCRIBE: {"audio", "text"},
         }
         makes = {Verb.DRAW: "image", Verb.SPEAK: "audio"}
-        found: list[str] = [Verb.GENERATE, *(verb for verb, need in needs.items() if need <= kinds)]
-        found += [verb for verb, kind in makes.items() if kind in written]
-        return found + ([Verb.EMBED] if self.checkpoint.model.config.embed_dim else [])
+        verbs: list[str] = [Verb.GENERATE, *(verb for verb, need in needs.items() if need <= kinds)]
+        verbs += [verb for verb, kind in makes.items() if kind in written]
+        return verbs + ([Verb.EMBED] if self.checkpoint.model.config.embed_dim else [])
 
     def column(self, wanted: str | None, modality: str, verb: str) -> str:
         """The column to use: the one asked for, which must be of this modality, or the first of its modality."""
@@ -114,6 +115,7 @@ class Reading:
                 return column, part if isinstance(part, list) else [part]
         if isinstance(part, str):
             return "", part
+        part = plain_input(part)
         kind, name = _kind(part)
         column = self.column(column, kind, f"read {kind}")
         try:

@@ -531,4 +531,21 @@ void plait_gelu_back(int64_t halved, const void *x, const void *grad, int64_t n,
     else
         curve_back((const float *)x, (const float *)grad, n, by_tanh, (float *)to_x, threads);
 }
+
+// Floats that a thread needs beside for a product of n outputs.
+int64_t plait_product_scratch(int64_t n, int64_t threads) {
+    const int64_t share = ((n + STRIP - 1) / STRIP + threads - 1) / threads * STRIP;
+    return DEPTH * share + HEIGHT * STRIP;
+}
+
+// out (m, n) = x (m, k) times w (k, n) in fp32; items of x lie `row` and `column` apart, those of w `down` and `across`. Each
+// thread has `plait_product_scratch` floats of `room`, and a share of the outputs, so that a sum is the same for any number.
+void plait_product(const float *x, int64_t row, int64_t column, int64_t m, const float *w, int64_t down, int64_t across, int64_t k,
+                   int64_t n, float *out, float *room, int64_t threads) {
+    const int64_t size = plait_product_scratch(n, threads);
+    together(threads, (n + STRIP - 1) / STRIP, [&](int64_t thread, int64_t begin, int64_t end) {
+        if (begin < end)
+            large_product(x, row, column, m, w, down, across, k, begin * STRIP, std::min(end * STRIP, n), out, n, room + thread * size);
+    });
+}
 }

@@ -7,22 +7,26 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from ctypes import POINTER, Structure, byref, c_float, c_int64, c_void_p
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from plait.core.device import Device
 from plait.kernels import build
+from plait.kernels.choice import KERNEL, PYTORCH, choose, question
 
 if TYPE_CHECKING:
     from plait.model.transformer import TransformerConfig
 
 LONGEST = 4096  # positions: a head keeps slopes of scores whole, 32 MiB of these
 SMALL = 2**16  # items for which a second thread does not pay
+SMALL_PRODUCT = 2**20  # products of numbers for which it does not
+FEWEST = 64  # rows from which packing a weight for one product pays
 
 
 class _Attention(Structure):
@@ -52,6 +56,8 @@ def library() -> ctypes.CDLL | None:
     compiled.plait_gate_back.argtypes = [c_int64, *pointers, *sizes, c_void_p, c_int64]
     compiled.plait_gelu.argtypes = [c_int64, c_void_p, *sizes, c_void_p, c_int64]
     compiled.plait_gelu_back.argtypes = [c_int64, *pointers, *sizes, c_void_p, c_int64]
+    compiled.plait_product_scratch.argtypes, compiled.plait_product_scratch.restype = sizes, c_int64
+    compiled.plait_product.argtypes = [c_void_p, *[c_int64] * 3, c_void_p, *[c_int64] * 4, *pointers, c_int64]
     return compiled
 
 
@@ -247,6 +253,91 @@ class _Gelu(torch.autograd.Function):
 def gelu(x: Tensor, by_tanh: bool) -> Tensor:
     """GELU of activations x (...), exact or by tanh."""
     return cast(Tensor, _Gelu.apply(x.to(_active(x)).contiguous(), by_tanh))
+
+
+def _product(x: Tensor, w: Tensor) -> Tensor:
+    """x (M, K) times w (K, N) in fp32, either of which may lie turned; each output is summed in one order, whatever the
+    number of threads."""
+    (rows, inner), outputs = x.shape, w.shape[1]
+    out = x.new_empty(rows, outputs)
+    compiled = library()
+    assert compiled is not None
+    threads = 1 if rows * inner * outputs < SMALL_PRODUCT else torch.get_num_threads()
+    scratch = torch.empty(threads * compiled.plait_product_scratch(outputs, threads))
+    _call(
+        "plait_product", x, *x.stride(), rows, w, *w.stride(), inner, outputs, out, scratch, threads
+    )  # fmt: skip
+    return out
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        out = _product(flat, weight.t())
+        if bias is not None:
+            out += bias
+        ctx.save_for_backward(flat, weight)
+        ctx.biased = bias is not None
+        return out.view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1]).contiguous()
+        to_x, to_weight = None, None
+        if ctx.needs_input_grad[0]:
+            to_x = _product(flat, weight).view(*grad.shape[:-1], weight.shape[1])
+        if ctx.needs_input_grad[1]:
+            to_weight = _product(flat.t(), x)
+        return to_x, to_weight, flat.sum(0) if ctx.biased else None
+
+
+def linear_of(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a linear layer makes of x (..., in): in fp32 by a product of our own, where that was measured to be faster
+    than torch's, and weights are plain tensors."""
+    rows = x.numel() // max(x.shape[-1], 1)
+    if type(layer) is nn.Linear and rows >= FEWEST and activations(x) is torch.float32 and multiplies():
+        weight = layer.weight
+        plain = type(weight) in (nn.Parameter, Tensor) and type(x) is Tensor
+        if plain and weight.dtype is torch.float32 and weight.is_contiguous():
+            return cast(Tensor, _Linear.apply(x.contiguous(), weight, layer.bias))
+    return cast(Tensor, layer(x))
+
+
+def product(x: Tensor, w: Tensor) -> Tensor:
+    """x (M, K) times w (K, N), without gradients, by what `linear_of` uses."""
+    ours = type(x) is Tensor and type(w) is Tensor and w.dtype is torch.float32 and activations(x) is torch.float32
+    return _product(x, w) if ours and min(*x.shape, *w.shape) >= FEWEST and multiplies() else x @ w
+
+
+_multiplying: dict[str, bool] = {}  # by torch's precision of fp32 products
+
+
+def multiplies() -> bool:
+    """Whether products of training in fp32 are ours: measured once at a common shape, unless `multiply` has said it."""
+    precision = torch.get_float32_matmul_precision()
+    if precision not in _multiplying:
+        _multiplying[precision] = library() is not None and _ours_are_faster(precision)
+    return _multiplying[precision] and library() is not None
+
+
+def multiply(ours: bool) -> None:
+    """Have products of training be ours or torch's, whatever was measured: as a run that goes on began."""
+    for precision in ("highest", "high", "medium"):
+        _multiplying[precision] = ours
+
+
+def _ours_are_faster(precision: str) -> bool:
+    shape = "1024 x 384 x 1024"
+
+    def ways() -> dict[str, dict[str, Callable[[], object]]]:
+        x, weight = torch.ones(1024, 384), torch.ones(1024, 384)
+        return {shape: {KERNEL: lambda: _product(x, weight.t()), PYTORCH: lambda: x @ weight.t()}}
+
+    name = build.kernel("training").name
+    return choose(question(f"training, products in fp32 at '{precision}'", name), ways).way(shape) == KERNEL
 
 
 class _Attend(torch.autograd.Function):

@@ -154,11 +154,11 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 def series(folder: Path) -> dict[int, Path]:
     """Step -> the folder of its checkpoint, the newest first, of a run's `checkpoints` folder. The names alone order
     them: a clock may jump, and a copy loses its times."""
-    found = {}
+    steps = {}
     for path in folder.iterdir() if folder.is_dir() else ():
         if (match := re.fullmatch(r"step-(\d+)", path.name)) and path.is_dir():
-            found[int(match[1])] = path
-    return dict(sorted(found.items(), reverse=True))
+            steps[int(match[1])] = path
+    return dict(sorted(steps.items(), reverse=True))
 
 
 def newest_whole(folder: Path) -> tuple[int, list[str]]:
@@ -166,10 +166,10 @@ def newest_whole(folder: Path) -> tuple[int, list[str]]:
     wrong with the newer ones."""
     wrong: list[str] = []
     for step, path in series(folder).items():
-        found = verify(path)
-        if not found:
+        problems = verify(path)
+        if not problems:
             return step, wrong
-        wrong += found
+        wrong += problems
     return 0, wrong
 
 

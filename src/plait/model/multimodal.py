@@ -166,19 +166,19 @@ def collate(
     longest = bucket_length(longest) if few_shapes else longest
     tokens = np.full((len(sequences), longest), pad, np.int64)
     targets = np.full((len(sequences), longest), IGNORE, np.int64)
-    found: dict[str, list[tuple[int, int, np.ndarray, int]]] = {}
+    by_modality: dict[str, list[tuple[int, int, np.ndarray, int]]] = {}
     spans = []
     for row, sequence in enumerate(sequences):
         tokens[row, : len(sequence)] = sequence.ids
         targets[row, : len(sequence)] = sequence.targets
         for start, name, sample, count in sequence.media:
-            found.setdefault(name, []).append((row, start, sample, count))
+            by_modality.setdefault(name, []).append((row, start, sample, count))
         spans += [BatchSpan(row, *span) for span in sequence.spans]
     media = {}
-    for name, samples in found.items():
-        given = [sample for _, _, sample, _ in samples]
-        given += [given[-1]] * (bucket_length(len(given)) - len(given) if few_shapes else 0)
-        values, lengths = modalities[name].batch(given)
+    for name, samples in by_modality.items():
+        padded = [sample for _, _, sample, _ in samples]
+        padded += [padded[-1]] * (bucket_length(len(padded)) - len(padded) if few_shapes else 0)
+        values, lengths = modalities[name].batch(padded)
         stride = max(count for *_, count in samples)
         take = [np.arange(count) + i * stride for i, (*_, count) in enumerate(samples)]
         put = [np.arange(count) + row * longest + start for row, start, _, count in samples]

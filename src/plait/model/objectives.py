@@ -69,26 +69,24 @@ def _shifted(hidden: Tensor, rows: Tensor, targets: Tensor, smoothing: float) ->
     to_rows: Tensor | None = None
     compiled = hidden.dtype is native.activations(hidden)
     for part in cut(len(hidden), max(CHUNK // len(rows) // ROUND, 1) * ROUND):  # fewer would slow the products down
-        wanted, logits = targets[part, None], hidden[part] @ rows.t()
+        target_column, logits = targets[part, None], native.product(hidden[part], rows.t())
         if compiled:
             losses[part] = native.softmax_loss(logits, targets[part], smoothing)
         for strip in cut(0 if compiled else len(logits), max(STRIP // len(rows), 1)):
             chances = logits[strip].softmax(1, dtype=torch.float32)
             # The likeliest id's chance and logit give the normaliser.
             normaliser = logits[strip].amax(1, True).float() - chances.amax(1, True).log_()
-            loss = normaliser - logits[strip].gather(1, wanted[strip])
+            loss = normaliser - logits[strip].gather(1, target_column[strip])
             losses[part][strip] = loss
-            chances.scatter_(1, wanted[strip], torch.expm1(-loss) + smoothing)
+            chances.scatter_(1, target_column[strip], torch.expm1(-loss) + smoothing)
             if smoothing:
                 evenly = normaliser - logits[strip].float().mean(1, True)
                 losses[part][strip] += smoothing * (evenly - loss)
                 chances -= smoothing / len(rows)
             logits[strip] = chances  # the gradient takes the logits' place
-        to_hidden[part] = logits @ rows
-        if to_rows is None:
-            to_rows = logits.t() @ hidden[part]
-        else:
-            to_rows = to_rows.float().add_(logits.t() @ hidden[part])
+        to_hidden[part] = native.product(logits, rows)
+        added = native.product(logits.t(), hidden[part])
+        to_rows = added if to_rows is None else to_rows.float().add_(added)
     assert to_rows is not None
     return losses, to_hidden, to_rows
 
@@ -108,11 +106,11 @@ def _bounded(hidden: Tensor, rows: Tensor, targets: Tensor, smoothing: float) ->
         # Each sum is taken in fp32 and rounded once; some of them together round less than one.
         normaliser = torch.stack([piece.sum(1, True) for piece in chances.chunk(8, 1)]).float().sum(0)
         mean = (chances @ rows).float() / normaliser  # of the rows, by their chance
-        wide, wanted = states.float(), target_rows[part].float()
+        wide, target_row = states.float(), target_rows[part].float()
         if middle is not None:
-            wanted = wanted * (1 - smoothing) + middle * smoothing
-        losses[part] = normaliser.log() - (wide * wanted).sum(1, True)
-        to_hidden[part] = mean - wanted
+            target_row = target_row * (1 - smoothing) + middle * smoothing
+        losses[part] = normaliser.log() - (wide * target_row).sum(1, True)
+        to_hidden[part] = mean - target_row
         added = chances.t() @ (wide / normaliser).to(rows.dtype)
         to_rows = added.float() if to_rows is None else to_rows.add_(added)
     assert to_rows is not None
@@ -174,27 +172,27 @@ def likelihoods(
     keep = targets != IGNORE
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    states, wanted = hidden[keep].to(dtype), targets[keep]
-    found = {}
+    states, target_ids = hidden[keep].to(dtype), targets[keep]
+    sums = {}
     beyond = model.row_modality
     table = None if restricted else model.output_embedding.table()
     for token_type, (start, stop) in model.id_ranges.items():
-        chosen = (wanted >= start) & (wanted < stop)
+        chosen = (target_ids >= start) & (target_ids < stop)
         if not chosen.any():
             continue
         if beyond is not None and token_type == beyond.name:
             of_things = beyond.rows() if rows is None else rows
             if beyond.sampled and model.training:
                 loss = sampled_loss(
-                    states[chosen], of_things.to(dtype), wanted[chosen] - start, beyond.counts, beyond.sampled
+                    states[chosen], of_things.to(dtype), target_ids[chosen] - start, beyond.counts, beyond.sampled
                 )
             else:
-                loss = total_loss(states[chosen], of_things, wanted[chosen] - start, smoothing)
+                loss = total_loss(states[chosen], of_things, target_ids[chosen] - start, smoothing)
         elif table is None:
             loss = total_loss(
-                states[chosen], model.output_embedding.of_type(token_type), wanted[chosen] - start, smoothing
+                states[chosen], model.output_embedding.of_type(token_type), target_ids[chosen] - start, smoothing
             )
         else:
-            loss = total_loss(states[chosen], table, wanted[chosen], smoothing)
-        found[token_type] = loss, chosen.sum()
-    return found
+            loss = total_loss(states[chosen], table, target_ids[chosen], smoothing)
+        sums[token_type] = loss, chosen.sum()
+    return sums

@@ -416,12 +416,12 @@ class Block(nn.Module):
         config = self.config
         batch, length, _ = x.shape
         heads, kv_heads = config.heads, config.kv_heads
-        qkv = self.qkv(x).view(batch, length, -1, config.head_width)
+        qkv = native.linear_of(self.qkv, x).view(batch, length, -1, config.head_width)
         share = config.dropout if self.training else 0.0
         if view is None and mask is None and native.supports_attention(qkv, config.head_width):
             norms = (self.q_norm.weight, self.k_norm.weight) if config.qk_norm else None
             mixed = native.attention(qkv, norms, rotary, heads, config.norm_eps, share)
-            return self.attention_out(mixed.view(batch, length, -1))
+            return native.linear_of(self.attention_out, mixed.view(batch, length, -1))
         qk, v = qkv.split((heads + kv_heads, kv_heads), 2)
         if config.qk_norm:
             weight = torch.cat((self.q_norm.weight.expand(heads, -1), self.k_norm.weight.expand(kv_heads, -1)))
@@ -433,10 +433,10 @@ class Block(nn.Module):
         if view is not None:
             k, v = view.append(k, v)
         mixed = attend(q, k, v, mask, share)
-        return self.attention_out(mixed.transpose(1, 2).reshape(batch, length, -1))
+        return native.linear_of(self.attention_out, mixed.transpose(1, 2).reshape(batch, length, -1))
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        inner = self.feed_in(x)
+        inner = native.linear_of(self.feed_in, x)
         if self.config.activation == "swiglu":
             if native.supports(inner):
                 inner = native.gate(inner)
@@ -450,7 +450,7 @@ class Block(nn.Module):
             inner = native.gelu(inner, self.config.activation == "gelu_tanh")
         else:
             inner = F.gelu(inner, approximate="tanh" if self.config.activation == "gelu_tanh" else "none")
-        return self.feed_out(inner)
+        return native.linear_of(self.feed_out, inner)
 
     def forward(
         self,

@@ -106,11 +106,11 @@ class RecommendationModel(PlaitModel):
         if not len(items):
             raise PlaitError("No item is left to recommend: " + _narrow(where, exclude_seen))
         chosen = self._choose(items, scores, min(k, len(items)), diversity)
-        found = [self._shown(int(items[i]), float(np.exp(scores[i]))) for i in chosen]
+        recommendations = [self._shown(int(items[i]), float(np.exp(scores[i]))) for i in chosen]
         if why:
-            for one, reasons in zip(found, self._reasons(places, items[chosen], scores[chosen]), strict=True):
+            for one, reasons in zip(recommendations, self._reasons(places, items[chosen], scores[chosen]), strict=True):
                 one.why = reasons
-        return found
+        return recommendations
 
     def similar(self, item: str | int, k: int = 10, where: str | None = None) -> list[Recommendation]:
         """The k items whose rows are nearest to an item's; `probability` is the cosine. Raises PlaitError for an
@@ -342,7 +342,7 @@ def embedder(name: str, device: str = "auto") -> Embed:
         ):
             there = [i for i, view in enumerate(views) if view is not None]
             if kind in kinds and there:
-                vectors = model.embed([views[i] for i in there])
+                vectors = model.embed_inputs([views[i] for i in there])
                 total = np.zeros((len(items), vectors.shape[1]), np.float32) if total is None else total
                 total[there] += vectors
         if total is None:

@@ -39,10 +39,10 @@ class NextItem:
     def log_chances(self, histories: list[np.ndarray]) -> np.ndarray:
         """log P(item | history) in nats, (N, items) float32; -inf for items that cannot be placed. Of a history, item
         numbers with the oldest first, as much of its end is read as the context holds."""
-        found = np.zeros((len(histories), len(self.rows)), np.float32)
+        scores_of_all = np.zeros((len(histories), len(self.rows)), np.float32)
         for places, scores in self.walk(histories):
-            found[places] = scores
-        return found
+            scores_of_all[places] = scores
+        return scores_of_all
 
     def best(self, history: np.ndarray, k: int, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """At most k of the items that are allowed (items,), the likeliest first, and log P of each."""

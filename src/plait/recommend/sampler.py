@@ -91,9 +91,9 @@ class HistorySampler(Sampler):
         batches, span_records = [], []
         cuts = cut_by_length(sizes, self.worth)
         for start, stop in zip([0, *cuts], [*cuts, len(order)], strict=True):
-            some = order[start:stop]
+            places = order[start:stop]
             make = self._batch if split.code_table is None else self._written
-            batches.append(make(records[some], begin[some], end[some]))
+            batches.append(make(records[places], begin[places], end[places]))
             span_records.append(np.zeros(0, np.int64))
         return Step(batches, span_records, records)
 
@@ -136,7 +136,7 @@ def ranking(model: Multimodal, device: Device, sampler: HistorySampler, most: in
     model of histories is chosen by. Its likelihood gets worse on val long before its ranking does."""
     module = item_rows(model.modalities)
     assert module is not None
-    training, base, found = model.training, model.vocabulary.size, []
+    training, base, gains = model.training, model.vocabulary.size, []
     model.eval()
     with device.autocast():
         items = module.rows()
@@ -146,16 +146,16 @@ def ranking(model: Multimodal, device: Device, sampler: HistorySampler, most: in
             asked = batch.targets != IGNORE
             rows = asked.any(1).nonzero()[:, 0]
             places = (asked.shape[1] - 1 - asked.flip(1).int().argmax(1))[rows]
-            wanted = batch.targets[rows, places] - base
+            target = batch.targets[rows, places] - base
             with device.autocast():
                 hidden = model(batch.to(device.torch), table)[rows, places]
             scores = (hidden.float() @ items.float().t()).cpu()
-            mine = scores.gather(1, wanted[:, None])
+            target_score = scores.gather(1, target[:, None])
             before = batch.tokens[rows] - base
             known = (before >= 0) & (torch.arange(before.shape[1]) <= places[:, None])
             row, place = known.nonzero(as_tuple=True)
             scores[row, before[row, place]] = -torch.inf
-            better = (scores > mine).sum(1)
-            found += [1 / math.log2(rank + 2) if rank < 10 else 0.0 for rank in better.tolist()]
+            better = (scores > target_score).sum(1)
+            gains += [1 / math.log2(rank + 2) if rank < 10 else 0.0 for rank in better.tolist()]
     model.train(training)
-    return float(np.mean(found)) if found else 0.0
+    return float(np.mean(gains)) if gains else 0.0

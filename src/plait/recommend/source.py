@@ -74,10 +74,10 @@ class HistorySource:
 
     def split(self, name: str, text: Text | None = None, model: Multimodal | None = None) -> HistorySplit:
         """The histories of a split."""
-        found = history_split(self.histories, name, len(self.catalogue))
+        histories = history_split(self.histories, name, len(self.catalogue))
         if "table" in self.buffers:
-            found.code_table = self.buffers["table"].numpy().astype(np.int64)
-        return found
+            histories.code_table = self.buffers["table"].numpy().astype(np.int64)
+        return histories
 
     def fill(self, model: Multimodal) -> None:
         """Give a new model what is known of the items, and how often each was chosen."""

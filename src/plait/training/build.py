@@ -228,7 +228,7 @@ def label_columns(dataset: Dataset, context: int) -> dict[str, list[str]]:
     """Text columns with few distinct values, each with those in the order of their first appearance. A label must be
     short, and fit a context of so many tokens beside what it is the label of."""
     longest = min(LONGEST_LABEL, context // 2)
-    found = {}
+    labels = {}
     train = dataset.indices("train")
     for column, kind in dataset.columns.items():
         if kind != "text" or column in dataset.manifest.chats:
@@ -241,5 +241,5 @@ def label_columns(dataset: Dataset, context: int) -> dict[str, list[str]]:
         distinct = list(dict.fromkeys(values))
         short = all(len(value.encode()) <= longest for value in distinct)
         if short and 1 < len(distinct) <= min(MAX_LABELS, len(values) // 2):
-            found[column] = distinct
-    return found
+            labels[column] = distinct
+    return labels

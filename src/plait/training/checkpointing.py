@@ -85,13 +85,13 @@ def snapshot(
     for name, tensor in parts.items():  # where an average is used, `raw` has what it is the average of
         state[f"average.{name}" if f"raw.{name}" in state else f"raw.{name}"] = tensor
     if any(is_shard(tensor) for tensor in weights.values()):
-        found = {}
+        gathered = {}
         for name, tensor in weights.items():
             full = whole(tensor)
             if group.is_main:
-                found[name] = _copy(full)
+                gathered[name] = _copy(full)
         write_shards(aside, state)
-        return Snapshot(found, {}, aside)
+        return Snapshot(gathered, {}, aside)
     if not group.is_main:
         return Snapshot({}, {})
     copies = [{name: _copy(tensor) for name, tensor in some.items()} for some in (weights, state)]
@@ -128,19 +128,19 @@ def _read(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The weights and the training state of a checkpoint, of which each process reads its shards where it has any."""
-    mine = model.state_dict()
+    own = model.state_dict()
     shards = folder / STATE
-    if not shards.is_dir() and not any(is_shard(tensor) for tensor in mine.values()):
+    if not shards.is_dir() and not any(is_shard(tensor) for tensor in own.values()):
         return load_file(folder / "model.safetensors"), load_file(folder / f"{STATE}.safetensors")
     place = shards if shards.is_dir() else folder
     stored = stored_tensors(folder)
-    weights = {name: torch.empty_like(tensor) for name, tensor in mine.items() if name in stored}
+    weights = {name: torch.empty_like(tensor) for name, tensor in own.items() if name in stored}
     read_tensors(folder, weights)
     state = {name: t for name, t in stored_tensors(place).items() if name.startswith(("optimizer.", "random.", "raw."))}
     for name, tensor in state.items():
         of = name.split(".", 1 if name.startswith("raw.") else 2)[-1]
-        sharded = tensor.ndim > 0 and of in mine and is_shard(mine[of])
-        state[name] = torch.empty_like(mine[of]) if sharded else torch.empty_like(tensor, device="cpu")
+        sharded = tensor.ndim > 0 and of in own and is_shard(own[of])
+        state[name] = torch.empty_like(own[of]) if sharded else torch.empty_like(tensor, device="cpu")
     read_tensors(place, state)
     return weights, state
 

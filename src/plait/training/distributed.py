@@ -70,9 +70,9 @@ class Group:
         sizes = sizes or [len(rows)] * self.size
         padded = rows.new_zeros(max(sizes), *rows.shape[1:])
         padded[: len(rows)] = rows
-        found = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(found, padded)
-        return torch.cat([part[:size] for part, size in zip(found, sizes, strict=True)])
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(gathered, padded)
+        return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
 
     def all_reduce(self, values: Tensor) -> Tensor:
         """The sum of a tensor over all processes; the same bits on each of them."""
@@ -263,11 +263,11 @@ class Network:
         gradients = [[p.grad for p in some if p.grad is not None] for some in (self.shards, self.replicated)]
         norms = [torch.nn.utils.get_total_norm(some) for some in gradients if some]
         norm = torch.linalg.vector_norm(torch.stack([whole(n) for n in norms]))
-        found = float(norm)
-        if found > largest:  # else they would be multiplied by one
+        norm_value = float(norm)
+        if norm_value > largest:  # else they would be multiplied by one
             for some in (self.shards, self.replicated):
                 torch.nn.utils.clip_grads_with_norm_(some, largest, norm)
-        return found
+        return norm_value
 
 
 def is_shard(tensor: Tensor) -> bool:
@@ -295,10 +295,10 @@ def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 def stored_tensors(folder: Path) -> dict[str, Tensor]:
     """The tensors in the safetensors files of a folder, sharded or not, without their values."""
-    found = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    stored = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     return {
         name: torch.empty(kind.size, dtype=kind.properties.dtype, device="meta")
-        for name, kind in found.items()
+        for name, kind in stored.items()
         if isinstance(kind, dcp.TensorStorageMetadata)
     }
 

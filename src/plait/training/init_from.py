@@ -59,8 +59,8 @@ def build_or_load_model(run: Run, brought: Mapping[str, BaseModel]) -> tuple[Mul
         kept = [name for name in old.media if growing.kept_modality(model, old, name)]
         for name in old.media:
             if name not in kept:
-                told = f"{name} has other settings than in {run.recipe.model.init_from}: its networks begin anew"
-                run.report(Progress("note", 1, 1, note=told))
+                note = f"{name} has other settings than in {run.recipe.model.init_from}: its networks begin anew"
+                run.report(Progress("note", 1, 1, note=note))
         codecs = [name for name in kept if name not in old.config.read_only]
         facts = {"vocabulary": old.vocabulary.model_dump(), "modalities": kept, "codecs": codecs}
         run.record(source={"name": run.recipe.model.init_from, **facts})

@@ -56,17 +56,17 @@ class LossModule(nn.Module):
             with self.device.autocast():
                 inputs = model.inputs(on_device, table)
                 hidden = model.backbone(inputs)
-                found = {}
+                likelihood_sums = {}
                 if likelihood:
-                    found = likelihoods(model, hidden, on_device.targets, restricted, smoothing, rows)
-            for token_type, (total, _) in found.items():
+                    likelihood_sums = likelihoods(model, hidden, on_device.targets, restricted, smoothing, rows)
+            for token_type, (total, _) in likelihood_sums.items():
                 sums[token_type] = sums[token_type] + total if token_type in sums else total
             chosen = np.flatnonzero(records >= 0)
             if embed and len(chosen):
                 spans = [batch.spans[i] for i in chosen]
                 within = [SequenceSpan(span.modality, span.start, span.stop) for span in spans]
                 embedded.append(model.pool(inputs, hidden, within, [span.row for span in spans]))
-            if not found:
+            if not likelihood_sums:
                 zero_anchor = zero_anchor + 0 * hidden.sum()
         for parameter in self._idle(step, set(sums), restricted, bool(embedded)):
             zero_anchor = zero_anchor + 0 * parameter.sum()
@@ -270,13 +270,13 @@ def _target_counts(part: Step, model: Multimodal) -> np.ndarray:
 def _pairs(spans: np.ndarray, names: list[str]) -> dict[str, Pair]:
     """For two modalities at a time, where their embeddings of the same records lie, and those records, in their
     order; nothing where fewer than two are shared."""
-    found = {}
+    pairs = {}
     for a, b in combinations(range(len(names)), 2):
         first, second = (np.flatnonzero(spans[:, 0] == modality) for modality in (a, b))
         shared, i, j = np.intersect1d(spans[first, 1], spans[second, 1], return_indices=True)
         if len(shared) > 1:
-            found["contrastive:" + "-".join(sorted((names[a], names[b])))] = Pair(first[i], second[j], shared)
-    return found
+            pairs["contrastive:" + "-".join(sorted((names[a], names[b])))] = Pair(first[i], second[j], shared)
+    return pairs
 
 
 def weight_of(name: str, weights: Mapping[str, float]) -> float:

@@ -87,19 +87,19 @@ class Average:
         """Take in the weights after a step. Early on the average is short, so that it forgets where it began."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for sharded in (False, True):
-            mine = [(self.weights[name], p.detach()) for name, p in self._trainable() if is_shard(p) == sharded]
-            if mine:
-                torch._foreach_lerp_([w for w, _ in mine], [p for _, p in mine], 1 - decay)
+            pairs = [(self.weights[name], p.detach()) for name, p in self._trainable() if is_shard(p) == sharded]
+            if pairs:
+                torch._foreach_lerp_([w for w, _ in pairs], [p for _, p in pairs], 1 - decay)
 
     @contextmanager
     def used(self) -> Iterator[None]:
         """Within, the model computes with the average; after, with its own weights again, to the bit."""
-        own = {name: p.detach().clone() for name, p in self._trainable()}
+        raw = {name: p.detach().clone() for name, p in self._trainable()}
         self._fill(self.weights)
         try:
             yield
         finally:
-            self._fill(own)
+            self._fill(raw)
 
     @torch.no_grad()
     def _fill(self, weights: dict[str, Tensor]) -> None:

@@ -28,6 +28,7 @@ from plait.data.conversations import turns
 from plait.data.dataset import Dataset
 from plait.data.stores import written_place
 from plait.kernels import training as native
+from plait.kernels.choice import KERNEL, PYTORCH
 from plait.modalities.base import MediaModality
 from plait.modalities.recogniser import Recogniser
 from plait.modalities.text import Text
@@ -96,11 +97,17 @@ class Run:
         if self.device.kind != "cpu":
             return {}
         level = isa.level()
-        return {"instructions": level.name if level else "none", "blocks": native.backend_name(self.device)}
+        facts = {"instructions": level.name if level else "none", "blocks": native.backend_name(self.device)}
+        if self.device.dtype is torch.float32:
+            facts["products"] = KERNEL if native.multiplies() else PYTORCH
+        return facts
 
     def _same_computing(self, allow_changes: bool) -> None:
         """Refuse to go on where a step would compute otherwise than it did, unless changes are allowed."""
-        began, now = self.metadata.get("computing") or {}, self.computing()
+        began = self.metadata.get("computing") or {}
+        if "products" in began and native.library() is not None:
+            native.multiply(began["products"] == KERNEL)  # whatever is measured today
+        now = self.computing()
         different = [name for name in began if began[name] != now.get(name)]
         if not different or "finished" in self.metadata or self.metadata["device"] != self.device.kind:
             return
@@ -121,7 +128,7 @@ class Run:
         """Begin or go on; True where the run had been finished. Refuses a folder of another recipe or dataset, unless
         changes are allowed: then what depends on them is decided anew, and they are written down."""
         shards = "".join(shard.sha256 for shard in self.dataset.manifest.shards)
-        wanted: dict[str, Any] = {
+        current: dict[str, Any] = {
             "recipe": self.recipe.model_dump(mode="json"),  # as run.json gives it back
             "dataset": written_place(self.dataset.path, self.folder),
             "data": hashlib.sha256(shards.encode()).hexdigest(),
@@ -130,7 +137,7 @@ class Run:
         if not path.exists():
             shutil.rmtree(self.folder / "cache", ignore_errors=True)
             self.record(
-                **wanted, seed=self.settings.seed, size=self.recipe.model.size, device=self.device.kind,
+                **current, seed=self.settings.seed, size=self.recipe.model.size, device=self.device.kind,
                 processes=self.group.size, threads=torch.get_num_threads(), computing=self.computing(),
                 precision=str(self.device.dtype).removeprefix("torch."), torch=torch.__version__, started=time.time(),
             )  # fmt: skip
@@ -143,11 +150,11 @@ class Run:
         else:
             self.record(processes=self.group.size, threads=torch.get_num_threads())
         old = parse_recipe(self.metadata["recipe"], str(path)).model_dump(mode="json")
-        differences = {"recipe": difference(_fixed(old), _fixed(wanted["recipe"])), "data": ""}
-        if self.metadata["data"] != wanted["data"]:
-            differences["data"] = f" (sha256: was {self.metadata['data'][:12]}, now {wanted['data'][:12]})"
+        differences = {"recipe": difference(_fixed(old), _fixed(current["recipe"])), "data": ""}
+        if self.metadata["data"] != current["data"]:
+            differences["data"] = f" (sha256: was {self.metadata['data'][:12]}, now {current['data'][:12]})"
         changed = {name: text for name, text in differences.items() if text}
-        network = difference(_network(old), _network(wanted["recipe"]))
+        network = difference(_network(old), _network(current["recipe"]))
         for name, text in changed.items():
             if not allow_changes or network:
                 other = "; the network of a run cannot change" if allow_changes else ", or pass --allow-changes"
@@ -159,11 +166,11 @@ class Run:
             self.changed = True
             for name in ("steps", "revisions", "finished", "stopped_early"):
                 self.metadata.pop(name, None)
-            told = "".join(changed.values()).strip()
-            self.metadata["changes"] = [*self.metadata.get("changes", []), told]
-            self.report(Progress("note", 1, 1, note=f"going on with changes: {told}"))
-        if any(self.metadata[name] != value for name, value in wanted.items()):
-            self.record(**wanted)
+            summary = "".join(changed.values()).strip()
+            self.metadata["changes"] = [*self.metadata.get("changes", []), summary]
+            self.report(Progress("note", 1, 1, note=f"going on with changes: {summary}"))
+        if any(self.metadata[name] != value for name, value in current.items()):
+            self.record(**current)
         self._same_computing(allow_changes)
         return "finished" in self.metadata
 
