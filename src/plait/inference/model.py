@@ -47,7 +47,7 @@ MODEL_CLASSES: ExtensionPoint[type[PlaitModel]] = ExtensionPoint("model_class")
 
 def load(path: str | Path, device: str = "auto", precision: str = "auto") -> Model:
     """The model of a run's folder (its best checkpoint, else its last), of a checkpoint's folder, or of a Hugging
-    Face name or folder: GPT-2, Llama and Qwen3 in our backbone, other architectures through transformers.
+    Face name, folder or GGUF file: `hf.architectures` in our backbone, others through transformers.
 
     Where a run's best checkpoint is damaged, a warning names what is wrong and the newest whole one is taken. Raises
     PlaitError where there is none or it is damaged.
