@@ -37,7 +37,6 @@ TWINS = {
     "generate": "plait:Model.generate",
     "classify": "plait:Model.classify",
     "decide": "plait:Model.decide",
-    "decide": "plait:Model.decide",
     "describe": "plait:Model.describe",
     "transcribe": "plait:Model.transcribe",
     "draw": "plait:Model.draw",
