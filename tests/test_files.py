@@ -500,3 +500,15 @@ def test_a_format_whose_decoder_is_missing_names_the_extra(tmp_path: Path, monke
     for name in ("a.heic", "b.m4a"):
         assert "needs the extra media: pip install" in rejects[name, None]
     assert any("needs the extra media" in warning for warning in dataset.manifest.warnings)
+
+
+@pytest.mark.parametrize("near", [True, False])
+def test_records_that_repeat_another_are_listed(tmp_path: Path, near: bool) -> None:
+    rows = [{"id": f"r{n}", "text": f"some words and number {n % 7}", "label": str(n % 7 % 2)} for n in range(20)]
+    dataset, _ = made(put(tmp_path / "t.jsonl", lines(*rows)), near_duplicates=near)
+    listed = [json.loads(line) for line in (tmp_path / "out/duplicates.jsonl").read_text().splitlines()]
+    pairs = {(e["first"]["id"], e["second"]["id"]) for e in listed if e["kind"] == "record"}
+    assert pairs == {(f"r{n % 7}", f"r{n}") for n in range(7, 20)} and dataset.manifest.duplicates == len(pairs)
+    assert all(
+        e["first"]["source"].startswith("t.jsonl:") and e["distance"] == 0 for e in listed if e["kind"] == "record"
+    )

@@ -36,6 +36,7 @@ TWINS = {
     "export": "plait:export",
     "generate": "plait:Model.generate",
     "classify": "plait:Model.classify",
+    "decide": "plait:Model.decide",
     "describe": "plait:Model.describe",
     "transcribe": "plait:Model.transcribe",
     "draw": "plait:Model.draw",
@@ -93,7 +94,7 @@ def test_each_command_has_its_twin(name: str, command: Any) -> None:
     assert name in TWINS, f"plait {name} has no function in the library"
     arguments = set(inspect.signature(_twin(name)).parameters)
     if "options" in arguments:  # `**options` of verbs that generate
-        arguments |= Options.__required_keys__ | Options.__optional_keys__
+        arguments |= Options.__annotations__.keys()
     if name in WHOLE:
         options = {parameter.name.rstrip("_") for parameter in command.params} - SHOWS
         options -= {option for owner, option in OTHER if owner == name}

@@ -303,7 +303,7 @@ def test_what_this_machine_cannot_hold_another_can() -> None:
 
 
 def test_the_documented_table_of_machines_is_the_one_that_plans_use() -> None:
-    page = (Path(__file__).parent.parent / "docs" / "plan.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parent.parent / "docs" / "how-to" / "plan.md").read_text(encoding="utf-8")
     for name, m in MACHINES.items():
         figures = (m.flops / 1e12, m.memory / 1e9, m.bandwidth / 1e9, m.watts)
         assert f"| {name} | {m.name} | {' | '.join(f'{figure:g}' for figure in figures)} |" in page

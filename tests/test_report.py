@@ -13,7 +13,7 @@ import soundfile
 from PIL import Image
 
 from plait.core.errors import PlaitError
-from plait.evaluation.findings import Confusion, Findings, Gallery, ReportItem
+from plait.evaluation.findings import Confusion, Findings, Gallery, ReportItem, Verdict
 from plait.modalities.audio import spectrogram
 from plait.reports.report import RunInfo, read_run, write_metrics, write_report
 
@@ -134,6 +134,26 @@ def test_the_page_is_whole_escaped_and_needs_no_network(tmp_path: Path) -> None:
     assert checker.seen.count("svg") >= 3
     for wanted in ("98.9 %", "±&nbsp;1.2", "broken", "gap", "image → en", "1,000,000", "nearest", "class 4"):
         assert wanted in page
+
+
+def test_the_page_opens_on_the_verdict_then_shows_then_measures(tmp_path: Path) -> None:
+    found = findings()
+    found.verdict = Verdict("61 % against 57 %: worth it.", "plait export runs/x", better=True)
+    metrics = {**METRICS, "recognition/image-a-b/accuracy": figure(0.5), "recognition/image-a-b/f1": figure(0.4)}
+    run = RunInfo("x", manifest={"columns": {"image": "image", "a-b": "text"}})
+    write_report(tmp_path / "report.html", metrics, found, run)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    order = [
+        "61 % against 57 %",
+        "Next: plait export runs/x",
+        "<img",
+        "<audio",
+        'class="card"',
+        "bootstrap standard error",
+    ]
+    places = [page.index(words) for words in order]
+    assert places == sorted(places) and page.count('class="card"') == 5
+    assert "image → a-b" in page and 'class="verdict better"' in page
 
 
 def test_a_page_of_nothing_and_figures_as_json(tmp_path: Path) -> None:

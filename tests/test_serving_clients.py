@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from PIL import Image
 
@@ -38,9 +39,9 @@ CHAT: dict[str, tuple[dict[str, Any], set[str]]] = {
     "more tokens than there is room for": ({"max_tokens": 2048, "temperature": 0}, set()),
     "both names": ({"max_tokens": 5, "max_completion_tokens": 5}, set()),
     "no bound": ({"max_tokens": -1, "top_k": -1, "ignore_eos": False}, set()),
-    "empty lists": ({"stop": [], "tools": [], "prompt_cache_key": "x"}, {"tools", "prompt_cache_key"}),
+    "empty lists": ({"stop": [], "tools": [], "prompt_cache_key": "x"}, {"prompt_cache_key"}),
     "tools that may be left": ({"tools": [TOOL], "tool_choice": "auto", "parallel_tool_calls": False},
-                               {"tools", "tool_choice", "parallel_tool_calls"}),
+                               {"tools", "parallel_tool_calls"}),
     "penalties": ({"presence_penalty": 0, "frequency_penalty": 0.5, "logit_bias": {"1": 2}, "n": 1, "user": "656"},
                   {"presence_penalty", "frequency_penalty", "logit_bias", "user"}),
     "vllm": ({"top_k": 20, "min_p": 0.0, "repetition_penalty": 1.1, "min_tokens": 1,
@@ -109,6 +110,36 @@ def test_media_in_other_spellings(server: Server) -> None:
     made = json.loads(answer)
     assert made["size"] == "16x16" and made["data"][0]["url"].startswith("data:image/png")
     assert server.ask("POST", "/v1/audio/speech", {"model": "run", "input": "red bar", "voice": "alloy"})[0] == 200
+
+
+def test_tools_that_must_be_called_are_refused(server: Server) -> None:
+    for path, body in (("chat/completions", {"messages": HI}), ("responses", {"input": "hi"})):
+        for asked in ("required", {"type": "function", "function": {"name": "read"}}):
+            status, made = server.post(f"/v1/{path}", {"model": "text", **body, "tools": [TOOL], "tool_choice": asked})
+            assert status == 400 and "tools" in made["error"]["message"]
+
+
+def test_responses(server: Server) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    asked = {"model": "text", "input": [{"role": "user", "content": [{"type": "input_text", "text": "the cat"}]}]}
+    whole = client.responses.create(**asked, instructions="be brief", max_output_tokens=8)
+    talk = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "the cat"}]
+    reply = client.chat.completions.create(model="text", messages=talk, max_tokens=8)
+    assert whole.output_text == reply.choices[0].message.content and whole.status == "incomplete"
+    assert whole.usage.total_tokens == reply.usage.total_tokens
+    with client.responses.stream(**asked, instructions="be brief", max_output_tokens=8) as stream:
+        events = list(stream)
+    assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == whole.output_text
+    assert events[-1].response.output_text == whole.output_text and events[0].type == "response.created"
+    schema = {"type": "object", "properties": {"cat": {"type": "boolean"}}, "required": ["cat"],
+              "additionalProperties": False}  # fmt: skip
+    held = client.responses.create(model="text", input="a cat?", text={
+        "format": {"type": "json_schema", "name": "x", "schema": schema, "strict": True}})  # fmt: skip
+    assert set(json.loads(held.output_text)) == {"cat"} and held.status == "completed"
+    seen = client.responses.create(model="run", input=[{"role": "user", "content": [
+        {"type": "input_image", "image_url": _png(), "detail": "auto"}]}])  # fmt: skip
+    assert seen.output_text
+    assert server.post("/v1/responses", {**asked, "previous_response_id": "x"})[0] == 400
 
 
 NULLS = [

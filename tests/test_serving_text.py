@@ -93,6 +93,14 @@ def test_prompts_are_scored_as_transformers_does(server: Server, models: dict[st
     assert complete(server, model, max_tokens=0)["text"] == ""
 
 
+def test_tokens_there_and_back(server: Server, models: dict[str, Path]) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models["bytes"])
+    status, made = server.post("/tokenize", {"model": "bytes", "prompt": PROMPT})
+    assert status == 200 and made["tokens"] == tokenizer.encode(PROMPT) and made["count"] == len(made["tokens"])
+    assert server.post("/detokenize", {"model": "bytes", "tokens": made["tokens"]})[1]["prompt"] == PROMPT
+    assert server.post("/detokenize", {"model": "bytes", "tokens": [999_999]})[0] == 400
+
+
 # --- constraints ------------------------------------------------------------------------------------------------
 
 

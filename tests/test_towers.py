@@ -56,6 +56,10 @@ def folders(tmp_path_factory) -> dict[str, Path]:
                       t.BitImageProcessorPil(size={"shortest_edge": 40}, crop_size=SQUARE)),
         "convnext": (t.ConvNextModel(t.ConvNextConfig(hidden_sizes=[8, 8, 16, 32], depths=[1, 1, 1, 1], image_size=64)),
                      t.ViTImageProcessorPil(do_resize=True, size={"height": 64, "width": 64})),
+        "efficientnet": (  # whose configuration names no width of its last states
+            t.EfficientNetModel(t.EfficientNetConfig(
+                image_size=32, hidden_dim=320, width_coefficient=0.25, depth_coefficient=0.1)),
+            t.ViTImageProcessorPil(**square)),
         "whisper": (t.WhisperForConditionalGeneration(whisper), t.WhisperFeatureExtractor(feature_size=20)),
         "wav2vec2": (t.Wav2Vec2Model(t.Wav2Vec2Config(**WAVE)),
                      t.Wav2Vec2FeatureExtractor(**wave, do_normalize=True, return_attention_mask=False)),
@@ -84,7 +88,7 @@ def modality(kind: str, folder: Path, **settings):
     return made.eval()
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip", "vit", "registers", "convnext"])
+@pytest.mark.parametrize("name", ["clip", "siglip", "vit", "registers", "convnext", "efficientnet"])
 def test_a_vision_tower_sees_what_it_does_in_transformers(name, folders):
     known = {"size": 64} if name == "convnext" else {}
     mine = modality("image", folders[name], **known)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -66,25 +64,6 @@ def show_manifest(manifest: Manifest, folder: str | Path) -> None:
     if manifest.rejected:
         out.print(f"What was rejected, and why: {folder}/rejects.jsonl")
     out.print(f"Report: {folder}/report.html")
-
-
-def media_or_text(value: str) -> str | Path:
-    """An argument that names a file is that file; what looks like a path and is not there is an error; anything else is
-    text. Raises PlaitError."""
-    from plait.core.errors import PlaitError
-    from plait.modalities.media import kind_of_suffix
-
-    path = Path(value).expanduser()
-    with contextlib.suppress(OSError, ValueError):  # a name longer than names may be, or with a NUL
-        if path.is_file():
-            return path
-        if "/" in value and path.is_dir():
-            raise PlaitError(f"{value} is a folder. Name a file, or write text that is no path.")
-    spaced = re.search(r"\s", value) is not None  # a sentence may end like a file, or hold a stroke
-    rooted = value.startswith(("/", "./", "../", "~/")) and "." in path.name
-    if not spaced and (rooted or kind_of_suffix(path.suffix)):
-        raise PlaitError(f"{value} does not exist.")
-    return value
 
 
 def existing(path: Path) -> Path:

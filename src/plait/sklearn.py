@@ -111,8 +111,8 @@ class PlaitClassifier(ClassifierMixin, BaseEstimator):
         self.kind_ = dataset.columns[INPUT]
         budget = {"steps": self.steps} if self.steps is not None else {"minutes": self.minutes}
         run = train(
-            dataset, folder / "run", recipe=self.recipe, size=self.size, init_from=self.init_from, seed=seed,
-            device=self.device, progress=progress, **budget,
+            dataset, folder / "run", recipe=self.recipe, task="recognise", size=self.size,
+            init_from=self.init_from, seed=seed, device=self.device, progress=progress, **budget,
         )  # fmt: skip
         self.run_ = run.folder
         self._model = run.model(self.device)
@@ -133,6 +133,7 @@ class PlaitClassifier(ClassifierMixin, BaseEstimator):
 
     def predict(self, X: Sequence[Any]) -> np.ndarray:  # noqa: N803
         """The likeliest label of each input, (N,)."""
+        check_is_fitted(self)
         chosen: np.ndarray = self.classes_[self.predict_proba(X).argmax(1)]
         return chosen
 

@@ -149,7 +149,7 @@ def reply(
     loaded = load(str(run), device).plait_model if compose else None
     if compose and loaded is None:
         raise PlaitError(f"{run} writes no replies: it runs in transformers.")
-    embedder = load(encoder, device).embed if encoder is not None else None
+    embedder = load(encoder, device).embed_inputs if encoder is not None else None
     replies = open_replies(run, data, question, answer, embedder, loaded, least)
     lines = messages or [line.strip() for line in sys.stdin if line.strip()]
     for message, found in zip(lines, replies.answer(lines, sources, compose), strict=True):

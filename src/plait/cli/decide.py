@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import plait
-from plait.console import DeviceOption, ModelArgument, PrecisionOption, app, media_or_text, out, plain
+from plait.console import DeviceOption, ModelArgument, PrecisionOption, app, out, plain
 from plait.core.errors import PlaitError
 
 
@@ -31,6 +31,7 @@ def decide(
     Example: plait decide runs/demo digit.png --is three --choice three,eight
     """
     from plait.inference.decisions import Option, Question, read_questions
+    from plait.modalities.inputs import media_or_text
 
     asked = [Question("predicate", text, (), text) for text in is_ or []]
     for listed in choice or []:

@@ -13,7 +13,6 @@ from plait.console import (
     ModelArgument,
     PrecisionOption,
     app,
-    media_or_text,
     note_windows,
     out,
     plain,
@@ -38,16 +37,18 @@ def embed(
 
     import numpy as np
 
+    from plait.modalities.inputs import inputs_of
+
     loaded = plait.load(model, device, precision)
-    values = [media_or_text(value) for value in inputs]
+    values = inputs_of(inputs).values
     for value in values:
         note_windows(loaded, value)
-    vectors = loaded.embed(values)
+    vectors = loaded.embed_inputs(values)
     if out_file is not None:
         array = io.BytesIO()
         np.save(array, vectors)
         write(out_file, array.getvalue())
         out.print(f"{vectors.shape[0]} vectors of {vectors.shape[1]}: {out_file}")
         return
-    for name, vector in zip(inputs, vectors, strict=True):
+    for name, vector in zip(map(str, values), vectors, strict=True):
         out.print(plain(json.dumps({"input": name, "embedding": [round(float(x), 6) for x in vector]})))

@@ -186,6 +186,21 @@ def _write(
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
+def list_equal(paths: list[Path], used: np.ndarray, split: np.ndarray, content: np.ndarray, out: Path) -> None:
+    """Append to `out` a line for each record that repeats an earlier one in all its parts. `content` (N, 2) are digests
+    of the records that are used."""
+    first = first_of(content)
+    repeated = np.flatnonzero(first != np.arange(len(first)))
+    wanted = np.unique(np.concatenate((repeated, first[repeated])))
+    told = dict(zip(wanted.tolist(), _told(paths, used, wanted), strict=True))
+    with out.open("a", encoding="utf-8") as file:
+        for record in repeated.tolist():
+            entry: dict[str, Any] = {"kind": "record", "distance": 0.0}
+            for name, one in (("first", int(first[record])), ("second", record)):
+                entry[name] = {"id": told[one][0], "split": SPLITS[split[one]], "source": told[one][1]}
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
 def _told(paths: list[Path], used: np.ndarray, wanted: np.ndarray) -> list[tuple[str, str]]:
     """(id, source) of records by their number among the used ones, ascending."""
     found: list[tuple[str, str]] = []

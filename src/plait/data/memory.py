@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -176,8 +177,10 @@ def _is_struct(value: Any) -> bool:
 
 
 def _names_medium(value: str) -> bool:
-    """Whether a text looks like the path of a medium."""
-    return len(value) < 1024 and "\n" not in value and kind_of_suffix(Path(value).suffix) is not None
+    """Whether a text looks like the path of a medium; a sentence may end like one."""
+    if len(value) > 1024 or "\n" in value or kind_of_suffix(Path(value).suffix) is None:
+        return False
+    return not re.search(r"\s", value) or Path(value).expanduser().is_file()
 
 
 _MEDIUM = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

@@ -23,7 +23,7 @@ from plait.core.errors import PlaitError
 from plait.core.features import ExtensionPoint
 from plait.core.files import cache_folder, only_writer, publish_folder, read_json, sealed, write_json
 from plait.data.dataset import VERSION, Manifest
-from plait.data.duplicates import Duplicates, find_duplicates, first_of
+from plait.data.duplicates import Duplicates, find_duplicates, first_of, list_equal
 from plait.data.files import ARCHIVE_SUFFIXES, TABLE_SUFFIXES, Plan, Tree, scan, suffix_of
 from plait.data.preview import Example, report
 from plait.data.readers import plan
@@ -346,6 +346,7 @@ def _write(
             options.progress("compare", 0, 1)
             duplicates = find_duplicates(paths, used, split, folder / "duplicates.jsonl")
             options.progress("compare", 1, 1)
+        list_equal(paths, used, split, facts["content"][used], folder / "duplicates.jsonl")
         keep = ~duplicates.spoils if options.drop else np.ones(len(split), bool)
         manifest, examples = _write_records(
             found, paths, folder, rejects, used, split, keep, duplicates, facts, options
@@ -484,7 +485,7 @@ def _warnings(
             + (" To leave them out of train: --drop-near-duplicates." if earlier == "train" != later else "")
         )
     if duplicates:
-        warnings.append(f"{duplicates} records repeat another one exactly.")
+        warnings.append(f"{duplicates} records repeat another one exactly: see duplicates.jsonl.")
     if rejects.count - dropped:
         warnings.append(
             f"{rejects.count - dropped} files or rows were not used: {rejects.common()}. See rejects.jsonl."

@@ -118,7 +118,7 @@ def space_quality(model: PlaitModel, dataset: Dataset, seed: int) -> SpaceQualit
     distinct, place = np.unique([said for said, _ in pairs], return_inverse=True)
     if len(distinct) < 2:
         return None
-    queries = model.embed([str(text) for text in distinct])
+    queries = model.embed_inputs([str(text) for text in distinct])
     found = model.embed_sequences([model.context([(media[0], sample)]) for _, sample in pairs])
     return measure_space(queries, found, place[None] == np.arange(len(distinct))[:, None])
 

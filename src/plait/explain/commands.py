@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from plait.console import DeviceOption, ModelArgument, SeedOption, app, err, media_or_text, out, plain, write
+from plait.console import DeviceOption, ModelArgument, SeedOption, app, err, out, plain, write
 
 
 @app.command()
@@ -39,6 +39,7 @@ def explain(
     from plait.core.errors import PlaitError
     from plait.explain.report import STRONGEST, as_html, as_json_of, as_png
     from plait.inference.model import load
+    from plait.modalities.inputs import media_or_text
 
     if target is not None and target.suffix.lower() not in (".html", ".png"):
         raise PlaitError(f"{target}: an explanation is written as .html or .png. Choose such a name with -o.")

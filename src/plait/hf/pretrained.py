@@ -28,6 +28,7 @@ from plait.inference.sampling import Options
 from plait.modalities.audio_files import decode_audio, resample
 from plait.modalities.descriptor import MediaError
 from plait.modalities.image_files import decode_image
+from plait.modalities.inputs import as_audio, as_image, medium_of
 
 # What each kind of model can do.
 VERBS = {
@@ -148,16 +149,16 @@ class Pretrained(Model):
 
     # --- images and texts in one space --------------------------------------------------------------------------
 
-    def classify(
+    def classify_inputs(
         self,
-        value: Any,
+        inputs: list[Any],
         labels: list[str] | None = None,
         column: str | None = None,
         top: int | None = 5,
         template: str | None = None,
-    ) -> Predictions:
-        """The likeliest labels of an image, or with a text encoder of a text, with their probabilities, likeliest
-        first; zero-shot.
+    ) -> list[Predictions]:
+        """The likeliest labels of images, or with a text encoder of texts, with their probabilities, likeliest first;
+        zero-shot.
 
         Probabilities sum to one over the labels, but for SigLIP, which judges each label by itself, as it was trained
         to. `template` puts a label, at its {}, into a sentence; a label's underscores are spaces there.
@@ -166,15 +167,19 @@ class Pretrained(Model):
         if not labels:
             raise PlaitError("This model knows no labels of its own. Name them: labels=[...] or --labels a,b,c.")
         if self.sentences is not None:
-            chances = self._text_labels(value, labels, template or TEXT_TEMPLATE)
+            rows = [self._text_labels(value, labels, template or TEXT_TEMPLATE) for value in inputs]
         else:
             texts = self.label_inputs(labels, template or TEMPLATE)
-            pixels = self.processor(images=[read_image(value)], return_tensors="pt")
-            logits = self._run(self.model, **texts, **pixels).logits_per_image[0].float()
-            # SigLIP has a bias beside the temperature: the mark of a sigmoid loss.
-            chances = (logits.sigmoid() if hasattr(self.model, "logit_bias") else logits.softmax(-1)).cpu()
-        order = chances.argsort(descending=True, stable=True)[:top]
-        return Predictions(Prediction(labels[i], float(chances[i])) for i in order.tolist())
+            rows = [self._image_labels(value, texts) for value in inputs]
+        return [_ranked(chances, labels, top) for chances in rows]
+
+    def _image_labels(self, value: Any, texts: Any) -> Tensor:
+        """The probability (N,) of each label, whose texts are tensors already, for an image."""
+        pixels = self.processor(images=[read_image(value)], return_tensors="pt")
+        logits = self._run(self.model, **texts, **pixels).logits_per_image[0].float()
+        # SigLIP has a bias beside the temperature: the mark of a sigmoid loss.
+        chances: Tensor = (logits.sigmoid() if hasattr(self.model, "logit_bias") else logits.softmax(-1)).cpu()
+        return chances
 
     def _text_labels(self, value: Any, labels: list[str], template: str) -> Tensor:
         """The probability (N,) of each label for a text, by how near their embeddings are."""
@@ -182,8 +187,8 @@ class Pretrained(Model):
             raise PlaitError(f"{self.name} reads texts, not {type(value).__name__}. Use a CLIP or SigLIP model.")
         key = (template, *labels)
         if self._labels[0] != key:  # the same for many texts
-            self._labels = key, self.embed([_sentence(label, template) for label in labels])
-        cosines = self._labels[1] @ self.embed([value])[0]
+            self._labels = key, self.embed_inputs([_sentence(label, template) for label in labels])
+        cosines = self._labels[1] @ self.embed_inputs([value])[0]
         return torch.from_numpy(cosines * SHARPNESS).softmax(-1)
 
     def label_inputs(self, labels: list[str], template: str) -> Any:
@@ -198,7 +203,7 @@ class Pretrained(Model):
         limit = min(self.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
         return self.tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
 
-    def embed(self, inputs: list[Any], prompt: str | None = None) -> np.ndarray:
+    def embed_inputs(self, inputs: list[Any], prompt: str | None = None) -> np.ndarray:
         """The embedding of each input, (N, E) float32, of unit length: texts and images with CLIP and SigLIP, texts
         with an encoder, as sentence-transformers embeds them. Of a long text the beginning is read. `prompt` names one
         of a text encoder's prompts, as "query"."""
@@ -238,13 +243,13 @@ class Pretrained(Model):
         """The words of an audio clip of any length; none of silence. `language` ("en", "german") is found out where it
         is not given and the model knows several; the `task` "translate" writes English."""
         self._can("transcribe", column)
-        wave = self._heard(audio)
+        wave = self._heard(medium_of(audio))
         return self._speech().text(wave, language, task, max_new_tokens)
 
     def segments(self, audio: Any, language: str | None = None, task: str = "transcribe") -> list[Segment]:
         """What is said when in an audio clip of any length."""
         self._can("transcribe")
-        return self._speech().segments(self._heard(audio), language, task)
+        return self._speech().segments(self._heard(medium_of(audio)), language, task)
 
     def _heard(self, audio: Any) -> np.ndarray:
         wave, rate = _audio(audio)
@@ -258,7 +263,7 @@ class Pretrained(Model):
     ) -> str:
         """What the model writes about an image; `prompt` asks a question, where the model takes one."""
         self._can("describe", column)
-        image = read_image(image)
+        image = read_image(medium_of(image))
         if self.model.config.model_type == "vision-encoder-decoder":
             if prompt is not None:
                 raise PlaitError(f"{self.name} writes captions and takes no prompt. Leave it out.")
@@ -340,6 +345,12 @@ class Pretrained(Model):
         return next((int(id) for id in (settings.pad_token_id, end) if id is not None), 0)
 
 
+def _ranked(chances: Tensor, labels: list[str], top: int | None) -> Predictions:
+    """The likeliest of labels (N,), by their probabilities."""
+    order = chances.argsort(descending=True, stable=True)[:top]
+    return Predictions(Prediction(labels[i], float(chances[i])) for i in order.tolist())
+
+
 def _sentence(label: str, template: str) -> str:
     """A label in the sentence that stands for it."""
     if "{}" not in template:
@@ -349,25 +360,25 @@ def _sentence(label: str, template: str) -> str:
 
 def read_image(value: Any) -> PILImage.Image:
     """An image as RGB. Raises PlaitError where it is none or cannot be read."""
-    if isinstance(value, PILImage.Image):
-        return value.convert("RGB")
-    if isinstance(value, np.ndarray) and value.dtype == np.uint8:
-        return PILImage.fromarray(value).convert("RGB")
-    if not isinstance(value, (str, Path, bytes)):
-        raise PlaitError(f"An image is a PIL image, a pathlib.Path or bytes, not {type(value).__name__}.")
+    if isinstance(value, (PILImage.Image, np.ndarray)):
+        return as_image(value).convert("RGB")
+    if not isinstance(value, (Path, bytes)):  # a str is a text: it may come over the network, and must open no file
+        what = "a text" if isinstance(value, str) else type(value).__name__
+        raise PlaitError(f"An image is a PIL image, an array, a file or bytes, not {what}.")
     try:
-        return decode_image(value if isinstance(value, bytes) else Path(value)).convert("RGB")
+        return decode_image(value).convert("RGB")
     except MediaError as error:
         raise PlaitError(f"{'The image' if isinstance(value, bytes) else value}: {error}.") from error
 
 
 def _audio(value: Any) -> tuple[np.ndarray, int]:
     """(waveform (T,), rate). Raises PlaitError where it is none or cannot be read."""
-    if isinstance(value, tuple) and len(value) == 2:
-        return np.asarray(value[0], np.float32), int(value[1])
-    if not isinstance(value, (str, Path, bytes)):
-        raise PlaitError(f"An audio clip is (waveform, rate), a pathlib.Path or bytes, not {type(value).__name__}.")
+    if (audio := as_audio(value)) is not None:
+        return audio
+    if not isinstance(value, (Path, bytes)):
+        what = "a text" if isinstance(value, str) else type(value).__name__
+        raise PlaitError(f"An audio clip is (waveform, rate), a file or bytes, not {what}.")
     try:
-        return decode_audio(value if isinstance(value, bytes) else Path(value))
+        return decode_audio(value)
     except MediaError as error:
         raise PlaitError(f"{'The audio' if isinstance(value, bytes) else value}: {error}.") from error

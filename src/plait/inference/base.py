@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Unpack
+from typing import TYPE_CHECKING, Any, Protocol, Unpack, overload
 
 import numpy as np
 from PIL import Image as PILImage
@@ -19,6 +19,7 @@ from plait.core.errors import PlaitError
 from plait.core.features import ExtensionPoint
 from plait.inference.results import Predictions
 from plait.inference.sampling import Options
+from plait.modalities.inputs import inputs_of
 
 if TYPE_CHECKING:
     from plait.inference.decisions import Decision, Question
@@ -52,8 +53,9 @@ EXPLAINERS: ExtensionPoint[Explainer] = ExtensionPoint("explainer")
 class Model:
     """A model at work on a device.
 
-    An input is a str, a PIL image, (waveform, rate), a pathlib.Path of a media file, or its bytes. A verb that the
-    model lacks raises PlaitError and names those that it has.
+    An input is a text, the path of a media file (a str or a Path), its bytes, a PIL image, an array of pixels (H, W) or
+    (H, W, C), a tensor (C, H, W), or (waveform, rate). A verb that the model lacks raises PlaitError and names those
+    that it has.
 
     Attributes:
         name: What messages call it.
@@ -121,11 +123,52 @@ class Model:
         too."""
         raise self._lacks(Verb.GENERATE)
 
+    @overload
     def classify(
+        self, value: list[Any], labels: list[str] | None = None, column: str | None = None, top: int | None = 5,
+        **options: Any,
+    ) -> list[Predictions]: ...  # fmt: skip
+
+    @overload
+    def classify(
+        self, value: Any, labels: list[str] | None = None, column: str | None = None, top: int | None = 5,
+        **options: Any,
+    ) -> Predictions: ...  # fmt: skip
+
+    def classify(
+        self, value: Any, labels: list[str] | None = None, column: str | None = None, top: int | None = 5,
+        **options: Any,
+    ) -> Any:  # fmt: skip
+        """The likeliest labels of an input, each with its probability, likeliest first.
+
+        Args:
+            value: An input. A str that names a file is that file; a folder stands for the files in it, a list for a
+                batch, and both are answered by a list.
+            labels: What to choose between; the values that the column had in training if left out.
+            column: The text column to answer in; the first that has labels if left out.
+            top: How many labels to give; all if None.
+            options: Of this model alone: `template`, for models that compare images with texts.
+
+        Raises PlaitError where a file does not exist or cannot be read, and where there are no labels.
+        """
+        inputs = inputs_of(value)
+        answers = self.classify_inputs(inputs.values, labels, column, top, **options)
+        return answers if inputs.several else answers[0]
+
+    def classify_inputs(
+        self, inputs: list[Any], labels: list[str] | None = None, column: str | None = None, top: int | None = 5,
+    ) -> list[Predictions]:  # fmt: skip
+        """`classify` for inputs as they are: a str is a text, whatever it looks like."""
+        raise self._lacks(Verb.CLASSIFY)
+
+    def classify_together(
         self, value: Any, labels: list[str] | None = None, column: str | None = None, top: int | None = 5
     ) -> Predictions:
-        """The likeliest labels of an input, each with its probability, likeliest first."""
-        raise self._lacks(Verb.CLASSIFY)
+        """The likeliest labels of an input as it is, or of a list of inputs that are read in order as one."""
+        values = value if isinstance(value, list) else [value]
+        if len(values) != 1:
+            raise PlaitError(f"{self.name} classifies one input at a time. Send one part.")
+        return self.classify_inputs(values, labels, column, top)[0]
 
     def decide(self, value: Any, questions: Sequence[Question]) -> list[Decision]:
         """Answers to typed questions about an input (`plait.inference.decisions`), each with probabilities or refused;
@@ -135,7 +178,7 @@ class Model:
         return decide(self, value, questions)
 
     def describe(self, image: Any, column: str | None = None, *, max_new_tokens: int | None = None) -> str:
-        """What the model writes about an image."""
+        """What the model writes about an image: a PIL image, an array, bytes, or a file's path."""
         raise self._lacks(Verb.DESCRIBE)
 
     def transcribe(
@@ -147,8 +190,8 @@ class Model:
         task: str = "transcribe",
         max_new_tokens: int | None = None,
     ) -> str:
-        """The words of an audio clip; `language` for a model that knows several, and for one that translates into
-        English the `task` "translate"."""
+        """The words of an audio clip: (waveform, rate), bytes, or a file's path; `language` for a model that knows
+        several, and for one that translates into English the `task` "translate"."""
         raise self._lacks(Verb.TRANSCRIBE)
 
     def segments(self, audio: Any, language: str | None = None, task: str = "transcribe") -> list[Any]:
@@ -181,8 +224,21 @@ class Model:
         """n audio clips, (waveform, rate), of what a text says."""
         raise self._lacks(Verb.SPEAK)
 
-    def embed(self, inputs: list[Any]) -> np.ndarray:
-        """The embedding of each input, (N, E) float32, of unit length."""
+    def embed(self, inputs: Any, prompt: str | None = None) -> np.ndarray:
+        """The embedding of an input, (E,) float32, of unit length.
+
+        Args:
+            inputs: An input, as `classify` takes it. A list, or a folder, has the embeddings (N, E) of its inputs.
+            prompt: One of the prompts that some text encoders have, as "query".
+
+        Raises PlaitError where a file does not exist or cannot be read.
+        """
+        given = inputs_of(inputs)
+        vectors = self.embed_inputs(given.values, prompt)
+        return vectors if given.several else vectors[0]
+
+    def embed_inputs(self, inputs: list[Any], prompt: str | None = None) -> np.ndarray:
+        """The embeddings (N, E) of inputs as they are: a str is a text, whatever it looks like."""
         raise self._lacks(Verb.EMBED)
 
     def explain(

@@ -170,7 +170,7 @@ class _Decider:
 
     def _predictions(self, column: str) -> Predictions:
         if column not in self.asked:
-            self.asked[column] = self.model.classify(self.value, column=column, top=None)
+            self.asked[column] = self.model.classify_together(self.value, column=column, top=None)
         return self.asked[column]
 
     def _by_mention(self, question: Question) -> list[tuple[str, list[str]]]:
@@ -200,7 +200,7 @@ class _Decider:
     def _zero_shot(self, question: Question) -> Decision:
         """By a model that compares images with texts."""
         labels = [one.description or one.value for one in question.options]
-        predictions = self.model.classify(self.value, labels=labels, top=None)
+        predictions = self.model.classify_together(self.value, labels=labels, top=None)
         chances = np.array([_chance(predictions, label) for label in labels])
         return Decision(question, (chances / max(chances.sum(), 1e-12)).tolist())
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plait.core.device import Device, exact_products
+from plait.core.device import Device, exact_products, matmul_precision
 from plait.inference.sampling import LOWEST
 from plait.kernels import generation as native
 from plait.kernels.choice import KERNEL, PYTORCH, choose, question
@@ -205,7 +205,8 @@ class Decoder:
             shapes["prompt"] = {way: _probe_prompt(decoder) for way, decoder in both.items()}
             return shapes
 
-        choice = choose(question(what, native.file_name()), calls)
+        with matmul_precision(self.device):
+            choice = choose(question(what, native.file_name()), calls)
         ways = Ways({rows: choice.way(f"batch {rows}") for rows in ROWS}, choice.way("prompt"))
         steps = math.prod(choice.ratio(f"batch {rows}") for rows in ROWS)
         large = sum(p.numel() for p in backbone.parameters()) * self.device.dtype.itemsize > LARGE

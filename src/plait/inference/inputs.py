@@ -12,6 +12,7 @@ from plait.core.errors import PlaitError
 from plait.inference.base import Verb
 from plait.modalities.base import MediaModality, Vocabulary
 from plait.modalities.descriptor import MediaError
+from plait.modalities.inputs import plain_input
 from plait.modalities.media import sniff
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import Sequence
@@ -114,6 +115,7 @@ class Reading:
                 return column, part if isinstance(part, list) else [part]
         if isinstance(part, str):
             return "", part
+        part = plain_input(part)
         kind, name = _kind(part)
         column = self.column(column, kind, f"read {kind}")
         try:

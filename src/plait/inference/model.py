@@ -26,6 +26,7 @@ from plait.inference.inputs import Reading
 from plait.inference.opinions import opinion_scores
 from plait.inference.results import Prediction, Predictions
 from plait.inference.sampling import Options, make_sampling
+from plait.modalities.inputs import medium_of
 from plait.model import checkpoint as checkpoints
 from plait.model.checkpoint import Checkpoint, find_checkpoint
 from plait.model.multimodal import Sequence
@@ -46,7 +47,7 @@ MODEL_CLASSES: ExtensionPoint[type[PlaitModel]] = ExtensionPoint("model_class")
 
 def load(path: str | Path, device: str = "auto", precision: str = "auto") -> Model:
     """The model of a run's folder (its best checkpoint, else its last), of a checkpoint's folder, or of a Hugging
-    Face name or folder: GPT-2, Llama and Qwen3 in our backbone, other architectures through transformers.
+    Face name, folder or GGUF file: `hf.architectures` in our backbone, others through transformers.
 
     Where a run's best checkpoint is damaged, a warning names what is wrong and the newest whole one is taken. Raises
     PlaitError where there is none or it is damaged.
@@ -267,6 +268,7 @@ class PlaitModel(Reading, Model):
     def describe(self, image: Any, column: str | None = None, **options: Unpack[Options]) -> str:
         """What the model writes about an image in a text column (the first by default)."""
         self.column(None, "image", "describe")
+        image = medium_of(image)
         target = self.column(column, "text", "describe")
         return self.write([self.context([image])], target, **options)[0][0]
 
@@ -286,6 +288,7 @@ class PlaitModel(Reading, Model):
             raise PlaitError(f"{self.name} writes what its columns hold. Leave the language out, or name a column.")
         self.column(None, "audio", "transcribe")
         target = self.column(column, "text", "transcribe")
+        audio = medium_of(audio)
         texts = [row[0] for row in self.write(self.alone(audio, self.engine.max_length), target, **options)]
         return joined(texts)
 
@@ -305,7 +308,7 @@ class PlaitModel(Reading, Model):
         count = max(n, best_of or n)
         samples = self.write([self.context([text])], column, n=count, **options)[0]
         if count > n:
-            vectors = self.embed([text, *((column, sample) for sample in samples)])
+            vectors = self.embed_inputs([text, *((column, sample) for sample in samples)])
             order = np.argsort(-(vectors[1:] @ vectors[0]), kind="stable")[:n]
             samples = [samples[i] for i in order]
         return [self.modality(column).to_object(sample) for sample in samples]
@@ -319,37 +322,68 @@ class PlaitModel(Reading, Model):
         ids = self.checkpoint.text.encode_batch(list(texts))
         return scoring.score(self.engine, [self._opened(c, column) for c in contexts], ids, batch_size)
 
-    def classify(
-        self, value: Any, labels: list[str] | None = None, column: str | None = None, top: int | None = 5
-    ) -> Predictions:
-        """The likeliest labels of an input, each with its probability among the labels, likeliest first.
+    def classify_inputs(
+        self, inputs: list[Any], labels: list[str] | None = None, column: str | None = None, top: int | None = 5
+    ) -> list[Predictions]:
+        """`classify` for inputs as they are.
 
         Labels default to the values that the column had in training; then the run's classifier answers, whose
         probabilities are calibrated on validation records and which knows what is unfamiliar. Labels of your own are
         ranked by their likelihood as texts. An audio clip longer than a window is read in windows and their
         probabilities averaged.
         """
-        parts = [self.context(value)] if isinstance(value, list) else self.alone(value, self.engine.max_length)
-        return self.classify_parts(parts, labels, column, top)
+        return self.classify_sequences(
+            [self.alone(value, self.engine.max_length) for value in inputs], labels, column, top
+        )
+
+    def classify_together(
+        self, value: Any, labels: list[str] | None = None, column: str | None = None, top: int | None = 5
+    ) -> Predictions:
+        """The likeliest labels of an input as it is, or of a list of inputs that are read in order as one."""
+        if isinstance(value, list):
+            return self.classify_parts([self.context(value)], labels, column, top)
+        return self.classify_inputs([value], labels, column, top)[0]
 
     def classify_parts(
         self, parts: list[Sequence], labels: list[str] | None = None, column: str | None = None, top: int | None = 5
     ) -> Predictions:
         """`classify` for an input that is sequences already: one, or its windows."""
+        return self.classify_sequences([parts], labels, column, top)[0]
+
+    def classify_sequences(
+        self,
+        inputs: list[list[Sequence]],
+        labels: list[str] | None = None,
+        column: str | None = None,
+        top: int | None = 5,
+    ) -> list[Predictions]:
+        """`classify` for inputs that are sequences already: of each one, or its windows."""
         if column is None:
             known = [name for name in self.labels if self.labels[name]]
             column = known[0] if known else None
         column = self.column(column, "text", "classify")
-        if labels is None and (classifier := self._classifier(parts, column)):
-            return self._decide(classifier, parts, top)
-        labels = self.labels.get(column, []) if labels is None else list(labels)
+        answers: dict[int, Predictions] = {}
+        groups: dict[int, list[int]] = {}  # which classifier answers, counted from 0, or -1 for none -> inputs
+        for place, parts in enumerate(inputs):
+            found = self._classifier(parts, column) if labels is None else None
+            groups.setdefault(-1 if found is None else self.checkpoint.classifiers.index(found), []).append(place)
+        for number, places in groups.items():
+            some = [inputs[place] for place in places]
+            if number >= 0:
+                made = self._decide(self.checkpoint.classifiers[number], some, top)
+            else:
+                made = self._rank(some, self.labels.get(column, []) if labels is None else list(labels), column, top)
+            answers |= dict(zip(places, made, strict=True))
+        return [answers[place] for place in range(len(inputs))]
+
+    def _rank(self, inputs: list[list[Sequence]], labels: list[str], column: str, top: int | None) -> list[Predictions]:
+        """Labels by their likelihood as texts."""
         if not labels:
             raise PlaitError(f"Column '{column}' has no known labels. Name them: labels=[...] or --labels a,b,c.")
-        scores = self.score(parts, column, labels)
+        scores = self.score([part for parts in inputs for part in parts], column, labels)
         chances = np.exp(scores - scores.max(1, keepdims=True))
-        mean = (chances / chances.sum(1, keepdims=True)).mean(0)
-        order = np.argsort(-mean, kind="stable")[:top]
-        return Predictions(Prediction(labels[i], float(mean[i])) for i in order)
+        chances /= chances.sum(1, keepdims=True)
+        return [_predictions(mean, labels, top) for mean in _means(chances, inputs)]
 
     def _classifier(self, parts: list[Sequence], column: str) -> Classifier | None:
         """What was fitted for one input of this kind, alone; None where nothing was."""
@@ -364,24 +398,29 @@ class PlaitModel(Reading, Model):
                 return one
         return None
 
-    def _decide(self, classifier: Classifier, parts: list[Sequence], top: int | None) -> Predictions:
-        """The classifier's answer to an input that is one sequence, or windows."""
-        if classifier.features.kind == "text":
-            inputs: list[Any] = ["".join(self.checkpoint.text.decode(part.ids) for part in parts)]
+    def _decide(self, classifier: Classifier, inputs: list[list[Sequence]], top: int | None) -> list[Predictions]:
+        """The classifier's answers to inputs that are one sequence each, or windows."""
+        if classifier.features.kind == "text":  # whose windows are one text again
+            samples: list[Any] = ["".join(self.checkpoint.text.decode(part.ids) for part in parts) for parts in inputs]
+            owners = [parts[:1] for parts in inputs]
         else:
-            inputs = [part.media[0].sample for part in parts]
-        scores = opinion_scores(self, classifier, inputs, classifier.mixture.used)
-        mean = np.exp(classifier.mixture.log_probabilities(scores)).mean(0)
-        unfamiliar = float(classifier.mixture.ood_scores(scores).mean())
-        order = np.argsort(-mean, kind="stable")[:top]
-        ranked = (Prediction(classifier.labels[i], float(mean[i])) for i in order)
-        return Predictions(ranked, unfamiliar, unfamiliar > classifier.mixture.threshold)
+            samples = [part.media[0].sample for parts in inputs for part in parts]
+            owners = inputs
+        scores = opinion_scores(self, classifier, samples, classifier.mixture.used)
+        chances = _means(np.exp(classifier.mixture.log_probabilities(scores)), owners)
+        unfamiliar = _means(classifier.mixture.ood_scores(scores), owners)
+        return [
+            _predictions(mean, classifier.labels, top, float(score), float(score) > classifier.mixture.threshold)
+            for mean, score in zip(chances, unfamiliar, strict=True)
+        ]
 
-    def embed(self, inputs: list[Any]) -> np.ndarray:
+    def embed_inputs(self, inputs: list[Any], prompt: str | None = None) -> np.ndarray:
         """The place of each input in the one space, (N, E) float32, of unit length.
 
         Inputs longer than the model reads at once are embedded in windows whose mean counts.
         """
+        if prompt is not None:
+            raise PlaitError(f"{self.name} has no prompts. Leave the prompt out.")
         return self.embed_parts([self.alone(value, self.engine.max_length) for value in inputs])
 
     def embed_parts(self, parts: list[list[Sequence]]) -> np.ndarray:
@@ -395,6 +434,19 @@ class PlaitModel(Reading, Model):
     def embed_sequences(self, sequences: list[Sequence], batch_size: int = 256) -> np.ndarray:
         """The embedding of the first span of each sequence, (N, E) float32, of unit length."""
         return scoring.embed(self.engine, sequences, batch_size)
+
+
+def _predictions(
+    chances: np.ndarray, labels: list[str], top: int | None, ood_score: float | None = None, unlike: bool = False
+) -> Predictions:
+    """The likeliest of labels (L,), by their probabilities."""
+    order = np.argsort(-chances, kind="stable")[:top]
+    return Predictions((Prediction(labels[i], float(chances[i])) for i in order), ood_score, unlike)
+
+
+def _means(values: np.ndarray, inputs: list[list[Sequence]]) -> list[np.ndarray]:
+    """The mean of each input's rows, which lie one after the other."""
+    return [rows.mean(0) for rows in np.split(values, np.cumsum([len(parts) for parts in inputs])[:-1])]
 
 
 def joined(texts: list[str]) -> str:

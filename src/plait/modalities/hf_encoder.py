@@ -77,8 +77,7 @@ class HFEncoder(nn.Module):
         except Exception as error:  # its classes raise nearly anything on odd values
             reason = " ".join(str(error).split())[:200].rstrip(".")
             raise PlaitError(f"The pretrained encoder cannot be built from its configuration: {reason}.") from error
-        width = getattr(described, "hidden_size", None) or described.hidden_sizes[-1]
-        self.width = int(width)
+        self.width = _width(described, self.network)
         self.frozen = frozen
         if frozen:
             self.requires_grad_(False)
@@ -96,3 +95,17 @@ class HFEncoder(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and (asked or not self.frozen)):
             states: Tensor = self.network(**inputs).last_hidden_state
         return states.float()
+
+
+def _width(config: Any, network: Any) -> int:
+    """H: what the configuration calls the width of the last hidden states; where it has no such name, as EfficientNet
+    has none, it is seen from an empty image."""
+    sizes = getattr(config, "hidden_sizes", None)
+    known = getattr(config, "hidden_size", None) or (sizes[-1] if sizes else None)
+    if known is not None:
+        return int(known)
+    side, place = int(getattr(config, "image_size", 224)), next(network.parameters())
+    pixels = torch.zeros(1, int(getattr(config, "num_channels", 3)), side, side, device=place.device)
+    with torch.no_grad():
+        states = network.eval()(pixels).last_hidden_state
+    return int(states.shape[1] if states.ndim == 4 else states.shape[2])

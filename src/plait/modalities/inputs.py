@@ -6,7 +6,9 @@ Imports no torch: tensors are known by their methods.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +19,72 @@ from plait.core.errors import PlaitError
 from plait.modalities.media import kind_of_suffix
 
 
-def media_or_text(value: str) -> str | Path:
-    """A text, or the file that it names.
+@dataclass(frozen=True)
+class Inputs:
+    """What a caller of a verb gave.
 
-    What names a file or a folder that is there is that; what looks like a path and is not there is an error; anything
-    else is text.
+    Attributes:
+        values: inputs that models read: texts, `Path`s of files, images, (waveform, rate), ...
+        several: whether the caller gave a list or a folder, and so wants a list of answers.
+    """
+
+    values: list[Any]
+    several: bool
+
+
+def inputs_of(value: Any) -> Inputs:
+    """What a value given to a verb means: a list is a batch, a folder its files, a str the file that it names or else a
+    text, arrays and tensors are images, (waveform, rate) is audio in either order.
+
+    Only for what a program's author or the owner of the machine gives: a str that came over the network must not name
+    files, so servers hand texts to the verbs' counterparts for single inputs.
+    Raises PlaitError for a path that does not exist and for what is no input.
+    """
+    if isinstance(value, list):
+        return Inputs([one for item in value for one in inputs_of(item).values], True)
+    if isinstance(value, str):
+        value = media_or_text(value)
+    if isinstance(value, Path) and value.is_dir():
+        return Inputs(list(files_of(value)), True)
+    return Inputs([plain_input(value)], False)
+
+
+def medium_of(value: Any) -> Any:
+    """What a value given to a verb that reads one medium means: a str is the path of a file, since it can be no text.
+
+    Only for what a program's author gives, as `inputs_of`.
+    """
+    return Path(value).expanduser() if isinstance(value, str) else plain_input(value)
+
+
+def plain_input(value: Any) -> Any:
+    """A single input in the form in which models take it."""
+    if is_tensor(value) or isinstance(value, np.ndarray):
+        return as_image(value)
+    if (audio := as_audio(value)) is not None:
+        return audio
+    if isinstance(value, tuple) and not (len(value) == 2 and isinstance(value[0], str)):
+        kinds = ", ".join(type(part).__name__ for part in value)
+        raise PlaitError(f"A tuple ({kinds}) is no input. Audio is (waveform, rate in Hz); several inputs are a list.")
+    return value
+
+
+def media_or_text(value: str) -> str | Path:
+    """A text, or the file or folder that it names.
+
+    What names a file that is there is the file, and a folder where it is written with a stroke; what looks like a path
+    and is not there is an error; anything else is text.
     Raises PlaitError for a path that does not exist.
     """
-    path = Path(value).expanduser() if len(value) < 4096 and "\n" not in value and value.strip() else None
-    if path is None:
+    if len(value) > 4096 or "\n" in value or "\0" in value:
         return value
+    path = Path(value).expanduser()
+    with contextlib.suppress(OSError, ValueError):  # a name longer than names may be
+        if path.is_file() or (path.is_dir() and ("/" in value or os.sep in value)):
+            return path
     spaced = re.search(r"\s", value) is not None  # a sentence may end like a file, or hold a stroke
-    rooted = value.startswith(("/", "./", "../", "~/")) or (len(value) > 2 and value[1:3] in (":\\", ":/"))
-    with contextlib.suppress(OSError, ValueError):  # a name longer than names may be, or with a NUL
-        if path.is_file() and (rooted or path.suffix or "/" in value):
-            return path
-        if path.is_dir() and (rooted or "/" in value):
-            return path
-    if not spaced and ((rooted and path.suffix) or kind_of_suffix(path.suffix)):
+    rooted = value.startswith(("/", "./", "../", "~/")) and "." in path.name
+    if not spaced and (rooted or kind_of_suffix(path.suffix)):
         raise PlaitError(f"{value} does not exist. Name a file, or give a text that is no path.")
     return value
 

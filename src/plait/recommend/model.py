@@ -342,7 +342,7 @@ def embedder(name: str, device: str = "auto") -> Embed:
         ):
             there = [i for i, view in enumerate(views) if view is not None]
             if kind in kinds and there:
-                vectors = model.embed([views[i] for i in there])
+                vectors = model.embed_inputs([views[i] for i in there])
                 total = np.zeros((len(items), vectors.shape[1]), np.float32) if total is None else total
                 total[there] += vectors
         if total is None:

@@ -112,7 +112,7 @@ class Adding:
         if not values:
             return []
         try:
-            return list(self.index.model.embed(values))
+            return list(self.index.model.embed_inputs(values))
         except PlaitError as error:
             if len(values) == 1:
                 return [str(error).removesuffix(".")]

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from plait.console import DeviceOption, app, err, media_or_text, out, plain, write
+from plait.console import DeviceOption, app, err, out, plain, write
 from plait.core.progress import ProgressBar
 
 index_app = typer.Typer(
@@ -133,7 +133,7 @@ def search(
 
     if out_file is not None and out_file.suffix.lower() not in (".png", ".html"):
         raise PlaitError(f"Results are written as .png or .html, not as {out_file.name}.")
-    hits = Index(index, model, device).search(media_or_text(query), k, where, by)
+    hits = Index(index, model, device).search(query, k, where, by)
     if not hits:
         out.print("Nothing was found." + (" Widen --where." if where else ""))
     table = Table("", "similarity", "kind", "what", "from", box=None, header_style="bold")

@@ -31,6 +31,7 @@ from plait.data.record import Rejected
 from plait.data.stores import Location, location
 from plait.inference.base import Model
 from plait.inference.model import load
+from plait.modalities.inputs import inputs_of
 from plait.modalities.media import Checker
 from plait.search.adding import OWN, Adding, Progress, checksums
 from plait.search.entries import entries
@@ -172,7 +173,7 @@ class Index:
             self.metadata["sha256"], self.metadata["model"], self.metadata["width"]
 
     def _create(self) -> None:
-        width = int(self.model.embed(["."]).shape[1])
+        width = int(self.model.embed_inputs(["."]).shape[1])
         self.metadata["width"] = width
         vector = pa.list_(pa.float32(), width)
         fields = [pa.field(name, pa.string()) for name in OWN]
@@ -257,10 +258,11 @@ class Index:
         the vectors' weighed by what they were worth on the run's val, and without what is nearer by chance) or "auto":
         hybrid for a text where the index holds texts. Raises PlaitError.
         """
+        query = inputs_of(query).values[0] if by != "words" else query
         words = query if isinstance(query, str) else None
         if by == "words":
             return self.find(None, words, k, where, by)
-        return self.find(self.model.embed([query])[0], words, k, where, by)
+        return self.find(self.model.embed_inputs([query])[0], words, k, where, by)
 
     def find(
         self, vector: np.ndarray | None, words: str | None = None, k: int = 10, where: str | None = None,

@@ -42,7 +42,7 @@ async def search(request: Request, body: s.SearchRequest) -> Response:
             request_context.prompt_tokens = sum(map(len, parts[0]))
             vector = (await served.worker.call(lambda: ours.embed_parts(parts), deadline))[0]
         else:
-            vector = (await served.worker.call(lambda: model.embed(values), deadline))[0]
+            vector = (await served.worker.call(lambda: model.embed_inputs(values), deadline))[0]
     hits = await service.prepared(lambda: index.find(vector, words, body.k, where, body.by), INLINE)
     data = [_found(hit, body.preview) for hit in hits]
     return JSONResponse({"object": "list", "model": served.name, "index": name, "data": data})

@@ -308,7 +308,7 @@ async def embeddings(request: Request, body: s.EmbeddingRequest) -> Response:
     elif ids:
         raise ApiError(400, f"{served.name} takes texts, not ids. Send strings.", "input")
     else:
-        vectors = await served.worker.call(lambda: model.embed(values), deadline)
+        vectors = await served.worker.call(lambda: model.embed_inputs(values), deadline)
     if body.dimensions is not None and body.dimensions != vectors.shape[1]:
         message = f"The embeddings of {served.name} have {vectors.shape[1]} dimensions. Leave dimensions out."
         raise ApiError(400, message, "dimensions")
@@ -356,7 +356,7 @@ async def classify(request: Request, body: s.ClassifyRequest) -> Response:
             raise ApiError(400, f"{served.name} classifies one input at a time. Send one part.", "input")
 
         def work() -> Predictions:
-            return model.classify(values[0], labels=body.labels, column=body.column, top=body.top)
+            return model.classify_inputs(values, body.labels, body.column, body.top)[0]
 
     ranked = await served.worker.call(work, deadline)
     data = [prediction._asdict() for prediction in ranked]

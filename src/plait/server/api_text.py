@@ -59,7 +59,11 @@ async def chat_completions(request: Request, body: s.ChatRequest) -> Response:
     model, chat, n = served.ours, served.chat, body.n or 1
     if chat is None:
         raise ApiError(400, f"{served.name} has no chat.", "model")
-    turns = await _turns(service, served, body, service.deadline(request_context))
+    if body.tool_choice not in (None, "auto", "none"):
+        raise ApiError(400, "No model here calls tools yet. Leave tool_choice out, or send 'auto'.", "tool_choice")
+    if body.tools:
+        service.ignore("tools", request_context)
+    turns = await chat_turns(service, served, body.messages, service.deadline(request_context))
     size = sum(len(part) for turn in turns for part in turn.parts if isinstance(part, str))
     most = most_of(model, body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens)
     outputs = list(dict.fromkeys(body.modalities or ["text"]))
@@ -126,9 +130,10 @@ async def chat_completions(request: Request, body: s.ChatRequest) -> Response:
     return JSONResponse({**head, "choices": choices, "usage": usage_of(read_, request_context.completion_tokens)})
 
 
-async def _turns(service: Service, served: Served, body: s.ChatRequest, deadline: float) -> list[Turn]:
+async def chat_turns(service: Service, served: Served, messages: list[s.Message], deadline: float) -> list[Turn]:
+    """Messages as turns, their media decoded. Raises ApiError for an empty one, and where there is too much."""
     every: list[list[Any]] = []
-    for message in body.messages:
+    for message in messages:
         parts: list[Any] = [message.content] if isinstance(message.content, str) else list(message.content or [])
         parts += message.images or []
         if not parts and message.role != "assistant":
@@ -138,7 +143,7 @@ async def _turns(service: Service, served: Served, body: s.ChatRequest, deadline
     served.check_prompt((part for parts in every for part in parts), "messages")
     return [
         Turn(message.role, await service.parts(served.model, parts, f"messages.{i}.content", deadline))
-        for i, (message, parts) in enumerate(zip(body.messages, every, strict=True))
+        for i, (message, parts) in enumerate(zip(messages, every, strict=True))
         if parts  # clients send replies that were cut before their first word
     ]
 
@@ -362,3 +367,30 @@ async def _text_events(
         yield [
             {**head, "choices": [], "usage": usage_of(request_context.prompt_tokens, request_context.completion_tokens)}
         ]
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------
+
+
+@router.post("/tokenize", response_model=s.Tokenized, tags=["text"])
+async def tokenize(request: Request, body: s.TokenizeRequest) -> Response:
+    """The ids of a text."""
+    service, request_context = of(request)
+    model = service.open(body, request_context).ours
+    text = model.checkpoint.text
+    start = text.start if body.add_special_tokens and not model.columns else []
+    ids = await service.prepared(lambda: [*start, *text.encode(body.prompt)], len(body.prompt))
+    return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": model.engine.max_length})
+
+
+@router.post("/detokenize", response_model=s.Detokenized, tags=["text"])
+async def detokenize(request: Request, body: s.DetokenizeRequest) -> Response:
+    """The text of ids."""
+    service, request_context = of(request)
+    model = service.open(body, request_context).ours
+
+    def work() -> str:
+        check_ids(model, body.tokens)
+        return model.checkpoint.text.decode(body.tokens)
+
+    return JSONResponse({"prompt": await service.prepared(work, len(body.tokens))})

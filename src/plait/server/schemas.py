@@ -197,6 +197,8 @@ class ChatRequest(Writing):
     modalities: Annotated[list[Literal["text", "image", "audio"]], Field(min_length=1, max_length=3)] | None = None
     audio: AudioOut | None = None
     max_completion_tokens: Tokens = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
@@ -210,6 +212,15 @@ class CompletionRequest(Writing):
     ]  # fmt: skip
     echo: bool | None = None
     logprobs: Annotated[int | None, Field(ge=0, le=20, description="So many likeliest tokens at each place.")] = None
+
+
+class TokenizeRequest(Body):
+    prompt: Text
+    add_special_tokens: bool = True
+
+
+class DetokenizeRequest(Body):
+    tokens: Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(max_length=65_536)]
 
 
 class EmbeddingRequest(Body):
@@ -387,6 +398,16 @@ class Completion(BaseModel):
     system_fingerprint: str
     choices: list[TextChoice]
     usage: Usage
+
+
+class Tokenized(BaseModel):
+    tokens: list[int]
+    count: int
+    max_model_len: int
+
+
+class Detokenized(BaseModel):
+    prompt: str
 
 
 class EmbeddingData(BaseModel):

@@ -92,7 +92,7 @@ class Models:
             labels: list[tuple[str, float]] = []
             none = False
             if "classify" in verbs and any(getattr(model, "labels", {}).values()):
-                found = model.classify(value, top=5)
+                found = model.classify_inputs([value], top=5)[0]
                 labels = [(str(label), float(chance)) for label, chance in found]
                 none = bool(getattr(found, "none_of_these", False))
             words = self._words(model, verbs, kind, value) if not labels else ""
@@ -172,12 +172,12 @@ class Models:
             indices = [int(i) for i in dataset.indices("train")[:INDEXED]]
             rows = [(i, record.parts[column]) for i, record in zip(indices, dataset.iterate(indices, [column]),
                                                                    strict=True) if column in record.parts]  # fmt: skip
-            vectors = model.embed([(column, part) for _, part in rows]) if rows else np.zeros((0, 1), np.float32)
+            vectors = model.embed_inputs([(column, part) for _, part in rows]) if rows else np.zeros((0, 1), np.float32)
             self._vectors = vectors, [i for i, _ in rows]
         vectors, owners = self._vectors
         if not len(vectors):
             return []
-        alike = vectors @ model.embed([value])[0]
+        alike = vectors @ model.embed_inputs([value])[0]
         order = np.argsort(-alike, kind="stable")[:NEAREST]
         return [(owners[i], float(alike[i])) for i in order]
 

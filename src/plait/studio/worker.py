@@ -171,7 +171,7 @@ def write_predictions(project: Project, job: Job) -> None:
         record = dataset.record(int(index))
         if record.parts.get(column) is None or record.parts.get(source) is None:
             continue
-        answers = model.classify((source, record.parts[source]), column=column, top=3)
+        answers = model.classify_inputs([(source, record.parts[source])], column=column, top=3)[0]
         rows.append({
             "id": record.id, "source": record.source, "kind": dataset.columns[source], "truth": record.parts[column],
             "answers": [[str(label), round(float(chance), 4)] for label, chance in answers],

@@ -100,6 +100,7 @@ class Run:
         facts = {"instructions": level.name if level else "none", "blocks": native.backend_name(self.device)}
         if self.device.dtype is torch.float32:
             facts["products"] = KERNEL if native.multiplies() else PYTORCH
+            native.multiply(facts["products"] == KERNEL)  # from here on: what is written down is what computes
         return facts
 
     def _same_computing(self, allow_changes: bool) -> None:
