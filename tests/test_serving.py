@@ -171,7 +171,7 @@ def test_another_client(server: Server, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-def test_curl(server: Server, media: tuple[str, str], tmp_path: Path) -> None:
+def test_curl(server: Server, media: tuple[str, str], trained: Path, tmp_path: Path) -> None:
     def curl(*arguments: str) -> bytes:
         return subprocess.run(["curl", "-sSN", "--fail", *arguments], check=True, capture_output=True).stdout
 
@@ -181,8 +181,10 @@ def test_curl(server: Server, media: tuple[str, str], tmp_path: Path) -> None:
     assert text.decode().strip() in EN
     body = {"model": "run", "input": {"type": "image_url", "image_url": {"url": media[0]}}, "top": 2}
     (tmp_path / "body.json").write_text(json.dumps(body))
-    found = curl(f"{server.url}/v1/plait/classify", "--json", f"@{tmp_path / 'body.json'}")
-    assert json.loads(found)["data"][0]["label"] in EN
+    found = json.loads(curl(f"{server.url}/v1/plait/classify", "--json", f"@{tmp_path / 'body.json'}"))
+    said = api.load(trained).classify(base64.b64decode(media[0].split(",")[1]), top=2)
+    assert found["data"][0]["label"] == said[0].label
+    assert (found["none_of_these"], found["ood_score"]) == (said.none_of_these, said.ood_score)
     (tmp_path / "body.json").write_text(json.dumps({"model": "run", "input": body["input"], "image": True}))
     found = json.loads(curl(f"{server.url}/v1/plait/explain", "--json", f"@{tmp_path / 'body.json'}"))
     assert found["answer"] in EN and len(found["parts"][0]["weights"]) == 64 and found["areas"]["random_maps"] == 10

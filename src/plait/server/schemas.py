@@ -446,9 +446,14 @@ class LabelChance(BaseModel):
 
 
 class Classification(BaseModel):
+    """The likeliest labels. `none_of_these` says that the input is unlike all that was learnt; `ood_score`, in [0, 1],
+    is the share of validation records that look more familiar; null where that was not calibrated."""
+
     object: Literal["list"] = "list"
     model: str
     data: list[LabelChance]
+    none_of_these: bool
+    ood_score: float | None
 
 
 class Found(BaseModel):

@@ -54,11 +54,10 @@ async function answerTo(inputs, shown) {
   const place = element("article", { className: "answer" }, ...shown, box);
   $("#answer").replaceChildren(place);
   if (model.labelled || !model.kinds.length) {
-    const { data } = await post("/v1/plait/classify", { input: inputs, top: 5 });
-    const none = data.length && data[0].label === null;
+    const { data, none_of_these: none } = await post("/v1/plait/classify", { input: inputs, top: 5 });
     box.append(element("p", { className: "big" }, none ? TEXTS.not_sure : `${data[0].label} `));
     const table = element("tbody");
-    data.forEach(({ label, probability }) => table.append(element("tr", {}, element("td", {}, label ?? TEXTS.not_sure),
+    data.forEach(({ label, probability }) => table.append(element("tr", {}, element("td", {}, label),
       element("td", {}, element("meter", { min: 0, max: 1, value: probability })), element("td", {}, percent(probability)))));
     box.append(element("table", { className: "bars" }, table));
     const why = element("button", { type: "button" }, TEXTS.why);
