@@ -20,7 +20,6 @@ import pytest
 import soundfile
 from PIL import Image, PngImagePlugin
 
-from plait.console import media_or_text
 from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
 from plait.data.prepare import prepare
@@ -28,6 +27,7 @@ from plait.data.record import SPLITS
 from plait.modalities.audio_files import decode_audio, encode_wav
 from plait.modalities.descriptor import MediaError
 from plait.modalities.image_files import decode_image, encode_png
+from plait.modalities.inputs import media_or_text
 from plait.modalities.media import MEDIA, sniff
 from plait.modalities.text import Text
 from plait.recommend.write_histories import read_histories
