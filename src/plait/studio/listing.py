@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from plait.core.errors import PlaitError
-from plait.core.files import write_atomic
+from plait.core.files import sha256_file, write_atomic
 from plait.modalities.descriptor import MediaError
 from plait.modalities.media import MEDIA, Checker, kind_of_suffix
 from plait.studio.labels import LabelEdits
@@ -68,7 +68,8 @@ class Listing:
 def list_project(project: Project) -> Listing:
     """The files of a project, read from the disk; kept in memory until a folder or the edits change."""
     source, edits = project.source, project.folder / "labels.jsonl"
-    stamp = edits.stat().st_mtime_ns if edits.exists() else 0
+    # By content: two edits may fall into one tick of the file system's clock.
+    stamp = sha256_file(edits) if edits.exists() else ""
     return _listing(source, edits, stamp, _state(source))
 
 
@@ -81,7 +82,7 @@ def _state(source: Path) -> int:
 
 
 @lru_cache(maxsize=8)
-def _listing(source: Path, edits: Path, stamp: int, state: int) -> Listing:
+def _listing(source: Path, edits: Path, stamp: str, state: int) -> Listing:
     paths = _files(source)
     described = any(path.lower() in METADATA for path in paths) and not (edits.exists() and stamp)
     folder_labels = {path: _folder_label(path) for path in paths if kind_of(path) in MEDIA}
