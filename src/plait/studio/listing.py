@@ -77,7 +77,7 @@ def _state(source: Path) -> int:
     """A number that changes when a file is added to or removed from any folder below `source`."""
     if source.is_file():
         return source.stat().st_mtime_ns
-    times = [(str(folder), Path(folder).stat().st_mtime_ns) for folder, _, _ in os.walk(source)]
+    times = [(folder, len(files), Path(folder).stat().st_mtime_ns) for folder, _, files in os.walk(source)]
     return hash(tuple(times))
 
 
