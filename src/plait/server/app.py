@@ -9,7 +9,6 @@ import logging
 import re
 import signal
 from collections.abc import AsyncIterator, Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartParser
 from starlette.requests import Request
 
+from plait.core import dist
 from plait.core.errors import PlaitError
 from plait.core.features import ExtensionPoint
 from plait.core.files import sha256_file
@@ -198,7 +198,7 @@ def make_app(service: Service, access_policy: AccessPolicy) -> FastAPI:
 
     app = FastAPI(
         title="Plait",
-        version=version("plait"),
+        version=dist.VERSION,
         description="Models that read and write text, images and audio, in the shapes of OpenAI's API.",
         lifespan=lifespan,
         docs_url=None,  # their pages load scripts from elsewhere
