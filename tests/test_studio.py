@@ -301,7 +301,7 @@ def test_a_job_is_a_process_of_its_own_and_goes_on_after_a_kill(client: TestClie
     done = finished(project, "1")
     assert done.current == "done", done.error + jobs.last_lines(done, 30)
     page = client.get("/p/p/result/1").text
-    assert "named right" in page
+    assert 'id="answers"' in page and 'class="big"' in page  # the verdict, and what was answered
     answer = client.post("/p/p/runs/1/ask", content=png(0, 99), headers={"content-type": "application/octet-stream"})
     assert answer.status_code == 200 and "disc" in answer.text
     refused = client.post("/p/p/runs/1/ask", content=b"nothing", headers={"content-type": "application/octet-stream"})
