@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-# scikit-learn is imported where it fits or reads texts: it takes longer than torch, and images and audio need none of it.
+# scikit-learn is imported where it fits or reads texts: that takes longer than torch, and media need none of it.
 if TYPE_CHECKING:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
