@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import minimize
 
 PULL = 4.0  # records' worth of belief that all opinions count alike
 QUANTILES = 201  # of the familiarity of validation records that are kept
@@ -69,6 +68,8 @@ def fit_mixture(scores: dict[str, np.ndarray], truth: np.ndarray) -> Mixture:
     more often right than the best opinion alone, that one is taken. An opinion that adds nothing
     gets the weight 0 and need not be asked.
     """
+    from scipy.optimize import minimize  # takes as long to import as half of torch
+
     names, rows = list(scores), np.arange(len(truth))
     stack = np.stack([scores[name] for name in names])
     alone = np.array([temperature(scores[name], truth) for name in names])
