@@ -3,9 +3,9 @@
     python bench/scale.py --megabytes 200 2000
     python bench/scale.py --megabytes 200 --form jsonl --no-near-duplicates
 
-The text is made of paragraphs from the files of this machine (Python's and the system's sources and documents), drawn at
-random, so that no two records are alike. Memory is what the processes together hold beside files that are mapped, whose
-pages the system takes back as it likes: RssAnon and RssShmem of /proc/PID/status, sampled ten times a second.
+The text is made of paragraphs from the files of this machine (the sources and documents of Python and the system), drawn
+at random, so that no two records are alike. Memory is what the processes together hold beside files that are mapped,
+whose pages the system takes back: RssAnon and RssShmem of /proc/PID/status, sampled ten times a second.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _held(process: psutil.Process) -> int:
 def run(command: list[str]) -> Cost:
     """Run a command and watch it and its children. Raises SystemExit where it fails."""
     before, begun = os.times(), time.perf_counter()
-    log = tempfile.TemporaryFile()
+    log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the command
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     watched, most = psutil.Process(process.pid), 0
     while process.poll() is None:

@@ -79,6 +79,7 @@ class Plan:
     tail: bool = False  # one text file: the last tenth is for validation
     chats: list[str] = field(default_factory=list)  # columns whose text is a conversation (see conversations.py)
     warnings: list[str] = field(default_factory=list)  # what people must know of how it is read
+    grown: bool = False  # records of a dataset, whose splits stay, and new ones
 
 
 def suffix_of(name: str) -> str:
