@@ -485,17 +485,10 @@ def main() -> None:
         begun = time.process_time()
         found = row.measure(Task(options.data.resolve(), Path(folder), options.seed, key["seconds"]))
     level = isa.level()
-    machine: dict[str, Any] = {
-        "processor": platform.processor() or platform.machine(),
-        "instructions": level.name if level else "",
-    }
     line = {
-        **key,
-        **found,
-        "whole": round(time.process_time() - begun, 1),
-        "threads": torch.get_num_threads(),
-        **machine,
-    }
+        **key, **found, "whole": round(time.process_time() - begun, 1), "threads": torch.get_num_threads(),
+        "processor": platform.processor() or platform.machine(), "instructions": level.name if level else "none",
+    }  # fmt: skip
     with options.out.open("a") as file:
         file.write(json.dumps(line) + "\n")
     print(line)
