@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import minimize
 
 PULL = 4.0  # records' worth of belief that all opinions count alike
 DOUBT = 4.0  # records that are counted as wrong beside those of validation
@@ -84,6 +83,8 @@ def fit_mixture(scores: dict[str, np.ndarray], truth: np.ndarray) -> Mixture:
     since opinions that err apart are worth more together on records that differ from these. An opinion that adds
     nothing gets the weight 0 and need not be asked.
     """
+    from scipy.optimize import minimize  # takes as long to import as half of torch
+
     names = list(scores)
     stack = np.stack([scores[name] for name in names])
     targets = softened(truth, stack.shape[2])
