@@ -13,6 +13,7 @@ from plait.studio.jobs import Job
 
 PROGRESS = "progress.json"  # of a run
 
+
 @dataclass(frozen=True)
 class Progress:
     """What a training has done.

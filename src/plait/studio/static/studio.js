@@ -117,6 +117,17 @@ function dataPage() {
 
 // --- labels ---------------------------------------------------------------------------------------------------
 
+function pairsPart() {
+  const place = $("#pairs");
+  if (!place) return;
+  place.addEventListener("click", guarded(async (event) => {
+    const { file } = event.target.dataset;
+    if (!file) return;
+    await send(`/p/${encodeURIComponent(place.dataset.project)}/labels`, { action: "delete", files: [file] });
+    event.target.closest(".pair").hidden = true;
+  }));
+}
+
 function galleryPage() {
   const gallery = $("#gallery"), bar = $("#edit");
   if (!gallery || !bar) return;
@@ -409,6 +420,7 @@ function everywhere() {
 everywhere();
 dataPage();
 galleryPage();
+pairsPart();
 recordPage();
 resultPage();
 usePage();
