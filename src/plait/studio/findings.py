@@ -1,4 +1,4 @@
-"""What preparing and a run found out about the data: near-duplicates, labels that are likely wrong, what to label next."""
+"""What preparing and a run found out about the data: near-duplicates, likely label errors, what to label next."""
 
 from __future__ import annotations
 

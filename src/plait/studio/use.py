@@ -131,7 +131,8 @@ class Models:
 
         with self.lock:
             model = self.get(run)
-            found = [model.explain(value, answer) for answer in answers or [None]]
+            own: list[str | None] = [None]
+            found = [model.explain(value, answer) for answer in answers or own]
         shown = []
         for one in found:
             words = [part for part in one.parts if isinstance(part, Words)]

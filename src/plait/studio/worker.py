@@ -140,7 +140,7 @@ def _evaluate(job: Job) -> None:
 
     evaluation = plait.evaluate(job.run_folder, progress=True)
     verdict = evaluation.verdict
-    kept = {
+    kept: dict[str, Any] = {
         "sentence": verdict.sentence if verdict else "",
         "next_step": verdict.next_step if verdict else "",
         "learnt": verdict.learnt if verdict else None,
