@@ -3,7 +3,7 @@
     python bench/scale.py --megabytes 200 2000
     python bench/scale.py --megabytes 200 --form jsonl --no-near-duplicates
 
-The text is made of paragraphs from the files of this machine (the sources and documents of Python and the system), drawn
+The text is made of paragraphs from the files of this machine (sources and documents of Python and the system), drawn
 at random, so that no two records are alike. Memory is what the processes together hold beside files that are mapped,
 whose pages the system takes back: RssAnon and RssShmem of /proc/PID/status, sampled ten times a second.
 """

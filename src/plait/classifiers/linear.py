@@ -12,7 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-STRENGTHS = (0.1, 0.3, 1.0)  # of a linear SVM, largest last, tried in this order
+STRENGTHS = (0.1, 0.3, 1.0, 3.0)  # of a linear SVM, largest last, tried in this order
 DENSE_STRENGTHS = (1e-4, 3e-4, 1e-3, 3e-3)
 MOST_GRAMS = 2**16  # n-grams of one kind that are kept, by the weight that they have
 WORD_GRAMS, CHARACTER_GRAMS = (1, 2), (2, 5)
@@ -53,20 +53,32 @@ def choose_linear(
     strengths: Sequence[float],
 ) -> tuple[float, bool]:
     """The strength, and whether to balance classes, by accuracy and macro F1 (their mean) on held-out records: the
-    least strength within a standard error of the best, since new records differ more from train than these do."""
+    least strength that is not surely worse than the best, since new records differ more from train than these do.
+
+    Surely worse is: by more than a standard error of the difference, record by record, where each class counts half
+    by its records and half as one class among others.
+    """
     from sklearn.metrics import accuracy_score, f1_score
 
     counts = np.bincount(labels, minlength=classes)
     uneven = counts.max() > 3 * max(np.median(counts), 1)
-    found: list[tuple[float, float, bool]] = []
+    held_counts = np.bincount(held_labels, minlength=classes)
+    share = 0.5 + 0.5 * len(held_labels) / (np.count_nonzero(held_counts) * held_counts[held_labels])
+    tried: list[tuple[float, float, bool, np.ndarray]] = []
     for balanced in (False, True) if uneven else (False,):
         for strength in strengths:
             said = fit_linear(features, labels, classes, strength, balanced)(held_features).argmax(1)
             score = (accuracy_score(held_labels, said) + f1_score(held_labels, said, average="macro")) / 2
-            found.append((score, strength, balanced))
-    best, _, chosen = max(found)
-    sure = best - (best * (1 - best) / len(held_labels)) ** 0.5
-    return min(strength for score, strength, balanced in found if balanced == chosen and score >= sure), chosen
+            tried.append((score, strength, balanced, share * (said == held_labels)))
+    _, _, chosen, best = max(tried, key=lambda one: one[:3])
+
+    def surely_worse(right: np.ndarray) -> bool:
+        lost = best - right
+        return bool(lost.mean() > lost.std() / len(lost) ** 0.5)
+
+    return min(
+        strength for _, strength, balanced, right in tried if balanced == chosen and not surely_worse(right)
+    ), chosen
 
 
 @dataclass
