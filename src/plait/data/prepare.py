@@ -279,23 +279,15 @@ def estimate(source: str | Path, **options: Any) -> Cost:
 # --- splitting --------------------------------------------------------------------------------------------------
 
 
-<<<<<<< HEAD
-def _split(given: np.ndarray, draw: np.ndarray, tail: bool, grown: bool) -> tuple[np.ndarray, str]:
-    """The split of each record (N,) as a number in SPLITS, and the rule in words. `given` is what the source says,
-    -1 where it says nothing; `draw` (N,) in [0, 1) is a hash of the content; `grown`: see `Plan`."""
-    if tail:
-        return np.where(given < 0, 0, given), "the last tenth of the text is val"
-    if grown:
-        drawn = np.digitize(draw, [0.8, 0.9])
-        return np.where(given < 0, drawn, given), "what was there stays; new records 80/10/10 by a hash of the content"
-=======
-def _split(given: np.ndarray, draw: np.ndarray, tail: bool, labels: np.ndarray | None) -> tuple[np.ndarray, str]:
+def _split(given: np.ndarray, draw: np.ndarray, found: Plan, labels: np.ndarray | None) -> tuple[np.ndarray, str]:
     """The split of each record (N,) as a number in SPLITS, and the rule in words. `given` is what the source says,
     -1 where it says nothing; `draw` (N,) in [0, 1) is a hash of the content; `labels` (N,) numbers the records' labels,
     where they have any."""
-    if tail:
+    if found.tail:
         return np.where(given < 0, 0, given), "the last tenth of the text is val and test, half each"
->>>>>>> main
+    if found.grown:
+        rule = "what was there stays; new records 80/10/10 by a hash of the content, equal media with what was there"
+        return np.where(given < 0, _beside(given, draw), given), rule
     if not (given >= 0).any():
         if labels is not None and len(draw) <= _STRATIFIED:
             rule = "80/10/10 of each label by a hash of the content; equal media share a split"
@@ -307,6 +299,15 @@ def _split(given: np.ndarray, draw: np.ndarray, tail: bool, labels: np.ndarray |
     share = 0.0 if (given == 1).any() or not train else min(0.1, (_VAL_MOST - 3 * _VAL_MOST**0.5) / train)
     words = f", and {share:.1%} of train becomes val by a hash of the content" if share else ""
     return np.where((split == 0) & (draw < share), 1, split), "as the source says" + words
+
+
+def _beside(given: np.ndarray, draw: np.ndarray) -> np.ndarray:
+    """Splits (N,) by the hash of the content, but those of equal content whose split is given."""
+    drawn = np.digitize(draw, [0.8, 0.9])
+    there = np.flatnonzero(given >= 0)
+    there = there[np.argsort(draw[there], kind="stable")]
+    place = np.searchsorted(draw[there], draw).clip(max=len(there) - 1)
+    return np.where(draw[there][place] == draw, given[there][place], drawn) if len(there) else drawn
 
 
 def _stratified(draw: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -452,12 +453,8 @@ def _write(
             for path in paths:
                 path.unlink()
             raise PlaitError(f"{source}: no record can be used. {rejects.common() or 'Nothing was found'}.")
-<<<<<<< HEAD
-        split, rule = _split(facts["split"][used], facts["draw"][used] / 2.0**63, found.tail, found.grown)
-=======
         labels = _labels(paths, used, found) if used.sum() <= _STRATIFIED else None
-        split, rule = _split(facts["split"][used], facts["draw"][used] / 2.0**63, found.tail, labels)
->>>>>>> main
+        split, rule = _split(facts["split"][used], facts["draw"][used] / 2.0**63, found, labels)
         duplicates = Duplicates.none(len(split))
         if options.near:
             options.progress("compare", 0, 1)
