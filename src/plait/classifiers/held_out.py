@@ -9,11 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from scipy.linalg import cho_factor, solve_triangular
-from scipy.sparse import issparse
 
 from plait.classifiers.linear import fit_linear
-from plait.classifiers.mixture import log_softmax, temperature
+from plait.classifiers.mixture import log_softmax, softened, temperature
 
 WIDTH = 2000  # random features
 BANDWIDTH = 0.5  # of the kernel, in units of the mean squared distance of standardised features
@@ -27,12 +25,16 @@ def held_out_log_probabilities(features: Any, classes: np.ndarray, count: int, s
     `features` (N, F) are standardised where dense; `classes` (N,) may be wrong in places: the scale of the scores is
     fitted to them by likelihood, so the probabilities are of the labels as they are given.
     """
+    from scipy.sparse import issparse
+
     scores = (_by_folds if issparse(features) else _leave_one_out)(features, classes, count, seed)
-    return log_softmax(scores * temperature(scores, classes))
+    return log_softmax(scores * temperature(scores, softened(classes, count)))
 
 
 def _leave_one_out(features: np.ndarray, classes: np.ndarray, count: int, seed: int) -> np.ndarray:
     """(N, count): f_i without record i is (f_i - h_i y_i) / (1 - h_i), h the diagonal of the hat matrix."""
+    from scipy.linalg import cho_factor, solve_triangular
+
     mapped = fourier_features(np.asarray(features, np.float32), seed)
     gram = (mapped.T @ mapped).astype(np.float64)
     gram[np.diag_indices_from(gram)] += RIDGE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from plait.core.errors import PlaitError
 from plait.core.files import write_atomic
@@ -12,10 +12,12 @@ from plait.core.frames import data_frame, html_table
 from plait.core.progress import ProgressBar
 from plait.data.dataset import Dataset
 from plait.evaluation.findings import Findings, Metrics
-from plait.evaluation.label_review import LabelReview
 from plait.library.runs import Run
 from plait.reports.metric_labels import metric_labels
 from plait.reports.report import read_run, write_metrics, write_report
+
+if TYPE_CHECKING:
+    from plait.evaluation.label_review import LabelReview
 
 
 class Metric(NamedTuple):
