@@ -94,7 +94,7 @@ def test_rows_of_a_table(plait: Plait, tmp_path: Path) -> None:
     (tmp_path / "known.csv").write_text(labelled)
     (tmp_path / "new.csv").write_text('id,comment\n1,"number 71, milk please"\n2,number 72 tea please\n')
     recipe = {"model": {"backbone": {"width": 32, "layers": 1, "heads": 2, "context": 64}}}
-    run = api.train(tmp_path / "known.csv", tmp_path / "run", recipe=recipe, steps=5, progress=False)
+    run = api.train(tmp_path / "known.csv", tmp_path / "run", recipe=recipe, task="recognise", steps=5, progress=False)
     found = tabulate(run.model(), [tmp_path / "new.csv"], tmp_path / "a.jsonl", Asked("classify", top=1))
     lines = [json.loads(line) for line in found.path.read_text().splitlines()]
     said = [(one["text"], one["label_1"]) for one in lines]
@@ -144,12 +144,12 @@ def test_labels_are_reviewed(plait: Plait, tmp_path: Path, capsys: Any) -> None:
         true = ("tea", "milk")[number % 2]
         text = " ".join(rng.choice(words[true].split(), 3)) + f" {number}"
         label = {"tea": "milk", "milk": "tea"}[true] if number % 27 == 5 else true
-        wrong |= {text} if label != true else set()
+        wrong |= {text} if label != true and number % 10 != 9 else set()
         rows.append(f"{text},{'' if number % 10 == 9 else label}")
     rows.append("leaf cow,")  # belongs to both
     (tmp_path / "in.csv").write_text("said,wish\n" + "\n".join(rows) + "\n")
     recipe = {"model": {"backbone": {"width": 32, "layers": 1, "heads": 2, "context": 64}}}
-    run = api.train(tmp_path / "in.csv", tmp_path / "run", recipe=recipe, steps=5, progress=False)
+    run = api.train(tmp_path / "in.csv", tmp_path / "run", recipe=recipe, task="recognise", steps=5, progress=False)
     review = api.label_review(run, most=20)
     texts = run.dataset.texts("said")
     listed = [texts[one.record] for one in review.suspects if one.likely]
