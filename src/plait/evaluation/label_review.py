@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from plait.classifiers.classifier import Classifier, Features, Kind
+from plait.classifiers.classifier import Classifier, Features
 from plait.classifiers.held_out import held_out_log_probabilities
 from plait.core.errors import PlaitError
 from plait.core.rng import uniform
@@ -194,7 +194,7 @@ def _judge(
     classes: np.ndarray, own: bool, seed: int,
 ) -> np.ndarray:  # fmt: skip
     """Log-probabilities (N, labels) by models that have not seen the record."""
-    kind = cast(Kind, classifier.features.kind)
+    kind = classifier.features.kind
     features = Features.fit(kind, inputs, classifier.features.bands)
     logs = held_out_log_probabilities(features(inputs), classes, len(classifier.labels), seed)
     seen = set(dataset.indices("train").tolist()) if own else set()

@@ -192,9 +192,9 @@ class Journal:
 
     def add(self, answered: Iterable[tuple[str, str, dict[str, Any]]]) -> None:
         """Write down rows, each with the id and the stamp of its input; they last from then on."""
-        entries_ = [{"id": id_, "stamp": stamp, "row": row} for id_, stamp, row in answered]
-        self._write(entries_)
-        self.done |= {entry["id"]: entry["stamp"] for entry in entries_}
+        given = list(answered)
+        self._write([{"id": id_, "stamp": stamp, "row": row} for id_, stamp, row in given])
+        self.done |= {id_: stamp for id_, stamp, _ in given}
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         assert self._file is not None
