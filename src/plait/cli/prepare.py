@@ -24,6 +24,10 @@ def prepare(
         list[str] | None,
         typer.Option("--map", help="What a column is: image=COL, audio=COL, text=COL, text=COL:NEWNAME, ignore=COL."),
     ] = None,
+    several: Annotated[
+        list[str] | None, typer.Option("--labels", help="A column that holds several labels a record: a|b, or a list.")
+    ] = None,
+    number: Annotated[list[str] | None, typer.Option(help="A column of numbers that is to be predicted.")] = None,
     pattern: Annotated[
         str | None, typer.Option(help="Regular expression on file names; its named groups become text columns.")
     ] = None,
@@ -48,8 +52,10 @@ def prepare(
 
     Example: plait prepare photos/ -o data/photos
     """
+    entries = [*(map_ or []), *(f"labels={one}" for one in several or []), *(f"number={one}" for one in number or [])]
+    columns = _column_map(entries)
     if estimate:
-        out.print(plain(plait.estimate(source, map=_column_map(map_), pattern=pattern, recipe=recipe, workers=workers,
+        out.print(plain(plait.estimate(source, map=columns, pattern=pattern, recipe=recipe, workers=workers,
                                        near_duplicates=near_duplicates).describe()))  # fmt: skip
         return
     if (out_folder is None) == (into is None):
@@ -57,7 +63,7 @@ def prepare(
     place = into or out_folder or ""
     try:
         dataset = plait.prepare(
-            source, place, map=_column_map(map_), pattern=pattern, recipe=recipe, workers=workers, seed=seed,
+            source, place, map=columns, pattern=pattern, recipe=recipe, workers=workers, seed=seed,
             near_duplicates=near_duplicates, drop_near_duplicates=drop_near_duplicates, into=into is not None,
             progress=True,
         )  # fmt: skip
