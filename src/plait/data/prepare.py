@@ -33,7 +33,9 @@ from plait.data.staging import stage
 from plait.data.stores import Location, check_writable, listing, location, read_bytes, size, upload
 from plait.modalities.media import KINDS
 
-_VAL_MOST = 5000
+_VAL_MOST = 5000  # records that become val where a source names other splits alone
+_STRATIFIED = 5000  # records up to which each label is split by itself: beyond, a hash does as well, and stays put
+_LABEL_BYTES = 200  # of a text that may be a label
 _EXAMPLES = 12
 
 Progress = Callable[[str, int, int | None], None]  # stage, done, total
@@ -232,12 +234,16 @@ def _make(source: Location, out: Location, folder: Path, partial: Path, options:
 # --- splitting --------------------------------------------------------------------------------------------------
 
 
-def _split(given: np.ndarray, draw: np.ndarray, tail: bool) -> tuple[np.ndarray, str]:
+def _split(given: np.ndarray, draw: np.ndarray, tail: bool, labels: np.ndarray | None) -> tuple[np.ndarray, str]:
     """The split of each record (N,) as a number in SPLITS, and the rule in words. `given` is what the source says,
-    -1 where it says nothing; `draw` (N,) in [0, 1) is a hash of the content."""
+    -1 where it says nothing; `draw` (N,) in [0, 1) is a hash of the content; `labels` (N,) numbers the records' labels,
+    where they have any."""
     if tail:
-        return np.where(given < 0, 0, given), "the last tenth of the text is val"
+        return np.where(given < 0, 0, given), "the last tenth of the text is val and test, half each"
     if not (given >= 0).any():
+        if labels is not None and len(draw) <= _STRATIFIED:
+            rule = "80/10/10 of each label by a hash of the content; equal media share a split"
+            return _stratified(draw, labels), rule
         return np.digitize(draw, [0.8, 0.9]), "80/10/10 by a hash of the content; equal media share a split"
     split = np.where(given < 0, 0, given)
     train = int((split == 0).sum())
@@ -245,6 +251,47 @@ def _split(given: np.ndarray, draw: np.ndarray, tail: bool) -> tuple[np.ndarray,
     share = 0.0 if (given == 1).any() or not train else min(0.1, (_VAL_MOST - 3 * _VAL_MOST**0.5) / train)
     words = f", and {share:.1%} of train becomes val by a hash of the content" if share else ""
     return np.where((split == 0) & (draw < share), 1, split), "as the source says" + words
+
+
+def _stratified(draw: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """A tenth of each label's records for val, and one for test, those that `draw` puts last. What rounding leaves
+    over counts for the labels that come next. Equal draws share a split, whatever their labels are."""
+    split = np.zeros(len(draw), np.int64)
+    place: dict[float, int] = {}
+    wanted = taken = 0.0
+    for label in np.unique(labels):
+        mine = np.flatnonzero(labels == label)
+        distinct = [value for value in np.unique(draw[mine]).tolist() if value not in place]
+        wanted += len(distinct) / 10
+        count = min(round(wanted - taken), len(distinct) // 3)
+        taken += count
+        border = len(distinct) - 2 * count
+        for rank, value in enumerate(distinct):
+            place[value] = 0 if rank < border else 1 if rank < border + count else 2
+        split[mine] = [place[value] for value in draw[mine].tolist()]
+    return split
+
+
+def _labels(paths: list[Path], used: np.ndarray, found: Plan) -> np.ndarray | None:
+    """The labels (N,) of the records that are used, as numbers, -1 where one has none: by the first column of few and
+    short texts. None where there is no such column."""
+    for column, kind in _kinds(paths, found).items():
+        if kind != "text" or column in found.chats:
+            continue
+        cells = [cell for path in paths for cell in _cells(path, column)]
+        mine = [cell for cell, use in zip(cells, used, strict=True) if use]
+        known = [cell for cell in mine if cell is not None]
+        number = {cell: place for place, cell in enumerate(dict.fromkeys(known))}
+        short = all(len(cell.encode()) <= _LABEL_BYTES for cell in number)
+        if short and 1 < len(number) <= len(known) // 4:
+            return np.array([-1 if cell is None else number[cell] for cell in mine])
+    return None
+
+
+def _cells(path: Path, column: str) -> list[str | None]:
+    """The texts of a column in a chunk."""
+    table, name = _read(path), f"part:{column}"
+    return table[name].to_pylist() if name in table.column_names else [None] * len(table)
 
 
 def _overlap(split: np.ndarray, group: np.ndarray) -> dict[str, int]:
@@ -340,7 +387,8 @@ def _write(
             for path in paths:
                 path.unlink()
             raise PlaitError(f"{source}: no record can be used. {rejects.common() or 'Nothing was found'}.")
-        split, rule = _split(facts["split"][used], facts["draw"][used] / 2.0**63, found.tail)
+        labels = _labels(paths, used, found) if used.sum() <= _STRATIFIED else None
+        split, rule = _split(facts["split"][used], facts["draw"][used] / 2.0**63, found.tail, labels)
         duplicates = Duplicates.none(len(split))
         if options.near:
             options.progress("compare", 0, 1)

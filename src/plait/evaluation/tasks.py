@@ -10,7 +10,6 @@ from itertools import permutations
 from typing import Any
 
 import numpy as np
-import torch
 
 from plait.classifiers.classifier import Classifier
 from plait.core.errors import PlaitError
@@ -20,14 +19,14 @@ from plait.evaluation.alternatives import MOST, GramModel, alternative_name, fit
 from plait.evaluation.context import EVALUATIONS, RECORD_EVALUATIONS, EvalContext, Limits, Media, Progress, Timer
 from plait.evaluation.findings import Confusion, Findings, Gallery, Metrics, Reliability, ReportItem
 from plait.evaluation.generative import evaluate_codec, evaluate_making
+from plait.evaluation.language import sequence_nats
 from plait.evaluation.memorising import WRITTEN, evaluate_canaries, evaluate_texts
 from plait.evaluation.outcome import Outcome
 from plait.evaluation.verdict import make_verdict
 from plait.inference.model import PlaitModel
 from plait.inference.opinions import opinion_scores
 from plait.modalities.media import MEDIA
-from plait.model.multimodal import IGNORE, Sequence, collate
-from plait.model.objectives import negative_log_likelihood
+from plait.model.multimodal import IGNORE, Sequence
 from plait.training.batches import lm_windows
 
 __all__ = ["Limits", "evaluate"]
@@ -348,7 +347,6 @@ def _transcription(eval_context: EvalContext, source: str, target: str) -> None:
     eval_context.findings.galleries.append(Gallery(f"Written: {source} → {target}", note, rows))
 
 
-@torch.no_grad()
 def _language(eval_context: EvalContext, column: str) -> None:
     """Likelihood of texts that stand alone in their records, each token and the end predicted once."""
     if eval_context.media_columns or column in eval_context.labels or column not in eval_context.written:
@@ -398,19 +396,12 @@ def _language(eval_context: EvalContext, column: str) -> None:
         if alone[i] and texts[i] and counts.sum() < 10 * eval_context.limits.tokens:
             np.add.at(counts, [*checkpoint.text.encode(texts[i]), vocabulary.end], 1)
     surprise = -np.log((counts + 1) / (counts + 1).sum())  # a unigram of the same tokens, one added to each count
-    plain = 0.0
-    by_length = np.argsort([len(s) for s in sequences], kind="stable")
-    step = max(16384 // model.config.backbone.max_length, 1)
-    for start in range(0, len(by_length), step):
-        eval_context.progress(f"language {column}", start, len(by_length))
-        places = by_length[start : start + step]
-        batch = collate([sequences[i] for i in places], model.media, vocabulary.pad).to(eval_context.device)
-        wanted = batch.targets != IGNORE
-        loss = negative_log_likelihood(model(batch)[wanted], rows, batch.targets[wanted]).cpu().numpy()
-        owner = np.array(owners)[places][wanted.nonzero()[:, 0].cpu().numpy()]
-        np.add.at(nats, owner, loss)
-        np.add.at(tokens, owner, 1)
-        plain += float(surprise[batch.targets[wanted].cpu().numpy()].sum())
+    eval_context.progress(f"language {column}", 0, len(sequences))
+    each, count = sequence_nats(eval_context.model, sequences)
+    np.add.at(nats, owners, each)
+    np.add.at(tokens, owners, count)
+    written = [target for sequence in sequences for target in sequence.targets if target != IGNORE]
+    plain = float(surprise[written].sum())
     sizes = {
         "nats_per_token": (tokens, 1.0),
         "nats_per_character": (np.array([len(text) for text in chosen]), 1.0),

@@ -18,6 +18,7 @@ from plait.core.device import choose_device
 from plait.core.errors import PlaitError
 from plait.core.features import ExtensionPoint
 from plait.core.files import read_json
+from plait.data.record import Record
 from plait.inference import scoring
 from plait.inference.base import Model, Verb
 from plait.inference.constrained import ConstraintCompiler, ConstraintError, TextConstraint
@@ -26,6 +27,7 @@ from plait.inference.inputs import Reading
 from plait.inference.opinions import opinion_scores
 from plait.inference.results import Prediction, Predictions
 from plait.inference.sampling import Options, make_sampling
+from plait.inference.showcase import Shown, showcase
 from plait.modalities.inputs import medium_of
 from plait.model import checkpoint as checkpoints
 from plait.model.checkpoint import Checkpoint, find_checkpoint
@@ -61,10 +63,16 @@ def load(path: str | Path, device: str = "auto", precision: str = "auto") -> Mod
             warnings.warn(f"{'; '.join(wrong)}. Taking {newest} in its place.", stacklevel=2)
             folder = newest
     if folder is not None and read_json(folder / "config.json").get("model_type") == "plait":
-        checkpoint = checkpoints.load(folder)
-        classes = [MODEL_CLASSES.by_feature()[name] for name in checkpoint.parts]
-        return (classes[0] if classes else PlaitModel)(checkpoint, device, precision, folder)
+        return model_of(checkpoints.load(folder), device, precision, folder)
     return MODEL_SOURCES.one()(folder or path, device, precision)
+
+
+def model_of(
+    checkpoint: Checkpoint, device: str = "auto", precision: str = "auto", folder: Path | None = None
+) -> PlaitModel:
+    """The model of a checkpoint, of the class that a feature has for it where there is one."""
+    classes = [MODEL_CLASSES.by_feature()[name] for name in checkpoint.parts]
+    return (classes[0] if classes else PlaitModel)(checkpoint, device, precision, folder)
 
 
 class PlaitModel(Reading, Model):
@@ -86,6 +94,10 @@ class PlaitModel(Reading, Model):
     @property
     def plait_model(self) -> PlaitModel:
         return self
+
+    def showcase(self, records: list[Record]) -> list[Shown]:
+        """What it makes of a few records, for somebody who watches it learn; see `inference.showcase`."""
+        return showcase(self, records)
 
     def prepared(self, kind: str, value: Any) -> Any:
         """The samples that a decoded medium is fitted to: smaller than it, as a rule."""
