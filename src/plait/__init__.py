@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from plait.inference.results import Prediction, Predictions
     from plait.library.datasets import prepare
     from plait.library.demo import demo
-    from plait.library.evaluations import Evaluation, evaluate
+    from plait.library.evaluations import Evaluation, evaluate, label_review
     from plait.library.exports import export
     from plait.library.runs import Run, train
+    from plait.library.tables import tabulate
     from plait.planning.api import plan
     from plait.search.index import Index
     from plait.training.callbacks import Callback
@@ -52,9 +53,11 @@ __all__ = [
     "demo",
     "evaluate",
     "export",
+    "label_review",
     "load",
     "plan",
     "prepare",
+    "tabulate",
     "train",
     "transfer",
     "tune",
@@ -74,9 +77,11 @@ _MODULES = {
     "demo": "plait.library.demo",
     "evaluate": "plait.library.evaluations",
     "export": "plait.library.exports",
+    "label_review": "plait.library.evaluations",
     "load": "plait.inference.model",
     "plan": "plait.planning.api",
     "prepare": "plait.library.datasets",
+    "tabulate": "plait.library.tables",
     "train": "plait.library.runs",
     "transfer": "plait.transfer_learning.api",
     "tune": "plait.tuning.api",

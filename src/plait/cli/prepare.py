@@ -21,6 +21,10 @@ def prepare(
         list[str] | None,
         typer.Option("--map", help="What a column is: image=COL, audio=COL, text=COL, text=COL:NEWNAME, ignore=COL."),
     ] = None,
+    several: Annotated[
+        list[str] | None, typer.Option("--labels", help="A column that holds several labels a record: a|b, or a list.")
+    ] = None,
+    number: Annotated[list[str] | None, typer.Option(help="A column of numbers that is to be predicted.")] = None,
     pattern: Annotated[
         str | None, typer.Option(help="Regular expression on file names; its named groups become text columns.")
     ] = None,
@@ -42,9 +46,10 @@ def prepare(
 
     Example: plait prepare photos/ -o data/photos
     """
+    entries = [*(map_ or []), *(f"labels={one}" for one in several or []), *(f"number={one}" for one in number or [])]
     try:
         dataset = plait.prepare(
-            source, out_folder, map=_column_map(map_), pattern=pattern, recipe=recipe, workers=workers, seed=seed,
+            source, out_folder, map=_column_map(entries), pattern=pattern, recipe=recipe, workers=workers, seed=seed,
             near_duplicates=near_duplicates, drop_near_duplicates=drop_near_duplicates, progress=True,
         )  # fmt: skip
     except KeyboardInterrupt:

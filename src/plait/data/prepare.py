@@ -505,6 +505,8 @@ def _write_records(
         shards=[shard for name in SPLITS for shard in shards[name].done],
         statistics={name: counted.lengths() for name, counted in statistics.items() if counted.records},
         chats=[name for name in found.chats if name in columns],
+        multi_label=[name for name in found.multi_label if name in columns],
+        numbers=[name for name in found.numbers if name in columns],
         notes=[],
         warnings=[],
     )
