@@ -13,6 +13,7 @@ from plait.core.errors import PlaitError
 
 if TYPE_CHECKING:
     from plait.inference.base import Model
+    from plait.inference.model import PlaitModel
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,12 @@ class Export:
     Attributes:
         folder: where it lies.
         difference: the largest difference of logits from ours, where the written model was run and compared.
+        accuracy: of a page, on records of test.
     """
 
     folder: Path
     difference: float | None
+    accuracy: float | None = None
 
 
 def export(
@@ -41,7 +44,8 @@ def export(
     Args:
         model: a model on the CPU, or what `plait.load` takes.
         out: the folder to write.
-        to: transformers, onnx or tflite.
+        to: transformers, onnx or tflite; or html: a page that classifies images offline, calibrated and measured on
+            the data of the run.
         length: positions of a tflite graph; 512 at most if left out.
         tell: called with lines about long work.
 
@@ -58,8 +62,8 @@ def export(
         "onnx": export_onnx,
         "tflite": partial(export_tflite, length=length, tell=tell or (lambda line: None)),
     }
-    if to not in formats:
-        raise PlaitError(f"Unknown format '{to}'. Use {', '.join(formats)}.")
+    if to not in (*formats, "html"):
+        raise PlaitError(f"Unknown format '{to}'. Use {', '.join((*formats, 'html'))}.")
     if length is not None and to != "tflite":
         raise PlaitError("--length is of --to tflite alone: the others take texts of any length.")
     if to == "onnx":
@@ -70,7 +74,22 @@ def export(
         raise PlaitError(
             f"{model} runs in transformers already; only GPT-2, Llama, Qwen3 and Plait models are exported."
         )
+    if to == "html":
+        return _page(loaded, Path(out))
     if Verb.GENERATE not in loaded.verbs:
         raise PlaitError(f"{model} can {' and '.join(loaded.verbs)}, which no other program can; nothing is written.")
     worst = formats[to](add_export_constraints(loaded.checkpoint, loaded.engine), Path(out))
     return Export(Path(out), worst if isinstance(worst, float) else None)
+
+
+def _page(model: PlaitModel, out: Path) -> Export:
+    """A page that classifies images offline. Raises PlaitError for a model that lies in no run."""
+    from plait.library.runs import Run
+    from plait.reports.offline import export_page
+
+    places = model.folder.resolve().parents if model.folder else []
+    run = next((place for place in places if (place / "run.json").is_file()), None)
+    if run is None:
+        raise PlaitError(f"{model.name} lies in no run, whose data a page is calibrated on. Name a run's folder.")
+    page = export_page(model, Run(run).dataset, out)
+    return Export(page.file, None, page.accuracy)
