@@ -25,7 +25,7 @@ from plait.studio import jobs
 from plait.studio.app import Studio, make_app
 from plait.studio.labels import LabelEdits
 from plait.studio.listing import list_project
-from plait.studio.render import LANGUAGES, texts
+from plait.studio.render import FOLDER, LANGUAGES, texts
 from plait.studio.security import Gate
 from plait.studio.uploads import upload_name
 from plait.studio.worker import prepare_data
@@ -267,6 +267,20 @@ def test_all_texts_are_in_all_languages() -> None:
     for name, text in catalogues[0].items():
         holes = [sorted(re.findall(r"\{\w+\}", one[name])) for one in catalogues]
         assert all(one == holes[0] for one in holes), (name, text)
+
+
+def test_every_text_is_shown_somewhere() -> None:
+    """A key of the catalogue that no page uses is left from something that is gone, and one that is used is there."""
+    sources = [path.read_text(encoding="utf-8") for kind in ("templates/*.html", "static/*.js", "*.py")
+               for path in FOLDER.glob(kind)]  # fmt: skip
+    used = set(re.findall(r"\bt\.(\w+)|TEXTS\.(\w+)", "\n".join(sources)))
+    named = {one for pair in used for one in pair if one} - {"get"}
+    prefixes = set(re.findall(r'\bt(?:\[|\.get\()"(\w+_)" ~', "\n".join(sources)))
+    known = texts("en").keys()
+    tabs = {"data", "train", "result", "use", "hand_over", "draw", "speak"}
+    assert named <= known, named - known
+    left = {key for key in known - named - tabs if not any(key.startswith(prefix) for prefix in prefixes)}
+    assert not left, left
 
 
 # --- jobs -------------------------------------------------------------------------------------------------------

@@ -15,10 +15,13 @@ from plait.console import ModelArgument, app, out, plain
 def export(
     model: ModelArgument,
     out_folder: Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")],
-    to: Annotated[str, typer.Option(help="transformers, onnx, tflite, or html: a page that classifies images offline.")] = "transformers",
+    to: Annotated[
+        str, typer.Option(help="transformers, onnx, tflite, or html: a page that classifies images offline.")
+    ] = "transformers",
     length: Annotated[int | None, typer.Option(help="Positions of a tflite graph; by itself 512 at most.")] = None,
 ) -> None:
-    """Write the text-and-codes backbone for other programs, or a page that classifies images. docs/how-to/export.md says what each form can do.
+    """Write the text-and-codes backbone for other programs, or a page that classifies images. docs/how-to/export.md says what
+    each form can do.
 
     Example: plait export runs/demo --to transformers -o exported
     """

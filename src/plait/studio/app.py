@@ -15,6 +15,7 @@ from fastapi.staticfiles import StaticFiles
 from plait.core.errors import PlaitError
 from plait.studio.render import FOLDER
 from plait.studio.routes_data import data_pages, gallery_parts, start_pages, upload_parts
+from plait.studio.routes_handover import handover_pages
 from plait.studio.routes_results import result_pages
 from plait.studio.routes_training import training_pages
 from plait.studio.routes_use import use_pages
@@ -34,7 +35,8 @@ def make_app(studio: Studio) -> FastAPI:
     app = FastAPI(title="Plait studio", openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.studio = studio
     app.mount("/static", StaticFiles(directory=FOLDER / "static"), name="static")
-    for add in (start_pages, data_pages, gallery_parts, upload_parts, training_pages, result_pages, use_pages):
+    for add in (start_pages, data_pages, gallery_parts, upload_parts, training_pages, result_pages, use_pages,
+                handover_pages):  # fmt: skip
         add(app, studio)
 
     @app.exception_handler(PlaitError)

@@ -8,7 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from plait.core.files import write_json
 from plait.modalities.media import MEDIA
+from plait.studio.listing import list_project
 from plait.studio.workspace import Project
 
 
@@ -78,6 +80,77 @@ def _twin(project: Project, kind: str, row: dict[str, Any]) -> Twin:
     source = str(row["source"])
     file = source if kind in MEDIA and (project.source / source).is_file() else ""
     return Twin(str(row["id"]), str(row["split"]), source, file)
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """A record whose label is to be looked at.
+
+    Attributes:
+        file: Relative to the project's source.
+        kind: "image", "audio" or "video".
+        label: Its label, "" where it has none.
+        suggested: The likeliest label.
+        probability: Of that one.
+    """
+
+    file: str
+    kind: str
+    label: str
+    suggested: str
+    probability: float
+
+
+def write_review(review: Any, path: Path) -> None:
+    """Keep what `plait.label_review` found, for the page of data."""
+    suspects = [(one.source, one.id, one.label, one.suggested, one.suggested_probability)
+                for one in review.suspects if one.likely]  # fmt: skip
+    candidates = [(one.source, one.id, "", one.guess, one.probability) for one in review.candidates]
+    names = ("source", "id", "label", "suggested", "probability")
+    rows = {"suspects": suspects, "candidates": candidates}
+    write_json(path, {part: [dict(zip(names, row, strict=True)) for row in found] for part, found in rows.items()})
+
+
+def read_review(project: Project, most: int = 48) -> tuple[list[Doubt], list[Doubt]]:
+    """Labels that are likely wrong, and records to label next, as the newest run that was reviewed sees them; without
+    those that were edited since."""
+    places = [project.folder / "jobs" / run.name / "review.json" for run in project.runs]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        return [], []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return [], []
+    items = {item.path: item for item in list_project(project).items if item.kind in MEDIA}
+    names = _described(project)
+    parts = []
+    for part in ("suspects", "candidates"):
+        doubts = []
+        for row in found.get(part, []):
+            file = next((one for one in (row["source"], row["id"], names.get(row["source"], "")) if one in items), None)
+            if file is not None and items[file].label == row["label"]:
+                doubts.append(Doubt(file, items[file].kind, row["label"], row["suggested"], row["probability"]))
+        parts.append(doubts[:most])
+    return parts[0], parts[1]
+
+
+def _described(project: Project) -> dict[str, str]:
+    """The place of a record in `metadata.jsonl` -> its file."""
+    path = project.source / "metadata.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    found = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        name = next((str(row[key]) for key in row if str(key).endswith("file_name")), "")
+        found[f"metadata.jsonl:{number}"] = name
+    return found
 
 
 def read_rejects(data: Path, limit: int = 200) -> tuple[list[dict[str, Any]], int]:

@@ -13,7 +13,7 @@ from plait.core.errors import PlaitError
 from plait.core.files import write_atomic
 from plait.modalities.media import MEDIA, media_type
 from plait.studio import examples, jobs, uploads
-from plait.studio.findings import Twin, count_pairs, read_pairs, read_rejects
+from plait.studio.findings import Twin, count_pairs, read_pairs, read_rejects, read_review
 from plait.studio.labels import LabelEdits
 from plait.studio.listing import EXCERPT, excerpt, kind_of, list_project
 from plait.studio.render import LANGUAGES
@@ -74,10 +74,11 @@ def data_pages(app: FastAPI, studio: Studio) -> None:
         texts = [item for item in listing.items if item.kind == "text"] if listing else []
         edits = len(LabelEdits(project.folder / "labels.jsonl").edits)
         rejects, rejected = read_rejects(project.data)
+        suspects, candidates = read_review(project) if listing else ([], [])
         return page(
             "data.html", request, project=project, tab="data", listing=listing, texts=texts[:20], edits=edits,
             excerpts={item.path: excerpt(_place(project, item.path)) for item in texts[:20]},
-            rejects=rejects, rejected=rejected, pairs=count_pairs(project),
+            rejects=rejects, rejected=rejected, pairs=count_pairs(project), suspects=suspects, candidates=candidates,
         )  # fmt: skip
 
     @app.post("/p/{name}/source")

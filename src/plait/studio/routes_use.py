@@ -96,12 +96,6 @@ def use_pages(app: FastAPI, studio: Studio) -> None:
         found = await in_thread(work, trained(project, run), project.data, part, kept)
         return JSONResponse({"lines": found})
 
-    @app.get("/p/{name}/hand-over")
-    def hand_over(name: str, request: Request) -> Response:
-        project = workspace.project(name)
-        run = next(iter(project.runs), None)
-        return page("hand_over.html", request, project=project, tab="hand_over", run=run)
-
 
 def _abilities(studio: Studio, run: Path) -> tuple[list[str], list[str]]:
     with studio.models.lock:

@@ -89,6 +89,11 @@ class Models:
             self._model, self._key = load(run), key
         return self._model
 
+    def verbs(self, run: Path) -> list[str]:
+        """What a run's model can do."""
+        with self.lock:
+            return [str(verb) for verb in self.get(run).verbs]
+
     def ask(self, run: Path, data: Path, body: bytes, text: str) -> Answer:
         """Everything the model says about a file's bytes, or about a text.
 

@@ -20,11 +20,13 @@ import numpy as np
 from plait.core.errors import PlaitError
 from plait.core.files import write_atomic, write_json
 from plait.modalities.media import MEDIA
+from plait.studio.findings import write_review
 from plait.studio.jobs import Job, read_job
 from plait.studio.labels import LabelEdits
 from plait.studio.listing import EXCERPT, list_project, write_labels
 from plait.studio.workspace import Project
 
+REVIEWED = 60  # labels that are likely wrong, and records to label next, at most
 PREDICTIONS = 400  # records of test that are shown
 WAIT_SECONDS = 30.0  # for the studio to write the job down
 
@@ -64,6 +66,7 @@ def _work(project: Project, job: Job) -> Job:
     _evaluate(job)
     job = job.at("predicting")
     write_predictions(project, job)
+    _review(job)
     return job
 
 
@@ -184,6 +187,18 @@ def write_predictions(project: Project, job: Job) -> None:
             "text": record.parts[source][:EXCERPT] if isinstance(record.parts[source], str) else "",
         })  # fmt: skip
     write_atomic(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _review(job: Job) -> None:
+    """Which labels are likely wrong and what to label next, where the run decides about labels."""
+    import plait
+
+    try:
+        review = plait.label_review(job.run_folder, most=REVIEWED)
+    except PlaitError as error:
+        sys.stdout.write(f"No labels were looked at: {error}\n")
+        return
+    write_review(review, job.folder / "review.json")
 
 
 def _simple_answer(model: Any, source: str, column: str, part: Any) -> str:

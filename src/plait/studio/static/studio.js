@@ -392,6 +392,59 @@ function linesPart(part, base) {
   }));
 }
 
+// --- hand over ------------------------------------------------------------------------------------------------
+
+function handOverPage() {
+  const place = $("#exports"), server = $("#server");
+  if (!place) return;
+  place.addEventListener("click", guarded(async (event) => {
+    const { form } = event.target.dataset;
+    if (!form) return;
+    const button = event.target, told = $("output", button.parentElement);
+    button.disabled = true;
+    told.textContent = "…";
+    try {
+      const { file, bytes } = await (await send(`${place.dataset.base}/export`, { form })).json();
+      told.textContent = `${file}, ${(bytes / 1e6).toFixed(1)} MB`;
+      $("a", button.parentElement).hidden = false;
+    } catch (error) {
+      told.textContent = error.message;
+    } finally {
+      button.disabled = false;
+    }
+  }));
+  $("#server-start")?.addEventListener("click", guarded(async () => {
+    const { address, key } = await (await send(`${server.dataset.base}/serve`, {})).json();
+    $("#server-key").textContent = `${address}\n${key}`;
+    $("#server-told").hidden = false;
+    $("#server-start").disabled = true;
+    $$("[data-curl]").forEach((one) => {
+      one.textContent = one.textContent.replace(/http:\/\/127[^/]*/, address).replace("KEY", key);
+    });
+  }));
+  $("#server-stop")?.addEventListener("click", guarded(async () => {
+    await send(server.dataset.stop, {});
+    location.reload();
+  }));
+}
+
+// --- labels to look at ----------------------------------------------------------------------------------------
+
+function reviewPart() {
+  const place = $("#review");
+  if (!place) return;
+  place.addEventListener("click", guarded(async (event) => {
+    const { file, label } = event.target.dataset;
+    if (!file) return;
+    const tile = event.target.closest(".tile"), written = $("input", tile)?.value.trim();
+    if (event.target.dataset.keep === undefined) {
+      const value = { action: "move", files: [file], label: written || label };
+      await send(`/p/${encodeURIComponent(place.dataset.project)}/labels`, value);
+    }
+    tile.hidden = true;
+  }));
+}
+
 // --- everywhere -----------------------------------------------------------------------------------------------
 
 function everywhere() {
@@ -424,3 +477,5 @@ pairsPart();
 recordPage();
 resultPage();
 usePage();
+handOverPage();
+reviewPart();

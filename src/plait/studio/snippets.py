@@ -1,0 +1,60 @@
+"""The same from Python and the shell: lines to copy for what a model can do."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """Lines that do one thing.
+
+    Attributes:
+        verb: What it does, as models name it.
+        python: By the library.
+        curl: By a server of the model at ADDRESS, with a KEY.
+    """
+
+    verb: str
+    python: str
+    curl: str
+
+
+IMAGE = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}]
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a verb is asked for: a line of Python, and the server's path with what is sent to it."""
+
+    python: str
+    path: str
+    body: dict[str, Any]
+
+
+CALLS = {
+    "classify": Call('model.classify("photo.jpg")', "/v1/plait/classify", {"input": IMAGE}),
+    "describe": Call(
+        'model.describe("photo.jpg")', "/v1/chat/completions", {"messages": [{"role": "user", "content": IMAGE}]}
+    ),
+    "draw": Call('model.draw("red circle", n=4)', "/v1/images/generations", {"prompt": "red circle", "n": 4}),
+    "speak": Call('model.speak("hello")', "/v1/audio/speech", {"input": "hello", "response_format": "wav"}),
+    "recommend": Call('model.recommend(["A title"], k=10)', "/v1/plait/recommend", {"history": ["ID"], "k": 10}),
+    "generate": Call('model.generate("Once upon")', "/v1/completions", {"prompt": "Once upon"}),
+    "embed": Call('model.embed("photo.jpg")', "/v1/embeddings", {"input": "a text"}),
+}
+HEADERS = '-H "Authorization: Bearer KEY" -H "Content-Type: application/json"'
+
+
+def snippets(run: Path, verbs: list[str]) -> list[Snippet]:
+    """Lines for each verb of a run's model."""
+    found = []
+    for verb, call in CALLS.items():
+        if verb in verbs:
+            body = json.dumps({"model": run.name, **call.body})
+            python = f"import plait\n\nmodel = plait.load({str(run)!r})\nprint({call.python})\n"
+            found.append(Snippet(verb, python, f"curl ADDRESS{call.path} {HEADERS} -d '{body}'"))
+    return found
