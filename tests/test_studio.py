@@ -272,7 +272,7 @@ def test_all_texts_are_in_all_languages() -> None:
 def test_every_text_is_shown_somewhere() -> None:
     """A key of the catalogue that no page uses is left from something that is gone, and one that is used is there."""
     sources = [path.read_text(encoding="utf-8") for kind in ("templates/*.html", "static/*.js", "*.py")
-               for path in FOLDER.glob(kind)]  # fmt: skip
+               for path in FOLDER.glob(kind) if not path.name.startswith("htmx")]  # fmt: skip
     used = set(re.findall(r"\bt\.(\w+)|TEXTS\.(\w+)", "\n".join(sources)))
     named = {one for pair in used for one in pair if one} - {"get"}
     prefixes = set(re.findall(r'\bt(?:\[|\.get\()"(\w+_)" ~', "\n".join(sources)))

@@ -20,8 +20,9 @@ def export(
     ] = "transformers",
     length: Annotated[int | None, typer.Option(help="Positions of a tflite graph; by itself 512 at most.")] = None,
 ) -> None:
-    """Write the text-and-codes backbone for other programs, or a page that classifies images. docs/how-to/export.md says what
-    each form can do.
+    """Write the text-and-codes backbone for other programs, or a page that classifies images.
+
+    docs/how-to/export.md says what each form can do.
 
     Example: plait export runs/demo --to transformers -o exported
     """
