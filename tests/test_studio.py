@@ -25,7 +25,7 @@ from plait.studio import jobs
 from plait.studio.app import Studio, make_app
 from plait.studio.labels import LabelEdits
 from plait.studio.listing import list_project
-from plait.studio.render import FOLDER, LANGUAGES, texts
+from plait.studio.render import FOLDER, LANGUAGES, _environment, texts
 from plait.studio.security import Gate
 from plait.studio.uploads import upload_name
 from plait.studio.worker import prepare_data
@@ -331,3 +331,39 @@ def test_a_job_that_fails_says_why(client: TestClient, workspace: Workspace) -> 
     assert failed.current == "failed" and "no record can be used" in failed.error, failed.error
     assert "no record can be used" in client.get("/p/p/runs/1").text
     assert json.loads((failed.folder / "job.json").read_text())["stage"] == "failed"
+
+
+def test_every_template_compiles_and_finished_runs_are_shown(client: TestClient, workspace: Workspace) -> None:
+    """Pages of a run whose files were written by hand, as a training leaves them."""
+    for path in (FOLDER / "templates").glob("*.html"):
+        _environment().get_template(path.name)
+    client.post("/projects", data={"name": "p"})
+    upload(client, "p", "a.zip", zip_of({f"{k}/{n}.png": png(k, n) for k in range(2) for n in range(3)}))
+    project = workspace.project("p")
+    run, job = project.folder / "runs" / "1", project.folder / "jobs" / "1"
+    for folder in (run / "samples", job, project.data):
+        folder.mkdir(parents=True)
+    (run / "metrics.json").write_text("{}")
+    row = {"index": 0, "column": "image", "kind": "image", "source": "0/0.png", "truth": "0", "simple": "1"}
+    rows = [{**row, "answers": [["0", 0.9]]}, {**row, "index": 1, "answers": [["1", 0.6]], "none": True}]
+    (job / "predictions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    page = client.get("/p/p/result/1").text
+    assert "50.0 %" in page and 'data-filter="0→1"' in page and page.count('<figure class="tile static') == 2
+    (run / "samples" / "a.png").write_bytes(png(0))
+    asked = {"kind": "text", "asked": "", "asked_file": "a.png", "answer": "0", "file": "", "wanted": "0"}
+    sample = {"stage": "encoder", "name": "image", "total": 9, "share": 0.5, "samples": [{**asked, "probability": 0.7}]}
+    lines = "".join(json.dumps({**sample, "step": step}) + "\n" for step in range(6))
+    (run / "samples" / "samples.jsonl").write_text(lines + '{"stage": "enc')  # a line that is being written
+    page = client.get("/p/p/runs/1").text
+    assert page.count('class="hit"') == 4 and "samples/a.png" in page
+    assert client.get("/p/p/runs/1/samples/a.png").content[:4] == b"\x89PNG"
+    assert client.get("/p/p/runs/1/samples/samples.jsonl").status_code == 400
+    pair = {"kind": "image", "distance": 0.05, "first": {"id": "0/0.png", "split": "train", "source": "0/0.png"},
+            "second": {"id": "0/1.png", "split": "test", "source": "0/1.png"}}  # fmt: skip
+    (project.data / "duplicates.jsonl").write_text(json.dumps(pair) + "\n")
+    doubt = {"source": "0/0.png", "id": "0/0.png", "label": "0", "suggested": "1", "probability": 0.8}
+    (job / "review.json").write_text(json.dumps({"suspects": [doubt], "candidates": []}))
+    assert 'data-label="1"' in client.get("/p/p/data").text and 'class="pair spoils"' in client.get("/p/p/pairs").text
+    client.post("/p/p/labels", json={"action": "move", "files": ["0/0.png"], "label": "1"})
+    assert 'id="review"' not in client.get("/p/p/data").text  # what was mended is not asked again
+    assert client.get("/p/p/hand-over").status_code == 200
