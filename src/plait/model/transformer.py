@@ -8,6 +8,7 @@ Shapes: B batch, L sequence length, D width, H heads, K key-value heads, E head 
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, cast
 
 import torch
@@ -489,6 +490,7 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
+        self.halves_saved = False  # what the backward pass reads is kept in bf16: of low-rank updates, for memory
         if config.position == "learned":
             self.positions = nn.Parameter(torch.randn(config.max_length, config.width) * 0.02)
         else:
@@ -589,12 +591,28 @@ class Transformer(nn.Module):
             turns = self._turns(positions, view)
         x = dropout(x, config.dropout, self.training)
         masks = self._masks(x, positions, mask, view)
-        for layer, block in enumerate(self.blocks):
-            if view is not None:
-                view.layer = layer
-            kind = config.layer_type(layer)
-            turn = None if layer in config.layers_without_rotary else turns.get(kind)
-            x = block(x, turn, masks[kind], view)
+        with halved_activations(*x.shape) if self.halves_saved and torch.is_grad_enabled() else nullcontext():
+            for layer, block in enumerate(self.blocks):
+                if view is not None:
+                    view.layer = layer
+                kind = config.layer_type(layer)
+                turn = None if layer in config.layers_without_rotary else turns.get(kind)
+                x = block(x, turn, masks[kind], view)
         if view is not None:
             view.finish()
         return add_and_norm(x, None, self.final_norm)[1]
+
+
+def halved_activations(batch: int, length: int, width: int) -> AbstractContextManager[None]:
+    """Within, what autograd keeps of activations (B, L, ...) or (B * L, ...) that are as large as the hidden states is
+    kept in bf16. Only gradients are rounded by it; what is small, as the logarithms of attention, is kept whole."""
+
+    def pack(tensor: Tensor) -> Tensor | tuple[Tensor]:
+        own = tensor.shape[:2] == (batch, length) or tensor.shape[:1] == (batch * length,)
+        large = tensor.dtype is torch.float32 and tensor.numel() >= max(batch * length * width, 2**16)
+        return (tensor.bfloat16(),) if own and large and not tensor.is_leaf else tensor
+
+    def unpack(kept: Tensor | tuple[Tensor]) -> Tensor:
+        return kept[0].float() if isinstance(kept, tuple) else kept
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
