@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from plait.kernels import training as native
+
+if TYPE_CHECKING:
+    from plait.model.lora import AdapterRows
 
 LayerType = Literal["full", "sliding"]  # what a layer's queries see: all before them, or the last `sliding_window`
 
@@ -439,6 +442,9 @@ class Block(nn.Module):
     def feed_forward(self, x: Tensor) -> Tensor:
         inner = native.linear_of(self.feed_in, x)
         if self.config.activation == "swiglu":
+            gated = getattr(self.feed_out, "gated", None)  # of low-rank updates, which keep less for the backward pass
+            if native.supports(inner) and gated is not None:
+                return cast(Tensor, gated(inner))
             if native.supports(inner):
                 inner = native.gate(inner)
             else:
@@ -490,6 +496,7 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
+        self.adapter_rows: AdapterRows | None = None  # which rows are computed with which adapter, where there are any
         self.halves_saved = False  # what the backward pass reads is kept in bf16: of low-rank updates, for memory
         if config.position == "learned":
             self.positions = nn.Parameter(torch.randn(config.max_length, config.width) * 0.02)
