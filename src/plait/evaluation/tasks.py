@@ -7,26 +7,26 @@ import unicodedata
 from collections import Counter
 from dataclasses import replace
 from itertools import permutations
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import torch
 
-from plait.classifiers.classifier import Classifier, Kind
+from plait.classifiers.classifier import Classifier
 from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
 from plait.evaluation import metrics
-from plait.evaluation.alternatives import MOST, NAMES, GramModel, fit_alternative, paired_error
+from plait.evaluation.alternatives import MOST, GramModel, alternative_name, fit_alternative, paired_error
 from plait.evaluation.context import EVALUATIONS, RECORD_EVALUATIONS, EvalContext, Limits, Media, Progress, Timer
 from plait.evaluation.findings import Confusion, Findings, Gallery, Metrics, Reliability, ReportItem
-from plait.evaluation.generative import TASK, evaluate_codec, evaluate_making
+from plait.evaluation.generative import evaluate_codec, evaluate_making
+from plait.evaluation.language import sequence_nats
 from plait.evaluation.memorising import WRITTEN, evaluate_canaries, evaluate_texts
 from plait.evaluation.outcome import Outcome
 from plait.evaluation.verdict import make_verdict
 from plait.inference.model import PlaitModel
 from plait.inference.opinions import opinion_scores
-from plait.model.multimodal import IGNORE, Sequence, collate
-from plait.model.objectives import negative_log_likelihood
+from plait.modalities.media import MEDIA
+from plait.model.multimodal import IGNORE, Sequence
 from plait.training.batches import lm_windows
 
 __all__ = ["Limits", "evaluate"]
@@ -98,11 +98,9 @@ def evaluate(
             continue
         evaluate_codec(eval_context, column)
         asking = [c for c in eval_context.labels if len(eval_context.with_text(eval_context.samples(column, split), c))]
-        kind = eval_context.columns[column]
-        total = eval_context.limits.drawn if kind == "image" else eval_context.limits.spoken
         for target in asking:
-            evaluate_making(eval_context, target, column, max(total // len(asking), 1))
-        timer.lap(TASK[kind])
+            evaluate_making(eval_context, target, column, max(eval_context.limits.made // len(asking), 1))
+        timer.lap(eval_context.modality(column).making_task)
     order = ("Drawing", "Speaking", "Written", "Memorised", "Retrieval", "Mistakes", "Codec")
     eval_context.findings.galleries.sort(key=lambda gallery: order.index(gallery.title.split(":")[0]))
     whole.lap("evaluation")
@@ -164,8 +162,8 @@ def _recognition(eval_context: EvalContext, source: str, target: str) -> None:
     result = metrics.classification(truth, predicted, len(names))
     errors = metrics.macro_errors(truth, predicted, len(names), seed=seed)
     plain: metrics.Classification | None = None
-    kind = cast(Kind, eval_context.columns[source])
-    guess, alternative = None, NAMES[kind]
+    kind = eval_context.columns[source]
+    guess, alternative = None, alternative_name(kind)
     if len(prior) > 1:
         guess = _simple(eval_context, classifier, source, target, train, media, labels)
     drawn = source in eval_context.media_columns and kind not in eval_context.model.checkpoint.model.config.read_only
@@ -268,12 +266,12 @@ def _simple(
 ) -> np.ndarray:  # fmt: skip
     """The classes (N,) by the simple alternative: the linear part of the run's classifier, else one fitted now."""
     if classifier is None:
-        kind = cast(Kind, eval_context.columns[source])
         number = {label: i for i, label in enumerate(labels)}
         some = train.only(eval_context.chosen(np.arange(len(train)), MOST))
         some = some.only(np.array([eval_context.texts[target][i] in number for i in some.indices], bool))
         classes = np.array([number[eval_context.texts[target][i]] for i in some.indices])
-        bands = int(getattr(eval_context.modality(source).settings, "bands", 0)) if kind == "audio" else 0
+        kind = eval_context.columns[source]
+        bands = int(getattr(eval_context.modality(source).settings, "bands", 0)) if kind in MEDIA else 0
         classifier = fit_alternative(kind, _raw(eval_context, source, some), classes, labels, bands)
     return classifier.linear_scores(_raw(eval_context, source, media)).argmax(1)
 
@@ -349,7 +347,6 @@ def _transcription(eval_context: EvalContext, source: str, target: str) -> None:
     eval_context.findings.galleries.append(Gallery(f"Written: {source} → {target}", note, rows))
 
 
-@torch.no_grad()
 def _language(eval_context: EvalContext, column: str) -> None:
     """Likelihood of texts that stand alone in their records, each token and the end predicted once."""
     if eval_context.media_columns or column in eval_context.labels or column not in eval_context.written:
@@ -399,19 +396,12 @@ def _language(eval_context: EvalContext, column: str) -> None:
         if alone[i] and texts[i] and counts.sum() < 10 * eval_context.limits.tokens:
             np.add.at(counts, [*checkpoint.text.encode(texts[i]), vocabulary.end], 1)
     surprise = -np.log((counts + 1) / (counts + 1).sum())  # a unigram of the same tokens, one added to each count
-    plain = 0.0
-    by_length = np.argsort([len(s) for s in sequences], kind="stable")
-    step = max(16384 // model.config.backbone.max_length, 1)
-    for start in range(0, len(by_length), step):
-        eval_context.progress(f"language {column}", start, len(by_length))
-        places = by_length[start : start + step]
-        batch = collate([sequences[i] for i in places], model.media, vocabulary.pad).to(eval_context.device)
-        wanted = batch.targets != IGNORE
-        loss = negative_log_likelihood(model(batch)[wanted], rows, batch.targets[wanted]).cpu().numpy()
-        owner = np.array(owners)[places][wanted.nonzero()[:, 0].cpu().numpy()]
-        np.add.at(nats, owner, loss)
-        np.add.at(tokens, owner, 1)
-        plain += float(surprise[batch.targets[wanted].cpu().numpy()].sum())
+    eval_context.progress(f"language {column}", 0, len(sequences))
+    each, count = sequence_nats(eval_context.model, sequences)
+    np.add.at(nats, owners, each)
+    np.add.at(tokens, owners, count)
+    written = [target for sequence in sequences for target in sequence.targets if target != IGNORE]
+    plain = float(surprise[written].sum())
     sizes = {
         "nats_per_token": (tokens, 1.0),
         "nats_per_character": (np.array([len(text) for text in chosen]), 1.0),
@@ -532,7 +522,7 @@ def _search(
         related = relevant(rows[i : i + 1])[0]
         items = [
             eval_context.exhibit(target, shelf.samples[j], f"{rank + 1}", bool(related[j]))
-            for rank, j in enumerate(result["top"][i][: 6 if eval_context.columns[target] == "image" else 2])
+            for rank, j in enumerate(result["top"][i][: eval_context.modality(target).shown])
         ]
         head = _shown(eval_context, source, media, int(chosen[i]))
         shown.append((head, items))

@@ -19,6 +19,7 @@ from plait.core.device import choose_device
 from plait.core.errors import PlaitError
 from plait.core.features import ExtensionPoint
 from plait.core.files import read_json
+from plait.data.record import Record
 from plait.inference import scoring
 from plait.inference.base import Model, Verb
 from plait.inference.constrained import ConstraintCompiler, ConstraintError, TextConstraint
@@ -27,6 +28,7 @@ from plait.inference.inputs import Reading
 from plait.inference.opinions import opinion_scores
 from plait.inference.results import Prediction, Predictions
 from plait.inference.sampling import Options, make_sampling
+from plait.inference.showcase import Shown, showcase
 from plait.modalities.inputs import medium_of
 from plait.model import checkpoint as checkpoints
 from plait.model.checkpoint import Checkpoint, find_checkpoint
@@ -72,9 +74,7 @@ def load(
             warnings.warn(f"{'; '.join(wrong)}. Taking {newest} in its place.", stacklevel=2)
             folder = newest
     if folder is not None and read_json(folder / "config.json").get("model_type") == "plait":
-        checkpoint = checkpoints.load(folder)
-        classes = [MODEL_CLASSES.by_feature()[name] for name in checkpoint.parts]
-        return (classes[0] if classes else PlaitModel)(checkpoint, device, precision, folder)
+        return model_of(checkpoints.load(folder), device, precision, folder)
     return MODEL_SOURCES.one()(folder or path, device, precision)
 
 
@@ -106,6 +106,14 @@ def attach_adapters(model: Model, folders: Mapping[str, str | Path]) -> list[Pla
     return [ours.attach(name, adapter) for name, adapter in adapters.items()]
 
 
+def model_of(
+    checkpoint: Checkpoint, device: str = "auto", precision: str = "auto", folder: Path | None = None
+) -> PlaitModel:
+    """The model of a checkpoint, of the class that a feature has for it where there is one."""
+    classes = [MODEL_CLASSES.by_feature()[name] for name in checkpoint.parts]
+    return (classes[0] if classes else PlaitModel)(checkpoint, device, precision, folder)
+
+
 class PlaitModel(Reading, Model):
     """A checkpoint at work in Plait's engine. Inputs are those of `Model`, or (column, an input, a fitted sample or a
     list of windows) where the column matters."""
@@ -135,6 +143,10 @@ class PlaitModel(Reading, Model):
         self.__dict__.pop("engine", None)
         twin.adapter, twin.name = attach_adapter(self.checkpoint.model.backbone, name, adapter), name
         return twin
+
+    def showcase(self, records: list[Record]) -> list[Shown]:
+        """What it makes of a few records, for somebody who watches it learn; see `inference.showcase`."""
+        return showcase(self, records)
 
     def prepared(self, kind: str, value: Any) -> Any:
         """The samples that a decoded medium is fitted to: smaller than it, as a rule."""

@@ -25,7 +25,7 @@ from plait.core.errors import PlaitError
 from plait.core.features import ExtensionPoint
 from plait.core.files import sha256_file
 from plait.inference.model import attach_adapters, load
-from plait.server import api, api_decisions, api_media, api_responses, api_text
+from plait.server import api, api_decisions, api_media, api_messages, api_responses, api_text
 from plait.server.access_log import Metrics, set_up_logging
 from plait.server.limits import ApiError, Limits, read_keys
 from plait.server.middleware import AccessMiddleware, AccessPolicy
@@ -156,7 +156,8 @@ def read_adapters(given: list[str]) -> dict[str, str]:
 
 
 def _routers() -> list[APIRouter]:
-    return [api.router, api_text.router, api_media.router, api_decisions.router, api_responses.router, *ROUTES.all()]
+    text = (api_text.router, api_responses.router, api_messages.router)
+    return [api.router, *text, api_media.router, api_decisions.router, *ROUTES.all()]
 
 
 def read_aliases(given: list[str], models: list[Served]) -> dict[str, str]:
