@@ -8,6 +8,8 @@ Shapes: N records, F features, C labels.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,14 +18,18 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
-from plait.classifiers.mixture import log_softmax, softened, temperature
+from plait.classifiers.mixture import cross_entropy, log_softmax, softened, temperature
+from plait.core.config import SIZES, Size
 from plait.core.device import Device, choose_device
 from plait.core.errors import PlaitError
-from plait.core.files import read_json
+from plait.core.files import json_text, point, publish_folder, read_json, sealed, sha256_file, write_atomic
 from plait.core.interruption import pause_point
+from plait.core.rng import uniform
+from plait.data.dataset import Dataset
 from plait.hf import hub, huggingface
+from plait.hf.encoders import describe
 from plait.hf.pretrained import Pretrained, load_pretrained
 from plait.inference.base import Model, Verb
 from plait.inference.results import Prediction, Predictions
@@ -31,7 +37,8 @@ from plait.modalities.base import ENCODER_SOURCES, MediaModality
 from plait.modalities.inputs import medium_of
 from plait.modalities.registry import MODALITIES, SETTINGS
 from plait.model.adapted import weight_sums
-from plait.model.checkpoint import verify
+from plait.model.checkpoint import MANIFEST, verify
+from plait.training.build import fit_settings, label_columns
 
 TYPE = "plait-head"  # model_type in config.json
 VERSION = 1
