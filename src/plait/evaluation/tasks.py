@@ -243,7 +243,12 @@ def _calibration(eval_context: EvalContext, direction: str, scores: np.ndarray, 
         len(right), draws=50, seed=eval_context.seed,
     )  # fmt: skip
     eval_context.keep("recognition", direction, "ece", value, stderr=error, n=len(right))
-    eval_context.findings.reliabilities.append(Reliability(direction, value, mean, share, counts))
+    coverage, accuracy = metrics.risk_coverage(believed, right)
+    for percent in (90, 80):
+        place = max(round(percent / 100 * len(right)), 1) - 1
+        at = float(accuracy[place])
+        eval_context.keep("recognition", direction, f"accuracy_at_{percent}", at, n=place + 1)
+    eval_context.findings.reliabilities.append(Reliability(direction, value, mean, share, counts, coverage, accuracy))
 
 
 def _classifier(eval_context: EvalContext, source: str, target: str) -> Classifier | None:
