@@ -20,6 +20,7 @@ from plait.training.build import fit_settings, label_columns
 MIRROR_RECORDS = 1500  # images that say whether a mirrored one means the same
 MIRROR_LOSS = 0.9  # share of the accuracy that mirrored images must keep
 MIRROR_STRENGTH = 3e-4  # of the linear model that finds out
+HEARD: dict[str, float] = {"seconds": 10.0, "rate": 16000}  # of audio clips that are to be recognised, at most
 LABELLED = 0.5  # share of the records with media that must have a label for it to be the task
 DRAW = 321  # key of `uniform`
 
@@ -136,6 +137,10 @@ def _recognise(dataset: Dataset, derived: Derived, labels: dict[str, list[str]],
                 what = "a mirrored image means the same" if chosen["flip"] else "mirrored images mean something else"
                 derived.lines.append(f"Found in the images: {what}.")
         else:
+            # Clips are read whole: what tells them apart may come late, and reading them costs no writing.
+            heard = SIZES[recipe.model.size].model_copy(update=HEARD)
+            fitted = fit_settings(dataset, "audio", heard, given)
+            chosen |= {"seconds": fitted.seconds, "rate": fitted.rate, "bands": fitted.bands}
             chosen |= {"stretch": 1.2, "warp": 1.15, "mask_time": 0.15, "mask_bands": 0.2, "equalise": 0.3}
         model[kind] = {**chosen, **given}
     seconds = 60 * (recipe.training.minutes or SIZES[recipe.model.size].minutes)
