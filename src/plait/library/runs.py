@@ -319,12 +319,17 @@ def _fit(
     """Train, fit the classifiers of labels, and write the report."""
     from plait.evaluation.decide import finish
     from plait.evaluation.findings import Findings
+    from plait.library.samples import ModelSamples, recorded
     from plait.reports.report import read_run, write_report
     from plait.training.trainer import train as fit
 
     if importlib.util.find_spec("tensorboard") is not None and not any(isinstance(c, TensorBoard) for c in callbacks):
         callbacks = [TensorBoard(), *callbacks]
-    fit(dataset, folder, recipe, shown_by(bar), device, allow_changes=allow_changes, group=group, callbacks=callbacks)
+    report = shown_by(bar)
+    if group.is_main:
+        report = recorded(folder, report)
+        callbacks = [*callbacks, ModelSamples(folder, dataset, device)]
+    fit(dataset, folder, recipe, report, device, allow_changes=allow_changes, group=group, callbacks=callbacks)
     if group.is_main and recipe.training.task in ("recognise", "draw", "describe"):
         for line in finish(folder, dataset, device, bar):
             tell(line)

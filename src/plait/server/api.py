@@ -17,16 +17,19 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import Response
 
 from plait.core.errors import PlaitError
+from plait.inference.base import Verb
 from plait.inference.constrained import TextConstraint
 from plait.inference.engine import Request as Wanted
 from plait.inference.model import PlaitModel
 from plait.inference.results import Predictions
 from plait.inference.sampling import Options, SamplingOptions
+from plait.modalities.media import written_by
 from plait.model.multimodal import Sequence
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext
 from plait.server.limits import ApiError, parse_json
 from plait.server.service import Served, Service, windows
+from plait.server.tools import ToolUse
 
 
 class _Body(Request):
@@ -66,7 +69,6 @@ READ_AT_ONCE = 65_536  # tokens that one request has embedded or classified
 VOICES = {"alloy", "ash", "ballad", "coral", "echo", "fable", "marin", "nova", "onyx", "sage", "shimmer", "verse",
           "cedar"}  # fmt: skip
 COMPILE_SECONDS = 1.0  # that a schema or grammar may take
-KEPT = 64  # compiled ones that a model keeps
 EVENT = {"type": "object", "properties": {"data": {"type": "string"}, "event": {"type": "string"}}}
 STREAM = {"text/event-stream": {"schema": EVENT}}
 
@@ -132,35 +134,42 @@ def finish_of(finish: str) -> str:
     return "length" if finish == "length" else "stop"
 
 
-async def constraint_of(service: Service, served: Served, body: s.Writing) -> TextConstraint | None:
-    """What the text must be, compiled in a thread within COMPILE_SECONDS. Raises ApiError for what cannot be used."""
+async def constraint_of(
+    service: Service, served: Served, body: s.Writing, use: ToolUse | None = None, samples: int = 1
+) -> TextConstraint | None:
+    """What each of so many texts must be, compiled in a thread within COMPILE_SECONDS. Raises ApiError for what cannot
+    be used."""
     asked = dict(_constraints(body))
-    if not asked:
+    if not asked and use is None:
         return None
     if len(asked) > 1:
         raise ApiError(400, f"A text has one constraint, not {' and '.join(asked)}. Leave all but one out.")
-    ((name, value),) = asked.items()
-    key = json.dumps([name, value])
-    if (known := served.constraints.get(key)) is not None:
-        return known
-    model = served.ours
+    name, value = next(iter(asked.items()), ("", None))
     if isinstance(value, str) and name == "schema":
         value = parse_json(value.encode(), service.limits)
+    if use is not None and name not in ("", "schema"):
+        raise ApiError(400, f"A reply that may call tools can be held to a schema, not to a {name}. Leave one out.")
+    if use is not None and name and not isinstance(value, dict):
+        raise ApiError(400, "A JSON schema is an object.", "response_format")
+    model = served.ours
+
+    def work() -> TextConstraint | None:
+        if use is None:
+            found = model.constraint(**{name: value})
+        else:
+            grammar = use.grammar(served, value if name else None)
+            found = None if grammar is None else model.constraints.calls(grammar)
+        return found and found.prepare(samples)
+
     await asyncio.to_thread(lambda: model.constraints)  # reads the vocabulary, once
+    param = "tools" if use is not None else "response_format"
     try:
         async with asyncio.timeout(COMPILE_SECONDS):
-            found = await asyncio.to_thread(lambda: model.constraint(**{name: value}))
+            return await asyncio.to_thread(work)
     except TimeoutError:
-        raise ApiError(
-            400, "The schema or grammar takes too long to compile. Simplify it.", "response_format"
-        ) from None
+        raise ApiError(400, "The schema or grammar takes too long to compile. Simplify it.", param) from None
     except PlaitError as error:
-        raise ApiError(400, str(error), "response_format") from error
-    assert found is not None
-    if len(served.constraints) >= KEPT:
-        served.constraints.pop(next(iter(served.constraints)))
-    served.constraints[key] = found
-    return found
+        raise ApiError(400, str(error), param) from error
 
 
 def _constraints(body: s.Writing) -> Iterator[tuple[str, Any]]:
@@ -182,26 +191,13 @@ def _constraints(body: s.Writing) -> Iterator[tuple[str, Any]]:
         yield from ((name, value) for value in values if value)
 
 
-class Lead:
-    """Takes the spaces off the beginning of a reply that comes in pieces."""
-
-    def __init__(self, strip: bool) -> None:
-        self.strip = strip
-
-    def __call__(self, text: str) -> str:
-        if self.strip:
-            text = text.lstrip()
-            self.strip = not text
-        return text
-
-
 def usage_of(read_: int, written: int) -> dict[str, int]:
     return {"prompt_tokens": read_, "completion_tokens": written, "total_tokens": read_ + written}
 
 
 def voice_of(service: Service, request_context: RequestContext, model: PlaitModel, voice: str | None) -> str:
     """The audio column to speak in; of OpenAI's voices each is the first one."""
-    columns = [column for column, kind in model.columns.items() if kind == "audio"]
+    columns = [column for column, kind in model.columns.items() if kind in written_by(Verb.SPEAK)]
     if voice in VOICES and voice not in columns:
         service.ignore("voice", request_context)
         voice = None

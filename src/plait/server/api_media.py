@@ -12,10 +12,11 @@ from fastapi import Form, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.responses import Response
 
+from plait.inference.base import Verb
 from plait.inference.engine import Completion
 from plait.inference.engine import Request as Wanted
 from plait.inference.model import joined
-from plait.modalities.media import sniff
+from plait.modalities.media import read_by, sniff
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext
 from plait.server.api import STREAM, make_router, of, voice_of, wanted_of
@@ -138,7 +139,7 @@ async def transcribe(request: Request, body: Annotated[s.TranscriptionRequest, F
     data = await body.file.read()
     if len(data) > service.limits.media.file_bytes:
         raise ApiError(413, f"The audio is larger than {service.limits.media.file_bytes // 1_000_000} MB.", "file")
-    if (sniff(data[:64]) or ("",))[0] != "audio":
+    if (sniff(data[:64]) or ("",))[0] not in read_by(Verb.TRANSCRIBE):
         raise ApiError(400, "The file is no audio that is read. Send wav, flac, ogg, opus or mp3.", "file")
     model = served.model
     if "transcribe" not in served.verbs:

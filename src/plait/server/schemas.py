@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 AudioFormat = Literal["wav", "flac", "mp3", "opus", "pcm"]
 # Fields of OpenAI's that say who asks or how an answer is kept, and may be sent to a strict server too.
-HARMLESS = {"user", "metadata", "parallel_tool_calls", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 
 
 def _without_null(value: Any) -> Any:
@@ -134,10 +134,46 @@ Part = Annotated[
 Parts = Annotated[list[Part], Field(min_length=1, max_length=256)]
 
 
+class FunctionCall(Inner):
+    name: Name
+    arguments: Annotated[Text, Field(description="JSON.")] = ""
+
+
+class CalledTool(Inner):
+    id: Annotated[str, Field(max_length=256)] = ""
+    function: FunctionCall
+
+
 class Message(Inner):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Text | Annotated[list[Part], Field(max_length=256)] | None = None
     images: Annotated[list[ImagePart], Field(max_length=8)] | None = None
+    tool_calls: Annotated[list[CalledTool] | None, Field(max_length=64)] = None
+    tool_call_id: Annotated[str, Field(max_length=256)] | None = None
+
+
+class FunctionTool(Inner):
+    name: Name
+    description: Text = ""
+    parameters: Annotated[dict[str, Any], Field(description="A JSON schema of the arguments.")] = {}
+    strict: Annotated[bool, Field(description="Refuse keywords of the schema that cannot be held.")] = False
+
+
+def _one_tool(value: Any) -> Any:
+    """A tool as chat completions write it: the Responses API and Anthropic's messages have it flat."""
+    if not isinstance(value, dict) or "function" in value:
+        return value
+    if "input_schema" in value:
+        value = {**value, "parameters": value["input_schema"], "type": "function"}
+    return {"type": "function", "function": value} if value.get("type", "function") == "function" else value
+
+
+class ToolSpec(Inner):
+    type: Annotated[str, Field(max_length=64)] = "function"
+    function: Annotated[FunctionTool | None, Field(description="Other types of tools have no effect.")] = None
+
+
+Tools = Annotated[list[Annotated[ToolSpec, BeforeValidator(_one_tool)]], Field(max_length=256)]
 
 
 class StreamOptions(Inner):
@@ -197,8 +233,9 @@ class ChatRequest(Writing):
     modalities: Annotated[list[Literal["text", "image", "audio"]], Field(min_length=1, max_length=3)] | None = None
     audio: AudioOut | None = None
     max_completion_tokens: Tokens = None
-    tools: list[Any] | None = None
+    tools: Tools | None = None
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
@@ -351,8 +388,20 @@ class AudioData(BaseModel):
     transcript: str
 
 
+class MadeFunctionCall(BaseModel):
+    name: str
+    arguments: str
+
+
+class MadeCall(BaseModel):
+    id: str
+    type: Literal["function"] = "function"
+    function: MadeFunctionCall
+
+
 class Reply(BaseModel):
     role: Literal["assistant"] = "assistant"
+    tool_calls: list[MadeCall] | None = None
     content: str | None
     refusal: None = None
     images: list[ImagePart] | None = None
@@ -363,7 +412,7 @@ class ChatChoice(BaseModel):
     index: int
     message: Reply
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
 
 
 class ChatCompletion(BaseModel):
