@@ -11,32 +11,31 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from plait.classifiers.features import audio_features, image_features
 from plait.classifiers.linear import Grams, Linear
 from plait.classifiers.mixture import Mixture
+from plait.modalities.media import MEDIA
 
 FILE, ARRAYS = "classifiers.json", "classifiers.safetensors"
 VERSION = 1
-Kind = Literal["image", "audio", "text"]
 
 
 @dataclass
 class Features:
     """How inputs of one kind become rows of numbers: fixed features, centred and scaled, or n-grams of texts."""
 
-    kind: Kind
-    bands: int = 0  # of audio
+    kind: str  # "text", or a modality with files
+    bands: int = 0  # the modality's setting of that name; 0 where it has none
     mean: np.ndarray | None = None
     scale: np.ndarray | None = None
     grams: Grams | None = None
 
     @classmethod
-    def fit(cls, kind: Kind, inputs: Sequence[Any], bands: int = 0) -> Features:
+    def fit(cls, kind: str, inputs: Sequence[Any], bands: int = 0) -> Features:
         """`inputs` are texts, or samples of the modality."""
         if kind == "text":
             return cls(kind, grams=Grams.fit(inputs))
@@ -45,7 +44,7 @@ class Features:
 
     def raw(self, inputs: Sequence[Any]) -> np.ndarray:
         """Features of media as they are, (N, F)."""
-        return image_features(inputs) if self.kind == "image" else audio_features(inputs, self.bands)
+        return MEDIA[self.kind].simple_features(inputs, self.bands)
 
     def __call__(self, inputs: Sequence[Any]) -> Any:
         """(N, F), dense for media and sparse for texts."""

@@ -39,6 +39,12 @@ class Mixture:
         """The opinions that count."""
         return [name for name, weight in self.weights.items() if weight > 0]
 
+    def partial(self, names: list[str]) -> Mixture:
+        """The same without the opinions that are not named; the weight of these goes to what is left."""
+        whole, left = (sum(self.weights[name] * self.spreads[name] for name in some) for some in (self.used, names))
+        weights = {name: self.weights[name] * whole / max(left, 1e-9) for name in names}
+        return Mixture(weights, self.centres, self.spreads, self.quantiles, self.threshold)
+
     def log_probabilities(self, scores: dict[str, np.ndarray]) -> np.ndarray:
         """Opinion -> (N, C), all that count among them, to (N, C)."""
         return log_softmax(np.sum([self.weights[name] * scores[name] for name in self.used], axis=0))

@@ -56,7 +56,8 @@ class DataRecipe(_Settings):
     """How `plait prepare` reads a source; see `plait prepare --help`."""
 
     map: dict[str, str] = Field(
-        {}, description="Column -> image, audio, text, chat, id, split, each or ignore; see docs/how-to/data.md."
+        {},
+        description="Column -> image, audio, text, labels, number, chat, id, split, each, ignore: docs/how-to/data.md.",
     )
     labels: dict[str, list[str]] = Field({}, description="Names of a column's integer classes, in their order.")
     pattern: str | None = Field(

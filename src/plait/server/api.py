@@ -17,11 +17,13 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import Response
 
 from plait.core.errors import PlaitError
+from plait.inference.base import Verb
 from plait.inference.constrained import TextConstraint
 from plait.inference.engine import Request as Wanted
 from plait.inference.model import PlaitModel
 from plait.inference.results import Predictions
 from plait.inference.sampling import Options, SamplingOptions
+from plait.modalities.media import written_by
 from plait.model.multimodal import Sequence
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext
@@ -195,7 +197,7 @@ def usage_of(read_: int, written: int) -> dict[str, int]:
 
 def voice_of(service: Service, request_context: RequestContext, model: PlaitModel, voice: str | None) -> str:
     """The audio column to speak in; of OpenAI's voices each is the first one."""
-    columns = [column for column, kind in model.columns.items() if kind == "audio"]
+    columns = [column for column, kind in model.columns.items() if kind in written_by(Verb.SPEAK)]
     if voice in VOICES and voice not in columns:
         service.ignore("voice", request_context)
         voice = None

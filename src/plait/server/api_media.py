@@ -12,12 +12,12 @@ from fastapi import Form, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.responses import Response
 
+from plait.inference.base import Verb
 from plait.inference.engine import Request as Wanted
 from plait.inference.model import joined, joined_segments
 from plait.inference.results import Segment
-from plait.modalities.audio_files import AUDIO as AUDIO_FILES
 from plait.modalities.audio_files import silent
-from plait.modalities.media import sniff
+from plait.modalities.media import MEDIA, read_by, sniff
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext
 from plait.server.api import STREAM, make_router, of, voice_of, wanted_of
@@ -139,8 +139,10 @@ async def transcribe(request: Request, body: Annotated[s.TranscriptionRequest, F
     data = await body.file.read()
     if len(data) > service.limits.media.file_bytes:
         raise ApiError(413, f"The audio is larger than {service.limits.media.file_bytes // 1_000_000} MB.", "file")
-    if (sniff(data[:64]) or ("",))[0] != "audio":
-        raise ApiError(400, f"The file is no audio that is read. Send {AUDIO_FILES.format_names}.", "file")
+    kinds = read_by(Verb.TRANSCRIBE)
+    if (sniff(data[:64]) or ("",))[0] not in kinds:
+        known = " or ".join(MEDIA[kind].format_names for kind in sorted(kinds))
+        raise ApiError(400, f"The file is no audio that is read. Send {known}.", "file")
     model = served.model
     if "transcribe" not in served.verbs:
         raise ApiError(400, f"{served.name} cannot transcribe. It can {', '.join(served.verbs)}.", "model")

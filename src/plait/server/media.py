@@ -66,8 +66,7 @@ class Reader:
             async with asyncio.timeout_at(deadline):
                 return await asyncio.get_running_loop().run_in_executor(self.pool, work)
         except MediaError as error:
-            what = "image" if kind == "image" else "audio"
-            raise ApiError(400, f"The {what} cannot be used: {error}.", param) from error
+            raise ApiError(400, f"The {kind} cannot be used: {error}.", param) from error
         except TimeoutError:
             raise late() from None
         finally:

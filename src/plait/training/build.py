@@ -12,6 +12,7 @@ from plait.core.config import SIZES, BackboneRecipe, Recipe, Size, describe_erro
 from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
 from plait.modalities.base import ENCODER_SOURCES, Vocabulary, code_levels
+from plait.modalities.media import MEDIA
 from plait.modalities.registry import MODALITIES, SETTINGS
 from plait.model.chat_template import TURNS
 from plait.model.multimodal import ModelConfig, Multimodal
@@ -155,22 +156,18 @@ def backbone_config(size: Size, mine: BackboneRecipe) -> TransformerConfig:
 def sized_config(recipe: Recipe) -> ModelConfig:
     """The network that a recipe calls for where the data are coloured images, audio and text of its size."""
     size = SIZES[recipe.model.size]
-    image, audio = (_with_hf_encoder(getattr(recipe.model, m), m) for m in ("image", "audio"))
-    side = image["hf_encoder"]["size"] if "hf_encoder" in image else size.image
+    given = {kind: _with_hf_encoder(getattr(recipe.model, kind), kind) for kind in MEDIA if kind in SETTINGS}
     try:
-        settings = {
-            "image": SETTINGS["image"].sized(side, {"channels": 3, **image}),
-            "audio": SETTINGS["audio"].sized(size.rate, {"seconds": size.seconds, **audio}),
-        }
+        settings = {kind: SETTINGS[kind].of_size(size, overrides) for kind, overrides in given.items()}
     except ValidationError as error:
         raise PlaitError(f"In the recipe's model: {error.errors()[0]['msg']}") from None
     backbone = backbone_config(size, recipe.model.backbone)
     text = recipe.model.text.vocabulary or size.vocabulary
     vocabulary = Vocabulary(
         text=text,
-        columns={"image": "image", "audio": "audio", "text": "text"},
+        columns={kind: kind for kind in (*settings, "text")},
         levels={name: one.levels for name, one in settings.items()},
-        closers=["audio"],
+        closers=[kind for kind in settings if MODALITIES[kind].variable_length],
     )
     return ModelConfig(
         backbone=backbone,
