@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, Unpack
 
@@ -26,15 +27,18 @@ from plait.inference.constrained import ConstraintCompiler, ConstraintError, Tex
 from plait.inference.engine import Completion, Engine, Request
 from plait.inference.inputs import Reading
 from plait.inference.opinions import opinion_scores
-from plait.inference.results import Prediction, Predictions
+from plait.inference.results import Prediction, Predictions, Segment
 from plait.inference.sampling import Options, make_sampling
 from plait.inference.showcase import Shown, showcase
+from plait.modalities.audio_files import decode_audio, silent
+from plait.modalities.descriptor import MediaError
 from plait.modalities.inputs import medium_of
 from plait.model import checkpoint as checkpoints
 from plait.model.checkpoint import Checkpoint, find_checkpoint
 from plait.model.lora import Adapter, attach_adapter
 from plait.model.multimodal import Sequence
 
+FRAME_SECONDS = 0.01  # of a frame of the log-mel that audio modalities read
 ADAPTER_FILE = "adapter_config.json"  # of PEFT
 DEFAULT_NEW_TOKENS = 50  # of a continuation, where nothing else bounds it
 
@@ -344,15 +348,45 @@ class PlaitModel(Reading, Model):
         **options: Unpack[Options],
     ) -> str:
         """The words of an audio clip. A long one is read in windows that overlap by half; see `joined`."""
+        self._check_speech(language, task)
+        spoken = self.spoken(audio)
+        target = self.column(column, "text", "transcribe")
+        texts = [row[0] for row in self.write([sequence for _, _, sequence in spoken], target, **options)]
+        return joined(texts)
+
+    def segments(self, audio: Any, language: str | None = None, task: str = "transcribe") -> list[Segment]:
+        """What is said when in an audio clip: the text of each window, from the middle of its overlap with the one
+        before to that with the one behind it."""
+        self._check_speech(language, task)
+        spoken = self.spoken(audio)
+        target = self.column(None, "text", "transcribe")
+        texts = [row[0] for row in self.write([sequence for _, _, sequence in spoken], target)]
+        return joined_segments([Segment(a, b, text) for (a, b, _), text in zip(spoken, texts, strict=True)])
+
+    def spoken(self, audio: Any) -> list[tuple[float, float, Sequence]]:
+        """The windows of an audio clip in which something can be heard: where each begins and ends, in seconds, without
+        the half of its overlaps that belongs to a neighbour, and its sequence."""
+        modality = self.modality(self.column(None, "audio", "transcribe"))
+        try:
+            value = medium_of(audio)
+            wave, rate = value if isinstance(value, tuple) else decode_audio(value)
+        except MediaError as error:
+            raise PlaitError(f"The audio cannot be read: {error}.") from error
+        sequences = self.alone((wave, rate), self.engine.max_length)
+        length, total = getattr(modality.settings, "frames", 1) * FRAME_SECONDS, len(wave) / rate
+        starts = [min(i * length / 2, max(total - length, 0.0)) for i in range(len(sequences))]
+        edges = [0.0, *((a + length + b) / 2 for a, b in pairwise(starts)), total]
+        found = []
+        for i, (start, sequence) in enumerate(zip(starts, sequences, strict=True)):
+            if not silent(np.asarray(wave)[int(start * rate) : int((start + length) * rate) + 1]):
+                found.append((edges[i], edges[i + 1], sequence))
+        return found
+
+    def _check_speech(self, language: str | None, task: str) -> None:
         if task != "transcribe":
             raise PlaitError(f"This model writes down what it hears, and knows no task '{task}'. Leave it out.")
         if language is not None:
             raise PlaitError(f"{self.name} writes what its columns hold. Leave the language out, or name a column.")
-        self.column(None, "audio", "transcribe")
-        target = self.column(column, "text", "transcribe")
-        audio = medium_of(audio)
-        texts = [row[0] for row in self.write(self.alone(audio, self.engine.max_length), target, **options)]
-        return joined(texts)
 
     def draw(
         self, text: str, n: int = 1, best_of: int | None = None, column: str | None = None, **options: Unpack[Options]
@@ -509,6 +543,17 @@ def _predictions(
 def _means(values: np.ndarray, inputs: list[list[Sequence]]) -> list[np.ndarray]:
     """The mean of each input's rows, which lie one after the other."""
     return [rows.mean(0) for rows in np.split(values, np.cumsum([len(parts) for parts in inputs])[:-1])]
+
+
+def joined_segments(segments: list[Segment]) -> list[Segment]:
+    """Segments that hold something; neighbours with one text are one."""
+    found: list[Segment] = []
+    for segment in segments:
+        if found and segment.text == found[-1].text and found[-1].end == segment.start:
+            found[-1] = Segment(found[-1].start, segment.end, segment.text)
+        elif segment.text.strip():
+            found.append(segment)
+    return found
 
 
 def joined(texts: list[str]) -> str:
