@@ -109,7 +109,7 @@ class TrainingRecipe(Settings):
         None, ge=1, description="Steps of each encoder that is trained on labels, instead of its share of the minutes."
     )
     recogniser_share: float = Field(
-        0.7, ge=0, lt=1, description="Share of the minutes for encoders that are trained on labels, together."
+        0.8, ge=0, lt=1, description="Share of the minutes for encoders that are trained on labels, together."
     )
     batch_size: int | None = Field(None, ge=2, description="Records, or windows of text, a step.")
     learning_rate: float | None = Field(None, gt=0, description="Peak of the learning rate's schedule.")
