@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from plait.inference.base import Model
     from plait.inference.model import load
     from plait.inference.results import Prediction, Predictions
-    from plait.library.datasets import prepare
+    from plait.library.datasets import estimate, prepare
     from plait.library.demo import demo
     from plait.library.evaluations import Evaluation, evaluate, label_review
     from plait.library.exports import export
@@ -51,6 +51,7 @@ __all__ = [
     "Run",
     "__version__",
     "demo",
+    "estimate",
     "evaluate",
     "export",
     "label_review",
@@ -75,6 +76,7 @@ _MODULES = {
     "Predictions": "plait.inference.results",
     "Run": "plait.library.runs",
     "demo": "plait.library.demo",
+    "estimate": "plait.library.datasets",
     "evaluate": "plait.library.evaluations",
     "export": "plait.library.exports",
     "label_review": "plait.library.evaluations",

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from plait.classifiers.classifier import Classifier, Features, Kind
+from plait.classifiers.classifier import Classifier, Features
 from plait.classifiers.linear import DENSE_STRENGTHS, STRENGTHS, choose_linear, fit_linear
 from plait.classifiers.mixture import Mixture, fit_mixture
 from plait.classifiers.novelty import MOST, fit_novelty
@@ -148,7 +148,7 @@ def describe(classifier: Classifier) -> str:
 
 def _fit(model: PlaitModel, dataset: Dataset, source: str, target: str, seed: int) -> Classifier | None:
     labels = model.labels[target]
-    kind: Kind = dataset.columns[source]  # type: ignore[assignment]
+    kind = dataset.columns[source]
     most = MOST_TEXTS if kind == "text" else MOST_MEDIA
     train = _examples(model, dataset, source, target, "train", most, seed)
     held = _examples(model, dataset, source, target, "val", MOST_VALIDATION, seed)
@@ -161,7 +161,7 @@ def _fit(model: PlaitModel, dataset: Dataset, source: str, target: str, seed: in
     if len(np.unique(fitting.classes)) < 2 or not len(held):
         return None
     settings = model.checkpoint.model.config.modalities.get(kind, {})
-    mirrored = kind == "image" and bool(settings.get("flip"))
+    mirrored = bool(settings.get("flip"))
     bands = int(str(settings.get("bands", 0)))
     features = Features.fit(kind, fitting.inputs, bands)
     rows, classes = _rows(features, fitting, mirrored)
@@ -237,7 +237,7 @@ def _examples(
     return Examples(inputs, np.array(classes, np.int64))
 
 
-def _affordable(model: PlaitModel, held: Examples, labels: list[str], kind: Kind) -> Examples:
+def _affordable(model: PlaitModel, held: Examples, labels: list[str], kind: str) -> Examples:
     """As many validation records as likelihoods of all labels can be had for."""
     encode = model.checkpoint.text.encode_batch
     each = sum(len(ids) for ids in encode(labels)) + (16 if kind != "text" else 0)

@@ -285,13 +285,6 @@ def nearest(queries: np.ndarray, gallery: np.ndarray, chunk: int = 256) -> tuple
     return distances, places
 
 
-def psnr(original: np.ndarray, rebuilt: np.ndarray, peak: float = 255.0) -> np.ndarray:
-    """Peak signal-to-noise ratio in decibels of each of N samples, (N,); 100 at most, for equal ones."""
-    error = (np.asarray(original, float) - np.asarray(rebuilt, float)).reshape(len(original), -1)
-    mean = np.square(error).mean(1)
-    return 10 * np.log10(peak**2 / np.maximum(mean, peak**2 * 1e-10))
-
-
 def code_use(codes: np.ndarray, size: int) -> tuple[float, float]:
     """Share of the `size` codes that occur, and the perplexity of how often, as a share of `size` too."""
     counts = np.bincount(np.asarray(codes).ravel(), minlength=size)[:size]

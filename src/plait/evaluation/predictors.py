@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from plait.classifiers.classifier import Features, Kind
+from plait.classifiers.classifier import Features
 from plait.classifiers.linear import Linear
 from plait.classifiers.numbers import Numbers, fit_numbers
 from plait.classifiers.predictors import Predictor
@@ -79,7 +79,7 @@ def _fit(model: PlaitModel, dataset: Dataset, source: str, target: str, seed: in
         held = uniform(seed, DRAW, 1, np.arange(len(inputs))) < 0.2
         held_inputs, held_answers = _only(inputs, held), _only(answers, held)
         inputs, answers = _only(inputs, ~held), _only(answers, ~held)
-    kind: Kind = dataset.columns[source]  # type: ignore[assignment]
+    kind = dataset.columns[source]
     bands = int(str(model.checkpoint.model.config.modalities.get(kind, {}).get("bands", 0)))
     features = Features.fit(kind, inputs, bands)
     rows, held_rows = features(inputs), features(held_inputs)

@@ -7,25 +7,26 @@ import unicodedata
 from collections import Counter
 from dataclasses import replace
 from itertools import permutations
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
-from plait.classifiers.classifier import Classifier, Kind
+from plait.classifiers.classifier import Classifier
 from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
 from plait.evaluation import metrics
-from plait.evaluation.alternatives import MOST, NAMES, GramModel, fit_alternative, paired_error
+from plait.evaluation.alternatives import MOST, GramModel, alternative_name, fit_alternative, paired_error
 from plait.evaluation.answers import evaluate_predictors
 from plait.evaluation.context import EVALUATIONS, RECORD_EVALUATIONS, EvalContext, Limits, Media, Progress, Timer
 from plait.evaluation.findings import Confusion, Findings, Gallery, Metrics, Reliability, ReportItem
-from plait.evaluation.generative import TASK, evaluate_codec, evaluate_making
+from plait.evaluation.generative import evaluate_codec, evaluate_making
 from plait.evaluation.language import sequence_nats
 from plait.evaluation.memorising import WRITTEN, evaluate_canaries, evaluate_texts
 from plait.evaluation.outcome import Outcome
 from plait.evaluation.verdict import make_verdict
 from plait.inference.model import PlaitModel
 from plait.inference.opinions import opinion_scores
+from plait.modalities.media import MEDIA
 from plait.model.multimodal import IGNORE, Sequence
 from plait.training.batches import lm_windows
 
@@ -107,11 +108,9 @@ def evaluate(
             continue
         evaluate_codec(eval_context, column)
         asking = [c for c in eval_context.labels if len(eval_context.with_text(eval_context.samples(column, split), c))]
-        kind = eval_context.columns[column]
-        total = eval_context.limits.drawn if kind == "image" else eval_context.limits.spoken
         for target in asking:
-            evaluate_making(eval_context, target, column, max(total // len(asking), 1))
-        timer.lap(TASK[kind])
+            evaluate_making(eval_context, target, column, max(eval_context.limits.made // len(asking), 1))
+        timer.lap(eval_context.modality(column).making_task)
     order = ("Drawing", "Speaking", "Written", "Memorised", "Retrieval", "Mistakes", "Codec")
     eval_context.findings.galleries.sort(key=lambda gallery: order.index(gallery.title.split(":")[0]))
     whole.lap("evaluation")
@@ -173,8 +172,8 @@ def _recognition(eval_context: EvalContext, source: str, target: str) -> None:
     result = metrics.classification(truth, predicted, len(names))
     errors = metrics.macro_errors(truth, predicted, len(names), seed=seed)
     plain: metrics.Classification | None = None
-    kind = cast(Kind, eval_context.columns[source])
-    guess, alternative = None, NAMES[kind]
+    kind = eval_context.columns[source]
+    guess, alternative = None, alternative_name(kind)
     if len(prior) > 1:
         guess = _simple(eval_context, classifier, source, target, train, media, labels)
     drawn = source in eval_context.media_columns and kind not in eval_context.model.checkpoint.model.config.read_only
@@ -282,12 +281,12 @@ def _simple(
 ) -> np.ndarray:  # fmt: skip
     """The classes (N,) by the simple alternative: the linear part of the run's classifier, else one fitted now."""
     if classifier is None:
-        kind = cast(Kind, eval_context.columns[source])
         number = {label: i for i, label in enumerate(labels)}
         some = train.only(eval_context.chosen(np.arange(len(train)), MOST))
         some = some.only(np.array([eval_context.texts[target][i] in number for i in some.indices], bool))
         classes = np.array([number[eval_context.texts[target][i]] for i in some.indices])
-        bands = int(getattr(eval_context.modality(source).settings, "bands", 0)) if kind == "audio" else 0
+        kind = eval_context.columns[source]
+        bands = int(getattr(eval_context.modality(source).settings, "bands", 0)) if kind in MEDIA else 0
         classifier = fit_alternative(kind, _raw(eval_context, source, some), classes, labels, bands)
     return classifier.linear_scores(_raw(eval_context, source, media)).argmax(1)
 
@@ -538,7 +537,7 @@ def _search(
         related = relevant(rows[i : i + 1])[0]
         items = [
             eval_context.exhibit(target, shelf.samples[j], f"{rank + 1}", bool(related[j]))
-            for rank, j in enumerate(result["top"][i][: 6 if eval_context.columns[target] == "image" else 2])
+            for rank, j in enumerate(result["top"][i][: eval_context.modality(target).shown])
         ]
         head = _shown(eval_context, source, media, int(chosen[i]))
         shown.append((head, items))

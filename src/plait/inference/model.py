@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, Unpack
 
@@ -29,14 +31,19 @@ from plait.inference.constrained import ConstraintCompiler, ConstraintError, Tex
 from plait.inference.engine import Completion, Engine, Request
 from plait.inference.inputs import Reading
 from plait.inference.opinions import ood_scores, opinion_scores
-from plait.inference.results import Estimate, Prediction, Predictions
+from plait.inference.results import Estimate, Prediction, Predictions, Segment
 from plait.inference.sampling import Options, make_sampling
 from plait.inference.showcase import Shown, showcase
+from plait.modalities.audio_files import decode_audio, silent
+from plait.modalities.descriptor import MediaError
 from plait.modalities.inputs import inputs_of, medium_of
 from plait.model import checkpoint as checkpoints
 from plait.model.checkpoint import Checkpoint, find_checkpoint
+from plait.model.lora import Adapter, attach_adapter
 from plait.model.multimodal import Sequence
 
+FRAME_SECONDS = 0.01  # of a frame of the log-mel that audio modalities read
+ADAPTER_FILE = "adapter_config.json"  # of PEFT
 DEFAULT_NEW_TOKENS = 50  # of a continuation, where nothing else bounds it
 
 
@@ -51,13 +58,21 @@ MODEL_SOURCES: ExtensionPoint[ModelSource] = ExtensionPoint("model_source")
 MODEL_CLASSES: ExtensionPoint[type[PlaitModel]] = ExtensionPoint("model_class")
 
 
-def load(path: str | Path, device: str = "auto", precision: str = "auto") -> Model:
+def load(
+    path: str | Path, device: str = "auto", precision: str = "auto", *, adapter: str | Path | None = None
+) -> Model:
     """The model of a run's folder (its best checkpoint, else its last), of a checkpoint's folder, or of a Hugging
     Face name, folder or GGUF file: `hf.architectures` in our backbone, others through transformers.
 
-    Where a run's best checkpoint is damaged, a warning names what is wrong and the newest whole one is taken. Raises
+    `adapter` is a folder of PEFT's or of a LoRA run, whose updates are computed beside the model's weights. Where a
+    run's best checkpoint is damaged, a warning names what is wrong and the newest whole one is taken. Raises
     PlaitError where there is none or it is damaged.
     """
+    if adapter is None and (file := Path(path).expanduser() / ADAPTER_FILE).is_file():
+        path, adapter = _base_of(file), path
+    if adapter is not None:
+        model = load(path, device, precision)
+        return attach_adapters(model, {Path(adapter).name: adapter})[0]
     folder = find_checkpoint(path)
     choose_device(device, precision)  # which says what is wrong before anything is read
     if folder is not None and folder != Path(path).expanduser() and (wrong := checkpoints.verify(folder)):
@@ -69,6 +84,34 @@ def load(path: str | Path, device: str = "auto", precision: str = "auto") -> Mod
     if folder is not None and read_json(folder / "config.json").get("model_type") == "plait":
         return model_of(checkpoints.load(folder), device, precision, folder)
     return MODEL_SOURCES.one()(folder or path, device, precision)
+
+
+def _base_of(file: Path) -> str:
+    """The model that PEFT's adapter says it belongs to. Raises PlaitError where it says none."""
+    name = read_json(file).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise PlaitError(f"{file} does not say which model it belongs to. Name it: BASE --adapter {file.parent}")
+    return name
+
+
+class AdapterSource(Protocol):
+    """Reads adapters from files; a feature adds it."""
+
+    def __call__(self, folder: str | Path, checkpoint: Checkpoint) -> Adapter: ...
+
+
+ADAPTER_SOURCES: ExtensionPoint[AdapterSource] = ExtensionPoint("adapter_source")
+
+
+def attach_adapters(model: Model, folders: Mapping[str, str | Path]) -> list[PlaitModel]:
+    """A model for each adapter, by name; they share the weights of `model`. Raises PlaitError where a folder holds
+    none, or one of another base."""
+    if (ours := model.plait_model) is None:
+        raise PlaitError(
+            f"{model.name} runs in transformers, where adapters are not taken. Use one that runs in Plait."
+        )
+    adapters = {name: ADAPTER_SOURCES.one()(folder, ours.checkpoint) for name, folder in folders.items()}
+    return [ours.attach(name, adapter) for name, adapter in adapters.items()]
 
 
 def model_of(
@@ -94,10 +137,20 @@ class PlaitModel(Reading, Model):
         if self.device.weights is not None:
             checkpoint.model.pack(self.device.weights)
         self.vocabulary = checkpoint.model.vocabulary
+        self.adapter = -1  # that requests are written with
 
     @property
     def plait_model(self) -> PlaitModel:
         return self
+
+    def attach(self, name: str, adapter: Adapter) -> PlaitModel:
+        """The same model, sharing its weights, with an adapter that its requests are written with. All adapters of a
+        model are attached before its engine is used."""
+        twin = copy.copy(self)
+        twin.__dict__.pop("engine", None)
+        self.__dict__.pop("engine", None)
+        twin.adapter, twin.name = attach_adapter(self.checkpoint.model.backbone, name, adapter), name
+        return twin
 
     def showcase(self, records: list[Record]) -> list[Shown]:
         """What it makes of a few records, for somebody who watches it learn; see `inference.showcase`."""
@@ -161,6 +214,7 @@ class PlaitModel(Reading, Model):
             seed=options.get("seed", 0),
             stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
             constraint=options.get("constraint") if token_type == "text" else None,
+            adapter=self.adapter,
         )
 
     def requests(
@@ -298,15 +352,45 @@ class PlaitModel(Reading, Model):
         **options: Unpack[Options],
     ) -> str:
         """The words of an audio clip. A long one is read in windows that overlap by half; see `joined`."""
+        self._check_speech(language, task)
+        spoken = self.spoken(audio)
+        target = self.column(column, "text", "transcribe")
+        texts = [row[0] for row in self.write([sequence for _, _, sequence in spoken], target, **options)]
+        return joined(texts)
+
+    def segments(self, audio: Any, language: str | None = None, task: str = "transcribe") -> list[Segment]:
+        """What is said when in an audio clip: the text of each window, from the middle of its overlap with the one
+        before to that with the one behind it."""
+        self._check_speech(language, task)
+        spoken = self.spoken(audio)
+        target = self.column(None, "text", "transcribe")
+        texts = [row[0] for row in self.write([sequence for _, _, sequence in spoken], target)]
+        return joined_segments([Segment(a, b, text) for (a, b, _), text in zip(spoken, texts, strict=True)])
+
+    def spoken(self, audio: Any) -> list[tuple[float, float, Sequence]]:
+        """The windows of an audio clip in which something can be heard: where each begins and ends, in seconds, without
+        the half of its overlaps that belongs to a neighbour, and its sequence."""
+        modality = self.modality(self.column(None, "audio", "transcribe"))
+        try:
+            value = medium_of(audio)
+            wave, rate = value if isinstance(value, tuple) else decode_audio(value)
+        except MediaError as error:
+            raise PlaitError(f"The audio cannot be read: {error}.") from error
+        sequences = self.alone((wave, rate), self.engine.max_length)
+        length, total = getattr(modality.settings, "frames", 1) * FRAME_SECONDS, len(wave) / rate
+        starts = [min(i * length / 2, max(total - length, 0.0)) for i in range(len(sequences))]
+        edges = [0.0, *((a + length + b) / 2 for a, b in pairwise(starts)), total]
+        found = []
+        for i, (start, sequence) in enumerate(zip(starts, sequences, strict=True)):
+            if not silent(np.asarray(wave)[int(start * rate) : int((start + length) * rate) + 1]):
+                found.append((edges[i], edges[i + 1], sequence))
+        return found
+
+    def _check_speech(self, language: str | None, task: str) -> None:
         if task != "transcribe":
             raise PlaitError(f"This model writes down what it hears, and knows no task '{task}'. Leave it out.")
         if language is not None:
             raise PlaitError(f"{self.name} writes what its columns hold. Leave the language out, or name a column.")
-        self.column(None, "audio", "transcribe")
-        target = self.column(column, "text", "transcribe")
-        audio = medium_of(audio)
-        texts = [row[0] for row in self.write(self.alone(audio, self.engine.max_length), target, **options)]
-        return joined(texts)
 
     def draw(
         self, text: str, n: int = 1, best_of: int | None = None, column: str | None = None, **options: Unpack[Options]
@@ -543,6 +627,17 @@ def _predictions(
 def _means(values: np.ndarray, inputs: list[list[Sequence]]) -> list[np.ndarray]:
     """The mean of each input's rows, which lie one after the other."""
     return [rows.mean(0) for rows in np.split(values, np.cumsum([len(parts) for parts in inputs])[:-1])]
+
+
+def joined_segments(segments: list[Segment]) -> list[Segment]:
+    """Segments that hold something; neighbours with one text are one."""
+    found: list[Segment] = []
+    for segment in segments:
+        if found and segment.text == found[-1].text and found[-1].end == segment.start:
+            found[-1] = Segment(found[-1].start, segment.end, segment.text)
+        elif segment.text.strip():
+            found.append(segment)
+    return found
 
 
 def joined(texts: list[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from html import escape
 from typing import NamedTuple
 
@@ -31,6 +32,15 @@ class Estimate(NamedTuple):
     value: float
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Some words of a recording. `start` and `end` are seconds from its beginning."""
+
+    start: float
+    end: float
+    text: str
 
 
 class Predictions(list[Prediction]):

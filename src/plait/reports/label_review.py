@@ -44,10 +44,8 @@ def _item(
     if isinstance(value, str):
         return ReportItem(caption, text=value, right=right)
     modality = model.modality(column)
-    data = modality.to_bytes(modality.windows(value)[0])
-    return ReportItem(caption, audio=data, right=right) if modality.name == "audio" else ReportItem(
-        caption, image=data, right=right
-    )  # fmt: skip
+    exhibit = modality.exhibit(modality.windows(value)[0])
+    return ReportItem(caption, image=exhibit.image, audio=exhibit.audio, right=right)
 
 
 def review_table(review: LabelReview) -> str:

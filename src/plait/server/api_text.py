@@ -6,7 +6,7 @@ import asyncio
 import base64
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,12 +14,14 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
+from plait.inference.base import Verb
 from plait.inference.engine import Completion
 from plait.inference.engine import Request as Wanted
 from plait.inference.model import PlaitModel
 from plait.inference.prompts import Prompt, Turn
 from plait.inference.scoring import PromptScores, prompt_scores
 from plait.inference.tools import CallPiece, TextPiece, ToolCall
+from plait.modalities.media import MEDIA, written_by
 from plait.model.multimodal import Sequence
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext
@@ -73,14 +75,15 @@ async def chat_completions(request: Request, body: s.ChatRequest) -> Response:
     wanted: list[Wanted] = []
 
     def prepare() -> None:
+        spoken = written_by(Verb.SPEAK)
         for kind in outputs:
             if kind == "text":
                 columns.append(text_column(model, body.column))
             else:
-                voice = body.audio.voice if kind == "audio" and body.audio else None
+                voice = body.audio.voice if kind in spoken and body.audio else None
                 columns.append(
                     voice_of(service, request_context, model, voice)
-                    if kind == "audio"
+                    if kind in spoken
                     else model.column(None, kind, f"write {kind}")
                 )
             prompt = chat.prompt(turns, columns[-1], use.tools if use and kind == "text" else ())
@@ -127,7 +130,7 @@ async def chat_completions(request: Request, body: s.ChatRequest) -> Response:
                     aligner = Aligner(model.checkpoint.text, [] if prompt.context.media else prompt.context.ids)
                     choice["logprobs"] = of_chat(aligner.add(sample.ids, sample.logprobs, sample.top, last=True))
             else:
-                choice["message"] |= await asyncio.to_thread(_medium, kind, made[i], form)
+                choice["message"] |= await asyncio.to_thread(OUTPUTS[MEDIA[kind].writes], made[i], form)
     read_ = sum(len(prompt.context) for prompt in prompts)
     return JSONResponse({**head, "choices": choices, "usage": usage_of(read_, request_context.completion_tokens)})
 
@@ -197,16 +200,23 @@ def _call_delta(piece: CallPiece, reader: ReplyReader) -> dict[str, Any]:
     return {"tool_calls": [{"index": piece.index, **_call(ToolCall(call.name, "", call.id))}]}
 
 
-def _medium(kind: str, value: Any, form: str) -> dict[str, Any]:
-    """An image or an audio clip as a message holds it."""
-    if kind == "image":
-        url = f"data:image/png;base64,{png(value)}"
-        return {"images": [{"type": "image_url", "image_url": {"url": url, "detail": None}}]}
-    wave, rate = value
+def _drawn(image: Any, form: str) -> dict[str, Any]:
+    """An image as a message holds it."""
+    url = f"data:image/png;base64,{png(image)}"
+    return {"images": [{"type": "image_url", "image_url": {"url": url, "detail": None}}]}
+
+
+def _spoken(clip: Any, form: str) -> dict[str, Any]:
+    """An audio clip as a message holds it, in the format asked for."""
+    wave, rate = clip
     data = base64.b64encode(audio(wave, rate, form)).decode()
     # OpenAI keeps audio clips for later turns; here the client sends them again.
     return {"audio": {"id": "audio-" + secrets.token_hex(8), "data": data, "expires_at": int(time.time()),
                       "transcript": ""}}  # fmt: skip
+
+
+# How a message holds what a command made.
+OUTPUTS: dict[str, Callable[[Any, str], dict[str, Any]]] = {Verb.DRAW: _drawn, Verb.SPEAK: _spoken}
 
 
 async def _chat_events(
@@ -254,7 +264,7 @@ async def _chat_events(
         if kind != "text":
             made = await service.rendered(served, str(column), pending.result.samples, request_context)
             for i, value in enumerate(made):
-                yield [chunk(i, await asyncio.to_thread(_medium, kind, value, form))]
+                yield [chunk(i, await asyncio.to_thread(OUTPUTS[MEDIA[kind].writes], value, form))]
     if outputs != ["text"]:
         yield [chunk(i, {}, ends[i]) for i in range(n)]
     if usage:

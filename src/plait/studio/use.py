@@ -14,7 +14,7 @@ from PIL import Image
 
 from plait.core.errors import PlaitError
 from plait.modalities.descriptor import MediaError
-from plait.modalities.media import Checker, sniff
+from plait.modalities.media import MEDIA, Checker, sniff
 from plait.server.page_parts import PAGE_PARTS, LinesPart
 
 NEAREST = 6  # records shown beside an answer
@@ -206,10 +206,8 @@ class Models:
         return value, kind, preview
 
     def _words(self, model: Any, verbs: set[str], kind: str, value: Any) -> str:
-        if kind == "image" and "describe" in verbs:
-            return str(model.describe(value))
-        if kind == "audio" and "transcribe" in verbs:
-            return str(model.transcribe(value))
+        if kind in MEDIA and MEDIA[kind].verb in verbs:
+            return str(getattr(model, MEDIA[kind].verb)(value))
         if kind == "text" and "generate" in verbs:
             return str(model.generate(value, max_new_tokens=60))
         return ""
