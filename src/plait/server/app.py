@@ -119,6 +119,34 @@ def serve(
         service.reader.close()
 
 
+def serve_mcp(
+    server: Any, host: str, port: int, key_file: Path | None, allow_hosts: list[str], allow_origins: list[str],
+    tell: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Serve a Model Context Protocol server over streamable HTTP at /mcp, behind the same guard as the API, until
+    SIGINT or SIGTERM. Nothing is kept between requests."""
+    from mcp.server.transport_security import TransportSecuritySettings
+
+    access_policy = make_doors(host, key_file, allow_hosts, allow_origins)
+    sock, limits, metrics = listen(host, port), Limits(), Metrics()
+    ours = TransportSecuritySettings(enable_dns_rebinding_protection=False)  # the guard judges hosts and origins
+    app = server.streamable_http_app(json_response=True, stateless_http=True, transport_security=ours, host=host)
+    guard = AccessMiddleware(app, access_policy, limits, metrics, {"/mcp"})
+    set_up_logging()
+
+    def stop(seconds: float) -> None:
+        guard.stopping = True
+
+    http = make_server(guard, limits, stop, metrics.closed)
+    http.on_start = lambda: tell(f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}")
+    metrics.connections = http.server_state.connections
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        http.run(sockets=[sock])
+    finally:
+        sock.close()
+
+
 def load_models(
     names: list[str], device: str, precision: str, limits: Limits, adapters: list[str] | None = None
 ) -> list[Served]:
