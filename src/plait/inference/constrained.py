@@ -191,7 +191,8 @@ def closed(schema: Any) -> Any:
         found = {key: inner if key in ("enum", "const", "default", "examples") else close(inner)
                  for key, inner in value.items()}  # fmt: skip
         open_ = {"additionalProperties", "unevaluatedProperties", "patternProperties", "anyOf", "oneOf", "$ref", "if"}
-        named, required = value.get("properties"), value.get("required", [])
+        named: Any = value.get("properties")
+        required = value.get("required", [])
         plain = isinstance(named, dict) and value.get("type") == "object" and not open_ & set(value)
         if plain and isinstance(required, list) and all(name in named for name in required):
             found["additionalProperties"] = False
