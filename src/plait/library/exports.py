@@ -80,6 +80,9 @@ def export(
         )
     if Verb.GENERATE not in loaded.verbs:
         raise PlaitError(f"{model} can {' and '.join(loaded.verbs)}, which no other program can; nothing is written.")
+    if loaded.checkpoint.predictors and tell is not None:
+        names = ", ".join(dict.fromkeys(one.target for one in loaded.checkpoint.predictors))
+        tell(f"What predicts {names} (several labels, or numbers) is no part of the network, and is not written.")
     if adapter is not None:
         merge_adapter(loaded.checkpoint.model.backbone, read_adapter(adapter, loaded.checkpoint))
     worst = formats[to](add_export_constraints(loaded.checkpoint, loaded.engine), Path(out))
