@@ -52,6 +52,7 @@ def export(
     from plait.hf.adapters import read_adapter
     from plait.hf.export import export_onnx, export_transformers
     from plait.hf.export_constraints import add_export_constraints
+    from plait.hf.gguf_export import export_gguf
     from plait.hf.tflite import export_tflite
     from plait.inference.base import Verb
     from plait.inference.model import load
@@ -59,6 +60,7 @@ def export(
 
     formats: dict[str, Callable[..., object]] = {
         "transformers": export_transformers,
+        "gguf": export_gguf,
         "onnx": export_onnx,
         "tflite": partial(export_tflite, length=length, tell=tell or (lambda line: None)),
     }
