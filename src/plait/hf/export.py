@@ -50,7 +50,7 @@ def export_transformers(checkpoint: Checkpoint, folder: Path) -> str:
     with publish_folder(folder) as aside:
         write_json(aside / "config.json", _config(checkpoint, architecture, size))
         write_json(aside / "generation_config.json", _generation(checkpoint, size))
-        save_file(_tensors(model, architecture, size), aside / "model.safetensors", metadata={"format": "pt"})
+        save_file(tensors_of(model, architecture, size), aside / "model.safetensors", metadata={"format": "pt"})
         write_atomic(aside / "tokenizer.json", tokenizer)
         write_json(aside / "tokenizer_config.json", _tokenizer_config(checkpoint, names))
         write_atomic(
@@ -143,14 +143,14 @@ def exported_size(vocabulary: Vocabulary) -> int:
     return vocabulary.text if plain else vocabulary.size
 
 
-def _biases(c: TransformerConfig, architecture: Architecture) -> Biases:
+def biases_of(c: TransformerConfig, architecture: Architecture) -> Biases:
     """Theirs come for all projections of a part or none, the rest being zero."""
     if architecture.model_type == "qwen2":
         return Biases(qkv=True)
     return Biases(c.qkv_bias or c.bias, c.qkv_bias or c.bias, c.bias and architecture.model_type != "qwen3")
 
 
-def _ends(checkpoint: Checkpoint) -> int | list[int]:
+def ends_of(checkpoint: Checkpoint) -> int | list[int]:
     """The ids that end a text, and a reply written by the chat template: the tokenizer's own end, as `<|im_end|>`."""
     vocabulary, text = checkpoint.model.vocabulary, checkpoint.text
     ends = [vocabulary.end, *(vocabulary.more_ends or [])]
@@ -169,21 +169,21 @@ def _config(checkpoint: Checkpoint, architecture: Architecture, size: int) -> di
         "vocab_size": size,
         "tie_word_embeddings": model.config.tied,
         "bos_token_id": None,
-        "eos_token_id": _ends(checkpoint),
+        "eos_token_id": ends_of(checkpoint),
         "pad_token_id": vocabulary.pad if size > vocabulary.pad else None,
         **architecture.write(model.config.backbone),
     }
 
 
 @torch.no_grad()
-def _tensors(model: Multimodal, architecture: Architecture, size: int) -> dict[str, Tensor]:
+def tensors_of(model: Multimodal, architecture: Architecture, size: int) -> dict[str, Tensor]:
     c = model.config.backbone
     ours = {f"backbone.{name}": value for name, value in model.backbone.state_dict().items()}
     ours["token_embedding.free"] = model.token_embedding.table()[:size]
     if model.lm_head is not None:
         ours["lm_head.free"] = model.lm_head.table()[:size]
     tensors = {}
-    for name, parts in layout(architecture, c, size, model.config.tied, _biases(c, architecture)).items():
+    for name, parts in layout(architecture, c, size, model.config.tied, biases_of(c, architecture)).items():
         value, start = ours.get(name), 0
         for part in parts:
             if value is None:  # a bias that they have and we do not
@@ -199,7 +199,7 @@ def _tensors(model: Multimodal, architecture: Architecture, size: int) -> dict[s
 def _generation(checkpoint: Checkpoint, size: int) -> dict[str, Any]:
     vocabulary, sampling = checkpoint.model.vocabulary, checkpoint.generation
     values: dict[str, Any] = {
-        "eos_token_id": _ends(checkpoint),
+        "eos_token_id": ends_of(checkpoint),
         "pad_token_id": vocabulary.pad if size > vocabulary.pad else vocabulary.end,
         "do_sample": sampling.temperature > 0,
     }

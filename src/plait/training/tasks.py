@@ -12,10 +12,12 @@ from plait.classifiers.linear import fit_linear
 from plait.core.config import SIZES, Recipe
 from plait.core.errors import PlaitError
 from plait.core.features import ExtensionPoint
+from plait.core.files import read_json
 from plait.core.rng import uniform
 from plait.data.dataset import Dataset
 from plait.modalities.media import MEDIA
 from plait.modalities.registry import MODALITIES, SETTINGS
+from plait.model.checkpoint import find_checkpoint
 from plait.training.build import fit_settings, label_columns
 
 MIRROR_RECORDS = 1500  # images that say whether a mirrored one means the same
@@ -64,16 +66,17 @@ def find_task(dataset: Dataset, labels: dict[str, list[str]]) -> str:
         return dataset.manifest.kind  # a feature's data have the task of its name
     if dataset.manifest.chats:
         return "chat"
+    answers = [*dataset.manifest.multi_label, *dataset.manifest.numbers]
     media = [c for c, kind in dataset.columns.items() if kind != "text"]
     texts = [c for c, kind in dataset.columns.items() if kind == "text"]
     if media:
         train = dataset.indices("train")
-        named = [c for c in labels if _share(dataset, c, train) >= LABELLED]
+        named = [c for c in [*labels, *answers] if _share(dataset, c, train) >= LABELLED]
         return "recognise" if named else "describe" if texts else "draw"
-    others = [c for c in texts if c not in labels]
+    others = [c for c in texts if c not in labels and c not in answers]
     if len(texts) == 2 and {c.lower() for c in texts} & set(REPLIES) and {c.lower() for c in texts} & set(QUESTIONS):
         return "reply"
-    if labels and others:
+    if (labels or answers) and others:
         return "recognise"
     return "reply" if len(texts) > 1 else "language"
 
@@ -109,8 +112,29 @@ def derive(dataset: Dataset, recipe: Recipe) -> Derived:
         _language(derived, training)
     elif feature is not None:
         derived.recipe = feature.recipe(recipe)
+    _imported(derived, training)
     derived.recipe = with_sections(derived.recipe, training=training)
     return derived
+
+
+def _imported(derived: Derived, training: dict[str, Any]) -> None:
+    """Batch and learning rate for a pretrained language model, where the recipe says nothing."""
+    recipe = derived.recipe
+    name = recipe.model.init_from
+    if name is None:
+        return
+    folder = find_checkpoint(name)
+    if folder is not None and read_json(folder / "config.json").get("model_type") == "plait":
+        return
+    mine, lora = recipe.training, recipe.training.lora is not None
+    chosen = {"batch_size": 8, "learning_rate": 5e-4 if lora else 5e-5}
+    chosen = {key: value for key, value in chosen.items() if getattr(mine, key) is None}
+    if lora and mine.full_softmax_prob == Recipe().training.full_softmax_prob:
+        chosen["full_softmax_prob"] = 0.0
+    training |= chosen
+    if "learning_rate" in chosen:
+        words = "low-rank updates of a pretrained model" if lora else "a pretrained model that is trained whole"
+        derived.lines.append(f"For {words}: learning rate {chosen['learning_rate']:g}.")
 
 
 def _recognise(dataset: Dataset, derived: Derived, labels: dict[str, list[str]], training: dict[str, Any]) -> None:
@@ -119,6 +143,7 @@ def _recognise(dataset: Dataset, derived: Derived, labels: dict[str, list[str]],
     media = [c for c, kind in dataset.columns.items() if kind != "text"]
     kinds = [kind for kind in MODALITIES if kind in {dataset.columns[c] for c in media}]
     sources = kinds or [c for c, kind in dataset.columns.items() if kind == "text" and c not in labels]
+    sources = [c for c in sources if c not in (*dataset.manifest.multi_label, *dataset.manifest.numbers)]
     # A column called text has the name of the objective, and cannot be told apart from it: it is written, too.
     sources = [name for name in sources if name != "text"]
     training["weights"] = {**dict.fromkeys(sources, 0.0), **recipe.training.weights}
@@ -126,7 +151,7 @@ def _recognise(dataset: Dataset, derived: Derived, labels: dict[str, list[str]],
     model: dict[str, Any] = {}
     for kind in kinds:
         given: dict[str, Any] = getattr(recipe.model, kind)
-        if recipe.model.init_from is not None or given.get("encoder"):
+        if recipe.model.init_from is not None or given.get("encoder") or not labels:
             continue
         classes = {column: len(values) for column, values in labels.items()}
         chosen = SETTINGS[kind].for_recognition(given, partial(mirrors, dataset, recipe, labels, kind))
