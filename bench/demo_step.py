@@ -1,7 +1,8 @@
 """A step of the demo's training: how long one takes, with one thread and with two, and where its time goes.
 
-    PLAIT_ISA=avx2 python bench/demo_step.py runs/demo/data       # a dataset that `plait demo` made; --profile: by operator
-    python bench/demo_step.py runs/demo/data --against ../other/src     # beside another version of the package, in turns
+    PLAIT_ISA=avx2 python bench/demo_step.py runs/demo/data           # a dataset that `plait demo` made
+    python bench/demo_step.py runs/demo/data --against ../other/src   # beside another version, in turns
+    python bench/demo_step.py runs/demo/data --profile 1              # by operator, with one thread
 
 The step is the trainer's own: losses of all objectives, gradients, weights; its batch was made by the thread that makes
 them ahead. By the clock, since that is what a second thread is for: run it on idle cores.
@@ -43,6 +44,7 @@ def trainer(data: Path, folder: Path, threads: int) -> Trainer:
     overrides = {"training": {"task": "draw", "steps": 1000, "codec_steps": 2}}
     recipe = load_recipe(None, overrides)
     run = Run(folder, Dataset.open(data), recipe, lambda progress: None, choose_device("cpu", training=True))
+    folder.mkdir()
     run.open()
     with signals() as received:
         return Trainer(run, prepare_run(run, None), received, Callbacks([]))
@@ -85,9 +87,12 @@ def compare(data: Path, versions: dict[str, Path]) -> None:
         workers = {
             name: stack.enter_context(
                 subprocess.Popen(
-                    [sys.executable, __file__, str(data), "--rounds"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                    text=True, env={**os.environ, "PYTHONPATH": str(source)},
-                )  # fmt: skip
+                    [sys.executable, __file__, str(data), "--rounds"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    env={**os.environ, "PYTHONPATH": str(source)},
+                )
             )
             for name, source in versions.items()
         }

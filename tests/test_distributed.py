@@ -106,7 +106,7 @@ def test_parts_change_neither_loss_nor_gradient(parts: tuple[Multimodal, Split],
 
 
 def test_two_threads_change_neither_loss_nor_gradient(parts: tuple[Multimodal, Split]) -> None:
-    """A step cut in two of equal work, each half computed by a thread: the gradients of the whole, the same each time."""
+    """A step cut in two of equal work, a thread for each half: the gradients of the whole, and the same each time."""
     model, split = parts
     plain, cut = (Sampler(split, model.vocabulary, model.media, 11, 96, 0, 0.1, True, True) for _ in range(2))
     cut.media_work = media_work(model)

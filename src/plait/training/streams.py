@@ -1,5 +1,6 @@
 """Two threads that each compute half of a step: its sequences are cut in two, and each thread reads its half forward
-and backward by itself, with half of the processor's threads. They wait for each other twice a step, not once an operator.
+and backward by itself, with half of the processor's threads. They wait for each other twice a step, not at each
+operator.
 
 The halves are a function of the step, and a gradient is the sum of two, the same in either order: so a step is the same
 to the bit whoever comes first.
@@ -15,11 +16,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from plait.core.device import Device
-from plait.model.multimodal import Multimodal
 from plait.modalities.hf_encoder import HFEncoder
+from plait.model.multimodal import Multimodal
 from plait.training.batches import Step
 
 T = TypeVar("T")
+
+ENCODING = 2.0  # how much longer an operation takes in encoders, whose convolutions are small, than in the backbone
 
 
 class Streams:
@@ -62,12 +65,12 @@ def can_be_cut(model: Multimodal, device: Device) -> bool:
 
 def media_work(model: Multimodal) -> dict[str, float]:
     """What encoding takes a row of a sample of each medium (a row of pixels, a frame), in tokens of the backbone, by
-    floating point operations."""
+    floating point operations; convolutions are slower ones."""
     token = 2 * sum(p.numel() for p in model.backbone.parameters())
     work = {}
     for name, modality in model.media.items():
         values, lengths = modality.batch([modality.blank()])
         with torch.no_grad(), FlopCounterMode(display=False) as counted:
             modality.encoder(values.to(next(model.parameters()).device), lengths)
-        work[name] = counted.get_total_flops() / token / values.shape[1]
+        work[name] = ENCODING * counted.get_total_flops() / token / values.shape[1]
     return work
