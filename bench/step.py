@@ -1,4 +1,4 @@
-"""One step of the 14M backbone at position 64, and a prompt of 512: kernels beside PyTorch, and each precision of weights.
+"""One step of the 14M backbone at position 64, and a prompt of 512: kernels beside PyTorch, in each precision.
 
     PLAIT_ISA=avx2 OMP_NUM_THREADS=1 python bench/step.py
     python bench/step.py --storages fp32 bf16 --rounds 15
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import plait  # isort: skip (before torch, which PLAIT_ISA may cap)
+import plait  # noqa: F401  # isort: skip (before torch, which PLAIT_ISA may cap)
 
 import numpy as np
 import torch

@@ -200,8 +200,8 @@ def test_an_imported_template_is_kept_and_trained_on(
         ("user", "no"),
         ("assistant", "the cat"),
     ]
-    pieces = Template(Text.load(tmp_path / "base" / "tokenizer.json")).script(said)
     messages = [{"role": role, "content": text} for role, text in said]
+    pieces = Template(Text.load(tmp_path / "base" / "tokenizer.json")).script(messages)
     whole = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
     ids = [id for _, piece in pieces for id in piece]
     assert ids == whole[: len(ids)] and theirs.decode(whole[len(ids) :]) == "\n"

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plait.evaluation import metrics
+from plait.modalities.image import psnr
 
 
 def random(seed: int = 0) -> np.random.Generator:
@@ -116,7 +117,7 @@ def test_diversity_and_nearest() -> None:
 
 def test_psnr_and_code_use() -> None:
     image = random(12).integers(0, 200, (2, 8, 8, 1))
-    found = metrics.psnr(image, image + np.array([0, 10]).reshape(2, 1, 1, 1))
+    found = psnr(image, image + np.array([0, 10]).reshape(2, 1, 1, 1))
     assert found == pytest.approx([100, 20 * math.log10(255 / 10)])
     assert metrics.code_use(np.array([[0, 1], [2, 3]]), 8) == (0.5, pytest.approx(0.5))
     assert metrics.code_use(np.zeros(5, int), 10) == (0.1, pytest.approx(0.1))

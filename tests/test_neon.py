@@ -21,7 +21,15 @@ from plait.inference.decoder import Decoder, Ways
 from plait.kernels.choice import PYTORCH
 from plait.kernels.compile import FLAGS
 from plait.kernels.linear import FORMATS, STORAGES, dequantise, quantise
-from plait.model.transformer import KVCache, Transformer, TransformerConfig, rms_norm, rotary, rotary_frequencies, rotate
+from plait.model.transformer import (
+    KVCache,
+    Transformer,
+    TransformerConfig,
+    rms_norm,
+    rotary,
+    rotary_frequencies,
+    rotate,
+)
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 
@@ -119,13 +127,12 @@ def test_attention(training: Emulated) -> None:
     norms = [torch.rand(width).add(0.5).requires_grad_() for _ in range(2)]
     cosines, sines = rotary(torch.arange(length)[None], torch.rand(width // 2))
     grad = torch.randn(batch, length, heads, width)
-    found = training(
-        "attention", [qkv, *norms, cosines, sines, grad], [batch, length, heads, kv_heads, width]
-    )
+    found = training("attention", [qkv, *norms, cosines, sines, grad], [batch, length, heads, kv_heads, width])
     q, k, v = qkv.split([heads, kv_heads, kv_heads], 2)
     q, k = (rotate(rms_norm(part, norm, 1e-6), cosines, sines) for part, norm in zip((q, k), norms, strict=True))
     k, v = (part.repeat_interleave(heads // kv_heads, 2) for part in (k, v))
-    mixed = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)), is_causal=True).transpose(1, 2)
+    heads_first = [part.transpose(1, 2) for part in (q, k, v)]
+    mixed = F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
     gradients = torch.autograd.grad(mixed, [qkv, *norms], grad)
     assert_same(found, [mixed, gradients[0], torch.cat(gradients[1:])], 1e-5)
 

@@ -367,3 +367,50 @@ def test_the_report_stands_alone(tmp_path: Path) -> None:
     made(tmp_path / "in", tmp_path / "out")
     page = (tmp_path / "out/report.html").read_text()
     assert "<script" not in page and "http:" not in page and "https:" not in page and page.count("data:image/") == 2
+
+
+def test_adding_files_decodes_only_the_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grown source, and other files added to a dataset: known media are not decoded, and what comes out is the same
+    as from preparing all at once."""
+    from plait.data import work
+
+    decoded: list[bytes] = []
+    look = work._look
+    monkeypatch.setattr(work, "_look", lambda kind, data, near: decoded.append(data) or look(kind, data, near))
+
+    def image(place: Path, n: int) -> None:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(encode_png(np.random.default_rng(n).integers(0, 256, (48, 48, 3), np.uint8)))
+
+    for n in range(12):
+        image(tmp_path / "in" / "ab"[n % 2] / f"{n}.png", n)
+    prepare(tmp_path / "in", tmp_path / "out", workers=0)
+    assert len(decoded) == 12
+    for n in range(12, 16):
+        image(tmp_path / "in" / "ab"[n % 2] / f"1{n}.png", n)
+    decoded.clear()
+    prepare(tmp_path / "in", tmp_path / "out", workers=0)
+    assert len(decoded) == 4
+    prepare(tmp_path / "in", tmp_path / "anew", workers=0)
+    names = sorted(path.name for path in (tmp_path / "anew").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "out").iterdir())
+    for name in names:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "anew" / name).read_bytes()
+
+    before = Dataset.open(tmp_path / "out")
+    split = {record.id: record.split for record in before.iterate()}
+    for n in range(20, 25):
+        image(tmp_path / "more" / "ab"[n % 2] / f"{n}.png", n)
+    image(tmp_path / "more" / "a" / "again.png", 0)
+    (tmp_path / "more" / "a" / "bad.png").write_bytes(b"no image")
+    for _ in range(2):  # the second time nothing is new
+        decoded.clear()
+        prepare(tmp_path / "more", tmp_path / "out", workers=0, into=True)
+        after = {record.id: record for record in Dataset.open(tmp_path / "out").iterate()}
+        assert len(after) == 22 and split.items() <= {id_: record.split for id_, record in after.items()}.items()
+    assert len(decoded) == 1  # the one that is none
+    assert after["more/a/again.png"].split == split["a/0.png"] and after["more/b/21.png"].parts["label"] == "b"
+    manifest = Dataset.open(tmp_path / "out").manifest
+    assert manifest.duplicates == 1 and manifest.source.endswith(" + " + str(tmp_path / "more"))
+    reasons = [(one.file, one.reason) for one in Dataset.open(tmp_path / "out").rejects]
+    assert ("more/a/bad.png", reasons[0][1]) in reasons

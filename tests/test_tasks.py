@@ -58,7 +58,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_direction_of_images_with_labels_and_captions(images: Path, tmp_path: Path) -> None:
     model, dataset = untrained(images)
     (image,) = (c for c, kind in dataset.columns.items() if kind == "image")
-    found, findings = evaluate(model, dataset, reference_seconds=0.1, limits=Limits(drawn=6, records=20, written=5))
+    found, findings = evaluate(model, dataset, reference_seconds=0.1, limits=Limits(made=6, records=20, written=5))
     directions = {name.rpartition("/")[0] for name in found}
     assert {
         f"recognition/{image}-colour",
@@ -130,7 +130,7 @@ def test_figures_without_what_train_has_too(tmp_path: Path) -> None:
     manifest = prepare(tmp_path, tmp_path / "data", workers=0)
     assert manifest.overlap == {"test/train": 5} and manifest.near_duplicates == {"test/train": 5}
     model, dataset = untrained(tmp_path / "data")
-    found, findings = evaluate(model, dataset, reference_seconds=0.1, limits=Limits(drawn=2, written=30))
+    found, findings = evaluate(model, dataset, reference_seconds=0.1, limits=Limits(made=2, written=30))
     assert found["recognition/image-label/accuracy"]["n"] == 30
     names = ["recognition/image-label/accuracy", "transcription/image-caption/cer", "retrieval/image-caption/r_at_5"]
     assert [found[f"{name}_clean"]["n"] for name in names] == [20, 20, 20]

@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from plait.inference.base import Model
     from plait.inference.model import load
     from plait.inference.results import Prediction, Predictions
-    from plait.library.datasets import prepare
+    from plait.library.datasets import estimate, prepare
     from plait.library.demo import demo
-    from plait.library.evaluations import Evaluation, evaluate
+    from plait.library.evaluations import Evaluation, evaluate, label_review
     from plait.library.exports import export
     from plait.library.runs import Run, train
+    from plait.library.tables import tabulate
     from plait.planning.api import plan
     from plait.search.index import Index
     from plait.training.callbacks import Callback
@@ -50,11 +51,14 @@ __all__ = [
     "Run",
     "__version__",
     "demo",
+    "estimate",
     "evaluate",
     "export",
+    "label_review",
     "load",
     "plan",
     "prepare",
+    "tabulate",
     "train",
     "transfer",
     "tune",
@@ -72,11 +76,14 @@ _MODULES = {
     "Predictions": "plait.inference.results",
     "Run": "plait.library.runs",
     "demo": "plait.library.demo",
+    "estimate": "plait.library.datasets",
     "evaluate": "plait.library.evaluations",
     "export": "plait.library.exports",
+    "label_review": "plait.library.evaluations",
     "load": "plait.inference.model",
     "plan": "plait.planning.api",
     "prepare": "plait.library.datasets",
+    "tabulate": "plait.library.tables",
     "train": "plait.library.runs",
     "transfer": "plait.transfer_learning.api",
     "tune": "plait.tuning.api",

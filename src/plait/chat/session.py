@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from PIL import Image as PILImage
 from plait.core.errors import PlaitError
 from plait.inference.prompts import Chat, Prompt, Turn
 from plait.inference.sampling import Options
-from plait.modalities.media import sniff
+from plait.modalities.media import MEDIA, sniff
 
 
 class Session:
@@ -109,7 +108,4 @@ def _message_part(part: Any) -> dict[str, Any]:
     else:
         data = Path(part).read_bytes()
     kind, form = sniff(data[:64]) or ("image", "png")
-    encoded = base64.b64encode(data).decode()
-    if kind == "audio":
-        return {"type": "input_audio", "input_audio": {"data": encoded, "format": form}}
-    return {"type": "image_url", "image_url": {"url": f"data:image/{form};base64,{encoded}"}}
+    return MEDIA[kind].message_part(data, form)

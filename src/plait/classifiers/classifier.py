@@ -11,32 +11,32 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from plait.classifiers.features import audio_features, image_features
 from plait.classifiers.linear import Grams, Linear
 from plait.classifiers.mixture import Mixture
+from plait.classifiers.novelty import Novelty
+from plait.modalities.media import MEDIA
 
 FILE, ARRAYS = "classifiers.json", "classifiers.safetensors"
-VERSION = 1
-Kind = Literal["image", "audio", "text"]
+VERSION = 2
 
 
 @dataclass
 class Features:
     """How inputs of one kind become rows of numbers: fixed features, centred and scaled, or n-grams of texts."""
 
-    kind: Kind
-    bands: int = 0  # of audio
+    kind: str  # "text", or a modality with files
+    bands: int = 0  # the modality's setting of that name; 0 where it has none
     mean: np.ndarray | None = None
     scale: np.ndarray | None = None
     grams: Grams | None = None
 
     @classmethod
-    def fit(cls, kind: Kind, inputs: Sequence[Any], bands: int = 0) -> Features:
+    def fit(cls, kind: str, inputs: Sequence[Any], bands: int = 0) -> Features:
         """`inputs` are texts, or samples of the modality."""
         if kind == "text":
             return cls(kind, grams=Grams.fit(inputs))
@@ -45,7 +45,7 @@ class Features:
 
     def raw(self, inputs: Sequence[Any]) -> np.ndarray:
         """Features of media as they are, (N, F)."""
-        return image_features(inputs) if self.kind == "image" else audio_features(inputs, self.bands)
+        return MEDIA[self.kind].simple_features(inputs, self.bands)
 
     def __call__(self, inputs: Sequence[Any]) -> Any:
         """(N, F), dense for media and sparse for texts."""
@@ -72,6 +72,7 @@ class Classifier:
     measured: dict[str, float] = field(default_factory=dict)
     guess: float = 0.0
     records: int = 0
+    novelty: dict[str, Novelty] = field(default_factory=dict)  # "features", "network": views of what is unlike
 
     def linear_scores(self, inputs: Sequence[Any]) -> np.ndarray:
         """The linear opinion, (N, labels)."""
@@ -92,6 +93,9 @@ def save_classifiers(classifiers: Sequence[Classifier], folder: Path) -> list[st
         else:
             assert one.features.mean is not None and one.features.scale is not None
             found |= {"mean": one.features.mean, "scale": one.features.scale}
+        for view, novelty in one.novelty.items():
+            parts = {**novelty.arrays, "centre": novelty.centre, "spread": novelty.spread}
+            found |= {f"novelty.{view}.{name}": value.astype(np.float32) for name, value in parts.items()}
         arrays |= {f"{number}.{name}": np.ascontiguousarray(value) for name, value in found.items()}
         entries.append(
             {
@@ -103,6 +107,7 @@ def save_classifiers(classifiers: Sequence[Classifier], folder: Path) -> list[st
                 "grams": one.features.grams.facts() if one.features.grams else None,
                 "mixture": asdict(one.mixture),
                 "mirrored": one.mirrored,
+                "novelty": list(one.novelty),
                 "measured": one.measured,
                 "guess": one.guess,
                 "records": one.records,
@@ -133,10 +138,15 @@ def load_classifiers(folder: Path) -> list[Classifier]:
             features = Features(entry["kind"], entry["bands"], take("mean"), take("scale"))
         linear = Linear(take("weights").astype(np.float32), take("bias").astype(np.float64))
         mixture = Mixture(**entry["mixture"])
+        novelty = {}
+        for view in entry["novelty"]:
+            start = f"{number}.novelty.{view}."
+            parts = {key.removeprefix(start): value for key, value in arrays.items() if key.startswith(start)}
+            novelty[view] = Novelty(parts, parts.pop("centre"), parts.pop("spread"))
         found.append(
             Classifier(
                 entry["source"], entry["target"], entry["labels"], features, linear, mixture, entry["mirrored"],
-                entry["measured"], entry["guess"], entry["records"],
+                entry["measured"], entry["guess"], entry["records"], novelty,
             )
         )  # fmt: skip
     return found

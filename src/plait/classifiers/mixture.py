@@ -3,12 +3,13 @@ validation records so that probabilities are honest; and how familiar an input l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import minimize
 
 PULL = 4.0  # records' worth of belief that all opinions count alike
+DOUBT = 4.0  # records that are counted as wrong beside those of validation
 QUANTILES = 201  # of the familiarity of validation records that are kept
 UNFAMILIAR = 0.98  # ood_score from which an input is none of the labels
 
@@ -39,59 +40,85 @@ class Mixture:
         """The opinions that count."""
         return [name for name, weight in self.weights.items() if weight > 0]
 
+    def partial(self, names: list[str]) -> Mixture:
+        """The same without the opinions that are not named; the weight of these goes to what is left."""
+        whole, left = (sum(self.weights[name] * self.spreads[name] for name in some) for some in (self.used, names))
+        weights = {name: self.weights[name] * whole / max(left, 1e-9) for name in names}
+        return Mixture(weights, self.centres, self.spreads, self.quantiles, self.threshold)
+
     def log_probabilities(self, scores: dict[str, np.ndarray]) -> np.ndarray:
         """Opinion -> (N, C), all that count among them, to (N, C)."""
         return log_softmax(np.sum([self.weights[name] * scores[name] for name in self.used], axis=0))
 
-    def familiarity(self, scores: dict[str, np.ndarray]) -> np.ndarray:
-        """(N,), around 0 for what is like validation records, the larger the more familiar."""
+    def familiarity(self, scores: dict[str, np.ndarray], novelty: Sequence[np.ndarray] = ()) -> np.ndarray:
+        """(N,), around 0 for what is like validation records, the larger the more familiar: how sure the opinions are,
+        less how unlike training records the input lies, view by view (`classifiers.novelty`)."""
         total = sum(self.weights[name] * self.spreads[name] for name in self.used)
-        return sum(self.weights[name] / total * (scores[name].max(1) - self.centres[name]) for name in self.used)
+        sure = sum(self.weights[name] / total * (scores[name].max(1) - self.centres[name]) for name in self.used)
+        return np.asarray(sure - sum(novelty, np.zeros(1)))
 
-    def ood_scores(self, scores: dict[str, np.ndarray]) -> np.ndarray:
+    def ood_scores(self, scores: dict[str, np.ndarray], novelty: Sequence[np.ndarray] = ()) -> np.ndarray:
         """(N,) in [0, 1]: the share of validation records that look more familiar."""
-        return 1 - np.searchsorted(self.quantiles, self.familiarity(scores), side="right") / len(self.quantiles)
+        familiar = self.familiarity(scores, novelty)
+        return 1 - np.searchsorted(self.quantiles, familiar, side="right") / len(self.quantiles)
+
+    def fit_quantiles(self, scores: dict[str, np.ndarray], novelty: Sequence[np.ndarray] = ()) -> None:
+        """Note how familiar validation records look."""
+        familiar = self.familiarity(scores, novelty)
+        self.quantiles = np.quantile(familiar, np.linspace(0, 1, min(QUANTILES, len(familiar)))).tolist()
 
 
-def temperature(scores: np.ndarray, truth: np.ndarray) -> float:
-    """The factor of scores (N, C) under which the truth (N,) is likeliest."""
+def softened(truth: np.ndarray, classes: int) -> np.ndarray:
+    """The right classes (N,) as targets (N, C) that leave room for doubt: as if DOUBT more records had been wrong. So
+    opinions that are right on all of few records are not believed without limit."""
+    doubt = DOUBT / (len(truth) + DOUBT) if classes > 1 else 0.0
+    targets = np.full((len(truth), classes), doubt / max(classes - 1, 1))
+    targets[np.arange(len(truth)), truth] = 1 - doubt
+    return targets
+
+
+def temperature(scores: np.ndarray, targets: np.ndarray) -> float:
+    """The factor of scores (N, C) under which targets (N, C) are likeliest."""
     grid = np.geomspace(0.02, 50, 60)
-    rows = np.arange(len(truth))
-    losses = [-log_softmax(scores * factor)[rows, truth].mean() for factor in grid]
+    losses = [cross_entropy(scores * factor, targets) for factor in grid]
     return float(grid[int(np.argmin(losses))])
+
+
+def cross_entropy(scores: np.ndarray, targets: np.ndarray) -> float:
+    """Mean over records, in nats."""
+    return float(-(targets * log_softmax(scores)).sum(1).mean())
 
 
 def fit_mixture(scores: dict[str, np.ndarray], truth: np.ndarray) -> Mixture:
     """Fit on validation records: opinion -> scores (N, C), and the right class (N,) of each.
 
     Each opinion is calibrated alone first; then all weights are fitted together by likelihood, drawn by a few
-    records' worth towards shares that go by how likely each opinion alone makes the truth. Where they are together not
-    more often right than the best opinion alone, that one is taken. An opinion that adds nothing
-    gets the weight 0 and need not be asked.
+    records' worth towards shares that go by how likely each opinion alone makes the truth. Where the best opinion
+    alone is clearly more often right than all together, that one is taken: by more than its paired standard error,
+    since opinions that err apart are worth more together on records that differ from these. An opinion that adds
+    nothing gets the weight 0 and need not be asked.
     """
-    names, rows = list(scores), np.arange(len(truth))
+    from scipy.optimize import minimize  # takes as long to import as half of torch
+
+    names = list(scores)
     stack = np.stack([scores[name] for name in names])
-    alone = np.array([temperature(scores[name], truth) for name in names])
-    losses = np.array([-log_softmax(stack[i] * alone[i])[rows, truth].mean() for i in range(len(names))])
+    targets = softened(truth, stack.shape[2])
+    alone = np.array([temperature(scores[name], targets) for name in names])
+    losses = np.array([cross_entropy(stack[i] * alone[i], targets) for i in range(len(names))])
     trust = np.exp(-(losses - losses.min()))
     prior = trust / trust.sum()
 
     def loss(shares: np.ndarray) -> tuple[float, np.ndarray]:
         logs = log_softmax(np.tensordot(shares * alone, stack, 1))
-        off = np.exp(logs)
-        off[rows, truth] -= 1
+        off = np.exp(logs) - targets
         gradient = (stack * off).sum((1, 2)) * alone + 2 * PULL * (shares - prior)
-        return float(-logs[rows, truth].sum() + PULL * ((shares - prior) ** 2).sum()), gradient
+        return float(-(targets * logs).sum() + PULL * ((shares - prior) ** 2).sum()), gradient
 
     found = minimize(loss, prior, jac=True, method="L-BFGS-B", bounds=[(0, None)] * len(names))
     shares = np.where(found.x < 0.02 * found.x.max(), 0.0, found.x)
-    best = int(losses.argmin())
-
-    def right(weights: np.ndarray) -> float:
-        return float((np.tensordot(weights * alone, stack, 1).argmax(1) == truth).mean())
-
-    single = np.eye(len(names))[best]
-    if right(shares) <= right(single):  # the others do not help
+    single = np.eye(len(names))[int(losses.argmin())]
+    lead = _right(stack, single * alone, truth) - _right(stack, shares * alone, truth)
+    if lead.mean() > lead.std() / len(lead) ** 0.5:  # the others do harm
         shares = single
     weights = {name: float(share * factor) for name, share, factor in zip(names, shares, alone, strict=True)}
     highest = {name: scores[name].max(1) for name in names}
@@ -101,6 +128,10 @@ def fit_mixture(scores: dict[str, np.ndarray], truth: np.ndarray) -> Mixture:
         {name: float(value.std()) + 1e-6 for name, value in highest.items()},
         [],
     )
-    familiar = mixture.familiarity(scores)
-    mixture.quantiles = np.quantile(familiar, np.linspace(0, 1, min(QUANTILES, len(truth)))).tolist()
+    mixture.fit_quantiles(scores)
     return mixture
+
+
+def _right(stack: np.ndarray, weights: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """(N,) 1 where the weighed opinions (O, N, C) together are right, else 0."""
+    return (np.tensordot(weights, stack, 1).argmax(1) == truth).astype(float)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 import plait
+from plait.cli.table_options import InputOption, OverwriteOption, WorkersOption, write_table
 from plait.console import (
     DeviceOption,
     ModelArgument,
@@ -23,8 +24,14 @@ from plait.console import (
 @app.command()
 def embed(
     model: ModelArgument,
-    inputs: Annotated[list[str], typer.Argument(help="Texts, images and recordings.")],
-    out_file: Annotated[Path | None, typer.Option("-o", "--out", help="A .npy file; default: JSON lines.")] = None,
+    inputs: Annotated[list[str], typer.Argument(help="Texts, images, recordings; folders; tables.")],
+    out_file: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="A .npy, .csv, .jsonl or .parquet file; else JSON lines."),
+    ] = None,
+    columns: InputOption = None,
+    overwrite: OverwriteOption = False,
+    workers: WorkersOption = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
 ) -> None:
@@ -37,9 +44,13 @@ def embed(
 
     import numpy as np
 
+    from plait.library.tables import FORMATS, Asked
     from plait.modalities.inputs import inputs_of
 
     loaded = plait.load(model, device, precision)
+    if out_file is not None and out_file.suffix.lower() in FORMATS:
+        write_table(loaded, inputs, out_file, Asked("embed"), columns, overwrite, workers)
+        return
     values = inputs_of(inputs).values
     for value in values:
         note_windows(loaded, value)

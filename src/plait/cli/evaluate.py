@@ -20,6 +20,10 @@ def evaluate(
     reference_seconds: Annotated[float, typer.Option(help="Time to train the judge of drawings and speech.")] = 15.0,
     all_figures: Annotated[bool, typer.Option("--all", help="Show all figures, not the main ones.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print metrics.json.")] = False,
+    labels: Annotated[
+        bool, typer.Option("--labels", help="List likely wrong labels, and what to label next, instead.")
+    ] = False,
+    column: Annotated[str | None, typer.Option(help="With --labels: the column of labels.")] = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
@@ -28,6 +32,9 @@ def evaluate(
 
     Example: plait evaluate runs/photos
     """
+    if labels:
+        _review(run, data, column, seed, device)
+        return
     evaluation = plait.evaluate(
         run, data=data, split=split, limit=limit, reference_seconds=reference_seconds, seed=seed, device=device,
         precision=precision, progress=True,
@@ -41,3 +48,17 @@ def evaluate(
     if evaluation.verdict is not None:
         out.print(f"\n{plain(str(evaluation.verdict))}\n")
     out.print(f"All figures: {run / 'metrics.json'}\nReport: {evaluation.report}")
+
+
+def _review(run: Path, data: str | None, column: str | None, seed: int, device: str) -> None:
+    review = plait.label_review(run, data, column=column, seed=seed, device=device, progress=True)
+    for note in review.notes:
+        err.print(f"[yellow]Note:[/yellow] {plain(note)}")
+    for one in review.suspects[:10]:
+        out.print(
+            plain(f"{one.source}: {one.label} {one.probability:.3f}, {one.suggested} {one.suggested_probability:.3f}")
+        )
+    out.print(
+        f"{review.likely} of {review.labelled} labels in {plain(review.column)} are likely wrong; {review.unlabelled} "
+        f"records have none.\nImages: {run / 'labels.html'}\nTable: {run / 'labels.csv'}"
+    )

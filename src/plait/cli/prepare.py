@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import plait
-from plait.console import SeedOption, app, err, out, show_manifest
+from plait.console import SeedOption, app, err, out, plain, show_manifest
 
 
 @app.command()
@@ -16,11 +16,18 @@ def prepare(
     source: Annotated[
         str, typer.Argument(help="A folder, archive or table, a URL, or hf:NAME of the Hugging Face hub.")
     ],
-    out_folder: Annotated[str, typer.Option("-o", "--out", help="The dataset's folder, or a URL.")],
+    out_folder: Annotated[str | None, typer.Option("-o", "--out", help="The dataset's folder, or a URL.")] = None,
+    into: Annotated[
+        str | None, typer.Option(help="Add to this dataset instead; what is there is not decoded again.")
+    ] = None,
     map_: Annotated[
         list[str] | None,
         typer.Option("--map", help="What a column is: image=COL, audio=COL, text=COL, text=COL:NEWNAME, ignore=COL."),
     ] = None,
+    several: Annotated[
+        list[str] | None, typer.Option("--labels", help="A column that holds several labels a record: a|b, or a list.")
+    ] = None,
+    number: Annotated[list[str] | None, typer.Option(help="A column of numbers that is to be predicted.")] = None,
     pattern: Annotated[
         str | None, typer.Option(help="Regular expression on file names; its named groups become text columns.")
     ] = None,
@@ -34,6 +41,9 @@ def prepare(
     drop_near_duplicates: Annotated[
         bool, typer.Option("--drop-near-duplicates", help="Leave out of train what val or test has too.")
     ] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Say what it will cost of time, disk and memory, and do nothing.")
+    ] = False,
     seed: SeedOption = 0,
 ) -> None:
     """Check files and make a dataset of them: splits, counts, what was rejected and why.
@@ -42,19 +52,29 @@ def prepare(
 
     Example: plait prepare photos/ -o data/photos
     """
+    entries = [*(map_ or []), *(f"labels={one}" for one in several or []), *(f"number={one}" for one in number or [])]
+    columns = _column_map(entries)
+    if estimate:
+        out.print(plain(plait.estimate(source, map=columns, pattern=pattern, recipe=recipe, workers=workers,
+                                       near_duplicates=near_duplicates).describe()))  # fmt: skip
+        return
+    if (out_folder is None) == (into is None):
+        raise plait.PlaitError("Name either a new dataset with -o, or one to add to with --into.")
+    place = into or out_folder or ""
     try:
         dataset = plait.prepare(
-            source, out_folder, map=_column_map(map_), pattern=pattern, recipe=recipe, workers=workers, seed=seed,
-            near_duplicates=near_duplicates, drop_near_duplicates=drop_near_duplicates, progress=True,
+            source, place, map=columns, pattern=pattern, recipe=recipe, workers=workers, seed=seed,
+            near_duplicates=near_duplicates, drop_near_duplicates=drop_near_duplicates, into=into is not None,
+            progress=True,
         )  # fmt: skip
     except KeyboardInterrupt:
         err.print("\nStopped. What is done is kept; the same command goes on from here.")
         raise
-    show_manifest(dataset.manifest, out_folder)
+    show_manifest(dataset.manifest, place)
     if dataset.manifest.counts.get("train"):
-        out.print(f"Next: plait train {out_folder} -o runs/{Path(out_folder).name}")
+        out.print(f"Next: plait train {place} -o runs/{Path(place).name}")
     else:
-        out.print(f"There is nothing to train on. Next: plait evaluate RUN --data {out_folder}")
+        out.print(f"There is nothing to train on. Next: plait evaluate RUN --data {place}")
 
 
 def _column_map(entries: list[str] | None) -> dict[str, str] | None:

@@ -53,9 +53,10 @@ class Manifest(BaseModel):
     """What a dataset holds. `counts` are records by split; `overlap` ("test/train") counts the records of the first
     split whose media (or, without media, text) stand in the second too; `near_duplicates` ("test/train") those of the
     first that have a near-duplicate in the second; `rejected` counts lines of rejects.jsonl, and `dropped` those among
-    them that were left out of train for near-duplicates; `chats` are text columns that hold conversations. `kind` is
-    "records", or the name of the feature whose data it holds; `unit` says what `counts` count, and `parts` are further
-    files of that feature."""
+    them that were left out of train for near-duplicates; `chats` are text columns that hold conversations,
+    `multi_label` those that hold several labels (`record.split_labels`), `numbers` those that hold numbers to predict.
+    `kind` is "records", or the name of the feature whose data it holds; `unit` says what `counts` count, and
+    `parts` are further files of that feature."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -71,6 +72,8 @@ class Manifest(BaseModel):
     near_duplicates: dict[str, int] = {}
     dropped: int = 0
     chats: list[str] = []
+    multi_label: list[str] = []
+    numbers: list[str] = []
     kind: str = "records"
     unit: str = "records"
     parts: dict[str, Shard] = {}
@@ -318,6 +321,8 @@ class Joined(Dataset):
             "counts": {split: sum(m.counts.get(split, 0) for m in every) for split in SPLITS},
             "shards": [shard for m in every for shard in m.shards],
             "chats": list(dict.fromkeys(name for m in every for name in m.chats)),
+            "multi_label": list(dict.fromkeys(name for m in every for name in m.multi_label)),
+            "numbers": list(dict.fromkeys(name for m in every for name in m.numbers)),
         }
         super().__init__(datasets[0].path, first.model_copy(update=joined))
         self.datasets = list(datasets)

@@ -12,9 +12,8 @@ import numpy as np
 import pyarrow as pa
 
 from plait.data.fingerprints import PERMUTATIONS
-from plait.data.near import Pairs, near_audio, near_images, near_texts
+from plait.data.near import NEAR, Pairs, near_texts
 from plait.data.record import SPLITS
-from plait.modalities.image_files import PRINT
 from plait.modalities.media import MEDIA
 
 
@@ -127,11 +126,8 @@ def find_duplicates(paths: list[Path], used: np.ndarray, split: np.ndarray, out:
 
 
 def _near(kind: str, prints: list[bytes]) -> Pairs:
-    comparison = MEDIA[kind].comparison if kind in MEDIA else "text"
-    if comparison == "image":
-        return near_images(np.frombuffer(b"".join(prints), np.uint8).reshape(-1, PRINT))
-    if comparison == "audio":
-        return near_audio(prints)
+    if kind in MEDIA:
+        return NEAR[MEDIA[kind].comparison](prints)
     long = np.flatnonzero([len(value) > 0 for value in prints])
     words = np.frombuffer(b"".join(prints), "<u4").reshape(len(long), PERMUTATIONS)
     a, b, distance = near_texts(words)

@@ -78,7 +78,10 @@ class Plan:
     notes: list[str]
     tail: bool = False  # one text file: the last tenth is for validation
     chats: list[str] = field(default_factory=list)  # columns whose text is a conversation (see conversations.py)
+    multi_label: list[str] = field(default_factory=list)  # columns whose text is several labels (record.join_labels)
+    numbers: list[str] = field(default_factory=list)  # columns whose text is a number that is to be predicted
     warnings: list[str] = field(default_factory=list)  # what people must know of how it is read
+    grown: bool = False  # records of a dataset, whose splits stay, and new ones
 
 
 def suffix_of(name: str) -> str:

@@ -7,7 +7,7 @@ are over integers, so that the answer does not depend on threads or on the machi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from itertools import pairwise, product
 
@@ -15,7 +15,8 @@ import numpy as np
 
 from plait.data.fingerprints import PERMUTATIONS
 from plait.modalities.audio_files import BANDS
-from plait.modalities.image_files import CHROMA
+from plait.modalities.descriptor import Comparison
+from plait.modalities.image_files import CHROMA, PRINT
 from plait.modalities.image_files import PRINT_SIDE as SIDE
 
 IMAGES, AUDIO, TEXTS = 0.1, 0.16, 0.25  # distances up to which two are near-duplicates
@@ -263,3 +264,14 @@ def near_texts(prints: np.ndarray, most: float = TEXTS) -> Pairs:
     distance = (1 - same / PERMUTATIONS).astype(np.float32)
     keep = distance <= most
     return pairs[keep, 0], pairs[keep, 1], distance[keep]
+
+
+def _near_pixels(prints: list[bytes]) -> Pairs:
+    return near_images(np.frombuffer(b"".join(prints), np.uint8).reshape(-1, PRINT))
+
+
+# How each kind of fingerprint is compared.
+NEAR: dict[Comparison, Callable[[list[bytes]], Pairs]] = {
+    Comparison.PIXELS: _near_pixels,
+    Comparison.SPECTROGRAM: near_audio,
+}

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,12 +18,17 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from plait.core.config import ItemsRecipe
+from plait.core.config import DataRecipe
 from plait.core.errors import PlaitError
 from plait.core.features import ExtensionPoint
-from plait.core.files import cache_folder, only_writer, publish_folder, read_json, sealed, write_json
-from plait.data.dataset import VERSION, Manifest
+from plait.core.files import cache_folder, only_writer, publish_folder, read_json, sealed, sha256_file, write_json
+from plait.core.system import processors
+from plait.data import known
+from plait.data.adding import grown_plan
+from plait.data.cost import Cost, first_chunk_cost
+from plait.data.dataset import VERSION, Dataset, Manifest, Shard
 from plait.data.duplicates import Duplicates, find_duplicates, first_of, list_equal
 from plait.data.files import ARCHIVE_SUFFIXES, TABLE_SUFFIXES, Plan, Tree, scan, suffix_of
 from plait.data.preview import Example, report
@@ -33,7 +39,9 @@ from plait.data.staging import stage
 from plait.data.stores import Location, check_writable, listing, location, read_bytes, size, upload
 from plait.modalities.media import KINDS
 
-_VAL_MOST = 5000
+_VAL_MOST = 5000  # records that become val where a source names other splits alone
+_STRATIFIED = 5000  # records up to which each label is split by itself: beyond, a hash does as well, and stays put
+_LABEL_BYTES = 200  # of a text that may be a label
 _EXAMPLES = 12
 
 Progress = Callable[[str, int, int | None], None]  # stage, done, total
@@ -43,8 +51,9 @@ Writer = Callable[[Path, int, Progress], Manifest]  # a dataset into a folder, b
 class DataKind(Protocol):
     """Data of a kind of its own, other than records of columns; a feature adds it."""
 
-    def __call__(self, tree: Tree, settings: ItemsRecipe | None) -> Writer | None:
-        """What writes the dataset, where the source holds data of this kind; else None."""
+    def __call__(self, tree: Tree, recipe: DataRecipe) -> Writer | None:
+        """What writes the dataset, where the source holds data of this kind; else None. `recipe` may have a section of
+        the feature's."""
         ...
 
 
@@ -58,12 +67,13 @@ def prepare(
     column_map: dict[str, str] | None = None,
     labels: dict[str, list[str]] | None = None,
     pattern: str | None = None,
-    items: ItemsRecipe | None = None,
+    recipe: DataRecipe | None = None,
     seed: int = 0,
     workers: int | None = None,
     near_duplicates: bool = True,
     drop_near_duplicates: bool = False,
     replace: bool = False,
+    into: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
     """Make a dataset in the folder `out` of what lies at `source`; returns its manifest.
@@ -71,11 +81,14 @@ def prepare(
     `source` is a path, a URL that fsspec reads, or `hf:NAME[:CONFIG]`, a data set of the Hugging Face hub; `out` may
     be a URL too. `column_map` says what a table's columns are, `{"image": "photo", "text": "caption:text", "ignore":
     "a,b"}` (see plait.data.tables). `labels` names integer classes: `{"label": ["cat", "dog"]}`. `pattern` is a regular
-    expression whose named groups become text columns of media files. `items` says that the source holds interactions
-    with items (files named as MovieLens names them are seen by themselves). `workers` are the processes that decode
+    expression whose named groups become text columns of media files. `recipe` has the sections of data of other
+    kinds, which features add. `workers` are the processes that decode
     media (None: as many as there are processors; 0: none, in this process). `near_duplicates` looks for records that
-    are alike, and `drop_near_duplicates` leaves those out of train that val or test have too. `progress(stage, done,
-    total)` is called now and then.
+    are alike, and `drop_near_duplicates` leaves those out of train that val or test have too. `into` adds the source to
+    the dataset that is in `out`, whose records, splits and ids stay; new ids begin with the source's name.
+    `progress(stage, done, total)` is called now and then.
+
+    Media that a dataset in `out` holds already are not decoded again, whether the source is added to it or has grown.
 
     Stopped at any moment, it goes on where it was when it is called again: chunks that are done lie beside `out`, in
     `.NAME.partial`, until all are.
@@ -83,9 +96,14 @@ def prepare(
     """
     out = location(out)
     source = _local(source)
-    _check_out(source, out, replace)
-    options = Options(column_map, labels, pattern, items, seed, workers, near_duplicates or drop_near_duplicates,
-                      drop_near_duplicates, progress or (lambda *_: None))  # fmt: skip
+    if into:
+        _check_into(source, out)
+    else:
+        _check_out(source, out, replace)
+    options = Options(
+        column_map, labels, pattern, recipe or DataRecipe(), seed, workers, near_duplicates or drop_near_duplicates,
+        drop_near_duplicates, into, progress or (lambda *_: None),
+    )  # fmt: skip
     partial = _partial(out)
     with only_writer(partial):
         try:
@@ -110,11 +128,12 @@ class Options:
     column_map: dict[str, str] | None
     labels: dict[str, list[str]] | None
     pattern: str | None
-    items: ItemsRecipe | None
+    recipe: DataRecipe
     seed: int
     workers: int | None
     near: bool
     drop: bool
+    into: bool
     progress: Progress
 
 
@@ -164,6 +183,20 @@ def _check_out(source: Location, out: Location, replace: bool) -> None:
         raise PlaitError(f"{out} holds a dataset made from {before}. Choose another folder with -o, or delete it.")
 
 
+def _check_into(source: Location, out: Location) -> None:
+    """Raises PlaitError where nothing can be added to `out`, or the source is missing."""
+    if not isinstance(out, Path):
+        raise PlaitError(f"{out} is far away: add to a dataset in a folder of this machine, and copy that.")
+    if isinstance(source, Path) and not source.exists():
+        raise PlaitError(f"{source} does not exist. Name a folder, a table, a text file or an archive.")
+    if isinstance(source, Path) and source.resolve().is_relative_to(out.resolve()):
+        raise PlaitError(f"{source} lies in the dataset {out}. Name other files.")
+    kind = Dataset.open(out).manifest.kind
+    if kind != "records":
+        raise PlaitError(f"{out} holds data of a kind of its own ({kind}), to which nothing can be added. Prepare all "
+                         "files together.")  # fmt: skip
+
+
 def changed_source(source: str | Path, made: Manifest, folder: Path) -> str | None:
     """How the files at `source` differ from those that a dataset in `folder` was made of, for people; None where they
     do not, as far as their names, sizes and times tell."""
@@ -209,8 +242,8 @@ def _make(source: Location, out: Location, folder: Path, partial: Path, options:
     options.progress("look", 0, None)
     tree = scan(source, scratch, out)
     writer = None
-    if not (options.column_map or options.labels or options.pattern):
-        writer = next(filter(None, (kind(tree, options.items) for kind in DATA_KINDS.all())), None)
+    if not (options.column_map or options.labels or options.pattern or options.into):
+        writer = next(filter(None, (kind(tree, options.recipe) for kind in DATA_KINDS.all())), None)
     if writer is not None:
         manifest = writer(folder, options.seed, options.progress)
         named = {"source": _named(source), "source_stamp": source_stamp(source, out)}
@@ -218,26 +251,50 @@ def _make(source: Location, out: Location, folder: Path, partial: Path, options:
         write_json(folder / "manifest.json", sealed(manifest.model_dump()))
         return manifest
     found = plan(tree, options.column_map, options.labels, options.pattern)
+    if options.into:
+        found = grown_plan(Dataset.open(out), found, _last(source))
     total = found.given.total()
+    before = out / known.FILE if isinstance(out, Path) and (out / known.FILE).is_file() else None
 
     def told(done: int) -> None:
         options.progress("check", done, max(total, done) if total else None)
 
-    paths = stage(found.read(), chunks, options.seed, options.near, found.chats, options.workers, told)
+    paths = stage(found.read(), chunks, options.seed, options.near, found.chats, options.workers, told, before)
     manifest = _write(source, out, tree, found, paths, folder, options)
     write_json(folder / "manifest.json", sealed(manifest.model_dump()))
     return manifest
 
 
+def estimate(source: str | Path, **options: Any) -> Cost:
+    """What `prepare` of a source will cost, from the first chunk of its records; nothing is kept.
+
+    `options` are those of `prepare`. Raises PlaitError as it does.
+    """
+    place = _local(source)
+    workers = options.get("workers")
+    with tempfile.TemporaryDirectory(prefix="plait-") as scratch:
+        tree = scan(place, Path(scratch) / "unpacked", Path(scratch))
+        found = plan(tree, options.get("column_map"), options.get("labels"), options.get("pattern"))
+        near = options.get("near_duplicates", True)
+        return first_chunk_cost(found, Path(scratch), near, processors() if workers is None else workers)
+
+
 # --- splitting --------------------------------------------------------------------------------------------------
 
 
-def _split(given: np.ndarray, draw: np.ndarray, tail: bool) -> tuple[np.ndarray, str]:
+def _split(given: np.ndarray, draw: np.ndarray, found: Plan, labels: np.ndarray | None) -> tuple[np.ndarray, str]:
     """The split of each record (N,) as a number in SPLITS, and the rule in words. `given` is what the source says,
-    -1 where it says nothing; `draw` (N,) in [0, 1) is a hash of the content."""
-    if tail:
-        return np.where(given < 0, 0, given), "the last tenth of the text is val"
+    -1 where it says nothing; `draw` (N,) in [0, 1) is a hash of the content; `labels` (N,) numbers the records' labels,
+    where they have any."""
+    if found.tail:
+        return np.where(given < 0, 0, given), "the last tenth of the text is val and test, half each"
+    if found.grown:
+        rule = "what was there stays; new records 80/10/10 by a hash of the content, equal media with what was there"
+        return np.where(given < 0, _beside(given, draw), given), rule
     if not (given >= 0).any():
+        if labels is not None and len(draw) <= _STRATIFIED:
+            rule = "80/10/10 of each label by a hash of the content; equal media share a split"
+            return _stratified(draw, labels), rule
         return np.digitize(draw, [0.8, 0.9]), "80/10/10 by a hash of the content; equal media share a split"
     split = np.where(given < 0, 0, given)
     train = int((split == 0).sum())
@@ -245,6 +302,56 @@ def _split(given: np.ndarray, draw: np.ndarray, tail: bool) -> tuple[np.ndarray,
     share = 0.0 if (given == 1).any() or not train else min(0.1, (_VAL_MOST - 3 * _VAL_MOST**0.5) / train)
     words = f", and {share:.1%} of train becomes val by a hash of the content" if share else ""
     return np.where((split == 0) & (draw < share), 1, split), "as the source says" + words
+
+
+def _beside(given: np.ndarray, draw: np.ndarray) -> np.ndarray:
+    """Splits (N,) by the hash of the content, but those of equal content whose split is given."""
+    drawn = np.digitize(draw, [0.8, 0.9])
+    there = np.flatnonzero(given >= 0)
+    there = there[np.argsort(draw[there], kind="stable")]
+    place = np.searchsorted(draw[there], draw).clip(max=len(there) - 1)
+    return np.where(draw[there][place] == draw, given[there][place], drawn) if len(there) else drawn
+
+
+def _stratified(draw: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """A tenth of each label's records for val, and one for test, those that `draw` puts last. What rounding leaves
+    over counts for the labels that come next. Equal draws share a split, whatever their labels are."""
+    split = np.zeros(len(draw), np.int64)
+    place: dict[float, int] = {}
+    wanted = taken = 0.0
+    for label in np.unique(labels):
+        mine = np.flatnonzero(labels == label)
+        distinct = [value for value in np.unique(draw[mine]).tolist() if value not in place]
+        wanted += len(distinct) / 10
+        count = min(round(wanted - taken), len(distinct) // 3)
+        taken += count
+        border = len(distinct) - 2 * count
+        for rank, value in enumerate(distinct):
+            place[value] = 0 if rank < border else 1 if rank < border + count else 2
+        split[mine] = [place[value] for value in draw[mine].tolist()]
+    return split
+
+
+def _labels(paths: list[Path], used: np.ndarray, found: Plan) -> np.ndarray | None:
+    """The labels (N,) of the records that are used, as numbers, -1 where one has none: by the first column of few and
+    short texts. None where there is no such column."""
+    for column, kind in _kinds(paths, found).items():
+        if kind != "text" or column in found.chats:
+            continue
+        cells = [cell for path in paths for cell in _cells(path, column)]
+        mine = [cell for cell, use in zip(cells, used, strict=True) if use]
+        known = [cell for cell in mine if cell is not None]
+        number = {cell: place for place, cell in enumerate(dict.fromkeys(known))}
+        short = all(len(cell.encode()) <= _LABEL_BYTES for cell in number)
+        if short and 1 < len(number) <= len(known) // 4:
+            return np.array([-1 if cell is None else number[cell] for cell in mine])
+    return None
+
+
+def _cells(path: Path, column: str) -> list[str | None]:
+    """The texts of a column in a chunk."""
+    table, name = _read(path), f"part:{column}"
+    return table[name].to_pylist() if name in table.column_names else [None] * len(table)
 
 
 def _overlap(split: np.ndarray, group: np.ndarray) -> dict[str, int]:
@@ -272,8 +379,11 @@ class _Rejects:
     def __init__(self, file: Any) -> None:
         self.file, self.count = file, 0
         self.reasons: Counter[str] = Counter()
+        self.before: set[Rejected] = set()  # of the dataset that is added to
 
     def add(self, item: Rejected) -> None:
+        if item in self.before:
+            return
         self.count += 1
         self.reasons[item.reason.split(":")[0][:80]] += 1
         self.file.write(json.dumps(item._asdict()) + "\n")
@@ -329,8 +439,14 @@ def _write(
     used = first_of(facts["key"]) == np.arange(len(facts["key"])) if paths else np.zeros(0, bool)
     with (folder / "rejects.jsonl").open("w", encoding="utf-8", newline="\n") as file:
         rejects = _Rejects(file)
+        lead = f"{_last(source)}/" if options.into else ""
+        if options.into:
+            earlier = Dataset.open(out).rejects
+            for one in earlier:
+                rejects.add(one)
+            rejects.before = set(earlier)
         for refused in tree.refused:
-            rejects.add(refused)
+            rejects.add(refused._replace(file=lead + refused.file))
         for path in paths:
             for entry in json.loads(_read(path).schema.metadata[b"rejects"]):
                 rejects.add(Rejected(*entry))
@@ -340,7 +456,8 @@ def _write(
             for path in paths:
                 path.unlink()
             raise PlaitError(f"{source}: no record can be used. {rejects.common() or 'Nothing was found'}.")
-        split, rule = _split(facts["split"][used], facts["draw"][used] / 2.0**63, found.tail)
+        labels = _labels(paths, used, found) if used.sum() <= _STRATIFIED else None
+        split, rule = _split(facts["split"][used], facts["draw"][used] / 2.0**63, found, labels)
         duplicates = Duplicates.none(len(split))
         if options.near:
             options.progress("compare", 0, 1)
@@ -352,15 +469,17 @@ def _write(
             found, paths, folder, rejects, used, split, keep, duplicates, facts, options
         )
         for unused in _unused(tree):
-            rejects.add(unused)
+            rejects.add(unused._replace(file=lead + unused.file))
+    media = _write_known(paths, used, folder / known.FILE)
     group, content = (first_of(facts[name][used][keep]) for name in ("group", "content"))
     repeated = int((content != np.arange(len(content))).sum())
     overlap = _overlap(split[keep], group)
     near = duplicates.counts(split, keep)
     manifest = manifest.model_copy(
         update={
-            "source": _named(source),
+            "source": f"{Dataset.open(out).manifest.source} + {_named(source)}" if options.into else _named(source),
             "source_stamp": source_stamp(source, out),
+            "parts": {"media": media} if media else {},
             "rejected": rejects.count,
             "duplicates": repeated,
             "overlap": overlap,
@@ -374,11 +493,42 @@ def _write(
             ],
         }
     )
-    name = (source.name if isinstance(source, Path) else source.rstrip("/").rpartition("/")[2]) or str(source)
+    name = out.name if options.into and isinstance(out, Path) else _last(source)
     (folder / "report.html").write_text(
         report(manifest, examples, rejects.reasons, name), encoding="utf-8", newline="\n"
     )
     return manifest
+
+
+def _last(source: Location) -> str:
+    """The last part of a source's name."""
+    return (source.name if isinstance(source, Path) else source.rstrip("/").rpartition("/")[2]) or str(source)
+
+
+def _write_known(paths: list[Path], used: np.ndarray, path: Path) -> Shard | None:
+    """Keep what decoding showed of the media that are worth it (see known.py); None where there are none."""
+
+    def tables() -> Iterator[pa.Table]:
+        place = 0
+        for chunk in paths:
+            table = _read(chunk)
+            here = used[place : place + len(table)]
+            place += len(table)
+            for name, kind in json.loads(table.schema.metadata[b"kinds"]).items():
+                if kind != "text":
+                    large = pc.greater_equal(pc.binary_length(table[f"part:{name}"]), known.LEAST)
+                    part = table.filter(pc.and_(pc.fill_null(large, False), pa.array(here)))
+                    prints = part[f"print:{name}"]
+                    prints = pc.if_else(pc.equal(pc.binary_length(prints), 0), None, prints)
+                    facts = [pa.array([kind] * len(part), pa.string())]
+                    facts += [part[f"{fact}:{name}"] for fact in ("digest", "first", "second")]
+                    yield pa.table([*facts, prints], schema=known.SCHEMA)
+
+    rows = known.write_known(path, tables())
+    if not rows:
+        path.unlink()
+        return None
+    return Shard(file=path.name, split="", rows=rows, bytes=path.stat().st_size, sha256=sha256_file(path))
 
 
 def _kinds(paths: list[Path], found: Plan) -> dict[str, str]:
@@ -457,6 +607,8 @@ def _write_records(
         shards=[shard for name in SPLITS for shard in shards[name].done],
         statistics={name: counted.lengths() for name, counted in statistics.items() if counted.records},
         chats=[name for name in found.chats if name in columns],
+        multi_label=[name for name in found.multi_label if name in columns],
+        numbers=[name for name in found.numbers if name in columns],
         notes=[],
         warnings=[],
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +9,8 @@ from typing import Any
 from plait.core.pages import render
 from plait.data.conversations import turns
 from plait.data.dataset import Manifest
-from plait.modalities.audio_files import decode_audio, encode_wav
 from plait.modalities.descriptor import MediaError
-from plait.modalities.image_files import decode_image, encode_png
-from plait.modalities.media import media_type
+from plait.modalities.media import MEDIA, media_type
 
 
 @dataclass
@@ -34,6 +31,11 @@ class ShownPart:
     data: bytes = b""
 
     @property
+    def element(self) -> str:
+        """The HTML element that shows a medium; empty for a text."""
+        return MEDIA[self.kind].element if self.kind in MEDIA else ""
+
+    @property
     def media_type(self) -> str:
         """What the bytes are."""
         return media_type(self.data)
@@ -45,7 +47,7 @@ def _shown(kind: str, value: str | bytes, chat: bool) -> ShownPart:
         text = _conversation(value) if chat else value
         return ShownPart("text", text[:400] + ("…" if len(text) > 400 else ""))
     try:
-        return ShownPart(kind, data=_clip(value) if kind == "audio" else _thumbnail(value))
+        return ShownPart(kind, data=MEDIA[kind].page_preview(value))
     except MediaError as error:
         return ShownPart("text", str(error))
 
@@ -54,25 +56,6 @@ def _conversation(value: str) -> str:
     """A conversation, a line a turn."""
     said = ((turn.role, text if kind == "text" else f"({text})") for turn in turns(value) for kind, text in turn.parts)
     return "\n".join(f"{role}: {text}" for role, text in said)
-
-
-def _clip(value: bytes) -> bytes:
-    """An audio clip, its first five seconds where it is large."""
-    if len(value) <= 150_000:
-        return value
-    wave, rate = decode_audio(value)
-    return encode_wav(wave[: 5 * rate], rate)
-
-
-def _thumbnail(value: bytes) -> bytes:
-    """An image of at most 256 pixels a side."""
-    image = decode_image(value)
-    image.thumbnail((256, 256))
-    if image.mode in ("L", "RGB") and max(image.size) > 64:
-        out = io.BytesIO()
-        image.save(out, "JPEG", quality=85)
-        return out.getvalue()
-    return encode_png(image)
 
 
 def report(manifest: Manifest, examples: list[Example], reasons: Counter[str], title: str) -> str:

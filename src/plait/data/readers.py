@@ -39,6 +39,7 @@ from plait.modalities.descriptor import LIMITS
 from plait.modalities.media import MEDIA, kind_of_suffix, known_formats
 
 TEXT_BYTES = 8192  # of one record of a long text
+TAILS = ((0.9, "val"), (0.95, "test"))  # where the splits of one text alone begin
 
 # --- idx files, as MNIST ships them -----------------------------------------------------------------------------
 
@@ -166,17 +167,18 @@ def plan_text(tree: Tree) -> Plan | None:
             if name in broken:
                 yield Rejected(name, None, broken[name])
                 continue
-            border = int(0.9 * sizes[name]) if single else -1  # the customary 90/10 split, to the character
-            split = "train" if single and border > 0 else folders.split(name)
+            # The customary last tenth, to the character: half of it to choose by, half of it to measure on.
+            borders = {int(share * sizes[name]): part for share, part in TAILS} if single else {}
+            borders.pop(0, None)
+            split = "train" if borders else folders.split(name)
             label = classes[name]
             given_label: dict[str, str | Media] = {"label": label} if labelled and label else {}
             group = None if single else _sha256(tree.files[name])  # the pieces of a text stay together
-            for n, (start, text) in enumerate(_pieces(tree.files[name], name, border)):
-                if single and start >= border > 0:
-                    split = "val"
+            for n, (start, text) in enumerate(_pieces(tree.files[name], name, list(borders))):
+                split = borders.get(start, split)
                 yield Found(f"{name}:{n}", f"{name}:{n}", {"text": text, **given_label}, split, group)
 
-    note = f"{len(names)} text files -> text" if not single else f"{names[0]} -> text, the last tenth for validation"
+    note = f"{len(names)} text files -> text" if not single else f"{names[0]} -> text, the last tenth for val and test"
     columns = {"text": "text", "label": "text"} if labelled else {"text": "text"}
     notes = [note] + ["folder names -> label"] * labelled
     return Plan(columns, given, read, notes, tail=single, warnings=list(folders.notes.values()))
@@ -187,8 +189,8 @@ def _sha256(place: Location) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
-def _pieces(path: Location, name: str, border: int) -> Iterator[tuple[int, str]]:
-    """(first character's position, text) of pieces of at most TEXT_BYTES characters; one begins at `border`."""
+def _pieces(path: Location, name: str, borders: list[int]) -> Iterator[tuple[int, str]]:
+    """(first character's position, text) of pieces of at most TEXT_BYTES characters; one begins at each border."""
     with open_text(path, name, "strict") as file:
         at, kept = 0, ""
         for block in iter(partial(file.read, 1 << 20), ""):
@@ -196,16 +198,14 @@ def _pieces(path: Location, name: str, border: int) -> Iterator[tuple[int, str]]
             start = 0
             while len(kept) - start > TEXT_BYTES:
                 stop = kept.rfind("\n", start + TEXT_BYTES // 2, start + TEXT_BYTES) + 1 or start + TEXT_BYTES
-                if at < border < at + stop - start:
-                    stop = start + border - at
+                stop = next((start + border - at for border in borders if 0 < border - at < stop - start), stop)
                 yield at, kept[start:stop]
                 at, start = at + stop - start, stop
             kept = kept[start:]
-        if at < border < at + len(kept):
-            yield at, kept[: border - at]
-            kept, at = kept[border - at :], border
-        if kept:
-            yield at, kept
+        while kept:
+            stop = next((border - at for border in borders if 0 < border - at < len(kept)), len(kept))
+            yield at, kept[:stop]
+            at, kept = at + stop, kept[stop:]
 
 
 # --- media in folders -------------------------------------------------------------------------------------------
@@ -320,7 +320,7 @@ def plan(
     tables = None if compiled or idx or shards else plan_tables(tree, column_map or {}, labels or {})
     found = shards or idx or tables
     plain = found is not None and found is tables and not {"image", "audio"} & set(found.columns.values())
-    if found is None or (plain and not column_map and not found.chats):
+    if found is None or (plain and not column_map and not (found.chats or found.multi_label)):
         # Tables that name no media give way to media that lie there.
         found = plan_media(tree, compiled) or found or (plan_text(tree) if not compiled else None)
     if found is None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 SPLITS = ("train", "val", "test")
 RESERVED = ("id", "source", "seen")  # names that no column of the user's can have
+LABEL_SEPARATOR = ";"  # between the labels of a record, where a column holds several
 
 _SPLIT_NAMES = {
     "train": "train",
@@ -59,6 +61,20 @@ def split_of_file(stem: str) -> str | None:
     match = re.match(r"[A-Za-z]+", stem)
     rest = stem[match.end() :] if match else ""
     return split_name(match[0]) if match and (not rest or not rest[0].isalpha()) else None
+
+
+def join_labels(labels: Iterable[str]) -> str:
+    """Several labels as one text, "joy; anger"; ";" for a record that has none of them. Raises ValueError where
+    one holds the separator."""
+    named = list(dict.fromkeys(label.strip() for label in labels if label.strip()))
+    if odd := [label for label in named if LABEL_SEPARATOR in label]:
+        raise ValueError(f"the label '{odd[0]}' holds a '{LABEL_SEPARATOR}'")
+    return f"{LABEL_SEPARATOR} ".join(named) or LABEL_SEPARATOR
+
+
+def split_labels(text: str) -> list[str]:
+    """The labels that `join_labels` joined."""
+    return [label.strip() for label in text.split(LABEL_SEPARATOR) if label.strip()]
 
 
 def text_fault(text: str) -> str | None:

@@ -41,11 +41,13 @@ def stage(
     chats: list[str],
     workers: int | None,
     progress: Callable[[int], None],
+    known: Path | None = None,
 ) -> list[Path]:
     """Check all items and return the files of their chunks in `folder`, in the order of the items (see work.py).
 
     Columns in `chats` hold conversations. `workers` is the number of processes: as many as there are processors where
-    None, none where 0. `progress` is told how many records are done.
+    None, none where 0. `progress` is told how many records are done. `known` is the file of media that were decoded
+    before (see known.py); it saves work and changes nothing of what comes out.
     Raises PlaitError where a chunk cannot be written.
     """
     paths: list[Path] = []
@@ -63,13 +65,13 @@ def stage(
         progress(done)
 
     with pool:
-        chunks = _chunks(items)
+        chunks = chunks_of(items)
         held = next(chunks, None)
         while held is not None:
             chunk, held = held, next(chunks, None)
-            task, blobs, key = _task(chunk, {"seed": seed, "near": near, "chats": chats})
+            task, blobs, key = task_of(chunk, {"seed": seed, "near": near, "chats": chats})
             path = folder / f"{len(paths):07d}-{key}.arrow"
-            task["out"] = str(path)
+            task |= {"out": str(path), "known": str(known) if known else ""}
             paths.append(path)
             if path.is_file():
                 waiting.append((None, len(chunk)))
@@ -88,7 +90,7 @@ def _has_media(item: Item) -> bool:
     return isinstance(item, Found) and any(isinstance(value, Media) for value in item.parts.values())
 
 
-def _chunks(items: Iterator[Item]) -> Iterator[list[Item]]:
+def chunks_of(items: Iterator[Item]) -> Iterator[list[Item]]:
     """The items in pieces of at most 512 records, or of 16 MiB of text and media and one record more."""
     chunk: list[Item] = []
     size = 0
@@ -118,7 +120,7 @@ def _bytes(value: str | Media) -> int:
     return value.size
 
 
-def _task(chunk: list[Item], options: Task) -> tuple[Task, list[bytes], str]:
+def task_of(chunk: list[Item], options: Task) -> tuple[Task, list[bytes], str]:
     """The chunk as a process wants it, and its key."""
     blobs: list[bytes] = []
     items: list[Any] = []

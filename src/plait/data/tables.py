@@ -1,7 +1,8 @@
 """Tables -> records: jsonl, json, csv, tsv, Parquet and Arrow, with columns of text, labels, paths or bytes of media.
 
 What a column is, is told from its name and a sample of its values, and can be said with a map: `ROLE=COLUMN[:NAME]`
-or `COLUMN=ROLE[:NAME]`, where ROLE is text, image, audio, chat (messages, see chat.py), id, split, ignore, or each (a
+or `COLUMN=ROLE[:NAME]`, where ROLE is text, image, audio, chat (messages, see chat.py), labels (several labels a
+record: a list, or values between separators), number (to be predicted), id, split, ignore, or each (a
 list column: one record for each of its elements); several columns are separated by commas. NAME is what the column is
 called in the dataset.
 """
@@ -35,15 +36,18 @@ from plait.data.files import (
     suffix_of,
 )
 from plait.data.folders import FileSplits
-from plait.data.record import RESERVED, Rejected, split_name, text_fault
+from plait.data.record import RESERVED, Rejected, join_labels, split_name, text_fault
 from plait.data.rows import TableError, batches, distinct, heading, rows, schema_of
 from plait.modalities.media import KINDS, MEDIA, kind_of_suffix, sniff
 
-ROLES = ("text", *MEDIA, "chat", "id", "split", "ignore", "each")
+ROLES = ("text", *MEDIA, "chat", "labels", "number", "id", "split", "ignore", "each")
+SEPARATORS = ("|", ";", ",")  # of several labels in one cell; the first that occurs in a column is its own
 _SAMPLE = 200
 _COLUMNS = 500
 _MOST = 0.8  # of a column's values decide what it is
 _SHORT = 200  # characters of what may be a label
+_LISTED = 60  # characters of a label in a list that is taken for labels unasked
+_NUMBERS = 20  # different values from which a column of numbers may be one to predict
 _BOOKS = ("dataset_dict.json", "dataset_info.json", "state.json")
 _PLAIN = {"file_name", "filename", "file", "path", "filepath", "file_path"}
 
@@ -55,6 +59,7 @@ class Column:
     role: str
     name: str
     labels: list[str] | None = None
+    separator: str | None = None  # of several labels in one cell
 
 
 @dataclass
@@ -226,8 +231,42 @@ def _recognise(tree: Tree, table: str, column: str, values: list[Any]) -> str:
         return "media" if len(kinds) > 1 else kinds.pop()
     if _most(sum(map(is_chat, values)), values):
         return "chat"
+    if _are_label_lists(values):
+        return "labels"
     kinds = _path_kinds(tree, table, column, values)
     return "media" if len(kinds) > 1 else kinds.pop() if kinds else "text"
+
+
+def _are_label_lists(values: list[Any]) -> bool:
+    """Whether these are lists of labels: short texts that come again and again, sometimes several together."""
+    lists = [value for value in values if isinstance(value, list)]
+    cells = [cell for value in lists for cell in value]
+    if not _most(len(lists), values) or not all(isinstance(cell, str) and len(cell) <= _LISTED for cell in cells):
+        return False
+    return any(len(value) > 1 for value in lists) and len(cells) >= 3 * len(set(cells))
+
+
+def _separator(values: list[Any]) -> str | None:
+    """What stands between the labels of a cell; None where every cell holds one, or lists."""
+    texts = [value for value in values if isinstance(value, str)]
+    return next((mark for mark in SEPARATORS if any(mark in text for text in texts)), None)
+
+
+def _are_numbers(values: list[Any]) -> bool:
+    """Whether a column of these holds numbers that one may want to predict."""
+    found = {number for value in values if (number := _number(value)) is not None}
+    return len(found) >= _NUMBERS and len([v for v in values if _number(v) is not None]) == len(values)
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, or None."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _wanted(column_map: dict[str, str], known: set[str]) -> dict[str, tuple[str, str | None]]:
@@ -268,17 +307,24 @@ def plan_tables(tree: Tree, column_map: dict[str, str], labels: dict[str, list[s
     wanted = _wanted(column_map, known)
     columns: dict[str, str] = {}
     notes: list[str] = []
+    hints: list[str] = []
     for table in tables:
         for column, values in table.samples.items():
             asked = wanted.get(column)
             role = asked[0] if asked else _recognise(tree, table.file, column, values)
             name = (asked[1] if asked else None) or _target(column, role, set(table.samples))
             names = labels.get(name) or labels.get(column) or table.class_names.get(column)
-            table.columns[column] = Column(role, name, names)
+            separator = _separator(values) if role == "labels" else None
+            table.columns[column] = Column(role, name, names, separator)
+            if role == "text" and not names and _are_numbers(values):
+                hints.append(
+                    f"{table.file}: '{column}' holds numbers, read as texts. To predict them: --number {column}."
+                )
             shown = name if role != "media" else ", ".join(MEDIA)
             notes.append(
                 f"{table.file}: {_printable(column) or 'a column without a name'} -> "
                 + (role if role in ("id", "split", "ignore") else f"{shown} ({'text' if role == 'each' else role})")
+                + (f", several between '{separator}'" if separator else "")
             )
             for target, kind in _targets(table.columns[column]).items():
                 if columns.setdefault(target, kind) != kind:
@@ -312,8 +358,15 @@ def plan_tables(tree: Tree, column_map: dict[str, str], labels: dict[str, list[s
     ordered = dict(sorted(columns.items(), key=lambda item: KINDS.index(item[1])))
     chats = {c.name for table in tables for c in table.columns.values() if c.role == "chat"}
     warnings = [f"{table.file}: {note}." for table in tables for note in table.notes]
-    warnings += [*splits.notes, *splits.folders.notes.values()]
-    return Plan(ordered, given, read, list(dict.fromkeys(notes)), chats=sorted(chats), warnings=warnings)
+    warnings += [*splits.notes, *splits.folders.notes.values(), *hints]
+    of_role = {
+        role: sorted({c.name for table in tables for c in table.columns.values() if c.role == role})
+        for role in ("labels", "number")
+    }
+    return Plan(
+        ordered, given, read, list(dict.fromkeys(notes)), chats=sorted(chats), multi_label=of_role["labels"],
+        numbers=of_role["number"], warnings=warnings,
+    )  # fmt: skip
 
 
 def _printable(name: str) -> str:
@@ -371,6 +424,18 @@ def words(value: Any, labels: list[str] | None) -> str | None:
     return unicodedata.normalize("NFC", text) if len(text) <= _SHORT else text
 
 
+def _several(value: Any, column: Column) -> str:
+    """The labels of a cell as one text. Raises UnusableError."""
+    if isinstance(value, str):
+        cells: list[Any] = value.split(column.separator) if column.separator else [value]
+    else:
+        cells = value if isinstance(value, list) else [value]
+    try:
+        return join_labels(text for cell in cells if (text := words(cell, column.labels)) is not None)
+    except ValueError as error:
+        raise UnusableError(str(error)) from None
+
+
 def _medium(tree: Tree, table: Table, place: str, column: Column, value: Any) -> Media | None:
     path = None
     if _is_struct(value):
@@ -423,6 +488,12 @@ def _record(tree: Tree, table: Table, line: int, row: dict[str, Any]) -> Iterato
                 chats.append((column, value))
             elif column.role == "each":
                 each[key] = value if isinstance(value, list) else [value]
+            elif column.role == "labels":
+                found.parts[column.name] = _several(value, column)
+            elif column.role == "number":
+                if (number := _number(value)) is None:
+                    raise UnusableError(f"column '{column.name}': '{str(value)[:40]}' is no finite number")
+                found.parts[column.name] = f"{number:.10g}"
             elif column.role == "text":
                 if (text := words(value, column.labels)) is not None:
                     found.parts[column.name] = text

@@ -23,6 +23,7 @@ import pyarrow as pa
 from plait.core.system import limit_memory
 from plait.data.conversations import turns
 from plait.data.fingerprints import text_print
+from plait.data.known import Look, known_media
 from plait.data.record import Rejected, rejected, text_fault
 from plait.data.stores import StoreError, location, read_bytes
 from plait.modalities.descriptor import LIMITS, MediaError
@@ -70,10 +71,22 @@ def _fetch(medium: dict[str, Any], blobs: list[bytes]) -> bytes:
     return data
 
 
-def _look(kind: str, data: bytes, near: bool) -> tuple[float, float, bytes]:
-    """The two figures of a decoded medium (MediaFiles.facts), and the fingerprint. Raises MediaError."""
+def _look(kind: str, data: bytes, near: bool) -> Look:
+    """Decode a medium and look at it. Raises MediaError."""
     value = MEDIA[kind].decode(data)
-    return *MEDIA[kind].facts(value), MEDIA[kind].fingerprint(value) if near else b""
+    return Look(*MEDIA[kind].facts(value), MEDIA[kind].fingerprint(value) if near else b"")
+
+
+def _seen(kind: str, data: bytes, digest: bytes, task: Task, lately: dict[tuple[str, bytes], Look]) -> Look:
+    """What is known of a medium: from the dataset that is added to, from a record just before (an image with five
+    captions stands in five), else from decoding it. Raises MediaError."""
+    look = lately.get((kind, digest))
+    if look is None:
+        known = known_media(task["known"]) if task.get("known") else None
+        look = known.get(kind, digest, task["near"]) if known else None
+        look = look or _look(kind, data, task["near"])
+        lately[kind, digest] = look
+    return look
 
 
 def _said(chat: str) -> str:
@@ -81,8 +94,11 @@ def _said(chat: str) -> str:
     return "\n".join(value for turn in turns(chat) for kind, value in turn.parts if kind == "text")
 
 
-def _check(item: Task, task: Task, blobs: list[bytes], fault: str | None) -> dict[str, Any] | Rejected:
-    """What is known of one record, or why it cannot be used. `fault`: how an earlier try ended."""
+def _check(
+    item: Task, task: Task, blobs: list[bytes], fault: str | None, lately: dict[tuple[str, bytes], Look]
+) -> dict[str, Any] | Rejected:
+    """What is known of one record, or why it cannot be used. `fault`: how an earlier try ended; `lately`: the media of
+    this chunk so far."""
     place = item["place"]
     if why := text_fault(item["id"]):
         return rejected(place, f"id: {why}")
@@ -98,22 +114,22 @@ def _check(item: Task, task: Task, blobs: list[bytes], fault: str | None) -> dic
             if fault:
                 raise MediaError(fault)
             data = _fetch(value, blobs)
+            digest = hashlib.sha256(data).digest()[:16]
+            look = _seen(value["kind"], data, digest, task, lately)
             parts[name] = data
-            first, second, seen = _look(value["kind"], data, task["near"])
         except (MediaError, MemoryError) as error:
             reason = str(error) or "needs too much memory"
             if value["name"] == place:
                 return rejected(place, reason)
             return Rejected(value["name"], None, reason + (f" (of {place})" if ":" in place else ""))
-        row |= {f"first:{name}": first, f"second:{name}": second, f"print:{name}": seen}
+        row |= {f"first:{name}": look.first, f"second:{name}": look.second, f"print:{name}": look.print}
+        row[f"digest:{name}"] = digest
     if not parts:
         return rejected(place, "the record is empty")
     media = {name: data for name, data in parts.items() if isinstance(data, bytes)}
     group = _digest(media or parts)
     words = {name: text for name, text in parts.items() if isinstance(text, str)}
     row["group"], row["content"] = group[:16], hashlib.sha256(group + _digest(words)).digest()[:16]
-    for name, data in media.items():
-        row[f"digest:{name}"] = hashlib.sha256(data).digest()[:16]
     if task["near"] and not media:
         row["words"] = text_print("\n".join(_said(text) if n in task["chats"] else text for n, text in words.items()))
     if item["group"]:
@@ -134,12 +150,13 @@ def check_chunk(task: Task, blobs: list[bytes], at: Callable[[int], None] = lamb
     rows: list[dict[str, Any]] = []
     refused: list[Rejected] = []
     kinds: dict[str, str] = {}
+    lately: dict[tuple[str, bytes], Look] = {}
     for n, item in enumerate(task["items"]):
         if isinstance(item, list):
             refused.append(Rejected(*item))
             continue
         at(n)
-        found = _check(item, task, blobs, task.get("faults", {}).get(str(n)))
+        found = _check(item, task, blobs, task.get("faults", {}).get(str(n)), lately)
         if isinstance(found, Rejected):
             refused.append(found)
             continue

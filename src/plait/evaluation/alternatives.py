@@ -7,27 +7,29 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from plait.classifiers.classifier import Classifier, Features, Kind
+from plait.classifiers.classifier import Classifier, Features
 from plait.classifiers.linear import fit_linear
 from plait.classifiers.mixture import Mixture
+from plait.modalities.media import MEDIA
 
-NAMES: dict[Kind, str] = {
-    "image": "gradients, colours and a linear SVM",
-    "audio": "cepstra and a linear SVM",
-    "text": "word and character n-grams and a linear SVM",
-}
 MOST = 5000  # records that an alternative is fitted on where the run has none
-STRENGTH: dict[Kind, float] = {"image": 3e-3, "audio": 3e-3, "text": 0.3}
+MEDIA_STRENGTH, TEXT_STRENGTH = 3e-3, 0.3  # of the linear SVM, on dense features and on n-grams
 ORDER = 6  # characters that an n-gram model looks back
 LONGEST = 2_000_000  # bytes that it learns from
 
 
+def alternative_name(kind: str) -> str:
+    """What the simple alternative for inputs of a kind is called, for people."""
+    return MEDIA[kind].simple_model if kind in MEDIA else "word and character n-grams and a linear SVM"
+
+
 def fit_alternative(
-    kind: Kind, inputs: Sequence[object], classes: np.ndarray, labels: list[str], bands: int
+    kind: str, inputs: Sequence[object], classes: np.ndarray, labels: list[str], bands: int
 ) -> Classifier:
     """Simple features and a linear SVM, on inputs (texts or samples) with their classes."""
     features = Features.fit(kind, inputs, bands)
-    linear = fit_linear(features(inputs), classes, len(labels), STRENGTH[kind], False)
+    strength = MEDIA_STRENGTH if kind in MEDIA else TEXT_STRENGTH
+    linear = fit_linear(features(inputs), classes, len(labels), strength, False)
     return Classifier("", "", labels, features, linear, Mixture({}, {}, {}, []))
 
 

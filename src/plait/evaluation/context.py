@@ -19,7 +19,6 @@ from plait.data.dataset import Dataset
 from plait.evaluation.findings import Findings, Metric, Metrics, ReportItem
 from plait.evaluation.reference_classifier import ReferenceClassifier, fit_classifier
 from plait.inference.model import PlaitModel
-from plait.modalities.audio import spectrogram
 from plait.modalities.base import MediaModality
 from plait.model.multimodal import Sequence
 
@@ -48,8 +47,7 @@ class Limits:
     written: int = 500  # texts written
     tokens: int = 200_000  # of text predicted
     queries: int = 500  # of retrieval
-    drawn: int = 200  # images, over all columns that ask for them
-    spoken: int = 200  # audio clips, likewise
+    made: int = 200  # images or audio clips that are made, over all columns that ask for them
     training: int = 60_000  # training records that judges and nearest neighbours see
     cells: int = 2**27  # numbers in the features of training samples that are kept at one time
 
@@ -256,12 +254,8 @@ class EvalContext:
 
     def exhibit(self, column: str, sample: np.ndarray, caption: str = "", right: bool | None = None) -> ReportItem:
         """A sample to look at, or to listen to."""
-        modality = self.modality(column)
-        data = modality.to_bytes(sample)
-        if modality.name == "audio":
-            bands: int = modality.settings.bands  # type: ignore[attr-defined]
-            return ReportItem(caption, image=spectrogram(sample[:, :bands]), audio=data, right=right)
-        return ReportItem(caption, image=data, right=right)
+        exhibit = self.modality(column).exhibit(sample)
+        return ReportItem(caption, image=exhibit.image, audio=exhibit.audio, right=right)
 
     # --- judges -------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,6 @@ from plait.evaluation.context import EvalContext, LabelClassifier, Media, quotie
 from plait.evaluation.findings import Gallery, ReportItem
 from plait.modalities.fsq import FSQ
 
-TASK = {"image": "drawing", "audio": "speaking"}
 REDRAWS = 20  # resamples for figures that are dear to take
 
 
@@ -24,20 +23,15 @@ def evaluate_codec(eval_context: EvalContext, column: str) -> None:
     codes = eval_context.encode(column, media.samples)
     rebuilt = eval_context.rebuilt(column, eval_context.split).samples
     modality = eval_context.modality(column)
-    if modality.name == "image":
-        values = metrics.psnr(np.stack(media.samples), np.stack(rebuilt))
-        name = "psnr"
-    else:
-        pairs = zip(media.samples, rebuilt, strict=True)
-        values = np.array([np.abs(a.astype(np.float32)[:, : b.shape[1]] - b[: len(a)]).mean() for a, b in pairs])
-        name = "mel_error"
+    name = modality.codec_metric
+    values = modality.codec_errors(media.samples, rebuilt)
     value, error = metrics.mean_with_error(values, seed=eval_context.seed)
     eval_context.keep("codec", column, name, value, stderr=error, n=len(values))
     used, perplexity = metrics.code_use(np.concatenate(codes), FSQ(modality.codec.levels).size)
     count = sum(map(len, codes))
     eval_context.keep("codec", column, "codes_used", used, n=count)
     eval_context.keep("codec", column, "code_perplexity", perplexity, n=count)
-    shown = range(min(6 if name == "psnr" else 2, len(media)))
+    shown = range(min(modality.shown, len(media)))
     items = []
     for i in shown:
         exhibit = eval_context.exhibit(column, media.samples[i], "real")
@@ -49,8 +43,7 @@ def evaluate_codec(eval_context: EvalContext, column: str) -> None:
 
 def evaluate_making(eval_context: EvalContext, label_column: str, media_column: str, total: int) -> None:
     """Samples for each label of a column: do they show it, are they varied, near to real ones, copies of training?"""
-    kind = eval_context.columns[media_column]
-    task, direction = TASK[kind], f"{label_column}-{media_column}"
+    task, direction = eval_context.modality(media_column).making_task, f"{label_column}-{media_column}"
     train = eval_context.with_text(eval_context.samples(media_column, "train"), label_column)
     test = eval_context.with_text(eval_context.samples(media_column, eval_context.split), label_column)
     present = {eval_context.texts[label_column][i] for i in train.indices}

@@ -141,6 +141,14 @@ def calibration(
     return error, mean, share, counts
 
 
+def risk_coverage(believed: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The share of answers that is given, (N,) ascending, where only the surest are, and the share of these that is
+    right (N,); answers have probabilities believed (N,)."""
+    order = np.argsort(-np.asarray(believed), kind="stable")
+    given = np.arange(1, len(order) + 1)
+    return given / max(len(order), 1), np.cumsum(np.asarray(right, float)[order]) / given
+
+
 # --- text -------------------------------------------------------------------------------------------------------
 
 
@@ -275,13 +283,6 @@ def nearest(queries: np.ndarray, gallery: np.ndarray, chunk: int = 256) -> tuple
         # Taken again from the rows themselves: the difference of large squares loses small distances.
         distances[start : start + chunk] = np.sqrt(np.square(rows - flat[best]).sum(1))
     return distances, places
-
-
-def psnr(original: np.ndarray, rebuilt: np.ndarray, peak: float = 255.0) -> np.ndarray:
-    """Peak signal-to-noise ratio in decibels of each of N samples, (N,); 100 at most, for equal ones."""
-    error = (np.asarray(original, float) - np.asarray(rebuilt, float)).reshape(len(original), -1)
-    mean = np.square(error).mean(1)
-    return 10 * np.log10(peak**2 / np.maximum(mean, peak**2 * 1e-10))
 
 
 def code_use(codes: np.ndarray, size: int) -> tuple[float, float]:

@@ -7,26 +7,27 @@ import unicodedata
 from collections import Counter
 from dataclasses import replace
 from itertools import permutations
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import torch
 
-from plait.classifiers.classifier import Classifier, Kind
+from plait.classifiers.classifier import Classifier
 from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
 from plait.evaluation import metrics
-from plait.evaluation.alternatives import MOST, NAMES, GramModel, fit_alternative, paired_error
+from plait.evaluation.alternatives import MOST, GramModel, alternative_name, fit_alternative, paired_error
+from plait.evaluation.answers import evaluate_predictors
 from plait.evaluation.context import EVALUATIONS, RECORD_EVALUATIONS, EvalContext, Limits, Media, Progress, Timer
 from plait.evaluation.findings import Confusion, Findings, Gallery, Metrics, Reliability, ReportItem
-from plait.evaluation.generative import TASK, evaluate_codec, evaluate_making
+from plait.evaluation.generative import evaluate_codec, evaluate_making
+from plait.evaluation.language import sequence_nats
 from plait.evaluation.memorising import WRITTEN, evaluate_canaries, evaluate_texts
 from plait.evaluation.outcome import Outcome
 from plait.evaluation.verdict import make_verdict
 from plait.inference.model import PlaitModel
 from plait.inference.opinions import opinion_scores
-from plait.model.multimodal import IGNORE, Sequence, collate
-from plait.model.objectives import negative_log_likelihood
+from plait.modalities.media import MEDIA
+from plait.model.multimodal import IGNORE, Sequence
 from plait.training.batches import lm_windows
 
 __all__ = ["Limits", "evaluate"]
@@ -76,15 +77,24 @@ def evaluate(
     ]
     for source, target in recognised:
         _recognition(eval_context, source, target)
-    if recognised:
+    answered = {one.target for one in model.checkpoint.predictors}
+    evaluate_predictors(eval_context)
+    if recognised or answered:
         timer.lap("recognition")
     for source in eval_context.columns:
         for target in eval_context.text_columns:
             learnt = source in eval_context.media_columns or not eval_context.media_columns
-            if source != target and target not in eval_context.labels and target in eval_context.written and learnt:
+            if (
+                source != target
+                and target not in eval_context.labels
+                and target not in answered
+                and target in eval_context.written
+                and learnt
+            ):
                 _transcription(eval_context, source, target)
     for column in eval_context.text_columns:
-        _language(eval_context, column)
+        if column not in answered:
+            _language(eval_context, column)
     for evaluate_more in RECORD_EVALUATIONS.all():
         evaluate_more(eval_context)
     evaluate_canaries(eval_context)
@@ -98,11 +108,9 @@ def evaluate(
             continue
         evaluate_codec(eval_context, column)
         asking = [c for c in eval_context.labels if len(eval_context.with_text(eval_context.samples(column, split), c))]
-        kind = eval_context.columns[column]
-        total = eval_context.limits.drawn if kind == "image" else eval_context.limits.spoken
         for target in asking:
-            evaluate_making(eval_context, target, column, max(total // len(asking), 1))
-        timer.lap(TASK[kind])
+            evaluate_making(eval_context, target, column, max(eval_context.limits.made // len(asking), 1))
+        timer.lap(eval_context.modality(column).making_task)
     order = ("Drawing", "Speaking", "Written", "Memorised", "Retrieval", "Mistakes", "Codec")
     eval_context.findings.galleries.sort(key=lambda gallery: order.index(gallery.title.split(":")[0]))
     whole.lap("evaluation")
@@ -164,8 +172,8 @@ def _recognition(eval_context: EvalContext, source: str, target: str) -> None:
     result = metrics.classification(truth, predicted, len(names))
     errors = metrics.macro_errors(truth, predicted, len(names), seed=seed)
     plain: metrics.Classification | None = None
-    kind = cast(Kind, eval_context.columns[source])
-    guess, alternative = None, NAMES[kind]
+    kind = eval_context.columns[source]
+    guess, alternative = None, alternative_name(kind)
     if len(prior) > 1:
         guess = _simple(eval_context, classifier, source, target, train, media, labels)
     drawn = source in eval_context.media_columns and kind not in eval_context.model.checkpoint.model.config.read_only
@@ -234,7 +242,12 @@ def _calibration(eval_context: EvalContext, direction: str, scores: np.ndarray, 
         len(right), draws=50, seed=eval_context.seed,
     )  # fmt: skip
     eval_context.keep("recognition", direction, "ece", value, stderr=error, n=len(right))
-    eval_context.findings.reliabilities.append(Reliability(direction, value, mean, share, counts))
+    coverage, accuracy = metrics.risk_coverage(believed, right)
+    for percent in (90, 80):
+        place = max(round(percent / 100 * len(right)), 1) - 1
+        at = float(accuracy[place])
+        eval_context.keep("recognition", direction, f"accuracy_at_{percent}", at, n=place + 1)
+    eval_context.findings.reliabilities.append(Reliability(direction, value, mean, share, counts, coverage, accuracy))
 
 
 def _classifier(eval_context: EvalContext, source: str, target: str) -> Classifier | None:
@@ -268,12 +281,12 @@ def _simple(
 ) -> np.ndarray:  # fmt: skip
     """The classes (N,) by the simple alternative: the linear part of the run's classifier, else one fitted now."""
     if classifier is None:
-        kind = cast(Kind, eval_context.columns[source])
         number = {label: i for i, label in enumerate(labels)}
         some = train.only(eval_context.chosen(np.arange(len(train)), MOST))
         some = some.only(np.array([eval_context.texts[target][i] in number for i in some.indices], bool))
         classes = np.array([number[eval_context.texts[target][i]] for i in some.indices])
-        bands = int(getattr(eval_context.modality(source).settings, "bands", 0)) if kind == "audio" else 0
+        kind = eval_context.columns[source]
+        bands = int(getattr(eval_context.modality(source).settings, "bands", 0)) if kind in MEDIA else 0
         classifier = fit_alternative(kind, _raw(eval_context, source, some), classes, labels, bands)
     return classifier.linear_scores(_raw(eval_context, source, media)).argmax(1)
 
@@ -349,7 +362,6 @@ def _transcription(eval_context: EvalContext, source: str, target: str) -> None:
     eval_context.findings.galleries.append(Gallery(f"Written: {source} → {target}", note, rows))
 
 
-@torch.no_grad()
 def _language(eval_context: EvalContext, column: str) -> None:
     """Likelihood of texts that stand alone in their records, each token and the end predicted once."""
     if eval_context.media_columns or column in eval_context.labels or column not in eval_context.written:
@@ -399,19 +411,12 @@ def _language(eval_context: EvalContext, column: str) -> None:
         if alone[i] and texts[i] and counts.sum() < 10 * eval_context.limits.tokens:
             np.add.at(counts, [*checkpoint.text.encode(texts[i]), vocabulary.end], 1)
     surprise = -np.log((counts + 1) / (counts + 1).sum())  # a unigram of the same tokens, one added to each count
-    plain = 0.0
-    by_length = np.argsort([len(s) for s in sequences], kind="stable")
-    step = max(16384 // model.config.backbone.max_length, 1)
-    for start in range(0, len(by_length), step):
-        eval_context.progress(f"language {column}", start, len(by_length))
-        places = by_length[start : start + step]
-        batch = collate([sequences[i] for i in places], model.media, vocabulary.pad).to(eval_context.device)
-        wanted = batch.targets != IGNORE
-        loss = negative_log_likelihood(model(batch)[wanted], rows, batch.targets[wanted]).cpu().numpy()
-        owner = np.array(owners)[places][wanted.nonzero()[:, 0].cpu().numpy()]
-        np.add.at(nats, owner, loss)
-        np.add.at(tokens, owner, 1)
-        plain += float(surprise[batch.targets[wanted].cpu().numpy()].sum())
+    eval_context.progress(f"language {column}", 0, len(sequences))
+    each, count = sequence_nats(eval_context.model, sequences)
+    np.add.at(nats, owners, each)
+    np.add.at(tokens, owners, count)
+    written = [target for sequence in sequences for target in sequence.targets if target != IGNORE]
+    plain = float(surprise[written].sum())
     sizes = {
         "nats_per_token": (tokens, 1.0),
         "nats_per_character": (np.array([len(text) for text in chosen]), 1.0),
@@ -532,7 +537,7 @@ def _search(
         related = relevant(rows[i : i + 1])[0]
         items = [
             eval_context.exhibit(target, shelf.samples[j], f"{rank + 1}", bool(related[j]))
-            for rank, j in enumerate(result["top"][i][: 6 if eval_context.columns[target] == "image" else 2])
+            for rank, j in enumerate(result["top"][i][: eval_context.modality(target).shown])
         ]
         head = _shown(eval_context, source, media, int(chosen[i]))
         shown.append((head, items))

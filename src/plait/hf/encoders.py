@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,6 @@ from plait.hf.hub import explained, find, no_safetensors, other_weights, quiet
 from plait.modalities.base import MediaModality
 from plait.modalities.hf_encoder import HFEncoder, HFEncoderSettings, transformers_for
 
-KNOWN = {
-    "image": "CLIP, SigLIP, ViT, DINOv2, Swin, ConvNeXt and others that turn pixel_values into last_hidden_state",
-    "audio": "Whisper's encoder and wav2vec2, HuBERT, WavLM or data2vec-audio, which read the waveform",
-}
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -47,13 +45,13 @@ def describe(encoder: object, modality: str) -> HFEncoderSettings:
         raise PlaitError(f"{folder / 'config.json'} has no model_type. Fetch the model again.")
     with explained(folder), quiet():
         whole = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
-        part = whole.vision_config if modality == "image" and hasattr(whole, "vision_config") else whole
+        part = getattr(whole, ENCODERS[modality].part, whole)
         kept = {**part.to_diff_dict(), "model_type": part.model_type}
         for key in ("transformers_version", "architectures", "dtype", "_name_or_path"):
             kept.pop(key, None)
         with torch.device("meta"):  # its shape alone
             reads = HFEncoder(kept, frozen=True).network.main_input_name
-        facts = _pixels(folder, transformers) if modality == "image" else _audio(folder, transformers, part)
+        facts = ENCODERS[modality].settings(folder, transformers, part)
     wanted = {"pixels": "pixel_values", "mel": "input_features", "wave": "input_values"}[facts["reads"]]
     if reads != wanted or (facts["reads"] == "wave" and not hasattr(part, "conv_stride")):
         raise _unfit(folder, part.model_type, modality)
@@ -61,10 +59,12 @@ def describe(encoder: object, modality: str) -> HFEncoderSettings:
 
 
 def _unfit(folder: Path, kind: str, modality: str) -> PlaitError:
-    return PlaitError(f"{folder}: a model of type '{kind}' cannot encode {modality}. Known are {KNOWN[modality]}.")
+    return PlaitError(
+        f"{folder}: a model of type '{kind}' cannot encode {modality}. Known are {ENCODERS[modality].known}."
+    )
 
 
-def _pixels(folder: Path, transformers: Any) -> dict[str, Any]:
+def _pixels(folder: Path, transformers: Any, config: Any) -> dict[str, Any]:
     """Side, mean and deviation as the folder's preprocessor has them."""
     theirs = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil", **_LOCAL)
     cropped = getattr(theirs, "do_center_crop", False) and getattr(theirs, "crop_size", None)
@@ -86,6 +86,35 @@ def _audio(folder: Path, transformers: Any, config: Any) -> dict[str, Any]:
     if type(theirs).__name__ != "Wav2Vec2FeatureExtractor":
         raise _unfit(folder, config.model_type, "audio")
     return {"reads": "wave", "rate": rate, "normalise": theirs.do_normalize, "masked": theirs.return_attention_mask}
+
+
+@dataclass(frozen=True)
+class EncoderKind:
+    """What is peculiar to pretrained encoders of a modality.
+
+    Attributes:
+        known: Which models have one, for people.
+        part: Where the configuration of a model of several parts keeps the encoder's.
+        settings: (folder, transformers, the encoder's configuration) to fields of `HFEncoderSettings`.
+    """
+
+    known: str
+    part: str
+    settings: Callable[[Path, Any, Any], dict[str, Any]]
+
+
+ENCODERS = {
+    "image": EncoderKind(
+        "CLIP, SigLIP, ViT, DINOv2, Swin, ConvNeXt and others that turn pixel_values into last_hidden_state",
+        "vision_config",
+        _pixels,
+    ),
+    "audio": EncoderKind(
+        "Whisper's encoder and wav2vec2, HuBERT, WavLM or data2vec-audio, which read the waveform",
+        "audio_config",
+        _audio,
+    ),
+}
 
 
 class HFEncoders:

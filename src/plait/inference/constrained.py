@@ -8,7 +8,7 @@ and states are bounded, and compiling one lets other threads run.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -60,14 +60,22 @@ def allowed_ids(matchers: Sequence[Matcher], size: int) -> np.ndarray:
 
 
 class TextConstraint:
-    """A constraint, compiled for the ids of one model."""
+    """A constraint, compiled for the ids of one model. Matchers share nothing: of copies of one, each would be held to
+    the states that all have taken together."""
 
-    def __init__(self, compiled: llguidance.LLMatcher, size: int) -> None:
-        self._compiled, self._size = compiled, size
+    def __init__(self, compile: Callable[[], llguidance.LLMatcher], size: int) -> None:
+        """`compile` makes a matcher that has seen nothing."""
+        self._compile, self._size = compile, size
+        self._ready: list[llguidance.LLMatcher] = []
+
+    def prepare(self, count: int) -> TextConstraint:
+        """Compile so many matchers now: in a thread, where that is not the event loop's."""
+        self._ready += [self._compile() for _ in range(count - len(self._ready))]
+        return self
 
     def matcher(self) -> Matcher:
         """A matcher that has seen nothing yet."""
-        return Matcher(self._compiled.deep_copy(), self._size)
+        return Matcher(self._ready.pop() if self._ready else self._compile(), self._size)
 
 
 class _Ids:
@@ -150,15 +158,23 @@ class ConstraintCompiler:
             raise ConstraintError(f"The grammar cannot be read: {_reason(error)}.") from None
         return self._compile(self._library.LLMatcher.grammar_from_lark(lark), "grammar")
 
+    def calls(self, grammar: str) -> TextConstraint:
+        """A reply that calls tools, by `plait.inference.tools.tool_grammar`. Raises ConstraintError."""
+        _check_size(grammar)
+        return self._compile(self._library.LLMatcher.grammar_from_lark(grammar), "schema of a tool")
+
     def _compile(self, grammar: str, name: str) -> TextConstraint:
-        compiled = self._library.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
+        def fresh() -> llguidance.LLMatcher:
+            return self._library.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
+
+        compiled = fresh()
         for _ in range(2):  # some faults show at the first mask, some when the states of the first are there already
             begun = compiled.deep_copy()
             if not begun.is_error():
                 begun.compute_bitmask()
             if begun.is_error():
                 raise ConstraintError(f"The {name} cannot be used: {_reason(begun.get_error())}.")
-        return TextConstraint(compiled, self._size)
+        return TextConstraint(fresh, self._size)
 
 
 def _check_size(spelt: str) -> None:

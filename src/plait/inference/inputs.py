@@ -13,7 +13,7 @@ from plait.inference.base import Verb
 from plait.modalities.base import MediaModality, Vocabulary
 from plait.modalities.descriptor import MediaError
 from plait.modalities.inputs import plain_input
-from plait.modalities.media import sniff
+from plait.modalities.media import MEDIA, sniff
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import Sequence
 
@@ -44,15 +44,10 @@ class Reading:
         """What this model can do."""
         kinds = set(self.columns.values())
         written = kinds - set(self.checkpoint.model.config.read_only)
-        needs = {
-            Verb.CLASSIFY: {"text"},
-            Verb.DESCRIBE: {"image", "text"},
-            Verb.TRANSCRIBE: {"audio", "text"},
-        }
-        makes = {Verb.DRAW: "image", Verb.SPEAK: "audio"}
-        verbs: list[str] = [Verb.GENERATE, *(verb for verb, need in needs.items() if need <= kinds)]
-        verbs += [verb for verb, kind in makes.items() if kind in written]
-        return verbs + ([Verb.EMBED] if self.checkpoint.model.config.embed_dim else [])
+        verbs: list[str] = [Verb.GENERATE, *([Verb.CLASSIFY] if "text" in kinds else [])]
+        verbs += [files.verb for kind, files in MEDIA.items() if {kind, "text"} <= kinds]
+        verbs += [files.writes for kind, files in MEDIA.items() if kind in written]
+        return list(dict.fromkeys(verbs)) + ([Verb.EMBED] if self.checkpoint.model.config.embed_dim else [])
 
     def column(self, wanted: str | None, modality: str, verb: str) -> str:
         """The column to use: the one asked for, which must be of this modality, or the first of its modality."""

@@ -24,6 +24,6 @@ def check_memory(parameters: int, precision: str, where: Path) -> None:
     else:
         remedy = f"Even int4 takes {needed['int4'] / 1e9:.1f} GB: free some memory, or take a smaller model."
     raise PlaitError(
-        f"{where} has {parameters / 1e9:.2f} billion weights, which take {needed[precision] / 1e9:.1f} GB in {precision}; "
-        f"{free / 1e9:.1f} GB are free. {remedy}"
+        f"{where} has {parameters / 1e9:.2f} billion weights, which take {needed[precision] / 1e9:.1f} GB in "
+        f"{precision}; {free / 1e9:.1f} GB are free. {remedy}"
     )

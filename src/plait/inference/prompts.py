@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence as ListOf
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,8 @@ from plait.core.dist import import_extra
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from plait.inference.model import PlaitModel
-from plait.model.chat_template import ROLES, Template
+from plait.inference.tools import Tool, ToolCall, ToolFormat, read_format
+from plait.model.chat_template import ROLES, Message, Template
 from plait.model.multimodal import Sequence
 
 NAMES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant", "tool": "Tool",
@@ -19,10 +23,13 @@ NAMES = {"system": "System", "developer": "System", "user": "User", "assistant":
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side said: `role` is one of NAMES; parts are inputs as `Model` takes them."""
+    """What one side said: `role` is one of NAMES; parts are inputs as `Model` takes them. An assistant may have called
+    tools; a tool's turn is the result of the call with the id `call_id`."""
 
     role: str
     parts: list[Any]
+    calls: tuple[ToolCall, ...] = ()
+    call_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,8 +64,14 @@ class Chat:
             return None
         return self.model.column(None, "text", "write text")
 
-    def prompt(self, turns: list[Turn], column: str | None = None) -> Prompt:
+    @cached_property
+    def tool_format(self) -> ToolFormat | None:
+        """How replies call tools; None where the model's template knows none, or spells calls in a way of its own."""
+        return read_format(self.template) if self.template is not None else None
+
+    def prompt(self, turns: list[Turn], column: str | None = None, tools: ListOf[Tool] = ()) -> Prompt:
         """The conversation up to the next reply; `column` names where it is to be written, None continues the text.
+        `tools` are shown by a template that knows them.
 
         A model that was trained on conversations knows the tokens of their turns; an imported one may bring a template.
         A lone message of another model that reads media is read as it is: it knows records, not conversations.
@@ -67,7 +80,7 @@ class Chat:
         if self.model.vocabulary.turns:
             return Prompt(self._turns(turns, column))
         if self.template is not None:
-            return Prompt(self._templated(turns, column), self.stop)
+            return Prompt(self._templated(turns, column, tools), self.stop)
         if len(turns) == 1 and self.model.checkpoint.model.media:
             return Prompt(self.model.context(turns[0].parts, column))
         parts: list[Any] = []
@@ -89,13 +102,27 @@ class Chat:
         sequence.read_ids([vocabulary.opener("assistant")])
         return sequence if column is None else sequence.read_ids([vocabulary.opener(column)])
 
-    def _templated(self, turns: list[Turn], column: str | None) -> Sequence:
+    def _templated(self, turns: list[Turn], column: str | None, tools: ListOf[Tool]) -> Sequence:
         assert self.template is not None
         if any(not isinstance(part, str) for turn in turns for part in turn.parts):
             raise PlaitError("This model's chat template takes text only. Leave images and audio clips out.")
-        messages = [(turn.role, "\n".join(turn.parts)) for turn in turns]
-        sequence = Sequence().read_ids(self.template.ids(messages), "text")
+        names = {call.id: call.name for turn in turns for call in turn.calls}
+        messages: list[Message] = []
+        for turn in turns:
+            message: Message = {"role": ROLES[turn.role], "content": "\n".join(turn.parts)}
+            if turn.calls:
+                message["tool_calls"] = [{**call.shown(), "id": _short(call.id)} for call in turn.calls]
+            if turn.call_id:
+                message |= {"tool_call_id": _short(turn.call_id), "name": names.get(turn.call_id, "")}
+            messages.append(message)
+        ids = self.template.ids(messages, tools=[tool.shown() for tool in tools])
+        sequence = Sequence().read_ids(ids, "text")
         return sequence if column is None else sequence.read_ids([self.model.vocabulary.opener(column)])
+
+
+def _short(call: str) -> str:
+    """A call's id as every template takes it: Mistral's know nine letters and digits only."""
+    return hashlib.sha256(call.encode()).hexdigest()[:9]
 
 
 def _template(folder: Path) -> Any:

@@ -12,9 +12,11 @@ from plait.core.config import DataRecipe, Recipe, as_recipe
 from plait.core.errors import PlaitError
 from plait.core.files import cache_folder
 from plait.core.progress import ProgressBar
+from plait.data.cost import Cost
 from plait.data.dataset import Dataset
 from plait.data.memory import in_memory, write_source
 from plait.data.prepare import changed_source
+from plait.data.prepare import estimate as estimate_files
 from plait.data.prepare import prepare as prepare_files
 from plait.data.stores import location
 
@@ -32,6 +34,7 @@ def prepare(
     near_duplicates: bool = True,
     drop_near_duplicates: bool = False,
     replace: bool = False,
+    into: bool = False,
     progress: bool | None = None,
 ) -> Dataset:
     """Check data and make a dataset of them: splits, counts, what was rejected and why.
@@ -51,6 +54,8 @@ def prepare(
         near_duplicates: look for records that are alike.
         drop_near_duplicates: leave out of train what val or test has too.
         replace: take the place of a dataset in `out` that was made from another source.
+        into: add the source to the dataset in `out`, whose records stay as they are; new ids begin with the source's
+            name. Nothing that is there is decoded again.
         progress: True for bars, or lines where there is no terminal; None for bars in terminals and notebooks alone.
 
     Returns:
@@ -71,12 +76,34 @@ def prepare(
     with ProgressBar(progress) as bar:
         prepare_files(
             source, place, column_map=data.map or None, labels=data.labels or None, pattern=data.pattern,
-            items=data.items, seed=seed, workers=workers, near_duplicates=near_duplicates,
-            drop_near_duplicates=drop_near_duplicates, replace=replace, progress=bar,
+            recipe=data, seed=seed, workers=workers, near_duplicates=near_duplicates,
+            drop_near_duplicates=drop_near_duplicates, replace=replace, into=into, progress=bar,
         )  # fmt: skip
     if held:
         shutil.rmtree(source, ignore_errors=True)
     return Dataset.open(place)
+
+
+def estimate(
+    source: str | Path,
+    *,
+    map: Mapping[str, str] | None = None,
+    labels: Mapping[str, Sequence[str]] | None = None,
+    pattern: str | None = None,
+    recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
+    workers: int | None = None,
+    near_duplicates: bool = True,
+) -> Cost:
+    """What `prepare` with these arguments will cost: time, disk and memory, from the first records. Nothing is kept.
+
+    Raises PlaitError where nothing can be read, or an option does not fit.
+    """
+    names = {column: list(values) for column, values in labels.items()} if labels else None
+    data = as_recipe(recipe, {"data": {"map": dict(map) if map else None, "pattern": pattern, "labels": names}}).data
+    return estimate_files(
+        source, column_map=data.map or None, labels=data.labels or None, pattern=data.pattern, workers=workers,
+        near_duplicates=near_duplicates,
+    )  # fmt: skip
 
 
 def _written(source: Any, out: Path | str) -> Path:

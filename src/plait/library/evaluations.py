@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from plait.core.errors import PlaitError
+from plait.core.files import write_atomic
 from plait.core.frames import data_frame, html_table
 from plait.core.progress import ProgressBar
 from plait.data.dataset import Dataset
@@ -14,6 +15,9 @@ from plait.evaluation.findings import Findings, Metrics
 from plait.library.runs import Run
 from plait.reports.metric_labels import metric_labels
 from plait.reports.report import read_run, write_metrics, write_report
+
+if TYPE_CHECKING:
+    from plait.evaluation.label_review import LabelReview
 
 
 class Metric(NamedTuple):
@@ -134,13 +138,20 @@ def evaluate(
 
     Raises PlaitError where the split is empty, the dataset is not there or its columns are not the model's.
     """
+    from plait.evaluation.heads import measure_head
+    from plait.hf.heads import HeadModel
     from plait.inference.model import load
 
     folder = run.folder if isinstance(run, Run) else Path(run).expanduser()
     if data is None:
         data = Run(folder).dataset_path
     dataset = data if isinstance(data, Dataset) else Dataset.open(data)
-    model = load(folder, device, precision).plait_model
+    loaded = load(folder, device, precision)
+    if isinstance(loaded, HeadModel):
+        metrics = measure_head(loaded, dataset, split, limit)
+        write_metrics(folder / "metrics.json", metrics)
+        return Evaluation(folder, split, metrics, Findings())
+    model = loaded.plait_model
     if model is None:
         raise PlaitError(f"{folder} is no model that plait trained; evaluation needs a run.")
     with ProgressBar(progress) as bar:
@@ -165,3 +176,46 @@ def _measure(
 
     limits = Limits() if limit is None else Limits(records=limit)
     return measure(model, dataset, split, seed=seed, limits=limits, reference_seconds=reference_seconds, progress=bar)
+
+
+def label_review(
+    run: Run | str | Path,
+    data: Dataset | str | Path | None = None,
+    *,
+    column: str | None = None,
+    most: int = 200,
+    seed: int = 0,
+    device: str = "auto",
+    progress: bool | None = None,
+) -> LabelReview:
+    """Which labels are likely wrong, and which records to label next; writes `labels.html` and `labels.csv` into the
+    run's folder.
+
+    Args:
+        run: a Run, or its folder.
+        data: another dataset than the run's own.
+        column: the column of labels; the first if left out.
+        most: entries of each list, at most.
+        seed: of what is drawn.
+        device: auto, cpu, cuda or mps.
+        progress: as in `plait.train`.
+
+    Raises PlaitError where the run decides about no labels that the dataset holds.
+    """
+    from plait.evaluation.label_review import review_labels
+    from plait.inference.model import load
+    from plait.reports.label_review import review_page, review_table
+
+    folder = run.folder if isinstance(run, Run) else Path(run).expanduser()
+    own = data is None
+    if data is None:
+        data = Run(folder).dataset_path
+    dataset = data if isinstance(data, Dataset) else Dataset.open(data)
+    model = load(folder, device).plait_model
+    if model is None:
+        raise PlaitError(f"{folder} is no model that plait trained; labels are reviewed by a run.")
+    with ProgressBar(progress) as bar:
+        review = review_labels(model, dataset, column, own=own, most=most, seed=seed, progress=bar)
+    write_atomic(folder / "labels.html", review_page(review, model, dataset))
+    write_atomic(folder / "labels.csv", review_table(review))
+    return review

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from plait.core.config import Size
 from plait.core.errors import PlaitError
 from plait.modalities.audio_files import decode_audio, resample
-from plait.modalities.base import ChannelNorm, bilinear_warp, tinted, within
+from plait.modalities.base import ChannelNorm, Exhibit, Recognition, bilinear_warp, tinted, within
 from plait.modalities.fsq import FSQ
 from plait.modalities.hf_encoder import HFEncoder, HFEncoderSettings, transformers_for
 from plait.modalities.recogniser import AudioRecogniser
@@ -86,8 +86,22 @@ class AudioSettings(BaseModel):
                 raise PlaitError(
                     f"model.audio.seconds is {most}, but {overrides['encoder']} reads {hf_encoder.longest:g}."
                 )
-        fitting = next(r for r in (8000, 16000, 24000) if r >= min(rate, size.rate))
-        return cls.sized(fitting, {"seconds": min(size.seconds, math.ceil(longest * 11) / 10), **overrides})
+        most = size.rate, size.seconds
+        if overrides.get("classes"):  # what tells clips apart may come late or be high, and nothing has to be written
+            most = max(most[0], 16000), max(most[1], 10.0)
+        fitting = next(r for r in (8000, 16000, 24000) if r >= min(rate, most[0]))
+        return cls.sized(fitting, {"seconds": min(most[1], math.ceil(longest * 11) / 10), **overrides})
+
+    @classmethod
+    def of_size(cls, size: Size, overrides: dict[str, Any]) -> AudioSettings:
+        """The settings for audio as long as a row of the table of sizes says, where there are no data."""
+        return cls.sized(size.rate, {"seconds": size.seconds, **overrides})
+
+    @classmethod
+    def for_recognition(cls, given: dict[str, Any], mirrors: Callable[[], bool]) -> Recognition:
+        """What differs where audio is recognised and not made."""
+        chosen = {"stretch": 1.2, "warp": 1.15, "mask_time": 0.15, "mask_bands": 0.2, "equalise": 0.3}
+        return Recognition(chosen)
 
     @classmethod
     def sized(cls, rate: int, overrides: dict[str, Any]) -> AudioSettings:
@@ -362,6 +376,9 @@ class Audio(nn.Module):
     """The modality: settings, encoder, codec and vocoder."""
 
     name: ClassVar[str] = "audio"
+    making_task: ClassVar[str] = "speaking"
+    codec_metric: ClassVar[str] = "mel_error"
+    shown: ClassVar[int] = 2
     variable_length: ClassVar[bool] = True
     occluded: ClassVar[Sequence[tuple[int, int]]] = [(2, 2), (6, 2)]  # half a second: most of a tone would else remain
 
@@ -514,6 +531,15 @@ class Audio(nn.Module):
             pen.text((tenth * 10 * wide + 2, pixels.shape[0] + 1), f"{tenth / 10:.1f} s", fill="black")
             pen.line((tenth * 10 * wide, pixels.shape[0], tenth * 10 * wide, pixels.shape[0] + 5), fill="black")
         return image
+
+    def codec_errors(self, samples: list[np.ndarray], rebuilt: list[np.ndarray]) -> np.ndarray:
+        """Mean absolute differences of the scaled log-mel."""
+        pairs = zip(samples, rebuilt, strict=True)
+        return np.array([np.abs(a.astype(np.float32)[:, : b.shape[1]] - b[: len(a)]).mean() for a, b in pairs])
+
+    def exhibit(self, sample: np.ndarray) -> Exhibit:
+        """A spectrogram, and the clip."""
+        return Exhibit(spectrogram(sample[:, : self.settings.bands]), self.to_bytes(sample))
 
     def to_object(self, values: np.ndarray) -> tuple[np.ndarray, int]:
         """(waveform float32, rate)."""

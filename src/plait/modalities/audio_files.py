@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from plait.core.dist import install_command
 from plait.modalities.descriptor import (
     LIMITS,
+    Comparison,
     Format,
     Limits,
     MediaError,
@@ -23,8 +26,11 @@ from plait.modalities.descriptor import (
     container_brand,
     short,
 )
+from plait.modalities.image_files import blank_tile
+from plait.modalities.simple_features import audio_features
 
 PREVIEW_BYTES, PREVIEW_SECONDS, PREVIEW_RATE = 16_384, 5, 16_000
+PAGE_BYTES = 150_000  # up to which a page holds a file as it is
 BANDS, FRAME, HOP = 64, 0.064, 0.032  # of a fingerprint's spectrogram; seconds
 _FRAMES = 512  # that are kept of it: 16 s
 _LOW, _HIGH, _RATE = 80.0, 3600.0, 8000  # Hz
@@ -38,7 +44,10 @@ Wave = tuple[np.ndarray, int]  # float32 (T,), mono, full scale 1; sampling rate
 class AudioFiles(MediaFiles):
     """The descriptor of audio. A value is (waveform float32 (T,), mono, full scale 1; sampling rate in Hz)."""
 
-    kind, verb, unit, comparison = "audio", "transcribe", "seconds", "audio"
+    kind, verb, writes, unit, element = "audio", "transcribe", "speak", "seconds", "audio"
+    comparison = Comparison.SPECTROGRAM
+    file_column = "audio_file_name"
+    simple_model = "cepstra and a linear SVM"
     formats = (
         Format("wav", (".wav", ".wave"), "audio/wav"),
         Format("flac", (".flac",), "audio/flac"),
@@ -103,6 +112,30 @@ class AudioFiles(MediaFiles):
         soundfile.write(out, np.clip(wave, -1, 1), PREVIEW_RATE, format="MP3", subtype="MPEG_LAYER_III")
         return out.getvalue()
 
+    def page_preview(self, data: bytes) -> bytes:
+        """A clip, its first five seconds where it is large."""
+        if len(data) <= PAGE_BYTES:
+            return data
+        wave, rate = decode_audio(data)
+        return encode_wav(wave[: PREVIEW_SECONDS * rate], rate)
+
+    def tile(self, preview: bytes, side: int) -> Image.Image:
+        """The waveform."""
+        tile = blank_tile(side)
+        pen = ImageDraw.Draw(tile)
+        strength = np.abs(decode_audio(preview)[0])
+        loudest = max(float(strength.max()), 1e-6)
+        for x, part in enumerate(np.array_split(strength, side)):
+            high = float(part.max(initial=0.0)) / loudest * side * 0.45
+            pen.line((x, side / 2 - high, x, side / 2 + high), (53, 99, 217))
+        return tile
+
+    def message_part(self, data: bytes, form: str) -> dict[str, Any]:
+        return {"type": "input_audio", "input_audio": {"data": base64.b64encode(data).decode(), "format": form}}
+
+    def simple_features(self, samples: Sequence[np.ndarray], bands: int) -> np.ndarray:
+        return audio_features(samples, bands)
+
     def pack(self, value: Wave) -> Packed:
         return Packed({"rate": value[1]}, np.ascontiguousarray(value[0], np.float32).tobytes())
 
@@ -114,6 +147,11 @@ class AudioFiles(MediaFiles):
 _OTHER_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"mif2", b"avif", b"avis")
 
 AUDIO = AudioFiles()
+
+
+def silent(wave: np.ndarray) -> bool:
+    """Whether a waveform says nothing: it nowhere exceeds 60 dB below full scale."""
+    return not len(wave) or float(np.abs(wave).max()) < 1e-3
 
 
 def decode_audio(data: bytes | Path, limits: Limits = LIMITS) -> Wave:

@@ -7,6 +7,7 @@ padded batch, a batch into embeddings (its encoder) and into codes and back (its
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -36,11 +37,30 @@ class Codec(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Exhibit:
+    """A sample for people: an image (PNG) of it, and where it is heard, an audio file (WAV)."""
+
+    image: bytes
+    audio: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Recognition:
+    """Settings of a modality that is recognised and not made, and what to tell of them, a line each."""
+
+    settings: dict[str, Any]
+    lines: list[str] = field(default_factory=list)
+
+
 class MediaModality(Protocol):
     """A modality other than text. Its modules live in the model; its settings in `preprocessor_config.json`."""
 
     name: ClassVar[str]
     variable_length: ClassVar[bool]  # whether the number of codes differs from sample to sample
+    making_task: ClassVar[str]  # the task of metric keys in which samples are made from labels: "drawing"
+    codec_metric: ClassVar[str]  # the metric that `codec_errors` gives: "psnr"
+    shown: ClassVar[int]  # samples that a report shows in a row
 
     settings: BaseModel
     encoder: nn.Module  # (values, lengths) -> (N, tokens, D)
@@ -103,6 +123,14 @@ class MediaModality(Protocol):
     def marked(self, sample: np.ndarray, weights: np.ndarray) -> PILImage.Image:
         """The sample as an image, marked red where weights (its first two dimensions), in [-1, 1], are positive and
         blue where they are negative."""
+        ...
+
+    def codec_errors(self, samples: list[np.ndarray], rebuilt: list[np.ndarray]) -> np.ndarray:
+        """`codec_metric` of each sample (N,) after the codec."""
+        ...
+
+    def exhibit(self, sample: np.ndarray) -> Exhibit:
+        """A sample to look at, or to listen to."""
         ...
 
     def to_bytes(self, values: np.ndarray) -> bytes:

@@ -8,10 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
 
 from plait.core.dist import install_command
+
+if TYPE_CHECKING:
+    from PIL import Image as PILImage
 
 
 class MediaError(ValueError):
@@ -56,6 +63,13 @@ class Packed:
     body: bytes
 
 
+class Comparison(StrEnum):
+    """The ways in which fingerprints are compared (`plait.data.near`)."""
+
+    PIXELS = "pixels"
+    SPECTROGRAM = "spectrogram"
+
+
 class MediaFiles(ABC):
     """The files of a modality. Values are what its `decode` returns."""
 
@@ -63,7 +77,11 @@ class MediaFiles(ABC):
     verb: ClassVar[str]  # the command that puts such a file into words: "describe"
     formats: ClassVar[tuple[Format, ...]]
     unit: ClassVar[str]  # of `length`
-    comparison: ClassVar[str]  # how fingerprints are compared: "image" or "audio" (see near.py)
+    comparison: ClassVar[Comparison]  # how its fingerprints are compared
+    writes: ClassVar[str]  # the command that makes such a file from words: "draw"
+    element: ClassVar[Literal["img", "audio", "video"]]  # of HTML, which shows such a file
+    file_column: ClassVar[str]  # of a `metadata.jsonl` that names such files
+    simple_model: ClassVar[str]  # what `simple_features` and a linear model are called, for people
 
     @abstractmethod
     def sniff(self, head: bytes) -> str | None:
@@ -97,6 +115,23 @@ class MediaFiles(ABC):
     @abstractmethod
     def preview(self, data: bytes, value: Any) -> bytes:
         """The medium, encoded, small enough to be kept in an index or shown in a browser."""
+
+    @abstractmethod
+    def page_preview(self, data: bytes) -> bytes:
+        """The bytes of a file as a report shows it: of some 100 KB, to look at or to listen to. Raises MediaError."""
+
+    @abstractmethod
+    def tile(self, preview: bytes, side: int) -> PILImage.Image:
+        """What `preview` made, on a square of `side` pixels. Raises MediaError."""
+
+    @abstractmethod
+    def message_part(self, data: bytes, form: str) -> dict[str, Any]:
+        """A file as a part of OpenAI's messages; `form` is its format's name."""
+
+    @abstractmethod
+    def simple_features(self, samples: Sequence[np.ndarray], bands: int) -> np.ndarray:
+        """Features that need no training: samples as the modality fits them, to float32 (N, F). `bands` is the setting
+        of that name, 0 where the modality has none."""
 
     @abstractmethod
     def pack(self, value: Any) -> Packed:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from plait.core.config import Size
-from plait.modalities.base import ChannelNorm, bilinear_warp, tinted
+from plait.modalities.base import ChannelNorm, Exhibit, Recognition, bilinear_warp, tinted
 from plait.modalities.fsq import FSQ
 from plait.modalities.hf_encoder import HFEncoder, HFEncoderSettings
 from plait.modalities.image_files import decode_image
@@ -77,6 +77,23 @@ class ImageSettings(BaseModel):
         return cls.sized(fitting, {"channels": 1 if grey else 3, **overrides})
 
     @classmethod
+    def of_size(cls, size: Size, overrides: dict[str, Any]) -> ImageSettings:
+        """The settings for coloured images as large as a row of the table of sizes says, where there are no data."""
+        side = overrides["hf_encoder"]["size"] if overrides.get("hf_encoder") else size.image
+        return cls.sized(side, {"channels": 3, **overrides})
+
+    @classmethod
+    def for_recognition(cls, given: dict[str, Any], mirrors: Callable[[], bool]) -> Recognition:
+        """What differs where images are recognised and not made; `mirrors` finds out whether a mirrored image means
+        the same, and is asked where `given`, the recipe's settings, do not say."""
+        chosen = {"grid": 4, "rotate": 0.0, "scale": 0.08, "shift": 0.12, "erase": 0.75}
+        if "flip" in given:
+            return Recognition(chosen)
+        flip = mirrors()
+        what = "a mirrored image means the same" if flip else "mirrored images mean something else"
+        return Recognition({**chosen, "flip": flip}, [f"Found in the images: {what}."])
+
+    @classmethod
     def sized(cls, size: int, overrides: dict[str, Any]) -> ImageSettings:
         """The settings for images of a side, in pixels."""
         pixels = overrides.get("size", size)
@@ -85,6 +102,13 @@ class ImageSettings(BaseModel):
         stride = 1 if small else 2
         chosen = {"size": size, "patch": patch, "grid": grid, "stride": stride, "local": True}
         return cls.model_validate({**chosen, **overrides})
+
+
+def psnr(original: np.ndarray, rebuilt: np.ndarray, peak: float = 255.0) -> np.ndarray:
+    """Peak signal-to-noise ratio in decibels of each of N samples, (N,); 100 at most, for equal ones."""
+    error = (np.asarray(original, float) - np.asarray(rebuilt, float)).reshape(len(original), -1)
+    mean = np.square(error).mean(1)
+    return 10 * np.log10(peak**2 / np.maximum(mean, peak**2 * 1e-10))
 
 
 def group_norm(width: int) -> nn.Module:
@@ -265,6 +289,9 @@ class Image(nn.Module):
     """The modality: settings, encoder and codec."""
 
     name: ClassVar[str] = "image"
+    making_task: ClassVar[str] = "drawing"
+    codec_metric: ClassVar[str] = "psnr"
+    shown: ClassVar[int] = 6
     variable_length: ClassVar[bool] = False
     occluded: ClassVar[Sequence[tuple[int, int]]] = [(2, 2)]
 
@@ -371,6 +398,13 @@ class Image(nn.Module):
         pixels = np.broadcast_to(sample, (*sample.shape[:2], 3))
         times = max(256 // max(sample.shape[:2]), 1)
         return PILImage.fromarray(tinted(pixels, weights).repeat(times, 0).repeat(times, 1))
+
+    def codec_errors(self, samples: list[np.ndarray], rebuilt: list[np.ndarray]) -> np.ndarray:
+        """Peak signal-to-noise ratios, dB."""
+        return psnr(np.stack(samples), np.stack(rebuilt))
+
+    def exhibit(self, sample: np.ndarray) -> Exhibit:
+        return Exhibit(self.to_bytes(sample))
 
     def to_object(self, values: np.ndarray) -> PILImage.Image:
         return PILImage.fromarray(values[..., 0] if values.shape[-1] == 1 else values)

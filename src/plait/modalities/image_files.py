@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import struct
 import warnings
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from plait.modalities.descriptor import LIMITS, Format, Limits, MediaError, MediaFiles, Packed, container_brand, short
+from plait.modalities.descriptor import (
+    LIMITS,
+    Comparison,
+    Format,
+    Limits,
+    MediaError,
+    MediaFiles,
+    Packed,
+    container_brand,
+    short,
+)
+from plait.modalities.simple_features import image_features
 
 SIDE = 2048  # pixels a side that are handed from one process to another
 PREVIEW_BYTES, PREVIEW_SIDE = 16_384, 128
+PAGE_SIDE = 256  # pixels a side on a page
 PRINT_SIDE, CHROMA = 24, 8  # of a fingerprint's brightness and of its two colour planes
 PRINT = PRINT_SIDE * PRINT_SIDE + 2 * CHROMA * CHROMA
 _HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"mif2")
@@ -26,7 +40,10 @@ _AVIF = (b"avif", b"avis")
 class ImageFiles(MediaFiles):
     """The descriptor of images. A value is a PIL image in mode L, LA, RGB or RGBA, 8 bits a channel, upright."""
 
-    kind, verb, unit, comparison = "image", "describe", "pixels", "image"
+    kind, verb, writes, unit, element = "image", "describe", "draw", "pixels", "img"
+    comparison = Comparison.PIXELS
+    file_column = "file_name"
+    simple_model = "gradients, colours and a linear SVM"
     formats = (
         Format("png", (".png",), "image/png"),
         Format("jpeg", (".jpg", ".jpeg", ".jpe", ".jfif"), "image/jpeg"),
@@ -89,6 +106,33 @@ class ImageFiles(MediaFiles):
         out = io.BytesIO()
         small.save(out, "PNG" if small.mode in ("LA", "RGBA") else "JPEG", quality=80)
         return out.getvalue()
+
+    def page_preview(self, data: bytes) -> bytes:
+        image = decode_image(data)
+        image.thumbnail((PAGE_SIDE, PAGE_SIDE))
+        if image.mode in ("L", "RGB") and max(image.size) > 64:
+            out = io.BytesIO()
+            image.save(out, "JPEG", quality=85)
+            return out.getvalue()
+        return encode_png(image)
+
+    def tile(self, preview: bytes, side: int) -> Image.Image:
+        image = decode_image(preview).convert("RGBA")
+        zoom = side / max(image.size)
+        smooth = Image.Resampling.NEAREST if zoom > 2 else Image.Resampling.LANCZOS
+        image = image.resize((max(round(image.width * zoom), 1), max(round(image.height * zoom), 1)), smooth)
+        tile = blank_tile(side)
+        tile.paste(image, ((side - image.width) // 2, (side - image.height) // 2), image)
+        return tile
+
+    def message_part(self, data: bytes, form: str) -> dict[str, Any]:
+        return {
+            "type": "image_url",
+            "image_url": {"url": f"data:image/{form};base64,{base64.b64encode(data).decode()}"},
+        }
+
+    def simple_features(self, samples: Sequence[np.ndarray], bands: int) -> np.ndarray:
+        return image_features(samples)
 
     def pack(self, value: Image.Image) -> Packed:
         """An image whose longer side is above SIDE is reduced by a whole factor."""
@@ -264,6 +308,11 @@ def _bare_webp(data: bytes) -> bytes:
 
 
 # --- encoding and fingerprints ----------------------------------------------------------------------------------
+
+
+def blank_tile(side: int) -> Image.Image:
+    """The ground on which a medium is shown, `side` pixels a side."""
+    return Image.new("RGB", (side, side), (244, 245, 248))
 
 
 def encode_png(image: Image.Image | np.ndarray) -> bytes:

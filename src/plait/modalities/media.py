@@ -30,6 +30,16 @@ def kind_of_suffix(suffix: str) -> str | None:
     return _BY_SUFFIX.get(suffix.lower())
 
 
+def written_by(verb: str) -> frozenset[str]:
+    """The kinds of media that a command makes from words: of "draw", images."""
+    return frozenset(kind for kind, files in MEDIA.items() if files.writes == verb)
+
+
+def read_by(verb: str) -> frozenset[str]:
+    """The kinds of media that a command puts into words: of "transcribe", audio."""
+    return frozenset(kind for kind, files in MEDIA.items() if files.verb == verb)
+
+
 def sniff(head: bytes) -> tuple[str, str] | None:
     """(kind, format) from a file's first 64 bytes or more, or None where it is none of the formats that are read. Of a
     container that may hold audio alone or images too, the richer kind."""

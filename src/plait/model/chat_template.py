@@ -6,7 +6,9 @@ the vocabulary that no text can spell. Images and audio clips stand in their pla
 
 from __future__ import annotations
 
+import re
 import secrets
+from collections.abc import Iterator
 from collections.abc import Sequence as ListOf
 from typing import Any
 
@@ -25,7 +27,8 @@ TEMPLATE = (
     "message['role']) + '|>' + message['content'] + '<|endoftext|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-Message = tuple[str, str]  # role, text
+# As transformers' templates take them: role, content, and where there are some tool_calls, tool_call_id, name.
+Message = dict[str, Any]
 
 
 def column_of(vocabulary: Vocabulary, modality: str) -> str:
@@ -48,30 +51,49 @@ class Template:
             tokenizer.chat_template = text.chat_template
         self.tokenizer = tokenizer
 
-    def ids(self, messages: ListOf[Message], reply: bool = True) -> list[int]:
-        """The ids of a conversation, with `reply` up to where the next reply begins. Where a text spells a special
-        token, it is cut out of the template and encoded apart, as characters. Raises PlaitError where the template
-        refuses the conversation."""
-        said = [text for _, text in messages]
-        if not any(name in text for text in said for name in self.tokenizer.all_special_tokens):
-            return self._ids(self._render(messages, reply))
-        marks = [f"[{secrets.token_hex(8)}-{i}]" for i in range(len(said))]
-        roles = [role for role, _ in messages]
-        rest, ids = self._render(list(zip(roles, marks, strict=True)), reply), list[int]()
-        for mark, text in zip(marks, said, strict=True):
-            before, found, rest = rest.partition(mark)
-            if not found or mark in rest:
-                raise PlaitError("This model's chat template leaves out a message or repeats it; write it anew.")
-            ids += self._ids(before) + self.text.encode(text)
-        return ids + self._ids(rest)
+    def ids(
+        self, messages: ListOf[Message], reply: bool = True, tools: list[dict[str, Any]] | None = None
+    ) -> list[int]:
+        """The ids of a conversation, with `reply` up to where the next reply begins; `tools` are those that may be
+        called. Where a text spells a special token, it is cut out of the template and encoded apart, as characters.
+        Raises PlaitError where the template refuses the conversation."""
+        special = [name for name in self.tokenizer.all_special_tokens if name]
+        if not any(name in text for text in _texts([messages, tools]) for name in special):
+            return self._ids(self.render(messages, reply, tools))
+        spelt: dict[str, str] = {}  # what stands in a place -> the text that belongs there
+
+        def mark(text: str) -> str:
+            place = f"[{secrets.token_hex(8)}]"
+            spelt[place] = text
+            return place
+
+        def marked(value: Any) -> Any:
+            """A part of a call or a tool: within JSON the special tokens alone are cut out."""
+            if isinstance(value, str):
+                return re.sub("|".join(map(re.escape, special)), lambda found: mark(found[0]), value)
+            if isinstance(value, dict):
+                return {marked(key): marked(inner) for key, inner in value.items()}
+            return [marked(inner) for inner in value] if isinstance(value, list) else value
+
+        said = []
+        for message in messages:
+            rest = {key: value for key, value in message.items() if key not in ("role", "content")}
+            said.append({"role": message["role"], "content": mark(message["content"]), **marked(rest)})
+        contents = list(spelt)
+        text, ids = self.render(said, reply, marked(tools)), list[int]()
+        if any(place not in text for place in contents if spelt[place]):
+            raise PlaitError("This model's chat template leaves out a message. Write the conversation otherwise.")
+        for piece in re.split(f"({'|'.join(map(re.escape, spelt))})", text):
+            ids += self.text.encode(spelt[piece]) if piece in spelt else self._ids(piece)
+        return ids
 
     def script(self, messages: ListOf[Message]) -> list[tuple[bool, list[int]]]:
         """A conversation as pieces of ids, each with whether the assistant wrote it: its replies and what ends them.
         Where the template shows earlier turns otherwise once a reply is there, the last reply alone is written."""
         pieces: list[tuple[bool, list[int]]] = []
         done: list[int] = []
-        for place, (role, _) in enumerate(messages):
-            if role != "assistant":
+        for place, message in enumerate(messages):
+            if message["role"] != "assistant":
                 continue
             before, after = self.ids(messages[:place]), self.ids(messages[: place + 1], reply=False)
             if after[: len(before)] != before:
@@ -85,13 +107,30 @@ class Template:
             done = before + reply[:stop]
         return pieces
 
-    def _render(self, messages: ListOf[Message], reply: bool) -> str:
-        shown = [{"role": role, "content": text} for role, text in messages]
+    def render(self, messages: ListOf[Message], reply: bool, tools: list[dict[str, Any]] | None = None) -> str:
+        """The text of a conversation. Raises PlaitError where the template refuses it."""
         try:
-            return str(self.tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=reply))
+            return str(
+                self.tokenizer.apply_chat_template(
+                    list(messages), tools=tools or None, tokenize=False, add_generation_prompt=reply
+                )
+            )
         except Exception as error:  # the template's own complaints, and what it does to odd conversations
             reason = " ".join(str(error).split())[:200].rstrip(".")
             raise PlaitError(f"This model's chat template refuses the conversation: {reason}.") from error
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a structure, keys among them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _texts(key)
+            yield from _texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)

@@ -11,14 +11,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from plait.core.config import ItemsRecipe
 from plait.core.errors import PlaitError
 from plait.core.files import publish_folder, read_json
 from plait.data.dataset import Dataset
 from plait.data.files import scan
-from plait.data.record import Rejected
+from plait.data.record import Record, Rejected
 from plait.data.stores import read_place, written_place
 from plait.inference.model import PlaitModel, load
+from plait.inference.showcase import ASKED, Shown
 from plait.modalities.audio_files import decode_audio
 from plait.modalities.descriptor import MediaError
 from plait.modalities.image_files import decode_image
@@ -31,6 +31,7 @@ from plait.recommend.checkpoint_part import CATALOGUE_FILE, catalogue_of
 from plait.recommend.feature import FEATURE
 from plait.recommend.interactions import read_items
 from plait.recommend.next_item import NextCodes, NextItem, foretell
+from plait.recommend.settings import ItemsRecipe
 from plait.recommend.write_histories import Histories, catalogue_file, read_catalogue, read_histories
 from plait.training.checkpointing import folder_name, point
 
@@ -111,6 +112,14 @@ class RecommendationModel(PlaitModel):
             for one, reasons in zip(recommendations, self._reasons(places, items[chosen], scores[chosen]), strict=True):
                 one.why = reasons
         return recommendations
+
+    def showcase(self, records: list[Record]) -> list[Shown]:
+        """What it recommends after each of the most popular items; no records are needed."""
+        popular = [self.catalogue.name(item) for item in self.look_up("", ASKED)]
+        best = [self.recommend([name], k=1)[0] for name in popular]
+        return [
+            Shown(name, one.title, "text", probability=one.probability) for name, one in zip(popular, best, strict=True)
+        ]
 
     def similar(self, item: str | int, k: int = 10, where: str | None = None) -> list[Recommendation]:
         """The k items whose rows are nearest to an item's; `probability` is the cosine. Raises PlaitError for an

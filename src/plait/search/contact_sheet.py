@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from plait.core.pages import render
-from plait.modalities.audio_files import decode_audio
 from plait.modalities.descriptor import MediaError
-from plait.modalities.image_files import decode_image
-from plait.modalities.media import media_type
+from plait.modalities.image_files import blank_tile
+from plait.modalities.media import MEDIA, media_type
 
 if TYPE_CHECKING:
     from plait.search.index import Hit
@@ -57,26 +56,12 @@ def results_sheet(hits: Sequence[Hit]) -> bytes:
 
 
 def _tile(hit: Hit) -> Image.Image:
-    tile = Image.new("RGB", (TILE, TILE), (244, 245, 248))
-    pen = ImageDraw.Draw(tile)
-    try:
-        if hit.preview is not None and hit.kind == "image":
-            image = decode_image(hit.preview).convert("RGBA")
-            zoom = TILE / max(image.size)
-            smooth = Image.Resampling.NEAREST if zoom > 2 else Image.Resampling.LANCZOS
-            image = image.resize((max(round(image.width * zoom), 1), max(round(image.height * zoom), 1)), smooth)
-            tile.paste(image, ((TILE - image.width) // 2, (TILE - image.height) // 2), image)
-            return tile
-        if hit.preview is not None:
-            wave = decode_audio(hit.preview)[0]
-            for x, part in enumerate(np.array_split(np.abs(wave), TILE)):
-                high = float(part.max(initial=0.0)) / max(float(np.abs(wave).max()), 1e-6) * TILE * 0.45
-                pen.line((x, TILE / 2 - high, x, TILE / 2 + high), (53, 99, 217))
-            return tile
-    except MediaError:
-        pass  # a preview that cannot be shown is not worth the whole sheet
+    if hit.preview is not None:
+        with contextlib.suppress(MediaError):  # a preview that cannot be shown is not worth the whole sheet
+            return MEDIA[hit.kind].tile(hit.preview, TILE)
+    tile = blank_tile(TILE)
     words = textwrap.fill(hit.text or hit.source, 19, max_lines=8)
-    pen.multiline_text((6, 6), words, "black", ImageFont.load_default(12))
+    ImageDraw.Draw(tile).multiline_text((6, 6), words, "black", ImageFont.load_default(12))
     return tile
 
 
@@ -86,7 +71,7 @@ def results_page(query: str, where: str, hits: Sequence[Hit]) -> str:
         {
             "preview": hit.preview,
             "media_type": media_type(hit.preview) if hit.preview is not None else "",
-            "is_image": hit.kind == "image",
+            "element": MEDIA[hit.kind].element if hit.kind in MEDIA else "",
             "text": hit.text,
             "source": hit.source,
             "figure": hit.score if math.isnan(hit.similarity) else hit.similarity,

@@ -88,6 +88,18 @@ def entries(source: str | Path | Dataset, columns: list[str] | None = None) -> I
                 yield from _of_record(item, f"{root.rstrip('/')}/", shown, found.columns, columns)
 
 
+def columns_of(source: str | Path) -> dict[str, str]:
+    """Column -> kind of what a source holds, as `entries` reads it. Raises PlaitError where it is missing."""
+    place = location(source)
+    if isinstance(place, Path):
+        if (place / "manifest.json").is_file() and (place / "rejects.jsonl").is_file():
+            return Dataset.open(place).columns
+        if (kind := kind_of_suffix(place.suffix)) and place.is_file():
+            return {kind: kind}
+    with tempfile.TemporaryDirectory(prefix="plait-") as scratch:
+        return plan(scan(place, Path(scratch) / "unpacked", Path(scratch))).columns
+
+
 def _known(columns: list[str] | None, there: dict[str, str], source: str) -> None:
     for column in columns or []:
         if column not in there:

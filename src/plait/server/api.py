@@ -17,16 +17,19 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import Response
 
 from plait.core.errors import PlaitError
+from plait.inference.base import Verb
 from plait.inference.constrained import TextConstraint
 from plait.inference.engine import Request as Wanted
 from plait.inference.model import PlaitModel
 from plait.inference.results import Predictions
 from plait.inference.sampling import Options, SamplingOptions
+from plait.modalities.media import written_by
 from plait.model.multimodal import Sequence
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext
 from plait.server.limits import ApiError, parse_json
 from plait.server.service import Served, Service, windows
+from plait.server.tools import ToolUse
 
 
 class _Body(Request):
@@ -66,7 +69,6 @@ READ_AT_ONCE = 65_536  # tokens that one request has embedded or classified
 VOICES = {"alloy", "ash", "ballad", "coral", "echo", "fable", "marin", "nova", "onyx", "sage", "shimmer", "verse",
           "cedar"}  # fmt: skip
 COMPILE_SECONDS = 1.0  # that a schema or grammar may take
-KEPT = 64  # compiled ones that a model keeps
 EVENT = {"type": "object", "properties": {"data": {"type": "string"}, "event": {"type": "string"}}}
 STREAM = {"text/event-stream": {"schema": EVENT}}
 
@@ -132,35 +134,42 @@ def finish_of(finish: str) -> str:
     return "length" if finish == "length" else "stop"
 
 
-async def constraint_of(service: Service, served: Served, body: s.Writing) -> TextConstraint | None:
-    """What the text must be, compiled in a thread within COMPILE_SECONDS. Raises ApiError for what cannot be used."""
+async def constraint_of(
+    service: Service, served: Served, body: s.Writing, use: ToolUse | None = None, samples: int = 1
+) -> TextConstraint | None:
+    """What each of so many texts must be, compiled in a thread within COMPILE_SECONDS. Raises ApiError for what cannot
+    be used."""
     asked = dict(_constraints(body))
-    if not asked:
+    if not asked and use is None:
         return None
     if len(asked) > 1:
         raise ApiError(400, f"A text has one constraint, not {' and '.join(asked)}. Leave all but one out.")
-    ((name, value),) = asked.items()
-    key = json.dumps([name, value])
-    if (known := served.constraints.get(key)) is not None:
-        return known
-    model = served.ours
+    name, value = next(iter(asked.items()), ("", None))
     if isinstance(value, str) and name == "schema":
         value = parse_json(value.encode(), service.limits)
+    if use is not None and name not in ("", "schema"):
+        raise ApiError(400, f"A reply that may call tools can be held to a schema, not to a {name}. Leave one out.")
+    if use is not None and name and not isinstance(value, dict):
+        raise ApiError(400, "A JSON schema is an object.", "response_format")
+    model = served.ours
+
+    def work() -> TextConstraint | None:
+        if use is None:
+            found = model.constraint(**{name: value})
+        else:
+            grammar = use.grammar(served, value if name else None)
+            found = None if grammar is None else model.constraints.calls(grammar)
+        return found and found.prepare(samples)
+
     await asyncio.to_thread(lambda: model.constraints)  # reads the vocabulary, once
+    param = "tools" if use is not None else "response_format"
     try:
         async with asyncio.timeout(COMPILE_SECONDS):
-            found = await asyncio.to_thread(lambda: model.constraint(**{name: value}))
+            return await asyncio.to_thread(work)
     except TimeoutError:
-        raise ApiError(
-            400, "The schema or grammar takes too long to compile. Simplify it.", "response_format"
-        ) from None
+        raise ApiError(400, "The schema or grammar takes too long to compile. Simplify it.", param) from None
     except PlaitError as error:
-        raise ApiError(400, str(error), "response_format") from error
-    assert found is not None
-    if len(served.constraints) >= KEPT:
-        served.constraints.pop(next(iter(served.constraints)))
-    served.constraints[key] = found
-    return found
+        raise ApiError(400, str(error), param) from error
 
 
 def _constraints(body: s.Writing) -> Iterator[tuple[str, Any]]:
@@ -182,26 +191,13 @@ def _constraints(body: s.Writing) -> Iterator[tuple[str, Any]]:
         yield from ((name, value) for value in values if value)
 
 
-class Lead:
-    """Takes the spaces off the beginning of a reply that comes in pieces."""
-
-    def __init__(self, strip: bool) -> None:
-        self.strip = strip
-
-    def __call__(self, text: str) -> str:
-        if self.strip:
-            text = text.lstrip()
-            self.strip = not text
-        return text
-
-
 def usage_of(read_: int, written: int) -> dict[str, int]:
     return {"prompt_tokens": read_, "completion_tokens": written, "total_tokens": read_ + written}
 
 
 def voice_of(service: Service, request_context: RequestContext, model: PlaitModel, voice: str | None) -> str:
     """The audio column to speak in; of OpenAI's voices each is the first one."""
-    columns = [column for column, kind in model.columns.items() if kind == "audio"]
+    columns = [column for column, kind in model.columns.items() if kind in written_by(Verb.SPEAK)]
     if voice in VOICES and voice not in columns:
         service.ignore("voice", request_context)
         voice = None
@@ -271,17 +267,14 @@ async def metrics(request: Request) -> Response:
 # --- embeddings and classification --------------------------------------------------------------------------------
 
 
-@router.post("/v1/embeddings", response_model=s.EmbeddingList, tags=["read"])
-async def embeddings(request: Request, body: s.EmbeddingRequest) -> Response:
-    """The place of each input in the model's one space. Beside texts, inputs may be parts as messages have them:
-    `{"type": "image_url", ...}`, `{"type": "input_audio", ...}`."""
-    service, request_context = of(request)
-    served = service.open(body, request_context)
-    given: list[Any] = [body.input] if isinstance(body.input, str) or isinstance(body.input[0], int) else body.input
+async def _embedded(
+    service: Service, served: Served, request_context: RequestContext, given: list[Any], where: str
+) -> Any:
+    """The vectors (N, E) of texts, ids or parts."""
     ids = {i: value for i, value in enumerate(given) if isinstance(value, list)}
     rest = [value for value in given if not isinstance(value, list)]
     deadline = service.deadline(request_context)
-    read_values = iter(await service.parts(served.model, rest, "input", deadline))
+    read_values = iter(await service.parts(served.model, rest, where, deadline))
     values = [ids[i] if i in ids else next(read_values) for i in range(len(given))]
     size = sum(len(value) for value in values if isinstance(value, str | list))
     model = served.model
@@ -306,9 +299,20 @@ async def embeddings(request: Request, body: s.EmbeddingRequest) -> Response:
         check_read(request_context.prompt_tokens)
         vectors = await served.worker.call(lambda: ours.embed_parts(parts), deadline)
     elif ids:
-        raise ApiError(400, f"{served.name} takes texts, not ids. Send strings.", "input")
+        raise ApiError(400, f"{served.name} takes texts, not ids. Send strings.", where)
     else:
         vectors = await served.worker.call(lambda: model.embed_inputs(values), deadline)
+    return vectors
+
+
+@router.post("/v1/embeddings", response_model=s.EmbeddingList, tags=["read"])
+async def embeddings(request: Request, body: s.EmbeddingRequest) -> Response:
+    """The place of each input in the model's one space. Beside texts, inputs may be parts as messages have them:
+    `{"type": "image_url", ...}`, `{"type": "input_audio", ...}`."""
+    service, request_context = of(request)
+    served = service.open(body, request_context)
+    given: list[Any] = [body.input] if isinstance(body.input, str) or isinstance(body.input[0], int) else body.input
+    vectors = await _embedded(service, served, request_context, given, "input")
     if body.dimensions is not None and body.dimensions != vectors.shape[1]:
         message = f"The embeddings of {served.name} have {vectors.shape[1]} dimensions. Leave dimensions out."
         raise ApiError(400, message, "dimensions")
@@ -325,6 +329,29 @@ async def embeddings(request: Request, body: s.EmbeddingRequest) -> Response:
         return f'{head[:-1]}, "data": [{", ".join(data)}]}}'.encode()
 
     return Response(await asyncio.to_thread(written), media_type="application/json")
+
+
+@router.post("/v2/rerank", include_in_schema=False)
+@router.post("/v1/rerank", response_model=s.Reranked, tags=["read"])
+async def rerank(request: Request, body: s.RerankRequest) -> Response:
+    """Documents by how near they are to a query in the model's embedding space, nearest first."""
+    service, request_context = of(request)
+    served = service.open(body, request_context)
+    documents = [one.text if isinstance(one, s.Document) else one for one in body.documents]
+    vectors = await _embedded(service, served, request_context, [body.query, *documents], "documents")
+    scores = vectors[1:] @ vectors[0]
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])[: body.top_n]
+    results: list[dict[str, Any]] = [{"index": i, "relevance_score": float(scores[i])} for i in order]
+    if body.return_documents:
+        for result in results:
+            document = documents[result["index"]]
+            result["document"] = {"text": document} if isinstance(document, str) else document.model_dump()
+    tokens = request_context.prompt_tokens
+    return JSONResponse({
+        "id": "rerank-" + secrets.token_hex(12), "model": served.name, "results": results,
+        "meta": {"api_version": {"version": "2"}, "billed_units": {"search_units": 0}},
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+    })  # fmt: skip
 
 
 @router.post("/v1/plait/classify", response_model=s.Classification, tags=["read"])
@@ -360,5 +387,5 @@ async def classify(request: Request, body: s.ClassifyRequest) -> Response:
 
     ranked = await served.worker.call(work, deadline)
     data = [prediction._asdict() for prediction in ranked]
-    doubt = {"none_of_these": ranked.none_of_these, "ood_score": ranked.ood_score}
+    doubt = {"none_of_these": ranked.none_of_these, "ood_score": ranked.ood_score, "chosen": ranked.chosen}
     return JSONResponse({"object": "list", "model": served.name, "data": data, **doubt})

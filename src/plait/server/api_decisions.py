@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from plait.inference.decisions import Decision, Option, Question, decide
-from plait.modalities.media import sniff
+from plait.modalities.media import MEDIA, sniff
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext
 from plait.server.api import make_router, of
@@ -251,7 +251,7 @@ async def _state(
         param = f"assets.{piece[:64]}"
         data = decode_base64(body.assets[piece].data_base64, service.limits, param)
         kind = (sniff(data[:64]) or ("",))[0]
-        if kind not in ("image", "audio"):
+        if kind not in MEDIA:
             raise ApiError(400, "The asset is no image and no audio clip that is read.", param)
         values.append(await service.reader.read(served.model, kind, data, param, service.deadline(request_context)))
     return _joined(values)

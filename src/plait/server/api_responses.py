@@ -1,7 +1,7 @@
-"""`/v1/responses`, without state: text and images in, text out, held to a schema where one is asked for.
+"""`/v1/responses`, without state: text and images in, text or calls of tools out; texts can be held to a schema.
 
-Tools, files, background work and what is stored are not here: `previous_response_id` is refused, the others are
-fields without an effect.
+Files, background work and what is stored are not here: `previous_response_id` is refused, the others are fields without
+an effect.
 """
 
 from __future__ import annotations
@@ -9,22 +9,21 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 from starlette.responses import Response
 
-from plait.inference.engine import Request as Wanted
-from plait.inference.prompts import Prompt
+from plait.inference.tools import TextPiece, ToolCall
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext
-from plait.server.api import STREAM, Lead, constraint_of, make_router, most_of, of, text_column, wanted_of
-from plait.server.api_text import chat_turns
+from plait.server.api import STREAM, make_router, of
+from plait.server.api_text import chat_turns, text_reply
 from plait.server.limits import ApiError
-from plait.server.service import EventStream, Served, note, read
+from plait.server.service import EventStream, Lead, Served, note, read
+from plait.server.tools import ReplyReader, tool_use
 from plait.server.worker import PendingRequest, follow
 
 router = make_router()
@@ -39,14 +38,40 @@ class TextSettings(s.Inner):
     format: TextFormat | None = None
 
 
+def _as_messages(value: Any) -> Any:
+    """Input items as messages: calls and their results are items of their own here. What has no role is left out, as
+    reasoning is."""
+    if not isinstance(value, list):
+        return value
+    found: list[Any] = []
+    for item in value:
+        kind = item.get("type") if isinstance(item, dict) else None
+        if kind == "function_call":
+            call = {"id": item.get("call_id") or "", "function": {k: item.get(k) for k in ("name", "arguments")}}
+            if found and isinstance(found[-1], dict) and "tool_calls" in found[-1]:
+                found[-1]["tool_calls"].append(call)
+            else:
+                found.append({"role": "assistant", "tool_calls": [call]})
+        elif kind == "function_call_output":
+            found.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")})
+        elif kind in (None, "message"):
+            found.append(item)
+    return found
+
+
+Messages = Annotated[Annotated[list[s.Message], Field(min_length=1, max_length=256)], BeforeValidator(_as_messages)]
+
+
 class ResponsesRequest(s.Drawing):
-    input: s.Text | Annotated[list[s.Message], Field(min_length=1, max_length=256)]
+    input: s.Text | Messages
     instructions: s.Text | None = None
     max_output_tokens: s.Tokens = None
     text: TextSettings | None = None
     stream: bool | None = None
     previous_response_id: str | None = None
+    tools: s.Tools | None = None
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
 
 
 class ResponsesAnswer(BaseModel):
@@ -64,33 +89,22 @@ async def responses(request: Request, body: ResponsesRequest) -> Response:
     """The next reply of a conversation, in the shape of OpenAI's Responses API. Nothing is stored."""
     service, request_context = of(request)
     served = service.open(body, request_context)
-    model, chat = served.ours, served.chat
     if body.previous_response_id:
         raise ApiError(400, "Nothing is stored here. Send the whole conversation as input.", "previous_response_id")
-    if body.tool_choice not in (None, "auto", "none"):
-        raise ApiError(400, "No model here calls tools yet. Leave tool_choice out.", "tool_choice")
-    if chat is None:
-        raise ApiError(400, f"{served.name} has no chat.", "model")
+    use = tool_use(service, served, request_context, body.tools, body.tool_choice, body.parallel_tool_calls)
     messages = [s.Message(role="system", content=body.instructions)] if body.instructions else []
     messages += [s.Message(role="user", content=body.input)] if isinstance(body.input, str) else body.input
     turns = await chat_turns(service, served, messages, service.deadline(request_context))
-    constraint = await constraint_of(service, served, _as_writing(body))
-
-    def prepare() -> tuple[Prompt, Wanted]:
-        column = text_column(model, None)
-        prompt = chat.prompt(turns, column)
-        found = wanted_of(model, prompt.context, column, body, 1, most=most_of(model, body.max_output_tokens),
-                          stop=prompt.stop)  # fmt: skip
-        return prompt, replace(found, constraint=constraint)
-
-    size = sum(len(part) for turn in turns for part in turn.parts if isinstance(part, str))
-    prompt, wanted = await service.prepared(prepare, size)
-    answer = _Answer(served, body)
+    prompt, wanted = await text_reply(
+        service, served, request_context, turns, body, _as_writing(body), use, body.max_output_tokens
+    )
+    answer = _Answer(served, body, ReplyReader(use, Lead(prompt.strip)))
     if body.stream:
         pending = served.worker.submit([wanted], service.deadline(request_context))
-        return EventStream(answer.events(prompt, pending, request_context), pending, done=False)
+        return EventStream(answer.events(pending, request_context), pending, done=False)
     sample = (await service.written(served, [wanted], request_context))[0][0]
-    return JSONResponse(answer.whole(Lead(prompt.strip)(sample.text or ""), sample.finish, request_context))
+    answer.reader.add(sample.text or "", last=True)
+    return JSONResponse(answer.whole(sample.finish, request_context))
 
 
 def _as_writing(body: ResponsesRequest) -> s.Writing:
@@ -105,20 +119,23 @@ def _as_writing(body: ResponsesRequest) -> s.Writing:
 class _Answer:
     """One response on its way."""
 
-    def __init__(self, served: Served, body: ResponsesRequest) -> None:
-        self.served, self.body = served, body
+    def __init__(self, served: Served, body: ResponsesRequest, reader: ReplyReader) -> None:
+        self.served, self.body, self.reader = served, body, reader
         self.id, self.item = "resp_" + secrets.token_hex(16), "msg_" + secrets.token_hex(16)
         self.created = int(time.time())
         self.number = -1
+        self.places: dict[str, int] = {}  # of items that have begun, by their ids: where each stands in the output
 
     def _shell(self, status: str, output: list[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
         body = self.body
+        tools = [{"type": "function", **tool.function.model_dump()} for tool in body.tools or [] if tool.function]
         return {
             "id": self.id, "object": "response", "created_at": self.created, "status": status, "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "instructions": body.instructions, "max_output_tokens": body.max_output_tokens, "model": self.served.name,
-            "output": output, "parallel_tool_calls": False, "previous_response_id": None, "store": False,
-            "temperature": body.temperature, "top_p": body.top_p, "tool_choice": "none", "tools": [], "metadata": {},
+            "output": output, "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "previous_response_id": None, "store": False, "temperature": body.temperature, "top_p": body.top_p,
+            "tool_choice": body.tool_choice or "auto", "tools": tools, "metadata": {},
             "text": {"format": {"type": "text"}}, "truncation": "disabled", "usage": usage,
         }  # fmt: skip
 
@@ -129,42 +146,79 @@ class _Answer:
     def _part(self, text: str) -> dict[str, Any]:
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
-    def whole(self, text: str, finish: str, request_context: RequestContext) -> dict[str, Any]:
+    def _call(self, call: ToolCall, arguments: str, status: str) -> dict[str, Any]:
+        return {"id": call.id.replace("call_", "fc_"), "type": "function_call", "call_id": call.id, "name": call.name,
+                "arguments": arguments, "status": status}  # fmt: skip
+
+    def whole(self, finish: str, request_context: RequestContext) -> dict[str, Any]:
         """The response when it is complete."""
         read_, written = request_context.prompt_tokens, request_context.completion_tokens
         usage = {"input_tokens": read_, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
                  "output_tokens": written, "output_tokens_details": {"reasoning_tokens": 0},
                  "total_tokens": read_ + written}  # fmt: skip
-        status = "incomplete" if finish == "length" else "completed"
-        return self._shell(status, [self._message(text, status)], usage)
+        status, reader = "incomplete" if finish == "length" else "completed", self.reader
+        output = [self._message(reader.text, status)] if reader.text or not reader.calls else []
+        output += [self._call(call, call.arguments, status) for call in reader.calls]
+        return self._shell(status, output, usage)
 
-    def _event(self, name: str, **fields: Any) -> dict[str, Any]:
+    def _event(self, name: str, /, **fields: Any) -> dict[str, Any]:
         self.number += 1
         return {"type": f"response.{name}", "sequence_number": self.number, **fields}
 
-    async def events(
-        self, prompt: Prompt, pending: list[PendingRequest], request_context: RequestContext
-    ) -> AsyncIterator[list[Any]]:
-        place: dict[str, Any] = {"item_id": self.item, "output_index": 0, "content_index": 0}
-        yield [
-            self._event("created", response=self._shell("in_progress", [], None)),
-            self._event("in_progress", response=self._shell("in_progress", [], None)),
-            self._event("output_item.added", output_index=0, item=self._message(None, "in_progress")),
-            self._event("content_part.added", part=self._part(""), **place),
+    def _begin(self, item: dict[str, Any]) -> list[dict[str, Any]]:
+        """That an item is there, once."""
+        if item["id"] in self.places:
+            return []
+        place = self.places[item["id"]] = len(self.places)
+        found = [self._event("output_item.added", output_index=place, item=item)]
+        if item["type"] == "message":
+            found.append(self._event("content_part.added", part=self._part(""), **self._place(item["id"], True)))
+        return found
+
+    def _place(self, item: str, part: bool = False) -> dict[str, Any]:
+        return {"item_id": item, "output_index": self.places[item], **({"content_index": 0} if part else {})}
+
+    def _piece(self, piece: Any) -> list[dict[str, Any]]:
+        """The events of one piece of the reply."""
+        if isinstance(piece, TextPiece):
+            found = self._begin(self._message(None, "in_progress"))
+            place = self._place(self.item, True)
+            return [*found, self._event("output_text.delta", delta=piece.text, logprobs=[], **place)]
+        item = self._call(self.reader.calls[piece.index], "", "in_progress")
+        found = self._begin(item)
+        if piece.arguments:
+            place = self._place(item["id"])
+            found.append(self._event("function_call_arguments.delta", delta=piece.arguments, **place))
+        return found
+
+    def _end(self, item: dict[str, Any]) -> list[dict[str, Any]]:
+        """That an item is complete."""
+        found = self._begin({**item, "status": "in_progress"})
+        if item["type"] == "message":
+            text, place = item["content"][0]["text"], self._place(item["id"], True)
+            found.append(self._event("output_text.done", text=text, logprobs=[], **place))
+            found.append(self._event("content_part.done", part=self._part(text), **place))
+        else:
+            done = {"name": item["name"], "arguments": item["arguments"], **self._place(item["id"])}
+            found.append(self._event("function_call_arguments.done", **done))
+        return [*found, self._event("output_item.done", output_index=self.places[item["id"]], item=item)]
+
+    async def events(self, pending: list[PendingRequest], request_context: RequestContext) -> AsyncIterator[list[Any]]:
+        begun = [
+            self._event(name, response=self._shell("in_progress", [], None)) for name in ("created", "in_progress")
         ]
-        lead, text, finish = Lead(prompt.strip), "", "stop"
+        yield begun if self.reader.use else begun + self._begin(self._message(None, "in_progress"))
+        finish = "stop"
         async for updates in follow(pending):
             note(request_context, updates)
-            pieces = [lead(update.text) for _, update in updates]
-            finish = next((update.finish for _, update in updates if update.finish), finish)
-            text += "".join(pieces)
-            if found := [self._event("output_text.delta", delta=one, logprobs=[], **place) for one in pieces if one]:
+            found = []
+            for _, update in updates:
+                finish = update.finish or finish
+                for piece in self.reader.add(update.text, update.finish is not None):
+                    found += self._piece(piece)
+            if found:
                 yield found
         read(request_context, pending)
-        response = self.whole(text, finish, request_context)
-        yield [
-            self._event("output_text.done", text=text, logprobs=[], **place),
-            self._event("content_part.done", part=self._part(text), **place),
-            self._event("output_item.done", output_index=0, item=response["output"][0]),
-            self._event(response["status"], response=response),
-        ]
+        response = self.whole(finish, request_context)
+        ended = [event for item in response["output"] for event in self._end(item)]
+        yield [*ended, self._event(response["status"], response=response)]

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,17 +14,19 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
+from plait.inference.base import Verb
 from plait.inference.engine import Completion
 from plait.inference.engine import Request as Wanted
 from plait.inference.model import PlaitModel
 from plait.inference.prompts import Prompt, Turn
 from plait.inference.scoring import PromptScores, prompt_scores
+from plait.inference.tools import CallPiece, TextPiece, ToolCall
+from plait.modalities.media import MEDIA, written_by
 from plait.model.multimodal import Sequence
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext
 from plait.server.api import (
     STREAM,
-    Lead,
     check_ids,
     constraint_of,
     finish_of,
@@ -40,7 +42,8 @@ from plait.server.api import (
 from plait.server.limits import ApiError
 from plait.server.logprobs import Aligner, Token, of_chat, of_text
 from plait.server.media import audio, png
-from plait.server.service import EventStream, Served, Service, note, read
+from plait.server.service import EventStream, Lead, Served, Service, note, read
+from plait.server.tools import ReplyReader, ToolUse, calls_of, tool_use
 from plait.server.worker import PendingRequest, follow
 
 router = make_router()
@@ -59,33 +62,31 @@ async def chat_completions(request: Request, body: s.ChatRequest) -> Response:
     model, chat, n = served.ours, served.chat, body.n or 1
     if chat is None:
         raise ApiError(400, f"{served.name} has no chat.", "model")
-    if body.tool_choice not in (None, "auto", "none"):
-        raise ApiError(400, "No model here calls tools yet. Leave tool_choice out, or send 'auto'.", "tool_choice")
-    if body.tools:
-        service.ignore("tools", request_context)
+    use = tool_use(service, served, request_context, body.tools, body.tool_choice, body.parallel_tool_calls)
     turns = await chat_turns(service, served, body.messages, service.deadline(request_context))
     size = sum(len(part) for turn in turns for part in turn.parts if isinstance(part, str))
     most = most_of(model, body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens)
     outputs = list(dict.fromkeys(body.modalities or ["text"]))
     if body.logprobs and outputs != ["text"]:
         raise ApiError(400, "logprobs go with text alone. Leave them out, or the other modalities.", "logprobs")
-    constraint = await constraint_of(service, served, body)
+    constraint = await constraint_of(service, served, body, use, n)
     columns: list[str | None] = []
     prompts: list[Prompt] = []
     wanted: list[Wanted] = []
 
     def prepare() -> None:
+        spoken = written_by(Verb.SPEAK)
         for kind in outputs:
             if kind == "text":
                 columns.append(text_column(model, body.column))
             else:
-                voice = body.audio.voice if kind == "audio" and body.audio else None
+                voice = body.audio.voice if kind in spoken and body.audio else None
                 columns.append(
                     voice_of(service, request_context, model, voice)
-                    if kind == "audio"
+                    if kind in spoken
                     else model.column(None, kind, f"write {kind}")
                 )
-            prompt = chat.prompt(turns, columns[-1])
+            prompt = chat.prompt(turns, columns[-1], use.tools if use and kind == "text" else ())
             prompts.append(prompt)
             stop = (*stops(body.stop), *prompt.stop) if kind == "text" else ()
             bound = most if kind == "text" else None
@@ -107,7 +108,7 @@ async def chat_completions(request: Request, body: s.ChatRequest) -> Response:
         options = body.stream_options
         usage = bool(options and options.include_usage)
         events = _chat_events(
-            service, served, request_context, pending_requests, head, outputs, columns, prompts, form, usage
+            service, served, request_context, pending_requests, head, outputs, columns, prompts, form, usage, use
         )
         return EventStream(events, pending_requests)
     results = await service.written(served, wanted, request_context)
@@ -119,13 +120,17 @@ async def chat_completions(request: Request, body: s.ChatRequest) -> Response:
         made = [] if kind == "text" else await service.rendered(served, str(column), samples, request_context)
         for i, (choice, sample) in enumerate(zip(choices, samples, strict=True)):
             if kind == "text":
-                choice["message"]["content"] = Lead(prompt.strip)(sample.text or "")
-                choice["finish_reason"] = finish_of(sample.finish)
+                reader = ReplyReader(use, Lead(prompt.strip))
+                reader.add(sample.text or "", last=True)
+                choice["message"]["content"] = reader.text if reader.text or not reader.calls else None
+                if reader.calls:
+                    choice["message"]["tool_calls"] = [_call(call) for call in reader.calls]
+                choice["finish_reason"] = reader.finish(sample.finish)
                 if sample.logprobs is not None:
                     aligner = Aligner(model.checkpoint.text, [] if prompt.context.media else prompt.context.ids)
                     choice["logprobs"] = of_chat(aligner.add(sample.ids, sample.logprobs, sample.top, last=True))
             else:
-                choice["message"] |= await asyncio.to_thread(_medium, kind, made[i], form)
+                choice["message"] |= await asyncio.to_thread(OUTPUTS[MEDIA[kind].writes], made[i], form)
     read_ = sum(len(prompt.context) for prompt in prompts)
     return JSONResponse({**head, "choices": choices, "usage": usage_of(read_, request_context.completion_tokens)})
 
@@ -136,16 +141,45 @@ async def chat_turns(service: Service, served: Served, messages: list[s.Message]
     for message in messages:
         parts: list[Any] = [message.content] if isinstance(message.content, str) else list(message.content or [])
         parts += message.images or []
+        if not parts and message.role == "tool":
+            parts = [""]
         if not parts and message.role != "assistant":
             raise ApiError(400, f"The {message.role} message is empty. Give it content.", f"messages.{len(every)}")
         every.append(parts)
-    service.check_parts(part for parts in every for part in parts)
-    served.check_prompt((part for parts in every for part in parts), "messages")
+    said = [part for parts in every for part in parts]
+    said += [call.function.arguments for message in messages for call in message.tool_calls or []]
+    service.check_parts(said)
+    served.check_prompt(said, "messages")
     return [
-        Turn(message.role, await service.parts(served.model, parts, f"messages.{i}.content", deadline))
+        Turn(
+            message.role,
+            await service.parts(served.model, parts, f"messages.{i}.content", deadline),
+            calls_of(message),
+            message.tool_call_id or "",
+        )
         for i, (message, parts) in enumerate(zip(messages, every, strict=True))
-        if parts  # clients send replies that were cut before their first word
+        if parts or message.tool_calls  # clients send replies that were cut before their first word
     ]
+
+
+async def text_reply(
+    service: Service, served: Served, request_context: RequestContext, turns: list[Turn], body: s.Drawing,
+    form: s.Writing, use: ToolUse | None, most: int | None, stop: tuple[str, ...] = (),
+) -> tuple[Prompt, Wanted]:  # fmt: skip
+    """The engine's request for one reply in text, and its prompt; `form` says what the text must be."""
+    model, chat = served.ours, served.chat
+    if chat is None:
+        raise ApiError(400, f"{served.name} has no chat.", "model")
+    constraint = await constraint_of(service, served, form, use)
+
+    def prepare() -> tuple[Prompt, Wanted]:
+        column = text_column(model, None)
+        prompt = chat.prompt(turns, column, use.tools if use else ())
+        found = wanted_of(model, prompt.context, column, body, 1, most=most_of(model, most), stop=(*stop, *prompt.stop))
+        return prompt, replace(found, constraint=constraint)
+
+    size = sum(len(part) for turn in turns for part in turn.parts if isinstance(part, str))
+    return await service.prepared(prepare, size)
 
 
 def _head(prefix: str, kind: str, served: Served) -> dict[str, Any]:
@@ -153,22 +187,42 @@ def _head(prefix: str, kind: str, served: Served) -> dict[str, Any]:
             "system_fingerprint": served.fingerprint}  # fmt: skip
 
 
-def _medium(kind: str, value: Any, form: str) -> dict[str, Any]:
-    """An image or an audio clip as a message holds it."""
-    if kind == "image":
-        url = f"data:image/png;base64,{png(value)}"
-        return {"images": [{"type": "image_url", "image_url": {"url": url, "detail": None}}]}
-    wave, rate = value
+def _call(call: ToolCall) -> dict[str, Any]:
+    """A call as a message holds it."""
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _call_delta(piece: CallPiece, reader: ReplyReader) -> dict[str, Any]:
+    """A piece of a call as a stream has it: id and name come first, then the arguments."""
+    if piece.name is None:
+        return {"tool_calls": [{"index": piece.index, "function": {"arguments": piece.arguments}}]}
+    call = reader.calls[piece.index]
+    return {"tool_calls": [{"index": piece.index, **_call(ToolCall(call.name, "", call.id))}]}
+
+
+def _drawn(image: Any, form: str) -> dict[str, Any]:
+    """An image as a message holds it."""
+    url = f"data:image/png;base64,{png(image)}"
+    return {"images": [{"type": "image_url", "image_url": {"url": url, "detail": None}}]}
+
+
+def _spoken(clip: Any, form: str) -> dict[str, Any]:
+    """An audio clip as a message holds it, in the format asked for."""
+    wave, rate = clip
     data = base64.b64encode(audio(wave, rate, form)).decode()
     # OpenAI keeps audio clips for later turns; here the client sends them again.
     return {"audio": {"id": "audio-" + secrets.token_hex(8), "data": data, "expires_at": int(time.time()),
                       "transcript": ""}}  # fmt: skip
 
 
+# How a message holds what a command made.
+OUTPUTS: dict[str, Callable[[Any, str], dict[str, Any]]] = {Verb.DRAW: _drawn, Verb.SPEAK: _spoken}
+
+
 async def _chat_events(
     service: Service, served: Served, request_context: RequestContext, pending_requests: list[PendingRequest],
     head: dict[str, Any], outputs: list[Any],
-    columns: list[str | None], prompts: list[Prompt], form: str, usage: bool,
+    columns: list[str | None], prompts: list[Prompt], form: str, usage: bool, use: ToolUse | None,
 ) -> AsyncIterator[list[Any]]:  # fmt: skip
     more = {"usage": None} if usage else {}
 
@@ -179,7 +233,7 @@ async def _chat_events(
     n = pending_requests[0].request.n
     before = prompts[0].context
     aligners = [Aligner(served.ours.checkpoint.text, [] if before.media else before.ids) for _ in range(n)]
-    leads = [Lead(prompts[0].strip) for _ in range(n)]
+    readers = [ReplyReader(use, Lead(prompts[0].strip)) for _ in range(n)]
     ends = ["stop"] * n
     yield [chunk(i, {"role": "assistant", "content": "" if "text" in outputs else None}) for i in range(n)]
     async for updates in follow(pending_requests):
@@ -188,15 +242,19 @@ async def _chat_events(
         for k, update in updates:
             if outputs[k] != "text":
                 continue
-            i, text = update.sample, leads[update.sample](update.text)
+            i, reader = update.sample, readers[update.sample]
+            pieces = reader.add(update.text, update.finish is not None)
+            text = "".join(piece.text for piece in pieces if isinstance(piece, TextPiece))
             if update.finish:
-                ends[i] = finish_of(update.finish)
+                ends[i] = reader.finish(update.finish)
             logprobs = None
             if pending_requests[k].request.logprobs and update.ids:
                 tokens = aligners[i].add(update.ids, update.logprobs, update.top, update.finish is not None)
                 logprobs = of_chat(tokens)
             if text or logprobs:
                 events.append(chunk(i, {"content": text}, None, logprobs))
+            calls = [piece for piece in pieces if isinstance(piece, CallPiece) and (piece.name or piece.arguments)]
+            events += [chunk(i, _call_delta(piece, reader)) for piece in calls]
             if update.finish and len(outputs) == 1:
                 events.append(chunk(i, {}, ends[i]))
         if events:
@@ -206,7 +264,7 @@ async def _chat_events(
         if kind != "text":
             made = await service.rendered(served, str(column), pending.result.samples, request_context)
             for i, value in enumerate(made):
-                yield [chunk(i, await asyncio.to_thread(_medium, kind, value, form))]
+                yield [chunk(i, await asyncio.to_thread(OUTPUTS[MEDIA[kind].writes], value, form))]
     if outputs != ["text"]:
         yield [chunk(i, {}, ends[i]) for i in range(n)]
     if usage:
@@ -229,7 +287,7 @@ async def completions(request: Request, body: s.CompletionRequest) -> Response:
     for prompt in prompts:
         served.check_prompt([prompt], "prompt")
     most = 16 if body.max_tokens is None else most_of(model, body.max_tokens) if body.max_tokens else 0
-    constraint = await constraint_of(service, served, body)
+    constraint = await constraint_of(service, served, body, samples=n * len(prompts))
     deadline = service.deadline(request_context)
     wanted: list[Wanted] = []
 

@@ -113,7 +113,7 @@ def decode_base64(text: str, limits: Limits, param: str) -> bytes:
 
 def decode_data_url(url: str, kind: str, limits: Limits, param: str) -> bytes:
     """The bytes of a `data:` URL that holds an image (`kind` "image") or audio ("audio")."""
-    example = f"data:{'image/png' if kind == 'image' else 'audio/wav'};base64,..."
+    example = f"data:{MEDIA[kind].formats[0].media_type};base64,..."
     if url[:5].lower() != "data:":
         raise ApiError(400, f"Media come as data: URLs; nothing is fetched. Send {example}.", param)
     found = _DATA_URL.match(url[:200])

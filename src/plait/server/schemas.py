@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 AudioFormat = Literal["wav", "flac", "mp3", "opus", "pcm"]
 # Fields of OpenAI's that say who asks or how an answer is kept, and may be sent to a strict server too.
-HARMLESS = {"user", "metadata", "parallel_tool_calls", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 
 
 def _without_null(value: Any) -> Any:
@@ -134,10 +134,46 @@ Part = Annotated[
 Parts = Annotated[list[Part], Field(min_length=1, max_length=256)]
 
 
+class FunctionCall(Inner):
+    name: Name
+    arguments: Annotated[Text, Field(description="JSON.")] = ""
+
+
+class CalledTool(Inner):
+    id: Annotated[str, Field(max_length=256)] = ""
+    function: FunctionCall
+
+
 class Message(Inner):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Text | Annotated[list[Part], Field(max_length=256)] | None = None
     images: Annotated[list[ImagePart], Field(max_length=8)] | None = None
+    tool_calls: Annotated[list[CalledTool] | None, Field(max_length=64)] = None
+    tool_call_id: Annotated[str, Field(max_length=256)] | None = None
+
+
+class FunctionTool(Inner):
+    name: Name
+    description: Text = ""
+    parameters: Annotated[dict[str, Any], Field(description="A JSON schema of the arguments.")] = {}
+    strict: Annotated[bool, Field(description="Refuse keywords of the schema that cannot be held.")] = False
+
+
+def _one_tool(value: Any) -> Any:
+    """A tool as chat completions write it: the Responses API and Anthropic's messages have it flat."""
+    if not isinstance(value, dict) or "function" in value:
+        return value
+    if "input_schema" in value:
+        value = {**value, "parameters": value["input_schema"], "type": "function"}
+    return {"type": "function", "function": value} if value.get("type", "function") == "function" else value
+
+
+class ToolSpec(Inner):
+    type: Annotated[str, Field(max_length=64)] = "function"
+    function: Annotated[FunctionTool | None, Field(description="Other types of tools have no effect.")] = None
+
+
+Tools = Annotated[list[Annotated[ToolSpec, BeforeValidator(_one_tool)]], Field(max_length=256)]
 
 
 class StreamOptions(Inner):
@@ -197,8 +233,9 @@ class ChatRequest(Writing):
     modalities: Annotated[list[Literal["text", "image", "audio"]], Field(min_length=1, max_length=3)] | None = None
     audio: AudioOut | None = None
     max_completion_tokens: Tokens = None
-    tools: list[Any] | None = None
+    tools: Tools | None = None
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
@@ -231,6 +268,19 @@ class EmbeddingRequest(Body):
     dimensions: Annotated[int, Field(ge=1)] | None = None
 
 
+class Document(Inner):
+    text: Text
+
+
+class RerankRequest(Body):
+    """As Cohere and Jina have it."""
+
+    query: Text | Part
+    documents: Annotated[list[Text | Document | Part], Field(min_length=1, max_length=1024)]
+    top_n: Annotated[int, Field(ge=1, le=1024)] | None = None
+    return_documents: bool | None = None
+
+
 class ImageRequest(Drawing):
     prompt: Text
     n: Count | None = None
@@ -254,7 +304,7 @@ class TranscriptionRequest(Body):
     language: Annotated[str | None, Field(max_length=64, description="A text column, or a language of Whisper's.")] = (
         None
     )
-    response_format: Literal["json", "text"] = "json"
+    response_format: Literal["json", "text", "verbose_json", "srt", "vtt"] = "json"
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     seed: Seed = None
@@ -351,8 +401,20 @@ class AudioData(BaseModel):
     transcript: str
 
 
+class MadeFunctionCall(BaseModel):
+    name: str
+    arguments: str
+
+
+class MadeCall(BaseModel):
+    id: str
+    type: Literal["function"] = "function"
+    function: MadeFunctionCall
+
+
 class Reply(BaseModel):
     role: Literal["assistant"] = "assistant"
+    tool_calls: list[MadeCall] | None = None
     content: str | None
     refusal: None = None
     images: list[ImagePart] | None = None
@@ -363,7 +425,7 @@ class ChatChoice(BaseModel):
     index: int
     message: Reply
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
 
 
 class ChatCompletion(BaseModel):
@@ -423,6 +485,22 @@ class EmbeddingList(BaseModel):
     usage: ReadUsage
 
 
+class Ranked(BaseModel):
+    index: int
+    relevance_score: float
+    document: dict[str, Any] | None = None
+
+
+class Reranked(BaseModel):
+    """`relevance_score` is the cosine of the embeddings."""
+
+    id: str
+    model: str
+    results: list[Ranked]
+    meta: dict[str, Any]
+    usage: ReadUsage
+
+
 class ImageData(BaseModel):
     b64_json: str | None = None
     url: str | None = None
@@ -436,8 +514,21 @@ class ImageList(BaseModel):
     usage: dict[str, Any]
 
 
-class Transcription(BaseModel):
+class TranscriptionSegment(BaseModel):
+    id: int
+    start: float
+    end: float
     text: str
+
+
+class Transcription(BaseModel):
+    """The text; with `verbose_json` also when what was said, in seconds."""
+
+    text: str
+    task: str | None = None
+    language: str | None = None
+    duration: float | None = None
+    segments: list[TranscriptionSegment] | None = None
 
 
 class LabelChance(BaseModel):
@@ -447,13 +538,15 @@ class LabelChance(BaseModel):
 
 class Classification(BaseModel):
     """The likeliest labels. `none_of_these` says that the input is unlike all that was learnt; `ood_score`, in [0, 1],
-    is the share of validation records that look more familiar; null where that was not calibrated."""
+    is the share of validation records that look more familiar; null where that was not calibrated. `chosen` are, of a
+    column where a record has several labels, those that hold; each probability is then of that label alone."""
 
     object: Literal["list"] = "list"
     model: str
     data: list[LabelChance]
     none_of_these: bool
     ood_score: float | None
+    chosen: list[str] | None = None
 
 
 class Found(BaseModel):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +15,6 @@ from starlette.responses import Response
 
 from plait.core.errors import PlaitError
 from plait.inference.base import Model
-from plait.inference.constrained import TextConstraint
 from plait.inference.engine import Completion, Delta, Request
 from plait.inference.model import PlaitModel
 from plait.inference.prompts import Chat
@@ -40,7 +40,6 @@ class Served:
     fingerprint: str
     created: int
     chat: Chat | None = None
-    constraints: dict[str, TextConstraint] = field(default_factory=dict)  # compiled, by what was asked for
     prompt_bytes: int = 0  # more bytes of text than these cannot fit into the model's context; 0: not known
 
     @classmethod
@@ -49,6 +48,14 @@ class Served:
         worker = Worker(name, model, limits)
         most = _most_bytes(ours) if ours is not None else 0
         return cls(name, model, worker, fingerprint, int(time.time()), chat, prompt_bytes=most)
+
+    def sharing(self, twin: PlaitModel) -> Served:
+        """The same model with an adapter, in the same batch: `twin` shares its weights."""
+        twin.engine = self.ours.engine
+        chat = copy.copy(self.chat)
+        if chat is not None:
+            chat.model = twin
+        return replace(self, name=twin.name, model=twin, chat=chat)
 
     def check_prompt(self, parts: Iterable[Any], param: str) -> None:
         """Raises ApiError for texts that are certainly too long for the model, before they are tokenised."""
@@ -202,6 +209,19 @@ class Service:
         return list(await served.worker.call(work, self.deadline(request_context)))
 
 
+class Lead:
+    """Takes the spaces off the beginning of a reply that comes in pieces."""
+
+    def __init__(self, strip: bool) -> None:
+        self.strip = strip
+
+    def __call__(self, text: str) -> str:
+        if self.strip:
+            text = text.lstrip()
+            self.strip = not text
+        return text
+
+
 def _most_bytes(model: PlaitModel) -> int:
     """Bytes of text beyond which no prompt fits into a model's context: as many as its longest token has, each. Normal
     form C makes a text at most three times shorter."""
@@ -233,11 +253,16 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncIterator[list[Any]], pending_requests: list[PendingRequest], done: bool = True
+        self,
+        events: AsyncIterator[list[Any]],
+        pending_requests: list[PendingRequest],
+        done: bool = True,
+        named: bool = False,
     ) -> None:
+        """`done` says whether [DONE] comes last, `named` whether each event's type stands before it too."""
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self.events, self.pending_requests, self.done = events, pending_requests, done
+        self.events, self.pending_requests, self.done, self.named = events, pending_requests, done, named
 
     async def __call__(self, scope: Scope, receive: Any, send: Send) -> None:  # type: ignore[override]
         begun = False
@@ -246,19 +271,21 @@ class EventStream(Response):
                 if not begun:
                     await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                     begun = True
-                await send({"type": "http.response.body", "body": b"".join(map(_event, events)), "more_body": True})
+                body = b"".join(_event(event, self.named) for event in events)
+                await send({"type": "http.response.body", "body": body, "more_body": True})
             last = b"data: [DONE]\n\n" if self.done else b""
         except ApiError as error:
             scope["trail"].end = error.code or "error"
             if not begun:
                 await answer(error, send)
                 return
-            last = _event(error.body())
+            last = _event({"type": "error", **error.body()} if self.named else error.body(), self.named)
         finally:
             for pending in self.pending_requests:
                 pending.cancel()
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
-def _event(event: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+def _event(event: dict[str, Any], named: bool = False) -> bytes:
+    name = f"event: {event['type']}\n".encode() if named else b""
+    return name + b"data: " + json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"

@@ -134,8 +134,7 @@ def labelled_rows(project: Project) -> list[dict[str, str]]:
     found = []
     for item in list_project(project).items:
         if item.kind in MEDIA:
-            column = "file_name" if item.kind == "image" else f"{item.kind}_file_name"
-            found.append({column: item.path, **({"label": item.label} if item.label else {})})
+            found.append({MEDIA[item.kind].file_column: item.path, **({"label": item.label} if item.label else {})})
     return found
 
 

@@ -11,6 +11,8 @@ import psutil
 
 from plait.studio.jobs import Job
 
+PROGRESS = "progress.json"  # of a run
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -25,6 +27,9 @@ class Progress:
         checkpoint: The newest checkpoint's step, 0 for none.
         memory: Bytes that the job's processes hold.
         note: The last line that the job printed.
+        work: The part of the training that is under way: "codec", "encoder" or "model"; "" before the first.
+        done: Steps of that part.
+        total: Steps of that part, in all.
     """
 
     step: int = 0
@@ -35,28 +40,41 @@ class Progress:
     checkpoint: int = 0
     memory: int = 0
     note: str = ""
+    work: str = ""
+    done: int = 0
+    total: int = 0
 
     @property
     def share(self) -> float:
-        return min(self.step / self.steps, 1.0) if self.steps else 0.0
+        """How far the part of the training is that is under way."""
+        return min(self.done / self.total, 1.0) if self.total else 0.0
 
 
 def read_progress(run: Path, job: Job | None = None) -> Progress:
     """The progress of a run's training."""
     curves: dict[str, list[tuple[int, float]]] = {"train": [], "val": []}
-    times: list[tuple[int, float]] = []
+    times: list[int] = []
     for row in _rows(run / "log.jsonl"):
         losses = [value for name, value in row.items() if name.startswith("loss/") and isinstance(value, int | float)]
         if row.get("split") in curves and losses:
             curves[row["split"]].append((int(row["step"]), sum(losses) / len(losses)))
             if row["split"] == "train":
-                times.append((int(row["step"]), float(row["time"])))
-    step = times[-1][0] if times else 0
-    steps = _planned(run)
-    left = None
-    if steps and len(times) > 1 and times[-1][0] > times[0][0]:
-        left = (steps - step) * (times[-1][1] - times[0][1]) / (times[-1][0] - times[0][0])
-    return Progress(step, steps, left, curves["train"], curves["val"], _newest(run), _memory(job), _note(job))
+                times.append(int(row["step"]))
+    step = times[-1] if times else 0
+    state = _state(run)
+    return Progress(
+        step, _planned(run), state.get("seconds_left"), curves["train"], curves["val"], _newest(run), _memory(job),
+        _note(job), state.get("work", ""), state.get("done", 0), state.get("total", 0),
+    )  # fmt: skip
+
+
+def _state(run: Path) -> dict[str, Any]:
+    """The state of the part of the training that is under way, as the run wrote it last."""
+    try:
+        found = json.loads((run / PROGRESS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 SHOWN = 5  # figures beside the verdict
+MATRIX = 20  # labels of a confusion matrix, at most
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class Predicted:
         source: The file that it came from.
         truth: Its label.
         answers: (label, probability), the likeliest first.
+        simple: What the simple alternative says, "" where there is none.
+        none: Whether the model thinks that none of its labels fits.
+        text: The beginning of a text.
     """
 
     index: int
@@ -31,6 +35,9 @@ class Predicted:
     source: str
     truth: str
     answers: list[tuple[str, float]]
+    simple: str = ""
+    none: bool = False
+    text: str = ""
 
     @property
     def right(self) -> bool:
@@ -47,6 +54,7 @@ class Result:
         figures: (name, value, chance) of the most telling metrics.
         predictions: Records of test.
         report: Whether there is a report to open.
+        alternative: The simple alternative's name, "" where there is none.
     """
 
     verdict: str
@@ -54,10 +62,17 @@ class Result:
     figures: list[tuple[str, float, float | None]]
     predictions: list[Predicted]
     report: bool
+    alternative: str = ""
 
     @property
     def right(self) -> int:
         return sum(one.right for one in self.predictions)
+
+    @property
+    def simple_right(self) -> int | None:
+        """How many the simple alternative names right, None where it was not asked."""
+        asked = [one for one in self.predictions if one.simple]
+        return sum(one.simple == one.truth for one in asked) if asked else None
 
     @property
     def learnt_nothing(self) -> bool:
@@ -69,6 +84,14 @@ class Result:
     def labels(self) -> list[str]:
         """The labels that were met, the most frequent first."""
         return [label for label, _ in Counter(one.truth for one in self.predictions).most_common()]
+
+    def matrix(self) -> list[tuple[str, list[tuple[str, int]]]] | None:
+        """A row a label, of (answer, count); None where there are too many labels for a table."""
+        names = sorted({one.truth for one in self.predictions} | {one.answers[0][0] for one in self.predictions})
+        if not 1 < len(names) <= MATRIX:
+            return None
+        counts = Counter((one.truth, one.answers[0][0]) for one in self.predictions)
+        return [(truth, [(answer, counts[truth, answer]) for answer in names]) for truth in names]
 
     def confusion(self) -> list[tuple[str, str, int]]:
         """(truth, answer, count) of wrong answers, the most frequent first."""
@@ -83,6 +106,7 @@ def read_result(run: Path, job_folder: Path) -> Result:
     return Result(
         str(verdict.get("sentence", "")), str(verdict.get("next_step", "")), _figures(metrics),
         _predictions(job_folder / "predictions.jsonl"), (run / "report.html").is_file(),
+        str((verdict.get("alternative") or {}).get("name", "")),
     )  # fmt: skip
 
 
@@ -108,7 +132,10 @@ def _predictions(path: Path) -> list[Predicted]:
     for line in lines:
         row = json.loads(line)
         answers = [(label, chance) for label, chance in row["answers"]]
-        found.append(Predicted(row["index"], row["column"], row["kind"], row["source"], row["truth"], answers))
+        found.append(Predicted(
+            row["index"], row["column"], row["kind"], row["source"], row["truth"], answers, row.get("simple", ""),
+            row.get("none", False), row.get("text", ""),
+        ))  # fmt: skip
     return found
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, Response
@@ -15,14 +13,16 @@ from plait.core.errors import PlaitError
 from plait.core.files import write_atomic
 from plait.modalities.media import MEDIA, media_type
 from plait.studio import examples, jobs, uploads
+from plait.studio.findings import Twin, count_pairs, read_pairs, read_rejects
 from plait.studio.labels import LabelEdits
-from plait.studio.listing import excerpt, kind_of, list_project
+from plait.studio.listing import EXCERPT, excerpt, kind_of, list_project
 from plait.studio.render import LANGUAGES
 from plait.studio.security import FILE_POLICY
 from plait.studio.web import Studio, in_thread, page, read_values
 from plait.studio.workspace import Project, safe_path
 
 PAGE = 60  # tiles of a gallery that come at once
+PAIRS = 24  # near-duplicates that come at once
 
 
 def start_pages(app: FastAPI, studio: Studio) -> None:
@@ -31,7 +31,7 @@ def start_pages(app: FastAPI, studio: Studio) -> None:
     @app.get("/")
     def start(request: Request) -> Response:
         rows = [(project, len(project.runs)) for project in workspace.projects()]
-        return page("start.html", request, rows=rows, examples=list(examples.EXAMPLES), free=workspace.free_bytes())
+        return page("start.html", request, rows=rows, examples=list(examples.offered()), free=workspace.free_bytes())
 
     @app.post("/projects")
     async def create(request: Request) -> Response:
@@ -73,10 +73,11 @@ def data_pages(app: FastAPI, studio: Studio) -> None:
         listing = list_project(project) if project.has_files else None
         texts = [item for item in listing.items if item.kind == "text"] if listing else []
         edits = len(LabelEdits(project.folder / "labels.jsonl").edits)
+        rejects, rejected = read_rejects(project.data)
         return page(
             "data.html", request, project=project, tab="data", listing=listing, texts=texts[:20], edits=edits,
             excerpts={item.path: excerpt(_place(project, item.path)) for item in texts[:20]},
-            rejects=_rejects(project),
+            rejects=rejects, rejected=rejected, pairs=count_pairs(project),
         )  # fmt: skip
 
     @app.post("/p/{name}/source")
@@ -91,14 +92,6 @@ def _place(project: Project, path: str) -> Path:
     return project.source if project.source.is_file() else safe_path(project.source, path)
 
 
-def _rejects(project: Project) -> list[dict[str, Any]]:
-    try:
-        lines = (project.data / "rejects.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    return [json.loads(line) for line in lines[:200]]
-
-
 def gallery_parts(app: FastAPI, studio: Studio) -> None:
     workspace = studio.workspace
 
@@ -109,6 +102,14 @@ def gallery_parts(app: FastAPI, studio: Studio) -> None:
         part = media[max(offset, 0) : max(offset, 0) + PAGE]
         more = offset + PAGE if offset + PAGE < len(media) else None
         return page("items.html", request, project=project, items=part, more=more, label=label)
+
+    @app.get("/p/{name}/pairs")
+    def pairs(name: str, request: Request, offset: int = 0) -> Response:
+        project, offset = workspace.project(name), max(offset, 0)
+        found = read_pairs(project, offset, PAIRS)
+        more = offset + PAIRS if offset + PAIRS < count_pairs(project) else None
+        texts = _texts_of(project, [one for pair in found for one in (pair.first, pair.second) if not one.file])
+        return page("pairs.html", request, project=project, pairs=found, more=more, texts=texts)
 
     @app.get("/p/{name}/thumb")
     async def thumb(name: str, file: str) -> Response:
@@ -142,6 +143,20 @@ def gallery_parts(app: FastAPI, studio: Studio) -> None:
         else:
             raise PlaitError(f"There is no edit '{action}'. There are move, rename, delete and undo.")
         return JSONResponse({"edits": len(edits.edits)})
+
+
+def _texts_of(project: Project, twins: list[Twin]) -> dict[str, str]:
+    """Record id -> what it says, of records of tables and texts."""
+    if not twins:
+        return {}
+    from plait.data.dataset import Dataset
+
+    dataset = Dataset.open(project.data)
+    texts = [column for column, kind in dataset.columns.items() if kind == "text"]
+    place = {one: i for i, one in enumerate(dataset.ids)}
+    numbers = sorted({place[twin.id] for twin in twins if twin.id in place})
+    records = dataset.iterate(numbers, texts)
+    return {one.id: " · ".join(str(one.parts[c]) for c in texts if c in one.parts)[:EXCERPT] for one in records}
 
 
 def _kind(file: str) -> str:

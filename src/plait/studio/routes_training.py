@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import RedirectResponse, Response
+from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response
 
 from plait.core.errors import PlaitError
+from plait.modalities.media import media_type
 from plait.studio import jobs
 from plait.studio.listing import list_project
 from plait.studio.progress import Progress, read_progress
 from plait.studio.render import curve
+from plait.studio.security import FILE_POLICY
+from plait.studio.watch import read_watched, sample_file
 from plait.studio.web import Studio, in_thread, page, read_values
 from plait.studio.workspace import Project, safe_name
 
@@ -54,6 +58,19 @@ def training_pages(app: FastAPI, studio: Studio) -> None:
     def live(name: str, run: str, request: Request) -> Response:
         project = workspace.project(name)
         return page("live.html", request, project=project, run=run, job=_job(project, run), **_live(project, run))
+
+    @app.get("/p/{name}/runs/{run}/log")
+    def log(name: str, run: str) -> Response:
+        job = _job(workspace.project(name), run)
+        return HTMLResponse(escape(jobs.last_lines(job, 40) if job else ""))
+
+    @app.get("/p/{name}/runs/{run}/samples/{file}")
+    def sample(name: str, run: str, file: str) -> Response:
+        path = sample_file(workspace.project(name).run(run), file)
+        headers = {"content-security-policy": FILE_POLICY, "cache-control": "private, max-age=3600"}
+        with path.open("rb") as opened:
+            kind = media_type(opened.read(64))
+        return FileResponse(path, media_type=kind, headers=headers)
 
     @app.post("/p/{name}/runs/{run}/stop")
     def stop(name: str, run: str) -> Response:
@@ -106,9 +123,10 @@ def _stage(project: Project, run: Path) -> str:
 
 def _live(project: Project, run: str) -> dict[str, Any]:
     job = jobs.read_job(project, safe_name(run))
-    progress = read_progress(project.folder / "runs" / safe_name(run), job)
+    folder = project.folder / "runs" / safe_name(run)
+    progress = read_progress(folder, job)
     stage = job.current if job is not None else "done"
-    return {"progress": progress, "stage": stage, "log": jobs.last_lines(job) if job else "", **_curves(progress)}
+    return {"progress": progress, "stage": stage, "watched": read_watched(folder), **_curves(progress)}
 
 
 def _curves(progress: Progress) -> dict[str, str]:

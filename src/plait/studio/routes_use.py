@@ -56,6 +56,18 @@ def use_pages(app: FastAPI, studio: Studio) -> None:
         answer = await in_thread(studio.models.ask, trained(project, run), project.data, body, text)
         return page("answer.html", request, project=project, answer=answer, columns=_media_column(project))
 
+    @app.post("/p/{name}/runs/{run}/why")
+    async def why(name: str, run: str, request: Request, answer: str = "") -> Response:
+        project = workspace.project(name)
+        body, text = b"", ""
+        if request.headers.get("content-type", "").startswith("application/json"):
+            text = str((await read_values(request)).get("text", ""))
+        else:
+            body = await read_body(request, BODY)
+        value = await in_thread(studio.models.value_of, body, text)
+        found = await in_thread(studio.models.why, trained(project, run), value, [answer] if answer else [])
+        return page("why.html", request, found=found)
+
     @app.post("/p/{name}/runs/{run}/make")
     async def make(name: str, run: str, request: Request) -> Response:
         values = await read_values(request)

@@ -10,6 +10,8 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+from plait.inference.base import Verb
+from plait.modalities.media import written_by
 from plait.server.limits import ApiError
 from plait.server.middleware import Receive, Scope, Send, answer
 from plait.server.service import Served, Service
@@ -75,7 +77,7 @@ def _card(served: Served) -> dict[str, Any]:
     talks = chat is not None and bool(chat.template or chat.model.vocabulary.turns or not chat.model.columns)
     return {
         "name": served.name, "verbs": served.verbs, "kinds": sorted(set(columns.values())), "texts": texts,
-        "voices": [name for name, kind in columns.items() if kind == "audio"], "labelled": bool(labels),
+        "voices": [name for name, kind in columns.items() if kind in written_by(Verb.SPEAK)], "labelled": bool(labels),
         "examples": list(dict.fromkeys(labels))[:6], "talks": talks,
         "room": min(256, ours.engine.max_length // 2) if ours else 256,
     }  # fmt: skip

@@ -14,7 +14,7 @@ from PIL import Image
 
 from plait.core.errors import PlaitError
 from plait.modalities.descriptor import MediaError
-from plait.modalities.media import Checker, sniff
+from plait.modalities.media import MEDIA, Checker, sniff
 from plait.server.page_parts import PAGE_PARTS, LinesPart
 
 NEAREST = 6  # records shown beside an answer
@@ -41,6 +41,25 @@ class Answer:
     text: str = ""
     nearest: list[tuple[int, float]] = field(default_factory=list)
     preview: str = ""
+
+
+@dataclass(frozen=True)
+class Why:
+    """What speaks for an answer.
+
+    Attributes:
+        answer: The answer.
+        image: The input with what speaks for it marked red and what speaks against it blue, a `data:` URL; "" for text.
+        words: Of a text, with the class of their mark.
+        beaten: (random maps that this one does better than, random maps), None where it was not compared.
+        warnings: What to know about it.
+    """
+
+    answer: str
+    image: str
+    words: list[tuple[str, str]]
+    beaten: tuple[int, int] | None
+    warnings: list[str]
 
 
 class Models:
@@ -99,6 +118,41 @@ class Models:
             nearest = self._nearest(model, data, value) if "embed" in verbs else []
         return Answer(kind, labels, none, words, nearest, preview)
 
+    def why(self, run: Path, value: Any, answers: list[str]) -> list[Why]:
+        """Which parts of an input speak for each of some answers; the model's own answer where there is none.
+
+        Args:
+            run: The run's folder.
+            value: An input, or (column, the bytes of a medium).
+            answers: Labels or texts.
+        """
+        from plait.explain.parts import Words
+        from plait.explain.report import as_png
+
+        with self.lock:
+            model = self.get(run)
+            own: list[str | None] = [None]
+            found = [model.explain(value, answer) for answer in answers or own]
+        shown = []
+        for one in found:
+            words = [part for part in one.parts if isinstance(part, Words)]
+            png = "" if words else "data:image/png;base64," + base64.b64encode(as_png(one)).decode()
+            marked: list[tuple[str, str]] = []
+            for part, weights in zip(one.parts, one.weights, strict=True):
+                if isinstance(part, Words):
+                    most = max(float(np.abs(weights).max(initial=0)), 1e-9)
+                    for word, weight in zip(part.words, weights, strict=True):
+                        level = round(4 * abs(float(weight)) / most)
+                        marked.append((word.strip(), f"{'for' if weight > 0 else 'against'}{level}"))
+            areas = one.areas
+            beaten = (areas.beaten, len(areas.random_deletion)) if areas is not None else None
+            shown.append(Why(one.answer, png, marked, beaten, list(one.warnings)))
+        return shown
+
+    def value_of(self, body: bytes, text: str) -> Any:
+        """A file's bytes, or a text, as an input. Raises PlaitError for what is neither."""
+        return self._input(body, text)[0]
+
     def make(self, run: Path, verb: str, text: str, count: int, seed: int) -> list[str]:
         """Images or audio clips of what a text says, as `data:` URLs."""
         with self.lock:
@@ -152,10 +206,8 @@ class Models:
         return value, kind, preview
 
     def _words(self, model: Any, verbs: set[str], kind: str, value: Any) -> str:
-        if kind == "image" and "describe" in verbs:
-            return str(model.describe(value))
-        if kind == "audio" and "transcribe" in verbs:
-            return str(model.transcribe(value))
+        if kind in MEDIA and MEDIA[kind].verb in verbs:
+            return str(getattr(model, MEDIA[kind].verb)(value))
         if kind == "text" and "generate" in verbs:
             return str(model.generate(value, max_new_tokens=60))
         return ""

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from plait.core.files import write_atomic, write_json
 from plait.modalities.media import MEDIA
 from plait.studio.jobs import Job, read_job
 from plait.studio.labels import LabelEdits
-from plait.studio.listing import list_project, write_labels
+from plait.studio.listing import EXCERPT, list_project, write_labels
 from plait.studio.workspace import Project
 
 PREDICTIONS = 400  # records of test that are shown
@@ -139,12 +140,15 @@ def _evaluate(job: Job) -> None:
 
     evaluation = plait.evaluate(job.run_folder, progress=True)
     verdict = evaluation.verdict
-    kept = {
+    kept: dict[str, Any] = {
         "sentence": verdict.sentence if verdict else "",
         "next_step": verdict.next_step if verdict else "",
         "learnt": verdict.learnt if verdict else None,
         "figures": evaluation.headlines(),
     }
+    first = next(iter(evaluation.findings.outcomes), None)
+    if first is not None and first.alternative is not None:
+        kept["alternative"] = {"name": first.alternative, "value": first.alternative_value, "share": first.share}
     write_json(job.folder / "verdict.json", kept)
 
 
@@ -172,12 +176,24 @@ def write_predictions(project: Project, job: Job) -> None:
         if record.parts.get(column) is None or record.parts.get(source) is None:
             continue
         answers = model.classify_inputs([(source, record.parts[source])], column=column, top=3)[0]
+        simple = _simple_answer(model, source, column, record.parts[source])
         rows.append({
             "id": record.id, "source": record.source, "kind": dataset.columns[source], "truth": record.parts[column],
             "answers": [[str(label), round(float(chance), 4)] for label, chance in answers],
-            "index": int(index), "column": source,
+            "index": int(index), "column": source, "simple": simple, "none": answers.none_of_these,
+            "text": record.parts[source][:EXCERPT] if isinstance(record.parts[source], str) else "",
         })  # fmt: skip
     write_atomic(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _simple_answer(model: Any, source: str, column: str, part: Any) -> str:
+    """What the linear model on simple features says of a record, "" where the run has none."""
+    found = model.checkpoint.classifiers
+    classifier = next((one for one in found if (one.source, one.target) == (source, column)), None)
+    if classifier is None:
+        return ""
+    value = part if isinstance(part, str) else model.modality(source).windows(part)[0]
+    return str(classifier.labels[int(classifier.linear_scores([value])[0].argmax())])
 
 
 def _await_job(project: Project, run: str) -> Job:

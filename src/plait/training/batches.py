@@ -522,13 +522,18 @@ def cut_in_two(lengths: list[int], more: list[float]) -> int:
     return int(np.argmin(np.maximum(left, right))) + 1
 
 
-def lm_windows(ids: list[int], opener: int, end: int, context: int) -> list[Sequence]:
-    """A text as windows that predict each of its tokens, and its end, exactly once."""
-    whole = [opener, *ids, end]
-    return [
-        Sequence().read_ids(whole[start : start + 1]).write(whole[start + 1 : start + context + 1])
-        for start in range(0, len(whole) - 1, context)
-    ]
+def lm_windows(ids: list[int], opener: int, end: int | None, context: int) -> list[Sequence]:
+    """A text as windows that predict each of its tokens, and its end where there is one, exactly once. Each window but
+    the first begins with half a context that the one before has predicted: so no token is predicted from less."""
+    whole = [opener, *ids, *([] if end is None else [end])]
+    sequences: list[Sequence] = []
+    done = 1
+    while done < len(whole):
+        start = max(done - context // 2, 0) if sequences else 0
+        stop = start + context + 1
+        sequences.append(Sequence().read_ids(whole[start:done]).write(whole[done:stop]))
+        done = stop
+    return sequences
 
 
 class BatchPrefetcher:

@@ -12,6 +12,7 @@ from plait.core.config import SIZES, BackboneRecipe, Recipe, Size, describe_erro
 from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
 from plait.modalities.base import ENCODER_SOURCES, Vocabulary, code_levels
+from plait.modalities.media import MEDIA
 from plait.modalities.registry import MODALITIES, SETTINGS
 from plait.model.chat_template import TURNS
 from plait.model.multimodal import ModelConfig, Multimodal
@@ -19,6 +20,7 @@ from plait.model.transformer import TransformerConfig
 
 MAX_LABELS = 1000  # distinct values up to which a text column counts as labels
 LONGEST_LABEL = 200  # bytes
+FITTED_BY = 100  # images or audio clips that a modality's settings are fitted to
 EMBED_DIM = 128  # of a model of media, where a recipe says nothing
 
 
@@ -155,22 +157,18 @@ def backbone_config(size: Size, mine: BackboneRecipe) -> TransformerConfig:
 def sized_config(recipe: Recipe) -> ModelConfig:
     """The network that a recipe calls for where the data are coloured images, audio and text of its size."""
     size = SIZES[recipe.model.size]
-    image, audio = (_with_hf_encoder(getattr(recipe.model, m), m) for m in ("image", "audio"))
-    side = image["hf_encoder"]["size"] if "hf_encoder" in image else size.image
+    given = {kind: _with_hf_encoder(getattr(recipe.model, kind), kind) for kind in MEDIA if kind in SETTINGS}
     try:
-        settings = {
-            "image": SETTINGS["image"].sized(side, {"channels": 3, **image}),
-            "audio": SETTINGS["audio"].sized(size.rate, {"seconds": size.seconds, **audio}),
-        }
+        settings = {kind: SETTINGS[kind].of_size(size, overrides) for kind, overrides in given.items()}
     except ValidationError as error:
         raise PlaitError(f"In the recipe's model: {error.errors()[0]['msg']}") from None
     backbone = backbone_config(size, recipe.model.backbone)
     text = recipe.model.text.vocabulary or size.vocabulary
     vocabulary = Vocabulary(
         text=text,
-        columns={"image": "image", "audio": "audio", "text": "text"},
+        columns={kind: kind for kind in (*settings, "text")},
         levels={name: one.levels for name, one in settings.items()},
-        closers=["audio"],
+        closers=[kind for kind in settings if MODALITIES[kind].variable_length],
     )
     return ModelConfig(
         backbone=backbone,
@@ -207,12 +205,18 @@ def size_table() -> dict[str, dict[str, str]]:
 
 
 def fit_settings(dataset: Dataset, modality: str, size: Size, overrides: dict[str, Any]) -> Any:
-    """A modality's settings, fitted to the first images or audio clips of train."""
+    """A modality's settings, fitted to some images or audio clips of train: as they lie spread over all records, since
+    those of one label often lie side by side."""
     examples: list[bytes] = []
     columns = [c for c, kind in dataset.columns.items() if kind == modality]
-    for record in dataset.iterate(dataset.indices("train"), columns):
-        examples += [part for part in record.parts.values() if isinstance(part, bytes)]
-        if len(examples) >= 100:
+    train = dataset.indices("train")
+    first = train[:: max(len(train) // FITTED_BY, 1)]
+    for indices in (first, train):  # all, one after the other, where none of the first has the modality
+        for record in dataset.iterate(indices, columns):
+            examples += [part for part in record.parts.values() if isinstance(part, bytes)]
+            if len(examples) >= FITTED_BY:
+                break
+        if examples:
             break
     if not examples:
         raise PlaitError(f"No record of train in {dataset.path} has {modality}; map its columns to ignore.")
@@ -230,8 +234,9 @@ def label_columns(dataset: Dataset, context: int) -> dict[str, list[str]]:
     longest = min(LONGEST_LABEL, context // 2)
     labels = {}
     train = dataset.indices("train")
+    others = {*dataset.manifest.chats, *dataset.manifest.multi_label, *dataset.manifest.numbers}
     for column, kind in dataset.columns.items():
-        if kind != "text" or column in dataset.manifest.chats:
+        if kind != "text" or column in others:
             continue
         known = dataset.manifest.statistics.get(column)
         if known is not None and known.max > longest:

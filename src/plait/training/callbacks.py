@@ -12,13 +12,16 @@ first one alone calls them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from plait.core.dist import install_command
 from plait.core.errors import PlaitError
+
+if TYPE_CHECKING:
+    from plait.model.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,14 @@ class ValidationEvent:
         step: steps that are done.
         losses: each objective's loss on val, in nats.
         improved: whether this is the best so far.
+        copy: makes a copy of the model as it would be used now, which may be changed; None where its parameters lie
+            on several processes.
     """
 
     step: int
     losses: Mapping[str, float]
     improved: bool
+    copy: Callable[[], Checkpoint] | None = None
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,8 @@ class Scribe:
         assert self.template is not None
         if any(kind != "text" for _, turn in turns for kind, _ in turn.parts):
             raise PlaitError("The chat template of init_from takes text only. Leave images and audio clips out.")
-        messages = [(role, "\n".join(content for _, content in turn.parts)) for role, turn in turns]
-        first = 1 if messages and messages[0][0] == "system" else 0
+        messages = [{"role": role, "content": "\n".join(content for _, content in turn.parts)} for role, turn in turns]
+        first = 1 if messages and messages[0]["role"] == "system" else 0
         pieces = self.template.script(messages)
         cut = False
         while sum(len(ids) for _, ids in pieces) > self.context and len(messages) > first + 2:

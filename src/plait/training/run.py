@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -39,15 +39,29 @@ from plait.training.codec_training import train_codec
 from plait.training.distributed import Group
 from plait.training.losses import weighted
 from plait.training.recogniser_training import Labelled, train_recogniser
+from plait.training.samples import CodecSamples, EncoderSamples, SampleLog, few
 
 _TOKENIZER_BYTES = 256 << 20  # of a column's text, at most, by which the tokenizer is trained
 # Settings that a run may change as it goes: none of them changes what a step computes.
 FREE = ("save_every", "keep", "keep_every", "log_records", "grad_accum_steps", "parallel", "activation_checkpointing")
 
 
+Work = Literal["codec", "encoder", "model", "other"]
+
+
 @dataclass
 class Progress:
-    """What a training run tells while it works."""
+    """What a training run tells while it works.
+
+    Attributes:
+        stage: What is being done, for people.
+        done: Units of it that are done.
+        total: Units in all.
+        losses: Objective -> loss in nats.
+        tokens_per_second: Of training.
+        note: What else there is to know.
+        work: What is being done, for programs.
+    """
 
     stage: str
     done: int
@@ -55,9 +69,11 @@ class Progress:
     losses: dict[str, float] = field(default_factory=dict)
     tokens_per_second: float = 0.0
     note: str = ""
+    work: Work = "other"
 
 
 Report = Callable[[Progress], None]
+StageProgress = Callable[[str, int, int, float], None]  # (modality, done, total, loss)
 
 
 class Run:
@@ -75,6 +91,7 @@ class Run:
         self.size = SIZES[recipe.model.size]
         self.batch_size = self.settings.batch_size or self.size.batch_size
         self.peak = self.settings.learning_rate or self.size.learning_rate
+        self.samples = SampleLog(folder)
         self.metadata: dict[str, Any] = {}
         self.changed = False  # whether the recipe or the data are not those that the run began with
 
@@ -242,9 +259,7 @@ class Run:
                 learning_rate=self.settings.codec_learning_rate,
                 seed=self.settings.seed,
                 record=partial(self.note, "codec_steps", name),
-                progress=lambda name, done, total, loss: self.report(
-                    Progress(f"{name} codec", done, total, {"reconstruction": loss})
-                ),
+                progress=self._codec_progress(modality, splits),
             )
             self._keep_codec(name, modality, result)
             anew = True
@@ -277,15 +292,41 @@ class Run:
                 seconds=self.minutes * 60 * self.settings.recogniser_share / len(mine),
                 seed=self.settings.seed,
                 record=partial(self.note, "recogniser_steps", name),
-                progress=lambda name, done, total, loss: self.report(
-                    Progress(f"{name} labels", done, total, {"labels": loss})
-                ),
+                progress=self._encoder_progress(modality, splits),
             )
             path = self.folder / "recognisers" / f"{name}.safetensors"
             path.parent.mkdir(exist_ok=True)
             tensors = {key: value.cpu().contiguous() for key, value in modality.encoder.state_dict().items()}
             write_atomic(path, tensors_to_bytes(tensors))
             self.note("recognisers", name, {**result, "sha256": sha256_file(path)})
+
+    def _codec_progress(self, modality: MediaModality, splits: dict[str, Split]) -> StageProgress:
+        """What is told while a codec is trained, with what it makes of three media."""
+        column = next(c for c, m in self.dataset.columns.items() if m == modality.name)
+        media = (splits["val"] if len(splits["val"].media[column]) else splits["train"]).media[column]
+        samples = CodecSamples(self.samples, modality, [media[i] for i in few(len(media))])
+
+        def progress(name: str, done: int, total: int, loss: float) -> None:
+            self.report(Progress(f"{name} codec", done, total, {"reconstruction": loss}, work="codec"))
+            samples(done, total)
+
+        return progress
+
+    def _encoder_progress(self, modality: MediaModality, splits: dict[str, Split]) -> StageProgress:
+        """What is told while an encoder learns labels, with what it says of records of val."""
+        assert isinstance(modality.encoder, Recogniser)
+        columns = modality.encoder.columns
+        held = self._labelled(modality.name, columns, splits["val"])
+        if not (held.classes[columns[0]] >= 0).any():
+            held = self._labelled(modality.name, columns, splits["train"])
+        labels = label_columns(self.dataset, 2**31)[columns[0]]
+        samples = EncoderSamples(self.samples, modality, held, labels)
+
+        def progress(name: str, done: int, total: int, loss: float) -> None:
+            self.report(Progress(f"{name} labels", done, total, {"labels": loss}, work="encoder"))
+            samples(done, total)
+
+        return progress
 
     def _labelled(self, modality: str, columns: list[str], split: Split) -> Labelled:
         """The samples of a modality's first column, and the classes of their records, in the labels' order."""

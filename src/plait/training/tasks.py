@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
-from plait.classifiers.features import image_features
 from plait.classifiers.linear import fit_linear
 from plait.core.config import SIZES, Recipe
 from plait.core.errors import PlaitError
 from plait.core.features import ExtensionPoint
 from plait.core.rng import uniform
 from plait.data.dataset import Dataset
-from plait.modalities.registry import MODALITIES
+from plait.modalities.media import MEDIA
+from plait.modalities.registry import MODALITIES, SETTINGS
 from plait.training.build import fit_settings, label_columns
 
 MIRROR_RECORDS = 1500  # images that say whether a mirrored one means the same
@@ -63,16 +64,17 @@ def find_task(dataset: Dataset, labels: dict[str, list[str]]) -> str:
         return dataset.manifest.kind  # a feature's data have the task of its name
     if dataset.manifest.chats:
         return "chat"
+    answers = [*dataset.manifest.multi_label, *dataset.manifest.numbers]
     media = [c for c, kind in dataset.columns.items() if kind != "text"]
     texts = [c for c, kind in dataset.columns.items() if kind == "text"]
     if media:
         train = dataset.indices("train")
-        named = [c for c in labels if _share(dataset, c, train) >= LABELLED]
+        named = [c for c in [*labels, *answers] if _share(dataset, c, train) >= LABELLED]
         return "recognise" if named else "describe" if texts else "draw"
-    others = [c for c in texts if c not in labels]
+    others = [c for c in texts if c not in labels and c not in answers]
     if len(texts) == 2 and {c.lower() for c in texts} & set(REPLIES) and {c.lower() for c in texts} & set(QUESTIONS):
         return "reply"
-    if labels and others:
+    if (labels or answers) and others:
         return "recognise"
     return "reply" if len(texts) > 1 else "language"
 
@@ -118,6 +120,7 @@ def _recognise(dataset: Dataset, derived: Derived, labels: dict[str, list[str]],
     media = [c for c, kind in dataset.columns.items() if kind != "text"]
     kinds = [kind for kind in MODALITIES if kind in {dataset.columns[c] for c in media}]
     sources = kinds or [c for c, kind in dataset.columns.items() if kind == "text" and c not in labels]
+    sources = [c for c in sources if c not in (*dataset.manifest.multi_label, *dataset.manifest.numbers)]
     # A column called text has the name of the objective, and cannot be told apart from it: it is written, too.
     sources = [name for name in sources if name != "text"]
     training["weights"] = {**dict.fromkeys(sources, 0.0), **recipe.training.weights}
@@ -125,19 +128,12 @@ def _recognise(dataset: Dataset, derived: Derived, labels: dict[str, list[str]],
     model: dict[str, Any] = {}
     for kind in kinds:
         given: dict[str, Any] = getattr(recipe.model, kind)
-        if recipe.model.init_from is not None or given.get("encoder"):
+        if recipe.model.init_from is not None or given.get("encoder") or not labels:
             continue
         classes = {column: len(values) for column, values in labels.items()}
-        chosen: dict[str, Any] = {"classes": classes}
-        if kind == "image":
-            chosen |= {"grid": 4, "rotate": 0.0, "scale": 0.08, "shift": 0.12, "erase": 0.75}
-            if "flip" not in given:
-                chosen["flip"] = mirrors(dataset, recipe, labels)
-                what = "a mirrored image means the same" if chosen["flip"] else "mirrored images mean something else"
-                derived.lines.append(f"Found in the images: {what}.")
-        else:
-            chosen |= {"stretch": 1.2, "warp": 1.15, "mask_time": 0.15, "mask_bands": 0.2, "equalise": 0.3}
-        model[kind] = {**chosen, **given}
+        chosen = SETTINGS[kind].for_recognition(given, partial(mirrors, dataset, recipe, labels, kind))
+        derived.lines += chosen.lines
+        model[kind] = {"classes": classes, **chosen.settings, **given}
     seconds = 60 * (recipe.training.minutes or SIZES[recipe.model.size].minutes)
     if model:
         share = recipe.training.recogniser_share
@@ -183,17 +179,17 @@ def _share(dataset: Dataset, column: str, indices: np.ndarray) -> float:
     return present / len(indices) if len(indices) else 0.0
 
 
-def mirrors(dataset: Dataset, recipe: Recipe, labels: dict[str, list[str]]) -> bool:
+def mirrors(dataset: Dataset, recipe: Recipe, labels: dict[str, list[str]], kind: str) -> bool:
     """Whether images mean the same when they are mirrored: a linear model on simple features, fitted on half of some
     training images, knows the other half as well when these are mirrored."""
-    source = next(c for c, kind in dataset.columns.items() if kind == "image")
+    source = next(c for c, modality in dataset.columns.items() if modality == kind)
     target = next(iter(labels))
     answers = dataset.texts(target)
     indices = np.array([i for i in dataset.indices("train") if answers[i] is not None], np.int64)
     order = np.argsort(uniform(recipe.training.seed, DRAW, indices), kind="stable")
     indices = np.sort(indices[order[:MIRROR_RECORDS]])
-    settings = fit_settings(dataset, "image", SIZES[recipe.model.size], dict(recipe.model.image))
-    modality = MODALITIES["image"](settings, 8)
+    given = dict(getattr(recipe.model, kind))
+    modality = MODALITIES[kind](fit_settings(dataset, kind, SIZES[recipe.model.size], given), 8)
     number = {label: place for place, label in enumerate(labels[target])}
     images, classes = [], []
     for index, record in zip(indices, dataset.iterate(indices, [source]), strict=True):
@@ -204,10 +200,11 @@ def mirrors(dataset: Dataset, recipe: Recipe, labels: dict[str, list[str]]) -> b
         return False
     truth = np.array(classes)
     half = uniform(recipe.training.seed, DRAW, 1, np.arange(len(images))) < 0.5
-    rows = image_features(images)
+    simple_features = MEDIA[kind].simple_features
+    rows = simple_features(images, 0)
     scale = rows[half].std(0) + 1e-3
     model = fit_linear((rows[half] - rows[half].mean(0)) / scale, truth[half], len(number), MIRROR_STRENGTH, False)
     others = [image[:, ::-1] for image, first in zip(images, half, strict=True) if not first]
     straight = model((rows[~half] - rows[half].mean(0)) / scale).argmax(1) == truth[~half]
-    mirrored = model((image_features(others) - rows[half].mean(0)) / scale).argmax(1) == truth[~half]
+    mirrored = model((simple_features(others, 0) - rows[half].mean(0)) / scale).argmax(1) == truth[~half]
     return bool(mirrored.mean() >= MIRROR_LOSS * straight.mean())

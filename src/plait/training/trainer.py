@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,7 @@ class Trainer:
         self._setup_batches()
         self.optimizer = self._make_optimizer()
         self.saver = Saver(self.run.folder / "checkpoints", self.settings.keep, self.settings.keep_every, self.group)
+        self.saver.inherited = self.prepared.inherited
         newest = self._newest_checkpoint()
         self._setup_schedule()
         self.average = Average(self.model, self.settings.ema) if self.settings.ema else None
@@ -273,7 +275,7 @@ class Trainer:
         self.run.report(Progress("note", 1, 1, note=note))
 
     def _resume(self, checkpoint: Path) -> None:
-        self.position = restore(checkpoint, self.model, self.optimizer, self.average)
+        self.position = restore(checkpoint, self.model, self.optimizer, self.average, self.prepared.inherited)
         self.saver.point(self.position.step, self.position.best_step)
         self.run.report(Progress("note", 1, 1, note=f"going on from step {self.position.step}"))
         if self.run.changed:
@@ -381,8 +383,22 @@ class Trainer:
             losses, objective = self._measure(self.val_sampler)
             objective = self.group.broadcast(objective)
         improved = self.position.judge(objective)
-        self.callbacks.on_validation(ValidationEvent(self.position.step, losses, improved))
+        copied = None if self.network.sharded else self._copy
+        self.callbacks.on_validation(ValidationEvent(self.position.step, losses, improved, copied))
         return Validation(losses, improved)
+
+    def _copy(self) -> Checkpoint:
+        """A copy of the model as it would be used now; training goes on beside it."""
+        with self.average.used() if self.average else nullcontext():
+            model = deepcopy(self.model)
+        init_from = self.prepared.init_from
+        return Checkpoint(
+            model=model.requires_grad_(False),
+            text=self.prepared.text,
+            labels=self.labels,
+            generation=generation_of(init_from, self.run.recipe.generation),
+            parts=dict(self.data.parts),
+        )
 
     def _measure(self, sampler: Sampler) -> tuple[dict[str, float], float]:
         step = self.position.step
@@ -395,7 +411,7 @@ class Trainer:
                 objective, shown = -score.value, {**losses, score.name: score.value}
                 self.log.write(step, "val_score", {score.name: score.value})
         self.log.write(step, "val", losses)
-        self.run.report(Progress("validation", step, self.total_steps, shown))
+        self.run.report(Progress("validation", step, self.total_steps, shown, work="model"))
         return losses, objective
 
     def _validation_losses(self, sampler: Sampler) -> dict[str, float]:
@@ -443,6 +459,7 @@ class Trainer:
             generation=generation_of(init_from, run.recipe.generation),
             training=facts,
             parts=dict(self.data.parts),
+            base=init_from.base if init_from is not None else None,
         )
         self.log.sync()
         self.saver.save(checkpoint, self.optimizer, self.average, self.position)
@@ -503,7 +520,7 @@ class Trainer:
         means = {name: float(np.mean(values)) for name, values in position.recent.items()}
         self.log.write(position.step, "train", means, position.tokens / seconds, learning_rate, waited / seconds)
         check_stable(position, weighted(means, self.settings.weights), records, split)
-        self.run.report(Progress("model", position.step, steps, means, position.tokens / seconds))
+        self.run.report(Progress("model", position.step, steps, means, position.tokens / seconds, work="model"))
         position.recent, position.tokens, self.clock, self.batches.waited = {}, 0, now, 0.0
 
 

@@ -117,6 +117,17 @@ function dataPage() {
 
 // --- labels ---------------------------------------------------------------------------------------------------
 
+function pairsPart() {
+  const place = $("#pairs");
+  if (!place) return;
+  place.addEventListener("click", guarded(async (event) => {
+    const { file } = event.target.dataset;
+    if (!file) return;
+    await send(`/p/${encodeURIComponent(place.dataset.project)}/labels`, { action: "delete", files: [file] });
+    event.target.closest(".pair").hidden = true;
+  }));
+}
+
 function galleryPage() {
   const gallery = $("#gallery"), bar = $("#edit");
   if (!gallery || !bar) return;
@@ -258,8 +269,13 @@ function resultPage() {
     $$("#answers .tile").forEach((tile) => {
       tile.hidden = Boolean(filter) && !tile.classList.contains(filter) && tile.dataset.pair !== filter;
     });
-    if (!button.classList.contains("chip")) $("#answers").scrollIntoView();
+    if (!button.classList.contains("chip")) $("#filters").scrollIntoView();
   }));
+  document.body.addEventListener("htmx:beforeRequest", (event) => {
+    if (event.detail.target.id !== "why-answer") return;
+    $("#why-answer").textContent = "…";
+    $("#why").showModal();
+  });
 }
 
 // --- use ------------------------------------------------------------------------------------------------------
@@ -268,9 +284,21 @@ function usePage() {
   const place = $("#use");
   if (!place) return;
   const { base } = place.dataset;
-  const show = async (answer) => { $("#answer").innerHTML = await answer.text(); };
-  const askFile = guarded(async (blob) =>
-    show(await ask(`${base}/ask`, { method: "POST", body: blob, headers: { "content-type": "application/octet-stream" } })));
+  let asked = null; // what the last question was, to be asked why
+  const post = (path) => ask(`${base}/${path}`, asked.text !== undefined
+    ? { method: "POST", body: JSON.stringify(asked), headers: { "content-type": "application/json" } }
+    : { method: "POST", body: asked, headers: { "content-type": "application/octet-stream" } });
+  const show = async (question) => {
+    asked = question;
+    $("#answer").innerHTML = await (await post("ask")).text();
+  };
+  const askFile = guarded(show);
+  $("#answer")?.addEventListener("click", guarded(async (event) => {
+    const { why } = event.target.dataset;
+    if (why === undefined) return;
+    event.target.disabled = true;
+    $("#why-answer").innerHTML = await (await post(`why?answer=${encodeURIComponent(why)}`)).text();
+  }));
   if ($("#ask")) askZone(base, show, askFile);
   $$(".make").forEach((part) => makePart(part, base));
   if ($("#chat")) chatPart($("#chat"), base);
@@ -282,7 +310,7 @@ function askZone(base, show, askFile) {
   $("#ask-file").addEventListener("change", (event) => askFile(event.target.files[0]));
   $("#ask-text").addEventListener("submit", guarded(async (event) => {
     event.preventDefault();
-    await show(await send(`${base}/ask`, { text: event.target.elements.text.value }));
+    await show({ text: event.target.elements.text.value });
   }));
   document.addEventListener("paste", (event) => {
     const file = [...event.clipboardData.files][0];
@@ -392,6 +420,7 @@ function everywhere() {
 everywhere();
 dataPage();
 galleryPage();
+pairsPart();
 recordPage();
 resultPage();
 usePage();

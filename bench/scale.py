@@ -1,0 +1,153 @@
+"""Text of any amount: what `plait prepare` and the first steps of `plait train` take of memory and processor time.
+
+    python bench/scale.py --megabytes 200 2000
+    python bench/scale.py --megabytes 200 --form jsonl --no-near-duplicates
+
+The text is made of paragraphs from the files of this machine (sources and documents of Python and the system), drawn
+at random, so that no two records are alike. Memory is what the processes together hold beside files that are mapped,
+whose pages the system takes back: RssAnon and RssShmem of /proc/PID/status, sampled ten times a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+POOL_BYTES = 150 << 20  # of text that paragraphs are drawn from
+PARAGRAPH, FILE = 400, 20 << 20  # bytes, about
+IMPORTS = "import plait.cli.train, plait.training.trainer"  # what training needs before any data
+
+
+@dataclass
+class Cost:
+    """What a command took."""
+
+    seconds: float
+    processor: float  # seconds, user and system, of all its processes
+    memory: float  # MiB, the most at one time
+
+
+def paragraphs() -> list[bytes]:
+    """Pieces of the text files of this machine, of some PARAGRAPH bytes, cut at line ends."""
+    found: list[bytes] = []
+    size = 0
+    roots = [sysconfig.get_path("purelib"), sysconfig.get_path("stdlib"), "/usr/share"]
+    for path in (p for root in roots for p in sorted(Path(root).rglob("*"))):
+        if path.suffix not in (".py", ".txt", ".md", ".rst") or not path.is_file():
+            continue
+        try:
+            text = path.read_bytes()
+            text.decode()
+        except (OSError, UnicodeDecodeError):
+            continue
+        if b"\0" in text:
+            continue
+        start = 0
+        while start < len(text):
+            stop = text.find(b"\n", start + PARAGRAPH) + 1 or len(text)
+            if stop - start < 4 * PARAGRAPH:
+                found.append(text[start:stop])
+                size += stop - start
+            start = stop
+        if size > POOL_BYTES:
+            break
+    return found
+
+
+def write(folder: Path, megabytes: int, form: str, pool: list[bytes]) -> int:
+    """Files of text; returns their bytes of text."""
+    draw, written = random.Random(megabytes), 0
+    folder.mkdir(parents=True)
+    for number in range(-(-megabytes * 10**6 // FILE)):
+        with (folder / f"{number:05d}.{form}").open("wb") as file:
+            size = 0
+            while size < min(FILE, megabytes * 10**6 - written):
+                if form == "txt":
+                    block = b"".join(draw.choices(pool, k=20))
+                    file.write(block)
+                else:
+                    block = b"".join(draw.choices(pool, k=draw.randint(1, 12)))
+                    file.write(json.dumps({"text": block.decode()}, ensure_ascii=False).encode() + b"\n")
+                size += len(block)
+            written += size
+    return written
+
+
+def _held(process: psutil.Process) -> int:
+    """Bytes of a process that no file stands for."""
+    try:
+        with Path(f"/proc/{process.pid}/status").open() as file:
+            facts = dict(line.split(":", 1) for line in file)
+    except OSError:
+        return 0
+    return sum(int(facts.get(name, "0 kB").split()[0]) << 10 for name in ("RssAnon", "RssShmem"))
+
+
+def run(command: list[str]) -> Cost:
+    """Run a command and watch it and its children. Raises SystemExit where it fails."""
+    before, begun = os.times(), time.perf_counter()
+    log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the command
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    watched, most = psutil.Process(process.pid), 0
+    while process.poll() is None:
+        try:
+            most = max(most, sum(_held(one) for one in [watched, *watched.children(recursive=True)]))
+        except psutil.Error:
+            continue
+        time.sleep(0.1)
+    if process.returncode:
+        log.seek(0)
+        raise SystemExit(f"{' '.join(command)} failed:\n{log.read().decode(errors='replace')[-2000:]}")
+    after = os.times()
+    spent = sum(b - a for a, b in zip(before[2:4], after[2:4], strict=True))
+    return Cost(time.perf_counter() - begun, spent, most / (1 << 20))
+
+
+def measure(folder: Path, megabytes: int, options: argparse.Namespace, pool: list[bytes]) -> None:
+    """Make the text, prepare it, train on it, and print a line for each."""
+    python = [sys.executable, "-m", "plait"]
+    size = write(folder / "in", megabytes, options.form, pool) / 1e6
+    print(f"{size:,.0f} MB of text ({options.form}):", flush=True)
+    near = [] if options.near_duplicates else ["--no-near-duplicates"]
+    workers = ["--workers", str(options.workers)] if options.workers is not None else []
+    cost = run([*python, "prepare", str(folder / "in"), "-o", str(folder / "data"), *near, *workers])
+    print(f"  prepare: {size / cost.processor:.1f} MB a second of processor time ({cost.processor:.1f} s; "
+          f"{cost.seconds:.1f} s by the clock), {cost.memory:,.0f} MiB", flush=True)  # fmt: skip
+    if options.steps:
+        shutil.rmtree(folder / "in")
+        alone = run([sys.executable, "-c", IMPORTS])
+        train = [*python, "train", str(folder / "data"), "-o", str(folder / "run"), "--size", "small"]
+        cost = run([*train, "--steps", str(options.steps)])
+        print(f"  {options.steps} steps of small: {cost.memory:,.0f} MiB, of which libraries {alone.memory:,.0f}; "
+              f"{cost.processor:.1f} s of processor time, {cost.seconds:.1f} s by the clock", flush=True)  # fmt: skip
+    shutil.rmtree(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--megabytes", type=int, nargs="+", default=[200])
+    parser.add_argument("--form", choices=["txt", "jsonl"], default="txt")
+    parser.add_argument("--near-duplicates", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--workers", type=int)
+    parser.add_argument("--steps", type=int, default=20, help="of training; 0 for none")
+    parser.add_argument("--folder", type=Path, help="where the files lie meanwhile")
+    options = parser.parse_args()
+    pool = paragraphs()
+    for megabytes in options.megabytes:
+        measure(Path(tempfile.mkdtemp(prefix="plait-scale-", dir=options.folder)) / "here", megabytes, options, pool)
+
+
+if __name__ == "__main__":
+    main()

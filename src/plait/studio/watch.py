@@ -1,0 +1,94 @@
+"""What a model could do at several times of its training, as the run wrote it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plait.core.errors import PlaitError
+from plait.modalities.media import sniff
+from plait.studio.workspace import safe_path
+
+FOLDER, FILE = "samples", "samples.jsonl"
+TIMES = 4  # that stand side by side, the last one among them
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What one part of a training does with the same inputs at several times.
+
+    Attributes:
+        stage: "encoder", "codec" or "model".
+        name: The modality of an encoder or codec.
+        steps: When, in steps of the part.
+        shares: Of held-out records that were named right at each time, None where that was not measured.
+        rows: One for each input: the sample that it is asked by, and the sample of each time.
+        error: What went wrong in making the last sample.
+    """
+
+    stage: str
+    name: str
+    steps: list[int]
+    shares: list[float | None]
+    rows: list[tuple[dict[str, Any], list[dict[str, Any]]]]
+    error: str = ""
+
+
+def read_watched(run: Path) -> list[Watched]:
+    """What a run wrote about its parts, the newest part first."""
+    parts: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for row in _rows(run / FOLDER / FILE):
+        parts.setdefault((row["stage"], row["name"]), {})[int(row["step"])] = row
+    found = [_watched(run, stage, name, by_step) for (stage, name), by_step in parts.items()]
+    return found[::-1]
+
+
+def _watched(run: Path, stage: str, name: str, by_step: dict[int, dict[str, Any]]) -> Watched:
+    whole = [by_step[step] for step in sorted(by_step) if by_step[step].get("samples")]
+    error = str(by_step[max(by_step)].get("error", ""))
+    if not whole:
+        return Watched(stage, name, [], [], [], error)
+    times = sorted({round(i * (len(whole) - 1) / max(TIMES - 1, 1)) for i in range(TIMES)})
+    chosen = [whole[i] for i in times]
+    count = min(len(row["samples"]) for row in chosen)
+    rows = []
+    for place in range(count):
+        asked = chosen[-1]["samples"][place]
+        kind = _kind(run / FOLDER / asked["asked_file"]) if asked["asked_file"] else "text"
+        rows.append(({**asked, "asked_kind": kind}, [row["samples"][place] for row in chosen]))
+    return Watched(stage, name, [row["step"] for row in chosen], [row.get("share") for row in chosen], rows, error)
+
+
+def sample_file(run: Path, name: str) -> Path:
+    """A medium that a run wrote. Raises PlaitError where there is none of that name."""
+    path = safe_path(run / FOLDER, name)
+    if not path.is_file() or path.name == FILE:
+        raise PlaitError("There is no such sample.")
+    return path
+
+
+def _kind(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            found = sniff(file.read(64))
+    except OSError:
+        found = None
+    return found[0] if found else "text"
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:  # the last line while it is being written
+            continue
+        if isinstance(row, dict) and {"stage", "name", "step"} <= row.keys():
+            found.append(row)
+    return found

@@ -1,0 +1,58 @@
+"""What the source keeps to, beside the order of imports: one modality a file."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+SOURCE = Path(__file__).parents[1] / "src" / "plait"
+
+# Names of protocols that happen to be spelt as a modality: OpenAI's `stream_format`, the type of Anthropic's parts.
+WIRE_NAMES = {("server/api_media.py", "body.stream_format == 'audio'"), ("server/schemas.py", "kind == 'image'")}
+
+
+def parsed() -> Iterator[tuple[str, ast.Module]]:
+    for path in sorted(SOURCE.rglob("*.py")):
+        yield path.relative_to(SOURCE).as_posix(), ast.parse(path.read_text())
+
+
+def compared(node: ast.AST) -> Iterator[object]:
+    """The constants that a comparison or a case of a match holds, those in tuples, sets and lists too."""
+    if isinstance(node, ast.Compare):
+        for side in (node.left, *node.comparators):
+            for part in ast.walk(side) if isinstance(side, (ast.Tuple, ast.Set, ast.List)) else [side]:
+                if isinstance(part, ast.Constant):
+                    yield part.value
+    elif isinstance(node, ast.MatchValue) and isinstance(node.value, ast.Constant):
+        yield node.value.value
+
+
+def test_no_comparison_with_a_modality_outside_modalities() -> None:
+    """What differs between modalities is asked of their descriptors, so that a new modality is one file."""
+    from plait.modalities.media import MEDIA
+    from plait.modalities.registry import MODALITIES
+
+    names = {*MEDIA, *MODALITIES}
+    assert {"image", "audio"} <= names
+    found = {
+        (name, ast.unparse(node))
+        for name, tree in parsed()
+        if not name.startswith(("modalities/", "recommend/"))
+        for node in ast.walk(tree)
+        if names.intersection(value for value in compared(node) if isinstance(value, str))
+    }
+    assert found == WIRE_NAMES
+
+
+def test_only_its_own_folder_names_recommendation() -> None:
+    """A feature registers what it adds; what lies below it knows neither items' tables nor histories of them."""
+    words = re.compile(r"catalogue|recommend|\bhistories\b|\bItem\w*Recipe\b|\binteractions\b", re.IGNORECASE)
+    own = ("recommend/", "modalities/item.py")
+    found = {
+        f"{name}:{number}"
+        for path in sorted(SOURCE.rglob("*.py"))
+        if not (name := path.relative_to(SOURCE).as_posix()).startswith(own)
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if words.search(line)
+    }
+    assert not found
