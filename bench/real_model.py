@@ -4,8 +4,8 @@
     python bench/real_model.py MODEL_FOLDER MODEL.gguf --memory int8   # what one process takes at most to generate
 
 Ours keeps weights in int8 and int4 as `plait.load(..., precision=...)` does; llama.cpp in Q8_0 and Q4_K_M, made here
-from the GGUF file. Both write the same number of ids, greedily. Needs `pip install llama-cpp-python`, which is compiled for
-this processor: PLAIT_ISA does not cap it.
+from the GGUF file. Both write the same number of ids, greedily. Needs `pip install llama-cpp-python`, which is compiled
+for this processor: PLAIT_ISA does not cap it.
 """
 
 from __future__ import annotations
