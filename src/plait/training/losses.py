@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -193,7 +194,7 @@ def step_losses(
                         scalar_grad = contrast.scalar_grads.get(name, torch.zeros(()))
                         share = share + scalar * (scalar_grad / (group.size * len(parts)))
                 shares.append(share)
-            streams.map(lambda number, shares=shares, last=last: network.backward(shares[number], last), len(shares))
+            streams.map(partial(_backward, network, shares, last), len(shares))
         done += len(outputs)
     totals = group.all_reduce(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
     means = {
@@ -202,6 +203,11 @@ def step_losses(
         if count
     }
     return {**means, **contrast.losses}, layout.tokens
+
+
+def _backward(network: Network, shares: list[Tensor], last: bool, number: int) -> None:
+    """The gradients of a half's share of the objective."""
+    network.backward(shares[number], last)
 
 
 def _layout(parts: list[Step], model: Multimodal, group: Group) -> StepLayout:
