@@ -115,6 +115,7 @@ class ModelRecipe(_Settings):
     text: TextRecipe = Field(TextRecipe(), description="Overrides for text; see model.text.")
     image: dict[str, Any] = Field({}, description="Overrides for images; see model.image.")
     audio: dict[str, Any] = Field({}, description="Overrides for audio; see model.audio.")
+    video: dict[str, Any] = Field({}, description="Overrides for video; see model.video.")
     item: ItemModelRecipe = Field(ItemModelRecipe(), description="Overrides for items; see model.item.")
     embed_dim: int | None = Field(
         None,
