@@ -178,7 +178,6 @@ def replies(out: Path, seed: int) -> dict[str, Any]:
         "right": float(np.mean(right)), "wrong": float(np.mean(wrong)), "n": len(right),
         "silent on unanswerable": float(np.mean(silent)), "n unanswerable": len(silent),
         "nearest past reply right": float(np.mean(nearest)), "threshold": fitted.threshold,
-        "val": {"answered right": fitted.answered, "silent": fitted.silent},
         "seconds each": round(each, 3), "cpu seconds": seconds_of(run),
     }  # fmt: skip
 

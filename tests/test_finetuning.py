@@ -16,11 +16,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from conftest import RECIPE, make_image
+from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset, Joined
 from plait.data.samples import Samples
 from plait.data.tokens import Ids, Tokens
 from plait.model import checkpoint as checkpoints
 from plait.model import lora
+from plait.model.multimodal import SplitTable
+from plait.model.objectives import total_loss
 from plait.training.batches import Sampler, Split
 
 Plait = Callable[..., int]
@@ -90,7 +93,9 @@ def test_what_is_new_is_added_and_what_is_frozen_stays(base: Path, new: Path, tm
     assert scores[0] == scores[1]
 
 
-def test_low_rank_updates_are_merged_and_go_on_exactly(base: Path, new: Path, tmp_path: Path, plait: Plait) -> None:
+def test_low_rank_runs_keep_what_is_trained_alone_and_go_on_exactly(
+    base: Path, new: Path, tmp_path: Path, plait: Plait
+) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     file = recipe(tmp_path, lora={"rank": 4, "alpha": 8}, save_every=4, ema=0.9, keep=9)
     source = shutil.copytree(base / "run", tmp_path / "source", symlinks=True)
@@ -107,29 +112,65 @@ def test_low_rank_updates_are_merged_and_go_on_exactly(base: Path, new: Path, tm
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     old, state = weights(base / "run", "best"), load_file(whole / "checkpoints/last/training_state.safetensors")
     name = "backbone.blocks.0.qkv"
-    update = first[f"{name}.weight"] - old[f"{name}.weight"]
-    up, down = state[f"average.{name}.up"], state[f"average.{name}.down"]
-    assert torch.equal(state[f"raw.{name}.weight"], old[f"{name}.weight"])
-    assert update.abs().max() > 0 and torch.allclose(update, 2 * up @ down, atol=1e-6)
-    assert torch.equal(first["backbone.final_norm.weight"], old["backbone.final_norm.weight"])
-    assert not any(".up" in key or ".down" in key for key in first)
-    assert json.loads((whole / "run.json").read_text())["decided"]["trained"] < sum(p.numel() for p in old.values())
+    grown = checkpoints.load(whole / "checkpoints" / "last").model.vocabulary
+    kept = {"backbone.final_norm.weight", f"{name}.weight", "token_embedding.text_rows"} & first.keys()
+    assert not kept and len(first["token_embedding.free"]) == len(old["token_embedding.free"]) + 1 - grown.text
+    assert not any(f"{name}.weight" in key for key in state)
+    assert state["optimizer.exp_avg.token_embedding.free"].shape == first["token_embedding.free"].shape
+    used = checkpoints.load(whole / "checkpoints" / "last").model.state_dict()
+    update, heads = used[f"{name}.weight"] - old[f"{name}.weight"], 48
+    parts = [2 * first[f"{name}.up.{i}"] @ first[f"{name}.down.{i}"] for i in range(3)]
+    assert update[:heads].abs().max() > 0 and torch.allclose(update, torch.cat(parts), atol=1e-6)
+    assert torch.equal(used["backbone.final_norm.weight"], old["backbone.final_norm.weight"])
+    # Nothing of the base's content may be another.
+    (cut / "base" / "manifest.json").unlink()
+    with pytest.raises(PlaitError, match="which cannot be loaded"):
+        checkpoints.load(cut / "checkpoints" / "last")
 
 
-def test_a_low_rank_layer_computes_what_the_merged_one_does() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_low_rank_layer_computes_what_the_merged_one_does(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 5, bias=False))
-    low = nn.Sequential(lora.LowRank(net[0], 3, 6.0), net[1], lora.LowRank(net[2], 2, 1.0))
-    for layer in (low[0], low[2]):
-        nn.init.normal_(layer.up)
-    x = torch.randn(7, 12)
-    merged, parts = lora.split(low, low.state_dict())
-    assert set(parts) == {f"{i}.{part}" for i in (0, 2) for part in ("weight", "down", "up")}
-    apart = low(x)
-    apart.sum().backward()
-    net.load_state_dict(merged)  # the very tensors that `low` has
-    assert torch.allclose(net(x), apart, atol=1e-4)
-    assert low[0].weight.grad is None and low[0].down.grad is not None and low[2].up.grad is not None
+    linear = nn.Linear(12, 20)
+    linear.weight.data = linear.weight.data.to(dtype)
+    parts = [lora.Part(0, 8, 3, 2.0), lora.Part(8, 12, 2, 0.5), lora.Part(16, 20, 1, 1.0)]
+    layer = lora.LowRank(linear, parts)
+    for up in layer.up:
+        nn.init.normal_(up)
+    x = torch.randn(7, 12, requires_grad=True)
+    apart = layer(x)
+    apart.square().sum().backward()
+    whole = linear.weight.detach().float().clone()
+    dense = [up.detach().requires_grad_() for up in layer.up], [down.detach().requires_grad_() for down in layer.down]
+    added = whole.clone()
+    for part, up, down in zip(parts, *dense, strict=True):
+        rows = torch.zeros(20, 12).index_add(0, torch.arange(part.start, part.stop), part.scale * up @ down)
+        added = added + rows
+    again = x.detach().requires_grad_()
+    plain = again @ added.t() + linear.bias.detach()
+    plain.square().sum().backward()
+    assert torch.allclose(apart, plain, atol=1e-5) and torch.allclose(x.grad, again.grad, atol=1e-4)
+    for mine, theirs in zip([*layer.up, *layer.down], [*dense[0], *dense[1]], strict=True):
+        assert torch.allclose(mine.grad, theirs.grad, atol=1e-4)
+    assert torch.allclose(layer.merged()(x), apart, atol=1e-5) and layer.weight.grad is None
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_over_frozen_rows_is_that_over_all(smoothing: float) -> None:
+    torch.manual_seed(0)
+    frozen, rest = torch.randn(9000, 16).bfloat16(), torch.randn(7, 16)
+    hidden, targets = torch.randn(200, 16), torch.randint(9007, (200,))
+    found = []
+    for split in (True, False):
+        states, rows = hidden.clone().requires_grad_(), rest.clone().requires_grad_()
+        table = SplitTable(frozen, rows) if split else torch.cat((frozen.float(), rows))
+        loss = total_loss(states, table, targets, smoothing)
+        loss.backward()
+        found.append((loss, states.grad, rows.grad))
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        assert torch.allclose(total_loss(hidden, SplitTable(frozen, rest), targets, smoothing), found[0][0])
 
 
 def test_replay_takes_its_share_of_every_batch(base: Path, new: Path, tmp_path: Path, plait: Plait) -> None:

@@ -92,13 +92,20 @@ def test_a_model_composes_where_asked(run: Path) -> None:
     (run / "replies.json").unlink()
 
 
-def test_a_pair_that_is_left_out_counts_as_never_seen(run: Path) -> None:
+def test_confidence_is_the_share_of_unanswerable_messages_that_stand_out_less(run: Path) -> None:
     replies = Replies(Dataset.open(run.parent / "data"))
     assert (replies.question, replies.reply) == ("question", "reply")
-    kinds = replies.nearness(["What about a tent?"])[0]
-    gone = np.array([text == THINGS["a tent"] for text in replies.replies])
-    whole, without = (replies._features("What about a tent?", kinds, left) for left in (None, gone))
-    assert whole[0] > 0.9 > 0.8 > without[0] and whole[2] > without[2]
+    fitted = replies.fit()
+    leads = []
+    for text, reply in zip(replies.questions, replies.replies, strict=True):  # each as if its reply were not known
+        near = (replies.nearness([text])[0] @ replies.shares)[np.array(replies.replies) != reply]
+        others = np.array(replies.replies)[np.array(replies.replies) != reply]
+        best = near.argmax()
+        leads.append(near[best] - near[others != others[best]].max())
+    leads += [one for one in fitted.leads if not np.isclose(one, leads).any()]  # those of questions without a reply
+    assert np.allclose(np.sort(leads)[-5:], fitted.leads[-5:]) and fitted.measured == len(NEVER)
+    answer = replies.answer([f"Someone here asked us of {next(iter(THINGS))}."])[0]
+    assert answer.confidence == len(leads) / (len(leads) + 1) > answer.threshold  # it leads by more than any of them
 
 
 def test_words_that_say_more_weigh_more() -> None:

@@ -1,9 +1,9 @@
 """Auto-reply: new messages answered from past questions and their replies, or met with silence.
 
-An answer quotes the reply of the past question that is nearest. How near is near enough is found on messages that are
-made of the questions: with some of their words, among words that mean nothing, they are to be answered, and must meet
-silence once their pair is left out. So forty pairs suffice, and all of them stay in the past. What was fitted lies in
-the run's folder as JSON.
+An answer quotes the reply of the past question that is nearest. Whether it is near enough is judged by its lead over
+the nearest question with another reply, beside the leads that past questions themselves have where their own pairs are
+left out: those are messages which nothing in the past answers, asked by the same people about the same things. So forty
+pairs suffice, and all of them stay in the past. What was fitted lies in the run's folder as JSON.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
 
-from plait.chat.nearness import Embed, Nearness, words
+from plait.chat.nearness import Embed, Nearness
 from plait.core.errors import PlaitError
 from plait.core.files import read_json, write_json
 from plait.core.rng import uniform
@@ -25,15 +24,11 @@ from plait.inference.model import PlaitModel
 from plait.training.tasks import QUESTIONS, REPLIES
 
 FILE = "replies.json"
-VERSION = 2
+VERSION = 3
 FEWEST = 8  # pairs
 MOST = 2000  # pairs that are left out in turn
-STRANGE, LEFT_OUT, MISTAKEN = 0.98, 0.8, 0.9  # shares of what must not be answered that meets silence; see `fit`
-MADE = 4  # messages that are made of each question
-SHARES = {"characters": 0.4, "words": 0.3, "words with the reply": 0.3, "encoder": 2.0}  # of the kinds of nearness
-FEATURES = ("nearness of the nearest pair", "its lead over the nearest with another reply", "rarity of what is shared",
-            "share of the question that is shared", "its nearness by meaning")  # fmt: skip
-FILLERS = (2, 8)  # words that mean nothing in a message that is made
+SURE = 0.95  # share of what must not be answered that an answer has to stand out from
+SHARES = {"characters": 0.4, "words": 0.3, "words with the reply": 0.3, "encoder": 4.0}  # of the kinds of nearness
 DRAW = 331  # key of `uniform`
 
 
@@ -60,22 +55,22 @@ class Answer:
 
 @dataclass
 class Confidence:
-    """A logistic regression on `FEATURES`, scaled, and the least confidence at which an answer is given. `answered` and
-    `silent` are the shares of questions with and without an answer that were treated right, each pair left out."""
+    """How sure an answer is: the share of messages without an answer whose lead is smaller (a conformal p-value's
+    complement). Those are questions whose pairs were left out, and the data's questions that have no reply.
 
-    mean: list[float]
-    scale: list[float]
-    weights: list[float]
-    bias: float
+    Attributes:
+        leads: theirs, ascending.
+        threshold: the least confidence at which an answer is given.
+        measured: how many of them are the data's own.
+    """
+
+    leads: list[float]
     threshold: float
-    answered: float
-    silent: float
-    measured: int  # questions of the data that have no reply; pairs that were left out stand beside them
+    measured: int
 
-    def __call__(self, features: np.ndarray) -> np.ndarray:
-        """(N, features) to (N,) in [0, 1]."""
-        scaled = (features - np.array(self.mean)) / np.array(self.scale)
-        return np.asarray(1 / (1 + np.exp(-(scaled @ np.array(self.weights) + self.bias))))
+    def __call__(self, lead: float) -> float:
+        """The confidence, in [0, 1), of an answer whose pair leads by so much."""
+        return float(np.searchsorted(self.leads, lead, side="left") / (len(self.leads) + 1))
 
 
 class Replies:
@@ -131,91 +126,40 @@ class Replies:
     def _answer(self, message: str, kinds: np.ndarray, sources: int, compose: bool) -> Answer:
         assert self.confidence is not None
         near = kinds @ self.shares
-        chance = float(self.confidence(np.array([self._features(message, kinds)]))[0])
+        chance = self.confidence(float(self._leads(near[None])[0]))
         order = np.argsort(-near, kind="stable")
         pairs = [Pair(self.questions[i], self.replies[i], float(near[i].clip(0, 1))) for i in order[:sources]]
         said: str | None = self.replies[order[0]]
-        if chance <= self.confidence.threshold:
+        if chance < self.confidence.threshold:
             said = None
         elif compose:
             assert self.model is not None
             said = self.model.write([self.model.context(message)], self.reply)[0][0]
         return Answer(said, chance, self.confidence.threshold, pairs, compose and said is not None)
 
-    def _features(self, message: str, kinds: np.ndarray, without: np.ndarray | None = None) -> list[float]:
-        """As `FEATURES` names them, of a message and the kinds (pairs, kinds) of its nearness; pairs where `without` is
-        true are treated as never seen."""
-        near = kinds @ self.shares
-        if without is not None:
-            near = np.where(without, -1.0, near)
-        best = int(near.argmax())
-        others = near[self.owner != self.owner[best]]
-        second = max(float(others.max()), 0.0) if len(others) else 0.0
-        rarest, covered = self.nearness.by_words.shared(message, best)
-        meaning = float(kinds[best, -1]) if self.nearness.embed is not None else 0.0
-        top = max(float(near[best]), 0.0)
-        return [top, max(top - second, 0.0), rarest, covered, meaning]
-
-    def _right(self, kinds: np.ndarray, wanted: int, without: np.ndarray | None = None) -> bool:
-        """Whether the nearest pair has the reply `wanted`."""
-        near = kinds @ self.shares
-        near = near if without is None else np.where(without, -1.0, near)
-        return bool(self.owner[int(near.argmax())] == wanted)
+    def _leads(self, near: np.ndarray) -> np.ndarray:
+        """From nearness (messages, pairs): by how much the nearest pair leads the nearest with another reply."""
+        mine = self.owner[near.argmax(1)]
+        others = np.where(self.owner[None] == mine[:, None], 0.0, near).max(1)
+        return np.asarray(np.maximum(near.max(1) - others, 0.0))
 
     # --- how sure is sure enough ------------------------------------------------------------------------------
 
     def fit(self) -> Confidence:
-        """Fit the confidence on messages made of the questions. To be answered: those whose nearest pair has their
-        reply. To meet silence: those whose nearest has another, those whose pairs are left out, words that mean
-        nothing, and the questions of the data that have no reply."""
+        """Find what leads messages without an answer have."""
         order = np.argsort(uniform(DRAW, np.arange(len(self.questions))), kind="stable")[:MOST]
-        right: list[list[float]] = []
-        mistaken: list[list[float]] = []
-        left_out: list[list[float]] = []
-        strange: list[list[float]] = []
-        for i in order:
-            messages = [self._made(int(i), number, number + 1 < MADE) for number in range(MADE)]
-            alike = self.owner == self.owner[i]
-            for number, (message, kinds) in enumerate(zip(messages, self.nearness(messages), strict=True)):
-                if number + 1 == MADE:
-                    strange.append(self._features(message, kinds))
-                    continue
-                fine = self._right(kinds, self.owner[i])
-                (right if fine else mistaken).append(self._features(message, kinds))
-                left_out.append(self._features(message, kinds, alike))
-        real: list[list[float]] = []
+        leads = []
+        for start in range(0, len(order), 256):
+            some = order[start : start + 256]
+            near = self.nearness([self.questions[i] for i in some]) @ self.shares
+            own = self.owner[some][:, None] == self.owner[None]
+            leads.append(self._leads(np.where(own, 0.0, near)))
         if self.never:
-            pairs = zip(self.never, self.nearness(self.never), strict=True)
-            real = [self._features(message, kinds) for message, kinds in pairs]
-        groups = [(mistaken, MISTAKEN), (left_out, LEFT_OUT), (strange + real, STRANGE)]
-        outside = [row for rows, _ in groups for row in rows]
-        if not right:
-            raise PlaitError("No question is nearer to its own pair than to others. Give pairs that differ more.")
-        features = np.array(right + outside)
-        labels = np.arange(len(features)) < len(right)
-        mean, scale = features.mean(0), features.std(0) + 1e-6
-        model = LogisticRegression(class_weight="balanced", max_iter=1000).fit((features - mean) / scale, labels)
-        fitted = mean.tolist(), scale.tolist(), model.coef_[0].tolist(), float(model.intercept_[0])
-        found = Confidence(*fitted, threshold=0.5, answered=0, silent=0, measured=len(real))
-        found.threshold = max(float(np.quantile(found(np.array(rows)), share)) for rows, share in groups if rows)
-        found.answered = float((found(np.array(right)) > found.threshold).sum() / (len(right) + len(mistaken)))
-        found.silent = float((found(np.array(outside)) <= found.threshold).mean())
-        self.confidence = found
-        return found
-
-    def _made(self, pair: int, number: int, asks: bool) -> str:
-        """A message as somebody else might ask for a pair: some words of its question, those that say most being as
-        likely to be missing as others, among words that mean nothing. Where it does not ask, the common words alone."""
-        parts = self.questions[pair].split()
-        draw = uniform(DRAW, pair, number, np.arange(len(parts) + 1))
-        rare = [max((self.nearness.by_words.rarity(word) for word in words(part)), default=0.0) for part in parts]
-        if asks:
-            kept = [part for part, chance in zip(parts, draw, strict=False) if chance < 0.5]
-            kept = kept or [parts[int(np.argmax(rare))]]
-        else:
-            kept = [part for part, value in zip(parts, rare, strict=True) if value < np.median(rare)]
-        fillers = FILLERS[0] + int(draw[-1] * (FILLERS[1] - FILLERS[0] + 1))
-        return " ".join([*kept, *(_nonsense(pair, number, k) for k in range(fillers))])
+            leads.append(self._leads(self.nearness(self.never) @ self.shares))
+        ascending = np.sort(np.concatenate(leads)).tolist()
+        least = SURE * len(ascending) / (len(ascending) + 1)
+        self.confidence = Confidence(ascending, least, len(self.never))
+        return self.confidence
 
     def save(self, folder: Path) -> None:
         """Write down what was fitted, for runs of this data."""
@@ -236,13 +180,6 @@ class Replies:
             return False
         self.confidence = Confidence(**known["confidence"])
         return True
-
-
-def _nonsense(*keys: int) -> str:
-    """A word that no text holds, of two to eight letters."""
-    draw = uniform(DRAW, *keys, np.arange(9))
-    letters = np.array([*"aeiounrtslm"])
-    return "".join(letters[(draw[: 2 + int(draw[8] * 7)] * len(letters)).astype(int)])
 
 
 def same(a: str, b: str) -> bool:

@@ -29,6 +29,7 @@ from plait.cli import (
     export,
     generate,
     key,
+    mcp,
     prepare,
     recipes,
     serve,
@@ -48,7 +49,7 @@ PANELS = {
     "Measure": (evaluate, demo),
     "Use a model": (generate, classify, decide, describe, transcribe, draw, speak, embed, export),
     "Understand a model": (),
-    "Serve": (studio, serve, key),
+    "Serve": (studio, serve, mcp, key),
     "Check and foresee": (doctor, sizes),
 }
 

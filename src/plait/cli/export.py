@@ -15,14 +15,19 @@ from plait.console import ModelArgument, app, out, plain
 def export(
     model: ModelArgument,
     out_folder: Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")],
-    to: Annotated[str, typer.Option(help="transformers, onnx or tflite.")] = "transformers",
+    to: Annotated[
+        str, typer.Option(help="transformers, gguf, peft (LoRA's updates alone), onnx or tflite.")
+    ] = "transformers",
+    adapter: Annotated[Path | None, typer.Option(help="A folder of an adapter to add to the weights first.")] = None,
     length: Annotated[int | None, typer.Option(help="Positions of a tflite graph; by itself 512 at most.")] = None,
 ) -> None:
     """Write the text-and-codes backbone for other programs. docs/how-to/export.md says what each form can do.
 
     Example: plait export runs/demo --to transformers -o exported
     """
-    exported = plait.export(model, out_folder, to=to, length=length, tell=lambda line: out.print(plain(line)))
+    exported = plait.export(
+        model, out_folder, to=to, adapter=adapter, length=length, tell=lambda line: out.print(plain(line))
+    )
     if exported.difference is not None:
         out.print(f"Compared: logits within {exported.difference:.1e} of ours")
     out.print(f"Written: {exported.folder}")

@@ -35,6 +35,7 @@ def generate(
     repetition_penalty: Annotated[
         float | None, typer.Option(help="Above 1, makes tokens that were there already less likely.")
     ] = None,
+    adapter: Annotated[str | None, typer.Option(help="A folder of an adapter: PEFT's, or a LoRA run's.")] = None,
     do_sample: Annotated[bool | None, typer.Option(help="Sample; by itself where several are asked for.")] = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
@@ -44,7 +45,7 @@ def generate(
 
     Example: plait generate gpt2 "Hello, how are you?" --max-length 50 --num-return-sequences 5
     """
-    made = plait.load(model, device, precision).generate(
+    made = plait.load(model, device, precision, adapter=adapter).generate(
         prompt, max_length=max_length, max_new_tokens=max_new_tokens, num_return_sequences=num_return_sequences,
         do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p,
         min_p=min_p, top_a=top_a,

@@ -30,6 +30,10 @@ def serve(
         list[str] | None, typer.Option(help="An index to search in, made by one of the models; NAME=INDEX renames.")
     ] = None,
     alias: Annotated[list[str] | None, typer.Option(help="NAME=MODEL: a further name of a model.")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=DIR: the first model with an adapter (PEFT's, or of a LoRA run), in the same batch."),
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse fields that have no effect.")] = False,
     ui: Annotated[bool, typer.Option("--ui", help="A page to try the models in, at /.")] = False,
     device: DeviceOption = "auto",
@@ -65,6 +69,7 @@ def serve(
     run(
         models, host, port, key_file=api_key_file, allow_hosts=allow_host, allow_origins=allow_origin, device=device,
         precision=precision, resources={"search": index} if index else {}, page=page, aliases=alias, strict=strict,
+        adapters=adapter,
         limits=limits,
         tell=lambda url: out.print(
             f"Serving at {url}/v1 {f'with a page at {url} ' if ui else ''}(Ctrl-C stops)\n"

@@ -173,7 +173,7 @@ def point(link: Path, target: str) -> None:
     try:
         if not _symlinks_work(link.parent):
             with publish_folder(link) as folder:
-                _link_files(link.parent / target, folder)
+                link_files(link.parent / target, folder)
                 write_atomic(folder / LINK_NAME, target)
             return
         if link.is_dir() and not link.is_symlink():  # a copy that followed links
@@ -206,7 +206,7 @@ def _symlinks_work(folder: Path) -> bool:
     return True
 
 
-def _link_files(source: Path, target: Path) -> None:
+def link_files(source: Path, target: Path) -> None:
     """The files below `source` under the same names below `target`: hard links, or copies where there are none."""
     for file in sorted(source.rglob("*")):
         place = target / file.relative_to(source)

@@ -143,7 +143,7 @@ def exported_size(vocabulary: Vocabulary) -> int:
     return vocabulary.text if plain else vocabulary.size
 
 
-def _biases(c: TransformerConfig, architecture: Architecture) -> Biases:
+def biases_of(c: TransformerConfig, architecture: Architecture) -> Biases:
     """Theirs come for all projections of a part or none, the rest being zero."""
     if architecture.model_type == "qwen2":
         return Biases(qkv=True)
@@ -183,7 +183,7 @@ def _tensors(model: Multimodal, architecture: Architecture, size: int) -> dict[s
     if model.lm_head is not None:
         ours["lm_head.free"] = model.lm_head.table()[:size]
     tensors = {}
-    for name, parts in layout(architecture, c, size, model.config.tied, _biases(c, architecture)).items():
+    for name, parts in layout(architecture, c, size, model.config.tied, biases_of(c, architecture)).items():
         value, start = ours.get(name), 0
         for part in parts:
             if value is None:  # a bias that they have and we do not

@@ -100,12 +100,14 @@ class _Weights:
                     f"{path}: tensor {name} is of type {part.get_dtype()}; quantised weights cannot be read."
                 )
 
-    def read(self, part: Stored, rows: slice = slice(None)) -> Tensor:
-        """Rows of a tensor, in fp32. The file is opened anew each time, so that no more of it stays in memory."""
+    def read(self, part: Stored, rows: slice = slice(None), half: bool = False) -> Tensor:
+        """Rows of a tensor, in fp32, or with `half` in the 16 bit that the file has them in. The file is opened anew
+        each time, so that no more of it stays in memory."""
         _, inner, path = self.files[part.name]
         try:
             with safe_open(path, framework="pt") as file:
-                value: Tensor = file.get_slice(inner)[rows].float()
+                value: Tensor = file.get_slice(inner)[rows]
+                value = value if half and value.dtype in (torch.bfloat16, torch.float16) else value.float()
         except (SafetensorError, RuntimeError, OSError) as error:
             raise PlaitError(f"{path}: tensor {part.name} cannot be read: {error}. Fetch it again.") from error
         if not value.isfinite().all():
@@ -173,12 +175,19 @@ def runs(folder: Path) -> bool:
     return True
 
 
-def load(name_or_folder: str | Path, device: torch.device | None = None, storage: str | None = None) -> Checkpoint:
+def load(
+    name_or_folder: str | Path,
+    device: torch.device | None = None,
+    storage: str | None = None,
+    *,
+    compact: bool = False,
+) -> Checkpoint:
     """A causal language model of one of the `ARCHITECTURES` as a Plait checkpoint that reads and writes text.
 
     The vocabulary is theirs and ends with their end token; our own end and padding rows after it are zero and unused.
     Weights are fp32, or with `storage` packed for use alone as they are read, one tensor after the other: in one of
-    `kernels.linear.STORAGES`, or "file", which keeps a GGUF file's own precision as near as there are kernels.
+    `kernels.linear.STORAGES`, or "file", which keeps a GGUF file's own precision as near as there are kernels. With
+    `compact` they are for training on top of: frozen, matrices and rows in the 16 bit that the file has.
 
     Raises PlaitError naming the file, key or tensor where the model cannot be found, trusted or represented.
     """
@@ -194,8 +203,8 @@ def load(name_or_folder: str | Path, device: torch.device | None = None, storage
     generation, ends = _sampling(advised, advice), _ends(config, advised, described.size, folder)
     weights = _Weights(folder, described.architecture.prefix)
     text = _read_text(folder, described.size)
-    model = _build(described, weights, ends, storage, folder)
-    return _finished(Checkpoint(model, text, generation=generation), str(name_or_folder), device)
+    model = _build(described, weights, ends, storage, folder, compact)
+    return _finished(Checkpoint(model, text, generation=generation, origin=folder), str(name_or_folder), device)
 
 
 def _load_gguf(path: Path, device: torch.device | None, storage: str | None) -> Checkpoint:
@@ -206,7 +215,7 @@ def _load_gguf(path: Path, device: torch.device | None, storage: str | None) -> 
     if text.size > described.size:
         raise PlaitError(f"{path}: the tokenizer knows {text.size} ids, and the table has {described.size} rows.")
     model = _build(described, file, _ends(config, {}, described.size, path), storage, path)
-    return _finished(Checkpoint(model, text), str(path), device)
+    return _finished(Checkpoint(model, text, origin=path), str(path), device)
 
 
 def _finished(checkpoint: Checkpoint, name: str, device: torch.device | None) -> Checkpoint:
@@ -218,8 +227,9 @@ def _finished(checkpoint: Checkpoint, name: str, device: torch.device | None) ->
 
 
 def _build(
-    described: Imported, weights: _Weights | GGUF, ends: list[int], storage: str | None, where: Path
-) -> Multimodal:
+    described: Imported, weights: _Weights | GGUF, ends: list[int], storage: str | None, where: Path,
+    compact: bool = False,
+) -> Multimodal:  # fmt: skip
     """The network with its weights. Everything is checked before the first one is read."""
     backbone, size, tied = described.backbone, described.size, described.tied
     plan = layout(described.architecture, backbone, size, tied, described.biases)
@@ -238,7 +248,8 @@ def _build(
     for name, wanted in model.state_dict().items():
         if storage is not None and name.endswith(".free"):
             continue
-        tensors[name] = _Rows(plan[name], wanted.shape, weights, backbone)[:]
+        half = compact and wanted.ndim == 2 and isinstance(weights, _Weights)
+        tensors[name] = _Rows(plan[name], wanted.shape, weights, backbone, half)[:]
     model.load_state_dict(tensors, assign=True, strict=storage is None)
     if backbone.position == "rotary":
         model.backbone.set_frequencies()
@@ -275,9 +286,10 @@ class _Rows:
     theirs are zero."""
 
     def __init__(
-        self, parts: list[Stored], shape: torch.Size, weights: _Weights | GGUF, backbone: TransformerConfig
-    ) -> None:
-        self.parts, self.shape, self.weights, self.backbone = parts, shape, weights, backbone
+        self, parts: list[Stored], shape: torch.Size, weights: _Weights | GGUF, backbone: TransformerConfig,
+        half: bool = False,
+    ) -> None:  # fmt: skip
+        self.parts, self.shape, self.weights, self.backbone, self.half = parts, shape, weights, backbone, half
         self.device = torch.device("cpu")
 
     def detach(self) -> _Rows:
@@ -294,12 +306,14 @@ class _Rows:
             at += count
         value = torch.cat(values) if len(values) > 1 else values[0] if values else torch.zeros(0, *self.shape[1:])
         missing = stop - start - len(value)
-        return torch.cat((value, torch.zeros(missing, *self.shape[1:]))) if missing else value
+        return torch.cat((value, value.new_zeros(missing, *self.shape[1:]))) if missing else value
 
     def _part(self, part: Stored, rows: slice) -> Tensor:
         if isinstance(self.weights, GGUF):
             heads = self.backbone.heads if "q_proj" in part.name else self.backbone.kv_heads
             return self.weights.read(part, rows, heads) + part.offset
         if part.transposed:
-            return self.weights.read(part).t()[rows].contiguous() + part.offset
-        return self.weights.read(part, rows) + part.offset
+            value = self.weights.read(part, half=self.half).t()[rows].contiguous()
+        else:
+            value = self.weights.read(part, rows, self.half)
+        return value + part.offset if part.offset else value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,10 @@ from torch import Tensor
 from plait.core.errors import PlaitError
 from plait.core.interruption import pause_point
 from plait.hf.hub import quiet
+from plait.inference.results import Segment
+from plait.modalities.audio_files import silent
 
 SECONDS = 30  # of audio that Whisper reads at once
-SILENCE = 1e-3  # a clip that nowhere exceeds this says nothing: 60 dB below full scale
 TASKS = ("transcribe", "translate")
 # As OpenAI's own program decodes what is long: what looks wrong is written anew at a higher temperature, and what is
 # no speech is left out.
@@ -27,15 +27,6 @@ LONG_FORM: dict[str, Any] = {
     "condition_on_prev_tokens": False,
     "return_timestamps": True,
 }
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Some words of a recording. `start` and `end` are seconds from its beginning."""
-
-    start: float
-    end: float
-    text: str
 
 
 class Speech:
@@ -114,7 +105,3 @@ class Speech:
                 return self.run(self.model.generate, **inputs, **options, stopping_criteria=[stop])
             except ValueError as error:  # a language that it does not have
                 raise PlaitError(f"{self.name}: {' '.join(str(error).split())[:300]}") from error
-
-
-def silent(wave: np.ndarray) -> bool:
-    return not len(wave) or float(np.abs(wave).max()) < SILENCE

@@ -251,7 +251,8 @@ class Decoder:
     def step(self, x: Tensor, cache: KVCache, lengths: np.ndarray) -> Tensor:
         """Hidden states (B, D) of one more position in each of the cache's first B rows, which hold `lengths` (B,)
         and get longer by one; x (B, D) embeds what stands there."""
-        if self.native is not None and self.ways.steps[nearest(len(x))] == KERNEL:
+        adapted = self.whole.adapter_rows is not None and self.whole.adapter_rows.active
+        if self.native is not None and not adapted and self.ways.steps[nearest(len(x))] == KERNEL:
             return self.native(x, cache, lengths)
         with exact_products(self.device.torch):
             return self._step(x, cache, int(lengths.max()) + 1, bool((lengths == lengths[0]).all()))

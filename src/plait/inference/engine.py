@@ -70,6 +70,7 @@ class Request:
     logprobs: bool = False
     top_logprobs: int = 0  # the likeliest ids at each place, so many; they need `logprobs`
     constraint: TextConstraint | None = None  # what a text must be
+    adapter: int = -1  # of the backbone's, by its number; -1: none, or the default
     on_delta: Callable[[Delta], None] | None = None  # called by the thread that runs the engine
 
 
@@ -267,6 +268,8 @@ class Engine:
         self.groups: list[_Group] | None = None  # None: who is in the batch has changed
         self.hidden = torch.empty(0)
         self.lengths = np.zeros(0, np.int64)  # of the rows, as the cache has them
+        self.adapters = np.zeros(0, np.int64)  # of the rows
+        self.adapter_rows = self.model.backbone.adapter_rows
         self.pending: deque[_Sample] = deque()
         self.lock = threading.Lock()
 
@@ -429,17 +432,19 @@ class Engine:
         # Equal contexts are read once: the samples of one request, the bare openers of guidance.
         wanted: dict[object, tuple[Sequence, list[int]]] = {}
 
-        def place(context: Sequence) -> int:
-            key = id(context) if context.media else tuple(context.ids)
+        def place(context: Sequence, adapter: int) -> int:
+            key = adapter, id(context) if context.media else tuple(context.ids)
+            self.adapters[self.used] = adapter
             wanted.setdefault(key, (context, []))[1].append(self.used)
             self.used += 1
             return self.used - 1
 
         for sample in fresh:
             context = sample.job.request.context
-            sample.row = place(context)
+            adapter = sample.job.request.adapter
+            sample.row = place(context, adapter)
             if sample.guided:
-                sample.partner = place(Sequence().read_ids(context.ids[-1:]))
+                sample.partner = place(Sequence().read_ids(context.ids[-1:]), adapter)
         self.samples += fresh
         self.groups = None
         todo = sorted(wanted.values(), key=lambda entry: len(entry[0]))
@@ -456,6 +461,7 @@ class Engine:
         batch = collate([s for s, _ in entries], self.model.media, self.model.vocabulary.pad).to(self.device.torch)
         rows = torch.tensor([places[0] for _, places in entries], device=self.device.torch)
         cache.lengths[rows] = 0
+        self._choose_adapters([places[0] for _, places in entries])
         with self.device.autocast():
             x = self.model.inputs(batch, self.table)
         hidden = self.decoder(x, view=View(cache, rows, batch.lengths, batch.tokens.shape[1], held=0))
@@ -469,6 +475,12 @@ class Engine:
             cache.copy(source, target, batch.tokens.shape[1])
             self.hidden[target] = self.hidden[source]
 
+    def _choose_adapters(self, rows: list[int] | slice) -> None:
+        """Which adapters the next pass, over these rows, is computed with."""
+        if self.adapter_rows is not None:
+            own = self.adapters[rows]
+            self.adapter_rows.choose(np.where(own < 0, self.adapter_rows.default, own).tolist())
+
     def _reserve(self, rows: int, length: int) -> None:
         """Room for so many rows of such a length; what is there is kept."""
         old = self.cache
@@ -480,7 +492,7 @@ class Engine:
         config = self.model.config.backbone
         new = self.decoder.cache(rows, length)
         hidden = torch.zeros(rows, config.width, device=self.device.torch, dtype=self.device.dtype)
-        lengths = np.zeros(rows, np.int64)
+        lengths, adapters = np.zeros(rows, np.int64), np.full(rows, -1, np.int64)
         if old is not None and self.used:
             held = int(self.lengths[: self.used].max())
             new.keys[:, : self.used, :, :held] = old.keys[:, : self.used, :, :held]
@@ -488,7 +500,8 @@ class Engine:
             new.lengths[: self.used] = old.lengths[: self.used]
             hidden[: self.used] = self.hidden[: self.used]
             lengths[: self.used] = self.lengths[: self.used]
-        self.cache, self.hidden, self.lengths = new, hidden, lengths
+            adapters[: self.used] = self.adapters[: self.used]
+        self.cache, self.hidden, self.lengths, self.adapters = new, hidden, lengths, adapters
 
     def _groups(self) -> list[_Group]:
         if self.groups is None:
@@ -572,6 +585,7 @@ class Engine:
             self.cache.copy(moved, holes, int(self.lengths[moved].max()))
             self.hidden[holes] = self.hidden[moved]
             self.lengths[holes] = self.lengths[moved]
+            self.adapters[holes] = self.adapters[moved]
             feed[holes] = feed[moved]
             places = dict(zip(moved, holes, strict=True))
             for sample in self.samples:
@@ -584,6 +598,7 @@ class Engine:
         """One forward pass over the ids just chosen."""
         assert self.cache is not None
         x = embed_tokens(torch.from_numpy(feed).to(self.device.torch), self.table)
+        self._choose_adapters(slice(self.used))
         self.hidden[: self.used] = self.decoder.step(x, self.cache, self.lengths[: self.used])
         self.lengths[: self.used] += 1
         trained = self.model.config.backbone.trained_length

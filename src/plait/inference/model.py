@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as SequenceOf
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, Unpack
 
@@ -14,6 +17,9 @@ import torch
 from PIL import Image as PILImage
 
 from plait.classifiers.classifier import Classifier
+from plait.classifiers.numbers import Numbers
+from plait.classifiers.predictors import Predictor
+from plait.classifiers.several import SeveralLabels
 from plait.core.device import choose_device
 from plait.core.errors import PlaitError
 from plait.core.features import ExtensionPoint
@@ -24,16 +30,21 @@ from plait.inference.base import Model, Verb
 from plait.inference.constrained import ConstraintCompiler, ConstraintError, TextConstraint
 from plait.inference.engine import Completion, Engine, Request
 from plait.inference.inputs import Reading
-from plait.inference.opinions import opinion_scores
-from plait.inference.results import Prediction, Predictions
+from plait.inference.opinions import ood_scores, opinion_scores
+from plait.inference.results import Estimate, Prediction, Predictions, Segment
 from plait.inference.sampling import Options, make_sampling
 from plait.inference.showcase import Shown, showcase
-from plait.modalities.inputs import medium_of
+from plait.modalities.audio_files import decode_audio, silent
+from plait.modalities.descriptor import MediaError
+from plait.modalities.inputs import inputs_of, medium_of
 from plait.modalities.media import read_by
 from plait.model import checkpoint as checkpoints
 from plait.model.checkpoint import Checkpoint, find_checkpoint
+from plait.model.lora import Adapter, attach_adapter
 from plait.model.multimodal import Sequence
 
+FRAME_SECONDS = 0.01  # of a frame of the log-mel that audio modalities read
+ADAPTER_FILE = "adapter_config.json"  # of PEFT
 DEFAULT_NEW_TOKENS = 50  # of a continuation, where nothing else bounds it
 
 
@@ -48,13 +59,21 @@ MODEL_SOURCES: ExtensionPoint[ModelSource] = ExtensionPoint("model_source")
 MODEL_CLASSES: ExtensionPoint[type[PlaitModel]] = ExtensionPoint("model_class")
 
 
-def load(path: str | Path, device: str = "auto", precision: str = "auto") -> Model:
+def load(
+    path: str | Path, device: str = "auto", precision: str = "auto", *, adapter: str | Path | None = None
+) -> Model:
     """The model of a run's folder (its best checkpoint, else its last), of a checkpoint's folder, or of a Hugging
     Face name, folder or GGUF file: `hf.architectures` in our backbone, others through transformers.
 
-    Where a run's best checkpoint is damaged, a warning names what is wrong and the newest whole one is taken. Raises
+    `adapter` is a folder of PEFT's or of a LoRA run, whose updates are computed beside the model's weights. Where a
+    run's best checkpoint is damaged, a warning names what is wrong and the newest whole one is taken. Raises
     PlaitError where there is none or it is damaged.
     """
+    if adapter is None and (file := Path(path).expanduser() / ADAPTER_FILE).is_file():
+        path, adapter = _base_of(file), path
+    if adapter is not None:
+        model = load(path, device, precision)
+        return attach_adapters(model, {Path(adapter).name: adapter})[0]
     folder = find_checkpoint(path)
     choose_device(device, precision)  # which says what is wrong before anything is read
     if folder is not None and folder != Path(path).expanduser() and (wrong := checkpoints.verify(folder)):
@@ -66,6 +85,34 @@ def load(path: str | Path, device: str = "auto", precision: str = "auto") -> Mod
     if folder is not None and read_json(folder / "config.json").get("model_type") == "plait":
         return model_of(checkpoints.load(folder), device, precision, folder)
     return MODEL_SOURCES.one()(folder or path, device, precision)
+
+
+def _base_of(file: Path) -> str:
+    """The model that PEFT's adapter says it belongs to. Raises PlaitError where it says none."""
+    name = read_json(file).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise PlaitError(f"{file} does not say which model it belongs to. Name it: BASE --adapter {file.parent}")
+    return name
+
+
+class AdapterSource(Protocol):
+    """Reads adapters from files; a feature adds it."""
+
+    def __call__(self, folder: str | Path, checkpoint: Checkpoint) -> Adapter: ...
+
+
+ADAPTER_SOURCES: ExtensionPoint[AdapterSource] = ExtensionPoint("adapter_source")
+
+
+def attach_adapters(model: Model, folders: Mapping[str, str | Path]) -> list[PlaitModel]:
+    """A model for each adapter, by name; they share the weights of `model`. Raises PlaitError where a folder holds
+    none, or one of another base."""
+    if (ours := model.plait_model) is None:
+        raise PlaitError(
+            f"{model.name} runs in transformers, where adapters are not taken. Use one that runs in Plait."
+        )
+    adapters = {name: ADAPTER_SOURCES.one()(folder, ours.checkpoint) for name, folder in folders.items()}
+    return [ours.attach(name, adapter) for name, adapter in adapters.items()]
 
 
 def model_of(
@@ -91,10 +138,20 @@ class PlaitModel(Reading, Model):
         if self.device.weights is not None:
             checkpoint.model.pack(self.device.weights)
         self.vocabulary = checkpoint.model.vocabulary
+        self.adapter = -1  # that requests are written with
 
     @property
     def plait_model(self) -> PlaitModel:
         return self
+
+    def attach(self, name: str, adapter: Adapter) -> PlaitModel:
+        """The same model, sharing its weights, with an adapter that its requests are written with. All adapters of a
+        model are attached before its engine is used."""
+        twin = copy.copy(self)
+        twin.__dict__.pop("engine", None)
+        self.__dict__.pop("engine", None)
+        twin.adapter, twin.name = attach_adapter(self.checkpoint.model.backbone, name, adapter), name
+        return twin
 
     def showcase(self, records: list[Record]) -> list[Shown]:
         """What it makes of a few records, for somebody who watches it learn; see `inference.showcase`."""
@@ -165,6 +222,7 @@ class PlaitModel(Reading, Model):
             seed=options.get("seed", 0),
             stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
             constraint=options.get("constraint") if token_type == "text" else None,
+            adapter=self.adapter,
         )
 
     def requests(
@@ -303,15 +361,45 @@ class PlaitModel(Reading, Model):
         **options: Unpack[Options],
     ) -> str:
         """The words of an audio clip. A long one is read in windows that overlap by half; see `joined`."""
+        self._check_speech(language, task)
+        spoken = self.spoken(audio)
+        target = self.column(column, "text", "transcribe")
+        texts = [row[0] for row in self.write([sequence for _, _, sequence in spoken], target, **options)]
+        return joined(texts)
+
+    def segments(self, audio: Any, language: str | None = None, task: str = "transcribe") -> list[Segment]:
+        """What is said when in an audio clip: the text of each window, from the middle of its overlap with the one
+        before to that with the one behind it."""
+        self._check_speech(language, task)
+        spoken = self.spoken(audio)
+        target = self.column(None, "text", "transcribe")
+        texts = [row[0] for row in self.write([sequence for _, _, sequence in spoken], target)]
+        return joined_segments([Segment(a, b, text) for (a, b, _), text in zip(spoken, texts, strict=True)])
+
+    def spoken(self, audio: Any) -> list[tuple[float, float, Sequence]]:
+        """The windows of an audio clip in which something can be heard: where each begins and ends, in seconds, without
+        the half of its overlaps that belongs to a neighbour, and its sequence."""
+        modality = self.modality(self.column(None, "audio", "transcribe"))
+        try:
+            value = medium_of(audio)
+            wave, rate = value if isinstance(value, tuple) else decode_audio(value)
+        except MediaError as error:
+            raise PlaitError(f"The audio cannot be read: {error}.") from error
+        sequences = self.alone((wave, rate), self.engine.max_length)
+        length, total = getattr(modality.settings, "frames", 1) * FRAME_SECONDS, len(wave) / rate
+        starts = [min(i * length / 2, max(total - length, 0.0)) for i in range(len(sequences))]
+        edges = [0.0, *((a + length + b) / 2 for a, b in pairwise(starts)), total]
+        found = []
+        for i, (start, sequence) in enumerate(zip(starts, sequences, strict=True)):
+            if not silent(np.asarray(wave)[int(start * rate) : int((start + length) * rate) + 1]):
+                found.append((edges[i], edges[i + 1], sequence))
+        return found
+
+    def _check_speech(self, language: str | None, task: str) -> None:
         if task != "transcribe":
             raise PlaitError(f"This model writes down what it hears, and knows no task '{task}'. Leave it out.")
         if language is not None:
             raise PlaitError(f"{self.name} writes what its columns hold. Leave the language out, or name a column.")
-        self.column(None, "audio", "transcribe")
-        target = self.column(column, "text", "transcribe")
-        audio = medium_of(audio)
-        texts = [row[0] for row in self.write(self.alone(audio, self.engine.max_length), target, **options)]
-        return joined(texts)
 
     def draw(
         self, text: str, n: int = 1, best_of: int | None = None, column: str | None = None, **options: Unpack[Options]
@@ -380,9 +468,12 @@ class PlaitModel(Reading, Model):
     ) -> list[Predictions]:
         """`classify` for inputs that are sequences already: of each one, or its windows."""
         if column is None:
-            known = [name for name in self.labels if self.labels[name]]
+            several = [one.target for one in self.checkpoint.predictors if isinstance(one, SeveralLabels)]
+            known = [name for name in self.labels if self.labels[name]] or several
             column = known[0] if known else None
         column = self.column(column, "text", "classify")
+        if labels is None and (predictor := self._predictor(inputs, column)) is not None:
+            return self._several(predictor, inputs, top)
         answers: dict[int, Predictions] = {}
         groups: dict[int, list[int]] = {}  # which classifier answers, counted from 0, or -1 for none -> inputs
         for place, parts in enumerate(inputs):
@@ -397,6 +488,79 @@ class PlaitModel(Reading, Model):
             answers |= dict(zip(places, made, strict=True))
         return [answers[place] for place in range(len(inputs))]
 
+    @property
+    def answer_labels(self) -> dict[str, list[str]]:
+        """Column -> labels, of the columns with one label a record and of those with several."""
+        several = {one.target: one.labels for one in self.checkpoint.predictors if isinstance(one, SeveralLabels)}
+        return self.labels | several
+
+    def level_probabilities(self, value: Any, column: str, levels: SequenceOf[float]) -> list[float]:
+        """How likely each of some numbers is the nearest to the one that a column holds for an input."""
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
+        estimate = self.estimate_inputs([value], column)[0]
+        predictor = self._predictor([self.alone(value, self.engine.max_length)], column)
+        assert isinstance(predictor, Numbers)
+        return list(map(float, predictor.level_probabilities(estimate.value, levels)))
+
+    @property
+    def several(self) -> list[str]:
+        """The columns in which a record has several labels."""
+        return list(dict.fromkeys(one.target for one in self.checkpoint.predictors if isinstance(one, SeveralLabels)))
+
+    @property
+    def numbers(self) -> list[str]:
+        """The columns of numbers that it predicts."""
+        return list(dict.fromkeys(one.target for one in self.checkpoint.predictors if isinstance(one, Numbers)))
+
+    def estimate(self, value: Any, column: str | None = None) -> Any:
+        """The number that a column holds for an input, with its error bars; a list for a list or a folder.
+
+        The column is the first of numbers if left out. Raises PlaitError where the model has learnt none.
+        """
+        given = inputs_of(value)
+        found = self.estimate_inputs(given.values, column)
+        return found if given.several else found[0]
+
+    def estimate_inputs(self, inputs: list[Any], column: str | None = None) -> list[Estimate]:
+        """`estimate` for inputs as they are: a str is a text, whatever it looks like."""
+        column = column or next(iter(self.numbers), None)
+        if column not in self.numbers:
+            raise PlaitError(f"{self.name} predicts no numbers{f' {column}' if column else ''}. It predicts "
+                             f"{', '.join(self.numbers) or 'none'}; name a column: --number COLUMN of plait "
+                             "prepare.")  # fmt: skip
+        parts = [self.alone(value, self.engine.max_length) for value in inputs]
+        predictor = self._predictor(parts, column)
+        if not isinstance(predictor, Numbers):
+            raise PlaitError(f"'{column}' cannot be predicted from such an input.")
+        samples, owners = self._samples(predictor.features.kind, parts)
+        means = _means(predictor.predict(samples)[:, None], owners)
+        values = [float(mean[0]) for mean in means]
+        return [Estimate(value, value + predictor.low, value + predictor.high) for value in values]
+
+    def _several(self, predictor: Predictor, inputs: list[list[Sequence]], top: int | None) -> list[Predictions]:
+        """All labels with a probability each of its own, likeliest first, and those that hold."""
+        if isinstance(predictor, Numbers):
+            raise PlaitError(f"'{predictor.target}' holds numbers. Ask for them with estimate: it has error bars.")
+        samples, owners = self._samples(predictor.features.kind, inputs)
+        found = []
+        for chances in _means(predictor.probabilities(samples), owners):
+            order = np.argsort(-chances, kind="stable")
+            chosen = [predictor.labels[i] for i in order if chances[i] >= predictor.thresholds[i]]
+            ranked = [Prediction(predictor.labels[i], float(chances[i])) for i in order[:top]]
+            found.append(Predictions(ranked, chosen=chosen))
+        return found
+
+    def _predictor(self, inputs: list[list[Sequence]], column: str) -> Predictor | None:
+        """What was fitted for a column of several labels or numbers and all of these inputs; None where nothing was."""
+        return next(
+            (
+                one
+                for one in self.checkpoint.predictors
+                if one.target == column and all(self._fits(parts, one.source, one.features.kind) for parts in inputs)
+            ),
+            None,
+        )
+
     def _rank(self, inputs: list[list[Sequence]], labels: list[str], column: str, top: int | None) -> list[Predictions]:
         """Labels by their likelihood as texts."""
         if not labels:
@@ -409,27 +573,31 @@ class PlaitModel(Reading, Model):
     def _classifier(self, parts: list[Sequence], column: str) -> Classifier | None:
         """What was fitted for one input of this kind, alone; None where nothing was."""
         for one in self.checkpoint.classifiers:
-            opener = None if one.features.kind == "text" else self.vocabulary.opener(one.source)
-            media = [len(part.media) for part in parts]
-            if opener is None:
-                fits = not any(media) and all(len(part.spans) == 1 for part in parts)
-            else:
-                fits = all(count == 1 and part.ids[0] == opener for count, part in zip(media, parts, strict=True))
-            if one.target == column and fits:
+            if one.target == column and self._fits(parts, one.source, one.features.kind):
                 return one
         return None
 
+    def _fits(self, parts: list[Sequence], source: str, kind: str) -> bool:
+        """Whether an input is of the kind that something was fitted for, alone."""
+        media = [len(part.media) for part in parts]
+        if kind == "text":
+            return not any(media) and all(len(part.spans) == 1 for part in parts)
+        opener = self.vocabulary.opener(source)
+        return all(count == 1 and part.ids[0] == opener for count, part in zip(media, parts, strict=True))
+
+    def _samples(self, kind: str, inputs: list[list[Sequence]]) -> tuple[list[Any], list[list[Sequence]]]:
+        """Inputs as features read them, texts or samples, and the sequences that each stands for."""
+        if kind == "text":  # whose windows are one text again
+            texts = ["".join(self.checkpoint.text.decode(part.ids) for part in parts) for parts in inputs]
+            return texts, [parts[:1] for parts in inputs]
+        return [part.media[0].sample for parts in inputs for part in parts], inputs
+
     def _decide(self, classifier: Classifier, inputs: list[list[Sequence]], top: int | None) -> list[Predictions]:
         """The classifier's answers to inputs that are one sequence each, or windows."""
-        if classifier.features.kind == "text":  # whose windows are one text again
-            samples: list[Any] = ["".join(self.checkpoint.text.decode(part.ids) for part in parts) for parts in inputs]
-            owners = [parts[:1] for parts in inputs]
-        else:
-            samples = [part.media[0].sample for parts in inputs for part in parts]
-            owners = inputs
+        samples, owners = self._samples(classifier.features.kind, inputs)
         scores = opinion_scores(self, classifier, samples, classifier.mixture.used)
         chances = _means(np.exp(classifier.mixture.log_probabilities(scores)), owners)
-        unfamiliar = _means(classifier.mixture.ood_scores(scores), owners)
+        unfamiliar = _means(ood_scores(self, classifier, samples, scores), owners)
         return [
             _predictions(mean, classifier.labels, top, float(score), float(score) > classifier.mixture.threshold)
             for mean, score in zip(chances, unfamiliar, strict=True)
@@ -468,6 +636,17 @@ def _predictions(
 def _means(values: np.ndarray, inputs: list[list[Sequence]]) -> list[np.ndarray]:
     """The mean of each input's rows, which lie one after the other."""
     return [rows.mean(0) for rows in np.split(values, np.cumsum([len(parts) for parts in inputs])[:-1])]
+
+
+def joined_segments(segments: list[Segment]) -> list[Segment]:
+    """Segments that hold something; neighbours with one text are one."""
+    found: list[Segment] = []
+    for segment in segments:
+        if found and segment.text == found[-1].text and found[-1].end == segment.start:
+            found[-1] = Segment(found[-1].start, segment.end, segment.text)
+        elif segment.text.strip():
+            found.append(segment)
+    return found
 
 
 def joined(texts: list[str]) -> str:

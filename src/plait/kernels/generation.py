@@ -116,6 +116,7 @@ class NativeStep:
         return _Norm(self._keep(module.weight), None if bias is None else self._keep(bias))
 
     def _linear(self, module: nn.Module) -> LinearStruct:
+        module = getattr(module, "base", module)  # of a layer with adapters, which this step does without
         assert isinstance(module, PackedLinear)
         self.kept.append(module)
         self.size += module.in_features * module.out_features

@@ -211,20 +211,30 @@ def softmax_loss(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
 class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        width = x.shape[-1] // 2
-        out = x.new_empty(*x.shape[:-1], width)
-        _call("plait_gate", _halved(x.dtype), x, out.numel() // width, width, out, _threads(out.numel()))
         ctx.save_for_backward(x)
-        return out
+        return gate_values(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        width, to_x = grad.shape[-1], torch.empty_like(x)
-        rows, grad = grad.numel() // width, grad.contiguous()
-        _call("plait_gate_back", _halved(x.dtype), x, grad, rows, width, to_x, _threads(grad.numel()))
-        return to_x
+        return gate_gradient(x, grad)
+
+
+def gate_values(x: Tensor) -> Tensor:
+    """`gate` without gradients, in the precision of x, bf16 or fp32."""
+    width = x.shape[-1] // 2
+    out = x.new_empty(*x.shape[:-1], width)
+    _call("plait_gate", _halved(x.dtype), x, out.numel() // width, width, out, _threads(out.numel()))
+    return out
+
+
+def gate_gradient(x: Tensor, grad: Tensor) -> Tensor:
+    """The gradient to what `gate` read, from that to what it gave; in the precision of x."""
+    width, to_x = grad.shape[-1], torch.empty_like(x)
+    rows, grad = grad.numel() // width, grad.to(x.dtype).contiguous()
+    _call("plait_gate_back", _halved(x.dtype), x, grad, rows, width, to_x, _threads(grad.numel()))
+    return to_x
 
 
 def gate(x: Tensor) -> Tensor:

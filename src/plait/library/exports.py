@@ -33,6 +33,7 @@ def export(
     out: str | Path,
     *,
     to: str = "transformers",
+    adapter: str | Path | None = None,
     length: int | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Export:
@@ -41,25 +42,30 @@ def export(
     Args:
         model: a model on the CPU, or what `plait.load` takes.
         out: the folder to write.
-        to: transformers, onnx or tflite.
+        to: transformers, gguf, onnx or tflite; or peft, the low-rank updates of a run that was trained with LoRA alone.
+        adapter: a folder of an adapter that is added to the weights first.
         length: positions of a tflite graph; 512 at most if left out.
         tell: called with lines about long work.
 
     Raises PlaitError for a format that is unknown or whose library is missing, and for a model that cannot be written.
     """
+    from plait.hf.adapters import read_adapter
     from plait.hf.export import export_onnx, export_transformers
     from plait.hf.export_constraints import add_export_constraints
     from plait.hf.tflite import export_tflite
     from plait.inference.base import Verb
     from plait.inference.model import load
+    from plait.model.lora import merge_adapter
 
     formats: dict[str, Callable[..., object]] = {
         "transformers": export_transformers,
         "onnx": export_onnx,
         "tflite": partial(export_tflite, length=length, tell=tell or (lambda line: None)),
     }
+    if to == "peft":
+        return Export(_export_peft(model, Path(out)), None)
     if to not in formats:
-        raise PlaitError(f"Unknown format '{to}'. Use {', '.join(formats)}.")
+        raise PlaitError(f"Unknown format '{to}'. Use {', '.join(formats)}, peft.")
     if length is not None and to != "tflite":
         raise PlaitError("--length is of --to tflite alone: the others take texts of any length.")
     if to == "onnx":
@@ -72,5 +78,20 @@ def export(
         )
     if Verb.GENERATE not in loaded.verbs:
         raise PlaitError(f"{model} can {' and '.join(loaded.verbs)}, which no other program can; nothing is written.")
+    if adapter is not None:
+        merge_adapter(loaded.checkpoint.model.backbone, read_adapter(adapter, loaded.checkpoint))
     worst = formats[to](add_export_constraints(loaded.checkpoint, loaded.engine), Path(out))
     return Export(Path(out), worst if isinstance(worst, float) else None)
+
+
+def _export_peft(model: Model | str | Path, out: Path) -> Path:
+    """The low-rank updates of a run as PEFT has them. Raises PlaitError where it was not trained so."""
+    from plait.hf.adapters import write_adapter
+    from plait.model.adapted import FILE, load_adapted
+    from plait.model.checkpoint import find_checkpoint
+
+    folder = find_checkpoint(model if isinstance(model, (str, Path)) else model.folder or "")
+    if folder is None or not (folder / FILE).is_file():
+        raise PlaitError(f"{model} was not trained with --lora, so there is no adapter. Use --to transformers.")
+    write_adapter(load_adapted(folder, merge=False), out)
+    return out

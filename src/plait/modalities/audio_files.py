@@ -149,6 +149,11 @@ _OTHER_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", 
 AUDIO = AudioFiles()
 
 
+def silent(wave: np.ndarray) -> bool:
+    """Whether a waveform says nothing: it nowhere exceeds 60 dB below full scale."""
+    return not len(wave) or float(np.abs(wave).max()) < 1e-3
+
+
 def decode_audio(data: bytes | Path, limits: Limits = LIMITS) -> Wave:
     """(waveform float32 (T,), mono, full scale 1; sampling rate in Hz) of an audio file.
 

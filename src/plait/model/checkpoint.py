@@ -9,10 +9,10 @@ import errno
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from pydantic import ValidationError
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from plait.classifiers.classifier import ARRAYS, FILE, Classifier, load_classifiers, save_classifiers
+from plait.classifiers.predictors import PREDICTOR_FILES, Predictor, load_predictors, save_predictors
 from plait.classifiers.space import SPACE, SpaceQuality, load_space
 from plait.core.config import GenerationConfig
 from plait.core.errors import PlaitError
@@ -38,6 +39,9 @@ from plait.core.files import (
 from plait.modalities.text import Text
 from plait.model.multimodal import ModelConfig, Multimodal
 
+if TYPE_CHECKING:
+    from plait.model.adapted import Base
+
 VERSION = 1  # of config.json
 MANIFEST = 2  # since manifests are sealed
 
@@ -54,7 +58,9 @@ class PartFile:
 class CheckpointSource(Protocol):
     """Checkpoints of other programs as ours; a feature adds it."""
 
-    def __call__(self, name_or_folder: str | Path) -> Checkpoint: ...
+    def __call__(self, name_or_folder: str | Path, *, compact: bool = False) -> Checkpoint:
+        """With `compact`, matrices stay in the 16 bit that their file has them in, to be frozen."""
+        ...
 
 
 CHECKPOINT_SOURCES: ExtensionPoint[CheckpointSource] = ExtensionPoint("checkpoint_source")
@@ -73,6 +79,9 @@ class Checkpoint:
     parts: dict[str, Any] = field(default_factory=dict)  # name of a feature -> what it keeps with the model
     classifiers: list[Classifier] = field(default_factory=list)  # fitted once training has ended
     space: SpaceQuality | None = None  # measured once training has ended
+    predictors: list[Predictor] = field(default_factory=list)  # of several labels and of numbers; fitted likewise
+    origin: Path | None = None  # the folder or file that the weights were read from
+    base: Base | None = None  # what the model stands on, where only what was trained is kept
 
 
 def save(
@@ -84,7 +93,7 @@ def save(
     """Write the folder, taking the place of an older one. Raises PlaitError where it cannot be written.
 
     `tensors` are the weights, those of the model where left out; `more` writes what else belongs into the folder
-    that it is given, before the manifest is made.
+    that it is given, before the manifest is made. With a base its tokenizer is left out.
     """
     config = checkpoint.model.config.model_dump()
     settings = config.pop("modalities")
@@ -93,9 +102,11 @@ def save(
         write_json(aside / "config.json", {"model_type": "plait", "version": VERSION, **config, **facts})
         write_json(aside / "preprocessor_config.json", settings)
         write_json(aside / "generation_config.json", checkpoint.generation.model_dump())
-        (aside / "tokenizer.json").write_text(
-            checkpoint.text.tokenizer.to_str(pretty=True), encoding="utf-8", newline="\n"
-        )
+        if checkpoint.base is not None:
+            write_json(aside / "base.json", checkpoint.base.model_dump())
+        else:
+            text = checkpoint.text.tokenizer.to_str(pretty=True)
+            (aside / "tokenizer.json").write_text(text, encoding="utf-8", newline="\n")
         if checkpoint.text.settings:
             write_json(aside / "tokenizer_config.json", checkpoint.text.settings)
         write_tensors(aside / "model.safetensors", checkpoint.model.state_dict() if tensors is None else tensors)
@@ -104,6 +115,8 @@ def save(
             kept.write(part, aside / kept.name)
         if checkpoint.classifiers:
             save_classifiers(checkpoint.classifiers, aside)
+        if checkpoint.predictors:
+            save_predictors(checkpoint.predictors, aside)
         if checkpoint.space is not None:
             checkpoint.space.save(aside)
         (aside / "README.md").write_text(model_card(checkpoint), encoding="utf-8", newline="\n")
@@ -114,12 +127,15 @@ def save(
         write_json(aside / "manifest.json", sealed({"version": MANIFEST, "sha256": sums}))
 
 
-def add_classifiers(folder: Path, classifiers: list[Classifier], space: SpaceQuality | None = None) -> None:
-    """Add classifiers, and what the space is worth, to a checkpoint's folder, in place of those that it has. Killed at
-    any moment, what is left is the checkpoint without them, or with them."""
+def add_classifiers(
+    folder: Path, classifiers: list[Classifier], space: SpaceQuality | None = None, predictors: Iterable[Predictor] = ()
+) -> None:
+    """Add classifiers and predictors, and what the space is worth, to a checkpoint's folder, in place of those that it
+    has. Killed at any moment, what is left is the checkpoint without them, or with them."""
     manifest = folder / "manifest.json"
     value = read_sealed(manifest)
-    sums = {name: digest for name, digest in value["sha256"].items() if name not in (FILE, ARRAYS, SPACE)}
+    replaced = (FILE, ARRAYS, SPACE, *PREDICTOR_FILES)
+    sums = {name: digest for name, digest in value["sha256"].items() if name not in replaced}
 
     def publish() -> None:
         write_atomic(manifest, json_text(sealed({"version": value["version"], "sha256": sums})))
@@ -130,6 +146,8 @@ def add_classifiers(folder: Path, classifiers: list[Classifier], space: SpaceQua
         if space is not None:
             space.save(Path(aside))
             names.append(SPACE)
+        if given := list(predictors):
+            names += save_predictors(given, Path(aside))
         for name in names:
             os.replace(Path(aside) / name, folder / name)  # noqa: PTH105
             sums[name] = sha256_file(folder / name)
@@ -207,13 +225,17 @@ def load(folder: Path, device: torch.device | None = None) -> Checkpoint:
     folder = Path(folder)
     if wrong := verify(folder):
         raise PlaitError("; ".join(wrong) + ". Use another checkpoint of the run, or train again.")
-    config = read_json(folder / "config.json")
-    if config.pop("model_type", None) != "plait" or config.pop("version", None) != VERSION:
-        raise PlaitError(f"{folder / 'config.json'} is not of a Plait model of version {VERSION}.")
-    labels, training = config.pop("labels"), config.pop("training")
+    if (folder / "base.json").is_file():
+        from plait.model.adapted import load_adapted
+
+        adapted = load_adapted(folder, device)
+        adapted.classifiers, adapted.space = load_classifiers(folder), load_space(folder)
+        adapted.predictors = load_predictors(folder)
+        adapted.parts = _parts(folder)
+        return adapted
+    config, labels, training = settings_of(folder)
     try:
-        settings = read_json(folder / "preprocessor_config.json")
-        model = Multimodal(ModelConfig.model_validate({**config, "modalities": settings}))
+        model = Multimodal(config)
         tensors = load_file(folder / "model.safetensors")
         model.load_state_dict(tensors)
         generation = GenerationConfig.model_validate(read_json(folder / "generation_config.json"))
@@ -222,13 +244,35 @@ def load(folder: Path, device: torch.device | None = None) -> Checkpoint:
     model.eval()
     if device is not None:
         model.to(device)
-    parts = {
+    text = Text.load(folder / "tokenizer.json")
+    return Checkpoint(
+        model, text, labels, generation, training, _parts(folder), load_classifiers(folder), load_space(folder),
+        load_predictors(folder),
+        origin=folder,
+    )  # fmt: skip
+
+
+def _parts(folder: Path) -> dict[str, Any]:
+    """What features keep in a checkpoint's folder."""
+    return {
         feature: kept.read(folder / kept.name)
         for feature, kept in CHECKPOINT_PARTS.by_feature().items()
         if (folder / kept.name).is_file()
     }
-    text = Text.load(folder / "tokenizer.json")
-    return Checkpoint(model, text, labels, generation, training, parts, load_classifiers(folder), load_space(folder))
+
+
+def settings_of(folder: Path) -> tuple[ModelConfig, dict[str, list[str]], dict[str, Any]]:
+    """The network of a checkpoint's folder, its labels, and how it came to be. Raises PlaitError where they are of
+    another program or version."""
+    config = read_json(folder / "config.json")
+    if config.pop("model_type", None) != "plait" or config.pop("version", None) != VERSION:
+        raise PlaitError(f"{folder / 'config.json'} is not of a Plait model of version {VERSION}.")
+    labels, training = config.pop("labels"), config.pop("training")
+    try:
+        settings = read_json(folder / "preprocessor_config.json")
+        return ModelConfig.model_validate({**config, "modalities": settings}), labels, training
+    except ValidationError as error:
+        raise PlaitError(f"{folder} does not hold a whole model: {error}") from error
 
 
 def find_checkpoint(path: str | Path) -> Path | None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from plait.core.errors import PlaitError
 from plait.modalities.base import END, Vocabulary, alike
+from plait.modalities.registry import MODALITIES, SETTINGS
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import ModelConfig, Multimodal, TokenEmbedding
+
+MIDDLING = 16384  # rows of a table that say what a middling one is
 
 
 def extend(source: Checkpoint | Multimodal, config: ModelConfig) -> Multimodal:
@@ -20,6 +23,74 @@ def extend(source: Checkpoint | Multimodal, config: ModelConfig) -> Multimodal:
     Encoders, codecs and the embedding space are kept where their settings are equal. Noise comes from torch's global
     generator. Raises PlaitError where the backbone's shape or the text ids differ.
     """
+    old = source.model if isinstance(source, Checkpoint) else source
+    _check(source, config)
+    model = Multimodal(config)
+    device = next(old.parameters()).device
+    model.to(device)
+    with torch.no_grad():
+        kept = {name: value for name, value in old.state_dict().items() if _kept(name, value, model, old)}
+        if old.config.backbone.position == "learned":
+            kept["backbone.positions"] = old.backbone.positions[: config.backbone.max_length]
+        model.load_state_dict(kept, strict=False)
+        _extend_rows(model.token_embedding, old.token_embedding)
+        if model.lm_head is not None:
+            _extend_rows(model.lm_head, old.output_embedding)
+    return model.train(old.training)
+
+
+def extend_frozen(source: Checkpoint, config: ModelConfig) -> Multimodal:
+    """`extend` for a model whose old part stays as it is: it shares the source's tensors, in the precision that they
+    have, and no memory is taken but for what is new. The rows of text are held apart, frozen."""
+    _check(source, config)
+    old = source.model
+    with torch.device("meta"):
+        model = Multimodal(config)
+    kept = {name: value for name, value in old.state_dict().items() if _kept(name, value, model, old)}
+    if config.backbone.position == "learned":
+        kept["backbone.positions"] = old.backbone.positions[: config.backbone.max_length]
+    for name in config.modalities:
+        settings = SETTINGS[name].model_validate(config.modalities[name])
+        model.modalities[name] = MODALITIES[name](settings, config.backbone.width)
+    model.load_state_dict(kept, strict=False, assign=True)
+    if config.backbone.position == "rotary":
+        model.backbone.set_frequencies()
+    if config.embed_dim and "project.weight" not in kept:
+        model.project = nn.Linear(config.backbone.width, config.embed_dim, bias=False)
+        for name, value in model.pair_loss.scalars.items():
+            setattr(model, name, nn.Parameter(torch.tensor(value, dtype=torch.float32)))
+    tables = [(model.token_embedding, old.token_embedding)]
+    if model.lm_head is not None:
+        tables.append((model.lm_head, old.output_embedding))
+    for new, was in tables:
+        _share_rows(new, was)
+    return model.requires_grad_(True).train(old.training)
+
+
+def inherited(model: Multimodal, old: Multimodal) -> set[str]:
+    """The names of the tensors that a model made by `extend_frozen` has of the one before and that are not trained."""
+    names = {name for name, value in old.state_dict().items() if _kept(name, value, model, old)}
+    names |= {"backbone.positions", "token_embedding.text_rows", "lm_head.text_rows"}
+    return names - {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _share_rows(new: TokenEmbedding, old: TokenEmbedding) -> None:
+    """The rows of a table that was built without memory: text's are the old ones themselves."""
+    text, width = new.vocabulary.text, old.free.shape[1]
+    rest = TokenEmbedding(new.vocabulary.model_copy(update={"text": 0, "end_id": None}), width, 1.0)
+    known = old.free[: min(text, MIDDLING)].float()
+    with torch.no_grad():
+        for name in new.digits:
+            new.digits[name] = nn.Parameter(torch.empty_like(rest.digits[name]))
+            new.register_buffer(f"places_{name}", getattr(rest, f"places_{name}"), persistent=False)
+        rows = torch.empty(new.vocabulary.size - text, width)
+        _fill_rows(new, old, rows, known.mean(0), known.std(0))
+    new.text_rows = old.free.detach()[:text]
+    new.free = nn.Parameter(rows)
+
+
+def _check(source: Checkpoint | Multimodal, config: ModelConfig) -> None:
+    """Raise PlaitError where a model of `config` cannot go on from `source`."""
     old = source.model if isinstance(source, Checkpoint) else source
     was, now = old.config, config
     free = {"max_length", "dropout"}
@@ -40,18 +111,6 @@ def extend(source: Checkpoint | Multimodal, config: ModelConfig) -> Multimodal:
         raise PlaitError("init_from: the recipe's text vocabulary is not the model's. Use the model's tokenizer.")
     if now.tied and not was.tied:
         raise PlaitError("init_from: the model has a head of its own (tied: false). Set tied: false in the recipe.")
-    model = Multimodal(config)
-    device = next(old.parameters()).device
-    model.to(device)
-    with torch.no_grad():
-        kept = {name: value for name, value in old.state_dict().items() if _kept(name, value, model, old)}
-        if was.backbone.position == "learned":
-            kept["backbone.positions"] = old.backbone.positions[: now.backbone.max_length]
-        model.load_state_dict(kept, strict=False)
-        _extend_rows(model.token_embedding, old.token_embedding)
-        if model.lm_head is not None:
-            _extend_rows(model.lm_head, old.output_embedding)
-    return model.train(old.training)
 
 
 def _kept(name: str, value: Tensor, model: Multimodal, old: Multimodal) -> bool:
@@ -100,6 +159,8 @@ def freeze(model: Multimodal, parts: set[str], was: Vocabulary, kept: set[str], 
     if "token_embedding" in parts:
         same = old_rows(model.vocabulary, was)
         for rows in [model.token_embedding] if model.lm_head is None else [model.token_embedding, model.lm_head]:
+            if rows.text_rows is not None:
+                same = same[model.vocabulary.text :]
             if bool(same.all()):
                 rows.free.requires_grad_(False)
             else:
@@ -125,24 +186,28 @@ class _Still:
 def _extend_rows(new: TokenEmbedding, old: TokenEmbedding) -> None:
     text = new.vocabulary.text
     known = old.free[:text]
-    mean, spread = known.mean(0), known.std(0)
+    new.free[:text] = known
+    _fill_rows(new, old, new.free[text:], known.mean(0), known.std(0))
+
+
+def _fill_rows(new: TokenEmbedding, old: TokenEmbedding, rows: Tensor, mean: Tensor, spread: Tensor) -> None:
+    """The `rows` of ids beyond text: the old ones by name, and for new ones `mean` and noise of a fifth of `spread`."""
     places = {name: id for id, name in enumerate(old.vocabulary.names(), old.vocabulary.text)}
     places[END] = old.vocabulary.end
-    new.free[:text] = known
-    for i, name in enumerate(new.vocabulary.names(), text):
+    for i, name in enumerate(new.vocabulary.names()):
         place = places.get(name)
         same = place is not None and _same_code(name, new.vocabulary, old.vocabulary)
         # An import's own end and padding rows are zero: nothing was learned there.
         if same and place is not None and bool(old.free[place].any()):
-            new.free[i] = old.free[place]
+            rows[i] = old.free[place]
         else:
-            new.free[i] = mean + 0.2 * spread * torch.randn_like(mean)
-    for modality, rows in new.digits.items():
+            rows[i] = mean + 0.2 * spread * torch.randn_like(mean)
+    for modality, digits in new.digits.items():
         levels = new.vocabulary.levels[modality]
         if old.vocabulary.levels.get(modality) == levels:
-            rows.copy_(old.digits[modality])
+            digits.copy_(old.digits[modality])
         else:
-            rows.copy_(0.5 * spread / len(levels) ** 0.5 * torch.randn_like(rows))
+            digits.copy_(0.5 * spread / len(levels) ** 0.5 * torch.randn_like(digits))
 
 
 def _same_code(name: str, new: Vocabulary, old: Vocabulary) -> bool:

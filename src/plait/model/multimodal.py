@@ -202,9 +202,12 @@ class TokenEmbedding(nn.Module):
 
     optimizer_groups: ClassVar = {"*": "no_decay"}  # a row belongs to one token alone
 
+    text_rows: Tensor | None  # (text, D) of text ids, where they are frozen apart and `free` holds the others alone
+
     def __init__(self, vocabulary: Vocabulary, width: int, std: float) -> None:
         super().__init__()
         self.vocabulary = vocabulary
+        self.register_buffer("text_rows", None)
         self.packed: PackedLinear | None = None  # all rows, where they are kept for use alone
         self.free = nn.Parameter(torch.randn(vocabulary.size, width) * std)
         self.digits = nn.ParameterDict()
@@ -222,6 +225,8 @@ class TokenEmbedding(nn.Module):
         start, stop = self.vocabulary.id_ranges[name]
         if self.packed is not None:
             return self.packed.rows(torch.arange(start, stop))
+        if self.text_rows is not None:
+            return self.split_table().dense()[start:stop]
         rows = self.free if stop - start == len(self.free) else self.free[start:stop]
         if name not in self.digits:
             return rows
@@ -232,8 +237,37 @@ class TokenEmbedding(nn.Module):
         """All rows, (V, D)."""
         if self.packed is not None:
             return self.packed.dense()
+        if self.text_rows is not None:
+            return self.split_table().dense()
         parts = [self.of_type(name) for name in self.vocabulary.id_ranges]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def freeze_text(self) -> None:
+        """Hold the rows of text ids apart, frozen, in the precision that they have, so that what is learned of the
+        others takes their memory alone."""
+        text, old = self.vocabulary.text, self.free.detach()
+        self.text_rows = old[:text]
+        self.free = nn.Parameter(old[text:].float().clone())
+
+    def join_text(self) -> None:
+        """All rows in one table again, frozen, in fp32."""
+        if self.text_rows is not None:
+            rows = torch.cat((self.text_rows.float(), self.free.detach()))
+            self.text_rows = None
+            self.free = nn.Parameter(rows, requires_grad=False)
+
+    def split_table(self) -> SplitTable:
+        """The rows where those of text are frozen apart."""
+        assert self.text_rows is not None
+        text = self.vocabulary.text
+        parts = []
+        for name, (start, stop) in self.vocabulary.id_ranges.items():
+            rows = self.free[max(start - text, 0) : stop - text]
+            if name in self.digits:
+                structured = F.embedding_bag(getattr(self, f"places_{name}"), self.digits[name], mode="sum")
+                rows = rows + F.pad(structured, (0, 0, 0, len(rows) - len(structured)))
+            parts.append(rows)
+        return SplitTable(self.text_rows, torch.cat(parts) if len(parts) > 1 else parts[0])
 
     @torch.no_grad()
     def pack(self, storage: str) -> None:
@@ -245,9 +279,33 @@ class TokenEmbedding(nn.Module):
         self.digits = nn.ParameterDict()
 
 
-def embed_tokens(ids: Tensor, table: Tensor | PackedLinear) -> Tensor:
+class SplitTable:
+    """A table (V, D) of which the first rows are frozen, in whatever precision, and the `rest` may be learned."""
+
+    def __init__(self, frozen: Tensor, rest: Tensor) -> None:
+        self.frozen, self.rest = frozen, rest
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows `ids` (N,), (N, D) in fp32."""
+        count = len(self.frozen)
+        later = ids >= count
+        rows = F.embedding(ids.clamp(max=count - 1), self.frozen).float()
+        if not bool(later.any()):
+            return rows
+        return torch.where(later[:, None], F.embedding((ids - count).clamp(min=0), self.rest), rows)
+
+    def dense(self) -> Tensor:
+        return torch.cat((self.frozen.float(), self.rest.float()))
+
+    def part(self, start: int, stop: int) -> SplitTable:
+        """The rows from `start` to `stop`."""
+        count = len(self.frozen)
+        return SplitTable(self.frozen[start:stop], self.rest[max(start - count, 0) : max(stop - count, 0)])
+
+
+def embed_tokens(ids: Tensor, table: Tensor | PackedLinear | SplitTable) -> Tensor:
     """Rows (..., D) of a table for ids (...)."""
-    if isinstance(table, PackedLinear):
+    if not isinstance(table, Tensor):
         return table.rows(ids.flatten()).view(*ids.shape, -1)
     return F.embedding(ids, table)
 
@@ -308,6 +366,11 @@ class Multimodal(nn.Module):
         size = self.vocabulary.size
         return {**self.vocabulary.id_ranges, beyond.name: (size, size + len(beyond))}
 
+    def lookup(self, rows: Tensor | None = None) -> Tensor | SplitTable:
+        """`reading`, without a copy of rows that are frozen apart."""
+        split = self.token_embedding.text_rows is not None
+        return self.token_embedding.split_table() if split else self.reading(rows)
+
     def reading(self, rows: Tensor | None = None) -> Tensor:
         """The rows of all ids that are read, (V, D); `rows` are those beyond the vocabulary where they are at hand."""
         table = self.token_embedding.table()
@@ -324,16 +387,16 @@ class Multimodal(nn.Module):
         if self.lm_head is not None:
             self.lm_head.pack(storage)
 
-    def inputs(self, batch: Batch, table: Tensor | PackedLinear | None = None) -> Tensor:
+    def inputs(self, batch: Batch, table: Tensor | PackedLinear | SplitTable | None = None) -> Tensor:
         """Token rows, with encoded media in their places: (B, L, D). `table` is `reading()` where it is at hand."""
-        x = embed_tokens(batch.tokens, self.reading() if table is None else table)
+        x = embed_tokens(batch.tokens, self.lookup() if table is None else table)
         flat = x.flatten(0, 1)
         for name, media in batch.media.items():
             encoded = self.media[name].encoder(media.values, media.lengths).flatten(0, 1)
             flat = flat.index_copy(0, media.put, encoded[media.take].to(flat.dtype))
         return flat.view_as(x)
 
-    def forward(self, batch: Batch, table: Tensor | None = None) -> Tensor:
+    def forward(self, batch: Batch, table: Tensor | SplitTable | None = None) -> Tensor:
         """Hidden states (B, L, D), causal; what lies beyond a sequence's end means nothing. `table` as in `inputs`."""
         return self.backbone(self.inputs(batch, table))
 

@@ -10,11 +10,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from plait.kernels import training as native
-from plait.model.multimodal import IGNORE, Multimodal
+from plait.model.multimodal import IGNORE, Multimodal, SplitTable
 
 CHUNK = 2**24  # logits that exist at one time
 STRIP = 2**21  # of them in fp32
 ROUND = 128  # states, to a multiple of which their number is filled up
+FROZEN_STRIP = 8192  # frozen rows that are widened at a time
+SPLIT_LOGITS = 2**25  # logits over frozen rows that exist at one time
 CLOSE, TALL = 2**23, 4 * ROUND  # of them where they are passed over once, but of so many rows at least
 MANY, SAFE = 1024, 60.0  # rows from which that pays, and the greatest logit that it is right for
 
@@ -120,12 +122,65 @@ def _bounded(hidden: Tensor, rows: Tensor, targets: Tensor, smoothing: float) ->
     return losses, to_hidden, to_rows
 
 
-def total_loss(hidden: Tensor, rows: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+def total_loss(hidden: Tensor, rows: Tensor | SplitTable, targets: Tensor, smoothing: float = 0.0) -> Tensor:
     """The sum of `negative_log_likelihood`, a scalar in nats. Products are in the precision of hidden; rows, whose
     gradient is summed in fp32, keep their own, so that it is not rounded on its way to them."""
+    if isinstance(rows, SplitTable):
+        return cast(
+            Tensor, _SplitLoss.apply(hidden, rows.frozen, rows.rest, targets, smoothing, torch.is_grad_enabled())
+        )
     if torch.is_grad_enabled():
         return cast(Tensor, _TotalLoss.apply(hidden, rows, targets, smoothing))
     return negative_log_likelihood(hidden, rows.to(hidden.dtype), targets, smoothing).sum()
+
+
+class _SplitLoss(torch.autograd.Function):
+    """`_TotalLoss` where most rows are frozen: they may be in 16 bit, are widened strip by strip, and have no gradient.
+    The logits of some states exist at a time, and the frozen rows are never held twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, frozen: Tensor, rest: Tensor, targets: Tensor, smoothing: float, learning: bool
+    ) -> Tensor:
+        wide = hidden if hidden.dtype is not torch.float16 else hidden.float()
+        rows = len(frozen) + len(rest)
+        strips = [frozen[part] for part in cut(len(frozen), FROZEN_STRIP)] + ([rest] if len(rest) else [])
+        stops = torch.tensor([len(strip) for strip in strips]).cumsum(0).tolist()
+        losses = torch.empty(len(hidden), device=hidden.device)
+        to_hidden, to_rest = torch.zeros_like(wide), torch.zeros_like(rest, dtype=torch.float32)
+        for part in cut(len(hidden), max(SPLIT_LOGITS // rows // 64, 1) * 64):
+            states = wide[part]
+            logits = states.new_empty(len(states), rows)
+            for strip, stop in zip(strips, stops, strict=True):
+                logits[:, stop - len(strip) : stop] = native.product(states, strip.to(wide.dtype).t())
+            losses[part] = _into_gradient(logits, targets[part], smoothing)
+            for strip, stop in zip(strips, stops, strict=True) if learning else ():
+                grad = logits[:, stop - len(strip) : stop]
+                to_hidden[part] += native.product(grad, strip.to(wide.dtype))
+                if strip is rest:
+                    to_rest += (grad.t() @ states).float()
+        ctx.save_for_backward(to_hidden.to(hidden.dtype), to_rest.to(rest.dtype))
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None, None, None]:
+        to_hidden, to_rest = ctx.saved_tensors
+        return to_hidden.mul_(grad), None, to_rest.mul_(grad), None, None, None
+
+
+def _into_gradient(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    """-log P of targets (N,) in nats, (N,), from logits (N, R), which become the gradients of their sum."""
+    if logits.dtype is native.activations(logits):
+        return native.softmax_loss(logits, targets, smoothing)[:, 0]
+    losses = torch.empty(len(logits), device=logits.device)
+    column = targets[:, None]
+    for strip in cut(len(logits), max(STRIP // logits.shape[1], 1)):
+        logs = logits[strip].log_softmax(1, dtype=torch.float32)
+        losses[strip] = -(1 - smoothing) * logs.gather(1, column[strip])[:, 0] - smoothing * logs.mean(1)
+        chances = logs.exp_()
+        chances.scatter_add_(1, column[strip], torch.full_like(chances[:, :1], smoothing - 1))
+        logits[strip] = chances - smoothing / logits.shape[1]
+    return losses
 
 
 def sampled_loss(hidden: Tensor, rows: Tensor, targets: Tensor, counts: Tensor, draws: int) -> Tensor:
@@ -175,7 +230,9 @@ def likelihoods(
     states, target_ids = hidden[keep].to(dtype), targets[keep]
     sums = {}
     beyond = model.row_modality
-    table = None if restricted else model.output_embedding.table()
+    output = model.output_embedding
+    split = output.split_table() if output.text_rows is not None else None
+    table = None if restricted or split is not None else output.table()
     for token_type, (start, stop) in model.id_ranges.items():
         chosen = (target_ids >= start) & (target_ids < stop)
         if not chosen.any():
@@ -188,10 +245,12 @@ def likelihoods(
                 )
             else:
                 loss = total_loss(states[chosen], of_things, target_ids[chosen] - start, smoothing)
+        elif split is not None:
+            first = start if restricted else 0
+            rows_of_type = split.part(start, stop) if restricted else split
+            loss = total_loss(states[chosen], rows_of_type, target_ids[chosen] - first, smoothing)
         elif table is None:
-            loss = total_loss(
-                states[chosen], model.output_embedding.of_type(token_type), target_ids[chosen] - start, smoothing
-            )
+            loss = total_loss(states[chosen], output.of_type(token_type), target_ids[chosen] - start, smoothing)
         else:
             loss = total_loss(states[chosen], table, target_ids[chosen], smoothing)
         sums[token_type] = loss, chosen.sum()

@@ -8,7 +8,8 @@ Shapes: B batch, L sequence length, D width, H heads, K key-value heads, E head 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, cast
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from plait.kernels import training as native
+
+if TYPE_CHECKING:
+    from plait.model.lora import AdapterRows
 
 LayerType = Literal["full", "sliding"]  # what a layer's queries see: all before them, or the last `sliding_window`
 
@@ -438,6 +442,9 @@ class Block(nn.Module):
     def feed_forward(self, x: Tensor) -> Tensor:
         inner = native.linear_of(self.feed_in, x)
         if self.config.activation == "swiglu":
+            gated = getattr(self.feed_out, "gated", None)  # of low-rank updates, which keep less for the backward pass
+            if native.supports(inner) and gated is not None:
+                return cast(Tensor, gated(inner))
             if native.supports(inner):
                 inner = native.gate(inner)
             else:
@@ -489,6 +496,8 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
+        self.adapter_rows: AdapterRows | None = None  # which rows are computed with which adapter, where there are any
+        self.halves_saved = False  # what the backward pass reads is kept in bf16: of low-rank updates, for memory
         if config.position == "learned":
             self.positions = nn.Parameter(torch.randn(config.max_length, config.width) * 0.02)
         else:
@@ -589,12 +598,28 @@ class Transformer(nn.Module):
             turns = self._turns(positions, view)
         x = dropout(x, config.dropout, self.training)
         masks = self._masks(x, positions, mask, view)
-        for layer, block in enumerate(self.blocks):
-            if view is not None:
-                view.layer = layer
-            kind = config.layer_type(layer)
-            turn = None if layer in config.layers_without_rotary else turns.get(kind)
-            x = block(x, turn, masks[kind], view)
+        with halved_activations(*x.shape) if self.halves_saved and torch.is_grad_enabled() else nullcontext():
+            for layer, block in enumerate(self.blocks):
+                if view is not None:
+                    view.layer = layer
+                kind = config.layer_type(layer)
+                turn = None if layer in config.layers_without_rotary else turns.get(kind)
+                x = block(x, turn, masks[kind], view)
         if view is not None:
             view.finish()
         return add_and_norm(x, None, self.final_norm)[1]
+
+
+def halved_activations(batch: int, length: int, width: int) -> AbstractContextManager[None]:
+    """Within, what autograd keeps of activations (B, L, ...) or (B * L, ...) that are as large as the hidden states is
+    kept in bf16. Only gradients are rounded by it; what is small, as the logarithms of attention, is kept whole."""
+
+    def pack(tensor: Tensor) -> Tensor | tuple[Tensor]:
+        own = tensor.shape[:2] == (batch, length) or tensor.shape[:1] == (batch * length,)
+        large = tensor.dtype is torch.float32 and tensor.numel() >= max(batch * length * width, 2**16)
+        return (tensor.bfloat16(),) if own and large and not tensor.is_leaf else tensor
+
+    def unpack(kept: Tensor | tuple[Tensor]) -> Tensor:
+        return kept[0].float() if isinstance(kept, tuple) else kept
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

@@ -62,8 +62,12 @@ class Network:
         if self.lora is None:
             return 0
         block = self.model.backbone.blocks[0]
-        sides = sum(sum(getattr(block, name).weight.shape) for name in lora.ADAPTED)
-        return self.lora * sides * self.config.backbone.layers
+        count = 0
+        for name in lora.ADAPTED:
+            outputs, inputs = getattr(block, name).weight.shape
+            parts = lora.parts_of(self.config.backbone, name, outputs, self.lora, 1.0)
+            count += self.lora * (len(parts) * inputs + outputs)
+        return count * self.config.backbone.layers
 
     @cached_property
     def block(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import threading
 import warnings
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -255,18 +256,38 @@ class Index:
 
     # --- searching ----------------------------------------------------------------------------------------------
 
-    def search(self, query: Any, k: int = 10, where: str | None = None, by: str = "auto") -> list[Hit]:
+    def search(
+        self, query: Any, k: int = 10, where: str | None = None, by: str = "auto",
+        least: float | Literal["auto"] | None = None,
+    ) -> list[Hit]:  # fmt: skip
         """The k entries nearest to a text, an image, an audio clip or a media file, best first.
 
         `where` is an SQL condition on `columns`. `by` is "vector", "words" (full text), "hybrid" (both rankings joined,
         the vectors' weighed by what they were worth on the run's val, and without what is nearer by chance) or "auto":
-        hybrid for a text where the index holds texts. Raises PlaitError.
+        hybrid for a text where the index holds texts. `least` leaves out what is less similar than that; "auto" what is
+        no nearer than 95 of 100 texts and media of the run's val that have nothing to do with each other, which is
+        known for words alone. Raises PlaitError.
         """
         query = inputs_of(query).values[0] if by != "words" else query
         words = query if isinstance(query, str) else None
         if by == "words":
             return self.find(None, words, k, where, by)
-        return self.find(self.model.embed_inputs([query])[0], words, k, where, by)
+        hits = self.find(self.model.embed_inputs([query])[0], words, k, where, by)
+        if least is None:
+            return hits
+        cut = self._unrelated(words) if least == "auto" else float(least)
+        return [hit for hit in hits if math.isnan(hit.similarity) or hit.similarity > cut]
+
+    def _unrelated(self, words: str | None) -> float:
+        """The similarity below which an entry has nothing to do with a query. Raises PlaitError where that is not
+        known."""
+        space = self._space() if words is not None else None
+        if space is None:
+            raise PlaitError(
+                "How near an unrelated entry may be is known for words, where the run's val had texts and media. Give "
+                "a number: --least 0.3."
+            )
+        return space.unrelated
 
     def find(
         self, vector: np.ndarray | None, words: str | None = None, k: int = 10, where: str | None = None,

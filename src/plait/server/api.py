@@ -267,17 +267,14 @@ async def metrics(request: Request) -> Response:
 # --- embeddings and classification --------------------------------------------------------------------------------
 
 
-@router.post("/v1/embeddings", response_model=s.EmbeddingList, tags=["read"])
-async def embeddings(request: Request, body: s.EmbeddingRequest) -> Response:
-    """The place of each input in the model's one space. Beside texts, inputs may be parts as messages have them:
-    `{"type": "image_url", ...}`, `{"type": "input_audio", ...}`."""
-    service, request_context = of(request)
-    served = service.open(body, request_context)
-    given: list[Any] = [body.input] if isinstance(body.input, str) or isinstance(body.input[0], int) else body.input
+async def _embedded(
+    service: Service, served: Served, request_context: RequestContext, given: list[Any], where: str
+) -> Any:
+    """The vectors (N, E) of texts, ids or parts."""
     ids = {i: value for i, value in enumerate(given) if isinstance(value, list)}
     rest = [value for value in given if not isinstance(value, list)]
     deadline = service.deadline(request_context)
-    read_values = iter(await service.parts(served.model, rest, "input", deadline))
+    read_values = iter(await service.parts(served.model, rest, where, deadline))
     values = [ids[i] if i in ids else next(read_values) for i in range(len(given))]
     size = sum(len(value) for value in values if isinstance(value, str | list))
     model = served.model
@@ -302,9 +299,20 @@ async def embeddings(request: Request, body: s.EmbeddingRequest) -> Response:
         check_read(request_context.prompt_tokens)
         vectors = await served.worker.call(lambda: ours.embed_parts(parts), deadline)
     elif ids:
-        raise ApiError(400, f"{served.name} takes texts, not ids. Send strings.", "input")
+        raise ApiError(400, f"{served.name} takes texts, not ids. Send strings.", where)
     else:
         vectors = await served.worker.call(lambda: model.embed_inputs(values), deadline)
+    return vectors
+
+
+@router.post("/v1/embeddings", response_model=s.EmbeddingList, tags=["read"])
+async def embeddings(request: Request, body: s.EmbeddingRequest) -> Response:
+    """The place of each input in the model's one space. Beside texts, inputs may be parts as messages have them:
+    `{"type": "image_url", ...}`, `{"type": "input_audio", ...}`."""
+    service, request_context = of(request)
+    served = service.open(body, request_context)
+    given: list[Any] = [body.input] if isinstance(body.input, str) or isinstance(body.input[0], int) else body.input
+    vectors = await _embedded(service, served, request_context, given, "input")
     if body.dimensions is not None and body.dimensions != vectors.shape[1]:
         message = f"The embeddings of {served.name} have {vectors.shape[1]} dimensions. Leave dimensions out."
         raise ApiError(400, message, "dimensions")
@@ -321,6 +329,29 @@ async def embeddings(request: Request, body: s.EmbeddingRequest) -> Response:
         return f'{head[:-1]}, "data": [{", ".join(data)}]}}'.encode()
 
     return Response(await asyncio.to_thread(written), media_type="application/json")
+
+
+@router.post("/v2/rerank", include_in_schema=False)
+@router.post("/v1/rerank", response_model=s.Reranked, tags=["read"])
+async def rerank(request: Request, body: s.RerankRequest) -> Response:
+    """Documents by how near they are to a query in the model's embedding space, nearest first."""
+    service, request_context = of(request)
+    served = service.open(body, request_context)
+    documents = [one.text if isinstance(one, s.Document) else one for one in body.documents]
+    vectors = await _embedded(service, served, request_context, [body.query, *documents], "documents")
+    scores = vectors[1:] @ vectors[0]
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])[: body.top_n]
+    results: list[dict[str, Any]] = [{"index": i, "relevance_score": float(scores[i])} for i in order]
+    if body.return_documents:
+        for result in results:
+            document = documents[result["index"]]
+            result["document"] = {"text": document} if isinstance(document, str) else document.model_dump()
+    tokens = request_context.prompt_tokens
+    return JSONResponse({
+        "id": "rerank-" + secrets.token_hex(12), "model": served.name, "results": results,
+        "meta": {"api_version": {"version": "2"}, "billed_units": {"search_units": 0}},
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+    })  # fmt: skip
 
 
 @router.post("/v1/plait/classify", response_model=s.Classification, tags=["read"])
@@ -356,5 +387,5 @@ async def classify(request: Request, body: s.ClassifyRequest) -> Response:
 
     ranked = await served.worker.call(work, deadline)
     data = [prediction._asdict() for prediction in ranked]
-    doubt = {"none_of_these": ranked.none_of_these, "ood_score": ranked.ood_score}
+    doubt = {"none_of_these": ranked.none_of_these, "ood_score": ranked.ood_score, "chosen": ranked.chosen}
     return JSONResponse({"object": "list", "model": served.name, "data": data, **doubt})

@@ -13,16 +13,17 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.responses import Response
 
 from plait.inference.base import Verb
-from plait.inference.engine import Completion
 from plait.inference.engine import Request as Wanted
-from plait.inference.model import joined
-from plait.modalities.media import read_by, sniff
+from plait.inference.model import joined, joined_segments
+from plait.inference.results import Segment
+from plait.modalities.audio_files import silent
+from plait.modalities.media import MEDIA, read_by, sniff
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext
 from plait.server.api import STREAM, make_router, of, voice_of, wanted_of
 from plait.server.limits import ApiError
 from plait.server.media import AUDIO, audio, png
-from plait.server.service import EventStream, Served, Service, note, read, windows
+from plait.server.service import EventStream, Served, Service, note, read
 from plait.server.worker import PendingRequest, follow
 
 router = make_router()
@@ -135,68 +136,122 @@ async def transcribe(request: Request, body: Annotated[s.TranscriptionRequest, F
     """The words of an audio clip; a long one is read in windows."""
     service, request_context = of(request)
     served = service.open(body, request_context)
-    deadline = service.deadline(request_context)
     data = await body.file.read()
     if len(data) > service.limits.media.file_bytes:
         raise ApiError(413, f"The audio is larger than {service.limits.media.file_bytes // 1_000_000} MB.", "file")
-    if (sniff(data[:64]) or ("",))[0] not in read_by(Verb.TRANSCRIBE):
-        raise ApiError(400, "The file is no audio that is read. Send wav, flac, ogg, opus or mp3.", "file")
+    kinds = read_by(Verb.TRANSCRIBE)
+    if (sniff(data[:64]) or ("",))[0] not in kinds:
+        known = " or ".join(MEDIA[kind].format_names for kind in sorted(kinds))
+        raise ApiError(400, f"The file is no audio that is read. Send {known}.", "file")
     model = served.model
     if "transcribe" not in served.verbs:
         raise ApiError(400, f"{served.name} cannot transcribe. It can {', '.join(served.verbs)}.", "model")
-    value = await service.reader.read(model, "audio", data, "file", deadline)
-    if model.plait_model is not None:
-        pieces = _windows_written(service, served, request_context, value, body)
-    else:
-        other = model
-
-        async def whole() -> AsyncIterator[str]:
-            yield await served.worker.call(lambda: other.transcribe(value, language=body.language), deadline)
-
-        pieces = whole()
+    wave, rate = await service.reader.read(model, "audio", data, "file", service.deadline(request_context), whole=True)
+    told = _Heard(service, served, request_context, (wave, rate), body)
     if body.stream:
-
-        async def events() -> AsyncIterator[list[Any]]:
-            texts: list[str] = []
-            async for piece in pieces:
-                known, now = joined(texts), joined([*texts, piece])
-                texts.append(piece)
-                if len(now) > len(known):
-                    yield [{"type": "transcript.text.delta", "delta": now[len(known) :]}]
-            yield [
-                {
-                    "type": "transcript.text.done",
-                    "text": joined(texts),
-                    "usage": {
-                        "type": "tokens",
-                        **{k: v for k, v in _media_usage(request_context).items() if k != "input_tokens_details"},
-                    },
-                }
-            ]
-
-        return EventStream(events(), [], done=False)
-    text = joined([piece async for piece in pieces])
-    return PlainTextResponse(text + "\n") if body.response_format == "text" else JSONResponse({"text": text})
+        return EventStream(told.events(), [], done=False)
+    timed = body.response_format in ("verbose_json", "srt", "vtt")
+    if silent(wave):
+        segments: list[Segment] = []
+    elif timed:
+        segments = await told.segments()
+    else:
+        segments = [Segment(0.0, 0.0, joined([piece async for piece in told.pieces()]))]
+    return _transcription(segments, len(wave) / rate, body)
 
 
-async def _windows_written(
-    service: Service, served: Served, request_context: RequestContext, value: Any, body: s.TranscriptionRequest
-) -> AsyncIterator[str]:
-    """The text of each window of an audio clip, in order."""
-    model = served.ours
-    language = body.language
-    if language is not None and model.columns.get(language) != "text":  # it names the text column to write
-        service.ignore("language", request_context)
-        language = None
+class _Heard:
+    """An audio clip on its way to text."""
 
-    def prepare() -> list[Wanted]:
-        column = model.column(language, "text", "transcribe")
-        drawing = s.Drawing(temperature=body.temperature, seed=body.seed)
-        return [wanted_of(model, part, column, drawing, 1, i) for i, part in enumerate(windows(model, value))]
+    def __init__(
+        self,
+        service: Service,
+        served: Served,
+        request_context: RequestContext,
+        audio: Any,
+        body: s.TranscriptionRequest,
+    ) -> None:
+        self.service, self.served, self.request_context, self.body = service, served, request_context, body
+        self.audio, self.model = audio, served.model
+        self.deadline = service.deadline(request_context)
+        self.language = body.language
+        if (ours := self.model.plait_model) is not None and ours.columns.get(str(body.language)) != "text":
+            if body.language is not None:  # it names the text column to write
+                service.ignore("language", request_context)
+            self.language = None
 
-    wanted = await service.prepared(prepare, 0)
-    some = min(WINDOWS, model.engine.max_rows)
-    for start in range(0, len(wanted), some):
-        results: list[list[Completion]] = await service.written(served, wanted[start : start + some], request_context)
-        for samples in results:
-            yield samples[0].text or ""
+    async def windows(self) -> AsyncIterator[Segment]:
+        """The text of each window of one of our models, and when it was said, in order."""
+        model, body = self.served.ours, self.body
+
+        def prepare() -> tuple[list[tuple[float, float]], list[Wanted]]:
+            column = model.column(self.language, "text", "transcribe")
+            drawing = s.Drawing(temperature=body.temperature, seed=body.seed)
+            spoken = model.spoken(self.audio)
+            wanted = [wanted_of(model, part, column, drawing, 1, i) for i, (_, _, part) in enumerate(spoken)]
+            return [(start, end) for start, end, _ in spoken], wanted
+
+        times, wanted = await self.service.prepared(prepare, 1 << 20)
+        some = min(WINDOWS, model.engine.max_rows)
+        for at in range(0, len(wanted), some):
+            results = await self.service.written(self.served, wanted[at : at + some], self.request_context)
+            for (start, end), samples in zip(times[at : at + some], results, strict=True):
+                yield Segment(start, end, samples[0].text or "")
+
+    async def pieces(self) -> AsyncIterator[str]:
+        """The text, window by window."""
+        if self.model.plait_model is not None:
+            async for segment in self.windows():
+                yield segment.text
+        else:
+            call = self.served.worker.call
+            yield await call(lambda: self.model.transcribe(self.audio, language=self.language), self.deadline)
+
+    async def segments(self) -> list[Segment]:
+        """What is said when."""
+        if self.model.plait_model is not None:
+            return joined_segments([segment async for segment in self.windows()])
+        call = self.served.worker.call
+        return list(await call(lambda: self.model.segments(self.audio, language=self.language), self.deadline))
+
+    async def events(self) -> AsyncIterator[list[Any]]:
+        texts: list[str] = []
+        async for piece in self.pieces():
+            known, now = joined(texts), joined([*texts, piece])
+            texts.append(piece)
+            if len(now) > len(known):
+                yield [{"type": "transcript.text.delta", "delta": now[len(known) :]}]
+        usage = {k: v for k, v in _media_usage(self.request_context).items() if k != "input_tokens_details"}
+        yield [{"type": "transcript.text.done", "text": joined(texts), "usage": {"type": "tokens", **usage}}]
+
+
+def _transcription(segments: list[Segment], seconds: float, body: s.TranscriptionRequest) -> Response:
+    """The answer in the format that was asked for."""
+    text, form = " ".join(segment.text for segment in segments), body.response_format
+    if form == "text":
+        return PlainTextResponse(text + "\n")
+    if form in ("srt", "vtt"):
+        return PlainTextResponse(subtitles(segments, form), media_type="text/vtt" if form == "vtt" else "text/plain")
+    if form == "json":
+        return JSONResponse({"text": text})
+    listed = [{"id": i, "seek": 0, "start": round(segment.start, 3), "end": round(segment.end, 3), "text": segment.text,
+               "tokens": [], "temperature": 0.0, "avg_logprob": 0.0, "compression_ratio": 1.0, "no_speech_prob": 0.0}
+              for i, segment in enumerate(segments)]  # fmt: skip
+    return JSONResponse({"task": "transcribe", "language": body.language or "", "duration": round(seconds, 3),
+                         "text": text, "segments": listed})  # fmt: skip
+
+
+def subtitles(segments: list[Segment], form: str) -> str:
+    """Segments as SubRip ("srt") or WebVTT ("vtt")."""
+    mark = "," if form == "srt" else "."
+
+    def time_of(seconds: float) -> str:
+        ms = round(seconds * 1000)
+        return f"{ms // 3_600_000:02}:{ms // 60_000 % 60:02}:{ms // 1000 % 60:02}{mark}{ms % 1000:03}"
+
+    blocks = [
+        (f"{i}\n" if form == "srt" else "") + f"{time_of(one.start)} --> {time_of(one.end)}\n"
+        + one.text.replace("-->", "->") + "\n"
+        for i, one in enumerate(segments, 1)
+    ]  # fmt: skip
+    return ("WEBVTT\n\n" if form == "vtt" else "") + "\n".join(blocks)

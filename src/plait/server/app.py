@@ -24,7 +24,7 @@ from plait.core import dist
 from plait.core.errors import PlaitError
 from plait.core.features import ExtensionPoint
 from plait.core.files import sha256_file
-from plait.inference.model import load
+from plait.inference.model import attach_adapters, load
 from plait.server import api, api_decisions, api_media, api_messages, api_responses, api_text
 from plait.server.access_log import Metrics, set_up_logging
 from plait.server.limits import ApiError, Limits, read_keys
@@ -54,6 +54,7 @@ def serve(
     page: Callable[[Any, Service], Any] | None = None,
     aliases: list[str] | None = None,
     strict: bool = False,
+    adapters: list[str] | None = None,
     limits: Limits = Limits(),
     tell: Callable[[str], None] = lambda url: None,
 ) -> None:
@@ -62,13 +63,14 @@ def serve(
     A model is a run, a checkpoint, or a Hugging Face name or folder; `NAME=MODEL` gives it another name. `page`
     puts an application with a page at `/` before the API. `resources` are things of features that are served beside
     the models, by the feature's name: {"search": ["photos.index"]}. An alias, NAME=MODEL, is a further name of a model
-    that is served. With `strict`, fields that have no effect are refused. Raises PlaitError for what cannot be loaded,
+    that is served. An adapter, NAME=DIR, is the first model with low-rank updates, under a name of its own and in the
+    same batch. With `strict`, fields that have no effect are refused. Raises PlaitError for what cannot be loaded,
     an address that cannot be had, and one off loopback without keys.
     """
     access_policy = make_doors(host, key_file, allow_hosts or [], allow_origins or [])
     access_policy.browsers = page is not None
     sock = listen(host, port)
-    found = load_models(models, device, precision, limits)
+    found = load_models(models, device, precision, limits, adapters or [])
     opened = {feature: RESOURCES.by_feature()[feature](names, found) for feature, names in (resources or {}).items()}
     service = Service(found, limits, Metrics(), opened, read_aliases(aliases or [], found), strict)
     app: Any = make_app(service, access_policy)
@@ -117,8 +119,38 @@ def serve(
         service.reader.close()
 
 
-def load_models(names: list[str], device: str, precision: str, limits: Limits) -> list[Served]:
-    """The models of a command line, loaded. Raises PlaitError."""
+def serve_mcp(
+    server: Any, host: str, port: int, key_file: Path | None, allow_hosts: list[str], allow_origins: list[str],
+    tell: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Serve a Model Context Protocol server over streamable HTTP at /mcp, behind the same guard as the API, until
+    SIGINT or SIGTERM. Nothing is kept between requests."""
+    from mcp.server.transport_security import TransportSecuritySettings
+
+    access_policy = make_doors(host, key_file, allow_hosts, allow_origins)
+    sock, limits, metrics = listen(host, port), Limits(), Metrics()
+    ours = TransportSecuritySettings(enable_dns_rebinding_protection=False)  # the guard judges hosts and origins
+    app = server.streamable_http_app(json_response=True, stateless_http=True, transport_security=ours, host=host)
+    guard = AccessMiddleware(app, access_policy, limits, metrics, {"/mcp"})
+    set_up_logging()
+
+    def stop(seconds: float) -> None:
+        guard.stopping = True
+
+    http = make_server(guard, limits, stop, metrics.closed)
+    http.on_start = lambda: tell(f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}")
+    metrics.connections = http.server_state.connections
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        http.run(sockets=[sock])
+    finally:
+        sock.close()
+
+
+def load_models(
+    names: list[str], device: str, precision: str, limits: Limits, adapters: list[str] | None = None
+) -> list[Served]:
+    """The models of a command line, loaded, and the first one with each of the adapters. Raises PlaitError."""
     found: dict[str, Served] = {}
     for given in names:
         name, _, path = given.rpartition("=") if "=" in given and not Path(given).exists() else ("", "", given)
@@ -129,10 +161,26 @@ def load_models(names: list[str], device: str, precision: str, limits: Limits) -
         if name in found:
             raise PlaitError(f"Two models have the name '{name}'. Give one another: other={path}")
         state = folder / "manifest.json" if (folder / "manifest.json").is_file() else folder / "config.json"
+        twins = attach_adapters(model, read_adapters(adapters)) if adapters and not found else []
         found[name] = Served.of(name, model, folder, f"plait-{sha256_file(state)[:12]}", limits)
+        for twin in twins:
+            if twin.name in found:
+                raise PlaitError(f"--adapter {twin.name}=...: the name '{twin.name}' is taken. Choose another.")
+            found[twin.name] = found[name].sharing(twin)
     if not found:
         raise PlaitError("Name a model to serve: a run, a checkpoint, or a Hugging Face name or folder.")
     return list(found.values())
+
+
+def read_adapters(given: list[str]) -> dict[str, str]:
+    """Folders of adapters by name, from NAME=DIR. Raises PlaitError where it is not written so."""
+    found = {}
+    for text in given:
+        name, _, folder = text.partition("=")
+        if not name or not folder:
+            raise PlaitError(f"--adapter {text} must be NAME=DIR.")
+        found[name] = folder
+    return found
 
 
 def _routers() -> list[APIRouter]:
@@ -190,12 +238,13 @@ def make_app(service: Service, access_policy: AccessPolicy) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        for served in service.models.values():
-            service.metrics.workers.append(served.worker)
-            served.worker.start()
+        workers = list(dict.fromkeys(served.worker for served in service.models.values()))
+        for worker in workers:
+            service.metrics.workers.append(worker)
+            worker.start()
         yield
-        for served in service.models.values():
-            served.worker.stop()
+        for worker in workers:
+            worker.stop()
 
     app = FastAPI(
         title="Plait",

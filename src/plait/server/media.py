@@ -44,9 +44,9 @@ class Reader:
         self.pool = ThreadPoolExecutor(DECODERS, "media")
         self.waiting = 0
 
-    async def read(self, model: Model, kind: str, data: bytes, param: str, deadline: float) -> Any:
-        """The medium as an input of the model: (column, its samples) for ours, else an image or (waveform, rate).
-        Raises ApiError where it cannot be read, or while too many wait."""
+    async def read(self, model: Model, kind: str, data: bytes, param: str, deadline: float, whole: bool = False) -> Any:
+        """The medium as an input of the model: (column, its samples) for ours, else an image or (waveform, rate), with
+        `whole` for all. Raises ApiError where it cannot be read, or while too many wait."""
         if (ours := model.plait_model) is not None:
             try:
                 ours.column(None, kind, f"read {kind}")  # before anything is decoded
@@ -59,7 +59,7 @@ class Reader:
 
         def work() -> Any:
             value = self.checker.decode(kind, data)
-            return model.prepared(kind, value)
+            return value if whole else model.prepared(kind, value)
 
         self.waiting += 1
         try:

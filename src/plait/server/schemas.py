@@ -268,6 +268,19 @@ class EmbeddingRequest(Body):
     dimensions: Annotated[int, Field(ge=1)] | None = None
 
 
+class Document(Inner):
+    text: Text
+
+
+class RerankRequest(Body):
+    """As Cohere and Jina have it."""
+
+    query: Text | Part
+    documents: Annotated[list[Text | Document | Part], Field(min_length=1, max_length=1024)]
+    top_n: Annotated[int, Field(ge=1, le=1024)] | None = None
+    return_documents: bool | None = None
+
+
 class ImageRequest(Drawing):
     prompt: Text
     n: Count | None = None
@@ -291,7 +304,7 @@ class TranscriptionRequest(Body):
     language: Annotated[str | None, Field(max_length=64, description="A text column, or a language of Whisper's.")] = (
         None
     )
-    response_format: Literal["json", "text"] = "json"
+    response_format: Literal["json", "text", "verbose_json", "srt", "vtt"] = "json"
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     seed: Seed = None
@@ -472,6 +485,22 @@ class EmbeddingList(BaseModel):
     usage: ReadUsage
 
 
+class Ranked(BaseModel):
+    index: int
+    relevance_score: float
+    document: dict[str, Any] | None = None
+
+
+class Reranked(BaseModel):
+    """`relevance_score` is the cosine of the embeddings."""
+
+    id: str
+    model: str
+    results: list[Ranked]
+    meta: dict[str, Any]
+    usage: ReadUsage
+
+
 class ImageData(BaseModel):
     b64_json: str | None = None
     url: str | None = None
@@ -485,8 +514,21 @@ class ImageList(BaseModel):
     usage: dict[str, Any]
 
 
-class Transcription(BaseModel):
+class TranscriptionSegment(BaseModel):
+    id: int
+    start: float
+    end: float
     text: str
+
+
+class Transcription(BaseModel):
+    """The text; with `verbose_json` also when what was said, in seconds."""
+
+    text: str
+    task: str | None = None
+    language: str | None = None
+    duration: float | None = None
+    segments: list[TranscriptionSegment] | None = None
 
 
 class LabelChance(BaseModel):
@@ -496,13 +538,15 @@ class LabelChance(BaseModel):
 
 class Classification(BaseModel):
     """The likeliest labels. `none_of_these` says that the input is unlike all that was learnt; `ood_score`, in [0, 1],
-    is the share of validation records that look more familiar; null where that was not calibrated."""
+    is the share of validation records that look more familiar; null where that was not calibrated. `chosen` are, of a
+    column where a record has several labels, those that hold; each probability is then of that label alone."""
 
     object: Literal["list"] = "list"
     model: str
     data: list[LabelChance]
     none_of_these: bool
     ood_score: float | None
+    chosen: list[str] | None = None
 
 
 class Found(BaseModel):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,6 +48,14 @@ class Served:
         worker = Worker(name, model, limits)
         most = _most_bytes(ours) if ours is not None else 0
         return cls(name, model, worker, fingerprint, int(time.time()), chat, prompt_bytes=most)
+
+    def sharing(self, twin: PlaitModel) -> Served:
+        """The same model with an adapter, in the same batch: `twin` shares its weights."""
+        twin.engine = self.ours.engine
+        chat = copy.copy(self.chat)
+        if chat is not None:
+            chat.model = twin
+        return replace(self, name=twin.name, model=twin, chat=chat)
 
     def check_prompt(self, parts: Iterable[Any], param: str) -> None:
         """Raises ApiError for texts that are certainly too long for the model, before they are tokenised."""

@@ -25,7 +25,9 @@ REVISED_AT = (8, 4, 2)  # after the eighth, the quarter and the half of the sche
 def calibrate(model: Multimodal, optimizer: torch.optim.Optimizer, step: Callable[[int], Any], seconds: float) -> int:
     """How many steps fit in the time left, by throw-away steps with a learning rate of 0; leaves the weights as they
     were."""
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    frozen |= {name for name in model.state_dict() if name.endswith(".text_rows")}
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items() if name not in frozen}
     state = torch.get_rng_state()
     for options in optimizer.param_groups:
         options["lr"] = 0.0
@@ -35,7 +37,7 @@ def calibrate(model: Multimodal, optimizer: torch.optim.Optimizer, step: Callabl
     for number in range(CALIBRATION_STEPS):
         step(number)
         clock.append(time.perf_counter())
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, strict=False)
     torch.set_rng_state(state)
     left = seconds - (clock[-1] - begun)  # compiling may have taken long
     return max(int(left * (1 - VALIDATION_SHARE) / np.median(np.diff(clock))), FEWEST_STEPS)

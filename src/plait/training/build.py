@@ -20,6 +20,7 @@ from plait.model.transformer import TransformerConfig
 
 MAX_LABELS = 1000  # distinct values up to which a text column counts as labels
 LONGEST_LABEL = 200  # bytes
+FITTED_BY = 100  # images or audio clips that a modality's settings are fitted to
 EMBED_DIM = 128  # of a model of media, where a recipe says nothing
 
 
@@ -211,12 +212,18 @@ def size_table() -> dict[str, dict[str, str]]:
 
 
 def fit_settings(dataset: Dataset, modality: str, size: Size, overrides: dict[str, Any]) -> Any:
-    """A modality's settings, fitted to the first images or audio clips of train."""
+    """A modality's settings, fitted to some images or audio clips of train: as they lie spread over all records, since
+    those of one label often lie side by side."""
     examples: list[bytes] = []
     columns = [c for c, kind in dataset.columns.items() if kind == modality]
-    for record in dataset.iterate(dataset.indices("train"), columns):
-        examples += [part for part in record.parts.values() if isinstance(part, bytes)]
-        if len(examples) >= 100:
+    train = dataset.indices("train")
+    first = train[:: max(len(train) // FITTED_BY, 1)]
+    for indices in (first, train):  # all, one after the other, where none of the first has the modality
+        for record in dataset.iterate(indices, columns):
+            examples += [part for part in record.parts.values() if isinstance(part, bytes)]
+            if len(examples) >= FITTED_BY:
+                break
+        if examples:
             break
     if not examples:
         raise PlaitError(f"No record of train in {dataset.path} has {modality}; map its columns to ignore.")
@@ -234,8 +241,9 @@ def label_columns(dataset: Dataset, context: int) -> dict[str, list[str]]:
     longest = min(LONGEST_LABEL, context // 2)
     labels = {}
     train = dataset.indices("train")
+    others = {*dataset.manifest.chats, *dataset.manifest.multi_label, *dataset.manifest.numbers}
     for column, kind in dataset.columns.items():
-        if kind != "text" or column in dataset.manifest.chats:
+        if kind != "text" or column in others:
             continue
         known = dataset.manifest.statistics.get(column)
         if known is not None and known.max > longest:

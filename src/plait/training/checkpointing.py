@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Set
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,7 +27,6 @@ from torch import Tensor, nn
 from plait.core.errors import PlaitError
 from plait.core.files import clear_leftovers, fsync_folder, link_target, point, read_json, remove_folder
 from plait.model import checkpoint as checkpoints
-from plait.model import lora
 from plait.model.checkpoint import Checkpoint
 from plait.training.distributed import Group, is_shard, read_tensors, stored_tensors, whole, write_shards
 from plait.training.optimizer import Average
@@ -69,21 +69,24 @@ class Snapshot:
 
 
 def snapshot(
-    model: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None, group: Group, aside: Path
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: Average | None,
+    group: Group,
+    aside: Path,
+    inherited: Set[str] = frozenset(),
 ) -> Snapshot:
     """Copy what a checkpoint holds; the caller may change everything right after. Only the first process gets it, and
-    where the model is sharded the training state is put `aside` by all of them."""
+    where the model is sharded the training state is put `aside` by all of them. What is `inherited` from a base is left
+    out."""
     state = {f"random.{device}": tensor for device, tensor in random_state().items()}
     for name, parameter in _named(model, optimizer):
         for key, value in optimizer.state[parameter].items():
             state[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
-    weights = model.state_dict()
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name not in inherited}
     if average is not None:
         for name, tensor in average.weights.items():
             state[f"raw.{name}"], weights[name] = weights[name], tensor
-    weights, parts = lora.split(model, weights)
-    for name, tensor in parts.items():  # where an average is used, `raw` has what it is the average of
-        state[f"average.{name}" if f"raw.{name}" in state else f"raw.{name}"] = tensor
     if any(is_shard(tensor) for tensor in weights.values()):
         gathered = {}
         for name, tensor in weights.items():
@@ -98,8 +101,15 @@ def snapshot(
     return Snapshot(copies[0], copies[1])
 
 
-def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None) -> Position:
-    """Take up a checkpoint that was verified: weights, optimizer, average and random state, in place.
+def restore(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: Average | None,
+    inherited: Set[str] = frozenset(),
+) -> Position:
+    """Take up a checkpoint that was verified: weights, optimizer, average and random state, in place. What is
+    `inherited` is there already.
 
     Raises PlaitError where it does not fit the model.
     """
@@ -107,11 +117,12 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, av
         position = Position(**read_json(folder / f"{STATE}.json"))
         weights, state = _read(folder, model, optimizer)
         raw = {name.removeprefix("raw."): tensor for name, tensor in state.items() if name.startswith("raw.")}
-        model.load_state_dict({**weights, **raw})
+        missing, unknown = model.load_state_dict({**weights, **raw}, strict=False)
+        if odd := [*(set(missing) - inherited), *unknown]:
+            raise KeyError(odd[0])
         if average is not None:
             for name, tensor in average.weights.items():
-                kept = f"average.{name}"
-                tensor.copy_(state[kept] if kept in state else weights[name])
+                tensor.copy_(weights[name])
         taken: dict[int, dict[str, Tensor]] = {}
         for index, (name, _) in enumerate(_named(model, optimizer)):
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{key}.{name}" in state]
@@ -182,6 +193,7 @@ class Saver:
 
     def __init__(self, folder: Path, keep: int, keep_every: int | None, group: Group) -> None:
         self.folder, self.keep, self.keep_every, self.group = folder, keep, keep_every, group
+        self.inherited: Set[str] = frozenset()  # tensors that checkpoints leave out
         self.step = 0  # the last one that was handed over, or gone on from
         self._damaged: list[Path] = []  # newer ones, removed once there is a whole one in their place
         self._thread: threading.Thread | None = None
@@ -217,7 +229,7 @@ class Saver:
         self.wait()
         process = int(self.group.broadcast(os.getpid()))
         aside = self.folder / f".{STATE}.{process}.tmp"
-        taken = snapshot(whole.model, optimizer, average, self.group, aside)
+        taken = snapshot(whole.model, optimizer, average, self.group, aside, self.inherited)
         if position.best is None:
             position.best_step = position.step
         self.step = position.step

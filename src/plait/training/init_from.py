@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from pydantic import BaseModel
 
 from plait.core.config import GenerationConfig
 from plait.core.errors import PlaitError
+from plait.core.files import link_files, publish_folder, read_json
 from plait.data.dataset import Dataset
 from plait.modalities.base import ENCODER_SOURCES, Vocabulary, alike
 from plait.modalities.registry import MODALITIES
@@ -22,11 +24,15 @@ from plait.modalities.text import Text
 from plait.model import checkpoint as checkpoints
 from plait.model import extend as growing
 from plait.model import lora
+from plait.model.adapted import FILE as ADAPTED_FILE
+from plait.model.adapted import Base, weight_sums
 from plait.model.chat_template import TEMPLATE
 from plait.model.checkpoint import CHECKPOINT_SOURCES, Checkpoint, find_checkpoint
 from plait.model.multimodal import Multimodal
 from plait.training.build import model_config
 from plait.training.run import Progress, Run
+
+BASE = "base"  # the folder, in a run's, of the run of ours that it stands on
 
 
 def build_or_load_model(run: Run, brought: Mapping[str, BaseModel]) -> tuple[Multimodal, Text, Checkpoint | None]:
@@ -39,7 +45,7 @@ def build_or_load_model(run: Run, brought: Mapping[str, BaseModel]) -> tuple[Mul
             f"{run.dataset.path} holds data of a kind of its own ({run.dataset.manifest.kind}), whose models begin "
             "anew: leave out --init-from and model.init_from."
         )
-    source = _source(run)
+    source = _base(run) if run.settings.lora and run.recipe.model.init_from else _source(run)
     if source is not None and source.parts:
         raise PlaitError(
             f"{run.recipe.model.init_from} is a model of data of a kind of its own ({', '.join(source.parts)}), from "
@@ -52,7 +58,10 @@ def build_or_load_model(run: Run, brought: Mapping[str, BaseModel]) -> tuple[Mul
     config = model_config(run.recipe, run.dataset, text.size, imported, templated, brought)
     if config.vocabulary.turns:
         text.settings["chat_template"] = TEMPLATE
-    model = growing.extend(source, config) if source else Multimodal(config)
+    if source is not None and source.base is not None:
+        model = growing.extend_frozen(source, config)
+    else:
+        model = growing.extend(source, config) if source else Multimodal(config)
     _fill_encoders(model, source.model if source else None)
     if source is not None and "source" not in run.metadata:
         old = source.model
@@ -102,10 +111,54 @@ def _source(run: Run) -> Checkpoint | None:
     step = checkpoints.newest_whole(own)[0] if "source" in run.metadata else 0
     if step:
         return checkpoints.load(checkpoints.series(own)[step])
+    return CHECKPOINT_SOURCES.one()(_begin(run, name) or name)
+
+
+def _begin(run: Run, name: str) -> Path | None:
+    """The folder of the model that a run starts from; None for a name of the hub, or a GGUF file. Raises PlaitError
+    where it is the run's own."""
     folder = find_checkpoint(name)
     if folder is not None and folder.resolve().is_relative_to(run.folder.resolve()):
         raise PlaitError(f"A run cannot start from itself: {folder}. Choose another folder with -o.")
-    return CHECKPOINT_SOURCES.one()(folder or name)
+    return folder
+
+
+def _base(run: Run) -> Checkpoint:
+    """The model that a run with low-rank updates stands on, with how its checkpoints name it as `base`. A run of ours
+    is linked, or copied, into the run's folder, so that it may go; an import is told by its name and content."""
+    beside = run.folder / "checkpoints" / "last"
+    if "base" in run.metadata:
+        base = Base.model_validate(run.metadata["base"])
+        source = base.load(beside, compact=True)
+        source.base = base
+        return source
+    assert run.settings.lora is not None and run.recipe.model.init_from is not None
+    name = run.recipe.model.init_from
+    folder = _begin(run, name)
+    where = str(Path(name).expanduser().resolve()) if Path(name).expanduser().exists() else name
+    if folder is not None and read_json(folder / "config.json").get("model_type") == "plait":
+        folder, where = _keep_base(run, folder), f"../../{BASE}"
+    source = CHECKPOINT_SOURCES.one()(folder or name, compact=True)
+    assert source.origin is not None
+    lora_settings = run.settings.lora
+    source.base = Base(
+        name=where, sha256=weight_sums(source.origin), rank=lora_settings.rank, alpha=lora_settings.alpha
+    )
+    run.record(base=source.base.model_dump())
+    return source
+
+
+def _keep_base(run: Run, folder: Path) -> Path:
+    """A checkpoint of ours in the run's own folder, whole."""
+    kept = run.folder / BASE
+    with run.group.main_first():
+        if run.group.is_main and not kept.is_dir():
+            if (folder / ADAPTED_FILE).is_file():
+                checkpoints.save(checkpoints.load(folder), kept)
+            else:
+                with publish_folder(kept) as aside:
+                    link_files(folder, aside)
+    return kept
 
 
 def _fill_encoders(model: Multimodal, source: Multimodal | None) -> None:

@@ -50,7 +50,7 @@ class LossModule(nn.Module):
         zero_anchor = torch.zeros((), device=device)
         with self.device.autocast():  # once, for what is read and what is predicted
             rows = model.row_modality.rows() if model.row_modality is not None else None
-            table = model.reading(rows)
+            table = model.lookup(rows)
         for batch, records in zip(step.batches, step.span_records, strict=True):
             on_device = batch.to(device)
             with self.device.autocast():
@@ -88,6 +88,9 @@ class LossModule(nn.Module):
                 idle += [p for name, p in model.lm_head.digits.items() if name not in id_ranges]
         if model.config.embed_dim and not embedded:
             idle.append(model.project.weight)
+        idle += [
+            table.free for table in (model.token_embedding, model.lm_head) if table and table.text_rows is not None
+        ]
         return [p for p in idle if p.requires_grad]
 
 

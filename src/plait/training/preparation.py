@@ -16,6 +16,7 @@ from plait.core.system import processors as available_processors
 from plait.data.dataset import Dataset, Joined
 from plait.kernels import training as training_kernels
 from plait.modalities.text import Text
+from plait.model import extend
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import Multimodal
 from plait.training.batches import Split, room_needed
@@ -38,6 +39,7 @@ class Prepared:
     splits: dict[str, Split]  # "train" and "val"
     init_from: Checkpoint | None  # the model that this one was extended from
     seconds: float  # that are left of the time budget
+    inherited: set[str]  # tensors of a base that stay as they are, and no checkpoint holds
 
 
 def join_replayed(dataset: Dataset, paths: list[str]) -> tuple[Dataset, list[Dataset]]:
@@ -84,12 +86,13 @@ def prepare_run(run: Run, reuse: Path | None) -> Prepared:
         run.recognisers(model, splits)
     apply_freezing(run, model)
     model.to(run.device.torch)
+    inherited = extend.inherited(model, init_from.model) if init_from is not None and init_from.base else set()
     if "prepared" not in run.metadata:
         earlier = read_json(reuse / "run.json")["prepared"] if reuse else 0.0
         run.record(prepared=group.broadcast(max(time.perf_counter() - begun, earlier)))
     share = 1 - CLASSIFIER_SHARE if run.settings.task == "recognise" else 1.0
     seconds = max(run.minutes * 60 * share - run.metadata["prepared"], 1.0)
-    return Prepared(model, text, source, splits, init_from, seconds)
+    return Prepared(model, text, source, splits, init_from, seconds, inherited)
 
 
 @contextmanager

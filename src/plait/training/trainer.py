@@ -140,6 +140,7 @@ class Trainer:
         self._setup_batches()
         self.optimizer = self._make_optimizer()
         self.saver = Saver(self.run.folder / "checkpoints", self.settings.keep, self.settings.keep_every, self.group)
+        self.saver.inherited = self.prepared.inherited
         newest = self._newest_checkpoint()
         self._setup_schedule()
         self.average = Average(self.model, self.settings.ema) if self.settings.ema else None
@@ -240,7 +241,7 @@ class Trainer:
         run.record(steps=steps)
 
     def _resume(self, checkpoint: Path) -> None:
-        self.position = restore(checkpoint, self.model, self.optimizer, self.average)
+        self.position = restore(checkpoint, self.model, self.optimizer, self.average, self.prepared.inherited)
         self.saver.point(self.position.step, self.position.best_step)
         self.run.report(Progress("note", 1, 1, note=f"going on from step {self.position.step}"))
         if self.run.changed:
@@ -422,6 +423,7 @@ class Trainer:
             generation=generation_of(init_from, run.recipe.generation),
             training=facts,
             parts=dict(self.data.parts),
+            base=init_from.base if init_from is not None else None,
         )
         self.log.sync()
         self.saver.save(checkpoint, self.optimizer, self.average, self.position)

@@ -1,0 +1,283 @@
+"""What pretrained weights cost and give: LoRA's speed and memory beside transformers with PEFT, and more below.
+
+    python bench/pretrained.py lora MODEL [--rounds 3] [--batch 4] [--length 512]
+
+    python bench/pretrained.py head ROW ENCODER --data DATA [--seed 0]
+
+MODEL is a folder of a causal language model. PLAIT_ISA=avx2 caps the instructions of both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from plait.core import isa
+
+isa.cap()  # PLAIT_ISA, before torch loads
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+
+def lora_ours(model: Path, ids: Tensor, rank: int) -> Any:
+    """A step of `plait train --lora` on sequences (B, L), all of whose tokens are learned."""
+    from plait.core.device import Device, keep_memory
+    from plait.hf.huggingface import load
+    from plait.model import lora
+    from plait.model.extend import extend_frozen
+    from plait.model.objectives import total_loss
+    from plait.training.optimizer import make_optimizer
+
+    keep_memory()
+    source = load(model, compact=True)
+    network = extend_frozen(source, source.model.config).requires_grad_(False)
+    lora.adapt(network.backbone, rank, 2.0 * rank)
+    optimizer = make_optimizer([network], 1e-4, 0.0, (0.9, 0.98))
+    device = Device("cpu", torch.float32)
+    table = network.token_embedding.split_table()
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        with device.autocast():
+            hidden = network.backbone(table.rows(ids.flatten()).view(*ids.shape, -1))
+            loss = total_loss(hidden[:, :-1].flatten(0, 1), table, ids[:, 1:].flatten()) / ids[:, 1:].numel()
+            loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    return step
+
+
+def lora_theirs(model: Path, ids: Tensor, rank: int, dtype: torch.dtype) -> Any:
+    """The same step in transformers and PEFT."""
+    import peft
+    import transformers
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    network = peft.get_peft_model(base, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names))
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-4, fused=True)
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        loss = network(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    return step
+
+
+def lora(arguments: argparse.Namespace) -> None:
+    ids = torch.randint(1000, 50_000, (arguments.batch, arguments.length), generator=torch.Generator().manual_seed(0))
+    makers = {
+        "plait": lambda: lora_ours(arguments.model, ids, 8),
+        "peft fp32": lambda: lora_theirs(arguments.model, ids, 8, torch.float32),
+        "peft bf16": lambda: lora_theirs(arguments.model, ids, 8, torch.bfloat16),
+    }
+    steps = {}
+    for name in arguments.who.split(","):
+        steps[name] = makers[name]()
+        print(f"{name}: loss {steps[name]():.4f}, peak memory {_peak():.2f} GB", flush=True)
+    rates: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(arguments.rounds):
+        for name, step in steps.items():
+            begun = time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+            step()
+            ended = time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+            rates[name].append(ids.numel() / (ended - begun))
+            print(f"{name}: {rates[name][-1]:.1f} tokens/s", flush=True)
+    for name in rates if arguments.rounds else ():
+        ratio = median(a / b for a, b in zip(rates["plait"], rates[name], strict=True)) if "plait" in rates else 0
+        print(f"{name}: {median(rates[name]):.1f} tokens/s, plait / this {ratio:.2f}")
+    print(f"peak memory {_peak():.2f} GB")
+
+
+# --- heads over frozen encoders ---------------------------------------------------------------------------------
+
+
+Pairs = list[tuple[str, str]]  # text or file, and label
+
+
+def head(arguments: argparse.Namespace) -> None:
+    """`plait prepare` and `plait train --init-from ENCODER` on a public set, then its own verbs on the test set."""
+    import json
+    import tempfile
+
+    import numpy as np
+    from sklearn.metrics import f1_score
+
+    import plait
+
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        train, test = ROWS[arguments.row](arguments, folder)
+        begun = time.process_time()
+        table, encoder = _written(train, folder), str(arguments.encoder)
+        run = plait.train(table, folder / "run", init_from=encoder, seed=arguments.seed)
+        trained = time.process_time() - begun
+        model, inputs = run.model(), [value if arguments.row in TEXTS else Path(value) for value, _ in test]
+        said = np.array([predictions[0].label for predictions in model.classify_inputs(inputs, top=1)])
+        wanted = np.array([label for _, label in test])
+        line = {
+            "row": arguments.row, "seed": arguments.seed, "accuracy": round(float((said == wanted).mean()), 4),
+            "macro_f1": round(float(f1_score(wanted, said, average="macro")), 4), "n": len(test),
+            "train": len(train), "train_seconds": round(trained, 1),
+            "ask_seconds": round(time.process_time() - begun - trained, 1), "peak_gb": round(_peak(), 2),
+        }  # fmt: skip
+        print(json.dumps(line), flush=True)
+
+
+def _written(rows: Pairs, folder: Path) -> Path:
+    """A table of texts or files with their labels."""
+    import csv
+
+    table = folder / "train.csv"
+    with table.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"] if not Path(rows[0][0]).is_absolute() else ["file", "label"])
+        writer.writerows(rows)
+    return table
+
+
+def _table(arguments: argparse.Namespace, name: str, label: str, folder: str = "intents") -> tuple[Pairs, Pairs]:
+    import csv
+
+    found = []
+    for split in ("train", "test"):
+        with (arguments.data / folder / f"{name}_{split}.csv").open(encoding="utf-8", newline="") as file:
+            found.append([(row["text"], row[label]) for row in csv.DictReader(file)])
+    return found[0], found[1]
+
+
+def banking(arguments: argparse.Namespace, folder: Path, examples: int | None = None) -> tuple[Pairs, Pairs]:
+    train, test = _table(arguments, "banking77", "category")
+    return _few(train, examples, arguments.seed), test
+
+
+def clinc(arguments: argparse.Namespace, folder: Path) -> tuple[Pairs, Pairs]:
+    return _table(arguments, "clinc150", "intent")
+
+
+def synthetic(
+    arguments: argparse.Namespace, folder: Path, name: str, examples: int | None = None
+) -> tuple[Pairs, Pairs]:
+    """Requests and their intents, or sentences and how people feel; see make_conversations.py."""
+    import make_conversations
+
+    rows = list(getattr(make_conversations, name)())
+    text, label = (key for key in rows[0] if key != "split")
+    train = [(row[text], row[label]) for row in rows if row["split"] != "test"]
+    return _few(train, examples, arguments.seed), [(row[text], row[label]) for row in rows if row["split"] == "test"]
+
+
+def digits(arguments: argparse.Namespace, folder: Path, speaker: str) -> tuple[Pairs, Pairs]:
+    """Four speakers' digits to train on, all of the fifth's to ask about."""
+    import zipfile
+
+    train: Pairs = []
+    test: Pairs = []
+    with zipfile.ZipFile(arguments.data / "fsdd" / "fsdd_5speakers_wav.zip") as archive:
+        for name in sorted(archive.namelist()):
+            if not name.endswith(".wav"):
+                continue
+            digit, who, _ = Path(name).stem.split("_")
+            file = folder / "files" / Path(name).name
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(archive.read(name))
+            (test if who == speaker else train).append((str(file), f"digit {digit}"))
+    return train, test
+
+
+def cifar(arguments: argparse.Namespace, folder: Path) -> tuple[Pairs, Pairs]:
+    """1,000 photos of nine classes to train on, 900 of the test set to ask about."""
+    import tarfile
+
+    counts: dict[tuple[str, str], int] = {}
+    found: dict[str, Pairs] = {"train": [], "test": []}
+    with tarfile.open(arguments.data / "cifar10" / "cifar10_jpeg.tar.gz") as archive:
+        for member in archive:
+            parts = Path(member.name).parts
+            split = next((part for part in parts if part in found), None)
+            if not member.isfile() or split is None:
+                continue
+            label = parts[-2]
+            count = counts[split, label] = counts.get((split, label), 0) + 1
+            if count > (112 if split == "train" else 100):
+                continue
+            if label in NINE:
+                file = folder / "files" / split / f"{label}-{count}.jpg"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                data = archive.extractfile(member)
+                assert data is not None
+                file.write_bytes(data.read())
+                found[split].append((str(file), label))
+    return found["train"], found["test"]
+
+
+NINE = {"airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship"}
+
+
+def _few(rows: Pairs, examples: int | None, seed: int) -> Pairs:
+    """So many of each label, drawn by the seed."""
+    if examples is None:
+        return rows
+    import random
+
+    by_label: dict[str, Pairs] = {}
+    for row in rows:
+        by_label.setdefault(row[1], []).append(row)
+    choice = random.Random(seed)
+    return [row for label in sorted(by_label) for row in choice.sample(by_label[label], examples)]
+
+
+SPEAKERS = ("nicolas", "yweweler", "jackson", "theo", "george")
+ROWS: dict[str, Callable[[argparse.Namespace, Path], tuple[Pairs, Pairs]]] = {
+    "banking77": banking,
+    "banking77-5": partial(banking, examples=5),
+    "banking77-1": partial(banking, examples=1),
+    "clinc150": clinc,
+    **{
+        f"{name}{'' if n is None else f'-{n}'}": partial(synthetic, name=name, examples=n)
+        for name in ("intents", "feelings") for n in (None, 5, 1)
+    },
+    **{f"digits-{name}": partial(digits, speaker=name) for name in SPEAKERS},
+    "cifar": cifar,
+}  # fmt: skip
+TEXTS = {name for name in ROWS if not name.startswith(("digits", "cifar"))}
+
+
+def _peak() -> float:
+    """Of this process so far, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("lora")
+    one.add_argument("model", type=Path)
+    one.add_argument("--rounds", type=int, default=3)
+    one.add_argument("--batch", type=int, default=4)
+    one.add_argument("--length", type=int, default=512)
+    one.add_argument("--who", default="plait,peft fp32", help="plait, peft fp32, peft bf16")
+    one.set_defaults(run=lora)
+    one = commands.add_parser("head")
+    one.add_argument("row", choices=list(ROWS))
+    one.add_argument("encoder", type=Path, help="a folder of a text, audio or vision encoder")
+    one.add_argument("--data", type=Path, required=True, help="the folder with the public sets")
+    one.add_argument("--seed", type=int, default=0)
+    one.set_defaults(run=head)
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""LoRA between Plait and PEFT: adapters as PEFT's files, read and written with equal outputs, side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import plait
+from plait.core.errors import PlaitError
+from plait.inference.base import Model
+from plait.inference.model import attach_adapters, load
+from test_huggingface import CASES, make_tokenizer, randomise
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+Plait = Callable[..., int]
+PROMPT = "the quick brown fox"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Qwen2 with random weights in bf16."""
+    folder = tmp_path_factory.mktemp("models") / "qwen2"
+    torch.manual_seed(1)
+    config = transformers.Qwen2Config(**CASES["qwen2"][1])
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    randomise(model, 1)
+    model.bfloat16().save_pretrained(folder)
+    make_tokenizer().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def theirs(base: Path, **settings: object) -> torch.nn.Module:
+    """PEFT's model of a base, with random updates."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    torch.manual_seed(2)
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(**{"r": 4, "lora_alpha": 12, "init_lora_weights": False, **settings})
+    )
+    return model.eval()
+
+
+def logits(model: Model, ids: list[int]) -> torch.Tensor:
+    """Of the engine, at the last place."""
+    ours = model.plait_model
+    assert ours is not None
+    from plait.inference.engine import Request
+    from plait.model.multimodal import Sequence
+
+    request = Request(
+        Sequence().read_ids(ids), max_new_tokens=1, logprobs=True, top_logprobs=9999, adapter=ours.adapter
+    )
+    top = ours.engine.run([request])[0].samples[0].top
+    assert top is not None
+    return torch.tensor(top[0].logprobs)[torch.tensor(top[0].ids).argsort()]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": "all-linear", "use_rslora": True, "rank_pattern": {"up_proj": 2}},
+    ],
+)
+def test_peft_adapters_are_read(base: Path, tmp_path: Path, settings: dict[str, object]) -> None:
+    network = theirs(base, **settings)
+    network.save_pretrained(tmp_path / "adapter")
+    model = load(base, "cpu", "fp32")
+    ids = model.plait_model.checkpoint.text.encode(PROMPT)
+    plain = logits(model, ids)
+    twin = attach_adapters(model, {"mine": tmp_path / "adapter"})[0]
+    with torch.inference_mode():
+        wanted = network(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+    found = logits(twin, ids)
+    assert torch.allclose(found, wanted[: len(found)], atol=2e-4) and not torch.allclose(found, plain, atol=1e-2)
+    assert torch.equal(logits(model, ids), plain)  # the base beside it is as it was
+    named = load(tmp_path / "adapter", "cpu", "fp32")  # which says what it belongs to
+    assert torch.allclose(logits(named, ids), found, atol=1e-5)
+    plait.export(base, tmp_path / "merged", adapter=tmp_path / "adapter")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.inference_mode():
+        assert torch.allclose(merged(torch.tensor([ids])).logits[0, -1].log_softmax(-1), wanted, atol=2e-4)
+
+
+def test_requests_of_several_adapters_share_a_batch(base: Path, tmp_path: Path) -> None:
+    folders = {}
+    for name, targets in {"a": ["q_proj", "down_proj"], "b": ["o_proj", "gate_proj"]}.items():
+        theirs(base, target_modules=targets).save_pretrained(tmp_path / name)
+        folders[name] = tmp_path / name
+    model = load(base, "cpu", "fp32")
+    twins = attach_adapters(model, folders)
+    ours = [model.plait_model, *twins]
+    engine = ours[0].engine
+    ids = ours[0].checkpoint.text.encode(PROMPT)
+    from plait.model.multimodal import Sequence
+
+    def request(one, length):
+        return one.request(Sequence().read_ids(ids), "text", max_new_tokens=length, temperature=0)
+
+    alone = [engine.run([request(one, 12)])[0].samples[0].ids for one in ours]
+    together = engine.run([request(one, 12 - 3 * i) for i, one in enumerate(ours)])
+    assert [len(result.samples[0].ids) for result in together] == [12, 9, 6]
+    assert all(
+        result.samples[0].ids == one[: 12 - 3 * i] for i, (result, one) in enumerate(zip(together, alone, strict=True))
+    )
+    assert len({tuple(one) for one in alone}) == 3
+
+
+def test_a_lora_run_is_written_for_peft(base: Path, tmp_path: Path, plait: Plait) -> None:
+    lines = [json.dumps({"text": f"the fox jumps over {i} lazy dogs and a quick brown hen"}) for i in range(40)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines) + "\n")
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(
+        json.dumps({"training": {"steps": 3, "batch_size": 4, "learning_rate": 0.02, "lora": {"rank": 3, "alpha": 6}}})
+    )
+    run = tmp_path / "run"
+    assert plait("prepare", tmp_path / "texts.jsonl", "-o", tmp_path / "data", "--workers", 0) == 0
+    assert plait("train", tmp_path / "data", "-o", run, "--recipe", recipe, "--init-from", base) == 0
+    assert plait("export", run, "--to", "peft", "-o", tmp_path / "adapter") == 0
+    size = sum(file.stat().st_size for file in (run / "checkpoints" / "last").resolve().iterdir())
+    assert size < (base / "model.safetensors").stat().st_size
+    model = load(run, "cpu", "fp32")
+    ids = model.plait_model.checkpoint.text.encode(PROMPT)
+    found = logits(model, ids)
+    network = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.inference_mode():
+        before = network(torch.tensor([ids])).logits[0, -1]
+        network = peft.PeftModel.from_pretrained(network, tmp_path / "adapter").eval()
+        wanted = network(torch.tensor([ids])).logits[0, -1]
+    count = model.plait_model.checkpoint.model.vocabulary.text
+    wanted, found = (x[:count] - x[:count].logsumexp(0) for x in (wanted, found))
+    assert torch.allclose(found, wanted, atol=2e-4)
+    assert not torch.allclose(before[:count] - before[:count].logsumexp(0), wanted, atol=1e-2)
+    apart = load(base, "cpu", "fp32", adapter=run)  # the run's updates beside the base's own weights
+    apart = logits(apart, ids)[:count]
+    assert torch.allclose(apart - apart.logsumexp(0), found, atol=2e-4)
+
+
+def test_adapters_that_cannot_be_used(base: Path, tmp_path: Path) -> None:
+    model = load(base, "cpu", "fp32")
+    theirs(base, target_modules=["q_proj"], use_dora=True).save_pretrained(tmp_path / "dora")
+    theirs(base, target_modules=["q_proj"]).save_pretrained(tmp_path / "cut")
+    file = tmp_path / "cut" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    config = transformers.Qwen2Config(**{**CASES["qwen2"][1], "hidden_size": 32, "num_attention_heads": 2})
+    other = peft.get_peft_model(
+        transformers.AutoModelForCausalLM.from_config(config), peft.LoraConfig(r=2, target_modules=["q_proj"])
+    )
+    other.save_pretrained(tmp_path / "other")
+    (tmp_path / "empty").mkdir()
+    for name, message in {
+        "dora": "use_dora is True", "cut": "cut short", "other": "of another base", "empty": "holds no adapter",
+    }.items():  # fmt: skip
+        with pytest.raises(PlaitError, match=message):
+            attach_adapters(model, {"x": tmp_path / name})
