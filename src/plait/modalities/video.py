@@ -13,7 +13,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -225,7 +225,8 @@ def _decode(data: bytes, name: str, limits: Limits) -> Clip:
         for stream in (video, audio):
             if stream is not None:
                 stream.codec_context.thread_count = 1
-        frames, blocks, turn = _Frames(), [], 0
+        frames, turn = _Frames(), 0
+        blocks: list[np.ndarray] = []
         resampler = av.AudioResampler(format="flt", layout="mono", rate=RATE)
         first = end = heard_from = 0.0
         count = samples = 0
@@ -239,7 +240,7 @@ def _decode(data: bytes, name: str, limits: Limits) -> Clip:
                     if end > limits.seconds + 1:
                         raise MediaError(f"more than {limits.seconds:g} s of video")
                     turn = round(getattr(frame, "rotation", 0) / 90) % 4
-                    frames.add(time - first, lambda frame=frame: _reduced(frame))
+                    frames.add(time - first, partial(_reduced, frame))
                 elif isinstance(frame, av.AudioFrame):
                     heard_from = (frame.time or 0.0) if not blocks else heard_from
                     for block in resampler.resample(frame):
