@@ -66,6 +66,7 @@ class ModelRecipe(Settings):
     text: TextRecipe = Field(TextRecipe(), description="Overrides for text; see model.text.")
     image: dict[str, Any] = Field({}, description="Overrides for images; see model.image.")
     audio: dict[str, Any] = Field({}, description="Overrides for audio; see model.audio.")
+    video: dict[str, Any] = Field({}, description="Overrides for video; see model.video.")
     embed_dim: int | None = Field(
         None,
         ge=0,
