@@ -18,7 +18,7 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="transformers, gguf, peft (LoRA's updates alone), onnx, tflite, or html (a page that classifies)."
+            help="transformers, gguf, peft (LoRA's updates alone), onnx, tflite, or html (a page)."
         ),
     ] = "transformers",
     adapter: Annotated[Path | None, typer.Option(help="A folder of an adapter to add to the weights first.")] = None,
