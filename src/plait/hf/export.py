@@ -25,12 +25,27 @@ from plait.core.errors import PlaitError
 from plait.core.files import publish_folder, write_atomic, write_json
 from plait.hf.architectures import ARCHITECTURES, Architecture, Biases, layout
 from plait.modalities.base import END, PAD, Vocabulary
-from plait.model.checkpoint import Checkpoint
+from plait.model.checkpoint import Checkpoint, save
 from plait.model.multimodal import Multimodal
 from plait.model.transformer import TransformerConfig
 
 ONNX_TOLERANCE = 1e-4
 MIN_P = 0.02  # of the likeliest id's probability: what plain sampling leaves out
+
+
+# --- a folder of our own --------------------------------------------------------------------------------------------
+
+
+def export_folder(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write a checkpoint for use alone, readable for every user of the machine: no state of training, and no codecs of
+    media that the model never writes. Raises PlaitError where the folder cannot be written."""
+    must_be_free(folder)
+    unused = tuple(f"media.{name}.codec." for name in checkpoint.model.config.read_only)
+    tensors = {name: value for name, value in checkpoint.model.state_dict().items() if not name.startswith(unused)}
+    save(checkpoint, folder, tensors)
+    folder.chmod(0o755)
+    for file in folder.iterdir():
+        file.chmod(0o644)
 
 
 # --- transformers -----------------------------------------------------------------------------------------------
