@@ -2,6 +2,8 @@
 
     python bench/pretrained.py lora MODEL [--rounds 3] [--batch 4] [--length 512]
 
+    python bench/pretrained.py head ROW ENCODER --data DATA [--seed 0]
+
 MODEL is a folder of a causal language model. PLAIT_ISA=avx2 caps the instructions of both.
 """
 
@@ -10,6 +12,8 @@ from __future__ import annotations
 import argparse
 import resource
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -96,6 +100,160 @@ def lora(arguments: argparse.Namespace) -> None:
     print(f"peak memory {_peak():.2f} GB")
 
 
+# --- heads over frozen encoders ---------------------------------------------------------------------------------
+
+
+Pairs = list[tuple[str, str]]  # text or file, and label
+
+
+def head(arguments: argparse.Namespace) -> None:
+    """`plait prepare` and `plait train --init-from ENCODER` on a public set, then its own verbs on the test set."""
+    import json
+    import tempfile
+
+    import numpy as np
+    from sklearn.metrics import f1_score
+
+    import plait
+
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        train, test = ROWS[arguments.row](arguments, folder)
+        begun = time.process_time()
+        table, encoder = _written(train, folder), str(arguments.encoder)
+        run = plait.train(table, folder / "run", init_from=encoder, seed=arguments.seed)
+        trained = time.process_time() - begun
+        model, inputs = run.model(), [value if arguments.row in TEXTS else Path(value) for value, _ in test]
+        said = np.array([predictions[0].label for predictions in model.classify_inputs(inputs, top=1)])
+        wanted = np.array([label for _, label in test])
+        line = {
+            "row": arguments.row, "seed": arguments.seed, "accuracy": round(float((said == wanted).mean()), 4),
+            "macro_f1": round(float(f1_score(wanted, said, average="macro")), 4), "n": len(test),
+            "train": len(train), "train_seconds": round(trained, 1),
+            "ask_seconds": round(time.process_time() - begun - trained, 1), "peak_gb": round(_peak(), 2),
+        }  # fmt: skip
+        print(json.dumps(line), flush=True)
+
+
+def _written(rows: Pairs, folder: Path) -> Path:
+    """A table of texts or files with their labels."""
+    import csv
+
+    table = folder / "train.csv"
+    with table.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"] if not Path(rows[0][0]).is_absolute() else ["file", "label"])
+        writer.writerows(rows)
+    return table
+
+
+def _table(arguments: argparse.Namespace, name: str, label: str, folder: str = "intents") -> tuple[Pairs, Pairs]:
+    import csv
+
+    found = []
+    for split in ("train", "test"):
+        with (arguments.data / folder / f"{name}_{split}.csv").open(encoding="utf-8", newline="") as file:
+            found.append([(row["text"], row[label]) for row in csv.DictReader(file)])
+    return found[0], found[1]
+
+
+def banking(arguments: argparse.Namespace, folder: Path, examples: int | None = None) -> tuple[Pairs, Pairs]:
+    train, test = _table(arguments, "banking77", "category")
+    return _few(train, examples, arguments.seed), test
+
+
+def clinc(arguments: argparse.Namespace, folder: Path) -> tuple[Pairs, Pairs]:
+    return _table(arguments, "clinc150", "intent")
+
+
+def synthetic(
+    arguments: argparse.Namespace, folder: Path, name: str, examples: int | None = None
+) -> tuple[Pairs, Pairs]:
+    """Requests and their intents, or sentences and how people feel; see make_conversations.py."""
+    import make_conversations
+
+    rows = list(getattr(make_conversations, name)())
+    text, label = (key for key in rows[0] if key != "split")
+    train = [(row[text], row[label]) for row in rows if row["split"] != "test"]
+    return _few(train, examples, arguments.seed), [(row[text], row[label]) for row in rows if row["split"] == "test"]
+
+
+def digits(arguments: argparse.Namespace, folder: Path, speaker: str) -> tuple[Pairs, Pairs]:
+    """Four speakers' digits to train on, all of the fifth's to ask about."""
+    import zipfile
+
+    train: Pairs = []
+    test: Pairs = []
+    with zipfile.ZipFile(arguments.data / "fsdd" / "fsdd_5speakers_wav.zip") as archive:
+        for name in sorted(archive.namelist()):
+            if not name.endswith(".wav"):
+                continue
+            digit, who, _ = Path(name).stem.split("_")
+            file = folder / "files" / Path(name).name
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(archive.read(name))
+            (test if who == speaker else train).append((str(file), f"digit {digit}"))
+    return train, test
+
+
+def cifar(arguments: argparse.Namespace, folder: Path) -> tuple[Pairs, Pairs]:
+    """1,000 photos of nine classes to train on, 900 of the test set to ask about."""
+    import tarfile
+
+    counts: dict[tuple[str, str], int] = {}
+    found: dict[str, Pairs] = {"train": [], "test": []}
+    with tarfile.open(arguments.data / "cifar10" / "cifar10_jpeg.tar.gz") as archive:
+        for member in archive:
+            parts = Path(member.name).parts
+            split = next((part for part in parts if part in found), None)
+            if not member.isfile() or split is None:
+                continue
+            label = parts[-2]
+            count = counts[split, label] = counts.get((split, label), 0) + 1
+            if count > (112 if split == "train" else 100):
+                continue
+            if label in NINE:
+                file = folder / "files" / split / f"{label}-{count}.jpg"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                data = archive.extractfile(member)
+                assert data is not None
+                file.write_bytes(data.read())
+                found[split].append((str(file), label))
+    return found["train"], found["test"]
+
+
+NINE = {"airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship"}
+
+
+def _few(rows: Pairs, examples: int | None, seed: int) -> Pairs:
+    """So many of each label, drawn by the seed."""
+    if examples is None:
+        return rows
+    import random
+
+    by_label: dict[str, Pairs] = {}
+    for row in rows:
+        by_label.setdefault(row[1], []).append(row)
+    choice = random.Random(seed)
+    return [row for label in sorted(by_label) for row in choice.sample(by_label[label], examples)]
+
+
+SPEAKERS = ("nicolas", "yweweler", "jackson", "theo", "george")
+ROWS: dict[str, Callable[[argparse.Namespace, Path], tuple[Pairs, Pairs]]] = {
+    "banking77": banking,
+    "banking77-5": partial(banking, examples=5),
+    "banking77-1": partial(banking, examples=1),
+    "clinc150": clinc,
+    **{
+        f"{name}{'' if n is None else f'-{n}'}": partial(synthetic, name=name, examples=n)
+        for name in ("intents", "feelings") for n in (None, 5, 1)
+    },
+    **{f"digits-{name}": partial(digits, speaker=name) for name in SPEAKERS},
+    "cifar": cifar,
+}  # fmt: skip
+TEXTS = {name for name in ROWS if not name.startswith(("digits", "cifar"))}
+
+
 def _peak() -> float:
     """Of this process so far, in GB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
@@ -111,6 +269,12 @@ def main() -> None:
     one.add_argument("--length", type=int, default=512)
     one.add_argument("--who", default="plait,peft fp32", help="plait, peft fp32, peft bf16")
     one.set_defaults(run=lora)
+    one = commands.add_parser("head")
+    one.add_argument("row", choices=list(ROWS))
+    one.add_argument("encoder", type=Path, help="a folder of a text, audio or vision encoder")
+    one.add_argument("--data", type=Path, required=True, help="the folder with the public sets")
+    one.add_argument("--seed", type=int, default=0)
+    one.set_defaults(run=head)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from plait import cli
 from plait.core import config
+from plait.core.settings import RECIPE_SECTIONS
 from plait.modalities.audio import AudioSettings
 from plait.modalities.image import ImageSettings
 from plait.training.build import size_table
@@ -71,15 +72,18 @@ def _type(annotation: Any) -> str:
 
 
 def recipes() -> str:
+    added: dict[str, dict[str, type[BaseModel]]] = {"data": {}, "model": {}}
+    for section in (one for sections in RECIPE_SECTIONS.all() for one in sections):
+        added[section.parent][f"{section.parent}.{section.name}"] = section.settings
     sections = {
         "data": config.DataRecipe,
-        "data.items": config.ItemsRecipe,
+        **added["data"],
         "model": config.ModelRecipe,
         "model.backbone": config.BackboneRecipe,
         "model.text": config.TextRecipe,
         "model.image": ImageSettings,
         "model.audio": AudioSettings,
-        "model.item": config.ItemModelRecipe,
+        **added["model"],
         "training": config.TrainingRecipe,
         "training.lora": config.LoraRecipe,
         "generation": config.GenerationConfig,

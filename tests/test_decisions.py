@@ -41,7 +41,7 @@ def test_what_was_learnt_answers(trained: Path, image: bytes) -> None:
     model = api.load(trained)
     ranked = {one.label: one.probability for one in model.classify(image, column="en", top=None)}
     whole, part, so, level, foreign = model.decide(image, [
-        choice(*EN), choice(EN[1], EN[0]), Question("predicate", f"Is it a {EN[0].upper()}?"),
+        choice(*EN), choice(EN[1], EN[0]), Question("predicate", f"en: {EN[0].upper()}"),
         choice(*EN[:3], kind="score"), choice("cat", "dog"),
     ])  # fmt: skip
     assert whole.probabilities == pytest.approx([ranked[label] for label in EN], abs=1e-6)
@@ -51,8 +51,10 @@ def test_what_was_learnt_answers(trained: Path, image: bytes) -> None:
     assert so.probabilities == pytest.approx([ranked[EN[0]], 1 - ranked[EN[0]]])
     assert level.refusal or level.expected == pytest.approx(float(np.dot(level.probabilities, [0, 1, 2])))
     assert not foreign.probabilities and "not the labels" in foreign.refusal
-    for text, why in (("It is no red bar", "turned round"), ("Is it a horse?", "no label"),
-                      (f"{EN[0]} or {EN[1]}?", "several")):  # fmt: skip
+    named = Question("predicate", "Is it one of these?", (), EN[0])
+    assert model.decide(image, [named])[0].probabilities == so.probabilities
+    # A sentence may say the opposite, in any language: a label inside one is not looked for.
+    for text, why in (("It is no red bar", "no label"), ("horse", "no label"), (f"{EN[0]} or {EN[1]}?", "no label")):
         assert why in model.decide(image, [Question("predicate", text)])[0].refusal
 
 
@@ -85,7 +87,7 @@ def test_openai_client(server: Server, image: bytes, trained: Path) -> None:
         input=[{"role": "user", "content": [{"type": "input_image", "image_url": url}]}],
         questions=[
             {"type": "choice", "name": "what", "instructions": "What is it?", "choices": [{"value": v} for v in EN]},
-            {"type": "predicate", "name": "red", "instructions": f"It is a {EN[0]}."},
+            {"type": "predicate", "name": EN[0], "instructions": f"It is a {EN[0]}."},
             {"type": "score", "name": "level", "instructions": "How?", "levels": [{"label": v} for v in EN]},
             {"type": "choice", "name": "other", "instructions": "?", "choices": [{"value": True}, {"value": "x"}]},
         ],

@@ -9,7 +9,7 @@ import pytest
 from plait.core.errors import PlaitError
 from plait.core.files import sha256_file
 from plait.data.dataset import Dataset
-from plait.data.examples import EXAMPLES, write_example
+from plait.data.examples import examples, write_example
 from plait.data.prepare import prepare
 
 COLUMNS = {
@@ -20,7 +20,7 @@ COLUMNS = {
 }
 
 
-@pytest.mark.parametrize("kind", EXAMPLES)
+@pytest.mark.parametrize("kind", examples())
 def test_examples_can_be_prepared(kind: str, tmp_path: Path) -> None:
     folder = write_example(kind, tmp_path / kind)
     again = write_example(kind, tmp_path / "again")

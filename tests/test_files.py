@@ -279,9 +279,9 @@ NEWEST_FIRST = [(u, 100 + i, 1_700_000_000 + (5 - i) * 60) for u in range(1, 4) 
     ],
 )  # fmt: skip
 def test_lines_of_interactions(tmp_path: Path, name: str, text: str) -> None:
-    from plait.core.config import ItemsRecipe
+    from plait.core.config import DataRecipe
 
-    dataset, rejects = made(put(tmp_path / "in" / name, text).parent, items=ItemsRecipe())
+    dataset, rejects = made(put(tmp_path / "in" / name, text).parent, recipe=DataRecipe.model_validate({"items": {}}))
     catalogue = pq.read_table(tmp_path / "out/items.parquet")["id"].to_pylist()
     histories = read_histories(dataset)
     for start, stop in zip(histories.starts, histories.starts[1:], strict=False):

@@ -1,6 +1,7 @@
 """What the source keeps to, beside the order of imports: one modality a file."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,3 +42,17 @@ def test_no_comparison_with_a_modality_outside_modalities() -> None:
         if names.intersection(value for value in compared(node) if isinstance(value, str))
     }
     assert found == WIRE_NAMES
+
+
+def test_only_its_own_folder_names_recommendation() -> None:
+    """A feature registers what it adds; what lies below it knows neither items' tables nor histories of them."""
+    words = re.compile(r"catalogue|recommend|\bhistories\b|\bItem\w*Recipe\b|\binteractions\b", re.IGNORECASE)
+    own = ("recommend/", "modalities/item.py")
+    found = {
+        f"{name}:{number}"
+        for path in sorted(SOURCE.rglob("*.py"))
+        if not (name := path.relative_to(SOURCE).as_posix()).startswith(own)
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if words.search(line)
+    }
+    assert not found

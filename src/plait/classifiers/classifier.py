@@ -18,10 +18,11 @@ from safetensors.numpy import load_file, save_file
 
 from plait.classifiers.linear import Grams, Linear
 from plait.classifiers.mixture import Mixture
+from plait.classifiers.novelty import Novelty
 from plait.modalities.media import MEDIA
 
 FILE, ARRAYS = "classifiers.json", "classifiers.safetensors"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass
@@ -72,6 +73,7 @@ class Classifier:
     measured: dict[str, float] = field(default_factory=dict)
     guess: float = 0.0
     records: int = 0
+    novelty: dict[str, Novelty] = field(default_factory=dict)  # "features", "network": views of what is unlike
     portable: Mixture | None = None
 
     def linear_scores(self, inputs: Sequence[Any]) -> np.ndarray:
@@ -93,6 +95,9 @@ def save_classifiers(classifiers: Sequence[Classifier], folder: Path) -> list[st
         else:
             assert one.features.mean is not None and one.features.scale is not None
             found |= {"mean": one.features.mean, "scale": one.features.scale}
+        for view, novelty in one.novelty.items():
+            parts = {**novelty.arrays, "centre": novelty.centre, "spread": novelty.spread}
+            found |= {f"novelty.{view}.{name}": value.astype(np.float32) for name, value in parts.items()}
         arrays |= {f"{number}.{name}": np.ascontiguousarray(value) for name, value in found.items()}
         entries.append(
             {
@@ -104,6 +109,7 @@ def save_classifiers(classifiers: Sequence[Classifier], folder: Path) -> list[st
                 "grams": one.features.grams.facts() if one.features.grams else None,
                 "mixture": asdict(one.mixture),
                 "mirrored": one.mirrored,
+                "novelty": list(one.novelty),
                 "measured": one.measured,
                 "guess": one.guess,
                 "records": one.records,
@@ -135,10 +141,15 @@ def load_classifiers(folder: Path) -> list[Classifier]:
             features = Features(entry["kind"], entry["bands"], take("mean"), take("scale"))
         linear = Linear(take("weights").astype(np.float32), take("bias").astype(np.float64))
         mixture = Mixture(**entry["mixture"])
+        novelty = {}
+        for view in entry["novelty"]:
+            start = f"{number}.novelty.{view}."
+            parts = {key.removeprefix(start): value for key, value in arrays.items() if key.startswith(start)}
+            novelty[view] = Novelty(parts, parts.pop("centre"), parts.pop("spread"))
         found.append(
             Classifier(
                 entry["source"], entry["target"], entry["labels"], features, linear, mixture, entry["mirrored"],
-                entry["measured"], entry["guess"], entry["records"],
+                entry["measured"], entry["guess"], entry["records"], novelty,
                 Mixture(**entry["portable"]) if entry["portable"] else None,
             )
         )  # fmt: skip

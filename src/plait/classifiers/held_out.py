@@ -35,7 +35,7 @@ def _leave_one_out(features: np.ndarray, classes: np.ndarray, count: int, seed: 
     """(N, count): f_i without record i is (f_i - h_i y_i) / (1 - h_i), h the diagonal of the hat matrix."""
     from scipy.linalg import cho_factor, solve_triangular
 
-    mapped = fourier_features(np.asarray(features, np.float32), seed)
+    mapped = fourier_features(np.asarray(features, np.float32), seed, min(WIDTH, max(len(features), 8)))
     gram = (mapped.T @ mapped).astype(np.float64)
     gram[np.diag_indices_from(gram)] += RIDGE
     lower, _ = cho_factor(gram, lower=True, overwrite_a=True)
@@ -46,10 +46,9 @@ def _leave_one_out(features: np.ndarray, classes: np.ndarray, count: int, seed: 
     return np.asarray((fitted - leverage * wanted) / (1 - leverage).clip(1e-6))
 
 
-def fourier_features(features: np.ndarray, seed: int) -> np.ndarray:
-    """(N, F) to (N, D), whose inner products are about those of a Gaussian kernel; D at most the number of records."""
+def fourier_features(features: np.ndarray, seed: int, width: int) -> np.ndarray:
+    """(N, F) to (N, width), whose inner products are about those of a Gaussian kernel."""
     rng = np.random.default_rng(seed)
-    width = min(WIDTH, max(len(features), 8))
     scale = np.sqrt(BANDWIDTH / features.shape[1])
     directions = (rng.normal(size=(features.shape[1], width)) * scale).astype(np.float32)
     phases = rng.uniform(0, 2 * np.pi, width).astype(np.float32)

@@ -3,6 +3,7 @@ validation records so that probabilities are honest; and how familiar an input l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,14 +50,22 @@ class Mixture:
         """Opinion -> (N, C), all that count among them, to (N, C)."""
         return log_softmax(np.sum([self.weights[name] * scores[name] for name in self.used], axis=0))
 
-    def familiarity(self, scores: dict[str, np.ndarray]) -> np.ndarray:
-        """(N,), around 0 for what is like validation records, the larger the more familiar."""
+    def familiarity(self, scores: dict[str, np.ndarray], novelty: Sequence[np.ndarray] = ()) -> np.ndarray:
+        """(N,), around 0 for what is like validation records, the larger the more familiar: how sure the opinions are,
+        less how unlike training records the input lies, view by view (`classifiers.novelty`)."""
         total = sum(self.weights[name] * self.spreads[name] for name in self.used)
-        return sum(self.weights[name] / total * (scores[name].max(1) - self.centres[name]) for name in self.used)
+        sure = sum(self.weights[name] / total * (scores[name].max(1) - self.centres[name]) for name in self.used)
+        return np.asarray(sure - sum(novelty, np.zeros(1)))
 
-    def ood_scores(self, scores: dict[str, np.ndarray]) -> np.ndarray:
+    def ood_scores(self, scores: dict[str, np.ndarray], novelty: Sequence[np.ndarray] = ()) -> np.ndarray:
         """(N,) in [0, 1]: the share of validation records that look more familiar."""
-        return 1 - np.searchsorted(self.quantiles, self.familiarity(scores), side="right") / len(self.quantiles)
+        familiar = self.familiarity(scores, novelty)
+        return 1 - np.searchsorted(self.quantiles, familiar, side="right") / len(self.quantiles)
+
+    def fit_quantiles(self, scores: dict[str, np.ndarray], novelty: Sequence[np.ndarray] = ()) -> None:
+        """Note how familiar validation records look."""
+        familiar = self.familiarity(scores, novelty)
+        self.quantiles = np.quantile(familiar, np.linspace(0, 1, min(QUANTILES, len(familiar)))).tolist()
 
 
 def softened(truth: np.ndarray, classes: int) -> np.ndarray:
@@ -119,8 +128,7 @@ def fit_mixture(scores: dict[str, np.ndarray], truth: np.ndarray) -> Mixture:
         {name: float(value.std()) + 1e-6 for name, value in highest.items()},
         [],
     )
-    familiar = mixture.familiarity(scores)
-    mixture.quantiles = np.quantile(familiar, np.linspace(0, 1, min(QUANTILES, len(truth)))).tolist()
+    mixture.fit_quantiles(scores)
     return mixture
 
 

@@ -43,7 +43,14 @@ def classify(
         return
     for value in inputs_of(files).values:
         note_windows(loaded, value)
+        if column in loaded.numbers or (column is None and loaded.numbers and not (loaded.labels or loaded.several)):
+            number = loaded.estimate_inputs([value], column)[0]
+            out.print(plain(f"{value}: {number.value:.4g} (9 of 10: {number.low:.4g} to {number.high:.4g})"))
+            continue
         ranked = loaded.classify_inputs([value], labels=wanted, column=column, top=top)[0]
+        if ranked.chosen is not None:
+            out.print(plain(f"{value}: {', '.join(ranked.chosen) or 'none of the labels'}"))
+            continue
         unlike = f"{NONE_OF_THESE}; the nearest: " if ranked.none_of_these else ""
         answers = ", ".join(f"{label} {probability:.3f}" for label, probability in ranked)
         out.print(plain(f"{value}: {unlike}{answers}"))

@@ -13,9 +13,7 @@ from plait.console import app, out, plain
 
 @app.command()
 def example(
-    kind: Annotated[
-        str | None, typer.Argument(help="digits, chats, replies or histories; left out, they are listed.")
-    ] = None,
+    kind: Annotated[str | None, typer.Argument(help="Which; left out, they are listed.")] = None,
     out_folder: Annotated[
         Path | None, typer.Option("-o", "--out", help="A new folder; else one named by the kind.")
     ] = None,
@@ -24,14 +22,14 @@ def example(
 
     Example: plait example digits -o photos
     """
-    from plait.data.examples import EXAMPLES, write_example
+    from plait.data.examples import examples, write_example
 
     if kind is None:
         table = Table("example", "what", box=None, header_style="bold")
-        for name, known in EXAMPLES.items():
+        for name, known in examples().items():
             table.add_row(name, plain(known.description))
         out.print(table)
         return
     folder = write_example(kind, out_folder or Path(kind))
-    out.print(plain(f"Written: {folder}, {EXAMPLES[kind].description}."))
+    out.print(plain(f"Written: {folder}, {examples()[kind].description}."))
     out.print(plain(f"Next: plait train {folder} -o runs/{folder.name}"))

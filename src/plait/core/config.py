@@ -8,51 +8,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from plait.core.errors import PlaitError
 from plait.core.features import features
 from plait.core.recipes import find_recipe
+from plait.core.settings import Settings, with_sections
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
-
-
-ITEM_COLUMNS = ("user", "item", "time", "weight", "id", "title", "text", "categories", "image", "audio")
-
-
-class ItemsRecipe(_Settings):
-    """How interactions of users with items are read, and what of them is held out."""
-
-    interactions: str | None = Field(
-        None, description="File of the source with the interactions; found by itself where there is one."
-    )
-    items: str | None = Field(
-        None, description="File of the source with the table of items; found by itself where there is one."
-    )
-    columns: dict[str, str] = Field(
-        {},
-        description="user, item, time, weight; id, title, text, categories, image, audio -> the column that holds it.",
-    )
-    split: Literal["leave-one-out", "time"] = Field(
-        "leave-one-out", description="What is held out: each user's last item, or all that came after a time."
-    )
-    least_weight: float | None = Field(None, description="Interactions of less weight are left out; None for none.")
-    untested: str | None = Field(
-        None, description="FILE:COLUMN of a table of users; those marked 1 or true are trained on but not tested."
-    )
-    cold: float = Field(0.0, ge=0, lt=1, description="Share of the items that training never sees.")
-
-    @field_validator("columns")
-    @classmethod
-    def _known(cls, value: dict[str, str]) -> dict[str, str]:
-        if unknown := [name for name in value if name not in ITEM_COLUMNS]:
-            raise ValueError(f"'{unknown[0]}' is nothing that a column holds; known are {', '.join(ITEM_COLUMNS)}")
-        return value
-
-
-class DataRecipe(_Settings):
+@with_sections("data")
+class DataRecipe(Settings):
     """How `plait prepare` reads a source; see `plait prepare --help`."""
 
     map: dict[str, str] = Field(
@@ -63,12 +28,9 @@ class DataRecipe(_Settings):
     pattern: str | None = Field(
         None, description="Regular expression on file names; its named groups become text columns."
     )
-    items: ItemsRecipe | None = Field(
-        None, description="The source holds interactions of users with items; see data.items."
-    )
 
 
-class BackboneRecipe(_Settings):
+class BackboneRecipe(Settings):
     """Overrides of what `size` derives for the backbone."""
 
     width: int | None = Field(None, ge=8, description="Dimension of the hidden states; a multiple of heads.")
@@ -82,29 +44,18 @@ class BackboneRecipe(_Settings):
     dropout: float = Field(0.0, ge=0, lt=1, description="Share of activations that a training step drops.")
 
 
-class TextRecipe(_Settings):
+class TextRecipe(Settings):
+    """Overrides of what `size` and the data derive for text."""
+
     vocabulary: int | None = Field(
         None, ge=256, description="Ids of the byte-level BPE tokenizer that is trained on the data."
     )
 
 
-class ItemModelRecipe(_Settings):
-    codes: Literal["auto", "one", "semantic"] = Field(
-        "auto", description="Codes of an item: one up to 200,000 items, else semantic (several, from what the item is)."
-    )
-    encoder: str | None = Field(
-        None, description="A run or an import whose embeddings are part of what is known of items."
-    )
-    words: int = Field(
-        1024, ge=0, description="Most words of titles, categories and texts that the content tells apart."
-    )
-    drop: float = Field(0.1, ge=0, lt=1, description="Share of learnt item embeddings that a training step hides.")
-    sampled: int | None = Field(
-        None, ge=0, description="Items drawn for the softmax, 0 for all; by itself above 30,000 items."
-    )
+@with_sections("model")
+class ModelRecipe(Settings):
+    """What is trained: a size, what it starts from, and overrides of its parts."""
 
-
-class ModelRecipe(_Settings):
     size: Literal["tiny", "small", "base", "large"] = Field(
         "tiny", description="A row of the table of sizes, from which all that is left out follows."
     )
@@ -115,7 +66,6 @@ class ModelRecipe(_Settings):
     text: TextRecipe = Field(TextRecipe(), description="Overrides for text; see model.text.")
     image: dict[str, Any] = Field({}, description="Overrides for images; see model.image.")
     audio: dict[str, Any] = Field({}, description="Overrides for audio; see model.audio.")
-    item: ItemModelRecipe = Field(ItemModelRecipe(), description="Overrides for items; see model.item.")
     embed_dim: int | None = Field(
         None,
         ge=0,
@@ -132,7 +82,7 @@ class ModelRecipe(_Settings):
     )
 
 
-class LoraRecipe(_Settings):
+class LoraRecipe(Settings):
     """Low-rank updates of the backbone's matrices; all else that came with init_from is frozen."""
 
     rank: int = Field(8, ge=1, description="Rank of the updates.")
@@ -147,7 +97,9 @@ def known_tasks() -> tuple[str, ...]:
     return (*TASKS, *(feature.name for feature in features() if "task" in feature.adds))
 
 
-class TrainingRecipe(_Settings):
+class TrainingRecipe(Settings):
+    """How a model is trained."""
+
     task: str = Field("auto", description="What the model is wanted for; auto sees it in the data.")
     minutes: float | None = Field(None, gt=0, description="Time budget for codecs and model together.")
     steps: int | None = Field(None, ge=1, description="Steps of the model, instead of minutes.")
@@ -250,7 +202,7 @@ class TrainingRecipe(_Settings):
         return value
 
 
-class GenerationConfig(_Settings):
+class GenerationConfig(Settings):
     """Defaults of generation, kept with the weights; every call may override them."""
 
     temperature: float = Field(
@@ -268,7 +220,7 @@ class GenerationConfig(_Settings):
     )
 
 
-class Recipe(_Settings):
+class Recipe(Settings):
     """A whole recipe, validated."""
 
     data: DataRecipe = Field(DataRecipe(), description="How the source is read.")

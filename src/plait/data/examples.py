@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from plait.core.errors import PlaitError
+from plait.core.features import ExtensionPoint
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ANSWERS = {
@@ -27,16 +28,31 @@ ASKED = (
     "What about your {}?", "Tell me about {}, please.", "I have a question on {}.", "Hello! How is it with {}?",
     "Please explain {}.", "Can you help me with {}?", "I would like to know more about {}.", "{}?",
 )  # fmt: skip
-GENRES = ("comedy", "drama", "thriller", "western")
-FILMS, VIEWERS, WATCHED = 40, 200, 12
 
 
 @dataclass(frozen=True)
 class Example:
-    """`write` fills a folder; `description` says what it holds."""
+    """Data to begin with.
 
+    Attributes:
+        name: As `plait example` knows it.
+        description: What it holds, for people.
+        write: Fills a new folder.
+        offered: The name under which the studio's first page offers it; None where it does not.
+    """
+
+    name: str
     description: str
     write: Callable[[Path], None]
+    offered: str | None = None
+
+
+EXAMPLE: ExtensionPoint[Example] = ExtensionPoint("example")  # what features bring
+
+
+def examples() -> dict[str, Example]:
+    """All examples by name, those of features last."""
+    return {example.name: example for example in (*_EXAMPLES, *EXAMPLE.all())}
 
 
 def write_example(kind: str, folder: str | Path) -> Path:
@@ -44,13 +60,14 @@ def write_example(kind: str, folder: str | Path) -> Path:
 
     Raises PlaitError where the kind is unknown or the folder holds something.
     """
-    if kind not in EXAMPLES:
-        raise PlaitError(f"There is no example '{kind}'. Known are {', '.join(EXAMPLES)}.")
+    known = examples()
+    if kind not in known:
+        raise PlaitError(f"There is no example '{kind}'. Known are {', '.join(known)}.")
     path = Path(folder)
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise PlaitError(f"{path} exists already. Name a new folder.")
     path.mkdir(parents=True, exist_ok=True)
-    EXAMPLES[kind].write(path)
+    known[kind].write(path)
     return path
 
 
@@ -91,30 +108,8 @@ def _pairs(draw: random.Random) -> list[tuple[str, str]]:
     return pairs
 
 
-def _write_histories(folder: Path) -> None:
-    """Viewers who stay with one of four genres three times in four."""
-    draw = random.Random(0)
-    films = [(f"f{n:02d}", f"{GENRES[n % 4].title()} {n // 4 + 1}", GENRES[n % 4]) for n in range(FILMS)]
-    with (folder / "items.csv").open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["id", "title", "categories"])
-        table.writerows(films)
-    with (folder / "interactions.csv").open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["user", "item", "time"])
-        for viewer in range(VIEWERS):
-            taste = [film for film in films if film[2] == GENRES[viewer % 4]]
-            seen: list[str] = []
-            while len(seen) < WATCHED:
-                film = draw.choice(taste if draw.random() < 0.75 else films)[0]
-                if film not in seen:
-                    seen.append(film)
-                    table.writerow([viewer, film, 1_700_000_000 + 86_400 * len(seen)])
-
-
-EXAMPLES = {
-    "digits": Example("1,797 handwritten digits as images, in folders named by class", _write_digits),
-    "chats": Example("conversations with a shop, as OpenAI's messages", _write_chats),
-    "replies": Example("questions to a shop and its replies, as a table", _write_replies),
-    "histories": Example("what 200 viewers watched of 40 films", _write_histories),
-}
+_EXAMPLES = (
+    Example("digits", "1,797 handwritten digits as images, in folders named by class", _write_digits, "digits"),
+    Example("chats", "conversations with a shop, as OpenAI's messages", _write_chats),
+    Example("replies", "questions to a shop and its replies, as a table", _write_replies, "questions"),
+)

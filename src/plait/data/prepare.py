@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from plait.core.config import ItemsRecipe
+from plait.core.config import DataRecipe
 from plait.core.errors import PlaitError
 from plait.core.features import ExtensionPoint
 from plait.core.files import cache_folder, only_writer, publish_folder, read_json, sealed, sha256_file, write_json
@@ -51,8 +51,9 @@ Writer = Callable[[Path, int, Progress], Manifest]  # a dataset into a folder, b
 class DataKind(Protocol):
     """Data of a kind of its own, other than records of columns; a feature adds it."""
 
-    def __call__(self, tree: Tree, settings: ItemsRecipe | None) -> Writer | None:
-        """What writes the dataset, where the source holds data of this kind; else None."""
+    def __call__(self, tree: Tree, recipe: DataRecipe) -> Writer | None:
+        """What writes the dataset, where the source holds data of this kind; else None. `recipe` may have a section of
+        the feature's."""
         ...
 
 
@@ -66,7 +67,7 @@ def prepare(
     column_map: dict[str, str] | None = None,
     labels: dict[str, list[str]] | None = None,
     pattern: str | None = None,
-    items: ItemsRecipe | None = None,
+    recipe: DataRecipe | None = None,
     seed: int = 0,
     workers: int | None = None,
     near_duplicates: bool = True,
@@ -80,8 +81,8 @@ def prepare(
     `source` is a path, a URL that fsspec reads, or `hf:NAME[:CONFIG]`, a data set of the Hugging Face hub; `out` may
     be a URL too. `column_map` says what a table's columns are, `{"image": "photo", "text": "caption:text", "ignore":
     "a,b"}` (see plait.data.tables). `labels` names integer classes: `{"label": ["cat", "dog"]}`. `pattern` is a regular
-    expression whose named groups become text columns of media files. `items` says that the source holds interactions
-    with items (files named as MovieLens names them are seen by themselves). `workers` are the processes that decode
+    expression whose named groups become text columns of media files. `recipe` has the sections of data of other
+    kinds, which features add. `workers` are the processes that decode
     media (None: as many as there are processors; 0: none, in this process). `near_duplicates` looks for records that
     are alike, and `drop_near_duplicates` leaves those out of train that val or test have too. `into` adds the source to
     the dataset that is in `out`, whose records, splits and ids stay; new ids begin with the source's name.
@@ -99,8 +100,10 @@ def prepare(
         _check_into(source, out)
     else:
         _check_out(source, out, replace)
-    options = Options(column_map, labels, pattern, items, seed, workers, near_duplicates or drop_near_duplicates,
-                      drop_near_duplicates, into, progress or (lambda *_: None))  # fmt: skip
+    options = Options(
+        column_map, labels, pattern, recipe or DataRecipe(), seed, workers, near_duplicates or drop_near_duplicates,
+        drop_near_duplicates, into, progress or (lambda *_: None),
+    )  # fmt: skip
     partial = _partial(out)
     with only_writer(partial):
         try:
@@ -125,7 +128,7 @@ class Options:
     column_map: dict[str, str] | None
     labels: dict[str, list[str]] | None
     pattern: str | None
-    items: ItemsRecipe | None
+    recipe: DataRecipe
     seed: int
     workers: int | None
     near: bool
@@ -240,7 +243,7 @@ def _make(source: Location, out: Location, folder: Path, partial: Path, options:
     tree = scan(source, scratch, out)
     writer = None
     if not (options.column_map or options.labels or options.pattern or options.into):
-        writer = next(filter(None, (kind(tree, options.items) for kind in DATA_KINDS.all())), None)
+        writer = next(filter(None, (kind(tree, options.recipe) for kind in DATA_KINDS.all())), None)
     if writer is not None:
         manifest = writer(folder, options.seed, options.progress)
         named = {"source": _named(source), "source_stamp": source_stamp(source, out)}

@@ -8,7 +8,7 @@ place, behind the same verbs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,14 @@ import numpy as np
 from plait.classifiers.classifier import PORTABLE, Classifier, Features
 from plait.classifiers.linear import DENSE_STRENGTHS, STRENGTHS, choose_linear, fit_linear
 from plait.classifiers.mixture import Mixture, fit_mixture
+from plait.classifiers.novelty import MOST, fit_novelty
 from plait.classifiers.space import SpaceQuality, measure_space
 from plait.core.errors import PlaitError
 from plait.core.rng import uniform
 from plait.data.dataset import Dataset
+from plait.evaluation.predictors import describe_predictor, fit_predictors
 from plait.inference.model import PlaitModel, load
-from plait.inference.opinions import available, opinion_scores
+from plait.inference.opinions import available, novelty_scores, opinion_scores, view_of
 from plait.model.checkpoint import add_classifiers
 
 MOST_MEDIA, MOST_TEXTS = 20_000, 100_000  # training records that the linear model sees
@@ -50,10 +52,11 @@ class Examples:
 def directions(model: PlaitModel, dataset: Dataset) -> list[tuple[str, str]]:
     """(source, target) of what can be recognised: labels, from media, or where there are none from texts."""
     media = [c for c, kind in dataset.columns.items() if kind in model.checkpoint.model.media and c in model.columns]
+    hidden = {*dataset.manifest.chats, *dataset.manifest.multi_label, *dataset.manifest.numbers}
     texts = [
         c
         for c, kind in dataset.columns.items()
-        if kind == "text" and c in model.columns and c not in model.labels and c not in dataset.manifest.chats
+        if kind == "text" and c in model.columns and c not in model.labels and c not in hidden
     ]
     return [(source, target) for target in model.labels if target in dataset.columns for source in media or texts]
 
@@ -83,13 +86,15 @@ def finish(
     if model is None or model.folder is None:
         raise PlaitError(f"{run} is no model that plait trained.")
     checkpoint = model.checkpoint
-    if not checkpoint.classifiers and checkpoint.space is None:
+    if not checkpoint.classifiers and not checkpoint.predictors and checkpoint.space is None:
         seed = int(checkpoint.training.get("seed", 0))
         checkpoint.classifiers = fit_classifiers(model, dataset, seed, progress)
         checkpoint.space = space_quality(model, dataset, seed)
-        if checkpoint.classifiers or checkpoint.space:
-            add_classifiers(model.folder.resolve(), checkpoint.classifiers, checkpoint.space)
+        checkpoint.predictors = fit_predictors(model, dataset, seed, progress)
+        if checkpoint.classifiers or checkpoint.space or checkpoint.predictors:
+            add_classifiers(model.folder.resolve(), checkpoint.classifiers, checkpoint.space, checkpoint.predictors)
     lines = [describe(one) for one in checkpoint.classifiers]
+    lines += [describe_predictor(one) for one in checkpoint.predictors]
     if checkpoint.space is not None:
         lines.append(
             f"Search by words: {checkpoint.space.trust:.0%} of the way from chance to perfect among ten, on val "
@@ -177,6 +182,8 @@ def _fit(model: PlaitModel, dataset: Dataset, source: str, target: str, seed: in
     frequent = int(np.bincount(fitting.classes).argmax())
     classifier.guess, classifier.records = float((weighed.classes == frequent).mean()), len(weighed)
     classifier.measured["mixed"] = float((mixed.argmax(1) == weighed.classes).mean())
+    if kind != "text":
+        _fit_novelty(model, classifier, fitting, weighed, scores)
     # What was chosen on val holds; the linear model then learns from val too.
     both = Examples(fitting.inputs + held.inputs, np.concatenate([fitting.classes, held.classes]))
     if kind == "text":
@@ -199,7 +206,19 @@ def _weigh(classifier: Classifier, scores: dict[str, np.ndarray], truth: np.ndar
     by_plain = classifier.portable.log_probabilities(plain).argmax(1) == truth
     classifier.measured["portable"] = float(by_plain.mean())
     if by_plain.sum() >= by_all.sum():
-        classifier.mixture = classifier.portable
+        classifier.mixture = replace(classifier.portable)
+
+
+def _fit_novelty(
+    model: PlaitModel, classifier: Classifier, fitting: Examples, held: Examples, scores: dict[str, np.ndarray]
+) -> None:
+    """Views of what is unlike, fitted on train, and the familiarity of validation records by them."""
+    views = ["features", "network"] if "network" in scores else ["features"]
+    some = fitting.only(np.arange(len(fitting))[:: max(-(-len(fitting) // MOST), 1)])
+    for view in views:
+        rows = view_of(model, classifier, view, some.inputs)
+        classifier.novelty[view] = fit_novelty(rows, some.classes, view_of(model, classifier, view, held.inputs))
+    classifier.mixture.fit_quantiles(scores, novelty_scores(model, classifier, held.inputs))
 
 
 def _rows(features: Features, examples: Examples, mirrored: bool) -> tuple[Any, np.ndarray]:

@@ -52,6 +52,8 @@ class Reliability:
     believed: np.ndarray  # (bins,) mean probability, nan where a bin is empty
     right: np.ndarray  # (bins,) share that is right
     counts: np.ndarray  # (bins,)
+    coverage: np.ndarray  # (N,) share of the answers that is given, the surest first
+    accuracy: np.ndarray  # (N,) share of these that is right
 
 
 @dataclass(frozen=True)

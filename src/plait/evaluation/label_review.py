@@ -20,7 +20,7 @@ from plait.core.errors import PlaitError
 from plait.core.rng import uniform
 from plait.data.dataset import Dataset
 from plait.inference.model import PlaitModel
-from plait.inference.opinions import opinion_scores
+from plait.inference.opinions import ood_scores, opinion_scores
 
 MOST_RECORDS = 30_000  # that are judged, and as many that are looked through for what to label
 MOST_CANDIDATES = 5  # times as many uncertain records are compared as are listed
@@ -240,7 +240,7 @@ def _list_candidates(
     """Uncertain records that differ: each the best by uncertainty times the distance to those that are listed."""
     scores = opinion_scores(model, classifier, inputs, classifier.mixture.used)
     chances = np.exp(classifier.mixture.log_probabilities(scores))
-    unlike = classifier.mixture.ood_scores(scores)
+    unlike = ood_scores(model, classifier, inputs, scores)
     top = np.sort(chances, 1)
     doubt = 1 - (top[:, -1] - top[:, -2])
     some = np.argsort(-doubt, kind="stable")[: MOST_CANDIDATES * most]

@@ -141,6 +141,14 @@ def calibration(
     return error, mean, share, counts
 
 
+def risk_coverage(believed: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The share of answers that is given, (N,) ascending, where only the surest are, and the share of these that is
+    right (N,); answers have probabilities believed (N,)."""
+    order = np.argsort(-np.asarray(believed), kind="stable")
+    given = np.arange(1, len(order) + 1)
+    return given / max(len(order), 1), np.cumsum(np.asarray(right, float)[order]) / given
+
+
 # --- text -------------------------------------------------------------------------------------------------------
 
 

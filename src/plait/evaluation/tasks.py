@@ -16,6 +16,7 @@ from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
 from plait.evaluation import metrics
 from plait.evaluation.alternatives import MOST, GramModel, alternative_name, fit_alternative, paired_error
+from plait.evaluation.answers import evaluate_predictors
 from plait.evaluation.context import EVALUATIONS, RECORD_EVALUATIONS, EvalContext, Limits, Media, Progress, Timer
 from plait.evaluation.findings import Confusion, Findings, Gallery, Metrics, Reliability, ReportItem
 from plait.evaluation.generative import evaluate_codec, evaluate_making
@@ -76,15 +77,24 @@ def evaluate(
     ]
     for source, target in recognised:
         _recognition(eval_context, source, target)
-    if recognised:
+    answered = {one.target for one in model.checkpoint.predictors}
+    evaluate_predictors(eval_context)
+    if recognised or answered:
         timer.lap("recognition")
     for source in eval_context.columns:
         for target in eval_context.text_columns:
             learnt = source in eval_context.media_columns or not eval_context.media_columns
-            if source != target and target not in eval_context.labels and target in eval_context.written and learnt:
+            if (
+                source != target
+                and target not in eval_context.labels
+                and target not in answered
+                and target in eval_context.written
+                and learnt
+            ):
                 _transcription(eval_context, source, target)
     for column in eval_context.text_columns:
-        _language(eval_context, column)
+        if column not in answered:
+            _language(eval_context, column)
     for evaluate_more in RECORD_EVALUATIONS.all():
         evaluate_more(eval_context)
     evaluate_canaries(eval_context)
@@ -232,7 +242,12 @@ def _calibration(eval_context: EvalContext, direction: str, scores: np.ndarray, 
         len(right), draws=50, seed=eval_context.seed,
     )  # fmt: skip
     eval_context.keep("recognition", direction, "ece", value, stderr=error, n=len(right))
-    eval_context.findings.reliabilities.append(Reliability(direction, value, mean, share, counts))
+    coverage, accuracy = metrics.risk_coverage(believed, right)
+    for percent in (90, 80):
+        place = max(round(percent / 100 * len(right)), 1) - 1
+        at = float(accuracy[place])
+        eval_context.keep("recognition", direction, f"accuracy_at_{percent}", at, n=place + 1)
+    eval_context.findings.reliabilities.append(Reliability(direction, value, mean, share, counts, coverage, accuracy))
 
 
 def _classifier(eval_context: EvalContext, source: str, target: str) -> Classifier | None:

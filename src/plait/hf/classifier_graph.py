@@ -151,13 +151,13 @@ class ClassifierGraph(nn.Module):
 
     def __init__(self, classifier: Classifier, modality: MediaModality) -> None:
         super().__init__()
-        self.kind = classifier.features.kind
+        self.timed = modality.variable_length  # log-mel, else pixels
         encoder = modality.encoder
         self.target = classifier.target
         self.encoder = encoder if isinstance(encoder, Recogniser) and self.target in encoder.columns else None
         self.mirrored = classifier.mirrored
         mixture = classifier.portable
-        if mixture is None or self.kind == "text":
+        if mixture is None or classifier.features.grams is not None:
             raise PlaitError(
                 f"The classifier of {classifier.target} reads texts or was fitted without a network; only classifiers "
                 "of images and audio clips are exported. Serve it: plait serve."
@@ -165,12 +165,12 @@ class ClassifierGraph(nn.Module):
         self.mixture = mixture
         features = classifier.features
         assert features.mean is not None and features.scale is not None
-        if self.kind == "image":
-            settings = modality.settings
-            self.features: nn.Module = ImageFeatures(settings.size, settings.size, settings.channels)
+        settings = modality.settings
+        if self.timed:
+            self.features: nn.Module = AudioFeatures(features.bands)
+            self.mel = LogMelGraph(settings)
         else:
-            self.features = AudioFeatures(features.bands)
-            self.mel = LogMelGraph(modality.settings)
+            self.features = ImageFeatures(settings.size, settings.size, settings.channels)
         for name, value in {
             "mean": features.mean, "scale": features.scale, "weights": classifier.linear.weights,
             "bias": classifier.linear.bias, "quantiles": np.array(mixture.quantiles),
@@ -193,7 +193,7 @@ class ClassifierGraph(nn.Module):
 
     def _views(self, *inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
         """What is looked at, with lengths: images and where they mean the same their mirrored ones, or log-mel."""
-        if self.kind != "image":
+        if self.timed:
             return [self.mel(*inputs)]
         pixels = inputs[0].float()
         ones = torch.ones(1, dtype=torch.long)
@@ -204,7 +204,7 @@ class ClassifierGraph(nn.Module):
         return torch.stack([think(*view) for view in views]).mean(0)
 
     def _linear(self, values: Tensor, lengths: Tensor) -> Tensor:
-        rows = self.features(values / 255) if self.kind == "image" else self.features(values, lengths)
+        rows = self.features(values, lengths) if self.timed else self.features(values / 255)
         rows = (rows - self.get_buffer("mean")) / self.get_buffer("scale")
         return rows @ self.get_buffer("weights") + self.get_buffer("bias")
 

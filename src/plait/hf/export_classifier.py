@@ -158,7 +158,8 @@ def _card(model: PlaitModel, classifier: Classifier, facts: dict[str, Any]) -> s
 
 `classifier.onnx` says which `{classifier.target}` a `{classifier.source}` has, of {count} labels. It reads {reads}.
 It writes `probabilities` (1, {count}) in the order of `labels` in `classifier.json`, and `ood_score` (1,): above
-{facts["threshold"]:g} the input is unlike all that was learnt, and the answer is none of these.
+{facts["threshold"]:g} the opinions are less sure than of nearly all validation records, and the answer is none of these.
+(Plait itself also asks how unlike the training records an input lies.)
 
 It asks: {used}. On the {classifier.records} validation records by which it was calibrated {by_these:.1%} are right
 ({by_all:.1%} with all opinions that `plait classify` asks; always the most frequent label: {classifier.guess:.1%}).

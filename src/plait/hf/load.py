@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from plait.core.device import choose_device
-from plait.hf import hub, huggingface
+from plait.hf import heads, hub, huggingface
 from plait.hf.pretrained import load_pretrained
 from plait.inference.base import Model
 from plait.inference.model import PlaitModel
@@ -18,6 +18,8 @@ def load_model(name_or_folder: str | Path, device: str = "auto", precision: str 
     Raises PlaitError where it cannot be found, or nothing that Plait asks for can be done with it.
     """
     folder = hub.find(name_or_folder)
+    if folder.is_dir() and (folder / heads.ARRAYS).is_file():
+        return heads.HeadModel(folder, device, precision)
     gguf = folder.suffix == ".gguf"
     if gguf or huggingface.runs(folder):
         chosen = choose_device(device, precision)

@@ -17,7 +17,7 @@ from PIL import Image as PILImage
 from plait.core.device import Device
 from plait.core.errors import PlaitError
 from plait.core.features import ExtensionPoint
-from plait.inference.results import Predictions
+from plait.inference.results import Estimate, Predictions
 from plait.inference.sampling import Options
 from plait.modalities.inputs import inputs_of
 
@@ -160,6 +160,33 @@ class Model:
     ) -> list[Predictions]:  # fmt: skip
         """`classify` for inputs as they are: a str is a text, whatever it looks like."""
         raise self._lacks(Verb.CLASSIFY)
+
+    def estimate(self, value: Any, column: str | None = None) -> Any:
+        """The number that a column holds for an input, with its error bars; a list for a list or a folder."""
+        raise PlaitError(f"{self.name} predicts no numbers. A run does whose data have a column of numbers.")
+
+    def estimate_inputs(self, inputs: list[Any], column: str | None = None) -> list[Estimate]:
+        """`estimate` for inputs as they are: a str is a text, whatever it looks like."""
+        raise PlaitError(f"{self.name} predicts no numbers. A run does whose data have a column of numbers.")
+
+    @property
+    def answer_labels(self) -> dict[str, list[str]]:
+        """Column -> labels, of the columns with one label a record and of those with several."""
+        return self.labels
+
+    def level_probabilities(self, value: Any, column: str, levels: Sequence[float]) -> list[float]:
+        """How likely each of some numbers is the nearest to the one that a column holds for an input."""
+        raise PlaitError(f"{self.name} predicts no numbers. A run does whose data have a column of numbers.")
+
+    @property
+    def several(self) -> list[str]:
+        """The columns in which a record has several labels."""
+        return []
+
+    @property
+    def numbers(self) -> list[str]:
+        """The columns of numbers that it predicts."""
+        return []
 
     def classify_together(
         self, value: Any, labels: list[str] | None = None, column: str | None = None, top: int | None = 5

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 Kind = Literal["predicate", "choice", "score"]
 YES, NO = ("yes", "true", "1"), ("no", "false", "0")
-# A condition that is turned round is not looked for among labels: it would be answered the wrong way.
-_TURNED = re.compile(r"\b(no|not|never|neither|nor|without|except|isn't|aren't|doesn't|other than)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ class _Decider:
         self.asked: dict[str, Predictions] = {}
 
     def answer(self, question: Question) -> Decision:
-        if self.model.labels and any(self.model.labels.values()):
+        if self._columns() or self.model.numbers:
             return self._learnt(question)
         ours = self.model.plait_model
         if ours is not None and not ours.columns:
@@ -121,6 +119,8 @@ class _Decider:
         """By the column of labels that the question is about."""
         if question.kind == "predicate":
             return self._is_it_so(question)
+        if question.kind == "score" and (column := self._number(question)) is not None:
+            return self._level(question, column)
         wanted = [_plain(option.value) for option in question.options]
         for column, labels in self._by_mention(question):
             places = {_plain(label): label for label in labels}
@@ -133,28 +133,27 @@ class _Decider:
         return Decision(question, refusal=f"The options are not the labels of one column: {_known(self.model)}.")
 
     def _is_it_so(self, question: Question) -> Decision:
-        if _TURNED.search(question.instructions):
-            return Decision(question, refusal="The condition is turned round; ask for what is so.")
-        for column, labels in self._by_mention(question):
-            named = _plain(column) in (_plain(question.name or ""), *_words(question.instructions))
+        """By a label that the question names and nothing else: "red bar" or "shape: red bar".
+
+        A sentence around it could say the opposite, in any language; it may stand in the instructions where the name
+        of the question is the label."""
+        stated = {_plain(question.name or ""), _plain(question.instructions)}
+        found: list[tuple[str, str]] = []
+        for column, labels in self._columns():
             so = [label for label in labels if _plain(label) in YES]
-            if named and so and len(labels) == 2 and any(_plain(label) in NO for label in labels):
+            if _plain(column) in stated and so and len(labels) == 2 and any(_plain(label) in NO for label in labels):
                 return self._predicate(question, column, so[0])
-        mentioned = [
-            (column, label)
-            for column, labels in self._by_mention(question)
-            for label in labels
-            if f" {_plain(label)} " in f" {_plain(question.instructions)} "
-            or _plain(label) == _plain(question.name or "")
-        ]
-        # Of "bar" and "red bar" the longer one is meant.
-        longest = [
-            entry for entry in mentioned if not any(entry[1] != other and entry[1] in other for _, other in mentioned)
-        ]
-        if len(longest) != 1:
-            reason = "names several labels" if longest else "names no label that was learnt"
-            return Decision(question, refusal=f"The condition {reason}: {_known(self.model)}.")
-        return self._predicate(question, *longest[0])
+            found += [
+                (column, label)
+                for label in labels
+                if stated & {_plain(label), _plain(f"{column} {label}"), _plain(f"{column} is {label}")}
+            ]
+        whole = [(column, label) for column, label in found if _plain(f"{column} {label}") in stated] or found
+        if len(whole) != 1:
+            reason = "is a label of several columns: write COLUMN: LABEL" if whole else "is no label that was learnt"
+            what = f"The condition, or the name of the question, {reason}. {_known(self.model)}."
+            return Decision(question, refusal=what)
+        return self._predicate(question, *whole[0])
 
     def _predicate(self, question: Question, column: str, label: str) -> Decision:
         predictions = self._predictions(column)
@@ -162,11 +161,30 @@ class _Decider:
         return self._decision(question, column, np.array([chance, 1 - chance]), predictions)
 
     def _decision(self, question: Question, column: str, chances: np.ndarray, predictions: Predictions) -> Decision:
-        calibrated = predictions.ood_score is not None
+        calibrated = predictions.ood_score is not None or predictions.chosen is not None
         if predictions.none_of_these:
             reason = "The input is unlike all that was learnt."
             return Decision(question, [], reason, calibrated, column, predictions.ood_score)
         return Decision(question, chances.tolist(), "", calibrated, column, predictions.ood_score)
+
+    def _number(self, question: Question) -> str | None:
+        """The column of numbers that a score is about: the one that its name or instructions name, or the only one,
+        where all levels are numbers."""
+        if any(_as_number(option.value) is None for option in question.options):
+            return None
+        words = {_plain(question.name or ""), *_words(question.instructions)}
+        named = [column for column in self.model.numbers if _plain(column) in words]
+        return named[0] if named else self.model.numbers[0] if len(self.model.numbers) == 1 else None
+
+    def _level(self, question: Question, column: str) -> Decision:
+        """Each level by how likely it is the nearest to the number."""
+        levels = [float(option.value) for option in question.options]
+        chances = self.model.level_probabilities(self.value, column, levels)
+        return Decision(question, chances, "", True, column)
+
+    def _columns(self) -> list[tuple[str, list[str]]]:
+        """The columns that have labels, one or several a record, with these."""
+        return [(column, labels) for column, labels in self.model.answer_labels.items() if labels]
 
     def _predictions(self, column: str) -> Predictions:
         if column not in self.asked:
@@ -176,7 +194,7 @@ class _Decider:
     def _by_mention(self, question: Question) -> list[tuple[str, list[str]]]:
         """The columns with labels, those that the question names first."""
         words = {_plain(question.name or ""), *_words(question.instructions)}
-        columns = [(column, labels) for column, labels in self.model.labels.items() if labels]
+        columns = [(column, labels) for column, labels in self._columns() if column not in self.model.several]
         return sorted(columns, key=lambda entry: _plain(entry[0]) not in words)
 
     # --- what imported models weigh ---------------------------------------------------------------------------------
@@ -232,6 +250,13 @@ def _chance(predictions: Predictions, label: str) -> float:
     return next((one.probability for one in predictions if one.label == label), 0.0)
 
 
+def _as_number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
 def _plain(text: str) -> str:
     return " ".join(re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold()))
 
@@ -244,6 +269,6 @@ def _known(model: Model) -> str:
     """What a model could be asked about, for messages."""
     return "; ".join(
         f"{column} is {', '.join(labels[:6])}{' ...' if len(labels) > 6 else ''}"
-        for column, labels in model.labels.items()
+        for column, labels in model.answer_labels.items()
         if labels
     )[:400]

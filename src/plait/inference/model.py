@@ -6,6 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as SequenceOf
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,9 @@ import torch
 from PIL import Image as PILImage
 
 from plait.classifiers.classifier import Classifier
+from plait.classifiers.numbers import Numbers
+from plait.classifiers.predictors import Predictor
+from plait.classifiers.several import SeveralLabels
 from plait.core.device import choose_device
 from plait.core.errors import PlaitError
 from plait.core.features import ExtensionPoint
@@ -26,13 +30,13 @@ from plait.inference.base import Model, Verb
 from plait.inference.constrained import ConstraintCompiler, ConstraintError, TextConstraint
 from plait.inference.engine import Completion, Engine, Request
 from plait.inference.inputs import Reading
-from plait.inference.opinions import opinion_scores
-from plait.inference.results import Prediction, Predictions, Segment
+from plait.inference.opinions import ood_scores, opinion_scores
+from plait.inference.results import Estimate, Prediction, Predictions, Segment
 from plait.inference.sampling import Options, make_sampling
 from plait.inference.showcase import Shown, showcase
 from plait.modalities.audio_files import decode_audio, silent
 from plait.modalities.descriptor import MediaError
-from plait.modalities.inputs import medium_of
+from plait.modalities.inputs import inputs_of, medium_of
 from plait.model import checkpoint as checkpoints
 from plait.model.checkpoint import Checkpoint, find_checkpoint
 from plait.model.lora import Adapter, attach_adapter
@@ -455,9 +459,12 @@ class PlaitModel(Reading, Model):
     ) -> list[Predictions]:
         """`classify` for inputs that are sequences already: of each one, or its windows."""
         if column is None:
-            known = [name for name in self.labels if self.labels[name]]
+            several = [one.target for one in self.checkpoint.predictors if isinstance(one, SeveralLabels)]
+            known = [name for name in self.labels if self.labels[name]] or several
             column = known[0] if known else None
         column = self.column(column, "text", "classify")
+        if labels is None and (predictor := self._predictor(inputs, column)) is not None:
+            return self._several(predictor, inputs, top)
         answers: dict[int, Predictions] = {}
         groups: dict[int, list[int]] = {}  # which classifier answers, counted from 0, or -1 for none -> inputs
         for place, parts in enumerate(inputs):
@@ -472,6 +479,79 @@ class PlaitModel(Reading, Model):
             answers |= dict(zip(places, made, strict=True))
         return [answers[place] for place in range(len(inputs))]
 
+    @property
+    def answer_labels(self) -> dict[str, list[str]]:
+        """Column -> labels, of the columns with one label a record and of those with several."""
+        several = {one.target: one.labels for one in self.checkpoint.predictors if isinstance(one, SeveralLabels)}
+        return self.labels | several
+
+    def level_probabilities(self, value: Any, column: str, levels: SequenceOf[float]) -> list[float]:
+        """How likely each of some numbers is the nearest to the one that a column holds for an input."""
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
+        estimate = self.estimate_inputs([value], column)[0]
+        predictor = self._predictor([self.alone(value, self.engine.max_length)], column)
+        assert isinstance(predictor, Numbers)
+        return list(map(float, predictor.level_probabilities(estimate.value, levels)))
+
+    @property
+    def several(self) -> list[str]:
+        """The columns in which a record has several labels."""
+        return list(dict.fromkeys(one.target for one in self.checkpoint.predictors if isinstance(one, SeveralLabels)))
+
+    @property
+    def numbers(self) -> list[str]:
+        """The columns of numbers that it predicts."""
+        return list(dict.fromkeys(one.target for one in self.checkpoint.predictors if isinstance(one, Numbers)))
+
+    def estimate(self, value: Any, column: str | None = None) -> Any:
+        """The number that a column holds for an input, with its error bars; a list for a list or a folder.
+
+        The column is the first of numbers if left out. Raises PlaitError where the model has learnt none.
+        """
+        given = inputs_of(value)
+        found = self.estimate_inputs(given.values, column)
+        return found if given.several else found[0]
+
+    def estimate_inputs(self, inputs: list[Any], column: str | None = None) -> list[Estimate]:
+        """`estimate` for inputs as they are: a str is a text, whatever it looks like."""
+        column = column or next(iter(self.numbers), None)
+        if column not in self.numbers:
+            raise PlaitError(f"{self.name} predicts no numbers{f' {column}' if column else ''}. It predicts "
+                             f"{', '.join(self.numbers) or 'none'}; name a column: --number COLUMN of plait "
+                             "prepare.")  # fmt: skip
+        parts = [self.alone(value, self.engine.max_length) for value in inputs]
+        predictor = self._predictor(parts, column)
+        if not isinstance(predictor, Numbers):
+            raise PlaitError(f"'{column}' cannot be predicted from such an input.")
+        samples, owners = self._samples(predictor.features.kind, parts)
+        means = _means(predictor.predict(samples)[:, None], owners)
+        values = [float(mean[0]) for mean in means]
+        return [Estimate(value, value + predictor.low, value + predictor.high) for value in values]
+
+    def _several(self, predictor: Predictor, inputs: list[list[Sequence]], top: int | None) -> list[Predictions]:
+        """All labels with a probability each of its own, likeliest first, and those that hold."""
+        if isinstance(predictor, Numbers):
+            raise PlaitError(f"'{predictor.target}' holds numbers. Ask for them with estimate: it has error bars.")
+        samples, owners = self._samples(predictor.features.kind, inputs)
+        found = []
+        for chances in _means(predictor.probabilities(samples), owners):
+            order = np.argsort(-chances, kind="stable")
+            chosen = [predictor.labels[i] for i in order if chances[i] >= predictor.thresholds[i]]
+            ranked = [Prediction(predictor.labels[i], float(chances[i])) for i in order[:top]]
+            found.append(Predictions(ranked, chosen=chosen))
+        return found
+
+    def _predictor(self, inputs: list[list[Sequence]], column: str) -> Predictor | None:
+        """What was fitted for a column of several labels or numbers and all of these inputs; None where nothing was."""
+        return next(
+            (
+                one
+                for one in self.checkpoint.predictors
+                if one.target == column and all(self._fits(parts, one.source, one.features.kind) for parts in inputs)
+            ),
+            None,
+        )
+
     def _rank(self, inputs: list[list[Sequence]], labels: list[str], column: str, top: int | None) -> list[Predictions]:
         """Labels by their likelihood as texts."""
         if not labels:
@@ -484,27 +564,31 @@ class PlaitModel(Reading, Model):
     def _classifier(self, parts: list[Sequence], column: str) -> Classifier | None:
         """What was fitted for one input of this kind, alone; None where nothing was."""
         for one in self.checkpoint.classifiers:
-            opener = None if one.features.kind == "text" else self.vocabulary.opener(one.source)
-            media = [len(part.media) for part in parts]
-            if opener is None:
-                fits = not any(media) and all(len(part.spans) == 1 for part in parts)
-            else:
-                fits = all(count == 1 and part.ids[0] == opener for count, part in zip(media, parts, strict=True))
-            if one.target == column and fits:
+            if one.target == column and self._fits(parts, one.source, one.features.kind):
                 return one
         return None
 
+    def _fits(self, parts: list[Sequence], source: str, kind: str) -> bool:
+        """Whether an input is of the kind that something was fitted for, alone."""
+        media = [len(part.media) for part in parts]
+        if kind == "text":
+            return not any(media) and all(len(part.spans) == 1 for part in parts)
+        opener = self.vocabulary.opener(source)
+        return all(count == 1 and part.ids[0] == opener for count, part in zip(media, parts, strict=True))
+
+    def _samples(self, kind: str, inputs: list[list[Sequence]]) -> tuple[list[Any], list[list[Sequence]]]:
+        """Inputs as features read them, texts or samples, and the sequences that each stands for."""
+        if kind == "text":  # whose windows are one text again
+            texts = ["".join(self.checkpoint.text.decode(part.ids) for part in parts) for parts in inputs]
+            return texts, [parts[:1] for parts in inputs]
+        return [part.media[0].sample for parts in inputs for part in parts], inputs
+
     def _decide(self, classifier: Classifier, inputs: list[list[Sequence]], top: int | None) -> list[Predictions]:
         """The classifier's answers to inputs that are one sequence each, or windows."""
-        if classifier.features.kind == "text":  # whose windows are one text again
-            samples: list[Any] = ["".join(self.checkpoint.text.decode(part.ids) for part in parts) for parts in inputs]
-            owners = [parts[:1] for parts in inputs]
-        else:
-            samples = [part.media[0].sample for parts in inputs for part in parts]
-            owners = inputs
+        samples, owners = self._samples(classifier.features.kind, inputs)
         scores = opinion_scores(self, classifier, samples, classifier.mixture.used)
         chances = _means(np.exp(classifier.mixture.log_probabilities(scores)), owners)
-        unfamiliar = _means(classifier.mixture.ood_scores(scores), owners)
+        unfamiliar = _means(ood_scores(self, classifier, samples, scores), owners)
         return [
             _predictions(mean, classifier.labels, top, float(score), float(score) > classifier.mixture.threshold)
             for mean, score in zip(chances, unfamiliar, strict=True)

@@ -53,6 +53,35 @@ def network_scores(
     return np.concatenate(found)
 
 
+def novelty_scores(model: Scores, classifier: Classifier, inputs: Sequence[Any]) -> list[np.ndarray]:
+    """How unlike training records inputs are, (N,) a view."""
+    return [novelty(view_of(model, classifier, view, inputs)) for view, novelty in classifier.novelty.items()]
+
+
+def view_of(model: Scores, classifier: Classifier, view: str, inputs: Sequence[Any]) -> Any:
+    """What a view of novelty reads of inputs, (N, F): simple features, or what the network's heads read."""
+    if view == "features":
+        return classifier.features(inputs)
+    modality = model.checkpoint.model.media[model.checkpoint.model.vocabulary.columns[classifier.source]]
+    encoder = modality.encoder
+    assert isinstance(encoder, Recogniser)
+    found = []
+    with torch.inference_mode():
+        for start in range(0, len(inputs), CHUNK):
+            values, lengths = modality.batch(list(inputs[start : start + CHUNK]))
+            pooled = encoder.pooled(values.to(model.device.torch), lengths.to(model.device.torch))
+            found.append(pooled.float().cpu().numpy())
+    return np.concatenate(found)
+
+
+def ood_scores(
+    model: Scores, classifier: Classifier, inputs: Sequence[Any], scores: dict[str, np.ndarray]
+) -> np.ndarray:
+    """(N,) in [0, 1]: the share of validation records that look more familiar than each input; `scores` are the
+    opinions about it."""
+    return classifier.mixture.ood_scores(scores, novelty_scores(model, classifier, inputs))
+
+
 def available(checkpoint: Checkpoint, source: str, target: str) -> list[str]:
     """The opinions that a model can have about `target` from `source`."""
     model = checkpoint.model

@@ -20,6 +20,20 @@ class Prediction(NamedTuple):
     probability: float
 
 
+class Estimate(NamedTuple):
+    """A number that was predicted.
+
+    Attributes:
+        value: the prediction.
+        low: the lower end of the interval that holds the truth in 9 of 10 cases, as on validation records.
+        high: its upper end.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
 @dataclass(frozen=True)
 class Segment:
     """Some words of a recording. `start` and `end` are seconds from its beginning."""
@@ -36,13 +50,19 @@ class Predictions(list[Prediction]):
         ood_score: in [0, 1], the share of validation records that look more familiar than this input: near 1 for what
             is unlike all that was learnt. None where it was not calibrated, as for labels of one's own.
         none_of_these: whether the score is above the threshold that was set on validation records.
+        chosen: of a column where a record has several labels, those that hold by the thresholds that were set on
+            validation records; each probability is then of that label alone. None where a record has one label.
     """
 
     def __init__(
-        self, predictions: Iterable[Prediction] = (), ood_score: float | None = None, none_of_these: bool = False
+        self,
+        predictions: Iterable[Prediction] = (),
+        ood_score: float | None = None,
+        none_of_these: bool = False,
+        chosen: list[str] | None = None,
     ) -> None:
         super().__init__(predictions)
-        self.ood_score, self.none_of_these = ood_score, none_of_these
+        self.ood_score, self.none_of_these, self.chosen = ood_score, none_of_these, chosen
 
     def _repr_html_(self) -> str:
         rows = "".join(

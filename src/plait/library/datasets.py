@@ -76,7 +76,7 @@ def prepare(
     with ProgressBar(progress) as bar:
         prepare_files(
             source, place, column_map=data.map or None, labels=data.labels or None, pattern=data.pattern,
-            items=data.items, seed=seed, workers=workers, near_duplicates=near_duplicates,
+            recipe=data, seed=seed, workers=workers, near_duplicates=near_duplicates,
             drop_near_duplicates=drop_near_duplicates, replace=replace, into=into, progress=bar,
         )  # fmt: skip
     if held:

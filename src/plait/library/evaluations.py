@@ -138,13 +138,20 @@ def evaluate(
 
     Raises PlaitError where the split is empty, the dataset is not there or its columns are not the model's.
     """
+    from plait.evaluation.heads import measure_head
+    from plait.hf.heads import HeadModel
     from plait.inference.model import load
 
     folder = run.folder if isinstance(run, Run) else Path(run).expanduser()
     if data is None:
         data = Run(folder).dataset_path
     dataset = data if isinstance(data, Dataset) else Dataset.open(data)
-    model = load(folder, device, precision).plait_model
+    loaded = load(folder, device, precision)
+    if isinstance(loaded, HeadModel):
+        metrics = measure_head(loaded, dataset, split, limit)
+        write_metrics(folder / "metrics.json", metrics)
+        return Evaluation(folder, split, metrics, Findings())
+    model = loaded.plait_model
     if model is None:
         raise PlaitError(f"{folder} is no model that plait trained; evaluation needs a run.")
     with ProgressBar(progress) as bar:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,9 +155,11 @@ class Run:
 
     def describe(self) -> str:
         """What was decided, and how large the model is, in a few lines of text."""
+        from plait.hf.heads import TYPE, describe_head
         from plait.training.run import describe
 
-        return describe(self.folder)
+        config = read_json(self.best / "config.json")
+        return describe_head(config) if config["model_type"] == TYPE else describe(self.folder)
 
     def model(self, device: str = "auto", precision: str = "auto") -> Model:
         """The model of its best checkpoint, ready to use."""
@@ -289,10 +293,62 @@ def train(
         with group.main_first():
             data = open_or_prepare(dataset, folder / "data", settings, bar, allow_changes)
         say = tell if tell is not None and group.is_main else lambda line: None
+        if settings.model.init_from is not None and _is_encoder(settings.model.init_from):
+            _fit_head(data, folder, settings, bar, device, allow_changes, say)
+            return Run(folder)
         if recipe is None or settings.training.task != "auto":  # a recipe without a task is taken as it is
             settings = _derived(data, settings, say)
         _fit(data, folder, settings, bar, device, allow_changes, group, callbacks, say)
     return Run(folder)
+
+
+def _is_encoder(name: str) -> bool:
+    """Whether a model to start from is an encoder, on which a head is fitted."""
+    if (Path(name).expanduser() / "run.json").is_file() or name.endswith(".gguf"):
+        return False
+    from plait.hf.heads import is_encoder
+
+    return is_encoder(name)
+
+
+def _fit_head(
+    dataset: Dataset,
+    folder: Path,
+    recipe: Recipe,
+    bar: ProgressBar,
+    device: str,
+    allow_changes: bool,
+    tell: Callable[[str], None],
+) -> None:
+    """A run whose model is a head over a frozen encoder. Raises PlaitError where the folder holds another run."""
+    from plait.core.device import threads
+    from plait.data.stores import written_place
+    from plait.hf.heads import train_head
+
+    started = time.time()
+    facts = {
+        "recipe": recipe.model_dump(mode="json"),
+        "dataset": written_place(dataset.path, folder),
+        "data": hashlib.sha256("".join(shard.sha256 for shard in dataset.manifest.shards).encode()).hexdigest(),
+    }
+    path = folder / "run.json"
+    if path.is_file():
+        known = read_json(path)
+        if all(known.get(name) == value for name, value in facts.items()):
+            tell(f"{folder} is already trained; delete it to train again.")
+            return
+        if not allow_changes:
+            raise PlaitError(f"{folder} holds another run. Choose another folder with -o, or delete it.")
+    if recipe.training.lora is not None:
+        raise PlaitError("--lora is of language models. Over an encoder a head is fitted: leave it out.")
+    assert recipe.model.init_from is not None
+    more = {"seed": recipe.training.seed, "size": "head", "device": device, "threads": threads(), "started": started}
+    lines = train_head(
+        dataset, folder, recipe.model.init_from, {**facts, **more, "finished": time.time()}, device,
+        recipe.training.seed, bar,
+    )  # fmt: skip
+    for line in lines:
+        tell(line)
 
 
 def _derived(dataset: Dataset, recipe: Recipe, tell: Callable[[str], None]) -> Recipe:

@@ -47,7 +47,7 @@ class Asked:
         verb: classify, describe, transcribe or embed.
         column: The text column to answer in; the model's own choice if None.
         labels: What `classify` chooses between; those of the column if None.
-        top: How many labels `classify` gives.
+        top: How many labels `classify` gives; all where a record has several.
         language: Spoken in what is transcribed; found out if None.
         task: transcribe, or translate into English.
         prompt: One of the prompts that some text encoders have.
@@ -350,15 +350,29 @@ def _answers(model: Model, asked: Asked, values: list[Any]) -> list[dict[str, An
 
 
 def _classified(model: Model, asked: Asked, values: list[Any]) -> list[dict[str, Any]]:
+    if asked.column is not None and asked.column in model.numbers:
+        return [
+            {"value": one.value, "low": one.low, "high": one.high}
+            for one in model.estimate_inputs(values, asked.column)
+        ]
     labels = list(asked.labels) if asked.labels else None
     found = []
-    for one in model.classify_inputs(values, labels, asked.column, asked.top):
-        row: dict[str, Any] = {"label": NONE_OF_THESE if one.none_of_these else one[0].label}
+    for one in model.classify_inputs(values, labels, asked.column, _top(model, asked)):
+        if one.chosen is not None:
+            row: dict[str, Any] = {"labels": one.chosen}
+            found.append(row | {f"probability of {label}": chance for label, chance in one})
+            continue
+        row = {"label": NONE_OF_THESE if one.none_of_these else one[0].label}
         row |= {"none_of_these": one.none_of_these, "ood_score": one.ood_score}
         for place, (label, probability) in enumerate(one, 1):
             row |= {f"label_{place}": label, f"probability_{place}": probability}
         found.append(row)
     return found
+
+
+def _top(model: Model, asked: Asked) -> int | None:
+    """How many labels; all of a column of several, whose table has a column for each."""
+    return None if (asked.column or next(iter(model.several), None)) in model.several else asked.top
 
 
 def _described(model: Model, asked: Asked, values: list[Any]) -> list[dict[str, Any]]:

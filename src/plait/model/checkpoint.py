@@ -9,7 +9,7 @@ import errno
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from plait.classifiers.classifier import ARRAYS, FILE, Classifier, load_classifiers, save_classifiers
+from plait.classifiers.predictors import PREDICTOR_FILES, Predictor, load_predictors, save_predictors
 from plait.classifiers.space import SPACE, SpaceQuality, load_space
 from plait.core.config import GenerationConfig
 from plait.core.errors import PlaitError
@@ -78,6 +79,7 @@ class Checkpoint:
     parts: dict[str, Any] = field(default_factory=dict)  # name of a feature -> what it keeps with the model
     classifiers: list[Classifier] = field(default_factory=list)  # fitted once training has ended
     space: SpaceQuality | None = None  # measured once training has ended
+    predictors: list[Predictor] = field(default_factory=list)  # of several labels and of numbers; fitted likewise
     origin: Path | None = None  # the folder or file that the weights were read from
     base: Base | None = None  # what the model stands on, where only what was trained is kept
 
@@ -113,6 +115,8 @@ def save(
             kept.write(part, aside / kept.name)
         if checkpoint.classifiers:
             save_classifiers(checkpoint.classifiers, aside)
+        if checkpoint.predictors:
+            save_predictors(checkpoint.predictors, aside)
         if checkpoint.space is not None:
             checkpoint.space.save(aside)
         (aside / "README.md").write_text(model_card(checkpoint), encoding="utf-8", newline="\n")
@@ -123,12 +127,15 @@ def save(
         write_json(aside / "manifest.json", sealed({"version": MANIFEST, "sha256": sums}))
 
 
-def add_classifiers(folder: Path, classifiers: list[Classifier], space: SpaceQuality | None = None) -> None:
-    """Add classifiers, and what the space is worth, to a checkpoint's folder, in place of those that it has. Killed at
-    any moment, what is left is the checkpoint without them, or with them."""
+def add_classifiers(
+    folder: Path, classifiers: list[Classifier], space: SpaceQuality | None = None, predictors: Iterable[Predictor] = ()
+) -> None:
+    """Add classifiers and predictors, and what the space is worth, to a checkpoint's folder, in place of those that it
+    has. Killed at any moment, what is left is the checkpoint without them, or with them."""
     manifest = folder / "manifest.json"
     value = read_sealed(manifest)
-    sums = {name: digest for name, digest in value["sha256"].items() if name not in (FILE, ARRAYS, SPACE)}
+    replaced = (FILE, ARRAYS, SPACE, *PREDICTOR_FILES)
+    sums = {name: digest for name, digest in value["sha256"].items() if name not in replaced}
 
     def publish() -> None:
         write_atomic(manifest, json_text(sealed({"version": value["version"], "sha256": sums})))
@@ -139,6 +146,8 @@ def add_classifiers(folder: Path, classifiers: list[Classifier], space: SpaceQua
         if space is not None:
             space.save(Path(aside))
             names.append(SPACE)
+        if given := list(predictors):
+            names += save_predictors(given, Path(aside))
         for name in names:
             os.replace(Path(aside) / name, folder / name)  # noqa: PTH105
             sums[name] = sha256_file(folder / name)
@@ -233,6 +242,7 @@ def load(folder: Path, device: torch.device | None = None) -> Checkpoint:
 
         adapted = load_adapted(folder, device)
         adapted.classifiers, adapted.space = load_classifiers(folder), load_space(folder)
+        adapted.predictors = load_predictors(folder)
         adapted.parts = _parts(folder)
         return adapted
     config, labels, training = settings_of(folder)
@@ -249,6 +259,7 @@ def load(folder: Path, device: torch.device | None = None) -> Checkpoint:
     text = Text.load(folder / "tokenizer.json")
     return Checkpoint(
         model, text, labels, generation, training, _parts(folder), load_classifiers(folder), load_space(folder),
+        load_predictors(folder),
         origin=folder,
     )  # fmt: skip
 

@@ -11,10 +11,12 @@ FEATURE = Feature(
     adds={
         "checkpoint_part": "plait.recommend.checkpoint_part:CATALOGUE_FILE",
         "data_kind": "plait.recommend.prepare:histories_in",
+        "example": "plait.recommend.example:EXAMPLE",
         "evaluation": "plait.recommend.evaluate:evaluate_histories",
         "metric_labels": "plait.recommend.metric_labels:LABELS",
         "model_class": "plait.recommend.model:RecommendationModel",
         "page_part": "plait.recommend.page_part:RECOMMEND",
+        "recipe_sections": "plait.recommend.settings:SECTIONS",
         "routes": "plait.recommend.routes:router",
         "task": "plait.recommend.task:TASK",
         "training_source": "plait.recommend.source:open_histories",

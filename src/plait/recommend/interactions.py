@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 from itertools import islice
 from typing import Any
 
-from plait.core.config import ItemsRecipe
 from plait.core.errors import PlaitError
 from plait.data.files import DAMAGED, TABLE_SUFFIXES, Tree, suffix_of
 from plait.data.record import Rejected, text_fault
@@ -20,6 +19,7 @@ from plait.data.tables import rows
 from plait.modalities.descriptor import MediaError
 from plait.modalities.media import MEDIA
 from plait.recommend.catalogue import Item
+from plait.recommend.settings import ItemsRecipe
 
 # What a column may be called: role -> names, in lower case, without what is no letter.
 ROLES = {

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from plait.core.config import ItemsRecipe
 from plait.core.errors import PlaitError
 from plait.core.files import publish_folder, read_json
 from plait.data.dataset import Dataset
@@ -32,6 +31,7 @@ from plait.recommend.checkpoint_part import CATALOGUE_FILE, catalogue_of
 from plait.recommend.feature import FEATURE
 from plait.recommend.interactions import read_items
 from plait.recommend.next_item import NextCodes, NextItem, foretell
+from plait.recommend.settings import ItemsRecipe
 from plait.recommend.write_histories import Histories, catalogue_file, read_catalogue, read_histories
 from plait.training.checkpointing import folder_name, point
 

@@ -5,19 +5,21 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from plait.core.config import ItemsRecipe
+from plait.core.config import DataRecipe
 from plait.data.dataset import Manifest
 from plait.data.files import Tree
 from plait.data.prepare import Progress, Writer
 from plait.recommend.interactions import find
+from plait.recommend.settings import ItemsRecipe
 from plait.recommend.write_histories import write_histories
 
 
-def histories_in(tree: Tree, settings: ItemsRecipe | None) -> Writer | None:
+def histories_in(tree: Tree, recipe: DataRecipe) -> Writer | None:
     """What writes the histories of a source; None where it holds none.
 
-    Raises PlaitError where `settings` ask for histories and there are none.
+    Raises PlaitError where its section data.items asks for histories and there are none.
     """
+    settings: ItemsRecipe | None = getattr(recipe, "items")  # noqa: B009 - this feature's own key
     tables = find(tree, settings)
     if tables is None:
         return None

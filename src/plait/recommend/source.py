@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from safetensors.torch import load_file
 from safetensors.torch import save as tensors_to_bytes
 
-from plait.core.config import ItemModelRecipe, Recipe
+from plait.core.config import Recipe
 from plait.core.device import Device
 from plait.core.errors import PlaitError
 from plait.core.files import write_atomic
@@ -42,6 +42,7 @@ from plait.recommend.catalogue import Item as CatalogueItem
 from plait.recommend.feature import FEATURE
 from plait.recommend.model import Embed, embedder
 from plait.recommend.sampler import HistorySampler, HistorySplit, history_split, ranking
+from plait.recommend.settings import ItemModelRecipe
 from plait.recommend.write_histories import TRAIN, Histories, read_catalogue, read_histories
 from plait.training.batches import Sampler
 from plait.training.source import Score
@@ -103,7 +104,7 @@ def open_histories(dataset: Dataset, recipe: Recipe, cache: Path, device: Device
 
     Raises PlaitError for a catalogue that is too large, or of whose items too little is known.
     """
-    catalogue, settings = read_catalogue(dataset).trained(), recipe.model.item
+    catalogue, settings = read_catalogue(dataset).trained(), _settings(recipe)
     known = catalogue.items
     semantic = settings.codes == "semantic" or (settings.codes == "auto" and len(known) > MOST)
     if not semantic and len(known) > MOST:
@@ -135,6 +136,12 @@ def _seen(known: list[CatalogueItem], embed: Embed, cache: Path) -> np.ndarray:
         np.save(file, embed(known))
     seen: np.ndarray = np.load(file)
     return seen
+
+
+def _settings(recipe: Recipe) -> ItemModelRecipe:
+    """The recipe's section model.item."""
+    settings: ItemModelRecipe = getattr(recipe.model, "item")  # noqa: B009 - this feature's own key
+    return settings
 
 
 def _content(known: list[CatalogueItem], settings: ItemModelRecipe, seen: np.ndarray | None) -> tuple[Known, Contents]:

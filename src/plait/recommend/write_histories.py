@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from plait.core.config import ItemsRecipe
 from plait.core.errors import PlaitError
 from plait.core.files import sha256_file
 from plait.core.rng import key_of, uniform
@@ -24,6 +23,7 @@ from plait.data.stores import join, open_binary
 from plait.data.tables import rows
 from plait.recommend.catalogue import Catalogue, Item
 from plait.recommend.interactions import Interaction, read_interactions, read_items
+from plait.recommend.settings import ItemsRecipe
 
 TRAIN, VAL, TEST, HIDDEN = range(4)  # what an interaction is for; a hidden one is neither learnt nor asked for
 COLD = 101  # key of `uniform`

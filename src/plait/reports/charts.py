@@ -194,6 +194,21 @@ def reliability_panel(reliability: Reliability) -> Panel:
     return Panel(reliability.title, note, axes.svg(f"share right by probability, {reliability.title}"))
 
 
+def coverage_panel(reliability: Reliability) -> Panel:
+    """The share that is right over how many answers are given, the surest first."""
+    low = float(np.floor(min(reliability.accuracy[len(reliability.accuracy) // 10 :].min(initial=1.0), 0.95) * 20) / 20)
+    axes = Axes((0.0, 1.0), (low, 1.0), width=280, height=250, left=40, bottom=34)
+    axes.y_axis(np.linspace(low, 1.0, 6).tolist(), "{:.2f}".format)
+    for value in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
+        axes.text(axes.x(value), axes.height - 18, f"{value:.1f}", "middle")
+    start = len(reliability.coverage) // 50  # of the first few the share is a draw
+    axes.line(list(zip(reliability.coverage[start:], reliability.accuracy[start:], strict=True)), "curve train")
+    axes.text(axes.x(0.5), axes.height - 3, "share of answers given", "middle")
+    at = {share: float(np.interp(share, reliability.coverage, reliability.accuracy)) for share in (1.0, 0.9, 0.8)}
+    note = " · ".join(f"{value:.1%} right of {share:.0%}" for share, value in at.items())
+    return Panel(f"{reliability.title}, the surest first", note, axes.svg(f"accuracy by coverage, {reliability.title}"))
+
+
 def key(names: dict[str, str]) -> Markup:
     """A legend: name -> colour."""
     return Markup(" · ").join(

@@ -25,6 +25,13 @@ MEANING = {
     "train_accuracy": ("accuracy on training records", "share", "as many records as in the test"),
     "zero_shot_accuracy": ("zero-shot accuracy", "share", "nearest label in the embedding space"),
     "ece": ("expected calibration error", "share", "of the answer's probability; lower is better"),
+    "accuracy_at_90": ("accuracy of the surest 90 %", "share", "the least sure tenth is left to people"),
+    "accuracy_at_80": ("accuracy of the surest 80 %", "share", "the least sure fifth is left to people"),
+    "macro_f1": ("F1, mean of the labels", "share", "several labels a record; chance: always saying all"),
+    "micro_f1": ("F1, of all decisions", "share", "several labels a record; chance: always saying all"),
+    "mae": ("mean absolute error", "value", "of numbers; chance: the mean, baseline: ridge regression"),
+    "r2": ("R²", "number", "of numbers: 1 is perfect, 0 as good as the mean"),
+    "coverage_90": ("truth within the error bars", "share", "which are meant to hold nine of ten"),
     "precision": ("precision, macro", "share", ""),
     "recall": ("recall, macro", "share", ""),
     "f1": ("F1, macro", "share", ""),
@@ -57,7 +64,16 @@ MEANING = {
     "seconds": ("seconds", "number", ""),
     "steps": ("steps", "number", "of training"),
 }
-HEADLINES: tuple[str, ...] = ("accuracy", "exact", "bits_per_byte", "p_at_10", "judged_accuracy")
+HEADLINES: tuple[str, ...] = (
+    "accuracy",
+    "macro_f1",
+    "mae",
+    "r2",
+    "exact",
+    "bits_per_byte",
+    "p_at_10",
+    "judged_accuracy",
+)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from plait.core.files import read_json, write_atomic, write_json
 from plait.core.pages import number, render
 from plait.data.stores import location, read_place
 from plait.evaluation.findings import Confusion, Findings, Metric, Metrics
-from plait.reports.charts import Panel, bar, loss_panel, reliability_panel
+from plait.reports.charts import Panel, bar, coverage_panel, loss_panel, reliability_panel
 from plait.reports.metric_labels import metric_labels
 from plait.reports.overfitting import gap
 
@@ -131,7 +131,9 @@ def write_report(path: Path, metrics: Metrics, findings: Findings, run: RunInfo)
         cards=_cards(metrics, columns),
         tables=_tables(metrics, columns),
         curves=_curves(run.log),
-        reliabilities=[reliability_panel(found) for found in findings.reliabilities],
+        reliabilities=[
+            panel(found) for found in findings.reliabilities for panel in (reliability_panel, coverage_panel)
+        ],
         confusions=[_confusion(found) for found in findings.confusions],
         run=run,
         reasons=_reasons(run.rejects),

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from plait.core.errors import PlaitError
-from plait.data.examples import write_example
+from plait.data.examples import examples, write_example
 from plait.studio.workspace import Project, Workspace
 
-EXAMPLES = {"digits": "digits", "questions": "replies", "films": "histories"}  # of the start page -> of `plait example`
+
+def offered() -> dict[str, str]:
+    """Name on the first page -> name of `plait example`."""
+    return {example.offered: example.name for example in examples().values() if example.offered is not None}
 
 
 def make(workspace: Workspace, name: str) -> Project:
     """A new project with an example's files. Raises PlaitError for a name that is none."""
-    if name not in EXAMPLES:
-        raise PlaitError(f"There is no example '{name}'. There are {', '.join(EXAMPLES)}.")
+    known = offered()
+    if name not in known:
+        raise PlaitError(f"There is no example '{name}'. There are {', '.join(known)}.")
     project = workspace.create(workspace.free_name(name))
-    write_example(EXAMPLES[name], project.uploads)
+    write_example(known[name], project.uploads)
     return project

@@ -31,7 +31,7 @@ def start_pages(app: FastAPI, studio: Studio) -> None:
     @app.get("/")
     def start(request: Request) -> Response:
         rows = [(project, len(project.runs)) for project in workspace.projects()]
-        return page("start.html", request, rows=rows, examples=list(examples.EXAMPLES), free=workspace.free_bytes())
+        return page("start.html", request, rows=rows, examples=list(examples.offered()), free=workspace.free_bytes())
 
     @app.post("/projects")
     async def create(request: Request) -> Response:

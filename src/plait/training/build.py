@@ -234,8 +234,9 @@ def label_columns(dataset: Dataset, context: int) -> dict[str, list[str]]:
     longest = min(LONGEST_LABEL, context // 2)
     labels = {}
     train = dataset.indices("train")
+    others = {*dataset.manifest.chats, *dataset.manifest.multi_label, *dataset.manifest.numbers}
     for column, kind in dataset.columns.items():
-        if kind != "text" or column in dataset.manifest.chats:
+        if kind != "text" or column in others:
             continue
         known = dataset.manifest.statistics.get(column)
         if known is not None and known.max > longest:

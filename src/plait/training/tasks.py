@@ -64,16 +64,17 @@ def find_task(dataset: Dataset, labels: dict[str, list[str]]) -> str:
         return dataset.manifest.kind  # a feature's data have the task of its name
     if dataset.manifest.chats:
         return "chat"
+    answers = [*dataset.manifest.multi_label, *dataset.manifest.numbers]
     media = [c for c, kind in dataset.columns.items() if kind != "text"]
     texts = [c for c, kind in dataset.columns.items() if kind == "text"]
     if media:
         train = dataset.indices("train")
-        named = [c for c in labels if _share(dataset, c, train) >= LABELLED]
+        named = [c for c in [*labels, *answers] if _share(dataset, c, train) >= LABELLED]
         return "recognise" if named else "describe" if texts else "draw"
-    others = [c for c in texts if c not in labels]
+    others = [c for c in texts if c not in labels and c not in answers]
     if len(texts) == 2 and {c.lower() for c in texts} & set(REPLIES) and {c.lower() for c in texts} & set(QUESTIONS):
         return "reply"
-    if labels and others:
+    if (labels or answers) and others:
         return "recognise"
     return "reply" if len(texts) > 1 else "language"
 
@@ -119,6 +120,7 @@ def _recognise(dataset: Dataset, derived: Derived, labels: dict[str, list[str]],
     media = [c for c, kind in dataset.columns.items() if kind != "text"]
     kinds = [kind for kind in MODALITIES if kind in {dataset.columns[c] for c in media}]
     sources = kinds or [c for c, kind in dataset.columns.items() if kind == "text" and c not in labels]
+    sources = [c for c in sources if c not in (*dataset.manifest.multi_label, *dataset.manifest.numbers)]
     # A column called text has the name of the objective, and cannot be told apart from it: it is written, too.
     sources = [name for name in sources if name != "text"]
     training["weights"] = {**dict.fromkeys(sources, 0.0), **recipe.training.weights}
@@ -126,7 +128,7 @@ def _recognise(dataset: Dataset, derived: Derived, labels: dict[str, list[str]],
     model: dict[str, Any] = {}
     for kind in kinds:
         given: dict[str, Any] = getattr(recipe.model, kind)
-        if recipe.model.init_from is not None or given.get("encoder"):
+        if recipe.model.init_from is not None or given.get("encoder") or not labels:
             continue
         classes = {column: len(values) for column, values in labels.items()}
         chosen = SETTINGS[kind].for_recognition(given, partial(mirrors, dataset, recipe, labels, kind))

@@ -1,0 +1,71 @@
+"""How unlike all that was learnt an input is, by where it lies among training records.
+
+By dense features (simple ones, or what a network's heads read): the distance to the nearest class in the space in which
+training records vary, whitened by how records of one class vary there (Lee and others, 2018), and how much of the input
+lies outside that space. Both are standardised on validation records, so that they can be added. Texts need none of it:
+the largest score of a linear model on n-grams tells more (CLINC150: .950, beside .905 by the nearest class's mean).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+DIMENSIONS = 64  # of the space in which training records vary, at most
+SHRINKAGE = 0.05  # of the variance of a class towards the same in all directions
+MOST = 8000  # records that it is fitted on
+CLIP = 30.0  # standard deviations beyond which nothing is told apart
+
+
+@dataclass
+class Novelty:
+    """One view of an input. `arrays` are what was fitted; `centre` and `spread` (2,) those of its measures on
+    validation records."""
+
+    arrays: dict[str, np.ndarray]
+    centre: np.ndarray
+    spread: np.ndarray
+
+    def __call__(self, features: Any) -> np.ndarray:
+        """(N,), the larger the more unlike; about 0 for what is like validation records."""
+        measured = self.measures(features)
+        standard: np.ndarray = ((measured - self.centre) / self.spread).clip(-CLIP, CLIP)
+        return standard.mean(1)
+
+    def measures(self, features: Any) -> np.ndarray:
+        """(N, 2): the distance and what lies outside, as logarithms."""
+        centred = np.asarray(features, np.float32) - self.arrays["mean"]
+        inside = centred @ self.arrays["basis"]
+        white = inside @ self.arrays["whitening"]
+        square = (white**2).sum(1)[:, None] - 2 * white @ self.arrays["centres"].T
+        distance = (square + (self.arrays["centres"] ** 2).sum(1)).min(1).clip(1e-9)
+        outside = ((centred**2).sum(1) - (inside**2).sum(1)).clip(1e-9)
+        return np.log(np.stack([distance, outside], 1))
+
+
+def fit_novelty(features: np.ndarray, classes: np.ndarray, held: np.ndarray) -> Novelty:
+    """Fit on training records (N, F) with their classes (N,); standardise on held-out ones."""
+    step = max(-(-len(classes) // MOST), 1)
+    arrays = _subspace(np.asarray(features, np.float32)[::step], classes[::step])
+    made = Novelty(arrays, np.zeros(2), np.ones(2))
+    measured = made.measures(held)
+    made.centre, made.spread = measured.mean(0), measured.std(0) + 1e-3
+    return made
+
+
+def _subspace(features: np.ndarray, classes: np.ndarray) -> dict[str, np.ndarray]:
+    mean = features.mean(0)
+    centred = features - mean
+    size = int(min(DIMENSIONS, centred.shape[1], max(len(centred) // 4, 2)))
+    values, vectors = np.linalg.eigh((centred.T @ centred / len(centred)).astype(np.float64))
+    basis = vectors[:, np.argsort(-values)[:size]].astype(np.float32)
+    inside = centred @ basis
+    names, place = np.unique(classes, return_inverse=True)
+    means = np.stack([inside[place == number].mean(0) for number in range(len(names))])
+    within = np.cov((inside - means[place]).T).reshape(size, size)
+    within += np.eye(size) * (SHRINKAGE * np.trace(within) / size + 1e-6)
+    values, vectors = np.linalg.eigh(within)
+    whitening = (vectors / np.sqrt(values)).astype(np.float32)
+    return {"mean": mean, "basis": basis, "whitening": whitening, "centres": (means @ whitening).astype(np.float32)}

@@ -1,0 +1,40 @@
+"""How right a head over a frozen encoder is on records that it has not seen."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from plait.core.errors import PlaitError
+from plait.data.dataset import Dataset
+from plait.evaluation.findings import Metrics
+from plait.hf.heads import HeadModel
+
+
+def measure_head(model: HeadModel, dataset: Dataset, split: str, limit: int | None) -> Metrics:
+    """Accuracy and macro F1 of a split, beside the most frequent label. Raises PlaitError where the split is empty."""
+    from sklearn.metrics import f1_score
+
+    source, target = model.config["source"], model.config["target"]
+    answers = dataset.texts(target)
+    indices = np.array([i for i in dataset.indices(split) if answers[i] is not None], np.int64)[:limit]
+    inputs, truth = [], []
+    for index, record in zip(indices, dataset.iterate(indices, [source]), strict=True):
+        if source in record.parts:
+            inputs.append(record.parts[source])
+            truth.append(str(answers[index]))
+    if not truth:
+        raise PlaitError(f"{dataset.path} has no record of {split} with {source} and {target}. Name another --split.")
+    said = np.array([predictions[0].label for predictions in model.classify_inputs(inputs, top=1)])
+    wanted = np.array(truth)
+    right = said == wanted
+    frequent = max((wanted == label).mean() for label in set(truth))
+    name = f"recognition/{source}-{target}"
+    count, chance = len(truth), 1 / len(model.head.labels)
+    error = float(right.std() / count**0.5)
+    macro = float(f1_score(wanted, said, average="macro"))
+    return {
+        f"{name}/accuracy": {
+            "value": float(right.mean()), "stderr": error, "chance": chance, "baseline": float(frequent), "n": count,
+        },
+        f"{name}/macro_f1": {"value": macro, "stderr": error, "chance": chance, "baseline": chance, "n": count},
+    }  # fmt: skip

@@ -1,0 +1,501 @@
+"""A calibrated head over a frozen encoder: `plait train DATA --init-from ENCODER`, where ENCODER reads texts, images or
+audio and is no language model.
+
+Features are made once and kept in the run's folder, by the content of encoder and data; what is fitted on them is a
+multinomial logistic regression, whose strength and temperature are chosen on records that it has not seen.
+Shapes: N records, F features, C labels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+
+from plait.classifiers.mixture import cross_entropy, log_softmax, softened, temperature
+from plait.core.config import SIZES, Size
+from plait.core.device import Device, choose_device
+from plait.core.errors import PlaitError
+from plait.core.files import json_text, point, publish_folder, read_json, sealed, sha256_file, write_atomic
+from plait.core.interruption import pause_point
+from plait.core.rng import uniform
+from plait.data.dataset import Dataset
+from plait.hf import hub, huggingface
+from plait.hf.encoders import describe
+from plait.hf.pretrained import Pretrained, load_pretrained
+from plait.inference.base import Model, Verb
+from plait.inference.results import Prediction, Predictions
+from plait.modalities.base import ENCODER_SOURCES, MediaModality
+from plait.modalities.inputs import medium_of
+from plait.modalities.registry import MODALITIES, SETTINGS
+from plait.model.adapted import weight_sums
+from plait.model.checkpoint import MANIFEST, verify
+from plait.training.build import fit_settings, label_columns
+
+TYPE = "plait-head"  # model_type in config.json
+VERSION = 1
+CONFIG, ARRAYS = "config.json", "head.safetensors"
+STRENGTHS = {"text": (1.0, 3.0, 10.0, 30.0, 100.0), "image": (1e-3, 1e-2, 1e-1), "audio": (1e-3, 1e-2, 1e-1)}
+FEW = 20  # records of val below which folds of train say which strength is best
+FOLDS = 5
+BATCH = 32  # media at a time
+UNLIKE = 0.995  # share of validation records that must look more familiar than an input that is none of the labels
+NAMES = ("label", "labels", "intent", "class", "category", "target", "emotion")  # of a column of labels
+DRAW = 341  # key of `uniform`
+
+Progress = Callable[[str, int, int], None]
+
+
+# --- encoders ---------------------------------------------------------------------------------------------------
+
+
+class Encoder(Protocol):
+    """A frozen network that turns inputs of a kind into features."""
+
+    kind: str
+    settings: dict[str, Any]  # what is needed to build it again, beside the encoder's own files
+
+    def features(self, values: Sequence[Any]) -> np.ndarray:
+        """(N, F) float32."""
+        ...
+
+
+class TextEncoder:
+    """Embeddings of unit length, as sentence-transformers has them."""
+
+    kind = "text"
+
+    def __init__(self, folder: Path, device: Device) -> None:
+        """Raises PlaitError where the folder holds no text encoder."""
+        self.settings: dict[str, Any] = {}
+        self.model: Pretrained = load_pretrained(folder, device.name, device.storage)
+
+    def features(self, values: Sequence[Any]) -> np.ndarray:
+        pause_point()
+        return self.model.embed_inputs([str(value) for value in values])
+
+
+class MediaEncoder:
+    """The hidden states of a vision or audio encoder over places: of images their mean and their greatest or first, of
+    audio their mean, spread, and the means of a clip's beginning, middle and end."""
+
+    def __init__(self, kind: str, folder: Path, settings: dict[str, Any], device: Device) -> None:
+        self.kind, self.settings, self.device = kind, settings, device
+        modality: Any = MODALITIES[kind](SETTINGS[kind].model_validate({**settings, "encoder": f"hf:{folder}"}), 8)
+        ENCODER_SOURCES.one().fill(modality)
+        self.modality: MediaModality = modality.eval().to(device.torch)
+
+    def features(self, values: Sequence[Any]) -> np.ndarray:
+        rows = []
+        for start in range(0, len(values), BATCH):
+            pause_point()
+            samples = [self._sample(value) for value in values[start : start + BATCH]]
+            inputs, lengths = self.modality.batch(samples)
+            with torch.inference_mode(), self.device.autocast():
+                rows.append(self._pooled(inputs.to(self.device.torch), lengths.to(self.device.torch)).float().cpu())
+        return torch.cat(rows).numpy() if rows else np.zeros((0, 0), np.float32)
+
+    def _sample(self, value: Any) -> np.ndarray:
+        return self.modality.windows(value)[0] if not isinstance(value, np.ndarray) else value
+
+    def _pooled(self, values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        encoder: Any = self.modality.encoder
+        if self.kind == "image":
+            states = encoder.hf_encoder(pixel_values=encoder.pixels(values))
+            if states.ndim == 4:
+                return torch.cat((states.mean((2, 3)), states.amax((2, 3))), 1)
+            return torch.cat((states[:, 0], states.mean(1)), 1)
+        states = encoder.hf_encoder(**encoder.heard(values, lengths))
+        share = lengths.float() / encoder.settings.frames  # of the states that belong to the clip
+        count = (share * states.shape[1]).ceil().clamp(min=1)
+        exists = (torch.arange(states.shape[1], device=states.device) < count[:, None])[..., None]
+        mean = (states * exists).sum(1) / count[:, None]
+        spread = (((states - mean[:, None]) * exists).square().sum(1) / count[:, None]).sqrt()
+        place = torch.arange(states.shape[1], device=states.device) / count[:, None]  # in the clip, from 0 to 1
+        thirds = []
+        for third in range(3):
+            inside = ((place >= third / 3) & (place < (third + 1) / 3)).float()[..., None]
+            thirds.append((states * inside).sum(1) / inside.sum(1).clamp(min=1))
+        return torch.cat((mean, spread, *thirds), 1)
+
+
+def is_encoder(name_or_folder: str | Path) -> bool:
+    """Whether a name stands for a model of transformers that is no language model of our engine, nor one of ours."""
+    try:
+        folder = hub.find(name_or_folder)
+    except PlaitError:
+        return False
+    if not folder.is_dir() or not (folder / CONFIG).is_file():
+        return False
+    config = read_json(folder / CONFIG)
+    return isinstance(config, dict) and config.get("model_type") not in ("plait", TYPE) and not huggingface.runs(folder)
+
+
+# --- the head ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Head:
+    """Log-probabilities of labels from features: softmax((x - mean) / scale @ weights + bias), times `heat`."""
+
+    labels: list[str]
+    weights: np.ndarray  # (F, C)
+    bias: np.ndarray  # (C,)
+    mean: np.ndarray  # (F,)
+    scale: np.ndarray  # (F,)
+    heat: float
+    centres: np.ndarray  # (C, F) mean of each label's records
+    familiar: np.ndarray  # of validation records, ascending: how near the nearest centre is
+
+    def log_probabilities(self, features: np.ndarray) -> np.ndarray:
+        """(N, C), in nats."""
+        return log_softmax(self.heat * self._scores((features - self.mean) / self.scale))
+
+    def _scores(self, rows: np.ndarray) -> np.ndarray:
+        return np.asarray(rows @ self.weights + self.bias, np.float64)
+
+    def unlike(self, features: np.ndarray) -> np.ndarray:
+        """(N,), the share of validation records that look more familiar."""
+        near = nearness((features - self.mean) / self.scale, self.centres)
+        return 1 - np.searchsorted(self.familiar, near) / max(len(self.familiar), 1)
+
+
+def nearness(rows: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """The cosine of each row (N, F) with the nearest centre (C, F)."""
+    unit = [x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9) for x in (rows, centres)]
+    found: np.ndarray = (unit[0] @ unit[1].T).max(1)
+    return found
+
+
+@dataclass
+class Examples:
+    """Features of records and the number of each one's label."""
+
+    features: np.ndarray
+    classes: np.ndarray
+
+
+def fit_head(
+    labels: list[str], train: Examples, val: Examples, kind: str, names: np.ndarray | None, seed: int
+) -> tuple[Head, dict[str, float]]:
+    """A head, and how right it is on records that it has not seen: those of val, or where these are few, folds.
+
+    `names` (C, F) are embeddings of the labels' own texts, which count as one more record of each.
+    """
+    if kind == "text":
+        mean, scale = np.zeros(train.features.shape[1]), np.ones(train.features.shape[1])
+    else:
+        mean, scale = train.features.mean(0), train.features.std(0) + 1e-3
+    rows, held = (train.features - mean) / scale, (val.features - mean) / scale if len(val.classes) else val.features
+
+    def fitted(x: np.ndarray, y: np.ndarray, strength: float) -> Head:
+        if names is not None:
+            x, y = np.concatenate((x, names)), np.concatenate((y, np.arange(len(labels))))
+        weights, bias = _regression(x, y, len(labels), strength)
+        return Head(labels, weights, bias, mean, scale, 1.0, np.zeros((0, 0)), np.zeros(0))
+
+    unseen: dict[float, tuple[np.ndarray, np.ndarray]] = {}  # strength -> scores and truth
+    for strength in STRENGTHS[kind]:
+        if len(val.classes) >= FEW:
+            unseen[strength] = fitted(rows, train.classes, strength)._scores(held), val.classes
+        else:
+            unseen[strength] = _by_folds(fitted, rows, train.classes, strength, len(labels), seed)
+    best, heat, measured = _best(unseen, len(labels))
+    all_rows, all_classes = rows, train.classes
+    if len(val.classes):
+        all_rows, all_classes = np.concatenate((rows, held)), np.concatenate((train.classes, val.classes))
+    head = fitted(all_rows, all_classes, best)
+    head.heat = heat
+    one_hot = np.eye(len(labels), dtype=np.float32)[all_classes]
+    head.centres = (one_hot.T @ all_rows) / np.maximum(one_hot.sum(0), 1)[:, None]
+    head.familiar = np.sort(nearness(held if len(val.classes) >= FEW else rows, head.centres))
+    return head, measured | {"strength": best}
+
+
+def _best(unseen: dict[float, tuple[np.ndarray, np.ndarray]], count: int) -> tuple[float, float, dict[str, float]]:
+    """The strength under which unseen labels are likeliest once calibrated, that factor, and what it is worth."""
+    found = []
+    for strength, (scores, truth) in unseen.items():
+        if not len(truth):
+            return 10.0 if 10.0 in unseen else strength, 1.0, {}
+        targets = softened(truth, count)
+        heat = temperature(scores, targets)
+        right = float((scores.argmax(1) == truth).mean())
+        found.append((right, -cross_entropy(scores * heat, targets), strength, heat, len(truth)))
+    right, _, strength, heat, records = max(found)
+    return strength, heat, {"accuracy": right, "records": records}
+
+
+def _by_folds(
+    fitted: Callable[[np.ndarray, np.ndarray, float], Head],
+    rows: np.ndarray,
+    classes: np.ndarray,
+    strength: float,
+    count: int,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of train's records by heads that have not seen them; none where labels have a single record."""
+    if np.bincount(classes, minlength=count).max() < 2:
+        return np.zeros((0, count)), np.zeros(0, np.int64)
+    fold = (uniform(seed, DRAW, np.arange(len(rows))) * FOLDS).astype(int)
+    scores = np.zeros((len(rows), count))
+    for number in range(FOLDS):
+        other = fold != number
+        if other.all() or len(np.unique(classes[other])) < 2:
+            continue
+        scores[~other] = fitted(rows[other], classes[other], strength)._scores(rows[~other])
+    return scores, classes
+
+
+def _regression(rows: np.ndarray, classes: np.ndarray, count: int, strength: float) -> tuple[np.ndarray, np.ndarray]:
+    """Weights (F, C) and bias (C,) of a multinomial logistic regression; labels without a record stay far below."""
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression(C=strength, max_iter=300)
+    model.fit(rows.astype(np.float32), classes)
+    weights, bias = model.coef_.T, model.intercept_
+    if weights.shape[1] == 1:  # two labels
+        weights, bias = np.concatenate((-weights / 2, weights / 2), 1), np.concatenate((-bias / 2, bias / 2))
+    whole, offset = np.zeros((rows.shape[1], count), np.float32), np.full(count, -20.0)
+    whole[:, model.classes_], offset[model.classes_] = weights, bias
+    return whole, offset
+
+
+# --- a run ------------------------------------------------------------------------------------------------------
+
+
+def columns_of(dataset: Dataset) -> tuple[str, str]:
+    """(what is read, the column of labels). Raises PlaitError where there are no labels."""
+    media = [column for column, kind in dataset.columns.items() if kind != "text"]
+    texts = [column for column, kind in dataset.columns.items() if kind == "text"]
+    labels = list(label_columns(dataset, 2**31)) or [column for column in texts if column.lower() in NAMES]
+    sources = media or [column for column in texts if column not in labels]
+    if not labels or not sources:
+        raise PlaitError(
+            f"{dataset.path} has no column of labels that a head could learn. Put files into a folder for each label, "
+            "or name a column label."
+        )
+    return sources[0], labels[0]
+
+
+def train_head(
+    dataset: Dataset, folder: Path, name: str, facts: dict[str, Any], device_name: str, seed: int, progress: Progress
+) -> list[str]:
+    """Fit a head for a dataset's labels over the encoder `name`, as a finished run in `folder`; what to tell of it.
+
+    Raises PlaitError where the encoder does not read what the dataset has.
+    """
+    source, target = columns_of(dataset)
+    kind, device = dataset.columns[source], choose_device(device_name, "auto")
+    place = hub.find(name)
+    encoder = _encoder(kind, place, dataset, device)
+    texts = dataset.texts(target)
+    labels = [text for text in dict.fromkeys(texts[i] for i in dataset.indices("train")) if text is not None]
+    if len(labels) < 2:
+        raise PlaitError(f"{dataset.path}: column {target} has {len(labels)} label in train; two are needed.")
+    kept = FeatureCache(folder / "cache", encoder, place, dataset)
+    train, val = (
+        _examples(dataset, split, source, texts, labels, encoder, kept, progress) for split in ("train", "val")
+    )
+    names = None
+    if kind == "text" and sum(label.replace("_", "").isdigit() for label in labels) < len(labels) / 2:
+        names = encoder.features([label.replace("_", " ") for label in labels])
+    progress("head", 0, 1)
+    head, measured = fit_head(labels, train, val, kind, names, seed)
+    progress("head", 1, 1)
+    where = str(Path(name).expanduser().resolve()) if Path(name).expanduser().exists() else name
+    config = {
+        "model_type": TYPE, "version": VERSION, "encoder": where, "sha256": weight_sums(place), "kind": kind,
+        "settings": encoder.settings, "source": source, "target": target, "labels": labels, "heat": head.heat,
+        "measured": measured, "training": {"step": 1, "seed": seed, "validation": {}, "init_from": name},
+    }  # fmt: skip
+    _save(head, config, folder / "checkpoints" / "step-000001")
+    for link in ("best", "last"):
+        point(folder / "checkpoints" / link, "step-000001")
+    write_atomic(folder / "run.json", json_text(facts))
+    return [describe_head(config)]
+
+
+def _encoder(kind: str, place: Path, dataset: Dataset, device: Device) -> Encoder:
+    if kind == "text":
+        return TextEncoder(place, device)
+    describe(f"hf:{place}", kind)  # which says what is wrong with it
+    settings = fit_settings(dataset, kind, _whole(SIZES["base"]), {"encoder": f"hf:{place}"})
+    return MediaEncoder(kind, place, {**settings.model_dump(), "encoder": None}, device)
+
+
+def _whole(size: Size) -> Size:
+    """A size that cuts nothing off."""
+    return size.model_copy(update={"seconds": 30.0})
+
+
+def _examples(
+    dataset: Dataset,
+    split: str,
+    source: str,
+    texts: Sequence[str | None],
+    labels: list[str],
+    encoder: Encoder,
+    kept: FeatureCache,
+    progress: Progress,
+) -> Examples:
+    number = {label: i for i, label in enumerate(labels)}
+    indices = np.array([i for i in dataset.indices(split) if texts[i] in number], np.int64)
+    classes, rows = [], []
+    stored = kept.get(split)
+    values: list[Any] = []
+
+    def flush() -> None:
+        if values:
+            rows.append(encoder.features(values))
+            values.clear()
+
+    for done, (index, record) in enumerate(zip(indices, dataset.iterate(indices, [source]), strict=True)):
+        if (value := record.parts.get(source)) is None:
+            continue
+        classes.append(number[str(texts[index])])
+        if stored is None:
+            values.append(value)
+            if len(values) >= 256:
+                flush()
+                progress(f"features of {split}", done + 1, len(indices))
+    if stored is None:
+        flush()
+        stored = np.concatenate(rows) if rows else np.zeros((0, 1), np.float32)
+        kept.put(split, stored)
+    progress(f"features of {split}", len(indices), len(indices))
+    return Examples(stored, np.array(classes, np.int64))
+
+
+class FeatureCache:
+    """Features on disk, known by the content of the encoder and of the data."""
+
+    def __init__(self, folder: Path, encoder: Encoder, place: Path, dataset: Dataset) -> None:
+        content = [weight_sums(place), encoder.settings, [shard.sha256 for shard in dataset.manifest.shards], VERSION]
+        self.key = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        self.folder = folder
+
+    def _file(self, split: str) -> Path:
+        return self.folder / f"features-{split}-{self.key}.safetensors"
+
+    def get(self, split: str) -> np.ndarray | None:
+        """(N, F), None where they are not there, or damaged."""
+        try:
+            found: np.ndarray = load_file(self._file(split))["features"]
+        except Exception:  # of whatever kind, they are made again
+            return None
+        return found
+
+    def put(self, split: str, features: np.ndarray) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        aside = self._file(split).with_suffix(".tmp")
+        save_file({"features": np.ascontiguousarray(features, np.float32)}, aside)
+        aside.replace(self._file(split))
+
+
+def _save(head: Head, config: dict[str, Any], folder: Path) -> None:
+    with publish_folder(folder) as aside:
+        (aside / CONFIG).write_text(json_text(config), encoding="utf-8")
+        arrays = {
+            "weights": head.weights, "bias": head.bias, "mean": head.mean, "scale": head.scale,
+            "centres": head.centres, "familiar": head.familiar,
+        }  # fmt: skip
+        save_file({name: np.ascontiguousarray(value, np.float32) for name, value in arrays.items()}, aside / ARRAYS)
+        sums = {name: sha256_file(aside / name) for name in (CONFIG, ARRAYS)}
+        (aside / "manifest.json").write_text(json_text(sealed({"version": MANIFEST, "sha256": sums})), encoding="utf-8")
+
+
+def describe_head(config: dict[str, Any]) -> str:
+    """What a head goes by, and how right it is, for people."""
+    measured = config["measured"]
+    right = "nothing was held out"
+    if "records" in measured:
+        right = f"{measured['accuracy']:.1%} of {measured['records']} unseen records right"
+    return (
+        f"{config['target']} from {config['source']}: {len(config['labels'])} labels over the frozen encoder "
+        f"{config['encoder']}; {right}."
+    )
+
+
+# --- at work ----------------------------------------------------------------------------------------------------
+
+
+class HeadModel(Model):
+    """A head with its encoder."""
+
+    def __init__(self, folder: Path, device: str = "auto", precision: str = "auto") -> None:
+        """Raises PlaitError where the checkpoint is damaged, or its encoder is gone or another one."""
+        if wrong := verify(folder):
+            raise PlaitError("; ".join(wrong) + ". Train again.")
+        self.folder, self.config = folder, read_json(folder / CONFIG)
+        self.device = choose_device(device, precision if precision in ("auto", "fp32", "bf16") else "auto")
+        self.name = str(folder)
+        arrays = load_file(folder / ARRAYS)
+        self.head = Head(labels=self.config["labels"], heat=self.config["heat"], **arrays)
+        self.place = hub.find(self.config["encoder"])
+        if weight_sums(self.place) != self.config["sha256"]:
+            raise PlaitError(f"{folder} stands on {self.place}, whose weights are others now. Put them back.")
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        if self.config["kind"] == "text":
+            return TextEncoder(self.place, self.device)
+        return MediaEncoder(self.config["kind"], self.place, self.config["settings"], self.device)
+
+    @property
+    def verbs(self) -> list[str]:
+        return [Verb.CLASSIFY, Verb.EMBED]
+
+    @property
+    def columns(self) -> dict[str, str]:
+        return {self.config["source"]: self.config["kind"], self.config["target"]: "text"}
+
+    @property
+    def labels(self) -> dict[str, list[str]]:
+        return {self.config["target"]: self.head.labels}
+
+    @property
+    def modalities(self) -> set[str]:
+        return {self.config["kind"]}
+
+    def embed_inputs(self, inputs: list[Any], prompt: str | None = None) -> np.ndarray:
+        """The encoder's features of each input, (N, F) float32, of unit length."""
+        if prompt is not None:
+            raise PlaitError(f"{self.name} has no prompts. Leave --prompt out.")
+        rows = self.encoder.features([medium_of(value) for value in inputs])
+        return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9), np.float32)
+
+    def classify_inputs(
+        self,
+        inputs: list[Any],
+        labels: list[str] | None = None,
+        column: str | None = None,
+        top: int | None = 5,
+        template: str | None = None,
+    ) -> list[Predictions]:
+        """The likeliest labels of each input, calibrated; `labels` are some of those that were learnt."""
+        if column not in (None, self.config["target"]):
+            raise PlaitError(f"There is no column '{column}'. This model knows {self.config['target']}.")
+        chosen = labels if labels is not None else self.head.labels
+        if unknown := [label for label in chosen if label not in self.head.labels]:
+            raise PlaitError(f"'{unknown[0]}' was not learnt. Known are {', '.join(self.head.labels[:8])}.")
+        places = [self.head.labels.index(label) for label in chosen]
+        features = self.encoder.features([medium_of(value) for value in inputs])
+        if not len(features):
+            return []
+        scores = log_softmax(self.head.log_probabilities(features)[:, places])
+        unlike = self.head.unlike(features)
+        found = []
+        for row, score in zip(np.exp(scores), unlike, strict=True):
+            order = np.argsort(-row, kind="stable")[:top]
+            ranked = [Prediction(chosen[i], float(row[i])) for i in order]
+            found.append(Predictions(ranked, float(score), bool(score > UNLIKE)))
+        return found

@@ -1,0 +1,124 @@
+"""Heads over frozen encoders: fitted by `plait train`, calibrated, with features that are made once."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import plait
+from conftest import make_image
+from plait.core.errors import PlaitError
+from plait.hf import heads
+from test_huggingface import make_tokenizer
+
+transformers = pytest.importorskip("transformers")
+Plait = Callable[..., int]
+WORDS = {"fruit": "apple pear plum cherry", "metal": "iron copper zinc gold", "river": "rhine nile volga ganges"}
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "bert"
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=512, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    transformers.BertModel(config).save_pretrained(folder)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=make_tokenizer(), pad_token="<|endoftext|>")
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "vit"
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8
+    )
+    transformers.ViTModel(config).save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def table(folder: Path, count: int) -> Path:
+    rng = np.random.default_rng(0)
+    file = folder / "texts.csv"
+    with file.open("w", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(["text", "label"])
+        for i in range(count):
+            label = list(WORDS)[i % 3]
+            words = rng.choice(WORDS[label].split(), 3)
+            writer.writerow([f"{' '.join(words)} {i}", label])
+    return file
+
+
+def test_a_head_over_a_text_encoder(
+    bert: Path, tmp_path: Path, plait: Plait, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, run = table(tmp_path, 150), tmp_path / "run"
+    assert plait("train", source, "-o", run, "--init-from", bert) == 0
+    assert "label from text: 3 labels over the frozen encoder" in capsys.readouterr().out
+    assert plait("classify", run, "iron zinc gold 3", "--top", 1) == 0
+    assert "metal" in capsys.readouterr().out
+    assert plait("evaluate", run) == 0
+    import json
+
+    figures = json.loads((run / "metrics.json").read_text())
+    assert (
+        figures["recognition/text-label/accuracy"]["value"] > 0.8 > figures["recognition/text-label/accuracy"]["chance"]
+    )
+    # Features are made once: a second head on the same data asks the encoder for the labels' names alone.
+    asked: list[int] = []
+    original = heads.TextEncoder.features
+
+    def counted(self: heads.TextEncoder, values: list[str]) -> np.ndarray:
+        asked.append(len(values))
+        return original(self, values)
+
+    monkeypatch.setattr(heads.TextEncoder, "features", counted)
+    facts = json.loads((run / "run.json").read_text())
+    from plait.data.dataset import Dataset
+
+    heads.train_head(Dataset.open(run / "data"), run, str(bert), facts, "cpu", 1, lambda *_: None)
+    assert asked == [3]
+
+
+def test_probabilities_and_labels_of_ones_own(bert: Path, tmp_path: Path) -> None:
+    run = plait.train(table(tmp_path, 90), tmp_path / "run", init_from=str(bert), progress=False)
+    model = run.model()
+    found = model.classify_inputs(["plum pear plum 1", "nile nile rhine 2"], top=None)
+    assert [one[0].label for one in found] == ["fruit", "river"]
+    assert all(abs(sum(p.probability for p in one) - 1) < 1e-6 and one.ood_score is not None for one in found)
+    two = model.classify_inputs(["plum pear plum 1"], labels=["metal", "river"])[0]
+    assert {p.label for p in two} == {"metal", "river"} and abs(sum(p.probability for p in two) - 1) < 1e-6
+    with pytest.raises(PlaitError, match="was not learnt"):
+        model.classify_inputs(["x"], labels=["bird"])
+    with pytest.raises(PlaitError, match="another run"):
+        plait.train(table(tmp_path, 60), tmp_path / "run", init_from=str(bert), progress=False)
+    weights = bert / "model.safetensors"
+    whole = weights.read_bytes()
+    try:
+        weights.write_bytes(whole[:-4] + b"\0\0\0\1")
+        with pytest.raises(PlaitError, match="weights are others now"):
+            plait.load(tmp_path / "run")
+    finally:
+        weights.write_bytes(whole)
+
+
+def test_a_head_over_a_vision_encoder(vit: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    for i in range(48):
+        place = tmp_path / "images" / f"kind {i % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        make_image(i % 2, rng).save(place / f"{i}.png")
+    run = plait.train(tmp_path / "images", tmp_path / "run", init_from=str(vit), progress=False)
+    model = run.model()
+    said = [model.classify_inputs([make_image(kind, rng)], top=1)[0][0].label for kind in (0, 1, 0, 1)]
+    assert said == ["kind 0", "kind 1", "kind 0", "kind 1"]
