@@ -23,6 +23,7 @@ from plait.modalities.media import MEDIA
 
 FILE, ARRAYS = "classifiers.json", "classifiers.safetensors"
 VERSION = 2
+PORTABLE = ("linear", "network")  # the opinions that need no backbone
 
 
 @dataclass

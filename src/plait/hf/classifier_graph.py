@@ -1,5 +1,5 @@
 """A whole classifier as one network: pixels or a waveform in, probabilities of labels and an out-of-distribution score
-out. It computes what `classifiers.features` and `modalities.audio` compute with NumPy and FFTs, in operations that ONNX
+out. It computes what `modalities.simple_features` and `modalities.audio` compute with NumPy and FFTs, in operations that ONNX
 has.
 """
 
@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plait.classifiers.classifier import Classifier
-from plait.classifiers.features import BINS, CELL, CEPSTRA, COLOUR_GRID, SEGMENTS, SIDE, STRIDE
 from plait.core.errors import PlaitError
 from plait.modalities.audio import FLOOR, SILENCE, AudioSettings, mel_filters
 from plait.modalities.base import MediaModality
 from plait.modalities.recogniser import Recogniser
+from plait.modalities.simple_features import BINS, CELL, CEPSTRA, COLOUR_GRID, SEGMENTS, SIDE, STRIDE
 
 
 class ImageFeatures(nn.Module):
-    """`classifiers.features.image_features` of images (N, H, W, C) from 0 to 1: (N, F)."""
+    """`modalities.simple_features.image_features` of images (N, H, W, C) from 0 to 1: (N, F)."""
 
     def __init__(self, height: int, width: int, channels: int) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class LogMelGraph(nn.Module):
 
 
 class AudioFeatures(nn.Module):
-    """`classifiers.features.audio_features` of one log-mel (1, T, bands) of which `frames` (1,) count: (1, F)."""
+    """`modalities.simple_features.audio_features` of one log-mel (1, T, bands) of which `frames` (1,) count: (1, F)."""
 
     def __init__(self, bands: int) -> None:
         super().__init__()

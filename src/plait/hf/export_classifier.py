@@ -158,7 +158,7 @@ def _card(model: PlaitModel, classifier: Classifier, facts: dict[str, Any]) -> s
 
 `classifier.onnx` says which `{classifier.target}` a `{classifier.source}` has, of {count} labels. It reads {reads}.
 It writes `probabilities` (1, {count}) in the order of `labels` in `classifier.json`, and `ood_score` (1,): above
-{facts["threshold"]:g} the opinions are less sure than of nearly all validation records, and the answer is none of these.
+{facts["threshold"]:g} the opinions are less sure than of nearly all validation records: the answer is none of these.
 (Plait itself also asks how unlike the training records an input lies.)
 
 It asks: {used}. On the {classifier.records} validation records by which it was calibrated {by_these:.1%} are right
