@@ -1,6 +1,6 @@
 """A whole classifier as one network: pixels or a waveform in, probabilities of labels and an out-of-distribution score
-out. It computes what `modalities.simple_features` and `modalities.audio` compute with NumPy and FFTs, in operations that ONNX
-has.
+out. It computes what `modalities.simple_features` and `modalities.audio` compute with NumPy and FFTs, in operations
+that ONNX has.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ImageFeatures(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         height, width = self.height * self.block, self.width * self.block
-        x = values[:, :height, :width].movedim(-1, 1)
+        x = values[:, :height, :width].permute(0, 3, 1, 2)
         x = F.avg_pool2d(x, self.block) if self.block > 1 else x
         return torch.cat((self._gradients(x), self._colours(x)), 1)
 
@@ -57,7 +57,7 @@ class ImageFeatures(nn.Module):
         first = (torch.remainder(low, BINS)[:, None] == bins) * (size * (1 - share))[:, None]
         second = (torch.remainder(low + 1, BINS)[:, None] == bins) * (size * share)[:, None]
         cells = F.avg_pool2d(first + second, self.cell, STRIDE) * self.cell**2
-        cells = cells.movedim(1, -1)
+        cells = cells.permute(0, 2, 3, 1)
         for _ in range(2):
             cells = (cells / (cells.square().sum(-1, keepdim=True).sqrt() + 0.05)).clamp(max=0.4)
         return cells.clamp(min=0).sqrt().flatten(1)

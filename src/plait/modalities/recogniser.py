@@ -102,7 +102,7 @@ class ImageRecogniser(Recogniser):
 
     def _seen(self, values: Tensor) -> Tensor:
         # Channels last in memory, in which pooling and convolutions are twice as fast.
-        x = values.contiguous().movedim(-1, 1).float() / 64 - 2
+        x = values.contiguous().permute(0, 3, 1, 2).float() / 64 - 2
         for stage in self.trunk:
             x = stage(x)
         return x
