@@ -40,7 +40,7 @@ def export_folder(checkpoint: Checkpoint, folder: Path) -> None:
     """Write a checkpoint for use alone, readable for every user of the machine: no state of training, and no codecs of
     media that the model never writes. Raises PlaitError where the folder cannot be written."""
     must_be_free(folder)
-    unused = tuple(f"media.{name}.codec." for name in checkpoint.model.config.read_only)
+    unused = tuple(f"modalities.{name}.codec." for name in checkpoint.model.config.read_only)
     tensors = {name: value for name, value in checkpoint.model.state_dict().items() if not name.startswith(unused)}
     save(checkpoint, folder, tensors)
     folder.chmod(0o755)

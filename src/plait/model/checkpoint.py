@@ -223,7 +223,7 @@ def verify(folder: Path) -> list[str]:
 def load_weights(model: Multimodal, tensors: dict[str, Tensor]) -> None:
     """Put weights into a model. Those of codecs of media that it never writes may be missing, as `plait export --to
     folder` leaves them out. Raises RuntimeError where others are missing or do not fit."""
-    unused = tuple(f"media.{name}.codec." for name in model.config.read_only)
+    unused = tuple(f"modalities.{name}.codec." for name in model.config.read_only)
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     missing = [name for name in missing if not name.startswith(unused)] if unused else missing
     if missing or unexpected:
