@@ -55,6 +55,7 @@ class Row:
     seed: int
     minutes: float
     minilm: str | None
+    init_from: str | None
 
 
 def figures(ood_in: np.ndarray, others: dict[str, np.ndarray]) -> dict[str, float]:
@@ -196,16 +197,17 @@ def intents(row: Row, name: str) -> dict[str, float]:
         table.writerows([*one, "train"] for one in train)
         table.writerows([*one, "val"] for one in val)
     run = plait.train(
-        row.work / "in.csv", row.work / "run", minutes=row.minutes, seed=row.seed, progress=False, tell=print
-    )
+        row.work / "in.csv", row.work / "run", minutes=row.minutes, seed=row.seed, init_from=row.init_from,
+        progress=False, tell=print,
+    )  # fmt: skip
     model = run.model()
-    found, inside = known(model, [("text", one[0]) for one in test], [one[1] for one in test])
+    found, inside = known(model, [one[0] for one in test], [one[1] for one in test])
     begun = time.process_time()
     for one in test[:200]:
-        model.classify_inputs([("text", one[0])])
+        model.classify_inputs([one[0]])
     found["ms"] = (time.process_time() - begun) / 200 * 1000
     if name == "clinc150":
-        outside = [("text", one[0]) for one in rows_of(folder / "clinc150_oos_test.csv")]
+        outside = [one[0] for one in rows_of(folder / "clinc150_oos_test.csv")]
         found |= figures(inside, {"out of scope": unlike(model, outside)})
     return found
 
@@ -308,16 +310,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=2.0, help="of training, the processor's")
     parser.add_argument("--minilm", help="intents: MiniLM and a logistic regression in place of a run; its folder")
+    parser.add_argument("--init-from", help="intents: the encoder that a run begins from")
     parser.add_argument("--keep", type=Path, help="a folder in which data and run are kept")
     parser.add_argument("--out", type=Path, default=Path("decisions.jsonl"))
     given = parser.parse_args()
-    key = {"row": given.row, "seed": given.seed, "minutes": given.minutes, "minilm": given.minilm is not None}
+    key = {"row": given.row, "seed": given.seed, "minutes": given.minutes, "minilm": given.minilm is not None,
+           "init_from": given.init_from and Path(given.init_from).name}  # fmt: skip
     done = [json.loads(line) for line in given.out.read_text().splitlines()] if given.out.exists() else []
     if any(all(line.get(name) == value for name, value in key.items()) for line in done):
         return
     with tempfile.TemporaryDirectory() as scratch:
         work = given.keep or Path(scratch) / "work"
-        found = ROWS[given.row](Row(given.data, work, given.seed, given.minutes, given.minilm))
+        found = ROWS[given.row](Row(given.data, work, given.seed, given.minutes, given.minilm, given.init_from))
     line = {
         **key,
         **{name: round(value, 4) for name, value in found.items()},

@@ -16,6 +16,7 @@ import pytest
 
 from conftest import EN
 from plait import Index, load
+from plait.classifiers.space import SpaceQuality
 from plait.core.errors import PlaitError
 from plait.core.files import only_writer
 from plait.data.dataset import Dataset
@@ -192,6 +193,23 @@ def test_a_kill_while_adding_loses_nothing_acknowledged(trained: Path, tmp_path:
     assert told <= len(index) < 320 and index.verify() == []
     added = index.add(data)
     assert added.same >= told and len(index) == 320 and index.verify() == []
+
+
+def test_what_is_not_near_enough_is_left_out(
+    index: Path, plait: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened = Index(index)
+    hits = opened.search("red disc", k=20, by="vector")
+    cut = hits[5].similarity
+    assert [hit.id for hit in opened.search("red disc", k=20, by="vector", least=cut)] == [
+        hit.id for hit in hits if hit.similarity > cut
+    ]
+    opened.model.plait_model.checkpoint.space = SpaceQuality(0.9, cut, 40)
+    kept = opened.search("red disc", k=20, by="vector", least="auto")
+    assert [hit.id for hit in kept] == [hit.id for hit in hits if hit.similarity > cut]
+    assert plait("search", index, "red disc", "--least", "1.5", "--by", "vector") == 0
+    assert "Nothing was found" in capsys.readouterr().out
+    assert plait("search", index, "red disc", "--least", "much") == 1
 
 
 def test_search_is_served(index: Path, trained: Path, tmp_path: Path) -> None:

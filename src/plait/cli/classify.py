@@ -29,8 +29,6 @@ def classify(
     """Name what is in an image, a recording or a text, with probabilities; of a whole folder or table with -o.
 
     Example: plait classify runs/demo runs/demo/files/images/0003.png
-
-    Example: plait classify runs/photos holiday/ -o holiday.csv --xmp
     """
     from plait.library.tables import NONE_OF_THESE, Asked
     from plait.modalities.inputs import inputs_of

@@ -12,7 +12,14 @@ from plait.cli.table_options import InputOption, OutOption, OverwriteOption, Wor
 from plait.console import DeviceOption, ModelArgument, PrecisionOption, app, existing, out, plain
 
 
-@app.command("caption", hidden=True)
+@app.command(
+    "caption",
+    hidden=True,
+    help="""The same as describe.
+
+    Example: plait caption runs/demo runs/demo/files/images -o captions.csv
+    """,
+)
 @app.command()
 def describe(
     model: ModelArgument,

@@ -31,8 +31,6 @@ def evaluate(
     """Measure a run on held-out data, beside chance and a simple baseline; writes metrics.json and report.html.
 
     Example: plait evaluate runs/photos
-
-    Example: plait evaluate runs/photos --labels
     """
     if labels:
         _review(run, data, column, seed, device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import permutations
 from typing import Any
 
@@ -145,91 +145,169 @@ def _scores(eval_context: EvalContext, source: str, target: str, media: Media, l
     return np.concatenate(found)
 
 
+@dataclass
+class Recognised:
+    """The records of a direction of recognition, with the right and the given answers.
+
+    Attributes:
+        source, target: Columns: what is read, and whose labels are answered.
+        media: The records (N,) that are asked about.
+        train: The training records that have both columns.
+        labels: The labels that the model knows.
+        names: These, and those of the split that it does not know.
+        truth, predicted: Places in `names`, (N,).
+        scores: Log-probabilities (N, labels).
+        chance: The share that is right where train's most frequent label is always said; None without training records.
+    """
+
+    source: str
+    target: str
+    media: Media
+    train: Media
+    labels: list[str]
+    names: list[str]
+    truth: np.ndarray
+    predicted: np.ndarray
+    scores: np.ndarray
+    chance: float | None
+
+    @property
+    def direction(self) -> str:
+        """FROM-TO, as metric keys have it."""
+        return f"{self.source}-{self.target}"
+
+    @property
+    def right(self) -> np.ndarray:
+        """(N,) whether the answer is the right one."""
+        return self.truth == self.predicted
+
+
+@dataclass(frozen=True)
+class SimpleAnswers:
+    """What the best simple alternative answers (N,), and what it is called."""
+
+    predicted: np.ndarray
+    name: str
+
+
 def _recognition(eval_context: EvalContext, source: str, target: str) -> None:
     """Which of the labels is likeliest: by likelihood, and by nearness in the embedding space."""
-    labels, seed = eval_context.labels[target], eval_context.seed
+    found = _recognised(eval_context, source, target)
+    if found is None:
+        return
+    simple = _simple_answers(eval_context, found)
+    plain = metrics.classification(found.truth, simple.predicted, len(found.names)) if simple else None
+    result = metrics.classification(found.truth, found.predicted, len(found.names))
+    _keep_accuracy(eval_context, found, simple, plain.accuracy if plain else None)
+    _calibration(eval_context, found.direction, found.scores, found.right)
+    _keep_classes(eval_context, found, result, plain)
+    confusion = Confusion(f"{source} → {target}", found.names, result.confusion, result.f1)
+    eval_context.findings.confusions.append(confusion)
+    said = np.array(found.names, object)[found.predicted]
+    _show_mistakes(eval_context, source, target, found.media, said, found.right)
+
+
+def _recognised(eval_context: EvalContext, source: str, target: str) -> Recognised | None:
+    """The answers for the records of the split; None where it has none with both columns."""
+    labels = eval_context.labels[target]
     most = max(eval_context.limits.scores // len(labels), 1)
     media = _pairs(eval_context, source, target, eval_context.split)
     media = media.only(eval_context.chosen(np.arange(len(media)), most))
     if not len(media):
-        return
-    direction = f"{source}-{target}"
+        return None
     truth_texts = list(eval_context.texts[target][media.indices])
     unseen = sorted(set(truth_texts) - set(labels))
     if unseen:
         eval_context.note(
-            f"{direction}: {len(unseen)} labels of {eval_context.split} do not occur in train, and count as wrong."
+            f"{source}-{target}: {len(unseen)} labels of {eval_context.split} do not occur in train, and count as "
+            "wrong."
         )
     names = [*labels, *unseen]
     number = {name: i for i, name in enumerate(names)}
     truth = np.array([number[text] for text in truth_texts])
-    classifier = _classifier(eval_context, source, target)
     scores = _answers(eval_context, source, target, media, labels)
-    predicted = scores.argmax(1)
     train = _pairs(eval_context, source, target, "train")
     prior = Counter(eval_context.texts[target][i] for i in train.indices)
-    chance = float((truth == number[prior.most_common(1)[0][0]]).mean()) if prior else None
-    result = metrics.classification(truth, predicted, len(names))
-    errors = metrics.macro_errors(truth, predicted, len(names), seed=seed)
-    plain: metrics.Classification | None = None
+    frequent = prior.most_common(1)[0][0] if prior else None  # a label that the model may not know
+    chance = float(np.mean([text == frequent for text in truth_texts])) if prior else None
+    return Recognised(source, target, media, train, labels, names, truth, scores.argmax(1), scores, chance)
+
+
+def _simple_answers(eval_context: EvalContext, found: Recognised) -> SimpleAnswers | None:
+    """The better of the simple alternatives; None where train has a single label and there is no judge."""
+    source, target = found.source, found.target
     kind = eval_context.columns[source]
-    guess, alternative = None, alternative_name(kind)
-    if len(prior) > 1:
-        guess = _simple(eval_context, classifier, source, target, train, media, labels)
-    drawn = source in eval_context.media_columns and kind not in eval_context.model.checkpoint.model.config.read_only
-    critic = eval_context.critic(source, target) if drawn else None
+    simple = None
+    if len({eval_context.texts[target][i] for i in found.train.indices} & set(found.labels)) > 1:
+        classifier = _classifier(eval_context, source, target)
+        guess = _simple(eval_context, classifier, source, target, found.train, found.media, found.labels)
+        simple = SimpleAnswers(guess, alternative_name(kind))
+    made = source in eval_context.media_columns and kind not in eval_context.model.checkpoint.model.config.read_only
+    critic = eval_context.critic(source, target) if made else None
     if critic is not None:  # trained in any case, as the judge of what is drawn
-        by_critic = critic.among(eval_context.features(source, media.samples), target, labels)
-        if guess is None or (by_critic == truth).mean() > (guess == truth).mean():
-            guess, alternative = by_critic, "a small CNN"
-    if guess is not None:
-        plain = metrics.classification(truth, guess, len(names))
-    right = truth == predicted
-    n = len(truth)
+        by_critic = critic.among(eval_context.features(source, found.media.samples), target, found.labels)
+        if simple is None or (by_critic == found.truth).mean() > (simple.predicted == found.truth).mean():
+            simple = SimpleAnswers(by_critic, "a small CNN")
+    return simple
+
+
+def _keep_accuracy(
+    eval_context: EvalContext, found: Recognised, simple: SimpleAnswers | None, baseline: float | None
+) -> None:
+    """The share of right answers: of all records, of those that train does not have too, of train's, and by nearness
+    alone."""
+    direction, seed, n = found.direction, eval_context.seed, len(found.truth)
+    truth, predicted, right, names = found.truth, found.predicted, found.right, found.names
     value, error = metrics.mean_with_error(right, seed=seed)
-    baseline = plain.accuracy if plain else None
     wrong = Counter(zip(truth[~right].tolist(), predicted[~right].tolist(), strict=True))
     eval_context.findings.outcomes.append(
         Outcome(
-            "recognition", f"{target} from {source}", "right", value, error, n, chance,
-            alternative if guess is not None else None, baseline,
-            paired_error(right, guess == truth) if guess is not None else None,
+            "recognition", f"{found.target} from {found.source}", "right", value, error, n, found.chance,
+            simple.name if simple else None, baseline,
+            paired_error(right, simple.predicted == truth) if simple else None,
             confused=[(names[a], names[b]) for (a, b), _ in wrong.most_common(3)],
         )
     )  # fmt: skip
-    eval_context.keep("recognition", direction, "accuracy", value, stderr=error, chance=chance, baseline=baseline, n=n)
-    clean = eval_context.clean(media.indices)
+    beside = {"chance": found.chance, "baseline": baseline}
+    eval_context.keep("recognition", direction, "accuracy", value, stderr=error, n=n, **beside)
+    clean = eval_context.clean(found.media.indices)
     if clean is not None:
         value, error = metrics.mean_with_error(right[clean], seed=seed)
         eval_context.keep("recognition", direction, "accuracy_clean", value, stderr=error, n=int(clean.sum()))
         value = metrics.classification(truth[clean], predicted[clean], len(names)).macro_f1
         eval_context.keep("recognition", direction, "f1_clean", value, n=int(clean.sum()))
-    some = train.only(eval_context.chosen(np.arange(len(train)), n))
+    some = found.train.only(eval_context.chosen(np.arange(len(found.train)), n))
     if len(some):
-        known = np.array([number.get(text, -1) for text in eval_context.texts[target][some.indices]])
-        learnt = known == _answers(eval_context, source, target, some, labels).argmax(1)
+        number = {name: i for i, name in enumerate(names)}
+        known = np.array([number.get(text, -1) for text in eval_context.texts[found.target][some.indices]])
+        learnt = known == _answers(eval_context, found.source, found.target, some, found.labels).argmax(1)
         value, error = metrics.mean_with_error(learnt, seed=seed)
         eval_context.keep("recognition", direction, "train_accuracy", value, stderr=error, n=len(some))
-    if eval_context.model.checkpoint.model.config.embed_dim and source in eval_context.media_columns:
-        places = eval_context.embedded(source, media)
-        near = places @ eval_context.model.embed_sequences([eval_context.text_sequence(label) for label in labels]).T
+    if eval_context.model.checkpoint.model.config.embed_dim and found.source in eval_context.media_columns:
+        places = eval_context.embedded(found.source, found.media)
+        texts = [eval_context.text_sequence(label) for label in found.labels]
+        near = places @ eval_context.model.embed_sequences(texts).T
         value, error = metrics.mean_with_error(near.argmax(1) == truth, seed=seed)
-        eval_context.keep(
-            "recognition", direction, "zero_shot_accuracy", value, stderr=error, chance=chance, baseline=baseline, n=n
-        )
-    _calibration(eval_context, direction, scores, right)
+        eval_context.keep("recognition", direction, "zero_shot_accuracy", value, stderr=error, n=n, **beside)
+
+
+def _keep_classes(
+    eval_context: EvalContext, found: Recognised, result: metrics.Classification, plain: metrics.Classification | None
+) -> None:
+    """Precision, recall and F1: their means over the classes, and of each class where there are at most 100."""
+    direction, n = found.direction, len(found.truth)
+    errors = metrics.macro_errors(found.truth, found.predicted, len(found.names), seed=eval_context.seed)
     for name in ("precision", "recall", "f1"):
-        other = getattr(plain, f"macro_{name}") if plain else None
+        baseline = getattr(plain, f"macro_{name}") if plain else None
         value = getattr(result, f"macro_{name}")
-        eval_context.keep("recognition", direction, name, value, stderr=errors[name], baseline=other, n=n)
-    if len(names) <= 100:
-        counts = result.confusion.sum(1)
-        for i, label in enumerate(names):
-            for name in ("precision", "recall", "f1"):
-                value = float(getattr(result, name)[i])
-                eval_context.keep("recognition", direction, f"{name}[{label}]", value, n=int(counts[i]))
-    eval_context.findings.confusions.append(Confusion(f"{source} → {target}", names, result.confusion, result.f1))
-    _show_mistakes(eval_context, source, target, media, np.array(names, object)[predicted], right)
+        eval_context.keep("recognition", direction, name, value, stderr=errors[name], baseline=baseline, n=n)
+    if len(found.names) > 100:
+        return
+    counts = result.confusion.sum(1)
+    for i, label in enumerate(found.names):
+        for name in ("precision", "recall", "f1"):
+            value = float(getattr(result, name)[i])
+            eval_context.keep("recognition", direction, f"{name}[{label}]", value, n=int(counts[i]))
 
 
 def _calibration(eval_context: EvalContext, direction: str, scores: np.ndarray, right: np.ndarray) -> None:
@@ -362,92 +440,138 @@ def _transcription(eval_context: EvalContext, source: str, target: str) -> None:
     eval_context.findings.galleries.append(Gallery(f"Written: {source} → {target}", note, rows))
 
 
+@dataclass
+class Texts:
+    """Texts of a column that stand alone in their records, and what is predicted of them.
+
+    Attributes:
+        texts: The texts (N,), NFC.
+        records: Their records (N,).
+        sequences: Windows of them, each token and the end predicted once.
+        owners: Which text each window is of.
+        available: How many texts there were to choose from.
+    """
+
+    texts: list[str] = field(default_factory=list)
+    records: list[int] = field(default_factory=list)
+    sequences: list[Sequence] = field(default_factory=list)
+    owners: list[int] = field(default_factory=list)
+    available: int = 0
+
+
 def _language(eval_context: EvalContext, column: str) -> None:
     """Likelihood of texts that stand alone in their records, each token and the end predicted once."""
     if eval_context.media_columns or column in eval_context.labels or column not in eval_context.written:
         return
-    checkpoint = eval_context.model.checkpoint
-    model, vocabulary = checkpoint.model, checkpoint.model.vocabulary
-    alone = np.ones(len(eval_context.dataset), bool)
+    alone = _alone(eval_context, column)
+    chosen = _predicted_texts(eval_context, column, alone)
+    if not chosen.texts:
+        return
+    if len(chosen.texts) < chosen.available:
+        eval_context.note(
+            f"{column}: {len(chosen.texts):,} of {chosen.available:,} texts were predicted, drawn by the seed."
+        )
+    eval_context.progress(f"memorising {column}", 0, 1)
+    empty = eval_context.model.context([], column)
+    made = eval_context.model.write([empty], column, n=WRITTEN, seed=eval_context.seed)[0]
+    evaluate_texts(eval_context, column, column, made, chosen.texts)
+    eval_context.progress(f"language {column}", 0, len(chosen.sequences))
+    past = [eval_context.texts[column][i] for i in eval_context.dataset.indices("train") if alone[i]]
+    _keep_likelihood(eval_context, column, chosen, past)
+
+
+def _alone(eval_context: EvalContext, column: str) -> np.ndarray:
+    """(records,) whether a text of the column stands alone in its record."""
+    alone = np.array([bool(text) for text in eval_context.texts[column]], bool)
     for other in eval_context.text_columns:
         if other != column:
             alone &= np.array([text is None for text in eval_context.texts[other]], bool)
-    texts = eval_context.texts[column]
-    order = [
-        i for i in eval_context.shuffled(eval_context.dataset.indices(eval_context.split)) if alone[i] and texts[i]
-    ]
-    sequences: list[Sequence] = []
-    owners: list[int] = []
-    chosen: list[str] = []
-    taken: list[int] = []  # their records
-    room = eval_context.limits.tokens
+    return alone
+
+
+def _predicted_texts(eval_context: EvalContext, column: str, alone: np.ndarray) -> Texts:
+    """Texts drawn by the seed, as many as the limits of records and tokens allow."""
+    checkpoint = eval_context.model.checkpoint
+    vocabulary, longest = checkpoint.model.vocabulary, checkpoint.model.config.backbone.max_length
+    order = [i for i in eval_context.shuffled(eval_context.dataset.indices(eval_context.split)) if alone[i]]
+    chosen, room = Texts(available=len(order)), eval_context.limits.tokens
     for i in order[: eval_context.limits.records]:
-        text = unicodedata.normalize("NFC", texts[i])
+        text = unicodedata.normalize("NFC", eval_context.texts[column][i])
         ids = checkpoint.text.encode(text)
-        if len(ids) >= room and chosen:
+        if len(ids) >= room and chosen.texts:
             break
         if len(ids) > room:  # one text longer than all that may be taken: its beginning
             ids = ids[:room]
             text = checkpoint.text.decode(ids)
         room -= len(ids) + 1
-        windows = lm_windows(ids, vocabulary.opener(column), vocabulary.end, model.config.backbone.max_length)
-        sequences += windows
-        owners += [len(chosen)] * len(windows)
-        chosen.append(text)
-        taken.append(int(i))
-    if not chosen:
-        return
-    if len(chosen) < len(order):
-        eval_context.note(f"{column}: {len(chosen):,} of {len(order):,} texts were predicted, drawn by the seed.")
-    eval_context.progress(f"memorising {column}", 0, 1)
-    made = eval_context.model.write(
-        [eval_context.model.context([], column)], column, n=WRITTEN, seed=eval_context.seed
-    )[0]
-    evaluate_texts(eval_context, column, column, made, chosen)
-    rows = model.output_embedding.of_type("text")
-    nats, tokens = np.zeros(len(chosen)), np.zeros(len(chosen))
+        windows = lm_windows(ids, vocabulary.opener(column), vocabulary.end, longest)
+        chosen.sequences += windows
+        chosen.owners += [len(chosen.texts)] * len(windows)
+        chosen.texts.append(text)
+        chosen.records.append(int(i))
+    return chosen
+
+
+def _unigram_nats(eval_context: EvalContext, past: list[str], sequences: list[Sequence]) -> float:
+    """-log P of all that the sequences write, by how often each token stands in training texts, one added to each."""
+    checkpoint = eval_context.model.checkpoint
+    vocabulary = checkpoint.model.vocabulary
     counts = np.zeros(vocabulary.id_ranges["text"][1])
-    for i in eval_context.dataset.indices("train"):
-        if alone[i] and texts[i] and counts.sum() < 10 * eval_context.limits.tokens:
-            np.add.at(counts, [*checkpoint.text.encode(texts[i]), vocabulary.end], 1)
-    surprise = -np.log((counts + 1) / (counts + 1).sum())  # a unigram of the same tokens, one added to each count
-    eval_context.progress(f"language {column}", 0, len(sequences))
-    each, count = sequence_nats(eval_context.model, sequences)
-    np.add.at(nats, owners, each)
-    np.add.at(tokens, owners, count)
-    written = [target for sequence in sequences for target in sequence.targets if target != IGNORE]
-    plain = float(surprise[written].sum())
+    for text in past:
+        if counts.sum() >= 10 * eval_context.limits.tokens:
+            break
+        np.add.at(counts, [*checkpoint.text.encode(text), vocabulary.end], 1)
+    surprise = -np.log((counts + 1) / (counts + 1).sum())
+    return float(surprise[[id for sequence in sequences for id in sequence.targets if id != IGNORE]].sum())
+
+
+def _keep_likelihood(eval_context: EvalContext, column: str, chosen: Texts, past: list[str]) -> None:
+    """Nats a token and a character, and bits a byte, beside equal chances and a unigram; `past` are training texts."""
+    nats, tokens = np.zeros(len(chosen.texts)), np.zeros(len(chosen.texts))
+    each, count = sequence_nats(eval_context.model, chosen.sequences)
+    np.add.at(nats, chosen.owners, each)
+    np.add.at(tokens, chosen.owners, count)
+    plain = _unigram_nats(eval_context, past, chosen.sequences)
+    even = tokens.sum() * math.log(len(eval_context.model.checkpoint.model.output_embedding.of_type("text")))
     sizes = {
         "nats_per_token": (tokens, 1.0),
-        "nats_per_character": (np.array([len(text) for text in chosen]), 1.0),
-        "bits_per_byte": (np.array([len(text.encode()) for text in chosen]), math.log(2)),
+        "nats_per_character": (np.array([len(text) for text in chosen.texts]), 1.0),
+        "bits_per_byte": (np.array([len(text.encode()) for text in chosen.texts]), math.log(2)),
     }
-    even = tokens.sum() * math.log(len(rows))
+    clean = eval_context.clean(np.array(chosen.records))
     for name, (size, unit) in sizes.items():
         value, error = metrics.ratio_with_error(nats / unit, size, seed=eval_context.seed)
         chance, baseline = (float(total / unit / size.sum()) for total in (even, plain))
-        if len(chosen) == 1:
+        if len(chosen.texts) == 1:
             error = math.nan  # one text cannot say how much texts differ
-        if (clean := eval_context.clean(np.array(taken))) is not None:
+        if clean is not None:
             fresh, fresh_error = metrics.ratio_with_error(nats[clean] / unit, size[clean], seed=eval_context.seed)
             eval_context.keep("language", column, f"{name}_clean", fresh, stderr=fresh_error, n=int(size[clean].sum()))
         eval_context.keep(
             "language", column, name, value, stderr=error, chance=chance, baseline=baseline, n=int(size.sum())
         )
-        if name == "bits_per_byte":
-            past = [texts[i] for i in eval_context.dataset.indices("train") if alone[i] and texts[i]]
-            grams = GramModel("\n".join(past).encode())
-            simple = np.array([grams.nats(text.encode()) for text in chosen])
-            simple_value, _ = metrics.ratio_with_error(simple / unit, size, seed=eval_context.seed)
-            _, lead_error = metrics.ratio_with_error((nats - simple) / unit, size, seed=eval_context.seed)
-            eval_context.keep("language", column, "bits_per_byte_ngrams", simple_value, n=int(size.sum()))
-            eval_context.findings.outcomes.append(
-                Outcome(
-                    "language", column, "bits a byte", value, error, int(size.sum()), chance,
-                    "an n-gram model of six characters", simple_value, 0.0 if len(chosen) == 1 else lead_error,
-                    higher_is_better=False, share=False,
-                )
-            )  # fmt: skip
+    _beside_grams(eval_context, column, chosen, past, nats, (value, error, chance))
+
+
+def _beside_grams(
+    eval_context: EvalContext, column: str, chosen: Texts, past: list[str], nats: np.ndarray,
+    bits: tuple[float, float, float],
+) -> None:  # fmt: skip
+    """An n-gram model of the training texts beside the model's bits a byte: value, standard error and chance."""
+    value, error, chance = bits
+    size, unit = np.array([len(text.encode()) for text in chosen.texts]), math.log(2)
+    grams = GramModel("\n".join(past).encode())
+    simple = np.array([grams.nats(text.encode()) for text in chosen.texts])
+    simple_value, _ = metrics.ratio_with_error(simple / unit, size, seed=eval_context.seed)
+    _, lead_error = metrics.ratio_with_error((nats - simple) / unit, size, seed=eval_context.seed)
+    eval_context.keep("language", column, "bits_per_byte_ngrams", simple_value, n=int(size.sum()))
+    eval_context.findings.outcomes.append(
+        Outcome(
+            "language", column, "bits a byte", value, error, int(size.sum()), chance,
+            "an n-gram model of six characters", simple_value, 0.0 if len(chosen.texts) == 1 else lead_error,
+            higher_is_better=False, share=False,
+        )
+    )  # fmt: skip
 
 
 # --- retrieval --------------------------------------------------------------------------------------------------

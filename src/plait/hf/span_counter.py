@@ -14,12 +14,14 @@ One span of each space is counted in a sequence.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
 from plait.inference.grammar import Span
+from plait.modalities.base import Vocabulary
 from plait.model.multimodal import ModelConfig, Multimodal
 from plait.model.transformer import Block, RMSNorm
 
@@ -79,59 +81,100 @@ def shares(frequency: float, longest: int) -> Tensor:
     return look / look.cumsum(0)
 
 
+@dataclass(frozen=True)
+class Channels:
+    """Where the added channels begin: what opens each space, its codes, its closer, all else; the share of each space's
+    opener in a head's look, the size of a share of one; what is written, a channel a group of ids."""
+
+    spaces: list[str]  # the token types that are counted
+    opens: int
+    codes: int
+    closes: int
+    other: int
+    share: int
+    one: int
+    written: int
+
+    @classmethod
+    def after(cls, old: int, spaces: list[str]) -> Channels:
+        """The channels behind the `old` ones of the model before."""
+        opens, codes, closes = (old + len(spaces) * k for k in (0, 1, 2))
+        other = closes + len(spaces)
+        share = other + 1
+        one = share + len(spaces)
+        return cls(spaces, opens, codes, closes, other, share, one, one + 1)
+
+
 def count_codes(
     model: Multimodal, old: int, spans: dict[str, Span], groups: list[tuple[int, int]], examples: list[list[int]]
 ) -> None:
     """Set the last block of a widened model, whose first `old` channels are those of the model before. Of example
     sequences it is taken how large what is written becomes."""
-    config, vocabulary, counted = model.config.backbone, model.vocabulary, _counted(spans)
+    counted = _counted(spans)
     block, final = model.backbone.blocks[-1], model.backbone.final_norm
     assert isinstance(block, Block) and isinstance(final, RMSNorm) and model.lm_head is not None
     assert isinstance(block.attention_norm, RMSNorm) and isinstance(block.feed_norm, RMSNorm)
     for norm in (block.attention_norm, block.feed_norm, final):
         norm.weight[old:] = 1 / SMALL
     # After a span nothing but the end is possible: it goes apart from the text around it.
-    end = vocabulary.end
+    end = model.vocabulary.end
     cuts = [
         (max(a, start), min(b, stop)) for start, stop in groups for a, b in ((0, end), (end, end + 1), (end + 1, stop))
     ]
     groups = [(start, stop) for start, stop in cuts if start < stop]
-    # Channels: what opens each space, its codes, its closer, all else; shares; the size of a share of one; groups.
-    id_ranges = list(counted)
-    opens, codes, closes = (old + len(id_ranges) * k for k in (0, 1, 2))
-    other = closes + len(id_ranges)
-    share = other + 1
-    one = share + len(id_ranges)
-    written = one + 1
-    kinds = torch.full((vocabulary.size,), other - old)
-    for number, token_type in enumerate(id_ranges):
+    channels = Channels.after(old, list(counted))
+    kinds = _channel_of_each_id(model.vocabulary, channels)
+    width = model.config.backbone.width
+    model.token_embedding.free[:, old:] = SMALL * one_hot(kinds - old, width - old)
+    _set_attention(model, block, channels)
+    _set_feed_forward(model, block, channels, counted, groups)
+    _set_head(model, channels, kinds, groups, examples)
+
+
+def _channel_of_each_id(vocabulary: Vocabulary, channels: Channels) -> Tensor:
+    """(ids,) the channel that says what an id is."""
+    kinds = torch.full((vocabulary.size,), channels.other)
+    for number, token_type in enumerate(channels.spaces):
         start, stop = vocabulary.id_ranges[token_type]
-        kinds[start : stop - (token_type in vocabulary.closers)] = codes - old + number
+        kinds[start : stop - (token_type in vocabulary.closers)] = channels.codes + number
         if token_type in vocabulary.closers:
-            kinds[vocabulary.closer(token_type)] = closes - old + number
+            kinds[vocabulary.closer(token_type)] = channels.closes + number
         for column, modality in vocabulary.columns.items():
             if modality == token_type:
-                kinds[vocabulary.opener(column)] = opens - old + number
-    model.token_embedding.free[:, old:] = SMALL * one_hot(kinds, config.width - old)
-    # Heads: query and key lie in the slowest pair of dimensions, the value in the first.
+                kinds[vocabulary.opener(column)] = channels.opens + number
+    return kinds
+
+
+def _set_attention(model: Multimodal, block: Block, channels: Channels) -> None:
+    """A head for each space, and one for all, whose look at the opener becomes a share. Query and key lie in the
+    slowest pair of dimensions, the value in the first."""
+    config, spaces, opens = model.config.backbone, len(channels.spaces), channels.opens
     width, heads, kv_heads = config.head_width, config.heads, config.kv_heads
     slowest = width // 2 - 1
     block.q_norm.weight[slowest] = FOCUS / math.sqrt(width)  # of products of length sqrt(width), divided by it
     block.k_norm.weight[slowest] = 1
-    every = torch.arange(opens, share)
-    for number in range(len(id_ranges) + 1):
+    every = torch.arange(opens, channels.share)
+    for number in range(spaces + 1):
         query = number * (heads // kv_heads) * width
         key, value = ((heads + shift + number) * width for shift in (0, kv_heads))
         block.qkv.weight[query + slowest, every] = 1
         block.qkv.weight[key + slowest, every] = -1
-        if number < len(id_ranges):
-            block.qkv.weight[key + slowest, [opens + number, codes + number]] = 1
+        if number < spaces:
+            block.qkv.weight[key + slowest, [opens + number, channels.codes + number]] = 1
             block.qkv.weight[value, opens + number] = 1
-            block.attention_out.weight[share + number, query] = SMALL
+            block.attention_out.weight[channels.share + number, query] = SMALL
         else:
-            block.qkv.weight[key + slowest, opens : opens + len(id_ranges)] = 1
-            block.qkv.weight[value, opens : opens + len(id_ranges)] = 1
-            block.attention_out.weight[one, query] = SMALL
+            block.qkv.weight[key + slowest, opens : opens + spaces] = 1
+            block.qkv.weight[value, opens : opens + spaces] = 1
+            block.attention_out.weight[channels.one, query] = SMALL
+
+
+def _set_feed_forward(
+    model: Multimodal, block: Block, channels: Channels, counted: dict[str, Span], groups: list[tuple[int, int]]
+) -> None:
+    """Units that turn shares into what each group loses after as many codes, (start, stop) of ids a group."""
+    vocabulary, hidden, end = model.vocabulary, model.config.backbone.hidden, model.vocabulary.end
+    one, written = channels.one, slice(channels.written, channels.written + len(groups))
     unit = 0
     for number, (token_type, span) in enumerate(counted.items()):
         assert span.limit is not None
@@ -142,29 +185,36 @@ def count_codes(
         losses = _losses(span, vocabulary.closer(token_type) if token_type in vocabulary.closers else None, end, groups)
         sums = torch.linalg.solve(basis, losses.double())
         units = slice(unit, unit + len(knots))
-        gate, up = block.feed_in.weight[: config.hidden][units], block.feed_in.weight[config.hidden :][units]
+        gate, up = block.feed_in.weight[:hidden][units], block.feed_in.weight[hidden:][units]
         gate[0, one] = SHARP
-        gate[1:, share + number] = -SHARP
+        gate[1:, channels.share + number] = -SHARP
         gate[1:, one] = (SHARP * knots[:-1]).float()
-        up[:, [opens + number, codes + number]] = 1
-        block.feed_out.weight[written : written + len(groups), units] = (-sums.t() * SMALL / SHARP).float()
+        up[:, [channels.opens + number, channels.codes + number]] = 1
+        block.feed_out.weight[written, units] = (-sums.t() * SMALL / SHARP).float()
         unit += len(knots)
         closed = torch.tensor([float(start != end) for start, _ in groups])
         block.feed_in.weight[unit, one] = SHARP
-        block.feed_in.weight[config.hidden + unit, closes + number] = 1
-        block.feed_out.weight[written : written + len(groups), unit] = -closed * SMALL / SHARP
+        block.feed_in.weight[hidden + unit, channels.closes + number] = 1
+        block.feed_out.weight[written, unit] = -closed * SMALL / SHARP
         unit += 1
     # Behind text, codes and closers are impossible; that needs no opener in sight, so the size is the token's own.
     codes_only = torch.tensor([float(start >= vocabulary.id_ranges["text"][1]) for start, _ in groups])
-    block.feed_in.weight[unit, other] = SHARP
-    block.feed_in.weight[config.hidden + unit, other] = 1
-    block.feed_out.weight[written : written + len(groups), unit] = -codes_only * SMALL / SHARP
-    # What is written is the larger the smaller the old channels are: a loss is taken at its least.
+    block.feed_in.weight[unit, channels.other] = SHARP
+    block.feed_in.weight[hidden + unit, channels.other] = 1
+    block.feed_out.weight[written, unit] = -codes_only * SMALL / SHARP
+
+
+def _set_head(
+    model: Multimodal, channels: Channels, kinds: Tensor, groups: list[tuple[int, int]], examples: list[list[int]]
+) -> None:
+    """What is written is the larger the smaller the old channels are: of the examples, a loss is taken at its least."""
+    assert model.lm_head is not None
+    written, device = channels.written, model.lm_head.free.device
     least = math.inf
     for ids in examples:
-        inside = torch.isin(kinds[torch.tensor(ids)] + old, torch.arange(opens, other + 1))  # where some are lost
-        hidden = model.backbone(model.token_embedding.free[torch.tensor(ids, device=final.weight.device)][None])[0]
-        lost = -hidden[inside.to(hidden.device), written : written + len(groups)].amin(-1)
+        inside = torch.isin(kinds[torch.tensor(ids)], torch.arange(channels.opens, channels.other + 1))
+        hidden = model.backbone(model.token_embedding.free[torch.tensor(ids, device=device)][None])[0]
+        lost = -hidden[inside.to(hidden.device), written : written + len(groups)].amin(-1)  # where some are lost
         if len(lost):
             least = min(least, float(lost[lost > lost.amax() / 8].amin()))
     for number, (start, stop) in enumerate(groups):

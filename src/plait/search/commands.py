@@ -116,6 +116,10 @@ def search(
         str,
         typer.Option(help="vector, words (full text), hybrid (both), or auto: hybrid for words where there are texts."),
     ] = "auto",
+    least: Annotated[
+        str | None,
+        typer.Option(help="Leave out what is less similar: a number, or auto for what is as near as the unrelated."),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="The index's model, where it has been moved.")] = None,
     out_file: Annotated[
         Path | None, typer.Option("-o", "--out", help="The results as an image (.png) or a page (.html).")
@@ -133,15 +137,22 @@ def search(
 
     if out_file is not None and out_file.suffix.lower() not in (".png", ".html"):
         raise PlaitError(f"Results are written as .png or .html, not as {out_file.name}.")
-    hits = Index(index, model, device).search(query, k, where, by)
+    try:
+        cut = "auto" if least == "auto" else None if least is None else float(least)
+    except ValueError:
+        raise PlaitError(f"--least is a number or auto, not '{least}'.") from None
+    hits = Index(index, model, device).search(query, k, where, by, cut)  # type: ignore[arg-type]
     if not hits:
-        out.print("Nothing was found." + (" Widen --where." if where else ""))
+        out.print("Nothing was found." + (" Widen --where." if where else " Lower --least." if least else ""))
     table = Table("", "similarity", "kind", "what", "from", box=None, header_style="bold")
     table.columns[-1].overflow = "fold"
     for rank, hit in enumerate(hits, 1):
         near = "" if hit.similarity != hit.similarity else f"{hit.similarity:.3f}"
         text = " ".join((hit.text or "").split())
-        table.add_row(str(rank), near, hit.kind, plain(text[:60] + ("…" if len(text) > 60 else "")), plain(hit.source))
+        time = "" if hit.start is None or hit.stop is None else f" at {hit.start:.1f} to {hit.stop:.1f} s"
+        table.add_row(
+            str(rank), near, hit.kind, plain(text[:60] + ("…" if len(text) > 60 else "")), plain(hit.source + time)
+        )
     if hits:
         out.print(table)
     if open_ and out_file is None:

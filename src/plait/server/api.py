@@ -387,5 +387,5 @@ async def classify(request: Request, body: s.ClassifyRequest) -> Response:
 
     ranked = await served.worker.call(work, deadline)
     data = [prediction._asdict() for prediction in ranked]
-    doubt = {"none_of_these": ranked.none_of_these, "ood_score": ranked.ood_score}
+    doubt = {"none_of_these": ranked.none_of_these, "ood_score": ranked.ood_score, "chosen": ranked.chosen}
     return JSONResponse({"object": "list", "model": served.name, "data": data, **doubt})

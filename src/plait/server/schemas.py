@@ -538,13 +538,15 @@ class LabelChance(BaseModel):
 
 class Classification(BaseModel):
     """The likeliest labels. `none_of_these` says that the input is unlike all that was learnt; `ood_score`, in [0, 1],
-    is the share of validation records that look more familiar; null where that was not calibrated."""
+    is the share of validation records that look more familiar; null where that was not calibrated. `chosen` are, of a
+    column where a record has several labels, those that hold; each probability is then of that label alone."""
 
     object: Literal["list"] = "list"
     model: str
     data: list[LabelChance]
     none_of_these: bool
     ood_score: float | None
+    chosen: list[str] | None = None
 
 
 class Found(BaseModel):

@@ -94,71 +94,140 @@ def load_split(
     plain = [c for c, kind in dataset.columns.items() if kind == "text" and c not in dataset.manifest.chats]
     if vocabulary is None:  # conversations are read as the texts that they are
         plain += dataset.manifest.chats
-    rows = {c: np.full(len(indices), -1) for c, kind in dataset.columns.items() if kind in media}
-    found: dict[str, Samples] = {}
-    texts: dict[str, Tokens] = {}
-    keys = np.zeros((len(indices), len(plain)), np.int64)
-    cut = dict.fromkeys(rows, 0)
+    reading = _Reading(dataset, split, indices, media, plain, progress)
+    cached = _cached(reading, text, cache)
+    sources = dataset.source(indices) if isinstance(dataset, Joined) else None
+    ids = Ids(list(dataset.cells("id", indices)))
+    result = Split(ids, cached.texts, cached.media, cached.rows, keys=cached.keys, sources=sources)
+    result.notes = _cut_clips(reading, cached)
+    if vocabulary is not None:
+        for column in dataset.manifest.chats:
+            values = [value for array in dataset.cells(column, indices) for value in array.to_pylist()]
+            result.notes += _converse(result, column, values, text, vocabulary, media, context)
+    result.notes += _cut_texts(result, list(dataset.columns), context)
+    return result
 
-    def samples(column: str) -> Iterator[np.ndarray]:
-        modality = media[dataset.columns[column]]
+
+@dataclass
+class _Reading:
+    """The records of a split on their way from a dataset into a cache.
+
+    Attributes:
+        indices: Their places in the dataset (N,).
+        media: Modality by name.
+        plain: Columns of texts.
+        progress: Called now and then with what is done, or None.
+    """
+
+    dataset: Dataset
+    split: str
+    indices: np.ndarray
+    media: dict[str, MediaModality]
+    plain: list[str]
+    progress: Callable[[str, int, int], None] | None
+
+    @property
+    def media_columns(self) -> list[str]:
+        """The columns that become samples."""
+        return [column for column, kind in self.dataset.columns.items() if kind in self.media]
+
+    def report(self, column: str, done: int) -> None:
+        """Say how far a column is."""
+        if self.progress:
+            self.progress(f"{self.split}: {column}", done, len(self.indices))
+
+    def samples(self, column: str, rows: np.ndarray, cut: dict[str, int]) -> Iterator[np.ndarray]:
+        """The samples of a column; fills in the row of each record (N,), and counts those that were cut."""
+        modality = self.media[self.dataset.columns[column]]
         present = 0
-        for record, row in enumerate(dataset.iterate(indices, [column])):
-            if progress and record % 500 == 0:
-                progress(f"{split}: {column}", record, len(indices))
+        for record, row in enumerate(self.dataset.iterate(self.indices, [column])):
+            if record % 500 == 0:
+                self.report(column, record)
             if column in row.parts:
-                rows[column][record] = present
+                rows[record] = present
                 present += 1
                 windows = modality.windows(row.parts[column])
                 cut[column] += len(windows) > 1
                 yield windows[0]
 
-    def strings(column: str) -> Iterator[pa.Array]:
-        done, place = 0, plain.index(column)
-        for values in dataset.cells(column, indices):
-            keys[done : done + len(values), place] = [0 if v is None else key_of(v) | 1 for v in values.to_pylist()]
+    def texts(self, column: str, keys: np.ndarray) -> Iterator[pa.Array]:
+        """The texts of a column; fills in the key of each record's (N,), 0 where it has none."""
+        done = 0
+        for values in self.dataset.cells(column, self.indices):
+            keys[done : done + len(values)] = [0 if v is None else key_of(v) | 1 for v in values.to_pylist()]
             done += len(values)
-            if progress:
-                progress(f"{split}: {column}", done, len(indices))
+            self.report(column, done)
             yield values
 
-    whole = cache / f"{split}.json"
-    made_of = _made_of(dataset, indices, text, media)
+
+@dataclass
+class _Cached:
+    """What the cache of a split holds; `cut` counts by column the samples that are longer than one may be."""
+
+    media: dict[str, Samples]
+    rows: dict[str, np.ndarray]
+    texts: dict[str, Tokens]
+    keys: np.ndarray
+    cut: dict[str, int]
+
+
+def _cached(reading: _Reading, text: Text, cache: Path) -> _Cached:
+    """The cache of a split under `cache`, written first where there is none of these data and settings."""
+    whole = cache / f"{reading.split}.json"
+    made_of = _made_of(reading.dataset, reading.indices, text, reading.media)
     known = read_json(whole) if whole.exists() else {}
     if known.get("made_of") == made_of:
-        cut = known["cut"]
-        for column in rows:
-            found[column] = Samples.open(cache / f"{split}-{column}")
-            rows[column] = np.load(cache / f"{split}-{column}-rows.npy")
-        texts = {column: open_tokens(cache / f"{split}-{column}-tokens") for column in plain}
-        keys = np.load(cache / f"{split}-keys.npy")
-    else:
-        cache.mkdir(parents=True, exist_ok=True)
-        whole.unlink(missing_ok=True)
-        for column in rows:
-            found[column] = Samples.write(cache / f"{split}-{column}", samples(column))
-            np.save(cache / f"{split}-{column}-rows.npy", rows[column])
-        for column in plain:
-            path = cache / f"{split}-{column}-tokens"
-            texts[column] = write_tokens(path, strings(column), text.encode_batch, text.size)
-        np.save(cache / f"{split}-keys.npy", keys)
-        write_json(whole, {"cut": cut, "made_of": made_of})
-    ids = Ids(list(dataset.cells("id", indices)))
-    notes = [
-        f"{column}: {count:,} of {len(found[column]):,} are longer than the longest clip, "
-        f"{getattr(media[dataset.columns[column]].settings, 'seconds', '?')} s; training takes their beginning"
-        for column, count in cut.items()
+        return _open_cache(reading, cache, known["cut"])
+    cache.mkdir(parents=True, exist_ok=True)
+    whole.unlink(missing_ok=True)
+    made = _write_cache(reading, text, cache)
+    write_json(whole, {"cut": made.cut, "made_of": made_of})
+    return made
+
+
+def _open_cache(reading: _Reading, cache: Path, cut: dict[str, int]) -> _Cached:
+    split, columns = reading.split, reading.media_columns
+    return _Cached(
+        media={column: Samples.open(cache / f"{split}-{column}") for column in columns},
+        rows={column: np.load(cache / f"{split}-{column}-rows.npy") for column in columns},
+        texts={column: open_tokens(cache / f"{split}-{column}-tokens") for column in reading.plain},
+        keys=np.load(cache / f"{split}-keys.npy"),
+        cut=cut,
+    )
+
+
+def _write_cache(reading: _Reading, text: Text, cache: Path) -> _Cached:
+    split, count = reading.split, len(reading.indices)
+    keys = np.zeros((count, len(reading.plain)), np.int64)
+    made = _Cached({}, {}, {}, keys, dict.fromkeys(reading.media_columns, 0))
+    for column in reading.media_columns:
+        rows = made.rows[column] = np.full(count, -1)
+        made.media[column] = Samples.write(cache / f"{split}-{column}", reading.samples(column, rows, made.cut))
+        np.save(cache / f"{split}-{column}-rows.npy", rows)
+    for place, column in enumerate(reading.plain):
+        texts = reading.texts(column, keys[:, place])
+        made.texts[column] = write_tokens(cache / f"{split}-{column}-tokens", texts, text.encode_batch, text.size)
+    np.save(cache / f"{split}-keys.npy", keys)
+    return made
+
+
+def _cut_clips(reading: _Reading, cached: _Cached) -> list[str]:
+    """A line for each column of which samples were cut."""
+    columns = reading.dataset.columns
+    return [
+        f"{column}: {count:,} of {len(cached.media[column]):,} are longer than the longest clip, "
+        f"{getattr(reading.media[columns[column]].settings, 'seconds', '?')} s; training takes their beginning"
+        for column, count in cached.cut.items()
         if count
     ]
-    sources = dataset.source(indices) if isinstance(dataset, Joined) else None
-    result = Split(ids, texts, found, rows, keys=keys, sources=sources)
-    if vocabulary is not None:
-        for column in dataset.manifest.chats:
-            values = [value for array in dataset.cells(column, indices) for value in array.to_pylist()]
-            notes += _converse(result, column, values, text, vocabulary, media, context)
-    # A text alone in its record is read in windows; beside other parts it gets half the context.
-    several = np.sum([result.present(c) for c in dataset.columns], axis=0) > 1
-    for column, tokens in texts.items():
+
+
+def _cut_texts(split: Split, columns: list[str], context: int) -> list[str]:
+    """A line for each column of texts that are too long: one alone in its record is read in windows, beside other parts
+    it gets half the context."""
+    notes = []
+    several = np.sum([split.present(column) for column in columns], axis=0) > 1
+    for column, tokens in split.texts.items():
         beside = tokens.present & several
         count = int((tokens.lengths[beside] > context // 2 - 2).sum())
         if count:
@@ -166,8 +235,7 @@ def load_split(
                 f"{column}: {count:,} of {int(beside.sum()):,} texts are longer than {context // 2 - 2} tokens, about "
                 "half the context; where they do not fit, training takes their beginning"
             )
-    result.notes = notes
-    return result
+    return notes
 
 
 def _made_of(dataset: Dataset, indices: np.ndarray, text: Text, media: dict[str, MediaModality]) -> str:
@@ -247,6 +315,14 @@ class Step:
     batches: list[Batch]
     span_records: list[np.ndarray]  # a batch -> a span -> record, -1 where it takes no part in the contrast
     records: np.ndarray  # the records visited
+    first: int | None = None  # batches of the first of two threads, which has half of the work; None: it is not cut
+
+    def halves(self) -> list[Step]:
+        """What each of two threads computes; the step itself where it was not cut for two."""
+        if self.first is None:
+            return [self]
+        parts = slice(self.first), slice(self.first, None)
+        return [Step(self.batches[part], self.span_records[part], self.records) for part in parts]
 
 
 class Sampler:
@@ -268,6 +344,7 @@ class Sampler:
         shares: ListOf[float] = (),  # of a batch, for each dataset but the first, which has the rest
     ) -> None:
         self.worth = worth
+        self.media_work: dict[str, float] | None = None  # to cut steps for two threads: see `cut_in_two`
         self.split, self.vocabulary, self.media = split, vocabulary, media
         self.context, self.seed, self.cond_dropout = context, seed, cond_dropout
         self.augment, self.augment_targets = augment, augment_targets
@@ -353,12 +430,22 @@ class Sampler:
             made.append((Sequence().read_ids([self.vocabulary.pad]), -1))
         made.sort(key=lambda pair: len(pair[0]))
         batches, span_records = [], []
-        cuts = cut_by_length([len(sequence) for sequence, _ in made], self.worth)
+        middle = self._middle([sequence for sequence, _ in made])
+        lengths = [len(sequence) for sequence, _ in made]
+        left, right = (cut_by_length(part, self.worth) for part in (lengths[:middle], lengths[middle:]))
+        cuts = [*left, *([middle] if middle else []), *(middle + cut for cut in right)]
         for start, stop in zip([0, *cuts], [*cuts, len(made)], strict=True):
             group = made[start:stop]
             batches.append(collate([s for s, _ in group], self.media, self.vocabulary.pad, few_shapes=True))
             span_records.append(np.array([record for s, record in group for _ in s.spans], np.int64))
-        return Step(batches, span_records, records)
+        return Step(batches, span_records, records, len(left) + 1 if middle else None)
+
+    def _middle(self, sequences: list[Sequence]) -> int:
+        """Where sequences of rising length are cut for two threads; 0 where they are not."""
+        if self.media_work is None or len(sequences) < 2:
+            return 0
+        work = [sum(self.media_work[name] * len(sample) for _, name, sample, _ in one.media) for one in sequences]
+        return cut_in_two([len(one) for one in sequences], work)
 
     def _media(self, epochs: np.ndarray, records: np.ndarray) -> tuple[Media, Media]:
         """The samples that this step reads and the codes that it writes, by (column, record), augmented as (seed,
@@ -491,6 +578,16 @@ def cut_by_length(lengths: list[int], worth: float = PASS, grain: int | None = N
     at = places[best]
     left, right = (cut_by_length(part, worth, grain) for part in (lengths[:at], lengths[at:]))
     return [*left, at, *(at + cut for cut in right)]
+
+
+def cut_in_two(lengths: list[int], more: list[float]) -> int:
+    """Where to cut sequences of rising length so that two threads take equally long: a part takes as its sequences do
+    when each is filled up to its longest, and what `more` says, in tokens, for the media of each."""
+    sums = np.cumsum(more)
+    counts = np.arange(1, len(lengths))
+    left = counts * np.array(lengths[:-1]) + sums[:-1]
+    right = (len(lengths) - counts) * lengths[-1] + sums[-1] - sums[:-1]
+    return int(np.argmin(np.maximum(left, right))) + 1
 
 
 def lm_windows(ids: list[int], opener: int, end: int | None, context: int) -> list[Sequence]:
