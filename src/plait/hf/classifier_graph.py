@@ -6,6 +6,7 @@ that ONNX has.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -165,7 +166,7 @@ class ClassifierGraph(nn.Module):
         self.mixture = mixture
         features = classifier.features
         assert features.mean is not None and features.scale is not None
-        settings = modality.settings
+        settings: Any = modality.settings
         if self.timed:
             self.features: nn.Module = AudioFeatures(features.bands)
             self.mel = LogMelGraph(settings)

@@ -89,7 +89,7 @@ def _ours(model: PlaitModel, classifier: Classifier, raw: Any) -> np.ndarray:
 def _facts(classifier: Classifier, modality: MediaModality) -> dict[str, Any]:
     """What a program must know to run the file."""
     assert classifier.portable is not None
-    settings = modality.settings
+    settings: Any = modality.settings
     shared = {"kind": modality.name, "labels": classifier.labels, "threshold": classifier.portable.threshold}
     if modality.variable_length:
         return {**shared, "rate": settings.rate, "samples": settings.frames * settings.hop}
@@ -99,17 +99,17 @@ def _facts(classifier: Classifier, modality: MediaModality) -> dict[str, Any]:
 
 def _noise(modality: MediaModality, rng: np.random.Generator) -> Any:
     """An input of noise, as `windows` reads it."""
-    settings = modality.settings
+    settings: Any = modality.settings
     if modality.variable_length:
         count = int(settings.rate * settings.seconds * rng.uniform(0.3, 0.95))
         return rng.normal(0, 0.1, count).astype(np.float32), settings.rate
-    pixels = rng.integers(0, 256, (settings.size, settings.size, settings.channels), np.uint8)
+    pixels = rng.integers(0, 256, (settings.size, settings.size, settings.channels), dtype=np.uint8)
     return pixels[..., 0] if settings.channels == 1 else pixels
 
 
 def _inputs(modality: MediaModality, raw: Any) -> dict[str, Tensor]:
     """The inputs of the graph, by name."""
-    settings = modality.settings
+    settings: Any = modality.settings
     if not modality.variable_length:
         return {"pixels": torch.from_numpy(modality.sample(raw)[None].astype(np.float32))}
     wave = np.zeros((1, settings.frames * settings.hop), np.float32)
