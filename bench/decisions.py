@@ -201,13 +201,13 @@ def intents(row: Row, name: str) -> dict[str, float]:
         progress=False, tell=print,
     )  # fmt: skip
     model = run.model()
-    found, inside = known(model, [("text", one[0]) for one in test], [one[1] for one in test])
+    found, inside = known(model, [one[0] for one in test], [one[1] for one in test])
     begun = time.process_time()
     for one in test[:200]:
-        model.classify_inputs([("text", one[0])])
+        model.classify_inputs([one[0]])
     found["ms"] = (time.process_time() - begun) / 200 * 1000
     if name == "clinc150":
-        outside = [("text", one[0]) for one in rows_of(folder / "clinc150_oos_test.csv")]
+        outside = [one[0] for one in rows_of(folder / "clinc150_oos_test.csv")]
         found |= figures(inside, {"out of scope": unlike(model, outside)})
     return found
 

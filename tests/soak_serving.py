@@ -32,7 +32,7 @@ import numpy as np
 import soundfile
 from PIL import Image
 
-from server import Server, is_error, write_text_model
+from server import Server, is_error, write_caller, write_text_model
 
 HERE = Path(__file__).parent
 CORPORA = HERE.parents[1] / "shared" / "corpora"
@@ -306,13 +306,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", choices=[*CASES, []], help="all, where none is named")
     parser.add_argument("--model", default="runs/demo", help="a run that reads images and audio")
+    parser.add_argument("--index", help="an index of the model, so that search has something to find")
+    parser.add_argument("--histories", help="a run of histories, so that there is something to recommend")
     parser.add_argument("--count", type=int, help="how often, instead of each case's own number")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         text = write_text_model(Path(folder) / "letters")
+        caller = write_caller(Path(folder) / "caller")
         for name in given.cases or CASES:
             case, count = CASES[name]
-            with Server.start(Path(folder) / f"{name}.log", f"run={given.model}", f"text={text}") as server:
+            more = [f"shop={given.histories}"] if given.histories else []
+            more += ["--index", given.index] if given.index else []
+            models = (f"run={given.model}", f"text={text}", f"caller={caller}")
+            with Server.start(Path(folder) / f"{name}.log", *models, *more) as server:
                 case(server, "run", given.count or count)
 
 

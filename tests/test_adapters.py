@@ -140,6 +140,24 @@ def test_a_lora_run_is_written_for_peft(base: Path, tmp_path: Path, plait: Plait
     assert torch.allclose(apart - apart.logsumexp(0), found, atol=2e-4)
 
 
+@pytest.mark.parametrize("name", ["qwen2", "llama", "gpt2", "qwen3"])
+def test_gguf_is_written_and_read_back(tmp_path: Path, name: str) -> None:
+    kind, settings = CASES[name]
+    torch.manual_seed(4)
+    settings = {**settings, "rope_scaling": None, "rope_parameters": None} if name == "llama" else settings
+    config = getattr(transformers, f"{kind}Config")(**{k: v for k, v in settings.items() if v is not None})
+    network = transformers.AutoModelForCausalLM.from_config(config)
+    randomise(network, 4)
+    network.save_pretrained(tmp_path / "base")
+    make_tokenizer().save(str(tmp_path / "base" / "tokenizer.json"))
+    plait.export(tmp_path / "base", tmp_path / "out", to="gguf")
+    first, second = load(tmp_path / "base", "cpu", "fp32"), load(tmp_path / "out" / "model.gguf", "cpu", "fp32")
+    ids = first.plait_model.checkpoint.text.encode(PROMPT)
+    assert second.plait_model.checkpoint.text.encode(PROMPT) == ids
+    one, other = logits(first, ids), logits(second, ids)
+    assert torch.allclose(one, other, atol=2e-2) and (one - other).abs().mean() < 2e-3
+
+
 def test_adapters_that_cannot_be_used(base: Path, tmp_path: Path) -> None:
     model = load(base, "cpu", "fp32")
     theirs(base, target_modules=["q_proj"], use_dora=True).save_pretrained(tmp_path / "dora")

@@ -19,6 +19,7 @@ from plait.core.config import Recipe
 from plait.data.dataset import Dataset
 from plait.evaluation.alternatives import GramModel
 from plait.evaluation.decide import describe
+from plait.evaluation.metrics import calibration
 from plait.evaluation.outcome import Outcome
 from plait.evaluation.verdict import make_verdict
 from plait.training.tasks import derive
@@ -50,6 +51,26 @@ def test_opinions_are_weighed_and_calibrated() -> None:
     # Inputs that every opinion is unsure of are less familiar than nearly all of validation.
     flat = {name: np.full((1, 4), -100.0) for name in fresh}
     assert mixture.ood_scores(flat)[0] == 1 and 0.3 < np.median(mixture.ood_scores(fresh)) < 0.7
+
+
+def test_the_likeliest_of_many_classes_is_calibrated() -> None:
+    """Scores of one class against the rest, as linear models have them, of 60 classes."""
+
+    def draw(n: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        truth = RNG.integers(0, 60, n)
+        scores = RNG.normal(-1.0, 0.25, (n, 60))
+        scores[np.arange(n), truth] += RNG.choice([1.6, 0.5], n, p=[0.8, 0.2])
+        return {"linear": scores}, truth
+
+    mixture = fit_mixture(*draw(1000))
+    scores, truth = draw(4000)
+    logs = mixture.log_probabilities(scores)
+    np.testing.assert_allclose(np.exp(logs).sum(1), 1)
+    assert (logs.argmax(1) == scores["linear"].argmax(1)).all()
+    right = logs.argmax(1) == truth
+    plain = log_softmax(mixture.weights["linear"] * scores["linear"])
+    before, after = (calibration(np.exp(one.max(1)), right)[0] for one in (plain, logs))
+    assert after < 0.03 and after < before
 
 
 @pytest.mark.parametrize("kind", ["image", "audio", "text"])

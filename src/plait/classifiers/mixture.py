@@ -10,6 +10,7 @@ import numpy as np
 
 PULL = 4.0  # records' worth of belief that all opinions count alike
 DOUBT = 4.0  # records that are counted as wrong beside those of validation
+FEWEST_TOP = 100  # validation records from which the likeliest class is calibrated on its own
 QUANTILES = 201  # of the familiarity of validation records that are kept
 UNFAMILIAR = 0.98  # ood_score from which an input is none of the labels
 
@@ -34,6 +35,8 @@ class Mixture:
     spreads: dict[str, float]
     quantiles: list[float]
     threshold: float = UNFAMILIAR
+    slope: float = 1.0  # of the log-odds of the likeliest class, and what is added: see `fit_top`
+    offset: float = 0.0
 
     @property
     def used(self) -> list[str]:
@@ -44,11 +47,22 @@ class Mixture:
         """The same without the opinions that are not named; the weight of these goes to what is left."""
         whole, left = (sum(self.weights[name] * self.spreads[name] for name in some) for some in (self.used, names))
         weights = {name: self.weights[name] * whole / max(left, 1e-9) for name in names}
-        return Mixture(weights, self.centres, self.spreads, self.quantiles, self.threshold)
+        return Mixture(weights, self.centres, self.spreads, self.quantiles, self.threshold, self.slope, self.offset)
 
     def log_probabilities(self, scores: dict[str, np.ndarray]) -> np.ndarray:
         """Opinion -> (N, C), all that count among them, to (N, C)."""
-        return log_softmax(np.sum([self.weights[name] * scores[name] for name in self.used], axis=0))
+        logs = log_softmax(np.sum([self.weights[name] * scores[name] for name in self.used], axis=0))
+        return logs if (self.slope, self.offset) == (1.0, 0.0) else _with_top(logs, self.slope, self.offset)
+
+    def fit_top(self, scores: dict[str, np.ndarray], truth: np.ndarray) -> None:
+        """Make the probability of the likeliest class honest on validation records, by the log-odds of being right.
+
+        One factor for all scores cannot: with many classes it either leaves too much to the unlikely ones, or too
+        little. Where there are few records nothing is changed.
+        """
+        logs = self.log_probabilities(scores)
+        if len(truth) >= FEWEST_TOP and logs.shape[1] > 2:
+            self.slope, self.offset = _top_calibration(np.exp(logs.max(1)), logs.argmax(1) == truth)
 
     def familiarity(self, scores: dict[str, np.ndarray], novelty: Sequence[np.ndarray] = ()) -> np.ndarray:
         """(N,), around 0 for what is like validation records, the larger the more familiar: how sure the opinions are,
@@ -129,7 +143,46 @@ def fit_mixture(scores: dict[str, np.ndarray], truth: np.ndarray) -> Mixture:
         [],
     )
     mixture.fit_quantiles(scores)
+    mixture.fit_top(scores, truth)
     return mixture
+
+
+def _top_calibration(chances: np.ndarray, right: np.ndarray) -> tuple[float, float]:
+    """Slope and offset of the log-odds of the likeliest class, by likelihood, drawn a little towards no change."""
+    from scipy.optimize import minimize
+
+    odds, truth = _log_odds(chances), right.astype(float)
+
+    def loss(values: np.ndarray) -> tuple[float, np.ndarray]:
+        logits = values[0] * odds + values[1]
+        off = 1 / (1 + np.exp(-logits)) - truth
+        pull = values - np.array([1.0, 0.0])
+        value = np.logaddexp(0, logits).sum() - (logits * truth).sum() + PULL * (pull**2).sum() / 2
+        return float(value), np.array([(off * odds).sum(), off.sum()]) + PULL * pull
+
+    slope, offset = minimize(loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=[(0.1, 10), (-5, 5)]).x
+    return float(slope), float(offset)
+
+
+def _log_odds(chances: np.ndarray) -> np.ndarray:
+    clipped = chances.clip(1e-9, 1 - 1e-9)
+    return np.log(clipped) - np.log1p(-clipped)
+
+
+def _with_top(logs: np.ndarray, slope: float, offset: float) -> np.ndarray:
+    """Log-probabilities (N, C) whose likeliest class has another probability, and the others the rest in proportion. It
+    stays the likeliest."""
+    rows, best = np.arange(len(logs)), logs.argmax(1)
+    chances = np.exp(logs)
+    top = chances[rows, best].clip(1e-9, 1 - 1e-9)
+    others = chances.copy()
+    others[rows, best] = 0
+    second = others.max(1)
+    wanted = 1 / (1 + np.exp(-(slope * _log_odds(top) + offset)))
+    wanted = np.maximum(wanted, second / (1 - top + second) * (1 + 1e-9)).clip(1e-9, 1 - 1e-9)
+    found = others * ((1 - wanted) / (1 - top))[:, None]
+    found[rows, best] = wanted
+    return np.asarray(np.log(found.clip(1e-300)))
 
 
 def _right(stack: np.ndarray, weights: np.ndarray, truth: np.ndarray) -> np.ndarray:

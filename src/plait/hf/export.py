@@ -50,7 +50,7 @@ def export_transformers(checkpoint: Checkpoint, folder: Path) -> str:
     with publish_folder(folder) as aside:
         write_json(aside / "config.json", _config(checkpoint, architecture, size))
         write_json(aside / "generation_config.json", _generation(checkpoint, size))
-        save_file(_tensors(model, architecture, size), aside / "model.safetensors", metadata={"format": "pt"})
+        save_file(tensors_of(model, architecture, size), aside / "model.safetensors", metadata={"format": "pt"})
         write_atomic(aside / "tokenizer.json", tokenizer)
         write_json(aside / "tokenizer_config.json", _tokenizer_config(checkpoint, names))
         write_atomic(
@@ -150,7 +150,7 @@ def biases_of(c: TransformerConfig, architecture: Architecture) -> Biases:
     return Biases(c.qkv_bias or c.bias, c.qkv_bias or c.bias, c.bias and architecture.model_type != "qwen3")
 
 
-def _ends(checkpoint: Checkpoint) -> int | list[int]:
+def ends_of(checkpoint: Checkpoint) -> int | list[int]:
     """The ids that end a text, and a reply written by the chat template: the tokenizer's own end, as `<|im_end|>`."""
     vocabulary, text = checkpoint.model.vocabulary, checkpoint.text
     ends = [vocabulary.end, *(vocabulary.more_ends or [])]
@@ -169,14 +169,14 @@ def _config(checkpoint: Checkpoint, architecture: Architecture, size: int) -> di
         "vocab_size": size,
         "tie_word_embeddings": model.config.tied,
         "bos_token_id": None,
-        "eos_token_id": _ends(checkpoint),
+        "eos_token_id": ends_of(checkpoint),
         "pad_token_id": vocabulary.pad if size > vocabulary.pad else None,
         **architecture.write(model.config.backbone),
     }
 
 
 @torch.no_grad()
-def _tensors(model: Multimodal, architecture: Architecture, size: int) -> dict[str, Tensor]:
+def tensors_of(model: Multimodal, architecture: Architecture, size: int) -> dict[str, Tensor]:
     c = model.config.backbone
     ours = {f"backbone.{name}": value for name, value in model.backbone.state_dict().items()}
     ours["token_embedding.free"] = model.token_embedding.table()[:size]
@@ -199,7 +199,7 @@ def _tensors(model: Multimodal, architecture: Architecture, size: int) -> dict[s
 def _generation(checkpoint: Checkpoint, size: int) -> dict[str, Any]:
     vocabulary, sampling = checkpoint.model.vocabulary, checkpoint.generation
     values: dict[str, Any] = {
-        "eos_token_id": _ends(checkpoint),
+        "eos_token_id": ends_of(checkpoint),
         "pad_token_id": vocabulary.pad if size > vocabulary.pad else vocabulary.end,
         "do_sample": sampling.temperature > 0,
     }

@@ -123,7 +123,7 @@ class ConstraintCompiler:
             raise ConstraintError("A JSON schema is an object.")
         _check_depth(schema)
         try:
-            spelt = json.dumps(schema)
+            spelt = json.dumps(closed(schema))
             _check_size(spelt)
             grammar = self._library.LLMatcher.grammar_from_json_schema(
                 # As people write JSON by hand: with other white space a small model could go on for ever.
@@ -175,6 +175,30 @@ class ConstraintCompiler:
             if begun.is_error():
                 raise ConstraintError(f"The {name} cannot be used: {_reason(begun.get_error())}.")
         return TextConstraint(fresh, self._size)
+
+
+def closed(schema: Any) -> Any:
+    """A schema whose objects hold the properties that it names and no others, unless it says that there may be more: a
+    small model could go on with properties of its own for ever. Parts of an `allOf` are left as they are."""
+    if '"allOf"' in json.dumps(schema):
+        return schema
+
+    def close(value: Any) -> Any:
+        if isinstance(value, list):
+            return [close(inner) for inner in value]
+        if not isinstance(value, dict):
+            return value
+        found = {key: inner if key in ("enum", "const", "default", "examples") else close(inner)
+                 for key, inner in value.items()}  # fmt: skip
+        open_ = {"additionalProperties", "unevaluatedProperties", "patternProperties", "anyOf", "oneOf", "$ref", "if"}
+        named: Any = value.get("properties")
+        required = value.get("required", [])
+        plain = isinstance(named, dict) and value.get("type") == "object" and not open_ & set(value)
+        if plain and isinstance(required, list) and all(name in named for name in required):
+            found["additionalProperties"] = False
+        return found
+
+    return close(schema)
 
 
 def _check_size(spelt: str) -> None:

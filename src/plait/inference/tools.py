@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from plait.core.errors import PlaitError
+from plait.inference.constrained import closed
 from plait.model.chat_template import Message, Template
 
 _WORDS = ("probe_tool", "probe_key", "probe_one", "probe_two")  # that no template holds
@@ -170,7 +171,7 @@ def tool_grammar(
         start = f"{_spelt(form.begin, special)} {body}"
     elif schema is not None:
         start = f"answer | {_spelt(form.begin, special)} {body}"
-        rules.append(f"answer: {_json(schema, lenient=False)}")
+        rules.append(f"answer: {_json(closed(schema), lenient=False)}")
     else:
         trigger, rest = _trigger(form.begin, special)
         start = f"TEXT | begin {_spelt(rest, special)} {body}"
@@ -184,10 +185,7 @@ def tool_grammar(
 
 def _closed(tool: Tool) -> dict[str, Any]:
     """The schema of a tool's arguments: an object of the properties that it names."""
-    schema = {**tool.parameters, "type": "object"}
-    if "properties" in schema or not tool.parameters:
-        schema.setdefault("additionalProperties", False)
-    return schema
+    return dict(closed({"properties": {}, **tool.parameters, "type": "object"}))
 
 
 def _json(schema: dict[str, Any], lenient: bool) -> str:

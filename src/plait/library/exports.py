@@ -52,6 +52,7 @@ def export(
     from plait.hf.adapters import read_adapter
     from plait.hf.export import export_onnx, export_transformers
     from plait.hf.export_constraints import add_export_constraints
+    from plait.hf.gguf_export import export_gguf
     from plait.hf.tflite import export_tflite
     from plait.inference.base import Verb
     from plait.inference.model import load
@@ -59,6 +60,7 @@ def export(
 
     formats: dict[str, Callable[..., object]] = {
         "transformers": export_transformers,
+        "gguf": export_gguf,
         "onnx": export_onnx,
         "tflite": partial(export_tflite, length=length, tell=tell or (lambda line: None)),
     }
@@ -78,6 +80,9 @@ def export(
         )
     if Verb.GENERATE not in loaded.verbs:
         raise PlaitError(f"{model} can {' and '.join(loaded.verbs)}, which no other program can; nothing is written.")
+    if loaded.checkpoint.predictors and tell is not None:
+        names = ", ".join(dict.fromkeys(one.target for one in loaded.checkpoint.predictors))
+        tell(f"What predicts {names} (several labels, or numbers) is no part of the network, and is not written.")
     if adapter is not None:
         merge_adapter(loaded.checkpoint.model.backbone, read_adapter(adapter, loaded.checkpoint))
     worst = formats[to](add_export_constraints(loaded.checkpoint, loaded.engine), Path(out))

@@ -240,7 +240,7 @@ def _answer_all(
     with contextlib.closing(Checker()) as checker, ThreadPoolExecutor(workers, "media") as pool:
 
         def begin(chunk: list[Entry | Rejected]) -> list[_Read | Rejected]:
-            return [one for item in chunk if (one := _begin(model, item, journal, checker, pool)) is not None]
+            return [one for item in chunk if (one := _begin(model, asked, item, journal, checker, pool)) is not None]
 
         found = _inputs(model, sources, asked, inputs)
         ahead = begin(list(islice(found, size)))
@@ -283,7 +283,7 @@ def _readable(model: Model, asked: Asked, columns: dict[str, str]) -> list[str] 
 
 
 def _begin(
-    model: Model, item: Entry | Rejected, journal: Journal, checker: Checker, pool: ThreadPoolExecutor
+    model: Model, asked: Asked, item: Entry | Rejected, journal: Journal, checker: Checker, pool: ThreadPoolExecutor
 ) -> _Read | Rejected | None:
     """Begin to read an input; None where its answer is known."""
     if isinstance(item, Rejected):
@@ -294,7 +294,10 @@ def _begin(
 
     def read() -> Any:
         content = item.content()
-        return content if isinstance(content, str) else model.prepared(item.kind, checker.decode(item.kind, content))
+        if isinstance(content, str):
+            return content
+        value = checker.decode(item.kind, content)
+        return value if asked.verb == Verb.TRANSCRIBE else model.prepared(item.kind, value)  # silence is heard in waves
 
     return _Read(item, stamp, pool.submit(read))
 

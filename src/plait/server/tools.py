@@ -68,7 +68,8 @@ def tool_use(
     spelt = [json.dumps(tool.shown()) for tool in tools]
     service.check_parts(spelt)
     served.check_prompt(spelt, "tools")
-    return ToolUse(form, tools, mode == "required", parallel is not False)
+    named = mode == "required" and names is not None and len(names) == 1  # which asks for one call
+    return ToolUse(form, tools, mode == "required", parallel is not False and not named)
 
 
 def _choice(choice: Any) -> tuple[str, set[str] | None]:

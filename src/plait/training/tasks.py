@@ -12,10 +12,12 @@ from plait.classifiers.linear import fit_linear
 from plait.core.config import SIZES, Recipe
 from plait.core.errors import PlaitError
 from plait.core.features import ExtensionPoint
+from plait.core.files import read_json
 from plait.core.rng import uniform
 from plait.data.dataset import Dataset
 from plait.modalities.media import MEDIA
 from plait.modalities.registry import MODALITIES, SETTINGS
+from plait.model.checkpoint import find_checkpoint
 from plait.training.build import fit_settings, label_columns
 
 MIRROR_RECORDS = 1500  # images that say whether a mirrored one means the same
@@ -110,8 +112,29 @@ def derive(dataset: Dataset, recipe: Recipe) -> Derived:
         _language(derived, training)
     elif feature is not None:
         derived.recipe = feature.recipe(recipe)
+    _imported(derived, training)
     derived.recipe = with_sections(derived.recipe, training=training)
     return derived
+
+
+def _imported(derived: Derived, training: dict[str, Any]) -> None:
+    """Batch and learning rate for a pretrained language model, where the recipe says nothing."""
+    recipe = derived.recipe
+    name = recipe.model.init_from
+    if name is None:
+        return
+    folder = find_checkpoint(name)
+    if folder is not None and read_json(folder / "config.json").get("model_type") == "plait":
+        return
+    mine, lora = recipe.training, recipe.training.lora is not None
+    chosen = {"batch_size": 8, "learning_rate": 5e-4 if lora else 5e-5}
+    chosen = {key: value for key, value in chosen.items() if getattr(mine, key) is None}
+    if lora and mine.full_softmax_prob == Recipe().training.full_softmax_prob:
+        chosen["full_softmax_prob"] = 0.0
+    training |= chosen
+    if "learning_rate" in chosen:
+        words = "low-rank updates of a pretrained model" if lora else "a pretrained model that is trained whole"
+        derived.lines.append(f"For {words}: learning rate {chosen['learning_rate']:g}.")
 
 
 def _recognise(dataset: Dataset, derived: Derived, labels: dict[str, list[str]], training: dict[str, Any]) -> None:

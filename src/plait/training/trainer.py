@@ -31,7 +31,7 @@ from plait.data.dataset import Dataset
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import ModelConfig, Multimodal
 from plait.training.batches import PASS, BatchPrefetcher, Sampler
-from plait.training.budget import calibrate, compiles, revise
+from plait.training.budget import VALIDATION_SHARE, calibrate, compiles, revise
 from plait.training.build import label_columns
 from plait.training.callbacks import Callback, Callbacks, EndEvent, StartEvent, StepEvent, ValidationEvent
 from plait.training.checkpointing import Position, Saver, restore
@@ -47,6 +47,8 @@ from plait.training.run import Progress, Report, Run, difference
 FULL_SOFTMAX, DROPOUT = 17, 18  # keys of `uniform`: for steps with the whole softmax, and for what a step hides
 LOG_EVERY = 10  # steps
 VALIDATION_STEPS = 8
+FORWARD_SHARE = 0.4  # of a step, that its forward pass takes
+SAVE_SECONDS = 120  # between two saves of a run in a time budget where nothing better was found
 FEW_SAMPLES = 10_000  # of a medium, below which what is written is augmented too
 
 
@@ -145,7 +147,7 @@ class Trainer:
         self._setup_schedule()
         self.average = Average(self.model, self.settings.ema) if self.settings.ema else None
         self.position = Position()
-        self.started = time.perf_counter()
+        self.started = self.saved = time.perf_counter()
         if newest is not None:
             self._resume(newest)
         self.first_step = self.position.step
@@ -238,7 +240,16 @@ class Trainer:
             possible = calibrate(self.model, self.optimizer, self._optimize, seconds)
             steps = self.saver.step + int(self.group.broadcast(possible))
             self.optimizer = self._make_optimizer()  # without what the throw-away steps left in it
+            run.record(validations=self._affordable_validations(steps))
         run.record(steps=steps)
+
+    def _affordable_validations(self, steps: int) -> int:
+        """As many validations as the recipe asks for, but no more than their share of a time budget holds."""
+        if self.val_sampler is None:
+            return self.settings.validations
+        batches = min(VALIDATION_STEPS, self.val_sampler.steps_per_epoch)
+        each = batches * FORWARD_SHARE * self.val_sampler.batch_size / self.train_sampler.batch_size  # in steps
+        return max(min(int(steps * VALIDATION_SHARE / each), self.settings.validations), 1)
 
     def _resume(self, checkpoint: Path) -> None:
         self.position = restore(checkpoint, self.model, self.optimizer, self.average, self.prepared.inherited)
@@ -335,7 +346,7 @@ class Trainer:
 
     def _validation_is_due(self) -> bool:
         step, steps = self.position.step, self.total_steps
-        every = max(steps // self.settings.validations, 1)
+        every = max(steps // self.run.metadata.get("validations", self.settings.validations), 1)
         return 0 < step != self.position.validated and (step % every == 0 or step >= steps)
 
     def validate(self) -> Validation:
@@ -399,7 +410,9 @@ class Trainer:
         step, every = self.position.step, self.settings.save_every
         if step <= self.saver.step:
             return False
-        validated = validation is not None and (validation.improved or every is None)
+        # In a time budget a validation that found nothing better is saved after a while alone.
+        saves = every is None and (self.settings.steps is not None or time.perf_counter() - self.saved > SAVE_SECONDS)
+        validated = validation is not None and (validation.improved or saves)
         return validated or stops or bool(every and step % every == 0)
 
     def save(self, losses: dict[str, float]) -> None:
@@ -426,6 +439,7 @@ class Trainer:
             base=init_from.base if init_from is not None else None,
         )
         self.log.sync()
+        self.saved = time.perf_counter()
         self.saver.save(checkpoint, self.optimizer, self.average, self.position)
 
     # --- signals ----------------------------------------------------------------------------------------------------
