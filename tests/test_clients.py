@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 SCRIPTS = Path(__file__).parent / "clients"
 PACKAGES = {"openai": "openai", "langchain": "langchain_openai", "llama_index": "llama_index.llms.openai_like",
             "litellm": "litellm", "instructor": "instructor", "llm": "llm", "anthropic": "anthropic",
-            "cohere": "cohere"}  # fmt: skip
+            "cohere": "cohere", "lm_eval": "lm_eval"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,9 @@ def server(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 def run(command: list[str], server: Server) -> None:
-    environment = {**os.environ, "PLAIT_URL": server.url, "DO_NOT_TRACK": "1", "PYTHONPATH": str(SCRIPTS)}
+    checkpoint = server.process.args[4]  # type: ignore[index]
+    environment = {**os.environ, "PLAIT_URL": server.url, "DO_NOT_TRACK": "1", "PYTHONPATH": str(SCRIPTS),
+                   "PLAIT_CHECKPOINT": str(checkpoint), "HF_HUB_OFFLINE": "1"}  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
 

@@ -23,10 +23,10 @@ for name in modes:
     patched = instructor.from_openai(client, mode=mode)
     made = patched.chat.completions.create(messages=HI, **asked)
     assert isinstance(made, Cat), name
-# JSON mode promises JSON, not the schema: a random model's object need not be a cat, but it is an object.
+# JSON mode promises JSON, not the schema: a random model's object need not be a cat, nor come to an end.
 for name in ("JSON", "MD_JSON"):
     patched = instructor.from_openai(client, mode=getattr(instructor.Mode, name))
     try:
         patched.chat.completions.create(model="caller", messages=HI, response_model=Cat, max_retries=0, max_tokens=200)
     except Exception as error:
-        assert "validation" in str(error).lower() or "json" in str(error).lower(), error
+        assert any(word in str(error).lower() for word in ("validation", "json", "incomplete")), error

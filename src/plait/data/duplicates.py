@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import combinations_with_replacement
 from pathlib import Path
@@ -12,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from plait.data.fingerprints import PERMUTATIONS
-from plait.data.near import NEAR, Pairs, near_texts
+from plait.data.near import MOST, MOST_TEXTS, NEAR, NO_PAIRS, Pairs, Prints, near_texts
 from plait.data.record import SPLITS
 from plait.modalities.media import MEDIA
 
@@ -39,6 +41,7 @@ class Duplicates:
     spoils: np.ndarray
     near: np.ndarray
     twins: dict[int, str] = field(default_factory=dict)
+    unsearched: dict[str, int] = field(default_factory=dict)  # kind -> how many there are: too many
 
     @classmethod
     def none(cls, count: int) -> Duplicates:
@@ -63,16 +66,24 @@ class Duplicates:
 
 
 @dataclass
-class _Things:
-    """Distinct media of one kind, or texts: of each its fingerprint, and the records that hold it."""
+class _Parts:
+    """The media of one kind, or the texts of records without media: where they stand, and what they are."""
 
-    prints: list[bytes] = field(default_factory=list)
     owner: list[np.ndarray] = field(default_factory=list)  # records
     digest: list[np.ndarray] = field(default_factory=list)  # (n, 2) of what each of these records holds
 
 
-def _collect(paths: list[Path], used: np.ndarray) -> dict[str, _Things]:
-    things = {kind: _Things() for kind in (*MEDIA, "text")}
+@dataclass(frozen=True)
+class _Columns:
+    """The columns of a chunk that tell of parts of one kind."""
+
+    prints: str
+    digests: str
+    kind: str
+
+
+def _rows(paths: list[Path], used: np.ndarray) -> Iterator[tuple[pa.Table, _Columns, np.ndarray, np.ndarray]]:
+    """For each chunk and its columns: the chunk, the columns, the rows that have such a part, and their records."""
     place = number = 0
     for path in paths:
         with pa.memory_map(str(path)) as file:
@@ -80,18 +91,39 @@ def _collect(paths: list[Path], used: np.ndarray) -> dict[str, _Things]:
             kinds = json.loads(table.schema.metadata[b"kinds"])
             here = used[place : place + len(table)]
             place += len(table)
-            columns = [("words", "group", "text")]
-            columns += [(f"print:{name}", f"digest:{name}", kind) for name, kind in kinds.items() if kind != "text"]
-            for prints, digests, kind in columns:
-                rows = np.flatnonzero(here & table[prints].is_valid().to_numpy())
-                numbers = number + np.cumsum(here)[rows] - 1
-                part = table.select([prints, digests]).take(pa.array(rows)).to_pydict()
-                things[kind].prints += part[prints]
-                things[kind].owner.append(numbers)
-                raw = b"".join(part[digests])
-                things[kind].digest.append(np.frombuffer(raw, "<u8").reshape(-1, 2))
+            columns = [_Columns("words", "group", "text")]
+            columns += [_Columns(f"print:{name}", f"digest:{name}", k) for name, k in kinds.items() if k != "text"]
+            for one in columns:
+                rows = np.flatnonzero(here & table[one.prints].is_valid().to_numpy())
+                yield table, one, rows, number + np.cumsum(here)[rows] - 1
             number += int(here.sum())
-    return things
+
+
+def _collect(paths: list[Path], used: np.ndarray) -> dict[str, _Parts]:
+    """The parts by kind."""
+    parts = {kind: _Parts() for kind in (*MEDIA, "text")}
+    for table, columns, rows, records in _rows(paths, used):
+        raw = b"".join(table[columns.digests].take(pa.array(rows)).to_pylist())
+        parts[columns.kind].owner.append(records)
+        parts[columns.kind].digest.append(np.frombuffer(raw, "<u8").reshape(-1, 2))
+    return parts
+
+
+def _write_prints(paths: list[Path], used: np.ndarray, kind: str, wanted: np.ndarray, file: Path) -> Prints:
+    """The fingerprints of the parts of a kind whose numbers, in the order of `_collect`, are `wanted` (ascending)."""
+    offsets = [np.zeros(1, np.int64)]
+    before = size = 0
+    with file.open("wb") as out:
+        for table, columns, rows, _ in _rows(paths, used):
+            if columns.kind != kind:
+                continue
+            chosen = wanted[np.searchsorted(wanted, before) : np.searchsorted(wanted, before + len(rows))] - before
+            before += len(rows)
+            values = table[columns.prints].take(pa.array(rows[chosen])).to_pylist()
+            out.write(b"".join(values))
+            offsets.append(size + np.cumsum([len(value) for value in values], dtype=np.int64))
+            size = int(offsets[-1][-1]) if len(values) else size
+    return Prints(file, np.concatenate(offsets))
 
 
 def find_duplicates(paths: list[Path], used: np.ndarray, split: np.ndarray, out: Path) -> Duplicates:
@@ -102,14 +134,16 @@ def find_duplicates(paths: list[Path], used: np.ndarray, split: np.ndarray, out:
     found = Duplicates.none(len(split))
     lines: list[tuple[int, int, str, float]] = []
     for kind, held in _collect(paths, used).items():
-        if not held.prints:
+        if not sum(map(len, held.owner)):
             continue
         owner, digest = np.concatenate(held.owner), np.concatenate(held.digest)
-        first = first_of(digest)
-        distinct, thing = np.unique(first, return_inverse=True)
-        prints = [held.prints[n] for n in distinct]
-        a, b, distance = _near(kind, prints)
-        del prints
+        distinct, thing = np.unique(first_of(digest), return_inverse=True)
+        if len(distinct) > _most(kind):
+            found.unsearched[kind] = len(distinct)
+            a, b, distance = NO_PAIRS
+        else:
+            with tempfile.TemporaryDirectory(dir=paths[0].parent) as scratch:
+                a, b, distance = _near(kind, _write_prints(paths, used, kind, distinct, Path(scratch) / "prints"))
         # The splits, as bits, in which a thing occurs, and in which things near to it do.
         where = np.zeros(len(distinct), np.uint8)
         np.bitwise_or.at(where, thing, (1 << split[owner]).astype(np.uint8))
@@ -125,12 +159,16 @@ def find_duplicates(paths: list[Path], used: np.ndarray, split: np.ndarray, out:
     return found
 
 
-def _near(kind: str, prints: list[bytes]) -> Pairs:
+def _most(kind: str) -> int:
+    """Distinct things of a kind up to which near-duplicates are looked for: what fits into some hundred megabytes."""
+    return MOST[MEDIA[kind].comparison] if kind in MEDIA else MOST_TEXTS
+
+
+def _near(kind: str, prints: Prints) -> Pairs:
     if kind in MEDIA:
         return NEAR[MEDIA[kind].comparison](prints)
-    long = np.flatnonzero([len(value) > 0 for value in prints])
-    words = np.frombuffer(b"".join(prints), "<u4").reshape(len(long), PERMUTATIONS)
-    a, b, distance = near_texts(words)
+    long = prints.there()
+    a, b, distance = near_texts(prints.matrix("<u4", PERMUTATIONS))
     return long[a], long[b], distance
 
 

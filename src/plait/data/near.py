@@ -7,9 +7,11 @@ are over integers, so that the answer does not depend on threads or on the machi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,9 +28,36 @@ _NEAREST, _FEW = 8, 64  # candidates of one thing; things of which all pairs are
 _CROWD = 4  # others that may lie within twice the distance of a copy
 _LONG = 18  # frames of an audio clip that tell it well
 _INDEXED = 6  # parts of an image that are in the index
+_BAND = 4  # places of a text's sketch that must agree for a candidate
 _PLACES = [(1, 1), (0, 0), (0, 2), (2, 0), (2, 2), (0, 1), (1, 0), (1, 2), (2, 1)]  # of a part in the whole
 
+_MIDDLE = 1 << 16  # images by whose medians codes are cut
+MOST_TEXTS = 16_000_000
+
 Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]  # first and second number, first < second; distance
+NO_PAIRS: Pairs = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
+
+
+class Prints(Sequence[bytes]):
+    """Fingerprints on disk, one after another; no more of them is in memory than is looked at."""
+
+    def __init__(self, path: Path, offsets: np.ndarray) -> None:
+        self.offsets = offsets
+        self.flat = np.memmap(path, np.uint8, "r") if offsets[-1] else np.zeros(0, np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.flat[self.offsets[place] : self.offsets[place + 1]].tobytes()
+
+    def there(self) -> np.ndarray:
+        """The places of those that are not empty."""
+        return np.flatnonzero(np.diff(self.offsets))
+
+    def matrix(self, dtype: str, width: int) -> np.ndarray:
+        """Those that are not empty, which have one length, as rows (N, width)."""
+        return self.flat.view(dtype).reshape(-1, width)
 
 
 def _candidates(keys: Iterable[np.ndarray], codes: np.ndarray, owner: np.ndarray, window: int) -> np.ndarray:
@@ -94,11 +123,16 @@ def _packed(bits: np.ndarray) -> np.ndarray:
     return np.packbits(bits, axis=1, bitorder="little").view("<u8")[:, 0]
 
 
-def _shuffled(bits: np.ndarray) -> Iterator[np.ndarray]:
-    """Codes of bits (M, 64) as sort keys, in several orders of the bits."""
+def _shuffled(codes: np.ndarray) -> Iterator[np.ndarray]:
+    """Codes (M,) as sort keys, in several orders of their bits."""
     draw = np.random.Generator(np.random.PCG64(64))
     for _ in range(_TABLES):
-        yield _packed(np.ascontiguousarray(bits[:, draw.permutation(64)]))
+        order, keys = draw.permutation(64), np.empty_like(codes)
+        for start in range(0, len(codes), 1 << 16):
+            part = np.ascontiguousarray(codes[start : start + (1 << 16)])
+            bits = np.unpackbits(part.view(np.uint8).reshape(-1, 8), axis=1, bitorder="little")
+            keys[start : start + (1 << 16)] = _packed(np.ascontiguousarray(bits[:, order]))
+        yield keys
 
 
 def near_images(prints: np.ndarray, most: float = IMAGES) -> Pairs:
@@ -108,28 +142,28 @@ def near_images(prints: np.ndarray, most: float = IMAGES) -> Pairs:
     on the best-fitting part of the other.
     """
     count = len(prints)
-    luma, colour = prints[:, : SIDE * SIDE], prints[:, SIDE * SIDE :]
     waves = _cosines(SIDE, 48)
     tint = np.rint(1000 * _cosines(CHROMA, 8))
 
-    def project(planes: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-        # Integers below 2**53 in float64: exact in any order of summation.
-        blocks = (planes[start : start + 4096].astype(np.float64) @ matrix for start in range(0, count, 4096))
-        return np.concatenate(list(blocks))
+    # Integers below 2**53 in float64: exact in any order of summation.
+    parts = [np.rint(1000 * (part.astype(np.float64) @ waves)) for part in _windows()[:_INDEXED]]
 
-    bits = np.zeros((_INDEXED, count, 64), bool)
-    for plane, places in ((colour[:, :64], slice(48, 56)), (colour[:, 64:], slice(56, 64))):
-        values = project(plane, tint)
-        bits[:, :, places] = values > np.median(values, axis=0)
-    middle: np.ndarray | None = None
-    for n, part in enumerate(_windows()[:_INDEXED]):
-        values = project(luma, np.rint(1000 * (part.astype(np.float64) @ waves)))
-        middle = np.median(values, axis=0) if middle is None else middle
-        bits[n, :, :48] = values > middle
-    flat = bits.reshape(-1, 64)
-    codes = _packed(flat)
-    owner = np.tile(np.arange(count, dtype=np.int64), len(bits))
-    pairs = _candidates(_shuffled(flat), codes, owner, _WINDOW)
+    def projected(rows: np.ndarray, part: np.ndarray) -> np.ndarray:
+        """(n, 64): a part's brightness, and the colours of the whole."""
+        values = rows.astype(np.float64)
+        chosen = values[:, : SIDE * SIDE] @ part
+        return np.concatenate((chosen, *(values[:, at : at + 64] @ tint for at in (SIDE * SIDE, SIDE * SIDE + 64))), 1)
+
+    some = prints[np.unique(np.linspace(0, count - 1, min(count, _MIDDLE)).astype(np.int64))]
+    blocks = [projected(some[start : start + 4096], parts[0]) for start in range(0, len(some), 4096)]
+    middle = np.median(np.concatenate(blocks), axis=0)
+    codes = np.empty((_INDEXED, count), np.uint64)
+    for start in range(0, count, 4096):
+        for n, part in enumerate(parts):
+            codes[n, start : start + 4096] = _packed(projected(prints[start : start + 4096], part) > middle)
+    flat = codes.reshape(-1)
+    owner = np.tile(np.arange(count, dtype=np.int64), len(codes))
+    pairs = _candidates(_shuffled(flat), flat, owner, _WINDOW)
     return _distinct(pairs, _image_distances(prints, pairs), count, most)
 
 
@@ -150,8 +184,11 @@ def _image_distances(prints: np.ndarray, pairs: np.ndarray) -> np.ndarray:
             squares = (made**2).sum(2)[place] + (other**2).sum(1)[:, None]
             least[rows] = (squares - 2 * np.einsum("pwk,pk->pw", made[place], other, optimize=True)).min(1) / split
     luma = np.minimum(least[: len(pairs)], least[len(pairs) :])
-    spread = prints[:, :split].astype(np.float32).var(1)
-    spread += prints[:, split:].reshape(len(prints), 2, -1).astype(np.float32).var(2).mean(1)
+    spread = np.zeros(len(prints), np.float32)
+    for at in range(0, len(prints), 4096):
+        rows = prints[at : at + 4096]
+        spread[at : at + 4096] = rows[:, :split].astype(np.float32).var(1)
+        spread[at : at + 4096] += rows[:, split:].reshape(len(rows), 2, -1).astype(np.float32).var(2).mean(1)
     tint = np.zeros(len(pairs), np.float32)
     for at in range(0, len(pairs), 4096):
         a, b = (prints[pairs[at : at + 4096, n], split:].astype(np.float32) for n in (0, 1))
@@ -194,7 +231,7 @@ def _audio_features(spectrogram: np.ndarray) -> np.ndarray:
     return np.concatenate(found)
 
 
-def near_audio(prints: list[bytes], most: float = AUDIO) -> Pairs:
+def near_audio(prints: Sequence[bytes], most: float = AUDIO) -> Pairs:
     """Pairs among audio clips, spectrograms (frames, 64) uint8 as bytes, whose distance is at most `most`: one minus
     the correlation of the spectrograms' patterns at the best shift in time, 80 % of the longer one overlapping; times
     .6 s over the length of a shorter one, which tells less."""
@@ -209,7 +246,8 @@ def near_audio(prints: list[bytes], most: float = AUDIO) -> Pairs:
     mix = draw.integers(-8, 9, (features.shape[1], 64))
     values = level.astype(np.float64) @ mix.astype(np.float64)
     bits = values > np.median(values, axis=0)
-    pairs = heard[_candidates(_shuffled(bits), _packed(bits), np.arange(len(heard)), 4 * _WINDOW)]
+    codes = _packed(bits)
+    pairs = heard[_candidates(_shuffled(codes), codes, np.arange(len(heard)), 4 * _WINDOW)]
     distance = np.array([_audio_distance(clips[a], clips[b]) for a, b in pairs], np.float32)
     return _distinct(pairs, distance, len(clips), most)
 
@@ -241,37 +279,53 @@ def _patterned(values: np.ndarray) -> np.ndarray:
 def near_texts(prints: np.ndarray, most: float = TEXTS) -> Pairs:
     """Pairs among texts, `prints` (N, 128) uint32, whose distance is at most `most`: one minus the estimated share of
     runs of five characters that two texts have in common."""
-    rows = 4
-    with np.errstate(over="ignore"):
-        bands = prints.reshape(len(prints), PERMUTATIONS // rows, rows).astype(np.uint64)
-        keys = np.zeros(bands.shape[:2], np.uint64)
-        for n in range(rows):
-            keys = (keys ^ bands[:, :, n]) * np.uint64(0x9E3779B97F4A7C15)
-            keys ^= keys >> np.uint64(31)
-
-    found = []
-    for band in keys.T.copy():
-        order = np.argsort(band, kind="stable")
+    found, near = np.zeros(0, np.int64), np.zeros(0, np.float32)
+    for band in range(PERMUTATIONS // _BAND):
+        keys = _band_keys(prints[:, band * _BAND : (band + 1) * _BAND])
+        order = np.argsort(keys, kind="stable")
+        both = [np.zeros(0, np.int64)]
         for step in range(1, min(_WINDOW, len(order) - 1) + 1):
             left, right = order[:-step], order[step:]
-            keep = band[left] == band[right]
-            found.append(np.minimum(left, right)[keep] * len(prints) + np.maximum(left, right)[keep])
-    both = np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
-    pairs = np.stack([both // max(len(prints), 1), both % max(len(prints), 1)], 1)
-    same = np.concatenate(
-        [(prints[part[:, 0]] == prints[part[:, 1]]).sum(1) for part in np.array_split(pairs, len(pairs) // 65536 + 1)]
-    )
-    distance = (1 - same / PERMUTATIONS).astype(np.float32)
-    keep = distance <= most
-    return pairs[keep, 0], pairs[keep, 1], distance[keep]
+            keep = keys[left] == keys[right]
+            both.append(np.minimum(left, right)[keep] * len(prints) + np.maximum(left, right)[keep])
+        new = np.setdiff1d(np.concatenate(both), found)
+        distance = _text_distances(prints, new)
+        place = np.argsort(merged := np.concatenate((found, new[distance <= most])), kind="stable")
+        found, near = merged[place], np.concatenate((near, distance[distance <= most]))[place]
+    return found // max(len(prints), 1), found % max(len(prints), 1), near
 
 
-def _near_pixels(prints: list[bytes]) -> Pairs:
-    return near_images(np.frombuffer(b"".join(prints), np.uint8).reshape(-1, PRINT))
+def _band_keys(rows: np.ndarray) -> np.ndarray:
+    """A hash (N,) of a few places of sketches (N, _BAND)."""
+    keys = np.zeros(len(rows), np.uint64)
+    with np.errstate(over="ignore"):
+        for n in range(_BAND):
+            keys = (keys ^ rows[:, n].astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+            keys ^= keys >> np.uint64(31)
+    return keys
+
+
+def _text_distances(prints: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Distances (P,) float32 of pairs (P,), first * N + second."""
+    same = np.zeros(len(pairs), np.float64)
+    for at in range(0, len(pairs), 65536):
+        first, second = np.divmod(pairs[at : at + 65536], len(prints))
+        same[at : at + 65536] = (prints[first] == prints[second]).sum(1)
+    return (1 - same / PERMUTATIONS).astype(np.float32)
+
+
+def _near_pixels(prints: Prints) -> Pairs:
+    return near_images(prints.matrix("u1", PRINT))
+
+
+def _near_spectrograms(prints: Prints) -> Pairs:
+    return near_audio(prints)
 
 
 # How each kind of fingerprint is compared.
-NEAR: dict[Comparison, Callable[[list[bytes]], Pairs]] = {
+NEAR: dict[Comparison, Callable[[Prints], Pairs]] = {
     Comparison.PIXELS: _near_pixels,
-    Comparison.SPECTROGRAM: near_audio,
+    Comparison.SPECTROGRAM: _near_spectrograms,
 }
+# Things up to which it is done.
+MOST = {Comparison.PIXELS: 2_000_000, Comparison.SPECTROGRAM: 200_000}

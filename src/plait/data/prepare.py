@@ -489,6 +489,11 @@ def _write(
             "warnings": [
                 *tree.warnings,
                 *found.warnings,
+                *(
+                    f"Near-duplicates were not looked for among {count:,} distinct {kind} parts: that many do not fit "
+                    "into memory. Equal ones are listed."
+                    for kind, count in duplicates.unsearched.items()
+                ),
                 *_warnings(manifest, overlap, near, rejects, repeated, int((~keep).sum())),
             ],
         }

@@ -319,7 +319,7 @@ def plan(
     idx = None if compiled or shards else plan_idx(tree, labels or {})
     tables = None if compiled or idx or shards else plan_tables(tree, column_map or {}, labels or {})
     found = shards or idx or tables
-    plain = found is not None and found is tables and not {"image", "audio"} & set(found.columns.values())
+    plain = found is not None and found is tables and not set(MEDIA) & set(found.columns.values())
     if found is None or (plain and not column_map and not (found.chats or found.multi_label)):
         # Tables that name no media give way to media that lie there.
         found = plan_media(tree, compiled) or found or (plan_text(tree) if not compiled else None)

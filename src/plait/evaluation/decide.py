@@ -28,7 +28,7 @@ from plait.inference.opinions import available, novelty_scores, opinion_scores, 
 from plait.model.checkpoint import add_classifiers
 
 MOST_MEDIA, MOST_TEXTS = 20_000, 100_000  # training records that the linear model sees
-MOST_VALIDATION = 1000  # records that opinions are weighed on
+MOST_VALIDATION, MOST_VALIDATION_TEXTS = 1000, 3000  # records that opinions are weighed on
 FEWEST_VALIDATION = 20  # below which a fifth of train takes their place
 POSITIONS = 100_000  # tokens that likelihoods of validation may take, contexts and labels together
 MOST_PAIRS = 400  # of val, that say what the embedding space is worth
@@ -151,7 +151,8 @@ def _fit(model: PlaitModel, dataset: Dataset, source: str, target: str, seed: in
     kind = dataset.columns[source]
     most = MOST_TEXTS if kind == "text" else MOST_MEDIA
     train = _examples(model, dataset, source, target, "train", most, seed)
-    held = _examples(model, dataset, source, target, "val", MOST_VALIDATION, seed)
+    most = MOST_VALIDATION_TEXTS if kind == "text" else MOST_VALIDATION
+    held = _examples(model, dataset, source, target, "val", most, seed)
     if len(train) < 2 * len(labels) and len(train) < 20:
         return None
     fitting, independent = train, len(held) >= FEWEST_VALIDATION
@@ -177,6 +178,10 @@ def _fit(model: PlaitModel, dataset: Dataset, source: str, target: str, seed: in
         names, weighed = [name for name in names if name != "likelihood"], held
     scores = opinion_scores(model, classifier, weighed.inputs, names)
     classifier.mixture = fit_mixture(scores, weighed.classes)
+    if len(weighed) < len(held) and "likelihood" not in classifier.mixture.used:
+        # What is left costs little: more records tell more about it.
+        weighed, scores = held, opinion_scores(model, classifier, held.inputs, classifier.mixture.used)
+        classifier.mixture = fit_mixture(scores, held.classes)
     classifier.measured = {name: float((one.argmax(1) == weighed.classes).mean()) for name, one in scores.items()}
     mixed = classifier.mixture.log_probabilities(scores)
     frequent = int(np.bincount(fitting.classes).argmax())

@@ -108,6 +108,11 @@ class Model:
         """A decoded medium of a modality in the form in which this model takes it; small where it can be."""
         return value
 
+    def moments(self, kind: str, value: Any) -> list[tuple[float | None, float | None, Any]]:
+        """A decoded medium as the parts that a search tells apart: from when to when, in seconds (None: the whole), and
+        what `embed_inputs` takes."""
+        return [(None, None, self.prepared(kind, value))]
+
     # --- verbs ------------------------------------------------------------------------------------------------------
 
     def generate(

@@ -567,8 +567,10 @@ class Engine:
         """The logits (B, V) with what the samples' constraints forbid taken out."""
         matchers = [group.samples[i].matcher for i in group.constrained]
         allowed = allowed_ids([matcher for matcher in matchers if matcher is not None], logits.shape[1])
-        rows = torch.tensor(group.constrained, device=logits.device)
         forbidden = torch.from_numpy(~allowed).to(logits.device)
+        if len(group.constrained) == len(logits):
+            return logits.masked_fill(forbidden, LOWEST)
+        rows = torch.tensor(group.constrained, device=logits.device)
         return logits.index_copy(0, rows, logits[rows].masked_fill(forbidden, LOWEST))
 
     def _leave(self, feed: np.ndarray) -> np.ndarray:

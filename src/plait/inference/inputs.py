@@ -13,7 +13,8 @@ from plait.inference.base import Verb
 from plait.modalities.base import MediaModality, Vocabulary
 from plait.modalities.descriptor import MediaError
 from plait.modalities.inputs import plain_input
-from plait.modalities.media import MEDIA, sniff
+from plait.modalities.media import MEDIA, kind_of_file
+from plait.modalities.video import Clip
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import Sequence
 
@@ -46,7 +47,7 @@ class Reading:
         written = kinds - set(self.checkpoint.model.config.read_only)
         verbs: list[str] = [Verb.GENERATE, *([Verb.CLASSIFY] if "text" in kinds else [])]
         verbs += [files.verb for kind, files in MEDIA.items() if {kind, "text"} <= kinds]
-        verbs += [files.writes for kind, files in MEDIA.items() if kind in written]
+        verbs += [files.writes for kind, files in MEDIA.items() if kind in written and files.writes]
         return list(dict.fromkeys(verbs)) + ([Verb.EMBED] if self.checkpoint.model.config.embed_dim else [])
 
     def column(self, wanted: str | None, modality: str, verb: str) -> str:
@@ -156,6 +157,8 @@ def _kind(part: Any) -> tuple[str, str]:
         return "image", "the image"
     if isinstance(part, tuple) and len(part) == 2:
         return "audio", "the audio"
+    if isinstance(part, Clip):
+        return "video", "the video"
     if isinstance(part, (Path, bytes)):
         name, head = "the medium", part[:64] if isinstance(part, bytes) else b""
         if isinstance(part, Path):
@@ -165,10 +168,10 @@ def _kind(part: Any) -> tuple[str, str]:
                     head = file.read(64)
             except OSError as error:
                 raise PlaitError(f"{part} cannot be read: {error.strerror or error}.") from error
-        found = sniff(head)
-        if found is None:
-            raise PlaitError(f"{name} is neither an image nor an audio clip that can be read.")
-        return found[0], name
+        kind = kind_of_file(head, part.suffix if isinstance(part, Path) else "")
+        if kind is None:
+            raise PlaitError(f"{name} is no image, audio clip or video that can be read.")
+        return kind, name
     raise PlaitError(
         f"An input of type {type(part).__name__} is none that can be read. Give a str, a PIL image, (waveform, rate), "
         "a pathlib.Path or bytes of a media file."

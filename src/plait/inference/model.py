@@ -37,6 +37,7 @@ from plait.inference.showcase import Shown, showcase
 from plait.modalities.audio_files import decode_audio, silent
 from plait.modalities.descriptor import MediaError
 from plait.modalities.inputs import inputs_of, medium_of
+from plait.modalities.media import read_by
 from plait.model import checkpoint as checkpoints
 from plait.model.checkpoint import Checkpoint, find_checkpoint
 from plait.model.lora import Adapter, attach_adapter
@@ -160,6 +161,13 @@ class PlaitModel(Reading, Model):
         """The samples that a decoded medium is fitted to: smaller than it, as a rule."""
         column = self.column(None, kind, f"read {kind}")
         return column, self.modality(column).windows(value)
+
+    def moments(self, kind: str, value: Any) -> list[tuple[float | None, float | None, Any]]:
+        column = self.column(None, kind, f"read {kind}")
+        cut = getattr(self.modality(column), "moments", None)
+        if cut is None:
+            return [(None, None, self.prepared(kind, value))]
+        return [(one.start, one.stop, (column, [one.sample])) for one in cut(value)]
 
     @cached_property
     def engine(self) -> Engine:
@@ -337,7 +345,8 @@ class PlaitModel(Reading, Model):
 
     def describe(self, image: Any, column: str | None = None, **options: Unpack[Options]) -> str:
         """What the model writes about an image in a text column (the first by default)."""
-        self.column(None, "image", "describe")
+        if not read_by("describe") & self.modalities:
+            self.column(None, "image", "describe")
         image = medium_of(image)
         target = self.column(column, "text", "describe")
         return self.write([self.context([image])], target, **options)[0][0]

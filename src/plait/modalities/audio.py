@@ -376,6 +376,7 @@ class Audio(nn.Module):
     """The modality: settings, encoder, codec and vocoder."""
 
     name: ClassVar[str] = "audio"
+    writable: ClassVar[bool] = True
     making_task: ClassVar[str] = "speaking"
     codec_metric: ClassVar[str] = "mel_error"
     shown: ClassVar[int] = 2

@@ -290,6 +290,7 @@ class Image(nn.Module):
     """The modality: settings, encoder and codec."""
 
     name: ClassVar[str] = "image"
+    writable: ClassVar[bool] = True
     making_task: ClassVar[str] = "drawing"
     codec_metric: ClassVar[str] = "psnr"
     shown: ClassVar[int] = 6

@@ -19,8 +19,9 @@ from plait.core.system import limit_memory, read_line
 from plait.modalities.audio_files import AUDIO
 from plait.modalities.descriptor import LIMITS, Limits, MediaError, MediaFiles, Packed
 from plait.modalities.image_files import IMAGE
+from plait.modalities.video import VIDEO
 
-MEDIA: dict[str, MediaFiles] = {files.kind: files for files in (IMAGE, AUDIO)}
+MEDIA: dict[str, MediaFiles] = {files.kind: files for files in (IMAGE, AUDIO, VIDEO)}
 KINDS = (*MEDIA, "text")  # of columns, in the order in which they are shown
 _BY_SUFFIX = {suffix: kind for kind, files in MEDIA.items() for suffix in files.suffixes}
 
@@ -47,6 +48,15 @@ def sniff(head: bytes) -> tuple[str, str] | None:
         if name := MEDIA[kind].sniff(head):
             return kind, name
     return None
+
+
+def kind_of_file(head: bytes, suffix: str) -> str | None:
+    """The kind of a file: what its first 64 bytes show; of a container that may hold several, as its ending says."""
+    found = sniff(head)
+    by_suffix = kind_of_suffix(suffix)
+    if by_suffix and MEDIA[by_suffix].sniff(head):
+        return by_suffix
+    return found[0] if found else None
 
 
 def media_type(data: bytes) -> str:

@@ -8,6 +8,7 @@ import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from plait.search.index import Index
 
 OWN = ("id", "source", "kind", "split", "text")  # columns of every index that --where may name
+TIMES = ("start", "stop")  # seconds, of moments of a medium
 COMMIT, COMMIT_SECONDS = 1024, 15.0  # entries, or seconds, after which what is embedded is written
 
 Progress = Callable[[str, int, int | None], None]
@@ -34,6 +36,14 @@ def checksums(ids: list[str], contents: list[bytes], vectors: np.ndarray) -> np.
     return np.array([zlib.crc32(v.tobytes(), zlib.crc32(i.encode() + c)) for i, c, v in rows], np.uint32)
 
 
+@dataclass
+class Read:
+    """A medium or text as it was read: its parts (from when to when, and what the model takes), and a preview."""
+
+    parts: list[tuple[float | None, float | None, Any]]
+    preview: bytes | None
+
+
 class Adding:
     """Entries on their way into an index: compared with what is there, decoded, embedded, written."""
 
@@ -42,7 +52,7 @@ class Adding:
         self.new = self.changed = self.same = 0
         self.rejected: list[Rejected] = []
         self.rows: list[dict[str, Any]] = []
-        self.reading: list[tuple[Entry, bytes, Future[tuple[Any, bytes | None]]]] = []
+        self.reading: list[tuple[Entry, bytes, Future[Read]]] = []
         self.begun = time.monotonic()
         with index.reading():
             index.table.checkout_latest()
@@ -80,32 +90,34 @@ class Adding:
         self.reading = []
         self.commit()
 
-    def _embed(self, taken: list[tuple[Entry, bytes, Future[tuple[Any, bytes | None]]]]) -> None:
+    def _embed(self, taken: list[tuple[Entry, bytes, Future[Read]]]) -> None:
         ready = []
         for item, digest, future in taken:
             try:
-                ready.append((item, digest, *future.result()))
+                read = future.result()
+                ready += [(item, digest, part, read.preview) for part in read.parts]
             except (MediaError, PlaitError) as error:
                 self._reject(item, str(error).removesuffix("."))
-        vectors = self._embedded([value for *_, value, _ in ready])
-        for (item, digest, _, small), vector in zip(ready, vectors, strict=True):
+        vectors = self._embedded([value for _, _, (_, _, value), _ in ready])
+        for (item, digest, (start, stop, _), small), vector in zip(ready, vectors, strict=True):
             if isinstance(vector, str):
                 self._reject(item, vector)
             else:
                 self._row(item, digest, vector, small)
+                if start is not None:
+                    self._at(item, start, stop)
         if len(self.rows) >= COMMIT or time.monotonic() - self.begun > COMMIT_SECONDS:
             self.commit()
 
     def _reject(self, item: Entry, reason: str) -> None:
         self.rejected.append(rejected(item.source, reason))
 
-    def _read(self, kind: str, content: str | bytes, checker: Checker) -> tuple[Any, bytes | None]:
+    def _read(self, kind: str, content: str | bytes, checker: Checker) -> Read:
         """What the model takes, and the preview."""
         if isinstance(content, str):
-            return content, None
-        value, model = checker.decode(kind, content), self.index.model
-        small = preview(kind, content, value)
-        return model.prepared(kind, value), small
+            return Read([(None, None, content)], None)
+        value = checker.decode(kind, content)
+        return Read(self.index.model.moments(kind, value), preview(kind, content, value))
 
     def _embedded(self, values: list[Any]) -> list[np.ndarray | str]:
         """The vector of each value, or why it has none."""
@@ -130,6 +142,16 @@ class Adding:
         row |= {"_content": digest, "_vector": vector, "_preview": small}
         self.rows.append(row | {_named(name): value for name, value in item.texts.items()})
 
+    def _at(self, item: Entry, start: float, stop: float | None) -> None:
+        """Say of the last row that it is a moment; the first one of a medium has the medium's id."""
+        self.rows[-1] |= {"start": start, "stop": stop}
+        if start > 0:
+            self.rows[-1]["id"] = f"{item.id}@{start:g}"
+        elif item.id in self.known:  # its moments of before are none any more
+            with self.index.reading("written"):
+                begin = f"{item.id}@".replace("'", "''")
+                self.index.table.delete(f"starts_with(id, '{begin}')")
+
     def commit(self) -> None:
         """Write what is embedded, in one step that happens or does not."""
         rows, index = self.rows, self.index
@@ -139,7 +161,8 @@ class Adding:
                 table = index.table
                 there = set(table.schema.names)
                 if names := dict.fromkeys(name for row in rows for name in row if name not in there):
-                    table.add_columns([pa.field(name, pa.string()) for name in names])
+                    kinds = {name: pa.float64() if name in TIMES else pa.string() for name in names}
+                    table.add_columns([pa.field(name, kind) for name, kind in kinds.items()])
                 schema = table.schema
                 vectors = np.stack([row.pop("_vector") for row in rows]).astype(np.float32)
                 sums = checksums([row["id"] for row in rows], [row["_content"] for row in rows], vectors)
@@ -167,4 +190,4 @@ class Adding:
 def _named(column: str) -> str:
     """The column of an index for a column of records: names of our own are given another end."""
     name = column.lstrip("_") or "column"
-    return f"{name}_" if name in OWN else name
+    return f"{name}_" if name in (*OWN, *TIMES) else name

@@ -149,7 +149,10 @@ def search(
     for rank, hit in enumerate(hits, 1):
         near = "" if hit.similarity != hit.similarity else f"{hit.similarity:.3f}"
         text = " ".join((hit.text or "").split())
-        table.add_row(str(rank), near, hit.kind, plain(text[:60] + ("…" if len(text) > 60 else "")), plain(hit.source))
+        time = "" if hit.start is None or hit.stop is None else f" at {hit.start:.1f} to {hit.stop:.1f} s"
+        table.add_row(
+            str(rank), near, hit.kind, plain(text[:60] + ("…" if len(text) > 60 else "")), plain(hit.source + time)
+        )
     if hits:
         out.print(table)
     if open_ and out_file is None:

@@ -34,20 +34,22 @@ from plait.inference.base import Model
 from plait.inference.model import load
 from plait.modalities.inputs import inputs_of
 from plait.modalities.media import Checker
-from plait.search.adding import OWN, Adding, Progress, checksums
+from plait.search.adding import OWN, TIMES, Adding, Progress, checksums
 from plait.search.entries import entries
 
 EXACT = 100_000  # entries up to which all vectors are kept in memory and compared
 BATCH = 256  # entries that are embedded at a time, at most
 TABLE = "entries"
 PROBES, REFINE = 14, 2  # of an approximate search: partitions looked at, and candidates per result compared exactly
+MOMENTS = 8  # hits that are looked at for each result where videos stand in the index moment by moment
 FUSE = 60  # reciprocal rank fusion: 1 / (FUSE + rank), Cormack, Clarke and Buettcher 2009
 
 
 @dataclass
 class Hit:
     """Something found. `similarity` is the cosine with the query (nan where only words were asked for); `score` is
-    what hits are ordered by; `preview` is a small image or the beginning of an audio clip, encoded."""
+    what hits are ordered by; `preview` is a small image or the beginning of an audio clip, encoded. Of a video the hit
+    is its best moment, from second `start` to second `stop`."""
 
     id: str
     source: str
@@ -57,6 +59,8 @@ class Hit:
     text: str | None
     columns: dict[str, str] = field(default_factory=dict)
     preview: bytes | None = None
+    start: float | None = None
+    stop: float | None = None
 
 
 class Added(NamedTuple):
@@ -302,7 +306,9 @@ class Index:
             for again in (True, False):
                 try:
                     self._refresh()
-                    return self._find(vector, words, k, where, by)
+                    if "start" not in self._shown:
+                        return self._find(vector, words, k, where, by)
+                    return _best_moments(self._find(vector, words, MOMENTS * k, where, by))[:k]
                 except _WhereError as error:
                     raise PlaitError(
                         f"--where {where!r} cannot be used: {error}. The columns are {', '.join(self.columns)}; "
@@ -367,9 +373,10 @@ class Index:
         return loaded.checkpoint.space if loaded is not None else None
 
     def _hit(self, row: dict[str, Any], near: float, score: float | None) -> Hit:
-        shown = {n: str(v) for n, v in row.items() if v is not None and not n.startswith("_") and n not in OWN}
+        own = (*OWN, *TIMES)
+        shown = {n: str(v) for n, v in row.items() if v is not None and not n.startswith("_") and n not in own}
         return Hit(row["id"], row["source"], row["kind"], near, near if score is None else score, row["text"], shown,
-                   row["_preview"])  # fmt: skip
+                   row["_preview"], row.get("start"), row.get("stop"))  # fmt: skip
 
     def _refresh(self) -> None:
         """See what other processes have committed; keep all vectors at hand while they are few."""
@@ -518,6 +525,14 @@ class Index:
                 fsync_folder(changed)
             facts = ({"file": name, "bytes": size, "sha256": digest} for name, (size, digest) in there.items())
             write_atomic(self.path / "sums.jsonl", "".join(json.dumps(fact) + "\n" for fact in facts))
+
+
+def _best_moments(hits: list[Hit]) -> list[Hit]:
+    """The hits, best first, of each video the best moment alone."""
+    kept: dict[tuple[str, str], Hit] = {}
+    for hit in hits:
+        kept.setdefault((hit.source, "" if hit.start is not None else hit.id), hit)
+    return list(kept.values())
 
 
 class _WhereError(Exception):

@@ -81,7 +81,7 @@ def _found(hit: Hit, preview: bool) -> dict[str, Any]:
         "id": hashlib.sha256(hit.id.encode()).hexdigest()[:24], "kind": hit.kind,
         "source": hit.source.replace("\\", "/").rpartition("/")[2],
         "similarity": None if hit.similarity != hit.similarity else hit.similarity, "score": hit.score,
-        "text": hit.text, "columns": hit.columns, "preview": shown,
+        "text": hit.text, "columns": hit.columns, "preview": shown, "start": hit.start, "stop": hit.stop,
     }  # fmt: skip
 
 

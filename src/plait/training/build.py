@@ -51,14 +51,14 @@ def model_config(
         text=text_size,
         columns=columns,
         levels={token: levels for name in kinds for token, levels in code_levels(name, settings[name]).items()},
-        closers=[name for name in kinds if MODALITIES[name].variable_length],
+        closers=[name for name in kinds if MODALITIES[name].variable_length and is_writable(name)],
         turns=_turns(dataset, columns, imported, templated),
     )
     tied, embed_dim = recipe.model.tied, recipe.model.embed_dim
     if tied is None:
         tied = imported.tied if imported else bool(brought) or text_size > 8 * backbone.width
     if embed_dim is None:
-        written = any(getattr(settings[name], "levels", None) for name in kinds)
+        written = any(name in MEDIA or getattr(settings[name], "levels", None) for name in kinds)
         embed_dim = (imported.embed_dim if imported else 0) or (EMBED_DIM if written else 0)
     embeds = imported if imported and imported.embed_dim else None
     return ModelConfig(
@@ -120,10 +120,17 @@ def _modality_settings(
     return laid
 
 
+def is_writable(modality: str) -> bool:
+    """Whether a modality can be made from codes; those without a codec are read alone."""
+    return bool(getattr(MODALITIES[modality], "writable", True))
+
+
 def _read_only(recipe: Recipe, dataset: Dataset, names: list[str], imported: ModelConfig | None) -> list[str]:
-    """Modalities and columns that are never written: those of weight 0, and an import's that are not in the data."""
+    """Modalities and columns that are never written: those without a codec, those of weight 0, and an import's that are
+    not in the data."""
     here = {*dataset.columns, *dataset.columns.values()}
     unwritten = {name for name in names if recipe.training.weights.get(name) == 0}
+    unwritten |= {name for name in names if name in MODALITIES and not is_writable(name)}
     if imported is not None:
         unwritten |= {name for name in imported.read_only if name not in here}
     return [name for name in dict.fromkeys(names) if name in unwritten]
@@ -157,7 +164,7 @@ def backbone_config(size: Size, mine: BackboneRecipe) -> TransformerConfig:
 def sized_config(recipe: Recipe) -> ModelConfig:
     """The network that a recipe calls for where the data are coloured images, audio and text of its size."""
     size = SIZES[recipe.model.size]
-    given = {kind: _with_hf_encoder(getattr(recipe.model, kind), kind) for kind in MEDIA if kind in SETTINGS}
+    given = {kind: _with_hf_encoder(getattr(recipe.model, kind), kind) for kind in MEDIA if is_writable(kind)}
     try:
         settings = {kind: SETTINGS[kind].of_size(size, overrides) for kind, overrides in given.items()}
     except ValidationError as error:

@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from plait.core.device import Device
 from plait.core.errors import PlaitError
-from plait.core.system import processors
+from plait.core.system import end_with_parent, processors
 from plait.model.transformer import Transformer
 
 PATIENCE = timedelta(minutes=10)  # that a process waits for another one in a step; a lost one is noticed at once
@@ -150,6 +150,7 @@ def processes() -> Iterator[Group]:
         torch.cuda.set_device(group.local_rank)
     mine = not dist.is_initialized()
     if mine:
+        end_with_parent()  # the engine that started this process may be killed, which tells nobody
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     try:
         yield group
@@ -235,6 +236,8 @@ class Network:
             fully_shard(backbone, mesh=mesh, mp_policy=policy, ignored_params=around)
             trainable = [p for p in loss_module.parameters() if p.requires_grad]
         elif self.group.size > 1:
+            # Weights of convolutions lie channels last in memory, buckets do not: a copy more, which is cheap.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
             self.wrapped = DistributedDataParallel(
                 loss_module, forward_sync_buffers=False, gradient_as_bucket_view=True
             )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
+from plait.core.system import processors as available_processors
 from plait.data.dataset import Dataset, Joined
 from plait.kernels import training as training_kernels
 from plait.modalities.text import Text
@@ -35,7 +38,7 @@ class Prepared:
     source: Source  # of the data
     splits: dict[str, Split]  # "train" and "val"
     init_from: Checkpoint | None  # the model that this one was extended from
-    seconds: float  # that are left of the time budget
+    seconds: float  # that are left of the time budget, or of the cap
     inherited: set[str]  # tensors of a base that stay as they are, and no checkpoint holds
 
 
@@ -78,7 +81,7 @@ def prepare_run(run: Run, reuse: Path | None) -> Prepared:
         run.record(canaries=plant(splits["train"], run.settings.canaries, run.settings.seed, text, labels))
     _check_context(run, model, splits["train"])
     _report_sizes(run, model, splits["train"])
-    with group.main_first():
+    with group.main_first(), _all_threads(group.size):
         run.codecs(model, splits)
         run.recognisers(model, splits)
     apply_freezing(run, model)
@@ -88,8 +91,21 @@ def prepare_run(run: Run, reuse: Path | None) -> Prepared:
         earlier = read_json(reuse / "run.json")["prepared"] if reuse else 0.0
         run.record(prepared=group.broadcast(max(time.perf_counter() - begun, earlier)))
     share = 1 - CLASSIFIER_SHARE if run.settings.task == "recognise" else 1.0
-    seconds = max(run.minutes * 60 * share - run.metadata["prepared"], 1.0)
+    minutes = run.settings.max_minutes or run.minutes
+    seconds = max(minutes * 60 * share - run.metadata["prepared"], 1.0)
     return Prepared(model, text, source, splits, init_from, seconds, inherited)
+
+
+@contextmanager
+def _all_threads(processes: int) -> Iterator[None]:
+    """What the first process does while the others wait, it does with the threads of all: so what is trained then does
+    not depend on how many processes there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before * processes, available_processors()))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _open_source(run: Run) -> Source:

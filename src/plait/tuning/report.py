@@ -47,6 +47,12 @@ def verdict(default: list[float], best: list[float]) -> dict[str, Any]:
     return {**shown, "standard_error": error, "better": better, "text": text}
 
 
+def uncompared(number: int) -> dict[str, Any]:
+    """The verdict where no fresh seeds were asked for."""
+    text = f"Trial {number} is the best; without fresh seeds (--seeds 0) it was not compared with the default."
+    return {"better": None, "text": text}
+
+
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 

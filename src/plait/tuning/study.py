@@ -31,7 +31,7 @@ from plait.core.rng import key_of
 from plait.data.dataset import Dataset
 from plait.reports.report import read_run
 from plait.training.run import Progress
-from plait.tuning.report import verdict, write_study_report
+from plait.tuning.report import uncompared, verdict, write_study_report
 from plait.tuning.space import Field, check_objective, fields_of, score, with_values
 from plait.tuning.workers import Job, Message, Worker, Workers
 
@@ -405,6 +405,8 @@ class _Study:
                     values[number].append(trial.value)
                 elif "diverged" in trial.user_attrs:
                     values[number].append(math.inf)
+        if best.number and not self.plan.seeds:
+            return uncompared(best.number)
         return verdict(values[0], values[best.number]) if best.number else verdict([], [])
 
     def _write_recipe(self, best: FrozenTrial) -> None:
