@@ -75,6 +75,7 @@ def export_transformers(checkpoint: Checkpoint, folder: Path) -> str:
 
 
 def must_be_free(folder: Path) -> None:
+    """Raises PlaitError where a folder exists and is not empty."""
     if Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
         raise PlaitError(f"{folder} exists and is not an empty folder. Name a new one, or delete it first.")
 
@@ -192,6 +193,7 @@ def _config(checkpoint: Checkpoint, architecture: Architecture, size: int) -> di
 
 @torch.no_grad()
 def tensors_of(model: Multimodal, architecture: Architecture, size: int) -> dict[str, Tensor]:
+    """The tensors of a checkpoint under the names that transformers gives them."""
     c = model.config.backbone
     ours = {f"backbone.{name}": value for name, value in model.backbone.state_dict().items()}
     ours["token_embedding.free"] = model.token_embedding.table()[:size]
@@ -277,6 +279,7 @@ def _tokenizer_config(checkpoint: Checkpoint, names: dict[str, str]) -> dict[str
 
 
 def card(checkpoint: Checkpoint, what: str) -> str:
+    """The README of an exported model, as the Hugging Face hub shows it."""
     vocabulary = checkpoint.model.vocabulary
     id_ranges = "\n".join(f"| {name} | {start} | {stop - 1} |" for name, (start, stop) in vocabulary.id_ranges.items())
     openers = ", ".join(f"`<|{column}|>`" for column in vocabulary.columns) or "none"
