@@ -78,21 +78,35 @@ class LlamaCpp:
         return cls(llama_cpp, checkpoint, precision, rows)
 
     def __init__(self, library: Any, checkpoint: Checkpoint, precision: str, rows: int) -> None:
-        self.library, self.rows, self.size = library, rows, checkpoint.model.vocabulary.size
-        self.quiet = library.llama_log_callback(lambda level, text, data: None)  # kept, or it is collected
-        library.llama_log_set(self.quiet, None)
-        library.llama_backend_init()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.gguf"
             write_gguf(checkpoint, path, precision)
-            settings = library.llama_model_default_params()
-            settings.use_mmap = False
-            self.model = library.llama_model_load_from_file(str(path).encode(), settings)
+            config = checkpoint.model.config.backbone
+            self._open(library, path, rows, config.max_length, checkpoint.model.vocabulary.size)
+
+    @classmethod
+    def of_file(cls, path: Path, rows: int, length: int) -> LlamaCpp:
+        """A GGUF file with a context of `rows` sequences of so many tokens. Raises ImportError without llama.cpp."""
+        import llama_cpp
+
+        made = cls.__new__(cls)
+        made._open(llama_cpp, path, rows, length, 0)
+        made.size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(made.model))
+        return made
+
+    def _open(self, library: Any, path: Path, rows: int, length: int, size: int) -> None:
+        self.library, self.rows, self.size = library, rows, size
+        self.quiet = library.llama_log_callback(lambda level, text, data: None)  # kept, or it is collected
+        library.llama_log_set(self.quiet, None)
+        library.llama_backend_init()
+        settings = library.llama_model_default_params()
+        settings.use_mmap = False
+        self.model = library.llama_model_load_from_file(str(path).encode(), settings)
         if not self.model:
-            raise RuntimeError("llama.cpp could not load the exported weights")
+            raise RuntimeError(f"llama.cpp could not load {path}")
         settings = library.llama_context_default_params()
         settings.n_seq_max = rows
-        settings.n_ctx = rows * checkpoint.model.config.backbone.max_length
+        settings.n_ctx = rows * length
         settings.n_batch = settings.n_ubatch = 2048
         settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
         self.context = library.llama_init_from_model(self.model, settings)
@@ -130,3 +144,8 @@ class LlamaCpp:
             for row, token in zip(written, chosen, strict=True):
                 row.append(token)
         return written
+
+    def close(self) -> None:
+        """Free what it holds."""
+        self.library.llama_free(self.context)
+        self.library.llama_model_free(self.model)

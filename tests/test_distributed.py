@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from plait.core.config import load_recipe, parse_recipe
-from plait.core.device import Device
+from plait.core.device import Device, matmul_precision
 from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
 from plait.data.prepare import prepare
@@ -22,10 +22,11 @@ from plait.inference.model import PlaitModel
 from plait.modalities.text import Text
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import IGNORE, Multimodal
-from plait.training.batches import Sampler, Split, Step, add_codes, load_split
+from plait.training.batches import Sampler, Split, Step, add_codes, cut_in_two, load_split
 from plait.training.build import model_config
 from plait.training.distributed import Group, Network
 from plait.training.losses import LossModule, step_losses
+from plait.training.streams import Streams, media_work
 from plait.training.trainer import train
 from several import SMALL, begin, interrupted_after, rows, workers, write_recipe
 
@@ -102,6 +103,36 @@ def test_parts_change_neither_loss_nor_gradient(parts: tuple[Multimodal, Split],
             assert parameter.grad is not None, name  # also of a modality that no part has
             off = (parameter.grad - expected[name]).norm()
             assert off <= 1e-4 * expected[name].norm() + 1e-6, (count, name, off)
+
+
+def test_two_threads_change_neither_loss_nor_gradient(parts: tuple[Multimodal, Split]) -> None:
+    """A step cut in two of equal work, a thread for each half: the gradients of the whole, and the same each time."""
+    model, split = parts
+    plain, cut = (Sampler(split, model.vocabulary, model.media, 11, 96, 0, 0.1, True, True) for _ in range(2))
+    cut.media_work = media_work(model)
+    assert set(cut.media_work) == {"image", "audio"} and min(cut.media_work.values()) > 0
+    network, named = Network(LossModule(model, Device("cpu", torch.float32))), dict(model.named_parameters())
+    found = []
+    for streams, sampler in ((Streams(), plain), (Streams(2), cut), (Streams(2), cut)):
+        model.zero_grad()
+        step = sampler.step(1)
+        assert len(streams.halves(step)) == (1 if sampler is plain else 2)
+        with matmul_precision(Device("cpu", torch.float32)):  # of the process, as in training
+            losses, tokens = step_losses(network, [step], split, Group(), True, {"contrastive": 2.0}, streams=streams)
+        found.append((losses, tokens, {n: p.grad.clone() for n, p in named.items() if p.grad is not None}))
+        streams.close()
+    (losses, tokens, wanted), *halved = found
+    for others, others_tokens, gradients in halved:
+        assert others == pytest.approx(losses, rel=1e-5) and others_tokens == tokens
+        assert gradients.keys() == wanted.keys()
+        assert all((gradients[n] - wanted[n]).norm() <= 1e-4 * wanted[n].norm() + 1e-6 for n in wanted)
+    assert [n for n in wanted if not torch.equal(gradients[n], halved[0][2][n])] == []
+
+
+def test_where_a_step_is_cut_in_two() -> None:
+    lengths, more = [4, 4, 4, 4, 30, 30], [9.0, 9.0, 9.0, 9.0, 0.0, 0.0]
+    assert cut_in_two(lengths, more) == 4  # 52 and 60 tokens; one further would be 145 and 30
+    assert cut_in_two([1, 5], [0.0, 0.0]) == 1
 
 
 def test_what_is_only_read_still_meets_its_text(parts: tuple[Multimodal, Split]) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import struct
+import sys
 import threading
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import plait
+from plait.core import system
 from plait.core.errors import PlaitError
 from plait.hf import huggingface
 from plait.hf.export import export_onnx, export_transformers
@@ -522,6 +524,25 @@ def test_bad_shards_are_refused_by_name(folders, tmp_path):
     (folder / last).write_bytes((folder / last).read_bytes()[:-1])
     with pytest.raises(PlaitError, match=f"{last} is damaged"):
         huggingface.load(folder)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of containers are Linux's")
+def test_too_little_memory_is_told_before_loading(folders, tmp_path, monkeypatch):
+    """In a container that leaves too little: which precision would fit, or that none does."""
+    folder = folders["qwen3"]
+    weights = sum(p.numel() for p in huggingface.load(folder).model.parameters())
+    monkeypatch.setattr(system, "CGROUP", tmp_path)
+    (tmp_path / "memory.current").write_text("0")
+    for size, precision, message in (
+        (4.5, "fp32", None), (3.0, "fp32", "With --precision bf16"), (1.5, "fp32", "With --precision int8"),
+        (1.5, "int8", None), (0.1, "int8", "Even int4 takes"),
+    ):  # fmt: skip
+        (tmp_path / "memory.max").write_text(str(int(size * weights)))
+        if message is None:
+            plait.load(folder, "cpu", precision)
+            continue
+        with pytest.raises(PlaitError, match=message):
+            plait.load(folder, "cpu", precision)
 
 
 def test_a_tied_head_that_differs_is_refused(folders, tmp_path):

@@ -79,3 +79,38 @@ def test_the_faster_way_is_taken_and_kept(tmp_path: Path, monkeypatch: pytest.Mo
         file.write_text(text)  # what cannot be read is measured again
         assert isinstance(choose(asked, ways), Choice)
     assert calls == 4
+
+
+LOWER = [level.name for level in isa.supported()[:-1]]  # the best one is what all other tests use
+
+
+@pytest.mark.parametrize("level", LOWER)
+def test_products_at_a_cap(level: str) -> None:
+    """Packed layers and a product of training with the instructions of lesser processors."""
+    code = (
+        "import plait, torch\n"
+        "from plait.kernels import build, training\n"
+        "from plait.kernels.linear import STORAGES, PackedLinear\n"
+        "torch.manual_seed(0)\n"
+        "x, weight = torch.randn(13, 96), torch.randn(70, 96)\n"
+        "for storage in STORAGES:\n"
+        "    layer = PackedLinear(weight, None, storage)\n"
+        "    wanted = (x.double() @ layer.dense().double().t())\n"
+        "    assert (layer(x) - wanted).norm() < 0.01 * wanted.norm(), storage\n"
+        "training.library()\n"
+        "assert (training._product(x, weight.t()) - x.double() @ weight.double().t()).abs().max() < 1e-4\n"
+        "print(build.kernel('generation').level.name, build.kernel('training').level.name)\n"
+    )
+    done = python(code, PLAIT_ISA=level, PLAIT_NATIVE="1")
+    assert done.stdout.split() == [level, level], done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", LOWER)
+def test_all_kernels_at_a_cap(level: str) -> None:
+    tests = Path(__file__).with_name("test_native.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests)],
+        env={**os.environ, "PLAIT_ISA": level}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]

@@ -19,7 +19,8 @@ SHOWN = ("/accuracy", "/judged_accuracy", "/judge_real", "/diversity", "/near_co
 @app.command()
 def demo(
     run: Annotated[Path, typer.Option("-o", "--out", help="The run's folder.")] = Path("runs/demo"),
-    minutes: Annotated[float, typer.Option(help="Time to train.")] = 3.5,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to train for.")] = 1200,
+    max_minutes: Annotated[float, typer.Option(help="The most that training may take.")] = 12.0,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
 ) -> None:
@@ -28,8 +29,9 @@ def demo(
     Example: plait demo
     """
     begun = time.monotonic()
+    out.print(f"Trains {steps:,} steps: some 4 minutes on two cores, {max_minutes:g} at most.")
     evaluation = plait.demo(
-        run, minutes=minutes, seed=seed, device=device, progress=True,
+        run, steps=steps, max_minutes=max_minutes, seed=seed, device=device, progress=True,
         tell=lambda text: err.print(f"[yellow]Note:[/yellow] {plain(text)}"),
     )  # fmt: skip
     show_manifest(plait.Run(run).dataset.manifest, run / "data")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from plait.core.errors import PlaitError
 from plait.core.features import features
@@ -104,6 +104,9 @@ class TrainingRecipe(Settings):
     task: str = Field("auto", description="What the model is wanted for; auto sees it in the data.")
     minutes: float | None = Field(None, gt=0, description="Time budget for codecs and model together.")
     steps: int | None = Field(None, ge=1, description="Steps of the model, instead of minutes.")
+    max_minutes: float | None = Field(
+        None, gt=0, description="Most time for codecs and model together; steps that it does not hold are left out."
+    )
     codec_steps: int | None = Field(None, ge=1, description="Steps of each codec, instead of its share of the minutes.")
     codec_share: float = Field(0.1, ge=0, lt=0.5, description="Share of the minutes for each codec.")
     recogniser_steps: int | None = Field(
@@ -194,6 +197,12 @@ class TrainingRecipe(Settings):
         if value not in known_tasks():
             raise ValueError(f"'{value}' is no task; known are {', '.join(known_tasks())}")
         return value
+
+    @model_validator(mode="after")
+    def _capped(self) -> TrainingRecipe:
+        if self.max_minutes is not None and self.steps is None:
+            raise ValueError("max_minutes caps a number of steps: give steps beside it, or minutes alone")
+        return self
 
     @field_validator("replay")
     @classmethod

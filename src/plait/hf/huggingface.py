@@ -22,6 +22,7 @@ from plait.core.files import read_json
 from plait.hf.architectures import Imported, Layout, Stored, UnsupportedError, imported, layout
 from plait.hf.gguf_files import GGUF
 from plait.hf.hub import find, no_safetensors, other_weights
+from plait.inference.memory import check_memory
 from plait.kernels.linear import PackedLinear
 from plait.kernels.linear import library as linear_library
 from plait.modalities.base import Vocabulary
@@ -240,6 +241,8 @@ def _build(
     vocabulary = Vocabulary(text=size, columns={}, levels={}, closers=[], end_id=end, more_ends=more)
     with torch.device("meta"):  # shapes only: no memory, no random numbers
         model = Multimodal(ModelConfig(backbone=backbone, vocabulary=vocabulary, embed_dim=0, tied=tied))
+    if storage != "file":  # the file's own is as much as the file has, and is mapped
+        check_memory(sum(p.numel() for p in model.parameters()), storage or "fp32", where)
     if copied and not torch.equal(weights.read(head), weights.read(plan["token_embedding.free"][0])):
         raise PlaitError(f"{where} has a {head.name} of its own, though config.json says tie_word_embeddings.")
     if storage is not None:

@@ -9,11 +9,14 @@ from plait.library.datasets import prepare
 from plait.library.evaluations import Evaluation, evaluate
 from plait.library.runs import train
 
+CODEC_STEPS = 420  # of each codec
+
 
 def demo(
     out: str | Path = "runs/demo",
     *,
-    minutes: float = 3.5,
+    steps: int = 1200,
+    max_minutes: float = 12.0,
     seed: int = 0,
     device: str = "auto",
     progress: bool | None = None,
@@ -21,9 +24,12 @@ def demo(
 ) -> Evaluation:
     """Write the demo's data as ordinary files, prepare them, train a model and evaluate it.
 
+    It trains for a number of steps, so that a machine that is slower or busy takes longer and is as good.
+
     Args:
         out: the run's folder; files and dataset lie in it too.
-        minutes: time to train.
+        steps: steps to train for.
+        max_minutes: the most that training may take; steps that it does not hold are left out, which is told before.
         seed: of weights, order, augmentation and samples.
         device: auto, cpu, cuda or mps.
         progress: as in `plait.train`.
@@ -38,5 +44,10 @@ def demo(
     if not (folder / "data" / "manifest.json").is_file():
         write_demo(folder / "files", tell or (lambda text: None))
         prepare(folder / "files", folder / "data", progress=progress)
-    train(folder / "data", folder, task="draw", minutes=minutes, seed=seed, device=device, progress=progress)
+    recipe = {
+        "training": {
+            "task": "draw", "steps": steps, "codec_steps": CODEC_STEPS, "max_minutes": max_minutes, "validations": 10
+        }
+    }  # fmt: skip
+    train(folder / "data", folder, recipe=recipe, seed=seed, device=device, progress=progress)
     return evaluate(folder, seed=seed, device=device, progress=progress)

@@ -285,7 +285,7 @@ def train(
     }  # fmt: skip
     settings = as_recipe(recipe, {"model": {"size": size, "init_from": init_from}, "training": training})
     if minutes is not None:
-        settings.training.steps = None  # what is asked for here wins over a recipe
+        settings.training.steps = settings.training.max_minutes = None  # what is asked for here wins over a recipe
     if lora and settings.training.lora is None:
         settings.training.lora = LoraRecipe()
     folder = Path(out).expanduser()

@@ -315,6 +315,14 @@ class Step:
     batches: list[Batch]
     span_records: list[np.ndarray]  # a batch -> a span -> record, -1 where it takes no part in the contrast
     records: np.ndarray  # the records visited
+    first: int | None = None  # batches of the first of two threads, which has half of the work; None: it is not cut
+
+    def halves(self) -> list[Step]:
+        """What each of two threads computes; the step itself where it was not cut for two."""
+        if self.first is None:
+            return [self]
+        parts = slice(self.first), slice(self.first, None)
+        return [Step(self.batches[part], self.span_records[part], self.records) for part in parts]
 
 
 class Sampler:
@@ -336,6 +344,7 @@ class Sampler:
         shares: ListOf[float] = (),  # of a batch, for each dataset but the first, which has the rest
     ) -> None:
         self.worth = worth
+        self.media_work: dict[str, float] | None = None  # to cut steps for two threads: see `cut_in_two`
         self.split, self.vocabulary, self.media = split, vocabulary, media
         self.context, self.seed, self.cond_dropout = context, seed, cond_dropout
         self.augment, self.augment_targets = augment, augment_targets
@@ -421,12 +430,22 @@ class Sampler:
             made.append((Sequence().read_ids([self.vocabulary.pad]), -1))
         made.sort(key=lambda pair: len(pair[0]))
         batches, span_records = [], []
-        cuts = cut_by_length([len(sequence) for sequence, _ in made], self.worth)
+        middle = self._middle([sequence for sequence, _ in made])
+        lengths = [len(sequence) for sequence, _ in made]
+        left, right = (cut_by_length(part, self.worth) for part in (lengths[:middle], lengths[middle:]))
+        cuts = [*left, *([middle] if middle else []), *(middle + cut for cut in right)]
         for start, stop in zip([0, *cuts], [*cuts, len(made)], strict=True):
             group = made[start:stop]
             batches.append(collate([s for s, _ in group], self.media, self.vocabulary.pad, few_shapes=True))
             span_records.append(np.array([record for s, record in group for _ in s.spans], np.int64))
-        return Step(batches, span_records, records)
+        return Step(batches, span_records, records, len(left) + 1 if middle else None)
+
+    def _middle(self, sequences: list[Sequence]) -> int:
+        """Where sequences of rising length are cut for two threads; 0 where they are not."""
+        if self.media_work is None or len(sequences) < 2:
+            return 0
+        work = [sum(self.media_work[name] * len(sample) for _, name, sample, _ in one.media) for one in sequences]
+        return cut_in_two([len(one) for one in sequences], work)
 
     def _media(self, epochs: np.ndarray, records: np.ndarray) -> tuple[Media, Media]:
         """The samples that this step reads and the codes that it writes, by (column, record), augmented as (seed,
@@ -559,6 +578,16 @@ def cut_by_length(lengths: list[int], worth: float = PASS, grain: int | None = N
     at = places[best]
     left, right = (cut_by_length(part, worth, grain) for part in (lengths[:at], lengths[at:]))
     return [*left, at, *(at + cut for cut in right)]
+
+
+def cut_in_two(lengths: list[int], more: list[float]) -> int:
+    """Where to cut sequences of rising length so that two threads take equally long: a part takes as its sequences do
+    when each is filled up to its longest, and what `more` says, in tokens, for the media of each."""
+    sums = np.cumsum(more)
+    counts = np.arange(1, len(lengths))
+    left = counts * np.array(lengths[:-1]) + sums[:-1]
+    right = (len(lengths) - counts) * lengths[-1] + sums[-1] - sums[:-1]
+    return int(np.argmin(np.maximum(left, right))) + 1
 
 
 def lm_windows(ids: list[int], opener: int, end: int | None, context: int) -> list[Sequence]:

@@ -1,4 +1,4 @@
-"""How many steps a time budget holds, and whether compiling pays within it."""
+"""How many steps a time budget or a cap holds, and whether compiling pays within it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from plait.core.config import TrainingRecipe
 from plait.core.device import compiler
 from plait.core.errors import PlaitError
 from plait.kernels import training as training_kernels
@@ -19,7 +20,7 @@ CALIBRATION_STEPS = 8  # by which a step's time is measured
 FEWEST_STEPS = 20  # of a schedule, however short the time
 VALIDATION_SHARE = 0.07  # of the time, which validations take
 COMPILE_SECONDS = 600  # of training, from which compiling pays
-REVISED_AT = (8, 4, 2)  # after the eighth, the quarter and the half of the schedule it is planned anew
+REVISED_AT = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8)  # shares of the schedule after which it is planned anew
 
 
 def calibrate(model: Multimodal, optimizer: torch.optim.Optimizer, step: Callable[[int], Any], seconds: float) -> int:
@@ -43,16 +44,27 @@ def calibrate(model: Multimodal, optimizer: torch.optim.Optimizer, step: Callabl
     return max(int(left * (1 - VALIDATION_SHARE) / np.median(np.diff(clock))), FEWEST_STEPS)
 
 
+def is_timed(settings: TrainingRecipe) -> bool:
+    """Whether the clock has a say in the length of the schedule: steps that nothing caps are taken all."""
+    return settings.steps is None or settings.max_minutes is not None
+
+
+def within(settings: TrainingRecipe, possible: int) -> int:
+    """The length of a schedule that has the time for `possible` steps: the steps asked for, where they fit."""
+    return possible if settings.steps is None else min(settings.steps, possible)
+
+
 def revise(run: Run, step: int, seconds: float, used: float) -> None:
     """Plan anew where the steps so far, which `used` so many of the `seconds`, show that the machine is slower or
     faster than it was measured: what else ran beside may have begun or ended."""
     planned = run.steps_from(step)
-    if not step or step not in [planned // part for part in REVISED_AT]:
+    if not step or step not in [int(planned * share) for share in REVISED_AT]:
         return
     used = run.group.broadcast(used)
     possible = max(step + int(max(seconds - used, 0) / (used / step)), step + 1)
-    if not 0.9 * planned < possible < 1.1 * planned:
-        run.record(revisions=[*run.metadata.get("revisions", []), {"at": step, "steps": possible}])
+    steps = max(within(run.settings, possible), step + 1)
+    if not 0.9 * planned < steps < 1.1 * planned:
+        run.record(revisions=[*run.metadata.get("revisions", []), {"at": step, "steps": steps}])
 
 
 def compiles(run: Run, model: Multimodal, seconds: float) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -23,6 +24,7 @@ from plait.model.multimodal import IGNORE, Multimodal, SequenceSpan
 from plait.model.objectives import likelihoods
 from plait.training.batches import Split, Step
 from plait.training.distributed import Group, Network
+from plait.training.streams import Streams
 
 
 @dataclass
@@ -132,6 +134,7 @@ def step_losses(
     weights: Mapping[str, float] | None = None,
     key: int = 0,
     smoothing: float = 0.0,
+    streams: Streams | None = None,
 ) -> tuple[dict[str, float], int]:
     """The losses of a global batch and, with `weights`, their gradients.
 
@@ -145,40 +148,54 @@ def step_losses(
             than one part then means one more forward pass each where there is a contrast. None: no gradients.
         key: What dropout is a function of, so that it is the same when a part is computed twice.
         smoothing: Share of each target that is spread over what is possible there.
+        streams: Threads that compute the halves of a part at the same time, where it was cut in two.
 
     Returns:
         Objective -> its loss over the global batch, each likelihood a mean per token in nats; and the tokens of it.
     """
     model: Multimodal = network.loss_module.model
-    layout = _layout(parts, model, group)
+    streams = streams or Streams()
+    halves = [streams.halves(part) for part in parts]
+    layout = _layout([half for part in halves for half in part], model, group)
     learning = weights is not None
 
-    def forward(index: int, likelihood: bool = True, last: bool = True) -> Output:
+    def forward(index: int, likelihood: bool = True, last: bool = True) -> list[Output]:
+        """Of the halves of a part."""
         torch.manual_seed(key + index)
-        return network(parts[index], restricted, bool(layout.pairs), likelihood, smoothing, last=last)
+        return streams.map(
+            lambda half: network(halves[index][half], restricted, bool(layout.pairs), likelihood, smoothing, last=last),
+            len(halves[index]),
+        )
 
     with torch.set_grad_enabled(learning):
         only = forward(0) if len(parts) == 1 else None
     contrast = ContrastResult({}, [], {})
     if layout.pairs:
         with torch.no_grad():
-            outputs = [only] if only else [forward(index, likelihood=False) for index in range(len(parts))]
+            outputs = only or [out for index in range(len(parts)) for out in forward(index, likelihood=False)]
         embeddings = [output.embeddings.detach() for output in outputs if output.embeddings is not None]
         contrast = _contrast(network, layout, embeddings, split, group, weights)
     sums = dict.fromkeys(layout.counts, 0.0)
+    done = 0  # halves
     for index in range(len(parts)):
         last = index == len(parts) - 1
         with torch.set_grad_enabled(learning):
-            output = only or forward(index, last=last)
-        for token_type, value in output.sums.items():
-            sums[token_type] += float(value.detach())
+            outputs = only or forward(index, last=last)
+        for output in outputs:
+            for token_type, value in output.sums.items():
+                sums[token_type] += float(value.detach())
         if weights is not None:
-            grad = contrast.grads[index] if contrast.grads else None
-            share = _objective_share(output, layout, weights, grad)
-            for name, scalar in model.pair_scalars.items():
-                scalar_grad = contrast.scalar_grads.get(name, torch.zeros(()))
-                share = share + scalar * (scalar_grad / (group.size * len(parts)))
-            network.backward(share, last)
+            shares = []
+            for number, output in enumerate(outputs):
+                grad = contrast.grads[done + number] if contrast.grads else None
+                share = _objective_share(output, layout, weights, grad)
+                if not number:  # of the loss's scalars, once a part
+                    for name, scalar in model.pair_scalars.items():
+                        scalar_grad = contrast.scalar_grads.get(name, torch.zeros(()))
+                        share = share + scalar * (scalar_grad / (group.size * len(parts)))
+                shares.append(share)
+            streams.map(partial(_backward, network, shares, last), len(shares))
+        done += len(outputs)
     totals = group.all_reduce(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
     means = {
         token_type: total / count
@@ -186,6 +203,11 @@ def step_losses(
         if count
     }
     return {**means, **contrast.losses}, layout.tokens
+
+
+def _backward(network: Network, shares: list[Tensor], last: bool, number: int) -> None:
+    """The gradients of a half's share of the objective."""
+    network.backward(shares[number], last)
 
 
 def _layout(parts: list[Step], model: Multimodal, group: Group) -> StepLayout:

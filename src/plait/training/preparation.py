@@ -38,7 +38,7 @@ class Prepared:
     source: Source  # of the data
     splits: dict[str, Split]  # "train" and "val"
     init_from: Checkpoint | None  # the model that this one was extended from
-    seconds: float  # that are left of the time budget
+    seconds: float  # that are left of the time budget, or of the cap
     inherited: set[str]  # tensors of a base that stay as they are, and no checkpoint holds
 
 
@@ -91,7 +91,8 @@ def prepare_run(run: Run, reuse: Path | None) -> Prepared:
         earlier = read_json(reuse / "run.json")["prepared"] if reuse else 0.0
         run.record(prepared=group.broadcast(max(time.perf_counter() - begun, earlier)))
     share = 1 - CLASSIFIER_SHARE if run.settings.task == "recognise" else 1.0
-    seconds = max(run.minutes * 60 * share - run.metadata["prepared"], 1.0)
+    minutes = run.settings.max_minutes or run.minutes
+    seconds = max(minutes * 60 * share - run.metadata["prepared"], 1.0)
     return Prepared(model, text, source, splits, init_from, seconds, inherited)
 
 

@@ -31,7 +31,7 @@ from plait.data.dataset import Dataset
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import ModelConfig, Multimodal
 from plait.training.batches import PASS, BatchPrefetcher, Sampler
-from plait.training.budget import VALIDATION_SHARE, calibrate, compiles, revise
+from plait.training.budget import VALIDATION_SHARE, calibrate, compiles, is_timed, revise, within
 from plait.training.build import label_columns
 from plait.training.callbacks import Callback, Callbacks, EndEvent, StartEvent, StepEvent, ValidationEvent
 from plait.training.checkpointing import Position, Saver, restore
@@ -43,6 +43,7 @@ from plait.training.losses import LossModule, step_losses, weighted
 from plait.training.optimizer import Average, learning_rate_at, make_optimizer
 from plait.training.preparation import Prepared, join_replayed, prepare_run
 from plait.training.run import Progress, Report, Run, difference
+from plait.training.streams import Streams, can_be_cut, media_work
 
 FULL_SOFTMAX, DROPOUT = 17, 18  # keys of `uniform`: for steps with the whole softmax, and for what a step hides
 LOG_EVERY = 10  # steps
@@ -158,6 +159,7 @@ class Trainer:
         self.done = False
 
     def _setup_network(self) -> None:
+        """Share the network between the processes; decide once whether its blocks are compiled."""
         self.model.backbone.set_activation_checkpointing(self.settings.activation_checkpointing)
         self.network = Network(
             LossModule(self.model, self.run.device),
@@ -167,6 +169,11 @@ class Trainer:
             self.run.device,
         )
         self.model.train()
+        if "compiled" not in self.run.metadata:
+            undecided = "steps" not in self.run.metadata
+            self.run.record(compiled=undecided and compiles(self.run, self.model, self.prepared.seconds))
+        if self.run.metadata["compiled"] and self.group.size == 1:
+            self.model.backbone.compile_blocks()
 
     def _setup_batches(self) -> None:
         """Samplers of both splits, and the thread that makes batches ahead. Raises PlaitError where a batch has fewer
@@ -187,7 +194,22 @@ class Trainer:
                 "training.batch_size."
             )
         own = range(self.group.rank * micro_batches, (self.group.rank + 1) * micro_batches)
+        self.streams = self._make_streams()
         self.batches = BatchPrefetcher(lambda step: [self.train_sampler.step(step, part, parts) for part in own])
+
+    def _make_streams(self) -> Streams:
+        """Two threads where a processor has as many for this run and halves of a step give what the whole gives; then
+        samplers cut steps in two. A run that goes on does as it began."""
+        run, settings = self.run, self.settings
+        if "streams" not in run.metadata:
+            whole = self.group.size > 1 or settings.activation_checkpointing or run.metadata["compiled"]
+            possible = torch.get_num_threads() > 1 and not whole and can_be_cut(self.model, run.device)
+            run.record(streams=2 if possible else 1)
+        streams = run.metadata["streams"] if self.group.size == 1 else 1
+        if streams > 1:
+            for sampler in filter(None, (self.train_sampler, self.val_sampler)):
+                sampler.media_work = media_work(self.model)
+        return Streams(streams)
 
     def _make_sampler(self, split: str, batch_size: int, training: bool) -> Sampler:
         settings = self.settings
@@ -227,21 +249,33 @@ class Trainer:
         return newest
 
     def _setup_schedule(self) -> None:
-        """Decide once whether blocks are compiled and how many steps the run has: as many as its time budget holds."""
+        """Decide once how many steps the run has: as many as were asked for, and as its time holds."""
         run, seconds = self.run, self.prepared.seconds
-        if "compiled" not in run.metadata:
-            run.record(compiled="steps" not in run.metadata and compiles(run, self.model, seconds))
-        if run.metadata["compiled"] and self.group.size == 1:
-            self.model.backbone.compile_blocks()
         if "steps" in run.metadata:
             return
         steps = self.settings.steps
-        if not steps:
+        if is_timed(self.settings):
+            begun = time.perf_counter()
             possible = calibrate(self.model, self.optimizer, self._optimize, seconds)
-            steps = self.saver.step + int(self.group.broadcast(possible))
+            possible = self.saver.step + int(self.group.broadcast(possible))
             self.optimizer = self._make_optimizer()  # without what the throw-away steps left in it
+            steps = within(self.settings, possible)
+            self._tell_cap(steps, possible, seconds - (time.perf_counter() - begun))
             run.record(validations=self._affordable_validations(steps))
         run.record(steps=steps)
+
+    def _tell_cap(self, steps: int, possible: int, seconds: float) -> None:
+        """Where steps were asked for and their time is capped: what to expect."""
+        if self.settings.steps is None:
+            return
+        expected = seconds * steps / possible / 60
+        note = (
+            f"{steps} steps, some {expected:.1f} minutes as busy as it is here; "
+            f"training ends after {self.settings.max_minutes:g} at most"
+        )
+        if steps < self.settings.steps:
+            note += f", which do not hold the {self.settings.steps} asked for"
+        self.run.report(Progress("note", 1, 1, note=note))
 
     def _affordable_validations(self, steps: int) -> int:
         """As many validations as the recipe asks for, but no more than their share of a time budget holds."""
@@ -287,6 +321,7 @@ class Trainer:
             raise
         finally:
             self.batches.close()
+            self.streams.close()
             self.log.close()
             self.callbacks.on_end(EndEvent(self.position.step, self.done, self.run.folder))
         if self.position.step < self.total_steps:
@@ -304,7 +339,7 @@ class Trainer:
     def train_step(self) -> None:
         """One step: schedule, batch, losses, gradients, weights, average; then its log."""
         step = self.position.step
-        if self.settings.steps is None and self.first_step == 0:
+        if is_timed(self.settings) and self.first_step == 0:
             revise(self.run, step, self.prepared.seconds, time.perf_counter() - self.started)
         learning_rate = learning_rate_at(step, self.total_steps, self.run.peak, self.settings.warmup)
         for options in self.optimizer.param_groups:
@@ -335,6 +370,7 @@ class Trainer:
             settings.weights,
             dropout_key,
             settings.label_smoothing,
+            self.streams,
         )
         grad_norm = self.network.clip_grad_norm(settings.grad_clip)
         if not (math.isfinite(grad_norm) and math.isfinite(weighted(losses, settings.weights))):
@@ -397,7 +433,7 @@ class Trainer:
             for number in range(min(VALIDATION_STEPS, sampler.steps_per_epoch)):
                 self._obey_signals()
                 parts = [sampler.step(number, self.group.rank, self.group.size)]
-                losses, _ = step_losses(self.network, parts, self.splits["val"], self.group)
+                losses, _ = step_losses(self.network, parts, self.splits["val"], self.group, streams=self.streams)
                 for name, value in losses.items():
                     sums.setdefault(name, []).append(value)
         finally:
