@@ -16,18 +16,20 @@ def export(
     model: ModelArgument,
     out_folder: Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")],
     to: Annotated[
-        str, typer.Option(help="transformers, gguf, peft (LoRA's updates alone), onnx or tflite.")
+        str,
+        typer.Option(help="folder (for plait itself), transformers, gguf, peft (LoRA's updates alone), onnx, tflite."),
     ] = "transformers",
     adapter: Annotated[Path | None, typer.Option(help="A folder of an adapter to add to the weights first.")] = None,
     length: Annotated[int | None, typer.Option(help="Positions of a tflite graph; by itself 512 at most.")] = None,
 ) -> None:
-    """Write the text-and-codes backbone for other programs. docs/how-to/export.md says what each form can do.
+    """Write a model for other machines and programs: a folder for plait; the text-and-codes backbone; and of a run that
+    recognises images or audio, as onnx, the whole classifier. docs/how-to/export.md says what each form can do.
 
-    Example: plait export runs/demo --to transformers -o exported
+    Example: plait export runs/photos --to onnx -o classifier
     """
     exported = plait.export(
         model, out_folder, to=to, adapter=adapter, length=length, tell=lambda line: out.print(plain(line))
     )
     if exported.difference is not None:
-        out.print(f"Compared: logits within {exported.difference:.1e} of ours")
+        out.print(f"Compared: within {exported.difference:.1e} of ours")
     out.print(f"Written: {exported.folder}")
