@@ -21,6 +21,7 @@ from plait.core import config
 from plait.core.settings import RECIPE_SECTIONS
 from plait.modalities.audio import AudioSettings
 from plait.modalities.image import ImageSettings
+from plait.modalities.registry import SETTINGS
 from plait.training.build import size_table
 
 HERE = Path(__file__).parent
@@ -83,6 +84,7 @@ def recipes() -> str:
         "model.text": config.TextRecipe,
         "model.image": ImageSettings,
         "model.audio": AudioSettings,
+        "model.video": SETTINGS["video"],
         **added["model"],
         "training": config.TrainingRecipe,
         "training.lora": config.LoraRecipe,

@@ -96,6 +96,7 @@ def r12(server: Server, model: str, count: int) -> None:
     """Requests that fit the OpenAPI document, requests that do not, and a corpus of bad JSON and bodies."""
     wanted = server.post("/v1/completions", GOOD)[1]["choices"]
     before = server.metric("plait_requests_total")
+    server.ask("GET", "/openapi.json")  # made at first use; a busy machine may take long
     tool = Path(sys.executable).with_name("schemathesis")
     if tool.exists():
         checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"

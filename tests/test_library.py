@@ -38,6 +38,7 @@ TWINS = {
     "classify": "plait:Model.classify",
     "decide": "plait:Model.decide",
     "describe": "plait:Model.describe",
+    "caption": "plait:Model.describe",
     "transcribe": "plait:Model.transcribe",
     "draw": "plait:Model.draw",
     "speak": "plait:Model.speak",
@@ -55,6 +56,7 @@ TWINS = {
     "chat": "plait.chat.session:Session.say",
     "reply": "plait.chat.replies:open_replies",
     "serve": "plait.server.app:serve",
+    "mcp": "plait.server.mcp:build_server",
     "example": "plait.data.examples:write_example",
     "recipes": "plait.core.recipes:packaged_recipes",
     "studio": "plait.studio.app:serve",
@@ -68,7 +70,11 @@ SHOWS = {"as_json", "out_folder", "run", "study", "device", "model", "files", "i
 SHOWS |= {"all_figures"}
 OTHER = {
     ("train", "processes"),  # starts the program several times, as torchrun does
-    ("generate", "precision"), ("classify", "precision"),  # arguments of `plait.load`
+    ("generate", "precision"), ("generate", "adapter"), ("classify", "precision"),  # arguments of `plait.load`
+    ("prepare", "several"), ("prepare", "number"),  # short for entries of `map`
+    ("prepare", "estimate"),
+    ("evaluate", "labels"), ("evaluate", "column"),  # of `plait.label_review`
+    ("classify", "table"), ("classify", "xmp"), ("classify", "overwrite"), ("classify", "workers"),  # `plait.tabulate`
 }  # fmt: skip
 
 

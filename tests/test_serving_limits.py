@@ -49,7 +49,7 @@ def server(
     """Small limits, a key, and an allowed origin."""
     folder = tmp_path_factory.mktemp("strict")
     shown = io.StringIO()
-    monkeysession.setattr("plait.console.out.file", shown)
+    monkeysession.setattr("plait.console.out._file", shown)  # `file`, a property, would be pinned to today's stdout
     assert plait("key", folder / "keys", "--name", "alice") == 0
     monkeysession.undo()
     key = shown.getvalue().strip()

@@ -83,7 +83,7 @@ def test_clips_are_learnt_and_found_by_moment(tmp_path: Path) -> None:
     assert dataset is not None and dataset.columns == {"video": "video", "label": "text"} and len(dataset) == 24
     assert "damaged mp4" in dataset.rejects[0].reason
     recipe = {
-        "model": {"backbone": {"width": 32, "layers": 1, "heads": 2, "context": 64}, "text": {"vocabulary": 256}},
+        "model": {"backbone": {"width": 32, "layers": 1, "heads": 2, "context": 160}, "text": {"vocabulary": 256}},
         "training": {"steps": 12, "recogniser_steps": 30, "batch_size": 8, "precision": "fp32", "compile": "off"},
     }
     run = plait.train(dataset, tmp_path / "run", recipe=recipe)

@@ -42,6 +42,7 @@ def plain(text: str) -> str:
 
 
 def show_manifest(manifest: Manifest, folder: str | Path) -> None:
+    """Print what a dataset holds: its columns, counts, warnings and where it lies."""
     table = Table("column", "what", "records", "length", box=None, header_style="bold")
     for name, kind in manifest.columns.items():
         lengths = manifest.statistics.get(name)
@@ -67,6 +68,7 @@ def show_manifest(manifest: Manifest, folder: str | Path) -> None:
 
 
 def existing(path: Path) -> Path:
+    """The path of a file. Raises PlaitError where there is none."""
     if not path.is_file():
         from plait.core.errors import PlaitError
 
@@ -82,6 +84,7 @@ def note_windows(model: Model, value: str | Path) -> None:
 
 
 def write(path: Path, data: bytes) -> None:
+    """Write a file that a command was asked for. Raises PlaitError where that fails."""
     from plait.core.errors import PlaitError
 
     try:
@@ -91,6 +94,7 @@ def write(path: Path, data: bytes) -> None:
 
 
 def show_metrics(metrics: dict[str, Any]) -> None:
+    """Print figures with their standard errors, chance and baseline, one a line."""
     table = Table("figure", "value", "±", "chance", "baseline", "n", box=None, header_style="bold")
     # The figures of single labels, and times, are in the files.
     names = [name for name in metrics if "[" not in name and not name.startswith("timing/")]

@@ -23,6 +23,7 @@ from plait.modalities.media import MEDIA
 
 FILE, ARRAYS = "classifiers.json", "classifiers.safetensors"
 VERSION = 2
+PORTABLE = ("linear", "network")  # the opinions that need no backbone
 
 
 @dataclass
@@ -59,7 +60,8 @@ class Classifier:
     """What decides about `labels` of the column `target`, from the column `source`.
 
     `mirrored`: images mean the same when mirrored, so both are asked. `measured` tells what `records` of validation
-    showed: opinion -> accuracy; `guess` is that of always saying train's most frequent label.
+    showed: opinion -> accuracy; `guess` is that of always saying train's most frequent label. `portable` mixes those
+    opinions alone that need no backbone, for programs of others; None where it was not fitted.
     """
 
     source: str
@@ -73,6 +75,7 @@ class Classifier:
     guess: float = 0.0
     records: int = 0
     novelty: dict[str, Novelty] = field(default_factory=dict)  # "features", "network": views of what is unlike
+    portable: Mixture | None = None
 
     def linear_scores(self, inputs: Sequence[Any]) -> np.ndarray:
         """The linear opinion, (N, labels)."""
@@ -111,6 +114,7 @@ def save_classifiers(classifiers: Sequence[Classifier], folder: Path) -> list[st
                 "measured": one.measured,
                 "guess": one.guess,
                 "records": one.records,
+                "portable": asdict(one.portable) if one.portable else None,
             }
         )
     facts = {"version": VERSION, "classifiers": entries}
@@ -147,6 +151,7 @@ def load_classifiers(folder: Path) -> list[Classifier]:
             Classifier(
                 entry["source"], entry["target"], entry["labels"], features, linear, mixture, entry["mirrored"],
                 entry["measured"], entry["guess"], entry["records"], novelty,
+                Mixture(**entry["portable"]) if entry["portable"] else None,
             )
         )  # fmt: skip
     return found

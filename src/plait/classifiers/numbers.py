@@ -54,6 +54,7 @@ def expand(features: Any, kernel: bool) -> Any:
 
 
 def apply_ridge(features: Any, weights: np.ndarray) -> np.ndarray:
+    """What weights (F + 1,), the last of which is a constant, predict of features (N, F): (N,)."""
     return np.asarray(features @ weights[:-1] + weights[-1], np.float64)
 
 

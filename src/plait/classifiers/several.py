@@ -115,6 +115,7 @@ def thresholds_of(chances: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 def sigmoid(values: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-x)), elementwise."""
     return np.asarray(1 / (1 + np.exp(-values)))
 
 

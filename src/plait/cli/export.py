@@ -17,22 +17,24 @@ def export(
     out_folder: Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")],
     to: Annotated[
         str,
-        typer.Option(help="transformers, gguf, peft (LoRA's updates alone), onnx, tflite, or html (a page)."),
+        typer.Option(
+            help="folder (for plait), transformers, gguf, peft (LoRA's updates alone), onnx, tflite, html (a page)."
+        ),
     ] = "transformers",
     adapter: Annotated[Path | None, typer.Option(help="A folder of an adapter to add to the weights first.")] = None,
     length: Annotated[int | None, typer.Option(help="Positions of a tflite graph; by itself 512 at most.")] = None,
 ) -> None:
-    """Write the text-and-codes backbone for other programs, or a page that classifies images.
-
+    """Write a model for other machines and programs: a folder for plait; the text-and-codes backbone; and of a run that
+    recognises images or audio, as onnx, the whole classifier, or of images, as html, a page that classifies offline.
     docs/how-to/export.md says what each form can do.
 
-    Example: plait export runs/demo --to transformers -o exported
+    Example: plait export runs/photos --to onnx -o classifier
     """
     exported = plait.export(
         model, out_folder, to=to, adapter=adapter, length=length, tell=lambda line: out.print(plain(line))
     )
     if exported.difference is not None:
-        out.print(f"Compared: logits within {exported.difference:.1e} of ours")
+        out.print(f"Compared: within {exported.difference:.1e} of ours")
     if exported.accuracy is not None:
         out.print(f"Measured: {exported.accuracy:.1%} of records of test are right")
     out.print(f"Written: {exported.folder}")

@@ -37,6 +37,7 @@ def cache_folder(name: str) -> Path:
 
 
 def sha256_file(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -72,10 +73,12 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 def json_text(value: object) -> str:
+    """A value as JSON, indented by one space, with a newline at its end."""
     return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
 
 
 def write_json(path: Path, value: object) -> None:
+    """Write a value as JSON, atomically."""
     write_atomic(path, json_text(value))
 
 

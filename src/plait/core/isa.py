@@ -63,6 +63,7 @@ NAMES = tuple(level.name for level in LEVELS)
 
 
 def by_name(name: str) -> Level:
+    """The level of a name in `NAMES`. Raises ValueError for another."""
     return LEVELS[NAMES.index(name)]
 
 

@@ -64,6 +64,8 @@ class Column:
 
 @dataclass
 class Table:
+    """A table of a source: what its columns are, first values of each (`samples`), and its rows by given split."""
+
     file: str
     split: str | None  # of its rows, where they do not say another one
     columns: dict[str, Column] = field(default_factory=dict)

@@ -70,6 +70,7 @@ class UnsupportedError(PlaitError):
 
 
 def refuse(file: Path, what: str) -> UnsupportedError:
+    """The error for a checkpoint that none of our architectures computes; `what` says why."""
     known = ", ".join(a.class_name.removesuffix("ForCausalLM").removesuffix("LMHeadModel") for a in _ALL)
     return UnsupportedError(
         f"{file}: {what}. Plait runs {known} itself; others work through {DISTRIBUTION}[huggingface]."

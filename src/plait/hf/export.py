@@ -25,12 +25,27 @@ from plait.core.errors import PlaitError
 from plait.core.files import publish_folder, write_atomic, write_json
 from plait.hf.architectures import ARCHITECTURES, Architecture, Biases, layout
 from plait.modalities.base import END, PAD, Vocabulary
-from plait.model.checkpoint import Checkpoint
+from plait.model.checkpoint import Checkpoint, save
 from plait.model.multimodal import Multimodal
 from plait.model.transformer import TransformerConfig
 
 ONNX_TOLERANCE = 1e-4
 MIN_P = 0.02  # of the likeliest id's probability: what plain sampling leaves out
+
+
+# --- a folder of our own --------------------------------------------------------------------------------------------
+
+
+def export_folder(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write a checkpoint for use alone, readable for every user of the machine: no state of training, and no codecs of
+    media that the model never writes. Raises PlaitError where the folder cannot be written."""
+    must_be_free(folder)
+    unused = tuple(f"modalities.{name}.codec." for name in checkpoint.model.config.read_only)
+    tensors = {name: value for name, value in checkpoint.model.state_dict().items() if not name.startswith(unused)}
+    save(checkpoint, folder, tensors)
+    folder.chmod(0o755)
+    for file in folder.iterdir():
+        file.chmod(0o644)
 
 
 # --- transformers -----------------------------------------------------------------------------------------------
@@ -60,6 +75,7 @@ def export_transformers(checkpoint: Checkpoint, folder: Path) -> str:
 
 
 def must_be_free(folder: Path) -> None:
+    """Raises PlaitError where a folder exists and is not empty."""
     if Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
         raise PlaitError(f"{folder} exists and is not an empty folder. Name a new one, or delete it first.")
 
@@ -177,6 +193,7 @@ def _config(checkpoint: Checkpoint, architecture: Architecture, size: int) -> di
 
 @torch.no_grad()
 def tensors_of(model: Multimodal, architecture: Architecture, size: int) -> dict[str, Tensor]:
+    """The tensors of a checkpoint under the names that transformers gives them."""
     c = model.config.backbone
     ours = {f"backbone.{name}": value for name, value in model.backbone.state_dict().items()}
     ours["token_embedding.free"] = model.token_embedding.table()[:size]
@@ -262,6 +279,7 @@ def _tokenizer_config(checkpoint: Checkpoint, names: dict[str, str]) -> dict[str
 
 
 def card(checkpoint: Checkpoint, what: str) -> str:
+    """The README of an exported model, as the Hugging Face hub shows it."""
     vocabulary = checkpoint.model.vocabulary
     id_ranges = "\n".join(f"| {name} | {start} | {stop - 1} |" for name, (start, stop) in vocabulary.id_ranges.items())
     openers = ", ".join(f"`<|{column}|>`" for column in vocabulary.columns) or "none"

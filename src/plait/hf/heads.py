@@ -108,7 +108,7 @@ class MediaEncoder:
 
     def _pooled(self, values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         encoder: Any = self.modality.encoder
-        if self.kind == "image":
+        if encoder.known.reads == "pixels":
             states = encoder.hf_encoder(pixel_values=encoder.pixels(values))
             if states.ndim == 4:
                 return torch.cat((states.mean((2, 3)), states.amax((2, 3))), 1)

@@ -88,6 +88,8 @@ class Completion:
 
 @dataclass
 class Result:
+    """What the engine made of a request: its samples, as many as were asked for."""
+
     samples: list[Completion]
 
 

@@ -59,6 +59,7 @@ def threads_for(work: int) -> int:
 
 
 def round_up(count: int, to: int) -> int:
+    """The least multiple of `to` that is not below `count`."""
     return -(-count // to) * to
 
 

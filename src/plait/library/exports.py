@@ -1,4 +1,4 @@
-"""`plait.export`: a model's text-and-codes backbone, written for other programs."""
+"""`plait.export`: a model for other machines and programs: its backbone, its classifier, or all that it needs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class Export:
 
     Attributes:
         folder: where it lies.
-        difference: the largest difference of logits from ours, where the written model was run and compared.
+        difference: the largest difference from ours of logits, or of a classifier's probabilities, where the written
+            model was run and compared.
         accuracy: of a page, on records of test.
     """
 
@@ -40,13 +41,17 @@ def export(
     length: int | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Export:
-    """Write a model's text-and-codes backbone for other programs.
+    """Write a model for other machines and programs.
+
+    `folder` has all that `plait` needs to use it, and nothing that only training does. `onnx` writes the whole
+    classifier of a run that recognises images or audio, with an example page, and of other models the text-and-codes
+    backbone, as all other forms do.
 
     Args:
         model: a model on the CPU, or what `plait.load` takes.
         out: the folder to write.
-        to: transformers, gguf, onnx or tflite; or peft, the low-rank updates of a run that was trained with LoRA alone;
-            html, a page that classifies images offline, calibrated and measured on the run's data.
+        to: folder, transformers, gguf, onnx or tflite; or peft, the low-rank updates alone of a run that was trained
+            with LoRA; or html, a page that classifies images offline, calibrated on the run's data.
         adapter: a folder of an adapter that is added to the weights first.
         length: positions of a tflite graph; 512 at most if left out.
         tell: called with lines about long work.
@@ -54,7 +59,8 @@ def export(
     Raises PlaitError for a format that is unknown or whose library is missing, and for a model that cannot be written.
     """
     from plait.hf.adapters import read_adapter
-    from plait.hf.export import export_onnx, export_transformers
+    from plait.hf.export import export_folder, export_onnx, export_transformers
+    from plait.hf.export_classifier import export_classifier, exportable
     from plait.hf.export_constraints import add_export_constraints
     from plait.hf.gguf_export import export_gguf
     from plait.hf.tflite import export_tflite
@@ -63,6 +69,7 @@ def export(
     from plait.model.lora import merge_adapter
 
     formats: dict[str, Callable[..., object]] = {
+        "folder": export_folder,
         "transformers": export_transformers,
         "gguf": export_gguf,
         "onnx": export_onnx,
@@ -84,6 +91,11 @@ def export(
         )
     if to == "html":
         return _page(loaded, Path(out))
+    if to == "folder":
+        export_folder(loaded.checkpoint, Path(out))
+        return Export(Path(out), None)
+    if to == "onnx" and (classifier := exportable(loaded)) is not None:
+        return Export(Path(out), export_classifier(loaded, classifier, Path(out)))
     if Verb.GENERATE not in loaded.verbs:
         raise PlaitError(f"{model} can {' and '.join(loaded.verbs)}, which no other program can; nothing is written.")
     if loaded.checkpoint.predictors and tell is not None:

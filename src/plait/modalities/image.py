@@ -112,6 +112,7 @@ def psnr(original: np.ndarray, rebuilt: np.ndarray, peak: float = 255.0) -> np.n
 
 
 def group_norm(width: int) -> nn.Module:
+    """A norm of (N, width, H, W) over eight groups of channels."""
     return nn.GroupNorm(8, width)
 
 

@@ -102,7 +102,7 @@ class ImageRecogniser(Recogniser):
 
     def _seen(self, values: Tensor) -> Tensor:
         # Channels last in memory, in which pooling and convolutions are twice as fast.
-        x = values.contiguous().movedim(-1, 1).float() / 64 - 2
+        x = values.contiguous().permute(0, 3, 1, 2).float() / 64 - 2
         for stage in self.trunk:
             x = stage(x)
         return x
@@ -131,6 +131,8 @@ class AudioRecogniser(Recogniser):
             self.trunk.append(nn.Sequential(*layers))
             bands, before = math.ceil(bands / 2), after
         features = before * bands
+        self.quarters: Tensor  # (bands / 8, 4): the mean of each quarter of the bands
+        self.register_buffer("quarters", F.adaptive_avg_pool1d(torch.eye(bands)[None], 4)[0], persistent=False)
         self.heads = nn.ModuleList(nn.Linear(before * 4 * (SEGMENTS + 1), count) for count in classes.values())
         self.norm = nn.LayerNorm(features)
         self.out = nn.Linear(features, width)
@@ -152,7 +154,7 @@ class AudioRecogniser(Recogniser):
 
     def pooled(self, values: Tensor, lengths: Tensor) -> Tensor:
         x, lengths = self._seen(values, lengths)
-        x = F.adaptive_avg_pool2d(x, (x.shape[2], 4)).permute(0, 2, 1, 3).flatten(2)  # (N, T / 4, F * 4)
+        x = (x @ self.quarters).permute(0, 2, 1, 3).flatten(2)  # (N, T / 4, F * 4)
         places = torch.arange(x.shape[1], device=x.device)[None, None]
         edges = torch.linspace(0, 1, SEGMENTS + 1, device=x.device)[None] * lengths[:, None]
         low, high = edges[:, :-1, None], edges[:, 1:, None]

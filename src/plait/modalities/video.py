@@ -469,14 +469,14 @@ def video_modality() -> tuple[Any, Any]:
 
         def __init__(self, settings: VideoSettings, width: int) -> None:
             super().__init__(settings.classes)
-            self.read = VideoTrunk(settings, learns_alone=True)
-            self.trunk = nn.ModuleList([self.read])
-            self.heads = nn.ModuleList(nn.Linear(4 * self.read.features, n) for n in settings.classes.values())
-            self.project = Projection(settings, self.read.features, width)
+            read = VideoTrunk(settings, learns_alone=True)
+            self.trunk = nn.ModuleList([read])
+            self.heads = nn.ModuleList(nn.Linear(4 * read.features, n) for n in settings.classes.values())
+            self.project = Projection(settings, read.features, width)
             self._frozen()
 
         def pooled(self, values: Tensor, lengths: Tensor) -> Tensor:
-            seen, heard = self.read(values, lengths)
+            seen, heard = self.trunk[0](values, lengths)
             exists = within(lengths, values.shape[1])[..., None]
             found = []
             for x, there in ((seen.flatten(1, 2), exists.repeat_interleave(seen.shape[2], 1)), (heard, exists)):
@@ -484,7 +484,7 @@ def video_modality() -> tuple[Any, Any]:
             return torch.cat(found, 1)
 
         def forward(self, values: Tensor, lengths: Tensor) -> Tensor:
-            projected: Tensor = self.project(*self.read(values, lengths))
+            projected: Tensor = self.project(*self.trunk[0](values, lengths))
             return projected
 
     class Video(nn.Module):

@@ -220,6 +220,18 @@ def verify(folder: Path) -> list[str]:
     return wrong
 
 
+def load_weights(model: Multimodal, tensors: dict[str, Tensor]) -> None:
+    """Put weights into a model. Those of codecs of media that it never writes may be missing, as `plait export --to
+    folder` leaves them out. Raises RuntimeError where others are missing or do not fit."""
+    unused = tuple(f"modalities.{name}.codec." for name in model.config.read_only)
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    missing = [name for name in missing if not name.startswith(unused)] if unused else missing
+    if missing or unexpected:
+        raise RuntimeError(
+            f"missing {', '.join(missing) or 'nothing'}; unexpected {', '.join(unexpected) or 'nothing'}"
+        )
+
+
 def load(folder: Path, device: torch.device | None = None) -> Checkpoint:
     """Read and verify a checkpoint folder. Raises PlaitError naming the file that is missing or damaged."""
     folder = Path(folder)
@@ -237,7 +249,7 @@ def load(folder: Path, device: torch.device | None = None) -> Checkpoint:
     try:
         model = Multimodal(config)
         tensors = load_file(folder / "model.safetensors")
-        model.load_state_dict(tensors)
+        load_weights(model, tensors)
         generation = GenerationConfig.model_validate(read_json(folder / "generation_config.json"))
     except (ValidationError, SafetensorError, RuntimeError) as error:
         raise PlaitError(f"{folder} does not hold a whole model: {error}") from error

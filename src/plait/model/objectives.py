@@ -22,6 +22,7 @@ MANY, SAFE = 1024, 60.0  # rows from which that pays, and the greatest logit tha
 
 
 def cut(count: int, size: int) -> list[slice]:
+    """Slices of `size` that cover `count` rows; the last may reach beyond."""
     return [slice(start, start + size) for start in range(0, count, size)]
 
 

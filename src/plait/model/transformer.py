@@ -157,6 +157,7 @@ def add_and_norm(x: Tensor, more: Tensor | None, norm: nn.Module) -> tuple[Tenso
 
 
 def make_norm(config: TransformerConfig) -> nn.Module:
+    """A norm over the last dimension (D), as the config says: root mean square or layer norm."""
     if config.norm == "rms":
         return RMSNorm(config.width, config.norm_eps)
     return nn.LayerNorm(config.width, eps=config.norm_eps)

@@ -300,6 +300,7 @@ def big(value: float) -> str:
 
 
 def gigabytes(value: float) -> str:
+    """Bytes as gigabytes, for people."""
     return f"{value / 1e9:,.3g}" if value < 999.5e9 else f"{value / 1e9:,.0f}"
 
 

@@ -113,6 +113,7 @@ def memory(network: Network, layout: Layout, load: Load) -> dict[str, float]:
 
 
 def total(network: Network, layout: Layout, load: Load) -> float:
+    """Bytes on one device, of all kinds that `memory` lists."""
     return sum(memory(network, layout, load).values())
 
 
@@ -123,6 +124,7 @@ def largest_batch(network: Network, layout: Layout, load: Load, machine: Machine
 
 
 def fits(network: Network, layout: Layout, load: Load, machine: Machine) -> bool:
+    """Whether a load fits the memory of one device of the machine."""
     return total(network, layout, load) <= machine.memory * USABLE
 
 

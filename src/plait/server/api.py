@@ -74,6 +74,7 @@ STREAM = {"text/event-stream": {"schema": EVENT}}
 
 
 def make_router() -> APIRouter:
+    """A router whose bodies are read within the limits and whose errors are OpenAI's."""
     return APIRouter(route_class=_Route, responses=ERRORS)
 
 
@@ -81,6 +82,7 @@ router = make_router()
 
 
 def of(request: Request) -> tuple[Service, RequestContext]:
+    """The service and the context of a request."""
     return request.app.state.service, request.scope["trail"]
 
 
@@ -119,6 +121,7 @@ def most_of(model: PlaitModel, wanted: int | None) -> int | None:
 
 
 def stops(stop: str | list[str] | None) -> tuple[str, ...]:
+    """Stop texts as a tuple, from one, several or none."""
     return (stop,) if isinstance(stop, str) else tuple(stop or ())
 
 
@@ -131,6 +134,7 @@ def text_column(model: PlaitModel, column: str | None) -> str | None:
 
 
 def finish_of(finish: str) -> str:
+    """OpenAI's finish_reason for how a completion ended."""
     return "length" if finish == "length" else "stop"
 
 
@@ -192,6 +196,7 @@ def _constraints(body: s.Writing) -> Iterator[tuple[str, Any]]:
 
 
 def usage_of(read_: int, written: int) -> dict[str, int]:
+    """OpenAI's usage, from the tokens that were read and written."""
     return {"prompt_tokens": read_, "completion_tokens": written, "total_tokens": read_ + written}
 
 

@@ -18,11 +18,11 @@ from pydantic import Field
 
 from plait.core.dist import VERSION, import_extra
 from plait.core.errors import PlaitError
-from plait.inference.base import Model
+from plait.inference.base import Model, Verb
 from plait.inference.decisions import Option, Question
 from plait.modalities.descriptor import MediaError
 from plait.modalities.image_files import encode_png
-from plait.modalities.media import Checker, media_type, sniff
+from plait.modalities.media import MEDIA, Checker, media_type, sniff
 from plait.server.limits import ApiError, Limits, decode_base64
 from plait.server.media import PATIENCE
 
@@ -247,9 +247,9 @@ def _generate(box: Toolbox) -> Callable[..., list[Any]]:
         if not box.who(verb):
             raise PlaitError(f"No model here can {verb}.")
         chosen: Any = box.model(model, verb)
-        if to == "image":
+        if verb == Verb.DRAW:
             return [_image(encode_png(box.run(lambda: chosen.draw(prompt, seed=seed))[0]))]
-        if to == "audio":
+        if verb == Verb.SPEAK:
             wave, rate = box.run(lambda: chosen.speak(prompt, seed=seed))[0]
             out = io.BytesIO()
             soundfile.write(out, wave, rate, format="WAV", subtype="PCM_16")
@@ -289,8 +289,8 @@ def _search(box: Toolbox) -> Callable[..., list[Any]]:
             similarity = "" if hit.similarity != hit.similarity else f" similarity {hit.similarity:.3f}"  # nan: words
             found.append(f"{hit.id} ({hit.kind}){similarity} {hit.text or columns}".strip())
             if hit.preview is not None:
-                kind = hit.kind
-                found.append(_image(hit.preview) if kind == "image" else _audio(hit.preview))
+                shown = _image if MEDIA[hit.kind].element == "img" else _audio
+                found.append(shown(hit.preview))
         return found or ["Nothing was found."]
 
     return search

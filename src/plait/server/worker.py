@@ -264,6 +264,7 @@ class Worker:
 
 
 def late() -> ApiError:
+    """The error for a request whose time is over."""
     return ApiError(504, "The request took longer than this server allows. Ask for less at once.", code="deadline")
 
 

@@ -177,6 +177,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 def set_random_state(state: dict[str, Tensor]) -> None:
+    """Set torch's random generators of all devices that are there."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
@@ -301,6 +302,7 @@ class Saver:
 
 
 def folder_name(step: int) -> str:
+    """The name of the folder of a step's checkpoint."""
     return f"step-{step:06d}"
 
 

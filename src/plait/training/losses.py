@@ -305,6 +305,7 @@ def _pairs(spans: np.ndarray, names: list[str]) -> dict[str, Pair]:
 
 
 def weight_of(name: str, weights: Mapping[str, float]) -> float:
+    """The weight of an objective: what the recipe says, else .5 for the contrastive one and 1 for others."""
     kind = name.partition(":")[0]  # of a pair, or of the codes of items, which have a space each
     return weights.get(kind, 0.5 if kind == "contrastive" else 1.0)
 

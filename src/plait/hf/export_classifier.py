@@ -1,0 +1,170 @@
+"""A whole classifier as one ONNX file with an example page: pixels or a waveform in, labels out.
+
+`classifier.onnx` runs in browsers (onnxruntime-web), on phones (onnxruntime-mobile) and everywhere else; what it reads
+and writes is told in `classifier.json`, and for people in `README.md`.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from plait.classifiers.classifier import Classifier
+from plait.core.dist import import_extra
+from plait.core.errors import PlaitError
+from plait.core.files import publish_folder, write_atomic, write_json
+from plait.hf.classifier_graph import ClassifierGraph
+from plait.hf.export import must_be_free
+from plait.inference.model import PlaitModel
+from plait.inference.opinions import opinion_scores
+from plait.modalities.base import MediaModality
+from plait.modalities.recogniser import Recogniser
+from plait.model.checkpoint import model_card
+
+TOLERANCE = 1e-3  # of a probability
+OPSET = 17
+CASES = 4  # inputs made of noise that are compared
+
+
+def exportable(model: PlaitModel) -> Classifier | None:
+    """The first classifier of a run that recognises media; None where it has none, or makes media too."""
+    network = model.checkpoint.model
+    for one in model.checkpoint.classifiers:
+        kind = one.features.kind
+        if kind == "text" or one.portable is None or kind not in network.config.read_only:
+            continue
+        encoder = network.media[kind].encoder
+        if "network" not in one.portable.used or isinstance(encoder, Recogniser):
+            return one
+    return None
+
+
+def export_classifier(model: PlaitModel, classifier: Classifier, folder: Path) -> float:
+    """Write the ONNX file, what it reads, a card and an example page; the file is run and compared with ours.
+
+    Returns the largest difference of a probability. Raises PlaitError where onnxruntime is not installed, the
+    difference is above 1e-3 or the folder cannot be written.
+    """
+    must_be_free(folder)
+    onnxruntime = import_extra("onnxruntime", "onnx", "Export to ONNX")
+    modality = model.modality(classifier.source)
+    graph = ClassifierGraph(classifier, modality).cpu().eval()
+    facts = _facts(classifier, modality)
+    rng = np.random.default_rng(0)
+    with publish_folder(folder) as aside:
+        file = aside / "classifier.onnx"
+        _trace(graph, _inputs(modality, _noise(modality, rng)), file)
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        worst = 0.0
+        for _ in range(CASES):
+            raw = _noise(modality, rng)
+            given = {name: value.numpy() for name, value in _inputs(modality, raw).items()}
+            probabilities, _ = session.run(["probabilities", "ood_score"], given)
+            worst = max(worst, float(np.abs(probabilities - _ours(model, classifier, raw)).max()))
+        if not worst <= TOLERANCE:
+            raise PlaitError(
+                f"The ONNX classifier's probabilities differ by {worst:.2g} from ours; nothing was written."
+            )
+        write_json(aside / "classifier.json", facts)
+        write_atomic(aside / "README.md", _card(model, classifier, facts))
+        write_atomic(aside / "index.html", files("plait.hf").joinpath("templates/classifier.html").read_bytes())
+    return worst
+
+
+def _ours(model: PlaitModel, classifier: Classifier, raw: Any) -> np.ndarray:
+    """Probabilities (1, L) by the same opinions, as Plait computes them."""
+    assert classifier.portable is not None
+    sample = model.modality(classifier.source).windows(raw)[0]
+    scores = opinion_scores(model, classifier, [sample], classifier.portable.used)
+    return np.exp(classifier.portable.log_probabilities(scores))
+
+
+def _facts(classifier: Classifier, modality: MediaModality) -> dict[str, Any]:
+    """What a program must know to run the file."""
+    assert classifier.portable is not None
+    settings: Any = modality.settings
+    shared = {"kind": modality.name, "labels": classifier.labels, "threshold": classifier.portable.threshold}
+    if modality.variable_length:
+        return {**shared, "rate": settings.rate, "samples": settings.frames * settings.hop}
+    names = ("size", "channels", "fit", "background")
+    return {**shared, **{name: getattr(settings, name) for name in names}}
+
+
+def _noise(modality: MediaModality, rng: np.random.Generator) -> Any:
+    """An input of noise, as `windows` reads it."""
+    settings: Any = modality.settings
+    if modality.variable_length:
+        count = int(settings.rate * settings.seconds * rng.uniform(0.3, 0.95))
+        return rng.normal(0, 0.1, count).astype(np.float32), settings.rate
+    pixels = rng.integers(0, 256, (settings.size, settings.size, settings.channels), dtype=np.uint8)
+    return pixels[..., 0] if settings.channels == 1 else pixels
+
+
+def _inputs(modality: MediaModality, raw: Any) -> dict[str, Tensor]:
+    """The inputs of the graph, by name."""
+    settings: Any = modality.settings
+    if not modality.variable_length:
+        return {"pixels": torch.from_numpy(modality.sample(raw)[None].astype(np.float32))}
+    wave = np.zeros((1, settings.frames * settings.hop), np.float32)
+    wave[0, : len(raw[0])] = raw[0]
+    return {"waveform": torch.from_numpy(wave), "samples": torch.tensor([len(raw[0])])}
+
+
+def _trace(graph: ClassifierGraph, inputs: dict[str, Tensor], file: Path) -> None:
+    quiet = logging.getLogger("torch.onnx")
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                graph,
+                tuple(inputs.values()),
+                str(file),
+                dynamo=False,
+                opset_version=OPSET,
+                input_names=list(inputs),
+                output_names=["probabilities", "ood_score"],
+            )
+    except (RuntimeError, TypeError) as error:
+        raise PlaitError(f"torch {torch.__version__} cannot export this classifier to ONNX: {error}") from error
+    finally:
+        quiet.setLevel(level)
+
+
+def _card(model: PlaitModel, classifier: Classifier, facts: dict[str, Any]) -> str:
+    """What the file is, what it reads, how good it is, and what it was made of."""
+    used = ", ".join(classifier.portable.used) if classifier.portable else ""
+    if "rate" in facts:
+        reads = (
+            f"`waveform` (1, {facts['samples']}) float32, one channel of {facts['rate']} samples a second from -1 to "
+            "1, filled up with zeros behind its end, and `samples` (1,) int64, how many of these there are. Of longer "
+            "clips it reads the beginning"
+        )
+    else:
+        side, channels = facts["size"], facts["channels"]
+        reads = f"`pixels` (1, {side}, {side}, {channels}) float32 from 0 to 255"
+    count, measured = len(classifier.labels), classifier.measured
+    by_these, by_all = (measured.get(name, float("nan")) for name in ("portable", "mixed"))
+    return f"""{model_card(model.checkpoint)}
+## This export
+
+`classifier.onnx` says which `{classifier.target}` a `{classifier.source}` has, of {count} labels. It reads {reads}.
+It writes `probabilities` (1, {count}) in the order of `labels` in `classifier.json`, and `ood_score` (1,): above
+{facts["threshold"]:g} the opinions are less sure than of nearly all validation records: the answer is none of these.
+(Plait itself also asks how unlike the training records an input lies.)
+
+It asks: {used}. On the {classifier.records} validation records by which it was calibrated {by_these:.1%} are right
+({by_all:.1%} with all opinions that `plait classify` asks; always the most frequent label: {classifier.guess:.1%}).
+
+`index.html` is an example page: serve this folder (`python -m http.server`) and open it. onnxruntime-web is fetched
+from its public address, or put into the folder `ort` beside it. A browser scales and resamples otherwise than Plait,
+so answers to files of another size or rate may differ a little. The data's licence is that of its owner's files.
+"""

@@ -1,0 +1,121 @@
+"""A whole classifier for other programs: the same answers from ONNX, from a folder, and in a browser."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+import plait as package
+
+Plait = Callable[..., int]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+COLOURS = {"red": (200, 40, 40), "green": (40, 180, 60), "blue": (50, 60, 200)}
+RECIPE = {"model": {"backbone": {"width": 32, "layers": 1, "heads": 2, "context": 128}},
+          "training": {"task": "recognise", "steps": 20, "recogniser_steps": 30}}  # fmt: skip
+
+
+def make_images(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    for label, colour in COLOURS.items():
+        (folder / label).mkdir(parents=True)
+        for n in range(40):
+            pixels = np.clip(rng.normal(colour, 40, (24, 24, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / label / f"{n}.png")
+
+
+def make_audio(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    for label, tone in (("low", 300), ("high", 1500)):
+        (folder / label).mkdir(parents=True)
+        for n in range(40):
+            time = np.arange(int(8000 * rng.uniform(0.25, 0.5))) / 8000
+            wave = np.sin(2 * np.pi * tone * rng.uniform(0.9, 1.1) * time) + rng.normal(0, 0.3, len(time))
+            soundfile.write(folder / label / f"{n}.wav", 0.2 * wave, 8000)
+
+
+@pytest.fixture(scope="module", params=["image"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp(request.param)
+    {"image": make_images, "audio": make_audio}[request.param](place / "files")
+    package.train(place / "files", place / "run", recipe=RECIPE, progress=False)
+    return place / "run"
+
+
+def test_onnx_and_a_folder_answer_alike(run: Path, plait: Plait, capsys: pytest.CaptureFixture[str]) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    place = run.parent
+    assert plait("export", run, "--to", "onnx", "-o", place / "onnx") == 0
+    assert plait("export", run, "--to", "folder", "-o", place / "folder") == 0
+    model, copy = package.load(run), package.load(place / "folder")
+    classifier = model.checkpoint.classifiers[0]
+    facts = json.loads((place / "onnx" / "classifier.json").read_text())
+    session = ort.InferenceSession(place / "onnx" / "classifier.onnx")
+    classifier.mixture = copy.checkpoint.classifiers[0].mixture = classifier.portable
+    for file in sorted((place / "files").rglob("*.*"))[::9]:
+        if facts["kind"] == "image":
+            given = {"pixels": np.asarray(Image.open(file), np.float32)[None]}
+        else:
+            wave, _ = soundfile.read(file, dtype="float32")
+            filled = np.zeros((1, facts["samples"]), np.float32)
+            filled[0, : len(wave)] = wave
+            given = {"waveform": filled, "samples": np.array([len(wave)])}
+        probabilities, ood_score = session.run(None, given)
+        wanted = model.classify(file, top=None)
+        by_label = dict(zip(facts["labels"], probabilities[0], strict=True))
+        assert all(abs(by_label[one.label] - one.probability) < 1e-3 for one in wanted)
+        assert 0 <= ood_score[0] <= 1
+        assert [tuple(one) for one in copy.classify(file, top=None)] == [tuple(one) for one in wanted]
+    assert "licence" in (place / "onnx" / "README.md").read_text().lower()
+    kept = {path.name for path in (place / "folder").iterdir()}
+    assert "model.safetensors" in kept and not [name for name in kept if "optimizer" in name]
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in (place / "folder").iterdir())
+    size = (place / "folder" / "model.safetensors").stat().st_size
+    assert size < (run / "checkpoints" / "best" / "model.safetensors").stat().st_size
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+@pytest.mark.skipif("ORT_WEB" not in os.environ, reason="ORT_WEB names no folder with onnxruntime-web's dist")
+def test_the_example_page_answers_alike_in_a_browser(run: Path, plait: Plait) -> None:
+    api = pytest.importorskip("playwright.sync_api")
+    place, site = run.parent, run.parent / "site"
+    assert plait("export", run, "--to", "onnx", "-o", site) == 0
+    assert (site / "classifier.onnx").stat().st_size < 5e6
+    shutil.copytree(os.environ["ORT_WEB"], site / "ort")
+    model = package.load(run)
+    classifier = model.checkpoint.classifiers[0]
+    classifier.mixture = classifier.portable
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(site))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with api.sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+            page = browser.new_page()
+            page.goto(f"http://127.0.0.1:{server.server_port}/")
+            page.wait_for_selector("body[data-ready=yes]", timeout=120_000)
+            times = []
+            for file in sorted((place / "files").rglob("*.*"))[::13]:
+                page.set_input_files("#file", file)
+                page.wait_for_selector("#answer td", timeout=60_000)
+                found = page.evaluate("window.classify(document.querySelector('#file').files[0])")
+                wanted = {one.label: one.probability for one in model.classify(file, top=None)}
+                differences = [abs(wanted[label] - p) for label, p in
+                               zip(classifier.labels, found["probabilities"], strict=True)]  # fmt: skip
+                assert max(differences) < 1e-3
+                times.append(found["milliseconds"])
+            (place / "figures.txt").write_text(f"{np.median(times):.1f} ms")
+            browser.close()
+    finally:
+        server.shutdown()
