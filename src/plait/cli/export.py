@@ -17,9 +17,7 @@ def export(
     out_folder: Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")],
     to: Annotated[
         str,
-        typer.Option(
-            help="folder (for plait), transformers, gguf, peft (LoRA's updates alone), onnx, tflite, html (a page)."
-        ),
+        typer.Option(help="folder, transformers, gguf, peft (LoRA alone), onnx, tflite, html (a page offline)."),
     ] = "transformers",
     adapter: Annotated[Path | None, typer.Option(help="A folder of an adapter to add to the weights first.")] = None,
     length: Annotated[int | None, typer.Option(help="Positions of a tflite graph; by itself 512 at most.")] = None,
