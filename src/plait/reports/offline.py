@@ -130,7 +130,9 @@ def _layers(encoder: ImageRecogniser, column: str) -> tuple[list[dict[str, Any]]
     def convolution(layer: ConvNorm) -> dict[str, Any]:
         kernel, bias = _folded(layer)
         weights.extend((kernel.ravel(), bias))
-        return {"into": kernel.shape[3], "from": kernel.shape[2], "stride": int(layer[0].stride[0])}
+        inner = layer[0]
+        assert isinstance(inner, nn.Conv2d)
+        return {"into": kernel.shape[3], "from": kernel.shape[2], "stride": int(inner.stride[0])}
 
     for stage in encoder.trunk:
         assert isinstance(stage, nn.Sequential)
