@@ -285,7 +285,7 @@ function usePage() {
   if (!place) return;
   const { base } = place.dataset;
   let asked = null; // what the last question was, to be asked why
-  const post = (path) => ask(`${base}/${path}`, asked.text !== undefined
+  const post = (path) => ask(`${base}/${path}`, !(asked instanceof Blob)
     ? { method: "POST", body: JSON.stringify(asked), headers: { "content-type": "application/json" } }
     : { method: "POST", body: asked, headers: { "content-type": "application/octet-stream" } });
   const show = async (question) => {
