@@ -279,6 +279,7 @@ def test_every_text_is_shown_somewhere() -> None:
     known = texts("en").keys()
     tabs = {"data", "train", "result", "use", "hand_over", "draw", "speak"}
     assert named <= known, named - known
+    assert not known & set(dir(dict))  # `t.copy` would be a dictionary's method
     left = {key for key in known - named - tabs if not any(key.startswith(prefix) for prefix in prefixes)}
     assert not left, left
 
