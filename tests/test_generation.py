@@ -395,7 +395,7 @@ def test_verbs(model, image, audio, tmp_path):
     assert np.allclose(vectors[0], model.embed(["a red heart"])[0], atol=1e-5)
     with pytest.raises(PlaitError, match="empty"):
         model.embed([""])
-    with pytest.raises(PlaitError, match="neither"):
+    with pytest.raises(PlaitError, match="no image"):
         model.classify(b"nothing")
 
 

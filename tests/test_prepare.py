@@ -169,7 +169,7 @@ def test_a_map_renames_ignores_and_makes_a_record_of_each_element(tmp_path: Path
     assert got == [("x", "a", "yes"), ("x", "b", "yes"), ("y", "c", "no")] and "prompt" in dataset.columns
     dataset, _ = made(tmp_path / "t.jsonl", tmp_path / "out", column_map={"ignore": "p,n"})
     assert dataset.columns == {"say": "text"} and sorted(map(str, dataset.texts("say"))) == ["a\nb", "c"]
-    for wrong in ({"image": "nope"}, {"p": "video"}):
+    for wrong in ({"image": "nope"}, {"p": "smell"}):
         with pytest.raises(PlaitError, match="--map"):
             made(tmp_path / "t.jsonl", tmp_path / "out", column_map=wrong)
 

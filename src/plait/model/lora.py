@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -37,7 +38,7 @@ def parts_of(config: TransformerConfig, name: str, outputs: int, rank: int, alph
         sizes = [heads * config.head_width for heads in (config.heads, config.kv_heads, config.kv_heads)]
     elif name == "feed_in" and config.gated:
         sizes = [config.hidden, config.hidden]
-    stops = torch.tensor(sizes).cumsum(0).tolist()
+    stops = list(accumulate(sizes))
     return [Part(stop - size, stop, rank, alpha / rank) for size, stop in zip(sizes, stops, strict=True)]
 
 

@@ -26,6 +26,7 @@ from plait.data.dataset import Dataset
 from plait.inference.model import PlaitModel
 from plait.inference.opinions import network_scores
 from plait.modalities.image import Image
+from plait.modalities.media import MEDIA
 from plait.modalities.recogniser import ConvNorm, ImageRecogniser, ResidualBlock
 
 FILE = "classifier.html"
@@ -86,10 +87,11 @@ def export_page(model: PlaitModel, dataset: Dataset, folder: Path) -> OfflinePag
 def _classifier(model: PlaitModel) -> Classifier:
     """The run's first classifier of images by a recogniser. Raises PlaitError where there is none."""
     for one in model.checkpoint.classifiers:
-        if one.features.kind == "image":
-            encoder = model.modality(one.source).encoder
-            if isinstance(encoder, ImageRecogniser) and one.target in encoder.columns:
-                return one
+        if one.features.kind not in MEDIA:
+            continue
+        encoder = model.modality(one.source).encoder
+        if isinstance(encoder, ImageRecogniser) and one.target in encoder.columns:
+            return one
     raise PlaitError(
         f"{model.name} has no recogniser of images, which a page needs that classifies offline. Train one: "
         "plait train DATA --task recognise, with images in folders by label."

@@ -17,7 +17,7 @@ from plait.inference.engine import Request as Wanted
 from plait.inference.model import joined, joined_segments
 from plait.inference.results import Segment
 from plait.modalities.audio_files import silent
-from plait.modalities.media import MEDIA, read_by, sniff
+from plait.modalities.media import MEDIA, read_by
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext
 from plait.server.api import STREAM, make_router, of, voice_of, wanted_of
@@ -140,7 +140,7 @@ async def transcribe(request: Request, body: Annotated[s.TranscriptionRequest, F
     if len(data) > service.limits.media.file_bytes:
         raise ApiError(413, f"The audio is larger than {service.limits.media.file_bytes // 1_000_000} MB.", "file")
     kinds = read_by(Verb.TRANSCRIBE)
-    if (sniff(data[:64]) or ("",))[0] not in kinds:
+    if not any(MEDIA[kind].sniff(data[:64]) for kind in kinds):  # a webm may be video as well as audio
         known = " or ".join(MEDIA[kind].format_names for kind in sorted(kinds))
         raise ApiError(400, f"The file is no audio that is read. Send {known}.", "file")
     model = served.model
