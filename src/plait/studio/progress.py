@@ -54,7 +54,7 @@ def read_progress(run: Path, job: Job | None = None) -> Progress:
     """The progress of a run's training."""
     curves: dict[str, list[tuple[int, float]]] = {"train": [], "val": []}
     times: list[int] = []
-    for row in _rows(run / "log.jsonl"):
+    for row in rows(run / "log.jsonl", {"step"}):
         losses = [value for name, value in row.items() if name.startswith("loss/") and isinstance(value, int | float)]
         if row.get("split") in curves and losses:
             curves[row["split"]].append((int(row["step"]), sum(losses) / len(losses)))
@@ -77,7 +77,8 @@ def _state(run: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def rows(path: Path, keys: set[str]) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines that have these keys; the last one may be half written."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -88,7 +89,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:  # the last line while it is being written
             continue
-        if isinstance(row, dict) and "step" in row:
+        if isinstance(row, dict) and keys <= row.keys():
             found.append(row)
     return found
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from plait.core.errors import PlaitError
 from plait.modalities.media import sniff
+from plait.studio.progress import rows
 from plait.studio.workspace import safe_path
 
 FOLDER, FILE = "samples", "samples.jsonl"
@@ -39,7 +39,7 @@ class Watched:
 def read_watched(run: Path) -> list[Watched]:
     """What a run wrote about its parts, the newest part first."""
     parts: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
-    for row in _rows(run / FOLDER / FILE):
+    for row in rows(run / FOLDER / FILE, {"stage", "name", "step"}):
         parts.setdefault((row["stage"], row["name"]), {})[int(row["step"])] = row
     found = [_watched(run, stage, name, by_step) for (stage, name), by_step in parts.items()]
     return found[::-1]
@@ -76,19 +76,3 @@ def _kind(path: Path) -> str:
     except OSError:
         found = None
     return found[0] if found else "text"
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:  # the last line while it is being written
-            continue
-        if isinstance(row, dict) and {"stage", "name", "step"} <= row.keys():
-            found.append(row)
-    return found

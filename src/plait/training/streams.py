@@ -56,11 +56,11 @@ class Streams:
 
 
 def can_be_cut(model: Multimodal, device: Device) -> bool:
-    """Whether halves of a step give what the whole gives: nothing in it draws random numbers, which come in one order,
-    or is told what the other half holds."""
+    """Whether halves of a step give what the whole gives, and sooner: nothing in it draws random numbers, which come in
+    one order, or is told what the other half holds; in bf16 halves take longer (docs/benchmarks/speed.md)."""
     draws = model.config.backbone.dropout > 0 or model.row_modality is not None
     foreign = any(isinstance(part, HFEncoder) for part in model.modules())
-    return device.kind == "cpu" and not draws and not foreign
+    return device.kind == "cpu" and device.dtype == torch.float32 and not draws and not foreign
 
 
 def media_work(model: Multimodal) -> dict[str, float]:
