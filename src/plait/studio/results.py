@@ -18,7 +18,7 @@ class Predicted:
     """What a model said of one record that training never saw.
 
     Attributes:
-        index: The record's number in the dataset.
+        id: The record's.
         column: The column that was read.
         kind: "image", "audio" or "text".
         source: The file that it came from.
@@ -29,7 +29,7 @@ class Predicted:
         text: The beginning of a text.
     """
 
-    index: int
+    id: str
     column: str
     kind: str
     source: str
@@ -133,7 +133,7 @@ def _predictions(path: Path) -> list[Predicted]:
         row = json.loads(line)
         answers = [(label, chance) for label, chance in row["answers"]]
         found.append(Predicted(
-            row["index"], row["column"], row["kind"], row["source"], row["truth"], answers, row.get("simple", ""),
+            row["id"], row["column"], row["kind"], row["source"], row["truth"], answers, row.get("simple", ""),
             row.get("none", False), row.get("text", ""),
         ))  # fmt: skip
     return found

@@ -23,7 +23,7 @@ from plait.modalities.media import MEDIA
 from plait.studio.findings import write_review
 from plait.studio.jobs import Job, read_job
 from plait.studio.labels import LabelEdits
-from plait.studio.listing import EXCERPT, list_project, write_labels
+from plait.studio.listing import EXCERPT, labelled_rows, list_project, write_labels
 from plait.studio.workspace import Project
 
 REVIEWED = 60  # labels that are likely wrong, and records to label next, at most
@@ -78,10 +78,10 @@ def prepare_data(project: Project, command: list[str]) -> None:
         return
     import plait
 
+    columns = {files.file_column: kind for kind, files in MEDIA.items()}
     rows = [
-        {item.kind: project.source / item.path, **({"label": item.label} if item.label else {})}
-        for item in list_project(project).items
-        if item.kind in MEDIA
+        {columns.get(name, name): project.source / value if name in columns else value for name, value in row.items()}
+        for row in labelled_rows(project)
     ]
     plait.prepare(rows, project.data)
 
@@ -183,7 +183,7 @@ def write_predictions(project: Project, job: Job) -> None:
         rows.append({
             "id": record.id, "source": record.source, "kind": dataset.columns[source], "truth": record.parts[column],
             "answers": [[str(label), round(float(chance), 4)] for label, chance in answers],
-            "index": int(index), "column": source, "simple": simple, "none": answers.none_of_these,
+            "column": source, "simple": simple, "none": answers.none_of_these,
             "text": record.parts[source][:EXCERPT] if isinstance(record.parts[source], str) else "",
         })  # fmt: skip
     write_atomic(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
