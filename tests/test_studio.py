@@ -351,6 +351,8 @@ def test_every_text_is_shown_somewhere() -> None:
     used = set(re.findall(r"\bt\.(\w+)|TEXTS\.(\w+)", "\n".join(sources)))
     named = {one for pair in used for one in pair if one} - {"get"}
     prefixes = set(re.findall(r'\bt(?:\[|\.get\()"(\w+_)" ~', "\n".join(sources)))
+    named |= set(re.findall(r'texts\["(\w+)"\]', "\n".join(sources)))
+    prefixes |= set(re.findall(r'texts\[f"(\w+_)\{', "\n".join(sources)))
     known = texts("en").keys()
     tabs = {"data", "train", "result", "use", "hand_over", "draw", "speak"}
     assert named <= known, named - known

@@ -10,9 +10,10 @@ from fastapi.responses import FileResponse, RedirectResponse, Response
 from plait.core.errors import PlaitError
 from plait.modalities.media import media_type
 from plait.studio.records import record_part
+from plait.studio.render import texts
 from plait.studio.results import Result, read_result
 from plait.studio.security import FILE_POLICY
-from plait.studio.web import Studio, in_thread, page
+from plait.studio.web import Studio, in_thread, language_of, page
 from plait.studio.workspace import Project
 
 
@@ -33,8 +34,11 @@ def result_pages(app: FastAPI, studio: Studio) -> None:
         folder = project.run(run)
         found = read_result(folder, project.folder / "jobs" / run)
         compared = [(other.name, _share_right(project, other)) for other in project.runs]
+        language = language_of(request)
+        spoken = (found.verdict, found.next_step) if language == "en" else found.verdict_in(texts(language))
         return page(
             "result.html", request, project=project, tab="result", run=run, result=found, points=_points(found),
+            verdict=spoken[0], next_step=spoken[1],
             compared=[row for row in compared if row[1] is not None],
         )  # fmt: skip
 

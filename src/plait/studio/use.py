@@ -16,6 +16,7 @@ from plait.core.errors import PlaitError
 from plait.modalities.descriptor import MediaError
 from plait.modalities.media import MEDIA, Checker, sniff
 from plait.server.page_parts import PAGE_PARTS, LinesPart
+from plait.studio.handover import Form, offered
 
 NEAREST = 6  # records shown beside an answer
 INDEXED = 2000  # records that are compared with
@@ -113,6 +114,11 @@ class Models:
         """What a run's model can do."""
         with self.lock:
             return [str(verb) for verb in self.get(run).verbs]
+
+    def forms(self, run: Path) -> list[Form]:
+        """The forms that a run's model can be handed over in."""
+        with self.lock:
+            return offered(self.get(run))
 
     def ask(self, run: Path, data: Path, body: bytes, text: str) -> Answer:
         """Everything the model says about a file's bytes, or about a text.

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,10 @@ from plait.studio.workspace import Project
 
 REVIEWED = 60  # labels that are likely wrong, and records to label next, at most
 PREDICTIONS = 400  # records of test that are shown
+RESERVE = 64 << 10  # bytes that are let go to write down why a job failed when the disk is full
 WAIT_SECONDS = 30.0  # for the studio to write the job down
+KILLED = ("The system ended it, most likely because the memory was used up. Close other programs or choose a smaller "
+          "size under Options, then go on.")  # fmt: skip
 
 
 class StoppedError(Exception):
@@ -44,14 +48,19 @@ def main() -> None:
     project = Project(Path(sys.argv[1]))
     job = _await_job(project, sys.argv[2])
     signal.signal(signal.SIGTERM, _stop)
+    reserve = job.folder / "reserve"
     try:
+        reserve.write_bytes(bytes(RESERVE))
         job = _work(project, job)
     except (StoppedError, KeyboardInterrupt):
         job.at("stopped")
     except (CommandError, PlaitError, OSError) as error:
+        reserve.unlink(missing_ok=True)
         job.at("failed", str(error))
     else:
         job.at("done")
+    finally:
+        reserve.unlink(missing_ok=True)
 
 
 def _work(project: Project, job: Job) -> Job:
@@ -132,6 +141,8 @@ def _run(command: list[str]) -> None:
         raise
     if code in (130, 143, -signal.SIGTERM):
         raise StoppedError
+    if code == -signal.SIGKILL:
+        raise CommandError(KILLED)
     if code:
         words = " ".join(filter(None, said)).removeprefix("plait:").strip()
         raise CommandError(words or f"{command[1]} ended with code {code}.")
@@ -150,8 +161,8 @@ def _evaluate(job: Job) -> None:
         "figures": evaluation.headlines(),
     }
     first = next(iter(evaluation.findings.outcomes), None)
-    if first is not None and first.alternative is not None:
-        kept["alternative"] = {"name": first.alternative, "value": first.alternative_value, "share": first.share}
+    if first is not None:
+        kept["outcome"] = {**asdict(first), "better": first.better}
     write_json(job.folder / "verdict.json", kept)
 
 
