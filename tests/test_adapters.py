@@ -11,6 +11,7 @@ import torch
 
 import plait
 from plait.core.errors import PlaitError
+from plait.hf.catalogue import models
 from plait.inference.base import Model
 from plait.inference.model import attach_adapters, load
 from test_huggingface import CASES, make_tokenizer, randomise
@@ -178,12 +179,10 @@ def test_adapters_that_cannot_be_used(base: Path, tmp_path: Path) -> None:
 
 
 def test_models_on_this_machine_are_listed(
-    base: Path, plait: Plait, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    base: Path, plait: Plait, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    from plait.hf.catalogue import find_models
-
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
-    found = find_models([base.parent], cache=False)
+    found = models([base.parent], cache=False)
     parameters = transformers.AutoModelForCausalLM.from_pretrained(base).num_parameters()
     assert [(one.model_type, one.licence) for one in found] == [("qwen2", "apache-2.0")]
     assert found[0].parameters >= parameters and found[0].memory(16) == 2 * found[0].parameters

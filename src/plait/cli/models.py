@@ -8,12 +8,15 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+import plait
 from plait.console import app, out, plain
 
 
 @app.command()
 def models(
-    folder: Annotated[list[Path] | None, typer.Option("--models", help="A folder of models to look in too.")] = None,
+    folders: Annotated[
+        list[Path] | None, typer.Option("--models", help="A model, or a folder of models, to list too.")
+    ] = None,
     cache: Annotated[bool, typer.Option("--cache/--no-cache", help="Look in the Hugging Face cache.")] = True,
 ) -> None:
     """List the pretrained models on this machine: size, memory, licence, and what can be done with each. Nothing is
@@ -21,9 +24,7 @@ def models(
 
     Example: plait models --models ~/models
     """
-    from plait.hf.catalogue import find_models
-
-    found = find_models(folder or [], cache)
+    found = plait.models(folders or [], cache)
     if not found:
         out.print("No model lies here. Fetch one: hf download NAME, or name a folder: plait models --models DIR")
         return

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,15 @@ from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from plait.hf import huggingface
 
-ENCODERS = {"clip", "siglip", "siglip2"}
 LONGEST_HEADER = 100 << 20  # bytes of a safetensors file's header that are read
-# What a kind of model is good for beside its verbs, by the modality that it reads.
+CONTRASTIVE = {"clip", "siglip", "siglip2"}
+WAVE = "conv_stride"  # in the configuration of an encoder that reads a waveform
+DESCRIBES = {"vision-encoder-decoder", "blip", "blip-2", "llava", "smolvlm", "git"}
 HEAD = "train --init-from"
 
 
 @dataclass(frozen=True)
-class Found:
+class LocalModel:
     """A model on the disk."""
 
     name: str
@@ -32,14 +34,20 @@ class Found:
     parameters: int  # 0 where they are not known without a reader
     licence: str  # as its card says; empty where it says nothing
     verbs: tuple[str, ...]
+    encodes: str | None  # the modality that it reads as the encoder below a head: text, image or audio; None for none
+    writes: bool  # whether it is a language model of our engine
 
     def memory(self, bits: float) -> int:
         """Bytes that the weights take at so many bits each."""
         return round(self.parameters * bits / 8) or self.bytes
 
 
-def find_models(folders: list[Path], cache: bool = True) -> list[Found]:
-    """What lies in the Hugging Face cache and below each folder, itself or one level deep, by size.
+def models(folders: Sequence[str | Path] = (), cache: bool = True) -> list[LocalModel]:
+    """The pretrained models on this machine, the smallest first. Nothing is downloaded.
+
+    Args:
+        folders: each a model, or a folder of models.
+        cache: look in the Hugging Face cache too.
 
     Raises PlaitError where a folder does not exist.
     """
@@ -71,10 +79,10 @@ def _cached() -> dict[Path, str]:
     return newest
 
 
-def _model(place: Path, name: str) -> Found | None:
+def _model(place: Path, name: str) -> LocalModel | None:
     """The model of a folder or GGUF file; None where it is none that can be used."""
     if place.suffix == ".gguf" and place.is_file():
-        return Found(name, place, "gguf", place.stat().st_size, 0, "", ("generate", "serve"))
+        return LocalModel(name, place, "gguf", place.stat().st_size, 0, "", ("generate", "serve"), None, False)
     files = sorted(place.glob("*.safetensors")) if place.is_dir() else []
     if not files or not (place / "config.json").is_file():
         return None
@@ -84,25 +92,46 @@ def _model(place: Path, name: str) -> Found | None:
         return None
     if not isinstance(config, dict) or config.get("model_type") in (None, "plait", "plait-head"):
         return None
-    size = sum(file.stat().st_size for file in files)
-    parameters = sum(_parameters(file) for file in files)
-    return Found(name, place, str(config["model_type"]), size, parameters, _licence(place), _verbs(place, config))
+    writes = huggingface.runs(place)
+    encodes = None if writes else _encodes(place, config)
+    return LocalModel(
+        name=name,
+        folder=place,
+        model_type=str(config["model_type"]),
+        bytes=sum(file.stat().st_size for file in files),
+        parameters=sum(_parameters(file) for file in files),
+        licence=_licence(place),
+        verbs=_verbs(place, config, writes, encodes),
+        encodes=encodes,
+        writes=writes,
+    )
 
 
-def _verbs(place: Path, config: dict[str, Any]) -> tuple[str, ...]:
+def _encodes(place: Path, config: dict[str, Any]) -> str | None:
+    if config["model_type"] in DESCRIBES:
+        return None
+    if config["model_type"] == "whisper" or WAVE in config:
+        return "audio"
+    if (place / "preprocessor_config.json").is_file():
+        return "image"
+    if (place / "tokenizer.json").is_file() or (place / "vocab.txt").is_file():
+        return "text"
+    return None
+
+
+def _verbs(place: Path, config: dict[str, Any], writes: bool, encodes: str | None) -> tuple[str, ...]:
     kind = config["model_type"]
-    if huggingface.runs(place):
+    if writes:
         chats = (place / "chat_template.jinja").is_file() or "chat_template" in _text(place / "tokenizer_config.json")
         return ("generate", *(("chat",) if chats else ()), "decide", "serve", f"{HEAD} --lora")
-    if kind in ENCODERS:
-        return ("classify --labels", "embed", "index", HEAD)
-    if kind == "whisper":
-        return ("transcribe", HEAD)
-    if (place / "preprocessor_config.json").is_file():
-        return (HEAD,)
-    if (place / "tokenizer.json").is_file() or (place / "vocab.txt").is_file():
-        return ("classify --labels", "embed", "reply", HEAD)
-    return ()
+    if kind in DESCRIBES:
+        return ("describe",)
+    first = {
+        "text": ("classify --labels", "embed", "reply"),
+        "image": ("classify --labels", "embed", "index") if kind in CONTRASTIVE else (),
+        "audio": ("transcribe",) if kind == "whisper" else (),
+    }
+    return () if encodes is None else (*first[encodes], HEAD)
 
 
 def _parameters(file: Path) -> int:
