@@ -59,7 +59,7 @@ def test_every_direction_of_images_with_labels_and_captions(images: Path, tmp_pa
     model, dataset = untrained(images)
     (image,) = (c for c, kind in dataset.columns.items() if kind == "image")
     found, findings = evaluate(model, dataset, reference_seconds=0.1, limits=Limits(made=6, records=20, written=5))
-    directions = {name.rpartition("/")[0] for name in found}
+    directions = {f"{key.task}/{key.direction}" for key in found}
     assert {
         f"recognition/{image}-colour",
         f"transcription/{image}-caption",

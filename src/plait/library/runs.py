@@ -438,6 +438,7 @@ def _fit(
     """Train, fit the classifiers of labels, and write the report."""
     from plait.evaluation.decide import finish
     from plait.evaluation.findings import Findings
+    from plait.evaluation.keys import Metrics
     from plait.library.samples import ModelSamples, recorded
     from plait.reports.report import read_run, write_report
     from plait.training.trainer import train as fit
@@ -453,7 +454,7 @@ def _fit(
         for line in finish(folder, dataset, device, bar):
             tell(line)
     if group.is_main:
-        write_report(folder / "report.html", {}, Findings(), read_run(folder, dataset.path))
+        write_report(folder / "report.html", Metrics(), Findings(), read_run(folder, dataset.path))
 
 
 def shown_by(bar: ProgressBar) -> Callable[[Progress], None]:
