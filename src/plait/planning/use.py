@@ -50,7 +50,8 @@ def _product_seconds(precision: str) -> tuple[float, float]:
     found = []
     with torch.inference_mode():
         for rows in (1, PROMPT):
-            x, times = torch.randn(rows, SIDE), []
+            x = torch.randn(rows, SIDE)
+            times: list[float] = []
             layer(x)
             begun = time.perf_counter()
             while len(times) < 3 or time.perf_counter() - begun < SECONDS:
