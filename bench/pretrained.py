@@ -35,8 +35,8 @@ def lora_ours(model: Path, ids: Tensor, rank: int) -> Any:
     from plait.core.device import Device, keep_memory
     from plait.hf.huggingface import load
     from plait.model import lora
+    from plait.model.cross_entropy import total_loss
     from plait.model.extend import extend_frozen
-    from plait.model.objectives import total_loss
     from plait.training.optimizer import make_optimizer
 
     keep_memory()

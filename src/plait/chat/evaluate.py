@@ -12,8 +12,8 @@ from plait.evaluation import metrics
 from plait.evaluation.context import EvalContext
 from plait.evaluation.findings import Gallery, GalleryKind, ReportItem
 from plait.evaluation.keys import Direction
+from plait.model.cross_entropy import negative_log_likelihood
 from plait.model.multimodal import IGNORE, Sequence, collate
-from plait.model.objectives import negative_log_likelihood
 from plait.training.conversations import Scribe, sequences
 
 

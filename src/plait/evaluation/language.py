@@ -16,8 +16,8 @@ from plait.evaluation.keys import Direction
 from plait.evaluation.memorising import WRITTEN, evaluate_texts
 from plait.evaluation.outcome import Outcome
 from plait.inference.model import PlaitModel
+from plait.model.cross_entropy import negative_log_likelihood
 from plait.model.multimodal import IGNORE, Sequence, collate
-from plait.model.objectives import negative_log_likelihood
 from plait.training.batches import lm_windows
 
 TOKENS = 16384  # that one pass of the network reads

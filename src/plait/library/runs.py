@@ -14,6 +14,7 @@ from plait.core.config import LoraRecipe, Recipe, as_recipe, parse_recipe
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from plait.core.frames import data_frame, html_table
+from plait.core.objective import Objective, loss_column, losses_of_row
 from plait.core.progress import ProgressBar
 from plait.data.dataset import Dataset
 from plait.data.stores import read_place
@@ -48,15 +49,15 @@ class History(Sequence[dict[str, Any]]):
     @property
     def objectives(self) -> list[str]:
         """The objectives that have losses, as `text`, `image`, `contrastive:image-text`."""
-        names = {name.removeprefix("loss/"): None for row in self.rows for name in row if name.startswith("loss/")}
-        return list(names)
+        return list(dict.fromkeys(name for row in self.rows for name in losses_of_row(row)))
 
     def losses(self, objective: str, split: str = "train") -> tuple[list[int], list[float]]:
         """Steps, and an objective's losses at them. Raises PlaitError for an objective that has none."""
         if objective not in self.objectives:
             raise PlaitError(f"There is no loss '{objective}'. There are {', '.join(self.objectives) or 'none'}.")
-        rows = [row for row in self.rows if row["split"] == split and f"loss/{objective}" in row]
-        return [row["step"] for row in rows], [row[f"loss/{objective}"] for row in rows]
+        column = loss_column(objective)
+        rows = [row for row in self.rows if row["split"] == split and column in row]
+        return [row["step"] for row in rows], [row[column] for row in rows]
 
     def to_pandas(self) -> Any:
         """All rows as a pandas DataFrame. Raises PlaitError where pandas is not installed."""
@@ -461,7 +462,7 @@ def shown_by(bar: ProgressBar) -> Callable[[Progress], None]:
     """What the trainer tells, on a bar."""
 
     def show(progress: Progress) -> None:
-        losses = "  ".join(f"{name.replace('contrastive:', '')} {value:.3f}" for name, value in progress.losses.items())
+        losses = "  ".join(f"{Objective.parse(name).short} {value:.3f}" for name, value in progress.losses.items())
         rate = f"  {progress.tokens_per_second:,.0f} tokens/s" if progress.tokens_per_second else ""
         bar(progress.stage, progress.done, progress.total, losses + rate + progress.note)
 

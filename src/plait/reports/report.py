@@ -19,6 +19,7 @@ from markupsafe import Markup
 
 from plait.core.errors import PlaitError
 from plait.core.files import read_json, write_atomic, write_json
+from plait.core.objective import loss_column, losses_of_row
 from plait.core.pages import number, render
 from plait.data.stores import location, read_place
 from plait.evaluation.findings import Confusion, Findings
@@ -190,13 +191,14 @@ def _cards(metrics: Metrics) -> list[tuple[str, str, str]]:
 def _curves(log: list[dict[str, Any]]) -> list[Panel]:
     """A panel for each objective: training and validation over steps."""
     panels = []
-    for name in dict.fromkeys(key for row in log for key in row if key.startswith("loss/")):
+    for name in dict.fromkeys(name for row in log for name in losses_of_row(row)):
+        column = loss_column(name)
         lines: dict[str, list[tuple[float, float]]] = {"train": [], "val": []}
         for row in log:
-            if row.get("split") in lines and math.isfinite(row.get(name, math.nan)):
-                lines[row["split"]].append((float(row["step"]), float(row[name])))
+            if row.get("split") in lines and math.isfinite(row.get(column, math.nan)):
+                lines[row["split"]].append((float(row["step"]), float(row[column])))
         if any(lines.values()):
-            panels.append(loss_panel(name.removeprefix("loss/"), lines, gap(log, name)))
+            panels.append(loss_panel(name, lines, gap(log, column)))
     return panels
 
 
