@@ -6,6 +6,7 @@ PLAIT_STUDIO_SHOTS=FOLDER keeps a screenshot of every page, to be looked at.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -20,10 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from plait.data.examples import write_example
 from plait.modalities.audio_files import encode_wav
+from plait.studio import jobs
+from plait.studio.workspace import Workspace
 from test_studio import png, zip_of
 
 pytestmark = pytest.mark.slow
@@ -35,9 +39,10 @@ ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking",
              "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"]  # fmt: skip
 
 
-@pytest.fixture
-def address(tmp_path: Path) -> Iterator[str]:
-    command = [sys.executable, "-m", "plait", "studio", str(tmp_path / "studio"), "--no-browser"]
+@contextlib.contextmanager
+def studio(folder: Path) -> Iterator[str]:
+    """A studio of its own; gives the address that it prints."""
+    command = [sys.executable, "-m", "plait", "studio", str(folder), "--no-browser", "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     assert process.stdout is not None
     line = next(line for line in process.stdout if "http://" in line)
@@ -47,12 +52,20 @@ def address(tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.fixture
-def page(address: str) -> Iterator[Any]:
+def page(tmp_path: Path) -> Iterator[Any]:
+    """A browser on a studio without projects."""
+    with studio(tmp_path / "studio") as address, browser_page(address) as opened:
+        yield opened
+
+
+@contextlib.contextmanager
+def browser_page(address: str, *arguments: str) -> Iterator[Any]:
+    """A page of Chromium with cameras and microphones that are made up; `faults` are its errors."""
     api = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
         pytest.skip("chromium is not installed")
     with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*ARGUMENTS, *arguments])
         opened = browser.new_page(viewport={"width": 1280, "height": 900})
         opened.set_default_timeout(120_000)
         opened.faults = []
@@ -212,15 +225,69 @@ def test_from_files_to_answers(page: Any, tmp_path: Path, task: str) -> None:
     assert clicks <= 8 and page.faults == []
 
 
+# --- looks ------------------------------------------------------------------------------------------------------
+
+PAGES = ("", "data", "train", "runs/1", "result/1", "use", "hand-over")
+FONTS = "[...document.querySelectorAll('h1,h2,p,button,a,label,strong')].map(e => e.innerText).join(' ')"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with a project "images" that has two runs, one of "talks", and an empty one."""
+    workspace = Workspace(tmp_path_factory.mktemp("finished"))
+    images = workspace.create("images")
+    for number in range(90):
+        path = images.uploads / "abc"[number % 3] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(number % 3, number))
+    talks = workspace.create("talks")
+    talks.uploads.mkdir()
+    write_chats(talks.uploads)
+    workspace.create("empty")
+    for project, run, steps in ((images, "1", "4"), (images, "2", "8"), (talks, "1", "4")):
+        job = jobs.start(workspace, jobs.Job(project.folder, run, ("--steps", steps)))
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(job.process).wait(400)
+        done = jobs.read_job(project, run)
+        assert done is not None and done.current == "done", done and done.error
+    return workspace.root
+
+
+@pytest.fixture
+def opened(finished: Path) -> Iterator[Any]:
+    """A browser on that workspace."""
+    with studio(finished) as address, browser_page(address) as page:
+        yield page
+
+
 @pytest.mark.parametrize("width", [390, 1280])
-def test_pages_fit_and_speak_chinese(page: Any, width: int) -> None:
-    page.set_viewport_size({"width": width, "height": 800})
-    page.click("form[action='/examples/questions'] button")
-    page.wait_for_url("**/p/questions/train")
-    base = page.url.rsplit("/", 1)[0]
-    for part in ("data", "train", "result", "use", "hand-over"):
-        page.goto(f"{base}/{part}")
-        assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth"), part
-    page.click("text=中文")
-    page.wait_for_selector("text=项目")
-    assert page.faults == []
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_pages_fit_and_can_be_read(opened: Any, width: int, language: str, theme: str) -> None:
+    """No page is wider than the screen, in no language or light; axe-core finds nothing serious; no text is left in the
+    other language."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    home = opened.url
+    opened.set_viewport_size({"width": width, "height": 800})
+    if language == "zh":
+        opened.click("text=中文")
+        opened.wait_for_selector("text=项目")
+    opened.evaluate(f"localStorage.setItem('theme', '{theme}')")
+    places = [f"p/images/{part}" if part else "" for part in PAGES]
+    places += ["p/talks/data", "p/talks/use", "p/talks/result/1", "p/talks/hand-over", "p/empty/data", "p/empty/train",
+               "p/empty/result", "p/nobody/data"]  # fmt: skip
+    faults = []
+    for place in places:
+        opened.goto(home + place)
+        if place.endswith(("data", "result/1", "runs/1")):
+            opened.wait_for_timeout(200)
+        shoot(opened, f"{language}-{theme}-{width}-{place.replace('/', '-') or 'start'}")
+        if not opened.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth"):
+            faults.append(f"{place} is wider than {width} pixels")
+        found = axe.run(opened).response["violations"]
+        faults += [f"{place}: {one['id']} {[node['target'] for node in one['nodes'][:3]]}" for one in found
+                   if one["impact"] in ("serious", "critical")]  # fmt: skip
+        if language == "zh" and re.search(r"[\u4e00-\u9fff]", opened.evaluate(FONTS)) is None:
+            faults.append(f"{place} is not in Chinese")
+    assert not faults
+    assert [fault for fault in opened.faults if "404" not in fault] == []
