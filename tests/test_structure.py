@@ -47,8 +47,7 @@ def test_no_comparison_with_a_modality_outside_modalities() -> None:
 def test_only_its_own_folder_names_recommendation() -> None:
     """A feature registers what it adds; what lies below it knows neither items' tables nor histories of them."""
     words = re.compile(r"catalogue|recommend|\bhistories\b|\bItem\w*Recipe\b|\binteractions\b", re.IGNORECASE)
-    # The tools of MCP and the snippets of the studio are listed in one file each, which a feature cannot yet add to.
-    own = ("recommend/", "modalities/item.py", "server/mcp.py", "studio/snippets.py")
+    own = ("recommend/", "modalities/item.py")
     found = {
         f"{name}:{number}"
         for path in sorted(SOURCE.rglob("*.py"))
