@@ -4,6 +4,8 @@
 
     python bench/pretrained.py head ROW ENCODER --data DATA [--seed 0]    # ENCODER may be scratch, with --minutes 1
 
+    python bench/pretrained.py speech WHISPER --data DATA [--minutes 3]   # long form beside transformers' own
+
 MODEL is a folder of a causal language model. PLAIT_ISA=avx2 caps the instructions of both.
 """
 
@@ -13,6 +15,7 @@ import argparse
 import resource
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -22,6 +25,7 @@ from plait.core import isa
 
 isa.cap()  # PLAIT_ISA, before torch loads
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -111,7 +115,6 @@ def head(arguments: argparse.Namespace) -> None:
     import json
     import tempfile
 
-    import numpy as np
     from sklearn.metrics import f1_score
 
     import plait
@@ -259,6 +262,103 @@ ROWS: dict[str, Callable[[argparse.Namespace, Path], tuple[Pairs, Pairs]]] = {
 TEXTS = {name for name in ROWS if not name.startswith(("digits", "cifar"))}
 
 
+# --- speech of any length ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Spoken:
+    """A recording made of clips, and what is said in it when."""
+
+    wave: np.ndarray
+    rate: int
+    words: list[tuple[float, float, str]]
+
+
+def spoken_digits(data: Path, seconds: float, seed: int) -> Spoken:
+    """Clips of spoken digits of all speakers with pauses of .2 to 1.5 seconds, until it is so long."""
+    import io
+    import zipfile
+
+    import soundfile
+
+    rng, at, rate = np.random.default_rng(seed), 0, 8000
+    waves: list[np.ndarray] = []
+    words: list[tuple[float, float, str]] = []
+    with zipfile.ZipFile(data / "fsdd" / "fsdd_5speakers_wav.zip") as archive:
+        names = sorted(name for name in archive.namelist() if name.endswith(".wav"))
+        while at < seconds * rate:
+            name = names[rng.integers(len(names))]
+            wave, rate = soundfile.read(io.BytesIO(archive.read(name)), dtype="float32")
+            pause = np.zeros(int(rng.uniform(0.2, 1.5) * rate), np.float32)
+            start = at + len(pause)
+            at = start + len(wave)
+            waves += [pause, wave]
+            words.append((start / rate, at / rate, Path(name).stem[0]))
+    return Spoken(np.concatenate(waves), rate, words)
+
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def digits_of(text: str) -> str:
+    """Digits in order, whether they are written as words or figures; other words as x."""
+    import re
+
+    found = ""
+    for word in re.findall(r"[a-z]+|[0-9]", text.lower()):
+        found += word if word.isdigit() else str(NUMBERS.index(word)) if word in NUMBERS else "x"
+    return found
+
+
+def errors(said: str, heard: str) -> int:
+    """Insertions, deletions and replacements between two strings."""
+    row = list(range(len(heard) + 1))
+    for i, one in enumerate(said, 1):
+        before, row[0] = row[0], i
+        for j, other in enumerate(heard, 1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (one != other))
+    return row[-1]
+
+
+def speech(arguments: argparse.Namespace) -> None:
+    import transformers
+
+    import plait
+
+    recording = spoken_digits(arguments.data, arguments.minutes * 60, arguments.seed)
+    said = "".join(word for _, _, word in recording.words)
+    print(f"{len(recording.wave) / recording.rate:.0f} s, {len(said)} digits", flush=True)
+    model = plait.load(str(arguments.model), "cpu")
+    begun = time.process_time()
+    segments = model.segments((recording.wave, recording.rate), language="en", words=True)
+    ours, seconds = digits_of(" ".join(one.text for one in segments)), time.process_time() - begun
+    print(f"plait: WER {errors(said, ours) / len(said):.4f}, {seconds:.0f} s of processor time", flush=True)
+    words = [word for segment in segments for word in segment.words if len(digits_of(word.text)) == 1]
+    off = [_off(word, recording.words) for word in words]
+    off = [one for one in off if one is not None]
+    near = [max(one) <= 0.3 for one in off]
+    starts, ends = (np.median([one[i] for one in off]) for i in range(2))
+    print(f"times: start and end within .3 s for {np.mean(near):.3f} of {len(off)} words, medians {starts:.3f} and "
+          f"{ends:.3f} s", flush=True)  # fmt: skip
+    silence = model.transcribe((np.zeros(20 * 16_000, np.float32), 16_000), language="en")
+    print(f"silence: {silence!r}", flush=True)
+    peer = transformers.pipeline("automatic-speech-recognition", model=str(arguments.model), device="cpu")
+    begun = time.process_time()
+    heard = peer({"raw": recording.wave, "sampling_rate": recording.rate}, return_timestamps=True,
+                 generate_kwargs={"language": "en", "task": "transcribe"})["text"]  # fmt: skip
+    seconds = time.process_time() - begun
+    wrong = errors(said, digits_of(heard)) / len(said)
+    print(f"transformers' long form: WER {wrong:.4f}, {seconds:.0f} s of processor time", flush=True)
+
+
+def _off(word: Any, spoken: list[tuple[float, float, str]]) -> tuple[float, float] | None:
+    """How far start and end are from those of the nearest clip of this digit; None where none is within 1.5 s."""
+    digit = digits_of(word.text)
+    near = [(abs(word.start - a), abs(word.end - b)) for a, b, said in spoken if said == digit]
+    best = min(near, key=sum, default=(9.0, 9.0))
+    return best if max(best) < 1.5 else None
+
+
 def _peak() -> float:
     """Of this process so far, in GB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
@@ -281,6 +381,12 @@ def main() -> None:
     one.add_argument("--data", type=Path, required=True, help="the folder with the public sets")
     one.add_argument("--seed", type=int, default=0)
     one.set_defaults(run=head)
+    one = commands.add_parser("speech")
+    one.add_argument("model", type=Path)
+    one.add_argument("--data", type=Path, required=True, help="the folder with the public sets")
+    one.add_argument("--minutes", type=float, default=3.0)
+    one.add_argument("--seed", type=int, default=0)
+    one.set_defaults(run=speech)
     arguments = parser.parse_args()
     arguments.run(arguments)
 
