@@ -70,6 +70,7 @@ def prepare(
     recipe: DataRecipe | None = None,
     seed: int = 0,
     workers: int | None = None,
+    engine: str = "local",
     near_duplicates: bool = True,
     drop_near_duplicates: bool = False,
     replace: bool = False,
@@ -83,7 +84,8 @@ def prepare(
     "a,b"}` (see plait.data.tables). `labels` names integer classes: `{"label": ["cat", "dog"]}`. `pattern` is a regular
     expression whose named groups become text columns of media files. `recipe` has the sections of data of other
     kinds, which features add. `workers` are the processes that decode
-    media (None: as many as there are processors; 0: none, in this process). `near_duplicates` looks for records that
+    media (None: as many as there are processors; 0: none, in this process). `engine` is "local", or "ray" for the
+    workers of a Ray cluster. `near_duplicates` looks for records that
     are alike, and `drop_near_duplicates` leaves those out of train that val or test have too. `into` adds the source to
     the dataset that is in `out`, whose records, splits and ids stay; new ids begin with the source's name.
     `progress(stage, done, total)` is called now and then.
@@ -102,7 +104,7 @@ def prepare(
         _check_out(source, out, replace)
     options = Options(
         column_map, labels, pattern, recipe or DataRecipe(), seed, workers, near_duplicates or drop_near_duplicates,
-        drop_near_duplicates, into, progress or (lambda *_: None),
+        drop_near_duplicates, into, progress or (lambda *_: None), engine,
     )  # fmt: skip
     partial = _partial(out)
     with only_writer(partial):
@@ -135,6 +137,7 @@ class Options:
     drop: bool
     into: bool
     progress: Progress
+    engine: str = "local"
 
 
 def _local(source: str | Path) -> Location:
@@ -259,7 +262,9 @@ def _make(source: Location, out: Location, folder: Path, partial: Path, options:
     def told(done: int) -> None:
         options.progress("check", done, max(total, done) if total else None)
 
-    paths = stage(found.read(), chunks, options.seed, options.near, found.chats, options.workers, told, before)
+    paths = stage(
+        found.read(), chunks, options.seed, options.near, found.chats, options.workers, told, before, options.engine
+    )
     manifest = _write(source, out, tree, found, paths, folder, options)
     write_json(folder / "manifest.json", sealed(manifest.model_dump()))
     return manifest
