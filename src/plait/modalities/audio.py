@@ -26,7 +26,15 @@ from torch import Tensor, nn
 from plait.core.config import Size
 from plait.core.errors import PlaitError
 from plait.modalities.audio_files import decode_audio, resample
-from plait.modalities.base import ChannelNorm, Exhibit, Recognition, bilinear_warp, tinted, within
+from plait.modalities.base import (
+    ChannelNorm,
+    Exhibit,
+    Recognition,
+    bilinear_warp,
+    overlapping_windows,
+    tinted,
+    within,
+)  # fmt: skip
 from plait.modalities.fsq import FSQ
 from plait.modalities.hf_encoder import HFEncoder, HFEncoderSettings, transformers_for
 from plait.modalities.recogniser import AudioRecogniser
@@ -417,11 +425,7 @@ class Audio(nn.Module):
 
     def windows(self, raw: Any) -> list[np.ndarray]:
         """Windows of the longest clip's length that overlap by half and cover the audio."""
-        mel, longest = self._frames(raw), self.settings.frames
-        if len(mel) <= longest:
-            return [mel]
-        starts = [*range(0, len(mel) - longest, longest // 2), len(mel) - longest]
-        return [mel[start : start + longest] for start in starts]
+        return overlapping_windows(self._frames(raw), self.settings.frames)
 
     def batch(self, samples: list[np.ndarray]) -> tuple[Tensor, Tensor]:
         lengths = torch.tensor([len(sample) for sample in samples])

@@ -23,7 +23,15 @@ from torch import Tensor, nn
 
 from plait.core.config import Size
 from plait.modalities.audio import SILENCE, AudioSettings, LogMel
-from plait.modalities.base import ChannelNorm, Exhibit, Recognition, bilinear_warp, tinted, within
+from plait.modalities.base import (
+    ChannelNorm,
+    Exhibit,
+    Recognition,
+    bilinear_warp,
+    overlapping_windows,
+    tinted,
+    within,
+)  # fmt: skip
 from plait.modalities.recogniser import ConvNorm, Recogniser, ResidualBlock
 from plait.modalities.video_files import BANDS, RATE, SOUND, STEPS, Clip, animated, decode_video, frames_of, strip_of
 
@@ -253,11 +261,7 @@ class Video(nn.Module):
 
     def windows(self, raw: Any) -> list[np.ndarray]:
         """Windows of the longest clip's length that overlap by half and cover the clip."""
-        slots, longest = self._slots(raw), self.settings.slots
-        if len(slots) <= longest:
-            return [slots]
-        starts = [*range(0, len(slots) - longest, max(longest // 2, 1)), len(slots) - longest]
-        return [slots[start : start + longest] for start in starts]
+        return overlapping_windows(self._slots(raw), self.settings.slots)
 
     def moments(self, raw: Any) -> list[Moment]:
         """The parts of a clip that a search tells apart: MOMENT seconds that overlap by half."""
