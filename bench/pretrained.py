@@ -2,7 +2,7 @@
 
     python bench/pretrained.py lora MODEL [--rounds 3] [--batch 4] [--length 512]
 
-    python bench/pretrained.py head ROW ENCODER --data DATA [--seed 0]
+    python bench/pretrained.py head ROW ENCODER --data DATA [--seed 0]    # ENCODER may be scratch, with --minutes 1
 
 MODEL is a folder of a causal language model. PLAIT_ISA=avx2 caps the instructions of both.
 """
@@ -31,8 +31,8 @@ def lora_ours(model: Path, ids: Tensor, rank: int) -> Any:
     from plait.core.device import Device, keep_memory
     from plait.hf.huggingface import load
     from plait.model import lora
+    from plait.model.cross_entropy import total_loss
     from plait.model.extend import extend_frozen
-    from plait.model.objectives import total_loss
     from plait.training.optimizer import make_optimizer
 
     keep_memory()
@@ -121,13 +121,18 @@ def head(arguments: argparse.Namespace) -> None:
         train, test = ROWS[arguments.row](arguments, folder)
         begun = time.process_time()
         table, encoder = _written(train, folder), str(arguments.encoder)
-        run = plait.train(table, folder / "run", init_from=encoder, seed=arguments.seed)
+        if encoder == "scratch":
+            begin: dict[str, Any] = {"start": "scratch", "minutes": arguments.minutes}
+        else:
+            begin = {"init_from": encoder}
+        run = plait.train(table, folder / "run", seed=arguments.seed, **begin)
         trained = time.process_time() - begun
         model, inputs = run.model(), [value if arguments.row in TEXTS else Path(value) for value, _ in test]
         said = np.array([predictions[0].label for predictions in model.classify_inputs(inputs, top=1)])
         wanted = np.array([label for _, label in test])
         line = {
-            "row": arguments.row, "seed": arguments.seed, "accuracy": round(float((said == wanted).mean()), 4),
+            "row": arguments.row, "encoder": Path(encoder).name, "seed": arguments.seed,
+            "accuracy": round(float((said == wanted).mean()), 4),
             "macro_f1": round(float(f1_score(wanted, said, average="macro")), 4), "n": len(test),
             "train": len(train), "train_seconds": round(trained, 1),
             "ask_seconds": round(time.process_time() - begun - trained, 1), "peak_gb": round(_peak(), 2),
@@ -271,7 +276,8 @@ def main() -> None:
     one.set_defaults(run=lora)
     one = commands.add_parser("head")
     one.add_argument("row", choices=list(ROWS))
-    one.add_argument("encoder", type=Path, help="a folder of a text, audio or vision encoder")
+    one.add_argument("encoder", type=Path, help="a folder of a text, audio or vision encoder, or scratch")
+    one.add_argument("--minutes", type=float, default=1.0, help="of training from scratch")
     one.add_argument("--data", type=Path, required=True, help="the folder with the public sets")
     one.add_argument("--seed", type=int, default=0)
     one.set_defaults(run=head)

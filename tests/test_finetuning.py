@@ -22,8 +22,8 @@ from plait.data.samples import Samples
 from plait.data.tokens import Ids, Tokens
 from plait.model import checkpoint as checkpoints
 from plait.model import lora
+from plait.model.cross_entropy import total_loss
 from plait.model.multimodal import SplitTable
-from plait.model.objectives import total_loss
 from plait.training.batches import Sampler, Split
 
 Plait = Callable[..., int]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from plait.model import objectives
+from plait.model import cross_entropy
 from plait.model.transformer import rms_norm, rotary, rotate
 
 
@@ -38,17 +38,17 @@ def test_norm_and_rotation(shape):
 @pytest.mark.parametrize("many", [300, 1100])  # the least number of rows at which logits are known to be small
 def test_the_loss_of_tokens(smoothing, chunk, many, monkeypatch):
     """In one chunk and in several, strips ending unevenly."""
-    monkeypatch.setattr(objectives, "CHUNK", chunk)
-    monkeypatch.setattr(objectives, "CLOSE", chunk)
-    monkeypatch.setattr(objectives, "TALL", 130)
-    monkeypatch.setattr(objectives, "STRIP", 300 * 7)
+    monkeypatch.setattr(cross_entropy, "CHUNK", chunk)
+    monkeypatch.setattr(cross_entropy, "CLOSE", chunk)
+    monkeypatch.setattr(cross_entropy, "TALL", 130)
+    monkeypatch.setattr(cross_entropy, "STRIP", 300 * 7)
     torch.manual_seed(0)
     hidden, rows = (torch.randn(count, 24, requires_grad=True) for count in (400, many))
     targets = torch.randint(many, (400,))
     wanted = F.cross_entropy(hidden @ rows.t(), targets, reduction="sum", label_smoothing=smoothing)
-    found = objectives.total_loss(hidden, rows, targets, smoothing)
+    found = cross_entropy.total_loss(hidden, rows, targets, smoothing)
     assert torch.allclose(found, wanted, rtol=1e-5)
     for mine, theirs in zip(gradients(found / 7, hidden, rows), gradients(wanted / 7, hidden, rows), strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-4)
     with torch.no_grad():
-        assert torch.allclose(objectives.total_loss(hidden, rows, targets, smoothing), wanted, rtol=1e-5)
+        assert torch.allclose(cross_entropy.total_loss(hidden, rows, targets, smoothing), wanted, rtol=1e-5)

@@ -19,7 +19,7 @@ from conftest import RECIPE
 from plait.core.device import threads
 from plait.core.errors import PlaitError
 from plait.model import checkpoint as checkpoints
-from plait.model.objectives import negative_log_likelihood
+from plait.model.cross_entropy import negative_log_likelihood
 from plait.training.checkpointing import Position, Saver
 from plait.training.distributed import Group
 from plait.training.log import Log

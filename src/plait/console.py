@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -93,16 +94,13 @@ def write(path: Path, data: bytes) -> None:
         raise PlaitError(f"Cannot write {path}: {error.strerror}. Choose another file with -o.") from error
 
 
-def show_metrics(metrics: dict[str, Any]) -> None:
-    """Print figures with their standard errors, chance and baseline, one a line."""
+def show_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print figures, by name, with their standard errors, chance and baseline, one a line."""
     table = Table("figure", "value", "±", "chance", "baseline", "n", box=None, header_style="bold")
-    # The figures of single labels, and times, are in the files.
-    names = [name for name in metrics if "[" not in name and not name.startswith("timing/")]
-    for name in names:
-        metric = metrics[name]
+    for name, metric in metrics.items():
         row = [metric[key] for key in ("value", "stderr", "chance", "baseline")]
         shown = ["" if value is None or value != value else f"{round(value, 9):.4g}" for value in row]
         table.add_row(plain(name), *shown, "" if metric["n"] is None else str(metric["n"]))
-    for column, least in zip(table.columns, (max(map(len, names), default=0), 8, 7, 6, 8, 3), strict=True):
+    for column, least in zip(table.columns, (max(map(len, metrics), default=0), 8, 7, 6, 8, 3), strict=True):
         column.no_wrap, column.min_width = True, least
     out.print(table)

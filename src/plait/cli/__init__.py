@@ -30,6 +30,7 @@ from plait.cli import (
     generate,
     key,
     mcp,
+    models,
     prepare,
     recipes,
     serve,
@@ -50,7 +51,7 @@ PANELS = {
     "Use a model": (generate, classify, decide, describe, transcribe, draw, speak, embed, export),
     "Understand a model": (),
     "Serve": (studio, serve, mcp, key),
-    "Check and foresee": (doctor, sizes),
+    "Check and foresee": (doctor, sizes, models),
 }
 
 

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from plait.core.errors import PlaitError
 from plait.core.features import ExtensionPoint
 from plait.core.rng import uniform
 from plait.data.dataset import Dataset
-from plait.evaluation.findings import Findings, Metric, Metrics, ReportItem
+from plait.evaluation.findings import Findings, ReportItem
+from plait.evaluation.keys import TIMING, Direction, MetricKey, Metrics
 from plait.evaluation.reference_classifier import ReferenceClassifier, fit_classifier
 from plait.inference.model import PlaitModel
 from plait.modalities.base import MediaModality
@@ -105,7 +106,7 @@ class EvalContext:
     limits: Limits
     reference_seconds: float
     progress: Progress
-    metrics: Metrics = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=Metrics)
     findings: Findings = field(default_factory=Findings)
 
     def __post_init__(self) -> None:
@@ -144,10 +145,23 @@ class EvalContext:
     def modality(self, column: str) -> MediaModality:
         return self.media[self.columns[column]]
 
-    def keep(self, task: str, direction: str, name: str, value: float, **more: float | None) -> None:
-        """Note a figure: stderr, chance, baseline and n may be given."""
-        metric: Metric = {"value": value, "stderr": None, "chance": None, "baseline": None, "n": None, **more}
-        self.metrics[f"{task}/{direction}/{name}"] = metric
+    def keep(
+        self,
+        task: str,
+        direction: Direction,
+        metric: str,
+        value: float,
+        *,
+        label: str | None = None,
+        clean: bool = False,
+        stderr: float | None = None,
+        chance: float | None = None,
+        baseline: float | None = None,
+        n: int | None = None,
+    ) -> None:
+        """Note a figure; arguments as in `MetricKey` and `Metrics.keep`."""
+        key = MetricKey(task, direction, metric, label, clean)
+        self.metrics.keep(key, value, stderr=stderr, chance=chance, baseline=baseline, n=n)
 
     def note(self, text: str) -> None:
         if text not in self.findings.notes:
@@ -198,6 +212,26 @@ class EvalContext:
     def with_text(self, media: Media, column: str) -> Media:
         """Those whose record has a text in this column."""
         return media.only(np.array([self.texts[column][i] is not None for i in media.indices], bool))
+
+    def pairs(self, source: str, target: str, split: str) -> Media:
+        """Inputs of a column whose record has a text in the other; texts are kept as their record's number alone."""
+        if source in self.media_columns:
+            return self.with_text(self.samples(source, split), target)
+        present = [i for i in self.dataset.indices(split) if self.texts[source][i] is not None]
+        media = self.with_text(Media(np.array(present, np.int64), [np.empty(0)] * len(present)), target)
+        return media.only(self.chosen(np.arange(len(media)), self.limits.records))
+
+    def inputs(self, source: str, media: Media) -> list[Sequence]:
+        """What the model reads of these records, as sequences."""
+        if source in self.media_columns:
+            return self.contexts(source, media)
+        return [self.text_sequence(self.texts[source][i]) for i in media.indices]
+
+    def raw_inputs(self, source: str, media: Media) -> list[Any]:
+        """Samples, or texts."""
+        if source in self.media_columns:
+            return list(media.samples)
+        return [self.texts[source][i] for i in media.indices]
 
     def text_sequence(self, text: str) -> Sequence:
         """A text as context, cut as training cuts it."""
@@ -257,6 +291,12 @@ class EvalContext:
         exhibit = self.modality(column).exhibit(sample)
         return ReportItem(caption, image=exhibit.image, audio=exhibit.audio, right=right)
 
+    def exhibit_input(self, source: str, media: Media, place: int) -> ReportItem:
+        """What one of these records has in a column."""
+        if source in self.media_columns:
+            return self.exhibit(source, media.samples[place])
+        return ReportItem(text=self.texts[source][media.indices[place]])
+
     # --- judges -------------------------------------------------------------------------------------------------
 
     def critic(self, media_column: str, column: str) -> LabelClassifier | None:
@@ -307,8 +347,8 @@ class EvalContext:
             device=self.device,
         )
         name = media_column if len(group) > 1 or len(self.labels) == 1 else f"{media_column}_{group[0]}"
-        self.keep("timing", f"judge_{name}", "seconds", judge.seconds)
-        self.keep("timing", f"judge_{name}", "steps", judge.steps)
+        self.keep(TIMING, Direction(f"judge_{name}"), "seconds", judge.seconds)
+        self.keep(TIMING, Direction(f"judge_{name}"), "steps", judge.steps)
         return LabelClassifier(judge, list(group), classes)
 
 
@@ -320,7 +360,7 @@ class Timer:
 
     def lap(self, stage: str) -> None:
         now = time.perf_counter()
-        self.eval_context.keep("timing", stage, "seconds", now - self.start)
+        self.eval_context.keep(TIMING, Direction(stage), "seconds", now - self.start)
         self.start = now
 
 

@@ -53,15 +53,21 @@ def load_pretrained(name_or_folder: str | Path, device: str = "auto", precision:
     nothing that Plait asks for.
     """
     folder = find(name_or_folder)
+    return Pretrained(folder, str(name_or_folder), kind_of(folder), choose_device(device, precision))
+
+
+def kind_of(folder: Path) -> str:
+    """A key of VERBS: what a folder's model is, by its configuration.
+
+    Raises PlaitError where it is none of them, or its weights are not there as safetensors.
+    """
     config = read_json(folder / "config.json")
     if not (folder / "model.safetensors").is_file() and not (folder / "model.safetensors.index.json").is_file():
         raise PlaitError(no_safetensors(folder, other_weights(folder)))
-    transformers = import_extra("transformers", "huggingface", str(name_or_folder))
+    transformers = import_extra("transformers", "huggingface", str(folder))
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise PlaitError(f"{folder / 'config.json'} has no model_type. Fetch the model again.")
-    return Pretrained(
-        folder, str(name_or_folder), _kind(config, folder, transformers), choose_device(device, precision)
-    )
+    return _kind(config, folder, transformers)
 
 
 def _kind(config: dict[str, Any], folder: Path, transformers: Any) -> str:

@@ -14,8 +14,8 @@ from plait.core.errors import ContextLengthError, PlaitError
 from plait.core.interruption import pause_point
 from plait.inference.engine import Engine, TopIds, top_ids
 from plait.kernels.linear import PackedLinear
+from plait.model.cross_entropy import negative_log_likelihood
 from plait.model.multimodal import IGNORE, Sequence, collate, embed_tokens
-from plait.model.objectives import negative_log_likelihood
 
 PLACES = 64  # of a prompt whose scores of the whole vocabulary exist at a time
 POSITIONS = 8192  # padded positions in one forward pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,7 +12,8 @@ from plait.core.files import write_atomic
 from plait.core.frames import data_frame, html_table
 from plait.core.progress import ProgressBar
 from plait.data.dataset import Dataset
-from plait.evaluation.findings import Findings, Metrics
+from plait.evaluation.findings import Findings
+from plait.evaluation.keys import Direction, MetricKey, Metrics
 from plait.library.runs import Run
 from plait.reports.metric_labels import metric_labels
 from plait.reports.report import read_run, write_metrics, write_report
@@ -57,15 +59,20 @@ class Evaluation(Mapping[str, Metric]):
         self.verdict = findings.verdict
         self._metrics = metrics
 
-    def __getitem__(self, name: str) -> Metric:
+    def __getitem__(self, name: str | MetricKey) -> Metric:
         metric = self._metrics[name]
         return Metric(*(metric.get(field) for field in Metric._fields))  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._metrics)
+        return map(str, self._metrics)
 
     def __len__(self) -> int:
         return len(self._metrics)
+
+    @property
+    def metric_keys(self) -> list[MetricKey]:
+        """The names of all figures, in their parts: task, direction, metric."""
+        return list(self._metrics)
 
     @property
     def report(self) -> Path:
@@ -83,18 +90,17 @@ class Evaluation(Mapping[str, Metric]):
 
     def headlines(self) -> dict[str, dict[str, Any]]:
         """The main figures, as `to_dict` has them: at most two of each task and direction."""
-        counts: dict[str, int] = {}
-        found = {}
-        for name in self.main():
-            direction, _, metric = name.rpartition("/")
-            if metric in metric_labels().headlines and counts.setdefault(direction, 0) < 2:
-                counts[direction] += 1
-                found[name] = self[name]._asdict()
-        return found
+        counts: Counter[tuple[str, Direction]] = Counter()
+        chosen = {}
+        for key in filter(metric_labels().is_headline, self._metrics):
+            counts[key.task, key.direction] += 1
+            if counts[key.task, key.direction] <= 2:
+                chosen[str(key)] = self[key]._asdict()
+        return chosen
 
     def main(self) -> list[str]:
         """The names of the figures of whole tasks, without those of single labels and times."""
-        return [name for name in self if "[" not in name and not name.startswith("timing/")]
+        return [str(key) for key in self._metrics if key.main]
 
     def __repr__(self) -> str:
         return f"Evaluation({str(self.folder)!r}, split={self.split!r}, {len(self)} figures)"

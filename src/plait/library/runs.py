@@ -14,6 +14,7 @@ from plait.core.config import LoraRecipe, Recipe, as_recipe, parse_recipe
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from plait.core.frames import data_frame, html_table
+from plait.core.objective import Objective, loss_column, losses_of_row
 from plait.core.progress import ProgressBar
 from plait.data.dataset import Dataset
 from plait.data.stores import read_place
@@ -24,6 +25,9 @@ from plait.training.run import Progress
 if TYPE_CHECKING:
     from plait.inference.base import Model
     from plait.library.evaluations import Evaluation
+
+
+STARTS = ("best", "scratch")
 
 
 class History(Sequence[dict[str, Any]]):
@@ -45,15 +49,15 @@ class History(Sequence[dict[str, Any]]):
     @property
     def objectives(self) -> list[str]:
         """The objectives that have losses, as `text`, `image`, `contrastive:image-text`."""
-        names = {name.removeprefix("loss/"): None for row in self.rows for name in row if name.startswith("loss/")}
-        return list(names)
+        return list(dict.fromkeys(name for row in self.rows for name in losses_of_row(row)))
 
     def losses(self, objective: str, split: str = "train") -> tuple[list[int], list[float]]:
         """Steps, and an objective's losses at them. Raises PlaitError for an objective that has none."""
         if objective not in self.objectives:
             raise PlaitError(f"There is no loss '{objective}'. There are {', '.join(self.objectives) or 'none'}.")
-        rows = [row for row in self.rows if row["split"] == split and f"loss/{objective}" in row]
-        return [row["step"] for row in rows], [row[f"loss/{objective}"] for row in rows]
+        column = loss_column(objective)
+        rows = [row for row in self.rows if row["split"] == split and column in row]
+        return [row["step"] for row in rows], [row[column] for row in rows]
 
     def to_pandas(self) -> Any:
         """All rows as a pandas DataFrame. Raises PlaitError where pandas is not installed."""
@@ -220,6 +224,8 @@ def train(
     batch_size: int | None = None,
     learning_rate: float | None = None,
     init_from: str | None = None,
+    start: str | None = None,
+    models: Sequence[str | Path] = (),
     freeze: Sequence[str] | None = None,
     lora: bool = False,
     replay: Mapping[str, float] | None = None,
@@ -249,6 +255,9 @@ def train(
         batch_size: records a step.
         learning_rate: peak of the schedule.
         init_from: a run, a checkpoint, or a Hugging Face name or folder to begin from.
+        start: "best" takes the best pretrained model on this machine that fits the data and the memory, "scratch" none;
+            left out, `tell` says which there is. Nothing is downloaded.
+        models: folders of models to look in, beside the Hugging Face cache.
         freeze: parts of it that stay as they are: encoder, backbone, token_embedding.
         lora: train low-rank updates of its backbone, and what is new.
         replay: further prepared datasets, and the share of each batch that comes from each.
@@ -288,11 +297,14 @@ def train(
         settings.training.steps = settings.training.max_minutes = None  # what is asked for here wins over a recipe
     if lora and settings.training.lora is None:
         settings.training.lora = LoraRecipe()
+    _check_start(start, settings.model.init_from)
     folder = Path(out).expanduser()
     with distributed.processes() as group, ProgressBar(progress if group.is_main else False) as bar:
         with group.main_first():
             data = open_or_prepare(dataset, folder / "data", settings, bar, allow_changes)
         say = tell if tell is not None and group.is_main else lambda line: None
+        if start != "scratch" and settings.model.init_from is None:
+            _choose_start(data, folder, settings, start, models, say)
         if settings.model.init_from is not None and _is_encoder(settings.model.init_from):
             _fit_head(data, folder, settings, bar, device, allow_changes, say)
             return Run(folder)
@@ -300,6 +312,58 @@ def train(
             settings = _derived(data, settings, say)
         _fit(data, folder, settings, bar, device, allow_changes, group, callbacks, say)
     return Run(folder)
+
+
+def _check_start(start: str | None, init_from: str | None) -> None:
+    """Raises PlaitError for a start that is not known, or one beside `init_from`."""
+    if start is None:
+        return
+    if start not in STARTS:
+        raise PlaitError(f"There is no start '{start}'. Known are {' and '.join(STARTS)}.")
+    if init_from is not None:
+        raise PlaitError(f"start: {start} and init_from exclude each other: the second names the start itself.")
+
+
+def _choose_start(
+    dataset: Dataset,
+    folder: Path,
+    recipe: Recipe,
+    start: str | None,
+    models: Sequence[str | Path],
+    tell: Callable[[str], None],
+) -> None:
+    """Enter the best start into the recipe, or mention it where none was asked for. A run that goes on keeps its own.
+
+    Raises PlaitError where the best is asked for and there is none.
+    """
+    if (folder / "run.json").is_file():
+        known = Run(folder).recipe
+        if start == "best":
+            recipe.model.init_from, recipe.training.lora = known.model.init_from, known.training.lora
+        return
+    if importlib.util.find_spec("transformers") is None:
+        if start == "best":
+            raise PlaitError("Pretrained models need transformers: pip install 'plait-ml[huggingface]'.")
+        return
+    from plait.hf.best_start import best_start
+
+    found = best_start(dataset, models)
+    if found is None:
+        if start == "best":
+            raise PlaitError(
+                "No pretrained model on this machine fits these data and its memory. See what there is with "
+                "plait models, name a folder with --models DIR, or leave --start out."
+            )
+        return
+    for line in found.left_out:
+        tell(line)
+    if start is None:
+        tell(f"On this machine: {found}. To take it: --start best")
+        return
+    tell(f"Start: {found}.")
+    recipe.model.init_from = str(found.model.folder) if Path(found.model.name).exists() else found.model.name
+    if found.lora and recipe.training.lora is None:
+        recipe.training.lora = LoraRecipe()
 
 
 def _is_encoder(name: str) -> bool:
@@ -375,6 +439,7 @@ def _fit(
     """Train, fit the classifiers of labels, and write the report."""
     from plait.evaluation.decide import finish
     from plait.evaluation.findings import Findings
+    from plait.evaluation.keys import Metrics
     from plait.library.samples import ModelSamples, recorded
     from plait.reports.report import read_run, write_report
     from plait.training.trainer import train as fit
@@ -390,14 +455,14 @@ def _fit(
         for line in finish(folder, dataset, device, bar):
             tell(line)
     if group.is_main:
-        write_report(folder / "report.html", {}, Findings(), read_run(folder, dataset.path))
+        write_report(folder / "report.html", Metrics(), Findings(), read_run(folder, dataset.path))
 
 
 def shown_by(bar: ProgressBar) -> Callable[[Progress], None]:
     """What the trainer tells, on a bar."""
 
     def show(progress: Progress) -> None:
-        losses = "  ".join(f"{name.replace('contrastive:', '')} {value:.3f}" for name, value in progress.losses.items())
+        losses = "  ".join(f"{Objective.parse(name).short} {value:.3f}" for name, value in progress.losses.items())
         rate = f"  {progress.tokens_per_second:,.0f} tokens/s" if progress.tokens_per_second else ""
         bar(progress.stage, progress.done, progress.total, losses + rate + progress.note)
 

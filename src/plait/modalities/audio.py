@@ -378,6 +378,7 @@ class Audio(nn.Module):
     name: ClassVar[str] = "audio"
     writable: ClassVar[bool] = True
     making_task: ClassVar[str] = "speaking"
+    made_per_row: ClassVar[int] = 1
     codec_metric: ClassVar[str] = "mel_error"
     shown: ClassVar[int] = 2
     variable_length: ClassVar[bool] = True

@@ -59,6 +59,7 @@ class MediaModality(Protocol):
     name: ClassVar[str]
     variable_length: ClassVar[bool]  # whether the number of codes differs from sample to sample
     writable: ClassVar[bool]  # whether it has a codec; else it is read alone
+    made_per_row: ClassVar[int]  # samples made for a label that a report shows
     making_task: ClassVar[str]  # the task of metric keys in which samples are made from labels: "drawing"
     codec_metric: ClassVar[str]  # the metric that `codec_errors` gives: "psnr"
     shown: ClassVar[int]  # samples that a report shows in a row

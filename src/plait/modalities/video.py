@@ -494,6 +494,7 @@ def video_modality() -> tuple[Any, Any]:
         variable_length: ClassVar[bool] = True
         writable: ClassVar[bool] = False
         making_task: ClassVar[str] = "filming"
+        made_per_row: ClassVar[int] = 1
         codec_metric: ClassVar[str] = ""
         shown: ClassVar[int] = 3
         occluded: ClassVar[Sequence[tuple[int, int]]] = [(1, 1), (2, 1)]

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plait.evaluation.keys import Metrics
+from plait.reports.metric_labels import metric_labels
+
 SHOWN = 5  # figures beside the verdict
 MATRIX = 20  # labels of a confusion matrix, at most
 
@@ -111,16 +114,15 @@ def read_result(run: Path, job_folder: Path) -> Result:
 
 
 def _figures(metrics: dict[str, Any]) -> list[tuple[str, float, float | None]]:
-    """The headline metrics: those with a chance level, recognition and retrieval first."""
+    """The headline metrics first, of those with a chance level."""
     rows = []
-    for key, metric in metrics.items():
-        value = metric.get("value") if isinstance(metric, dict) else None
-        if not isinstance(value, int | float) or not math.isfinite(value) or "[" in key or key.startswith("timing/"):
-            continue
-        chance = metric.get("chance")
-        rows.append((key, float(value), float(chance) if isinstance(chance, int | float) else None))
-    rows.sort(key=lambda row: (row[2] is None, not row[0].endswith(("accuracy", "r_at_10", "hr_at_10", "f1"))))
-    return rows[:SHOWN]
+    for key, metric in Metrics.read(metrics).items():
+        value, chance = metric.get("value"), metric.get("chance")
+        if key.main and value is not None and math.isfinite(value):
+            rows.append((key, float(value), None if chance is None else float(chance)))
+    labels = metric_labels()
+    rows.sort(key=lambda row: (row[2] is None, not labels.is_headline(row[0])))
+    return [(str(key), value, chance) for key, value, chance in rows[:SHOWN]]
 
 
 def _predictions(path: Path) -> list[Predicted]:

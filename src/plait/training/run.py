@@ -23,6 +23,7 @@ from plait.core.config import SIZES, Recipe, parse_recipe
 from plait.core.device import Device
 from plait.core.errors import PlaitError
 from plait.core.files import read_json, sha256_file, write_atomic, write_json
+from plait.core.objective import losses_of_row, weighted_sum
 from plait.core.rng import key_of
 from plait.data.conversations import turns
 from plait.data.dataset import Dataset
@@ -37,7 +38,6 @@ from plait.training.batches import Split, add_codes
 from plait.training.build import label_columns
 from plait.training.codec_training import train_codec
 from plait.training.distributed import Group
-from plait.training.losses import weighted
 from plait.training.recogniser_training import Labelled, train_recogniser
 from plait.training.samples import CodecSamples, EncoderSamples, SampleLog, few
 
@@ -402,8 +402,7 @@ def _averaged(folder: Path) -> str:
     weights = read_json(folder / "run.json")["recipe"]["training"]["weights"]
     found = {}
     for row in rows:
-        losses = {name.removeprefix("loss/"): value for name, value in row.items() if name.startswith("loss/")}
-        found[row["split"]] = weighted(losses, weights)
+        found[row["split"]] = weighted_sum(losses_of_row(row), weights)
     if "val_raw" not in found:
         return ""
     return f"\nAveraged weights: validation loss {found['val']:.4f}; the raw ones: {found['val_raw']:.4f}."

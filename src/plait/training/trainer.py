@@ -25,6 +25,7 @@ from plait.core.config import Recipe
 from plait.core.device import choose_device, keep_memory, matmul_precision, threads
 from plait.core.errors import DivergedError, PlaitError, Terminated
 from plait.core.files import only_writer, read_json
+from plait.core.objective import weighted_sum
 from plait.core.rng import uniform
 from plait.core.signals import Signals, signals
 from plait.data.dataset import Dataset
@@ -39,7 +40,7 @@ from plait.training.distributed import Group, Network
 from plait.training.divergence import check_stable, not_finite
 from plait.training.init_from import generation_of, labels_of
 from plait.training.log import Log
-from plait.training.losses import LossModule, step_losses, weighted
+from plait.training.losses import LossModule, step_losses
 from plait.training.optimizer import Average, learning_rate_at, make_optimizer
 from plait.training.preparation import Prepared, join_replayed, prepare_run
 from plait.training.run import Progress, Report, Run, difference
@@ -373,7 +374,7 @@ class Trainer:
             self.streams,
         )
         grad_norm = self.network.clip_grad_norm(settings.grad_clip)
-        if not (math.isfinite(grad_norm) and math.isfinite(weighted(losses, settings.weights))):
+        if not (math.isfinite(grad_norm) and math.isfinite(weighted_sum(losses, settings.weights))):
             raise not_finite(self.network, self.train_sampler, step)
         self.optimizer.step()
         return losses, tokens
@@ -417,7 +418,7 @@ class Trainer:
             self.log.write(step, "val_raw", self._validation_losses(sampler))
         with self.average.used() if self.average else nullcontext():
             losses = self._validation_losses(sampler)
-            objective, shown = weighted(losses, self.settings.weights), losses
+            objective, shown = weighted_sum(losses, self.settings.weights), losses
             if (score := self.data.score(self.model, self.run.device, sampler)) is not None:
                 objective, shown = -score.value, {**losses, score.name: score.value}
                 self.log.write(step, "val_score", {score.name: score.value})
@@ -523,7 +524,7 @@ class Trainer:
         position.tokens += tokens
         for name, value in losses.items():
             position.recent.setdefault(name, []).append(value)
-        loss = weighted(losses, self.settings.weights)
+        loss = weighted_sum(losses, self.settings.weights)
         self.log.write_records(position.step, loss, [split.ids[record] for record in records])
         self.mid_step = False
         self.callbacks.on_step(StepEvent(position.step, steps, loss, losses, learning_rate))
@@ -533,7 +534,7 @@ class Trainer:
         seconds, waited = now - self.clock, self.batches.waited
         means = {name: float(np.mean(values)) for name, values in position.recent.items()}
         self.log.write(position.step, "train", means, position.tokens / seconds, learning_rate, waited / seconds)
-        check_stable(position, weighted(means, self.settings.weights), records, split)
+        check_stable(position, weighted_sum(means, self.settings.weights), records, split)
         self.run.report(Progress("model", position.step, steps, means, position.tokens / seconds, work="model"))
         position.recent, position.tokens, self.clock, self.batches.waited = {}, 0, now, 0.0
 

@@ -27,6 +27,7 @@ from plait.core.config import Recipe, parse_recipe
 from plait.core.dist import install_command
 from plait.core.errors import PlaitError
 from plait.core.files import only_writer, read_json, write_atomic, write_json
+from plait.core.objective import losses_of_row
 from plait.core.rng import key_of
 from plait.data.dataset import Dataset
 from plait.reports.report import read_run
@@ -337,7 +338,7 @@ class _Study:
         losses = trained["validation"]
         if not losses:  # it was saved by a signal, before it was validated
             rows = [row for row in read_run(folder).log if row["split"] == "val" and row["step"] == trained["step"]]
-            losses = {k.removeprefix("loss/"): v for row in rows for k, v in row.items() if k.startswith("loss/")}
+            losses = {name: value for row in rows for name, value in losses_of_row(row).items()}
         return score(losses, self.plan.objective, self.plan.recipe)
 
     def _prepared(self, job: Job | None) -> None:
