@@ -170,7 +170,7 @@ def write_films(path: Path) -> None:
         archive.writestr("ml-100k/u.user", "\n".join(f"{user}|24|M|other|00000" for user in range(1, 41)))
 
 
-def write_models(here: Path, folders: dict[str, Path]) -> None:
+def write_models(here: Path, models: dict[str, Path]) -> None:
     """Runs that the pages take for granted, and tiny models in folders of the names of well-known ones."""
     metadata = write_world(here / "digits", 32) / "metadata.jsonl"
     text = metadata.read_text(encoding="utf-8")
@@ -191,7 +191,7 @@ def write_models(here: Path, folders: dict[str, Path]) -> None:
     shutil.copytree(write_imports(here / "imports")["bytes"], here / "gpt2")
     shutil.copytree(here / "gpt2", here / "BASE")
     for name, like in (("whisper-tiny", "whisper"), ("clip-vit-base-patch32", "clip")):
-        shutil.copytree(folders[like], here / "openai" / name)
+        shutil.copytree(models[like], here / "openai" / name)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
