@@ -46,9 +46,8 @@ def test_no_comparison_with_a_modality_outside_modalities() -> None:
 
 def test_only_its_own_folder_names_recommendation() -> None:
     """A feature registers what it adds; what lies below it knows neither items' tables nor histories of them."""
-    words = re.compile(r"catalogue|recommend|\bhistories\b|\bItem\w*Recipe\b|\binteractions\b", re.IGNORECASE)
-    # The tools of MCP and the snippets of the studio are listed in one file each, which a feature cannot yet add to.
-    own = ("recommend/", "modalities/item.py", "server/mcp.py", "studio/snippets.py")
+    words = re.compile(r"(?<!hf\.)catalogue|recommend|\bhistories\b|\bItem\w*Recipe\b|\binteractions\b", re.IGNORECASE)
+    own = ("recommend/", "modalities/item.py")
     found = {
         f"{name}:{number}"
         for path in sorted(SOURCE.rglob("*.py"))
@@ -78,10 +77,8 @@ def test_every_public_function_and_class_says_what_it_is() -> None:
 LONG = 60  # lines of a function, its signature and docstring aside
 # Longer ones that wait to be split; none is to be added.
 TOO_LONG = {
-    "data/prepare.py:_write", "data/readers.py:plan_media", "data/tables.py:plan_tables",
-    "evaluation/tasks.py:evaluate", "modalities/video.py:video_modality",
-    "recommend/write_histories.py:_write", "server/api_text.py:chat_completions",
-    "studio/routes_training.py:training_pages", "studio/routes_use.py:use_pages",
+    "studio/routes_training.py:training_pages",
+    "studio/routes_use.py:use_pages",
 }  # fmt: skip
 
 

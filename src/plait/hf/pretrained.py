@@ -252,10 +252,12 @@ class Pretrained(Model):
         wave = self._heard(medium_of(audio))
         return self._speech().text(wave, language, task, max_new_tokens)
 
-    def segments(self, audio: Any, language: str | None = None, task: str = "transcribe") -> list[Segment]:
-        """What is said when in an audio clip of any length."""
+    def segments(
+        self, audio: Any, language: str | None = None, task: str = "transcribe", words: bool = False
+    ) -> list[Segment]:
+        """What is said when in an audio clip of any length; with `words` also when each word is said."""
         self._can("transcribe")
-        return self._speech().segments(self._heard(medium_of(audio)), language, task)
+        return self._speech().segments(self._heard(medium_of(audio)), language, task, words)
 
     def _heard(self, audio: Any) -> np.ndarray:
         wave, rate = _audio(audio)

@@ -367,9 +367,13 @@ class PlaitModel(Reading, Model):
         texts = [row[0] for row in self.write([sequence for _, _, sequence in spoken], target, **options)]
         return joined(texts)
 
-    def segments(self, audio: Any, language: str | None = None, task: str = "transcribe") -> list[Segment]:
+    def segments(
+        self, audio: Any, language: str | None = None, task: str = "transcribe", words: bool = False
+    ) -> list[Segment]:
         """What is said when in an audio clip: the text of each window, from the middle of its overlap with the one
         before to that with the one behind it."""
+        if words:
+            raise PlaitError(f"{self.name} does not tell when each word is said. Use a Whisper, or leave words out.")
         self._check_speech(language, task)
         spoken = self.spoken(audio)
         target = self.column(None, "text", "transcribe")

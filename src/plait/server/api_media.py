@@ -151,6 +151,8 @@ async def transcribe(request: Request, body: Annotated[s.TranscriptionRequest, F
     if body.stream:
         return EventStream(told.events(), [], done=False)
     timed = body.response_format in ("verbose_json", "srt", "vtt")
+    if body.timestamp_granularities and body.response_format != "verbose_json":
+        raise ApiError(400, "timestamp_granularities needs response_format verbose_json.", "timestamp_granularities")
     if silent(wave):
         segments: list[Segment] = []
     elif timed:
@@ -209,10 +211,11 @@ class _Heard:
 
     async def segments(self) -> list[Segment]:
         """What is said when."""
-        if self.model.plait_model is not None:
+        words = "word" in (self.body.timestamp_granularities or ())
+        if self.model.plait_model is not None and not words:
             return joined_segments([segment async for segment in self.windows()])
-        call = self.served.worker.call
-        return list(await call(lambda: self.model.segments(self.audio, language=self.language), self.deadline))
+        call, language = self.served.worker.call, self.language
+        return list(await call(lambda: self.model.segments(self.audio, language, words=words), self.deadline))
 
     async def events(self) -> AsyncIterator[list[Any]]:
         texts: list[str] = []
@@ -237,8 +240,14 @@ def _transcription(segments: list[Segment], seconds: float, body: s.Transcriptio
     listed = [{"id": i, "seek": 0, "start": round(segment.start, 3), "end": round(segment.end, 3), "text": segment.text,
                "tokens": [], "temperature": 0.0, "avg_logprob": 0.0, "compression_ratio": 1.0, "no_speech_prob": 0.0}
               for i, segment in enumerate(segments)]  # fmt: skip
-    return JSONResponse({"task": "transcribe", "language": body.language or "", "duration": round(seconds, 3),
-                         "text": text, "segments": listed})  # fmt: skip
+    answer = {"task": "transcribe", "language": body.language or "", "duration": round(seconds, 3), "text": text}
+    asked = body.timestamp_granularities or ["segment"]
+    if "segment" in asked:
+        answer["segments"] = listed
+    if "word" in asked:
+        answer["words"] = [{"word": one.text, "start": round(one.start, 3), "end": round(one.end, 3)}
+                           for segment in segments for one in segment.words]  # fmt: skip
+    return JSONResponse(answer)
 
 
 def subtitles(segments: list[Segment], form: str) -> str:

@@ -20,6 +20,7 @@ from plait.studio.routes_results import result_pages
 from plait.studio.routes_training import training_pages
 from plait.studio.routes_use import use_pages
 from plait.studio.security import Gate
+from plait.studio.uploads import sweep
 from plait.studio.web import Studio, page
 from plait.studio.workspace import Workspace
 
@@ -58,6 +59,7 @@ def serve(folder: Path, port: int, tell: Callable[[str], None]) -> None:
     Raises PlaitError where the folder or the port cannot be had.
     """
     studio = Studio(Workspace(folder))
+    sweep(studio.workspace)
     sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -176,8 +176,14 @@ def upload_parts(app: FastAPI, studio: Studio) -> None:
         size = values.get("size")
         if not isinstance(size, int):
             raise PlaitError("An upload needs its size in bytes.")
-        number, upload = uploads.begin(workspace, workspace.project(name), str(values.get("name", "")), size)
+        project, modified = workspace.project(name), float(values.get("modified") or 0)
+        number, upload = uploads.begin(workspace, project, str(values.get("name", "")), size, modified)
         return JSONResponse({"id": number, "received": upload.received})
+
+    @app.put("/p/{name}/files")
+    async def receive_many(name: str, request: Request) -> Response:
+        project = workspace.project(name)
+        return JSONResponse({"files": await uploads.receive_many(workspace, project, request.stream())})
 
     @app.put("/p/{name}/uploads/{number}")
     async def receive(name: str, number: str, request: Request, offset: int = 0) -> Response:

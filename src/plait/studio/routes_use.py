@@ -54,7 +54,7 @@ def use_pages(app: FastAPI, studio: Studio) -> None:
         else:
             body = await read_body(request, BODY)
         answer = await in_thread(studio.models.ask, trained(project, run), project.data, body, text)
-        return page("answer.html", request, project=project, answer=answer, columns=_media_column(project))
+        return page("answer.html", request, project=project, answer=answer)
 
     @app.post("/p/{name}/runs/{run}/why")
     async def why(name: str, run: str, request: Request, answer: str = "") -> Response:
@@ -101,13 +101,3 @@ def _abilities(studio: Studio, run: Path) -> tuple[list[str], list[str]]:
     with studio.models.lock:
         model = studio.models.get(run)
         return list(model.verbs), sorted(set(getattr(model, "columns", {}).values()))
-
-
-def _media_column(project: Project) -> str:
-    from plait.data.dataset import Dataset
-
-    try:
-        columns = Dataset.open(project.data).columns
-    except PlaitError:
-        return ""
-    return next((name for name, kind in columns.items() if kind != "text"), next(iter(columns), ""))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,31 @@ from plait.core.errors import PlaitError
 from plait.modalities.descriptor import MediaError
 from plait.modalities.media import MEDIA, Checker, sniff
 from plait.server.page_parts import PAGE_PARTS, LinesPart
+from plait.studio.handover import Form, offered
 
 NEAREST = 6  # records shown beside an answer
 INDEXED = 2000  # records that are compared with
+EXCERPT = 300  # characters of a record's text that are shown
 TEXT_LIMIT = 20_000  # characters of a text that is read
+
+
+@dataclass(frozen=True)
+class Near:
+    """A record that is like an input.
+
+    Attributes:
+        id: The record's.
+        column: The column that was compared.
+        kind: "image", "audio", "video" or "text".
+        text: The beginning of a text.
+        similarity: At most 1.
+    """
+
+    id: str
+    column: str
+    kind: str
+    text: str
+    similarity: float
 
 
 @dataclass(frozen=True)
@@ -31,7 +52,7 @@ class Answer:
         labels: (label, probability), the likeliest first.
         none_of_these: The model thinks that none of its labels fits.
         text: A caption, a transcript or a reply.
-        nearest: Indices of the records of the dataset that are most alike, with their similarity.
+        nearest: The records of the dataset that are most alike.
         preview: The input as the model saw it, a `data:` URL, for images.
     """
 
@@ -39,7 +60,7 @@ class Answer:
     labels: list[tuple[str, float]] = field(default_factory=list)
     none_of_these: bool = False
     text: str = ""
-    nearest: list[tuple[int, float]] = field(default_factory=list)
+    nearest: list[Near] = field(default_factory=list)
     preview: str = ""
 
 
@@ -70,7 +91,7 @@ class Models:
         self.checker = Checker(patience=20)
         self._key: tuple[str, float] | None = None
         self._model: Any = None
-        self._vectors: tuple[np.ndarray, list[int]] | None = None
+        self._vectors: tuple[np.ndarray, list[Near]] | None = None
 
     def close(self) -> None:
         self.checker.close()
@@ -93,6 +114,11 @@ class Models:
         """What a run's model can do."""
         with self.lock:
             return [str(verb) for verb in self.get(run).verbs]
+
+    def forms(self, run: Path) -> list[Form]:
+        """The forms that a run's model can be handed over in."""
+        with self.lock:
+            return offered(self.get(run))
 
     def ask(self, run: Path, data: Path, body: bytes, text: str) -> Answer:
         """Everything the model says about a file's bytes, or about a text.
@@ -217,7 +243,7 @@ class Models:
             return str(model.generate(value, max_new_tokens=60))
         return ""
 
-    def _nearest(self, model: Any, data: Path, value: Any) -> list[tuple[int, float]]:
+    def _nearest(self, model: Any, data: Path, value: Any) -> list[Near]:
         from plait.data.dataset import Dataset
 
         if not (data / "manifest.json").is_file():
@@ -227,16 +253,19 @@ class Models:
             column = next((name for name, kind in dataset.columns.items() if kind != "text"), None)
             column = column or next(iter(dataset.columns))
             indices = [int(i) for i in dataset.indices("train")[:INDEXED]]
-            rows = [(i, record.parts[column]) for i, record in zip(indices, dataset.iterate(indices, [column]),
-                                                                   strict=True) if column in record.parts]  # fmt: skip
-            vectors = model.embed_inputs([(column, part) for _, part in rows]) if rows else np.zeros((0, 1), np.float32)
-            self._vectors = vectors, [i for i, _ in rows]
+            kind = dataset.columns[column]
+            records = [one for one in dataset.iterate(indices, [column]) if column in one.parts]
+            parts = [(column, one.parts[column]) for one in records]
+            vectors = model.embed_inputs(parts) if parts else np.zeros((0, 1), np.float32)
+            texts = [part[:EXCERPT] if isinstance(part, str) else "" for _, part in parts]
+            owners = [Near(one.id, column, kind, text, 0.0) for one, text in zip(records, texts, strict=True)]
+            self._vectors = vectors, owners
         vectors, owners = self._vectors
         if not len(vectors):
             return []
         alike = vectors @ model.embed_inputs([value])[0]
         order = np.argsort(-alike, kind="stable")[:NEAREST]
-        return [(owners[i], float(alike[i])) for i in order]
+        return [replace(owners[i], similarity=float(alike[i])) for i in order]
 
 
 def _small(image: Image.Image) -> Image.Image:

@@ -3,6 +3,7 @@
 "use strict";
 
 const PIECE = 8 << 20; // bytes of an upload that are sent at once
+const SMALL = 1 << 20; // bytes of a file that travels with others
 const TRIES = 6; // of a piece, before an upload is given up
 const $ = (selector, root = document) => root.querySelector(selector);
 const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
@@ -17,9 +18,10 @@ function tell(text) {
 async function ask(address, options = {}) {
   const answer = await fetch(address, { headers: { accept: "application/json", ...options.headers }, ...options });
   if (answer.ok) return answer;
-  let text = `${answer.status} ${answer.statusText}`;
-  try { text = (await answer.json()).error || text; } catch { /* no JSON: the status says it */ }
-  throw new Error(text);
+  const said = await answer.text();
+  let text = said.length < 300 ? said : `${answer.status} ${answer.statusText}`;
+  try { text = JSON.parse(said).error || text; } catch { /* no JSON: the text says it */ }
+  throw Object.assign(new Error(text), { refused: true });
 }
 
 const send = (address, value) =>
@@ -31,24 +33,54 @@ const guarded = (work) => async (...given) => {
 
 // --- uploads --------------------------------------------------------------------------------------------------
 
+// What a broken connection spoils is tried again, ever later; what the server refuses is not.
+async function persevere(work) {
+  for (let failures = 0; ; failures += 1) {
+    try {
+      return await work();
+    } catch (error) {
+      if (error.refused || failures >= TRIES) throw error;
+      await new Promise((done) => setTimeout(done, 500 * 2 ** failures));
+    }
+  }
+}
+
 async function upload(project, file, name, progress) {
   const base = `/p/${encodeURIComponent(project)}/uploads`;
-  let { id, received } = await (await send(base, { name, size: file.size })).json();
-  let failures = 0;
+  const said = { name, size: file.size, modified: file.lastModified || 0 };
+  const begun = await persevere(async () => (await send(base, said)).json());
+  let { received } = begun;
   while (received < file.size) {
-    try {
-      const body = file.slice(received, received + PIECE);
-      const answer = await ask(`${base}/${id}?offset=${received}`, { method: "PUT", body });
-      ({ received } = await answer.json());
-      failures = 0;
-    } catch (error) {
-      if (++failures >= TRIES) throw error;
-      await new Promise((done) => setTimeout(done, 500 * 2 ** failures));
-      ({ received } = await (await send(base, { name, size: file.size })).json());
-    }
+    const address = `${base}/${begun.id}?offset=${received}`, body = file.slice(received, received + PIECE);
+    // A piece that broke off is not taken again: the answer says how much is there by now.
+    const { received: now } = await persevere(async () => (await ask(address, { method: "PUT", body })).json());
+    if (now === received) throw new Error(`${name}: ${received} / ${file.size}`);
+    received = now;
     progress(received);
   }
-  return (await (await send(`${base}/${id}/end`, {})).json()).notes;
+  return (await (await send(`${base}/${begun.id}/end`, {})).json()).notes;
+}
+
+async function uploadBatch(project, batch) {
+  const head = JSON.stringify(batch.map(({ file, name }) => [name, file.size]));
+  const body = new Blob([`${head}\n`, ...batch.map(({ file }) => file)]);
+  await persevere(() => ask(`/p/${encodeURIComponent(project)}/files`, { method: "PUT", body }));
+}
+
+const isSmall = ({ file, name }) => file.size < SMALL && !/\.zip$/i.test(name);
+
+// Small files travel together: a request for each would take longer than its bytes.
+function* batches(files) {
+  let batch = [], size = 0;
+  for (const one of files.filter(isSmall)) {
+    if (batch.length && (size + one.file.size > PIECE || batch.length >= 500)) {
+      yield batch;
+      [batch, size] = [[], 0];
+    }
+    batch.push(one);
+    size += one.file.size;
+  }
+  if (batch.length) yield batch;
 }
 
 async function uploadAll(project, files) {
@@ -57,7 +89,13 @@ async function uploadAll(project, files) {
   let before = 0;
   const notes = [];
   shown.hidden = false;
-  for (const { file, name } of files) {
+  for (const batch of batches(files)) {
+    $("span", shown).textContent = batch[0].name;
+    await uploadBatch(project, batch);
+    before += batch.reduce((sum, { file }) => sum + file.size, 0);
+    $("progress", shown).value = before / total;
+  }
+  for (const { file, name } of files.filter((one) => !isSmall(one))) {
     $("span", shown).textContent = name;
     notes.push(...await upload(project, file, name, (now) => { $("progress", shown).value = (before + now) / total; }));
     before += file.size;
