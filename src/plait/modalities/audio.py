@@ -549,8 +549,8 @@ class Audio(nn.Module):
 
     def to_object(self, values: np.ndarray) -> tuple[np.ndarray, int]:
         """(waveform float32, rate)."""
-        own = np.asarray(values)[:, : self.settings.bands]
-        return self.mel.invert(torch.from_numpy(own)).numpy(), self.settings.rate
+        own = torch.tensor(values[:, : self.settings.bands])  # a copy: what a reader maps may not be written to
+        return self.mel.invert(own).numpy(), self.settings.rate
 
     def to_bytes(self, values: np.ndarray) -> bytes:
         buffer = io.BytesIO()
