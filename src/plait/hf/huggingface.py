@@ -131,7 +131,7 @@ def _read_text(folder: Path, size: int) -> Text:
                 f"AutoTokenizer as T; T.from_pretrained('{folder}').save_pretrained('{folder}')\"."
             )
         raise PlaitError(f"{file} is missing. Fetch the model's tokenizer too.")
-    text = Text.load(file)
+    text = Text.load(file, size)
     if text.size > size:
         raise PlaitError(f"{file} knows {text.size} ids, and config.json has a vocabulary of {size}.")
     return text
