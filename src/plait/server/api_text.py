@@ -296,6 +296,21 @@ async def _chat_events(
         ]
 
 
+async def streamed_pieces(
+    reader: ReplyReader, pending: list[PendingRequest], request_context: RequestContext
+) -> AsyncIterator[tuple[list[TextPiece | CallPiece], str | None]]:
+    """What each step of the engine adds to a reply: its pieces, and once it is over how it ended."""
+    async for updates in follow(pending):
+        note(request_context, updates)
+        pieces: list[TextPiece | CallPiece] = []
+        finish = None
+        for _, update in updates:
+            finish = update.finish or finish
+            pieces += reader.add(update.text, update.finish is not None)
+        yield pieces, finish
+    read(request_context, pending)
+
+
 # --- completions ------------------------------------------------------------------------------------------------
 
 
