@@ -6,12 +6,15 @@
 
     python bench/pretrained.py speech WHISPER --data DATA [--minutes 3]   # long form beside transformers' own
 
+    python bench/pretrained.py gguf FILE [--logits]    # seconds to load, memory; logits beside transformers'
+
 MODEL is a folder of a causal language model. PLAIT_ISA=avx2 caps the instructions of both.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import resource
 import time
 from collections.abc import Callable
@@ -343,8 +346,11 @@ def speech(arguments: argparse.Namespace) -> None:
     silence = model.transcribe((np.zeros(20 * 16_000, np.float32), 16_000), language="en")
     print(f"silence: {silence!r}", flush=True)
     peer = transformers.pipeline("automatic-speech-recognition", model=str(arguments.model), device="cpu")
+    from plait.modalities.audio_files import resample
+
     begun = time.process_time()
-    heard = peer({"raw": recording.wave, "sampling_rate": recording.rate}, return_timestamps=True,
+    heard = peer({"raw": resample(recording.wave, recording.rate, 16_000), "sampling_rate": 16_000},
+                 return_timestamps=True,
                  generate_kwargs={"language": "en", "task": "transcribe"})["text"]  # fmt: skip
     seconds = time.process_time() - begun
     wrong = errors(said, digits_of(heard)) / len(said)
@@ -357,6 +363,45 @@ def _off(word: Any, spoken: list[tuple[float, float, str]]) -> tuple[float, floa
     near = [(abs(word.start - a), abs(word.end - b)) for a, b, said in spoken if said == digit]
     best = min(near, key=sum, default=(9.0, 9.0))
     return best if max(best) < 1.5 else None
+
+
+# --- GGUF -------------------------------------------------------------------------------------------------------
+
+
+def gguf(arguments: argparse.Namespace) -> None:
+    """Load a file as it is kept and write 32 tokens; or compare logits of its weights in fp32 with transformers'."""
+    import plait
+
+    size = arguments.file.stat().st_size / 1e9
+    if not arguments.logits:
+        for library in ("transformers", "plait.hf.load"):  # whose memory is not counted
+            importlib.import_module(library)
+
+        before, clock, begun = _peak(), time.perf_counter(), time.process_time()
+        model = plait.load(str(arguments.file), "cpu")
+        seconds, processor = time.perf_counter() - clock, time.process_time() - begun
+        loaded = _peak() - before
+        model.generate("def add(a, b):", max_new_tokens=32)
+        used = _peak() - before
+        print(f"{arguments.file.name}, {size:.2f} GB: loaded in {processor:.1f} s of processor time, {seconds:.1f} s")
+        print(f"above the libraries {loaded:.2f} GB to load, {used:.2f} GB to write: {used / size:.2f} of the file")
+        return
+    import transformers
+
+    from plait.hf.huggingface import load
+
+    ids = torch.randint(100, 20_000, (1, 32), generator=torch.Generator().manual_seed(0))
+    network = load(arguments.file).model
+    with torch.inference_mode():
+        rows = torch.nn.functional.embedding(ids, network.token_embedding.table())
+        ours = network.logits(network.backbone(rows))[0]
+    peer = transformers.AutoModelForCausalLM.from_pretrained(
+        arguments.file.parent, gguf_file=arguments.file.name, dtype=torch.float32
+    )
+    with torch.inference_mode():
+        theirs = peer(ids).logits[0]
+    ours = ours[:, : theirs.shape[1]]
+    print(f"largest difference of logits {float((ours - theirs).abs().max() / theirs.abs().max()):.2e} of the largest")
 
 
 def _peak() -> float:
@@ -381,6 +426,10 @@ def main() -> None:
     one.add_argument("--data", type=Path, required=True, help="the folder with the public sets")
     one.add_argument("--seed", type=int, default=0)
     one.set_defaults(run=head)
+    one = commands.add_parser("gguf")
+    one.add_argument("file", type=Path)
+    one.add_argument("--logits", action="store_true")
+    one.set_defaults(run=gguf)
     one = commands.add_parser("speech")
     one.add_argument("model", type=Path)
     one.add_argument("--data", type=Path, required=True, help="the folder with the public sets")

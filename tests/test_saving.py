@@ -195,6 +195,7 @@ def test_a_loss_that_explodes_stops_the_run(
     assert re.search(r"(exploded|not finite).* step \d+.*metadata.jsonl:\d+", told) and "learning_rate" in told
 
 
+@pytest.mark.slow
 def test_faults_in_short() -> None:
     """A few of each fault of `make soak`, in processes of their own."""
     done = subprocess.run(

@@ -54,7 +54,7 @@ def show_manifest(manifest: Manifest, folder: str | Path) -> None:
     counts = ", ".join(f"{split} {count}" for split, count in manifest.counts.items())
     if manifest.kind != "records":
         out.print(f"{manifest.unit.capitalize()}: {counts}. Rejected: {manifest.rejected}.")
-        for note in manifest.notes:
+        for note in (*manifest.split_notes, *manifest.notes):
             out.print(f"  {plain(note)}")
     else:
         overlap = "".join(f"; {pair} overlap {count}" for pair, count in manifest.overlap.items() if count)

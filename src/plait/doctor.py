@@ -27,16 +27,18 @@ from plait.data.stores import read_place
 from plait.kernels import build
 from plait.kernels import generation as native
 from plait.kernels import training as in_training
-from plait.kernels.choice import known_choices
+from plait.kernels.choice import choice_folder, known_choices
 from plait.model import checkpoint
 from plait.reports.report import read_run
 
+SHOWN = 4  # measured choices that are printed
 LITTLE, NOTHING = 5e9, 5e8  # bytes free on a disk that are worth a warning, and too few to train
 
 # For what each optional part is; the parts for developers and benchmarks are left out.
 EXTRAS = {
     "huggingface": "Hugging Face models that transformers runs",
     "serve": "plait serve",
+    "mcp": "plait mcp",
     "studio": "plait studio, and the page of plait serve",
     "search": "plait index and plait search",
     "explain": "integrated gradients",
@@ -49,6 +51,7 @@ EXTRAS = {
     "onnx": "export to ONNX",
     "tensorboard": "TensorBoard's curves",
     "speech": "the demo's voices",
+    "ray": "training under Ray Train",
 }
 
 
@@ -111,7 +114,7 @@ def _packages() -> list[Finding]:
             if need.marker is not None and need.marker.evaluate({"extra": extra}):
                 needs[extra].append(need)
     broken = _broken([need.name for wanted in needs.values() for need in wanted if _version(need.name)])
-    found = []
+    found, absent = [], []
     for extra, wanted in needs.items():
         subject = f"extra {extra}" if extra else "packages"
         install = install_command(extra)
@@ -122,9 +125,12 @@ def _packages() -> list[Finding]:
         if wrong:
             found.append(Finding("fail", subject, f"{'; '.join(wrong)}. {install}"))
         elif missing:
-            found.append(Finding("ok", subject, f"not installed, for {EXTRAS[extra]}: {install}"))
+            absent.append(extra)
         else:
             found.append(Finding("ok", subject, ", ".join(f"{need.name} {_version(need.name)}" for need in wanted)))
+    if absent:
+        uses = "; ".join(f"{extra}: {EXTRAS[extra]}" for extra in absent)
+        found.append(Finding("ok", "not installed", f"{uses}. To add one: {install_command(absent[0])}"))
     return found
 
 
@@ -198,11 +204,20 @@ def _processor() -> list[Finding]:
     found.append(_kernel("generation", f"a step on the processor: {native.backend_name(choose_device('cpu'))}"))
     blocks = in_training.backend_name(choose_device("cpu", training=True))
     found.append(_kernel("training", f"blocks on the processor: {blocks}"))
-    found += [Finding("ok", "measured", choice.words()) for choice in known_choices()]
+    found += _measured()
     a = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     wrong = float((a @ a - (a.double() @ a.double()).float()).abs().max())
     level: Literal["ok", "fail"] = "ok" if wrong < 1e-2 else "fail"
     found.append(Finding(level, "arithmetic", f"the largest error of a product of matrices is {wrong:.1g}"))
+    return found
+
+
+def _measured() -> list[Finding]:
+    """The newest choices between kernel and PyTorch; a cache that has seen many models holds hundreds."""
+    choices = known_choices()
+    found = [Finding("ok", "measured", choice.words()) for choice in choices[:SHOWN]]
+    if len(choices) > SHOWN:
+        found.append(Finding("ok", "measured", f"{len(choices) - SHOWN} older choices lie in {choice_folder()}"))
     return found
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import combinations_with_replacement
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,13 @@ def first_of(keys: np.ndarray) -> np.ndarray:
     first = np.empty(len(keys), np.int64)
     first[order] = order[np.flatnonzero(changed)][np.cumsum(changed) - 1]
     return first
+
+
+class SplitPair(NamedTuple):
+    """Two splits, of which the later one holds something that stands in the earlier one too."""
+
+    later: str
+    earlier: str
 
 
 @dataclass
@@ -52,8 +59,8 @@ class Duplicates:
         """The id of a record of val or test that one of train spoils, with its split."""
         return self.twins[record]
 
-    def counts(self, split: np.ndarray, keep: np.ndarray) -> dict[str, int]:
-        """Records of one split that have a near-duplicate in another or the same, by "later/earlier" split."""
+    def counts(self, split: np.ndarray, keep: np.ndarray) -> dict[SplitPair, int]:
+        """Records of one split that have a near-duplicate in another or the same."""
         found = {}
         for first, second in combinations_with_replacement(range(len(SPLITS)), 2):
             # What was left out of train is gone, and with it all that was near across that border.
@@ -61,7 +68,7 @@ class Duplicates:
                 continue
             count = int((keep & (split == second) & (self.near >> first & 1 == 1)).sum())
             if count:
-                found[f"{SPLITS[second]}/{SPLITS[first]}"] = count
+                found[SplitPair(SPLITS[second], SPLITS[first])] = count
         return found
 
 

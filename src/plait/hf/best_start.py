@@ -18,6 +18,7 @@ from plait.hf.catalogue import LocalModel, models
 from plait.hf.encoders import describe
 from plait.hf.heads import columns_of
 from plait.hf.pretrained import kind_of
+from plait.modalities.media import MEDIA
 from plait.training.build import label_columns
 from plait.training.tasks import find_task
 
@@ -118,7 +119,7 @@ def best_start(dataset: Dataset, folders: Sequence[str | Path] = (), cache: bool
 
 def _check(model: LocalModel, what: str) -> None:
     """Raise PlaitError where a model cannot do what is wanted, as far as its configuration says."""
-    if what in ("image", "audio"):
+    if what in MEDIA:
         describe(f"hf:{model.folder}", what)
     elif what == "text" and kind_of(model.folder) != "encoder":
         raise PlaitError(f"{model.name} ({model.model_type}) is no encoder of texts.")

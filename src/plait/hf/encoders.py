@@ -11,7 +11,8 @@ import torch
 
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
-from plait.hf.hub import explained, find, no_safetensors, other_weights, quiet
+from plait.hf.hub import explained, find, no_safetensors, other_weights, parameters_of, quiet
+from plait.inference.memory import check_memory
 from plait.modalities.base import MediaModality
 from plait.modalities.hf_encoder import HFEncoder, HFEncoderSettings, transformers_for
 
@@ -137,6 +138,7 @@ def _fill(modality: MediaModality, folder: Path) -> None:
     transformers = transformers_for(str(folder))
     hf_encoder = modality.encoder.hf_encoder
     assert isinstance(hf_encoder, HFEncoder)
+    check_memory(parameters_of(folder), "fp32", folder, others=False)
     with explained(folder), quiet():
         whole, info = transformers.AutoModel.from_pretrained(
             folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **_LOCAL

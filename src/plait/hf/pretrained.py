@@ -19,10 +19,11 @@ from plait.core.dist import import_extra
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from plait.core.interruption import pause_point
-from plait.hf.hub import explained, find, no_safetensors, other_weights, quiet
+from plait.hf.hub import explained, find, no_safetensors, other_weights, parameters_of, quiet
 from plait.hf.sentences import BATCH, SentenceEncoder
 from plait.hf.speech import Segment, Speech
 from plait.inference.base import Model
+from plait.inference.memory import check_memory
 from plait.inference.results import Prediction, Predictions
 from plait.inference.sampling import Options
 from plait.modalities.audio_files import decode_audio, resample
@@ -108,6 +109,7 @@ class Pretrained(Model):
             "language": "AutoModelForCausalLM",
         }[kind]
         local = {"local_files_only": True, "trust_remote_code": False}
+        check_memory(parameters_of(folder), "fp32", folder, others=False)
         with explained(folder), quiet():
             self.model, info = getattr(transformers, auto).from_pretrained(
                 folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **local

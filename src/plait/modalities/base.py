@@ -279,6 +279,14 @@ class ChannelNorm(nn.LayerNorm):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
+def overlapping_windows(sample: np.ndarray, longest: int) -> list[np.ndarray]:
+    """A sample (T, row) as windows of at most `longest` rows, which overlap by half and cover all of it."""
+    if len(sample) <= longest:
+        return [sample]
+    starts = [*range(0, len(sample) - longest, max(longest // 2, 1)), len(sample) - longest]
+    return [sample[start : start + longest] for start in starts]
+
+
 def within(lengths: Tensor, longest: int) -> Tensor:
     """(N, longest), True at the places that exist."""
     return torch.arange(longest, device=lengths.device) < lengths[:, None]

@@ -176,9 +176,7 @@ def evaluate_histories(
     if not len(targets):
         raise PlaitError(f"{dataset.path} has no items held out for {split}: no user has three interactions or more.")
     findings = Findings()
-    for note in dataset.manifest.notes:
-        if note.startswith(("leave one out", "split by time", "no times")) or "ties in time" in note:
-            findings.notes.append(f"{note[0].upper()}{note[1:]}.")
+    findings.notes += [f"{note[0].upper()}{note[1:]}." for note in dataset.manifest.split_notes]
     if first := int((histories.parts == wanted).sum()) - len(targets):
         findings.notes.append(f"{first:,} held-out items are the first of their users: with no history, not asked for.")
     most = min(QUERIES, limit or QUERIES)

@@ -21,6 +21,7 @@ from plait.core.errors import PlaitError
 from plait.core.files import read_json, write_atomic, write_json
 from plait.core.objective import loss_column, losses_of_row
 from plait.core.pages import number, render
+from plait.data.record import summary
 from plait.data.stores import location, read_place
 from plait.evaluation.findings import Confusion, Findings
 from plait.evaluation.keys import Metric, Metrics
@@ -138,7 +139,8 @@ def write_report(path: Path, metrics: Metrics, findings: Findings, run: RunInfo)
         confusions=[_confusion(found) for found in findings.confusions],
         run=run,
         reasons=_reasons(run.rejects),
-        notes=[*run.manifest.get("warnings", []), *run.manifest.get("notes", []), *run.metadata.get("notes", [])],
+        notes=[note for kind in ("warnings", "split_notes", "notes") for note in run.manifest.get(kind, [])]
+        + run.metadata.get("notes", []),
         metadata=json.dumps(run.metadata, ensure_ascii=False, indent=1, default=str),
     )
     write_atomic(path, page)
@@ -235,7 +237,7 @@ def _reasons(rejects: list[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
     counts: Counter[str] = Counter()
     first: dict[str, dict[str, Any]] = {}
     for row in rejects:
-        reason = str(row.get("reason", "?")).split(":")[0][:80]
+        reason = summary(str(row.get("reason", "?")))
         counts[reason] += 1
         first.setdefault(reason, row)
     rows = [

@@ -20,11 +20,11 @@ from plait.inference.tools import TextPiece, ToolCall
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext
 from plait.server.api import STREAM, make_router, of
-from plait.server.api_text import chat_turns, text_reply
+from plait.server.api_text import chat_turns, streamed_pieces, text_reply
 from plait.server.limits import ApiError
-from plait.server.service import EventStream, Lead, Served, note, read
+from plait.server.service import EventStream, Lead, Served
 from plait.server.tools import ReplyReader, tool_use
-from plait.server.worker import PendingRequest, follow
+from plait.server.worker import PendingRequest
 
 router = make_router()
 
@@ -209,16 +209,10 @@ class _Answer:
         ]
         yield begun if self.reader.use else begun + self._begin(self._message(None, "in_progress"))
         finish = "stop"
-        async for updates in follow(pending):
-            note(request_context, updates)
-            found = []
-            for _, update in updates:
-                finish = update.finish or finish
-                for piece in self.reader.add(update.text, update.finish is not None):
-                    found += self._piece(piece)
-            if found:
-                yield found
-        read(request_context, pending)
+        async for pieces, end in streamed_pieces(self.reader, pending, request_context):
+            finish = end or finish
+            if events := [event for piece in pieces for event in self._piece(piece)]:
+                yield events
         response = self.whole(finish, request_context)
         ended = [event for item in response["output"] for event in self._end(item)]
         yield [*ended, self._event(response["status"], response=response)]

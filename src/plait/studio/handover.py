@@ -26,10 +26,11 @@ TRAINING_STATE = "training_state"  # of a checkpoint: what training needs to go 
 def offered(model: Any) -> list[Form]:
     """The forms that a model can be written in: "onnx" is a whole classifier, "network" what writes texts and codes."""
     from plait.hf.export_classifier import exportable
+    from plait.reports.offline import page_classifier
 
     ours = model.plait_model
     classifier = exportable(ours) if ours is not None else None
-    page: list[Form] = ["page"] if classifier is not None and classifier.features.kind == "image" else []
+    page: list[Form] = ["page"] if ours is not None and page_classifier(ours) is not None else []
     alone = ours is not None and classifier is None and "generate" in model.verbs
     writes: list[Form] = ["transformers"] if alone else []
     graph: list[Form] = ["onnx"] if classifier is not None else ["network"] if writes else []

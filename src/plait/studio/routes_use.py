@@ -19,22 +19,20 @@ BODY = 64 << 20  # bytes of a file that is asked about
 
 
 def use_pages(app: FastAPI, studio: Studio) -> None:
-    workspace = studio.workspace
+    """All of them."""
+    _ask_pages(app, studio)
+    _make_pages(app, studio)
 
-    def trained(project: Project, run: str = "") -> Path:
-        runs = [project.run(run)] if run else project.runs
-        found = next(
-            (one for one in runs if (one / "checkpoints").is_dir() and any((one / "checkpoints").iterdir())), None
-        )
-        if found is None:
-            raise PlaitError("No run has learnt anything yet. Start a training first.")
-        return found
+
+def _ask_pages(app: FastAPI, studio: Studio) -> None:
+    """One drop zone: what a file or a text is, and why."""
+    workspace = studio.workspace
 
     @app.get("/p/{name}/use")
     async def use(name: str, request: Request) -> Response:
         project = workspace.project(name)
         try:
-            run = trained(project)
+            run = _trained(project)
         except PlaitError:
             return page("no_result.html", request, project=project, tab="use")
         verbs, kinds = await in_thread(_abilities, studio, run)
@@ -52,32 +50,29 @@ def use_pages(app: FastAPI, studio: Studio) -> None:
     @app.post("/p/{name}/runs/{run}/ask")
     async def ask(name: str, run: str, request: Request) -> Response:
         project = workspace.project(name)
-        body, text = b"", ""
-        if request.headers.get("content-type", "").startswith("application/json"):
-            text = str((await read_values(request)).get("text", ""))
-        else:
-            body = await read_body(request, BODY)
-        answer = await in_thread(studio.models.ask, trained(project, run), project.data, body, text)
+        body, text = await _asked(request)
+        answer = await in_thread(studio.models.ask, _trained(project, run), project.data, body, text)
         return page("answer.html", request, project=project, answer=answer)
 
     @app.post("/p/{name}/runs/{run}/why")
     async def why(name: str, run: str, request: Request, answer: str = "") -> Response:
         project = workspace.project(name)
-        body, text = b"", ""
-        if request.headers.get("content-type", "").startswith("application/json"):
-            text = str((await read_values(request)).get("text", ""))
-        else:
-            body = await read_body(request, BODY)
+        body, text = await _asked(request)
         value = await in_thread(studio.models.value_of, body, text)
-        found = await in_thread(studio.models.why, trained(project, run), value, [answer] if answer else [])
+        found = await in_thread(studio.models.why, _trained(project, run), value, [answer] if answer else [])
         return page("why.html", request, found=found)
+
+
+def _make_pages(app: FastAPI, studio: Studio) -> None:
+    """Drawing, speaking, talking, and what features add."""
+    workspace = studio.workspace
 
     @app.post("/p/{name}/runs/{run}/make")
     async def make(name: str, run: str, request: Request) -> Response:
         values = await read_values(request)
         verb, text = str(values.get("verb", "")), str(values.get("text", ""))
         count, seed = min(int(values.get("n", 4) or 4), 16), int(values.get("seed", 0) or 0)
-        made = await in_thread(studio.models.make, trained(workspace.project(name), run), verb, text, count, seed)
+        made = await in_thread(studio.models.make, _trained(workspace.project(name), run), verb, text, count, seed)
         return JSONResponse({"made": made})
 
     @app.post("/p/{name}/runs/{run}/chat")
@@ -88,7 +83,7 @@ def use_pages(app: FastAPI, studio: Studio) -> None:
             raise PlaitError(
                 "A conversation is a list of messages, each with a role and a content, the last one the user's."
             )
-        pieces = _Pieces(studio.models.chat(trained(workspace.project(name), run), messages, seed))
+        pieces = _Pieces(studio.models.chat(_trained(workspace.project(name), run), messages, seed))
         first = await in_thread(pieces.read)  # what is wrong shows before the reply begins
         return StreamingResponse(_spoken(first, pieces), media_type="text/plain; charset=utf-8")
 
@@ -98,7 +93,7 @@ def use_pages(app: FastAPI, studio: Studio) -> None:
         kept = [line.strip() for line in given if line.strip()]
         project = workspace.project(name)
         work = studio.models.answer_lines
-        found = await in_thread(work, trained(project, run), project.data, part, kept)
+        found = await in_thread(work, _trained(project, run), project.data, part, kept)
         return JSONResponse({"lines": found})
 
 
@@ -138,6 +133,21 @@ async def _spoken(first: str, pieces: _Pieces) -> AsyncIterator[str]:
             yield piece
     finally:
         asyncio.get_running_loop().run_in_executor(None, pieces.close)
+
+
+def _trained(project: Project, run: str = "") -> Path:
+    """A run that has a checkpoint: that of the name, else the newest. Raises PlaitError where there is none."""
+    for folder in [project.run(run)] if run else project.runs:
+        if (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir()):
+            return folder
+    raise PlaitError("No run has learnt anything yet. Start a training first.")
+
+
+async def _asked(request: Request) -> tuple[bytes, str]:
+    """What a request holds: a file's bytes, or a text."""
+    if request.headers.get("content-type", "").startswith("application/json"):
+        return b"", str((await read_values(request)).get("text", ""))
+    return await read_body(request, BODY), ""
 
 
 def _abilities(studio: Studio, run: Path) -> tuple[list[str], list[str]]:

@@ -41,7 +41,7 @@ from plait.training.divergence import check_stable, not_finite
 from plait.training.init_from import generation_of, labels_of
 from plait.training.log import Log
 from plait.training.losses import LossModule, step_losses
-from plait.training.optimizer import Average, learning_rate_at, make_optimizer
+from plait.training.optimizer import AdamW, Average, learning_rate_at, make_optimizer
 from plait.training.preparation import Prepared, join_replayed, prepare_run
 from plait.training.run import Progress, Report, Run, difference
 from plait.training.streams import Streams, can_be_cut, media_work
@@ -231,7 +231,7 @@ class Trainer:
             shares=list(settings.replay.values()),
         )
 
-    def _make_optimizer(self) -> torch.optim.AdamW:
+    def _make_optimizer(self) -> AdamW:
         settings = self.settings
         return make_optimizer(
             [self.model], self.run.peak, settings.weight_decay, settings.betas, settings.encoder_lr_scale
@@ -373,9 +373,10 @@ class Trainer:
             settings.label_smoothing,
             self.streams,
         )
-        grad_norm = self.network.clip_grad_norm(settings.grad_clip)
-        if not (math.isfinite(grad_norm) and math.isfinite(weighted_sum(losses, settings.weights))):
+        grad_norm = self.network.grad_norm()
+        if not (math.isfinite(float(grad_norm)) and math.isfinite(weighted_sum(losses, settings.weights))):
             raise not_finite(self.network, self.train_sampler, step)
+        self.optimizer.clip(grad_norm, settings.grad_clip)
         self.optimizer.step()
         return losses, tokens
 

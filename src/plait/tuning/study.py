@@ -28,6 +28,7 @@ from plait.core.dist import install_command
 from plait.core.errors import PlaitError
 from plait.core.files import only_writer, read_json, write_atomic, write_json
 from plait.core.objective import losses_of_row
+from plait.core.progress import StudyNews
 from plait.core.rng import key_of
 from plait.data.dataset import Dataset
 from plait.reports.report import read_run
@@ -66,19 +67,8 @@ class Plan:
     device: str = "auto"
 
 
-@dataclass(frozen=True)
-class News:
-    """What a study tells while it works. `line` is what has just come to its end."""
-
-    stage: str
-    done: int
-    total: int
-    note: str = ""
-    line: str = ""
-
-
 def tune(
-    dataset: Dataset, folder: Path, plan: Plan, tell: Callable[[News], None], storage: str | None = None
+    dataset: Dataset, folder: Path, plan: Plan, tell: Callable[[StudyNews], None], storage: str | None = None
 ) -> dict[str, Any]:
     """Run a study, or go on with it; returns what `study.json` then holds.
 
@@ -102,7 +92,7 @@ class _Study:
     """A study on this machine; on others the same command may work on the same storage."""
 
     def __init__(
-        self, dataset: Dataset, folder: Path, plan: Plan, tell: Callable[[News], None], storage: str | None
+        self, dataset: Dataset, folder: Path, plan: Plan, tell: Callable[[StudyNews], None], storage: str | None
     ) -> None:
         check_objective(plan.objective, dataset)
         if len(dataset.indices("val")) < 2:
@@ -276,7 +266,7 @@ class _Study:
                 if line:
                     self._write(finished=False)
                 if line or message.kind == "progress":
-                    self.tell(News(stage, len(_finished(study)), total, _at_work(message), line))
+                    self.tell(StudyNews(stage, len(_finished(study)), total, _at_work(message), line))
 
     def _job(self, study: optuna.Study, trial: Trial) -> Job:
         """The run of a trial, or of a trial's recipe on a fresh seed; values that it has not been given are drawn."""
