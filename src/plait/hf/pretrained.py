@@ -201,9 +201,10 @@ class Pretrained(Model):
 
     def label_inputs(self, labels: list[str], template: str) -> Any:
         """The texts that stand for labels, as tensors."""
-        return self._texts([_sentence(label, template) for label in labels])
+        return self.text_inputs([_sentence(label, template) for label in labels])
 
-    def _texts(self, texts: list[str]) -> Any:
+    def text_inputs(self, texts: list[str]) -> Any:
+        """Texts as CLIP or SigLIP reads them, as tensors."""
         # SigLIP was trained on texts padded to its full length, without a mask.
         if hasattr(self.model, "logit_bias"):
             length = self.model.config.text_config.max_position_embeddings
@@ -230,7 +231,7 @@ class Pretrained(Model):
 
     def _contrastive(self, value: Any) -> Tensor:
         if isinstance(value, str):
-            result = self._run(self.model.get_text_features, **self._texts([value]))
+            result = self._run(self.model.get_text_features, **self.text_inputs([value]))
         else:
             pixels = self.processor(images=[read_image(value)], return_tensors="pt")
             result = self._run(self.model.get_image_features, **pixels)
