@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -97,7 +97,7 @@ def _make_pages(app: FastAPI, studio: Studio) -> None:
         return JSONResponse({"lines": found})
 
 
-def _is_conversation(messages: Any) -> bool:
+def _is_conversation(messages: Any) -> TypeGuard[list[dict[str, str]]]:
     return (
         isinstance(messages, list)
         and bool(messages)
