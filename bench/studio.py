@@ -80,6 +80,17 @@ def server(command: list[str]) -> Iterator[tuple[psutil.Process, str]]:
         process.wait(20)
 
 
+@contextlib.contextmanager
+def studio(workspace: Path) -> Iterator[tuple[psutil.Process, str, httpx.Client]]:
+    """A studio's process, its address, and a client that opened it with its token."""
+    command = [sys.executable, "-m", "plait", "studio", str(workspace), "--no-browser"]
+    with contextlib.ExitStack() as stack:
+        process, address = stack.enter_context(server(command))
+        client = httpx.Client(base_url=address.split("/?")[0], timeout=120, follow_redirects=True)
+        stack.enter_context(client).get(address)
+        yield process, address, client
+
+
 # --- many photos --------------------------------------------------------------------------------------------------
 
 
@@ -126,29 +137,25 @@ def send_all(client: httpx.Client, path: str, count: int, process: psutil.Proces
 
 
 def measure_upload(folder: Path, count: int) -> None:
-    with server([sys.executable, "-c", COPY, str(folder / "copy.bin")]) as (process, address):
-        with httpx.Client(base_url=address, timeout=120) as client:
-            plain, size, _ = send_all(client, "/", count, process)
+    copier = [sys.executable, "-c", COPY, str(folder / "copy.bin")]
+    with server(copier) as (process, address), httpx.Client(base_url=address, timeout=120) as client:
+        plain, size, _ = send_all(client, "/", count, process)
     (folder / "copy.bin").unlink()
-    with server([sys.executable, "-m", "plait", "studio", str(folder / "studio"), "--no-browser"]) as (
-        process,
-        address,
-    ):
-        with httpx.Client(base_url=address.split("/?")[0], timeout=120, follow_redirects=True) as client:
-            client.get(address)
-            client.post("/projects", json={"name": "photos"})
-            taken, size, most = send_all(client, "/p/photos/files", count, process)
-            print(
-                f"{count:,} photos, {size / 1e6:,.0f} MB: copied in {plain:.1f} s, uploaded in {taken:.1f} s, "
-                f"{plain / taken:.2f} of a plain copy's speed; server at most {most / 1e6:,.0f} MB"
-            )
-            look(client, process, "uploaded", "photos")
-            client.post("/projects", json={"name": "linked"})
-            files = str(folder / "studio" / "photos" / "files")
-            client.post("/p/linked/source", json={"path": files}).raise_for_status()
-            look(client, process, "by path", "linked")
-        with server([sys.executable, "-m", "plait", "studio", str(folder / "studio"), "--no-browser"]) as (_, fresh):
-            scroll(fresh, "photos")
+    with studio(folder / "studio") as (process, _, client):
+        client.post("/projects", json={"name": "photos"})
+        taken, size, most = send_all(client, "/p/photos/files", count, process)
+        print(
+            f"{count:,} photos, {size / 1e6:,.0f} MB: copied in {plain:.1f} s, uploaded in {taken:.1f} s, "
+            f"{plain / taken:.2f} of a plain copy's speed; server at most {most / 1e6:,.0f} MB"
+        )
+        look(client, process, "uploaded", "photos")
+        client.post("/projects", json={"name": "linked"})
+        files = str(folder / "studio" / "photos" / "files")
+        client.post("/p/linked/source", json={"path": files}).raise_for_status()
+        look(client, process, "by path", "linked")
+    command = [sys.executable, "-m", "plait", "studio", str(folder / "studio"), "--no-browser"]
+    with server(command) as (_, address):
+        scroll(address, "photos")
 
 
 def look(client: httpx.Client, process: psutil.Process, how: str, project: str) -> None:
@@ -233,13 +240,11 @@ def measure_training(folder: Path, steps: int, rounds: int) -> None:
 
 def train_in_studio(workspace: Workspace, project: Path, run: str, options: tuple[str, ...]) -> Path:
     """Train as the page does, while a page asks every second how far it is."""
-    with server([sys.executable, "-m", "plait", "studio", str(workspace.root), "--no-browser"]) as (_, address):
-        with httpx.Client(base_url=address.split("/?")[0], timeout=120, follow_redirects=True) as client:
-            client.get(address)
-            job = start(workspace, Job(project, run, options))
-            while job.alive:
-                client.get(f"/p/{project.name}/runs/{run}/live").raise_for_status()
-                time.sleep(1)
+    with studio(workspace.root) as (_, _, client):
+        job = start(workspace, Job(project, run, options))
+        while job.alive:
+            client.get(f"/p/{project.name}/runs/{run}/live").raise_for_status()
+            time.sleep(1)
     found = read_job(workspace.project(project.name), run)
     if found is None or found.current != "done":
         raise SystemExit(f"the run ended as {found and found.current}: {found and found.error}")
