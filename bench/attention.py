@@ -18,7 +18,7 @@ from torch import Tensor
 
 from plait.core.device import threads
 from plait.kernels import training as native
-from plait.model.transformer import attend
+from plait.model.layers import attend
 
 LENGTHS = (56, 256, 1024, 2048)  # 4,096 tokens a call
 

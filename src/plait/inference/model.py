@@ -28,9 +28,10 @@ from plait.data.record import Record
 from plait.inference import scoring
 from plait.inference.base import Model, Verb
 from plait.inference.constrained import ConstraintCompiler, ConstraintError, TextConstraint
-from plait.inference.engine import Completion, Engine, Request
+from plait.inference.engine import Engine
 from plait.inference.inputs import Reading
 from plait.inference.opinions import ood_scores, opinion_scores
+from plait.inference.requests import Completion, Request
 from plait.inference.results import Estimate, Prediction, Predictions, Segment
 from plait.inference.sampling import Options, make_sampling
 from plait.inference.showcase import Shown, showcase

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from plait.core.errors import ContextLengthError, PlaitError
 from plait.core.interruption import pause_point
-from plait.inference.engine import Engine, TopIds, top_ids
+from plait.inference.engine import Engine, top_ids
+from plait.inference.requests import TopIds
 from plait.kernels.linear import PackedLinear
 from plait.model.cross_entropy import negative_log_likelihood
 from plait.model.multimodal import IGNORE, Sequence, collate, embed_tokens

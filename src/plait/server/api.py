@@ -19,8 +19,8 @@ from starlette.responses import Response
 from plait.core.errors import PlaitError
 from plait.inference.base import Verb
 from plait.inference.constrained import TextConstraint
-from plait.inference.engine import Request as Wanted
 from plait.inference.model import PlaitModel
+from plait.inference.requests import Request as Wanted
 from plait.inference.results import Predictions
 from plait.inference.sampling import Options, SamplingOptions
 from plait.modalities.media import written_by

@@ -13,8 +13,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.responses import Response
 
 from plait.inference.base import Verb
-from plait.inference.engine import Request as Wanted
 from plait.inference.model import joined, joined_segments
+from plait.inference.requests import Request as Wanted
 from plait.inference.results import Segment
 from plait.modalities.audio_files import silent
 from plait.modalities.media import MEDIA, read_by

@@ -15,8 +15,8 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, BeforeValidator, Field
 from starlette.responses import Response
 
-from plait.inference.engine import Request as Wanted
 from plait.inference.prompts import Prompt
+from plait.inference.requests import Request as Wanted
 from plait.inference.tools import TextPiece
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext

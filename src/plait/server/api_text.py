@@ -15,10 +15,10 @@ from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from plait.inference.base import Verb
-from plait.inference.engine import Completion
-from plait.inference.engine import Request as Wanted
 from plait.inference.model import PlaitModel
 from plait.inference.prompts import Prompt, Turn
+from plait.inference.requests import Completion
+from plait.inference.requests import Request as Wanted
 from plait.inference.scoring import PromptScores, prompt_scores
 from plait.inference.tools import CallPiece, TextPiece, ToolCall
 from plait.modalities.media import MEDIA, written_by

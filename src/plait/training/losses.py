@@ -23,8 +23,9 @@ from plait.core.objective import Objective
 from plait.model.cross_entropy import SplitTable
 from plait.model.multimodal import IGNORE, Multimodal, SequenceSpan
 from plait.model.objectives import CrossEntropy, SampledSoftmax, TokenLoss
-from plait.training.batches import Split, Step
+from plait.training.batches import Step
 from plait.training.distributed import Group, Network
+from plait.training.split import Split
 from plait.training.streams import Streams
 
 

@@ -34,12 +34,12 @@ from plait.modalities.base import MediaModality
 from plait.modalities.recogniser import Recogniser
 from plait.modalities.text import Text
 from plait.model.multimodal import Multimodal
-from plait.training.batches import Split, add_codes
 from plait.training.build import label_columns
 from plait.training.codec_training import train_codec
 from plait.training.distributed import Group
 from plait.training.recogniser_training import Labelled, train_recogniser
 from plait.training.samples import CodecSamples, EncoderSamples, SampleLog, few
+from plait.training.split import Split, add_codes
 
 _TOKENIZER_BYTES = 256 << 20  # of a column's text, at most, by which the tokenizer is trained
 # Settings that a run may change as it goes: none of them changes what a step computes.
