@@ -2,7 +2,7 @@
 
     python bench/attention.py
 
-This is the measurement behind the choices in `plait.model.transformer.attend` and `plait.kernels.training.attends`.
+This is the measurement behind the choices in `plait.model.layers.attend` and `plait.kernels.training.attends`.
 """
 
 from __future__ import annotations
