@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -147,6 +148,9 @@ def _version(name: str) -> str | None:
         return None
 
 
+_MARK = "\x1e"  # begins a line of ours: libraries print too while they are imported
+
+
 def _broken(names: list[str]) -> dict[str, str]:
     """Which packages do not import, and why; tried in another process, for a broken library may take its process
     along: then they are tried one by one."""
@@ -156,9 +160,9 @@ def _broken(names: list[str]) -> dict[str, str]:
             name = owner.lower().replace("_", "-")
             if name == module.replace("_", "-") or (name not in modules and not module.startswith("_")):
                 modules[name] = module
-    code = "import importlib\n" + "\n".join(
+    code = "import importlib, json\n" + "\n".join(
         f"try: importlib.import_module({modules.get(name, name)!r})\n"
-        f"except BaseException as error: print({name!r}, 'does not import:', repr(error)[:300])"
+        f"except BaseException as error: print({_MARK!r} + json.dumps([{name!r}, repr(error)[:300]]))"
         for name in names
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -166,7 +170,8 @@ def _broken(names: list[str]) -> dict[str, str]:
         return {name: why for one in names for name, why in _broken([one]).items()}
     if done.returncode:
         return {names[0]: f"importing {names[0]} ends the process with code {done.returncode}"}
-    return {line.partition(" ")[0]: line for line in done.stdout.splitlines() if " does not import: " in line}
+    answers = [json.loads(line[1:]) for line in done.stdout.split("\n") if line.startswith(_MARK)]
+    return {name: f"{name} does not import: {why}" for name, why in answers}
 
 
 def _beside_torch(name: str) -> list[Finding]:

@@ -90,15 +90,16 @@ def recorded(run: Path, show: Callable[[Progress], None]) -> Callable[[Progress]
         nonlocal written
         show(progress)
         now = time.time()
-        stage = "model" if progress.work == "model" else progress.stage  # its validations are no stage of their own
+        work = "model" if progress.work == "validation" else progress.work  # no stage of its own
+        stage = "model" if work == "model" else progress.stage
         start, first = begun.setdefault(stage, (now, progress.done))
-        if progress.work == "other" or (now - written < PAUSE and progress.done < progress.total):
+        if work == "other" or (now - written < PAUSE and progress.done < progress.total):
             return
         written = now
         left = None
         if progress.done > first:
             left = (progress.total - progress.done) * (now - start) / (progress.done - first)
-        state = {"work": progress.work, "stage": stage, "done": progress.done, "total": progress.total,
+        state = {"work": work, "stage": stage, "done": progress.done, "total": progress.total,
                  "seconds_left": left, "time": now}  # fmt: skip
         aside = run / f".{PROGRESS}.{os.getpid()}.tmp"
         try:  # not synced: after a loss of power the next state takes its place

@@ -46,7 +46,7 @@ _TOKENIZER_BYTES = 256 << 20  # of a column's text, at most, by which the tokeni
 FREE = ("save_every", "keep", "keep_every", "log_records", "grad_accum_steps", "parallel", "activation_checkpointing")
 
 
-Work = Literal["codec", "encoder", "model", "other"]
+Work = Literal["codec", "encoder", "model", "validation", "other"]
 
 
 @dataclass

@@ -424,7 +424,7 @@ class Trainer:
                 objective, shown = -score.value, {**losses, score.name: score.value}
                 self.log.write(step, "val_score", {score.name: score.value})
         self.log.write(step, "val", losses)
-        self.run.report(Progress("validation", step, self.total_steps, shown, work="model"))
+        self.run.report(Progress("validation", step, self.total_steps, shown, work="validation"))
         return losses, objective
 
     def _validation_losses(self, sampler: Sampler) -> dict[str, float]:

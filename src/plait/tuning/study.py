@@ -292,7 +292,7 @@ class _Study:
         """Act on what a worker tells; returns a line where a trial is over."""
         trial = self.active[worker]
         if message.kind == "progress":
-            if message.value.stage == "model":
+            if message.value.work == "model":
                 self._prepared(worker.job)
             return ""
         if message.kind == "validation":
