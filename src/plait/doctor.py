@@ -312,10 +312,10 @@ def _dataset(path: Path) -> list[Finding]:
 
 def _checkpoint(path: Path) -> list[Finding]:
     wrong = [Finding("fail", "checkpoint", line) for line in checkpoint.verify(path)]
-    return wrong or [Finding("ok", "checkpoint", f"{path}: whole, {_told(path)}")]
+    return wrong or [Finding("ok", "checkpoint", f"{path}: whole, {_step_and_losses(path)}")]
 
 
-def _told(path: Path) -> str:
+def _step_and_losses(path: Path) -> str:
     try:
         training: dict[str, Any] = read_json(path / "config.json").get("training", {})
         losses = ", ".join(f"{name} {value:.4g}" for name, value in training.get("validation", {}).items())
@@ -347,7 +347,7 @@ def _run(path: Path) -> list[Finding]:
         if wrong := checkpoint.verify(folder):
             found += [Finding("fail", f"checkpoint {names}", line) for line in wrong]
         else:
-            whole[folder] = _told(folder)
+            whole[folder] = _step_and_losses(folder)
             found.append(Finding("ok", f"checkpoint {names}", whole[folder]))
     step, wrong = checkpoint.newest_whole(path / "checkpoints")
     best = _led_to(path / "checkpoints" / "best")

@@ -77,13 +77,13 @@ class LabelClassifier:
     columns: list[str]  # label columns it tells apart
     classes: list[tuple[str | None, ...]]  # a label or None for each of them
 
-    def says(self, features: Tensor, column: str) -> tuple[list[str | None], np.ndarray]:
+    def predicted_labels(self, features: Tensor, column: str) -> tuple[list[str | None], np.ndarray]:
         """The label that each sample has in a column, None where it looks like one of another; and features."""
         probabilities, hidden = self.judge(features)
         place = self.columns.index(column)
         return [self.classes[i][place] for i in probabilities.argmax(1)], hidden
 
-    def among(self, features: Tensor, column: str, labels: list[str]) -> np.ndarray:
+    def predict_among(self, features: Tensor, column: str, labels: list[str]) -> np.ndarray:
         """The index of the likeliest label of a column, (N,)."""
         probabilities, _ = self.judge(features)
         place = self.columns.index(column)
@@ -140,7 +140,7 @@ class EvalContext:
         self._read: dict[tuple[str, str], Media] = {}
         self._embedded: dict[str, np.ndarray] = {}
         self._rebuilt: dict[tuple[str, str], list[np.ndarray]] = {}
-        self._critics: dict[tuple[str, tuple[str, ...]], LabelClassifier] = {}
+        self._label_classifiers: dict[tuple[str, tuple[str, ...]], LabelClassifier] = {}
 
     def modality(self, column: str) -> MediaModality:
         return self.media[self.columns[column]]
@@ -178,7 +178,7 @@ class EvalContext:
         """In an order that is a function of the seed."""
         return indices[np.argsort(uniform(self.seed, 21, indices), kind="stable")]
 
-    def chosen(self, indices: np.ndarray, most: int) -> np.ndarray:
+    def draw(self, indices: np.ndarray, most: int) -> np.ndarray:
         """At most so many, drawn by the seed, ascending."""
         return np.sort(self.shuffled(indices)[:most])
 
@@ -219,7 +219,7 @@ class EvalContext:
             return self.with_text(self.samples(source, split), target)
         present = [i for i in self.dataset.indices(split) if self.texts[source][i] is not None]
         media = self.with_text(Media(np.array(present, np.int64), [np.empty(0)] * len(present)), target)
-        return media.only(self.chosen(np.arange(len(media)), self.limits.records))
+        return media.only(self.draw(np.arange(len(media)), self.limits.records))
 
     def inputs(self, source: str, media: Media) -> list[Sequence]:
         """What the model reads of these records, as sequences."""
@@ -299,7 +299,7 @@ class EvalContext:
 
     # --- judges -------------------------------------------------------------------------------------------------
 
-    def critic(self, media_column: str, column: str) -> LabelClassifier | None:
+    def label_classifier(self, media_column: str, column: str) -> LabelClassifier | None:
         """The judge of a media column that knows the labels of a text column; None where train has too few.
 
         Where label columns say the same of a record (a name in two languages), one judge serves them all.
@@ -309,13 +309,13 @@ class EvalContext:
         truth = [tuple(self.texts[c][i] for c in columns) for i in train.indices]
         joint = len(set(truth)) <= sum(len(self.labels[c]) for c in columns) + 1
         group = tuple(columns if joint else [column])
-        if (media_column, group) not in self._critics and column in group:
+        if (media_column, group) not in self._label_classifiers and column in group:
             share = self.reference_seconds / (1 if joint else len(columns))
             found = self._fit(media_column, group, share)
             if found is None:
                 return None
-            self._critics[media_column, group] = found
-        return self._critics.get((media_column, group))
+            self._label_classifiers[media_column, group] = found
+        return self._label_classifiers.get((media_column, group))
 
     def _fit(self, media_column: str, group: tuple[str, ...], seconds: float) -> LabelClassifier | None:
         train, modality = self.samples(media_column, "train"), self.modality(media_column)

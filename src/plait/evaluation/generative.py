@@ -65,7 +65,7 @@ def evaluate_making(eval_context: EvalContext, label_column: str, media_column: 
         for results in eval_context.model.write(contexts, media_column, n=each, seed=eval_context.seed + start):
             made += results
     wanted = np.repeat(np.array(asked, object), each)
-    critic = eval_context.critic(media_column, label_column)
+    critic = eval_context.label_classifier(media_column, label_column)
     right: np.ndarray | None = None
     if critic is not None:
         right = _judged(eval_context, critic, task, label_column, media_column, made, wanted, train, test, len(labels))
@@ -89,7 +89,7 @@ def _judged(
     direction, seed = Direction(label_column, media_column), eval_context.seed
 
     def look(samples: list[np.ndarray], truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        said, hidden = critic.says(eval_context.features(media_column, samples), label_column)
+        said, hidden = critic.predicted_labels(eval_context.features(media_column, samples), label_column)
         return np.array([a == b for a, b in zip(said, truth, strict=True)], float), hidden
 
     truth = eval_context.texts[label_column][test.indices]
@@ -106,7 +106,7 @@ def _judged(
     share = accuracy / real_accuracy if real_accuracy else math.nan
     keep(task, direction, "judged_share", share, n=n, stderr=quotient_error(accuracy, error, real_accuracy, real_error))
     # Real samples of train serve as what perfect drawing would score, as many as were made.
-    some = eval_context.chosen(np.arange(len(train)), n)
+    some = eval_context.draw(np.arange(len(train)), n)
     _, other = look(train.only(some).samples, eval_context.texts[label_column][train.indices[some]])
     value = metrics.diversity(hidden, wanted, real_hidden, truth)
     error = _redrawn(lambda rows: metrics.diversity(hidden[rows], wanted[rows], real_hidden, truth), n, seed)
@@ -138,7 +138,7 @@ def _copies(
     train = eval_context.with_text(eval_context.rebuilt(column, "train"), label_column)
     test = eval_context.with_text(eval_context.rebuilt(column, eval_context.split), label_column)
     most = max(eval_context.limits.cells // 4 // max(eval_context.features(column, train.samples[:1]).numel(), 1), 1)
-    places = eval_context.chosen(np.arange(len(train)), most)
+    places = eval_context.draw(np.arange(len(train)), most)
     features = [eval_context.features(column, samples) for samples in (train.only(places).samples, made, test.samples)]
     gallery, drawn, real = (f.flatten(1).numpy() for f in features)
     own, nearest = metrics.nearest(drawn, gallery)

@@ -115,7 +115,7 @@ def evaluate_canaries(eval_context: EvalContext) -> None:
         return
     count, seed, column = planted["count"], planted["seed"], planted["column"]
     others = [canary(seed, 1_000_000 + i) for i in range(OTHERS)]
-    told = _told(eval_context, [canary(seed, number) for number in range(count)] + others, column)
+    told = _log_likelihoods(eval_context, [canary(seed, number) for number in range(count)] + others, column)
     own, reference = told[:count], told[count:]
 
     center, spread = float(reference.mean()), float(reference.std(ddof=1))
@@ -139,7 +139,7 @@ def _bits_beyond(z: float) -> float:
     return (z * z / 2 + math.log(z * math.sqrt(2 * math.pi))) / math.log(2)  # erfc underflows
 
 
-def _told(eval_context: EvalContext, texts: list[str], column: str) -> np.ndarray:
+def _log_likelihoods(eval_context: EvalContext, texts: list[str], column: str) -> np.ndarray:
     """log P of each text alone in its column, in nats, (N,)."""
     model = eval_context.model
     vocabulary = model.checkpoint.model.vocabulary
@@ -147,4 +147,4 @@ def _told(eval_context: EvalContext, texts: list[str], column: str) -> np.ndarra
         Sequence().read_ids([vocabulary.opener(column)]).write([*model.checkpoint.text.encode(text), vocabulary.end])
         for text in texts
     ]
-    return np.array([found.sum() for found in scoring.told(model.engine, sequences, "text")])
+    return np.array([found.sum() for found in scoring.token_log_probs(model.engine, sequences, "text")])

@@ -94,7 +94,7 @@ def _recognised(eval_context: EvalContext, source: str, target: str) -> Recognis
     labels = eval_context.labels[target]
     most = max(eval_context.limits.scores // len(labels), 1)
     media = eval_context.pairs(source, target, eval_context.split)
-    media = media.only(eval_context.chosen(np.arange(len(media)), most))
+    media = media.only(eval_context.draw(np.arange(len(media)), most))
     if not len(media):
         return None
     truth_texts = list(eval_context.texts[target][media.indices])
@@ -125,9 +125,9 @@ def _simple_answers(eval_context: EvalContext, found: Recognised) -> SimpleAnswe
         guess = _simple(eval_context, classifier, source, target, found.train, found.media, found.labels)
         simple = SimpleAnswers(guess, alternative_name(kind))
     made = source in eval_context.media_columns and kind not in eval_context.model.checkpoint.model.config.read_only
-    critic = eval_context.critic(source, target) if made else None
+    critic = eval_context.label_classifier(source, target) if made else None
     if critic is not None:  # trained in any case, as the judge of what is drawn
-        by_critic = critic.among(eval_context.features(source, found.media.samples), target, found.labels)
+        by_critic = critic.predict_among(eval_context.features(source, found.media.samples), target, found.labels)
         if simple is None or (by_critic == found.truth).mean() > (simple.predicted == found.truth).mean():
             simple = SimpleAnswers(by_critic, "a small CNN")
     return simple
@@ -158,7 +158,7 @@ def _keep_accuracy(
         eval_context.keep("recognition", direction, "accuracy", value, stderr=error, n=int(clean.sum()), clean=True)
         value = metrics.classification(truth[clean], predicted[clean], len(names)).macro_f1
         eval_context.keep("recognition", direction, "f1", value, n=int(clean.sum()), clean=True)
-    some = found.train.only(eval_context.chosen(np.arange(len(found.train)), n))
+    some = found.train.only(eval_context.draw(np.arange(len(found.train)), n))
     if len(some):
         number = {name: i for i, name in enumerate(names)}
         known = np.array([number.get(text, -1) for text in eval_context.texts[found.target][some.indices]])
@@ -239,7 +239,7 @@ def _simple(
     """The classes (N,) by the simple alternative: the linear part of the run's classifier, else one fitted now."""
     if classifier is None:
         number = {label: i for i, label in enumerate(labels)}
-        some = train.only(eval_context.chosen(np.arange(len(train)), MOST))
+        some = train.only(eval_context.draw(np.arange(len(train)), MOST))
         some = some.only(np.array([eval_context.texts[target][i] in number for i in some.indices], bool))
         classes = np.array([number[eval_context.texts[target][i]] for i in some.indices])
         kind = eval_context.columns[source]

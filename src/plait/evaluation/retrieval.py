@@ -87,7 +87,7 @@ def _embed(eval_context: EvalContext, column: str) -> Embedded | None:
         return Embedded(media.indices, eval_context.embedded(column, media), media) if len(media) else None
     texts = eval_context.texts[column]
     present = np.array([i for i in eval_context.dataset.indices(eval_context.split) if texts[i]], np.int64)
-    present = eval_context.chosen(present, eval_context.limits.records)
+    present = eval_context.draw(present, eval_context.limits.records)
     if not len(present):
         return None
     distinct, place = np.unique([texts[i] for i in present], return_inverse=True)
@@ -105,7 +105,7 @@ def _queries(eval_context: EvalContext, source: str, asked: Embedded, relevance:
         for place in np.argsort(-relevance.texts(asked.records), kind="stable"):
             most.setdefault(eval_context.texts[source][asked.records[place]], int(place))
         chosen = np.sort(np.array(list(most.values())))
-    return eval_context.chosen(chosen, eval_context.limits.queries)
+    return eval_context.draw(chosen, eval_context.limits.queries)
 
 
 def _search(
@@ -124,7 +124,7 @@ def _search(
     if target not in eval_context.media_columns:
         return
     rows = []
-    for i in eval_context.chosen(np.arange(len(chosen)), SHOWN_QUERIES):
+    for i in eval_context.draw(np.arange(len(chosen)), SHOWN_QUERIES):
         related = relevance.of(queries[i : i + 1], gallery.records, target)[0]
         items = [
             eval_context.exhibit(target, gallery.media.samples[j], f"{rank + 1}", bool(related[j]))

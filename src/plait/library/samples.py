@@ -54,7 +54,7 @@ class ModelSamples(Callback):
         assert event.copy is not None
         model = model_of(event.copy(), self.device)
         shown = enumerate(model.showcase(self._records()))
-        samples = [self._kept(one, event.step, place) for place, one in shown]
+        samples = [self._file_sample(one, event.step, place) for place, one in shown]
         return Row("model", "", event.step, self.total, samples)
 
     def _records(self) -> list[Record]:
@@ -64,7 +64,7 @@ class ModelSamples(Callback):
         split = "val" if self.dataset.manifest.counts.get("val") else "train"
         return list(self.dataset.iterate(self.dataset.indices(split)[:RECORDS]))
 
-    def _kept(self, shown: Shown, step: int, place: int) -> Sample:
+    def _file_sample(self, shown: Shown, step: int, place: int) -> Sample:
         """What was shown, with its media as files."""
         asked = shown.asked if isinstance(shown.asked, str) else ""
         asked_file = "" if isinstance(shown.asked, str) else self.log.keep(f"model-{place}.input", shown.asked)

@@ -268,7 +268,7 @@ def _failures(options: Options, run: dict[str, Any]) -> dict[str, Any]:
             "--failures needs how often machines fail: --mtbf HOURS of one machine (and --machines, else one "
             "for 8 devices), or --interruptions N --in-days D of the whole system."
         )
-    trouble = failures.Trouble(between, options.save, options.restart * 60)
+    trouble = failures.FailureRates(between, options.save, options.restart * 60)
     return dict(failures.forecast(run["days"], trouble, options.every * 60 if options.every else None, options.seed))
 
 

@@ -265,7 +265,7 @@ class Network:
         """The norm of all gradients together, of all processes."""
         gradients = [[p.grad for p in some if p.grad is not None] for some in (self.shards, self.replicated)]
         norms = [torch.nn.utils.get_total_norm(some) for some in gradients if some]
-        return torch.linalg.vector_norm(torch.stack([whole(norm) for norm in norms]))
+        return torch.linalg.vector_norm(torch.stack([full_tensor(norm) for norm in norms]))
 
 
 def is_shard(tensor: Tensor) -> bool:
@@ -273,7 +273,7 @@ def is_shard(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor with the rows of all processes, which must all ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

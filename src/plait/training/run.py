@@ -38,7 +38,7 @@ from plait.training.build import label_columns
 from plait.training.codec_training import train_codec
 from plait.training.distributed import Group
 from plait.training.recogniser_training import Labelled, train_recogniser
-from plait.training.samples import CodecSamples, EncoderSamples, SampleLog, few
+from plait.training.samples import CodecSamples, EncoderSamples, SampleLog, places_shown
 from plait.training.split import Split, add_codes
 
 _TOKENIZER_BYTES = 256 << 20  # of a column's text, at most, by which the tokenizer is trained
@@ -304,7 +304,7 @@ class Run:
         """What is told while a codec is trained, with what it makes of three media."""
         column = next(c for c, m in self.dataset.columns.items() if m == modality.name)
         media = (splits["val"] if len(splits["val"].media[column]) else splits["train"]).media[column]
-        samples = CodecSamples(self.samples, modality, [media[i] for i in few(len(media))])
+        samples = CodecSamples(self.samples, modality, [media[i] for i in places_shown(len(media))])
 
         def progress(name: str, done: int, total: int, loss: float) -> None:
             self.report(Progress(f"{name} codec", done, total, {"reconstruction": loss}, work="codec"))

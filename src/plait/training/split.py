@@ -18,7 +18,7 @@ from plait.data.samples import Samples
 from plait.data.tokens import Ids, Tokens, open_tokens, write_tokens
 from plait.modalities.base import MediaModality, Vocabulary
 from plait.modalities.text import Text
-from plait.training.conversations import Said, Scribe
+from plait.training.conversations import ConversationEncoder, EncodedTurn
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Split:
     media: dict[str, Samples]  # column -> samples of the records that have one
     rows: dict[str, np.ndarray]  # column -> record -> row of its samples, -1 where absent
     codes: dict[str, Samples] = field(default_factory=dict)  # column -> codes, beside media
-    chats: dict[str, list[list[Said] | None]] = field(default_factory=dict)  # column -> conversation by record
+    chats: dict[str, list[list[EncodedTurn] | None]] = field(default_factory=dict)  # column -> conversation by record
     keys: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))  # (records, text columns), 0 absent
     sources: np.ndarray | None = None  # record -> which of several datasets it is from
     notes: list[str] = field(default_factory=list)  # what is cut, for people
@@ -243,7 +243,7 @@ def _converse(
         modality, length = media[vocabulary.columns[part]], len(split.sample(part, record))
         return max(modality.token_count(length), modality.code_count(length)) + 2
 
-    scribe = Scribe(text, vocabulary, context, size)
+    scribe = ConversationEncoder(text, vocabulary, context, size)
     found = [None if value is None else scribe.conversation(i, value) for i, value in enumerate(values)]
     split.chats[column] = found
     dropped = sum(turns is not None and not any(turn.written for turn in turns) for turns in found)
