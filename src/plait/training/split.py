@@ -158,15 +158,15 @@ class _Cached:
 
 def _cached(reading: _Reading, text: Text, cache: Path) -> _Cached:
     """The cache of a split under `cache`, written first where there is none of these data and settings."""
-    whole = cache / f"{reading.split}.json"
+    cache_file = cache / f"{reading.split}.json"
     made_of = _made_of(reading.dataset, reading.indices, text, reading.media)
-    known = read_json(whole) if whole.exists() else {}
+    known = read_json(cache_file) if cache_file.exists() else {}
     if known.get("made_of") == made_of:
         return _open_cache(reading, cache, known["cut"])
     cache.mkdir(parents=True, exist_ok=True)
-    whole.unlink(missing_ok=True)
+    cache_file.unlink(missing_ok=True)
     made = _write_cache(reading, text, cache)
-    write_json(whole, {"cut": made.cut, "made_of": made_of})
+    write_json(cache_file, {"cut": made.cut, "made_of": made_of})
     return made
 
 
@@ -244,14 +244,14 @@ def _converse(
         return max(modality.token_count(length), modality.code_count(length)) + 2
 
     scribe = ConversationEncoder(text, vocabulary, context, size)
-    found = [None if value is None else scribe.conversation(i, value) for i, value in enumerate(values)]
-    split.chats[column] = found
-    dropped = sum(turns is not None and not any(turn.written for turn in turns) for turns in found)
-    told = {
+    conversations = [None if value is None else scribe.conversation(i, value) for i, value in enumerate(values)]
+    split.chats[column] = conversations
+    dropped = sum(turns is not None and not any(turn.written for turn in turns) for turns in conversations)
+    lengths = {
         f"do not fit {context} tokens: their oldest turns are left out": scribe.shortened,
         "have no turn of the assistant's that fits, and are not learned": dropped,
     }
-    return [f"{column}: {count:,} of {len(values):,} conversations {what}" for what, count in told.items() if count]
+    return [f"{column}: {count:,} of {len(values):,} conversations {what}" for what, count in lengths.items() if count]
 
 
 def add_codes(
