@@ -14,7 +14,7 @@ from plait.evaluation.findings import Gallery, GalleryKind, ReportItem
 from plait.evaluation.keys import Direction
 from plait.model.cross_entropy import negative_log_likelihood
 from plait.model.multimodal import IGNORE, Sequence, collate
-from plait.training.conversations import Scribe, sequences
+from plait.training.conversations import ConversationEncoder, sequences
 
 
 def evaluate_chats(eval_context: EvalContext) -> None:
@@ -41,7 +41,7 @@ def evaluate_conversations(eval_context: EvalContext, column: str) -> None:
     eval_context.keep("chat", direction, "nats_per_token", value, stderr=error, chance=chance, baseline=plain, n=n)
 
     turns = [turn for sequence in found for turn in _turns(sequence)]
-    turns = [turns[i] for i in eval_context.chosen(np.arange(len(turns)), eval_context.limits.written)]
+    turns = [turns[i] for i in eval_context.draw(np.arange(len(turns)), eval_context.limits.written)]
     truth = [text.decode(ids[:-1]) for _, ids in turns]
     stops = {text.decode(ids[-1:]) for _, ids in turns if ids[-1] != vocabulary.end}
     eval_context.progress(f"chat {column}", 0, len(turns))
@@ -65,7 +65,7 @@ def evaluate_conversations(eval_context: EvalContext, column: str) -> None:
 def _read(eval_context: EvalContext, column: str, split: str, most: int) -> list[Sequence]:
     """The conversations of a split as training sees them, with nothing written but text."""
     model, dataset = eval_context.model.checkpoint.model, eval_context.dataset
-    indices = eval_context.chosen(dataset.indices(split), most)
+    indices = eval_context.draw(dataset.indices(split), most)
     found: list[Sequence] = []
     for record in dataset.iterate(indices):
         value = record.parts.get(column)
@@ -81,8 +81,8 @@ def _read(eval_context: EvalContext, column: str, split: str, most: int) -> list
             return model.media[dataset.columns[name]].token_count(len(samples[name])) + 2
 
         context = model.config.backbone.max_length
-        scribe = Scribe(eval_context.model.checkpoint.text, model.vocabulary, context, size)
-        found += sequences(scribe.conversation(0, value), model.vocabulary, model.media, samples, {})
+        encoder = ConversationEncoder(eval_context.model.checkpoint.text, model.vocabulary, context, size)
+        found += sequences(encoder.conversation(0, value), model.vocabulary, model.media, samples, {})
     return found
 
 

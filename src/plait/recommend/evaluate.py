@@ -26,7 +26,7 @@ from plait.recommend.baselines import MOST, Follows, Interactions, Neighbours
 from plait.recommend.catalogue import Catalogue
 from plait.recommend.checkpoint_part import catalogue_of
 from plait.recommend.model import RecommendationModel
-from plait.recommend.next_item import foretell
+from plait.recommend.next_item import next_item_scorer
 from plait.recommend.write_histories import HIDDEN, TEST, TRAIN, VAL, Histories, read_catalogue, read_histories
 
 TASK, DIRECTION = "recommendation", Direction("item", "item")
@@ -180,11 +180,11 @@ def evaluate_histories(
     if first := int((histories.parts == wanted).sum()) - len(targets):
         findings.notes.append(f"{first:,} held-out items are the first of their users: with no history, not asked for.")
     most = min(QUERIES, limit or QUERIES)
-    targets = _some(targets, most, "held-out items", seed, findings)
+    targets = _subset(targets, most, "held-out items", seed, findings)
     work = _Work(recommending, histories, catalogue, seed, progress, findings)
     work.measure(targets)
     cold = targets_of(histories, (VAL, TEST))
-    cold = _some(cold.only(cold.items >= catalogue.known), most, "held-out new items", seed, findings)
+    cold = _subset(cold.only(cold.items >= catalogue.known), most, "held-out new items", seed, findings)
     if len(cold) >= 20:
         work.measure_cold(cold)
     work.show(targets)
@@ -192,7 +192,7 @@ def evaluate_histories(
     return work.metrics, findings
 
 
-def _some(targets: Targets, most: int, what: str, seed: int, findings: Findings) -> Targets:
+def _subset(targets: Targets, most: int, what: str, seed: int, findings: Findings) -> Targets:
     """At most so many of the targets, drawn by the seed."""
     if len(targets) <= most:
         return targets
@@ -227,7 +227,7 @@ class _Work:
 
     def __post_init__(self) -> None:
         network = self.model.checkpoint.model
-        self.next = foretell(network, self.model.device)
+        self.next = next_item_scorer(network, self.model.device)
         keep = self.histories.parts == TRAIN
         counts = np.bincount(self.histories.owners()[keep], minlength=len(self.histories))
         starts = np.concatenate(([0], np.cumsum(counts)))

@@ -168,19 +168,19 @@ def _items(
         shared = wanted & known.keys()
         if not shared:
             raise PlaitError(
-                f"The ids of {table} and {interactions} do not match: the one has {_some(known)}, the other "
-                f"{_some(wanted)}. Name the column of ids in the recipe: data.items.columns.id or .item."
+                f"The ids of {table} and {interactions} do not match: the one has {_first_three(known)}, the other "
+                f"{_first_three(wanted)}. Name the column of ids in the recipe: data.items.columns.id or .item."
             )
         if lone := sorted(wanted - shared, key=_natural):
             remarks.warnings.append(
-                f"{len(lone):,} items of {interactions} have no row in {table}, such as {_some(lone)}."
+                f"{len(lone):,} items of {interactions} have no row in {table}, such as {_first_three(lone)}."
             )
     for id_ in sorted(wanted - known.keys(), key=_natural):
         known[id_] = Item(id_)
     return known
 
 
-def _some(ids: Any) -> str:
+def _first_three(ids: Any) -> str:
     return ", ".join(f"'{id_}'" for id_ in sorted(ids, key=_natural)[:3])
 
 

@@ -262,7 +262,7 @@ class _Study:
                     return
                 time.sleep(1)  # other machines still train
             for worker, message in workers.receive(1.0):
-                line = self._hear(study, worker, message)
+                line = self._handle_message(study, worker, message)
                 if line:
                     self._write(finished=False)
                 if line or message.kind == "progress":
@@ -288,11 +288,11 @@ class _Study:
                 self.storage.record_heartbeat(trial._trial_id)
             fail_stale_trials(study)
 
-    def _hear(self, study: optuna.Study, worker: Worker, message: Message) -> str:
+    def _handle_message(self, study: optuna.Study, worker: Worker, message: Message) -> str:
         """Act on what a worker tells; returns a line where a trial is over."""
         trial = self.active[worker]
         if message.kind == "progress":
-            if message.value.stage == "model":
+            if message.value.work == "model":
                 self._prepared(worker.job)
             return ""
         if message.kind == "validation":
