@@ -130,7 +130,7 @@ def measure(folder: Path, megabytes: int, options: argparse.Namespace, pool: lis
         alone = run([sys.executable, "-c", IMPORTS])
         train = [*python, "train", str(folder / "data"), "-o", str(folder / "run"), "--size", options.size]
         cost = run([*train, "--steps", str(options.steps)])
-        print(f"  {options.steps} steps of {options.size}: {cost.memory:,.0f} MiB, libraries {alone.memory:,.0f} of them; "
+        print(f"  {options.steps} steps of {options.size}: {cost.memory:,.0f} MiB, libraries {alone.memory:,.0f}; "
               f"{cost.processor:.1f} s of processor time, {cost.seconds:.1f} s by the clock", flush=True)  # fmt: skip
     shutil.rmtree(folder)
 
