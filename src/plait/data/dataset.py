@@ -210,13 +210,13 @@ class Dataset(DatasetViews):
         """
         names = list(self.columns) if columns is None else list(columns)
         self._known(names)
-        wanted = ("id", "source", *names)
+        columns_read = ("id", "source", *names)
         for index in range(len(self)) if indices is None else indices:
             if not 0 <= index < len(self):
                 raise IndexError(f"record {index} of {len(self)}")
             shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-            table, row = self._group(shard, int(index - self._starts[shard]), wanted)
-            values = {name: table.column(name)[row].as_py() for name in wanted}
+            table, row = self._group(shard, int(index - self._starts[shard]), columns_read)
+            values = {name: table.column(name)[row].as_py() for name in columns_read}
             parts = {name: values[name] for name in names if values[name] is not None}
             yield Record(values["id"], self.manifest.shards[shard].split, parts, values["source"])
 
@@ -270,8 +270,8 @@ class Dataset(DatasetViews):
 
     def _read(self, file: pq.ParquetFile, shard: int, group: int | None, columns: Sequence[str]) -> pa.Table:
         try:
-            wanted = list(columns)
-            table = file.read(wanted) if group is None else file.read_row_group(group, wanted)
+            columns_read = list(columns)
+            table = file.read(columns_read) if group is None else file.read_row_group(group, columns_read)
             return table.combine_chunks()
         except (OSError, ValueError, pa.ArrowException) as error:
             name = join(self.path, self.manifest.shards[shard].file)

@@ -39,6 +39,7 @@ from plait.data.dataset import Dataset
 from plait.hf import hub
 from plait.hf.export import must_be_free
 from plait.hf.pretrained import Pretrained, kind_of, load_pretrained, read_image
+from plait.modalities.image_files import IMAGE
 from plait.model.checkpoint import MANIFEST
 from plait.model.objectives import PAIR_LOSSES
 from plait.training.build import label_columns
@@ -64,7 +65,7 @@ def trains_pairs(dataset: Dataset, name: str) -> bool:
             return False
     except PlaitError:
         return False
-    return "image" in dataset.columns.values() and find_task(dataset, label_columns(dataset, 2**31)) == "describe"
+    return IMAGE.kind in dataset.columns.values() and find_task(dataset, label_columns(dataset, 2**31)) == "describe"
 
 
 @dataclass
@@ -79,7 +80,7 @@ class Pairs:
     @classmethod
     def of(cls, dataset: Dataset, split: str) -> Pairs:
         """Raises PlaitError where a split of train has fewer than two."""
-        image = next(column for column, kind in dataset.columns.items() if kind == "image")
+        image = next(column for column, kind in dataset.columns.items() if kind == IMAGE.kind)
         texts = [column for column, kind in dataset.columns.items() if kind == "text"]
         indices = dataset.indices(split)
         present = np.zeros(len(indices), bool)

@@ -161,10 +161,10 @@ def _fill(modality: MediaModality, folder: Path) -> None:
     if not all(value.isfinite().all() for value in weights.values()):
         raise PlaitError(f"{folder} holds weights that are not finite. Fetch it again.")
     if not hf_encoder.frozen:
-        _still(modality)
+        _exclude_unused(modality)
 
 
-def _still(modality: MediaModality) -> None:
+def _exclude_unused(modality: MediaModality) -> None:
     """Take out of training what no state comes from, such as a head for pooling: optimisers and other processes would
     wait for its gradient."""
     settings: Any = modality.settings

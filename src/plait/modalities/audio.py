@@ -106,7 +106,7 @@ class AudioSettings(BaseModel):
         return cls.sized(size.rate, {"seconds": size.seconds, **overrides})
 
     @classmethod
-    def for_recognition(cls, given: dict[str, Any], mirrors: Callable[[], bool]) -> Recognition:
+    def for_recognition(cls, overrides: dict[str, Any], mirrors: Callable[[], bool]) -> Recognition:
         """What differs where audio is recognised and not made."""
         chosen = {"stretch": 1.2, "warp": 1.15, "mask_time": 0.15, "mask_bands": 0.2, "equalise": 0.3}
         return Recognition(chosen)
@@ -254,8 +254,10 @@ class HFEncoderInput:
         extract = transformers_for("Whisper's log-mel").WhisperFeatureExtractor(hf_encoder.bands, hf_encoder.rate)
         # Silence follows, as in the window of 30 s; the extractor takes off nothing but the last, incomplete frame.
         wave = np.pad(wave, (0, max(frames * extract.hop_length - len(wave), 0) + extract.n_fft))
-        found = extract(wave, sampling_rate=hf_encoder.rate, padding="longest", truncation=False, return_tensors="np")
-        return np.asarray(found["input_features"][0].T[:frames], np.float32)
+        features = extract(
+            wave, sampling_rate=hf_encoder.rate, padding="longest", truncation=False, return_tensors="np"
+        )
+        return np.asarray(features["input_features"][0].T[:frames], np.float32)
 
     def silence(self, values: Tensor, exists: Tensor) -> Tensor:
         """(N, 1, 1): what fills up values (N, T, row) where they do not exist."""

@@ -259,7 +259,7 @@ class Vocabulary(BaseModel):
         return names
 
 
-def alike(a: BaseModel, b: BaseModel) -> bool:
+def same_network(a: BaseModel, b: BaseModel) -> bool:
     """Whether two settings of a modality make the same network for the same inputs: all but what only training uses."""
     aside: set[str] = set(getattr(a, "TRAINING", ()))
     return a.model_dump(exclude=aside) == b.model_dump(exclude=aside)

@@ -332,8 +332,8 @@ class Multimodal(nn.Module):
     @property
     def row_modality(self) -> RowModality | None:
         """The modality whose things have a row each, beyond the vocabulary, if the model has one."""
-        found = [part for part in self.modalities.values() if role_of(part) == "rows"]
-        return found[0] if found else None  # type: ignore[return-value]
+        parts = [part for part in self.modalities.values() if role_of(part) == "rows"]
+        return parts[0] if parts else None  # type: ignore[return-value]
 
     @property
     def id_ranges(self) -> dict[str, tuple[int, int]]:

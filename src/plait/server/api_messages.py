@@ -15,8 +15,8 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, BeforeValidator, Field
 from starlette.responses import Response
 
-from plait.inference.engine import Request as Wanted
 from plait.inference.prompts import Prompt
+from plait.inference.requests import Request as EngineRequest
 from plait.inference.tools import TextPiece
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext
@@ -88,7 +88,7 @@ async def messages(request: Request, body: MessagesRequest) -> Response:
         return EventStream(answer.events(pending, request_context), pending, done=False, named=True)
     sample = (await service.written(served, [wanted], request_context))[0][0]
     answer.reader.add(sample.text or "", last=True)
-    return JSONResponse(answer.whole(sample.finish, request_context))
+    return JSONResponse(answer.response(sample.finish, request_context))
 
 
 @router.post("/v1/messages/count_tokens", tags=["text"])
@@ -102,7 +102,7 @@ async def count_tokens(request: Request, body: MessagesRequest) -> Response:
 
 async def _prepared(
     service: Service, served: Served, request_context: RequestContext, body: MessagesRequest, most: int | None
-) -> tuple[Prompt, Wanted, ToolUse | None]:
+) -> tuple[Prompt, EngineRequest, ToolUse | None]:
     """The prompt of a conversation, what the engine is asked for, and the tools. Raises ApiError."""
     choice, parallel = _choice(body.tool_choice)
     use = tool_use(service, served, request_context, body.tools, choice, parallel)
@@ -145,7 +145,7 @@ class _Answer:
             return "max_tokens"
         return "tool_use" if self.reader.calls else "end_turn"
 
-    def whole(self, finish: str, request_context: RequestContext) -> dict[str, Any]:
+    def response(self, finish: str, request_context: RequestContext) -> dict[str, Any]:
         """The message when it is complete."""
         reader = self.reader
         content: list[dict[str, Any]] = [{"type": "text", "text": reader.text}] if reader.text else []

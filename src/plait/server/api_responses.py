@@ -104,7 +104,7 @@ async def responses(request: Request, body: ResponsesRequest) -> Response:
         return EventStream(answer.events(pending, request_context), pending, done=False)
     sample = (await service.written(served, [wanted], request_context))[0][0]
     answer.reader.add(sample.text or "", last=True)
-    return JSONResponse(answer.whole(sample.finish, request_context))
+    return JSONResponse(answer.response(sample.finish, request_context))
 
 
 def _as_writing(body: ResponsesRequest) -> s.Writing:
@@ -150,7 +150,7 @@ class _Answer:
         return {"id": call.id.replace("call_", "fc_"), "type": "function_call", "call_id": call.id, "name": call.name,
                 "arguments": arguments, "status": status}  # fmt: skip
 
-    def whole(self, finish: str, request_context: RequestContext) -> dict[str, Any]:
+    def response(self, finish: str, request_context: RequestContext) -> dict[str, Any]:
         """The response when it is complete."""
         read_, written = request_context.prompt_tokens, request_context.completion_tokens
         usage = {"input_tokens": read_, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
@@ -213,6 +213,6 @@ class _Answer:
             finish = end or finish
             if events := [event for piece in pieces for event in self._piece(piece)]:
                 yield events
-        response = self.whole(finish, request_context)
+        response = self.response(finish, request_context)
         ended = [event for item in response["output"] for event in self._end(item)]
         yield [*ended, self._event(response["status"], response=response)]

@@ -243,8 +243,8 @@ class _Study:
     ) -> None:
         """Train until a study is over; what had been begun here before comes first."""
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        mine = [t for t in running if not self.shared or t.user_attrs.get("owner") == self.owner]
-        self.left = [Trial(study, trial._trial_id) for trial in mine]
+        own_trials = [t for t in running if not self.shared or t.user_attrs.get("owner") == self.owner]
+        self.left = [Trial(study, trial._trial_id) for trial in own_trials]
         beaten = -math.inf
         while True:
             # The first prepares what all use.
@@ -262,7 +262,7 @@ class _Study:
                     return
                 time.sleep(1)  # other machines still train
             for worker, message in workers.receive(1.0):
-                line = self._hear(study, worker, message)
+                line = self._handle_message(study, worker, message)
                 if line:
                     self._write(finished=False)
                 if line or message.kind == "progress":
@@ -288,11 +288,11 @@ class _Study:
                 self.storage.record_heartbeat(trial._trial_id)
             fail_stale_trials(study)
 
-    def _hear(self, study: optuna.Study, worker: Worker, message: Message) -> str:
+    def _handle_message(self, study: optuna.Study, worker: Worker, message: Message) -> str:
         """Act on what a worker tells; returns a line where a trial is over."""
         trial = self.active[worker]
         if message.kind == "progress":
-            if message.value.stage == "model":
+            if message.value.work == "model":
                 self._prepared(worker.job)
             return ""
         if message.kind == "validation":
@@ -493,6 +493,6 @@ def _importance(study: optuna.Study, complete: list[FrozenTrial], fields: list[F
     if len(complete) < 4 or len(fields) < 2:
         return {}
     with contextlib.suppress(RuntimeError, ValueError):  # values that do not vary
-        found = optuna.importance.get_param_importances(study, params=[field.name for field in fields])
-        return {name: round(share, 4) for name, share in found.items() if math.isfinite(share)}
+        importances = optuna.importance.get_param_importances(study, params=[field.name for field in fields])
+        return {name: round(share, 4) for name, share in importances.items() if math.isfinite(share)}
     return {}
