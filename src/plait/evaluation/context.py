@@ -130,7 +130,7 @@ class EvalContext:
         self.text_columns = [c for c, kind in self.columns.items() if kind == "text"]
         self.written = set(self.columns) - set(self.model.checkpoint.model.config.read_only)
         self.labels = {c: self.model.labels[c] for c in self.text_columns if c in self.model.labels}
-        self.texts = {c: np.array(self.dataset.texts(c), object) for c in self.text_columns}
+        self.texts = {c: self.dataset.texts(c) for c in self.text_columns}
         self._seen = self.dataset.seen()
         if self.split != "train" and (count := int(self._seen[self.dataset.indices(self.split)].sum())):
             self.note(
