@@ -44,7 +44,7 @@ class SeveralLabels:
 
 
 def fit_each(features: Any, truth: np.ndarray, strength: float) -> Linear:
-    """A linear SVM a label. `wanted` (N, labels) is bool; labels that no record or all have get a fixed score."""
+    """A linear SVM a label. `truth` (N, labels) is bool; labels that no record or all have get a fixed score."""
     from sklearn.svm import LinearSVC
 
     weights = np.zeros((features.shape[1], truth.shape[1]), np.float32)

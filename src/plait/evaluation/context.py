@@ -240,6 +240,7 @@ class EvalContext:
         return Sequence().read_ids(ids, "text")
 
     def contexts(self, column: str, media: Media) -> list[Sequence]:
+        """Samples of a column as what the model reads, a sequence each."""
         return [self.model.context([(column, sample)]) for sample in media.samples]
 
     def embedded(self, column: str, media: Media) -> np.ndarray:
@@ -359,6 +360,7 @@ class Timer:
         self.eval_context, self.start = eval_context, time.perf_counter()
 
     def lap(self, stage: str) -> None:
+        """Keep the seconds since the last lap as those of a stage."""
         now = time.perf_counter()
         self.eval_context.keep(TIMING, Direction(stage), "seconds", now - self.start)
         self.start = now

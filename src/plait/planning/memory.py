@@ -40,6 +40,7 @@ class Layout:
 
     @property
     def replicas(self) -> int:
+        """How many hold the same part of the model."""
         return self.devices // self.tensor
 
     def __str__(self) -> str:

@@ -56,6 +56,7 @@ class Network:
 
     @property
     def parameters(self) -> int:
+        """How many there are in all."""
         return sum(self.parts.values())
 
     @cached_property

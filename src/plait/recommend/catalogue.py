@@ -42,6 +42,7 @@ class Item:
     more: dict[str, str | int | float | None] = field(default_factory=dict)
 
     def named(self) -> str | None:
+        """Its title, where it has one."""
         return self.title
 
     def dated(self) -> str | None:

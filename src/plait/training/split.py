@@ -40,6 +40,7 @@ class Split:
         return len(self.ids)
 
     def has(self, column: str, record: int) -> bool:
+        """Whether a record has something in a column."""
         if column in self.chats:
             return bool(self.chats[column][record])
         return bool((self.texts[column].rows if column in self.texts else self.rows[column])[record] >= 0)
