@@ -94,15 +94,23 @@ def _parquet(path: Location) -> Any:
 
 
 def arrow_file(path: Location) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-    """Schema and batches of an Arrow file, of the streaming kind (as Hugging Face's datasets write) or the other."""
-    file = pa.memory_map(str(path)) if isinstance(path, Path) else pa.PythonFile(open_binary(path))
+    """Schema and batches of an Arrow file, of the streaming kind (as Hugging Face's datasets write) or the other. Each
+    batch is checked, and the file read rather than mapped: what a damaged one says of its places would end the process.
+    """
+    file = pa.OSFile(str(path)) if isinstance(path, Path) else pa.PythonFile(open_binary(path))
     try:
         reader = pa.ipc.open_stream(file)
-        return reader.schema, iter(reader)
+        return reader.schema, map(_valid, reader)
     except pa.ArrowInvalid:
         file.seek(0)
         stream = pa.ipc.open_file(file)
-        return stream.schema, (stream.get_batch(n) for n in range(stream.num_record_batches))
+        return stream.schema, (_valid(stream.get_batch(n)) for n in range(stream.num_record_batches))
+
+
+def _valid(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch. Raises ArrowInvalid where it says what cannot be."""
+    batch.validate(full=True)
+    return batch
 
 
 def schema_of(path: Location, suffix: str) -> tuple[pa.Schema, int | None]:
