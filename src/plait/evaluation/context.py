@@ -130,7 +130,7 @@ class EvalContext:
         self.text_columns = [c for c, kind in self.columns.items() if kind == "text"]
         self.written = set(self.columns) - set(self.model.checkpoint.model.config.read_only)
         self.labels = {c: self.model.labels[c] for c in self.text_columns if c in self.model.labels}
-        self.texts = {c: np.array(self.dataset.texts(c), object) for c in self.text_columns}
+        self.texts = {c: self.dataset.texts(c) for c in self.text_columns}
         self._seen = self.dataset.seen()
         if self.split != "train" and (count := int(self._seen[self.dataset.indices(self.split)].sum())):
             self.note(
@@ -240,6 +240,7 @@ class EvalContext:
         return Sequence().read_ids(ids, "text")
 
     def contexts(self, column: str, media: Media) -> list[Sequence]:
+        """Samples of a column as what the model reads, a sequence each."""
         return [self.model.context([(column, sample)]) for sample in media.samples]
 
     def embedded(self, column: str, media: Media) -> np.ndarray:
@@ -359,6 +360,7 @@ class Timer:
         self.eval_context, self.start = eval_context, time.perf_counter()
 
     def lap(self, stage: str) -> None:
+        """Keep the seconds since the last lap as those of a stage."""
         now = time.perf_counter()
         self.eval_context.keep(TIMING, Direction(stage), "seconds", now - self.start)
         self.start = now

@@ -118,6 +118,7 @@ class AudioSettings(BaseModel):
 
     @property
     def hop(self) -> int:
+        """Samples from one frame to the next: 10 ms."""
         return self.rate // 100
 
     @property
@@ -126,6 +127,7 @@ class AudioSettings(BaseModel):
 
     @property
     def fft(self) -> int:
+        """Samples of a frame's Fourier transform."""
         return 2 ** math.ceil(math.log2(self.rate * 0.064))
 
     @property
@@ -166,6 +168,7 @@ class LogMel:
 
     @cached_property
     def inverse(self) -> Tensor:
+        """The pseudo-inverse of the filters: from mel bands to the bins of the spectrum."""
         return torch.linalg.pinv(self.filters)
 
     def invert(self, mel: Tensor, iterations: int = 32) -> Tensor:

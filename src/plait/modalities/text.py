@@ -86,6 +86,7 @@ class Text:
 
     @property
     def size(self) -> int:
+        """How many ids the tokenizer has."""
         return self.tokenizer.get_vocab_size(with_added_tokens=True)
 
     @property
@@ -110,6 +111,7 @@ class Text:
         return self.tokenizer.encode(text, add_special_tokens=False).offsets
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text."""
         return [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     @cached_property

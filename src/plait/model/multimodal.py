@@ -141,6 +141,7 @@ class Batch:
     spans: list[BatchSpan]
 
     def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
         if device.type == "cpu":
             return self
         media = {
@@ -322,6 +323,7 @@ class Multimodal(nn.Module):
 
     @property
     def output_embedding(self) -> TokenEmbedding:
+        """The table by which tokens are predicted: the head, or that of the inputs where it is tied."""
         return self.token_embedding if self.lm_head is None else self.lm_head
 
     @property

@@ -258,6 +258,7 @@ class Saver:
         self.check()
 
     def join(self) -> None:
+        """Wait until nothing is being written, whatever comes of it."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

@@ -97,6 +97,7 @@ class Run:
 
     @property
     def minutes(self) -> float:
+        """The budget of time."""
         return self.settings.minutes or self.size.minutes
 
     def record(self, **facts: Any) -> None:
