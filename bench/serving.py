@@ -25,6 +25,8 @@ import time
 import urllib.request
 from pathlib import Path
 
+import plait  # noqa: F401  isort: skip (before torch, which PLAIT_ISA may cap)
+
 import numpy as np
 from training import SHAPES, make_model
 

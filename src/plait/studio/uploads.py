@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -123,14 +124,15 @@ async def receive_many(workspace: Workspace, project: Project, pieces: AsyncIter
     if min((size for _, size in files), default=0) < 0 or sum(size for _, size in files) != len(rest):
         raise PlaitError("The sizes of the files do not add up to what has come. Send them again.")
     check_room(workspace, project, f"{len(files)} files", len(rest))
-    _write_files(str(project.uploads), files, rest)
+    await asyncio.get_running_loop().run_in_executor(None, _write_files, str(project.uploads), files, rest)
     return len(files)
 
 
 def _write_files(root: str, files: list[tuple[str, int]], body: memoryview) -> None:
     """Write files that appear whole: hidden ones, as each is until then, are read by nobody. Plain system calls, since
     there are thousands: paths as objects took half of the time."""
-    mark, made, at = secrets.token_hex(6), set(), 0
+    mark, at = secrets.token_hex(6), 0
+    made: set[str] = set()
     for name, size in files:
         folder = f"{root}/{name}".rpartition("/")[0]
         if folder not in made:
