@@ -50,7 +50,7 @@ def test_opinions_are_weighed_and_calibrated() -> None:
     assert abs(believed.mean() - right.mean()) < 0.05
     # Inputs that every opinion is unsure of are less familiar than nearly all of validation.
     flat = {name: np.full((1, 4), -100.0) for name in fresh}
-    assert mixture.ood_scores(flat)[0] == 1 and 0.3 < np.median(mixture.ood_scores(fresh)) < 0.7
+    assert mixture.ood_scores(flat)[0] > 0.99 and 0.3 < np.median(mixture.ood_scores(fresh)) < 0.7
 
 
 def test_the_likeliest_of_many_classes_is_calibrated() -> None:

@@ -33,7 +33,7 @@ from plait.data.duplicates import Duplicates, find_duplicates, first_of, list_eq
 from plait.data.files import ARCHIVE_SUFFIXES, TABLE_SUFFIXES, Plan, Tree, scan, suffix_of
 from plait.data.preview import Example, report
 from plait.data.readers import plan
-from plait.data.record import SPLITS, Rejected, rejected
+from plait.data.record import SPLITS, Rejected, are_labels, rejected
 from plait.data.shards import Shards, Statistics
 from plait.data.staging import stage
 from plait.data.stores import Location, check_writable, listing, location, read_bytes, size, upload
@@ -41,6 +41,7 @@ from plait.modalities.media import KINDS
 
 _VAL_MOST = 5000  # records that become val where a source names other splits alone
 _STRATIFIED = 5000  # records up to which each label is split by itself: beyond, a hash does as well, and stays put
+_FEWEST_SPLIT = 10  # records without labels below which all are trained on
 _LABEL_BYTES = 200  # of a text that may be a label
 _EXAMPLES = 12
 
@@ -286,6 +287,8 @@ def _split(given: np.ndarray, draw: np.ndarray, found: Plan, labels: np.ndarray 
     """The split of each record (N,) as a number in SPLITS, and the rule in words. `given` is what the source says,
     -1 where it says nothing; `draw` (N,) in [0, 1) is a hash of the content; `labels` (N,) numbers the records' labels,
     where they have any."""
+    if not (given >= 0).any() and len(draw) < _FEWEST_SPLIT and labels is None:
+        return np.zeros(len(draw), np.int64), f"fewer than {_FEWEST_SPLIT} records, so all are train"
     if found.tail:
         return np.where(given < 0, 0, given), "the last tenth of the text is val and test, half each"
     if found.grown:
@@ -343,7 +346,7 @@ def _labels(paths: list[Path], used: np.ndarray, found: Plan) -> np.ndarray | No
         known = [cell for cell in mine if cell is not None]
         number = {cell: place for place, cell in enumerate(dict.fromkeys(known))}
         short = all(len(cell.encode()) <= _LABEL_BYTES for cell in number)
-        if short and 1 < len(number) <= len(known) // 4:
+        if short and are_labels(column, len(number), len(known), each=4):
             return np.array([-1 if cell is None else number[cell] for cell in mine])
     return None
 
@@ -455,7 +458,9 @@ def _write(
                 rejects.add(unused)
             for path in paths:
                 path.unlink()
-            raise PlaitError(f"{source}: no record can be used. {rejects.common() or 'Nothing was found'}.")
+            raise PlaitError(
+                f"{source}: no record can be used. {rejects.common() or 'It is empty, or holds a heading alone'}."
+            )
         labels = _labels(paths, used, found) if used.sum() <= _STRATIFIED else None
         split, rule = _split(facts["split"][used], facts["draw"][used] / 2.0**63, found, labels)
         duplicates = Duplicates.none(len(split))

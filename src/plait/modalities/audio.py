@@ -545,7 +545,7 @@ class Audio(nn.Module):
     def to_object(self, values: np.ndarray) -> tuple[np.ndarray, int]:
         """(waveform float32, rate)."""
         own = np.asarray(values)[:, : self.settings.bands]
-        return self.mel.invert(torch.from_numpy(own)).numpy(), self.settings.rate
+        return self.mel.invert(torch.from_numpy(own.copy())).numpy(), self.settings.rate
 
     def to_bytes(self, values: np.ndarray) -> bytes:
         buffer = io.BytesIO()
