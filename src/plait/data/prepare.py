@@ -490,6 +490,7 @@ def _write(
             "overlap": overlap,
             "near_duplicates": near,
             "dropped": int((~keep).sum()),
+            "own_splits": not found.tail and bool((facts["split"][used] >= 0).any()),
             "notes": [*found.notes, f"split: {rule}"],
             "warnings": [
                 *tree.warnings,

@@ -31,6 +31,7 @@ from plait.model.checkpoint import add_classifiers
 MOST_MEDIA, MOST_TEXTS = 20_000, 100_000  # training records that the linear model sees
 MOST_VALIDATION, MOST_VALIDATION_TEXTS = 1000, 3000  # records that opinions are weighed on
 FEWEST_VALIDATION = 20  # below which folds take their place
+FEW = 50  # held-out records below which a small lead over guessing says nothing
 POSITIONS = 100_000  # tokens that likelihoods of validation may take, contexts and labels together
 MOST_PAIRS = 400  # of val, that say what the embedding space is worth
 
@@ -126,15 +127,18 @@ def describe(classifier: Classifier) -> str:
         for name, share in classifier.measured.items()
         if name not in ("mixed", "portable")
     )
-    mixed = classifier.measured.get("mixed", 0.0)
-    noise = 2 * (classifier.guess * (1 - classifier.guess) / max(classifier.records, 1)) ** 0.5
-    if mixed <= classifier.guess + noise:
-        return (
-            f"{classifier.target} from {classifier.source}: nothing was learnt ({mixed:.1%} of val right; always "
-            f"saying the most frequent label has {classifier.guess:.1%}). Train longer, give more records, or look at "
-            "whether inputs and labels belong together."
-        )
-    return f"{classifier.target} from {classifier.source}: {mixed:.1%} of val right (fitted there), by {measured}."
+    mixed, count = classifier.measured.get("mixed", 0.0), classifier.records
+    noise = 2 * (classifier.guess * (1 - classifier.guess) / count) ** 0.5
+    start = f"{classifier.target} from {classifier.source}: {mixed:.1%} of {count:,} held-out records right"
+    if mixed > classifier.guess + noise:
+        return f"{start}, by {measured}."
+    guessing = f"always saying the most frequent label has {classifier.guess:.1%}"
+    if mixed > classifier.guess and count < FEW:
+        return f"{start}, where {guessing}: so few cannot tell whether anything was learnt. Give more records."
+    return (
+        f"{start}: nothing was learnt ({guessing}). Train longer, give more records, or look at whether inputs and "
+        "labels belong together."
+    )
 
 
 def _fit(model: PlaitModel, dataset: Dataset, source: str, target: str, seed: int) -> Classifier | None:

@@ -17,17 +17,19 @@ DRAW = 311  # key of `uniform`
 
 @dataclass
 class Examples:
-    """Inputs (texts, or samples), and the class of each."""
+    """Inputs (texts, or samples), the class of each, and the numbers of their records."""
 
     inputs: list[Any]
     classes: np.ndarray
+    indices: np.ndarray
 
     def only(self, places: np.ndarray) -> Examples:
         """Those at these places."""
-        return Examples([self.inputs[i] for i in places], self.classes[places])
+        return Examples([self.inputs[i] for i in places], self.classes[places], self.indices[places])
 
     def __add__(self, others: Examples) -> Examples:
-        return Examples(self.inputs + others.inputs, np.concatenate([self.classes, others.classes]))
+        classes, indices = ([getattr(self, name), getattr(others, name)] for name in ("classes", "indices"))
+        return Examples(self.inputs + others.inputs, np.concatenate(classes), np.concatenate(indices))
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -43,14 +45,15 @@ def read_examples(
     if len(indices) > most:
         indices = np.sort(indices[np.argsort(uniform(seed, DRAW, indices), kind="stable")[:most]])
     inputs: list[Any] = []
-    classes = []
+    classes, present = [], []
     for index, record in zip(indices, dataset.iterate(indices, [source]), strict=True):
         value = record.parts.get(source)
         if value is None:
             continue
         inputs.append(value if isinstance(value, str) else model.modality(source).windows(value)[0])
         classes.append(number[answers[index]])
-    return Examples(inputs, np.array(classes, np.int64))
+        present.append(index)
+    return Examples(inputs, np.array(classes, np.int64), np.array(present, np.int64))
 
 
 def feature_rows(features: Features, examples: Examples, mirrored: bool) -> tuple[Any, np.ndarray]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from plait.evaluation.outcome import Outcome
 
-Metric = dict[str, float | None]  # value, stderr, chance, baseline, n
+Metric = dict[str, float | None]  # value, stderr, chance, baseline, n; low and high of the 95 % interval
 Metrics = dict[str, Metric]  # "TASK/FROM-TO/METRIC" -> figure
 
 

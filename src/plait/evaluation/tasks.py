@@ -14,11 +14,13 @@ import numpy as np
 from plait.classifiers.classifier import Classifier
 from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
+from plait.data.record import SPLITS
 from plait.evaluation import metrics
 from plait.evaluation.alternatives import MOST, GramModel, alternative_name, fit_alternative, paired_error
 from plait.evaluation.answers import evaluate_predictors
 from plait.evaluation.context import EVALUATIONS, RECORD_EVALUATIONS, EvalContext, Limits, Media, Progress, Timer
 from plait.evaluation.findings import Confusion, Findings, Gallery, Metrics, Reliability, ReportItem
+from plait.evaluation.folds import OutOfFold
 from plait.evaluation.generative import evaluate_codec, evaluate_making
 from plait.evaluation.language import sequence_nats
 from plait.evaluation.memorising import WRITTEN, evaluate_canaries, evaluate_texts
@@ -43,13 +45,15 @@ def evaluate(
     limits: Limits | None = None,
     reference_seconds: float = 15.0,
     progress: Progress | None = None,
+    out_of_fold: dict[tuple[str, str], OutOfFold] | None = None,
 ) -> tuple[Metrics, Findings]:
     """Measure a model on a split of a dataset; all columns that both have, in every direction.
 
     Returns the figures under "TASK/FROM-TO/METRIC" (`write_metrics` and `write_report` take them), each with value,
     stderr, chance, baseline and n, and what the report shows beside them. `judge_seconds` is what the judge of one
     media column gets, which is also the baseline of recognition. `limit` is the most records a direction takes;
-    `limits` says it for each kind of task.
+    `limits` says it for each kind of task. Directions (source, target) that `out_of_fold` has are measured by that, on
+    all records.
 
     Raises PlaitError where the split is empty or the columns do not match.
     """
@@ -57,7 +61,8 @@ def evaluate(
         measure = EVALUATIONS.by_feature()[dataset.manifest.kind]
         most = limit or (limits.records if limits else None)
         return measure(model, dataset, split, seed=seed, limit=most, progress=progress or (lambda *_: None))
-    if not len(dataset.indices(split)):
+    out_of_fold = out_of_fold or {}
+    if not len(dataset.indices(split)) and not out_of_fold:
         others = [name for name in ("test", "val", "train") if len(dataset.indices(name))]
         raise PlaitError(
             f"{dataset.path} has no records in {split}. Evaluate with --split {' or '.join(others)}, or add data."
@@ -76,7 +81,7 @@ def evaluate(
         if source != target and (source in eval_context.media_columns or not eval_context.media_columns)
     ]
     for source, target in recognised:
-        _recognition(eval_context, source, target)
+        _recognition(eval_context, source, target, out_of_fold.get((source, target)))
     answered = {one.target for one in model.checkpoint.predictors}
     evaluate_predictors(eval_context)
     if recognised or answered:
@@ -158,6 +163,7 @@ class Recognised:
         truth, predicted: Places in `names`, (N,).
         scores: Log-probabilities (N, labels).
         chance: The share that is right where train's most frequent label is always said; None without training records.
+        by_folds: Whether all records are asked about, each by a model that has not learnt it.
     """
 
     source: str
@@ -170,6 +176,7 @@ class Recognised:
     predicted: np.ndarray
     scores: np.ndarray
     chance: float | None
+    by_folds: bool = False
 
     @property
     def direction(self) -> str:
@@ -190,12 +197,16 @@ class SimpleAnswers:
     name: str
 
 
-def _recognition(eval_context: EvalContext, source: str, target: str) -> None:
+def _recognition(eval_context: EvalContext, source: str, target: str, out_of_fold: OutOfFold | None = None) -> None:
     """Which of the labels is likeliest: by likelihood, and by nearness in the embedding space."""
-    found = _recognised(eval_context, source, target)
-    if found is None:
-        return
-    simple = _simple_answers(eval_context, found)
+    if out_of_fold is not None:
+        found = _recognised_by_folds(eval_context, source, target, out_of_fold)
+        simple: SimpleAnswers | None = SimpleAnswers(out_of_fold.simple, alternative_name(eval_context.columns[source]))
+    else:
+        whole = _recognised(eval_context, source, target)
+        if whole is None:
+            return
+        found, simple = whole, _simple_answers(eval_context, whole)
     plain = metrics.classification(found.truth, simple.predicted, len(found.names)) if simple else None
     result = metrics.classification(found.truth, found.predicted, len(found.names))
     _keep_accuracy(eval_context, found, simple, plain.accuracy if plain else None)
@@ -233,6 +244,32 @@ def _recognised(eval_context: EvalContext, source: str, target: str) -> Recognis
     return Recognised(source, target, media, train, labels, names, truth, scores.argmax(1), scores, chance)
 
 
+def _recognised_by_folds(eval_context: EvalContext, source: str, target: str, by: OutOfFold) -> Recognised:
+    """The answers for all records, each by a model that has not learnt it."""
+    labels = eval_context.labels[target]
+    if source in eval_context.media_columns:
+        parts = [eval_context.samples(source, split) for split in SPLITS]
+        media = Media(
+            np.concatenate([part.indices for part in parts]), [sample for part in parts for sample in part.samples]
+        )
+    else:
+        media = Media(by.indices, [np.empty(0)] * len(by.indices))
+    media = media.only(np.isin(media.indices, by.indices))
+    number = {name: i for i, name in enumerate(labels)}
+    truth = np.array([number[eval_context.texts[target][i]] for i in media.indices])
+    counts = np.bincount(truth)
+    how = (
+        f"{by.folds} runs in a share of the time, each asked about what it has not learnt: rather too low than too high"
+        if by.trained
+        else f"{by.folds} folds; what answers, a linear model, learnt from the others each time"
+    )
+    eval_context.note(f"{source}-{target}: all {len(truth)} labelled records are asked about once, by {how}.")
+    return Recognised(
+        source, target, media, _pairs(eval_context, source, target, "train"), labels, labels, truth,
+        by.scores.argmax(1), by.scores, float(counts.max() / counts.sum()), by_folds=True,
+    )  # fmt: skip
+
+
 def _simple_answers(eval_context: EvalContext, found: Recognised) -> SimpleAnswers | None:
     """The better of the simple alternatives; None where train has a single label and there is no judge."""
     source, target = found.source, found.target
@@ -265,12 +302,13 @@ def _keep_accuracy(
             "recognition", f"{found.target} from {found.source}", "right", value, error, n, found.chance,
             simple.name if simple else None, baseline,
             paired_error(right, simple.predicted == truth) if simple else None,
+            is_alternative=bool(simple and np.array_equal(simple.predicted, predicted)),
             confused=[(names[a], names[b]) for (a, b), _ in wrong.most_common(3)],
         )
     )  # fmt: skip
     beside = {"chance": found.chance, "baseline": baseline}
     eval_context.keep("recognition", direction, "accuracy", value, stderr=error, n=n, **beside)
-    clean = eval_context.clean(found.media.indices)
+    clean = None if found.by_folds else eval_context.clean(found.media.indices)
     if clean is not None:
         value, error = metrics.mean_with_error(right[clean], seed=seed)
         eval_context.keep("recognition", direction, "accuracy_clean", value, stderr=error, n=int(clean.sum()))
@@ -283,7 +321,8 @@ def _keep_accuracy(
         learnt = known == _answers(eval_context, found.source, found.target, some, found.labels).argmax(1)
         value, error = metrics.mean_with_error(learnt, seed=seed)
         eval_context.keep("recognition", direction, "train_accuracy", value, stderr=error, n=len(some))
-    if eval_context.model.checkpoint.model.config.embed_dim and found.source in eval_context.media_columns:
+    embeds = eval_context.model.checkpoint.model.config.embed_dim and not found.by_folds
+    if embeds and found.source in eval_context.media_columns:
         places = eval_context.embedded(found.source, found.media)
         texts = [eval_context.text_sequence(label) for label in found.labels]
         near = places @ eval_context.model.embed_sequences(texts).T
@@ -614,6 +653,8 @@ def _search(
 ) -> None:
     asked, queries, media = by_column[source]
     found, gallery, shelf = by_column[target]
+    if len(found) < 2:  # what is found of one is always right
+        return
     if source in eval_context.text_columns:
         # An equal text is an equal query: it counts once, by the record that says most.
         most: dict[str, int] = {}

@@ -77,8 +77,9 @@ def _read_lines(path: Path, torn: bool = False) -> list[dict[str, Any]]:
 
 def write_metrics(path: Path, metrics: Metrics) -> None:
     """Write the figures as JSON, one flat object; what is not a finite number becomes null."""
+    always, more = ("value", "stderr", "chance", "baseline", "n"), ("low", "high")
     clean = {
-        name: {key: _finite(metric.get(key)) for key in ("value", "stderr", "chance", "baseline", "n")}
+        name: {key: _finite(metric.get(key)) for key in (*always, *(key for key in more if key in metric))}
         for name, metric in metrics.items()
     }
     write_json(path, clean)
