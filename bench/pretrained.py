@@ -2,7 +2,11 @@
 
     python bench/pretrained.py lora MODEL [--rounds 3] [--batch 4] [--length 512]
 
-    python bench/pretrained.py head ROW ENCODER --data DATA [--seed 0]
+    python bench/pretrained.py head ROW ENCODER --data DATA [--seed 0]    # ENCODER may be scratch, with --minutes 1
+
+    python bench/pretrained.py speech WHISPER --data DATA [--minutes 3]   # long form beside transformers' own
+
+    python bench/pretrained.py gguf FILE [--logits]    # seconds to load, memory; logits beside transformers'
 
 MODEL is a folder of a causal language model. PLAIT_ISA=avx2 caps the instructions of both.
 """
@@ -10,9 +14,11 @@ MODEL is a folder of a causal language model. PLAIT_ISA=avx2 caps the instructio
 from __future__ import annotations
 
 import argparse
+import importlib
 import resource
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -22,6 +28,7 @@ from plait.core import isa
 
 isa.cap()  # PLAIT_ISA, before torch loads
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -31,8 +38,8 @@ def lora_ours(model: Path, ids: Tensor, rank: int) -> Any:
     from plait.core.device import Device, keep_memory
     from plait.hf.huggingface import load
     from plait.model import lora
+    from plait.model.cross_entropy import total_loss
     from plait.model.extend import extend_frozen
-    from plait.model.objectives import total_loss
     from plait.training.optimizer import make_optimizer
 
     keep_memory()
@@ -111,7 +118,6 @@ def head(arguments: argparse.Namespace) -> None:
     import json
     import tempfile
 
-    import numpy as np
     from sklearn.metrics import f1_score
 
     import plait
@@ -121,13 +127,18 @@ def head(arguments: argparse.Namespace) -> None:
         train, test = ROWS[arguments.row](arguments, folder)
         begun = time.process_time()
         table, encoder = _written(train, folder), str(arguments.encoder)
-        run = plait.train(table, folder / "run", init_from=encoder, seed=arguments.seed)
+        if encoder == "scratch":
+            begin: dict[str, Any] = {"start": "scratch", "minutes": arguments.minutes}
+        else:
+            begin = {"init_from": encoder}
+        run = plait.train(table, folder / "run", seed=arguments.seed, **begin)
         trained = time.process_time() - begun
         model, inputs = run.model(), [value if arguments.row in TEXTS else Path(value) for value, _ in test]
         said = np.array([predictions[0].label for predictions in model.classify_inputs(inputs, top=1)])
         wanted = np.array([label for _, label in test])
         line = {
-            "row": arguments.row, "seed": arguments.seed, "accuracy": round(float((said == wanted).mean()), 4),
+            "row": arguments.row, "encoder": Path(encoder).name, "seed": arguments.seed,
+            "accuracy": round(float((said == wanted).mean()), 4),
             "macro_f1": round(float(f1_score(wanted, said, average="macro")), 4), "n": len(test),
             "train": len(train), "train_seconds": round(trained, 1),
             "ask_seconds": round(time.process_time() - begun - trained, 1), "peak_gb": round(_peak(), 2),
@@ -254,6 +265,145 @@ ROWS: dict[str, Callable[[argparse.Namespace, Path], tuple[Pairs, Pairs]]] = {
 TEXTS = {name for name in ROWS if not name.startswith(("digits", "cifar"))}
 
 
+# --- speech of any length ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Spoken:
+    """A recording made of clips, and what is said in it when."""
+
+    wave: np.ndarray
+    rate: int
+    words: list[tuple[float, float, str]]
+
+
+def spoken_digits(data: Path, seconds: float, seed: int) -> Spoken:
+    """Clips of spoken digits of all speakers with pauses of .2 to 1.5 seconds, until it is so long."""
+    import io
+    import zipfile
+
+    import soundfile
+
+    rng, at, rate = np.random.default_rng(seed), 0, 8000
+    waves: list[np.ndarray] = []
+    words: list[tuple[float, float, str]] = []
+    with zipfile.ZipFile(data / "fsdd" / "fsdd_5speakers_wav.zip") as archive:
+        names = sorted(name for name in archive.namelist() if name.endswith(".wav"))
+        while at < seconds * rate:
+            name = names[rng.integers(len(names))]
+            wave, rate = soundfile.read(io.BytesIO(archive.read(name)), dtype="float32")
+            pause = np.zeros(int(rng.uniform(0.2, 1.5) * rate), np.float32)
+            start = at + len(pause)
+            at = start + len(wave)
+            waves += [pause, wave]
+            words.append((start / rate, at / rate, Path(name).stem[0]))
+    return Spoken(np.concatenate(waves), rate, words)
+
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def digits_of(text: str) -> str:
+    """Digits in order, whether they are written as words or figures; other words as x."""
+    import re
+
+    found = ""
+    for word in re.findall(r"[a-z]+|[0-9]", text.lower()):
+        found += word if word.isdigit() else str(NUMBERS.index(word)) if word in NUMBERS else "x"
+    return found
+
+
+def errors(said: str, heard: str) -> int:
+    """Insertions, deletions and replacements between two strings."""
+    row = list(range(len(heard) + 1))
+    for i, one in enumerate(said, 1):
+        before, row[0] = row[0], i
+        for j, other in enumerate(heard, 1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (one != other))
+    return row[-1]
+
+
+def speech(arguments: argparse.Namespace) -> None:
+    import transformers
+
+    import plait
+
+    recording = spoken_digits(arguments.data, arguments.minutes * 60, arguments.seed)
+    said = "".join(word for _, _, word in recording.words)
+    print(f"{len(recording.wave) / recording.rate:.0f} s, {len(said)} digits", flush=True)
+    model = plait.load(str(arguments.model), "cpu")
+    begun = time.process_time()
+    segments = model.segments((recording.wave, recording.rate), language="en", words=True)
+    ours, seconds = digits_of(" ".join(one.text for one in segments)), time.process_time() - begun
+    print(f"plait: WER {errors(said, ours) / len(said):.4f}, {seconds:.0f} s of processor time", flush=True)
+    words = [word for segment in segments for word in segment.words if len(digits_of(word.text)) == 1]
+    off = [_off(word, recording.words) for word in words]
+    off = [one for one in off if one is not None]
+    near = [max(one) <= 0.3 for one in off]
+    starts, ends = (np.median([one[i] for one in off]) for i in range(2))
+    print(f"times: start and end within .3 s for {np.mean(near):.3f} of {len(off)} words, medians {starts:.3f} and "
+          f"{ends:.3f} s", flush=True)  # fmt: skip
+    silence = model.transcribe((np.zeros(20 * 16_000, np.float32), 16_000), language="en")
+    print(f"silence: {silence!r}", flush=True)
+    peer = transformers.pipeline("automatic-speech-recognition", model=str(arguments.model), device="cpu")
+    from plait.modalities.audio_files import resample
+
+    begun = time.process_time()
+    heard = peer({"raw": resample(recording.wave, recording.rate, 16_000), "sampling_rate": 16_000},
+                 return_timestamps=True,
+                 generate_kwargs={"language": "en", "task": "transcribe"})["text"]  # fmt: skip
+    seconds = time.process_time() - begun
+    wrong = errors(said, digits_of(heard)) / len(said)
+    print(f"transformers' long form: WER {wrong:.4f}, {seconds:.0f} s of processor time", flush=True)
+
+
+def _off(word: Any, spoken: list[tuple[float, float, str]]) -> tuple[float, float] | None:
+    """How far start and end are from those of the nearest clip of this digit; None where none is within 1.5 s."""
+    digit = digits_of(word.text)
+    near = [(abs(word.start - a), abs(word.end - b)) for a, b, said in spoken if said == digit]
+    best = min(near, key=sum, default=(9.0, 9.0))
+    return best if max(best) < 1.5 else None
+
+
+# --- GGUF -------------------------------------------------------------------------------------------------------
+
+
+def gguf(arguments: argparse.Namespace) -> None:
+    """Load a file as it is kept and write 32 tokens; or compare logits of its weights in fp32 with transformers'."""
+    import plait
+
+    size = arguments.file.stat().st_size / 1e9
+    if not arguments.logits:
+        for library in ("transformers", "plait.hf.load"):  # whose memory is not counted
+            importlib.import_module(library)
+
+        before, clock, begun = _peak(), time.perf_counter(), time.process_time()
+        model = plait.load(str(arguments.file), "cpu")
+        seconds, processor = time.perf_counter() - clock, time.process_time() - begun
+        loaded = _peak() - before
+        model.generate("def add(a, b):", max_new_tokens=32)
+        used = _peak() - before
+        print(f"{arguments.file.name}, {size:.2f} GB: loaded in {processor:.1f} s of processor time, {seconds:.1f} s")
+        print(f"above the libraries {loaded:.2f} GB to load, {used:.2f} GB to write: {used / size:.2f} of the file")
+        return
+    import transformers
+
+    from plait.hf.huggingface import load
+
+    ids = torch.randint(100, 20_000, (1, 32), generator=torch.Generator().manual_seed(0))
+    network = load(arguments.file).model
+    with torch.inference_mode():
+        rows = torch.nn.functional.embedding(ids, network.token_embedding.table())
+        ours = network.logits(network.backbone(rows))[0]
+    peer = transformers.AutoModelForCausalLM.from_pretrained(
+        arguments.file.parent, gguf_file=arguments.file.name, dtype=torch.float32
+    )
+    with torch.inference_mode():
+        theirs = peer(ids).logits[0]
+    ours = ours[:, : theirs.shape[1]]
+    print(f"largest difference of logits {float((ours - theirs).abs().max() / theirs.abs().max()):.2e} of the largest")
+
+
 def _peak() -> float:
     """Of this process so far, in GB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
@@ -271,10 +421,21 @@ def main() -> None:
     one.set_defaults(run=lora)
     one = commands.add_parser("head")
     one.add_argument("row", choices=list(ROWS))
-    one.add_argument("encoder", type=Path, help="a folder of a text, audio or vision encoder")
+    one.add_argument("encoder", type=Path, help="a folder of a text, audio or vision encoder, or scratch")
+    one.add_argument("--minutes", type=float, default=1.0, help="of training from scratch")
     one.add_argument("--data", type=Path, required=True, help="the folder with the public sets")
     one.add_argument("--seed", type=int, default=0)
     one.set_defaults(run=head)
+    one = commands.add_parser("gguf")
+    one.add_argument("file", type=Path)
+    one.add_argument("--logits", action="store_true")
+    one.set_defaults(run=gguf)
+    one = commands.add_parser("speech")
+    one.add_argument("model", type=Path)
+    one.add_argument("--data", type=Path, required=True, help="the folder with the public sets")
+    one.add_argument("--minutes", type=float, default=3.0)
+    one.add_argument("--seed", type=int, default=0)
+    one.set_defaults(run=speech)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

@@ -30,7 +30,7 @@ from plait.model.multimodal import IGNORE, Batch, ModelConfig, Multimodal
 from plait.model.transformer import TransformerConfig
 from plait.training.batches import Step
 from plait.training.losses import LossModule
-from plait.training.optimizer import make_optimizer
+from plait.training.optimizer import AdamW, make_optimizer
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,11 @@ def step_of(optimizer: torch.optim.Optimizer, model: Any, losses: Any, tokens: i
         loss = losses()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        if isinstance(optimizer, AdamW):  # ours, as the trainer clips
+            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            optimizer.clip(norm, 1.0)
+        else:
+            float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return tokens

@@ -11,6 +11,7 @@ import torch
 
 import plait
 from plait.core.errors import PlaitError
+from plait.hf.catalogue import models
 from plait.inference.base import Model
 from plait.inference.model import attach_adapters, load
 from test_huggingface import CASES, make_tokenizer, randomise
@@ -48,7 +49,7 @@ def logits(model: Model, ids: list[int]) -> torch.Tensor:
     """Of the engine, at the last place."""
     ours = model.plait_model
     assert ours is not None
-    from plait.inference.engine import Request
+    from plait.inference.requests import Request
     from plait.model.multimodal import Sequence
 
     request = Request(
@@ -175,3 +176,17 @@ def test_adapters_that_cannot_be_used(base: Path, tmp_path: Path) -> None:
     }.items():  # fmt: skip
         with pytest.raises(PlaitError, match=message):
             attach_adapters(model, {"x": tmp_path / name})
+
+
+def test_models_on_this_machine_are_listed(
+    base: Path, plait: Plait, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
+    found = models([base.parent], cache=False)
+    parameters = transformers.AutoModelForCausalLM.from_pretrained(base).num_parameters()
+    assert [(one.model_type, one.licence) for one in found] == [("qwen2", "apache-2.0")]
+    assert found[0].parameters >= parameters and found[0].memory(16) == 2 * found[0].parameters
+    assert "generate" in found[0].verbs and "train --init-from --lora" in found[0].verbs
+    assert plait("models", "--models", base.parent, "--no-cache") == 0
+    assert "apache-2.0" in capsys.readouterr().out
+    assert plait("models", "--models", tmp_path / "nowhere") == 1

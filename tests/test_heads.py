@@ -13,6 +13,7 @@ import torch
 import plait
 from conftest import make_image
 from plait.core.errors import PlaitError
+from plait.core.files import read_json
 from plait.hf import heads
 from test_huggingface import make_tokenizer
 
@@ -122,3 +123,42 @@ def test_a_head_over_a_vision_encoder(vit: Path, tmp_path: Path) -> None:
     model = run.model()
     said = [model.classify_inputs([make_image(kind, rng)], top=1)[0][0].label for kind in (0, 1, 0, 1)]
     assert said == ["kind 0", "kind 1", "kind 0", "kind 1"]
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_the_best_start_is_found_told_and_taken(
+    kind: str, bert: Path, vit: Path, tmp_path: Path, plait: Plait, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    (shelf / "vit").symlink_to(vit)
+    (shelf / "bert").symlink_to(bert)
+    broken = shelf / "broken"  # larger, and so the first choice, but none of its kind
+    broken.mkdir()
+    (broken / "config.json").write_text('{"model_type": "no such thing"}')
+    (broken / "preprocessor_config.json").write_text("{}")
+    (broken / "model.safetensors").write_bytes((vit / "model.safetensors").read_bytes() * 3)
+    if kind == "text":
+        source = table(tmp_path, 90)
+    else:
+        source, rng = tmp_path / "images", np.random.default_rng(3)
+        for i in range(24):
+            (source / f"kind {i % 2}").mkdir(parents=True, exist_ok=True)
+            make_image(i % 2, rng).save(source / f"kind {i % 2}" / f"{i}.png")
+    name = {"text": "bert", "image": "vit"}[kind]
+    options = ("--models", shelf, "--steps", 2, "--size", "tiny")
+    assert plait("train", source, "-o", tmp_path / "plain", *options) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"{name} ({name}," in told and "To take it: --start best" in told
+    assert plait("train", source, "-o", tmp_path / "scratch", *options, "--start", "scratch") == 0
+    assert "pretrained" not in capsys.readouterr().out
+    for _ in range(2):  # the second time it is trained already
+        assert plait("train", source, "-o", tmp_path / "best", "--models", shelf, "--start", "best") == 0
+    assert "already trained" in " ".join(capsys.readouterr().out.split())
+    assert Path(read_json(tmp_path / "best" / "checkpoints" / "best" / "config.json")["encoder"]).name == name
+    for bad in (
+        ("--start", "better"),
+        ("--start", "best", "--init-from", bert),
+        ("--start", "best", "--models", tmp_path / "nowhere"),
+    ):
+        assert plait("train", source, "-o", tmp_path / "bad", *bad) == 1

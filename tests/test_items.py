@@ -22,9 +22,11 @@ from plait.data.dataset import Dataset
 from plait.data.tokens import Ids
 from plait.modalities.base import Vocabulary
 from plait.modalities.item import ItemCodesSettings, fit_codes, sizes_of
-from plait.model import objectives
+from plait.model import cross_entropy
+from plait.model.layers import dropout
 from plait.model.multimodal import IGNORE, ModelConfig, Multimodal
-from plait.model.transformer import TransformerConfig, dropout
+from plait.model.objectives import SampledSoftmax
+from plait.model.transformer import TransformerConfig
 from plait.recommend.baselines import DECAY, WINDOW, Follows, Interactions
 from plait.recommend.evaluate import Ranks, Targets, rank, targets_of
 from plait.recommend.sampler import HistorySampler, HistorySplit
@@ -436,7 +438,7 @@ def test_the_loss_without_a_maximum_is_the_loss(smoothing: float) -> None:
     torch.manual_seed(0)
     hidden, rows = torch.randn(300, 16), torch.randn(1500, 16)
     targets = torch.randint(0, 1500, (300,))
-    found = objectives._bounded(hidden, rows, targets, smoothing)
+    found = cross_entropy._bounded(hidden, rows, targets, smoothing)
     leaves = hidden.double().requires_grad_(), rows.double().requires_grad_()
     loss = F.cross_entropy(leaves[0] @ leaves[1].t(), targets, reduction="none", label_smoothing=smoothing)
     loss.sum().backward()
@@ -452,10 +454,7 @@ def test_the_sampled_softmax_estimates_the_whole_one() -> None:
     with torch.no_grad():
         draws = [
             torch.stack(
-                [
-                    objectives.sampled_loss(h[None], rows, t[None], counts, 400)
-                    for h, t in zip(hidden, targets, strict=True)
-                ]
+                [SampledSoftmax(counts, 400)(h[None], rows, t[None]) for h, t in zip(hidden, targets, strict=True)]
             )
             for _ in range(60)
         ]

@@ -58,6 +58,7 @@ TWINS = {
     "serve": "plait.server.app:serve",
     "mcp": "plait.server.mcp:build_server",
     "example": "plait.data.examples:write_example",
+    "models": "plait:models",
     "recipes": "plait.core.recipes:packaged_recipes",
     "studio": "plait.studio.app:serve",
     "key": "plait.server.limits:new_key",
@@ -65,7 +66,7 @@ TWINS = {
     "sizes": "plait.training.build:size_table",
 }
 # Of these every option must be an argument of the function.
-WHOLE = ("prepare", "train", "evaluate", "tune", "transfer", "plan", "demo", "export", "generate", "classify")
+WHOLE = ("models", "prepare", "train", "evaluate", "tune", "transfer", "plan", "demo", "export", "generate", "classify")
 SHOWS = {"as_json", "out_folder", "run", "study", "device", "model", "files", "inputs", "prompt", "source", "dataset"}
 SHOWS |= {"all_figures"}
 OTHER = {

@@ -18,10 +18,10 @@ from plait.modalities.base import Vocabulary
 from plait.modalities.fsq import FSQ
 from plait.modalities.image import Image, ImageSettings
 from plait.modalities.text import Text
-from plait.model.contrastive import InfoNCE, SigmoidLoss
 from plait.model.multimodal import IGNORE, ModelConfig, Multimodal, Sequence, collate
-from plait.model.objectives import likelihoods
+from plait.model.objectives import InfoNCE, SigmoidLoss
 from plait.model.transformer import TransformerConfig
+from plait.training.losses import token_losses
 
 
 @given(st.lists(st.integers(2, 9), min_size=1, max_size=5))
@@ -155,7 +155,7 @@ def test_likelihoods_equal_cross_entropy() -> None:
     batch = collate(sequences, model.media, vocabulary.pad)
     hidden = model(batch)
     for restricted in (True, False):
-        found = likelihoods(model, hidden, batch.targets, restricted)
+        found = token_losses(model, hidden, batch.targets, restricted)
         logits = model.logits(hidden)
         for token_type, (start, stop) in vocabulary.id_ranges.items():
             wanted = batch.targets.clone()

@@ -17,7 +17,7 @@ from plait.core.device import Device
 from plait.core.errors import PlaitError
 from plait.model import lora
 from plait.model.multimodal import Multimodal
-from plait.planning import failures
+from plait.planning import failures, use
 from plait.planning.machines import MACHINES, Machine, machine, sample_batch, traced_peak
 from plait.planning.memory import Layout, Load, layer_activations, layouts, memory, smallest_change, total
 from plait.planning.networks import compute_optimal, expected_loss, preset
@@ -194,7 +194,9 @@ def test_this_machine_is_traced_and_probed(plan: Callable[..., dict], tmp_path: 
     assert "tiny" in made["this machine"]["trains"] and "gpt3-175b" not in made["this machine"]["runs in bf16"]
 
 
-def test_a_run_and_a_hugging_face_folder_can_be_planned(plan: Callable[..., dict], tmp_path: Path) -> None:
+def test_a_run_and_a_hugging_face_folder_can_be_planned(
+    plan: Callable[..., dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = {
         "model_type": "gpt2",
         "n_embd": 768,
@@ -204,14 +206,30 @@ def test_a_run_and_a_hugging_face_folder_can_be_planned(plan: Callable[..., dict
         "vocab_size": 50257,
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert plan(tmp_path)["parameters"] == 124_439_808
+    monkeypatch.setattr(use, "SIDE", 256)
+    made = plan(tmp_path)
+    assert made["parameters"] == 124_439_808 and made["machine"]["name"].startswith("this machine")
+    rows = {row["precision"]: row for row in made["use"]}
+    assert rows["fp32"]["weights"] == 4 * 124_439_808 and rows["int8"]["in use"] < rows["bf16"]["in use"]
+    assert all(row["tokens/s"] > 0 and row["prompt tokens/s"] > 0 for row in rows.values())
+
+
+def test_an_encoder_says_what_it_weighs(plan: Callable[..., dict], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    model = transformers.BertModel(config)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    made = plan(tmp_path)
+    assert made["parameters"] == model.num_parameters()
+    assert [row["precision"] for row in made["use"]] == ["fp32", "bf16"] and "embed" in made["what for"]["verbs"]
 
 
 # --- failures ---------------------------------------------------------------------------------------------------
 
 
 def test_simulated_failures_agree_with_the_closed_form() -> None:
-    trouble = failures.Trouble(between=10_000, save=60, restart=600)
+    trouble = failures.FailureRates(between=10_000, save=60, restart=600)
     for interval in (300.0, 1000.0, 4000.0):
         work = interval * 500
         elapsed = failures.simulate(work, interval, trouble, seed=3, runs=400)
@@ -221,7 +239,7 @@ def test_simulated_failures_agree_with_the_closed_form() -> None:
 
 
 def test_the_best_interval_is_near_young_and_daly() -> None:
-    trouble = failures.Trouble(between=20_000, save=40, restart=300)
+    trouble = failures.FailureRates(between=20_000, save=40, restart=300)
     best = failures.best_interval(40 * 86_400, trouble)
     for other in (failures.young(trouble), failures.daly(trouble)):
         assert failures.expected_goodput(trouble, best) > failures.expected_goodput(trouble, other) - 0.002

@@ -1,5 +1,6 @@
 """Other architectures through transformers: tiny models with random weights, made on the spot and run two ways."""
 
+import itertools
 import json
 import os
 import shutil
@@ -16,6 +17,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from plait.core.errors import PlaitError
 from plait.hf.pretrained import TEMPLATE, load_pretrained
+from plait.hf.speech import joined_words, tightened
+from plait.inference.results import Segment
 from plait.modalities.audio_files import resample
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
@@ -252,6 +255,57 @@ def test_audio_is_transcribed(folders, tmp_path):
     (tmp_path / "b.wav").write_bytes(b"RIFF")
     with pytest.raises(PlaitError, match=r"b\.wav: "):
         model.transcribe(tmp_path / "b.wav")
+
+
+def test_words_have_times(tmp_path):
+    """On a tiny Whisper that knows times: each token's end is what transformers says."""
+    config = transformers.WhisperConfig(
+        vocab_size=1700, d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2, num_mel_bins=20,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, decoder_start_token_id=1, max_target_positions=32, init_std=0.5, median_filter_width=3,
+    )  # fmt: skip
+    torch.manual_seed(5)
+    reference = transformers.WhisperForConditionalGeneration(config).eval()
+    settings = transformers.GenerationConfig(
+        no_timestamps_token_id=198, alignment_heads=[[1, 0], [1, 1]], is_multilingual=False, max_length=24,
+        max_initial_timestamp_index=50, begin_suppress_tokens=[2], suppress_tokens=[0, 1, 3], return_timestamps=False,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    reference.generation_config = settings
+    reference.save_pretrained(tmp_path)
+    transformers.WhisperFeatureExtractor(feature_size=20).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    model = load_pretrained(tmp_path, device="cpu")
+    wave = np.random.default_rng(0).normal(0, 0.1, 6 * 16_000).astype(np.float32)
+    before = model.model.model.config._attn_implementation
+    segments = model.segments((wave, 16_000), words=True)
+    assert model.model.model.config._attn_implementation == before
+    assert segments and [one.text for one in segments] == [one.text for one in model.segments((wave, 16_000))]
+    for segment in segments:
+        assert " ".join(word.text for word in segment.words).replace(" ", "") == segment.text.replace(" ", "")
+        assert all(a.end <= b.start + 0.021 for a, b in itertools.pairwise(segment.words))
+        assert all(0 <= word.start <= word.end <= 30 for word in segment.words)
+    del settings.alignment_heads
+    reference.save_pretrained(tmp_path)
+    with pytest.raises(PlaitError, match="no alignment_heads"):
+        load_pretrained(tmp_path).segments((wave, 16_000), words=True)
+
+
+def test_pieces_become_words_without_the_silence_around_them():
+    pieces = [(" It", 1.0), ("'s", 1.2), (" 5", 2.0), (".", 2.2), ("你", 3.0), ("好", 3.5), ("！", 4.0)]
+    starts = [0.0, *(end for _, end in pieces)]
+    words = joined_words(Segment(start, end, text) for start, (text, end) in zip(starts, pieces, strict=False))
+    assert words == [
+        Segment(0, 1.2, "It's"),
+        Segment(1.2, 2.2, "5."),
+        Segment(2.2, 3.0, "你"),
+        Segment(3.0, 4.0, "好！"),
+    ]
+    wave = np.zeros(16_000, np.float32)
+    wave[4000:8000] = np.sin(np.arange(4000))  # from .25 s to .5 s, and the next word's beginning at .94
+    wave[15_040:] = np.sin(np.arange(960))
+    assert tightened(Segment(0.1, 0.99, "x"), wave, 16_000) == Segment(0.24, 0.5, "x")
+    assert tightened(Segment(0.0, 0.2, "x"), wave, 16_000) == Segment(0.0, 0.2, "x")
 
 
 def test_images_are_described(folders, image):

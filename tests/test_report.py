@@ -14,6 +14,7 @@ from PIL import Image
 
 from plait.core.errors import PlaitError
 from plait.evaluation.findings import Confusion, Findings, Gallery, ReportItem, Verdict
+from plait.evaluation.keys import Direction, MetricKey, Metrics
 from plait.modalities.audio import spectrogram
 from plait.reports.report import RunInfo, read_run, write_metrics, write_report
 
@@ -123,7 +124,7 @@ def test_the_page_is_whole_escaped_and_needs_no_network(tmp_path: Path) -> None:
         {"backbone": 1_000_000, "image codec": 300_000},
     )
     path = Path(os.environ.get("PLAIT_SHOW_REPORT", tmp_path / "report.html"))
-    write_report(path, METRICS, findings(), run)
+    write_report(path, Metrics.read(METRICS), findings(), run)
     page = path.read_text(encoding="utf-8")
     checker = Checker()
     checker.feed(page)
@@ -141,7 +142,7 @@ def test_the_page_opens_on_the_verdict_then_shows_then_measures(tmp_path: Path) 
     found.verdict = Verdict("61 % against 57 %: worth it.", "plait export runs/x", better=True)
     metrics = {**METRICS, "recognition/image-a-b/accuracy": figure(0.5), "recognition/image-a-b/f1": figure(0.4)}
     run = RunInfo("x", manifest={"columns": {"image": "image", "a-b": "text"}})
-    write_report(tmp_path / "report.html", metrics, found, run)
+    write_report(tmp_path / "report.html", Metrics.read(metrics, ["image", "a-b"]), found, run)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     order = [
         "61 % against 57 %",
@@ -157,9 +158,9 @@ def test_the_page_opens_on_the_verdict_then_shows_then_measures(tmp_path: Path) 
 
 
 def test_a_page_of_nothing_and_figures_as_json(tmp_path: Path) -> None:
-    write_report(tmp_path / "report.html", {}, Findings(), RunInfo())
+    write_report(tmp_path / "report.html", Metrics(), Findings(), RunInfo())
     assert "</html>" in (tmp_path / "report.html").read_text()
-    write_metrics(tmp_path / "metrics.json", METRICS)
+    write_metrics(tmp_path / "metrics.json", Metrics.read(METRICS))
     read = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)
     assert read["recognition/image-en/accuracy"] == METRICS["recognition/image-en/accuracy"]
     assert read["timing/evaluation/seconds"] == {
@@ -185,3 +186,17 @@ def test_a_run_that_was_killed_and_resumed_is_read(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text("{\n{}\n")
     with pytest.raises(PlaitError, match=r"log\.jsonl, line 1"):
         read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("recognition/image-label/accuracy", MetricKey("recognition", Direction("image", "label"), "accuracy")),
+        ("recognition/image-a-b/f1_clean", MetricKey("recognition", Direction("image", "a-b"), "f1", clean=True)),
+        ("recognition/image-label/f1[a/b-c]", MetricKey("recognition", Direction("image", "label"), "f1", "a/b-c")),
+        ("codec/a/b/psnr", MetricKey("codec", Direction("a/b"), "psnr")),
+    ],
+)
+def test_keys_of_metrics_are_read_as_they_are_written(text: str, key: MetricKey) -> None:
+    """Columns and labels may hold the signs that part a key."""
+    assert MetricKey.parse(text, ["image", "label", "a-b", "a/b"]) == key and str(key) == text

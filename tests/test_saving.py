@@ -19,7 +19,7 @@ from conftest import RECIPE
 from plait.core.device import threads
 from plait.core.errors import PlaitError
 from plait.model import checkpoint as checkpoints
-from plait.model.objectives import negative_log_likelihood
+from plait.model.cross_entropy import negative_log_likelihood
 from plait.training.checkpointing import Position, Saver
 from plait.training.distributed import Group
 from plait.training.log import Log
@@ -195,6 +195,7 @@ def test_a_loss_that_explodes_stops_the_run(
     assert re.search(r"(exploded|not finite).* step \d+.*metadata.jsonl:\d+", told) and "learning_rate" in told
 
 
+@pytest.mark.slow
 def test_faults_in_short() -> None:
     """A few of each fault of `make soak`, in processes of their own."""
     done = subprocess.run(

@@ -74,6 +74,11 @@ def test_formats_and_times(server: Server, trained: Path) -> None:
     assert starts == pytest.approx([segment.start for segment in segments], abs=0.001)
     assert ask("vtt").startswith("WEBVTT\n\n00:00:00.000 --> ") and ask("text").strip() == ask("json").text
     assert model.transcribe(long) == ask("json").text
+    for form, told in (("json", "needs response_format verbose_json"), ("verbose_json", "not tell when each word")):
+        with pytest.raises(openai.BadRequestError, match=told):
+            client.audio.transcriptions.create(
+                model="run", file=("a.wav", long), response_format=form, timestamp_granularities=["word"]
+            )
 
 
 def test_silence_has_no_text(server: Server, trained: Path) -> None:

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pytest
 from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from conftest import make_image
 from plait.core.errors import PlaitError
@@ -261,6 +263,79 @@ def test_a_linked_folder_is_only_read(client: TestClient, workspace: Workspace, 
     assert (tmp_path / "mine" / "disc" / "a.png").exists() and not workspace.projects()
 
 
+def noise(seed: int) -> bytes:
+    """A PNG of 64 x 64 pixels that is large enough for its decoding to be kept in mind."""
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def prepared(workspace: Workspace) -> tuple[Project, list[str]]:
+    """A project "p" whose files are prepared as a training does it, and the command for it."""
+    project = workspace.project("p")
+    command = jobs.Job(project.folder, "1").commands()[0] + ["--workers", "0"]
+    prepare_data(project, command)
+    return project, command
+
+
+def test_after_an_edit_only_what_changed_is_decoded(client: TestClient, workspace: Workspace) -> None:
+    """What is known of decoded media is marked, so that the statistics tell what was decoded again."""
+    client.post("/projects", data={"name": "p"})
+    upload(client, "p", "a.zip", zip_of({f"{k}/{n}.png": noise(10 * k + n) for k in range(2) for n in range(6)}))
+    project, command = prepared(workspace)
+    before = Dataset.open(project.data)
+    labels = dict(zip(before.ids, before.texts("label"), strict=True))
+    known = pa.ipc.open_file((project.data / "media.arrow").read_bytes()).read_all()
+    marked = known.set_column(2, "first", pa.array([7000.0] * len(known)))
+    with pa.ipc.new_file(str(project.data / "media.arrow"), known.schema) as writer:
+        writer.write_table(marked)
+    client.post("/p/p/labels", json={"action": "move", "files": ["0/0.png"], "label": "1"})
+    upload(client, "p", "2/new.png", noise(99))
+    prepare_data(project, command)
+    after = Dataset.open(project.data)
+    edited = dict(zip(after.ids, after.texts("label"), strict=True))
+    assert edited == {**labels, "0/0.png": "1", "2/new.png": "2"}
+    width = after.manifest.statistics["image"]
+    assert (width.max, width.min) == (7000, 64)  # the new file alone was decoded
+    # What an older run's page shows is asked for by id.
+    assert client.get("/p/p/record", params={"id": "1/3.png", "column": "image"}).content == noise(13)
+    client.post("/p/p/labels", json={"action": "undo"})
+    (project.uploads / "2" / "new.png").unlink()
+    prepare_data(project, command)
+    assert not (project.uploads / "metadata.jsonl").exists()
+    again = Dataset.open(project.data)
+    assert dict(zip(again.ids, again.texts("label"), strict=True)) == labels
+    gone = client.get("/p/p/record", params={"id": "2/new.png", "column": "image"})
+    assert gone.status_code == 400 and "changed since" in gone.json()["error"]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_a_users_own_table_is_kept_and_its_labels_are_edited(
+    client: TestClient, workspace: Workspace, ending: str
+) -> None:
+    rows = [{"file_name": f"all/{n}.png", "label": "ab"[n % 2], "text": f"caption {n}"} for n in range(8)]
+    table = "".join(json.dumps(row) + "\n" for row in rows)
+    if ending == "csv":
+        table = "file_name,label,text\n" + "".join(",".join(row.values()) + "\n" for row in rows)
+    client.post("/projects", data={"name": "p"})
+    upload(client, "p", "a.zip", zip_of({f"all/{n}.png": png(n % 4, n) for n in range(8)}))
+    upload(client, "p", f"metadata.{ending}", table.encode())
+    project = workspace.project("p")
+    assert list_project(project).labels == {"a": 4, "b": 4}
+    client.post("/p/p/labels", json={"action": "move", "files": ["all/0.png"], "label": "b"})
+    client.post("/p/p/labels", json={"action": "delete", "files": ["all/7.png"]})
+    project, command = prepared(workspace)
+    dataset = Dataset.open(project.data)
+    assert sorted(dataset.texts("text")) == sorted(f"caption {n}" for n in range(7))
+    assert sorted(dataset.texts("label")) == ["a"] * 3 + ["b"] * 4
+    for _ in range(2):
+        client.post("/p/p/labels", json={"action": "undo"})
+    prepare_data(project, command)
+    assert (project.uploads / f"metadata.{ending}").read_text() == table
+    assert len(Dataset.open(project.data)) == 8 and list_project(project).labels == {"a": 4, "b": 4}
+
+
 def test_all_texts_are_in_all_languages() -> None:
     catalogues = [texts(language) for language in LANGUAGES]
     assert all(set(one) == set(catalogues[0]) for one in catalogues)
@@ -276,6 +351,8 @@ def test_every_text_is_shown_somewhere() -> None:
     used = set(re.findall(r"\bt\.(\w+)|TEXTS\.(\w+)", "\n".join(sources)))
     named = {one for pair in used for one in pair if one} - {"get"}
     prefixes = set(re.findall(r'\bt(?:\[|\.get\()"(\w+_)" ~', "\n".join(sources)))
+    named |= set(re.findall(r'texts\["(\w+)"\]', "\n".join(sources)))
+    prefixes |= set(re.findall(r'texts\[f"(\w+_)\{', "\n".join(sources)))
     known = texts("en").keys()
     tabs = {"data", "train", "result", "use", "hand_over", "draw", "speak"}
     assert named <= known, named - known
@@ -345,8 +422,8 @@ def test_every_template_compiles_and_finished_runs_are_shown(client: TestClient,
     for folder in (run / "samples", job, project.data):
         folder.mkdir(parents=True)
     (run / "metrics.json").write_text("{}")
-    row = {"index": 0, "column": "image", "kind": "image", "source": "0/0.png", "truth": "0", "simple": "1"}
-    rows = [{**row, "answers": [["0", 0.9]]}, {**row, "index": 1, "answers": [["1", 0.6]], "none": True}]
+    row = {"id": "0/0.png", "column": "image", "kind": "image", "source": "0/0.png", "truth": "0", "simple": "1"}
+    rows = [{**row, "answers": [["0", 0.9]]}, {**row, "id": "0/1.png", "answers": [["1", 0.6]], "none": True}]
     (job / "predictions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     page = client.get("/p/p/result/1").text
     assert "50.0 %" in page and 'data-filter="0→1"' in page and page.count('<figure class="tile static') == 2

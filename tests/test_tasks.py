@@ -17,10 +17,10 @@ from plait.inference.model import PlaitModel
 from plait.modalities.text import Text
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import Multimodal, collate
-from plait.model.objectives import likelihoods
 from plait.reports.report import RunInfo, write_metrics, write_report
 from plait.training.batches import lm_windows
 from plait.training.build import label_columns, model_config
+from plait.training.losses import token_losses
 
 
 def untrained(data: Path) -> tuple[PlaitModel, Dataset]:
@@ -59,7 +59,7 @@ def test_every_direction_of_images_with_labels_and_captions(images: Path, tmp_pa
     model, dataset = untrained(images)
     (image,) = (c for c, kind in dataset.columns.items() if kind == "image")
     found, findings = evaluate(model, dataset, reference_seconds=0.1, limits=Limits(made=6, records=20, written=5))
-    directions = {name.rpartition("/")[0] for name in found}
+    directions = {f"{key.task}/{key.direction}" for key in found}
     assert {
         f"recognition/{image}-colour",
         f"transcription/{image}-caption",
@@ -100,7 +100,7 @@ def test_language_agrees_with_the_training_objective(tmp_path: Path) -> None:
         windows = lm_windows(text.encode(written), network.vocabulary.opener(column), network.vocabulary.end, 64)
         batch = collate(windows, {}, network.vocabulary.pad)
         with torch.no_grad():
-            total, number = likelihoods(network, network(batch), batch.targets)["text"]
+            total, number = token_losses(network, network(batch), batch.targets)["text"]
         nats, count = nats + float(total), count + int(number)
     assert found[f"language/{column}/nats_per_token"]["value"] == pytest.approx(nats / count, rel=1e-4)
     assert found[f"language/{column}/nats_per_token"]["n"] == count

@@ -12,7 +12,8 @@ from plait.data.dataset import Dataset
 from plait.data.prepare import prepare
 from plait.modalities.descriptor import MediaError
 from plait.modalities.media import kind_of_file, sniff
-from plait.modalities.video import RATE, VIDEO, decode_video, video_modality
+from plait.modalities.video import Video, VideoSettings
+from plait.modalities.video_files import RATE, VIDEO, decode_video
 
 av = pytest.importorskip("av")
 FPS, SIZE = 10, 48
@@ -61,8 +62,7 @@ def test_frames_and_sound_of_a_file(tmp_path: Path) -> None:
 
 
 def test_a_sample_keeps_to_its_budget(tmp_path: Path) -> None:
-    video, settings = video_modality()
-    modality = video(settings(tokens=20, fps=2.0), 16)
+    modality = Video(VideoSettings(tokens=20, fps=2.0), 16)
     clip = decode_video(write_clip(tmp_path / "a.mp4", [20, 90, 200, 20, 90, 200]))
     windows = modality.windows(clip)
     assert [len(window) for window in windows] == [4] * len(windows) and modality.token_count(4) == 20

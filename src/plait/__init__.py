@@ -22,6 +22,7 @@ from plait.core import isa as _isa  # noqa: F401 (PLAIT_ISA must reach the envir
 if TYPE_CHECKING:
     from plait.core.errors import PlaitError
     from plait.data.dataset import Dataset
+    from plait.hf.catalogue import models
     from plait.inference.base import Model
     from plait.inference.model import load
     from plait.inference.results import Prediction, Predictions
@@ -56,6 +57,7 @@ __all__ = [
     "export",
     "label_review",
     "load",
+    "models",
     "plan",
     "prepare",
     "tabulate",
@@ -81,6 +83,7 @@ _MODULES = {
     "export": "plait.library.exports",
     "label_review": "plait.library.evaluations",
     "load": "plait.inference.model",
+    "models": "plait.hf.catalogue",
     "plan": "plait.planning.api",
     "prepare": "plait.library.datasets",
     "tabulate": "plait.library.tables",

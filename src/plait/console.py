@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,7 +54,7 @@ def show_manifest(manifest: Manifest, folder: str | Path) -> None:
     counts = ", ".join(f"{split} {count}" for split, count in manifest.counts.items())
     if manifest.kind != "records":
         out.print(f"{manifest.unit.capitalize()}: {counts}. Rejected: {manifest.rejected}.")
-        for note in manifest.notes:
+        for note in (*manifest.split_notes, *manifest.notes):
             out.print(f"  {plain(note)}")
     else:
         overlap = "".join(f"; {pair} overlap {count}" for pair, count in manifest.overlap.items() if count)
@@ -93,19 +94,16 @@ def write(path: Path, data: bytes) -> None:
         raise PlaitError(f"Cannot write {path}: {error.strerror}. Choose another file with -o.") from error
 
 
-def show_metrics(metrics: dict[str, Any]) -> None:
-    """Print figures with their 95 % intervals, chance and baseline, one a line."""
+def show_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print figures, by name, with their 95 % intervals, chance and baseline, one a line."""
     table = Table("figure", "value", "95 %", "chance", "baseline", "n", box=None, header_style="bold")
-    # The figures of single labels, and times, are in the files.
-    names = [name for name in metrics if "[" not in name and not name.startswith("timing/")]
-    for name in names:
-        metric = metrics[name]
+    for name, metric in metrics.items():
         value, low, high, chance, baseline = (
             _shown(metric.get(key)) for key in ("value", "low", "high", "chance", "baseline")
         )
         count = "" if metric["n"] is None else f"{metric['n']:,}"
         table.add_row(plain(name), value, f"{low} to {high}" if low else "", chance, baseline, count)
-    for column, least in zip(table.columns, (max(map(len, names), default=0), 6, 16, 6, 8, 3), strict=True):
+    for column, least in zip(table.columns, (max(map(len, metrics), default=0), 6, 16, 6, 8, 3), strict=True):
         column.no_wrap, column.min_width = True, least
     out.print(table)
 

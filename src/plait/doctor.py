@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -27,16 +28,18 @@ from plait.data.stores import read_place
 from plait.kernels import build
 from plait.kernels import generation as native
 from plait.kernels import training as in_training
-from plait.kernels.choice import known_choices
+from plait.kernels.choice import choice_folder, known_choices
 from plait.model import checkpoint
 from plait.reports.report import read_run
 
+SHOWN = 4  # measured choices that are printed
 LITTLE, NOTHING = 5e9, 5e8  # bytes free on a disk that are worth a warning, and too few to train
 
 # For what each optional part is; the parts for developers and benchmarks are left out.
 EXTRAS = {
     "huggingface": "Hugging Face models that transformers runs",
     "serve": "plait serve",
+    "mcp": "plait mcp",
     "studio": "plait studio, and the page of plait serve",
     "search": "plait index and plait search",
     "explain": "integrated gradients",
@@ -49,6 +52,7 @@ EXTRAS = {
     "onnx": "export to ONNX",
     "tensorboard": "TensorBoard's curves",
     "speech": "the demo's voices",
+    "ray": "training under Ray Train",
 }
 
 
@@ -111,7 +115,7 @@ def _packages() -> list[Finding]:
             if need.marker is not None and need.marker.evaluate({"extra": extra}):
                 needs[extra].append(need)
     broken = _broken([need.name for wanted in needs.values() for need in wanted if _version(need.name)])
-    found = []
+    found, absent = [], []
     for extra, wanted in needs.items():
         subject = f"extra {extra}" if extra else "packages"
         install = install_command(extra)
@@ -122,9 +126,12 @@ def _packages() -> list[Finding]:
         if wrong:
             found.append(Finding("fail", subject, f"{'; '.join(wrong)}. {install}"))
         elif missing:
-            found.append(Finding("ok", subject, f"not installed, for {EXTRAS[extra]}: {install}"))
+            absent.append(extra)
         else:
             found.append(Finding("ok", subject, ", ".join(f"{need.name} {_version(need.name)}" for need in wanted)))
+    if absent:
+        uses = "; ".join(f"{extra}: {EXTRAS[extra]}" for extra in absent)
+        found.append(Finding("ok", "not installed", f"{uses}. To add one: {install_command(absent[0])}"))
     return found
 
 
@@ -141,6 +148,9 @@ def _version(name: str) -> str | None:
         return None
 
 
+_MARK = "\x1e"  # begins a line of ours: libraries print too while they are imported
+
+
 def _broken(names: list[str]) -> dict[str, str]:
     """Which packages do not import, and why; tried in another process, for a broken library may take its process
     along: then they are tried one by one."""
@@ -150,9 +160,9 @@ def _broken(names: list[str]) -> dict[str, str]:
             name = owner.lower().replace("_", "-")
             if name == module.replace("_", "-") or (name not in modules and not module.startswith("_")):
                 modules[name] = module
-    code = "import importlib\n" + "\n".join(
+    code = "import importlib, json\n" + "\n".join(
         f"try: importlib.import_module({modules.get(name, name)!r})\n"
-        f"except BaseException as error: print({name!r}, 'does not import:', repr(error)[:300])"
+        f"except BaseException as error: print({_MARK!r} + json.dumps([{name!r}, repr(error)[:300]]))"
         for name in names
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -160,7 +170,8 @@ def _broken(names: list[str]) -> dict[str, str]:
         return {name: why for one in names for name, why in _broken([one]).items()}
     if done.returncode:
         return {names[0]: f"importing {names[0]} ends the process with code {done.returncode}"}
-    return {line.partition(" ")[0]: line for line in done.stdout.splitlines() if " does not import: " in line}
+    answers = [json.loads(line[1:]) for line in done.stdout.split("\n") if line.startswith(_MARK)]
+    return {name: f"{name} does not import: {why}" for name, why in answers}
 
 
 def _beside_torch(name: str) -> list[Finding]:
@@ -198,11 +209,20 @@ def _processor() -> list[Finding]:
     found.append(_kernel("generation", f"a step on the processor: {native.backend_name(choose_device('cpu'))}"))
     blocks = in_training.backend_name(choose_device("cpu", training=True))
     found.append(_kernel("training", f"blocks on the processor: {blocks}"))
-    found += [Finding("ok", "measured", choice.words()) for choice in known_choices()]
+    found += _measured()
     a = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     wrong = float((a @ a - (a.double() @ a.double()).float()).abs().max())
     level: Literal["ok", "fail"] = "ok" if wrong < 1e-2 else "fail"
     found.append(Finding(level, "arithmetic", f"the largest error of a product of matrices is {wrong:.1g}"))
+    return found
+
+
+def _measured() -> list[Finding]:
+    """The newest choices between kernel and PyTorch; a cache that has seen many models holds hundreds."""
+    choices = known_choices()
+    found = [Finding("ok", "measured", choice.words()) for choice in choices[:SHOWN]]
+    if len(choices) > SHOWN:
+        found.append(Finding("ok", "measured", f"{len(choices) - SHOWN} older choices lie in {choice_folder()}"))
     return found
 
 
@@ -292,10 +312,10 @@ def _dataset(path: Path) -> list[Finding]:
 
 def _checkpoint(path: Path) -> list[Finding]:
     wrong = [Finding("fail", "checkpoint", line) for line in checkpoint.verify(path)]
-    return wrong or [Finding("ok", "checkpoint", f"{path}: whole, {_told(path)}")]
+    return wrong or [Finding("ok", "checkpoint", f"{path}: whole, {_step_and_losses(path)}")]
 
 
-def _told(path: Path) -> str:
+def _step_and_losses(path: Path) -> str:
     try:
         training: dict[str, Any] = read_json(path / "config.json").get("training", {})
         losses = ", ".join(f"{name} {value:.4g}" for name, value in training.get("validation", {}).items())
@@ -327,7 +347,7 @@ def _run(path: Path) -> list[Finding]:
         if wrong := checkpoint.verify(folder):
             found += [Finding("fail", f"checkpoint {names}", line) for line in wrong]
         else:
-            whole[folder] = _told(folder)
+            whole[folder] = _step_and_losses(folder)
             found.append(Finding("ok", f"checkpoint {names}", whole[folder]))
     step, wrong = checkpoint.newest_whole(path / "checkpoints")
     best = _led_to(path / "checkpoints" / "best")

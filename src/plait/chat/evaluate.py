@@ -10,10 +10,11 @@ import torch
 
 from plait.evaluation import metrics
 from plait.evaluation.context import EvalContext
-from plait.evaluation.findings import Gallery, ReportItem
+from plait.evaluation.findings import Gallery, GalleryKind, ReportItem
+from plait.evaluation.keys import Direction
+from plait.model.cross_entropy import negative_log_likelihood
 from plait.model.multimodal import IGNORE, Sequence, collate
-from plait.model.objectives import negative_log_likelihood
-from plait.training.conversations import Scribe, sequences
+from plait.training.conversations import ConversationEncoder, sequences
 
 
 def evaluate_chats(eval_context: EvalContext) -> None:
@@ -36,11 +37,11 @@ def evaluate_conversations(eval_context: EvalContext, column: str) -> None:
     np.add.at(counts, tokens, 1)
     nats, sizes, plain = _likelihood(eval_context, found, -np.log(counts / counts.sum()))
     value, error = metrics.ratio_with_error(nats, sizes, seed=eval_context.seed)
-    chance, n = math.log(len(counts)), int(sizes.sum())
-    eval_context.keep("chat", column, "nats_per_token", value, stderr=error, chance=chance, baseline=plain, n=n)
+    chance, n, direction = math.log(len(counts)), int(sizes.sum()), Direction(column)
+    eval_context.keep("chat", direction, "nats_per_token", value, stderr=error, chance=chance, baseline=plain, n=n)
 
     turns = [turn for sequence in found for turn in _turns(sequence)]
-    turns = [turns[i] for i in eval_context.chosen(np.arange(len(turns)), eval_context.limits.written)]
+    turns = [turns[i] for i in eval_context.draw(np.arange(len(turns)), eval_context.limits.written)]
     truth = [text.decode(ids[:-1]) for _, ids in turns]
     stops = {text.decode(ids[-1:]) for _, ids in turns if ids[-1] != vocabulary.end}
     eval_context.progress(f"chat {column}", 0, len(turns))
@@ -51,19 +52,20 @@ def evaluate_conversations(eval_context: EvalContext, column: str) -> None:
     everyday = Counter(train).most_common(1)[0][0] if train else ""
     value, error = metrics.mean_with_error(same, seed=eval_context.seed)
     fixed = float(np.mean([reply == everyday for reply in truth]))
-    eval_context.keep("chat", column, "exact", value, stderr=error, baseline=fixed, n=len(same))
+    eval_context.keep("chat", direction, "exact", value, stderr=error, baseline=fixed, n=len(same))
     rows = [
         (ReportItem(text=text.decode([id for id in context.ids if id < vocabulary.text])),
          [ReportItem("truth", text=one), ReportItem("written", text=other, right=bool(right))])
         for (context, _), one, other, right in list(zip(turns, truth, written, same, strict=True))[:8]
     ]  # fmt: skip
-    eval_context.findings.galleries.append(Gallery(f"Written: {column}", "The first of the test, none chosen.", rows))
+    note = "The first of the test, none chosen."
+    eval_context.findings.galleries.append(Gallery(f"Written: {column}", note, rows, GalleryKind.WRITTEN))
 
 
 def _read(eval_context: EvalContext, column: str, split: str, most: int) -> list[Sequence]:
     """The conversations of a split as training sees them, with nothing written but text."""
     model, dataset = eval_context.model.checkpoint.model, eval_context.dataset
-    indices = eval_context.chosen(dataset.indices(split), most)
+    indices = eval_context.draw(dataset.indices(split), most)
     found: list[Sequence] = []
     for record in dataset.iterate(indices):
         value = record.parts.get(column)
@@ -79,8 +81,8 @@ def _read(eval_context: EvalContext, column: str, split: str, most: int) -> list
             return model.media[dataset.columns[name]].token_count(len(samples[name])) + 2
 
         context = model.config.backbone.max_length
-        scribe = Scribe(eval_context.model.checkpoint.text, model.vocabulary, context, size)
-        found += sequences(scribe.conversation(0, value), model.vocabulary, model.media, samples, {})
+        encoder = ConversationEncoder(eval_context.model.checkpoint.text, model.vocabulary, context, size)
+        found += sequences(encoder.conversation(0, value), model.vocabulary, model.media, samples, {})
     return found
 
 

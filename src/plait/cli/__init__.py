@@ -30,6 +30,7 @@ from plait.cli import (
     generate,
     key,
     mcp,
+    models,
     prepare,
     recipes,
     serve,
@@ -50,7 +51,7 @@ PANELS = {
     "Use a model": (generate, classify, decide, describe, transcribe, draw, speak, embed, export),
     "Understand a model": (),
     "Serve": (studio, serve, mcp, key),
-    "Check and foresee": (doctor, sizes),
+    "Check and foresee": (doctor, sizes, models),
 }
 
 
@@ -100,7 +101,7 @@ def _expanded(argument: str) -> str:
 def main() -> None:
     """Run the command line; a user's mistake ends in one message and exit code 1."""
     from plait.core import isa
-    from plait.core.errors import PlaitError, Terminated
+    from plait.core.errors import PlaitError, Terminated, is_out_of_memory
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding lacks is shown as its code
@@ -112,6 +113,12 @@ def main() -> None:
     except PlaitError as error:
         err.quiet = False
         err.print(f"[red]plait:[/red] {plain(str(error))}")
+        sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        err.quiet = False
+        err.print("[red]plait:[/red] The memory is used up. Close other programs, or choose a smaller --size.")
         sys.exit(1)
     except KeyboardInterrupt:
         err.print("\nStopped.")

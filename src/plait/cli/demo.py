@@ -10,10 +10,12 @@ import typer
 
 import plait
 from plait.console import DeviceOption, SeedOption, app, err, out, plain, show_manifest, show_metrics
+from plait.evaluation.keys import MetricKey
 
-# Ends of the names of the figures that are printed; the others stand in metrics.json.
-SHOWN = ("/accuracy", "/judged_accuracy", "/judge_real", "/diversity", "/near_copies", "audio-image/p_at_10",
-         "image-audio/p_at_10", "text/p_at_10")  # fmt: skip
+# The metrics that are printed; the others stand in metrics.json.
+SHOWN = ("accuracy", "judged_accuracy", "judge_real", "diversity", "near_copies")
+SHOWN_SEARCH = "p_at_10"  # between media alone
+MEDIA_COLUMNS = ("image", "audio")
 
 
 @app.command()
@@ -35,8 +37,7 @@ def demo(
         tell=lambda text: err.print(f"[yellow]Note:[/yellow] {plain(text)}"),
     )  # fmt: skip
     show_manifest(plait.Run(run).dataset.manifest, run / "data")
-    shown = {name: metric for name, metric in evaluation.to_dict().items() if name.endswith(SHOWN)}
-    show_metrics(shown)
+    show_metrics({str(key): evaluation[key]._asdict() for key in evaluation.metric_keys if _is_shown(key)})
     out.print(f"\n{time.monotonic() - begun:.0f} s in all. All figures: {run / 'metrics.json'}")
     out.print(f"Report, with images and audio clips: {evaluation.report}\n\nTry next:")
     out.print(f"  plait draw {run} three -n 16 -o threes.png", f"  plait speak {run} seven -o seven.wav", sep="\n")
@@ -44,3 +45,9 @@ def demo(
     audio = next(iter(sorted((run / "files" / "audio").glob("en-*"))), None)
     if audio:
         out.print(f"  plait transcribe {run} {audio} --column en")
+
+
+def _is_shown(key: MetricKey) -> bool:
+    between_media = {key.direction.source, key.direction.target} <= {*MEDIA_COLUMNS}
+    whole = key.main and not key.clean
+    return whole and (key.metric in SHOWN or (key.metric == SHOWN_SEARCH and between_media))

@@ -22,7 +22,7 @@ def evaluate(
         int | None,
         typer.Option(help="Ask about all records, in so many folds; by itself 5 below 500 records, 0 for none."),
     ] = None,
-    all_figures: Annotated[bool, typer.Option("--all", help="Show all figures, not the main ones.")] = False,
+    all_figures: Annotated[bool, typer.Option("--all", help="All figures but those of single labels.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print metrics.json.")] = False,
     labels: Annotated[
         bool, typer.Option("--labels", help="List likely wrong labels, and what to label next, instead.")
@@ -48,7 +48,8 @@ def evaluate(
     if as_json:
         out.print_json(data=evaluation.to_dict())
         return
-    show_metrics(evaluation.to_dict() if all_figures else evaluation.headlines())
+    everything = {name: evaluation[name]._asdict() for name in evaluation.main()}
+    show_metrics(everything if all_figures else evaluation.headlines())
     if evaluation.verdict is not None:
         out.print(f"\n{plain(str(evaluation.verdict))}\n")
     out.print(f"All figures: {run / 'metrics.json'}\nReport: {evaluation.report}")

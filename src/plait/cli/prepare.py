@@ -32,6 +32,9 @@ def prepare(
         str | None, typer.Option(help="Regular expression on file names; its named groups become text columns.")
     ] = None,
     recipe: Annotated[str | None, typer.Option(help="Take map, labels and pattern from this recipe.")] = None,
+    engine: Annotated[
+        str, typer.Option(help="local, or ray: the workers of a Ray cluster decode; see docs/how-to/cluster.md.")
+    ] = "local",
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes that decode media; all cores if left out.")
     ] = None,
@@ -63,7 +66,7 @@ def prepare(
     place = into or out_folder or ""
     try:
         dataset = plait.prepare(
-            source, place, map=columns, pattern=pattern, recipe=recipe, workers=workers, seed=seed,
+            source, place, map=columns, pattern=pattern, recipe=recipe, workers=workers, engine=engine, seed=seed,
             near_duplicates=near_duplicates, drop_near_duplicates=drop_near_duplicates, into=into is not None,
             progress=True,
         )  # fmt: skip

@@ -33,6 +33,13 @@ def train(
     init_from: Annotated[
         str | None, typer.Option(help="Go on from a run, a checkpoint, or a Hugging Face GPT-2, Llama or Qwen3.")
     ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(help="best: from the best pretrained model on this machine that fits; scratch: from none."),
+    ] = None,
+    models: Annotated[
+        list[Path] | None, typer.Option(help="A folder of models to look in, beside the Hugging Face cache.")
+    ] = None,
     freeze: Annotated[
         str | None,
         typer.Option(help="Parts of it that stay as they are, with commas: encoder, backbone, token_embedding."),
@@ -73,7 +80,8 @@ def train(
     try:
         trained = plait.train(
             dataset, run, recipe=recipe, task=task, size=size, minutes=minutes, steps=steps, batch_size=batch_size,
-            learning_rate=learning_rate, init_from=init_from, freeze=freeze.split(",") if freeze else None, lora=lora,
+            learning_rate=learning_rate, init_from=init_from, start=start, models=models or (),
+            freeze=freeze.split(",") if freeze else None, lora=lora,
             replay=_shares(replay), seed=seed, save_every=save_every, canaries=canaries, parallel=parallel,
             grad_accum_steps=grad_accum_steps, allow_changes=allow_changes, device=device, progress=True,
             tell=lambda line: out.print(plain(line)),

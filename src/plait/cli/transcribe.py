@@ -20,6 +20,7 @@ def transcribe(
     language: Annotated[str | None, typer.Option(help="Spoken there, as en; default: found out.")] = None,
     task: Annotated[str, typer.Option(help="transcribe, or translate into English.")] = "transcribe",
     times: Annotated[bool, typer.Option("--times", help="A line a segment, with when it was said.")] = False,
+    words: Annotated[bool, typer.Option("--words", help="A line a word, with when it was said.")] = False,
     table: OutOption = None,
     inputs: InputOption = None,
     srt: Annotated[bool, typer.Option("--srt", help="With -o: subtitles beside each recording, too.")] = False,
@@ -41,8 +42,9 @@ def transcribe(
         return
     for file in files:
         note_windows(loaded, existing(file))
-        if times:
-            for segment in loaded.segments(existing(file), language=language, task=task):
-                out.print(plain(f"{file}: {segment.start:7.2f} {segment.end:7.2f} {segment.text}"))
+        if times or words:
+            segments = loaded.segments(existing(file), language=language, task=task, words=words)
+            for one in (word for segment in segments for word in (segment.words if words else (segment,))):
+                out.print(plain(f"{file}: {one.start:7.2f} {one.end:7.2f} {one.text}"))
             continue
         out.print(plain(f"{file}: {loaded.transcribe(existing(file), column=column, language=language, task=task)}"))

@@ -17,3 +17,10 @@ class Terminated(BaseException):
 
 class ContextLengthError(PlaitError):
     """A prompt that is longer than the model reads."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that no memory was left: Python's own, PyTorch's of a GPU, or that of its CPU allocator,
+    which has no class of its own."""
+    named = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, MemoryError) or named or "allocate memory" in str(error)

@@ -57,7 +57,8 @@ class Manifest(BaseModel):
     `multi_label` those that hold several labels (`record.split_labels`), `numbers` those that hold numbers to predict.
     `own_splits` says that the source names its splits itself.
     `kind` is "records", or the name of the feature whose data it holds; `unit` says what `counts` count, and
-    `parts` are further files of that feature."""
+    `parts` are further files of that feature. `notes` are for people, `split_notes` those on how the splits were
+    made, `warnings` those on what may be amiss."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -82,6 +83,7 @@ class Manifest(BaseModel):
     shards: list[Shard]
     statistics: dict[str, Lengths]
     notes: list[str]
+    split_notes: list[str] = []
     warnings: list[str]
 
     @property

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import combinations_with_replacement
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from plait.data.fingerprints import PERMUTATIONS
-from plait.data.near import MOST, MOST_TEXTS, NEAR, NO_PAIRS, Pairs, Prints, near_texts
+from plait.data.near import MOST, MOST_TEXTS, NEAR, NO_PAIRS, Fingerprints, Pairs, near_texts
 from plait.data.record import SPLITS
 from plait.modalities.media import MEDIA
 
@@ -27,6 +27,13 @@ def first_of(keys: np.ndarray) -> np.ndarray:
     first = np.empty(len(keys), np.int64)
     first[order] = order[np.flatnonzero(changed)][np.cumsum(changed) - 1]
     return first
+
+
+class SplitPair(NamedTuple):
+    """Two splits, of which the later one holds something that stands in the earlier one too."""
+
+    later: str
+    earlier: str
 
 
 @dataclass
@@ -52,8 +59,8 @@ class Duplicates:
         """The id of a record of val or test that one of train spoils, with its split."""
         return self.twins[record]
 
-    def counts(self, split: np.ndarray, keep: np.ndarray) -> dict[str, int]:
-        """Records of one split that have a near-duplicate in another or the same, by "later/earlier" split."""
+    def counts(self, split: np.ndarray, keep: np.ndarray) -> dict[SplitPair, int]:
+        """Records of one split that have a near-duplicate in another or the same."""
         found = {}
         for first, second in combinations_with_replacement(range(len(SPLITS)), 2):
             # What was left out of train is gone, and with it all that was near across that border.
@@ -61,7 +68,7 @@ class Duplicates:
                 continue
             count = int((keep & (split == second) & (self.near >> first & 1 == 1)).sum())
             if count:
-                found[f"{SPLITS[second]}/{SPLITS[first]}"] = count
+                found[SplitPair(SPLITS[second], SPLITS[first])] = count
         return found
 
 
@@ -109,7 +116,7 @@ def _collect(paths: list[Path], used: np.ndarray) -> dict[str, _Parts]:
     return parts
 
 
-def _write_prints(paths: list[Path], used: np.ndarray, kind: str, wanted: np.ndarray, file: Path) -> Prints:
+def _write_prints(paths: list[Path], used: np.ndarray, kind: str, wanted: np.ndarray, file: Path) -> Fingerprints:
     """The fingerprints of the parts of a kind whose numbers, in the order of `_collect`, are `wanted` (ascending)."""
     offsets = [np.zeros(1, np.int64)]
     before = size = 0
@@ -123,7 +130,7 @@ def _write_prints(paths: list[Path], used: np.ndarray, kind: str, wanted: np.nda
             out.write(b"".join(values))
             offsets.append(size + np.cumsum([len(value) for value in values], dtype=np.int64))
             size = int(offsets[-1][-1]) if len(values) else size
-    return Prints(file, np.concatenate(offsets))
+    return Fingerprints(file, np.concatenate(offsets))
 
 
 def find_duplicates(paths: list[Path], used: np.ndarray, split: np.ndarray, out: Path) -> Duplicates:
@@ -164,7 +171,7 @@ def _most(kind: str) -> int:
     return MOST[MEDIA[kind].comparison] if kind in MEDIA else MOST_TEXTS
 
 
-def _near(kind: str, prints: Prints) -> Pairs:
+def _near(kind: str, prints: Fingerprints) -> Pairs:
     if kind in MEDIA:
         return NEAR[MEDIA[kind].comparison](prints)
     long = prints.there()
@@ -206,7 +213,7 @@ def _write(
     # The earlier split stands first.
     lines = sorted((b, a, k, d) if (split[b], b) < (split[a], a) else (a, b, k, d) for a, b, k, d in lines)
     wanted = np.unique(np.array([line[:2] for line in lines], np.int64))
-    told = dict(zip(wanted.tolist(), _told(paths, used, wanted), strict=True))
+    told = dict(zip(wanted.tolist(), _ids_and_sources(paths, used, wanted), strict=True))
 
     def shown(record: int) -> dict[str, Any]:
         return {"id": told[record][0], "split": SPLITS[split[record]], "source": told[record][1]}
@@ -226,7 +233,7 @@ def list_equal(paths: list[Path], used: np.ndarray, split: np.ndarray, content: 
     first = first_of(content)
     repeated = np.flatnonzero(first != np.arange(len(first)))
     wanted = np.unique(np.concatenate((repeated, first[repeated])))
-    told = dict(zip(wanted.tolist(), _told(paths, used, wanted), strict=True))
+    told = dict(zip(wanted.tolist(), _ids_and_sources(paths, used, wanted), strict=True))
     with out.open("a", encoding="utf-8") as file:
         for record in repeated.tolist():
             entry: dict[str, Any] = {"kind": "record", "distance": 0.0}
@@ -235,7 +242,7 @@ def list_equal(paths: list[Path], used: np.ndarray, split: np.ndarray, content: 
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
-def _told(paths: list[Path], used: np.ndarray, wanted: np.ndarray) -> list[tuple[str, str]]:
+def _ids_and_sources(paths: list[Path], used: np.ndarray, wanted: np.ndarray) -> list[tuple[str, str]]:
     """(id, source) of records by their number among the used ones, ascending."""
     found: list[tuple[str, str]] = []
     place = number = 0

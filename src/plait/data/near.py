@@ -38,7 +38,7 @@ Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]  # first and second number, fi
 NO_PAIRS: Pairs = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
 
 
-class Prints(Sequence[bytes]):
+class Fingerprints(Sequence[bytes]):
     """Fingerprints on disk, one after another; no more of them is in memory than is looked at."""
 
     def __init__(self, path: Path, offsets: np.ndarray) -> None:
@@ -314,16 +314,16 @@ def _text_distances(prints: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     return (1 - same / PERMUTATIONS).astype(np.float32)
 
 
-def _near_pixels(prints: Prints) -> Pairs:
+def _near_pixels(prints: Fingerprints) -> Pairs:
     return near_images(prints.matrix("u1", PRINT))
 
 
-def _near_spectrograms(prints: Prints) -> Pairs:
+def _near_spectrograms(prints: Fingerprints) -> Pairs:
     return near_audio(prints)
 
 
 # How each kind of fingerprint is compared.
-NEAR: dict[Comparison, Callable[[Prints], Pairs]] = {
+NEAR: dict[Comparison, Callable[[Fingerprints], Pairs]] = {
     Comparison.PIXELS: _near_pixels,
     Comparison.SPECTROGRAM: _near_spectrograms,
 }

@@ -29,7 +29,7 @@ from plait.data import known
 from plait.data.adding import grown_plan
 from plait.data.cost import Cost, first_chunk_cost
 from plait.data.dataset import VERSION, Dataset, Manifest, Shard
-from plait.data.duplicates import Duplicates, find_duplicates, first_of, list_equal
+from plait.data.duplicates import Duplicates, SplitPair, find_duplicates, first_of, list_equal
 from plait.data.files import ARCHIVE_SUFFIXES, TABLE_SUFFIXES, Plan, Tree, scan, suffix_of
 from plait.data.preview import Example, report
 from plait.data.readers import plan
@@ -71,6 +71,7 @@ def prepare(
     recipe: DataRecipe | None = None,
     seed: int = 0,
     workers: int | None = None,
+    engine: str = "local",
     near_duplicates: bool = True,
     drop_near_duplicates: bool = False,
     replace: bool = False,
@@ -84,7 +85,8 @@ def prepare(
     "a,b"}` (see plait.data.tables). `labels` names integer classes: `{"label": ["cat", "dog"]}`. `pattern` is a regular
     expression whose named groups become text columns of media files. `recipe` has the sections of data of other
     kinds, which features add. `workers` are the processes that decode
-    media (None: as many as there are processors; 0: none, in this process). `near_duplicates` looks for records that
+    media (None: as many as there are processors; 0: none, in this process). `engine` is "local", or "ray" for the
+    workers of a Ray cluster. `near_duplicates` looks for records that
     are alike, and `drop_near_duplicates` leaves those out of train that val or test have too. `into` adds the source to
     the dataset that is in `out`, whose records, splits and ids stay; new ids begin with the source's name.
     `progress(stage, done, total)` is called now and then.
@@ -103,7 +105,7 @@ def prepare(
         _check_out(source, out, replace)
     options = Options(
         column_map, labels, pattern, recipe or DataRecipe(), seed, workers, near_duplicates or drop_near_duplicates,
-        drop_near_duplicates, into, progress or (lambda *_: None),
+        drop_near_duplicates, into, progress or (lambda *_: None), engine,
     )  # fmt: skip
     partial = _partial(out)
     with only_writer(partial):
@@ -136,6 +138,7 @@ class Options:
     drop: bool
     into: bool
     progress: Progress
+    engine: str = "local"
 
 
 def _local(source: str | Path) -> Location:
@@ -260,7 +263,9 @@ def _make(source: Location, out: Location, folder: Path, partial: Path, options:
     def told(done: int) -> None:
         options.progress("check", done, max(total, done) if total else None)
 
-    paths = stage(found.read(), chunks, options.seed, options.near, found.chats, options.workers, told, before)
+    paths = stage(
+        found.read(), chunks, options.seed, options.near, found.chats, options.workers, told, before, options.engine
+    )
     manifest = _write(source, out, tree, found, paths, folder, options)
     write_json(folder / "manifest.json", sealed(manifest.model_dump()))
     return manifest
@@ -357,14 +362,14 @@ def _cells(path: Path, column: str) -> list[str | None]:
     return table[name].to_pylist() if name in table.column_names else [None] * len(table)
 
 
-def _overlap(split: np.ndarray, group: np.ndarray) -> dict[str, int]:
-    """Records of one split whose media (or text) stand in another too, by "later/earlier" split."""
+def _overlap(split: np.ndarray, group: np.ndarray) -> dict[SplitPair, int]:
+    """Records of one split whose media (or text) stand in another too."""
     there = np.zeros((len(split), len(SPLITS)), bool)  # in the row of a group's first record
     there[group, split] = True
     overlap = {}
     for first, second in combinations(range(len(SPLITS)), 2):
         if count := int((there[group, first] & (split == second)).sum()):
-            overlap[f"{SPLITS[second]}/{SPLITS[first]}"] = count
+            overlap[SplitPair(SPLITS[second], SPLITS[first])] = count
     return dict(sorted(overlap.items()))
 
 
@@ -388,8 +393,14 @@ class _Rejects:
         if item in self.before:
             return
         self.count += 1
-        self.reasons[item.reason.split(":")[0][:80]] += 1
+        self.reasons[item.summary] += 1
         self.file.write(json.dumps(item._asdict()) + "\n")
+
+    def begin_after(self, earlier: list[Rejected]) -> None:
+        """Begin with those of the dataset that is added to, which are not counted twice."""
+        for item in earlier:
+            self.add(item)
+        self.before = set(earlier)
 
     def common(self) -> str:
         """The commonest reasons with their counts, for people."""
@@ -434,20 +445,41 @@ def _gather(paths: list[Path], names: list[str]) -> dict[str, np.ndarray]:
     return {name: np.concatenate(arrays) for name, arrays in pieces.items()}
 
 
+@dataclass(frozen=True)
+class Division:
+    """What becomes of the records.
+
+    Attributes:
+        used: Which of all have an id of their own, (A,) bool; the others repeat one.
+        split: The number of the split of each that is used, (N,).
+        rule: How it was found, for people.
+        duplicates: Which of them are alike.
+        keep: Which of them are written, (N,) bool.
+    """
+
+    used: np.ndarray
+    split: np.ndarray
+    rule: str
+    duplicates: Duplicates
+    keep: np.ndarray
+
+    @property
+    def dropped(self) -> int:
+        """How many are left out for near-duplicates."""
+        return int((~self.keep).sum())
+
+
 def _write(
     source: Location, out: Location, tree: Tree, found: Plan, paths: list[Path], folder: Path, options: Options
 ) -> Manifest:
     """The dataset of all chunks, but for the manifest, which is returned."""
     facts = _gather(paths, ["key", "content", "group", "draw", "rank", "split"]) if paths else {}
     used = first_of(facts["key"]) == np.arange(len(facts["key"])) if paths else np.zeros(0, bool)
+    lead = f"{_last(source)}/" if options.into else ""
     with (folder / "rejects.jsonl").open("w", encoding="utf-8", newline="\n") as file:
         rejects = _Rejects(file)
-        lead = f"{_last(source)}/" if options.into else ""
         if options.into:
-            earlier = Dataset.open(out).rejects
-            for one in earlier:
-                rejects.add(one)
-            rejects.before = set(earlier)
+            rejects.begin_after(Dataset.open(out).rejects)
         for refused in tree.refused:
             rejects.add(refused._replace(file=lead + refused.file))
         for path in paths:
@@ -458,57 +490,73 @@ def _write(
                 rejects.add(unused)
             for path in paths:
                 path.unlink()
-            raise PlaitError(
-                f"{source}: no record can be used. {rejects.common() or 'It is empty, or holds a heading alone'}."
-            )
-        labels = _labels(paths, used, found) if used.sum() <= _STRATIFIED else None
-        split, rule = _split(facts["split"][used], facts["draw"][used] / 2.0**63, found, labels)
-        duplicates = Duplicates.none(len(split))
-        if options.near:
-            options.progress("compare", 0, 1)
-            duplicates = find_duplicates(paths, used, split, folder / "duplicates.jsonl")
-            options.progress("compare", 1, 1)
-        list_equal(paths, used, split, facts["content"][used], folder / "duplicates.jsonl")
-        keep = ~duplicates.spoils if options.drop else np.ones(len(split), bool)
-        manifest, examples = _write_records(
-            found, paths, folder, rejects, used, split, keep, duplicates, facts, options
-        )
+            nothing = rejects.common() or "It is empty, or holds a heading alone"
+            raise PlaitError(f"{source}: no record can be used. {nothing}.")
+        division = _divide(paths, used, facts, found, folder, options)
+        manifest, examples = _write_records(found, paths, folder, rejects, division, facts["rank"], options)
         for unused in _unused(tree):
             rejects.add(unused._replace(file=lead + unused.file))
     media = _write_known(paths, used, folder / known.FILE)
-    group, content = (first_of(facts[name][used][keep]) for name in ("group", "content"))
-    repeated = int((content != np.arange(len(content))).sum())
-    overlap = _overlap(split[keep], group)
-    near = duplicates.counts(split, keep)
     manifest = manifest.model_copy(
         update={
             "source": f"{Dataset.open(out).manifest.source} + {_named(source)}" if options.into else _named(source),
             "source_stamp": source_stamp(source, out),
             "parts": {"media": media} if media else {},
             "rejected": rejects.count,
-            "duplicates": repeated,
-            "overlap": overlap,
-            "near_duplicates": near,
-            "dropped": int((~keep).sum()),
+            "dropped": division.dropped,
             "own_splits": not found.tail and bool((facts["split"][used] >= 0).any()),
-            "notes": [*found.notes, f"split: {rule}"],
-            "warnings": [
-                *tree.warnings,
-                *found.warnings,
-                *(
-                    f"Near-duplicates were not looked for among {count:,} distinct {kind} parts: that many do not fit "
-                    "into memory. Equal ones are listed."
-                    for kind, count in duplicates.unsearched.items()
-                ),
-                *_warnings(manifest, overlap, near, rejects, repeated, int((~keep).sum())),
-            ],
+            "notes": found.notes,
+            "split_notes": [f"split: {division.rule}"],
+            "warnings": [*tree.warnings, *found.warnings],
         }
     )
+    manifest = _with_repeats(manifest, division, facts, rejects)
     name = out.name if options.into and isinstance(out, Path) else _last(source)
     (folder / "report.html").write_text(
         report(manifest, examples, rejects.reasons, name), encoding="utf-8", newline="\n"
     )
     return manifest
+
+
+def _divide(
+    paths: list[Path], used: np.ndarray, facts: dict[str, np.ndarray], found: Plan, folder: Path, options: Options
+) -> Division:
+    """Find splits and duplicates; what is alike is listed in `folder`."""
+    labels = _labels(paths, used, found) if used.sum() <= _STRATIFIED else None
+    split, rule = _split(facts["split"][used], facts["draw"][used] / 2.0**63, found, labels)
+    duplicates = Duplicates.none(len(split))
+    if options.near:
+        options.progress("compare", 0, 1)
+        duplicates = find_duplicates(paths, used, split, folder / "duplicates.jsonl")
+        options.progress("compare", 1, 1)
+    list_equal(paths, used, split, facts["content"][used], folder / "duplicates.jsonl")
+    keep = ~duplicates.spoils if options.drop else np.ones(len(split), bool)
+    return Division(used, split, rule, duplicates, keep)
+
+
+def _with_repeats(manifest: Manifest, division: Division, facts: dict[str, np.ndarray], rejects: _Rejects) -> Manifest:
+    """The manifest with what stands in it more than once, and the warnings that follow from all of it."""
+    group, content = (first_of(facts[name][division.used][division.keep]) for name in ("group", "content"))
+    repeated = int((content != np.arange(len(content))).sum())
+    overlap = _overlap(division.split[division.keep], group)
+    near = division.duplicates.counts(division.split, division.keep)
+    unsearched = [
+        f"Near-duplicates were not looked for among {count:,} distinct {kind} parts: that many do not fit into memory. "
+        "Equal ones are listed."
+        for kind, count in division.duplicates.unsearched.items()
+    ]
+    return manifest.model_copy(
+        update={
+            "duplicates": repeated,
+            "overlap": {f"{pair.later}/{pair.earlier}": count for pair, count in overlap.items()},
+            "near_duplicates": {f"{pair.later}/{pair.earlier}": count for pair, count in near.items()},
+            "warnings": [
+                *manifest.warnings,
+                *unsearched,
+                *_warnings(manifest, overlap, near, rejects, repeated, division.dropped),
+            ],
+        }
+    )
 
 
 def _last(source: Location) -> str:
@@ -556,36 +604,21 @@ def _write_records(
     paths: list[Path],
     folder: Path,
     rejects: _Rejects,
-    used: np.ndarray,
-    split: np.ndarray,
-    keep: np.ndarray,
-    duplicates: Duplicates,
-    facts: dict[str, np.ndarray],
+    division: Division,
+    ranks: np.ndarray,
     options: Options,
 ) -> tuple[Manifest, list[Example]]:
-    """Write the shards; returns the manifest as far as records tell, and examples to show."""
+    """Write the shards; returns the manifest as far as records tell, and examples to show: those that are first in
+    `ranks` (A,)."""
+    split, keep = division.split, division.keep
     columns = _kinds(paths, found)
     shards = {name: Shards(folder, name, columns) for name in SPLITS}
     statistics = {name: Statistics(kind) for name, kind in columns.items()}
-    rank = np.where(keep, facts["rank"][used], np.iinfo(np.int64).max)
-    wanted = set(np.argsort(rank, kind="stable")[: min(_EXAMPLES, int(keep.sum()))].tolist())
-    examples: list[tuple[int, Example]] = []
-    seen = duplicates.seen & keep if not options.drop else np.zeros(len(split), bool)
-    place = number = 0  # among all records, and among those that are used
-    for path in paths:
-        table = _read(path)
-        here = used[place : place + len(table)]
-        for row in np.flatnonzero(~here).tolist():
-            id_, at = table["id"][row].as_py(), table["place"][row].as_py()
-            rejects.add(rejected(at, f"the id '{id_}' stands there twice; the first record is kept"))
-        place += len(table)
-        table = table.filter(pa.array(here))
-        numbers = np.arange(number, number + len(table))
-        number += len(table)
-        for row in np.flatnonzero(~keep[numbers]).tolist():
-            twin = duplicates.twin(int(numbers[row]))
-            rejects.add(rejected(table["place"][row].as_py(), f"left out of train: a near-duplicate of {twin}"))
-        table, numbers = table.filter(pa.array(keep[numbers])), numbers[keep[numbers]]
+    rank = np.where(keep, ranks[division.used], np.iinfo(np.int64).max)
+    shown = set(np.argsort(rank, kind="stable")[: min(_EXAMPLES, int(keep.sum()))].tolist())
+    examples: dict[int, Example] = {}  # by record
+    seen = division.duplicates.seen & keep if not options.drop else np.zeros(len(split), bool)
+    for table, numbers, done in _kept_records(paths, division, rejects):
         for name, counted in statistics.items():
             if f"part:{name}" in table.column_names:
                 counted.add(table, name)
@@ -594,16 +627,15 @@ def _write_records(
             ["id", "source", *(name.removeprefix("part:") for name in parts)]
         )
         rows = rows.append_column("seen", pa.array(seen[numbers]))
-        for n in wanted.intersection(numbers.tolist()):
-            row = rows.slice(n - int(numbers[0]) if len(numbers) == numbers[-1] - numbers[0] + 1 else
-                             int(np.searchsorted(numbers, n)), 1).to_pylist()[0]  # fmt: skip
+        for number in shown.intersection(numbers.tolist()):
+            row = rows.slice(int(np.searchsorted(numbers, number)), 1).to_pylist()[0]
             cells = {name: row[name] for name in columns if row.get(name) is not None}
-            examples.append((int(rank[n]), Example(row["id"], SPLITS[split[n]], cells)))
-        for n, name in enumerate(SPLITS):
-            chosen = split[numbers] == n
+            examples[number] = Example(row["id"], SPLITS[split[number]], cells)
+        for place, name in enumerate(SPLITS):
+            chosen = split[numbers] == place
             if chosen.any():
                 shards[name].add(rows.filter(pa.array(chosen)))
-        options.progress("write", number, len(split))
+        options.progress("write", done, len(split))
     for writer in shards.values():
         writer.close()
     manifest = Manifest(
@@ -623,12 +655,41 @@ def _write_records(
         notes=[],
         warnings=[],
     )
-    return manifest, [example for _, example in sorted(examples, key=lambda entry: entry[0])]
+    return manifest, [examples[number] for number in sorted(examples, key=lambda number: int(rank[number]))]
+
+
+def _kept_records(
+    paths: list[Path], division: Division, rejects: _Rejects
+) -> Iterator[tuple[pa.Table, np.ndarray, int]]:
+    """Of each chunk the records that are written, their numbers among those that are used, and how many of these there
+    were so far. The others are rejected."""
+    place = number = 0  # among all records, and among those that are used
+    for path in paths:
+        table = _read(path)
+        here = division.used[place : place + len(table)]
+        for row in np.flatnonzero(~here).tolist():
+            id_, at = table["id"][row].as_py(), table["place"][row].as_py()
+            rejects.add(rejected(at, f"the id '{id_}' stands there twice; the first record is kept"))
+        place += len(table)
+        table = table.filter(pa.array(here))
+        numbers = np.arange(number, number + len(table))
+        number += len(table)
+        kept = division.keep[numbers]
+        for row in np.flatnonzero(~kept).tolist():
+            twin = division.duplicates.twin(int(numbers[row]))
+            rejects.add(rejected(table["place"][row].as_py(), f"left out of train: a near-duplicate of {twin}"))
+        yield table.filter(pa.array(kept)), numbers[kept], number
 
 
 def _warnings(
-    manifest: Manifest, overlap: dict[str, int], near: dict[str, int], rejects: _Rejects, duplicates: int, dropped: int
+    manifest: Manifest,
+    overlap: dict[SplitPair, int],
+    near: dict[SplitPair, int],
+    rejects: _Rejects,
+    duplicates: int,
+    dropped: int,
 ) -> list[str]:
+    """What may be amiss with the records of a dataset."""
     warnings = [f"No record for {split}." for split in SPLITS if not manifest.counts[split]]
     for name, lengths in manifest.statistics.items():
         alone = [label for label, count in (lengths.classes or {}).items() if count == 1]
@@ -636,16 +697,15 @@ def _warnings(
             some = ", ".join(f"'{label}'" for label in alone[:5])
             warnings.append(f"Column '{name}': {len(alone)} classes have one example only ({some}).")
     for pair, count in overlap.items():
-        later, earlier = pair.split("/")
-        warnings.append(f"{count} records of {later} hold the same media or text as records of {earlier}.")
+        warnings.append(f"{count} records of {pair.later} hold the same media or text as records of {pair.earlier}.")
     if dropped:
         warnings.append(f"{dropped} records were left out of train: val or test has near-duplicates of them.")
     for pair, count in near.items():
-        later, earlier = pair.split("/")
         warnings.append(
-            f"{count} records of {later} are near-duplicates of {'others of ' if later == earlier else ''}{earlier}: "
+            f"{count} records of {pair.later} are near-duplicates of "
+            f"{'others of ' if pair.later == pair.earlier else ''}{pair.earlier}: "
             "see duplicates.jsonl."
-            + (" To leave them out of train: --drop-near-duplicates." if earlier == "train" != later else "")
+            + (" To leave them out of train: --drop-near-duplicates." if pair.earlier == "train" != pair.later else "")
         )
     if duplicates:
         warnings.append(f"{duplicates} records repeat another one exactly: see duplicates.jsonl.")

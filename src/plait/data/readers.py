@@ -13,6 +13,7 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import IO
 
@@ -213,13 +214,71 @@ def _pieces(path: Location, name: str, borders: list[int]) -> Iterator[tuple[int
 # --- media in folders -------------------------------------------------------------------------------------------
 
 
+@dataclass
+class _MediaFiles:
+    """Media files as records: one for each stem.
+
+    Attributes:
+        tree: The source.
+        stems: Stem -> kind -> file.
+        folders: What the files' folders say.
+        classes: Stem -> the label that its folder names.
+        labelled: Whether folders are labels.
+        pattern: Whose named groups are further texts.
+    """
+
+    tree: Tree
+    stems: dict[str, dict[str, str]]
+    folders: Folders
+    classes: dict[str, str | None]
+    labelled: bool
+    pattern: re.Pattern[str] | None
+
+    def record(self, stem: str) -> Item:
+        """The record of a stem, but for the text beside it."""
+        files = self.stems[stem]
+        first = next(iter(files.values()))
+        split = self.folders.split(first)
+        parts: dict[str, str | Media] = {kind: self.tree.media(kind, name) for kind, name in files.items()}
+        if self.labelled and (label := self.classes[stem]) is not None:
+            parts["label"] = label
+        if self.pattern:
+            match = self.pattern.search(first)
+            if not match:
+                return Rejected(first, None, "its name does not match the pattern")
+            for column, value in match.groupdict().items():
+                if column == "split":
+                    split = split_name(value or "") or split
+                elif value:
+                    parts[column] = value
+        return Found(first, first, parts, split)
+
+    def read(self) -> Iterator[Item]:
+        """All records, with the texts beside them."""
+        for stem, files in self.stems.items():
+            item, text = self.record(stem), f"{stem}.txt"
+            self.tree.used.update(files.values())
+            if isinstance(item, Found) and text in self.tree.files and "text" not in item.parts:
+                self.tree.used.add(text)
+                try:
+                    with open_text(self.tree.files[text], text, "strict") as file:
+                        words = file.read(LIMITS.file_bytes).strip()
+                except DAMAGED as error:
+                    raise_if_passing(error, text)
+                    yield Rejected(text, None, f"the text cannot be read: {error}")
+                    continue
+                if words:
+                    item.parts["text"] = words
+            yield item
+
+
 def plan_media(tree: Tree, pattern: re.Pattern[str] | None) -> Plan | None:
     """Media files -> records: one for each stem, with its same-stem `.txt` as `text`, its folder as `label`, and
     the named groups of `pattern` as further texts."""
     kinds = {name: kind for name in tree.files if (kind := tree.kind(name))}
     if not kinds:
         return None
-    stems: dict[str, dict[str, str]] = {}  # stem -> kind -> file
+    stems: dict[str, dict[str, str]] = {}
     for name, kind in kinds.items():
         stem = name.removesuffix(_ending(name))
         key = stem if kind not in stems.get(stem, {}) else name
@@ -228,60 +287,22 @@ def plan_media(tree: Tree, pattern: re.Pattern[str] | None) -> Plan | None:
     folders = Folders(kinds)
     classes = {stem: folders.label(next(iter(files.values()))) for stem, files in stems.items()}
     labelled = "label" not in groups and len({c for c in classes.values() if c}) > 1
-    columns: dict[str, str] = {}
-    for kind in MEDIA:
-        if kind in kinds.values():
-            columns[kind] = kind
+    columns = {kind: kind for kind in MEDIA if kind in kinds.values()}
     if any(f"{stem}.txt" in tree.files for stem in stems):
         columns["text"] = "text"
     for column in (["label"] if labelled else []) + [group for group in groups if group != "split"]:
         if column in (*MEDIA, *RESERVED):
             raise PlaitError(f"The pattern's group '{column}' has the name of another column. Rename the group.")
         columns[column] = "text"
-
-    def records() -> Iterator[tuple[Item, str]]:
-        for stem, files in stems.items():
-            first = next(iter(files.values()))
-            split = folders.split(first)
-            parts: dict[str, str | Media] = {k: tree.media(k, name) for k, name in files.items()}
-            if labelled and (label := classes[stem]) is not None:
-                parts["label"] = label
-            if pattern:
-                match = pattern.search(first)
-                if not match:
-                    yield Rejected(first, None, "its name does not match the pattern"), stem
-                    continue
-                for column, value in match.groupdict().items():
-                    if column == "split":
-                        split = split_name(value or "") or split
-                    elif value:
-                        parts[column] = value
-            yield Found(first, first, parts, split), stem
-
-    def read() -> Iterator[Item]:
-        for item, stem in records():
-            tree.used.update(stems[stem].values())
-            text = f"{stem}.txt"
-            if isinstance(item, Found) and text in tree.files and "text" not in item.parts:
-                tree.used.add(text)
-                try:
-                    with open_text(tree.files[text], text, "strict") as file:
-                        words = file.read(LIMITS.file_bytes).strip()
-                    if words:
-                        item.parts["text"] = words
-                except DAMAGED as error:
-                    raise_if_passing(error, text)
-                    yield Rejected(text, None, f"the text cannot be read: {error}")
-                    continue
-            yield item
-
-    given: Counter[str | None] = Counter(item.split for item, _ in records() if isinstance(item, Found))
+    files = _MediaFiles(tree, stems, folders, classes, labelled, pattern)
+    records = map(files.record, stems)
+    given: Counter[str | None] = Counter(item.split for item in records if isinstance(item, Found))
     notes = [f"{sum(k == kind for k in kinds.values())} {kind} files -> {kind}" for kind in MEDIA
              if kind in columns]  # fmt: skip
     notes += ["files of the same name ending in .txt -> text"] if "text" in columns else []
     notes += ["folder names -> label"] if labelled else []
     notes += [f"the pattern's groups -> {', '.join(groups)}"] if groups else []
-    return Plan(columns, given, read, notes, warnings=list(folders.notes.values()))
+    return Plan(columns, given, files.read, notes, warnings=list(folders.notes.values()))
 
 
 def _ending(name: str) -> str:

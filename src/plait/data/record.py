@@ -46,6 +46,16 @@ class Rejected(NamedTuple):
     line: int | None
     reason: str
 
+    @property
+    def summary(self) -> str:
+        """The reason without its details, by which rejections are counted."""
+        return summary(self.reason)
+
+
+def summary(reason: str) -> str:
+    """A reason without its details, which stand behind a colon: "cannot be read: no such file" is "cannot be read"."""
+    return reason.partition(":")[0][:80]
+
 
 def rejected(place: str, reason: str) -> Rejected:
     """The rejection of a record by its place, `file` or `file:line`."""

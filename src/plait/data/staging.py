@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from plait.core.errors import PlaitError
 from plait.core.system import OUT_OF_HEARING, processors, read_line
@@ -42,18 +42,20 @@ def stage(
     workers: int | None,
     progress: Callable[[int], None],
     known: Path | None = None,
+    engine: str = "local",
 ) -> list[Path]:
     """Check all items and return the files of their chunks in `folder`, in the order of the items (see work.py).
 
     Columns in `chats` hold conversations. `workers` is the number of processes: as many as there are processors where
     None, none where 0. `progress` is told how many records are done. `known` is the file of media that were decoded
-    before (see known.py); it saves work and changes nothing of what comes out.
+    before (see known.py); it saves work and changes nothing of what comes out. `engine` is "local", or "ray" for the
+    workers of a Ray cluster, as many as it has processors where `workers` is None.
     Raises PlaitError where a chunk cannot be written.
     """
     paths: list[Path] = []
     waiting: deque[tuple[Future[None] | None, int]] = deque()
-    wanted = processors() if workers is None else workers
-    pool = _Pool(wanted, folder)
+    pool = make_pool(engine, workers, folder)
+    wanted = pool.count
     done = 0
 
     def take() -> None:
@@ -150,7 +152,32 @@ def task_of(chunk: list[Item], options: Task) -> tuple[Task, list[bytes], str]:
     return {"items": items, **options}, blobs, digest.hexdigest()[:32]
 
 
-class _Pool:
+class Pool(Protocol):
+    """What checks chunks: a context manager."""
+
+    count: int  # chunks that are under work at a time
+
+    def __enter__(self) -> Pool: ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+    def submit(self, task: Task, blobs: list[bytes], here: bool = False) -> Future[None]:
+        """Check a chunk and write `task["out"]`; `here` in this process."""
+        ...
+
+
+def make_pool(engine: str, workers: int | None, folder: Path) -> Pool:
+    """The pool of an engine. Raises PlaitError for one that is not known or not installed."""
+    if engine == "ray":
+        from plait.data.ray_engine import RayPool
+
+        return RayPool(workers, folder)
+    if engine != "local":
+        raise PlaitError(f"There is no engine '{engine}'. Known are local and ray.")
+    return LocalPool(processors() if workers is None else workers, folder)
+
+
+class LocalPool:
     """Processes that check chunks, one for each thread that waits for them."""
 
     def __init__(self, count: int, folder: Path) -> None:
@@ -161,7 +188,7 @@ class _Pool:
         self._lock = threading.Lock()
         self._closed = False
 
-    def __enter__(self) -> _Pool:
+    def __enter__(self) -> LocalPool:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -180,7 +207,7 @@ class _Pool:
 
     def submit(self, task: Task, blobs: list[bytes], here: bool = False) -> Future[None]:
         if self.count and not here:
-            return self._threads.submit(self._run, task, blobs)
+            return self._threads.submit(self.run, task, blobs)
         future: Future[None] = Future()
         try:
             check_chunk(task, blobs)
@@ -208,7 +235,8 @@ class _Pool:
             self._all.append(process)
         return process, status
 
-    def _run(self, task: Task, blobs: list[bytes]) -> None:
+    def run(self, task: Task, blobs: list[bytes]) -> None:
+        """Check a chunk in a process; a record at which that crashes or hangs is refused, and the chunk begun anew."""
         faults: dict[str, str] = {}
         while True:
             process, status = getattr(self._own, "process", None) or self._start()
@@ -238,7 +266,7 @@ class _Pool:
         assert process.stdin is not None and process.stdout is not None
         try:
             send(process.stdin, task, blobs)
-            line = read_line(process, _hangs(status), 2.0)
+            line = read_line(process, _is_stuck(status), 2.0)
         except (OSError, ValueError):  # a pipe whose other end is gone
             line = b""
         if line is None:
@@ -250,18 +278,18 @@ class _Pool:
         return json.loads(line), ""
 
 
-def _hangs(status: Path) -> Callable[[], bool]:
+def _is_stuck(status: Path) -> Callable[[], bool]:
     """Whether the record that `status` names has been under work for too long, asked again and again."""
     last, since = b"", time.monotonic()
 
-    def hangs() -> bool:
+    def is_stuck() -> bool:
         nonlocal last, since
         now = status.read_bytes()
         if now != last:
             last, since = now, time.monotonic()
         return time.monotonic() - since > _PATIENCE
 
-    return hangs
+    return is_stuck
 
 
 def _unwritten(folder: Path, reason: str) -> PlaitError:

@@ -291,6 +291,40 @@ def _wanted(column_map: dict[str, str], known: set[str]) -> dict[str, tuple[str,
     return wanted
 
 
+@dataclass
+class _Columns:
+    """What becomes of the columns of all tables.
+
+    Attributes:
+        kinds: Name of a column of the dataset -> its kind.
+        notes: What each column of a table was taken for.
+        hints: What people may want to say.
+    """
+
+    kinds: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    hints: list[str] = field(default_factory=list)
+
+    def add(self, table: Table, name: str, column: Column) -> None:
+        """Column `name` of a table. Raises PlaitError where another table says something else."""
+        table.columns[name] = column
+        role, text = column.role, "text" if column.role == "each" else column.role
+        if role == "text" and not column.labels and _are_numbers(table.samples[name]):
+            self.hints.append(f"{table.file}: '{name}' holds numbers, read as texts. To predict them: --number {name}.")
+        shown = column.name if role != "media" else ", ".join(MEDIA)
+        self.notes.append(
+            f"{table.file}: {_printable(name) or 'a column without a name'} -> "
+            + (role if role in ("id", "split", "ignore") else f"{shown} ({text})")
+            + (f", several between '{column.separator}'" if column.separator else "")
+        )
+        for target, kind in _targets(column).items():
+            if self.kinds.setdefault(target, kind) != kind:
+                raise PlaitError(
+                    f"{table.file}: column '{name}' is {kind}, but '{target}' is {self.kinds[target]} elsewhere. "
+                    f"Give it another name: --map {kind}={name}:NAME."
+                )
+
+
 def plan_tables(tree: Tree, column_map: dict[str, str], labels: dict[str, list[str]]) -> Plan | None:
     """The tables of a source as one plan, or None where there is none.
 
@@ -305,43 +339,7 @@ def plan_tables(tree: Tree, column_map: dict[str, str], labels: dict[str, list[s
     # What Hugging Face's save_to_disk says about its tables; it holds no records.
     if any(table.file.endswith(".arrow") for table in tables):
         tree.used.update(name for name in tree.files if name.rpartition("/")[2] in _BOOKS)
-    known = {column for table in tables for column in table.samples}
-    wanted = _wanted(column_map, known)
-    columns: dict[str, str] = {}
-    notes: list[str] = []
-    hints: list[str] = []
-    for table in tables:
-        for column, values in table.samples.items():
-            asked = wanted.get(column)
-            role = asked[0] if asked else _recognise(tree, table.file, column, values)
-            name = (asked[1] if asked else None) or _target(column, role, set(table.samples))
-            names = labels.get(name) or labels.get(column) or table.class_names.get(column)
-            separator = _separator(values) if role == "labels" else None
-            table.columns[column] = Column(role, name, names, separator)
-            if role == "text" and not names and _are_numbers(values):
-                hints.append(
-                    f"{table.file}: '{column}' holds numbers, read as texts. To predict them: --number {column}."
-                )
-            shown = name if role != "media" else ", ".join(MEDIA)
-            notes.append(
-                f"{table.file}: {_printable(column) or 'a column without a name'} -> "
-                + (role if role in ("id", "split", "ignore") else f"{shown} ({'text' if role == 'each' else role})")
-                + (f", several between '{separator}'" if separator else "")
-            )
-            for target, kind in _targets(table.columns[column]).items():
-                if columns.setdefault(target, kind) != kind:
-                    raise PlaitError(
-                        f"{table.file}: column '{column}' is {kind}, but '{target}' is {columns[target]} elsewhere. "
-                        f"Give it another name: --map {kind}={column}:NAME."
-                    )
-    if len(columns) > _COLUMNS:
-        raise PlaitError(
-            f"{tables[0].file}: {len(columns)} columns, more than {_COLUMNS}. If it is a table of records, leave some "
-            "columns out of it."
-        )
-    unknown = set(labels) - known - set(columns)
-    if unknown:
-        raise PlaitError(f"Labels for '{sorted(unknown)[0]}': there is no such column. Columns: {', '.join(columns)}.")
+    columns = _plan_columns(tree, tables, column_map, labels)
 
     def read() -> Iterator[Item]:
         for table in tables:
@@ -352,23 +350,62 @@ def plan_tables(tree: Tree, column_map: dict[str, str], labels: dict[str, list[s
                 else:
                     yield from _record(tree, table, line, row)
 
+    by_role: dict[str, set[str]] = {"chat": set(), "labels": set(), "number": set()}
+    for table in tables:
+        for column in table.columns.values():
+            by_role.setdefault(column.role, set()).add(column.name)
+    return Plan(
+        dict(sorted(columns.kinds.items(), key=lambda item: KINDS.index(item[1]))),
+        _given(tables),
+        read,
+        list(dict.fromkeys(columns.notes)),
+        chats=sorted(by_role["chat"]),
+        multi_label=sorted(by_role["labels"]),
+        numbers=sorted(by_role["number"]),
+        warnings=[
+            *(f"{table.file}: {note}." for table in tables for note in table.notes),
+            *splits.notes,
+            *splits.folders.notes.values(),
+            *columns.hints,
+        ],
+    )
+
+
+def _plan_columns(
+    tree: Tree, tables: list[Table], column_map: dict[str, str], labels: dict[str, list[str]]
+) -> _Columns:
+    """What each column of the tables is: as the map says, else as its name and values do. Raises PlaitError."""
+    known = {column for table in tables for column in table.samples}
+    wanted = _wanted(column_map, known)
+    columns = _Columns()
+    for table in tables:
+        for column, values in table.samples.items():
+            asked = wanted.get(column)
+            role = asked[0] if asked else _recognise(tree, table.file, column, values)
+            name = (asked[1] if asked else None) or _target(column, role, set(table.samples))
+            names = labels.get(name) or labels.get(column) or table.class_names.get(column)
+            separator = _separator(values) if role == "labels" else None
+            columns.add(table, column, Column(role, name, names, separator))
+    if len(columns.kinds) > _COLUMNS:
+        raise PlaitError(
+            f"{tables[0].file}: {len(columns.kinds)} columns, more than {_COLUMNS}. If it is a table of records, leave "
+            "some columns out of it."
+        )
+    if unknown := set(labels) - known - set(columns.kinds):
+        raise PlaitError(
+            f"Labels for '{sorted(unknown)[0]}': there is no such column. Columns: {', '.join(columns.kinds)}."
+        )
+    return columns
+
+
+def _given(tables: list[Table]) -> Counter[str | None]:
+    """How many records the tables give to each split, None for those that leave it open."""
     given: Counter[str | None] = Counter()
     for table in tables:
         lists = [v for key, c in table.columns.items() if c.role == "each" for v in table.samples[key]]
         many = sum(len(v) if isinstance(v, list) else 1 for v in lists) / len(lists) if lists else 1.0
         given.update({of: round(count * many) for of, count in table.given.items()})
-    ordered = dict(sorted(columns.items(), key=lambda item: KINDS.index(item[1])))
-    chats = {c.name for table in tables for c in table.columns.values() if c.role == "chat"}
-    warnings = [f"{table.file}: {note}." for table in tables for note in table.notes]
-    warnings += [*splits.notes, *splits.folders.notes.values(), *hints]
-    of_role = {
-        role: sorted({c.name for table in tables for c in table.columns.values() if c.role == role})
-        for role in ("labels", "number")
-    }
-    return Plan(
-        ordered, given, read, list(dict.fromkeys(notes)), chats=sorted(chats), multi_label=of_role["labels"],
-        numbers=of_role["number"], warnings=warnings,
-    )  # fmt: skip
+    return given
 
 
 def _printable(name: str) -> str:

@@ -8,6 +8,7 @@ from plait.classifiers.numbers import Numbers, apply_ridge, fit_ridge
 from plait.classifiers.several import SeveralLabels, f1_scores, macro_f1, micro_f1
 from plait.evaluation import metrics
 from plait.evaluation.context import EvalContext
+from plait.evaluation.keys import Direction
 from plait.evaluation.predictors import as_matrix, read_examples
 
 MOST_ALTERNATIVE = 4000  # training records of the simple alternative
@@ -34,7 +35,7 @@ def _several(context: EvalContext, one: SeveralLabels) -> None:
     )
     if not inputs:
         return
-    direction = f"{one.source}-{one.target}"
+    direction = Direction(one.source, one.target)
     truth = as_matrix(answers, one.labels)
     chances = one.probabilities(inputs)
     said = chances >= one.thresholds
@@ -53,7 +54,7 @@ def _several(context: EvalContext, one: SeveralLabels) -> None:
                  chance=micro_f1(truth, every), n=n)  # fmt: skip
     context.keep("recognition", direction, "exact", float((truth == said).all(1).mean()), n=n)
     for label, value, count in zip(one.labels, f1_scores(truth, said), truth.sum(0), strict=True):
-        context.keep("recognition", direction, f"f1[{label}]", float(value), n=int(count))
+        context.keep("recognition", direction, "f1", float(value), n=int(count), label=label)
     believed = np.where(chances >= 0.5, chances, 1 - chances).ravel()
     right = ((chances >= 0.5) == truth).ravel()
     context.keep("recognition", direction, "ece", metrics.calibration(believed, right)[0], n=n)
@@ -66,7 +67,7 @@ def _numbers(context: EvalContext, one: Numbers) -> None:
     _, inputs, answers = read_examples(model, dataset, *given, context.split, limits.records, context.seed)
     if len(inputs) < 2:
         return
-    direction = f"{one.source}-{one.target}"
+    direction = Direction(one.source, one.target)
     truth, said = np.array(answers, float), one.predict(inputs)
     off = np.abs(truth - said)
     _, some, known = read_examples(model, dataset, *given, "train", MOST_ALTERNATIVE, context.seed)

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from plait.core.errors import PlaitError
 from plait.core.features import ExtensionPoint
 from plait.core.rng import uniform
 from plait.data.dataset import Dataset
-from plait.evaluation.findings import Findings, Metric, Metrics, ReportItem
+from plait.evaluation.findings import Findings, ReportItem
+from plait.evaluation.keys import TIMING, Direction, MetricKey, Metrics
 from plait.evaluation.reference_classifier import ReferenceClassifier, fit_classifier
 from plait.inference.model import PlaitModel
 from plait.modalities.base import MediaModality
@@ -76,13 +77,13 @@ class LabelClassifier:
     columns: list[str]  # label columns it tells apart
     classes: list[tuple[str | None, ...]]  # a label or None for each of them
 
-    def says(self, features: Tensor, column: str) -> tuple[list[str | None], np.ndarray]:
+    def predicted_labels(self, features: Tensor, column: str) -> tuple[list[str | None], np.ndarray]:
         """The label that each sample has in a column, None where it looks like one of another; and features."""
         probabilities, hidden = self.judge(features)
         place = self.columns.index(column)
         return [self.classes[i][place] for i in probabilities.argmax(1)], hidden
 
-    def among(self, features: Tensor, column: str, labels: list[str]) -> np.ndarray:
+    def predict_among(self, features: Tensor, column: str, labels: list[str]) -> np.ndarray:
         """The index of the likeliest label of a column, (N,)."""
         probabilities, _ = self.judge(features)
         place = self.columns.index(column)
@@ -105,7 +106,7 @@ class EvalContext:
     limits: Limits
     reference_seconds: float
     progress: Progress
-    metrics: Metrics = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=Metrics)
     findings: Findings = field(default_factory=Findings)
 
     def __post_init__(self) -> None:
@@ -139,15 +140,28 @@ class EvalContext:
         self._read: dict[tuple[str, str], Media] = {}
         self._embedded: dict[str, np.ndarray] = {}
         self._rebuilt: dict[tuple[str, str], list[np.ndarray]] = {}
-        self._critics: dict[tuple[str, tuple[str, ...]], LabelClassifier] = {}
+        self._label_classifiers: dict[tuple[str, tuple[str, ...]], LabelClassifier] = {}
 
     def modality(self, column: str) -> MediaModality:
         return self.media[self.columns[column]]
 
-    def keep(self, task: str, direction: str, name: str, value: float, **more: float | None) -> None:
-        """Note a figure: stderr, chance, baseline and n may be given."""
-        metric: Metric = {"value": value, "stderr": None, "chance": None, "baseline": None, "n": None, **more}
-        self.metrics[f"{task}/{direction}/{name}"] = metric
+    def keep(
+        self,
+        task: str,
+        direction: Direction,
+        metric: str,
+        value: float,
+        *,
+        label: str | None = None,
+        clean: bool = False,
+        stderr: float | None = None,
+        chance: float | None = None,
+        baseline: float | None = None,
+        n: int | None = None,
+    ) -> None:
+        """Note a figure; arguments as in `MetricKey` and `Metrics.keep`."""
+        key = MetricKey(task, direction, metric, label, clean)
+        self.metrics.keep(key, value, stderr=stderr, chance=chance, baseline=baseline, n=n)
 
     def note(self, text: str) -> None:
         if text not in self.findings.notes:
@@ -164,7 +178,7 @@ class EvalContext:
         """In an order that is a function of the seed."""
         return indices[np.argsort(uniform(self.seed, 21, indices), kind="stable")]
 
-    def chosen(self, indices: np.ndarray, most: int) -> np.ndarray:
+    def draw(self, indices: np.ndarray, most: int) -> np.ndarray:
         """At most so many, drawn by the seed, ascending."""
         return np.sort(self.shuffled(indices)[:most])
 
@@ -200,6 +214,26 @@ class EvalContext:
     def with_text(self, media: Media, column: str) -> Media:
         """Those whose record has a text in this column."""
         return media.only(np.array([self.texts[column][i] is not None for i in media.indices], bool))
+
+    def pairs(self, source: str, target: str, split: str) -> Media:
+        """Inputs of a column whose record has a text in the other; texts are kept as their record's number alone."""
+        if source in self.media_columns:
+            return self.with_text(self.samples(source, split), target)
+        present = [i for i in self.dataset.indices(split) if self.texts[source][i] is not None]
+        media = self.with_text(Media(np.array(present, np.int64), [np.empty(0)] * len(present)), target)
+        return media.only(self.draw(np.arange(len(media)), self.limits.records))
+
+    def inputs(self, source: str, media: Media) -> list[Sequence]:
+        """What the model reads of these records, as sequences."""
+        if source in self.media_columns:
+            return self.contexts(source, media)
+        return [self.text_sequence(self.texts[source][i]) for i in media.indices]
+
+    def raw_inputs(self, source: str, media: Media) -> list[Any]:
+        """Samples, or texts."""
+        if source in self.media_columns:
+            return list(media.samples)
+        return [self.texts[source][i] for i in media.indices]
 
     def text_sequence(self, text: str) -> Sequence:
         """A text as context, cut as training cuts it."""
@@ -259,9 +293,15 @@ class EvalContext:
         exhibit = self.modality(column).exhibit(sample)
         return ReportItem(caption, image=exhibit.image, audio=exhibit.audio, right=right)
 
+    def exhibit_input(self, source: str, media: Media, place: int) -> ReportItem:
+        """What one of these records has in a column."""
+        if source in self.media_columns:
+            return self.exhibit(source, media.samples[place])
+        return ReportItem(text=self.texts[source][media.indices[place]])
+
     # --- judges -------------------------------------------------------------------------------------------------
 
-    def critic(self, media_column: str, column: str) -> LabelClassifier | None:
+    def label_classifier(self, media_column: str, column: str) -> LabelClassifier | None:
         """The judge of a media column that knows the labels of a text column; None where train has too few.
 
         Where label columns say the same of a record (a name in two languages), one judge serves them all.
@@ -271,13 +311,13 @@ class EvalContext:
         truth = [tuple(self.texts[c][i] for c in columns) for i in train.indices]
         joint = len(set(truth)) <= sum(len(self.labels[c]) for c in columns) + 1
         group = tuple(columns if joint else [column])
-        if (media_column, group) not in self._critics and column in group:
+        if (media_column, group) not in self._label_classifiers and column in group:
             share = self.reference_seconds / (1 if joint else len(columns))
             found = self._fit(media_column, group, share)
             if found is None:
                 return None
-            self._critics[media_column, group] = found
-        return self._critics.get((media_column, group))
+            self._label_classifiers[media_column, group] = found
+        return self._label_classifiers.get((media_column, group))
 
     def _fit(self, media_column: str, group: tuple[str, ...], seconds: float) -> LabelClassifier | None:
         train, modality = self.samples(media_column, "train"), self.modality(media_column)
@@ -309,8 +349,8 @@ class EvalContext:
             device=self.device,
         )
         name = media_column if len(group) > 1 or len(self.labels) == 1 else f"{media_column}_{group[0]}"
-        self.keep("timing", f"judge_{name}", "seconds", judge.seconds)
-        self.keep("timing", f"judge_{name}", "steps", judge.steps)
+        self.keep(TIMING, Direction(f"judge_{name}"), "seconds", judge.seconds)
+        self.keep(TIMING, Direction(f"judge_{name}"), "steps", judge.steps)
         return LabelClassifier(judge, list(group), classes)
 
 
@@ -322,7 +362,7 @@ class Timer:
 
     def lap(self, stage: str) -> None:
         now = time.perf_counter()
-        self.eval_context.keep("timing", stage, "seconds", now - self.start)
+        self.eval_context.keep(TIMING, Direction(stage), "seconds", now - self.start)
         self.start = now
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import IntEnum, auto
 
 import numpy as np
 
 from plait.evaluation.outcome import Outcome
-
-Metric = dict[str, float | None]  # value, stderr, chance, baseline, n; low and high of the 95 % interval
-Metrics = dict[str, Metric]  # "TASK/FROM-TO/METRIC" -> figure
 
 
 @dataclass
@@ -24,6 +22,18 @@ class ReportItem:
     beside: ReportItem | None = None
 
 
+class GalleryKind(IntEnum):
+    """What a gallery shows, in the order in which a report has them."""
+
+    MADE = auto()
+    WRITTEN = auto()
+    MEMORISED = auto()
+    RETRIEVAL = auto()
+    MISTAKES = auto()
+    CODEC = auto()
+    OTHER = auto()
+
+
 @dataclass
 class Gallery:
     """Rows of exhibits: a label and what was made for it, a query and what it found."""
@@ -31,6 +41,7 @@ class Gallery:
     title: str
     note: str
     rows: list[tuple[ReportItem, list[ReportItem]]]
+    kind: GalleryKind = GalleryKind.OTHER
 
 
 @dataclass

@@ -9,7 +9,8 @@ import numpy as np
 
 from plait.evaluation import metrics
 from plait.evaluation.context import EvalContext, LabelClassifier, Media, quotient_error
-from plait.evaluation.findings import Gallery, ReportItem
+from plait.evaluation.findings import Gallery, GalleryKind, ReportItem
+from plait.evaluation.keys import Direction
 from plait.modalities.fsq import FSQ
 
 REDRAWS = 20  # resamples for figures that are dear to take
@@ -26,11 +27,12 @@ def evaluate_codec(eval_context: EvalContext, column: str) -> None:
     name = modality.codec_metric
     values = modality.codec_errors(media.samples, rebuilt)
     value, error = metrics.mean_with_error(values, seed=eval_context.seed)
-    eval_context.keep("codec", column, name, value, stderr=error, n=len(values))
+    direction = Direction(column)
+    eval_context.keep("codec", direction, name, value, stderr=error, n=len(values))
     used, perplexity = metrics.code_use(np.concatenate(codes), FSQ(modality.codec.levels).size)
     count = sum(map(len, codes))
-    eval_context.keep("codec", column, "codes_used", used, n=count)
-    eval_context.keep("codec", column, "code_perplexity", perplexity, n=count)
+    eval_context.keep("codec", direction, "codes_used", used, n=count)
+    eval_context.keep("codec", direction, "code_perplexity", perplexity, n=count)
     shown = range(min(modality.shown, len(media)))
     items = []
     for i in shown:
@@ -38,12 +40,13 @@ def evaluate_codec(eval_context: EvalContext, column: str) -> None:
         exhibit.beside = eval_context.exhibit(column, rebuilt[i], "rebuilt")
         items.append(exhibit)
     note = "Real test samples, and the same after the codec: nothing that is made can be better than this."
-    eval_context.findings.galleries.append(Gallery(f"Codec: {column}", note, [(ReportItem(text=column), items)]))
+    rows = [(ReportItem(text=column), items)]
+    eval_context.findings.galleries.append(Gallery(f"Codec: {column}", note, rows, GalleryKind.CODEC))
 
 
 def evaluate_making(eval_context: EvalContext, label_column: str, media_column: str, total: int) -> None:
     """Samples for each label of a column: do they show it, are they varied, near to real ones, copies of training?"""
-    task, direction = eval_context.modality(media_column).making_task, f"{label_column}-{media_column}"
+    task, direction = eval_context.modality(media_column).making_task, Direction(label_column, media_column)
     train = eval_context.with_text(eval_context.samples(media_column, "train"), label_column)
     test = eval_context.with_text(eval_context.samples(media_column, eval_context.split), label_column)
     present = {eval_context.texts[label_column][i] for i in train.indices}
@@ -62,7 +65,7 @@ def evaluate_making(eval_context: EvalContext, label_column: str, media_column: 
         for results in eval_context.model.write(contexts, media_column, n=each, seed=eval_context.seed + start):
             made += results
     wanted = np.repeat(np.array(asked, object), each)
-    critic = eval_context.critic(media_column, label_column)
+    critic = eval_context.label_classifier(media_column, label_column)
     right: np.ndarray | None = None
     if critic is not None:
         right = _judged(eval_context, critic, task, label_column, media_column, made, wanted, train, test, len(labels))
@@ -83,10 +86,10 @@ def _judged(
     classes: int,
 ) -> np.ndarray:
     """Accuracy, diversity and Frechet distance in the judge's eyes; returns which samples it sees as asked."""
-    direction, seed = f"{label_column}-{media_column}", eval_context.seed
+    direction, seed = Direction(label_column, media_column), eval_context.seed
 
     def look(samples: list[np.ndarray], truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        said, hidden = critic.says(eval_context.features(media_column, samples), label_column)
+        said, hidden = critic.predicted_labels(eval_context.features(media_column, samples), label_column)
         return np.array([a == b for a, b in zip(said, truth, strict=True)], float), hidden
 
     truth = eval_context.texts[label_column][test.indices]
@@ -103,7 +106,7 @@ def _judged(
     share = accuracy / real_accuracy if real_accuracy else math.nan
     keep(task, direction, "judged_share", share, n=n, stderr=quotient_error(accuracy, error, real_accuracy, real_error))
     # Real samples of train serve as what perfect drawing would score, as many as were made.
-    some = eval_context.chosen(np.arange(len(train)), n)
+    some = eval_context.draw(np.arange(len(train)), n)
     _, other = look(train.only(some).samples, eval_context.texts[label_column][train.indices[some]])
     value = metrics.diversity(hidden, wanted, real_hidden, truth)
     error = _redrawn(lambda rows: metrics.diversity(hidden[rows], wanted[rows], real_hidden, truth), n, seed)
@@ -122,7 +125,7 @@ def _copies(
     eval_context: EvalContext,
     critic: LabelClassifier | None,
     task: str,
-    direction: str,
+    direction: Direction,
     made: list[np.ndarray],
     label_column: str,
     column: str,
@@ -135,7 +138,7 @@ def _copies(
     train = eval_context.with_text(eval_context.rebuilt(column, "train"), label_column)
     test = eval_context.with_text(eval_context.rebuilt(column, eval_context.split), label_column)
     most = max(eval_context.limits.cells // 4 // max(eval_context.features(column, train.samples[:1]).numel(), 1), 1)
-    places = eval_context.chosen(np.arange(len(train)), most)
+    places = eval_context.draw(np.arange(len(train)), most)
     features = [eval_context.features(column, samples) for samples in (train.only(places).samples, made, test.samples)]
     gallery, drawn, real = (f.flatten(1).numpy() for f in features)
     own, nearest = metrics.nearest(drawn, gallery)
@@ -148,7 +151,7 @@ def _copies(
 
 
 def _keep_copies(
-    eval_context: EvalContext, task: str, direction: str, name: str, own: np.ndarray, theirs: np.ndarray
+    eval_context: EvalContext, task: str, direction: Direction, name: str, own: np.ndarray, theirs: np.ndarray
 ) -> None:
     bound = np.quantile(theirs, 0.01)
     value, error = metrics.mean_with_error(own < bound, seed=eval_context.seed)
@@ -158,7 +161,7 @@ def _keep_copies(
 def _show(
     eval_context: EvalContext,
     task: str,
-    direction: str,
+    direction: Direction,
     column: str,
     made: list[np.ndarray],
     wanted: np.ndarray,
@@ -166,7 +169,7 @@ def _show(
     train: Media,
     nearest: np.ndarray,
 ) -> None:
-    rows, per_row = [], 6 if task == "drawing" else 1
+    rows, per_row = [], eval_context.modality(column).made_per_row
     for label in list(dict.fromkeys(wanted))[:10]:
         items = []
         for place in np.flatnonzero(wanted == label)[:per_row]:
@@ -174,7 +177,7 @@ def _show(
             exhibit.beside = eval_context.exhibit(column, train.samples[nearest[place]], "nearest")
             items.append(exhibit)
         rows.append((ReportItem(text=str(label)), items))
-    source, _, target = direction.partition("-")
     note = "The first of what was made for each label, none chosen, each beside the training sample nearest to it. "
     note += "" if right is None else "Green: the judge sees the label asked for; red: another."
-    eval_context.findings.galleries.append(Gallery(f"{task.capitalize()}: {source} → {target}", note, rows))
+    title = f"{task.capitalize()}: {direction.arrow}"
+    eval_context.findings.galleries.append(Gallery(title, note, rows, GalleryKind.MADE))

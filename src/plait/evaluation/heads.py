@@ -6,7 +6,7 @@ import numpy as np
 
 from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
-from plait.evaluation.findings import Metrics
+from plait.evaluation.keys import Direction, MetricKey, Metrics
 from plait.hf.heads import HeadModel
 
 
@@ -28,13 +28,15 @@ def measure_head(model: HeadModel, dataset: Dataset, split: str, limit: int | No
     wanted = np.array(truth)
     right = said == wanted
     frequent = max((wanted == label).mean() for label in set(truth))
-    name = f"recognition/{source}-{target}"
     count, chance = len(truth), 1 / len(model.head.labels)
     error = float(right.std() / count**0.5)
+    direction, figures = Direction(source, target), Metrics()
+    figures.keep(
+        MetricKey("recognition", direction, "accuracy"), float(right.mean()), stderr=error, chance=chance,
+        baseline=float(frequent), n=count,
+    )  # fmt: skip
     macro = float(f1_score(wanted, said, average="macro"))
-    return {
-        f"{name}/accuracy": {
-            "value": float(right.mean()), "stderr": error, "chance": chance, "baseline": float(frequent), "n": count,
-        },
-        f"{name}/macro_f1": {"value": macro, "stderr": error, "chance": chance, "baseline": chance, "n": count},
-    }  # fmt: skip
+    figures.keep(
+        MetricKey("recognition", direction, "macro_f1"), macro, stderr=error, chance=chance, baseline=chance, n=count
+    )
+    return figures

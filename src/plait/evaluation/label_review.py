@@ -28,14 +28,27 @@ DRAW = 331  # key of `uniform`
 
 
 @dataclass(frozen=True)
-class LabelSuspect:
-    """A label that is likely wrong.
+class ReviewedRecord:
+    """Which record an entry of a review is about.
 
     Attributes:
         record: the record's number in its dataset.
         id: the record's id.
         source: the file (and line) that it came from.
         split: train, val or test.
+    """
+
+    record: int
+    id: str
+    source: str
+    split: str
+
+
+@dataclass(frozen=True)
+class LabelSuspect(ReviewedRecord):
+    """A label that is likely wrong.
+
+    Attributes:
         label: the label as it is given.
         suggested: the likeliest label.
         probability: of the given label, by models that have not seen it.
@@ -44,10 +57,6 @@ class LabelSuspect:
         likely: whether the suggested label is believed as much as it is at records that bear it.
     """
 
-    record: int
-    id: str
-    source: str
-    split: str
     label: str
     suggested: str
     probability: float
@@ -57,24 +66,16 @@ class LabelSuspect:
 
 
 @dataclass(frozen=True)
-class LabelCandidate:
+class LabelCandidate(ReviewedRecord):
     """A record without a label that is worth labelling.
 
     Attributes:
-        record: the record's number in its dataset.
-        id: the record's id.
-        source: the file (and line) that it came from.
-        split: train, val or test.
         guess: the likeliest label.
         probability: of the guess.
         ood_score: in [0, 1]: how unlike the validation records it looks.
         score: how uncertain the answer is, in [0, 1]: 1 minus the distance of the two likeliest labels.
     """
 
-    record: int
-    id: str
-    source: str
-    split: str
     guess: str
     probability: float
     ood_score: float

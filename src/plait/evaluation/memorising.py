@@ -8,7 +8,8 @@ import numpy as np
 
 from plait.evaluation import metrics
 from plait.evaluation.context import EvalContext
-from plait.evaluation.findings import Gallery, ReportItem
+from plait.evaluation.findings import Gallery, GalleryKind, ReportItem
+from plait.evaluation.keys import Direction
 from plait.inference import scoring
 from plait.modalities.text import words
 from plait.model.multimodal import Sequence
@@ -71,7 +72,9 @@ def pieces(texts: list[str]) -> list[str]:
     return [piece for piece in found if piece.strip()]
 
 
-def evaluate_texts(eval_context: EvalContext, name: str, column: str, written: list[str], real: list[str]) -> None:
+def evaluate_texts(
+    eval_context: EvalContext, direction: Direction, column: str, written: list[str], real: list[str]
+) -> None:
     """How much of what was written stands word for word in train, beside the same of real texts of the split.
 
     Keeps the share of runs of `RUN` words, and the share of texts whose longest run out of train is longer than in 99 %
@@ -88,18 +91,18 @@ def evaluate_texts(eval_context: EvalContext, name: str, column: str, written: l
             np.array([f.sum() for f in flags]), np.array([len(f) for f in flags]), seed=eval_context.seed
         )
         eval_context.keep(
-            "memorising", name, "verbatim", value, stderr=error, baseline=float(np.concatenate(ground).mean()),
+            "memorising", direction, "verbatim", value, stderr=error, baseline=float(np.concatenate(ground).mean()),
             n=sum(map(len, flags)),
         )  # fmt: skip
     mine, other = (np.array([runs.longest(piece) for piece in some]) for some in (own, theirs))
     bound = np.quantile(other, 0.99)
     value, error = metrics.mean_with_error(mine > bound, seed=eval_context.seed)
     base = float((other > bound).mean())
-    eval_context.keep("memorising", name, "near_texts", value, stderr=error, baseline=base, n=len(mine))
+    eval_context.keep("memorising", direction, "near_texts", value, stderr=error, baseline=base, n=len(mine))
     worst = np.argsort(-mine, kind="stable")[:4]
     rows = [(ReportItem(text=f"{mine[i] * 100:.0f} % in one run"), [ReportItem(text=own[i])]) for i in worst]
     note = "The written texts that share the longest run of words with a training text, as a share of their words."
-    eval_context.findings.galleries.append(Gallery(f"Memorised: {name}", note, rows))
+    eval_context.findings.galleries.append(Gallery(f"Memorised: {direction}", note, rows, GalleryKind.MEMORISED))
 
 
 def evaluate_canaries(eval_context: EvalContext) -> None:
@@ -112,7 +115,7 @@ def evaluate_canaries(eval_context: EvalContext) -> None:
         return
     count, seed, column = planted["count"], planted["seed"], planted["column"]
     others = [canary(seed, 1_000_000 + i) for i in range(OTHERS)]
-    told = _told(eval_context, [canary(seed, number) for number in range(count)] + others, column)
+    told = _log_likelihoods(eval_context, [canary(seed, number) for number in range(count)] + others, column)
     own, reference = told[:count], told[count:]
 
     center, spread = float(reference.mean()), float(reference.std(ddof=1))
@@ -125,10 +128,8 @@ def evaluate_canaries(eval_context: EvalContext) -> None:
         found = [exposure(own[number]) for number in range(count) if times(number) == often]
         if found:
             value, error = metrics.mean_with_error(np.array(found), seed=eval_context.seed)
-            eval_context.keep(
-                "memorising", f"canaries planted {often} times", "exposure", value, stderr=error, chance=blank,
-                n=len(found),
-            )  # fmt: skip
+            direction, n = Direction(f"canaries planted {often} times"), len(found)
+            eval_context.keep("memorising", direction, "exposure", value, stderr=error, chance=blank, n=n)
 
 
 def _bits_beyond(z: float) -> float:
@@ -138,7 +139,7 @@ def _bits_beyond(z: float) -> float:
     return (z * z / 2 + math.log(z * math.sqrt(2 * math.pi))) / math.log(2)  # erfc underflows
 
 
-def _told(eval_context: EvalContext, texts: list[str], column: str) -> np.ndarray:
+def _log_likelihoods(eval_context: EvalContext, texts: list[str], column: str) -> np.ndarray:
     """log P of each text alone in its column, in nats, (N,)."""
     model = eval_context.model
     vocabulary = model.checkpoint.model.vocabulary
@@ -146,4 +147,4 @@ def _told(eval_context: EvalContext, texts: list[str], column: str) -> np.ndarra
         Sequence().read_ids([vocabulary.opener(column)]).write([*model.checkpoint.text.encode(text), vocabulary.end])
         for text in texts
     ]
-    return np.array([found.sum() for found in scoring.told(model.engine, sequences, "text")])
+    return np.array([found.sum() for found in scoring.token_log_probs(model.engine, sequences, "text")])

@@ -156,7 +156,7 @@ class Continued:
             raise PlaitError("An answer has no tokens in this model. Give another.")
         self.place = self.texts.index(self.wanted) if self.wanted is not None else 0
         if self.wanted is None:
-            self.place = int(self._told([self._read(self.parts[0].text)])[0].argmax())
+            self.place = int(self._log_likelihoods([self._read(self.parts[0].text)])[0].argmax())
 
     @property
     def answer(self) -> str:
@@ -180,7 +180,7 @@ class Continued:
             logits: Tensor = self.model.model(input_ids=torch.tensor(contexts, device=self.model.device.torch)).logits
         return logits[:, -1].float()
 
-    def _told(self, contexts: list[list[int]]) -> np.ndarray:
+    def _log_likelihoods(self, contexts: list[list[int]]) -> np.ndarray:
         """log P of each answer after each context, (N, answers)."""
         jobs = [(row, place) for row in range(len(contexts)) for place in range(len(self.ids))]
         found = np.zeros((len(contexts), len(self.ids)))
@@ -199,7 +199,7 @@ class Continued:
         return found
 
     def scores(self, inputs: list[list[Value]]) -> np.ndarray:
-        found = self._told([self._read(str(values[0] or "")) for values in inputs])
+        found = self._log_likelihoods([self._read(str(values[0] or "")) for values in inputs])
         return log_odds(found, self.place) if len(self.texts) > 1 else found[:, 0]
 
     def chances(self, scores: np.ndarray) -> np.ndarray:

@@ -126,7 +126,7 @@ class Grid:
 Part = Words | Grid
 
 
-def whole(parts: Sequence[Part]) -> list[Value]:
+def unmasked(parts: Sequence[Part]) -> list[Value]:
     """The values of parts from which nothing is taken."""
     return [part.text if isinstance(part, Words) else part.sample for part in parts]
 

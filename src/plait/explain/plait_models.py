@@ -13,7 +13,7 @@ from torch import Tensor
 
 from plait.core.errors import PlaitError
 from plait.core.interruption import pause_point
-from plait.explain.parts import Grid, Part, Path, Question, Value, Words, log_odds, whole
+from plait.explain.parts import Grid, Part, Path, Question, Value, Words, log_odds, unmasked
 from plait.inference import scoring
 from plait.inference.model import PlaitModel
 from plait.modalities.base import cells
@@ -112,7 +112,7 @@ def _asked(
 
 def _next_token(model: PlaitModel, parts: list[Part]) -> str:
     """The likeliest token after a text."""
-    logits = scoring.lens(model.engine, model.context([_given(part) for part in parts]))[-1]
+    logits = scoring.logit_lens(model.engine, model.context([_given(part) for part in parts]))[-1]
     for token in logits[: model.checkpoint.text.size].argsort(descending=True).tolist():
         text = model.checkpoint.text.decode([token])
         if text.strip() and "\ufffd" not in text:
@@ -171,7 +171,7 @@ class Asked(_Ours):
 
     def path(self) -> Path:
         model, network, place = self.model, self.model.checkpoint.model, self.model.device.torch
-        sequence = self.contexts([whole(self.parts)])[0]
+        sequence = self.contexts([unmasked(self.parts)])[0]
         batch = collate([sequence], network.media, network.vocabulary.pad).to(place)
         with torch.no_grad():
             table = network.token_embedding.table().float()
@@ -231,7 +231,9 @@ class Asked(_Ours):
     def layers(self) -> list[dict[str, Any]]:
         wanted = self.ids[self.place][0] if self.ids[self.place] else self.model.engine.spans["text"].end
         found = []
-        for number, logits in enumerate(scoring.lens(self.model.engine, self.contexts([whole(self.parts)])[0])):
+        for number, logits in enumerate(
+            scoring.logit_lens(self.model.engine, self.contexts([unmasked(self.parts)])[0])
+        ):
             chances = logits.softmax(-1)
             top = chances.topk(min(3, len(chances)))
             likeliest = [
@@ -303,7 +305,7 @@ class Made(_Ours):
         token_type = self.written.name
         ids = (self.codes + self.model.vocabulary.id_ranges[token_type][0]).tolist()
         sequences = [context.write(ids) for context in self.contexts(inputs)]
-        return np.stack(scoring.told(self.model.engine, sequences, token_type))
+        return np.stack(scoring.token_log_probs(self.model.engine, sequences, token_type))
 
     def scores(self, inputs: list[list[Value]]) -> np.ndarray:
         return np.asarray(self.by_code(inputs).sum(1))

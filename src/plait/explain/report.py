@@ -48,7 +48,7 @@ def as_json_of(found: Explanation) -> dict[str, Any]:
             "insertion": found.areas.insertion,
             "random_deletion": float(np.mean(found.areas.random_deletion)),
             "random_insertion": float(np.mean(found.areas.random_insertion)),
-            "random_maps_beaten": found.areas.beaten,
+            "beaten": found.areas.random_maps_beaten,
             "random_maps": len(found.areas.random_deletion),
         }
     if found.gap is not None:
@@ -165,7 +165,9 @@ def as_html(found: Explanation) -> str:
         lost=[(name, f"{lost:+.3f}") for name, lost in found.lost.items()],
         layers=[_layer(layer) for layer in found.layers],
         areas=_areas(found),
-        beaten=f"{found.areas.beaten} of {len(found.areas.random_deletion)}" if found.areas is not None else "",
+        beaten=f"{found.areas.random_maps_beaten} of {len(found.areas.random_deletion)}"
+        if found.areas is not None
+        else "",
         gap=_gap(found),
     )
 

@@ -19,10 +19,11 @@ from plait.core.dist import import_extra
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from plait.core.interruption import pause_point
-from plait.hf.hub import explained, find, no_safetensors, other_weights, quiet
+from plait.hf.hub import explained, find, no_safetensors, other_weights, parameters_of, quiet
 from plait.hf.sentences import BATCH, SentenceEncoder
 from plait.hf.speech import Segment, Speech
 from plait.inference.base import Model
+from plait.inference.memory import check_memory
 from plait.inference.results import Prediction, Predictions
 from plait.inference.sampling import Options
 from plait.modalities.audio_files import decode_audio, resample
@@ -53,15 +54,21 @@ def load_pretrained(name_or_folder: str | Path, device: str = "auto", precision:
     nothing that Plait asks for.
     """
     folder = find(name_or_folder)
+    return Pretrained(folder, str(name_or_folder), kind_of(folder), choose_device(device, precision))
+
+
+def kind_of(folder: Path) -> str:
+    """A key of VERBS: what a folder's model is, by its configuration.
+
+    Raises PlaitError where it is none of them, or its weights are not there as safetensors.
+    """
     config = read_json(folder / "config.json")
     if not (folder / "model.safetensors").is_file() and not (folder / "model.safetensors.index.json").is_file():
         raise PlaitError(no_safetensors(folder, other_weights(folder)))
-    transformers = import_extra("transformers", "huggingface", str(name_or_folder))
+    transformers = import_extra("transformers", "huggingface", str(folder))
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise PlaitError(f"{folder / 'config.json'} has no model_type. Fetch the model again.")
-    return Pretrained(
-        folder, str(name_or_folder), _kind(config, folder, transformers), choose_device(device, precision)
-    )
+    return _kind(config, folder, transformers)
 
 
 def _kind(config: dict[str, Any], folder: Path, transformers: Any) -> str:
@@ -102,6 +109,7 @@ class Pretrained(Model):
             "language": "AutoModelForCausalLM",
         }[kind]
         local = {"local_files_only": True, "trust_remote_code": False}
+        check_memory(parameters_of(folder), "fp32", folder, others=False)
         with explained(folder), quiet():
             self.model, info = getattr(transformers, auto).from_pretrained(
                 folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **local
@@ -193,9 +201,10 @@ class Pretrained(Model):
 
     def label_inputs(self, labels: list[str], template: str) -> Any:
         """The texts that stand for labels, as tensors."""
-        return self._texts([_sentence(label, template) for label in labels])
+        return self.text_inputs([_sentence(label, template) for label in labels])
 
-    def _texts(self, texts: list[str]) -> Any:
+    def text_inputs(self, texts: list[str]) -> Any:
+        """Texts as CLIP or SigLIP reads them, as tensors."""
         # SigLIP was trained on texts padded to its full length, without a mask.
         if hasattr(self.model, "logit_bias"):
             length = self.model.config.text_config.max_position_embeddings
@@ -222,7 +231,7 @@ class Pretrained(Model):
 
     def _contrastive(self, value: Any) -> Tensor:
         if isinstance(value, str):
-            result = self._run(self.model.get_text_features, **self._texts([value]))
+            result = self._run(self.model.get_text_features, **self.text_inputs([value]))
         else:
             pixels = self.processor(images=[read_image(value)], return_tensors="pt")
             result = self._run(self.model.get_image_features, **pixels)
@@ -246,10 +255,12 @@ class Pretrained(Model):
         wave = self._heard(medium_of(audio))
         return self._speech().text(wave, language, task, max_new_tokens)
 
-    def segments(self, audio: Any, language: str | None = None, task: str = "transcribe") -> list[Segment]:
-        """What is said when in an audio clip of any length."""
+    def segments(
+        self, audio: Any, language: str | None = None, task: str = "transcribe", words: bool = False
+    ) -> list[Segment]:
+        """What is said when in an audio clip of any length; with `words` also when each word is said."""
         self._can("transcribe")
-        return self._speech().segments(self._heard(medium_of(audio)), language, task)
+        return self._speech().segments(self._heard(medium_of(audio)), language, task, words)
 
     def _heard(self, audio: Any) -> np.ndarray:
         wave, rate = _audio(audio)

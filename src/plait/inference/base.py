@@ -226,8 +226,11 @@ class Model:
         several, and for one that translates into English the `task` "translate"."""
         raise self._lacks(Verb.TRANSCRIBE)
 
-    def segments(self, audio: Any, language: str | None = None, task: str = "transcribe") -> list[Any]:
-        """What is said when in an audio clip: `start`, `end` in seconds, `text`. For models that tell times."""
+    def segments(
+        self, audio: Any, language: str | None = None, task: str = "transcribe", words: bool = False
+    ) -> list[Any]:
+        """What is said when in an audio clip: `start`, `end` in seconds, `text`, and with `words` each word's times.
+        For models that tell times."""
         raise PlaitError(f"{self.name} does not tell times. Use a Whisper, or leave --times out.")
 
     def draw(

@@ -14,7 +14,7 @@ from plait.modalities.base import MediaModality, Vocabulary
 from plait.modalities.descriptor import MediaError
 from plait.modalities.inputs import plain_input
 from plait.modalities.media import MEDIA, kind_of_file
-from plait.modalities.video import Clip
+from plait.modalities.video_files import Clip
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import Sequence
 

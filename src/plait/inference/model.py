@@ -28,9 +28,10 @@ from plait.data.record import Record
 from plait.inference import scoring
 from plait.inference.base import Model, Verb
 from plait.inference.constrained import ConstraintCompiler, ConstraintError, TextConstraint
-from plait.inference.engine import Completion, Engine, Request
+from plait.inference.engine import Engine
 from plait.inference.inputs import Reading
 from plait.inference.opinions import ood_scores, opinion_scores
+from plait.inference.requests import Completion, Request
 from plait.inference.results import Estimate, Prediction, Predictions, Segment
 from plait.inference.sampling import Options, make_sampling
 from plait.inference.showcase import Shown, showcase
@@ -367,9 +368,13 @@ class PlaitModel(Reading, Model):
         texts = [row[0] for row in self.write([sequence for _, _, sequence in spoken], target, **options)]
         return joined(texts)
 
-    def segments(self, audio: Any, language: str | None = None, task: str = "transcribe") -> list[Segment]:
+    def segments(
+        self, audio: Any, language: str | None = None, task: str = "transcribe", words: bool = False
+    ) -> list[Segment]:
         """What is said when in an audio clip: the text of each window, from the middle of its overlap with the one
         before to that with the one behind it."""
+        if words:
+            raise PlaitError(f"{self.name} does not tell when each word is said. Use a Whisper, or leave words out.")
         self._check_speech(language, task)
         spoken = self.spoken(audio)
         target = self.column(None, "text", "transcribe")

@@ -36,11 +36,18 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Segment:
-    """Some words of a recording. `start` and `end` are seconds from its beginning."""
+    """Some words of a recording.
+
+    Attributes:
+        start, end: seconds from the recording's beginning.
+        text: what is said.
+        words: each word with its own times, where they were asked for.
+    """
 
     start: float
     end: float
     text: str
+    words: tuple[Segment, ...] = ()
 
 
 class Predictions(list[Prediction]):

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from plait.core.errors import ContextLengthError, PlaitError
 from plait.core.interruption import pause_point
-from plait.inference.engine import Engine, TopIds, top_ids
+from plait.inference.engine import Engine, top_ids
+from plait.inference.requests import TopIds
 from plait.kernels.linear import PackedLinear
+from plait.model.cross_entropy import negative_log_likelihood
 from plait.model.multimodal import IGNORE, Sequence, collate, embed_tokens
-from plait.model.objectives import negative_log_likelihood
 
 PLACES = 64  # of a prompt whose scores of the whole vocabulary exist at a time
 POSITIONS = 8192  # padded positions in one forward pass
@@ -120,7 +121,7 @@ def branches(
     return scores
 
 
-def lens(engine: Engine, context: Sequence) -> list[Tensor]:
+def logit_lens(engine: Engine, context: Sequence) -> list[Tensor]:
     """What each layer would say next, fp32 logits (text ids) each: its hidden state at the context's end through the
     final norm and the head; the embedding first, the last layer last (nostalgebraist, "the logit lens", 2020)."""
     model, found = engine.model, []
@@ -142,7 +143,7 @@ def lens(engine: Engine, context: Sequence) -> list[Tensor]:
     return found
 
 
-def told(engine: Engine, sequences: list[Sequence], token_type: str, most: int = 256) -> list[np.ndarray]:
+def token_log_probs(engine: Engine, sequences: list[Sequence], token_type: str, most: int = 256) -> list[np.ndarray]:
     """log P of each id that a sequence writes, all of one space, in nats: an array (ids,) each.
 
     Raises PlaitError where a sequence is longer than the model reads.

@@ -52,7 +52,7 @@ def showcase(model: PlaitModel, records: list[Record]) -> list[Shown]:
     written = [column for column in texts if column not in read_only]
     found = [shown for column in writable if texts for shown in _made(model, records, texts[0], column)]
     if media and written:
-        found += _told(model, records, media[0], written[0])
+        found += _written_answers(model, records, media[0], written[0])
     elif not media and written:
         found += _written(model, records, written)
     return found
@@ -68,7 +68,7 @@ def _made(model: PlaitModel, records: list[Record], source: str, column: str) ->
     ]
 
 
-def _told(model: PlaitModel, records: list[Record], source: str, target: str) -> list[Shown]:
+def _written_answers(model: PlaitModel, records: list[Record], source: str, target: str) -> list[Shown]:
     """What is written about media."""
     if target in model.labels and isinstance(model.modality(source).encoder, Recogniser):
         return []  # the encoder's own answers show

@@ -229,6 +229,10 @@ class CallPiece:
     done: bool = False
 
 
+_FENCE = re.compile(r"^```(?:json)?(?=\s|\{)\s*")  # of Markdown, in which models like to write JSON
+_HEAD = 512  # characters within which a call without a mark has told its name
+
+
 class ReplyParser:
     """Takes a reply piece by piece, and tells what is said from what is called."""
 
@@ -265,9 +269,16 @@ class ReplyParser:
 
     def _text(self, last: bool) -> list[TextPiece | CallPiece]:
         """Until a call begins. White space before one belongs to neither."""
+        bare = self._bare(last)
+        if bare is None:
+            return []
+        if bare:
+            self._state = self._call
+            return []
         buffer = self._buffer
         if not self.mark:
-            return self._bare(last)
+            self._buffer = ""
+            return self._say(buffer)
         place = buffer.find(self.mark)
         if place >= 0:
             self._buffer, self._state = buffer[place + len(self.mark) :], self._call
@@ -281,21 +292,22 @@ class ReplyParser:
         self._buffer = buffer[len(buffer) - keep :]
         return self._say(buffer[: len(buffer) - keep])
 
-    def _bare(self, last: bool) -> list[TextPiece | CallPiece]:
-        """Calls without a mark: the whole reply is one, or none."""
-        begins = self._buffer.lstrip()
-        if not self._said and (not begins or begins.startswith("{")):
-            if not last and self._head.match(self._buffer) is None and len(begins) < 512:
-                return []
-            if self._named():
-                self._state = self._call
-                return []
-        found, self._buffer = self._buffer, ""
-        return self._say(found)
+    def _bare(self, last: bool) -> bool | None:
+        """Whether the reply begins with the JSON of a call without a mark, in a fence or not; None while that is open.
 
-    def _named(self) -> bool:
-        found = self._head.match(self._buffer)
-        return found is not None and json.loads(found[1]) in self.names
+        Some templates spell calls so, and small models leave the mark out.
+        """
+        begins = self._buffer.lstrip()
+        if self._said or self._calls or begins[:1] not in ("", "{", "`"):
+            return False
+        inside = _FENCE.sub("", begins)
+        if (found := self._head.match(inside)) is not None:
+            if json.loads(found[1]) not in self.names:
+                return False
+            self._buffer = inside
+            return True
+        may_be = not inside or inside.startswith("{") or "```json".startswith(inside)
+        return None if may_be and not last and len(begins) < _HEAD else False
 
     def _say(self, text: str) -> list[TextPiece | CallPiece]:
         self._said |= bool(text)

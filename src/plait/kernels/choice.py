@@ -90,7 +90,7 @@ def question(what: str, kernel: str) -> Question:
 
 def choose(asked: Question, ways: Callable[[], Mapping[str, Mapping[str, Callable[[], object]]]]) -> Choice:
     """The answer from the cache, else by timing what `ways` gives: shape -> way -> a call to time."""
-    path = _folder() / f"{asked.key}.json"
+    path = choice_folder() / f"{asked.key}.json"
     known = _read(path)
     if known is None:
         seconds = {shape: _timed(calls) for shape, calls in ways().items()}
@@ -101,8 +101,9 @@ def choose(asked: Question, ways: Callable[[], Mapping[str, Mapping[str, Callabl
 
 
 def known_choices() -> list[Choice]:
-    """All answers in the cache that belong to this processor."""
-    choices = (_read(path) for path in sorted(_folder().glob("*.json")))
+    """All answers in the cache that belong to this processor, the newest first."""
+    newest_first = sorted(choice_folder().glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    choices = (_read(path) for path in newest_first)
     return [choice for choice in choices if choice is not None and choice.processor == processor()]
 
 
@@ -122,7 +123,8 @@ def _timed(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     return best
 
 
-def _folder() -> Path:
+def choice_folder() -> Path:
+    """Where the answers are kept, one file a question."""
     try:
         return cache_folder("choices")
     except RuntimeError:  # no home: measured anew by each process

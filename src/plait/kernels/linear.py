@@ -25,7 +25,7 @@ FORMATS = {name: number for number, name in enumerate(STORAGES)}  # as `Format` 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PANEL, GROUP = 32, 32
 SMALL = 2**22  # products of weights and rows for which a second thread does not pay
-CHUNK = 4096  # outputs that are laid out at a time: as much of them is held twice
+CHUNK = 512  # outputs that are laid out at a time: as much of them is held twice
 
 
 class LinearStruct(Structure):

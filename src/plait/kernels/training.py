@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from plait.core.device import Device
+from plait.core.device import Device, matmul_precision, product_precision
 from plait.kernels import build
 from plait.kernels.choice import KERNEL, PYTORCH, choose, question
 
@@ -322,21 +322,21 @@ def product(x: Tensor, w: Tensor) -> Tensor:
     return _product(x, w) if ours and min(*x.shape, *w.shape) >= FEWEST and multiplies() else x @ w
 
 
-_multiplying: dict[str, bool] = {}  # by torch's precision of fp32 products
+_multiplying: list[bool] = []  # the answer, once there is one
 
 
 def multiplies() -> bool:
-    """Whether products of training in fp32 are ours: measured once at a common shape, unless `multiply` has said it."""
-    precision = torch.get_float32_matmul_precision()
-    if precision not in _multiplying:
-        _multiplying[precision] = library() is not None and _ours_are_faster(precision)
-    return _multiplying[precision] and library() is not None
+    """Whether products of training in fp32 are ours: measured once at a common shape and the precision that training
+    has, unless `multiply` has said it. There is one answer: what is computed again for a gradient must go the same way.
+    """
+    if not _multiplying:
+        _multiplying[:] = [library() is not None and _ours_are_faster(product_precision())]
+    return _multiplying[0] and library() is not None
 
 
 def multiply(ours: bool) -> None:
     """Have products of training be ours or torch's, whatever was measured: as a run that goes on began."""
-    for precision in ("highest", "high", "medium"):
-        _multiplying[precision] = ours
+    _multiplying[:] = [ours]
 
 
 def _ours_are_faster(precision: str) -> bool:
@@ -347,7 +347,8 @@ def _ours_are_faster(precision: str) -> bool:
         return {shape: {KERNEL: lambda: _product(x, weight.t()), PYTORCH: lambda: x @ weight.t()}}
 
     name = build.kernel("training").name
-    return choose(question(f"training, products in fp32 at '{precision}'", name), ways).way(shape) == KERNEL
+    with matmul_precision(Device("cpu", torch.float32)):
+        return choose(question(f"training, products in fp32 at '{precision}'", name), ways).way(shape) == KERNEL
 
 
 class _Attend(torch.autograd.Function):
@@ -408,7 +409,7 @@ def attention(
     dropout: float,
 ) -> Tensor:
     """Causal attention from qkv (B, L, H + 2 K, E) of activations, (B, L, H, E): queries and keys normed (weights (E,))
-    and turned (by what `transformer.rotary` gives) where asked. Dropout takes chances, as PyTorch's generator seeds
+    and turned (by what `layers.rotary` gives) where asked. Dropout takes chances, as PyTorch's generator seeds
     it."""
     weights, turn = (
         tuple(part.float().contiguous() for part in some or ()) or (None, None) for some in (norms, rotary)

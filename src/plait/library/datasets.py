@@ -31,6 +31,7 @@ def prepare(
     recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
     seed: int = 0,
     workers: int | None = None,
+    engine: str = "local",
     near_duplicates: bool = True,
     drop_near_duplicates: bool = False,
     replace: bool = False,
@@ -51,6 +52,7 @@ def prepare(
         recipe: map, labels and pattern are taken from it where they are left out.
         seed: of the split.
         workers: processes that decode media; as many as there are processors if left out, 0 for none.
+        engine: "local", or "ray" for the workers of a Ray cluster, which read media by themselves.
         near_duplicates: look for records that are alike.
         drop_near_duplicates: leave out of train what val or test has too.
         replace: take the place of a dataset in `out` that was made from another source.
@@ -76,7 +78,7 @@ def prepare(
     with ProgressBar(progress) as bar:
         prepare_files(
             source, place, column_map=data.map or None, labels=data.labels or None, pattern=data.pattern,
-            recipe=data, seed=seed, workers=workers, near_duplicates=near_duplicates,
+            recipe=data, seed=seed, workers=workers, engine=engine, near_duplicates=near_duplicates,
             drop_near_duplicates=drop_near_duplicates, replace=replace, into=into, progress=bar,
         )  # fmt: skip
     if held:

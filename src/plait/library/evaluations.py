@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,7 +13,8 @@ from plait.core.files import write_atomic
 from plait.core.frames import data_frame, html_table
 from plait.core.progress import ProgressBar
 from plait.data.dataset import Dataset
-from plait.evaluation.findings import Findings, Metrics
+from plait.evaluation.findings import Findings
+from plait.evaluation.keys import TIMING, Direction, MetricKey, Metrics
 from plait.evaluation.metrics import interval
 from plait.library.runs import Run
 from plait.reports.metric_labels import metric_labels
@@ -63,15 +65,20 @@ class Evaluation(Mapping[str, Metric]):
         self.verdict = findings.verdict
         self._metrics = metrics
 
-    def __getitem__(self, name: str) -> Metric:
+    def __getitem__(self, name: str | MetricKey) -> Metric:
         metric = self._metrics[name]
         return Metric(*(metric.get(field) for field in Metric._fields))  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._metrics)
+        return map(str, self._metrics)
 
     def __len__(self) -> int:
         return len(self._metrics)
+
+    @property
+    def metric_keys(self) -> list[MetricKey]:
+        """The names of all figures, in their parts: task, direction, metric."""
+        return list(self._metrics)
 
     @property
     def report(self) -> Path:
@@ -89,18 +96,17 @@ class Evaluation(Mapping[str, Metric]):
 
     def headlines(self) -> dict[str, dict[str, Any]]:
         """The main figures, as `to_dict` has them: at most two of each task and direction."""
-        counts: dict[str, int] = {}
-        found = {}
-        for name in self.main():
-            direction, _, metric = name.rpartition("/")
-            if metric in metric_labels().headlines and counts.setdefault(direction, 0) < 2:
-                counts[direction] += 1
-                found[name] = self[name]._asdict()
-        return found
+        counts: Counter[tuple[str, Direction]] = Counter()
+        chosen = {}
+        for key in filter(metric_labels().is_headline, self._metrics):
+            counts[key.task, key.direction] += 1
+            if counts[key.task, key.direction] <= 2:
+                chosen[str(key)] = self[key]._asdict()
+        return chosen
 
     def main(self) -> list[str]:
         """The names of the figures of whole tasks, without those of single labels and times."""
-        return [name for name in self if "[" not in name and not name.startswith("timing/")]
+        return [str(key) for key in self._metrics if key.main]
 
     def __repr__(self) -> str:
         return f"Evaluation({str(self.folder)!r}, split={self.split!r}, {len(self)} figures)"
@@ -180,16 +186,15 @@ def evaluate(
     return Evaluation(folder, split, metrics, findings)
 
 
-PLAIN = ("language", "codec", "timing")  # tasks whose figures are no shares of 1
+PLAIN = ("language", "codec", TIMING)  # tasks whose figures are no shares of 1
 
 
 def add_intervals(metrics: Metrics) -> None:
     """The 95 % interval of every figure that has a standard error."""
-    for name, metric in metrics.items():
+    for key, metric in metrics.items():
         value, error = metric.get("value"), metric.get("stderr")
         if value is not None and error is not None and math.isfinite(value) and math.isfinite(error):
-            is_share = not name.startswith(PLAIN)
-            metric["low"], metric["high"] = interval(value, error, metric.get("n"), is_share)
+            metric["low"], metric["high"] = interval(value, error, metric.get("n"), key.task not in PLAIN)
 
 
 def _measure(

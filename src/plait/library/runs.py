@@ -14,6 +14,7 @@ from plait.core.config import LoraRecipe, Recipe, as_recipe, parse_recipe
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from plait.core.frames import data_frame, html_table
+from plait.core.objective import Objective, loss_column, losses_of_row
 from plait.core.progress import ProgressBar
 from plait.data.dataset import Dataset
 from plait.data.stores import read_place
@@ -24,6 +25,9 @@ from plait.training.run import Progress
 if TYPE_CHECKING:
     from plait.inference.base import Model
     from plait.library.evaluations import Evaluation
+
+
+STARTS = ("best", "scratch")
 
 
 class History(Sequence[dict[str, Any]]):
@@ -45,15 +49,15 @@ class History(Sequence[dict[str, Any]]):
     @property
     def objectives(self) -> list[str]:
         """The objectives that have losses, as `text`, `image`, `contrastive:image-text`."""
-        names = {name.removeprefix("loss/"): None for row in self.rows for name in row if name.startswith("loss/")}
-        return list(names)
+        return list(dict.fromkeys(name for row in self.rows for name in losses_of_row(row)))
 
     def losses(self, objective: str, split: str = "train") -> tuple[list[int], list[float]]:
         """Steps, and an objective's losses at them. Raises PlaitError for an objective that has none."""
         if objective not in self.objectives:
             raise PlaitError(f"There is no loss '{objective}'. There are {', '.join(self.objectives) or 'none'}.")
-        rows = [row for row in self.rows if row["split"] == split and f"loss/{objective}" in row]
-        return [row["step"] for row in rows], [row[f"loss/{objective}"] for row in rows]
+        column = loss_column(objective)
+        rows = [row for row in self.rows if row["split"] == split and column in row]
+        return [row["step"] for row in rows], [row[column] for row in rows]
 
     def to_pandas(self) -> Any:
         """All rows as a pandas DataFrame. Raises PlaitError where pandas is not installed."""
@@ -155,10 +159,13 @@ class Run:
 
     def describe(self) -> str:
         """What was decided, and how large the model is, in a few lines of text."""
+        from plait.hf.contrastive import describe_pairs
         from plait.hf.heads import TYPE, describe_head
         from plait.training.run import describe
 
         config = read_json(self.best / "config.json")
+        if self.metadata.get("size") == "pairs":
+            return describe_pairs(config)
         return describe_head(config) if config["model_type"] == TYPE else describe(self.folder)
 
     def model(self, device: str = "auto", precision: str = "auto") -> Model:
@@ -220,6 +227,8 @@ def train(
     batch_size: int | None = None,
     learning_rate: float | None = None,
     init_from: str | None = None,
+    start: str | None = None,
+    models: Sequence[str | Path] = (),
     freeze: Sequence[str] | None = None,
     lora: bool = False,
     replay: Mapping[str, float] | None = None,
@@ -249,6 +258,9 @@ def train(
         batch_size: records a step.
         learning_rate: peak of the schedule.
         init_from: a run, a checkpoint, or a Hugging Face name or folder to begin from.
+        start: "best" takes the best pretrained model on this machine that fits the data and the memory, "scratch" none;
+            left out, `tell` says which there is. Nothing is downloaded.
+        models: folders of models to look in, beside the Hugging Face cache.
         freeze: parts of it that stay as they are: encoder, backbone, token_embedding.
         lora: train low-rank updates of its backbone, and what is new.
         replay: further prepared datasets, and the share of each batch that comes from each.
@@ -288,18 +300,73 @@ def train(
         settings.training.steps = settings.training.max_minutes = None  # what is asked for here wins over a recipe
     if lora and settings.training.lora is None:
         settings.training.lora = LoraRecipe()
+    _check_start(start, settings.model.init_from)
     folder = Path(out).expanduser()
     with distributed.processes() as group, ProgressBar(progress if group.is_main else False) as bar:
         with group.main_first():
             data = open_or_prepare(dataset, folder / "data", settings, bar, allow_changes)
         say = tell if tell is not None and group.is_main else lambda line: None
+        if start != "scratch" and settings.model.init_from is None:
+            _choose_start(data, folder, settings, start, models, say)
         if settings.model.init_from is not None and _is_encoder(settings.model.init_from):
-            _fit_head(data, folder, settings, bar, device, allow_changes, say)
+            _train_on_encoder(data, folder, settings, bar, device, allow_changes, say)
             return Run(folder)
         if recipe is None or settings.training.task != "auto":  # a recipe without a task is taken as it is
             settings = _derived(data, settings, say)
         _fit(data, folder, settings, bar, device, allow_changes, group, callbacks, say)
     return Run(folder)
+
+
+def _check_start(start: str | None, init_from: str | None) -> None:
+    """Raises PlaitError for a start that is not known, or one beside `init_from`."""
+    if start is None:
+        return
+    if start not in STARTS:
+        raise PlaitError(f"There is no start '{start}'. Known are {' and '.join(STARTS)}.")
+    if init_from is not None:
+        raise PlaitError(f"start: {start} and init_from exclude each other: the second names the start itself.")
+
+
+def _choose_start(
+    dataset: Dataset,
+    folder: Path,
+    recipe: Recipe,
+    start: str | None,
+    models: Sequence[str | Path],
+    tell: Callable[[str], None],
+) -> None:
+    """Enter the best start into the recipe, or mention it where none was asked for. A run that goes on keeps its own.
+
+    Raises PlaitError where the best is asked for and there is none.
+    """
+    if (folder / "run.json").is_file():
+        known = Run(folder).recipe
+        if start == "best":
+            recipe.model.init_from, recipe.training.lora = known.model.init_from, known.training.lora
+        return
+    if importlib.util.find_spec("transformers") is None:
+        if start == "best":
+            raise PlaitError("Pretrained models need transformers: pip install 'plait-ml[huggingface]'.")
+        return
+    from plait.hf.best_start import best_start
+
+    found = best_start(dataset, models)
+    if found is None:
+        if start == "best":
+            raise PlaitError(
+                "No pretrained model on this machine fits these data and its memory. See what there is with "
+                "plait models, name a folder with --models DIR, or leave --start out."
+            )
+        return
+    for line in found.left_out:
+        tell(line)
+    if start is None:
+        tell(f"On this machine: {found}. To take it: --start best")
+        return
+    tell(f"Start: {found}.")
+    recipe.model.init_from = str(found.model.folder) if Path(found.model.name).exists() else found.model.name
+    if found.lora and recipe.training.lora is None:
+        recipe.training.lora = LoraRecipe()
 
 
 def _is_encoder(name: str) -> bool:
@@ -311,7 +378,7 @@ def _is_encoder(name: str) -> bool:
     return is_encoder(name)
 
 
-def _fit_head(
+def _train_on_encoder(
     dataset: Dataset,
     folder: Path,
     recipe: Recipe,
@@ -320,13 +387,17 @@ def _fit_head(
     allow_changes: bool,
     tell: Callable[[str], None],
 ) -> None:
-    """A run whose model is a head over a frozen encoder. Raises PlaitError where the folder holds another run."""
+    """A run whose model is a head over a frozen encoder, or an encoder of images and texts trained on pairs.
+
+    Raises PlaitError where the folder holds another run.
+    """
     from plait.core.device import threads
     from plait.data.stores import written_place
+    from plait.hf.contrastive import train_pairs, trains_pairs
     from plait.hf.heads import train_head
 
     started = time.time()
-    facts = {
+    facts: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json"),
         "dataset": written_place(dataset.path, folder),
         "data": hashlib.sha256("".join(shard.sha256 for shard in dataset.manifest.shards).encode()).hexdigest(),
@@ -334,19 +405,23 @@ def _fit_head(
     path = folder / "run.json"
     if path.is_file():
         known = read_json(path)
-        if all(known.get(name) == value for name, value in facts.items()):
+        same = all(known.get(name) == value for name, value in facts.items())
+        if same and "finished" in known:
             tell(f"{folder} is already trained; delete it to train again.")
             return
-        if not allow_changes:
+        if not same and not allow_changes:
             raise PlaitError(f"{folder} holds another run. Choose another folder with -o, or delete it.")
     if recipe.training.lora is not None:
         raise PlaitError("--lora is of language models. Over an encoder a head is fitted: leave it out.")
     assert recipe.model.init_from is not None
     more = {"seed": recipe.training.seed, "size": "head", "device": device, "threads": threads(), "started": started}
-    lines = train_head(
-        dataset, folder, recipe.model.init_from, {**facts, **more, "finished": time.time()}, device,
-        recipe.training.seed, bar,
-    )  # fmt: skip
+    facts |= more
+    if trains_pairs(dataset, recipe.model.init_from):
+        facts["size"] = "pairs"
+        lines = train_pairs(dataset, folder, recipe.model.init_from, facts, recipe.training, device, bar)
+    else:
+        facts["finished"] = time.time()
+        lines = train_head(dataset, folder, recipe.model.init_from, facts, device, recipe.training.seed, bar)
     for line in lines:
         tell(line)
 
@@ -375,6 +450,7 @@ def _fit(
     """Train, fit the classifiers of labels, and write the report."""
     from plait.evaluation.decide import finish
     from plait.evaluation.findings import Findings
+    from plait.evaluation.keys import Metrics
     from plait.library.samples import ModelSamples, recorded
     from plait.reports.report import read_run, write_report
     from plait.training.trainer import train as fit
@@ -390,14 +466,14 @@ def _fit(
         for line in finish(folder, dataset, device, bar):
             tell(line)
     if group.is_main:
-        write_report(folder / "report.html", {}, Findings(), read_run(folder, dataset.path))
+        write_report(folder / "report.html", Metrics(), Findings(), read_run(folder, dataset.path))
 
 
 def shown_by(bar: ProgressBar) -> Callable[[Progress], None]:
     """What the trainer tells, on a bar."""
 
     def show(progress: Progress) -> None:
-        losses = "  ".join(f"{name.replace('contrastive:', '')} {value:.3f}" for name, value in progress.losses.items())
+        losses = "  ".join(f"{Objective.parse(name).short} {value:.3f}" for name, value in progress.losses.items())
         rate = f"  {progress.tokens_per_second:,.0f} tokens/s" if progress.tokens_per_second else ""
         bar(progress.stage, progress.done, progress.total, losses + rate + progress.note)
 

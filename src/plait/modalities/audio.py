@@ -26,7 +26,15 @@ from torch import Tensor, nn
 from plait.core.config import Size
 from plait.core.errors import PlaitError
 from plait.modalities.audio_files import decode_audio, resample
-from plait.modalities.base import ChannelNorm, Exhibit, Recognition, bilinear_warp, tinted, within
+from plait.modalities.base import (
+    ChannelNorm,
+    Exhibit,
+    Recognition,
+    bilinear_warp,
+    overlapping_windows,
+    tinted,
+    within,
+)  # fmt: skip
 from plait.modalities.fsq import FSQ
 from plait.modalities.hf_encoder import HFEncoder, HFEncoderSettings, transformers_for
 from plait.modalities.recogniser import AudioRecogniser
@@ -378,6 +386,7 @@ class Audio(nn.Module):
     name: ClassVar[str] = "audio"
     writable: ClassVar[bool] = True
     making_task: ClassVar[str] = "speaking"
+    made_per_row: ClassVar[int] = 1
     codec_metric: ClassVar[str] = "mel_error"
     shown: ClassVar[int] = 2
     variable_length: ClassVar[bool] = True
@@ -416,11 +425,7 @@ class Audio(nn.Module):
 
     def windows(self, raw: Any) -> list[np.ndarray]:
         """Windows of the longest clip's length that overlap by half and cover the audio."""
-        mel, longest = self._frames(raw), self.settings.frames
-        if len(mel) <= longest:
-            return [mel]
-        starts = [*range(0, len(mel) - longest, longest // 2), len(mel) - longest]
-        return [mel[start : start + longest] for start in starts]
+        return overlapping_windows(self._frames(raw), self.settings.frames)
 
     def batch(self, samples: list[np.ndarray]) -> tuple[Tensor, Tensor]:
         lengths = torch.tensor([len(sample) for sample in samples])
@@ -544,8 +549,8 @@ class Audio(nn.Module):
 
     def to_object(self, values: np.ndarray) -> tuple[np.ndarray, int]:
         """(waveform float32, rate)."""
-        own = np.asarray(values)[:, : self.settings.bands]
-        return self.mel.invert(torch.from_numpy(own.copy())).numpy(), self.settings.rate
+        own = torch.tensor(values[:, : self.settings.bands])  # a copy: what a reader maps may not be written to
+        return self.mel.invert(own).numpy(), self.settings.rate
 
     def to_bytes(self, values: np.ndarray) -> bytes:
         buffer = io.BytesIO()

@@ -59,6 +59,7 @@ class MediaModality(Protocol):
     name: ClassVar[str]
     variable_length: ClassVar[bool]  # whether the number of codes differs from sample to sample
     writable: ClassVar[bool]  # whether it has a codec; else it is read alone
+    made_per_row: ClassVar[int]  # samples made for a label that a report shows
     making_task: ClassVar[str]  # the task of metric keys in which samples are made from labels: "drawing"
     codec_metric: ClassVar[str]  # the metric that `codec_errors` gives: "psnr"
     shown: ClassVar[int]  # samples that a report shows in a row
@@ -258,7 +259,7 @@ class Vocabulary(BaseModel):
         return names
 
 
-def alike(a: BaseModel, b: BaseModel) -> bool:
+def same_network(a: BaseModel, b: BaseModel) -> bool:
     """Whether two settings of a modality make the same network for the same inputs: all but what only training uses."""
     aside: set[str] = set(getattr(a, "TRAINING", ()))
     return a.model_dump(exclude=aside) == b.model_dump(exclude=aside)
@@ -276,6 +277,14 @@ class ChannelNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def overlapping_windows(sample: np.ndarray, longest: int) -> list[np.ndarray]:
+    """A sample (T, row) as windows of at most `longest` rows, which overlap by half and cover all of it."""
+    if len(sample) <= longest:
+        return [sample]
+    starts = [*range(0, len(sample) - longest, max(longest // 2, 1)), len(sample) - longest]
+    return [sample[start : start + longest] for start in starts]
 
 
 def within(lengths: Tensor, longest: int) -> Tensor:

@@ -1,7 +1,7 @@
 """What a modality says of files: which are its own, how to decode them, what to show of them.
 
 Imports no torch, so that `plait prepare` and the processes that check media start fast. A modality's descriptor is in
-its file (image_files.py, audio_files.py, video.py); `media.py` holds the registry that all others ask.
+its file (image_files.py, audio_files.py, video_files.py); `media.py` holds the registry that all others ask.
 """
 
 from __future__ import annotations

@@ -292,6 +292,7 @@ class Image(nn.Module):
     name: ClassVar[str] = "image"
     writable: ClassVar[bool] = True
     making_task: ClassVar[str] = "drawing"
+    made_per_row: ClassVar[int] = 6
     codec_metric: ClassVar[str] = "psnr"
     shown: ClassVar[int] = 6
     variable_length: ClassVar[bool] = False

@@ -53,11 +53,11 @@ class Known(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    items: int = Field(ge=1)
-    content: int = 0  # width of what the content says; 0 where nothing is known of the items
-    words: list[str] = []  # of the bag, in the order of its columns
-    weights: list[float] = []  # of these words
-    encoder: str | None = None  # the model whose embeddings are part of the content
+    items: int = Field(ge=1, description="How many there are.")
+    content: int = Field(0, description="Width of what the content says; 0 where nothing is known of the items.")
+    words: list[str] = Field([], description="Words of the bag, in the order of its columns.")
+    weights: list[float] = Field([], description="Weights of these words.")
+    encoder: str | None = Field(None, description="The model whose embeddings are part of the content.")
 
     @property
     def levels(self) -> list[int]:
@@ -68,15 +68,15 @@ class Known(BaseModel):
 class ItemSettings(Known):
     """What fixes the items of a model that has one code an item."""
 
-    drop: float = Field(0.1, ge=0, lt=1)  # share of the learnt rows that a step hides
-    sampled: int = Field(0, ge=0)  # items that are drawn to stand for all in the softmax; 0: all of them
+    drop: float = Field(0.1, ge=0, lt=1, description="Share of the learnt rows that a step hides.")
+    sampled: int = Field(0, ge=0, description="Items drawn to stand for all in the softmax; 0: all of them.")
 
 
 class ItemCodesSettings(Known):
     """What fixes the items of a model that has semantic codes of them."""
 
-    reduced: int = Field(ge=1)  # width of the content once it is reduced, which is what is quantised
-    sizes: list[int]  # of each code; the last tells apart what is alike
+    reduced: int = Field(ge=1, description="Width of the content once it is reduced, which is what is quantised.")
+    sizes: list[int] = Field(description="Values of each code; the last tells apart what is alike.")
 
     @property
     def code_levels(self) -> dict[str, list[int]]:

@@ -19,7 +19,7 @@ from plait.core.system import limit_memory, read_line
 from plait.modalities.audio_files import AUDIO
 from plait.modalities.descriptor import LIMITS, Limits, MediaError, MediaFiles, Packed
 from plait.modalities.image_files import IMAGE
-from plait.modalities.video import VIDEO
+from plait.modalities.video_files import VIDEO
 
 MEDIA: dict[str, MediaFiles] = {files.kind: files for files in (IMAGE, AUDIO, VIDEO)}
 KINDS = (*MEDIA, "text")  # of columns, in the order in which they are shown

@@ -5,9 +5,8 @@ from typing import Any
 from plait.modalities.audio import Audio, AudioSettings
 from plait.modalities.image import Image, ImageSettings
 from plait.modalities.item import Item, ItemCodes, ItemCodesSettings, ItemSettings
-from plait.modalities.video import video_modality
+from plait.modalities.video import Video, VideoSettings
 
-Video, VideoSettings = video_modality()
 MODALITIES: dict[str, Any] = {"image": Image, "audio": Audio, "video": Video, "item": Item, "item_codes": ItemCodes}
 SETTINGS: dict[str, Any] = {
     "image": ImageSettings,

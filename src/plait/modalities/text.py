@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable
 from functools import cached_property
@@ -13,6 +14,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from plait.core.errors import PlaitError
 from plait.core.files import read_json, write_atomic
+
+log = logging.getLogger(__name__)
 
 # What is kept of an imported tokenizer's `tokenizer_config.json`.
 TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -62,10 +65,18 @@ class Text:
         return cls(tokenizer)
 
     @classmethod
-    def load(cls, path: Path) -> Text:
-        """The tokenizer of a file, with what the files beside it say of chat and special tokens."""
+    def load(cls, path: Path, rows: int | None = None) -> Text:
+        """The tokenizer of a file, with what the files beside it say of chat and special tokens.
+
+        `rows` are those of the model's embedding: tokens that were added to the vocabulary beyond them can never be
+        read, and are left out with a note. Raises PlaitError where the file cannot be read.
+        """
         try:
             tokenizer = Tokenizer.from_file(str(path))
+            size = tokenizer.get_vocab_size(with_added_tokens=True)
+            if rows is not None and size > rows >= tokenizer.get_vocab_size(with_added_tokens=False):
+                log.warning("%s knows %d tokens, the model %d: the last are left out.", path, size, rows)
+                tokenizer = _with_fewer_tokens(path, rows)
         except Exception as error:  # the library raises bare Exception
             raise PlaitError(f"{path} is not a tokenizer that can be read: {error}.") from error
         return cls(tokenizer, _settings(path.parent))
@@ -124,6 +135,13 @@ class Text:
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def _with_fewer_tokens(path: Path, rows: int) -> Tokenizer:
+    """The tokenizer of a file without added tokens whose ids are `rows` or more."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["added_tokens"] = [token for token in values["added_tokens"] if token["id"] < rows]
+    return Tokenizer.from_str(json.dumps(values, ensure_ascii=False))
 
 
 def words(text: str) -> list[str]:

@@ -1,310 +1,41 @@
 """Video: frames and sound -> a few embeddings for each moment, under a budget of tokens. It is read, never written.
 
 A clip is cut into slots of equal length. A sample is uint8 (T, row), a row a slot: its frame (size x size x 3), then
-its sound, STEPS x BANDS of log-mel. Values in a batch are (N, T, row) with lengths (N,) in slots. Everything that is
-peculiar to video is in this file; torch is imported by `video_modality` alone, since processes that check files do
-without.
+its sound, STEPS x BANDS of log-mel. Values in a batch are (N, T, row) with lengths (N,) in slots.
 """
 
 from __future__ import annotations
 
-import base64
 import io
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cache, partial
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
 
-from plait.modalities.descriptor import (
-    LIMITS,
-    Comparison,
-    Format,
-    Limits,
-    MediaError,
-    MediaFiles,
-    Packed,
-    container_brand,
-    short,
-)
-from plait.modalities.image_files import IMAGE, image_fingerprint
-from plait.modalities.simple_features import image_features
+from plait.core.config import Size
+from plait.modalities.audio import SILENCE, AudioSettings, LogMel
+from plait.modalities.base import (
+    ChannelNorm,
+    Exhibit,
+    Recognition,
+    bilinear_warp,
+    overlapping_windows,
+    tinted,
+    within,
+)  # fmt: skip
+from plait.modalities.recogniser import ConvNorm, Recogniser, ResidualBlock
+from plait.modalities.video_files import BANDS, RATE, SOUND, STEPS, Clip, animated, decode_video, frames_of, strip_of
 
-if TYPE_CHECKING:
-    from plait.core.config import Size
-
-FPS, FRAMES, SIDE = 8.0, 2400, 160  # of a decoded clip: frames a second, frames at most, pixels of its longer side
-RATE = 16_000  # of its sound, Hz
-BANDS, STEPS = 32, 8  # of a slot's sound
-SOUND = BANDS * STEPS
 MOMENT = 2.0  # seconds of what a search finds in a longer clip; moments overlap by half
-PREVIEW_FRAMES, PREVIEW_SIDE, PREVIEW_FPS = 16, 96, 4
-_AUDIO_BRANDS = (b"M4A ", b"M4B ", b"M4P ")
-_IMAGE_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"mif2", b"avif", b"avis")
-_DEMUXERS = {"mp4": "mov", "mov": "mov", "webm": "matroska", "avi": "avi", "mpeg": "mpeg"}
-
-
-# --- files --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Clip:
-    """A decoded video.
-
-    Attributes:
-        frames: uint8 (T, H, W, 3), upright, one every 1 / `fps` seconds.
-        wave: the sound, float32 (S,) at RATE, from the first frame on; empty where there is none.
-        seconds: how long it is.
-        height: of the encoded frames, in pixels.
-    """
-
-    frames: np.ndarray
-    fps: float
-    wave: np.ndarray
-    seconds: float
-    height: int
-
-
-class VideoFiles(MediaFiles):
-    """The descriptor of video. A value is a `Clip`."""
-
-    kind, verb, writes, unit, element = "video", "describe", "", "seconds", "img"  # shown as an animated image
-    comparison = Comparison.PIXELS
-    file_column = "video_file_name"
-    simple_model = "frames, motion, loudness and a linear SVM"
-    formats = (
-        Format("mp4", (".mp4", ".m4v", ".3gp", ".3g2"), "video/mp4", needs="av"),
-        Format("mov", (".mov", ".qt"), "video/quicktime", needs="av"),
-        Format("webm", (".webm", ".mkv"), "video/webm", needs="av"),
-        Format("avi", (".avi",), "video/x-msvideo", needs="av"),
-        Format("mpeg", (".mpg", ".mpeg"), "video/mpeg", needs="av"),
-    )
-
-    def sniff(self, head: bytes) -> str | None:
-        if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
-            return "avi"
-        if head.startswith(b"\x1aE\xdf\xa3"):
-            return "webm"
-        if head.startswith(b"\0\0\1\xba"):
-            return "mpeg"
-        brand = container_brand(head)
-        if brand is None or brand in _AUDIO_BRANDS or brand in _IMAGE_BRANDS:
-            return None
-        return "mov" if brand == b"qt  " else "mp4"
-
-    def decode(self, data: bytes | Path, limits: Limits = LIMITS) -> Clip:
-        return decode_video(data, limits)
-
-    def check(self, data: bytes, limits: Limits = LIMITS) -> dict[str, Any]:
-        clip = decode_video(data, limits)
-        return {"seconds": clip.seconds, "height": clip.height, "sound": bool(len(clip.wave))}
-
-    def facts(self, value: Clip) -> tuple[float, float]:
-        return value.seconds, value.height
-
-    def length(self, first: Any, second: Any) -> Any:
-        return first
-
-    def size_name(self, first: float, second: float) -> str:
-        return f"{second:.0f}p"
-
-    def fingerprint(self, value: Clip) -> bytes:
-        """That of a sheet of four frames."""
-        four = [value.frames[int((n + 0.5) / 4 * len(value.frames))] for n in range(4)]
-        sheet = np.concatenate([np.concatenate(four[:2], 1), np.concatenate(four[2:], 1)])
-        return image_fingerprint(Image.fromarray(sheet))
-
-    def preview(self, data: bytes, value: Clip) -> bytes:
-        """A few frames as an animated WebP."""
-        return animated(value.frames, PREVIEW_FRAMES, PREVIEW_SIDE)
-
-    def page_preview(self, data: bytes) -> bytes:
-        return animated(decode_video(data).frames, PREVIEW_FRAMES, PREVIEW_SIDE)
-
-    def tile(self, preview: bytes, side: int) -> Image.Image:
-        return IMAGE.tile(preview, side)
-
-    def message_part(self, data: bytes, form: str) -> dict[str, Any]:
-        return {
-            "type": "video_url",
-            "video_url": {"url": f"data:video/{form};base64,{base64.b64encode(data).decode()}"},
-        }
-
-    def simple_features(self, samples: Sequence[np.ndarray], bands: int) -> np.ndarray:
-        """Gradients and colours of three frames, where frames differ from the ones before, and the spectrum."""
-        found = []
-        for n in range(3):
-            found.append(image_features([_frames(s)[int((n + 0.5) / 3 * len(s))] for s in samples]))
-        moved, heard = [], []
-        for sample in samples:
-            frames = _frames(sample).astype(np.float32).mean(-1) / 255
-            change = np.diff(frames, axis=0) if len(frames) > 1 else np.zeros_like(frames)
-            cells = [part.mean((1, 2)) for rows in np.array_split(change, 4, 1) for part in np.array_split(rows, 4, 2)]
-            moved.append([f(cell) for cell in cells for f in (np.mean, np.std)])
-            sound = sample[:, -SOUND:].reshape(-1, BANDS).astype(np.float32) / 255
-            heard.append(np.concatenate([sound.mean(0), sound.std(0)]))
-        return np.concatenate([*found, 8 * np.array(moved), np.array(heard)], 1).astype(np.float32)
-
-    def pack(self, value: Clip) -> Packed:
-        facts = {"shape": value.frames.shape, "fps": value.fps, "seconds": value.seconds, "height": value.height}
-        return Packed(facts, value.frames.tobytes() + np.ascontiguousarray(value.wave, np.float32).tobytes())
-
-    def unpack(self, packed: Packed) -> Clip:
-        facts = packed.facts
-        size = math.prod(facts["shape"])
-        frames = np.frombuffer(packed.body, np.uint8, size).reshape(facts["shape"])
-        wave = np.frombuffer(packed.body[size:], np.float32).copy()
-        return Clip(frames.copy(), facts["fps"], wave, facts["seconds"], facts["height"])
-
-
-VIDEO = VideoFiles()
-
-
-@dataclass
-class _Frames:
-    """Frames on their way out of a decoder: one is kept every 1 / `fps` seconds; of too many each second one goes."""
-
-    fps: float = FPS
-    kept: list[np.ndarray] = field(default_factory=list)
-    last: np.ndarray | None = None
-
-    def add(self, at: float, picture: Callable[[], np.ndarray]) -> None:
-        """A frame that is shown from second `at` on; `picture` gives its pixels."""
-        while self.last is not None and len(self.kept) / self.fps < at - 1e-6:
-            self._keep(self.last)
-        if self.last is None or (len(self.kept) + 1) / self.fps > at:
-            self.last = picture()
-
-    def _keep(self, frame: np.ndarray) -> None:
-        self.kept.append(frame)
-        if len(self.kept) > FRAMES:
-            self.kept, self.fps = self.kept[::2], self.fps / 2
-
-    def done(self) -> np.ndarray:
-        """(T, H, W, 3)."""
-        if self.last is not None:
-            self._keep(self.last)
-        return np.stack(self.kept)
-
-
-def decode_video(data: bytes | Path, limits: Limits = LIMITS) -> Clip:
-    """A video file's frames, reduced and some of a second, and its sound.
-
-    Raises MediaError where it is damaged, cut short, of another format, without pictures or beyond the limits.
-    """
-    data, form = VIDEO.read(data, limits)
-    try:
-        return _decode(data, form.name, limits)
-    except MediaError:
-        raise
-    except MemoryError as error:
-        raise MediaError("needs too much memory") from error
-    except Exception as error:  # FFmpeg has an exception for each of its errors, and IndexError
-        raise MediaError(f"damaged {form.name}: {short(error)}") from error
-
-
-def _decode(data: bytes, name: str, limits: Limits) -> Clip:
-    import av
-
-    # The demuxer is named, so that no file is taken for a playlist that names others.
-    with av.open(io.BytesIO(data), mode="r", format=_DEMUXERS[name], metadata_errors="ignore") as container:
-        if not container.streams.video:
-            raise MediaError(f"no pictures in this {name}: as sound alone its name should end in .m4a or .weba")
-        video, audio = container.streams.video[0], next(iter(container.streams.audio), None)
-        width, height = video.codec_context.width, video.codec_context.height
-        if width * height > limits.pixels:
-            raise MediaError(f"{width} x {height} pixels, more than {limits.pixels / 1e6:g} million")
-        promised = float(container.duration or 0) / av.time_base
-        if promised > limits.seconds * 1.01 + 1:
-            raise MediaError(f"{promised:.0f} s of video, more than {limits.seconds:g} s")
-        for stream in (video, audio):
-            if stream is not None:
-                stream.codec_context.thread_count = 1
-        frames, turn = _Frames(), 0
-        blocks: list[np.ndarray] = []
-        resampler = av.AudioResampler(format="flt", layout="mono", rate=RATE)
-        first = end = heard_from = 0.0
-        count = samples = 0
-        for packet in container.demux([stream for stream in (video, audio) if stream is not None]):
-            for frame in packet.decode():
-                if isinstance(frame, av.VideoFrame):
-                    rate = float(video.average_rate or 25)
-                    time = frame.time if frame.time is not None else count / rate
-                    first = time if not count else first
-                    count, end = count + 1, max(end, time - first + 1 / max(rate, 1.0))
-                    if end > limits.seconds + 1:
-                        raise MediaError(f"more than {limits.seconds:g} s of video")
-                    turn = round(getattr(frame, "rotation", 0) / 90) % 4
-                    frames.add(time - first, partial(_reduced, frame))
-                elif isinstance(frame, av.AudioFrame):
-                    heard_from = (frame.time or 0.0) if not blocks else heard_from
-                    for block in resampler.resample(frame):
-                        blocks.append(block.to_ndarray().reshape(-1).astype(np.float32))
-                        samples += len(blocks[-1])
-                        if samples > (limits.seconds + 2) * RATE:
-                            raise MediaError(f"more than {limits.seconds:g} s of sound")
-        if not count:
-            raise MediaError("no frames in it")
-        if promised and end < min(0.8 * promised, promised - 1.0):
-            raise MediaError(f"cut short: the header promises {promised:.2f} s, {end:.2f} s are there")
-    pixels = np.ascontiguousarray(np.rot90(frames.done(), turn, (1, 2)))
-    return Clip(pixels, frames.fps, _aligned(blocks, heard_from - first), end, width if turn % 2 else height)
-
-
-def _reduced(frame: Any) -> np.ndarray:
-    """(H, W, 3) of at most SIDE pixels a side."""
-    scale = min(SIDE / max(frame.width, frame.height), 1.0)
-    width, height = (max(round(side * scale), 1) for side in (frame.width, frame.height))
-    pixels: np.ndarray = frame.reformat(width=width, height=height, format="rgb24").to_ndarray()
-    return pixels
-
-
-def _aligned(blocks: list[np.ndarray], late: float) -> np.ndarray:
-    """The sound from the first frame on, `late` seconds after which it begins."""
-    if not blocks:
-        return np.zeros(0, np.float32)
-    wave = np.nan_to_num(np.concatenate(blocks))
-    shift = round(late * RATE)
-    return np.pad(wave, (max(shift, 0), 0))[max(-shift, 0) :]
-
-
-def animated(frames: np.ndarray, most: int, side: int) -> bytes:
-    """At most so many of frames (T, H, W, 3), evenly spaced, as an animated WebP."""
-    places = np.unique(np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int))
-    images = [Image.fromarray(frames[place]) for place in places]
-    for image in images:
-        image.thumbnail((side, side))
-    out = io.BytesIO()
-    images[0].save(out, "WEBP", save_all=True, append_images=images[1:], duration=1000 // PREVIEW_FPS, loop=0,
-                   quality=60)  # fmt: skip
-    return out.getvalue()
-
-
-# --- samples ------------------------------------------------------------------------------------------------------
-
-
-def _size(row: int) -> int:
-    """The side of the frames in rows of so many numbers."""
-    return math.isqrt((row - SOUND) // 3)
-
-
-def _frames(sample: np.ndarray) -> np.ndarray:
-    """The frames of a sample, uint8 (T, size, size, 3)."""
-    size = _size(sample.shape[1])
-    return np.asarray(sample[:, : 3 * size * size], np.uint8).reshape(len(sample), size, size, 3)
-
-
-def _strip(frames: np.ndarray, most: int = 6) -> Image.Image:
-    """Frames (T, H, W, 3) side by side, evenly spaced."""
-    places = np.unique(np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int))
-    image = Image.fromarray(np.concatenate(list(frames[places]), 1))
-    times = max(96 // image.height, 1)
-    return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
 
 
 @dataclass(frozen=True)
@@ -316,321 +47,307 @@ class Moment:
     sample: np.ndarray
 
 
-@cache
-def video_modality() -> tuple[Any, Any]:
-    """(the modality's class, the class of its settings). Imports torch."""
-    import torch
-    import torch.nn.functional as F
-    from pydantic import BaseModel, ConfigDict, Field
-    from torch import Tensor, nn
+class VideoSettings(BaseModel):
+    """How video is fitted, read and augmented; kept in the checkpoint's preprocessor file."""
 
-    from plait.modalities.audio import SILENCE, AudioSettings, LogMel
-    from plait.modalities.base import ChannelNorm, Exhibit, Recognition, bilinear_warp, tinted, within
-    from plait.modalities.recogniser import ConvNorm, Recogniser, ResidualBlock
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    TRAINING: ClassVar = frozenset({"scale", "shift", "flip", "light", "mute"})  # not part of the network
 
-    class VideoSettings(BaseModel):
-        """How video is fitted, read and augmented; kept in the checkpoint's preprocessor file."""
+    size: int = Field(32, description="Side of a frame in pixels; other shapes are stretched.")
+    fps: float = Field(4.0, description="Slots a second, each with one frame and its sound.")
+    tokens: int = Field(128, description="Positions that a clip may take; longer ones are read in windows.")
+    grid: int = Field(2, description="Side of a frame's grid of embeddings: a slot is grid x grid + 1 positions.")
+    encoder: None = Field(None, description="To be left out: there are no pretrained encoders of video yet.")
+    hf_encoder: None = Field(None, description="To be left out, likewise.")
+    classes: dict[str, int] = Field(
+        {}, description="Column of labels -> how many; where there are any, the encoder learns to recognise them."
+    )
+    stem: int = Field(16, description="Channels of the encoder's first layer.")
+    levels: list[int] = Field([], description="Must be left out: video is read, not written.", max_length=0)
+    scale: float = Field(0.1, description="Augmentation: frames are scaled by up to this share.")
+    shift: float = Field(0.08, description="Augmentation: frames are shifted by up to this share of the side.")
+    flip: bool = Field(False, description="Augmentation: mirror half of the clips.")
+    light: float = Field(0.15, description="Augmentation: brightness changes by up to this share.")
+    mute: float = Field(0.1, description="Augmentation: share of clips without sound.")
 
-        model_config = ConfigDict(extra="forbid", frozen=True)
-        TRAINING: ClassVar = frozenset({"scale", "shift", "flip", "light", "mute"})  # not part of the network
+    @classmethod
+    def fitted(cls, size: Size, examples: list[bytes], overrides: dict[str, Any]) -> VideoSettings:
+        """The settings that a row of the table of sizes and some of the user's clips call for."""
+        longest = max(decode_video(example).seconds for example in examples[:32])
+        made = cls.of_size(size, overrides)
+        fitting = [fps for fps in (8.0, 4.0, 2.0) if fps * longest <= made.slots]
+        return cls.of_size(size, {"fps": fitting[0] if fitting else 2.0, **overrides})
 
-        size: int = Field(32, description="Side of a frame in pixels; other shapes are stretched.")
-        fps: float = Field(4.0, description="Slots a second, each with one frame and its sound.")
-        tokens: int = Field(128, description="Positions that a clip may take; longer ones are read in windows.")
-        grid: int = Field(2, description="Side of a frame's grid of embeddings: a slot is grid x grid + 1 positions.")
-        encoder: None = Field(None, description="To be left out: there are no pretrained encoders of video yet.")
-        hf_encoder: None = Field(None, description="To be left out, likewise.")
-        classes: dict[str, int] = Field(
-            {}, description="Column of labels -> how many; where there are any, the encoder learns to recognise them."
+    @classmethod
+    def of_size(cls, size: Size, overrides: dict[str, Any]) -> VideoSettings:
+        """The settings for a row of the table of sizes, where there are no data."""
+        return cls.model_validate({"size": min(size.image, 64), "tokens": size.context // 4, **overrides})
+
+    @classmethod
+    def for_recognition(cls, given: dict[str, Any], mirrors: Callable[[], bool]) -> Recognition:
+        """What differs where video is recognised: nothing but the classes."""
+        return Recognition({})
+
+    @property
+    def row(self) -> int:
+        """Numbers of a slot."""
+        return 3 * self.size**2 + SOUND
+
+    @property
+    def slot_tokens(self) -> int:
+        """Positions of a slot."""
+        return self.grid**2 + 1
+
+    @property
+    def slots(self) -> int:
+        """The longest sample."""
+        return max(self.tokens // self.slot_tokens, 1)
+
+    @property
+    def seconds(self) -> float:
+        """Of the longest sample."""
+        return self.slots / self.fps
+
+
+class VideoTrunk(nn.Module):
+    """What both encoders share: (N, T, row) to visual features (N, T, grid * grid, F) and those of sound (N, T, F).
+    A frame is read beside its difference from the one before."""
+
+    def __init__(self, settings: VideoSettings, learns_alone: bool) -> None:
+        super().__init__()
+        self.settings = settings
+        stem = settings.stem
+
+        def block(before: int, after: int, residual: bool) -> nn.Module:
+            if learns_alone:  # with batch statistics, which are frozen afterwards
+                layers: list[nn.Module] = [ConvNorm(before, after), nn.SiLU(), nn.MaxPool2d(2, ceil_mode=True)]
+                return nn.Sequential(*layers, *([ResidualBlock(after)] if residual else []))
+            convolution = nn.Conv2d(before, after, 3, padding=1)
+            return nn.Sequential(convolution, ChannelNorm(after), nn.SiLU(), nn.MaxPool2d(2, ceil_mode=True))
+
+        halvings = max(round(math.log2(settings.size / 4)), 2)
+        widths = [6, *(min(stem * 2**n, 4 * stem) for n in range(halvings))]
+        self.frames = nn.Sequential(*(block(a, b, n > 0) for n, (a, b) in enumerate(pairwise(widths))))
+        self.sound = nn.Sequential(block(1, stem, False), block(stem, 2 * stem, True))
+        self.features = widths[-1]
+        self.heard = nn.Linear(2 * stem * (STEPS // 4) * (BANDS // 4), self.features)
+        self.time = nn.ModuleList(nn.Conv1d(self.features, self.features, 3, padding=1) for _ in range(2))
+
+    def _mixed(self, series: Tensor, exists: Tensor, number: int) -> Tensor:
+        """Features (N, T, places, F) and what they become beside those of the slots around."""
+        count, slots, places, _ = series.shape
+        rows = (series * exists[:, :, None, None]).permute(0, 2, 3, 1).flatten(0, 1)  # (N * places, F, T)
+        mixed = F.silu(self.time[number](rows)).view(count, places, self.features, slots)
+        return series + mixed.permute(0, 3, 1, 2)
+
+    def forward(self, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        count, slots, size = len(values), values.shape[1], self.settings.size
+        exists = within(lengths, slots)
+        pixels = values[..., : 3 * size * size].reshape(count, slots, size, size, 3).float() / 64 - 2
+        change = F.pad(pixels[:, 1:] - pixels[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
+        both = torch.cat((pixels, change), -1) * exists[:, :, None, None, None]
+        # Channels last in memory, in which pooling and convolutions are twice as fast.
+        seen = self.frames(both.flatten(0, 1).movedim(-1, 1))
+        seen = F.adaptive_avg_pool2d(seen, self.settings.grid).flatten(2)  # (N * T, F, places)
+        seen = seen.view(count, slots, self.features, -1).transpose(2, 3)
+        # A slot's sound is read as a small image of its own, so that padding is never heard.
+        sound = values[..., -SOUND:].float().reshape(count * slots, 1, STEPS, BANDS) / 64
+        heard = self.heard(self.sound(sound).flatten(1)).view(count, slots, 1, self.features)
+        return self._mixed(seen, exists, 0), self._mixed(heard, exists, 1)[:, :, 0]
+
+
+class Projection(nn.Module):
+    """Features to what the backbone reads: (N, T * (grid * grid + 1), D)."""
+
+    optimizer_groups: ClassVar = {"places": "no_decay"}
+
+    def __init__(self, settings: VideoSettings, features: int, width: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList((nn.LayerNorm(features), nn.LayerNorm(features)))
+        self.outs = nn.ModuleList((nn.Linear(features, width), nn.Linear(features, width)))
+        self.places = nn.Parameter(torch.randn(settings.slot_tokens, width) * 0.02)
+
+    def forward(self, seen: Tensor, heard: Tensor) -> Tensor:
+        parts = [out(norm(x)) for out, norm, x in zip(self.outs, self.norms, (seen, heard[:, :, None]), strict=True)]
+        return (torch.cat(parts, 2) + self.places).flatten(1, 2)
+
+
+class VideoEncoder(nn.Module):
+    """(N, T, row) to (N, tokens, D)."""
+
+    def __init__(self, settings: VideoSettings, width: int) -> None:
+        super().__init__()
+        self.trunk = VideoTrunk(settings, learns_alone=False)
+        self.project = Projection(settings, self.trunk.features, width)
+
+    def forward(self, values: Tensor, lengths: Tensor) -> Tensor:
+        projected: Tensor = self.project(*self.trunk(values, lengths))
+        return projected
+
+
+class VideoRecogniser(Recogniser):
+    """(N, T, row) to (N, tokens, D), and to logits."""
+
+    def __init__(self, settings: VideoSettings, width: int) -> None:
+        super().__init__(settings.classes)
+        read = VideoTrunk(settings, learns_alone=True)
+        self.trunk = nn.ModuleList([read])
+        self.heads = nn.ModuleList(nn.Linear(4 * read.features, n) for n in settings.classes.values())
+        self.project = Projection(settings, read.features, width)
+        self._frozen()
+
+    def pooled(self, values: Tensor, lengths: Tensor) -> Tensor:
+        seen, heard = self.trunk[0](values, lengths)
+        exists = within(lengths, values.shape[1])[..., None]
+        found = []
+        for x, there in ((seen.flatten(1, 2), exists.repeat_interleave(seen.shape[2], 1)), (heard, exists)):
+            found += [(x * there).sum(1) / there.sum(1), x.masked_fill(~there, -1e4).amax(1)]
+        return torch.cat(found, 1)
+
+    def forward(self, values: Tensor, lengths: Tensor) -> Tensor:
+        projected: Tensor = self.project(*self.trunk[0](values, lengths))
+        return projected
+
+
+class Video(nn.Module):
+    """The modality: settings and encoder. It has no codec."""
+
+    name: ClassVar[str] = "video"
+    variable_length: ClassVar[bool] = True
+    writable: ClassVar[bool] = False
+    making_task: ClassVar[str] = "filming"
+    made_per_row: ClassVar[int] = 1
+    codec_metric: ClassVar[str] = ""
+    shown: ClassVar[int] = 3
+    occluded: ClassVar[Sequence[tuple[int, int]]] = [(1, 1), (2, 1)]
+
+    def __init__(self, settings: VideoSettings, width: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.encoder = (VideoRecogniser if settings.classes else VideoEncoder)(settings, width)
+        self.codec = nn.Identity()
+        self.mel = LogMel(AudioSettings(rate=RATE, bands=BANDS))
+
+    def _slots(self, raw: Any) -> np.ndarray:
+        """Bytes, a path, a clip or frames (T, H, W, 3) at the settings' rate to uint8 (T, row), all of it."""
+        if isinstance(raw, np.ndarray):
+            raw = Clip(raw, self.settings.fps, np.zeros(0, np.float32), len(raw) / self.settings.fps, raw.shape[1])
+        clip = raw if isinstance(raw, Clip) else decode_video(Path(raw) if isinstance(raw, str) else raw)
+        count = max(round(clip.seconds * self.settings.fps), 1)
+        places = np.minimum((np.arange(count) / self.settings.fps * clip.fps).astype(int), len(clip.frames) - 1)
+        side = (self.settings.size, self.settings.size)
+        distinct, number = np.unique(places, return_inverse=True)
+        small = np.stack(
+            [np.asarray(Image.fromarray(clip.frames[n]).resize(side, Image.Resampling.BOX)) for n in distinct]
         )
-        stem: int = Field(16, description="Channels of the encoder's first layer.")
-        levels: list[int] = Field([], description="Must be left out: video is read, not written.", max_length=0)
-        scale: float = Field(0.1, description="Augmentation: frames are scaled by up to this share.")
-        shift: float = Field(0.08, description="Augmentation: frames are shifted by up to this share of the side.")
-        flip: bool = Field(False, description="Augmentation: mirror half of the clips.")
-        light: float = Field(0.15, description="Augmentation: brightness changes by up to this share.")
-        mute: float = Field(0.1, description="Augmentation: share of clips without sound.")
+        return np.concatenate((small[number].reshape(count, -1), self._heard(clip, count)), 1)
 
-        @classmethod
-        def fitted(cls, size: Size, examples: list[bytes], overrides: dict[str, Any]) -> VideoSettings:
-            """The settings that a row of the table of sizes and some of the user's clips call for."""
-            longest = max(decode_video(example).seconds for example in examples[:32])
-            made = cls.of_size(size, overrides)
-            fitting = [fps for fps in (8.0, 4.0, 2.0) if fps * longest <= made.slots]
-            return cls.of_size(size, {"fps": fitting[0] if fitting else 2.0, **overrides})
+    def _heard(self, clip: Clip, count: int) -> np.ndarray:
+        """The sound of each slot, uint8 (count, SOUND); 0 is silence."""
+        if not len(clip.wave) or float(np.abs(clip.wave).max()) < 1e-4:
+            return np.zeros((count, SOUND), np.uint8)
+        mel = (self.mel.forward(torch.from_numpy(clip.wave)) - SILENCE).clamp(min=0).T[None]  # (1, bands, frames)
+        wanted = round(count * 100 / self.settings.fps)
+        mel = F.pad(mel, (0, max(wanted - mel.shape[2], 0)))[..., :wanted]
+        steps = F.adaptive_avg_pool1d(mel, count * STEPS)[0].T
+        return (steps * 80).clamp(0, 255).to(torch.uint8).numpy().reshape(count, SOUND)
 
-        @classmethod
-        def of_size(cls, size: Size, overrides: dict[str, Any]) -> VideoSettings:
-            """The settings for a row of the table of sizes, where there are no data."""
-            return cls.model_validate({"size": min(size.image, 64), "tokens": size.context // 4, **overrides})
+    def sample(self, raw: Any) -> np.ndarray:
+        """The first `seconds` of a clip. Read longer ones with `windows`."""
+        return self._slots(raw)[: self.settings.slots]
 
-        @classmethod
-        def for_recognition(cls, given: dict[str, Any], mirrors: Callable[[], bool]) -> Recognition:
-            """What differs where video is recognised: nothing but the classes."""
-            return Recognition({})
+    def blank(self) -> np.ndarray:
+        return np.zeros((self.settings.slots, self.settings.row), np.uint8)
 
-        @property
-        def row(self) -> int:
-            """Numbers of a slot."""
-            return 3 * self.size**2 + SOUND
+    def windows(self, raw: Any) -> list[np.ndarray]:
+        """Windows of the longest clip's length that overlap by half and cover the clip."""
+        return overlapping_windows(self._slots(raw), self.settings.slots)
 
-        @property
-        def slot_tokens(self) -> int:
-            """Positions of a slot."""
-            return self.grid**2 + 1
+    def moments(self, raw: Any) -> list[Moment]:
+        """The parts of a clip that a search tells apart: MOMENT seconds that overlap by half."""
+        slots, fps = self._slots(raw), self.settings.fps
+        length = max(min(round(MOMENT * fps), self.settings.slots), 1)
+        if len(slots) <= 1.5 * length:
+            return [Moment(0.0, len(slots) / fps, slots[: self.settings.slots])]
+        starts = [*range(0, len(slots) - length, max(length // 2, 1)), len(slots) - length]
+        return [Moment(at / fps, (at + length) / fps, slots[at : at + length]) for at in starts]
 
-        @property
-        def slots(self) -> int:
-            """The longest sample."""
-            return max(self.tokens // self.slot_tokens, 1)
+    def batch(self, samples: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+        lengths = torch.tensor([len(sample) for sample in samples])
+        values = np.zeros((len(samples), int(lengths.max()), samples[0].shape[1]), np.uint8)
+        for row, sample in zip(values, samples, strict=True):
+            row[: len(sample)] = sample
+        return torch.from_numpy(values), lengths
 
-        @property
-        def seconds(self) -> float:
-            """Of the longest sample."""
-            return self.slots / self.fps
+    def augment(self, values: Tensor, lengths: Tensor, draw: Tensor, hide: bool = True) -> tuple[Tensor, Tensor]:
+        """Scale, shift, mirror and brightness of all frames of a clip alike, and its sound off, as `draw` says."""
+        s = self.settings
+        signed = (draw * 2 - 1).float()
+        zoom = 1 + signed[:, 0] * s.scale
+        mirror = torch.where((draw[:, 1] < 0.5) & torch.tensor(s.flip), -1.0, 1.0)
+        none = torch.zeros_like(zoom)
+        matrix = torch.stack(
+            (
+                torch.stack((zoom * mirror, none, signed[:, 2] * 2 * s.shift), -1),
+                torch.stack((none, zoom, signed[:, 3] * 2 * s.shift), -1),
+            ),
+            1,
+        )
+        count, slots = values.shape[:2]
+        pixels, sound = values.float().split([3 * s.size**2, SOUND], 2)
+        x = pixels.reshape(count * slots, s.size, s.size, 3).movedim(-1, 1)
+        edge = torch.cat((x[..., 0, :], x[..., -1, :], x[..., :, 0], x[..., :, -1]), -1).mean(-1)[..., None, None]
+        x = bilinear_warp(x - edge, matrix.repeat_interleave(slots, 0), (s.size, s.size), 0.0) + edge
+        x = x.movedim(1, -1).reshape(count, slots, -1) * (1 + signed[:, 4] * s.light)[:, None, None]
+        sound = sound * (draw[:, 5] >= (s.mute if hide else 0.0))[:, None, None]
+        return torch.cat((x.clamp(0, 255), sound), 2), lengths
 
-    class VideoTrunk(nn.Module):
-        """What both encoders share: (N, T, row) to visual features (N, T, grid * grid, F) and those of sound (N, T, F).
-        A frame is read beside its difference from the one before."""
+    def token_count(self, length: int) -> int:
+        return length * self.settings.slot_tokens
 
-        def __init__(self, settings: VideoSettings, learns_alone: bool) -> None:
-            super().__init__()
-            self.settings = settings
-            stem = settings.stem
+    def code_count(self, length: int) -> int:
+        return 0
 
-            def block(before: int, after: int, residual: bool) -> nn.Module:
-                if learns_alone:  # with batch statistics, which are frozen afterwards
-                    layers: list[nn.Module] = [ConvNorm(before, after), nn.SiLU(), nn.MaxPool2d(2, ceil_mode=True)]
-                    return nn.Sequential(*layers, *([ResidualBlock(after)] if residual else []))
-                convolution = nn.Conv2d(before, after, 3, padding=1)
-                return nn.Sequential(convolution, ChannelNorm(after), nn.SiLU(), nn.MaxPool2d(2, ceil_mode=True))
+    def features(self, samples: np.ndarray) -> Tensor:
+        """(N, 12, size, size): four frames, in [-1, 1]."""
+        four = [frames_of(s)[((np.arange(4) + 0.5) / 4 * len(s)).astype(int)] for s in samples]
+        return torch.from_numpy(np.stack(four)).movedim(-1, 2).flatten(1, 2).float() / 127.5 - 1
 
-            halvings = max(round(math.log2(settings.size / 4)), 2)
-            widths = [6, *(min(stem * 2**n, 4 * stem) for n in range(halvings))]
-            self.frames = nn.Sequential(*(block(a, b, n > 0) for n, (a, b) in enumerate(pairwise(widths))))
-            self.sound = nn.Sequential(block(1, stem, False), block(stem, 2 * stem, True))
-            self.features = widths[-1]
-            self.heard = nn.Linear(2 * stem * (STEPS // 4) * (BANDS // 4), self.features)
-            self.time = nn.ModuleList(nn.Conv1d(self.features, self.features, 3, padding=1) for _ in range(2))
+    def codec_errors(self, samples: list[np.ndarray], rebuilt: list[np.ndarray]) -> np.ndarray:
+        raise NotImplementedError("video has no codec")
 
-        def _mixed(self, series: Tensor, exists: Tensor, number: int) -> Tensor:
-            """Features (N, T, places, F) and what they become beside those of the slots around."""
-            count, slots, places, _ = series.shape
-            rows = (series * exists[:, :, None, None]).permute(0, 2, 3, 1).flatten(0, 1)  # (N * places, F, T)
-            mixed = F.silu(self.time[number](rows)).view(count, places, self.features, slots)
-            return series + mixed.permute(0, 3, 1, 2)
+    def exhibit(self, sample: np.ndarray) -> Exhibit:
+        """A strip of frames."""
+        out = io.BytesIO()
+        strip_of(frames_of(sample)).save(out, "PNG")
+        return Exhibit(out.getvalue())
 
-        def forward(self, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-            count, slots, size = len(values), values.shape[1], self.settings.size
-            exists = within(lengths, slots)
-            pixels = values[..., : 3 * size * size].reshape(count, slots, size, size, 3).float() / 64 - 2
-            change = F.pad(pixels[:, 1:] - pixels[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
-            both = torch.cat((pixels, change), -1) * exists[:, :, None, None, None]
-            # Channels last in memory, in which pooling and convolutions are twice as fast.
-            seen = self.frames(both.flatten(0, 1).movedim(-1, 1))
-            seen = F.adaptive_avg_pool2d(seen, self.settings.grid).flatten(2)  # (N * T, F, places)
-            seen = seen.view(count, slots, self.features, -1).transpose(2, 3)
-            # A slot's sound is read as a small image of its own, so that padding is never heard.
-            sound = values[..., -SOUND:].float().reshape(count * slots, 1, STEPS, BANDS) / 64
-            heard = self.heard(self.sound(sound).flatten(1)).view(count, slots, 1, self.features)
-            return self._mixed(seen, exists, 0), self._mixed(heard, exists, 1)[:, :, 0]
+    def grid(self, sample: np.ndarray) -> tuple[int, int]:
+        """Regions in time alone."""
+        return len(sample), 1
 
-    class Projection(nn.Module):
-        """Features to what the backbone reads: (N, T * (grid * grid + 1), D)."""
+    def removed(self, sample: np.ndarray) -> np.ndarray:
+        """The mean frame throughout, and silence."""
+        gone = np.broadcast_to(sample.mean(0).round().astype(np.uint8), sample.shape).copy()
+        gone[:, -SOUND:] = 0
+        return gone
 
-        optimizer_groups: ClassVar = {"places": "no_decay"}
+    def spot(self, sample: np.ndarray, row: int, column: int) -> str:
+        return f"{row / self.settings.fps:.2f} to {(row + 1) / self.settings.fps:.2f} s"
 
-        def __init__(self, settings: VideoSettings, features: int, width: int) -> None:
-            super().__init__()
-            self.norms = nn.ModuleList((nn.LayerNorm(features), nn.LayerNorm(features)))
-            self.outs = nn.ModuleList((nn.Linear(features, width), nn.Linear(features, width)))
-            self.places = nn.Parameter(torch.randn(settings.slot_tokens, width) * 0.02)
+    def code_cells(self, count: int) -> tuple[tuple[int, int], np.ndarray]:
+        raise NotImplementedError("video has no codes")
 
-        def forward(self, seen: Tensor, heard: Tensor) -> Tensor:
-            parts = [
-                out(norm(x)) for out, norm, x in zip(self.outs, self.norms, (seen, heard[:, :, None]), strict=True)
-            ]
-            return (torch.cat(parts, 2) + self.places).flatten(1, 2)
+    def marked(self, sample: np.ndarray, weights: np.ndarray) -> Image.Image:
+        """Frames in a strip, tinted by what their slot counts."""
+        frames = frames_of(sample)
+        shares = np.broadcast_to(weights[:, :1, None], frames.shape[:3])
+        return strip_of(np.stack([tinted(f, w) for f, w in zip(frames, shares, strict=True)]))
 
-    class VideoEncoder(nn.Module):
-        """(N, T, row) to (N, tokens, D)."""
+    def to_object(self, values: np.ndarray) -> list[Image.Image]:
+        """The frames."""
+        return [Image.fromarray(frame) for frame in frames_of(values)]
 
-        def __init__(self, settings: VideoSettings, width: int) -> None:
-            super().__init__()
-            self.trunk = VideoTrunk(settings, learns_alone=False)
-            self.project = Projection(settings, self.trunk.features, width)
-
-        def forward(self, values: Tensor, lengths: Tensor) -> Tensor:
-            projected: Tensor = self.project(*self.trunk(values, lengths))
-            return projected
-
-    class VideoRecogniser(Recogniser):
-        """(N, T, row) to (N, tokens, D), and to logits."""
-
-        def __init__(self, settings: VideoSettings, width: int) -> None:
-            super().__init__(settings.classes)
-            read = VideoTrunk(settings, learns_alone=True)
-            self.trunk = nn.ModuleList([read])
-            self.heads = nn.ModuleList(nn.Linear(4 * read.features, n) for n in settings.classes.values())
-            self.project = Projection(settings, read.features, width)
-            self._frozen()
-
-        def pooled(self, values: Tensor, lengths: Tensor) -> Tensor:
-            seen, heard = self.trunk[0](values, lengths)
-            exists = within(lengths, values.shape[1])[..., None]
-            found = []
-            for x, there in ((seen.flatten(1, 2), exists.repeat_interleave(seen.shape[2], 1)), (heard, exists)):
-                found += [(x * there).sum(1) / there.sum(1), x.masked_fill(~there, -1e4).amax(1)]
-            return torch.cat(found, 1)
-
-        def forward(self, values: Tensor, lengths: Tensor) -> Tensor:
-            projected: Tensor = self.project(*self.trunk[0](values, lengths))
-            return projected
-
-    class Video(nn.Module):
-        """The modality: settings and encoder. It has no codec."""
-
-        name: ClassVar[str] = "video"
-        variable_length: ClassVar[bool] = True
-        writable: ClassVar[bool] = False
-        making_task: ClassVar[str] = "filming"
-        codec_metric: ClassVar[str] = ""
-        shown: ClassVar[int] = 3
-        occluded: ClassVar[Sequence[tuple[int, int]]] = [(1, 1), (2, 1)]
-
-        def __init__(self, settings: VideoSettings, width: int) -> None:
-            super().__init__()
-            self.settings = settings
-            self.encoder = (VideoRecogniser if settings.classes else VideoEncoder)(settings, width)
-            self.codec = nn.Identity()
-            self.mel = LogMel(AudioSettings(rate=RATE, bands=BANDS))
-
-        def _slots(self, raw: Any) -> np.ndarray:
-            """Bytes, a path, a clip or frames (T, H, W, 3) at the settings' rate to uint8 (T, row), all of it."""
-            if isinstance(raw, np.ndarray):
-                raw = Clip(raw, self.settings.fps, np.zeros(0, np.float32), len(raw) / self.settings.fps, raw.shape[1])
-            clip = raw if isinstance(raw, Clip) else decode_video(Path(raw) if isinstance(raw, str) else raw)
-            count = max(round(clip.seconds * self.settings.fps), 1)
-            places = np.minimum((np.arange(count) / self.settings.fps * clip.fps).astype(int), len(clip.frames) - 1)
-            side = (self.settings.size, self.settings.size)
-            distinct, number = np.unique(places, return_inverse=True)
-            small = np.stack(
-                [np.asarray(Image.fromarray(clip.frames[n]).resize(side, Image.Resampling.BOX)) for n in distinct]
-            )
-            return np.concatenate((small[number].reshape(count, -1), self._heard(clip, count)), 1)
-
-        def _heard(self, clip: Clip, count: int) -> np.ndarray:
-            """The sound of each slot, uint8 (count, SOUND); 0 is silence."""
-            if not len(clip.wave) or float(np.abs(clip.wave).max()) < 1e-4:
-                return np.zeros((count, SOUND), np.uint8)
-            mel = (self.mel.forward(torch.from_numpy(clip.wave)) - SILENCE).clamp(min=0).T[None]  # (1, bands, frames)
-            wanted = round(count * 100 / self.settings.fps)
-            mel = F.pad(mel, (0, max(wanted - mel.shape[2], 0)))[..., :wanted]
-            steps = F.adaptive_avg_pool1d(mel, count * STEPS)[0].T
-            return (steps * 80).clamp(0, 255).to(torch.uint8).numpy().reshape(count, SOUND)
-
-        def sample(self, raw: Any) -> np.ndarray:
-            """The first `seconds` of a clip. Read longer ones with `windows`."""
-            return self._slots(raw)[: self.settings.slots]
-
-        def blank(self) -> np.ndarray:
-            return np.zeros((self.settings.slots, self.settings.row), np.uint8)
-
-        def windows(self, raw: Any) -> list[np.ndarray]:
-            """Windows of the longest clip's length that overlap by half and cover the clip."""
-            slots, longest = self._slots(raw), self.settings.slots
-            if len(slots) <= longest:
-                return [slots]
-            starts = [*range(0, len(slots) - longest, max(longest // 2, 1)), len(slots) - longest]
-            return [slots[start : start + longest] for start in starts]
-
-        def moments(self, raw: Any) -> list[Moment]:
-            """The parts of a clip that a search tells apart: MOMENT seconds that overlap by half."""
-            slots, fps = self._slots(raw), self.settings.fps
-            length = max(min(round(MOMENT * fps), self.settings.slots), 1)
-            if len(slots) <= 1.5 * length:
-                return [Moment(0.0, len(slots) / fps, slots[: self.settings.slots])]
-            starts = [*range(0, len(slots) - length, max(length // 2, 1)), len(slots) - length]
-            return [Moment(at / fps, (at + length) / fps, slots[at : at + length]) for at in starts]
-
-        def batch(self, samples: list[np.ndarray]) -> tuple[Tensor, Tensor]:
-            lengths = torch.tensor([len(sample) for sample in samples])
-            values = np.zeros((len(samples), int(lengths.max()), samples[0].shape[1]), np.uint8)
-            for row, sample in zip(values, samples, strict=True):
-                row[: len(sample)] = sample
-            return torch.from_numpy(values), lengths
-
-        def augment(self, values: Tensor, lengths: Tensor, draw: Tensor, hide: bool = True) -> tuple[Tensor, Tensor]:
-            """Scale, shift, mirror and brightness of all frames of a clip alike, and its sound off, as `draw` says."""
-            s = self.settings
-            signed = (draw * 2 - 1).float()
-            zoom = 1 + signed[:, 0] * s.scale
-            mirror = torch.where((draw[:, 1] < 0.5) & torch.tensor(s.flip), -1.0, 1.0)
-            none = torch.zeros_like(zoom)
-            matrix = torch.stack(
-                (
-                    torch.stack((zoom * mirror, none, signed[:, 2] * 2 * s.shift), -1),
-                    torch.stack((none, zoom, signed[:, 3] * 2 * s.shift), -1),
-                ),
-                1,
-            )
-            count, slots = values.shape[:2]
-            pixels, sound = values.float().split([3 * s.size**2, SOUND], 2)
-            x = pixels.reshape(count * slots, s.size, s.size, 3).movedim(-1, 1)
-            edge = torch.cat((x[..., 0, :], x[..., -1, :], x[..., :, 0], x[..., :, -1]), -1).mean(-1)[..., None, None]
-            x = bilinear_warp(x - edge, matrix.repeat_interleave(slots, 0), (s.size, s.size), 0.0) + edge
-            x = x.movedim(1, -1).reshape(count, slots, -1) * (1 + signed[:, 4] * s.light)[:, None, None]
-            sound = sound * (draw[:, 5] >= (s.mute if hide else 0.0))[:, None, None]
-            return torch.cat((x.clamp(0, 255), sound), 2), lengths
-
-        def token_count(self, length: int) -> int:
-            return length * self.settings.slot_tokens
-
-        def code_count(self, length: int) -> int:
-            return 0
-
-        def features(self, samples: np.ndarray) -> Tensor:
-            """(N, 12, size, size): four frames, in [-1, 1]."""
-            four = [_frames(s)[((np.arange(4) + 0.5) / 4 * len(s)).astype(int)] for s in samples]
-            return torch.from_numpy(np.stack(four)).movedim(-1, 2).flatten(1, 2).float() / 127.5 - 1
-
-        def codec_errors(self, samples: list[np.ndarray], rebuilt: list[np.ndarray]) -> np.ndarray:
-            raise NotImplementedError("video has no codec")
-
-        def exhibit(self, sample: np.ndarray) -> Exhibit:
-            """A strip of frames."""
-            out = io.BytesIO()
-            _strip(_frames(sample)).save(out, "PNG")
-            return Exhibit(out.getvalue())
-
-        def grid(self, sample: np.ndarray) -> tuple[int, int]:
-            """Regions in time alone."""
-            return len(sample), 1
-
-        def removed(self, sample: np.ndarray) -> np.ndarray:
-            """The mean frame throughout, and silence."""
-            gone = np.broadcast_to(sample.mean(0).round().astype(np.uint8), sample.shape).copy()
-            gone[:, -SOUND:] = 0
-            return gone
-
-        def spot(self, sample: np.ndarray, row: int, column: int) -> str:
-            return f"{row / self.settings.fps:.2f} to {(row + 1) / self.settings.fps:.2f} s"
-
-        def code_cells(self, count: int) -> tuple[tuple[int, int], np.ndarray]:
-            raise NotImplementedError("video has no codes")
-
-        def marked(self, sample: np.ndarray, weights: np.ndarray) -> Image.Image:
-            """Frames in a strip, tinted by what their slot counts."""
-            frames = _frames(sample)
-            shares = np.broadcast_to(weights[:, :1, None], frames.shape[:3])
-            return _strip(np.stack([tinted(f, w) for f, w in zip(frames, shares, strict=True)]))
-
-        def to_object(self, values: np.ndarray) -> list[Image.Image]:
-            """The frames."""
-            return [Image.fromarray(frame) for frame in _frames(values)]
-
-        def to_bytes(self, values: np.ndarray) -> bytes:
-            """An animated WebP."""
-            return animated(_frames(values), len(values), self.settings.size)
-
-    return Video, VideoSettings
+    def to_bytes(self, values: np.ndarray) -> bytes:
+        """An animated WebP."""
+        return animated(frames_of(values), len(values), self.settings.size)

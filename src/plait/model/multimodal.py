@@ -19,7 +19,8 @@ from plait.kernels.linear import PackedLinear, pack_linear_layers
 from plait.modalities.base import MediaModality, RowModality, Vocabulary, role_of
 from plait.modalities.fsq import FSQ
 from plait.modalities.registry import MODALITIES, SETTINGS
-from plait.model.contrastive import PAIR_LOSSES, PairLoss
+from plait.model.cross_entropy import SplitTable
+from plait.model.objectives import PAIR_LOSSES, PairLoss
 from plait.model.transformer import Transformer, TransformerConfig
 
 IGNORE = -100  # no target here
@@ -277,30 +278,6 @@ class TokenEmbedding(nn.Module):
         self.packed = PackedLinear(self.table(), None, storage)
         self.free = nn.Parameter(self.free.new_empty(0, self.free.shape[1]), requires_grad=False)
         self.digits = nn.ParameterDict()
-
-
-class SplitTable:
-    """A table (V, D) of which the first rows are frozen, in whatever precision, and the `rest` may be learned."""
-
-    def __init__(self, frozen: Tensor, rest: Tensor) -> None:
-        self.frozen, self.rest = frozen, rest
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """Rows `ids` (N,), (N, D) in fp32."""
-        count = len(self.frozen)
-        later = ids >= count
-        rows = F.embedding(ids.clamp(max=count - 1), self.frozen).float()
-        if not bool(later.any()):
-            return rows
-        return torch.where(later[:, None], F.embedding((ids - count).clamp(min=0), self.rest), rows)
-
-    def dense(self) -> Tensor:
-        return torch.cat((self.frozen.float(), self.rest.float()))
-
-    def part(self, start: int, stop: int) -> SplitTable:
-        """The rows from `start` to `stop`."""
-        count = len(self.frozen)
-        return SplitTable(self.frozen[start:stop], self.rest[max(start - count, 0) : max(stop - count, 0)])
 
 
 def embed_tokens(ids: Tensor, table: Tensor | PackedLinear | SplitTable) -> Tensor:

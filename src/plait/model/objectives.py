@@ -1,258 +1,134 @@
-"""What training maximises: likelihoods, averaged per token within a space, and agreement of paired embeddings."""
+"""What training minimises: the losses of tokens and of paired embeddings, a class each.
+
+A new loss of tokens is a class below `TokenLoss`, one of pairs a class below `PairLoss` and an entry in `PAIR_LOSSES`
+under the name that `model.contrastive` of a recipe has. The scalars that a loss learns, such as a temperature, belong
+to the model, which registers them by name.
+"""
 
 from __future__ import annotations
 
-from typing import Any, cast
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from plait.kernels import training as native
-from plait.model.multimodal import IGNORE, Multimodal, SplitTable
+from plait.model.cross_entropy import STRIP, SplitTable, cut, total_loss
 
-CHUNK = 2**24  # logits that exist at one time
-STRIP = 2**21  # of them in fp32
-ROUND = 128  # states, to a multiple of which their number is filled up
-FROZEN_STRIP = 8192  # frozen rows that are widened at a time
-SPLIT_LOGITS = 2**25  # logits over frozen rows that exist at one time
-CLOSE, TALL = 2**23, 4 * ROUND  # of them where they are passed over once, but of so many rows at least
-MANY, SAFE = 1024, 60.0  # rows from which that pays, and the greatest logit that it is right for
+MAX_LOG_SCALE = 4.6  # of `logit_scale`: similarities are multiplied by 100 at most, as in CLIP
 
 
-def cut(count: int, size: int) -> list[slice]:
-    """Slices of `size` that cover `count` rows; the last may reach beyond."""
-    return [slice(start, start + size) for start in range(0, count, size)]
+class TokenLoss(ABC):
+    """A loss of the next tokens of one type."""
+
+    @abstractmethod
+    def __call__(self, hidden: Tensor, rows: Tensor | SplitTable, targets: Tensor) -> Tensor:
+        """The sum of -log P over the targets, a scalar in nats.
+
+        Args:
+            hidden: States of the backbone, (N, D).
+            rows: The rows of the output table that are possible there, (R, D).
+            targets: The right rows, (N,) below R.
+        """
 
 
-def negative_log_likelihood(hidden: Tensor, rows: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-    """-log P of each target: hidden (N, D), rows (R, D), targets (N,) below R; returns (N,) in nats, fp32.
+@dataclass(frozen=True)
+class CrossEntropy(TokenLoss):
+    """The softmax over all rows; `smoothing` is the share of each target that is spread evenly over them."""
 
-    `smoothing` is the share of each target that is spread evenly over all R (Szegedy et al., 2016).
-    """
-    parts = [
-        F.cross_entropy((hidden[part] @ rows.t()).float(), targets[part], reduction="none", label_smoothing=smoothing)
-        for part in cut(len(hidden), max(CHUNK // 4 // len(rows), 1))
-    ]
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+    smoothing: float = 0.0
+
+    def __call__(self, hidden: Tensor, rows: Tensor | SplitTable, targets: Tensor) -> Tensor:
+        return total_loss(hidden, rows, targets, self.smoothing)
 
 
-class _TotalLoss(torch.autograd.Function):
-    """The sum of `negative_log_likelihood`, whose gradients are taken chunk by chunk as it is computed, so that the
-    whole logits never exist: a sum's gradients are known up to a factor (as in Liger: Hsu et al., 2024)."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, rows: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-        safe = len(rows) >= MANY and not native.supports(hidden) and _small(hidden, rows)
-        ctx.dtype, rows = rows.dtype, rows.to(hidden.dtype)
-        count, more = len(hidden), -len(hidden) % ROUND
-        # States of zero have no gradient and give none, and spare oneDNN kernels for one more shape.
-        hidden, targets = F.pad(hidden, (0, 0, 0, more)), F.pad(targets, (0, more))
-        losses, to_hidden, to_rows = (_bounded if safe else _shifted)(hidden, rows, targets, smoothing)
-        ctx.save_for_backward(to_hidden[:count], to_rows.to(ctx.dtype))
-        return losses[:count].sum()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        to_hidden, to_rows = ctx.saved_tensors
-        return to_hidden.mul_(grad), to_rows.mul_(grad), None, None
-
-
-def _small(hidden: Tensor, rows: Tensor) -> bool:
-    """Whether no maximum has to be sought and taken off: no logit is above the product of the norms."""
-    norms = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).amax() for x in (hidden, rows)]
-    return float(norms[0] * norms[1]) < SAFE
-
-
-def _shifted(hidden: Tensor, rows: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses (N, 1) and their sum's gradients to hidden and rows, whatever the logits are."""
-    losses = torch.empty(len(hidden), 1, device=hidden.device)
-    to_hidden = torch.empty_like(hidden)
-    to_rows: Tensor | None = None
-    compiled = hidden.dtype is native.activations(hidden)
-    for part in cut(len(hidden), max(CHUNK // len(rows) // ROUND, 1) * ROUND):  # fewer would slow the products down
-        target_column, logits = targets[part, None], native.product(hidden[part], rows.t())
-        if compiled:
-            losses[part] = native.softmax_loss(logits, targets[part], smoothing)
-        for strip in cut(0 if compiled else len(logits), max(STRIP // len(rows), 1)):
-            chances = logits[strip].softmax(1, dtype=torch.float32)
-            # The likeliest id's chance and logit give the normaliser.
-            normaliser = logits[strip].amax(1, True).float() - chances.amax(1, True).log_()
-            loss = normaliser - logits[strip].gather(1, target_column[strip])
-            losses[part][strip] = loss
-            chances.scatter_(1, target_column[strip], torch.expm1(-loss) + smoothing)
-            if smoothing:
-                evenly = normaliser - logits[strip].float().mean(1, True)
-                losses[part][strip] += smoothing * (evenly - loss)
-                chances -= smoothing / len(rows)
-            logits[strip] = chances  # the gradient takes the logits' place
-        to_hidden[part] = native.product(logits, rows)
-        added = native.product(logits.t(), hidden[part])
-        to_rows = added if to_rows is None else to_rows.float().add_(added)
-    assert to_rows is not None
-    return losses, to_hidden, to_rows
-
-
-def _bounded(hidden: Tensor, rows: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`_shifted` for logits whose exponentials cannot overflow: one pass over them between the products. What is
-    divided by the normaliser, and what concerns the targets alone, has the width of a row."""
-    losses = torch.empty(len(hidden), 1, device=hidden.device)
-    to_hidden = torch.empty_like(hidden)
-    to_rows: Tensor | None = None
-    target_rows = rows[targets]
-    middle = rows.float().mean(0) if smoothing else None
-    # Each part adds to a gradient as large as all rows: more parts cost more memory traffic than larger ones do.
-    for part in cut(len(hidden), max(CLOSE // len(rows) // ROUND * ROUND, TALL)):
-        states = hidden[part]
-        chances = (states @ rows.t()).exp_()
-        # Each sum is taken in fp32 and rounded once; some of them together round less than one.
-        normaliser = torch.stack([piece.sum(1, True) for piece in chances.chunk(8, 1)]).float().sum(0)
-        mean = (chances @ rows).float() / normaliser  # of the rows, by their chance
-        wide, target_row = states.float(), target_rows[part].float()
-        if middle is not None:
-            target_row = target_row * (1 - smoothing) + middle * smoothing
-        losses[part] = normaliser.log() - (wide * target_row).sum(1, True)
-        to_hidden[part] = mean - target_row
-        added = chances.t() @ (wide / normaliser).to(rows.dtype)
-        to_rows = added.float() if to_rows is None else to_rows.add_(added)
-    assert to_rows is not None
-    to_rows.index_add_(0, targets, hidden.float(), alpha=smoothing - 1)
-    if smoothing:
-        to_rows -= hidden.float().sum(0) * (smoothing / len(rows))
-    return losses, to_hidden, to_rows
-
-
-def total_loss(hidden: Tensor, rows: Tensor | SplitTable, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-    """The sum of `negative_log_likelihood`, a scalar in nats. Products are in the precision of hidden; rows, whose
-    gradient is summed in fp32, keep their own, so that it is not rounded on its way to them."""
-    if isinstance(rows, SplitTable):
-        return cast(
-            Tensor, _SplitLoss.apply(hidden, rows.frozen, rows.rest, targets, smoothing, torch.is_grad_enabled())
-        )
-    if torch.is_grad_enabled():
-        return cast(Tensor, _TotalLoss.apply(hidden, rows, targets, smoothing))
-    return negative_log_likelihood(hidden, rows.to(hidden.dtype), targets, smoothing).sum()
-
-
-class _SplitLoss(torch.autograd.Function):
-    """`_TotalLoss` where most rows are frozen: they may be in 16 bit, are widened strip by strip, and have no gradient.
-    The logits of some states exist at a time, and the frozen rows are never held twice."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, frozen: Tensor, rest: Tensor, targets: Tensor, smoothing: float, learning: bool
-    ) -> Tensor:
-        wide = hidden if hidden.dtype is not torch.float16 else hidden.float()
-        rows = len(frozen) + len(rest)
-        strips = [frozen[part] for part in cut(len(frozen), FROZEN_STRIP)] + ([rest] if len(rest) else [])
-        stops = torch.tensor([len(strip) for strip in strips]).cumsum(0).tolist()
-        losses = torch.empty(len(hidden), device=hidden.device)
-        to_hidden, to_rest = torch.zeros_like(wide), torch.zeros_like(rest, dtype=torch.float32)
-        for part in cut(len(hidden), max(SPLIT_LOGITS // rows // 64, 1) * 64):
-            states = wide[part]
-            logits = states.new_empty(len(states), rows)
-            for strip, stop in zip(strips, stops, strict=True):
-                logits[:, stop - len(strip) : stop] = native.product(states, strip.to(wide.dtype).t())
-            losses[part] = _into_gradient(logits, targets[part], smoothing)
-            for strip, stop in zip(strips, stops, strict=True) if learning else ():
-                grad = logits[:, stop - len(strip) : stop]
-                to_hidden[part] += native.product(grad, strip.to(wide.dtype))
-                if strip is rest:
-                    to_rest += (grad.t() @ states).float()
-        ctx.save_for_backward(to_hidden.to(hidden.dtype), to_rest.to(rest.dtype))
-        return losses.sum()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None, None, None]:
-        to_hidden, to_rest = ctx.saved_tensors
-        return to_hidden.mul_(grad), None, to_rest.mul_(grad), None, None, None
-
-
-def _into_gradient(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-    """-log P of targets (N,) in nats, (N,), from logits (N, R), which become the gradients of their sum."""
-    if logits.dtype is native.activations(logits):
-        return native.softmax_loss(logits, targets, smoothing)[:, 0]
-    losses = torch.empty(len(logits), device=logits.device)
-    column = targets[:, None]
-    for strip in cut(len(logits), max(STRIP // logits.shape[1], 1)):
-        logs = logits[strip].log_softmax(1, dtype=torch.float32)
-        losses[strip] = -(1 - smoothing) * logs.gather(1, column[strip])[:, 0] - smoothing * logs.mean(1)
-        chances = logs.exp_()
-        chances.scatter_add_(1, column[strip], torch.full_like(chances[:, :1], smoothing - 1))
-        logits[strip] = chances - smoothing / logits.shape[1]
-    return losses
-
-
-def sampled_loss(hidden: Tensor, rows: Tensor, targets: Tensor, counts: Tensor, draws: int) -> Tensor:
-    """`total_loss` where the normaliser is estimated from `draws` rows, drawn in proportion to (counts + 1)^3/4.
+@dataclass(frozen=True)
+class SampledSoftmax(TokenLoss):
+    """`CrossEntropy` whose normaliser is estimated from `draws` rows, drawn in proportion to (counts + 1)^3/4.
 
     A row that is drawn with chance q among k stands for 1 / (k q) rows; so weighted, the estimate has the right mean
     (Bengio and Senecal, 2003). The target itself is always counted, and never drawn.
     """
-    chance = (counts + 1) ** 0.75
-    chance = chance / chance.sum()
-    drawn = torch.multinomial(chance, draws, replacement=True)
-    correction = (chance[drawn] * draws).log()
 
-    def some(states: Tensor, wanted: Tensor, candidates: Tensor, own: Tensor) -> Tensor:
-        logits = (states @ candidates.t()).float() - correction
-        logits = logits.masked_fill(drawn == wanted[:, None], -torch.inf)
-        right = (states * own).float().sum(1, True)
-        return (torch.cat((right, logits), 1).logsumexp(1) - right[:, 0]).sum()
+    counts: Tensor
+    draws: int
 
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for part in cut(len(hidden), max(STRIP // draws, 1)):
-        arguments = hidden[part], targets[part], rows[drawn], rows[targets[part]]
-        if torch.is_grad_enabled():
-            total = total + checkpoint(some, *arguments, use_reentrant=False)
-        else:
-            total = total + some(*arguments)
-    return total
+    def __call__(self, hidden: Tensor, rows: Tensor | SplitTable, targets: Tensor) -> Tensor:
+        assert isinstance(rows, Tensor)  # no row of what is drawn from is frozen
+        rows = rows.to(hidden.dtype)
+        chance = (self.counts + 1) ** 0.75
+        chance = chance / chance.sum()
+        drawn = torch.multinomial(chance, self.draws, replacement=True)
+        correction = (chance[drawn] * self.draws).log()
 
+        def part_loss(states: Tensor, part_targets: Tensor, candidates: Tensor, target_rows: Tensor) -> Tensor:
+            logits = (states @ candidates.t()).float() - correction
+            logits = logits.masked_fill(drawn == part_targets[:, None], -torch.inf)
+            right = (states * target_rows).float().sum(1, True)
+            return (torch.cat((right, logits), 1).logsumexp(1) - right[:, 0]).sum()
 
-def likelihoods(
-    model: Multimodal,
-    hidden: Tensor,
-    targets: Tensor,
-    restricted: bool = True,
-    smoothing: float = 0.0,
-    rows: Tensor | None = None,
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Space -> (sum of -log P in nats, count) over the targets (B, L) that lie in it.
-
-    Restricted, the softmax of a target runs over its own space: what the span grammar allows there. Unrestricted,
-    it runs over the whole vocabulary, and the figures are still told apart by space. `rows` are those of
-    the modality of rows, whose softmax is always its own.
-    """
-    keep = targets != IGNORE
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    states, target_ids = hidden[keep].to(dtype), targets[keep]
-    sums = {}
-    beyond = model.row_modality
-    output = model.output_embedding
-    split = output.split_table() if output.text_rows is not None else None
-    table = None if restricted or split is not None else output.table()
-    for token_type, (start, stop) in model.id_ranges.items():
-        chosen = (target_ids >= start) & (target_ids < stop)
-        if not chosen.any():
-            continue
-        if beyond is not None and token_type == beyond.name:
-            of_things = beyond.rows() if rows is None else rows
-            if beyond.sampled and model.training:
-                loss = sampled_loss(
-                    states[chosen], of_things.to(dtype), target_ids[chosen] - start, beyond.counts, beyond.sampled
-                )
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for part in cut(len(hidden), max(STRIP // self.draws, 1)):
+            arguments = hidden[part], targets[part], rows[drawn], rows[targets[part]]
+            if torch.is_grad_enabled():
+                total = total + checkpoint(part_loss, *arguments, use_reentrant=False)
             else:
-                loss = total_loss(states[chosen], of_things, target_ids[chosen] - start, smoothing)
-        elif split is not None:
-            first = start if restricted else 0
-            rows_of_type = split.part(start, stop) if restricted else split
-            loss = total_loss(states[chosen], rows_of_type, target_ids[chosen] - first, smoothing)
-        elif table is None:
-            loss = total_loss(states[chosen], output.of_type(token_type), target_ids[chosen] - start, smoothing)
-        else:
-            loss = total_loss(states[chosen], table, target_ids[chosen], smoothing)
-        sums[token_type] = loss, chosen.sum()
-    return sums
+                total = total + part_loss(*arguments)
+        return total
+
+
+class PairLoss(ABC):
+    """A loss of paired embeddings.
+
+    Attributes:
+        scalars: Name -> first value of each scalar that is learned with the model.
+    """
+
+    scalars: ClassVar[Mapping[str, float]]
+
+    @abstractmethod
+    def __call__(self, a: Tensor, b: Tensor, positives: Tensor, scalars: Mapping[str, Tensor]) -> Tensor:
+        """The loss, a scalar in nats.
+
+        Args:
+            a: Embeddings of one modality, (N, E), of unit length.
+            b: Those of another modality, (N, E); row i belongs to the same record as row i of `a`.
+            positives: (N, N) bool: whether a row of `a` and one of `b` belong together. The diagonal always does.
+            scalars: The values of `scalars` now.
+        """
+
+
+class InfoNCE(PairLoss):
+    """Softmax over the batch in both directions, as in CLIP (van den Oord et al., 2018; Radford et al., 2021).
+
+    With several positives the target spreads evenly over them (Khosla et al., 2020), so the floor of the loss is the
+    mean log of their number.
+    """
+
+    scalars: ClassVar[Mapping[str, float]] = {"logit_scale": math.log(1 / 0.07)}
+
+    def __call__(self, a: Tensor, b: Tensor, positives: Tensor, scalars: Mapping[str, Tensor]) -> Tensor:
+        logits = scalars["logit_scale"].clamp(max=MAX_LOG_SCALE).exp() * a @ b.t()
+        share = positives.float()
+        forward = -(share / share.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
+        backward = -(share / share.sum(0, keepdim=True) * logits.log_softmax(0)).sum(0).mean()
+        return (forward + backward) / 2
+
+
+class SigmoidLoss(PairLoss):
+    """Each pair by itself, a positive or not, as in SigLIP (Zhai et al., 2023); the sum over pairs, by the rows."""
+
+    scalars: ClassVar[Mapping[str, float]] = {"logit_scale": math.log(10.0), "logit_bias": -10.0}
+
+    def __call__(self, a: Tensor, b: Tensor, positives: Tensor, scalars: Mapping[str, Tensor]) -> Tensor:
+        logits = scalars["logit_scale"].clamp(max=MAX_LOG_SCALE).exp() * a @ b.t() + scalars["logit_bias"]
+        sign = positives.to(logits.dtype) * 2 - 1
+        return -F.logsigmoid(sign * logits).sum(1).mean()
+
+
+PAIR_LOSSES: dict[str, PairLoss] = {"softmax": InfoNCE(), "sigmoid": SigmoidLoss()}

@@ -73,9 +73,10 @@ def plan(
     """Foresee what a model weighs, where it fits, and what training it costs.
 
     Args:
-        source: a recipe, a run, or a folder with a config.json.
+        source: a recipe, a run, a folder with a config.json, or a GGUF file. Of a pretrained model it is foreseen what
+            its use takes of this machine too.
         preset: instead, a network known by name: tiny, gpt3-175b, llama3-405b, ...
-        gpu: `here`, or a row of the table in docs/how-to/plan.md.
+        gpu: `here`, or a row of the table in docs/how-to/plan.md; here if left out, for presets h100.
         gpus: so many of them.
         price: of a device and hour.
         data_tokens: tokens to train on.
@@ -101,9 +102,12 @@ def plan(
     """
     from plait.planning import networks
     from plait.planning.estimate import Options, make_plan
+    from plait.planning.use import encoder_plan
 
     if (source is None) == (preset is None):
         raise PlaitError("Say what to plan: a recipe, or --preset NAME. Example: plait plan --preset gpt3-175b")
+    if source is not None and gpu is None and (facts := encoder_plan(str(source))) is not None:
+        return TrainingPlan(facts)
     network = networks.preset(preset) if preset is not None else networks.network(str(source))
     options = Options(
         gpu=gpu, gpus=gpus, price=price, tokens=data_tokens, utilisation=utilisation, tflops=tflops, batch=batch,

@@ -12,7 +12,9 @@ from plait.console import SeedOption, app, err, out, plain
 
 @app.command()
 def plan(
-    source: Annotated[str | None, typer.Argument(help="A recipe, a run, or a folder with a config.json.")] = None,
+    source: Annotated[
+        str | None, typer.Argument(help="A recipe, a run, a folder with a config.json, or a GGUF file.")
+    ] = None,
     preset: Annotated[
         str | None, typer.Option(help="A network known by name: tiny, gpt3-175b, llama3-405b, ...")
     ] = None,

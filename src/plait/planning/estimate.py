@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from enum import Enum, auto
 from typing import Any
 
 import torch
@@ -25,9 +26,11 @@ from plait.planning.memory import (
     total,
 )
 from plait.planning.networks import PRESETS, Network, compute_optimal, expected_loss, preset
+from plait.planning.use import use_here
 
 UTILISATION = 0.4  # of the peak, where none is stated: well-kept runs reach .3 to .55
 DAY = 86_400.0
+FINETUNED = 512  # tokens a sequence of a pretrained model's training, where none are said
 
 
 @dataclass(frozen=True)
@@ -77,13 +80,15 @@ def make_plan(network: Network, options: Options) -> dict[str, Any]:
         raise PlaitError(f"{network.name} has a context of {context} tokens; --length {length} is more.")
     of_plait = network.recipe is not None
     local = this_machine()
-    gpu = options.gpu or ("here" if of_plait else "h100")
+    gpu = options.gpu or ("here" if of_plait or network.pretrained else "h100")
     chosen = local if gpu == "here" else machine(gpu)
     if gpu == "here" and options.gpus > 1:
         raise PlaitError("This machine is one device. Say which others with --gpu, as in --gpus 8 --gpu h100.")
     usual = SIZES[network.recipe.model.size].batch_size if network.recipe else 1
     if network.recipe is not None:
         usual = network.recipe.training.batch_size or usual
+    if network.pretrained and options.length is None:
+        length = min(length, FINETUNED)
     load = Load(options.batch or usual, length, options.activation_checkpointing, "autocast" if of_plait else "mixed")
     tokens = options.tokens or network.tokens
     plan: dict[str, Any] = {
@@ -99,13 +104,15 @@ def make_plan(network: Network, options: Options) -> dict[str, Any]:
         "activation_checkpointing": load.activation_checkpointing,
         "KV cache": {"a token": network.cache_a_token(), f"{length} tokens": network.cache_a_token() * length},
     }
+    if network.pretrained:
+        plan["use"] = use_here(network)
     plan["layouts"] = _layouts(network, options, load, chosen)
     if not any(row["fits"] for row in plan["layouts"]):
         change = smallest_change(network, layouts(network, options.gpus)[-1], load, chosen)
         nearest = f"the smallest change that fits: {change}" if change else "no change of layout makes it fit"
         plan["warnings"].append(f"{network.name} fits in no layout of {options.gpus} x {chosen.name}; {nearest}.")
     plan["run"] = _run(network, options, length, tokens, chosen)
-    if gpu == "here":
+    if gpu == "here" and (of_plait or options.gpu is not None):
         plan["here"] = _here(network, load, chosen, plan)
     plan["compute-optimal"] = _optimal(options, plan["run"], chosen)
     if options.fails:
@@ -261,7 +268,7 @@ def _failures(options: Options, run: dict[str, Any]) -> dict[str, Any]:
             "--failures needs how often machines fail: --mtbf HOURS of one machine (and --machines, else one "
             "for 8 devices), or --interruptions N --in-days D of the whole system."
         )
-    trouble = failures.Trouble(between, options.save, options.restart * 60)
+    trouble = failures.FailureRates(between, options.save, options.restart * 60)
     return dict(failures.forecast(run["days"], trouble, options.every * 60 if options.every else None, options.seed))
 
 
@@ -291,6 +298,39 @@ class Sheet:
     rows: list[list[str]]
 
 
+class Unit(Enum):
+    """What a figure of a plan counts."""
+
+    NUMBER = auto()
+    BYTES = auto()
+    SHARE = auto()
+    MONEY = auto()
+    TIME = auto()
+
+
+UNITS = {
+    "peak": Unit.BYTES,
+    "memory": Unit.BYTES,
+    "room": Unit.BYTES,
+    "states": Unit.BYTES,
+    "utilisation": Unit.SHARE,
+    "goodput": Unit.SHARE,
+    "goodput, 5 to 95 %": Unit.SHARE,
+    "goodput expected": Unit.SHARE,
+    "cost": Unit.MONEY,
+    "days": Unit.TIME,
+    "days, 5 to 95 %": Unit.TIME,
+    "step seconds": Unit.TIME,
+    "seconds between failures": Unit.TIME,
+    "seconds to save": Unit.TIME,
+    "seconds to restart": Unit.TIME,
+    "best interval, seconds": Unit.TIME,
+    "Young's interval, seconds": Unit.TIME,
+    "Daly's interval, seconds": Unit.TIME,
+    "interval, seconds": Unit.TIME,
+}
+
+
 def big(value: float) -> str:
     """A number in the three figures that a plan deserves: 1.23M, 175B, 3.14e+23."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
@@ -306,11 +346,18 @@ def gigabytes(value: float) -> str:
 
 def sheets(plan: dict[str, Any]) -> list[Sheet]:
     """The tables of a plan."""
+    if "parts" not in plan:  # no language model of our engine
+        return [
+            _use_sheet(plan),
+            Sheet("", [], [[key, _shown(Unit.NUMBER, value)] for key, value in plan["what for"].items()]),
+        ]
     count = plan["parameters"]
     parts = [[name, f"{n:,}", f"{n / count:.1%}"] for name, n in plan["parts"].items()]
     if plan["low-rank updates"]:
         parts.append(["low-rank updates, trained alone", f"{plan['low-rank updates']:,}", ""])
     found = [Sheet(f"{plan['network']}: {count:,} parameters", ["part", "parameters", "share"], parts)]
+    if "use" in plan:
+        found.append(_use_sheet(plan))
     layouts_ = plan["layouts"]
     kinds = list(dict.fromkeys(kind for row in layouts_ for kind in row["memory"]))
     rows = [["tensor x data", *(row["layout"] for row in layouts_)]]
@@ -324,7 +371,7 @@ def sheets(plan: dict[str, Any]) -> list[Sheet]:
     rows.append(["largest batch", *(" / ".join(map(str, row["largest batch"].values())) for row in layouts_)])
     where = plan["machine"]
     title = (
-        f"GB on one device: {plan['batch']} x {plan['length']} tokens, {plan['states']} states, "
+        f"GB to train on one device: {plan['batch']} x {plan['length']} tokens, {plan['states']} states, "
         f"activation checkpointing {plan['activation_checkpointing']}; "
         f"{where['count']} x {where['name']}, {gigabytes(where['memory'])} GB"
     )
@@ -334,25 +381,40 @@ def sheets(plan: dict[str, Any]) -> list[Sheet]:
               "this machine": "What fits on this machine"}  # fmt: skip
     for name, title in titles.items():
         if plan.get(name):
-            found.append(
-                Sheet(title, [], [[key, _shown(key, value)] for key, value in plan[name].items() if value is not None])
-            )
+            known = {key: value for key, value in plan[name].items() if value is not None}
+            units = dict.fromkeys(known, Unit.BYTES) if name == "KV cache" else UNITS
+            rows = [[key, _shown(units.get(key, Unit.NUMBER), value)] for key, value in known.items()]
+            found.append(Sheet(title, [], rows))
     return found
 
 
-def _shown(key: str, value: Any) -> str:
+def _use_sheet(plan: dict[str, Any]) -> Sheet:
+    rows = plan["use"]
+    heads = ["--precision", "weights, GB", "in use, GB", "fits", "tokens/s", "of a prompt"][: len(rows[0])]
+    cells = [
+        [
+            row["precision"], gigabytes(row["weights"]), gigabytes(row["in use"]), "yes" if row["fits"] else "no",
+            *(big(row[name]) for name in ("tokens/s", "prompt tokens/s") if name in row),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return Sheet(f"Used on this machine: {plan['network']}, {plan['parameters']:,} parameters", heads, cells)
+
+
+def _shown(unit: Unit, value: Any) -> str:
+    """A value of a plan, for people."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
-        return ", ".join(v if isinstance(v, str) else _shown(key, v) for v in value) or "none"
+        return ", ".join(v if isinstance(v, str) else _shown(unit, v) for v in value) or "none"
     if not isinstance(value, int | float):
         return str(value)
-    if key in ("peak", "memory", "room", "states", "a token") or key.endswith(" tokens"):
+    if unit is Unit.BYTES:
         return f"{value / 1e9:,.3g} GB" if value >= 1e8 else f"{value / 1e6:,.3g} MB"
-    if key.startswith(("utilisation", "goodput")):
+    if unit is Unit.SHARE:
         return f"{value:.1%}"
-    if key == "cost":
+    if unit is Unit.MONEY:
         return f"{value:,.0f}"
-    if key.startswith("days") or "seconds" in key:
+    if unit is Unit.TIME:
         return f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
     return big(value)

@@ -21,8 +21,8 @@ from plait.core.device import Device, choose_device, keep_memory
 from plait.core.errors import PlaitError
 from plait.core.system import available_memory
 from plait.model import lora
+from plait.model.cross_entropy import negative_log_likelihood
 from plait.model.multimodal import IGNORE, Batch, ModelConfig, Multimodal, Sequence, collate
-from plait.model.objectives import negative_log_likelihood
 from plait.training.batches import Step
 from plait.training.losses import LossModule
 from plait.training.optimizer import make_optimizer
@@ -202,7 +202,7 @@ def _traced(
         placed = seen.to(device.torch)
         with device.autocast():
             hidden = model(placed).flatten(0, 1)
-            # What `likelihoods` does, with the places counted here: a tensor without memory cannot say which they are.
+            # What `token_losses` does, with the places counted here: a tensor without memory cannot say which they are.
             wanted = placed.targets.flatten()
             count = torch.arange(targets)
             states = hidden[count][count]

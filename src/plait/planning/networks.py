@@ -16,6 +16,7 @@ from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from plait.core.recipes import packaged_recipes
 from plait.hf.architectures import imported
+from plait.hf.gguf_files import GGUF
 from plait.modalities.base import Vocabulary
 from plait.model import lora
 from plait.model.checkpoint import find_checkpoint
@@ -35,6 +36,7 @@ class Network:
     warnings: tuple[str, ...] = ()
     recipe: Recipe | None = field(default=None, compare=False)
     lora: int | None = None  # rank of the low-rank updates that are trained alone
+    pretrained: bool = False  # weights lie beside the configuration, ready for use
 
     @cached_property
     def model(self) -> Multimodal:
@@ -208,7 +210,12 @@ def network(source: str) -> Network:
     if (path / "checkpoints").is_dir():
         path = path / "checkpoints" / ("best" if (path / "checkpoints" / "best").exists() else "last")
     if (path / "config.json").is_file():
-        return Network(Path(source).name, _imported(path))
+        ours = (path / "manifest.json").is_file()
+        return Network(path.resolve().name, _imported(path), pretrained=not ours)
+    if path.suffix == ".gguf" and path.is_file():
+        described = imported(GGUF(path).config(), path)
+        config = _text_only(described.backbone, described.size, described.tied)
+        return Network(path.stem, config, pretrained=True)
     raise PlaitError(
         f"{source} is no recipe (a .yaml file or a name of `plait recipes`), run, checkpoint or folder with a "
         f"config.json. For a network that is known by name: plait plan --preset NAME, of {', '.join(PRESETS)}."

@@ -16,7 +16,8 @@ from plait.core.rng import uniform
 from plait.data.dataset import Dataset
 from plait.evaluation import metrics
 from plait.evaluation.context import Progress
-from plait.evaluation.findings import Findings, Gallery, Metrics, ReportItem
+from plait.evaluation.findings import Findings, Gallery, ReportItem
+from plait.evaluation.keys import Direction, MetricKey, Metrics
 from plait.evaluation.outcome import Outcome
 from plait.evaluation.verdict import make_verdict
 from plait.inference.model import PlaitModel
@@ -25,10 +26,10 @@ from plait.recommend.baselines import MOST, Follows, Interactions, Neighbours
 from plait.recommend.catalogue import Catalogue
 from plait.recommend.checkpoint_part import catalogue_of
 from plait.recommend.model import RecommendationModel
-from plait.recommend.next_item import foretell
+from plait.recommend.next_item import next_item_scorer
 from plait.recommend.write_histories import HIDDEN, TEST, TRAIN, VAL, Histories, read_catalogue, read_histories
 
-TASK, DIRECTION = "recommendation", "item-item"
+TASK, DIRECTION = "recommendation", Direction("item", "item")
 DEPTHS = (1, 5, 10, 20)
 DRAWS = 10_000  # resamples of the paired bootstrap
 QUERIES = 30_000  # targets, at most
@@ -79,22 +80,44 @@ class Ranks:
     lists: np.ndarray  # (N, 10) the first ones, with what was seen left out
 
 
+@dataclass(frozen=True)
+class RankMetric:
+    """A figure of ranks: hr, ndcg or mrr of the first `depth`, with what was seen left out or, unmasked, with it."""
+
+    name: str
+    depth: int
+    unmasked: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name}_at_{self.depth}{'_unmasked' if self.unmasked else ''}"
+
+    @property
+    def expected(self) -> float:
+        """The sum over the ranks of what a hit counts there: chance is this over the number of items."""
+        places = np.arange(self.depth)
+        gain = {"hr": np.ones(self.depth), "ndcg": 1 / np.log2(places + 2.0), "mrr": 1 / (places + 1.0)}
+        return float(gain[self.name].sum())
+
+
+HR_10, NDCG_10, HR_20 = RankMetric("hr", 10), RankMetric("ndcg", 10), RankMetric("hr", 20)
+
+
 @dataclass
 class Measured:
-    """A method's figures by name, one value a target."""
+    """A method's figures, one value a target."""
 
-    values: dict[str, np.ndarray]
+    values: dict[RankMetric, np.ndarray]
     lists: np.ndarray  # (N, 10)
 
     @classmethod
     def of(cls, ranks: Ranks) -> Measured:
         values = {}
-        for suffix, rank in (("", ranks.masked), ("_unmasked", ranks.whole)):
+        for unmasked, rank in ((False, ranks.masked), (True, ranks.whole)):
             for depth in DEPTHS:
                 hit = rank < depth
-                values[f"hr_at_{depth}{suffix}"] = hit.astype(float)
-                values[f"ndcg_at_{depth}{suffix}"] = hit / np.log2(rank + 2.0)
-                values[f"mrr_at_{depth}{suffix}"] = hit / (rank + 1.0)
+                values[RankMetric("hr", depth, unmasked)] = hit.astype(float)
+                values[RankMetric("ndcg", depth, unmasked)] = hit / np.log2(rank + 2.0)
+                values[RankMetric("mrr", depth, unmasked)] = hit / (rank + 1.0)
         return cls(values, ranks.lists)
 
 
@@ -153,17 +176,15 @@ def evaluate_histories(
     if not len(targets):
         raise PlaitError(f"{dataset.path} has no items held out for {split}: no user has three interactions or more.")
     findings = Findings()
-    for note in dataset.manifest.notes:
-        if note.startswith(("leave one out", "split by time", "no times")) or "ties in time" in note:
-            findings.notes.append(f"{note[0].upper()}{note[1:]}.")
+    findings.notes += [f"{note[0].upper()}{note[1:]}." for note in dataset.manifest.split_notes]
     if first := int((histories.parts == wanted).sum()) - len(targets):
         findings.notes.append(f"{first:,} held-out items are the first of their users: with no history, not asked for.")
     most = min(QUERIES, limit or QUERIES)
-    targets = _some(targets, most, "held-out items", seed, findings)
+    targets = _subset(targets, most, "held-out items", seed, findings)
     work = _Work(recommending, histories, catalogue, seed, progress, findings)
     work.measure(targets)
     cold = targets_of(histories, (VAL, TEST))
-    cold = _some(cold.only(cold.items >= catalogue.known), most, "held-out new items", seed, findings)
+    cold = _subset(cold.only(cold.items >= catalogue.known), most, "held-out new items", seed, findings)
     if len(cold) >= 20:
         work.measure_cold(cold)
     work.show(targets)
@@ -171,7 +192,7 @@ def evaluate_histories(
     return work.metrics, findings
 
 
-def _some(targets: Targets, most: int, what: str, seed: int, findings: Findings) -> Targets:
+def _subset(targets: Targets, most: int, what: str, seed: int, findings: Findings) -> Targets:
     """At most so many of the targets, drawn by the seed."""
     if len(targets) <= most:
         return targets
@@ -202,11 +223,11 @@ class _Work:
     seed: int
     progress: Progress
     findings: Findings
-    metrics: Metrics = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=Metrics)
 
     def __post_init__(self) -> None:
         network = self.model.checkpoint.model
-        self.next = foretell(network, self.model.device)
+        self.next = next_item_scorer(network, self.model.device)
         keep = self.histories.parts == TRAIN
         counts = np.bincount(self.histories.owners()[keep], minlength=len(self.histories))
         starts = np.concatenate(([0], np.cumsum(counts)))
@@ -214,8 +235,7 @@ class _Work:
         self.popularity = self.train.popularity()
 
     def keep(self, name: str, value: float, **more: float | None) -> None:
-        found = {"value": value, "stderr": None, "chance": None, "baseline": None, "n": None, **more}
-        self.metrics[f"{TASK}/{DIRECTION}/{name}"] = found
+        self.metrics.keep(MetricKey(TASK, DIRECTION, name), value, **more)  # type: ignore[arg-type]
 
     def ranks(self, name: str, targets: Targets, scores: Scores) -> Ranks:
         chunk = min(CHUNK, max(CELLS // len(self.catalogue), 16))
@@ -244,14 +264,13 @@ class _Work:
         others = {name: Measured.of(self.ranks(name, targets, s)) for name, s in self.methods().items()}
         first, n = others["cooccurrence"], len(targets)
         unseen = len(self.catalogue) - np.array([len(np.unique(h)) for h in targets.histories])
-        for name, values in own.values.items():
+        for metric, values in own.values.items():
             value, error = _mean(values, targets.users, self.seed)
-            depth = int(name.split("_")[2])
-            among = unseen if name.endswith(("1", "5", "0")) else np.full(n, len(self.catalogue))
-            chance = float((_expected(name, depth) / among).mean())
-            base = float(first.values[name].mean())
-            self.keep(name, value, stderr=error, chance=chance, baseline=base, n=n)
-        hits, plain_hits = own.values["hr_at_10"], first.values["hr_at_10"]
+            among = np.full(n, len(self.catalogue)) if metric.unmasked else unseen
+            chance = float((metric.expected / among).mean())
+            base = float(first.values[metric].mean())
+            self.keep(str(metric), value, stderr=error, chance=chance, baseline=base, n=n)
+        hits, plain_hits = own.values[HR_10], first.values[HR_10]
         value, error = _mean(hits, targets.users, self.seed)
         _, lead_error = _mean(hits - plain_hits, targets.users, self.seed)
         self.findings.outcomes.append(
@@ -260,11 +279,11 @@ class _Work:
                 "directed co-occurrence", float(plain_hits.mean()), lead_error,
             )
         )  # fmt: skip
-        for name in ("hr_at_10", "ndcg_at_10"):
-            self._lead(name, own.values[name] - first.values[name], targets, "directed co-occurrence")
+        for metric in (HR_10, NDCG_10):
+            self._lead(str(metric), own.values[metric] - first.values[metric], targets, "directed co-occurrence")
             for other, measured in others.items():
-                mean, error = _mean(measured.values[name], targets.users, self.seed)
-                self.keep(f"{name}_{other}", mean, stderr=error, n=n)
+                mean, error = _mean(measured.values[metric], targets.users, self.seed)
+                self.keep(f"{metric}_{other}", mean, stderr=error, n=n)
         covered = {name: len(np.unique(m.lists)) / len(self.catalogue) for name, m in {"": own, **others}.items()}
         for name, share in covered.items():
             beside = None if name else covered["cooccurrence"]
@@ -294,8 +313,8 @@ class _Work:
         for number, name in enumerate(("head", "middle", "tail")):
             mine = third[targets.items] == number
             if mine.any():
-                value, error = _mean(own.values["hr_at_10"][mine], targets.users[mine], self.seed)
-                base = float(first.values["hr_at_10"][mine].mean())
+                value, error = _mean(own.values[HR_10][mine], targets.users[mine], self.seed)
+                base = float(first.values[HR_10][mine].mean())
                 chance = 10 / len(self.catalogue)
                 self.keep(f"hr_at_10_{name}", value, stderr=error, chance=chance, baseline=base, n=int(mine.sum()))
 
@@ -306,16 +325,16 @@ class _Work:
         methods = {"genre": self._genres(), "nearest": self._nearest()}
         others = {name: Measured.of(self.ranks(name, targets, s)) for name, s in methods.items() if s is not None}
         n = len(targets)
-        for name in ("hr_at_10", "ndcg_at_10", "hr_at_20"):
-            value, error = _mean(own.values[name], targets.users, self.seed)
-            chance = _expected(name, int(name.split("_")[2])) / len(self.catalogue)
-            base = float(others["genre"].values[name].mean()) if "genre" in others else None
-            self.keep(f"cold_{name}", value, stderr=error, chance=chance, baseline=base, n=n)
+        for metric in (HR_10, NDCG_10, HR_20):
+            value, error = _mean(own.values[metric], targets.users, self.seed)
+            chance = metric.expected / len(self.catalogue)
+            base = float(others["genre"].values[metric].mean()) if "genre" in others else None
+            self.keep(f"cold_{metric}", value, stderr=error, chance=chance, baseline=base, n=n)
             for other, measured in others.items():
-                mean, error = _mean(measured.values[name], targets.users, self.seed)
-                self.keep(f"cold_{name}_{other}", mean, stderr=error, n=n)
+                mean, error = _mean(measured.values[metric], targets.users, self.seed)
+                self.keep(f"cold_{metric}_{other}", mean, stderr=error, n=n)
         if "nearest" in others:
-            lead = own.values["hr_at_10"] - others["nearest"].values["hr_at_10"]
+            lead = own.values[HR_10] - others["nearest"].values[HR_10]
             self._lead("cold_hr_at_10", lead, targets, "nearest content")
 
     def _genres(self) -> Scores | None:
@@ -371,13 +390,6 @@ class _Work:
             rows.append((head, shown))
         note = "Users drawn by the seed: the last of a history, what came next, and the six likeliest items."
         self.findings.galleries.append(Gallery("Recommended", note, rows))
-
-
-def _expected(name: str, depth: int) -> float:
-    """The sum over ranks below `depth` of what a hit counts there: chance is this over the number of items."""
-    places = np.arange(depth)
-    gain = {"hr": np.ones(depth), "ndcg": 1 / np.log2(places + 2.0), "mrr": 1 / (places + 1.0)}
-    return float(gain[name.split("_")[0]].sum())
 
 
 def _above(lead: np.ndarray, users: np.ndarray, seed: int) -> float:

@@ -17,7 +17,7 @@ TOKENS = 16_384  # of histories that are read at a time
 CELLS = 2**24  # scores that exist at a time
 
 
-def foretell(model: Multimodal, device: Device) -> NextItem | NextCodes:
+def next_item_scorer(model: Multimodal, device: Device) -> NextItem | NextCodes:
     """What foretells the next item of a model of histories."""
     return NextItem(model, device) if model.row_modality is not None else NextCodes(model, device)
 

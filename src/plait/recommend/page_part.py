@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from plait.server.page_parts import LinesPart
+from plait.server.page_parts import LinesPart, SnippetCall
 
 
 def _applies(model: Any, run: Path) -> bool:
@@ -23,4 +23,8 @@ RECOMMEND = LinesPart(
     title={"en": "Recommend", "zh": "推荐"},
     question={"en": "What was seen, one a line", "zh": "看过的，每行一个"},
     answer=_next_titles,
+)
+
+SNIPPET = SnippetCall(
+    "recommend", 'model.recommend(["A title"], k=10)', "/v1/plait/recommend", {"history": ["ID"], "k": 10}
 )

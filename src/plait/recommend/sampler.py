@@ -18,7 +18,8 @@ from plait.modalities.item import (
 )
 from plait.model.multimodal import IGNORE, Batch, Multimodal, bucket_length
 from plait.recommend.write_histories import TEST, TRAIN, VAL, Histories
-from plait.training.batches import OFFSET, Sampler, Split, Step, cut_by_length
+from plait.training.batches import OFFSET, Sampler, Step, cut_by_length
+from plait.training.split import Split
 
 
 @dataclass

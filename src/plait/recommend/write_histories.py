@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,15 @@ TRAIN, VAL, TEST, HIDDEN = range(4)  # what an interaction is for; a hidden one 
 COLD = 101  # key of `uniform`
 _GROUP = 4096  # users in a row group
 _EXAMPLES = 12
+
+
+@dataclass
+class Remarks:
+    """What people are told of a preparation: in general, of the splits and what they follow, and of what is amiss."""
+
+    notes: list[str]
+    splits: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -97,7 +106,7 @@ def write_histories(
     """A dataset of histories in `folder`, but for the manifest, which is returned. Raises PlaitError where nothing
     can be used, or the two tables do not belong together."""
     rejects: list[Rejected] = list(tree.refused)
-    notes, warnings = [f"{interactions}: interactions"], list[str]()
+    remarks = Remarks([f"{interactions}: interactions"])
     found: list[Interaction] = []
     light = 0
     for row in read_interactions(tree, interactions, recipe):
@@ -115,33 +124,35 @@ def write_histories(
         told = "; ".join(f"{reason} ({count})" for reason, count in common) or "nothing was found"
         raise PlaitError(f"{interactions}: no interaction can be used. {told}.")
     if recipe.least_weight is not None:
-        notes.append(f"{light:,} interactions of a weight below {recipe.least_weight:g} were left out")
-    known = _items(tree, items, recipe, {row.item for row in found}, interactions, rejects, notes, warnings)
-    histories = _ordered(found, list(known), notes, warnings)
-    untested = _untested(tree, recipe.untested, histories.users, notes)
+        remarks.notes.append(f"{light:,} interactions of a weight below {recipe.least_weight:g} were left out")
+    known = _items(tree, items, recipe, {row.item for row in found}, interactions, rejects, remarks)
+    histories = _ordered(found, list(known), remarks)
+    untested = _untested(tree, recipe.untested, histories.users, remarks)
     cold = _cold(list(known), recipe.cold, seed)
-    _split(histories, recipe, untested, cold, notes)
+    _split(histories, recipe, untested, cold, remarks)
     histories.items, order = _known_first(histories, len(known))
     listed = list(known.values())
     trained = len(set(histories.items[histories.parts == TRAIN].tolist()))
     catalogue = Catalogue([listed[i] for i in order], trained)
     if len(catalogue) > trained:
-        notes.append(f"{len(catalogue) - trained:,} items stand in no training history; what they are places them")
+        remarks.notes.append(
+            f"{len(catalogue) - trained:,} items stand in no training history; what they are places them"
+        )
     if recipe.cold:
-        notes.append(f"{recipe.cold:.0%} of the items, drawn by the seed, were kept out of training")
+        remarks.notes.append(f"{recipe.cold:.0%} of the items, drawn by the seed, were kept out of training")
     progress("write", 0, 1)
-    return _write(tree, folder, histories, catalogue, rejects, notes, warnings, seed)
+    return _write(tree, folder, histories, catalogue, rejects, remarks, seed)
 
 
 def _items(
     tree: Tree, table: str | None, recipe: ItemsRecipe, wanted: set[str], interactions: str, rejects: list[Rejected],
-    notes: list[str], warnings: list[str],
+    remarks: Remarks,
 ) -> dict[str, Item]:  # fmt: skip
     """Id -> item: those of the table, then those that interactions alone name."""
     known: dict[str, Item] = {}
     twice = 0
     if table is not None:
-        notes.append(f"{table}: items")
+        remarks.notes.append(f"{table}: items")
         for line, row in read_items(tree, table, recipe):
             if isinstance(row, Rejected):
                 rejects.append(Rejected(row.file, line, row.reason))
@@ -151,21 +162,25 @@ def _items(
             else:
                 known[row.id] = row
         if twice:
-            warnings.append(f"{twice:,} rows of {table} repeat an item: the first of each is kept, see rejects.jsonl.")
+            remarks.warnings.append(
+                f"{twice:,} rows of {table} repeat an item: the first of each is kept, see rejects.jsonl."
+            )
         shared = wanted & known.keys()
         if not shared:
             raise PlaitError(
-                f"The ids of {table} and {interactions} do not match: the one has {_some(known)}, the other "
-                f"{_some(wanted)}. Name the column of ids in the recipe: data.items.columns.id or .item."
+                f"The ids of {table} and {interactions} do not match: the one has {_first_three(known)}, the other "
+                f"{_first_three(wanted)}. Name the column of ids in the recipe: data.items.columns.id or .item."
             )
         if lone := sorted(wanted - shared, key=_natural):
-            warnings.append(f"{len(lone):,} items of {interactions} have no row in {table}, such as {_some(lone)}.")
+            remarks.warnings.append(
+                f"{len(lone):,} items of {interactions} have no row in {table}, such as {_first_three(lone)}."
+            )
     for id_ in sorted(wanted - known.keys(), key=_natural):
         known[id_] = Item(id_)
     return known
 
 
-def _some(ids: Any) -> str:
+def _first_three(ids: Any) -> str:
     return ", ".join(f"'{id_}'" for id_ in sorted(ids, key=_natural)[:3])
 
 
@@ -174,7 +189,7 @@ def _natural(text: str) -> tuple[int, str]:
     return (len(text) if text.isdigit() else 1 << 30, text)
 
 
-def _ordered(found: list[Interaction], ids: list[str], notes: list[str], warnings: list[str]) -> Histories:
+def _ordered(found: list[Interaction], ids: list[str], remarks: Remarks) -> Histories:
     """The interactions by user, in order of time; of equal times, in that of the file."""
     numbers = {id_: i for i, id_ in enumerate(ids)}
     names = list(dict.fromkeys(row.user for row in found))
@@ -184,7 +199,7 @@ def _ordered(found: list[Interaction], ids: list[str], notes: list[str], warning
     times = None
     order = np.argsort(users, kind="stable")
     if all(row.time is not None for row in found):
-        times = _counted_times([row.time for row in found if row.time is not None], notes)
+        times = _counted_times([row.time for row in found if row.time is not None], remarks)
         plain = times[order]
         same = users[order][1:] == users[order][:-1]
         disordered = len(np.unique(users[order][1:][same & (plain[1:] < plain[:-1])]))
@@ -192,31 +207,36 @@ def _ordered(found: list[Interaction], ids: list[str], notes: list[str], warning
         sorted_times = times[order]
         ties = int((same & (sorted_times[1:] == sorted_times[:-1])).sum())
         if disordered:
-            notes.append(f"{disordered:,} of {len(names):,} users had lines out of order of time; they were sorted")
-        notes.append(f"{ties / max(int(same.sum()), 1):.1%} of the steps from one interaction to the next are ties in "
-                     "time, whose order is that of the file")  # fmt: skip
+            remarks.notes.append(
+                f"{disordered:,} of {len(names):,} users had lines out of order of time; they were sorted"
+            )
+        tied = ties / max(int(same.sum()), 1)
+        remarks.splits.append(
+            f"{tied:.1%} of the steps from one interaction to the next are ties in time, whose order is that of the "
+            "file"
+        )
         times = sorted_times
     elif any(row.time is not None for row in found):
-        warnings.append("Some interactions have no time: the order is that of the file.")
+        remarks.warnings.append("Some interactions have no time: the order is that of the file.")
     else:
-        notes.append("no times: the order of the file is taken for that of time")
+        remarks.splits.append("no times: the order of the file is taken for that of time")
     starts = np.concatenate(([0], np.cumsum(np.bincount(users, minlength=len(names)))))
     parts = np.zeros(len(found), np.uint8)
     return Histories(names, starts, items[order], parts, times)
 
 
-def _counted_times(found: list[float], notes: list[str]) -> np.ndarray:
+def _counted_times(found: list[float], remarks: Remarks) -> np.ndarray:
     """The times (N,) as integers: as they are, or in millionths where some have a fraction."""
     if all(isinstance(time, int) for time in found):
         return np.array(found, np.int64)
     exact = np.array(found, np.float64)
     scale = 1e6 if np.abs(exact).max() < 2**40 else 1.0  # larger ones are no seconds
     if scale > 1:
-        notes.append("times have fractions of a second: they are kept in microseconds")
+        remarks.notes.append("times have fractions of a second: they are kept in microseconds")
     return np.rint(exact * scale).astype(np.int64)
 
 
-def _untested(tree: Tree, wanted: str | None, users: list[str], notes: list[str]) -> np.ndarray:
+def _untested(tree: Tree, wanted: str | None, users: list[str], remarks: Remarks) -> np.ndarray:
     """Which users (U,) a table marks as learnt from alone."""
     marks = np.zeros(len(users), bool)
     if wanted is None:
@@ -237,7 +257,7 @@ def _untested(tree: Tree, wanted: str | None, users: list[str], notes: list[str]
             if not ids:
                 raise PlaitError(f"data.items.untested: {file}, line {line}, names no user of the interactions.")
             marks[place[ids[0]]] = True
-    notes.append(f"{int(marks.sum()):,} users are learnt from and not asked for: {wanted}")
+    remarks.notes.append(f"{int(marks.sum()):,} users are learnt from and not asked for: {wanted}")
     return marks
 
 
@@ -247,7 +267,7 @@ def _cold(ids: list[str], share: float, seed: int) -> np.ndarray:
     return uniform(seed, keys, COLD) < share
 
 
-def _split(histories: Histories, recipe: ItemsRecipe, untested: np.ndarray, cold: np.ndarray, notes: list[str]) -> None:
+def _split(histories: Histories, recipe: ItemsRecipe, untested: np.ndarray, cold: np.ndarray, remarks: Remarks) -> None:
     """Say what each interaction is for."""
     starts, parts = histories.starts, histories.parts
     owner = histories.owners()
@@ -258,15 +278,17 @@ def _split(histories: Histories, recipe: ItemsRecipe, untested: np.ndarray, cold
         parts[histories.times > first] = VAL
         parts[histories.times > second] = TEST
         parts[untested[owner] & (parts > TRAIN)] = HIDDEN
-        notes.append("split by time: the first 80 % of all interactions train, 10 % val, the last 10 % test")
+        remarks.splits.append("split by time: the first 80 % of all interactions train, 10 % val, the last 10 % test")
     else:
         lengths = np.diff(starts)
         asked = (lengths >= 3) & ~untested
         parts[starts[1:][asked] - 1] = TEST
         parts[starts[1:][asked] - 2] = VAL
-        notes.append("leave one out: of each user's items the last is test, the one before it val")
+        remarks.splits.append("leave one out: of each user's items the last is test, the one before it val")
         if few := int(((lengths < 3) & ~untested).sum()):
-            notes.append(f"{few:,} users have fewer than 3 interactions: they are learnt from and not asked for")
+            remarks.notes.append(
+                f"{few:,} users have fewer than 3 interactions: they are learnt from and not asked for"
+            )
     parts[cold[histories.items] & (parts == TRAIN)] = HIDDEN
 
 
@@ -281,9 +303,30 @@ def _known_first(histories: Histories, count: int) -> tuple[np.ndarray, np.ndarr
 
 
 def _write(
-    tree: Tree, folder: Path, histories: Histories, catalogue: Catalogue, rejects: list[Rejected], notes: list[str],
-    warnings: list[str], seed: int,
+    tree: Tree, folder: Path, histories: Histories, catalogue: Catalogue, rejects: list[Rejected], remarks: Remarks,
+    seed: int,
 ) -> Manifest:  # fmt: skip
+    """Write tables, rejects and the report; returns the manifest."""
+    _write_table(histories, folder / "histories-00000.parquet")
+    catalogue.write(folder / "items.parquet")
+    for name in tree.files:
+        if name not in tree.used:
+            rejects.append(Rejected(name, None, "neither of the two tables, nor named by them"))
+    with (folder / "rejects.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+        for reject in rejects:
+            file.write(json.dumps(reject._asdict()) + "\n")
+    if rejects:
+        remarks.warnings.append(f"{len(rejects):,} files or rows were not used: see rejects.jsonl.")
+    remarks.notes.append(f"{len(histories):,} users, {len(catalogue):,} items, {len(histories.items):,} interactions")
+    manifest = _manifest(folder, histories, catalogue, len(rejects), remarks, seed)
+    examples, reasons = _examples(histories, catalogue), Counter(reject.summary for reject in rejects)
+    name = str(tree.root).rstrip("/").rpartition("/")[2]
+    (folder / "report.html").write_text(report(manifest, examples, reasons, name), encoding="utf-8", newline="\n")
+    return manifest
+
+
+def _write_table(histories: Histories, path: Path) -> None:
+    """A row a user, with lists of items, what each is for, and times."""
     offsets = pa.array(histories.starts, pa.int32())
 
     def lists(values: np.ndarray) -> pa.Array:
@@ -299,54 +342,50 @@ def _write(
             "time": times,
         }
     )
-    pq.write_table(table, folder / "histories-00000.parquet", compression="zstd", row_group_size=_GROUP)
-    catalogue.write(folder / "items.parquet")
-    for name in tree.files:
-        if name not in tree.used:
-            rejects.append(Rejected(name, None, "neither of the two tables, nor named by them"))
-    with (folder / "rejects.jsonl").open("w", encoding="utf-8", newline="\n") as file:
-        for reject in rejects:
-            file.write(json.dumps(reject._asdict()) + "\n")
+    pq.write_table(table, path, compression="zstd", row_group_size=_GROUP)
+
+
+def _manifest(
+    folder: Path, histories: Histories, catalogue: Catalogue, rejected: int, remarks: Remarks, seed: int
+) -> Manifest:
+    """What the dataset in `folder` holds."""
     lengths = np.diff(histories.starts)
-    if rejects:
-        warnings.append(f"{len(rejects):,} files or rows were not used: see rejects.jsonl.")
-    counts = {name: int((histories.parts == part).sum()) for part, name in enumerate(SPLITS)}
-    notes.append(f"{len(histories):,} users, {len(catalogue):,} items, {len(histories.items):,} interactions")
-    manifest = Manifest(
+    statistics = Lengths(
+        unit="items",
+        records=len(histories),
+        min=float(lengths.min()),
+        mean=round(float(lengths.mean()), 4),
+        max=float(lengths.max()),
+        distinct=len(catalogue),
+    )
+    return Manifest(
         version=VERSION,
         source="",
         seed=seed,
         columns={"item": "item"},
-        counts=counts,
-        rejected=len(rejects),
+        counts={name: int((histories.parts == part).sum()) for part, name in enumerate(SPLITS)},
+        rejected=rejected,
         duplicates=0,
         overlap={},
         kind="recommend",
         unit="interactions",
         parts={"items": _shard(folder / "items.parquet", "", len(catalogue))},
         shards=[_shard(folder / "histories-00000.parquet", "train", len(histories))],
-        statistics={
-            "item": Lengths(
-                unit="items",
-                records=len(histories),
-                min=float(lengths.min()),
-                mean=round(float(lengths.mean()), 4),
-                max=float(lengths.max()),
-                distinct=len(catalogue),
-            )
-        },
-        notes=notes,
-        warnings=warnings,
+        statistics={"item": statistics},
+        notes=remarks.notes,
+        split_notes=remarks.splits,
+        warnings=remarks.warnings,
     )
+
+
+def _examples(histories: Histories, catalogue: Catalogue) -> list[Example]:
+    """The beginnings of some histories, for the report."""
     examples = []
     for user in range(0, len(histories), max(len(histories) // _EXAMPLES, 1))[:_EXAMPLES]:
-        some = histories.items[histories.starts[user] : histories.starts[user + 1]][-8:]
-        parts: dict[str, str | bytes] = {"item": " → ".join(catalogue.name(int(item)) for item in some)}
+        items = histories.items[histories.starts[user] : histories.starts[user + 1]][-8:]
+        parts: dict[str, str | bytes] = {"item": " → ".join(catalogue.name(int(item)) for item in items)}
         examples.append(Example(histories.users[user], "", parts))
-    reasons = Counter(reject.reason.split(":")[0][:80] for reject in rejects)
-    name = str(tree.root).rstrip("/").rpartition("/")[2]
-    (folder / "report.html").write_text(report(manifest, examples, reasons, name), encoding="utf-8", newline="\n")
-    return manifest
+    return examples
 
 
 def _shard(path: Path, split: str, count: int) -> Shard:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup, escape
 
-from plait.evaluation.findings import Metric, Reliability
+from plait.evaluation.findings import Reliability
+from plait.evaluation.keys import Metric
 from plait.reports.overfitting import Gap
 
 POINTS = 300  # that a line has at most

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from plait.core.features import ExtensionPoint
+from plait.evaluation.keys import MetricKey
 
 TASKS = {
     "recognition": "Recognition: which of the known labels",
@@ -89,6 +90,10 @@ class MetricLabels:
     tasks: Mapping[str, str]
     meaning: Mapping[str, tuple[str, str, str]]
     headlines: tuple[str, ...] = ()
+
+    def is_headline(self, key: MetricKey) -> bool:
+        """Whether a figure is one of those that tell most."""
+        return key.metric in self.headlines and key.main and not key.clean
 
 
 METRIC_LABELS: ExtensionPoint[MetricLabels] = ExtensionPoint("metric_labels")

@@ -84,14 +84,21 @@ def export_page(model: PlaitModel, dataset: Dataset, folder: Path) -> OfflinePag
     return OfflinePage(folder / FILE, accuracy, len(truth))
 
 
-def _classifier(model: PlaitModel) -> Classifier:
-    """The run's first classifier of images by a recogniser. Raises PlaitError where there is none."""
+def page_classifier(model: PlaitModel) -> Classifier | None:
+    """The classifier that a page can compute: the run's first of images by a recogniser; None where there is none."""
     for one in model.checkpoint.classifiers:
         if one.features.kind not in MEDIA:
             continue
         encoder = model.modality(one.source).encoder
         if isinstance(encoder, ImageRecogniser) and one.target in encoder.columns:
             return one
+    return None
+
+
+def _classifier(model: PlaitModel) -> Classifier:
+    """`page_classifier`. Raises PlaitError where there is none."""
+    if (classifier := page_classifier(model)) is not None:
+        return classifier
     raise PlaitError(
         f"{model.name} has no recogniser of images, which a page needs that classifies offline. Train one: "
         "plait train DATA --task recognise, with images in folders by label."

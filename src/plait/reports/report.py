@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,12 @@ from markupsafe import Markup
 
 from plait.core.errors import PlaitError
 from plait.core.files import read_json, write_atomic, write_json
+from plait.core.objective import loss_column, losses_of_row
 from plait.core.pages import number, render
+from plait.data.record import summary
 from plait.data.stores import location, read_place
-from plait.evaluation.findings import Confusion, Findings, Metric, Metrics
+from plait.evaluation.findings import Confusion, Findings
+from plait.evaluation.keys import Metric, Metrics
 from plait.reports.charts import Panel, bar, coverage_panel, loss_panel, reliability_panel
 from plait.reports.metric_labels import metric_labels
 from plait.reports.overfitting import gap
@@ -79,8 +82,8 @@ def write_metrics(path: Path, metrics: Metrics) -> None:
     """Write the figures as JSON, one flat object; what is not a finite number becomes null."""
     always, more = ("value", "stderr", "chance", "baseline", "n"), ("low", "high")
     clean = {
-        name: {key: _finite(metric.get(key)) for key in (*always, *(key for key in more if key in metric))}
-        for name, metric in metrics.items()
+        str(key): {field: _finite(metric.get(field)) for field in (*always, *(name for name in more if name in metric))}
+        for key, metric in metrics.items()
     }
     write_json(path, clean)
 
@@ -123,14 +126,13 @@ class FigureTable:
 def write_report(path: Path, metrics: Metrics, findings: Findings, run: RunInfo) -> None:
     """Write the page: the verdict, images and audio, five figures, then tables. Raises PlaitError where it cannot be
     written."""
-    columns = list(run.manifest.get("columns", {}))
     page = render(
         "reports/run.html",
         title=run.title,
         summary=_summary(run),
         findings=findings,
-        cards=_cards(metrics, columns),
-        tables=_tables(metrics, columns),
+        cards=_cards(metrics),
+        tables=_tables(metrics),
         curves=_curves(run.log),
         reliabilities=[
             panel(found) for found in findings.reliabilities for panel in (reliability_panel, coverage_panel)
@@ -138,7 +140,8 @@ def write_report(path: Path, metrics: Metrics, findings: Findings, run: RunInfo)
         confusions=[_confusion(found) for found in findings.confusions],
         run=run,
         reasons=_reasons(run.rejects),
-        notes=[*run.manifest.get("warnings", []), *run.manifest.get("notes", []), *run.metadata.get("notes", [])],
+        notes=[note for kind in ("warnings", "split_notes", "notes") for note in run.manifest.get(kind, [])]
+        + run.metadata.get("notes", []),
         metadata=json.dumps(run.metadata, ensure_ascii=False, indent=1, default=str),
     )
     write_atomic(path, page)
@@ -147,61 +150,40 @@ def write_report(path: Path, metrics: Metrics, findings: Findings, run: RunInfo)
 # --- figures -----------------------------------------------------------------------------------------------------
 
 
-def _parts(name: str) -> tuple[str, str, str]:
-    """Task, direction and metric of a figure's name; a column's name may hold slashes."""
-    task, _, rest = name.partition("/")
-    direction, _, metric = rest.rpartition("/")
-    return task, direction, metric
-
-
-def _direction(direction: str, columns: list[str]) -> str:
-    """ "image-en" as "image → en". Names of columns may hold hyphens: where both sides are known columns, it is cut
-    between them, else at the middle hyphen."""
-    places = [i for i, letter in enumerate(direction) if letter == "-"]
-    if not places:
-        return direction
-    known = [i for i in places if direction[:i] in columns and direction[i + 1 :] in columns]
-    place = known[0] if known else places[len(places) // 2]
-    return f"{direction[:place]} → {direction[place + 1 :]}"
-
-
-def _tables(metrics: Metrics, columns: list[str]) -> list[FigureTable]:
+def _tables(metrics: Metrics) -> list[FigureTable]:
     """The figures by task, in the order of their labels; those of single classes stand in the confusion matrices."""
-    names = list(dict.fromkeys(_parts(name)[0] for name in metrics))
-    tasks = [task for task in metric_labels().tasks if task in names] + [
-        name for name in names if name not in metric_labels().tasks
-    ]
-    return [_table(task, metrics, columns) for task in tasks]
+    present = dict.fromkeys(key.task for key in metrics)
+    known = [task for task in metric_labels().tasks if task in present]
+    return [_table(task, metrics) for task in dict.fromkeys([*known, *present])]
 
 
-def _table(task: str, metrics: Metrics, columns: list[str]) -> FigureTable:
+def _table(task: str, metrics: Metrics) -> FigureTable:
     rows: list[FigureRow] = []
-    before = ""
-    for name, metric in metrics.items():
-        first, direction, last = _parts(name)
-        of_all = name.endswith("_clean") and name.removesuffix("_clean") in metrics  # stands beside that figure
-        if first != task or name.endswith("]") or of_all:
+    before = None
+    for key, metric in metrics.items():
+        of_all = key.clean and replace(key, clean=False) in metrics  # stands beside that figure
+        if key.task != task or key.label is not None or of_all:
             continue
-        label, kind, meaning = metric_labels().meaning.get(last, (last, "number", ""))
-        shown = "" if direction == before else _direction(direction, columns)
+        label, kind, meaning = metric_labels().meaning.get(key.metric, (key.metric, "number", ""))
+        shown = "" if key.direction == before else key.direction.arrow
         drawn = bar(metric) if kind == "share" else Markup("")
-        rows.append(FigureRow(shown, label, meaning, kind, metric, metrics.get(f"{name}_clean"), drawn))
-        before = direction
+        rows.append(FigureRow(shown, label, meaning, kind, metric, metrics.get(replace(key, clean=True)), drawn))
+        before = key.direction
     return FigureTable(metric_labels().tasks.get(task, task), rows, any(row.clean is not None for row in rows))
 
 
-def _cards(metrics: Metrics, columns: list[str]) -> list[tuple[str, str, str]]:
+def _cards(metrics: Metrics) -> list[tuple[str, str, str]]:
     """Label, figure and note of the five figures that tell most: the headlines of each task in turn."""
     by_task: dict[str, list[tuple[str, str, str]]] = {}
-    for name, metric in metrics.items():
-        task, direction, last = _parts(name)
-        if last not in metric_labels().headlines or metric.get("value") is None:
+    for key, metric in metrics.items():
+        if not metric_labels().is_headline(key) or metric.get("value") is None:
             continue
-        label, kind, _ = metric_labels().meaning[last]
-        others = [f"{key} {number(metric[key], kind)}" for key in ("chance", "baseline") if metric.get(key) is not None]
-        heading = f"{task} · {_direction(direction, columns)}"
+        label, kind, _ = metric_labels().meaning[key.metric]
+        beside = [name for name in ("chance", "baseline") if metric.get(name) is not None]
+        others = [f"{name} {number(metric[name], kind)}" for name in beside]
+        heading = f"{key.task} · {key.direction.arrow}"
         note = ", ".join([label, *others])
-        by_task.setdefault(task, []).append((heading, number(metric.get("value"), kind), note))
+        by_task.setdefault(key.task, []).append((heading, number(metric.get("value"), kind), note))
     rounds = zip_longest(*by_task.values())
     return [card for cards in rounds for card in cards if card is not None][:CARDS]
 
@@ -212,13 +194,14 @@ def _cards(metrics: Metrics, columns: list[str]) -> list[tuple[str, str, str]]:
 def _curves(log: list[dict[str, Any]]) -> list[Panel]:
     """A panel for each objective: training and validation over steps."""
     panels = []
-    for name in dict.fromkeys(key for row in log for key in row if key.startswith("loss/")):
+    for name in dict.fromkeys(name for row in log for name in losses_of_row(row)):
+        column = loss_column(name)
         lines: dict[str, list[tuple[float, float]]] = {"train": [], "val": []}
         for row in log:
-            if row.get("split") in lines and math.isfinite(row.get(name, math.nan)):
-                lines[row["split"]].append((float(row["step"]), float(row[name])))
+            if row.get("split") in lines and math.isfinite(row.get(column, math.nan)):
+                lines[row["split"]].append((float(row["step"]), float(row[column])))
         if any(lines.values()):
-            panels.append(loss_panel(name.removeprefix("loss/"), lines, gap(log, name)))
+            panels.append(loss_panel(name, lines, gap(log, column)))
     return panels
 
 
@@ -255,7 +238,7 @@ def _reasons(rejects: list[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
     counts: Counter[str] = Counter()
     first: dict[str, dict[str, Any]] = {}
     for row in rejects:
-        reason = str(row.get("reason", "?")).split(":")[0][:80]
+        reason = summary(str(row.get("reason", "?")))
         counts[reason] += 1
         first.setdefault(reason, row)
     rows = [

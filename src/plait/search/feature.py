@@ -9,6 +9,7 @@ FEATURE = Feature(
     commands="plait.search.commands",
     panel="Use a model",
     adds={
+        "mcp_tool": "plait.search.mcp_tool:SEARCH",
         "routes": "plait.search.routes:router",
         "served_resources": "plait.search.routes:open_indexes",
     },

@@ -15,10 +15,10 @@ from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from plait.inference.base import Verb
-from plait.inference.engine import Completion
-from plait.inference.engine import Request as Wanted
 from plait.inference.model import PlaitModel
 from plait.inference.prompts import Prompt, Turn
+from plait.inference.requests import Completion
+from plait.inference.requests import Request as EngineRequest
 from plait.inference.scoring import PromptScores, prompt_scores
 from plait.inference.tools import CallPiece, TextPiece, ToolCall
 from plait.modalities.media import MEDIA, written_by
@@ -29,6 +29,7 @@ from plait.server.api import (
     STREAM,
     check_ids,
     constraint_of,
+    engine_request_of,
     finish_of,
     make_router,
     most_of,
@@ -37,7 +38,6 @@ from plait.server.api import (
     text_column,
     usage_of,
     voice_of,
-    wanted_of,
 )
 from plait.server.limits import ApiError
 from plait.server.logprobs import Aligner, Token, of_chat, of_text
@@ -70,69 +70,92 @@ async def chat_completions(request: Request, body: s.ChatRequest) -> Response:
     if body.logprobs and outputs != ["text"]:
         raise ApiError(400, "logprobs go with text alone. Leave them out, or the other modalities.", "logprobs")
     constraint = await constraint_of(service, served, body, use, n)
-    columns: list[str | None] = []
-    prompts: list[Prompt] = []
-    wanted: list[Wanted] = []
+    parts: list[ReplyPart] = []
 
     def prepare() -> None:
-        spoken = written_by(Verb.SPEAK)
         for kind in outputs:
-            if kind == "text":
-                columns.append(text_column(model, body.column))
-            else:
-                voice = body.audio.voice if kind in spoken and body.audio else None
-                columns.append(
-                    voice_of(service, request_context, model, voice)
-                    if kind in spoken
-                    else model.column(None, kind, f"write {kind}")
-                )
-            prompt = chat.prompt(turns, columns[-1], use.tools if use and kind == "text" else ())
-            prompts.append(prompt)
+            column = _column(service, request_context, model, body, kind)
+            prompt = chat.prompt(turns, column, use.tools if use and kind == "text" else ())
             stop = (*stops(body.stop), *prompt.stop) if kind == "text" else ()
             bound = most if kind == "text" else None
-            found = wanted_of(model, prompt.context, columns[-1], body, n, most=bound, stop=stop)
-            wanted.append(
-                replace(
-                    found,
-                    logprobs=bool(body.logprobs),
-                    top_logprobs=body.top_logprobs or 0 if body.logprobs else 0,
-                    constraint=constraint if kind == "text" else None,
-                )
+            wanted = engine_request_of(model, prompt.context, column, body, n, most=bound, stop=stop)
+            wanted = replace(
+                wanted,
+                logprobs=bool(body.logprobs),
+                top_logprobs=body.top_logprobs or 0 if body.logprobs else 0,
+                constraint=constraint if kind == "text" else None,
             )
+            parts.append(ReplyPart(kind, column, prompt, wanted))
 
     await service.prepared(prepare, size)
     form = body.audio.format if body.audio else "wav"
     head = _head("chatcmpl-", "chat.completion.chunk" if body.stream else "chat.completion", served)
     if body.stream:
-        pending_requests = served.worker.submit(wanted, service.deadline(request_context))
-        options = body.stream_options
-        usage = bool(options and options.include_usage)
-        events = _chat_events(
-            service, served, request_context, pending_requests, head, outputs, columns, prompts, form, usage, use
-        )
+        pending_requests = served.worker.submit([part.wanted for part in parts], service.deadline(request_context))
+        usage = bool(body.stream_options and body.stream_options.include_usage)
+        events = _chat_events(service, served, request_context, pending_requests, head, parts, form, usage, use)
         return EventStream(events, pending_requests)
-    results = await service.written(served, wanted, request_context)
+    choices = await _choices(service, served, request_context, parts, form, use, n)
+    read_ = sum(len(part.prompt.context) for part in parts)
+    return JSONResponse({**head, "choices": choices, "usage": usage_of(read_, request_context.completion_tokens)})
+
+
+@dataclass(frozen=True)
+class ReplyPart:
+    """One of the kinds that a reply is written in.
+
+    Attributes:
+        kind: "text", or a medium.
+        column: What is written; None for the text of a model without columns.
+        prompt: The messages before it.
+        wanted: What the engine is asked for.
+    """
+
+    kind: str
+    column: str | None
+    prompt: Prompt
+    wanted: EngineRequest
+
+
+def _column(
+    service: Service, request_context: RequestContext, model: PlaitModel, body: s.ChatRequest, kind: str
+) -> str | None:
+    """The column in which a kind is written. Raises ApiError where the model writes none."""
+    if kind == "text":
+        return text_column(model, body.column)
+    if kind in written_by(Verb.SPEAK):
+        return voice_of(service, request_context, model, body.audio.voice if body.audio else None)
+    return model.column(None, kind, f"write {kind}")
+
+
+async def _choices(
+    service: Service, served: Served, request_context: RequestContext, parts: list[ReplyPart], form: str,
+    use: ToolUse | None, n: int,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """`n` whole replies, each with all its parts."""
     choices: list[dict[str, Any]] = [
         {"index": i, "message": {"role": "assistant", "content": None, "refusal": None}, "logprobs": None,
          "finish_reason": "stop"} for i in range(n)
     ]  # fmt: skip
-    for kind, column, prompt, samples in zip(outputs, columns, prompts, results, strict=True):
-        made = [] if kind == "text" else await service.rendered(served, str(column), samples, request_context)
-        for i, (choice, sample) in enumerate(zip(choices, samples, strict=True)):
-            if kind == "text":
-                reader = ReplyReader(use, Lead(prompt.strip))
-                reader.add(sample.text or "", last=True)
-                choice["message"]["content"] = reader.text if reader.text or not reader.calls else None
-                if reader.calls:
-                    choice["message"]["tool_calls"] = [_call(call) for call in reader.calls]
-                choice["finish_reason"] = reader.finish(sample.finish)
-                if sample.logprobs is not None:
-                    aligner = Aligner(model.checkpoint.text, [] if prompt.context.media else prompt.context.ids)
-                    choice["logprobs"] = of_chat(aligner.add(sample.ids, sample.logprobs, sample.top, last=True))
-            else:
-                choice["message"] |= await asyncio.to_thread(OUTPUTS[MEDIA[kind].writes], made[i], form)
-    read_ = sum(len(prompt.context) for prompt in prompts)
-    return JSONResponse({**head, "choices": choices, "usage": usage_of(read_, request_context.completion_tokens)})
+    results = await service.written(served, [part.wanted for part in parts], request_context)
+    for part, samples in zip(parts, results, strict=True):
+        if part.kind != "text":
+            made = await service.rendered(served, str(part.column), samples, request_context)
+            for choice, value in zip(choices, made, strict=True):
+                choice["message"] |= await asyncio.to_thread(OUTPUTS[MEDIA[part.kind].writes], value, form)
+            continue
+        context = part.prompt.context
+        for choice, sample in zip(choices, samples, strict=True):
+            reader = ReplyReader(use, Lead(part.prompt.strip))
+            reader.add(sample.text or "", last=True)
+            choice["message"]["content"] = reader.text if reader.text or not reader.calls else None
+            if reader.calls:
+                choice["message"]["tool_calls"] = [_call(call) for call in reader.calls]
+            choice["finish_reason"] = reader.finish(sample.finish)
+            if sample.logprobs is not None:
+                aligner = Aligner(served.ours.checkpoint.text, [] if context.media else context.ids)
+                choice["logprobs"] = of_chat(aligner.add(sample.ids, sample.logprobs, sample.top, last=True))
+    return choices
 
 
 async def chat_turns(service: Service, served: Served, messages: list[s.Message], deadline: float) -> list[Turn]:
@@ -165,17 +188,19 @@ async def chat_turns(service: Service, served: Served, messages: list[s.Message]
 async def text_reply(
     service: Service, served: Served, request_context: RequestContext, turns: list[Turn], body: s.Drawing,
     form: s.Writing, use: ToolUse | None, most: int | None, stop: tuple[str, ...] = (),
-) -> tuple[Prompt, Wanted]:  # fmt: skip
+) -> tuple[Prompt, EngineRequest]:  # fmt: skip
     """The engine's request for one reply in text, and its prompt; `form` says what the text must be."""
     model, chat = served.ours, served.chat
     if chat is None:
         raise ApiError(400, f"{served.name} has no chat.", "model")
     constraint = await constraint_of(service, served, form, use)
 
-    def prepare() -> tuple[Prompt, Wanted]:
+    def prepare() -> tuple[Prompt, EngineRequest]:
         column = text_column(model, None)
         prompt = chat.prompt(turns, column, use.tools if use else ())
-        found = wanted_of(model, prompt.context, column, body, 1, most=most_of(model, most), stop=(*stop, *prompt.stop))
+        found = engine_request_of(
+            model, prompt.context, column, body, 1, most=most_of(model, most), stop=(*stop, *prompt.stop)
+        )
         return prompt, replace(found, constraint=constraint)
 
     size = sum(len(part) for turn in turns for part in turn.parts if isinstance(part, str))
@@ -221,19 +246,19 @@ OUTPUTS: dict[str, Callable[[Any, str], dict[str, Any]]] = {Verb.DRAW: _drawn, V
 
 async def _chat_events(
     service: Service, served: Served, request_context: RequestContext, pending_requests: list[PendingRequest],
-    head: dict[str, Any], outputs: list[Any],
-    columns: list[str | None], prompts: list[Prompt], form: str, usage: bool, use: ToolUse | None,
+    head: dict[str, Any], parts: list[ReplyPart], form: str, usage: bool, use: ToolUse | None,
 ) -> AsyncIterator[list[Any]]:  # fmt: skip
+    """The chunks of a reply, as its parts are written."""
     more = {"usage": None} if usage else {}
 
     def chunk(i: int, delta: dict[str, Any], finish: str | None = None, logprobs: Any = None) -> dict[str, Any]:
         choice = {"index": i, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
         return {**head, "choices": [choice], **more}
 
-    n = pending_requests[0].request.n
-    before = prompts[0].context
+    n, outputs = pending_requests[0].request.n, [part.kind for part in parts]
+    before = parts[0].prompt.context
     aligners = [Aligner(served.ours.checkpoint.text, [] if before.media else before.ids) for _ in range(n)]
-    readers = [ReplyReader(use, Lead(prompts[0].strip)) for _ in range(n)]
+    readers = [ReplyReader(use, Lead(parts[0].prompt.strip)) for _ in range(n)]
     ends = ["stop"] * n
     yield [chunk(i, {"role": "assistant", "content": "" if "text" in outputs else None}) for i in range(n)]
     async for updates in follow(pending_requests):
@@ -260,17 +285,32 @@ async def _chat_events(
         if events:
             yield events
     read(request_context, pending_requests)
-    for kind, column, pending in zip(outputs, columns, pending_requests, strict=True):
-        if kind != "text":
-            made = await service.rendered(served, str(column), pending.result.samples, request_context)
+    for part, pending in zip(parts, pending_requests, strict=True):
+        if part.kind != "text":
+            made = await service.rendered(served, str(part.column), pending.result.samples, request_context)
             for i, value in enumerate(made):
-                yield [chunk(i, await asyncio.to_thread(OUTPUTS[MEDIA[kind].writes], value, form))]
+                yield [chunk(i, await asyncio.to_thread(OUTPUTS[MEDIA[part.kind].writes], value, form))]
     if outputs != ["text"]:
         yield [chunk(i, {}, ends[i]) for i in range(n)]
     if usage:
         yield [
             {**head, "choices": [], "usage": usage_of(request_context.prompt_tokens, request_context.completion_tokens)}
         ]
+
+
+async def streamed_pieces(
+    reader: ReplyReader, pending: list[PendingRequest], request_context: RequestContext
+) -> AsyncIterator[tuple[list[TextPiece | CallPiece], str | None]]:
+    """What each step of the engine adds to a reply: its pieces, and once it is over how it ended."""
+    async for updates in follow(pending):
+        note(request_context, updates)
+        pieces: list[TextPiece | CallPiece] = []
+        finish = None
+        for _, update in updates:
+            finish = update.finish or finish
+            pieces += reader.add(update.text, update.finish is not None)
+        yield pieces, finish
+    read(request_context, pending)
 
 
 # --- completions ------------------------------------------------------------------------------------------------
@@ -289,14 +329,14 @@ async def completions(request: Request, body: s.CompletionRequest) -> Response:
     most = 16 if body.max_tokens is None else most_of(model, body.max_tokens) if body.max_tokens else 0
     constraint = await constraint_of(service, served, body, samples=n * len(prompts))
     deadline = service.deadline(request_context)
-    wanted: list[Wanted] = []
+    wanted: list[EngineRequest] = []
 
     def prepare() -> None:
         for i, prompt in enumerate(prompts):
             context = _context(model, prompt)
             if body.column is not None:
                 model.column(body.column, "text", "write text")
-            found = wanted_of(model, context, body.column, body, n, i * n, most, stops(body.stop))
+            found = engine_request_of(model, context, body.column, body, n, i * n, most, stops(body.stop))
             wanted.append(
                 replace(
                     found, logprobs=body.logprobs is not None, top_logprobs=body.logprobs or 0, constraint=constraint

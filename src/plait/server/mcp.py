@@ -18,11 +18,12 @@ from pydantic import Field
 
 from plait.core.dist import VERSION, import_extra
 from plait.core.errors import PlaitError
+from plait.core.features import ExtensionPoint
 from plait.inference.base import Model, Verb
 from plait.inference.decisions import Option, Question
 from plait.modalities.descriptor import MediaError
 from plait.modalities.image_files import encode_png
-from plait.modalities.media import MEDIA, Checker, media_type, sniff
+from plait.modalities.media import Checker, media_type, sniff
 from plait.server.limits import ApiError, Limits, decode_base64
 from plait.server.media import PATIENCE
 
@@ -31,6 +32,26 @@ File = Annotated[str | None, Field(description="A file as the input: a path with
 Data = Annotated[str | None, Field(description="An image or audio clip as the input: its file, as base64.")]
 Name = Annotated[str | None, Field(description="Which model, where there are several.")]
 Count = Annotated[int, Field(ge=1, le=50)]
+
+
+@dataclass(frozen=True)
+class McpTool:
+    """A tool that assistants may call.
+
+    Attributes:
+        name: What it is called by.
+        available: Whether anything of a toolbox has a use for it.
+        build: The function behind it, over a toolbox. Its arguments are the tool's, its docstring says what it does.
+        structured: Whether the answer is an object; else it is a list of texts and media.
+    """
+
+    name: str
+    available: Callable[[Toolbox], bool]
+    build: Callable[[Toolbox], Callable[..., Any]]
+    structured: bool = True
+
+
+MCP_TOOLS: ExtensionPoint[McpTool] = ExtensionPoint("mcp_tool")
 
 
 @dataclass
@@ -56,13 +77,13 @@ class Toolbox:
     def close(self) -> None:
         self._checker.close()
 
-    def who(self, verb: str) -> list[str]:
+    def models_with(self, verb: str) -> list[str]:
         """The models that can do something."""
         return [name for name, model in self.models.items() if verb in model.verbs]
 
     def model(self, name: str | None, verb: str) -> Model:
         """The model of a name that can do something; the first where none is named."""
-        able = self.who(verb)
+        able = self.models_with(verb)
         if name is None:
             return self.models[able[0]]
         if name not in able:
@@ -114,7 +135,8 @@ def build_server(toolbox: Toolbox, name: str = "Plait") -> Any:
     described = "; ".join(f"{known}: {_says(model)}" for known, model in toolbox.models.items())
     server = MCPServer(name, instructions=f"Models of Plait. {described}"[:4000], version=VERSION)
     for tool in _tools(toolbox):
-        server.add_tool(_told(tool.call, ToolError), name=tool.name, description=tool.call.__doc__,
+        call = tool.build(toolbox)
+        server.add_tool(_with_tool_errors(call, ToolError), name=tool.name, description=call.__doc__,
                         structured_output=tool.structured)  # fmt: skip
     return server
 
@@ -125,44 +147,23 @@ def _says(model: Model) -> str:
     return f"can {', '.join(model.verbs)}" + (f", knows {'; '.join(labels)}" if labels else "")
 
 
-@dataclass(frozen=True)
-class _Tool:
-    """`structured` says whether the answer is an object; else it is a list of texts and media."""
-
-    name: str
-    call: Callable[..., Any]
-    structured: bool = True
-
-
-def _told(call: Callable[..., Any], error_type: type[Exception]) -> Callable[..., Any]:
+def _with_tool_errors(call: Callable[..., Any], error_type: type[Exception]) -> Callable[..., Any]:
     """A tool whose own errors reach the client; the signature, from which its schema is made, stays."""
     import functools
 
     @functools.wraps(call)
-    def told(**given: Any) -> Any:
+    def call_tool(**given: Any) -> Any:
         try:
             return call(**given)
         except PlaitError as error:
             raise error_type(str(error)) from None
 
-    return told
+    return call_tool
 
 
-def _tools(box: Toolbox) -> list[_Tool]:
-    """The tools that the models have a use for."""
-    tools: list[_Tool] = []
-    if box.who("classify"):
-        tools += [_Tool("classify", _classify(box)), _Tool("decide", _decide(box))]
-    if box.who("transcribe"):
-        tools.append(_Tool("transcribe", _transcribe(box)))
-    if box.who("describe"):
-        tools.append(_Tool("caption", _caption(box)))
-    if box.who("generate"):
-        tools.append(_Tool("generate", _generate(box), structured=False))
-    if box.who("recommend"):
-        tools.append(_Tool("recommend", _recommend(box)))
-    if box.indexes:
-        tools.append(_Tool("search", _search(box), structured=False))
+def _tools(box: Toolbox) -> list[McpTool]:
+    """The tools that the models have a use for. Raises PlaitError where there is none."""
+    tools = [tool for tool in (*TOOLS, *MCP_TOOLS.all()) if tool.available(box)]
     if not tools:
         raise PlaitError("None of the models can do anything that is offered here. Serve a run or an index.")
     return tools
@@ -244,65 +245,45 @@ def _generate(box: Toolbox) -> Callable[..., list[Any]]:
     ) -> list[Any]:
         """A text that goes on from a prompt, or an image or audio clip of what it says."""
         verb = {"text": "generate", "image": "draw", "audio": "speak"}[to]
-        if not box.who(verb):
+        if not box.models_with(verb):
             raise PlaitError(f"No model here can {verb}.")
         chosen: Any = box.model(model, verb)
         if verb == Verb.DRAW:
-            return [_image(encode_png(box.run(lambda: chosen.draw(prompt, seed=seed))[0]))]
+            return [image_content(encode_png(box.run(lambda: chosen.draw(prompt, seed=seed))[0]))]
         if verb == Verb.SPEAK:
             wave, rate = box.run(lambda: chosen.speak(prompt, seed=seed))[0]
             out = io.BytesIO()
             soundfile.write(out, wave, rate, format="WAV", subtype="PCM_16")
-            return [_audio(out.getvalue())]
+            return [audio_content(out.getvalue())]
         options = {} if schema is None else {"schema": schema}
         return [box.run(lambda: chosen.generate(prompt, max_new_tokens=max_tokens, seed=seed, **options))]
 
     return generate
 
 
-def _recommend(box: Toolbox) -> Callable[..., dict[str, Any]]:
-    def recommend(
-        history: Annotated[list[str], Field(min_length=1, max_length=1000, description="Titles or ids, oldest first.")],
-        k: Count = 10, model: Name = None,
-    ) -> dict[str, Any]:  # fmt: skip
-        """The likeliest next items after a history of items."""
-        chosen: Any = box.model(model, "recommend")
-        found = box.run(lambda: chosen.recommend(list(history), k=k))
-        return {"items": [{"id": one.id, "title": one.title, "probability": one.probability} for one in found]}
-
-    return recommend
+def for_verb(verb: str) -> Callable[[Toolbox], bool]:
+    """Whether some model of a toolbox can do this."""
+    return lambda box: bool(box.models_with(verb))
 
 
-def _search(box: Toolbox) -> Callable[..., list[Any]]:
-    def search(
-        text: Text = None, file: File = None, data: Data = None, k: Count = 5,
-        index: Annotated[str | None, Field(description="Which index, where there are several.")] = None,
-    ) -> list[Any]:  # fmt: skip
-        """What of an index is nearest to a text, image or audio clip, best first: a line each, and its preview."""
-        name = index or next(iter(box.indexes))
-        if name not in box.indexes:
-            raise PlaitError(f"There is no index '{name[:80]}'. Use {', '.join(box.indexes)}.")
-        value = box.value(text, file, data)
-        found: list[Any] = []
-        for hit in box.run(lambda: box.indexes[name].search(value, k)):
-            columns = ", ".join(f"{column}: {shown}" for column, shown in hit.columns.items())
-            similarity = "" if hit.similarity != hit.similarity else f" similarity {hit.similarity:.3f}"  # nan: words
-            found.append(f"{hit.id} ({hit.kind}){similarity} {hit.text or columns}".strip())
-            if hit.preview is not None:
-                shown = _image if MEDIA[hit.kind].element == "img" else _audio
-                found.append(shown(hit.preview))
-        return found or ["Nothing was found."]
-
-    return search
+TOOLS = (
+    McpTool("classify", for_verb(Verb.CLASSIFY), _classify),
+    McpTool("decide", for_verb(Verb.CLASSIFY), _decide),
+    McpTool("transcribe", for_verb(Verb.TRANSCRIBE), _transcribe),
+    McpTool("caption", for_verb(Verb.DESCRIBE), _caption),
+    McpTool("generate", for_verb(Verb.GENERATE), _generate, structured=False),
+)
 
 
-def _image(data: bytes) -> Any:
+def image_content(data: bytes) -> Any:
+    """An image file, as a tool's answer has it."""
     from mcp.server.mcpserver import Image
 
     return Image(data=data, format=media_type(data).partition("/")[2])
 
 
-def _audio(data: bytes) -> Any:
+def audio_content(data: bytes) -> Any:
+    """An audio file, as a tool's answer has it."""
     from mcp.server.mcpserver import Audio
 
     return Audio(data=data, format=media_type(data).partition("/")[2])

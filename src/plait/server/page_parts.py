@@ -1,4 +1,4 @@
-"""Parts of the studio's Use page that features add."""
+"""Parts of the studio's Use and Hand over pages that features add."""
 
 from __future__ import annotations
 
@@ -29,4 +29,22 @@ class LinesPart:
     answer: Callable[[Any, Path, Path, list[str]], list[str]]
 
 
+@dataclass(frozen=True)
+class SnippetCall:
+    """How a verb is asked for, in the lines to copy of the Hand over page.
+
+    Attributes:
+        verb: What it does, as models name it.
+        python: A call of `model`.
+        path: Where a server is asked for the same.
+        body: What is sent to it, as JSON, beside the model's name.
+    """
+
+    verb: str
+    python: str
+    path: str
+    body: Mapping[str, Any]
+
+
+SNIPPETS: ExtensionPoint[SnippetCall] = ExtensionPoint("snippet")
 PAGE_PARTS: ExtensionPoint[LinesPart] = ExtensionPoint("page_part")

@@ -305,6 +305,10 @@ class TranscriptionRequest(Body):
         None
     )
     response_format: Literal["json", "text", "verbose_json", "srt", "vtt"] = "json"
+    timestamp_granularities: Annotated[
+        list[Literal["segment", "word"]] | None,
+        Field(alias="timestamp_granularities[]", max_length=2, description="With verbose_json: `word` adds words."),
+    ] = None
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     seed: Seed = None
@@ -521,6 +525,12 @@ class TranscriptionSegment(BaseModel):
     text: str
 
 
+class TranscriptionWord(BaseModel):
+    word: str
+    start: float
+    end: float
+
+
 class Transcription(BaseModel):
     """The text; with `verbose_json` also when what was said, in seconds."""
 
@@ -529,6 +539,7 @@ class Transcription(BaseModel):
     language: str | None = None
     duration: float | None = None
     segments: list[TranscriptionSegment] | None = None
+    words: list[TranscriptionWord] | None = None
 
 
 class LabelChance(BaseModel):

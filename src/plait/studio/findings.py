@@ -77,9 +77,10 @@ def read_pairs(project: Project, offset: int, count: int) -> list[Pair]:
 
 
 def _twin(project: Project, kind: str, row: dict[str, Any]) -> Twin:
-    source = str(row["source"])
-    file = source if kind in MEDIA and (project.source / source).is_file() else ""
-    return Twin(str(row["id"]), str(row["split"]), source, file)
+    # A medium's id is its path; where labels were edited, its source is a line of `metadata.jsonl`.
+    places = [str(row["id"]), str(row["source"])] if kind in MEDIA else []
+    file = next((place for place in places if (project.source / place).is_file()), "")
+    return Twin(str(row["id"]), str(row["split"]), file or str(row["source"]), file)
 
 
 @dataclass(frozen=True)

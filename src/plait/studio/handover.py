@@ -17,9 +17,24 @@ from plait.core.errors import PlaitError
 from plait.core.files import remove_folder, write_json
 from plait.studio.workspace import Project
 
-Form = Literal["page", "slim", "transformers", "onnx"]
-FORMS: tuple[Form, ...] = ("page", "slim", "transformers", "onnx")
+Form = Literal["page", "slim", "onnx", "network", "transformers"]
+FORMS: tuple[Form, ...] = ("page", "slim", "onnx", "network", "transformers")
+TO = {"page": "html", "onnx": "onnx", "network": "onnx", "transformers": "transformers"}  # as `plait export` calls them
 TRAINING_STATE = "training_state"  # of a checkpoint: what training needs to go on, and use does not
+
+
+def offered(model: Any) -> list[Form]:
+    """The forms that a model can be written in: "onnx" is a whole classifier, "network" what writes texts and codes."""
+    from plait.hf.export_classifier import exportable
+    from plait.reports.offline import page_classifier
+
+    ours = model.plait_model
+    classifier = exportable(ours) if ours is not None else None
+    page: list[Form] = ["page"] if ours is not None and page_classifier(ours) is not None else []
+    alone = ours is not None and classifier is None and "generate" in model.verbs
+    writes: list[Form] = ["transformers"] if alone else []
+    graph: list[Form] = ["onnx"] if classifier is not None else ["network"] if writes else []
+    return [*page, "slim", *graph, *writes]
 
 
 def export(project: Project, run: Path, form: str) -> Path:
@@ -35,7 +50,7 @@ def export(project: Project, run: Path, form: str) -> Path:
 
     target = folder / form
     remove_folder(target)
-    exported = plait.export(run, target, to="html" if form == "page" else form)
+    exported = plait.export(run, target, to=TO[form])
     if form == "page":
         return exported.folder
     return _zip(exported.folder, folder / f"{project.name}-{run.name}-{form}.zip")

@@ -1,10 +1,9 @@
-"""What lies in a project: its files with their labels, thumbnails, waveforms and excerpts."""
+"""What lies in a project: its files with their labels, thumbnails and waveforms."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from plait.core.errors import PlaitError
-from plait.core.files import sha256_file, write_atomic
+from plait.core.files import sha256_file
 from plait.modalities.descriptor import MediaError
 from plait.modalities.media import MEDIA, Checker, kind_of_suffix
+from plait.studio import metadata
 from plait.studio.labels import LabelEdits
 from plait.studio.workspace import Project
 
@@ -26,7 +26,6 @@ TABLES = {".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt", ".md"}
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 SIDE = 160  # pixels of a thumbnail
 EXCERPT = 400  # characters of a text file that are shown
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 @dataclass(frozen=True)
@@ -52,13 +51,11 @@ class Listing:
         items: By label, then path.
         labels: Label -> number of files, the most frequent first; "" for files without one.
         removed: How many files edits have left out.
-        described: A table names the labels or captions of the media, so that folders do not.
     """
 
     items: tuple[Item, ...]
     labels: dict[str, int]
     removed: int
-    described: bool
 
     def of_label(self, label: str | None) -> list[Item]:
         """The items of a label, all of them for None."""
@@ -67,32 +64,41 @@ class Listing:
 
 def list_project(project: Project) -> Listing:
     """The files of a project, read from the disk; kept in memory until a folder or the edits change."""
-    source, edits = project.source, project.folder / "labels.jsonl"
+    edits = project.folder / "labels.jsonl"
     # By content: two edits may fall into one tick of the file system's clock.
     stamp = sha256_file(edits) if edits.exists() else ""
-    return _listing(source, edits, stamp, _state(source))
+    return _listing(project, edits, stamp, _state(project.source))
 
 
 def _state(source: Path) -> int:
-    """A number that changes when a file is added to or removed from any folder below `source`."""
+    """A number that changes when a file is added to or removed from any folder below `source`, or the table changes."""
     if source.is_file():
         return source.stat().st_mtime_ns
     times = [(folder, len(files), Path(folder).stat().st_mtime_ns) for folder, _, files in os.walk(source)]
-    return hash(tuple(times))
+    tables = [(name, table.stat().st_mtime_ns) for name in metadata.NAMES if (table := source / name).is_file()]
+    return hash((tuple(times), tuple(tables)))
 
 
 @lru_cache(maxsize=8)
-def _listing(source: Path, edits: Path, stamp: str, state: int) -> Listing:
-    paths = _files(source)
-    described = any(path.lower() in METADATA for path in paths) and not (edits.exists() and stamp)
-    folder_labels = {path: _folder_label(path) for path in paths if kind_of(path) in MEDIA}
-    labels = LabelEdits(edits).apply(folder_labels)
+def _listing(project: Project, edits: Path, stamp: str, state: int) -> Listing:
+    paths = _files(project.source)
+    labels = LabelEdits(edits).apply(_given_labels(project, paths))
     items = [Item(path, kind_of(path), labels.get(path) or "") for path in paths
-             if labels.get(path, "") is not None and path.lower() not in METADATA]  # fmt: skip
+             if labels.get(path, "") is not None and path not in metadata.NAMES]  # fmt: skip
     items.sort(key=lambda item: (item.label == "", item.label, item.path))
     counts = Counter(item.label for item in items if item.kind in MEDIA)
     removed = sum(label is None for label in labels.values())
-    return Listing(tuple(items), dict(counts.most_common()), removed, described)
+    return Listing(tuple(items), dict(counts.most_common()), removed)
+
+
+def _given_labels(project: Project, paths: list[str]) -> dict[str, str]:
+    """Medium -> the label that it came with: by the table beside the media where there is one, else by its folder."""
+    media = [path for path in paths if kind_of(path) in MEDIA]
+    table = metadata.user_table(project)
+    if table is None:
+        return {path: _folder_label(path) for path in media}
+    rows = metadata.read_table(table)
+    return {path: str(next(iter(rows.get(path, ())), {}).get(metadata.LABEL) or "") for path in media}
 
 
 def _files(source: Path) -> list[str]:
@@ -122,19 +128,32 @@ def _folder_label(path: str) -> str:
 
 def write_labels(project: Project) -> None:
     """Write `metadata.jsonl` beside uploaded files where labels were edited, for `plait prepare` to read."""
-    if project.linked is not None or not LabelEdits(project.folder / "labels.jsonl").edits:
+    if project.linked is not None:
         return
-    rows = labelled_rows(project)
-    path = project.uploads / "metadata.jsonl"
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    if LabelEdits(project.folder / "labels.jsonl").edits:
+        metadata.write_table(project, labelled_rows(project))
+    else:
+        metadata.restore_table(project)
 
 
-def labelled_rows(project: Project) -> list[dict[str, str]]:
-    """A row a medium with its label, as `metadata.jsonl` holds them."""
-    found = []
-    for item in list_project(project).items:
-        if item.kind in MEDIA:
-            found.append({MEDIA[item.kind].file_column: item.path, **({"label": item.label} if item.label else {})})
+def labelled_rows(project: Project) -> list[metadata.Row]:
+    """The rows of a project's media with their labels after all edits, as `metadata.jsonl` holds them, by file.
+
+    A record's id is its path, as it is for files without such a table: an edit changes one label and no id. What the
+    user's own table says of a medium beside its label stays.
+    """
+    table = metadata.user_table(project)
+    known = metadata.read_table(table) if table else {}
+    found: list[metadata.Row] = []
+    for item in sorted(list_project(project).items, key=lambda item: item.path):
+        if item.kind not in MEDIA or (table and item.path not in known and not item.label):
+            continue
+        rows = known.get(item.path, [{}])
+        for number, row in enumerate(rows):
+            kept = {name: value for name, value in row.items() if value is not None and name != metadata.LABEL}
+            label = {metadata.LABEL: item.label} if item.label else {}
+            unique = item.path if len(rows) == 1 else f"{item.path}#{number}"
+            found.append({"id": unique, **kept, MEDIA[item.kind].file_column: item.path, **label})
     return found
 
 
@@ -197,10 +216,3 @@ def waveform(wave: np.ndarray, width: int = SIDE, height: int = 64) -> Image.Ima
         half = max(int(peak * (height - 4) / 2), 1)
         pixels[height // 2 - half : height // 2 + half, 2 * column] = (72, 92, 199)
     return Image.fromarray(pixels)
-
-
-def excerpt(path: Path) -> str:
-    """The beginning of a text file."""
-    with path.open("rb") as file:
-        text = file.read(4 * EXCERPT).decode("utf-8", errors="replace")
-    return text[:EXCERPT] + ("…" if len(text) > EXCERPT else "")

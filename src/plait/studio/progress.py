@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 
+from plait.core.objective import losses_of_row
 from plait.studio.jobs import Job
 
 PROGRESS = "progress.json"  # of a run
@@ -55,7 +56,7 @@ def read_progress(run: Path, job: Job | None = None) -> Progress:
     curves: dict[str, list[tuple[int, float]]] = {"train": [], "val": []}
     times: list[int] = []
     for row in rows(run / "log.jsonl", {"step"}):
-        losses = [value for name, value in row.items() if name.startswith("loss/") and isinstance(value, int | float)]
+        losses = [value for value in losses_of_row(row).values() if isinstance(value, int | float)]
         if row.get("split") in curves and losses:
             curves[row["split"]].append((int(row["step"]), sum(losses) / len(losses)))
             if row["split"] == "train":

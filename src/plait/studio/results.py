@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from plait.evaluation.keys import Metrics
+from plait.reports.metric_labels import metric_labels
 
 SHOWN = 5  # figures beside the verdict
 MATRIX = 20  # labels of a confusion matrix, at most
@@ -18,7 +21,7 @@ class Predicted:
     """What a model said of one record that training never saw.
 
     Attributes:
-        index: The record's number in the dataset.
+        id: The record's.
         column: The column that was read.
         kind: "image", "audio" or "text".
         source: The file that it came from.
@@ -29,7 +32,7 @@ class Predicted:
         text: The beginning of a text.
     """
 
-    index: int
+    id: str
     column: str
     kind: str
     source: str
@@ -54,7 +57,7 @@ class Result:
         figures: (name, value, chance) of the most telling metrics.
         predictions: Records of test.
         report: Whether there is a report to open.
-        alternative: The simple alternative's name, "" where there is none.
+        outcome: What the verdict rests on, as `plait.evaluation.outcome.Outcome` has it; empty where there is nothing.
     """
 
     verdict: str
@@ -62,7 +65,30 @@ class Result:
     figures: list[tuple[str, float, float | None]]
     predictions: list[Predicted]
     report: bool
-    alternative: str = ""
+    outcome: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def alternative(self) -> str:
+        """The simple alternative's name, "" where there is none."""
+        return str(self.outcome.get("alternative") or "")
+
+    def verdict_in(self, texts: dict[str, str]) -> tuple[str, str]:
+        """The verdict and the next step in a language that `plait evaluate` does not speak."""
+        value, n = self.outcome.get("value"), self.outcome.get("n")
+        if value is None:
+            return self.verdict, self.next_step
+        share, other = self.outcome.get("share", True), self.outcome.get("alternative_value")
+        shown = [f"{100 * one:.1f}" if share else f"{one:.3g}" for one in (value, other) if one is not None]
+        if other is None:
+            sentence = texts["verdict_alone"].format(value=shown[0] + " %" * share, n=n)
+        else:
+            error = f"{100 * (self.outcome.get('stderr') or 0):.1f}"
+            sentence = texts[f"verdict_{'share' if share else 'number'}"].format(
+                value=shown[0], error=error, n=n, name=texts["simple"], other=shown[1]
+            )
+        judged = {True: "better", False: "worse", None: "equal"}[self.outcome.get("better")]
+        judgement = texts[f"judged_{judged}"] if other is not None else ""
+        return f"{sentence} {judgement}".strip(), texts[f"next_{judged}"]
 
     @property
     def right(self) -> int:
@@ -106,21 +132,20 @@ def read_result(run: Path, job_folder: Path) -> Result:
     return Result(
         str(verdict.get("sentence", "")), str(verdict.get("next_step", "")), _figures(metrics),
         _predictions(job_folder / "predictions.jsonl"), (run / "report.html").is_file(),
-        str((verdict.get("alternative") or {}).get("name", "")),
+        verdict.get("outcome") or {},
     )  # fmt: skip
 
 
 def _figures(metrics: dict[str, Any]) -> list[tuple[str, float, float | None]]:
-    """The headline metrics: those with a chance level, recognition and retrieval first."""
+    """The headline metrics first, of those with a chance level."""
     rows = []
-    for key, metric in metrics.items():
-        value = metric.get("value") if isinstance(metric, dict) else None
-        if not isinstance(value, int | float) or not math.isfinite(value) or "[" in key or key.startswith("timing/"):
-            continue
-        chance = metric.get("chance")
-        rows.append((key, float(value), float(chance) if isinstance(chance, int | float) else None))
-    rows.sort(key=lambda row: (row[2] is None, not row[0].endswith(("accuracy", "r_at_10", "hr_at_10", "f1"))))
-    return rows[:SHOWN]
+    for key, metric in Metrics.read(metrics).items():
+        value, chance = metric.get("value"), metric.get("chance")
+        if key.main and value is not None and math.isfinite(value):
+            rows.append((key, float(value), None if chance is None else float(chance)))
+    labels = metric_labels()
+    rows.sort(key=lambda row: (row[2] is None, not labels.is_headline(row[0])))
+    return [(str(key), value, chance) for key, value, chance in rows[:SHOWN]]
 
 
 def _predictions(path: Path) -> list[Predicted]:
@@ -133,7 +158,7 @@ def _predictions(path: Path) -> list[Predicted]:
         row = json.loads(line)
         answers = [(label, chance) for label, chance in row["answers"]]
         found.append(Predicted(
-            row["index"], row["column"], row["kind"], row["source"], row["truth"], answers, row.get("simple", ""),
+            row["id"], row["column"], row["kind"], row["source"], row["truth"], answers, row.get("simple", ""),
             row.get("none", False), row.get("text", ""),
         ))  # fmt: skip
     return found

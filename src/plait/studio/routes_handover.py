@@ -20,7 +20,8 @@ def handover_pages(app: FastAPI, studio: Studio) -> None:
         run = next((run for run in project.runs if (run / "checkpoints" / "best").exists()), None)
         verbs = await in_thread(studio.models.verbs, run) if run else []
         return page(
-            "hand_over.html", request, project=project, tab="hand_over", run=run, forms=handover.FORMS,
+            "hand_over.html", request, project=project, tab="hand_over", run=run,
+            forms=await in_thread(studio.models.forms, run) if run else [],
             server=handover.server_of(project), snippets=snippets(run, verbs) if run else [],
         )  # fmt: skip
 

@@ -9,9 +9,11 @@ from fastapi.responses import FileResponse, RedirectResponse, Response
 
 from plait.core.errors import PlaitError
 from plait.modalities.media import media_type
+from plait.studio.records import record_part
+from plait.studio.render import texts
 from plait.studio.results import Result, read_result
 from plait.studio.security import FILE_POLICY
-from plait.studio.web import Studio, in_thread, page
+from plait.studio.web import Studio, in_thread, language_of, page
 from plait.studio.workspace import Project
 
 
@@ -32,8 +34,11 @@ def result_pages(app: FastAPI, studio: Studio) -> None:
         folder = project.run(run)
         found = read_result(folder, project.folder / "jobs" / run)
         compared = [(other.name, _share_right(project, other)) for other in project.runs]
+        language = language_of(request)
+        spoken = (found.verdict, found.next_step) if language == "en" else found.verdict_in(texts(language))
         return page(
             "result.html", request, project=project, tab="result", run=run, result=found, points=_points(found),
+            verdict=spoken[0], next_step=spoken[1],
             compared=[row for row in compared if row[1] is not None],
         )  # fmt: skip
 
@@ -46,41 +51,26 @@ def result_pages(app: FastAPI, studio: Studio) -> None:
         return FileResponse(path, media_type="text/html", headers={"content-security-policy": policy})
 
     @app.get("/p/{name}/result/{run}/why")
-    async def why(name: str, run: str, request: Request, index: int, column: str) -> Response:
+    async def why(name: str, run: str, request: Request, record: str, column: str) -> Response:
         project = workspace.project(name)
         folder = project.run(run)
         shown = read_result(folder, project.folder / "jobs" / run).predictions
-        one = next((one for one in shown if (one.index, one.column) == (index, column)), None)
+        one = next((one for one in shown if (one.id, one.column) == (record, column)), None)
         if one is None:
             raise PlaitError("There is no such record.")
-        part = await in_thread(_part, project, index, column)
+        part = await in_thread(record_part, project, record, column)
         value = part if isinstance(part, str) else (column, part)
         answers = list(dict.fromkeys([one.answers[0][0], one.truth]))  # of a wrong answer, the right one too
         found = await in_thread(studio.models.why, folder, value, answers)
         return page("why.html", request, found=found)
 
-    @app.get("/p/{name}/record/{index}")
-    async def record(name: str, index: int, column: str) -> Response:
-        project = workspace.project(name)
-        data, kind = await in_thread(_record, project, index, column)
+    @app.get("/p/{name}/record")
+    async def record(name: str, id: str, column: str) -> Response:
+        part = await in_thread(record_part, workspace.project(name), id, column)
+        text = isinstance(part, str)
+        data, kind = (part.encode(), "text/plain; charset=utf-8") if text else (part, media_type(part))
         headers = {"content-security-policy": FILE_POLICY, "cache-control": "private, max-age=3600"}
         return Response(data, media_type=kind, headers=headers)
-
-
-def _record(project: Project, index: int, column: str) -> tuple[bytes, str]:
-    """A record's medium or text as it was prepared, and its media type."""
-    part = _part(project, index, column)
-    return (part.encode(), "text/plain; charset=utf-8") if isinstance(part, str) else (part, media_type(part))
-
-
-def _part(project: Project, index: int, column: str) -> str | bytes:
-    """A record's text or the bytes of its medium. Raises PlaitError where there is no such record."""
-    from plait.data.dataset import Dataset
-
-    dataset = Dataset.open(project.data)
-    if column not in dataset.columns or not 0 <= index < len(dataset):
-        raise PlaitError("There is no such record.")
-    return dataset.record(index, [column]).parts.get(column, "")
 
 
 def _share_right(project: Project, run: Path) -> float | None:

@@ -25,6 +25,14 @@ SIZES = ("", "tiny", "small", "base", "large")
 
 
 def training_pages(app: FastAPI, studio: Studio) -> None:
+    """All of them."""
+    _start_pages(app, studio)
+    _watch_pages(app, studio)
+    _control_pages(app, studio)
+
+
+def _start_pages(app: FastAPI, studio: Studio) -> None:
+    """The form, and what it starts."""
     workspace = studio.workspace
 
     @app.get("/p/{name}/train")
@@ -47,6 +55,11 @@ def training_pages(app: FastAPI, studio: Studio) -> None:
         job = jobs.Job(project.folder, project.next_run().name, _options(values))
         await in_thread(jobs.start, workspace, job)
         return RedirectResponse(f"/p/{project.name}/runs/{job.run}", 303)
+
+
+def _watch_pages(app: FastAPI, studio: Studio) -> None:
+    """A run as it learns: curves, samples, what it says."""
+    workspace = studio.workspace
 
     @app.get("/p/{name}/runs/{run}")
     def run_page(name: str, run: str, request: Request) -> Response:
@@ -71,6 +84,11 @@ def training_pages(app: FastAPI, studio: Studio) -> None:
         with path.open("rb") as opened:
             kind = media_type(opened.read(64))
         return FileResponse(path, media_type=kind, headers=headers)
+
+
+def _control_pages(app: FastAPI, studio: Studio) -> None:
+    """Stopping, and going on."""
+    workspace = studio.workspace
 
     @app.post("/p/{name}/runs/{run}/stop")
     def stop(name: str, run: str) -> Response:
@@ -134,7 +152,7 @@ def _curves(progress: Progress) -> dict[str, str]:
     low, high = min(losses, default=0.0), max(losses, default=1.0)
     last = max([progress.steps, *(step for step, _ in progress.training)], default=1)
     return {
-        "training_curve": curve(progress.training, last, low, high) if progress.training else "",
+        "training_curve": curve(progress.training, last, low, high) if len(progress.training) > 1 else "",
         "validation_curve": curve(progress.validation, last, low, high) if progress.validation else "",
     }
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Generator
 from pathlib import Path
+from typing import Any, TypeGuard
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from plait.core.errors import PlaitError
 from plait.studio.web import Studio, in_thread, page, read_body, read_values
@@ -15,22 +19,20 @@ BODY = 64 << 20  # bytes of a file that is asked about
 
 
 def use_pages(app: FastAPI, studio: Studio) -> None:
-    workspace = studio.workspace
+    """All of them."""
+    _ask_pages(app, studio)
+    _make_pages(app, studio)
 
-    def trained(project: Project, run: str = "") -> Path:
-        runs = [project.run(run)] if run else project.runs
-        found = next(
-            (one for one in runs if (one / "checkpoints").is_dir() and any((one / "checkpoints").iterdir())), None
-        )
-        if found is None:
-            raise PlaitError("No run has learnt anything yet. Start a training first.")
-        return found
+
+def _ask_pages(app: FastAPI, studio: Studio) -> None:
+    """One drop zone: what a file or a text is, and why."""
+    workspace = studio.workspace
 
     @app.get("/p/{name}/use")
     async def use(name: str, request: Request) -> Response:
         project = workspace.project(name)
         try:
-            run = trained(project)
+            run = _trained(project)
         except PlaitError:
             return page("no_result.html", request, project=project, tab="use")
         verbs, kinds = await in_thread(_abilities, studio, run)
@@ -48,44 +50,42 @@ def use_pages(app: FastAPI, studio: Studio) -> None:
     @app.post("/p/{name}/runs/{run}/ask")
     async def ask(name: str, run: str, request: Request) -> Response:
         project = workspace.project(name)
-        body, text = b"", ""
-        if request.headers.get("content-type", "").startswith("application/json"):
-            text = str((await read_values(request)).get("text", ""))
-        else:
-            body = await read_body(request, BODY)
-        answer = await in_thread(studio.models.ask, trained(project, run), project.data, body, text)
-        return page("answer.html", request, project=project, answer=answer, columns=_media_column(project))
+        body, text = await _asked(request)
+        answer = await in_thread(studio.models.ask, _trained(project, run), project.data, body, text)
+        return page("answer.html", request, project=project, answer=answer)
 
     @app.post("/p/{name}/runs/{run}/why")
     async def why(name: str, run: str, request: Request, answer: str = "") -> Response:
         project = workspace.project(name)
-        body, text = b"", ""
-        if request.headers.get("content-type", "").startswith("application/json"):
-            text = str((await read_values(request)).get("text", ""))
-        else:
-            body = await read_body(request, BODY)
+        body, text = await _asked(request)
         value = await in_thread(studio.models.value_of, body, text)
-        found = await in_thread(studio.models.why, trained(project, run), value, [answer] if answer else [])
+        found = await in_thread(studio.models.why, _trained(project, run), value, [answer] if answer else [])
         return page("why.html", request, found=found)
+
+
+def _make_pages(app: FastAPI, studio: Studio) -> None:
+    """Drawing, speaking, talking, and what features add."""
+    workspace = studio.workspace
 
     @app.post("/p/{name}/runs/{run}/make")
     async def make(name: str, run: str, request: Request) -> Response:
         values = await read_values(request)
         verb, text = str(values.get("verb", "")), str(values.get("text", ""))
         count, seed = min(int(values.get("n", 4) or 4), 16), int(values.get("seed", 0) or 0)
-        made = await in_thread(studio.models.make, trained(workspace.project(name), run), verb, text, count, seed)
+        made = await in_thread(studio.models.make, _trained(workspace.project(name), run), verb, text, count, seed)
         return JSONResponse({"made": made})
 
     @app.post("/p/{name}/runs/{run}/chat")
     async def chat(name: str, run: str, request: Request) -> Response:
-        messages = (await read_values(request)).get("messages")
-        if not isinstance(messages, list) or not all(
-            isinstance(m, dict) and m.get("role") in ("user", "assistant") and isinstance(m.get("content"), str)
-            for m in messages
-        ):
-            raise PlaitError("A conversation is a list of messages, each with a role and a content.")
-        text = await in_thread(studio.models.chat, trained(workspace.project(name), run), messages)
-        return JSONResponse({"text": text})
+        values = await read_values(request)
+        messages, seed = values.get("messages"), int(values.get("seed") or 0)
+        if not _is_conversation(messages):
+            raise PlaitError(
+                "A conversation is a list of messages, each with a role and a content, the last one the user's."
+            )
+        pieces = _Pieces(studio.models.chat(_trained(workspace.project(name), run), messages, seed))
+        first = await in_thread(pieces.read)  # what is wrong shows before the reply begins
+        return StreamingResponse(_spoken(first, pieces), media_type="text/plain; charset=utf-8")
 
     @app.post("/p/{name}/runs/{run}/lines/{part}")
     async def lines(name: str, run: str, part: str, request: Request) -> Response:
@@ -93,21 +93,64 @@ def use_pages(app: FastAPI, studio: Studio) -> None:
         kept = [line.strip() for line in given if line.strip()]
         project = workspace.project(name)
         work = studio.models.answer_lines
-        found = await in_thread(work, trained(project, run), project.data, part, kept)
+        found = await in_thread(work, _trained(project, run), project.data, part, kept)
         return JSONResponse({"lines": found})
+
+
+def _is_conversation(messages: Any) -> TypeGuard[list[dict[str, str]]]:
+    return (
+        isinstance(messages, list)
+        and bool(messages)
+        and all(
+            isinstance(m, dict) and m.get("role") in ("user", "assistant") and isinstance(m.get("content"), str)
+            for m in messages
+        )
+        and messages[-1]["role"] == "user"
+    )
+
+
+class _Pieces:
+    """A reply that one thread may end while another waits for its next piece."""
+
+    def __init__(self, pieces: Generator[str]) -> None:
+        self._pieces, self._lock = pieces, threading.Lock()
+
+    def read(self) -> str:
+        """The next piece, "" at the end."""
+        with self._lock:
+            return next(self._pieces, "")
+
+    def close(self) -> None:
+        with self._lock:
+            self._pieces.close()
+
+
+async def _spoken(first: str, pieces: _Pieces) -> AsyncIterator[str]:
+    """The pieces of a reply; when the reader goes away the reply ends."""
+    try:
+        yield first
+        while piece := await in_thread(pieces.read):
+            yield piece
+    finally:
+        asyncio.get_running_loop().run_in_executor(None, pieces.close)
+
+
+def _trained(project: Project, run: str = "") -> Path:
+    """A run that has a checkpoint: that of the name, else the newest. Raises PlaitError where there is none."""
+    for folder in [project.run(run)] if run else project.runs:
+        if (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir()):
+            return folder
+    raise PlaitError("No run has learnt anything yet. Start a training first.")
+
+
+async def _asked(request: Request) -> tuple[bytes, str]:
+    """What a request holds: a file's bytes, or a text."""
+    if request.headers.get("content-type", "").startswith("application/json"):
+        return b"", str((await read_values(request)).get("text", ""))
+    return await read_body(request, BODY), ""
 
 
 def _abilities(studio: Studio, run: Path) -> tuple[list[str], list[str]]:
     with studio.models.lock:
         model = studio.models.get(run)
         return list(model.verbs), sorted(set(getattr(model, "columns", {}).values()))
-
-
-def _media_column(project: Project) -> str:
-    from plait.data.dataset import Dataset
-
-    try:
-        columns = Dataset.open(project.data).columns
-    except PlaitError:
-        return ""
-    return next((name for name, kind in columns.items() if kind != "text"), next(iter(columns), ""))

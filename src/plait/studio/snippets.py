@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from plait.server.page_parts import SNIPPETS, SnippetCall
 
 
 @dataclass(frozen=True)
@@ -26,35 +27,26 @@ class Snippet:
 IMAGE = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}]
 
 
-@dataclass(frozen=True)
-class Call:
-    """How a verb is asked for: a line of Python, and the server's path with what is sent to it."""
-
-    python: str
-    path: str
-    body: dict[str, Any]
-
-
-CALLS = {
-    "classify": Call('model.classify("photo.jpg")', "/v1/plait/classify", {"input": IMAGE}),
-    "describe": Call(
-        'model.describe("photo.jpg")', "/v1/chat/completions", {"messages": [{"role": "user", "content": IMAGE}]}
+CALLS = (
+    SnippetCall("classify", 'model.classify("photo.jpg")', "/v1/plait/classify", {"input": IMAGE}),
+    SnippetCall(
+        "describe", 'model.describe("photo.jpg")', "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": IMAGE}]},
     ),
-    "draw": Call('model.draw("red circle", n=4)', "/v1/images/generations", {"prompt": "red circle", "n": 4}),
-    "speak": Call('model.speak("hello")', "/v1/audio/speech", {"input": "hello", "response_format": "wav"}),
-    "recommend": Call('model.recommend(["A title"], k=10)', "/v1/plait/recommend", {"history": ["ID"], "k": 10}),
-    "generate": Call('model.generate("Once upon")', "/v1/completions", {"prompt": "Once upon"}),
-    "embed": Call('model.embed("photo.jpg")', "/v1/embeddings", {"input": "a text"}),
-}
+    SnippetCall("draw", 'model.draw("red circle", n=4)', "/v1/images/generations", {"prompt": "red circle", "n": 4}),
+    SnippetCall("speak", 'model.speak("hello")', "/v1/audio/speech", {"input": "hello", "response_format": "wav"}),
+    SnippetCall("generate", 'model.generate("Once upon")', "/v1/completions", {"prompt": "Once upon"}),
+    SnippetCall("embed", 'model.embed("photo.jpg")', "/v1/embeddings", {"input": "a text"}),
+)  # fmt: skip
 HEADERS = '-H "Authorization: Bearer KEY" -H "Content-Type: application/json"'
 
 
 def snippets(run: Path, verbs: list[str]) -> list[Snippet]:
     """Lines for each verb of a run's model."""
     found = []
-    for verb, call in CALLS.items():
-        if verb in verbs:
+    for call in (*CALLS, *SNIPPETS.all()):
+        if call.verb in verbs:
             body = json.dumps({"model": run.name, **call.body})
             python = f"import plait\n\nmodel = plait.load({str(run)!r})\nprint({call.python})\n"
-            found.append(Snippet(verb, python, f"curl ADDRESS{call.path} {HEADERS} -d '{body}'"))
+            found.append(Snippet(call.verb, python, f"curl ADDRESS{call.path} {HEADERS} -d '{body}'"))
     return found

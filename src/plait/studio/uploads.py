@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
+import time
 import zipfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -16,8 +18,10 @@ from plait.studio.workspace import Project, Workspace
 SPARE = 512 << 20  # bytes of disk that an upload leaves free
 MEMBERS = 200_000  # files of an archive
 RATIO = 200  # times that an archive may grow
+BATCH = 16 << 20  # bytes of small files that come in one request
 UNPACKED = 20 << 30  # bytes of an archive's files
 COPY = 1 << 20
+LEFT_SECONDS = 3600.0  # after which a half-written file is nobody's
 
 
 @dataclass(frozen=True)
@@ -39,22 +43,34 @@ class Upload:
         return self.part.stat().st_size if self.part.exists() else 0
 
 
-def begin(workspace: Workspace, project: Project, name: str, size: int) -> tuple[str, Upload]:
-    """Make room for an upload; returns its id. An upload of the same name and size that broke off is gone on with."""
-    if project.linked is not None:
-        raise PlaitError(f"{project.name} reads {project.linked}. Add files there, or make another project.")
+def begin(workspace: Workspace, project: Project, name: str, size: int, modified: float = 0) -> tuple[str, Upload]:
+    """Make room for an upload; returns its id.
+
+    An upload of the same name, size and time of change that broke off is gone on with.
+    """
     name = upload_name(name)
-    if size < 0 or size + SPARE > workspace.free_bytes():
-        raise PlaitError(f"{name} has {size >> 20} MB, and the disk has {workspace.free_bytes() >> 20} MB left.")
+    check_room(workspace, project, name, size)
     folder = project.folder / ".uploads"
     folder.mkdir(exist_ok=True)
+    said = {"name": name, "size": size, "modified": modified}
     for path in folder.glob("*.json"):
-        known = json.loads(path.read_text(encoding="utf-8"))
-        if known == {"name": name, "size": size}:
+        if json.loads(path.read_text(encoding="utf-8")) == said:
             return path.stem, Upload(path.with_suffix(".part"), name, size)
     number = secrets.token_hex(8)
-    write_json(folder / f"{number}.json", {"name": name, "size": size})
+    write_json(folder / f"{number}.json", said)
     return number, Upload(folder / f"{number}.part", name, size)
+
+
+def check_room(workspace: Workspace, project: Project, name: str, size: int) -> None:
+    """Raises PlaitError where a file of `size` bytes cannot be added to a project."""
+    if project.linked is not None:
+        raise PlaitError(f"{project.name} reads {project.linked}. Add files there, or make another project.")
+    free = workspace.free_bytes()
+    if size < 0 or size + SPARE > free:
+        raise PlaitError(
+            f"{name} has {size / 1e6:,.1f} MB, and the disk has {free / 1e6:,.0f} MB left, of which "
+            f"{SPARE / 1e6:,.0f} stay free. Make room, or choose another folder for the studio."
+        )
 
 
 def find(project: Project, number: str) -> Upload:
@@ -70,12 +86,69 @@ async def receive(upload: Upload, offset: int, pieces: AsyncIterator[bytes]) -> 
     """Append pieces at an offset; returns how many bytes there are now."""
     if offset != upload.received:
         return upload.received
-    with upload.part.open("ab") as file:
+    # Each request writes at a place of its own, so that two browsers that send one file do it no harm.
+    with upload.part.open("r+b" if offset else "wb") as file:
+        file.seek(offset)
         async for piece in pieces:
             if file.tell() + len(piece) > upload.size:
                 raise PlaitError(f"{upload.name} is longer than was said.")
             file.write(piece)
     return upload.received
+
+
+async def receive_many(workspace: Workspace, project: Project, pieces: AsyncIterator[bytes]) -> int:
+    """Small files in one request; returns how many there were.
+
+    Args:
+        workspace: For the room on its disk.
+        project: Where they go.
+        pieces: A line of JSON, [[name, bytes], ...], and after it the files' bytes, one behind the other. A request
+            that breaks off is sent again as a whole: what came twice is written twice to the same place.
+    """
+    body = bytearray()
+    async for piece in pieces:
+        body += piece
+        if len(body) > BATCH:
+            raise PlaitError(f"Small files come at most {BATCH >> 20} MB at a time.")
+    head, _, rest = bytes(body).partition(b"\n")
+    try:
+        files = [(upload_name(str(name)), int(size)) for name, size in json.loads(head)]
+    except (ValueError, TypeError) as error:
+        raise PlaitError("Small files begin with a line of JSON: [[name, bytes], ...].") from error
+    if min((size for _, size in files), default=0) < 0 or sum(size for _, size in files) != len(rest):
+        raise PlaitError("The sizes of the files do not add up to what has come. Send them again.")
+    check_room(workspace, project, f"{len(files)} files", len(rest))
+    at = 0
+    for name, size in files:
+        put_file(project.uploads / name, rest[at : at + size])
+        at += size
+    return len(files)
+
+
+def put_file(place: Path, body: bytes) -> None:
+    """A file that appears whole: hidden ones, as it is until then, are read by nobody."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    aside = _aside(place)
+    try:
+        aside.write_bytes(body)
+        aside.replace(place)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def sweep(workspace: Workspace) -> None:
+    """Remove what a studio that was killed left half written, once it is an hour old."""
+    oldest = time.time() - LEFT_SECONDS
+    for project in workspace.projects():
+        asides = [*project.uploads.rglob(".*.part"), *(project.folder / ".uploads").glob(".*.tmp")]
+        for path in asides:
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime < oldest:
+                    path.unlink()
+
+
+def _aside(place: Path) -> Path:
+    return place.with_name(f".{secrets.token_hex(6)}.part")
 
 
 def finish(workspace: Workspace, project: Project, upload: Upload) -> list[str]:
@@ -131,14 +204,23 @@ def _write_members(file: zipfile.ZipFile, names: dict[zipfile.ZipInfo, str], pre
             continue
         place = target / name.removeprefix(prefix)
         place.parent.mkdir(parents=True, exist_ok=True)
-        left = member.file_size
-        with file.open(member) as source, place.open("wb") as out:
-            while piece := source.read(min(COPY, left + 1)):
-                left -= len(piece)
-                if left < 0:
-                    raise PlaitError(f"{member.filename[:80]} is longer than the archive says.")
-                out.write(piece)
+        aside = _aside(place)
+        try:
+            _write_member(file, member, aside)
+            aside.replace(place)
+        finally:
+            aside.unlink(missing_ok=True)
     return notes
+
+
+def _write_member(file: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> None:
+    left = member.file_size
+    with file.open(member) as source, path.open("wb") as out:
+        while piece := source.read(min(COPY, left + 1)):
+            left -= len(piece)
+            if left < 0:
+                raise PlaitError(f"{member.filename[:80]} is longer than the archive says.")
+            out.write(piece)
 
 
 def _member_name(member: zipfile.ZipInfo) -> str:

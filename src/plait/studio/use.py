@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import threading
-from dataclasses import dataclass, field
+from collections.abc import Generator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,32 @@ from plait.core.errors import PlaitError
 from plait.modalities.descriptor import MediaError
 from plait.modalities.media import MEDIA, Checker, sniff
 from plait.server.page_parts import PAGE_PARTS, LinesPart
+from plait.studio.handover import Form, offered
 
 NEAREST = 6  # records shown beside an answer
 INDEXED = 2000  # records that are compared with
+EXCERPT = 300  # characters of a record's text that are shown
+REPLY = 400  # tokens of a reply, at most
 TEXT_LIMIT = 20_000  # characters of a text that is read
+
+
+@dataclass(frozen=True)
+class Near:
+    """A record that is like an input.
+
+    Attributes:
+        id: The record's.
+        column: The column that was compared.
+        kind: "image", "audio", "video" or "text".
+        text: The beginning of a text.
+        similarity: At most 1.
+    """
+
+    id: str
+    column: str
+    kind: str
+    text: str
+    similarity: float
 
 
 @dataclass(frozen=True)
@@ -31,7 +54,7 @@ class Answer:
         labels: (label, probability), the likeliest first.
         none_of_these: The model thinks that none of its labels fits.
         text: A caption, a transcript or a reply.
-        nearest: Indices of the records of the dataset that are most alike, with their similarity.
+        nearest: The records of the dataset that are most alike.
         preview: The input as the model saw it, a `data:` URL, for images.
     """
 
@@ -39,7 +62,7 @@ class Answer:
     labels: list[tuple[str, float]] = field(default_factory=list)
     none_of_these: bool = False
     text: str = ""
-    nearest: list[tuple[int, float]] = field(default_factory=list)
+    nearest: list[Near] = field(default_factory=list)
     preview: str = ""
 
 
@@ -70,7 +93,7 @@ class Models:
         self.checker = Checker(patience=20)
         self._key: tuple[str, float] | None = None
         self._model: Any = None
-        self._vectors: tuple[np.ndarray, list[int]] | None = None
+        self._vectors: tuple[np.ndarray, list[Near]] | None = None
 
     def close(self) -> None:
         self.checker.close()
@@ -94,6 +117,11 @@ class Models:
         with self.lock:
             return [str(verb) for verb in self.get(run).verbs]
 
+    def forms(self, run: Path) -> list[Form]:
+        """The forms that a run's model can be handed over in."""
+        with self.lock:
+            return offered(self.get(run))
+
     def ask(self, run: Path, data: Path, body: bytes, text: str) -> Answer:
         """Everything the model says about a file's bytes, or about a text.
 
@@ -107,8 +135,6 @@ class Models:
         with self.lock:
             model = self.get(run)
             verbs = set(model.verbs)
-            if kind == "text" and "reply" in verbs:
-                return Answer(kind, text=str(model.reply([value])[0]))
             columns = dict(getattr(model, "columns", {}))
             if columns and kind not in columns.values():
                 known = ", ".join(sorted(set(columns.values())))
@@ -167,18 +193,24 @@ class Models:
             made = getattr(model, verb)(text, n=count, seed=seed)
         return [image_url(one) if verb == "draw" else wave_url(*one) for one in made]
 
-    def chat(self, run: Path, messages: list[dict[str, str]]) -> str:
-        """The next turn of a conversation of texts."""
-        from plait.chat.session import Chat, Turn
+    def chat(self, run: Path, messages: list[dict[str, str]], seed: int) -> Generator[str]:
+        """The next turn of a conversation of texts, piece by piece; closing the iterator ends it.
 
-        turns = [Turn(message["role"], [message["content"][:TEXT_LIMIT]]) for message in messages[-20:]]
+        Args:
+            run: The run's folder.
+            messages: The conversation, which ends with a message of the user's.
+            seed: Another one gives another reply.
+        """
+        from plait.chat.session import Chat, Session, Turn
+
+        turns = [Turn(message["role"], [message["content"][:TEXT_LIMIT]]) for message in messages]
         with self.lock:
             model = self.get(run)
             if "generate" not in model.verbs:
                 raise PlaitError(f"This model cannot talk. It can {', '.join(model.verbs)}.")
-            chat = Chat(model, run)
-            prompt = chat.prompt(turns)
-            return str(model.reply([prompt.context], stop=list(prompt.stop), max_new_tokens=200)[0]).strip()
+            session = Session(Chat(model, run))
+            session.turns = turns[:-1]
+            yield from session.say(str(turns[-1].parts[0]), max_new_tokens=REPLY, seed=seed)
 
     def parts(self, run: Path) -> list[LinesPart]:
         """What features add to the page for this run's model."""
@@ -217,7 +249,7 @@ class Models:
             return str(model.generate(value, max_new_tokens=60))
         return ""
 
-    def _nearest(self, model: Any, data: Path, value: Any) -> list[tuple[int, float]]:
+    def _nearest(self, model: Any, data: Path, value: Any) -> list[Near]:
         from plait.data.dataset import Dataset
 
         if not (data / "manifest.json").is_file():
@@ -227,16 +259,19 @@ class Models:
             column = next((name for name, kind in dataset.columns.items() if kind != "text"), None)
             column = column or next(iter(dataset.columns))
             indices = [int(i) for i in dataset.indices("train")[:INDEXED]]
-            rows = [(i, record.parts[column]) for i, record in zip(indices, dataset.iterate(indices, [column]),
-                                                                   strict=True) if column in record.parts]  # fmt: skip
-            vectors = model.embed_inputs([(column, part) for _, part in rows]) if rows else np.zeros((0, 1), np.float32)
-            self._vectors = vectors, [i for i, _ in rows]
+            kind = dataset.columns[column]
+            records = [one for one in dataset.iterate(indices, [column]) if column in one.parts]
+            parts = [(column, one.parts[column]) for one in records]
+            vectors = model.embed_inputs(parts) if parts else np.zeros((0, 1), np.float32)
+            texts = [part[:EXCERPT] if isinstance(part, str) else "" for _, part in parts]
+            owners = [Near(one.id, column, kind, text, 0.0) for one, text in zip(records, texts, strict=True)]
+            self._vectors = vectors, owners
         vectors, owners = self._vectors
         if not len(vectors):
             return []
         alike = vectors @ model.embed_inputs([value])[0]
         order = np.argsort(-alike, kind="stable")[:NEAREST]
-        return [(owners[i], float(alike[i])) for i in order]
+        return [replace(owners[i], similarity=float(alike[i])) for i in order]
 
 
 def _small(image: Image.Image) -> Image.Image:

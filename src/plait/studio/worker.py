@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,15 @@ from plait.modalities.media import MEDIA
 from plait.studio.findings import write_review
 from plait.studio.jobs import Job, read_job
 from plait.studio.labels import LabelEdits
-from plait.studio.listing import EXCERPT, list_project, write_labels
+from plait.studio.listing import EXCERPT, labelled_rows, list_project, write_labels
 from plait.studio.workspace import Project
 
 REVIEWED = 60  # labels that are likely wrong, and records to label next, at most
 PREDICTIONS = 400  # records of test that are shown
+RESERVE = 64 << 10  # bytes that are let go to write down why a job failed when the disk is full
 WAIT_SECONDS = 30.0  # for the studio to write the job down
+KILLED = ("The system ended it, most likely because the memory was used up. Close other programs or choose a smaller "
+          "size under Options, then go on.")  # fmt: skip
 
 
 class StoppedError(Exception):
@@ -44,14 +48,19 @@ def main() -> None:
     project = Project(Path(sys.argv[1]))
     job = _await_job(project, sys.argv[2])
     signal.signal(signal.SIGTERM, _stop)
+    reserve = job.folder / "reserve"
     try:
+        reserve.write_bytes(bytes(RESERVE))
         job = _work(project, job)
     except (StoppedError, KeyboardInterrupt):
         job.at("stopped")
     except (CommandError, PlaitError, OSError) as error:
+        reserve.unlink(missing_ok=True)
         job.at("failed", str(error))
     else:
         job.at("done")
+    finally:
+        reserve.unlink(missing_ok=True)
 
 
 def _work(project: Project, job: Job) -> Job:
@@ -78,10 +87,10 @@ def prepare_data(project: Project, command: list[str]) -> None:
         return
     import plait
 
+    columns = {files.file_column: kind for kind, files in MEDIA.items()}
     rows = [
-        {item.kind: project.source / item.path, **({"label": item.label} if item.label else {})}
-        for item in list_project(project).items
-        if item.kind in MEDIA
+        {columns.get(name, name): project.source / value if name in columns else value for name, value in row.items()}
+        for row in labelled_rows(project)
     ]
     plait.prepare(rows, project.data)
 
@@ -132,6 +141,8 @@ def _run(command: list[str]) -> None:
         raise
     if code in (130, 143, -signal.SIGTERM):
         raise StoppedError
+    if code == -signal.SIGKILL:
+        raise CommandError(KILLED)
     if code:
         words = " ".join(filter(None, said)).removeprefix("plait:").strip()
         raise CommandError(words or f"{command[1]} ended with code {code}.")
@@ -150,8 +161,8 @@ def _evaluate(job: Job) -> None:
         "figures": evaluation.headlines(),
     }
     first = next(iter(evaluation.findings.outcomes), None)
-    if first is not None and first.alternative is not None:
-        kept["alternative"] = {"name": first.alternative, "value": first.alternative_value, "share": first.share}
+    if first is not None:
+        kept["outcome"] = {**asdict(first), "better": first.better}
     write_json(job.folder / "verdict.json", kept)
 
 
@@ -183,7 +194,7 @@ def write_predictions(project: Project, job: Job) -> None:
         rows.append({
             "id": record.id, "source": record.source, "kind": dataset.columns[source], "truth": record.parts[column],
             "answers": [[str(label), round(float(chance), 4)] for label, chance in answers],
-            "index": int(index), "column": source, "simple": simple, "none": answers.none_of_these,
+            "column": source, "simple": simple, "none": answers.none_of_these,
             "text": record.parts[source][:EXCERPT] if isinstance(record.parts[source], str) else "",
         })  # fmt: skip
     write_atomic(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

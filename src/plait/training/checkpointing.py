@@ -28,7 +28,7 @@ from plait.core.errors import PlaitError
 from plait.core.files import clear_leftovers, fsync_folder, link_target, point, read_json, remove_folder
 from plait.model import checkpoint as checkpoints
 from plait.model.checkpoint import Checkpoint
-from plait.training.distributed import Group, is_shard, read_tensors, stored_tensors, whole, write_shards
+from plait.training.distributed import Group, full_tensor, is_shard, read_tensors, stored_tensors, write_shards
 from plait.training.optimizer import Average
 
 STATE = "training_state"
@@ -90,7 +90,7 @@ def snapshot(
     if any(is_shard(tensor) for tensor in weights.values()):
         gathered = {}
         for name, tensor in weights.items():
-            full = whole(tensor)
+            full = full_tensor(tensor)
             if group.is_main:
                 gathered[name] = _copy(full)
         write_shards(aside, state)
@@ -242,7 +242,7 @@ class Saver:
         self._thread.start()
 
     @property
-    def busy(self) -> bool:
+    def saving(self) -> bool:
         """Whether a checkpoint is being written."""
         return self._thread is not None and self._thread.is_alive()
 

@@ -261,16 +261,11 @@ class Network:
             for gradient, mean in zip(gradients, _unflatten_dense_tensors(flat, gradients), strict=True):
                 gradient.copy_(mean)
 
-    def clip_grad_norm(self, largest: float) -> float:
-        """Scale the gradients so that their norm is at most `largest`; returns what it was."""
+    def grad_norm(self) -> Tensor:
+        """The norm of all gradients together, of all processes."""
         gradients = [[p.grad for p in some if p.grad is not None] for some in (self.shards, self.replicated)]
         norms = [torch.nn.utils.get_total_norm(some) for some in gradients if some]
-        norm = torch.linalg.vector_norm(torch.stack([whole(n) for n in norms]))
-        norm_value = float(norm)
-        if norm_value > largest:  # else they would be multiplied by one
-            for some in (self.shards, self.replicated):
-                torch.nn.utils.clip_grads_with_norm_(some, largest, norm)
-        return norm_value
+        return torch.linalg.vector_norm(torch.stack([full_tensor(norm) for norm in norms]))
 
 
 def is_shard(tensor: Tensor) -> bool:
@@ -278,7 +273,7 @@ def is_shard(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor with the rows of all processes, which must all ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

@@ -11,6 +11,7 @@ from typing import IO, Any
 
 from plait.core.errors import PlaitError
 from plait.core.files import write_atomic
+from plait.core.objective import loss_column
 
 
 class Log:
@@ -27,7 +28,7 @@ class Log:
     ) -> None:
         """A row; of training steps with tokens a second, the learning rate and the share of time spent waiting."""
         row: dict[str, Any] = {"step": step, "split": split, "time": time.time()}
-        row |= {f"loss/{name}": round(value, 5) for name, value in losses.items()}
+        row |= {loss_column(name): round(value, 5) for name, value in losses.items()}
         if rate:
             row |= {"tokens_per_second": round(rate), "learning_rate": lr, "waited": round(waited, 4)}
         if self.rows is not None:

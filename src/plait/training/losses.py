@@ -9,7 +9,6 @@ number of processes nor that of micro-batches changes a gradient.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,11 +19,64 @@ import torch
 from torch import Tensor, nn
 
 from plait.core.device import Device
+from plait.core.objective import Objective
+from plait.model.cross_entropy import SplitTable
 from plait.model.multimodal import IGNORE, Multimodal, SequenceSpan
-from plait.model.objectives import likelihoods
-from plait.training.batches import Split, Step
+from plait.model.objectives import CrossEntropy, SampledSoftmax, TokenLoss
+from plait.training.batches import Step
 from plait.training.distributed import Group, Network
+from plait.training.split import Split
 from plait.training.streams import Streams
+
+
+def token_losses(
+    model: Multimodal,
+    hidden: Tensor,
+    targets: Tensor,
+    restricted: bool = True,
+    smoothing: float = 0.0,
+    rows: Tensor | None = None,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The losses of the next tokens of a batch, each type of them by itself.
+
+    Args:
+        model: The model.
+        hidden: The backbone's output, (B, L, D).
+        targets: The tokens to predict, (B, L); `IGNORE` where there is none.
+        restricted: Whether the softmax of a target runs over the ids of its own type, which the span grammar allows
+            there, or over the whole vocabulary.
+        smoothing: Share of each target that is spread over what is possible there.
+        rows: Those of the modality of rows, whose softmax is always its own; read from it where left out.
+
+    Returns:
+        Token type -> (sum of -log P in nats, number of targets).
+    """
+    keep = targets != IGNORE
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    states, target_ids = hidden[keep].to(dtype), targets[keep]
+    output, row_modality = model.output_embedding, model.row_modality
+    split = output.split_table() if output.text_rows is not None else None
+    whole = None if restricted or split is not None else output.table()
+    losses = {}
+    for token_type, (start, stop) in model.id_ranges.items():
+        chosen = (target_ids >= start) & (target_ids < stop)
+        if not chosen.any():
+            continue
+        loss: TokenLoss = CrossEntropy(smoothing)
+        table: Tensor | SplitTable
+        if row_modality is not None and token_type == row_modality.name:
+            table, first = row_modality.rows() if rows is None else rows, start
+            if row_modality.sampled and model.training:
+                loss = SampledSoftmax(row_modality.counts, row_modality.sampled)
+        elif split is not None:
+            table, first = (split.part(start, stop), start) if restricted else (split, 0)
+        elif whole is not None:
+            table, first = whole, 0
+        else:
+            table, first = output.of_type(token_type), start
+        losses[token_type] = loss(states[chosen], table, target_ids[chosen] - first), chosen.sum()
+    return losses
 
 
 @dataclass
@@ -60,7 +112,7 @@ class LossModule(nn.Module):
                 hidden = model.backbone(inputs)
                 likelihood_sums = {}
                 if likelihood:
-                    likelihood_sums = likelihoods(model, hidden, on_device.targets, restricted, smoothing, rows)
+                    likelihood_sums = token_losses(model, hidden, on_device.targets, restricted, smoothing, rows)
             for token_type, (total, _) in likelihood_sums.items():
                 sums[token_type] = sums[token_type] + total if token_type in sums else total
             chosen = np.flatnonzero(records >= 0)
@@ -252,7 +304,7 @@ def _contrast(
     values = {name: float(value.detach()) for name, value in losses.items()}
     if weights is None:
         return ContrastResult(values, [], {})
-    objective = torch.stack([weight_of(name, weights) * value for name, value in losses.items()]).sum()
+    objective = torch.stack([Objective.parse(name).weight(weights) * value for name, value in losses.items()]).sum()
     grad, *scalar_grads = torch.autograd.grad(objective, [everyone, *scalars.values()])
     start = sum(layout.sizes[: group.rank])
     own_grad = grad[start : start + len(own)]
@@ -266,7 +318,7 @@ def _objective_share(
     """What a part adds to the weighted objective of the global batch, as a scalar with the right gradient."""
     share = output.zero_anchor
     for token_type, value in output.sums.items():
-        share = share + weight_of(token_type, weights) * value / layout.counts[token_type]
+        share = share + Objective.parse(token_type).weight(weights) * value / layout.counts[token_type]
     if output.embeddings is not None and embedding_grads is not None:
         share = share + (output.embeddings * embedding_grads).sum()
     return share
@@ -300,16 +352,5 @@ def _pairs(spans: np.ndarray, names: list[str]) -> dict[str, Pair]:
         first, second = (np.flatnonzero(spans[:, 0] == modality) for modality in (a, b))
         shared, i, j = np.intersect1d(spans[first, 1], spans[second, 1], return_indices=True)
         if len(shared) > 1:
-            pairs["contrastive:" + "-".join(sorted((names[a], names[b])))] = Pair(first[i], second[j], shared)
+            pairs[str(Objective.of_pair(names[a], names[b]))] = Pair(first[i], second[j], shared)
     return pairs
-
-
-def weight_of(name: str, weights: Mapping[str, float]) -> float:
-    """The weight of an objective: what the recipe says, else .5 for the contrastive one and 1 for others."""
-    kind = name.partition(":")[0]  # of a pair, or of the codes of items, which have a space each
-    return weights.get(kind, 0.5 if kind == "contrastive" else 1.0)
-
-
-def weighted(losses: Mapping[str, float], weights: Mapping[str, float]) -> float:
-    """The objective that training minimises; infinite where nothing was measured."""
-    return sum(loss * weight_of(name, weights) for name, loss in losses.items()) if losses else math.inf

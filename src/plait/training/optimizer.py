@@ -32,14 +32,32 @@ def parameter_kinds(module: nn.Module, inherited: Kind | None = None) -> dict[nn
     return kinds
 
 
+class AdamW(torch.optim.AdamW):
+    """Fused AdamW that clips gradients by their norm in the pass that it makes over them anyway."""
+
+    grad_scale: Tensor | None = None  # what PyTorch's fused step divides gradients by as it reads them
+
+    def clip(self, norm: Tensor, largest: float) -> None:
+        """Have the next step use gradients of a norm of at most `largest`, where now it is `norm`."""
+        self.grad_scale = None
+        if norm <= largest:
+            return
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        if any(map(is_shard, parameters)):  # a scale for shards would have to be one on every device mesh
+            for sharded in (False, True):
+                torch.nn.utils.clip_grads_with_norm_([p for p in parameters if is_shard(p) == sharded], largest, norm)
+        else:
+            self.grad_scale = norm / largest
+
+
 def make_optimizer(
     modules: list[nn.Module],
     learning_rate: float,
     weight_decay: float,
     betas: tuple[float, float],
     encoder_lr_scale: float = 1.0,
-) -> torch.optim.AdamW:
-    """Fused AdamW over what is trainable in the modules.
+) -> AdamW:
+    """AdamW over what is trainable in the modules.
 
     Args:
         modules: Whose parameters are trained; see `parameter_kinds`.
@@ -61,7 +79,7 @@ def make_optimizer(
             parameters = [p for p, own in kinds.items() if own == kind and is_shard(p) == sharded]
             if parameters:
                 groups.append({"params": parameters, "weight_decay": decay, "lr_scale": lr_scale})
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    return AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
 
 def learning_rate_at(step: int, steps: int, peak: float, warmup: float) -> float:

@@ -23,6 +23,7 @@ from plait.core.config import SIZES, Recipe, parse_recipe
 from plait.core.device import Device
 from plait.core.errors import PlaitError
 from plait.core.files import read_json, sha256_file, write_atomic, write_json
+from plait.core.objective import losses_of_row, weighted_sum
 from plait.core.rng import key_of
 from plait.data.conversations import turns
 from plait.data.dataset import Dataset
@@ -33,20 +34,19 @@ from plait.modalities.base import MediaModality
 from plait.modalities.recogniser import Recogniser
 from plait.modalities.text import Text
 from plait.model.multimodal import Multimodal
-from plait.training.batches import Split, add_codes
 from plait.training.build import label_columns
 from plait.training.codec_training import train_codec
 from plait.training.distributed import Group
-from plait.training.losses import weighted
 from plait.training.recogniser_training import Labelled, train_recogniser
-from plait.training.samples import CodecSamples, EncoderSamples, SampleLog, few
+from plait.training.samples import CodecSamples, EncoderSamples, SampleLog, places_shown
+from plait.training.split import Split, add_codes
 
 _TOKENIZER_BYTES = 256 << 20  # of a column's text, at most, by which the tokenizer is trained
 # Settings that a run may change as it goes: none of them changes what a step computes.
 FREE = ("save_every", "keep", "keep_every", "log_records", "grad_accum_steps", "parallel", "activation_checkpointing")
 
 
-Work = Literal["codec", "encoder", "model", "other"]
+Work = Literal["codec", "encoder", "model", "validation", "other"]
 
 
 @dataclass
@@ -304,7 +304,7 @@ class Run:
         """What is told while a codec is trained, with what it makes of three media."""
         column = next(c for c, m in self.dataset.columns.items() if m == modality.name)
         media = (splits["val"] if len(splits["val"].media[column]) else splits["train"]).media[column]
-        samples = CodecSamples(self.samples, modality, [media[i] for i in few(len(media))])
+        samples = CodecSamples(self.samples, modality, [media[i] for i in places_shown(len(media))])
 
         def progress(name: str, done: int, total: int, loss: float) -> None:
             self.report(Progress(f"{name} codec", done, total, {"reconstruction": loss}, work="codec"))
@@ -402,8 +402,7 @@ def _averaged(folder: Path) -> str:
     weights = read_json(folder / "run.json")["recipe"]["training"]["weights"]
     found = {}
     for row in rows:
-        losses = {name.removeprefix("loss/"): value for name, value in row.items() if name.startswith("loss/")}
-        found[row["split"]] = weighted(losses, weights)
+        found[row["split"]] = weighted_sum(losses_of_row(row), weights)
     if "val_raw" not in found:
         return ""
     return f"\nAveraged weights: validation loss {found['val']:.4f}; the raw ones: {found['val_raw']:.4f}."

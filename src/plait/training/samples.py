@@ -211,6 +211,6 @@ class CodecSamples:
         return Row("codec", name, step, total, rows)
 
 
-def few(count: int) -> list[int]:
+def places_shown(count: int) -> list[int]:
     """The places of the first, a middle and the last of so many things."""
     return sorted({int(i) for i in np.linspace(0, count - 1, INPUTS)}) if count else []

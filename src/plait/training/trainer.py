@@ -25,6 +25,7 @@ from plait.core.config import Recipe
 from plait.core.device import choose_device, keep_memory, matmul_precision, threads
 from plait.core.errors import DivergedError, PlaitError, Terminated
 from plait.core.files import only_writer, read_json
+from plait.core.objective import weighted_sum
 from plait.core.rng import uniform
 from plait.core.signals import Signals, signals
 from plait.data.dataset import Dataset
@@ -39,8 +40,8 @@ from plait.training.distributed import Group, Network
 from plait.training.divergence import check_stable, not_finite
 from plait.training.init_from import generation_of, labels_of
 from plait.training.log import Log
-from plait.training.losses import LossModule, step_losses, weighted
-from plait.training.optimizer import Average, learning_rate_at, make_optimizer
+from plait.training.losses import LossModule, step_losses
+from plait.training.optimizer import AdamW, Average, learning_rate_at, make_optimizer
 from plait.training.preparation import Prepared, join_replayed, prepare_run
 from plait.training.run import Progress, Report, Run, difference
 from plait.training.streams import Streams, can_be_cut, media_work
@@ -230,7 +231,7 @@ class Trainer:
             shares=list(settings.replay.values()),
         )
 
-    def _make_optimizer(self) -> torch.optim.AdamW:
+    def _make_optimizer(self) -> AdamW:
         settings = self.settings
         return make_optimizer(
             [self.model], self.run.peak, settings.weight_decay, settings.betas, settings.encoder_lr_scale
@@ -372,9 +373,10 @@ class Trainer:
             settings.label_smoothing,
             self.streams,
         )
-        grad_norm = self.network.clip_grad_norm(settings.grad_clip)
-        if not (math.isfinite(grad_norm) and math.isfinite(weighted(losses, settings.weights))):
+        grad_norm = self.network.grad_norm()
+        if not (math.isfinite(float(grad_norm)) and math.isfinite(weighted_sum(losses, settings.weights))):
             raise not_finite(self.network, self.train_sampler, step)
+        self.optimizer.clip(grad_norm, settings.grad_clip)
         self.optimizer.step()
         return losses, tokens
 
@@ -417,12 +419,12 @@ class Trainer:
             self.log.write(step, "val_raw", self._validation_losses(sampler))
         with self.average.used() if self.average else nullcontext():
             losses = self._validation_losses(sampler)
-            objective, shown = weighted(losses, self.settings.weights), losses
+            objective, shown = weighted_sum(losses, self.settings.weights), losses
             if (score := self.data.score(self.model, self.run.device, sampler)) is not None:
                 objective, shown = -score.value, {**losses, score.name: score.value}
                 self.log.write(step, "val_score", {score.name: score.value})
         self.log.write(step, "val", losses)
-        self.run.report(Progress("validation", step, self.total_steps, shown, work="model"))
+        self.run.report(Progress("validation", step, self.total_steps, shown, work="validation"))
         return losses, objective
 
     def _validation_losses(self, sampler: Sampler) -> dict[str, float]:
@@ -523,7 +525,7 @@ class Trainer:
         position.tokens += tokens
         for name, value in losses.items():
             position.recent.setdefault(name, []).append(value)
-        loss = weighted(losses, self.settings.weights)
+        loss = weighted_sum(losses, self.settings.weights)
         self.log.write_records(position.step, loss, [split.ids[record] for record in records])
         self.mid_step = False
         self.callbacks.on_step(StepEvent(position.step, steps, loss, losses, learning_rate))
@@ -533,7 +535,7 @@ class Trainer:
         seconds, waited = now - self.clock, self.batches.waited
         means = {name: float(np.mean(values)) for name, values in position.recent.items()}
         self.log.write(position.step, "train", means, position.tokens / seconds, learning_rate, waited / seconds)
-        check_stable(position, weighted(means, self.settings.weights), records, split)
+        check_stable(position, weighted_sum(means, self.settings.weights), records, split)
         self.run.report(Progress("model", position.step, steps, means, position.tokens / seconds, work="model"))
         position.recent, position.tokens, self.clock, self.batches.waited = {}, 0, now, 0.0
 

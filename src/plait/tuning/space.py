@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from typing import Any
 
 from plait.core.config import SIZES, Recipe, parse_recipe
 from plait.core.errors import PlaitError
+from plait.core.objective import CONTRASTIVE, Objective, weighted_sum
 from plait.data.dataset import Dataset
-from plait.training.losses import weight_of, weighted
 
 FIRST = ("learning_rate", "batch_size")  # what is tuned where nothing else is named
 NAMES = (*FIRST, "width", "layers", "dropout", "weight_decay", "warmup", "cond_dropout", "weights")
@@ -63,7 +64,10 @@ def fields_of(recipe: Recipe, dataset: Dataset, over: list[str]) -> list[Field]:
 def _weights(recipe: Recipe, dataset: Dataset) -> dict[str, float]:
     """The weights of the objectives that this data has; one of 0 is a decision, not a value to tune."""
     kinds = list(dict.fromkeys(dataset.columns.values()))
-    known = {name: weight_of(name, recipe.training.weights) for name in [*kinds, *["contrastive"][: len(kinds) - 1]]}
+    known = {
+        name: Objective.parse(name).weight(recipe.training.weights)
+        for name in [*kinds, *[CONTRASTIVE][: len(kinds) - 1]]
+    }
     return {name: weight for name, weight in known.items() if weight > 0}
 
 
@@ -146,8 +150,8 @@ def with_values(recipe: Recipe, fields: list[Field], values: dict[str, Any], see
 def check_objective(name: str, dataset: Dataset) -> None:
     """Raise PlaitError where validation on this data measures no such objective."""
     kinds = sorted(set(dataset.columns.values()))
-    pairs = [f"contrastive:{a}-{b}" for a in kinds for b in kinds if a < b]
-    known = ["loss", *kinds, *(["contrastive", *pairs] if pairs else [])]
+    pairs = [str(Objective.of_pair(a, b)) for a, b in combinations(kinds, 2)]
+    known = ["loss", *kinds, *([CONTRASTIVE, *pairs] if pairs else [])]
     if name not in known:
         raise PlaitError(
             f"There is no objective '{name}' in validation on {dataset.path}; there are {', '.join(known)}."
@@ -158,8 +162,8 @@ def score(losses: dict[str, float], objective: str, recipe: Recipe) -> float:
     """What a study minimises, of the losses of a validation: one of them, the mean of the contrastive ones, or "loss",
     all as the study's own recipe weights them, also where a trial tunes the weights."""
     if objective == "loss":
-        return weighted(losses, recipe.training.weights)
-    mine = [value for name, value in losses.items() if name == objective or name.startswith(f"{objective}:")]
-    if not mine:
+        return weighted_sum(losses, recipe.training.weights)
+    measured = [value for name, value in losses.items() if objective in (name, Objective.parse(name).kind)]
+    if not measured:
         raise PlaitError(f"Validation measured no '{objective}'; there are loss, {', '.join(losses)}.")
-    return sum(mine) / len(mine)
+    return sum(measured) / len(measured)

@@ -160,7 +160,7 @@ def _tell(connection: Connection, message: Message) -> None:
 
 def _train(job: Job, dataset: Dataset, device: str, connection: Connection, inbox: queue.SimpleQueue[Any]) -> Message:
     def report(progress: Progress) -> None:
-        validated = progress.stage == "validation"
+        validated = progress.work == "validation"
         _tell(connection, Message("validation" if validated else "progress", progress))
         if validated and job.asks and not inbox.get():
             raise _StoppedError

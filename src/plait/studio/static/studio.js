@@ -3,6 +3,7 @@
 "use strict";
 
 const PIECE = 8 << 20; // bytes of an upload that are sent at once
+const SMALL = 1 << 20; // bytes of a file that travels with others
 const TRIES = 6; // of a piece, before an upload is given up
 const $ = (selector, root = document) => root.querySelector(selector);
 const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
@@ -17,9 +18,10 @@ function tell(text) {
 async function ask(address, options = {}) {
   const answer = await fetch(address, { headers: { accept: "application/json", ...options.headers }, ...options });
   if (answer.ok) return answer;
-  let text = `${answer.status} ${answer.statusText}`;
-  try { text = (await answer.json()).error || text; } catch { /* no JSON: the status says it */ }
-  throw new Error(text);
+  const said = await answer.text();
+  let text = said.length < 300 ? said : `${answer.status} ${answer.statusText}`;
+  try { text = JSON.parse(said).error || text; } catch { /* no JSON: the text says it */ }
+  throw Object.assign(new Error(text), { refused: true });
 }
 
 const send = (address, value) =>
@@ -31,24 +33,54 @@ const guarded = (work) => async (...given) => {
 
 // --- uploads --------------------------------------------------------------------------------------------------
 
+// What a broken connection spoils is tried again, ever later; what the server refuses is not.
+async function persevere(work) {
+  for (let failures = 0; ; failures += 1) {
+    try {
+      return await work();
+    } catch (error) {
+      if (error.refused || failures >= TRIES) throw error;
+      await new Promise((done) => setTimeout(done, 500 * 2 ** failures));
+    }
+  }
+}
+
 async function upload(project, file, name, progress) {
   const base = `/p/${encodeURIComponent(project)}/uploads`;
-  let { id, received } = await (await send(base, { name, size: file.size })).json();
-  let failures = 0;
+  const said = { name, size: file.size, modified: file.lastModified || 0 };
+  const begun = await persevere(async () => (await send(base, said)).json());
+  let { received } = begun;
   while (received < file.size) {
-    try {
-      const body = file.slice(received, received + PIECE);
-      const answer = await ask(`${base}/${id}?offset=${received}`, { method: "PUT", body });
-      ({ received } = await answer.json());
-      failures = 0;
-    } catch (error) {
-      if (++failures >= TRIES) throw error;
-      await new Promise((done) => setTimeout(done, 500 * 2 ** failures));
-      ({ received } = await (await send(base, { name, size: file.size })).json());
-    }
+    const address = `${base}/${begun.id}?offset=${received}`, body = file.slice(received, received + PIECE);
+    // A piece that broke off is not taken again: the answer says how much is there by now.
+    const { received: now } = await persevere(async () => (await ask(address, { method: "PUT", body })).json());
+    if (now === received) throw new Error(`${name}: ${received} / ${file.size}`);
+    received = now;
     progress(received);
   }
-  return (await (await send(`${base}/${id}/end`, {})).json()).notes;
+  return (await (await send(`${base}/${begun.id}/end`, {})).json()).notes;
+}
+
+async function uploadBatch(project, batch) {
+  const head = JSON.stringify(batch.map(({ file, name }) => [name, file.size]));
+  const body = new Blob([`${head}\n`, ...batch.map(({ file }) => file)]);
+  await persevere(() => ask(`/p/${encodeURIComponent(project)}/files`, { method: "PUT", body }));
+}
+
+const isSmall = ({ file, name }) => file.size < SMALL && !/\.zip$/i.test(name);
+
+// Small files travel together: a request for each would take longer than its bytes.
+function* batches(files) {
+  let batch = [], size = 0;
+  for (const one of files.filter(isSmall)) {
+    if (batch.length && (size + one.file.size > PIECE || batch.length >= 500)) {
+      yield batch;
+      [batch, size] = [[], 0];
+    }
+    batch.push(one);
+    size += one.file.size;
+  }
+  if (batch.length) yield batch;
 }
 
 async function uploadAll(project, files) {
@@ -57,7 +89,13 @@ async function uploadAll(project, files) {
   let before = 0;
   const notes = [];
   shown.hidden = false;
-  for (const { file, name } of files) {
+  for (const batch of batches(files)) {
+    $("span", shown).textContent = batch[0].name;
+    await uploadBatch(project, batch);
+    before += batch.reduce((sum, { file }) => sum + file.size, 0);
+    $("progress", shown).value = before / total;
+  }
+  for (const { file, name } of files.filter((one) => !isSmall(one))) {
     $("span", shown).textContent = name;
     notes.push(...await upload(project, file, name, (now) => { $("progress", shown).value = (before + now) / total; }));
     before += file.size;
@@ -171,9 +209,19 @@ function galleryPage() {
 
 // --- camera and microphone --------------------------------------------------------------------------------------
 
+// A camera or a microphone, or a sentence that says why there is none.
+async function openDevice(wanted) {
+  const texts = document.body.dataset;
+  if (!navigator.mediaDevices) throw new Error(texts.noDevice);
+  try {
+    return await navigator.mediaDevices.getUserMedia(wanted);
+  } catch (error) {
+    throw new Error(error.name === "NotAllowedError" ? texts.deviceRefused : texts.noDevice);
+  }
+}
+
 async function openCamera(video) {
-  if (!navigator.mediaDevices) throw new Error("This browser gives no camera here.");
-  video.srcObject = await navigator.mediaDevices.getUserMedia({ video: { width: 640, height: 480 } });
+  video.srcObject = await openDevice({ video: { width: 640, height: 480 } });
   video.hidden = false;
   await video.play();
 }
@@ -194,7 +242,7 @@ async function photo(video) {
 
 // Recordings are written as WAV: every model here reads it.
 async function recorder() {
-  const stream = await navigator.mediaDevices.getUserMedia({ audio: true });
+  const stream = await openDevice({ audio: true });
   const media = new MediaRecorder(stream), parts = [];
   media.addEventListener("dataavailable", (event) => parts.push(event.data));
   media.start();
@@ -351,35 +399,76 @@ function makePart(part, base) {
 }
 
 function chatPart(part, base) {
-  const messages = [];
+  const messages = [], composer = $("textarea", part), texts = part.dataset;
+  let going = null, seed = 0;
+  const button = (text, work) => {
+    const made = Object.assign(document.createElement("button"), { type: "button", className: "plain small", textContent: text });
+    made.addEventListener("click", guarded(work));
+    return made;
+  };
+  // A message of one's own is edited by going back to it; a reply is copied.
+  const line = ({ role, content }, at) => {
+    const shown = document.createElement("p");
+    shown.className = role;
+    shown.textContent = content;
+    if (role === "user") {
+      shown.append(button(texts.edit, () => {
+        going?.abort();
+        composer.value = content;
+        messages.length = at;
+        draw();
+        composer.focus();
+      }));
+    } else if (content) {
+      shown.append(button(texts.copy, () => navigator.clipboard.writeText(content)));
+    }
+    return shown;
+  };
   const draw = () => {
     const talk = $(".talk", part);
-    talk.replaceChildren(...messages.map(({ role, content }) => {
-      const line = document.createElement("p");
-      line.className = role;
-      line.textContent = content;
-      return line;
-    }));
-    $("#again").disabled = !messages.length;
+    talk.replaceChildren(...messages.map(line));
+    talk.scrollTop = talk.scrollHeight;
+    $("#again").disabled = Boolean(going) || !messages.length;
+    $("#chat-stop").hidden = !going;
   };
   const answer = guarded(async () => {
+    const asked = [...messages], reply = { role: "assistant", content: "" };
+    going = new AbortController();
+    messages.push(reply);
     draw();
-    const { text } = await (await send(`${base}/chat`, { messages })).json();
-    messages.push({ role: "assistant", content: text });
-    draw();
+    try {
+      const headers = { "content-type": "application/json" };
+      const body = JSON.stringify({ messages: asked, seed: seed++ });
+      const { body: stream } = await ask(`${base}/chat`, { method: "POST", body, headers, signal: going.signal });
+      const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+      const shown = $(".talk p:last-child", part);
+      shown.classList.add("busy");
+      for (let piece = await reader.read(); !piece.done; piece = await reader.read()) {
+        reply.content += piece.value;
+        shown.textContent = reply.content;
+      }
+      reply.content = reply.content.trim() || "…";
+    } catch (error) {
+      if (error.name !== "AbortError") { messages.pop(); throw error; }
+    } finally {
+      going = null;
+      draw();
+    }
   });
   $("form", part).addEventListener("submit", (event) => {
     event.preventDefault();
-    messages.push({ role: "user", content: event.target.elements.text.value });
+    if (going || !composer.value.trim()) return;
+    messages.push({ role: "user", content: composer.value });
     event.target.reset();
     answer();
   });
+  $("#chat-stop").addEventListener("click", () => going?.abort());
   $("textarea", part).addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); $("form", part).requestSubmit(); }
   });
   $("#again").addEventListener("click", () => {
-    if (messages.at(-1)?.role === "assistant") messages.pop();
-    answer();
+    while (messages.at(-1)?.role === "assistant") messages.pop();
+    if (messages.length && !going) answer();
   });
 }
 

@@ -1,0 +1,308 @@
+"""Which of the known labels a record has, beside the best simple alternative."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from plait.classifiers.classifier import Classifier
+from plait.data.record import SPLITS
+from plait.evaluation import metrics
+from plait.evaluation.alternatives import MOST, alternative_name, fit_alternative, paired_error
+from plait.evaluation.context import EvalContext, Media
+from plait.evaluation.findings import Confusion, Gallery, GalleryKind, Reliability, ReportItem
+from plait.evaluation.folds import OutOfFold
+from plait.evaluation.keys import Direction
+from plait.evaluation.outcome import Outcome
+from plait.inference.opinions import opinion_scores
+from plait.modalities.media import MEDIA
+
+
+def _scores(eval_context: EvalContext, source: str, target: str, media: Media, labels: list[str]) -> np.ndarray:
+    found = []
+    for start in range(0, len(media), 256):
+        eval_context.progress(f"recognition {source}-{target}", start, len(media))
+        contexts = eval_context.inputs(source, media.only(np.arange(start, min(start + 256, len(media)))))
+        found.append(eval_context.model.score(contexts, target, labels))
+    return np.concatenate(found)
+
+
+@dataclass
+class Recognised:
+    """The records of a direction of recognition, with the right and the given answers.
+
+    Attributes:
+        source, target: Columns: what is read, and whose labels are answered.
+        media: The records (N,) that are asked about.
+        train: The training records that have both columns.
+        labels: The labels that the model knows.
+        names: These, and those of the split that it does not know.
+        truth, predicted: Places in `names`, (N,).
+        scores: Log-probabilities (N, labels).
+        chance: The share that is right where train's most frequent label is always said; None without training records.
+        by_folds: Whether all records are asked about, each by a model that has not learnt it.
+    """
+
+    source: str
+    target: str
+    media: Media
+    train: Media
+    labels: list[str]
+    names: list[str]
+    truth: np.ndarray
+    predicted: np.ndarray
+    scores: np.ndarray
+    chance: float | None
+    by_folds: bool = False
+
+    @property
+    def direction(self) -> Direction:
+        """As metric keys have it."""
+        return Direction(self.source, self.target)
+
+    @property
+    def right(self) -> np.ndarray:
+        """(N,) whether the answer is the right one."""
+        return self.truth == self.predicted
+
+
+@dataclass(frozen=True)
+class SimpleAnswers:
+    """What the best simple alternative answers (N,), and what it is called."""
+
+    predicted: np.ndarray
+    name: str
+
+
+def evaluate_recognition(
+    eval_context: EvalContext, source: str, target: str, out_of_fold: OutOfFold | None = None
+) -> None:
+    """Which of the labels is likeliest: by likelihood, and by nearness in the embedding space."""
+    simple: SimpleAnswers | None
+    if out_of_fold is not None:
+        found = _recognised_by_folds(eval_context, source, target, out_of_fold)
+        simple = SimpleAnswers(out_of_fold.simple, alternative_name(eval_context.columns[source]))
+    else:
+        held_out = _recognised(eval_context, source, target)
+        if held_out is None:
+            return
+        found, simple = held_out, _simple_answers(eval_context, held_out)
+    plain = metrics.classification(found.truth, simple.predicted, len(found.names)) if simple else None
+    result = metrics.classification(found.truth, found.predicted, len(found.names))
+    _keep_accuracy(eval_context, found, simple, plain.accuracy if plain else None)
+    _calibration(eval_context, found.direction, found.scores, found.right)
+    _keep_classes(eval_context, found, result, plain)
+    confusion = Confusion(found.direction.arrow, found.names, result.confusion, result.f1)
+    eval_context.findings.confusions.append(confusion)
+    said = np.array(found.names, object)[found.predicted]
+    _show_mistakes(eval_context, source, target, found.media, said, found.right)
+
+
+def _recognised(eval_context: EvalContext, source: str, target: str) -> Recognised | None:
+    """The answers for the records of the split; None where it has none with both columns."""
+    labels = eval_context.labels[target]
+    most = max(eval_context.limits.scores // len(labels), 1)
+    media = eval_context.pairs(source, target, eval_context.split)
+    media = media.only(eval_context.draw(np.arange(len(media)), most))
+    if not len(media):
+        return None
+    truth_texts = list(eval_context.texts[target][media.indices])
+    unseen = sorted(set(truth_texts) - set(labels))
+    if unseen:
+        eval_context.note(
+            f"{source}-{target}: {len(unseen)} labels of {eval_context.split} do not occur in train, and count as "
+            "wrong."
+        )
+    names = [*labels, *unseen]
+    number = {name: i for i, name in enumerate(names)}
+    truth = np.array([number[text] for text in truth_texts])
+    scores = _answers(eval_context, source, target, media, labels)
+    train = eval_context.pairs(source, target, "train")
+    prior = Counter(eval_context.texts[target][i] for i in train.indices)
+    frequent = prior.most_common(1)[0][0] if prior else None  # a label that the model may not know
+    chance = float(np.mean([text == frequent for text in truth_texts])) if prior else None
+    return Recognised(source, target, media, train, labels, names, truth, scores.argmax(1), scores, chance)
+
+
+def _recognised_by_folds(eval_context: EvalContext, source: str, target: str, by: OutOfFold) -> Recognised:
+    """The answers for all records, each by a model that has not learnt it."""
+    labels = eval_context.labels[target]
+    if source in eval_context.media_columns:
+        parts = [eval_context.samples(source, split) for split in SPLITS]
+        media = Media(
+            np.concatenate([part.indices for part in parts]), [sample for part in parts for sample in part.samples]
+        )
+    else:
+        media = Media(by.indices, [np.empty(0)] * len(by.indices))
+    media = media.only(np.isin(media.indices, by.indices))
+    number = {name: i for i, name in enumerate(labels)}
+    truth = np.array([number[eval_context.texts[target][i]] for i in media.indices])
+    counts = np.bincount(truth)
+    how = (
+        f"{by.folds} runs in a share of the time, each asked about what it has not learnt: rather too low than too high"
+        if by.trained
+        else f"{by.folds} folds; what answers, a linear model, learnt from the others each time"
+    )
+    eval_context.note(f"{source}-{target}: all {len(truth)} labelled records are asked about once, by {how}.")
+    return Recognised(
+        source, target, media, eval_context.pairs(source, target, "train"), labels, labels, truth,
+        by.scores.argmax(1), by.scores, float(counts.max() / counts.sum()), by_folds=True,
+    )  # fmt: skip
+
+
+def _simple_answers(eval_context: EvalContext, found: Recognised) -> SimpleAnswers | None:
+    """The better of the simple alternatives; None where train has a single label and there is no judge."""
+    source, target = found.source, found.target
+    kind = eval_context.columns[source]
+    simple = None
+    if len({eval_context.texts[target][i] for i in found.train.indices} & set(found.labels)) > 1:
+        classifier = _classifier(eval_context, source, target)
+        guess = _simple(eval_context, classifier, source, target, found.train, found.media, found.labels)
+        simple = SimpleAnswers(guess, alternative_name(kind))
+    made = source in eval_context.media_columns and kind not in eval_context.model.checkpoint.model.config.read_only
+    critic = eval_context.label_classifier(source, target) if made else None
+    if critic is not None:  # trained in any case, as the judge of what is drawn
+        by_critic = critic.predict_among(eval_context.features(source, found.media.samples), target, found.labels)
+        if simple is None or (by_critic == found.truth).mean() > (simple.predicted == found.truth).mean():
+            simple = SimpleAnswers(by_critic, "a small CNN")
+    return simple
+
+
+def _keep_accuracy(
+    eval_context: EvalContext, found: Recognised, simple: SimpleAnswers | None, baseline: float | None
+) -> None:
+    """The share of right answers: of all records, of those that train does not have too, of train's, and by nearness
+    alone."""
+    direction, seed, n = found.direction, eval_context.seed, len(found.truth)
+    truth, predicted, right, names = found.truth, found.predicted, found.right, found.names
+    value, error = metrics.mean_with_error(right, seed=seed)
+    wrong = Counter(zip(truth[~right].tolist(), predicted[~right].tolist(), strict=True))
+    eval_context.findings.outcomes.append(
+        Outcome(
+            "recognition", f"{found.target} from {found.source}", "right", value, error, n, found.chance,
+            simple.name if simple else None, baseline,
+            paired_error(right, simple.predicted == truth) if simple else None,
+            is_alternative=bool(simple and np.array_equal(simple.predicted, predicted)),
+            confused=[(names[a], names[b]) for (a, b), _ in wrong.most_common(3)],
+        )
+    )  # fmt: skip
+    chance = found.chance
+    eval_context.keep("recognition", direction, "accuracy", value, stderr=error, n=n, chance=chance, baseline=baseline)
+    clean = None if found.by_folds else eval_context.clean(found.media.indices)
+    if clean is not None:
+        value, error = metrics.mean_with_error(right[clean], seed=seed)
+        eval_context.keep("recognition", direction, "accuracy", value, stderr=error, n=int(clean.sum()), clean=True)
+        value = metrics.classification(truth[clean], predicted[clean], len(names)).macro_f1
+        eval_context.keep("recognition", direction, "f1", value, n=int(clean.sum()), clean=True)
+    some = found.train.only(eval_context.draw(np.arange(len(found.train)), n))
+    if len(some):
+        number = {name: i for i, name in enumerate(names)}
+        known = np.array([number.get(text, -1) for text in eval_context.texts[found.target][some.indices]])
+        learnt = known == _answers(eval_context, found.source, found.target, some, found.labels).argmax(1)
+        value, error = metrics.mean_with_error(learnt, seed=seed)
+        eval_context.keep("recognition", direction, "train_accuracy", value, stderr=error, n=len(some))
+    embeds = eval_context.model.checkpoint.model.config.embed_dim and not found.by_folds
+    if embeds and found.source in eval_context.media_columns:
+        places = eval_context.embedded(found.source, found.media)
+        texts = [eval_context.text_sequence(label) for label in found.labels]
+        near = places @ eval_context.model.embed_sequences(texts).T
+        value, error = metrics.mean_with_error(near.argmax(1) == truth, seed=seed)
+        eval_context.keep(
+            "recognition", direction, "zero_shot_accuracy", value, stderr=error, n=n, chance=chance, baseline=baseline
+        )
+
+
+def _keep_classes(
+    eval_context: EvalContext, found: Recognised, result: metrics.Classification, plain: metrics.Classification | None
+) -> None:
+    """Precision, recall and F1: their means over the classes, and of each class where there are at most 100."""
+    direction, n = found.direction, len(found.truth)
+    errors = metrics.macro_errors(found.truth, found.predicted, len(found.names), seed=eval_context.seed)
+    for name in ("precision", "recall", "f1"):
+        baseline = getattr(plain, f"macro_{name}") if plain else None
+        value = getattr(result, f"macro_{name}")
+        eval_context.keep("recognition", direction, name, value, stderr=errors[name], baseline=baseline, n=n)
+    if len(found.names) > 100:
+        return
+    counts = result.confusion.sum(1)
+    for i, label in enumerate(found.names):
+        for name in ("precision", "recall", "f1"):
+            value = float(getattr(result, name)[i])
+            eval_context.keep("recognition", direction, name, value, n=int(counts[i]), label=label)
+
+
+def _calibration(eval_context: EvalContext, direction: Direction, scores: np.ndarray, right: np.ndarray) -> None:
+    """Whether answers are as often right as their probabilities among the labels say."""
+    chances = np.exp(scores - scores.max(1, keepdims=True))
+    believed = (chances / chances.sum(1, keepdims=True)).max(1)
+    value, mean, share, counts = metrics.calibration(believed, right)
+    error = metrics.bootstrap(
+        lambda rows: np.array([metrics.calibration(believed[row], right[row])[0] for row in rows]),
+        len(right), draws=50, seed=eval_context.seed,
+    )  # fmt: skip
+    eval_context.keep("recognition", direction, "ece", value, stderr=error, n=len(right))
+    coverage, accuracy = metrics.risk_coverage(believed, right)
+    for percent in (90, 80):
+        place = max(round(percent / 100 * len(right)), 1) - 1
+        at = float(accuracy[place])
+        eval_context.keep("recognition", direction, f"accuracy_at_{percent}", at, n=place + 1)
+    eval_context.findings.reliabilities.append(
+        Reliability(str(direction), value, mean, share, counts, coverage, accuracy)
+    )
+
+
+def _classifier(eval_context: EvalContext, source: str, target: str) -> Classifier | None:
+    """What `classify` goes by for these columns, if anything was fitted."""
+    found = eval_context.model.checkpoint.classifiers
+    return next((one for one in found if (one.source, one.target) == (source, target)), None)
+
+
+def _answers(eval_context: EvalContext, source: str, target: str, media: Media, labels: list[str]) -> np.ndarray:
+    """What `classify` says, as log-probabilities (N, labels): the classifier's, else by likelihood alone."""
+    classifier = _classifier(eval_context, source, target)
+    if classifier is None:
+        return _scores(eval_context, source, target, media, labels)
+    eval_context.progress(f"recognition {source}-{target}", 0, len(media))
+    inputs = eval_context.raw_inputs(source, media)
+    return classifier.mixture.log_probabilities(
+        opinion_scores(eval_context.model, classifier, inputs, classifier.mixture.used)
+    )
+
+
+def _simple(
+    eval_context: EvalContext, classifier: Classifier | None, source: str, target: str, train: Media, media: Media,
+    labels: list[str],
+) -> np.ndarray:  # fmt: skip
+    """The classes (N,) by the simple alternative: the linear part of the run's classifier, else one fitted now."""
+    if classifier is None:
+        number = {label: i for i, label in enumerate(labels)}
+        some = train.only(eval_context.draw(np.arange(len(train)), MOST))
+        some = some.only(np.array([eval_context.texts[target][i] in number for i in some.indices], bool))
+        classes = np.array([number[eval_context.texts[target][i]] for i in some.indices])
+        kind = eval_context.columns[source]
+        bands = int(getattr(eval_context.modality(source).settings, "bands", 0)) if kind in MEDIA else 0
+        classifier = fit_alternative(kind, eval_context.raw_inputs(source, some), classes, labels, bands)
+    return classifier.linear_scores(eval_context.raw_inputs(source, media)).argmax(1)
+
+
+def _show_mistakes(
+    eval_context: EvalContext, source: str, target: str, media: Media, said: np.ndarray, right: np.ndarray
+) -> None:
+    wrong = np.flatnonzero(~right)[:8]
+    rows = [
+        (
+            eval_context.exhibit_input(source, media, i),
+            [
+                ReportItem("truth", text=eval_context.texts[target][media.indices[i]]),
+                ReportItem("answer", text=said[i], right=False),
+            ],
+        )
+        for i in wrong
+    ]
+    if rows:
+        note = f"The first {len(rows)} of {int((~right).sum())} in {len(right)}."
+        eval_context.findings.galleries.append(
+            Gallery(f"Mistakes: {source} → {target}", note, rows, GalleryKind.MISTAKES)
+        )
