@@ -128,3 +128,19 @@ def test_every_command_option_and_recipe_key_has_a_description() -> None:
     for section in [one for root in (Recipe, *SETTINGS.values(), *added) for one in sections(root)]:
         silent |= {f"{section.__name__}.{key}" for key, field in section.model_fields.items() if not field.description}
     assert silent == set()
+
+
+def test_every_public_method_is_described_once() -> None:
+    """In its own class, or in one that declares the interface; libraries' hooks are described by them."""
+    methods = [
+        (f"{name}:{cls.name}.{method.name}", cls.name, method)
+        for name, tree in parsed()
+        if not OF_HTTP.match(name) and name != "server/network.py"
+        for cls in ast.walk(tree)
+        if isinstance(cls, ast.ClassDef)
+        for method in cls.body
+        if isinstance(method, (ast.FunctionDef, ast.AsyncFunctionDef)) and not method.name.startswith("_")
+    ]
+    described = {method.name for _, _, method in methods if ast.get_docstring(method)} | {"forward", "backward"}
+    missing = {place for place, cls, method in methods if not cls.startswith("_") and method.name not in described}
+    assert missing == set()

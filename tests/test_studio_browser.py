@@ -160,7 +160,7 @@ def ask_question(page: Any, folder: Path) -> None:
 
 
 def ask_film(page: Any, folder: Path) -> None:
-    with (folder / "items.csv").open(encoding="utf-8") as file:
+    with (folder / "example" / "items.csv").open(encoding="utf-8") as file:
         titles = [row["title"] for row in csv.DictReader(file)][:3]
     page.fill(".lines textarea", "\n".join(titles))
     page.click(".lines button.primary")
@@ -215,18 +215,20 @@ def test_from_files_to_answers(page: Any, tmp_path: Path, task: str) -> None:
     page.wait_for_selector(".tag.done, .tag.failed", timeout=500_000)
     assert page.locator(".tag.done").count(), page.inner_text("#live")
     shoot(page, f"{task}-4-done")
-    click("#live >> text=Result")
-    page.wait_for_selector(".verdict .big")
-    shoot(page, f"{task}-5-result")
-    click(".verdict >> text=Use →")
+    click("#live >> text=Use")
     page.wait_for_selector("#use .panel")
     ask(page, tmp_path)
     clicks += 2
     shoot(page, f"{task}-6-use")
-    page.goto(page.url.rsplit("/", 1)[0] + "/hand-over")
+    assert clicks <= 8
+    base = page.url.rsplit("/", 1)[0]
+    page.goto(f"{base}/result")
+    page.wait_for_selector(".verdict .big")
+    shoot(page, f"{task}-5-result")
+    page.goto(f"{base}/hand-over")
     page.wait_for_selector("#exports")
     shoot(page, f"{task}-7-hand-over")
-    assert clicks <= 8 and page.faults == []
+    assert page.faults == []
 
 
 @pytest.fixture(scope="module")
@@ -273,11 +275,11 @@ def test_recordings_and_pastes_become_files(page: Any, tmp_path: Path) -> None:
     page.fill("#record-label", "hand <b>")
     page.click("#camera")
     page.click("#shot")
-    page.wait_for_function("document.querySelector('#taken').textContent.endsWith('.jpg')")
+    page.wait_for_selector("#taken:has-text('.jpg')", state="attached")
     page.click("#microphone")
     page.wait_for_timeout(600)
     page.click("#microphone")
-    page.wait_for_function("document.querySelector('#taken').textContent.endsWith('.wav')")
+    page.wait_for_selector("#taken:has-text('.wav')", state="attached")
     files = tmp_path / "studio" / "p" / "files"
     assert sorted(path.suffix for path in (files / "hand _b_").iterdir()) == [".jpg", ".wav"]
     page.reload()
@@ -292,16 +294,14 @@ def test_recordings_and_pastes_become_files(page: Any, tmp_path: Path) -> None:
     assert page.faults == []
 
 
-def test_without_camera_and_microphone_there_is_a_sentence(tmp_path: Path) -> None:
+def test_without_a_camera_there_is_a_sentence(tmp_path: Path) -> None:
     nothing = "--use-fake-device-for-media-stream=device-count=0"
     with studio(tmp_path / "studio") as address, browser_page(address, nothing) as page:
         make_project(page, "p")
         page.click("#record-part summary")
-        for button in ("#camera", "#microphone"):
-            page.click(button)
-            page.wait_for_selector("#message:visible")
-            assert "Connect one, or choose a file." in page.inner_text("#message")
-            page.evaluate("document.querySelector('#message').hidden = true")
+        page.click("#camera")
+        page.wait_for_selector("#message:visible")
+        assert "Connect one, or choose a file." in page.inner_text("#message")
         assert page.locator("#files").count() == 1 and page.faults == []
 
 
@@ -412,7 +412,7 @@ def offline_page(opened: Any, page: Path) -> None:
     image.write_bytes(png(1, 500))
     alone.goto(f"file://{place}")
     alone.set_input_files("#file", str(image))
-    alone.wait_for_function("document.getElementById('answer').textContent")
+    alone.wait_for_selector("#answer:not(:empty)")
     shoot(alone, "offline")
     alone.close()
 

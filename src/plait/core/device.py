@@ -37,6 +37,7 @@ class Device:
 
     @property
     def torch(self) -> torch.device:
+        """As PyTorch names it."""
         return torch.device(self.name)
 
     @property

@@ -147,13 +147,13 @@ def _keep(
     """The figures of a search for these queries' records (Q,) among `size` ones."""
     clean, seed = eval_context.clean(queries), eval_context.seed
     for cutoff in CUTOFFS:
-        found = result[cutoff.metric]
+        values = result[cutoff.metric]
         if clean is not None:
-            value, error = metrics.mean_with_error(found[clean], seed=seed)
+            value, error = metrics.mean_with_error(values[clean], seed=seed)
             eval_context.keep(
                 "retrieval", direction, cutoff.metric, value, stderr=error, n=int(clean.sum()), clean=True
             )
-        value, error = metrics.mean_with_error(found, seed=seed)
+        value, error = metrics.mean_with_error(values, seed=seed)
         recall, precision = metrics.retrieval_chance(result["relevant"], size, cutoff.depth)
         blind = recall if cutoff.recall else precision
         eval_context.keep(

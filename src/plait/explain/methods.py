@@ -34,9 +34,9 @@ class Areas:
     @property
     def random_maps_beaten(self) -> int:
         """How many random maps do worse, by insertion less deletion."""
-        mine = self.insertion - self.deletion
+        own_gap = self.insertion - self.deletion
         pairs = zip(self.random_deletion, self.random_insertion, strict=True)
-        return sum(insertion - deletion < mine for deletion, insertion in pairs)
+        return sum(insertion - deletion < own_gap for deletion, insertion in pairs)
 
 
 @dataclass
@@ -111,7 +111,9 @@ def _inputs(parts: Sequence[Part], keep: np.ndarray) -> list[list[Value]]:
     return [[part.kept(k) for part, k in zip(parts, np.split(row, cuts), strict=True)] for row in keep]
 
 
-def occlusion(question: Question, score: float | None = None, found: Explanation | None = None) -> list[np.ndarray]:
+def occlusion(
+    question: Question, score: float | None = None, explanation: Explanation | None = None
+) -> list[np.ndarray]:
     """What of the score is lost when units are taken away, by part: a unit's weight is the mean over the sets of
     units that it is taken away with (Zeiler and Fergus, 2014). Notes in `found` what was made depends on."""
     parts = question.parts
@@ -129,27 +131,27 @@ def occlusion(question: Question, score: float | None = None, found: Explanation
     for part, lost in zip(parts, np.split(drops, np.cumsum([len(keep) for keep in keeps])[:-1]), strict=True):
         gone = part.occluders().astype(float)
         weights.append(gone.T @ lost / gone.sum(0))
-    if found is not None and hasattr(question, "by_code"):
-        _regions(cast(Written, question), found, inputs)
+    if explanation is not None and hasattr(question, "by_code"):
+        _regions(cast(Written, question), explanation, inputs)
     return weights
 
 
-def _regions(question: Written, found: Explanation, inputs: list[list[Value]]) -> None:
+def _regions(question: Written, explanation: Explanation, inputs: list[list[Value]]) -> None:
     """Which cells of what was made lose likelihood without each word."""
     rows, start = [], 0
     for part in question.parts:
         count = len(part.occluders())
         if isinstance(part, Words):
             rows += inputs[start : start + count]
-            found.region_words += [word.strip() for word in part.words]
+            explanation.region_words += [word.strip() for word in part.words]
         start += count
     if not rows:
         return
     codes = question.by_code([unmasked(question.parts), *rows])
     drops = codes[0] - codes[1:]
-    found.written = question.written
-    found.region_grid, shares = question.shown()
-    found.regions = drops @ shares
+    explanation.written = question.written
+    explanation.region_grid, shares = question.shown()
+    explanation.regions = drops @ shares
 
 
 def integrated_gradients(question: Question, steps: int = STEPS) -> tuple[list[np.ndarray], float]:

@@ -49,6 +49,7 @@ class Words:
 
     @property
     def count(self) -> int:
+        """How many words there are."""
         return len(self.words)
 
     def kept(self, keep: np.ndarray) -> str:
@@ -90,6 +91,7 @@ class Grid:
 
     @property
     def count(self) -> int:
+        """How many regions there are."""
         return self.shape[0] * self.shape[1]
 
     def kept(self, keep: np.ndarray) -> np.ndarray:

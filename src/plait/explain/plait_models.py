@@ -128,7 +128,7 @@ class _Ours:
     column: str | None
 
     def contexts(self, inputs: list[list[Value]]) -> list[Sequence]:
-        found = []
+        sequences = []
         for values in inputs:
             given: list[Any] = []
             for part, value in zip(self.parts, values, strict=True):
@@ -137,8 +137,8 @@ class _Ours:
                 elif value:
                     given.append(value)
             context = self.model.context(given, self.column)
-            found.append(context if len(context) else self.model.start())
-        return found
+            sequences.append(context if len(context) else self.model.start())
+        return sequences
 
 
 @dataclass
@@ -216,21 +216,21 @@ class Asked(_Ours):
             return found[:, self.place] - found[:, others].logsumexp(1)
 
         def by_unit(worth: list[np.ndarray]) -> list[np.ndarray]:
-            found = []
+            units = []
             tokens = worth[0].sum(-1)
             for number, (part, (tensor, row)) in enumerate(zip(self.parts, where, strict=True)):
                 if isinstance(part, Words):
                     mine = owners[0] == number
-                    found.append(np.bincount(owners[1][mine], tokens[mine], part.count))
+                    units.append(np.bincount(owners[1][mine], tokens[mine], part.count))
                 else:
-                    found.append(part.summed(worth[tensor][row][: len(part.sample)]))
-            return found
+                    units.append(part.summed(worth[tensor][row][: len(part.sample)]))
+            return units
 
         return Path(score, (fixed, *values), (bare, *(silent[name][None] for name in names)), by_unit)
 
     def layers(self) -> list[dict[str, Any]]:
         wanted = self.ids[self.place][0] if self.ids[self.place] else self.model.engine.spans["text"].end
-        found = []
+        by_layer = []
         for number, logits in enumerate(
             scoring.logit_lens(self.model.engine, self.contexts([unmasked(self.parts)])[0])
         ):
@@ -241,23 +241,23 @@ class Asked(_Ours):
                 for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
             ]
             rank = int((chances > chances[wanted]).sum()) + 1
-            found.append({"layer": number, "chance": float(chances[wanted]), "rank": rank, "likeliest": likeliest})
-        return found
+            by_layer.append({"layer": number, "chance": float(chances[wanted]), "rank": rank, "likeliest": likeliest})
+        return by_layer
 
 
 def _owners(model: PlaitModel, parts: list[Part]) -> np.ndarray:
     """(2, L): for each place of the context, the part of text and its word, -1 elsewhere."""
     begin = [] if model.columns else model.checkpoint.text.start
-    found: list[tuple[int, int]] = [(-1, -1)] * len(begin)
+    owners: list[tuple[int, int]] = [(-1, -1)] * len(begin)
     for number, part in enumerate(parts):
         if isinstance(part, Words):
             stops = [stop for _, stop in model.checkpoint.text.offsets(part.text)]
-            found += [(number, int(word)) for word in part.owners(stops)]
+            owners += [(number, int(word)) for word in part.owners(stops)]
         else:
-            found += [(-1, -1)] * (1 + model.modality(part.column).token_count(len(part.sample)))
+            owners += [(-1, -1)] * (1 + model.modality(part.column).token_count(len(part.sample)))
     if model.columns:
-        found.append((-1, -1))  # the opener of what is answered
-    return np.array(found or [(-1, -1)]).T
+        owners.append((-1, -1))  # the opener of what is answered
+    return np.array(owners or [(-1, -1)]).T
 
 
 @dataclass

@@ -19,7 +19,7 @@ from plait.core.device import Device, matmul_precision
 from plait.core.errors import ContextLengthError, PlaitError
 from plait.core.interruption import Interrupted, pause_point
 from plait.core.rng import uniform
-from plait.inference.constrained import allowed_ids
+from plait.inference.constrained import forbidden_ids
 from plait.inference.decoder import Decoder
 from plait.inference.grammar import Span, spans
 from plait.inference.requests import Completion, Delta, Request, Result, TopIds
@@ -119,9 +119,9 @@ class _Sample:
         if not stops or not fresh:
             return
         since = max(len(self.spelt) - len(fresh) - max(map(len, stops)), 0)
-        found = [at for stop in stops if (at := self.spelt.find(stop, since)) >= 0]
-        if found:
-            self.spelt, self.finish = self.spelt[: min(found)], "stop"
+        positions = [at for stop in stops if (at := self.spelt.find(stop, since)) >= 0]
+        if positions:
+            self.spelt, self.finish = self.spelt[: min(positions)], "stop"
 
     def unsent(self) -> str:
         """The text that may be shown: what could still become a stop string is held back."""
@@ -372,12 +372,12 @@ class Engine:
             return
         self._reserve(rows, max(len(s.job.request.context) + s.job.limit for s in fresh))
         # Equal contexts are read once: the samples of one request, the bare openers of guidance.
-        wanted: dict[object, tuple[Sequence, list[int]]] = {}
+        prefixes: dict[object, tuple[Sequence, list[int]]] = {}
 
         def place(context: Sequence, adapter: int) -> int:
             key = adapter, id(context) if context.media else tuple(context.ids)
             self.adapters[self.used] = adapter
-            wanted.setdefault(key, (context, []))[1].append(self.used)
+            prefixes.setdefault(key, (context, []))[1].append(self.used)
             self.used += 1
             return self.used - 1
 
@@ -389,7 +389,7 @@ class Engine:
                 sample.partner = place(Sequence().read_ids(context.ids[-1:]), adapter)
         self.samples += fresh
         self.groups = None
-        todo = sorted(wanted.values(), key=lambda entry: len(entry[0]))
+        todo = sorted(prefixes.values(), key=lambda entry: len(entry[0]))
         while todo:
             count = 1
             while count < len(todo) and (count + 1) * len(todo[count][0]) <= PREFILL_TOKENS:
@@ -463,8 +463,8 @@ class Engine:
 
         own = logits = logits_of(group.index)
         if len(group.partners):
-            without, given = logits_of(group.partner_index), own[group.guided]
-            logits = own.index_copy(0, group.guided, without + group.weights * (given - without))
+            without, conditional = logits_of(group.partner_index), own[group.guided]
+            logits = own.index_copy(0, group.guided, without + group.weights * (conditional - without))
         if span.end is not None and (closed := group.closed()).any():
             mask = torch.from_numpy(closed).to(self.device.torch)
             for scores_of in {id(own): own, id(logits): logits}.values():
@@ -499,15 +499,15 @@ class Engine:
                 self._finish(sample, sample.finish)
             if sample.job.request.on_delta is not None or sample.finish is not None:
                 new = [] if span.ends(token) else [token]
-                told = tuple(sample.logprobs[-1:]) if new and sample.job.request.logprobs else ()
-                top = tuple(sample.top[-1:]) if told and sample.job.request.top_logprobs else ()
-                updates.append((sample, Delta(sample.index, new, sample.unsent(), sample.finish, told, top)))
+                logprobs = tuple(sample.logprobs[-1:]) if new and sample.job.request.logprobs else ()
+                top = tuple(sample.top[-1:]) if logprobs and sample.job.request.top_logprobs else ()
+                updates.append((sample, Delta(sample.index, new, sample.unsent(), sample.finish, logprobs, top)))
 
     def _constrained(self, group: _Group, logits: Tensor) -> Tensor:
         """The logits (B, V) with what the samples' constraints forbid taken out."""
         matchers = [group.samples[i].matcher for i in group.constrained]
-        allowed = allowed_ids([matcher for matcher in matchers if matcher is not None], logits.shape[1])
-        forbidden = torch.from_numpy(~allowed).to(logits.device)
+        held = forbidden_ids([matcher for matcher in matchers if matcher is not None], logits.shape[1])
+        forbidden = torch.from_numpy(held).to(logits.device)
         if len(group.constrained) == len(logits):
             return logits.masked_fill(forbidden, LOWEST)
         rows = torch.tensor(group.constrained, device=logits.device)
@@ -555,7 +555,7 @@ class Engine:
         entries = []
         for sample in self.samples:
             if self.lengths[sample.row] == length:
-                whole = Sequence().extend(sample.job.request.context).read_ids(sample.ids)
-                entries.append((whole, [sample.row]))
+                sequence = Sequence().extend(sample.job.request.context).read_ids(sample.ids)
+                entries.append((sequence, [sample.row]))
         for entry in entries:
             self._prefill([entry])

@@ -125,15 +125,15 @@ def read_format(template: Template) -> ToolFormat | None:
 def _call_in(text: str, value: str) -> tuple[int, int, str, str] | None:
     """Where the JSON of the call with an argument begins and ends, and its two keys."""
     decoder = json.JSONDecoder()
-    for found in re.finditer(r"\{", text):
+    for match in re.finditer(r"\{", text):
         try:
-            call, stop = decoder.raw_decode(text, found.start())
+            call, stop = decoder.raw_decode(text, match.start())
         except ValueError:
             continue
         names = [key for key, inner in call.items() if inner == _TOOL]
         arguments = [key for key, inner in call.items() if inner == {_KEY: value}]
         if names and arguments:
-            return found.start(), stop, names[0], arguments[0]
+            return match.start(), stop, names[0], arguments[0]
     return None
 
 
@@ -251,16 +251,16 @@ class ReplyParser:
     def add(self, text: str, last: bool = False) -> list[TextPiece | CallPiece]:
         """What has become certain; with `last` nothing more comes."""
         self._buffer += text
-        found: list[TextPiece | CallPiece] = []
+        pieces: list[TextPiece | CallPiece] = []
         while True:
             state, size = self._state, len(self._buffer)
-            found += state(last)
+            pieces += state(last)
             if self._state == state and len(self._buffer) == size:
                 break
         if last and self._buffer:
-            found.append(TextPiece(self._buffer))
+            pieces.append(TextPiece(self._buffer))
             self._buffer = ""
-        return found
+        return pieces
 
     @property
     def calls(self) -> int:
@@ -301,8 +301,8 @@ class ReplyParser:
         if self._said or self._calls or begins[:1] not in ("", "{", "`"):
             return False
         inside = _FENCE.sub("", begins)
-        if (found := self._head.match(inside)) is not None:
-            if json.loads(found[1]) not in self.names:
+        if (match := self._head.match(inside)) is not None:
+            if json.loads(match[1]) not in self.names:
                 return False
             self._buffer = inside
             return True
@@ -315,18 +315,18 @@ class ReplyParser:
 
     def _call(self, last: bool) -> list[TextPiece | CallPiece]:
         """Until a call's arguments begin."""
-        found = self._head.search(self._buffer)
-        if found is None:
+        match = self._head.search(self._buffer)
+        if match is None:
             if last and self._calls:
                 self._buffer = ""  # what ends the calls
             elif last:
                 self._buffer = self.mark + self._buffer
                 self._state = self._over
             return []
-        self._buffer = self._buffer[found.end() :]
+        self._buffer = self._buffer[match.end() :]
         self._state, self._depth, self._quoted, self._escaped = self._arguments, 0, False, False
         self._calls += 1
-        return [CallPiece(self._calls - 1, str(json.loads(found[1])))]
+        return [CallPiece(self._calls - 1, str(json.loads(match[1])))]
 
     def _arguments(self, last: bool) -> list[TextPiece | CallPiece]:
         """Until the object of the arguments is closed."""

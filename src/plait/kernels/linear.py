@@ -169,6 +169,7 @@ class PackedLinear(nn.Module):
         return rows
 
     def dense(self) -> Tensor:
+        """The weight as it is multiplied with, (O, I) in fp32."""
         return self.rows(torch.arange(self.out_features))
 
     def part(self, start: int, stop: int) -> Callable[[Tensor], Tensor]:
@@ -212,6 +213,7 @@ class PackedLinear(nn.Module):
         return self.product(x)
 
     def extra_repr(self) -> str:
+        """What PyTorch prints of it."""
         return f"in_features={self.in_features}, out_features={self.out_features}, storage={self.storage}"
 
 

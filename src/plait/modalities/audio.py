@@ -106,7 +106,7 @@ class AudioSettings(BaseModel):
         return cls.sized(size.rate, {"seconds": size.seconds, **overrides})
 
     @classmethod
-    def for_recognition(cls, given: dict[str, Any], mirrors: Callable[[], bool]) -> Recognition:
+    def for_recognition(cls, overrides: dict[str, Any], mirrors: Callable[[], bool]) -> Recognition:
         """What differs where audio is recognised and not made."""
         chosen = {"stretch": 1.2, "warp": 1.15, "mask_time": 0.15, "mask_bands": 0.2, "equalise": 0.3}
         return Recognition(chosen)
@@ -118,6 +118,7 @@ class AudioSettings(BaseModel):
 
     @property
     def hop(self) -> int:
+        """Samples from one frame to the next: 10 ms."""
         return self.rate // 100
 
     @property
@@ -126,6 +127,7 @@ class AudioSettings(BaseModel):
 
     @property
     def fft(self) -> int:
+        """Samples of a frame's Fourier transform."""
         return 2 ** math.ceil(math.log2(self.rate * 0.064))
 
     @property
@@ -166,6 +168,7 @@ class LogMel:
 
     @cached_property
     def inverse(self) -> Tensor:
+        """The pseudo-inverse of the filters: from mel bands to the bins of the spectrum."""
         return torch.linalg.pinv(self.filters)
 
     def invert(self, mel: Tensor, iterations: int = 32) -> Tensor:
@@ -254,8 +257,10 @@ class HFEncoderInput:
         extract = transformers_for("Whisper's log-mel").WhisperFeatureExtractor(hf_encoder.bands, hf_encoder.rate)
         # Silence follows, as in the window of 30 s; the extractor takes off nothing but the last, incomplete frame.
         wave = np.pad(wave, (0, max(frames * extract.hop_length - len(wave), 0) + extract.n_fft))
-        found = extract(wave, sampling_rate=hf_encoder.rate, padding="longest", truncation=False, return_tensors="np")
-        return np.asarray(found["input_features"][0].T[:frames], np.float32)
+        features = extract(
+            wave, sampling_rate=hf_encoder.rate, padding="longest", truncation=False, return_tensors="np"
+        )
+        return np.asarray(features["input_features"][0].T[:frames], np.float32)
 
     def silence(self, values: Tensor, exists: Tensor) -> Tensor:
         """(N, 1, 1): what fills up values (N, T, row) where they do not exist."""

@@ -215,6 +215,7 @@ class Vocabulary(BaseModel):
 
     @property
     def specials(self) -> list[str]:
+        """The names of the special tokens, in the order of their ids."""
         return [END, PAD, *(f"<|{name}|>" for name in (*self.columns, *self.turns))]
 
     def special(self, name: str) -> int:
@@ -223,10 +224,12 @@ class Vocabulary(BaseModel):
 
     @property
     def end(self) -> int:
+        """The id that ends what is written."""
         return self.special(END) if self.end_id is None else self.end_id
 
     @property
     def pad(self) -> int:
+        """The id of padding."""
         return self.special(PAD)
 
     def opener(self, column: str) -> int:
@@ -244,10 +247,12 @@ class Vocabulary(BaseModel):
         return id_ranges
 
     def closer(self, modality: str) -> int:
+        """The id that ends a medium of varying length."""
         return self.id_ranges[modality][1] - 1
 
     @property
     def size(self) -> int:
+        """How many ids there are."""
         return max(stop for _, stop in self.id_ranges.values())
 
     def names(self) -> list[str]:

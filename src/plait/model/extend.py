@@ -119,8 +119,8 @@ def _kept(name: str, value: Tensor, model: Multimodal, old: Multimodal) -> bool:
     if name.startswith("modalities."):
         modality = name.split(".")[1]
         return kept_modality(model, old, modality)
-    mine = dict(model.named_parameters()).get(name)
-    return mine is None or mine.shape == value.shape
+    parameter = dict(model.named_parameters()).get(name)
+    return parameter is None or parameter.shape == value.shape
 
 
 def kept_modality(model: Multimodal, old: Multimodal, name: str) -> bool:

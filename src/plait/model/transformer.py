@@ -86,6 +86,7 @@ class TransformerConfig(BaseModel):
         return self.activation in ("swiglu", "geglu_tanh")
 
     def layer_type(self, layer: int) -> LayerType:
+        """What the queries of a layer see."""
         return "full" if self.layer_types is None else self.layer_types[layer]
 
     @property
@@ -167,6 +168,7 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
+        """Positions that it has room for."""
         return self.keys.shape[3]
 
     def copy(self, source: list[int], target: list[int], length: int) -> None:
@@ -230,8 +232,18 @@ class View:
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each normed once more where `post_norm` asks, and added to its input; the
-    projections of a part are one product."""
+    """Attention, then a feed-forward network, each added to its input.
+
+        x ─────────────────────┐       x ─────────────────────┐
+        attention_norm         │       feed_norm              │
+        qkv, norms of q and k  │       feed_in, activation    │
+        rotary, attend         │       (gate)                 │
+        attention_out          │       feed_out               │
+        attention_post_norm    │       feed_post_norm         │
+        + ─────────────────────┘       + ─────────────────────┘
+
+    The norms after a part are there where `post_norm` asks. The projections of a part are one product.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -257,6 +269,17 @@ class Block(nn.Module):
         mask: Tensor | None,
         view: View | None,
     ) -> Tensor:
+        """The attention of normed inputs, before it is added to them.
+
+        Args:
+            x: (B, L, D).
+            rotary: Cosines and sines of the positions, as `layers.rotary` gives them; None for none.
+            mask: Which positions (B, 1, L, T) or (L, T) a query sees; None for all before it.
+            view: The part of the cache that keys and values go into and come from; None without a cache.
+
+        Returns:
+            (B, L, D).
+        """
         config = self.config
         batch, length, _ = x.shape
         heads, kv_heads = config.heads, config.kv_heads
@@ -280,6 +303,7 @@ class Block(nn.Module):
         return native.linear_of(self.attention_out, mixed.transpose(1, 2).reshape(batch, length, -1))
 
     def feed_forward(self, x: Tensor) -> Tensor:
+        """The feed-forward network of normed inputs (B, L, D), before it is added to them."""
         inner = native.linear_of(self.feed_in, x)
         if self.config.activation == "swiglu":
             gated = getattr(self.feed_out, "gated", None)  # of low-rank updates, which keep less for the backward pass

@@ -206,26 +206,26 @@ def _here(network: Network, load: Load, local: Machine, plan: dict[str, Any]) ->
     each = max((two - one) / 2, 1.0)
     peak = one + each * (load.batch - 2)
     largest = int((local.memory * USABLE - one) / each + 2)
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "fits": peak <= local.memory * USABLE, "peak": peak, "largest batch": max(largest, 0),
         "room": local.memory * USABLE,
     }  # fmt: skip
-    if not found["fits"]:
-        return found
+    if not facts["fits"]:
+        return facts
     seconds = probed_seconds(network.config, load.batch, load.length, device, activation_checkpointing, network.lora)
-    found |= {"step seconds": seconds, "tokens/s": load.batch * load.length / seconds}
-    rate = network.flops_a_token(load.length, attention=False) * found["tokens/s"]
-    found["utilisation"] = rate / local.flops
-    plan["run"]["utilisation"], plan["run"]["FLOP/s"] = found["utilisation"], rate
+    facts |= {"step seconds": seconds, "tokens/s": load.batch * load.length / seconds}
+    rate = network.flops_a_token(load.length, attention=False) * facts["tokens/s"]
+    facts["utilisation"] = rate / local.flops
+    plan["run"]["utilisation"], plan["run"]["FLOP/s"] = facts["utilisation"], rate
     recipe = network.recipe
     if plan["run"]["tokens"] is not None:
-        plan["run"]["days"] = plan["run"]["tokens"] / found["tokens/s"] / DAY
+        plan["run"]["days"] = plan["run"]["tokens"] / facts["tokens/s"] / DAY
         plan["run"].pop("days, with attention")
         plan["run"]["device hours"] = plan["run"]["days"] * 24
     elif recipe is not None:
         minutes = recipe.training.minutes or SIZES[recipe.model.size].minutes
-        found |= {"minutes": minutes, "steps in that time": int(minutes * 60 / seconds)}
-    return found
+        facts |= {"minutes": minutes, "steps in that time": int(minutes * 60 / seconds)}
+    return facts
 
 
 def _optimal(options: Options, run: dict[str, Any], chosen: Machine) -> dict[str, Any] | None:
@@ -355,9 +355,9 @@ def sheets(plan: dict[str, Any]) -> list[Sheet]:
     parts = [[name, f"{n:,}", f"{n / count:.1%}"] for name, n in plan["parts"].items()]
     if plan["low-rank updates"]:
         parts.append(["low-rank updates, trained alone", f"{plan['low-rank updates']:,}", ""])
-    found = [Sheet(f"{plan['network']}: {count:,} parameters", ["part", "parameters", "share"], parts)]
+    tables = [Sheet(f"{plan['network']}: {count:,} parameters", ["part", "parameters", "share"], parts)]
     if "use" in plan:
-        found.append(_use_sheet(plan))
+        tables.append(_use_sheet(plan))
     layouts_ = plan["layouts"]
     kinds = list(dict.fromkeys(kind for row in layouts_ for kind in row["memory"]))
     rows = [["tensor x data", *(row["layout"] for row in layouts_)]]
@@ -375,7 +375,7 @@ def sheets(plan: dict[str, Any]) -> list[Sheet]:
         f"activation checkpointing {plan['activation_checkpointing']}; "
         f"{where['count']} x {where['name']}, {gigabytes(where['memory'])} GB"
     )
-    found.append(Sheet(title, ["", *(row["name"] for row in layouts_)], rows))
+    tables.append(Sheet(title, ["", *(row["name"] for row in layouts_)], rows))
     titles = {"run": "The run", "here": "On this machine, as plait train does it", "failures": "With failures",
               "compute-optimal": "Compute-optimal for these FLOPs", "KV cache": "KV cache in bf16",
               "this machine": "What fits on this machine"}  # fmt: skip
@@ -384,8 +384,8 @@ def sheets(plan: dict[str, Any]) -> list[Sheet]:
             known = {key: value for key, value in plan[name].items() if value is not None}
             units = dict.fromkeys(known, Unit.BYTES) if name == "KV cache" else UNITS
             rows = [[key, _shown(units.get(key, Unit.NUMBER), value)] for key, value in known.items()]
-            found.append(Sheet(title, [], rows))
-    return found
+            tables.append(Sheet(title, [], rows))
+    return tables
 
 
 def _use_sheet(plan: dict[str, Any]) -> Sheet:

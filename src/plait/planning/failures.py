@@ -93,11 +93,11 @@ def simulate(work: float, interval: float, rates: FailureRates, seed: int = 0, r
 def best_interval(work: float, rates: FailureRates, seed: int = 0) -> float:
     """Seconds of work between checkpoints with the greatest mean goodput, of 25 intervals from a quarter of Young's to
     four times it, each simulated against the same failures."""
-    found: list[tuple[float, float]] = []
+    tried: list[tuple[float, float]] = []
     for interval in young(rates) * np.geomspace(0.25, 4, 25):
         if expected_goodput(rates, float(interval)) > 1e-2:
-            found.append((float(simulate(work, float(interval), rates, seed).mean()), float(interval)))
-    return min(found)[1] if found else daly(rates)
+            tried.append((float(simulate(work, float(interval), rates, seed).mean()), float(interval)))
+    return min(tried)[1] if tried else daly(rates)
 
 
 def forecast(

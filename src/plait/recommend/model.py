@@ -190,11 +190,11 @@ class RecommendationModel(PlaitModel):
             return [[] for _ in chosen]
         without = self._next.of([read[read != item] for item in distinct], chosen)
         lost = whole - without  # (distinct, chosen)
-        found = []
+        reasons = []
         for column in lost.T:
             order = np.argsort(-column, kind="stable")[:REASONS]
-            found.append([(self.catalogue.name(distinct[i]), float(column[i])) for i in order if column[i] > 0])
-        return found
+            reasons.append([(self.catalogue.name(distinct[i]), float(column[i])) for i in order if column[i] > 0])
+        return reasons
 
     @cached_property
     def _images(self) -> Images | None:

@@ -65,9 +65,9 @@ class NextItem:
             most = max(CELLS // len(self.rows), 1)
             while stop < len(order) and stop - start < most and lengths[order[stop]] * (stop + 1 - start) <= TOKENS:
                 stop += 1
-            some = order[start:stop]
+            chunk = order[start:stop]
             pause_point()
-            yield some, self._scores([histories[i] for i in some])
+            yield chunk, self._scores([histories[i] for i in chunk])
             start = stop
 
     def _scores(self, histories: list[np.ndarray]) -> np.ndarray:

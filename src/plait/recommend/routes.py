@@ -89,11 +89,11 @@ async def recommend(request: Request, body: RecommendRequest) -> Response:
     model = _model(served)
 
     def work() -> list[dict[str, Any]]:
-        found = model.recommend(
+        recommendations = model.recommend(
             body.history, k=body.k, exclude_seen=body.exclude_seen, where=body.where, diversity=body.diversity,
             why=body.why,
         )  # fmt: skip
-        return [_shown(model, one, body.preview) for one in found]
+        return [_shown(model, one, body.preview) for one in recommendations]
 
     request_context.prompt_tokens = len(body.history)
     return await _listed(service, served, request_context, work)

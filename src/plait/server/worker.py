@@ -115,6 +115,7 @@ class Worker:
         self.thread.start()
 
     def stop(self) -> None:
+        """End the thread, and wait for it up to five seconds."""
         with self.wake:
             self.stopped = True
             self.wake.notify()

@@ -35,7 +35,7 @@ def _ask_pages(app: FastAPI, studio: Studio) -> None:
             run = _trained(project)
         except PlaitError:
             return page("no_result.html", request, project=project, tab="use")
-        verbs, kinds = await in_thread(_abilities, studio, run)
+        verbs, kinds, talks = await in_thread(_abilities, studio, run)
         return page(
             "use.html",
             request,
@@ -44,6 +44,7 @@ def _ask_pages(app: FastAPI, studio: Studio) -> None:
             run=run.name,
             verbs=verbs,
             kinds=kinds,
+            talks=talks,
             parts=await in_thread(studio.models.parts, run),
         )
 
@@ -150,7 +151,11 @@ async def _asked(request: Request) -> tuple[bytes, str]:
     return await read_body(request, BODY), ""
 
 
-def _abilities(studio: Studio, run: Path) -> tuple[list[str], list[str]]:
+def _abilities(studio: Studio, run: Path) -> tuple[list[str], list[str], bool]:
+    """What a run's model can do, the kinds that it reads, and whether it holds conversations."""
     with studio.models.lock:
         model = studio.models.get(run)
-        return list(model.verbs), sorted(set(getattr(model, "columns", {}).values()))
+        columns = getattr(model, "columns", {})
+        turns = getattr(getattr(model, "vocabulary", None), "turns", False)
+        talks = "generate" in model.verbs and (bool(turns) or not columns)
+        return list(model.verbs), sorted(set(columns.values())), talks

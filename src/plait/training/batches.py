@@ -110,9 +110,11 @@ class Sampler:
             return [(np.arange(len(self.items)), min(batch_size, len(self.items)))]
         counts = [max(round(batch_size * share), 1) for share in shares]
         of = self.split.sources[self.items[:, 0]]
-        found = [np.flatnonzero(of == which) for which in range(len(counts) + 1)]
-        wanted = [max(batch_size - sum(counts), 1), *counts]
-        return [(mine, min(count, len(mine))) for mine, count in zip(found, wanted, strict=True) if len(mine)]
+        groups = [np.flatnonzero(of == which) for which in range(len(counts) + 1)]
+        sizes = [max(batch_size - sum(counts), 1), *counts]
+        return [
+            (members, min(count, len(members))) for members, count in zip(groups, sizes, strict=True) if len(members)
+        ]
 
     def _steps_per_epoch(self, group: int) -> int:
         items, count = self.groups[group]
@@ -149,8 +151,8 @@ class Sampler:
         made: list[tuple[Sequence, int]] = []
         for place, (record, window) in enumerate(items):
             present = [c for c in self.columns if self.split.has(c, record)]
-            mine = {use: float(values[place]) for use, values in draws.items()}
-            for sequence, contrasts in self._sequences(int(record), int(window), present, mine, samples, codes):
+            own_draws = {use: float(values[place]) for use, values in draws.items()}
+            for sequence, contrasts in self._sequences(int(record), int(window), present, own_draws, samples, codes):
                 made.append((sequence, int(record) if contrasts else -1))
         if not made:
             made.append((Sequence().read_ids([self.vocabulary.pad]), -1))
@@ -176,25 +178,25 @@ class Sampler:
     def _media(self, epochs: np.ndarray, records: np.ndarray) -> tuple[Media, Media]:
         """The samples that this step reads and the codes that it writes, by (column, record), augmented as (seed,
         epoch, record) says."""
-        found: Media = {}
+        samples: Media = {}
         codes: Media = {}
         for column in self.media_columns:
             modality = self.media[self.columns[column]]
             there = self.split.rows[column][records] >= 0
-            mine, when = records[there], epochs[there]
-            if not len(mine):
+            own_records, when = records[there], epochs[there]
+            if not len(own_records):
                 continue
-            raw = [self.split.sample(column, r) for r in mine]
-            bad = [self.split.ids[r] for r, x in zip(mine, raw, strict=True) if not np.isfinite(x).all()]
+            raw = [self.split.sample(column, r) for r in own_records]
+            bad = [self.split.ids[r] for r, x in zip(own_records, raw, strict=True) if not np.isfinite(x).all()]
             if bad:
                 raise DivergedError(
                     f"{column} of record {', '.join(bad)} holds what is not a finite number. "
                     "Delete the run's cache, which is then made again, or look at this record."
                 )
-            rows = self.split.rows[column][mine]
+            rows = self.split.rows[column][own_records]
             written = [self.split.codes[column][row] for row in rows] if column in self.split.codes else []
             if self.augment:
-                drawn = uniform(self.seed, when[:, None], mine[:, None], AUGMENT, np.arange(8))
+                drawn = uniform(self.seed, when[:, None], own_records[:, None], AUGMENT, np.arange(8))
                 draw = torch.from_numpy(drawn).float()
                 if self.augment_targets and column in self.split.codes:
                     values, lengths = modality.augment(*self._padded(column, raw), draw, hide=False)
@@ -205,9 +207,9 @@ class Sampler:
                 values, lengths = modality.augment(*self._padded(column, raw), draw)
                 sizes = lengths.tolist() if modality.variable_length else [None] * len(raw)
                 raw = [value[:size] for value, size in zip(values.numpy(), sizes, strict=True)]
-            found.update({(column, int(r)): sample for r, sample in zip(mine, raw, strict=True)})
-            codes.update({(column, int(r)): row for r, row in zip(mine, written, strict=False)})
-        return found, codes
+            samples.update({(column, int(r)): sample for r, sample in zip(own_records, raw, strict=True)})
+            codes.update({(column, int(r)): row for r, row in zip(own_records, written, strict=False)})
+        return samples, codes
 
     def _padded(self, column: str, raw: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
         """Samples as one batch as long as the column's longest: what becomes of one is then the same, to the bit,
@@ -319,13 +321,13 @@ def cut_in_two(lengths: list[int], more: list[float]) -> int:
 def lm_windows(ids: list[int], opener: int, end: int | None, context: int) -> list[Sequence]:
     """A text as windows that predict each of its tokens, and its end where there is one, exactly once. Each window but
     the first begins with half a context that the one before has predicted: so no token is predicted from less."""
-    whole = [opener, *ids, *([] if end is None else [end])]
+    tokens = [opener, *ids, *([] if end is None else [end])]
     sequences: list[Sequence] = []
     done = 1
-    while done < len(whole):
+    while done < len(tokens):
         start = max(done - context // 2, 0) if sequences else 0
         stop = start + context + 1
-        sequences.append(Sequence().read_ids(whole[start:done]).write(whole[done:stop]))
+        sequences.append(Sequence().read_ids(tokens[start:done]).write(tokens[done:stop]))
         done = stop
     return sequences
 

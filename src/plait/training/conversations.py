@@ -42,7 +42,7 @@ class ConversationEncoder:
         if self.template is not None:
             return self._templated([(turn.role, turn) for turn in turns])
         most, cut = self.context // 2 - 8, False
-        found = []
+        kept = []
         for turn in turns:
             parts: list[Part] = []
             for kind, content in turn.parts:
@@ -51,13 +51,13 @@ class ConversationEncoder:
                 parts.append(ids[:most] if kind == "text" else content)
             role = ROLES[turn.role]
             if parts:
-                found.append(EncodedTurn(role, parts, role == "assistant"))
-        first = 1 if found and found[0].role == "system" else 0
-        while len(found) > first + 2 and self._length(record, found) > self.context:
-            del found[first]
+                kept.append(EncodedTurn(role, parts, role == "assistant"))
+        first = 1 if kept and kept[0].role == "system" else 0
+        while len(kept) > first + 2 and self._length(record, kept) > self.context:
+            del kept[first]
             cut = True
         self.shortened += cut
-        return found if self._length(record, found) <= self.context else []
+        return kept if self._length(record, kept) <= self.context else []
 
     def _templated(self, turns: list[tuple[str, chat.Turn]]) -> list[EncodedTurn]:
         assert self.template is not None

@@ -19,6 +19,7 @@ from plait.data.tokens import Ids, Tokens, open_tokens, write_tokens
 from plait.modalities.base import MediaModality, Vocabulary
 from plait.modalities.text import Text
 from plait.training.conversations import ConversationEncoder, EncodedTurn
+from plait.training.reuse import EarlierCache, reusing
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Split:
         return len(self.ids)
 
     def has(self, column: str, record: int) -> bool:
+        """Whether a record has something in a column."""
         if column in self.chats:
             return bool(self.chats[column][record])
         return bool((self.texts[column].rows if column in self.texts else self.rows[column])[record] >= 0)
@@ -121,9 +123,16 @@ class _Reading:
         if self.progress:
             self.progress(f"{self.split}: {column}", done, len(self.indices))
 
-    def samples(self, column: str, rows: np.ndarray, cut: dict[str, int]) -> Iterator[np.ndarray]:
-        """The samples of a column; fills in the row of each record (N,), and counts those that were cut."""
+    def settings(self, column: str) -> str:
+        """How a column's media are fitted."""
+        kind = self.dataset.columns[column]
+        return f"{kind}:{self.media[kind].settings.model_dump_json()}"
+
+    def samples(self, column: str, rows: np.ndarray, made: _Made, earlier: EarlierCache) -> Iterator[np.ndarray]:
+        """The samples of a column, those of an earlier cache from there; fills in the row of each record (N,), and
+        the key of each sample's file and whether it was cut."""
         modality = self.media[self.dataset.columns[column]]
+        known = earlier.samples(column, self.settings(column))
         present = 0
         for record, row in enumerate(self.dataset.iterate(self.indices, [column])):
             if record % 500 == 0:
@@ -131,18 +140,39 @@ class _Reading:
             if column in row.parts:
                 rows[record] = present
                 present += 1
-                windows = modality.windows(row.parts[column])
-                cut[column] += len(windows) > 1
+                value = row.parts[column]
+                key = int.from_bytes(hashlib.sha256(value if isinstance(value, bytes) else value.encode()).digest()[:8])
+                made.keys.append(key >> 1)
+                place = known[1].row(key >> 1) if known else -1
+                if known and place >= 0:
+                    made.cut.append(bool(known[2][place]))
+                    yield known[0][place]
+                    continue
+                windows = modality.windows(value)
+                made.cut.append(len(windows) > 1)
                 yield windows[0]
 
     def texts(self, column: str, keys: np.ndarray) -> Iterator[pa.Array]:
         """The texts of a column; fills in the key of each record's (N,), 0 where it has none."""
         done = 0
         for values in self.dataset.cells(column, self.indices):
-            keys[done : done + len(values)] = [0 if v is None else key_of(v) | 1 for v in values.to_pylist()]
+            keys[done : done + len(values)] = [0 if v is None else text_key(v) for v in values.to_pylist()]
             done += len(values)
             self.report(column, done)
             yield values
+
+
+@dataclass
+class _Made:
+    """Of each sample that was made the key of its file, and whether it was cut."""
+
+    keys: list[int] = field(default_factory=list)
+    cut: list[bool] = field(default_factory=list)
+
+
+def text_key(text: str) -> int:
+    """What tells a text from others; never 0, which is none."""
+    return key_of(text) | 1
 
 
 @dataclass
@@ -158,16 +188,23 @@ class _Cached:
 
 def _cached(reading: _Reading, text: Text, cache: Path) -> _Cached:
     """The cache of a split under `cache`, written first where there is none of these data and settings."""
-    whole = cache / f"{reading.split}.json"
+    cache_file = cache / f"{reading.split}.json"
     made_of = _made_of(reading.dataset, reading.indices, text, reading.media)
-    known = read_json(whole) if whole.exists() else {}
+    known = read_json(cache_file) if cache_file.exists() else {}
     if known.get("made_of") == made_of:
         return _open_cache(reading, cache, known["cut"])
     cache.mkdir(parents=True, exist_ok=True)
-    whole.unlink(missing_ok=True)
-    made = _write_cache(reading, text, cache)
-    write_json(whole, {"cut": made.cut, "made_of": made_of})
+    earlier = EarlierCache(cache, reading.split)
+    made = _write_cache(reading, text, cache, earlier)
+    media = {column: reading.settings(column) for column in reading.media_columns}
+    facts = {"tokenizer": _tokenizer_key(text), "texts": reading.plain, "media": media}
+    write_json(cache_file, {"cut": made.cut, "made_of": made_of, **facts})
+    earlier.close()
     return made
+
+
+def _tokenizer_key(text: Text) -> str:
+    return hashlib.sha256(text.tokenizer.to_str().encode()).hexdigest()
 
 
 def _open_cache(reading: _Reading, cache: Path, cut: dict[str, int]) -> _Cached:
@@ -181,17 +218,21 @@ def _open_cache(reading: _Reading, cache: Path, cut: dict[str, int]) -> _Cached:
     )
 
 
-def _write_cache(reading: _Reading, text: Text, cache: Path) -> _Cached:
+def _write_cache(reading: _Reading, text: Text, cache: Path, earlier: EarlierCache) -> _Cached:
     split, count = reading.split, len(reading.indices)
     keys = np.zeros((count, len(reading.plain)), np.int64)
     made = _Cached({}, {}, {}, keys, dict.fromkeys(reading.media_columns, 0))
     for column in reading.media_columns:
         rows = made.rows[column] = np.full(count, -1)
-        made.media[column] = Samples.write(cache / f"{split}-{column}", reading.samples(column, rows, made.cut))
-        np.save(cache / f"{split}-{column}-rows.npy", rows)
+        told = _Made()
+        made.media[column] = Samples.write(cache / f"{split}-{column}", reading.samples(column, rows, told, earlier))
+        made.cut[column] = sum(told.cut)
+        for what, values in (("rows", rows), ("keys", np.array(told.keys, np.int64)), ("cut", np.array(told.cut))):
+            np.save(cache / f"{split}-{column}-{what}.npy", values)
     for place, column in enumerate(reading.plain):
         texts = reading.texts(column, keys[:, place])
-        made.texts[column] = write_tokens(cache / f"{split}-{column}-tokens", texts, text.encode_batch, text.size)
+        encode = reusing(text.encode_batch, earlier.tokens(column, _tokenizer_key(text)), text_key)
+        made.texts[column] = write_tokens(cache / f"{split}-{column}-tokens", texts, encode, text.size)
     np.save(cache / f"{split}-keys.npy", keys)
     return made
 
@@ -244,14 +285,14 @@ def _converse(
         return max(modality.token_count(length), modality.code_count(length)) + 2
 
     scribe = ConversationEncoder(text, vocabulary, context, size)
-    found = [None if value is None else scribe.conversation(i, value) for i, value in enumerate(values)]
-    split.chats[column] = found
-    dropped = sum(turns is not None and not any(turn.written for turn in turns) for turns in found)
-    told = {
+    conversations = [None if value is None else scribe.conversation(i, value) for i, value in enumerate(values)]
+    split.chats[column] = conversations
+    dropped = sum(turns is not None and not any(turn.written for turn in turns) for turns in conversations)
+    lengths = {
         f"do not fit {context} tokens: their oldest turns are left out": scribe.shortened,
         "have no turn of the assistant's that fits, and are not learned": dropped,
     }
-    return [f"{column}: {count:,} of {len(values):,} conversations {what}" for what, count in told.items() if count]
+    return [f"{column}: {count:,} of {len(values):,} conversations {what}" for what, count in lengths.items() if count]
 
 
 def add_codes(

@@ -92,8 +92,8 @@ class Task:
         answers = self.dataset.texts(self.answered)
         indices = self.dataset.indices(split)
         if self.dataset.columns[self.read] == "text":
-            given = self.dataset.texts(self.read)
-            return np.array([i for i in indices if answers[i] is not None and given[i] is not None], np.int64)
+            texts = self.dataset.texts(self.read)
+            return np.array([i for i in indices if answers[i] is not None and texts[i] is not None], np.int64)
         pairs = zip(indices, self.dataset.iterate(indices, [self.read]), strict=True)
         return np.array([i for i, r in pairs if answers[i] is not None and self.read in r.parts], np.int64)
 
@@ -104,11 +104,11 @@ class Task:
             return present
         order = present[np.argsort(uniform(seed, _KEY, present), kind="stable")]
         answers = self.dataset.texts(self.answered)
-        found: dict[str | None, list[int]] = {label: [] for label in self.labels}
+        by_label: dict[str | None, list[int]] = {label: [] for label in self.labels}
         for i in order.tolist():
-            if len(found[answers[i]]) < int(count):
-                found[answers[i]].append(i)
-        return np.sort(np.array([i for some in found.values() for i in some], np.int64))
+            if len(by_label[answers[i]]) < int(count):
+                by_label[answers[i]].append(i)
+        return np.sort(np.array([i for some in by_label.values() for i in some], np.int64))
 
     def _shown(self, model: PlaitModel, value: str | bytes) -> Any:
         """A part as the model reads it; of an audio clip longer than its window, the beginning."""
@@ -126,8 +126,8 @@ class Task:
         for start in range(0, len(present), 256):
             part = present[start : start + 256]
             records = self.dataset.iterate(part, [self.read])
-            given = [record.parts[self.read] for record in records]
-            contexts = [model.context([self._shown(model, value)]) for value in given]
+            values = [record.parts[self.read] for record in records]
+            contexts = [model.context([self._shown(model, value)]) for value in values]
             best = model.score(contexts, self.answered, self.labels).argmax(1)
             right += sum(self.labels[b] == answers[i] for b, i in zip(best, part, strict=True))
         return right / len(present)

@@ -243,8 +243,8 @@ class _Study:
     ) -> None:
         """Train until a study is over; what had been begun here before comes first."""
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        mine = [t for t in running if not self.shared or t.user_attrs.get("owner") == self.owner]
-        self.left = [Trial(study, trial._trial_id) for trial in mine]
+        own_trials = [t for t in running if not self.shared or t.user_attrs.get("owner") == self.owner]
+        self.left = [Trial(study, trial._trial_id) for trial in own_trials]
         beaten = -math.inf
         while True:
             # The first prepares what all use.
@@ -493,6 +493,6 @@ def _importance(study: optuna.Study, complete: list[FrozenTrial], fields: list[F
     if len(complete) < 4 or len(fields) < 2:
         return {}
     with contextlib.suppress(RuntimeError, ValueError):  # values that do not vary
-        found = optuna.importance.get_param_importances(study, params=[field.name for field in fields])
-        return {name: round(share, 4) for name, share in found.items() if math.isfinite(share)}
+        importances = optuna.importance.get_param_importances(study, params=[field.name for field in fields])
+        return {name: round(share, 4) for name, share in importances.items() if math.isfinite(share)}
     return {}
