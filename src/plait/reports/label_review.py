@@ -51,7 +51,7 @@ def _item(
 def review_table(review: LabelReview) -> str:
     """All entries as CSV: first the suspects, then the candidates, by `list`."""
     names = list(
-        dict.fromkeys(["list", *(one.name for kind in (LabelSuspect, LabelCandidate) for one in fields(kind))])
+        dict.fromkeys(["list", *(field.name for kind in (LabelSuspect, LabelCandidate) for field in fields(kind))])
     )
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
