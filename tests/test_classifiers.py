@@ -50,7 +50,7 @@ def test_opinions_are_weighed_and_calibrated() -> None:
     assert abs(believed.mean() - right.mean()) < 0.05
     # Inputs that every opinion is unsure of are less familiar than nearly all of validation.
     flat = {name: np.full((1, 4), -100.0) for name in fresh}
-    assert mixture.ood_scores(flat)[0] == 1 and 0.3 < np.median(mixture.ood_scores(fresh)) < 0.7
+    assert mixture.ood_scores(flat)[0] > 0.99 and 0.3 < np.median(mixture.ood_scores(fresh)) < 0.7
 
 
 def test_the_likeliest_of_many_classes_is_calibrated() -> None:
@@ -146,9 +146,34 @@ def test_a_classifier_that_learnt_nothing_says_so() -> None:
     features = Features.fit("text", texts)
     linear = fit_linear(features(texts), classes, 2, 0.1, False)
     mixture = fit_mixture({"linear": linear(features(texts))}, classes)
-    for accuracy, words in ((0.52, "nothing was learnt"), (0.7, "70.0% of val right")):
+    for accuracy, words in ((0.52, "nothing was learnt"), (0.7, "70.0% of 200 held-out records right")):
         made = Classifier("x", "y", labels, features, linear, mixture, False, {"mixed": accuracy}, 0.5, 200)
         assert words in describe(made)
+
+
+@pytest.mark.parametrize("each", [1, 2, 5])
+def test_few_examples_of_each_label_are_enough_to_answer_and_to_be_measured(
+    each: int, plait: Plait, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = {"tea": "a warm cup of tea", "bus": "the late bus to town", "rain": "heavy rain all day"}
+    rows = [
+        f"{text} {n},{label}\n" for label, text in words.items() for n in ("one", "two", "three", "four", "five")[:each]
+    ]
+    (tmp_path / "few.csv").write_text("text,label\n" + "".join(rows))
+    run = tmp_path / "run"
+    assert plait("train", tmp_path / "few.csv", "-o", run, "--steps", 2) == 0
+    model = package.load(run)
+    found = model.classify("the bus comes late again")
+    assert found[0].label == "bus" and sum(one.probability for one in found) == pytest.approx(1)
+    assert not found.none_of_these  # so few records cannot say what is unlike all of them
+    capsys.readouterr()
+    assert plait("evaluate", run) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    accuracy = package.Run(run).evaluate(progress=False)["recognition/text-label/accuracy"]
+    assert accuracy.n == 3 * each  # every record, by folds
+    assert accuracy.value == (0 if each == 1 else 1)
+    assert accuracy.low is not None and accuracy.high is not None and accuracy.high - accuracy.low > 0.2
+    assert "which is what answers here" in shown or each == 1
 
 
 def write_arrows(folder: Path, count: int = 240) -> None:
@@ -178,7 +203,7 @@ def test_labelled_images_are_recognised_and_evaluated(
     assert plait("train", tmp_path / "arrows", "-o", run, "--recipe", recipe) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "Task: recognise" in told and "mirrored images mean something else" in told
-    assert "label from image:" in told and "of val right" in told
+    assert "label from image:" in told and "held-out records right" in told
     assert not (run / "codecs").exists()  # nothing is drawn
 
     model = package.load(run)

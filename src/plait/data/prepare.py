@@ -33,7 +33,7 @@ from plait.data.duplicates import Duplicates, SplitPair, find_duplicates, first_
 from plait.data.files import ARCHIVE_SUFFIXES, TABLE_SUFFIXES, Plan, Tree, scan, suffix_of
 from plait.data.preview import Example, report
 from plait.data.readers import plan
-from plait.data.record import SPLITS, Rejected, rejected
+from plait.data.record import SPLITS, Rejected, are_labels, rejected
 from plait.data.shards import Shards, Statistics
 from plait.data.staging import stage
 from plait.data.stores import Location, check_writable, listing, location, read_bytes, size, upload
@@ -41,6 +41,7 @@ from plait.modalities.media import KINDS
 
 _VAL_MOST = 5000  # records that become val where a source names other splits alone
 _STRATIFIED = 5000  # records up to which each label is split by itself: beyond, a hash does as well, and stays put
+_FEWEST_SPLIT = 10  # records without labels below which all are trained on
 _LABEL_BYTES = 200  # of a text that may be a label
 _EXAMPLES = 12
 
@@ -299,6 +300,8 @@ def _split(given: np.ndarray, draw: np.ndarray, source_plan: Plan, labels: np.nd
     """The split of each record (N,) as a number in SPLITS, and the rule in words. `given` is what the source says,
     -1 where it says nothing; `draw` (N,) in [0, 1) is a hash of the content; `labels` (N,) numbers the records' labels,
     where they have any."""
+    if not (given >= 0).any() and len(draw) < _FEWEST_SPLIT and labels is None:
+        return np.zeros(len(draw), np.int64), f"fewer than {_FEWEST_SPLIT} records, so all are train"
     if source_plan.tail:
         return np.where(given < 0, 0, given), "the last tenth of the text is val and test, half each"
     if source_plan.grown:
@@ -356,7 +359,7 @@ def _labels(paths: list[Path], used: np.ndarray, source_plan: Plan) -> np.ndarra
         known = [cell for cell in used_cells if cell is not None]
         number = {cell: place for place, cell in enumerate(dict.fromkeys(known))}
         short = all(len(cell.encode()) <= _LABEL_BYTES for cell in number)
-        if short and 1 < len(number) <= len(known) // 4:
+        if short and are_labels(column, len(number), len(known), each=4):
             return np.array([-1 if cell is None else number[cell] for cell in used_cells])
     return None
 
@@ -495,7 +498,8 @@ def _write(
                 rejects.add(unused)
             for path in paths:
                 path.unlink()
-            raise PlaitError(f"{source}: no record can be used. {rejects.common() or 'Nothing was found'}.")
+            nothing = rejects.common() or "It is empty, or holds a heading alone"
+            raise PlaitError(f"{source}: no record can be used. {nothing}.")
         division = _divide(paths, used, facts, source_plan, folder, options)
         manifest, examples = _write_records(source_plan, paths, folder, rejects, division, facts["rank"], options)
         for unused in _unused(tree):
@@ -508,6 +512,7 @@ def _write(
             "parts": {"media": media} if media else {},
             "rejected": rejects.count,
             "dropped": division.dropped,
+            "own_splits": not source_plan.tail and bool((facts["split"][used] >= 0).any()),
             "notes": source_plan.notes,
             "split_notes": [f"split: {division.rule}"],
             "warnings": [*tree.warnings, *source_plan.warnings],

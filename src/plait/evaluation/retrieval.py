@@ -112,6 +112,8 @@ def _search(
     eval_context: EvalContext, direction: Direction, asked: Embedded, gallery: Embedded, relevance: Relevance
 ) -> None:
     """Recall and precision at some depths, and some queries for the report."""
+    if len(gallery.records) < 2:  # what is found of one is always right
+        return
     chosen, target = _queries(eval_context, direction.source, asked, relevance), direction.target
     chosen = chosen[relevance.of(asked.records[chosen], gallery.records, target).any(1)]
     if not len(chosen):

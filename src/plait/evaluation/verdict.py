@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 
 from plait.evaluation.findings import Verdict
+from plait.evaluation.metrics import interval
 from plait.evaluation.outcome import Outcome
+
+FEW = 200  # records below which a verdict shows the 95 % interval in place of a standard error
 
 
 def make_verdict(outcomes: list[Outcome]) -> Verdict | None:
@@ -22,6 +25,8 @@ def make_verdict(outcomes: list[Outcome]) -> Verdict | None:
     sentence = f"{_figure(outcome)}{_of(outcome)}"
     if outcome.alternative is None or outcome.alternative_value is None:
         return Verdict(f"{sentence}.", _next(outcome))
+    if outcome.is_alternative:
+        return Verdict(f"{sentence}, by {outcome.alternative}, which is what answers here.", _next(outcome))
     other = f"{_number(outcome, outcome.alternative_value)} of {outcome.alternative}"
     if outcome.better is None:
         comparison = f", against {other}: these records cannot tell them apart"
@@ -40,6 +45,9 @@ def _figure(outcome: Outcome) -> str:
     error = ""
     if outcome.stderr is not None and not math.isnan(outcome.stderr):
         error = f" ± {outcome.stderr * 100:.1f}" if outcome.share else f" ± {outcome.stderr:.2g}"
+        if outcome.share and outcome.n < FEW:
+            low, high = interval(outcome.value, outcome.stderr, outcome.n, is_share=True)
+            error = f" ({low:.0%} to {high:.0%})"
     return f"{_number(outcome, outcome.value)}{error} {outcome.figure}"
 
 

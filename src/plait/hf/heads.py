@@ -28,6 +28,7 @@ from plait.core.files import json_text, point, publish_folder, read_json, sealed
 from plait.core.interruption import pause_point
 from plait.core.rng import uniform
 from plait.data.dataset import Dataset
+from plait.data.record import LABEL_NAMES
 from plait.hf import hub, huggingface
 from plait.hf.encoders import describe
 from plait.hf.pretrained import Pretrained, load_pretrained
@@ -52,7 +53,6 @@ FEW = 20  # records of val below which folds of train say which strength is best
 FOLDS = 5
 BATCH = 32  # media at a time
 UNLIKE = 0.995  # share of validation records that must look more familiar than an input that is none of the labels
-NAMES = ("label", "labels", "intent", "class", "category", "target", "emotion")  # of a column of labels
 DRAW = 341  # key of `uniform`
 
 Progress = Callable[[str, int, int], None]
@@ -300,7 +300,7 @@ def columns_of(dataset: Dataset) -> tuple[str, str]:
     """(what is read, the column of labels). Raises PlaitError where there are no labels."""
     media = [column for column, kind in dataset.columns.items() if kind != "text"]
     texts = [column for column, kind in dataset.columns.items() if kind == "text"]
-    labels = list(label_columns(dataset, 2**31)) or [column for column in texts if column.lower() in NAMES]
+    labels = list(label_columns(dataset, 2**31)) or [column for column in texts if column.lower() in LABEL_NAMES]
     sources = media or [column for column in texts if column not in labels]
     if not labels or not sources:
         raise PlaitError(
