@@ -14,11 +14,11 @@ import plait as package
 from plait.classifiers.classifier import Classifier, Features, load_classifiers, save_classifiers
 from plait.classifiers.linear import fit_linear
 from plait.classifiers.mixture import fit_mixture, log_softmax
-from plait.classifiers.space import measure_space
+from plait.classifiers.space import SpaceQuality, measure_space
 from plait.core.config import Recipe
 from plait.data.dataset import Dataset
 from plait.evaluation.alternatives import GramModel
-from plait.evaluation.decide import describe
+from plait.evaluation.decide import describe, describe_space
 from plait.evaluation.metrics import calibration
 from plait.evaluation.outcome import Outcome
 from plait.evaluation.verdict import make_verdict
@@ -266,3 +266,15 @@ def test_what_to_expect_is_of_the_most_similar_data() -> None:
 def test_guessing_among_fewer_items_than_are_named_is_always_right() -> None:
     assert HR_10.chance(np.array([4, 4])) == 1.0
     assert HR_10.chance(np.array([20, 100])) == pytest.approx((10 / 20 + 10 / 100) / 2)
+
+
+def test_a_text_run_that_learnt_nothing_says_so_when_it_ends(
+    plait: Plait, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (f"the {('cat', 'dog', 'cow')[i % 3]} number {i % 7} sits on the mat\n" for i in range(120))
+    (tmp_path / "text.csv").write_text("text\n" + "".join(lines))
+    for steps, told in ((1, True), (60, False)):
+        assert plait("train", tmp_path / "text.csv", "-o", tmp_path / f"run{steps}", "--steps", steps) == 0
+        assert ("Nothing was learnt" in " ".join(capsys.readouterr().out.split())) is told
+    assert "nothing was learnt" in describe_space(SpaceQuality(0.0, 0.1, 30))
+    assert "40%" in describe_space(SpaceQuality(0.4, 0.1, 30))
