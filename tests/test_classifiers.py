@@ -14,14 +14,16 @@ import plait as package
 from plait.classifiers.classifier import Classifier, Features, load_classifiers, save_classifiers
 from plait.classifiers.linear import fit_linear
 from plait.classifiers.mixture import fit_mixture, log_softmax
-from plait.classifiers.space import measure_space
+from plait.classifiers.space import SpaceQuality, measure_space
 from plait.core.config import Recipe
 from plait.data.dataset import Dataset
 from plait.evaluation.alternatives import GramModel
-from plait.evaluation.decide import describe
+from plait.evaluation.decide import describe, describe_space
 from plait.evaluation.metrics import calibration
 from plait.evaluation.outcome import Outcome
 from plait.evaluation.verdict import make_verdict
+from plait.recommend.evaluate import HR_10
+from plait.training.expectation import expectation
 from plait.training.tasks import derive
 
 Plait = Callable[..., int]
@@ -238,3 +240,41 @@ def test_the_task_is_seen_in_the_data(plait: Plait, tmp_path: Path, capsys: pyte
     assert "no column of labels" in " ".join(capsys.readouterr().err.split())
     assert plait("train", tmp_path / "pairs.data", "-o", tmp_path / "run", "--minutes", 1, "--steps", 2) == 1
     assert "exclude each other" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_cap_ends_training_before_its_steps(plait: Plait, tmp_path: Path) -> None:
+    (tmp_path / "text.csv").write_text("text\n" + "".join(f"line {i} of a text\n" for i in range(60)))
+    recipe = tmp_path / "recipe.yaml"
+    for minutes, kept in ((0.02, False), (60, True)):
+        steps = 100_000 if not kept else 5
+        recipe.write_text(f"training: {{task: language, steps: {steps}, max_minutes: {minutes}}}\n")
+        run = tmp_path / f"run-{minutes}"
+        assert plait("train", tmp_path / "text.csv", "-o", run, "--recipe", recipe) == 0
+        facts = json.loads((run / "run.json").read_text())
+        ended = (facts.get("revisions") or [facts])[-1]["steps"]
+        assert (ended == steps) is kept and ended <= steps
+
+
+def test_what_to_expect_is_of_the_most_similar_data() -> None:
+    assert "60% right" in (expectation("image", 900, 10) or "")
+    few = expectation("image", 90, 10) or ""
+    assert "far fewer" in few
+    assert "77 intents" in (expectation("text", 9000, 60) or "")
+    assert expectation("video", 100, 2) is None
+
+
+def test_guessing_among_fewer_items_than_are_named_is_always_right() -> None:
+    assert HR_10.chance(np.array([4, 4])) == 1.0
+    assert HR_10.chance(np.array([20, 100])) == pytest.approx((10 / 20 + 10 / 100) / 2)
+
+
+def test_a_text_run_that_learnt_nothing_says_so_when_it_ends(
+    plait: Plait, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (f"the {('cat', 'dog', 'cow')[i % 3]} number {i % 7} sits on the mat\n" for i in range(120))
+    (tmp_path / "text.csv").write_text("text\n" + "".join(lines))
+    for steps, told in ((1, True), (60, False)):
+        assert plait("train", tmp_path / "text.csv", "-o", tmp_path / f"run{steps}", "--steps", steps) == 0
+        assert ("Nothing was learnt" in " ".join(capsys.readouterr().out.split())) is told
+    assert "nothing was learnt" in describe_space(SpaceQuality(0.0, 0.1, 30))
+    assert "40%" in describe_space(SpaceQuality(0.4, 0.1, 30))

@@ -83,11 +83,21 @@ def finish(
     lines = [describe(one) for one in checkpoint.classifiers]
     lines += [describe_predictor(one) for one in checkpoint.predictors]
     if checkpoint.space is not None:
-        lines.append(
-            f"Search by words: {checkpoint.space.trust:.0%} of the way from chance to perfect among ten, on val "
-            f"({checkpoint.space.n} texts); a hybrid search weighs vectors by that."
-        )
+        lines.append(describe_space(checkpoint.space))
     return lines
+
+
+def describe_space(space: SpaceQuality) -> str:
+    """What an embedding space is worth for searching by words."""
+    if not space.trust:
+        return (
+            f"Search by words: nothing was learnt ({space.n} texts of val find their records no more often than by "
+            "chance); search asks words alone. Train longer, give more captions, or start from a pretrained encoder."
+        )
+    return (
+        f"Search by words: {space.trust:.0%} of the way from chance to perfect among ten, on val ({space.n} texts); a "
+        "hybrid search weighs vectors by that."
+    )
 
 
 def space_quality(model: PlaitModel, dataset: Dataset, seed: int) -> SpaceQuality | None:

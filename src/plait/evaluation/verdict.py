@@ -8,6 +8,7 @@ from plait.evaluation.findings import Verdict
 from plait.evaluation.metrics import interval
 from plait.evaluation.outcome import Outcome
 
+FEWEST = 50  # records below which more of them help before anything else
 FEW = 200  # records below which a verdict shows the 95 % interval in place of a standard error
 
 
@@ -21,6 +22,8 @@ def make_verdict(outcomes: list[Outcome]) -> Verdict | None:
         guess = _number(outcome, outcome.guess)
         sentence = f"Nothing was learnt: {_figure(outcome)}, where guessing has {guess}{_of(outcome)}."
         step = "train longer (--minutes), or look at whether inputs and answers of the data belong together."
+        if outcome.n < FEWEST:
+            step = f"more records: {outcome.n} tell little; then look at whether inputs and answers belong together."
         return Verdict(sentence, step, outcome.better, learnt=False)
     sentence = f"{_figure(outcome)}{_of(outcome)}"
     if outcome.alternative is None or outcome.alternative_value is None:

@@ -20,6 +20,7 @@ from plait.modalities.media import MEDIA
 from plait.modalities.registry import MODALITIES, SETTINGS
 from plait.model.checkpoint import find_checkpoint
 from plait.training.build import fit_settings, label_columns
+from plait.training.expectation import expectation
 
 MIRROR_RECORDS = 1500  # images that say whether a mirrored one means the same
 MIRROR_LOSS = 0.9  # share of the accuracy that mirrored images must keep
@@ -182,6 +183,11 @@ def _recognise(dataset: Dataset, derived: Derived, labels: dict[str, list[str]],
         )
     else:
         derived.lines.append(f"Time: {seconds * 0.9:.0f} s for the model, the rest for n-grams and calibration.")
+    if labels:
+        column, values = next(iter(labels.items()))
+        count = round(_share(dataset, column, train := dataset.indices("train")) * len(train))
+        line = expectation(kinds[0] if kinds else "text", count, len(values))
+        derived.lines += [line] if line else []
     derived.recipe = with_sections(recipe, model=model)
 
 
