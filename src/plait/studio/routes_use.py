@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from plait.core.errors import PlaitError
+from plait.modalities.media import MEDIA
 from plait.studio.web import Studio, in_thread, page, read_body, read_values
 from plait.studio.workspace import Project
 
@@ -158,4 +159,4 @@ def _abilities(studio: Studio, run: Path) -> tuple[list[str], list[str], bool]:
         columns = getattr(model, "columns", {})
         turns = getattr(getattr(model, "vocabulary", None), "turns", False)
         talks = "generate" in model.verbs and (bool(turns) or not columns)
-        return list(model.verbs), sorted(set(columns.values())), talks
+        return list(model.verbs), sorted({*MEDIA, "text"}.intersection(columns.values())), talks
