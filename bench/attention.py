@@ -2,7 +2,7 @@
 
     python bench/attention.py
 
-This is the measurement behind the choices in `plait.model.transformer.attend` and `plait.kernels.training.attends`.
+This is the measurement behind the choices in `plait.model.layers.attend` and `plait.kernels.training.attends`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from plait.core.device import threads
 from plait.kernels import training as native
-from plait.model.transformer import attend
+from plait.model.layers import attend
 
 LENGTHS = (56, 256, 1024, 2048)  # 4,096 tokens a call
 

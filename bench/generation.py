@@ -15,7 +15,8 @@ from measure import OURS, Contender, Table, compare
 from training import Shape, as_transformers, make_model, text_checkpoint
 
 from plait.core.device import choose_device
-from plait.inference.engine import Engine, Request
+from plait.inference.engine import Engine
+from plait.inference.requests import Request
 from plait.kernels import generation as native
 from plait.model.multimodal import Sequence
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from plait.core import isa
+from plait.hf.gguf_export import write_shape
 from plait.model.checkpoint import Checkpoint
 
 NAMES = {  # Qwen3's in transformers -> GGUF's
@@ -30,16 +31,7 @@ def write_gguf(checkpoint: Checkpoint, path: Path, precision: str) -> None:
 
     c, vocabulary = checkpoint.model.config.backbone, checkpoint.model.vocabulary
     writer = gguf.GGUFWriter(path, "qwen3")
-    writer.add_context_length(c.max_length)
-    writer.add_embedding_length(c.width)
-    writer.add_block_count(c.layers)
-    writer.add_feed_forward_length(c.hidden)
-    writer.add_head_count(c.heads)
-    writer.add_head_count_kv(c.kv_heads)
-    writer.add_key_length(c.head_width)
-    writer.add_value_length(c.head_width)
-    writer.add_layer_norm_rms_eps(c.norm_eps)
-    writer.add_rope_freq_base(c.rope_theta)
+    write_shape(writer, c, "qwen3")
     writer.add_vocab_size(vocabulary.size)
     writer.add_tokenizer_model("no_vocab")
     for name, tensor in as_transformers(checkpoint).state_dict().items():

@@ -12,7 +12,8 @@ from measure import Contender, Table, compare
 
 from plait.core.config import SIZES, BackboneRecipe
 from plait.core.device import choose_device
-from plait.inference.engine import Engine, Request
+from plait.inference.engine import Engine
+from plait.inference.requests import Request
 from plait.inference.sampling import Sampling
 from plait.modalities.base import Vocabulary
 from plait.modalities.registry import SETTINGS

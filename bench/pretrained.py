@@ -346,8 +346,11 @@ def speech(arguments: argparse.Namespace) -> None:
     silence = model.transcribe((np.zeros(20 * 16_000, np.float32), 16_000), language="en")
     print(f"silence: {silence!r}", flush=True)
     peer = transformers.pipeline("automatic-speech-recognition", model=str(arguments.model), device="cpu")
+    from plait.modalities.audio_files import resample
+
     begun = time.process_time()
-    heard = peer({"raw": recording.wave, "sampling_rate": recording.rate}, return_timestamps=True,
+    heard = peer({"raw": resample(recording.wave, recording.rate, 16_000), "sampling_rate": 16_000},
+                 return_timestamps=True,
                  generate_kwargs={"language": "en", "task": "transcribe"})["text"]  # fmt: skip
     seconds = time.process_time() - begun
     wrong = errors(said, digits_of(heard)) / len(said)

@@ -25,7 +25,8 @@ from llama_cpp_peer import LlamaCpp
 from measure import OURS, Contender, Table, compare
 
 from plait.core.device import threads
-from plait.inference.engine import Engine, Request
+from plait.inference.engine import Engine
+from plait.inference.requests import Request
 from plait.model.multimodal import Sequence
 
 READ, WRITE, PROMPT, BATCHES = 32, 32, 512, (1, 8)

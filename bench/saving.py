@@ -59,7 +59,7 @@ def main() -> None:
             saver.save(whole, optimizer, None, Position(step=number))
             calls.append(time.perf_counter() - begun)
             beside = 0
-            while saver.busy:
+            while saver.saving:
                 work()
                 beside += 1
             written.append(time.perf_counter() - begun)

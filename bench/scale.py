@@ -128,9 +128,9 @@ def measure(folder: Path, megabytes: int, options: argparse.Namespace, pool: lis
     if options.steps:
         shutil.rmtree(folder / "in")
         alone = run([sys.executable, "-c", IMPORTS])
-        train = [*python, "train", str(folder / "data"), "-o", str(folder / "run"), "--size", "small"]
+        train = [*python, "train", str(folder / "data"), "-o", str(folder / "run"), "--size", options.size]
         cost = run([*train, "--steps", str(options.steps)])
-        print(f"  {options.steps} steps of small: {cost.memory:,.0f} MiB, of which libraries {alone.memory:,.0f}; "
+        print(f"  {options.steps} steps of {options.size}: {cost.memory:,.0f} MiB, libraries {alone.memory:,.0f}; "
               f"{cost.processor:.1f} s of processor time, {cost.seconds:.1f} s by the clock", flush=True)  # fmt: skip
     shutil.rmtree(folder)
 
@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("--near-duplicates", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--workers", type=int)
     parser.add_argument("--steps", type=int, default=20, help="of training; 0 for none")
+    parser.add_argument("--size", default="small", help="of the model")
     parser.add_argument("--folder", type=Path, help="where the files lie meanwhile")
     options = parser.parse_args()
     pool = paragraphs()

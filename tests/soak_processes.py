@@ -117,6 +117,13 @@ def r6(place: Place, count: int, draw: random.Random) -> tuple[int, int, str]:
     return disturbed(place, count, draw, "r6", "kill")
 
 
+def two(place: Place, count: int, draw: random.Random) -> tuple[int, int, str]:
+    """Two processes from beginning to end; without OMP_NUM_THREADS each has half of the threads that one has."""
+    _, said = ends(place.go("two", 2), 0.0)
+    off = place.worst("two")
+    return int(off < 1e-5), 1, f"worst relative difference of a loss {off:.1e} {said[-200:] if off > 1 else ''}"
+
+
 def one(place: Place, count: int, draw: random.Random) -> tuple[int, int, str]:
     """SIGTERM to one of two processes: both save the same step and end."""
     return disturbed(place, count, draw, "one", "one")
@@ -128,7 +135,7 @@ def every(place: Place, count: int, draw: random.Random) -> tuple[int, int, str]
 
 
 CASES: dict[str, tuple[Callable[[Place, int, random.Random], tuple[int, int, str]], int]] = {
-    "R5": (r5, 24), "R6": (r6, 20), "one": (one, 10), "all": (every, 10),
+    "R5": (r5, 24), "R6": (r6, 20), "one": (one, 10), "two": (two, 1), "all": (every, 10),
 }  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def logits(model: Model, ids: list[int]) -> torch.Tensor:
     """Of the engine, at the last place."""
     ours = model.plait_model
     assert ours is not None
-    from plait.inference.engine import Request
+    from plait.inference.requests import Request
     from plait.model.multimodal import Sequence
 
     request = Request(

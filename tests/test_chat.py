@@ -19,7 +19,8 @@ from plait.inference.prompts import Chat, Turn
 from plait.modalities.text import Text
 from plait.model.chat_template import Template
 from plait.model.multimodal import IGNORE
-from plait.training.batches import Sampler, load_split
+from plait.training.batches import Sampler
+from plait.training.split import load_split
 
 Plait = Callable[..., int]
 TRAINING = {"steps": 240, "codec_steps": 20, "batch_size": 16, "validations": 2, "learning_rate": 4e-3}

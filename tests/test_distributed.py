@@ -22,10 +22,11 @@ from plait.inference.model import PlaitModel
 from plait.modalities.text import Text
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import IGNORE, Multimodal
-from plait.training.batches import Sampler, Split, Step, add_codes, cut_in_two, load_split
+from plait.training.batches import Sampler, Step, cut_in_two
 from plait.training.build import model_config
 from plait.training.distributed import Group, Network
 from plait.training.losses import LossModule, step_losses
+from plait.training.split import Split, add_codes, load_split
 from plait.training.streams import Streams, media_work
 from plait.training.trainer import train
 from several import SMALL, begin, interrupted_after, rows, workers, write_recipe

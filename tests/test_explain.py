@@ -72,7 +72,11 @@ def test_weights_of_a_linear_score_are_exact() -> None:
     assert np.unravel_index(weights.argmax(), (8, 8)) == (2, 4) and np.isclose(weights[2, 4], share[2 * 8 + 4])
     assert np.isclose(weights[1, 4], share[2 * 8 + 4] / 2) and weights[5, 1] < 0
     better, worse = areas(question, [share]), areas(question, [-share])
-    assert better.beaten == 10 and worse.beaten == 0 and better.deletion < min(better.random_deletion)
+    assert (
+        better.random_maps_beaten == 10
+        and worse.random_maps_beaten == 0
+        and better.deletion < min(better.random_deletion)
+    )
 
 
 def test_log_odds() -> None:
@@ -114,7 +118,7 @@ def test_a_planted_mark_is_found(tmp_path: Path, plait: Callable[..., int], caps
     file = files / "201.png"
     assert plait("explain", tmp_path / "run", file, "--json", "-o", tmp_path / "why.png") == 0
     shown = json.loads(capsys.readouterr().out)
-    assert shown["answer"] == "red" and shown["areas"]["random_maps_beaten"] == 10 and not shown["warnings"]
+    assert shown["answer"] == "red" and shown["areas"]["beaten"] == 10 and not shown["warnings"]
     assert Image.open(tmp_path / "why.png").size >= (256, 256)
 
 
@@ -124,7 +128,7 @@ def test_every_kind_of_input(trained: Path, tmp_path: Path, plait: Callable[...,
     (tmp_path / "a.wav").write_bytes(tone(1, rng))
     model = api.load(trained)
     audio = model.explain(tmp_path / "a.wav", EN[1], method="integrated-gradients", steps=200)
-    assert audio.parts[0].name == "audio" and audio.gap < 0.05 and audio.areas.beaten >= 6
+    assert audio.parts[0].name == "audio" and audio.gap < 0.05 and audio.areas.random_maps_beaten >= 6
     assert model.explain(tmp_path / "a.png", "蓝圆").answer == "蓝圆"  # finds the column that knows it
     both = model.explain([tmp_path / "a.png", tmp_path / "a.wav"], EN[1])
     assert set(both.lost) == {"image", "audio"} and len(both.weights) == 2

@@ -28,6 +28,15 @@ def test_every_extension_is_asked_for_and_there() -> None:
             assert feature.name in ExtensionPoint.declared[point].by_feature(), entry
 
 
+def test_every_extension_point_is_documented() -> None:
+    for module in pkgutil.walk_packages(plait.__path__, "plait."):
+        if ".__main__" not in module.name and "studio" not in module.name:
+            importlib.import_module(module.name)
+    page = (Path(__file__).parents[1] / "docs" / "explanation" / "architecture.md").read_text()
+    listed = {line.split("`")[1] for line in page.splitlines() if line.startswith("| `")}
+    assert set(ExtensionPoint.declared) <= listed
+
+
 def test_a_feature_can_be_deleted(tmp_path: Path) -> None:
     """Without the folder of a feature all else works; here: help, and a model in use."""
     package = tmp_path / "plait"

@@ -24,7 +24,8 @@ from plait.model import checkpoint as checkpoints
 from plait.model import lora
 from plait.model.cross_entropy import total_loss
 from plait.model.multimodal import SplitTable
-from plait.training.batches import Sampler, Split
+from plait.training.batches import Sampler
+from plait.training.split import Split
 
 Plait = Callable[..., int]
 STEPS = {"steps": 8, "codec_steps": 3, "batch_size": 8, "validations": 2, "learning_rate": 3e-3}

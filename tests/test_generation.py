@@ -16,9 +16,10 @@ from plait.core.errors import PlaitError
 from plait.core.rng import uniform
 from plait.inference import scoring
 from plait.inference.decoder import Decoder
-from plait.inference.engine import Engine, Request
+from plait.inference.engine import Engine
 from plait.inference.grammar import spans
 from plait.inference.model import PlaitModel, find_checkpoint, load
+from plait.inference.requests import Request
 from plait.inference.sampling import BatchSamplingParams, Sampling, draw, keep_top_a
 from plait.kernels.linear import PackedLinear
 from plait.modalities.text import Text

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from plait.model import cross_entropy
-from plait.model.transformer import rms_norm, rotary, rotate
+from plait.model.layers import rms_norm, rotary, rotate
 from plait.training.optimizer import make_optimizer
 
 

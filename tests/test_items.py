@@ -23,9 +23,10 @@ from plait.data.tokens import Ids
 from plait.modalities.base import Vocabulary
 from plait.modalities.item import ItemCodesSettings, fit_codes, sizes_of
 from plait.model import cross_entropy
+from plait.model.layers import dropout
 from plait.model.multimodal import IGNORE, ModelConfig, Multimodal
 from plait.model.objectives import SampledSoftmax
-from plait.model.transformer import TransformerConfig, dropout
+from plait.model.transformer import TransformerConfig
 from plait.recommend.baselines import DECAY, WINDOW, Follows, Interactions
 from plait.recommend.evaluate import Ranks, Targets, rank, targets_of
 from plait.recommend.sampler import HistorySampler, HistorySplit

@@ -21,15 +21,8 @@ from plait.inference.decoder import Decoder, Ways
 from plait.kernels.choice import PYTORCH
 from plait.kernels.compile import FLAGS
 from plait.kernels.linear import FORMATS, STORAGES, dequantise, quantise
-from plait.model.transformer import (
-    KVCache,
-    Transformer,
-    TransformerConfig,
-    rms_norm,
-    rotary,
-    rotary_frequencies,
-    rotate,
-)
+from plait.model.layers import rms_norm, rotary, rotate
+from plait.model.transformer import KVCache, Transformer, TransformerConfig, rotary_frequencies
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 

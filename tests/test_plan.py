@@ -229,7 +229,7 @@ def test_an_encoder_says_what_it_weighs(plan: Callable[..., dict], tmp_path: Pat
 
 
 def test_simulated_failures_agree_with_the_closed_form() -> None:
-    trouble = failures.Trouble(between=10_000, save=60, restart=600)
+    trouble = failures.FailureRates(between=10_000, save=60, restart=600)
     for interval in (300.0, 1000.0, 4000.0):
         work = interval * 500
         elapsed = failures.simulate(work, interval, trouble, seed=3, runs=400)
@@ -239,7 +239,7 @@ def test_simulated_failures_agree_with_the_closed_form() -> None:
 
 
 def test_the_best_interval_is_near_young_and_daly() -> None:
-    trouble = failures.Trouble(between=20_000, save=40, restart=300)
+    trouble = failures.FailureRates(between=20_000, save=40, restart=300)
     best = failures.best_interval(40 * 86_400, trouble)
     for other in (failures.young(trouble), failures.daly(trouble)):
         assert failures.expected_goodput(trouble, best) > failures.expected_goodput(trouble, other) - 0.002

@@ -126,7 +126,7 @@ def test_archives_and_patterns(tmp_path: Path) -> None:
             info.size = len(make_image(n))
             packed.addfile(info, io.BytesIO(make_image(n)))
     dataset, _ = made(tmp_path / "c.tar.gz", tmp_path / "out2")
-    assert dataset.texts("label") == ["a", "b", "a", "b"] and len(dataset.indices("test")) == 2
+    assert list(dataset.texts("label")) == ["a", "b", "a", "b"] and len(dataset.indices("test")) == 2
 
 
 def test_a_table_finds_its_media_in_an_archive_beside_it(tmp_path: Path) -> None:
@@ -414,3 +414,20 @@ def test_adding_files_decodes_only_the_new_ones(tmp_path: Path, monkeypatch: pyt
     assert manifest.duplicates == 1 and manifest.source.endswith(" + " + str(tmp_path / "more"))
     reasons = [(one.file, one.reason) for one in Dataset.open(tmp_path / "out").rejects]
     assert ("more/a/bad.png", reasons[0][1]) in reasons
+
+
+def test_texts_of_a_column_are_read_as_they_are_asked_for(tmp_path: Path) -> None:
+    """Any way of access gives what all records have, and only a few blocks are kept."""
+    rows = [{"text": f"text {n}", **({"note": f"note {n}"} if n % 3 else {})} for n in range(9000)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare(tmp_path / "rows.jsonl", tmp_path / "data", workers=0, near_duplicates=False)
+    dataset = Dataset.open(tmp_path / "data")
+    wanted = [record.parts.get("note") for record in dataset.iterate(columns=["note"])]
+    texts = dataset.texts("note")
+    assert list(texts) == wanted and len(texts) == 9000 and None in wanted
+    places = np.random.default_rng(0).integers(0, 9000, 500)
+    assert texts[places].tolist() == [wanted[i] for i in places] == [texts[i] for i in places]
+    assert texts[-1] == wanted[-1] and texts[5:9] == wanted[5:9] and texts[np.zeros(0, int)].tolist() == []
+    assert len(texts._blocks) <= texts.BLOCKS
+    with pytest.raises(IndexError):
+        texts[9000]

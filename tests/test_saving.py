@@ -10,14 +10,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
-from conftest import RECIPE
+from conftest import RECIPE, make_image
 from plait.core.device import threads
 from plait.core.errors import PlaitError
+from plait.data.dataset import Dataset
+from plait.data.prepare import prepare
 from plait.model import checkpoint as checkpoints
 from plait.model.cross_entropy import negative_log_likelihood
 from plait.training.checkpointing import Position, Saver
@@ -204,3 +207,48 @@ def test_faults_in_short() -> None:
     told = done.stdout + done.stderr
     assert done.returncode == 0, told
     assert re.findall(r"^(R\d+) (?:skipped|(\d+)/\2) ", told, re.MULTILINE), told
+
+
+def test_records_that_are_added_are_the_only_ones_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache of the longer data is to the byte what it is from nothing; only the new is tokenised and decoded."""
+    from plait.core.config import SIZES
+    from plait.modalities.image import Image, ImageSettings
+    from plait.modalities.text import Text
+    from plait.training.split import load_split
+
+    def files(numbers: range) -> Path:
+        rng, rows = np.random.default_rng(1), []
+        for n in range(numbers.stop):
+            image = make_image(n % 4, rng)
+            if n in numbers:
+                (tmp_path / "in").mkdir(exist_ok=True)
+                image.save(tmp_path / "in" / f"{n}.png")
+            rows.append({"file_name": f"{n}.png", "said": f"words of {n}", "split": "train"})
+        (tmp_path / "in" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return tmp_path / "in"
+
+    prepare(files(range(30)), tmp_path / "first", near_duplicates=False)
+    prepare(files(range(30, 42)), tmp_path / "more", near_duplicates=False)
+    text = Text.train(["words of 0 1 2 3 4 5 6 7 8 9"] * 3, 300)
+    settings = ImageSettings.of_size(SIZES["tiny"], {})
+    media = {"image": Image(settings, 32)}
+    seen: list[object] = []
+    encode, windows = Text.encode_batch, Image.windows
+    monkeypatch.setattr(Text, "encode_batch", lambda self, texts: seen.extend(texts) or encode(self, texts))
+    monkeypatch.setattr(Image, "windows", lambda self, value: seen.append(value) or windows(self, value))
+
+    def cached(data: str, cache: str) -> tuple[set[str], dict[str, bytes]]:
+        seen.clear()
+        split = load_split(Dataset.open(tmp_path / data), "train", text, media, tmp_path / cache, 64)
+        return set(split.ids), {file.name: file.read_bytes() for file in sorted((tmp_path / cache).iterdir())}
+
+    before, _ = cached("first", "grown")
+    assert len(seen) == 2 * len(before) > 40
+    after, grown = cached("more", "grown")
+    new = len(after - before)
+    assert before < after and sum(isinstance(one, str) for one in seen) == new > 5
+    assert 0 < sum(isinstance(one, bytes) for one in seen) <= new  # some images are equal to earlier ones
+    assert grown == cached("more", "anew")[1] and "earlier-train" not in grown
+    text.tokenizer = Text.train(["other words"], 290).tokenizer
+    cached("more", "grown")
+    assert len(seen) == len(after)  # another tokenizer: texts alone

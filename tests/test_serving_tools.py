@@ -85,11 +85,13 @@ def test_formats_are_read_from_templates(caller: Path, template: str, wanted: To
     assert read_format(Template(text)) == wanted
 
 
-@given(st.lists(st.integers(1, 9), max_size=80), st.booleans())
-def test_replies_are_read_however_they_are_cut(cuts: list[int], bare: bool) -> None:
+@given(st.lists(st.integers(1, 9), max_size=80), st.sampled_from(["marked", "bare", "mark left out", "in a fence"]))
+def test_replies_are_read_however_they_are_cut(cuts: list[int], spelt: str) -> None:
     arguments = ['{"city": "<tool_call>\\"}{ \\\\"}', '{"a": {"b": [1, {}]}}']
-    if bare:
-        form, text, said = ToolFormat("", None, "", "name", "arguments"), HERMES.head("add") + arguments[1] + "}", ""
+    if spelt != "marked":
+        form = ToolFormat("", None, "", "name", "arguments") if spelt == "bare" else HERMES
+        text, said = HERMES.head("add") + arguments[1] + "}", ""
+        text = f"```json\n{text}\n```" if spelt == "in a fence" else text
         arguments = arguments[1:]
     else:
         form, said = HERMES, "Let me <tool see."

@@ -4,6 +4,10 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
+
+import typer
+from pydantic import BaseModel
 
 SOURCE = Path(__file__).parents[1] / "src" / "plait"
 
@@ -87,3 +91,56 @@ def test_functions_have_one_purpose() -> None:
                 if body and (node.end_lineno or 0) - body[0].lineno + 1 > LONG:
                     found.add(f"{name}:{node.name}")
     assert not found
+
+
+def commands(command: Any, name: str = "plait") -> Iterator[tuple[str, Any]]:
+    """The command and all below it, by what is typed."""
+    yield name, command
+    for below, one in getattr(command, "commands", {}).items():
+        yield from commands(one, f"{name} {below}")
+
+
+def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    """A recipe's section, and all within it."""
+    yield model
+    for field in model.model_fields.values():
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from sections(kind)
+
+
+def test_every_command_option_and_recipe_key_has_a_description() -> None:
+    from plait import cli
+    from plait.core.config import Recipe
+    from plait.core.settings import RECIPE_SECTIONS
+    from plait.modalities.registry import SETTINGS
+
+    found = dict(commands(typer.main.get_command(cli.app)))
+    assert len(found) > 20
+    silent = {name for name, command in found.items() if not command.help}
+    silent |= {
+        f"{name} {parameter.name}"
+        for name, command in found.items()
+        for parameter in command.params
+        if not getattr(parameter, "help", None)
+    }
+    added = [section.settings for sections_added in RECIPE_SECTIONS.all() for section in sections_added]
+    for section in [one for root in (Recipe, *SETTINGS.values(), *added) for one in sections(root)]:
+        silent |= {f"{section.__name__}.{key}" for key, field in section.model_fields.items() if not field.description}
+    assert silent == set()
+
+
+def test_every_public_method_is_described_once() -> None:
+    """In its own class, or in one that declares the interface; libraries' hooks are described by them."""
+    methods = [
+        (f"{name}:{cls.name}.{method.name}", cls.name, method)
+        for name, tree in parsed()
+        if not OF_HTTP.match(name) and name != "server/network.py"
+        for cls in ast.walk(tree)
+        if isinstance(cls, ast.ClassDef)
+        for method in cls.body
+        if isinstance(method, (ast.FunctionDef, ast.AsyncFunctionDef)) and not method.name.startswith("_")
+    ]
+    described = {method.name for _, _, method in methods if ast.get_docstring(method)} | {"forward", "backward"}
+    missing = {place for place, cls, method in methods if not cls.startswith("_") and method.name not in described}
+    assert missing == set()

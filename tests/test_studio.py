@@ -258,7 +258,9 @@ def test_a_linked_folder_is_only_read(client: TestClient, workspace: Workspace, 
     )
     prepare_data(workspace.project("p"), [])
     dataset = Dataset.open(workspace.project("p").data)
-    assert dataset.texts("label") == ["ring"] and [path.name for path in (tmp_path / "mine").iterdir()] == ["disc"]
+    assert list(dataset.texts("label")) == ["ring"] and [path.name for path in (tmp_path / "mine").iterdir()] == [
+        "disc"
+    ]
     client.post("/p/p/delete")
     assert (tmp_path / "mine" / "disc" / "a.png").exists() and not workspace.projects()
 

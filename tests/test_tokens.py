@@ -15,7 +15,8 @@ from plait.data.samples import Samples
 from plait.data.tokens import Ids, Tokens, open_tokens, write_tokens
 from plait.modalities.base import Vocabulary
 from plait.modalities.text import Text
-from plait.training.batches import Sampler, Split, load_split
+from plait.training.batches import Sampler
+from plait.training.split import Split, load_split
 
 
 def dataset_of(folder: Path, count: int) -> Dataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -147,6 +148,9 @@ def _version(name: str) -> str | None:
         return None
 
 
+_MARK = "\x1e"  # begins a line of ours: libraries print too while they are imported
+
+
 def _broken(names: list[str]) -> dict[str, str]:
     """Which packages do not import, and why; tried in another process, for a broken library may take its process
     along: then they are tried one by one."""
@@ -156,9 +160,9 @@ def _broken(names: list[str]) -> dict[str, str]:
             name = owner.lower().replace("_", "-")
             if name == module.replace("_", "-") or (name not in modules and not module.startswith("_")):
                 modules[name] = module
-    code = "import importlib\n" + "\n".join(
+    code = "import importlib, json\n" + "\n".join(
         f"try: importlib.import_module({modules.get(name, name)!r})\n"
-        f"except BaseException as error: print({name!r}, 'does not import:', repr(error)[:300])"
+        f"except BaseException as error: print({_MARK!r} + json.dumps([{name!r}, repr(error)[:300]]))"
         for name in names
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -166,7 +170,8 @@ def _broken(names: list[str]) -> dict[str, str]:
         return {name: why for one in names for name, why in _broken([one]).items()}
     if done.returncode:
         return {names[0]: f"importing {names[0]} ends the process with code {done.returncode}"}
-    return {line.partition(" ")[0]: line for line in done.stdout.splitlines() if " does not import: " in line}
+    answers = [json.loads(line[1:]) for line in done.stdout.split("\n") if line.startswith(_MARK)]
+    return {name: f"{name} does not import: {why}" for name, why in answers}
 
 
 def _beside_torch(name: str) -> list[Finding]:
@@ -307,10 +312,10 @@ def _dataset(path: Path) -> list[Finding]:
 
 def _checkpoint(path: Path) -> list[Finding]:
     wrong = [Finding("fail", "checkpoint", line) for line in checkpoint.verify(path)]
-    return wrong or [Finding("ok", "checkpoint", f"{path}: whole, {_told(path)}")]
+    return wrong or [Finding("ok", "checkpoint", f"{path}: whole, {_step_and_losses(path)}")]
 
 
-def _told(path: Path) -> str:
+def _step_and_losses(path: Path) -> str:
     try:
         training: dict[str, Any] = read_json(path / "config.json").get("training", {})
         losses = ", ".join(f"{name} {value:.4g}" for name, value in training.get("validation", {}).items())
@@ -342,7 +347,7 @@ def _run(path: Path) -> list[Finding]:
         if wrong := checkpoint.verify(folder):
             found += [Finding("fail", f"checkpoint {names}", line) for line in wrong]
         else:
-            whole[folder] = _told(folder)
+            whole[folder] = _step_and_losses(folder)
             found.append(Finding("ok", f"checkpoint {names}", whole[folder]))
     step, wrong = checkpoint.newest_whole(path / "checkpoints")
     best = _led_to(path / "checkpoints" / "best")

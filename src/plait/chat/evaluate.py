@@ -14,7 +14,7 @@ from plait.evaluation.findings import Gallery, GalleryKind, ReportItem
 from plait.evaluation.keys import Direction
 from plait.model.cross_entropy import negative_log_likelihood
 from plait.model.multimodal import IGNORE, Sequence, collate
-from plait.training.conversations import Scribe, sequences
+from plait.training.conversations import ConversationEncoder, sequences
 
 
 def evaluate_chats(eval_context: EvalContext) -> None:
@@ -28,20 +28,20 @@ def evaluate_conversations(eval_context: EvalContext, column: str) -> None:
     the tokens of train's replies, that of writing always gives train's most common reply."""
     checkpoint = eval_context.model.checkpoint
     vocabulary, text = checkpoint.model.vocabulary, checkpoint.text
-    found = _read(eval_context, column, eval_context.split, eval_context.limits.records)
-    if not found:
+    conversations = _read(eval_context, column, eval_context.split, eval_context.limits.records)
+    if not conversations:
         return
     tokens = [token for sequence in _read(eval_context, column, "train", eval_context.limits.records)
               for token in sequence.targets if token != IGNORE]  # fmt: skip
     counts = np.ones(vocabulary.id_ranges["text"][1])
     np.add.at(counts, tokens, 1)
-    nats, sizes, plain = _likelihood(eval_context, found, -np.log(counts / counts.sum()))
+    nats, sizes, plain = _likelihood(eval_context, conversations, -np.log(counts / counts.sum()))
     value, error = metrics.ratio_with_error(nats, sizes, seed=eval_context.seed)
     chance, n, direction = math.log(len(counts)), int(sizes.sum()), Direction(column)
     eval_context.keep("chat", direction, "nats_per_token", value, stderr=error, chance=chance, baseline=plain, n=n)
 
-    turns = [turn for sequence in found for turn in _turns(sequence)]
-    turns = [turns[i] for i in eval_context.chosen(np.arange(len(turns)), eval_context.limits.written)]
+    turns = [turn for sequence in conversations for turn in _turns(sequence)]
+    turns = [turns[i] for i in eval_context.draw(np.arange(len(turns)), eval_context.limits.written)]
     truth = [text.decode(ids[:-1]) for _, ids in turns]
     stops = {text.decode(ids[-1:]) for _, ids in turns if ids[-1] != vocabulary.end}
     eval_context.progress(f"chat {column}", 0, len(turns))
@@ -65,8 +65,8 @@ def evaluate_conversations(eval_context: EvalContext, column: str) -> None:
 def _read(eval_context: EvalContext, column: str, split: str, most: int) -> list[Sequence]:
     """The conversations of a split as training sees them, with nothing written but text."""
     model, dataset = eval_context.model.checkpoint.model, eval_context.dataset
-    indices = eval_context.chosen(dataset.indices(split), most)
-    found: list[Sequence] = []
+    indices = eval_context.draw(dataset.indices(split), most)
+    conversations: list[Sequence] = []
     for record in dataset.iterate(indices):
         value = record.parts.get(column)
         if not isinstance(value, str):
@@ -81,40 +81,40 @@ def _read(eval_context: EvalContext, column: str, split: str, most: int) -> list
             return model.media[dataset.columns[name]].token_count(len(samples[name])) + 2
 
         context = model.config.backbone.max_length
-        scribe = Scribe(eval_context.model.checkpoint.text, model.vocabulary, context, size)
-        found += sequences(scribe.conversation(0, value), model.vocabulary, model.media, samples, {})
-    return found
+        encoder = ConversationEncoder(eval_context.model.checkpoint.text, model.vocabulary, context, size)
+        conversations += sequences(encoder.conversation(0, value), model.vocabulary, model.media, samples, {})
+    return conversations
 
 
 @torch.no_grad()
 def _likelihood(
-    eval_context: EvalContext, found: list[Sequence], surprise: np.ndarray
+    eval_context: EvalContext, conversations: list[Sequence], surprise: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """(nats, tokens) by sequence, and the nats a token of a `surprise` (V,) that knows frequencies alone."""
     model = eval_context.model.checkpoint.model
     rows = model.output_embedding.of_type("text")
-    nats, sizes, plain = np.zeros(len(found)), np.zeros(len(found)), 0.0
-    order = np.argsort([len(sequence) for sequence in found], kind="stable")
+    nats, sizes, plain = np.zeros(len(conversations)), np.zeros(len(conversations)), 0.0
+    order = np.argsort([len(sequence) for sequence in conversations], kind="stable")
     for start in range(0, len(order), 32):
         places = order[start : start + 32]
-        batch = collate([found[i] for i in places], model.media, model.vocabulary.pad).to(eval_context.device)
-        wanted = batch.targets != IGNORE
-        loss = negative_log_likelihood(model(batch)[wanted], rows, batch.targets[wanted]).cpu().numpy()
-        owner = places[wanted.nonzero()[:, 0].cpu().numpy()]
+        batch = collate([conversations[i] for i in places], model.media, model.vocabulary.pad).to(eval_context.device)
+        is_target = batch.targets != IGNORE
+        loss = negative_log_likelihood(model(batch)[is_target], rows, batch.targets[is_target]).cpu().numpy()
+        owner = places[is_target.nonzero()[:, 0].cpu().numpy()]
         np.add.at(nats, owner, loss)
         np.add.at(sizes, owner, 1)
-        plain += float(surprise[batch.targets[wanted].cpu().numpy()].sum())
+        plain += float(surprise[batch.targets[is_target].cpu().numpy()].sum())
     return nats, sizes, plain / sizes.sum()
 
 
 def _turns(sequence: Sequence) -> list[tuple[Sequence, list[int]]]:
     """Each of the assistant's turns: what comes before it, and its ids with the end."""
-    found = []
+    turns = []
     for at, target in enumerate(sequence.targets):
         if target == IGNORE or (at and sequence.targets[at - 1] != IGNORE):
             continue
         stop = next((i for i in range(at, len(sequence)) if sequence.targets[i] == IGNORE), len(sequence))
         media = [medium for medium in sequence.media if medium[0] <= at]
         context = Sequence(sequence.ids[: at + 1], [IGNORE] * (at + 1), media)
-        found.append((context, sequence.targets[at:stop]))
-    return found
+        turns.append((context, sequence.targets[at:stop]))
+    return turns

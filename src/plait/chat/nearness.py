@@ -28,11 +28,11 @@ class Bm25:
     def __init__(self, texts: Sequence[str]) -> None:
         self.counts = [Counter(words(text)) for text in texts]
         self.lengths = np.array([sum(count.values()) for count in self.counts], float)
-        found = Counter(word for count in self.counts for word in count)
+        document_counts = Counter(word for count in self.counts for word in count)
         # Few texts cannot show how common a word is: those that say little in English weigh less from the start.
         self.weights = {
             w: (COMMON if w in _STOP else 1.0) * math.log(1 + (len(texts) - n + 0.5) / (n + 0.5))
-            for w, n in found.items()
+            for w, n in document_counts.items()
         }
         self.unknown = math.log(1 + (len(texts) + 0.5) / 0.5)
         self.places: dict[str, list[int]] = {}
@@ -48,8 +48,8 @@ class Bm25:
         """Of the words that a message shares with a text: the rarity of the rarest, and their share of all that the
         text says."""
         both = [self.rarity(word) for word in set(words(message)) if word in self.counts[place]]
-        whole = sum(self.rarity(word) for word in self.counts[place])
-        return max(both, default=0.0), sum(both) / max(whole, 1e-9)
+        total = sum(self.rarity(word) for word in self.counts[place])
+        return max(both, default=0.0), sum(both) / max(total, 1e-9)
 
     def __call__(self, message: str) -> np.ndarray:
         """(texts,)"""
@@ -60,8 +60,8 @@ class Bm25:
             for place in self.places.get(word, ()):
                 count = self.counts[place][word]
                 scores[place] += self.weights[word] * count * (SATURATION + 1) / (count + norm[place])
-        whole = sum(self.weights.get(word, self.unknown) for word in asked)
-        return scores / max(whole, 1e-9)
+        total = sum(self.weights.get(word, self.unknown) for word in asked)
+        return scores / max(total, 1e-9)
 
 
 class Nearness:

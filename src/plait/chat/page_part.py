@@ -18,8 +18,8 @@ def _applies(model: Any, run: Path) -> bool:
 
 
 def _answers(model: Any, run: Path, data: Path, lines: list[str]) -> list[str]:
-    found = open_replies(run, data, None, None).answer(lines)
-    return [f"{line} → {one.reply or SILENCE} · {one.confidence:.0%}" for line, one in zip(lines, found, strict=True)]
+    answers = open_replies(run, data, None, None).answer(lines)
+    return [f"{line} → {one.reply or SILENCE} · {one.confidence:.0%}" for line, one in zip(lines, answers, strict=True)]
 
 
 REPLY = LinesPart(

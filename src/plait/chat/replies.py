@@ -116,12 +116,12 @@ class Replies:
             raise PlaitError("How sure is sure enough has not been found yet. Call fit() first.")
         if compose and self.model is None:
             raise PlaitError("Replies are composed by a model that was trained on the pairs; here there is none.")
-        found: list[Answer] = []
+        answers: list[Answer] = []
         for start in range(0, len(messages), 256):
             kinds = self.nearness(messages[start : start + 256])
             for message, each in zip(messages[start : start + 256], kinds, strict=True):
-                found.append(self._answer(message, each, sources, compose))
-        return found
+                answers.append(self._answer(message, each, sources, compose))
+        return answers
 
     def _answer(self, message: str, kinds: np.ndarray, sources: int, compose: bool) -> Answer:
         assert self.confidence is not None
@@ -139,8 +139,8 @@ class Replies:
 
     def _leads(self, near: np.ndarray) -> np.ndarray:
         """From nearness (messages, pairs): by how much the nearest pair leads the nearest with another reply."""
-        mine = self.owner[near.argmax(1)]
-        others = np.where(self.owner[None] == mine[:, None], 0.0, near).max(1)
+        nearest = self.owner[near.argmax(1)]
+        others = np.where(self.owner[None] == nearest[:, None], 0.0, near).max(1)
         return np.asarray(np.maximum(near.max(1) - others, 0.0))
 
     # --- how sure is sure enough ------------------------------------------------------------------------------
@@ -150,9 +150,9 @@ class Replies:
         order = np.argsort(uniform(DRAW, np.arange(len(self.questions))), kind="stable")[:MOST]
         leads = []
         for start in range(0, len(order), 256):
-            some = order[start : start + 256]
-            near = self.nearness([self.questions[i] for i in some]) @ self.shares
-            own = self.owner[some][:, None] == self.owner[None]
+            chunk = order[start : start + 256]
+            near = self.nearness([self.questions[i] for i in chunk]) @ self.shares
+            own = self.owner[chunk][:, None] == self.owner[None]
             leads.append(self._leads(np.where(own, 0.0, near)))
         if self.never:
             leads.append(self._leads(self.nearness(self.never) @ self.shares))

@@ -128,7 +128,7 @@ def load_classifiers(folder: Path) -> list[Classifier]:
     if not (folder / FILE).is_file():
         return []
     facts, arrays = json.loads((folder / FILE).read_text(encoding="utf-8")), load_file(folder / ARRAYS)
-    found = []
+    classifiers = []
     for number, entry in enumerate(facts["classifiers"]):
 
         def take(name: str, number: int = number) -> np.ndarray:
@@ -147,11 +147,11 @@ def load_classifiers(folder: Path) -> list[Classifier]:
             start = f"{number}.novelty.{view}."
             parts = {key.removeprefix(start): value for key, value in arrays.items() if key.startswith(start)}
             novelty[view] = Novelty(parts, parts.pop("centre"), parts.pop("spread"))
-        found.append(
+        classifiers.append(
             Classifier(
                 entry["source"], entry["target"], entry["labels"], features, linear, mixture, entry["mirrored"],
                 entry["measured"], entry["guess"], entry["records"], novelty,
                 Mixture(**entry["portable"]) if entry["portable"] else None,
             )
         )  # fmt: skip
-    return found
+    return classifiers

@@ -38,10 +38,10 @@ def fit_linear(features: Any, labels: np.ndarray, classes: int, strength: float,
     weights, bias = model.coef_.T, model.intercept_
     if weights.shape[1] == 1:  # two classes
         weights, bias = np.concatenate([-weights, weights], 1), np.concatenate([-bias, bias])
-    whole = np.zeros((weights.shape[0], classes), np.float32)
+    padded = np.zeros((weights.shape[0], classes), np.float32)
     offset = np.full(classes, -3.0)
-    whole[:, model.classes_], offset[model.classes_] = weights, bias
-    return Linear(whole, offset)
+    padded[:, model.classes_], offset[model.classes_] = weights, bias
+    return Linear(padded, offset)
 
 
 def choose_linear(

@@ -128,8 +128,8 @@ def fit_mixture(scores: dict[str, np.ndarray], truth: np.ndarray) -> Mixture:
         gradient = (stack * off).sum((1, 2)) * alone + 2 * PULL * (shares - prior)
         return float(-(targets * logs).sum() + PULL * ((shares - prior) ** 2).sum()), gradient
 
-    found = minimize(loss, prior, jac=True, method="L-BFGS-B", bounds=[(0, None)] * len(names))
-    shares = np.where(found.x < 0.02 * found.x.max(), 0.0, found.x)
+    fitted = minimize(loss, prior, jac=True, method="L-BFGS-B", bounds=[(0, None)] * len(names))
+    shares = np.where(fitted.x < 0.02 * fitted.x.max(), 0.0, fitted.x)
     single = np.eye(len(names))[int(losses.argmin())]
     lead = _right(stack, single * alone, truth) - _right(stack, shares * alone, truth)
     if lead.mean() > lead.std() / len(lead) ** 0.5:  # the others do harm
@@ -178,10 +178,10 @@ def _with_top(logs: np.ndarray, slope: float, offset: float) -> np.ndarray:
     others = chances.copy()
     others[rows, best] = 0
     second = others.max(1)
-    wanted = 1 / (1 + np.exp(-(slope * _log_odds(top) + offset)))
-    wanted = np.maximum(wanted, second / (1 - top + second) * (1 + 1e-9)).clip(1e-9, 1 - 1e-9)
-    found = others * ((1 - wanted) / (1 - top))[:, None]
-    found[rows, best] = wanted
+    calibrated = 1 / (1 + np.exp(-(slope * _log_odds(top) + offset)))
+    calibrated = np.maximum(calibrated, second / (1 - top + second) * (1 + 1e-9)).clip(1e-9, 1 - 1e-9)
+    found = others * ((1 - calibrated) / (1 - top))[:, None]
+    found[rows, best] = calibrated
     return np.asarray(np.log(found.clip(1e-300)))
 
 

@@ -71,19 +71,19 @@ def fit_numbers(
     source: str, target: str, features: Features, rows: Any, values: np.ndarray, held_rows: Any, held: np.ndarray
 ) -> Numbers:
     """Fit on records, choose on held-out ones. `rows` are features of the records, `values` (N,) their numbers."""
-    found: dict[bool, tuple[float, np.ndarray]] = {}
+    by_log: dict[bool, tuple[float, np.ndarray]] = {}
     for kernel in (False,) if features.grams is not None else (False, True):
         inputs, others = expand(rows, kernel), expand(held_rows, kernel)
         for ridge in RIDGES:
             weights = fit_ridge(inputs, values, ridge)
             error = float(np.abs(apply_ridge(others, weights) - held).mean())
-            if kernel not in found or error < found[kernel][0]:
-                found[kernel] = error, weights
-    kernel = min(found, key=lambda one: found[one][0])
-    error, weights = found[kernel]
+            if kernel not in by_log or error < by_log[kernel][0]:
+                by_log[kernel] = error, weights
+    kernel = min(by_log, key=lambda one: by_log[one][0])
+    error, weights = by_log[kernel]
     left = held - apply_ridge(expand(held_rows, kernel), weights)
-    measured = {"mean": float(np.abs(held - values.mean()).mean()), "ridge": found[False][0]}
-    measured |= {"kernel": found[True][0]} if True in found else {}
+    measured = {"mean": float(np.abs(held - values.mean()).mean()), "ridge": by_log[False][0]}
+    measured |= {"kernel": by_log[True][0]} if True in by_log else {}
     low, high = interval(left, COVERAGE)
     residuals = np.quantile(left, np.linspace(0, 1, QUANTILES))
     return Numbers(source, target, features, weights, kernel, residuals, low, high, measured, len(held))

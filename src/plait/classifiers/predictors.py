@@ -41,12 +41,12 @@ def load_predictors(folder: Path) -> list[Predictor]:
         return []
     entries = json.loads((folder / FILE).read_text(encoding="utf-8"))["predictors"]
     arrays = load_file(folder / ARRAYS)
-    found = []
+    predictors = []
     for number, facts in enumerate(entries):
         start = f"{number}."
         own = {name.removeprefix(start): value for name, value in arrays.items() if name.startswith(start)}
-        found.append(_unpacked(facts, own))
-    return found
+        predictors.append(_unpacked(facts, own))
+    return predictors
 
 
 def _packed(one: Predictor) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -43,13 +43,13 @@ class SeveralLabels:
         return np.asarray(1 / (1 + np.exp(-(scores * self.slope + self.offsets))))
 
 
-def fit_each(features: Any, wanted: np.ndarray, strength: float) -> Linear:
-    """A linear SVM a label. `wanted` (N, labels) is bool; labels that no record or all have get a fixed score."""
+def fit_each(features: Any, truth: np.ndarray, strength: float) -> Linear:
+    """A linear SVM a label. `truth` (N, labels) is bool; labels that no record or all have get a fixed score."""
     from sklearn.svm import LinearSVC
 
-    weights = np.zeros((features.shape[1], wanted.shape[1]), np.float32)
-    bias = np.zeros(wanted.shape[1])
-    for place, column in enumerate(wanted.T):
+    weights = np.zeros((features.shape[1], truth.shape[1]), np.float32)
+    bias = np.zeros(truth.shape[1])
+    for place, column in enumerate(truth.T):
         if column.all() or not column.any():
             bias[place] = 3.0 if column.any() else -3.0
             continue
@@ -59,19 +59,19 @@ def fit_each(features: Any, wanted: np.ndarray, strength: float) -> Linear:
 
 
 def fit_several(
-    features: Any, wanted: np.ndarray, held_features: Any, held: np.ndarray, strengths: Sequence[float]
+    features: Any, truth: np.ndarray, held_features: Any, held: np.ndarray, strengths: Sequence[float]
 ) -> tuple[Linear, float, np.ndarray, np.ndarray, dict[str, float]]:
     """The linear model, slope, offsets (labels,), thresholds (labels,) and what was measured on held-out records."""
-    tried = np.arange(len(wanted))[:: max(-(-len(wanted) // MOST_TRIED), 1)]
+    tried = np.arange(len(truth))[:: max(-(-len(truth) // MOST_TRIED), 1)]
     best, chosen = -1.0, strengths[0]
     for strength in strengths if len(strengths) > 1 else ():
-        scores = fit_each(features[tried], wanted[tried], strength)(held_features)
+        scores = fit_each(features[tried], truth[tried], strength)(held_features)
         slope, offsets = calibrate(scores, held)
         chances = sigmoid(scores * slope + offsets)
         score = macro_f1(held, chances >= thresholds_of(chances, held))
         if score > best:
             best, chosen = score, strength
-    linear = fit_each(features, wanted, chosen)
+    linear = fit_each(features, truth, chosen)
     scores = linear(held_features)
     slope, offsets = calibrate(scores, held)
     chances = sigmoid(scores * slope + offsets)
@@ -93,8 +93,8 @@ def calibrate(scores: np.ndarray, wanted: np.ndarray) -> tuple[float, np.ndarray
         value = np.logaddexp(0, logits).sum() - (logits * truth).sum() + (offsets**2).sum() / (2 * PULL)
         return float(value), np.concatenate([[(off * scores).sum()], off.sum(0) + offsets / PULL])
 
-    found = minimize(loss, np.concatenate([[2.0], np.zeros(scores.shape[1])]), jac=True, method="L-BFGS-B").x
-    return float(max(found[0], 1e-3)), found[1:]
+    fitted = minimize(loss, np.concatenate([[2.0], np.zeros(scores.shape[1])]), jac=True, method="L-BFGS-B").x
+    return float(max(fitted[0], 1e-3)), fitted[1:]
 
 
 def thresholds_of(chances: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -119,18 +119,18 @@ def sigmoid(values: np.ndarray) -> np.ndarray:
     return np.asarray(1 / (1 + np.exp(-values)))
 
 
-def f1_scores(wanted: np.ndarray, said: np.ndarray) -> np.ndarray:
+def f1_scores(truth: np.ndarray, said: np.ndarray) -> np.ndarray:
     """F1 of each label, (labels,); 0 where it is neither there nor said."""
-    both = (wanted & said).sum(0)
-    return np.asarray(2 * both / np.maximum(wanted.sum(0) + said.sum(0), 1))
+    both = (truth & said).sum(0)
+    return np.asarray(2 * both / np.maximum(truth.sum(0) + said.sum(0), 1))
 
 
-def macro_f1(wanted: np.ndarray, said: np.ndarray) -> float:
+def macro_f1(truth: np.ndarray, said: np.ndarray) -> float:
     """Mean F1 of the labels that occur in truth or answers."""
-    there = (wanted | said).any(0)
-    return float(f1_scores(wanted, said)[there].mean()) if there.any() else 0.0
+    there = (truth | said).any(0)
+    return float(f1_scores(truth, said)[there].mean()) if there.any() else 0.0
 
 
-def micro_f1(wanted: np.ndarray, said: np.ndarray) -> float:
+def micro_f1(truth: np.ndarray, said: np.ndarray) -> float:
     """F1 of all decisions together."""
-    return float(2 * (wanted & said).sum() / max(wanted.sum() + said.sum(), 1))
+    return float(2 * (truth & said).sum() / max(truth.sum() + said.sum(), 1))

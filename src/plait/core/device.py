@@ -37,6 +37,7 @@ class Device:
 
     @property
     def torch(self) -> torch.device:
+        """As PyTorch names it."""
         return torch.device(self.name)
 
     @property
@@ -157,6 +158,12 @@ def keep_memory() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
             mallopt(option, value)
+
+
+def release_memory() -> None:
+    """Have glibc hand back to the system what is free in its heap, in the middle too. Others do nothing."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def compiler() -> list[str] | None:

@@ -27,9 +27,9 @@ def cache_folder(name: str) -> Path:
     A systemd unit with CacheDirectory= has its own, which CACHE_DIRECTORY names. Raises RuntimeError where there is no
     home.
     """
-    given = os.environ.get("CACHE_DIRECTORY", "").split(":")[0]
-    if given:
-        return Path(given) / name
+    configured = os.environ.get("CACHE_DIRECTORY", "").split(":")[0]
+    if configured:
+        return Path(configured) / name
     folder = platformdirs.user_cache_path("plait", appauthor=False)
     if not folder.is_absolute():  # a home that is not known is left as "~"
         raise RuntimeError("There is no home folder: set HOME or XDG_CACHE_HOME.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +15,17 @@ LINE_SECONDS = 20.0  # between two lines of a stage where there is no terminal
 
 # Called as (stage, done, total or None, note).
 ProgressFunction = Callable[[str, int, int | None, str], None]
+
+
+@dataclass(frozen=True)
+class StudyNews:
+    """What a study tells while it works. `line` is what has just come to its end."""
+
+    stage: str
+    done: int
+    total: int
+    note: str = ""
+    line: str = ""
 
 
 class ProgressBar:

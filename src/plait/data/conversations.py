@@ -139,11 +139,11 @@ def _decoded(text: str, where: str) -> bytes:
 
 def turns(text: str) -> list[Turn]:
     """The turns of a conversation, from the text that `flatten` made of it."""
-    found = []
+    read = []
     for message in json.loads(text):
         content = message.get("content") or []
         parts = [("text", content)] if isinstance(content, str) else [
             ("text", part["text"]) if part["type"] == "text" else (part["type"], part["column"]) for part in content
         ]  # fmt: skip
-        found.append(Turn(message["role"], parts, message))
-    return found
+        read.append(Turn(message["role"], parts, message))
+    return read

@@ -37,16 +37,16 @@ class Cost:
         )
 
 
-def first_chunk_cost(found: Plan, folder: Path, near: bool, workers: int) -> Cost:
+def first_chunk_cost(source_plan: Plan, folder: Path, near: bool, workers: int) -> Cost:
     """Check the first chunk of a plan in `folder`, and reckon from there."""
-    chunk = next(chunks_of(found.read()), [])
-    task, blobs, _ = task_of(chunk, {"seed": 0, "near": near, "chats": found.chats})
+    chunk = next(chunks_of(source_plan.read()), [])
+    task, blobs, _ = task_of(chunk, {"seed": 0, "near": near, "chats": source_plan.chats})
     out = folder / "first.arrow"
     begun = time.process_time()
     check_chunk(task | {"out": str(out)}, blobs)
     spent = time.process_time() - begun
     size = pa.ipc.open_file(pa.memory_map(str(out))).read_all().nbytes
-    total = max(found.given.total(), len(chunk))
+    total = max(source_plan.given.total(), len(chunk))
     times = total / max(len(chunk), 1)
     return Cost(
         records=total,

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -185,12 +185,12 @@ class Dataset(DatasetViews):
             self._ids = [str(value) for value in self._column("id")]
         return self._ids
 
-    def texts(self, column: str) -> list[str | None]:
-        """The text of every record in a text column; None where a record has none."""
+    def texts(self, column: str) -> Texts:
+        """The text of every record in a text column, read when asked for; None where a record has none."""
         self._known([column])
         if self.columns[column] != "text":
             raise PlaitError(f"Column '{column}' of {self.path} holds {self.columns[column]}, not text.")
-        return self._column(column)
+        return Texts(self, column)
 
     def seen(self) -> np.ndarray:
         """Which records (N,) of val and test have an equal or near-equal one in train: true for those."""
@@ -210,13 +210,13 @@ class Dataset(DatasetViews):
         """
         names = list(self.columns) if columns is None else list(columns)
         self._known(names)
-        wanted = ("id", "source", *names)
+        columns_read = ("id", "source", *names)
         for index in range(len(self)) if indices is None else indices:
             if not 0 <= index < len(self):
                 raise IndexError(f"record {index} of {len(self)}")
             shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-            table, row = self._group(shard, int(index - self._starts[shard]), wanted)
-            values = {name: table.column(name)[row].as_py() for name in wanted}
+            table, row = self._group(shard, int(index - self._starts[shard]), columns_read)
+            values = {name: table.column(name)[row].as_py() for name in columns_read}
             parts = {name: values[name] for name in names if values[name] is not None}
             yield Record(values["id"], self.manifest.shards[shard].split, parts, values["source"])
 
@@ -270,8 +270,8 @@ class Dataset(DatasetViews):
 
     def _read(self, file: pq.ParquetFile, shard: int, group: int | None, columns: Sequence[str]) -> pa.Table:
         try:
-            wanted = list(columns)
-            table = file.read(wanted) if group is None else file.read_row_group(group, wanted)
+            columns_read = list(columns)
+            table = file.read(columns_read) if group is None else file.read_row_group(group, columns_read)
             return table.combine_chunks()
         except (OSError, ValueError, pa.ArrowException) as error:
             name = join(self.path, self.manifest.shards[shard].file)
@@ -291,6 +291,53 @@ class Dataset(DatasetViews):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["path"], state["manifest"])  # type: ignore[misc]
+
+
+class Texts(Sequence[str | None]):
+    """The texts of a column by record. A few thousand of them are in memory at a time, so that ascending access is as
+    fast as a list's, and a large column costs nothing."""
+
+    BLOCK, BLOCKS = 2048, 4  # records that are read at once; blocks that are kept
+
+    def __init__(self, dataset: Dataset, column: str) -> None:
+        self.dataset, self.column = dataset, column
+        self._blocks: OrderedDict[int, list[str | None]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[str | None]:
+        for start in range(0, len(self), self.BLOCK):
+            yield from self._read(np.arange(start, min(start + self.BLOCK, len(self))))
+
+    @overload
+    def __getitem__(self, index: int | np.integer[Any]) -> str | None: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str | None]: ...
+    @overload
+    def __getitem__(self, index: np.ndarray) -> np.ndarray: ...
+    def __getitem__(self, index: Any) -> Any:
+        """A text; of an array of numbers, in any order, an array of objects."""
+        if isinstance(index, slice):
+            return self._read(np.arange(len(self))[index])
+        if isinstance(index, np.ndarray):
+            found = np.empty(len(index), object)
+            order = np.argsort(index, kind="stable")
+            found[order] = self._read(index[order])
+            return found
+        place = range(len(self))[int(index)]  # raises IndexError
+        number, inside = divmod(place, self.BLOCK)
+        if number not in self._blocks:
+            start = number * self.BLOCK
+            self._blocks[number] = self._read(np.arange(start, min(start + self.BLOCK, len(self))))
+            if len(self._blocks) > self.BLOCKS:
+                self._blocks.popitem(last=False)
+        return self._blocks[number][inside]
+
+    def _read(self, ascending: np.ndarray) -> list[str | None]:
+        if not len(ascending):
+            return []
+        return [text for cells in self.dataset.cells(self.column, ascending) for text in cells.to_pylist()]
 
 
 def _runs(indices: np.ndarray, borders: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from plait.data.fingerprints import PERMUTATIONS
-from plait.data.near import MOST, MOST_TEXTS, NEAR, NO_PAIRS, Pairs, Prints, near_texts
+from plait.data.near import MOST, MOST_TEXTS, NEAR, NO_PAIRS, Fingerprints, Pairs, near_texts
 from plait.data.record import SPLITS
 from plait.modalities.media import MEDIA
 
@@ -61,15 +61,15 @@ class Duplicates:
 
     def counts(self, split: np.ndarray, keep: np.ndarray) -> dict[SplitPair, int]:
         """Records of one split that have a near-duplicate in another or the same."""
-        found = {}
+        by_pair = {}
         for first, second in combinations_with_replacement(range(len(SPLITS)), 2):
             # What was left out of train is gone, and with it all that was near across that border.
             if first == 0 < second and not keep.all():
                 continue
             count = int((keep & (split == second) & (self.near >> first & 1 == 1)).sum())
             if count:
-                found[SplitPair(SPLITS[second], SPLITS[first])] = count
-        return found
+                by_pair[SplitPair(SPLITS[second], SPLITS[first])] = count
+        return by_pair
 
 
 @dataclass
@@ -116,7 +116,7 @@ def _collect(paths: list[Path], used: np.ndarray) -> dict[str, _Parts]:
     return parts
 
 
-def _write_prints(paths: list[Path], used: np.ndarray, kind: str, wanted: np.ndarray, file: Path) -> Prints:
+def _write_prints(paths: list[Path], used: np.ndarray, kind: str, wanted: np.ndarray, file: Path) -> Fingerprints:
     """The fingerprints of the parts of a kind whose numbers, in the order of `_collect`, are `wanted` (ascending)."""
     offsets = [np.zeros(1, np.int64)]
     before = size = 0
@@ -130,7 +130,7 @@ def _write_prints(paths: list[Path], used: np.ndarray, kind: str, wanted: np.nda
             out.write(b"".join(values))
             offsets.append(size + np.cumsum([len(value) for value in values], dtype=np.int64))
             size = int(offsets[-1][-1]) if len(values) else size
-    return Prints(file, np.concatenate(offsets))
+    return Fingerprints(file, np.concatenate(offsets))
 
 
 def find_duplicates(paths: list[Path], used: np.ndarray, split: np.ndarray, out: Path) -> Duplicates:
@@ -138,7 +138,7 @@ def find_duplicates(paths: list[Path], used: np.ndarray, split: np.ndarray, out:
 
     `used` says which records count, `split` (N,) where those are. Every pair is written to `out`, a line each.
     """
-    found = Duplicates.none(len(split))
+    duplicates = Duplicates.none(len(split))
     lines: list[tuple[int, int, str, float]] = []
     for kind, held in _collect(paths, used).items():
         if not sum(map(len, held.owner)):
@@ -146,7 +146,7 @@ def find_duplicates(paths: list[Path], used: np.ndarray, split: np.ndarray, out:
         owner, digest = np.concatenate(held.owner), np.concatenate(held.digest)
         distinct, thing = np.unique(first_of(digest), return_inverse=True)
         if len(distinct) > _most(kind):
-            found.unsearched[kind] = len(distinct)
+            duplicates.unsearched[kind] = len(distinct)
             a, b, distance = NO_PAIRS
         else:
             with tempfile.TemporaryDirectory(dir=paths[0].parent) as scratch:
@@ -157,13 +157,13 @@ def find_duplicates(paths: list[Path], used: np.ndarray, split: np.ndarray, out:
         near = np.zeros(len(distinct), np.uint8)
         np.bitwise_or.at(near, a, where[b])
         np.bitwise_or.at(near, b, where[a])
-        np.bitwise_or.at(found.near, owner, near[thing])
+        np.bitwise_or.at(duplicates.near, owner, near[thing])
         both = (where | near)[thing]
-        found.seen[owner[(split[owner] > 0) & (both & 1 == 1)]] = True
-        found.spoils[owner[(split[owner] == 0) & (both & 6 > 0)]] = True
+        duplicates.seen[owner[(split[owner] > 0) & (both & 1 == 1)]] = True
+        duplicates.spoils[owner[(split[owner] == 0) & (both & 6 > 0)]] = True
         lines += _lines(kind, owner, thing, split, where, (a, b, distance))
-    _write(paths, used, split, lines, found, out)
-    return found
+    _write(paths, used, split, lines, duplicates, out)
+    return duplicates
 
 
 def _most(kind: str) -> int:
@@ -171,7 +171,7 @@ def _most(kind: str) -> int:
     return MOST[MEDIA[kind].comparison] if kind in MEDIA else MOST_TEXTS
 
 
-def _near(kind: str, prints: Prints) -> Pairs:
+def _near(kind: str, prints: Fingerprints) -> Pairs:
     if kind in MEDIA:
         return NEAR[MEDIA[kind].comparison](prints)
     long = prints.there()
@@ -206,14 +206,14 @@ def _write(
     used: np.ndarray,
     split: np.ndarray,
     lines: list[tuple[int, int, str, float]],
-    found: Duplicates,
+    duplicates: Duplicates,
     out: Path,
 ) -> None:
     """One line for each pair, and the twins of what spoils val or test."""
     # The earlier split stands first.
     lines = sorted((b, a, k, d) if (split[b], b) < (split[a], a) else (a, b, k, d) for a, b, k, d in lines)
-    wanted = np.unique(np.array([line[:2] for line in lines], np.int64))
-    told = dict(zip(wanted.tolist(), _told(paths, used, wanted), strict=True))
+    numbers = np.unique(np.array([line[:2] for line in lines], np.int64))
+    told = dict(zip(numbers.tolist(), _ids_and_sources(paths, used, numbers), strict=True))
 
     def shown(record: int) -> dict[str, Any]:
         return {"id": told[record][0], "split": SPLITS[split[record]], "source": told[record][1]}
@@ -222,7 +222,7 @@ def _write(
         for a, b, kind, distance in lines:
             for x, y in ((a, b), (b, a)):
                 if split[x] == 0 < split[y]:
-                    found.twins.setdefault(x, f"'{told[y][0]}' of {SPLITS[split[y]]}")
+                    duplicates.twins.setdefault(x, f"'{told[y][0]}' of {SPLITS[split[y]]}")
             entry = {"kind": kind, "distance": distance, "first": shown(a), "second": shown(b)}
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
@@ -232,27 +232,31 @@ def list_equal(paths: list[Path], used: np.ndarray, split: np.ndarray, content: 
     of the records that are used."""
     first = first_of(content)
     repeated = np.flatnonzero(first != np.arange(len(first)))
-    wanted = np.unique(np.concatenate((repeated, first[repeated])))
-    told = dict(zip(wanted.tolist(), _told(paths, used, wanted), strict=True))
+    numbers = np.unique(np.concatenate((repeated, first[repeated])))
+    ids_and_sources = dict(zip(numbers.tolist(), _ids_and_sources(paths, used, numbers), strict=True))
     with out.open("a", encoding="utf-8") as file:
         for record in repeated.tolist():
             entry: dict[str, Any] = {"kind": "record", "distance": 0.0}
             for name, one in (("first", int(first[record])), ("second", record)):
-                entry[name] = {"id": told[one][0], "split": SPLITS[split[one]], "source": told[one][1]}
+                entry[name] = {
+                    "id": ids_and_sources[one][0],
+                    "split": SPLITS[split[one]],
+                    "source": ids_and_sources[one][1],
+                }
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
-def _told(paths: list[Path], used: np.ndarray, wanted: np.ndarray) -> list[tuple[str, str]]:
+def _ids_and_sources(paths: list[Path], used: np.ndarray, numbers: np.ndarray) -> list[tuple[str, str]]:
     """(id, source) of records by their number among the used ones, ascending."""
-    found: list[tuple[str, str]] = []
+    ids_and_sources: list[tuple[str, str]] = []
     place = number = 0
     for path in paths:
         with pa.memory_map(str(path)) as file:
             table = pa.ipc.open_file(file).read_all()
             rows = np.flatnonzero(used[place : place + len(table)])
             place += len(table)
-            here = wanted[(wanted >= number) & (wanted < number + len(rows))] - number
+            here = numbers[(numbers >= number) & (numbers < number + len(rows))] - number
             part = table.select(["id", "place"]).take(pa.array(rows[here])).to_pydict()
-            found += zip(part["id"], part["place"], strict=True)
+            ids_and_sources += zip(part["id"], part["place"], strict=True)
             number += len(rows)
-    return found
+    return ids_and_sources

@@ -145,10 +145,10 @@ class Tree:
         if suffix in (*TABLE_SUFFIXES, *ARCHIVE_SUFFIXES, ".txt", ".md", ".py", ".html") or idx_name(name):
             return None
         try:
-            found = sniff(read_bytes(self.files[name], 64))
+            sniffed = sniff(read_bytes(self.files[name], 64))
         except OSError:
             return None
-        return found[0] if found else None
+        return sniffed[0] if sniffed else None
 
     def media(self, kind: str, name: str) -> Media:
         """A file of the source as a medium."""
@@ -237,23 +237,25 @@ def _add(tree: Tree, name: str, path: Location, scratch: Path) -> None:
         tree.files[name] = path
         tree.shards.append(name)
     elif suffix_of(name) in ARCHIVE_SUFFIXES:
-        whole = tree.single == name
-        tree.single = None if whole else tree.single
-        _unpack(tree, path, "" if whole else name, scratch)
+        single = tree.single == name
+        tree.single = None if single else tree.single
+        _unpack(tree, path, "" if single else name, scratch)
     else:
         tree.files[name] = path
 
 
 def _listed(url: str, scratch: Path) -> Tree:
     try:
-        found = listing(url)
+        listed = listing(url)
     except FileNotFoundError as error:
         raise PlaitError(f"{url} does not exist. Check the address.") from error
-    if len(found) == 1 and next(iter(found.values()))[0].rstrip("/").endswith("/" + url.rstrip("/").rpartition("/")[2]):
-        tree = Tree(url.rstrip("/").rpartition("/")[0], url, single=next(iter(found)))
+    if len(listed) == 1 and next(iter(listed.values()))[0].rstrip("/").endswith(
+        "/" + url.rstrip("/").rpartition("/")[2]
+    ):
+        tree = Tree(url.rstrip("/").rpartition("/")[0], url, single=next(iter(listed)))
     else:
         tree = Tree(url, url)
-    for name, (place, length, stamp) in found.items():
+    for name, (place, length, stamp) in listed.items():
         tree.stamps[name] = length, stamp
         if any(part.startswith(".") for part in name.split("/")):
             tree.refused.append(Rejected(name, None, "a hidden file"))

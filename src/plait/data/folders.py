@@ -35,7 +35,7 @@ class Folders:
         splits = {split_name(name) for name in reserved}
         decided = "train" in splits and len(splits) > 1 and len(others) <= len(reserved)
         if reserved:
-            shown, beside = _some(reserved), _some(others)
+            shown, beside = _named_few(reserved), _named_few(others)
             one = len(reserved) == 1
             self.notes[parent] = (
                 f"{'The folder' if one else 'The folders'} {shown} {'stands' if one else 'stand'} beside {beside}: "
@@ -104,6 +104,6 @@ def _only_numbered(stem: str) -> bool:
     return re.fullmatch(r"[A-Za-z]+([-_ ]?(\d+|of|part|shard|split|data|set))*", stem) is not None
 
 
-def _some(names: set[str]) -> str:
+def _named_few(names: set[str]) -> str:
     shown = ", ".join(f"'{name}'" for name in sorted(names)[:4])
     return shown + (f" and {len(names) - 4} more" if len(names) > 4 else "")

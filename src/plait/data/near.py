@@ -38,7 +38,7 @@ Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]  # first and second number, fi
 NO_PAIRS: Pairs = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
 
 
-class Prints(Sequence[bytes]):
+class Fingerprints(Sequence[bytes]):
     """Fingerprints on disk, one after another; no more of them is in memory than is looked at."""
 
     def __init__(self, path: Path, offsets: np.ndarray) -> None:
@@ -70,7 +70,7 @@ def _candidates(keys: Iterable[np.ndarray], codes: np.ndarray, owner: np.ndarray
     count = int(owner.max()) + 1
     if count <= _FEW:
         return np.stack(np.triu_indices(count, 1), 1)
-    found: list[np.ndarray] = []
+    candidates: list[np.ndarray] = []
     for key in keys:
         order = np.argsort(key, kind="stable")
         for step in range(1, min(window, len(order) - 1) + 1):
@@ -78,9 +78,9 @@ def _candidates(keys: Iterable[np.ndarray], codes: np.ndarray, owner: np.ndarray
             bits = np.bitwise_count(codes[left] ^ codes[right]).astype(np.int64)
             keep = (bits <= _BITS) & (owner[left] != owner[right]) & ((left < count) | (right < count))
             a, b = owner[left[keep]], owner[right[keep]]
-            found.append((np.minimum(a, b) * count + np.maximum(a, b)) * 64 + bits[keep])
-        found = [np.unique(np.concatenate(found))]
-    pairs, bits = found[0] // 64, found[0] % 64
+            candidates.append((np.minimum(a, b) * count + np.maximum(a, b)) * 64 + bits[keep])
+        candidates = [np.unique(np.concatenate(candidates))]
+    pairs, bits = candidates[0] // 64, candidates[0] % 64
     pairs, first = np.unique(pairs, return_index=True)  # the least number of bits comes first
     ends = np.stack([pairs // count, pairs % count], 1)
     near = np.zeros(len(ends), bool)
@@ -154,8 +154,8 @@ def near_images(prints: np.ndarray, most: float = IMAGES) -> Pairs:
         chosen = values[:, : SIDE * SIDE] @ part
         return np.concatenate((chosen, *(values[:, at : at + 64] @ tint for at in (SIDE * SIDE, SIDE * SIDE + 64))), 1)
 
-    some = prints[np.unique(np.linspace(0, count - 1, min(count, _MIDDLE)).astype(np.int64))]
-    blocks = [projected(some[start : start + 4096], parts[0]) for start in range(0, len(some), 4096)]
+    sample = prints[np.unique(np.linspace(0, count - 1, min(count, _MIDDLE)).astype(np.int64))]
+    blocks = [projected(sample[start : start + 4096], parts[0]) for start in range(0, len(sample), 4096)]
     middle = np.median(np.concatenate(blocks), axis=0)
     codes = np.empty((_INDEXED, count), np.uint64)
     for start in range(0, count, 4096):
@@ -279,7 +279,7 @@ def _patterned(values: np.ndarray) -> np.ndarray:
 def near_texts(prints: np.ndarray, most: float = TEXTS) -> Pairs:
     """Pairs among texts, `prints` (N, 128) uint32, whose distance is at most `most`: one minus the estimated share of
     runs of five characters that two texts have in common."""
-    found, near = np.zeros(0, np.int64), np.zeros(0, np.float32)
+    neighbours, near = np.zeros(0, np.int64), np.zeros(0, np.float32)
     for band in range(PERMUTATIONS // _BAND):
         keys = _band_keys(prints[:, band * _BAND : (band + 1) * _BAND])
         order = np.argsort(keys, kind="stable")
@@ -288,11 +288,11 @@ def near_texts(prints: np.ndarray, most: float = TEXTS) -> Pairs:
             left, right = order[:-step], order[step:]
             keep = keys[left] == keys[right]
             both.append(np.minimum(left, right)[keep] * len(prints) + np.maximum(left, right)[keep])
-        new = np.setdiff1d(np.concatenate(both), found)
+        new = np.setdiff1d(np.concatenate(both), neighbours)
         distance = _text_distances(prints, new)
-        place = np.argsort(merged := np.concatenate((found, new[distance <= most])), kind="stable")
-        found, near = merged[place], np.concatenate((near, distance[distance <= most]))[place]
-    return found // max(len(prints), 1), found % max(len(prints), 1), near
+        place = np.argsort(merged := np.concatenate((neighbours, new[distance <= most])), kind="stable")
+        neighbours, near = merged[place], np.concatenate((near, distance[distance <= most]))[place]
+    return neighbours // max(len(prints), 1), neighbours % max(len(prints), 1), near
 
 
 def _band_keys(rows: np.ndarray) -> np.ndarray:
@@ -314,16 +314,16 @@ def _text_distances(prints: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     return (1 - same / PERMUTATIONS).astype(np.float32)
 
 
-def _near_pixels(prints: Prints) -> Pairs:
+def _near_pixels(prints: Fingerprints) -> Pairs:
     return near_images(prints.matrix("u1", PRINT))
 
 
-def _near_spectrograms(prints: Prints) -> Pairs:
+def _near_spectrograms(prints: Fingerprints) -> Pairs:
     return near_audio(prints)
 
 
 # How each kind of fingerprint is compared.
-NEAR: dict[Comparison, Callable[[Prints], Pairs]] = {
+NEAR: dict[Comparison, Callable[[Fingerprints], Pairs]] = {
     Comparison.PIXELS: _near_pixels,
     Comparison.SPECTROGRAM: _near_spectrograms,
 }

@@ -253,19 +253,27 @@ def _make(source: Location, out: Location, folder: Path, partial: Path, options:
         manifest = manifest.model_copy(update=named)
         write_json(folder / "manifest.json", sealed(manifest.model_dump()))
         return manifest
-    found = plan(tree, options.column_map, options.labels, options.pattern)
+    source_plan = plan(tree, options.column_map, options.labels, options.pattern)
     if options.into:
-        found = grown_plan(Dataset.open(out), found, _last(source))
-    total = found.given.total()
+        source_plan = grown_plan(Dataset.open(out), source_plan, _last(source))
+    total = source_plan.given.total()
     before = out / known.FILE if isinstance(out, Path) and (out / known.FILE).is_file() else None
 
     def told(done: int) -> None:
         options.progress("check", done, max(total, done) if total else None)
 
     paths = stage(
-        found.read(), chunks, options.seed, options.near, found.chats, options.workers, told, before, options.engine
+        source_plan.read(),
+        chunks,
+        options.seed,
+        options.near,
+        source_plan.chats,
+        options.workers,
+        told,
+        before,
+        options.engine,
     )
-    manifest = _write(source, out, tree, found, paths, folder, options)
+    manifest = _write(source, out, tree, source_plan, paths, folder, options)
     write_json(folder / "manifest.json", sealed(manifest.model_dump()))
     return manifest
 
@@ -279,21 +287,21 @@ def estimate(source: str | Path, **options: Any) -> Cost:
     workers = options.get("workers")
     with tempfile.TemporaryDirectory(prefix="plait-") as scratch:
         tree = scan(place, Path(scratch) / "unpacked", Path(scratch))
-        found = plan(tree, options.get("column_map"), options.get("labels"), options.get("pattern"))
+        source_plan = plan(tree, options.get("column_map"), options.get("labels"), options.get("pattern"))
         near = options.get("near_duplicates", True)
-        return first_chunk_cost(found, Path(scratch), near, processors() if workers is None else workers)
+        return first_chunk_cost(source_plan, Path(scratch), near, processors() if workers is None else workers)
 
 
 # --- splitting --------------------------------------------------------------------------------------------------
 
 
-def _split(given: np.ndarray, draw: np.ndarray, found: Plan, labels: np.ndarray | None) -> tuple[np.ndarray, str]:
+def _split(given: np.ndarray, draw: np.ndarray, source_plan: Plan, labels: np.ndarray | None) -> tuple[np.ndarray, str]:
     """The split of each record (N,) as a number in SPLITS, and the rule in words. `given` is what the source says,
     -1 where it says nothing; `draw` (N,) in [0, 1) is a hash of the content; `labels` (N,) numbers the records' labels,
     where they have any."""
-    if found.tail:
+    if source_plan.tail:
         return np.where(given < 0, 0, given), "the last tenth of the text is val and test, half each"
-    if found.grown:
+    if source_plan.grown:
         rule = "what was there stays; new records 80/10/10 by a hash of the content, equal media with what was there"
         return np.where(given < 0, _beside(given, draw), given), rule
     if not (given >= 0).any():
@@ -323,33 +331,33 @@ def _stratified(draw: np.ndarray, labels: np.ndarray) -> np.ndarray:
     over counts for the labels that come next. Equal draws share a split, whatever their labels are."""
     split = np.zeros(len(draw), np.int64)
     place: dict[float, int] = {}
-    wanted = taken = 0.0
+    due = taken = 0.0
     for label in np.unique(labels):
-        mine = np.flatnonzero(labels == label)
-        distinct = [value for value in np.unique(draw[mine]).tolist() if value not in place]
-        wanted += len(distinct) / 10
-        count = min(round(wanted - taken), len(distinct) // 3)
+        members = np.flatnonzero(labels == label)
+        distinct = [value for value in np.unique(draw[members]).tolist() if value not in place]
+        due += len(distinct) / 10
+        count = min(round(due - taken), len(distinct) // 3)
         taken += count
         border = len(distinct) - 2 * count
         for rank, value in enumerate(distinct):
             place[value] = 0 if rank < border else 1 if rank < border + count else 2
-        split[mine] = [place[value] for value in draw[mine].tolist()]
+        split[members] = [place[value] for value in draw[members].tolist()]
     return split
 
 
-def _labels(paths: list[Path], used: np.ndarray, found: Plan) -> np.ndarray | None:
+def _labels(paths: list[Path], used: np.ndarray, source_plan: Plan) -> np.ndarray | None:
     """The labels (N,) of the records that are used, as numbers, -1 where one has none: by the first column of few and
     short texts. None where there is no such column."""
-    for column, kind in _kinds(paths, found).items():
-        if kind != "text" or column in found.chats:
+    for column, kind in _kinds(paths, source_plan).items():
+        if kind != "text" or column in source_plan.chats:
             continue
         cells = [cell for path in paths for cell in _cells(path, column)]
-        mine = [cell for cell, use in zip(cells, used, strict=True) if use]
-        known = [cell for cell in mine if cell is not None]
+        used_cells = [cell for cell, use in zip(cells, used, strict=True) if use]
+        known = [cell for cell in used_cells if cell is not None]
         number = {cell: place for place, cell in enumerate(dict.fromkeys(known))}
         short = all(len(cell.encode()) <= _LABEL_BYTES for cell in number)
         if short and 1 < len(number) <= len(known) // 4:
-            return np.array([-1 if cell is None else number[cell] for cell in mine])
+            return np.array([-1 if cell is None else number[cell] for cell in used_cells])
     return None
 
 
@@ -467,7 +475,7 @@ class Division:
 
 
 def _write(
-    source: Location, out: Location, tree: Tree, found: Plan, paths: list[Path], folder: Path, options: Options
+    source: Location, out: Location, tree: Tree, source_plan: Plan, paths: list[Path], folder: Path, options: Options
 ) -> Manifest:
     """The dataset of all chunks, but for the manifest, which is returned."""
     facts = _gather(paths, ["key", "content", "group", "draw", "rank", "split"]) if paths else {}
@@ -488,8 +496,8 @@ def _write(
             for path in paths:
                 path.unlink()
             raise PlaitError(f"{source}: no record can be used. {rejects.common() or 'Nothing was found'}.")
-        division = _divide(paths, used, facts, found, folder, options)
-        manifest, examples = _write_records(found, paths, folder, rejects, division, facts["rank"], options)
+        division = _divide(paths, used, facts, source_plan, folder, options)
+        manifest, examples = _write_records(source_plan, paths, folder, rejects, division, facts["rank"], options)
         for unused in _unused(tree):
             rejects.add(unused._replace(file=lead + unused.file))
     media = _write_known(paths, used, folder / known.FILE)
@@ -500,9 +508,9 @@ def _write(
             "parts": {"media": media} if media else {},
             "rejected": rejects.count,
             "dropped": division.dropped,
-            "notes": found.notes,
+            "notes": source_plan.notes,
             "split_notes": [f"split: {division.rule}"],
-            "warnings": [*tree.warnings, *found.warnings],
+            "warnings": [*tree.warnings, *source_plan.warnings],
         }
     )
     manifest = _with_repeats(manifest, division, facts, rejects)
@@ -514,11 +522,11 @@ def _write(
 
 
 def _divide(
-    paths: list[Path], used: np.ndarray, facts: dict[str, np.ndarray], found: Plan, folder: Path, options: Options
+    paths: list[Path], used: np.ndarray, facts: dict[str, np.ndarray], source_plan: Plan, folder: Path, options: Options
 ) -> Division:
     """Find splits and duplicates; what is alike is listed in `folder`."""
-    labels = _labels(paths, used, found) if used.sum() <= _STRATIFIED else None
-    split, rule = _split(facts["split"][used], facts["draw"][used] / 2.0**63, found, labels)
+    labels = _labels(paths, used, source_plan) if used.sum() <= _STRATIFIED else None
+    split, rule = _split(facts["split"][used], facts["draw"][used] / 2.0**63, source_plan, labels)
     duplicates = Duplicates.none(len(split))
     if options.near:
         options.progress("compare", 0, 1)
@@ -585,17 +593,17 @@ def _write_known(paths: list[Path], used: np.ndarray, path: Path) -> Shard | Non
     return Shard(file=path.name, split="", rows=rows, bytes=path.stat().st_size, sha256=sha256_file(path))
 
 
-def _kinds(paths: list[Path], found: Plan) -> dict[str, str]:
+def _kinds(paths: list[Path], source_plan: Plan) -> dict[str, str]:
     """The columns that have a value somewhere: those of the plan, then those that turned up, by kind and name."""
     there: dict[str, str] = {}
     for path in paths:
         there |= json.loads(_read(path).schema.metadata[b"kinds"])
-    late = sorted(set(there) - set(found.columns), key=lambda name: (KINDS.index(there[name]), len(name), name))
-    return {name: there[name] for name in [*found.columns, *late] if name in there}
+    late = sorted(set(there) - set(source_plan.columns), key=lambda name: (KINDS.index(there[name]), len(name), name))
+    return {name: there[name] for name in [*source_plan.columns, *late] if name in there}
 
 
 def _write_records(
-    found: Plan,
+    source_plan: Plan,
     paths: list[Path],
     folder: Path,
     rejects: _Rejects,
@@ -606,7 +614,7 @@ def _write_records(
     """Write the shards; returns the manifest as far as records tell, and examples to show: those that are first in
     `ranks` (A,)."""
     split, keep = division.split, division.keep
-    columns = _kinds(paths, found)
+    columns = _kinds(paths, source_plan)
     shards = {name: Shards(folder, name, columns) for name in SPLITS}
     statistics = {name: Statistics(kind) for name, kind in columns.items()}
     rank = np.where(keep, ranks[division.used], np.iinfo(np.int64).max)
@@ -644,9 +652,9 @@ def _write_records(
         overlap={},
         shards=[shard for name in SPLITS for shard in shards[name].done],
         statistics={name: counted.lengths() for name, counted in statistics.items() if counted.records},
-        chats=[name for name in found.chats if name in columns],
-        multi_label=[name for name in found.multi_label if name in columns],
-        numbers=[name for name in found.numbers if name in columns],
+        chats=[name for name in source_plan.chats if name in columns],
+        multi_label=[name for name in source_plan.multi_label if name in columns],
+        numbers=[name for name in source_plan.numbers if name in columns],
         notes=[],
         warnings=[],
     )

@@ -339,21 +339,21 @@ def plan(
     shards = plan_shards(tree, labels or {})
     idx = None if compiled or shards else plan_idx(tree, labels or {})
     tables = None if compiled or idx or shards else plan_tables(tree, column_map or {}, labels or {})
-    found = shards or idx or tables
-    plain = found is not None and found is tables and not set(MEDIA) & set(found.columns.values())
-    if found is None or (plain and not column_map and not (found.chats or found.multi_label)):
+    chosen = shards or idx or tables
+    plain = chosen is not None and chosen is tables and not set(MEDIA) & set(chosen.columns.values())
+    if chosen is None or (plain and not column_map and not (chosen.chats or chosen.multi_label)):
         # Tables that name no media give way to media that lie there.
-        found = plan_media(tree, compiled) or found or (plan_text(tree) if not compiled else None)
-    if found is None:
+        chosen = plan_media(tree, compiled) or chosen or (plan_text(tree) if not compiled else None)
+    if chosen is None:
         raise PlaitError(
             f"{tree.source} holds nothing that can be read.{_reasons(tree)} What is read: {known_formats()}, tables "
             "(jsonl, json, csv, tsv, parquet, arrow), text (txt), idx files, and archives of these (zip, tar)."
         )
-    if labels and found is not tables and found is not shards and (found is not idx or set(labels) != {"label"}):
+    if labels and chosen is not tables and chosen is not shards and (chosen is not idx or set(labels) != {"label"}):
         raise PlaitError(
             "Labels name the integer classes of a table's column, or of idx files (their column is 'label')."
         )
-    if column_map and found is not tables:
-        known = ", ".join(found.columns)
+    if column_map and chosen is not tables:
+        known = ", ".join(chosen.columns)
         raise PlaitError(f"--map applies to the columns of tables; this source has none (its columns are {known}).")
-    return found
+    return chosen

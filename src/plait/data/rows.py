@@ -74,16 +74,16 @@ def rows(tree: Tree, name: str) -> Iterator[Row]:
 
 def distinct(names: list[str]) -> tuple[list[str], list[str]]:
     """The names with a number added where one is there already, and a note for each that was renamed."""
-    found: list[str] = []
+    renamed: list[str] = []
     notes = []
     for name in names:
         number, free = 2, name
-        while free in found or (free != name and free in names):
+        while free in renamed or (free != name and free in names):
             free, number = f"{name}_{number}", number + 1
         if free != name:
             notes.append(f"two columns are called '{name}': the later one is read as '{free}'")
-        found.append(free)
-    return found, notes
+        renamed.append(free)
+    return renamed, notes
 
 
 # --- Parquet and Arrow ------------------------------------------------------------------------------------------
@@ -94,15 +94,23 @@ def _parquet(path: Location) -> Any:
 
 
 def arrow_file(path: Location) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-    """Schema and batches of an Arrow file, of the streaming kind (as Hugging Face's datasets write) or the other."""
-    file = pa.memory_map(str(path)) if isinstance(path, Path) else pa.PythonFile(open_binary(path))
+    """Schema and batches of an Arrow file, of the streaming kind (as Hugging Face's datasets write) or the other. Each
+    batch is checked, and the file read rather than mapped: what a damaged one says of its places would end the process.
+    """
+    file = pa.OSFile(str(path)) if isinstance(path, Path) else pa.PythonFile(open_binary(path))
     try:
         reader = pa.ipc.open_stream(file)
-        return reader.schema, iter(reader)
+        return reader.schema, map(_valid, reader)
     except pa.ArrowInvalid:
         file.seek(0)
-        whole = pa.ipc.open_file(file)
-        return whole.schema, (whole.get_batch(n) for n in range(whole.num_record_batches))
+        stream = pa.ipc.open_file(file)
+        return stream.schema, (_valid(stream.get_batch(n)) for n in range(stream.num_record_batches))
+
+
+def _valid(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch. Raises ArrowInvalid where it says what cannot be."""
+    batch.validate(full=True)
+    return batch
 
 
 def schema_of(path: Location, suffix: str) -> tuple[pa.Schema, int | None]:
@@ -317,11 +325,11 @@ def _not_a_number(text: str) -> float:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    cells = dict(pairs)
+    if len(cells) != len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise ValueError(f"the key '{twice}' stands there twice")
-    return found
+    return cells
 
 
 def parse_json(text: str) -> Any:

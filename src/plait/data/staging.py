@@ -266,7 +266,7 @@ class LocalPool:
         assert process.stdin is not None and process.stdout is not None
         try:
             send(process.stdin, task, blobs)
-            line = read_line(process, _hangs(status), 2.0)
+            line = read_line(process, _is_stuck(status), 2.0)
         except (OSError, ValueError):  # a pipe whose other end is gone
             line = b""
         if line is None:
@@ -278,18 +278,18 @@ class LocalPool:
         return json.loads(line), ""
 
 
-def _hangs(status: Path) -> Callable[[], bool]:
+def _is_stuck(status: Path) -> Callable[[], bool]:
     """Whether the record that `status` names has been under work for too long, asked again and again."""
     last, since = b"", time.monotonic()
 
-    def hangs() -> bool:
+    def is_stuck() -> bool:
         nonlocal last, since
         now = status.read_bytes()
         if now != last:
             last, since = now, time.monotonic()
         return time.monotonic() - since > _PATIENCE
 
-    return hangs
+    return is_stuck
 
 
 def _unwritten(folder: Path, reason: str) -> PlaitError:

@@ -87,7 +87,7 @@ def _words(error: BaseException) -> str:
     return getattr(error, "strerror", None) or " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _patiently(work: Callable[[], T], what: str, failed: Callable[[Exception], bool]) -> T:
+def _with_retries(work: Callable[[], T], what: str, failed: Callable[[Exception], bool]) -> T:
     """What `work` returns. Where it fails, and `failed` says that the failure may pass, it is tried again after longer
     and longer pauses, for a minute in all. Raises StoreError after that; other failures come as they are."""
     try:
@@ -150,7 +150,7 @@ class _StoreFile(io.RawIOBase):
                 raise OSError(errno.EIO, f"{len(data)} bytes came where {stop - self.at} were asked for")
             return data
 
-        data = _patiently(fetch, f"{self.url} cannot be read", _store_failed)
+        data = _with_retries(fetch, f"{self.url} cannot be read", _store_failed)
         buffer[: len(data)] = data
         self.at = stop
         return len(data)
@@ -160,11 +160,11 @@ def open_binary(place: Location) -> IO[bytes]:
     """A file to read, seekable. Raises OSError where it is not there or may not be read, StoreError where the disk or
     the store fails for a minute."""
     if isinstance(place, Path):
-        return _patiently(lambda: place.open("rb"), f"{place} cannot be read", is_passing)
+        return _with_retries(lambda: place.open("rb"), f"{place} cannot be read", is_passing)
     system, path = _filesystem(place)
-    facts = _patiently(lambda: system.info(path), f"{place} cannot be read", _store_failed)
+    facts = _with_retries(lambda: system.info(path), f"{place} cannot be read", _store_failed)
     if facts.get("size") is None:  # a server that does not say: the whole of it
-        return io.BytesIO(_patiently(lambda: system.cat_file(path), f"{place} cannot be read", _store_failed))
+        return io.BytesIO(_with_retries(lambda: system.cat_file(path), f"{place} cannot be read", _store_failed))
     return io.BufferedReader(_StoreFile(system, path, int(facts["size"]), place), _BLOCK)
 
 
@@ -174,13 +174,13 @@ def read_bytes(place: Location, most: int = -1) -> bytes:
         system, path = _filesystem(place)
         end = None if most < 0 else most
         fetch = lambda: cast("bytes", system.cat_file(path, start=0, end=end))  # noqa: E731
-        return _patiently(fetch, f"{place} cannot be read", _store_failed)
+        return _with_retries(fetch, f"{place} cannot be read", _store_failed)
 
     def read() -> bytes:
         with place.open("rb") as file:
             return file.read(most)
 
-    return _patiently(read, f"{place} cannot be read", is_passing)
+    return _with_retries(read, f"{place} cannot be read", is_passing)
 
 
 def join(place: Location, name: str) -> Location:
@@ -194,7 +194,7 @@ def size(place: Location) -> int | None:
         return place.stat().st_size if place.is_file() else None
     system, path = _filesystem(place)
     try:
-        facts = _patiently(lambda: system.info(path), f"{place} cannot be read", _store_failed)
+        facts = _with_retries(lambda: system.info(path), f"{place} cannot be read", _store_failed)
     except FileNotFoundError:
         return None
     return int(facts["size"] or 0) if facts["type"] == "file" else None
@@ -211,7 +211,7 @@ def listing(url: str) -> dict[str, tuple[str, int, str]]:
         system.invalidate_cache()
         return cast("dict[str, Any]", system.find(root, detail=True))
 
-    found = _patiently(find, f"{url} cannot be listed", _store_failed)
+    found = _with_retries(find, f"{url} cannot be listed", _store_failed)
     files = {}
     for path, facts in sorted(found.items()):
         inside = path.removeprefix(root.rstrip("/")).lstrip("/") or path.rpartition("/")[2]
@@ -234,7 +234,7 @@ def check_writable(url: str) -> None:
         system.pipe_file(place, b"plait")
         system.rm_file(place)
 
-    _patiently(probe, f"{url} cannot be written", _store_failed)
+    _with_retries(probe, f"{url} cannot be written", _store_failed)
 
 
 def _make_folder(system: Any, root: str) -> None:
@@ -249,8 +249,8 @@ def upload(folder: Path, url: str, last: str) -> None:
     system, root = _filesystem(url)
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != last)
 
-    def patiently(work: Callable[[], T]) -> T:
-        return _patiently(work, f"{url} cannot be written", lambda error: True)
+    def with_retries(work: Callable[[], T]) -> T:
+        return _with_retries(work, f"{url} cannot be written", lambda error: True)
 
     def clear() -> None:
         _make_folder(system, root)
@@ -265,7 +265,7 @@ def upload(folder: Path, url: str, last: str) -> None:
             if path.rpartition("/")[2].endswith(".parquet") and path.rpartition("/")[2] not in names:
                 system.rm_file(path)
 
-    patiently(clear)
+    with_retries(clear)
     for name in [*names, last]:
 
         def put(name: str = name) -> None:
@@ -275,4 +275,4 @@ def upload(folder: Path, url: str, last: str) -> None:
             if length != (folder / name).stat().st_size:
                 raise OSError(errno.EIO, f"{name} has {length} bytes there")
 
-        patiently(put)
+        with_retries(put)

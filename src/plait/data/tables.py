@@ -193,10 +193,10 @@ def _path_kinds(tree: Tree, table: str, column: str, values: list[Any]) -> set[s
         if not isinstance(value, str) or len(value) > 300 or "\n" in value or "://" in value:
             continue
         kind = kind_of_suffix(suffix_of(value.replace("\\", "/")))
-        found = tree.resolve(table, value) if named or (not there and kind) else None
-        if isinstance(found, str):
+        resolved = tree.resolve(table, value) if named or (not there and kind) else None
+        if isinstance(resolved, str):
             there = True
-            kind = kind or tree.kind(found)
+            kind = kind or tree.kind(resolved)
         if kind:
             kinds.append(kind)
     return set(kinds) if (there or named) and values and _most(len(kinds), values) else set()
@@ -256,8 +256,8 @@ def _separator(values: list[Any]) -> str | None:
 
 def _are_numbers(values: list[Any]) -> bool:
     """Whether a column of these holds numbers that one may want to predict."""
-    found = {number for value in values if (number := _number(value)) is not None}
-    return len(found) >= _NUMBERS and len([v for v in values if _number(v) is not None]) == len(values)
+    numbers = {number for value in values if (number := _number(value)) is not None}
+    return len(numbers) >= _NUMBERS and len([v for v in values if _number(v) is not None]) == len(values)
 
 
 def _number(value: Any) -> float | None:
@@ -273,7 +273,7 @@ def _number(value: Any) -> float | None:
 
 def _wanted(column_map: dict[str, str], known: set[str]) -> dict[str, tuple[str, str | None]]:
     """The user's map as column -> (role, name or None). Raises PlaitError where it does not fit the table."""
-    wanted: dict[str, tuple[str, str | None]] = {}
+    requested: dict[str, tuple[str, str | None]] = {}
     for left, right in column_map.items():
         for piece in right.split(","):
             head, _, name = piece.strip().partition(":")
@@ -287,8 +287,8 @@ def _wanted(column_map: dict[str, str], known: set[str]) -> dict[str, tuple[str,
                 raise PlaitError(
                     f"--map {left}={right}: there is no column '{column}'. Columns: {', '.join(sorted(known))}."
                 )
-            wanted[column] = role, name or None
-    return wanted
+            requested[column] = role, name or None
+    return requested
 
 
 @dataclass
@@ -376,11 +376,11 @@ def _plan_columns(
 ) -> _Columns:
     """What each column of the tables is: as the map says, else as its name and values do. Raises PlaitError."""
     known = {column for table in tables for column in table.samples}
-    wanted = _wanted(column_map, known)
+    requested = _wanted(column_map, known)
     columns = _Columns()
     for table in tables:
         for column, values in table.samples.items():
-            asked = wanted.get(column)
+            asked = requested.get(column)
             role = asked[0] if asked else _recognise(tree, table.file, column, values)
             name = (asked[1] if asked else None) or _target(column, role, set(table.samples))
             names = labels.get(name) or labels.get(column) or table.class_names.get(column)
@@ -489,12 +489,12 @@ def _medium(tree: Tree, table: Table, place: str, column: Column, value: Any) ->
         return Media(kind, place, data=value)
     if not isinstance(value, str):
         raise UnusableError(f"column '{column.name}' is neither a path nor bytes")
-    found = tree.resolve(table.file, value)
-    if isinstance(found, Rejected):
-        raise UnusableError(found.reason)
-    tree.used.add(found)
-    kind = column.role if column.role != "media" else tree.kind(found) or next(iter(MEDIA))
-    return tree.media(kind, found)
+    resolved = tree.resolve(table.file, value)
+    if isinstance(resolved, Rejected):
+        raise UnusableError(resolved.reason)
+    tree.used.add(resolved)
+    kind = column.role if column.role != "media" else tree.kind(resolved) or next(iter(MEDIA))
+    return tree.media(kind, resolved)
 
 
 def _spoken(tree: Tree, table: Table, place: str, column: Column, kind: str, value: bytes | str) -> Media:

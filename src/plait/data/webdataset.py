@@ -84,29 +84,29 @@ def _record(
     """The record of members that share a stem, and the rejections of those that cannot be used."""
     key = members[0][0]
     place = f"{shard}/{key}"
-    found = Found(place, place, {}, split)
+    record = Found(place, place, {}, split)
     faults: list[Rejected] = []
     for _, ending, content in members:
         name, suffix = ending.rpartition(".")[0], ending.rpartition(".")[2]
         member = f"{place}.{ending}"
         try:
             if kind := kind_of_suffix(f".{suffix}"):
-                found.parts[_free(name or kind, found)] = Media(kind, member, data=content)
+                record.parts[_free(name or kind, record)] = Media(kind, member, data=content)
             elif suffix == "json":
                 value = parse_json(content.decode("utf-8-sig"))
                 for column, cell in (value if isinstance(value, dict) else {"json": value}).items():
                     if (text := words(cell, labels.get(column))) is not None:
-                        found.parts[_free(str(column), found)] = text
+                        record.parts[_free(str(column), record)] = text
             elif suffix in _TEXTS:
                 column = name or _TEXTS[suffix]
                 if (text := words(content.decode("utf-8-sig").strip(), labels.get(column))) is not None:
-                    found.parts[_free(column, found)] = text
+                    record.parts[_free(column, record)] = text
             else:
                 faults.append(Rejected(member, None, "not a kind of member that is read"))
         except (ValueError, RecursionError, UnusableError) as error:
             faults.append(Rejected(member, None, f"cannot be read: {error}"))
-    if found.parts or not faults:
-        yield found
+    if record.parts or not faults:
+        yield record
     yield from faults
 
 

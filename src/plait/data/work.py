@@ -156,11 +156,11 @@ def check_chunk(task: Task, blobs: list[bytes], at: Callable[[int], None] = lamb
             refused.append(Rejected(*item))
             continue
         at(n)
-        found = _check(item, task, blobs, task.get("faults", {}).get(str(n)), lately)
-        if isinstance(found, Rejected):
-            refused.append(found)
+        checked = _check(item, task, blobs, task.get("faults", {}).get(str(n)), lately)
+        if isinstance(checked, Rejected):
+            refused.append(checked)
             continue
-        rows.append(found)
+        rows.append(checked)
         kinds |= {name: "text" if isinstance(value, str) else value["kind"] for name, value in item["parts"].items()}
     at(-1)
     types: dict[str, pa.DataType] = dict(FACTS)

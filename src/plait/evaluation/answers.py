@@ -63,16 +63,16 @@ def _several(context: EvalContext, one: SeveralLabels) -> None:
 def _numbers(context: EvalContext, one: Numbers) -> None:
     """The mean absolute error beside a ridge regression's on the same features, R2, and how many intervals hold."""
     model, dataset, limits = context.model, context.dataset, context.limits
-    given = (one.source, one.target)
-    _, inputs, answers = read_examples(model, dataset, *given, context.split, limits.records, context.seed)
+    columns = (one.source, one.target)
+    _, inputs, answers = read_examples(model, dataset, *columns, context.split, limits.records, context.seed)
     if len(inputs) < 2:
         return
     direction = Direction(one.source, one.target)
     truth, said = np.array(answers, float), one.predict(inputs)
     off = np.abs(truth - said)
-    _, some, known = read_examples(model, dataset, *given, "train", MOST_ALTERNATIVE, context.seed)
+    _, train_inputs, known = read_examples(model, dataset, *columns, "train", MOST_ALTERNATIVE, context.seed)
     values = np.array(known, float)
-    weights = fit_ridge(one.features(some), values, RIDGE)
+    weights = fit_ridge(one.features(train_inputs), values, RIDGE)
     simple = np.abs(truth - apply_ridge(one.features(inputs), weights))
     guess = float(np.abs(truth - values.mean()).mean())
     value, error = metrics.mean_with_error(off, seed=context.seed)

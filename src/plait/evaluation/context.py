@@ -77,13 +77,13 @@ class LabelClassifier:
     columns: list[str]  # label columns it tells apart
     classes: list[tuple[str | None, ...]]  # a label or None for each of them
 
-    def says(self, features: Tensor, column: str) -> tuple[list[str | None], np.ndarray]:
+    def predicted_labels(self, features: Tensor, column: str) -> tuple[list[str | None], np.ndarray]:
         """The label that each sample has in a column, None where it looks like one of another; and features."""
         probabilities, hidden = self.judge(features)
         place = self.columns.index(column)
         return [self.classes[i][place] for i in probabilities.argmax(1)], hidden
 
-    def among(self, features: Tensor, column: str, labels: list[str]) -> np.ndarray:
+    def predict_among(self, features: Tensor, column: str, labels: list[str]) -> np.ndarray:
         """The index of the likeliest label of a column, (N,)."""
         probabilities, _ = self.judge(features)
         place = self.columns.index(column)
@@ -130,7 +130,7 @@ class EvalContext:
         self.text_columns = [c for c, kind in self.columns.items() if kind == "text"]
         self.written = set(self.columns) - set(self.model.checkpoint.model.config.read_only)
         self.labels = {c: self.model.labels[c] for c in self.text_columns if c in self.model.labels}
-        self.texts = {c: np.array(self.dataset.texts(c), object) for c in self.text_columns}
+        self.texts = {c: self.dataset.texts(c) for c in self.text_columns}
         self._seen = self.dataset.seen()
         if self.split != "train" and (count := int(self._seen[self.dataset.indices(self.split)].sum())):
             self.note(
@@ -140,7 +140,7 @@ class EvalContext:
         self._read: dict[tuple[str, str], Media] = {}
         self._embedded: dict[str, np.ndarray] = {}
         self._rebuilt: dict[tuple[str, str], list[np.ndarray]] = {}
-        self._critics: dict[tuple[str, tuple[str, ...]], LabelClassifier] = {}
+        self._label_classifiers: dict[tuple[str, tuple[str, ...]], LabelClassifier] = {}
 
     def modality(self, column: str) -> MediaModality:
         return self.media[self.columns[column]]
@@ -178,7 +178,7 @@ class EvalContext:
         """In an order that is a function of the seed."""
         return indices[np.argsort(uniform(self.seed, 21, indices), kind="stable")]
 
-    def chosen(self, indices: np.ndarray, most: int) -> np.ndarray:
+    def draw(self, indices: np.ndarray, most: int) -> np.ndarray:
         """At most so many, drawn by the seed, ascending."""
         return np.sort(self.shuffled(indices)[:most])
 
@@ -187,7 +187,7 @@ class EvalContext:
         if (column, split) not in self._read:
             most = self.limits.training if split == "train" else self.limits.records
             order = self.shuffled(self.dataset.indices(split))
-            modality, found, cut = self.modality(column), {}, 0
+            modality, by_record, cut = self.modality(column), {}, 0
             for start in range(0, len(order), 2000):
                 # Within a chunk in the file's order, which reads each row group once.
                 chunk = np.sort(order[start : start + 2000])
@@ -195,18 +195,18 @@ class EvalContext:
                 for index, record in zip(chunk, self.dataset.iterate(chunk, [column]), strict=True):
                     if column in record.parts:
                         windows = modality.windows(record.parts[column])
-                        found[int(index)] = windows[0]
+                        by_record[int(index)] = windows[0]
                         cut += len(windows) > 1
-                if len(found) >= most or (
-                    split == "train" and sum(sample.size for sample in found.values()) >= self.limits.cells
+                if len(by_record) >= most or (
+                    split == "train" and sum(sample.size for sample in by_record.values()) >= self.limits.cells
                 ):
                     break
-            kept = np.sort(np.array([i for i in order if i in found][:most], np.int64))
-            if start + 2000 < len(order) or len(kept) < len(found):
+            kept = np.sort(np.array([i for i in order if i in by_record][:most], np.int64))
+            if start + 2000 < len(order) or len(kept) < len(by_record):
                 self.note(f"{column}: {len(kept):,} records of {split} were used, drawn by the seed.")
             if cut:
                 self.note(f"{column}: {cut:,} of {split} are longer than the longest clip; their beginning was used.")
-            self._read[column, split] = Media(kept, [found[i] for i in kept.tolist()])
+            self._read[column, split] = Media(kept, [by_record[i] for i in kept.tolist()])
         return self._read[column, split]
 
     def with_text(self, media: Media, column: str) -> Media:
@@ -219,7 +219,7 @@ class EvalContext:
             return self.with_text(self.samples(source, split), target)
         present = [i for i in self.dataset.indices(split) if self.texts[source][i] is not None]
         media = self.with_text(Media(np.array(present, np.int64), [np.empty(0)] * len(present)), target)
-        return media.only(self.chosen(np.arange(len(media)), self.limits.records))
+        return media.only(self.draw(np.arange(len(media)), self.limits.records))
 
     def inputs(self, source: str, media: Media) -> list[Sequence]:
         """What the model reads of these records, as sequences."""
@@ -240,15 +240,16 @@ class EvalContext:
         return Sequence().read_ids(ids, "text")
 
     def contexts(self, column: str, media: Media) -> list[Sequence]:
+        """Samples of a column as what the model reads, a sequence each."""
         return [self.model.context([(column, sample)]) for sample in media.samples]
 
     def embedded(self, column: str, media: Media) -> np.ndarray:
         """Places in the embedding space (N, E) of samples of this split, found once for all tasks."""
-        whole = self.samples(column, self.split)
+        media_of_split = self.samples(column, self.split)
         if column not in self._embedded:
             self.progress(f"embed {column}", 0, 1)
-            self._embedded[column] = self.model.embed_sequences(self.contexts(column, whole))
-        return self._embedded[column][np.searchsorted(whole.indices, media.indices)]
+            self._embedded[column] = self.model.embed_sequences(self.contexts(column, media_of_split))
+        return self._embedded[column][np.searchsorted(media_of_split.indices, media.indices)]
 
     def features(self, column: str, samples: list[np.ndarray]) -> Tensor:
         """Samples for a plain classifier, (N, C, H, W)."""
@@ -257,18 +258,18 @@ class EvalContext:
     @torch.no_grad()
     def encode(self, column: str, samples: list[np.ndarray]) -> list[np.ndarray]:
         """Samples to their codes, each of its own length."""
-        modality, found = self.modality(column), []
+        modality, all_codes = self.modality(column), []
         for start in range(0, len(samples), 256):
             chunk = samples[start : start + 256]
             values, lengths = modality.batch(chunk)
             codes = modality.codec.encode(values.to(self.device), lengths.to(self.device)).cpu().numpy()
-            found += [row[: modality.code_count(len(s))] for row, s in zip(codes, chunk, strict=True)]
-        return found
+            all_codes += [row[: modality.code_count(len(s))] for row, s in zip(codes, chunk, strict=True)]
+        return all_codes
 
     @torch.no_grad()
     def decode(self, column: str, codes: list[np.ndarray]) -> list[np.ndarray]:
         """Codes to samples."""
-        modality, found = self.modality(column), [np.empty(0)] * len(codes)
+        modality, samples = self.modality(column), [np.empty(0)] * len(codes)
         alike: dict[int, list[int]] = {}
         for i, row in enumerate(codes):
             alike.setdefault(len(row), []).append(i)
@@ -276,8 +277,8 @@ class EvalContext:
             for part in (places[at : at + 256] for at in range(0, len(places), 256)):
                 values = torch.from_numpy(np.stack([codes[i] for i in part])).to(self.device)
                 for i, sample in zip(part, modality.codec.decode(values).cpu().numpy(), strict=True):
-                    found[i] = sample
-        return found
+                    samples[i] = sample
+        return samples
 
     def rebuilt(self, column: str, split: str) -> Media:
         """`samples`, each after the codec."""
@@ -299,7 +300,7 @@ class EvalContext:
 
     # --- judges -------------------------------------------------------------------------------------------------
 
-    def critic(self, media_column: str, column: str) -> LabelClassifier | None:
+    def label_classifier(self, media_column: str, column: str) -> LabelClassifier | None:
         """The judge of a media column that knows the labels of a text column; None where train has too few.
 
         Where label columns say the same of a record (a name in two languages), one judge serves them all.
@@ -309,19 +310,19 @@ class EvalContext:
         truth = [tuple(self.texts[c][i] for c in columns) for i in train.indices]
         joint = len(set(truth)) <= sum(len(self.labels[c]) for c in columns) + 1
         group = tuple(columns if joint else [column])
-        if (media_column, group) not in self._critics and column in group:
+        if (media_column, group) not in self._label_classifiers and column in group:
             share = self.reference_seconds / (1 if joint else len(columns))
-            found = self._fit(media_column, group, share)
-            if found is None:
+            classifier = self._fit(media_column, group, share)
+            if classifier is None:
                 return None
-            self._critics[media_column, group] = found
-        return self._critics.get((media_column, group))
+            self._label_classifiers[media_column, group] = classifier
+        return self._label_classifiers.get((media_column, group))
 
     def _fit(self, media_column: str, group: tuple[str, ...], seconds: float) -> LabelClassifier | None:
         train, modality = self.samples(media_column, "train"), self.modality(media_column)
         truth = [tuple(self.texts[c][i] for c in group) for i in train.indices]
         keep = np.array([any(value is not None for value in row) for row in truth], bool)
-        rows = [row for row, wanted in zip(truth, keep, strict=True) if wanted]
+        rows = [row for row, kept in zip(truth, keep, strict=True) if kept]
         classes = list(dict.fromkeys(rows))
         if len(classes) < 2 or len(rows) < 2 * len(classes):
             return None
@@ -359,6 +360,7 @@ class Timer:
         self.eval_context, self.start = eval_context, time.perf_counter()
 
     def lap(self, stage: str) -> None:
+        """Keep the seconds since the last lap as those of a stage."""
         now = time.perf_counter()
         self.eval_context.keep(TIMING, Direction(stage), "seconds", now - self.start)
         self.start = now

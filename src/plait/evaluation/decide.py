@@ -65,16 +65,16 @@ def fit_classifiers(
     model: PlaitModel, dataset: Dataset, seed: int = 0, progress: Callable[[str, int, int], None] | None = None
 ) -> list[Classifier]:
     """A classifier for each direction of the dataset, in the order of its columns."""
-    found = []
+    classifiers = []
     for source, target in directions(model, dataset):
         if progress:
             progress(f"classifier {source}-{target}", 0, 1)
         one = _fit(model, dataset, source, target, seed)
         if one is not None:
-            found.append(one)
+            classifiers.append(one)
         if progress:
             progress(f"classifier {source}-{target}", 1, 1)
-    return found
+    return classifiers
 
 
 def finish(
@@ -124,8 +124,8 @@ def space_quality(model: PlaitModel, dataset: Dataset, seed: int) -> SpaceQualit
     if len(distinct) < 2:
         return None
     queries = model.embed_inputs([str(text) for text in distinct])
-    found = model.embed_sequences([model.context([(media[0], sample)]) for _, sample in pairs])
-    return measure_space(queries, found, place[None] == np.arange(len(distinct))[:, None])
+    embeddings = model.embed_sequences([model.context([(media[0], sample)]) for _, sample in pairs])
+    return measure_space(queries, embeddings, place[None] == np.arange(len(distinct))[:, None])
 
 
 def describe(classifier: Classifier) -> str:
@@ -221,10 +221,10 @@ def _fit_novelty(
 ) -> None:
     """Views of what is unlike, fitted on train, and the familiarity of validation records by them."""
     views = ["features", "network"] if "network" in scores else ["features"]
-    some = fitting.only(np.arange(len(fitting))[:: max(-(-len(fitting) // MOST), 1)])
+    sample = fitting.only(np.arange(len(fitting))[:: max(-(-len(fitting) // MOST), 1)])
     for view in views:
-        rows = view_of(model, classifier, view, some.inputs)
-        classifier.novelty[view] = fit_novelty(rows, some.classes, view_of(model, classifier, view, held.inputs))
+        rows = view_of(model, classifier, view, sample.inputs)
+        classifier.novelty[view] = fit_novelty(rows, sample.classes, view_of(model, classifier, view, held.inputs))
     classifier.mixture.fit_quantiles(scores, novelty_scores(model, classifier, held.inputs))
 
 

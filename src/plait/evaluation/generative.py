@@ -64,13 +64,15 @@ def evaluate_making(eval_context: EvalContext, label_column: str, media_column: 
         contexts = [eval_context.text_sequence(label) for label in asked[start : start + chunk]]
         for results in eval_context.model.write(contexts, media_column, n=each, seed=eval_context.seed + start):
             made += results
-    wanted = np.repeat(np.array(asked, object), each)
-    critic = eval_context.critic(media_column, label_column)
+    labels_asked = np.repeat(np.array(asked, object), each)
+    critic = eval_context.label_classifier(media_column, label_column)
     right: np.ndarray | None = None
     if critic is not None:
-        right = _judged(eval_context, critic, task, label_column, media_column, made, wanted, train, test, len(labels))
+        right = _judged(
+            eval_context, critic, task, label_column, media_column, made, labels_asked, train, test, len(labels)
+        )
     nearest = _copies(eval_context, critic, task, direction, made, label_column, media_column)
-    _show(eval_context, task, direction, media_column, made, wanted, right, train, nearest)
+    _show(eval_context, task, direction, media_column, made, labels_asked, right, train, nearest)
 
 
 def _judged(
@@ -80,7 +82,7 @@ def _judged(
     label_column: str,
     media_column: str,
     made: list[np.ndarray],
-    wanted: np.ndarray,
+    labels_asked: np.ndarray,
     train: Media,
     test: Media,
     classes: int,
@@ -89,12 +91,12 @@ def _judged(
     direction, seed = Direction(label_column, media_column), eval_context.seed
 
     def look(samples: list[np.ndarray], truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        said, hidden = critic.says(eval_context.features(media_column, samples), label_column)
+        said, hidden = critic.predicted_labels(eval_context.features(media_column, samples), label_column)
         return np.array([a == b for a, b in zip(said, truth, strict=True)], float), hidden
 
     truth = eval_context.texts[label_column][test.indices]
     rebuilt = eval_context.with_text(eval_context.rebuilt(media_column, eval_context.split), label_column)
-    right, hidden = look(made, wanted)
+    right, hidden = look(made, labels_asked)
     real, real_hidden = look(test.samples, truth)
     again, _ = look(rebuilt.samples, truth)
     (accuracy, error), (real_accuracy, real_error) = (metrics.mean_with_error(x, seed=seed) for x in (right, real))
@@ -106,10 +108,10 @@ def _judged(
     share = accuracy / real_accuracy if real_accuracy else math.nan
     keep(task, direction, "judged_share", share, n=n, stderr=quotient_error(accuracy, error, real_accuracy, real_error))
     # Real samples of train serve as what perfect drawing would score, as many as were made.
-    some = eval_context.chosen(np.arange(len(train)), n)
-    _, other = look(train.only(some).samples, eval_context.texts[label_column][train.indices[some]])
-    value = metrics.diversity(hidden, wanted, real_hidden, truth)
-    error = _redrawn(lambda rows: metrics.diversity(hidden[rows], wanted[rows], real_hidden, truth), n, seed)
+    drawn = eval_context.draw(np.arange(len(train)), n)
+    _, other = look(train.only(drawn).samples, eval_context.texts[label_column][train.indices[drawn]])
+    value = metrics.diversity(hidden, labels_asked, real_hidden, truth)
+    error = _redrawn(lambda rows: metrics.diversity(hidden[rows], labels_asked[rows], real_hidden, truth), n, seed)
     keep(task, direction, "diversity", value, stderr=error, baseline=1.0, n=n)
     value = metrics.frechet_distance(hidden, real_hidden)
     error = _redrawn(lambda rows: metrics.frechet_distance(hidden[rows], real_hidden), n, seed)
@@ -138,24 +140,26 @@ def _copies(
     train = eval_context.with_text(eval_context.rebuilt(column, "train"), label_column)
     test = eval_context.with_text(eval_context.rebuilt(column, eval_context.split), label_column)
     most = max(eval_context.limits.cells // 4 // max(eval_context.features(column, train.samples[:1]).numel(), 1), 1)
-    places = eval_context.chosen(np.arange(len(train)), most)
+    places = eval_context.draw(np.arange(len(train)), most)
     features = [eval_context.features(column, samples) for samples in (train.only(places).samples, made, test.samples)]
     gallery, drawn, real = (f.flatten(1).numpy() for f in features)
     own, nearest = metrics.nearest(drawn, gallery)
     _keep_copies(eval_context, task, direction, "near_copies", own, metrics.nearest(real, gallery)[0])
     if critic is not None:
         gallery, drawn, real = (critic.judge(f)[1] for f in features)
-        own, theirs = metrics.nearest(drawn, gallery)[0], metrics.nearest(real, gallery)[0]
-        _keep_copies(eval_context, task, direction, "near_copies_features", own, theirs)
+        own, real_distances = metrics.nearest(drawn, gallery)[0], metrics.nearest(real, gallery)[0]
+        _keep_copies(eval_context, task, direction, "near_copies_features", own, real_distances)
     return places[nearest]
 
 
 def _keep_copies(
-    eval_context: EvalContext, task: str, direction: Direction, name: str, own: np.ndarray, theirs: np.ndarray
+    eval_context: EvalContext, task: str, direction: Direction, name: str, own: np.ndarray, real_distances: np.ndarray
 ) -> None:
-    bound = np.quantile(theirs, 0.01)
+    bound = np.quantile(real_distances, 0.01)
     value, error = metrics.mean_with_error(own < bound, seed=eval_context.seed)
-    eval_context.keep(task, direction, name, value, stderr=error, baseline=float((theirs < bound).mean()), n=len(own))
+    eval_context.keep(
+        task, direction, name, value, stderr=error, baseline=float((real_distances < bound).mean()), n=len(own)
+    )
 
 
 def _show(
@@ -164,15 +168,15 @@ def _show(
     direction: Direction,
     column: str,
     made: list[np.ndarray],
-    wanted: np.ndarray,
+    labels_asked: np.ndarray,
     right: np.ndarray | None,
     train: Media,
     nearest: np.ndarray,
 ) -> None:
     rows, per_row = [], eval_context.modality(column).made_per_row
-    for label in list(dict.fromkeys(wanted))[:10]:
+    for label in list(dict.fromkeys(labels_asked))[:10]:
         items = []
-        for place in np.flatnonzero(wanted == label)[:per_row]:
+        for place in np.flatnonzero(labels_asked == label)[:per_row]:
             exhibit = eval_context.exhibit(column, made[place], "made", None if right is None else bool(right[place]))
             exhibit.beside = eval_context.exhibit(column, train.samples[nearest[place]], "nearest")
             items.append(exhibit)

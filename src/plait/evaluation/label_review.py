@@ -28,14 +28,27 @@ DRAW = 331  # key of `uniform`
 
 
 @dataclass(frozen=True)
-class LabelSuspect:
-    """A label that is likely wrong.
+class ReviewedRecord:
+    """Which record an entry of a review is about.
 
     Attributes:
         record: the record's number in its dataset.
         id: the record's id.
         source: the file (and line) that it came from.
         split: train, val or test.
+    """
+
+    record: int
+    id: str
+    source: str
+    split: str
+
+
+@dataclass(frozen=True)
+class LabelSuspect(ReviewedRecord):
+    """A label that is likely wrong.
+
+    Attributes:
         label: the label as it is given.
         suggested: the likeliest label.
         probability: of the given label, by models that have not seen it.
@@ -44,10 +57,6 @@ class LabelSuspect:
         likely: whether the suggested label is believed as much as it is at records that bear it.
     """
 
-    record: int
-    id: str
-    source: str
-    split: str
     label: str
     suggested: str
     probability: float
@@ -57,24 +66,16 @@ class LabelSuspect:
 
 
 @dataclass(frozen=True)
-class LabelCandidate:
+class LabelCandidate(ReviewedRecord):
     """A record without a label that is worth labelling.
 
     Attributes:
-        record: the record's number in its dataset.
-        id: the record's id.
-        source: the file (and line) that it came from.
-        split: train, val or test.
         guess: the likeliest label.
         probability: of the guess.
         ood_score: in [0, 1]: how unlike the validation records it looks.
         score: how uncertain the answer is, in [0, 1]: 1 minus the distance of the two likeliest labels.
     """
 
-    record: int
-    id: str
-    source: str
-    split: str
     guess: str
     probability: float
     ood_score: float
@@ -158,15 +159,15 @@ def review_labels(
 def _classifier(model: PlaitModel, dataset: Dataset, column: str | None) -> Classifier:
     """What decides about the column. Raises PlaitError."""
     known = [one for one in model.checkpoint.classifiers if {one.source, one.target} <= set(dataset.columns)]
-    found = next((one for one in known if column in (None, one.target)), None)
-    if found is None:
+    classifier = next((one for one in known if column in (None, one.target)), None)
+    if classifier is None:
         names = ", ".join(dict.fromkeys(one.target for one in known)) or "none"
         what = f"no labels '{column}'" if column else "no column of labels"
         raise PlaitError(
             f"{model.name} has {what} that it decides about and {dataset.path} holds. It has {names}. A run gets them "
             "by training on records with labels."
         )
-    return found
+    return classifier
 
 
 def _drawn(indices: np.ndarray, seed: int, review: LabelReview) -> np.ndarray:
@@ -243,18 +244,18 @@ def _list_candidates(
     unlike = ood_scores(model, classifier, inputs, scores)
     top = np.sort(chances, 1)
     doubt = 1 - (top[:, -1] - top[:, -2])
-    some = np.argsort(-doubt, kind="stable")[: MOST_CANDIDATES * most]
-    rows = classifier.features([inputs[i] for i in some])
+    uncertain = np.argsort(-doubt, kind="stable")[: MOST_CANDIDATES * most]
+    rows = classifier.features([inputs[i] for i in uncertain])
     norms = np.sqrt(np.asarray(rows.multiply(rows).sum(1)).ravel() if hasattr(rows, "multiply") else (rows**2).sum(1))
-    distance, chosen = np.ones(len(some)), []
-    for _ in range(min(most, len(some))):
-        best = int(np.argmax(doubt[some] * distance))
+    distance, chosen = np.ones(len(uncertain)), []
+    for _ in range(min(most, len(uncertain))):
+        best = int(np.argmax(doubt[uncertain] * distance))
         chosen.append(best)
         product = rows @ rows[best].T
         dense = np.asarray(product.todense()).ravel() if hasattr(product, "todense") else np.asarray(product).ravel()
         distance = np.minimum(distance, 1 - dense / np.maximum(norms * norms[best], 1e-9))
         distance[chosen] = -1
-    picked = some[chosen]
+    picked = uncertain[chosen]
     for row, record in zip(picked.tolist(), _records(dataset, indices[picked]), strict=True):
         review.candidates.append(
             LabelCandidate(
@@ -266,8 +267,8 @@ def _list_candidates(
 
 def _records(dataset: Dataset, indices: np.ndarray) -> list[tuple[int, str, str, str]]:
     """Number, id, source and split of records."""
-    found = {}
+    records = {}
     ascending = np.sort(indices)
     for index, record in zip(ascending, dataset.iterate(ascending, []), strict=True):
-        found[int(index)] = (int(index), record.id, record.source, record.split)
-    return [found[int(index)] for index in indices]
+        records[int(index)] = (int(index), record.id, record.source, record.split)
+    return [records[int(index)] for index in indices]

@@ -34,9 +34,9 @@ def sequence_nats(model: PlaitModel, sequences: list[Sequence]) -> tuple[np.ndar
     for start in range(0, len(by_length), step):
         places = by_length[start : start + step]
         batch = collate([sequences[i] for i in places], network.media, network.vocabulary.pad).to(model.device.torch)
-        wanted = batch.targets != IGNORE
-        loss = negative_log_likelihood(network(batch)[wanted], rows, batch.targets[wanted]).cpu().numpy()
-        owner = places[wanted.nonzero()[:, 0].cpu().numpy()]
+        is_target = batch.targets != IGNORE
+        loss = negative_log_likelihood(network(batch)[is_target], rows, batch.targets[is_target]).cpu().numpy()
+        owner = places[is_target.nonzero()[:, 0].cpu().numpy()]
         np.add.at(nats, owner, loss)
         np.add.at(tokens, owner, 1)
     return nats, tokens

@@ -28,14 +28,14 @@ class Runs:
 
     def __init__(self, texts: list[str]) -> None:
         self.numbers: dict[str, int] = {}
-        whole: list[int] = []
+        numbers: list[int] = []
         for text in texts:
-            if len(whole) > MOST:
+            if len(numbers) > MOST:
                 break
             # No run crosses the end of a text: each end is a number of its own.
-            whole += [self.numbers.setdefault(word.strip(), len(self.numbers) + 1) for word in words(text)]
-            whole.append(-len(whole) - 2)
-        values = np.array(whole, np.int64)
+            numbers += [self.numbers.setdefault(word.strip(), len(self.numbers) + 1) for word in words(text)]
+            numbers.append(-len(numbers) - 2)
+        values = np.array(numbers, np.int64)
         self.known = {length: np.unique(_hashes(values, length)) for length in LENGTHS}
 
     def seen(self, text: str, length: int) -> np.ndarray:
@@ -46,8 +46,8 @@ class Runs:
     def longest(self, text: str) -> float:
         """The longest run that occurs, as a share of the text's words."""
         count = len(words(text))
-        found = [length for length in LENGTHS if length <= count and self.seen(text, length).any()]
-        return max(found, default=0) / max(count, 1)
+        lengths = [length for length in LENGTHS if length <= count and self.seen(text, length).any()]
+        return max(lengths, default=0) / max(count, 1)
 
 
 def _hashes(values: np.ndarray, length: int) -> np.ndarray:
@@ -55,21 +55,21 @@ def _hashes(values: np.ndarray, length: int) -> np.ndarray:
     count = len(values) - length + 1
     if count < 1:
         return np.zeros(0, np.uint64)
-    found = np.zeros(count, np.uint64)
+    hashes = np.zeros(count, np.uint64)
     for place in range(length):
         mixed = (values[place : place + count].astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        found = (found * np.uint64(0x100000001B3)) ^ (mixed ^ (mixed >> np.uint64(29)))
-    return found
+        hashes = (hashes * np.uint64(0x100000001B3)) ^ (mixed ^ (mixed >> np.uint64(29)))
+    return hashes
 
 
 def pieces(texts: list[str]) -> list[str]:
     """Texts cut into pieces of at most `PIECE` words; a last piece of less than half of that is left out."""
-    found = []
+    cut_texts = []
     for text in texts:
         split = words(text)
         cut = ["".join(split[at : at + PIECE]) for at in range(0, len(split), PIECE)]
-        found += [piece for i, piece in enumerate(cut) if i == 0 or len(words(piece)) >= PIECE // 2]
-    return [piece for piece in found if piece.strip()]
+        cut_texts += [piece for i, piece in enumerate(cut) if i == 0 or len(words(piece)) >= PIECE // 2]
+    return [piece for piece in cut_texts if piece.strip()]
 
 
 def evaluate_texts(
@@ -82,10 +82,10 @@ def evaluate_texts(
     """
     train = [eval_context.texts[column][i] for i in eval_context.shuffled(eval_context.dataset.indices("train"))]
     runs = Runs([text for text in train if text])
-    own, theirs = pieces(written), pieces(real)
-    if not own or not theirs:
+    own, real_pieces = pieces(written), pieces(real)
+    if not own or not real_pieces:
         return
-    flags, ground = ([runs.seen(piece, RUN) for piece in some] for some in (own, theirs))
+    flags, ground = ([runs.seen(piece, RUN) for piece in some] for some in (own, real_pieces))
     if sum(map(len, flags)) and sum(map(len, ground)):
         value, error = metrics.ratio_with_error(
             np.array([f.sum() for f in flags]), np.array([len(f) for f in flags]), seed=eval_context.seed
@@ -94,13 +94,13 @@ def evaluate_texts(
             "memorising", direction, "verbatim", value, stderr=error, baseline=float(np.concatenate(ground).mean()),
             n=sum(map(len, flags)),
         )  # fmt: skip
-    mine, other = (np.array([runs.longest(piece) for piece in some]) for some in (own, theirs))
+    longest_runs, other = (np.array([runs.longest(piece) for piece in some]) for some in (own, real_pieces))
     bound = np.quantile(other, 0.99)
-    value, error = metrics.mean_with_error(mine > bound, seed=eval_context.seed)
+    value, error = metrics.mean_with_error(longest_runs > bound, seed=eval_context.seed)
     base = float((other > bound).mean())
-    eval_context.keep("memorising", direction, "near_texts", value, stderr=error, baseline=base, n=len(mine))
-    worst = np.argsort(-mine, kind="stable")[:4]
-    rows = [(ReportItem(text=f"{mine[i] * 100:.0f} % in one run"), [ReportItem(text=own[i])]) for i in worst]
+    eval_context.keep("memorising", direction, "near_texts", value, stderr=error, baseline=base, n=len(longest_runs))
+    worst = np.argsort(-longest_runs, kind="stable")[:4]
+    rows = [(ReportItem(text=f"{longest_runs[i] * 100:.0f} % in one run"), [ReportItem(text=own[i])]) for i in worst]
     note = "The written texts that share the longest run of words with a training text, as a share of their words."
     eval_context.findings.galleries.append(Gallery(f"Memorised: {direction}", note, rows, GalleryKind.MEMORISED))
 
@@ -115,8 +115,8 @@ def evaluate_canaries(eval_context: EvalContext) -> None:
         return
     count, seed, column = planted["count"], planted["seed"], planted["column"]
     others = [canary(seed, 1_000_000 + i) for i in range(OTHERS)]
-    told = _told(eval_context, [canary(seed, number) for number in range(count)] + others, column)
-    own, reference = told[:count], told[count:]
+    likelihoods = _log_likelihoods(eval_context, [canary(seed, number) for number in range(count)] + others, column)
+    own, reference = likelihoods[:count], likelihoods[count:]
 
     center, spread = float(reference.mean()), float(reference.std(ddof=1))
 
@@ -125,10 +125,10 @@ def evaluate_canaries(eval_context: EvalContext) -> None:
 
     blank = float(np.mean([exposure(score) for score in reference]))
     for often in TIMES:
-        found = [exposure(own[number]) for number in range(count) if times(number) == often]
-        if found:
-            value, error = metrics.mean_with_error(np.array(found), seed=eval_context.seed)
-            direction, n = Direction(f"canaries planted {often} times"), len(found)
+        exposures = [exposure(own[number]) for number in range(count) if times(number) == often]
+        if exposures:
+            value, error = metrics.mean_with_error(np.array(exposures), seed=eval_context.seed)
+            direction, n = Direction(f"canaries planted {often} times"), len(exposures)
             eval_context.keep("memorising", direction, "exposure", value, stderr=error, chance=blank, n=n)
 
 
@@ -139,7 +139,7 @@ def _bits_beyond(z: float) -> float:
     return (z * z / 2 + math.log(z * math.sqrt(2 * math.pi))) / math.log(2)  # erfc underflows
 
 
-def _told(eval_context: EvalContext, texts: list[str], column: str) -> np.ndarray:
+def _log_likelihoods(eval_context: EvalContext, texts: list[str], column: str) -> np.ndarray:
     """log P of each text alone in its column, in nats, (N,)."""
     model = eval_context.model
     vocabulary = model.checkpoint.model.vocabulary
@@ -147,4 +147,4 @@ def _told(eval_context: EvalContext, texts: list[str], column: str) -> np.ndarra
         Sequence().read_ids([vocabulary.opener(column)]).write([*model.checkpoint.text.encode(text), vocabulary.end])
         for text in texts
     ]
-    return np.array([found.sum() for found in scoring.told(model.engine, sequences, "text")])
+    return np.array([found.sum() for found in scoring.token_log_probs(model.engine, sequences, "text")])

@@ -113,7 +113,7 @@ def classification(truth: np.ndarray, predicted: np.ndarray, classes: int) -> Cl
 def macro_errors(truth: np.ndarray, predicted: np.ndarray, classes: int, *, seed: int = 0) -> dict[str, float]:
     """Bootstrap standard errors of macro precision, recall and f1."""
     cells = np.asarray(truth) * classes + np.asarray(predicted)
-    n, found = len(cells), {}
+    n, errors = len(cells), {}
 
     def table(rows: np.ndarray) -> list[np.ndarray]:
         offset = np.arange(len(rows))[:, None] * classes**2
@@ -123,8 +123,8 @@ def macro_errors(truth: np.ndarray, predicted: np.ndarray, classes: int, *, seed
 
     budget = max(2**22 // max(n, classes**2), 1) * n  # with many classes the tables, not the rows, are large
     for place, name in enumerate(("precision", "recall", "f1")):
-        found[name] = bootstrap(lambda rows, at=place: table(rows)[at], n, seed=seed, cells=budget)  # type: ignore[misc]
-    return found
+        errors[name] = bootstrap(lambda rows, at=place: table(rows)[at], n, seed=seed, cells=budget)  # type: ignore[misc]
+    return errors
 
 
 def calibration(
@@ -145,8 +145,8 @@ def risk_coverage(believed: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, 
     """The share of answers that is given, (N,) ascending, where only the surest are, and the share of these that is
     right (N,); answers have probabilities believed (N,)."""
     order = np.argsort(-np.asarray(believed), kind="stable")
-    given = np.arange(1, len(order) + 1)
-    return given / max(len(order), 1), np.cumsum(np.asarray(right, float)[order]) / given
+    answered = np.arange(1, len(order) + 1)
+    return answered / max(len(order), 1), np.cumsum(np.asarray(right, float)[order]) / answered
 
 
 # --- text -------------------------------------------------------------------------------------------------------
@@ -209,11 +209,11 @@ def retrieval(
         stop = min(start + chunk, len(queries))
         similarity = queries[start:stop] @ gallery.T
         best = np.argsort(-similarity, axis=1, kind="stable")[:, :deepest]
-        wanted = relevant(start, stop)
-        top[start:stop], hits[start:stop] = best, np.take_along_axis(wanted, best, 1)
-        counts[start:stop] = wanted.sum(1)
-    found = {f"r_at_{k}": hits[:, :k].any(1).astype(float) for k in cutoffs}
-    return {**found, f"p_at_{max(cutoffs)}": hits.mean(1) if deepest else counts, "relevant": counts, "top": top}
+        related = relevant(start, stop)
+        top[start:stop], hits[start:stop] = best, np.take_along_axis(related, best, 1)
+        counts[start:stop] = related.sum(1)
+    recall = {f"r_at_{k}": hits[:, :k].any(1).astype(float) for k in cutoffs}
+    return {**recall, f"p_at_{max(cutoffs)}": hits.mean(1) if deepest else counts, "relevant": counts, "top": top}
 
 
 def retrieval_chance(relevant: np.ndarray, gallery: int, k: int) -> tuple[float, float]:
@@ -255,12 +255,12 @@ def pairwise_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def spread(features: np.ndarray, labels: np.ndarray) -> float:
     """Mean distance of two different samples of one class, averaged over the classes that have two; nan for none."""
-    found = []
+    distances = []
     for label in np.unique(labels):
         rows = features[labels == label]
         if len(rows) > 1:
-            found.append(pairwise_distance(rows, rows).sum() / (len(rows) * (len(rows) - 1)))
-    return float(np.mean(found)) if found else math.nan
+            distances.append(pairwise_distance(rows, rows).sum() / (len(rows) * (len(rows) - 1)))
+    return float(np.mean(distances)) if distances else math.nan
 
 
 def diversity(made: np.ndarray, made_labels: np.ndarray, real: np.ndarray, real_labels: np.ndarray) -> float:

@@ -30,16 +30,16 @@ def fit_predictors(
 ) -> list[Predictor]:
     """A predictor for each column of several labels or of numbers, from each column that is read."""
     tell = progress or (lambda *_: None)
-    found: list[Predictor] = []
+    predictors: list[Predictor] = []
     manifest = dataset.manifest
     for target in [*manifest.multi_label, *manifest.numbers]:
         for source in sources(model, dataset):
             tell(f"predictor {source}-{target}", 0, 1)
             one = _fit(model, dataset, source, target, seed)
             if one is not None:
-                found.append(one)
+                predictors.append(one)
             tell(f"predictor {source}-{target}", 1, 1)
-    return found
+    return predictors
 
 
 def sources(model: PlaitModel, dataset: Dataset) -> list[str]:
@@ -102,7 +102,7 @@ def _fit(model: PlaitModel, dataset: Dataset, source: str, target: str, seed: in
 
 
 def _only(values: list[Any], keep: np.ndarray) -> list[Any]:
-    return [value for value, wanted in zip(values, keep, strict=True) if wanted]
+    return [value for value, kept in zip(values, keep, strict=True) if kept]
 
 
 def _pruned_numbers(numbers: Numbers) -> Numbers:
@@ -117,12 +117,12 @@ def _pruned_numbers(numbers: Numbers) -> Numbers:
 def as_matrix(answers: list[str], labels: list[str]) -> np.ndarray:
     """Texts of several labels as (N, labels) bool; labels that are not among these are passed by."""
     places = {label: place for place, label in enumerate(labels)}
-    found = np.zeros((len(answers), len(labels)), bool)
+    matrix = np.zeros((len(answers), len(labels)), bool)
     for row, answer in enumerate(answers):
         for label in split_labels(answer):
             if label in places:
-                found[row, places[label]] = True
-    return found
+                matrix[row, places[label]] = True
+    return matrix
 
 
 def describe_predictor(one: Predictor) -> str:

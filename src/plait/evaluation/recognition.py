@@ -19,12 +19,12 @@ from plait.modalities.media import MEDIA
 
 
 def _scores(eval_context: EvalContext, source: str, target: str, media: Media, labels: list[str]) -> np.ndarray:
-    found = []
+    scores = []
     for start in range(0, len(media), 256):
         eval_context.progress(f"recognition {source}-{target}", start, len(media))
         contexts = eval_context.inputs(source, media.only(np.arange(start, min(start + 256, len(media)))))
-        found.append(eval_context.model.score(contexts, target, labels))
-    return np.concatenate(found)
+        scores.append(eval_context.model.score(contexts, target, labels))
+    return np.concatenate(scores)
 
 
 @dataclass
@@ -74,19 +74,19 @@ class SimpleAnswers:
 
 def evaluate_recognition(eval_context: EvalContext, source: str, target: str) -> None:
     """Which of the labels is likeliest: by likelihood, and by nearness in the embedding space."""
-    found = _recognised(eval_context, source, target)
-    if found is None:
+    recognised = _recognised(eval_context, source, target)
+    if recognised is None:
         return
-    simple = _simple_answers(eval_context, found)
-    plain = metrics.classification(found.truth, simple.predicted, len(found.names)) if simple else None
-    result = metrics.classification(found.truth, found.predicted, len(found.names))
-    _keep_accuracy(eval_context, found, simple, plain.accuracy if plain else None)
-    _calibration(eval_context, found.direction, found.scores, found.right)
-    _keep_classes(eval_context, found, result, plain)
-    confusion = Confusion(found.direction.arrow, found.names, result.confusion, result.f1)
+    simple = _simple_answers(eval_context, recognised)
+    plain = metrics.classification(recognised.truth, simple.predicted, len(recognised.names)) if simple else None
+    result = metrics.classification(recognised.truth, recognised.predicted, len(recognised.names))
+    _keep_accuracy(eval_context, recognised, simple, plain.accuracy if plain else None)
+    _calibration(eval_context, recognised.direction, recognised.scores, recognised.right)
+    _keep_classes(eval_context, recognised, result, plain)
+    confusion = Confusion(recognised.direction.arrow, recognised.names, result.confusion, result.f1)
     eval_context.findings.confusions.append(confusion)
-    said = np.array(found.names, object)[found.predicted]
-    _show_mistakes(eval_context, source, target, found.media, said, found.right)
+    said = np.array(recognised.names, object)[recognised.predicted]
+    _show_mistakes(eval_context, source, target, recognised.media, said, recognised.right)
 
 
 def _recognised(eval_context: EvalContext, source: str, target: str) -> Recognised | None:
@@ -94,7 +94,7 @@ def _recognised(eval_context: EvalContext, source: str, target: str) -> Recognis
     labels = eval_context.labels[target]
     most = max(eval_context.limits.scores // len(labels), 1)
     media = eval_context.pairs(source, target, eval_context.split)
-    media = media.only(eval_context.chosen(np.arange(len(media)), most))
+    media = media.only(eval_context.draw(np.arange(len(media)), most))
     if not len(media):
         return None
     truth_texts = list(eval_context.texts[target][media.indices])
@@ -115,59 +115,63 @@ def _recognised(eval_context: EvalContext, source: str, target: str) -> Recognis
     return Recognised(source, target, media, train, labels, names, truth, scores.argmax(1), scores, chance)
 
 
-def _simple_answers(eval_context: EvalContext, found: Recognised) -> SimpleAnswers | None:
+def _simple_answers(eval_context: EvalContext, recognised: Recognised) -> SimpleAnswers | None:
     """The better of the simple alternatives; None where train has a single label and there is no judge."""
-    source, target = found.source, found.target
+    source, target = recognised.source, recognised.target
     kind = eval_context.columns[source]
     simple = None
-    if len({eval_context.texts[target][i] for i in found.train.indices} & set(found.labels)) > 1:
+    if len({eval_context.texts[target][i] for i in recognised.train.indices} & set(recognised.labels)) > 1:
         classifier = _classifier(eval_context, source, target)
-        guess = _simple(eval_context, classifier, source, target, found.train, found.media, found.labels)
+        guess = _simple(eval_context, classifier, source, target, recognised.train, recognised.media, recognised.labels)
         simple = SimpleAnswers(guess, alternative_name(kind))
     made = source in eval_context.media_columns and kind not in eval_context.model.checkpoint.model.config.read_only
-    critic = eval_context.critic(source, target) if made else None
+    critic = eval_context.label_classifier(source, target) if made else None
     if critic is not None:  # trained in any case, as the judge of what is drawn
-        by_critic = critic.among(eval_context.features(source, found.media.samples), target, found.labels)
-        if simple is None or (by_critic == found.truth).mean() > (simple.predicted == found.truth).mean():
+        by_critic = critic.predict_among(
+            eval_context.features(source, recognised.media.samples), target, recognised.labels
+        )
+        if simple is None or (by_critic == recognised.truth).mean() > (simple.predicted == recognised.truth).mean():
             simple = SimpleAnswers(by_critic, "a small CNN")
     return simple
 
 
 def _keep_accuracy(
-    eval_context: EvalContext, found: Recognised, simple: SimpleAnswers | None, baseline: float | None
+    eval_context: EvalContext, recognised: Recognised, simple: SimpleAnswers | None, baseline: float | None
 ) -> None:
     """The share of right answers: of all records, of those that train does not have too, of train's, and by nearness
     alone."""
-    direction, seed, n = found.direction, eval_context.seed, len(found.truth)
-    truth, predicted, right, names = found.truth, found.predicted, found.right, found.names
+    direction, seed, n = recognised.direction, eval_context.seed, len(recognised.truth)
+    truth, predicted, right, names = recognised.truth, recognised.predicted, recognised.right, recognised.names
     value, error = metrics.mean_with_error(right, seed=seed)
     wrong = Counter(zip(truth[~right].tolist(), predicted[~right].tolist(), strict=True))
     eval_context.findings.outcomes.append(
         Outcome(
-            "recognition", f"{found.target} from {found.source}", "right", value, error, n, found.chance,
+            "recognition", f"{recognised.target} from {recognised.source}", "right", value, error, n, recognised.chance,
             simple.name if simple else None, baseline,
             paired_error(right, simple.predicted == truth) if simple else None,
             confused=[(names[a], names[b]) for (a, b), _ in wrong.most_common(3)],
         )
     )  # fmt: skip
-    chance = found.chance
+    chance = recognised.chance
     eval_context.keep("recognition", direction, "accuracy", value, stderr=error, n=n, chance=chance, baseline=baseline)
-    clean = eval_context.clean(found.media.indices)
+    clean = eval_context.clean(recognised.media.indices)
     if clean is not None:
         value, error = metrics.mean_with_error(right[clean], seed=seed)
         eval_context.keep("recognition", direction, "accuracy", value, stderr=error, n=int(clean.sum()), clean=True)
         value = metrics.classification(truth[clean], predicted[clean], len(names)).macro_f1
         eval_context.keep("recognition", direction, "f1", value, n=int(clean.sum()), clean=True)
-    some = found.train.only(eval_context.chosen(np.arange(len(found.train)), n))
-    if len(some):
+    train = recognised.train.only(eval_context.draw(np.arange(len(recognised.train)), n))
+    if len(train):
         number = {name: i for i, name in enumerate(names)}
-        known = np.array([number.get(text, -1) for text in eval_context.texts[found.target][some.indices]])
-        learnt = known == _answers(eval_context, found.source, found.target, some, found.labels).argmax(1)
+        known = np.array([number.get(text, -1) for text in eval_context.texts[recognised.target][train.indices]])
+        learnt = known == _answers(eval_context, recognised.source, recognised.target, train, recognised.labels).argmax(
+            1
+        )
         value, error = metrics.mean_with_error(learnt, seed=seed)
-        eval_context.keep("recognition", direction, "train_accuracy", value, stderr=error, n=len(some))
-    if eval_context.model.checkpoint.model.config.embed_dim and found.source in eval_context.media_columns:
-        places = eval_context.embedded(found.source, found.media)
-        texts = [eval_context.text_sequence(label) for label in found.labels]
+        eval_context.keep("recognition", direction, "train_accuracy", value, stderr=error, n=len(train))
+    if eval_context.model.checkpoint.model.config.embed_dim and recognised.source in eval_context.media_columns:
+        places = eval_context.embedded(recognised.source, recognised.media)
+        texts = [eval_context.text_sequence(label) for label in recognised.labels]
         near = places @ eval_context.model.embed_sequences(texts).T
         value, error = metrics.mean_with_error(near.argmax(1) == truth, seed=seed)
         eval_context.keep(
@@ -176,19 +180,22 @@ def _keep_accuracy(
 
 
 def _keep_classes(
-    eval_context: EvalContext, found: Recognised, result: metrics.Classification, plain: metrics.Classification | None
+    eval_context: EvalContext,
+    recognised: Recognised,
+    result: metrics.Classification,
+    plain: metrics.Classification | None,
 ) -> None:
     """Precision, recall and F1: their means over the classes, and of each class where there are at most 100."""
-    direction, n = found.direction, len(found.truth)
-    errors = metrics.macro_errors(found.truth, found.predicted, len(found.names), seed=eval_context.seed)
+    direction, n = recognised.direction, len(recognised.truth)
+    errors = metrics.macro_errors(recognised.truth, recognised.predicted, len(recognised.names), seed=eval_context.seed)
     for name in ("precision", "recall", "f1"):
         baseline = getattr(plain, f"macro_{name}") if plain else None
         value = getattr(result, f"macro_{name}")
         eval_context.keep("recognition", direction, name, value, stderr=errors[name], baseline=baseline, n=n)
-    if len(found.names) > 100:
+    if len(recognised.names) > 100:
         return
     counts = result.confusion.sum(1)
-    for i, label in enumerate(found.names):
+    for i, label in enumerate(recognised.names):
         for name in ("precision", "recall", "f1"):
             value = float(getattr(result, name)[i])
             eval_context.keep("recognition", direction, name, value, n=int(counts[i]), label=label)
@@ -216,8 +223,8 @@ def _calibration(eval_context: EvalContext, direction: Direction, scores: np.nda
 
 def _classifier(eval_context: EvalContext, source: str, target: str) -> Classifier | None:
     """What `classify` goes by for these columns, if anything was fitted."""
-    found = eval_context.model.checkpoint.classifiers
-    return next((one for one in found if (one.source, one.target) == (source, target)), None)
+    classifiers = eval_context.model.checkpoint.classifiers
+    return next((one for one in classifiers if (one.source, one.target) == (source, target)), None)
 
 
 def _answers(eval_context: EvalContext, source: str, target: str, media: Media, labels: list[str]) -> np.ndarray:
@@ -239,12 +246,12 @@ def _simple(
     """The classes (N,) by the simple alternative: the linear part of the run's classifier, else one fitted now."""
     if classifier is None:
         number = {label: i for i, label in enumerate(labels)}
-        some = train.only(eval_context.chosen(np.arange(len(train)), MOST))
-        some = some.only(np.array([eval_context.texts[target][i] in number for i in some.indices], bool))
-        classes = np.array([number[eval_context.texts[target][i]] for i in some.indices])
+        fitting = train.only(eval_context.draw(np.arange(len(train)), MOST))
+        fitting = fitting.only(np.array([eval_context.texts[target][i] in number for i in fitting.indices], bool))
+        classes = np.array([number[eval_context.texts[target][i]] for i in fitting.indices])
         kind = eval_context.columns[source]
         bands = int(getattr(eval_context.modality(source).settings, "bands", 0)) if kind in MEDIA else 0
-        classifier = fit_alternative(kind, eval_context.raw_inputs(source, some), classes, labels, bands)
+        classifier = fit_alternative(kind, eval_context.raw_inputs(source, fitting), classes, labels, bands)
     return classifier.linear_scores(eval_context.raw_inputs(source, media)).argmax(1)
 
 

@@ -87,7 +87,7 @@ def _embed(eval_context: EvalContext, column: str) -> Embedded | None:
         return Embedded(media.indices, eval_context.embedded(column, media), media) if len(media) else None
     texts = eval_context.texts[column]
     present = np.array([i for i in eval_context.dataset.indices(eval_context.split) if texts[i]], np.int64)
-    present = eval_context.chosen(present, eval_context.limits.records)
+    present = eval_context.draw(present, eval_context.limits.records)
     if not len(present):
         return None
     distinct, place = np.unique([texts[i] for i in present], return_inverse=True)
@@ -105,7 +105,7 @@ def _queries(eval_context: EvalContext, source: str, asked: Embedded, relevance:
         for place in np.argsort(-relevance.texts(asked.records), kind="stable"):
             most.setdefault(eval_context.texts[source][asked.records[place]], int(place))
         chosen = np.sort(np.array(list(most.values())))
-    return eval_context.chosen(chosen, eval_context.limits.queries)
+    return eval_context.draw(chosen, eval_context.limits.queries)
 
 
 def _search(
@@ -124,7 +124,7 @@ def _search(
     if target not in eval_context.media_columns:
         return
     rows = []
-    for i in eval_context.chosen(np.arange(len(chosen)), SHOWN_QUERIES):
+    for i in eval_context.draw(np.arange(len(chosen)), SHOWN_QUERIES):
         related = relevance.of(queries[i : i + 1], gallery.records, target)[0]
         items = [
             eval_context.exhibit(target, gallery.media.samples[j], f"{rank + 1}", bool(related[j]))
@@ -145,13 +145,13 @@ def _keep(
     """The figures of a search for these queries' records (Q,) among `size` ones."""
     clean, seed = eval_context.clean(queries), eval_context.seed
     for cutoff in CUTOFFS:
-        found = result[cutoff.metric]
+        values = result[cutoff.metric]
         if clean is not None:
-            value, error = metrics.mean_with_error(found[clean], seed=seed)
+            value, error = metrics.mean_with_error(values[clean], seed=seed)
             eval_context.keep(
                 "retrieval", direction, cutoff.metric, value, stderr=error, n=int(clean.sum()), clean=True
             )
-        value, error = metrics.mean_with_error(found, seed=seed)
+        value, error = metrics.mean_with_error(values, seed=seed)
         recall, precision = metrics.retrieval_chance(result["relevant"], size, cutoff.depth)
         blind = recall if cutoff.recall else precision
         eval_context.keep(

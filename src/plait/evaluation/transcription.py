@@ -17,7 +17,7 @@ from plait.evaluation.memorising import evaluate_texts
 def evaluate_transcription(eval_context: EvalContext, source: str, target: str) -> None:
     """Greedy writing of a text that is not one of few labels; the baseline always writes train's most common one."""
     media = eval_context.pairs(source, target, eval_context.split)
-    media = media.only(eval_context.chosen(np.arange(len(media)), eval_context.limits.written))
+    media = media.only(eval_context.draw(np.arange(len(media)), eval_context.limits.written))
     if not len(media):
         return
     direction, seed = Direction(source, target), eval_context.seed

@@ -24,12 +24,12 @@ def make_verdict(outcomes: list[Outcome]) -> Verdict | None:
         return Verdict(f"{sentence}.", _next(outcome))
     other = f"{_number(outcome, outcome.alternative_value)} of {outcome.alternative}"
     if outcome.better is None:
-        told = f", against {other}: these records cannot tell them apart"
+        comparison = f", against {other}: these records cannot tell them apart"
     elif outcome.better:
-        told = f", against {other}: worth it"
+        comparison = f", against {other}: worth it"
     else:
-        told = f", against {other}, which is better"
-    return Verdict(f"{sentence}{told}.", _next(outcome), outcome.better)
+        comparison = f", against {other}, which is better"
+    return Verdict(f"{sentence}{comparison}.", _next(outcome), outcome.better)
 
 
 def _number(outcome: Outcome, value: float) -> str:

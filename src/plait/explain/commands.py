@@ -71,7 +71,7 @@ def explain(
     if found.areas is not None:
         out.print(
             f"deletion {found.areas.deletion:.3f}, insertion {found.areas.insertion:.3f}; better than "
-            f"{found.areas.beaten} of {len(found.areas.random_deletion)} random maps"
+            f"{found.areas.random_maps_beaten} of {len(found.areas.random_deletion)} random maps"
         )
     if found.gap is not None:
         out.print(f"completeness gap {found.gap:.2%} at {found.steps} steps")

@@ -73,8 +73,8 @@ class Labelled:
     inputs: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        given = self.model.label_inputs(self.texts, self.template)
-        self.inputs = {name: tensor.to(self.model.device.torch) for name, tensor in given.items()}
+        inputs = self.model.label_inputs(self.texts, self.template)
+        self.inputs = {name: tensor.to(self.model.device.torch) for name, tensor in inputs.items()}
 
     @property
     def answer(self) -> str:
@@ -156,7 +156,7 @@ class Continued:
             raise PlaitError("An answer has no tokens in this model. Give another.")
         self.place = self.texts.index(self.wanted) if self.wanted is not None else 0
         if self.wanted is None:
-            self.place = int(self._told([self._read(self.parts[0].text)])[0].argmax())
+            self.place = int(self._log_likelihoods([self._read(self.parts[0].text)])[0].argmax())
 
     @property
     def answer(self) -> str:
@@ -180,10 +180,10 @@ class Continued:
             logits: Tensor = self.model.model(input_ids=torch.tensor(contexts, device=self.model.device.torch)).logits
         return logits[:, -1].float()
 
-    def _told(self, contexts: list[list[int]]) -> np.ndarray:
+    def _log_likelihoods(self, contexts: list[list[int]]) -> np.ndarray:
         """log P of each answer after each context, (N, answers)."""
         jobs = [(row, place) for row in range(len(contexts)) for place in range(len(self.ids))]
-        found = np.zeros((len(contexts), len(self.ids)))
+        log_probs = np.zeros((len(contexts), len(self.ids)))
         with torch.inference_mode(), self.model.device.autocast():
             for start in range(0, len(jobs), BATCH):
                 part = jobs[start : start + BATCH]
@@ -195,11 +195,11 @@ class Continued:
                 for i, (row, place) in enumerate(part):
                     at = len(contexts[row]) - 1
                     ids = torch.tensor(self.ids[place], device=logits.device)
-                    found[row, place] = float(logits[i, at : at + len(ids)].gather(1, ids[:, None]).sum())
-        return found
+                    log_probs[row, place] = float(logits[i, at : at + len(ids)].gather(1, ids[:, None]).sum())
+        return log_probs
 
     def scores(self, inputs: list[list[Value]]) -> np.ndarray:
-        found = self._told([self._read(str(values[0] or "")) for values in inputs])
+        found = self._log_likelihoods([self._read(str(values[0] or "")) for values in inputs])
         return log_odds(found, self.place) if len(self.texts) > 1 else found[:, 0]
 
     def chances(self, scores: np.ndarray) -> np.ndarray:
@@ -223,16 +223,16 @@ class Continued:
             answers = [table(torch.tensor(ids, device=place)).float() for ids in self.ids]
 
         def score(x: Tensor) -> Tensor:
-            found = []
+            scores = []
             for ids, answer in zip(self.ids, answers, strict=True):
                 whole = torch.cat((x, answer.expand(len(x), -1, -1)), 1)
                 logits = self.model.model(inputs_embeds=whole).logits[:, x.shape[1] - 1 : -1].float().log_softmax(-1)
                 wanted = torch.tensor(ids, device=place).expand(len(x), -1)
-                found.append(logits.gather(2, wanted[..., None])[..., 0].sum(1))
-            if len(found) == 1:
-                return found[0]
-            others = torch.stack([one for i, one in enumerate(found) if i != self.place], 1)
-            return found[self.place] - others.logsumexp(1)
+                scores.append(logits.gather(2, wanted[..., None])[..., 0].sum(1))
+            if len(scores) == 1:
+                return scores[0]
+            others = torch.stack([one for i, one in enumerate(scores) if i != self.place], 1)
+            return scores[self.place] - others.logsumexp(1)
 
         def by_unit(worth: list[np.ndarray]) -> list[np.ndarray]:
             return [np.bincount(owners[own], worth[0].sum(-1)[own], part.count)]
@@ -248,7 +248,7 @@ class Continued:
         ids = torch.tensor([self._read(self.parts[0].text)], device=self.model.device.torch)
         with torch.inference_mode(), quiet():
             states = network(input_ids=ids, output_hidden_states=True).hidden_states
-        found = []
+        by_layer = []
         for number, state in enumerate(states):
             with torch.inference_mode():
                 # transformers gives the last state after the norm already.
@@ -261,5 +261,5 @@ class Continued:
                 for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
             ]
             rank = int((chances > chances[wanted]).sum()) + 1
-            found.append({"layer": number, "chance": float(chances[wanted]), "rank": rank, "likeliest": likeliest})
-        return found
+            by_layer.append({"layer": number, "chance": float(chances[wanted]), "rank": rank, "likeliest": likeliest})
+        return by_layer

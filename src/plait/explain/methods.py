@@ -12,7 +12,7 @@ import torch
 from plait.core.device import exact_products
 from plait.core.dist import import_extra
 from plait.core.errors import PlaitError
-from plait.explain.parts import Grid, Part, Question, Value, Words, Written, whole
+from plait.explain.parts import Grid, Part, Question, Value, Words, Written, unmasked
 
 METHODS = ("occlusion", "integrated-gradients", "logit-lens")
 STEPS = 64  # of the path that gradients are taken along, times four until the weights add up
@@ -32,11 +32,11 @@ class Areas:
     random_insertion: list[float]
 
     @property
-    def beaten(self) -> int:
+    def random_maps_beaten(self) -> int:
         """How many random maps do worse, by insertion less deletion."""
-        mine = self.insertion - self.deletion
+        own_gap = self.insertion - self.deletion
         pairs = zip(self.random_deletion, self.random_insertion, strict=True)
-        return sum(insertion - deletion < mine for deletion, insertion in pairs)
+        return sum(insertion - deletion < own_gap for deletion, insertion in pairs)
 
 
 @dataclass
@@ -71,7 +71,7 @@ def explain(question: Question, method: str = "occlusion", steps: int | None = N
     if method not in METHODS:
         raise PlaitError(f"There is no method '{method}'. Methods are {', '.join(METHODS)}.")
     parts = question.parts
-    score = float(question.scores([whole(parts)])[0])
+    score = float(question.scores([unmasked(parts)])[0])
     chance = float(question.chances(np.array([score]))[0])
     found = Explanation(method, question.answer, question.measure, score, chance, parts, [])
     if method == "logit-lens":
@@ -86,7 +86,9 @@ def explain(question: Question, method: str = "occlusion", steps: int | None = N
     else:
         found.weights = occlusion(question, score, found)
     if len(parts) > 1:
-        without = [[None if i == gone else value for i, value in enumerate(whole(parts))] for gone in range(len(parts))]
+        without = [
+            [None if i == gone else value for i, value in enumerate(unmasked(parts))] for gone in range(len(parts))
+        ]
         for part, rest in zip(parts, question.scores(without), strict=True):
             name, count = part.name, 2
             while name in found.lost:
@@ -95,10 +97,10 @@ def explain(question: Question, method: str = "occlusion", steps: int | None = N
     found.areas = areas(question, found.weights, seed)
     if sum(part.count for part in parts) < 3:
         found.warnings.append("There are fewer than three units, which no order can tell from a random one.")
-    elif found.areas.beaten < RANDOMS - 1:
+    elif found.areas.random_maps_beaten < RANDOMS - 1:
         found.warnings.append(
-            f"No better than random: {RANDOMS - found.areas.beaten} of {RANDOMS} random maps do as well by deletion "
-            "and insertion. Do not trust it."
+            f"No better than random: {RANDOMS - found.areas.random_maps_beaten} of {RANDOMS} random maps do as well by "
+            "deletion and insertion. Do not trust it."
         )
     return found
 
@@ -109,11 +111,13 @@ def _inputs(parts: Sequence[Part], keep: np.ndarray) -> list[list[Value]]:
     return [[part.kept(k) for part, k in zip(parts, np.split(row, cuts), strict=True)] for row in keep]
 
 
-def occlusion(question: Question, score: float | None = None, found: Explanation | None = None) -> list[np.ndarray]:
+def occlusion(
+    question: Question, score: float | None = None, explanation: Explanation | None = None
+) -> list[np.ndarray]:
     """What of the score is lost when units are taken away, by part: a unit's weight is the mean over the sets of
     units that it is taken away with (Zeiler and Fergus, 2014). Notes in `found` what was made depends on."""
     parts = question.parts
-    score = float(question.scores([whole(parts)])[0]) if score is None else score
+    score = float(question.scores([unmasked(parts)])[0]) if score is None else score
     total = sum(part.count for part in parts)
     weights, start, keeps = [], 0, []
     for part in parts:
@@ -127,27 +131,27 @@ def occlusion(question: Question, score: float | None = None, found: Explanation
     for part, lost in zip(parts, np.split(drops, np.cumsum([len(keep) for keep in keeps])[:-1]), strict=True):
         gone = part.occluders().astype(float)
         weights.append(gone.T @ lost / gone.sum(0))
-    if found is not None and hasattr(question, "by_code"):
-        _regions(cast(Written, question), found, inputs)
+    if explanation is not None and hasattr(question, "by_code"):
+        _regions(cast(Written, question), explanation, inputs)
     return weights
 
 
-def _regions(question: Written, found: Explanation, inputs: list[list[Value]]) -> None:
+def _regions(question: Written, explanation: Explanation, inputs: list[list[Value]]) -> None:
     """Which cells of what was made lose likelihood without each word."""
     rows, start = [], 0
     for part in question.parts:
         count = len(part.occluders())
         if isinstance(part, Words):
             rows += inputs[start : start + count]
-            found.region_words += [word.strip() for word in part.words]
+            explanation.region_words += [word.strip() for word in part.words]
         start += count
     if not rows:
         return
-    codes = question.by_code([whole(question.parts), *rows])
+    codes = question.by_code([unmasked(question.parts), *rows])
     drops = codes[0] - codes[1:]
-    found.written = question.written
-    found.region_grid, shares = question.shown()
-    found.regions = drops @ shares
+    explanation.written = question.written
+    explanation.region_grid, shares = question.shown()
+    explanation.regions = drops @ shares
 
 
 def integrated_gradients(question: Question, steps: int = STEPS) -> tuple[list[np.ndarray], float]:

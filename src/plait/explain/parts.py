@@ -49,6 +49,7 @@ class Words:
 
     @property
     def count(self) -> int:
+        """How many words there are."""
         return len(self.words)
 
     def kept(self, keep: np.ndarray) -> str:
@@ -90,6 +91,7 @@ class Grid:
 
     @property
     def count(self) -> int:
+        """How many regions there are."""
         return self.shape[0] * self.shape[1]
 
     def kept(self, keep: np.ndarray) -> np.ndarray:
@@ -126,7 +128,7 @@ class Grid:
 Part = Words | Grid
 
 
-def whole(parts: Sequence[Part]) -> list[Value]:
+def unmasked(parts: Sequence[Part]) -> list[Value]:
     """The values of parts from which nothing is taken."""
     return [part.text if isinstance(part, Words) else part.sample for part in parts]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from plait.core.errors import PlaitError
 from plait.core.interruption import pause_point
-from plait.explain.parts import Grid, Part, Path, Question, Value, Words, log_odds, whole
+from plait.explain.parts import Grid, Part, Path, Question, Value, Words, log_odds, unmasked
 from plait.inference import scoring
 from plait.inference.model import PlaitModel
 from plait.modalities.base import cells
@@ -112,7 +112,7 @@ def _asked(
 
 def _next_token(model: PlaitModel, parts: list[Part]) -> str:
     """The likeliest token after a text."""
-    logits = scoring.lens(model.engine, model.context([_given(part) for part in parts]))[-1]
+    logits = scoring.logit_lens(model.engine, model.context([_given(part) for part in parts]))[-1]
     for token in logits[: model.checkpoint.text.size].argsort(descending=True).tolist():
         text = model.checkpoint.text.decode([token])
         if text.strip() and "\ufffd" not in text:
@@ -128,7 +128,7 @@ class _Ours:
     column: str | None
 
     def contexts(self, inputs: list[list[Value]]) -> list[Sequence]:
-        found = []
+        sequences = []
         for values in inputs:
             given: list[Any] = []
             for part, value in zip(self.parts, values, strict=True):
@@ -137,8 +137,8 @@ class _Ours:
                 elif value:
                     given.append(value)
             context = self.model.context(given, self.column)
-            found.append(context if len(context) else self.model.start())
-        return found
+            sequences.append(context if len(context) else self.model.start())
+        return sequences
 
 
 @dataclass
@@ -171,7 +171,7 @@ class Asked(_Ours):
 
     def path(self) -> Path:
         model, network, place = self.model, self.model.checkpoint.model, self.model.device.torch
-        sequence = self.contexts([whole(self.parts)])[0]
+        sequence = self.contexts([unmasked(self.parts)])[0]
         batch = collate([sequence], network.media, network.vocabulary.pad).to(place)
         with torch.no_grad():
             table = network.token_embedding.table().float()
@@ -216,22 +216,24 @@ class Asked(_Ours):
             return found[:, self.place] - found[:, others].logsumexp(1)
 
         def by_unit(worth: list[np.ndarray]) -> list[np.ndarray]:
-            found = []
+            units = []
             tokens = worth[0].sum(-1)
             for number, (part, (tensor, row)) in enumerate(zip(self.parts, where, strict=True)):
                 if isinstance(part, Words):
                     mine = owners[0] == number
-                    found.append(np.bincount(owners[1][mine], tokens[mine], part.count))
+                    units.append(np.bincount(owners[1][mine], tokens[mine], part.count))
                 else:
-                    found.append(part.summed(worth[tensor][row][: len(part.sample)]))
-            return found
+                    units.append(part.summed(worth[tensor][row][: len(part.sample)]))
+            return units
 
         return Path(score, (fixed, *values), (bare, *(silent[name][None] for name in names)), by_unit)
 
     def layers(self) -> list[dict[str, Any]]:
         wanted = self.ids[self.place][0] if self.ids[self.place] else self.model.engine.spans["text"].end
-        found = []
-        for number, logits in enumerate(scoring.lens(self.model.engine, self.contexts([whole(self.parts)])[0])):
+        by_layer = []
+        for number, logits in enumerate(
+            scoring.logit_lens(self.model.engine, self.contexts([unmasked(self.parts)])[0])
+        ):
             chances = logits.softmax(-1)
             top = chances.topk(min(3, len(chances)))
             likeliest = [
@@ -239,23 +241,23 @@ class Asked(_Ours):
                 for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
             ]
             rank = int((chances > chances[wanted]).sum()) + 1
-            found.append({"layer": number, "chance": float(chances[wanted]), "rank": rank, "likeliest": likeliest})
-        return found
+            by_layer.append({"layer": number, "chance": float(chances[wanted]), "rank": rank, "likeliest": likeliest})
+        return by_layer
 
 
 def _owners(model: PlaitModel, parts: list[Part]) -> np.ndarray:
     """(2, L): for each place of the context, the part of text and its word, -1 elsewhere."""
     begin = [] if model.columns else model.checkpoint.text.start
-    found: list[tuple[int, int]] = [(-1, -1)] * len(begin)
+    owners: list[tuple[int, int]] = [(-1, -1)] * len(begin)
     for number, part in enumerate(parts):
         if isinstance(part, Words):
             stops = [stop for _, stop in model.checkpoint.text.offsets(part.text)]
-            found += [(number, int(word)) for word in part.owners(stops)]
+            owners += [(number, int(word)) for word in part.owners(stops)]
         else:
-            found += [(-1, -1)] * (1 + model.modality(part.column).token_count(len(part.sample)))
+            owners += [(-1, -1)] * (1 + model.modality(part.column).token_count(len(part.sample)))
     if model.columns:
-        found.append((-1, -1))  # the opener of what is answered
-    return np.array(found or [(-1, -1)]).T
+        owners.append((-1, -1))  # the opener of what is answered
+    return np.array(owners or [(-1, -1)]).T
 
 
 @dataclass
@@ -303,7 +305,7 @@ class Made(_Ours):
         token_type = self.written.name
         ids = (self.codes + self.model.vocabulary.id_ranges[token_type][0]).tolist()
         sequences = [context.write(ids) for context in self.contexts(inputs)]
-        return np.stack(scoring.told(self.model.engine, sequences, token_type))
+        return np.stack(scoring.token_log_probs(self.model.engine, sequences, token_type))
 
     def scores(self, inputs: list[list[Value]]) -> np.ndarray:
         return np.asarray(self.by_code(inputs).sum(1))

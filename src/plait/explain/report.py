@@ -17,10 +17,10 @@ from plait.modalities.base import cells
 STRONGEST = 5  # units that are listed by name
 
 
-def as_json_of(found: Explanation) -> dict[str, Any]:
+def as_json_of(explanation: Explanation) -> dict[str, Any]:
     """Everything, as JSON has it: weights by word, or by region of a grid of rows and columns."""
     parts: list[dict[str, Any]] = []
-    for part, weights in zip(found.parts, found.weights, strict=False):
+    for part, weights in zip(explanation.parts, explanation.weights, strict=False):
         entry: dict[str, Any] = {"kind": part.name, "weights": _numbers(weights)}
         if isinstance(part, Words):
             entry["words"] = [word.strip() for word in part.words]
@@ -29,35 +29,36 @@ def as_json_of(found: Explanation) -> dict[str, Any]:
         entry["strongest"] = [{"where": part.spot(unit), "weight": float(weights[unit])} for unit in _top(weights)]
         parts.append(entry)
     shown: dict[str, Any] = {
-        "method": found.method,
-        "answer": found.answer,
-        "measure": found.measure,
-        "score": found.score,
-        "chance": found.chance,
+        "method": explanation.method,
+        "answer": explanation.answer,
+        "measure": explanation.measure,
+        "score": explanation.score,
+        "chance": explanation.chance,
         "parts": parts,
-        "lost_without": found.lost,
+        "lost_without": explanation.lost,
         "layers": [
             {**layer, "likeliest": [{"text": text, "chance": p} for text, p in layer["likeliest"]]}
-            for layer in found.layers
+            for layer in explanation.layers
         ],
-        "warnings": found.warnings,
+        "warnings": explanation.warnings,
     }
-    if found.areas is not None:
+    if explanation.areas is not None:
         shown["areas"] = {
-            "deletion": found.areas.deletion,
-            "insertion": found.areas.insertion,
-            "random_deletion": float(np.mean(found.areas.random_deletion)),
-            "random_insertion": float(np.mean(found.areas.random_insertion)),
-            "random_maps_beaten": found.areas.beaten,
-            "random_maps": len(found.areas.random_deletion),
+            "deletion": explanation.areas.deletion,
+            "insertion": explanation.areas.insertion,
+            "random_deletion": float(np.mean(explanation.areas.random_deletion)),
+            "random_insertion": float(np.mean(explanation.areas.random_insertion)),
+            "beaten": explanation.areas.random_maps_beaten,
+            "random_maps": len(explanation.areas.random_deletion),
         }
-    if found.gap is not None:
-        shown |= {"completeness_gap": found.gap, "steps": found.steps}
-    if found.regions is not None:
+    if explanation.gap is not None:
+        shown |= {"completeness_gap": explanation.gap, "steps": explanation.steps}
+    if explanation.regions is not None:
         rows = [
-            {"word": word, "lost": _numbers(lost)} for word, lost in zip(found.region_words, found.regions, strict=True)
+            {"word": word, "lost": _numbers(lost)}
+            for word, lost in zip(explanation.region_words, explanation.regions, strict=True)
         ]
-        shown["made"] = {"grid": list(found.region_grid), "words": rows}
+        shown["made"] = {"grid": list(explanation.region_grid), "words": rows}
     return shown
 
 
@@ -129,22 +130,24 @@ def _colour(share: float) -> tuple[int, int, int]:
     return tuple(round(255 + (channel - 255) * strength) for channel in ground)
 
 
-def as_png(found: Explanation) -> bytes:
+def as_png(explanation: Explanation) -> bytes:
     """All marked parts below one another."""
-    images = [image for _, image in _maps(found)]
-    for part, weights in zip(found.parts, found.weights, strict=False):
+    images = [image for _, image in _maps(explanation)]
+    for part, weights in zip(explanation.parts, explanation.weights, strict=False):
         if isinstance(part, Words):
-            images.append(_line(part.words, _shares(weights, found.weights)))
+            images.append(_line(part.words, _shares(weights, explanation.weights)))
     if not images:  # the logit lens
-        rows = [f"{layer['layer']:3}  {layer['chance']:.3f}  {layer['likeliest'][0][0]}" for layer in found.layers]
+        rows = [
+            f"{layer['layer']:3}  {layer['chance']:.3f}  {layer['likeliest'][0][0]}" for layer in explanation.layers
+        ]
         images = [_line([row], np.zeros(1)) for row in rows]
     wide = max(image.width for image in images)
-    whole = PILImage.new("RGB", (wide, sum(image.height + 8 for image in images)), "white")
+    canvas = PILImage.new("RGB", (wide, sum(image.height + 8 for image in images)), "white")
     y = 0
     for image in images:
-        whole.paste(image, (0, y))
+        canvas.paste(image, (0, y))
         y += image.height + 8
-    return _png(whole)
+    return _png(canvas)
 
 
 # --- the page ---------------------------------------------------------------------------------------------------
@@ -165,7 +168,9 @@ def as_html(found: Explanation) -> str:
         lost=[(name, f"{lost:+.3f}") for name, lost in found.lost.items()],
         layers=[_layer(layer) for layer in found.layers],
         areas=_areas(found),
-        beaten=f"{found.areas.beaten} of {len(found.areas.random_deletion)}" if found.areas is not None else "",
+        beaten=f"{found.areas.random_maps_beaten} of {len(found.areas.random_deletion)}"
+        if found.areas is not None
+        else "",
         gap=_gap(found),
     )
 
@@ -192,11 +197,11 @@ def _layer(layer: dict[str, Any]) -> list[str]:
     return [str(layer["layer"]), f"{layer['chance']:.4f}", str(layer["rank"]), likeliest]
 
 
-def _areas(found: Explanation) -> list[tuple[str, str, str, str]]:
+def _areas(explanation: Explanation) -> list[tuple[str, str, str, str]]:
     """Deletion and insertion beside those of random maps."""
-    if found.areas is None:
+    if explanation.areas is None:
         return []
-    areas = found.areas
+    areas = explanation.areas
     return [
         (name, f"{mine:.3f}", f"{np.mean(random):.3f} ± {np.std(random):.3f}", better)
         for name, mine, random, better in (

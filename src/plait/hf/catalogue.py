@@ -3,10 +3,7 @@ downloaded, and no weight is read: sizes come from files, shapes from headers.""
 
 from __future__ import annotations
 
-import json
-import math
 import re
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +12,8 @@ from typing import Any
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from plait.hf import huggingface
+from plait.hf.hub import parameters_of
 
-LONGEST_HEADER = 100 << 20  # bytes of a safetensors file's header that are read
 CONTRASTIVE = {"clip", "siglip", "siglip2"}
 WAVE = "conv_stride"  # in the configuration of an encoder that reads a waveform
 DESCRIBES = {"vision-encoder-decoder", "blip", "blip-2", "llava", "smolvlm", "git"}
@@ -99,7 +96,7 @@ def _model(place: Path, name: str) -> LocalModel | None:
         folder=place,
         model_type=str(config["model_type"]),
         bytes=sum(file.stat().st_size for file in files),
-        parameters=sum(_parameters(file) for file in files),
+        parameters=parameters_of(place),
         licence=_licence(place),
         verbs=_verbs(place, config, writes, encodes),
         encodes=encodes,
@@ -132,17 +129,6 @@ def _verbs(place: Path, config: dict[str, Any], writes: bool, encodes: str | Non
         "audio": ("transcribe",) if kind == "whisper" else (),
     }
     return () if encodes is None else (*first[encodes], HEAD)
-
-
-def _parameters(file: Path) -> int:
-    """The numbers in a safetensors file, by its header; 0 where that is damaged."""
-    try:
-        with file.open("rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            header = json.loads(handle.read(length)) if length <= LONGEST_HEADER else {}
-        return sum(math.prod(one["shape"]) for name, one in header.items() if name != "__metadata__")
-    except (OSError, ValueError, KeyError, TypeError, struct.error):
-        return 0
 
 
 def _licence(place: Path) -> str:

@@ -11,7 +11,8 @@ import torch
 
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
-from plait.hf.hub import explained, find, no_safetensors, other_weights, quiet
+from plait.hf.hub import explained, find, no_safetensors, other_weights, parameters_of, quiet
+from plait.inference.memory import check_memory
 from plait.modalities.base import MediaModality
 from plait.modalities.hf_encoder import HFEncoder, HFEncoderSettings, transformers_for
 
@@ -137,6 +138,7 @@ def _fill(modality: MediaModality, folder: Path) -> None:
     transformers = transformers_for(str(folder))
     hf_encoder = modality.encoder.hf_encoder
     assert isinstance(hf_encoder, HFEncoder)
+    check_memory(parameters_of(folder), "fp32", folder, others=False)
     with explained(folder), quiet():
         whole, info = transformers.AutoModel.from_pretrained(
             folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **_LOCAL
@@ -159,10 +161,10 @@ def _fill(modality: MediaModality, folder: Path) -> None:
     if not all(value.isfinite().all() for value in weights.values()):
         raise PlaitError(f"{folder} holds weights that are not finite. Fetch it again.")
     if not hf_encoder.frozen:
-        _still(modality)
+        _exclude_unused(modality)
 
 
-def _still(modality: MediaModality) -> None:
+def _exclude_unused(modality: MediaModality) -> None:
     """Take out of training what no state comes from, such as a head for pooling: optimisers and other processes would
     wait for its gradient."""
     settings: Any = modality.settings

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from plait.hf.span_counter import channels_for, count_codes, widened
-from plait.inference.engine import Engine, Request
+from plait.inference.engine import Engine
 from plait.inference.grammar import Span
+from plait.inference.requests import Request
 from plait.inference.sampling import Sampling
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import Multimodal, Sequence, collate

@@ -45,7 +45,8 @@ def export_gguf(checkpoint: Checkpoint, folder: Path) -> None:
     tokenizer, names = extended_tokenizer(checkpoint)
     with publish_folder(folder) as aside:
         writer = gguf.GGUFWriter(aside / FILE, WRITTEN[architecture.model_type])
-        _write_shape(writer, config, architecture)
+        writer.add_file_type(1)  # mostly F16
+        write_shape(writer, config, architecture.model_type)
         _write_tokenizer(writer, tokenizer, checkpoint, names)
         _write_tensors(writer, gguf, checkpoint, architecture)
         writer.write_header_to_file()
@@ -58,14 +59,14 @@ def _refused(why: str) -> PlaitError:
     return PlaitError(f"This model cannot be written as GGUF: {why}. --to transformers writes it.")
 
 
-def _write_shape(writer: Any, config: TransformerConfig, architecture: Architecture) -> None:
-    writer.add_file_type(1)  # mostly F16
+def write_shape(writer: Any, config: TransformerConfig, model_type: str) -> None:
+    """The sizes of a network into a `gguf.GGUFWriter`; `model_type` is transformers' name of its architecture."""
     writer.add_context_length(config.max_length)
     writer.add_embedding_length(config.width)
     writer.add_block_count(config.layers)
     writer.add_feed_forward_length(config.hidden)
     writer.add_head_count(config.heads)
-    if architecture.model_type == "gpt2":
+    if model_type == "gpt2":
         writer.add_layer_norm_eps(config.norm_eps)
         return
     writer.add_head_count_kv(config.kv_heads)

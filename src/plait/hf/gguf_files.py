@@ -191,9 +191,14 @@ class GGUF:
         else:
             values = self.library.dequantize(data.reshape(stop - start, size), tensor.tensor_type)
         value = torch.from_numpy(np.ascontiguousarray(values, np.float32)).reshape(stop - start, *shape[1:])
-        if not bool(value.isfinite().all()):
+        if not all_finite(value):
             raise PlaitError(f"{self.path}: tensor {name} holds values that are not finite. Fetch it again.")
         return value
+
+
+def all_finite(value: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity. A sum tells in one pass, but that it may overflow itself."""
+    return bool(value.sum(dtype=torch.float32).isfinite()) or bool(value.isfinite().all())
 
 
 def _reader(library: Any) -> Any:

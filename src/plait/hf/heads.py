@@ -395,6 +395,7 @@ class FeatureCache:
         return found
 
     def put(self, split: str, features: np.ndarray) -> None:
+        """Keep the features (N, F) of a split."""
         self.folder.mkdir(parents=True, exist_ok=True)
         aside = self._file(split).with_suffix(".tmp")
         save_file({"features": np.ascontiguousarray(features, np.float32)}, aside)
@@ -446,6 +447,7 @@ class HeadModel(Model):
 
     @cached_property
     def encoder(self) -> Encoder:
+        """The encoder below the head, loaded when it is first asked for."""
         if self.config["kind"] == "text":
             return TextEncoder(self.place, self.device)
         return MediaEncoder(self.config["kind"], self.place, self.config["settings"], self.device)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import math
 import re
+import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +16,7 @@ from typing import Any
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
 
+LONGEST_HEADER = 100 << 20  # bytes of a safetensors file's header that are read
 PATIENCE = 3.0  # seconds that the hub has to answer
 _ENDINGS = (".json", ".safetensors", ".txt", ".model", ".jinja")
 MODULES = ("[0-9]_*/config.json", "[0-9]_*/model.safetensors")  # of sentence encoders
@@ -102,6 +106,22 @@ def _download(name: str, known: str) -> Path:
         raise PlaitError(
             f"The download of '{name}' broke off: {error}. Run it again: it goes on where it was."
         ) from error
+
+
+def parameters_of(folder: Path) -> int:
+    """The numbers in a folder's weights, by the headers of its safetensors files; a damaged one counts none."""
+    return sum(_parameters(file) for file in sorted(folder.glob("*.safetensors")))
+
+
+def _parameters(file: Path) -> int:
+    """The numbers in a safetensors file, by its header; 0 where that is damaged."""
+    try:
+        with file.open("rb") as handle:
+            (length,) = struct.unpack("<Q", handle.read(8))
+            header = json.loads(handle.read(length)) if length <= LONGEST_HEADER else {}
+        return sum(math.prod(one["shape"]) for name, one in header.items() if name != "__metadata__")
+    except (OSError, ValueError, KeyError, TypeError, struct.error):
+        return 0
 
 
 def other_weights(folder: Path) -> list[str]:

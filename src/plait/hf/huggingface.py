@@ -17,10 +17,11 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from plait.core.device import release_memory
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from plait.hf.architectures import Imported, Layout, Stored, UnsupportedError, imported, layout
-from plait.hf.gguf_files import GGUF
+from plait.hf.gguf_files import GGUF, all_finite
 from plait.hf.hub import find, no_safetensors, other_weights
 from plait.inference.memory import check_memory
 from plait.kernels.linear import PackedLinear
@@ -111,7 +112,7 @@ class _Weights:
                 value = value if half and value.dtype in (torch.bfloat16, torch.float16) else value.float()
         except (SafetensorError, RuntimeError, OSError) as error:
             raise PlaitError(f"{path}: tensor {part.name} cannot be read: {error}. Fetch it again.") from error
-        if not value.isfinite().all():
+        if not all_finite(value):
             raise PlaitError(f"{path}: tensor {part.name} holds values that are not finite. Fetch it again.")
         return value
 
@@ -130,7 +131,7 @@ def _read_text(folder: Path, size: int) -> Text:
                 f"AutoTokenizer as T; T.from_pretrained('{folder}').save_pretrained('{folder}')\"."
             )
         raise PlaitError(f"{file} is missing. Fetch the model's tokenizer too.")
-    text = Text.load(file)
+    text = Text.load(file, size)
     if text.size > size:
         raise PlaitError(f"{file} knows {text.size} ids, and config.json has a vocabulary of {size}.")
     return text
@@ -277,11 +278,13 @@ def _pack(model: Multimodal, plan: Layout, weights: _Weights | GGUF, storage: st
                 bias = _Rows(plan[f"{name}.bias"], shape, weights, model.config.backbone)[:]
             linear = packed(f"{name}.weight", (module.out_features, module.in_features), bias)
             setattr(model.get_submodule(parent), child, linear)
+            release_memory()  # holes that parts on their way leave between packed layers
     for name, table in (("token_embedding", model.token_embedding), ("lm_head", model.lm_head)):
         if table is not None:
             rows, width = table.free.shape
             table.packed = packed(f"{name}.free", (rows, width))
             table.free = nn.Parameter(torch.empty(0, width), requires_grad=False)
+            release_memory()
 
 
 class _Rows:

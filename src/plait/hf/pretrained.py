@@ -19,10 +19,11 @@ from plait.core.dist import import_extra
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from plait.core.interruption import pause_point
-from plait.hf.hub import explained, find, no_safetensors, other_weights, quiet
+from plait.hf.hub import explained, find, no_safetensors, other_weights, parameters_of, quiet
 from plait.hf.sentences import BATCH, SentenceEncoder
 from plait.hf.speech import Segment, Speech
 from plait.inference.base import Model
+from plait.inference.memory import check_memory
 from plait.inference.results import Prediction, Predictions
 from plait.inference.sampling import Options
 from plait.modalities.audio_files import decode_audio, resample
@@ -108,6 +109,7 @@ class Pretrained(Model):
             "language": "AutoModelForCausalLM",
         }[kind]
         local = {"local_files_only": True, "trust_remote_code": False}
+        check_memory(parameters_of(folder), "fp32", folder, others=False)
         with explained(folder), quiet():
             self.model, info = getattr(transformers, auto).from_pretrained(
                 folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **local
@@ -199,9 +201,10 @@ class Pretrained(Model):
 
     def label_inputs(self, labels: list[str], template: str) -> Any:
         """The texts that stand for labels, as tensors."""
-        return self._texts([_sentence(label, template) for label in labels])
+        return self.text_inputs([_sentence(label, template) for label in labels])
 
-    def _texts(self, texts: list[str]) -> Any:
+    def text_inputs(self, texts: list[str]) -> Any:
+        """Texts as CLIP or SigLIP reads them, as tensors."""
         # SigLIP was trained on texts padded to its full length, without a mask.
         if hasattr(self.model, "logit_bias"):
             length = self.model.config.text_config.max_position_embeddings
@@ -228,7 +231,7 @@ class Pretrained(Model):
 
     def _contrastive(self, value: Any) -> Tensor:
         if isinstance(value, str):
-            result = self._run(self.model.get_text_features, **self._texts([value]))
+            result = self._run(self.model.get_text_features, **self.text_inputs([value]))
         else:
             pixels = self.processor(images=[read_image(value)], return_tensors="pt")
             result = self._run(self.model.get_image_features, **pixels)

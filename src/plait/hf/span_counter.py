@@ -22,8 +22,9 @@ from torch.nn.functional import one_hot
 
 from plait.inference.grammar import Span
 from plait.modalities.base import Vocabulary
+from plait.model.layers import RMSNorm
 from plait.model.multimodal import ModelConfig, Multimodal
-from plait.model.transformer import Block, RMSNorm
+from plait.model.transformer import Block
 
 SMALL = 1e-4  # what is written to new channels, beside the old ones
 SHARP = 1e7  # of the steps that the feed-forward layer makes

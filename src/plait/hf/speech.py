@@ -42,6 +42,7 @@ class Speech:
 
     @property
     def settings(self) -> Any:
+        """The generation settings that transformers keeps with the model."""
         return self.model.generation_config
 
     @property

@@ -268,9 +268,9 @@ class Model:
 
         Raises PlaitError where a file does not exist or cannot be read.
         """
-        given = inputs_of(inputs)
-        vectors = self.embed_inputs(given.values, prompt)
-        return vectors if given.several else vectors[0]
+        parsed = inputs_of(inputs)
+        vectors = self.embed_inputs(parsed.values, prompt)
+        return vectors if parsed.several else vectors[0]
 
     def embed_inputs(self, inputs: list[Any], prompt: str | None = None) -> np.ndarray:
         """The embeddings (N, E) of inputs as they are: a str is a text, whatever it looks like."""

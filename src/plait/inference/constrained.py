@@ -91,8 +91,8 @@ class _Ids:
 
     def __call__(self, text: str) -> list[int]:
         """The ids of a text in the middle of another, where no word begins."""
-        before, whole = self.text.encode(_START), self.text.encode(_START + text)
-        return whole[len(before) :] if whole[: len(before)] == before else self.text.encode(text)
+        before, after = self.text.encode(_START), self.text.encode(_START + text)
+        return after[len(before) :] if after[: len(before)] == before else self.text.encode(text)
 
 
 class ConstraintCompiler:

@@ -121,12 +121,12 @@ class _Decider:
             return self._is_it_so(question)
         if question.kind == "score" and (column := self._number(question)) is not None:
             return self._level(question, column)
-        wanted = [_plain(option.value) for option in question.options]
+        values = [_plain(option.value) for option in question.options]
         for column, labels in self._by_mention(question):
             places = {_plain(label): label for label in labels}
-            if all(value in places for value in wanted):
+            if all(value in places for value in values):
                 predictions = self._predictions(column)
-                chances = np.array([_chance(predictions, places[value]) for value in wanted])
+                chances = np.array([_chance(predictions, places[value]) for value in values])
                 if chances.sum() < 0.01:
                     return Decision(question, refusal="None of these options is likely.", column=column)
                 return self._decision(question, column, chances / chances.sum(), predictions)
@@ -138,22 +138,22 @@ class _Decider:
         A sentence around it could say the opposite, in any language; it may stand in the instructions where the name
         of the question is the label."""
         stated = {_plain(question.name or ""), _plain(question.instructions)}
-        found: list[tuple[str, str]] = []
+        candidates: list[tuple[str, str]] = []
         for column, labels in self._columns():
             so = [label for label in labels if _plain(label) in YES]
             if _plain(column) in stated and so and len(labels) == 2 and any(_plain(label) in NO for label in labels):
                 return self._predicate(question, column, so[0])
-            found += [
+            candidates += [
                 (column, label)
                 for label in labels
                 if stated & {_plain(label), _plain(f"{column} {label}"), _plain(f"{column} is {label}")}
             ]
-        whole = [(column, label) for column, label in found if _plain(f"{column} {label}") in stated] or found
-        if len(whole) != 1:
-            reason = "is a label of several columns: write COLUMN: LABEL" if whole else "is no label that was learnt"
+        exact = [(column, label) for column, label in candidates if _plain(f"{column} {label}") in stated] or candidates
+        if len(exact) != 1:
+            reason = "is a label of several columns: write COLUMN: LABEL" if exact else "is no label that was learnt"
             what = f"The condition, or the name of the question, {reason}. {_known(self.model)}."
             return Decision(question, refusal=what)
-        return self._predicate(question, *whole[0])
+        return self._predicate(question, *exact[0])
 
     def _predicate(self, question: Question, column: str, label: str) -> Decision:
         predictions = self._predictions(column)

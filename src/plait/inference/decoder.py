@@ -23,7 +23,8 @@ from plait.inference.sampling import LOWEST
 from plait.kernels import generation as native
 from plait.kernels.choice import KERNEL, PYTORCH, choose, question
 from plait.kernels.linear import DTYPES, PackedLinear
-from plait.model.transformer import Block, KVCache, LayerType, RMSNorm, Transformer, View, rotary_frequencies
+from plait.model.layers import RMSNorm
+from plait.model.transformer import Block, KVCache, LayerType, Transformer, View, rotary_frequencies
 
 ROWS = (1, 8, 32)  # at which a step is timed
 PROBED = 2  # layers that are timed

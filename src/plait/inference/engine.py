@@ -19,10 +19,11 @@ from plait.core.device import Device, matmul_precision
 from plait.core.errors import ContextLengthError, PlaitError
 from plait.core.interruption import Interrupted, pause_point
 from plait.core.rng import uniform
-from plait.inference.constrained import TextConstraint, allowed_ids
+from plait.inference.constrained import allowed_ids
 from plait.inference.decoder import Decoder
 from plait.inference.grammar import Span, spans
-from plait.inference.sampling import LOWEST, BatchSamplingParams, Sampling
+from plait.inference.requests import Completion, Delta, Request, Result, TopIds
+from plait.inference.sampling import LOWEST, BatchSamplingParams
 from plait.kernels.linear import PackedLinear
 from plait.modalities.text import Text
 from plait.model.checkpoint import Checkpoint
@@ -30,67 +31,6 @@ from plait.model.multimodal import Sequence, TokenEmbedding, collate, embed_toke
 from plait.model.transformer import KVCache, View
 
 PREFILL_TOKENS = 8192  # padded positions in one prefill
-GREEDY = Sampling(greedy=True)
-
-
-@dataclass(frozen=True)
-class TopIds:
-    """The likeliest ids at one place, likeliest first, and log P of each in nats."""
-
-    ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What one step added to one sample; `finish` is set in its last update."""
-
-    sample: int
-    ids: list[int]
-    text: str = ""
-    finish: str | None = None
-    logprobs: tuple[float, ...] = ()  # one an id, where the request wants them
-    top: tuple[TopIds, ...] = ()  # likewise
-
-
-@dataclass
-class Request:
-    """One context and what to write after it. The context ends where writing begins: with an opener, or with text."""
-
-    context: Sequence
-    token_type: str = "text"
-    sampling: Sampling = GREEDY
-    n: int = 1
-    max_new_tokens: int | None = None  # None: as many as the context and the grammar have room for
-    min_new_tokens: int = 0  # ids before the end becomes possible
-    guidance: float = 1.0  # 1 is none
-    seed: int = 0
-    first_sample: int = 0  # samples are drawn as numbers first_sample .. first_sample + n - 1 of the seed
-    stop: tuple[str, ...] = ()  # strings that end a text; they are left out of it
-    logprobs: bool = False
-    top_logprobs: int = 0  # the likeliest ids at each place, so many; they need `logprobs`
-    constraint: TextConstraint | None = None  # what a text must be
-    adapter: int = -1  # of the backbone's, by its number; -1: none, or the default
-    on_delta: Callable[[Delta], None] | None = None  # called by the thread that runs the engine
-
-
-@dataclass
-class Completion:
-    """One sample: its ids without the end, and for text what they spell. `finish` is "end", "length", "stop" or
-    "cancelled"; `logprobs` (nats, one an id, then the end's) are the model's own, before guidance and settings."""
-
-    ids: list[int]
-    finish: str
-    text: str | None = None
-    logprobs: list[float] | None = None
-    top: list[TopIds] | None = None  # one a log probability, where they were asked for
-
-
-@dataclass
-class Result:
-    """What the engine made of a request: its samples, as many as were asked for."""
-
-    samples: list[Completion]
 
 
 @dataclass
@@ -179,9 +119,9 @@ class _Sample:
         if not stops or not fresh:
             return
         since = max(len(self.spelt) - len(fresh) - max(map(len, stops)), 0)
-        found = [at for stop in stops if (at := self.spelt.find(stop, since)) >= 0]
-        if found:
-            self.spelt, self.finish = self.spelt[: min(found)], "stop"
+        positions = [at for stop in stops if (at := self.spelt.find(stop, since)) >= 0]
+        if positions:
+            self.spelt, self.finish = self.spelt[: min(positions)], "stop"
 
     def unsent(self) -> str:
         """The text that may be shown: what could still become a stop string is held back."""
@@ -432,12 +372,12 @@ class Engine:
             return
         self._reserve(rows, max(len(s.job.request.context) + s.job.limit for s in fresh))
         # Equal contexts are read once: the samples of one request, the bare openers of guidance.
-        wanted: dict[object, tuple[Sequence, list[int]]] = {}
+        prefixes: dict[object, tuple[Sequence, list[int]]] = {}
 
         def place(context: Sequence, adapter: int) -> int:
             key = adapter, id(context) if context.media else tuple(context.ids)
             self.adapters[self.used] = adapter
-            wanted.setdefault(key, (context, []))[1].append(self.used)
+            prefixes.setdefault(key, (context, []))[1].append(self.used)
             self.used += 1
             return self.used - 1
 
@@ -449,7 +389,7 @@ class Engine:
                 sample.partner = place(Sequence().read_ids(context.ids[-1:]), adapter)
         self.samples += fresh
         self.groups = None
-        todo = sorted(wanted.values(), key=lambda entry: len(entry[0]))
+        todo = sorted(prefixes.values(), key=lambda entry: len(entry[0]))
         while todo:
             count = 1
             while count < len(todo) and (count + 1) * len(todo[count][0]) <= PREFILL_TOKENS:
@@ -523,8 +463,8 @@ class Engine:
 
         own = logits = logits_of(group.index)
         if len(group.partners):
-            without, given = logits_of(group.partner_index), own[group.guided]
-            logits = own.index_copy(0, group.guided, without + group.weights * (given - without))
+            without, conditional = logits_of(group.partner_index), own[group.guided]
+            logits = own.index_copy(0, group.guided, without + group.weights * (conditional - without))
         if span.end is not None and (closed := group.closed()).any():
             mask = torch.from_numpy(closed).to(self.device.torch)
             for scores_of in {id(own): own, id(logits): logits}.values():
@@ -559,9 +499,9 @@ class Engine:
                 self._finish(sample, sample.finish)
             if sample.job.request.on_delta is not None or sample.finish is not None:
                 new = [] if span.ends(token) else [token]
-                told = tuple(sample.logprobs[-1:]) if new and sample.job.request.logprobs else ()
-                top = tuple(sample.top[-1:]) if told and sample.job.request.top_logprobs else ()
-                updates.append((sample, Delta(sample.index, new, sample.unsent(), sample.finish, told, top)))
+                logprobs = tuple(sample.logprobs[-1:]) if new and sample.job.request.logprobs else ()
+                top = tuple(sample.top[-1:]) if logprobs and sample.job.request.top_logprobs else ()
+                updates.append((sample, Delta(sample.index, new, sample.unsent(), sample.finish, logprobs, top)))
 
     def _constrained(self, group: _Group, logits: Tensor) -> Tensor:
         """The logits (B, V) with what the samples' constraints forbid taken out."""
@@ -615,7 +555,7 @@ class Engine:
         entries = []
         for sample in self.samples:
             if self.lengths[sample.row] == length:
-                whole = Sequence().extend(sample.job.request.context).read_ids(sample.ids)
-                entries.append((whole, [sample.row]))
+                sequence = Sequence().extend(sample.job.request.context).read_ids(sample.ids)
+                entries.append((sequence, [sample.row]))
         for entry in entries:
             self._prefill([entry])

@@ -51,7 +51,7 @@ def spans(model: Multimodal) -> dict[str, Span]:
     ours = vocabulary.end_id is None and bool(vocabulary.columns)
     end = vocabulary.end if ours or vocabulary.end_id is not None else None
     more = tuple(vocabulary.more_ends or ())
-    found = {"text": Span("text", 0, vocabulary.text + ours, end, more_ends=more)}
+    by_type = {"text": Span("text", 0, vocabulary.text + ours, end, more_ends=more)}
     for name, modality in model.media.items():
         if name not in vocabulary.id_ranges:
             continue
@@ -60,5 +60,5 @@ def spans(model: Multimodal) -> dict[str, Span]:
         limit = modality.code_count(getattr(settings, "frames", 1))
         unit = getattr(settings, "codes_per_patch", 1) if modality.variable_length else 1
         end = vocabulary.closer(name) if name in vocabulary.closers else None
-        found[name] = Span(name, start, stop, end, unit, unit if end is not None else limit, limit)
-    return found
+        by_type[name] = Span(name, start, stop, end, unit, unit if end is not None else limit, limit)
+    return by_type

@@ -28,9 +28,10 @@ from plait.data.record import Record
 from plait.inference import scoring
 from plait.inference.base import Model, Verb
 from plait.inference.constrained import ConstraintCompiler, ConstraintError, TextConstraint
-from plait.inference.engine import Completion, Engine, Request
+from plait.inference.engine import Engine
 from plait.inference.inputs import Reading
 from plait.inference.opinions import ood_scores, opinion_scores
+from plait.inference.requests import Completion, Request
 from plait.inference.results import Estimate, Prediction, Predictions, Segment
 from plait.inference.sampling import Options, make_sampling
 from plait.inference.showcase import Shown, showcase
@@ -328,12 +329,12 @@ class PlaitModel(Reading, Model):
         if column is None:
             result = self.engine.run([self.request(context, "text", count, **options)])[0]
             before = "".join(parts) if held is None else ""
-            found: list[Any] = [before + (written.text or "") for written in result.samples]
+            texts: list[Any] = [before + (written.text or "") for written in result.samples]
         else:
-            found = self.write([context], column, n=count, **options)[0]
+            texts = self.write([context], column, n=count, **options)[0]
             if self.columns[column] != "text":
-                found = [self.modality(column).to_object(sample) for sample in found]
-        return found[0] if count == 1 else found
+                texts = [self.modality(column).to_object(sample) for sample in texts]
+        return texts[0] if count == 1 else texts
 
     def _space(self, to: str) -> str:
         known = set(self.columns.values()) | {"text"}
@@ -393,11 +394,11 @@ class PlaitModel(Reading, Model):
         length, total = getattr(modality.settings, "frames", 1) * FRAME_SECONDS, len(wave) / rate
         starts = [min(i * length / 2, max(total - length, 0.0)) for i in range(len(sequences))]
         edges = [0.0, *((a + length + b) / 2 for a, b in pairwise(starts)), total]
-        found = []
+        segments = []
         for i, (start, sequence) in enumerate(zip(starts, sequences, strict=True)):
             if not silent(np.asarray(wave)[int(start * rate) : int((start + length) * rate) + 1]):
-                found.append((edges[i], edges[i + 1], sequence))
-        return found
+                segments.append((edges[i], edges[i + 1], sequence))
+        return segments
 
     def _check_speech(self, language: str | None, task: str) -> None:
         if task != "transcribe":
@@ -481,14 +482,18 @@ class PlaitModel(Reading, Model):
         answers: dict[int, Predictions] = {}
         groups: dict[int, list[int]] = {}  # which classifier answers, counted from 0, or -1 for none -> inputs
         for place, parts in enumerate(inputs):
-            found = self._classifier(parts, column) if labels is None else None
-            groups.setdefault(-1 if found is None else self.checkpoint.classifiers.index(found), []).append(place)
+            classifier = self._classifier(parts, column) if labels is None else None
+            groups.setdefault(-1 if classifier is None else self.checkpoint.classifiers.index(classifier), []).append(
+                place
+            )
         for number, places in groups.items():
-            some = [inputs[place] for place in places]
+            same_column = [inputs[place] for place in places]
             if number >= 0:
-                made = self._decide(self.checkpoint.classifiers[number], some, top)
+                made = self._decide(self.checkpoint.classifiers[number], same_column, top)
             else:
-                made = self._rank(some, self.labels.get(column, []) if labels is None else list(labels), column, top)
+                made = self._rank(
+                    same_column, self.labels.get(column, []) if labels is None else list(labels), column, top
+                )
             answers |= dict(zip(places, made, strict=True))
         return [answers[place] for place in range(len(inputs))]
 
@@ -521,9 +526,9 @@ class PlaitModel(Reading, Model):
 
         The column is the first of numbers if left out. Raises PlaitError where the model has learnt none.
         """
-        given = inputs_of(value)
-        found = self.estimate_inputs(given.values, column)
-        return found if given.several else found[0]
+        parsed = inputs_of(value)
+        estimates = self.estimate_inputs(parsed.values, column)
+        return estimates if parsed.several else estimates[0]
 
     def estimate_inputs(self, inputs: list[Any], column: str | None = None) -> list[Estimate]:
         """`estimate` for inputs as they are: a str is a text, whatever it looks like."""
@@ -546,13 +551,13 @@ class PlaitModel(Reading, Model):
         if isinstance(predictor, Numbers):
             raise PlaitError(f"'{predictor.target}' holds numbers. Ask for them with estimate: it has error bars.")
         samples, owners = self._samples(predictor.features.kind, inputs)
-        found = []
+        predictions = []
         for chances in _means(predictor.probabilities(samples), owners):
             order = np.argsort(-chances, kind="stable")
             chosen = [predictor.labels[i] for i in order if chances[i] >= predictor.thresholds[i]]
             ranked = [Prediction(predictor.labels[i], float(chances[i])) for i in order[:top]]
-            found.append(Predictions(ranked, chosen=chosen))
-        return found
+            predictions.append(Predictions(ranked, chosen=chosen))
+        return predictions
 
     def _predictor(self, inputs: list[list[Sequence]], column: str) -> Predictor | None:
         """What was fitted for a column of several labels or numbers and all of these inputs; None where nothing was."""
@@ -644,13 +649,13 @@ def _means(values: np.ndarray, inputs: list[list[Sequence]]) -> list[np.ndarray]
 
 def joined_segments(segments: list[Segment]) -> list[Segment]:
     """Segments that hold something; neighbours with one text are one."""
-    found: list[Segment] = []
+    merged: list[Segment] = []
     for segment in segments:
-        if found and segment.text == found[-1].text and found[-1].end == segment.start:
-            found[-1] = Segment(found[-1].start, segment.end, segment.text)
+        if merged and segment.text == merged[-1].text and merged[-1].end == segment.start:
+            merged[-1] = Segment(merged[-1].start, segment.end, segment.text)
         elif segment.text.strip():
-            found.append(segment)
-    return found
+            merged.append(segment)
+    return merged
 
 
 def joined(texts: list[str]) -> str:

@@ -40,7 +40,7 @@ def network_scores(
     modality = model.media[model.vocabulary.columns[source]]
     encoder = modality.encoder
     assert isinstance(encoder, Recogniser)
-    found = []
+    scores = []
     with torch.inference_mode():
         for start in range(0, len(samples), CHUNK):
             chunk = list(samples[start : start + CHUNK])
@@ -49,8 +49,8 @@ def network_scores(
             for view in views:
                 values, lengths = modality.batch(view)
                 logits.append(encoder.logits(values.to(device.torch), lengths.to(device.torch))[target].float())
-            found.append(torch.stack(logits).mean(0).double().cpu().numpy())
-    return np.concatenate(found)
+            scores.append(torch.stack(logits).mean(0).double().cpu().numpy())
+    return np.concatenate(scores)
 
 
 def novelty_scores(model: Scores, classifier: Classifier, inputs: Sequence[Any]) -> list[np.ndarray]:
@@ -65,13 +65,13 @@ def view_of(model: Scores, classifier: Classifier, view: str, inputs: Sequence[A
     modality = model.checkpoint.model.media[model.checkpoint.model.vocabulary.columns[classifier.source]]
     encoder = modality.encoder
     assert isinstance(encoder, Recogniser)
-    found = []
+    views = []
     with torch.inference_mode():
         for start in range(0, len(inputs), CHUNK):
             values, lengths = modality.batch(list(inputs[start : start + CHUNK]))
             pooled = encoder.pooled(values.to(model.device.torch), lengths.to(model.device.torch))
-            found.append(pooled.float().cpu().numpy())
-    return np.concatenate(found)
+            views.append(pooled.float().cpu().numpy())
+    return np.concatenate(views)
 
 
 def ood_scores(

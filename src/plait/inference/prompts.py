@@ -144,10 +144,10 @@ def _template(folder: Path) -> Any:
 
 def _ends(folder: Path, tokenizer: Any, known: int | None) -> tuple[str, ...]:
     """The spellings of further ids that end a reply: the engine knows one."""
-    found = [tokenizer.eos_token_id]
+    ends = [tokenizer.eos_token_id]
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
             end = read_json(folder / name).get("eos_token_id")
-            found += end if isinstance(end, list) else [end]
-    ids = sorted({id for id in found if isinstance(id, int) and id != known})
+            ends += end if isinstance(end, list) else [end]
+    ids = sorted({id for id in ends if isinstance(id, int) and id != known})
     return tuple(name for name in tokenizer.convert_ids_to_tokens(ids) if name)

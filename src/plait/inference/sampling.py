@@ -81,18 +81,18 @@ def make_sampling(options: SamplingOptions, defaults: GenerationConfig, token_ty
 
     Raises PlaitError where they cannot be met.
     """
-    given = {name: value for name, value in options.items() if name in Sampling.__dataclass_fields__}
-    given = {name: value for name, value in given.items() if value is not None}
+    named = {name: value for name, value in options.items() if name in Sampling.__dataclass_fields__}
+    named = {name: value for name, value in named.items() if value is not None}
     do_sample = options.get("do_sample")
     if do_sample is None and options.get("temperature") == 0:
         do_sample = False
     if do_sample is None:
-        do_sample = token_type != "text" or n > 1 or bool(given.keys() - {"repetition_penalty"})
+        do_sample = token_type != "text" or n > 1 or bool(named.keys() - {"repetition_penalty"})
     if not do_sample and n > 1:
         raise PlaitError("Without sampling all results are the same. Ask for one, or leave do_sample out.")
     temperature = defaults.temperature if token_type == "text" else defaults.media_temperature.get(token_type, 1.0)
     standard = {"temperature": temperature, "top_k": defaults.top_k, "top_p": defaults.top_p}
-    return Sampling(greedy=not do_sample, **{**standard, **given})  # type: ignore[arg-type]
+    return Sampling(greedy=not do_sample, **{**standard, **named})  # type: ignore[arg-type]
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:

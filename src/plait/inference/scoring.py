@@ -12,7 +12,8 @@ from torch import Tensor
 
 from plait.core.errors import ContextLengthError, PlaitError
 from plait.core.interruption import pause_point
-from plait.inference.engine import Engine, TopIds, top_ids
+from plait.inference.engine import Engine, top_ids
+from plait.inference.requests import TopIds
 from plait.kernels.linear import PackedLinear
 from plait.model.cross_entropy import negative_log_likelihood
 from plait.model.multimodal import IGNORE, Sequence, collate, embed_tokens
@@ -52,7 +53,7 @@ def score(
             raise PlaitError("The context is empty. Give a context that ends with the opener of a column.")
         if len(context) + longest > limit:
             raise PlaitError(f"A context of {len(context)} tokens and a text of {longest} exceed this model's {limit}.")
-    found = np.zeros((len(contexts), len(texts)))
+    scores = np.zeros((len(contexts), len(texts)))
     # Branches are cut into chunks as long as the contexts may be, so that no forward pass grows beyond its budget.
     chunks: list[list[int]] = [[]]
     for column in sorted(range(len(texts)), key=lambda i: len(texts[i])):
@@ -63,8 +64,8 @@ def score(
     for chunk in chunks if texts else []:
         branch = [texts[i] for i in chunk]
         for rows in batches(lengths, most, sum(map(len, branch))):
-            found[np.ix_(rows, chunk)] = _tree(engine, [contexts[row] for row in rows], branch, ends)
-    return found
+            scores[np.ix_(rows, chunk)] = _tree(engine, [contexts[row] for row in rows], branch, ends)
+    return scores
 
 
 def _tree(engine: Engine, contexts: list[Sequence], texts: list[list[int]], ends: bool) -> np.ndarray:
@@ -74,8 +75,8 @@ def _tree(engine: Engine, contexts: list[Sequence], texts: list[list[int]], ends
         with engine.device.autocast():
             trunk = model.inputs(batch, engine.table)  # (B, C, D)
         end = engine.spans["text"].end if ends else None
-        found = branches(engine.decoder, trunk, batch.lengths, engine.table, engine.head("text"), texts, end)
-        return found.double().cpu().numpy()
+        hidden = branches(engine.decoder, trunk, batch.lengths, engine.table, engine.head("text"), texts, end)
+        return hidden.double().cpu().numpy()
 
 
 def branches(
@@ -110,20 +111,20 @@ def branches(
     last = hidden[torch.arange(rows, device=device), lengths - 1].to(head.dtype)
     first = torch.tensor([text[0] if text else end for text in texts], device=device)
     scores = F.linear(last, head).float().log_softmax(-1)[:, first]  # (B, texts)
-    wanted = [token for text in texts if text for token in [*text[1:], -1 if end is None else end]]
-    told = torch.tensor([i for i, token in enumerate(wanted) if token >= 0], dtype=torch.long, device=device)
-    if len(told):
-        goals = torch.tensor(wanted, device=device)[told]
-        states = hidden[:, columns + told].reshape(-1, hidden.shape[-1]).to(head.dtype)
+    targets = [token for text in texts if text for token in [*text[1:], -1 if end is None else end]]
+    scored = torch.tensor([i for i, token in enumerate(targets) if token >= 0], dtype=torch.long, device=device)
+    if len(scored):
+        goals = torch.tensor(targets, device=device)[scored]
+        states = hidden[:, columns + scored].reshape(-1, hidden.shape[-1]).to(head.dtype)
         loss = negative_log_likelihood(states, head, goals.repeat(rows)).view(rows, -1)
-        scores = scores.index_add(1, owner[told], -loss)
+        scores = scores.index_add(1, owner[scored], -loss)
     return scores
 
 
-def lens(engine: Engine, context: Sequence) -> list[Tensor]:
+def logit_lens(engine: Engine, context: Sequence) -> list[Tensor]:
     """What each layer would say next, fp32 logits (text ids) each: its hidden state at the context's end through the
     final norm and the head; the embedding first, the last layer last (nostalgebraist, "the logit lens", 2020)."""
-    model, found = engine.model, []
+    model, logits = engine.model, []
     with torch.inference_mode(), engine.device.autocast():
         x = model.inputs(collate([context], model.media, model.vocabulary.pad).to(engine.device.torch), engine.table)
         states = [x]
@@ -138,17 +139,17 @@ def lens(engine: Engine, context: Sequence) -> list[Tensor]:
                 handle.remove()
         for state in states:
             last = engine.decoder.whole.final_norm(state[:, -1])[0].to(engine.device.dtype)
-            found.append((last @ engine.head("text").t()).float())
-    return found
+            logits.append((last @ engine.head("text").t()).float())
+    return logits
 
 
-def told(engine: Engine, sequences: list[Sequence], token_type: str, most: int = 256) -> list[np.ndarray]:
+def token_log_probs(engine: Engine, sequences: list[Sequence], token_type: str, most: int = 256) -> list[np.ndarray]:
     """log P of each id that a sequence writes, all of one space, in nats: an array (ids,) each.
 
     Raises PlaitError where a sequence is longer than the model reads.
     """
     model = engine.model
-    found: list[np.ndarray] = [np.zeros(0)] * len(sequences)
+    log_probs: list[np.ndarray] = [np.zeros(0)] * len(sequences)
     if longest := max((len(sequence) for sequence in sequences if len(sequence) > engine.max_length), default=0):
         raise PlaitError(f"A sequence of {longest} tokens exceeds the {engine.max_length} that this model reads.")
     for rows in batches([len(sequence) for sequence in sequences], most):
@@ -163,8 +164,8 @@ def told(engine: Engine, sequences: list[Sequence], token_type: str, most: int =
             loss = negative_log_likelihood(states, head, batch.targets[keep] - engine.spans[token_type].start)
             pieces = (-loss).double().cpu().split(keep.sum(1).tolist())
         for row, piece in zip(rows, pieces, strict=True):
-            found[row] = piece.numpy()
-    return found
+            log_probs[row] = piece.numpy()
+    return log_probs
 
 
 @dataclass(frozen=True)
@@ -182,22 +183,22 @@ def prompt_scores(engine: Engine, prompts: list[Sequence], top: int = 0, most: i
     model, limit, span, predict = engine.model, engine.max_length, engine.spans["text"], engine.predict["text"]
     if longest := max((len(prompt) for prompt in prompts if len(prompt) > limit), default=0):
         raise ContextLengthError(f"The prompt takes {longest} tokens; this model has room for {limit}. Shorten it.")
-    found = [PromptScores([None], [None]) for _ in prompts]
+    scores = [PromptScores([None], [None]) for _ in prompts]
     for rows in batches([len(prompt) for prompt in prompts], most):
         with torch.inference_mode():
             batch = collate([prompts[row] for row in rows], model.media, model.vocabulary.pad).to(engine.device.torch)
             with engine.device.autocast():
                 hidden = engine.decoder(model.inputs(batch, engine.table))
             for row, states in zip(rows, hidden, strict=True):
-                wanted = [token - span.start for token in prompts[row].ids[1:]]
-                for at in range(0, len(wanted), PLACES):
-                    chances = predict(states[at : min(at + PLACES, len(wanted))]).float().log_softmax(-1)
+                targets = [token - span.start for token in prompts[row].ids[1:]]
+                for at in range(0, len(targets), PLACES):
+                    chances = predict(states[at : min(at + PLACES, len(targets))]).float().log_softmax(-1)
                     tops = top_ids(chances, top, span.start)
-                    for place, token in enumerate(wanted[at : at + PLACES]):
+                    for place, token in enumerate(targets[at : at + PLACES]):
                         known = 0 <= token < span.stop - span.start
-                        found[row].logprobs.append(float(chances[place, token]) if known else None)
-                        found[row].top.append(tops[place] if tops and known else None)
-    return found
+                        scores[row].logprobs.append(float(chances[place, token]) if known else None)
+                        scores[row].top.append(tops[place] if tops and known else None)
+    return scores
 
 
 def embed(engine: Engine, sequences: list[Sequence], most: int = 256) -> np.ndarray:
@@ -205,7 +206,7 @@ def embed(engine: Engine, sequences: list[Sequence], most: int = 256) -> np.ndar
     model, limit = engine.model, engine.max_length
     if not model.config.embed_dim:
         raise PlaitError("This model has no embedding space. Train one with an embedding width above 0.")
-    found = np.zeros((len(sequences), model.config.embed_dim), np.float32)
+    embeddings = np.zeros((len(sequences), model.config.embed_dim), np.float32)
     for sequence in sequences:
         if not sequence.spans:
             raise PlaitError("There is nothing to embed: the input is empty.")
@@ -218,5 +219,5 @@ def embed(engine: Engine, sequences: list[Sequence], most: int = 256) -> np.ndar
             inputs = model.inputs(batch, engine.table)
             hidden = engine.decoder(inputs)
             pooled = model.pool(inputs, hidden, [sequence.spans[0] for sequence in part])
-        found[rows] = pooled.float().cpu().numpy()
-    return found
+        embeddings[rows] = pooled.float().cpu().numpy()
+    return embeddings

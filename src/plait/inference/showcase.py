@@ -50,12 +50,12 @@ def showcase(model: PlaitModel, records: list[Record]) -> list[Shown]:
     media = [column for column, kind in columns.items() if kind in model.checkpoint.model.media]
     writable = [column for column in media if not {column, columns[column]} & set(read_only)]
     written = [column for column in texts if column not in read_only]
-    found = [shown for column in writable if texts for shown in _made(model, records, texts[0], column)]
+    shown_items = [shown for column in writable if texts for shown in _made(model, records, texts[0], column)]
     if media and written:
-        found += _told(model, records, media[0], written[0])
+        shown_items += _written_answers(model, records, media[0], written[0])
     elif not media and written:
-        found += _written(model, records, written)
-    return found
+        shown_items += _written(model, records, written)
+    return shown_items
 
 
 def _made(model: PlaitModel, records: list[Record], source: str, column: str) -> list[Shown]:
@@ -68,7 +68,7 @@ def _made(model: PlaitModel, records: list[Record], source: str, column: str) ->
     ]
 
 
-def _told(model: PlaitModel, records: list[Record], source: str, target: str) -> list[Shown]:
+def _written_answers(model: PlaitModel, records: list[Record], source: str, target: str) -> list[Shown]:
     """What is written about media."""
     if target in model.labels and isinstance(model.modality(source).encoder, Recogniser):
         return []  # the encoder's own answers show
@@ -91,15 +91,15 @@ def _written(model: PlaitModel, records: list[Record], columns: list[str]) -> li
     source = next(column for column in columns if column != target)
     chosen = [one for one in records if source in one.parts and target in one.parts][:ASKED]
     asked = [str(one.parts[source]) for one in chosen]
-    wanted = [str(one.parts[target]) for one in chosen]
+    truth = [str(one.parts[target]) for one in chosen]
     if target in model.labels:
-        found = model.classify_inputs(asked, column=target, top=1)
+        predictions = model.classify_inputs(asked, column=target, top=1)
         return [
             Shown(text, best[0].label, "text", right, best[0].probability)
-            for text, best, right in zip(asked, found, wanted, strict=True)
+            for text, best, right in zip(asked, predictions, truth, strict=True)
         ]
     made = model.write([model.context([text]) for text in asked], target, do_sample=False, max_new_tokens=WORDS)
-    return [Shown(text, answer[0], "text", right) for text, answer, right in zip(asked, made, wanted, strict=True)]
+    return [Shown(text, answer[0], "text", right) for text, answer, right in zip(asked, made, truth, strict=True)]
 
 
 def _replies(model: PlaitModel, records: list[Record], column: str) -> list[Shown]:

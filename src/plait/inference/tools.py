@@ -125,15 +125,15 @@ def read_format(template: Template) -> ToolFormat | None:
 def _call_in(text: str, value: str) -> tuple[int, int, str, str] | None:
     """Where the JSON of the call with an argument begins and ends, and its two keys."""
     decoder = json.JSONDecoder()
-    for found in re.finditer(r"\{", text):
+    for match in re.finditer(r"\{", text):
         try:
-            call, stop = decoder.raw_decode(text, found.start())
+            call, stop = decoder.raw_decode(text, match.start())
         except ValueError:
             continue
         names = [key for key, inner in call.items() if inner == _TOOL]
         arguments = [key for key, inner in call.items() if inner == {_KEY: value}]
         if names and arguments:
-            return found.start(), stop, names[0], arguments[0]
+            return match.start(), stop, names[0], arguments[0]
     return None
 
 
@@ -229,6 +229,10 @@ class CallPiece:
     done: bool = False
 
 
+_FENCE = re.compile(r"^```(?:json)?(?=\s|\{)\s*")  # of Markdown, in which models like to write JSON
+_HEAD = 512  # characters within which a call without a mark has told its name
+
+
 class ReplyParser:
     """Takes a reply piece by piece, and tells what is said from what is called."""
 
@@ -247,16 +251,16 @@ class ReplyParser:
     def add(self, text: str, last: bool = False) -> list[TextPiece | CallPiece]:
         """What has become certain; with `last` nothing more comes."""
         self._buffer += text
-        found: list[TextPiece | CallPiece] = []
+        pieces: list[TextPiece | CallPiece] = []
         while True:
             state, size = self._state, len(self._buffer)
-            found += state(last)
+            pieces += state(last)
             if self._state == state and len(self._buffer) == size:
                 break
         if last and self._buffer:
-            found.append(TextPiece(self._buffer))
+            pieces.append(TextPiece(self._buffer))
             self._buffer = ""
-        return found
+        return pieces
 
     @property
     def calls(self) -> int:
@@ -265,9 +269,16 @@ class ReplyParser:
 
     def _text(self, last: bool) -> list[TextPiece | CallPiece]:
         """Until a call begins. White space before one belongs to neither."""
+        bare = self._bare(last)
+        if bare is None:
+            return []
+        if bare:
+            self._state = self._call
+            return []
         buffer = self._buffer
         if not self.mark:
-            return self._bare(last)
+            self._buffer = ""
+            return self._say(buffer)
         place = buffer.find(self.mark)
         if place >= 0:
             self._buffer, self._state = buffer[place + len(self.mark) :], self._call
@@ -281,21 +292,22 @@ class ReplyParser:
         self._buffer = buffer[len(buffer) - keep :]
         return self._say(buffer[: len(buffer) - keep])
 
-    def _bare(self, last: bool) -> list[TextPiece | CallPiece]:
-        """Calls without a mark: the whole reply is one, or none."""
-        begins = self._buffer.lstrip()
-        if not self._said and (not begins or begins.startswith("{")):
-            if not last and self._head.match(self._buffer) is None and len(begins) < 512:
-                return []
-            if self._named():
-                self._state = self._call
-                return []
-        found, self._buffer = self._buffer, ""
-        return self._say(found)
+    def _bare(self, last: bool) -> bool | None:
+        """Whether the reply begins with the JSON of a call without a mark, in a fence or not; None while that is open.
 
-    def _named(self) -> bool:
-        found = self._head.match(self._buffer)
-        return found is not None and json.loads(found[1]) in self.names
+        Some templates spell calls so, and small models leave the mark out.
+        """
+        begins = self._buffer.lstrip()
+        if self._said or self._calls or begins[:1] not in ("", "{", "`"):
+            return False
+        inside = _FENCE.sub("", begins)
+        if (match := self._head.match(inside)) is not None:
+            if json.loads(match[1]) not in self.names:
+                return False
+            self._buffer = inside
+            return True
+        may_be = not inside or inside.startswith("{") or "```json".startswith(inside)
+        return None if may_be and not last and len(begins) < _HEAD else False
 
     def _say(self, text: str) -> list[TextPiece | CallPiece]:
         self._said |= bool(text)
@@ -303,18 +315,18 @@ class ReplyParser:
 
     def _call(self, last: bool) -> list[TextPiece | CallPiece]:
         """Until a call's arguments begin."""
-        found = self._head.search(self._buffer)
-        if found is None:
+        match = self._head.search(self._buffer)
+        if match is None:
             if last and self._calls:
                 self._buffer = ""  # what ends the calls
             elif last:
                 self._buffer = self.mark + self._buffer
                 self._state = self._over
             return []
-        self._buffer = self._buffer[found.end() :]
+        self._buffer = self._buffer[match.end() :]
         self._state, self._depth, self._quoted, self._escaped = self._arguments, 0, False, False
         self._calls += 1
-        return [CallPiece(self._calls - 1, str(json.loads(found[1])))]
+        return [CallPiece(self._calls - 1, str(json.loads(match[1])))]
 
     def _arguments(self, last: bool) -> list[TextPiece | CallPiece]:
         """Until the object of the arguments is closed."""

@@ -42,6 +42,7 @@ class Question:
 
     @property
     def key(self) -> str:
+        """What answers are kept under."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -56,6 +57,7 @@ class Choice:
     level: str = ""
 
     def way(self, shape: str) -> str:
+        """The kernel, or PyTorch where that is clearly faster at a shape."""
         times = self.seconds[shape]
         return PYTORCH if times[KERNEL] > TIE * times[PYTORCH] else KERNEL
 
@@ -64,6 +66,7 @@ class Choice:
         return self.seconds[shape][PYTORCH] / self.seconds[shape][KERNEL]
 
     def words(self) -> str:
+        """The answer, for people."""
         shapes = ", ".join(f"{shape} {self.way(shape)} ({self.ratio(shape):.2f})" for shape in self.seconds)
         return f"{self.what}, {self.level}, {self.threads} threads: {shapes}; kernel / PyTorch in brackets"
 

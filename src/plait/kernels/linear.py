@@ -25,7 +25,7 @@ FORMATS = {name: number for number, name in enumerate(STORAGES)}  # as `Format` 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PANEL, GROUP = 32, 32
 SMALL = 2**22  # products of weights and rows for which a second thread does not pay
-CHUNK = 4096  # outputs that are laid out at a time: as much of them is held twice
+CHUNK = 512  # outputs that are laid out at a time: as much of them is held twice
 
 
 class LinearStruct(Structure):
@@ -169,6 +169,7 @@ class PackedLinear(nn.Module):
         return rows
 
     def dense(self) -> Tensor:
+        """The weight as it is multiplied with, (O, I) in fp32."""
         return self.rows(torch.arange(self.out_features))
 
     def part(self, start: int, stop: int) -> Callable[[Tensor], Tensor]:
@@ -212,6 +213,7 @@ class PackedLinear(nn.Module):
         return self.product(x)
 
     def extra_repr(self) -> str:
+        """What PyTorch prints of it."""
         return f"in_features={self.in_features}, out_features={self.out_features}, storage={self.storage}"
 
 

@@ -409,7 +409,7 @@ def attention(
     dropout: float,
 ) -> Tensor:
     """Causal attention from qkv (B, L, H + 2 K, E) of activations, (B, L, H, E): queries and keys normed (weights (E,))
-    and turned (by what `transformer.rotary` gives) where asked. Dropout takes chances, as PyTorch's generator seeds
+    and turned (by what `layers.rotary` gives) where asked. Dropout takes chances, as PyTorch's generator seeds
     it."""
     weights, turn = (
         tuple(part.float().contiguous() for part in some or ()) or (None, None) for some in (norms, rotary)

@@ -58,6 +58,7 @@ def export(
 
     Raises PlaitError for a format that is unknown or whose library is missing, and for a model that cannot be written.
     """
+    from plait.hf import contrastive
     from plait.hf.adapters import read_adapter
     from plait.hf.export import export_folder, export_onnx, export_transformers
     from plait.hf.export_classifier import export_classifier, exportable
@@ -84,7 +85,11 @@ def export(
     if to == "onnx":
         for module in ("onnx", "onnxruntime"):
             check_extra(module, "onnx", "Export to ONNX")
-    loaded = (load(model, "cpu") if isinstance(model, (str, Path)) else model).plait_model
+    opened = load(model, "cpu") if isinstance(model, (str, Path)) else model
+    loaded = opened.plait_model
+    if opened.folder is not None and (opened.folder / contrastive.STATE).is_file() and to == "transformers":
+        contrastive.export_pairs(opened.folder, Path(out))
+        return Export(Path(out), None)
     if loaded is None:
         raise PlaitError(
             f"{model} runs in transformers already; only GPT-2, Llama, Qwen3 and Plait models are exported."

@@ -159,10 +159,13 @@ class Run:
 
     def describe(self) -> str:
         """What was decided, and how large the model is, in a few lines of text."""
+        from plait.hf.contrastive import describe_pairs
         from plait.hf.heads import TYPE, describe_head
         from plait.training.run import describe
 
         config = read_json(self.best / "config.json")
+        if self.metadata.get("size") == "pairs":
+            return describe_pairs(config)
         return describe_head(config) if config["model_type"] == TYPE else describe(self.folder)
 
     def model(self, device: str = "auto", precision: str = "auto") -> Model:
@@ -306,7 +309,7 @@ def train(
         if start != "scratch" and settings.model.init_from is None:
             _choose_start(data, folder, settings, start, models, say)
         if settings.model.init_from is not None and _is_encoder(settings.model.init_from):
-            _fit_head(data, folder, settings, bar, device, allow_changes, say)
+            _train_on_encoder(data, folder, settings, bar, device, allow_changes, say)
             return Run(folder)
         if recipe is None or settings.training.task != "auto":  # a recipe without a task is taken as it is
             settings = _derived(data, settings, say)
@@ -375,7 +378,7 @@ def _is_encoder(name: str) -> bool:
     return is_encoder(name)
 
 
-def _fit_head(
+def _train_on_encoder(
     dataset: Dataset,
     folder: Path,
     recipe: Recipe,
@@ -384,13 +387,17 @@ def _fit_head(
     allow_changes: bool,
     tell: Callable[[str], None],
 ) -> None:
-    """A run whose model is a head over a frozen encoder. Raises PlaitError where the folder holds another run."""
+    """A run whose model is a head over a frozen encoder, or an encoder of images and texts trained on pairs.
+
+    Raises PlaitError where the folder holds another run.
+    """
     from plait.core.device import threads
     from plait.data.stores import written_place
+    from plait.hf.contrastive import train_pairs, trains_pairs
     from plait.hf.heads import train_head
 
     started = time.time()
-    facts = {
+    facts: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json"),
         "dataset": written_place(dataset.path, folder),
         "data": hashlib.sha256("".join(shard.sha256 for shard in dataset.manifest.shards).encode()).hexdigest(),
@@ -398,19 +405,23 @@ def _fit_head(
     path = folder / "run.json"
     if path.is_file():
         known = read_json(path)
-        if all(known.get(name) == value for name, value in facts.items()):
+        same = all(known.get(name) == value for name, value in facts.items())
+        if same and "finished" in known:
             tell(f"{folder} is already trained; delete it to train again.")
             return
-        if not allow_changes:
+        if not same and not allow_changes:
             raise PlaitError(f"{folder} holds another run. Choose another folder with -o, or delete it.")
     if recipe.training.lora is not None:
         raise PlaitError("--lora is of language models. Over an encoder a head is fitted: leave it out.")
     assert recipe.model.init_from is not None
     more = {"seed": recipe.training.seed, "size": "head", "device": device, "threads": threads(), "started": started}
-    lines = train_head(
-        dataset, folder, recipe.model.init_from, {**facts, **more, "finished": time.time()}, device,
-        recipe.training.seed, bar,
-    )  # fmt: skip
+    facts |= more
+    if trains_pairs(dataset, recipe.model.init_from):
+        facts["size"] = "pairs"
+        lines = train_pairs(dataset, folder, recipe.model.init_from, facts, recipe.training, device, bar)
+    else:
+        facts["finished"] = time.time()
+        lines = train_head(dataset, folder, recipe.model.init_from, facts, device, recipe.training.seed, bar)
     for line in lines:
         tell(line)
 

@@ -54,7 +54,7 @@ class ModelSamples(Callback):
         assert event.copy is not None
         model = model_of(event.copy(), self.device)
         shown = enumerate(model.showcase(self._records()))
-        samples = [self._kept(one, event.step, place) for place, one in shown]
+        samples = [self._file_sample(one, event.step, place) for place, one in shown]
         return Row("model", "", event.step, self.total, samples)
 
     def _records(self) -> list[Record]:
@@ -64,7 +64,7 @@ class ModelSamples(Callback):
         split = "val" if self.dataset.manifest.counts.get("val") else "train"
         return list(self.dataset.iterate(self.dataset.indices(split)[:RECORDS]))
 
-    def _kept(self, shown: Shown, step: int, place: int) -> Sample:
+    def _file_sample(self, shown: Shown, step: int, place: int) -> Sample:
         """What was shown, with its media as files."""
         asked = shown.asked if isinstance(shown.asked, str) else ""
         asked_file = "" if isinstance(shown.asked, str) else self.log.keep(f"model-{place}.input", shown.asked)
@@ -90,15 +90,16 @@ def recorded(run: Path, show: Callable[[Progress], None]) -> Callable[[Progress]
         nonlocal written
         show(progress)
         now = time.time()
-        stage = "model" if progress.work == "model" else progress.stage  # its validations are no stage of their own
+        work = "model" if progress.work == "validation" else progress.work  # no stage of its own
+        stage = "model" if work == "model" else progress.stage
         start, first = begun.setdefault(stage, (now, progress.done))
-        if progress.work == "other" or (now - written < PAUSE and progress.done < progress.total):
+        if work == "other" or (now - written < PAUSE and progress.done < progress.total):
             return
         written = now
         left = None
         if progress.done > first:
             left = (progress.total - progress.done) * (now - start) / (progress.done - first)
-        state = {"work": progress.work, "stage": stage, "done": progress.done, "total": progress.total,
+        state = {"work": work, "stage": stage, "done": progress.done, "total": progress.total,
                  "seconds_left": left, "time": now}  # fmt: skip
         aside = run / f".{PROGRESS}.{os.getpid()}.tmp"
         try:  # not synced: after a loss of power the next state takes its place

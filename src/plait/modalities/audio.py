@@ -26,7 +26,15 @@ from torch import Tensor, nn
 from plait.core.config import Size
 from plait.core.errors import PlaitError
 from plait.modalities.audio_files import decode_audio, resample
-from plait.modalities.base import ChannelNorm, Exhibit, Recognition, bilinear_warp, tinted, within
+from plait.modalities.base import (
+    ChannelNorm,
+    Exhibit,
+    Recognition,
+    bilinear_warp,
+    overlapping_windows,
+    tinted,
+    within,
+)  # fmt: skip
 from plait.modalities.fsq import FSQ
 from plait.modalities.hf_encoder import HFEncoder, HFEncoderSettings, transformers_for
 from plait.modalities.recogniser import AudioRecogniser
@@ -98,7 +106,7 @@ class AudioSettings(BaseModel):
         return cls.sized(size.rate, {"seconds": size.seconds, **overrides})
 
     @classmethod
-    def for_recognition(cls, given: dict[str, Any], mirrors: Callable[[], bool]) -> Recognition:
+    def for_recognition(cls, overrides: dict[str, Any], mirrors: Callable[[], bool]) -> Recognition:
         """What differs where audio is recognised and not made."""
         chosen = {"stretch": 1.2, "warp": 1.15, "mask_time": 0.15, "mask_bands": 0.2, "equalise": 0.3}
         return Recognition(chosen)
@@ -110,6 +118,7 @@ class AudioSettings(BaseModel):
 
     @property
     def hop(self) -> int:
+        """Samples from one frame to the next: 10 ms."""
         return self.rate // 100
 
     @property
@@ -118,6 +127,7 @@ class AudioSettings(BaseModel):
 
     @property
     def fft(self) -> int:
+        """Samples of a frame's Fourier transform."""
         return 2 ** math.ceil(math.log2(self.rate * 0.064))
 
     @property
@@ -158,6 +168,7 @@ class LogMel:
 
     @cached_property
     def inverse(self) -> Tensor:
+        """The pseudo-inverse of the filters: from mel bands to the bins of the spectrum."""
         return torch.linalg.pinv(self.filters)
 
     def invert(self, mel: Tensor, iterations: int = 32) -> Tensor:
@@ -246,8 +257,10 @@ class HFEncoderInput:
         extract = transformers_for("Whisper's log-mel").WhisperFeatureExtractor(hf_encoder.bands, hf_encoder.rate)
         # Silence follows, as in the window of 30 s; the extractor takes off nothing but the last, incomplete frame.
         wave = np.pad(wave, (0, max(frames * extract.hop_length - len(wave), 0) + extract.n_fft))
-        found = extract(wave, sampling_rate=hf_encoder.rate, padding="longest", truncation=False, return_tensors="np")
-        return np.asarray(found["input_features"][0].T[:frames], np.float32)
+        features = extract(
+            wave, sampling_rate=hf_encoder.rate, padding="longest", truncation=False, return_tensors="np"
+        )
+        return np.asarray(features["input_features"][0].T[:frames], np.float32)
 
     def silence(self, values: Tensor, exists: Tensor) -> Tensor:
         """(N, 1, 1): what fills up values (N, T, row) where they do not exist."""
@@ -417,11 +430,7 @@ class Audio(nn.Module):
 
     def windows(self, raw: Any) -> list[np.ndarray]:
         """Windows of the longest clip's length that overlap by half and cover the audio."""
-        mel, longest = self._frames(raw), self.settings.frames
-        if len(mel) <= longest:
-            return [mel]
-        starts = [*range(0, len(mel) - longest, longest // 2), len(mel) - longest]
-        return [mel[start : start + longest] for start in starts]
+        return overlapping_windows(self._frames(raw), self.settings.frames)
 
     def batch(self, samples: list[np.ndarray]) -> tuple[Tensor, Tensor]:
         lengths = torch.tensor([len(sample) for sample in samples])

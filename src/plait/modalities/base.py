@@ -215,6 +215,7 @@ class Vocabulary(BaseModel):
 
     @property
     def specials(self) -> list[str]:
+        """The names of the special tokens, in the order of their ids."""
         return [END, PAD, *(f"<|{name}|>" for name in (*self.columns, *self.turns))]
 
     def special(self, name: str) -> int:
@@ -223,10 +224,12 @@ class Vocabulary(BaseModel):
 
     @property
     def end(self) -> int:
+        """The id that ends what is written."""
         return self.special(END) if self.end_id is None else self.end_id
 
     @property
     def pad(self) -> int:
+        """The id of padding."""
         return self.special(PAD)
 
     def opener(self, column: str) -> int:
@@ -244,10 +247,12 @@ class Vocabulary(BaseModel):
         return id_ranges
 
     def closer(self, modality: str) -> int:
+        """The id that ends a medium of varying length."""
         return self.id_ranges[modality][1] - 1
 
     @property
     def size(self) -> int:
+        """How many ids there are."""
         return max(stop for _, stop in self.id_ranges.values())
 
     def names(self) -> list[str]:
@@ -259,7 +264,7 @@ class Vocabulary(BaseModel):
         return names
 
 
-def alike(a: BaseModel, b: BaseModel) -> bool:
+def same_network(a: BaseModel, b: BaseModel) -> bool:
     """Whether two settings of a modality make the same network for the same inputs: all but what only training uses."""
     aside: set[str] = set(getattr(a, "TRAINING", ()))
     return a.model_dump(exclude=aside) == b.model_dump(exclude=aside)
@@ -277,6 +282,14 @@ class ChannelNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def overlapping_windows(sample: np.ndarray, longest: int) -> list[np.ndarray]:
+    """A sample (T, row) as windows of at most `longest` rows, which overlap by half and cover all of it."""
+    if len(sample) <= longest:
+        return [sample]
+    starts = [*range(0, len(sample) - longest, max(longest // 2, 1)), len(sample) - longest]
+    return [sample[start : start + longest] for start in starts]
 
 
 def within(lengths: Tensor, longest: int) -> Tensor:

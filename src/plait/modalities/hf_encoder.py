@@ -10,7 +10,7 @@ import math
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from plait.core.dist import import_extra
@@ -22,15 +22,15 @@ class HFEncoderSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    config: dict[str, Any]  # its config.json
-    reads: Literal["pixels", "mel", "wave"]
-    size: int = 0  # side in pixels
-    mean: list[float] = [0.0, 0.0, 0.0]  # of pixels in [0, 1]
-    std: list[float] = [1.0, 1.0, 1.0]
-    rate: int = 0  # of audio, Hz
-    bands: int = 0  # of Whisper's log-mel
-    normalise: bool = False  # a waveform to zero mean and unit variance
-    masked: bool = False  # told where a waveform ends
+    config: dict[str, Any] = Field(description="The encoder's own config.json.")
+    reads: Literal["pixels", "mel", "wave"] = Field(description="What it reads: pixels, log-mel or the waveform.")
+    size: int = Field(0, description="Side of the images that it reads, in pixels.")
+    mean: list[float] = Field([0.0, 0.0, 0.0], description="Mean of each channel, of pixels in [0, 1].")
+    std: list[float] = Field([1.0, 1.0, 1.0], description="Standard deviation of each channel.")
+    rate: int = Field(0, description="Samples a second of the audio that it reads, Hz.")
+    bands: int = Field(0, description="Bands of Whisper's log-mel.")
+    normalise: bool = Field(False, description="A waveform is brought to zero mean and unit variance.")
+    masked: bool = Field(False, description="It is told where a waveform ends.")
 
     @property
     def row(self) -> int:

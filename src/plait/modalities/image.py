@@ -83,11 +83,11 @@ class ImageSettings(BaseModel):
         return cls.sized(side, {"channels": 3, **overrides})
 
     @classmethod
-    def for_recognition(cls, given: dict[str, Any], mirrors: Callable[[], bool]) -> Recognition:
+    def for_recognition(cls, overrides: dict[str, Any], mirrors: Callable[[], bool]) -> Recognition:
         """What differs where images are recognised and not made; `mirrors` finds out whether a mirrored image means
-        the same, and is asked where `given`, the recipe's settings, do not say."""
+        the same, and is asked where `overrides`, the recipe's settings, do not say."""
         chosen = {"grid": 4, "rotate": 0.0, "scale": 0.08, "shift": 0.12, "erase": 0.75}
-        if "flip" in given:
+        if "flip" in overrides:
             return Recognition(chosen)
         flip = mirrors()
         what = "a mirrored image means the same" if flip else "mirrored images mean something else"

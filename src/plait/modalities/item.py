@@ -53,11 +53,11 @@ class Known(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    items: int = Field(ge=1)
-    content: int = 0  # width of what the content says; 0 where nothing is known of the items
-    words: list[str] = []  # of the bag, in the order of its columns
-    weights: list[float] = []  # of these words
-    encoder: str | None = None  # the model whose embeddings are part of the content
+    items: int = Field(ge=1, description="How many there are.")
+    content: int = Field(0, description="Width of what the content says; 0 where nothing is known of the items.")
+    words: list[str] = Field([], description="Words of the bag, in the order of its columns.")
+    weights: list[float] = Field([], description="Weights of these words.")
+    encoder: str | None = Field(None, description="The model whose embeddings are part of the content.")
 
     @property
     def levels(self) -> list[int]:
@@ -68,15 +68,15 @@ class Known(BaseModel):
 class ItemSettings(Known):
     """What fixes the items of a model that has one code an item."""
 
-    drop: float = Field(0.1, ge=0, lt=1)  # share of the learnt rows that a step hides
-    sampled: int = Field(0, ge=0)  # items that are drawn to stand for all in the softmax; 0: all of them
+    drop: float = Field(0.1, ge=0, lt=1, description="Share of the learnt rows that a step hides.")
+    sampled: int = Field(0, ge=0, description="Items drawn to stand for all in the softmax; 0: all of them.")
 
 
 class ItemCodesSettings(Known):
     """What fixes the items of a model that has semantic codes of them."""
 
-    reduced: int = Field(ge=1)  # width of the content once it is reduced, which is what is quantised
-    sizes: list[int]  # of each code; the last tells apart what is alike
+    reduced: int = Field(ge=1, description="Width of the content once it is reduced, which is what is quantised.")
+    sizes: list[int] = Field(description="Values of each code; the last tells apart what is alike.")
 
     @property
     def code_levels(self) -> dict[str, list[int]]:
@@ -171,12 +171,12 @@ class ItemCodes(nn.Module):
         """Append items that no history knows, by their content (N, C). Raises PlaitError where what they are is so
         common that no code is left."""
         reduced = (torch.as_tensor(content, dtype=torch.float32, device=self.mean.device) - self.mean) @ self.basis
-        wanted = quantise(reduced, self.centres).tolist()
+        codes = quantise(reduced, self.centres).tolist()
         places, counts = torch.unique(self.table[:, :-1], dim=0, return_counts=True)
         taken = Counter({tuple(place): n for place, n in zip(places.tolist(), counts.tolist(), strict=True)})
         size, most = self.settings.sizes[-2], self.settings.sizes[-1]
         rows = []
-        for row in wanted:
+        for row in codes:
             for step in range(size):  # where there is no room left, a neighbouring code is taken
                 place = (*row[:-1], (row[-1] + step) % size)
                 if taken[place] < most:
@@ -192,24 +192,24 @@ class ItemCodes(nn.Module):
 
 def item_rows(modalities: nn.ModuleDict) -> Item | None:
     """The items of a model that has a row for each."""
-    found = [part for name, part in modalities.items() if name == Item.name]
-    return found[0] if found else None  # type: ignore[return-value]
+    parts = [part for name, part in modalities.items() if name == Item.name]
+    return parts[0] if parts else None  # type: ignore[return-value]
 
 
 def item_codes(modalities: nn.ModuleDict) -> ItemCodes | None:
     """The items of a model that has semantic codes of them."""
-    found = [part for name, part in modalities.items() if name == ItemCodes.name]
-    return found[0] if found else None  # type: ignore[return-value]
+    parts = [part for name, part in modalities.items() if name == ItemCodes.name]
+    return parts[0] if parts else None  # type: ignore[return-value]
 
 
 def quantise(reduced: Tensor, centres: Tensor) -> Tensor:
     """(N, P) to (N, steps) integers: the nearest of the centres (steps, K, P), each of what the one before left."""
-    left, found = reduced, []
-    for some in centres:
-        nearest = torch.cat([torch.cdist(part, some).argmin(1) for part in left.split(8192)])
-        found.append(nearest)
-        left = left - some[nearest]
-    return torch.stack(found, 1)
+    left, codes = reduced, []
+    for book in centres:
+        nearest = torch.cat([torch.cdist(part, book).argmin(1) for part in left.split(8192)])
+        codes.append(nearest)
+        left = left - book[nearest]
+    return torch.stack(codes, 1)
 
 
 @torch.no_grad()
@@ -239,8 +239,8 @@ def fit_codes(count: int, content: Callable[[np.ndarray], np.ndarray], seed: int
             centre = torch.where(held[:, None] > 0, sums / held[:, None].clamp(min=1), centre)
         left = left - centre[torch.cdist(left, centre).argmin(1)]
         centres.append(centre)
-    found = torch.stack(centres)
-    codes = quantise(reduced, found)
+    codebooks = torch.stack(centres)
+    codes = quantise(reduced, codebooks)
     _, place, alike = torch.unique(codes, dim=0, return_inverse=True, return_counts=True)
     if int(alike.max()) > ALIKE:
         raise PlaitError(
@@ -251,7 +251,7 @@ def fit_codes(count: int, content: Callable[[np.ndarray], np.ndarray], seed: int
     last = torch.empty_like(place)
     last[order] = torch.arange(count) - (torch.cumsum(alike, 0) - alike)[place[order]]
     table = torch.cat((codes, last[:, None]), 1).int()
-    return {"table": table, "mean": mean, "basis": basis, "centres": found}
+    return {"table": table, "mean": mean, "basis": basis, "centres": codebooks}
 
 
 def sizes_of(codes: dict[str, Tensor]) -> list[int]:
@@ -290,12 +290,12 @@ class Bag:
 
     def vectors(self, bags: list[list[str]]) -> np.ndarray:
         """(N, words) float32, of unit length, or zero where no word is known."""
-        found = np.zeros((len(bags), len(self.words)), np.float32)
-        for row, bag in zip(found, bags, strict=True):
+        matrix = np.zeros((len(bags), len(self.words)), np.float32)
+        for row, bag in zip(matrix, bags, strict=True):
             for word, n in Counter(bag).items():
                 if (place := self.place.get(word)) is not None:
                     row[place] = (1 + math.log(n)) * self.weights[place]
-        return found / np.linalg.norm(found, axis=1, keepdims=True).clip(1e-12)
+        return matrix / np.linalg.norm(matrix, axis=1, keepdims=True).clip(1e-12)
 
 
 def bag_of(item: Described) -> list[str]:

@@ -52,19 +52,19 @@ def sniff(head: bytes) -> tuple[str, str] | None:
 
 def kind_of_file(head: bytes, suffix: str) -> str | None:
     """The kind of a file: what its first 64 bytes show; of a container that may hold several, as its ending says."""
-    found = sniff(head)
+    sniffed = sniff(head)
     by_suffix = kind_of_suffix(suffix)
     if by_suffix and MEDIA[by_suffix].sniff(head):
         return by_suffix
-    return found[0] if found else None
+    return sniffed[0] if sniffed else None
 
 
 def media_type(data: bytes) -> str:
     """The media type of encoded bytes, as `data:` URLs want it."""
-    found = sniff(data[:64])
-    if found is None:
+    sniffed = sniff(data[:64])
+    if sniffed is None:
         return "application/octet-stream"
-    return next(form.media_type for form in MEDIA[found[0]].formats if form.name == found[1])
+    return next(form.media_type for form in MEDIA[sniffed[0]].formats if form.name == sniffed[1])
 
 
 def known_formats() -> str:

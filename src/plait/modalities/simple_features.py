@@ -62,12 +62,12 @@ def _colours(values: np.ndarray) -> np.ndarray:
     """(N, H, W, C) to mean and spread on a grid, and for colour images a histogram of 4 x 4 x 4 colours."""
     rows, columns = (np.array_split(np.arange(extent), COLOUR_GRID) for extent in values.shape[1:3])
     places = [values[:, r[0] : r[-1] + 1, c[0] : c[-1] + 1] for r in rows for c in columns if len(r) and len(c)]
-    found = [part.mean((1, 2)) for part in places] + [part.std((1, 2)) for part in places]
+    statistics = [part.mean((1, 2)) for part in places] + [part.std((1, 2)) for part in places]
     if values.shape[-1] == 3:
         codes = (values * 3.999).astype(int) @ np.array([16, 4, 1])
         counts = np.stack([np.bincount(row.ravel(), minlength=64) for row in codes])
-        found.append(np.sqrt(counts / codes[0].size))
-    return np.concatenate(found, 1).astype(np.float32)
+        statistics.append(np.sqrt(counts / codes[0].size))
+    return np.concatenate(statistics, 1).astype(np.float32)
 
 
 def audio_features(samples: Sequence[np.ndarray], bands: int) -> np.ndarray:
@@ -75,7 +75,7 @@ def audio_features(samples: Sequence[np.ndarray], bands: int) -> np.ndarray:
     means, spreads and changes, without the mean spectrum of the clip, which is the microphone's; and the length."""
     places = np.arange(bands) + 0.5
     basis = np.cos(math.pi / bands * np.outer(places, np.arange(CEPSTRA))) / math.sqrt(bands)
-    found = []
+    rows = []
     for sample in samples:
         cepstra = np.asarray(sample[:, :bands], np.float32) @ basis
         centred = cepstra - cepstra.mean(0)
@@ -85,5 +85,5 @@ def audio_features(samples: Sequence[np.ndarray], bands: int) -> np.ndarray:
         grid = [centred[a:b].mean(0) for a, b in zip(starts, stops, strict=True)]
         moves = np.abs(np.diff(centred, axis=0)).mean(0) if len(centred) > 1 else np.zeros(CEPSTRA)
         rest = [cepstra.mean(0) * 0.3, cepstra.std(0), moves, np.array([math.log(len(sample))])]
-        found.append(np.concatenate([*grid, *rest]))
-    return np.array(found, np.float32)
+        rows.append(np.concatenate([*grid, *rest]))
+    return np.array(rows, np.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable
 from functools import cached_property
@@ -13,6 +14,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from plait.core.errors import PlaitError
 from plait.core.files import read_json, write_atomic
+
+log = logging.getLogger(__name__)
 
 # What is kept of an imported tokenizer's `tokenizer_config.json`.
 TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -62,10 +65,18 @@ class Text:
         return cls(tokenizer)
 
     @classmethod
-    def load(cls, path: Path) -> Text:
-        """The tokenizer of a file, with what the files beside it say of chat and special tokens."""
+    def load(cls, path: Path, rows: int | None = None) -> Text:
+        """The tokenizer of a file, with what the files beside it say of chat and special tokens.
+
+        `rows` are those of the model's embedding: tokens that were added to the vocabulary beyond them can never be
+        read, and are left out with a note. Raises PlaitError where the file cannot be read.
+        """
         try:
             tokenizer = Tokenizer.from_file(str(path))
+            size = tokenizer.get_vocab_size(with_added_tokens=True)
+            if rows is not None and size > rows >= tokenizer.get_vocab_size(with_added_tokens=False):
+                log.warning("%s knows %d tokens, the model %d: the last are left out.", path, size, rows)
+                tokenizer = _with_fewer_tokens(path, rows)
         except Exception as error:  # the library raises bare Exception
             raise PlaitError(f"{path} is not a tokenizer that can be read: {error}.") from error
         return cls(tokenizer, _settings(path.parent))
@@ -75,6 +86,7 @@ class Text:
 
     @property
     def size(self) -> int:
+        """How many ids the tokenizer has."""
         return self.tokenizer.get_vocab_size(with_added_tokens=True)
 
     @property
@@ -88,8 +100,8 @@ class Text:
         if self.tokenizer.post_processor is None:
             return []
         plain = self.tokenizer.encode("a", add_special_tokens=False).ids
-        whole = self.tokenizer.encode("a").ids
-        return next((whole[:at] for at in range(len(whole)) if whole[at : at + len(plain)] == plain), [])
+        encoded = self.tokenizer.encode("a").ids
+        return next((encoded[:at] for at in range(len(encoded)) if encoded[at : at + len(plain)] == plain), [])
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]  # `tokenizer.encode` would keep other threads waiting
@@ -99,6 +111,7 @@ class Text:
         return self.tokenizer.encode(text, add_special_tokens=False).offsets
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text."""
         return [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     @cached_property
@@ -106,24 +119,31 @@ class Text:
         """The bytes that each id stands for, also those of a part of a character."""
         decoders_ = json.dumps(json.loads(self.tokenizer.to_str())["decoder"], ensure_ascii=False)
         vocabulary = self.tokenizer.get_vocab()
-        found = [b""] * (max(vocabulary.values(), default=-1) + 1)
+        by_id = [b""] * (max(vocabulary.values(), default=-1) + 1)
         added = {token.content for token in self.tokenizer.get_added_tokens_decoder().values()}
         for token, id_ in vocabulary.items():
             byte = _BYTE.fullmatch(token) if "ByteFallback" in decoders_ else None
             if token in added:
-                found[id_] = token.encode()
+                by_id[id_] = token.encode()
             elif '"ByteLevel"' in decoders_ and all(letter in _LETTERS for letter in token):
-                found[id_] = bytes(_LETTERS[letter] for letter in token)
+                by_id[id_] = bytes(_LETTERS[letter] for letter in token)
             elif byte is not None:
-                found[id_] = bytes([int(byte[1], 16)])
+                by_id[id_] = bytes([int(byte[1], 16)])
             else:
-                found[id_] = (
+                by_id[id_] = (
                     token.replace("\u2581", " ") if "\u2581" in decoders_ or "Metaspace" in decoders_ else token
                 ).encode()
-        return found
+        return by_id
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def _with_fewer_tokens(path: Path, rows: int) -> Tokenizer:
+    """The tokenizer of a file without added tokens whose ids are `rows` or more."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["added_tokens"] = [token for token in values["added_tokens"] if token["id"] < rows]
+    return Tokenizer.from_str(json.dumps(values, ensure_ascii=False))
 
 
 def words(text: str) -> list[str]:
@@ -140,12 +160,12 @@ def _settings(folder: Path) -> dict[str, Any]:
     known = read_json(file) if file.is_file() else {}
     if not isinstance(known, dict):
         raise PlaitError(f"{file} must hold an object.")
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for name in TOKENS:
         token = known.get(name)
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
-            found[name] = token
+            settings[name] = token
     chat = known.get("chat_template")
     if isinstance(chat, list):  # several by name
         named = {entry.get("name"): entry.get("template") for entry in chat if isinstance(entry, dict)}
@@ -156,5 +176,5 @@ def _settings(folder: Path) -> dict[str, Any]:
         except (OSError, UnicodeDecodeError) as error:
             raise PlaitError(f"{template} cannot be read: {error}. Fetch it again.") from error
     if isinstance(chat, str):
-        found["chat_template"] = chat
-    return found
+        settings["chat_template"] = chat
+    return settings

@@ -23,7 +23,15 @@ from torch import Tensor, nn
 
 from plait.core.config import Size
 from plait.modalities.audio import SILENCE, AudioSettings, LogMel
-from plait.modalities.base import ChannelNorm, Exhibit, Recognition, bilinear_warp, tinted, within
+from plait.modalities.base import (
+    ChannelNorm,
+    Exhibit,
+    Recognition,
+    bilinear_warp,
+    overlapping_windows,
+    tinted,
+    within,
+)  # fmt: skip
 from plait.modalities.recogniser import ConvNorm, Recogniser, ResidualBlock
 from plait.modalities.video_files import BANDS, RATE, SOUND, STEPS, Clip, animated, decode_video, frames_of, strip_of
 
@@ -76,7 +84,7 @@ class VideoSettings(BaseModel):
         return cls.model_validate({"size": min(size.image, 64), "tokens": size.context // 4, **overrides})
 
     @classmethod
-    def for_recognition(cls, given: dict[str, Any], mirrors: Callable[[], bool]) -> Recognition:
+    def for_recognition(cls, overrides: dict[str, Any], mirrors: Callable[[], bool]) -> Recognition:
         """What differs where video is recognised: nothing but the classes."""
         return Recognition({})
 
@@ -191,10 +199,10 @@ class VideoRecogniser(Recogniser):
     def pooled(self, values: Tensor, lengths: Tensor) -> Tensor:
         seen, heard = self.trunk[0](values, lengths)
         exists = within(lengths, values.shape[1])[..., None]
-        found = []
+        pooled = []
         for x, there in ((seen.flatten(1, 2), exists.repeat_interleave(seen.shape[2], 1)), (heard, exists)):
-            found += [(x * there).sum(1) / there.sum(1), x.masked_fill(~there, -1e4).amax(1)]
-        return torch.cat(found, 1)
+            pooled += [(x * there).sum(1) / there.sum(1), x.masked_fill(~there, -1e4).amax(1)]
+        return torch.cat(pooled, 1)
 
     def forward(self, values: Tensor, lengths: Tensor) -> Tensor:
         projected: Tensor = self.project(*self.trunk[0](values, lengths))
@@ -239,8 +247,8 @@ class Video(nn.Module):
         if not len(clip.wave) or float(np.abs(clip.wave).max()) < 1e-4:
             return np.zeros((count, SOUND), np.uint8)
         mel = (self.mel.forward(torch.from_numpy(clip.wave)) - SILENCE).clamp(min=0).T[None]  # (1, bands, frames)
-        wanted = round(count * 100 / self.settings.fps)
-        mel = F.pad(mel, (0, max(wanted - mel.shape[2], 0)))[..., :wanted]
+        frames = round(count * 100 / self.settings.fps)
+        mel = F.pad(mel, (0, max(frames - mel.shape[2], 0)))[..., :frames]
         steps = F.adaptive_avg_pool1d(mel, count * STEPS)[0].T
         return (steps * 80).clamp(0, 255).to(torch.uint8).numpy().reshape(count, SOUND)
 
@@ -253,11 +261,7 @@ class Video(nn.Module):
 
     def windows(self, raw: Any) -> list[np.ndarray]:
         """Windows of the longest clip's length that overlap by half and cover the clip."""
-        slots, longest = self._slots(raw), self.settings.slots
-        if len(slots) <= longest:
-            return [slots]
-        starts = [*range(0, len(slots) - longest, max(longest // 2, 1)), len(slots) - longest]
-        return [slots[start : start + longest] for start in starts]
+        return overlapping_windows(self._slots(raw), self.settings.slots)
 
     def moments(self, raw: Any) -> list[Moment]:
         """The parts of a clip that a search tells apart: MOMENT seconds that overlap by half."""

@@ -146,8 +146,8 @@ def add_classifiers(
         if space is not None:
             space.save(Path(aside))
             names.append(SPACE)
-        if given := list(predictors):
-            names += save_predictors(given, Path(aside))
+        if added := list(predictors):
+            names += save_predictors(added, Path(aside))
         for name in names:
             os.replace(Path(aside) / name, folder / name)  # noqa: PTH105
             sums[name] = sha256_file(folder / name)
@@ -162,9 +162,9 @@ def write_json(path: Path, value: object) -> None:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """A safetensors file, into a folder that is still aside. Raises OSError where it cannot be written."""
-    whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     try:
-        save_file(whole, path, metadata={"format": "pt"})
+        save_file(contiguous, path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(errno.EIO, str(error)) from error
 
@@ -208,12 +208,12 @@ def verify(folder: Path) -> list[str]:
     except (KeyError, TypeError, AttributeError) as error:
         return [f"{manifest} is damaged: {error!r}"]
     wrong = []
-    for name, wanted in sums:
+    for name, expected in sums:
         file = folder / name
         try:
             if not file.is_file():
                 wrong.append(f"{file} is missing")
-            elif sha256_file(file) != wanted:
+            elif sha256_file(file) != expected:
                 wrong.append(f"{file} was altered or cut: its sha256 differs from the manifest's")
         except OSError as error:
             wrong.append(f"{file} cannot be read: {error.strerror}")
@@ -327,8 +327,8 @@ def model_card(checkpoint: Checkpoint) -> str:
         if settings.get("hf_encoder")
     }
     if encoders:
-        told = "; ".join(f"{name}: {encoder}" for name, encoder in encoders.items())
-        made = f"Made by `plait train` from its owner's files and pretrained encoders ({told}), whose licences apply."
+        named = "; ".join(f"{name}: {encoder}" for name, encoder in encoders.items())
+        made = f"Made by `plait train` from its owner's files and pretrained encoders ({named}), whose licences apply."
     return f"""---
 library_name: plait
 ---

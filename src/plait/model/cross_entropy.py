@@ -35,6 +35,7 @@ class SplitTable:
         return torch.where(later[:, None], F.embedding((ids - count).clamp(min=0), self.rest), rows)
 
     def dense(self) -> Tensor:
+        """The table (V, D) as one tensor, in fp32."""
         return torch.cat((self.frozen.float(), self.rest.float()))
 
     def part(self, start: int, stop: int) -> SplitTable:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.core.errors import PlaitError
-from plait.modalities.base import END, Vocabulary, alike
+from plait.modalities.base import END, Vocabulary, same_network
 from plait.modalities.registry import MODALITIES, SETTINGS
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import ModelConfig, Multimodal, TokenEmbedding
@@ -119,8 +119,8 @@ def _kept(name: str, value: Tensor, model: Multimodal, old: Multimodal) -> bool:
     if name.startswith("modalities."):
         modality = name.split(".")[1]
         return kept_modality(model, old, modality)
-    mine = dict(model.named_parameters()).get(name)
-    return mine is None or mine.shape == value.shape
+    parameter = dict(model.named_parameters()).get(name)
+    return parameter is None or parameter.shape == value.shape
 
 
 def kept_modality(model: Multimodal, old: Multimodal, name: str) -> bool:
@@ -129,7 +129,7 @@ def kept_modality(model: Multimodal, old: Multimodal, name: str) -> bool:
     return (
         name in model.modalities
         and name in old.modalities
-        and alike(model.media[name].settings, old.media[name].settings)
+        and same_network(model.media[name].settings, old.media[name].settings)
     )
 
 
@@ -164,7 +164,7 @@ def freeze(model: Multimodal, parts: set[str], was: Vocabulary, kept: set[str], 
             if bool(same.all()):
                 rows.free.requires_grad_(False)
             else:
-                rows.free.register_hook(_Still(same))  # AdamW leaves a row alone that never had a gradient
+                rows.free.register_hook(_MaskedGrad(same))  # AdamW leaves a row alone that never had a gradient
                 masked += int(same.sum()) * rows.free.shape[1]
             for name, digits in rows.digits.items():
                 if was.levels.get(name) == model.vocabulary.levels[name]:
@@ -172,7 +172,7 @@ def freeze(model: Multimodal, parts: set[str], was: Vocabulary, kept: set[str], 
     return masked
 
 
-class _Still:
+class _MaskedGrad:
     """A gradient without its part in some rows."""
 
     def __init__(self, rows: Tensor) -> None:

@@ -177,14 +177,14 @@ Adapter = dict[str, list[Update]]  # a layer's name in the backbone, as blocks.0
 
 def updates_of(backbone: Transformer) -> Adapter:
     """The updates that a backbone was trained with."""
-    found: Adapter = {}
+    updates: Adapter = {}
     for name, module in backbone.named_modules():
         if isinstance(module, LowRank):
-            found[name] = [
+            updates[name] = [
                 Update(part.start, part.stop, part.scale, down.detach(), up.detach())
                 for part, down, up in zip(module.parts, module.down, module.up, strict=True)
             ]
-    return found
+    return updates
 
 
 class AdapterRows:

@@ -141,6 +141,7 @@ class Batch:
     spans: list[BatchSpan]
 
     def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
         if device.type == "cpu":
             return self
         media = {
@@ -322,6 +323,7 @@ class Multimodal(nn.Module):
 
     @property
     def output_embedding(self) -> TokenEmbedding:
+        """The table by which tokens are predicted: the head, or that of the inputs where it is tied."""
         return self.token_embedding if self.lm_head is None else self.lm_head
 
     @property
@@ -332,8 +334,8 @@ class Multimodal(nn.Module):
     @property
     def row_modality(self) -> RowModality | None:
         """The modality whose things have a row each, beyond the vocabulary, if the model has one."""
-        found = [part for part in self.modalities.values() if role_of(part) == "rows"]
-        return found[0] if found else None  # type: ignore[return-value]
+        parts = [part for part in self.modalities.values() if role_of(part) == "rows"]
+        return parts[0] if parts else None  # type: ignore[return-value]
 
     @property
     def id_ranges(self) -> dict[str, tuple[int, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from enum import Enum, auto
 from typing import Any
 
 import torch
@@ -205,26 +206,26 @@ def _here(network: Network, load: Load, local: Machine, plan: dict[str, Any]) ->
     each = max((two - one) / 2, 1.0)
     peak = one + each * (load.batch - 2)
     largest = int((local.memory * USABLE - one) / each + 2)
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "fits": peak <= local.memory * USABLE, "peak": peak, "largest batch": max(largest, 0),
         "room": local.memory * USABLE,
     }  # fmt: skip
-    if not found["fits"]:
-        return found
+    if not facts["fits"]:
+        return facts
     seconds = probed_seconds(network.config, load.batch, load.length, device, activation_checkpointing, network.lora)
-    found |= {"step seconds": seconds, "tokens/s": load.batch * load.length / seconds}
-    rate = network.flops_a_token(load.length, attention=False) * found["tokens/s"]
-    found["utilisation"] = rate / local.flops
-    plan["run"]["utilisation"], plan["run"]["FLOP/s"] = found["utilisation"], rate
+    facts |= {"step seconds": seconds, "tokens/s": load.batch * load.length / seconds}
+    rate = network.flops_a_token(load.length, attention=False) * facts["tokens/s"]
+    facts["utilisation"] = rate / local.flops
+    plan["run"]["utilisation"], plan["run"]["FLOP/s"] = facts["utilisation"], rate
     recipe = network.recipe
     if plan["run"]["tokens"] is not None:
-        plan["run"]["days"] = plan["run"]["tokens"] / found["tokens/s"] / DAY
+        plan["run"]["days"] = plan["run"]["tokens"] / facts["tokens/s"] / DAY
         plan["run"].pop("days, with attention")
         plan["run"]["device hours"] = plan["run"]["days"] * 24
     elif recipe is not None:
         minutes = recipe.training.minutes or SIZES[recipe.model.size].minutes
-        found |= {"minutes": minutes, "steps in that time": int(minutes * 60 / seconds)}
-    return found
+        facts |= {"minutes": minutes, "steps in that time": int(minutes * 60 / seconds)}
+    return facts
 
 
 def _optimal(options: Options, run: dict[str, Any], chosen: Machine) -> dict[str, Any] | None:
@@ -267,7 +268,7 @@ def _failures(options: Options, run: dict[str, Any]) -> dict[str, Any]:
             "--failures needs how often machines fail: --mtbf HOURS of one machine (and --machines, else one "
             "for 8 devices), or --interruptions N --in-days D of the whole system."
         )
-    trouble = failures.Trouble(between, options.save, options.restart * 60)
+    trouble = failures.FailureRates(between, options.save, options.restart * 60)
     return dict(failures.forecast(run["days"], trouble, options.every * 60 if options.every else None, options.seed))
 
 
@@ -297,6 +298,39 @@ class Sheet:
     rows: list[list[str]]
 
 
+class Unit(Enum):
+    """What a figure of a plan counts."""
+
+    NUMBER = auto()
+    BYTES = auto()
+    SHARE = auto()
+    MONEY = auto()
+    TIME = auto()
+
+
+UNITS = {
+    "peak": Unit.BYTES,
+    "memory": Unit.BYTES,
+    "room": Unit.BYTES,
+    "states": Unit.BYTES,
+    "utilisation": Unit.SHARE,
+    "goodput": Unit.SHARE,
+    "goodput, 5 to 95 %": Unit.SHARE,
+    "goodput expected": Unit.SHARE,
+    "cost": Unit.MONEY,
+    "days": Unit.TIME,
+    "days, 5 to 95 %": Unit.TIME,
+    "step seconds": Unit.TIME,
+    "seconds between failures": Unit.TIME,
+    "seconds to save": Unit.TIME,
+    "seconds to restart": Unit.TIME,
+    "best interval, seconds": Unit.TIME,
+    "Young's interval, seconds": Unit.TIME,
+    "Daly's interval, seconds": Unit.TIME,
+    "interval, seconds": Unit.TIME,
+}
+
+
 def big(value: float) -> str:
     """A number in the three figures that a plan deserves: 1.23M, 175B, 3.14e+23."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
@@ -313,14 +347,17 @@ def gigabytes(value: float) -> str:
 def sheets(plan: dict[str, Any]) -> list[Sheet]:
     """The tables of a plan."""
     if "parts" not in plan:  # no language model of our engine
-        return [_use_sheet(plan), Sheet("", [], [[key, _shown(key, value)] for key, value in plan["what for"].items()])]
+        return [
+            _use_sheet(plan),
+            Sheet("", [], [[key, _shown(Unit.NUMBER, value)] for key, value in plan["what for"].items()]),
+        ]
     count = plan["parameters"]
     parts = [[name, f"{n:,}", f"{n / count:.1%}"] for name, n in plan["parts"].items()]
     if plan["low-rank updates"]:
         parts.append(["low-rank updates, trained alone", f"{plan['low-rank updates']:,}", ""])
-    found = [Sheet(f"{plan['network']}: {count:,} parameters", ["part", "parameters", "share"], parts)]
+    tables = [Sheet(f"{plan['network']}: {count:,} parameters", ["part", "parameters", "share"], parts)]
     if "use" in plan:
-        found.append(_use_sheet(plan))
+        tables.append(_use_sheet(plan))
     layouts_ = plan["layouts"]
     kinds = list(dict.fromkeys(kind for row in layouts_ for kind in row["memory"]))
     rows = [["tensor x data", *(row["layout"] for row in layouts_)]]
@@ -338,16 +375,17 @@ def sheets(plan: dict[str, Any]) -> list[Sheet]:
         f"activation checkpointing {plan['activation_checkpointing']}; "
         f"{where['count']} x {where['name']}, {gigabytes(where['memory'])} GB"
     )
-    found.append(Sheet(title, ["", *(row["name"] for row in layouts_)], rows))
+    tables.append(Sheet(title, ["", *(row["name"] for row in layouts_)], rows))
     titles = {"run": "The run", "here": "On this machine, as plait train does it", "failures": "With failures",
               "compute-optimal": "Compute-optimal for these FLOPs", "KV cache": "KV cache in bf16",
               "this machine": "What fits on this machine"}  # fmt: skip
     for name, title in titles.items():
         if plan.get(name):
-            found.append(
-                Sheet(title, [], [[key, _shown(key, value)] for key, value in plan[name].items() if value is not None])
-            )
-    return found
+            known = {key: value for key, value in plan[name].items() if value is not None}
+            units = dict.fromkeys(known, Unit.BYTES) if name == "KV cache" else UNITS
+            rows = [[key, _shown(units.get(key, Unit.NUMBER), value)] for key, value in known.items()]
+            tables.append(Sheet(title, [], rows))
+    return tables
 
 
 def _use_sheet(plan: dict[str, Any]) -> Sheet:
@@ -363,19 +401,20 @@ def _use_sheet(plan: dict[str, Any]) -> Sheet:
     return Sheet(f"Used on this machine: {plan['network']}, {plan['parameters']:,} parameters", heads, cells)
 
 
-def _shown(key: str, value: Any) -> str:
+def _shown(unit: Unit, value: Any) -> str:
+    """A value of a plan, for people."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
-        return ", ".join(v if isinstance(v, str) else _shown(key, v) for v in value) or "none"
+        return ", ".join(v if isinstance(v, str) else _shown(unit, v) for v in value) or "none"
     if not isinstance(value, int | float):
         return str(value)
-    if key in ("peak", "memory", "room", "states", "a token") or key.endswith(" tokens"):
+    if unit is Unit.BYTES:
         return f"{value / 1e9:,.3g} GB" if value >= 1e8 else f"{value / 1e6:,.3g} MB"
-    if key.startswith(("utilisation", "goodput")):
+    if unit is Unit.SHARE:
         return f"{value:.1%}"
-    if key == "cost":
+    if unit is Unit.MONEY:
         return f"{value:,.0f}"
-    if key.startswith("days") or "seconds" in key:
+    if unit is Unit.TIME:
         return f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
     return big(value)

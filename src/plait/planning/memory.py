@@ -40,6 +40,7 @@ class Layout:
 
     @property
     def replicas(self) -> int:
+        """How many hold the same part of the model."""
         return self.devices // self.tensor
 
     def __str__(self) -> str:
@@ -61,16 +62,16 @@ class Load:
 
 def layouts(network: Network, devices: int, tensor: int = 8) -> list[Layout]:
     """The layouts that so many devices allow; `tensor` is the most that products are cut over, a machine's devices."""
-    found = [Layout("one")]
+    possible = [Layout("one")]
     if devices > 1:
-        found += [Layout("ddp", devices), Layout("fsdp", devices, sharded=True)]
+        possible += [Layout("ddp", devices), Layout("fsdp", devices, sharded=True)]
     heads = network.config.backbone.heads
     cut = max(n for n in range(1, min(tensor, devices) + 1) if heads % n == 0 and devices % n == 0)
     if cut > 1:
-        found += [Layout("tensor", devices, cut), Layout("sequence", devices, cut, sequence=True)]
+        possible += [Layout("tensor", devices, cut), Layout("sequence", devices, cut, sequence=True)]
         if devices > cut:
-            found.append(Layout("sequence+fsdp", devices, cut, sequence=True, sharded=True))
-    return found
+            possible.append(Layout("sequence+fsdp", devices, cut, sequence=True, sharded=True))
+    return possible
 
 
 def layer_activations(config: TransformerConfig, load: Load, tensor: int = 1, sequence: bool = False) -> float:
@@ -89,13 +90,13 @@ def layer_activations(config: TransformerConfig, load: Load, tensor: int = 1, se
 def memory(network: Network, layout: Layout, load: Load) -> dict[str, float]:
     """Kind -> bytes on one device. Encoders' activations are not in it."""
     c, tokens = network.config.backbone, load.batch * load.length
-    whole = network.parts.get("positions", 0) + network.parts["norms"]  # which tensor parallelism does not cut
-    mine = (network.parameters - whole) / layout.tensor + whole
+    replicated = network.parts.get("positions", 0) + network.parts["norms"]  # which tensor parallelism does not cut
+    own_parameters = (network.parameters - replicated) / layout.tensor + replicated
     shards = layout.replicas if layout.sharded else 1
     updates = network.updates / layout.tensor
-    trained = mine if network.lora is None else updates
+    trained = own_parameters if network.lora is None else updates
     of_weights, *others = STATES[load.states]
-    weights = of_weights * (mine + updates) / shards
+    weights = of_weights * (own_parameters + updates) / shards
     gradients, optimizer = (size * trained / shards for size in others)
     kinds = {"weights": weights, "gradients": gradients, "optimizer": optimizer}
     if shards > 1:

@@ -48,14 +48,15 @@ class Network:
     @cached_property
     def parts(self) -> dict[str, int]:
         """Part -> its parameters; together all of them."""
-        found: dict[str, int] = {}
+        by_part: dict[str, int] = {}
         for name, parameter in self.model.named_parameters():
             part, times = _part(name), self.config.backbone.layers if name.startswith("backbone.blocks.") else 1
-            found[part] = found.get(part, 0) + parameter.numel() * times
-        return found
+            by_part[part] = by_part.get(part, 0) + parameter.numel() * times
+        return by_part
 
     @property
     def parameters(self) -> int:
+        """How many there are in all."""
         return sum(self.parts.values())
 
     @cached_property

@@ -47,7 +47,7 @@ def use_here(network: Network) -> list[dict[str, Any]]:
 def _product_seconds(precision: str) -> tuple[float, float]:
     """Seconds of a product of a SIDE x SIDE matrix with one row, and with PROMPT rows."""
     layer = PackedLinear(torch.randn(SIDE, SIDE, generator=torch.Generator().manual_seed(0)), None, precision)
-    found = []
+    seconds = []
     with torch.inference_mode():
         for rows in (1, PROMPT):
             x = torch.randn(rows, SIDE)
@@ -58,8 +58,8 @@ def _product_seconds(precision: str) -> tuple[float, float]:
                 start = time.perf_counter()
                 layer(x)
                 times.append(time.perf_counter() - start)
-            found.append(min(times))
-    return found[0], found[1]
+            seconds.append(min(times))
+    return seconds[0], seconds[1]
 
 
 def encoder_plan(source: str) -> dict[str, Any] | None:

@@ -42,6 +42,7 @@ class Item:
     more: dict[str, str | int | float | None] = field(default_factory=dict)
 
     def named(self) -> str | None:
+        """Its title, where it has one."""
         return self.title
 
     def dated(self) -> str | None:
@@ -135,9 +136,9 @@ class Catalogue:
 
     def like(self, text: str, count: int) -> list[int]:
         """At most `count` items whose titles hold a text, the shortest first, then those that are nearly it."""
-        wanted = _plain(text)
-        inside = [number for plain, number in self._titles.items() if wanted and wanted in plain]
-        near = difflib.get_close_matches(wanted, self._titles, n=3, cutoff=0.5) if len(inside) < count else []
+        plain_text = _plain(text)
+        inside = [number for plain, number in self._titles.items() if plain_text and plain_text in plain]
+        near = difflib.get_close_matches(plain_text, self._titles, n=3, cutoff=0.5) if len(inside) < count else []
         found = [*sorted(inside, key=lambda i: len(self.name(i)))[:count], *(self._titles[plain] for plain in near)]
         return list(dict.fromkeys(found))[:count]
 
@@ -184,14 +185,14 @@ class Catalogue:
         Columns are id, title, text, categories (joined with |) and the further columns of the items table. Raises
         PlaitError where the condition is not one, calls a function that is not in FUNCTIONS, or takes too long.
         """
-        found = np.zeros(len(self), bool)
+        matching = np.zeros(len(self), bool)
         asked = _Condition(max(_STEPS, 200 * len(self)))
         try:
             with self._lock:
                 self._database.set_authorizer(asked.judge)
                 self._database.set_progress_handler(asked.spend, asked.INTERVAL)
                 for (number,) in self._database.execute(f"SELECT number FROM items WHERE ({condition}\n)"):
-                    found[number] = True
+                    matching[number] = True
         except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
             if asked.interrupted is not None:
                 raise asked.interrupted from None
@@ -200,7 +201,7 @@ class Catalogue:
                 f"The condition '{condition[:200]}' cannot be used: {asked.reason or error}. Write it as in SQL, for "
                 f"example \"categories like '%Comedy%'\"; the columns are {known}."
             ) from None
-        return found
+        return matching
 
     @cached_property
     def _lock(self) -> Any:

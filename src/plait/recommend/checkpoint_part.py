@@ -14,9 +14,9 @@ CATALOGUE_FILE = PartFile("items.parquet", Catalogue.read, lambda catalogue, pat
 
 def catalogue_of(checkpoint: Checkpoint) -> Catalogue:
     """The items that a model knows. Raises PlaitError where it is no model of histories."""
-    found = checkpoint.parts.get(FEATURE.name)
-    if not isinstance(found, Catalogue):
+    part = checkpoint.parts.get(FEATURE.name)
+    if not isinstance(part, Catalogue):
         raise PlaitError(
             f"This model knows no items: recommending needs a run of histories: {docs_page('how-to/recommending')}"
         )
-    return found
+    return part

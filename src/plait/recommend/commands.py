@@ -41,16 +41,16 @@ def _model(name: str, device: str, add: Path | None) -> RecommendationModel:
     return model
 
 
-def _show(found: list[Recommendation], measure: str, as_json: bool) -> None:
+def _show(recommendations: list[Recommendation], measure: str, as_json: bool) -> None:
     if as_json:
         from dataclasses import asdict
 
-        out.print_json(data=[asdict(one) for one in found])
+        out.print_json(data=[asdict(one) for one in recommendations])
         return
     rows: list[list[Any]] = [
         [str(n), one.id, one.title, f"{one.probability:.4f}", ", ".join(one.categories),
          "; ".join(f"{title} (+{lost:.2f})" for title, lost in one.why)]
-        for n, one in enumerate(found, 1)
+        for n, one in enumerate(recommendations, 1)
     ]  # fmt: skip
     heads = ["", "id", "title", measure, "categories", "because of"]
     kept = [i for i in range(len(heads)) if any(row[i] for row in rows)]

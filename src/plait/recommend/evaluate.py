@@ -26,7 +26,7 @@ from plait.recommend.baselines import MOST, Follows, Interactions, Neighbours
 from plait.recommend.catalogue import Catalogue
 from plait.recommend.checkpoint_part import catalogue_of
 from plait.recommend.model import RecommendationModel
-from plait.recommend.next_item import foretell
+from plait.recommend.next_item import next_item_scorer
 from plait.recommend.write_histories import HIDDEN, TEST, TRAIN, VAL, Histories, read_catalogue, read_histories
 
 TASK, DIRECTION = "recommendation", Direction("item", "item")
@@ -59,9 +59,9 @@ class Targets:
 def targets_of(histories: Histories, parts: tuple[int, ...]) -> Targets:
     """Every interaction of these parts, after all that the user chose before and that is not hidden."""
     owner, usable = histories.owners(), histories.parts != HIDDEN
-    wanted = np.flatnonzero(np.isin(histories.parts, parts))
+    places = np.flatnonzero(np.isin(histories.parts, parts))
     users, items, before = [], [], []
-    for place in wanted:
+    for place in places:
         start = histories.starts[owner[place]]
         history = histories.items[start:place][usable[start:place]]
         if len(history):
@@ -125,28 +125,28 @@ def rank(
     targets: Targets,
     scores: Scores,
     seed: int,
-    told: Callable[[int], None] = lambda done: None,
+    report: Callable[[int], None] = lambda done: None,
     chunk: int = CHUNK,
 ) -> Ranks:
     """The rank of every target among all items; equal scores are put in an order drawn by the seed."""
-    masked, whole = np.zeros(len(targets), np.int64), np.zeros(len(targets), np.int64)
+    masked, unmasked = np.zeros(len(targets), np.int64), np.zeros(len(targets), np.int64)
     lists = np.zeros((len(targets), 10), np.int64)
     order = np.argsort([len(h) for h in targets.histories], kind="stable")  # like lengths together
     for start in range(0, len(targets), chunk):
         places = order[start : start + chunk]
-        told(start)
-        found = scores([targets.histories[i] for i in places])
-        luck = uniform(seed, np.arange(found.shape[1]), TIES)
-        for row, place in zip(found, places, strict=True):
+        report(start)
+        scored = scores([targets.histories[i] for i in places])
+        luck = uniform(seed, np.arange(scored.shape[1]), TIES)
+        for row, place in zip(scored, places, strict=True):
             item = targets.items[place]
             ahead = (row > row[item]) | ((row == row[item]) & (luck > luck[item]))
-            whole[place] = int(ahead.sum())
+            unmasked[place] = int(ahead.sum())
             seen = np.unique(targets.histories[place])
-            masked[place] = whole[place] - int(ahead[seen].sum())
+            masked[place] = unmasked[place] - int(ahead[seen].sum())
             row[seen[seen != item]] = -np.inf
             first = np.argpartition(-row, min(10, len(row) - 1))[:10]
             lists[place, : len(first)] = first[np.argsort(-row[first], kind="stable")]
-    return Ranks(masked, whole, lists)
+    return Ranks(masked, unmasked, lists)
 
 
 def _mean(values: np.ndarray, users: np.ndarray, seed: int) -> tuple[float, float]:
@@ -171,20 +171,20 @@ def evaluate_histories(
     catalogue = _fit(recommending, read_catalogue(dataset), dataset, histories)
     if split not in ("val", "test"):
         raise PlaitError(f"Histories are evaluated on what is held out of them: --split test or val, not {split}.")
-    wanted = TEST if split == "test" else VAL
-    targets = targets_of(histories, (wanted,))
+    part = TEST if split == "test" else VAL
+    targets = targets_of(histories, (part,))
     if not len(targets):
         raise PlaitError(f"{dataset.path} has no items held out for {split}: no user has three interactions or more.")
     findings = Findings()
     findings.notes += [f"{note[0].upper()}{note[1:]}." for note in dataset.manifest.split_notes]
-    if first := int((histories.parts == wanted).sum()) - len(targets):
+    if first := int((histories.parts == part).sum()) - len(targets):
         findings.notes.append(f"{first:,} held-out items are the first of their users: with no history, not asked for.")
     most = min(QUERIES, limit or QUERIES)
-    targets = _some(targets, most, "held-out items", seed, findings)
+    targets = _subset(targets, most, "held-out items", seed, findings)
     work = _Work(recommending, histories, catalogue, seed, progress, findings)
     work.measure(targets)
     cold = targets_of(histories, (VAL, TEST))
-    cold = _some(cold.only(cold.items >= catalogue.known), most, "held-out new items", seed, findings)
+    cold = _subset(cold.only(cold.items >= catalogue.known), most, "held-out new items", seed, findings)
     if len(cold) >= 20:
         work.measure_cold(cold)
     work.show(targets)
@@ -192,7 +192,7 @@ def evaluate_histories(
     return work.metrics, findings
 
 
-def _some(targets: Targets, most: int, what: str, seed: int, findings: Findings) -> Targets:
+def _subset(targets: Targets, most: int, what: str, seed: int, findings: Findings) -> Targets:
     """At most so many of the targets, drawn by the seed."""
     if len(targets) <= most:
         return targets
@@ -227,7 +227,7 @@ class _Work:
 
     def __post_init__(self) -> None:
         network = self.model.checkpoint.model
-        self.next = foretell(network, self.model.device)
+        self.next = next_item_scorer(network, self.model.device)
         keep = self.histories.parts == TRAIN
         counts = np.bincount(self.histories.owners()[keep], minlength=len(self.histories))
         starts = np.concatenate(([0], np.cumsum(counts)))
@@ -247,16 +247,16 @@ class _Work:
         def each(method: Follows | Neighbours) -> Scores:
             return lambda histories: np.stack([method.scores(history) for history in histories])
 
-        found: dict[str, Scores] = {
+        by_name: dict[str, Scores] = {
             "cooccurrence": each(Follows(self.train)),
             "popularity": lambda histories: np.tile(self.popularity, (len(histories), 1)),
         }
         if self.train.count <= MOST:
-            found["item_knn"] = each(Neighbours(self.train))
-            found["ease"] = each(Neighbours(self.train, EASE))
+            by_name["item_knn"] = each(Neighbours(self.train))
+            by_name["ease"] = each(Neighbours(self.train, EASE))
         else:
             self.findings.notes.append(f"Item-kNN and EASE were left out: more than {MOST:,} items.")
-        return found
+        return by_name
 
     def measure(self, targets: Targets) -> None:
         """Every method on the same targets; the model's lead over co-occurrence by resampling users."""
@@ -311,12 +311,12 @@ class _Work:
         share = np.cumsum(self.popularity[order]) / self.popularity.sum()
         third[order] = np.minimum((share * 3 - 1e-9).astype(int), 2)
         for number, name in enumerate(("head", "middle", "tail")):
-            mine = third[targets.items] == number
-            if mine.any():
-                value, error = _mean(own.values[HR_10][mine], targets.users[mine], self.seed)
-                base = float(first.values[HR_10][mine].mean())
+            in_third = third[targets.items] == number
+            if in_third.any():
+                value, error = _mean(own.values[HR_10][in_third], targets.users[in_third], self.seed)
+                base = float(first.values[HR_10][in_third].mean())
                 chance = 10 / len(self.catalogue)
-                self.keep(f"hr_at_10_{name}", value, stderr=error, chance=chance, baseline=base, n=int(mine.sum()))
+                self.keep(f"hr_at_10_{name}", value, stderr=error, chance=chance, baseline=base, n=int(in_third.sum()))
 
     def measure_cold(self, targets: Targets) -> None:
         """Items that no training history has, ranked among all; beside the most popular of the genres that a user

@@ -276,14 +276,14 @@ def _headless(tree: Tree, name: str) -> bool:
 
 def _from_table(tree: Tree, name: str, recipe: ItemsRecipe) -> Iterator[Interaction | Rejected]:
     heads = _rows_there(tree, name)
-    found = {role: _columns(heads, role, recipe) for role in ("user", "item", "time", "weight")}
+    by_role = {role: _columns(heads, role, recipe) for role in ("user", "item", "time", "weight")}
     for role in ("user", "item"):
-        if not found[role]:
+        if not by_role[role]:
             raise PlaitError(
                 f"{name} has no column of {role}s. Its columns are {', '.join(dict.fromkeys(heads))}. Name it in the "
                 f"recipe: data.items.columns.{role}."
             )
-    for role, names in found.items():
+    for role, names in by_role.items():
         if names and names[0] not in heads:
             raise PlaitError(
                 f"{name} has no column '{names[0]}', which the recipe's data.items.columns.{role} names. Its columns "
@@ -293,8 +293,8 @@ def _from_table(tree: Tree, name: str, recipe: ItemsRecipe) -> Iterator[Interact
         if isinstance(row, str):
             yield Rejected(name, line, row)
             continue
-        cell = {role: row.get(names[0]) if names else None for role, names in found.items()}
-        if found["time"] and cell["time"] in (None, ""):
+        cell = {role: row.get(names[0]) if names else None for role, names in by_role.items()}
+        if by_role["time"] and cell["time"] in (None, ""):
             yield Rejected(name, line, "no time, where other rows have one")
             continue
         yield _interaction(name, line, cell["user"], cell["item"], cell["time"], cell["weight"])
@@ -381,20 +381,20 @@ def read_items(tree: Tree, name: str, recipe: ItemsRecipe) -> Iterator[tuple[int
 def _items_of_table(tree: Tree, name: str, recipe: ItemsRecipe) -> Iterator[tuple[int, Item | Rejected]]:
     heads = list(dict.fromkeys(_rows_there(tree, name)))
     roles = ("id", "title", "text", "categories", "image", "audio")
-    found = {role: _columns(heads, role, recipe) for role in roles}
-    missing = [(role, column) for role, names in found.items() for column in names if column not in heads]
-    if missing or not found["id"]:
+    by_role = {role: _columns(heads, role, recipe) for role in roles}
+    missing = [(role, column) for role, names in by_role.items() for column in names if column not in heads]
+    if missing or not by_role["id"]:
         role, column = missing[0] if missing else ("id", "of ids")
         raise PlaitError(
             f"{name} has no column {column if column == 'of ids' else repr(column)}. Its columns are "
             f"{', '.join(heads)}. Name it in the recipe: data.items.columns.{role}."
         )
-    taken = {column for names in found.values() for column in names}
+    taken = {column for names in by_role.values() for column in names}
     for line, row in rows(tree, name):
         if isinstance(row, str):
             yield line, Rejected(name, line, row)
             continue
-        cell = {role: [row.get(column) for column in names] for role, names in found.items()}
+        cell = {role: [row.get(column) for column in names] for role, names in by_role.items()}
         if cell["id"][0] in (None, ""):
             yield line, Rejected(name, line, "the item's id is empty")
             continue
@@ -448,11 +448,11 @@ def _medium(tree: Tree, table: str, value: Any, kind: str) -> bytes | Rejected:
     if isinstance(value, bytes):
         data = value
     else:
-        found = tree.resolve(table, str(value))
-        if isinstance(found, Rejected):
-            return found
-        tree.used.add(found)
-        data = read_bytes(tree.files[found])
+        resolved = tree.resolve(table, str(value))
+        if isinstance(resolved, Rejected):
+            return resolved
+        tree.used.add(resolved)
+        data = read_bytes(tree.files[resolved])
     try:
         MEDIA[kind].check(data)
     except MediaError as error:

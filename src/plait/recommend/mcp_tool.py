@@ -17,8 +17,10 @@ def _recommend(box: Toolbox) -> Callable[..., dict[str, Any]]:
     ) -> dict[str, Any]:  # fmt: skip
         """The likeliest next items after a history of items."""
         chosen: Any = box.model(model, "recommend")
-        found = box.run(lambda: chosen.recommend(list(history), k=k))
-        return {"items": [{"id": one.id, "title": one.title, "probability": one.probability} for one in found]}
+        recommendations = box.run(lambda: chosen.recommend(list(history), k=k))
+        return {
+            "items": [{"id": one.id, "title": one.title, "probability": one.probability} for one in recommendations]
+        }
 
     return recommend
 

@@ -30,7 +30,7 @@ from plait.recommend.catalogue import Item as Known
 from plait.recommend.checkpoint_part import CATALOGUE_FILE, catalogue_of
 from plait.recommend.feature import FEATURE
 from plait.recommend.interactions import read_items
-from plait.recommend.next_item import NextCodes, NextItem, foretell
+from plait.recommend.next_item import NextCodes, NextItem, next_item_scorer
 from plait.recommend.settings import ItemsRecipe
 from plait.recommend.write_histories import Histories, catalogue_file, read_catalogue, read_histories
 from plait.training.checkpointing import folder_name, point
@@ -75,7 +75,7 @@ class RecommendationModel(PlaitModel):
 
     @cached_property
     def _next(self) -> NextItem | NextCodes:
-        return foretell(self.checkpoint.model, self.device)
+        return next_item_scorer(self.checkpoint.model, self.device)
 
     # --- verbs ------------------------------------------------------------------------------------------------
 
@@ -190,11 +190,11 @@ class RecommendationModel(PlaitModel):
             return [[] for _ in chosen]
         without = self._next.of([read[read != item] for item in distinct], chosen)
         lost = whole - without  # (distinct, chosen)
-        found = []
+        reasons = []
         for column in lost.T:
             order = np.argsort(-column, kind="stable")[:REASONS]
-            found.append([(self.catalogue.name(distinct[i]), float(column[i])) for i in order if column[i] > 0])
-        return found
+            reasons.append([(self.catalogue.name(distinct[i]), float(column[i])) for i in order if column[i] > 0])
+        return reasons
 
     @cached_property
     def _images(self) -> Images | None:

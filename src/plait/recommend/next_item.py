@@ -17,7 +17,7 @@ TOKENS = 16_384  # of histories that are read at a time
 CELLS = 2**24  # scores that exist at a time
 
 
-def foretell(model: Multimodal, device: Device) -> NextItem | NextCodes:
+def next_item_scorer(model: Multimodal, device: Device) -> NextItem | NextCodes:
     """What foretells the next item of a model of histories."""
     return NextItem(model, device) if model.row_modality is not None else NextCodes(model, device)
 
@@ -65,9 +65,9 @@ class NextItem:
             most = max(CELLS // len(self.rows), 1)
             while stop < len(order) and stop - start < most and lengths[order[stop]] * (stop + 1 - start) <= TOKENS:
                 stop += 1
-            some = order[start:stop]
+            chunk = order[start:stop]
             pause_point()
-            yield some, self._scores([histories[i] for i in some])
+            yield chunk, self._scores([histories[i] for i in chunk])
             start = stop
 
     def _scores(self, histories: list[np.ndarray]) -> np.ndarray:

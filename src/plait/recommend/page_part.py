@@ -13,8 +13,8 @@ def _applies(model: Any, run: Path) -> bool:
 
 
 def _next_titles(model: Any, run: Path, data: Path, lines: list[str]) -> list[str]:
-    found = model.recommend(history=lines or None, k=10)
-    return [f"{one.title} · {one.probability:.1%}" for one in found]
+    recommendations = model.recommend(history=lines or None, k=10)
+    return [f"{one.title} · {one.probability:.1%}" for one in recommendations]
 
 
 RECOMMEND = LinesPart(

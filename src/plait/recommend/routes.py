@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Annotated, Any, Literal, cast
 
@@ -13,10 +14,11 @@ from starlette.responses import Response
 
 from plait.modalities.media import media_type
 from plait.recommend.model import Recommendation, RecommendationModel
+from plait.server.access_log import RequestContext
 from plait.server.api import make_router, of
 from plait.server.limits import ApiError
 from plait.server.schemas import Body, Name
-from plait.server.service import Served
+from plait.server.service import Served, Service
 
 router = make_router()
 
@@ -87,15 +89,14 @@ async def recommend(request: Request, body: RecommendRequest) -> Response:
     model = _model(served)
 
     def work() -> list[dict[str, Any]]:
-        found = model.recommend(
+        recommendations = model.recommend(
             body.history, k=body.k, exclude_seen=body.exclude_seen, where=body.where, diversity=body.diversity,
             why=body.why,
         )  # fmt: skip
-        return [_shown(model, one, body.preview) for one in found]
+        return [_shown(model, one, body.preview) for one in recommendations]
 
     request_context.prompt_tokens = len(body.history)
-    data = await served.worker.call(work, service.deadline(request_context))
-    return JSONResponse({"object": "list", "model": served.name, "data": data})
+    return await _listed(service, served, request_context, work)
 
 
 @router.post("/v1/plait/similar", response_model=Recommendations, tags=["read"])
@@ -108,8 +109,7 @@ async def similar(request: Request, body: SimilarRequest) -> Response:
     def work() -> list[dict[str, Any]]:
         return [_shown(model, one, body.preview) for one in model.similar(body.item, body.k, body.where)]
 
-    data = await served.worker.call(work, service.deadline(request_context))
-    return JSONResponse({"object": "list", "model": served.name, "data": data})
+    return await _listed(service, served, request_context, work)
 
 
 @router.post("/v1/plait/items", response_model=Items, tags=["read"])
@@ -126,6 +126,13 @@ async def items(request: Request, body: ItemsRequest) -> Response:
             {"id": shown.items[i].id, "title": shown.name(i), "categories": shown.items[i].categories} for i in places
         ]
 
+    return await _listed(service, served, request_context, work)
+
+
+async def _listed(
+    service: Service, served: Served, request_context: RequestContext, work: Callable[[], list[dict[str, Any]]]
+) -> Response:
+    """A list of what the model's own thread finds."""
     data = await served.worker.call(work, service.deadline(request_context))
     return JSONResponse({"object": "list", "model": served.name, "data": data})
 

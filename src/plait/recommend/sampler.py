@@ -18,7 +18,8 @@ from plait.modalities.item import (
 )
 from plait.model.multimodal import IGNORE, Batch, Multimodal, bucket_length
 from plait.recommend.write_histories import TEST, TRAIN, VAL, Histories
-from plait.training.batches import OFFSET, Sampler, Split, Step, cut_by_length
+from plait.training.batches import OFFSET, Sampler, Step, cut_by_length
+from plait.training.split import Split
 
 
 @dataclass
@@ -35,15 +36,15 @@ class HistorySplit(Split):
 def history_split(histories: Histories, split: str, known: int) -> HistorySplit:
     """What training reads (`split` is train), or what a split holds behind that. Items from number `known` on have
     no row yet, and are left out."""
-    wanted = {"train": TRAIN, "val": VAL, "test": TEST}[split]
-    usable = (histories.parts <= wanted) & (histories.items < known)
+    part = {"train": TRAIN, "val": VAL, "test": TEST}[split]
+    usable = (histories.parts <= part) & (histories.items < known)
     owner = histories.owners()
     there = np.zeros(len(histories), bool)
-    there[owner[usable & (histories.parts == wanted)]] = True
+    there[owner[usable & (histories.parts == part)]] = True
     usable &= there[owner]
     chosen = np.flatnonzero(there)
     counts = np.bincount(owner[usable], minlength=len(histories))[chosen]
-    before = np.bincount(owner[usable & (histories.parts < wanted)], minlength=len(histories))[chosen]
+    before = np.bincount(owner[usable & (histories.parts < part)], minlength=len(histories))[chosen]
     return HistorySplit(
         ids=Ids([pa.array([histories.users[i] for i in chosen], pa.string())]),
         texts={},

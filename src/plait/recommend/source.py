@@ -66,6 +66,7 @@ class HistorySource:
 
     @property
     def settings(self) -> Mapping[str, BaseModel]:
+        """The settings of its modalities."""
         name = ItemCodes.name if isinstance(self.items, ItemCodesSettings) else Item.name
         return {name: self.items}
 

@@ -130,18 +130,18 @@ class NextCodes:
     def log_chances(self, histories: list[np.ndarray]) -> np.ndarray:
         """As `NextItem.log_chances`, but -inf for all but the 20 likeliest items and the 20 likeliest that the history
         lacks."""
-        found = np.full((len(histories), len(self.codes)), -np.inf, np.float32)
+        log_probs = np.full((len(histories), len(self.codes)), -np.inf, np.float32)
         order = np.argsort([len(history) for history in histories], kind="stable")
         for start in range(0, len(order), TOGETHER):
-            some = order[start : start + TOGETHER]
-            read = [histories[i] for i in some]
-            lacks = np.ones((len(some), len(self.codes)), bool)
+            chunk = order[start : start + TOGETHER]
+            read = [histories[i] for i in chunk]
+            lacks = np.ones((len(chunk), len(self.codes)), bool)
             for row, history in zip(lacks, read, strict=True):
                 row[history] = False
             for alive in (None, self.trie.alive(lacks)):
-                for place, (items, chances) in zip(some, self._search(read, DEEP, alive), strict=True):
-                    found[place, items] = chances
-        return found
+                for place, (items, chances) in zip(chunk, self._search(read, DEEP, alive), strict=True):
+                    log_probs[place, items] = chances
+        return log_probs
 
     # --- reading ----------------------------------------------------------------------------------------------
 
@@ -221,10 +221,10 @@ class NextCodes:
             count = max(TOGETHER * FIRST // width, 1)
             again = []
             for start in range(0, len(left), count):
-                some = left[start : start + count]
-                mine = None if alive is None else [nodes[some] for nodes in alive]
-                answers = self._beam([histories[i] for i in some], width, mine)
-                for place, (items, chances, dropped) in zip(some, answers, strict=True):
+                chunk = left[start : start + count]
+                mine = None if alive is None else [nodes[chunk] for nodes in alive]
+                answers = self._beam([histories[i] for i in chunk], width, mine)
+                for place, (items, chances, dropped) in zip(chunk, answers, strict=True):
                     found[place] = items[:k], chances[:k]
                     if dropped > (chances[k - 1] if len(chances) >= k else -np.inf) and width < WIDEST:
                         again.append(place)

@@ -107,7 +107,7 @@ def write_histories(
     can be used, or the two tables do not belong together."""
     rejects: list[Rejected] = list(tree.refused)
     remarks = Remarks([f"{interactions}: interactions"])
-    found: list[Interaction] = []
+    interactions_read: list[Interaction] = []
     light = 0
     for row in read_interactions(tree, interactions, recipe):
         if isinstance(row, Rejected):
@@ -115,18 +115,18 @@ def write_histories(
         elif recipe.least_weight is not None and (row.weight is None or row.weight < recipe.least_weight):
             light += 1
         else:
-            found.append(row)
-            if len(found) % 100_000 == 0:
-                progress("check", len(found), None)
-    if not found:
+            interactions_read.append(row)
+            if len(interactions_read) % 100_000 == 0:
+                progress("check", len(interactions_read), None)
+    if not interactions_read:
         common = Counter(reject.reason for reject in rejects).most_common(3)
         common += [(f"weighs less than {recipe.least_weight:g}, or nothing", light)] if light else []
         told = "; ".join(f"{reason} ({count})" for reason, count in common) or "nothing was found"
         raise PlaitError(f"{interactions}: no interaction can be used. {told}.")
     if recipe.least_weight is not None:
         remarks.notes.append(f"{light:,} interactions of a weight below {recipe.least_weight:g} were left out")
-    known = _items(tree, items, recipe, {row.item for row in found}, interactions, rejects, remarks)
-    histories = _ordered(found, list(known), remarks)
+    known = _items(tree, items, recipe, {row.item for row in interactions_read}, interactions, rejects, remarks)
+    histories = _ordered(interactions_read, list(known), remarks)
     untested = _untested(tree, recipe.untested, histories.users, remarks)
     cold = _cold(list(known), recipe.cold, seed)
     _split(histories, recipe, untested, cold, remarks)
@@ -168,19 +168,19 @@ def _items(
         shared = wanted & known.keys()
         if not shared:
             raise PlaitError(
-                f"The ids of {table} and {interactions} do not match: the one has {_some(known)}, the other "
-                f"{_some(wanted)}. Name the column of ids in the recipe: data.items.columns.id or .item."
+                f"The ids of {table} and {interactions} do not match: the one has {_first_three(known)}, the other "
+                f"{_first_three(wanted)}. Name the column of ids in the recipe: data.items.columns.id or .item."
             )
         if lone := sorted(wanted - shared, key=_natural):
             remarks.warnings.append(
-                f"{len(lone):,} items of {interactions} have no row in {table}, such as {_some(lone)}."
+                f"{len(lone):,} items of {interactions} have no row in {table}, such as {_first_three(lone)}."
             )
     for id_ in sorted(wanted - known.keys(), key=_natural):
         known[id_] = Item(id_)
     return known
 
 
-def _some(ids: Any) -> str:
+def _first_three(ids: Any) -> str:
     return ", ".join(f"'{id_}'" for id_ in sorted(ids, key=_natural)[:3])
 
 
@@ -189,17 +189,17 @@ def _natural(text: str) -> tuple[int, str]:
     return (len(text) if text.isdigit() else 1 << 30, text)
 
 
-def _ordered(found: list[Interaction], ids: list[str], remarks: Remarks) -> Histories:
+def _ordered(interactions: list[Interaction], ids: list[str], remarks: Remarks) -> Histories:
     """The interactions by user, in order of time; of equal times, in that of the file."""
     numbers = {id_: i for i, id_ in enumerate(ids)}
-    names = list(dict.fromkeys(row.user for row in found))
+    names = list(dict.fromkeys(row.user for row in interactions))
     place = {name: i for i, name in enumerate(names)}
-    users = np.array([place[row.user] for row in found])
-    items = np.array([numbers[row.item] for row in found], np.int32)
+    users = np.array([place[row.user] for row in interactions])
+    items = np.array([numbers[row.item] for row in interactions], np.int32)
     times = None
     order = np.argsort(users, kind="stable")
-    if all(row.time is not None for row in found):
-        times = _counted_times([row.time for row in found if row.time is not None], remarks)
+    if all(row.time is not None for row in interactions):
+        times = _counted_times([row.time for row in interactions if row.time is not None], remarks)
         plain = times[order]
         same = users[order][1:] == users[order][:-1]
         disordered = len(np.unique(users[order][1:][same & (plain[1:] < plain[:-1])]))
@@ -216,20 +216,20 @@ def _ordered(found: list[Interaction], ids: list[str], remarks: Remarks) -> Hist
             "file"
         )
         times = sorted_times
-    elif any(row.time is not None for row in found):
+    elif any(row.time is not None for row in interactions):
         remarks.warnings.append("Some interactions have no time: the order is that of the file.")
     else:
         remarks.splits.append("no times: the order of the file is taken for that of time")
     starts = np.concatenate(([0], np.cumsum(np.bincount(users, minlength=len(names)))))
-    parts = np.zeros(len(found), np.uint8)
+    parts = np.zeros(len(interactions), np.uint8)
     return Histories(names, starts, items[order], parts, times)
 
 
-def _counted_times(found: list[float], remarks: Remarks) -> np.ndarray:
+def _counted_times(times: list[float], remarks: Remarks) -> np.ndarray:
     """The times (N,) as integers: as they are, or in millionths where some have a fraction."""
-    if all(isinstance(time, int) for time in found):
-        return np.array(found, np.int64)
-    exact = np.array(found, np.float64)
+    if all(isinstance(time, int) for time in times):
+        return np.array(times, np.int64)
+    exact = np.array(times, np.float64)
     scale = 1e6 if np.abs(exact).max() < 2**40 else 1.0  # larger ones are no seconds
     if scale > 1:
         remarks.notes.append("times have fractions of a second: they are kept in microseconds")

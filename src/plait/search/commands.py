@@ -45,9 +45,9 @@ def add(
     from plait.search.index import Index
 
     found = Index(index, model, device)
-    wanted = [name.strip() for name in columns.split(",")] if columns else None
+    column_names = [name.strip() for name in columns.split(",")] if columns else None
     with ProgressBar(True) as bar:
-        added = found.add(sources, wanted, bar)
+        added = found.add(sources, column_names, bar)
     out.print(f"{added.new} added, {added.changed} changed, {added.same} as before; {len(found)} in {plain(index)}.")
     for one in added.rejected[:20]:
         place = f"{one.file}:{one.line}" if one.line is not None else one.file

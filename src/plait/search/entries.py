@@ -117,13 +117,13 @@ def _of_dataset(dataset: Dataset, columns: list[str] | None) -> Iterator[Entry]:
 def _of_record(item: Found, root: str, shown: str, kinds: dict[str, str], columns: list[str] | None) -> Iterator[Entry]:
     """`root` begins the ids, `shown` is the source as people know it."""
     texts = {name: value for name, value in item.parts.items() if isinstance(value, str) and kinds[name] == "text"}
-    wanted = [name for name in item.parts if columns is None or name in columns]
+    columns_read = [name for name in item.parts if columns is None or name in columns]
     if columns is None:
-        wanted = [name for name in wanted if kinds[name] != "text"] or wanted
-    for name in wanted:
+        columns_read = [name for name in columns_read if kinds[name] != "text"] or columns_read
+    for name in columns_read:
         value = item.parts[name]
         place = value.name if isinstance(value, Media) else item.place
-        tail = f"#{name}" if len(wanted) > 1 else ""
+        tail = f"#{name}" if len(columns_read) > 1 else ""
         yield Entry(
             f"{root}{item.id}{tail}", f"{shown.rstrip('/')}/{place}", kinds[name], value, texts, item.split
         )  # fmt: skip

@@ -219,14 +219,14 @@ class Index:
         `progress` was told of is on the disk: killed at any moment, the same call goes on from there. What cannot be
         used is in `Added.rejected`. Raises PlaitError for a source that is missing.
         """
-        given = [sources] if isinstance(sources, str | Path | Dataset) else list(sources)
+        several = [sources] if isinstance(sources, str | Path | Dataset) else list(sources)
         self.model  # noqa: B018 - whether it fits is seen before anything is written
         with self._writing():
             if self.table is None:
                 self._create()
             adding = Adding(self, progress)
             with contextlib.closing(Checker()) as checker, ThreadPoolExecutor(2, "media") as pool:
-                found = (item for source in given for item in entries(source, columns))
+                found = (item for source in several for item in entries(source, columns))
                 some = min(BATCH, self.model.embed_batch)
                 while chunk := list(islice(found, some)):
                     adding.take(chunk, checker, pool)
@@ -494,13 +494,13 @@ class Index:
 
     def _sums(self) -> dict[str, tuple[int, str]]:
         """File -> bytes and sha256, as `settle` wrote them."""
-        found: dict[str, tuple[int, str]] = {}
+        sums: dict[str, tuple[int, str]] = {}
         if isinstance(self.path, Path) and (self.path / "sums.jsonl").is_file():
             for line in (self.path / "sums.jsonl").read_text().splitlines():
                 with contextlib.suppress(ValueError, KeyError):  # the last line may be cut
                     fact = json.loads(line)
-                    found[fact["file"]] = fact["bytes"], fact["sha256"]
-        return found
+                    sums[fact["file"]] = fact["bytes"], fact["sha256"]
+        return sums
 
     def add_export_constraints(self) -> None:
         """Bring what was committed to the disk and note its sha256. LanceDB itself does not call fsync."""

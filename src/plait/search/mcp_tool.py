@@ -22,15 +22,15 @@ def _search(box: Toolbox) -> Callable[..., list[Any]]:
         if name not in box.indexes:
             raise PlaitError(f"There is no index '{name[:80]}'. Use {', '.join(box.indexes)}.")
         value = box.value(text, file, data)
-        found: list[Any] = []
+        content: list[Any] = []
         for hit in box.run(lambda: box.indexes[name].search(value, k)):
             columns = ", ".join(f"{column}: {shown}" for column, shown in hit.columns.items())
             similarity = "" if hit.similarity != hit.similarity else f" similarity {hit.similarity:.3f}"  # nan: words
-            found.append(f"{hit.id} ({hit.kind}){similarity} {hit.text or columns}".strip())
+            content.append(f"{hit.id} ({hit.kind}){similarity} {hit.text or columns}".strip())
             if hit.preview is not None:
                 shown = image_content if MEDIA[hit.kind].element == "img" else audio_content
-                found.append(shown(hit.preview))
-        return found or ["Nothing was found."]
+                content.append(shown(hit.preview))
+        return content or ["Nothing was found."]
 
     return search
 

@@ -89,20 +89,20 @@ def open_indexes(names: list[str], models: list[Served]) -> dict[str, tuple[Inde
     """The indexes of a command line, each with the name of the model that made it. Raises PlaitError."""
     from plait.search.index import Index  # with libraries that are large, and of no use without an index
 
-    found: dict[str, tuple[Index, str]] = {}
+    opened: dict[str, tuple[Index, str]] = {}
     for given in names:
         name, _, path = given.rpartition("=") if "=" in given and not Path(given).exists() else ("", "", given)
         name = name or path.rstrip("/").rpartition("/")[2]
-        if name in found:
+        if name in opened:
             raise PlaitError(f"Two indexes have the name '{name}'. Give one another: other={path}")
         wrong: PlaitError | None = None
         for served in models:
             try:
-                found[name] = Index(path, served.model), served.name
+                opened[name] = Index(path, served.model), served.name
             except PlaitError as error:
                 wrong = error
-        if name not in found:
+        if name not in opened:
             raise wrong or PlaitError(f"{path} has no model.")
-        if not len(found[name][0]):
+        if not len(opened[name][0]):
             raise PlaitError(f"{path} is empty. Fill it: plait index add {path} FILES --model RUN")
-    return found
+    return opened

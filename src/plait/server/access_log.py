@@ -76,6 +76,7 @@ class Metrics:
         self.ignored.labels(field if field in self.fields else "other").inc()
 
     def count(self, request_context: RequestContext, route: str) -> None:
+        """Count a request that is over."""
         self.requests.labels(route, str(request_context.status)).inc()
         self.seconds.labels(route).observe(time.monotonic() - request_context.begun)
         if request_context.model:

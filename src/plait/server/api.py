@@ -19,8 +19,8 @@ from starlette.responses import Response
 from plait.core.errors import PlaitError
 from plait.inference.base import Verb
 from plait.inference.constrained import TextConstraint
-from plait.inference.engine import Request as Wanted
 from plait.inference.model import PlaitModel
+from plait.inference.requests import Request as EngineRequest
 from plait.inference.results import Predictions
 from plait.inference.sampling import Options, SamplingOptions
 from plait.modalities.media import written_by
@@ -89,8 +89,8 @@ def of(request: Request) -> tuple[Service, RequestContext]:
 # --- what all generating routes share ---------------------------------------------------------------------------
 
 
-def wanted_of(model: PlaitModel, prompt: Sequence, column: str | None, body: s.Drawing, n: int, first: int = 0,
-            most: int | None = None, stop: tuple[str, ...] = ()) -> Wanted:  # fmt: skip
+def engine_request_of(model: PlaitModel, prompt: Sequence, column: str | None, body: s.Drawing, n: int, first: int = 0,
+            most: int | None = None, stop: tuple[str, ...] = ()) -> EngineRequest:  # fmt: skip
     """The engine's request for what a body asks for."""
     greedy = body.temperature == 0 or body.top_p == 0
     # The engine's seeds are 63 bits; a negative one is another number, always the same.

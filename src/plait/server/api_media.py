@@ -13,14 +13,14 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.responses import Response
 
 from plait.inference.base import Verb
-from plait.inference.engine import Request as Wanted
 from plait.inference.model import joined, joined_segments
+from plait.inference.requests import Request as EngineRequest
 from plait.inference.results import Segment
 from plait.modalities.audio_files import silent
 from plait.modalities.media import MEDIA, read_by
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext
-from plait.server.api import STREAM, make_router, of, voice_of, wanted_of
+from plait.server.api import STREAM, engine_request_of, make_router, of, voice_of
 from plait.server.limits import ApiError
 from plait.server.media import AUDIO, audio, png
 from plait.server.service import EventStream, Served, Service, note, read
@@ -42,9 +42,9 @@ async def draw(request: Request, body: s.ImageRequest) -> Response:
     service.check_parts([body.prompt])
     served.check_prompt([body.prompt], "prompt")
 
-    def prepare() -> tuple[str, Wanted]:
+    def prepare() -> tuple[str, EngineRequest]:
         column = model.column(body.column, "image", "draw")
-        return column, wanted_of(model, model.context([body.prompt]), column, body, n)
+        return column, engine_request_of(model, model.context([body.prompt]), column, body, n)
 
     column, wanted = await service.prepared(prepare, len(body.prompt))
     side = getattr(model.modality(column).settings, "size", 0)
@@ -108,9 +108,9 @@ async def speak(request: Request, body: s.SpeechRequest) -> Response:
     service.check_parts([body.input])
     served.check_prompt([body.input], "input")
 
-    def prepare() -> tuple[str, Wanted]:
+    def prepare() -> tuple[str, EngineRequest]:
         column = voice_of(service, request_context, model, body.voice)
-        return column, wanted_of(model, model.context([body.input]), column, body, 1)
+        return column, engine_request_of(model, model.context([body.input]), column, body, 1)
 
     column, wanted = await service.prepared(prepare, len(body.input))
     samples = (await service.written(served, [wanted], request_context))[0]
@@ -147,7 +147,7 @@ async def transcribe(request: Request, body: Annotated[s.TranscriptionRequest, F
     if "transcribe" not in served.verbs:
         raise ApiError(400, f"{served.name} cannot transcribe. It can {', '.join(served.verbs)}.", "model")
     wave, rate = await service.reader.read(model, "audio", data, "file", service.deadline(request_context), whole=True)
-    told = _Heard(service, served, request_context, (wave, rate), body)
+    told = _Transcriber(service, served, request_context, (wave, rate), body)
     if body.stream:
         return EventStream(told.events(), [], done=False)
     timed = body.response_format in ("verbose_json", "srt", "vtt")
@@ -162,7 +162,7 @@ async def transcribe(request: Request, body: Annotated[s.TranscriptionRequest, F
     return _transcription(segments, len(wave) / rate, body)
 
 
-class _Heard:
+class _Transcriber:
     """An audio clip on its way to text."""
 
     def __init__(
@@ -186,11 +186,11 @@ class _Heard:
         """The text of each window of one of our models, and when it was said, in order."""
         model, body = self.served.ours, self.body
 
-        def prepare() -> tuple[list[tuple[float, float]], list[Wanted]]:
+        def prepare() -> tuple[list[tuple[float, float]], list[EngineRequest]]:
             column = model.column(self.language, "text", "transcribe")
             drawing = s.Drawing(temperature=body.temperature, seed=body.seed)
             spoken = model.spoken(self.audio)
-            wanted = [wanted_of(model, part, column, drawing, 1, i) for i, (_, _, part) in enumerate(spoken)]
+            wanted = [engine_request_of(model, part, column, drawing, 1, i) for i, (_, _, part) in enumerate(spoken)]
             return [(start, end) for start, end, _ in spoken], wanted
 
         times, wanted = await self.service.prepared(prepare, 1 << 20)

@@ -15,15 +15,17 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, BeforeValidator, Field
 from starlette.responses import Response
 
+from plait.inference.prompts import Prompt
+from plait.inference.requests import Request as EngineRequest
 from plait.inference.tools import TextPiece
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext
 from plait.server.api import STREAM, make_router, of
-from plait.server.api_text import chat_turns, text_reply
+from plait.server.api_text import chat_turns, streamed_pieces, text_reply
 from plait.server.limits import ApiError
-from plait.server.service import EventStream, Lead, Served, note, read
-from plait.server.tools import ReplyReader, tool_use
-from plait.server.worker import PendingRequest, follow
+from plait.server.service import EventStream, Lead, Served, Service
+from plait.server.tools import ReplyReader, ToolUse, tool_use
+from plait.server.worker import PendingRequest
 
 router = make_router()
 
@@ -79,21 +81,14 @@ async def messages(request: Request, body: MessagesRequest) -> Response:
     """The next reply of a conversation, in Anthropic's shape."""
     service, request_context = of(request)
     served = service.open(body, request_context)
-    choice, parallel = _choice(body.tool_choice)
-    use = tool_use(service, served, request_context, body.tools, choice, parallel)
-    system = [s.Message(role="system", content=body.system)] if body.system else []
-    turns = await chat_turns(service, served, [*system, *body.messages], service.deadline(request_context))
-    prompt, wanted = await text_reply(
-        service, served, request_context, turns, body, s.Writing(), use, body.max_tokens,
-        tuple(body.stop_sequences or ()),
-    )  # fmt: skip
+    prompt, wanted, use = await _prepared(service, served, request_context, body, body.max_tokens)
     answer = _Answer(served, ReplyReader(use, Lead(prompt.strip)))
     if body.stream:
         pending = served.worker.submit([wanted], service.deadline(request_context))
         return EventStream(answer.events(pending, request_context), pending, done=False, named=True)
     sample = (await service.written(served, [wanted], request_context))[0][0]
     answer.reader.add(sample.text or "", last=True)
-    return JSONResponse(answer.whole(sample.finish, request_context))
+    return JSONResponse(answer.response(sample.finish, request_context))
 
 
 @router.post("/v1/messages/count_tokens", tags=["text"])
@@ -101,12 +96,21 @@ async def count_tokens(request: Request, body: MessagesRequest) -> Response:
     """How many tokens a conversation takes."""
     service, request_context = of(request)
     served = service.open(body, request_context)
+    prompt, _, _ = await _prepared(service, served, request_context, body, None)
+    return JSONResponse({"input_tokens": len(prompt.context)})
+
+
+async def _prepared(
+    service: Service, served: Served, request_context: RequestContext, body: MessagesRequest, most: int | None
+) -> tuple[Prompt, EngineRequest, ToolUse | None]:
+    """The prompt of a conversation, what the engine is asked for, and the tools. Raises ApiError."""
     choice, parallel = _choice(body.tool_choice)
     use = tool_use(service, served, request_context, body.tools, choice, parallel)
     system = [s.Message(role="system", content=body.system)] if body.system else []
     turns = await chat_turns(service, served, [*system, *body.messages], service.deadline(request_context))
-    prompt, _ = await text_reply(service, served, request_context, turns, body, s.Writing(), use, None)
-    return JSONResponse({"input_tokens": len(prompt.context)})
+    stop = tuple(body.stop_sequences or ())
+    prompt, wanted = await text_reply(service, served, request_context, turns, body, s.Writing(), use, most, stop)
+    return prompt, wanted, use
 
 
 def _choice(choice: dict[str, Any] | None) -> tuple[Any, bool | None]:
@@ -141,7 +145,7 @@ class _Answer:
             return "max_tokens"
         return "tool_use" if self.reader.calls else "end_turn"
 
-    def whole(self, finish: str, request_context: RequestContext) -> dict[str, Any]:
+    def response(self, finish: str, request_context: RequestContext) -> dict[str, Any]:
         """The message when it is complete."""
         reader = self.reader
         content: list[dict[str, Any]] = [{"type": "text", "text": reader.text}] if reader.text else []
@@ -178,19 +182,13 @@ class _Answer:
         size = sum(len(one.request.context) for one in pending)
         yield [{"type": "message_start", "message": self._shell([], None, size, 0)}]
         finish = "stop"
-        async for updates in follow(pending):
-            note(request_context, updates)
-            found = []
-            for _, update in updates:
-                finish = update.finish or finish
-                for piece in self.reader.add(update.text, update.finish is not None):
-                    found += self._piece(piece)
-            if found:
-                yield found
-        read(request_context, pending)
-        ended = {"stop_reason": self._reason(finish), "stop_sequence": None}
+        async for pieces, end in streamed_pieces(self.reader, pending, request_context):
+            finish = end or finish
+            if events := [event for piece in pieces for event in self._piece(piece)]:
+                yield events
+        delta = {"stop_reason": self._reason(finish), "stop_sequence": None}
         usage = _usage(request_context.prompt_tokens, request_context.completion_tokens)
-        yield [*self._close(), {"type": "message_delta", "delta": ended, "usage": usage}, {"type": "message_stop"}]
+        yield [*self._close(), {"type": "message_delta", "delta": delta, "usage": usage}, {"type": "message_stop"}]
 
 
 def _usage(read_: int, written: int) -> dict[str, Any]:

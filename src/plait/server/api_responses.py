@@ -20,11 +20,11 @@ from plait.inference.tools import TextPiece, ToolCall
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext
 from plait.server.api import STREAM, make_router, of
-from plait.server.api_text import chat_turns, text_reply
+from plait.server.api_text import chat_turns, streamed_pieces, text_reply
 from plait.server.limits import ApiError
-from plait.server.service import EventStream, Lead, Served, note, read
+from plait.server.service import EventStream, Lead, Served
 from plait.server.tools import ReplyReader, tool_use
-from plait.server.worker import PendingRequest, follow
+from plait.server.worker import PendingRequest
 
 router = make_router()
 
@@ -104,7 +104,7 @@ async def responses(request: Request, body: ResponsesRequest) -> Response:
         return EventStream(answer.events(pending, request_context), pending, done=False)
     sample = (await service.written(served, [wanted], request_context))[0][0]
     answer.reader.add(sample.text or "", last=True)
-    return JSONResponse(answer.whole(sample.finish, request_context))
+    return JSONResponse(answer.response(sample.finish, request_context))
 
 
 def _as_writing(body: ResponsesRequest) -> s.Writing:
@@ -150,7 +150,7 @@ class _Answer:
         return {"id": call.id.replace("call_", "fc_"), "type": "function_call", "call_id": call.id, "name": call.name,
                 "arguments": arguments, "status": status}  # fmt: skip
 
-    def whole(self, finish: str, request_context: RequestContext) -> dict[str, Any]:
+    def response(self, finish: str, request_context: RequestContext) -> dict[str, Any]:
         """The response when it is complete."""
         read_, written = request_context.prompt_tokens, request_context.completion_tokens
         usage = {"input_tokens": read_, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
@@ -209,16 +209,10 @@ class _Answer:
         ]
         yield begun if self.reader.use else begun + self._begin(self._message(None, "in_progress"))
         finish = "stop"
-        async for updates in follow(pending):
-            note(request_context, updates)
-            found = []
-            for _, update in updates:
-                finish = update.finish or finish
-                for piece in self.reader.add(update.text, update.finish is not None):
-                    found += self._piece(piece)
-            if found:
-                yield found
-        read(request_context, pending)
-        response = self.whole(finish, request_context)
+        async for pieces, end in streamed_pieces(self.reader, pending, request_context):
+            finish = end or finish
+            if events := [event for piece in pieces for event in self._piece(piece)]:
+                yield events
+        response = self.response(finish, request_context)
         ended = [event for item in response["output"] for event in self._end(item)]
         yield [*ended, self._event(response["status"], response=response)]

@@ -15,10 +15,10 @@ from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from plait.inference.base import Verb
-from plait.inference.engine import Completion
-from plait.inference.engine import Request as Wanted
 from plait.inference.model import PlaitModel
 from plait.inference.prompts import Prompt, Turn
+from plait.inference.requests import Completion
+from plait.inference.requests import Request as EngineRequest
 from plait.inference.scoring import PromptScores, prompt_scores
 from plait.inference.tools import CallPiece, TextPiece, ToolCall
 from plait.modalities.media import MEDIA, written_by
@@ -29,6 +29,7 @@ from plait.server.api import (
     STREAM,
     check_ids,
     constraint_of,
+    engine_request_of,
     finish_of,
     make_router,
     most_of,
@@ -37,7 +38,6 @@ from plait.server.api import (
     text_column,
     usage_of,
     voice_of,
-    wanted_of,
 )
 from plait.server.limits import ApiError
 from plait.server.logprobs import Aligner, Token, of_chat, of_text
@@ -78,7 +78,7 @@ async def chat_completions(request: Request, body: s.ChatRequest) -> Response:
             prompt = chat.prompt(turns, column, use.tools if use and kind == "text" else ())
             stop = (*stops(body.stop), *prompt.stop) if kind == "text" else ()
             bound = most if kind == "text" else None
-            wanted = wanted_of(model, prompt.context, column, body, n, most=bound, stop=stop)
+            wanted = engine_request_of(model, prompt.context, column, body, n, most=bound, stop=stop)
             wanted = replace(
                 wanted,
                 logprobs=bool(body.logprobs),
@@ -114,7 +114,7 @@ class ReplyPart:
     kind: str
     column: str | None
     prompt: Prompt
-    wanted: Wanted
+    wanted: EngineRequest
 
 
 def _column(
@@ -188,17 +188,19 @@ async def chat_turns(service: Service, served: Served, messages: list[s.Message]
 async def text_reply(
     service: Service, served: Served, request_context: RequestContext, turns: list[Turn], body: s.Drawing,
     form: s.Writing, use: ToolUse | None, most: int | None, stop: tuple[str, ...] = (),
-) -> tuple[Prompt, Wanted]:  # fmt: skip
+) -> tuple[Prompt, EngineRequest]:  # fmt: skip
     """The engine's request for one reply in text, and its prompt; `form` says what the text must be."""
     model, chat = served.ours, served.chat
     if chat is None:
         raise ApiError(400, f"{served.name} has no chat.", "model")
     constraint = await constraint_of(service, served, form, use)
 
-    def prepare() -> tuple[Prompt, Wanted]:
+    def prepare() -> tuple[Prompt, EngineRequest]:
         column = text_column(model, None)
         prompt = chat.prompt(turns, column, use.tools if use else ())
-        found = wanted_of(model, prompt.context, column, body, 1, most=most_of(model, most), stop=(*stop, *prompt.stop))
+        found = engine_request_of(
+            model, prompt.context, column, body, 1, most=most_of(model, most), stop=(*stop, *prompt.stop)
+        )
         return prompt, replace(found, constraint=constraint)
 
     size = sum(len(part) for turn in turns for part in turn.parts if isinstance(part, str))
@@ -296,6 +298,21 @@ async def _chat_events(
         ]
 
 
+async def streamed_pieces(
+    reader: ReplyReader, pending: list[PendingRequest], request_context: RequestContext
+) -> AsyncIterator[tuple[list[TextPiece | CallPiece], str | None]]:
+    """What each step of the engine adds to a reply: its pieces, and once it is over how it ended."""
+    async for updates in follow(pending):
+        note(request_context, updates)
+        pieces: list[TextPiece | CallPiece] = []
+        finish = None
+        for _, update in updates:
+            finish = update.finish or finish
+            pieces += reader.add(update.text, update.finish is not None)
+        yield pieces, finish
+    read(request_context, pending)
+
+
 # --- completions ------------------------------------------------------------------------------------------------
 
 
@@ -312,14 +329,14 @@ async def completions(request: Request, body: s.CompletionRequest) -> Response:
     most = 16 if body.max_tokens is None else most_of(model, body.max_tokens) if body.max_tokens else 0
     constraint = await constraint_of(service, served, body, samples=n * len(prompts))
     deadline = service.deadline(request_context)
-    wanted: list[Wanted] = []
+    wanted: list[EngineRequest] = []
 
     def prepare() -> None:
         for i, prompt in enumerate(prompts):
             context = _context(model, prompt)
             if body.column is not None:
                 model.column(body.column, "text", "write text")
-            found = wanted_of(model, context, body.column, body, n, i * n, most, stops(body.stop))
+            found = engine_request_of(model, context, body.column, body, n, i * n, most, stops(body.stop))
             wanted.append(
                 replace(
                     found, logprobs=body.logprobs is not None, top_logprobs=body.logprobs or 0, constraint=constraint

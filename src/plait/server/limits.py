@@ -60,6 +60,7 @@ class ApiError(HTTPException):
         self.message, self.param, self.code = message, param, code
 
     def body(self) -> dict[str, Any]:
+        """The error as OpenAI's clients read it."""
         kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(
             self.status_code, "invalid_request_error" if self.status_code < 500 else "server_error"
         )

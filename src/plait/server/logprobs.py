@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from plait.inference.engine import IncrementalDetokenizer, TopIds
+from plait.inference.engine import IncrementalDetokenizer
+from plait.inference.requests import TopIds
 from plait.modalities.text import Text
 
 LOWEST = -9999.0  # JSON knows no infinity

@@ -77,13 +77,13 @@ class Toolbox:
     def close(self) -> None:
         self._checker.close()
 
-    def who(self, verb: str) -> list[str]:
+    def models_with(self, verb: str) -> list[str]:
         """The models that can do something."""
         return [name for name, model in self.models.items() if verb in model.verbs]
 
     def model(self, name: str | None, verb: str) -> Model:
         """The model of a name that can do something; the first where none is named."""
-        able = self.who(verb)
+        able = self.models_with(verb)
         if name is None:
             return self.models[able[0]]
         if name not in able:
@@ -136,7 +136,7 @@ def build_server(toolbox: Toolbox, name: str = "Plait") -> Any:
     server = MCPServer(name, instructions=f"Models of Plait. {described}"[:4000], version=VERSION)
     for tool in _tools(toolbox):
         call = tool.build(toolbox)
-        server.add_tool(_told(call, ToolError), name=tool.name, description=call.__doc__,
+        server.add_tool(_with_tool_errors(call, ToolError), name=tool.name, description=call.__doc__,
                         structured_output=tool.structured)  # fmt: skip
     return server
 
@@ -147,18 +147,18 @@ def _says(model: Model) -> str:
     return f"can {', '.join(model.verbs)}" + (f", knows {'; '.join(labels)}" if labels else "")
 
 
-def _told(call: Callable[..., Any], error_type: type[Exception]) -> Callable[..., Any]:
+def _with_tool_errors(call: Callable[..., Any], error_type: type[Exception]) -> Callable[..., Any]:
     """A tool whose own errors reach the client; the signature, from which its schema is made, stays."""
     import functools
 
     @functools.wraps(call)
-    def told(**given: Any) -> Any:
+    def call_tool(**given: Any) -> Any:
         try:
             return call(**given)
         except PlaitError as error:
             raise error_type(str(error)) from None
 
-    return told
+    return call_tool
 
 
 def _tools(box: Toolbox) -> list[McpTool]:
@@ -245,7 +245,7 @@ def _generate(box: Toolbox) -> Callable[..., list[Any]]:
     ) -> list[Any]:
         """A text that goes on from a prompt, or an image or audio clip of what it says."""
         verb = {"text": "generate", "image": "draw", "audio": "speak"}[to]
-        if not box.who(verb):
+        if not box.models_with(verb):
             raise PlaitError(f"No model here can {verb}.")
         chosen: Any = box.model(model, verb)
         if verb == Verb.DRAW:
@@ -263,7 +263,7 @@ def _generate(box: Toolbox) -> Callable[..., list[Any]]:
 
 def for_verb(verb: str) -> Callable[[Toolbox], bool]:
     """Whether some model of a toolbox can do this."""
-    return lambda box: bool(box.who(verb))
+    return lambda box: bool(box.models_with(verb))
 
 
 TOOLS = (

@@ -15,9 +15,9 @@ from starlette.responses import Response
 
 from plait.core.errors import PlaitError
 from plait.inference.base import Model
-from plait.inference.engine import Completion, Delta, Request
 from plait.inference.model import PlaitModel
 from plait.inference.prompts import Chat
+from plait.inference.requests import Completion, Delta, Request
 from plait.model.multimodal import Sequence
 from plait.server.access_log import Metrics, RequestContext
 from plait.server.limits import ApiError, Limits, as_api_error, decode_base64, decode_data_url

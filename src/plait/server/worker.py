@@ -17,8 +17,9 @@ from plait.core.errors import PlaitError
 from plait.core.interruption import Interrupted, pausing
 from plait.core.system import total_memory
 from plait.inference.base import Model
-from plait.inference.engine import Delta, Engine, Job, Request, Result
+from plait.inference.engine import Engine, Job
 from plait.inference.model import PlaitModel
+from plait.inference.requests import Delta, Request, Result
 from plait.server.limits import ApiError, Limits, as_api_error
 
 DEEPEST = 8  # calls that stand still while another one runs
@@ -114,6 +115,7 @@ class Worker:
         self.thread.start()
 
     def stop(self) -> None:
+        """End the thread, and wait for it up to five seconds."""
         with self.wake:
             self.stopped = True
             self.wake.notify()

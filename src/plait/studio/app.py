@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
@@ -25,6 +26,32 @@ from plait.studio.web import Studio, page
 from plait.studio.workspace import Workspace
 
 
+@dataclass(frozen=True)
+class Tab:
+    """A tab of a project.
+
+    Attributes:
+        name: What its pages give as `tab`.
+        path: Of its first page, below the project's address.
+        title: By language.
+        add: Adds its pages to the application.
+    """
+
+    name: str
+    path: str
+    title: Mapping[str, str]
+    add: Callable[[FastAPI, Studio], None]
+
+
+TABS = (
+    Tab("data", "data", {"en": "Data", "zh": "数据"}, data_pages),
+    Tab("train", "train", {"en": "Train", "zh": "训练"}, training_pages),
+    Tab("result", "result", {"en": "Result", "zh": "结果"}, result_pages),
+    Tab("use", "use", {"en": "Use", "zh": "使用"}, use_pages),
+    Tab("hand_over", "hand-over", {"en": "Hand over", "zh": "交付"}, handover_pages),
+)
+
+
 def make_app(studio: Studio) -> FastAPI:
     """The application, without the gate that stands before it."""
 
@@ -34,10 +61,9 @@ def make_app(studio: Studio) -> FastAPI:
         studio.close()
 
     app = FastAPI(title="Plait studio", openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
-    app.state.studio = studio
+    app.state.studio, app.state.tabs = studio, TABS
     app.mount("/static", StaticFiles(directory=FOLDER / "static"), name="static")
-    for add in (start_pages, data_pages, gallery_parts, upload_parts, training_pages, result_pages, use_pages,
-                handover_pages):  # fmt: skip
+    for add in (start_pages, gallery_parts, upload_parts, *(tab.add for tab in TABS)):
         add(app, studio)
 
     @app.exception_handler(PlaitError)

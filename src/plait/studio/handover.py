@@ -31,7 +31,8 @@ def offered(model: Any) -> list[Form]:
     ours = model.plait_model
     classifier = exportable(ours) if ours is not None else None
     page: list[Form] = ["page"] if ours is not None and page_classifier(ours) is not None else []
-    writes: list[Form] = ["transformers"] if ours is not None and "generate" in model.verbs else []
+    alone = ours is not None and classifier is None and "generate" in model.verbs
+    writes: list[Form] = ["transformers"] if alone else []
     graph: list[Form] = ["onnx"] if classifier is not None else ["network"] if writes else []
     return [*page, "slim", *graph, *writes]
 

@@ -55,10 +55,12 @@ class Job:
 
     @property
     def run_folder(self) -> Path:
+        """Where the run lies."""
         return self.project / "runs" / self.run
 
     @property
     def log(self) -> Path:
+        """The file with what its command printed."""
         return self.folder / "log.txt"
 
     @property

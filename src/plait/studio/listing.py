@@ -1,4 +1,4 @@
-"""What lies in a project: its files with their labels, thumbnails, waveforms and excerpts."""
+"""What lies in a project: its files with their labels, thumbnails and waveforms."""
 
 from __future__ import annotations
 
@@ -216,10 +216,3 @@ def waveform(wave: np.ndarray, width: int = SIDE, height: int = 64) -> Image.Ima
         half = max(int(peak * (height - 4) / 2), 1)
         pixels[height // 2 - half : height // 2 + half, 2 * column] = (72, 92, 199)
     return Image.fromarray(pixels)
-
-
-def excerpt(path: Path) -> str:
-    """The beginning of a text file."""
-    with path.open("rb") as file:
-        text = file.read(4 * EXCERPT).decode("utf-8", errors="replace")
-    return text[:EXCERPT] + ("…" if len(text) > EXCERPT else "")

@@ -13,9 +13,10 @@ from plait.core.errors import PlaitError
 from plait.core.files import write_atomic
 from plait.modalities.media import MEDIA, media_type
 from plait.studio import examples, jobs, uploads
+from plait.studio.excerpts import read_excerpt
 from plait.studio.findings import Twin, count_pairs, read_pairs, read_rejects, read_review
 from plait.studio.labels import LabelEdits
-from plait.studio.listing import EXCERPT, excerpt, kind_of, list_project
+from plait.studio.listing import EXCERPT, kind_of, list_project
 from plait.studio.render import LANGUAGES
 from plait.studio.security import FILE_POLICY
 from plait.studio.web import Studio, in_thread, page, read_values
@@ -77,7 +78,7 @@ def data_pages(app: FastAPI, studio: Studio) -> None:
         suspects, candidates = read_review(project) if listing else ([], [])
         return page(
             "data.html", request, project=project, tab="data", listing=listing, texts=texts[:20], edits=edits,
-            excerpts={item.path: excerpt(_place(project, item.path)) for item in texts[:20]},
+            excerpts=[read_excerpt(_place(project, item.path), item.path) for item in texts[:20]],
             rejects=rejects, rejected=rejected, pairs=count_pairs(project), suspects=suspects, candidates=candidates,
         )  # fmt: skip
 

@@ -152,7 +152,7 @@ def _curves(progress: Progress) -> dict[str, str]:
     low, high = min(losses, default=0.0), max(losses, default=1.0)
     last = max([progress.steps, *(step for step, _ in progress.training)], default=1)
     return {
-        "training_curve": curve(progress.training, last, low, high) if progress.training else "",
+        "training_curve": curve(progress.training, last, low, high) if len(progress.training) > 1 else "",
         "validation_curve": curve(progress.validation, last, low, high) if progress.validation else "",
     }
 

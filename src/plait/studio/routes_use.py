@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Generator
 from pathlib import Path
+from typing import Any, TypeGuard
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from plait.core.errors import PlaitError
 from plait.studio.web import Studio, in_thread, page, read_body, read_values
@@ -31,7 +35,7 @@ def _ask_pages(app: FastAPI, studio: Studio) -> None:
             run = _trained(project)
         except PlaitError:
             return page("no_result.html", request, project=project, tab="use")
-        verbs, kinds = await in_thread(_abilities, studio, run)
+        verbs, kinds, talks = await in_thread(_abilities, studio, run)
         return page(
             "use.html",
             request,
@@ -40,6 +44,7 @@ def _ask_pages(app: FastAPI, studio: Studio) -> None:
             run=run.name,
             verbs=verbs,
             kinds=kinds,
+            talks=talks,
             parts=await in_thread(studio.models.parts, run),
         )
 
@@ -73,14 +78,15 @@ def _make_pages(app: FastAPI, studio: Studio) -> None:
 
     @app.post("/p/{name}/runs/{run}/chat")
     async def chat(name: str, run: str, request: Request) -> Response:
-        messages = (await read_values(request)).get("messages")
-        if not isinstance(messages, list) or not all(
-            isinstance(m, dict) and m.get("role") in ("user", "assistant") and isinstance(m.get("content"), str)
-            for m in messages
-        ):
-            raise PlaitError("A conversation is a list of messages, each with a role and a content.")
-        text = await in_thread(studio.models.chat, _trained(workspace.project(name), run), messages)
-        return JSONResponse({"text": text})
+        values = await read_values(request)
+        messages, seed = values.get("messages"), int(values.get("seed") or 0)
+        if not _is_conversation(messages):
+            raise PlaitError(
+                "A conversation is a list of messages, each with a role and a content, the last one the user's."
+            )
+        pieces = _Pieces(studio.models.chat(_trained(workspace.project(name), run), messages, seed))
+        first = await in_thread(pieces.read)  # what is wrong shows before the reply begins
+        return StreamingResponse(_spoken(first, pieces), media_type="text/plain; charset=utf-8")
 
     @app.post("/p/{name}/runs/{run}/lines/{part}")
     async def lines(name: str, run: str, part: str, request: Request) -> Response:
@@ -90,6 +96,44 @@ def _make_pages(app: FastAPI, studio: Studio) -> None:
         work = studio.models.answer_lines
         found = await in_thread(work, _trained(project, run), project.data, part, kept)
         return JSONResponse({"lines": found})
+
+
+def _is_conversation(messages: Any) -> TypeGuard[list[dict[str, str]]]:
+    return (
+        isinstance(messages, list)
+        and bool(messages)
+        and all(
+            isinstance(m, dict) and m.get("role") in ("user", "assistant") and isinstance(m.get("content"), str)
+            for m in messages
+        )
+        and messages[-1]["role"] == "user"
+    )
+
+
+class _Pieces:
+    """A reply that one thread may end while another waits for its next piece."""
+
+    def __init__(self, pieces: Generator[str]) -> None:
+        self._pieces, self._lock = pieces, threading.Lock()
+
+    def read(self) -> str:
+        """The next piece, "" at the end."""
+        with self._lock:
+            return next(self._pieces, "")
+
+    def close(self) -> None:
+        with self._lock:
+            self._pieces.close()
+
+
+async def _spoken(first: str, pieces: _Pieces) -> AsyncIterator[str]:
+    """The pieces of a reply; when the reader goes away the reply ends."""
+    try:
+        yield first
+        while piece := await in_thread(pieces.read):
+            yield piece
+    finally:
+        asyncio.get_running_loop().run_in_executor(None, pieces.close)
 
 
 def _trained(project: Project, run: str = "") -> Path:
@@ -107,7 +151,11 @@ async def _asked(request: Request) -> tuple[bytes, str]:
     return await read_body(request, BODY), ""
 
 
-def _abilities(studio: Studio, run: Path) -> tuple[list[str], list[str]]:
+def _abilities(studio: Studio, run: Path) -> tuple[list[str], list[str], bool]:
+    """What a run's model can do, the kinds that it reads, and whether it holds conversations."""
     with studio.models.lock:
         model = studio.models.get(run)
-        return list(model.verbs), sorted(set(getattr(model, "columns", {}).values()))
+        columns = getattr(model, "columns", {})
+        turns = getattr(getattr(model, "vocabulary", None), "turns", False)
+        talks = "generate" in model.verbs and (bool(turns) or not columns)
+        return list(model.verbs), sorted(set(columns.values())), talks

@@ -40,6 +40,7 @@ class Upload:
 
     @property
     def received(self) -> int:
+        """Bytes that have come so far."""
         return self.part.stat().st_size if self.part.exists() else 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import threading
+from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from plait.studio.handover import Form, offered
 NEAREST = 6  # records shown beside an answer
 INDEXED = 2000  # records that are compared with
 EXCERPT = 300  # characters of a record's text that are shown
+REPLY = 400  # tokens of a reply, at most
 TEXT_LIMIT = 20_000  # characters of a text that is read
 
 
@@ -133,8 +135,6 @@ class Models:
         with self.lock:
             model = self.get(run)
             verbs = set(model.verbs)
-            if kind == "text" and "reply" in verbs:
-                return Answer(kind, text=str(model.reply([value])[0]))
             columns = dict(getattr(model, "columns", {}))
             if columns and kind not in columns.values():
                 known = ", ".join(sorted(set(columns.values())))
@@ -193,18 +193,24 @@ class Models:
             made = getattr(model, verb)(text, n=count, seed=seed)
         return [image_url(one) if verb == "draw" else wave_url(*one) for one in made]
 
-    def chat(self, run: Path, messages: list[dict[str, str]]) -> str:
-        """The next turn of a conversation of texts."""
-        from plait.chat.session import Chat, Turn
+    def chat(self, run: Path, messages: list[dict[str, str]], seed: int) -> Generator[str]:
+        """The next turn of a conversation of texts, piece by piece; closing the iterator ends it.
 
-        turns = [Turn(message["role"], [message["content"][:TEXT_LIMIT]]) for message in messages[-20:]]
+        Args:
+            run: The run's folder.
+            messages: The conversation, which ends with a message of the user's.
+            seed: Another one gives another reply.
+        """
+        from plait.chat.session import Chat, Session, Turn
+
+        turns = [Turn(message["role"], [message["content"][:TEXT_LIMIT]]) for message in messages]
         with self.lock:
             model = self.get(run)
             if "generate" not in model.verbs:
                 raise PlaitError(f"This model cannot talk. It can {', '.join(model.verbs)}.")
-            chat = Chat(model, run)
-            prompt = chat.prompt(turns)
-            return str(model.reply([prompt.context], stop=list(prompt.stop), max_new_tokens=200)[0]).strip()
+            session = Session(Chat(model, run))
+            session.turns = turns[:-1]
+            yield from session.say(str(turns[-1].parts[0]), max_new_tokens=REPLY, seed=seed)
 
     def parts(self, run: Path) -> list[LinesPart]:
         """What features add to the page for this run's model."""

@@ -48,7 +48,9 @@ def language_of(request: Request) -> str:
 
 
 def page(template: str, request: Request, status: int = 200, **values: Any) -> HTMLResponse:
-    return HTMLResponse(render(template, language_of(request), **values), status)
+    """A page of a template, in the reader's language."""
+    text = render(template, language_of(request), tabs=request.app.state.tabs, **values)
+    return HTMLResponse(text, status)
 
 
 async def read_body(request: Request, limit: int = FORM) -> bytes:

@@ -59,10 +59,12 @@ class Project:
 
     @property
     def data(self) -> Path:
+        """The prepared dataset's folder."""
         return self.folder / "data"
 
     @property
     def has_files(self) -> bool:
+        """Whether there is anything to prepare."""
         source = self.source
         return source.is_file() or (source.is_dir() and any(source.iterdir()))
 

@@ -7,302 +7,28 @@ written; a single text is language modelling, in windows of the context's length
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as ListOf
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from plait.core.errors import DivergedError
-from plait.core.files import read_json, write_json
-from plait.core.rng import key_of, uniform
-from plait.data.dataset import Dataset, Joined
-from plait.data.samples import Samples
-from plait.data.tokens import Ids, Tokens, open_tokens, write_tokens
+from plait.core.rng import uniform
 from plait.modalities.base import MediaModality, Vocabulary
-from plait.modalities.text import Text
 from plait.model.multimodal import Batch, Sequence, collate
-from plait.training.conversations import Said, Scribe, sequences
+from plait.training.conversations import sequences
+from plait.training.split import (
+    Split,
+)
 
 # What a draw is for; the last key of `uniform`, so that no two decisions share a number.
 ORDER, TARGET, SOURCE, DROP, AUGMENT, OFFSET = range(6)
 
 PASS = 600  # tokens that take as long as what one more pass costs before it computes anything
-
-
-@dataclass
-class Split:
-    """The records of one split, ready to become sequences."""
-
-    ids: Ids
-    texts: dict[str, Tokens]  # column -> token ids by record
-    media: dict[str, Samples]  # column -> samples of the records that have one
-    rows: dict[str, np.ndarray]  # column -> record -> row of its samples, -1 where absent
-    codes: dict[str, Samples] = field(default_factory=dict)  # column -> codes, beside media
-    chats: dict[str, list[list[Said] | None]] = field(default_factory=dict)  # column -> conversation by record
-    keys: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))  # (records, text columns), 0 absent
-    sources: np.ndarray | None = None  # record -> which of several datasets it is from
-    notes: list[str] = field(default_factory=list)  # what is cut, for people
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def has(self, column: str, record: int) -> bool:
-        if column in self.chats:
-            return bool(self.chats[column][record])
-        return bool((self.texts[column].rows if column in self.texts else self.rows[column])[record] >= 0)
-
-    def present(self, column: str) -> np.ndarray:
-        """(N,) which records have a part of a column."""
-        if column in self.chats:
-            return np.array([bool(turns) for turns in self.chats[column]], bool)
-        return (self.texts[column].rows if column in self.texts else self.rows[column]) >= 0
-
-    def sample(self, column: str, record: int) -> np.ndarray:
-        return self.media[column][self.rows[column][record]]
-
-    def positives(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """(len(a), len(b)), True where two records are one or share an equal text in some column."""
-        first, second = self.keys[a][:, None], self.keys[b][None]
-        same = ((first == second) & (first != 0)).any(-1) if self.keys.shape[1] else np.zeros((len(a), len(b)), bool)
-        return same | (a[:, None] == b[None])
-
-
-def load_split(
-    dataset: Dataset,
-    split: str,
-    text: Text,
-    media: dict[str, MediaModality],
-    cache: Path,
-    context: int,
-    progress: Callable[[str, int, int], None] | None = None,
-    limit: int | None = None,
-    vocabulary: Vocabulary | None = None,
-) -> Split:
-    """Decode, fit and tokenise the records of a split; samples go to memory-mapped files under `cache`, and are only
-    mapped where an earlier call has finished there. The `vocabulary` is what conversations are written in.
-
-    What will not fit the longest clip or the context is counted in `notes`.
-    """
-    indices = dataset.indices(split)[:limit]
-    plain = [c for c, kind in dataset.columns.items() if kind == "text" and c not in dataset.manifest.chats]
-    if vocabulary is None:  # conversations are read as the texts that they are
-        plain += dataset.manifest.chats
-    reading = _Reading(dataset, split, indices, media, plain, progress)
-    cached = _cached(reading, text, cache)
-    sources = dataset.source(indices) if isinstance(dataset, Joined) else None
-    ids = Ids(list(dataset.cells("id", indices)))
-    result = Split(ids, cached.texts, cached.media, cached.rows, keys=cached.keys, sources=sources)
-    result.notes = _cut_clips(reading, cached)
-    if vocabulary is not None:
-        for column in dataset.manifest.chats:
-            values = [value for array in dataset.cells(column, indices) for value in array.to_pylist()]
-            result.notes += _converse(result, column, values, text, vocabulary, media, context)
-    result.notes += _cut_texts(result, list(dataset.columns), context)
-    return result
-
-
-@dataclass
-class _Reading:
-    """The records of a split on their way from a dataset into a cache.
-
-    Attributes:
-        indices: Their places in the dataset (N,).
-        media: Modality by name.
-        plain: Columns of texts.
-        progress: Called now and then with what is done, or None.
-    """
-
-    dataset: Dataset
-    split: str
-    indices: np.ndarray
-    media: dict[str, MediaModality]
-    plain: list[str]
-    progress: Callable[[str, int, int], None] | None
-
-    @property
-    def media_columns(self) -> list[str]:
-        """The columns that become samples."""
-        return [column for column, kind in self.dataset.columns.items() if kind in self.media]
-
-    def report(self, column: str, done: int) -> None:
-        """Say how far a column is."""
-        if self.progress:
-            self.progress(f"{self.split}: {column}", done, len(self.indices))
-
-    def samples(self, column: str, rows: np.ndarray, cut: dict[str, int]) -> Iterator[np.ndarray]:
-        """The samples of a column; fills in the row of each record (N,), and counts those that were cut."""
-        modality = self.media[self.dataset.columns[column]]
-        present = 0
-        for record, row in enumerate(self.dataset.iterate(self.indices, [column])):
-            if record % 500 == 0:
-                self.report(column, record)
-            if column in row.parts:
-                rows[record] = present
-                present += 1
-                windows = modality.windows(row.parts[column])
-                cut[column] += len(windows) > 1
-                yield windows[0]
-
-    def texts(self, column: str, keys: np.ndarray) -> Iterator[pa.Array]:
-        """The texts of a column; fills in the key of each record's (N,), 0 where it has none."""
-        done = 0
-        for values in self.dataset.cells(column, self.indices):
-            keys[done : done + len(values)] = [0 if v is None else key_of(v) | 1 for v in values.to_pylist()]
-            done += len(values)
-            self.report(column, done)
-            yield values
-
-
-@dataclass
-class _Cached:
-    """What the cache of a split holds; `cut` counts by column the samples that are longer than one may be."""
-
-    media: dict[str, Samples]
-    rows: dict[str, np.ndarray]
-    texts: dict[str, Tokens]
-    keys: np.ndarray
-    cut: dict[str, int]
-
-
-def _cached(reading: _Reading, text: Text, cache: Path) -> _Cached:
-    """The cache of a split under `cache`, written first where there is none of these data and settings."""
-    whole = cache / f"{reading.split}.json"
-    made_of = _made_of(reading.dataset, reading.indices, text, reading.media)
-    known = read_json(whole) if whole.exists() else {}
-    if known.get("made_of") == made_of:
-        return _open_cache(reading, cache, known["cut"])
-    cache.mkdir(parents=True, exist_ok=True)
-    whole.unlink(missing_ok=True)
-    made = _write_cache(reading, text, cache)
-    write_json(whole, {"cut": made.cut, "made_of": made_of})
-    return made
-
-
-def _open_cache(reading: _Reading, cache: Path, cut: dict[str, int]) -> _Cached:
-    split, columns = reading.split, reading.media_columns
-    return _Cached(
-        media={column: Samples.open(cache / f"{split}-{column}") for column in columns},
-        rows={column: np.load(cache / f"{split}-{column}-rows.npy") for column in columns},
-        texts={column: open_tokens(cache / f"{split}-{column}-tokens") for column in reading.plain},
-        keys=np.load(cache / f"{split}-keys.npy"),
-        cut=cut,
-    )
-
-
-def _write_cache(reading: _Reading, text: Text, cache: Path) -> _Cached:
-    split, count = reading.split, len(reading.indices)
-    keys = np.zeros((count, len(reading.plain)), np.int64)
-    made = _Cached({}, {}, {}, keys, dict.fromkeys(reading.media_columns, 0))
-    for column in reading.media_columns:
-        rows = made.rows[column] = np.full(count, -1)
-        made.media[column] = Samples.write(cache / f"{split}-{column}", reading.samples(column, rows, made.cut))
-        np.save(cache / f"{split}-{column}-rows.npy", rows)
-    for place, column in enumerate(reading.plain):
-        texts = reading.texts(column, keys[:, place])
-        made.texts[column] = write_tokens(cache / f"{split}-{column}-tokens", texts, text.encode_batch, text.size)
-    np.save(cache / f"{split}-keys.npy", keys)
-    return made
-
-
-def _cut_clips(reading: _Reading, cached: _Cached) -> list[str]:
-    """A line for each column of which samples were cut."""
-    columns = reading.dataset.columns
-    return [
-        f"{column}: {count:,} of {len(cached.media[column]):,} are longer than the longest clip, "
-        f"{getattr(reading.media[columns[column]].settings, 'seconds', '?')} s; training takes their beginning"
-        for column, count in cached.cut.items()
-        if count
-    ]
-
-
-def _cut_texts(split: Split, columns: list[str], context: int) -> list[str]:
-    """A line for each column of texts that are too long: one alone in its record is read in windows, beside other parts
-    it gets half the context."""
-    notes = []
-    several = np.sum([split.present(column) for column in columns], axis=0) > 1
-    for column, tokens in split.texts.items():
-        beside = tokens.present & several
-        count = int((tokens.lengths[beside] > context // 2 - 2).sum())
-        if count:
-            notes.append(
-                f"{column}: {count:,} of {int(beside.sum()):,} texts are longer than {context // 2 - 2} tokens, about "
-                "half the context; where they do not fit, training takes their beginning"
-            )
-    return notes
-
-
-def _made_of(dataset: Dataset, indices: np.ndarray, text: Text, media: dict[str, MediaModality]) -> str:
-    """A hash of all that the cache of a split depends on: the data, the tokenizer and how media are fitted."""
-    digest = hashlib.sha256("".join(shard.sha256 for shard in dataset.manifest.shards).encode())
-    digest.update(np.ascontiguousarray(indices).tobytes())
-    digest.update(text.tokenizer.to_str().encode())
-    for name, modality in media.items():
-        digest.update(f"{name}:{modality.settings.model_dump_json()}".encode())
-    return digest.hexdigest()
-
-
-def _converse(
-    split: Split, column: str, values: list[str | None], text: Text, vocabulary: Vocabulary,
-    media: dict[str, MediaModality], context: int,
-) -> list[str]:  # fmt: skip
-    """Put a column's conversations into a split; returns what is cut, for people."""
-
-    def size(record: int, part: str) -> int:
-        modality, length = media[vocabulary.columns[part]], len(split.sample(part, record))
-        return max(modality.token_count(length), modality.code_count(length)) + 2
-
-    scribe = Scribe(text, vocabulary, context, size)
-    found = [None if value is None else scribe.conversation(i, value) for i, value in enumerate(values)]
-    split.chats[column] = found
-    dropped = sum(turns is not None and not any(turn.written for turn in turns) for turns in found)
-    told = {
-        f"do not fit {context} tokens: their oldest turns are left out": scribe.shortened,
-        "have no turn of the assistant's that fits, and are not learned": dropped,
-    }
-    return [f"{column}: {count:,} of {len(values):,} conversations {what}" for what, count in told.items() if count]
-
-
-def add_codes(
-    split: Split, columns: dict[str, str], media: dict[str, MediaModality], cache: Path, name: str, anew: bool
-) -> None:
-    """Encode the media of these columns once with the frozen codecs; codes that are there already serve again unless
-    `anew`."""
-    for column, samples in split.media.items():
-        if column not in columns:
-            continue
-        path = cache / f"{name}-{column}-codes"
-        if not anew and path.with_name(path.name + ".json").exists():
-            split.codes[column] = Samples.open(path)
-            continue
-        modality = media[columns[column]]
-
-        def codes(samples: Samples = samples, modality: MediaModality = modality) -> Iterator[np.ndarray]:
-            for start in range(0, len(samples), 256):
-                chunk = [samples[i] for i in range(start, min(start + 256, len(samples)))]
-                with torch.inference_mode():
-                    encoded = modality.codec.encode(*modality.batch(chunk)).numpy()
-                for row, sample in zip(encoded, chunk, strict=True):
-                    yield row[: modality.code_count(len(sample))].astype(np.int32)
-
-        split.codes[column] = Samples.write(path, codes())
-
-
-def room_needed(split: Split, columns: dict[str, str], media: dict[str, MediaModality]) -> int:
-    """The shortest context that holds each medium beside a few words, and any two columns of media that one record
-    may have."""
-    read, written = {}, {}
-    for column, samples in split.media.items():
-        modality, length = media[columns[column]], int(samples.lengths.max(initial=1))
-        read[column], written[column] = modality.token_count(length), modality.code_count(length)
-    alone = [max(read[c], written[c]) + 8 for c in read]
-    return max([*alone, *(read[a] + written[b] + 4 for a in read for b in read if a != b)], default=0)
 
 
 Media = dict[tuple[str, int], np.ndarray]  # (column, record) -> a sample, or its codes
@@ -384,9 +110,11 @@ class Sampler:
             return [(np.arange(len(self.items)), min(batch_size, len(self.items)))]
         counts = [max(round(batch_size * share), 1) for share in shares]
         of = self.split.sources[self.items[:, 0]]
-        found = [np.flatnonzero(of == which) for which in range(len(counts) + 1)]
-        wanted = [max(batch_size - sum(counts), 1), *counts]
-        return [(mine, min(count, len(mine))) for mine, count in zip(found, wanted, strict=True) if len(mine)]
+        groups = [np.flatnonzero(of == which) for which in range(len(counts) + 1)]
+        sizes = [max(batch_size - sum(counts), 1), *counts]
+        return [
+            (members, min(count, len(members))) for members, count in zip(groups, sizes, strict=True) if len(members)
+        ]
 
     def _steps_per_epoch(self, group: int) -> int:
         items, count = self.groups[group]
@@ -423,8 +151,8 @@ class Sampler:
         made: list[tuple[Sequence, int]] = []
         for place, (record, window) in enumerate(items):
             present = [c for c in self.columns if self.split.has(c, record)]
-            mine = {use: float(values[place]) for use, values in draws.items()}
-            for sequence, contrasts in self._sequences(int(record), int(window), present, mine, samples, codes):
+            own_draws = {use: float(values[place]) for use, values in draws.items()}
+            for sequence, contrasts in self._sequences(int(record), int(window), present, own_draws, samples, codes):
                 made.append((sequence, int(record) if contrasts else -1))
         if not made:
             made.append((Sequence().read_ids([self.vocabulary.pad]), -1))
@@ -450,25 +178,25 @@ class Sampler:
     def _media(self, epochs: np.ndarray, records: np.ndarray) -> tuple[Media, Media]:
         """The samples that this step reads and the codes that it writes, by (column, record), augmented as (seed,
         epoch, record) says."""
-        found: Media = {}
+        samples: Media = {}
         codes: Media = {}
         for column in self.media_columns:
             modality = self.media[self.columns[column]]
             there = self.split.rows[column][records] >= 0
-            mine, when = records[there], epochs[there]
-            if not len(mine):
+            own_records, when = records[there], epochs[there]
+            if not len(own_records):
                 continue
-            raw = [self.split.sample(column, r) for r in mine]
-            bad = [self.split.ids[r] for r, x in zip(mine, raw, strict=True) if not np.isfinite(x).all()]
+            raw = [self.split.sample(column, r) for r in own_records]
+            bad = [self.split.ids[r] for r, x in zip(own_records, raw, strict=True) if not np.isfinite(x).all()]
             if bad:
                 raise DivergedError(
                     f"{column} of record {', '.join(bad)} holds what is not a finite number. "
                     "Delete the run's cache, which is then made again, or look at this record."
                 )
-            rows = self.split.rows[column][mine]
+            rows = self.split.rows[column][own_records]
             written = [self.split.codes[column][row] for row in rows] if column in self.split.codes else []
             if self.augment:
-                drawn = uniform(self.seed, when[:, None], mine[:, None], AUGMENT, np.arange(8))
+                drawn = uniform(self.seed, when[:, None], own_records[:, None], AUGMENT, np.arange(8))
                 draw = torch.from_numpy(drawn).float()
                 if self.augment_targets and column in self.split.codes:
                     values, lengths = modality.augment(*self._padded(column, raw), draw, hide=False)
@@ -479,9 +207,9 @@ class Sampler:
                 values, lengths = modality.augment(*self._padded(column, raw), draw)
                 sizes = lengths.tolist() if modality.variable_length else [None] * len(raw)
                 raw = [value[:size] for value, size in zip(values.numpy(), sizes, strict=True)]
-            found.update({(column, int(r)): sample for r, sample in zip(mine, raw, strict=True)})
-            codes.update({(column, int(r)): row for r, row in zip(mine, written, strict=False)})
-        return found, codes
+            samples.update({(column, int(r)): sample for r, sample in zip(own_records, raw, strict=True)})
+            codes.update({(column, int(r)): row for r, row in zip(own_records, written, strict=False)})
+        return samples, codes
 
     def _padded(self, column: str, raw: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
         """Samples as one batch as long as the column's longest: what becomes of one is then the same, to the bit,
@@ -593,13 +321,13 @@ def cut_in_two(lengths: list[int], more: list[float]) -> int:
 def lm_windows(ids: list[int], opener: int, end: int | None, context: int) -> list[Sequence]:
     """A text as windows that predict each of its tokens, and its end where there is one, exactly once. Each window but
     the first begins with half a context that the one before has predicted: so no token is predicted from less."""
-    whole = [opener, *ids, *([] if end is None else [end])]
+    tokens = [opener, *ids, *([] if end is None else [end])]
     sequences: list[Sequence] = []
     done = 1
-    while done < len(whole):
+    while done < len(tokens):
         start = max(done - context // 2, 0) if sequences else 0
         stop = start + context + 1
-        sequences.append(Sequence().read_ids(whole[start:done]).write(whole[done:stop]))
+        sequences.append(Sequence().read_ids(tokens[start:done]).write(tokens[done:stop]))
         done = stop
     return sequences
 

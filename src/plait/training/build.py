@@ -144,20 +144,20 @@ def _laid_over(settings: dict[str, Any], overrides: dict[str, Any], modality: st
         raise PlaitError(f"In the recipe's model.{modality}: {lines}") from None
 
 
-def backbone_config(size: Size, mine: BackboneRecipe) -> TransformerConfig:
+def backbone_config(size: Size, recipe_values: BackboneRecipe) -> TransformerConfig:
     """The backbone of a row of the table of sizes, with a recipe's overrides."""
-    width, heads = mine.width or size.width, mine.heads or size.heads
+    width, heads = recipe_values.width or size.width, recipe_values.heads or size.heads
     if width % heads:
         raise PlaitError(f"model.backbone: width {width} must be a multiple of heads {heads}.")
     return TransformerConfig(
         width=width,
-        layers=mine.layers or size.layers,
+        layers=recipe_values.layers or size.layers,
         heads=heads,
-        kv_heads=mine.kv_heads or heads,
+        kv_heads=recipe_values.kv_heads or heads,
         head_width=width // heads,
-        hidden=mine.hidden or (round(width * 2.75 / 16) * 16 if mine.width else size.hidden),
-        max_length=mine.context or size.context,
-        dropout=mine.dropout,
+        hidden=recipe_values.hidden or (round(width * 2.75 / 16) * 16 if recipe_values.width else size.hidden),
+        max_length=recipe_values.context or size.context,
+        dropout=recipe_values.dropout,
     )
 
 

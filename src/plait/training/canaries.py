@@ -12,7 +12,7 @@ import numpy as np
 from plait.core.errors import PlaitError
 from plait.core.rng import uniform
 from plait.modalities.text import Text
-from plait.training.batches import Split
+from plait.training.split import Split
 
 TIMES = (1, 10, 100)  # that a canary is planted, in turn
 LETTERS = 8

@@ -28,7 +28,7 @@ from plait.core.errors import PlaitError
 from plait.core.files import clear_leftovers, fsync_folder, link_target, point, read_json, remove_folder
 from plait.model import checkpoint as checkpoints
 from plait.model.checkpoint import Checkpoint
-from plait.training.distributed import Group, is_shard, read_tensors, stored_tensors, whole, write_shards
+from plait.training.distributed import Group, full_tensor, is_shard, read_tensors, stored_tensors, write_shards
 from plait.training.optimizer import Average
 
 STATE = "training_state"
@@ -90,14 +90,14 @@ def snapshot(
     if any(is_shard(tensor) for tensor in weights.values()):
         gathered = {}
         for name, tensor in weights.items():
-            full = whole(tensor)
+            full = full_tensor(tensor)
             if group.is_main:
                 gathered[name] = _copy(full)
         write_shards(aside, state)
         return Snapshot(gathered, {}, aside)
     if not group.is_main:
         return Snapshot({}, {})
-    copies = [{name: _copy(tensor) for name, tensor in some.items()} for some in (weights, state)]
+    copies = [{name: _copy(tensor) for name, tensor in tensors.items()} for tensors in (weights, state)]
     return Snapshot(copies[0], copies[1])
 
 
@@ -221,7 +221,7 @@ class Saver:
         return self.folder / folder_name(self.step), wrong
 
     def save(
-        self, whole: Checkpoint, optimizer: torch.optim.Optimizer, average: Average | None, position: Position
+        self, checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, average: Average | None, position: Position
     ) -> None:
         """Hand a checkpoint to the thread that writes; waits only where the one before is not yet written.
 
@@ -230,19 +230,19 @@ class Saver:
         self.wait()
         process = int(self.group.broadcast(os.getpid()))
         aside = self.folder / f".{STATE}.{process}.tmp"
-        taken = snapshot(whole.model, optimizer, average, self.group, aside, self.inherited)
+        taken = snapshot(checkpoint.model, optimizer, average, self.group, aside, self.inherited)
         if position.best is None:
             position.best_step = position.step
         self.step = position.step
         if not self.group.is_main:
             return
         text = json.dumps(asdict(position))
-        work = (whole, taken, text, position.step, position.best_step)
+        work = (checkpoint, taken, text, position.step, position.best_step)
         self._thread = threading.Thread(target=self._write, args=work, name="checkpoint", daemon=True)
         self._thread.start()
 
     @property
-    def busy(self) -> bool:
+    def saving(self) -> bool:
         """Whether a checkpoint is being written."""
         return self._thread is not None and self._thread.is_alive()
 
@@ -258,11 +258,12 @@ class Saver:
         self.check()
 
     def join(self) -> None:
+        """Wait until nothing is being written, whatever comes of it."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
-    def _write(self, whole: Checkpoint, taken: Snapshot, position: str, step: int, best: int) -> None:
+    def _write(self, checkpoint: Checkpoint, taken: Snapshot, position: str, step: int, best: int) -> None:
         def more(folder: Path) -> None:
             if taken.shards is not None:
                 taken.shards.rename(folder / STATE)
@@ -271,7 +272,7 @@ class Saver:
             (folder / f"{STATE}.json").write_text(position + "\n", encoding="utf-8", newline="\n")
 
         try:
-            checkpoints.save(whole, self.folder / folder_name(step), taken.weights, more)
+            checkpoints.save(checkpoint, self.folder / folder_name(step), taken.weights, more)
             self.point(step, best)
             self._retain(step)
         except BaseException as error:
@@ -290,14 +291,14 @@ class Saver:
             if path.name != folder_name(step):
                 remove_folder(path)
         self._damaged = []
-        found = checkpoints.series(self.folder)
-        newest = list(found)[: self.keep]
-        keep = {*newest, *(step for step in found if self.keep_every and step % self.keep_every == 0)}
+        saved = checkpoints.series(self.folder)
+        newest = list(saved)[: self.keep]
+        keep = {*newest, *(step for step in saved if self.keep_every and step % self.keep_every == 0)}
         for step in newest:
             with suppress(PlaitError, KeyError, TypeError):  # one that was damaged meanwhile knows no best
-                keep.add(read_json(found[step] / f"{STATE}.json")["best_step"])
-        for step in found.keys() - keep:
-            remove_folder(found[step])
+                keep.add(read_json(saved[step] / f"{STATE}.json")["best_step"])
+        for step in saved.keys() - keep:
+            remove_folder(saved[step])
         fsync_folder(self.folder)
 
 

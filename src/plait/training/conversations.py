@@ -18,7 +18,7 @@ Part = list[int] | str  # the ids of a text, or the column of a medium
 
 
 @dataclass
-class Said:
+class EncodedTurn:
     """One turn. A `role` of None says that a chat template has put its marks among the ids already."""
 
     role: str | None
@@ -26,7 +26,7 @@ class Said:
     written: bool  # by the assistant, and thus learned
 
 
-class Scribe:
+class ConversationEncoder:
     """Turns conversations, as a dataset keeps them, into turns of ids that fit a context."""
 
     def __init__(self, text: Text, vocabulary: Vocabulary, context: int, size: Callable[[int, str], int]) -> None:
@@ -35,14 +35,14 @@ class Scribe:
         self.template = Template(text) if not vocabulary.turns else None
         self.shortened = 0  # conversations whose oldest turns, or the ends of whose texts, do not fit
 
-    def conversation(self, record: int, value: str) -> list[Said]:
+    def conversation(self, record: int, value: str) -> list[EncodedTurn]:
         """The turns of a record, the oldest left out where they do not fit. Raises PlaitError for media that a model
         whose conversations follow a template cannot take."""
         turns = chat.turns(value)
         if self.template is not None:
             return self._templated([(turn.role, turn) for turn in turns])
         most, cut = self.context // 2 - 8, False
-        found = []
+        kept = []
         for turn in turns:
             parts: list[Part] = []
             for kind, content in turn.parts:
@@ -51,15 +51,15 @@ class Scribe:
                 parts.append(ids[:most] if kind == "text" else content)
             role = ROLES[turn.role]
             if parts:
-                found.append(Said(role, parts, role == "assistant"))
-        first = 1 if found and found[0].role == "system" else 0
-        while len(found) > first + 2 and self._length(record, found) > self.context:
-            del found[first]
+                kept.append(EncodedTurn(role, parts, role == "assistant"))
+        first = 1 if kept and kept[0].role == "system" else 0
+        while len(kept) > first + 2 and self._length(record, kept) > self.context:
+            del kept[first]
             cut = True
         self.shortened += cut
-        return found if self._length(record, found) <= self.context else []
+        return kept if self._length(record, kept) <= self.context else []
 
-    def _templated(self, turns: list[tuple[str, chat.Turn]]) -> list[Said]:
+    def _templated(self, turns: list[tuple[str, chat.Turn]]) -> list[EncodedTurn]:
         assert self.template is not None
         if any(kind != "text" for _, turn in turns for kind, _ in turn.parts):
             raise PlaitError("The chat template of init_from takes text only. Leave images and audio clips out.")
@@ -73,9 +73,9 @@ class Scribe:
         self.shortened += cut
         if sum(len(ids) for _, ids in pieces) > self.context:
             return []
-        return [Said(None, [ids], written) for written, ids in pieces]
+        return [EncodedTurn(None, [ids], written) for written, ids in pieces]
 
-    def _length(self, record: int, turns: list[Said]) -> int:
+    def _length(self, record: int, turns: list[EncodedTurn]) -> int:
         return sum(
             2 + sum(len(part) if isinstance(part, list) else self.size(record, part) for part in turn.parts)
             for turn in turns
@@ -83,7 +83,7 @@ class Scribe:
 
 
 def sequences(
-    turns: list[Said],
+    turns: list[EncodedTurn],
     vocabulary: Vocabulary,
     media: dict[str, MediaModality],
     samples: Mapping[str, np.ndarray],

@@ -148,14 +148,14 @@ def processes() -> Iterator[Group]:
     group = Group(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
     if torch.cuda.is_available():
         torch.cuda.set_device(group.local_rank)
-    mine = not dist.is_initialized()
-    if mine:
+    started_here = not dist.is_initialized()
+    if started_here:
         end_with_parent()  # the engine that started this process may be killed, which tells nobody
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     try:
         yield group
         group.barrier()
-        if mine:
+        if started_here:
             dist.destroy_process_group()
     except PlaitError as error:
         store = _store()
@@ -263,9 +263,11 @@ class Network:
 
     def grad_norm(self) -> Tensor:
         """The norm of all gradients together, of all processes."""
-        gradients = [[p.grad for p in some if p.grad is not None] for some in (self.shards, self.replicated)]
-        norms = [torch.nn.utils.get_total_norm(some) for some in gradients if some]
-        return torch.linalg.vector_norm(torch.stack([whole(norm) for norm in norms]))
+        gradients = [
+            [p.grad for p in parameters if p.grad is not None] for parameters in (self.shards, self.replicated)
+        ]
+        norms = [torch.nn.utils.get_total_norm(parameters) for parameters in gradients if parameters]
+        return torch.linalg.vector_norm(torch.stack([full_tensor(norm) for norm in norms]))
 
 
 def is_shard(tensor: Tensor) -> bool:
@@ -273,7 +275,7 @@ def is_shard(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor with the rows of all processes, which must all ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 from plait.core.errors import DivergedError
-from plait.training.batches import Sampler, Split
+from plait.training.batches import Sampler
 from plait.training.checkpointing import Position
 from plait.training.distributed import Group, Network
 from plait.training.losses import step_losses
+from plait.training.split import Split
 
 SHOWN = 32  # records that a message names
 

@@ -18,7 +18,7 @@ from plait.core.config import GenerationConfig
 from plait.core.errors import PlaitError
 from plait.core.files import link_files, publish_folder, read_json
 from plait.data.dataset import Dataset
-from plait.modalities.base import ENCODER_SOURCES, Vocabulary, alike
+from plait.modalities.base import ENCODER_SOURCES, Vocabulary, same_network
 from plait.modalities.registry import MODALITIES
 from plait.modalities.text import Text
 from plait.model import checkpoint as checkpoints
@@ -169,7 +169,7 @@ def _fill_encoders(model: Multimodal, source: Multimodal | None) -> None:
         if settings.hf_encoder is None:
             continue
         old = source.media.get(name) if source is not None else None
-        if old is None or not alike(old.settings, settings):
+        if old is None or not same_network(old.settings, settings):
             ENCODER_SOURCES.one().fill(modality)
 
 

@@ -35,6 +35,7 @@ class Log:
             _append(self.rows, row)
 
     def write_records(self, step: int, loss: float, ids: list[str]) -> None:
+        """A line with a step's loss and the ids of its records."""
         if self.records is not None:
             _append(self.records, {"step": step, "loss": loss, "records": ids})
 

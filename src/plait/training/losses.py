@@ -23,8 +23,9 @@ from plait.core.objective import Objective
 from plait.model.cross_entropy import SplitTable
 from plait.model.multimodal import IGNORE, Multimodal, SequenceSpan
 from plait.model.objectives import CrossEntropy, SampledSoftmax, TokenLoss
-from plait.training.batches import Split, Step
+from plait.training.batches import Step
 from plait.training.distributed import Group, Network
+from plait.training.split import Split
 from plait.training.streams import Streams
 
 
@@ -56,7 +57,7 @@ def token_losses(
     states, target_ids = hidden[keep].to(dtype), targets[keep]
     output, row_modality = model.output_embedding, model.row_modality
     split = output.split_table() if output.text_rows is not None else None
-    whole = None if restricted or split is not None else output.table()
+    full_table = None if restricted or split is not None else output.table()
     losses = {}
     for token_type, (start, stop) in model.id_ranges.items():
         chosen = (target_ids >= start) & (target_ids < stop)
@@ -70,8 +71,8 @@ def token_losses(
                 loss = SampledSoftmax(row_modality.counts, row_modality.sampled)
         elif split is not None:
             table, first = (split.part(start, stop), start) if restricted else (split, 0)
-        elif whole is not None:
-            table, first = whole, 0
+        elif full_table is not None:
+            table, first = full_table, 0
         else:
             table, first = output.of_type(token_type), start
         losses[token_type] = loss(states[chosen], table, target_ids[chosen] - first), chosen.sum()

@@ -19,12 +19,12 @@ from plait.modalities.text import Text
 from plait.model import extend
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import Multimodal
-from plait.training.batches import Split, room_needed
 from plait.training.build import label_columns
 from plait.training.canaries import plant
 from plait.training.init_from import apply_freezing, build_or_load_model
 from plait.training.run import Progress, Run
 from plait.training.source import SOURCES, RecordSource, Source
+from plait.training.split import Split, room_needed
 
 CLASSIFIER_SHARE = 0.08  # of the time of a run that recognises: what fitting its classifiers takes after training
 

@@ -111,9 +111,9 @@ def _losses(
     """The mean loss of each column of labels that some of these records have."""
     losses = []
     for column, values in logits.items():
-        wanted = targets[column][rows].to(values.device)
-        if (wanted >= 0).any():
-            losses.append(F.cross_entropy(values.float(), wanted, ignore_index=-1, label_smoothing=SMOOTHING))
+        labels = targets[column][rows].to(values.device)
+        if (labels >= 0).any():
+            losses.append(F.cross_entropy(values.float(), labels, ignore_index=-1, label_smoothing=SMOOTHING))
     return losses
 
 

@@ -34,19 +34,19 @@ from plait.modalities.base import MediaModality
 from plait.modalities.recogniser import Recogniser
 from plait.modalities.text import Text
 from plait.model.multimodal import Multimodal
-from plait.training.batches import Split, add_codes
 from plait.training.build import label_columns
 from plait.training.codec_training import train_codec
 from plait.training.distributed import Group
 from plait.training.recogniser_training import Labelled, train_recogniser
-from plait.training.samples import CodecSamples, EncoderSamples, SampleLog, few
+from plait.training.samples import CodecSamples, EncoderSamples, SampleLog, places_shown
+from plait.training.split import Split, add_codes
 
 _TOKENIZER_BYTES = 256 << 20  # of a column's text, at most, by which the tokenizer is trained
 # Settings that a run may change as it goes: none of them changes what a step computes.
 FREE = ("save_every", "keep", "keep_every", "log_records", "grad_accum_steps", "parallel", "activation_checkpointing")
 
 
-Work = Literal["codec", "encoder", "model", "other"]
+Work = Literal["codec", "encoder", "model", "validation", "other"]
 
 
 @dataclass
@@ -97,6 +97,7 @@ class Run:
 
     @property
     def minutes(self) -> float:
+        """The budget of time."""
         return self.settings.minutes or self.size.minutes
 
     def record(self, **facts: Any) -> None:
@@ -269,13 +270,15 @@ class Run:
 
     def recognisers(self, model: Multimodal, splits: dict[str, Split]) -> None:
         """Train each encoder that is a recogniser on its labels, or read it again. Only the first process trains."""
-        mine = {name: modality for name, modality in model.media.items() if isinstance(modality.encoder, Recogniser)}
+        recognising = {
+            name: modality for name, modality in model.media.items() if isinstance(modality.encoder, Recogniser)
+        }
         if not self.group.is_main:
             self.metadata = read_json(self.folder / "run.json")
         known = (self.metadata if self.source == self.folder else read_json(self.source / "run.json")).get(
             "recognisers", {}
         )
-        for name, modality in mine.items():
+        for name, modality in recognising.items():
             path = self.source / "recognisers" / f"{name}.safetensors"
             if name in known and path.exists() and known[name]["sha256"] == sha256_file(path):
                 modality.encoder.load_state_dict(load_file(path))
@@ -289,7 +292,7 @@ class Run:
                 steps=self.metadata.get("recogniser_steps", {}).get(name)
                 or self.settings.recogniser_steps
                 or self.settings.steps,  # where the model's are given, the encoders train for as many
-                seconds=self.minutes * 60 * self.settings.recogniser_share / len(mine),
+                seconds=self.minutes * 60 * self.settings.recogniser_share / len(recognising),
                 seed=self.settings.seed,
                 record=partial(self.note, "recogniser_steps", name),
                 progress=self._encoder_progress(modality, splits),
@@ -304,7 +307,7 @@ class Run:
         """What is told while a codec is trained, with what it makes of three media."""
         column = next(c for c, m in self.dataset.columns.items() if m == modality.name)
         media = (splits["val"] if len(splits["val"].media[column]) else splits["train"]).media[column]
-        samples = CodecSamples(self.samples, modality, [media[i] for i in few(len(media))])
+        samples = CodecSamples(self.samples, modality, [media[i] for i in places_shown(len(media))])
 
         def progress(name: str, done: int, total: int, loss: float) -> None:
             self.report(Progress(f"{name} codec", done, total, {"reconstruction": loss}, work="codec"))
@@ -400,9 +403,9 @@ def _averaged(folder: Path) -> str:
     """What an average of the weights did to validation, where there is one."""
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     weights = read_json(folder / "run.json")["recipe"]["training"]["weights"]
-    found = {}
+    by_split = {}
     for row in rows:
-        found[row["split"]] = weighted_sum(losses_of_row(row), weights)
-    if "val_raw" not in found:
+        by_split[row["split"]] = weighted_sum(losses_of_row(row), weights)
+    if "val_raw" not in by_split:
         return ""
-    return f"\nAveraged weights: validation loss {found['val']:.4f}; the raw ones: {found['val_raw']:.4f}."
+    return f"\nAveraged weights: validation loss {by_split['val']:.4f}; the raw ones: {by_split['val_raw']:.4f}."

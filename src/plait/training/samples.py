@@ -166,10 +166,10 @@ class EncoderSamples:
         rows = []
         for i in self.shown:
             place, answer = int(self.places[i]), int(answers[i])
-            given = self.log.keep_sample(f"{self.modality.name}-{place}", self.modality, self.samples[place])
-            wanted = self.labels[int(self.classes[place])]
+            shown = self.log.keep_sample(f"{self.modality.name}-{place}", self.modality, self.samples[place])
+            label = self.labels[int(self.classes[place])]
             chance = round(float(chances[i]), 4)
-            rows.append(Sample("text", asked_file=given, answer=self.labels[answer], wanted=wanted, probability=chance))
+            rows.append(Sample("text", asked_file=shown, answer=self.labels[answer], wanted=label, probability=chance))
         share = float(np.mean(answers.numpy() == self.classes[self.places]))
         return Row("encoder", self.modality.name, step, total, rows, round(share, 4))
 
@@ -205,12 +205,12 @@ class CodecSamples:
             codec.train()
         rows = []
         for i, (sample, back) in enumerate(zip(self.samples, made, strict=True)):
-            given = self.log.keep_sample(f"codec-{name}-{i}", self.modality, sample)
+            shown = self.log.keep_sample(f"codec-{name}-{i}", self.modality, sample)
             file = self.log.keep_sample(f"codec-{name}-{i}-{step:06d}", self.modality, back)
-            rows.append(Sample(name, asked_file=given, file=file))
+            rows.append(Sample(name, asked_file=shown, file=file))
         return Row("codec", name, step, total, rows)
 
 
-def few(count: int) -> list[int]:
+def places_shown(count: int) -> list[int]:
     """The places of the first, a middle and the last of so many things."""
     return sorted({int(i) for i in np.linspace(0, count - 1, INPUTS)}) if count else []

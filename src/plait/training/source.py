@@ -19,7 +19,8 @@ from plait.core.features import ExtensionPoint
 from plait.data.dataset import Dataset
 from plait.modalities.text import Text
 from plait.model.multimodal import Multimodal
-from plait.training.batches import Sampler, Split, load_split
+from plait.training.batches import Sampler
+from plait.training.split import Split, load_split
 
 VALIDATION_RECORDS = 2000  # of val, at most
 

@@ -150,13 +150,13 @@ def _recognise(dataset: Dataset, derived: Derived, labels: dict[str, list[str]],
     training["validations"] = min(recipe.training.validations, 8)
     model: dict[str, Any] = {}
     for kind in kinds:
-        given: dict[str, Any] = getattr(recipe.model, kind)
-        if recipe.model.init_from is not None or given.get("encoder") or not labels:
+        settings: dict[str, Any] = getattr(recipe.model, kind)
+        if recipe.model.init_from is not None or settings.get("encoder") or not labels:
             continue
         classes = {column: len(values) for column, values in labels.items()}
-        chosen = SETTINGS[kind].for_recognition(given, partial(mirrors, dataset, recipe, labels, kind))
+        chosen = SETTINGS[kind].for_recognition(settings, partial(mirrors, dataset, recipe, labels, kind))
         derived.lines += chosen.lines
-        model[kind] = {"classes": classes, **chosen.settings, **given}
+        model[kind] = {"classes": classes, **chosen.settings, **settings}
     seconds = 60 * (recipe.training.minutes or SIZES[recipe.model.size].minutes)
     if model:
         share = recipe.training.recogniser_share
@@ -211,8 +211,8 @@ def mirrors(dataset: Dataset, recipe: Recipe, labels: dict[str, list[str]], kind
     indices = np.array([i for i in dataset.indices("train") if answers[i] is not None], np.int64)
     order = np.argsort(uniform(recipe.training.seed, DRAW, indices), kind="stable")
     indices = np.sort(indices[order[:MIRROR_RECORDS]])
-    given = dict(getattr(recipe.model, kind))
-    modality = MODALITIES[kind](fit_settings(dataset, kind, SIZES[recipe.model.size], given), 8)
+    settings = dict(getattr(recipe.model, kind))
+    modality = MODALITIES[kind](fit_settings(dataset, kind, SIZES[recipe.model.size], settings), 8)
     number = {label: place for place, label in enumerate(labels[target])}
     images, classes = [], []
     for index, record in zip(indices, dataset.iterate(indices, [source]), strict=True):

@@ -203,8 +203,8 @@ class Trainer:
         samplers cut steps in two. A run that goes on does as it began."""
         run, settings = self.run, self.settings
         if "streams" not in run.metadata:
-            whole = self.group.size > 1 or settings.activation_checkpointing or run.metadata["compiled"]
-            possible = torch.get_num_threads() > 1 and not whole and can_be_cut(self.model, run.device)
+            one_pass = self.group.size > 1 or settings.activation_checkpointing or run.metadata["compiled"]
+            possible = torch.get_num_threads() > 1 and not one_pass and can_be_cut(self.model, run.device)
             run.record(streams=2 if possible else 1)
         streams = run.metadata["streams"] if self.group.size == 1 else 1
         if streams > 1:
@@ -424,7 +424,7 @@ class Trainer:
                 objective, shown = -score.value, {**losses, score.name: score.value}
                 self.log.write(step, "val_score", {score.name: score.value})
         self.log.write(step, "val", losses)
-        self.run.report(Progress("validation", step, self.total_steps, shown, work="model"))
+        self.run.report(Progress("validation", step, self.total_steps, shown, work="validation"))
         return losses, objective
 
     def _validation_losses(self, sampler: Sampler) -> dict[str, float]:

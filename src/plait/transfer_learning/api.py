@@ -9,7 +9,7 @@ from typing import Any
 from plait.core.config import Recipe, as_recipe, parse_recipe
 from plait.core.files import read_json
 from plait.core.frames import data_frame, html_table
-from plait.core.progress import ProgressBar
+from plait.core.progress import ProgressBar, StudyNews
 from plait.data.dataset import Dataset
 
 _PAYS = {True: "pays", False: "costs", None: "not told apart from scratch"}
@@ -102,7 +102,7 @@ def transfer(
 
     Raises PlaitError for data without labels, and for a source that shares no modality with them.
     """
-    from plait.transfer_learning.study import News, Plan
+    from plait.transfer_learning.study import Plan
     from plait.transfer_learning.study import transfer as compare
 
     settings = _recipe(Path(source) / "run.json", recipe, {"minutes": minutes, "steps": steps})
@@ -110,7 +110,7 @@ def transfer(
     opened = dataset if isinstance(dataset, Dataset) else Dataset.open(dataset)
     with ProgressBar(progress) as bar:
 
-        def show(news: News) -> None:
+        def show(news: StudyNews) -> None:
             bar(news.stage, news.done, news.total, news.note)
             if news.line:
                 bar.message(news.line)

@@ -34,7 +34,7 @@ def _of(rows: Rows, labels: str, way: str, key: str = "accuracy") -> list[float]
 def verdicts(rows: Rows, labels: list[str]) -> list[dict[str, Any]]:
     """For each number of labels and each way but scratch: its gain over scratch, the gain's standard error (the root of
     the sum of both squared), and whether it pays: True or False where the gain is beyond two of these, else None."""
-    found = []
+    judged = []
     for count in labels:
         base, base_error = mean_and_error(_of(rows, count, "scratch"))
         for way in COLOURS:
@@ -46,8 +46,8 @@ def verdicts(rows: Rows, labels: list[str]) -> list[dict[str, Any]]:
             gain = mean - base
             pays = None if math.isnan(both) or abs(gain) <= 2 * both else gain > 0
             known = None if math.isnan(both) else both
-            found.append({"labels": count, "way": way, "gain": gain, "standard_error": known, "pays": pays})
-    return found
+            judged.append({"labels": count, "way": way, "gain": gain, "standard_error": known, "pays": pays})
+    return judged
 
 
 def write_comparison(path: Path, title: str, study: dict[str, Any]) -> None:

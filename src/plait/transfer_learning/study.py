@@ -20,6 +20,7 @@ import numpy as np
 from plait.core.config import LoraRecipe, Recipe
 from plait.core.errors import PlaitError
 from plait.core.files import only_writer, read_json, write_json
+from plait.core.progress import StudyNews
 from plait.core.rng import uniform
 from plait.data.dataset import Chosen, Dataset
 from plait.data.stores import Location, read_place
@@ -47,17 +48,6 @@ class Plan:
     limit: int = 1000  # test records
     old: str | None = None  # the source's own data; None: what its run.json names
     device: str = "auto"
-
-
-@dataclass(frozen=True)
-class News:
-    """What a study tells while it works. `line` is what has just come to its end."""
-
-    stage: str
-    done: int
-    total: int
-    note: str = ""
-    line: str = ""
 
 
 @dataclass
@@ -102,8 +92,8 @@ class Task:
         answers = self.dataset.texts(self.answered)
         indices = self.dataset.indices(split)
         if self.dataset.columns[self.read] == "text":
-            given = self.dataset.texts(self.read)
-            return np.array([i for i in indices if answers[i] is not None and given[i] is not None], np.int64)
+            texts = self.dataset.texts(self.read)
+            return np.array([i for i in indices if answers[i] is not None and texts[i] is not None], np.int64)
         pairs = zip(indices, self.dataset.iterate(indices, [self.read]), strict=True)
         return np.array([i for i, r in pairs if answers[i] is not None and self.read in r.parts], np.int64)
 
@@ -114,11 +104,11 @@ class Task:
             return present
         order = present[np.argsort(uniform(seed, _KEY, present), kind="stable")]
         answers = self.dataset.texts(self.answered)
-        found: dict[str | None, list[int]] = {label: [] for label in self.labels}
+        by_label: dict[str | None, list[int]] = {label: [] for label in self.labels}
         for i in order.tolist():
-            if len(found[answers[i]]) < int(count):
-                found[answers[i]].append(i)
-        return np.sort(np.array([i for some in found.values() for i in some], np.int64))
+            if len(by_label[answers[i]]) < int(count):
+                by_label[answers[i]].append(i)
+        return np.sort(np.array([i for some in by_label.values() for i in some], np.int64))
 
     def _shown(self, model: PlaitModel, value: str | bytes) -> Any:
         """A part as the model reads it; of an audio clip longer than its window, the beginning."""
@@ -136,15 +126,15 @@ class Task:
         for start in range(0, len(present), 256):
             part = present[start : start + 256]
             records = self.dataset.iterate(part, [self.read])
-            given = [record.parts[self.read] for record in records]
-            contexts = [model.context([self._shown(model, value)]) for value in given]
+            values = [record.parts[self.read] for record in records]
+            contexts = [model.context([self._shown(model, value)]) for value in values]
             best = model.score(contexts, self.answered, self.labels).argmax(1)
             right += sum(self.labels[b] == answers[i] for b, i in zip(best, part, strict=True))
         return right / len(present)
 
 
 def transfer(
-    source: str, dataset: Dataset, folder: Path, plan: Plan, tell: Callable[[News], None]
+    source: str, dataset: Dataset, folder: Path, plan: Plan, tell: Callable[[StudyNews], None]
 ) -> dict[str, Any]:  # fmt: skip
     """Run a study, or go on with it; returns what `study.json` then holds.
 
@@ -157,7 +147,7 @@ def transfer(
 
 class _Study:
     def __init__(
-        self, source: str, dataset: Dataset, folder: Path, plan: Plan, tell: Callable[[News], None]
+        self, source: str, dataset: Dataset, folder: Path, plan: Plan, tell: Callable[[StudyNews], None]
     ) -> None:  # fmt: skip
         self.source, self.dataset, self.folder, self.plan, self.tell = source, dataset, folder, plan, tell
         unknown = [way for way in plan.ways if way not in WAYS]
@@ -197,7 +187,9 @@ class _Study:
             name = read_place(known["dataset"], facts.parent)
         if name is None:
             self.tell(
-                News("old abilities", 1, 1, line="What is forgotten is not measured: name the old data with --old.")
+                StudyNews(
+                    "old abilities", 1, 1, line="What is forgotten is not measured: name the old data with --old."
+                )
             )
             return None
         try:
@@ -205,7 +197,7 @@ class _Study:
         except PlaitError as error:
             if self.plan.old is not None:
                 raise
-            self.tell(News("old abilities", 1, 1, line=f"What is forgotten is not measured: {error}"))
+            self.tell(StudyNews("old abilities", 1, 1, line=f"What is forgotten is not measured: {error}"))
             return None
 
     def _open(self) -> dict[str, Any]:
@@ -235,7 +227,7 @@ class _Study:
 
     def run(self) -> dict[str, Any]:
         if self.old is not None and "before" not in self.metadata:
-            self.tell(News("old abilities", 0, 1))
+            self.tell(StudyNews("old abilities", 0, 1))
             self.metadata["before"] = self.old.accuracy(self.model, self.plan.limit, 0)
             write_json(self.folder / "study.json", self.metadata)
         known = self.model.columns
@@ -252,7 +244,7 @@ class _Study:
             self._write()
             old = "" if row["old"] is None else f", old {row['old']:.3f}"
             line = f"{count} a label, {way}, seed {seed}: {row['accuracy']:.3f}{old}"
-            self.tell(News("transfer", number + 1, len(jobs), line=line))
+            self.tell(StudyNews("transfer", number + 1, len(jobs), line=line))
         self._write()
         return self.metadata
 
@@ -266,7 +258,7 @@ class _Study:
 
         def report(progress: Progress) -> None:
             note = f"{way}, {count} a label, seed {seed}: {progress.stage} {progress.done}/{progress.total}"
-            self.tell(News("transfer", number, total, note))
+            self.tell(StudyNews("transfer", number, total, note))
 
         train(Chosen(self.dataset, {"train": chosen}), folder, recipe, report, self.plan.device)
         model = load(folder, self.plan.device).plait_model

@@ -8,7 +8,7 @@ from typing import Any
 
 from plait.core.config import Recipe, as_recipe
 from plait.core.frames import data_frame, html_table
-from plait.core.progress import ProgressBar
+from plait.core.progress import ProgressBar, StudyNews
 from plait.data.dataset import Dataset
 
 
@@ -116,7 +116,7 @@ def tune(
 
     Raises PlaitError for what the user can mend.
     """
-    from plait.tuning.study import News, Plan
+    from plait.tuning.study import Plan
     from plait.tuning.study import tune as run_study
 
     training = {"minutes": minutes, "steps": steps, "seed": seed}
@@ -126,7 +126,7 @@ def tune(
     opened = dataset if isinstance(dataset, Dataset) else Dataset.open(dataset)
     with ProgressBar(progress) as bar:
 
-        def show(news: News) -> None:
+        def show(news: StudyNews) -> None:
             if news.line:
                 bar.message(news.line)
             bar(news.stage, news.done, news.total, news.note)

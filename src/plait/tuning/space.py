@@ -47,8 +47,8 @@ def fields_of(recipe: Recipe, dataset: Dataset, over: list[str]) -> list[Field]:
     fields: dict[str, Field] = {}
     weights = _weights(recipe, dataset)
     for entry in over or list(FIRST):
-        name, _, given = entry.strip().partition("=")
-        if name == "guards" and not given:
+        name, _, bounds = entry.strip().partition("=")
+        if name == "guards" and not bounds:
             fields |= {guard: _guard(guard, recipe) for guard in GUARDS}
             continue
         expanded = [f"weights.{key}" for key in weights] if name == "weights" else [name]
@@ -57,7 +57,7 @@ def fields_of(recipe: Recipe, dataset: Dataset, over: list[str]) -> list[Field]:
                 raise PlaitError(f"There is no weight '{each}' to tune; there are {', '.join(weights)}.")
             if not each.startswith("weights.") and each not in NAMES:
                 raise PlaitError(f"'{each}' cannot be tuned. What can be: {', '.join(NAMES)}, guards.")
-            fields[each] = _field(each, recipe, dataset, weights, _range(entry, given))
+            fields[each] = _field(each, recipe, dataset, weights, _range(entry, bounds))
     return list(fields.values())
 
 
@@ -71,11 +71,11 @@ def _weights(recipe: Recipe, dataset: Dataset) -> dict[str, float]:
     return {name: weight for name, weight in known.items() if weight > 0}
 
 
-def _range(entry: str, given: str) -> tuple[float, float] | None:
-    if not given:
+def _range(entry: str, bounds: str) -> tuple[float, float] | None:
+    if not bounds:
         return None
     try:
-        low, high = (float(part) for part in given.split(":"))
+        low, high = (float(part) for part in bounds.split(":"))
     except ValueError:
         low, high = math.nan, math.nan
     if not (math.isfinite(low) and low < high):
@@ -84,7 +84,7 @@ def _range(entry: str, given: str) -> tuple[float, float] | None:
 
 
 def _field(
-    name: str, recipe: Recipe, dataset: Dataset, weights: dict[str, float], given: tuple[float, float] | None
+    name: str, recipe: Recipe, dataset: Dataset, weights: dict[str, float], bounds: tuple[float, float] | None
 ) -> Field:
     size, training, backbone = SIZES[recipe.model.size], recipe.training, recipe.model.backbone
     place = _PLACES.get(name, f"training.{name}")
@@ -93,12 +93,12 @@ def _field(
     if name in ("batch_size", "width"):
         if name == "batch_size":
             default, most = training.batch_size or size.batch_size, len(dataset.indices("train"))
-            low, high = given or (size.batch_size / 4, size.batch_size * 4)
+            low, high = bounds or (size.batch_size / 4, size.batch_size * 4)
             low, high = max(low, training.grad_accum_steps), min(high, most)
             values = [2**power for power in range(1, 24) if low <= 2**power <= high]
         else:
             default, heads = backbone.width or size.width, backbone.heads or size.heads
-            low, high = given or (size.width / 2, size.width * 2)
+            low, high = bounds or (size.width / 2, size.width * 2)
             unit = 8 * heads if default % (8 * heads) == 0 else 2 * heads  # whole heads, of even width
             shares = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4)
             values = [v for s in shares if low <= (v := max(round(default * s / unit), 1) * unit) <= high]
@@ -106,7 +106,7 @@ def _field(
         return Field(name, place, default, choices[0], choices[-1], True, choices)
     if name == "layers":
         default = backbone.layers or size.layers
-        low, high = given or (max(size.layers // 2, 1), size.layers * 2)
+        low, high = bounds or (max(size.layers // 2, 1), size.layers * 2)
         return Field(name, place, default, min(max(int(low), 1), default), max(int(high), default))
     if name == "learning_rate":
         value, low, high = training.learning_rate or size.learning_rate, size.learning_rate / 10, size.learning_rate * 5
@@ -118,7 +118,7 @@ def _field(
         low, high = {
             "dropout": (0.0, 0.3), "weight_decay": (0.005, 0.5), "warmup": (0.01, 0.2), "cond_dropout": (0.0, 0.3),
         }[name]  # fmt: skip
-    low, high = given or (low, high)
+    low, high = bounds or (low, high)
     low, high = min(low, value), max(high, value)
     return Field(name, place, value, low, high, log=low > 0)
 

@@ -28,6 +28,7 @@ from plait.core.dist import install_command
 from plait.core.errors import PlaitError
 from plait.core.files import only_writer, read_json, write_atomic, write_json
 from plait.core.objective import losses_of_row
+from plait.core.progress import StudyNews
 from plait.core.rng import key_of
 from plait.data.dataset import Dataset
 from plait.reports.report import read_run
@@ -66,19 +67,8 @@ class Plan:
     device: str = "auto"
 
 
-@dataclass(frozen=True)
-class News:
-    """What a study tells while it works. `line` is what has just come to its end."""
-
-    stage: str
-    done: int
-    total: int
-    note: str = ""
-    line: str = ""
-
-
 def tune(
-    dataset: Dataset, folder: Path, plan: Plan, tell: Callable[[News], None], storage: str | None = None
+    dataset: Dataset, folder: Path, plan: Plan, tell: Callable[[StudyNews], None], storage: str | None = None
 ) -> dict[str, Any]:
     """Run a study, or go on with it; returns what `study.json` then holds.
 
@@ -102,7 +92,7 @@ class _Study:
     """A study on this machine; on others the same command may work on the same storage."""
 
     def __init__(
-        self, dataset: Dataset, folder: Path, plan: Plan, tell: Callable[[News], None], storage: str | None
+        self, dataset: Dataset, folder: Path, plan: Plan, tell: Callable[[StudyNews], None], storage: str | None
     ) -> None:
         check_objective(plan.objective, dataset)
         if len(dataset.indices("val")) < 2:
@@ -253,8 +243,8 @@ class _Study:
     ) -> None:
         """Train until a study is over; what had been begun here before comes first."""
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        mine = [t for t in running if not self.shared or t.user_attrs.get("owner") == self.owner]
-        self.left = [Trial(study, trial._trial_id) for trial in mine]
+        own_trials = [t for t in running if not self.shared or t.user_attrs.get("owner") == self.owner]
+        self.left = [Trial(study, trial._trial_id) for trial in own_trials]
         beaten = -math.inf
         while True:
             # The first prepares what all use.
@@ -272,11 +262,11 @@ class _Study:
                     return
                 time.sleep(1)  # other machines still train
             for worker, message in workers.receive(1.0):
-                line = self._hear(study, worker, message)
+                line = self._handle_message(study, worker, message)
                 if line:
                     self._write(finished=False)
                 if line or message.kind == "progress":
-                    self.tell(News(stage, len(_finished(study)), total, _at_work(message), line))
+                    self.tell(StudyNews(stage, len(_finished(study)), total, _at_work(message), line))
 
     def _job(self, study: optuna.Study, trial: Trial) -> Job:
         """The run of a trial, or of a trial's recipe on a fresh seed; values that it has not been given are drawn."""
@@ -298,11 +288,11 @@ class _Study:
                 self.storage.record_heartbeat(trial._trial_id)
             fail_stale_trials(study)
 
-    def _hear(self, study: optuna.Study, worker: Worker, message: Message) -> str:
+    def _handle_message(self, study: optuna.Study, worker: Worker, message: Message) -> str:
         """Act on what a worker tells; returns a line where a trial is over."""
         trial = self.active[worker]
         if message.kind == "progress":
-            if message.value.stage == "model":
+            if message.value.work == "model":
                 self._prepared(worker.job)
             return ""
         if message.kind == "validation":
@@ -503,6 +493,6 @@ def _importance(study: optuna.Study, complete: list[FrozenTrial], fields: list[F
     if len(complete) < 4 or len(fields) < 2:
         return {}
     with contextlib.suppress(RuntimeError, ValueError):  # values that do not vary
-        found = optuna.importance.get_param_importances(study, params=[field.name for field in fields])
-        return {name: round(share, 4) for name, share in found.items() if math.isfinite(share)}
+        importances = optuna.importance.get_param_importances(study, params=[field.name for field in fields])
+        return {name: round(share, 4) for name, share in importances.items() if math.isfinite(share)}
     return {}

@@ -55,8 +55,8 @@ class Worker:
     def __init__(self, place: int, dataset: str | Path, device: str, share: int) -> None:
         context = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
         self.place = place
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, dataset, device), daemon=True)
+        self.connection, child_end = context.Pipe()
+        self.process = context.Process(target=_work, args=(child_end, dataset, device), daemon=True)
         before = os.environ.get("OMP_NUM_THREADS")
         os.environ["OMP_NUM_THREADS"] = str(share)
         try:
@@ -66,7 +66,7 @@ class Worker:
                 del os.environ["OMP_NUM_THREADS"]
             else:
                 os.environ["OMP_NUM_THREADS"] = before
-        theirs.close()
+        child_end.close()
         self.job: Job | None = None
 
     def send(self, value: object) -> None:
@@ -160,7 +160,7 @@ def _tell(connection: Connection, message: Message) -> None:
 
 def _train(job: Job, dataset: Dataset, device: str, connection: Connection, inbox: queue.SimpleQueue[Any]) -> Message:
     def report(progress: Progress) -> None:
-        validated = progress.stage == "validation"
+        validated = progress.work == "validation"
         _tell(connection, Message("validation" if validated else "progress", progress))
         if validated and job.asks and not inbox.get():
             raise _StoppedError

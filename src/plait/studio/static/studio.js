@@ -209,9 +209,19 @@ function galleryPage() {
 
 // --- camera and microphone --------------------------------------------------------------------------------------
 
+// A camera or a microphone, or a sentence that says why there is none.
+async function openDevice(wanted) {
+  const texts = document.body.dataset;
+  if (!navigator.mediaDevices) throw new Error(texts.noDevice);
+  try {
+    return await navigator.mediaDevices.getUserMedia(wanted);
+  } catch (error) {
+    throw new Error(error.name === "NotAllowedError" ? texts.deviceRefused : texts.noDevice);
+  }
+}
+
 async function openCamera(video) {
-  if (!navigator.mediaDevices) throw new Error("This browser gives no camera here.");
-  video.srcObject = await navigator.mediaDevices.getUserMedia({ video: { width: 640, height: 480 } });
+  video.srcObject = await openDevice({ video: { width: 640, height: 480 } });
   video.hidden = false;
   await video.play();
 }
@@ -232,7 +242,7 @@ async function photo(video) {
 
 // Recordings are written as WAV: every model here reads it.
 async function recorder() {
-  const stream = await navigator.mediaDevices.getUserMedia({ audio: true });
+  const stream = await openDevice({ audio: true });
   const media = new MediaRecorder(stream), parts = [];
   media.addEventListener("dataavailable", (event) => parts.push(event.data));
   media.start();
@@ -389,35 +399,76 @@ function makePart(part, base) {
 }
 
 function chatPart(part, base) {
-  const messages = [];
+  const messages = [], composer = $("textarea", part), texts = part.dataset;
+  let going = null, seed = 0;
+  const button = (text, work) => {
+    const made = Object.assign(document.createElement("button"), { type: "button", className: "plain small", textContent: text });
+    made.addEventListener("click", guarded(work));
+    return made;
+  };
+  // A message of one's own is edited by going back to it; a reply is copied.
+  const line = ({ role, content }, at) => {
+    const shown = document.createElement("p");
+    shown.className = role;
+    shown.textContent = content;
+    if (role === "user") {
+      shown.append(button(texts.edit, () => {
+        going?.abort();
+        composer.value = content;
+        messages.length = at;
+        draw();
+        composer.focus();
+      }));
+    } else if (content) {
+      shown.append(button(texts.copy, () => navigator.clipboard.writeText(content)));
+    }
+    return shown;
+  };
   const draw = () => {
     const talk = $(".talk", part);
-    talk.replaceChildren(...messages.map(({ role, content }) => {
-      const line = document.createElement("p");
-      line.className = role;
-      line.textContent = content;
-      return line;
-    }));
-    $("#again").disabled = !messages.length;
+    talk.replaceChildren(...messages.map(line));
+    talk.scrollTop = talk.scrollHeight;
+    $("#again").disabled = Boolean(going) || !messages.length;
+    $("#chat-stop").hidden = !going;
   };
   const answer = guarded(async () => {
+    const asked = [...messages], reply = { role: "assistant", content: "" };
+    going = new AbortController();
+    messages.push(reply);
     draw();
-    const { text } = await (await send(`${base}/chat`, { messages })).json();
-    messages.push({ role: "assistant", content: text });
-    draw();
+    try {
+      const headers = { "content-type": "application/json" };
+      const body = JSON.stringify({ messages: asked, seed: seed++ });
+      const { body: stream } = await ask(`${base}/chat`, { method: "POST", body, headers, signal: going.signal });
+      const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+      const shown = $(".talk p:last-child", part);
+      shown.classList.add("busy");
+      for (let piece = await reader.read(); !piece.done; piece = await reader.read()) {
+        reply.content += piece.value;
+        shown.textContent = reply.content;
+      }
+      reply.content = reply.content.trim() || "…";
+    } catch (error) {
+      if (error.name !== "AbortError") { messages.pop(); throw error; }
+    } finally {
+      going = null;
+      draw();
+    }
   });
   $("form", part).addEventListener("submit", (event) => {
     event.preventDefault();
-    messages.push({ role: "user", content: event.target.elements.text.value });
+    if (going || !composer.value.trim()) return;
+    messages.push({ role: "user", content: composer.value });
     event.target.reset();
     answer();
   });
+  $("#chat-stop").addEventListener("click", () => going?.abort());
   $("textarea", part).addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); $("form", part).requestSubmit(); }
   });
   $("#again").addEventListener("click", () => {
-    if (messages.at(-1)?.role === "assistant") messages.pop();
-    answer();
+    while (messages.at(-1)?.role === "assistant") messages.pop();
+    if (messages.length && !going) answer();
   });
 }
 

@@ -1,0 +1,255 @@
+"""The studio: uploads beside a plain copy, a gallery of many photos, and a training beside `plait train` alone.
+
+    python bench/studio.py upload --photos 20000     # half the speed of a plain copy, below 1 GB, below 100 ms a step
+    python bench/studio.py training --rounds 3       # the same training alone and under the studio, in turns
+
+Photos are made on the spot: JPEGs of some 50 kB, each with bytes of its own at its end. A plain copy is the same bytes
+through the same kind of socket into one file. Scrolling is done by Chromium (Playwright), where that is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+from PIL import Image
+
+from plait.data.examples import write_example
+from plait.studio.jobs import Job, read_job, start
+from plait.studio.workspace import Workspace
+
+BATCH = 8 << 20  # bytes of small files that the page sends at once
+VARIANTS = 40
+COPY = """
+import sys, uvicorn
+async def app(scope, receive, send):
+    with open(sys.argv[1], "ab") as out:
+        while True:
+            message = await receive()
+            out.write(message.get("body", b""))
+            if not message.get("more_body"):
+                break
+    await send({"type": "http.response.start", "status": 204, "headers": []})
+    await send({"type": "http.response.body", "body": b""})
+config = uvicorn.Config(app, port=0, lifespan="off", log_level="info", access_log=False)
+uvicorn.Server(config).run()
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("upload", "training"))
+    parser.add_argument("--photos", type=int, default=20_000)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.part == "upload":
+            measure_upload(Path(folder), arguments.photos)
+        else:
+            measure_training(Path(folder), arguments.steps, arguments.rounds)
+
+
+@contextlib.contextmanager
+def server(command: list[str]) -> Iterator[tuple[psutil.Process, str]]:
+    """A server's process and the address that it prints."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    try:
+        yield (
+            psutil.Process(process.pid),
+            next(found[0] for line in process.stdout if (found := re.search(r"http://\S+", line))),
+        )
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@contextlib.contextmanager
+def studio(workspace: Path) -> Iterator[tuple[psutil.Process, str, httpx.Client]]:
+    """A studio's process, its address, and a client that opened it with its token."""
+    command = [sys.executable, "-m", "plait", "studio", str(workspace), "--no-browser"]
+    with contextlib.ExitStack() as stack:
+        process, address = stack.enter_context(server(command))
+        client = httpx.Client(base_url=address.split("/?")[0], timeout=120, follow_redirects=True)
+        stack.enter_context(client).get(address)
+        yield process, address, client
+
+
+# --- many photos --------------------------------------------------------------------------------------------------
+
+
+def photos(count: int) -> Iterator[tuple[str, bytes]]:
+    """So many photos in ten classes, by path."""
+    rng = np.random.default_rng(0)
+    made = []
+    for _ in range(VARIANTS):
+        coarse = rng.integers(0, 256, (60, 80, 3), np.uint8)
+        noise = rng.integers(0, 25, (480, 640, 3), np.uint8)
+        image = np.asarray(Image.fromarray(coarse).resize((640, 480)), np.uint8) // 2 + noise
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "JPEG", quality=75)
+        made.append(buffer.getvalue())
+    for number in range(count):
+        yield f"class {number % 10}/{number:05d}.jpg", made[number % VARIANTS] + number.to_bytes(8, "big")
+
+
+def batches(count: int) -> Iterator[bytes]:
+    """The photos as the page sends them."""
+    head: list[list[Any]] = []
+    parts: list[bytes] = []
+    size = 0
+    for name, body in photos(count):
+        if head and (size + len(body) > BATCH or len(head) >= 500):
+            yield json.dumps(head).encode() + b"\n" + b"".join(parts)
+            head, parts, size = [], [], 0
+        head.append([name, len(body)])
+        parts.append(body)
+        size += len(body)
+    yield json.dumps(head).encode() + b"\n" + b"".join(parts)
+
+
+def send_all(client: httpx.Client, path: str, count: int, process: psutil.Process) -> tuple[float, int, int]:
+    """Seconds of sending, bytes, and the server's highest memory."""
+    seconds, size, most = 0.0, 0, 0
+    for body in batches(count):
+        began = time.perf_counter()
+        client.put(path, content=body).raise_for_status()
+        seconds += time.perf_counter() - began
+        size += len(body)
+        most = max(most, process.memory_info().rss)
+    return seconds, size, most
+
+
+def measure_upload(folder: Path, count: int) -> None:
+    copier = [sys.executable, "-c", COPY, str(folder / "copy.bin")]
+    with server(copier) as (process, address), httpx.Client(base_url=address, timeout=120) as client:
+        plain, size, _ = send_all(client, "/", count, process)
+    (folder / "copy.bin").unlink()
+    with studio(folder / "studio") as (process, _, client):
+        client.post("/projects", json={"name": "photos"})
+        taken, size, most = send_all(client, "/p/photos/files", count, process)
+        print(
+            f"{count:,} photos, {size / 1e6:,.0f} MB: copied in {plain:.1f} s, uploaded in {taken:.1f} s, "
+            f"{plain / taken:.2f} of a plain copy's speed; server at most {most / 1e6:,.0f} MB"
+        )
+        look(client, process, "uploaded", "photos")
+        client.post("/projects", json={"name": "linked"})
+        files = str(folder / "studio" / "photos" / "files")
+        client.post("/p/linked/source", json={"path": files}).raise_for_status()
+        look(client, process, "by path", "linked")
+    command = [sys.executable, "-m", "plait", "studio", str(folder / "studio"), "--no-browser"]
+    with server(command) as (_, address):
+        scroll(address, "photos")
+
+
+def look(client: httpx.Client, process: psutil.Process, how: str, project: str) -> None:
+    """The time of the page of data, of a part of the gallery, and of a thumbnail that is new."""
+    figures = []
+    for path in ("data", "data", "items?offset=12000", "thumb?file=class%203/00003.jpg"):
+        began = time.perf_counter()
+        client.get(f"/p/{project}/{path}").raise_for_status()
+        figures.append(1000 * (time.perf_counter() - began))
+    print(
+        f"  {how}: page of data {figures[0]:.0f} ms, again {figures[1]:.0f}; 60 tiles {figures[2]:.0f}; a thumbnail "
+        f"{figures[3]:.0f}; server {process.memory_info().rss / 1e6:,.0f} MB"
+    )
+
+
+def scroll(address: str, project: str) -> None:
+    """Chromium scrolls the gallery by its own height: time until the next image is on the screen."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        print("  no chromium: not scrolled")
+        return
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.goto(address)
+        page.goto(f"{page.url}p/{project}/data")
+        page.wait_for_selector(".tile")
+        steps = []
+        for _ in range(60):
+            steps.append(
+                page.evaluate("""async () => {
+                const begun = performance.now();
+                scrollBy(0, 700);
+                await new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
+                return performance.now() - begun;
+            }""")
+            )
+            page.wait_for_timeout(60)
+        steps.sort()
+        print(
+            f"  a scroll step: median {steps[30]:.0f} ms, 95 % below {steps[57]:.0f} ms; "
+            f"{page.locator('.tile').count()} tiles by then"
+        )
+        browser.close()
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+def rate_of(run: Path) -> float:
+    """Steps a second between the first and the last row of the log."""
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row.get("split") == "train"]
+    return float((rows[-1]["step"] - rows[0]["step"]) / (rows[-1]["time"] - rows[0]["time"]))
+
+
+def measure_training(folder: Path, steps: int, rounds: int) -> None:
+    workspace = Workspace(folder / "studio")
+    project = workspace.create("digits")
+    write_example("digits", project.uploads)
+    data = folder / "data"
+    subprocess.run(
+        [sys.executable, "-m", "plait", "prepare", str(project.uploads), "-o", str(data)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    options = ("--steps", str(steps), "--task", "contrast")
+    ratios = []
+    for number in range(rounds):
+        alone = folder / f"alone{number}"
+        command = [sys.executable, "-m", "plait", "train", str(data), "-o", str(alone), *options]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        under = train_in_studio(workspace, project.folder, f"{number + 1}", options)
+        ratios.append(rate_of(under) / rate_of(alone))
+        print(
+            f"  alone {rate_of(alone):.2f}, under the studio with a page that looks {rate_of(under):.2f} steps a second"
+        )
+    print(f"training under the studio: {statistics.median(ratios):.3f} of the steps a second (median of {rounds})")
+
+
+def train_in_studio(workspace: Workspace, project: Path, run: str, options: tuple[str, ...]) -> Path:
+    """Train as the page does, while a page asks every second how far it is."""
+    with studio(workspace.root) as (_, _, client):
+        job = start(workspace, Job(project, run, options))
+        while job.alive:
+            client.get(f"/p/{project.name}/runs/{run}/live").raise_for_status()
+            time.sleep(1)
+    found = read_job(workspace.project(project.name), run)
+    if found is None or found.current != "done":
+        raise SystemExit(f"the run ended as {found and found.current}: {found and found.error}")
+    return project / "runs" / run
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,344 @@
+"""CLIP and SigLIP trained further on pairs of one's own: `plait train DATA --init-from CLIP`, where DATA has images
+with captions. A checkpoint is a folder of transformers', so that it loads there as it is.
+
+The order of records is a function of the seed and the step. A run that was stopped goes on from its newest checkpoint.
+Shapes: B records a step, E width of the shared space.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from plait.core.config import TrainingRecipe
+from plait.core.errors import PlaitError
+from plait.core.files import (
+    json_text,
+    link_target,
+    point,
+    publish_folder,
+    read_json,
+    sealed,
+    sha256_file,
+    write_atomic,
+    write_json,
+)
+from plait.core.rng import uniform
+from plait.core.signals import signals
+from plait.data.dataset import Dataset
+from plait.hf import hub
+from plait.hf.export import must_be_free
+from plait.hf.pretrained import Pretrained, kind_of, load_pretrained, read_image
+from plait.modalities.image_files import IMAGE
+from plait.model.checkpoint import MANIFEST
+from plait.model.objectives import PAIR_LOSSES
+from plait.training.build import label_columns
+from plait.training.tasks import find_task
+
+BATCH, EPOCHS, LEARNING_RATE, DECAY = 32, 5, 1e-5, 0.1
+WARMUP = 0.05  # share of the steps
+VALIDATIONS = 4  # of a run, each with a checkpoint
+SAVE_SECONDS = 120.0  # between checkpoints at most
+PROBED = 3  # steps whose time says how many fit into a budget of minutes
+QUERIES = 1000  # records of val at most
+HEADS = ("projection", "logit_scale", "logit_bias", "model.head.")  # what is trained where the encoders are frozen
+STATE = "optimizer.safetensors"
+DRAW = 351  # keys of `uniform`, and the next one
+
+Progress = Callable[..., None]
+
+
+def trains_pairs(dataset: Dataset, name: str) -> bool:
+    """Whether a dataset's images with captions are pairs for the model `name`, which reads both."""
+    try:
+        if kind_of(hub.find(name)) != "contrastive" or dataset.manifest.kind != "records":
+            return False
+    except PlaitError:
+        return False
+    return IMAGE.kind in dataset.columns.values() and find_task(dataset, label_columns(dataset, 2**31)) == "describe"
+
+
+@dataclass
+class Pairs:
+    """The records of a split that have an image and a text."""
+
+    dataset: Dataset
+    image: str
+    texts: list[str]  # columns
+    indices: np.ndarray  # (N,)
+
+    @classmethod
+    def of(cls, dataset: Dataset, split: str) -> Pairs:
+        """Raises PlaitError where a split of train has fewer than two."""
+        image = next(column for column, kind in dataset.columns.items() if kind == IMAGE.kind)
+        texts = [column for column, kind in dataset.columns.items() if kind == "text"]
+        indices = dataset.indices(split)
+        present = np.zeros(len(indices), bool)
+        for column in texts:
+            present |= np.concatenate(
+                [np.zeros(0, bool), *(cells.is_valid().to_numpy(False) for cells in dataset.cells(column, indices))]
+            )
+        return cls(dataset, image, texts, indices[present])
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, places: np.ndarray, draws: np.ndarray) -> tuple[list[Any], list[str]]:
+        """Images and a text of each record at these places; `draws` in [0, 1) choose among several texts."""
+        order = np.argsort(places, kind="stable")
+        images: list[Any] = [None] * len(places)
+        texts = [""] * len(places)
+        records = self.dataset.iterate(self.indices[places[order]], [self.image, *self.texts])
+        for place, record in zip(order.tolist(), records, strict=True):
+            known = [str(record.parts[column]) for column in self.texts if column in record.parts]
+            images[place] = record.parts.get(self.image)
+            texts[place] = known[int(draws[place] * len(known))]
+        kept = [i for i, value in enumerate(images) if value is not None]
+        return [read_image(images[i]) for i in kept], [texts[i] for i in kept]
+
+
+@dataclass
+class State:
+    """Where a run is."""
+
+    step: int = 0
+    steps: int = 0  # of the schedule; 0 until it is known
+    best: float = -1.0  # recall of the best checkpoint
+
+
+def train_pairs(
+    dataset: Dataset, folder: Path, name: str, facts: dict[str, Any], recipe: TrainingRecipe, device: str,
+    progress: Progress,
+) -> list[str]:  # fmt: skip
+    """Train the model `name`, or go on with the run in `folder`; what to tell of it.
+
+    Raises PlaitError for parts that cannot be frozen and too few pairs. KeyboardInterrupt and Terminated are raised
+    once the run was saved.
+    """
+    return Trainer(dataset, folder, name, facts, recipe, device, progress).run()
+
+
+class Trainer:
+    """A run that trains a model of images and texts."""
+
+    def __init__(
+        self, dataset: Dataset, folder: Path, name: str, facts: dict[str, Any], recipe: TrainingRecipe, device: str,
+        progress: Progress,
+    ) -> None:  # fmt: skip
+        self.folder, self.name, self.facts, self.recipe, self.progress = folder, name, facts, recipe, progress
+        self.train, self.val = Pairs.of(dataset, "train"), Pairs.of(dataset, "val")
+        if len(self.train) < 2:
+            raise PlaitError(f"{dataset.path} has {len(self.train)} images with texts in train; two are needed.")
+        last = folder / "checkpoints" / "last"
+        begun = (last / STATE).is_file()
+        self.model: Pretrained = load_pretrained(last if begun else hub.find(name), device, "fp32")
+        self.network: Any = self.model.model
+        self.loss = PAIR_LOSSES["sigmoid" if hasattr(self.network, "logit_bias") else "softmax"]
+        self._freeze()
+        self.batch = min(recipe.batch_size or BATCH, len(self.train))
+        self.optimizer = self._optimizer()
+        self.state = State(steps=recipe.steps or 0)
+        if begun:
+            self._restore(last)
+
+    def _freeze(self) -> None:
+        if odd := [part for part in self.recipe.freeze if part != "encoder"]:
+            raise PlaitError(f"Of {self.name} the encoders can be frozen (--freeze encoder), not {odd[0]}.")
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_(not self.recipe.freeze or any(head in name for head in HEADS))
+
+    def _optimizer(self) -> torch.optim.AdamW:
+        trained = [p for p in self.network.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": DECAY},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=1e-9, betas=(0.9, 0.98), fused=self.model.device.kind == "cpu")
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> list[str]:
+        """Train to the end of the schedule."""
+        write_atomic(self.folder / "run.json", json_text({k: v for k, v in self.facts.items() if k != "finished"}))
+        begun = saved = time.monotonic()
+        if not self.state.steps and self.recipe.minutes is None:
+            self.state.steps = max(EPOCHS * len(self.train) // self.batch, 1)
+        with signals() as received:
+            try:
+                while not self.state.steps or self.state.step < self.state.steps:
+                    with received.held():
+                        loss = self._step()
+                        self._budget(begun)
+                        now, step, steps = time.monotonic(), self.state.step, self.state.steps
+                        self.progress("train", step, steps or None, f"loss {loss:.3f}")
+                        due = bool(steps) and (step * VALIDATIONS % steps < VALIDATIONS or now - saved > SAVE_SECONDS)
+                        if due and step < steps:
+                            self._save()
+                            saved = time.monotonic()
+                    received.check()
+            except BaseException:
+                self._save()
+                raise
+            with received.held():
+                self._save()
+        write_atomic(self.folder / "run.json", json_text(self.facts | {"finished": time.time()}))
+        return [describe_pairs(read_json(self.folder / "checkpoints" / "best" / "config.json"))]
+
+    def _budget(self, begun: float) -> None:
+        """Say how many steps there are, once the first ones tell how long one takes."""
+        if not self.state.steps and self.state.step >= PROBED:
+            assert self.recipe.minutes is not None
+            each = (time.monotonic() - begun) / self.state.step
+            self.state.steps = max(int(self.recipe.minutes * 60 / each), self.state.step)
+
+    def _step(self) -> float:
+        """One batch; its loss in nats."""
+        step = self.state.step
+        draws = uniform(self.recipe.seed, DRAW + 1, step, np.arange(self.batch))
+        images, texts = self.train.read(self._places(step), draws)
+        peak = self.recipe.learning_rate or LEARNING_RATE
+        for group in self.optimizer.param_groups:
+            group["lr"] = peak * self._share(step)
+        self.network.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.model.device.autocast():
+            a, b = self._embed_images(images), self._embed_texts(texts)
+        _, number = np.unique(np.array(texts), return_inverse=True)
+        positives = torch.from_numpy(number[:, None] == number[None]).to(a.device)
+        scalars = {name: getattr(self.network, name) for name in self.loss.scalars}
+        loss = self.loss(a.float(), b.float(), positives, scalars)
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for p in self.network.parameters() if p.requires_grad], 1.0)
+        self.optimizer.step()
+        self.state.step += 1
+        return float(loss.detach())
+
+    def _places(self, step: int) -> np.ndarray:
+        """Which pairs a step has, (B,): each epoch has an order of its own, and what does not fill a batch is left."""
+        each = len(self.train) // self.batch
+        epoch, at = divmod(step, each)
+        order = np.argsort(uniform(self.recipe.seed, DRAW, epoch, np.arange(len(self.train))), kind="stable")
+        return np.asarray(order[at * self.batch : (at + 1) * self.batch])
+
+    def _share(self, step: int) -> float:
+        """Of the peak learning rate: a rise, then half a cosine."""
+        steps = max(self.state.steps, 20)
+        rise = max(WARMUP * steps, 1)
+        if step < rise:
+            return (step + 1) / rise
+        return 0.5 + 0.5 * math.cos(math.pi * min((step - rise) / max(steps - rise, 1), 1))
+
+    def _embed_images(self, images: list[Any]) -> Tensor:
+        pixels = self.model.processor(images=images, return_tensors="pt")["pixel_values"]
+        return _unit(self.network.get_image_features(pixel_values=pixels.to(self.model.device.torch)))
+
+    def _embed_texts(self, texts: list[str]) -> Tensor:
+        inputs = {key: value.to(self.model.device.torch) for key, value in self.model.text_inputs(texts).items()}
+        return _unit(self.network.get_text_features(**inputs))
+
+    # --- validation and checkpoints ---------------------------------------------------------------------------------
+
+    def _recall(self) -> float:
+        """Of val, the share of texts whose own image is among the ten nearest; 0 where val is empty."""
+        places = np.arange(min(len(self.val), QUERIES))
+        a, b = [], []
+        self.network.eval()
+        with torch.inference_mode(), self.model.device.autocast():
+            for part in np.split(places, range(BATCH, len(places), BATCH)):
+                if len(part):
+                    images, texts = self.val.read(part, np.zeros(len(part)))
+                    a.append(self._embed_images(images).float())
+                    b.append(self._embed_texts(texts).float())
+        if not a:
+            return 0.0
+        scores = torch.cat(b) @ torch.cat(a).T
+        rank = (scores > scores.diagonal()[:, None]).sum(1)
+        return float((rank < 10).float().mean())
+
+    def _save(self) -> None:
+        """A checkpoint, which becomes the last, and the best where it recalls more than those before."""
+        recall = self._recall()
+        name = f"step-{self.state.step:06d}"
+        folder = self.folder / "checkpoints" / name
+        best = recall >= self.state.best
+        self.state.best = max(self.state.best, recall)
+        told = {
+            "step": self.state.step, "steps": self.state.steps, "best": self.state.best, "seed": self.recipe.seed,
+            "init_from": self.name, "validation": {"recall@10": recall}, "records": min(len(self.val), QUERIES),
+        }  # fmt: skip
+        with publish_folder(folder) as aside, hub.quiet():
+            self.network.save_pretrained(aside)
+            self.model.processor.save_pretrained(aside)
+            self.model.tokenizer.save_pretrained(aside)
+            write_json(aside / "config.json", read_json(aside / "config.json") | {"training": told})
+            save_file(self._moments(), aside / STATE)
+            sums = {file.name: sha256_file(file) for file in sorted(aside.iterdir()) if file.is_file()}
+            write_atomic(aside / "manifest.json", json_text(sealed({"version": MANIFEST, "sha256": sums})))
+        point(self.folder / "checkpoints" / "last", name)
+        if best:
+            point(self.folder / "checkpoints" / "best", name)
+        self._clear()
+
+    def _clear(self) -> None:
+        """Delete checkpoints that are neither the best nor the last."""
+        places = self.folder / "checkpoints"
+        kept = {link_target(places / link) for link in ("best", "last")}
+        for folder in places.glob("step-*"):
+            if folder.name not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _moments(self) -> dict[str, Tensor]:
+        found = {}
+        for name, parameter in self.network.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                found[f"{key}/{name}"] = value.detach().cpu().contiguous()
+        return found
+
+    def _restore(self, folder: Path) -> None:
+        told = read_json(folder / "config.json")["training"]
+        self.state = State(told["step"], told["steps"], told["best"])
+        values = load_file(folder / STATE)
+        for name, parameter in self.network.named_parameters():
+            state = {key.partition("/")[0]: value for key, value in values.items() if key.partition("/")[2] == name}
+            if state:
+                self.optimizer.state[parameter] = {
+                    key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
+                }
+
+
+def export_pairs(checkpoint: Path, folder: Path) -> None:
+    """Write a checkpoint as transformers has such models, without the state of training. Raises PlaitError where the
+    folder is not free."""
+    must_be_free(folder)
+    with publish_folder(folder) as aside:
+        for file in sorted(checkpoint.iterdir()):
+            if file.name not in (STATE, "manifest.json"):
+                shutil.copyfile(file, aside / file.name)
+        config = read_json(aside / "config.json")
+        del config["training"]
+        write_json(aside / "config.json", config)
+
+
+def _unit(found: Any) -> Tensor:
+    vector: Tensor = getattr(found, "pooler_output", found)
+    return nn.functional.normalize(vector, dim=-1)
+
+
+def describe_pairs(config: dict[str, Any]) -> str:
+    """What a checkpoint goes by, and what it recalls, for people."""
+    told = config["training"]
+    recall = "nothing was held out"
+    if told["records"]:
+        share = told["validation"]["recall@10"]
+        recall = f"of {told['records']} texts of val {share:.1%} have their own image among the ten nearest"
+    return f"{config['model_type']} from {told['init_from']}, {told['step']} steps on images with texts; {recall}."
