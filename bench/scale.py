@@ -2,6 +2,7 @@
 
     python bench/scale.py --megabytes 200 2000
     python bench/scale.py --megabytes 200 --form jsonl --no-near-duplicates
+    python bench/scale.py --records 1000000            # short labelled texts: a start on data that were read before
 
 The text is made of paragraphs from the files of this machine (sources and documents of Python and the system), drawn
 at random, so that no two records are alike. Memory is what the processes together hold beside files that are mapped,
@@ -135,6 +136,26 @@ def measure(folder: Path, megabytes: int, options: argparse.Namespace, pool: lis
     shutil.rmtree(folder)
 
 
+def records(folder: Path, count: int) -> None:
+    """Prepare so many labelled texts, train a step, and start once more: what was read before is only mapped."""
+    python = [sys.executable, "-m", "plait"]
+    folder.mkdir(parents=True)
+    with (folder / "in.csv").open("w") as file:
+        file.write("text,label\n")
+        for number in range(count):
+            file.write(f"request {number} of {number * 7919 % count},intent {number % 50}\n")
+    cost = run([*python, "prepare", str(folder / "in.csv"), "-o", str(folder / "data"), "--no-near-duplicates"])
+    print(f"{count:,} records: prepare {cost.processor:.1f} s of processor time, {cost.memory:,.0f} MiB", flush=True)
+    alone = run([sys.executable, "-c", IMPORTS])
+    train = [*python, "train", str(folder / "data"), "-o", str(folder / "run"), "--size", "tiny", "--task", "language"]
+    for steps in (1, 2):
+        cost = run([*train, "--steps", str(steps), "--allow-changes"])
+        memory = cost.memory - alone.memory
+        print(f"  start {steps}, to the end of its first step: {cost.processor:.1f} s of processor time, "
+              f"{cost.seconds:.1f} s by the clock, {memory:,.0f} MiB beside libraries", flush=True)  # fmt: skip
+    shutil.rmtree(folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megabytes", type=int, nargs="+", default=[200])
@@ -144,7 +165,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="of training; 0 for none")
     parser.add_argument("--size", default="small", help="of the model")
     parser.add_argument("--folder", type=Path, help="where the files lie meanwhile")
+    parser.add_argument("--records", type=int, help="short labelled texts instead of files of text")
     options = parser.parse_args()
+    if options.records:
+        records(Path(tempfile.mkdtemp(prefix="plait-scale-", dir=options.folder)) / "here", options.records)
+        return
     pool = paragraphs()
     for megabytes in options.megabytes:
         measure(Path(tempfile.mkdtemp(prefix="plait-scale-", dir=options.folder)) / "here", megabytes, options, pool)

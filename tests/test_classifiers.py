@@ -14,14 +14,16 @@ import plait as package
 from plait.classifiers.classifier import Classifier, Features, load_classifiers, save_classifiers
 from plait.classifiers.linear import fit_linear
 from plait.classifiers.mixture import fit_mixture, log_softmax
-from plait.classifiers.space import measure_space
+from plait.classifiers.space import SpaceQuality, measure_space
 from plait.core.config import Recipe
 from plait.data.dataset import Dataset
 from plait.evaluation.alternatives import GramModel
-from plait.evaluation.decide import describe
+from plait.evaluation.decide import describe, describe_space
 from plait.evaluation.metrics import calibration
 from plait.evaluation.outcome import Outcome
 from plait.evaluation.verdict import make_verdict
+from plait.recommend.evaluate import HR_10
+from plait.training.expectation import expectation
 from plait.training.tasks import derive
 
 Plait = Callable[..., int]
@@ -50,7 +52,7 @@ def test_opinions_are_weighed_and_calibrated() -> None:
     assert abs(believed.mean() - right.mean()) < 0.05
     # Inputs that every opinion is unsure of are less familiar than nearly all of validation.
     flat = {name: np.full((1, 4), -100.0) for name in fresh}
-    assert mixture.ood_scores(flat)[0] == 1 and 0.3 < np.median(mixture.ood_scores(fresh)) < 0.7
+    assert mixture.ood_scores(flat)[0] > 0.99 and 0.3 < np.median(mixture.ood_scores(fresh)) < 0.7
 
 
 def test_the_likeliest_of_many_classes_is_calibrated() -> None:
@@ -146,9 +148,34 @@ def test_a_classifier_that_learnt_nothing_says_so() -> None:
     features = Features.fit("text", texts)
     linear = fit_linear(features(texts), classes, 2, 0.1, False)
     mixture = fit_mixture({"linear": linear(features(texts))}, classes)
-    for accuracy, words in ((0.52, "nothing was learnt"), (0.7, "70.0% of val right")):
+    for accuracy, words in ((0.52, "nothing was learnt"), (0.7, "70.0% of 200 held-out records right")):
         made = Classifier("x", "y", labels, features, linear, mixture, False, {"mixed": accuracy}, 0.5, 200)
         assert words in describe(made)
+
+
+@pytest.mark.parametrize("each", [1, 2, 5])
+def test_few_examples_of_each_label_are_enough_to_answer_and_to_be_measured(
+    each: int, plait: Plait, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = {"tea": "a warm cup of tea", "bus": "the late bus to town", "rain": "heavy rain all day"}
+    rows = [
+        f"{text} {n},{label}\n" for label, text in words.items() for n in ("one", "two", "three", "four", "five")[:each]
+    ]
+    (tmp_path / "few.csv").write_text("text,label\n" + "".join(rows))
+    run = tmp_path / "run"
+    assert plait("train", tmp_path / "few.csv", "-o", run, "--steps", 2) == 0
+    model = package.load(run)
+    found = model.classify("the bus comes late again")
+    assert found[0].label == "bus" and sum(one.probability for one in found) == pytest.approx(1)
+    assert not found.none_of_these  # so few records cannot say what is unlike all of them
+    capsys.readouterr()
+    assert plait("evaluate", run) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    accuracy = package.Run(run).evaluate(progress=False)["recognition/text-label/accuracy"]
+    assert accuracy.n == 3 * each  # every record, by folds
+    assert accuracy.value == (0 if each == 1 else 1)
+    assert accuracy.low is not None and accuracy.high is not None and accuracy.high - accuracy.low > 0.2
+    assert "which is what answers here" in shown or each == 1
 
 
 def write_arrows(folder: Path, count: int = 240) -> None:
@@ -178,7 +205,7 @@ def test_labelled_images_are_recognised_and_evaluated(
     assert plait("train", tmp_path / "arrows", "-o", run, "--recipe", recipe) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "Task: recognise" in told and "mirrored images mean something else" in told
-    assert "label from image:" in told and "of val right" in told
+    assert "label from image:" in told and "held-out records right" in told
     assert not (run / "codecs").exists()  # nothing is drawn
 
     model = package.load(run)
@@ -213,3 +240,41 @@ def test_the_task_is_seen_in_the_data(plait: Plait, tmp_path: Path, capsys: pyte
     assert "no column of labels" in " ".join(capsys.readouterr().err.split())
     assert plait("train", tmp_path / "pairs.data", "-o", tmp_path / "run", "--minutes", 1, "--steps", 2) == 1
     assert "exclude each other" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_cap_ends_training_before_its_steps(plait: Plait, tmp_path: Path) -> None:
+    (tmp_path / "text.csv").write_text("text\n" + "".join(f"line {i} of a text\n" for i in range(60)))
+    recipe = tmp_path / "recipe.yaml"
+    for minutes, kept in ((0.02, False), (60, True)):
+        steps = 100_000 if not kept else 5
+        recipe.write_text(f"training: {{task: language, steps: {steps}, max_minutes: {minutes}}}\n")
+        run = tmp_path / f"run-{minutes}"
+        assert plait("train", tmp_path / "text.csv", "-o", run, "--recipe", recipe) == 0
+        facts = json.loads((run / "run.json").read_text())
+        ended = (facts.get("revisions") or [facts])[-1]["steps"]
+        assert (ended == steps) is kept and ended <= steps
+
+
+def test_what_to_expect_is_of_the_most_similar_data() -> None:
+    assert "60% right" in (expectation("image", 900, 10) or "")
+    few = expectation("image", 90, 10) or ""
+    assert "far fewer" in few
+    assert "77 intents" in (expectation("text", 9000, 60) or "")
+    assert expectation("video", 100, 2) is None
+
+
+def test_guessing_among_fewer_items_than_are_named_is_always_right() -> None:
+    assert HR_10.chance(np.array([4, 4])) == 1.0
+    assert HR_10.chance(np.array([20, 100])) == pytest.approx((10 / 20 + 10 / 100) / 2)
+
+
+def test_a_text_run_that_learnt_nothing_says_so_when_it_ends(
+    plait: Plait, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (f"the {('cat', 'dog', 'cow')[i % 3]} number {i % 7} sits on the mat\n" for i in range(120))
+    (tmp_path / "text.csv").write_text("text\n" + "".join(lines))
+    for steps, told in ((1, True), (60, False)):
+        assert plait("train", tmp_path / "text.csv", "-o", tmp_path / f"run{steps}", "--steps", steps) == 0
+        assert ("Nothing was learnt" in " ".join(capsys.readouterr().out.split())) is told
+    assert "nothing was learnt" in describe_space(SpaceQuality(0.0, 0.1, 30))
+    assert "40%" in describe_space(SpaceQuality(0.4, 0.1, 30))

@@ -31,22 +31,13 @@ from plait.modalities.inputs import media_or_text
 from plait.modalities.media import MEDIA, sniff
 from plait.modalities.text import Text
 from plait.recommend.write_histories import read_histories
+from sources import lines, put
 
 Command = Callable[..., int]
 
 
 def image(n: int) -> bytes:
     return encode_png(np.random.default_rng(n).integers(0, 256, (6, 8, 3), np.uint8))
-
-
-def put(path: Path, data: bytes | str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data.encode() if isinstance(data, str) else data)
-    return path
-
-
-def lines(*rows: object) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def made(source: Path, **options: Any) -> tuple[Dataset, dict[tuple[str, int | None], str]]:

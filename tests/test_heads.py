@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import plait
-from conftest import make_image
+from conftest import make_image, tone
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from plait.hf import heads
+from plait.modalities.audio_files import decode_audio
 from test_huggingface import make_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -162,3 +163,30 @@ def test_the_best_start_is_found_told_and_taken(
         ("--start", "best", "--models", tmp_path / "nowhere"),
     ):
         assert plait("train", source, "-o", tmp_path / "bad", *bad) == 1
+
+
+def test_a_head_over_an_audio_encoder_hears_each_clip_at_two_speeds(tmp_path: Path) -> None:
+    encoder = tmp_path / "whisper"
+    torch.manual_seed(0)
+    config = transformers.WhisperConfig(
+        d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, num_mel_bins=20, vocab_size=60,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    transformers.WhisperForConditionalGeneration(config).save_pretrained(encoder)
+    transformers.WhisperFeatureExtractor(feature_size=20).save_pretrained(encoder)
+    rng = np.random.default_rng(0)
+    for n in range(48):
+        place = tmp_path / "in" / f"tone {n % 3}"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{n}.wav").write_bytes(tone(n % 3, rng))
+    run = plait.train(tmp_path / "in", tmp_path / "run", init_from=str(encoder), progress=False)
+    model = run.model()
+    assert isinstance(model, heads.HeadModel)
+    clips = [tone(n, rng) for n in range(3)]
+    assert [found[0].label for found in model.classify_inputs(clips)] == ["tone 0", "tone 1", "tone 2"]
+    both = model.encoder.features(clips)
+    width = both.shape[1] // 2
+    assert len(model.head.mean) == width and model.embed(clips).shape == (3, width)
+    wave, rate = decode_audio(clips[0])
+    assert np.allclose(model.encoder.features([(wave, round(rate * 0.85))])[0, :width], both[0, width:], atol=1e-4)

@@ -27,6 +27,7 @@ from plait.data.dataset import Dataset
 from plait.data.prepare import prepare
 from plait.modalities.audio_files import encode_wav
 from plait.modalities.image_files import decode_image, encode_png
+from sources import lines, put
 
 CORPORA = Path(__file__).parents[2] / "shared" / "corpora"
 
@@ -37,16 +38,6 @@ def make_image(n: int) -> bytes:
 
 def make_audio(n: int, seconds: float = 0.05) -> bytes:
     return encode_wav(np.random.default_rng(n).uniform(-0.5, 0.5, int(8000 * seconds)), 8000)
-
-
-def put(path: Path, data: bytes | str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data.encode() if isinstance(data, str) else data)
-    return path
-
-
-def lines(*rows: object) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def made(source: Path, out: Path, **options: Any) -> tuple[Dataset, list[dict[str, Any]]]:

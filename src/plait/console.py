@@ -95,12 +95,18 @@ def write(path: Path, data: bytes) -> None:
 
 
 def show_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print figures, by name, with their standard errors, chance and baseline, one a line."""
-    table = Table("figure", "value", "±", "chance", "baseline", "n", box=None, header_style="bold")
+    """Print figures, by name, with their 95 % intervals, chance and baseline, one a line."""
+    table = Table("figure", "value", "95 %", "chance", "baseline", "n", box=None, header_style="bold")
     for name, metric in metrics.items():
-        row = [metric[key] for key in ("value", "stderr", "chance", "baseline")]
-        shown = ["" if value is None or value != value else f"{round(value, 9):.4g}" for value in row]
-        table.add_row(plain(name), *shown, "" if metric["n"] is None else str(metric["n"]))
-    for column, least in zip(table.columns, (max(map(len, metrics), default=0), 8, 7, 6, 8, 3), strict=True):
+        value, low, high, chance, baseline = (
+            _shown(metric.get(key)) for key in ("value", "low", "high", "chance", "baseline")
+        )
+        count = "" if metric["n"] is None else f"{metric['n']:,}"
+        table.add_row(plain(name), value, f"{low} to {high}" if low else "", chance, baseline, count)
+    for column, least in zip(table.columns, (max(map(len, metrics), default=0), 6, 16, 6, 8, 3), strict=True):
         column.no_wrap, column.min_width = True, least
     out.print(table)
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None or value != value else f"{round(value, 9):.3g}"

@@ -56,6 +56,15 @@ def fourier_features(features: np.ndarray, seed: int, width: int) -> np.ndarray:
     return mapped
 
 
+def stratified_folds(classes: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """(N,) the fold of each record, below `folds`: those of each class are dealt out in turn, in a drawn order."""
+    order = np.random.default_rng(seed).permutation(len(classes))
+    order = order[np.argsort(classes[order], kind="stable")]
+    fold = np.empty(len(classes), np.int64)
+    fold[order] = np.arange(len(classes)) % folds
+    return fold
+
+
 def _by_folds(features: Any, classes: np.ndarray, count: int, seed: int) -> np.ndarray:
     """(N, count) of linear models, each fitted without the fold that it is asked of."""
     fold = np.random.default_rng(seed).permutation(len(classes)) % FOLDS

@@ -72,9 +72,10 @@ class Mixture:
         return np.asarray(sure - sum(novelty, np.zeros(1)))
 
     def ood_scores(self, scores: dict[str, np.ndarray], novelty: Sequence[np.ndarray] = ()) -> np.ndarray:
-        """(N,) in [0, 1]: the share of validation records that look more familiar."""
+        """(N,) in [0, 1): the share of validation records that look more familiar, the input counted as one of them.
+        So few records never call an input unlike all of them: of fewer than 50 none can be one in 50."""
         familiar = self.familiarity(scores, novelty)
-        return 1 - np.searchsorted(self.quantiles, familiar, side="right") / len(self.quantiles)
+        return 1 - (1 + np.searchsorted(self.quantiles, familiar, side="right")) / (1 + len(self.quantiles))
 
     def fit_quantiles(self, scores: dict[str, np.ndarray], novelty: Sequence[np.ndarray] = ()) -> None:
         """Note how familiar validation records look."""

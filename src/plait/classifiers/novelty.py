@@ -55,6 +55,18 @@ def fit_novelty(features: np.ndarray, classes: np.ndarray, held: np.ndarray) -> 
     return made
 
 
+def novelty_by_folds(features: np.ndarray, classes: np.ndarray, fold: np.ndarray) -> tuple[Novelty, np.ndarray]:
+    """Fit on all records; standardise on what is measured of each (N,) by the records of the other folds. Returns how
+    unlike these each of them looks, too."""
+    measured = np.zeros((len(classes), 2))
+    for number in np.unique(fold):
+        here = fold == number
+        rest = _subspace(np.asarray(features[~here], np.float32), classes[~here])
+        measured[here] = Novelty(rest, np.zeros(2), np.ones(2)).measures(features[here])
+    made = Novelty(_subspace(np.asarray(features, np.float32), classes), measured.mean(0), measured.std(0) + 1e-3)
+    return made, ((measured - made.centre) / made.spread).clip(-CLIP, CLIP).mean(1)
+
+
 def _subspace(features: np.ndarray, classes: np.ndarray) -> dict[str, np.ndarray]:
     mean = features.mean(0)
     centred = features - mean

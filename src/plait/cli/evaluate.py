@@ -18,6 +18,10 @@ def evaluate(
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
     limit: Annotated[int | None, typer.Option(help="Records a task, at most.")] = None,
     reference_seconds: Annotated[float, typer.Option(help="Time to train the judge of drawings and speech.")] = 15.0,
+    folds: Annotated[
+        int | None,
+        typer.Option(help="Ask about all records, in so many folds; by itself 5 below 500 records, 0 for none."),
+    ] = None,
     all_figures: Annotated[bool, typer.Option("--all", help="All figures but those of single labels.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print metrics.json.")] = False,
     labels: Annotated[
@@ -36,8 +40,8 @@ def evaluate(
         _review(run, data, column, seed, device)
         return
     evaluation = plait.evaluate(
-        run, data=data, split=split, limit=limit, reference_seconds=reference_seconds, seed=seed, device=device,
-        precision=precision, progress=True,
+        run, data=data, split=split, limit=limit, reference_seconds=reference_seconds, folds=folds, seed=seed,
+        device=device, precision=precision, progress=True,
     )  # fmt: skip
     for note in evaluation.notes:
         err.print(f"[yellow]Note:[/yellow] {plain(note)}")

@@ -55,6 +55,7 @@ class Manifest(BaseModel):
     first that have a near-duplicate in the second; `rejected` counts lines of rejects.jsonl, and `dropped` those among
     them that were left out of train for near-duplicates; `chats` are text columns that hold conversations,
     `multi_label` those that hold several labels (`record.split_labels`), `numbers` those that hold numbers to predict.
+    `own_splits` says that the source names its splits itself.
     `kind` is "records", or the name of the feature whose data it holds; `unit` says what `counts` count, and
     `parts` are further files of that feature. `notes` are for people, `split_notes` those on how the splits were
     made, `warnings` those on what may be amiss."""
@@ -75,6 +76,7 @@ class Manifest(BaseModel):
     chats: list[str] = []
     multi_label: list[str] = []
     numbers: list[str] = []
+    own_splits: bool = False
     kind: str = "records"
     unit: str = "records"
     parts: dict[str, Shard] = {}

@@ -170,6 +170,8 @@ def plan_text(tree: Tree) -> Plan | None:
                 continue
             # The customary last tenth, to the character: half of it to choose by, half of it to measure on.
             borders = {int(share * sizes[name]): part for share, part in TAILS} if single else {}
+            if single and sizes[name] <= TEXT_BYTES:  # training needs two records
+                borders = {int(sizes[name] * TAILS[0][0] / 2): "train", **borders}
             borders.pop(0, None)
             split = "train" if borders else folders.split(name)
             label = classes[name]

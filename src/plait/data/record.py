@@ -11,6 +11,10 @@ SPLITS = ("train", "val", "test")
 RESERVED = ("id", "source", "seen")  # names that no column of the user's can have
 LABEL_SEPARATOR = ";"  # between the labels of a record, where a column holds several
 
+# Names of columns that hold labels, however seldom each value stands there.
+LABEL_NAMES = ("label", "labels", "intent", "class", "category", "target", "emotion", "sentiment", "topic")
+MOST_ONCE = 200  # labels that may stand at a single record each, in a column of such a name
+
 _SPLIT_NAMES = {
     "train": "train",
     "training": "train",
@@ -57,6 +61,14 @@ def rejected(place: str, reason: str) -> Rejected:
     """The rejection of a record by its place, `file` or `file:line`."""
     file, _, line = place.rpartition(":")
     return Rejected(file, int(line), reason) if file and line.isdigit() else Rejected(place, None, reason)
+
+
+def are_labels(column: str, distinct: int, records: int, each: int) -> bool:
+    """Whether a column of short texts holds labels: `distinct` different values at `records` records, so that each
+    stands at `each` of them on average, or fewer where the column's name says that they are labels."""
+    if distinct < 2:
+        return False
+    return distinct <= records // each or (column.lower() in LABEL_NAMES and distinct <= MOST_ONCE)
 
 
 def split_name(name: str) -> str | None:

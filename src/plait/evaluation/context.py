@@ -187,6 +187,8 @@ class EvalContext:
         if (column, split) not in self._read:
             most = self.limits.training if split == "train" else self.limits.records
             order = self.shuffled(self.dataset.indices(split))
+            if not len(order):
+                return Media(order, [])
             modality, by_record, cut = self.modality(column), {}, 0
             for start in range(0, len(order), 2000):
                 # Within a chunk in the file's order, which reads each row group once.

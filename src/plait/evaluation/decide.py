@@ -8,20 +8,21 @@ place, behind the same verbs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from plait.classifiers.classifier import PORTABLE, Classifier, Features
-from plait.classifiers.linear import DENSE_STRENGTHS, STRENGTHS, choose_linear, fit_linear
+from plait.classifiers.linear import DENSE_STRENGTHS, STRENGTHS, Linear, choose_linear, fit_linear
 from plait.classifiers.mixture import Mixture, fit_mixture
 from plait.classifiers.novelty import MOST, fit_novelty
 from plait.classifiers.space import SpaceQuality, measure_space
 from plait.core.errors import PlaitError
 from plait.core.rng import uniform
 from plait.data.dataset import Dataset
+from plait.evaluation.examples import DRAW, Examples, feature_rows, read_examples
+from plait.evaluation.few_records import fit_few
 from plait.evaluation.predictors import describe_predictor, fit_predictors
 from plait.inference.model import PlaitModel, load
 from plait.inference.opinions import available, novelty_scores, opinion_scores, view_of
@@ -29,24 +30,10 @@ from plait.model.checkpoint import add_classifiers
 
 MOST_MEDIA, MOST_TEXTS = 20_000, 100_000  # training records that the linear model sees
 MOST_VALIDATION, MOST_VALIDATION_TEXTS = 1000, 3000  # records that opinions are weighed on
-FEWEST_VALIDATION = 20  # below which a fifth of train takes their place
+FEWEST_VALIDATION = 20  # below which folds take their place
+FEW = 50  # held-out records below which a small lead over guessing says nothing
 POSITIONS = 100_000  # tokens that likelihoods of validation may take, contexts and labels together
 MOST_PAIRS = 400  # of val, that say what the embedding space is worth
-DRAW = 311  # key of `uniform`
-
-
-@dataclass
-class Examples:
-    """Inputs (texts, or samples), and the class of each."""
-
-    inputs: list[Any]
-    classes: np.ndarray
-
-    def only(self, places: np.ndarray) -> Examples:
-        return Examples([self.inputs[i] for i in places], self.classes[places])
-
-    def __len__(self) -> int:
-        return len(self.inputs)
 
 
 def directions(model: PlaitModel, dataset: Dataset) -> list[tuple[str, str]]:
@@ -95,12 +82,22 @@ def finish(
             add_classifiers(model.folder.resolve(), checkpoint.classifiers, checkpoint.space, checkpoint.predictors)
     lines = [describe(one) for one in checkpoint.classifiers]
     lines += [describe_predictor(one) for one in checkpoint.predictors]
-    if checkpoint.space is not None:
-        lines.append(
-            f"Search by words: {checkpoint.space.trust:.0%} of the way from chance to perfect among ten, on val "
-            f"({checkpoint.space.n} texts); a hybrid search weighs vectors by that."
-        )
+    if checkpoint.space is not None and (checkpoint.space.trust or not lines):  # a run that recognises need not search
+        lines.append(describe_space(checkpoint.space))
     return lines
+
+
+def describe_space(space: SpaceQuality) -> str:
+    """What an embedding space is worth for searching by words."""
+    if not space.trust:
+        return (
+            f"Search by words: nothing was learnt ({space.n} texts of val find their records no more often than by "
+            "chance); search asks words alone. Train longer, give more captions, or start from a pretrained encoder."
+        )
+    return (
+        f"Search by words: {space.trust:.0%} of the way from chance to perfect among ten, on val ({space.n} texts); a "
+        "hybrid search weighs vectors by that."
+    )
 
 
 def space_quality(model: PlaitModel, dataset: Dataset, seed: int) -> SpaceQuality | None:
@@ -130,49 +127,60 @@ def space_quality(model: PlaitModel, dataset: Dataset, seed: int) -> SpaceQualit
 
 def describe(classifier: Classifier) -> str:
     """What a classifier goes by, and how right that is on validation records."""
+    if not classifier.records:
+        return (
+            f"{classifier.target} from {classifier.source}: learnt from a single record of each label, which cannot "
+            "show how right that is. Give at least two of each, better ten."
+        )
     measured = ", ".join(
         f"{name} {share:.1%}{'' if classifier.mixture.weights.get(name) else ' (not used)'}"
         for name, share in classifier.measured.items()
         if name not in ("mixed", "portable")
     )
-    mixed = classifier.measured.get("mixed", 0.0)
-    noise = 2 * (classifier.guess * (1 - classifier.guess) / max(classifier.records, 1)) ** 0.5
-    if mixed <= classifier.guess + noise:
-        return (
-            f"{classifier.target} from {classifier.source}: nothing was learnt ({mixed:.1%} of val right; always "
-            f"saying the most frequent label has {classifier.guess:.1%}). Train longer, give more records, or look at "
-            "whether inputs and labels belong together."
-        )
-    return f"{classifier.target} from {classifier.source}: {mixed:.1%} of val right (fitted there), by {measured}."
+    mixed, count = classifier.measured.get("mixed", 0.0), classifier.records
+    noise = 2 * (classifier.guess * (1 - classifier.guess) / count) ** 0.5
+    start = f"{classifier.target} from {classifier.source}: {mixed:.1%} of {count:,} held-out records right"
+    if mixed > classifier.guess + noise:
+        return f"{start}, by {measured}."
+    guessing = f"always saying the most frequent label has {classifier.guess:.1%}"
+    if mixed > classifier.guess and count < FEW:
+        return f"{start}, where {guessing}: so few cannot tell whether anything was learnt. Give more records."
+    return (
+        f"{start}: nothing was learnt ({guessing}). Train longer, give more records, or look at whether inputs and "
+        "labels belong together."
+    )
 
 
 def _fit(model: PlaitModel, dataset: Dataset, source: str, target: str, seed: int) -> Classifier | None:
+    """The classifier of one direction; None where train has a single label."""
     labels = model.labels[target]
     kind = dataset.columns[source]
     most = MOST_TEXTS if kind == "text" else MOST_MEDIA
-    train = _examples(model, dataset, source, target, "train", most, seed)
+    train = read_examples(model, dataset, source, target, "train", most, seed)
     most = MOST_VALIDATION_TEXTS if kind == "text" else MOST_VALIDATION
-    held = _examples(model, dataset, source, target, "val", most, seed)
-    if len(train) < 2 * len(labels) and len(train) < 20:
-        return None
-    fitting, independent = train, len(held) >= FEWEST_VALIDATION
-    if not independent:  # the network knows these records, so only the linear model can be weighed
-        draw = uniform(seed, DRAW, 1, np.arange(len(train))) < 0.2
-        held, fitting = train.only(np.flatnonzero(draw)), train.only(np.flatnonzero(~draw))
-    if len(np.unique(fitting.classes)) < 2 or not len(held):
+    held = read_examples(model, dataset, source, target, "val", most, seed)
+    if len(np.unique(train.classes)) < 2:
         return None
     settings = model.checkpoint.model.config.modalities.get(kind, {})
-    mirrored = bool(settings.get("flip"))
+    nothing, unweighed = Linear(np.zeros((0, 0), np.float32), np.zeros(0)), Mixture({}, {}, {}, [])
+    made = Classifier(source, target, labels, Features(kind), nothing, unweighed, bool(settings.get("flip")))
     bands = int(str(settings.get("bands", 0)))
-    features = Features.fit(kind, fitting.inputs, bands)
-    rows, classes = _rows(features, fitting, mirrored)
+    if len(held) < FEWEST_VALIDATION:
+        return fit_few(made, train + held, bands, seed)
+    _fit_weighed(model, made, train, held, bands)
+    return made
+
+
+def _fit_weighed(model: PlaitModel, classifier: Classifier, train: Examples, held: Examples, bands: int) -> None:
+    """All opinions, weighed and calibrated on val."""
+    kind, labels, mirrored = classifier.features.kind, classifier.labels, classifier.mirrored
+    classifier.features = Features.fit(kind, train.inputs, bands)
+    rows, classes = feature_rows(classifier.features, train, mirrored)
     strengths = STRENGTHS if kind == "text" else DENSE_STRENGTHS
-    held_rows = features(held.inputs)
+    held_rows = classifier.features(held.inputs)
     strength, balanced = choose_linear(rows, classes, held_rows, held.classes, len(labels), strengths)
-    linear = fit_linear(rows, classes, len(labels), strength, balanced)
-    empty = Mixture({}, {}, {}, [])
-    classifier = Classifier(source, target, labels, features, linear, empty, mirrored)
-    names = available(model.checkpoint, source, target) if independent else ["linear"]
+    classifier.linear = fit_linear(rows, classes, len(labels), strength, balanced)
+    names = available(model.checkpoint, classifier.source, classifier.target)
     weighed = _affordable(model, held, labels, kind)
     if len(weighed) < min(FEWEST_VALIDATION, len(held)):  # likelihoods of so many labels cost too much
         names, weighed = [name for name in names if name != "likelihood"], held
@@ -186,21 +194,19 @@ def _fit(model: PlaitModel, dataset: Dataset, source: str, target: str, seed: in
         _weigh(classifier, scores, held.classes)
     classifier.measured |= {name: float((one.argmax(1) == weighed.classes).mean()) for name, one in scores.items()}
     mixed = classifier.mixture.log_probabilities(scores)
-    frequent = int(np.bincount(fitting.classes).argmax())
+    frequent = int(np.bincount(train.classes).argmax())
     classifier.guess, classifier.records = float((weighed.classes == frequent).mean()), len(weighed)
     classifier.measured["mixed"] = float((mixed.argmax(1) == weighed.classes).mean())
     if kind != "text":
-        _fit_novelty(model, classifier, fitting, weighed, scores)
+        _fit_novelty(model, classifier, train, weighed, scores)
     # What was chosen on val holds; the linear model then learns from val too.
-    both = Examples(fitting.inputs + held.inputs, np.concatenate([fitting.classes, held.classes]))
+    both = train + held
     if kind == "text":
         classifier.features = Features.fit(kind, both.inputs)
-    rows, classes = _rows(classifier.features, both, mirrored)
+    rows, classes = feature_rows(classifier.features, both, mirrored)
     classifier.linear = fit_linear(rows, classes, len(labels), strength, balanced)
     if classifier.features.grams is not None:
-        pruned, classifier.linear = classifier.features.grams.pruned(classifier.linear)
-        classifier.features.grams = pruned
-    return classifier
+        classifier.features.grams, classifier.linear = classifier.features.grams.pruned(classifier.linear)
 
 
 def _weigh(classifier: Classifier, scores: dict[str, np.ndarray], truth: np.ndarray) -> None:
@@ -226,35 +232,6 @@ def _fit_novelty(
         rows = view_of(model, classifier, view, sample.inputs)
         classifier.novelty[view] = fit_novelty(rows, sample.classes, view_of(model, classifier, view, held.inputs))
     classifier.mixture.fit_quantiles(scores, novelty_scores(model, classifier, held.inputs))
-
-
-def _rows(features: Features, examples: Examples, mirrored: bool) -> tuple[Any, np.ndarray]:
-    """Features and classes to fit on; where mirrored images mean the same, these too."""
-    rows = features(examples.inputs)
-    if not mirrored:
-        return rows, examples.classes
-    other = features([value[:, ::-1] for value in examples.inputs])
-    return np.concatenate([rows, other]), np.concatenate([examples.classes] * 2)
-
-
-def _examples(
-    model: PlaitModel, dataset: Dataset, source: str, target: str, split: str, most: int, seed: int
-) -> Examples:
-    """Records of a split that have both columns, at most so many, drawn by the seed."""
-    number = {label: place for place, label in enumerate(model.labels[target])}
-    answers = dataset.texts(target)
-    indices = np.array([i for i in dataset.indices(split) if answers[i] in number], np.int64)
-    if len(indices) > most:
-        indices = np.sort(indices[np.argsort(uniform(seed, DRAW, indices), kind="stable")[:most]])
-    inputs: list[Any] = []
-    classes = []
-    for index, record in zip(indices, dataset.iterate(indices, [source]), strict=True):
-        value = record.parts.get(source)
-        if value is None:
-            continue
-        inputs.append(value if isinstance(value, str) else model.modality(source).windows(value)[0])
-        classes.append(number[answers[index]])
-    return Examples(inputs, np.array(classes, np.int64))
 
 
 def _affordable(model: PlaitModel, held: Examples, labels: list[str], kind: str) -> Examples:

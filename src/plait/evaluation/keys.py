@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-Metric: TypeAlias = dict[str, float | None]  # value, stderr, chance, baseline, n
+Metric: TypeAlias = dict[str, float | None]  # value, stderr, chance, baseline, n; low and high of the 95 % interval
 
 TIMING = "timing"  # the task of seconds and steps, which say nothing of quality
 _CLEAN = "_clean"

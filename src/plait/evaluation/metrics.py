@@ -36,11 +36,30 @@ def bootstrap(
 
 
 def mean_with_error(values: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
-    """Mean of (N,) values and its bootstrap standard error; nan for none."""
+    """Mean of (N,) values and its bootstrap standard error; nan for none. Where all are right, or all wrong, resamples
+    tell nothing: the error is that of two more of each (Agresti and Coull, 1998)."""
     values = np.asarray(values, float)
     if not len(values):
         return math.nan, math.nan
+    if (values == values[0]).all() and values[0] in (0.0, 1.0):
+        share = (values.sum() + 2) / (len(values) + 4)
+        return float(values[0]), math.sqrt(share * (1 - share) / (len(values) + 4))
     return float(values.mean()), bootstrap(lambda rows: values[rows].mean(1), len(values), seed=seed)
+
+
+Z = 1.96  # standard errors of a normal distribution that hold 95 %
+
+
+def interval(value: float, stderr: float, n: float | None, is_share: bool) -> tuple[float, float]:
+    """The 95 % interval of a figure: Wilson's for shares of 1, which never leaves [0, 1], of as many records as the
+    standard error speaks of; for others that of a normal distribution."""
+    if not is_share or not 0 <= value <= 1:
+        return value - Z * stderr, value + Z * stderr
+    spread = value * (1 - value)
+    count = spread / stderr**2 if spread > 0 and stderr > 0 else float(n or 1)
+    centre = (value + Z**2 / (2 * count)) / (1 + Z**2 / count)
+    half = Z / (1 + Z**2 / count) * math.sqrt(spread / count + Z**2 / (4 * count**2))
+    return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
 def ratio_with_error(top: np.ndarray, bottom: np.ndarray, *, seed: int = 0) -> tuple[float, float]:

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from plait.classifiers.classifier import Classifier
+from plait.data.record import SPLITS
 from plait.evaluation import metrics
 from plait.evaluation.alternatives import MOST, alternative_name, fit_alternative, paired_error
 from plait.evaluation.context import EvalContext, Media
 from plait.evaluation.findings import Confusion, Gallery, GalleryKind, Reliability, ReportItem
+from plait.evaluation.folds import OutOfFold
 from plait.evaluation.keys import Direction
 from plait.evaluation.outcome import Outcome
 from plait.inference.opinions import opinion_scores
@@ -40,6 +42,7 @@ class Recognised:
         truth, predicted: Places in `names`, (N,).
         scores: Log-probabilities (N, labels).
         chance: The share that is right where train's most frequent label is always said; None without training records.
+        by_folds: Whether all records are asked about, each by a model that has not learnt it.
     """
 
     source: str
@@ -52,6 +55,7 @@ class Recognised:
     predicted: np.ndarray
     scores: np.ndarray
     chance: float | None
+    by_folds: bool = False
 
     @property
     def direction(self) -> Direction:
@@ -72,12 +76,19 @@ class SimpleAnswers:
     name: str
 
 
-def evaluate_recognition(eval_context: EvalContext, source: str, target: str) -> None:
+def evaluate_recognition(
+    eval_context: EvalContext, source: str, target: str, out_of_fold: OutOfFold | None = None
+) -> None:
     """Which of the labels is likeliest: by likelihood, and by nearness in the embedding space."""
-    recognised = _recognised(eval_context, source, target)
-    if recognised is None:
-        return
-    simple = _simple_answers(eval_context, recognised)
+    simple: SimpleAnswers | None
+    if out_of_fold is not None:
+        recognised = _recognised_by_folds(eval_context, source, target, out_of_fold)
+        simple = SimpleAnswers(out_of_fold.simple, alternative_name(eval_context.columns[source]))
+    else:
+        held_out = _recognised(eval_context, source, target)
+        if held_out is None:
+            return
+        recognised, simple = held_out, _simple_answers(eval_context, held_out)
     plain = metrics.classification(recognised.truth, simple.predicted, len(recognised.names)) if simple else None
     result = metrics.classification(recognised.truth, recognised.predicted, len(recognised.names))
     _keep_accuracy(eval_context, recognised, simple, plain.accuracy if plain else None)
@@ -115,6 +126,32 @@ def _recognised(eval_context: EvalContext, source: str, target: str) -> Recognis
     return Recognised(source, target, media, train, labels, names, truth, scores.argmax(1), scores, chance)
 
 
+def _recognised_by_folds(eval_context: EvalContext, source: str, target: str, by: OutOfFold) -> Recognised:
+    """The answers for all records, each by a model that has not learnt it."""
+    labels = eval_context.labels[target]
+    if source in eval_context.media_columns:
+        parts = [eval_context.samples(source, split) for split in SPLITS]
+        media = Media(
+            np.concatenate([part.indices for part in parts]), [sample for part in parts for sample in part.samples]
+        )
+    else:
+        media = Media(by.indices, [np.empty(0)] * len(by.indices))
+    media = media.only(np.isin(media.indices, by.indices))
+    number = {name: i for i, name in enumerate(labels)}
+    truth = np.array([number[eval_context.texts[target][i]] for i in media.indices])
+    counts = np.bincount(truth)
+    how = (
+        f"{by.folds} runs in a share of the time, each asked about what it has not learnt: rather too low than too high"
+        if by.trained
+        else f"{by.folds} folds; what answers, a linear model, learnt from the others each time"
+    )
+    eval_context.note(f"{source}-{target}: all {len(truth)} labelled records are asked about once, by {how}.")
+    return Recognised(
+        source, target, media, eval_context.pairs(source, target, "train"), labels, labels, truth,
+        by.scores.argmax(1), by.scores, float(counts.max() / counts.sum()), by_folds=True,
+    )  # fmt: skip
+
+
 def _simple_answers(eval_context: EvalContext, recognised: Recognised) -> SimpleAnswers | None:
     """The better of the simple alternatives; None where train has a single label and there is no judge."""
     source, target = recognised.source, recognised.target
@@ -149,12 +186,13 @@ def _keep_accuracy(
             "recognition", f"{recognised.target} from {recognised.source}", "right", value, error, n, recognised.chance,
             simple.name if simple else None, baseline,
             paired_error(right, simple.predicted == truth) if simple else None,
+            is_alternative=bool(simple and np.array_equal(simple.predicted, predicted)),
             confused=[(names[a], names[b]) for (a, b), _ in wrong.most_common(3)],
         )
     )  # fmt: skip
     chance = recognised.chance
     eval_context.keep("recognition", direction, "accuracy", value, stderr=error, n=n, chance=chance, baseline=baseline)
-    clean = eval_context.clean(recognised.media.indices)
+    clean = None if recognised.by_folds else eval_context.clean(recognised.media.indices)
     if clean is not None:
         value, error = metrics.mean_with_error(right[clean], seed=seed)
         eval_context.keep("recognition", direction, "accuracy", value, stderr=error, n=int(clean.sum()), clean=True)
@@ -169,7 +207,8 @@ def _keep_accuracy(
         )
         value, error = metrics.mean_with_error(learnt, seed=seed)
         eval_context.keep("recognition", direction, "train_accuracy", value, stderr=error, n=len(train))
-    if eval_context.model.checkpoint.model.config.embed_dim and recognised.source in eval_context.media_columns:
+    embeds = eval_context.model.checkpoint.model.config.embed_dim and not recognised.by_folds
+    if embeds and recognised.source in eval_context.media_columns:
         places = eval_context.embedded(recognised.source, recognised.media)
         texts = [eval_context.text_sequence(label) for label in recognised.labels]
         near = places @ eval_context.model.embed_sequences(texts).T

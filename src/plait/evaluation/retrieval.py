@@ -11,6 +11,7 @@ from plait.evaluation import metrics
 from plait.evaluation.context import EvalContext, Media
 from plait.evaluation.findings import Gallery, GalleryKind
 from plait.evaluation.keys import Direction
+from plait.evaluation.outcome import Outcome
 
 SHOWN_QUERIES = 3
 
@@ -25,6 +26,7 @@ class Cutoff:
 
 
 CUTOFFS = (Cutoff("r_at_1", 1), Cutoff("r_at_5", 5), Cutoff("r_at_10", 10), Cutoff("p_at_10", 10, recall=False))
+VERDICT = CUTOFFS[2]  # by which it is said whether a search by words has learnt anything
 
 
 @dataclass
@@ -112,6 +114,8 @@ def _search(
     eval_context: EvalContext, direction: Direction, asked: Embedded, gallery: Embedded, relevance: Relevance
 ) -> None:
     """Recall and precision at some depths, and some queries for the report."""
+    if len(gallery.records) < 2:  # what is found of one is always right
+        return
     chosen, target = _queries(eval_context, direction.source, asked, relevance), direction.target
     chosen = chosen[relevance.of(asked.records[chosen], gallery.records, target).any(1)]
     if not len(chosen):
@@ -157,3 +161,8 @@ def _keep(
         eval_context.keep(
             "retrieval", direction, cutoff.metric, value, stderr=error, chance=blind, baseline=blind, n=len(queries)
         )
+        if cutoff == VERDICT and direction.source in eval_context.text_columns:
+            subject = f"{direction.target} by {direction.source}, among {size:,}"
+            eval_context.findings.outcomes.append(
+                Outcome("retrieval", subject, "found among the first ten", value, error, len(queries), blind)
+            )

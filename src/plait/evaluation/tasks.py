@@ -10,6 +10,7 @@ from plait.data.dataset import Dataset
 from plait.evaluation.answers import evaluate_predictors
 from plait.evaluation.context import EVALUATIONS, RECORD_EVALUATIONS, EvalContext, Limits, Progress, Timer
 from plait.evaluation.findings import Findings
+from plait.evaluation.folds import OutOfFold
 from plait.evaluation.generative import evaluate_codec, evaluate_making
 from plait.evaluation.keys import Metrics
 from plait.evaluation.language import evaluate_language
@@ -33,6 +34,7 @@ def evaluate(
     limits: Limits | None = None,
     reference_seconds: float = 15.0,
     progress: Progress | None = None,
+    out_of_fold: dict[tuple[str, str], OutOfFold] | None = None,
 ) -> tuple[Metrics, Findings]:
     """Measure a model on a split of a dataset; all columns that both have, in every direction.
 
@@ -45,6 +47,7 @@ def evaluate(
         limits: The same, for each kind of task.
         reference_seconds: What the judge of one media column gets, which is also the baseline of recognition.
         progress: Is told the stage, what is done and what there is to do.
+        out_of_fold: Directions (source, target) that are measured by folds, on all records.
 
     Returns:
         The figures (`write_metrics` and `write_report` take them), and what the report shows beside them.
@@ -56,7 +59,8 @@ def evaluate(
         measure = EVALUATIONS.by_feature()[dataset.manifest.kind]
         most = limit or (limits.records if limits else None)
         return measure(model, dataset, split, seed=seed, limit=most, progress=progress)
-    if not len(dataset.indices(split)):
+    out_of_fold = out_of_fold or {}
+    if not len(dataset.indices(split)) and not out_of_fold:
         others = [name for name in ("test", "val", "train") if len(dataset.indices(name))]
         raise PlaitError(
             f"{dataset.path} has no records in {split}. Evaluate with --split {' or '.join(others)}, or add data."
@@ -64,7 +68,7 @@ def evaluate(
     limits = _limits(limits, limit)
     eval_context = EvalContext(model, dataset, split, seed, limits, reference_seconds, progress)
     whole, timer = Timer(eval_context), Timer(eval_context)
-    _evaluate_answers(eval_context, timer)
+    _evaluate_answers(eval_context, timer, out_of_fold)
     _evaluate_texts(eval_context, timer)
     if eval_context.media_columns and model.checkpoint.model.config.embed_dim:
         evaluate_retrieval(eval_context)
@@ -99,7 +103,7 @@ def _answered(eval_context: EvalContext) -> set[str]:
     return {predictor.target for predictor in eval_context.model.checkpoint.predictors}
 
 
-def _evaluate_answers(eval_context: EvalContext, timer: Timer) -> None:
+def _evaluate_answers(eval_context: EvalContext, timer: Timer, out_of_fold: dict[tuple[str, str], OutOfFold]) -> None:
     """Labels, several labels and numbers."""
     directions = [
         (source, target)
@@ -107,7 +111,7 @@ def _evaluate_answers(eval_context: EvalContext, timer: Timer) -> None:
         if source in _sources(eval_context) and target in eval_context.written and source != target
     ]
     for source, target in directions:
-        evaluate_recognition(eval_context, source, target)
+        evaluate_recognition(eval_context, source, target, out_of_fold.get((source, target)))
     evaluate_predictors(eval_context)
     if directions or _answered(eval_context):
         timer.lap("recognition")

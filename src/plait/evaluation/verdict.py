@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 
 from plait.evaluation.findings import Verdict
+from plait.evaluation.metrics import interval
 from plait.evaluation.outcome import Outcome
+
+FEWEST = 50  # records below which more of them help before anything else
+FEW = 200  # records below which a verdict shows the 95 % interval in place of a standard error
 
 
 def make_verdict(outcomes: list[Outcome]) -> Verdict | None:
@@ -18,10 +22,14 @@ def make_verdict(outcomes: list[Outcome]) -> Verdict | None:
         guess = _number(outcome, outcome.guess)
         sentence = f"Nothing was learnt: {_figure(outcome)}, where guessing has {guess}{_of(outcome)}."
         step = "train longer (--minutes), or look at whether inputs and answers of the data belong together."
+        if outcome.n < FEWEST:
+            step = f"more records: {outcome.n} tell little; then look at whether inputs and answers belong together."
         return Verdict(sentence, step, outcome.better, learnt=False)
     sentence = f"{_figure(outcome)}{_of(outcome)}"
     if outcome.alternative is None or outcome.alternative_value is None:
         return Verdict(f"{sentence}.", _next(outcome))
+    if outcome.is_alternative:
+        return Verdict(f"{sentence}, by {outcome.alternative}, which is what answers here.", _next(outcome))
     other = f"{_number(outcome, outcome.alternative_value)} of {outcome.alternative}"
     if outcome.better is None:
         comparison = f", against {other}: these records cannot tell them apart"
@@ -40,6 +48,9 @@ def _figure(outcome: Outcome) -> str:
     error = ""
     if outcome.stderr is not None and not math.isnan(outcome.stderr):
         error = f" ± {outcome.stderr * 100:.1f}" if outcome.share else f" ± {outcome.stderr:.2g}"
+        if outcome.share and outcome.n < FEW:
+            low, high = interval(outcome.value, outcome.stderr, outcome.n, is_share=True)
+            error = f" ({low:.0%} to {high:.0%})"
     return f"{_number(outcome, outcome.value)}{error} {outcome.figure}"
 
 

@@ -189,8 +189,22 @@ class ClassifierGraph(nn.Module):
                 for name, value in scores.items()
             ]
         ).sum(0)
-        known = (self.get_buffer("quantiles")[None] <= familiar[:, None]).float().mean(1)
-        return total.softmax(1), 1 - known
+        quantiles = self.get_buffer("quantiles")
+        known = (quantiles[None] <= familiar[:, None]).float().sum(1)
+        return self._calibrated(total.softmax(1)), 1 - (1 + known) / (1 + len(quantiles))
+
+    def _calibrated(self, chances: Tensor) -> Tensor:
+        """Probabilities (1, L) whose likeliest class is calibrated on its own, as `Mixture.log_probabilities` does."""
+        if (self.mixture.slope, self.mixture.offset) == (1.0, 0.0):
+            return chances
+        top = chances.amax(1, keepdim=True)
+        first = torch.nn.functional.one_hot(chances.argmax(1), chances.shape[1]).to(chances.dtype)
+        others = chances * (1 - first)
+        rest = others.sum(1, keepdim=True).clamp_min(1e-30)
+        wanted = (self.mixture.slope * (top.log() - rest.log()) + self.mixture.offset).sigmoid()
+        second = others.amax(1, keepdim=True)
+        wanted = torch.maximum(wanted, second / (rest + second))
+        return others * ((1 - wanted) / rest) + first * wanted
 
     def _views(self, *inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
         """What is looked at, with lengths: images and where they mean the same their mirrored ones, or log-mel."""

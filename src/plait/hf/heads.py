@@ -28,27 +28,31 @@ from plait.core.files import json_text, point, publish_folder, read_json, sealed
 from plait.core.interruption import pause_point
 from plait.core.rng import uniform
 from plait.data.dataset import Dataset
+from plait.data.record import LABEL_NAMES
 from plait.hf import hub, huggingface
 from plait.hf.encoders import describe
 from plait.hf.pretrained import Pretrained, load_pretrained
 from plait.inference.base import Model, Verb
 from plait.inference.results import Prediction, Predictions
+from plait.modalities.audio_files import decode_audio
 from plait.modalities.base import ENCODER_SOURCES, MediaModality
-from plait.modalities.inputs import medium_of
+from plait.modalities.inputs import as_audio, medium_of
 from plait.modalities.registry import MODALITIES, SETTINGS
 from plait.model.adapted import weight_sums
 from plait.model.checkpoint import MANIFEST, verify
 from plait.training.build import fit_settings, label_columns
 
 TYPE = "plait-head"  # model_type in config.json
-VERSION = 1
+VERSION = 2
 CONFIG, ARRAYS = "config.json", "head.safetensors"
 STRENGTHS = {"text": (1.0, 3.0, 10.0, 30.0, 100.0), "image": (1e-3, 1e-2, 1e-1), "audio": (1e-3, 1e-2, 1e-1)}
+# How fast a clip is heard, each a view of it that the head learns and whose scores are averaged: slower and lower, it
+# sounds like another speaker (docs/benchmarks/quality.md).
+SPEEDS = {"audio": (1.0, 0.85)}
 FEW = 20  # records of val below which folds of train say which strength is best
 FOLDS = 5
 BATCH = 32  # media at a time
 UNLIKE = 0.995  # share of validation records that must look more familiar than an input that is none of the labels
-NAMES = ("label", "labels", "intent", "class", "category", "target", "emotion")  # of a column of labels
 DRAW = 341  # key of `uniform`
 
 Progress = Callable[[str, int, int], None]
@@ -62,16 +66,17 @@ class Encoder(Protocol):
 
     kind: str
     settings: dict[str, Any]  # what is needed to build it again, beside the encoder's own files
+    views: int  # of each input, V
 
     def features(self, values: Sequence[Any]) -> np.ndarray:
-        """(N, F) float32."""
+        """(N, V F) float32, the features of each view one after the other."""
         ...
 
 
 class TextEncoder:
     """Embeddings of unit length, as sentence-transformers has them."""
 
-    kind = "text"
+    kind, views = "text", 1
 
     def __init__(self, folder: Path, device: Device) -> None:
         """Raises PlaitError where the folder holds no text encoder."""
@@ -89,22 +94,32 @@ class MediaEncoder:
 
     def __init__(self, kind: str, folder: Path, settings: dict[str, Any], device: Device) -> None:
         self.kind, self.settings, self.device = kind, settings, device
+        self.speeds = SPEEDS.get(kind, (1.0,))
+        self.views = len(self.speeds)
         modality: Any = MODALITIES[kind](SETTINGS[kind].model_validate({**settings, "encoder": f"hf:{folder}"}), 8)
         ENCODER_SOURCES.one().fill(modality)
         self.modality: MediaModality = modality.eval().to(device.torch)
 
     def features(self, values: Sequence[Any]) -> np.ndarray:
+        return np.concatenate([self._view(values, speed) for speed in self.speeds], 1)
+
+    def _view(self, values: Sequence[Any], speed: float) -> np.ndarray:
         rows = []
         for start in range(0, len(values), BATCH):
             pause_point()
-            samples = [self._sample(value) for value in values[start : start + BATCH]]
+            samples = [self._sample(value, speed) for value in values[start : start + BATCH]]
             inputs, lengths = self.modality.batch(samples)
             with torch.inference_mode(), self.device.autocast():
                 rows.append(self._pooled(inputs.to(self.device.torch), lengths.to(self.device.torch)).float().cpu())
         return torch.cat(rows).numpy() if rows else np.zeros((0, 0), np.float32)
 
-    def _sample(self, value: Any) -> np.ndarray:
-        return self.modality.windows(value)[0] if not isinstance(value, np.ndarray) else value
+    def _sample(self, value: Any, speed: float) -> np.ndarray:
+        if isinstance(value, np.ndarray):
+            return value
+        if speed != 1.0:
+            wave, rate = as_audio(value) or decode_audio(value)
+            value = wave, round(rate * speed)
+        return self.modality.windows(value)[0]
 
     def _pooled(self, values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         encoder: Any = self.modality.encoder
@@ -144,7 +159,8 @@ def is_encoder(name_or_folder: str | Path) -> bool:
 
 @dataclass
 class Head:
-    """Log-probabilities of labels from features: softmax((x - mean) / scale @ weights + bias), times `heat`."""
+    """Log-probabilities of labels from features: softmax((x - mean) / scale @ weights + bias), times `heat`, of scores
+    averaged over the views of an input. Features are (N, V F)."""
 
     labels: list[str]
     weights: np.ndarray  # (F, C)
@@ -157,14 +173,19 @@ class Head:
 
     def log_probabilities(self, features: np.ndarray) -> np.ndarray:
         """(N, C), in nats."""
-        return log_softmax(self.heat * self._scores((features - self.mean) / self.scale))
+        return log_softmax(self.heat * self.scores(self.standard(features)))
 
-    def _scores(self, rows: np.ndarray) -> np.ndarray:
-        return np.asarray(rows @ self.weights + self.bias, np.float64)
+    def standard(self, features: np.ndarray) -> np.ndarray:
+        """(N, V, F), each feature of mean 0 and spread 1 over train."""
+        return np.asarray((features.reshape(len(features), -1, len(self.mean)) - self.mean) / self.scale)
+
+    def scores(self, rows: np.ndarray) -> np.ndarray:
+        """(N, C) of standardised views (N, V, F)."""
+        return np.asarray((rows @ self.weights + self.bias).mean(1), np.float64)
 
     def unlike(self, features: np.ndarray) -> np.ndarray:
         """(N,), the share of validation records that look more familiar."""
-        near = nearness((features - self.mean) / self.scale, self.centres)
+        near = nearness(self.standard(features)[:, 0], self.centres)
         return 1 - np.searchsorted(self.familiar, near) / max(len(self.familiar), 1)
 
 
@@ -184,19 +205,22 @@ class Examples:
 
 
 def fit_head(
-    labels: list[str], train: Examples, val: Examples, kind: str, names: np.ndarray | None, seed: int
+    labels: list[str], train: Examples, val: Examples, kind: str, names: np.ndarray | None, seed: int, views: int = 1
 ) -> tuple[Head, dict[str, float]]:
     """A head, and how right it is on records that it has not seen: those of val, or where these are few, folds.
 
     `names` (C, F) are embeddings of the labels' own texts, which count as one more record of each.
     """
-    if kind == "text":
-        mean, scale = np.zeros(train.features.shape[1]), np.ones(train.features.shape[1])
-    else:
-        mean, scale = train.features.mean(0), train.features.std(0) + 1e-3
-    rows, held = (train.features - mean) / scale, (val.features - mean) / scale if len(val.classes) else val.features
+    width = train.features.shape[1] // views
+    mean, scale = np.zeros(width), np.ones(width)
+    if kind != "text":
+        flat = train.features.reshape(-1, width)
+        mean, scale = flat.mean(0), flat.std(0) + 1e-3
+    rows, held = ((part.features.reshape(-1, views, width) - mean) / scale for part in (train, val))
 
     def fitted(x: np.ndarray, y: np.ndarray, strength: float) -> Head:
+        """Of views (N, V, F) and classes (N,)."""
+        x, y = x.reshape(-1, width), y.repeat(views)
         if names is not None:
             x, y = np.concatenate((x, names)), np.concatenate((y, np.arange(len(labels))))
         weights, bias = _regression(x, y, len(labels), strength)
@@ -205,7 +229,7 @@ def fit_head(
     unseen: dict[float, tuple[np.ndarray, np.ndarray]] = {}  # strength -> scores and truth
     for strength in STRENGTHS[kind]:
         if len(val.classes) >= FEW:
-            unseen[strength] = fitted(rows, train.classes, strength)._scores(held), val.classes
+            unseen[strength] = fitted(rows, train.classes, strength).scores(held), val.classes
         else:
             unseen[strength] = _by_folds(fitted, rows, train.classes, strength, len(labels), seed)
     best, heat, measured = _best(unseen, len(labels))
@@ -215,8 +239,8 @@ def fit_head(
     head = fitted(all_rows, all_classes, best)
     head.heat = heat
     one_hot = np.eye(len(labels), dtype=np.float32)[all_classes]
-    head.centres = (one_hot.T @ all_rows) / np.maximum(one_hot.sum(0), 1)[:, None]
-    head.familiar = np.sort(nearness(held if len(val.classes) >= FEW else rows, head.centres))
+    head.centres = (one_hot.T @ all_rows[:, 0]) / np.maximum(one_hot.sum(0), 1)[:, None]
+    head.familiar = np.sort(nearness((held if len(val.classes) >= FEW else rows)[:, 0], head.centres))
     return head, measured | {"strength": best}
 
 
@@ -251,7 +275,7 @@ def _by_folds(
         other = fold != number
         if other.all() or len(np.unique(classes[other])) < 2:
             continue
-        scores[~other] = fitted(rows[other], classes[other], strength)._scores(rows[~other])
+        scores[~other] = fitted(rows[other], classes[other], strength).scores(rows[~other])
     return scores, classes
 
 
@@ -276,7 +300,7 @@ def columns_of(dataset: Dataset) -> tuple[str, str]:
     """(what is read, the column of labels). Raises PlaitError where there are no labels."""
     media = [column for column, kind in dataset.columns.items() if kind != "text"]
     texts = [column for column, kind in dataset.columns.items() if kind == "text"]
-    labels = list(label_columns(dataset, 2**31)) or [column for column in texts if column.lower() in NAMES]
+    labels = list(label_columns(dataset, 2**31)) or [column for column in texts if column.lower() in LABEL_NAMES]
     sources = media or [column for column in texts if column not in labels]
     if not labels or not sources:
         raise PlaitError(
@@ -309,7 +333,7 @@ def train_head(
     if kind == "text" and sum(label.replace("_", "").isdigit() for label in labels) < len(labels) / 2:
         names = encoder.features([label.replace("_", " ") for label in labels])
     progress("head", 0, 1)
-    head, measured = fit_head(labels, train, val, kind, names, seed)
+    head, measured = fit_head(labels, train, val, kind, names, seed, encoder.views)
     progress("head", 1, 1)
     where = str(Path(name).expanduser().resolve()) if Path(name).expanduser().exists() else name
     config = {
@@ -369,7 +393,7 @@ def _examples(
                 progress(f"features of {split}", done + 1, len(indices))
     if stored is None:
         flush()
-        stored = np.concatenate(rows) if rows else np.zeros((0, 1), np.float32)
+        stored = np.concatenate(rows) if rows else np.zeros((0, encoder.views), np.float32)
         kept.put(split, stored)
     progress(f"features of {split}", len(indices), len(indices))
     return Examples(stored, np.array(classes, np.int64))
@@ -473,6 +497,7 @@ class HeadModel(Model):
         if prompt is not None:
             raise PlaitError(f"{self.name} has no prompts. Leave --prompt out.")
         rows = self.encoder.features([medium_of(value) for value in inputs])
+        rows = rows[:, : rows.shape[1] // self.encoder.views]
         return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9), np.float32)
 
     def classify_inputs(

@@ -51,12 +51,13 @@ class Matcher:
         self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, self.size // 32 * 4 + 4 * (self.size % 32 > 0))
 
 
-def allowed_ids(matchers: Sequence[Matcher], size: int) -> np.ndarray:
-    """Which of the first `size` ids may come next in each sample, (B, size) bool."""
+def forbidden_ids(matchers: Sequence[Matcher], size: int) -> np.ndarray:
+    """Which of the first `size` ids may not come next in each sample, (B, size) bool."""
     bits = np.zeros((len(matchers), -(-max(size, *(m.size for m in matchers)) // 32)), np.int32)
     for row, matcher in zip(bits, matchers, strict=True):
         matcher.fill(row)
-    return np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little")[:, :size].astype(bool)
+    np.invert(bits, out=bits)
+    return np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little")[:, :size].view(bool)
 
 
 class TextConstraint:

@@ -19,7 +19,7 @@ from plait.core.device import Device, matmul_precision
 from plait.core.errors import ContextLengthError, PlaitError
 from plait.core.interruption import Interrupted, pause_point
 from plait.core.rng import uniform
-from plait.inference.constrained import allowed_ids
+from plait.inference.constrained import forbidden_ids
 from plait.inference.decoder import Decoder
 from plait.inference.grammar import Span, spans
 from plait.inference.requests import Completion, Delta, Request, Result, TopIds
@@ -506,8 +506,8 @@ class Engine:
     def _constrained(self, group: _Group, logits: Tensor) -> Tensor:
         """The logits (B, V) with what the samples' constraints forbid taken out."""
         matchers = [group.samples[i].matcher for i in group.constrained]
-        allowed = allowed_ids([matcher for matcher in matchers if matcher is not None], logits.shape[1])
-        forbidden = torch.from_numpy(~allowed).to(logits.device)
+        held = forbidden_ids([matcher for matcher in matchers if matcher is not None], logits.shape[1])
+        forbidden = torch.from_numpy(held).to(logits.device)
         if len(group.constrained) == len(logits):
             return logits.masked_fill(forbidden, LOWEST)
         rows = torch.tensor(group.constrained, device=logits.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,12 +14,14 @@ from plait.core.frames import data_frame, html_table
 from plait.core.progress import ProgressBar
 from plait.data.dataset import Dataset
 from plait.evaluation.findings import Findings
-from plait.evaluation.keys import Direction, MetricKey, Metrics
+from plait.evaluation.keys import TIMING, Direction, MetricKey, Metrics
+from plait.evaluation.metrics import interval
 from plait.library.runs import Run
 from plait.reports.metric_labels import metric_labels
 from plait.reports.report import read_run, write_metrics, write_report
 
 if TYPE_CHECKING:
+    from plait.evaluation.folds import OutOfFold
     from plait.evaluation.label_review import LabelReview
 
 
@@ -31,6 +34,7 @@ class Metric(NamedTuple):
         chance: what guessing would have.
         baseline: what the simple alternative has.
         n: records that it is of.
+        low, high: its 95 % interval; None where there is no standard error.
     """
 
     value: float | None
@@ -38,6 +42,8 @@ class Metric(NamedTuple):
     chance: float | None
     baseline: float | None
     n: int | None
+    low: float | None = None
+    high: float | None = None
 
     def __float__(self) -> float:
         return float("nan") if self.value is None else float(self.value)
@@ -121,6 +127,7 @@ def evaluate(
     split: str = "test",
     limit: int | None = None,
     reference_seconds: float = 15.0,
+    folds: int | None = None,
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
@@ -134,6 +141,9 @@ def evaluate(
         split: train, val or test.
         limit: records a task, at most.
         reference_seconds: time to train the classifier that judges drawings and speech.
+        folds: measure what recognises labels on all records, each asked about by a model that has not learnt it, in so
+            many folds; networks take a third of the run's minutes for that. If left out, 5 where fewer than 500
+            records have labels and the data name no splits themselves; 0 for none.
         seed: of samples and of what is written.
         device: auto, cpu, cuda or mps.
         precision: as in `plait.load`.
@@ -144,27 +154,47 @@ def evaluate(
 
     Raises PlaitError where the split is empty, the dataset is not there or its columns are not the model's.
     """
+    from plait.evaluation.folds import by_folds
     from plait.evaluation.heads import measure_head
     from plait.hf.heads import HeadModel
     from plait.inference.model import load
 
     folder = run.folder if isinstance(run, Run) else Path(run).expanduser()
+    own = data is None and split == "test"
+    if folds is not None and (folds < 0 or folds == 1):
+        raise PlaitError(f"folds is {folds}: it must be at least 2, or 0 for none.")
+    if folds and not own:
+        raise PlaitError("Folds are made of all records of the run's own data: leave --split and --data out.")
     if data is None:
         data = Run(folder).dataset_path
     dataset = data if isinstance(data, Dataset) else Dataset.open(data)
     loaded = load(folder, device, precision)
     if isinstance(loaded, HeadModel):
         metrics = measure_head(loaded, dataset, split, limit)
+        add_intervals(metrics)
         write_metrics(folder / "metrics.json", metrics)
         return Evaluation(folder, split, metrics, Findings())
     model = loaded.plait_model
     if model is None:
         raise PlaitError(f"{folder} is no model that plait trained; evaluation needs a run.")
     with ProgressBar(progress) as bar:
-        metrics, findings = _measure(model, dataset, split, limit, reference_seconds, seed, bar)
+        found = by_folds(model, dataset, folder, folds, seed, device, bar) if own and folds != 0 else {}
+        metrics, findings = _measure(model, dataset, split, limit, reference_seconds, seed, bar, found)
+    add_intervals(metrics)
     write_metrics(folder / "metrics.json", metrics)
     write_report(folder / "report.html", metrics, findings, read_run(folder, dataset.path))
     return Evaluation(folder, split, metrics, findings)
+
+
+PLAIN = ("language", "codec", TIMING)  # tasks whose figures are no shares of 1
+
+
+def add_intervals(metrics: Metrics) -> None:
+    """The 95 % interval of every figure that has a standard error."""
+    for key, metric in metrics.items():
+        value, error = metric.get("value"), metric.get("stderr")
+        if value is not None and error is not None and math.isfinite(value) and math.isfinite(error):
+            metric["low"], metric["high"] = interval(value, error, metric.get("n"), key.task not in PLAIN)
 
 
 def _measure(
@@ -175,13 +205,17 @@ def _measure(
     reference_seconds: float,
     seed: int,
     bar: ProgressBar,
+    out_of_fold: dict[tuple[str, str], OutOfFold],
 ) -> tuple[Metrics, Findings]:
     """The figures of a model, and what the report shows beside them."""
     from plait.evaluation.tasks import Limits
     from plait.evaluation.tasks import evaluate as measure
 
     limits = Limits() if limit is None else Limits(records=limit)
-    return measure(model, dataset, split, seed=seed, limits=limits, reference_seconds=reference_seconds, progress=bar)
+    return measure(
+        model, dataset, split, seed=seed, limits=limits, reference_seconds=reference_seconds, progress=bar,
+        out_of_fold=out_of_fold,
+    )  # fmt: skip
 
 
 def label_review(

@@ -451,6 +451,7 @@ def _fit(
     from plait.evaluation.decide import finish
     from plait.evaluation.findings import Findings
     from plait.evaluation.keys import Metrics
+    from plait.evaluation.learnt import describe_texts
     from plait.library.samples import ModelSamples, recorded
     from plait.reports.report import read_run, write_report
     from plait.training.trainer import train as fit
@@ -465,6 +466,10 @@ def _fit(
     if group.is_main and recipe.training.task in ("recognise", "draw", "describe"):
         for line in finish(folder, dataset, device, bar):
             tell(line)
+    if group.is_main and recipe.training.task in ("language", "reply") and recipe.model.init_from is None:
+        nothing = describe_texts(folder, dataset)
+        if nothing is not None:
+            tell(nothing)
     if group.is_main:
         write_report(folder / "report.html", Metrics(), Findings(), read_run(folder, dataset.path))
 

@@ -94,8 +94,17 @@ class RankMetric:
     @property
     def expected(self) -> float:
         """The sum over the ranks of what a hit counts there: chance is this over the number of items."""
-        places = np.arange(self.depth)
-        gain = {"hr": np.ones(self.depth), "ndcg": 1 / np.log2(places + 2.0), "mrr": 1 / (places + 1.0)}
+        return self._gain(self.depth)
+
+    def chance(self, among: np.ndarray) -> float:
+        """The mean over users of what guessing among so many items (N,) has; in fewer than `depth` all are named."""
+        sizes, place = np.unique(np.maximum(among, 1), return_inverse=True)
+        each = np.array([self._gain(min(self.depth, int(size))) / size for size in sizes])
+        return float(each[place].mean())
+
+    def _gain(self, depth: int) -> float:
+        places = np.arange(depth)
+        gain = {"hr": np.ones(depth), "ndcg": 1 / np.log2(places + 2.0), "mrr": 1 / (places + 1.0)}
         return float(gain[self.name].sum())
 
 
@@ -267,7 +276,7 @@ class _Work:
         for metric, values in own.values.items():
             value, error = _mean(values, targets.users, self.seed)
             among = np.full(n, len(self.catalogue)) if metric.unmasked else unseen
-            chance = float((metric.expected / among).mean())
+            chance = metric.chance(among)
             base = float(first.values[metric].mean())
             self.keep(str(metric), value, stderr=error, chance=chance, baseline=base, n=n)
         hits, plain_hits = own.values[HR_10], first.values[HR_10]
@@ -275,7 +284,7 @@ class _Work:
         _, lead_error = _mean(hits - plain_hits, targets.users, self.seed)
         self.findings.outcomes.append(
             Outcome(
-                TASK, "the next item among ten, of all", "HR@10", value, error, n, float((10 / unseen).mean()),
+                TASK, "the next item among ten, of all", "HR@10", value, error, n, HR_10.chance(unseen),
                 "directed co-occurrence", float(plain_hits.mean()), lead_error,
             )
         )  # fmt: skip

@@ -8,7 +8,8 @@ from pathlib import Path
 from plait.core.config import DataRecipe
 from plait.data.dataset import Manifest
 from plait.data.files import Tree
-from plait.data.prepare import Progress, Writer
+from plait.data.prepare import Writer
+from plait.data.writing import Progress
 from plait.recommend.interactions import find
 from plait.recommend.settings import ItemsRecipe
 from plait.recommend.write_histories import write_histories

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 from plait.core.pages import render
 from plait.data.dataset import Dataset
@@ -50,7 +50,9 @@ def _item(
 
 def review_table(review: LabelReview) -> str:
     """All entries as CSV: first the suspects, then the candidates, by `list`."""
-    names = list(dict.fromkeys(["list", *LabelSuspect.__annotations__, *LabelCandidate.__annotations__]))
+    names = list(
+        dict.fromkeys(["list", *(field.name for kind in (LabelSuspect, LabelCandidate) for field in fields(kind))])
+    )
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()

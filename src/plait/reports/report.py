@@ -80,8 +80,9 @@ def _read_lines(path: Path, torn: bool = False) -> list[dict[str, Any]]:
 
 def write_metrics(path: Path, metrics: Metrics) -> None:
     """Write the figures as JSON, one flat object; what is not a finite number becomes null."""
+    always, more = ("value", "stderr", "chance", "baseline", "n"), ("low", "high")
     clean = {
-        str(key): {field: _finite(metric.get(field)) for field in ("value", "stderr", "chance", "baseline", "n")}
+        str(key): {field: _finite(metric.get(field)) for field in (*always, *(name for name in more if name in metric))}
         for key, metric in metrics.items()
     }
     write_json(path, clean)

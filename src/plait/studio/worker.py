@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,11 @@ def main() -> None:
     except (CommandError, PlaitError, OSError) as error:
         reserve.unlink(missing_ok=True)
         job.at("failed", str(error))
+    except Exception as error:
+        traceback.print_exc()
+        reserve.unlink(missing_ok=True)
+        job.at("failed", f"Plait met something that it did not foresee: {type(error).__name__}: {error}. The log below "
+               "says where. Go on tries it again.")  # fmt: skip
     else:
         job.at("done")
     finally:

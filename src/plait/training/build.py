@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from plait.core.config import SIZES, BackboneRecipe, Recipe, Size, describe_error, parse_recipe
 from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
+from plait.data.record import are_labels
 from plait.modalities.base import ENCODER_SOURCES, Vocabulary, code_levels
 from plait.modalities.media import MEDIA
 from plait.modalities.registry import MODALITIES, SETTINGS
@@ -252,6 +253,6 @@ def label_columns(dataset: Dataset, context: int) -> dict[str, list[str]]:
         values = [texts[i] for i in train if texts[i] is not None]
         distinct = list(dict.fromkeys(values))
         short = all(len(value.encode()) <= longest for value in distinct)
-        if short and 1 < len(distinct) <= min(MAX_LABELS, len(values) // 2):
+        if short and len(distinct) <= MAX_LABELS and are_labels(column, len(distinct), len(values), each=2):
             labels[column] = distinct
     return labels

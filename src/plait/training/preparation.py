@@ -75,7 +75,11 @@ def prepare_run(run: Run, reuse: Path | None) -> Prepared:
         with group.main_first():
             splits[name] = source.split(name, text, model)
     if len(splits["train"]) < 2:
-        raise PlaitError(f"{dataset.path} has {len(splits['train'])} records to train on; at least 2 are needed.")
+        count = len(splits["train"])
+        raise PlaitError(
+            f"{dataset.path} has {count} record{'s' * (count != 1)} to train on; at least 2 are needed. Add more: a "
+            "line of a text file, a row of a table or a media file is a record."
+        )
     if run.settings.canaries:
         labels = label_columns(dataset, model.config.backbone.max_length)
         run.record(canaries=plant(splits["train"], run.settings.canaries, run.settings.seed, text, labels))

@@ -15,10 +15,12 @@ from plait.core.features import ExtensionPoint
 from plait.core.files import read_json
 from plait.core.rng import uniform
 from plait.data.dataset import Dataset
+from plait.data.record import LABEL_NAMES
 from plait.modalities.media import MEDIA
 from plait.modalities.registry import MODALITIES, SETTINGS
 from plait.model.checkpoint import find_checkpoint
 from plait.training.build import fit_settings, label_columns
+from plait.training.expectation import expectation
 
 MIRROR_RECORDS = 1500  # images that say whether a mirrored one means the same
 MIRROR_LOSS = 0.9  # share of the accuracy that mirrored images must keep
@@ -91,6 +93,8 @@ def derive(dataset: Dataset, recipe: Recipe) -> Derived:
     task = recipe.training.task
     found = find_task(dataset, labels)
     if task == "auto":
+        _raise_if_one_label(dataset, labels)
+    if task == "auto":
         task = found
     if task == "recognise" and found != "recognise":
         raise PlaitError(
@@ -115,6 +119,18 @@ def derive(dataset: Dataset, recipe: Recipe) -> Derived:
     _imported(derived, training)
     derived.recipe = with_sections(derived.recipe, training=training)
     return derived
+
+
+def _raise_if_one_label(dataset: Dataset, labels: dict[str, list[str]]) -> None:
+    """Raise PlaitError where a column named as labels are has one label alone, and no other column has labels."""
+    for column, kind in dataset.columns.items():
+        if kind == "text" and column.lower() in LABEL_NAMES and not labels:
+            distinct = {text for text in dataset.texts(column) if text is not None}
+            if len(distinct) == 1:
+                raise PlaitError(
+                    f"All records of {dataset.path} have the {column} '{distinct.pop()}', so there is nothing to tell "
+                    "apart. Add records of another, or say what else is wanted: --task language, reply or describe."
+                )
 
 
 def _imported(derived: Derived, training: dict[str, Any]) -> None:
@@ -167,6 +183,11 @@ def _recognise(dataset: Dataset, derived: Derived, labels: dict[str, list[str]],
         )
     else:
         derived.lines.append(f"Time: {seconds * 0.9:.0f} s for the model, the rest for n-grams and calibration.")
+    if labels:
+        column, values = next(iter(labels.items()))
+        count = round(_share(dataset, column, train := dataset.indices("train")) * len(train))
+        line = expectation(kinds[0] if kinds else "text", count, len(values))
+        derived.lines += [line] if line else []
     derived.recipe = with_sections(recipe, model=model)
 
 
