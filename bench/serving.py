@@ -2,6 +2,7 @@
 
     python bench/serving.py                # all three servers, the table on stdout
     python bench/serving.py --rounds 1     # briefly
+    python bench/serving.py --sustained 60 # 64 clients that ask again and again for a minute, both servers
 
 The model has random weights, and both get the same folder. Servers run one at a time within a round, as they share the
 cores with each other and with the clients; rounds alternate, so that what else the machine does hits all. A request is
@@ -23,6 +24,8 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
+
+import plait  # noqa: F401  isort: skip (before torch, which PLAIT_ISA may cap)
 
 import numpy as np
 from training import SHAPES, make_model
@@ -111,9 +114,59 @@ async def load(port: int, model: str, clients: int, each: int) -> tuple[float, f
     return len(done) / seconds, statistics.median(one[0] for one in done), statistics.mean(one[2] for one in done)
 
 
+async def sustain(port: int, model: str, seconds: float, clients: int = 64) -> str:
+    """Clients that ask again and again for so long; what they got, in words."""
+    end = time.perf_counter() + seconds
+    failed = 0
+
+    async def client() -> list[tuple[float, float, int]]:
+        nonlocal failed
+        done = []
+        while time.perf_counter() < end:
+            try:
+                answer = await asyncio.wait_for(ask(port, model), 4 * seconds)
+            except (OSError, TimeoutError):
+                failed += 1
+                continue
+            if answer[2]:
+                done.append(answer)
+            else:
+                failed += 1
+        return done
+
+    begun = time.perf_counter()
+    done = [one for part in await asyncio.gather(*(client() for _ in range(clients))) for one in part]
+    took = time.perf_counter() - begun
+    first = statistics.median(one[0] for one in done) if done else float("nan")
+    events = sum(one[2] for one in done)
+    return (
+        f"{len(done)} finished, {failed} not; {events / took:.0f} events a second, {len(done) / took:.2f} requests a "
+        f"second; {first * 1e3:,.0f} ms to the first (median)"
+    )
+
+
+def run_sustained(servers: dict[str, list[str]], folder: Path, seconds: float) -> None:
+    """Each server once under 64 clients."""
+    for name, command in servers.items():
+        port = free_port()
+        try:
+            process = start([*command, "--port", str(port)], port)
+        except RuntimeError as error:
+            print(f"{name}: {error}", flush=True)
+            continue
+        model = "model" if "plait" in name else str(folder)
+        try:
+            asyncio.run(load(port, model, 2, 1))
+            print(f"{name}: {asyncio.run(sustain(port, model, seconds))}", flush=True)
+        finally:
+            process.kill()
+            process.wait()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sustained", type=float, help="seconds for which 64 clients ask again and again")
     given = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as temporary:
@@ -125,6 +178,9 @@ def main() -> None:
             "transformers serve, fp32": [*theirs, "--dtype", "float32"],
             "transformers serve --continuous-batching, fp32": [*theirs, "--dtype", "float32", "--continuous-batching"],
         }
+        if given.sustained:
+            run_sustained(servers, folder, given.sustained)
+            return
         found: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
         for _ in range(given.rounds):
             for name, command in servers.items():

@@ -150,7 +150,7 @@ def test_the_page_opens_on_the_verdict_then_shows_then_measures(tmp_path: Path) 
         "<img",
         "<audio",
         'class="card"',
-        "bootstrap standard error",
+        "is a standard error",
     ]
     places = [page.index(words) for words in order]
     assert places == sorted(places) and page.count('class="card"') == 5

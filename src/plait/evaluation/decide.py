@@ -82,7 +82,7 @@ def finish(
             add_classifiers(model.folder.resolve(), checkpoint.classifiers, checkpoint.space, checkpoint.predictors)
     lines = [describe(one) for one in checkpoint.classifiers]
     lines += [describe_predictor(one) for one in checkpoint.predictors]
-    if checkpoint.space is not None:
+    if checkpoint.space is not None and (checkpoint.space.trust or not lines):  # a run that recognises need not search
         lines.append(describe_space(checkpoint.space))
     return lines
 

@@ -28,8 +28,8 @@ class GalleryKind(IntEnum):
     MADE = auto()
     WRITTEN = auto()
     MEMORISED = auto()
-    RETRIEVAL = auto()
     MISTAKES = auto()
+    RETRIEVAL = auto()
     CODEC = auto()
     OTHER = auto()
 

@@ -103,6 +103,12 @@ def export(
         return Export(Path(out), export_classifier(loaded, classifier, Path(out)))
     if Verb.GENERATE not in loaded.verbs:
         raise PlaitError(f"{model} can {' and '.join(loaded.verbs)}, which no other program can; nothing is written.")
+    if loaded.checkpoint.classifiers and to in ("onnx", "tflite") and tell is not None:
+        names = ", ".join(dict.fromkeys(one.target for one in loaded.checkpoint.classifiers))
+        tell(
+            f"What classifies {names} is not written: it reads texts, or this run makes media too. Only the backbone "
+            "is; serve the classifier with plait serve."
+        )
     if loaded.checkpoint.predictors and tell is not None:
         names = ", ".join(dict.fromkeys(one.target for one in loaded.checkpoint.predictors))
         tell(f"What predicts {names} (several labels, or numbers) is no part of the network, and is not written.")

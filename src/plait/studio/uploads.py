@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
+import os
 import secrets
 import time
 import zipfile
@@ -106,35 +108,45 @@ async def receive_many(workspace: Workspace, project: Project, pieces: AsyncIter
         pieces: A line of JSON, [[name, bytes], ...], and after it the files' bytes, one behind the other. A request
             that breaks off is sent again as a whole: what came twice is written twice to the same place.
     """
-    body = bytearray()
+    parts, received = [], 0
     async for piece in pieces:
-        body += piece
-        if len(body) > BATCH:
+        parts.append(piece)
+        received += len(piece)
+        if received > BATCH:
             raise PlaitError(f"Small files come at most {BATCH >> 20} MB at a time.")
-    head, _, rest = bytes(body).partition(b"\n")
+    body = b"".join(parts)
+    end = body.find(b"\n")
+    rest = memoryview(body)[end + 1 :]
     try:
-        files = [(upload_name(str(name)), int(size)) for name, size in json.loads(head)]
+        files = [(upload_name(str(name)), int(size)) for name, size in json.loads(body[: max(end, 0)])]
     except (ValueError, TypeError) as error:
         raise PlaitError("Small files begin with a line of JSON: [[name, bytes], ...].") from error
     if min((size for _, size in files), default=0) < 0 or sum(size for _, size in files) != len(rest):
         raise PlaitError("The sizes of the files do not add up to what has come. Send them again.")
     check_room(workspace, project, f"{len(files)} files", len(rest))
-    at = 0
-    for name, size in files:
-        put_file(project.uploads / name, rest[at : at + size])
-        at += size
+    await asyncio.get_running_loop().run_in_executor(None, _write_files, str(project.uploads), files, rest)
     return len(files)
 
 
-def put_file(place: Path, body: bytes) -> None:
-    """A file that appears whole: hidden ones, as it is until then, are read by nobody."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    aside = _aside(place)
-    try:
-        aside.write_bytes(body)
-        aside.replace(place)
-    finally:
-        aside.unlink(missing_ok=True)
+def _write_files(root: str, files: list[tuple[str, int]], body: memoryview) -> None:
+    """Write files that appear whole: hidden ones, as each is until then, are read by nobody. Plain system calls, since
+    there are thousands: paths as objects took half of the time."""
+    mark, at = secrets.token_hex(6), 0
+    made: set[str] = set()
+    for name, size in files:
+        folder = f"{root}/{name}".rpartition("/")[0]
+        if folder not in made:
+            os.makedirs(folder, exist_ok=True)  # noqa: PTH103
+            made.add(folder)
+        aside = f"{folder}/.{mark}.part"
+        try:
+            with open(aside, "wb") as file:  # noqa: PTH123
+                file.write(body[at : at + size])
+            os.replace(aside, f"{root}/{name}")  # noqa: PTH105
+        except OSError:
+            Path(aside).unlink(missing_ok=True)
+            raise
+        at += size
 
 
 def sweep(workspace: Workspace) -> None:

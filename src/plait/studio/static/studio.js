@@ -89,12 +89,17 @@ async function uploadAll(project, files) {
   let before = 0;
   const notes = [];
   shown.hidden = false;
-  for (const batch of batches(files)) {
-    $("span", shown).textContent = batch[0].name;
-    await uploadBatch(project, batch);
-    before += batch.reduce((sum, { file }) => sum + file.size, 0);
-    $("progress", shown).value = before / total;
-  }
+  const queue = batches(files);
+  const sendBatches = async () => {
+    for (let next = queue.next(); !next.done; next = queue.next()) {
+      const batch = next.value;
+      $("span", shown).textContent = batch[0].name;
+      await uploadBatch(project, batch);
+      before += batch.reduce((sum, { file }) => sum + file.size, 0);
+      $("progress", shown).value = before / total;
+    }
+  };
+  await Promise.all([sendBatches(), sendBatches()]); // one travels while the other is written
   for (const { file, name } of files.filter((one) => !isSmall(one))) {
     $("span", shown).textContent = name;
     notes.push(...await upload(project, file, name, (now) => { $("progress", shown).value = (before + now) / total; }));
