@@ -1,6 +1,6 @@
 """Canaries among speeches of tinyshakespeare, planted 1, 10 and 100 times, and their exposure.
 
-    python bench/canaries.py ../shared/data/text/tinyshakespeare.txt -o runs/canaries
+    python bench/canaries.py DATA/text/tinyshakespeare.txt -o runs/canaries
 
 Takes the speeches of 40 to 400 characters in the first 300,000 characters (1,216 to train, 136 to test), plants 12
 canaries, trains 200 steps of 32 (width 64, 2 layers, seed 0) and evaluates. Prints the figures of memorising.

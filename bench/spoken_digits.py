@@ -1,6 +1,6 @@
 """Recorded spoken digits: every speaker left out in turn, and the official split (recordings 0 to 4 are the test).
 
-    python bench/spoken_digits.py ../shared/data/fsdd/fsdd_5speakers_wav.zip -o runs/spoken_digits
+    python bench/spoken_digits.py DATA/fsdd/fsdd_5speakers_wav.zip -o runs/spoken_digits
 
 Each split becomes an ordinary folder with `metadata.csv` and goes through prepare, train and evaluate with
 the recipe `spoken_digits`. Prints accuracy on the speaker that the run never heard, and their mean.

@@ -1,8 +1,8 @@
 """Data of the transfer studies in docs/how-to/transfer.md, and a modality added to a trained model.
 
-    python bench/transfer.py ../shared/data -o runs/transfer
+    python bench/transfer.py DATA -o runs/transfer
     plait train runs/transfer/mnist/data -o runs/transfer/images --recipe read.yaml --steps 300
-    python bench/transfer.py ../shared/data -o runs/transfer --add runs/transfer/images
+    python bench/transfer.py DATA -o runs/transfer --add runs/transfer/images
 
 Makes, from MNIST and the recorded spoken digits of FSDD, prepared: `mnist` (handwritten digits, English names),
 `speaker` (yweweler's recordings, 0 to 14 of each digit the test), `chinese` (all speakers, named in Chinese) and

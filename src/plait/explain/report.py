@@ -48,7 +48,7 @@ def as_json_of(explanation: Explanation) -> dict[str, Any]:
             "insertion": explanation.areas.insertion,
             "random_deletion": float(np.mean(explanation.areas.random_deletion)),
             "random_insertion": float(np.mean(explanation.areas.random_insertion)),
-            "beaten": explanation.areas.random_maps_beaten,
+            "random_maps_beaten": explanation.areas.random_maps_beaten,
             "random_maps": len(explanation.areas.random_deletion),
         }
     if explanation.gap is not None:

@@ -176,7 +176,7 @@ class Models:
                         level = round(4 * abs(float(weight)) / most)
                         marked.append((word.strip(), f"{'for' if weight > 0 else 'against'}{level}"))
             areas = one.areas
-            beaten = (areas.beaten, len(areas.random_deletion)) if areas is not None else None
+            beaten = (areas.random_maps_beaten, len(areas.random_deletion)) if areas is not None else None
             shown.append(Why(one.answer, png, marked, beaten, list(one.warnings)))
         return shown
 
