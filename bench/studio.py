@@ -222,7 +222,6 @@ def scroll(address: str, project: str) -> None:
 def rate_of(run: Path) -> float:
     """Steps a second between the first and the last row of the log."""
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row.get("split") == "train"]
     return float((rows[-1]["step"] - rows[0]["step"]) / (rows[-1]["time"] - rows[0]["time"]))
 
 
@@ -236,7 +235,7 @@ def measure_training(folder: Path, steps: int, rounds: int) -> None:
         check=True,
         stdout=subprocess.DEVNULL,
     )
-    options = ("--steps", str(steps), "--task", "contrast")
+    options = ("--steps", str(steps))
     ratios = []
     for number in range(rounds):
         alone = folder / f"alone{number}"
