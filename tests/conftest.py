@@ -108,5 +108,5 @@ def trained(world: Path, plait: Callable[..., int]) -> Path:
     recipe.write_text(RECIPE)
     assert plait("prepare", world, "-o", world.parent / "data") == 0
     assert plait("train", world.parent / "data", "-o", run, "--recipe", recipe) == 0
-    assert plait("evaluate", run, "--reference-seconds", 3) == 0
+    assert plait("evaluate", run, "--reference-seconds", 1) == 0
     return run

@@ -118,7 +118,7 @@ def test_a_planted_mark_is_found(tmp_path: Path, plait: Callable[..., int], caps
     file = files / "201.png"
     assert plait("explain", tmp_path / "run", file, "--json", "-o", tmp_path / "why.png") == 0
     shown = json.loads(capsys.readouterr().out)
-    assert shown["answer"] == "red" and shown["areas"]["beaten"] == 10 and not shown["warnings"]
+    assert shown["answer"] == "red" and shown["areas"]["random_maps_beaten"] == 10 and not shown["warnings"]
     assert Image.open(tmp_path / "why.png").size >= (256, 256)
 
 

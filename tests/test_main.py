@@ -34,7 +34,7 @@ def test_files_to_figures(trained: Path) -> None:
         "speaking/en-audio/judged_accuracy",
         "codec/image/psnr",
     ):
-        assert set(metrics[name]) == {"value", "stderr", "chance", "baseline", "n"}
+        assert set(metrics[name]) == {"value", "stderr", "low", "high", "chance", "baseline", "n"}
     assert metrics["recognition/image-en/accuracy"]["value"] > 0.8
     assert metrics["recognition/audio-en/accuracy"]["value"] > 0.6
     assert metrics["retrieval/image-en/p_at_10"]["value"] > metrics["retrieval/image-en/p_at_10"]["chance"]
