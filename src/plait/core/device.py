@@ -19,7 +19,7 @@ from plait.core.errors import PlaitError
 from plait.core.system import processors
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
-KEPT = ("fp16", "int8", "int4")  # of weights alone
+WEIGHT_ONLY = ("fp16", "int8", "int4")  # of weights alone
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,10 @@ def choose_device(name: str = "auto", precision: str = "auto", training: bool = 
         precision = "bf16" if units else "fp32"
     if precision not in PRECISIONS:
         raise PlaitError(f"Unknown precision '{precision}'. Use auto, {', '.join(PRECISIONS)}.")
-    if precision in KEPT and (training or kind != "cpu"):
+    if precision in WEIGHT_ONLY and (training or kind != "cpu"):
         where = "training" if training else f"{kind}"
         raise PlaitError(f"Precision {precision} is for use on a processor, not for {where}. Use bf16 or fp32.")
-    widened = precision in KEPT or (precision == "bf16" and kind == "cpu" and not training and not _cpu_bf16())
+    widened = precision in WEIGHT_ONLY or (precision == "bf16" and kind == "cpu" and not training and not _cpu_bf16())
     if widened:
         return Device(name, torch.float32, precision)
     return Device(name, {"bf16": torch.bfloat16, "fp32": torch.float32}[precision])

@@ -26,8 +26,8 @@ from plait.data.stores import Location, open_binary, raise_if_passing
 LINE = 64 << 20  # characters of one line of a table, at most
 _QUOTED = 4 << 20  # characters of one CSV record that goes over several lines, at most
 _DOCUMENT = 256 << 20  # characters of a JSON document that is not lines, at most
-_MARKS = ",;\t|"  # what may stand between the cells of a CSV file
-_SAMPLE = 50  # lines by which the mark is told
+_DELIMITERS = ",;\t|"  # what may stand between the cells of a CSV file
+_SAMPLE = 50  # lines by which the delimiter is told
 _ROWS = ("data", "rows", "records", "examples", "instances")  # keys under which a JSON object keeps its rows
 
 Row = tuple[int, dict[str, Any] | str]  # line, and the cells or the reason why there are none
@@ -38,8 +38,8 @@ class Heading:
     """What is known of a CSV file before its rows: the names of its columns, and how its cells are written."""
 
     names: list[str]
-    mark: str
-    spaced: bool  # cells follow the mark after a space
+    delimiter: str
+    spaced: bool  # cells follow the delimiter after a space
     notes: list[str] = field(default_factory=list)
 
 
@@ -190,28 +190,28 @@ def heading(path: Location, name: str) -> Heading:
     if "\0" in lines[0]:
         raise TableError("the heading holds NUL characters: this is no text")
     first = "\t" if suffix_of(name) == ".tsv" else ","
-    fits = {mark: _fit(lines, mark) for mark in (first, *_MARKS.replace(first, ""))}
-    mark = max(fits, key=lambda mark: fits[mark])  # of equal ones the first
-    if fits[mark] < (0.0, 0.0, 0):
+    fits = {delimiter: _fit(lines, delimiter) for delimiter in (first, *_DELIMITERS.replace(first, ""))}
+    delimiter = max(fits, key=lambda delimiter: fits[delimiter])  # of equal ones the first
+    if fits[delimiter] < (0.0, 0.0, 0):
         raise TableError("the quotes of its heading do not match")
-    cells = next(csv.reader(lines, delimiter=mark))
+    cells = next(csv.reader(lines, delimiter=delimiter))
     spaced = len(cells) > 1 and all(cell.startswith(" ") for cell in cells[1:])
     names, notes = distinct([cell.strip() if spaced else cell for cell in cells])
-    return Heading(names, mark, spaced, notes)
+    return Heading(names, delimiter, spaced, notes)
 
 
-def _fit(lines: list[str], mark: str) -> tuple[float, float, int]:
-    """How well a mark fits lines of a CSV file: whether it cuts the heading, the share of rows that have as many cells
-    as it, and that number."""
+def _fit(lines: list[str], delimiter: str) -> tuple[float, float, int]:
+    """How well a delimiter fits lines of a CSV file: whether it cuts the heading, the share of rows that have
+    as many cells as it, and that number."""
     try:
-        head = len(next(csv.reader(lines[:1], delimiter=mark, strict=True)))
+        head = len(next(csv.reader(lines[:1], delimiter=delimiter, strict=True)))
     except csv.Error:
         try:  # a heading of several lines
-            head = len(next(csv.reader(lines, delimiter=mark, strict=True)))
+            head = len(next(csv.reader(lines, delimiter=delimiter, strict=True)))
         except csv.Error:
             return -1.0, 0.0, 0
     counts: Counter[int] = Counter()
-    for _, _, row in _records(_Source(io.StringIO("".join(lines))), mark, False):
+    for _, _, row in _records(_Source(io.StringIO("".join(lines))), delimiter, False):
         if isinstance(row, list) and row:
             counts[len(row)] += 1
     counts[head] -= 1
@@ -219,7 +219,7 @@ def _fit(lines: list[str], mark: str) -> tuple[float, float, int]:
     share = counts[head] / others if others else 1.0
     if head == 1:
         return 0.5, share, 1
-    # A mark that cuts the heading, and no row like it, stands in a name.
+    # A delimiter that cuts the heading, and no row like it, stands in a name.
     return (1.0 if share >= 0.5 else 0.0), share, head
 
 
@@ -258,13 +258,13 @@ class _Source:
         self.held, self.size = [], 0
 
 
-def _records(source: _Source, mark: str, spaced: bool) -> Iterator[tuple[int, list[str], list[str] | str]]:
+def _records(source: _Source, delimiter: str, spaced: bool) -> Iterator[tuple[int, list[str], list[str] | str]]:
     """The records of a CSV file: the number of each one's first line, its lines, and its cells or why there are none.
     Behind a fault the next line is read."""
     csv.field_size_limit(LINE)
 
     def reader() -> Any:
-        return csv.reader(source, delimiter=mark, strict=True, skipinitialspace=spaced)
+        return csv.reader(source, delimiter=delimiter, strict=True, skipinitialspace=spaced)
 
     cells = reader()
     while True:
@@ -289,7 +289,7 @@ def _csv_rows(path: Location, name: str) -> Iterator[Row]:
     told = heading(path, name)
     with open_text(path, name) as file:
         headed = False
-        for line, held, row in _records(_Source(file), told.mark, told.spaced):
+        for line, held, row in _records(_Source(file), told.delimiter, told.spaced):
             if not row:
                 continue
             if not headed:

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plait.core.rng import uniform
+from plait.modalities.base import AUGMENT_DRAWS
 
-Augment = Callable[[np.ndarray, Tensor], Tensor]  # indices of samples, draw (N, 8) -> features (N, C, H, W)
+Augment = Callable[[np.ndarray, Tensor], Tensor]  # indices of samples, draw (N, AUGMENT_DRAWS) -> features (N, C, H, W)
 BATCH = 64
 GRID = 4  # places of the last stage that are told apart, a side
 HIDDEN = 64  # width of the features
@@ -142,7 +143,7 @@ def fit_classifier(
 
     def step(network: _Network, optimizer: torch.optim.AdamW, number: int) -> None:
         rows = _rows(seed, number, batch, n)
-        draw = torch.from_numpy(uniform(seed, 3, number, rows[:, None], np.arange(8)))
+        draw = torch.from_numpy(uniform(seed, 3, number, rows[:, None], np.arange(AUGMENT_DRAWS)))
         x = (augment(rows, draw).to(device) - mean) / scale
         loss = F.cross_entropy(network(x.contiguous(memory_format=torch.channels_last)), targets[rows].to(device))
         optimizer.zero_grad(set_to_none=True)

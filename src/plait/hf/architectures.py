@@ -479,7 +479,7 @@ def _gpt2_layout(c: TransformerConfig, size: int) -> Layout:
 
 
 @dataclass(frozen=True)
-class _Product:
+class _LinearTensors:
     """One of our four matrices of a block, and the ones of theirs that it is made of: (name, outputs)."""
 
     ours: str
@@ -488,17 +488,17 @@ class _Product:
     bias: bool
 
 
-def _products(architecture: Architecture, c: TransformerConfig, biases: Biases) -> list[_Product]:
+def _linear_tensors(architecture: Architecture, c: TransformerConfig, biases: Biases) -> list[_LinearTensors]:
     queries, keys = c.heads * c.head_width, c.kv_heads * c.head_width
     qkv = [("self_attn.q_proj", queries), ("self_attn.k_proj", keys), ("self_attn.v_proj", keys)]
     feed = [("mlp.gate_proj", c.hidden), ("mlp.up_proj", c.hidden)]
     if architecture.fused:
         qkv, feed = [("self_attn.qkv_proj", queries + 2 * keys)], [("mlp.gate_up_proj", 2 * c.hidden)]
     return [
-        _Product("qkv", qkv, c.width, biases.qkv),
-        _Product("attention_out", [("self_attn.o_proj", c.width)], queries, biases.attention_out),
-        _Product("feed_in", feed, c.width, biases.feed),
-        _Product("feed_out", [("mlp.down_proj", c.width)], c.hidden, biases.feed),
+        _LinearTensors("qkv", qkv, c.width, biases.qkv),
+        _LinearTensors("attention_out", [("self_attn.o_proj", c.width)], queries, biases.attention_out),
+        _LinearTensors("feed_in", feed, c.width, biases.feed),
+        _LinearTensors("feed_out", [("mlp.down_proj", c.width)], c.hidden, biases.feed),
     ]
 
 
@@ -507,7 +507,7 @@ def _rotary_layout(architecture: Architecture, c: TransformerConfig, size: int, 
     offset = architecture.norm_offset
     for i in range(c.layers):
         ours, theirs = f"backbone.blocks.{i}.", f"model.layers.{i}."
-        for product in _products(architecture, c, biases):
+        for product in _linear_tensors(architecture, c, biases):
             plan[f"{ours}{product.ours}.weight"] = [
                 Stored(f"{theirs}{name}.weight", (outputs, product.inputs)) for name, outputs in product.theirs
             ]

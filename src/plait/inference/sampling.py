@@ -154,15 +154,15 @@ class BatchSamplingParams:
         drawn = [row for row in rows if not row.greedy]
         # Beyond these bounds quotients leave fp32; the likeliest id is all that is left long before.
         self.temperature = column("temperature").masked_fill(self.greedy, 1.0).clamp(1e-4, 1e4)
-        self.warm = any(row.temperature != 1 for row in drawn)
+        self.any_temperature = any(row.temperature != 1 for row in drawn)
         self.top_k = column("top_k", torch.long)
         self.largest_k = max((row.top_k for row in drawn), default=0)
         self.top_p = column("top_p")
-        self.nucleus = any(row.top_p < 1 for row in drawn)
+        self.any_top_p = any(row.top_p < 1 for row in drawn)
         self.min_p = column("min_p")
-        self.floored = any(row.min_p > 0 for row in drawn)
+        self.any_min_p = any(row.min_p > 0 for row in drawn)
         self.top_a = column("top_a")
-        self.adaptive = any(row.top_a > 0 for row in drawn)
+        self.any_top_a = any(row.top_a > 0 for row in drawn)
         self.penalty = column("repetition_penalty").clamp(1e-4, 1e4)
         self.penalised = any(row.repetition_penalty != 1 for row in rows)
 
@@ -174,15 +174,15 @@ class BatchSamplingParams:
         if self.all_greedy or uniforms is None:
             return logits.argmax(-1)
         likeliest = logits.argmax(-1) if self.any_greedy else None
-        if self.warm:
+        if self.any_temperature:
             logits = logits / self.temperature[:, None]
         if self.largest_k:
             logits = keep_top_k(logits, self.top_k, self.largest_k)
-        if self.nucleus:
+        if self.any_top_p:
             logits = keep_top_p(logits, self.top_p)
-        if self.floored:
+        if self.any_min_p:
             logits = keep_min_p(logits, self.min_p)
-        if self.adaptive:
+        if self.any_top_a:
             logits = keep_top_a(logits, self.top_a)
         drawn = draw(logits, uniforms)
         return drawn if likeliest is None else torch.where(self.greedy, likeliest, drawn)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from plait.core.features import ExtensionPoint
 
 END, PAD = "<|endoftext|>", "<|pad|>"
+AUGMENT_DRAWS = 8  # random numbers that a sample's augmentation is given
 
 
 class Codec(Protocol):
@@ -85,8 +86,8 @@ class MediaModality(Protocol):
         ...
 
     def augment(self, values: Tensor, lengths: Tensor, draw: Tensor, hide: bool = True) -> tuple[Tensor, Tensor]:
-        """Changes that keep the meaning; `draw` (N, 8) is uniform in [0, 1). Without `hide`, nothing is masked: for
-        samples that are to be written, not read."""
+        """Changes that keep the meaning; `draw` (N, AUGMENT_DRAWS) is uniform in [0, 1). Without `hide`,
+        nothing is masked: for samples that are to be written, not read."""
         ...
 
     def token_count(self, length: int) -> int:

@@ -89,8 +89,8 @@ def of(request: Request) -> tuple[Service, RequestContext]:
 # --- what all generating routes share ---------------------------------------------------------------------------
 
 
-def engine_request_of(model: PlaitModel, prompt: Sequence, column: str | None, body: s.Drawing, n: int, first: int = 0,
-            most: int | None = None, stop: tuple[str, ...] = ()) -> EngineRequest:  # fmt: skip
+def engine_request_of(model: PlaitModel, prompt: Sequence, column: str | None, body: s.SamplingBody, n: int,
+            first: int = 0, most: int | None = None, stop: tuple[str, ...] = ()) -> EngineRequest:  # fmt: skip
     """The engine's request for what a body asks for."""
     greedy = body.temperature == 0 or body.top_p == 0
     # The engine's seeds are 63 bits; a negative one is another number, always the same.

@@ -188,7 +188,7 @@ class _Transcriber:
 
         def prepare() -> tuple[list[tuple[float, float]], list[EngineRequest]]:
             column = model.column(self.language, "text", "transcribe")
-            drawing = s.Drawing(temperature=body.temperature, seed=body.seed)
+            drawing = s.SamplingBody(temperature=body.temperature, seed=body.seed)
             spoken = model.spoken(self.audio)
             wanted = [engine_request_of(model, part, column, drawing, 1, i) for i, (_, _, part) in enumerate(spoken)]
             return [(start, end) for start, end, _ in spoken], wanted

@@ -55,7 +55,7 @@ def _as_messages(value: Any) -> Any:
     return found if isinstance(value, list) else value
 
 
-class MessagesRequest(s.Drawing):
+class MessagesRequest(s.SamplingBody):
     messages: Annotated[Annotated[list[s.Message], Field(min_length=1, max_length=256)], BeforeValidator(_as_messages)]
     max_tokens: s.Tokens = None
     system: s.Text | s.Parts | None = None

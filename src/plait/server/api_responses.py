@@ -62,7 +62,7 @@ def _as_messages(value: Any) -> Any:
 Messages = Annotated[Annotated[list[s.Message], Field(min_length=1, max_length=256)], BeforeValidator(_as_messages)]
 
 
-class ResponsesRequest(s.Drawing):
+class ResponsesRequest(s.SamplingBody):
     input: s.Text | Messages
     instructions: s.Text | None = None
     max_output_tokens: s.Tokens = None

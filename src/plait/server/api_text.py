@@ -186,7 +186,7 @@ async def chat_turns(service: Service, served: Served, messages: list[s.Message]
 
 
 async def text_reply(
-    service: Service, served: Served, request_context: RequestContext, turns: list[Turn], body: s.Drawing,
+    service: Service, served: Served, request_context: RequestContext, turns: list[Turn], body: s.SamplingBody,
     form: s.Writing, use: ToolUse | None, most: int | None, stop: tuple[str, ...] = (),
 ) -> tuple[Prompt, EngineRequest]:  # fmt: skip
     """The engine's request for one reply in text, and its prompt; `form` says what the text must be."""

@@ -67,7 +67,7 @@ def serve(
     same batch. With `strict`, fields that have no effect are refused. Raises PlaitError for what cannot be loaded,
     an address that cannot be had, and one off loopback without keys.
     """
-    access_policy = make_doors(host, key_file, allow_hosts or [], allow_origins or [])
+    access_policy = make_access_policy(host, key_file, allow_hosts or [], allow_origins or [])
     access_policy.browsers = page is not None
     sock = listen(host, port)
     found = load_models(models, device, precision, limits, adapters or [])
@@ -127,7 +127,7 @@ def serve_mcp(
     SIGINT or SIGTERM. Nothing is kept between requests."""
     from mcp.server.transport_security import TransportSecuritySettings
 
-    access_policy = make_doors(host, key_file, allow_hosts, allow_origins)
+    access_policy = make_access_policy(host, key_file, allow_hosts, allow_origins)
     sock, limits, metrics = listen(host, port), Limits(), Metrics()
     ours = TransportSecuritySettings(enable_dns_rebinding_protection=False)  # the guard judges hosts and origins
     app = server.streamable_http_app(json_response=True, stateless_http=True, transport_security=ours, host=host)
@@ -201,7 +201,9 @@ def read_aliases(given: list[str], models: list[Served]) -> dict[str, str]:
     return found
 
 
-def make_doors(host: str, key_file: Path | None, allow_hosts: list[str], allow_origins: list[str]) -> AccessPolicy:
+def make_access_policy(
+    host: str, key_file: Path | None, allow_hosts: list[str], allow_origins: list[str]
+) -> AccessPolicy:
     """Who may come in, for an address. Raises PlaitError for one that others can reach while no key is needed."""
     keys = read_keys(key_file) if key_file is not None else {}
     local = _is_loopback(host)

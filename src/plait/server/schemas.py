@@ -62,7 +62,7 @@ Name = Annotated[str, Field(min_length=1, max_length=256)]
 Tokens = Annotated[int | None, Field(ge=0, le=2**31), BeforeValidator(_off_below_zero)]
 
 
-class Drawing(Body):
+class SamplingBody(Body):
     """How ids are chosen. Nothing given: the likeliest for a single text, sampling for media."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -207,7 +207,7 @@ class AudioOut(Inner):
 # --- requests ---------------------------------------------------------------------------------------------------
 
 
-class Writing(Drawing):
+class Writing(SamplingBody):
     """What chat and completions share."""
 
     max_tokens: Tokens = None
@@ -281,7 +281,7 @@ class RerankRequest(Body):
     return_documents: bool | None = None
 
 
-class ImageRequest(Drawing):
+class ImageRequest(SamplingBody):
     prompt: Text
     n: Count | None = None
     size: Annotated[str | None, Field(max_length=32)] = None
@@ -290,7 +290,7 @@ class ImageRequest(Drawing):
     column: Name | None = None
 
 
-class SpeechRequest(Drawing):
+class SpeechRequest(SamplingBody):
     input: Text
     voice: Annotated[Name, Field(description="An audio column of the model, or default.")] = "default"
     response_format: AudioFormat = "mp3"

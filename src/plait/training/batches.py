@@ -18,7 +18,7 @@ import torch
 
 from plait.core.errors import DivergedError
 from plait.core.rng import uniform
-from plait.modalities.base import MediaModality, Vocabulary
+from plait.modalities.base import AUGMENT_DRAWS, MediaModality, Vocabulary
 from plait.model.multimodal import Batch, Sequence, collate
 from plait.training.conversations import sequences
 from plait.training.split import (
@@ -196,7 +196,7 @@ class Sampler:
             rows = self.split.rows[column][own_records]
             written = [self.split.codes[column][row] for row in rows] if column in self.split.codes else []
             if self.augment:
-                drawn = uniform(self.seed, when[:, None], own_records[:, None], AUGMENT, np.arange(8))
+                drawn = uniform(self.seed, when[:, None], own_records[:, None], AUGMENT, np.arange(AUGMENT_DRAWS))
                 draw = torch.from_numpy(drawn).float()
                 if self.augment_targets and column in self.split.codes:
                     values, lengths = modality.augment(*self._padded(column, raw), draw, hide=False)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from plait.core.device import Device
 from plait.core.rng import uniform
 from plait.data.samples import Samples
-from plait.modalities.base import MediaModality
+from plait.modalities.base import AUGMENT_DRAWS, MediaModality
 from plait.modalities.recogniser import Recogniser
 from plait.training.optimizer import learning_rate_at, make_optimizer
 
@@ -67,7 +67,7 @@ def train_recogniser(
     def one(step: int) -> float:
         rows = usable[_rows(seed, step, batch, len(usable))]
         values, lengths = modality.batch([data.samples[i] for i in rows])
-        draw = torch.from_numpy(uniform(seed, AUGMENT, step, rows[:, None], np.arange(8)))
+        draw = torch.from_numpy(uniform(seed, AUGMENT, step, rows[:, None], np.arange(AUGMENT_DRAWS)))
         values, lengths = modality.augment(values, lengths, draw)
         if modality.variable_length:
             values = values[:, : int(lengths.max())]
