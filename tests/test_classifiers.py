@@ -224,6 +224,9 @@ def test_labelled_images_are_recognised_and_evaluated(
     assert metrics["recognition/image-label/accuracy"]["value"] == pytest.approx(np.mean(right))
     assert np.mean(right) > 0.8
 
+    explained = model.explain(tmp_path / "arrows" / "left" / "0.png")  # the answer of `classify`, and how likely it is
+    assert explained.answer == "left" and explained.chance == pytest.approx(found[0].probability, abs=1e-4)
+
 
 def test_the_task_is_seen_in_the_data(plait: Plait, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pairs = "question,reply\n" + "".join(f"how is number {i},it is {i * 7}\n" for i in range(30))

@@ -33,7 +33,7 @@ def test_texts_files_and_folders(files: Path) -> None:
     assert media_or_text(str(files / "photos/b.png")) == files / "photos/b.png"
     for text in (
         "three",
-        "photos",
+        "runs",
         "either/or",
         "I like photos/a.png",
         "see e.g. this.png",
@@ -42,6 +42,9 @@ def test_texts_files_and_folders(files: Path) -> None:
         "",
     ):
         assert media_or_text(text) == text
+    (files / "runs").mkdir()  # a folder without media is no input: its name is a word
+    assert media_or_text("runs") == "runs"
+    assert media_or_text("photos") == Path("photos") and inputs_of("photos").values == inputs_of("photos/").values
     for missing in ("nothing.png", "./nothing.txt", "/tmp/no/such.wav", "photos/z.mp3"):
         with pytest.raises(PlaitError, match="does not exist"):
             media_or_text(missing)

@@ -53,6 +53,8 @@ def evaluate(
     if evaluation.verdict is not None:
         out.print(f"\n{plain(str(evaluation.verdict))}\n")
     out.print(f"All figures: {run / 'metrics.json'}\nReport: {evaluation.report}")
+    if any(key.startswith("recognition/") for key in everything):
+        out.print(f"To use it: plait classify {run} FOLDER -o answers.csv; why: plait explain {run} FILE -o why.html")
 
 
 def _review(run: Path, data: str | None, column: str | None, seed: int, device: str) -> None:
@@ -61,9 +63,13 @@ def _review(run: Path, data: str | None, column: str | None, seed: int, device: 
         err.print(f"[yellow]Note:[/yellow] {plain(note)}")
     for one in review.suspects[:10]:
         out.print(
-            plain(f"{one.source}: {one.label} {one.probability:.3f}, {one.suggested} {one.suggested_probability:.3f}")
+            plain(
+                f"{one.source}: labelled {one.label} ({one.probability:.3f}), "
+                f"rather {one.suggested} ({one.suggested_probability:.3f})"
+            )
         )
     out.print(
-        f"{review.likely} of {review.labelled} labels in {plain(review.column)} are likely wrong; {review.unlabelled} "
-        f"records have none.\nImages: {run / 'labels.html'}\nTable: {run / 'labels.csv'}"
+        f"{review.likely} of {review.labelled} labels in column {plain(review.column)} are doubted (a weak model "
+        f"doubts right ones too: begin with the surest); {review.unlabelled} records have none.\n"
+        f"Images: {run / 'labels.html'}\nTable: {run / 'labels.csv'}"
     )

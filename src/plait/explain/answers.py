@@ -31,7 +31,7 @@ def explain_answer(
     if (ours := model.plait_model) is not None:
         if template is not None:
             raise PlaitError(f"{model.name} compares no images with sentences. Leave the template out.")
-        question = plait_models.question(ours, value, answer, to, column, labels, seed)
+        question = plait_models.question(ours, value, answer, to, column, labels, seed, method == "occlusion")
     else:
         if column is not None or to != "text":
             raise PlaitError(f"{model.name} has no columns and makes no media. Leave out to and column.")

@@ -58,7 +58,7 @@ def explain(
         return
     for warning in found.warnings:
         err.print(f"[yellow]Note:[/yellow] {plain(warning)}")
-    out.print(plain(f"{found.answer}: {found.measure} {found.score:.3f}, chance {found.chance:.3f}"))
+    out.print(plain(f"{found.answer}: {found.measure} {found.score:.3f}, probability {found.chance:.3f}"))
     for part in shown["parts"]:
         strongest = ", ".join(f"{unit['where']} ({unit['weight']:+.3f})" for unit in part["strongest"][:STRONGEST])
         out.print(plain(f"{part['kind']}: {strongest or 'no unit speaks for the answer'}"))

@@ -22,16 +22,20 @@ from plait.model.multimodal import Sequence, collate
 
 def question(
     model: PlaitModel, value: Any, answer: Any = None, to: str = "text", column: str | None = None,
-    labels: list[str] | None = None, seed: int = 0,
+    labels: list[str] | None = None, seed: int = 0, decided: bool = True,
 ) -> Question:  # fmt: skip
     """What is to be explained: why `answer` follows `value`, an input of the model or a list of them.
+
+    With `decided`, an answer among learnt labels is that of the run's classifier, as `classify` gives it; without, of
+    the network's likelihood, which has gradients and layers.
 
     Without an answer it is the model's own: its likeliest label, the text that it writes, or, where `to` names another
     modality, what it makes with this seed. Raises PlaitError for an answer that the model cannot give.
     """
     parts = [_part(model, part) for part in (value if isinstance(value, list) else [value])]
     if to == "text":
-        return _asked(model, parts, answer, column, labels)
+        asked = _asked(model, parts, answer, column, labels)
+        return _decided(asked, answer, labels) if decided else asked
     if to in model.columns and column is None:
         to, column = model.columns[to], to
     column = model.column(column, to, f"write {to}")
@@ -76,7 +80,7 @@ def _near(answer: str, known: list[str]) -> str:
 
 def _asked(
     model: PlaitModel, parts: list[Part], answer: Any, column: str | None, labels: list[str] | None
-) -> Question:  # fmt: skip
+) -> Asked:  # fmt: skip
     if answer is not None and (not isinstance(answer, str) or not answer):
         raise PlaitError("The answer must be a text that is not empty; for a medium, say which with to.")
     encode = model.checkpoint.text.encode
@@ -108,6 +112,19 @@ def _asked(
     if not asked.ids[asked.place] and column is None:
         raise PlaitError("The answer is empty.")
     return asked
+
+
+def _decided(asked: Asked, answer: Any, labels: list[str] | None) -> Asked:
+    """The question as the run's classifier answers it, where one was fitted for such an input."""
+    model, column = asked.model, asked.column
+    if column is None or labels is not None or len(asked.parts) != 1:
+        return asked
+    context = model.context([_given(asked.parts[0])])
+    if not model.is_classified([context], column):
+        return asked
+    own = model.classify_parts([context], column=column, top=1)[0].label
+    place = asked.texts.index(own if answer is None else answer)
+    return Decided(model, asked.parts, column, asked.texts, asked.ids, place)
 
 
 def _next_token(model: PlaitModel, parts: list[Part]) -> str:
@@ -243,6 +260,30 @@ class Asked(_Ours):
             rank = int((chances > chances[wanted]).sum()) + 1
             by_layer.append({"layer": number, "chance": float(chances[wanted]), "rank": rank, "likeliest": likeliest})
         return by_layer
+
+
+@dataclass
+class Decided(Asked):
+    """Why a label is the answer of the run's classifier, which mixes several opinions."""
+
+    def scores(self, inputs: list[list[Value]]) -> np.ndarray:
+        """Log-odds of the label's calibrated probability, (N,); of a text that has no word left, those of guessing."""
+        column, label = self.column, self.texts[self.place]
+        probabilities = np.full(len(inputs), 1 / len(self.texts))
+        given = [self._alone(values[0]) for values in inputs]
+        asked = [place for place, value in enumerate(given) if value is not None]
+        contexts = [[self.model.context([given[place]])] for place in asked]
+        for place, ranked in zip(asked, self.model.classify_sequences(contexts, column=column, top=None), strict=True):
+            probabilities[place] = next((one.probability for one in ranked if one.label == label), 0.0)
+        bounded = probabilities.clip(1e-6, 1 - 1e-6)
+        return np.asarray(np.log(bounded / (1 - bounded)))
+
+    def _alone(self, value: Value) -> Any:
+        """A part's value as `Model.context` takes it; None for nothing."""
+        part = self.parts[0]
+        if isinstance(part, Grid):
+            return None if value is None else (part.column, value)
+        return value or None
 
 
 def _owners(model: PlaitModel, parts: list[Part]) -> np.ndarray:

@@ -579,6 +579,10 @@ class PlaitModel(Reading, Model):
         chances /= chances.sum(1, keepdims=True)
         return [_predictions(mean, labels, top) for mean in _means(chances, inputs)]
 
+    def is_classified(self, parts: list[Sequence], column: str) -> bool:
+        """Whether a classifier was fitted that answers one input of this kind in this column."""
+        return self._classifier(parts, column) is not None
+
     def _classifier(self, parts: list[Sequence], column: str) -> Classifier | None:
         """What was fitted for one input of this kind, alone; None where nothing was."""
         for one in self.checkpoint.classifiers:

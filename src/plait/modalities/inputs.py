@@ -72,21 +72,25 @@ def plain_input(value: Any) -> Any:
 def media_or_text(value: str) -> str | Path:
     """A text, or the file or folder that it names.
 
-    What names a file that is there is the file, and a folder where it is written with a stroke; what looks like a path
-    and is not there is an error; anything else is text.
+    What names a file that is there is the file; what names a folder is the folder where it is written with a stroke or
+    holds media; what looks like a path and is not there is an error; anything else is text.
     Raises PlaitError for a path that does not exist.
     """
-    if len(value) > 4096 or "\n" in value or "\0" in value:
+    if not value.strip() or len(value) > 4096 or "\n" in value or "\0" in value:
         return value
     path = Path(value).expanduser()
     with contextlib.suppress(OSError, ValueError):  # a name longer than names may be
-        if path.is_file() or (path.is_dir() and ("/" in value or os.sep in value)):
+        if path.is_file() or (path.is_dir() and ("/" in value or os.sep in value or _holds_media(path))):
             return path
     spaced = re.search(r"\s", value) is not None  # a sentence may end like a file, or hold a stroke
     rooted = value.startswith(("/", "./", "../", "~/")) and "." in path.name
     if not spaced and (rooted or kind_of_suffix(path.suffix)):
         raise PlaitError(f"{value} does not exist. Name a file, or give a text that is no path.")
     return value
+
+
+def _holds_media(folder: Path) -> bool:
+    return any(kind_of_suffix(path.suffix) for path in folder.rglob("*"))
 
 
 def files_of(folder: Path) -> list[Path]:
