@@ -131,13 +131,14 @@ def _retrained(
 ) -> dict[tuple[str, str], OutOfFold]:  # fmt: skip
     """Runs of the same recipe on the other folds, in a share of its time."""
     recipe = _shortened(recipe, folds)
+    seconds = 60 * (recipe.training.minutes or 0.0)
     parts: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
     everything = np.arange(len(dataset), dtype=np.int64)
     fold = np.zeros(len(dataset), np.int64)
     examples = _whole(model, dataset, classifiers[0])
     fold[examples.indices] = _folds(dataset, examples, folds, seed)
     for number in range(folds):
-        progress(f"fold {number + 1} of {folds}", number, folds)
+        progress(f"a run of {seconds:.0f} s and its answers for each of {folds} folds", number, folds)
         rest, test = everything[fold != number], np.intersect1d(examples.indices, everything[fold == number])
         aside = np.arange(len(rest)) % VAL_SHARE == number % VAL_SHARE  # records lie as their contents' hash has them
         view = Chosen(dataset, {"train": rest[~aside], "val": rest[aside], "test": test})
@@ -151,7 +152,7 @@ def _retrained(
                 found = _asked(other, view, one, model.labels[one.target])
                 if found is not None:
                     parts.setdefault((one.source, one.target), []).append(found)
-    progress(f"fold {folds} of {folds}", folds, folds)
+    progress(f"a run of {seconds:.0f} s and its answers for each of {folds} folds", folds, folds)
     wanted = {(one.source, one.target) for one in classifiers}
     return {key: _joined(some, folds) for key, some in parts.items() if key in wanted}
 
