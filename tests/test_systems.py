@@ -25,6 +25,7 @@ from plait.core.errors import PlaitError, Terminated
 ELSEWHERE = """
 import os, select, signal, sys
 import filelock, platformdirs.unix, psutil  # they serve each system by themselves
+from huggingface_hub import scan_cache_dir  # as does its terminal
 
 class Missing:
     def find_spec(self, name, path=None, target=None):
