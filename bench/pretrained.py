@@ -30,6 +30,8 @@ isa.cap()  # PLAIT_ISA, before torch loads
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+
+from plait.evaluation.metrics import edit_distance  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 
@@ -313,16 +315,6 @@ def digits_of(text: str) -> str:
     return found
 
 
-def errors(said: str, heard: str) -> int:
-    """Insertions, deletions and replacements between two strings."""
-    row = list(range(len(heard) + 1))
-    for i, one in enumerate(said, 1):
-        before, row[0] = row[0], i
-        for j, other in enumerate(heard, 1):
-            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (one != other))
-    return row[-1]
-
-
 def speech(arguments: argparse.Namespace) -> None:
     import transformers
 
@@ -335,7 +327,7 @@ def speech(arguments: argparse.Namespace) -> None:
     begun = time.process_time()
     segments = model.segments((recording.wave, recording.rate), language="en", words=True)
     ours, seconds = digits_of(" ".join(one.text for one in segments)), time.process_time() - begun
-    print(f"plait: WER {errors(said, ours) / len(said):.4f}, {seconds:.0f} s of processor time", flush=True)
+    print(f"plait: WER {edit_distance(said, ours) / len(said):.4f}, {seconds:.0f} s of processor time", flush=True)
     words = [word for segment in segments for word in segment.words if len(digits_of(word.text)) == 1]
     off = [_off(word, recording.words) for word in words]
     off = [one for one in off if one is not None]
@@ -353,7 +345,7 @@ def speech(arguments: argparse.Namespace) -> None:
                  return_timestamps=True,
                  generate_kwargs={"language": "en", "task": "transcribe"})["text"]  # fmt: skip
     seconds = time.process_time() - begun
-    wrong = errors(said, digits_of(heard)) / len(said)
+    wrong = edit_distance(said, digits_of(heard)) / len(said)
     print(f"transformers' long form: WER {wrong:.4f}, {seconds:.0f} s of processor time", flush=True)
 
 
