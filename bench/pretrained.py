@@ -30,9 +30,9 @@ isa.cap()  # PLAIT_ISA, before torch loads
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 from plait.evaluation.metrics import edit_distance  # noqa: E402
-from torch import Tensor  # noqa: E402
 
 
 def lora_ours(model: Path, ids: Tensor, rank: int) -> Any:
