@@ -366,11 +366,16 @@ def _classified(model: Model, asked: Asked, values: list[Any]) -> list[dict[str,
             found.append(row | {f"probability of {label}": chance for label, chance in one})
             continue
         row = {"label": NONE_OF_THESE if one.none_of_these else one[0].label}
-        row |= {"none_of_these": one.none_of_these, "ood_score": one.ood_score}
+        row |= {"none_of_these": one.none_of_these, "ood_score": _digits(one.ood_score)}
         for place, (label, probability) in enumerate(one, 1):
-            row |= {f"label_{place}": label, f"probability_{place}": probability}
+            row |= {f"label_{place}": label, f"probability_{place}": _digits(probability)}
         found.append(row)
     return found
+
+
+def _digits(value: float | None) -> float | None:
+    """With the six digits that a probability has to say."""
+    return None if value is None else float(f"{value:.6g}")
 
 
 def _top(model: Model, asked: Asked) -> int | None:
