@@ -34,10 +34,10 @@ def download(name: str) -> Path:
             f"hf:{name} cannot be had: {why} Check the name and the network. Offline, take the data set to this "
             "machine as a folder (save_to_disk, or its Parquet files): plait prepare FOLDER -o OUT"
         ) from error
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
     # save_to_disk writes media as they are: nothing is decoded.
-    found.save_to_disk(str(aside))
+    found.save_to_disk(str(temporary))
     shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    temporary.rename(folder)
     return folder

@@ -172,14 +172,14 @@ def check_chunk(task: Task, blobs: list[bytes], at: Callable[[int], None] = lamb
     columns = {name: pa.array([row.get(name) for row in rows], of) for name, of in types.items()}
     table = pa.table(columns, pa.schema(types, facts))
     out = Path(task["out"])
-    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
-        aside.replace(out)
+        temporary.replace(out)
     except BaseException:
         with contextlib.suppress(OSError):
-            aside.unlink()
+            temporary.unlink()
         raise
 
 

@@ -140,8 +140,10 @@ def _retrained(
     for number in range(folds):
         progress(f"a run of {seconds:.0f} s and its answers for each of {folds} folds", number, folds)
         rest, test = everything[fold != number], np.intersect1d(examples.indices, everything[fold == number])
-        aside = np.arange(len(rest)) % VAL_SHARE == number % VAL_SHARE  # records lie as their contents' hash has them
-        view = Chosen(dataset, {"train": rest[~aside], "val": rest[aside], "test": test})
+        temporary = (
+            np.arange(len(rest)) % VAL_SHARE == number % VAL_SHARE
+        )  # records lie as their contents' hash has them
+        view = Chosen(dataset, {"train": rest[~temporary], "val": rest[temporary], "test": test})
         with tempfile.TemporaryDirectory(prefix="plait-fold-") as scratch:
             folder = Path(scratch) / "run"
             train(view, folder, recipe, lambda told: None, device)

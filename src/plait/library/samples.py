@@ -101,10 +101,10 @@ def recorded(run: Path, show: Callable[[Progress], None]) -> Callable[[Progress]
             left = (progress.total - progress.done) * (now - start) / (progress.done - first)
         state = {"work": work, "stage": stage, "done": progress.done, "total": progress.total,
                  "seconds_left": left, "time": now}  # fmt: skip
-        aside = run / f".{PROGRESS}.{os.getpid()}.tmp"
+        temporary = run / f".{PROGRESS}.{os.getpid()}.tmp"
         try:  # not synced: after a loss of power the next state takes its place
-            aside.write_text(json_text(state), encoding="utf-8")
-            aside.replace(run / PROGRESS)
+            temporary.write_text(json_text(state), encoding="utf-8")
+            temporary.replace(run / PROGRESS)
         except OSError as error:
             raise PlaitError(f"Cannot write {run / PROGRESS}: {error.strerror}. Free space, then go on.") from error
 
