@@ -27,7 +27,7 @@ def download(name: str) -> Path:
         return folder
     datasets.disable_progress_bars()
     try:
-        found = datasets.load_dataset(path, config or None)
+        loaded = datasets.load_dataset(path, config or None)
     except Exception as error:  # the library raises its own classes, those of requests, and built-in ones
         why = " ".join(str(error).split())[:300]
         raise PlaitError(
@@ -37,7 +37,7 @@ def download(name: str) -> Path:
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     # save_to_disk writes media as they are: nothing is decoded.
-    found.save_to_disk(str(temporary))
+    loaded.save_to_disk(str(temporary))
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
     return folder

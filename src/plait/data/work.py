@@ -82,14 +82,14 @@ def _seen(kind: str, data: bytes, digest: bytes, task: Task, lately: dict[tuple[
     captions stands in five), else from decoding it. Raises MediaError."""
     look = lately.get((kind, digest))
     if look is None:
-        known = known_media(task["known"]) if task.get("known") else None
-        look = known.get(kind, digest, task["near"]) if known else None
+        known_looks = known_media(task["known"]) if task.get("known") else None
+        look = known_looks.get(kind, digest, task["near"]) if known_looks else None
         look = look or _look(kind, data, task["near"])
         lately[kind, digest] = look
     return look
 
 
-def _said(chat: str) -> str:
+def _words_of(chat: str) -> str:
     """What is said in a conversation, without the shell that all conversations share."""
     return "\n".join(value for turn in turns(chat) for kind, value in turn.parts if kind == "text")
 
@@ -131,7 +131,9 @@ def _check(
     words = {name: text for name, text in parts.items() if isinstance(text, str)}
     row["group"], row["content"] = group[:16], hashlib.sha256(group + _digest(words)).digest()[:16]
     if task["near"] and not media:
-        row["words"] = text_print("\n".join(_said(text) if n in task["chats"] else text for n, text in words.items()))
+        row["words"] = text_print(
+            "\n".join(_words_of(text) if n in task["chats"] else text for n, text in words.items())
+        )
     if item["group"]:
         group = hashlib.sha256(item["group"].encode()).digest()
     row["key"] = hashlib.sha256(item["id"].encode()).digest()[:16]

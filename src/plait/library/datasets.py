@@ -66,12 +66,12 @@ def prepare(
     Raises PlaitError where nothing can be read or written, or an option does not fit. Stopped at any moment, the same
     call goes on from there.
     """
-    given = {"map": dict(map) if map else None, "pattern": pattern}
+    data_options = {"map": dict(map) if map else None, "pattern": pattern}
     names = {column: list(values) for column, values in labels.items()} if labels else None
-    data = as_recipe(recipe, {"data": {**given, "labels": names}}).data
+    data = as_recipe(recipe, {"data": {**data_options, "labels": names}}).data
     place = location(out)
-    held = in_memory(source)
-    if held:
+    from_memory = in_memory(source)
+    if from_memory:
         if isinstance(source, Dataset):
             raise PlaitError(f"{source.path} is prepared already.")
         source = _written(source, place)
@@ -81,7 +81,7 @@ def prepare(
             recipe=data, seed=seed, workers=workers, engine=engine, near_duplicates=near_duplicates,
             drop_near_duplicates=drop_near_duplicates, replace=replace, into=into, progress=bar,
         )  # fmt: skip
-    if held:
+    if from_memory:
         shutil.rmtree(source, ignore_errors=True)
     return Dataset.open(place)
 
