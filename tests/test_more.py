@@ -62,6 +62,7 @@ def state(run: Path) -> dict[str, torch.Tensor]:
 def test_more_steps_are_a_schedule_of_their_own(
     labelled: Path, run: Path, plait: Plait, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (run / "metrics.json").write_text("{}")
     before = min(package.Run(run).history.losses("text", "val")[1])
     command = ("train", labelled / "data", "-o", run, "--recipe", labelled / "recipe.yaml", "--steps", STEPS + MORE)
     assert plait(*command) == 0
@@ -77,6 +78,8 @@ def test_more_steps_are_a_schedule_of_their_own(
     after = package.Run(run).history.losses("text", "val")
     assert after[0][-1] == STEPS + MORE and min(after[1]) <= before
     assert (run / "checkpoints" / "best" / "classifiers.json").is_file()
+    assert (run / "metrics-part-1.json").is_file() and not (run / "metrics.json").exists()
+    assert f"40 steps in 2 parts ({STEPS} + {MORE})" in (run / "report.html").read_text()
     assert plait(*command) == 0
     assert "already trained" in capsys.readouterr().err
     assert plait(*command[:-1], STEPS - 1) == 1

@@ -198,6 +198,11 @@ class Run:
                     f"{self.folder} holds a run of another {'dataset' if name == 'data' else 'recipe'}"
                     f"{network if allow_changes else text}. Choose another folder with -o, or delete it{other}."
                 )
+        if more is not None and "finished" in self.metadata:
+            begin_part(self.metadata, more)
+            if self.group.is_main and (figures := self.folder / "metrics.json").exists():
+                figures.rename(self.folder / f"metrics-part-{self.part}.json")  # of the model as it was
+            self.record()
         if changed:
             self.changed = True
             for name in ("steps", "revisions", "finished", "stopped_early"):
@@ -207,9 +212,6 @@ class Run:
             self.report(Progress("note", 1, 1, note=f"going on with changes: {summary}"))
         if any(self.metadata[name] != value for name, value in current.items()):
             self.record(**current)
-        if more is not None and "finished" in self.metadata:
-            begin_part(self.metadata, more)
-            self.record()
         self._same_computing(allow_changes)
         return "finished" in self.metadata
 
