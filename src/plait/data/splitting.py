@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from plait.data.duplicates import SplitPair
 from plait.data.files import Plan
+from plait.data.grouping import split_groups
 from plait.data.record import SPLITS, are_labels
 from plait.modalities.media import KINDS
 
@@ -35,6 +36,8 @@ def split_records(
     """The split of each record (N,) as a number in SPLITS, and the rule in words. `given` is what the source says,
     -1 where it says nothing; `draw` (N,) in [0, 1) is a hash of the content; `labels` (N,) numbers the records' labels,
     where they have any."""
+    if source_plan.group_by and not source_plan.grown:
+        return _whole_groups(given, draw, source_plan.group_by)
     if not (given >= 0).any() and len(draw) < _FEWEST_SPLIT and labels is None:
         return np.zeros(len(draw), np.int64), f"fewer than {_FEWEST_SPLIT} records, so all are train"
     if source_plan.tail:
@@ -53,6 +56,18 @@ def split_records(
     share = 0.0 if (given == 1).any() or not train else min(0.1, (_VAL_MOST - 3 * _VAL_MOST**0.5) / train)
     words = f", and {share:.1%} of train becomes val by a hash of the content" if share else ""
     return np.where((split == 0) & (draw < share), 1, split), "as the source says" + words
+
+
+def _whole_groups(given: np.ndarray, draw: np.ndarray, by: str) -> tuple[np.ndarray, str]:
+    """Splits (N,) of whole groups, which have equal draws, and the rule; those that the source names stay."""
+    if not (given >= 0).any():
+        return split_groups(draw), f"about 80/10/10 in whole groups ({by}), by a hash of the group"
+    split = np.where(given < 0, 0, given)
+    train = np.flatnonzero(split == 0)
+    if (given == 1).any() or not len(train):
+        return split, f"as the source says, whatever the groups ({by}) are"
+    split[train] = split_groups(draw[train], splits=(1,))
+    return split, f"as the source says, and about a tenth of train becomes val, in whole groups ({by})"
 
 
 def _beside(given: np.ndarray, draw: np.ndarray) -> np.ndarray:

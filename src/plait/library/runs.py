@@ -255,6 +255,7 @@ def train(
     *,
     recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
     task: str | None = None,
+    group_by: str | None = None,
     size: str | None = None,
     minutes: float | None = None,
     steps: int | None = None,
@@ -286,6 +287,7 @@ def train(
         recipe: a YAML file, a name of `plait recipes`, a dictionary or a Recipe; the arguments below are laid over it.
         task: one of `plait.core.config.known_tasks`; seen in the data where neither it nor a
             recipe is given. What a recipe leaves open follows from the task.
+        group_by: of data that are prepared first, as in `plait.prepare`.
         size: tiny, small, base or large.
         minutes: a time budget that the schedule is fitted to.
         steps: steps to train for, instead of minutes.
@@ -330,7 +332,10 @@ def train(
         "freeze": [freeze] if isinstance(freeze, str) else list(freeze) if freeze else None,
         "replay": dict(replay) if replay else None,
     }  # fmt: skip
-    settings = as_recipe(recipe, {"model": {"size": size, "init_from": init_from}, "training": training})
+    sections: dict[str, dict[str, Any]] = {
+        "data": {"group_by": group_by}, "model": {"size": size, "init_from": init_from}, "training": training,
+    }  # fmt: skip
+    settings = as_recipe(recipe, sections)
     if minutes is not None:
         settings.training.steps = settings.training.max_minutes = None  # what is asked for here wins over a recipe
     if lora and settings.training.lora is None:
