@@ -153,6 +153,7 @@ class NameWatch:
         self.names: list[tuple[list[str], str]] = []  # parts of a name, and the label
 
     def watch(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items as they are, the names of their files taken note of."""
         for item in items:
             if isinstance(item, Found) and len(self.names) < _WATCHED:
                 label = item.parts.get("label")
