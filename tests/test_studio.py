@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas
 import psutil
 import pyarrow as pa
 import pytest
@@ -25,8 +26,9 @@ from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
 from plait.studio import jobs
 from plait.studio.app import Studio, make_app
+from plait.studio.excerpts import read_excerpt
 from plait.studio.labels import LabelEdits
-from plait.studio.listing import list_project
+from plait.studio.listing import kind_of, list_project
 from plait.studio.render import FOLDER, LANGUAGES, _environment, texts
 from plait.studio.security import Gate
 from plait.studio.uploads import upload_name
@@ -157,6 +159,22 @@ def test_markup_in_names_is_text(client: TestClient) -> None:
 
 
 # --- files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json", ".jsonl", ".parquet", ".arrow", ".csv.gz"])
+def test_a_table_of_any_form_is_shown_as_it_will_be_read(tmp_path: Path, suffix: str) -> None:
+    file, frame = tmp_path / f"people{suffix}", pandas.DataFrame({"name": ["Ada", "Lin"] * 9, "age": ["36", "41"] * 9})
+    {
+        ".csv": lambda: frame.to_csv(file, sep=";", index=False),
+        ".csv.gz": lambda: frame.to_csv(file, index=False),
+        ".json": lambda: frame.to_json(file, orient="records"),
+        ".jsonl": lambda: frame.to_json(file, orient="records", lines=True),
+        ".parquet": lambda: frame.to_parquet(file),
+        ".arrow": lambda: frame.to_feather(file, compression="uncompressed"),
+    }[suffix]()
+    excerpt = read_excerpt(file, f"a/people{suffix}")
+    assert kind_of(excerpt.path) == "text" and excerpt.header == ["name", "age"]
+    assert excerpt.rows == [["Ada", "36"], ["Lin", "41"]] * 3
 
 
 def test_a_zip_becomes_labelled_files(client: TestClient, workspace: Workspace) -> None:

@@ -84,7 +84,7 @@ def make_app(studio: Studio) -> FastAPI:
     return app
 
 
-def serve(folder: Path, port: int, tell: Callable[[str], None]) -> None:
+def serve(folder: Path, port: int, announce: Callable[[str], None]) -> None:
     """Serve a workspace on 127.0.0.1 until Ctrl-C; `tell` gets the address with its token.
 
     Raises PlaitError where the folder or the port cannot be had.
@@ -98,6 +98,6 @@ def serve(folder: Path, port: int, tell: Callable[[str], None]) -> None:
     except OSError as error:
         raise PlaitError(f"Port {port} cannot be had: {error.strerror}. Choose another with --port.") from error
     gate = Gate(make_app(studio), sock.getsockname()[1])
-    tell(f"http://127.0.0.1:{sock.getsockname()[1]}/?token={gate.token}")
+    announce(f"http://127.0.0.1:{sock.getsockname()[1]}/?token={gate.token}")
     config = uvicorn.Config(gate, log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=3)
     uvicorn.Server(config).run(sockets=[sock])

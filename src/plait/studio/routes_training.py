@@ -138,10 +138,10 @@ def _options(values: dict[str, Any]) -> tuple[str, ...]:
     size = str(values.get("size") or "")
     if size not in SIZES:
         raise PlaitError(f"There is no size '{size}'. There are {', '.join(SIZES[1:])}.")
-    found = ["--minutes", f"{minutes:g}"]
-    found += ["--size", size] if size else []
-    found += ["--seed", str(seed)] if seed else []
-    return tuple(found)
+    arguments = ["--minutes", f"{minutes:g}"]
+    arguments += ["--size", size] if size else []
+    arguments += ["--seed", str(seed)] if seed else []
+    return tuple(arguments)
 
 
 def _job(project: Project, run: str) -> jobs.Job | None:

@@ -69,7 +69,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search found.
 
     Attributes:
@@ -154,17 +154,17 @@ def read_messages(given: Any) -> list[Message]:
 def _read_parts(content: Any) -> list[str | bytes]:
     if isinstance(content, str):
         return [content]
-    found: list[str | bytes] = []
+    parts: list[str | bytes] = []
     for part in content:
         if part["type"] == "text":
-            found.append(str(part["text"]))
+            parts.append(str(part["text"]))
         elif part["type"] == "image_url":
-            found.append(base64.b64decode(part["image_url"]["url"].partition(",")[2], validate=True))
+            parts.append(base64.b64decode(part["image_url"]["url"].partition(",")[2], validate=True))
         elif part["type"] == "input_audio":
-            found.append(base64.b64decode(part["input_audio"]["data"], validate=True))
+            parts.append(base64.b64decode(part["input_audio"]["data"], validate=True))
         else:
             raise ValueError
-    return found
+    return parts
 
 
 class Models:
@@ -219,19 +219,19 @@ class Models:
             verbs = set(model.verbs)
             columns = dict(getattr(model, "columns", {}))
             if columns and kind not in columns.values():
-                known = ", ".join(sorted(set(columns.values())))
-                raise PlaitError(f"This model does not read {kind}. It reads {known}.")
+                readable = ", ".join(sorted(set(columns.values())))
+                raise PlaitError(f"This model does not read {kind}. It reads {readable}.")
             labels: list[tuple[str, float]] = []
             none = False
             if "classify" in verbs and any(getattr(model, "labels", {}).values()):
-                found = model.classify_inputs([value], top=5)[0]
-                labels = [(str(label), float(chance)) for label, chance in found]
-                none = bool(getattr(found, "none_of_these", False))
+                prediction = model.classify_inputs([value], top=5)[0]
+                labels = [(str(label), float(chance)) for label, chance in prediction]
+                none = bool(getattr(prediction, "none_of_these", False))
             words = self._words(model, verbs, kind, value) if not labels else ""
             nearest = self._nearest(model, data, value) if "embed" in verbs else []
         return Answer(kind, labels, none, words, nearest, preview)
 
-    def find(self, run: Path, data: Path, body: bytes, text: str) -> Found:
+    def find(self, run: Path, data: Path, body: bytes, text: str) -> SearchResult:
         """The records of a dataset that are most like a file, or a text; the arguments are those of `ask`."""
         value = self._input(body, text)[0]
         with self.lock:
@@ -240,7 +240,7 @@ class Models:
                 raise PlaitError(f"This model cannot search. It can {', '.join(model.verbs)}.")
             embedded = self._records(model, data)
             records = embedded.nearest(model.embed_inputs([value])[0], FOUND) if embedded.records else []
-        return Found(records, len(embedded.records), embedded.total)
+        return SearchResult(records, len(embedded.records), embedded.total)
 
     def why(self, run: Path, value: Any, answers: list[str]) -> list[Why]:
         """Which parts of an input speak for each of some answers; the model's own answer where there is none.
@@ -255,18 +255,18 @@ class Models:
 
         with self.lock:
             model = self.get(run)
-            own: list[str | None] = [None]
-            found = [model.explain(value, answer) for answer in answers or own]
+            model_answer: list[str | None] = [None]
+            explanations = [model.explain(value, answer) for answer in answers or model_answer]
         shown = []
-        for one in found:
+        for one in explanations:
             words = [part for part in one.parts if isinstance(part, Words)]
             png = "" if words else "data:image/png;base64," + base64.b64encode(as_png(one)).decode()
             marked: list[tuple[str, str]] = []
             for part, weights in zip(one.parts, one.weights, strict=True):
                 if isinstance(part, Words):
-                    most = max(float(np.abs(weights).max(initial=0)), 1e-9)
+                    strongest = max(float(np.abs(weights).max(initial=0)), 1e-9)
                     for word, weight in zip(part.words, weights, strict=True):
-                        level = round(4 * abs(float(weight)) / most)
+                        level = round(4 * abs(float(weight)) / strongest)
                         marked.append((word.strip(), f"{'for' if weight > 0 else 'against'}{level}"))
             areas = one.areas
             beaten = (areas.random_maps_beaten, len(areas.random_deletion)) if areas is not None else None
@@ -283,8 +283,8 @@ class Models:
             model = self.get(run)
             if verb not in ("draw", "speak") or verb not in model.verbs:
                 raise PlaitError(f"This model cannot {verb}. It can {', '.join(model.verbs)}.")
-            made = getattr(model, verb)(text, n=count, seed=seed)
-        return [image_url(one) if verb == "draw" else wave_url(*one) for one in made]
+            outputs = getattr(model, verb)(text, n=count, seed=seed)
+        return [image_url(one) if verb == "draw" else wave_url(*one) for one in outputs]
 
     def chat(self, run: Path, messages: list[Message], seed: int) -> Generator[str]:
         """The next turn of a conversation, piece by piece; closing the iterator ends it.
@@ -330,10 +330,10 @@ class Models:
             if not text.strip():
                 raise PlaitError("Drop a file, or write something.")
             return text[:TEXT_LIMIT], "text", ""
-        found = sniff(body[:64])
-        if found is None:
+        sniffed = sniff(body[:64])
+        if sniffed is None:
             raise PlaitError("That is no image, audio or video that is read here.")
-        kind = found[0]
+        kind = sniffed[0]
         try:
             value = self.checker.decode(kind, body)
         except MediaError as error:

@@ -125,8 +125,8 @@ const reply = guarded(async () => {
   const last = conversation.messages.at(-1);
   const media = typeof last.content !== "string" && last.content.some(({ type }) => type !== "text");
   const made = model.verbs.includes("draw") ? "image" : model.verbs.includes("speak") ? "audio" : "text";
-  const kind = model.talks || media ? "text" : made;
-  const messages = (model.talks ? conversation.messages : [last]).map(({ audio, ...message }) => message);
+  const kind = model.can_chat || media ? "text" : made;
+  const messages = (model.can_chat ? conversation.messages : [last]).map(({ audio, ...message }) => message);
   const answer = { role: "assistant", content: "" };
   conversation.stop = new AbortController();
   conversation.messages.push(answer);
@@ -212,9 +212,9 @@ function searchPart() {
   const find = guarded(async (input) => {
     const { data } = await post("/v1/plait/search", { input, k: 24, index: form.elements.index.value });
     $("#found").replaceChildren(...data.map((one) => {
-      const audio = one.kind === "audio";
+      const tag = current().elements[one.kind];
       const shown = one.preview
-        ? element(audio ? "audio" : "img", audio ? { controls: true, src: one.preview } : { src: one.preview, alt: "" })
+        ? element(tag, tag === "img" ? { src: one.preview, alt: "" } : { controls: true, src: one.preview })
         : element("p", { className: "source" }, (one.text || one.source).slice(0, 300));
       const near = one.similarity === null ? "" : ` ${one.similarity.toFixed(2)}`;
       return tile(shown, (one.text || one.source || "").slice(0, 120), element("span", { className: "dim" }, near));
@@ -276,7 +276,7 @@ async function lookUp(text) {
 // --- what the chosen model does --------------------------------------------------------------------------------
 
 const arrange = guarded(async () => {
-  const { verbs, kinds, voices, examples, talks, name } = current();
+  const { verbs, kinds, voices, examples, can_chat: canChat, name } = current();
   const indexes = INDEXES.filter(({ model }) => model === name);
   const media = kinds.includes("image") || kinds.includes("audio") || !kinds.length;
   const parts = {
@@ -286,7 +286,7 @@ const arrange = guarded(async () => {
   };
   $$("[data-verb]").forEach((place) => { place.hidden = !parts[place.dataset.verb]; });
   // The part that the model is for stands first.
-  const first = talks && parts.chat ? "chat" : Object.keys(parts).find((verb) => parts[verb]);
+  const first = canChat && parts.chat ? "chat" : Object.keys(parts).find((verb) => parts[verb]);
   if (first) $("#served").prepend($(`[data-verb="${first}"]`));
   $$("[data-kind]").forEach((button) => { button.hidden = kinds.length > 0 && !kinds.includes(button.dataset.kind); });
   $("#chat-attach").hidden = !kinds.includes("image") && !kinds.includes("audio");

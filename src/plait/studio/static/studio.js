@@ -220,7 +220,7 @@ function galleryPage() {
   };
   gallery.addEventListener("click", (event) => {
     const tile = event.target.closest(".tile");
-    if (tile && !event.target.closest("audio")) choose(tile, event.shiftKey);
+    if (tile && !event.target.closest("audio, video")) choose(tile, event.shiftKey);
   });
   gallery.addEventListener("keydown", (event) => {
     if ((event.key === " " || event.key === "Enter") && event.target.classList.contains("tile")) {
