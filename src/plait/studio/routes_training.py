@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -11,9 +12,10 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response
 
 from plait.core.errors import PlaitError
+from plait.data.dataset import Dataset
 from plait.modalities.media import media_type
 from plait.studio import jobs
-from plait.studio.listing import list_project
+from plait.studio.listing import Listing, list_project
 from plait.studio.progress import Progress, read_progress
 from plait.studio.render import curve
 from plait.studio.security import FILE_POLICY
@@ -21,6 +23,7 @@ from plait.studio.watch import read_watched, sample_file
 from plait.studio.web import Studio, in_thread, page, read_values
 from plait.studio.worker import is_prepared
 from plait.studio.workspace import Project, safe_name
+from plait.training.expectation import Expected, expected
 
 MINUTES = 3.0
 SIZES = ("", "tiny", "small", "base", "large")
@@ -46,7 +49,8 @@ def _start_pages(app: FastAPI, studio: Studio) -> None:
         preview = jobs.Job(project.folder, project.next_run().name, ("--minutes", f"{MINUTES:g}"))
         return page(
             "train.html", request, project=project, tab="train", listing=listing, rows=rows, sizes=SIZES,
-            minutes=MINUTES, busy=busy, command=preview.as_text(), python=_python(project, preview.run),
+            minutes=MINUTES, expected=_expected(project, listing), busy=busy,
+            command=preview.as_text(), python=_python(project, preview.run),
         )  # fmt: skip
 
     @app.post("/p/{name}/train")
@@ -146,6 +150,19 @@ def _with_more(options: tuple[str, ...], minutes: float) -> tuple[str, ...]:
     place = values.index("--minutes") + 1
     values[place] = f"{float(values[place]) + minutes:g}"
     return tuple(values)
+
+
+def _expected(project: Project, listing: Listing | None) -> Expected | None:
+    """What to expect: of media by their folders, of tables by the labels that the dataset has, once there is one."""
+    counts = Counter(item.kind for item in listing.items if item.label) if listing else Counter()
+    if counts and listing is not None:
+        kind, count = counts.most_common(1)[0]
+        return expected(kind, count, len({item.label for item in listing.items if item.label}))
+    if not (project.data / "manifest.json").is_file():
+        return None
+    statistics = Dataset.open(project.data).manifest.statistics
+    classes = next((column.classes for column in statistics.values() if column.classes), {})
+    return expected("text", sum(classes.values()), len(classes))
 
 
 def _options(values: dict[str, Any]) -> tuple[str, ...]:
