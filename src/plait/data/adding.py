@@ -30,9 +30,10 @@ def grown_plan(dataset: Dataset, new: Plan, name: str) -> Plan:
         raise PlaitError(f"Column '{clash[0]}' holds {stored} in {dataset.path}, but not in {name}. Rename one.")
 
     def read() -> Iterator[Item]:
-        for record in dataset.iterate():
+        groups = dataset.groups
+        for number, record in enumerate(dataset.iterate()):
             parts = {column: _part(columns[column], record, column) for column in record.parts}
-            yield RawRecord(record.id, record.source, parts, record.split)
+            yield RawRecord(record.id, record.source, parts, record.split, None if groups is None else groups[number])
         for item in new.read():
             if isinstance(item, Rejected):
                 yield item._replace(file=f"{name}/{item.file}")
@@ -44,7 +45,9 @@ def grown_plan(dataset: Dataset, new: Plan, name: str) -> Plan:
     for split, count in dataset.counts.items():
         split_counts[split] += count
     notes = [f"{len(dataset):,} records of {dataset.manifest.source}", *new.notes]
-    return Plan(columns, split_counts, read, notes, chats=chats, warnings=new.warnings, grown=True)
+    return Plan(
+        columns, split_counts, read, notes, chats=chats, warnings=new.warnings, grown=True, group_by=new.group_by
+    )
 
 
 def _part(kind: str, record: Record, column: str) -> str | Media:

@@ -55,7 +55,8 @@ class Manifest(BaseModel):
     first that have a near-duplicate in the second; `rejected` counts lines of rejects.jsonl, and `dropped` those among
     them that were left out of train for near-duplicates; `chats` are text columns that hold conversations,
     `multi_label` those that hold several labels (`record.split_labels`), `numbers` those that hold numbers to predict.
-    `own_splits` says that the source names its splits itself.
+    `own_splits` says that the source names its splits itself. `group_by` says what groups were made by whose records
+    share a split (see grouping.py), and `groups` how many of them stand in each.
     `kind` is "records", or the name of the feature whose data it holds; `unit` says what `counts` count, and
     `parts` are further files of that feature. `notes` are for people, `split_notes` those on how the splits were
     made, `warnings` those on what may be amiss."""
@@ -77,6 +78,8 @@ class Manifest(BaseModel):
     multi_label: list[str] = []
     numbers: list[str] = []
     own_splits: bool = False
+    group_by: str | None = None
+    groups: dict[str, int] = {}
     kind: str = "records"
     unit: str = "records"
     parts: dict[str, Shard] = {}
@@ -200,6 +203,15 @@ class Dataset(DatasetViews):
         if not has_column or not (self.manifest.near_duplicates or self.manifest.overlap):
             return np.zeros(len(self), bool)
         return np.array(self._column("seen"), bool)
+
+    @property
+    def groups(self) -> list[str | None] | None:
+        """The group of every record, None for one without; None where there are no groups."""
+        if "groups" not in self.manifest.parts:
+            return None
+        place = join(self.path, self.manifest.parts["groups"].file)
+        with open_binary(place) as file:
+            return list(pq.read_table(file)["group"].to_pylist())
 
     def record(self, index: int, columns: Sequence[str] | None = None) -> Record:
         """Record number `index`, with only the named columns where `columns` is given."""

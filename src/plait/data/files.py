@@ -85,6 +85,7 @@ class Plan:
     numbers: list[str] = field(default_factory=list)  # columns whose text is a number that is to be predicted
     warnings: list[str] = field(default_factory=list)  # what people must know of how it is read
     grown: bool = False  # records of a dataset, whose splits stay, and new ones
+    group_by: str | None = None  # what groups of records are made by that share a split (see grouping.py)
 
 
 def suffix_of(name: str) -> str:

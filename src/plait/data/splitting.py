@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from plait.data.duplicates import SplitPair
 from plait.data.files import Plan
+from plait.data.grouping import split_groups
 from plait.data.record import SPLITS, are_labels
 from plait.modalities.media import KINDS
 
@@ -32,9 +33,16 @@ def columns_of(paths: list[Path], source_plan: Plan) -> dict[str, str]:
 def split_records(
     given_split: np.ndarray, content_hash: np.ndarray, source_plan: Plan, labels: np.ndarray | None
 ) -> tuple[np.ndarray, str]:
-    """The split of each record (N,) as a number in SPLITS, and the rule in words. `given` is what the source says,
-    -1 where it says nothing; `draw` (N,) in [0, 1) is a hash of the content; `labels` (N,) numbers the records' labels,
-    where they have any."""
+    """The split of each record, (N,) as numbers in SPLITS, and the rule in words.
+
+    Args:
+        given_split: (N,) what the source says, -1 where it says nothing.
+        content_hash: (N,) in [0, 1).
+        source_plan: how the source is read.
+        labels: (N,) numbers of the records' labels, where they have any.
+    """
+    if source_plan.group_by and not source_plan.grown:
+        return _whole_groups(given_split, content_hash, source_plan.group_by)
     if not (given_split >= 0).any() and len(content_hash) < _FEWEST_SPLIT and labels is None:
         return np.zeros(len(content_hash), np.int64), f"fewer than {_FEWEST_SPLIT} records, so all are train"
     if source_plan.tail:
@@ -55,6 +63,18 @@ def split_records(
     return np.where((split == 0) & (content_hash < share), 1, split), "as the source says" + words
 
 
+def _whole_groups(given_split: np.ndarray, content_hash: np.ndarray, by: str) -> tuple[np.ndarray, str]:
+    """Splits (N,) of whole groups, which have equal draws, and the rule; those that the source names stay."""
+    if not (given_split >= 0).any():
+        return split_groups(content_hash), f"about 80/10/10 in whole groups ({by}), by a hash of the group"
+    split = np.where(given_split < 0, 0, given_split)
+    train = np.flatnonzero(split == 0)
+    if (given_split == 1).any() or not len(train):
+        return split, f"as the source says, whatever the groups ({by}) are"
+    split[train] = split_groups(content_hash[train], splits=(1,))
+    return split, f"as the source says, and about a tenth of train becomes val, in whole groups ({by})"
+
+
 def _beside(given_split: np.ndarray, content_hash: np.ndarray) -> np.ndarray:
     """Splits (N,) by the hash of the content, but those of equal content whose split is given."""
     by_hash = np.digitize(content_hash, [0.8, 0.9])
@@ -69,8 +89,10 @@ def _beside(given_split: np.ndarray, content_hash: np.ndarray) -> np.ndarray:
 
 
 def _stratified(content_hash: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """A tenth of each label's records for val, and one for test, those that `draw` puts last. What rounding leaves
-    over counts for the labels that come next. Equal draws share a split, whatever their labels are."""
+    """A tenth of each label's records for val, and one for test, those that `content_hash` puts last.
+
+    What rounding leaves over counts for the labels that come next. Equal hashes share a split, whatever their labels
+    are."""
     split = np.zeros(len(content_hash), np.int64)
     place: dict[float, int] = {}
     due = taken = 0.0

@@ -33,7 +33,8 @@ from plait.modalities.media import MEDIA
 # Columns of the file: what is known of a record, then for each part NAME "part:NAME", and for a medium its width and
 # height or seconds and rate, its digest and its fingerprint; "words" is the fingerprint of a record without media.
 FACTS = {"id": pa.string(), "place": pa.string(), "split": pa.string(), "key": pa.binary(16), "content": pa.binary(16),
-         "group": pa.binary(16), "draw": pa.int64(), "rank": pa.int64(), "words": pa.binary()}  # fmt: skip
+         "group": pa.binary(16), "draw": pa.int64(), "rank": pa.int64(), "words": pa.binary(),
+         "group_name": pa.string()}  # fmt: skip
 MEDIA_FACTS = {"first": pa.float64(), "second": pa.float64(), "digest": pa.binary(16), "print": pa.binary()}
 
 Task = dict[str, Any]
@@ -102,6 +103,8 @@ def _check(
     place = item["place"]
     if why := text_fault(item["id"]):
         return rejected(place, f"id: {why}")
+    if item["group"] and (why := text_fault(item["group"])):
+        return rejected(place, f"group: {why}")
     parts: dict[str, str | bytes] = {}
     row: dict[str, Any] = {"id": item["id"], "place": place, "split": item["split"]}
     for name, value in item["parts"].items():
@@ -136,6 +139,7 @@ def _check(
         )
     if item["group"]:
         group = hashlib.sha256(item["group"].encode()).digest()
+        row["group_name"] = item["group"]
     row["key"] = hashlib.sha256(item["id"].encode()).digest()[:16]
     row["draw"] = _key(f"{task['seed']}:{group.hex()}".encode())
     row["rank"] = _key(f"{task['seed']}:{item['id']}".encode())

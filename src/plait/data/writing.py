@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from plait.core.config import DataRecipe
 from plait.core.errors import PlaitError
@@ -23,6 +24,7 @@ from plait.data import known
 from plait.data.dataset import VERSION, Dataset, Manifest, Shard
 from plait.data.duplicates import Duplicates, SplitPair, find_duplicates, first_of, list_equal
 from plait.data.files import ARCHIVE_SUFFIXES, TABLE_SUFFIXES, Plan, Tree, suffix_of
+from plait.data.grouping import column_hint
 from plait.data.preview import Example, report
 from plait.data.record import SPLITS, Rejected, rejected
 from plait.data.shards import Shards, Statistics
@@ -37,6 +39,7 @@ from plait.data.splitting import (
 from plait.data.stores import Location, listing
 
 _EXAMPLES = 12
+GROUPS = "groups.parquet"  # beside the shards
 Progress = Callable[[str, int, int | None], None]  # stage, done, total
 
 
@@ -53,6 +56,7 @@ class Options:
     near: bool
     drop: bool
     into: bool
+    group_by: str | None
     progress: Progress
     engine: str = "local"
 
@@ -192,6 +196,7 @@ def write_dataset(
             nothing = rejects.common() or "It is empty, or holds a heading alone"
             raise PlaitError(f"{source}: no record can be used. {nothing}.")
         division = _divide(paths, used, facts, source_plan, folder, options)
+        groups = _write_groups(paths, division, folder) if source_plan.group_by else None
         manifest, examples = _write_records(source_plan, paths, folder, rejects, division, facts["rank"], options)
         for unused in _unused(tree):
             rejects.add(unused._replace(file=lead + unused.file))
@@ -202,13 +207,15 @@ def write_dataset(
             if options.into
             else source_name(source),
             "source_stamp": source_stamp(source, out),
-            "parts": {"media": media} if media else {},
+            "parts": ({"media": media} if media else {}) | ({"groups": groups.file} if groups else {}),
+            "group_by": source_plan.group_by,
+            "groups": groups.counts if groups else {},
             "rejected": rejects.count,
             "dropped": division.dropped,
             "own_splits": not source_plan.tail and bool((facts["split"][used] >= 0).any()),
             "notes": source_plan.notes,
             "split_notes": [f"split: {division.rule}"],
-            "warnings": [*tree.warnings, *source_plan.warnings],
+            "warnings": [*tree.warnings, *source_plan.warnings, *_group_warnings(manifest, source_plan, groups)],
         }
     )
     manifest = _with_repeats(manifest, division, facts, rejects)
@@ -263,6 +270,43 @@ def _with_repeats(manifest: Manifest, division: Division, facts: dict[str, np.nd
 def _last(source: Location) -> str:
     """The last part of a source's name."""
     return (source.name if isinstance(source, Path) else source.rstrip("/").rpartition("/")[2]) or str(source)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The groups of a dataset: their file, how many each split has, and how many stand in several."""
+
+    file: Shard
+    counts: dict[str, int]
+    parted: int
+
+
+def _write_groups(paths: list[Path], division: Division, folder: Path) -> Groups | None:
+    """Write the group of each record, in the dataset's order; None where no record has one."""
+    names = [name for path in paths for name in read_chunk(path)["group_name"].to_pylist()]
+    kept = np.array(names, object)[division.used][division.keep]
+    if not any(name is not None for name in kept):
+        return None
+    split = division.split[division.keep]
+    order = np.argsort(split, kind="stable")
+    path = folder / GROUPS
+    pq.write_table(pa.table({"group": pa.array(kept[order].tolist(), pa.string())}), path)
+    inside = {name: {one for one in kept[split == place] if one is not None} for place, name in enumerate(SPLITS)}
+    file = Shard(file=path.name, split="", rows=len(kept), bytes=path.stat().st_size, sha256=sha256_file(path))
+    counts = {name: len(found) for name, found in inside.items()}
+    return Groups(file, counts, sum(counts.values()) - len(set().union(*inside.values())))
+
+
+def _group_warnings(manifest: Manifest, source_plan: Plan, groups: Groups | None) -> list[str]:
+    """What is to be known of groups: that some stand in several splits, or that there may be some to name."""
+    if source_plan.group_by is None:
+        hint = column_hint(manifest.statistics)
+        return [hint] if hint else []
+    if groups is None:
+        return [f"No record has a group ({source_plan.group_by})."]
+    if groups.parted:
+        return [f"{groups.parted} groups ({source_plan.group_by}) stand in more than one split, as the source says."]
+    return []
 
 
 def _write_known(paths: list[Path], used: np.ndarray, path: Path) -> Shard | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -74,7 +75,11 @@ def make_app(studio: Studio) -> FastAPI:
 
     @app.exception_handler(OSError)
     async def disk(request: Request, error: OSError) -> Response:
-        return JSONResponse({"error": f"{error.strerror or error}. Free space or choose another folder."}, 507)
+        where = f"{error.filename}: " if error.filename else ""
+        advice = "Free space or choose another folder."
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            advice = "It may only be read: allow writing there, or start the studio with another folder."
+        return JSONResponse({"error": f"{where}{error.strerror or error}. {advice}"}, 507)
 
     return app
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -185,10 +186,11 @@ class Previews:
         picture = thumbnail(value) if isinstance(value, Image.Image) else waveform(_wave(value))
         buffer = io.BytesIO()
         picture.save(buffer, "PNG")
-        cached.parent.mkdir(exist_ok=True)
-        temporary = cached.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_bytes(buffer.getvalue())
-        temporary.replace(cached)
+        with contextlib.suppress(OSError):  # a full disk, or one that is only read: it is made again next time
+            cached.parent.mkdir(exist_ok=True)
+            temporary = cached.with_suffix(f".{os.getpid()}.tmp")
+            temporary.write_bytes(buffer.getvalue())
+            temporary.replace(cached)
         return buffer.getvalue()
 
 

@@ -6,13 +6,13 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Generator
 from pathlib import Path
-from typing import Any, TypeGuard
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from plait.core.errors import PlaitError
 from plait.modalities.media import MEDIA
+from plait.studio.use import read_messages
 from plait.studio.web import Studio, in_thread, page, read_body, read_values
 from plait.studio.workspace import Project
 
@@ -56,6 +56,13 @@ def _ask_pages(app: FastAPI, studio: Studio) -> None:
         answer = await in_thread(studio.models.ask, _trained(project, run), project.data, body, text)
         return page("answer.html", request, project=project, answer=answer)
 
+    @app.post("/p/{name}/runs/{run}/find")
+    async def find(name: str, run: str, request: Request) -> Response:
+        project = workspace.project(name)
+        body, text = await _asked(request)
+        result = await in_thread(studio.models.find, _trained(project, run), project.data, body, text)
+        return page("found.html", request, project=project, run=run, result=result)
+
     @app.post("/p/{name}/runs/{run}/why")
     async def why(name: str, run: str, request: Request, answer: str = "") -> Response:
         project = workspace.project(name)
@@ -81,12 +88,8 @@ def _make_pages(app: FastAPI, studio: Studio) -> None:
 
     @app.post("/p/{name}/runs/{run}/chat")
     async def chat(name: str, run: str, request: Request) -> Response:
-        values = await read_values(request)
-        messages, seed = values.get("messages"), int(values.get("seed") or 0)
-        if not _is_conversation(messages):
-            raise PlaitError(
-                "A conversation is a list of messages, each with a role and a content, the last one the user's."
-            )
+        values = await read_values(request, BODY)
+        messages, seed = read_messages(values.get("messages")), int(values.get("seed") or 0)
         pieces = _Pieces(studio.models.chat(_trained(workspace.project(name), run), messages, seed))
         first = await in_thread(pieces.read)  # what is wrong shows before the reply begins
         return StreamingResponse(_spoken(first, pieces), media_type="text/plain; charset=utf-8")
@@ -99,18 +102,6 @@ def _make_pages(app: FastAPI, studio: Studio) -> None:
         work = studio.models.answer_lines
         answers = await in_thread(work, _trained(project, run), project.data, part, filled_lines)
         return JSONResponse({"lines": answers})
-
-
-def _is_conversation(messages: Any) -> TypeGuard[list[dict[str, str]]]:
-    return (
-        isinstance(messages, list)
-        and bool(messages)
-        and all(
-            isinstance(m, dict) and m.get("role") in ("user", "assistant") and isinstance(m.get("content"), str)
-            for m in messages
-        )
-        and messages[-1]["role"] == "user"
-    )
 
 
 class _Pieces:

@@ -63,17 +63,17 @@ async def read_body(request: Request, limit: int = FORM) -> bytes:
     return bytes(data)
 
 
-async def read_values(request: Request) -> dict[str, Any]:
-    """The JSON object or the form that a script or a button sent."""
+async def read_values(request: Request, limit: int = FORM) -> dict[str, Any]:
+    """The JSON object or the form that a script or a button sent, of at most `limit` bytes."""
     if request.headers.get("content-type", "").startswith("application/json"):
         try:
-            values = json.loads(await read_body(request))
+            values = json.loads(await read_body(request, limit))
         except ValueError as error:
             raise PlaitError("The request is no JSON.") from error
         if not isinstance(values, dict):
             raise PlaitError("The request must be a JSON object.")
         return values
-    return dict(parse_qsl((await read_body(request)).decode("utf-8", errors="replace"), keep_blank_values=True))
+    return dict(parse_qsl((await read_body(request, limit)).decode("utf-8", errors="replace"), keep_blank_values=True))
 
 
 async def in_thread(work: Callable[..., Any], *arguments: Any) -> Any:

@@ -17,35 +17,7 @@ async function call(path, body, signal) {
   throw new Error(text);
 }
 
-const dataUrl = (blob) => new Promise((done, failed) => {
-  const reader = new FileReader();
-  reader.addEventListener("load", () => done(reader.result));
-  reader.addEventListener("error", () => failed(reader.error));
-  reader.readAsDataURL(blob);
-});
-
-// A file as a part of a message.
-async function part(blob) {
-  const url = await dataUrl(blob);
-  const audio = /^data:audio\/([a-z0-9.+-]+)[^,]*;base64,/.exec(url) || /^data:video\/(webm|mp4)[^,]*;base64,/.exec(url);
-  if (!audio) return { type: "image_url", image_url: { url } };
-  const format = { mpeg: "mp3", "x-wav": "wav", wave: "wav", "x-flac": "flac" }[audio[1]] || audio[1];
-  return { type: "input_audio", input_audio: { data: url.slice(audio[0].length), format } };
-}
-
-function element(name, values = {}, ...inside) {
-  const made = Object.assign(document.createElement(name), values);
-  made.append(...inside);
-  return made;
-}
-
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
-
-function medium(one) {
-  if (one.type === "image_url") return element("img", { src: one.image_url.url, alt: "", className: "pixels" });
-  const { data, format } = one.input_audio;
-  return element("audio", { controls: true, src: `data:audio/${format};base64,${data}` });
-}
 
 // --- ask ------------------------------------------------------------------------------------------------------
 
@@ -91,7 +63,7 @@ async function explain(inputs, answer, box) {
 }
 
 const askAbout = guarded(async (blob) => {
-  const one = await part(blob);
+  const one = await filePart(blob);
   await answerTo([one], [medium(one)]);
 });
 
@@ -178,10 +150,10 @@ const reply = guarded(async () => {
   }
 });
 
-function chatPart() {
+function servedChat() {
   const form = $("#chat-form");
   const attach = guarded(async (file) => {
-    conversation.attached = await part(file);
+    conversation.attached = await filePart(file);
     $("#chat-attached").textContent = file.name || TEXTS.attach;
   });
   $("#chat-file").addEventListener("change", (event) => attach(event.target.files[0]));
@@ -253,7 +225,7 @@ function searchPart() {
     event.preventDefault();
     if (form.elements.text.value.trim()) find(form.elements.text.value);
   });
-  $("#find-file").addEventListener("change", guarded(async (event) => find(await part(event.target.files[0]))));
+  $("#find-file").addEventListener("change", guarded(async (event) => find(await filePart(event.target.files[0]))));
 }
 
 // --- recommend ------------------------------------------------------------------------------------------------
@@ -329,7 +301,7 @@ const arrange = guarded(async () => {
 });
 
 askPart();
-chatPart();
+servedChat();
 makingParts();
 searchPart();
 recommendPart2();
