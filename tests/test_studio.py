@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas
 import psutil
 import pyarrow as pa
 import pytest
@@ -25,8 +26,9 @@ from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
 from plait.studio import jobs
 from plait.studio.app import Studio, make_app
+from plait.studio.excerpts import read_excerpt
 from plait.studio.labels import LabelEdits
-from plait.studio.listing import list_project
+from plait.studio.listing import kind_of, list_project
 from plait.studio.render import FOLDER, LANGUAGES, _environment, texts
 from plait.studio.security import Gate
 from plait.studio.uploads import upload_name
@@ -157,6 +159,22 @@ def test_markup_in_names_is_text(client: TestClient) -> None:
 
 
 # --- files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json", ".jsonl", ".parquet", ".arrow", ".csv.gz"])
+def test_a_table_of_any_form_is_shown_as_it_will_be_read(tmp_path: Path, suffix: str) -> None:
+    file, frame = tmp_path / f"people{suffix}", pandas.DataFrame({"name": ["Ada", "Lin"] * 9, "age": ["36", "41"] * 9})
+    {
+        ".csv": lambda: frame.to_csv(file, sep=";", index=False),
+        ".csv.gz": lambda: frame.to_csv(file, index=False),
+        ".json": lambda: frame.to_json(file, orient="records"),
+        ".jsonl": lambda: frame.to_json(file, orient="records", lines=True),
+        ".parquet": lambda: frame.to_parquet(file),
+        ".arrow": lambda: frame.to_feather(file, compression="uncompressed"),
+    }[suffix]()
+    excerpt = read_excerpt(file, f"a/people{suffix}")
+    assert kind_of(excerpt.path) == "text" and excerpt.header == ["name", "age"]
+    assert excerpt.rows == [["Ada", "36"], ["Lin", "41"]] * 3
 
 
 def test_a_zip_becomes_labelled_files(client: TestClient, workspace: Workspace) -> None:
@@ -383,7 +401,7 @@ def test_a_job_is_a_process_of_its_own_and_goes_on_after_a_kill(client: TestClie
     files = {f"{'disc' if k < 2 else 'bar'}/{k}{n}.png": png(k, n) for k in range(4) for n in range(20)}
     upload(client, "p", "a.zip", zip_of(files))
     project = workspace.project("p")
-    job = jobs.start(workspace, jobs.Job(project.folder, "1", ("--steps", "6")))
+    job = jobs.start(workspace, jobs.Job(project.folder, "1", ("--minutes", "0.1")))
     with pytest.raises(PlaitError, match="being trained"):
         jobs.start(workspace, jobs.Job(project.folder, "2", ("--steps", "2")))
     assert client.get("/p/p/runs/1").status_code == 200
@@ -400,6 +418,12 @@ def test_a_job_is_a_process_of_its_own_and_goes_on_after_a_kill(client: TestClie
     assert answer.status_code == 200 and "disc" in answer.text
     refused = client.post("/p/p/runs/1/ask", content=b"nothing", headers={"content-type": "application/octet-stream"})
     assert refused.status_code == 400 and "no image" in refused.json()["error"]
+    assert client.post("/p/p/runs/1/more", data={"minutes": "0.1"}).status_code == 200
+    longer = finished(project, "1")
+    assert longer.current == "done" and longer.options == ("--minutes", "0.2"), longer.error
+    assert len(json.loads((longer.run_folder / "run.json").read_text())["parts"]) == 1
+    upload(client, "p", "b.zip", zip_of({"bar/new.png": png(2, 50)}))
+    assert "train anew" in client.post("/p/p/runs/1/more", data={"minutes": "0.1"}).json()["error"]
 
 
 def test_a_job_that_fails_says_why(client: TestClient, workspace: Workspace) -> None:

@@ -140,6 +140,17 @@ def write_chats(folder: Path) -> list[Path]:
     return [folder / "talks.jsonl"]
 
 
+def write_seen(folder: Path) -> None:
+    """Conversations about images, which lie beside them."""
+    lines = []
+    for n in range(60):
+        (folder / f"{n}.png").write_bytes(png(n % 3, n))
+        question = [{"type": "text", "text": "What is it?"}, {"type": "image_url", "image_url": {"url": f"{n}.png"}}]
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": f"It is kind {n % 3}."}]
+        lines.append(json.dumps({"messages": turns}))
+    (folder / "seen.jsonl").write_text("\n".join(lines) + "\n")
+
+
 def ask_photo(page: Any, folder: Path) -> None:
     (folder / "new.png").write_bytes(png(1, 777))
     page.set_input_files("#ask-file", str(folder / "new.png"))
@@ -233,7 +244,7 @@ def test_from_files_to_answers(page: Any, tmp_path: Path, task: str) -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace with a project "images" that has two runs, one of "talks", and an empty one."""
+    """A workspace with projects: "images" with two runs, "talks", "seen" (conversations about images), and "empty"."""
     workspace = Workspace(tmp_path_factory.mktemp("finished"))
     images = workspace.create("images")
     for number in range(90):
@@ -243,8 +254,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     talks = workspace.create("talks")
     talks.uploads.mkdir()
     write_chats(talks.uploads)
+    seen = workspace.create("seen")
+    seen.uploads.mkdir()
+    write_seen(seen.uploads)
     workspace.create("empty")
-    for project, run, steps in ((images, "1", "4"), (images, "2", "8"), (talks, "1", "4")):
+    for project, run, steps in ((images, "1", "4"), (images, "2", "8"), (talks, "1", "4"), (seen, "1", "4")):
         job = jobs.start(workspace, jobs.Job(project.folder, run, ("--steps", steps)))
         with contextlib.suppress(psutil.NoSuchProcess):
             psutil.Process(job.process).wait(400)
@@ -257,6 +271,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def opened(finished: Path) -> Iterator[Any]:
     """A browser on that workspace."""
     with studio(finished) as address, browser_page(address) as page:
+        page.studio = finished
         yield page
 
 
@@ -364,6 +379,65 @@ def test_a_live_camera_is_answered_in_time(finished: Path, tmp_path: Path) -> No
         assert rate > 2 and delay < 1000 and page.faults == []
 
 
+# --- chat and search ----------------------------------------------------------------------------------------------
+
+GIVEN = """([kind, place, bytes]) => {
+    const transfer = new DataTransfer();
+    transfer.items.add(new File([Uint8Array.from(bytes)], `${kind}.png`, { type: 'image/png' }));
+    const event = kind === 'paste'
+        ? new ClipboardEvent('paste', { clipboardData: transfer, bubbles: true, cancelable: true })
+        : new DragEvent('drop', { dataTransfer: transfer, bubbles: true, cancelable: true });
+    document.querySelector(place).dispatchEvent(event);
+}"""  # drops a file on a place, or pastes it there
+
+
+def test_files_go_along_with_a_message(opened: Any, tmp_path: Path) -> None:
+    """Chosen, dropped and pasted ones; what is sent holds them, and editing brings them back."""
+    opened.goto(opened.url + "p/seen/use")
+    (tmp_path / "chosen.png").write_bytes(png(1, 900))
+    opened.set_input_files("#chat-file", str(tmp_path / "chosen.png"))
+    opened.evaluate(GIVEN, ["drop", "#chat", list(png(0, 901))])
+    opened.evaluate(GIVEN, ["paste", "#chat textarea", list(png(2, 902))])
+    opened.wait_for_function("document.querySelectorAll('#chat-attached img').length === 3")
+    assert not opened.inner_html("#answer").strip()  # what is pasted into the chat is no question of the drop zone
+    opened.click("#chat-attached button >> text=drop.png")
+    opened.fill("#chat textarea", "What is it?")
+    with opened.expect_request("**/chat") as asked:
+        opened.click("#chat button.primary")
+    content = asked.value.post_data_json["messages"][0]["content"]
+    assert [part["type"] for part in content] == ["image_url", "image_url", "text"]
+    opened.wait_for_selector("#chat .assistant:not(.busy) button")
+    assert opened.locator("#chat .user img").count() == 2
+    shoot(opened, "chat-with-images")
+    opened.click("#chat .user button")
+    assert opened.locator("#chat-attached img").count() == 2
+    assert opened.input_value("#chat textarea") == "What is it?"
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    opened.set_input_files("#chat-file", str(tmp_path / "broken.png"))
+    opened.wait_for_selector("#chat-attached button >> text=broken.png")
+    opened.click("#chat button.primary")
+    opened.wait_for_selector("#message:visible")
+    assert "no image" in opened.inner_text("#message")
+
+
+def test_records_are_found_by_words_and_by_example(opened: Any, tmp_path: Path) -> None:
+    opened.goto(opened.url + "p/images/use")
+    opened.fill("#find input[name=text]", "a")
+    opened.click("#find button.primary")
+    opened.wait_for_selector("#found .tile img")
+    assert opened.locator("#found .tile").count() == 24
+    (tmp_path / "like.png").write_bytes((Path(opened.studio) / "images" / "files" / "b" / "1.png").read_bytes())
+    opened.set_input_files("#find-file", str(tmp_path / "like.png"))
+    opened.wait_for_selector("#found .tile:first-child >> text=b/1.png")
+    shoot(opened, "found")
+    assert opened.faults == []
+
+
+def test_what_to_expect_stands_beside_the_button(opened: Any) -> None:
+    opened.goto(opened.url + "p/images/train")
+    assert "images of 9 labels" in opened.inner_text("#expected")
+
+
 # --- handing over -------------------------------------------------------------------------------------------------
 
 
@@ -437,8 +511,8 @@ def test_pages_fit_and_can_be_read(opened: Any, width: int, language: str, theme
         opened.wait_for_selector("text=项目")
     opened.evaluate(f"localStorage.setItem('theme', '{theme}')")
     places = [f"p/images/{part}" if part else "" for part in PAGES]
-    places += ["p/talks/data", "p/talks/use", "p/talks/result/1", "p/talks/hand-over", "p/empty/data", "p/empty/train",
-               "p/empty/result", "p/nobody/data"]  # fmt: skip
+    places += ["p/seen/use", "p/talks/data", "p/talks/use", "p/talks/result/1", "p/talks/hand-over", "p/empty/data",
+               "p/empty/train", "p/empty/result", "p/nobody/data"]  # fmt: skip
     faults = []
     for place in places:
         opened.goto(home + place)

@@ -30,6 +30,7 @@ from test_studio import png, zip_of
 
 pytestmark = pytest.mark.slow
 ROUNDS = int(os.environ.get("PLAIT_KILLS", "5"))
+ASLEEP_SECONDS = float(os.environ.get("PLAIT_ASLEEP_SECONDS", "60"))
 STEPS = ("--steps", "8")
 
 
@@ -236,7 +237,7 @@ def test_pages_that_look_and_a_machine_that_sleeps_change_nothing(server: Server
     everything = [*psutil.Process(job.process).children(recursive=True), psutil.Process(job.process)]
     for one in [*everything, psutil.Process(server.process.pid)]:
         one.send_signal(signal.SIGSTOP)
-    time.sleep(5)
+    time.sleep(ASLEEP_SECONDS)
     for one in [*everything, psutil.Process(server.process.pid)]:
         one.send_signal(signal.SIGCONT)
     assert end_of(server, watched) == expected
@@ -270,33 +271,65 @@ def test_a_full_disk_is_a_sentence(tmp_path: Path) -> None:
         server.kill()
 
 
-@pytest.mark.skipif(shutil.which("mount") is None or os.name != "posix" or os.geteuid() != 0, reason="mounting")
-def test_a_disk_that_fills_while_training_is_a_sentence_and_goes_on(tmp_path: Path) -> None:
-    place = tmp_path / "disk"
+@contextlib.contextmanager
+def mounted(place: Path) -> Iterator[Path]:
+    """A file system of 900 MB of its own."""
+    if shutil.which("mount") is None or os.name != "posix" or os.geteuid() != 0:
+        pytest.skip("nothing can be mounted here")
     place.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900m", "tmpfs", str(place)], capture_output=True).returncode:
-        pytest.skip("no file system can be mounted here")
-    server = Server(place / "studio")
+        pytest.skip("nothing can be mounted here")
     try:
-        project = project_of(server, "p")
-        ballast = place / "ballast"
-        begin(project)
-        wait_for(project, {"training"})
-        with ballast.open("wb") as file, contextlib.suppress(OSError):
-            while True:
-                file.write(bytes(1 << 20))
-        job = wait_for(project, {"failed", "done"})
-        assert job.current == "failed", jobs.last_lines(job)
-        assert "space" in job.error.lower() and "Traceback" not in job.error, job.error
-        assert job.error in server.client.get("/p/p/runs/1").text
-        refused = server.post("/p/p/uploads", name="a.bin", size=1 << 20)
-        assert refused.status_code == 400 and "Make room" in refused.json()["error"]
-        ballast.unlink()
-        assert server.client.post("/p/p/runs/1/continue").status_code == 200
-        assert wait_for(project, {"failed", "done"}).current == "done"
+        yield place
     finally:
-        server.kill()
         subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_folder_that_may_only_be_read_is_a_sentence(tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk") as place:
+        server = Server(place / "studio")
+        try:
+            project_of(server, "p")
+            subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+            body = json.dumps([["disc/new.png", 3]]).encode() + b"\nabc"
+            for answer in (
+                server.post("/projects", name="q"),
+                server.post("/p/p/uploads", name="a.bin", size=10),
+                server.client.put("/p/p/files", content=body),
+                server.post("/p/p/paste", file="a.csv", text="a,b"),
+                server.post("/p/p/labels", action="move", files=["disc/00.png"], label="bar"),
+                server.post("/p/p/train", minutes="0.1"),
+            ):
+                said = answer.json()["error"]
+                assert answer.status_code in (400, 507) and "ead-only" in said and "folder" in said, said
+            for page in ("/", "/p/p/data", "/p/p/items", "/p/p/train", "/p/p/thumb?file=disc/00.png"):
+                assert server.client.get(page).status_code == 200, page
+        finally:
+            server.kill()
+
+
+def test_a_disk_that_fills_while_training_is_a_sentence_and_goes_on(tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk") as place:
+        server = Server(place / "studio")
+        try:
+            project = project_of(server, "p")
+            ballast = place / "ballast"
+            begin(project)
+            wait_for(project, {"training"})
+            with ballast.open("wb") as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(1 << 20))
+            job = wait_for(project, {"failed", "done"})
+            assert job.current == "failed", jobs.last_lines(job)
+            assert "space" in job.error.lower() and "Traceback" not in job.error, job.error
+            assert job.error in server.client.get("/p/p/runs/1").text
+            refused = server.post("/p/p/uploads", name="a.bin", size=1 << 20)
+            assert refused.status_code == 400 and "Make room" in refused.json()["error"]
+            ballast.unlink()
+            assert server.client.post("/p/p/runs/1/continue").status_code == 200
+            assert wait_for(project, {"failed", "done"}).current == "done"
+        finally:
+            server.kill()
 
 
 def test_a_training_that_needs_too_much_memory_says_so(server: Server) -> None:

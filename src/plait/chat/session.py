@@ -21,7 +21,7 @@ class Session:
     def __init__(self, chat: Chat, system: str | None = None) -> None:
         self.chat, self.model = chat, chat.model
         self.turns: list[Turn] = [Turn("system", [system])] if system else []
-        self.attached: list[Path] = []
+        self.attached: list[Any] = []  # files, images, (samples, rate): inputs as `Model` takes them
         self.written = 0  # replies so far: each has a seed of its own
         self.left_out = 0  # turns that the last prompt had no room for
 

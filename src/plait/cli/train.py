@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -13,17 +15,31 @@ import plait
 from plait.console import DeviceOption, app, err, out, plain
 from plait.core.config import known_tasks
 
+BESIDE_MORE = ("dataset", "more", "processes", "device")  # the parameters that mean something to a run that goes on
+
 
 @app.command()
 def train(
+    context: typer.Context,
     dataset: Annotated[
-        str, typer.Argument(help="A prepared dataset (a folder or a URL), or files that `prepare` reads.")
+        str,
+        typer.Argument(
+            help="A prepared dataset (a folder or a URL), or files that `prepare` reads; with --more, a run."
+        ),
     ],
-    run: Annotated[Path, typer.Option("-o", "--out", help="The run's folder.")],
+    run: Annotated[Path | None, typer.Option("-o", "--out", help="The run's folder.")] = None,
+    more: Annotated[
+        float | None,
+        typer.Option(help="Train a finished run, which stands in the data's place, for so many minutes more."),
+    ] = None,
     recipe: Annotated[str | None, typer.Option(help="A YAML file, or a name of `plait recipes`.")] = None,
     task: Annotated[
         str | None,
         typer.Option(help=f"{', '.join(known_tasks()[1:])}; else seen in the data."),
+    ] = None,
+    group_by: Annotated[
+        str | None,
+        typer.Option(help="Of files that are prepared: what has its records in one split; see plait prepare."),
     ] = None,
     size: Annotated[str | None, typer.Option(help="tiny, small, base or large; see plait sizes.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Fit the schedule to a time budget.")] = None,
@@ -68,32 +84,65 @@ def train(
     """Train a model. Ctrl-C and SIGTERM leave a usable run, and the same command goes on from it, with as many
     processes as you like.
 
+    A finished run goes on where it is given more minutes than it had, or by --more: plait train runs/photos --more 5
+
     Example: plait train data/photos -o runs/photos --size tiny --minutes 10
     """
-    from plait.core.errors import Terminated
-    from plait.core.files import link_target
     from plait.training import distributed
 
     if processes > 1 and not distributed.launched():
         raise typer.Exit(distributed.launch(processes, sys.argv[1:]))
     out.quiet = err.quiet = distributed.launched() and os.environ["RANK"] != "0"
+    if more is not None:
+        _check_alone(context, dataset)
+        with _stoppable(Path(dataset)):
+            trained = plait.Run(dataset).more(more, device=device, progress=True, tell=_say)
+    elif run is None:
+        raise plait.PlaitError("Name the folder that the run is written to: -o RUN.")
+    else:
+        with _stoppable(run):
+            trained = plait.train(
+                dataset, run, recipe=recipe, task=task, group_by=group_by, size=size, minutes=minutes, steps=steps,
+                batch_size=batch_size, learning_rate=learning_rate, init_from=init_from, start=start,
+                models=models or (), freeze=freeze.split(",") if freeze else None, lora=lora,
+                replay=_shares(replay), seed=seed, save_every=save_every, canaries=canaries, parallel=parallel,
+                grad_accum_steps=grad_accum_steps, allow_changes=allow_changes, device=device, progress=True,
+                tell=_say,
+            )  # fmt: skip
+    out.print(plain(trained.describe()))
+    out.print(f"Next: plait evaluate {trained.folder}")
+
+
+def _say(line: str) -> None:
+    out.print(plain(line))
+
+
+def _check_alone(context: typer.Context, run: str) -> None:
+    """Raise PlaitError for an option beside --more that a run decided when it began."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if name not in BESIDE_MORE and source is not None and source.name == "COMMANDLINE":
+            option = "-o" if name == "run" else f"--{name.replace('_', '-')}"
+            raise plait.PlaitError(
+                f"{option} and --more exclude each other: a run goes on as it began. Write plait train {run} --more "
+                "MINUTES, where the first is the run."
+            )
+
+
+@contextmanager
+def _stoppable(run: Path) -> Iterator[None]:
+    """Say what was saved where training is stopped."""
+    from plait.core.errors import Terminated
+    from plait.core.files import link_target
+
     try:
-        trained = plait.train(
-            dataset, run, recipe=recipe, task=task, size=size, minutes=minutes, steps=steps, batch_size=batch_size,
-            learning_rate=learning_rate, init_from=init_from, start=start, models=models or (),
-            freeze=freeze.split(",") if freeze else None, lora=lora,
-            replay=_shares(replay), seed=seed, save_every=save_every, canaries=canaries, parallel=parallel,
-            grad_accum_steps=grad_accum_steps, allow_changes=allow_changes, device=device, progress=True,
-            tell=lambda line: out.print(plain(line)),
-        )  # fmt: skip
+        yield
     except (KeyboardInterrupt, Terminated) as stop:
         last = run / "checkpoints" / "last"
         state = f"Saved: {link_target(last) or last.name}" if last.exists() else "There is no checkpoint yet"
         how = "Stopped by SIGTERM" if isinstance(stop, Terminated) else "Stopped"
         err.print(f"\n{how}. {state}; the same command goes on from there: {run}")
         raise
-    out.print(plain(trained.describe()))
-    out.print(f"Next: plait evaluate {run}")
 
 
 def _shares(entries: list[str] | None) -> dict[str, float] | None:

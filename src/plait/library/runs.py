@@ -6,7 +6,8 @@ import hashlib
 import importlib.util
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,13 @@ from plait.data.dataset import Dataset
 from plait.data.stores import read_place
 from plait.library.datasets import open_or_prepare
 from plait.training.callbacks import Callback, TensorBoard
+from plait.training.parts import Budget, ask_for_more, check_more
 from plait.training.run import Progress
 
 if TYPE_CHECKING:
     from plait.inference.base import Model
     from plait.library.evaluations import Evaluation
+    from plait.training.distributed import Group
 
 
 STARTS = ("best", "scratch")
@@ -200,6 +203,37 @@ class Run:
             self.dataset, self.folder, recipe=self.recipe, device=device, callbacks=callbacks, progress=progress
         )
 
+    def more(
+        self,
+        minutes: float,
+        *,
+        device: str = "auto",
+        callbacks: Sequence[Callback] = (),
+        progress: bool | None = None,
+        tell: Callable[[str], None] | None = None,
+    ) -> Run:
+        """Train a finished run for longer, on the same data and by the same recipe, with a schedule of its own: the
+        learning rate rises once more and falls to zero. Where it was stopped in such a part, that part goes on.
+
+        Args:
+            minutes: how much longer.
+            device: auto, cpu, cuda or mps.
+            callbacks: what is called while it trains.
+            progress: as in `plait.train`.
+            tell: as in `plait.train`.
+
+        Raises PlaitError where the run has not ended, or its data are not there any more or have changed.
+        """
+        if not minutes > 0:
+            raise PlaitError(f"A run is trained for more than no minutes, not for {minutes:g} more.")
+        check_more(self.folder)
+        with distributed_processes(progress) as (group, bar):
+            say = tell if tell is not None and group.is_main else lambda line: None
+            asked = Budget(minutes=minutes) if self.finished else None
+            _tell_more(self.metadata, asked, say)
+            _fit(self.dataset, self.folder, self.recipe, bar, device, False, group, callbacks, say, asked)
+        return Run(self.folder)
+
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r}, {'finished' if self.finished else 'not finished'})"
 
@@ -221,6 +255,7 @@ def train(
     *,
     recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
     task: str | None = None,
+    group_by: str | None = None,
     size: str | None = None,
     minutes: float | None = None,
     steps: int | None = None,
@@ -252,6 +287,7 @@ def train(
         recipe: a YAML file, a name of `plait recipes`, a dictionary or a Recipe; the arguments below are laid over it.
         task: one of `plait.core.config.known_tasks`; seen in the data where neither it nor a
             recipe is given. What a recipe leaves open follows from the task.
+        group_by: of data that are prepared first, as in `plait.prepare`.
         size: tiny, small, base or large.
         minutes: a time budget that the schedule is fitted to.
         steps: steps to train for, instead of minutes.
@@ -278,14 +314,15 @@ def train(
         tell: called with what is to be known before and after: the task, the time each part gets, how well labels
             are recognised on val.
 
+    A finished run that gets more minutes (or steps) than it had is trained for the difference, with a schedule of its
+    own; see `Run.more`.
+
     Returns:
         The run; `.history`, `.best`, `.model()`, `.report`.
 
     Raises PlaitError for what the user can mend. KeyboardInterrupt is raised once the run was saved; the same call, or
     `Run.resume()`, goes on. Processes that torchrun started train one model together.
     """
-    from plait.training import distributed
-
     if minutes is not None and steps is not None:
         raise PlaitError("minutes and steps exclude each other: give one of them.")
     training = {
@@ -295,14 +332,18 @@ def train(
         "freeze": [freeze] if isinstance(freeze, str) else list(freeze) if freeze else None,
         "replay": dict(replay) if replay else None,
     }  # fmt: skip
-    settings = as_recipe(recipe, {"model": {"size": size, "init_from": init_from}, "training": training})
+    sections: dict[str, dict[str, Any]] = {
+        "data": {"group_by": group_by}, "model": {"size": size, "init_from": init_from}, "training": training,
+    }  # fmt: skip
+    settings = as_recipe(recipe, sections)
     if minutes is not None:
         settings.training.steps = settings.training.max_minutes = None  # what is asked for here wins over a recipe
     if lora and settings.training.lora is None:
         settings.training.lora = LoraRecipe()
     _check_start(start, settings.model.init_from)
     folder = Path(out).expanduser()
-    with distributed.processes() as group, ProgressBar(progress if group.is_main else False) as bar:
+    with distributed_processes(progress) as (group, bar):
+        more = ask_for_more(folder, settings, minutes, steps)
         with group.main_first():
             data = open_or_prepare(dataset, folder / "data", settings, bar, allow_changes)
         say = tell if tell is not None and group.is_main else lambda line: None
@@ -311,10 +352,29 @@ def train(
         if settings.model.init_from is not None and _is_encoder(settings.model.init_from):
             _train_on_encoder(data, folder, settings, bar, device, allow_changes, say)
             return Run(folder)
+        if more is not None:
+            _tell_more(Run(folder).metadata, more, say)
         if recipe is None or settings.training.task != "auto":  # a recipe without a task is taken as it is
-            settings = _derived(data, settings, say)
-        _fit(data, folder, settings, bar, device, allow_changes, group, callbacks, say)
+            settings = _derived(data, settings, say if more is None else lambda line: None)
+        _fit(data, folder, settings, bar, device, allow_changes, group, callbacks, say, more)
     return Run(folder)
+
+
+@contextmanager
+def distributed_processes(progress: bool | None) -> Iterator[tuple[Group, ProgressBar]]:
+    """The processes that train together, and the progress bar, which the first one shows."""
+    from plait.training import distributed
+
+    with distributed.processes() as group, ProgressBar(progress if group.is_main else False) as bar:
+        yield group, bar
+
+
+def _tell_more(metadata: Mapping[str, Any], asked: Budget | None, tell: Callable[[str], None]) -> None:
+    """Say what a run is trained for beside what it had."""
+    if asked is None:
+        tell(f"Going on with the {Budget(**metadata['more'])} more that this run was asked for and stopped in.")
+    else:
+        tell(f"Training for {asked} more, with a schedule of its own.")
 
 
 def _check_start(start: str | None, init_from: str | None) -> None:
@@ -340,9 +400,9 @@ def _choose_start(
     Raises PlaitError where the best is asked for and there is none.
     """
     if (folder / "run.json").is_file():
-        known = Run(folder).recipe
+        earlier = Run(folder).recipe
         if start == "best":
-            recipe.model.init_from, recipe.training.lora = known.model.init_from, known.training.lora
+            recipe.model.init_from, recipe.training.lora = earlier.model.init_from, earlier.training.lora
         return
     if importlib.util.find_spec("transformers") is None:
         if start == "best":
@@ -350,22 +410,22 @@ def _choose_start(
         return
     from plait.hf.best_start import best_start
 
-    found = best_start(dataset, models)
-    if found is None:
+    best = best_start(dataset, models)
+    if best is None:
         if start == "best":
             raise PlaitError(
                 "No pretrained model on this machine fits these data and its memory. See what there is with "
                 "plait models, name a folder with --models DIR, or leave --start out."
             )
         return
-    for line in found.left_out:
+    for line in best.left_out:
         tell(line)
     if start is None:
-        tell(f"On this machine: {found}. To take it: --start best")
+        tell(f"On this machine: {best}. To take it: --start best")
         return
-    tell(f"Start: {found}.")
-    recipe.model.init_from = str(found.model.folder) if Path(found.model.name).exists() else found.model.name
-    if found.lora and recipe.training.lora is None:
+    tell(f"Start: {best}.")
+    recipe.model.init_from = str(best.model.folder) if Path(best.model.name).exists() else best.model.name
+    if best.lora and recipe.training.lora is None:
         recipe.training.lora = LoraRecipe()
 
 
@@ -404,12 +464,12 @@ def _train_on_encoder(
     }
     path = folder / "run.json"
     if path.is_file():
-        known = read_json(path)
-        same = all(known.get(name) == value for name, value in facts.items())
-        if same and "finished" in known:
+        run_record = read_json(path)
+        unchanged = all(run_record.get(name) == value for name, value in facts.items())
+        if unchanged and "finished" in run_record:
             tell(f"{folder} is already trained; delete it to train again.")
             return
-        if not same and not allow_changes:
+        if not unchanged and not allow_changes:
             raise PlaitError(f"{folder} holds another run. Choose another folder with -o, or delete it.")
     if recipe.training.lora is not None:
         raise PlaitError("--lora is of language models. Over an encoder a head is fitted: leave it out.")
@@ -446,6 +506,7 @@ def _fit(
     group: Any,
     callbacks: Sequence[Callback],
     tell: Callable[[str], None],
+    more: Budget | None = None,
 ) -> None:
     """Train, fit the classifiers of labels, and write the report."""
     from plait.evaluation.decide import finish
@@ -462,7 +523,7 @@ def _fit(
     if group.is_main:
         report = recorded(folder, report)
         callbacks = [*callbacks, ModelSamples(folder, dataset, device)]
-    fit(dataset, folder, recipe, report, device, allow_changes=allow_changes, group=group, callbacks=callbacks)
+    fit(dataset, folder, recipe, report, device, None, allow_changes, group, callbacks, more)
     if group.is_main and recipe.training.task in ("recognise", "draw", "describe"):
         for line in finish(folder, dataset, device, bar):
             tell(line)

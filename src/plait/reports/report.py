@@ -28,6 +28,7 @@ from plait.evaluation.keys import Metric, Metrics
 from plait.reports.charts import Panel, bar, coverage_panel, loss_panel, reliability_panel
 from plait.reports.metric_labels import headline_keys, metric_labels
 from plait.reports.overfitting import gap
+from plait.training.parts import describe_parts
 
 
 @dataclass
@@ -273,7 +274,10 @@ def _summary(run: RunInfo) -> str:
     if run.parameters:
         parts.append(f"{sum(run.parameters.values()):,} parameters")
     if "steps" in facts:
-        parts.append(f"{(facts.get('revisions') or [facts])[-1]['steps']} steps")
+        steps = f"{(facts.get('revisions') or [facts])[-1]['steps']} steps"
+        parts.append(
+            f"{steps} in {len(facts['parts']) + 1} parts ({describe_parts(facts)})" if "parts" in facts else steps
+        )
     if isinstance(facts.get("seconds"), (int, float)) and facts["seconds"]:
         parts.append(f"trained {facts['seconds']:.0f} s")
     if "seed" in facts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -74,13 +75,17 @@ def make_app(studio: Studio) -> FastAPI:
 
     @app.exception_handler(OSError)
     async def disk(request: Request, error: OSError) -> Response:
-        return JSONResponse({"error": f"{error.strerror or error}. Free space or choose another folder."}, 507)
+        where = f"{error.filename}: " if error.filename else ""
+        advice = "Free space or choose another folder."
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            advice = "It may only be read: allow writing there, or start the studio with another folder."
+        return JSONResponse({"error": f"{where}{error.strerror or error}. {advice}"}, 507)
 
     return app
 
 
-def serve(folder: Path, port: int, tell: Callable[[str], None]) -> None:
-    """Serve a workspace on 127.0.0.1 until Ctrl-C; `tell` gets the address with its token.
+def serve(folder: Path, port: int, announce: Callable[[str], None]) -> None:
+    """Serve a workspace on 127.0.0.1 until Ctrl-C; `announce` gets the address with its token.
 
     Raises PlaitError where the folder or the port cannot be had.
     """
@@ -93,6 +98,6 @@ def serve(folder: Path, port: int, tell: Callable[[str], None]) -> None:
     except OSError as error:
         raise PlaitError(f"Port {port} cannot be had: {error.strerror}. Choose another with --port.") from error
     gate = Gate(make_app(studio), sock.getsockname()[1])
-    tell(f"http://127.0.0.1:{sock.getsockname()[1]}/?token={gate.token}")
+    announce(f"http://127.0.0.1:{sock.getsockname()[1]}/?token={gate.token}")
     config = uvicorn.Config(gate, log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=3)
     uvicorn.Server(config).run(sockets=[sock])

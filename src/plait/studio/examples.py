@@ -14,9 +14,9 @@ def offered() -> dict[str, str]:
 
 def make(workspace: Workspace, name: str) -> Project:
     """A new project with an example's files. Raises PlaitError for a name that is none."""
-    known = offered()
-    if name not in known:
-        raise PlaitError(f"There is no example '{name}'. There are {', '.join(known)}.")
+    listed = offered()
+    if name not in listed:
+        raise PlaitError(f"There is no example '{name}'. There are {', '.join(listed)}.")
     project = workspace.create(workspace.free_name(name))
-    write_example(known[name], project.uploads)
+    write_example(listed[name], project.uploads)
     return project

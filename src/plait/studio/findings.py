@@ -112,7 +112,7 @@ def write_review(review: Any, path: Path) -> None:
     write_json(path, {part: [dict(zip(names, row, strict=True)) for row in found] for part, found in rows.items()})
 
 
-def read_review(project: Project, most: int = 48) -> tuple[list[Doubt], list[Doubt]]:
+def read_review(project: Project, limit: int = 48) -> tuple[list[Doubt], list[Doubt]]:
     """Labels that are likely wrong, and records to label next, as the newest run that was reviewed sees them; without
     those that were edited since."""
     places = [project.folder / "jobs" / run.name / "review.json" for run in project.runs]
@@ -120,7 +120,7 @@ def read_review(project: Project, most: int = 48) -> tuple[list[Doubt], list[Dou
     if path is None:
         return [], []
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        review = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return [], []
     items = {item.path: item for item in list_project(project).items if item.kind in MEDIA}
@@ -128,11 +128,11 @@ def read_review(project: Project, most: int = 48) -> tuple[list[Doubt], list[Dou
     parts = []
     for part in ("suspects", "candidates"):
         doubts = []
-        for row in found.get(part, []):
+        for row in review.get(part, []):
             file = next((one for one in (row["source"], row["id"], names.get(row["source"], "")) if one in items), None)
             if file is not None and items[file].label == row["label"]:
                 doubts.append(Doubt(file, items[file].kind, row["label"], row["suggested"], row["probability"]))
-        parts.append(doubts[:most])
+        parts.append(doubts[:limit])
     return parts[0], parts[1]
 
 
@@ -143,15 +143,15 @@ def _described(project: Project) -> dict[str, str]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError:
         return {}
-    found = {}
+    files = {}
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
         except ValueError:
             continue
         name = next((str(row[key]) for key in row if str(key).endswith("file_name")), "")
-        found[f"metadata.jsonl:{number}"] = name
-    return found
+        files[f"metadata.jsonl:{number}"] = name
+    return files
 
 
 def read_rejects(data: Path, limit: int = 200) -> tuple[list[dict[str, Any]], int]:

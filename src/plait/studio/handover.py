@@ -28,13 +28,13 @@ def offered(model: Any) -> list[Form]:
     from plait.hf.export_classifier import exportable
     from plait.reports.offline import page_classifier
 
-    ours = model.plait_model
-    classifier = exportable(ours) if ours is not None else None
-    page: list[Form] = ["page"] if ours is not None and page_classifier(ours) is not None else []
-    alone = ours is not None and classifier is None and "generate" in model.verbs
-    writes: list[Form] = ["transformers"] if alone else []
-    graph: list[Form] = ["onnx"] if classifier is not None else ["network"] if writes else []
-    return [*page, "slim", *graph, *writes]
+    plait_model = model.plait_model
+    classifier = exportable(plait_model) if plait_model is not None else None
+    page: list[Form] = ["page"] if plait_model is not None and page_classifier(plait_model) is not None else []
+    generates = plait_model is not None and classifier is None and "generate" in model.verbs
+    transformers: list[Form] = ["transformers"] if generates else []
+    graph: list[Form] = ["onnx"] if classifier is not None else ["network"] if transformers else []
+    return [*page, "slim", *graph, *transformers]
 
 
 def export(project: Project, run: Path, form: str) -> Path:
@@ -75,8 +75,8 @@ def _best(run: Path) -> Path:
 
 def _zip(folder: Path, target: Path) -> Path:
     """A folder as a zip, without what only training needs. Weights hardly shrink, so nothing is compressed."""
-    aside = target.with_suffix(f".{os.getpid()}.tmp")
-    with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as file:
+    temporary = target.with_suffix(f".{os.getpid()}.tmp")
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as file:
         for path in sorted(folder.rglob("*")):
             inside = path.relative_to(folder)
             if (
@@ -87,7 +87,7 @@ def _zip(folder: Path, target: Path) -> Path:
                 file.write(path, Path(target.stem) / inside)
         if (folder / "manifest.json").is_file():
             file.writestr(f"{target.stem}/manifest.json", _manifest(folder))
-    aside.replace(target)
+    temporary.replace(target)
     return target
 
 
@@ -95,9 +95,9 @@ def _manifest(folder: Path) -> str:
     """The checkpoint's manifest without what is left out."""
     from plait.core.files import json_text, read_sealed, sealed
 
-    found = read_sealed(folder / "manifest.json")
-    kept = {name: digest for name, digest in found["sha256"].items() if not name.startswith(TRAINING_STATE)}
-    return json_text(sealed({"version": found["version"], "sha256": kept}))
+    manifest = read_sealed(folder / "manifest.json")
+    digests = {name: digest for name, digest in manifest["sha256"].items() if not name.startswith(TRAINING_STATE)}
+    return json_text(sealed({"version": manifest["version"], "sha256": digests}))
 
 
 # --- a server -------------------------------------------------------------------------------------------------
@@ -106,12 +106,12 @@ def _manifest(folder: Path) -> str:
 def server_of(project: Project) -> dict[str, Any] | None:
     """The server of a project that runs: its run, address and process; None where none does."""
     try:
-        known: dict[str, Any] = json.loads((project.folder / "server.json").read_text(encoding="utf-8"))
-        process = psutil.Process(int(known["process"]))
-        same = abs(process.create_time() - known["started"]) < 2 and process.status() != psutil.STATUS_ZOMBIE
+        server: dict[str, Any] = json.loads((project.folder / "server.json").read_text(encoding="utf-8"))
+        process = psutil.Process(int(server["process"]))
+        same_process = abs(process.create_time() - server["started"]) < 2 and process.status() != psutil.STATUS_ZOMBIE
     except (OSError, ValueError, KeyError, psutil.Error):
         return None
-    return known if same else None
+    return server if same_process else None
 
 
 def start_server(project: Project, run: Path) -> tuple[dict[str, Any], str]:
@@ -129,18 +129,18 @@ def start_server(project: Project, run: Path) -> tuple[dict[str, Any], str]:
     command = [sys.executable, "-m", "plait", "serve", str(run), "--port", str(port), "--api-key-file", str(keys)]
     with (project.folder / "server.log").open("wb") as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-    known = {"run": run.name, "address": f"http://127.0.0.1:{port}", "process": process.pid,
+    server = {"run": run.name, "address": f"http://127.0.0.1:{port}", "process": process.pid,
              "started": psutil.Process(process.pid).create_time()}  # fmt: skip
-    write_json(project.folder / "server.json", known)
-    return known, key
+    write_json(project.folder / "server.json", server)
+    return server, key
 
 
 def stop_server(project: Project) -> None:
     """Stop the server of a project, if one runs."""
-    known = server_of(project)
-    if known is None:
+    server = server_of(project)
+    if server is None:
         return
-    process = psutil.Process(int(known["process"]))
+    process = psutil.Process(int(server["process"]))
     process.terminate()
     try:
         process.wait(12)

@@ -102,11 +102,11 @@ def read_job(project: Project, run: str) -> Job | None:
     """The job of a run, None for a run that the command line made."""
     path = project.folder / "jobs" / run / "job.json"
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    found["options"] = tuple(found.get("options", ()))
-    return Job(**{**found, "project": project.folder})  # the workspace may have moved
+    fields["options"] = tuple(fields.get("options", ()))
+    return Job(**{**fields, "project": project.folder})  # the workspace may have moved
 
 
 def running(workspace: Workspace) -> Job | None:
@@ -165,10 +165,10 @@ def _process(job: Job) -> psutil.Process | None:
         return None
     try:
         process = psutil.Process(job.process)
-        same = abs(process.create_time() - job.started) < 2 and process.status() != psutil.STATUS_ZOMBIE
+        same_process = abs(process.create_time() - job.started) < 2 and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return None
-    return process if same else None
+    return process if same_process else None
 
 
 def _environment() -> dict[str, str]:

@@ -56,17 +56,17 @@ class LabelEdits:
         Returns:
             File -> label, None for a file that was taken out.
         """
-        found: dict[str, str | None] = dict(labels)
+        labels_now: dict[str, str | None] = dict(labels)
         for edit in self.edits:
             if edit.action == "rename":
-                for file, label in found.items():
+                for file, label in labels_now.items():
                     if label == edit.old:
-                        found[file] = edit.label
+                        labels_now[file] = edit.label
                 continue
             for file in edit.files:
-                if file in found:
-                    found[file] = edit.label if edit.action == "move" else REMOVED
-        return found
+                if file in labels_now:
+                    labels_now[file] = edit.label if edit.action == "move" else REMOVED
+        return labels_now
 
     def move(self, files: Iterable[str], label: str) -> None:
         """Give files another label."""
@@ -114,12 +114,12 @@ def _read(path: Path) -> list[Edit]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return []
-    found = []
+    edits = []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            found.append(Edit(row["action"], tuple(row.get("files", ())), row.get("label", ""), row.get("old", ""),
+            edits.append(Edit(row["action"], tuple(row.get("files", ())), row.get("label", ""), row.get("old", ""),
                               row.get("at", 0.0)))  # fmt: skip
         except (ValueError, KeyError, TypeError) as error:
             raise PlaitError(f"{path}, line {number} is no edit of labels: {error}. Mend or remove it.") from error
-    return found
+    return edits

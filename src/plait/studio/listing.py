@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -16,13 +17,14 @@ from PIL import Image, ImageOps
 
 from plait.core.errors import PlaitError
 from plait.core.files import sha256_file
+from plait.data.files import TABLE_SUFFIXES, suffix_of
 from plait.modalities.descriptor import MediaError
 from plait.modalities.media import MEDIA, Checker, kind_of_suffix
 from plait.studio import metadata
 from plait.studio.labels import LabelEdits
 from plait.studio.workspace import Project
 
-TABLES = {".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt", ".md"}
+TEXT_SUFFIXES = {*TABLE_SUFFIXES, ".txt", ".md"}  # files of which the page shows the beginning
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 SIDE = 160  # pixels of a thumbnail
 EXCERPT = 400  # characters of a text file that are shown
@@ -104,20 +106,20 @@ def _given_labels(project: Project, paths: list[str]) -> dict[str, str]:
 def _files(source: Path) -> list[str]:
     if source.is_file():
         return [source.name]
-    found = []
+    paths = []
     for folder, folders, files in os.walk(source):
         folders[:] = sorted(name for name in folders if not name.startswith(("._", ".", "__MACOSX")))
         inside = Path(folder)
         for name in files:
             if not name.startswith(".") and not (inside / name).is_symlink():
-                found.append((inside / name).relative_to(source).as_posix())
-    return found
+                paths.append((inside / name).relative_to(source).as_posix())
+    return paths
 
 
 def kind_of(path: str) -> str:
     """What a file is, by its ending; what is wrong inside shows when it is prepared."""
-    suffix = Path(path).suffix.lower()
-    return kind_of_suffix(suffix) or ("text" if suffix in TABLES else "other")
+    suffix = suffix_of(Path(path).name)
+    return kind_of_suffix(suffix) or ("text" if suffix in TEXT_SUFFIXES else "other")
 
 
 def _folder_label(path: str) -> str:
@@ -143,18 +145,18 @@ def labelled_rows(project: Project) -> list[metadata.Row]:
     user's own table says of a medium beside its label stays.
     """
     table = metadata.user_table(project)
-    known = metadata.read_table(table) if table else {}
-    found: list[metadata.Row] = []
+    user_rows = metadata.read_table(table) if table else {}
+    labelled: list[metadata.Row] = []
     for item in sorted(list_project(project).items, key=lambda item: item.path):
-        if item.kind not in MEDIA or (table and item.path not in known and not item.label):
+        if item.kind not in MEDIA or (table and item.path not in user_rows and not item.label):
             continue
-        rows = known.get(item.path, [{}])
+        rows = user_rows.get(item.path, [{}])
         for number, row in enumerate(rows):
-            kept = {name: value for name, value in row.items() if value is not None and name != metadata.LABEL}
+            user_columns = {name: value for name, value in row.items() if value is not None and name != metadata.LABEL}
             label = {metadata.LABEL: item.label} if item.label else {}
             unique = item.path if len(rows) == 1 else f"{item.path}#{number}"
-            found.append({"id": unique, **kept, MEDIA[item.kind].file_column: item.path, **label})
-    return found
+            labelled.append({"id": unique, **user_columns, MEDIA[item.kind].file_column: item.path, **label})
+    return labelled
 
 
 # --- previews ---------------------------------------------------------------------------------------------------
@@ -184,10 +186,11 @@ class Previews:
         picture = thumbnail(value) if isinstance(value, Image.Image) else waveform(_wave(value))
         buffer = io.BytesIO()
         picture.save(buffer, "PNG")
-        cached.parent.mkdir(exist_ok=True)
-        aside = cached.with_suffix(f".{os.getpid()}.tmp")
-        aside.write_bytes(buffer.getvalue())
-        aside.replace(cached)
+        with contextlib.suppress(OSError):  # a full disk, or one that is only read: it is made again next time
+            cached.parent.mkdir(exist_ok=True)
+            temporary = cached.with_suffix(f".{os.getpid()}.tmp")
+            temporary.write_bytes(buffer.getvalue())
+            temporary.replace(cached)
         return buffer.getvalue()
 
 

@@ -31,7 +31,7 @@ def user_table(project: Project) -> Path | None:
         table = project.source / name
         if table.is_file() and not _is_ours(project, table):
             return table
-    return next((aside for name in NAMES if (aside := project.source / f".{name}").is_file()), None)
+    return next((hidden_table for name in NAMES if (hidden_table := project.source / f".{name}").is_file()), None)
 
 
 def read_table(path: Path) -> dict[str, list[Row]]:
@@ -51,12 +51,12 @@ def read_table(path: Path) -> dict[str, list[Row]]:
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError, csv.Error) as error:
         raise PlaitError(f"{path.name.lstrip('.')} cannot be read: {error}. Mend it, or take it away.") from error
-    found: dict[str, list[Row]] = {}
+    rows_by_file: dict[str, list[Row]] = {}
     for row in rows:
         name = _file_of(row) if isinstance(row, dict) else ""
         if name:
-            found.setdefault(name, []).append(row)
-    return found
+            rows_by_file.setdefault(name, []).append(row)
+    return rows_by_file
 
 
 def _file_of(row: Row) -> str:
@@ -81,8 +81,8 @@ def restore_table(project: Project) -> None:
     if place.is_file() and _is_ours(project, place):
         place.unlink()
         for name in NAMES:
-            if (aside := project.uploads / f".{name}").is_file():
-                aside.replace(project.uploads / name)
+            if (hidden_table := project.uploads / f".{name}").is_file():
+                hidden_table.replace(project.uploads / name)
     (project.folder / WRITTEN).unlink(missing_ok=True)
 
 

@@ -72,10 +72,10 @@ def read_progress(run: Path, job: Job | None = None) -> Progress:
 def _state(run: Path) -> dict[str, Any]:
     """The state of the part of the training that is under way, as the run wrote it last."""
     try:
-        found = json.loads((run / PROGRESS).read_text(encoding="utf-8"))
+        state = json.loads((run / PROGRESS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return state if isinstance(state, dict) else {}
 
 
 def rows(path: Path, keys: set[str]) -> list[dict[str, Any]]:
@@ -84,24 +84,24 @@ def rows(path: Path, keys: set[str]) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
-    found = []
+    complete = []
     for line in lines:
         try:
             row = json.loads(line)
         except ValueError:  # the last line while it is being written
             continue
         if isinstance(row, dict) and keys <= row.keys():
-            found.append(row)
-    return found
+            complete.append(row)
+    return complete
 
 
 def _planned(run: Path) -> int:
     try:
-        known = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        run_record = json.loads((run / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return 0
-    revised = [int(row["steps"]) for row in known.get("revisions", [])]
-    return revised[-1] if revised else int(known.get("steps") or 0)
+    revised = [int(row["steps"]) for row in run_record.get("revisions", [])]
+    return revised[-1] if revised else int(run_record.get("steps") or 0)
 
 
 def _newest(run: Path) -> int:

@@ -9,6 +9,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from plait.modalities.media import MEDIA
+
 FOLDER = Path(__file__).parent
 LANGUAGES = ("en", "zh")
 
@@ -16,8 +18,8 @@ LANGUAGES = ("en", "zh")
 @cache
 def texts(language: str) -> dict[str, str]:
     """All texts of the pages in a language."""
-    found: dict[str, str] = json.loads((FOLDER / "texts" / f"{language}.json").read_text(encoding="utf-8"))
-    return found
+    texts_by_key: dict[str, str] = json.loads((FOLDER / "texts" / f"{language}.json").read_text(encoding="utf-8"))
+    return texts_by_key
 
 
 @cache
@@ -28,7 +30,13 @@ def _environment() -> Environment:
     )  # fmt: skip
     environment.filters["duration"] = duration
     environment.filters["bytes"] = byte_size
+    environment.globals["element"] = element
     return environment
+
+
+def element(kind: str) -> str:
+    """The HTML element that shows a medium of a kind; empty for a text."""
+    return MEDIA[kind].element if kind in MEDIA else ""
 
 
 def render(template: str, language: str = "en", **values: Any) -> str:
@@ -41,11 +49,11 @@ def duration(seconds: float | None) -> str:
     """Seconds as "2:05"."""
     if seconds is None:
         return "…"
-    whole = max(int(seconds), 0)
+    total = max(int(seconds), 0)
     return (
-        f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
-        if whole >= 3600
-        else f"{whole // 60}:{whole % 60:02d}"
+        f"{total // 3600}:{total % 3600 // 60:02d}:{total % 60:02d}"
+        if total >= 3600
+        else f"{total // 60}:{total % 60:02d}"
     )
 
 
@@ -61,5 +69,7 @@ def byte_size(count: float) -> str:
 def curve(points: list[tuple[int, float]], steps: int, low: float, high: float) -> str:
     """Points (step, loss) as the `points` of an SVG polyline in a box of 600 x 160."""
     span = max(high - low, 1e-9)
-    kept = points[:: max(len(points) // 300, 1)] + points[-1:]
-    return " ".join(f"{600 * step / max(steps, 1):.1f},{150 - 140 * (loss - low) / span:.1f}" for step, loss in kept)
+    shown_points = points[:: max(len(points) // 300, 1)] + points[-1:]
+    return " ".join(
+        f"{600 * step / max(steps, 1):.1f},{150 - 140 * (loss - low) / span:.1f}" for step, loss in shown_points
+    )

@@ -97,8 +97,8 @@ class Result:
     @property
     def simple_right(self) -> int | None:
         """How many the simple alternative names right, None where it was not asked."""
-        asked = [one for one in self.predictions if one.simple]
-        return sum(one.simple == one.truth for one in asked) if asked else None
+        with_simple = [one for one in self.predictions if one.simple]
+        return sum(one.simple == one.truth for one in with_simple) if with_simple else None
 
     @property
     def learnt_nothing(self) -> bool:
@@ -121,8 +121,8 @@ class Result:
 
     def confusion(self) -> list[tuple[str, str, int]]:
         """(truth, answer, count) of wrong answers, the most frequent first."""
-        wrong = Counter((one.truth, one.answers[0][0]) for one in self.predictions if not one.right)
-        return [(truth, answer, count) for (truth, answer), count in wrong.most_common(12)]
+        mistakes = Counter((one.truth, one.answers[0][0]) for one in self.predictions if not one.right)
+        return [(truth, answer, count) for (truth, answer), count in mistakes.most_common(12)]
 
 
 def read_result(run: Path, job_folder: Path) -> Result:
@@ -153,20 +153,20 @@ def _predictions(path: Path) -> list[Predicted]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
-    found = []
+    predictions = []
     for line in lines:
         row = json.loads(line)
         answers = [(label, chance) for label, chance in row["answers"]]
-        found.append(Predicted(
+        predictions.append(Predicted(
             row["id"], row["column"], row["kind"], row["source"], row["truth"], answers, row.get("simple", ""),
             row.get("none", False), row.get("text", ""),
         ))  # fmt: skip
-    return found
+    return predictions
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}

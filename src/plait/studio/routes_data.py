@@ -102,16 +102,16 @@ def gallery_parts(app: FastAPI, studio: Studio) -> None:
         project = workspace.project(name)
         media = [item for item in list_project(project).of_label(label) if item.kind in MEDIA]
         part = media[max(offset, 0) : max(offset, 0) + PAGE]
-        more = offset + PAGE if offset + PAGE < len(media) else None
-        return page("items.html", request, project=project, items=part, more=more, label=label)
+        next_offset = offset + PAGE if offset + PAGE < len(media) else None
+        return page("items.html", request, project=project, items=part, more=next_offset, label=label)
 
     @app.get("/p/{name}/pairs")
     def pairs(name: str, request: Request, offset: int = 0) -> Response:
         project, offset = workspace.project(name), max(offset, 0)
-        found = read_pairs(project, offset, PAIRS)
-        more = offset + PAIRS if offset + PAIRS < count_pairs(project) else None
-        texts = _texts_of(project, [one for pair in found for one in (pair.first, pair.second) if not one.file])
-        return page("pairs.html", request, project=project, pairs=found, more=more, texts=texts)
+        near_pairs = read_pairs(project, offset, PAIRS)
+        next_offset = offset + PAIRS if offset + PAIRS < count_pairs(project) else None
+        texts = _texts_of(project, [one for pair in near_pairs for one in (pair.first, pair.second) if not one.file])
+        return page("pairs.html", request, project=project, pairs=near_pairs, more=next_offset, texts=texts)
 
     @app.get("/p/{name}/thumb")
     async def thumb(name: str, file: str) -> Response:

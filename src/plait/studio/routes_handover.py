@@ -29,8 +29,8 @@ def handover_pages(app: FastAPI, studio: Studio) -> None:
     async def export(name: str, run: str, request: Request) -> Response:
         project, values = workspace.project(name), await read_values(request)
         form = str(values.get("form", ""))
-        made = await in_thread(handover.export, project, project.run(run), form)
-        return JSONResponse({"file": made.name, "bytes": made.stat().st_size})
+        exported = await in_thread(handover.export, project, project.run(run), form)
+        return JSONResponse({"file": exported.name, "bytes": exported.stat().st_size})
 
     @app.get("/p/{name}/runs/{run}/export/{form}")
     def download(name: str, run: str, form: str) -> Response:
@@ -42,8 +42,8 @@ def handover_pages(app: FastAPI, studio: Studio) -> None:
     @app.post("/p/{name}/runs/{run}/serve")
     async def serve(name: str, run: str) -> Response:
         project = workspace.project(name)
-        known, key = await in_thread(handover.start_server, project, project.run(run))
-        return JSONResponse({"address": known["address"], "key": key})
+        server, key = await in_thread(handover.start_server, project, project.run(run))
+        return JSONResponse({"address": server["address"], "key": key})
 
     @app.post("/p/{name}/serve/stop")
     async def stop(name: str) -> Response:

@@ -32,13 +32,14 @@ def result_pages(app: FastAPI, studio: Studio) -> None:
     def result(name: str, run: str, request: Request) -> Response:
         project = workspace.project(name)
         folder = project.run(run)
-        found = read_result(folder, project.folder / "jobs" / run)
+        shown = read_result(folder, project.folder / "jobs" / run)
         compared = [(other.name, _share_right(project, other)) for other in project.runs]
         language = language_of(request)
-        spoken = (found.verdict, found.next_step) if language == "en" else found.verdict_in(texts(language))
+        in_english = language == "en"
+        verdict, next_step = (shown.verdict, shown.next_step) if in_english else shown.verdict_in(texts(language))
         return page(
-            "result.html", request, project=project, tab="result", run=run, result=found, points=_points(found),
-            verdict=spoken[0], next_step=spoken[1],
+            "result.html", request, project=project, tab="result", run=run, result=shown, points=_points(shown),
+            verdict=verdict, next_step=next_step,
             compared=[row for row in compared if row[1] is not None],
         )  # fmt: skip
 
@@ -61,8 +62,8 @@ def result_pages(app: FastAPI, studio: Studio) -> None:
         part = await in_thread(record_part, project, record, column)
         value = part if isinstance(part, str) else (column, part)
         answers = list(dict.fromkeys([one.answers[0][0], one.truth]))  # of a wrong answer, the right one too
-        found = await in_thread(studio.models.why, folder, value, answers)
-        return page("why.html", request, found=found)
+        explanations = await in_thread(studio.models.why, folder, value, answers)
+        return page("why.html", request, explanations=explanations)
 
     @app.get("/p/{name}/record")
     async def record(name: str, id: str, column: str) -> Response:
@@ -74,8 +75,8 @@ def result_pages(app: FastAPI, studio: Studio) -> None:
 
 
 def _share_right(project: Project, run: Path) -> float | None:
-    found = read_result(run, project.folder / "jobs" / run.name)
-    return found.right / len(found.predictions) if found.predictions else None
+    result = read_result(run, project.folder / "jobs" / run.name)
+    return result.right / len(result.predictions) if result.predictions else None
 
 
 def _points(result: Result) -> list[tuple[float, int]]:

@@ -6,13 +6,13 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Generator
 from pathlib import Path
-from typing import Any, TypeGuard
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from plait.core.errors import PlaitError
 from plait.modalities.media import MEDIA
+from plait.studio.use import read_messages
 from plait.studio.web import Studio, in_thread, page, read_body, read_values
 from plait.studio.workspace import Project
 
@@ -36,7 +36,7 @@ def _ask_pages(app: FastAPI, studio: Studio) -> None:
             run = _trained(project)
         except PlaitError:
             return page("no_result.html", request, project=project, tab="use")
-        verbs, kinds, talks = await in_thread(_abilities, studio, run)
+        verbs, kinds, can_chat = await in_thread(_abilities, studio, run)
         return page(
             "use.html",
             request,
@@ -45,7 +45,7 @@ def _ask_pages(app: FastAPI, studio: Studio) -> None:
             run=run.name,
             verbs=verbs,
             kinds=kinds,
-            talks=talks,
+            can_chat=can_chat,
             parts=await in_thread(studio.models.parts, run),
         )
 
@@ -56,13 +56,20 @@ def _ask_pages(app: FastAPI, studio: Studio) -> None:
         answer = await in_thread(studio.models.ask, _trained(project, run), project.data, body, text)
         return page("answer.html", request, project=project, answer=answer)
 
+    @app.post("/p/{name}/runs/{run}/find")
+    async def find(name: str, run: str, request: Request) -> Response:
+        project = workspace.project(name)
+        body, text = await _asked(request)
+        result = await in_thread(studio.models.find, _trained(project, run), project.data, body, text)
+        return page("found.html", request, project=project, run=run, result=result)
+
     @app.post("/p/{name}/runs/{run}/why")
     async def why(name: str, run: str, request: Request, answer: str = "") -> Response:
         project = workspace.project(name)
         body, text = await _asked(request)
         value = await in_thread(studio.models.value_of, body, text)
-        found = await in_thread(studio.models.why, _trained(project, run), value, [answer] if answer else [])
-        return page("why.html", request, found=found)
+        explanations = await in_thread(studio.models.why, _trained(project, run), value, [answer] if answer else [])
+        return page("why.html", request, explanations=explanations)
 
 
 def _make_pages(app: FastAPI, studio: Studio) -> None:
@@ -74,41 +81,27 @@ def _make_pages(app: FastAPI, studio: Studio) -> None:
         values = await read_values(request)
         verb, text = str(values.get("verb", "")), str(values.get("text", ""))
         count, seed = min(int(values.get("n", 4) or 4), 16), int(values.get("seed", 0) or 0)
-        made = await in_thread(studio.models.make, _trained(workspace.project(name), run), verb, text, count, seed)
-        return JSONResponse({"made": made})
+        media_urls = await in_thread(
+            studio.models.make, _trained(workspace.project(name), run), verb, text, count, seed
+        )
+        return JSONResponse({"made": media_urls})
 
     @app.post("/p/{name}/runs/{run}/chat")
     async def chat(name: str, run: str, request: Request) -> Response:
-        values = await read_values(request)
-        messages, seed = values.get("messages"), int(values.get("seed") or 0)
-        if not _is_conversation(messages):
-            raise PlaitError(
-                "A conversation is a list of messages, each with a role and a content, the last one the user's."
-            )
+        values = await read_values(request, BODY)
+        messages, seed = read_messages(values.get("messages")), int(values.get("seed") or 0)
         pieces = _Pieces(studio.models.chat(_trained(workspace.project(name), run), messages, seed))
         first = await in_thread(pieces.read)  # what is wrong shows before the reply begins
         return StreamingResponse(_spoken(first, pieces), media_type="text/plain; charset=utf-8")
 
     @app.post("/p/{name}/runs/{run}/lines/{part}")
     async def lines(name: str, run: str, part: str, request: Request) -> Response:
-        given = str((await read_values(request)).get("text", "")).splitlines()
-        kept = [line.strip() for line in given if line.strip()]
+        text_lines = str((await read_values(request)).get("text", "")).splitlines()
+        filled_lines = [line.strip() for line in text_lines if line.strip()]
         project = workspace.project(name)
         work = studio.models.answer_lines
-        found = await in_thread(work, _trained(project, run), project.data, part, kept)
-        return JSONResponse({"lines": found})
-
-
-def _is_conversation(messages: Any) -> TypeGuard[list[dict[str, str]]]:
-    return (
-        isinstance(messages, list)
-        and bool(messages)
-        and all(
-            isinstance(m, dict) and m.get("role") in ("user", "assistant") and isinstance(m.get("content"), str)
-            for m in messages
-        )
-        and messages[-1]["role"] == "user"
-    )
+        answers = await in_thread(work, _trained(project, run), project.data, part, filled_lines)
+        return JSONResponse({"lines": answers})
 
 
 class _Pieces:
@@ -157,6 +150,6 @@ def _abilities(studio: Studio, run: Path) -> tuple[list[str], list[str], bool]:
     with studio.models.lock:
         model = studio.models.get(run)
         columns = getattr(model, "columns", {})
-        turns = getattr(getattr(model, "vocabulary", None), "turns", False)
-        talks = "generate" in model.verbs and (bool(turns) or not columns)
-        return list(model.verbs), sorted({*MEDIA, "text"}.intersection(columns.values())), talks
+        has_turns = getattr(getattr(model, "vocabulary", None), "turns", False)
+        can_chat = "generate" in model.verbs and (bool(has_turns) or not columns)
+        return list(model.verbs), sorted({*MEDIA, "text"}.intersection(columns.values())), can_chat

@@ -71,8 +71,8 @@ class Gate:
         if foreign or (elsewhere and (scope["method"], scope["path"]) != ("GET", "/")):
             await _answer(send, 403, "Other pages may not ask this studio.")
             return
-        given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
-        if scope["path"] == "/" and given and hmac.compare_digest(given.encode(), self.token.encode()):
+        token = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
+        if scope["path"] == "/" and token and hmac.compare_digest(token.encode(), self.token.encode()):
             cookie = f"{COOKIE}={self.session}; HttpOnly; SameSite=Strict; Path=/"
             await _answer(send, 303, "", [(b"location", b"/"), (b"set-cookie", cookie.encode())])
             return
@@ -93,20 +93,20 @@ def _with_headers(send: Send) -> Send:
     async def sent(message: dict[str, Any]) -> None:
         if message["type"] == "http.response.start":
             names = {name.lower() for name, _ in message["headers"]}
-            more = [(name, value) for name, value in HEADERS if name not in names]
+            added = [(name, value) for name, value in HEADERS if name not in names]
             if b"content-security-policy" not in names:
-                more.append((b"content-security-policy", POLICY.encode()))
-            message = {**message, "headers": [*message["headers"], *more]}
+                added.append((b"content-security-policy", POLICY.encode()))
+            message = {**message, "headers": [*message["headers"], *added]}
         await send(message)
 
     return sent
 
 
-async def _answer(send: Send, status: int, text: str, more: list[tuple[bytes, bytes]] | None = None) -> None:
+async def _answer(send: Send, status: int, text: str, extra: list[tuple[bytes, bytes]] | None = None) -> None:
     body = text.encode()
     headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(body)).encode())]
     policy = (b"content-security-policy", FILE_POLICY.encode())
     await send(
-        {"type": "http.response.start", "status": status, "headers": [*headers, *HEADERS, policy, *(more or [])]}
+        {"type": "http.response.start", "status": status, "headers": [*headers, *HEADERS, policy, *(extra or [])]}
     )
     await send({"type": "http.response.body", "body": body})

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.inference.base import Verb
-from plait.modalities.media import written_by
+from plait.modalities.media import MEDIA, written_by
 from plait.server.limits import ApiError
 from plait.server.middleware import Receive, Scope, Send, answer
 from plait.server.service import Served, Service
@@ -69,17 +69,18 @@ class ServedPage:
 
 def _card(served: Served) -> dict[str, Any]:
     """What the page's script needs to know of a model."""
-    ours = served.model.plait_model
-    columns = ours.columns if ours else {}
+    plait_model = served.model.plait_model
+    columns = plait_model.columns if plait_model else {}
     texts = [name for name, kind in columns.items() if kind == "text"]
-    labels = [label for name in texts for label in ours.labels.get(name, [])] if ours else []
+    labels = [label for name in texts for label in plait_model.labels.get(name, [])] if plait_model else []
     chat = served.chat
-    talks = chat is not None and bool(chat.template or chat.model.vocabulary.turns or not chat.model.columns)
+    can_chat = chat is not None and bool(chat.template or chat.model.vocabulary.turns or not chat.model.columns)
     return {
-        "name": served.name, "verbs": served.verbs, "kinds": sorted(set(columns.values())), "texts": texts,
+        "name": served.name, "verbs": served.verbs, "elements": {kind: MEDIA[kind].element for kind in MEDIA},
+        "kinds": sorted(set(columns.values())), "texts": texts,
         "voices": [name for name, kind in columns.items() if kind in written_by(Verb.SPEAK)], "labelled": bool(labels),
-        "examples": list(dict.fromkeys(labels))[:6], "talks": talks,
-        "room": min(256, ours.engine.max_length // 2) if ours else 256,
+        "examples": list(dict.fromkeys(labels))[:6], "can_chat": can_chat,
+        "room": min(256, plait_model.engine.max_length // 2) if plait_model else 256,
     }  # fmt: skip
 
 
@@ -93,8 +94,8 @@ def report_of(served: Served) -> Path | None:
 
 def _language(scope: Scope) -> str:
     headers = dict(scope["headers"])
-    asked = headers.get(b"accept-language", b"en")[:2].decode("latin-1").lower()
-    return asked if asked in LANGUAGES else "en"
+    language = headers.get(b"accept-language", b"en")[:2].decode("latin-1").lower()
+    return language if language in LANGUAGES else "en"
 
 
 async def _send(send: Send, body: bytes, kind: str, policy: str | None = None) -> None:

@@ -43,10 +43,10 @@ HEADERS = '-H "Authorization: Bearer KEY" -H "Content-Type: application/json"'
 
 def snippets(run: Path, verbs: list[str]) -> list[Snippet]:
     """Lines for each verb of a run's model."""
-    found = []
+    rendered = []
     for call in (*CALLS, *SNIPPETS.all()):
         if call.verb in verbs:
             body = json.dumps({"model": run.name, **call.body})
             python = f"import plait\n\nmodel = plait.load({str(run)!r})\nprint({call.python})\n"
-            found.append(Snippet(call.verb, python, f"curl ADDRESS{call.path} {HEADERS} -d '{body}'"))
-    return found
+            rendered.append(Snippet(call.verb, python, f"curl ADDRESS{call.path} {HEADERS} -d '{body}'"))
+    return rendered

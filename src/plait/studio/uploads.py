@@ -55,12 +55,12 @@ def begin(workspace: Workspace, project: Project, name: str, size: int, modified
     check_room(workspace, project, name, size)
     folder = project.folder / ".uploads"
     folder.mkdir(exist_ok=True)
-    said = {"name": name, "size": size, "modified": modified}
+    described = {"name": name, "size": size, "modified": modified}
     for path in folder.glob("*.json"):
-        if json.loads(path.read_text(encoding="utf-8")) == said:
+        if json.loads(path.read_text(encoding="utf-8")) == described:
             return path.stem, Upload(path.with_suffix(".part"), name, size)
     number = secrets.token_hex(8)
-    write_json(folder / f"{number}.json", said)
+    write_json(folder / f"{number}.json", described)
     return number, Upload(folder / f"{number}.part", name, size)
 
 
@@ -81,8 +81,8 @@ def find(project: Project, number: str) -> Upload:
     path = project.folder / ".uploads" / f"{number}.json"
     if not number.isalnum() or not path.is_file():
         raise PlaitError("That upload is not known. Start it again.")
-    known = json.loads(path.read_text(encoding="utf-8"))
-    return Upload(path.with_suffix(".part"), known["name"], known["size"])
+    description = json.loads(path.read_text(encoding="utf-8"))
+    return Upload(path.with_suffix(".part"), description["name"], description["size"])
 
 
 async def receive(upload: Upload, offset: int, pieces: AsyncIterator[bytes]) -> int:
@@ -116,15 +116,15 @@ async def receive_many(workspace: Workspace, project: Project, pieces: AsyncIter
             raise PlaitError(f"Small files come at most {BATCH >> 20} MB at a time.")
     body = b"".join(parts)
     end = body.find(b"\n")
-    rest = memoryview(body)[end + 1 :]
+    contents = memoryview(body)[end + 1 :]
     try:
         files = [(upload_name(str(name)), int(size)) for name, size in json.loads(body[: max(end, 0)])]
     except (ValueError, TypeError) as error:
         raise PlaitError("Small files begin with a line of JSON: [[name, bytes], ...].") from error
-    if min((size for _, size in files), default=0) < 0 or sum(size for _, size in files) != len(rest):
+    if min((size for _, size in files), default=0) < 0 or sum(size for _, size in files) != len(contents):
         raise PlaitError("The sizes of the files do not add up to what has come. Send them again.")
-    check_room(workspace, project, f"{len(files)} files", len(rest))
-    await asyncio.get_running_loop().run_in_executor(None, _write_files, str(project.uploads), files, rest)
+    check_room(workspace, project, f"{len(files)} files", len(contents))
+    await asyncio.get_running_loop().run_in_executor(None, _write_files, str(project.uploads), files, contents)
     return len(files)
 
 
@@ -132,19 +132,19 @@ def _write_files(root: str, files: list[tuple[str, int]], body: memoryview) -> N
     """Write files that appear whole: hidden ones, as each is until then, are read by nobody. Plain system calls, since
     there are thousands: paths as objects took half of the time."""
     mark, at = secrets.token_hex(6), 0
-    made: set[str] = set()
+    existing: set[str] = set()
     for name, size in files:
         folder = f"{root}/{name}".rpartition("/")[0]
-        if folder not in made:
+        if folder not in existing:
             os.makedirs(folder, exist_ok=True)  # noqa: PTH103
-            made.add(folder)
-        aside = f"{folder}/.{mark}.part"
+            existing.add(folder)
+        temporary = f"{folder}/.{mark}.part"
         try:
-            with open(aside, "wb") as file:  # noqa: PTH123
+            with open(temporary, "wb") as file:  # noqa: PTH123
                 file.write(body[at : at + size])
-            os.replace(aside, f"{root}/{name}")  # noqa: PTH105
+            os.replace(temporary, f"{root}/{name}")  # noqa: PTH105
         except OSError:
-            Path(aside).unlink(missing_ok=True)
+            Path(temporary).unlink(missing_ok=True)
             raise
         at += size
 
@@ -217,21 +217,21 @@ def _write_members(file: zipfile.ZipFile, names: dict[zipfile.ZipInfo, str], pre
             continue
         place = target / name.removeprefix(prefix)
         place.parent.mkdir(parents=True, exist_ok=True)
-        aside = _aside(place)
+        temporary = _aside(place)
         try:
-            _write_member(file, member, aside)
-            aside.replace(place)
+            _write_member(file, member, temporary)
+            temporary.replace(place)
         finally:
-            aside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
     return notes
 
 
 def _write_member(file: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> None:
-    left = member.file_size
+    remaining = member.file_size
     with file.open(member) as source, path.open("wb") as out:
-        while piece := source.read(min(COPY, left + 1)):
-            left -= len(piece)
-            if left < 0:
+        while piece := source.read(min(COPY, remaining + 1)):
+            remaining -= len(piece)
+            if remaining < 0:
                 raise PlaitError(f"{member.filename[:80]} is longer than the archive says.")
             out.write(piece)
 

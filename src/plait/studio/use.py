@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import binascii
 import io
 import threading
 from collections.abc import Generator
@@ -20,6 +21,7 @@ from plait.server.page_parts import PAGE_PARTS, LinesPart
 from plait.studio.handover import Form, offered
 
 NEAREST = 6  # records shown beside an answer
+FOUND = 24  # records that a search shows
 INDEXED = 2000  # records that are compared with
 EXCERPT = 300  # characters of a record's text that are shown
 REPLY = 400  # tokens of a reply, at most
@@ -67,6 +69,43 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        records: The most alike first.
+        searched, total: How many records were compared, and how many the dataset has.
+    """
+
+    records: list[Near]
+    searched: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Records of a dataset as vectors.
+
+    Attributes:
+        vectors: (N, E).
+        records: N of them.
+        total: How many records the dataset has.
+    """
+
+    vectors: np.ndarray
+    records: list[Near]
+    total: int
+
+    def nearest(self, vector: np.ndarray, count: int) -> list[Near]:
+        """The records whose vectors are most like one, (E,)."""
+        if not self.records:
+            return []
+        alike = self.vectors @ vector
+        order = np.argsort(-alike, kind="stable")[:count]
+        return [replace(self.records[i], similarity=float(alike[i])) for i in order]
+
+
+@dataclass(frozen=True)
 class Why:
     """What speaks for an answer.
 
@@ -85,6 +124,49 @@ class Why:
     warnings: list[str]
 
 
+@dataclass(frozen=True)
+class Message:
+    """A message of a conversation.
+
+    Attributes:
+        role: "user" or "assistant".
+        parts: Texts, and the bytes of files.
+    """
+
+    role: str
+    parts: list[str | bytes]
+
+
+def read_messages(given: Any) -> list[Message]:
+    """A conversation in OpenAI's form, media as base64. Raises PlaitError for anything else."""
+    try:
+        messages = [Message(one["role"], _read_parts(one["content"])) for one in given]
+    except (KeyError, TypeError, ValueError, binascii.Error):
+        messages = []
+    if not messages or messages[-1].role != "user" or {one.role for one in messages} - {"user", "assistant"}:
+        raise PlaitError(
+            "A conversation is a list of messages, each with a role and a content, the last one the user's. A content "
+            "is a text, or a list of parts: text, image_url, input_audio."
+        )
+    return messages
+
+
+def _read_parts(content: Any) -> list[str | bytes]:
+    if isinstance(content, str):
+        return [content]
+    parts: list[str | bytes] = []
+    for part in content:
+        if part["type"] == "text":
+            parts.append(str(part["text"]))
+        elif part["type"] == "image_url":
+            parts.append(base64.b64decode(part["image_url"]["url"].partition(",")[2], validate=True))
+        elif part["type"] == "input_audio":
+            parts.append(base64.b64decode(part["input_audio"]["data"], validate=True))
+        else:
+            raise ValueError
+    return parts
+
+
 class Models:
     """The model that is in use, loaded when it is first asked for and let go when another one is."""
 
@@ -93,7 +175,7 @@ class Models:
         self.checker = Checker(patience=20)
         self._key: tuple[str, float] | None = None
         self._model: Any = None
-        self._vectors: tuple[np.ndarray, list[Near]] | None = None
+        self._embedded: Embedded | None = None
 
     def close(self) -> None:
         self.checker.close()
@@ -108,7 +190,7 @@ class Models:
             raise PlaitError("This run has learnt nothing yet.")
         key = str(run), place.resolve().stat().st_mtime
         if self._key != key:
-            self._model = self._vectors = None
+            self._model = self._embedded = None
             self._model, self._key = load(run), key
         return self._model
 
@@ -137,17 +219,28 @@ class Models:
             verbs = set(model.verbs)
             columns = dict(getattr(model, "columns", {}))
             if columns and kind not in columns.values():
-                known = ", ".join(sorted(set(columns.values())))
-                raise PlaitError(f"This model does not read {kind}. It reads {known}.")
+                readable = ", ".join(sorted(set(columns.values())))
+                raise PlaitError(f"This model does not read {kind}. It reads {readable}.")
             labels: list[tuple[str, float]] = []
             none = False
             if "classify" in verbs and any(getattr(model, "labels", {}).values()):
-                found = model.classify_inputs([value], top=5)[0]
-                labels = [(str(label), float(chance)) for label, chance in found]
-                none = bool(getattr(found, "none_of_these", False))
+                prediction = model.classify_inputs([value], top=5)[0]
+                labels = [(str(label), float(chance)) for label, chance in prediction]
+                none = bool(getattr(prediction, "none_of_these", False))
             words = self._words(model, verbs, kind, value) if not labels else ""
             nearest = self._nearest(model, data, value) if "embed" in verbs else []
         return Answer(kind, labels, none, words, nearest, preview)
+
+    def find(self, run: Path, data: Path, body: bytes, text: str) -> SearchResult:
+        """The records of a dataset that are most like a file, or a text; the arguments are those of `ask`."""
+        value = self._input(body, text)[0]
+        with self.lock:
+            model = self.get(run)
+            if "embed" not in model.verbs:
+                raise PlaitError(f"This model cannot search. It can {', '.join(model.verbs)}.")
+            embedded = self._records(model, data)
+            records = embedded.nearest(model.embed_inputs([value])[0], FOUND) if embedded.records else []
+        return SearchResult(records, len(embedded.records), embedded.total)
 
     def why(self, run: Path, value: Any, answers: list[str]) -> list[Why]:
         """Which parts of an input speak for each of some answers; the model's own answer where there is none.
@@ -162,18 +255,18 @@ class Models:
 
         with self.lock:
             model = self.get(run)
-            own: list[str | None] = [None]
-            found = [model.explain(value, answer) for answer in answers or own]
+            model_answer: list[str | None] = [None]
+            explanations = [model.explain(value, answer) for answer in answers or model_answer]
         shown = []
-        for one in found:
+        for one in explanations:
             words = [part for part in one.parts if isinstance(part, Words)]
             png = "" if words else "data:image/png;base64," + base64.b64encode(as_png(one)).decode()
             marked: list[tuple[str, str]] = []
             for part, weights in zip(one.parts, one.weights, strict=True):
                 if isinstance(part, Words):
-                    most = max(float(np.abs(weights).max(initial=0)), 1e-9)
+                    strongest = max(float(np.abs(weights).max(initial=0)), 1e-9)
                     for word, weight in zip(part.words, weights, strict=True):
-                        level = round(4 * abs(float(weight)) / most)
+                        level = round(4 * abs(float(weight)) / strongest)
                         marked.append((word.strip(), f"{'for' if weight > 0 else 'against'}{level}"))
             areas = one.areas
             beaten = (areas.random_maps_beaten, len(areas.random_deletion)) if areas is not None else None
@@ -190,11 +283,11 @@ class Models:
             model = self.get(run)
             if verb not in ("draw", "speak") or verb not in model.verbs:
                 raise PlaitError(f"This model cannot {verb}. It can {', '.join(model.verbs)}.")
-            made = getattr(model, verb)(text, n=count, seed=seed)
-        return [image_url(one) if verb == "draw" else wave_url(*one) for one in made]
+            outputs = getattr(model, verb)(text, n=count, seed=seed)
+        return [image_url(one) if verb == "draw" else wave_url(*one) for one in outputs]
 
-    def chat(self, run: Path, messages: list[dict[str, str]], seed: int) -> Generator[str]:
-        """The next turn of a conversation of texts, piece by piece; closing the iterator ends it.
+    def chat(self, run: Path, messages: list[Message], seed: int) -> Generator[str]:
+        """The next turn of a conversation, piece by piece; closing the iterator ends it.
 
         Args:
             run: The run's folder.
@@ -203,14 +296,20 @@ class Models:
         """
         from plait.chat.session import Chat, Session, Turn
 
-        turns = [Turn(message["role"], [message["content"][:TEXT_LIMIT]]) for message in messages]
+        turns = [Turn(one.role, [self._part(part) for part in one.parts]) for one in messages]
         with self.lock:
             model = self.get(run)
             if "generate" not in model.verbs:
                 raise PlaitError(f"This model cannot talk. It can {', '.join(model.verbs)}.")
             session = Session(Chat(model, run))
             session.turns = turns[:-1]
-            yield from session.say(str(turns[-1].parts[0]), max_new_tokens=REPLY, seed=seed)
+            session.attached = [part for part in turns[-1].parts if not isinstance(part, str)]
+            text = "\n".join(part for part in turns[-1].parts if isinstance(part, str))
+            yield from session.say(text, max_new_tokens=REPLY, seed=seed)
+
+    def _part(self, part: str | bytes) -> Any:
+        """A part of a message as models take it."""
+        return part[:TEXT_LIMIT] if isinstance(part, str) else self._input(part, "")[0]
 
     def parts(self, run: Path) -> list[LinesPart]:
         """What features add to the page for this run's model."""
@@ -231,10 +330,10 @@ class Models:
             if not text.strip():
                 raise PlaitError("Drop a file, or write something.")
             return text[:TEXT_LIMIT], "text", ""
-        found = sniff(body[:64])
-        if found is None:
+        sniffed = sniff(body[:64])
+        if sniffed is None:
             raise PlaitError("That is no image, audio or video that is read here.")
-        kind = found[0]
+        kind = sniffed[0]
         try:
             value = self.checker.decode(kind, body)
         except MediaError as error:
@@ -250,11 +349,16 @@ class Models:
         return ""
 
     def _nearest(self, model: Any, data: Path, value: Any) -> list[Near]:
+        embedded = self._records(model, data)
+        return embedded.nearest(model.embed_inputs([value])[0], NEAREST) if embedded.records else []
+
+    def _records(self, model: Any, data: Path) -> Embedded:
+        """The first records of training as vectors, computed when they are first asked for."""
         from plait.data.dataset import Dataset
 
         if not (data / "manifest.json").is_file():
-            return []
-        if self._vectors is None:
+            return Embedded(np.zeros((0, 1), np.float32), [], 0)
+        if self._embedded is None:
             dataset = Dataset.open(data)
             column = next((name for name, kind in dataset.columns.items() if kind != "text"), None)
             column = column or next(iter(dataset.columns))
@@ -265,13 +369,8 @@ class Models:
             vectors = model.embed_inputs(parts) if parts else np.zeros((0, 1), np.float32)
             texts = [part[:EXCERPT] if isinstance(part, str) else "" for _, part in parts]
             owners = [Near(one.id, column, kind, text, 0.0) for one, text in zip(records, texts, strict=True)]
-            self._vectors = vectors, owners
-        vectors, owners = self._vectors
-        if not len(vectors):
-            return []
-        alike = vectors @ model.embed_inputs([value])[0]
-        order = np.argsort(-alike, kind="stable")[:NEAREST]
-        return [replace(owners[i], similarity=float(alike[i])) for i in order]
+            self._embedded = Embedded(vectors, owners, len(dataset))
+        return self._embedded
 
 
 def _small(image: Image.Image) -> Image.Image:

@@ -41,23 +41,23 @@ def read_watched(run: Path) -> list[Watched]:
     parts: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for row in rows(run / FOLDER / FILE, {"stage", "name", "step"}):
         parts.setdefault((row["stage"], row["name"]), {})[int(row["step"])] = row
-    found = [_watched(run, stage, name, by_step) for (stage, name), by_step in parts.items()]
-    return found[::-1]
+    watched = [_watched(run, stage, name, by_step) for (stage, name), by_step in parts.items()]
+    return watched[::-1]
 
 
 def _watched(run: Path, stage: str, name: str, by_step: dict[int, dict[str, Any]]) -> Watched:
-    whole = [by_step[step] for step in sorted(by_step) if by_step[step].get("samples")]
+    with_samples = [by_step[step] for step in sorted(by_step) if by_step[step].get("samples")]
     error = str(by_step[max(by_step)].get("error", ""))
-    if not whole:
+    if not with_samples:
         return Watched(stage, name, [], [], [], error)
-    times = sorted({round(i * (len(whole) - 1) / max(TIMES - 1, 1)) for i in range(TIMES)})
-    chosen = [whole[i] for i in times]
+    times = sorted({round(i * (len(with_samples) - 1) / max(TIMES - 1, 1)) for i in range(TIMES)})
+    chosen = [with_samples[i] for i in times]
     count = min(len(row["samples"]) for row in chosen)
     rows = []
     for place in range(count):
-        asked = chosen[-1]["samples"][place]
-        kind = _kind(run / FOLDER / asked["asked_file"]) if asked["asked_file"] else "text"
-        rows.append(({**asked, "asked_kind": kind}, [row["samples"][place] for row in chosen]))
+        prompt = chosen[-1]["samples"][place]
+        kind = _kind(run / FOLDER / prompt["asked_file"]) if prompt["asked_file"] else "text"
+        rows.append(({**prompt, "asked_kind": kind}, [row["samples"][place] for row in chosen]))
     return Watched(stage, name, [row["step"] for row in chosen], [row.get("share") for row in chosen], rows, error)
 
 
@@ -72,7 +72,7 @@ def sample_file(run: Path, name: str) -> Path:
 def _kind(path: Path) -> str:
     try:
         with path.open("rb") as file:
-            found = sniff(file.read(64))
+            sniffed = sniff(file.read(64))
     except OSError:
-        found = None
-    return found[0] if found else "text"
+        sniffed = None
+    return sniffed[0] if sniffed else "text"

@@ -43,8 +43,8 @@ class Studio:
 
 
 def language_of(request: Request) -> str:
-    asked = request.cookies.get("language") or request.headers.get("accept-language", "en")[:2].lower()
-    return asked if asked in LANGUAGES else "en"
+    language = request.cookies.get("language") or request.headers.get("accept-language", "en")[:2].lower()
+    return language if language in LANGUAGES else "en"
 
 
 def page(template: str, request: Request, status: int = 200, **values: Any) -> HTMLResponse:
@@ -63,17 +63,17 @@ async def read_body(request: Request, limit: int = FORM) -> bytes:
     return bytes(data)
 
 
-async def read_values(request: Request) -> dict[str, Any]:
-    """The JSON object or the form that a script or a button sent."""
+async def read_values(request: Request, limit: int = FORM) -> dict[str, Any]:
+    """The JSON object or the form that a script or a button sent, of at most `limit` bytes."""
     if request.headers.get("content-type", "").startswith("application/json"):
         try:
-            found = json.loads(await read_body(request))
+            values = json.loads(await read_body(request, limit))
         except ValueError as error:
             raise PlaitError("The request is no JSON.") from error
-        if not isinstance(found, dict):
+        if not isinstance(values, dict):
             raise PlaitError("The request must be a JSON object.")
-        return found
-    return dict(parse_qsl((await read_body(request)).decode("utf-8", errors="replace"), keep_blank_values=True))
+        return values
+    return dict(parse_qsl((await read_body(request, limit)).decode("utf-8", errors="replace"), keep_blank_values=True))
 
 
 async def in_thread(work: Callable[..., Any], *arguments: Any) -> Any:

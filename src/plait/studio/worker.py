@@ -72,7 +72,7 @@ def main() -> None:
 def _work(project: Project, job: Job) -> Job:
     prepare, train, _ = job.commands()
     job = job.at("preparing")
-    if not _is_prepared(project):
+    if not is_prepared(project):
         prepare_data(project, prepare)
         write_atomic(project.folder / "prepared.json", json.dumps({"state": _state(project)}))
     job = job.at("training")
@@ -115,12 +115,13 @@ def _mtime(project: Project, path: str) -> float:
     return place.stat().st_mtime
 
 
-def _is_prepared(project: Project) -> bool:
+def is_prepared(project: Project) -> bool:
+    """Whether the dataset is of the files and labels as they are now."""
     try:
-        known = json.loads((project.folder / "prepared.json").read_text(encoding="utf-8"))["state"]
+        prepared_state = json.loads((project.folder / "prepared.json").read_text(encoding="utf-8"))["state"]
     except (OSError, ValueError, KeyError):
         return False
-    return (project.data / "manifest.json").is_file() and known == _state(project)
+    return (project.data / "manifest.json").is_file() and prepared_state == _state(project)
 
 
 def _run(command: list[str]) -> None:
@@ -131,15 +132,15 @@ def _run(command: list[str]) -> None:
         [sys.executable, "-m", *command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace",
     )  # fmt: skip
-    said: list[str] = []
+    last_lines: list[str] = []
     assert process.stdout is not None
     try:
         for line in process.stdout:
             sys.stdout.write(line)
             sys.stdout.flush()
             if line.startswith("plait:"):
-                said = []
-            said = [*said[-5:], line.strip()]
+                last_lines = []
+            last_lines = [*last_lines[-5:], line.strip()]
         code = process.wait()
     except StoppedError:
         process.send_signal(signal.SIGTERM)
@@ -150,7 +151,7 @@ def _run(command: list[str]) -> None:
     if code == -signal.SIGKILL:
         raise CommandError(KILLED)
     if code:
-        words = " ".join(filter(None, said)).removeprefix("plait:").strip()
+        words = " ".join(filter(None, last_lines)).removeprefix("plait:").strip()
         raise CommandError(words or f"{command[1]} ended with code {code}.")
 
 
@@ -160,7 +161,7 @@ def _evaluate(job: Job) -> None:
 
     evaluation = plait.evaluate(job.run_folder, progress=True)
     verdict = evaluation.verdict
-    kept: dict[str, Any] = {
+    verdict_record: dict[str, Any] = {
         "sentence": verdict.sentence if verdict else "",
         "next_step": verdict.next_step if verdict else "",
         "learnt": verdict.learnt if verdict else None,
@@ -168,8 +169,8 @@ def _evaluate(job: Job) -> None:
     }
     first = next(iter(evaluation.findings.outcomes), None)
     if first is not None:
-        kept["outcome"] = {**asdict(first), "better": first.better}
-    write_json(job.folder / "verdict.json", kept)
+        verdict_record["outcome"] = {**asdict(first), "better": first.better}
+    write_json(job.folder / "verdict.json", verdict_record)
 
 
 def write_predictions(project: Project, job: Job) -> None:
@@ -220,8 +221,8 @@ def _review(job: Job) -> None:
 
 def _simple_answer(model: Any, source: str, column: str, part: Any) -> str:
     """What the linear model on simple features says of a record, "" where the run has none."""
-    found = model.checkpoint.classifiers
-    classifier = next((one for one in found if (one.source, one.target) == (source, column)), None)
+    classifiers = model.checkpoint.classifiers
+    classifier = next((one for one in classifiers if (one.source, one.target) == (source, column)), None)
     if classifier is None:
         return ""
     value = part if isinstance(part, str) else model.modality(source).windows(part)[0]

@@ -71,8 +71,8 @@ class Project:
     @property
     def runs(self) -> list[Path]:
         """The runs, the newest first."""
-        found = [path for path in (self.folder / "runs").glob("*") if path.is_dir() and not path.name.startswith(".")]
-        return sorted(found, key=lambda path: (len(path.name), path.name), reverse=True)
+        folders = [path for path in (self.folder / "runs").glob("*") if path.is_dir() and not path.name.startswith(".")]
+        return sorted(folders, key=lambda path: (len(path.name), path.name), reverse=True)
 
     def run(self, name: str) -> Path:
         """The folder of a run. Raises PlaitError where there is none of that name."""
@@ -83,9 +83,9 @@ class Project:
 
     def next_run(self) -> Path:
         """The folder that the next run will have: runs/1, runs/2, ..."""
-        taken = [int(path.name) for part in ("runs", "jobs") for path in (self.folder / part).glob("[0-9]*")
+        numbers = [int(path.name) for part in ("runs", "jobs") for path in (self.folder / part).glob("[0-9]*")
                  if path.name.isdecimal()]  # fmt: skip
-        return self.folder / "runs" / str(max(taken, default=0) + 1)
+        return self.folder / "runs" / str(max(numbers, default=0) + 1)
 
     def link(self, path: Path) -> None:
         """Read a folder or file of this machine in place: nothing is copied, and nothing there is written."""
@@ -137,11 +137,11 @@ class Workspace:
 
     def free_name(self, name: str) -> str:
         """The name, or the name with a number where it is taken."""
-        number, found = 1, name
-        while (self.root / found).exists():
+        number, candidate = 1, name
+        while (self.root / candidate).exists():
             number += 1
-            found = f"{name} {number}"
-        return found
+            candidate = f"{name} {number}"
+        return candidate
 
     def delete(self, name: str) -> None:
         """Remove a project with its files and runs; a linked folder stays."""

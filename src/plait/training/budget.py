@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from plait.core.config import TrainingRecipe
 from plait.core.device import compiler
 from plait.core.errors import PlaitError
 from plait.kernels import training as training_kernels
 from plait.model.multimodal import Multimodal
+from plait.training.parts import Budget
 from plait.training.run import Run
 
 CALIBRATION_STEPS = 8  # by which a step's time is measured
@@ -44,26 +44,28 @@ def calibrate(model: Multimodal, optimizer: torch.optim.Optimizer, step: Callabl
     return max(int(left * (1 - VALIDATION_SHARE) / np.median(np.diff(clock))), FEWEST_STEPS)
 
 
-def is_timed(settings: TrainingRecipe) -> bool:
+def is_timed(budget: Budget) -> bool:
     """Whether the clock has a say in the length of the schedule: steps that nothing caps are taken all."""
-    return settings.steps is None or settings.max_minutes is not None
+    return budget.steps is None or budget.max_minutes is not None
 
 
-def within(settings: TrainingRecipe, possible: int) -> int:
-    """The length of a schedule that has the time for `possible` steps: the steps asked for, where they fit."""
-    return possible if settings.steps is None else min(settings.steps, possible)
+def within(run: Run, possible: int) -> int:
+    """The step at which a schedule ends that has the time to come to the step `possible`: that asked for, where it
+    fits."""
+    asked = run.budget.steps
+    return possible if asked is None else min(run.first_step + asked, possible)
 
 
 def revise(run: Run, step: int, seconds: float, used: float) -> None:
     """Plan anew where the steps so far, which `used` so many of the `seconds`, show that the machine is slower or
     faster than it was measured: what else ran beside may have begun or ended."""
-    planned = run.steps_from(step)
-    if not step or step not in [int(planned * share) for share in REVISED_AT]:
+    done, planned = step - run.first_step, run.steps_from(step) - run.first_step
+    if not done or done not in [int(planned * share) for share in REVISED_AT]:
         return
     used = run.group.broadcast(used)
-    possible = max(step + int(max(seconds - used, 0) / (used / step)), step + 1)
-    steps = max(within(run.settings, possible), step + 1)
-    if not 0.9 * planned < steps < 1.1 * planned:
+    possible = max(step + int(max(seconds - used, 0) / (used / done)), step + 1)
+    steps = max(within(run, possible), step + 1)
+    if not 0.9 * planned < steps - run.first_step < 1.1 * planned:
         run.record(revisions=[*run.metadata.get("revisions", []), {"at": step, "steps": steps}])
 
 

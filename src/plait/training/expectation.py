@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,26 @@ TABLE = (
 FAR = 4.0  # times as many records a label, or as few, from which a figure is said to be of much more or less
 
 
-def expectation(kind: str, records: int, labels: int) -> str | None:
-    """A line about the measured set that is most like these data; None where none of this kind was measured.
+@dataclass(frozen=True)
+class Expected:
+    """The measured set that is most like some data.
+
+    Attributes:
+        measured: What was had there.
+        ratio: How many times as many records of each label these data have.
+    """
+
+    measured: Measured
+    ratio: float
+
+    @property
+    def amount(self) -> Literal["fewer", "alike", "more"]:
+        """Whether these data have far fewer or far more records of each label."""
+        return "fewer" if self.ratio < 1 / FAR else "more" if self.ratio > FAR else "alike"
+
+
+def expected(kind: str, records: int, labels: int) -> Expected | None:
+    """The measured set that is most like these data; None where none of this kind was measured.
 
     Args:
         kind: What is read: "text", or a modality.
@@ -61,12 +80,18 @@ def expectation(kind: str, records: int, labels: int) -> str | None:
         return abs(each) + abs(math.log(one.labels) - math.log(labels))
 
     near = min(same, key=distance)
-    ratio = (records / labels) / (near.records / near.labels)
-    other = ""
-    if ratio < 1 / FAR:
-        other = " You have far fewer of each label: expect less."
-    elif ratio > FAR:
-        other = " You have far more of each label: expect more."
+    return Expected(near, (records / labels) / (near.records / near.labels))
+
+
+def expectation(kind: str, records: int, labels: int) -> str | None:
+    """A line for the console about the measured set that is most like these data; the arguments are those of
+    `expected`."""
+    found = expected(kind, records, labels)
+    if found is None:
+        return None
+    near = found.measured
+    other = {"fewer": " You have far fewer of each label: expect less.",
+             "more": " You have far more of each label: expect more.", "alike": ""}[found.amount]  # fmt: skip
     return (
         f"To expect: {near.what} gave {near.accuracy:.0%} right after {near.seconds:.0f} s (a linear model "
         f"{near.simple:.0%}); yours may be easier or harder.{other}"

@@ -90,6 +90,12 @@ def learning_rate_at(step: int, steps: int, peak: float, warmup: float) -> float
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1)))
 
 
+def restart_scale(first: int, last: int) -> float:
+    """What the peak of a schedule over the steps `first` to `last` is multiplied by: 1 for a run's first part and for
+    one that is as long as all before it; less for a shorter one, where a high rate would undo more than it learns."""
+    return min(2 * (last - first) / max(last, 1), 1.0)
+
+
 class Average:
     """An exponential moving average of a model's trainable weights; its memory grows to that of `decay`."""
 

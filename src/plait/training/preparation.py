@@ -92,10 +92,10 @@ def prepare_run(run: Run, reuse: Path | None) -> Prepared:
     model.to(run.device.torch)
     inherited = extend.inherited(model, init_from.model) if init_from is not None and init_from.base else set()
     if "prepared" not in run.metadata:
-        earlier = read_json(reuse / "run.json")["prepared"] if reuse else 0.0
+        earlier = read_json(reuse / "run.json")["prepared"] if reuse and not run.part else 0.0
         run.record(prepared=group.broadcast(max(time.perf_counter() - begun, earlier)))
     share = 1 - CLASSIFIER_SHARE if run.settings.task == "recognise" else 1.0
-    minutes = run.settings.max_minutes or run.minutes
+    minutes = run.budget.max_minutes or run.minutes
     seconds = max(minutes * 60 * share - run.metadata["prepared"], 1.0)
     return Prepared(model, text, source, splits, init_from, seconds, inherited)
 

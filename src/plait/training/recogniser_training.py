@@ -47,10 +47,12 @@ def train_recogniser(
     seed: int,
     record: Callable[[int], None],
     progress: Callable[[str, int, int, float], None],
+    done: int = 0,
 ) -> dict[str, float]:
-    """Train trunk and heads; returns the number of steps and the last mean loss in nats.
+    """Train trunk and heads; returns the number of steps in all and the last mean loss in nats.
 
     `steps` None means as many as fit in `seconds`, measured on throw-away steps; `record` is told before the first.
+    Where so many steps were `done` before, these go on behind them, by a schedule of their own.
     """
     encoder = modality.encoder
     assert isinstance(encoder, Recogniser)
@@ -89,7 +91,7 @@ def train_recogniser(
                 one(step)
                 clock.append(time.perf_counter())
             possible = max(int(seconds / np.median(np.diff(clock))), 20)
-            steps = min(possible, EPOCHS * -(-len(usable) // batch))
+            steps = max(min(possible, EPOCHS * -(-len(usable) // batch) - done), 1)
             encoder.load_state_dict(start)
             optimizer = make_optimizer([encoder], PEAK, DECAY, (0.9, 0.98))
         record(steps)
@@ -98,11 +100,43 @@ def train_recogniser(
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, steps, PEAK, WARMUP)
-            recent.append(one(step))
+            recent.append(one(done + step))
             if step % 10 == 9 or step == steps - 1:
                 progress(modality.name, step + 1, steps, float(np.mean(recent[-20:])))
     encoder.learn(False)
-    return {"steps": steps, "loss": float(np.mean(recent[-20:]))}
+    return {"steps": done + steps, "loss": float(np.mean(recent[-20:]))}
+
+
+@dataclass(frozen=True, order=True)
+class LabelsRight:
+    """How well heads name labels; more of the first is better, then more of the second."""
+
+    right: float  # share of the labels
+    log_likelihood: float  # mean, in nats
+
+
+@torch.no_grad()
+def labels_right(modality: MediaModality, data: Labelled, device: Device) -> LabelsRight:
+    """What the heads of a recogniser say of samples that it did not learn from; (0, 0) where none has a label."""
+    encoder = modality.encoder
+    assert isinstance(encoder, Recogniser)
+    encoder.to(device.torch).eval()
+    right, likelihood, count = 0, 0.0, 0
+    for start in range(0, len(data.samples), BATCH):
+        rows = range(start, min(start + BATCH, len(data.samples)))
+        values, lengths = modality.batch([data.samples[i] for i in rows])
+        if modality.variable_length:
+            values = values[:, : int(lengths.max())]
+        logits = encoder.logits(values.to(device.torch), lengths.to(device.torch))
+        for column, scores in logits.items():
+            truth = torch.from_numpy(data.classes[column][start : rows.stop]).to(scores.device)
+            labelled = truth >= 0
+            log_probabilities = scores.float().log_softmax(1)[labelled]
+            truth = truth[labelled]
+            right += int((log_probabilities.argmax(1) == truth).sum())
+            likelihood += float(log_probabilities.gather(1, truth[:, None]).sum())
+            count += len(truth)
+    return LabelsRight(right / max(count, 1), likelihood / max(count, 1))
 
 
 def _losses(

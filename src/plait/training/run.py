@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,8 @@ from plait.model.multimodal import Multimodal
 from plait.training.build import label_columns
 from plait.training.codec_training import train_codec
 from plait.training.distributed import Group
-from plait.training.recogniser_training import Labelled, train_recogniser
+from plait.training.parts import Budget, begin_part, current_budget, describe_parts, first_step
+from plait.training.recogniser_training import Labelled, labels_right, train_recogniser
 from plait.training.samples import CodecSamples, EncoderSamples, SampleLog, places_shown
 from plait.training.split import Split, add_codes
 
@@ -96,9 +97,24 @@ class Run:
         self.changed = False  # whether the recipe or the data are not those that the run began with
 
     @property
+    def budget(self) -> Budget:
+        """What the part that the run is in was given."""
+        return current_budget(self.metadata, self.recipe)
+
+    @property
     def minutes(self) -> float:
-        """The budget of time."""
-        return self.settings.minutes or self.size.minutes
+        """The time that the part has which the run is in."""
+        return self.budget.minutes or self.size.minutes
+
+    @property
+    def part(self) -> int:
+        """The part that the run is in, from 0."""
+        return len(self.metadata.get("parts", []))
+
+    @property
+    def first_step(self) -> int:
+        """Steps that were done when this part began."""
+        return first_step(self.metadata)
 
     def record(self, **facts: Any) -> None:
         """Write down what was chosen once; on resume it is only read."""
@@ -143,9 +159,10 @@ class Run:
         self.record(computing=now)
         self.report(Progress("note", 1, 1, note=f"going on with other arithmetic: {words}"))
 
-    def open(self, allow_changes: bool = False) -> bool:
-        """Begin or go on; True where the run had been finished. Refuses a folder of another recipe or dataset, unless
-        changes are allowed: then what depends on them is decided anew, and they are written down."""
+    def open(self, allow_changes: bool = False, more: Budget | None = None) -> bool:
+        """Begin or go on; True where the run had been finished, and no `more` is asked for. Refuses a folder of another
+        recipe or dataset, unless changes are allowed: then what depends on them is decided anew, and they are written
+        down."""
         shards = "".join(shard.sha256 for shard in self.dataset.manifest.shards)
         current: dict[str, Any] = {
             "recipe": self.recipe.model_dump(mode="json"),  # as run.json gives it back
@@ -181,6 +198,11 @@ class Run:
                     f"{self.folder} holds a run of another {'dataset' if name == 'data' else 'recipe'}"
                     f"{network if allow_changes else text}. Choose another folder with -o, or delete it{other}."
                 )
+        if more is not None and "finished" in self.metadata:
+            begin_part(self.metadata, more)
+            if self.group.is_main and (figures := self.folder / "metrics.json").exists():
+                figures.rename(self.folder / f"metrics-part-{self.part}.json")  # of the model as it was
+            self.record()
         if changed:
             self.changed = True
             for name in ("steps", "revisions", "finished", "stopped_early"):
@@ -279,29 +301,76 @@ class Run:
             "recognisers", {}
         )
         for name, modality in recognising.items():
-            path = self.source / "recognisers" / f"{name}.safetensors"
-            if name in known and path.exists() and known[name]["sha256"] == sha256_file(path):
+            facts = known.get(name, {})
+            path = self._recogniser_file(name, facts.get("part", 0))
+            whole = path.exists() and facts.get("sha256") == sha256_file(path)
+            if whole:
                 modality.encoder.load_state_dict(load_file(path))
+                if facts.get("part", 0) == self.part:
+                    continue
+            if not whole and self.part:
+                raise PlaitError(
+                    f"{path} was altered or cut, so {self.folder} cannot go on from it. Put it back from a copy, or "
+                    "train again into another folder."
+                )
+            self._train_recogniser(name, modality, splits, 1 / len(recognising), facts)
+
+    def _recogniser_file(self, name: str, part: int) -> Path:
+        suffix = f"-{part}" if part else ""
+        return self.source / "recognisers" / f"{name}{suffix}.safetensors"
+
+    def _train_recogniser(
+        self, name: str, modality: MediaModality, splits: dict[str, Split], share: float, earlier: Mapping[str, Any]
+    ) -> None:
+        """Train an encoder on its labels for a `share` of the time of encoders, and write it down. In a later part it
+        goes on from what an `earlier` one wrote; which of both is kept, val decides."""
+        encoder = modality.encoder
+        assert isinstance(encoder, Recogniser)
+        budget = self.budget
+        given = self.settings.recogniser_steps if self.part == 0 else None
+        before = {key: value.clone() for key, value in encoder.state_dict().items()}
+        result = train_recogniser(
+            modality,
+            self._labelled(name, encoder.columns, splits["train"]),
+            device=self.device,
+            steps=self.metadata.get("recogniser_steps", {}).get(name)
+            or given
+            or budget.steps,  # where the model's are given, the encoders train for as many
+            seconds=self.minutes * 60 * self.settings.recogniser_share * share,
+            seed=self.settings.seed,
+            record=partial(self.note, "recogniser_steps", name),
+            progress=self._encoder_progress(modality, splits),
+            done=int(earlier.get("steps", 0)),
+        )
+        kept = True
+        if self.part:
+            held = self._labelled(name, encoder.columns, splits["val"])
+            now = labels_right(modality, held, self.device)
+            learnt = {key: value.clone() for key, value in encoder.state_dict().items()}
+            encoder.load_state_dict(before)
+            then = labels_right(modality, held, self.device)
+            kept = now >= then
+            if kept:
+                encoder.load_state_dict(learnt)
+            what = "goes on with it" if kept else "goes on with the encoder as it was"
+            note = f"{name}: {now.right:.1%} right on val after more training, {then.right:.1%} before; {what}"
+            self.report(Progress("note", 1, 1, note=note))
+        path = self.folder / "recognisers" / self._recogniser_file(name, self.part).name
+        path.parent.mkdir(exist_ok=True)
+        tensors = {key: value.cpu().contiguous() for key, value in encoder.state_dict().items()}
+        write_atomic(path, tensors_to_bytes(tensors))
+        part = {"part": self.part, "kept": kept} if self.part else {}
+        self.note("recognisers", name, {**result, **part, "sha256": sha256_file(path)})
+
+    def restore_recognisers(self, model: Multimodal) -> None:
+        """Give encoders that learnt labels what the part learnt that the run is in, after a checkpoint was restored,
+        which may be of the part before. What leads from them into the backbone stays the checkpoint's."""
+        for name, facts in self.metadata.get("recognisers", {}).items():
+            path = self._recogniser_file(name, facts.get("part", 0))
+            if "part" not in facts or not path.exists():
                 continue
-            assert isinstance(modality.encoder, Recogniser)
-            data = self._labelled(name, modality.encoder.columns, splits["train"])
-            result = train_recogniser(
-                modality,
-                data,
-                device=self.device,
-                steps=self.metadata.get("recogniser_steps", {}).get(name)
-                or self.settings.recogniser_steps
-                or self.settings.steps,  # where the model's are given, the encoders train for as many
-                seconds=self.minutes * 60 * self.settings.recogniser_share / len(recognising),
-                seed=self.settings.seed,
-                record=partial(self.note, "recogniser_steps", name),
-                progress=self._encoder_progress(modality, splits),
-            )
-            path = self.folder / "recognisers" / f"{name}.safetensors"
-            path.parent.mkdir(exist_ok=True)
-            tensors = {key: value.cpu().contiguous() for key, value in modality.encoder.state_dict().items()}
-            write_atomic(path, tensors_to_bytes(tensors))
-            self.note("recognisers", name, {**result, "sha256": sha256_file(path)})
+            learnt = {key: tensor for key, tensor in load_file(path).items() if key.startswith(("trunk.", "heads."))}
+            model.media[name].encoder.load_state_dict(learnt, strict=False)
 
     def _codec_progress(self, modality: MediaModality, splits: dict[str, Split]) -> StageProgress:
         """What is told while a codec is trained, with what it makes of three media."""
@@ -389,6 +458,7 @@ def describe(folder: Path) -> str:
     parts = ", ".join(f"{name} {count:,}" for name, count in shown["parameters"].items())
     notes = "".join(f"\nNote: {note}." for note in facts.get("notes", []))
     stopped = f", stopped early at {facts['stopped_early']}" if "stopped_early" in facts else ""
+    parts = f" ({describe_parts(facts)}, a schedule each)" if "parts" in facts else ""
     return (
         f"Size {facts['size']}: width {backbone['width']}, {backbone['layers']} layers; {parts} parameters.\n"
         f"{(facts.get('revisions') or [facts])[-1]['steps']} steps of {shown['batch_size']} records{stopped}; "

@@ -41,7 +41,8 @@ from plait.training.divergence import check_stable, not_finite
 from plait.training.init_from import generation_of, labels_of
 from plait.training.log import Log
 from plait.training.losses import LossModule, step_losses
-from plait.training.optimizer import AdamW, Average, learning_rate_at, make_optimizer
+from plait.training.optimizer import AdamW, Average, learning_rate_at, make_optimizer, restart_scale
+from plait.training.parts import Budget
 from plait.training.preparation import Prepared, join_replayed, prepare_run
 from plait.training.run import Progress, Report, Run, difference
 from plait.training.streams import Streams, can_be_cut, media_work
@@ -64,6 +65,7 @@ def train(
     allow_changes: bool = False,
     group: Group | None = None,
     callbacks: Sequence[Callback] = (),
+    more: Budget | None = None,
 ) -> Path:
     """Train a model on a dataset. Ctrl-C and SIGTERM leave a usable run.
 
@@ -78,6 +80,7 @@ def train(
         allow_changes: Whether to go on with a run whose recipe or data are others now.
         group: The processes that train together, each of which calls this; the first one prepares and writes.
         callbacks: Called by the first process at the start, after steps and validations, and at the end.
+        more: What a run that is finished is trained for beside what it had, by a schedule of its own.
 
     Returns:
         The folder of the best checkpoint.
@@ -100,13 +103,20 @@ def train(
         joined, datasets = join_replayed(dataset, list(recipe.training.replay))
         run = Run(folder, joined, recipe, report, device, reuse, group)
         with group.main_first():
-            finished = run.open(allow_changes)
+            finished = run.open(allow_changes, more)
             if group.is_main and not finished:
                 for one in datasets:
                     Dataset.open(one.path, verify=True)
         run.changed = bool(group.broadcast(run.changed))
         if finished:
-            run.report(Progress("finished", 1, 1, note=f"{folder} is already trained; delete it to train again"))
+            run.report(
+                Progress(
+                    "finished",
+                    1,
+                    1,
+                    note=f"{folder} is already trained. To train it for longer: plait train {folder} --more MINUTES",
+                )
+            )
         else:
             prepared = prepare_run(run, reuse)
             Trainer(run, prepared, received, Callbacks(callbacks if group.is_main else ())).fit()
@@ -254,28 +264,30 @@ class Trainer:
         run, seconds = self.run, self.prepared.seconds
         if "steps" in run.metadata:
             return
-        steps = self.settings.steps
-        if is_timed(self.settings):
+        asked = run.budget.steps
+        steps = None if asked is None else run.first_step + asked
+        if is_timed(self.run.budget):
             begun = time.perf_counter()
             possible = calibrate(self.model, self.optimizer, self._optimize, seconds)
             possible = self.saver.step + int(self.group.broadcast(possible))
             self.optimizer = self._make_optimizer()  # without what the throw-away steps left in it
-            steps = within(self.settings, possible)
+            steps = within(run, possible)
             self._tell_cap(steps, possible, seconds - (time.perf_counter() - begun))
-            run.record(validations=self._affordable_validations(steps))
+            run.record(validations=self._affordable_validations(steps - run.first_step))
         run.record(steps=steps)
 
     def _tell_cap(self, steps: int, possible: int, seconds: float) -> None:
         """Where steps were asked for and their time is capped: what to expect."""
-        if self.settings.steps is None:
+        budget, first = self.run.budget, self.run.first_step
+        if budget.steps is None:
             return
-        expected = seconds * steps / possible / 60
+        expected = seconds * (steps - first) / max(possible - first, 1) / 60
         note = (
-            f"{steps} steps, some {expected:.1f} minutes as busy as it is here; "
-            f"training ends after {self.settings.max_minutes:g} at most"
+            f"{steps - first} steps, some {expected:.1f} minutes as busy as it is here; "
+            f"training ends after {budget.max_minutes:g} at most"
         )
-        if steps < self.settings.steps:
-            note += f", which do not hold the {self.settings.steps} asked for"
+        if steps - first < budget.steps:
+            note += f", which do not hold the {budget.steps} asked for"
         self.run.report(Progress("note", 1, 1, note=note))
 
     def _affordable_validations(self, steps: int) -> int:
@@ -288,10 +300,20 @@ class Trainer:
 
     def _resume(self, checkpoint: Path) -> None:
         self.position = restore(checkpoint, self.model, self.optimizer, self.average, self.prepared.inherited)
+        self.run.restore_recognisers(self.model)
+        if self.run.part and self.position.step == self.run.first_step:
+            self._begin_part()
         self.saver.point(self.position.step, self.position.best_step)
         self.run.report(Progress("note", 1, 1, note=f"going on from step {self.position.step}"))
         if self.run.changed:
             self.position.first = None  # losses may be weighted differently now
+
+    def _begin_part(self) -> None:
+        """A part has its own patience; and where an encoder is another one now, what was best was so with the old."""
+        self.position.stale = 0
+        encoders = self.run.metadata.get("recognisers", {}).values()
+        if any(facts.get("part") == self.run.part and facts["kept"] for facts in encoders):
+            self.position.best = None
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
@@ -340,9 +362,11 @@ class Trainer:
     def train_step(self) -> None:
         """One step: schedule, batch, losses, gradients, weights, average; then its log."""
         step = self.position.step
-        if is_timed(self.settings) and self.first_step == 0:
+        if is_timed(self.run.budget) and self.first_step == self.run.first_step:
             revise(self.run, step, self.prepared.seconds, time.perf_counter() - self.started)
-        learning_rate = learning_rate_at(step, self.total_steps, self.run.peak, self.settings.warmup)
+        first, last = self.run.first_step, self.total_steps
+        peak = self.run.peak * restart_scale(first, last)
+        learning_rate = learning_rate_at(step - first, last - first, peak, self.settings.warmup)
         for options in self.optimizer.param_groups:
             options["lr"] = learning_rate * options["lr_scale"]
         self.mid_step = True
@@ -383,9 +407,10 @@ class Trainer:
     # --- validation -------------------------------------------------------------------------------------------------
 
     def _validation_is_due(self) -> bool:
-        step, steps = self.position.step, self.total_steps
-        every = max(steps // self.run.metadata.get("validations", self.settings.validations), 1)
-        return 0 < step != self.position.validated and (step % every == 0 or step >= steps)
+        first = self.run.first_step
+        done, planned = self.position.step - first, self.total_steps - first
+        every = max(planned // self.run.metadata.get("validations", self.settings.validations), 1)
+        return done > 0 and self.position.step != self.position.validated and (done % every == 0 or done >= planned)
 
     def validate(self) -> Validation:
         """Losses on val of the weights that are used, and beside an average those of the raw ones, for the report. The
@@ -449,7 +474,7 @@ class Trainer:
         if step <= self.saver.step:
             return False
         # In a time budget a validation that found nothing better is saved after a while alone.
-        saves = every is None and (self.settings.steps is not None or time.perf_counter() - self.saved > SAVE_SECONDS)
+        saves = every is None and (self.run.budget.steps is not None or time.perf_counter() - self.saved > SAVE_SECONDS)
         validated = validation is not None and (validation.improved or saves)
         return validated or stops or bool(every and step % every == 0)
 

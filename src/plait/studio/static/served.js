@@ -17,35 +17,7 @@ async function call(path, body, signal) {
   throw new Error(text);
 }
 
-const dataUrl = (blob) => new Promise((done, failed) => {
-  const reader = new FileReader();
-  reader.addEventListener("load", () => done(reader.result));
-  reader.addEventListener("error", () => failed(reader.error));
-  reader.readAsDataURL(blob);
-});
-
-// A file as a part of a message.
-async function part(blob) {
-  const url = await dataUrl(blob);
-  const audio = /^data:audio\/([a-z0-9.+-]+)[^,]*;base64,/.exec(url) || /^data:video\/(webm|mp4)[^,]*;base64,/.exec(url);
-  if (!audio) return { type: "image_url", image_url: { url } };
-  const format = { mpeg: "mp3", "x-wav": "wav", wave: "wav", "x-flac": "flac" }[audio[1]] || audio[1];
-  return { type: "input_audio", input_audio: { data: url.slice(audio[0].length), format } };
-}
-
-function element(name, values = {}, ...inside) {
-  const made = Object.assign(document.createElement(name), values);
-  made.append(...inside);
-  return made;
-}
-
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
-
-function medium(one) {
-  if (one.type === "image_url") return element("img", { src: one.image_url.url, alt: "", className: "pixels" });
-  const { data, format } = one.input_audio;
-  return element("audio", { controls: true, src: `data:audio/${format};base64,${data}` });
-}
 
 // --- ask ------------------------------------------------------------------------------------------------------
 
@@ -91,7 +63,7 @@ async function explain(inputs, answer, box) {
 }
 
 const askAbout = guarded(async (blob) => {
-  const one = await part(blob);
+  const one = await filePart(blob);
   await answerTo([one], [medium(one)]);
 });
 
@@ -153,8 +125,8 @@ const reply = guarded(async () => {
   const last = conversation.messages.at(-1);
   const media = typeof last.content !== "string" && last.content.some(({ type }) => type !== "text");
   const made = model.verbs.includes("draw") ? "image" : model.verbs.includes("speak") ? "audio" : "text";
-  const kind = model.talks || media ? "text" : made;
-  const messages = (model.talks ? conversation.messages : [last]).map(({ audio, ...message }) => message);
+  const kind = model.can_chat || media ? "text" : made;
+  const messages = (model.can_chat ? conversation.messages : [last]).map(({ audio, ...message }) => message);
   const answer = { role: "assistant", content: "" };
   conversation.stop = new AbortController();
   conversation.messages.push(answer);
@@ -178,10 +150,10 @@ const reply = guarded(async () => {
   }
 });
 
-function chatPart() {
+function servedChat() {
   const form = $("#chat-form");
   const attach = guarded(async (file) => {
-    conversation.attached = await part(file);
+    conversation.attached = await filePart(file);
     $("#chat-attached").textContent = file.name || TEXTS.attach;
   });
   $("#chat-file").addEventListener("change", (event) => attach(event.target.files[0]));
@@ -240,9 +212,9 @@ function searchPart() {
   const find = guarded(async (input) => {
     const { data } = await post("/v1/plait/search", { input, k: 24, index: form.elements.index.value });
     $("#found").replaceChildren(...data.map((one) => {
-      const audio = one.kind === "audio";
+      const tag = current().elements[one.kind];
       const shown = one.preview
-        ? element(audio ? "audio" : "img", audio ? { controls: true, src: one.preview } : { src: one.preview, alt: "" })
+        ? element(tag, tag === "img" ? { src: one.preview, alt: "" } : { controls: true, src: one.preview })
         : element("p", { className: "source" }, (one.text || one.source).slice(0, 300));
       const near = one.similarity === null ? "" : ` ${one.similarity.toFixed(2)}`;
       return tile(shown, (one.text || one.source || "").slice(0, 120), element("span", { className: "dim" }, near));
@@ -253,7 +225,7 @@ function searchPart() {
     event.preventDefault();
     if (form.elements.text.value.trim()) find(form.elements.text.value);
   });
-  $("#find-file").addEventListener("change", guarded(async (event) => find(await part(event.target.files[0]))));
+  $("#find-file").addEventListener("change", guarded(async (event) => find(await filePart(event.target.files[0]))));
 }
 
 // --- recommend ------------------------------------------------------------------------------------------------
@@ -304,7 +276,7 @@ async function lookUp(text) {
 // --- what the chosen model does --------------------------------------------------------------------------------
 
 const arrange = guarded(async () => {
-  const { verbs, kinds, voices, examples, talks, name } = current();
+  const { verbs, kinds, voices, examples, can_chat: canChat, name } = current();
   const indexes = INDEXES.filter(({ model }) => model === name);
   const media = kinds.includes("image") || kinds.includes("audio") || !kinds.length;
   const parts = {
@@ -314,7 +286,7 @@ const arrange = guarded(async () => {
   };
   $$("[data-verb]").forEach((place) => { place.hidden = !parts[place.dataset.verb]; });
   // The part that the model is for stands first.
-  const first = talks && parts.chat ? "chat" : Object.keys(parts).find((verb) => parts[verb]);
+  const first = canChat && parts.chat ? "chat" : Object.keys(parts).find((verb) => parts[verb]);
   if (first) $("#served").prepend($(`[data-verb="${first}"]`));
   $$("[data-kind]").forEach((button) => { button.hidden = kinds.length > 0 && !kinds.includes(button.dataset.kind); });
   $("#chat-attach").hidden = !kinds.includes("image") && !kinds.includes("audio");
@@ -329,7 +301,7 @@ const arrange = guarded(async () => {
 });
 
 askPart();
-chatPart();
+servedChat();
 makingParts();
 searchPart();
 recommendPart2();

@@ -31,6 +31,36 @@ const guarded = (work) => async (...given) => {
   try { return await work(...given); } catch (error) { tell(error.message); return undefined; }
 };
 
+// --- files as parts of messages ---------------------------------------------------------------------------------
+
+const dataUrl = (blob) => new Promise((done, failed) => {
+  const reader = new FileReader();
+  reader.addEventListener("load", () => done(reader.result));
+  reader.addEventListener("error", () => failed(reader.error));
+  reader.readAsDataURL(blob);
+});
+
+// A file as a part of a message.
+async function filePart(blob) {
+  const url = await dataUrl(blob);
+  const audio = /^data:audio\/([a-z0-9.+-]+)[^,]*;base64,/.exec(url) || /^data:video\/(webm|mp4)[^,]*;base64,/.exec(url);
+  if (!audio) return { type: "image_url", image_url: { url } };
+  const format = { mpeg: "mp3", "x-wav": "wav", wave: "wav", "x-flac": "flac" }[audio[1]] || audio[1];
+  return { type: "input_audio", input_audio: { data: url.slice(audio[0].length), format } };
+}
+
+function element(name, values = {}, ...inside) {
+  const made = Object.assign(document.createElement(name), values);
+  made.append(...inside);
+  return made;
+}
+
+function medium(one) {
+  if (one.type === "image_url") return element("img", { src: one.image_url.url, alt: "", className: "pixels" });
+  const { data, format } = one.input_audio;
+  return element("audio", { controls: true, src: `data:audio/${format};base64,${data}` });
+}
+
 // --- uploads --------------------------------------------------------------------------------------------------
 
 // What a broken connection spoils is tried again, ever later; what the server refuses is not.
@@ -190,7 +220,7 @@ function galleryPage() {
   };
   gallery.addEventListener("click", (event) => {
     const tile = event.target.closest(".tile");
-    if (tile && !event.target.closest("audio")) choose(tile, event.shiftKey);
+    if (tile && !event.target.closest("audio, video")) choose(tile, event.shiftKey);
   });
   gallery.addEventListener("keydown", (event) => {
     if ((event.key === " " || event.key === "Enter") && event.target.classList.contains("tile")) {
@@ -355,6 +385,7 @@ function usePage() {
   if ($("#ask")) askZone(base, show, askFile);
   $$(".make").forEach((part) => makePart(part, base));
   if ($("#chat")) chatPart($("#chat"), base);
+  if ($("#find")) findPart($("#find"), base);
   $$(".lines").forEach((part) => linesPart(part, base));
 }
 
@@ -367,7 +398,7 @@ function askZone(base, show, askFile) {
   }));
   document.addEventListener("paste", (event) => {
     const file = [...event.clipboardData.files][0];
-    if (file) askFile(file);
+    if (file && !event.target.closest("#chat")) askFile(file);
   });
   const camera = $("#live-camera"), video = $("#live-video");
   if (camera) {
@@ -404,24 +435,35 @@ function makePart(part, base) {
 }
 
 function chatPart(part, base) {
-  const messages = [], composer = $("textarea", part), texts = part.dataset;
-  let going = null, seed = 0;
+  const messages = [], composer = $("textarea", part), texts = part.dataset, waiting = $("#chat-attached");
+  let going = null, seed = 0, attached = []; // of the next message: {name, part}
   const button = (text, work) => {
-    const made = Object.assign(document.createElement("button"), { type: "button", className: "plain small", textContent: text });
+    const made = element("button", { type: "button", className: "plain small", textContent: text });
     made.addEventListener("click", guarded(work));
     return made;
   };
+  const showAttached = () => {
+    waiting.replaceChildren(...attached.map((one) => element("span", { className: "attached" }, medium(one.part),
+      button(`${one.name} ✕`, () => { attached = attached.filter((other) => other !== one); showAttached(); }))));
+  };
+  const attach = guarded(async (file) => {
+    attached.push({ name: file.name || texts.attach, part: await filePart(file) });
+    showAttached();
+  });
   // A message of one's own is edited by going back to it; a reply is copied.
   const line = ({ role, content }, at) => {
-    const shown = document.createElement("p");
-    shown.className = role;
-    shown.textContent = content;
+    const shown = element("p", { className: role });
+    const parts = typeof content === "string" ? [{ type: "text", text: content }] : content;
+    const text = parts.filter(({ type }) => type === "text").map((one) => one.text).join("\n");
+    shown.append(...parts.filter(({ type }) => type !== "text").map(medium), text);
     if (role === "user") {
       shown.append(button(texts.edit, () => {
         going?.abort();
-        composer.value = content;
+        composer.value = text;
+        attached = parts.filter(({ type }) => type !== "text").map((one) => ({ name: texts.attach, part: one }));
         messages.length = at;
         draw();
+        showAttached();
         composer.focus();
       }));
     } else if (content) {
@@ -434,6 +476,7 @@ function chatPart(part, base) {
     talk.replaceChildren(...messages.map(line));
     talk.scrollTop = talk.scrollHeight;
     $("#again").disabled = Boolean(going) || !messages.length;
+    $("#chat-new").disabled = !messages.length;
     $("#chat-stop").hidden = !going;
   };
   const answer = guarded(async () => {
@@ -462,19 +505,45 @@ function chatPart(part, base) {
   });
   $("form", part).addEventListener("submit", (event) => {
     event.preventDefault();
-    if (going || !composer.value.trim()) return;
-    messages.push({ role: "user", content: composer.value });
+    const text = composer.value;
+    if (going || (!text.trim() && !attached.length)) return;
+    const parts = [...attached.map((one) => one.part), ...(text.trim() ? [{ type: "text", text }] : [])];
+    messages.push({ role: "user", content: attached.length ? parts : text });
+    attached = [];
+    showAttached();
     event.target.reset();
     answer();
   });
   $("#chat-stop").addEventListener("click", () => going?.abort());
-  $("textarea", part).addEventListener("keydown", (event) => {
+  $("#chat-new").addEventListener("click", () => { going?.abort(); messages.length = 0; draw(); composer.focus(); });
+  composer.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); $("form", part).requestSubmit(); }
   });
   $("#again").addEventListener("click", () => {
     while (messages.at(-1)?.role === "assistant") messages.pop();
     if (messages.length && !going) answer();
   });
+  if (!$("#chat-file", part)) return; // this model reads texts alone
+  $("#chat-file").addEventListener("change", (event) => { [...event.target.files].forEach(attach); event.target.value = ""; });
+  dropZone(part, guarded(async (transfer) => (await dropped(transfer)).forEach(({ file }) => attach(file))));
+  composer.addEventListener("paste", (event) => {
+    if (event.clipboardData.files.length) event.preventDefault();
+    [...event.clipboardData.files].forEach(attach);
+  });
+}
+
+function findPart(part, base) {
+  const show = async (options) => {
+    $("#found").innerHTML = await (await ask(`${base}/find`, { method: "POST", ...options })).text();
+  };
+  $("form", part).addEventListener("submit", guarded(async (event) => {
+    event.preventDefault();
+    const text = event.target.elements.text.value;
+    await show({ body: JSON.stringify({ text }), headers: { "content-type": "application/json" } });
+  }));
+  $("#find-file")?.addEventListener("change", guarded(async (event) => {
+    await show({ body: event.target.files[0], headers: { "content-type": "application/octet-stream" } });
+  }));
 }
 
 function linesPart(part, base) {
