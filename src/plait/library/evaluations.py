@@ -185,18 +185,13 @@ def evaluate(
     if model is None:
         raise PlaitError(f"{folder} is no model that plait trained; evaluation needs a run.")
     with ProgressBar(progress) as bar:
-<<<<<<< HEAD
         begun = time.perf_counter()
-        found = by_folds(model, dataset, folder, folds, seed, device, bar) if own and folds != 0 else {}
-        seconds = time.perf_counter() - begun
-        metrics, findings = _measure(model, dataset, split, limit, reference_seconds, seed, bar, found)
-    if found:
-        metrics.keep(MetricKey(TIMING, Direction("folds"), "seconds"), seconds)
-=======
         fold_metrics = by_folds(model, dataset, folder, folds, seed, device, bar) if own_test and folds != 0 else {}
+        fold_seconds = time.perf_counter() - begun
         seconds = training_seconds(Run(folder).metadata) if alternatives == "all" else None
         metrics, findings = _measure(model, dataset, split, limit, reference_seconds, seconds, seed, bar, fold_metrics)
->>>>>>> main
+    if fold_metrics:
+        metrics.keep(MetricKey(TIMING, Direction("folds"), "seconds"), fold_seconds)
     add_intervals(metrics)
     write_metrics(folder / "metrics.json", metrics)
     write_report(folder / "report.html", metrics, findings, read_run(folder, dataset.path))

@@ -375,10 +375,9 @@ def _classified(model: Model, query: TableQuery, values: list[Any]) -> list[dict
         row = {"label": NONE_OF_THESE if one.none_of_these else one[0].label}
         row |= {"none_of_these": one.none_of_these, "ood_score": _digits(one.ood_score)}
         for place, (label, probability) in enumerate(one, 1):
-<<<<<<< HEAD
             row |= {f"label_{place}": label, f"probability_{place}": _digits(probability)}
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 def _digits(value: float | None) -> float | None:
@@ -386,15 +385,7 @@ def _digits(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.6g}")
 
 
-def _top(model: Model, asked: Asked) -> int | None:
-=======
-            row |= {f"label_{place}": label, f"probability_{place}": probability}
-        rows.append(row)
-    return rows
-
-
 def _top(model: Model, query: TableQuery) -> int | None:
->>>>>>> main
     """How many labels; all of a column of several, whose table has a column for each."""
     return None if (query.column or next(iter(model.several), None)) in model.several else query.top
 
