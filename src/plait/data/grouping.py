@@ -16,7 +16,7 @@ import numpy as np
 
 from plait.core.errors import PlaitError
 from plait.data.dataset import Lengths
-from plait.data.files import Found, Item, Media, Plan
+from plait.data.files import Item, Media, Plan, RawRecord
 
 FOLDER, NAME = "folder", "name:"  # what groups are made by, beside the name of a column
 FEWEST = 3  # groups: one for each split
@@ -29,7 +29,7 @@ _MARKS = re.compile(r"[-_. ]+")  # between the parts of a file's name
 _WATCHED = 5000  # files whose names are looked at
 _ENOUGH = 20  # files without which their names say nothing
 
-GroupOf = Callable[[Found], str | None]
+GroupOf = Callable[[RawRecord], str | None]
 
 
 def grouped_plan(plan: Plan, by: str) -> Plan:
@@ -54,7 +54,7 @@ def grouped_plan(plan: Plan, by: str) -> Plan:
             )
         del columns[by]
 
-        def group_of(item: Found) -> str | None:
+        def group_of(item: RawRecord) -> str | None:
             value = item.parts.pop(by, None)
             return value if isinstance(value, str) else None
 
@@ -62,7 +62,7 @@ def grouped_plan(plan: Plan, by: str) -> Plan:
 
     def read() -> Iterator[Item]:
         for item in plan.read():
-            if isinstance(item, Found):
+            if isinstance(item, RawRecord):
                 group = group_of(item)
                 item.group = item.group if group is None else group
             yield item
@@ -70,13 +70,13 @@ def grouped_plan(plan: Plan, by: str) -> Plan:
     return dataclasses.replace(plan, columns=columns, read=read, notes=[*plan.notes, note], group_by=by)
 
 
-def _file(item: Found) -> PurePosixPath:
+def _file(item: RawRecord) -> PurePosixPath:
     """The file that a record is of: its first medium, or the table that it stands in."""
     name = next((part.name for part in item.parts.values() if isinstance(part, Media)), None)
     return PurePosixPath(name or item.place)
 
 
-def _folder(item: Found) -> str:
+def _folder(item: RawRecord) -> str:
     return str(_file(item).parent)
 
 
@@ -85,7 +85,7 @@ def _name_part(by: str) -> GroupOf:
     if not number.isdigit() or int(number) < 1:
         raise PlaitError(f"--group-by {by}: write name:N, where N counts the parts of a file's name from 1.")
 
-    def group_of(item: Found) -> str | None:
+    def group_of(item: RawRecord) -> str | None:
         parts = _MARKS.split(_file(item).stem)
         return parts[int(number) - 1] if len(parts) >= int(number) else None
 
@@ -155,7 +155,7 @@ class NameWatch:
     def watch(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items as they are, the names of their files taken note of."""
         for item in items:
-            if isinstance(item, Found) and len(self.names) < _WATCHED:
+            if isinstance(item, RawRecord) and len(self.names) < _WATCHED:
                 label = item.parts.get("label")
                 medium = any(isinstance(part, Media) for part in item.parts.values())
                 if medium and isinstance(label, str):

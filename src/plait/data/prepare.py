@@ -142,10 +142,12 @@ def _check_out(source: Location, out: Location, replace: bool) -> None:
         raise PlaitError(f"The dataset would overwrite its source {source}. Choose another folder with -o.")
     if isinstance(out, str):
         try:
-            made = json.loads(read_bytes(f"{out}/manifest.json")) if size(f"{out}/manifest.json") is not None else None
+            manifest = (
+                json.loads(read_bytes(f"{out}/manifest.json")) if size(f"{out}/manifest.json") is not None else None
+            )
         except (OSError, ValueError) as error:
             raise PlaitError(f"{out} cannot be used: {error}. Choose another place with -o.") from error
-        if made is None:
+        if manifest is None:
             check_writable(out)
             return
     else:
@@ -155,8 +157,8 @@ def _check_out(source: Location, out: Location, replace: bool) -> None:
             return
         if not (out / "manifest.json").is_file() or not (out / "rejects.jsonl").is_file():
             raise PlaitError(f"{out} holds other files and is not a dataset. Choose another folder with -o.")
-        made = read_json(out / "manifest.json")
-    before = made.get("source") if isinstance(made, dict) else None
+        manifest = read_json(out / "manifest.json")
+    before = manifest.get("source") if isinstance(manifest, dict) else None
     if before != source_name(source) and not replace:
         raise PlaitError(f"{out} holds a dataset made from {before}. Choose another folder with -o, or delete it.")
 
@@ -175,16 +177,16 @@ def _check_into(source: Location, out: Location) -> None:
                          "files together.")  # fmt: skip
 
 
-def changed_source(source: str | Path, made: Manifest, folder: Path) -> str | None:
+def changed_source(source: str | Path, manifest: Manifest, folder: Path) -> str | None:
     """How the files at `source` differ from those that a dataset in `folder` was made of, for people; None where they
     do not, as far as their names, sizes and times tell."""
     place = location(source)
     if isinstance(source, str) and source.startswith("hf:"):
         place = _local(source)
-    if made.source != source_name(place):
-        return f"it was made from {made.source}, not from {source_name(place)}"
-    if made.source_stamp != source_stamp(place, folder):
-        return f"files of {made.source} were added, removed or changed since"
+    if manifest.source != source_name(place):
+        return f"it was made from {manifest.source}, not from {source_name(place)}"
+    if manifest.source_stamp != source_stamp(place, folder):
+        return f"files of {manifest.source} were added, removed or changed since"
     return None
 
 
@@ -216,7 +218,7 @@ def _make(source: Location, out: Location, folder: Path, partial: Path, options:
         source_plan = dataclasses.replace(source_plan, read=lambda: names.watch(read_all()))
     if options.into:
         source_plan = grown_plan(Dataset.open(out), source_plan, _last(source))
-    total = source_plan.given.total()
+    total = source_plan.split_counts.total()
     before = out / known.FILE if isinstance(out, Path) and (out / known.FILE).is_file() else None
 
     def told(done: int) -> None:

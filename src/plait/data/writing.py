@@ -353,7 +353,7 @@ def _write_records(
     rank = np.where(keep, ranks[division.used], np.iinfo(np.int64).max)
     shown = set(np.argsort(rank, kind="stable")[: min(_EXAMPLES, int(keep.sum()))].tolist())
     examples: dict[int, Example] = {}  # by record
-    seen = division.duplicates.seen & keep if not options.drop else np.zeros(len(split), bool)
+    seen_in_train = division.duplicates.seen & keep if not options.drop else np.zeros(len(split), bool)
     for table, numbers, done in _kept_records(paths, division, rejects):
         for name, counted in statistics.items():
             if f"part:{name}" in table.column_names:
@@ -362,7 +362,7 @@ def _write_records(
         rows = table.select(["id", "place", *parts]).rename_columns(
             ["id", "source", *(name.removeprefix("part:") for name in parts)]
         )
-        rows = rows.append_column("seen", pa.array(seen[numbers]))
+        rows = rows.append_column("seen", pa.array(seen_in_train[numbers]))
         for number in shown.intersection(numbers.tolist()):
             row = rows.slice(int(np.searchsorted(numbers, number)), 1).to_pylist()[0]
             cells = {name: row[name] for name in columns if row.get(name) is not None}
@@ -410,11 +410,11 @@ def _kept_records(
         table = table.filter(pa.array(here))
         numbers = np.arange(number, number + len(table))
         number += len(table)
-        kept = division.keep[numbers]
-        for row in np.flatnonzero(~kept).tolist():
+        kept_rows = division.keep[numbers]
+        for row in np.flatnonzero(~kept_rows).tolist():
             twin = division.duplicates.twin(int(numbers[row]))
             rejects.add(rejected(table["place"][row].as_py(), f"left out of train: a near-duplicate of {twin}"))
-        yield table.filter(pa.array(kept)), numbers[kept], number
+        yield table.filter(pa.array(kept_rows)), numbers[kept_rows], number
 
 
 def _warnings(
@@ -430,8 +430,8 @@ def _warnings(
     for name, lengths in manifest.statistics.items():
         alone = [label for label, count in (lengths.classes or {}).items() if count == 1]
         if alone:
-            some = ", ".join(f"'{label}'" for label in alone[:5])
-            warnings.append(f"Column '{name}': {len(alone)} classes have one example only ({some}).")
+            first_labels = ", ".join(f"'{label}'" for label in alone[:5])
+            warnings.append(f"Column '{name}': {len(alone)} classes have one example only ({first_labels}).")
     for pair, count in overlap.items():
         warnings.append(f"{count} records of {pair.later} hold the same media or text as records of {pair.earlier}.")
     if dropped:

@@ -157,12 +157,12 @@ def _retrained(
         progress(f"a run of {seconds:.0f} s and its answers for each of {folds} folds", number, folds)
         rest, test = everything[fold != number], np.intersect1d(examples.indices, everything[fold == number])
         if groups is None:
-            aside = (
+            for_val = (
                 np.arange(len(rest)) % VAL_SHARE == number % VAL_SHARE
             )  # records lie as their contents' hash has them
         else:
-            aside = split_groups(groups[rest] * 0.618 % 1, splits=(1,)) == 1  # in an order that is not theirs
-        view = Chosen(dataset, {"train": rest[~aside], "val": rest[aside], "test": test})
+            for_val = split_groups(groups[rest] * 0.618 % 1, splits=(1,)) == 1  # in an order that is not theirs
+        view = Chosen(dataset, {"train": rest[~for_val], "val": rest[for_val], "test": test})
         with tempfile.TemporaryDirectory(prefix="plait-fold-") as scratch:
             folder = Path(scratch) / "run"
             train(view, folder, recipe, lambda told: None, device)

@@ -69,12 +69,12 @@ def prepare(
     Raises PlaitError where nothing can be read or written, or an option does not fit. Stopped at any moment, the same
     call goes on from there.
     """
-    given = {"map": dict(map) if map else None, "pattern": pattern, "group_by": group_by}
+    data_options = {"map": dict(map) if map else None, "pattern": pattern, "group_by": group_by}
     names = {column: list(values) for column, values in labels.items()} if labels else None
-    data = as_recipe(recipe, {"data": {**given, "labels": names}}).data
+    data = as_recipe(recipe, {"data": {**data_options, "labels": names}}).data
     place = location(out)
-    held = in_memory(source)
-    if held:
+    from_memory = in_memory(source)
+    if from_memory:
         if isinstance(source, Dataset):
             raise PlaitError(f"{source.path} is prepared already.")
         source = _written(source, place)
@@ -85,7 +85,7 @@ def prepare(
             drop_near_duplicates=drop_near_duplicates, replace=replace, into=into,
             group_by=data.group_by, progress=bar,
         )  # fmt: skip
-    if held:
+    if from_memory:
         shutil.rmtree(source, ignore_errors=True)
     return Dataset.open(place)
 

@@ -167,12 +167,12 @@ def evaluate(
     from plait.inference.model import load
 
     folder = run.folder if isinstance(run, Run) else Path(run).expanduser()
-    own = data is None and split == "test"
+    own_test = data is None and split == "test"
     if folds is not None and (folds < 0 or folds == 1):
         raise PlaitError(f"folds is {folds}: it must be at least 2, or 0 for none.")
     if alternatives not in ALTERNATIVES:
         raise PlaitError(f"There are no alternatives '{alternatives}'. Known are {' and '.join(ALTERNATIVES)}.")
-    if folds and not own:
+    if folds and not own_test:
         raise PlaitError("Folds are made of all records of the run's own data: leave --split and --data out.")
     if data is None:
         data = Run(folder).dataset_path
@@ -187,9 +187,9 @@ def evaluate(
     if model is None:
         raise PlaitError(f"{folder} is no model that plait trained; evaluation needs a run.")
     with ProgressBar(progress) as bar:
-        found = by_folds(model, dataset, folder, folds, seed, device, bar) if own and folds != 0 else {}
+        fold_metrics = by_folds(model, dataset, folder, folds, seed, device, bar) if own_test and folds != 0 else {}
         seconds = training_seconds(Run(folder).metadata) if alternatives == "all" else None
-        metrics, findings = _measure(model, dataset, split, limit, reference_seconds, seconds, seed, bar, found)
+        metrics, findings = _measure(model, dataset, split, limit, reference_seconds, seconds, seed, bar, fold_metrics)
     add_intervals(metrics)
     write_metrics(folder / "metrics.json", metrics)
     write_report(folder / "report.html", metrics, findings, read_run(folder, dataset.path))
@@ -258,7 +258,7 @@ def label_review(
     from plait.reports.label_review import review_page, review_table
 
     folder = run.folder if isinstance(run, Run) else Path(run).expanduser()
-    own = data is None
+    own_data = data is None
     if data is None:
         data = Run(folder).dataset_path
     dataset = data if isinstance(data, Dataset) else Dataset.open(data)
@@ -266,7 +266,7 @@ def label_review(
     if model is None:
         raise PlaitError(f"{folder} is no model that plait trained; labels are reviewed by a run.")
     with ProgressBar(progress) as bar:
-        review = review_labels(model, dataset, column, own=own, most=most, seed=seed, progress=bar)
+        review = review_labels(model, dataset, column, own=own_data, most=most, seed=seed, progress=bar)
     write_atomic(folder / "labels.html", review_page(review, model, dataset))
     write_atomic(folder / "labels.csv", review_table(review))
     return review
