@@ -27,7 +27,7 @@ def models(
     found = plait.models(folders or [], cache)
     if not found:
         out.print(
-            "No model lies here. Name a folder of models (plait models --models DIR), or fetch one and use it by its name:\n"
+            "No model lies here. Name a folder of models (plait models --models DIR), or fetch one, then name it:\n"
             "  texts            hf download sentence-transformers/all-MiniLM-L6-v2\n"
             "  images           hf download openai/clip-vit-base-patch32\n"
             "  speech           hf download openai/whisper-base\n"
