@@ -463,7 +463,8 @@ def describe(folder: Path) -> str:
     return (
         f"Size {facts['size']}: width {backbone['width']}, {backbone['layers']} layers; {parameters} parameters.\n"
         f"{steps} steps{schedules} of {shown['batch_size']} records{stopped}; "
-        f"learning rate {shown['learning_rate']:g}; seed {facts['seed']}; on {facts['device']} with {facts['threads']} threads. "
+        f"learning rate {shown['learning_rate']:g}; seed {facts['seed']}; "
+        f"on {facts['device']} with {facts['threads']} threads. "
         f"Best checkpoint: step {config['training']['step']} in {folder / 'checkpoints' / 'best'}{_averaged(folder)}"
         f"{notes}"
     )
