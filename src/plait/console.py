@@ -13,9 +13,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from plait.data.dataset import Manifest
-    from plait.evaluation.keys import MetricKey
     from plait.inference.base import Model
-    from plait.library.evaluations import Metric
 
 
 app = typer.Typer(
@@ -99,22 +97,6 @@ def write(path: Path, data: bytes) -> None:
         raise PlaitError(f"Cannot write {path}: {error.strerror}. Choose another file with -o.") from error
 
 
-def show_figures(figures: Mapping[MetricKey, Metric]) -> None:
-    """Print the main figures in words, one a line: value, 95 % interval, chance, the baseline."""
-    from plait.core.pages import number
-    from plait.reports.metric_labels import metric_labels
-
-    rows = []
-    for key, metric in figures.items():
-        label, kind, _ = metric_labels().meaning[key.metric]
-        low, high = (number(bound, kind) for bound in (metric.low, metric.high))
-        likely = "" if metric.low is None else f"{low.removesuffix(' %')} to {high}"
-        beside = ["" if one is None else number(one, kind) for one in (metric.chance, metric.baseline)]
-        count = "" if metric.n is None else f"{metric.n:,}"
-        rows.append((f"{key.direction.arrow}: {label}", number(metric.value, kind), likely, *beside, count))
-    _print_table(("figure", "value", "95 %", "guessing", "baseline", "records"), rows)
-
-
 def show_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> None:
     """Print figures, by the names that `metrics.json` has, with their 95 % intervals, chance and baseline."""
     rows = []
@@ -124,10 +106,11 @@ def show_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> None:
         )
         count = "" if metric["n"] is None else f"{metric['n']:,}"
         rows.append((name, value, f"{low} to {high}" if low else "", chance, baseline, count))
-    _print_table(("figure", "value", "95 %", "chance", "baseline", "n"), rows)
+    print_table(("figure", "value", "95 %", "chance", "baseline", "n"), rows)
 
 
-def _print_table(heading: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+def print_table(heading: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """Print rows of cells under a heading, each column as wide as its longest cell."""
     table = Table(*heading, box=None, header_style="bold")
     for row in rows:
         table.add_row(*map(plain, row))

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 import plait
-from plait.console import DeviceOption, SeedOption, app, err, out, plain, show_figures, show_manifest
+from plait.cli.figures import show_figures
+from plait.console import DeviceOption, SeedOption, app, err, out, plain, show_manifest
 from plait.evaluation.keys import MetricKey
 
 # The metrics that are printed; the others stand in metrics.json.

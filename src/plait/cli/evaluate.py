@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 import plait
-from plait.console import DeviceOption, PrecisionOption, SeedOption, app, err, out, plain, show_figures, show_metrics
+from plait.cli.figures import show_figures
+from plait.console import DeviceOption, PrecisionOption, SeedOption, app, err, out, plain, show_metrics
 
 
 @app.command()
