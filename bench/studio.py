@@ -304,7 +304,10 @@ def measure_training(folder: Path, steps: int, rounds: int) -> None:
     for number in range(rounds):
         alone = folder / f"alone{number}"
         command = [sys.executable, "-m", "plait", "train", str(data), "-o", str(alone), *options]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        # In a session of its own, as the studio's is: Linux shares processors out between sessions, not processes.
+        subprocess.run(
+            command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
         under = train_in_studio(workspace, project.folder, f"{number + 1}", options)
         ratios.append(rate_of(under) / rate_of(alone))
         print(
