@@ -363,7 +363,7 @@ def test_a_live_camera_is_answered_in_time(finished: Path, tmp_path: Path) -> No
             window.fetch = async (...given) => {
                 const begun = performance.now();
                 const answer = await real(...given);
-                if (String(given[0]).endsWith('/ask')) window.delays.push([begun, performance.now()]);
+                if (String(given[0]).endsWith('/ask?brief=true')) window.delays.push([begun, performance.now()]);
                 return answer;
             };
         }""")

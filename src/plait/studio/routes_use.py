@@ -50,10 +50,10 @@ def _ask_pages(app: FastAPI, studio: Studio) -> None:
         )
 
     @app.post("/p/{name}/runs/{run}/ask")
-    async def ask(name: str, run: str, request: Request) -> Response:
+    async def ask(name: str, run: str, request: Request, brief: bool = False) -> Response:
         project = workspace.project(name)
         body, text = await _asked(request)
-        answer = await in_thread(studio.models.ask, _trained(project, run), project.data, body, text)
+        answer = await in_thread(studio.models.ask, _trained(project, run), project.data, body, text, brief)
         return page("answer.html", request, project=project, answer=answer)
 
     @app.post("/p/{name}/runs/{run}/find")
