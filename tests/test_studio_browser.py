@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -374,8 +375,13 @@ def test_a_live_camera_is_answered_in_time(finished: Path, tmp_path: Path) -> No
         delays = page.evaluate("window.delays")
         page.click("#live-camera")
         seconds = (delays[-1][1] - delays[0][0]) / 1000
-        rate, delay = len(delays) / seconds, sorted(end - begun for begun, end in delays)[len(delays) // 2]
-        sys.stdout.write(f"\nlive camera: {rate:.1f} images a second, {delay:.0f} ms from an image to its answer\n")
+        # An image is taken when the one before it is answered: no answer is later than one round.
+        rounds = sorted(after - before for (_, before), (_, after) in pairwise(delays))
+        rate, delay = len(delays) / seconds, rounds[len(rounds) // 2]
+        sys.stdout.write(
+            f"\nlive camera: {rate:.1f} images a second, {delay:.0f} ms from an image to its answer, "
+            f"95 % within {rounds[int(0.95 * len(rounds))]:.0f}\n"
+        )
         assert rate > 2 and delay < 1000 and page.faults == []
 
 
