@@ -165,6 +165,7 @@ def ask_clip(page: Any, folder: Path) -> None:
 
 
 def ask_question(page: Any, folder: Path) -> None:
+    assert page.locator(".lines .chip").count() == 4  # questions to try it with
     page.fill(".lines textarea", "Hello! How is it with returns?")
     page.click(".lines button.primary")
     page.wait_for_selector(".lines ol li")
@@ -173,8 +174,12 @@ def ask_question(page: Any, folder: Path) -> None:
 
 def ask_film(page: Any, folder: Path) -> None:
     with (folder / "example" / "items.csv").open(encoding="utf-8") as file:
-        titles = [row["title"] for row in csv.DictReader(file)][:3]
-    page.fill(".lines textarea", "\n".join(titles))
+        titles = {row["title"] for row in csv.DictReader(file)}
+    chips = page.locator(".lines .chip")
+    chips.nth(0).click()
+    chips.nth(5).click()
+    chosen = page.input_value(".lines textarea").split("\n")
+    assert len(chosen) == 2 and titles.issuperset(chosen)
     page.click(".lines button.primary")
     page.wait_for_selector(".lines ol li")
 
@@ -189,6 +194,11 @@ def ask_chat(page: Any, folder: Path) -> None:
 TASKS = {
     "photos": (write_photos, ask_photo), "clips": (write_clips, ask_clip), "faq": (write_questions, ask_question),
     "films": (write_films, ask_film), "chat": (write_chats, ask_chat),
+}  # fmt: skip
+
+SEEN = {
+    "photos": "3 labels, 300 files", "clips": f"6 labels, {6 * CLIPS} files", "faq": "Questions with replies",
+    "films": "Recommend", "chat": "Conversations",
 }  # fmt: skip
 
 
@@ -219,6 +229,8 @@ def test_from_files_to_answers(page: Any, tmp_path: Path, task: str) -> None:
     page.wait_for_selector(".tile, .excerpt")
     shoot(page, f"{task}-1-data")
     click("text=Train →")
+    page.wait_for_selector("#start")
+    assert SEEN[task] in page.inner_text("main")
     shoot(page, f"{task}-2-train")
     page.fill("input[name=minutes]", MINUTES)
     click("text=Start training")

@@ -319,6 +319,14 @@ class Models:
             model = self.get(run)
             return [part for part in PAGE_PARTS.all() if part.applies(model, run)]
 
+    def examples(self, run: Path, data: Path, part: LinesPart) -> list[str]:
+        """Lines to try a part of the page with; none where the data have changed beyond that."""
+        with self.lock:
+            try:
+                return part.examples(self.get(run), run, data)
+            except PlaitError:
+                return []
+
     def answer_lines(self, run: Path, data: Path, name: str, lines: list[str]) -> list[str]:
         """What a feature's part of the page answers to lines of text."""
         part = next((part for part in self.parts(run) if part.name == name), None)

@@ -560,6 +560,10 @@ function findPart(part, base) {
 }
 
 function linesPart(part, base) {
+  const box = $("textarea", part);
+  $$("[data-line]", part).forEach((chip) => chip.addEventListener("click", () => {
+    box.value = [box.value.trim(), chip.dataset.line].filter(Boolean).join("\n");
+  }));
   $("form", part).addEventListener("submit", guarded(async (event) => {
     event.preventDefault();
     const text = event.target.elements.text.value;
