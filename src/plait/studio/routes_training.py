@@ -162,7 +162,8 @@ def _live(project: Project, run: str) -> dict[str, Any]:
     folder = project.folder / "runs" / safe_name(run)
     progress = read_progress(folder, job)
     stage = job.current if job is not None else "done"
-    return {"progress": progress, "stage": stage, "watched": read_watched(folder), **_curves(progress, stage in jobs.RUNNING)}
+    curves = _curves(progress, running=stage in jobs.RUNNING)
+    return {"progress": progress, "stage": stage, "watched": read_watched(folder), **curves}
 
 
 def _curves(progress: Progress, running: bool) -> dict[str, str]:
