@@ -497,13 +497,13 @@ function chatPart(part, base) {
     going = new AbortController();
     messages.push(reply);
     draw();
+    const shown = $(".talk p:last-child", part);
+    shown.classList.add("busy");
     try {
       const headers = { "content-type": "application/json" };
       const body = JSON.stringify({ messages: asked, seed: seed++ });
       const { body: stream } = await ask(`${base}/chat`, { method: "POST", body, headers, signal: going.signal });
       const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
-      const shown = $(".talk p:last-child", part);
-      shown.classList.add("busy");
       for (let piece = await reader.read(); !piece.done; piece = await reader.read()) {
         reply.content += piece.value;
         shown.textContent = reply.content;
