@@ -70,6 +70,7 @@ WHOLE = ("models", "prepare", "train", "evaluate", "tune", "transfer", "plan", "
 SHOWS = {"as_json", "out_folder", "run", "study", "device", "model", "files", "inputs", "prompt", "source", "dataset"}
 SHOWS |= {"all_figures"}
 OTHER = {
+    ("train", "more"),  # `plait.Run.more`
     ("train", "processes"),  # starts the program several times, as torchrun does
     ("generate", "precision"), ("generate", "adapter"), ("classify", "precision"),  # arguments of `plait.load`
     ("prepare", "several"), ("prepare", "number"),  # short for entries of `map`

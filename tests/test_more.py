@@ -106,6 +106,22 @@ def test_more_resumes_bit_for_bit(labelled: Path, run: Path, stage: str, done: i
     assert (run / file).read_bytes() == (whole / file).read_bytes()
 
 
+def test_all_alternatives_are_fitted_once(
+    run: Path, plait: Plait, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    key = "recognition/image-label/small_cnn_accuracy"
+    found = []
+    for again in (False, True):
+        assert plait("evaluate", run, "--folds", 0, "--alternatives", "all") == 0
+        assert ("was fitted before" in " ".join(capsys.readouterr().err.split())) is again
+        found.append(json.loads((run / "metrics.json").read_text()))
+    assert found[0][key]["value"] == found[1][key]["value"] > 0.7
+    assert found[0]["timing/small_cnn_image/steps"] == found[1]["timing/small_cnn_image/steps"]
+    assert plait("evaluate", run, "--alternatives", "some") == 1
+    assert "Known are quick and all" in capsys.readouterr().err
+
+
 def test_more_minutes(labelled: Path, plait: Plait, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     assert plait("train", labelled / "data", "-o", run, "--minutes", 0.05) == 0

@@ -401,7 +401,7 @@ def test_a_job_is_a_process_of_its_own_and_goes_on_after_a_kill(client: TestClie
     files = {f"{'disc' if k < 2 else 'bar'}/{k}{n}.png": png(k, n) for k in range(4) for n in range(20)}
     upload(client, "p", "a.zip", zip_of(files))
     project = workspace.project("p")
-    job = jobs.start(workspace, jobs.Job(project.folder, "1", ("--steps", "6")))
+    job = jobs.start(workspace, jobs.Job(project.folder, "1", ("--minutes", "0.1")))
     with pytest.raises(PlaitError, match="being trained"):
         jobs.start(workspace, jobs.Job(project.folder, "2", ("--steps", "2")))
     assert client.get("/p/p/runs/1").status_code == 200
@@ -418,6 +418,12 @@ def test_a_job_is_a_process_of_its_own_and_goes_on_after_a_kill(client: TestClie
     assert answer.status_code == 200 and "disc" in answer.text
     refused = client.post("/p/p/runs/1/ask", content=b"nothing", headers={"content-type": "application/octet-stream"})
     assert refused.status_code == 400 and "no image" in refused.json()["error"]
+    assert client.post("/p/p/runs/1/more", data={"minutes": "0.1"}).status_code == 200
+    longer = finished(project, "1")
+    assert longer.current == "done" and longer.options == ("--minutes", "0.2"), longer.error
+    assert len(json.loads((longer.run_folder / "run.json").read_text())["parts"]) == 1
+    upload(client, "p", "b.zip", zip_of({"bar/new.png": png(2, 50)}))
+    assert "train anew" in client.post("/p/p/runs/1/more", data={"minutes": "0.1"}).json()["error"]
 
 
 def test_a_job_that_fails_says_why(client: TestClient, workspace: Workspace) -> None:

@@ -20,7 +20,7 @@ import pytest
 import plait as api
 from conftest import make_image, tone
 from plait.library.sidecars import srt
-from plait.library.tables import Asked, tabulate
+from plait.library.tables import TableQuery, tabulate
 
 Plait = Callable[..., int]
 
@@ -98,7 +98,7 @@ def test_rows_of_a_table(plait: Plait, tmp_path: Path) -> None:
     (tmp_path / "new.csv").write_text('id,comment\n1,"number 71, milk please"\n2,number 72 tea please\n')
     recipe = {"model": {"backbone": {"width": 32, "layers": 1, "heads": 2, "context": 64}}}
     run = api.train(tmp_path / "known.csv", tmp_path / "run", recipe=recipe, task="recognise", steps=5, progress=False)
-    found = tabulate(run.model(), [tmp_path / "new.csv"], tmp_path / "a.jsonl", Asked("classify", top=1))
+    found = tabulate(run.model(), [tmp_path / "new.csv"], tmp_path / "a.jsonl", TableQuery("classify", top=1))
     lines = [json.loads(line) for line in found.path.read_text().splitlines()]
     said = [(one["text"], one["label_1"]) for one in lines]
     assert said == [("number 71, milk please", "milk"), ("number 72 tea please", "tea")]

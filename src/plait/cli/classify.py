@@ -30,14 +30,14 @@ def classify(
 
     Example: plait classify runs/demo runs/demo/files/images/0003.png
     """
-    from plait.library.tables import NONE_OF_THESE, Asked
+    from plait.library.tables import NONE_OF_THESE, TableQuery
     from plait.modalities.inputs import inputs_of
 
     loaded = plait.load(model, device, precision)
     wanted = [label.strip() for label in labels.split(",")] if labels else None
     if table is not None:
-        asked = Asked("classify", column, tuple(wanted) if wanted else None, top, sidecar="xmp" if xmp else None)
-        write_table(loaded, files, table, asked, inputs, overwrite, workers)
+        query = TableQuery("classify", column, tuple(wanted) if wanted else None, top, sidecar="xmp" if xmp else None)
+        write_table(loaded, files, table, query, inputs, overwrite, workers)
         return
     for value in inputs_of(files).values:
         note_windows(loaded, value)

@@ -39,10 +39,10 @@ def describe(
     """
     loaded = plait.load(model, device, precision)
     if table is not None:
-        from plait.library.tables import Asked
+        from plait.library.tables import TableQuery
 
-        asked = Asked("describe", column, sidecar="xmp" if xmp else None)
-        write_table(loaded, [str(file) for file in files], table, asked, inputs, overwrite, workers)
+        query = TableQuery("describe", column, sidecar="xmp" if xmp else None)
+        write_table(loaded, [str(file) for file in files], table, query, inputs, overwrite, workers)
         return
     for file in files:
         out.print(plain(f"{file}: {loaded.describe(existing(file), column=column)}"))

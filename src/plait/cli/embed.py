@@ -44,12 +44,12 @@ def embed(
 
     import numpy as np
 
-    from plait.library.tables import FORMATS, Asked
+    from plait.library.tables import FORMATS, TableQuery
     from plait.modalities.inputs import inputs_of
 
     loaded = plait.load(model, device, precision)
     if out_file is not None and out_file.suffix.lower() in FORMATS:
-        write_table(loaded, inputs, out_file, Asked("embed"), columns, overwrite, workers)
+        write_table(loaded, inputs, out_file, TableQuery("embed"), columns, overwrite, workers)
         return
     values = inputs_of(inputs).values
     for value in values:

@@ -22,6 +22,9 @@ def evaluate(
         int | None,
         typer.Option(help="Ask about all records, in so many folds; by itself 5 below 500 records, 0 for none."),
     ] = None,
+    alternatives: Annotated[
+        str, typer.Option(help="quick; all: also a small CNN that is trained for as long as the run, once.")
+    ] = "quick",
     all_figures: Annotated[bool, typer.Option("--all", help="All figures but those of single labels.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print metrics.json.")] = False,
     labels: Annotated[
@@ -40,8 +43,8 @@ def evaluate(
         _review(run, data, column, seed, device)
         return
     evaluation = plait.evaluate(
-        run, data=data, split=split, limit=limit, reference_seconds=reference_seconds, folds=folds, seed=seed,
-        device=device, precision=precision, progress=True,
+        run, data=data, split=split, limit=limit, reference_seconds=reference_seconds, folds=folds,
+        alternatives=alternatives, seed=seed, device=device, precision=precision, progress=True,
     )  # fmt: skip
     for note in evaluation.notes:
         err.print(f"[yellow]Note:[/yellow] {plain(note)}")

@@ -31,6 +31,12 @@ def prepare(
     pattern: Annotated[
         str | None, typer.Option(help="Regular expression on file names; its named groups become text columns.")
     ] = None,
+    group_by: Annotated[
+        str | None,
+        typer.Option(
+            help="Keep records of a COLUMN's value, a folder, or name:N (a part of the file's name) in a split."
+        ),
+    ] = None,
     recipe: Annotated[str | None, typer.Option(help="Take map, labels and pattern from this recipe.")] = None,
     engine: Annotated[
         str, typer.Option(help="local, or ray: the workers of a Ray cluster decode; see docs/how-to/cluster.md.")
@@ -68,7 +74,7 @@ def prepare(
         dataset = plait.prepare(
             source, place, map=columns, pattern=pattern, recipe=recipe, workers=workers, engine=engine, seed=seed,
             near_duplicates=near_duplicates, drop_near_duplicates=drop_near_duplicates, into=into is not None,
-            progress=True,
+            group_by=group_by, progress=True,
         )  # fmt: skip
     except KeyboardInterrupt:
         err.print("\nStopped. What is done is kept; the same command goes on from here.")

@@ -71,7 +71,7 @@ def serve(
         precision=precision, resources={"search": index} if index else {}, page=page, aliases=alias, strict=strict,
         adapters=adapter,
         limits=limits,
-        tell=lambda url: out.print(
+        announce=lambda url: out.print(
             f"Serving at {url}/v1 {f'with a page at {url} ' if ui else ''}(Ctrl-C stops)\n"
             f"A step of generation: {backend_name(choose_device(device, precision))}"
         ),

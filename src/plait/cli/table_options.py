@@ -11,7 +11,7 @@ from plait.console import err, out, plain
 
 if TYPE_CHECKING:
     from plait.inference.base import Model
-    from plait.library.tables import Asked
+    from plait.library.tables import TableQuery
 
 OutOption = Annotated[
     Path | None,
@@ -26,7 +26,7 @@ XmpOption = Annotated[bool, typer.Option("--xmp", help="With -o: an XMP sidecar 
 
 
 def write_table(
-    model: Model, sources: list[str], table: Path, asked: Asked, inputs: list[str] | None, overwrite: bool,
+    model: Model, sources: list[str], table: Path, query: TableQuery, inputs: list[str] | None, overwrite: bool,
     workers: int | None,
 ) -> None:  # fmt: skip
     """`plait.tabulate`, and what to tell of it."""
@@ -34,7 +34,7 @@ def write_table(
 
     try:
         done = tabulate(
-            model, list(sources), table, asked, inputs=inputs, overwrite=overwrite, workers=workers, progress=True
+            model, list(sources), table, query, inputs=inputs, overwrite=overwrite, workers=workers, progress=True
         )
     except KeyboardInterrupt:
         err.print("\nStopped. What is answered is kept; the same command goes on from here.")

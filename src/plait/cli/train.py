@@ -37,6 +37,10 @@ def train(
         str | None,
         typer.Option(help=f"{', '.join(known_tasks()[1:])}; else seen in the data."),
     ] = None,
+    group_by: Annotated[
+        str | None,
+        typer.Option(help="Of files that are prepared: what has its records in one split; see plait prepare."),
+    ] = None,
     size: Annotated[str | None, typer.Option(help="tiny, small, base or large; see plait sizes.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Fit the schedule to a time budget.")] = None,
     steps: Annotated[int | None, typer.Option(help="Train for so many steps.")] = None,
@@ -98,9 +102,9 @@ def train(
     else:
         with _stoppable(run):
             trained = plait.train(
-                dataset, run, recipe=recipe, task=task, size=size, minutes=minutes, steps=steps, batch_size=batch_size,
-                learning_rate=learning_rate, init_from=init_from, start=start, models=models or (),
-                freeze=freeze.split(",") if freeze else None, lora=lora,
+                dataset, run, recipe=recipe, task=task, group_by=group_by, size=size, minutes=minutes, steps=steps,
+                batch_size=batch_size, learning_rate=learning_rate, init_from=init_from, start=start,
+                models=models or (), freeze=freeze.split(",") if freeze else None, lora=lora,
                 replay=_shares(replay), seed=seed, save_every=save_every, canaries=canaries, parallel=parallel,
                 grad_accum_steps=grad_accum_steps, allow_changes=allow_changes, device=device, progress=True,
                 tell=_say,

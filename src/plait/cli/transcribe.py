@@ -35,10 +35,10 @@ def transcribe(
     """
     loaded = plait.load(model, device, precision)
     if table is not None:
-        from plait.library.tables import Asked
+        from plait.library.tables import TableQuery
 
-        asked = Asked("transcribe", column, language=language, task=task, sidecar="srt" if srt else None)
-        write_table(loaded, [str(file) for file in files], table, asked, inputs, overwrite, workers)
+        query = TableQuery("transcribe", column, language=language, task=task, sidecar="srt" if srt else None)
+        write_table(loaded, [str(file) for file in files], table, query, inputs, overwrite, workers)
         return
     for file in files:
         note_windows(loaded, existing(file))

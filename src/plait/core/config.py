@@ -28,6 +28,9 @@ class DataRecipe(Settings):
     pattern: str | None = Field(
         None, description="Regular expression on file names; its named groups become text columns."
     )
+    group_by: str | None = Field(
+        None, description="Column, folder or name:N (part of a file's name) whose records share a split."
+    )
 
 
 class BackboneRecipe(Settings):

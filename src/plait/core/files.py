@@ -56,17 +56,17 @@ def fsync_folder(path: Path) -> None:
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write a file so that a reader sees the old or the new content, also after power is lost."""
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with aside.open("wb") as file:
+        with temporary.open("wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(path)
+        temporary.replace(path)
         fsync_folder(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
-            aside.unlink()
+            temporary.unlink()
         raise PlaitError(
             f"Cannot write {path}: {error.strerror or error}. Free space or choose another folder."
         ) from error
@@ -119,32 +119,32 @@ def publish_folder(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     clear_leftovers(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        yield aside
-        for file in sorted(aside.rglob("*")):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
             if file.is_file():
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
             else:
                 fsync_folder(file)
-        fsync_folder(aside)
+        fsync_folder(temporary)
         if path.exists():
             path.rename(old)
-        aside.rename(path)
+        temporary.rename(path)
         fsync_folder(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise PlaitError(
             f"Cannot write {path}: {error.strerror or error}. Free space or choose another folder."
         ) from error
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
@@ -172,7 +172,7 @@ def point(link: Path, target: str) -> None:
     if link_target(link) == target and (link.is_symlink() or not _symlinks_work(link.parent)):
         return
     clear_leftovers(link)
-    aside = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
     try:
         if not _symlinks_work(link.parent):
             with publish_folder(link) as folder:
@@ -180,10 +180,10 @@ def point(link: Path, target: str) -> None:
                 write_atomic(folder / LINK_NAME, target)
             return
         if link.is_dir() and not link.is_symlink():  # a copy that followed links
-            link.rename(aside)
-            shutil.rmtree(aside)
-        aside.symlink_to(target)
-        aside.replace(link)
+            link.rename(temporary)
+            shutil.rmtree(temporary)
+        temporary.symlink_to(target)
+        temporary.replace(link)
         fsync_folder(link.parent)
     except OSError as error:
         raise PlaitError(f"Cannot write {link}: {error.strerror}. Free space or choose another folder.") from error
@@ -224,10 +224,10 @@ def link_files(source: Path, target: Path) -> None:
 
 def remove_folder(path: Path) -> None:
     """Remove a folder so that a kill leaves it whole or gone; `clear_leftovers` takes what is left."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with contextlib.suppress(OSError):
-        path.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
+        path.rename(temporary)
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager

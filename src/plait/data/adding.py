@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
-from plait.data.files import Found, Item, Media, Plan
+from plait.data.files import Item, Media, Plan, RawRecord
 from plait.data.record import Record, Rejected
 
 
@@ -26,25 +26,28 @@ def grown_plan(dataset: Dataset, new: Plan, name: str) -> Plan:
             )
     chats = list(dict.fromkeys([*dataset.manifest.chats, *new.chats]))
     if clash := [c for c in chats if (c in dataset.manifest.chats) != (c in new.chats) and c in new.columns]:
-        known = "conversations" if clash[0] in dataset.manifest.chats else "texts"
-        raise PlaitError(f"Column '{clash[0]}' holds {known} in {dataset.path}, but not in {name}. Rename one.")
+        stored = "conversations" if clash[0] in dataset.manifest.chats else "texts"
+        raise PlaitError(f"Column '{clash[0]}' holds {stored} in {dataset.path}, but not in {name}. Rename one.")
 
     def read() -> Iterator[Item]:
-        for record in dataset.iterate():
+        groups = dataset.groups
+        for number, record in enumerate(dataset.iterate()):
             parts = {column: _part(columns[column], record, column) for column in record.parts}
-            yield Found(record.id, record.source, parts, record.split)
+            yield RawRecord(record.id, record.source, parts, record.split, None if groups is None else groups[number])
         for item in new.read():
             if isinstance(item, Rejected):
                 yield item._replace(file=f"{name}/{item.file}")
             else:
                 parts = {column: _renamed(value, name) for column, value in item.parts.items()}
-                yield Found(f"{name}/{item.id}", f"{name}/{item.place}", parts, item.split, item.group)
+                yield RawRecord(f"{name}/{item.id}", f"{name}/{item.place}", parts, item.split, item.group)
 
-    given = new.given.copy()
+    split_counts = new.split_counts.copy()
     for split, count in dataset.counts.items():
-        given[split] += count
+        split_counts[split] += count
     notes = [f"{len(dataset):,} records of {dataset.manifest.source}", *new.notes]
-    return Plan(columns, given, read, notes, chats=chats, warnings=new.warnings, grown=True)
+    return Plan(
+        columns, split_counts, read, notes, chats=chats, warnings=new.warnings, grown=True, group_by=new.group_by
+    )
 
 
 def _part(kind: str, record: Record, column: str) -> str | Media:

@@ -85,19 +85,19 @@ def flatten(
         media[name] = medium(kind, value)
         return {"type": kind, "column": name}
 
-    kept = []
+    messages_left = []
     for n, message in enumerate(messages):
         if message["role"] not in ROLES:
             raise ValueError(f"message {n}: role {message['role']!r} is none of {', '.join(ROLES)}")
         # Arrow fills the fields that other messages have with None.
-        turn = {key: value for key, value in message.items() if value is not None}
-        content = turn.get("content")
+        fields = {key: value for key, value in message.items() if value is not None}
+        content = fields.get("content")
         if isinstance(content, list):
-            turn["content"] = [_part(part, f"message {n}", place) for part in content]
-        elif not isinstance(content, str) and not (content is None and len(turn) > 1):
+            fields["content"] = [_part(part, f"message {n}", place) for part in content]
+        elif not isinstance(content, str) and not (content is None and len(fields) > 1):
             raise ValueError(f"message {n}: content must be a text or a list of parts")
-        kept.append(turn)
-    return json.dumps(kept, ensure_ascii=False), media
+        messages_left.append(fields)
+    return json.dumps(messages_left, ensure_ascii=False), media
 
 
 def _part(part: Any, where: str, place: Callable[[str, bytes | str], dict[str, str]]) -> dict[str, str]:
@@ -113,8 +113,8 @@ def _part(part: Any, where: str, place: Callable[[str, bytes | str], dict[str, s
             return place("image", _url(url, where))
     if kind == "input_audio" and isinstance(value, dict) and isinstance(value.get("data"), str):
         return place("audio", _decoded(value["data"], where))
-    known = "text {text}, image_url {url: data:...} and input_audio {data}"
-    raise ValueError(f"{where}: a part of type {kind!r} cannot be read; parts are {known}")
+    part_types = "text {text}, image_url {url: data:...} and input_audio {data}"
+    raise ValueError(f"{where}: a part of type {kind!r} cannot be read; parts are {part_types}")
 
 
 def _url(url: str, where: str) -> bytes | str:

@@ -46,7 +46,7 @@ def first_chunk_cost(source_plan: Plan, folder: Path, near: bool, workers: int) 
     check_chunk(task | {"out": str(out)}, blobs)
     spent = time.process_time() - begun
     size = pa.ipc.open_file(pa.memory_map(str(out))).read_all().nbytes
-    total = max(source_plan.given.total(), len(chunk))
+    total = max(source_plan.split_counts.total(), len(chunk))
     times = total / max(len(chunk), 1)
     return Cost(
         records=total,

@@ -55,7 +55,8 @@ class Manifest(BaseModel):
     first that have a near-duplicate in the second; `rejected` counts lines of rejects.jsonl, and `dropped` those among
     them that were left out of train for near-duplicates; `chats` are text columns that hold conversations,
     `multi_label` those that hold several labels (`record.split_labels`), `numbers` those that hold numbers to predict.
-    `own_splits` says that the source names its splits itself.
+    `own_splits` says that the source names its splits itself. `group_by` says what groups were made by whose records
+    share a split (see grouping.py), and `groups` how many of them stand in each.
     `kind` is "records", or the name of the feature whose data it holds; `unit` says what `counts` count, and
     `parts` are further files of that feature. `notes` are for people, `split_notes` those on how the splits were
     made, `warnings` those on what may be amiss."""
@@ -77,6 +78,8 @@ class Manifest(BaseModel):
     multi_label: list[str] = []
     numbers: list[str] = []
     own_splits: bool = False
+    group_by: str | None = None
+    groups: dict[str, int] = {}
     kind: str = "records"
     unit: str = "records"
     parts: dict[str, Shard] = {}
@@ -137,9 +140,9 @@ class Dataset(DatasetViews):
         path = location(path)
         value = _manifest(path)
         if not isinstance(value, dict) or value.get("version") != VERSION:
-            found = value.get("version") if isinstance(value, dict) else None
+            version = value.get("version") if isinstance(value, dict) else None
             raise PlaitError(
-                f"{path}/manifest.json has version {found}; this Plait reads {VERSION}. Run plait prepare again."
+                f"{path}/manifest.json has version {version}; this Plait reads {VERSION}. Run plait prepare again."
             )
         # An older manifest has no seal; an unknown key without one is a seal whose name was altered.
         if value.keys() - Manifest.model_fields.keys() and not intact(value):
@@ -196,10 +199,19 @@ class Dataset(DatasetViews):
 
     def seen(self) -> np.ndarray:
         """Which records (N,) of val and test have an equal or near-equal one in train: true for those."""
-        known = len(self) and "seen" in self._file(0).schema_arrow.names  # not in datasets of an early Plait
-        if not known or not (self.manifest.near_duplicates or self.manifest.overlap):
+        has_column = len(self) and "seen" in self._file(0).schema_arrow.names  # not in datasets of an early Plait
+        if not has_column or not (self.manifest.near_duplicates or self.manifest.overlap):
             return np.zeros(len(self), bool)
         return np.array(self._column("seen"), bool)
+
+    @property
+    def groups(self) -> list[str | None] | None:
+        """The group of every record, None for one without; None where there are no groups."""
+        if "groups" not in self.manifest.parts:
+            return None
+        place = join(self.path, self.manifest.parts["groups"].file)
+        with open_binary(place) as file:
+            return list(pq.read_table(file)["group"].to_pylist())
 
     def record(self, index: int, columns: Sequence[str] | None = None) -> Record:
         """Record number `index`, with only the named columns where `columns` is given."""
@@ -323,10 +335,10 @@ class Texts(Sequence[str | None]):
         if isinstance(index, slice):
             return self._read(np.arange(len(self))[index])
         if isinstance(index, np.ndarray):
-            found = np.empty(len(index), object)
+            texts = np.empty(len(index), object)
             order = np.argsort(index, kind="stable")
-            found[order] = self._read(index[order])
-            return found
+            texts[order] = self._read(index[order])
+            return texts
         place = range(len(self))[int(index)]  # raises IndexError
         number, inside = divmod(place, self.BLOCK)
         if number not in self._blocks:
@@ -406,8 +418,8 @@ class Joined(Dataset):
     def _column(self, name: str) -> list[Any]:
         values: list[Any] = []
         for dataset in self.datasets:
-            known = name == "id" or name in dataset.columns
-            values += dataset._column(name) if known else [None] * len(dataset)
+            present = name == "id" or name in dataset.columns
+            values += dataset._column(name) if present else [None] * len(dataset)
         return values
 
     def seen(self) -> np.ndarray:
@@ -426,8 +438,8 @@ class Chosen(Dataset):
     def __init__(self, dataset: Dataset, chosen: dict[str, np.ndarray]) -> None:
         """`chosen` has the records (numbers, ascending) of the splits that are cut; the others stay whole."""
         counts = {split: len(numbers) for split, numbers in chosen.items()}
-        kept = {**dataset.manifest.counts, **counts}
-        super().__init__(dataset.path, dataset.manifest.model_copy(update={"counts": kept}))
+        all_counts = {**dataset.manifest.counts, **counts}
+        super().__init__(dataset.path, dataset.manifest.model_copy(update={"counts": all_counts}))
         self.dataset, self.chosen = dataset, chosen
 
     def indices(self, split: str) -> np.ndarray:

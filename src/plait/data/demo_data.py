@@ -60,8 +60,8 @@ class Speech:
     def variants(self) -> list[str]:
         """The names of the voice variants that come with the library, sorted; robots and whispers are left out."""
         names = sorted(file.name for file in (self.data / "voices" / "!v").iterdir())
-        odd = ("robo", "whisper", "Robot", "Demonic", "croak")
-        return [name for name in names if not any(word in name for word in odd)]
+        unnatural = ("robo", "whisper", "Robot", "Demonic", "croak")
+        return [name for name in names if not any(word in name for word in unnatural)]
 
     def speak(self, text: str, voice: str, speed: int, pitch: int, spread: int = 50) -> np.ndarray:
         """Float32 samples at `rate`, without the silence around them. Speed is in words a minute; pitch, and the spread
@@ -87,9 +87,9 @@ def write_images(folder: Path) -> Iterator[dict[str, str]]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    draw = uniform(SEED, np.arange(len(digits.target)))
-    order = np.empty(len(draw))
-    order[np.argsort(draw)] = np.arange(len(draw)) / len(draw)
+    uniforms = uniform(SEED, np.arange(len(digits.target)))
+    order = np.empty(len(uniforms))
+    order[np.argsort(uniforms)] = np.arange(len(uniforms)) / len(uniforms)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for i, (pixels, digit) in enumerate(zip(digits.images, digits.target, strict=True)):
         split = "test" if order[i] < 0.2 else "val" if order[i] < 0.28 else "train"
@@ -108,9 +108,9 @@ def write_clips(folder: Path, speech: Speech) -> Iterator[dict[str, str]]:
         split = "test" if rank < 10 else "val" if rank < 14 else "train"
         for lang, accents in ACCENTS.items():
             for take in range(TAKES[lang]):
-                draw = uniform(SEED, int(index), take, len(lang) + ord(lang[0]), np.arange(3))
-                voice = f"{accents[int(draw[0] * len(accents))]}+{variants[index]}"
-                speed, pitch = int(130 + 90 * draw[1]), int(30 + 40 * draw[2])
+                uniforms = uniform(SEED, int(index), take, len(lang) + ord(lang[0]), np.arange(3))
+                voice = f"{accents[int(uniforms[0] * len(accents))]}+{variants[index]}"
+                speed, pitch = int(130 + 90 * uniforms[1]), int(30 + 40 * uniforms[2])
                 for digit, text in enumerate(NAMES[lang]):
                     wave = speech.speak(text, voice, speed, pitch)
                     if len(wave) < speech.rate // 10:

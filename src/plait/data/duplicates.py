@@ -116,7 +116,7 @@ def _collect(paths: list[Path], used: np.ndarray) -> dict[str, _Parts]:
     return parts
 
 
-def _write_prints(paths: list[Path], used: np.ndarray, kind: str, wanted: np.ndarray, file: Path) -> Fingerprints:
+def _write_prints(paths: list[Path], used: np.ndarray, kind: str, numbers: np.ndarray, file: Path) -> Fingerprints:
     """The fingerprints of the parts of a kind whose numbers, in the order of `_collect`, are `wanted` (ascending)."""
     offsets = [np.zeros(1, np.int64)]
     before = size = 0
@@ -124,7 +124,7 @@ def _write_prints(paths: list[Path], used: np.ndarray, kind: str, wanted: np.nda
         for table, columns, rows, _ in _rows(paths, used):
             if columns.kind != kind:
                 continue
-            chosen = wanted[np.searchsorted(wanted, before) : np.searchsorted(wanted, before + len(rows))] - before
+            chosen = numbers[np.searchsorted(numbers, before) : np.searchsorted(numbers, before + len(rows))] - before
             before += len(rows)
             values = table[columns.prints].take(pa.array(rows[chosen])).to_pylist()
             out.write(b"".join(values))
@@ -140,10 +140,10 @@ def find_duplicates(paths: list[Path], used: np.ndarray, split: np.ndarray, out:
     """
     duplicates = Duplicates.none(len(split))
     lines: list[tuple[int, int, str, float]] = []
-    for kind, held in _collect(paths, used).items():
-        if not sum(map(len, held.owner)):
+    for kind, collected in _collect(paths, used).items():
+        if not sum(map(len, collected.owner)):
             continue
-        owner, digest = np.concatenate(held.owner), np.concatenate(held.digest)
+        owner, digest = np.concatenate(collected.owner), np.concatenate(collected.digest)
         distinct, thing = np.unique(first_of(digest), return_inverse=True)
         if len(distinct) > _most(kind):
             duplicates.unsearched[kind] = len(distinct)
@@ -186,10 +186,10 @@ def _lines(
     0. Of a thing's records the first in each split stands for all."""
     order = np.lexsort((np.arange(len(owner)), split[owner], thing))
     stands: dict[int, dict[int, int]] = {}
-    wanted = np.zeros(len(where), bool)
-    wanted[pairs[0]] = wanted[pairs[1]] = True
-    wanted |= np.bitwise_count(where) > 1
-    for n in order[wanted[thing[order]]].tolist():
+    listed = np.zeros(len(where), bool)
+    listed[pairs[0]] = listed[pairs[1]] = True
+    listed |= np.bitwise_count(where) > 1
+    for n in order[listed[thing[order]]].tolist():
         stands.setdefault(int(thing[n]), {}).setdefault(int(split[owner[n]]), int(owner[n]))
     lines = []
     for records in stands.values():
@@ -213,16 +213,16 @@ def _write(
     # The earlier split stands first.
     lines = sorted((b, a, k, d) if (split[b], b) < (split[a], a) else (a, b, k, d) for a, b, k, d in lines)
     numbers = np.unique(np.array([line[:2] for line in lines], np.int64))
-    told = dict(zip(numbers.tolist(), _ids_and_sources(paths, used, numbers), strict=True))
+    ids_and_sources = dict(zip(numbers.tolist(), _ids_and_sources(paths, used, numbers), strict=True))
 
     def shown(record: int) -> dict[str, Any]:
-        return {"id": told[record][0], "split": SPLITS[split[record]], "source": told[record][1]}
+        return {"id": ids_and_sources[record][0], "split": SPLITS[split[record]], "source": ids_and_sources[record][1]}
 
     with out.open("w", encoding="utf-8", newline="\n") as file:
         for a, b, kind, distance in lines:
             for x, y in ((a, b), (b, a)):
                 if split[x] == 0 < split[y]:
-                    duplicates.twins.setdefault(x, f"'{told[y][0]}' of {SPLITS[split[y]]}")
+                    duplicates.twins.setdefault(x, f"'{ids_and_sources[y][0]}' of {SPLITS[split[y]]}")
             entry = {"kind": kind, "distance": distance, "first": shown(a), "second": shown(b)}
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 

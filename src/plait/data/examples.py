@@ -60,14 +60,14 @@ def write_example(kind: str, folder: str | Path) -> Path:
 
     Raises PlaitError where the kind is unknown or the folder holds something.
     """
-    known = examples()
-    if kind not in known:
-        raise PlaitError(f"There is no example '{kind}'. Known are {', '.join(known)}.")
+    by_name = examples()
+    if kind not in by_name:
+        raise PlaitError(f"There is no example '{kind}'. Known are {', '.join(by_name)}.")
     path = Path(folder)
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise PlaitError(f"{path} exists already. Name a new folder.")
     path.mkdir(parents=True, exist_ok=True)
-    known[kind].write(path)
+    by_name[kind].write(path)
     return path
 
 
@@ -85,8 +85,8 @@ def _write_digits(folder: Path) -> None:
 def _write_chats(folder: Path) -> None:
     rows = []
     for answer, phrase in _pairs(random.Random(0)):
-        said = [{"role": "user", "content": phrase}, {"role": "assistant", "content": answer}]
-        rows.append(json.dumps({"messages": said}) + "\n")
+        messages = [{"role": "user", "content": phrase}, {"role": "assistant", "content": answer}]
+        rows.append(json.dumps({"messages": messages}) + "\n")
     (folder / "chats.jsonl").write_text("".join(rows), encoding="utf-8", newline="\n")
 
 
@@ -97,14 +97,14 @@ def _write_replies(folder: Path) -> None:
         table.writerows([phrase, answer] for answer, phrase in _pairs(random.Random(0)))
 
 
-def _pairs(draw: random.Random) -> list[tuple[str, str]]:
+def _pairs(rng: random.Random) -> list[tuple[str, str]]:
     """Answers and the questions that they answer, each subject in every phrasing and a few endings."""
     endings = ("", " Thank you.", " It is urgent.", " I am new here.", " Just asking.")
     pairs = [
         (answer, phrase.format(subject).capitalize() + ending)
         for subject, answer in ANSWERS.items() for phrase in ASKED for ending in endings
     ]  # fmt: skip
-    draw.shuffle(pairs)
+    rng.shuffle(pairs)
     return pairs
 
 

@@ -55,8 +55,11 @@ class Media:
 
 
 @dataclass
-class Found:
-    """A record as it was found. `split` is what the source says, or None; `place` is file or file:line."""
+class RawRecord:
+    """A record as its source has it, not yet checked.
+
+    `split` is what the source says, or None; `place` is file or file:line.
+    """
 
     id: str
     place: str
@@ -65,7 +68,7 @@ class Found:
     group: str | None = None
 
 
-Item = Found | Rejected
+Item = RawRecord | Rejected
 
 
 @dataclass
@@ -73,7 +76,7 @@ class Plan:
     """How a source is read: its columns, the records of each given split (None: not given), and the reader."""
 
     columns: dict[str, str]
-    given: Counter[str | None]
+    split_counts: Counter[str | None]
     read: Callable[[], Iterator[Item]]
     notes: list[str]
     tail: bool = False  # one text file: the last tenth is for validation
@@ -82,6 +85,7 @@ class Plan:
     numbers: list[str] = field(default_factory=list)  # columns whose text is a number that is to be predicted
     warnings: list[str] = field(default_factory=list)  # what people must know of how it is read
     grown: bool = False  # records of a dataset, whose splits stay, and new ones
+    group_by: str | None = None  # what groups of records are made by that share a split (see grouping.py)
 
 
 def suffix_of(name: str) -> str:
@@ -372,8 +376,8 @@ def _unpack(tree: Tree, path: Location, prefix: str, scratch: Path) -> None:
                         if not info.is_dir():
                             linked = stat.S_ISLNK(info.external_attr >> 16)
                             opened = partial(archive.open, info)
-                            name, known = _zip_name(info)
-                            if not known:
+                            name, decoded = _zip_name(info)
+                            if not decoded:
                                 claimed.append(name)
                             if info.flag_bits & 1:
                                 tree.refused.append(Rejected(lead + name, None, "locked with a password"))

@@ -18,8 +18,8 @@ _SHINGLE, _TEXT = 5, 1 << 16  # characters
 @lru_cache(maxsize=1)
 def _lenders() -> np.ndarray:
     """(PERMUTATIONS, PERMUTATIONS): for each bin the order in which it asks the others for a value."""
-    draw = np.random.Generator(np.random.PCG64(1997))
-    return np.stack([draw.permutation(PERMUTATIONS) for _ in range(PERMUTATIONS)])
+    rng = np.random.Generator(np.random.PCG64(1997))
+    return np.stack([rng.permutation(PERMUTATIONS) for _ in range(PERMUTATIONS)])
 
 
 def plain(text: str) -> str:

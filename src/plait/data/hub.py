@@ -27,17 +27,17 @@ def download(name: str) -> Path:
         return folder
     datasets.disable_progress_bars()
     try:
-        found = datasets.load_dataset(path, config or None)
+        loaded = datasets.load_dataset(path, config or None)
     except Exception as error:  # the library raises its own classes, those of requests, and built-in ones
         why = " ".join(str(error).split())[:300]
         raise PlaitError(
             f"hf:{name} cannot be had: {why} Check the name and the network. Offline, take the data set to this "
             "machine as a folder (save_to_disk, or its Parquet files): plait prepare FOLDER -o OUT"
         ) from error
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
     # save_to_disk writes media as they are: nothing is decoded.
-    found.save_to_disk(str(aside))
+    loaded.save_to_disk(str(temporary))
     shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    temporary.rename(folder)
     return folder

@@ -111,8 +111,8 @@ def _write_table(rows: Sequence[Row], path: Path) -> None:
                 kinds.setdefault(name, set()).add(kind)
                 if kind == "path" and name not in files and Path(value).expanduser().is_file():
                     files.add(name)
-    media = {name for name, found in kinds.items() if "media" in found}
-    named = {name for name, found in kinds.items() if found - {"none"} == {"path"}}
+    media = {name for name, kinds_found in kinds.items() if "media" in kinds_found}
+    named = {name for name, kinds_found in kinds.items() if kinds_found - {"none"} == {"path"}}
     # Names of files that are not there beside media that are: texts.
     media |= named & files if media or files else named
     if not media:

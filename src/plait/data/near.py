@@ -125,9 +125,9 @@ def _packed(bits: np.ndarray) -> np.ndarray:
 
 def _shuffled(codes: np.ndarray) -> Iterator[np.ndarray]:
     """Codes (M,) as sort keys, in several orders of their bits."""
-    draw = np.random.Generator(np.random.PCG64(64))
+    rng = np.random.Generator(np.random.PCG64(64))
     for _ in range(_TABLES):
-        order, keys = draw.permutation(64), np.empty_like(codes)
+        order, keys = rng.permutation(64), np.empty_like(codes)
         for start in range(0, len(codes), 1 << 16):
             part = np.ascontiguousarray(codes[start : start + (1 << 16)])
             bits = np.unpackbits(part.view(np.uint8).reshape(-1, 8), axis=1, bitorder="little")
@@ -135,7 +135,7 @@ def _shuffled(codes: np.ndarray) -> Iterator[np.ndarray]:
         yield keys
 
 
-def near_images(prints: np.ndarray, most: float = IMAGES) -> Pairs:
+def near_images(prints: np.ndarray, max_distance: float = IMAGES) -> Pairs:
     """Pairs among images, `prints` (N, 704) uint8, whose distance is at most `most`.
 
     The distance is the mean square of what differs over that of what is in the images, the smaller of the two laid
@@ -164,25 +164,29 @@ def near_images(prints: np.ndarray, most: float = IMAGES) -> Pairs:
     flat = codes.reshape(-1)
     owner = np.tile(np.arange(count, dtype=np.int64), len(codes))
     pairs = _candidates(_shuffled(flat), flat, owner, _WINDOW)
-    return _distinct(pairs, _image_distances(prints, pairs), count, most)
+    return _distinct(pairs, _image_distances(prints, pairs), count, max_distance)
 
 
 def _image_distances(prints: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     """Distances (P,) float32 of pairs (P, 2). Each image's parts are made once."""
     split = SIDE * SIDE
     parts = np.stack(_windows()).transpose(1, 0, 2).reshape(split, -1)
-    cut, whole = np.concatenate([pairs[:, 0], pairs[:, 1]]), np.concatenate([pairs[:, 1], pairs[:, 0]])
+    cut, whole_images = np.concatenate([pairs[:, 0], pairs[:, 1]]), np.concatenate([pairs[:, 1], pairs[:, 0]])
     order = np.argsort(cut, kind="stable")
     least = np.zeros(len(cut), np.float32)
     borders = np.searchsorted(cut[order], np.arange(0, len(prints) + 512, 512))
     for start, stop in pairwise(borders):
         for at in range(start, stop, 4096):
             rows = order[at : min(at + 4096, stop)]
-            ours, place = np.unique(cut[rows], return_inverse=True)
-            made = (prints[ours, :split].astype(np.float32) @ parts).reshape(len(ours), -1, split)
-            other = prints[whole[rows], :split].astype(np.float32)
-            squares = (made**2).sum(2)[place] + (other**2).sum(1)[:, None]
-            least[rows] = (squares - 2 * np.einsum("pwk,pk->pw", made[place], other, optimize=True)).min(1) / split
+            cut_images, place = np.unique(cut[rows], return_inverse=True)
+            images_in_parts = (prints[cut_images, :split].astype(np.float32) @ parts).reshape(
+                len(cut_images), -1, split
+            )
+            other = prints[whole_images[rows], :split].astype(np.float32)
+            squares = (images_in_parts**2).sum(2)[place] + (other**2).sum(1)[:, None]
+            least[rows] = (squares - 2 * np.einsum("pwk,pk->pw", images_in_parts[place], other, optimize=True)).min(
+                1
+            ) / split
     luma = np.minimum(least[: len(pairs)], least[len(pairs) :])
     spread = np.zeros(len(prints), np.float32)
     for at in range(0, len(prints), 4096):
@@ -196,19 +200,19 @@ def _image_distances(prints: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     return (luma + tint) / ((spread[pairs[:, 0]] + spread[pairs[:, 1]]) / 2 + 16.0)
 
 
-def _distinct(pairs: np.ndarray, distance: np.ndarray, count: int, most: float) -> Pairs:
+def _distinct(pairs: np.ndarray, distance: np.ndarray, count: int, max_distance: float) -> Pairs:
     """The pairs that are near, and nearer than what is usual where they lie: where more than a few others are within
     twice the distance of one of the two, likeness is what the data are like, and no sign of a copy."""
     both = np.concatenate([pairs[:, 0], pairs[:, 1]])
     far = np.concatenate([distance, distance])
     order = np.lexsort((far, both))
     both, far = both[order], far[order]
-    keep = np.flatnonzero(distance <= most)
+    keep = np.flatnonzero(distance <= max_distance)
     # Neighbours of each end within twice the distance, by binary search in one sorted key.
     key = both.astype(np.float64) * 8 + np.minimum(far, 7.9)
     first = np.searchsorted(both, pairs[keep])
     within = np.searchsorted(key, pairs[keep] * 8.0 + np.minimum(2 * distance[keep], 7.9)[:, None], "right")
-    keep = keep[(distance[keep] <= most / 10) | ((within - first).max(1) <= _CROWD)]
+    keep = keep[(distance[keep] <= max_distance / 10) | ((within - first).max(1) <= _CROWD)]
     return pairs[keep, 0], pairs[keep, 1], distance[keep]
 
 
@@ -220,18 +224,18 @@ def _audio_features(spectrogram: np.ndarray) -> np.ndarray:
     int64."""
     values = spectrogram.astype(np.int64)
     low = values.reshape(len(values), 8, BANDS // 8).sum(2)
-    found = [values.reshape(len(values), 16, BANDS // 16).sum((0, 2)) * 512 // len(values)]
+    features = [values.reshape(len(values), 16, BANDS // 16).sum((0, 2)) * 512 // len(values)]
     centred = low * len(low) - low.sum(0)
     upper = np.triu_indices(8)
     spread = max(len(low) ** 3, 1)
     for lag in (0, 3, 8):
         a, b = centred[: max(len(low) - lag, 0)], centred[lag:]
         together = a.T @ b
-        found.append(together[upper] // (spread // 64 + 1) if lag == 0 else together.ravel() // (spread // 64 + 1))
-    return np.concatenate(found)
+        features.append(together[upper] // (spread // 64 + 1) if lag == 0 else together.ravel() // (spread // 64 + 1))
+    return np.concatenate(features)
 
 
-def near_audio(prints: Sequence[bytes], most: float = AUDIO) -> Pairs:
+def near_audio(prints: Sequence[bytes], max_distance: float = AUDIO) -> Pairs:
     """Pairs among audio clips, spectrograms (frames, 64) uint8 as bytes, whose distance is at most `most`: one minus
     the correlation of the spectrograms' patterns at the best shift in time, 80 % of the longer one overlapping; times
     .6 s over the length of a shorter one, which tells less."""
@@ -240,16 +244,16 @@ def near_audio(prints: Sequence[bytes], most: float = AUDIO) -> Pairs:
     if len(heard) < 2:
         return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)
     features = np.stack([_audio_features(clips[n]) for n in heard])
-    draw = np.random.Generator(np.random.PCG64(65))
+    rng = np.random.Generator(np.random.PCG64(65))
     scale = np.maximum(np.abs(features - np.median(features, axis=0).astype(np.int64)).mean(0).astype(np.int64), 1)
     level = np.clip((features - np.median(features, axis=0).astype(np.int64)) * 256 // scale, -1024, 1024)
-    mix = draw.integers(-8, 9, (features.shape[1], 64))
+    mix = rng.integers(-8, 9, (features.shape[1], 64))
     values = level.astype(np.float64) @ mix.astype(np.float64)
     bits = values > np.median(values, axis=0)
     codes = _packed(bits)
     pairs = heard[_candidates(_shuffled(codes), codes, np.arange(len(heard)), 4 * _WINDOW)]
     distance = np.array([_audio_distance(clips[a], clips[b]) for a, b in pairs], np.float32)
-    return _distinct(pairs, distance, len(clips), most)
+    return _distinct(pairs, distance, len(clips), max_distance)
 
 
 def _audio_distance(first: np.ndarray, second: np.ndarray) -> float:
@@ -276,7 +280,7 @@ def _patterned(values: np.ndarray) -> np.ndarray:
 # --- text -------------------------------------------------------------------------------------------------------
 
 
-def near_texts(prints: np.ndarray, most: float = TEXTS) -> Pairs:
+def near_texts(prints: np.ndarray, max_distance: float = TEXTS) -> Pairs:
     """Pairs among texts, `prints` (N, 128) uint32, whose distance is at most `most`: one minus the estimated share of
     runs of five characters that two texts have in common."""
     neighbours, near = np.zeros(0, np.int64), np.zeros(0, np.float32)
@@ -290,8 +294,8 @@ def near_texts(prints: np.ndarray, most: float = TEXTS) -> Pairs:
             both.append(np.minimum(left, right)[keep] * len(prints) + np.maximum(left, right)[keep])
         new = np.setdiff1d(np.concatenate(both), neighbours)
         distance = _text_distances(prints, new)
-        place = np.argsort(merged := np.concatenate((neighbours, new[distance <= most])), kind="stable")
-        neighbours, near = merged[place], np.concatenate((near, distance[distance <= most]))[place]
+        place = np.argsort(merged := np.concatenate((neighbours, new[distance <= max_distance])), kind="stable")
+        neighbours, near = merged[place], np.concatenate((near, distance[distance <= max_distance]))[place]
     return neighbours // max(len(prints), 1), neighbours % max(len(prints), 1), near
 
 

@@ -3,6 +3,7 @@ not depend on the number of processes, nor on how often the work was interrupted
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -21,6 +22,7 @@ from plait.data.adding import grown_plan
 from plait.data.cost import Cost, first_chunk_cost
 from plait.data.dataset import Dataset, Manifest
 from plait.data.files import Tree, scan
+from plait.data.grouping import NameWatch, grouped_plan
 from plait.data.readers import plan
 from plait.data.staging import stage
 from plait.data.stores import Location, check_writable, location, read_bytes, size, upload
@@ -63,6 +65,7 @@ def prepare(
     drop_near_duplicates: bool = False,
     replace: bool = False,
     into: bool = False,
+    group_by: str | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
     """Make a dataset in the folder `out` of what lies at `source`; returns its manifest.
@@ -76,6 +79,7 @@ def prepare(
     workers of a Ray cluster. `near_duplicates` looks for records that
     are alike, and `drop_near_duplicates` leaves those out of train that val or test have too. `into` adds the source to
     the dataset that is in `out`, whose records, splits and ids stay; new ids begin with the source's name.
+    `group_by` names what records of a group have in common that share a split (see grouping.py).
     `progress(stage, done, total)` is called now and then.
 
     Media that a dataset in `out` holds already are not decoded again, whether the source is added to it or has grown.
@@ -92,7 +96,7 @@ def prepare(
         _check_out(source, out, replace)
     options = Options(
         column_map, labels, pattern, recipe or DataRecipe(), seed, workers, near_duplicates or drop_near_duplicates,
-        drop_near_duplicates, into, progress or (lambda *_: None), engine,
+        drop_near_duplicates, into, group_by, progress or (lambda *_: None), engine,
     )  # fmt: skip
     partial = _partial(out)
     with only_writer(partial):
@@ -138,10 +142,12 @@ def _check_out(source: Location, out: Location, replace: bool) -> None:
         raise PlaitError(f"The dataset would overwrite its source {source}. Choose another folder with -o.")
     if isinstance(out, str):
         try:
-            made = json.loads(read_bytes(f"{out}/manifest.json")) if size(f"{out}/manifest.json") is not None else None
+            manifest = (
+                json.loads(read_bytes(f"{out}/manifest.json")) if size(f"{out}/manifest.json") is not None else None
+            )
         except (OSError, ValueError) as error:
             raise PlaitError(f"{out} cannot be used: {error}. Choose another place with -o.") from error
-        if made is None:
+        if manifest is None:
             check_writable(out)
             return
     else:
@@ -151,8 +157,8 @@ def _check_out(source: Location, out: Location, replace: bool) -> None:
             return
         if not (out / "manifest.json").is_file() or not (out / "rejects.jsonl").is_file():
             raise PlaitError(f"{out} holds other files and is not a dataset. Choose another folder with -o.")
-        made = read_json(out / "manifest.json")
-    before = made.get("source") if isinstance(made, dict) else None
+        manifest = read_json(out / "manifest.json")
+    before = manifest.get("source") if isinstance(manifest, dict) else None
     if before != source_name(source) and not replace:
         raise PlaitError(f"{out} holds a dataset made from {before}. Choose another folder with -o, or delete it.")
 
@@ -171,16 +177,16 @@ def _check_into(source: Location, out: Location) -> None:
                          "files together.")  # fmt: skip
 
 
-def changed_source(source: str | Path, made: Manifest, folder: Path) -> str | None:
+def changed_source(source: str | Path, manifest: Manifest, folder: Path) -> str | None:
     """How the files at `source` differ from those that a dataset in `folder` was made of, for people; None where they
     do not, as far as their names, sizes and times tell."""
     place = location(source)
     if isinstance(source, str) and source.startswith("hf:"):
         place = _local(source)
-    if made.source != source_name(place):
-        return f"it was made from {made.source}, not from {source_name(place)}"
-    if made.source_stamp != source_stamp(place, folder):
-        return f"files of {made.source} were added, removed or changed since"
+    if manifest.source != source_name(place):
+        return f"it was made from {manifest.source}, not from {source_name(place)}"
+    if manifest.source_stamp != source_stamp(place, folder):
+        return f"files of {manifest.source} were added, removed or changed since"
     return None
 
 
@@ -194,7 +200,7 @@ def _make(source: Location, out: Location, folder: Path, partial: Path, options:
     options.progress("look", 0, None)
     tree = scan(source, scratch, out)
     writer = None
-    if not (options.column_map or options.labels or options.pattern or options.into):
+    if not (options.column_map or options.labels or options.pattern or options.into or options.group_by):
         writer = next(filter(None, (kind(tree, options.recipe) for kind in DATA_KINDS.all())), None)
     if writer is not None:
         manifest = writer(folder, options.seed, options.progress)
@@ -203,9 +209,16 @@ def _make(source: Location, out: Location, folder: Path, partial: Path, options:
         write_json(folder / "manifest.json", sealed(manifest.model_dump()))
         return manifest
     source_plan = plan(tree, options.column_map, options.labels, options.pattern)
+    group_by = options.group_by or (Dataset.open(out).manifest.group_by if options.into else None)
+    names = NameWatch()
+    if group_by is not None:
+        source_plan = grouped_plan(source_plan, group_by)
+    else:
+        read_all = source_plan.read
+        source_plan = dataclasses.replace(source_plan, read=lambda: names.watch(read_all()))
     if options.into:
         source_plan = grown_plan(Dataset.open(out), source_plan, _last(source))
-    total = source_plan.given.total()
+    total = source_plan.split_counts.total()
     before = out / known.FILE if isinstance(out, Path) and (out / known.FILE).is_file() else None
 
     def told(done: int) -> None:
@@ -222,6 +235,8 @@ def _make(source: Location, out: Location, folder: Path, partial: Path, options:
         before,
         options.engine,
     )
+    if (hint := names.hint()) is not None:
+        source_plan.warnings.append(hint)
     manifest = write_dataset(source, out, tree, source_plan, paths, folder, options)
     write_json(folder / "manifest.json", sealed(manifest.model_dump()))
     return manifest

@@ -54,8 +54,8 @@ def _shown(kind: str, value: str | bytes, chat: bool) -> ShownPart:
 
 def _conversation(value: str) -> str:
     """A conversation, a line a turn."""
-    said = ((turn.role, text if kind == "text" else f"({text})") for turn in turns(value) for kind, text in turn.parts)
-    return "\n".join(f"{role}: {text}" for role, text in said)
+    lines = ((turn.role, text if kind == "text" else f"({text})") for turn in turns(value) for kind, text in turn.parts)
+    return "\n".join(f"{role}: {text}" for role, text in lines)
 
 
 def report(manifest: Manifest, examples: list[Example], reasons: Counter[str], title: str) -> str:

@@ -74,10 +74,10 @@ class _Chunk(Future[None]):
         if fault:
             raise StoreError(fault) if data is None else PlaitError(fault)
         out = Path(self.task["out"])
-        aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+        temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
         try:
-            aside.write_bytes(data)
-            aside.replace(out)
+            temporary.write_bytes(data)
+            temporary.replace(out)
         except OSError as error:
             raise PlaitError(f"Cannot write {out.parent}: {error.strerror or error}. Free space there.") from error
 

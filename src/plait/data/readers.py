@@ -1,6 +1,6 @@
 """What people have -> records not yet checked: idx files, texts, media in folders; tables are in `tables.py`.
 
-`plan` decides how a source is read; each reader yields `Found` records and `Rejected` lines. The bytes of a medium are
+`plan` decides how a source is read; each reader yields `RawRecord`s and `Rejected` lines. The bytes of a medium are
 fetched later, when the record is prepared.
 """
 
@@ -22,10 +22,10 @@ import numpy as np
 from plait.core.errors import PlaitError
 from plait.data.files import (
     DAMAGED,
-    Found,
     Item,
     Media,
     Plan,
+    RawRecord,
     Tree,
     idx_name,
     open_text,
@@ -120,20 +120,20 @@ def plan_idx(tree: Tree, labels: dict[str, list[str]]) -> Plan | None:
                         yield Rejected(pair["labels"], n, f"label {value}, but {len(names)} names were given")
                         continue
                     parts["label"] = names[value] if names is not None else str(value)
-                yield Found(f"{stem}:{n}", place, parts, split)
+                yield RawRecord(f"{stem}:{n}", place, parts, split)
 
-    given: Counter[str | None] = Counter()
+    split_counts: Counter[str | None] = Counter()
     notes = []
     for stem, pair in pairs.items():
         split = split_of_file(stem.rpartition("/")[2])
         try:
             with _open_idx(tree.files[pair["images"]], pair["images"]) as file:
-                given[split] += int.from_bytes(file.read(8)[4:], "big")
+                split_counts[split] += int.from_bytes(file.read(8)[4:], "big")
         except DAMAGED:
             continue
         notes.append(f"{pair['images']}: images -> image" + (", labels -> label" if "labels" in pair else ""))
     columns = {"image": "image"} | ({"label": "text"} if any("labels" in p for p in pairs.values()) else {})
-    return Plan(columns, given, read, notes)
+    return Plan(columns, split_counts, read, notes)
 
 
 # --- plain text -------------------------------------------------------------------------------------------------
@@ -150,12 +150,12 @@ def plan_text(tree: Tree) -> Plan | None:
     labelled = len({label for label in classes.values() if label}) > 1
     sizes: dict[str, int] = {}  # characters
     broken: dict[str, str] = {}
-    given: Counter[str | None] = Counter()
+    split_counts: Counter[str | None] = Counter()
     for name in names:
         try:
             with open_text(tree.files[name], name, "strict") as file:
                 sizes[name] = sum(map(len, iter(partial(file.read, 1 << 20), "")))
-            given[None if single else folders.split(name)] += 1 + sizes[name] // TEXT_BYTES
+            split_counts[None if single else folders.split(name)] += 1 + sizes[name] // TEXT_BYTES
         except UnicodeDecodeError as error:
             broken[name] = f"not UTF-8: byte {error.object[error.start]:#04x}. Save it as UTF-8"
         except DAMAGED as error:
@@ -179,12 +179,12 @@ def plan_text(tree: Tree) -> Plan | None:
             group = None if single else _sha256(tree.files[name])  # the pieces of a text stay together
             for n, (start, text) in enumerate(_pieces(tree.files[name], name, list(borders))):
                 split = borders.get(start, split)
-                yield Found(f"{name}:{n}", f"{name}:{n}", {"text": text, **given_label}, split, group)
+                yield RawRecord(f"{name}:{n}", f"{name}:{n}", {"text": text, **given_label}, split, group)
 
     note = f"{len(names)} text files -> text" if not single else f"{names[0]} -> text, the last tenth for val and test"
     columns = {"text": "text", "label": "text"} if labelled else {"text": "text"}
     notes = [note] + ["folder names -> label"] * labelled
-    return Plan(columns, given, read, notes, tail=single, warnings=list(folders.notes.values()))
+    return Plan(columns, split_counts, read, notes, tail=single, warnings=list(folders.notes.values()))
 
 
 def _sha256(place: Location) -> str:
@@ -195,20 +195,20 @@ def _sha256(place: Location) -> str:
 def _pieces(path: Location, name: str, borders: list[int]) -> Iterator[tuple[int, str]]:
     """(first character's position, text) of pieces of at most TEXT_BYTES characters; one begins at each border."""
     with open_text(path, name, "strict") as file:
-        at, kept = 0, ""
+        at, buffer = 0, ""
         for block in iter(partial(file.read, 1 << 20), ""):
-            kept += block
+            buffer += block
             start = 0
-            while len(kept) - start > TEXT_BYTES:
-                stop = kept.rfind("\n", start + TEXT_BYTES // 2, start + TEXT_BYTES) + 1 or start + TEXT_BYTES
+            while len(buffer) - start > TEXT_BYTES:
+                stop = buffer.rfind("\n", start + TEXT_BYTES // 2, start + TEXT_BYTES) + 1 or start + TEXT_BYTES
                 stop = next((start + border - at for border in borders if 0 < border - at < stop - start), stop)
-                yield at, kept[start:stop]
+                yield at, buffer[start:stop]
                 at, start = at + stop - start, stop
-            kept = kept[start:]
-        while kept:
-            stop = next((border - at for border in borders if 0 < border - at < len(kept)), len(kept))
-            yield at, kept[:stop]
-            at, kept = at + stop, kept[stop:]
+            buffer = buffer[start:]
+        while buffer:
+            stop = next((border - at for border in borders if 0 < border - at < len(buffer)), len(buffer))
+            yield at, buffer[:stop]
+            at, buffer = at + stop, buffer[stop:]
 
 
 # --- media in folders -------------------------------------------------------------------------------------------
@@ -251,14 +251,14 @@ class _MediaFiles:
                     split = split_name(value or "") or split
                 elif value:
                     parts[column] = value
-        return Found(first, first, parts, split)
+        return RawRecord(first, first, parts, split)
 
     def read(self) -> Iterator[Item]:
         """All records, with the texts beside them."""
         for stem, files in self.stems.items():
             item, text = self.record(stem), f"{stem}.txt"
             self.tree.used.update(files.values())
-            if isinstance(item, Found) and text in self.tree.files and "text" not in item.parts:
+            if isinstance(item, RawRecord) and text in self.tree.files and "text" not in item.parts:
                 self.tree.used.add(text)
                 try:
                     with open_text(self.tree.files[text], text, "strict") as file:
@@ -296,13 +296,13 @@ def plan_media(tree: Tree, pattern: re.Pattern[str] | None) -> Plan | None:
         columns[column] = "text"
     files = _MediaFiles(tree, stems, folders, classes, labelled, pattern)
     records = map(files.record, stems)
-    given: Counter[str | None] = Counter(item.split for item in records if isinstance(item, Found))
+    split_counts: Counter[str | None] = Counter(item.split for item in records if isinstance(item, RawRecord))
     notes = [f"{sum(k == kind for k in kinds.values())} {kind} files -> {kind}" for kind in MEDIA
              if kind in columns]  # fmt: skip
     notes += ["files of the same name ending in .txt -> text"] if "text" in columns else []
     notes += ["folder names -> label"] if labelled else []
     notes += [f"the pattern's groups -> {', '.join(groups)}"] if groups else []
-    return Plan(columns, given, files.read, notes, warnings=list(folders.notes.values()))
+    return Plan(columns, split_counts, files.read, notes, warnings=list(folders.notes.values()))
 
 
 def _ending(name: str) -> str:
@@ -356,6 +356,6 @@ def plan(
             "Labels name the integer classes of a table's column, or of idx files (their column is 'label')."
         )
     if column_map and chosen is not tables:
-        known = ", ".join(chosen.columns)
-        raise PlaitError(f"--map applies to the columns of tables; this source has none (its columns are {known}).")
+        columns = ", ".join(chosen.columns)
+        raise PlaitError(f"--map applies to the columns of tables; this source has none (its columns are {columns}).")
     return chosen

@@ -63,12 +63,12 @@ def rejected(place: str, reason: str) -> Rejected:
     return Rejected(file, int(line), reason) if file and line.isdigit() else Rejected(place, None, reason)
 
 
-def are_labels(column: str, distinct: int, records: int, each: int) -> bool:
+def are_labels(column: str, distinct: int, records: int, per_label: int) -> bool:
     """Whether a column of short texts holds labels: `distinct` different values at `records` records, so that each
     stands at `each` of them on average, or fewer where the column's name says that they are labels."""
     if distinct < 2:
         return False
-    return distinct <= records // each or (column.lower() in LABEL_NAMES and distinct <= MOST_ONCE)
+    return distinct <= records // per_label or (column.lower() in LABEL_NAMES and distinct <= MOST_ONCE)
 
 
 def split_name(name: str) -> str | None:
@@ -89,8 +89,8 @@ def join_labels(labels: Iterable[str]) -> str:
     """Several labels as one text, "joy; anger"; ";" for a record that has none of them. Raises ValueError where
     one holds the separator."""
     named = list(dict.fromkeys(label.strip() for label in labels if label.strip()))
-    if odd := [label for label in named if LABEL_SEPARATOR in label]:
-        raise ValueError(f"the label '{odd[0]}' holds a '{LABEL_SEPARATOR}'")
+    if unusable := [label for label in named if LABEL_SEPARATOR in label]:
+        raise ValueError(f"the label '{unusable[0]}' holds a '{LABEL_SEPARATOR}'")
     return f"{LABEL_SEPARATOR} ".join(named) or LABEL_SEPARATOR
 
 

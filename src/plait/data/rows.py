@@ -127,15 +127,15 @@ def batches(path: Location, suffix: str, column: int | None = None) -> Iterator[
     if suffix == ".parquet":
         with pq.ParquetFile(_parquet(path)) as file:
             if column is not None:
-                wanted = file.schema_arrow.names[column]
-                yield from file.iter_batches(65536, columns=[wanted])
+                column_name = file.schema_arrow.names[column]
+                yield from file.iter_batches(65536, columns=[column_name])
                 return
             for batch in file.iter_batches(batch_size=64):
                 yield batch.rename_columns(distinct(batch.schema.names)[0])
         return
-    schema, found = arrow_file(path)
+    schema, record_batches = arrow_file(path)
     names = distinct(schema.names)[0]
-    for batch in found:
+    for batch in record_batches:
         if column is not None:
             yield batch.select([column])
             continue
@@ -215,8 +215,8 @@ def _fit(lines: list[str], delimiter: str) -> tuple[float, float, int]:
         if isinstance(row, list) and row:
             counts[len(row)] += 1
     counts[head] -= 1
-    others = sum(counts.values())
-    share = counts[head] / others if others else 1.0
+    other_rows = sum(counts.values())
+    share = counts[head] / other_rows if other_rows else 1.0
     if head == 1:
         return 0.5, share, 1
     # A delimiter that cuts the heading, and no row like it, stands in a name.
@@ -280,28 +280,28 @@ def _records(source: _Source, delimiter: str, spaced: bool) -> Iterator[tuple[in
             continue
         if row is None:
             return
-        line, held = source.first, source.held
+        line, lines = source.first, source.held
         source.next_record()
-        yield line, held, row
+        yield line, lines, row
 
 
 def _csv_rows(path: Location, name: str) -> Iterator[Row]:
-    told = heading(path, name)
+    header = heading(path, name)
     with open_text(path, name) as file:
         headed = False
-        for line, held, row in _records(_Source(file), told.delimiter, told.spaced):
+        for line, lines, row in _records(_Source(file), header.delimiter, header.spaced):
             if not row:
                 continue
             if not headed:
                 headed = True
                 continue
-            fault = next((f for text in held if not text.isascii() and (f := not_utf8(text))), None)
+            fault = next((f for text in lines if not text.isascii() and (f := not_utf8(text))), None)
             if fault or isinstance(row, str):
                 yield line, fault or str(row)
-            elif len(row) > len(told.names):
-                yield line, f"{len(row)} cells, more than the {len(told.names)} columns"
+            elif len(row) > len(header.names):
+                yield line, f"{len(row)} cells, more than the {len(header.names)} columns"
             else:
-                yield line, dict(zip(told.names, row, strict=False)) | dict.fromkeys(told.names[len(row) :])
+                yield line, dict(zip(header.names, row, strict=False)) | dict.fromkeys(header.names[len(row) :])
 
 
 def not_utf8(text: str) -> str | None:

@@ -67,10 +67,10 @@ class Samples:
     def open(cls, path: Path) -> Samples:
         """Map what `write` stored. Raises PlaitError naming the file that is missing or cut."""
         facts, raw, places = _files(path)
-        known = read_json(facts)
+        sample_facts = read_json(facts)
         try:
             offsets = np.load(places)
-            shape, dtype = (int(offsets[-1]), *known["shape"]), np.dtype(known["dtype"])
+            shape, dtype = (int(offsets[-1]), *sample_facts["shape"]), np.dtype(sample_facts["dtype"])
             if not offsets[-1]:  # nothing cannot be mapped
                 return cls(np.zeros(shape, dtype), offsets)
             return cls(np.memmap(raw, dtype, "r", shape=shape), offsets)

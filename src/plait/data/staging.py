@@ -23,13 +23,13 @@ from typing import Any, Protocol
 
 from plait.core.errors import PlaitError
 from plait.core.system import OUT_OF_HEARING, processors, read_line
-from plait.data.files import Found, Item, Media
+from plait.data.files import Item, Media, RawRecord
 from plait.data.record import Rejected
 from plait.data.stores import StoreError
 from plait.data.work import Task, check_chunk, send
 
 _ROWS, _BYTES = 512, 16 << 20  # of a chunk
-_FORM = 2  # of the chunks' files and of the fingerprints in them; another number makes all chunks anew
+_FORM = 3  # of the chunks' files and of the fingerprints in them; another number makes all chunks anew
 _PATIENCE = 120.0  # seconds for one record
 
 
@@ -55,7 +55,7 @@ def stage(
     paths: list[Path] = []
     waiting: deque[tuple[Future[None] | None, int]] = deque()
     pool = make_pool(engine, workers, folder)
-    wanted = pool.count
+    processes = pool.count
     done = 0
 
     def take() -> None:
@@ -68,9 +68,9 @@ def stage(
 
     with pool:
         chunks = chunks_of(items)
-        held = next(chunks, None)
-        while held is not None:
-            chunk, held = held, next(chunks, None)
+        ahead = next(chunks, None)
+        while ahead is not None:
+            chunk, ahead = ahead, next(chunks, None)
             task, blobs, key = task_of(chunk, {"seed": seed, "near": near, "chats": chats})
             path = folder / f"{len(paths):07d}-{key}.arrow"
             task |= {"out": str(path), "known": str(known) if known else ""}
@@ -79,9 +79,9 @@ def stage(
                 waiting.append((None, len(chunk)))
             else:
                 # One chunk of text is done sooner than a process starts.
-                alone = held is None and len(paths) == 1 and not any(map(_has_media, chunk))
+                alone = ahead is None and len(paths) == 1 and not any(map(_has_media, chunk))
                 waiting.append((pool.submit(task, blobs, here=alone), len(chunk)))
-            while len(waiting) > 2 * wanted + 2:
+            while len(waiting) > 2 * processes + 2:
                 take()
         while waiting:
             take()
@@ -89,7 +89,7 @@ def stage(
 
 
 def _has_media(item: Item) -> bool:
-    return isinstance(item, Found) and any(isinstance(value, Media) for value in item.parts.values())
+    return isinstance(item, RawRecord) and any(isinstance(value, Media) for value in item.parts.values())
 
 
 def chunks_of(items: Iterator[Item]) -> Iterator[list[Item]]:
@@ -98,7 +98,7 @@ def chunks_of(items: Iterator[Item]) -> Iterator[list[Item]]:
     size = 0
     for item in items:
         chunk.append(item)
-        if isinstance(item, Found):
+        if isinstance(item, RawRecord):
             size += sum(map(_bytes, item.parts.values()))
         if len(chunk) >= _ROWS or size >= _BYTES:
             yield chunk
@@ -131,16 +131,16 @@ def task_of(chunk: list[Item], options: Task) -> tuple[Task, list[bytes], str]:
     def part(value: str | Media) -> str | dict[str, Any]:
         if isinstance(value, str):
             return value
-        told: dict[str, Any] = {"kind": value.kind, "name": value.name}
+        described: dict[str, Any] = {"kind": value.kind, "name": value.name}
         if value.data is None and value.pixels is None:
             digest.update(f"{value.size}:{value.stamp}\0".encode())
-            return told | {"path": str(value.path)}
+            return described | {"path": str(value.path)}
         if value.pixels is not None:
-            told["pixels"] = value.pixels.shape
+            described["pixels"] = value.pixels.shape
         data = value.data if value.data is not None else value.pixels.tobytes()  # type: ignore[union-attr]
         digest.update(hashlib.sha256(data).digest())
         blobs.append(data)
-        return told | {"blob": len(blobs) - 1}
+        return described | {"blob": len(blobs) - 1}
 
     for item in chunk:
         if isinstance(item, Rejected):

@@ -168,17 +168,17 @@ def open_binary(place: Location) -> IO[bytes]:
     return io.BufferedReader(_StoreFile(system, path, int(facts["size"]), place), _BLOCK)
 
 
-def read_bytes(place: Location, most: int = -1) -> bytes:
+def read_bytes(place: Location, max_bytes: int = -1) -> bytes:
     """A file's bytes, `most` at most. Raises as `open_binary` does."""
     if isinstance(place, str):
         system, path = _filesystem(place)
-        end = None if most < 0 else most
+        end = None if max_bytes < 0 else max_bytes
         fetch = lambda: cast("bytes", system.cat_file(path, start=0, end=end))  # noqa: E731
         return _with_retries(fetch, f"{place} cannot be read", _store_failed)
 
     def read() -> bytes:
         with place.open("rb") as file:
-            return file.read(most)
+            return file.read(max_bytes)
 
     return _with_retries(read, f"{place} cannot be read", is_passing)
 
@@ -211,9 +211,9 @@ def listing(url: str) -> dict[str, tuple[str, int, str]]:
         system.invalidate_cache()
         return cast("dict[str, Any]", system.find(root, detail=True))
 
-    found = _with_retries(find, f"{url} cannot be listed", _store_failed)
+    listed = _with_retries(find, f"{url} cannot be listed", _store_failed)
     files = {}
-    for path, facts in sorted(found.items()):
+    for path, facts in sorted(listed.items()):
         inside = path.removeprefix(root.rstrip("/")).lstrip("/") or path.rpartition("/")[2]
         stamp = next((str(facts[key]) for key in ("ETag", "etag", "md5Hash", "checksum", "mtime", "LastModified",
                                                   "created") if facts.get(key)), "")  # fmt: skip

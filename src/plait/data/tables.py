@@ -28,10 +28,10 @@ from plait.data.conversations import flatten, is_chat
 from plait.data.files import (
     DAMAGED,
     TABLE_SUFFIXES,
-    Found,
     Item,
     Media,
     Plan,
+    RawRecord,
     Tree,
     suffix_of,
 )
@@ -71,7 +71,7 @@ class Table:
     columns: dict[str, Column] = field(default_factory=dict)
     samples: dict[str, list[Any]] = field(default_factory=dict)
     class_names: dict[str, list[str]] = field(default_factory=dict)
-    given: Counter[str | None] = field(default_factory=Counter)
+    split_counts: Counter[str | None] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
 
 
@@ -99,16 +99,16 @@ def _scan(tree: Tree, name: str, split: str, default: str | None) -> Table:
     schema and the split's column are enough."""
     table = Table(name, default)
     suffix = suffix_of(name)
-    known = suffix in (".parquet", ".arrow")
-    if known:
+    has_schema = suffix in (".parquet", ".arrow")
+    if has_schema:
         try:
             schema, count = schema_of(tree.files[name], suffix)
             names, table.notes = distinct(schema.names)
             if split in names:
-                table.given = _counted(batches(tree.files[name], suffix, names.index(split)), default)
+                table.split_counts = _counted(batches(tree.files[name], suffix, names.index(split)), default)
             else:
                 count = sum(map(len, batches(tree.files[name], suffix, 0))) if count is None else count
-                table.given = Counter({default: count})
+                table.split_counts = Counter({default: count})
         except (OSError, ValueError, IndexError, pa.ArrowException):
             return table  # `rows` says what is wrong
         table.samples = {column: [] for column in names}
@@ -119,7 +119,7 @@ def _scan(tree: Tree, name: str, split: str, default: str | None) -> Table:
         except (*DAMAGED, TableError):
             return table
     for number, (_, row) in enumerate(rows(tree, name)):
-        if known and number == _SAMPLE:
+        if has_schema and number == _SAMPLE:
             break  # such files tell their columns and their size: their media need not be read for that
         if isinstance(row, str):
             continue
@@ -127,19 +127,19 @@ def _scan(tree: Tree, name: str, split: str, default: str | None) -> Table:
             values = table.samples.setdefault(key, [])
             if len(values) < _SAMPLE and not is_blank(value):
                 values.append(_head(value))
-        if not known:
-            given = row.get(split)
-            table.given[(split_name(given) if isinstance(given, str) else None) or default] += 1
+        if not has_schema:
+            split_cell = row.get(split)
+            table.split_counts[(split_name(split_cell) if isinstance(split_cell, str) else None) or default] += 1
     return table
 
 
-def _counted(found: Iterator[pa.RecordBatch], default: str | None) -> Counter[str | None]:
-    given: Counter[str | None] = Counter()
-    for batch in found:
+def _counted(record_batches: Iterator[pa.RecordBatch], default: str | None) -> Counter[str | None]:
+    split_counts: Counter[str | None] = Counter()
+    for batch in record_batches:
         for entry in pc.value_counts(batch.column(0)).to_pylist():
             value = entry["values"]
-            given[(split_name(value) if isinstance(value, str) else None) or default] += entry["counts"]
-    return given
+            split_counts[(split_name(value) if isinstance(value, str) else None) or default] += entry["counts"]
+    return split_counts
 
 
 def is_blank(value: Any) -> bool:
@@ -271,21 +271,21 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _wanted(column_map: dict[str, str], known: set[str]) -> dict[str, tuple[str, str | None]]:
+def _read_column_map(column_map: dict[str, str], column_names: set[str]) -> dict[str, tuple[str, str | None]]:
     """The user's map as column -> (role, name or None). Raises PlaitError where it does not fit the table."""
     requested: dict[str, tuple[str, str | None]] = {}
     for left, right in column_map.items():
         for piece in right.split(","):
             head, _, name = piece.strip().partition(":")
-            if left in ROLES and (head in known or head not in ROLES):
+            if left in ROLES and (head in column_names or head not in ROLES):
                 role, column = left, head
             else:
                 role, column = head, left
             if role not in ROLES:
                 raise PlaitError(f"--map {left}={right}: write ROLE=COLUMN, where ROLE is one of {', '.join(ROLES)}.")
-            if column not in known:
+            if column not in column_names:
                 raise PlaitError(
-                    f"--map {left}={right}: there is no column '{column}'. Columns: {', '.join(sorted(known))}."
+                    f"--map {left}={right}: there is no column '{column}'. Columns: {', '.join(sorted(column_names))}."
                 )
             requested[column] = role, name or None
     return requested
@@ -356,7 +356,7 @@ def plan_tables(tree: Tree, column_map: dict[str, str], labels: dict[str, list[s
             by_role.setdefault(column.role, set()).add(column.name)
     return Plan(
         dict(sorted(columns.kinds.items(), key=lambda item: KINDS.index(item[1]))),
-        _given(tables),
+        _split_counts(tables),
         read,
         list(dict.fromkeys(columns.notes)),
         chats=sorted(by_role["chat"]),
@@ -375,14 +375,14 @@ def _plan_columns(
     tree: Tree, tables: list[Table], column_map: dict[str, str], labels: dict[str, list[str]]
 ) -> _Columns:
     """What each column of the tables is: as the map says, else as its name and values do. Raises PlaitError."""
-    known = {column for table in tables for column in table.samples}
-    requested = _wanted(column_map, known)
+    column_names = {column for table in tables for column in table.samples}
+    requested = _read_column_map(column_map, column_names)
     columns = _Columns()
     for table in tables:
         for column, values in table.samples.items():
-            asked = requested.get(column)
-            role = asked[0] if asked else _recognise(tree, table.file, column, values)
-            name = (asked[1] if asked else None) or _target(column, role, set(table.samples))
+            mapped = requested.get(column)
+            role = mapped[0] if mapped else _recognise(tree, table.file, column, values)
+            name = (mapped[1] if mapped else None) or _target(column, role, set(table.samples))
             names = labels.get(name) or labels.get(column) or table.class_names.get(column)
             separator = _separator(values) if role == "labels" else None
             columns.add(table, column, Column(role, name, names, separator))
@@ -391,21 +391,21 @@ def _plan_columns(
             f"{tables[0].file}: {len(columns.kinds)} columns, more than {_COLUMNS}. If it is a table of records, leave "
             "some columns out of it."
         )
-    if unknown := set(labels) - known - set(columns.kinds):
+    if unknown := set(labels) - column_names - set(columns.kinds):
         raise PlaitError(
             f"Labels for '{sorted(unknown)[0]}': there is no such column. Columns: {', '.join(columns.kinds)}."
         )
     return columns
 
 
-def _given(tables: list[Table]) -> Counter[str | None]:
+def _split_counts(tables: list[Table]) -> Counter[str | None]:
     """How many records the tables give to each split, None for those that leave it open."""
-    given: Counter[str | None] = Counter()
+    split_counts: Counter[str | None] = Counter()
     for table in tables:
         lists = [v for key, c in table.columns.items() if c.role == "each" for v in table.samples[key]]
         many = sum(len(v) if isinstance(v, list) else 1 for v in lists) / len(lists) if lists else 1.0
-        given.update({of: round(count * many) for of, count in table.given.items()})
-    return given
+        split_counts.update({of: round(count * many) for of, count in table.split_counts.items()})
+    return split_counts
 
 
 def _printable(name: str) -> str:
@@ -507,8 +507,8 @@ def _spoken(tree: Tree, table: Table, place: str, column: Column, kind: str, val
 def _record(tree: Tree, table: Table, line: int, row: dict[str, Any]) -> Iterator[Item]:
     """The record of a row; one for each element where a column's role is "each"."""
     place = f"{table.file}:{line}"
-    found = Found(place, place, {}, table.split)
-    each: dict[str, list[Any]] = {}
+    record = RawRecord(place, place, {}, table.split)
+    lists: dict[str, list[Any]] = {}
     chats: list[tuple[Column, Any]] = []
     try:
         for key, value in row.items():
@@ -518,42 +518,42 @@ def _record(tree: Tree, table: Table, line: int, row: dict[str, Any]) -> Iterato
             if column.role == "id":
                 if not (text := words(value, None)):
                     raise UnusableError("the id is empty")
-                found.id = text
+                record.id = text
             elif column.role == "split":
                 if not (split := split_name(str(value))):
                     raise UnusableError(f"unknown split '{value}': write train, validation or test")
-                found.split = split
+                record.split = split
             elif column.role == "chat":
                 chats.append((column, value))
             elif column.role == "each":
-                each[key] = value if isinstance(value, list) else [value]
+                lists[key] = value if isinstance(value, list) else [value]
             elif column.role == "labels":
-                found.parts[column.name] = _several(value, column)
+                record.parts[column.name] = _several(value, column)
             elif column.role == "number":
                 if (number := _number(value)) is None:
                     raise UnusableError(f"column '{column.name}': '{str(value)[:40]}' is no finite number")
-                found.parts[column.name] = f"{number:.10g}"
+                record.parts[column.name] = f"{number:.10g}"
             elif column.role == "text":
                 if (text := words(value, column.labels)) is not None:
-                    found.parts[column.name] = text
+                    record.parts[column.name] = text
             elif (medium := _medium(tree, table, place, column, value)) is not None:
-                found.parts[column.name if column.role != "media" else medium.kind] = medium
+                record.parts[column.name if column.role != "media" else medium.kind] = medium
         for column, value in chats:  # last, since their media take the names that are free
             part = partial(_spoken, tree, table, place, column)
             try:
-                text, media = flatten(value, found.parts, part)
+                text, media = flatten(value, record.parts, part)
             except ValueError as error:
                 raise UnusableError(f"column '{column.name}': {error}") from None
-            found.parts |= {column.name: text, **media}
-        if not each:
-            yield found
+            record.parts |= {column.name: text, **media}
+        if not lists:
+            yield record
             return
-        for n in range(max(len(values) for values in each.values())):
-            parts = dict(found.parts)
-            for key, values in each.items():
+        for n in range(max(len(values) for values in lists.values())):
+            parts = dict(record.parts)
+            for key, values in lists.items():
                 column = table.columns[key]
                 if n < len(values) and (text := words(values[n], column.labels)) is not None:
                     parts[column.name] = text
-            yield Found(f"{found.id}#{n}", place, parts, found.split, found.group)
+            yield RawRecord(f"{record.id}#{n}", place, parts, record.split, record.group)
     except UnusableError as error:
         yield Rejected(table.file, line, str(error))

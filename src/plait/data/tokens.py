@@ -42,8 +42,8 @@ class Tokens:
     @property
     def lengths(self) -> np.ndarray:
         """(N,) tokens of each record's text, 0 where it has none."""
-        known = np.concatenate((self.samples.lengths, [len(ids) for ids in self.more], [0])).astype(np.int64)
-        return known[self.rows]  # -1 is the last, which is 0
+        all_lengths = np.concatenate((self.samples.lengths, [len(ids) for ids in self.more], [0])).astype(np.int64)
+        return all_lengths[self.rows]  # -1 is the last, which is 0
 
     def extend(self, texts: Iterable[list[int] | None]) -> None:
         """Add records."""

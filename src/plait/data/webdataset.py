@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 
-from plait.data.files import DAMAGED, Found, Item, Media, Plan, Tree, shard_key, suffix_of
+from plait.data.files import DAMAGED, Item, Media, Plan, RawRecord, Tree, shard_key, suffix_of
 from plait.data.folders import FileSplits
 from plait.data.record import RESERVED, Rejected, text_fault
 from plait.data.rows import parse_json
@@ -31,7 +31,7 @@ def plan_shards(tree: Tree, labels: dict[str, list[str]]) -> Plan | None:
     columns: dict[str, str] = {}
     splits = FileSplits(tree.shards)
     for item in islice(_records(tree, tree.shards[0], labels, None), _SAMPLE):
-        if isinstance(item, Found):
+        if isinstance(item, RawRecord):
             columns |= {name: v.kind if isinstance(v, Media) else "text" for name, v in item.parts.items()}
 
     def read() -> Iterator[Item]:
@@ -45,16 +45,16 @@ def plan_shards(tree: Tree, labels: dict[str, list[str]]) -> Plan | None:
 
 
 def _records(tree: Tree, shard: str, labels: dict[str, list[str]], split: str | None) -> Iterator[Item]:
-    held: list[tuple[str, str, bytes]] = []  # key, ending, content
+    members: list[tuple[str, str, bytes]] = []  # key, ending, content
     try:
         with open_binary(tree.files[shard]) as file, tarfile.open(fileobj=file, mode="r|*") as packed:
             for member in packed:
                 if member.isdir():
                     continue
                 key, ending = shard_key(member.name)
-                if held and held[0][0] != key:
-                    yield from _record(shard, held, split, labels)
-                    held = []
+                if members and members[0][0] != key:
+                    yield from _record(shard, members, split, labels)
+                    members = []
                 fault = text_fault(member.name)
                 if not fault and not member.isreg():
                     fault = "a link or a device in a shard"
@@ -65,16 +65,16 @@ def _records(tree: Tree, shard: str, labels: dict[str, list[str]], split: str | 
                     yield Rejected(f"{shard}/{shown}", None, fault)
                     continue
                 content = packed.extractfile(member)
-                held.append((key, ending, content.read() if content is not None else b""))
+                members.append((key, ending, content.read() if content is not None else b""))
             # tarfile takes half a header for the end.
             file.seek(packed.offset)
             if suffix_of(shard) == ".tar" and 0 < len(file.read(512)) < 512:
                 raise tarfile.ReadError("it is cut short")
-        if held:
-            yield from _record(shard, held, split, labels)
+        if members:
+            yield from _record(shard, members, split, labels)
     except DAMAGED as error:
         raise_if_passing(error, shard)
-        yield from _record(shard, held, split, labels) if held else ()
+        yield from _record(shard, members, split, labels) if members else ()
         yield Rejected(shard, None, f"damaged archive: {error}; the rest of it was not read")
 
 
@@ -84,7 +84,7 @@ def _record(
     """The record of members that share a stem, and the rejections of those that cannot be used."""
     key = members[0][0]
     place = f"{shard}/{key}"
-    record = Found(place, place, {}, split)
+    record = RawRecord(place, place, {}, split)
     faults: list[Rejected] = []
     for _, ending, content in members:
         name, suffix = ending.rpartition(".")[0], ending.rpartition(".")[2]
@@ -110,8 +110,8 @@ def _record(
     yield from faults
 
 
-def _free(name: str, found: Found) -> str:
+def _free(name: str, record: RawRecord) -> str:
     """The name, or one with a number where the record has that part already."""
     name = f"{name}_2" if name in RESERVED else name
-    tries = (name if n == 1 else f"{name}_{n}" for n in range(1, len(found.parts) + 2))
-    return next(one for one in tries if one not in found.parts)
+    tries = (name if n == 1 else f"{name}_{n}" for n in range(1, len(record.parts) + 2))
+    return next(one for one in tries if one not in record.parts)

@@ -33,7 +33,8 @@ from plait.modalities.media import MEDIA
 # Columns of the file: what is known of a record, then for each part NAME "part:NAME", and for a medium its width and
 # height or seconds and rate, its digest and its fingerprint; "words" is the fingerprint of a record without media.
 FACTS = {"id": pa.string(), "place": pa.string(), "split": pa.string(), "key": pa.binary(16), "content": pa.binary(16),
-         "group": pa.binary(16), "draw": pa.int64(), "rank": pa.int64(), "words": pa.binary()}  # fmt: skip
+         "group": pa.binary(16), "draw": pa.int64(), "rank": pa.int64(), "words": pa.binary(),
+         "group_name": pa.string()}  # fmt: skip
 MEDIA_FACTS = {"first": pa.float64(), "second": pa.float64(), "digest": pa.binary(16), "print": pa.binary()}
 
 Task = dict[str, Any]
@@ -82,14 +83,14 @@ def _seen(kind: str, data: bytes, digest: bytes, task: Task, lately: dict[tuple[
     captions stands in five), else from decoding it. Raises MediaError."""
     look = lately.get((kind, digest))
     if look is None:
-        known = known_media(task["known"]) if task.get("known") else None
-        look = known.get(kind, digest, task["near"]) if known else None
+        known_looks = known_media(task["known"]) if task.get("known") else None
+        look = known_looks.get(kind, digest, task["near"]) if known_looks else None
         look = look or _look(kind, data, task["near"])
         lately[kind, digest] = look
     return look
 
 
-def _said(chat: str) -> str:
+def _words_of(chat: str) -> str:
     """What is said in a conversation, without the shell that all conversations share."""
     return "\n".join(value for turn in turns(chat) for kind, value in turn.parts if kind == "text")
 
@@ -102,6 +103,8 @@ def _check(
     place = item["place"]
     if why := text_fault(item["id"]):
         return rejected(place, f"id: {why}")
+    if item["group"] and (why := text_fault(item["group"])):
+        return rejected(place, f"group: {why}")
     parts: dict[str, str | bytes] = {}
     row: dict[str, Any] = {"id": item["id"], "place": place, "split": item["split"]}
     for name, value in item["parts"].items():
@@ -131,9 +134,12 @@ def _check(
     words = {name: text for name, text in parts.items() if isinstance(text, str)}
     row["group"], row["content"] = group[:16], hashlib.sha256(group + _digest(words)).digest()[:16]
     if task["near"] and not media:
-        row["words"] = text_print("\n".join(_said(text) if n in task["chats"] else text for n, text in words.items()))
+        row["words"] = text_print(
+            "\n".join(_words_of(text) if n in task["chats"] else text for n, text in words.items())
+        )
     if item["group"]:
         group = hashlib.sha256(item["group"].encode()).digest()
+        row["group_name"] = item["group"]
     row["key"] = hashlib.sha256(item["id"].encode()).digest()[:16]
     row["draw"] = _key(f"{task['seed']}:{group.hex()}".encode())
     row["rank"] = _key(f"{task['seed']}:{item['id']}".encode())
@@ -172,14 +178,14 @@ def check_chunk(task: Task, blobs: list[bytes], at: Callable[[int], None] = lamb
     columns = {name: pa.array([row.get(name) for row in rows], of) for name, of in types.items()}
     table = pa.table(columns, pa.schema(types, facts))
     out = Path(task["out"])
-    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
-        aside.replace(out)
+        temporary.replace(out)
     except BaseException:
         with contextlib.suppress(OSError):
-            aside.unlink()
+            temporary.unlink()
         raise
 
 

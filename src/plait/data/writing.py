@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from plait.core.config import DataRecipe
 from plait.core.errors import PlaitError
@@ -23,6 +24,7 @@ from plait.data import known
 from plait.data.dataset import VERSION, Dataset, Manifest, Shard
 from plait.data.duplicates import Duplicates, SplitPair, find_duplicates, first_of, list_equal
 from plait.data.files import ARCHIVE_SUFFIXES, TABLE_SUFFIXES, Plan, Tree, suffix_of
+from plait.data.grouping import column_hint
 from plait.data.preview import Example, report
 from plait.data.record import SPLITS, Rejected, rejected
 from plait.data.shards import Shards, Statistics
@@ -37,6 +39,7 @@ from plait.data.splitting import (
 from plait.data.stores import Location, listing
 
 _EXAMPLES = 12
+GROUPS = "groups.parquet"  # beside the shards
 Progress = Callable[[str, int, int | None], None]  # stage, done, total
 
 
@@ -53,6 +56,7 @@ class Options:
     near: bool
     drop: bool
     into: bool
+    group_by: str | None
     progress: Progress
     engine: str = "local"
 
@@ -192,6 +196,7 @@ def write_dataset(
             nothing = rejects.common() or "It is empty, or holds a heading alone"
             raise PlaitError(f"{source}: no record can be used. {nothing}.")
         division = _divide(paths, used, facts, source_plan, folder, options)
+        groups = _write_groups(paths, division, folder) if source_plan.group_by else None
         manifest, examples = _write_records(source_plan, paths, folder, rejects, division, facts["rank"], options)
         for unused in _unused(tree):
             rejects.add(unused._replace(file=lead + unused.file))
@@ -202,13 +207,15 @@ def write_dataset(
             if options.into
             else source_name(source),
             "source_stamp": source_stamp(source, out),
-            "parts": {"media": media} if media else {},
+            "parts": ({"media": media} if media else {}) | ({"groups": groups.file} if groups else {}),
+            "group_by": source_plan.group_by,
+            "groups": groups.counts if groups else {},
             "rejected": rejects.count,
             "dropped": division.dropped,
             "own_splits": not source_plan.tail and bool((facts["split"][used] >= 0).any()),
             "notes": source_plan.notes,
             "split_notes": [f"split: {division.rule}"],
-            "warnings": [*tree.warnings, *source_plan.warnings],
+            "warnings": [*tree.warnings, *source_plan.warnings, *_group_warnings(manifest, source_plan, groups)],
         }
     )
     manifest = _with_repeats(manifest, division, facts, rejects)
@@ -265,6 +272,43 @@ def _last(source: Location) -> str:
     return (source.name if isinstance(source, Path) else source.rstrip("/").rpartition("/")[2]) or str(source)
 
 
+@dataclass(frozen=True)
+class Groups:
+    """The groups of a dataset: their file, how many each split has, and how many stand in several."""
+
+    file: Shard
+    counts: dict[str, int]
+    parted: int
+
+
+def _write_groups(paths: list[Path], division: Division, folder: Path) -> Groups | None:
+    """Write the group of each record, in the dataset's order; None where no record has one."""
+    names = [name for path in paths for name in read_chunk(path)["group_name"].to_pylist()]
+    kept = np.array(names, object)[division.used][division.keep]
+    if not any(name is not None for name in kept):
+        return None
+    split = division.split[division.keep]
+    order = np.argsort(split, kind="stable")
+    path = folder / GROUPS
+    pq.write_table(pa.table({"group": pa.array(kept[order].tolist(), pa.string())}), path)
+    inside = {name: {one for one in kept[split == place] if one is not None} for place, name in enumerate(SPLITS)}
+    file = Shard(file=path.name, split="", rows=len(kept), bytes=path.stat().st_size, sha256=sha256_file(path))
+    counts = {name: len(found) for name, found in inside.items()}
+    return Groups(file, counts, sum(counts.values()) - len(set().union(*inside.values())))
+
+
+def _group_warnings(manifest: Manifest, source_plan: Plan, groups: Groups | None) -> list[str]:
+    """What is to be known of groups: that some stand in several splits, or that there may be some to name."""
+    if source_plan.group_by is None:
+        hint = column_hint(manifest.statistics)
+        return [hint] if hint else []
+    if groups is None:
+        return [f"No record has a group ({source_plan.group_by})."]
+    if groups.parted:
+        return [f"{groups.parted} groups ({source_plan.group_by}) stand in more than one split, as the source says."]
+    return []
+
+
 def _write_known(paths: list[Path], used: np.ndarray, path: Path) -> Shard | None:
     """Keep what decoding showed of the media that are worth it (see known.py); None where there are none."""
 
@@ -309,7 +353,7 @@ def _write_records(
     rank = np.where(keep, ranks[division.used], np.iinfo(np.int64).max)
     shown = set(np.argsort(rank, kind="stable")[: min(_EXAMPLES, int(keep.sum()))].tolist())
     examples: dict[int, Example] = {}  # by record
-    seen = division.duplicates.seen & keep if not options.drop else np.zeros(len(split), bool)
+    seen_in_train = division.duplicates.seen & keep if not options.drop else np.zeros(len(split), bool)
     for table, numbers, done in _kept_records(paths, division, rejects):
         for name, counted in statistics.items():
             if f"part:{name}" in table.column_names:
@@ -318,7 +362,7 @@ def _write_records(
         rows = table.select(["id", "place", *parts]).rename_columns(
             ["id", "source", *(name.removeprefix("part:") for name in parts)]
         )
-        rows = rows.append_column("seen", pa.array(seen[numbers]))
+        rows = rows.append_column("seen", pa.array(seen_in_train[numbers]))
         for number in shown.intersection(numbers.tolist()):
             row = rows.slice(int(np.searchsorted(numbers, number)), 1).to_pylist()[0]
             cells = {name: row[name] for name in columns if row.get(name) is not None}
@@ -366,11 +410,11 @@ def _kept_records(
         table = table.filter(pa.array(here))
         numbers = np.arange(number, number + len(table))
         number += len(table)
-        kept = division.keep[numbers]
-        for row in np.flatnonzero(~kept).tolist():
+        kept_rows = division.keep[numbers]
+        for row in np.flatnonzero(~kept_rows).tolist():
             twin = division.duplicates.twin(int(numbers[row]))
             rejects.add(rejected(table["place"][row].as_py(), f"left out of train: a near-duplicate of {twin}"))
-        yield table.filter(pa.array(kept)), numbers[kept], number
+        yield table.filter(pa.array(kept_rows)), numbers[kept_rows], number
 
 
 def _warnings(
@@ -386,8 +430,8 @@ def _warnings(
     for name, lengths in manifest.statistics.items():
         alone = [label for label, count in (lengths.classes or {}).items() if count == 1]
         if alone:
-            some = ", ".join(f"'{label}'" for label in alone[:5])
-            warnings.append(f"Column '{name}': {len(alone)} classes have one example only ({some}).")
+            first_labels = ", ".join(f"'{label}'" for label in alone[:5])
+            warnings.append(f"Column '{name}': {len(alone)} classes have one example only ({first_labels}).")
     for pair, count in overlap.items():
         warnings.append(f"{count} records of {pair.later} hold the same media or text as records of {pair.earlier}.")
     if dropped:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from plait.core.errors import PlaitError
 from plait.core.features import ExtensionPoint
 from plait.core.rng import uniform
 from plait.data.dataset import Dataset
+from plait.evaluation import kept_judges
 from plait.evaluation.findings import Findings, ReportItem
 from plait.evaluation.keys import TIMING, Direction, MetricKey, Metrics
 from plait.evaluation.reference_classifier import ReferenceClassifier, fit_classifier
@@ -106,6 +108,7 @@ class EvalContext:
     limits: Limits
     reference_seconds: float
     progress: Progress
+    alternative_seconds: float | None = None  # for which a small CNN is fitted as an alternative; None for none
     metrics: Metrics = field(default_factory=Metrics)
     findings: Findings = field(default_factory=Findings)
 
@@ -320,15 +323,24 @@ class EvalContext:
             self._label_classifiers[media_column, group] = classifier
         return self._label_classifiers.get((media_column, group))
 
-    def _fit(self, media_column: str, group: tuple[str, ...], seconds: float) -> LabelClassifier | None:
+    def small_cnn(self, media_column: str, column: str) -> LabelClassifier | None:
+        """A small CNN fitted for `alternative_seconds`, or the one that was fitted so on these data before; None where
+        train has too few records of a label."""
+        assert self.alternative_seconds is not None
+        return self._fit(media_column, (column,), self.alternative_seconds, keep=True)
+
+    def _fit(
+        self, media_column: str, group: tuple[str, ...], seconds: float, keep: bool = False
+    ) -> LabelClassifier | None:
+        """A judge of a media column; with `keep` in the user's cache, from where it comes the next time."""
         train, modality = self.samples(media_column, "train"), self.modality(media_column)
         truth = [tuple(self.texts[c][i] for c in group) for i in train.indices]
-        keep = np.array([any(value is not None for value in row) for row in truth], bool)
-        rows = [row for row, kept in zip(truth, keep, strict=True) if kept]
+        labelled = np.array([any(value is not None for value in row) for row in truth], bool)
+        rows = [row for row, there in zip(truth, labelled, strict=True) if there]
         classes = list(dict.fromkeys(rows))
         if len(classes) < 2 or len(rows) < 2 * len(classes):
             return None
-        samples = train.only(keep).samples
+        samples = train.only(labelled).samples
 
         def augment(places: np.ndarray, draw: Tensor) -> Tensor:
             values, lengths = modality.batch([samples[i] for i in places])
@@ -338,21 +350,49 @@ class EvalContext:
                 changed = [value[:size] for value, size in zip(changed, lengths.tolist(), strict=True)]
             return modality.features(changed)  # type: ignore[arg-type]
 
-        self.progress(f"judge of {media_column}", 0, 1)
-        number = {value: i for i, value in enumerate(classes)}
-        judge = fit_classifier(
-            self.features(media_column, samples[:512]),
-            np.array([number[row] for row in rows]),
-            len(classes),
-            seconds=seconds,
-            seed=self.seed,
-            augment=augment,
-            device=self.device,
-        )
+        def fit() -> ReferenceClassifier:
+            self.progress(f"a small CNN for {seconds:.0f} s" if keep else f"judge of {media_column}", 0, 1)
+            number = {value: i for i, value in enumerate(classes)}
+            return fit_classifier(
+                self.features(media_column, samples[:512]),
+                np.array([number[row] for row in rows]),
+                len(classes),
+                seconds=seconds,
+                seed=self.seed,
+                augment=augment,
+                device=self.device,
+            )
+
         name = media_column if len(group) > 1 or len(self.labels) == 1 else f"{media_column}_{group[0]}"
-        self.keep(TIMING, Direction(f"judge_{name}"), "seconds", judge.seconds)
-        self.keep(TIMING, Direction(f"judge_{name}"), "steps", judge.steps)
+        if keep:
+            judge, known = kept_judges.kept(self._identity(media_column, group, seconds, classes), fit)
+            judge.network.to(self.device)
+            if known:
+                self.note(f"The small CNN was fitted before ({judge.steps:,} steps in {judge.seconds:.0f} s).")
+            name = f"small_cnn_{name}"
+        else:
+            judge, name = fit(), f"judge_{name}"
+        self.keep(TIMING, Direction(name), "seconds", judge.seconds)
+        self.keep(TIMING, Direction(name), "steps", judge.steps)
         return LabelClassifier(judge, list(group), classes)
+
+    def _identity(
+        self, media_column: str, group: tuple[str, ...], seconds: float, classes: list[tuple[str | None, ...]]
+    ) -> dict[str, Any]:
+        """All that a judge follows from, but for the speed of the machine."""
+        settings: Any = self.modality(media_column).settings
+        return {
+            "data": [shard.sha256 for shard in self.dataset.manifest.shards],
+            "train": hashlib.sha256(self.dataset.indices("train").tobytes()).hexdigest(),
+            "column": media_column,
+            "labels": list(group),
+            "classes": classes,
+            "settings": settings.model_dump(mode="json"),
+            "records": self.limits.training,
+            "seconds": round(seconds),
+            "seed": self.seed,
+            "device": self.device.type,
+        }
 
 
 class Timer:

@@ -22,6 +22,7 @@ from plait.core.config import SIZES, Recipe, parse_recipe
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from plait.data.dataset import Chosen, Dataset
+from plait.data.grouping import group_folds, split_groups
 from plait.evaluation.alternatives import fit_alternative
 from plait.evaluation.decide import fit_classifiers
 from plait.evaluation.examples import Examples, read_examples
@@ -86,9 +87,23 @@ def _whole(model: PlaitModel, dataset: Dataset, one: Classifier) -> Examples:
     return read_examples(model, view, one.source, one.target, "train", ALL, 0)
 
 
+def _groups(dataset: Dataset) -> np.ndarray | None:
+    """The number (N,) of each record's group, of those without one each its own; None where there are no groups."""
+    names = dataset.groups
+    if names is None:
+        return None
+    number = {name: place for place, name in enumerate(dict.fromkeys(filter(None, names)))}
+    return np.array([len(number) + place if name is None else number[name] for place, name in enumerate(names)])
+
+
 def _folds(dataset: Dataset, examples: Examples, folds: int, seed: int) -> np.ndarray:
-    """(N,) the fold of each record: of each label as many in each; what is a duplicate goes where the first one is."""
-    fold = stratified_folds(examples.classes, folds, seed)
+    """(N,) the fold of each record: of each label as many in each, or whole groups where there are some; what is a
+    duplicate goes where the first one is."""
+    groups = _groups(dataset)
+    if groups is None:
+        fold = stratified_folds(examples.classes, folds, seed)
+    else:
+        fold = group_folds(groups[examples.indices], folds, seed)
     file = Path(str(dataset.path)) / "duplicates.jsonl"
     if not file.is_file():
         return fold
@@ -137,11 +152,17 @@ def _retrained(
     fold = np.zeros(len(dataset), np.int64)
     examples = _whole(model, dataset, classifiers[0])
     fold[examples.indices] = _folds(dataset, examples, folds, seed)
+    groups = _groups(dataset)
     for number in range(folds):
         progress(f"a run of {seconds:.0f} s and its answers for each of {folds} folds", number, folds)
         rest, test = everything[fold != number], np.intersect1d(examples.indices, everything[fold == number])
-        aside = np.arange(len(rest)) % VAL_SHARE == number % VAL_SHARE  # records lie as their contents' hash has them
-        view = Chosen(dataset, {"train": rest[~aside], "val": rest[aside], "test": test})
+        if groups is None:
+            for_val = (
+                np.arange(len(rest)) % VAL_SHARE == number % VAL_SHARE
+            )  # records lie as their contents' hash has them
+        else:
+            for_val = split_groups(groups[rest] * 0.618 % 1, splits=(1,)) == 1  # in an order that is not theirs
+        view = Chosen(dataset, {"train": rest[~for_val], "val": rest[for_val], "test": test})
         with tempfile.TemporaryDirectory(prefix="plait-fold-") as scratch:
             folder = Path(scratch) / "run"
             train(view, folder, recipe, lambda told: None, device)

@@ -84,6 +84,8 @@ def evaluate_recognition(
     if out_of_fold is not None:
         recognised = _recognised_by_folds(eval_context, source, target, out_of_fold)
         simple = SimpleAnswers(out_of_fold.simple, alternative_name(eval_context.columns[source]))
+        if eval_context.alternative_seconds is not None:
+            eval_context.note(f"{source}-{target}: by folds no small CNN is fitted. To have one beside it: --folds 0")
     else:
         held_out = _recognised(eval_context, source, target)
         if held_out is None:
@@ -169,6 +171,19 @@ def _simple_answers(eval_context: EvalContext, recognised: Recognised) -> Simple
         )
         if simple is None or (by_critic == recognised.truth).mean() > (simple.predicted == recognised.truth).mean():
             simple = SimpleAnswers(by_critic, "a small CNN")
+    if eval_context.alternative_seconds is None or source not in eval_context.media_columns:
+        return simple
+    network = eval_context.small_cnn(source, target)
+    if network is None:
+        return simple
+    by_network = network.predict_among(
+        eval_context.features(source, recognised.media.samples), target, recognised.labels
+    )
+    right = by_network == recognised.truth
+    value, error = metrics.mean_with_error(right, seed=eval_context.seed)
+    eval_context.keep("recognition", recognised.direction, "small_cnn_accuracy", value, stderr=error, n=len(right))
+    if simple is None or right.mean() > (simple.predicted == recognised.truth).mean():
+        simple = SimpleAnswers(by_network, "a small CNN in the same time")
     return simple
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ class _Network(nn.Module):
 
     def __init__(self, channels: int, side: int, classes: int, width: int) -> None:
         super().__init__()
+        self.shape = {"channels": channels, "side": side, "classes": classes, "width": width}
         layers: list[nn.Module] = []
         before, large = channels, side > 40
         for stage, after in enumerate((width, 2 * width, 2 * width)):
@@ -70,6 +72,11 @@ class ReferenceClassifier:
     steps: int
     seconds: float
 
+    def facts(self) -> dict[str, Any]:
+        """All but the weights; see `blank_classifier`."""
+        own = {name: getattr(self, name) for name in ("mean", "scale", "classes", "steps", "seconds")}
+        return {**own, "network": self.network.shape}
+
     @torch.no_grad()
     def __call__(self, features: Tensor, chunk: int = 256) -> tuple[np.ndarray, np.ndarray]:
         """Features (N, C, H, W) to probabilities (N, classes) and what the last layer reads (N, 64)."""
@@ -84,6 +91,13 @@ class ReferenceClassifier:
         if not hidden:
             return np.zeros((0, self.classes), np.float32), np.zeros((0, HIDDEN), np.float32)
         return np.concatenate(probabilities), np.concatenate(hidden)
+
+
+def blank_classifier(facts: dict[str, Any]) -> ReferenceClassifier:
+    """A classifier of the `facts` of another one, without its weights."""
+    with torch.random.fork_rng(devices=[]):
+        network = _Network(**facts["network"]).eval()
+    return ReferenceClassifier(network, **{name: value for name, value in facts.items() if name != "network"})
 
 
 def _shifted(features: Tensor) -> Augment:

@@ -33,6 +33,7 @@ def evaluate(
     limit: int | None = None,
     limits: Limits | None = None,
     reference_seconds: float = 15.0,
+    alternative_seconds: float | None = None,
     progress: Progress | None = None,
     out_of_fold: dict[tuple[str, str], OutOfFold] | None = None,
 ) -> tuple[Metrics, Findings]:
@@ -46,6 +47,7 @@ def evaluate(
         limit: The most records that a direction takes.
         limits: The same, for each kind of task.
         reference_seconds: What the judge of one media column gets, which is also the baseline of recognition.
+        alternative_seconds: Time for a small CNN, which is then one of the alternatives of recognition; None for none.
         progress: Is told the stage, what is done and what there is to do.
         out_of_fold: Directions (source, target) that are measured by folds, on all records.
 
@@ -66,7 +68,7 @@ def evaluate(
             f"{dataset.path} has no records in {split}. Evaluate with --split {' or '.join(others)}, or add data."
         )
     limits = _limits(limits, limit)
-    eval_context = EvalContext(model, dataset, split, seed, limits, reference_seconds, progress)
+    eval_context = EvalContext(model, dataset, split, seed, limits, reference_seconds, progress, alternative_seconds)
     whole, timer = Timer(eval_context), Timer(eval_context)
     _evaluate_answers(eval_context, timer, out_of_fold)
     _evaluate_texts(eval_context, timer)

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from plait.explain.report import as_json_of, as_png
 from plait.modalities.text import words
 from plait.server import schemas as s
-from plait.server.api import make_router, of
+from plait.server.api import make_router, service_of
 from plait.server.limits import ApiError
 
 EXPLAINED = 256  # words of an input that are explained at once
@@ -23,7 +23,7 @@ router = make_router()
 @router.post("/v1/plait/explain", response_model=s.Explained, response_model_exclude_none=True, tags=["read"])
 async def explain(request: Request, body: s.ExplainRequest) -> Response:
     """How much each word, region or moment of an input moved an answer, with checks that say whether to believe it."""
-    service, request_context = of(request)
+    service, request_context = service_of(request)
     served = service.open(body, request_context)
     parts: list[Any] = body.input if isinstance(body.input, list) else [body.input]
     deadline = service.deadline(request_context)

@@ -46,7 +46,7 @@ def _module(part: Stored) -> str:
 
 def _ranges(plan: Layout) -> dict[str, tuple[str, int, int, int]]:
     """transformers' layer -> (our layer in the backbone, its first and one past its last output there, its inputs)."""
-    found = {}
+    ranges = {}
     for name, parts in plan.items():
         if not name.startswith("backbone.blocks.") or not name.endswith(".weight"):
             continue
@@ -56,9 +56,9 @@ def _ranges(plan: Layout) -> dict[str, tuple[str, int, int, int]]:
                 continue
             outputs, inputs = part.shape[::-1] if part.transposed else part.shape
             layer = name.removeprefix("backbone.").removesuffix(".weight")
-            found[_module(part)] = layer, start, start + outputs, inputs
+            ranges[_module(part)] = layer, start, start + outputs, inputs
             start += outputs
-    return found
+    return ranges
 
 
 def read_adapter(folder: str | Path, checkpoint: Checkpoint) -> Adapter:
@@ -99,11 +99,11 @@ def _of_run(folder: Path, checkpoint: Checkpoint) -> Adapter:
     tensors, config = load_file(folder / "model.safetensors"), checkpoint.model.config.backbone
     adapter: Adapter = {}
     for layer in sorted({name.rsplit(".down.", 1)[0] for name in tensors if ".down." in name}):
-        own = layer.removeprefix("backbone.")
+        module = layer.removeprefix("backbone.")
         outputs = sum(len(t) for name, t in tensors.items() if name.startswith(f"{layer}.up."))
-        for i, part in enumerate(parts_of(config, own.rsplit(".", 1)[-1], outputs, base.rank, base.alpha)):
+        for i, part in enumerate(parts_of(config, module.rsplit(".", 1)[-1], outputs, base.rank, base.alpha)):
             down, up = tensors[f"{layer}.down.{i}"], tensors[f"{layer}.up.{i}"]
-            adapter.setdefault(own, []).append(Update(part.start, part.stop, part.scale, down, up))
+            adapter.setdefault(module, []).append(Update(part.start, part.stop, part.scale, down, up))
     return adapter
 
 
@@ -189,6 +189,6 @@ def write_adapter(checkpoint: Checkpoint, folder: Path) -> None:
         "fan_in_fan_out": architecture.model_type == "gpt2",
         "inference_mode": True,
     }
-    with publish_folder(folder) as aside:
-        write_json(aside / CONFIG, config)
-        save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
+    with publish_folder(folder) as temporary:
+        write_json(temporary / CONFIG, config)
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})

@@ -71,9 +71,9 @@ class UnsupportedError(PlaitError):
 
 def refuse(file: Path, what: str) -> UnsupportedError:
     """The error for a checkpoint that none of our architectures computes; `what` says why."""
-    known = ", ".join(a.class_name.removesuffix("ForCausalLM").removesuffix("LMHeadModel") for a in _ALL)
+    names = ", ".join(a.class_name.removesuffix("ForCausalLM").removesuffix("LMHeadModel") for a in _ALL)
     return UnsupportedError(
-        f"{file}: {what}. Plait runs {known} itself; others work through {DISTRIBUTION}[huggingface]."
+        f"{file}: {what}. Plait runs {names} itself; others work through {DISTRIBUTION}[huggingface]."
     )
 
 
@@ -114,10 +114,10 @@ def imported(config: Config, file: Path) -> Imported:
         raise refuse(file, f"unknown architecture {config.get('model_type')!r}")
     if config.get("quantization_config"):
         raise refuse(file, "quantization_config is set: quantised weights cannot be read")
-    for key, wanted in [("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False),
+    for key, required in [("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False),
                         ("add_cross_attention", False), ("use_bidirectional_attention", False),
                         ("final_logit_softcapping", None), ("attn_logit_softcapping", None)]:  # fmt: skip
-        if config.get(key) not in (None, wanted):
+        if config.get(key) not in (None, required):
             raise refuse(file, f"{key} = {config[key]} is not supported")
     fields = architecture.read(config, file)
     if type(fields["norm_eps"]) is not float or not 0 < fields["norm_eps"] < 1:
@@ -188,10 +188,10 @@ def _layer_types(config: Config, file: Path, layers: int) -> list[LayerType] | N
     kinds = config.get("layer_types")
     if kinds is None:
         return None
-    known: dict[str, LayerType] = {"full_attention": "full", "sliding_attention": "sliding"}
-    if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in known for kind in kinds):
-        raise refuse(file, f"layer_types is {str(kinds)[:80]}; known are {layers} of {', '.join(known)}")
-    return [known[kind] for kind in kinds]
+    layer_types: dict[str, LayerType] = {"full_attention": "full", "sliding_attention": "sliding"}
+    if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in layer_types for kind in kinds):
+        raise refuse(file, f"layer_types is {str(kinds)[:80]}; known are {layers} of {', '.join(layer_types)}")
+    return [layer_types[kind] for kind in kinds]
 
 
 def _windows(config: Config, file: Path, layers: int, sliding: list[LayerType]) -> Fields:
@@ -239,13 +239,13 @@ def _phi3(config: Config, file: Path) -> Fields:
 def _smollm3(config: Config, file: Path) -> Fields:
     fields = _rotary({"rope_theta": 2_000_000.0, **config}, file, kv_heads=4)
     layers = fields["layers"]
-    turned = config.get("no_rope_layers")  # 1 where a layer has rotary positions
-    if turned is None:
+    uses_rope = config.get("no_rope_layers")  # 1 where a layer has rotary positions
+    if uses_rope is None:
         interval = number(config, "no_rope_layer_interval", file, 4)
-        turned = [int((layer + 1) % interval != 0) for layer in range(layers)]
-    if not isinstance(turned, list) or len(turned) < layers or not set(turned) <= {0, 1}:
+        uses_rope = [int((layer + 1) % interval != 0) for layer in range(layers)]
+    if not isinstance(uses_rope, list) or len(uses_rope) < layers or not set(uses_rope) <= {0, 1}:
         raise PlaitError(f"{file}: no_rope_layers must hold {layers} times 0 or 1.")
-    without = [layer for layer in range(layers) if not turned[layer]]
+    without = [layer for layer in range(layers) if not uses_rope[layer]]
     sliding: list[LayerType] = ["full"] * layers
     if config.get("use_sliding_window") and config.get("sliding_window") is not None:
         sliding = ["sliding" if layer in without else "full" for layer in range(layers)]
@@ -426,8 +426,13 @@ def _write_phi3(c: TransformerConfig) -> Config:
 
 
 def _write_smollm3(c: TransformerConfig) -> Config:
-    turned = [int(layer not in c.layers_without_rotary) for layer in range(c.layers)]
-    config = {**_write_rotary(c), "no_rope_layers": turned, "attention_bias": c.qkv_bias or c.bias, "mlp_bias": c.bias}
+    uses_rope = [int(layer not in c.layers_without_rotary) for layer in range(c.layers)]
+    config = {
+        **_write_rotary(c),
+        "no_rope_layers": uses_rope,
+        "attention_bias": c.qkv_bias or c.bias,
+        "mlp_bias": c.bias,
+    }
     if c.layer_types is not None:
         config |= {**_written_types(c), "use_sliding_window": True}
     return config
@@ -459,18 +464,20 @@ def layout(architecture: Architecture, c: TransformerConfig, size: int, tied: bo
 def _gpt2_layout(c: TransformerConfig, size: int) -> Layout:
     plan: Layout = {}
     for i in range(c.layers):
-        ours, theirs = f"backbone.blocks.{i}.", f"transformer.h.{i}."
+        plait_prefix, hf_prefix = f"backbone.blocks.{i}.", f"transformer.h.{i}."
         for part, name, inputs, outputs in [
             ("qkv", "attn.c_attn", c.width, 3 * c.width),
             ("attention_out", "attn.c_proj", c.width, c.width),
             ("feed_in", "mlp.c_fc", c.width, c.hidden),
             ("feed_out", "mlp.c_proj", c.hidden, c.width),
         ]:
-            plan[f"{ours}{part}.weight"] = [Stored(f"{theirs}{name}.weight", (inputs, outputs), transposed=True)]
-            plan[f"{ours}{part}.bias"] = [Stored(f"{theirs}{name}.bias", (outputs,))]
+            plan[f"{plait_prefix}{part}.weight"] = [
+                Stored(f"{hf_prefix}{name}.weight", (inputs, outputs), transposed=True)
+            ]
+            plan[f"{plait_prefix}{part}.bias"] = [Stored(f"{hf_prefix}{name}.bias", (outputs,))]
         for part, name in [("attention_norm", "ln_1"), ("feed_norm", "ln_2")]:
             for kind in ("weight", "bias"):
-                plan[f"{ours}{part}.{kind}"] = [Stored(f"{theirs}{name}.{kind}", (c.width,))]
+                plan[f"{plait_prefix}{part}.{kind}"] = [Stored(f"{hf_prefix}{name}.{kind}", (c.width,))]
     for kind in ("weight", "bias"):
         plan[f"backbone.final_norm.{kind}"] = [Stored(f"transformer.ln_f.{kind}", (c.width,))]
     plan["backbone.positions"] = [Stored("transformer.wpe.weight", (c.max_length, c.width))]
@@ -506,21 +513,23 @@ def _rotary_layout(architecture: Architecture, c: TransformerConfig, size: int, 
     plan: Layout = {}
     offset = architecture.norm_offset
     for i in range(c.layers):
-        ours, theirs = f"backbone.blocks.{i}.", f"model.layers.{i}."
+        plait_prefix, hf_prefix = f"backbone.blocks.{i}.", f"model.layers.{i}."
         for product in _linear_tensors(architecture, c, biases):
-            plan[f"{ours}{product.ours}.weight"] = [
-                Stored(f"{theirs}{name}.weight", (outputs, product.inputs)) for name, outputs in product.theirs
+            plan[f"{plait_prefix}{product.ours}.weight"] = [
+                Stored(f"{hf_prefix}{name}.weight", (outputs, product.inputs)) for name, outputs in product.theirs
             ]
             if product.bias:
-                plan[f"{ours}{product.ours}.bias"] = [
-                    Stored(f"{theirs}{name}.bias", (outputs,)) for name, outputs in product.theirs
+                plan[f"{plait_prefix}{product.ours}.bias"] = [
+                    Stored(f"{hf_prefix}{name}.bias", (outputs,)) for name, outputs in product.theirs
                 ]
             elif c.bias and product.ours != "qkv":
-                plan[f"{ours}{product.ours}.bias"] = []
+                plan[f"{plait_prefix}{product.ours}.bias"] = []
         for part, name in architecture.block_norms:
-            plan[f"{ours}{part}.weight"] = [Stored(f"{theirs}{name}.weight", (c.width,), offset=offset)]
+            plan[f"{plait_prefix}{part}.weight"] = [Stored(f"{hf_prefix}{name}.weight", (c.width,), offset=offset)]
         for part in ("q_norm", "k_norm") if c.qk_norm else ():
-            plan[f"{ours}{part}.weight"] = [Stored(f"{theirs}self_attn.{part}.weight", (c.head_width,), offset=offset)]
+            plan[f"{plait_prefix}{part}.weight"] = [
+                Stored(f"{hf_prefix}self_attn.{part}.weight", (c.head_width,), offset=offset)
+            ]
     plan["backbone.final_norm.weight"] = [Stored("model.norm.weight", (c.width,), offset=offset)]
     plan["token_embedding.free"] = [Stored("model.embed_tokens.weight", (size, c.width))]
     return plan

@@ -57,8 +57,8 @@ def models(folders: Sequence[str | Path] = (), cache: bool = True) -> list[Local
             places.setdefault(place, str(place))
     if cache:
         places |= _cached()
-    found = [one for place, name in places.items() if (one := _model(place, name)) is not None]
-    return sorted(found, key=lambda one: (one.bytes, one.name))
+    local_models = [one for place, name in places.items() if (one := _model(place, name)) is not None]
+    return sorted(local_models, key=lambda one: (one.bytes, one.name))
 
 
 def _cached() -> dict[Path, str]:

@@ -52,8 +52,8 @@ class ImageFeatures(nn.Module):
         strongest = (down.square() + right.square()).argmax(1, keepdim=True)
         down, right = (one.gather(1, strongest)[:, 0] for one in (down, right))
         size = (down.square() + right.square()).sqrt()
-        turn = torch.remainder(torch.atan2(down, right), math.pi) * (BINS / math.pi)
-        low, share = turn.floor(), turn - turn.floor()
+        angle_bin = torch.remainder(torch.atan2(down, right), math.pi) * (BINS / math.pi)
+        low, share = angle_bin.floor(), angle_bin - angle_bin.floor()
         bins = torch.arange(BINS)[None, :, None, None]
         first = (torch.remainder(low, BINS)[:, None] == bins) * (size * (1 - share))[:, None]
         second = (torch.remainder(low + 1, BINS)[:, None] == bins) * (size * share)[:, None]
@@ -66,13 +66,13 @@ class ImageFeatures(nn.Module):
     def _colours(self, x: Tensor) -> Tensor:
         mean = self.rows @ x @ self.columns.t()  # (N, C, R, S)
         spread = (self.rows @ x.square() @ self.columns.t() - mean.square()).clamp(min=0).sqrt()
-        found = [one.permute(0, 2, 3, 1).flatten(1) for one in (mean, spread)]
+        features = [one.permute(0, 2, 3, 1).flatten(1) for one in (mean, spread)]
         if self.channels == 3:
             red, green, blue = (x * 3.999).floor().unbind(1)
             codes = (red * 16 + green * 4 + blue).flatten(1)
             counts = (codes[:, None] == torch.arange(64)[None, :, None]).float().mean(2)
-            found.append(counts.sqrt())
-        return torch.cat(found, 1)
+            features.append(counts.sqrt())
+        return torch.cat(features, 1)
 
 
 def _slope(x: Tensor, axis: int) -> Tensor:
@@ -190,8 +190,8 @@ class ClassifierGraph(nn.Module):
             ]
         ).sum(0)
         quantiles = self.get_buffer("quantiles")
-        known = (quantiles[None] <= familiar[:, None]).float().sum(1)
-        return self._calibrated(total.softmax(1)), 1 - (1 + known) / (1 + len(quantiles))
+        less_familiar = (quantiles[None] <= familiar[:, None]).float().sum(1)
+        return self._calibrated(total.softmax(1)), 1 - (1 + less_familiar) / (1 + len(quantiles))
 
     def _calibrated(self, chances: Tensor) -> Tensor:
         """Probabilities (1, L) whose likeliest class is calibrated on its own, as `Mixture.log_probabilities` does."""
@@ -200,11 +200,11 @@ class ClassifierGraph(nn.Module):
         top = chances.amax(1, keepdim=True)
         first = torch.nn.functional.one_hot(chances.argmax(1), chances.shape[1]).to(chances.dtype)
         others = chances * (1 - first)
-        rest = others.sum(1, keepdim=True).clamp_min(1e-30)
-        wanted = (self.mixture.slope * (top.log() - rest.log()) + self.mixture.offset).sigmoid()
+        other_mass = others.sum(1, keepdim=True).clamp_min(1e-30)
+        top_probability = (self.mixture.slope * (top.log() - other_mass.log()) + self.mixture.offset).sigmoid()
         second = others.amax(1, keepdim=True)
-        wanted = torch.maximum(wanted, second / (rest + second))
-        return others * ((1 - wanted) / rest) + first * wanted
+        top_probability = torch.maximum(top_probability, second / (other_mass + second))
+        return others * ((1 - top_probability) / other_mass) + first * top_probability
 
     def _views(self, *inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
         """What is looked at, with lengths: images and where they mean the same their mirrored ones, or log-mel."""

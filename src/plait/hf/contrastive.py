@@ -100,11 +100,11 @@ class Pairs:
         texts = [""] * len(places)
         records = self.dataset.iterate(self.indices[places[order]], [self.image, *self.texts])
         for place, record in zip(order.tolist(), records, strict=True):
-            known = [str(record.parts[column]) for column in self.texts if column in record.parts]
+            candidates = [str(record.parts[column]) for column in self.texts if column in record.parts]
             images[place] = record.parts.get(self.image)
-            texts[place] = known[int(draws[place] * len(known))]
-        kept = [i for i, value in enumerate(images) if value is not None]
-        return [read_image(images[i]) for i in kept], [texts[i] for i in kept]
+            texts[place] = candidates[int(draws[place] * len(candidates))]
+        readable = [i for i, value in enumerate(images) if value is not None]
+        return [read_image(images[i]) for i in readable], [texts[i] for i in readable]
 
 
 @dataclass
@@ -152,8 +152,8 @@ class Trainer:
             self._restore(last)
 
     def _freeze(self) -> None:
-        if odd := [part for part in self.recipe.freeze if part != "encoder"]:
-            raise PlaitError(f"Of {self.name} the encoders can be frozen (--freeze encoder), not {odd[0]}.")
+        if unknown := [part for part in self.recipe.freeze if part != "encoder"]:
+            raise PlaitError(f"Of {self.name} the encoders can be frozen (--freeze encoder), not {unknown[0]}.")
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(not self.recipe.freeze or any(head in name for head in HEADS))
 
@@ -194,12 +194,12 @@ class Trainer:
         write_atomic(self.folder / "run.json", json_text(self.facts | {"finished": time.time()}))
         return [describe_pairs(read_json(self.folder / "checkpoints" / "best" / "config.json"))]
 
-    def _budget(self, begun: float) -> None:
+    def _budget(self, started: float) -> None:
         """Say how many steps there are, once the first ones tell how long one takes."""
         if not self.state.steps and self.state.step >= PROBED:
             assert self.recipe.minutes is not None
-            each = (time.monotonic() - begun) / self.state.step
-            self.state.steps = max(int(self.recipe.minutes * 60 / each), self.state.step)
+            step_seconds = (time.monotonic() - started) / self.state.step
+            self.state.steps = max(int(self.recipe.minutes * 60 / step_seconds), self.state.step)
 
     def _step(self) -> float:
         """One batch; its loss in nats."""
@@ -225,8 +225,8 @@ class Trainer:
 
     def _places(self, step: int) -> np.ndarray:
         """Which pairs a step has, (B,): each epoch has an order of its own, and what does not fill a batch is left."""
-        each = len(self.train) // self.batch
-        epoch, at = divmod(step, each)
+        steps_per_epoch = len(self.train) // self.batch
+        epoch, at = divmod(step, steps_per_epoch)
         order = np.argsort(uniform(self.recipe.seed, DRAW, epoch, np.arange(len(self.train))), kind="stable")
         return np.asarray(order[at * self.batch : (at + 1) * self.batch])
 
@@ -272,18 +272,18 @@ class Trainer:
         folder = self.folder / "checkpoints" / name
         best = recall >= self.state.best
         self.state.best = max(self.state.best, recall)
-        told = {
+        training = {
             "step": self.state.step, "steps": self.state.steps, "best": self.state.best, "seed": self.recipe.seed,
             "init_from": self.name, "validation": {"recall@10": recall}, "records": min(len(self.val), QUERIES),
         }  # fmt: skip
-        with publish_folder(folder) as aside, hub.quiet():
-            self.network.save_pretrained(aside)
-            self.model.processor.save_pretrained(aside)
-            self.model.tokenizer.save_pretrained(aside)
-            write_json(aside / "config.json", read_json(aside / "config.json") | {"training": told})
-            save_file(self._moments(), aside / STATE)
-            sums = {file.name: sha256_file(file) for file in sorted(aside.iterdir()) if file.is_file()}
-            write_atomic(aside / "manifest.json", json_text(sealed({"version": MANIFEST, "sha256": sums})))
+        with publish_folder(folder) as temporary, hub.quiet():
+            self.network.save_pretrained(temporary)
+            self.model.processor.save_pretrained(temporary)
+            self.model.tokenizer.save_pretrained(temporary)
+            write_json(temporary / "config.json", read_json(temporary / "config.json") | {"training": training})
+            save_file(self._moments(), temporary / STATE)
+            sums = {file.name: sha256_file(file) for file in sorted(temporary.iterdir()) if file.is_file()}
+            write_atomic(temporary / "manifest.json", json_text(sealed({"version": MANIFEST, "sha256": sums})))
         point(self.folder / "checkpoints" / "last", name)
         if best:
             point(self.folder / "checkpoints" / "best", name)
@@ -292,21 +292,21 @@ class Trainer:
     def _clear(self) -> None:
         """Delete checkpoints that are neither the best nor the last."""
         places = self.folder / "checkpoints"
-        kept = {link_target(places / link) for link in ("best", "last")}
+        kept_names = {link_target(places / link) for link in ("best", "last")}
         for folder in places.glob("step-*"):
-            if folder.name not in kept:
+            if folder.name not in kept_names:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _moments(self) -> dict[str, Tensor]:
-        found = {}
+        tensors = {}
         for name, parameter in self.network.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
-                found[f"{key}/{name}"] = value.detach().cpu().contiguous()
-        return found
+                tensors[f"{key}/{name}"] = value.detach().cpu().contiguous()
+        return tensors
 
     def _restore(self, folder: Path) -> None:
-        told = read_json(folder / "config.json")["training"]
-        self.state = State(told["step"], told["steps"], told["best"])
+        training = read_json(folder / "config.json")["training"]
+        self.state = State(training["step"], training["steps"], training["best"])
         values = load_file(folder / STATE)
         for name, parameter in self.network.named_parameters():
             state = {key.partition("/")[0]: value for key, value in values.items() if key.partition("/")[2] == name}
@@ -320,25 +320,27 @@ def export_pairs(checkpoint: Path, folder: Path) -> None:
     """Write a checkpoint as transformers has such models, without the state of training. Raises PlaitError where the
     folder is not free."""
     must_be_free(folder)
-    with publish_folder(folder) as aside:
+    with publish_folder(folder) as temporary:
         for file in sorted(checkpoint.iterdir()):
             if file.name not in (STATE, "manifest.json"):
-                shutil.copyfile(file, aside / file.name)
-        config = read_json(aside / "config.json")
+                shutil.copyfile(file, temporary / file.name)
+        config = read_json(temporary / "config.json")
         del config["training"]
-        write_json(aside / "config.json", config)
+        write_json(temporary / "config.json", config)
 
 
-def _unit(found: Any) -> Tensor:
-    vector: Tensor = getattr(found, "pooler_output", found)
+def _unit(output: Any) -> Tensor:
+    vector: Tensor = getattr(output, "pooler_output", output)
     return nn.functional.normalize(vector, dim=-1)
 
 
 def describe_pairs(config: dict[str, Any]) -> str:
     """What a checkpoint goes by, and what it recalls, for people."""
-    told = config["training"]
+    training = config["training"]
     recall = "nothing was held out"
-    if told["records"]:
-        share = told["validation"]["recall@10"]
-        recall = f"of {told['records']} texts of val {share:.1%} have their own image among the ten nearest"
-    return f"{config['model_type']} from {told['init_from']}, {told['step']} steps on images with texts; {recall}."
+    if training["records"]:
+        share = training["validation"]["recall@10"]
+        recall = f"of {training['records']} texts of val {share:.1%} have their own image among the ten nearest"
+    return (
+        f"{config['model_type']} from {training['init_from']}, {training['step']} steps on images with texts; {recall}."
+    )

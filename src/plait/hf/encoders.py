@@ -45,18 +45,18 @@ def describe(encoder: object, modality: str) -> HFEncoderSettings:
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise PlaitError(f"{folder / 'config.json'} has no model_type. Fetch the model again.")
     with explained(folder), quiet():
-        whole = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
-        part = getattr(whole, ENCODERS[modality].part, whole)
-        kept = {**part.to_diff_dict(), "model_type": part.model_type}
+        full_config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
+        part = getattr(full_config, ENCODERS[modality].part, full_config)
+        encoder_config = {**part.to_diff_dict(), "model_type": part.model_type}
         for key in ("transformers_version", "architectures", "dtype", "_name_or_path"):
-            kept.pop(key, None)
+            encoder_config.pop(key, None)
         with torch.device("meta"):  # its shape alone
-            reads = HFEncoder(kept, frozen=True).network.main_input_name
+            reads = HFEncoder(encoder_config, frozen=True).network.main_input_name
         facts = ENCODERS[modality].settings(folder, transformers, part)
-    wanted = {"pixels": "pixel_values", "mel": "input_features", "wave": "input_values"}[facts["reads"]]
-    if reads != wanted or (facts["reads"] == "wave" and not hasattr(part, "conv_stride")):
+    expected = {"pixels": "pixel_values", "mel": "input_features", "wave": "input_values"}[facts["reads"]]
+    if reads != expected or (facts["reads"] == "wave" and not hasattr(part, "conv_stride")):
         raise _unfit(folder, part.model_type, modality)
-    return HFEncoderSettings(config=kept, **facts)
+    return HFEncoderSettings(config=encoder_config, **facts)
 
 
 def _unfit(folder: Path, kind: str, modality: str) -> PlaitError:
@@ -67,26 +67,34 @@ def _unfit(folder: Path, kind: str, modality: str) -> PlaitError:
 
 def _pixels(folder: Path, transformers: Any, config: Any) -> dict[str, Any]:
     """Side, mean and deviation as the folder's preprocessor has them."""
-    theirs = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil", **_LOCAL)
-    cropped = getattr(theirs, "do_center_crop", False) and getattr(theirs, "crop_size", None)
-    size = dict(theirs.crop_size if cropped else theirs.size)
+    preprocessor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil", **_LOCAL)
+    cropped = getattr(preprocessor, "do_center_crop", False) and getattr(preprocessor, "crop_size", None)
+    size = dict(preprocessor.crop_size if cropped else preprocessor.size)
     side = size.get("height") or size.get("shortest_edge") or 0
     if size.get("width", side) != side or not side:
         raise PlaitError(f"{folder} reads images of {size}, which is not a square of a fixed size.")
     facts: dict[str, Any] = {"reads": "pixels", "size": int(side)}
-    if theirs.do_normalize:
-        facts |= {"mean": [float(x) for x in theirs.image_mean], "std": [float(x) for x in theirs.image_std]}
+    if preprocessor.do_normalize:
+        facts |= {
+            "mean": [float(x) for x in preprocessor.image_mean],
+            "std": [float(x) for x in preprocessor.image_std],
+        }
     return facts
 
 
 def _audio(folder: Path, transformers: Any, config: Any) -> dict[str, Any]:
-    theirs = transformers.AutoFeatureExtractor.from_pretrained(folder, **_LOCAL)
-    rate = int(theirs.sampling_rate)
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(folder, **_LOCAL)
+    rate = int(extractor.sampling_rate)
     if config.model_type == "whisper":
-        return {"reads": "mel", "rate": rate, "bands": int(theirs.feature_size)}
-    if type(theirs).__name__ != "Wav2Vec2FeatureExtractor":
+        return {"reads": "mel", "rate": rate, "bands": int(extractor.feature_size)}
+    if type(extractor).__name__ != "Wav2Vec2FeatureExtractor":
         raise _unfit(folder, config.model_type, "audio")
-    return {"reads": "wave", "rate": rate, "normalise": theirs.do_normalize, "masked": theirs.return_attention_mask}
+    return {
+        "reads": "wave",
+        "rate": rate,
+        "normalise": extractor.do_normalize,
+        "masked": extractor.return_attention_mask,
+    }
 
 
 @dataclass(frozen=True)
@@ -140,14 +148,14 @@ def _fill(modality: MediaModality, folder: Path) -> None:
     assert isinstance(hf_encoder, HFEncoder)
     check_memory(parameters_of(folder), "fp32", folder, others=False)
     with explained(folder), quiet():
-        whole, info = transformers.AutoModel.from_pretrained(
+        full_model, info = transformers.AutoModel.from_pretrained(
             folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **_LOCAL
         )
-        part, prefix = whole, ""
-        if whole.config.model_type == "whisper":
-            part, prefix = whole.encoder, "encoder."
-        elif hasattr(whole.config, "vision_config") and hasattr(whole, "vision_model"):
-            part, prefix = whole.vision_model, "vision_model."
+        part, prefix = full_model, ""
+        if full_model.config.model_type == "whisper":
+            part, prefix = full_model.encoder, "encoder."
+        elif hasattr(full_model.config, "vision_config") and hasattr(full_model, "vision_model"):
+            part, prefix = full_model.vision_model, "vision_model."
         lost = sorted({*info["missing_keys"], *(str(key[0]) for key in info.get("mismatched_keys", ()))})
         # A pooler is often left out, and not used here.
         lost = [key for key in lost if key.startswith(prefix) and "pooler." not in key]

@@ -62,14 +62,14 @@ def export_transformers(checkpoint: Checkpoint, folder: Path) -> str:
     architecture = architecture_of(model)
     size = exported_size(model.vocabulary)
     tokenizer, names = extended_tokenizer(checkpoint)
-    with publish_folder(folder) as aside:
-        write_json(aside / "config.json", _config(checkpoint, architecture, size))
-        write_json(aside / "generation_config.json", _generation(checkpoint, size))
-        save_file(tensors_of(model, architecture, size), aside / "model.safetensors", metadata={"format": "pt"})
-        write_atomic(aside / "tokenizer.json", tokenizer)
-        write_json(aside / "tokenizer_config.json", _tokenizer_config(checkpoint, names))
+    with publish_folder(folder) as temporary:
+        write_json(temporary / "config.json", _config(checkpoint, architecture, size))
+        write_json(temporary / "generation_config.json", _generation(checkpoint, size))
+        save_file(tensors_of(model, architecture, size), temporary / "model.safetensors", metadata={"format": "pt"})
+        write_atomic(temporary / "tokenizer.json", tokenizer)
+        write_json(temporary / "tokenizer_config.json", _tokenizer_config(checkpoint, names))
         write_atomic(
-            aside / "README.md", card(checkpoint, f"a causal language model of type `{architecture.model_type}`")
+            temporary / "README.md", card(checkpoint, f"a causal language model of type `{architecture.model_type}`")
         )
     return architecture.model_type
 
@@ -170,9 +170,9 @@ def ends_of(checkpoint: Checkpoint) -> int | list[int]:
     """The ids that end a text, and a reply written by the chat template: the tokenizer's own end, as `<|im_end|>`."""
     vocabulary, text = checkpoint.model.vocabulary, checkpoint.text
     ends = [vocabulary.end, *(vocabulary.more_ends or [])]
-    turn = text.tokenizer.token_to_id(text.settings.get("eos_token", ""))
-    if text.chat_template is not None and turn is not None and turn not in ends:
-        ends.append(turn)
+    turn_end = text.tokenizer.token_to_id(text.settings.get("eos_token", ""))
+    if text.chat_template is not None and turn_end is not None and turn_end not in ends:
+        ends.append(turn_end)
     return ends if len(ends) > 1 else ends[0]
 
 
@@ -195,13 +195,13 @@ def _config(checkpoint: Checkpoint, architecture: Architecture, size: int) -> di
 def tensors_of(model: Multimodal, architecture: Architecture, size: int) -> dict[str, Tensor]:
     """The tensors of a checkpoint under the names that transformers gives them."""
     c = model.config.backbone
-    ours = {f"backbone.{name}": value for name, value in model.backbone.state_dict().items()}
-    ours["token_embedding.free"] = model.token_embedding.table()[:size]
+    plait_tensors = {f"backbone.{name}": value for name, value in model.backbone.state_dict().items()}
+    plait_tensors["token_embedding.free"] = model.token_embedding.table()[:size]
     if model.lm_head is not None:
-        ours["lm_head.free"] = model.lm_head.table()[:size]
+        plait_tensors["lm_head.free"] = model.lm_head.table()[:size]
     tensors = {}
     for name, parts in layout(architecture, c, size, model.config.tied, biases_of(c, architecture)).items():
-        value, start = ours.get(name), 0
+        value, start = plait_tensors.get(name), 0
         for part in parts:
             if value is None:  # a bias that they have and we do not
                 tensors[part.name] = torch.zeros(part.shape)
@@ -240,25 +240,25 @@ def extended_tokenizer(checkpoint: Checkpoint) -> tuple[str, dict[str, str]]:
     """
     vocabulary, text = checkpoint.model.vocabulary, checkpoint.text
     content = json.loads(text.tokenizer.to_str())
-    known = text.tokenizer.get_vocab(with_added_tokens=True)
-    used = set(known.values())
-    wanted = {f"<|unused:{id}|>": id for id in range(vocabulary.text) if id not in used}
+    existing = text.tokenizer.get_vocab(with_added_tokens=True)
+    used = set(existing.values())
+    added = {f"<|unused:{id}|>": id for id in range(vocabulary.text) if id not in used}
     names = {}
     if exported_size(vocabulary) > vocabulary.text:
         for id, name in enumerate(vocabulary.names(), vocabulary.text):
-            names[name] = name if name not in known else f"<|plait:{name[2:]}"
-            wanted[names[name]] = id
+            names[name] = name if name not in existing else f"<|plait:{name[2:]}"
+            added[names[name]] = id
     content["added_tokens"] += [
         {"id": id, "content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
          "special": True}
-        for name, id in wanted.items()
+        for name, id in added.items()
     ]  # fmt: skip
     if vocabulary.columns and text.start:  # what was trained on records never saw an import's beginning of text
         content["post_processor"] = None
     result = json.dumps(content, ensure_ascii=False)
     check = Tokenizer.from_str(result)
-    if wrong := [name for name, id in wanted.items() if check.token_to_id(name) != id]:
-        raise PlaitError(f"The text tokenizer leaves gaps in its ids, so that {wrong[0]} cannot keep its own.")
+    if misplaced := [name for name, id in added.items() if check.token_to_id(name) != id]:
+        raise PlaitError(f"The text tokenizer leaves gaps in its ids, so that {misplaced[0]} cannot keep its own.")
     return result, names
 
 
@@ -334,25 +334,25 @@ def export_onnx(checkpoint: Checkpoint, folder: Path) -> float:
     size = exported_size(model.vocabulary)
     place, training = next(model.parameters()).device, model.training
     plain = Logits(model, size).cpu().eval()
-    draw = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     longest = model.config.backbone.max_length
     try:
-        with publish_folder(folder) as aside:
-            file = aside / "model.onnx"
-            _trace(plain, torch.randint(size, (2, min(7, longest)), generator=draw), file)
+        with publish_folder(folder) as temporary:
+            file = temporary / "model.onnx"
+            _trace(plain, torch.randint(size, (2, min(7, longest)), generator=rng), file)
             session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
             worst = 0.0
             for shape in [(1, 1), (3, min(33, longest))]:
-                ids = torch.randint(size, shape, generator=draw)
+                ids = torch.randint(size, shape, generator=rng)
                 with torch.inference_mode(), exact_products(torch.device("cpu")):
-                    wanted = plain(ids).numpy()
-                (got,) = session.run(["logits"], {"input_ids": ids.numpy()})
-                worst = max(worst, float(np.abs(got - wanted).max()))
+                    expected = plain(ids).numpy()
+                (logits,) = session.run(["logits"], {"input_ids": ids.numpy()})
+                worst = max(worst, float(np.abs(logits - expected).max()))
             if not worst <= ONNX_TOLERANCE:
                 raise PlaitError(f"The ONNX model's logits differ by {worst:.2g} from ours; nothing was written.")
-            write_atomic(aside / "tokenizer.json", extended_tokenizer(checkpoint)[0])
+            write_atomic(temporary / "tokenizer.json", extended_tokenizer(checkpoint)[0])
             what = "an ONNX file, `input_ids` (batch, length) to `logits` (batch, length, ids), padded on the right"
-            write_atomic(aside / "README.md", card(checkpoint, what).replace("transformers", "onnx", 1))
+            write_atomic(temporary / "README.md", card(checkpoint, what).replace("transformers", "onnx", 1))
     finally:
         model.to(place).train(training)
     return worst

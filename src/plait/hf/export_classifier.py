@@ -58,23 +58,23 @@ def export_classifier(model: PlaitModel, classifier: Classifier, folder: Path) -
     graph = ClassifierGraph(classifier, modality).cpu().eval()
     facts = _facts(classifier, modality)
     rng = np.random.default_rng(0)
-    with publish_folder(folder) as aside:
-        file = aside / "classifier.onnx"
+    with publish_folder(folder) as temporary:
+        file = temporary / "classifier.onnx"
         _trace(graph, _inputs(modality, _noise(modality, rng)), file)
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
         worst = 0.0
         for _ in range(CASES):
             raw = _noise(modality, rng)
-            given = {name: value.numpy() for name, value in _inputs(modality, raw).items()}
-            probabilities, _ = session.run(["probabilities", "ood_score"], given)
+            graph_inputs = {name: value.numpy() for name, value in _inputs(modality, raw).items()}
+            probabilities, _ = session.run(["probabilities", "ood_score"], graph_inputs)
             worst = max(worst, float(np.abs(probabilities - _ours(model, classifier, raw)).max()))
         if not worst <= TOLERANCE:
             raise PlaitError(
                 f"The ONNX classifier's probabilities differ by {worst:.2g} from ours; nothing was written."
             )
-        write_json(aside / "classifier.json", facts)
-        write_atomic(aside / "README.md", _card(model, classifier, facts))
-        write_atomic(aside / "index.html", files("plait.hf").joinpath("templates/classifier.html").read_bytes())
+        write_json(temporary / "classifier.json", facts)
+        write_atomic(temporary / "README.md", _card(model, classifier, facts))
+        write_atomic(temporary / "index.html", files("plait.hf").joinpath("templates/classifier.html").read_bytes())
     return worst
 
 

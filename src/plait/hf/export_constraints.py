@@ -39,15 +39,15 @@ def add_export_constraints(checkpoint: Checkpoint, engine: Engine) -> Checkpoint
         return checkpoint
     groups = _groups(model)
     with torch.no_grad():
-        written = _written(checkpoint, engine)
-        shift = _fit(_places(model, groups, written))
+        samples = _written(checkpoint, engine)
+        shift = _fit(_places(model, groups, samples))
         channels = channels_for(model.config, engine.spans, len(groups))
         settled = widened(model, channels)
         assert settled.lm_head is not None
         for (start, stop), vector in zip(groups, shift, strict=True):
             settled.lm_head.free[start:stop, : len(vector)] += vector
         if channels:
-            examples = [one.ids for one in written[:: max(len(written) // EXAMPLES, 1)]]
+            examples = [one.ids for one in samples[:: max(len(samples) // EXAMPLES, 1)]]
             count_codes(settled, model.config.backbone.width, engine.spans, groups, examples)
     return replace(checkpoint, model=settled)
 
@@ -56,13 +56,13 @@ def _groups(model: Multimodal) -> list[tuple[int, int]]:
     """The ranges of ids that move together: spaces, of which closing tokens are apart. All ids lie in one of them, in
     their order; the first is text."""
     vocabulary = model.vocabulary
-    found = []
+    groups = []
     for name, (start, stop) in vocabulary.id_ranges.items():
         if name in vocabulary.closers:
-            found += [(start, stop - 1), (stop - 1, stop)]
+            groups += [(start, stop - 1), (stop - 1, stop)]
         else:
-            found.append((start, stop))
-    return found
+            groups.append((start, stop))
+    return groups
 
 
 # --- what the model writes --------------------------------------------------------------------------------------
@@ -88,25 +88,25 @@ def _written(checkpoint: Checkpoint, engine: Engine, seed: int = 0) -> list[_Wri
     texts = [label for labels in checkpoint.labels.values() for label in labels]
     prompts = [checkpoint.text.encode(text) for text in texts[:: max(len(texts) // PROMPTS, 1)][:PROMPTS]]
     if not prompts and (opener := next((vocabulary.opener(c) for c, s in columns if s == "text"), None)) is not None:
-        made = engine.run([_request([opener], "text", PROMPTS, 0, engine.max_length // 4)])[0].samples
-        prompts = [written.ids for written in made if written.ids]
-    found = []
+        completions = engine.run([_request([opener], "text", PROMPTS, 0, engine.max_length // 4)])[0].samples
+        prompts = [written.ids for written in completions if written.ids]
+    sequences = []
     for column, token_type in [*columns, (None, "text")]:
         span = engine.spans[token_type]
         before = [vocabulary.opener(column)] if column else []
         room = engine.max_length // 2 if span.limit is None else None
         long = span.limit or min(engine.max_length // 2, 64)
-        each = max(POSITIONS // ((len(columns) + 1) * (len(prompts) + 1) * long), 1)
+        per_request = max(POSITIONS // ((len(columns) + 1) * (len(prompts) + 1) * long), 1)
         requests = [
-            _request([*ids, *before], token_type, each, seed * (PROMPTS + 1) + number, room)
+            _request([*ids, *before], token_type, per_request, seed * (PROMPTS + 1) + number, room)
             for number, ids in enumerate([[], *prompts])
             if (ids or before) and len(ids) + 1 + (span.limit or 1) <= engine.max_length
         ]
         for request, result in zip(requests, engine.run(requests), strict=True):
             for written in result.samples:
-                whole = _sequence(request.context.ids, written.ids, span, model, written.finish == "end")
-                found.append(_Written(whole.ids[: engine.max_length], whole.next[: engine.max_length]))
-    return sorted(found, key=lambda written: len(written.ids))
+                sequence = _sequence(request.context.ids, written.ids, span, model, written.finish == "end")
+                sequences.append(_Written(sequence.ids[: engine.max_length], sequence.next[: engine.max_length]))
+    return sorted(sequences, key=lambda written: len(written.ids))
 
 
 def _request(ids: list[int], token_type: str, n: int, seed: int, room: int | None) -> Request:
@@ -150,7 +150,7 @@ class _Places:
         """Log of how likely the likeliest impossible id is, relative to the likeliest possible one, with logits (N, G)
         added to those of the groups: (N,)."""
         top, lowest = self.top + added, torch.finfo(added.dtype).min
-        worst, best = (top.masked_fill(aside, lowest).amax(-1) for aside in (self.possible, ~self.possible))
+        worst, best = (top.masked_fill(excluded, lowest).amax(-1) for excluded in (self.possible, ~self.possible))
         return worst - best
 
 
@@ -177,7 +177,7 @@ def _places(model: Multimodal, groups: list[tuple[int, int]], sequences: list[_W
 def _fit(places: _Places) -> Tensor:
     """One vector a group, (G, D), whose product with a hidden state is added to the group's logits: the classifier that
     is likeliest under the model's own chances of what is possible, and leaves a gap to all that is not."""
-    wanted = places.mass.masked_fill(~places.possible, torch.finfo(places.mass.dtype).min).softmax(-1)
+    target = places.mass.masked_fill(~places.possible, torch.finfo(places.mass.dtype).min).softmax(-1)
     shape = places.mass.shape[1], places.hidden.shape[1]
     shift = torch.zeros(shape, device=places.hidden.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([shift], max_iter=200, history_size=20, line_search_fn="strong_wolfe")
@@ -186,7 +186,7 @@ def _fit(places: _Places) -> Tensor:
         optimizer.zero_grad()
         added = places.hidden @ shift.t()
         missing = (places.gap(added) + GAP).relu().square().mean()
-        unlike = -(wanted * (places.mass + added).log_softmax(-1)).sum(-1).mean()
+        unlike = -(target * (places.mass + added).log_softmax(-1)).sum(-1).mean()
         loss = unlike + PUSH * missing + DECAY * shift.square().sum()
         loss.backward()
         return loss

@@ -43,8 +43,8 @@ def export_gguf(checkpoint: Checkpoint, folder: Path) -> None:
     if config.rope_scaling is not None or config.layer_types is not None:
         raise _refused("its rotary positions are scaled, or layers have windows")
     tokenizer, names = extended_tokenizer(checkpoint)
-    with publish_folder(folder) as aside:
-        writer = gguf.GGUFWriter(aside / FILE, WRITTEN[architecture.model_type])
+    with publish_folder(folder) as temporary:
+        writer = gguf.GGUFWriter(temporary / FILE, WRITTEN[architecture.model_type])
         writer.add_file_type(1)  # mostly F16
         write_shape(writer, config, architecture.model_type)
         _write_tokenizer(writer, tokenizer, checkpoint, names)
@@ -77,11 +77,11 @@ def write_shape(writer: Any, config: TransformerConfig, model_type: str) -> None
     writer.add_rope_dimension_count(config.head_width)
 
 
-def _write_tokenizer(writer: Any, written: str, checkpoint: Checkpoint, names: dict[str, str]) -> None:
-    content = json.loads(written)
+def _write_tokenizer(writer: Any, tokenizer_json: str, checkpoint: Checkpoint, names: dict[str, str]) -> None:
+    content = json.loads(tokenizer_json)
     if content["model"]["type"] != "BPE" or '"ByteLevel"' not in json.dumps(content.get("decoder")):
         raise _refused("its tokenizer is no byte-level BPE")
-    tokenizer = Tokenizer.from_str(written)
+    tokenizer = Tokenizer.from_str(tokenizer_json)
     size = exported_size(checkpoint.model.vocabulary)
     special = {token["id"] for token in content["added_tokens"] if token["special"]}
     by_id = {id: token for token, id in tokenizer.get_vocab(with_added_tokens=True).items()}
@@ -93,12 +93,12 @@ def _write_tokenizer(writer: Any, written: str, checkpoint: Checkpoint, names: d
     writer.add_token_merges(merges)
     ends = ends_of(checkpoint)
     ends = ends if isinstance(ends, list) else [ends]
-    turn = checkpoint.text.settings.get("eos_token")
-    turn_id = None if turn is None else tokenizer.token_to_id(turn)
+    turn_end = checkpoint.text.settings.get("eos_token")
+    turn_id = None if turn_end is None else tokenizer.token_to_id(turn_end)
     first = turn_id if turn_id in ends else ends[0]
     writer.add_eos_token_id(first)
-    if others := [id for id in ends if id != first]:
-        writer.add_eot_token_id(others[0])
+    if further_ends := [id for id in ends if id != first]:
+        writer.add_eot_token_id(further_ends[0])
     writer.add_add_bos_token(bool(checkpoint.text.start) and not checkpoint.model.vocabulary.columns)
     if checkpoint.text.start:
         writer.add_bos_token_id(checkpoint.text.start[0])
@@ -118,20 +118,20 @@ def _splitting(pre_tokenizer: str) -> str:
 def _write_tensors(writer: Any, gguf: Any, checkpoint: Checkpoint, architecture: Architecture) -> None:
     model, config = checkpoint.model, checkpoint.model.config.backbone
     size = exported_size(model.vocabulary)
-    theirs = WRITTEN[architecture.model_type]
-    code = next(code for code, name in gguf.MODEL_ARCH_NAMES.items() if name == theirs)
-    known = gguf.get_tensor_name_map(code, config.layers)
+    gguf_architecture = WRITTEN[architecture.model_type]
+    code = next(code for code, name in gguf.MODEL_ARCH_NAMES.items() if name == gguf_architecture)
+    tensor_names = gguf.get_tensor_name_map(code, config.layers)
     values = tensors_of(model, architecture, size)
     plan = layout(architecture, config, size, model.config.tied, biases_of(config, architecture))
     for part in [part for parts in plan.values() for part in parts]:
-        name = known.get_name(part.name, try_suffixes=(".weight", ".bias"))
+        name = tensor_names.get_name(part.name, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise _refused(f"there is no name for {part.name}")
         value = values.pop(part.name)
         value = value.t() if part.transposed else value
-        if theirs == "llama" and ".q_proj." in part.name:
+        if gguf_architecture == "llama" and ".q_proj." in part.name:
             value = _turned(value, config.heads)
-        if theirs == "llama" and ".k_proj." in part.name:
+        if gguf_architecture == "llama" and ".k_proj." in part.name:
             value = _turned(value, config.kv_heads)
         kind = np.float16 if value.ndim == 2 else np.float32
         writer.add_tensor(name, np.ascontiguousarray(value.numpy(), kind))

@@ -57,10 +57,10 @@ class GGUF:
                     f"{', '.join(STORAGE)}."
                 )
         self.name = str(self.fields.get("general.architecture"))
-        kinds = [ours for ours, theirs in NAMES.items() if theirs == self.name]
+        kinds = [model_type for model_type, gguf_name in NAMES.items() if gguf_name == self.name]
         if not kinds:
-            known = ", ".join(sorted(set(NAMES.values())))
-            raise PlaitError(f"{path}: unknown architecture '{self.name}'. GGUF files of {known} are read.")
+            readable = ", ".join(sorted(set(NAMES.values())))
+            raise PlaitError(f"{path}: unknown architecture '{self.name}'. GGUF files of {readable} are read.")
         self.model_type = kinds[0]
         code = next(code for code, name in self.library.MODEL_ARCH_NAMES.items() if name == self.name)
         self.names = self.library.get_tensor_name_map(code, self._fact("block_count"))
@@ -136,15 +136,17 @@ class GGUF:
         with explained(self.path), quiet():
             architecture, vocabulary, settings = get_gguf_tokenizer(str(self.path))
             tokenizer: Tokenizer = convert_gguf_tokenizer(architecture, vocabulary)[0]
-        kept = {name: settings[name] for name in (*TOKENS, "chat_template") if isinstance(settings.get(name), str)}
-        first = kept.get("bos_token")
+        text_settings = {
+            name: settings[name] for name in (*TOKENS, "chat_template") if isinstance(settings.get(name), str)
+        }
+        first = text_settings.get("bos_token")
         if settings.get("add_bos_token") and first is not None:
             tokenizer.post_processor = processors.TemplateProcessing(
                 single=f"{first} $A", special_tokens=[(first, tokenizer.token_to_id(first))]
             )
         else:
             tokenizer.post_processor = None
-        return Text(tokenizer, kept)
+        return Text(tokenizer, text_settings)
 
     # --- tensors ---------------------------------------------------------------------------------------------------
 
@@ -153,9 +155,9 @@ class GGUF:
         name = self.names.get_name(part.name, try_suffixes=(".weight", ".bias"))
         return None if name is None else str(name)
 
-    def check(self, wanted: Sequence[Stored]) -> None:
+    def check(self, parts: Sequence[Stored]) -> None:
         """Raises PlaitError where a tensor is missing or of another shape."""
-        for part in wanted:
+        for part in parts:
             name = self._named(part)
             if name not in self.tensors:
                 raise PlaitError(f"{self.path} lacks tensor {name or part.name}. Fetch it again.")
@@ -172,9 +174,9 @@ class GGUF:
         """Rows of a tensor in fp32, (out, in). llama.cpp turns pairs of neighbours where transformers turns halves:
         queries and keys of Llamas, of so many heads, are put back in order."""
         if self.name == "llama" and part.name.endswith(("q_proj.weight", "k_proj.weight")):
-            whole = self._rows(str(self._named(part)))
-            width = whole.shape[0] // heads
-            return whole.view(heads, width // 2, 2, -1).transpose(1, 2).reshape(whole.shape)[rows]
+            tensor = self._rows(str(self._named(part)))
+            width = tensor.shape[0] // heads
+            return tensor.view(heads, width // 2, 2, -1).transpose(1, 2).reshape(tensor.shape)[rows]
         value = self._rows(str(self._named(part)), rows)
         if self.model_type == "gemma3_text" and part.offset:
             return value - part.offset  # llama.cpp has added it already

@@ -192,8 +192,8 @@ class Head:
 def nearness(rows: np.ndarray, centres: np.ndarray) -> np.ndarray:
     """The cosine of each row (N, F) with the nearest centre (C, F)."""
     unit = [x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9) for x in (rows, centres)]
-    found: np.ndarray = (unit[0] @ unit[1].T).max(1)
-    return found
+    nearest: np.ndarray = (unit[0] @ unit[1].T).max(1)
+    return nearest
 
 
 @dataclass
@@ -216,7 +216,7 @@ def fit_head(
     if kind != "text":
         flat = train.features.reshape(-1, width)
         mean, scale = flat.mean(0), flat.std(0) + 1e-3
-    rows, held = ((part.features.reshape(-1, views, width) - mean) / scale for part in (train, val))
+    rows, val_rows = ((part.features.reshape(-1, views, width) - mean) / scale for part in (train, val))
 
     def fitted(x: np.ndarray, y: np.ndarray, strength: float) -> Head:
         """Of views (N, V, F) and classes (N,)."""
@@ -229,32 +229,32 @@ def fit_head(
     unseen: dict[float, tuple[np.ndarray, np.ndarray]] = {}  # strength -> scores and truth
     for strength in STRENGTHS[kind]:
         if len(val.classes) >= FEW:
-            unseen[strength] = fitted(rows, train.classes, strength).scores(held), val.classes
+            unseen[strength] = fitted(rows, train.classes, strength).scores(val_rows), val.classes
         else:
             unseen[strength] = _by_folds(fitted, rows, train.classes, strength, len(labels), seed)
     best, heat, measured = _best(unseen, len(labels))
     all_rows, all_classes = rows, train.classes
     if len(val.classes):
-        all_rows, all_classes = np.concatenate((rows, held)), np.concatenate((train.classes, val.classes))
+        all_rows, all_classes = np.concatenate((rows, val_rows)), np.concatenate((train.classes, val.classes))
     head = fitted(all_rows, all_classes, best)
     head.heat = heat
     one_hot = np.eye(len(labels), dtype=np.float32)[all_classes]
     head.centres = (one_hot.T @ all_rows[:, 0]) / np.maximum(one_hot.sum(0), 1)[:, None]
-    head.familiar = np.sort(nearness((held if len(val.classes) >= FEW else rows)[:, 0], head.centres))
+    head.familiar = np.sort(nearness((val_rows if len(val.classes) >= FEW else rows)[:, 0], head.centres))
     return head, measured | {"strength": best}
 
 
 def _best(unseen: dict[float, tuple[np.ndarray, np.ndarray]], count: int) -> tuple[float, float, dict[str, float]]:
     """The strength under which unseen labels are likeliest once calibrated, that factor, and what it is worth."""
-    found = []
+    trials = []
     for strength, (scores, truth) in unseen.items():
         if not len(truth):
             return 10.0 if 10.0 in unseen else strength, 1.0, {}
         targets = softened(truth, count)
         heat = temperature(scores, targets)
         right = float((scores.argmax(1) == truth).mean())
-        found.append((right, -cross_entropy(scores * heat, targets), strength, heat, len(truth)))
-    right, _, strength, heat, records = max(found)
+        trials.append((right, -cross_entropy(scores * heat, targets), strength, heat, len(truth)))
+    right, _, strength, heat, records = max(trials)
     return strength, heat, {"accuracy": right, "records": records}
 
 
@@ -288,9 +288,9 @@ def _regression(rows: np.ndarray, classes: np.ndarray, count: int, strength: flo
     weights, bias = model.coef_.T, model.intercept_
     if weights.shape[1] == 1:  # two labels
         weights, bias = np.concatenate((-weights / 2, weights / 2), 1), np.concatenate((-bias / 2, bias / 2))
-    whole, offset = np.zeros((rows.shape[1], count), np.float32), np.full(count, -20.0)
-    whole[:, model.classes_], offset[model.classes_] = weights, bias
-    return whole, offset
+    all_weights, offset = np.zeros((rows.shape[1], count), np.float32), np.full(count, -20.0)
+    all_weights[:, model.classes_], offset[model.classes_] = weights, bias
+    return all_weights, offset
 
 
 # --- a run ------------------------------------------------------------------------------------------------------
@@ -325,9 +325,9 @@ def train_head(
     labels = [text for text in dict.fromkeys(texts[i] for i in dataset.indices("train")) if text is not None]
     if len(labels) < 2:
         raise PlaitError(f"{dataset.path}: column {target} has {len(labels)} label in train; two are needed.")
-    kept = FeatureCache(folder / "cache", encoder, place, dataset)
+    cache = FeatureCache(folder / "cache", encoder, place, dataset)
     train, val = (
-        _examples(dataset, split, source, texts, labels, encoder, kept, progress) for split in ("train", "val")
+        _examples(dataset, split, source, texts, labels, encoder, cache, progress) for split in ("train", "val")
     )
     names = None
     if kind == "text" and sum(label.replace("_", "").isdigit() for label in labels) < len(labels) / 2:
@@ -368,13 +368,13 @@ def _examples(
     texts: Sequence[str | None],
     labels: list[str],
     encoder: Encoder,
-    kept: FeatureCache,
+    cache: FeatureCache,
     progress: Progress,
 ) -> Examples:
     number = {label: i for i, label in enumerate(labels)}
     indices = np.array([i for i in dataset.indices(split) if texts[i] in number], np.int64)
     classes, rows = [], []
-    stored = kept.get(split)
+    stored = cache.get(split)
     values: list[Any] = []
 
     def flush() -> None:
@@ -394,7 +394,7 @@ def _examples(
     if stored is None:
         flush()
         stored = np.concatenate(rows) if rows else np.zeros((0, encoder.views), np.float32)
-        kept.put(split, stored)
+        cache.put(split, stored)
     progress(f"features of {split}", len(indices), len(indices))
     return Examples(stored, np.array(classes, np.int64))
 
@@ -413,29 +413,31 @@ class FeatureCache:
     def get(self, split: str) -> np.ndarray | None:
         """(N, F), None where they are not there, or damaged."""
         try:
-            found: np.ndarray = load_file(self._file(split))["features"]
+            features: np.ndarray = load_file(self._file(split))["features"]
         except Exception:  # of whatever kind, they are made again
             return None
-        return found
+        return features
 
     def put(self, split: str, features: np.ndarray) -> None:
         """Keep the features (N, F) of a split."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        aside = self._file(split).with_suffix(".tmp")
-        save_file({"features": np.ascontiguousarray(features, np.float32)}, aside)
-        aside.replace(self._file(split))
+        temporary = self._file(split).with_suffix(".tmp")
+        save_file({"features": np.ascontiguousarray(features, np.float32)}, temporary)
+        temporary.replace(self._file(split))
 
 
 def _save(head: Head, config: dict[str, Any], folder: Path) -> None:
-    with publish_folder(folder) as aside:
-        (aside / CONFIG).write_text(json_text(config), encoding="utf-8")
+    with publish_folder(folder) as temporary:
+        (temporary / CONFIG).write_text(json_text(config), encoding="utf-8")
         arrays = {
             "weights": head.weights, "bias": head.bias, "mean": head.mean, "scale": head.scale,
             "centres": head.centres, "familiar": head.familiar,
         }  # fmt: skip
-        save_file({name: np.ascontiguousarray(value, np.float32) for name, value in arrays.items()}, aside / ARRAYS)
-        sums = {name: sha256_file(aside / name) for name in (CONFIG, ARRAYS)}
-        (aside / "manifest.json").write_text(json_text(sealed({"version": MANIFEST, "sha256": sums})), encoding="utf-8")
+        save_file({name: np.ascontiguousarray(value, np.float32) for name, value in arrays.items()}, temporary / ARRAYS)
+        sums = {name: sha256_file(temporary / name) for name in (CONFIG, ARRAYS)}
+        (temporary / "manifest.json").write_text(
+            json_text(sealed({"version": MANIFEST, "sha256": sums})), encoding="utf-8"
+        )
 
 
 def describe_head(config: dict[str, Any]) -> str:
@@ -520,9 +522,9 @@ class HeadModel(Model):
             return []
         scores = log_softmax(self.head.log_probabilities(features)[:, places])
         unlike = self.head.unlike(features)
-        found = []
+        predictions = []
         for row, score in zip(np.exp(scores), unlike, strict=True):
             order = np.argsort(-row, kind="stable")[:top]
             ranked = [Prediction(chosen[i], float(row[i])) for i in order]
-            found.append(Predictions(ranked, float(score), bool(score > UNLIKE)))
-        return found
+            predictions.append(Predictions(ranked, float(score), bool(score > UNLIKE)))
+        return predictions

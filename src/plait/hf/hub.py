@@ -42,31 +42,31 @@ def find(name: str | Path) -> Path:
     cached = _cached(name)
     if cached is not None and not (gone := _gaps(cached)):
         return cached
-    known = f" (the cache lacks {gone[0]})" if cached is not None else ""
-    return _download(name, known)
+    lacking = f" (the cache lacks {gone[0]})" if cached is not None else ""
+    return _download(name, lacking)
 
 
 def _cached(name: str) -> Path | None:
     from huggingface_hub import constants, try_to_load_from_cache
 
     # By one file: a look-up of the whole snapshot fails where files that we never fetch are not in it.
-    found = try_to_load_from_cache(name, "config.json", cache_dir=constants.HF_HUB_CACHE)
-    return Path(found).parent if isinstance(found, str) else None
+    config_path = try_to_load_from_cache(name, "config.json", cache_dir=constants.HF_HUB_CACHE)
+    return Path(config_path).parent if isinstance(config_path, str) else None
 
 
 def _gaps(folder: Path) -> list[str]:
     """The files that a cached model lacks: it may be the rest of an interrupted download."""
     if (index := folder / "model.safetensors.index.json").is_file():
         try:
-            wanted = {str(file) for file in read_json(index)["weight_map"].values()}
+            weight_files = {str(file) for file in read_json(index)["weight_map"].values()}
         except (PlaitError, KeyError, TypeError, AttributeError):
             return [index.name]
     else:
-        wanted = {"model.safetensors"}
-    return sorted(file for file in wanted if not (folder / file).is_file())
+        weight_files = {"model.safetensors"}
+    return sorted(file for file in weight_files if not (folder / file).is_file())
 
 
-def _download(name: str, known: str) -> Path:
+def _download(name: str, lacking: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
@@ -82,20 +82,20 @@ def _download(name: str, known: str) -> Path:
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(PATIENCE + 0.5)
-    found = answer[0] if answer else None
-    if isinstance(found, GatedRepoError):
+    info = answer[0] if answer else None
+    if isinstance(info, GatedRepoError):
         raise PlaitError(f"'{name}' wants its licence accepted: do so on its page of the hub, then `hf auth login`.")
-    if isinstance(found, RepositoryNotFoundError | HFValidationError):
+    if isinstance(info, RepositoryNotFoundError | HFValidationError):
         raise PlaitError(
             f"'{name}' is neither a local folder nor a model of the Hugging Face hub. Check the spelling; "
             "for a private model run `hf auth login` first."
         )
-    if found is None or isinstance(found, Exception):
+    if info is None or isinstance(info, Exception):
         raise PlaitError(
-            f"'{name}' is not a local folder, not in the Hugging Face cache{known}, and the hub cannot be reached. "
+            f"'{name}' is not a local folder, not in the Hugging Face cache{lacking}, and the hub cannot be reached. "
             f"Check the spelling and the connection, or fetch it elsewhere (`hf download {name}`) and name the folder."
         )
-    files = [file.rfilename for file in found.siblings or []]
+    files = [file.rfilename for file in info.siblings or []]
     if not any(file.endswith(".safetensors") for file in files):
         raise PlaitError(no_safetensors(name, [file for file in files if file.endswith((".bin", ".h5", ".msgpack"))]))
     # Folders, and Mistral's "consolidated", hold the same weights in other forms; "1_Pooling" is of sentence encoders.

@@ -55,9 +55,9 @@ class _Weights:
             where = read_json(index).get("weight_map") if isinstance(read_json(index), dict) else None
             if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
                 raise PlaitError(f"{index} has no weight_map of tensor to file. Fetch the model again.")
-            if odd := [file for file in where.values() if Path(file).name != file]:
+            if unsafe_names := [file for file in where.values() if Path(file).name != file]:
                 raise PlaitError(
-                    f"{index} names {odd[0]!r}, which is not a file of this folder. Do not trust this model."
+                    f"{index} names {unsafe_names[0]!r}, which is not a file of this folder. Do not trust this model."
                 )
             paths = [folder / file for file in sorted(set(where.values()))]
             if lost := [path for path in paths if not path.is_file()]:
@@ -80,9 +80,9 @@ class _Weights:
                     f"{folder / listed} lacks tensor {name}, though {index.name} lists it. Fetch it again."
                 )
 
-    def check(self, wanted: Iterable[Stored]) -> None:
+    def check(self, expected: Iterable[Stored]) -> None:
         """Raises PlaitError where a tensor is missing, too many, of another shape or not of floats."""
-        shapes = {part.name: part.shape for part in wanted}
+        shapes = {part.name: part.shape for part in expected}
         missing = [name for name in shapes if name not in self.files]
         extra = [name for name in self.files if name not in shapes and not _BUFFERS.search(name)]
         for what, names in (("lacks", missing), ("has unknown", extra)):
@@ -148,24 +148,24 @@ def _sampling(values: dict[str, Any], file: Path) -> GenerationConfig:
     """The sampling that the authors advise; where they advise none, ours."""
     if not values.get("do_sample"):
         return GenerationConfig()
-    known = {key: values[key] for key in ("temperature", "top_k", "top_p") if values.get(key) is not None}
+    advised = {key: values[key] for key in ("temperature", "top_k", "top_p") if values.get(key) is not None}
     try:
-        return GenerationConfig.model_validate(known)
+        return GenerationConfig.model_validate(advised)
     except ValidationError as error:
         raise PlaitError(f"{file} is wrong: {error.errors()[0]['msg']}.") from error
 
 
 def _ends(config: dict[str, Any], generation: dict[str, Any], size: int, folder: Path) -> list[int]:
     """The ids that end a text: those of generation_config.json, which generation obeys, else those of config.json."""
-    found: list[int] = []
+    end_ids: list[int] = []
     for name, values in (("config.json", config), ("generation_config.json", generation)):
         ends = values.get("eos_token_id")
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         for end in ends:
             if type(end) is not int or not 0 <= end < size:
                 raise PlaitError(f"{folder / name}: eos_token_id is {end!r}, outside the vocabulary of {size}.")
-        found = list(dict.fromkeys(ends)) or found
-    return found
+        end_ids = list(dict.fromkeys(ends)) or end_ids
+    return end_ids
 
 
 def runs(folder: Path) -> bool:
@@ -249,11 +249,11 @@ def _build(
     if storage is not None:
         _pack(model, plan, weights, storage)
     tensors = {}
-    for name, wanted in model.state_dict().items():
+    for name, parameter in model.state_dict().items():
         if storage is not None and name.endswith(".free"):
             continue
-        half = compact and wanted.ndim == 2 and isinstance(weights, _Weights)
-        tensors[name] = _Rows(plan[name], wanted.shape, weights, backbone, half)[:]
+        half = compact and parameter.ndim == 2 and isinstance(weights, _Weights)
+        tensors[name] = _Rows(plan[name], parameter.shape, weights, backbone, half)[:]
     model.load_state_dict(tensors, assign=True, strict=storage is None)
     if backbone.position == "rotary":
         model.backbone.set_frequencies()

@@ -75,8 +75,10 @@ def _kind(config: dict[str, Any], folder: Path, transformers: Any) -> str:
     names = transformers.models.auto.modeling_auto
     model, heads = config["model_type"], config.get("architectures") or [""]
     if model not in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES:
-        own = " It brings code of its own (auto_map), which Plait never runs." if "auto_map" in config else ""
-        raise PlaitError(f"{folder / 'config.json'}: transformers does not know the architecture '{model}'.{own}")
+        custom_code = " It brings code of its own (auto_map), which Plait never runs." if "auto_map" in config else ""
+        raise PlaitError(
+            f"{folder / 'config.json'}: transformers does not know the architecture '{model}'.{custom_code}"
+        )
     if model in ("clip", "siglip", "siglip2"):
         return "contrastive"
     if model == "whisper":
@@ -87,8 +89,8 @@ def _kind(config: dict[str, Any], folder: Path, transformers: Any) -> str:
         return "encoder"
     if model in names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not heads[0].endswith("Classification"):
         return "language"
-    known = "; ".join(f"{kind}: {', '.join(verbs)}" for kind, verbs in VERBS.items())
-    raise PlaitError(f"{folder}: no use is made here of a model of type '{model}'. Used are {known}.")
+    supported = "; ".join(f"{kind}: {', '.join(verbs)}" for kind, verbs in VERBS.items())
+    raise PlaitError(f"{folder}: no use is made here of a model of type '{model}'. Used are {supported}.")
 
 
 class Pretrained(Model):
@@ -223,10 +225,10 @@ class Pretrained(Model):
                     f"{self.name} embeds texts, not {type(other[0]).__name__}. Use a CLIP or SigLIP model."
                 )
             return self.sentences.embed(inputs, prompt)
-        found = [self._contrastive(value) for value in inputs]
-        if not found:
+        vectors_of_inputs = [self._contrastive(value) for value in inputs]
+        if not vectors_of_inputs:
             return np.zeros((0, 0), np.float32)
-        vectors = torch.stack(found).float()
+        vectors = torch.stack(vectors_of_inputs).float()
         return np.asarray(torch.nn.functional.normalize(vectors, dim=-1).cpu().numpy(), np.float32)
 
     def _contrastive(self, value: Any) -> Tensor:
@@ -314,10 +316,10 @@ class Pretrained(Model):
         if not isinstance(prompt, str) or not prompt:
             raise PlaitError(f"{self.name} continues a text. Give a prompt that is a str and not empty.")
         count = num_return_sequences if n is None else n
-        given = {name: value for name, value in options.items() if value is not None}
-        if unknown := [name for name in given if name not in GENERATE_OPTIONS]:
+        set_options = {name: value for name, value in options.items() if value is not None}
+        if unknown := [name for name in set_options if name not in GENERATE_OPTIONS]:
             raise PlaitError(f"{self.name} runs in transformers, which has no {unknown[0]} here. Leave it out.")
-        sampling = {name: given[name] for name in SAMPLING_OPTIONS if name in given}
+        sampling = {name: set_options[name] for name in SAMPLING_OPTIONS if name in set_options}
         do_sample, max_new_tokens = options.get("do_sample"), options.get("max_new_tokens")
         if do_sample is None:
             do_sample = (count > 1 or bool(sampling)) and options.get("temperature") != 0
@@ -334,8 +336,8 @@ class Pretrained(Model):
                 )
             max_new_tokens = min(max_length - length, max_new_tokens or max_length)
         settings: dict[str, Any] = {"do_sample": do_sample, **(sampling if do_sample else {})}
-        if "repetition_penalty" in given:
-            settings["repetition_penalty"] = given["repetition_penalty"]
+        if "repetition_penalty" in set_options:
+            settings["repetition_penalty"] = set_options["repetition_penalty"]
         with quiet(), torch.random.fork_rng():
             torch.manual_seed(options.get("seed", 0))
             ids = self._run(

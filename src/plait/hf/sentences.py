@@ -53,9 +53,9 @@ def read_recipe(folder: Path) -> Recipe:
     modules = folder / "modules.json"
     parts = read_json(modules) if modules.is_file() else []
     paths = [(str(part.get("type", "")).rsplit(".", 1)[-1], folder / str(part.get("path", ""))) for part in parts]
-    if odd := [kind for kind, _ in paths if kind not in ("Transformer", "Pooling", "Normalize", "Dense")]:
+    if unknown := [kind for kind, _ in paths if kind not in ("Transformer", "Pooling", "Normalize", "Dense")]:
         raise PlaitError(
-            f"{modules} names a module of type {odd[0]}; known are Transformer, Pooling, Dense, Normalize."
+            f"{modules} names a module of type {unknown[0]}; known are Transformer, Pooling, Dense, Normalize."
         )
     pooling = next((path for kind, path in paths if kind == "Pooling"), folder / "1_Pooling") / "config.json"
     settings = _optional(folder / "sentence_bert_config.json")
@@ -83,8 +83,8 @@ def _pooling(file: Path) -> tuple[str, ...]:
         modes: tuple[str, ...] = (settings["pooling_mode"],)
     else:
         modes = tuple(name for key, name in _POOLING.items() if settings.get(key))
-    if odd := [mode for mode in modes if mode not in _POOLING.values()]:
-        raise PlaitError(f"{file}: pooling_mode {odd[0]!r} is not known. Known are {', '.join(_POOLING.values())}.")
+    if unknown := [mode for mode in modes if mode not in _POOLING.values()]:
+        raise PlaitError(f"{file}: pooling_mode {unknown[0]!r} is not known. Known are {', '.join(_POOLING.values())}.")
     return modes or ("mean",)
 
 
@@ -107,8 +107,8 @@ class SentenceEncoder:
         """
         name = self.recipe.default_prompt if prompt is None else prompt
         if name is not None and name not in self.recipe.prompts:
-            known = ", ".join(self.recipe.prompts) or "none"
-            raise PlaitError(f"This model has no prompt '{name}'. Its prompts are {known}.")
+            prompt_names = ", ".join(self.recipe.prompts) or "none"
+            raise PlaitError(f"This model has no prompt '{name}'. Its prompts are {prompt_names}.")
         before = "" if name is None else self.recipe.prompts[name]
         texts = [before + text.strip() for text in texts]
         texts = [text.lower() for text in texts] if self.recipe.lower else texts

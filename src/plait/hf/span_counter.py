@@ -45,8 +45,8 @@ def channels_for(config: ModelConfig, spans: dict[str, Span], groups: int) -> in
     if not able or not counted or len(counted) + 1 > backbone.kv_heads or units > backbone.hidden:
         return 0
     # See `count_codes`; the end may cut a group in three.
-    wanted = 3 * len(counted) + 1 + len(counted) + 1 + groups + 2
-    return -(-wanted // backbone.heads) * backbone.heads
+    needed = 3 * len(counted) + 1 + len(counted) + 1 + groups + 2
+    return -(-needed // backbone.heads) * backbone.heads
 
 
 def widened(model: Multimodal, channels: int) -> Multimodal:
@@ -175,7 +175,7 @@ def _set_feed_forward(
 ) -> None:
     """Units that turn shares into what each group loses after as many codes, (start, stop) of ids a group."""
     vocabulary, hidden, end = model.vocabulary, model.config.backbone.hidden, model.vocabulary.end
-    one, written = channels.one, slice(channels.written, channels.written + len(groups))
+    one, loss_channels = channels.one, slice(channels.written, channels.written + len(groups))
     unit = 0
     for number, (token_type, span) in enumerate(counted.items()):
         assert span.limit is not None
@@ -191,18 +191,18 @@ def _set_feed_forward(
         gate[1:, channels.share + number] = -SHARP
         gate[1:, one] = (SHARP * knots[:-1]).float()
         up[:, [channels.opens + number, channels.codes + number]] = 1
-        block.feed_out.weight[written, units] = (-sums.t() * SMALL / SHARP).float()
+        block.feed_out.weight[loss_channels, units] = (-sums.t() * SMALL / SHARP).float()
         unit += len(knots)
         closed = torch.tensor([float(start != end) for start, _ in groups])
         block.feed_in.weight[unit, one] = SHARP
         block.feed_in.weight[hidden + unit, channels.closes + number] = 1
-        block.feed_out.weight[written, unit] = -closed * SMALL / SHARP
+        block.feed_out.weight[loss_channels, unit] = -closed * SMALL / SHARP
         unit += 1
     # Behind text, codes and closers are impossible; that needs no opener in sight, so the size is the token's own.
     codes_only = torch.tensor([float(start >= vocabulary.id_ranges["text"][1]) for start, _ in groups])
     block.feed_in.weight[unit, channels.other] = SHARP
     block.feed_in.weight[hidden + unit, channels.other] = 1
-    block.feed_out.weight[written, unit] = -codes_only * SMALL / SHARP
+    block.feed_out.weight[loss_channels, unit] = -codes_only * SMALL / SHARP
 
 
 def _set_head(
@@ -210,26 +210,28 @@ def _set_head(
 ) -> None:
     """What is written is the larger the smaller the old channels are: of the examples, a loss is taken at its least."""
     assert model.lm_head is not None
-    written, device = channels.written, model.lm_head.free.device
+    loss_channel, device = channels.written, model.lm_head.free.device
     least = math.inf
     for ids in examples:
         inside = torch.isin(kinds[torch.tensor(ids)], torch.arange(channels.opens, channels.other + 1))
         hidden = model.backbone(model.token_embedding.free[torch.tensor(ids, device=device)][None])[0]
-        lost = -hidden[inside.to(hidden.device), written : written + len(groups)].amin(-1)  # where some are lost
+        lost = -hidden[inside.to(hidden.device), loss_channel : loss_channel + len(groups)].amin(
+            -1
+        )  # where some are lost
         if len(lost):
             least = min(least, float(lost[lost > lost.amax() / 8].amin()))
     for number, (start, stop) in enumerate(groups):
-        model.lm_head.free[start:stop, written + number] = LOSS / least if least < math.inf else 0
+        model.lm_head.free[start:stop, loss_channel + number] = LOSS / least if least < math.inf else 0
 
 
 def _losses(span: Span, closer: int | None, end: int, groups: list[tuple[int, int]]) -> Tensor:
     """What each group loses after 0 .. limit codes, (limit + 1, G): 1 where it is impossible."""
     assert span.limit is not None
-    found = torch.ones(span.limit + 1, len(groups))
+    losses = torch.ones(span.limit + 1, len(groups))
     starts = [start for start, _ in groups]
     codes, last = starts.index(span.start), starts.index(end if closer is None else closer)
     for n in range(span.limit + 1):
         full = n == span.limit
-        found[n, codes] = full
-        found[n, last] = not (full or (closer is not None and n > 0 and span.may_end(n)))
-    return found
+        losses[n, codes] = full
+        losses[n, last] = not (full or (closer is not None and n > 0 and span.may_end(n)))
+    return losses

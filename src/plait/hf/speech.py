@@ -86,9 +86,9 @@ class Speech:
             raise PlaitError(f"{self.name} knows one language only. Leave the language out.")
         return options
 
-    def _inputs(self, wave: np.ndarray, whole: bool = False) -> Any:
-        """Features; `whole` ones are as long as the recording."""
-        more: dict[str, Any] = {"truncation": False, "padding": "longest"} if whole else {}
+    def _inputs(self, wave: np.ndarray, untruncated: bool = False) -> Any:
+        """Features; `untruncated` ones are as long as the recording."""
+        more: dict[str, Any] = {"truncation": False, "padding": "longest"} if untruncated else {}
         return self.features(
             wave, sampling_rate=self.features.sampling_rate, return_attention_mask=True, return_tensors="pt", **more
         )
@@ -98,28 +98,28 @@ class Speech:
         options = options | LONG_FORM | {"return_segments": True} | ({"return_token_timestamps": True} if words else {})
         with torch.random.fork_rng(), self._attention_kept():
             torch.manual_seed(0)  # higher temperatures draw
-            result = self._generate(self._inputs(wave, whole=long), options)
-        found = []
+            result = self._generate(self._inputs(wave, untruncated=long), options)
+        segments = []
         for segment in result["segments"][0]:
             text = self.tokenizer.decode(segment["tokens"], skip_special_tokens=True).strip()
             if text:
                 start, end = float(segment["start"]), float(segment["end"])
-                spoken = self._words(segment) if words else ()
-                tight = tuple(tightened(word, wave, self.features.sampling_rate) for word in spoken)
-                found.append(Segment(start, end, text, tight))
-        return found
+                words_said = self._words(segment) if words else ()
+                tight = tuple(tightened(word, wave, self.features.sampling_rate) for word in words_said)
+                segments.append(Segment(start, end, text, tight))
+        return segments
 
     def _words(self, segment: dict[str, Any]) -> tuple[Segment, ...]:
         """The words of a segment. Cross-attention tells of each token when it ends, which is when the next begins."""
         ids, ends = segment["tokens"].tolist(), segment["token_timestamps"].tolist()
         start, pieces = float(segment["start"]), list[Segment]()
-        held: list[int] = []  # ids whose bytes are no whole characters yet
+        pending_ids: list[int] = []  # ids whose bytes are no whole characters yet
         for token, end in zip(ids, ends, strict=False):
-            text = self.tokenizer.decode([*held, token], skip_special_tokens=True)
+            text = self.tokenizer.decode([*pending_ids, token], skip_special_tokens=True)
             if text.endswith("\ufffd"):
-                held.append(token)
+                pending_ids.append(token)
                 continue
-            held.clear()
+            pending_ids.clear()
             if text:
                 pieces.append(Segment(start, end, text))
             start = end
@@ -129,11 +129,11 @@ class Speech:
     def _attention_kept(self) -> Iterator[None]:
         """transformers goes over to slower attention, for good, where times of tokens are asked for; not here."""
         config = self.model.model.config
-        kept = config._attn_implementation
+        implementation = config._attn_implementation
         try:
             yield
         finally:
-            config._attn_implementation = kept
+            config._attn_implementation = implementation
 
     def _generate(self, inputs: Any, options: dict[str, Any]) -> Any:
         def stop(ids: Tensor, scores: Any, **_: Any) -> Tensor:
@@ -150,15 +150,15 @@ class Speech:
 def joined_words(pieces: Iterable[Segment]) -> list[Segment]:
     """Pieces of text, as tokens have them, as words: one begins at a space, and where none are written at each
     character; what is no letter stays with the word before it."""
-    found: list[Segment] = []
+    words: list[Segment] = []
     for piece in pieces:
         text = piece.text.strip()
-        begins = piece.text[:1].isspace() or not found or (text[:1].isalnum() and _without_spaces(text[0]))
+        begins = piece.text[:1].isspace() or not words or (text[:1].isalnum() and _without_spaces(text[0]))
         if begins and text:
-            found.append(Segment(piece.start, piece.end, text))
-        elif found:
-            found[-1] = Segment(found[-1].start, piece.end, found[-1].text + text)
-    return found
+            words.append(Segment(piece.start, piece.end, text))
+        elif words:
+            words[-1] = Segment(words[-1].start, piece.end, words[-1].text + text)
+    return words
 
 
 def tightened(word: Segment, wave: np.ndarray, rate: int) -> Segment:

@@ -50,20 +50,20 @@ def export_tflite(
     place = environment(tell)
     with tempfile.TemporaryDirectory(prefix="plait-tflite-") as scratch:
         work = Path(scratch)
-        wanted = hand_over(checkpoint, length, work)
+        expected = hand_over(checkpoint, length, work)
         tell("Converting.")
         convert(place, work)
-        got = np.load(work / "logits.npy")
-        worst = float(np.abs(got - wanted).max()) if got.shape == wanted.shape else float("inf")
+        logits = np.load(work / "logits.npy")
+        worst = float(np.abs(logits - expected).max()) if logits.shape == expected.shape else float("inf")
         if not worst <= TOLERANCE:
             raise PlaitError(f"The TFLite model's logits differ by {worst:.2g} from ours; nothing was written.")
-        with publish_folder(folder) as aside:
-            shutil.copyfile(work / "model.tflite", aside / "model.tflite")
-            write_atomic(aside / "tokenizer.json", extended_tokenizer(checkpoint)[0])
+        with publish_folder(folder) as temporary:
+            shutil.copyfile(work / "model.tflite", temporary / "model.tflite")
+            write_atomic(temporary / "tokenizer.json", extended_tokenizer(checkpoint)[0])
             what = (
                 f"a LiteRT graph, `input_ids` (1, {length}) int32 to `logits` (1, {length}, ids), padded on the right"
             )
-            write_atomic(aside / "README.md", card(checkpoint, what).replace("transformers", "litert", 1))
+            write_atomic(temporary / "README.md", card(checkpoint, what).replace("transformers", "litert", 1))
     return worst
 
 
@@ -81,11 +81,11 @@ def hand_over(checkpoint: Checkpoint, length: int, work: Path) -> np.ndarray:
         with torch.no_grad(), exact_products(torch.device("cpu")):
             program = torch.export.export(plain, (ids[:1],), strict=False)
             torch.export.save(program, work / "program.pt2")
-            wanted = torch.cat([plain(row[None]) for row in ids]).numpy()
+            expected = torch.cat([plain(row[None]) for row in ids]).numpy()
     finally:
         model.to(place).train(training)
     np.save(work / "ids.npy", ids.numpy().astype(np.int32))
-    return wanted
+    return expected
 
 
 # --- the environment --------------------------------------------------------------------------------------------
@@ -121,9 +121,9 @@ def environment(tell: Callable[[str], None] = lambda line: None) -> Path:
                 "XDG_CACHE_HOME to a folder with more room."
             )
         _run([sys.executable, "-m", "venv", "--clear", str(place / "venv")])
-        wanted = [f"torch=={_torch()}", LITERT]
-        _run([_python(place), "-m", "pip", "install", "--prefer-binary", "--retries", "2", *wanted])
-        write_json(place / "environment.json", {"python": sys.version.split()[0], "installed": wanted})
+        packages = [f"torch=={_torch()}", LITERT]
+        _run([_python(place), "-m", "pip", "install", "--prefer-binary", "--retries", "2", *packages])
+        write_json(place / "environment.json", {"python": sys.version.split()[0], "installed": packages})
     return place
 
 
@@ -133,25 +133,25 @@ def _python(place: Path) -> str:
 
 def _run(command: list[str]) -> None:
     """Run a command that makes the environment. Raises PlaitError with what its words mean."""
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    if found.returncode:
-        raise PlaitError(why(found.stdout + found.stderr))
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise PlaitError(why(process.stdout + process.stderr))
 
 
-def why(said: str) -> str:
+def why(output: str) -> str:
     """What pip's (or venv's) output means, and what to do about it."""
-    last = next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "nothing was said")
-    if "No space left on device" in said:
+    last = next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "nothing was said")
+    if "No space left on device" in output:
         return (
             "The disk ran full while the environment was made. Free some 4 GB, or set XDG_CACHE_HOME to another disk."
         )
     unheard = ("NewConnectionError", "NameResolutionError", "ConnectTimeout", "ProxyError", "ReadTimeout", "SSLError")
-    if any(name in said for name in unheard):
+    if any(name in output for name in unheard):
         return (
             "No package registry answered. Exporting to tflite installs litert-torch once, over the network: go "
             "online, or point pip at a mirror (PIP_INDEX_URL, PIP_FIND_LINKS), and run the command again."
         )
-    if "No matching distribution" in said or "ResolutionImpossible" in said:
+    if "No matching distribution" in output or "ResolutionImpossible" in output:
         python = f"{sys.version_info[0]}.{sys.version_info[1]}"
         return (
             f"pip found no {LITERT} for Python {python} and torch {_torch()} on this machine ({last}). It has builds "
@@ -169,17 +169,19 @@ def convert(place: Path, work: Path) -> None:
     quiet = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", "HF_HUB_OFFLINE": "1"}
     remake = f"Remake it: rm -r '{place}', and run the command again."
     try:
-        found = subprocess.run(
+        process = subprocess.run(
             [_python(place), "-I", str(worker), str(work)], capture_output=True, text=True, check=False, env=quiet
         )
     except OSError as error:
         raise PlaitError(f"The environment {place} is broken: {error.strerror}. {remake}") from error
     outcome = work / "outcome.json"
-    told = json.loads(outcome.read_text()) if outcome.is_file() else {}
-    if "missing" in told:
-        raise PlaitError(f"The environment {place} is broken: {told['missing']}. {remake}")
-    if "refused" in told:
-        raise PlaitError(f"litert-torch cannot convert this model: {told['refused']}")
-    if found.returncode:
-        last = next((line.strip() for line in reversed(found.stderr.splitlines()) if line.strip()), "nothing was said")
-        raise PlaitError(f"The environment {place} failed (exit code {found.returncode}): {last} {remake}")
+    outcome_record = json.loads(outcome.read_text()) if outcome.is_file() else {}
+    if "missing" in outcome_record:
+        raise PlaitError(f"The environment {place} is broken: {outcome_record['missing']}. {remake}")
+    if "refused" in outcome_record:
+        raise PlaitError(f"litert-torch cannot convert this model: {outcome_record['refused']}")
+    if process.returncode:
+        last = next(
+            (line.strip() for line in reversed(process.stderr.splitlines()) if line.strip()), "nothing was said"
+        )
+        raise PlaitError(f"The environment {place} failed (exit code {process.returncode}): {last} {remake}")

@@ -143,10 +143,10 @@ def _read(path: Path) -> Choice | None:
 
 
 def _write(path: Path, choice: Choice) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        aside.write_text(json.dumps(asdict(choice), indent=1), encoding="utf-8")
-        aside.replace(path)
+        temporary.write_text(json.dumps(asdict(choice), indent=1), encoding="utf-8")
+        temporary.replace(path)
     except OSError:
         log.info("The choice could not be kept in %s; the next process measures again.", path.parent)

@@ -28,6 +28,7 @@ def prepare(
     map: Mapping[str, str] | None = None,
     labels: Mapping[str, Sequence[str]] | None = None,
     pattern: str | None = None,
+    group_by: str | None = None,
     recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
     seed: int = 0,
     workers: int | None = None,
@@ -49,7 +50,9 @@ def prepare(
         map: what columns of a table are: `{"image": "photo", "text": "caption:text", "ignore": "a,b"}`.
         labels: names of integer classes: `{"label": ["cat", "dog"]}`.
         pattern: regular expression on file names whose named groups become text columns.
-        recipe: map, labels and pattern are taken from it where they are left out.
+        group_by: what records have in common that share a split: a column (who speaks, which patient), which is then
+            not learnt, a named group of the pattern, "folder", or "name:2" for the second part of files' names.
+        recipe: map, labels, pattern and group_by are taken from it where they are left out.
         seed: of the split.
         workers: processes that decode media; as many as there are processors if left out, 0 for none.
         engine: "local", or "ray" for the workers of a Ray cluster, which read media by themselves.
@@ -66,12 +69,12 @@ def prepare(
     Raises PlaitError where nothing can be read or written, or an option does not fit. Stopped at any moment, the same
     call goes on from there.
     """
-    given = {"map": dict(map) if map else None, "pattern": pattern}
+    data_options = {"map": dict(map) if map else None, "pattern": pattern, "group_by": group_by}
     names = {column: list(values) for column, values in labels.items()} if labels else None
-    data = as_recipe(recipe, {"data": {**given, "labels": names}}).data
+    data = as_recipe(recipe, {"data": {**data_options, "labels": names}}).data
     place = location(out)
-    held = in_memory(source)
-    if held:
+    from_memory = in_memory(source)
+    if from_memory:
         if isinstance(source, Dataset):
             raise PlaitError(f"{source.path} is prepared already.")
         source = _written(source, place)
@@ -79,9 +82,10 @@ def prepare(
         prepare_files(
             source, place, column_map=data.map or None, labels=data.labels or None, pattern=data.pattern,
             recipe=data, seed=seed, workers=workers, engine=engine, near_duplicates=near_duplicates,
-            drop_near_duplicates=drop_near_duplicates, replace=replace, into=into, progress=bar,
+            drop_near_duplicates=drop_near_duplicates, replace=replace, into=into,
+            group_by=data.group_by, progress=bar,
         )  # fmt: skip
-    if held:
+    if from_memory:
         shutil.rmtree(source, ignore_errors=True)
     return Dataset.open(place)
 

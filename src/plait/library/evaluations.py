@@ -19,6 +19,7 @@ from plait.evaluation.metrics import interval
 from plait.library.runs import Run
 from plait.reports.metric_labels import metric_labels
 from plait.reports.report import read_run, write_metrics, write_report
+from plait.training.parts import training_seconds
 
 if TYPE_CHECKING:
     from plait.evaluation.folds import OutOfFold
@@ -120,6 +121,9 @@ def _shown(value: float | None) -> str:
     return "" if value is None or value != value else f"{value:.4g}"
 
 
+ALTERNATIVES = ("quick", "all")
+
+
 def evaluate(
     run: Run | str | Path,
     *,
@@ -128,6 +132,7 @@ def evaluate(
     limit: int | None = None,
     reference_seconds: float = 15.0,
     folds: int | None = None,
+    alternatives: str = "quick",
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
@@ -144,6 +149,8 @@ def evaluate(
         folds: measure what recognises labels on all records, each asked about by a model that has not learnt it, in so
             many folds; networks take a third of the run's minutes for that. If left out, 5 where fewer than 500
             records have labels and the data name no splits themselves; 0 for none.
+        alternatives: "quick" are those that take little beside the run; "all" also fits a small CNN on labelled images
+            or audio for as long as the run was trained, and keeps it for the next time, by the content of the data.
         seed: of samples and of what is written.
         device: auto, cpu, cuda or mps.
         precision: as in `plait.load`.
@@ -160,10 +167,12 @@ def evaluate(
     from plait.inference.model import load
 
     folder = run.folder if isinstance(run, Run) else Path(run).expanduser()
-    own = data is None and split == "test"
+    own_test = data is None and split == "test"
     if folds is not None and (folds < 0 or folds == 1):
         raise PlaitError(f"folds is {folds}: it must be at least 2, or 0 for none.")
-    if folds and not own:
+    if alternatives not in ALTERNATIVES:
+        raise PlaitError(f"There are no alternatives '{alternatives}'. Known are {' and '.join(ALTERNATIVES)}.")
+    if folds and not own_test:
         raise PlaitError("Folds are made of all records of the run's own data: leave --split and --data out.")
     if data is None:
         data = Run(folder).dataset_path
@@ -178,8 +187,9 @@ def evaluate(
     if model is None:
         raise PlaitError(f"{folder} is no model that plait trained; evaluation needs a run.")
     with ProgressBar(progress) as bar:
-        found = by_folds(model, dataset, folder, folds, seed, device, bar) if own and folds != 0 else {}
-        metrics, findings = _measure(model, dataset, split, limit, reference_seconds, seed, bar, found)
+        fold_metrics = by_folds(model, dataset, folder, folds, seed, device, bar) if own_test and folds != 0 else {}
+        seconds = training_seconds(Run(folder).metadata) if alternatives == "all" else None
+        metrics, findings = _measure(model, dataset, split, limit, reference_seconds, seconds, seed, bar, fold_metrics)
     add_intervals(metrics)
     write_metrics(folder / "metrics.json", metrics)
     write_report(folder / "report.html", metrics, findings, read_run(folder, dataset.path))
@@ -203,6 +213,7 @@ def _measure(
     split: str,
     limit: int | None,
     reference_seconds: float,
+    alternative_seconds: float | None,
     seed: int,
     bar: ProgressBar,
     out_of_fold: dict[tuple[str, str], OutOfFold],
@@ -213,8 +224,8 @@ def _measure(
 
     limits = Limits() if limit is None else Limits(records=limit)
     return measure(
-        model, dataset, split, seed=seed, limits=limits, reference_seconds=reference_seconds, progress=bar,
-        out_of_fold=out_of_fold,
+        model, dataset, split, seed=seed, limits=limits, reference_seconds=reference_seconds,
+        alternative_seconds=alternative_seconds, progress=bar, out_of_fold=out_of_fold,
     )  # fmt: skip
 
 
@@ -247,7 +258,7 @@ def label_review(
     from plait.reports.label_review import review_page, review_table
 
     folder = run.folder if isinstance(run, Run) else Path(run).expanduser()
-    own = data is None
+    own_data = data is None
     if data is None:
         data = Run(folder).dataset_path
     dataset = data if isinstance(data, Dataset) else Dataset.open(data)
@@ -255,7 +266,7 @@ def label_review(
     if model is None:
         raise PlaitError(f"{folder} is no model that plait trained; labels are reviewed by a run.")
     with ProgressBar(progress) as bar:
-        review = review_labels(model, dataset, column, own=own, most=most, seed=seed, progress=bar)
+        review = review_labels(model, dataset, column, own=own_data, most=most, seed=seed, progress=bar)
     write_atomic(folder / "labels.html", review_page(review, model, dataset))
     write_atomic(folder / "labels.csv", review_table(review))
     return review

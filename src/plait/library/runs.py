@@ -255,6 +255,7 @@ def train(
     *,
     recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
     task: str | None = None,
+    group_by: str | None = None,
     size: str | None = None,
     minutes: float | None = None,
     steps: int | None = None,
@@ -286,6 +287,7 @@ def train(
         recipe: a YAML file, a name of `plait recipes`, a dictionary or a Recipe; the arguments below are laid over it.
         task: one of `plait.core.config.known_tasks`; seen in the data where neither it nor a
             recipe is given. What a recipe leaves open follows from the task.
+        group_by: of data that are prepared first, as in `plait.prepare`.
         size: tiny, small, base or large.
         minutes: a time budget that the schedule is fitted to.
         steps: steps to train for, instead of minutes.
@@ -330,7 +332,10 @@ def train(
         "freeze": [freeze] if isinstance(freeze, str) else list(freeze) if freeze else None,
         "replay": dict(replay) if replay else None,
     }  # fmt: skip
-    settings = as_recipe(recipe, {"model": {"size": size, "init_from": init_from}, "training": training})
+    sections: dict[str, dict[str, Any]] = {
+        "data": {"group_by": group_by}, "model": {"size": size, "init_from": init_from}, "training": training,
+    }  # fmt: skip
+    settings = as_recipe(recipe, sections)
     if minutes is not None:
         settings.training.steps = settings.training.max_minutes = None  # what is asked for here wins over a recipe
     if lora and settings.training.lora is None:
@@ -395,9 +400,9 @@ def _choose_start(
     Raises PlaitError where the best is asked for and there is none.
     """
     if (folder / "run.json").is_file():
-        known = Run(folder).recipe
+        earlier = Run(folder).recipe
         if start == "best":
-            recipe.model.init_from, recipe.training.lora = known.model.init_from, known.training.lora
+            recipe.model.init_from, recipe.training.lora = earlier.model.init_from, earlier.training.lora
         return
     if importlib.util.find_spec("transformers") is None:
         if start == "best":
@@ -405,22 +410,22 @@ def _choose_start(
         return
     from plait.hf.best_start import best_start
 
-    found = best_start(dataset, models)
-    if found is None:
+    best = best_start(dataset, models)
+    if best is None:
         if start == "best":
             raise PlaitError(
                 "No pretrained model on this machine fits these data and its memory. See what there is with "
                 "plait models, name a folder with --models DIR, or leave --start out."
             )
         return
-    for line in found.left_out:
+    for line in best.left_out:
         tell(line)
     if start is None:
-        tell(f"On this machine: {found}. To take it: --start best")
+        tell(f"On this machine: {best}. To take it: --start best")
         return
-    tell(f"Start: {found}.")
-    recipe.model.init_from = str(found.model.folder) if Path(found.model.name).exists() else found.model.name
-    if found.lora and recipe.training.lora is None:
+    tell(f"Start: {best}.")
+    recipe.model.init_from = str(best.model.folder) if Path(best.model.name).exists() else best.model.name
+    if best.lora and recipe.training.lora is None:
         recipe.training.lora = LoraRecipe()
 
 
@@ -459,12 +464,12 @@ def _train_on_encoder(
     }
     path = folder / "run.json"
     if path.is_file():
-        known = read_json(path)
-        same = all(known.get(name) == value for name, value in facts.items())
-        if same and "finished" in known:
+        run_record = read_json(path)
+        unchanged = all(run_record.get(name) == value for name, value in facts.items())
+        if unchanged and "finished" in run_record:
             tell(f"{folder} is already trained; delete it to train again.")
             return
-        if not same and not allow_changes:
+        if not unchanged and not allow_changes:
             raise PlaitError(f"{folder} holds another run. Choose another folder with -o, or delete it.")
     if recipe.training.lora is not None:
         raise PlaitError("--lora is of language models. Over an encoder a head is fitted: leave it out.")

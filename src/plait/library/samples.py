@@ -66,7 +66,7 @@ class ModelSamples(Callback):
 
     def _file_sample(self, shown: Shown, step: int, place: int) -> Sample:
         """What was shown, with its media as files."""
-        asked = shown.asked if isinstance(shown.asked, str) else ""
+        prompt = shown.asked if isinstance(shown.asked, str) else ""
         asked_file = "" if isinstance(shown.asked, str) else self.log.keep(f"model-{place}.input", shown.asked)
         answer, file = "", ""
         if isinstance(shown.answer, str):
@@ -78,33 +78,33 @@ class ModelSamples(Callback):
         else:
             file = self.log.keep(f"model-{place}-{step:06d}.wav", encode_wav(*shown.answer))
         chance = None if shown.probability is None else round(float(shown.probability), 4)
-        return Sample(shown.kind, asked, asked_file, answer, file, shown.wanted, chance)
+        return Sample(shown.kind, prompt, asked_file, answer, file, shown.wanted, chance)
 
 
 def recorded(run: Path, show: Callable[[Progress], None]) -> Callable[[Progress], None]:
     """What the trainer tells, also written to the run's `progress.json`: work, stage, done, total, seconds_left."""
     begun: dict[str, tuple[float, int]] = {}  # stage -> when it was first heard of, and how far it was
-    written = 0.0
+    last_write = 0.0
 
     def tell(progress: Progress) -> None:
-        nonlocal written
+        nonlocal last_write
         show(progress)
         now = time.time()
         work = "model" if progress.work == "validation" else progress.work  # no stage of its own
         stage = "model" if work == "model" else progress.stage
         start, first = begun.setdefault(stage, (now, progress.done))
-        if work == "other" or (now - written < PAUSE and progress.done < progress.total):
+        if work == "other" or (now - last_write < PAUSE and progress.done < progress.total):
             return
-        written = now
+        last_write = now
         left = None
         if progress.done > first:
             left = (progress.total - progress.done) * (now - start) / (progress.done - first)
         state = {"work": work, "stage": stage, "done": progress.done, "total": progress.total,
                  "seconds_left": left, "time": now}  # fmt: skip
-        aside = run / f".{PROGRESS}.{os.getpid()}.tmp"
+        temporary = run / f".{PROGRESS}.{os.getpid()}.tmp"
         try:  # not synced: after a loss of power the next state takes its place
-            aside.write_text(json_text(state), encoding="utf-8")
-            aside.replace(run / PROGRESS)
+            temporary.write_text(json_text(state), encoding="utf-8")
+            temporary.replace(run / PROGRESS)
         except OSError as error:
             raise PlaitError(f"Cannot write {run / PROGRESS}: {error.strerror}. Free space, then go on.") from error
 

@@ -40,7 +40,7 @@ NONE_OF_THESE = "none of these"
 
 
 @dataclass(frozen=True)
-class Asked:
+class TableQuery:
     """What is asked of each input; the answer is a function of it, the model and the input.
 
     Attributes:
@@ -87,7 +87,7 @@ def tabulate(
     model: Model,
     sources: Sequence[str | Path],
     out: str | Path,
-    asked: Asked,
+    query: TableQuery,
     *,
     inputs: Sequence[str] | None = None,
     overwrite: bool = False,
@@ -110,11 +110,11 @@ def tabulate(
     journal of other answers. An input that cannot be read costs its own row.
     """
     path = Path(out).expanduser()
-    _check(model, path, asked, overwrite)
-    journal = Journal(path, {"model": _identity(model), "asked": asdict(asked)})
+    _check(model, path, query, overwrite)
+    journal = Journal(path, {"model": _identity(model), "asked": asdict(query)})
     with ProgressBar(progress) as bar, journal:
         resumed = len(journal.done)
-        _answer_all(model, sources, asked, journal, list(inputs or ()), workers or os.cpu_count() or 1, bar)
+        _answer_all(model, sources, query, journal, list(inputs or ()), workers or os.cpu_count() or 1, bar)
         rows = journal.rows()
         write_atomic(path, encode_table(rows, path.suffix.lower()))
         journal.remove()
@@ -122,18 +122,18 @@ def tabulate(
     return Tabulated(path, len(rows), resumed, failed, journal.kept)
 
 
-def _check(model: Model, path: Path, asked: Asked, overwrite: bool) -> None:
+def _check(model: Model, path: Path, query: TableQuery, overwrite: bool) -> None:
     """What can be told before any input is read."""
-    model.require(asked.verb)
+    model.require(query.verb)
     if path.suffix.lower() not in FORMATS:
         raise PlaitError(f"{path} must end in {', '.join(FORMATS)}, which say how the table is written.")
     if path.exists() and not overwrite:
         raise PlaitError(f"{path} is there already. Choose another file, or replace it with --overwrite.")
     if not path.parent.is_dir():
         raise PlaitError(f"{path.parent} does not exist. Make the folder first.")
-    if asked.sidecar is not None and asked.verb not in SIDECARS[asked.sidecar]:
-        verbs = " and ".join(SIDECARS[asked.sidecar])
-        raise PlaitError(f"Sidecars of {asked.sidecar.upper()} are written by {verbs}, not by {asked.verb}.")
+    if query.sidecar is not None and query.verb not in SIDECARS[query.sidecar]:
+        verbs = " and ".join(SIDECARS[query.sidecar])
+        raise PlaitError(f"Sidecars of {query.sidecar.upper()} are written by {verbs}, not by {query.verb}.")
 
 
 def _identity(model: Model) -> str:
@@ -149,10 +149,10 @@ def _identity(model: Model) -> str:
 class Journal:
     """The answers so far, a JSON line each, in a hidden file beside the table. The first line says what was asked."""
 
-    def __init__(self, table: Path, asked: dict[str, Any]) -> None:
+    def __init__(self, table: Path, query: dict[str, Any]) -> None:
         """Raises PlaitError where an earlier call asked something else."""
         self.path = table.with_name(f".{table.name}.journal")
-        self.head = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        self.head = hashlib.sha256(json.dumps(query, sort_keys=True).encode()).hexdigest()
         self.done: dict[str, str] = {}  # id of an input -> its stamp
         self.kept = 0
         self._file: IO[bytes] | None = None
@@ -162,11 +162,11 @@ class Journal:
         if not self.path.is_file():
             return
         data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]  # a kill may have cut the last line
-        if len(whole) < len(data):
+        complete = data[: data.rfind(b"\n") + 1]  # a kill may have cut the last line
+        if len(complete) < len(data):
             with self.path.open("r+b") as file:
-                file.truncate(len(whole))
-        lines = whole.splitlines()
+                file.truncate(len(complete))
+        lines = complete.splitlines()
         if lines and json.loads(lines[0])["asked"] != self.head:
             raise PlaitError(
                 f"{self.path} holds answers of a call that was stopped and asked something else, or another model. "
@@ -192,9 +192,9 @@ class Journal:
 
     def add(self, answered: Iterable[tuple[str, str, dict[str, Any]]]) -> None:
         """Write down rows, each with the id and the stamp of its input; they last from then on."""
-        given = list(answered)
-        self._write([{"id": id_, "stamp": stamp, "row": row} for id_, stamp, row in given])
-        self.done |= {id_: stamp for id_, stamp, _ in given}
+        new_rows = list(answered)
+        self._write([{"id": id_, "stamp": stamp, "row": row} for id_, stamp, row in new_rows])
+        self.done |= {id_: stamp for id_, stamp, _ in new_rows}
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         assert self._file is not None
@@ -204,13 +204,13 @@ class Journal:
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows that are written down, the newest of each input, in the order in which they first came."""
-        found: dict[str, dict[str, Any]] = {}
+        newest: dict[str, dict[str, Any]] = {}
         with self.path.open("rb") as file:
             next(file)
             for line in file:
                 entry = json.loads(line)
-                found[entry["id"]] = entry["row"]
-        return list(found.values())
+                newest[entry["id"]] = entry["row"]
+        return list(newest.values())
 
     def remove(self) -> None:
         """Once the table is written."""
@@ -231,32 +231,34 @@ class _Read:
 
 
 def _answer_all(
-    model: Model, sources: Sequence[str | Path], asked: Asked, journal: Journal, inputs: list[str], workers: int,
+    model: Model, sources: Sequence[str | Path], query: TableQuery, journal: Journal, inputs: list[str], workers: int,
     bar: ProgressBar,
 ) -> None:  # fmt: skip
     """Ask for what the journal has not; media are decoded ahead, by all workers, while the model answers."""
-    total = sum(1 for _ in _inputs(model, sources, asked, inputs))
+    total = sum(1 for _ in _inputs(model, sources, query, inputs))
     size, done = min(BATCH, model.embed_batch), 0
     with contextlib.closing(Checker()) as checker, ThreadPoolExecutor(workers, "media") as pool:
 
         def begin(chunk: list[Entry | Rejected]) -> list[_Read | Rejected]:
-            return [one for item in chunk if (one := _begin(model, asked, item, journal, checker, pool)) is not None]
+            return [one for item in chunk if (one := _begin(model, query, item, journal, checker, pool)) is not None]
 
-        found = _inputs(model, sources, asked, inputs)
-        ahead = begin(list(islice(found, size)))
-        for chunk in [*_chunks(found, size), []]:
+        entries_left = _inputs(model, sources, query, inputs)
+        ahead = begin(list(islice(entries_left, size)))
+        for chunk in [*_chunks(entries_left, size), []]:
             now, ahead = ahead, begin(chunk)
-            _answer(model, asked, journal, now)
+            _answer(model, query, journal, now)
             done += size
-            bar(asked.verb, min(done, total), total)
+            bar(query.verb, min(done, total), total)
 
 
-def _chunks(found: Iterator[Entry | Rejected], size: int) -> Iterator[list[Entry | Rejected]]:
-    while chunk := list(islice(found, size)):
+def _chunks(entries_left: Iterator[Entry | Rejected], size: int) -> Iterator[list[Entry | Rejected]]:
+    while chunk := list(islice(entries_left, size)):
         yield chunk
 
 
-def _inputs(model: Model, sources: Sequence[str | Path], asked: Asked, inputs: list[str]) -> Iterator[Entry | Rejected]:
+def _inputs(
+    model: Model, sources: Sequence[str | Path], query: TableQuery, inputs: list[str]
+) -> Iterator[Entry | Rejected]:
     """All inputs of the sources."""
     from plait.modalities.inputs import media_or_text
 
@@ -265,17 +267,17 @@ def _inputs(model: Model, sources: Sequence[str | Path], asked: Asked, inputs: l
         if isinstance(place, str) and "://" not in place:
             yield Entry(f"text:{number}:{place}", f"text {number + 1}", "text", place)
             continue
-        wanted = inputs or _readable(model, asked, columns_of(place))
-        yield from entries(place, wanted)
+        readable = inputs or _readable(model, query, columns_of(place))
+        yield from entries(place, readable)
 
 
-def _readable(model: Model, asked: Asked, columns: dict[str, str]) -> list[str] | None:
+def _readable(model: Model, query: TableQuery, columns: dict[str, str]) -> list[str] | None:
     """The columns of a source that a model reads: its own inputs; where the source has none of these, the media, or
     the only column of text. None for all."""
-    answers = set(model.labels) | {asked.column}
-    own = [name for name in columns if name in model.columns and name not in answers]
-    if own or any(kind != "text" for kind in columns.values()):
-        return own or None
+    answers = set(model.labels) | {query.column}
+    own_inputs = [name for name in columns if name in model.columns and name not in answers]
+    if own_inputs or any(kind != "text" for kind in columns.values()):
+        return own_inputs or None
     texts = [name for name in columns if name not in answers]
     if len(texts) > 1:
         raise PlaitError(f"Several columns could be read: {', '.join(texts)}. Name one: --input {texts[0]}.")
@@ -283,7 +285,12 @@ def _readable(model: Model, asked: Asked, columns: dict[str, str]) -> list[str] 
 
 
 def _begin(
-    model: Model, asked: Asked, item: Entry | Rejected, journal: Journal, checker: Checker, pool: ThreadPoolExecutor
+    model: Model,
+    query: TableQuery,
+    item: Entry | Rejected,
+    journal: Journal,
+    checker: Checker,
+    pool: ThreadPoolExecutor,
 ) -> _Read | Rejected | None:
     """Begin to read an input; None where its answer is known."""
     if isinstance(item, Rejected):
@@ -297,7 +304,7 @@ def _begin(
         if isinstance(content, str):
             return content
         value = checker.decode(item.kind, content)
-        return value if asked.verb == Verb.TRANSCRIBE else model.prepared(item.kind, value)  # silence is heard in waves
+        return value if query.verb == Verb.TRANSCRIBE else model.prepared(item.kind, value)  # silence is heard in waves
 
     return _Read(item, stamp, pool.submit(read))
 
@@ -313,7 +320,7 @@ def _stamp(entry: Entry) -> str:
     return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:16]
 
 
-def _answer(model: Model, asked: Asked, journal: Journal, taken: list[_Read | Rejected]) -> None:
+def _answer(model: Model, query: TableQuery, journal: Journal, taken: list[_Read | Rejected]) -> None:
     """Ask the model for a batch, and write the answers down."""
     rows: list[tuple[str, str, dict[str, Any]]] = []
     ready: list[tuple[_Read, Any]] = []
@@ -327,9 +334,9 @@ def _answer(model: Model, asked: Asked, journal: Journal, taken: list[_Read | Re
         except (MediaError, PlaitError, OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or str(error).removesuffix(".")
             rows.append((one.entry.id, one.stamp, _row(one.entry, {"error": why})))
-    for (one, _), answer in zip(ready, _answers(model, asked, [value for _, value in ready]), strict=True):
-        if asked.sidecar is not None and "error" not in answer:
-            journal.kept += not write_sidecar(asked.sidecar, one.entry.value, answer)
+    for (one, _), answer in zip(ready, _answers(model, query, [value for _, value in ready]), strict=True):
+        if query.sidecar is not None and "error" not in answer:
+            journal.kept += not write_sidecar(query.sidecar, one.entry.value, answer)
         rows.append((one.entry.id, one.stamp, _row(one.entry, answer)))
     if rows:
         journal.add(rows)
@@ -340,69 +347,71 @@ def _row(entry: Entry, answer: dict[str, Any]) -> dict[str, Any]:
     return {"file": entry.source, **text, **answer}
 
 
-def _answers(model: Model, asked: Asked, values: list[Any]) -> list[dict[str, Any]]:
+def _answers(model: Model, query: TableQuery, values: list[Any]) -> list[dict[str, Any]]:
     """The cells of each value's row; an `error` where the model cannot take it. A fault costs its own row."""
     if not values:
         return []
     try:
-        return _ANSWERS[asked.verb](model, asked, values)
+        return _ANSWERS[query.verb](model, query, values)
     except PlaitError as error:
         if len(values) == 1:
             return [{"error": str(error).removesuffix(".")}]
-        return [row for value in values for row in _answers(model, asked, [value])]
+        return [row for value in values for row in _answers(model, query, [value])]
 
 
-def _classified(model: Model, asked: Asked, values: list[Any]) -> list[dict[str, Any]]:
-    if asked.column is not None and asked.column in model.numbers:
+def _classified(model: Model, query: TableQuery, values: list[Any]) -> list[dict[str, Any]]:
+    if query.column is not None and query.column in model.numbers:
         return [
             {"value": one.value, "low": one.low, "high": one.high}
-            for one in model.estimate_inputs(values, asked.column)
+            for one in model.estimate_inputs(values, query.column)
         ]
-    labels = list(asked.labels) if asked.labels else None
-    found = []
-    for one in model.classify_inputs(values, labels, asked.column, _top(model, asked)):
+    labels = list(query.labels) if query.labels else None
+    rows = []
+    for one in model.classify_inputs(values, labels, query.column, _top(model, query)):
         if one.chosen is not None:
             row: dict[str, Any] = {"labels": one.chosen}
-            found.append(row | {f"probability of {label}": chance for label, chance in one})
+            rows.append(row | {f"probability of {label}": chance for label, chance in one})
             continue
         row = {"label": NONE_OF_THESE if one.none_of_these else one[0].label}
         row |= {"none_of_these": one.none_of_these, "ood_score": one.ood_score}
         for place, (label, probability) in enumerate(one, 1):
             row |= {f"label_{place}": label, f"probability_{place}": probability}
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
-def _top(model: Model, asked: Asked) -> int | None:
+def _top(model: Model, query: TableQuery) -> int | None:
     """How many labels; all of a column of several, whose table has a column for each."""
-    return None if (asked.column or next(iter(model.several), None)) in model.several else asked.top
+    return None if (query.column or next(iter(model.several), None)) in model.several else query.top
 
 
-def _described(model: Model, asked: Asked, values: list[Any]) -> list[dict[str, Any]]:
-    ours = model.plait_model
-    if ours is None:
-        return [{"caption": model.describe(value, column=asked.column)} for value in values]
-    target = ours.column(asked.column, "text", Verb.DESCRIBE)
-    return [{"caption": texts[0]} for texts in ours.write([ours.context([value]) for value in values], target)]
+def _described(model: Model, query: TableQuery, values: list[Any]) -> list[dict[str, Any]]:
+    plait_model = model.plait_model
+    if plait_model is None:
+        return [{"caption": model.describe(value, column=query.column)} for value in values]
+    target = plait_model.column(query.column, "text", Verb.DESCRIBE)
+    return [
+        {"caption": texts[0]} for texts in plait_model.write([plait_model.context([value]) for value in values], target)
+    ]
 
 
-def _transcribed(model: Model, asked: Asked, values: list[Any]) -> list[dict[str, Any]]:
-    found = []
+def _transcribed(model: Model, query: TableQuery, values: list[Any]) -> list[dict[str, Any]]:
+    rows = []
     for value in values:
-        if asked.sidecar == "srt":
-            segments = model.segments(value, language=asked.language, task=asked.task)
-            found.append({
+        if query.sidecar == "srt":
+            segments = model.segments(value, language=query.language, task=query.task)
+            rows.append({
                 "transcript": " ".join(one.text.strip() for one in segments),
                 "segments": [{"start": one.start, "end": one.end, "text": one.text.strip()} for one in segments],
             })  # fmt: skip
             continue
-        text = model.transcribe(value, column=asked.column, language=asked.language, task=asked.task)
-        found.append({"transcript": text})
-    return found
+        text = model.transcribe(value, column=query.column, language=query.language, task=query.task)
+        rows.append({"transcript": text})
+    return rows
 
 
-def _embedded(model: Model, asked: Asked, values: list[Any]) -> list[dict[str, Any]]:
-    vectors = model.embed_inputs(values, asked.prompt)
+def _embedded(model: Model, query: TableQuery, values: list[Any]) -> list[dict[str, Any]]:
+    vectors = model.embed_inputs(values, query.prompt)
     return [{"embedding": [round(float(number), 7) for number in vector]} for vector in vectors]
 
 

@@ -267,8 +267,8 @@ class Vocabulary(BaseModel):
 
 def same_network(a: BaseModel, b: BaseModel) -> bool:
     """Whether two settings of a modality make the same network for the same inputs: all but what only training uses."""
-    aside: set[str] = set(getattr(a, "TRAINING", ()))
-    return a.model_dump(exclude=aside) == b.model_dump(exclude=aside)
+    training_only: set[str] = set(getattr(a, "TRAINING", ()))
+    return a.model_dump(exclude=training_only) == b.model_dump(exclude=training_only)
 
 
 def bilinear_warp(values: Tensor, matrix: Tensor, size: tuple[int, int], fill: float) -> Tensor:

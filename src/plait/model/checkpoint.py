@@ -98,33 +98,33 @@ def save(
     config = checkpoint.model.config.model_dump()
     settings = config.pop("modalities")
     facts = {"labels": checkpoint.labels, "training": checkpoint.training}
-    with publish_folder(folder) as aside:
-        write_json(aside / "config.json", {"model_type": "plait", "version": VERSION, **config, **facts})
-        write_json(aside / "preprocessor_config.json", settings)
-        write_json(aside / "generation_config.json", checkpoint.generation.model_dump())
+    with publish_folder(folder) as temporary:
+        write_json(temporary / "config.json", {"model_type": "plait", "version": VERSION, **config, **facts})
+        write_json(temporary / "preprocessor_config.json", settings)
+        write_json(temporary / "generation_config.json", checkpoint.generation.model_dump())
         if checkpoint.base is not None:
-            write_json(aside / "base.json", checkpoint.base.model_dump())
+            write_json(temporary / "base.json", checkpoint.base.model_dump())
         else:
             text = checkpoint.text.tokenizer.to_str(pretty=True)
-            (aside / "tokenizer.json").write_text(text, encoding="utf-8", newline="\n")
+            (temporary / "tokenizer.json").write_text(text, encoding="utf-8", newline="\n")
         if checkpoint.text.settings:
-            write_json(aside / "tokenizer_config.json", checkpoint.text.settings)
-        write_tensors(aside / "model.safetensors", checkpoint.model.state_dict() if tensors is None else tensors)
+            write_json(temporary / "tokenizer_config.json", checkpoint.text.settings)
+        write_tensors(temporary / "model.safetensors", checkpoint.model.state_dict() if tensors is None else tensors)
         for feature, part in checkpoint.parts.items():
             kept = CHECKPOINT_PARTS.by_feature()[feature]
-            kept.write(part, aside / kept.name)
+            kept.write(part, temporary / kept.name)
         if checkpoint.classifiers:
-            save_classifiers(checkpoint.classifiers, aside)
+            save_classifiers(checkpoint.classifiers, temporary)
         if checkpoint.predictors:
-            save_predictors(checkpoint.predictors, aside)
+            save_predictors(checkpoint.predictors, temporary)
         if checkpoint.space is not None:
-            checkpoint.space.save(aside)
-        (aside / "README.md").write_text(model_card(checkpoint), encoding="utf-8", newline="\n")
+            checkpoint.space.save(temporary)
+        (temporary / "README.md").write_text(model_card(checkpoint), encoding="utf-8", newline="\n")
         if more is not None:
-            more(aside)
-        files = [f for f in sorted(aside.rglob("*")) if f.is_file()]
-        sums = {f.relative_to(aside).as_posix(): sha256_file(f) for f in files}
-        write_json(aside / "manifest.json", sealed({"version": MANIFEST, "sha256": sums}))
+            more(temporary)
+        files = [f for f in sorted(temporary.rglob("*")) if f.is_file()]
+        sums = {f.relative_to(temporary).as_posix(): sha256_file(f) for f in files}
+        write_json(temporary / "manifest.json", sealed({"version": MANIFEST, "sha256": sums}))
 
 
 def add_classifiers(
@@ -141,15 +141,15 @@ def add_classifiers(
         write_atomic(manifest, json_text(sealed({"version": value["version"], "sha256": sums})))
 
     publish()
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as aside:
-        names = save_classifiers(classifiers, Path(aside))
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as temporary:
+        names = save_classifiers(classifiers, Path(temporary))
         if space is not None:
-            space.save(Path(aside))
+            space.save(Path(temporary))
             names.append(SPACE)
         if added := list(predictors):
-            names += save_predictors(added, Path(aside))
+            names += save_predictors(added, Path(temporary))
         for name in names:
-            os.replace(Path(aside) / name, folder / name)  # noqa: PTH105
+            os.replace(Path(temporary) / name, folder / name)  # noqa: PTH105
             sums[name] = sha256_file(folder / name)
     fsync_folder(folder)
     publish()

@@ -294,20 +294,20 @@ class RecommendationModel(PlaitModel):
             raise PlaitError(f"{folder} exists already. Name a new folder for the grown model.")
         grown = {"from": str(self.folder), "items": self.joined}
 
-        def more(aside: Path) -> None:
-            catalogue.write(aside / CATALOGUE_FILE.name)  # images and audio clips of what joined are nowhere else
+        def more(temporary: Path) -> None:
+            catalogue.write(temporary / CATALOGUE_FILE.name)  # images and audio clips of what joined are nowhere else
 
         whole = replace(self.checkpoint, training={**self.checkpoint.training, "grown": grown})
         name = folder_name(whole.training.get("step", 0))
-        with publish_folder(folder) as aside:
-            checkpoints.save(whole, aside / "checkpoints" / name, more=more)
+        with publish_folder(folder) as temporary:
+            checkpoints.save(whole, temporary / "checkpoints" / name, more=more)
             for link in ("best", "last"):
-                point(aside / "checkpoints" / link, name)
+                point(temporary / "checkpoints" / link, name)
             if self._run is not None:
                 facts = read_json(self._run / "run.json")
                 if "dataset" in facts:
                     facts["dataset"] = written_place(read_place(facts["dataset"], self._run), folder)
-                checkpoints.write_json(aside / "run.json", {**facts, "grown": grown})
+                checkpoints.write_json(temporary / "run.json", {**facts, "grown": grown})
 
 
 def _narrow(where: str | None, seen: bool) -> str:

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from plait.modalities.media import media_type
 from plait.recommend.model import Recommendation, RecommendationModel
 from plait.server.access_log import RequestContext
-from plait.server.api import make_router, of
+from plait.server.api import make_router, service_of
 from plait.server.limits import ApiError
 from plait.server.schemas import Body, Name
 from plait.server.service import Served, Service
@@ -84,7 +84,7 @@ class Items(BaseModel):
 @router.post("/v1/plait/recommend", response_model=Recommendations, tags=["read"])
 async def recommend(request: Request, body: RecommendRequest) -> Response:
     """The likeliest next items of a history. The histories of a run's own users are not served."""
-    service, request_context = of(request)
+    service, request_context = service_of(request)
     served = service.open(body, request_context)
     model = _model(served)
 
@@ -102,7 +102,7 @@ async def recommend(request: Request, body: RecommendRequest) -> Response:
 @router.post("/v1/plait/similar", response_model=Recommendations, tags=["read"])
 async def similar(request: Request, body: SimilarRequest) -> Response:
     """The items that are like one; `probability` is the cosine."""
-    service, request_context = of(request)
+    service, request_context = service_of(request)
     served = service.open(body, request_context)
     model = _model(served)
 
@@ -115,7 +115,7 @@ async def similar(request: Request, body: SimilarRequest) -> Response:
 @router.post("/v1/plait/items", response_model=Items, tags=["read"])
 async def items(request: Request, body: ItemsRequest) -> Response:
     """Items to choose from, by a part of their titles."""
-    service, request_context = of(request)
+    service, request_context = service_of(request)
     served = service.open(body, request_context)
     model = _model(served)
 
@@ -140,7 +140,7 @@ async def _listed(
 def _model(served: Served) -> RecommendationModel:
     if "recommend" not in served.verbs:
         raise ApiError(400, f"{served.name} knows no items. It can {', '.join(served.verbs)}.", "model")
-    return cast(RecommendationModel, served.ours)
+    return cast(RecommendationModel, served.engine_model)
 
 
 def _shown(model: RecommendationModel, one: Recommendation, preview: bool) -> dict[str, Any]:

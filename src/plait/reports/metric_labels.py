@@ -24,6 +24,7 @@ TASKS = {
 MEANING = {
     "accuracy": ("accuracy", "share", "most likely label is the right one"),
     "train_accuracy": ("accuracy on training records", "share", "as many records as in the test"),
+    "small_cnn_accuracy": ("accuracy of a small CNN", "share", "fitted for as long as the run"),
     "zero_shot_accuracy": ("zero-shot accuracy", "share", "nearest label in the embedding space"),
     "ece": ("expected calibration error", "share", "of the answer's probability; lower is better"),
     "accuracy_at_90": ("accuracy of the surest 90 %", "share", "the least sure tenth is left to people"),

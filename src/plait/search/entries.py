@@ -13,7 +13,7 @@ from pathlib import Path
 
 from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
-from plait.data.files import Found, Media, scan
+from plait.data.files import Media, RawRecord, scan
 from plait.data.readers import plan
 from plait.data.record import Rejected, text_fault
 from plait.data.stores import location, read_bytes
@@ -110,11 +110,13 @@ def _of_dataset(dataset: Dataset, columns: list[str] | None) -> Iterator[Entry]:
     _known(columns, dataset.columns, str(dataset.path))
     path = dataset.path.resolve() if isinstance(dataset.path, Path) else dataset.path
     for record in dataset.iterate():
-        item = Found(record.id, record.source or record.id, dict(record.parts), record.split)  # type: ignore[arg-type]
+        item = RawRecord(record.id, record.source or record.id, dict(record.parts), record.split)  # type: ignore[arg-type]
         yield from _of_record(item, f"{path}#", dataset.manifest.source, dataset.columns, columns)
 
 
-def _of_record(item: Found, root: str, shown: str, kinds: dict[str, str], columns: list[str] | None) -> Iterator[Entry]:
+def _of_record(
+    item: RawRecord, root: str, shown: str, kinds: dict[str, str], columns: list[str] | None
+) -> Iterator[Entry]:
     """`root` begins the ids, `shown` is the source as people know it."""
     texts = {name: value for name, value in item.parts.items() if isinstance(value, str) and kinds[name] == "text"}
     columns_read = [name for name in item.parts if columns is None or name in columns]

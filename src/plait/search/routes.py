@@ -14,7 +14,7 @@ from starlette.responses import Response
 from plait.core.errors import PlaitError
 from plait.modalities.media import media_type
 from plait.server import schemas as s
-from plait.server.api import make_router, of
+from plait.server.api import make_router, service_of
 from plait.server.limits import ApiError
 from plait.server.service import INLINE, Served, Service, windows
 
@@ -27,7 +27,7 @@ router = make_router()
 @router.post("/v1/plait/search", response_model=s.SearchResults, tags=["read"])
 async def search(request: Request, body: s.SearchRequest) -> Response:
     """What of an index is nearest to a text, an image or an audio clip, best first."""
-    service, request_context = of(request)
+    service, request_context = service_of(request)
     served = service.open(body, request_context)
     name, index = _index(service, served.name, body.index)
     where = _condition(index, body.where or {})

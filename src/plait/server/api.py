@@ -81,7 +81,7 @@ def make_router() -> APIRouter:
 router = make_router()
 
 
-def of(request: Request) -> tuple[Service, RequestContext]:
+def service_of(request: Request) -> tuple[Service, RequestContext]:
     """The service and the context of a request."""
     return request.app.state.service, request.scope["trail"]
 
@@ -90,34 +90,36 @@ def of(request: Request) -> tuple[Service, RequestContext]:
 
 
 def engine_request_of(model: PlaitModel, prompt: Sequence, column: str | None, body: s.SamplingBody, n: int,
-            first: int = 0, most: int | None = None, stop: tuple[str, ...] = ()) -> EngineRequest:  # fmt: skip
+            first: int = 0, max_tokens: int | None = None, stop: tuple[str, ...] = ()) -> EngineRequest:  # fmt: skip
     """The engine's request for what a body asks for."""
     greedy = body.temperature == 0 or body.top_p == 0
     # The engine's seeds are 63 bits; a negative one is another number, always the same.
     seed = (secrets.randbits(63) if body.seed is None else body.seed) & (2**63 - 1)
-    given = {name: getattr(body, name) for name in SamplingOptions.__annotations__ if name in type(body).model_fields}
+    sampling = {
+        name: getattr(body, name) for name in SamplingOptions.__annotations__ if name in type(body).model_fields
+    }
     if greedy:
-        given |= {"do_sample": False, "temperature": None, "top_p": None}
+        sampling |= {"do_sample": False, "temperature": None, "top_p": None}
     options: Options = {
-        **cast(Options, given),
+        **cast(Options, sampling),
         "guidance": body.guidance,
         "seed": seed,
-        "max_new_tokens": most,
+        "max_new_tokens": max_tokens,
         "stop": list(stop),
     }
     least = 0
     if isinstance(body, s.Writing):
         least = model.engine.max_length if body.ignore_eos else body.min_tokens or 0
     if column is None:
-        found = model.request(prompt, "text", 1 if greedy else n, **options)
+        request = model.request(prompt, "text", 1 if greedy else n, **options)
     else:
-        found = model.requests([prompt], column, 1 if greedy else n, **options)[0]
-    return replace(found, n=n, first_sample=first, min_new_tokens=least)
+        request = model.requests([prompt], column, 1 if greedy else n, **options)[0]
+    return replace(request, n=n, first_sample=first, min_new_tokens=least)
 
 
-def most_of(model: PlaitModel, wanted: int | None) -> int | None:
+def clamp_max_tokens(model: PlaitModel, max_tokens: int | None) -> int | None:
     """How many tokens may be written: no more than the model has room for, whatever a client asks for."""
-    return None if wanted is None else max(min(wanted, model.engine.max_length), 1)
+    return None if max_tokens is None else max(min(max_tokens, model.engine.max_length), 1)
 
 
 def stops(stop: str | list[str] | None) -> tuple[str, ...]:
@@ -143,27 +145,27 @@ async def constraint_of(
 ) -> TextConstraint | None:
     """What each of so many texts must be, compiled in a thread within COMPILE_SECONDS. Raises ApiError for what cannot
     be used."""
-    asked = dict(_constraints(body))
-    if not asked and use is None:
+    constraints = dict(_constraints(body))
+    if not constraints and use is None:
         return None
-    if len(asked) > 1:
-        raise ApiError(400, f"A text has one constraint, not {' and '.join(asked)}. Leave all but one out.")
-    name, value = next(iter(asked.items()), ("", None))
+    if len(constraints) > 1:
+        raise ApiError(400, f"A text has one constraint, not {' and '.join(constraints)}. Leave all but one out.")
+    name, value = next(iter(constraints.items()), ("", None))
     if isinstance(value, str) and name == "schema":
         value = parse_json(value.encode(), service.limits)
     if use is not None and name not in ("", "schema"):
         raise ApiError(400, f"A reply that may call tools can be held to a schema, not to a {name}. Leave one out.")
     if use is not None and name and not isinstance(value, dict):
         raise ApiError(400, "A JSON schema is an object.", "response_format")
-    model = served.ours
+    model = served.engine_model
 
     def work() -> TextConstraint | None:
         if use is None:
-            found = model.constraint(**{name: value})
+            constraint = model.constraint(**{name: value})
         else:
             grammar = use.grammar(served, value if name else None)
-            found = None if grammar is None else model.constraints.calls(grammar)
-        return found and found.prepare(samples)
+            constraint = None if grammar is None else model.constraints.calls(grammar)
+        return constraint and constraint.prepare(samples)
 
     await asyncio.to_thread(lambda: model.constraints)  # reads the vocabulary, once
     param = "tools" if use is not None else "response_format"
@@ -179,25 +181,29 @@ async def constraint_of(
 def _constraints(body: s.Writing) -> Iterator[tuple[str, Any]]:
     """What a request holds its text to, in the spellings of OpenAI, vLLM and llama.cpp: (schema, regex, choice or
     grammar, its value)."""
-    form, held = body.response_format, body.structured_outputs or s.StructuredOutputs()
-    if (form is not None and form.type == "json_object") or held.json_object:
+    form, structured = body.response_format, body.structured_outputs or s.StructuredOutputs()
+    if (form is not None and form.type == "json_object") or structured.json_object:
         yield "schema", {"type": "object"}
     if form is not None and form.type == "json_schema":
         if form.json_schema is None:
             raise ApiError(400, "response_format json_schema needs json_schema: {schema: ...}.", "response_format")
         yield "schema", form.json_schema.schema_
     for name, values in (
-        ("schema", (held.json_, body.guided_json, body.json_schema)),
-        ("regex", (held.regex, body.guided_regex)),
-        ("choice", (held.choice, body.guided_choice)),
-        ("grammar", (held.grammar, body.guided_grammar, body.grammar)),
+        ("schema", (structured.json_, body.guided_json, body.json_schema)),
+        ("regex", (structured.regex, body.guided_regex)),
+        ("choice", (structured.choice, body.guided_choice)),
+        ("grammar", (structured.grammar, body.guided_grammar, body.grammar)),
     ):
         yield from ((name, value) for value in values if value)
 
 
-def usage_of(read_: int, written: int) -> dict[str, int]:
+def usage_of(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     """OpenAI's usage, from the tokens that were read and written."""
-    return {"prompt_tokens": read_, "completion_tokens": written, "total_tokens": read_ + written}
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
 
 
 def voice_of(service: Service, request_context: RequestContext, model: PlaitModel, voice: str | None) -> str:
@@ -215,8 +221,8 @@ def check_ids(model: PlaitModel, ids: list[int]) -> None:
     """Ids of special tokens are no text: they are refused as their spellings are."""
     text = model.checkpoint.text
     special = {id for id, token in text.tokenizer.get_added_tokens_decoder().items() if token.special}
-    if wrong := [id for id in ids if id >= min(text.size, model.vocabulary.text) or id in special]:
-        raise PlaitError(f"The id {wrong[0]} stands for no text in this model. Use those of its tokenizer.")
+    if special_ids := [id for id in ids if id >= min(text.size, model.vocabulary.text) or id in special]:
+        raise PlaitError(f"The id {special_ids[0]} stands for no text in this model. Use those of its tokenizer.")
 
 
 def check_read(tokens: int) -> None:
@@ -229,17 +235,17 @@ def check_read(tokens: int) -> None:
 
 
 def _card(served: Served) -> dict[str, Any]:
-    ours = served.model.plait_model
+    plait_model = served.model.plait_model
     return s.ModelCard(
-        id=served.name, created=served.created, verbs=served.verbs, columns=ours.columns if ours else {},
-        max_length=ours.engine.max_length if ours else None,
+        id=served.name, created=served.created, verbs=served.verbs, columns=plait_model.columns if plait_model else {},
+        max_length=plait_model.engine.max_length if plait_model else None,
     ).model_dump()  # fmt: skip
 
 
 @router.get("/v1/models", response_model=s.ModelList, tags=["models"])
 async def list_models(request: Request) -> Response:
     """The models that are served, and what each can do."""
-    service, _ = of(request)
+    service, _ = service_of(request)
     cards = [_card(served) for served in service.models.values()]
     cards += [{**_card(service.models[model]), "id": alias} for alias, model in service.aliases.items()]
     return JSONResponse({"object": "list", "data": cards})
@@ -248,14 +254,14 @@ async def list_models(request: Request) -> Response:
 @router.get("/v1/models/{model:path}", response_model=s.ModelCard, tags=["models"])
 async def show_model(request: Request, model: str) -> Response:
     """One model."""
-    service, request_context = of(request)
+    service, request_context = service_of(request)
     return JSONResponse(_card(service.find(model, request_context)))
 
 
 @router.get("/health", response_model=s.Health, tags=["state"])
 async def health(request: Request) -> Response:
     """Whether requests are taken. Needs no key."""
-    service, _ = of(request)
+    service, _ = service_of(request)
     alive = all(served.worker.thread.is_alive() for served in service.models.values())
     if not alive:
         raise ApiError(503, "A model's thread has ended. Restart the server.", code="unhealthy")
@@ -265,7 +271,7 @@ async def health(request: Request) -> Response:
 @router.get("/metrics", response_class=PlainTextResponse, tags=["state"])
 async def metrics(request: Request) -> Response:
     """Figures in Prometheus' text format."""
-    service, _ = of(request)
+    service, _ = service_of(request)
     return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -273,36 +279,38 @@ async def metrics(request: Request) -> Response:
 
 
 async def _embedded(
-    service: Service, served: Served, request_context: RequestContext, given: list[Any], where: str
+    service: Service, served: Served, request_context: RequestContext, inputs: list[Any], where: str
 ) -> Any:
     """The vectors (N, E) of texts, ids or parts."""
-    ids = {i: value for i, value in enumerate(given) if isinstance(value, list)}
-    rest = [value for value in given if not isinstance(value, list)]
+    ids = {i: value for i, value in enumerate(inputs) if isinstance(value, list)}
+    texts_and_parts = [value for value in inputs if not isinstance(value, list)]
     deadline = service.deadline(request_context)
-    read_values = iter(await service.parts(served.model, rest, where, deadline))
-    values = [ids[i] if i in ids else next(read_values) for i in range(len(given))]
+    read_values = iter(await service.parts(served.model, texts_and_parts, where, deadline))
+    values = [ids[i] if i in ids else next(read_values) for i in range(len(inputs))]
     size = sum(len(value) for value in values if isinstance(value, str | list))
     model = served.model
-    if (ours := model.plait_model) is not None:
+    if (plait_model := model.plait_model) is not None:
         if "embed" not in model.verbs:
             raise ApiError(400, f"{served.name} has no embedding space. It can {', '.join(model.verbs)}.", "model")
 
         def prepare() -> list[list[Sequence]]:
-            found = []
+            prompts = []
             for value in values:
                 if isinstance(value, list):
-                    check_ids(ours, value)
-                    if len(value) > ours.engine.max_length:
-                        raise PlaitError(f"{len(value)} ids; this model reads {ours.engine.max_length}. Send fewer.")
-                    found.append([Sequence().read_ids(value, "text")])
+                    check_ids(plait_model, value)
+                    if len(value) > plait_model.engine.max_length:
+                        raise PlaitError(
+                            f"{len(value)} ids; this model reads {plait_model.engine.max_length}. Send fewer."
+                        )
+                    prompts.append([Sequence().read_ids(value, "text")])
                 else:
-                    found.append(windows(ours, value))
-            return found
+                    prompts.append(windows(plait_model, value))
+            return prompts
 
         parts = await service.prepared(prepare, size)
         request_context.prompt_tokens = sum(len(sequence) for part in parts for sequence in part)
         check_read(request_context.prompt_tokens)
-        vectors = await served.worker.call(lambda: ours.embed_parts(parts), deadline)
+        vectors = await served.worker.call(lambda: plait_model.embed_parts(parts), deadline)
     elif ids:
         raise ApiError(400, f"{served.name} takes texts, not ids. Send strings.", where)
     else:
@@ -314,10 +322,10 @@ async def _embedded(
 async def embeddings(request: Request, body: s.EmbeddingRequest) -> Response:
     """The place of each input in the model's one space. Beside texts, inputs may be parts as messages have them:
     `{"type": "image_url", ...}`, `{"type": "input_audio", ...}`."""
-    service, request_context = of(request)
+    service, request_context = service_of(request)
     served = service.open(body, request_context)
-    given: list[Any] = [body.input] if isinstance(body.input, str) or isinstance(body.input[0], int) else body.input
-    vectors = await _embedded(service, served, request_context, given, "input")
+    inputs: list[Any] = [body.input] if isinstance(body.input, str) or isinstance(body.input[0], int) else body.input
+    vectors = await _embedded(service, served, request_context, inputs, "input")
     if body.dimensions is not None and body.dimensions != vectors.shape[1]:
         message = f"The embeddings of {served.name} have {vectors.shape[1]} dimensions. Leave dimensions out."
         raise ApiError(400, message, "dimensions")
@@ -340,7 +348,7 @@ async def embeddings(request: Request, body: s.EmbeddingRequest) -> Response:
 @router.post("/v1/rerank", response_model=s.Reranked, tags=["read"])
 async def rerank(request: Request, body: s.RerankRequest) -> Response:
     """Documents by how near they are to a query in the model's embedding space, nearest first."""
-    service, request_context = of(request)
+    service, request_context = service_of(request)
     served = service.open(body, request_context)
     documents = [one.text if isinstance(one, s.Document) else one for one in body.documents]
     vectors = await _embedded(service, served, request_context, [body.query, *documents], "documents")
@@ -362,27 +370,27 @@ async def rerank(request: Request, body: s.RerankRequest) -> Response:
 @router.post("/v1/plait/classify", response_model=s.Classification, tags=["read"])
 async def classify(request: Request, body: s.ClassifyRequest) -> Response:
     """The likeliest labels of an input, each with its probability among the labels."""
-    service, request_context = of(request)
+    service, request_context = service_of(request)
     served = service.open(body, request_context)
     parts: list[Any] = body.input if isinstance(body.input, list) else [body.input]
     if (size := sum(map(len, body.labels or []))) > service.limits.label_bytes:
-        most = service.limits.label_bytes
-        raise ApiError(413, f"The labels have {size} characters; at most {most} are read. Send fewer.", "labels")
+        max_bytes = service.limits.label_bytes
+        raise ApiError(413, f"The labels have {size} characters; at most {max_bytes} are read. Send fewer.", "labels")
     deadline = service.deadline(request_context)
     values = await service.parts(served.model, parts, "input", deadline)
     size = sum(len(value) for value in values if isinstance(value, str))
     model = served.model
-    if (ours := model.plait_model) is not None:
+    if (plait_model := model.plait_model) is not None:
 
         def prepare() -> list[Sequence]:
-            return [ours.context(values)] if len(values) > 1 else windows(ours, values[0])
+            return [plait_model.context(values)] if len(values) > 1 else windows(plait_model, values[0])
 
         sequences = await service.prepared(prepare, size)
         request_context.prompt_tokens = sum(map(len, sequences))
         check_read(request_context.prompt_tokens)
 
         def work() -> Predictions:
-            return ours.classify_parts(sequences, body.labels, body.column, body.top)
+            return plait_model.classify_parts(sequences, body.labels, body.column, body.top)
     else:
         if len(values) > 1:
             raise ApiError(400, f"{served.name} classifies one input at a time. Send one part.", "input")

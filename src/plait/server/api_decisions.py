@@ -19,7 +19,7 @@ from plait.inference.decisions import Decision, Option, Question, decide
 from plait.modalities.media import MEDIA, sniff
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext
-from plait.server.api import make_router, of
+from plait.server.api import make_router, service_of
 from plait.server.limits import ApiError, decode_base64
 from plait.server.service import Served, Service
 
@@ -96,12 +96,12 @@ class SystemOneAnswers(BaseModel):
 @router.post("/v1/decisions", response_model=Decisions, tags=["read"])
 async def decisions(request: Request, body: DecisionRequest) -> Response:
     """Is it so, which of these, how much on a scale: each with probabilities, or a refusal of that question alone."""
-    service, request_context = of(request)
+    service, request_context = service_of(request)
     served = service.open(body, request_context)
     questions = [_question(entry, number) for number, entry in enumerate(body.questions)]
     values = await _values(service, served, body.input, request_context)
-    found = await _decided(service, served, values, questions, request_context)
-    answers = [_answer(decision, entry) for decision, entry in zip(found, body.questions, strict=True)]
+    decided = await _decided(service, served, values, questions, request_context)
+    answers = [_answer(decision, entry) for decision, entry in zip(decided, body.questions, strict=True)]
     usage = {
         "input_tokens": request_context.prompt_tokens,
         "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
@@ -115,12 +115,12 @@ async def decisions(request: Request, body: DecisionRequest) -> Response:
 @router.post("/v1/systemone", response_model=SystemOneAnswers, tags=["read"])
 async def systemone(request: Request, body: SystemOneRequest) -> Response:
     """The same, in System One's shape: `noul` is yes or no, and questions and answers go by name."""
-    service, request_context = of(request)
+    service, request_context = service_of(request)
     served = service.open(body, request_context)
     questions = [_of_systemone(name, entry) for name, entry in body.questions.items()]
     values = await _state(service, served, body, request_context)
-    found = await _decided(service, served, values, questions, request_context)
-    answers = {decision.question.name: _systemone_answer(decision) for decision in found}
+    decided = await _decided(service, served, values, questions, request_context)
+    answers = {decision.question.name: _systemone_answer(decision) for decision in decided}
     usage = {"input_tokens": request_context.prompt_tokens, "output_tokens": 0}
     return JSONResponse({"model": served.name, "answers": answers, "usage": usage})
 
@@ -132,10 +132,10 @@ async def _decided(
         raise ApiError(400, "The input is empty. Give it text, an image or an audio clip.", "input")
     value = values[0] if len(values) == 1 else values
     model = served.model
-    found: list[Decision] = await served.worker.call(
+    decided: list[Decision] = await served.worker.call(
         lambda: decide(model, value, questions), service.deadline(request_context)
     )
-    return found
+    return decided
 
 
 # --- OpenAI's shape ---------------------------------------------------------------------------------------------
@@ -153,22 +153,22 @@ def _question(entry: DecisionQuestion, number: int) -> Question:
     elif entry.type == "score":
         options = [Option(one.label, one.description) for one in entry.levels or []]
     if entry.type != "predicate" and not options:
-        wanted = "choices" if entry.type == "choice" else "levels"
-        raise ApiError(400, f"A {entry.type} needs {wanted}.", f"questions.{number}.{wanted}")
+        field = "choices" if entry.type == "choice" else "levels"
+        raise ApiError(400, f"A {entry.type} needs {field}.", f"questions.{number}.{field}")
     if len({option.value for option in options}) < len(options):
         raise ApiError(400, "Two options are the same.", f"questions.{number}")
     return Question(entry.type, instructions, tuple(options), entry.name)
 
 
 async def _values(
-    service: Service, served: Served, given: str | list[DecisionMessage], request_context: RequestContext
+    service: Service, served: Served, input_parts: str | list[DecisionMessage], request_context: RequestContext
 ) -> list[Any]:
     """The input as the model takes it: texts that follow each other are one."""
-    if isinstance(given, str):
-        parts: list[Any] = [given]
+    if isinstance(input_parts, str):
+        parts: list[Any] = [input_parts]
     else:
         parts = []
-        for message in given:
+        for message in input_parts:
             for content in (message.content, message.arguments, message.input, message.output):
                 parts += [content] if isinstance(content, str) else content or []
     flat = [s.TextPart(type="text", text=_json(p.data)) if isinstance(p, JsonPart) else p for p in parts]
@@ -177,35 +177,35 @@ async def _values(
 
 
 def _joined(values: list[Any]) -> list[Any]:
-    found: list[Any] = []
+    joined: list[Any] = []
     for value in values:
-        if isinstance(value, str) and found and isinstance(found[-1], str):
-            found[-1] += f"\n{value}"
+        if isinstance(value, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += f"\n{value}"
         elif value != "":
-            found.append(value)
-    return found
+            joined.append(value)
+    return joined
 
 
 def _answer(decision: Decision, entry: DecisionQuestion) -> dict[str, Any]:
-    more = {"name": decision.question.name, "plait": _ours(decision)}
+    common = {"name": decision.question.name, "plait": _ours(decision)}
     if decision.refusal:
-        return {"type": "refusal", **more}
+        return {"type": "refusal", **common}
     chances = decision.probabilities
     if entry.type == "predicate":
-        return {"type": "predicate", "probability": chances[0], **more}
+        return {"type": "predicate", "probability": chances[0], **common}
     if entry.type == "choice":
         values = [one.value for one in entry.choices or []]
         listed: list[dict[str, Any]] = [
             {"value": value, "probability": chance} for value, chance in zip(values, chances, strict=True)
         ]
         return {"type": "choice", "choice": values[decision.best], "confidence": decision.confidence,
-                "probabilities": listed, **more}  # fmt: skip
+                "probabilities": listed, **common}  # fmt: skip
     levels = [
         {"value": place, "label": option.value, "probability": chance}
         for place, (option, chance) in enumerate(zip(decision.question.options, chances, strict=True))
     ]
     return {"type": "score", "score": decision.expected, "confidence": decision.confidence, "probabilities": levels,
-            **more}  # fmt: skip
+            **common}  # fmt: skip
 
 
 def _ours(decision: Decision) -> dict[str, Any]:
@@ -226,8 +226,8 @@ def _of_systemone(name: str, entry: SystemOneQuestion) -> Question:
         return Question("choice", _text(entry.instructions), tuple(options), name)
     if entry.type == "score" and isinstance(criteria, list) and criteria:
         return Question("score", _text(entry.instructions), tuple(Option(_text(level)) for level in criteria), name)
-    wanted = "a map of options" if entry.type == "choice" else "a list of levels"
-    raise ApiError(400, f"A {entry.type} needs criteria: {wanted}.", f"questions.{name[:64]}.criteria")
+    criteria_form = "a map of options" if entry.type == "choice" else "a list of levels"
+    raise ApiError(400, f"A {entry.type} needs criteria: {criteria_form}.", f"questions.{name[:64]}.criteria")
 
 
 async def _state(
@@ -258,18 +258,18 @@ async def _state(
 
 
 def _systemone_answer(decision: Decision) -> dict[str, Any]:
-    more = {"plait": _ours(decision)}
+    common = {"plait": _ours(decision)}
     if decision.refusal:
-        return {"type": "refusal", **more}
+        return {"type": "refusal", **common}
     options, chances = decision.question.options, decision.probabilities
     if decision.question.kind == "predicate":
-        return {"type": "noul", "noul": chances[0], **more}
+        return {"type": "noul", "noul": chances[0], **common}
     if decision.question.kind == "choice":
         return {"type": "choice", "choice": options[decision.best].value, "confidence": decision.confidence,
-                "probabilities": {o.value: c for o, c in zip(options, chances, strict=True)}, **more}  # fmt: skip
+                "probabilities": {o.value: c for o, c in zip(options, chances, strict=True)}, **common}  # fmt: skip
     return {"type": "score", "score": decision.expected, "confidence": decision.confidence,
             "legend": {str(place): option.value for place, option in enumerate(options)},
-            "probabilities": {str(place): chance for place, chance in enumerate(chances)}, **more}  # fmt: skip
+            "probabilities": {str(place): chance for place, chance in enumerate(chances)}, **common}  # fmt: skip
 
 
 def _text(value: Any) -> str:

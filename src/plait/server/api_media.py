@@ -20,7 +20,7 @@ from plait.modalities.audio_files import silent
 from plait.modalities.media import MEDIA, read_by
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext
-from plait.server.api import STREAM, engine_request_of, make_router, of, voice_of
+from plait.server.api import STREAM, engine_request_of, make_router, service_of, voice_of
 from plait.server.limits import ApiError
 from plait.server.media import AUDIO, audio, png
 from plait.server.service import EventStream, Served, Service, note, read
@@ -36,9 +36,9 @@ WINDOWS = 32  # windows of a long audio that are in the queue at a time
 @router.post("/v1/images/generations", response_model=s.ImageList, responses={200: {"content": STREAM}}, tags=["media"])
 async def draw(request: Request, body: s.ImageRequest) -> Response:
     """Images of what a text says, as base64 of PNG."""
-    service, request_context = of(request)
+    service, request_context = service_of(request)
     served = service.open(body, request_context)
-    model, n = served.ours, body.n or 1
+    model, n = served.engine_model, body.n or 1
     service.check_parts([body.prompt])
     served.check_prompt([body.prompt], "prompt")
 
@@ -46,17 +46,17 @@ async def draw(request: Request, body: s.ImageRequest) -> Response:
         column = model.column(body.column, "image", "draw")
         return column, engine_request_of(model, model.context([body.prompt]), column, body, n)
 
-    column, wanted = await service.prepared(prepare, len(body.prompt))
+    column, engine_request = await service.prepared(prepare, len(body.prompt))
     side = getattr(model.modality(column).settings, "size", 0)
     size = f"{side}x{side}"
     if body.size not in (None, "auto", size):  # the answer says which size it is
         service.ignore("size", request_context)
     if body.stream:
-        pending_requests = served.worker.submit([wanted], service.deadline(request_context))
+        pending_requests = served.worker.submit([engine_request], service.deadline(request_context))
         return EventStream(
             _image_events(service, served, request_context, pending_requests, column, size), pending_requests
         )
-    samples = (await service.written(served, [wanted], request_context))[0]
+    samples = (await service.written(served, [engine_request], request_context))[0]
     images = await service.rendered(served, column, samples, request_context)
     encoded = await asyncio.to_thread(lambda: [png(image) for image in images])
     return JSONResponse({
@@ -72,9 +72,9 @@ def _image_data(encoded: str, form: str) -> dict[str, str]:
 
 
 def _media_usage(request_context: RequestContext) -> dict[str, Any]:
-    read_, written = request_context.prompt_tokens, request_context.completion_tokens
-    return {"input_tokens": read_, "output_tokens": written, "total_tokens": read_ + written,
-            "input_tokens_details": {"text_tokens": read_, "image_tokens": 0}}  # fmt: skip
+    input_tokens, output_tokens = request_context.prompt_tokens, request_context.completion_tokens
+    return {"input_tokens": input_tokens, "output_tokens": output_tokens, "total_tokens": input_tokens + output_tokens,
+            "input_tokens_details": {"text_tokens": input_tokens, "image_tokens": 0}}  # fmt: skip
 
 
 async def _image_events(
@@ -102,9 +102,9 @@ async def _image_events(
 )
 async def speak(request: Request, body: s.SpeechRequest) -> Response:
     """A text spoken, as the bytes of an audio clip file."""
-    service, request_context = of(request)
+    service, request_context = service_of(request)
     served = service.open(body, request_context)
-    model = served.ours
+    model = served.engine_model
     service.check_parts([body.input])
     served.check_prompt([body.input], "input")
 
@@ -112,8 +112,8 @@ async def speak(request: Request, body: s.SpeechRequest) -> Response:
         column = voice_of(service, request_context, model, body.voice)
         return column, engine_request_of(model, model.context([body.input]), column, body, 1)
 
-    column, wanted = await service.prepared(prepare, len(body.input))
-    samples = (await service.written(served, [wanted], request_context))[0]
+    column, engine_request = await service.prepared(prepare, len(body.input))
+    samples = (await service.written(served, [engine_request], request_context))[0]
     wave, rate = (await service.rendered(served, column, samples, request_context))[0]
     data = await asyncio.to_thread(audio, wave, rate, body.response_format)
     if body.stream_format == "audio":
@@ -134,31 +134,33 @@ async def speak(request: Request, body: s.SpeechRequest) -> Response:
 )
 async def transcribe(request: Request, body: Annotated[s.TranscriptionRequest, Form()]) -> Response:
     """The words of an audio clip; a long one is read in windows."""
-    service, request_context = of(request)
+    service, request_context = service_of(request)
     served = service.open(body, request_context)
     data = await body.file.read()
     if len(data) > service.limits.media.file_bytes:
         raise ApiError(413, f"The audio is larger than {service.limits.media.file_bytes // 1_000_000} MB.", "file")
     kinds = read_by(Verb.TRANSCRIBE)
     if not any(MEDIA[kind].sniff(data[:64]) for kind in kinds):  # a webm may be video as well as audio
-        known = " or ".join(MEDIA[kind].format_names for kind in sorted(kinds))
-        raise ApiError(400, f"The file is no audio that is read. Send {known}.", "file")
+        formats = " or ".join(MEDIA[kind].format_names for kind in sorted(kinds))
+        raise ApiError(400, f"The file is no audio that is read. Send {formats}.", "file")
     model = served.model
     if "transcribe" not in served.verbs:
         raise ApiError(400, f"{served.name} cannot transcribe. It can {', '.join(served.verbs)}.", "model")
-    wave, rate = await service.reader.read(model, "audio", data, "file", service.deadline(request_context), whole=True)
-    told = _Transcriber(service, served, request_context, (wave, rate), body)
+    wave, rate = await service.reader.read(
+        model, "audio", data, "file", service.deadline(request_context), undivided=True
+    )
+    transcriber = _Transcriber(service, served, request_context, (wave, rate), body)
     if body.stream:
-        return EventStream(told.events(), [], done=False)
+        return EventStream(transcriber.events(), [], done=False)
     timed = body.response_format in ("verbose_json", "srt", "vtt")
     if body.timestamp_granularities and body.response_format != "verbose_json":
         raise ApiError(400, "timestamp_granularities needs response_format verbose_json.", "timestamp_granularities")
     if silent(wave):
         segments: list[Segment] = []
     elif timed:
-        segments = await told.segments()
+        segments = await transcriber.segments()
     else:
-        segments = [Segment(0.0, 0.0, joined([piece async for piece in told.pieces()]))]
+        segments = [Segment(0.0, 0.0, joined([piece async for piece in transcriber.pieces()]))]
     return _transcription(segments, len(wave) / rate, body)
 
 
@@ -177,27 +179,33 @@ class _Transcriber:
         self.audio, self.model = audio, served.model
         self.deadline = service.deadline(request_context)
         self.language = body.language
-        if (ours := self.model.plait_model) is not None and ours.columns.get(str(body.language)) != "text":
+        if (plait_model := self.model.plait_model) is not None and plait_model.columns.get(
+            str(body.language)
+        ) != "text":
             if body.language is not None:  # it names the text column to write
                 service.ignore("language", request_context)
             self.language = None
 
     async def windows(self) -> AsyncIterator[Segment]:
         """The text of each window of one of our models, and when it was said, in order."""
-        model, body = self.served.ours, self.body
+        model, body = self.served.engine_model, self.body
 
         def prepare() -> tuple[list[tuple[float, float]], list[EngineRequest]]:
             column = model.column(self.language, "text", "transcribe")
             drawing = s.SamplingBody(temperature=body.temperature, seed=body.seed)
-            spoken = model.spoken(self.audio)
-            wanted = [engine_request_of(model, part, column, drawing, 1, i) for i, (_, _, part) in enumerate(spoken)]
-            return [(start, end) for start, end, _ in spoken], wanted
+            windows = model.spoken(self.audio)
+            engine_requests = [
+                engine_request_of(model, part, column, drawing, 1, i) for i, (_, _, part) in enumerate(windows)
+            ]
+            return [(start, end) for start, end, _ in windows], engine_requests
 
-        times, wanted = await self.service.prepared(prepare, 1 << 20)
-        some = min(WINDOWS, model.engine.max_rows)
-        for at in range(0, len(wanted), some):
-            results = await self.service.written(self.served, wanted[at : at + some], self.request_context)
-            for (start, end), samples in zip(times[at : at + some], results, strict=True):
+        times, engine_requests = await self.service.prepared(prepare, 1 << 20)
+        batch_size = min(WINDOWS, model.engine.max_rows)
+        for at in range(0, len(engine_requests), batch_size):
+            results = await self.service.written(
+                self.served, engine_requests[at : at + batch_size], self.request_context
+            )
+            for (start, end), samples in zip(times[at : at + batch_size], results, strict=True):
                 yield Segment(start, end, samples[0].text or "")
 
     async def pieces(self) -> AsyncIterator[str]:
@@ -220,10 +228,10 @@ class _Transcriber:
     async def events(self) -> AsyncIterator[list[Any]]:
         texts: list[str] = []
         async for piece in self.pieces():
-            known, now = joined(texts), joined([*texts, piece])
+            text_so_far, longer = joined(texts), joined([*texts, piece])
             texts.append(piece)
-            if len(now) > len(known):
-                yield [{"type": "transcript.text.delta", "delta": now[len(known) :]}]
+            if len(longer) > len(text_so_far):
+                yield [{"type": "transcript.text.delta", "delta": longer[len(text_so_far) :]}]
         usage = {k: v for k, v in _media_usage(self.request_context).items() if k != "input_tokens_details"}
         yield [{"type": "transcript.text.done", "text": joined(texts), "usage": {"type": "tokens", **usage}}]
 
@@ -241,10 +249,10 @@ def _transcription(segments: list[Segment], seconds: float, body: s.Transcriptio
                "tokens": [], "temperature": 0.0, "avg_logprob": 0.0, "compression_ratio": 1.0, "no_speech_prob": 0.0}
               for i, segment in enumerate(segments)]  # fmt: skip
     answer = {"task": "transcribe", "language": body.language or "", "duration": round(seconds, 3), "text": text}
-    asked = body.timestamp_granularities or ["segment"]
-    if "segment" in asked:
+    granularities = body.timestamp_granularities or ["segment"]
+    if "segment" in granularities:
         answer["segments"] = listed
-    if "word" in asked:
+    if "word" in granularities:
         answer["words"] = [{"word": one.text, "start": round(one.start, 3), "end": round(one.end, 3)}
                            for segment in segments for one in segment.words]  # fmt: skip
     return JSONResponse(answer)

@@ -20,7 +20,7 @@ from plait.inference.requests import Request as EngineRequest
 from plait.inference.tools import TextPiece
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext
-from plait.server.api import STREAM, make_router, of
+from plait.server.api import STREAM, make_router, service_of
 from plait.server.api_text import chat_turns, streamed_pieces, text_reply
 from plait.server.limits import ApiError
 from plait.server.service import EventStream, Lead, Served, Service
@@ -33,26 +33,26 @@ router = make_router()
 def _as_messages(value: Any) -> Any:
     """Anthropic's messages as chat completions have them: calls stand in a message of the assistant's, their results in
     messages of their own, and thinking is left out."""
-    found: list[Any] = []
+    messages: list[Any] = []
     for message in value if isinstance(value, list) else []:
         content = message.get("content") if isinstance(message, dict) else None
         if not isinstance(content, list) or not all(isinstance(block, dict) for block in content):
-            found.append(message)
+            messages.append(message)
             continue
         calls = [
             {"id": block.get("id") or "", "function": {
                 "name": block.get("name"), "arguments": json.dumps(block.get("input") or {}, ensure_ascii=False)}}
             for block in content if block.get("type") == "tool_use"
         ]  # fmt: skip
-        found += [
+        messages += [
             {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": block.get("content") or ""}
             for block in content if block.get("type") == "tool_result"
         ]  # fmt: skip
         left_out = ("tool_use", "tool_result", "thinking", "redacted_thinking")
         parts = [block for block in content if block.get("type") not in left_out]
         if parts or calls:
-            found.append({**message, "content": parts or None, "tool_calls": calls or None})
-    return found if isinstance(value, list) else value
+            messages.append({**message, "content": parts or None, "tool_calls": calls or None})
+    return messages if isinstance(value, list) else value
 
 
 class MessagesRequest(s.SamplingBody):
@@ -79,14 +79,14 @@ class MessagesAnswer(BaseModel):
 @router.post("/v1/messages", response_model=MessagesAnswer, responses={200: {"content": STREAM}}, tags=["text"])
 async def messages(request: Request, body: MessagesRequest) -> Response:
     """The next reply of a conversation, in Anthropic's shape."""
-    service, request_context = of(request)
+    service, request_context = service_of(request)
     served = service.open(body, request_context)
-    prompt, wanted, use = await _prepared(service, served, request_context, body, body.max_tokens)
+    prompt, engine_request, use = await _prepared(service, served, request_context, body, body.max_tokens)
     answer = _Answer(served, ReplyReader(use, Lead(prompt.strip)))
     if body.stream:
-        pending = served.worker.submit([wanted], service.deadline(request_context))
+        pending = served.worker.submit([engine_request], service.deadline(request_context))
         return EventStream(answer.events(pending, request_context), pending, done=False, named=True)
-    sample = (await service.written(served, [wanted], request_context))[0][0]
+    sample = (await service.written(served, [engine_request], request_context))[0][0]
     answer.reader.add(sample.text or "", last=True)
     return JSONResponse(answer.response(sample.finish, request_context))
 
@@ -94,14 +94,14 @@ async def messages(request: Request, body: MessagesRequest) -> Response:
 @router.post("/v1/messages/count_tokens", tags=["text"])
 async def count_tokens(request: Request, body: MessagesRequest) -> Response:
     """How many tokens a conversation takes."""
-    service, request_context = of(request)
+    service, request_context = service_of(request)
     served = service.open(body, request_context)
     prompt, _, _ = await _prepared(service, served, request_context, body, None)
     return JSONResponse({"input_tokens": len(prompt.context)})
 
 
 async def _prepared(
-    service: Service, served: Served, request_context: RequestContext, body: MessagesRequest, most: int | None
+    service: Service, served: Served, request_context: RequestContext, body: MessagesRequest, max_tokens: int | None
 ) -> tuple[Prompt, EngineRequest, ToolUse | None]:
     """The prompt of a conversation, what the engine is asked for, and the tools. Raises ApiError."""
     choice, parallel = _choice(body.tool_choice)
@@ -109,8 +109,10 @@ async def _prepared(
     system = [s.Message(role="system", content=body.system)] if body.system else []
     turns = await chat_turns(service, served, [*system, *body.messages], service.deadline(request_context))
     stop = tuple(body.stop_sequences or ())
-    prompt, wanted = await text_reply(service, served, request_context, turns, body, s.Writing(), use, most, stop)
-    return prompt, wanted, use
+    prompt, engine_request = await text_reply(
+        service, served, request_context, turns, body, s.Writing(), use, max_tokens, stop
+    )
+    return prompt, engine_request, use
 
 
 def _choice(choice: dict[str, Any] | None) -> tuple[Any, bool | None]:
@@ -121,10 +123,10 @@ def _choice(choice: dict[str, Any] | None) -> tuple[Any, bool | None]:
     kind = choice.get("type")
     if kind == "tool":
         return {"type": "function", "function": {"name": choice.get("name")}}, parallel
-    known = {"auto": "auto", "any": "required", "none": "none"}
-    if kind not in known:
+    openai_choices = {"auto": "auto", "any": "required", "none": "none"}
+    if kind not in openai_choices:
         raise ApiError(400, "tool_choice has the type auto, any, none or tool.", "tool_choice")
-    return known[str(kind)], parallel
+    return openai_choices[str(kind)], parallel
 
 
 class _Answer:
@@ -136,9 +138,11 @@ class _Answer:
         self.open: str | None = None  # the block that has begun and not ended: "text", or a call's id
         self.place = -1
 
-    def _shell(self, content: list[dict[str, Any]], reason: str | None, read_: int, written: int) -> dict[str, Any]:
+    def _shell(
+        self, content: list[dict[str, Any]], reason: str | None, read_: int, output_tokens: int
+    ) -> dict[str, Any]:
         return {"id": self.id, "type": "message", "role": "assistant", "model": self.served.name, "content": content,
-                "stop_reason": reason, "stop_sequence": None, "usage": _usage(read_, written)}  # fmt: skip
+                "stop_reason": reason, "stop_sequence": None, "usage": _usage(read_, output_tokens)}  # fmt: skip
 
     def _reason(self, finish: str) -> str:
         if finish == "length":
@@ -164,19 +168,19 @@ class _Answer:
         """That a block is there, once, and that the one before it is complete."""
         if self.open == name:
             return []
-        found = self._close()
+        events = self._close()
         self.open, self.place = name, self.place + 1
-        return [*found, {"type": "content_block_start", "index": self.place, "content_block": block}]
+        return [*events, {"type": "content_block_start", "index": self.place, "content_block": block}]
 
     def _piece(self, piece: Any) -> list[dict[str, Any]]:
         if isinstance(piece, TextPiece):
-            found = self._begin("text", {"type": "text", "text": ""})
+            events = self._begin("text", {"type": "text", "text": ""})
             delta = {"type": "text_delta", "text": piece.text}
         else:
             call = self.reader.calls[piece.index]
-            found = self._begin(call.id, {"type": "tool_use", "id": call.id, "name": call.name, "input": {}})
+            events = self._begin(call.id, {"type": "tool_use", "id": call.id, "name": call.name, "input": {}})
             delta = {"type": "input_json_delta", "partial_json": piece.arguments}
-        return [*found, {"type": "content_block_delta", "index": self.place, "delta": delta}]
+        return [*events, {"type": "content_block_delta", "index": self.place, "delta": delta}]
 
     async def events(self, pending: list[PendingRequest], request_context: RequestContext) -> AsyncIterator[list[Any]]:
         size = sum(len(one.request.context) for one in pending)

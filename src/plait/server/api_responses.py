@@ -19,7 +19,7 @@ from starlette.responses import Response
 from plait.inference.tools import TextPiece, ToolCall
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext
-from plait.server.api import STREAM, make_router, of
+from plait.server.api import STREAM, make_router, service_of
 from plait.server.api_text import chat_turns, streamed_pieces, text_reply
 from plait.server.limits import ApiError
 from plait.server.service import EventStream, Lead, Served
@@ -43,20 +43,20 @@ def _as_messages(value: Any) -> Any:
     reasoning is."""
     if not isinstance(value, list):
         return value
-    found: list[Any] = []
+    messages: list[Any] = []
     for item in value:
         kind = item.get("type") if isinstance(item, dict) else None
         if kind == "function_call":
             call = {"id": item.get("call_id") or "", "function": {k: item.get(k) for k in ("name", "arguments")}}
-            if found and isinstance(found[-1], dict) and "tool_calls" in found[-1]:
-                found[-1]["tool_calls"].append(call)
+            if messages and isinstance(messages[-1], dict) and "tool_calls" in messages[-1]:
+                messages[-1]["tool_calls"].append(call)
             else:
-                found.append({"role": "assistant", "tool_calls": [call]})
+                messages.append({"role": "assistant", "tool_calls": [call]})
         elif kind == "function_call_output":
-            found.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")})
+            messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")})
         elif kind in (None, "message"):
-            found.append(item)
-    return found
+            messages.append(item)
+    return messages
 
 
 Messages = Annotated[Annotated[list[s.Message], Field(min_length=1, max_length=256)], BeforeValidator(_as_messages)]
@@ -87,7 +87,7 @@ class ResponsesAnswer(BaseModel):
 @router.post("/v1/responses", response_model=ResponsesAnswer, responses={200: {"content": STREAM}}, tags=["text"])
 async def responses(request: Request, body: ResponsesRequest) -> Response:
     """The next reply of a conversation, in the shape of OpenAI's Responses API. Nothing is stored."""
-    service, request_context = of(request)
+    service, request_context = service_of(request)
     served = service.open(body, request_context)
     if body.previous_response_id:
         raise ApiError(400, "Nothing is stored here. Send the whole conversation as input.", "previous_response_id")
@@ -95,14 +95,14 @@ async def responses(request: Request, body: ResponsesRequest) -> Response:
     messages = [s.Message(role="system", content=body.instructions)] if body.instructions else []
     messages += [s.Message(role="user", content=body.input)] if isinstance(body.input, str) else body.input
     turns = await chat_turns(service, served, messages, service.deadline(request_context))
-    prompt, wanted = await text_reply(
+    prompt, engine_request = await text_reply(
         service, served, request_context, turns, body, _as_writing(body), use, body.max_output_tokens
     )
     answer = _Answer(served, body, ReplyReader(use, Lead(prompt.strip)))
     if body.stream:
-        pending = served.worker.submit([wanted], service.deadline(request_context))
+        pending = served.worker.submit([engine_request], service.deadline(request_context))
         return EventStream(answer.events(pending, request_context), pending, done=False)
-    sample = (await service.written(served, [wanted], request_context))[0][0]
+    sample = (await service.written(served, [engine_request], request_context))[0][0]
     answer.reader.add(sample.text or "", last=True)
     return JSONResponse(answer.response(sample.finish, request_context))
 
@@ -152,10 +152,10 @@ class _Answer:
 
     def response(self, finish: str, request_context: RequestContext) -> dict[str, Any]:
         """The response when it is complete."""
-        read_, written = request_context.prompt_tokens, request_context.completion_tokens
-        usage = {"input_tokens": read_, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-                 "output_tokens": written, "output_tokens_details": {"reasoning_tokens": 0},
-                 "total_tokens": read_ + written}  # fmt: skip
+        input_tokens, output_tokens = request_context.prompt_tokens, request_context.completion_tokens
+        usage = {"input_tokens": input_tokens, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+                 "output_tokens": output_tokens, "output_tokens_details": {"reasoning_tokens": 0},
+                 "total_tokens": input_tokens + output_tokens}  # fmt: skip
         status, reader = "incomplete" if finish == "length" else "completed", self.reader
         output = [self._message(reader.text, status)] if reader.text or not reader.calls else []
         output += [self._call(call, call.arguments, status) for call in reader.calls]
@@ -170,10 +170,10 @@ class _Answer:
         if item["id"] in self.places:
             return []
         place = self.places[item["id"]] = len(self.places)
-        found = [self._event("output_item.added", output_index=place, item=item)]
+        events = [self._event("output_item.added", output_index=place, item=item)]
         if item["type"] == "message":
-            found.append(self._event("content_part.added", part=self._part(""), **self._place(item["id"], True)))
-        return found
+            events.append(self._event("content_part.added", part=self._part(""), **self._place(item["id"], True)))
+        return events
 
     def _place(self, item: str, part: bool = False) -> dict[str, Any]:
         return {"item_id": item, "output_index": self.places[item], **({"content_index": 0} if part else {})}
@@ -181,27 +181,27 @@ class _Answer:
     def _piece(self, piece: Any) -> list[dict[str, Any]]:
         """The events of one piece of the reply."""
         if isinstance(piece, TextPiece):
-            found = self._begin(self._message(None, "in_progress"))
+            events = self._begin(self._message(None, "in_progress"))
             place = self._place(self.item, True)
-            return [*found, self._event("output_text.delta", delta=piece.text, logprobs=[], **place)]
+            return [*events, self._event("output_text.delta", delta=piece.text, logprobs=[], **place)]
         item = self._call(self.reader.calls[piece.index], "", "in_progress")
-        found = self._begin(item)
+        events = self._begin(item)
         if piece.arguments:
             place = self._place(item["id"])
-            found.append(self._event("function_call_arguments.delta", delta=piece.arguments, **place))
-        return found
+            events.append(self._event("function_call_arguments.delta", delta=piece.arguments, **place))
+        return events
 
     def _end(self, item: dict[str, Any]) -> list[dict[str, Any]]:
         """That an item is complete."""
-        found = self._begin({**item, "status": "in_progress"})
+        events = self._begin({**item, "status": "in_progress"})
         if item["type"] == "message":
             text, place = item["content"][0]["text"], self._place(item["id"], True)
-            found.append(self._event("output_text.done", text=text, logprobs=[], **place))
-            found.append(self._event("content_part.done", part=self._part(text), **place))
+            events.append(self._event("output_text.done", text=text, logprobs=[], **place))
+            events.append(self._event("content_part.done", part=self._part(text), **place))
         else:
-            done = {"name": item["name"], "arguments": item["arguments"], **self._place(item["id"])}
-            found.append(self._event("function_call_arguments.done", **done))
-        return [*found, self._event("output_item.done", output_index=self.places[item["id"]], item=item)]
+            call = {"name": item["name"], "arguments": item["arguments"], **self._place(item["id"])}
+            events.append(self._event("function_call_arguments.done", **call))
+        return [*events, self._event("output_item.done", output_index=self.places[item["id"]], item=item)]
 
     async def events(self, pending: list[PendingRequest], request_context: RequestContext) -> AsyncIterator[list[Any]]:
         begun = [

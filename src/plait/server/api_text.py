@@ -28,12 +28,12 @@ from plait.server.access_log import RequestContext
 from plait.server.api import (
     STREAM,
     check_ids,
+    clamp_max_tokens,
     constraint_of,
     engine_request_of,
     finish_of,
     make_router,
-    most_of,
-    of,
+    service_of,
     stops,
     text_column,
     usage_of,
@@ -57,15 +57,17 @@ router = make_router()
 async def chat_completions(request: Request, body: s.ChatRequest) -> Response:
     """The next reply of a conversation: text, and with `modalities` images and audio clips, each written after the same
     messages. Images come in `images`, as data: URLs; audio clips in `audio`, of one reply the first."""
-    service, request_context = of(request)
+    service, request_context = service_of(request)
     served = service.open(body, request_context)
-    model, chat, n = served.ours, served.chat, body.n or 1
+    model, chat, n = served.engine_model, served.chat, body.n or 1
     if chat is None:
         raise ApiError(400, f"{served.name} has no chat.", "model")
     use = tool_use(service, served, request_context, body.tools, body.tool_choice, body.parallel_tool_calls)
     turns = await chat_turns(service, served, body.messages, service.deadline(request_context))
     size = sum(len(part) for turn in turns for part in turn.parts if isinstance(part, str))
-    most = most_of(model, body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens)
+    max_tokens = clamp_max_tokens(
+        model, body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    )
     outputs = list(dict.fromkeys(body.modalities or ["text"]))
     if body.logprobs and outputs != ["text"]:
         raise ApiError(400, "logprobs go with text alone. Leave them out, or the other modalities.", "logprobs")
@@ -77,15 +79,15 @@ async def chat_completions(request: Request, body: s.ChatRequest) -> Response:
             column = _column(service, request_context, model, body, kind)
             prompt = chat.prompt(turns, column, use.tools if use and kind == "text" else ())
             stop = (*stops(body.stop), *prompt.stop) if kind == "text" else ()
-            bound = most if kind == "text" else None
-            wanted = engine_request_of(model, prompt.context, column, body, n, most=bound, stop=stop)
-            wanted = replace(
-                wanted,
+            text_limit = max_tokens if kind == "text" else None
+            engine_request = engine_request_of(model, prompt.context, column, body, n, max_tokens=text_limit, stop=stop)
+            engine_request = replace(
+                engine_request,
                 logprobs=bool(body.logprobs),
                 top_logprobs=body.top_logprobs or 0 if body.logprobs else 0,
                 constraint=constraint if kind == "text" else None,
             )
-            parts.append(ReplyPart(kind, column, prompt, wanted))
+            parts.append(ReplyPart(kind, column, prompt, engine_request))
 
     await service.prepared(prepare, size)
     form = body.audio.format if body.audio else "wav"
@@ -140,8 +142,8 @@ async def _choices(
     results = await service.written(served, [part.wanted for part in parts], request_context)
     for part, samples in zip(parts, results, strict=True):
         if part.kind != "text":
-            made = await service.rendered(served, str(part.column), samples, request_context)
-            for choice, value in zip(choices, made, strict=True):
+            media = await service.rendered(served, str(part.column), samples, request_context)
+            for choice, value in zip(choices, media, strict=True):
                 choice["message"] |= await asyncio.to_thread(OUTPUTS[MEDIA[part.kind].writes], value, form)
             continue
         context = part.prompt.context
@@ -153,26 +155,28 @@ async def _choices(
                 choice["message"]["tool_calls"] = [_call(call) for call in reader.calls]
             choice["finish_reason"] = reader.finish(sample.finish)
             if sample.logprobs is not None:
-                aligner = Aligner(served.ours.checkpoint.text, [] if context.media else context.ids)
+                aligner = Aligner(served.engine_model.checkpoint.text, [] if context.media else context.ids)
                 choice["logprobs"] = of_chat(aligner.add(sample.ids, sample.logprobs, sample.top, last=True))
     return choices
 
 
 async def chat_turns(service: Service, served: Served, messages: list[s.Message], deadline: float) -> list[Turn]:
     """Messages as turns, their media decoded. Raises ApiError for an empty one, and where there is too much."""
-    every: list[list[Any]] = []
+    parts_by_message: list[list[Any]] = []
     for message in messages:
         parts: list[Any] = [message.content] if isinstance(message.content, str) else list(message.content or [])
         parts += message.images or []
         if not parts and message.role == "tool":
             parts = [""]
         if not parts and message.role != "assistant":
-            raise ApiError(400, f"The {message.role} message is empty. Give it content.", f"messages.{len(every)}")
-        every.append(parts)
-    said = [part for parts in every for part in parts]
-    said += [call.function.arguments for message in messages for call in message.tool_calls or []]
-    service.check_parts(said)
-    served.check_prompt(said, "messages")
+            raise ApiError(
+                400, f"The {message.role} message is empty. Give it content.", f"messages.{len(parts_by_message)}"
+            )
+        parts_by_message.append(parts)
+    texts = [part for parts in parts_by_message for part in parts]
+    texts += [call.function.arguments for message in messages for call in message.tool_calls or []]
+    service.check_parts(texts)
+    served.check_prompt(texts, "messages")
     return [
         Turn(
             message.role,
@@ -180,17 +184,17 @@ async def chat_turns(service: Service, served: Served, messages: list[s.Message]
             calls_of(message),
             message.tool_call_id or "",
         )
-        for i, (message, parts) in enumerate(zip(messages, every, strict=True))
+        for i, (message, parts) in enumerate(zip(messages, parts_by_message, strict=True))
         if parts or message.tool_calls  # clients send replies that were cut before their first word
     ]
 
 
 async def text_reply(
     service: Service, served: Served, request_context: RequestContext, turns: list[Turn], body: s.SamplingBody,
-    form: s.Writing, use: ToolUse | None, most: int | None, stop: tuple[str, ...] = (),
+    form: s.Writing, use: ToolUse | None, max_tokens: int | None, stop: tuple[str, ...] = (),
 ) -> tuple[Prompt, EngineRequest]:  # fmt: skip
     """The engine's request for one reply in text, and its prompt; `form` says what the text must be."""
-    model, chat = served.ours, served.chat
+    model, chat = served.engine_model, served.chat
     if chat is None:
         raise ApiError(400, f"{served.name} has no chat.", "model")
     constraint = await constraint_of(service, served, form, use)
@@ -198,10 +202,16 @@ async def text_reply(
     def prepare() -> tuple[Prompt, EngineRequest]:
         column = text_column(model, None)
         prompt = chat.prompt(turns, column, use.tools if use else ())
-        found = engine_request_of(
-            model, prompt.context, column, body, 1, most=most_of(model, most), stop=(*stop, *prompt.stop)
+        engine_request = engine_request_of(
+            model,
+            prompt.context,
+            column,
+            body,
+            1,
+            max_tokens=clamp_max_tokens(model, max_tokens),
+            stop=(*stop, *prompt.stop),
         )
-        return prompt, replace(found, constraint=constraint)
+        return prompt, replace(engine_request, constraint=constraint)
 
     size = sum(len(part) for turn in turns for part in turn.parts if isinstance(part, str))
     return await service.prepared(prepare, size)
@@ -257,7 +267,7 @@ async def _chat_events(
 
     n, outputs = pending_requests[0].request.n, [part.kind for part in parts]
     before = parts[0].prompt.context
-    aligners = [Aligner(served.ours.checkpoint.text, [] if before.media else before.ids) for _ in range(n)]
+    aligners = [Aligner(served.engine_model.checkpoint.text, [] if before.media else before.ids) for _ in range(n)]
     readers = [ReplyReader(use, Lead(parts[0].prompt.strip)) for _ in range(n)]
     ends = ["stop"] * n
     yield [chunk(i, {"role": "assistant", "content": "" if "text" in outputs else None}) for i in range(n)]
@@ -287,8 +297,8 @@ async def _chat_events(
     read(request_context, pending_requests)
     for part, pending in zip(parts, pending_requests, strict=True):
         if part.kind != "text":
-            made = await service.rendered(served, str(part.column), pending.result.samples, request_context)
-            for i, value in enumerate(made):
+            media = await service.rendered(served, str(part.column), pending.result.samples, request_context)
+            for i, value in enumerate(media):
                 yield [chunk(i, await asyncio.to_thread(OUTPUTS[MEDIA[part.kind].writes], value, form))]
     if outputs != ["text"]:
         yield [chunk(i, {}, ends[i]) for i in range(n)]
@@ -319,34 +329,39 @@ async def streamed_pieces(
 @router.post("/v1/completions", response_model=s.Completion, responses={200: {"content": STREAM}}, tags=["text"])
 async def completions(request: Request, body: s.CompletionRequest) -> Response:
     """What follows a text, or each of up to 16."""
-    service, request_context = of(request)
+    service, request_context = service_of(request)
     served = service.open(body, request_context)
-    model, n = served.ours, body.n or 1
+    model, n = served.engine_model, body.n or 1
     prompts = _prompts(body.prompt)
     service.check_parts(prompt for prompt in prompts if isinstance(prompt, str))
     for prompt in prompts:
         served.check_prompt([prompt], "prompt")
-    most = 16 if body.max_tokens is None else most_of(model, body.max_tokens) if body.max_tokens else 0
+    max_tokens = 16 if body.max_tokens is None else clamp_max_tokens(model, body.max_tokens) if body.max_tokens else 0
     constraint = await constraint_of(service, served, body, samples=n * len(prompts))
     deadline = service.deadline(request_context)
-    wanted: list[EngineRequest] = []
+    engine_requests: list[EngineRequest] = []
 
     def prepare() -> None:
         for i, prompt in enumerate(prompts):
             context = _context(model, prompt)
             if body.column is not None:
                 model.column(body.column, "text", "write text")
-            found = engine_request_of(model, context, body.column, body, n, i * n, most, stops(body.stop))
-            wanted.append(
+            engine_request = engine_request_of(
+                model, context, body.column, body, n, i * n, max_tokens, stops(body.stop)
+            )
+            engine_requests.append(
                 replace(
-                    found, logprobs=body.logprobs is not None, top_logprobs=body.logprobs or 0, constraint=constraint
+                    engine_request,
+                    logprobs=body.logprobs is not None,
+                    top_logprobs=body.logprobs or 0,
+                    constraint=constraint,
                 )
             )
 
     await service.prepared(prepare, sum(len(prompt) for prompt in prompts))
-    shown = [_Shown(one.context, body.logprobs) for one in wanted]
+    shown = [_Shown(one.context, body.logprobs) for one in engine_requests]
     if body.echo and body.logprobs is not None:
-        contexts = [one.context for one in wanted]
+        contexts = [one.context for one in engine_requests]
         top = body.logprobs
         scores = await served.worker.call(lambda: prompt_scores(model.engine, contexts, top), deadline)
         for one, prompt, score in zip(shown, prompts, scores, strict=True):
@@ -354,16 +369,16 @@ async def completions(request: Request, body: s.CompletionRequest) -> Response:
     before = [model.checkpoint.text.decode(p) if isinstance(p, list) else p for p in prompts]
     before = before if body.echo else [""] * len(prompts)
     head = _head("cmpl-", "text_completion", served)
-    if body.stream and most:
-        pending_requests = served.worker.submit(wanted, deadline)
+    if body.stream and max_tokens:
+        pending_requests = served.worker.submit(engine_requests, deadline)
         usage = bool(body.stream_options and body.stream_options.include_usage)
         return EventStream(
             _text_events(model, request_context, pending_requests, head, before, shown, usage), pending_requests
         )
-    if most:
-        results = await service.written(served, wanted, request_context)
+    if max_tokens:
+        results = await service.written(served, engine_requests, request_context)
     else:
-        results = [[Completion([], "length", "", [], [])] * n for _ in wanted]
+        results = [[Completion([], "length", "", [], [])] * n for _ in engine_requests]
     choices = []
     for i, samples in enumerate(results):
         for k, sample in enumerate(samples):
@@ -372,8 +387,10 @@ async def completions(request: Request, body: s.CompletionRequest) -> Response:
                 "index": i * n + k, "text": before[i] + (sample.text or ""), "logprobs": logprobs,
                 "finish_reason": finish_of(sample.finish),
             })  # fmt: skip
-    read_ = sum(len(one.context) for one in wanted)
-    return JSONResponse({**head, "choices": choices, "usage": usage_of(read_, request_context.completion_tokens)})
+    prompt_tokens = sum(len(one.context) for one in engine_requests)
+    return JSONResponse(
+        {**head, "choices": choices, "usage": usage_of(prompt_tokens, request_context.completion_tokens)}
+    )
 
 
 def _prompts(prompt: Any) -> list[str | list[int]]:
@@ -475,8 +492,8 @@ async def _text_events(
 @router.post("/tokenize", response_model=s.Tokenized, tags=["text"])
 async def tokenize(request: Request, body: s.TokenizeRequest) -> Response:
     """The ids of a text."""
-    service, request_context = of(request)
-    model = service.open(body, request_context).ours
+    service, request_context = service_of(request)
+    model = service.open(body, request_context).engine_model
     text = model.checkpoint.text
     start = text.start if body.add_special_tokens and not model.columns else []
     ids = await service.prepared(lambda: [*start, *text.encode(body.prompt)], len(body.prompt))
@@ -486,8 +503,8 @@ async def tokenize(request: Request, body: s.TokenizeRequest) -> Response:
 @router.post("/detokenize", response_model=s.Detokenized, tags=["text"])
 async def detokenize(request: Request, body: s.DetokenizeRequest) -> Response:
     """The text of ids."""
-    service, request_context = of(request)
-    model = service.open(body, request_context).ours
+    service, request_context = service_of(request)
+    model = service.open(body, request_context).engine_model
 
     def work() -> str:
         check_ids(model, body.tokens)

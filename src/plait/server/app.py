@@ -56,9 +56,9 @@ def serve(
     strict: bool = False,
     adapters: list[str] | None = None,
     limits: Limits = Limits(),
-    tell: Callable[[str], None] = lambda url: None,
+    announce: Callable[[str], None] = lambda url: None,
 ) -> None:
-    """Serve models until SIGINT or SIGTERM; `tell` is called with the address once requests are taken.
+    """Serve models until SIGINT or SIGTERM; `announce` is called with the address once requests are taken.
 
     A model is a run, a checkpoint, or a Hugging Face name or folder; `NAME=MODEL` gives it another name. `page`
     puts an application with a page at `/` before the API. `resources` are things of features that are served beside
@@ -70,9 +70,9 @@ def serve(
     access_policy = make_access_policy(host, key_file, allow_hosts or [], allow_origins or [])
     access_policy.browsers = page is not None
     sock = listen(host, port)
-    found = load_models(models, device, precision, limits, adapters or [])
-    opened = {feature: RESOURCES.by_feature()[feature](names, found) for feature, names in (resources or {}).items()}
-    service = Service(found, limits, Metrics(), opened, read_aliases(aliases or [], found), strict)
+    served = load_models(models, device, precision, limits, adapters or [])
+    opened = {feature: RESOURCES.by_feature()[feature](names, served) for feature, names in (resources or {}).items()}
+    service = Service(served, limits, Metrics(), opened, read_aliases(aliases or [], served), strict)
     app: Any = make_app(service, access_policy)
     if page is not None:
         app = page(app, service)
@@ -96,7 +96,7 @@ def serve(
         log.info("listening", extra={"fields": {"url": url, "models": list(service.models)}})
         if key_file is not None:
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
-        tell(url)
+        announce(url)
 
     def reload() -> None:
         assert key_file is not None
@@ -129,8 +129,12 @@ def serve_mcp(
 
     access_policy = make_access_policy(host, key_file, allow_hosts, allow_origins)
     sock, limits, metrics = listen(host, port), Limits(), Metrics()
-    ours = TransportSecuritySettings(enable_dns_rebinding_protection=False)  # the guard judges hosts and origins
-    app = server.streamable_http_app(json_response=True, stateless_http=True, transport_security=ours, host=host)
+    transport_security = TransportSecuritySettings(
+        enable_dns_rebinding_protection=False
+    )  # the guard judges hosts and origins
+    app = server.streamable_http_app(
+        json_response=True, stateless_http=True, transport_security=transport_security, host=host
+    )
     guard = AccessMiddleware(app, access_policy, limits, metrics, {"/mcp"})
     set_up_logging()
 
@@ -151,36 +155,40 @@ def load_models(
     names: list[str], device: str, precision: str, limits: Limits, adapters: list[str] | None = None
 ) -> list[Served]:
     """The models of a command line, loaded, and the first one with each of the adapters. Raises PlaitError."""
-    found: dict[str, Served] = {}
-    for given in names:
-        name, _, path = given.rpartition("=") if "=" in given and not Path(given).exists() else ("", "", given)
+    served: dict[str, Served] = {}
+    for model_option in names:
+        name, _, path = (
+            model_option.rpartition("=")
+            if "=" in model_option and not Path(model_option).exists()
+            else ("", "", model_option)
+        )
         model = load(path, device, precision)
         folder = model.folder
         assert folder is not None  # `load` knows it
         name = name or (Path(path).resolve().name if Path(path).expanduser().is_dir() else path)
-        if name in found:
+        if name in served:
             raise PlaitError(f"Two models have the name '{name}'. Give one another: other={path}")
         state = folder / "manifest.json" if (folder / "manifest.json").is_file() else folder / "config.json"
-        twins = attach_adapters(model, read_adapters(adapters)) if adapters and not found else []
-        found[name] = Served.of(name, model, folder, f"plait-{sha256_file(state)[:12]}", limits)
+        twins = attach_adapters(model, read_adapters(adapters)) if adapters and not served else []
+        served[name] = Served.of(name, model, folder, f"plait-{sha256_file(state)[:12]}", limits)
         for twin in twins:
-            if twin.name in found:
+            if twin.name in served:
                 raise PlaitError(f"--adapter {twin.name}=...: the name '{twin.name}' is taken. Choose another.")
-            found[twin.name] = found[name].sharing(twin)
-    if not found:
+            served[twin.name] = served[name].sharing(twin)
+    if not served:
         raise PlaitError("Name a model to serve: a run, a checkpoint, or a Hugging Face name or folder.")
-    return list(found.values())
+    return list(served.values())
 
 
-def read_adapters(given: list[str]) -> dict[str, str]:
+def read_adapters(options: list[str]) -> dict[str, str]:
     """Folders of adapters by name, from NAME=DIR. Raises PlaitError where it is not written so."""
-    found = {}
-    for text in given:
+    folders = {}
+    for text in options:
         name, _, folder = text.partition("=")
         if not name or not folder:
             raise PlaitError(f"--adapter {text} must be NAME=DIR.")
-        found[name] = folder
-    return found
+        folders[name] = folder
+    return folders
 
 
 def _routers() -> list[APIRouter]:
@@ -188,17 +196,17 @@ def _routers() -> list[APIRouter]:
     return [api.router, *text, api_media.router, api_decisions.router, *ROUTES.all()]
 
 
-def read_aliases(given: list[str], models: list[Served]) -> dict[str, str]:
+def read_aliases(options: list[str], models: list[Served]) -> dict[str, str]:
     """Further names of models, from NAME=MODEL. Raises PlaitError for one that is taken, or that leads nowhere."""
-    known, found = {served.name for served in models}, dict[str, str]()
-    for alias in given:
+    model_names, models_by_alias = {served.name for served in models}, dict[str, str]()
+    for alias in options:
         name, _, model = alias.partition("=")
-        if not name or model not in known:
-            raise PlaitError(f"--alias {alias} must be NAME=MODEL, with MODEL one of {', '.join(sorted(known))}.")
-        if name in known or name in found:
+        if not name or model not in model_names:
+            raise PlaitError(f"--alias {alias} must be NAME=MODEL, with MODEL one of {', '.join(sorted(model_names))}.")
+        if name in model_names or name in models_by_alias:
             raise PlaitError(f"--alias {alias}: the name '{name}' is taken. Choose another.")
-        found[name] = model
-    return found
+        models_by_alias[name] = model
+    return models_by_alias
 
 
 def make_access_policy(

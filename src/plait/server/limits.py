@@ -117,16 +117,16 @@ def decode_data_url(url: str, kind: str, limits: Limits, param: str) -> bytes:
     example = f"data:{MEDIA[kind].formats[0].media_type};base64,..."
     if url[:5].lower() != "data:":
         raise ApiError(400, f"Media come as data: URLs; nothing is fetched. Send {example}.", param)
-    found = _DATA_URL.match(url[:200])
-    if found is None:
+    prefix = _DATA_URL.match(url[:200])
+    if prefix is None:
         raise ApiError(400, f"The data: URL needs a media type and base64. Send {example}.", param)
-    data = decode_base64(url[found.end() :], limits, param)
-    stated = _NAMES.get(found[1].lower(), found[1].lower())
+    data = decode_base64(url[prefix.end() :], limits, param)
+    stated = _NAMES.get(prefix[1].lower(), prefix[1].lower())
     actual = media_type(data)
     if not actual.startswith(f"{kind}/") or stated != actual:
-        known = MEDIA[kind].format_names
+        formats = MEDIA[kind].format_names
         what = "of no known format" if actual == "application/octet-stream" else actual
-        raise ApiError(400, f"The data: URL says {stated[:40]}, its content is {what}. Send {known}.", param)
+        raise ApiError(400, f"The data: URL says {stated[:40]}, its content is {what}. Send {formats}.", param)
     return data
 
 
@@ -177,13 +177,13 @@ def read_keys(file: Path) -> dict[str, Key]:
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):
             continue
-        found = _LINE.fullmatch(line.strip())
-        if found is None:
+        fields = _LINE.fullmatch(line.strip())
+        if fields is None:
             raise PlaitError(
                 f"{file}:{number} is not 'NAME sha256:HEX', with N/min behind it or not. Keys are added by: plait key "
                 f"{file}"
             )
-        keys[found[1]] = Key(bytes.fromhex(found[2]), int(found[3]) if found[3] else None)
+        keys[fields[1]] = Key(bytes.fromhex(fields[2]), int(fields[3]) if fields[3] else None)
     if not keys:
         raise PlaitError(f"{file} holds no key. Add one: plait key {file}")
     return keys
@@ -200,5 +200,5 @@ def known_key(header: bytes, keys: dict[str, Key], passwords: bool = False) -> s
             return None
     digest = hashlib.sha256(key.strip()).digest()
     # Every key is compared, so that time tells nothing.
-    found = [name for name, key_ in keys.items() if hmac.compare_digest(digest, key_.digest)]
-    return found[0] if found and scheme.lower() == b"bearer" else None
+    matching = [name for name, key_ in keys.items() if hmac.compare_digest(digest, key_.digest)]
+    return matching[0] if matching and scheme.lower() == b"bearer" else None

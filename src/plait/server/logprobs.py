@@ -44,35 +44,35 @@ class Aligner:
         last: bool = False,
     ) -> list[Token]:
         """The next tokens; `last` where no more come, so that a part of a character is shown as such."""
-        known = self.text.token_bytes
+        spellings = self.text.token_bytes
 
         def spelt(token: int) -> bytes:
-            return known[token] if token < len(known) else b""  # the end of a text of ours has no spelling
+            return spellings[token] if token < len(spellings) else b""  # the end of a text of ours has no spelling
 
-        found = []
+        tokens = []
         for i, (id_, logprob) in enumerate(zip(ids, logprobs, strict=False)):
             piece = ""
-            if id_ < len(known):
+            if id_ < len(spellings):
                 piece = self._detokenizer.add([id_], last=last and i == len(ids) - 1)
             likeliest = top[i] if top else None
             pairs = zip(likeliest.ids, likeliest.logprobs, strict=True) if likeliest is not None else ()
             tops = tuple((spelt(other), max(chance, LOWEST)) for other, chance in pairs)
             value = None if logprob is None else max(logprob, LOWEST)
-            found.append(Token(piece, self.offset, spelt(id_), value, tops))
+            tokens.append(Token(piece, self.offset, spelt(id_), value, tops))
             self.offset += len(piece)
-        return found
+        return tokens
 
 
 def of_chat(tokens: Iterable[Token]) -> dict[str, Any]:
     """As chat completions have them."""
 
-    def entry(text: str, spelt: bytes, logprob: float | None) -> dict[str, Any]:
-        return {"token": text, "logprob": logprob, "bytes": list(spelt)}
+    def entry(text: str, spelling: bytes, logprob: float | None) -> dict[str, Any]:
+        return {"token": text, "logprob": logprob, "bytes": list(spelling)}
 
     content = [
         {
             **entry(token.text, token.spelt, token.logprob),
-            "top_logprobs": [entry(_shown(spelt), spelt, chance) for spelt, chance in token.top],
+            "top_logprobs": [entry(_shown(spelling), spelling, chance) for spelling, chance in token.top],
         }
         for token in tokens
     ]
@@ -87,8 +87,8 @@ def of_text(tokens: Iterable[Token], count: int) -> dict[str, Any]:
         top = []
         for token in tokens:
             names: dict[str, float] = {}
-            for spelt, chance in token.top:
-                names.setdefault(_shown(spelt), chance)
+            for spelling, chance in token.top:
+                names.setdefault(_shown(spelling), chance)
             if token.logprob is not None:
                 names.setdefault(_shown(token.spelt), token.logprob)
             top.append(names if token.logprob is not None else None)
@@ -100,9 +100,9 @@ def of_text(tokens: Iterable[Token], count: int) -> dict[str, Any]:
     }
 
 
-def _shown(spelt: bytes) -> str:
+def _shown(spelling: bytes) -> str:
     """The bytes of a token alone; those of a part of a character in OpenAI's way."""
     try:
-        return spelt.decode()
+        return spelling.decode()
     except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelt)
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelling)

@@ -152,9 +152,9 @@ def _with_tool_errors(call: Callable[..., Any], error_type: type[Exception]) -> 
     import functools
 
     @functools.wraps(call)
-    def call_tool(**given: Any) -> Any:
+    def call_tool(**arguments: Any) -> Any:
         try:
-            return call(**given)
+            return call(**arguments)
         except PlaitError as error:
             raise error_type(str(error)) from None
 
@@ -179,9 +179,9 @@ def _classify(box: Toolbox) -> Callable[..., dict[str, Any]]:
         """The likeliest labels of a text, image or audio clip, with probabilities, and whether none of them fits."""
         value = box.value(text, file, data)
         chosen = box.model(model, "classify")
-        found = box.run(lambda: chosen.classify_inputs([value], labels, column, top)[0])
-        ranked = [{"label": label, "probability": round(chance, 6)} for label, chance in found]
-        return {"labels": ranked, "none_of_these": found.none_of_these, "ood_score": found.ood_score}
+        prediction = box.run(lambda: chosen.classify_inputs([value], labels, column, top)[0])
+        ranked = [{"label": label, "probability": round(chance, 6)} for label, chance in prediction]
+        return {"labels": ranked, "none_of_these": prediction.none_of_these, "ood_score": prediction.ood_score}
 
     return classify
 
@@ -196,12 +196,12 @@ def _decide(box: Toolbox) -> Callable[..., dict[str, Any]]:
         value = box.value(text, file, data)
         chosen = box.model(model, "classify")
         kind: Literal["choice", "predicate"] = "choice" if options else "predicate"
-        asked = Question(kind, question, tuple(Option(option) for option in options or []), "question")
-        found = box.run(lambda: chosen.decide(value, [asked])[0])
+        asked_question = Question(kind, question, tuple(Option(option) for option in options or []), "question")
+        decision = box.run(lambda: chosen.decide(value, [asked_question])[0])
         names = options or ["yes", "no"]
-        chances = {n: round(chance, 6) for n, chance in zip(names, found.probabilities, strict=False)}
-        return {"probabilities": chances, "refusal": found.refusal or None, "calibrated": found.calibrated,
-                "column": found.column, "ood_score": found.ood_score}  # fmt: skip
+        chances = {n: round(chance, 6) for n, chance in zip(names, decision.probabilities, strict=False)}
+        return {"probabilities": chances, "refusal": decision.refusal or None, "calibrated": decision.calibrated,
+                "column": decision.column, "ood_score": decision.ood_score}  # fmt: skip
 
     return decide
 

@@ -44,12 +44,14 @@ class Reader:
         self.pool = ThreadPoolExecutor(DECODERS, "media")
         self.waiting = 0
 
-    async def read(self, model: Model, kind: str, data: bytes, param: str, deadline: float, whole: bool = False) -> Any:
+    async def read(
+        self, model: Model, kind: str, data: bytes, param: str, deadline: float, undivided: bool = False
+    ) -> Any:
         """The medium as an input of the model: (column, its samples) for ours, else an image or (waveform, rate), with
-        `whole` for all. Raises ApiError where it cannot be read, or while too many wait."""
-        if (ours := model.plait_model) is not None:
+        `undivided` for all. Raises ApiError where it cannot be read, or while too many wait."""
+        if (plait_model := model.plait_model) is not None:
             try:
-                ours.column(None, kind, f"read {kind}")  # before anything is decoded
+                plait_model.column(None, kind, f"read {kind}")  # before anything is decoded
             except PlaitError as error:
                 raise ApiError(400, str(error), param) from error
         if self.waiting >= self.limits.queue:
@@ -59,7 +61,7 @@ class Reader:
 
         def work() -> Any:
             value = self.checker.decode(kind, data)
-            return value if whole else model.prepared(kind, value)
+            return value if undivided else model.prepared(kind, value)
 
         self.waiting += 1
         try:
@@ -86,7 +88,7 @@ def audio(wave: np.ndarray, rate: int, form: str) -> bytes:
     """A waveform in one of SOUNDS."""
     _, container, encoding, rates = AUDIO[form]
     if rates and rate not in rates:
-        to = next((known for known in rates if known > rate), rates[-1])
+        to = next((supported for supported in rates if supported > rate), rates[-1])
         wave, rate = resample(wave, rate, to), to
     if form == "wav":
         return encode_wav(wave, rate)

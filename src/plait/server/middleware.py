@@ -55,21 +55,21 @@ class AccessPolicy:
         key = self.keys.get(name)
         if key is None or key.rate is None:
             return
-        left, since = self._left.get(name, (float(key.rate), now))
-        left = min(left + (now - since) * key.rate / 60, float(key.rate))
-        if left < 1:
-            self._left[name] = left, now
-            seconds = str(math.ceil((1 - left) * 60 / key.rate))
+        tokens, since = self._left.get(name, (float(key.rate), now))
+        tokens = min(tokens + (now - since) * key.rate / 60, float(key.rate))
+        if tokens < 1:
+            self._left[name] = tokens, now
+            seconds = str(math.ceil((1 - tokens) * 60 / key.rate))
             raise ApiError(
                 429, f"This key may send {key.rate} requests a minute. Try again in {seconds} s.", code="rate_limit",
                 headers={"Retry-After": seconds},
             )  # fmt: skip
-        self._left[name] = left - 1, now
+        self._left[name] = tokens - 1, now
 
     def allowed_origin(self, scope: Scope) -> bytes | None:
         """The Origin header of a request from a page that `--allow-origin` names."""
-        found = [value for name, value in scope["headers"] if name == b"origin"]
-        return found[0] if len(found) == 1 and found[0].decode("latin-1").lower() in self.origins else None
+        origins = [value for name, value in scope["headers"] if name == b"origin"]
+        return origins[0] if len(origins) == 1 and origins[0].decode("latin-1").lower() in self.origins else None
 
     def check(self, scope: Scope) -> str:
         """The name of the request's key, empty where none is needed. Raises ApiError where its host, origin or key is
@@ -78,23 +78,23 @@ class AccessPolicy:
         for name, value in scope["headers"]:
             headers.setdefault(name, []).append(value)
         hosts = headers.get(b"host", [])
-        found = _HOST.fullmatch(hosts[0].decode("latin-1").lower()) if len(hosts) == 1 else None
-        if found is None:
+        host = _HOST.fullmatch(hosts[0].decode("latin-1").lower()) if len(hosts) == 1 else None
+        if host is None:
             raise ApiError(400, "The request needs one Host header with a host name.", code="host")
-        if found[1] not in self.hosts and not (self.any_address and _is_address(found[1])):
+        if host[1] not in self.hosts and not (self.any_address and _is_address(host[1])):
             raise ApiError(403, "This server does not answer for that host. Add it with --allow-host.", code="host")
         origins = headers.get(b"origin", [])
         if origins:
             origin = origins[0].decode("latin-1").lower()
-            own = origin.partition("://")[2] == hosts[0].decode("latin-1").lower()
-            if len(origins) > 1 or not (own or origin in self.origins):
+            same_origin = origin.partition("://")[2] == hosts[0].decode("latin-1").lower()
+            if len(origins) > 1 or not (same_origin or origin in self.origins):
                 raise ApiError(403, "Pages of that origin may not call. Add it with --allow-origin.", code="origin")
             if origin in self.origins and is_preflight(scope):
                 return ""  # browsers send no key along with the question whether they may
         if not self.keys or scope["path"] == OPEN:
             return ""
-        given = headers.get(b"authorization") or [b"Bearer " + key for key in headers.get(b"x-api-key", [])]
-        name = known_key(given[0], self.keys, self.browsers) if len(given) == 1 else None
+        credentials = headers.get(b"authorization") or [b"Bearer " + key for key in headers.get(b"x-api-key", [])]
+        name = known_key(credentials[0], self.keys, self.browsers) if len(credentials) == 1 else None
         if name is None:
             challenge = 'Basic realm="Plait: the API key is the password"'
             raise ApiError(
@@ -163,7 +163,7 @@ class AccessMiddleware:
                 request_context.complete = True
             await send(message)
 
-        held = [0]
+        body_bytes_held = [0]
         try:
             request_context.key = self.access_policy.check(scope)
             self.access_policy.spend(request_context.key, request_context.begun)
@@ -172,7 +172,7 @@ class AccessMiddleware:
             if scope["method"] == "OPTIONS":
                 await answer_options(scope, out)
                 return
-            body = await self._body(scope, receive, held)
+            body = await self._body(scope, receive, body_bytes_held)
             if body is not None:
                 await self._run(self._routed(scope), body, receive, out, request_context)
         except ApiError as error:
@@ -182,7 +182,7 @@ class AccessMiddleware:
             if not request_context.status:
                 await answer(ApiError(500, "Something went wrong in the server."), out)
         finally:
-            self.held -= held[0]
+            self.held -= body_bytes_held[0]
             self._tell(scope, request_context)
 
     def _routed(self, scope: Scope) -> Scope:
@@ -200,12 +200,12 @@ class AccessMiddleware:
         path: str = scope["path"]
         return f"/v1{path}" if f"/v1{path}" in self.routes or path.startswith("/models/") else path
 
-    async def _body(self, scope: Scope, receive: Receive, held: list[int]) -> bytes | None:
+    async def _body(self, scope: Scope, receive: Receive, body_bytes_held: list[int]) -> bytes | None:
         """The whole body; None where the client left. Raises ApiError 413 as soon as it is known to be too long."""
-        most = self.limits.body_bytes
+        max_bytes = self.limits.body_bytes
         stated = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        if len(stated) > 15 or int(stated) > most:  # the parser has seen that it is a number
-            raise ApiError(413, f"The body is larger than {most // 1_000_000} MB. Send less at once.")
+        if len(stated) > 15 or int(stated) > max_bytes:  # the parser has seen that it is a number
+            raise ApiError(413, f"The body is larger than {max_bytes // 1_000_000} MB. Send less at once.")
         parts, size = [], 0
         while True:
             message = await receive()
@@ -213,10 +213,10 @@ class AccessMiddleware:
                 return None
             part = message.get("body", b"")
             size += len(part)
-            if size > most:
-                raise ApiError(413, f"The body is larger than {most // 1_000_000} MB. Send less at once.")
+            if size > max_bytes:
+                raise ApiError(413, f"The body is larger than {max_bytes // 1_000_000} MB. Send less at once.")
             self.held += len(part)
-            held[0] += len(part)
+            body_bytes_held[0] += len(part)
             if self.held > self.limits.bodies_bytes:
                 raise ApiError(429, "Too much is being sent at once. Try again soon.", code="overloaded",
                                headers={"Retry-After": "1"})  # fmt: skip
@@ -228,22 +228,22 @@ class AccessMiddleware:
         self, scope: Scope, body: bytes, receive: Receive, out: Send, request_context: RequestContext
     ) -> None:
         """Run the application, and cancel it when its client leaves."""
-        given = False
+        body_sent = False
 
         async def replay() -> Message:
-            nonlocal given
-            if given:
+            nonlocal body_sent
+            if body_sent:
                 await asyncio.Event().wait()
-            given = True
+            body_sent = True
             return {"type": "http.request", "body": body, "more_body": False}
 
         async def gone() -> None:
             while (await receive())["type"] != "http.disconnect":
                 pass
 
-        task, left = asyncio.ensure_future(self.app(scope, replay, out)), asyncio.ensure_future(gone())
+        task, client_gone = asyncio.ensure_future(self.app(scope, replay, out)), asyncio.ensure_future(gone())
         try:
-            await asyncio.wait({task, left}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({task, client_gone}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done() and not request_context.complete:
                 request_context.end = "left"
                 task.cancel()
@@ -251,7 +251,7 @@ class AccessMiddleware:
                 await task
         finally:
             task.cancel()
-            left.cancel()
+            client_gone.cancel()
 
     def _tell(self, scope: Scope, request_context: RequestContext) -> None:
         path = self._path(scope)
@@ -283,11 +283,11 @@ async def answer_options(scope: Scope, send: Send) -> None:
     """Say what a page may send. What it sends then is judged by itself, key and all."""
     headers = [(b"content-length", b"0"), (b"allow", METHODS)]
     if is_preflight(scope):
-        asked = b", ".join(value for name, value in scope["headers"] if name == b"access-control-request-headers")
+        requested = b", ".join(value for name, value in scope["headers"] if name == b"access-control-request-headers")
         headers += [(b"access-control-allow-methods", METHODS), (b"access-control-max-age", b"600"),
                     (b"vary", b"Access-Control-Request-Headers")]  # fmt: skip
-        if asked and _NAMES.fullmatch(asked):
-            headers.append((b"access-control-allow-headers", asked))
+        if requested and _NAMES.fullmatch(requested):
+            headers.append((b"access-control-allow-headers", requested))
     await send({"type": "http.response.start", "status": 204, "headers": headers})
     await send({"type": "http.response.body", "body": b""})
 

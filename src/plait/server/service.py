@@ -44,14 +44,14 @@ class Served:
 
     @classmethod
     def of(cls, name: str, model: Model, folder: Path, fingerprint: str, limits: Limits) -> Served:
-        chat = Chat(ours, folder) if (ours := model.plait_model) is not None else None
+        chat = Chat(plait_model, folder) if (plait_model := model.plait_model) is not None else None
         worker = Worker(name, model, limits)
-        most = _most_bytes(ours) if ours is not None else 0
-        return cls(name, model, worker, fingerprint, int(time.time()), chat, prompt_bytes=most)
+        max_bytes = _most_bytes(plait_model) if plait_model is not None else 0
+        return cls(name, model, worker, fingerprint, int(time.time()), chat, prompt_bytes=max_bytes)
 
     def sharing(self, twin: PlaitModel) -> Served:
         """The same model with an adapter, in the same batch: `twin` shares its weights."""
-        twin.engine = self.ours.engine
+        twin.engine = self.engine_model.engine
         chat = copy.copy(self.chat)
         if chat is not None:
             chat.model = twin
@@ -62,17 +62,17 @@ class Served:
         texts = (part.text if isinstance(part, TextPart) else part for part in parts)
         size = sum(len(text.encode()) for text in texts if isinstance(text, str))
         if self.prompt_bytes and size > self.prompt_bytes:
-            limit = self.ours.engine.max_length
+            limit = self.engine_model.engine.max_length
             raise ApiError(
                 400, f"The prompt has {size} bytes, which do not fit into this model's {limit} tokens: it has room for "
                 f"{limit}. Shorten it.", param, "context_length_exceeded",
             )  # fmt: skip
 
     @property
-    def ours(self) -> PlaitModel:
+    def engine_model(self) -> PlaitModel:
         """The model where it runs in our engine. Raises ApiError where it does not."""
-        if (ours := self.model.plait_model) is not None:
-            return ours
+        if (plait_model := self.model.plait_model) is not None:
+            return plait_model
         raise ApiError(
             400,
             f"{self.name} runs in transformers and is served for {', '.join(self.verbs)} only. Generation needs a run, "
@@ -134,8 +134,8 @@ class Service:
             raise ApiError(400, f"Name the model: {', '.join(self.models)}.", "model", "missing_model")
         if served is None:
             assert name
-            known = ", ".join(self.models)
-            raise ApiError(404, f"The model '{name[:80]}' is not served here. Use {known}.", "model", "model_not_found")
+            names = ", ".join(self.models)
+            raise ApiError(404, f"The model '{name[:80]}' is not served here. Use {names}.", "model", "model_not_found")
         request_context.model = served.name
         return served
 
@@ -147,22 +147,22 @@ class Service:
     async def parts(self, model: Model, parts: list[Any], where: str, deadline: float) -> list[Any]:
         """The parts of a request as inputs of the model: text as str, media decoded. Raises ApiError where there are
         too many, or one cannot be used."""
-        found: list[Any] = []
+        inputs: list[Any] = []
         self.check_parts(parts)
         for i, part in enumerate(parts):
             if isinstance(part, TextPart | str):
-                found.append(part if isinstance(part, str) else part.text)
+                inputs.append(part if isinstance(part, str) else part.text)
             elif isinstance(part, ImagePart):
                 param = f"{where}.{i}.image_url"
                 data = decode_data_url(part.image_url.url, "image", self.limits, param)
-                found.append(await self.reader.read(model, "image", data, param, deadline))
+                inputs.append(await self.reader.read(model, "image", data, param, deadline))
             elif isinstance(part, AudioPart):
                 param = f"{where}.{i}.input_audio"
                 data = decode_base64(part.input_audio.data, self.limits, param)
-                found.append(await self.reader.read(model, "audio", data, param, deadline))
+                inputs.append(await self.reader.read(model, "audio", data, param, deadline))
             else:
                 raise ApiError(400, "A part is text, image_url or input_audio.", f"{where}.{i}")
-        return found
+        return inputs
 
     def check_parts(self, parts: Iterable[Any]) -> None:
         """Raises ApiError where media are too many or texts too long, before anything is decoded."""
@@ -197,14 +197,14 @@ class Service:
         return [pending.result.samples for pending in pending_requests]
 
     async def rendered(
-        self, served: Served, column: str, written: list[Completion], request_context: RequestContext
+        self, served: Served, column: str, completions: list[Completion], request_context: RequestContext
     ) -> list[Any]:
         """Codes as PIL images or (waveform, rate)."""
-        model = served.ours
+        model = served.engine_model
 
         def work() -> list[Any]:
             modality = model.modality(column)
-            return [modality.to_object(sample) for sample in model.decode(column, written)]
+            return [modality.to_object(sample) for sample in model.decode(column, completions)]
 
         return list(await served.worker.call(work, self.deadline(request_context)))
 
@@ -265,18 +265,18 @@ class EventStream(Response):
         self.events, self.pending_requests, self.done, self.named = events, pending_requests, done, named
 
     async def __call__(self, scope: Scope, receive: Any, send: Send) -> None:  # type: ignore[override]
-        begun = False
+        started = False
         try:
             async for events in self.events:
-                if not begun:
+                if not started:
                     await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                    begun = True
+                    started = True
                 body = b"".join(_event(event, self.named) for event in events)
                 await send({"type": "http.response.body", "body": body, "more_body": True})
             last = b"data: [DONE]\n\n" if self.done else b""
         except ApiError as error:
             scope["trail"].end = error.code or "error"
-            if not begun:
+            if not started:
                 await answer(error, send)
                 return
             last = _event({"type": "error", **error.body()} if self.named else error.body(), self.named)

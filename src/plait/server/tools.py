@@ -26,7 +26,7 @@ class ToolUse:
 
     def grammar(self, served: Served, schema: dict[str, Any] | None) -> str | None:
         """What holds the reply; texts to a schema, where there is one."""
-        added = served.ours.checkpoint.text.tokenizer.get_added_tokens_decoder()
+        added = served.engine_model.checkpoint.text.tokenizer.get_added_tokens_decoder()
         special = {token.content: id_ for id_, token in added.items() if token.special}
         return tool_grammar(
             self.form, self.tools, special, required=self.required, parallel=self.parallel, schema=schema
@@ -65,9 +65,9 @@ def tool_use(
         return None
     if len({tool.name for tool in tools}) < len(tools):
         raise ApiError(400, "Two tools have the same name. Give each its own.", "tools")
-    spelt = [json.dumps(tool.shown()) for tool in tools]
-    service.check_parts(spelt)
-    served.check_prompt(spelt, "tools")
+    tool_texts = [json.dumps(tool.shown()) for tool in tools]
+    service.check_parts(tool_texts)
+    served.check_prompt(tool_texts, "tools")
     named = mode == "required" and names is not None and len(names) == 1  # which asks for one call
     return ToolUse(form, tools, mode == "required", parallel is not False and not named)
 
@@ -86,8 +86,8 @@ def _choice(choice: Any) -> tuple[str, set[str] | None]:
         allowed = choice.get("allowed_tools", choice)
         if choice.get("type") == "allowed_tools" and isinstance(allowed, dict):
             entries = [entry for entry in allowed.get("tools") or [] if isinstance(entry, dict)]
-            found = {str((entry.get("function") or entry).get("name")) for entry in entries}
-            return "required" if allowed.get("mode") == "required" else "auto", found
+            names = {str((entry.get("function") or entry).get("name")) for entry in entries}
+            return "required" if allowed.get("mode") == "required" else "auto", names
     raise ApiError(
         400, 'tool_choice is auto, none, required, or {"type": "function", "function": {"name": ...}}.', "tool_choice"
     )
@@ -112,12 +112,12 @@ class ReplyReader:
 
     def add(self, text: str, last: bool = False) -> list[TextPiece | CallPiece]:
         """The next pieces; with `last` nothing more comes."""
-        found: list[TextPiece | CallPiece]
+        pieces: list[TextPiece | CallPiece]
         if self._parser is None:
-            found = [TextPiece(text)] if (text := self.lead(text)) else []
+            pieces = [TextPiece(text)] if (text := self.lead(text)) else []
         else:
-            found = self._parser.add(text, last)
-        for piece in found:
+            pieces = self._parser.add(text, last)
+        for piece in pieces:
             if isinstance(piece, TextPiece):
                 self.text += piece.text
             elif piece.name is not None:
@@ -125,7 +125,7 @@ class ReplyReader:
             else:
                 call = self.calls[piece.index]
                 self.calls[piece.index] = ToolCall(call.name, call.arguments + piece.arguments, call.id)
-        return found
+        return pieces
 
     def finish(self, finish: str) -> str:
         """Why it ended, in OpenAI's words."""

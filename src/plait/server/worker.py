@@ -30,8 +30,8 @@ log = logging.getLogger("plait.server")
 class PendingRequest:
     """A request on its way, as the event loop sees it. It ends with the job, with an ApiError, or with `cancel`."""
 
-    def __init__(self, worker: Worker, request: Request, news: asyncio.Event) -> None:
-        self.worker, self.request, self.open, self.news = worker, request, request.n, news
+    def __init__(self, worker: Worker, request: Request, updated: asyncio.Event) -> None:
+        self.worker, self.request, self.open, self.updated = worker, request, request.n, updated
         self.begun = time.monotonic()
         self.timer: asyncio.TimerHandle | None = None
         self.updates: deque[Delta] = deque()
@@ -50,13 +50,13 @@ class PendingRequest:
         self.open -= sum(update.finish is not None for update in updates)
         if not self.open:
             self._close()
-        self.news.set()
+        self.updated.set()
 
     def fail(self, error: ApiError) -> None:
         """Give the request up and tell whoever waits for it."""
         self.error = self.error or error
         self.cancel()
-        self.news.set()
+        self.updated.set()
 
     def cancel(self) -> None:
         """Free its places in the batch. Nothing happens where it has ended."""
@@ -75,21 +75,21 @@ async def follow(pending_requests: list[PendingRequest]) -> AsyncIterator[list[t
     """The updates of tickets that were submitted together, each with its ticket's index, as they come; ends when all
     have ended. Raises ApiError where one was given up. Leaving the loop cancels nothing."""
     while True:
-        found = []
+        updates = []
         open_ = False
         for i, pending in enumerate(pending_requests):
             if pending.error is not None:
                 raise pending.error
-            found += [(i, update) for update in pending.updates]
+            updates += [(i, update) for update in pending.updates]
             pending.updates.clear()
             open_ |= pending.open > 0
-        if found:
-            yield found
+        if updates:
+            yield updates
         elif not open_:
             return
         else:
-            pending_requests[0].news.clear()
-            await pending_requests[0].news.wait()
+            pending_requests[0].updated.clear()
+            await pending_requests[0].updated.wait()
 
 
 class Worker:
@@ -98,9 +98,9 @@ class Worker:
     def __init__(self, name: str, model: Model, limits: Limits) -> None:
         self.name, self.model, self.limits = name, model, limits
         self.engine: Engine | None = None
-        if (ours := model.plait_model) is not None:
-            self.engine = Engine(ours.checkpoint, ours.device, _rows(ours, limits.batch))
-            ours.engine = self.engine  # the verbs' too: one set of rows, one cache
+        if (plait_model := model.plait_model) is not None:
+            self.engine = Engine(plait_model.checkpoint, plait_model.device, _rows(plait_model, limits.batch))
+            plait_model.engine = self.engine  # the verbs' too: one set of rows, one cache
         self.pending_requests: set[PendingRequest] = set()
         self.calls: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
         self.futures: set[asyncio.Future[Any]] = set()  # of the calls that wait or run
@@ -133,8 +133,10 @@ class Worker:
         rows = self.engine.max_rows if self.engine is not None else 1
         ahead = self.samples + len(self.futures)
         if samples > rows + self.limits.queue:
-            most = rows + self.limits.queue
-            raise ApiError(413, f"The request asks for {samples} samples; at most {most} are taken. Ask for fewer.")
+            most_samples = rows + self.limits.queue
+            raise ApiError(
+                413, f"The request asks for {samples} samples; at most {most_samples} are taken. Ask for fewer."
+            )
         if ahead + samples > rows + self.limits.queue:
             seconds = min(max(math.ceil(self.stay * (ahead + samples - rows) / max(rows, 1)), 1), 60)
             raise ApiError(
@@ -148,12 +150,12 @@ class Worker:
         if self.engine is None:
             raise ApiError(400, f"{self.name} runs in transformers and does not generate here.", "model")
         self.admit(sum(request.n for request in requests))
-        news, outbox, pending_requests = asyncio.Event(), self.outbox, list[PendingRequest]()
+        updated, outbox, pending_requests = asyncio.Event(), self.outbox, list[PendingRequest]()
 
         def enter(request: Request) -> PendingRequest:
-            pending = PendingRequest(self, request, news)
-            wanted = replace(request, on_delta=lambda update: outbox.append((pending, update)))
-            pending.job = self.engine.submit(wanted) if self.engine is not None else None
+            pending = PendingRequest(self, request, updated)
+            watched_request = replace(request, on_delta=lambda update: outbox.append((pending, update)))
+            pending.job = self.engine.submit(watched_request) if self.engine is not None else None
             self.pending_requests.add(pending)
             pending.timer = self.loop.call_at(deadline, pending.fail, late())
             return pending
@@ -216,7 +218,7 @@ class Worker:
         """Run one call; `depth` of others stand still meanwhile, at their pause points."""
         if future.done():
             return
-        begun = time.monotonic()
+        started = time.monotonic()
 
         def pause(others: bool) -> None:
             if future.done() or self.stopped:
@@ -225,7 +227,7 @@ class Worker:
                 return
             if self.engine is not None and (self.engine.samples or self.engine.pending):
                 self._step(self.engine)
-            if depth < DEEPEST and time.monotonic() - begun > LONG and self.calls:
+            if depth < DEEPEST and time.monotonic() - started > LONG and self.calls:
                 self._run_call(*self.calls.popleft(), depth + 1)
 
         try:
@@ -255,12 +257,12 @@ class Worker:
                 self.loop.call_soon_threadsafe(self._deliver, sent)
 
     def _deliver(self, sent: list[tuple[PendingRequest, Delta]]) -> None:
-        found: dict[PendingRequest, list[Delta]] = {}
+        updates_by_request: dict[PendingRequest, list[Delta]] = {}
         for pending, update in sent:
-            found.setdefault(pending, []).append(update)
-        for pending, updates in found.items():
+            updates_by_request.setdefault(pending, []).append(update)
+        for pending, updates in updates_by_request.items():
             pending.take(updates)
-        for pending in found:
+        for pending in updates_by_request:
             if not pending.open:
                 self.stay = 0.9 * self.stay + 0.1 * (time.monotonic() - pending.begun)
 
@@ -282,14 +284,16 @@ def _settle(future: asyncio.Future[Any], result: Any, error: Exception | None) -
 def _rows(model: PlaitModel, most: int) -> int:
     """As many rows as `most`, or as a quarter of the memory holds the cache of."""
     config = model.checkpoint.model.config.backbone
-    each = 2 * config.layers * config.kv_heads * config.head_width * config.max_length * model.device.dtype.itemsize
+    row_bytes = (
+        2 * config.layers * config.kv_heads * config.head_width * config.max_length * model.device.dtype.itemsize
+    )
     if model.device.torch.type == "cuda":
         import torch
 
         memory = torch.cuda.mem_get_info(model.device.torch)[0]
     else:
         memory = total_memory()
-    return max(min(most, memory // 4 // each), 2)
+    return max(min(most, memory // 4 // row_bytes), 2)
 
 
 def log_fault(where: str, error: BaseException) -> None:

@@ -85,7 +85,7 @@ def make_app(studio: Studio) -> FastAPI:
 
 
 def serve(folder: Path, port: int, announce: Callable[[str], None]) -> None:
-    """Serve a workspace on 127.0.0.1 until Ctrl-C; `tell` gets the address with its token.
+    """Serve a workspace on 127.0.0.1 until Ctrl-C; `announce` gets the address with its token.
 
     Raises PlaitError where the folder or the port cannot be had.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from plait.studio.security import FILE_POLICY
 from plait.studio.seen import seen_task
 from plait.studio.watch import read_watched, sample_file
 from plait.studio.web import Studio, in_thread, page, read_values
+from plait.studio.worker import is_prepared
 from plait.studio.workspace import Project, safe_name
 from plait.training.expectation import Expected, expected
 
@@ -113,6 +115,43 @@ def _control_pages(app: FastAPI, studio: Studio) -> None:
         await in_thread(jobs.start, workspace, job)
         return RedirectResponse(f"/p/{name}/runs/{run}", 303)
 
+    @app.post("/p/{name}/runs/{run}/more")
+    async def more(name: str, run: str, request: Request) -> Response:
+        project, values = workspace.project(name), await read_values(request)
+        job, minutes = _job(project, safe_name(run)), _minutes(values)
+        if job is None:
+            raise PlaitError(
+                f"Run {run} was not made here. Go on with: plait train {project.run(run)} --more {minutes:g}"
+            )
+        if job.current != "done":
+            raise PlaitError("This training has not come to its end. Let it end first.")
+        if not await in_thread(is_prepared, project):
+            raise PlaitError("Files or labels changed since. What is trained for longer keeps its data: train anew.")
+        await in_thread(jobs.start, workspace, replace(job, options=_with_more(job.options, minutes)))
+        return RedirectResponse(f"/p/{name}/runs/{run}", 303)
+
+
+def _minutes(values: dict[str, Any]) -> float:
+    """The minutes that a form asks for."""
+    try:
+        minutes = float(values.get("minutes") or MINUTES)
+    except ValueError as error:
+        raise PlaitError("Minutes are a number.") from error
+    if not 0.1 <= minutes <= 10_000:
+        raise PlaitError("Minutes lie between 0.1 and 10,000.")
+    return minutes
+
+
+def _with_more(options: tuple[str, ...], minutes: float) -> tuple[str, ...]:
+    """The options of a run that is to have so many minutes more: with the minutes that it then has in all, so that the
+    command can be given again."""
+    values = list(options)
+    if "--minutes" not in values:
+        raise PlaitError("This training was given steps, not minutes. Go on with: plait train RUN --more MINUTES")
+    place = values.index("--minutes") + 1
+    values[place] = f"{float(values[place]) + minutes:g}"
+    return tuple(values)
+
 
 def _expected(project: Project, listing: Listing | None) -> Expected | None:
     """What to expect: of media by their folders, of tables by the labels that the dataset has, once there is one."""
@@ -129,13 +168,11 @@ def _expected(project: Project, listing: Listing | None) -> Expected | None:
 
 def _options(values: dict[str, Any]) -> tuple[str, ...]:
     """The options of `plait train` that the form asks for."""
+    minutes = _minutes(values)
     try:
-        minutes = float(values.get("minutes") or MINUTES)
         seed = int(values.get("seed") or 0)
     except ValueError as error:
-        raise PlaitError("Minutes and seed are numbers.") from error
-    if not 0.1 <= minutes <= 10_000:
-        raise PlaitError("Minutes lie between 0.1 and 10,000.")
+        raise PlaitError("The seed is a number.") from error
     size = str(values.get("size") or "")
     if size not in SIZES:
         raise PlaitError(f"There is no size '{size}'. There are {', '.join(SIZES[1:])}.")

@@ -72,7 +72,7 @@ def main() -> None:
 def _work(project: Project, job: Job) -> Job:
     prepare, train, _ = job.commands()
     job = job.at("preparing")
-    if not _is_prepared(project):
+    if not is_prepared(project):
         prepare_data(project, prepare)
         write_atomic(project.folder / "prepared.json", json.dumps({"state": _state(project)}))
     job = job.at("training")
@@ -115,7 +115,8 @@ def _mtime(project: Project, path: str) -> float:
     return place.stat().st_mtime
 
 
-def _is_prepared(project: Project) -> bool:
+def is_prepared(project: Project) -> bool:
+    """Whether the dataset is of the files and labels as they are now."""
     try:
         prepared_state = json.loads((project.folder / "prepared.json").read_text(encoding="utf-8"))["state"]
     except (OSError, ValueError, KeyError):

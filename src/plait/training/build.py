@@ -253,6 +253,6 @@ def label_columns(dataset: Dataset, context: int) -> dict[str, list[str]]:
         values = [texts[i] for i in train if texts[i] is not None]
         distinct = list(dict.fromkeys(values))
         short = all(len(value.encode()) <= longest for value in distinct)
-        if short and len(distinct) <= MAX_LABELS and are_labels(column, len(distinct), len(values), each=2):
+        if short and len(distinct) <= MAX_LABELS and are_labels(column, len(distinct), len(values), per_label=2):
             labels[column] = distinct
     return labels

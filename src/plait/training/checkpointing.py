@@ -73,12 +73,12 @@ def snapshot(
     optimizer: torch.optim.Optimizer,
     average: Average | None,
     group: Group,
-    aside: Path,
+    temporary: Path,
     inherited: Set[str] = frozenset(),
 ) -> Snapshot:
     """Copy what a checkpoint holds; the caller may change everything right after. Only the first process gets it, and
-    where the model is sharded the training state is put `aside` by all of them. What is `inherited` from a base is left
-    out."""
+    where the model is sharded the training state is put into the folder `temporary` by all of them. What is `inherited`
+    from a base is left out."""
     state = {f"random.{device}": tensor for device, tensor in random_state().items()}
     for name, parameter in _named(model, optimizer):
         for key, value in optimizer.state[parameter].items():
@@ -93,8 +93,8 @@ def snapshot(
             full = full_tensor(tensor)
             if group.is_main:
                 gathered[name] = _copy(full)
-        write_shards(aside, state)
-        return Snapshot(gathered, {}, aside)
+        write_shards(temporary, state)
+        return Snapshot(gathered, {}, temporary)
     if not group.is_main:
         return Snapshot({}, {})
     copies = [{name: _copy(tensor) for name, tensor in tensors.items()} for tensors in (weights, state)]
@@ -229,8 +229,8 @@ class Saver:
         """
         self.wait()
         process = int(self.group.broadcast(os.getpid()))
-        aside = self.folder / f".{STATE}.{process}.tmp"
-        taken = snapshot(checkpoint.model, optimizer, average, self.group, aside, self.inherited)
+        temporary = self.folder / f".{STATE}.{process}.tmp"
+        taken = snapshot(checkpoint.model, optimizer, average, self.group, temporary, self.inherited)
         if position.best is None:
             position.best_step = position.step
         self.step = position.step

@@ -156,8 +156,8 @@ def _keep_base(run: Run, folder: Path) -> Path:
             if (folder / ADAPTED_FILE).is_file():
                 checkpoints.save(checkpoints.load(folder), kept)
             else:
-                with publish_folder(kept) as aside:
-                    link_files(folder, aside)
+                with publish_folder(kept) as temporary:
+                    link_files(folder, temporary)
     return kept
 
 

@@ -102,6 +102,15 @@ def ask_for_more(folder: Path, recipe: Recipe, minutes: float | None, steps: int
     return more
 
 
+def training_seconds(metadata: Mapping[str, Any]) -> float:
+    """The time that a run was given in all its parts; of parts that were given steps, what they took together."""
+    recipe = parse_recipe(metadata["recipe"], "run.json")
+    budgets = [recipe_budget(recipe), *_extras(metadata)]
+    if any(one.steps is not None for one in budgets):
+        return max(float(metadata.get("finished", 0.0)) - float(metadata["started"]), 1.0)
+    return 60 * sum(one.minutes or 0.0 for one in budgets)
+
+
 def _extras(metadata: Mapping[str, Any]) -> list[Budget]:
     """The budgets of all parts after the first."""
     asked = [part["more"] for part in metadata.get("parts", []) if "more" in part]
