@@ -29,6 +29,7 @@ class GalleryKind(IntEnum):
     WRITTEN = auto()
     MEMORISED = auto()
     MISTAKES = auto()
+    RIGHT = auto()
     RETRIEVAL = auto()
     CODEC = auto()
     OTHER = auto()
