@@ -1,6 +1,7 @@
 # Everything sets itself up: a virtual environment in .venv, from the package registry and nothing else.
 PYTHON ?= python3
 BIN = .venv/bin
+JOBS ?= 2
 INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.lock
 
 
@@ -16,7 +17,7 @@ studio: .venv/serve
 	$(BIN)/plait studio runs/studio
 
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -m slow

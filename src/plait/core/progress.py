@@ -72,13 +72,19 @@ class ProgressBar:
             self.bars.update(self.tasks[stage], completed=done, total=total, note=note.replace("[", "\\["))
         elif self.lines and (done == total or time.monotonic() - self.shown.get(stage, 0.0) > LINE_SECONDS):
             self.shown[stage] = time.monotonic()
-            text = f"{stage}: {done}{f'/{total}' if total else ''}{f'  {note}' if note else ''}"
-            self.console.print(text, markup=False, soft_wrap=True)
+            self.console.print(_line(stage, done, total, note), markup=False, soft_wrap=True)
 
     def message(self, text: str) -> None:
         """Print a line above the bars."""
         if self.interactive or self.lines:
             self.console.print(text, markup=False, soft_wrap=True)
+
+
+def _line(stage: str, done: int, total: int | None, note: str) -> str:
+    """How far a stage is, as a line; what is one thing with something to tell is not counted."""
+    if total == 1 and note:
+        return f"{stage}: {note}"
+    return f"{stage}: {done}{f'/{total}' if total else ''}{f'  {note}' if note else ''}"
 
 
 def _in_notebook() -> bool:
