@@ -53,7 +53,7 @@ def _of(outcome: Outcome) -> str:
     if outcome.stderr is not None and not math.isnan(outcome.stderr):
         low, high = interval(outcome.value, outcome.stderr, outcome.n, outcome.share)
         likely = f", likely {low:.1%} to {high:.1%}" if outcome.share else f", likely {low:.3g} to {high:.3g}"
-    return f" ({outcome.subject}, {outcome.n:,} records{likely})"
+    return f" ({outcome.subject}, {outcome.n:,} {outcome.unit}{likely})"
 
 
 def _next(outcome: Outcome) -> str:

@@ -116,8 +116,8 @@ class LogMelGraph(nn.Module):
         wave = waveform * (torch.arange(waveform.shape[1])[None] < count)
         level = (wave.square().sum(1, keepdim=True) / count).sqrt().clamp(min=1e-5)
         least = torch.maximum(count, torch.tensor(s.fft // 2 + 1))  # short ones are filled up before they are mirrored
-        places = torch.arange(s.frames * s.hop + s.fft)[None] - s.fft // 2
-        places = (least - 1) - ((least - 1) - places.abs()).abs()  # mirrored at both ends
+        places = _distance(torch.arange(s.frames * s.hop + s.fft)[None] - s.fft // 2)
+        places = (least - 1) - _distance((least - 1) - places)  # mirrored at both ends
         room = F.pad(wave, (0, s.fft)) * (0.1 / level)
         mirrored = room.gather(1, places.clamp(min=0, max=room.shape[1] - 1))
         margin = (s.fft - s.window) // 2
@@ -127,6 +127,11 @@ class LogMelGraph(nn.Module):
         frames = torch.div(least[:, 0], s.hop, rounding_mode="floor") + 1
         scaled = (mel.clamp(min=FLOOR).log() - math.log(FLOOR)) / 6 + SILENCE
         return scaled.half().float(), frames.clamp(max=s.frames)
+
+
+def _distance(x: Tensor) -> Tensor:
+    """|x| of integers, for which LiteRT has no operation."""
+    return torch.maximum(x, -x)
 
 
 class AudioFeatures(nn.Module):
@@ -207,7 +212,8 @@ class ClassifierGraph(nn.Module):
         if (self.mixture.slope, self.mixture.offset) == (1.0, 0.0):
             return chances
         top = chances.amax(1, keepdim=True)
-        first = torch.nn.functional.one_hot(chances.argmax(1), chances.shape[1]).to(chances.dtype)
+        labels = torch.arange(chances.shape[1], device=chances.device)[None]
+        first = (chances.argmax(1, keepdim=True) == labels).to(chances.dtype)
         others = chances * (1 - first)
         other_mass = others.sum(1, keepdim=True).clamp_min(1e-30)
         top_probability = (self.mixture.slope * (top.log() - other_mass.log()) + self.mixture.offset).sigmoid()

@@ -43,9 +43,9 @@ def export(
 ) -> Export:
     """Write a model for other machines and programs.
 
-    `folder` has all that `plait` needs to use it, and nothing that only training does. `onnx` writes the whole
-    classifier of a run that recognises images or audio, with an example page, and of other models the text-and-codes
-    backbone, as all other forms do.
+    `folder` has all that `plait` needs to use it, and nothing that only training does. `onnx` (with an example page)
+    and `tflite` write the whole classifier of a run that recognises images or audio, and of other models the
+    text-and-codes backbone, as all other forms do.
 
     Args:
         model: a model on the CPU, or what `plait.load` takes.
@@ -61,7 +61,7 @@ def export(
     from plait.hf import contrastive
     from plait.hf.adapters import read_adapter
     from plait.hf.export import export_folder, export_onnx, export_transformers
-    from plait.hf.export_classifier import export_classifier, exportable
+    from plait.hf.export_classifier import export_classifier, export_classifier_tflite, exportable
     from plait.hf.export_constraints import add_export_constraints
     from plait.hf.gguf_export import export_gguf
     from plait.hf.tflite import export_tflite
@@ -101,6 +101,9 @@ def export(
         return Export(Path(out), None)
     if to == "onnx" and (classifier := exportable(loaded)) is not None:
         return Export(Path(out), export_classifier(loaded, classifier, Path(out)))
+    if to == "tflite" and length is None and (classifier := exportable(loaded)) is not None:
+        say = tell or (lambda line: None)
+        return Export(Path(out), export_classifier_tflite(loaded, classifier, Path(out), say))
     if Verb.GENERATE not in loaded.verbs:
         raise PlaitError(f"{model} can {' and '.join(loaded.verbs)}, which no other program can; nothing is written.")
     if loaded.checkpoint.classifiers and to in ("onnx", "tflite") and tell is not None:

@@ -44,7 +44,7 @@ MEANING = {
     "nats_per_token": ("nats per token", "number", "lower is better"),
     "nats_per_character": ("nats per character", "number", "lower is better"),
     "bits_per_byte_ngrams": ("bits per byte of an n-gram model", "number", "of six characters, learnt in a second"),
-    "bits_per_byte": ("bits per byte", "number", "lower is better"),
+    "bits_per_byte": ("bits per byte", "number", "lower is better; baseline: an n-gram model of six characters"),
     "r_at_1": ("R@1", "share", "a related record comes first"),
     "r_at_5": ("R@5", "share", "a related record is among 5"),
     "r_at_10": ("R@10", "share", "a related record is among 10"),
