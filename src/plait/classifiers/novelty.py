@@ -3,10 +3,10 @@
 By dense features (simple ones, or what a network's heads read): the distance to the nearest class in the space in which
 training records vary, whitened by how records of one class vary there (Lee and others, 2018), how much of the input
 lies outside that space, and the distance to the nearest record by direction in the whitened space (after Sun and
-others, 2022). The three are standardised on validation records, so that they can be added; the last one counts as much as
-the other two together. Words that were never heard are told by it: what they share with each class, they share with no
-record of it. Texts need none of it: the largest score of a linear model on n-grams tells more (CLINC150: .950, beside
-.905 by the nearest class's mean).
+others, 2022). The three are standardised on validation records, so that they can be added; the last one counts as much
+as the other two together. Words that were never heard are told by it: what they share with each class, they share with
+no record of it. Texts need none of it: the largest score of a linear model on n-grams tells more (CLINC150: .950,
+beside .905 by the nearest class's mean).
 """
 
 from __future__ import annotations
