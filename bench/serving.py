@@ -2,7 +2,7 @@
 
     python bench/serving.py                # all three servers, the table on stdout
     python bench/serving.py --rounds 1     # briefly
-    python bench/serving.py --sustained 60 # 64 clients ask again and again for a minute, of ours and the one that batches
+    python bench/serving.py --sustained 60 # 64 clients ask again and again for a minute: ours, theirs in batches
 
 The model has random weights, and both get the same folder. Servers run one at a time within a round, as they share the
 cores with each other and with the clients; rounds alternate, so that what else the machine does hits all. A request is
