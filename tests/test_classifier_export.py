@@ -79,7 +79,18 @@ def test_onnx_and_a_folder_answer_alike(run: Path, plait: Plait, capsys: pytest.
         assert all(abs(by_label[one.label] - one.probability) < 1e-3 for one in wanted)
         assert 0 <= ood_score[0] <= 1
         assert [tuple(one) for one in copy.classify(file, top=None)] == [tuple(one) for one in wanted]
-    assert "licence" in (place / "onnx" / "README.md").read_text().lower()
+    for name in ("onnx", "folder"):
+        card = (place / name / "README.md").read_text()
+        for part in (
+            "Splits: train ",
+            "Labels of `label`: ",
+            "## Figures",
+            "held-out records, by which it was calibrated",
+            "## Limits",
+            "## Licences",
+        ):
+            assert part in card, part
+    assert str(place) not in card  # folders of its owner's machine are nobody's business
     kept = {path.name for path in (place / "folder").iterdir()}
     assert "model.safetensors" in kept and not [name for name in kept if "optimizer" in name]
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in (place / "folder").iterdir())

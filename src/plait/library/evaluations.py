@@ -16,6 +16,7 @@ from plait.data.dataset import Dataset
 from plait.evaluation.findings import Findings
 from plait.evaluation.keys import TIMING, Direction, MetricKey, Metrics
 from plait.evaluation.metrics import interval
+from plait.library.model_cards import write_card
 from plait.library.runs import Run
 from plait.reports.metric_labels import headline_keys
 from plait.reports.report import read_run, write_metrics, write_report
@@ -180,6 +181,8 @@ def evaluate(
         metrics = measure_head(loaded, dataset, split, limit)
         add_intervals(metrics)
         write_metrics(folder / "metrics.json", metrics)
+        if own_test:
+            write_card(folder, metrics)
         return Evaluation(folder, split, metrics, Findings())
     model = loaded.plait_model
     if model is None:
@@ -195,6 +198,8 @@ def evaluate(
     add_intervals(metrics)
     write_metrics(folder / "metrics.json", metrics)
     write_report(folder / "report.html", metrics, findings, read_run(folder, dataset.path))
+    if own_test:
+        write_card(folder, metrics)
     return Evaluation(folder, split, metrics, findings)
 
 
