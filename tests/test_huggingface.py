@@ -842,7 +842,7 @@ def test_an_export_chats_in_plain_transformers_and_ends_where_ours_ends(folders,
     model = plait.load(folder, device="cpu", precision="fp32")
     asked = Chat(model).prompt([Turn("user", ["the cat"])])
     assert asked.context.ids == prompt[0].tolist()
-    ours = model.reply([asked.context], stop=list(asked.stop), max_new_tokens=100)[0]
+    ours = model.continue_text([asked.context], stop=list(asked.stop), max_new_tokens=100)[0]
     assert ours == model.checkpoint.text.decode(free[:place])
 
     export_transformers(model.checkpoint, tmp_path / "out")

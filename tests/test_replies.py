@@ -15,6 +15,7 @@ from plait.chat.nearness import Bm25
 from plait.chat.replies import Replies, open_replies
 from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
+from server import Server
 
 Plait = Callable[..., int]
 THINGS = {"a tent": "Tents are at the back.", "my parcel": "See the link.", "the hours": "From nine to six.",
@@ -126,3 +127,35 @@ def test_mistakes(run: Path, plait: Plait, capsys: pytest.CaptureFixture[str]) -
     ]:
         assert plait(*command) == 1
         assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_run_of_pairs_is_measured_told_and_served_as_what_it_is(
+    run: Path, plait: Plait, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left_out = open_replies(run).measure()
+    assert left_out.answerable == len(THINGS) * len(FRAMES) and left_out.unanswerable == 0
+    assert left_out.right > 10 and left_out.wrong < 3  # their frames are all alike, so that it is often silent
+    capsys.readouterr()
+    assert plait("evaluate", run, "--reference-seconds", 1) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"{left_out.right / left_out.answerable:.1%} answered right" in shown and "plait reply RUN" in shown
+
+    with Server.start(run.parent / "log", f"shop={run}") as server:
+        body = {"messages": ["What about a tent?", NEVER[2]], "sources": 1}
+        status, found = server.post("/v1/plait/reply", body)
+        assert status == 200 and [one["reply"] for one in found["data"]] == [THINGS["a tent"], None]
+        assert found["data"][0]["sources"][0]["question"] == "What about a tent?"
+
+        def chat(text: str, **more: object) -> dict[str, object]:
+            asked = {"model": "shop", "messages": [{"role": "user", "content": text}], **more}
+            return dict(server.post("/v1/chat/completions", asked)[1]["choices"][0]["message"])
+
+        assert chat("What about a tent?")["content"] == THINGS["a tent"]
+        silent = chat(NEVER[2])
+        assert silent["content"] is None and silent["refusal"]
+        streamed = server.ask("POST", "/v1/chat/completions", {
+            "messages": [{"role": "user", "content": "What about a tent?"}], "stream": True,
+        })[2].decode()  # fmt: skip
+        assert THINGS["a tent"] in streamed and streamed.endswith("data: [DONE]\n\n")
+        status, refused = server.post("/v1/responses", {"model": "shop", "input": "What about a tent?"})
+        assert status == 400 and "/v1/plait/reply" in refused["error"]["message"]

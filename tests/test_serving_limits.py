@@ -233,7 +233,7 @@ def test_work_beside_generation_ends_at_its_deadline(letters: Path) -> None:
             pass
         assert await worker.call(lambda: 7, now() + 60) == 7  # a short one does not wait for a long one
         task.cancel()
-        assert await worker.call(lambda: model.reply([model.context("a")], max_new_tokens=3), now() + 60)
+        assert await worker.call(lambda: model.continue_text([model.context("a")], max_new_tokens=3), now() + 60)
         worker.stop()
 
     asyncio.run(run())

@@ -20,6 +20,7 @@ from plait.core import dist
 from plait.core import isa as _isa  # noqa: F401 (PLAIT_ISA must reach the environment before torch loads)
 
 if TYPE_CHECKING:
+    from plait.chat.replies import open_replies
     from plait.core.errors import PlaitError
     from plait.data.dataset import Dataset
     from plait.hf.catalogue import models
@@ -58,6 +59,7 @@ __all__ = [
     "label_review",
     "load",
     "models",
+    "open_replies",
     "plan",
     "prepare",
     "tabulate",
@@ -84,6 +86,7 @@ _MODULES = {
     "label_review": "plait.library.evaluations",
     "load": "plait.inference.model",
     "models": "plait.hf.catalogue",
+    "open_replies": "plait.chat.replies",
     "plan": "plait.planning.api",
     "prepare": "plait.library.datasets",
     "tabulate": "plait.library.tables",

@@ -8,6 +8,7 @@ from collections import Counter
 import numpy as np
 import torch
 
+from plait.chat.evaluate_replies import evaluate_replies
 from plait.evaluation import metrics
 from plait.evaluation.context import EvalContext
 from plait.evaluation.findings import Gallery, GalleryKind, ReportItem
@@ -17,8 +18,9 @@ from plait.model.multimodal import IGNORE, Sequence, collate
 from plait.training.conversations import ConversationEncoder, sequences
 
 
-def evaluate_chats(eval_context: EvalContext) -> None:
-    """All columns of conversations."""
+def evaluate_texts(eval_context: EvalContext) -> None:
+    """Auto-reply, and all columns of conversations."""
+    evaluate_replies(eval_context)
     for column in eval_context.chats:
         evaluate_conversations(eval_context, column)
 
@@ -45,7 +47,7 @@ def evaluate_conversations(eval_context: EvalContext, column: str) -> None:
     truth = [text.decode(ids[:-1]) for _, ids in turns]
     stops = {text.decode(ids[-1:]) for _, ids in turns if ids[-1] != vocabulary.end}
     eval_context.progress(f"chat {column}", 0, len(turns))
-    written = eval_context.model.reply([context for context, _ in turns], stop=sorted(stops))
+    written = eval_context.model.continue_text([context for context, _ in turns], stop=sorted(stops))
     same = np.array([a.strip() == b.strip() for a, b in zip(truth, written, strict=True)])
     train = [text.decode(ids[:-1]) for sequence in _read(eval_context, column, "train", eval_context.limits.records)
              for _, ids in _turns(sequence)]  # fmt: skip

@@ -9,7 +9,11 @@ FEATURE = Feature(
     commands="plait.chat.commands",
     panel="Use a model",
     adds={
+        "answerer": "plait.chat.routes:answerer_of",
         "page_part": "plait.chat.page_part:REPLY",
-        "record_evaluation": "plait.chat.evaluate:evaluate_chats",
+        "metric_labels": "plait.chat.metric_labels:LABELS",
+        "record_evaluation": "plait.chat.evaluate:evaluate_texts",
+        "routes": "plait.chat.routes:router",
+        "trained": "plait.chat.evaluate_replies:describe_replies",
     },
 )

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from plait.chat.replies import open_replies
+from plait.chat.replies import answers_by_quoting, open_replies
+from plait.core.config import parse_recipe
 from plait.core.files import read_json
 from plait.data.dataset import Dataset
+from plait.data.stores import read_place
 from plait.server.page_parts import LinesPart
 from plait.training.tasks import QUESTIONS
 
@@ -16,8 +18,8 @@ SILENCE = "—"  # what the page shows where no past reply fits
 
 
 def _applies(model: Any, run: Path) -> bool:
-    recipe = read_json(run / "run.json").get("recipe", {})
-    return bool(recipe.get("training", {}).get("task") == "reply")
+    facts = read_json(run / "run.json")
+    return answers_by_quoting(parse_recipe(facts["recipe"], str(run)), Dataset.open(read_place(facts["dataset"], run)))
 
 
 def _answers(model: Any, run: Path, data: Path, lines: list[str]) -> list[str]:

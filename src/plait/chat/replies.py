@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from plait.chat.nearness import Embed, Nearness
+from plait.core.config import Recipe
 from plait.core.errors import PlaitError
 from plait.core.files import read_json, write_json
 from plait.core.rng import uniform
@@ -71,6 +72,22 @@ class Confidence:
     def __call__(self, lead: float) -> float:
         """The confidence, in [0, 1), of an answer whose pair leads by so much."""
         return float(np.searchsorted(self.leads, lead, side="left") / (len(self.leads) + 1))
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What was answered where each past question's own pair was left out.
+
+    Attributes:
+        answerable: questions whose reply stands at another question too; `right` and `wrong` of them were answered so.
+        unanswerable: questions whose reply stands nowhere else, so that silence is right; `silent` of them met it.
+    """
+
+    answerable: int
+    right: int
+    wrong: int
+    unanswerable: int
+    silent: int
 
 
 class Replies:
@@ -161,6 +178,27 @@ class Replies:
         self.confidence = Confidence(ascending, least, len(self.never))
         return self.confidence
 
+    def measure(self) -> LeftOut:
+        """Ask each past question, at most MOST, without its own pair. Needs `fit`, or what an earlier one left."""
+        if self.confidence is None:
+            raise PlaitError("How sure is sure enough has not been found yet. Call fit() first.")
+        order = np.argsort(uniform(DRAW, np.arange(len(self.questions))), kind="stable")[:MOST]
+        with_others = np.bincount(self.owner)[self.owner] > 1
+        answered, right = np.zeros(len(order), bool), np.zeros(len(order), bool)
+        for start in range(0, len(order), 256):
+            places = order[start : start + 256]
+            near = self.nearness([self.questions[i] for i in places]) @ self.shares
+            near[np.arange(len(places)), places] = 0.0
+            leads = self._leads(near)
+            here = slice(start, start + len(places))
+            answered[here] = [self.confidence(float(lead)) >= self.confidence.threshold for lead in leads]
+            right[here] = self.owner[near.argmax(1)] == self.owner[places]
+        known = with_others[order]
+        return LeftOut(
+            int(known.sum()), int((known & answered & right).sum()), int((known & answered & ~right).sum()),
+            int((~known).sum()), int((~known & ~answered).sum()),
+        )  # fmt: skip
+
     def save(self, folder: Path) -> None:
         """Write down what was fitted, for runs of this data."""
         assert self.confidence is not None
@@ -180,6 +218,17 @@ class Replies:
             return False
         self.confidence = Confidence(**known["confidence"])
         return True
+
+
+def are_pairs(dataset: Dataset) -> bool:
+    """Whether a dataset holds questions and their replies, by the names of its columns, and nothing else."""
+    names = {column.lower() for column, kind in dataset.columns.items() if kind == "text"}
+    return len(dataset.columns) == 2 and bool(names & set(QUESTIONS)) and bool(names & set(REPLIES))
+
+
+def answers_by_quoting(recipe: Recipe, dataset: Dataset) -> bool:
+    """Whether a run's task is to answer from past pairs."""
+    return recipe.training.task == "reply" or (recipe.training.task == "auto" and are_pairs(dataset))
 
 
 def same(a: str, b: str) -> bool:
@@ -205,13 +254,14 @@ def _columns(dataset: Dataset, question: str | None, reply: str | None) -> tuple
 
 
 def open_replies(
-    run: Path, dataset: Path | None, question: str | None, reply: str | None, embed: Embed | None = None,
-    model: PlaitModel | None = None, least: float | None = None,
+    run: str | Path, dataset: Path | None = None, question: str | None = None, reply: str | None = None,
+    embed: Embed | None = None, model: PlaitModel | None = None, least: float | None = None,
 ) -> Replies:  # fmt: skip
     """The replies of a run, fitted now or before; `dataset` is where the pairs lie, by default the run's. `least` is
     the least confidence, in place of the one that was found.
 
     Raises PlaitError where the run or its data are not there."""
+    run = Path(run).expanduser()
     if dataset is None:
         facts = run / "run.json"
         if not facts.is_file():

@@ -13,8 +13,9 @@ class Outcome:
 
     `figure` names what was measured, `subject` of what ("label from image"). `lead_stderr` is the paired standard error
     of the difference to the alternative. `guess` is what guessing has. `confused` are pairs of labels, truth first, the
-    the most frequent first. `share` says that the figure is a share of 1, else it is a plain number; `unit` is what `n`
-    counts. `is_alternative` says that the alternative gives the same answers everywhere: it is what the run asks.
+    most frequent first. `share` says that the figure is a share of 1, else it is a plain number. `unit` is what `n`
+    counts. `advice` is the next step, where the figures do not tell it. `is_alternative` says that the alternative
+    gives the same answers everywhere: it is what the run asks.
     """
 
     task: str
@@ -30,6 +31,7 @@ class Outcome:
     higher_is_better: bool = True
     share: bool = True
     unit: str = "records"
+    advice: str = ""
     is_alternative: bool = False
     confused: list[tuple[str, str]] = field(default_factory=list)
 

@@ -58,6 +58,8 @@ def _of(outcome: Outcome) -> str:
 
 def _next(outcome: Outcome) -> str:
     """What would help most."""
+    if outcome.advice:
+        return outcome.advice
     if outcome.better is False and outcome.task == "recognition":
         return f"take {outcome.alternative}, which `plait classify` asks too; or train longer (--minutes)."
     if outcome.better is False:

@@ -257,7 +257,7 @@ class PlaitModel(Reading, Model):
         decoded = iter(self.decode(column, [written for result in results for written in result.samples]))
         return [[next(decoded) for _ in result.samples] for result in results]
 
-    def reply(self, contexts: Iterable[Sequence], **options: Unpack[Options]) -> list[str]:
+    def continue_text(self, contexts: Iterable[Sequence], **options: Unpack[Options]) -> list[str]:
         """What follows each context as text, up to its end; in a conversation, the reply."""
         results = self.engine.run([self.request(context, "text", **options) for context in contexts])
         return [result.samples[0].text or "" for result in results]
@@ -445,10 +445,25 @@ class PlaitModel(Reading, Model):
         probabilities are calibrated on validation records and which knows what is unfamiliar. Labels of your own are
         ranked by their likelihood as texts. An audio clip longer than a window is read in windows and their
         probabilities averaged.
+
+        Raises PlaitError for a text where the run learnt to name media alone: most likely a file's name, misspelt.
         """
+        if labels is None and self._names_media_alone:
+            for value in inputs:
+                if isinstance(value, str):
+                    kinds = sorted({self.columns[one.source] for one in self.checkpoint.classifiers})
+                    raise PlaitError(
+                        f"There is no file '{value[:200]}', and this model names {' and '.join(kinds)} files, not texts."
+                    )
         return self.classify_sequences(
             [self.alone(value, self.engine.max_length) for value in inputs], labels, column, top
         )
+
+    @property
+    def _names_media_alone(self) -> bool:
+        """Whether all classifiers of the run are of media."""
+        classifiers = self.checkpoint.classifiers
+        return bool(classifiers) and all(one.features.kind != "text" for one in classifiers)
 
     def classify_together(
         self, value: Any, labels: list[str] | None = None, column: str | None = None, top: int | None = 5

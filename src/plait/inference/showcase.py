@@ -113,7 +113,7 @@ def _replies(model: PlaitModel, records: list[Record], column: str) -> list[Show
             asked.append(" ".join(text for _, text in first.parts))
     chat, asked = Chat(model), asked[:ASKED]
     prompts = [chat.prompt([Turn("user", [text])]) for text in asked]
-    made = model.reply([prompt.context for prompt in prompts], do_sample=False, max_new_tokens=WORDS)
+    made = model.continue_text([prompt.context for prompt in prompts], do_sample=False, max_new_tokens=WORDS)
     return [Shown(text, answer.strip(), "text") for text, answer in zip(asked, made, strict=True)]
 
 
@@ -122,5 +122,5 @@ def _continued(model: PlaitModel, records: list[Record], column: str) -> list[Sh
     asked = [str(one.parts[column])[:BEGINNING] for one in records if column in one.parts][:ASKED]
     asked = [text[: max(len(text) // 2, 1)] if len(text) < BEGINNING else text for text in asked]
     opened = [model.start().extend(model.context([text])) if model.columns else model.context([text]) for text in asked]
-    made = model.reply(opened, do_sample=False, max_new_tokens=WORDS)
+    made = model.continue_text(opened, do_sample=False, max_new_tokens=WORDS)
     return [Shown(text, answer, "text") for text, answer in zip(asked, made, strict=True)]

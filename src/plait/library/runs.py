@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from plait.core.config import LoraRecipe, Recipe, as_recipe, parse_recipe
 from plait.core.errors import PlaitError
+from plait.core.features import ExtensionPoint
 from plait.core.files import read_json
 from plait.core.frames import data_frame, html_table
 from plait.core.objective import Objective, loss_column, losses_of_row
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from plait.training.distributed import Group
 
 
+# Lines about a run that has just ended its training; None where it is none of the feature's.
+TRAINED: ExtensionPoint[Callable[[Path, Dataset, Recipe], list[str] | None]] = ExtensionPoint("trained")
 STARTS = ("best", "scratch")
 
 
@@ -529,7 +532,11 @@ def _fit(
     if group.is_main and recipe.training.task in ("recognise", "draw", "describe"):
         for line in finish(folder, dataset, device, bar):
             tell(line)
-    if group.is_main and recipe.training.task in ("language", "reply") and recipe.model.init_from is None:
+    if group.is_main:
+        for describe in TRAINED.all():
+            for line in describe(folder, dataset, recipe) or []:
+                tell(line)
+    if group.is_main and recipe.training.task == "language" and recipe.model.init_from is None:
         nothing = describe_texts(folder, dataset)
         if nothing is not None:
             tell(nothing)

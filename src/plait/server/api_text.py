@@ -62,6 +62,8 @@ async def chat_completions(request: Request, body: s.ChatRequest) -> Response:
     model, chat, n = served.engine_model, served.chat, body.n or 1
     if chat is None:
         raise ApiError(400, f"{served.name} has no chat.", "model")
+    if served.answerer is not None:
+        return await _quoted(service, served, request_context, body)
     use = tool_use(service, served, request_context, body.tools, body.tool_choice, body.parallel_tool_calls)
     turns = await chat_turns(service, served, body.messages, service.deadline(request_context))
     size = sum(len(part) for turn in turns for part in turn.parts if isinstance(part, str))
@@ -117,6 +119,36 @@ class ReplyPart:
     column: str | None
     prompt: Prompt
     wanted: EngineRequest
+
+
+SILENCE = "Nothing in the past answers that."  # the refusal of a run that quotes past replies
+
+
+async def _quoted(service: Service, served: Served, request_context: RequestContext, body: s.ChatRequest) -> Response:
+    """The past reply that answers the last message; where none does, a refusal, and no content."""
+    turns = await chat_turns(service, served, body.messages, service.deadline(request_context))
+    message = " ".join(part for part in turns[-1].parts if isinstance(part, str)) if turns else ""
+    assert served.answerer is not None
+    quoted = await asyncio.to_thread(served.answerer, message)
+    said = {"content": quoted, "refusal": SILENCE if quoted is None else None}
+    request_context.prompt_tokens = len(message.split())
+    n, head = body.n or 1, _head("chatcmpl-", "chat.completion.chunk" if body.stream else "chat.completion", served)
+    usage = usage_of(request_context.prompt_tokens, len((quoted or "").split()))
+    end: dict[str, Any] = {"logprobs": None, "finish_reason": "stop"}
+    if not body.stream:
+        choices = [{"index": i, "message": {"role": "assistant", **said}, **end} for i in range(n)]
+        return JSONResponse({**head, "choices": choices, "usage": usage})
+
+    async def events() -> AsyncIterator[list[Any]]:
+        for delta, finish in (({"role": "assistant", **said}, None), ({}, "stop")):
+            yield [
+                {**head, "choices": [{"index": i, "delta": delta, "logprobs": None, "finish_reason": finish}]}
+                for i in range(n)
+            ]
+        if body.stream_options and body.stream_options.include_usage:
+            yield [{**head, "choices": [], "usage": usage}]
+
+    return EventStream(events(), [])
 
 
 def _column(
@@ -197,6 +229,10 @@ async def text_reply(
     model, chat = served.engine_model, served.chat
     if chat is None:
         raise ApiError(400, f"{served.name} has no chat.", "model")
+    if served.answerer is not None:
+        raise ApiError(
+            400, f"{served.name} answers from past replies: ask /v1/chat/completions, or /v1/plait/reply.", "model"
+        )
     constraint = await constraint_of(service, served, form, use)
 
     def prepare() -> tuple[Prompt, EngineRequest]:

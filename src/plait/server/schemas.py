@@ -395,7 +395,7 @@ class TokenLogprob(BaseModel):
 
 class ChatLogprobs(BaseModel):
     content: list[TokenLogprob]
-    refusal: None = None
+    refusal: str | None = None
 
 
 class AudioData(BaseModel):
@@ -420,7 +420,7 @@ class Reply(BaseModel):
     role: Literal["assistant"] = "assistant"
     tool_calls: list[MadeCall] | None = None
     content: str | None
-    refusal: None = None
+    refusal: str | None = None
     images: list[ImagePart] | None = None
     audio: AudioData | None = None
 

@@ -9,11 +9,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from starlette.responses import Response
 
 from plait.core.errors import PlaitError
+from plait.core.features import ExtensionPoint
 from plait.inference.base import Model
 from plait.inference.model import PlaitModel
 from plait.inference.prompts import Chat
@@ -30,6 +31,18 @@ T = TypeVar("T")
 INLINE = 4000  # characters that are tokenised without leaving the event loop
 
 
+class Answerer(Protocol):
+    """Answers messages by other means than the network's words: by quoting what stands in the past."""
+
+    def __call__(self, message: str) -> str | None:
+        """The answer; None for silence."""
+        ...
+
+
+# Run's folder -> how its messages are answered; None for a run that writes its replies itself.
+ANSWERERS: ExtensionPoint[Callable[[Path], Answerer | None]] = ExtensionPoint("answerer")
+
+
 @dataclass
 class Served:
     """A model under its name."""
@@ -40,6 +53,7 @@ class Served:
     fingerprint: str
     created: int
     chat: Chat | None = None
+    answerer: Answerer | None = None
     prompt_bytes: int = 0  # more bytes of text than these cannot fit into the model's context; 0: not known
 
     @classmethod
@@ -47,7 +61,10 @@ class Served:
         chat = Chat(plait_model, folder) if (plait_model := model.plait_model) is not None else None
         worker = Worker(name, model, limits)
         max_bytes = _most_bytes(plait_model) if plait_model is not None else 0
-        return cls(name, model, worker, fingerprint, int(time.time()), chat, prompt_bytes=max_bytes)
+        run = next((place for place in (folder, *folder.resolve().parents[:2]) if (place / "run.json").is_file()), None)
+        answerers = [] if run is None else [found for make in ANSWERERS.all() if (found := make(run)) is not None]
+        answerer = answerers[0] if answerers else None
+        return cls(name, model, worker, fingerprint, int(time.time()), chat, answerer, prompt_bytes=max_bytes)
 
     def sharing(self, twin: PlaitModel) -> Served:
         """The same model with an adapter, in the same batch: `twin` shares its weights."""
