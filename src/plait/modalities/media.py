@@ -15,6 +15,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from plait.core.rejects import RejectKind
 from plait.core.system import limit_memory, read_line
 from plait.modalities.audio_files import AUDIO
 from plait.modalities.descriptor import LIMITS, Limits, MediaError, MediaFiles, Packed
@@ -131,16 +132,16 @@ class Checker:
             line = b""
         if line is None:
             process.wait()
-            raise MediaError(f"decoding took more than {self.patience:g} s")
+            raise MediaError(f"decoding took more than {self.patience:g} s", RejectKind.TOO_SLOW)
         answer: dict[str, Any] = {}
         if line:
             answer = json.loads(line)
             body = process.stdout.read(answer.pop("bytes"))
         if not line or process.poll() is not None:
             process.wait()
-            raise MediaError("the decoder crashed")
+            raise MediaError("the decoder crashed", RejectKind.CRASHED)
         if "error" in answer:
-            raise MediaError(answer["error"])
+            raise MediaError(answer["error"], RejectKind(answer["kind"]))
         return Packed(answer, body)
 
     def close(self) -> None:
@@ -172,8 +173,8 @@ def _serve(limits: str) -> None:
             else:
                 answer = files.check(data, allowed)
         except MediaError as error:
-            answer = {"error": str(error)}
+            answer = {"error": error.reason.detail, "kind": error.reason.kind}
         except MemoryError:
-            answer = {"error": "needs too much memory"}
+            answer = {"error": "", "kind": RejectKind.NO_MEMORY}
         stdout.write(json.dumps({**answer, "bytes": len(body)}).encode() + b"\n" + body)
         stdout.flush()

@@ -13,6 +13,7 @@ import torch
 
 from plait.core.errors import PlaitError
 from plait.core.files import publish_folder, read_json
+from plait.core.rejects import Reason, RejectKind
 from plait.data.dataset import Dataset
 from plait.data.files import scan
 from plait.data.record import Record, Rejected
@@ -263,7 +264,9 @@ class RecommendationModel(PlaitModel):
         fresh: list[Known] = []
         for item in found:
             if item.id in known:
-                refused.append(Rejected(str(items), None, f"the item '{item.id}' is known already"))
+                refused.append(
+                    Rejected(str(items), None, Reason(RejectKind.DUPLICATE, f"the item '{item.id}' is known already"))
+                )
                 continue
             known.add(item.id)
             fresh.append(item)
@@ -329,7 +332,9 @@ def _read(path: Path) -> tuple[list[Known], list[Rejected]]:
             if isinstance(row, Rejected):
                 refused.append(row)
             elif row.id in seen:
-                refused.append(Rejected(path.name, line, f"the item '{row.id}' stands there twice"))
+                refused.append(
+                    Rejected(path.name, line, Reason(RejectKind.DUPLICATE, f"the item '{row.id}' stands there twice"))
+                )
             else:
                 seen.add(row.id)
                 items.append(row)

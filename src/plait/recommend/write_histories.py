@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from plait.core.errors import PlaitError
 from plait.core.files import sha256_file
+from plait.core.rejects import Reason, RejectKind
 from plait.core.rng import key_of, uniform
 from plait.data.dataset import VERSION, Dataset, Lengths, Manifest, Shard
 from plait.data.files import Tree
@@ -155,10 +156,16 @@ def _items(
         remarks.notes.append(f"{table}: items")
         for line, row in read_items(tree, table, recipe):
             if isinstance(row, Rejected):
-                rejects.append(Rejected(row.file, line, row.reason))
+                rejects.append(Rejected(row.file, line, row.why))
             elif row.id in known:
                 twice += 1
-                rejects.append(Rejected(table, line, f"the item '{row.id}' stands there twice; the first row is kept"))
+                rejects.append(
+                    Rejected(
+                        table,
+                        line,
+                        Reason(RejectKind.DUPLICATE, f"the item '{row.id}' stands there twice; the first row is kept"),
+                    )
+                )
             else:
                 known[row.id] = row
         if twice:
@@ -248,7 +255,7 @@ def _untested(tree: Tree, wanted: str | None, users: list[str], remarks: Remarks
     tree.used.add(file)
     place = {user: i for i, user in enumerate(users)}
     for line, row in rows(tree, file):
-        if isinstance(row, str):
+        if isinstance(row, Reason):
             continue
         if column not in row:
             raise PlaitError(f"data.items.untested: {file} has no column '{column}'. It has {', '.join(row)}.")
@@ -311,15 +318,17 @@ def _write(
     catalogue.write(folder / "items.parquet")
     for name in tree.files:
         if name not in tree.used:
-            rejects.append(Rejected(name, None, "neither of the two tables, nor named by them"))
+            rejects.append(
+                Rejected(name, None, Reason(RejectKind.UNUSED, "neither of the two tables, nor named by them"))
+            )
     with (folder / "rejects.jsonl").open("w", encoding="utf-8", newline="\n") as file:
         for reject in rejects:
-            file.write(json.dumps(reject._asdict()) + "\n")
+            file.write(json.dumps(reject.row) + "\n")
     if rejects:
         remarks.warnings.append(f"{len(rejects):,} files or rows were not used: see rejects.jsonl.")
     remarks.notes.append(f"{len(histories):,} users, {len(catalogue):,} items, {len(histories.items):,} interactions")
     manifest = _manifest(folder, histories, catalogue, len(rejects), remarks, seed)
-    examples, reasons = _examples(histories, catalogue), Counter(reject.summary for reject in rejects)
+    examples, reasons = _examples(histories, catalogue), Counter(reject.kind for reject in rejects)
     name = str(tree.root).rstrip("/").rpartition("/")[2]
     (folder / "report.html").write_text(report(manifest, examples, reasons, name), encoding="utf-8", newline="\n")
     return manifest

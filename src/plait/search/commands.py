@@ -55,7 +55,7 @@ def add(
     if len(added.rejected) > 20:
         err.print(f"... and {len(added.rejected) - 20} more.")
     if "://" not in index and added.rejected:
-        lines = [json.dumps(one._asdict(), ensure_ascii=False) + "\n" for one in added.rejected]
+        lines = [json.dumps(one.row, ensure_ascii=False) + "\n" for one in added.rejected]
         write(Path(index) / "rejects.jsonl", "".join(lines).encode())
         err.print(f"What was not added, and why: {plain(index)}/rejects.jsonl")
 

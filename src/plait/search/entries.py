@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from plait.core.errors import PlaitError
+from plait.core.rejects import Reason, RejectKind
 from plait.data.dataset import Dataset
 from plait.data.files import Media, RawRecord, scan
 from plait.data.readers import plan
-from plait.data.record import Rejected, text_fault
+from plait.data.record import Rejected, UnusableError, text_fault
 from plait.data.stores import location, read_bytes
 from plait.modalities.descriptor import LIMITS
 from plait.modalities.image_files import encode_png
@@ -35,11 +36,11 @@ class Entry:
     split: str | None = None
 
     def content(self) -> str | bytes:
-        """The text, or the encoded bytes of the medium. Raises OSError, or ValueError with a reason for people."""
+        """The text, or the encoded bytes of the medium. Raises OSError or UnusableError."""
         value = self.value
         if isinstance(value, str):
             if why := text_fault(value):
-                raise ValueError(why)
+                raise UnusableError(why)
             return value
         if isinstance(value, Media):
             if value.pixels is not None:
@@ -50,9 +51,9 @@ class Entry:
             else:
                 value = value.data
         if not value:
-            raise ValueError("the file is empty")
+            raise UnusableError(Reason(RejectKind.EMPTY, "the file is empty"))
         if len(value) > LIMITS.file_bytes:
-            raise ValueError(f"larger than {LIMITS.file_bytes >> 20} MiB")
+            raise UnusableError(Reason(RejectKind.TOO_LARGE, f"larger than {LIMITS.file_bytes >> 20} MiB"))
         return value
 
 
