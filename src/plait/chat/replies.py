@@ -29,7 +29,7 @@ FEWEST = 8  # pairs
 MOST = 2000  # pairs that are left out in turn
 SURE = 0.95  # share of what must not be answered that an answer has to stand out from
 SHARES = {"characters": 0.4, "words": 0.3, "words with the reply": 0.3, "encoder": 4.0}  # of the kinds of nearness
-DRAW = 331  # key of `uniform`
+RNG_STREAM = 331  # of the random numbers of `uniform`
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Replies:
 
     def fit(self) -> Confidence:
         """Find what leads messages without an answer have."""
-        order = np.argsort(uniform(DRAW, np.arange(len(self.questions))), kind="stable")[:MOST]
+        order = np.argsort(uniform(RNG_STREAM, np.arange(len(self.questions))), kind="stable")[:MOST]
         leads = []
         for start in range(0, len(order), 256):
             chunk = order[start : start + 256]

@@ -21,7 +21,7 @@ from plait.classifiers.space import SpaceQuality, measure_space
 from plait.core.errors import PlaitError
 from plait.core.rng import uniform
 from plait.data.dataset import Dataset
-from plait.evaluation.examples import DRAW, Examples, feature_rows, read_examples
+from plait.evaluation.examples import RNG_STREAM, Examples, feature_rows, read_examples
 from plait.evaluation.few_records import fit_few
 from plait.evaluation.predictors import describe_predictor, fit_predictors
 from plait.inference.model import PlaitModel, load
@@ -109,7 +109,7 @@ def space_quality(model: PlaitModel, dataset: Dataset, seed: int) -> SpaceQualit
     if not media or not texts:
         return None
     chosen = dataset.indices("val")
-    chosen = np.sort(chosen[np.argsort(uniform(seed, DRAW, chosen), kind="stable")[:MOST_PAIRS]])
+    chosen = np.sort(chosen[np.argsort(uniform(seed, RNG_STREAM, chosen), kind="stable")[:MOST_PAIRS]])
     pairs = []
     for record in dataset.iterate(chosen, [media[0], *texts]):
         said = next((record.parts[c] for c in texts if c in record.parts), None)

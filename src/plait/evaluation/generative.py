@@ -36,9 +36,9 @@ def evaluate_codec(eval_context: EvalContext, column: str) -> None:
     shown = range(min(modality.shown, len(media)))
     items = []
     for i in shown:
-        exhibit = eval_context.exhibit(column, media.samples[i], "real")
-        exhibit.beside = eval_context.exhibit(column, rebuilt[i], "rebuilt")
-        items.append(exhibit)
+        report_item = eval_context.preview_sample(column, media.samples[i], "real")
+        report_item.beside = eval_context.preview_sample(column, rebuilt[i], "rebuilt")
+        items.append(report_item)
     note = "Real test samples, and the same after the codec: nothing that is made can be better than this."
     rows = [(ReportItem(text=column), items)]
     eval_context.findings.galleries.append(Gallery(f"Codec: {column}", note, rows, GalleryKind.CODEC))
@@ -177,9 +177,11 @@ def _show(
     for label in list(dict.fromkeys(labels_asked))[:10]:
         items = []
         for place in np.flatnonzero(labels_asked == label)[:per_row]:
-            exhibit = eval_context.exhibit(column, made[place], "made", None if right is None else bool(right[place]))
-            exhibit.beside = eval_context.exhibit(column, train.samples[nearest[place]], "nearest")
-            items.append(exhibit)
+            report_item = eval_context.preview_sample(
+                column, made[place], "made", None if right is None else bool(right[place])
+            )
+            report_item.beside = eval_context.preview_sample(column, train.samples[nearest[place]], "nearest")
+            items.append(report_item)
         rows.append((ReportItem(text=str(label)), items))
     note = "The first of what was made for each label, none chosen, each beside the training sample nearest to it. "
     note += "" if right is None else "Green: the judge sees the label asked for; red: another."

@@ -315,7 +315,7 @@ def _show_mistakes(
     wrong = np.flatnonzero(~right)[:8]
     rows = [
         (
-            eval_context.exhibit_input(source, media, i),
+            eval_context.preview_input(source, media, i),
             [
                 ReportItem("truth", text=eval_context.texts[target][media.indices[i]]),
                 ReportItem("answer", text=said[i], right=False),

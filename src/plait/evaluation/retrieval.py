@@ -131,10 +131,10 @@ def _search(
     for i in eval_context.draw(np.arange(len(chosen)), SHOWN_QUERIES):
         related = relevance.of(queries[i : i + 1], gallery.records, target)[0]
         items = [
-            eval_context.exhibit(target, gallery.media.samples[j], f"{rank + 1}", bool(related[j]))
+            eval_context.preview_sample(target, gallery.media.samples[j], f"{rank + 1}", bool(related[j]))
             for rank, j in enumerate(result["top"][i][: eval_context.modality(target).shown])
         ]
-        rows.append((eval_context.exhibit_input(direction.source, asked.media, int(chosen[i])), items))
+        rows.append((eval_context.preview_input(direction.source, asked.media, int(chosen[i])), items))
     note = (
         f"Three queries drawn by the seed among {len(gallery.records):,} records; green ones share a text with the "
         "query."

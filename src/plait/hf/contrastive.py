@@ -53,7 +53,7 @@ PROBED = 3  # steps whose time says how many fit into a budget of minutes
 QUERIES = 1000  # records of val at most
 HEADS = ("projection", "logit_scale", "logit_bias", "model.head.")  # what is trained where the encoders are frozen
 STATE = "optimizer.safetensors"
-DRAW = 351  # keys of `uniform`, and the next one
+RNG_STREAM = 351  # of the random numbers of `uniform`, and the next one
 
 Progress = Callable[..., None]
 
@@ -204,7 +204,7 @@ class Trainer:
     def _step(self) -> float:
         """One batch; its loss in nats."""
         step = self.state.step
-        draws = uniform(self.recipe.seed, DRAW + 1, step, np.arange(self.batch))
+        draws = uniform(self.recipe.seed, RNG_STREAM + 1, step, np.arange(self.batch))
         images, texts = self.train.read(self._places(step), draws)
         peak = self.recipe.learning_rate or LEARNING_RATE
         for group in self.optimizer.param_groups:
@@ -227,7 +227,7 @@ class Trainer:
         """Which pairs a step has, (B,): each epoch has an order of its own, and what does not fill a batch is left."""
         steps_per_epoch = len(self.train) // self.batch
         epoch, at = divmod(step, steps_per_epoch)
-        order = np.argsort(uniform(self.recipe.seed, DRAW, epoch, np.arange(len(self.train))), kind="stable")
+        order = np.argsort(uniform(self.recipe.seed, RNG_STREAM, epoch, np.arange(len(self.train))), kind="stable")
         return np.asarray(order[at * self.batch : (at + 1) * self.batch])
 
     def _share(self, step: int) -> float:

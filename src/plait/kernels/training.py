@@ -390,10 +390,10 @@ def _prepared(
     batch, length, all_heads, width = qkv.shape
     heads = mixed.shape[2]
     kv_heads = (all_heads - heads) // 2
-    turned = cosines is not None and len(cosines) > 1
+    has_rope = cosines is not None and len(cosines) > 1
     call = _Attention(
         batch, length, heads, kv_heads, width, ctx.eps, *(_pointer(t) for t in (qkv, q_norm, k_norm, cosines, sines)),
-        length * width if turned else 0, _pointer(mixed), _pointer(logs), ctx.dropped, ctx.seed,
+        length * width if has_rope else 0, _pointer(mixed), _pointer(logs), ctx.dropped, ctx.seed,
     )  # fmt: skip
     threads = min(_threads(qkv.numel()), batch * kv_heads)
     size = compiled.plait_scratch(length, width, _halved(qkv.dtype))
@@ -409,9 +409,9 @@ def attention(
     dropout: float,
 ) -> Tensor:
     """Causal attention from qkv (B, L, H + 2 K, E) of activations, (B, L, H, E): queries and keys normed (weights (E,))
-    and turned (by what `layers.rotary` gives) where asked. Dropout takes chances, as PyTorch's generator seeds
+    and rotated (by what `layers.rotary` gives) where asked. Dropout takes chances, as PyTorch's generator seeds
     it."""
-    weights, turn = (
-        tuple(part.float().contiguous() for part in some or ()) or (None, None) for some in (norms, rotary)
+    weights, cos_sin = (
+        tuple(part.float().contiguous() for part in tensors or ()) or (None, None) for tensors in (norms, rotary)
     )
-    return cast(Tensor, _Attend.apply(qkv.to(_active(qkv)).contiguous(), *weights, *turn, heads, eps, dropout))
+    return cast(Tensor, _Attend.apply(qkv.to(_active(qkv)).contiguous(), *weights, *cos_sin, heads, eps, dropout))

@@ -28,8 +28,8 @@ from plait.core.errors import PlaitError
 from plait.modalities.audio_files import decode_audio, resample
 from plait.modalities.base import (
     ChannelNorm,
-    Exhibit,
     Recognition,
+    SamplePreview,
     bilinear_warp,
     overlapping_windows,
     tinted,
@@ -442,10 +442,12 @@ class Audio(nn.Module):
             row[: len(sample)] = sample
         return torch.from_numpy(values), lengths
 
-    def augment(self, values: Tensor, lengths: Tensor, draw: Tensor, hide: bool = True) -> tuple[Tensor, Tensor]:
-        """Time stretch, warp of the mel axis, and a masked stretch of time and of bands, as `draw` (N, 8) says."""
+    def augment(
+        self, values: Tensor, lengths: Tensor, uniforms: Tensor, mask_parts: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Time stretch, warp of the mel axis, and a masked stretch of time and of bands, as `uniforms` (N, 8) says."""
         settings = self.settings
-        signed = (draw * 2 - 1).float()
+        signed = (uniforms * 2 - 1).float()
         stretch = settings.stretch ** signed[:, 0]
         warp = settings.warp ** signed[:, 1]
         longest = min(math.ceil(values.shape[1] * settings.stretch / PATCH) * PATCH, settings.frames)
@@ -460,17 +462,17 @@ class Audio(nn.Module):
         if self.prepared is not None:
             silence = self.prepared.silence(others, within(lengths, others.shape[1])[..., None])
             others = self._stretched(others, matrix, longest, silence)
-        if not hide:
+        if not mask_parts:
             return torch.cat((x, others), 2) if self.prepared is not None else x, new_lengths
         bands, frames = torch.arange(settings.bands), torch.arange(longest)
         height = bands / (settings.bands - 1)
         curve = signed[:, 6, None] * (2 * height - 1) + signed[:, 7, None] * (2 * math.pi * height).cos()
         x = (x + settings.equalise * curve[:, None]).clamp(min=SILENCE)
-        width = draw[:, 2, None] * settings.mask_bands * settings.bands
-        start = draw[:, 3, None] * (settings.bands - width)
+        width = uniforms[:, 2, None] * settings.mask_bands * settings.bands
+        start = uniforms[:, 3, None] * (settings.bands - width)
         x = x.masked_fill(((bands >= start) & (bands < start + width))[:, None, :], SILENCE)
-        span = draw[:, 4, None] * settings.mask_time * new_lengths[:, None]
-        start = draw[:, 5, None] * (new_lengths[:, None] - span)
+        span = uniforms[:, 4, None] * settings.mask_time * new_lengths[:, None]
+        start = uniforms[:, 5, None] * (new_lengths[:, None] - span)
         gone = ((frames >= start) & (frames < start + span))[..., None]
         x = x.masked_fill(gone, SILENCE)
         if self.prepared is None:
@@ -548,9 +550,9 @@ class Audio(nn.Module):
         pairs = zip(samples, rebuilt, strict=True)
         return np.array([np.abs(a.astype(np.float32)[:, : b.shape[1]] - b[: len(a)]).mean() for a, b in pairs])
 
-    def exhibit(self, sample: np.ndarray) -> Exhibit:
+    def preview_sample(self, sample: np.ndarray) -> SamplePreview:
         """A spectrogram, and the clip."""
-        return Exhibit(spectrogram(sample[:, : self.settings.bands]), self.to_bytes(sample))
+        return SamplePreview(spectrogram(sample[:, : self.settings.bands]), self.to_bytes(sample))
 
     def to_object(self, values: np.ndarray) -> tuple[np.ndarray, int]:
         """(waveform float32, rate)."""

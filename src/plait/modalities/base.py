@@ -39,7 +39,7 @@ class Codec(Protocol):
 
 
 @dataclass(frozen=True)
-class Exhibit:
+class SamplePreview:
     """A sample for people: an image (PNG) of it, and where it is heard, an audio file (WAV)."""
 
     image: bytes
@@ -85,8 +85,10 @@ class MediaModality(Protocol):
         """Samples to values (N, ...), padded, and lengths (N,)."""
         ...
 
-    def augment(self, values: Tensor, lengths: Tensor, draw: Tensor, hide: bool = True) -> tuple[Tensor, Tensor]:
-        """Changes that keep the meaning; `draw` (N, AUGMENT_DRAWS) is uniform in [0, 1). Without `hide`,
+    def augment(
+        self, values: Tensor, lengths: Tensor, uniforms: Tensor, mask_parts: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Changes that keep the meaning; `uniforms` (N, AUGMENT_DRAWS) is uniform in [0, 1). Without `mask_parts`,
         nothing is masked: for samples that are to be written, not read."""
         ...
 
@@ -132,7 +134,7 @@ class MediaModality(Protocol):
         """`codec_metric` of each sample (N,) after the codec."""
         ...
 
-    def exhibit(self, sample: np.ndarray) -> Exhibit:
+    def preview_sample(self, sample: np.ndarray) -> SamplePreview:
         """A sample to look at, or to listen to."""
         ...
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from plait.core.config import Size
-from plait.modalities.base import ChannelNorm, Exhibit, Recognition, bilinear_warp, tinted
+from plait.modalities.base import ChannelNorm, Recognition, SamplePreview, bilinear_warp, tinted
 from plait.modalities.fsq import FSQ
 from plait.modalities.hf_encoder import HFEncoder, HFEncoderSettings
 from plait.modalities.image_files import decode_image
@@ -336,13 +336,15 @@ class Image(nn.Module):
     def batch(self, samples: list[np.ndarray]) -> tuple[Tensor, Tensor]:
         return torch.from_numpy(np.stack(samples)), torch.ones(len(samples), dtype=torch.long)
 
-    def augment(self, values: Tensor, lengths: Tensor, draw: Tensor, hide: bool = True) -> tuple[Tensor, Tensor]:
-        """Rotation, scale, shift, flip and erasing, each a function of `draw` (N, 8)."""
+    def augment(
+        self, values: Tensor, lengths: Tensor, uniforms: Tensor, mask_parts: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Rotation, scale, shift, flip and erasing, each a function of `uniforms` (N, 8)."""
         settings = self.settings
-        signed = (draw * 2 - 1).float()
+        signed = (uniforms * 2 - 1).float()
         angle = signed[:, 0] * math.radians(settings.rotate)
         zoom = 1 + signed[:, 1] * settings.scale
-        mirror = torch.where((draw[:, 4] < 0.5) & torch.tensor(settings.flip), -1.0, 1.0)
+        mirror = torch.where((uniforms[:, 4] < 0.5) & torch.tensor(settings.flip), -1.0, 1.0)
         cos, sin = angle.cos() * zoom, angle.sin() * zoom
         matrix = torch.stack(
             (
@@ -355,15 +357,15 @@ class Image(nn.Module):
         border = torch.cat((x[..., 0, :], x[..., -1, :], x[..., :, 0], x[..., :, -1]), -1).mean(-1)
         border = border[..., None, None]
         x = bilinear_warp(x - border, matrix, (settings.size, settings.size), 0.0) + border
-        if settings.erase and hide:
+        if settings.erase and mask_parts:
             place = torch.arange(settings.size, device=x.device) / settings.size
-            side = 0.15 + 0.25 * draw[:, 5, None]
-            top, left = draw[:, 6, None] * (1 - side), draw[:, 7, None] * (1 - side)
+            side = 0.15 + 0.25 * uniforms[:, 5, None]
+            top, left = uniforms[:, 6, None] * (1 - side), uniforms[:, 7, None] * (1 - side)
             gone = (
                 (((place >= top) & (place < top + side))[:, :, None])
                 & (((place >= left) & (place < left + side))[:, None, :])
             )
-            chosen = (draw[:, 5] * 997 % 1 < settings.erase)[:, None, None]
+            chosen = (uniforms[:, 5] * 997 % 1 < settings.erase)[:, None, None]
             x = torch.where((gone & chosen)[:, None], border, x)
         return x.movedim(1, -1), lengths
 
@@ -406,8 +408,8 @@ class Image(nn.Module):
         """Peak signal-to-noise ratios, dB."""
         return psnr(np.stack(samples), np.stack(rebuilt))
 
-    def exhibit(self, sample: np.ndarray) -> Exhibit:
-        return Exhibit(self.to_bytes(sample))
+    def preview_sample(self, sample: np.ndarray) -> SamplePreview:
+        return SamplePreview(self.to_bytes(sample))
 
     def to_object(self, values: np.ndarray) -> PILImage.Image:
         return PILImage.fromarray(values[..., 0] if values.shape[-1] == 1 else values)

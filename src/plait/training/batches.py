@@ -197,14 +197,14 @@ class Sampler:
             written = [self.split.codes[column][row] for row in rows] if column in self.split.codes else []
             if self.augment:
                 drawn = uniform(self.seed, when[:, None], own_records[:, None], AUGMENT, np.arange(AUGMENT_DRAWS))
-                draw = torch.from_numpy(drawn).float()
+                uniforms = torch.from_numpy(drawn).float()
                 if self.augment_targets and column in self.split.codes:
-                    values, lengths = modality.augment(*self._padded(column, raw), draw, hide=False)
+                    values, lengths = modality.augment(*self._padded(column, raw), uniforms, mask_parts=False)
                     with torch.inference_mode():
                         encoded = modality.codec.encode(values, lengths).numpy()
                     counts = [modality.code_count(int(length)) for length in lengths]
                     written = [row[:count] for row, count in zip(encoded, counts, strict=True)]
-                values, lengths = modality.augment(*self._padded(column, raw), draw)
+                values, lengths = modality.augment(*self._padded(column, raw), uniforms)
                 sizes = lengths.tolist() if modality.variable_length else [None] * len(raw)
                 raw = [value[:size] for value, size in zip(values.numpy(), sizes, strict=True)]
             samples.update({(column, int(r)): sample for r, sample in zip(own_records, raw, strict=True)})
@@ -279,13 +279,13 @@ class Sampler:
         closer = [vocabulary.closer(modality.name)] if modality.variable_length else []
         return sequence.write([*written, *closer, vocabulary.end][:room])
 
-    def _window(self, record: int, window: int, column: str, draw: float) -> Sequence:
+    def _window(self, record: int, window: int, column: str, uniforms: float) -> Sequence:
         """One window of a text for language modelling, shifted by a new offset in each epoch."""
         ids = [self.vocabulary.opener(column), *(self.split.texts[column][record] or []), self.vocabulary.end]
         size = self.context + 1
         windows = max((len(ids) - 2) // self.context, 1)
         slack = len(ids) - windows * self.context - 1
-        start = window * self.context + int(draw * (slack + 1)) * (slack > 0)
+        start = window * self.context + int(uniforms * (slack + 1)) * (slack > 0)
         chunk = ids[start : start + size]
         return Sequence().read_ids(chunk[:1]).write(chunk[1:])
 

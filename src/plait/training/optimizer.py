@@ -96,7 +96,7 @@ def restart_scale(first: int, last: int) -> float:
     return min(2 * (last - first) / max(last, 1), 1.0)
 
 
-class Average:
+class WeightAverage:
     """An exponential moving average of a model's trainable weights; its memory grows to that of `decay`."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:

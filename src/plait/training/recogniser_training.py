@@ -69,8 +69,8 @@ def train_recogniser(
     def one(step: int) -> float:
         rows = usable[_rows(seed, step, batch, len(usable))]
         values, lengths = modality.batch([data.samples[i] for i in rows])
-        draw = torch.from_numpy(uniform(seed, AUGMENT, step, rows[:, None], np.arange(AUGMENT_DRAWS)))
-        values, lengths = modality.augment(values, lengths, draw)
+        uniforms = torch.from_numpy(uniform(seed, AUGMENT, step, rows[:, None], np.arange(AUGMENT_DRAWS)))
+        values, lengths = modality.augment(values, lengths, uniforms)
         if modality.variable_length:
             values = values[:, : int(lengths.max())]
         losses = _losses(encoder.logits(values.to(device.torch), lengths.to(device.torch)), targets, rows)

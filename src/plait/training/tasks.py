@@ -26,7 +26,7 @@ MIRROR_RECORDS = 1500  # images that say whether a mirrored one means the same
 MIRROR_LOSS = 0.9  # share of the accuracy that mirrored images must keep
 MIRROR_STRENGTH = 3e-4  # of the linear model that finds out
 LABELLED = 0.5  # share of the records with media that must have a label for it to be the task
-DRAW = 321  # key of `uniform`
+RNG_STREAM = 321  # of the random numbers of `uniform`
 
 QUESTIONS, REPLIES = ("question", "message", "prompt", "query"), ("reply", "answer", "response")  # names of columns
 
@@ -230,7 +230,7 @@ def mirrors(dataset: Dataset, recipe: Recipe, labels: dict[str, list[str]], kind
     target = next(iter(labels))
     answers = dataset.texts(target)
     indices = np.array([i for i in dataset.indices("train") if answers[i] is not None], np.int64)
-    order = np.argsort(uniform(recipe.training.seed, DRAW, indices), kind="stable")
+    order = np.argsort(uniform(recipe.training.seed, RNG_STREAM, indices), kind="stable")
     indices = np.sort(indices[order[:MIRROR_RECORDS]])
     settings = dict(getattr(recipe.model, kind))
     modality = MODALITIES[kind](fit_settings(dataset, kind, SIZES[recipe.model.size], settings), 8)
@@ -243,7 +243,7 @@ def mirrors(dataset: Dataset, recipe: Recipe, labels: dict[str, list[str]], kind
     if len(images) < 40 or len(set(classes)) < 2:
         return False
     truth = np.array(classes)
-    half = uniform(recipe.training.seed, DRAW, 1, np.arange(len(images))) < 0.5
+    half = uniform(recipe.training.seed, RNG_STREAM, 1, np.arange(len(images))) < 0.5
     simple_features = MEDIA[kind].simple_features
     rows = simple_features(images, 0)
     scale = rows[half].std(0) + 1e-3

@@ -41,7 +41,7 @@ from plait.training.divergence import check_stable, not_finite
 from plait.training.init_from import generation_of, labels_of
 from plait.training.log import Log
 from plait.training.losses import LossModule, step_losses
-from plait.training.optimizer import AdamW, Average, learning_rate_at, make_optimizer, restart_scale
+from plait.training.optimizer import AdamW, WeightAverage, learning_rate_at, make_optimizer, restart_scale
 from plait.training.parts import Budget
 from plait.training.preparation import Prepared, join_replayed, prepare_run
 from plait.training.run import Progress, Report, Run, difference
@@ -157,7 +157,7 @@ class Trainer:
         self.saver.inherited = self.prepared.inherited
         newest = self._newest_checkpoint()
         self._setup_schedule()
-        self.average = Average(self.model, self.settings.ema) if self.settings.ema else None
+        self.average = WeightAverage(self.model, self.settings.ema) if self.settings.ema else None
         self.position = Position()
         self.started = self.saved = time.perf_counter()
         if newest is not None:
