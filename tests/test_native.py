@@ -123,11 +123,13 @@ def test_a_step_with_any_lanes(lanes, dtype):
 def test_an_unknown_switch_is_left_to_pytorch():
     class Newer(TransformerConfig):
         logit_softcap: float = 0.0
-        local_sinks: list[int] = []
+        local_sinks: tuple[int, ...] = ()
 
     shape = {"width": 32, "layers": 1, "heads": 2, "kv_heads": 1, "head_width": 16, "hidden": 64, "max_length": 32}
     assert native.supports(Newer(**shape)) and native.supports(Newer(**shape, logit_softcap=0.0))
-    assert not native.supports(Newer(**shape, logit_softcap=30.0)) and not native.supports(Newer(**shape, local_sinks=[1]))
+    assert not native.supports(Newer(**shape, logit_softcap=30.0)) and not native.supports(
+        Newer(**shape, local_sinks=(1,))
+    )
     refused = ({"post_norm": True}, {"embed_scale": 2.0}, {"layers_without_rotary": [0]}, {"activation": "geglu_tanh"})
     assert not any(native.supports(TransformerConfig(**shape, **switch)) for switch in refused)
 

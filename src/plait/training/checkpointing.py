@@ -301,9 +301,15 @@ class Saver:
         for step in newest:
             with suppress(PlaitError, KeyError, TypeError):  # one that was damaged meanwhile knows no best
                 keep.add(read_json(saved[step] / f"{STATE}.json")["best_step"])
-        for step in saved.keys() - keep:
-            remove_folder(saved[step])
-        fsync_folder(self.folder)
+        retain(self.folder, keep)
+
+
+def retain(folder: Path, steps: Set[int]) -> None:
+    """Remove the checkpoints of all other steps from a run's `checkpoints` folder."""
+    saved = checkpoints.series(folder)
+    for step in saved.keys() - steps:
+        remove_folder(saved[step])
+    fsync_folder(folder)
 
 
 def folder_name(step: int) -> str:
