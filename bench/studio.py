@@ -1,10 +1,12 @@
 """The studio: uploads beside a plain copy, a gallery of many photos, and a training beside `plait train` alone.
 
     python bench/studio.py upload --photos 20000     # half the speed of a plain copy, below 1 GB, below 100 ms a step
+    python bench/studio.py upload --folder /dev/shm  # the same without the disk: what the studio itself costs
     python bench/studio.py training --rounds 3       # the same training alone and under the studio, in turns
 
 Photos are made on the spot: JPEGs of some 50 kB, each with bytes of its own at its end. A plain copy is the same bytes
-through the same kind of socket into one file. Scrolling is done by Chromium (Playwright), where that is installed.
+through the same kind of socket, into one file and, as the studio must, into a file for each photo. Scrolling is done by
+Chromium (Playwright), where that is installed.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import re
 import shutil
 import statistics
@@ -22,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -38,16 +42,33 @@ from plait.studio.workspace import Workspace
 BATCH = 8 << 20  # bytes of small files that the page sends at once
 VARIANTS = 40
 COPY = """
-import sys, uvicorn
+import asyncio, json, os, sys, uvicorn
+
+def write_files(folder, body):
+    head, _, contents = body.partition(b"\\n")
+    at = 0
+    for name, size in json.loads(head):
+        os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(memoryview(contents)[at:at + size])
+        at += size
+
 async def app(scope, receive, send):
-    with open(sys.argv[1], "ab") as out:
+    pieces = []
+    with open(os.path.join(sys.argv[1], "copy.bin"), "ab") as out:
         while True:
             message = await receive()
-            out.write(message.get("body", b""))
+            if scope["path"] == "/one":
+                out.write(message.get("body", b""))
+            else:
+                pieces.append(message.get("body", b""))
             if not message.get("more_body"):
                 break
+    if pieces:
+        await asyncio.to_thread(write_files, sys.argv[1], b"".join(pieces))
     await send({"type": "http.response.start", "status": 204, "headers": []})
     await send({"type": "http.response.body", "body": b""})
+
 config = uvicorn.Config(app, port=0, lifespan="off", log_level="info", access_log=False)
 uvicorn.Server(config).run()
 """
@@ -59,10 +80,11 @@ def main() -> None:
     parser.add_argument("--photos", type=int, default=20_000)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", help="where the files are written; the system's folder for temporary files")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         if arguments.part == "upload":
-            measure_upload(Path(folder), arguments.photos)
+            measure_upload(Path(folder), arguments.photos, arguments.rounds)
         else:
             measure_training(Path(folder), arguments.steps, arguments.rounds)
 
@@ -126,20 +148,37 @@ def batches(count: int) -> Iterator[bytes]:
     yield json.dumps(head).encode() + b"\n" + b"".join(parts)
 
 
-def send_all(
-    client: httpx.Client, path: str, count: int, process: psutil.Process, lines: int = 1
-) -> tuple[float, int, int]:
-    """Seconds of sending over so many lines at once, bytes, and the server's highest memory."""
-    seconds, size, most = 0.0, 0, 0
-    with ThreadPoolExecutor(lines) as pool:
+@dataclass(frozen=True)
+class Sent:
+    """What sending all photos took.
+
+    Attributes:
+        seconds: On the clock, while bodies travelled.
+        processor: Seconds of the server's processes.
+        size: Bytes.
+        memory: The server's highest, in bytes.
+    """
+
+    seconds: float
+    processor: float
+    size: int
+    memory: int
+
+
+def send_all(client: httpx.Client, path: str, count: int, process: psutil.Process) -> Sent:
+    """Send all photos, two requests at a time, as the page does."""
+    seconds, size, memory = 0.0, 0, 0
+    before = process.cpu_times()
+    with ThreadPoolExecutor(2) as pool:
         for bodies in batched(batches(count), 8):
             began = time.perf_counter()
             for answer in pool.map(lambda body: client.put(path, content=body), bodies):
                 answer.raise_for_status()
             seconds += time.perf_counter() - began
             size += sum(map(len, bodies))
-            most = max(most, process.memory_info().rss)
-    return seconds, size, most
+            memory = max(memory, process.memory_info().rss)
+    after = process.cpu_times()
+    return Sent(seconds, after.user + after.system - before.user - before.system, size, memory)
 
 
 def batched(bodies: Iterator[bytes], count: int) -> Iterator[list[bytes]]:
@@ -148,26 +187,51 @@ def batched(bodies: Iterator[bytes], count: int) -> Iterator[list[bytes]]:
         yield some
 
 
-def measure_upload(folder: Path, count: int) -> None:
-    copier = [sys.executable, "-c", COPY, str(folder / "copy.bin")]
-    with server(copier) as (process, address), httpx.Client(base_url=address, timeout=120) as client:
-        plain, size, _ = send_all(client, "/", count, process)
-    (folder / "copy.bin").unlink()
+def measure_upload(folder: Path, count: int, rounds: int) -> None:
+    """The same bytes copied into one file, copied into as many files, and uploaded, in turns.
+
+    Nothing is removed before the end, and the disk is waited for between parts: removing thousands of files slows the
+    next ones down on some file systems.
+    """
+    taken: dict[str, list[Sent]] = {"one file": [], "files": [], "studio": []}
+    for number in range(rounds):
+        os.sync()
+        with plain(folder / f"one{number}") as (process, client):
+            taken["one file"].append(send_all(client, "/one", count, process))
+        os.sync()
+        with plain(folder / f"files{number}") as (process, client):
+            taken["files"].append(send_all(client, "/files", count, process))
+        os.sync()
+        with studio(folder / "studio") as (process, _, client):
+            client.post("/projects", json={"name": f"photos{number}"})
+            taken["studio"].append(send_all(client, f"/p/photos{number}/files", count, process))
+    print(f"{count:,} photos, {taken['studio'][0].size / 1e6:,.0f} MB, median of {rounds}:")
+    for what, sent in taken.items():
+        clock, processor = (statistics.median(getattr(one, key) for one in sent) for key in ("seconds", "processor"))
+        print(f"  {what}: {clock:.2f} s, {processor:.2f} s of the server's processor time")
+    for other in ("one file", "files"):
+        ratio = statistics.median(a.seconds / b.seconds for a, b in zip(taken[other], taken["studio"], strict=True))
+        print(f"  the studio has {ratio:.2f} of the speed of a plain copy into {other}")
+    print(f"  the studio's memory: at most {max(one.memory for one in taken['studio']) / 1e6:,.0f} MB")
     with studio(folder / "studio") as (process, _, client):
-        client.post("/projects", json={"name": "photos"})
-        taken, size, most = send_all(client, "/p/photos/files", count, process, lines=2)
-        print(
-            f"{count:,} photos, {size / 1e6:,.0f} MB: copied in {plain:.1f} s, uploaded in {taken:.1f} s, "
-            f"{plain / taken:.2f} of a plain copy's speed; server at most {most / 1e6:,.0f} MB"
-        )
-        look(client, process, "uploaded", "photos")
+        look(client, process, "uploaded", "photos0")
         client.post("/projects", json={"name": "linked"})
-        files = str(folder / "studio" / "photos" / "files")
+        files = str(folder / "studio" / "photos0" / "files")
         client.post("/p/linked/source", json={"path": files}).raise_for_status()
         look(client, process, "by path", "linked")
     command = [sys.executable, "-m", "plait", "studio", str(folder / "studio"), "--no-browser"]
     with server(command) as (_, address):
-        scroll(address, "photos")
+        scroll(address, "photos0")
+
+
+@contextlib.contextmanager
+def plain(target: Path) -> Iterator[tuple[psutil.Process, httpx.Client]]:
+    """A server that only copies what comes into a new folder, and a client of it."""
+    target.mkdir()
+    with server([sys.executable, "-c", COPY, str(target)]) as found:
+        process, address = found
+        with httpx.Client(base_url=address, timeout=120) as client:
+            yield process, client
 
 
 def look(client: httpx.Client, process: psutil.Process, how: str, project: str) -> None:
@@ -240,7 +304,10 @@ def measure_training(folder: Path, steps: int, rounds: int) -> None:
     for number in range(rounds):
         alone = folder / f"alone{number}"
         command = [sys.executable, "-m", "plait", "train", str(data), "-o", str(alone), *options]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        # In a session of its own, as the studio's is: Linux shares processors out between sessions, not processes.
+        subprocess.run(
+            command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
         under = train_in_studio(workspace, project.folder, f"{number + 1}", options)
         ratios.append(rate_of(under) / rate_of(alone))
         print(

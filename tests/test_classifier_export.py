@@ -14,9 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 from PIL import Image
 
 import plait as package
+from plait.hf.classifier_graph import ImageFeatures
+from plait.modalities.simple_features import image_features
 
 Plait = Callable[..., int]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -76,12 +79,42 @@ def test_onnx_and_a_folder_answer_alike(run: Path, plait: Plait, capsys: pytest.
         assert all(abs(by_label[one.label] - one.probability) < 1e-3 for one in wanted)
         assert 0 <= ood_score[0] <= 1
         assert [tuple(one) for one in copy.classify(file, top=None)] == [tuple(one) for one in wanted]
-    assert "licence" in (place / "onnx" / "README.md").read_text().lower()
+    for name in ("onnx", "folder"):
+        card = (place / name / "README.md").read_text()
+        for part in (
+            "Splits: train ",
+            "Labels of `label`: ",
+            "## Figures",
+            "held-out records, by which it was calibrated",
+            "## Limits",
+            "## Licences",
+        ):
+            assert part in card, part
+    assert str(place) not in card  # folders of its owner's machine are nobody's business
     kept = {path.name for path in (place / "folder").iterdir()}
     assert "model.safetensors" in kept and not [name for name in kept if "optimizer" in name]
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in (place / "folder").iterdir())
     size = (place / "folder" / "model.safetensors").stat().st_size
     assert size < (run / "checkpoints" / "best" / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("side", [24, 32, 96])
+def test_features_do_not_hang_on_rounding(side: int, channels: int, tmp_path: Path) -> None:
+    """Flat areas, equal gradients in several channels, single steps: where a choice could go either way."""
+    ort = pytest.importorskip("onnxruntime")
+    rng = np.random.default_rng(side)
+    steps = rng.integers(0, 3, (12, side, side, channels)) + rng.integers(0, 250, (12, 1, 1, channels))
+    steps[:4, : side // 2] = steps[:4, :1, :1]
+    pixels = steps.astype(np.uint8)
+    graph = ImageFeatures(side, side, channels).eval()
+    torch.onnx.export(
+        graph, (torch.zeros(1, side, side, channels),), str(tmp_path / "x.onnx"), dynamo=False, opset_version=17,
+        input_names=["x"], output_names=["y"],
+    )  # fmt: skip
+    session = ort.InferenceSession(tmp_path / "x.onnx", providers=["CPUExecutionProvider"])
+    found = np.concatenate([session.run(None, {"x": one[None].astype(np.float32)})[0] for one in pixels])
+    assert np.abs(found - image_features(list(pixels))).max() < 1e-5
 
 
 @pytest.mark.slow

@@ -133,10 +133,10 @@ def test_the_verdict_says_what_counts() -> None:
         return f"{found.learnt} {found.better} {found}"
 
     assert verdict(0.61, 0.5) == (
-        "True True 61.0% ± 2.0 right (label from image, 500 records), against 50.0% of an SVM: worth it. "
-        "Next: more records of what is confused most (cat taken for dog), or train longer (--minutes)."
+        "True True 61.0% right (label from image, 500 records, likely 57.0% to 64.8%), against 50.0% of an SVM: "
+        "worth it. Next: more records of what is confused most (cat taken for dog), or train longer (--minutes)."
     )
-    assert verdict(0.61, 0.6).startswith("True None 61.0% ± 2.0 right") and "cannot tell" in verdict(0.61, 0.6)
+    assert verdict(0.61, 0.6).startswith("True None 61.0% right") and "cannot tell" in verdict(0.61, 0.6)
     assert "which is better" in verdict(0.5, 0.6) and verdict(0.5, 0.6).startswith("True False")
     assert verdict(0.11, 0.6).startswith("False False Nothing was learnt")
     assert make_verdict([]) is None
@@ -148,7 +148,7 @@ def test_a_classifier_that_learnt_nothing_says_so() -> None:
     features = Features.fit("text", texts)
     linear = fit_linear(features(texts), classes, 2, 0.1, False)
     mixture = fit_mixture({"linear": linear(features(texts))}, classes)
-    for accuracy, words in ((0.52, "nothing was learnt"), (0.7, "70.0% of 200 held-out records right")):
+    for accuracy, words in ((0.52, "nothing was learnt"), (0.7, "70.0% of 200 validation records right")):
         made = Classifier("x", "y", labels, features, linear, mixture, False, {"mixed": accuracy}, 0.5, 200)
         assert words in describe(made)
 
@@ -205,7 +205,7 @@ def test_labelled_images_are_recognised_and_evaluated(
     assert plait("train", tmp_path / "arrows", "-o", run, "--recipe", recipe) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "Task: recognise" in told and "mirrored images mean something else" in told
-    assert "label from image:" in told and "held-out records right" in told
+    assert "label from image:" in told and "validation records right" in told
     assert not (run / "codecs").exists()  # nothing is drawn
 
     model = package.load(run)

@@ -28,6 +28,7 @@ from plait.model.multimodal import IGNORE, ModelConfig, Multimodal
 from plait.model.objectives import SampledSoftmax
 from plait.model.transformer import TransformerConfig
 from plait.recommend.baselines import DECAY, WINDOW, Follows, Interactions
+from plait.recommend.catalogue import Catalogue, Item
 from plait.recommend.evaluate import Ranks, Targets, rank, targets_of
 from plait.recommend.sampler import HistorySampler, HistorySplit
 from plait.recommend.trie import NextCodes, Trie
@@ -509,3 +510,10 @@ def test_ranks_against_sorting(seed: int) -> None:
 
 def _place(targets: Targets, history: np.ndarray) -> int:
     return next(i for i, other in enumerate(targets.histories) if other is history)
+
+
+def test_a_film_is_found_in_any_case_and_without_its_year_where_that_is_clear() -> None:
+    titles = ["Heat (1995)", "Heat (1986)", "Toy Story (1995)", "2001: A Space Odyssey"]
+    catalogue = Catalogue([Item(str(number), title=title) for number, title in enumerate(titles)], known=4)
+    assert [catalogue.find(name) for name in ("TOY  story", "heat (1986)", "2001: a space odyssey")] == [2, 1, 3]
+    assert catalogue.find("heat") is None  # there are two

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,7 @@ def ask_clip(page: Any, folder: Path) -> None:
 
 
 def ask_question(page: Any, folder: Path) -> None:
+    assert page.locator(".lines .chip").count() == 4  # questions to try it with
     page.fill(".lines textarea", "Hello! How is it with returns?")
     page.click(".lines button.primary")
     page.wait_for_selector(".lines ol li")
@@ -172,8 +174,12 @@ def ask_question(page: Any, folder: Path) -> None:
 
 def ask_film(page: Any, folder: Path) -> None:
     with (folder / "example" / "items.csv").open(encoding="utf-8") as file:
-        titles = [row["title"] for row in csv.DictReader(file)][:3]
-    page.fill(".lines textarea", "\n".join(titles))
+        titles = {row["title"] for row in csv.DictReader(file)}
+    chips = page.locator(".lines .chip")
+    chips.nth(0).click()
+    chips.nth(5).click()
+    chosen = page.input_value(".lines textarea").split("\n")
+    assert len(chosen) == 2 and titles.issuperset(chosen)
     page.click(".lines button.primary")
     page.wait_for_selector(".lines ol li")
 
@@ -188,6 +194,11 @@ def ask_chat(page: Any, folder: Path) -> None:
 TASKS = {
     "photos": (write_photos, ask_photo), "clips": (write_clips, ask_clip), "faq": (write_questions, ask_question),
     "films": (write_films, ask_film), "chat": (write_chats, ask_chat),
+}  # fmt: skip
+
+SEEN = {
+    "photos": "3 labels, 300 files", "clips": f"6 labels, {6 * CLIPS} files", "faq": "Questions with replies",
+    "films": "Recommend", "chat": "Conversations",
 }  # fmt: skip
 
 
@@ -218,6 +229,8 @@ def test_from_files_to_answers(page: Any, tmp_path: Path, task: str) -> None:
     page.wait_for_selector(".tile, .excerpt")
     shoot(page, f"{task}-1-data")
     click("text=Train →")
+    page.wait_for_selector("#start")
+    assert SEEN[task] in page.inner_text("main")
     shoot(page, f"{task}-2-train")
     page.fill("input[name=minutes]", MINUTES)
     click("text=Start training")
@@ -363,7 +376,7 @@ def test_a_live_camera_is_answered_in_time(finished: Path, tmp_path: Path) -> No
             window.fetch = async (...given) => {
                 const begun = performance.now();
                 const answer = await real(...given);
-                if (String(given[0]).endsWith('/ask')) window.delays.push([begun, performance.now()]);
+                if (String(given[0]).endsWith('/ask?brief=true')) window.delays.push([begun, performance.now()]);
                 return answer;
             };
         }""")
@@ -374,8 +387,13 @@ def test_a_live_camera_is_answered_in_time(finished: Path, tmp_path: Path) -> No
         delays = page.evaluate("window.delays")
         page.click("#live-camera")
         seconds = (delays[-1][1] - delays[0][0]) / 1000
-        rate, delay = len(delays) / seconds, sorted(end - begun for begun, end in delays)[len(delays) // 2]
-        sys.stdout.write(f"\nlive camera: {rate:.1f} images a second, {delay:.0f} ms from an image to its answer\n")
+        # An image is taken when the one before it is answered: no answer is later than one round.
+        rounds = sorted(after - before for (_, before), (_, after) in pairwise(delays))
+        rate, delay = len(delays) / seconds, rounds[len(rounds) // 2]
+        sys.stdout.write(
+            f"\nlive camera: {rate:.1f} images a second, {delay:.0f} ms from an image to its answer, "
+            f"95 % within {rounds[int(0.95 * len(rounds))]:.0f}\n"
+        )
         assert rate > 2 and delay < 1000 and page.faults == []
 
 

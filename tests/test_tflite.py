@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import plait as package
 from plait.core.errors import PlaitError
 from plait.hf import tflite
 from plait.modalities.base import Vocabulary
@@ -16,6 +17,7 @@ from plait.modalities.text import Text
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import ModelConfig, Multimodal
 from plait.model.transformer import TransformerConfig
+from test_classifier_export import RECIPE, make_audio, make_images
 
 QWEN3 = {"position": "rotary", "norm": "rms", "activation": "swiglu", "qk_norm": True, "kv_heads": 2}
 GPT2 = {"position": "learned", "norm": "layer", "activation": "gelu", "qk_norm": False, "kv_heads": 4}
@@ -43,7 +45,8 @@ def by_definition(model: Multimodal, ids: torch.Tensor) -> np.ndarray:
 def test_the_program_handed_over_computes_the_models_logits(switches, tmp_path):
     checkpoint = make(switches)
     logits = tflite.hand_over(checkpoint, 20, tmp_path)
-    ids = torch.from_numpy(np.load(tmp_path / "ids.npy")).long()
+    ids = torch.from_numpy(np.load(tmp_path / "cases.npz")["input_ids"])[:, 0]
+    logits = logits[:, 0]
     assert logits.shape == (3, 20, checkpoint.model.vocabulary.size) and ids.shape == (3, 20)
     wanted = by_definition(checkpoint.model, ids)
     assert np.abs(logits - wanted).max() < 1e-4
@@ -93,6 +96,21 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_installed(tmp_pat
 )  # fmt: skip
 def test_what_pip_says_becomes_what_to_do(said, meant):
     assert meant in tflite.why(said)
+
+
+@pytest.mark.parametrize("kind", ["image", "audio"])
+def test_a_whole_classifier_answers_alike(kind, tmp_path):
+    if not (tflite.environment_folder() / "environment.json").is_file() and not os.environ.get("PLAIT_TEST_TFLITE"):
+        pytest.skip("PLAIT_TEST_TFLITE=1 makes the environment (2 GB, over the network) and runs this")
+    {"image": make_images, "audio": make_audio}[kind](tmp_path / "files")
+    run = package.train(tmp_path / "files", tmp_path / "run", recipe=RECIPE, progress=False)
+    written = package.export(run.folder, tmp_path / "out", to="tflite")
+    assert written.difference < 1e-4
+    assert (tmp_path / "out" / "classifier.tflite").read_bytes()[4:8] == b"TFL3"
+    facts = json.loads((tmp_path / "out" / "classifier.json").read_text())
+    inputs = {"pixels": "float32"} if kind == "image" else {"waveform": "float32", "samples": "int32"}
+    assert facts["inputs"] == inputs and len(facts["labels"]) == (3 if kind == "image" else 2)
+    assert "classifier.tflite" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("switches", [QWEN3, GPT2])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -98,16 +98,24 @@ def write(path: Path, data: bytes) -> None:
 
 
 def show_metrics(metrics: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print figures, by name, with their 95 % intervals, chance and baseline, one a line."""
-    table = Table("figure", "value", "95 %", "chance", "baseline", "n", box=None, header_style="bold")
+    """Print figures, by the names that `metrics.json` has, with their 95 % intervals, chance and baseline."""
+    rows = []
     for name, metric in metrics.items():
         value, low, high, chance, baseline = (
             _shown(metric.get(key)) for key in ("value", "low", "high", "chance", "baseline")
         )
         count = "" if metric["n"] is None else f"{metric['n']:,}"
-        table.add_row(plain(name), value, f"{low} to {high}" if low else "", chance, baseline, count)
-    for column, least in zip(table.columns, (max(map(len, metrics), default=0), 6, 16, 6, 8, 3), strict=True):
-        column.no_wrap, column.min_width = True, least
+        rows.append((name, value, f"{low} to {high}" if low else "", chance, baseline, count))
+    print_table(("figure", "value", "95 %", "chance", "baseline", "n"), rows)
+
+
+def print_table(heading: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """Print rows of cells under a heading, each column as wide as its longest cell."""
+    table = Table(*heading, box=None, header_style="bold")
+    for row in rows:
+        table.add_row(*map(plain, row))
+    for place, column in enumerate(table.columns):
+        column.no_wrap, column.min_width = True, max((len(row[place]) for row in rows), default=0)
     out.print(table)
 
 

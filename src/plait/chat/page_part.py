@@ -7,8 +7,11 @@ from typing import Any
 
 from plait.chat.replies import open_replies
 from plait.core.files import read_json
+from plait.data.dataset import Dataset
 from plait.server.page_parts import LinesPart
+from plait.training.tasks import QUESTIONS
 
+EXAMPLES = 4  # questions that are offered
 SILENCE = "—"  # what the page shows where no past reply fits
 
 
@@ -22,6 +25,17 @@ def _answers(model: Any, run: Path, data: Path, lines: list[str]) -> list[str]:
     return [f"{line} → {one.reply or SILENCE} · {one.confidence:.0%}" for line, one in zip(lines, answers, strict=True)]
 
 
+def _questions(model: Any, run: Path, data: Path) -> list[str]:
+    """Questions of the data that training did not see, the shortest first."""
+    dataset = Dataset.open(data)
+    column = next((name for name in dataset.columns if name.lower() in QUESTIONS), None)
+    split = "test" if dataset.manifest.counts.get("test") else "val"
+    if column is None or not (texts := dataset.texts(column)):
+        return []
+    held_out = {text for index in dataset.indices(split)[:200] if (text := texts[int(index)])}
+    return sorted(held_out, key=lambda text: (len(text), text))[:EXAMPLES]
+
+
 REPLY = LinesPart(
     name="reply",
     applies=_applies,
@@ -31,4 +45,5 @@ REPLY = LinesPart(
         "zh": "问题，每行一个。没有合适的回复时保持沉默。",
     },
     answer=_answers,
+    examples=_questions,
 )

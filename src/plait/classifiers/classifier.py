@@ -19,10 +19,11 @@ from safetensors.numpy import load_file, save_file
 from plait.classifiers.linear import Grams, Linear
 from plait.classifiers.mixture import Mixture
 from plait.classifiers.novelty import Novelty
+from plait.core.errors import PlaitError
 from plait.modalities.media import MEDIA
 
 FILE, ARRAYS = "classifiers.json", "classifiers.safetensors"
-VERSION = 2
+VERSION = 3
 PORTABLE = ("linear", "network")  # the opinions that need no backbone
 
 
@@ -124,10 +125,16 @@ def save_classifiers(classifiers: Sequence[Classifier], folder: Path) -> list[st
 
 
 def load_classifiers(folder: Path) -> list[Classifier]:
-    """Those that `save_classifiers` wrote; none where it wrote nothing."""
+    """Those that `save_classifiers` wrote; none where it wrote nothing. Raises PlaitError for another version's."""
     if not (folder / FILE).is_file():
         return []
-    facts, arrays = json.loads((folder / FILE).read_text(encoding="utf-8")), load_file(folder / ARRAYS)
+    facts = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    if facts["version"] != VERSION:
+        raise PlaitError(
+            f"{folder / FILE} has version {facts['version']}; this Plait reads {VERSION}, whose features are computed "
+            "otherwise. Train the run again."
+        )
+    arrays = load_file(folder / ARRAYS)
     classifiers = []
     for number, entry in enumerate(facts["classifiers"]):
 

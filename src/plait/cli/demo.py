@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 import plait
-from plait.console import DeviceOption, SeedOption, app, err, out, plain, show_manifest, show_metrics
+from plait.cli.figures import show_figures
+from plait.console import DeviceOption, SeedOption, app, err, out, plain, show_manifest
 from plait.evaluation.keys import MetricKey
 
 # The metrics that are printed; the others stand in metrics.json.
@@ -37,7 +38,7 @@ def demo(
         tell=lambda text: err.print(f"[yellow]Note:[/yellow] {plain(text)}"),
     )  # fmt: skip
     show_manifest(plait.Run(run).dataset.manifest, run / "data")
-    show_metrics({str(key): evaluation[key]._asdict() for key in evaluation.metric_keys if _is_shown(key)})
+    show_figures({key: evaluation[key] for key in evaluation.metric_keys if _is_shown(key)})
     out.print(f"\n{time.monotonic() - begun:.0f} s in all. All figures: {run / 'metrics.json'}")
     out.print(f"Report, with images and audio clips: {evaluation.report}\n\nTry next:")
     out.print(f"  plait draw {run} three -n 16 -o threes.png", f"  plait speak {run} seven -o seven.wav", sep="\n")

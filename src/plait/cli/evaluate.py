@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 import plait
+from plait.cli.figures import show_figures
 from plait.console import DeviceOption, PrecisionOption, SeedOption, app, err, out, plain, show_metrics
 
 
@@ -51,12 +52,14 @@ def evaluate(
     if as_json:
         out.print_json(data=evaluation.to_dict())
         return
-    everything = {name: evaluation[name]._asdict() for name in evaluation.main()}
-    show_metrics(everything if all_figures else evaluation.headlines())
+    if all_figures:
+        show_metrics({name: evaluation[name]._asdict() for name in evaluation.main()})
+    else:
+        show_figures({key: evaluation[key] for key in evaluation.headline_keys()})
     if evaluation.verdict is not None:
         out.print(f"\n{plain(str(evaluation.verdict))}\n")
     out.print(f"All figures: {run / 'metrics.json'}\nReport: {evaluation.report}")
-    if any(key.startswith("recognition/") for key in everything):
+    if any(key.task == "recognition" for key in evaluation.metric_keys):
         out.print(f"To use it: plait classify {run} FOLDER -o answers.csv; why: plait explain {run} FILE -o why.html")
 
 

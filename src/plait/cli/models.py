@@ -26,7 +26,13 @@ def models(
     """
     found = plait.models(folders or [], cache)
     if not found:
-        out.print("No model lies here. Fetch one: hf download NAME, or name a folder: plait models --models DIR")
+        out.print(
+            "No model lies here. Name a folder of models (plait models --models DIR), or fetch one, then name it:\n"
+            "  texts            hf download sentence-transformers/all-MiniLM-L6-v2\n"
+            "  images           hf download openai/clip-vit-base-patch32\n"
+            "  speech           hf download openai/whisper-base\n"
+            "  chat, captions   hf download Qwen/Qwen3-0.6B"
+        )
         return
     table = Table("model", "type", "on disk", "16 bit", "int8", "licence", "for")
     for one in found:

@@ -40,7 +40,7 @@ def write_table(
         err.print("\nStopped. What is answered is kept; the same command goes on from here.")
         raise
     again = f", {done.resumed} of them by an earlier call" if done.resumed else ""
-    out.print(plain(f"{done.rows} rows{again}: {done.path}"))
+    out.print(plain(f"{done.rows} row{'s' * (done.rows != 1)}{again}: {done.path}"))
     if done.failed:
         err.print(f"[yellow]Note:[/yellow] {done.failed} could not be answered; the column error says why.")
     if done.kept:

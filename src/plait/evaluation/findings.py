@@ -29,6 +29,7 @@ class GalleryKind(IntEnum):
     WRITTEN = auto()
     MEMORISED = auto()
     MISTAKES = auto()
+    RIGHT = auto()
     RETRIEVAL = auto()
     CODEC = auto()
     OTHER = auto()
@@ -36,7 +37,7 @@ class GalleryKind(IntEnum):
 
 @dataclass
 class Gallery:
-    """Rows of exhibits: a label and what was made for it, a query and what it found."""
+    """Rows of items: a label and what was made for it, a query and what it found."""
 
     title: str
     note: str

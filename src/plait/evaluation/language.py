@@ -177,11 +177,15 @@ def _beside_grams(
     simple = np.array([grams.nats(text.encode()) for text in chosen.texts])
     simple_value, _ = metrics.ratio_with_error(simple / unit, size, seed=eval_context.seed)
     _, lead_error = metrics.ratio_with_error((nats - simple) / unit, size, seed=eval_context.seed)
-    eval_context.keep("language", Direction(column), "bits_per_byte_ngrams", simple_value, n=int(size.sum()))
+    direction, n = Direction(column), int(size.sum())
+    eval_context.keep("language", direction, "bits_per_byte_ngrams", simple_value, n=n)
+    eval_context.keep(
+        "language", direction, "bits_per_byte", value, stderr=error, chance=chance, baseline=simple_value, n=n
+    )
     eval_context.findings.outcomes.append(
         Outcome(
-            "language", column, "bits a byte", value, error, int(size.sum()), chance,
+            "language", column, "bits a byte", value, error, n, chance,
             "an n-gram model of six characters", simple_value, 0.0 if len(chosen.texts) == 1 else lead_error,
-            higher_is_better=False, share=False,
+            higher_is_better=False, share=False, unit="bytes",
         )
     )  # fmt: skip

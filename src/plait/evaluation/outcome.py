@@ -13,8 +13,8 @@ class Outcome:
 
     `figure` names what was measured, `subject` of what ("label from image"). `lead_stderr` is the paired standard error
     of the difference to the alternative. `guess` is what guessing has. `confused` are pairs of labels, truth first, the
-    most frequent first. `share` says that the figure is a share of 1, else it is a plain number. `is_alternative` says
-    that the alternative gives the same answers everywhere: it is what the run asks.
+    the most frequent first. `share` says that the figure is a share of 1, else it is a plain number; `unit` is what `n`
+    counts. `is_alternative` says that the alternative gives the same answers everywhere: it is what the run asks.
     """
 
     task: str
@@ -29,6 +29,7 @@ class Outcome:
     lead_stderr: float | None = None
     higher_is_better: bool = True
     share: bool = True
+    unit: str = "records"
     is_alternative: bool = False
     confused: list[tuple[str, str]] = field(default_factory=list)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,6 +18,10 @@ from plait.evaluation.keys import Direction
 from plait.evaluation.outcome import Outcome
 from plait.inference.opinions import opinion_scores
 from plait.modalities.media import MEDIA
+
+MISTAKES_SHOWN = 12
+RIGHT_SHOWN = 6  # of each label
+LABELS_SHOWN = 10
 
 
 def _scores(eval_context: EvalContext, source: str, target: str, media: Media, labels: list[str]) -> np.ndarray:
@@ -67,6 +71,12 @@ class Recognised:
         """(N,) whether the answer is the right one."""
         return self.truth == self.predicted
 
+    @property
+    def confidence(self) -> np.ndarray:
+        """(N,) the probability of each answer among the labels."""
+        chances = np.exp(self.scores - self.scores.max(1, keepdims=True))
+        return (chances / chances.sum(1, keepdims=True)).max(1)
+
 
 @dataclass(frozen=True)
 class SimpleAnswers:
@@ -94,12 +104,11 @@ def evaluate_recognition(
     plain = metrics.classification(recognised.truth, simple.predicted, len(recognised.names)) if simple else None
     result = metrics.classification(recognised.truth, recognised.predicted, len(recognised.names))
     _keep_accuracy(eval_context, recognised, simple, plain.accuracy if plain else None)
-    _calibration(eval_context, recognised.direction, recognised.scores, recognised.right)
+    _calibration(eval_context, recognised)
     _keep_classes(eval_context, recognised, result, plain)
     confusion = Confusion(recognised.direction.arrow, recognised.names, result.confusion, result.f1)
     eval_context.findings.confusions.append(confusion)
-    said = np.array(recognised.names, object)[recognised.predicted]
-    _show_mistakes(eval_context, source, target, recognised.media, said, recognised.right)
+    _show_answers(eval_context, recognised)
 
 
 def _recognised(eval_context: EvalContext, source: str, target: str) -> Recognised | None:
@@ -255,10 +264,9 @@ def _keep_classes(
             eval_context.keep("recognition", direction, name, value, n=int(counts[i]), label=label)
 
 
-def _calibration(eval_context: EvalContext, direction: Direction, scores: np.ndarray, right: np.ndarray) -> None:
+def _calibration(eval_context: EvalContext, recognised: Recognised) -> None:
     """Whether answers are as often right as their probabilities among the labels say."""
-    chances = np.exp(scores - scores.max(1, keepdims=True))
-    believed = (chances / chances.sum(1, keepdims=True)).max(1)
+    direction, right, believed = recognised.direction, recognised.right, recognised.confidence
     value, mean, share, counts = metrics.calibration(believed, right)
     error = metrics.bootstrap(
         lambda rows: np.array([metrics.calibration(believed[row], right[row])[0] for row in rows]),
@@ -309,22 +317,59 @@ def _simple(
     return classifier.linear_scores(eval_context.raw_inputs(source, media)).argmax(1)
 
 
-def _show_mistakes(
-    eval_context: EvalContext, source: str, target: str, media: Media, said: np.ndarray, right: np.ndarray
-) -> None:
-    wrong = np.flatnonzero(~right)[:8]
+def _show_answers(eval_context: EvalContext, recognised: Recognised) -> None:
+    """Galleries of wrong and of right answers, the labels in turn."""
+    _show_mistakes(eval_context, recognised)
+    _show_right(eval_context, recognised)
+
+
+def _show_mistakes(eval_context: EvalContext, recognised: Recognised) -> None:
+    """Mistakes of each label in turn, of a label the surest first."""
+    wrong = np.flatnonzero(~recognised.right)
+    if not len(wrong):
+        return
+    confidence = recognised.confidence
+    surest = wrong[np.argsort(-confidence[wrong], kind="stable")]
     rows = [
         (
-            eval_context.preview_input(source, media, i),
+            eval_context.preview_input(recognised.source, recognised.media, i),
             [
-                ReportItem("truth", text=eval_context.texts[target][media.indices[i]]),
-                ReportItem("answer", text=said[i], right=False),
+                ReportItem("truth", text=recognised.names[recognised.truth[i]]),
+                ReportItem(
+                    f"answer, {confidence[i]:.0%} sure",
+                    text=recognised.names[recognised.predicted[i]],
+                    right=False,
+                ),
             ],
         )
-        for i in wrong
+        for i in in_turn(surest, recognised.truth[surest], MISTAKES_SHOWN)
     ]
+    note = (
+        f"{len(rows)} of the {len(wrong):,} wrong answers to {len(recognised.right):,} records: the labels in turn, of "
+        "each the surest first."
+    )
+    title = f"Wrong answers: {recognised.direction.arrow}"
+    eval_context.findings.galleries.append(Gallery(title, note, rows, GalleryKind.MISTAKES))
+
+
+def _show_right(eval_context: EvalContext, recognised: Recognised) -> None:
+    """Some right answers of each label, drawn by the seed."""
+    right = eval_context.shuffled(np.flatnonzero(recognised.right))
+    rows = []
+    for number in np.unique(recognised.truth[right])[:LABELS_SHOWN]:
+        places = right[recognised.truth[right] == number][:RIGHT_SHOWN]
+        shown = [eval_context.preview_input(recognised.source, recognised.media, i) for i in places]
+        rows.append((ReportItem(text=recognised.names[number]), [replace(one, right=True) for one in shown]))
     if rows:
-        note = f"The first {len(rows)} of {int((~right).sum())} in {len(right)}."
-        eval_context.findings.galleries.append(
-            Gallery(f"Mistakes: {source} → {target}", note, rows, GalleryKind.MISTAKES)
-        )
+        note = f"Some of the {int(recognised.right.sum()):,} right answers, by label."
+        title = f"Right answers: {recognised.direction.arrow}"
+        eval_context.findings.galleries.append(Gallery(title, note, rows, GalleryKind.RIGHT))
+
+
+def in_turn(places: np.ndarray, groups: np.ndarray, most: int) -> list[int]:
+    """At most so many of `places` (N,), one of each of `groups` (N,) in turn, each group in the order given."""
+    rank = np.zeros(len(places), np.int64)
+    for group in np.unique(groups):
+        members = groups == group
+        rank[members] = np.arange(members.sum())
+    return [int(i) for i in places[np.argsort(rank, kind="stable")][:most]]

@@ -9,7 +9,6 @@ from plait.evaluation.metrics import interval
 from plait.evaluation.outcome import Outcome
 
 FEWEST = 50  # records below which more of them help before anything else
-FEW = 200  # records below which a verdict shows the 95 % interval in place of a standard error
 
 
 def make_verdict(outcomes: list[Outcome]) -> Verdict | None:
@@ -45,17 +44,16 @@ def _number(outcome: Outcome, value: float) -> str:
 
 
 def _figure(outcome: Outcome) -> str:
-    error = ""
-    if outcome.stderr is not None and not math.isnan(outcome.stderr):
-        error = f" ± {outcome.stderr * 100:.1f}" if outcome.share else f" ± {outcome.stderr:.2g}"
-        if outcome.share and outcome.n < FEW:
-            low, high = interval(outcome.value, outcome.stderr, outcome.n, is_share=True)
-            error = f" ({low:.0%} to {high:.0%})"
-    return f"{_number(outcome, outcome.value)}{error} {outcome.figure}"
+    return f"{_number(outcome, outcome.value)} {outcome.figure}"
 
 
 def _of(outcome: Outcome) -> str:
-    return f" ({outcome.subject}, {outcome.n:,} records)"
+    """What was asked, of how many records, and the 95 % interval of the figure."""
+    likely = ""
+    if outcome.stderr is not None and not math.isnan(outcome.stderr):
+        low, high = interval(outcome.value, outcome.stderr, outcome.n, outcome.share)
+        likely = f", likely {low:.1%} to {high:.1%}" if outcome.share else f", likely {low:.3g} to {high:.3g}"
+    return f" ({outcome.subject}, {outcome.n:,} {outcome.unit}{likely})"
 
 
 def _next(outcome: Outcome) -> str:

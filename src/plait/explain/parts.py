@@ -30,7 +30,7 @@ class Sampled(Protocol):
 
     def spot(self, sample: np.ndarray, row: int, column: int) -> str: ...
 
-    def marked(self, sample: np.ndarray, weights: np.ndarray) -> PILImage.Image: ...
+    def marked(self, sample: np.ndarray, weights: np.ndarray | None) -> PILImage.Image: ...
 
 
 @dataclass
@@ -123,6 +123,10 @@ class Grid:
     def marked(self, weights: np.ndarray) -> PILImage.Image:
         """The sample as an image, marked by weights (count,) in [-1, 1]."""
         return self.modality.marked(self.sample, weights[self.cells])
+
+    def unmarked(self) -> PILImage.Image:
+        """The sample as an image, as the model reads it."""
+        return self.modality.marked(self.sample, None)
 
 
 Part = Words | Grid

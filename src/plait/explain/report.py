@@ -86,18 +86,12 @@ def _png(image: PILImage.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _maps(found: Explanation) -> list[tuple[str, PILImage.Image]]:
-    """The marked images of an explanation, each with its name."""
-    maps = [
-        (part.name, part.marked(_shares(weights, found.weights)))
-        for part, weights in zip(found.parts, found.weights, strict=False)
-        if isinstance(part, Grid)
-    ]
-    if found.regions is not None and found.written is not None:
-        maps.append((f"made: {found.written.name}", found.written.marked(np.zeros(found.written.count))))
-        for word, lost in zip(found.region_words, found.regions, strict=True):
-            maps.append((f"“{word}”", _region(found, lost)))
-    return maps
+def _made(found: Explanation) -> list[tuple[str, PILImage.Image]]:
+    """What was made, and the same marked for each word that it was made for, each with its name."""
+    if found.regions is None or found.written is None:
+        return []
+    marked = [(f"“{word}”", _region(found, lost)) for word, lost in zip(found.region_words, found.regions, strict=True)]
+    return [(f"made: {found.written.name}", found.written.unmarked()), *marked]
 
 
 def _region(found: Explanation, lost: np.ndarray) -> PILImage.Image:
@@ -106,6 +100,28 @@ def _region(found: Explanation, lost: np.ndarray) -> PILImage.Image:
     written = found.written
     places = cells((written.sample.shape[0], written.sample.shape[1]), found.region_grid)
     return written.modality.marked(written.sample, _shares(lost, [found.regions])[places])
+
+
+GAP = 12  # pixels between what stands side by side
+WIDEST = 1000  # pixels that a row of two images has at most
+
+
+def _beside(part: Grid, marked: PILImage.Image) -> PILImage.Image:
+    """What the model read, and the same marked: side by side, or below one another where they are wide."""
+    return _arranged([part.unmarked(), marked], in_a_row=2 * marked.width <= WIDEST)
+
+
+def _arranged(images: list[PILImage.Image], in_a_row: bool) -> PILImage.Image:
+    """Images in a row, or in a column."""
+    if in_a_row:
+        size = (sum(one.width for one in images) + GAP * (len(images) - 1), max(one.height for one in images))
+    else:
+        size = (max(one.width for one in images), sum(one.height for one in images) + GAP * (len(images) - 1))
+    canvas, place = PILImage.new("RGB", size, "white"), 0
+    for one in images:
+        canvas.paste(one, (place, 0) if in_a_row else (0, place))
+        place += (one.width if in_a_row else one.height) + GAP
+    return canvas
 
 
 def _line(words: list[str], shares: np.ndarray, width: int = 640) -> PILImage.Image:
@@ -131,23 +147,32 @@ def _colour(share: float) -> tuple[int, int, int]:
 
 
 def as_png(explanation: Explanation) -> bytes:
-    """All marked parts below one another."""
-    images = [image for _, image in _maps(explanation)]
+    """The answer, all marked parts, each beside what it was, and what the colours mean, below one another."""
+    answer = (
+        f"{explanation.answer}: {explanation.measure} {explanation.score:.3f}, probability {explanation.chance:.3f}"
+    )
+    images = [_text(answer)]
     for part, weights in zip(explanation.parts, explanation.weights, strict=False):
+        shares = _shares(weights, explanation.weights)
         if isinstance(part, Words):
-            images.append(_line(part.words, _shares(weights, explanation.weights)))
-    if not images:  # the logit lens
-        rows = [
-            f"{layer['layer']:3}  {layer['chance']:.3f}  {layer['likeliest'][0][0]}" for layer in explanation.layers
-        ]
-        images = [_line([row], np.zeros(1)) for row in rows]
-    wide = max(image.width for image in images)
-    canvas = PILImage.new("RGB", (wide, sum(image.height + 8 for image in images)), "white")
-    y = 0
-    for image in images:
-        canvas.paste(image, (0, y))
-        y += image.height + 8
-    return _png(canvas)
+            images.append(_line(part.words, shares))
+        else:
+            images.append(_beside(part, part.marked(shares)))
+    images += [image for name, image in _made(explanation)]
+    for layer in explanation.layers:
+        images.append(_text(f"{layer['layer']:3}  {layer['chance']:.3f}  {layer['likeliest'][0][0]}"))
+    if explanation.parts:
+        images.append(_text("red speaks for the answer, blue against it", size=14))
+    return _png(_arranged(images, in_a_row=False))
+
+
+def _text(text: str, size: int = 20) -> PILImage.Image:
+    """A line of text as an image."""
+    font = ImageFont.load_default(size)
+    width = int(font.getlength(text)) + 16
+    image = PILImage.new("RGB", (width, size + 10), "white")
+    ImageDraw.Draw(image).text((8, 3), text, fill="black", font=font)
+    return image
 
 
 # --- the page ---------------------------------------------------------------------------------------------------
@@ -156,15 +181,14 @@ def as_png(explanation: Explanation) -> bytes:
 def as_html(found: Explanation) -> str:
     """A self-contained page."""
     measure = f"{found.measure} {found.score:.3f}"
-    regions = _maps(found)[-len(found.region_words) - 1 :] if found.regions is not None else []
     return render(
         "explain/explanation.html",
         title="Why: " + found.answer,
-        summary=f"{found.method} · why “{found.answer}” · {measure} · chance {found.chance:.3f}",
+        summary=f"{found.method} · why “{found.answer}” · {measure} · probability {found.chance:.3f}",
         warnings=found.warnings,
         measure=found.measure,
         parts=[_part(found, part, weights) for part, weights in zip(found.parts, found.weights, strict=False)],
-        made=[(name, _png(image)) for name, image in regions],
+        made=[(name, _png(image)) for name, image in _made(found)],
         lost=[(name, f"{lost:+.3f}") for name, lost in found.lost.items()],
         layers=[_layer(layer) for layer in found.layers],
         areas=_areas(found),
@@ -182,7 +206,7 @@ def _part(found: Explanation, part: Part, weights: np.ndarray) -> dict[str, Any]
     if isinstance(part, Words):
         words = [_word(word, float(share)) for word, share in zip(part.words, shares, strict=True)]
         return {"name": part.name, "words": words, "image": b"", "strongest": strongest}
-    return {"name": part.name, "words": [], "image": _png(part.marked(shares)), "strongest": strongest}
+    return {"name": part.name, "words": [], "image": _png(_beside(part, part.marked(shares))), "strongest": strongest}
 
 
 def _word(word: str, share: float) -> tuple[str, str, str]:

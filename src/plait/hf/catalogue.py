@@ -97,7 +97,7 @@ def _model(place: Path, name: str) -> LocalModel | None:
         model_type=str(config["model_type"]),
         bytes=sum(file.stat().st_size for file in files),
         parameters=parameters_of(place),
-        licence=_licence(place),
+        licence=licence_of(place),
         verbs=_verbs(place, config, writes, encodes),
         encodes=encodes,
         writes=writes,
@@ -131,7 +131,8 @@ def _verbs(place: Path, config: dict[str, Any], writes: bool, encodes: str | Non
     return () if encodes is None else (*first[encodes], HEAD)
 
 
-def _licence(place: Path) -> str:
+def licence_of(place: Path) -> str:
+    """The licence that the card in a model's folder names, "" where there is none."""
     match = re.search(r"^license:\s*(\S+)", _text(place / "README.md").partition("\n---")[0], re.MULTILINE)
     return match[1] if match else ""
 

@@ -18,11 +18,14 @@ from plait.core.errors import PlaitError
 from plait.modalities.audio import FLOOR, SILENCE, AudioSettings, mel_filters
 from plait.modalities.base import MediaModality
 from plait.modalities.recogniser import Recogniser
-from plait.modalities.simple_features import BINS, CELL, CEPSTRA, COLOUR_GRID, SEGMENTS, SIDE, STRIDE
+from plait.modalities.simple_features import BINS, CELL, CEPSTRA, COLOUR_GRID, EMPTY, SEGMENTS, SIDE, STRIDE
 
 
 class ImageFeatures(nn.Module):
-    """`modalities.simple_features.image_features` of images (N, H, W, C) from 0 to 1: (N, F)."""
+    """`modalities.simple_features.image_features` of images (N, H, W, C) from 0 to 255: (N, F).
+
+    Up to the choice of a channel it computes in the same order, so that both choose the same; see there.
+    """
 
     def __init__(self, height: int, width: int, channels: int) -> None:
         super().__init__()
@@ -38,21 +41,26 @@ class ImageFeatures(nn.Module):
             )
         self.rows: Tensor
         self.columns: Tensor
+        self.brightest = float(255 * self.block**2)
         self.register_buffer("rows", grids[0])  # (R, H) means of stripes
         self.register_buffer("columns", grids[1])
 
     def forward(self, values: Tensor) -> Tensor:
         height, width = self.height * self.block, self.width * self.block
         x = values[:, :height, :width].permute(0, 3, 1, 2)
-        x = F.avg_pool2d(x, self.block) if self.block > 1 else x
-        return torch.cat((self._gradients(x), self._colours(x)), 1)
+        if self.block > 1:
+            x = x.unflatten(3, (self.width, self.block)).unflatten(2, (self.height, self.block)).sum((3, 5))
+        return torch.cat((self._gradients(x), self._colours(x / self.brightest)), 1)
 
     def _gradients(self, x: Tensor) -> Tensor:
         down, right = _slope(x, 2), _slope(x, 3)
-        strongest = (down.square() + right.square()).argmax(1, keepdim=True)
+        strongest = (down * down + right * right).argmax(1, keepdim=True)
         down, right = (one.gather(1, strongest)[:, 0] for one in (down, right))
-        size = (down.square() + right.square()).sqrt()
-        angle_bin = torch.remainder(torch.atan2(down, right), math.pi) * (BINS / math.pi)
+        size = (down * down + right * right).sqrt() / self.brightest
+        upright = right == 0  # ONNX has no atan2, and its replacement is not a number where there is no gradient
+        angle_bin = torch.atan(down / torch.where(upright, torch.ones_like(right), right))
+        angle_bin = torch.where(upright, torch.full_like(angle_bin, math.pi / 2), angle_bin)
+        angle_bin = torch.remainder(angle_bin, math.pi) * (BINS / math.pi)
         low, share = angle_bin.floor(), angle_bin - angle_bin.floor()
         bins = torch.arange(BINS)[None, :, None, None]
         first = (torch.remainder(low, BINS)[:, None] == bins) * (size * (1 - share))[:, None]
@@ -61,11 +69,12 @@ class ImageFeatures(nn.Module):
         cells = cells.permute(0, 2, 3, 1)
         for _ in range(2):
             cells = (cells / (cells.square().sum(-1, keepdim=True).sqrt() + 0.05)).clamp(max=0.4)
-        return cells.clamp(min=0).sqrt().flatten(1)
+        return ((cells.clamp(min=0) + EMPTY).sqrt() - math.sqrt(EMPTY)).flatten(1)
 
     def _colours(self, x: Tensor) -> Tensor:
         mean = self.rows @ x @ self.columns.t()  # (N, C, R, S)
-        spread = (self.rows @ x.square() @ self.columns.t() - mean.square()).clamp(min=0).sqrt()
+        away = x - (self.rows > 0).float().t() @ mean @ (self.columns > 0).float()
+        spread = (self.rows @ away.square() @ self.columns.t()).sqrt()
         features = [one.permute(0, 2, 3, 1).flatten(1) for one in (mean, spread)]
         if self.channels == 3:
             red, green, blue = (x * 3.999).floor().unbind(1)
@@ -107,8 +116,8 @@ class LogMelGraph(nn.Module):
         wave = waveform * (torch.arange(waveform.shape[1])[None] < count)
         level = (wave.square().sum(1, keepdim=True) / count).sqrt().clamp(min=1e-5)
         least = torch.maximum(count, torch.tensor(s.fft // 2 + 1))  # short ones are filled up before they are mirrored
-        places = torch.arange(s.frames * s.hop + s.fft)[None] - s.fft // 2
-        places = (least - 1) - ((least - 1) - places.abs()).abs()  # mirrored at both ends
+        places = _distance(torch.arange(s.frames * s.hop + s.fft)[None] - s.fft // 2)
+        places = (least - 1) - _distance((least - 1) - places)  # mirrored at both ends
         room = F.pad(wave, (0, s.fft)) * (0.1 / level)
         mirrored = room.gather(1, places.clamp(min=0, max=room.shape[1] - 1))
         margin = (s.fft - s.window) // 2
@@ -118,6 +127,11 @@ class LogMelGraph(nn.Module):
         frames = torch.div(least[:, 0], s.hop, rounding_mode="floor") + 1
         scaled = (mel.clamp(min=FLOOR).log() - math.log(FLOOR)) / 6 + SILENCE
         return scaled.half().float(), frames.clamp(max=s.frames)
+
+
+def _distance(x: Tensor) -> Tensor:
+    """|x| of integers, for which LiteRT has no operation."""
+    return torch.maximum(x, -x)
 
 
 class AudioFeatures(nn.Module):
@@ -198,7 +212,8 @@ class ClassifierGraph(nn.Module):
         if (self.mixture.slope, self.mixture.offset) == (1.0, 0.0):
             return chances
         top = chances.amax(1, keepdim=True)
-        first = torch.nn.functional.one_hot(chances.argmax(1), chances.shape[1]).to(chances.dtype)
+        labels = torch.arange(chances.shape[1], device=chances.device)[None]
+        first = (chances.argmax(1, keepdim=True) == labels).to(chances.dtype)
         others = chances * (1 - first)
         other_mass = others.sum(1, keepdim=True).clamp_min(1e-30)
         top_probability = (self.mixture.slope * (top.log() - other_mass.log()) + self.mixture.offset).sigmoid()
@@ -219,7 +234,7 @@ class ClassifierGraph(nn.Module):
         return torch.stack([think(*view) for view in views]).mean(0)
 
     def _linear(self, values: Tensor, lengths: Tensor) -> Tensor:
-        rows = self.features(values, lengths) if self.timed else self.features(values / 255)
+        rows = self.features(values, lengths) if self.timed else self.features(values)
         rows = (rows - self.get_buffer("mean")) / self.get_buffer("scale")
         return rows @ self.get_buffer("weights") + self.get_buffer("bias")
 

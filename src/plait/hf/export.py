@@ -36,16 +36,25 @@ MIN_P = 0.02  # of the likeliest id's probability: what plain sampling leaves ou
 # --- a folder of our own --------------------------------------------------------------------------------------------
 
 
-def export_folder(checkpoint: Checkpoint, folder: Path) -> None:
+def export_folder(checkpoint: Checkpoint, folder: Path, run_card: str = "") -> None:
     """Write a checkpoint for use alone, readable for every user of the machine: no state of training, and no codecs of
-    media that the model never writes. Raises PlaitError where the folder cannot be written."""
+    media that the model never writes; `run_card` joins its README. Raises PlaitError where the folder cannot be
+    written."""
     must_be_free(folder)
     unused = tuple(f"modalities.{name}.codec." for name in checkpoint.model.config.read_only)
     tensors = {name: value for name, value in checkpoint.model.state_dict().items() if not name.startswith(unused)}
-    save(checkpoint, folder, tensors)
+    save(checkpoint, folder, tensors, lambda written: add_to_card(written, run_card))
     folder.chmod(0o755)
     for file in folder.iterdir():
         file.chmod(0o644)
+
+
+def add_to_card(folder: Path, more: str) -> None:
+    """Add to the README of an export; one that has none gets it."""
+    if more:
+        path = folder / "README.md"
+        before = path.read_text(encoding="utf-8") + "\n" if path.is_file() else ""
+        write_atomic(path, before + more)
 
 
 # --- transformers -----------------------------------------------------------------------------------------------

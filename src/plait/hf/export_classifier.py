@@ -1,13 +1,17 @@
-"""A whole classifier as one ONNX file with an example page: pixels or a waveform in, labels out.
+"""A whole classifier as one file for other programs: pixels or a waveform in, labels out.
 
-`classifier.onnx` runs in browsers (onnxruntime-web), on phones (onnxruntime-mobile) and everywhere else; what it reads
-and writes is told in `classifier.json`, and for people in `README.md`.
+`classifier.onnx` runs in browsers (onnxruntime-web; an example page lies beside it), on phones and everywhere else,
+`classifier.tflite` with LiteRT; what they read and write is told in `classifier.json`, and for people in `README.md`.
 """
 
 from __future__ import annotations
 
 import logging
+import shutil
+import tempfile
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,8 @@ from torch import Tensor
 from plait.classifiers.classifier import Classifier
 from plait.core.dist import import_extra
 from plait.core.errors import PlaitError
-from plait.core.files import publish_folder, write_atomic, write_json
+from plait.core.files import publish_folder, read_json, write_atomic, write_json
+from plait.hf import tflite
 from plait.hf.classifier_graph import ClassifierGraph
 from plait.hf.export import must_be_free
 from plait.inference.model import PlaitModel
@@ -30,7 +35,8 @@ from plait.model.checkpoint import model_card
 
 TOLERANCE = 1e-3  # of a probability
 OPSET = 17
-CASES = 4  # inputs made of noise that are compared
+OUTPUTS = ["probabilities", "ood_score"]
+CASES = 6  # inputs that are compared: noise, some of it beside flat areas or silence, and one flat or silent alone
 
 
 def exportable(model: PlaitModel) -> Classifier | None:
@@ -60,21 +66,57 @@ def export_classifier(model: PlaitModel, classifier: Classifier, folder: Path) -
     rng = np.random.default_rng(0)
     with publish_folder(folder) as temporary:
         file = temporary / "classifier.onnx"
-        _trace(graph, _inputs(modality, _noise(modality, rng)), file)
+        _trace(graph, _inputs(modality, _noise(modality, rng, 0)), file)
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
         worst = 0.0
-        for _ in range(CASES):
-            raw = _noise(modality, rng)
+        for case in range(CASES):
+            raw = _noise(modality, rng, case)
             graph_inputs = {name: value.numpy() for name, value in _inputs(modality, raw).items()}
-            probabilities, _ = session.run(["probabilities", "ood_score"], graph_inputs)
-            worst = max(worst, float(np.abs(probabilities - _ours(model, classifier, raw)).max()))
+            probabilities, _ = session.run(OUTPUTS, graph_inputs)
+            difference = np.abs(probabilities - _ours(model, classifier, raw)).max()
+            worst = float(np.maximum(worst, difference))  # which keeps what is no number
         if not worst <= TOLERANCE:
             raise PlaitError(
                 f"The ONNX classifier's probabilities differ by {worst:.2g} from ours; nothing was written."
             )
         write_json(temporary / "classifier.json", facts)
-        write_atomic(temporary / "README.md", _card(model, classifier, facts))
+        write_atomic(temporary / "README.md", _card(model, classifier, facts, ONNX_USE))
         write_atomic(temporary / "index.html", files("plait.hf").joinpath("templates/classifier.html").read_bytes())
+    return worst
+
+
+def export_classifier_tflite(
+    model: PlaitModel, classifier: Classifier, folder: Path, tell: Callable[[str], None] = lambda line: None
+) -> float:
+    """Write the LiteRT file, what it reads and a card; it is run by LiteRT's interpreter and compared with ours.
+
+    Returns the largest difference of a probability. Raises PlaitError where the environment cannot be made or the
+    conversion fails (see `tflite`), the difference is above 1e-3 or the folder cannot be written.
+    """
+    must_be_free(folder)
+    modality = model.modality(classifier.source)
+    graph = ClassifierGraph(classifier, modality).cpu().eval()
+    rng = np.random.default_rng(0)
+    raws = [_noise(modality, rng, case) for case in range(CASES)]
+    inputs = [_inputs(modality, raw) for raw in raws]
+    place = tflite.environment(tell)
+    with tempfile.TemporaryDirectory(prefix="plait-tflite-") as scratch:
+        work = Path(scratch)
+        cases = {name: torch.stack([one[name] for one in inputs]) for name in inputs[0]}
+        tflite.hand_over_graph(graph, cases, OUTPUTS, work)
+        tell("Converting.")
+        probabilities = tflite.convert(place, work)["probabilities"]
+        ours = np.stack([_ours(model, classifier, raw) for raw in raws])
+        worst = float(np.abs(probabilities - ours).max())
+        if not worst <= TOLERANCE:
+            raise PlaitError(
+                f"The TFLite classifier's probabilities differ by {worst:.2g} from ours; nothing was written."
+            )
+        facts = {**_facts(classifier, modality), "inputs": read_json(work / "inputs.json")}
+        with publish_folder(folder) as temporary:
+            shutil.copyfile(work / "model.tflite", temporary / "classifier.tflite")
+            write_json(temporary / "classifier.json", facts)
+            write_atomic(temporary / "README.md", _card(model, classifier, facts, LITERT_USE))
     return worst
 
 
@@ -97,13 +139,16 @@ def _facts(classifier: Classifier, modality: MediaModality) -> dict[str, Any]:
     return {**shared, **{name: getattr(settings, name) for name in names}}
 
 
-def _noise(modality: MediaModality, rng: np.random.Generator) -> Any:
-    """An input of noise, as `windows` reads it."""
+def _noise(modality: MediaModality, rng: np.random.Generator, case: int) -> Any:
+    """An input of noise, as `windows` reads it: whole, from the middle on, or none of it where all is flat."""
     settings: Any = modality.settings
     if modality.variable_length:
         count = int(settings.rate * settings.seconds * rng.uniform(0.3, 0.95))
-        return rng.normal(0, 0.1, count).astype(np.float32), settings.rate
+        wave = rng.normal(0, 0.1, count).astype(np.float32)
+        wave[: count * (case % 3) // 2] = 0
+        return wave, settings.rate
     pixels = rng.integers(0, 256, (settings.size, settings.size, settings.channels), dtype=np.uint8)
+    pixels[: settings.size * (case % 3) // 2] = pixels[0, 0]
     return pixels[..., 0] if settings.channels == 1 else pixels
 
 
@@ -131,7 +176,7 @@ def _trace(graph: ClassifierGraph, inputs: dict[str, Tensor], file: Path) -> Non
                 dynamo=False,
                 opset_version=OPSET,
                 input_names=list(inputs),
-                output_names=["probabilities", "ood_score"],
+                output_names=OUTPUTS,
             )
     except (RuntimeError, TypeError) as error:
         raise PlaitError(f"torch {torch.__version__} cannot export this classifier to ONNX: {error}") from error
@@ -139,7 +184,35 @@ def _trace(graph: ClassifierGraph, inputs: dict[str, Tensor], file: Path) -> Non
         quiet.setLevel(level)
 
 
-def _card(model: PlaitModel, classifier: Classifier, facts: dict[str, Any]) -> str:
+@dataclass(frozen=True)
+class Use:
+    """A form of export: its file, and how it is used."""
+
+    file: str
+    how: str
+
+
+ONNX_USE = Use(
+    "classifier.onnx",
+    "`index.html` is an example page: serve this folder (`python -m http.server`) and open it. onnxruntime-web is "
+    "fetched\nfrom its public address, or put into the folder `ort` beside it. A browser scales and resamples "
+    "otherwise than Plait,\nso answers to files of another size or rate may differ a little.",
+)
+LITERT_USE = Use(
+    "classifier.tflite",
+    "With LiteRT (Android, iOS, Python: `pip install ai-edge-litert`); the types of inputs are in `inputs` of "
+    "`classifier.json`:\n\n"
+    "```python\n"
+    "from ai_edge_litert.interpreter import Interpreter\n\n"
+    'run = Interpreter("classifier.tflite").get_signature_runner()\n'
+    "answer = run(pixels=pixels)  # of audio: waveform=..., samples=...\n"
+    'print(answer["probabilities"], answer["ood_score"])\n'
+    "```\n\n"
+    "Images have to be scaled, and audio resampled, as `classifier.json` says before.",
+)
+
+
+def _card(model: PlaitModel, classifier: Classifier, facts: dict[str, Any], use: Use) -> str:
     """What the file is, what it reads, how good it is, and what it was made of."""
     used = ", ".join(classifier.portable.used) if classifier.portable else ""
     if "rate" in facts:
@@ -156,7 +229,7 @@ def _card(model: PlaitModel, classifier: Classifier, facts: dict[str, Any]) -> s
     return f"""{model_card(model.checkpoint)}
 ## This export
 
-`classifier.onnx` says which `{classifier.target}` a `{classifier.source}` has, of {count} labels. It reads {reads}.
+`{use.file}` says which `{classifier.target}` a `{classifier.source}` has, of {count} labels. It reads {reads}.
 It writes `probabilities` (1, {count}) in the order of `labels` in `classifier.json`, and `ood_score` (1,): above
 {facts["threshold"]:g} the opinions are less sure than of nearly all validation records: the answer is none of these.
 (Plait itself also asks how unlike the training records an input lies.)
@@ -164,7 +237,7 @@ It writes `probabilities` (1, {count}) in the order of `labels` in `classifier.j
 It asks: {used}. On the {classifier.records} validation records by which it was calibrated {by_these:.1%} are right
 ({by_all:.1%} with all opinions that `plait classify` asks; always the most frequent label: {classifier.guess:.1%}).
 
-`index.html` is an example page: serve this folder (`python -m http.server`) and open it. onnxruntime-web is fetched
-from its public address, or put into the folder `ort` beside it. A browser scales and resamples otherwise than Plait,
-so answers to files of another size or rate may differ a little. The data's licence is that of its owner's files.
+{use.how}
+
+The data's licence is that of its owner's files.
 """

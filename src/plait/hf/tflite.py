@@ -1,8 +1,9 @@
-"""The text-and-codes backbone as a LiteRT (TensorFlow Lite) graph.
+"""Networks as LiteRT (TensorFlow Lite) graphs: the text-and-codes backbone here, whole classifiers in
+`export_classifier`.
 
 litert-torch brings its own versions of much that we use, so it lives in an environment of its own, made at the first
-export. This process traces the backbone and hands over the program in a file; `tflite_worker.py`, run there, converts
-it and runs what came out, and this process compares the logits. Nothing of LiteRT is imported here.
+export. This process traces a network and hands over the program in a file; `tflite_worker.py`, run there, converts
+it and runs what came out, and this process compares the outputs. Nothing of LiteRT is imported here.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from plait.core.device import exact_products
 from plait.core.errors import PlaitError
@@ -52,8 +54,7 @@ def export_tflite(
         work = Path(scratch)
         expected = hand_over(checkpoint, length, work)
         tell("Converting.")
-        convert(place, work)
-        logits = np.load(work / "logits.npy")
+        logits = convert(place, work)["logits"]
         worst = float(np.abs(logits - expected).max()) if logits.shape == expected.shape else float("inf")
         if not worst <= TOLERANCE:
             raise PlaitError(f"The TFLite model's logits differ by {worst:.2g} from ours; nothing was written.")
@@ -68,24 +69,40 @@ def export_tflite(
 
 
 def hand_over(checkpoint: Checkpoint, length: int, work: Path) -> np.ndarray:
-    """Write what the worker reads: `program.pt2`, the traced backbone with whole rows, and `ids.npy` (cases, length).
+    """Write what the worker reads: the traced backbone with whole rows, and ids of a few cases.
 
-    Returns our logits (cases, length, V) for those.
+    Returns our logits (cases, 1, length, V) for those.
     """
     model = checkpoint.model
     size = exported_size(model.vocabulary)
     place, training = next(model.parameters()).device, model.training
     ids = torch.randint(size, (CASES, length), generator=torch.Generator().manual_seed(0))
     try:
-        plain = Logits(model, size).cpu().eval()
-        with torch.no_grad(), exact_products(torch.device("cpu")):
-            program = torch.export.export(plain, (ids[:1],), strict=False)
-            torch.export.save(program, work / "program.pt2")
-            expected = torch.cat([plain(row[None]) for row in ids]).numpy()
+        backbone = Logits(model, size).cpu().eval()
+        return hand_over_graph(backbone, {"input_ids": ids[:, None]}, ["logits"], work)["logits"]
     finally:
         model.to(place).train(training)
-    np.save(work / "ids.npy", ids.numpy().astype(np.int32))
-    return expected
+
+
+def hand_over_graph(
+    network: torch.nn.Module, cases: dict[str, Tensor], outputs: list[str], work: Path
+) -> dict[str, np.ndarray]:
+    """Write what the worker reads of a network: its program, and inputs by name, (cases, ...) each.
+
+    Returns our outputs by name, (cases, ...) each. Raises PlaitError where torch cannot trace it.
+    """
+    rows = list(zip(*cases.values(), strict=True))
+    with torch.no_grad(), exact_products(torch.device("cpu")):
+        try:
+            program = torch.export.export(network, rows[0], strict=False)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise PlaitError(f"torch {torch.__version__} cannot trace this network: {error}") from error
+        torch.export.save(program, work / "program.pt2")
+        results = [network(*row) for row in rows]
+    np.savez(work / "cases.npz", **{name: values.numpy() for name, values in cases.items()})  # type: ignore[arg-type]
+    write_json(work / "graph.json", {"inputs": list(cases), "outputs": outputs})
+    columns = zip(*(one if isinstance(one, tuple) else (one,) for one in results), strict=True)
+    return {name: torch.stack(column).numpy() for name, column in zip(outputs, columns, strict=True)}
 
 
 # --- the environment --------------------------------------------------------------------------------------------
@@ -160,8 +177,9 @@ def why(output: str) -> str:
     return f"The environment could not be made: {last}"
 
 
-def convert(place: Path, work: Path) -> None:
-    """Run the worker there on what `hand_over` wrote; it adds `model.tflite` and `logits.npy` (cases, length, V).
+def convert(place: Path, work: Path) -> dict[str, np.ndarray]:
+    """Run the worker there on what `hand_over_graph` wrote; it adds `model.tflite`. Returns the outputs of LiteRT's
+    interpreter by name, (cases, ...) each.
 
     Raises PlaitError where the environment is broken (and how to remake it) or litert-torch refuses the program.
     """
@@ -185,3 +203,5 @@ def convert(place: Path, work: Path) -> None:
             (line.strip() for line in reversed(process.stderr.splitlines()) if line.strip()), "nothing was said"
         )
         raise PlaitError(f"The environment {place} failed (exit code {process.returncode}): {last} {remake}")
+    with np.load(work / "results.npz") as results:
+        return dict(results)

@@ -1,7 +1,8 @@
 """Run by the environment of `tflite.py`, which has litert-torch and nothing of ours: `python tflite_worker.py FOLDER`.
 
-Reads `program.pt2` and `ids.npy`, writes `model.tflite`, `logits.npy` of LiteRT's interpreter, and `outcome.json`: {},
-or what was `missing` here or `refused`.
+Reads `program.pt2`, `graph.json` (names of inputs and outputs, in their order) and `cases.npz` (each input for a few
+cases, (cases, ...)); writes `model.tflite`, `results.npz` of LiteRT's interpreter (each output, (cases, ...)), and
+`outcome.json`: {}, or what was `missing` here or `refused`.
 """
 
 import json
@@ -18,26 +19,36 @@ def main(folder: Path) -> dict[str, str]:
         from ai_edge_litert.interpreter import Interpreter
     except Exception as error:  # a half-installed package fails in many ways
         return {"missing": f"{type(error).__name__}: {error}"}
+    names = json.loads((folder / "graph.json").read_text())
+    inputs, outputs = names["inputs"], names["outputs"]
 
     class Named(torch.nn.Module):
-        """Gives the graph's input and output their names."""
+        """Gives the graph's inputs and outputs their names."""
 
         def __init__(self, program: torch.nn.Module) -> None:
             super().__init__()
             self.program = program
 
-        def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {"logits": self.program(input_ids)}
+        def forward(self, **named: torch.Tensor) -> dict[str, torch.Tensor]:
+            found = self.program(*(named[name] for name in inputs))
+            return dict(zip(outputs, found if isinstance(found, tuple) else (found,), strict=True))
 
-    ids = np.load(folder / "ids.npy")
+    with np.load(folder / "cases.npz") as stored:
+        cases = {name: stored[name] for name in inputs}
     try:
         module = Named(torch.export.load(folder / "program.pt2").module())
-        example = {"input_ids": torch.from_numpy(ids[:1]).long()}
+        example = {name: torch.from_numpy(values[0]) for name, values in cases.items()}
         litert_torch.convert(module, sample_kwargs=example).export(str(folder / "model.tflite"))
     except Exception as error:
         return {"refused": f"{type(error).__name__}: {error}"[:600]}
     run = Interpreter(model_path=str(folder / "model.tflite")).get_signature_runner()
-    np.save(folder / "logits.npy", np.concatenate([run(input_ids=row[None])["logits"] for row in ids]))
+    dtypes = {name: detail["dtype"] for name, detail in run.get_input_details().items()}
+    results = []
+    for case in range(len(cases[inputs[0]])):
+        results.append(run(**{name: values[case].astype(dtypes[name]) for name, values in cases.items()}))
+    np.savez(folder / "results.npz", **{name: np.stack([result[name] for result in results]) for name in outputs})  # type: ignore[arg-type]
+    types = {name: np.dtype(dtype).name for name, dtype in dtypes.items()}
+    (folder / "inputs.json").write_text(json.dumps(types))
     return {}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,8 +16,9 @@ from plait.data.dataset import Dataset
 from plait.evaluation.findings import Findings
 from plait.evaluation.keys import TIMING, Direction, MetricKey, Metrics
 from plait.evaluation.metrics import interval
+from plait.library.model_cards import write_card
 from plait.library.runs import Run
-from plait.reports.metric_labels import metric_labels
+from plait.reports.metric_labels import headline_keys
 from plait.reports.report import read_run, write_metrics, write_report
 from plait.training.parts import training_seconds
 
@@ -95,15 +96,13 @@ class Evaluation(Mapping[str, Metric]):
         columns = {field: [getattr(self[name], field) for name in self] for field in Metric._fields}
         return data_frame(columns, list(self), "metric")
 
+    def headline_keys(self) -> list[MetricKey]:
+        """The names of the main figures."""
+        return headline_keys(self._metrics)
+
     def headlines(self) -> dict[str, dict[str, Any]]:
-        """The main figures, as `to_dict` has them: at most two of each task and direction."""
-        counts: Counter[tuple[str, Direction]] = Counter()
-        chosen = {}
-        for key in filter(metric_labels().is_headline, self._metrics):
-            counts[key.task, key.direction] += 1
-            if counts[key.task, key.direction] <= 2:
-                chosen[str(key)] = self[key]._asdict()
-        return chosen
+        """The main figures, as `to_dict` has them."""
+        return {str(key): self[key]._asdict() for key in self.headline_keys()}
 
     def main(self) -> list[str]:
         """The names of the figures of whole tasks, without those of single labels and times."""
@@ -182,17 +181,25 @@ def evaluate(
         metrics = measure_head(loaded, dataset, split, limit)
         add_intervals(metrics)
         write_metrics(folder / "metrics.json", metrics)
+        if own_test:
+            write_card(folder, metrics)
         return Evaluation(folder, split, metrics, Findings())
     model = loaded.plait_model
     if model is None:
         raise PlaitError(f"{folder} is no model that plait trained; evaluation needs a run.")
     with ProgressBar(progress) as bar:
+        begun = time.perf_counter()
         fold_metrics = by_folds(model, dataset, folder, folds, seed, device, bar) if own_test and folds != 0 else {}
+        fold_seconds = time.perf_counter() - begun
         seconds = training_seconds(Run(folder).metadata) if alternatives == "all" else None
         metrics, findings = _measure(model, dataset, split, limit, reference_seconds, seconds, seed, bar, fold_metrics)
+    if fold_metrics:
+        metrics.keep(MetricKey(TIMING, Direction("folds"), "seconds"), fold_seconds)
     add_intervals(metrics)
     write_metrics(folder / "metrics.json", metrics)
     write_report(folder / "report.html", metrics, findings, read_run(folder, dataset.path))
+    if own_test:
+        write_card(folder, metrics)
     return Evaluation(folder, split, metrics, findings)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from plait.core.dist import check_extra
 from plait.core.errors import PlaitError
+from plait.library.model_cards import read_card
 
 if TYPE_CHECKING:
     from plait.inference.base import Model
@@ -41,11 +42,12 @@ def export(
     length: int | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Export:
-    """Write a model for other machines and programs.
+    """Write a model for other machines and programs. Where it is of a run, the run's card (data, splits, figures,
+    limits, licences) goes along in `README.md`.
 
-    `folder` has all that `plait` needs to use it, and nothing that only training does. `onnx` writes the whole
-    classifier of a run that recognises images or audio, with an example page, and of other models the text-and-codes
-    backbone, as all other forms do.
+    `folder` has all that `plait` needs to use it, and nothing that only training does. `onnx` (with an example page)
+    and `tflite` write the whole classifier of a run that recognises images or audio, and of other models the
+    text-and-codes backbone, as all other forms do.
 
     Args:
         model: a model on the CPU, or what `plait.load` takes.
@@ -58,64 +60,98 @@ def export(
 
     Raises PlaitError for a format that is unknown or whose library is missing, and for a model that cannot be written.
     """
-    from plait.hf import contrastive
-    from plait.hf.adapters import read_adapter
-    from plait.hf.export import export_folder, export_onnx, export_transformers
-    from plait.hf.export_classifier import export_classifier, exportable
-    from plait.hf.export_constraints import add_export_constraints
-    from plait.hf.gguf_export import export_gguf
-    from plait.hf.tflite import export_tflite
-    from plait.inference.base import Verb
+    from plait.hf.export import add_to_card
     from plait.inference.model import load
-    from plait.model.lora import merge_adapter
 
-    formats: dict[str, Callable[..., object]] = {
-        "folder": export_folder,
-        "transformers": export_transformers,
-        "gguf": export_gguf,
-        "onnx": export_onnx,
-        "tflite": partial(export_tflite, length=length, tell=tell or (lambda line: None)),
-    }
+    _check_options(to, length)
     if to == "peft":
         return Export(_export_peft(model, Path(out)), None)
-    if to not in (*formats, "html"):
-        raise PlaitError(f"Unknown format '{to}'. Use {', '.join(formats)}, peft, html.")
+    opened = load(model, "cpu") if isinstance(model, (str, Path)) else model
+    card = read_card(opened.folder)
+    written = _write(opened, str(model), Path(out), to, adapter, length, tell or (lambda line: None), card)
+    if to != "folder":  # which has it among what its manifest seals
+        add_to_card(Path(out), card)
+    return written
+
+
+FORMATS = ("folder", "transformers", "gguf", "onnx", "tflite", "peft", "html")
+
+
+def _check_options(to: str, length: int | None) -> None:
+    """Raise PlaitError for a format that is unknown or whose library is missing, and an option that is not of it."""
+    if to not in FORMATS:
+        raise PlaitError(f"Unknown format '{to}'. Use {', '.join(FORMATS)}.")
     if length is not None and to != "tflite":
         raise PlaitError("--length is of --to tflite alone: the others take texts of any length.")
     if to == "onnx":
         for module in ("onnx", "onnxruntime"):
             check_extra(module, "onnx", "Export to ONNX")
-    opened = load(model, "cpu") if isinstance(model, (str, Path)) else model
+
+
+def _write(
+    opened: Model, name: str, out: Path, to: str, adapter: str | Path | None, length: int | None,
+    tell: Callable[[str], None], card: str,
+) -> Export:  # fmt: skip
+    """Write a model in one of the formats; see `export`."""
+    from plait.hf import contrastive
+    from plait.hf.export import export_folder
+    from plait.hf.export_classifier import export_classifier, export_classifier_tflite, exportable
+
     loaded = opened.plait_model
     if opened.folder is not None and (opened.folder / contrastive.STATE).is_file() and to == "transformers":
-        contrastive.export_pairs(opened.folder, Path(out))
-        return Export(Path(out), None)
+        contrastive.export_pairs(opened.folder, out)
+        return Export(out, None)
     if loaded is None:
         raise PlaitError(
-            f"{model} runs in transformers already; only GPT-2, Llama, Qwen3 and Plait models are exported."
+            f"{name} runs in transformers already; only GPT-2, Llama, Qwen3 and Plait models are exported."
         )
     if to == "html":
-        return _page(loaded, Path(out))
+        return _page(loaded, out)
     if to == "folder":
-        export_folder(loaded.checkpoint, Path(out))
-        return Export(Path(out), None)
-    if to == "onnx" and (classifier := exportable(loaded)) is not None:
-        return Export(Path(out), export_classifier(loaded, classifier, Path(out)))
+        export_folder(loaded.checkpoint, out, card)
+        return Export(out, None)
+    classifier = exportable(loaded)
+    if to == "onnx" and classifier is not None:
+        return Export(out, export_classifier(loaded, classifier, out))
+    if to == "tflite" and length is None and classifier is not None:
+        return Export(out, export_classifier_tflite(loaded, classifier, out, tell))
+    return _write_backbone(loaded, name, out, to, adapter, length, tell)
+
+
+def _write_backbone(
+    loaded: PlaitModel, name: str, out: Path, to: str, adapter: str | Path | None, length: int | None,
+    tell: Callable[[str], None],
+) -> Export:  # fmt: skip
+    """Write the text-and-codes backbone, and say what is left behind."""
+    from plait.hf.adapters import read_adapter
+    from plait.hf.export import export_onnx, export_transformers
+    from plait.hf.export_constraints import add_export_constraints
+    from plait.hf.gguf_export import export_gguf
+    from plait.hf.tflite import export_tflite
+    from plait.inference.base import Verb
+    from plait.model.lora import merge_adapter
+
+    formats: dict[str, Callable[..., object]] = {
+        "transformers": export_transformers,
+        "gguf": export_gguf,
+        "onnx": export_onnx,
+        "tflite": partial(export_tflite, length=length, tell=tell),
+    }
     if Verb.GENERATE not in loaded.verbs:
-        raise PlaitError(f"{model} can {' and '.join(loaded.verbs)}, which no other program can; nothing is written.")
-    if loaded.checkpoint.classifiers and to in ("onnx", "tflite") and tell is not None:
+        raise PlaitError(f"{name} can {' and '.join(loaded.verbs)}, which no other program can; nothing is written.")
+    if loaded.checkpoint.classifiers and to in ("onnx", "tflite"):
         names = ", ".join(dict.fromkeys(one.target for one in loaded.checkpoint.classifiers))
         tell(
             f"What classifies {names} is not written: it reads texts, or this run makes media too. Only the backbone "
             "is; serve the classifier with plait serve."
         )
-    if loaded.checkpoint.predictors and tell is not None:
+    if loaded.checkpoint.predictors:
         names = ", ".join(dict.fromkeys(one.target for one in loaded.checkpoint.predictors))
         tell(f"What predicts {names} (several labels, or numbers) is no part of the network, and is not written.")
     if adapter is not None:
         merge_adapter(loaded.checkpoint.model.backbone, read_adapter(adapter, loaded.checkpoint))
-    worst = formats[to](add_export_constraints(loaded.checkpoint, loaded.engine), Path(out))
-    return Export(Path(out), worst if isinstance(worst, float) else None)
+    worst = formats[to](add_export_constraints(loaded.checkpoint, loaded.engine), out)
+    return Export(out, worst if isinstance(worst, float) else None)
 
 
 def _page(model: PlaitModel, out: Path) -> Export:

@@ -20,6 +20,7 @@ from plait.core.progress import ProgressBar
 from plait.data.dataset import Dataset
 from plait.data.stores import read_place
 from plait.library.datasets import open_or_prepare
+from plait.library.model_cards import write_card
 from plait.training.callbacks import Callback, TensorBoard
 from plait.training.parts import Budget, ask_for_more, check_more
 from plait.training.run import Progress
@@ -351,6 +352,7 @@ def train(
             _choose_start(data, folder, settings, start, models, say)
         if settings.model.init_from is not None and _is_encoder(settings.model.init_from):
             _train_on_encoder(data, folder, settings, bar, device, allow_changes, say)
+            write_card(folder)
             return Run(folder)
         if more is not None:
             _tell_more(Run(folder).metadata, more, say)
@@ -533,6 +535,7 @@ def _fit(
             tell(nothing)
     if group.is_main:
         write_report(folder / "report.html", Metrics(), Findings(), read_run(folder, dataset.path))
+        write_card(folder)
 
 
 def shown_by(bar: ProgressBar) -> Callable[[Progress], None]:

@@ -373,11 +373,16 @@ def _classified(model: Model, query: TableQuery, values: list[Any]) -> list[dict
             rows.append(row | {f"probability of {label}": chance for label, chance in one})
             continue
         row = {"label": NONE_OF_THESE if one.none_of_these else one[0].label}
-        row |= {"none_of_these": one.none_of_these, "ood_score": one.ood_score}
+        row |= {"none_of_these": one.none_of_these, "ood_score": _digits(one.ood_score)}
         for place, (label, probability) in enumerate(one, 1):
-            row |= {f"label_{place}": label, f"probability_{place}": probability}
+            row |= {f"label_{place}": label, f"probability_{place}": _digits(probability)}
         rows.append(row)
     return rows
+
+
+def _digits(value: float | None) -> float | None:
+    """With the six digits that a probability has to say."""
+    return None if value is None else float(f"{value:.6g}")
 
 
 def _top(model: Model, query: TableQuery) -> int | None:

@@ -531,10 +531,10 @@ class Audio(nn.Module):
         groups = self.settings.codes_per_patch
         return (math.ceil(count / groups), 1), np.arange(count) // groups
 
-    def marked(self, sample: np.ndarray, weights: np.ndarray) -> PILImage.Image:
+    def marked(self, sample: np.ndarray, weights: np.ndarray | None) -> PILImage.Image:
         """A spectrogram above its seconds."""
         bands = self.settings.bands
-        pixels = tinted(_shades(sample[:, :bands]), weights[:, :bands].T[::-1])
+        pixels = tinted(_shades(sample[:, :bands]), None if weights is None else weights[:, :bands].T[::-1])
         wide = max(480 // len(sample), 1)
         pixels = pixels.repeat(3, 0).repeat(wide, 1)
         image = PILImage.new("RGB", (pixels.shape[1], pixels.shape[0] + 14), "white")

@@ -125,9 +125,9 @@ class MediaModality(Protocol):
         """The grid that a sample's codes make along its first two dimensions, and the cell (count,) of each."""
         ...
 
-    def marked(self, sample: np.ndarray, weights: np.ndarray) -> PILImage.Image:
+    def marked(self, sample: np.ndarray, weights: np.ndarray | None) -> PILImage.Image:
         """The sample as an image, marked red where weights (its first two dimensions), in [-1, 1], are positive and
-        blue where they are negative."""
+        blue where they are negative; without weights as it is."""
         ...
 
     def codec_errors(self, samples: list[np.ndarray], rebuilt: list[np.ndarray]) -> np.ndarray:
@@ -306,8 +306,11 @@ def cells(shape: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
     return rows[:, None] * grid[1] + columns
 
 
-def tinted(pixels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Pixels (H, W, 3) uint8 in grey, red where weights (H, W) are positive and blue where they are negative."""
+def tinted(pixels: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+    """Pixels (H, W, 3) uint8 in grey, red where weights (H, W) are positive and blue where they are negative; as they
+    are without weights."""
+    if weights is None:
+        return np.ascontiguousarray(pixels)
     grey = pixels.astype(np.float32).mean(-1, keepdims=True) * 0.75 + 32
     strength = np.abs(weights)[..., None].clip(0, 1) ** 0.7 * 0.8
     colour = np.where(weights[..., None] > 0, [225.0, 30.0, 30.0], [40.0, 90.0, 235.0])

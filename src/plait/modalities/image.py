@@ -399,9 +399,9 @@ class Image(nn.Module):
         return (self.codec.side, self.codec.side), np.arange(count)
 
     @staticmethod
-    def marked(sample: np.ndarray, weights: np.ndarray) -> PILImage.Image:
+    def marked(sample: np.ndarray, weights: np.ndarray | None) -> PILImage.Image:
         pixels = np.broadcast_to(sample, (*sample.shape[:2], 3))
-        times = max(256 // max(sample.shape[:2]), 1)
+        times = max(320 // max(sample.shape[:2]), 1)
         return PILImage.fromarray(tinted(pixels, weights).repeat(times, 0).repeat(times, 1))
 
     def codec_errors(self, samples: list[np.ndarray], rebuilt: list[np.ndarray]) -> np.ndarray:

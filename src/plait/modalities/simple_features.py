@@ -12,6 +12,7 @@ import numpy as np
 
 SIDE = 32  # pixels to which images are reduced
 CELL, STRIDE, BINS = 8, 4, 9  # of the histograms of oriented gradients
+EMPTY = 1e-3  # of a bin's share, below which it hardly counts
 COLOUR_GRID = 4  # places, a side, whose mean colour and spread is told
 SEGMENTS, CEPSTRA = 12, 20  # of an audio clip
 
@@ -24,24 +25,30 @@ def image_features(samples: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _image_chunk(pixels: np.ndarray) -> np.ndarray:
-    values = _reduced(pixels.astype(np.float32) / 255)
-    return np.concatenate([_oriented_gradients(values), _colours(values)], 1)
+    sums, brightest = _reduced(pixels)
+    return np.concatenate([_oriented_gradients(sums, brightest), _colours(sums / brightest)], 1)
 
 
-def _reduced(values: np.ndarray) -> np.ndarray:
-    """(N, H, W, C) to at most SIDE pixels a side, by the mean of whole blocks."""
-    block = max(min(values.shape[1:3]) // SIDE, 1)
-    height, width = (size // block * block for size in values.shape[1:3])
-    cut = values[:, :height, :width]
-    return cut.reshape(len(cut), height // block, block, width // block, block, -1).mean((2, 4))
+def _reduced(pixels: np.ndarray) -> tuple[np.ndarray, np.float32]:
+    """(N, H, W, C) to at most SIDE pixels a side: sums over whole blocks, and the largest that there can be.
+
+    Sums of bytes are exact, so that equal gradients are equal, and the same one is taken, wherever this is computed.
+    """
+    block = max(min(pixels.shape[1:3]) // SIDE, 1)
+    height, width = (size // block * block for size in pixels.shape[1:3])
+    cut = pixels[:, :height, :width].astype(np.float32)
+    sums = cut.reshape(len(cut), height // block, block, width // block, block, -1).sum((2, 4))
+    return sums, np.float32(255 * block**2)
 
 
-def _oriented_gradients(values: np.ndarray) -> np.ndarray:
-    """(N, H, W, C) to (N, places * BINS): gradients of the channel in which they are strongest, by direction."""
+def _oriented_gradients(values: np.ndarray, brightest: np.float32) -> np.ndarray:
+    """(N, H, W, C) from 0 to `brightest` to (N, places * BINS): gradients of the channel in which they are strongest,
+    by direction."""
     down, right = np.gradient(values, axis=(1, 2))
-    strongest = np.hypot(down, right).argmax(-1)[..., None]
+    strongest = (down * down + right * right).argmax(-1)[..., None]
     down, right = (np.take_along_axis(one, strongest, -1)[..., 0] for one in (down, right))
-    size, turn = np.hypot(down, right), (np.arctan2(down, right) % math.pi) * (BINS / math.pi)
+    size = np.sqrt(down * down + right * right) / brightest
+    turn = (np.arctan2(down, right) % math.pi) * (BINS / math.pi)
     low, share = np.floor(turn).astype(int) % BINS, turn % 1
     planes = np.zeros((*size.shape, BINS), np.float32)
     np.put_along_axis(planes, low[..., None], (size * (1 - share))[..., None], -1)
@@ -55,7 +62,8 @@ def _oriented_gradients(values: np.ndarray) -> np.ndarray:
     cells = cells.clip(0)  # differences of sums are not exact
     for _ in range(2):  # normed, cut and normed again
         cells = np.minimum(cells / (np.linalg.norm(cells, axis=-1, keepdims=True) + 0.05), 0.4)
-    return np.sqrt(cells).reshape(len(values), -1).astype(np.float32)
+    # A root is infinitely steep at nothing: what rounding leaves in an empty bin would count.
+    return (np.sqrt(cells + EMPTY) - math.sqrt(EMPTY)).reshape(len(values), -1).astype(np.float32)
 
 
 def _colours(values: np.ndarray) -> np.ndarray:

@@ -340,9 +340,11 @@ class Video(nn.Module):
     def code_cells(self, count: int) -> tuple[tuple[int, int], np.ndarray]:
         raise NotImplementedError("video has no codes")
 
-    def marked(self, sample: np.ndarray, weights: np.ndarray) -> Image.Image:
+    def marked(self, sample: np.ndarray, weights: np.ndarray | None) -> Image.Image:
         """Frames in a strip, tinted by what their slot counts."""
         frames = frames_of(sample)
+        if weights is None:
+            return strip_of(frames)
         shares = np.broadcast_to(weights[:, :1, None], frames.shape[:3])
         return strip_of(np.stack([tinted(f, w) for f, w in zip(frames, shares, strict=True)]))
 

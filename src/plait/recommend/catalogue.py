@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sqlite3
 import time
 import unicodedata
@@ -20,6 +21,7 @@ from plait.core.errors import PlaitError
 from plait.core.interruption import Interrupted, check_interrupted
 
 MEDIA = ("image", "audio")  # bytes of files
+_YEAR = re.compile(r"\s*\(\d{4}\)\s*$")  # at the end of a title
 OWN = ("id", "title", "text", "categories", *MEDIA)  # what Plait knows the meaning of; all else is for conditions
 # Of SQLite's functions those whose time and result are bounded by what they are given.
 FUNCTIONS = {"abs", "coalesce", "glob", "ifnull", "iif", "length", "like", "lower", "ltrim", "max", "min", "nullif",
@@ -120,10 +122,18 @@ class Catalogue:
                 if title := spelling(item):
                     found.setdefault(title, number)
                     found.setdefault(_plain(title), number)
+        undated: dict[str, list[int]] = {}
+        for number, item in enumerate(self.items):
+            if item.title and (short := _YEAR.sub("", item.title)) != item.title:
+                undated.setdefault(_plain(short), []).append(number)
+        for title, numbers in undated.items():
+            if len(numbers) == 1:
+                found.setdefault(title, numbers[0])
         return found
 
     def find(self, name: str) -> int | None:
-        """The number of the item of an id or a title; None where there is none."""
+        """The number of the item of an id or a title, in any case, with its year or, where that is clear, without;
+        None where there is none."""
         name = name.strip()
         return self._numbers.get(name, self._numbers.get(_plain(name)))
 

@@ -284,7 +284,8 @@ class _Work:
         _, lead_error = _mean(hits - plain_hits, targets.users, self.seed)
         self.findings.outcomes.append(
             Outcome(
-                TASK, "the next item among ten, of all", "HR@10", value, error, n, HR_10.chance(unseen),
+                TASK, "HR@10, all items ranked", "of the next items are among the ten recommended", value, error, n,
+                HR_10.chance(unseen),
                 "directed co-occurrence", float(plain_hits.mean()), lead_error,
             )
         )  # fmt: skip

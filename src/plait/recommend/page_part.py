@@ -7,6 +7,8 @@ from typing import Any
 
 from plait.server.page_parts import LinesPart, SnippetCall
 
+EXAMPLES = 12  # titles that are offered
+
 
 def _applies(model: Any, run: Path) -> bool:
     return "recommend" in model.verbs
@@ -17,12 +19,17 @@ def _next_titles(model: Any, run: Path, data: Path, lines: list[str]) -> list[st
     return [f"{one.title} · {one.probability:.1%}" for one in recommendations]
 
 
+def _popular_titles(model: Any, run: Path, data: Path) -> list[str]:
+    return [model.catalogue.name(item) for item in model.look_up("", EXAMPLES)]
+
+
 RECOMMEND = LinesPart(
     name="recommend",
     applies=_applies,
     title={"en": "Recommend", "zh": "推荐"},
     question={"en": "What was seen, one a line", "zh": "看过的，每行一个"},
     answer=_next_titles,
+    examples=_popular_titles,
 )
 
 SNIPPET = SnippetCall(

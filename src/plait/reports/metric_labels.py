@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
 from plait.core.features import ExtensionPoint
-from plait.evaluation.keys import MetricKey
+from plait.evaluation.keys import Direction, MetricKey
 
 TASKS = {
     "recognition": "Recognition: which of the known labels",
@@ -43,7 +44,7 @@ MEANING = {
     "nats_per_token": ("nats per token", "number", "lower is better"),
     "nats_per_character": ("nats per character", "number", "lower is better"),
     "bits_per_byte_ngrams": ("bits per byte of an n-gram model", "number", "of six characters, learnt in a second"),
-    "bits_per_byte": ("bits per byte", "number", "lower is better"),
+    "bits_per_byte": ("bits per byte", "number", "lower is better; baseline: an n-gram model of six characters"),
     "r_at_1": ("R@1", "share", "a related record comes first"),
     "r_at_5": ("R@5", "share", "a related record is among 5"),
     "r_at_10": ("R@10", "share", "a related record is among 10"),
@@ -68,6 +69,8 @@ MEANING = {
 }
 HEADLINES: tuple[str, ...] = (
     "accuracy",
+    "f1",
+    "accuracy_at_80",
     "macro_f1",
     "mae",
     "r2",
@@ -109,3 +112,25 @@ def metric_labels() -> MetricLabels:
         meaning |= added.meaning
         headlines += added.headlines
     return MetricLabels(tasks, meaning, headlines)
+
+
+def headline_keys(keys: Iterable[MetricKey]) -> list[MetricKey]:
+    """Those of figures that tell most, at most three of each task and direction.
+
+    Where labels are recognised, how well they are found by nearness is none of them.
+    """
+    keys = list(keys)
+    recognised = {_columns(key) for key in keys if key.task == "recognition"}
+    counts: Counter[tuple[str, Direction]] = Counter()
+    chosen = []
+    for key in filter(metric_labels().is_headline, keys):
+        if key.task == "retrieval" and _columns(key) in recognised:
+            continue
+        counts[key.task, key.direction] += 1
+        if counts[key.task, key.direction] <= 3:
+            chosen.append(key)
+    return chosen
+
+
+def _columns(key: MetricKey) -> frozenset[str]:
+    return frozenset((key.direction.source, key.direction.target))

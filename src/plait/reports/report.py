@@ -24,10 +24,10 @@ from plait.core.pages import number, render
 from plait.core.rejects import RejectKind
 from plait.data.record import Rejected
 from plait.data.stores import location, read_place
-from plait.evaluation.findings import Confusion, Findings
+from plait.evaluation.findings import Confusion, Findings, GalleryKind
 from plait.evaluation.keys import Metric, Metrics
 from plait.reports.charts import Panel, bar, coverage_panel, loss_panel, reliability_panel
-from plait.reports.metric_labels import metric_labels
+from plait.reports.metric_labels import headline_keys, metric_labels
 from plait.reports.overfitting import gap
 from plait.training.parts import describe_parts
 
@@ -133,6 +133,7 @@ def write_report(path: Path, metrics: Metrics, findings: Findings, run: RunInfo)
         title=run.title,
         summary=_summary(run),
         findings=findings,
+        galleries_title=_galleries_title(findings),
         cards=_cards(metrics),
         tables=_tables(metrics),
         curves=_curves(run.log),
@@ -147,6 +148,14 @@ def write_report(path: Path, metrics: Metrics, findings: Findings, run: RunInfo)
         metadata=json.dumps(run.metadata, ensure_ascii=False, indent=1, default=str),
     )
     write_atomic(path, page)
+
+
+def _galleries_title(findings: Findings) -> str:
+    """What the galleries show, in a few words."""
+    kinds = {gallery.kind for gallery in findings.galleries}
+    if kinds & {GalleryKind.MADE, GalleryKind.WRITTEN}:
+        return "What it makes and finds"
+    return "Right and wrong answers" if kinds & {GalleryKind.MISTAKES, GalleryKind.RIGHT} else "What it finds"
 
 
 # --- figures -----------------------------------------------------------------------------------------------------
@@ -177,15 +186,15 @@ def _table(task: str, metrics: Metrics) -> FigureTable:
 def _cards(metrics: Metrics) -> list[tuple[str, str, str]]:
     """Label, figure and note of the five figures that tell most: the headlines of each task in turn."""
     by_task: dict[str, list[tuple[str, str, str]]] = {}
-    for key, metric in metrics.items():
-        if not metric_labels().is_headline(key) or metric.get("value") is None:
+    for key in headline_keys(metrics):
+        metric = metrics[key]
+        if metric.get("value") is None:
             continue
         label, kind, _ = metric_labels().meaning[key.metric]
-        beside = [name for name in ("chance", "baseline") if metric.get(name) is not None]
-        others = [f"{name} {number(metric[name], kind)}" for name in beside]
-        heading = f"{key.task} · {key.direction.arrow}"
-        note = ", ".join([label, *others])
-        by_task.setdefault(key.task, []).append((heading, number(metric.get("value"), kind), note))
+        beside = (("chance", "guessing"), ("baseline", "baseline"))
+        others = [f"{name} {number(metric[field], kind)}" for field, name in beside if metric.get(field) is not None]
+        note = "; ".join([key.direction.arrow, *others])
+        by_task.setdefault(key.task, []).append((label, number(metric.get("value"), kind), note))
     rounds = zip_longest(*by_task.values())
     return [card for cards in rounds for card in cards if card is not None][:CARDS]
 

@@ -20,6 +20,7 @@ class LinesPart:
         title: The heading, by language ("en", "zh").
         question: What to write into the box, by language.
         answer: (model, run's folder, dataset's folder, lines) -> lines.
+        examples: (model, run's folder, dataset's folder) -> a few lines to try.
     """
 
     name: str
@@ -27,6 +28,7 @@ class LinesPart:
     title: Mapping[str, str]
     question: Mapping[str, str]
     answer: Callable[[Any, Path, Path, list[str]], list[str]]
+    examples: Callable[[Any, Path, Path], list[str]]
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class Result:
         return str(self.outcome.get("alternative") or "")
 
     def verdict_in(self, texts: dict[str, str]) -> tuple[str, str]:
-        """The verdict and the next step in a language that `plait evaluate` does not speak."""
+        """The verdict and the next step in a language of the pages."""
         value, n = self.outcome.get("value"), self.outcome.get("n")
         if value is None:
             return self.verdict, self.next_step

@@ -35,8 +35,8 @@ def result_pages(app: FastAPI, studio: Studio) -> None:
         shown = read_result(folder, project.folder / "jobs" / run)
         compared = [(other.name, _share_right(project, other)) for other in project.runs]
         language = language_of(request)
-        in_english = language == "en"
-        verdict, next_step = (shown.verdict, shown.next_step) if in_english else shown.verdict_in(texts(language))
+        verdict, next_step = shown.verdict_in(texts(language))  # of `plait evaluate`, the next step names an option
+        verdict = shown.verdict if language == "en" else verdict
         return page(
             "result.html", request, project=project, tab="result", run=run, result=shown, points=_points(shown),
             verdict=verdict, next_step=next_step,

@@ -19,6 +19,7 @@ from plait.studio.listing import Listing, list_project
 from plait.studio.progress import Progress, read_progress
 from plait.studio.render import curve
 from plait.studio.security import FILE_POLICY
+from plait.studio.seen import seen_task
 from plait.studio.watch import read_watched, sample_file
 from plait.studio.web import Studio, in_thread, page, read_values
 from plait.studio.worker import is_prepared
@@ -49,7 +50,7 @@ def _start_pages(app: FastAPI, studio: Studio) -> None:
         preview = jobs.Job(project.folder, project.next_run().name, ("--minutes", f"{MINUTES:g}"))
         return page(
             "train.html", request, project=project, tab="train", listing=listing, rows=rows, sizes=SIZES,
-            minutes=MINUTES, expected=_expected(project, listing), busy=busy,
+            minutes=MINUTES, task=seen_task(project, listing), expected=_expected(project, listing), busy=busy,
             command=preview.as_text(), python=_python(project, preview.run),
         )  # fmt: skip
 
@@ -198,13 +199,15 @@ def _live(project: Project, run: str) -> dict[str, Any]:
     folder = project.folder / "runs" / safe_name(run)
     progress = read_progress(folder, job)
     stage = job.current if job is not None else "done"
-    return {"progress": progress, "stage": stage, "watched": read_watched(folder), **_curves(progress)}
+    curves = _curves(progress, running=stage in jobs.RUNNING)
+    return {"progress": progress, "stage": stage, "watched": read_watched(folder), **curves}
 
 
-def _curves(progress: Progress) -> dict[str, str]:
+def _curves(progress: Progress, running: bool) -> dict[str, str]:
+    """The lines of the chart: up to the steps that are planned while it runs, else up to the last one."""
     losses = [loss for _, loss in progress.training[1:] + progress.validation]
     low, high = min(losses, default=0.0), max(losses, default=1.0)
-    last = max([progress.steps, *(step for step, _ in progress.training)], default=1)
+    last = max([progress.steps if running else 1, *(step for step, _ in progress.training)], default=1)
     return {
         "training_curve": curve(progress.training, last, low, high) if len(progress.training) > 1 else "",
         "validation_curve": curve(progress.validation, last, low, high) if progress.validation else "",

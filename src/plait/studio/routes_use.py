@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from plait.core.errors import PlaitError
 from plait.modalities.media import MEDIA
+from plait.server.page_parts import LinesPart
 from plait.studio.use import read_messages
 from plait.studio.web import Studio, in_thread, page, read_body, read_values
 from plait.studio.workspace import Project
@@ -46,14 +47,14 @@ def _ask_pages(app: FastAPI, studio: Studio) -> None:
             verbs=verbs,
             kinds=kinds,
             can_chat=can_chat,
-            parts=await in_thread(studio.models.parts, run),
+            parts=await in_thread(_parts, studio, run, project.data),
         )
 
     @app.post("/p/{name}/runs/{run}/ask")
-    async def ask(name: str, run: str, request: Request) -> Response:
+    async def ask(name: str, run: str, request: Request, brief: bool = False) -> Response:
         project = workspace.project(name)
         body, text = await _asked(request)
-        answer = await in_thread(studio.models.ask, _trained(project, run), project.data, body, text)
+        answer = await in_thread(studio.models.ask, _trained(project, run), project.data, body, text, brief)
         return page("answer.html", request, project=project, answer=answer)
 
     @app.post("/p/{name}/runs/{run}/find")
@@ -70,6 +71,11 @@ def _ask_pages(app: FastAPI, studio: Studio) -> None:
         value = await in_thread(studio.models.value_of, body, text)
         explanations = await in_thread(studio.models.why, _trained(project, run), value, [answer] if answer else [])
         return page("why.html", request, explanations=explanations)
+
+
+def _parts(studio: Studio, run: Path, data: Path) -> list[tuple[LinesPart, list[str]]]:
+    """What features add for a run's model, each with lines to try it with."""
+    return [(part, studio.models.examples(run, data, part)) for part in studio.models.parts(run)]
 
 
 def _make_pages(app: FastAPI, studio: Studio) -> None:

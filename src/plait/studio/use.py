@@ -204,7 +204,7 @@ class Models:
         with self.lock:
             return offered(self.get(run))
 
-    def ask(self, run: Path, data: Path, body: bytes, text: str) -> Answer:
+    def ask(self, run: Path, data: Path, body: bytes, text: str, brief: bool = False) -> Answer:
         """Everything the model says about a file's bytes, or about a text.
 
         Args:
@@ -212,8 +212,9 @@ class Models:
             data: The dataset that it was trained on, for the nearest records.
             body: A file; empty for a text.
             text: A text; empty for a file.
+            brief: Labels or words alone, for images that follow one another.
         """
-        value, kind, preview = self._input(body, text)
+        value, kind = self._input(body, text)
         with self.lock:
             model = self.get(run)
             verbs = set(model.verbs)
@@ -228,7 +229,8 @@ class Models:
                 labels = [(str(label), float(chance)) for label, chance in prediction]
                 none = bool(getattr(prediction, "none_of_these", False))
             words = self._words(model, verbs, kind, value) if not labels else ""
-            nearest = self._nearest(model, data, value) if "embed" in verbs else []
+            nearest = self._nearest(model, data, value) if "embed" in verbs and not brief else []
+        preview = image_url(_small(value)) if isinstance(value, Image.Image) and not brief else ""
         return Answer(kind, labels, none, words, nearest, preview)
 
     def find(self, run: Path, data: Path, body: bytes, text: str) -> SearchResult:
@@ -317,6 +319,14 @@ class Models:
             model = self.get(run)
             return [part for part in PAGE_PARTS.all() if part.applies(model, run)]
 
+    def examples(self, run: Path, data: Path, part: LinesPart) -> list[str]:
+        """Lines to try a part of the page with; none where the data have changed beyond that."""
+        with self.lock:
+            try:
+                return part.examples(self.get(run), run, data)
+            except PlaitError:
+                return []
+
     def answer_lines(self, run: Path, data: Path, name: str, lines: list[str]) -> list[str]:
         """What a feature's part of the page answers to lines of text."""
         part = next((part for part in self.parts(run) if part.name == name), None)
@@ -325,11 +335,12 @@ class Models:
         with self.lock:
             return part.answer(self.get(run), run, data, lines)
 
-    def _input(self, body: bytes, text: str) -> tuple[Any, str, str]:
+    def _input(self, body: bytes, text: str) -> tuple[Any, str]:
+        """An input and its kind. Raises PlaitError for what cannot be read."""
         if not body:
             if not text.strip():
                 raise PlaitError("Drop a file, or write something.")
-            return text[:TEXT_LIMIT], "text", ""
+            return text[:TEXT_LIMIT], "text"
         sniffed = sniff(body[:64])
         if sniffed is None:
             raise PlaitError("That is no image, audio or video that is read here.")
@@ -338,8 +349,7 @@ class Models:
             value = self.checker.decode(kind, body)
         except MediaError as error:
             raise PlaitError(f"The file cannot be read: {error}") from error
-        preview = image_url(_small(value)) if isinstance(value, Image.Image) else ""
-        return value, kind, preview
+        return value, kind
 
     def _words(self, model: Any, verbs: set[str], kind: str, value: Any) -> str:
         if kind in MEDIA and MEDIA[kind].verb in verbs:

@@ -455,15 +455,16 @@ def describe(folder: Path) -> str:
     facts = read_json(folder / "run.json")
     config = read_json(folder / "checkpoints" / "best" / "config.json")
     backbone, shown = config["backbone"], facts["decided"]
-    parts = ", ".join(f"{name} {count:,}" for name, count in shown["parameters"].items())
+    parameters = ", ".join(f"{name} {count:,}" for name, count in shown["parameters"].items())
     notes = "".join(f"\nNote: {note}." for note in facts.get("notes", []))
     stopped = f", stopped early at {facts['stopped_early']}" if "stopped_early" in facts else ""
-    parts = f" ({describe_parts(facts)}, a schedule each)" if "parts" in facts else ""
+    steps = (facts.get("revisions") or [facts])[-1]["steps"]
+    schedules = f" ({describe_parts(facts)}, a schedule each)" if "parts" in facts else ""
     return (
-        f"Size {facts['size']}: width {backbone['width']}, {backbone['layers']} layers; {parts} parameters.\n"
-        f"{(facts.get('revisions') or [facts])[-1]['steps']} steps of {shown['batch_size']} records{stopped}; "
-        f"learning rate {shown['learning_rate']:g}; "
-        f"seed {facts['seed']}; on {facts['device']} with {facts['threads']} threads. "
+        f"Size {facts['size']}: width {backbone['width']}, {backbone['layers']} layers; {parameters} parameters.\n"
+        f"{steps} steps{schedules} of {shown['batch_size']} records{stopped}; "
+        f"learning rate {shown['learning_rate']:g}; seed {facts['seed']}; "
+        f"on {facts['device']} with {facts['threads']} threads. "
         f"Best checkpoint: step {config['training']['step']} in {folder / 'checkpoints' / 'best'}{_averaged(folder)}"
         f"{notes}"
     )

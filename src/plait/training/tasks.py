@@ -205,7 +205,7 @@ def _language(derived: Derived, training: dict[str, Any]) -> None:
               "full_softmax_prob": 0.0, "validations": 10}  # fmt: skip
     training |= {key: value for key, value in chosen.items() if getattr(mine, key) == getattr(defaults, key)}
     derived.recipe = with_sections(recipe, model=model)
-    derived.lines.append(f"For {minutes:g} minutes: windows of {context} tokens, 8 in a batch.")
+    derived.lines.append(f"For {minutes:g} minute{'s' * (minutes != 1)}: windows of {context} tokens, 8 in a batch.")
 
 
 def with_sections(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:

@@ -4,6 +4,7 @@
 
 const PIECE = 8 << 20; // bytes of an upload that are sent at once
 const SMALL = 1 << 20; // bytes of a file that travels with others
+const LIVE = 320; // pixels across that a live camera sends
 const TRIES = 6; // of a piece, before an upload is given up
 const $ = (selector, root = document) => root.querySelector(selector);
 const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
@@ -267,11 +268,13 @@ function closeCamera(video) {
   video.hidden = true;
 }
 
-async function photo(video) {
+// What the camera sees, at most `width` pixels wide.
+async function photo(video, width = Infinity) {
   const canvas = document.createElement("canvas");
-  canvas.width = video.videoWidth;
-  canvas.height = video.videoHeight;
-  canvas.getContext("2d").drawImage(video, 0, 0);
+  const scale = Math.min(1, width / video.videoWidth);
+  canvas.width = Math.round(scale * video.videoWidth);
+  canvas.height = Math.round(scale * video.videoHeight);
+  canvas.getContext("2d").drawImage(video, 0, 0, canvas.width, canvas.height);
   return new Promise((done) => canvas.toBlob(done, "image/jpeg", 0.92));
 }
 
@@ -371,9 +374,9 @@ function usePage() {
   const post = (path) => ask(`${base}/${path}`, !(asked instanceof Blob)
     ? { method: "POST", body: JSON.stringify(asked), headers: { "content-type": "application/json" } }
     : { method: "POST", body: asked, headers: { "content-type": "application/octet-stream" } });
-  const show = async (question) => {
+  const show = async (question, brief = false) => {
     asked = question;
-    $("#answer").innerHTML = await (await post("ask")).text();
+    $("#answer").innerHTML = await (await post(brief ? "ask?brief=true" : "ask")).text();
   };
   const askFile = guarded(show);
   $("#answer")?.addEventListener("click", guarded(async (event) => {
@@ -407,7 +410,17 @@ function askZone(base, show, askFile) {
       on = !on;
       if (!on) { closeCamera(video); return; }
       await openCamera(video);
-      while (on) await askFile(await photo(video)); // the next image is taken when the last one is answered
+      let last = null;
+      try {
+        for (let taken = await photo(video, LIVE); on; taken = await photo(video, LIVE)) {
+          last = taken;
+          await show(taken, true); // the next image is taken when the last one is answered
+        }
+        if (last) await show(last); // all that there is to say about the last one
+      } finally {
+        on = false;
+        closeCamera(video);
+      }
     }));
   }
   if ($("#live-microphone")) toggleRecording($("#live-microphone"), askFile);
@@ -484,13 +497,13 @@ function chatPart(part, base) {
     going = new AbortController();
     messages.push(reply);
     draw();
+    const shown = $(".talk p:last-child", part);
+    shown.classList.add("busy");
     try {
       const headers = { "content-type": "application/json" };
       const body = JSON.stringify({ messages: asked, seed: seed++ });
       const { body: stream } = await ask(`${base}/chat`, { method: "POST", body, headers, signal: going.signal });
       const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
-      const shown = $(".talk p:last-child", part);
-      shown.classList.add("busy");
       for (let piece = await reader.read(); !piece.done; piece = await reader.read()) {
         reply.content += piece.value;
         shown.textContent = reply.content;
@@ -547,6 +560,10 @@ function findPart(part, base) {
 }
 
 function linesPart(part, base) {
+  const box = $("textarea", part);
+  $$("[data-line]", part).forEach((chip) => chip.addEventListener("click", () => {
+    box.value = [box.value.trim(), chip.dataset.line].filter(Boolean).join("\n");
+  }));
   $("form", part).addEventListener("submit", guarded(async (event) => {
     event.preventDefault();
     const text = event.target.elements.text.value;
