@@ -32,6 +32,7 @@ from plait.modalities.base import (
     SamplePreview,
     bilinear_warp,
     overlapping_windows,
+    padded,
     tinted,
     within,
 )  # fmt: skip
@@ -433,14 +434,10 @@ class Audio(nn.Module):
         return overlapping_windows(self._frames(raw), self.settings.frames)
 
     def batch(self, samples: list[np.ndarray]) -> tuple[Tensor, Tensor]:
-        lengths = torch.tensor([len(sample) for sample in samples])
-        longest = math.ceil(int(lengths.max()) / PATCH) * PATCH
+        longest = math.ceil(max(map(len, samples)) / PATCH) * PATCH
         if self.prepared is not None:  # what was decoded from codes is heard as it audio clips
             samples = [s if s.shape[1] > self.settings.bands else self._beside(s, *self.to_object(s)) for s in samples]
-        values = np.full((len(samples), longest, samples[0].shape[1]), SILENCE, np.float16)
-        for row, sample in zip(values, samples, strict=True):
-            row[: len(sample)] = sample
-        return torch.from_numpy(values), lengths
+        return padded(samples, SILENCE, np.float16, longest)
 
     def augment(
         self, values: Tensor, lengths: Tensor, uniforms: Tensor, mask_parts: bool = True

@@ -267,6 +267,15 @@ class Vocabulary(BaseModel):
         return names
 
 
+def padded(samples: list[np.ndarray], fill: float, dtype: Any, length: int | None = None) -> tuple[Tensor, Tensor]:
+    """Samples (L, C) of unlike lengths as one batch, (N, `length` or the longest, C), filled up; and lengths (N,)."""
+    lengths = torch.tensor([len(sample) for sample in samples])
+    values = np.full((len(samples), length or int(lengths.max()), samples[0].shape[1]), fill, dtype)
+    for row, sample in zip(values, samples, strict=True):
+        row[: len(sample)] = sample
+    return torch.from_numpy(values), lengths
+
+
 def same_network(a: BaseModel, b: BaseModel) -> bool:
     """Whether two settings of a modality make the same network for the same inputs: all but what only training uses."""
     training_only: set[str] = set(getattr(a, "TRAINING", ()))

@@ -29,6 +29,7 @@ from plait.modalities.base import (
     SamplePreview,
     bilinear_warp,
     overlapping_windows,
+    padded,
     tinted,
     within,
 )  # fmt: skip
@@ -273,11 +274,7 @@ class Video(nn.Module):
         return [Moment(at / fps, (at + length) / fps, slots[at : at + length]) for at in starts]
 
     def batch(self, samples: list[np.ndarray]) -> tuple[Tensor, Tensor]:
-        lengths = torch.tensor([len(sample) for sample in samples])
-        values = np.zeros((len(samples), int(lengths.max()), samples[0].shape[1]), np.uint8)
-        for row, sample in zip(values, samples, strict=True):
-            row[: len(sample)] = sample
-        return torch.from_numpy(values), lengths
+        return padded(samples, 0, np.uint8)
 
     def augment(
         self, values: Tensor, lengths: Tensor, uniforms: Tensor, mask_parts: bool = True

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -321,6 +322,34 @@ async def streamed_pieces(
             pieces += reader.add(update.text, update.finish is not None)
         yield pieces, finish
     read(request_context, pending)
+
+
+class StreamedReply(ABC):
+    """A reply on its way, in the events of one protocol."""
+
+    reader: ReplyReader
+
+    @abstractmethod
+    def opening(self, pending: list[PendingRequest]) -> list[Any]:
+        """The events before the first piece."""
+
+    @abstractmethod
+    def piece_events(self, piece: TextPiece | CallPiece) -> list[Any]:
+        """The events of one piece of the reply."""
+
+    @abstractmethod
+    def closing(self, finish: str, request_context: RequestContext) -> list[Any]:
+        """The events after the last piece; `finish` says how the reply ended."""
+
+    async def events(self, pending: list[PendingRequest], request_context: RequestContext) -> AsyncIterator[list[Any]]:
+        """All events, as the engine writes."""
+        yield self.opening(pending)
+        finish = "stop"
+        async for pieces, end in streamed_pieces(self.reader, pending, request_context):
+            finish = end or finish
+            if events := [event for piece in pieces for event in self.piece_events(piece)]:
+                yield events
+        yield self.closing(finish, request_context)
 
 
 # --- completions ------------------------------------------------------------------------------------------------
