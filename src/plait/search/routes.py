@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from plait.core.errors import PlaitError
 from plait.modalities.media import media_type
+from plait.server import answers as a
 from plait.server import schemas as s
 from plait.server.api import make_router, service_of
 from plait.server.limits import ApiError
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 router = make_router()
 
 
-@router.post("/v1/plait/search", response_model=s.SearchResults, tags=["read"])
+@router.post("/v1/plait/search", response_model=a.SearchResults, tags=["read"])
 async def search(request: Request, body: s.SearchRequest) -> Response:
     """What of an index is nearest to a text, an image or an audio clip, best first."""
     service, request_context = service_of(request)

@@ -24,6 +24,7 @@ from plait.inference.scoring import PromptScores, prompt_scores
 from plait.inference.tools import CallPiece, TextPiece, ToolCall
 from plait.modalities.media import MEDIA, written_by
 from plait.model.multimodal import Sequence
+from plait.server import answers as a
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext
 from plait.server.api import (
@@ -53,7 +54,7 @@ router = make_router()
 
 
 @router.post(
-    "/v1/chat/completions", response_model=s.ChatCompletion, responses={200: {"content": STREAM}}, tags=["text"]
+    "/v1/chat/completions", response_model=a.ChatCompletion, responses={200: {"content": STREAM}}, tags=["text"]
 )
 async def chat_completions(request: Request, body: s.ChatRequest) -> Response:
     """The next reply of a conversation: text, and with `modalities` images and audio clips, each written after the same
@@ -355,7 +356,7 @@ class StreamedReply(ABC):
 # --- completions ------------------------------------------------------------------------------------------------
 
 
-@router.post("/v1/completions", response_model=s.Completion, responses={200: {"content": STREAM}}, tags=["text"])
+@router.post("/v1/completions", response_model=a.Completion, responses={200: {"content": STREAM}}, tags=["text"])
 async def completions(request: Request, body: s.CompletionRequest) -> Response:
     """What follows a text, or each of up to 16."""
     service, request_context = service_of(request)
@@ -518,7 +519,7 @@ async def _text_events(
 # --- tokens -----------------------------------------------------------------------------------------------------
 
 
-@router.post("/tokenize", response_model=s.Tokenized, tags=["text"])
+@router.post("/tokenize", response_model=a.Tokenized, tags=["text"])
 async def tokenize(request: Request, body: s.TokenizeRequest) -> Response:
     """The ids of a text."""
     service, request_context = service_of(request)
@@ -529,7 +530,7 @@ async def tokenize(request: Request, body: s.TokenizeRequest) -> Response:
     return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": model.engine.max_length})
 
 
-@router.post("/detokenize", response_model=s.Detokenized, tags=["text"])
+@router.post("/detokenize", response_model=a.Detokenized, tags=["text"])
 async def detokenize(request: Request, body: s.DetokenizeRequest) -> Response:
     """The text of ids."""
     service, request_context = service_of(request)
