@@ -129,13 +129,13 @@ class Replies:
         chance = self.confidence(float(self._leads(near[None])[0]))
         order = np.argsort(-near, kind="stable")
         pairs = [Pair(self.questions[i], self.replies[i], float(near[i].clip(0, 1))) for i in order[:sources]]
-        said: str | None = self.replies[order[0]]
+        text: str | None = self.replies[order[0]]
         if chance < self.confidence.threshold:
-            said = None
+            text = None
         elif compose:
             assert self.model is not None
-            said = self.model.write([self.model.context(message)], self.reply)[0][0]
-        return Answer(said, chance, self.confidence.threshold, pairs, compose and said is not None)
+            text = self.model.write([self.model.context(message)], self.reply)[0][0]
+        return Answer(text, chance, self.confidence.threshold, pairs, compose and text is not None)
 
     def _leads(self, near: np.ndarray) -> np.ndarray:
         """From nearness (messages, pairs): by how much the nearest pair leads the nearest with another reply."""

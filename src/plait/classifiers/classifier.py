@@ -91,16 +91,16 @@ def save_classifiers(classifiers: Sequence[Classifier], folder: Path) -> list[st
     arrays: dict[str, np.ndarray] = {}
     entries = []
     for number, one in enumerate(classifiers):
-        found = {"weights": one.linear.weights.astype(np.float16), "bias": one.linear.bias.astype(np.float32)}
+        values = {"weights": one.linear.weights.astype(np.float16), "bias": one.linear.bias.astype(np.float32)}
         if one.features.grams is not None:
-            found |= {f"idf.{i}": value for i, value in enumerate(one.features.grams.arrays())}
+            values |= {f"idf.{i}": value for i, value in enumerate(one.features.grams.arrays())}
         else:
             assert one.features.mean is not None and one.features.scale is not None
-            found |= {"mean": one.features.mean, "scale": one.features.scale}
+            values |= {"mean": one.features.mean, "scale": one.features.scale}
         for view, novelty in one.novelty.items():
             parts = {**novelty.arrays, "centre": novelty.centre, "spread": novelty.spread}
-            found |= {f"novelty.{view}.{name}": value.astype(np.float32) for name, value in parts.items()}
-        arrays |= {f"{number}.{name}": np.ascontiguousarray(value) for name, value in found.items()}
+            values |= {f"novelty.{view}.{name}": value.astype(np.float32) for name, value in parts.items()}
+        arrays |= {f"{number}.{name}": np.ascontiguousarray(value) for name, value in values.items()}
         entries.append(
             {
                 "source": one.source,

@@ -67,9 +67,9 @@ def choose_linear(
     tried: list[tuple[float, float, bool, np.ndarray]] = []
     for balanced in (False, True) if uneven else (False,):
         for strength in strengths:
-            said = fit_linear(features, labels, classes, strength, balanced)(held_features).argmax(1)
-            score = (accuracy_score(held_labels, said) + f1_score(held_labels, said, average="macro")) / 2
-            tried.append((score, strength, balanced, share * (said == held_labels)))
+            predicted = fit_linear(features, labels, classes, strength, balanced)(held_features).argmax(1)
+            score = (accuracy_score(held_labels, predicted) + f1_score(held_labels, predicted, average="macro")) / 2
+            tried.append((score, strength, balanced, share * (predicted == held_labels)))
     _, _, chosen, best = max(tried, key=lambda one: one[:3])
 
     def surely_worse(right: np.ndarray) -> bool:
@@ -143,12 +143,12 @@ def _vectorizer(settings: dict[str, Any], terms: list[str], idf: np.ndarray) -> 
     """A vectorizer of known terms; terms that were left out no longer count in a text's norm."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    made = TfidfVectorizer(
+    vectorizer = TfidfVectorizer(
         analyzer=settings["analyzer"],
         ngram_range=tuple(settings["ngram_range"]),
         sublinear_tf=True,
         token_pattern=r"(?u)\b\w+\b",
         vocabulary={term: place for place, term in enumerate(terms)},
     )
-    made.idf_ = np.asarray(idf, np.float64)
-    return made
+    vectorizer.idf_ = np.asarray(idf, np.float64)
+    return vectorizer

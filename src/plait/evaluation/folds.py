@@ -63,7 +63,7 @@ def by_folds(
     the run was given a time and not steps; none where there are FEW records or more, or the data have a test set of
     their own.
     """
-    found: dict[tuple[str, str], OutOfFold] = {}
+    measured: dict[tuple[str, str], OutOfFold] = {}
     networks: list[Classifier] = []
     for one in model.checkpoint.classifiers:
         known = set(one.labels)
@@ -71,13 +71,13 @@ def by_folds(
         if folds is None and (count >= FEW or dataset.manifest.own_splits):
             continue
         if one.mixture.used == ["linear"]:
-            found[one.source, one.target] = _refitted(model, dataset, one, folds or FOLDS, seed)
+            measured[one.source, one.target] = _refitted(model, dataset, one, folds or FOLDS, seed)
         else:
             networks.append(one)
     recipe = parse_recipe(read_json(run / "run.json")["recipe"], str(run / "run.json"))
     if networks and (folds is not None or recipe.training.steps is None):
-        found |= _retrained(model, dataset, networks, recipe, folds or FOLDS, seed, device, progress)
-    return found
+        measured |= _retrained(model, dataset, networks, recipe, folds or FOLDS, seed, device, progress)
+    return measured
 
 
 def _whole(model: PlaitModel, dataset: Dataset, one: Classifier) -> Examples:
@@ -165,17 +165,17 @@ def _retrained(
         view = Chosen(dataset, {"train": rest[~for_val], "val": rest[for_val], "test": test})
         with tempfile.TemporaryDirectory(prefix="plait-fold-") as scratch:
             folder = Path(scratch) / "run"
-            train(view, folder, recipe, lambda told: None, device)
+            train(view, folder, recipe, lambda progress_row: None, device)
             other = load(folder, device).plait_model
             if other is None:
                 raise PlaitError(f"{folder} is no model that plait trained.")
             for one in fit_classifiers(other, view, seed):
-                found = _asked(other, view, one, model.labels[one.target])
-                if found is not None:
-                    parts.setdefault((one.source, one.target), []).append(found)
+                answers = _asked(other, view, one, model.labels[one.target])
+                if answers is not None:
+                    parts.setdefault((one.source, one.target), []).append(answers)
     progress(f"a run of {seconds:.0f} s and its answers for each of {folds} folds", folds, folds)
-    wanted = {(one.source, one.target) for one in classifiers}
-    return {key: _joined(some, folds) for key, some in parts.items() if key in wanted}
+    asked_pairs = {(one.source, one.target) for one in classifiers}
+    return {key: _joined(fold_answers, folds) for key, fold_answers in parts.items() if key in asked_pairs}
 
 
 def _shortened(recipe: Recipe, folds: int) -> Recipe:

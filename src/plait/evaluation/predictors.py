@@ -59,14 +59,14 @@ def read_examples(
     indices = np.array([i for i in dataset.indices(split) if answers[i] is not None], np.int64)
     if len(indices) > most:
         indices = np.sort(indices[np.argsort(uniform(seed, RNG_STREAM, indices), kind="stable")[:most]])
-    kept, inputs, found = [], [], []
+    kept, inputs, targets = [], [], []
     for index, record in zip(indices, dataset.iterate(indices, [source]), strict=True):
         value = record.parts.get(source)
         if value is not None:
             kept.append(int(index))
             inputs.append(value if isinstance(value, str) else model.modality(source).windows(value)[0])
-            found.append(str(answers[index]))
-    return np.array(kept, np.int64), inputs, found
+            targets.append(str(answers[index]))
+    return np.array(kept, np.int64), inputs, targets
 
 
 def _fit(model: PlaitModel, dataset: Dataset, source: str, target: str, seed: int) -> Predictor | None:

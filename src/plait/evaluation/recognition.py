@@ -172,8 +172,10 @@ def _simple_answers(eval_context: EvalContext, recognised: Recognised) -> Simple
         classifier = _classifier(eval_context, source, target)
         guess = _simple(eval_context, classifier, source, target, recognised.train, recognised.media, recognised.labels)
         simple = SimpleAnswers(guess, alternative_name(kind))
-    made = source in eval_context.media_columns and kind not in eval_context.model.checkpoint.model.config.read_only
-    critic = eval_context.label_classifier(source, target) if made else None
+    is_generated = (
+        source in eval_context.media_columns and kind not in eval_context.model.checkpoint.model.config.read_only
+    )
+    critic = eval_context.label_classifier(source, target) if is_generated else None
     if critic is not None:  # trained in any case, as the judge of what is drawn
         by_critic = critic.predict_among(
             eval_context.features(source, recognised.media.samples), target, recognised.labels

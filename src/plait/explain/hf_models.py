@@ -52,13 +52,13 @@ def _labelled(
         images=[image], do_rescale=False, do_normalize=False, return_tensors="np"
     )["pixel_values"][0]  # fmt: skip
     pixels = np.moveaxis(np.asarray(plain, np.float32), 0, -1).clip(0, 255).round().astype(np.uint8)
-    asked = Labelled(model, [Grid(pixels, Image, "image")], labels, 0, template)
+    question = Labelled(model, [Grid(pixels, Image, "image")], labels, 0, template)
     if answer is not None:
-        asked.place = labels.index(answer)
+        question.place = labels.index(answer)
     else:
         with torch.inference_mode():
-            asked.place = int(asked.logits(asked.tensor([pixels]))[0].argmax())
-    return asked
+            question.place = int(question.logits(question.tensor([pixels]))[0].argmax())
+    return question
 
 
 @dataclass
@@ -96,17 +96,17 @@ class Labelled:
         if known.do_normalize:
             mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (known.image_mean, known.image_std))
             x = (x - mean) / std
-        found: Tensor = self.model.model(pixel_values=x, **self.inputs).logits_per_image
-        return found.float()
+        logits: Tensor = self.model.model(pixel_values=x, **self.inputs).logits_per_image
+        return logits.float()
 
     def scores(self, inputs: list[list[Value]]) -> np.ndarray:
-        found = []
+        logits_of = []
         with torch.inference_mode(), self.model.device.autocast():
             for start in range(0, len(inputs), BATCH):
-                given = [values[0] for values in inputs[start : start + BATCH]]
-                given = [self.parts[0].baseline if value is None else value for value in given]
-                found.append(self.logits(self.tensor(given)).double().cpu().numpy())
-        logits = np.concatenate(found)
+                images = [values[0] for values in inputs[start : start + BATCH]]
+                images = [self.parts[0].baseline if value is None else value for value in images]
+                logits_of.append(self.logits(self.tensor(images)).double().cpu().numpy())
+        logits = np.concatenate(logits_of)
         return log_odds(logits, self.place) if len(self.texts) > 1 else logits[:, 0]
 
     def chances(self, scores: np.ndarray) -> np.ndarray:
@@ -146,8 +146,8 @@ class Continued:
             with torch.inference_mode():
                 logits = self._next([self._read(self.parts[0].text)])[0]
             order = logits.argsort(descending=True).tolist()
-            said = (self.model.tokenizer.decode([token]) for token in order)
-            self.wanted = next(text for text in said if text.strip() and "\ufffd" not in text)
+            token_texts = (self.model.tokenizer.decode([token]) for token in order)
+            self.wanted = next(text for text in token_texts if text.strip() and "\ufffd" not in text)
         self.texts = list(self.labels or [str(self.wanted)])
         if self.wanted is not None and self.wanted not in self.texts:
             raise PlaitError(f"'{self.wanted}' is not among the labels {', '.join(self.texts[:8])}. Add it there.")
@@ -199,8 +199,8 @@ class Continued:
         return log_probs
 
     def scores(self, inputs: list[list[Value]]) -> np.ndarray:
-        found = self._log_likelihoods([self._read(str(values[0] or "")) for values in inputs])
-        return log_odds(found, self.place) if len(self.texts) > 1 else found[:, 0]
+        log_probs = self._log_likelihoods([self._read(str(values[0] or "")) for values in inputs])
+        return log_odds(log_probs, self.place) if len(self.texts) > 1 else log_probs[:, 0]
 
     def chances(self, scores: np.ndarray) -> np.ndarray:
         if len(self.texts) > 1:
@@ -209,12 +209,12 @@ class Continued:
 
     def path(self) -> Path:
         part, place = self.parts[0], self.model.device.torch
-        given = self.model.tokenizer(part.text, return_offsets_mapping=True)
-        stops = [int(stop) for _, stop in given["offset_mapping"]]
+        encoded = self.model.tokenizer(part.text, return_offsets_mapping=True)
+        stops = [int(stop) for _, stop in encoded["offset_mapping"]]
         # A special token covers nothing of the text.
-        own = np.array([stop > start for start, stop in given["offset_mapping"]])
+        own = np.array([stop > start for start, stop in encoded["offset_mapping"]])
         owners = part.owners(stops)
-        context = [int(i) for i in given["input_ids"]]
+        context = [int(i) for i in encoded["input_ids"]]
         table = self.model.model.get_input_embeddings()
         with torch.no_grad():
             fixed = table(torch.tensor([context], device=place)).float()
@@ -225,10 +225,10 @@ class Continued:
         def score(x: Tensor) -> Tensor:
             scores = []
             for ids, answer in zip(self.ids, answers, strict=True):
-                whole = torch.cat((x, answer.expand(len(x), -1, -1)), 1)
-                logits = self.model.model(inputs_embeds=whole).logits[:, x.shape[1] - 1 : -1].float().log_softmax(-1)
-                wanted = torch.tensor(ids, device=place).expand(len(x), -1)
-                scores.append(logits.gather(2, wanted[..., None])[..., 0].sum(1))
+                embeds = torch.cat((x, answer.expand(len(x), -1, -1)), 1)
+                logits = self.model.model(inputs_embeds=embeds).logits[:, x.shape[1] - 1 : -1].float().log_softmax(-1)
+                targets = torch.tensor(ids, device=place).expand(len(x), -1)
+                scores.append(logits.gather(2, targets[..., None])[..., 0].sum(1))
             if len(scores) == 1:
                 return scores[0]
             others = torch.stack([one for i, one in enumerate(scores) if i != self.place], 1)
@@ -254,12 +254,12 @@ class Continued:
                 # transformers gives the last state after the norm already.
                 last = state[0, -1] if number == len(states) - 1 else norm(state[0, -1])
                 chances = head(last).float().softmax(-1)
-            wanted = self.ids[self.place][0]
+            target = self.ids[self.place][0]
             top = chances.topk(3)
             likeliest = [
                 (self.model.tokenizer.decode([i]), float(p))
                 for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
             ]
-            rank = int((chances > chances[wanted]).sum()) + 1
-            by_layer.append({"layer": number, "chance": float(chances[wanted]), "rank": rank, "likeliest": likeliest})
+            rank = int((chances > chances[target]).sum()) + 1
+            by_layer.append({"layer": number, "chance": float(chances[target]), "rank": rank, "likeliest": likeliest})
         return by_layer

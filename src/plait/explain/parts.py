@@ -104,13 +104,13 @@ class Grid:
         a cause on the border of regions goes as a whole; windows reach over the edges, so that all regions count
         alike."""
         row, column = np.divmod(np.arange(self.count), self.shape[1])
-        found = [
+        windows = [
             (row >= top) & (row < top + height) & (column >= left) & (column < left + width)
             for height, width in self.modality.occluded
             for top in range(1 - height, self.shape[0])
             for left in range(1 - width, self.shape[1])
         ]
-        return np.unique(np.array(found), axis=0)
+        return np.unique(np.array(windows), axis=0)
 
     def spot(self, unit: int) -> str:
         return self.modality.spot(self.sample, *divmod(unit, self.shape[1]))

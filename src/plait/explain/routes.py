@@ -35,13 +35,13 @@ async def explain(request: Request, body: s.ExplainRequest) -> Response:
     model = served.model
 
     def work() -> dict[str, Any]:
-        found = model.explain(
+        explanation = model.explain(
             values if len(values) > 1 else values[0], body.answer, column=body.column, labels=body.labels,
             method=body.method, steps=body.steps, seed=body.seed,
         )  # fmt: skip
-        shown = as_json_of(found)
+        shown = as_json_of(explanation)
         if body.image:
-            shown["image"] = "data:image/png;base64," + base64.b64encode(as_png(found)).decode()
+            shown["image"] = "data:image/png;base64," + base64.b64encode(as_png(explanation)).decode()
         return shown
 
     shown = await served.worker.call(work, deadline)

@@ -86,8 +86,8 @@ class Answering(Reading):
         """`classify` for inputs that are sequences already: of each one, or its windows."""
         if column is None:
             several = [one.target for one in self.checkpoint.predictors if isinstance(one, SeveralLabels)]
-            known = [name for name in self.labels if self.labels[name]] or several
-            column = known[0] if known else None
+            candidates = [name for name in self.labels if self.labels[name]] or several
+            column = candidates[0] if candidates else None
         column = self.column(column, "text", "classify")
         if labels is None and (predictor := self._predictor(inputs, column)) is not None:
             return self._several(predictor, inputs, top)
@@ -101,12 +101,12 @@ class Answering(Reading):
         for number, places in groups.items():
             same_column = [inputs[place] for place in places]
             if number >= 0:
-                made = self._decide(self.checkpoint.classifiers[number], same_column, top)
+                predictions = self._decide(self.checkpoint.classifiers[number], same_column, top)
             else:
-                made = self._rank(
+                predictions = self._rank(
                     same_column, self.labels.get(column, []) if labels is None else list(labels), column, top
                 )
-            answers |= dict(zip(places, made, strict=True))
+            answers |= dict(zip(places, predictions, strict=True))
         return [answers[place] for place in range(len(inputs))]
 
     @property

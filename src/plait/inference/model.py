@@ -101,12 +101,12 @@ ADAPTER_SOURCES: ExtensionPoint[AdapterSource] = ExtensionPoint("adapter_source"
 def attach_adapters(model: Model, folders: Mapping[str, str | Path]) -> list[PlaitModel]:
     """A model for each adapter, by name; they share the weights of `model`. Raises PlaitError where a folder holds
     none, or one of another base."""
-    if (ours := model.plait_model) is None:
+    if (plait_model := model.plait_model) is None:
         raise PlaitError(
             f"{model.name} runs in transformers, where adapters are not taken. Use one that runs in Plait."
         )
-    adapters = {name: ADAPTER_SOURCES.one()(folder, ours.checkpoint) for name, folder in folders.items()}
-    return [ours.attach(name, adapter) for name, adapter in adapters.items()]
+    adapters = {name: ADAPTER_SOURCES.one()(folder, plait_model.checkpoint) for name, folder in folders.items()}
+    return [plait_model.attach(name, adapter) for name, adapter in adapters.items()]
 
 
 def model_of(
@@ -184,13 +184,13 @@ class PlaitModel(Answering, Model):
         grammar: str | None = None,
     ) -> TextConstraint | None:
         """What a text must be, compiled; None where nothing is asked for. Raises ConstraintError."""
-        asked = {"schema": schema, "regex": regex, "choice": choice, "grammar": grammar}
-        asked = {name: value for name, value in asked.items() if value is not None}
-        if not asked:
+        constraints = {"schema": schema, "regex": regex, "choice": choice, "grammar": grammar}
+        constraints = {name: value for name, value in constraints.items() if value is not None}
+        if not constraints:
             return None
-        if len(asked) > 1:
-            raise ConstraintError(f"A text has one constraint, not {' and '.join(asked)}. Leave all but one out.")
-        ((name, value),) = asked.items()
+        if len(constraints) > 1:
+            raise ConstraintError(f"A text has one constraint, not {' and '.join(constraints)}. Leave all but one out.")
+        ((name, value),) = constraints.items()
         compiled: TextConstraint = getattr(self.constraints, name)(value)
         return compiled
 
@@ -356,9 +356,9 @@ class PlaitModel(Answering, Model):
     ) -> str:
         """The words of an audio clip. A long one is read in windows that overlap by half; see `joined`."""
         self._check_speech(language, task)
-        spoken = self.spoken(audio)
+        windows = self.spoken(audio)
         target = self.column(column, "text", "transcribe")
-        texts = [row[0] for row in self.write([sequence for _, _, sequence in spoken], target, **options)]
+        texts = [row[0] for row in self.write([sequence for _, _, sequence in windows], target, **options)]
         return joined(texts)
 
     def segments(
@@ -369,10 +369,10 @@ class PlaitModel(Answering, Model):
         if words:
             raise PlaitError(f"{self.name} does not tell when each word is said. Use a Whisper, or leave words out.")
         self._check_speech(language, task)
-        spoken = self.spoken(audio)
+        windows = self.spoken(audio)
         target = self.column(None, "text", "transcribe")
-        texts = [row[0] for row in self.write([sequence for _, _, sequence in spoken], target)]
-        return joined_segments([Segment(a, b, text) for (a, b, _), text in zip(spoken, texts, strict=True)])
+        texts = [row[0] for row in self.write([sequence for _, _, sequence in windows], target)]
+        return joined_segments([Segment(a, b, text) for (a, b, _), text in zip(windows, texts, strict=True)])
 
     def spoken(self, audio: Any) -> list[tuple[float, float, Sequence]]:
         """The windows of an audio clip in which something can be heard: where each begins and ends, in seconds, without

@@ -318,8 +318,10 @@ def linear_of(layer: nn.Module, x: Tensor) -> Tensor:
 
 def product(x: Tensor, w: Tensor) -> Tensor:
     """x (M, K) times w (K, N), without gradients, by what `linear_of` uses."""
-    ours = type(x) is Tensor and type(w) is Tensor and w.dtype is torch.float32 and activations(x) is torch.float32
-    return _product(x, w) if ours and min(*x.shape, *w.shape) >= FEWEST and multiplies() else x @ w
+    use_kernel = (
+        type(x) is Tensor and type(w) is Tensor and w.dtype is torch.float32 and activations(x) is torch.float32
+    )
+    return _product(x, w) if use_kernel and min(*x.shape, *w.shape) >= FEWEST and multiplies() else x @ w
 
 
 _multiplying: list[bool] = []  # the answer, once there is one
@@ -334,9 +336,9 @@ def multiplies() -> bool:
     return _multiplying[0] and library() is not None
 
 
-def multiply(ours: bool) -> None:
+def multiply(use_kernel: bool) -> None:
     """Have products of training be ours or torch's, whatever was measured: as a run that goes on began."""
-    _multiplying[:] = [ours]
+    _multiplying[:] = [use_kernel]
 
 
 def _ours_are_faster(precision: str) -> bool:

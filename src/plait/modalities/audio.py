@@ -90,16 +90,16 @@ class AudioSettings(BaseModel):
         longest = max(len(wave) / rate for wave, rate in clips)
         if overrides.get("hf_encoder"):
             hf_encoder = HFEncoderSettings.model_validate(overrides["hf_encoder"])
-            longest, most = min(longest, hf_encoder.longest / 1.1), overrides.get("seconds", 0)
-            if isinstance(most, (int, float)) and most > hf_encoder.longest:
+            longest, limit = min(longest, hf_encoder.longest / 1.1), overrides.get("seconds", 0)
+            if isinstance(limit, (int, float)) and limit > hf_encoder.longest:
                 raise PlaitError(
-                    f"model.audio.seconds is {most}, but {overrides['encoder']} reads {hf_encoder.longest:g}."
+                    f"model.audio.seconds is {limit}, but {overrides['encoder']} reads {hf_encoder.longest:g}."
                 )
-        most = size.rate, size.seconds
+        limit = size.rate, size.seconds
         if overrides.get("classes"):  # what tells clips apart may come late or be high, and nothing has to be written
-            most = max(most[0], 16000), max(most[1], 10.0)
-        fitting = next(r for r in (8000, 16000, 24000) if r >= min(rate, most[0]))
-        return cls.sized(fitting, {"seconds": min(most[1], math.ceil(longest * 11) / 10), **overrides})
+            limit = max(limit[0], 16000), max(limit[1], 10.0)
+        fitting = next(r for r in (8000, 16000, 24000) if r >= min(rate, limit[0]))
+        return cls.sized(fitting, {"seconds": min(limit[1], math.ceil(longest * 11) / 10), **overrides})
 
     @classmethod
     def of_size(cls, size: Size, overrides: dict[str, Any]) -> AudioSettings:

@@ -221,15 +221,15 @@ def _libsndfile_blocks(data: bytes, name: str, limits: Limits) -> Blocks:
         raise fault
 
     def read() -> Iterator[np.ndarray]:
-        got = 0
+        samples_read = 0
         with audio:
             while True:
                 try:
                     block = audio.read(_BLOCK, dtype="float32", always_2d=True)
                 except Exception as error:
                     raise MediaError(f"damaged {name}: {short(error)}") from error
-                got += len(block)
-                if got > longest:
+                samples_read += len(block)
+                if samples_read > longest:
                     raise MediaError(f"more than {limits.seconds:g} s of audio", RejectKind.TOO_LARGE)
                 if not len(block):
                     break
@@ -239,10 +239,12 @@ def _libsndfile_blocks(data: bytes, name: str, limits: Limits) -> Blocks:
                 yield mono
         # Of an mp3 whole frames are counted, of which encoders fill some with silence; all others say it exactly.
         slack = 4 * 1152 if name == "mp3" else 0
-        if got == 0:
+        if samples_read == 0:
             raise MediaError("no samples in it", RejectKind.EMPTY)
-        if known and abs(got - frames) > slack:
-            raise MediaError(f"cut short: the header promises {frames} samples, {got} are there", RejectKind.CUT_SHORT)
+        if known and abs(samples_read - frames) > slack:
+            raise MediaError(
+                f"cut short: the header promises {frames} samples, {samples_read} are there", RejectKind.CUT_SHORT
+            )
 
     return rate, read()
 
@@ -273,22 +275,22 @@ def av_blocks(data: bytes, name: str, limits: Limits) -> Blocks:
     longest = int(limits.seconds * rate)
 
     def read() -> Iterator[np.ndarray]:
-        got = 0
+        samples_read = 0
         resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
         try:
             with container:
                 frames = (out for frame in container.decode(stream) for out in resampler.resample(frame))
                 for frame in frames:
                     block = frame.to_ndarray().reshape(-1).astype(np.float32)
-                    got += len(block)
-                    if got > longest:
+                    samples_read += len(block)
+                    if samples_read > longest:
                         raise MediaError(f"more than {limits.seconds:g} s of audio", RejectKind.TOO_LARGE)
                     if not np.isfinite(block).all():
                         raise MediaError("samples that are not numbers", RejectKind.BAD_VALUE)
                     yield block
                 for frame in resampler.resample(None):
                     block = frame.to_ndarray().reshape(-1).astype(np.float32)
-                    got += len(block)
+                    samples_read += len(block)
                     yield block
         except MediaError:
             raise
@@ -296,12 +298,13 @@ def av_blocks(data: bytes, name: str, limits: Limits) -> Blocks:
             raise MediaError("needs too much memory", RejectKind.NO_MEMORY) from error
         except Exception as error:
             raise MediaError(f"damaged {name}: {short(error)}") from error
-        if got == 0:
+        if samples_read == 0:
             raise MediaError("no samples in it", RejectKind.EMPTY)
         # A container says its length in whole packets, whose last may be filled up.
-        if seconds and got / rate < min(0.9 * seconds, seconds - 0.5):
+        if seconds and samples_read / rate < min(0.9 * seconds, seconds - 0.5):
             raise MediaError(
-                f"cut short: the header promises {seconds:.2f} s, {got / rate:.2f} s are there", RejectKind.CUT_SHORT
+                f"cut short: the header promises {seconds:.2f} s, {samples_read / rate:.2f} s are there",
+                RejectKind.CUT_SHORT,
             )
 
     return rate, read()
@@ -406,12 +409,12 @@ def _counted_mp3(data: bytes) -> tuple[bytes, bool]:
     rest = data[place:]
     walked = count > 1 and (len(rest) < 4 or rest.startswith((b"TAG", b"APETAG", b"LYRICS")) or not any(rest))
     tag = start + 4 + first[1]
-    told = None
+    stated = None
     if data[tag : tag + 4] in (b"Xing", b"Info") and len(data) > tag + 12 and data[tag + 7] & 1:
-        told = int.from_bytes(data[tag + 8 : tag + 12], "big")
+        stated = int.from_bytes(data[tag + 8 : tag + 12], "big")
     elif data[start + 36 : start + 40] == b"VBRI":
-        told = int.from_bytes(data[start + 50 : start + 54], "big")
-    if told is not None and (not walked or count <= told + 4):
+        stated = int.from_bytes(data[start + 50 : start + 54], "big")
+    if stated is not None and (not walked or count <= stated + 4):
         return data, True
     if not walked:
         return data, False  # frames of free format, or something else between them

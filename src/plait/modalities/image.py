@@ -72,8 +72,8 @@ class ImageSettings(BaseModel):
         images = [decode_image(example) for example in examples]
         side = int(np.median([max(image.size) for image in images]))
         grey = all(image.convert("RGB").convert("L").convert("RGB") == image.convert("RGB") for image in images)
-        most = overrides["hf_encoder"]["size"] if overrides.get("hf_encoder") else size.image
-        fitting = min(most, max(math.ceil(side / 4) * 4, 8))
+        largest = overrides["hf_encoder"]["size"] if overrides.get("hf_encoder") else size.image
+        fitting = min(largest, max(math.ceil(side / 4) * 4, 8))
         return cls.sized(fitting, {"channels": 1 if grey else 3, **overrides})
 
     @classmethod

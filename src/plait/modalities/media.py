@@ -112,19 +112,19 @@ class Checker:
 
     def __call__(self, kind: str, data: bytes) -> dict[str, Any]:
         """What decoding shows (`MediaFiles.check`); a crash or a decoder that hangs is a MediaError too."""
-        return self._ask(kind, data, whole=False).facts
+        return self._ask(kind, data, with_samples=False).facts
 
     def decode(self, kind: str, data: bytes) -> Any:
         """As the modality decodes it, but nothing in this process touches the encoded bytes. A large image comes
         reduced (`MediaFiles.pack`)."""
-        return MEDIA[kind].unpack(self._ask(kind, data, whole=True))
+        return MEDIA[kind].unpack(self._ask(kind, data, with_samples=True))
 
-    def _ask(self, kind: str, data: bytes, whole: bool) -> Packed:
+    def _ask(self, kind: str, data: bytes, with_samples: bool) -> Packed:
         process = self._process()
         assert process.stdin is not None and process.stdout is not None
         body = b""
         try:
-            process.stdin.write(struct.pack("<BBQ", list(MEDIA).index(kind), whole, len(data)))
+            process.stdin.write(struct.pack("<BBQ", list(MEDIA).index(kind), with_samples, len(data)))
             process.stdin.write(data)
             process.stdin.flush()
             line = read_line(process, lambda: True, self.patience)
@@ -162,12 +162,12 @@ def _serve(limits: str) -> None:
     allowed = Limits(**json.loads(limits))
     stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
     while len(header := stdin.read(10)) == 10:
-        place, whole, size = struct.unpack("<BBQ", header)
+        place, with_samples, size = struct.unpack("<BBQ", header)
         files = list(MEDIA.values())[place]
         data, body = stdin.read(size), b""
         answer: dict[str, Any]
         try:
-            if whole:
+            if with_samples:
                 packed = files.pack(files.decode(data, allowed))
                 answer, body = packed.facts, packed.body
             else:

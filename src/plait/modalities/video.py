@@ -75,8 +75,8 @@ class VideoSettings(BaseModel):
     def fitted(cls, size: Size, examples: list[bytes], overrides: dict[str, Any]) -> VideoSettings:
         """The settings that a row of the table of sizes and some of the user's clips call for."""
         longest = max(decode_video(example).seconds for example in examples[:32])
-        made = cls.of_size(size, overrides)
-        fitting = [fps for fps in (8.0, 4.0, 2.0) if fps * longest <= made.slots]
+        settings = cls.of_size(size, overrides)
+        fitting = [fps for fps in (8.0, 4.0, 2.0) if fps * longest <= settings.slots]
         return cls.of_size(size, {"fps": fitting[0] if fitting else 2.0, **overrides})
 
     @classmethod

@@ -127,9 +127,9 @@ class VideoFiles(MediaFiles):
 
     def simple_features(self, samples: Sequence[np.ndarray], bands: int) -> np.ndarray:
         """Gradients and colours of three frames, where frames differ from the ones before, and the spectrum."""
-        found = []
+        features = []
         for n in range(3):
-            found.append(image_features([frames_of(s)[int((n + 0.5) / 3 * len(s))] for s in samples]))
+            features.append(image_features([frames_of(s)[int((n + 0.5) / 3 * len(s))] for s in samples]))
         moved, heard = [], []
         for sample in samples:
             frames = frames_of(sample).astype(np.float32).mean(-1) / 255
@@ -138,7 +138,7 @@ class VideoFiles(MediaFiles):
             moved.append([f(cell) for cell in cells for f in (np.mean, np.std)])
             sound = sample[:, -SOUND:].reshape(-1, BANDS).astype(np.float32) / 255
             heard.append(np.concatenate([sound.mean(0), sound.std(0)]))
-        return np.concatenate([*found, 8 * np.array(moved), np.array(heard)], 1).astype(np.float32)
+        return np.concatenate([*features, 8 * np.array(moved), np.array(heard)], 1).astype(np.float32)
 
     def pack(self, value: Clip) -> Packed:
         facts = {"shape": value.frames.shape, "fps": value.fps, "seconds": value.seconds, "height": value.height}

@@ -67,8 +67,8 @@ def encoder_plan(source: str) -> dict[str, Any] | None:
     folder = Path(source).expanduser()
     if not (folder / "config.json").is_file() or read_json(folder / "config.json").get("model_type") == "plait":
         return None
-    found = [one for one in models([folder], cache=False) if one.folder == folder and not one.writes]
-    return _facts(found[0]) if found else None
+    matching = [one for one in models([folder], cache=False) if one.folder == folder and not one.writes]
+    return _facts(matching[0]) if matching else None
 
 
 def _facts(model: LocalModel) -> dict[str, Any]:

@@ -68,15 +68,15 @@ def find(tree: Tree, recipe: ItemsRecipe | None) -> tuple[str, str | None] | Non
     if first is None and recipe is not None:
         lines = [name for name in tree.files if name != second and _is_lines(tree, name)]
         tables = [name for name in tree.files if name != second and _is_interactions(tree, name, wish)]
-        found = tables or lines
-        if len(found) != 1:
-            shown = ", ".join(list(found or tree.files)[:8])
+        choices = tables or lines
+        if len(choices) != 1:
+            shown = ", ".join(list(choices or tree.files)[:8])
             raise PlaitError(
-                f"{tree.root} has {'several tables' if found else 'no table'} of interactions ({shown}). Name it in "
+                f"{tree.root} has {'several tables' if choices else 'no table'} of interactions ({shown}). Name it in "
                 "the recipe: data.items.interactions. It needs a user and an item in each row, or plain lines "
                 "'user item' in order of time."
             )
-        first = found[0]
+        first = choices[0]
     if first is None:
         return None
     if second is None and recipe is not None and recipe.items is None:
@@ -85,20 +85,20 @@ def find(tree: Tree, recipe: ItemsRecipe | None) -> tuple[str, str | None] | Non
     return first, second
 
 
-def _named(tree: Tree, wanted: str) -> str:
-    if wanted in tree.files:
-        return wanted
-    inside = [name for name in tree.files if name.rpartition("/")[2] == wanted]
+def _named(tree: Tree, file_name: str) -> str:
+    if file_name in tree.files:
+        return file_name
+    inside = [name for name in tree.files if name.rpartition("/")[2] == file_name]
     if len(inside) == 1:
         return inside[0]
     raise PlaitError(
-        f"{tree.root} has no file '{wanted}', which the recipe names. It has {', '.join(tree.files)[:300]}."
+        f"{tree.root} has no file '{file_name}', which the recipe names. It has {', '.join(tree.files)[:300]}."
     )
 
 
 def _only(tree: Tree, pattern: re.Pattern[str]) -> str | None:
-    found = [name for name in tree.files if pattern.fullmatch(name.rpartition("/")[2])]
-    return found[0] if len(found) == 1 else None
+    matching = [name for name in tree.files if pattern.fullmatch(name.rpartition("/")[2])]
+    return matching[0] if len(matching) == 1 else None
 
 
 def _heads(tree: Tree, name: str) -> list[str]:
@@ -209,8 +209,8 @@ def _layout(lines: list[str], mark: str | None, recipe: ItemsRecipe) -> Layout:
     width, count = widths.most_common(1)[0]
     if _named_cells(rows[0]) and len(rows[0]) == width:
         place = {role: _columns(rows[0], role, recipe) for role in ("user", "item", "time", "weight")}
-        found = {role: rows[0].index(names[0]) for role, names in place.items() if names and names[0] in rows[0]}
-        return Layout(width, headed=True, **found)
+        columns = {role: rows[0].index(names[0]) for role, names in place.items() if names and names[0] in rows[0]}
+        return Layout(width, headed=True, **columns)
     if width not in (2, 3, 4) or count < _MOST * len(rows):
         return Layout(None)
     alike = [row for row in rows if len(row) == width]

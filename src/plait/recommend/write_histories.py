@@ -122,8 +122,8 @@ def write_histories(
     if not interactions_read:
         common = Counter(reject.reason for reject in rejects).most_common(3)
         common += [(f"weighs less than {recipe.least_weight:g}, or nothing", light)] if light else []
-        told = "; ".join(f"{reason} ({count})" for reason, count in common) or "nothing was found"
-        raise PlaitError(f"{interactions}: no interaction can be used. {told}.")
+        common_reasons = "; ".join(f"{reason} ({count})" for reason, count in common) or "nothing was found"
+        raise PlaitError(f"{interactions}: no interaction can be used. {common_reasons}.")
     if recipe.least_weight is not None:
         remarks.notes.append(f"{light:,} interactions of a weight below {recipe.least_weight:g} were left out")
     known = _items(tree, items, recipe, {row.item for row in interactions_read}, interactions, rejects, remarks)
@@ -146,7 +146,7 @@ def write_histories(
 
 
 def _items(
-    tree: Tree, table: str | None, recipe: ItemsRecipe, wanted: set[str], interactions: str, rejects: list[Rejected],
+    tree: Tree, table: str | None, recipe: ItemsRecipe, in_use: set[str], interactions: str, rejects: list[Rejected],
     remarks: Remarks,
 ) -> dict[str, Item]:  # fmt: skip
     """Id -> item: those of the table, then those that interactions alone name."""
@@ -172,17 +172,17 @@ def _items(
             remarks.warnings.append(
                 f"{twice:,} rows of {table} repeat an item: the first of each is kept, see rejects.jsonl."
             )
-        shared = wanted & known.keys()
+        shared = in_use & known.keys()
         if not shared:
             raise PlaitError(
                 f"The ids of {table} and {interactions} do not match: the one has {_first_three(known)}, the other "
-                f"{_first_three(wanted)}. Name the column of ids in the recipe: data.items.columns.id or .item."
+                f"{_first_three(in_use)}. Name the column of ids in the recipe: data.items.columns.id or .item."
             )
-        if lone := sorted(wanted - shared, key=_natural):
+        if lone := sorted(in_use - shared, key=_natural):
             remarks.warnings.append(
                 f"{len(lone):,} items of {interactions} have no row in {table}, such as {_first_three(lone)}."
             )
-    for id_ in sorted(wanted - known.keys(), key=_natural):
+    for id_ in sorted(in_use - known.keys(), key=_natural):
         known[id_] = Item(id_)
     return known
 
@@ -243,15 +243,15 @@ def _counted_times(times: list[float], remarks: Remarks) -> np.ndarray:
     return np.rint(exact * scale).astype(np.int64)
 
 
-def _untested(tree: Tree, wanted: str | None, users: list[str], remarks: Remarks) -> np.ndarray:
+def _untested(tree: Tree, setting: str | None, users: list[str], remarks: Remarks) -> np.ndarray:
     """Which users (U,) a table marks as learnt from alone."""
     marks = np.zeros(len(users), bool)
-    if wanted is None:
+    if setting is None:
         return marks
-    file, _, column = wanted.rpartition(":")
+    file, _, column = setting.rpartition(":")
     file = next((name for name in tree.files if name == file or name.rpartition("/")[2] == file), "")
     if not file:
-        raise PlaitError(f"data.items.untested: {wanted} names no file of the source. Write FILE:COLUMN.")
+        raise PlaitError(f"data.items.untested: {setting} names no file of the source. Write FILE:COLUMN.")
     tree.used.add(file)
     place = {user: i for i, user in enumerate(users)}
     for line, row in rows(tree, file):
@@ -264,7 +264,7 @@ def _untested(tree: Tree, wanted: str | None, users: list[str], remarks: Remarks
             if not ids:
                 raise PlaitError(f"data.items.untested: {file}, line {line}, names no user of the interactions.")
             marks[place[ids[0]]] = True
-    remarks.notes.append(f"{int(marks.sum()):,} users are learnt from and not asked for: {wanted}")
+    remarks.notes.append(f"{int(marks.sum()):,} users are learnt from and not asked for: {setting}")
     return marks
 
 
@@ -288,9 +288,9 @@ def _split(histories: Histories, recipe: ItemsRecipe, untested: np.ndarray, cold
         remarks.splits.append("split by time: the first 80 % of all interactions train, 10 % val, the last 10 % test")
     else:
         lengths = np.diff(starts)
-        asked = (lengths >= 3) & ~untested
-        parts[starts[1:][asked] - 1] = TEST
-        parts[starts[1:][asked] - 2] = VAL
+        has_held_out = (lengths >= 3) & ~untested
+        parts[starts[1:][has_held_out] - 1] = TEST
+        parts[starts[1:][has_held_out] - 2] = VAL
         remarks.splits.append("leave one out: of each user's items the last is test, the one before it val")
         if few := int(((lengths < 3) & ~untested).sum()):
             remarks.notes.append(

@@ -138,9 +138,9 @@ def write_report(path: Path, metrics: Metrics, findings: Findings, run: RunInfo)
         tables=_tables(metrics),
         curves=_curves(run.log),
         reliabilities=[
-            panel(found) for found in findings.reliabilities for panel in (reliability_panel, coverage_panel)
+            panel(finding) for finding in findings.reliabilities for panel in (reliability_panel, coverage_panel)
         ],
-        confusions=[_confusion(found) for found in findings.confusions],
+        confusions=[_confusion(finding) for finding in findings.confusions],
         run=run,
         reasons=_reasons(run.rejects),
         notes=[note for kind in ("warnings", "split_notes", "notes") for note in run.manifest.get(kind, [])]

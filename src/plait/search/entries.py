@@ -77,16 +77,16 @@ def entries(source: str | Path | Dataset, columns: list[str] | None = None) -> I
             return
     with tempfile.TemporaryDirectory(prefix="plait-") as scratch:
         tree = scan(place, Path(scratch) / "unpacked", Path(scratch))
-        found = plan(tree)
-        _known(columns, found.columns, str(source))
+        source_plan = plan(tree)
+        _known(columns, source_plan.columns, str(source))
         shown = str(place.parent if tree.single and isinstance(place, Path) else place)
         root = str(Path(shown).resolve()) if isinstance(place, Path) else shown
         yield from tree.refused
-        for item in found.read():
+        for item in source_plan.read():
             if isinstance(item, Rejected):
                 yield item
             else:
-                yield from _of_record(item, f"{root.rstrip('/')}/", shown, found.columns, columns)
+                yield from _of_record(item, f"{root.rstrip('/')}/", shown, source_plan.columns, columns)
 
 
 def columns_of(source: str | Path) -> dict[str, str]:

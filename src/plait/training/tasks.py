@@ -91,12 +91,12 @@ def derive(dataset: Dataset, recipe: Recipe) -> Derived:
     context = recipe.model.backbone.context or SIZES[recipe.model.size].context
     labels = label_columns(dataset, context)
     task = recipe.training.task
-    found = find_task(dataset, labels)
+    task_of_data = find_task(dataset, labels)
     if task == "auto":
         _raise_if_one_label(dataset, labels)
     if task == "auto":
-        task = found
-    if task == "recognise" and found != "recognise":
+        task = task_of_data
+    if task == "recognise" and task_of_data != "recognise":
         raise PlaitError(
             f"{dataset.path} has no column of labels (texts of at most {context // 2} tokens, each of which stands at "
             "several records), so nothing can be recognised. Put files into a folder for each label, or add a column."
@@ -142,10 +142,10 @@ def _imported(derived: Derived, training: dict[str, Any]) -> None:
     folder = find_checkpoint(name)
     if folder is not None and read_json(folder / "config.json").get("model_type") == "plait":
         return
-    mine, lora = recipe.training, recipe.training.lora is not None
+    user_training, lora = recipe.training, recipe.training.lora is not None
     chosen = {"batch_size": 8, "learning_rate": 5e-4 if lora else 5e-5}
-    chosen = {key: value for key, value in chosen.items() if getattr(mine, key) is None}
-    if lora and mine.full_softmax_prob == Recipe().training.full_softmax_prob:
+    chosen = {key: value for key, value in chosen.items() if getattr(user_training, key) is None}
+    if lora and user_training.full_softmax_prob == Recipe().training.full_softmax_prob:
         chosen["full_softmax_prob"] = 0.0
     training |= chosen
     if "learning_rate" in chosen:
@@ -197,13 +197,13 @@ def _language(derived: Derived, training: dict[str, Any]) -> None:
     minutes = recipe.training.minutes or SIZES[recipe.model.size].minutes
     if recipe.model.size != "tiny" or minutes > 60:
         return
-    mine, defaults = recipe.training, Recipe().training
+    user_training, defaults = recipe.training, Recipe().training
     backbone = recipe.model.backbone
     context = backbone.context or (128 if minutes <= 20 else 256)
     model = {"backbone": {"context": context}, "tied": True if recipe.model.tied is None else recipe.model.tied}
     chosen = {"batch_size": 8, "learning_rate": 4e-3, "weight_decay": 0.1, "betas": (0.9, 0.99),
               "full_softmax_prob": 0.0, "validations": 10}  # fmt: skip
-    training |= {key: value for key, value in chosen.items() if getattr(mine, key) == getattr(defaults, key)}
+    training |= {key: value for key, value in chosen.items() if getattr(user_training, key) == getattr(defaults, key)}
     derived.recipe = with_sections(recipe, model=model)
     derived.lines.append(f"For {minutes:g} minute{'s' * (minutes != 1)}: windows of {context} tokens, 8 in a batch.")
 

@@ -264,8 +264,8 @@ class Trainer:
         run, seconds = self.run, self.prepared.seconds
         if "steps" in run.metadata:
             return
-        asked = run.budget.steps
-        steps = None if asked is None else run.first_step + asked
+        requested = run.budget.steps
+        steps = None if requested is None else run.first_step + requested
         if is_timed(self.run.budget):
             begun = time.perf_counter()
             possible = calibrate(self.model, self.optimizer, self._optimize, seconds)
@@ -568,13 +568,13 @@ class Trainer:
 def _check_same_network(folder: Path, model: Multimodal) -> None:
     """Raise PlaitError where a checkpoint is of another network than the run's recipe and data make."""
     config = read_json(folder / "config.json")
-    made = model.config.model_dump(mode="json")
-    settings = made.pop("modalities")
-    stored = ModelConfig.model_validate({name: config.get(name) for name in made}).model_dump(mode="json")
+    config_now = model.config.model_dump(mode="json")
+    settings = config_now.pop("modalities")
+    stored = ModelConfig.model_validate({name: config.get(name) for name in config_now}).model_dump(mode="json")
     del stored["modalities"]
-    for one in (made, stored):
+    for one in (config_now, stored):
         one["backbone"] = {name: value for name, value in one["backbone"].items() if name != "dropout"}
-    different = difference(stored, made) + difference(read_json(folder / "preprocessor_config.json"), settings)
+    different = difference(stored, config_now) + difference(read_json(folder / "preprocessor_config.json"), settings)
     if different:
         raise PlaitError(f"{folder} is of another network{different}. Choose another folder with -o.")
 
