@@ -99,8 +99,8 @@ def explain(question: Question, method: str = "occlusion", steps: int | None = N
         explanation.warnings.append("There are fewer than three units, which no order can tell from a random one.")
     elif explanation.areas.random_maps_beaten < RANDOMS - 1:
         explanation.warnings.append(
-            f"No better than random: {RANDOMS - explanation.areas.random_maps_beaten} of {RANDOMS} random maps do as well "
-            "by "
+            f"No better than random: {RANDOMS - explanation.areas.random_maps_beaten} of {RANDOMS} random maps do as "
+            "well by "
             "deletion and insertion. Do not trust it."
         )
     return explanation
