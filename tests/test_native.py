@@ -16,7 +16,8 @@ from plait.kernels import generation as native
 from plait.kernels import linear as packed
 from plait.kernels import training as in_training
 from plait.kernels.choice import KERNEL
-from plait.kernels.linear import STORAGES, PackedLinear, dequantise, quantise
+from plait.kernels.linear import PackedLinear
+from plait.kernels.quantisation import STORAGES, dequantise, quantise
 from plait.model.cross_entropy import total_loss
 from plait.model.transformer import KVCache, Transformer, TransformerConfig, rotary_frequencies
 

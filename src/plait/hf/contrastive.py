@@ -42,7 +42,7 @@ from plait.model.checkpoint import MANIFEST
 from plait.model.objectives import pair_loss_of
 from plait.training.build import label_columns
 from plait.training.checkpointing import folder_name, retain
-from plait.training.optimizer import learning_rate_at
+from plait.training.schedule import learning_rate_at
 from plait.training.tasks import find_task
 
 BATCH, EPOCHS, LEARNING_RATE, DECAY = 32, 5, 1e-5, 0.1

@@ -22,7 +22,8 @@ from plait.core.device import Device, exact_products, matmul_precision
 from plait.inference.sampling import LOWEST
 from plait.kernels import generation as native
 from plait.kernels.choice import KERNEL, PYTORCH, choose, question
-from plait.kernels.linear import DTYPES, PackedLinear
+from plait.kernels.linear import PackedLinear
+from plait.kernels.quantisation import DTYPES
 from plait.model.layers import RMSNorm
 from plait.model.transformer import Block, KVCache, LayerType, Transformer, View, rotary_frequencies
 

@@ -13,7 +13,8 @@ from plait.core.files import read_json
 from plait.core.system import available_memory
 from plait.hf.catalogue import LocalModel, models
 from plait.inference.memory import BESIDE, BYTES
-from plait.kernels.linear import STORAGES, PackedLinear
+from plait.kernels.linear import PackedLinear
+from plait.kernels.quantisation import STORAGES
 from plait.planning.networks import Network
 
 SIDE = 6144  # of the matrix that stands for a model's: larger than the processor's caches, in int8 too

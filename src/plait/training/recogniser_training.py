@@ -20,7 +20,8 @@ from plait.core.rng import uniform
 from plait.data.samples import Samples
 from plait.modalities.base import AUGMENT_DRAWS, MediaModality
 from plait.modalities.recogniser import Recogniser
-from plait.training.optimizer import learning_rate_at, make_optimizer
+from plait.training.optimizer import make_optimizer
+from plait.training.schedule import learning_rate_at
 
 CALIBRATION = 6  # steps that a time budget is measured by
 PEAK, DECAY, SMOOTHING, WARMUP = 4e-3, 0.05, 0.1, 0.15

@@ -41,10 +41,11 @@ from plait.training.divergence import check_stable, not_finite
 from plait.training.init_from import generation_of, labels_of
 from plait.training.log import Log
 from plait.training.losses import LossModule, step_losses
-from plait.training.optimizer import AdamW, WeightAverage, learning_rate_at, make_optimizer, restart_scale
+from plait.training.optimizer import AdamW, WeightAverage, make_optimizer
 from plait.training.parts import Budget
 from plait.training.preparation import Prepared, join_replayed, prepare_run
 from plait.training.run import Progress, Report, Run, difference
+from plait.training.schedule import learning_rate_at, restart_scale
 from plait.training.streams import Streams, can_be_cut, media_work
 
 FULL_SOFTMAX, DROPOUT = 17, 18  # keys of `uniform`: for steps with the whole softmax, and for what a step hides
