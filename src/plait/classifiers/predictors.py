@@ -26,8 +26,8 @@ def save_predictors(predictors: Sequence[Predictor], folder: Path) -> list[str]:
     arrays: dict[str, np.ndarray] = {}
     entries = []
     for number, one in enumerate(predictors):
-        facts, found = _packed(one)
-        arrays |= {f"{number}.{name}": np.ascontiguousarray(value) for name, value in found.items()}
+        facts, values = _packed(one)
+        arrays |= {f"{number}.{name}": np.ascontiguousarray(value) for name, value in values.items()}
         entries.append(facts)
     text = json.dumps({"version": VERSION, "predictors": entries}, ensure_ascii=False)
     (folder / FILE).write_text(text, encoding="utf-8")

@@ -299,7 +299,7 @@ def _write_groups(paths: list[Path], division: Division, folder: Path) -> Groups
     pq.write_table(pa.table({"group": pa.array(kept[order].tolist(), pa.string())}), path)
     inside = {name: {one for one in kept[split == place] if one is not None} for place, name in enumerate(SPLITS)}
     file = Shard(file=path.name, split="", rows=len(kept), bytes=path.stat().st_size, sha256=sha256_file(path))
-    counts = {name: len(found) for name, found in inside.items()}
+    counts = {name: len(records) for name, records in inside.items()}
     return Groups(file, counts, sum(counts.values()) - len(set().union(*inside.values())))
 
 

@@ -70,7 +70,7 @@ class Template:
         def marked(value: Any) -> Any:
             """A part of a call or a tool: within JSON the special tokens alone are cut out."""
             if isinstance(value, str):
-                return re.sub("|".join(map(re.escape, special)), lambda found: mark(found[0]), value)
+                return re.sub("|".join(map(re.escape, special)), lambda match: mark(match[0]), value)
             if isinstance(value, dict):
                 return {marked(key): marked(inner) for key, inner in value.items()}
             return [marked(inner) for inner in value] if isinstance(value, list) else value
