@@ -73,6 +73,28 @@ def _read_idx(path: Location, name: str) -> np.ndarray:
     return np.frombuffer(b"".join(parts), np.uint8).reshape(shape)
 
 
+def _read_idx_pair(
+    tree: Tree, image_file: str, label_file: str | None
+) -> tuple[np.ndarray, np.ndarray | None] | Rejected:
+    """The images (N, H, W) of one idx file and the labels (N,) of the other, or why they cannot be used."""
+    tree.used.add(image_file)
+    at = image_file
+    try:
+        images = _read_idx(tree.files[at], at)
+        if images.ndim != 3:
+            raise ValueError("an idx file of images has three dimensions")
+        if label_file is None:
+            return images, None
+        tree.used.add(at := label_file)
+        values = _read_idx(tree.files[at], at)
+        if len(values) != len(images):
+            raise ValueError(f"{len(values)} labels for {len(images)} images")
+        return images, values
+    except DAMAGED as error:
+        raise_if_passing(error, at)
+        return Rejected(at, None, Reason(RejectKind.DAMAGED, f"damaged idx file: {error}"))
+
+
 def plan_idx(tree: Tree, labels: dict[str, list[str]]) -> Plan | None:
     """Pairs of idx files -> columns `image` and `label`; the split is what the file's name begins with."""
     pairs: dict[str, dict[str, str]] = {}
@@ -84,28 +106,9 @@ def plan_idx(tree: Tree, labels: dict[str, list[str]]) -> Plan | None:
         return None
     names = labels.get("label")
 
-    def read_pair(stem: str) -> tuple[np.ndarray, np.ndarray | None] | Rejected:
-        image_file, label_file = pairs[stem]["images"], pairs[stem].get("labels")
-        tree.used.add(image_file)
-        at = image_file
-        try:
-            images = _read_idx(tree.files[at], at)
-            if images.ndim != 3:
-                raise ValueError("an idx file of images has three dimensions")
-            if label_file is None:
-                return images, None
-            tree.used.add(at := label_file)
-            values = _read_idx(tree.files[at], at)
-            if len(values) != len(images):
-                raise ValueError(f"{len(values)} labels for {len(images)} images")
-            return images, values
-        except DAMAGED as error:
-            raise_if_passing(error, at)
-            return Rejected(at, None, Reason(RejectKind.DAMAGED, f"damaged idx file: {error}"))
-
     def read() -> Iterator[Item]:
         for stem, pair in pairs.items():
-            read = read_pair(stem)
+            read = _read_idx_pair(tree, pair["images"], pair.get("labels"))
             if isinstance(read, Rejected):
                 yield read
                 continue

@@ -356,6 +356,21 @@ class StreamedReply(ABC):
 # --- completions ------------------------------------------------------------------------------------------------
 
 
+def _text_choices(
+    model: PlaitModel, results: list[list[Completion]], before: list[str], shown: list[_Shown] | None
+) -> list[dict[str, Any]]:
+    """The choices of completions: `before` is the text in front of each prompt's, `shown` its log-probabilities."""
+    choices: list[dict[str, Any]] = []
+    for i, samples in enumerate(results):
+        for sample in samples:
+            logprobs = None if shown is None else shown[i].of(model, sample, len(before[i]))
+            choices.append({
+                "index": len(choices), "text": before[i] + (sample.text or ""), "logprobs": logprobs,
+                "finish_reason": finish_of(sample.finish),
+            })  # fmt: skip
+    return choices
+
+
 @router.post("/v1/completions", response_model=a.Completion, responses={200: {"content": STREAM}}, tags=["text"])
 async def completions(request: Request, body: s.CompletionRequest) -> Response:
     """What follows a text, or each of up to 16."""
@@ -409,14 +424,7 @@ async def completions(request: Request, body: s.CompletionRequest) -> Response:
         results = await service.written(served, engine_requests, request_context)
     else:
         results = [[Completion([], "length", "", [], [])] * n for _ in engine_requests]
-    choices = []
-    for i, samples in enumerate(results):
-        for k, sample in enumerate(samples):
-            logprobs = shown[i].of(model, sample, len(before[i])) if body.logprobs is not None else None
-            choices.append({
-                "index": i * n + k, "text": before[i] + (sample.text or ""), "logprobs": logprobs,
-                "finish_reason": finish_of(sample.finish),
-            })  # fmt: skip
+    choices = _text_choices(model, results, before, shown if body.logprobs is not None else None)
     prompt_tokens = sum(len(one.context) for one in engine_requests)
     return JSONResponse(
         {**head, "choices": choices, "usage": usage_of(prompt_tokens, request_context.completion_tokens)}
