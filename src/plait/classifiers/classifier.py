@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from plait.classifiers.linear import Grams, Linear
+from plait.classifiers.linear import Linear, NgramFeatures
 from plait.classifiers.mixture import Mixture
 from plait.classifiers.novelty import Novelty
 from plait.core.errors import PlaitError
@@ -35,13 +35,13 @@ class Features:
     bands: int = 0  # the modality's setting of that name; 0 where it has none
     mean: np.ndarray | None = None
     scale: np.ndarray | None = None
-    grams: Grams | None = None
+    grams: NgramFeatures | None = None
 
     @classmethod
     def fit(cls, kind: str, inputs: Sequence[Any], bands: int = 0) -> Features:
         """`inputs` are texts, or samples of the modality."""
         if kind == "text":
-            return cls(kind, grams=Grams.fit(inputs))
+            return cls(kind, grams=NgramFeatures.fit(inputs))
         raw = cls(kind, bands).raw(inputs)
         return cls(kind, bands, raw.mean(0), raw.std(0) + 1e-3)
 
@@ -143,7 +143,7 @@ def load_classifiers(folder: Path) -> list[Classifier]:
 
         grams = entry["grams"]
         if grams is not None:
-            restored = Grams.restore(grams, [take(f"idf.{i}") for i in range(len(grams))])
+            restored = NgramFeatures.restore(grams, [take(f"idf.{i}") for i in range(len(grams))])
             features = Features(entry["kind"], grams=restored)
         else:
             features = Features(entry["kind"], entry["bands"], take("mean"), take("scale"))

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from plait.classifiers.classifier import Features
-from plait.classifiers.linear import Grams, Linear
+from plait.classifiers.linear import Linear, NgramFeatures
 from plait.classifiers.numbers import Numbers
 from plait.classifiers.several import SeveralLabels
 
@@ -72,7 +72,7 @@ def _packed(one: Predictor) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 def _unpacked(facts: dict[str, Any], arrays: dict[str, np.ndarray]) -> Predictor:
     grams = facts["grams"]
     if grams is not None:
-        restored = Grams.restore(grams, [arrays[f"idf.{i}"] for i in range(len(grams))])
+        restored = NgramFeatures.restore(grams, [arrays[f"idf.{i}"] for i in range(len(grams))])
         features = Features(facts["kind"], grams=restored)
     else:
         features = Features(facts["kind"], facts["bands"], arrays["mean"], arrays["scale"])

@@ -24,7 +24,7 @@ from plait.core.rejects import Reason, RejectKind
 from plait.core.system import limit_memory
 from plait.data.conversations import turns
 from plait.data.fingerprints import text_print
-from plait.data.known import Look, known_media
+from plait.data.known import MediumFacts, known_media
 from plait.data.record import Rejected, rejected, rejected_of, text_fault
 from plait.data.stores import StoreError, location, read_bytes
 from plait.modalities.descriptor import LIMITS, MediaError
@@ -73,13 +73,15 @@ def _fetch(medium: dict[str, Any], blobs: list[bytes]) -> bytes:
     return data
 
 
-def _look(kind: str, data: bytes, near: bool) -> Look:
+def _look(kind: str, data: bytes, near: bool) -> MediumFacts:
     """Decode a medium and look at it. Raises MediaError."""
     value = MEDIA[kind].decode(data)
-    return Look(*MEDIA[kind].facts(value), MEDIA[kind].fingerprint(value) if near else b"")
+    return MediumFacts(*MEDIA[kind].facts(value), MEDIA[kind].fingerprint(value) if near else b"")
 
 
-def _seen(kind: str, data: bytes, digest: bytes, task: Task, lately: dict[tuple[str, bytes], Look]) -> Look:
+def _seen(
+    kind: str, data: bytes, digest: bytes, task: Task, lately: dict[tuple[str, bytes], MediumFacts]
+) -> MediumFacts:
     """What is known of a medium: from the dataset that is added to, from a record just before (an image with five
     captions stands in five), else from decoding it. Raises MediaError."""
     look = lately.get((kind, digest))
@@ -97,7 +99,7 @@ def _words_of(chat: str) -> str:
 
 
 def _check(
-    item: Task, task: Task, blobs: list[bytes], fault: Reason | None, lately: dict[tuple[str, bytes], Look]
+    item: Task, task: Task, blobs: list[bytes], fault: Reason | None, lately: dict[tuple[str, bytes], MediumFacts]
 ) -> dict[str, Any] | Rejected:
     """What is known of one record, or why it cannot be used. `fault`: how an earlier try ended; `lately`: the media of
     this chunk so far."""
@@ -157,7 +159,7 @@ def check_chunk(task: Task, blobs: list[bytes], at: Callable[[int], None] = lamb
     rows: list[dict[str, Any]] = []
     refused: list[Rejected] = []
     kinds: dict[str, str] = {}
-    lately: dict[tuple[str, bytes], Look] = {}
+    lately: dict[tuple[str, bytes], MediumFacts] = {}
     for n, item in enumerate(task["items"]):
         if isinstance(item, list):
             refused.append(rejected_of(item))

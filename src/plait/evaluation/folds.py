@@ -21,7 +21,7 @@ from plait.classifiers.held_out import stratified_folds
 from plait.core.config import SIZES, Recipe, parse_recipe
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
-from plait.data.dataset import Chosen, Dataset
+from plait.data.dataset import Dataset, SubsetDataset
 from plait.data.grouping import group_folds, split_groups
 from plait.evaluation.alternatives import fit_alternative
 from plait.evaluation.decide import fit_classifiers
@@ -83,7 +83,7 @@ def by_folds(
 def _whole(model: PlaitModel, dataset: Dataset, one: Classifier) -> Examples:
     """All records of a direction, whatever their split."""
     nothing = np.zeros(0, np.int64)
-    view = Chosen(dataset, {"train": np.arange(len(dataset), dtype=np.int64), "val": nothing, "test": nothing})
+    view = SubsetDataset(dataset, {"train": np.arange(len(dataset), dtype=np.int64), "val": nothing, "test": nothing})
     return read_examples(model, view, one.source, one.target, "train", ALL, 0)
 
 
@@ -162,7 +162,7 @@ def _retrained(
             )  # records lie as their contents' hash has them
         else:
             for_val = split_groups(groups[rest] * 0.618 % 1, splits=(1,)) == 1  # in an order that is not theirs
-        view = Chosen(dataset, {"train": rest[~for_val], "val": rest[for_val], "test": test})
+        view = SubsetDataset(dataset, {"train": rest[~for_val], "val": rest[for_val], "test": test})
         with tempfile.TemporaryDirectory(prefix="plait-fold-") as scratch:
             folder = Path(scratch) / "run"
             train(view, folder, recipe, lambda progress_row: None, device)

@@ -11,7 +11,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from plait.core.errors import PlaitError
-from plait.explain.parts import Grid, Path, Question, Value, Words, log_odds
+from plait.explain.parts import Grid, IntegrationPath, Question, Value, Words, log_odds
 from plait.hf.hub import quiet
 from plait.hf.pretrained import TEMPLATE, Pretrained, read_image
 from plait.modalities.image import Image
@@ -37,12 +37,12 @@ def question(model: Pretrained, value: Any, answer: Any, labels: list[str] | Non
         )
     if not isinstance(value, str):
         raise PlaitError(f"{model.name} reads text. Give a text.")
-    return Continued(model, [Words(value)], answer, labels)
+    return ContinuationQuestion(model, [Words(value)], answer, labels)
 
 
 def _labelled(
     model: Pretrained, image: PILImage.Image, answer: str | None, labels: list[str] | None, template: str
-) -> Labelled:  # fmt: skip
+) -> LabelQuestion:  # fmt: skip
     labels = list(labels or ([answer] if answer else []))
     if not labels:
         raise PlaitError("This model knows no labels of its own. Name them: labels=[...] or --labels a,b,c.")
@@ -52,7 +52,7 @@ def _labelled(
         images=[image], do_rescale=False, do_normalize=False, return_tensors="np"
     )["pixel_values"][0]  # fmt: skip
     pixels = np.moveaxis(np.asarray(plain, np.float32), 0, -1).clip(0, 255).round().astype(np.uint8)
-    question = Labelled(model, [Grid(pixels, Image, "image")], labels, 0, template)
+    question = LabelQuestion(model, [Grid(pixels, Image, "image")], labels, 0, template)
     if answer is not None:
         question.place = labels.index(answer)
     else:
@@ -62,7 +62,7 @@ def _labelled(
 
 
 @dataclass
-class Labelled:
+class LabelQuestion:
     """Why a label suits an image."""
 
     model: Pretrained
@@ -112,7 +112,7 @@ class Labelled:
     def chances(self, scores: np.ndarray) -> np.ndarray:
         return scores if len(self.texts) == 1 else np.asarray(1 / (1 + np.exp(-scores.clip(-60, 60))))
 
-    def path(self) -> Path:
+    def path(self) -> IntegrationPath:
         part = self.parts[0]
         others = [i for i in range(len(self.texts)) if i != self.place]
 
@@ -123,14 +123,14 @@ class Labelled:
         def by_unit(worth: list[np.ndarray]) -> list[np.ndarray]:
             return [part.summed(np.moveaxis(worth[0], 0, -1))]
 
-        return Path(score, (self.tensor([part.sample]),), (self.tensor([part.baseline]),), by_unit)
+        return IntegrationPath(score, (self.tensor([part.sample]),), (self.tensor([part.baseline]),), by_unit)
 
     def layers(self) -> list[dict[str, Any]]:
         raise PlaitError(f"The logit lens shows what a language model would say; {self.model.name} compares.")
 
 
 @dataclass
-class Continued:
+class ContinuationQuestion:
     """Why a text goes on as it does."""
 
     model: Pretrained
@@ -207,7 +207,7 @@ class Continued:
             return np.asarray(1 / (1 + np.exp(-scores.clip(-60, 60))))
         return np.asarray(np.exp(scores / len(self.ids[0])))
 
-    def path(self) -> Path:
+    def path(self) -> IntegrationPath:
         part, place = self.parts[0], self.model.device.torch
         encoded = self.model.tokenizer(part.text, return_offsets_mapping=True)
         stops = [int(stop) for _, stop in encoded["offset_mapping"]]
@@ -237,7 +237,7 @@ class Continued:
         def by_unit(worth: list[np.ndarray]) -> list[np.ndarray]:
             return [np.bincount(owners[own], worth[0].sum(-1)[own], part.count)]
 
-        return Path(score, (fixed,), (bare,), by_unit)
+        return IntegrationPath(score, (fixed,), (bare,), by_unit)
 
     def layers(self) -> list[dict[str, Any]]:
         network = self.model.model

@@ -12,7 +12,7 @@ import torch
 from plait.core.device import exact_products
 from plait.core.dist import import_extra
 from plait.core.errors import PlaitError
-from plait.explain.parts import Grid, Part, Question, Value, Words, Written, unmasked
+from plait.explain.parts import CodesQuestion, Grid, Part, Question, Value, Words, unmasked
 
 METHODS = ("occlusion", "integrated-gradients", "logit-lens")
 STEPS = 64  # of the path that gradients are taken along, times four until the weights add up
@@ -133,11 +133,11 @@ def occlusion(
         gone = part.occluders().astype(float)
         weights.append(gone.T @ lost / gone.sum(0))
     if explanation is not None and hasattr(question, "by_code"):
-        _regions(cast(Written, question), explanation, inputs)
+        _regions(cast(CodesQuestion, question), explanation, inputs)
     return weights
 
 
-def _regions(question: Written, explanation: Explanation, inputs: list[list[Value]]) -> None:
+def _regions(question: CodesQuestion, explanation: Explanation, inputs: list[list[Value]]) -> None:
     """Which cells of what was made lose likelihood without each word."""
     rows, start = [], 0
     for part in question.parts:

@@ -138,7 +138,7 @@ def unmasked(parts: Sequence[Part]) -> list[Value]:
 
 
 @dataclass
-class Path:
+class IntegrationPath:
     """From an input with nothing in it to the input itself, as tensors of one row, for gradients."""
 
     score: Callable[..., Tensor]  # tensors (n, ...) -> (n,)
@@ -169,7 +169,7 @@ class Question(Protocol):
         """Scores as what an area is taken of: a probability, or of a log-likelihood the mean one of a token."""
         ...
 
-    def path(self) -> Path:
+    def path(self) -> IntegrationPath:
         """Raises PlaitError where there is none."""
         ...
 
@@ -179,7 +179,7 @@ class Question(Protocol):
         ...
 
 
-class Written(Question, Protocol):
+class CodesQuestion(Question, Protocol):
     """A question whose answer is codes of a sample."""
 
     @property

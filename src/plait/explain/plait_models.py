@@ -13,7 +13,7 @@ from torch import Tensor
 
 from plait.core.errors import PlaitError
 from plait.core.interruption import pause_point
-from plait.explain.parts import Grid, Part, Path, Question, Value, Words, log_odds, unmasked
+from plait.explain.parts import Grid, IntegrationPath, Part, Question, Value, Words, log_odds, unmasked
 from plait.inference import scoring
 from plait.inference.model import PlaitModel
 from plait.modalities.base import cells
@@ -54,7 +54,7 @@ def question(
             place = model.device.torch
             codes = modality.codec.encode(values.to(place), lengths.to(place))[0].cpu().numpy()
         codes = codes[: modality.code_count(len(sample))]
-    return Made(model, parts, column, Grid(sample, modality, modality.name, column), codes)
+    return SampleQuestion(model, parts, column, Grid(sample, modality, modality.name, column), codes)
 
 
 def _part(model: PlaitModel, value: Any) -> Part:
@@ -80,7 +80,7 @@ def _near(answer: str, known: list[str]) -> str:
 
 def _asked(
     model: PlaitModel, parts: list[Part], answer: Any, column: str | None, labels: list[str] | None
-) -> Asked:  # fmt: skip
+) -> TextQuestion:  # fmt: skip
     if answer is not None and (not isinstance(answer, str) or not answer):
         raise PlaitError("The answer must be a text that is not empty; for a medium, say which with to.")
     encode = model.checkpoint.text.encode
@@ -99,7 +99,7 @@ def _asked(
         if answer is None and not texts:
             answer = model.write([model.context([_given(part) for part in parts])], column)[0][0]
         texts = texts or [answer]
-    question = Asked(model, parts, column, texts, [encode(text) for text in texts], 0)
+    question = TextQuestion(model, parts, column, texts, [encode(text) for text in texts], 0)
     if answer is None or len(texts) > 1:
         if answer is None:
             contexts = [model.context([_given(part) for part in parts], column)]
@@ -116,7 +116,7 @@ def _asked(
     return question
 
 
-def _decided(question: Asked, answer: Any, labels: list[str] | None) -> Asked:
+def _decided(question: TextQuestion, answer: Any, labels: list[str] | None) -> TextQuestion:
     """The question as the run's classifier answers it, where one was fitted for such an input."""
     model, column = question.model, question.column
     if column is None or labels is not None or len(question.parts) != 1:
@@ -126,7 +126,7 @@ def _decided(question: Asked, answer: Any, labels: list[str] | None) -> Asked:
         return question
     own = model.classify_parts([context], column=column, top=1)[0].label
     place = question.texts.index(own if answer is None else answer)
-    return Decided(model, question.parts, column, question.texts, question.ids, place)
+    return ClassifierQuestion(model, question.parts, column, question.texts, question.ids, place)
 
 
 def _next_token(model: PlaitModel, parts: list[Part]) -> str:
@@ -139,7 +139,7 @@ def _next_token(model: PlaitModel, parts: list[Part]) -> str:
     raise PlaitError("The model goes on with nothing that is text. Say which answer to explain.")
 
 
-class _Ours:
+class _PlaitQuestion:
     """What questions to our models share."""
 
     model: PlaitModel
@@ -161,7 +161,7 @@ class _Ours:
 
 
 @dataclass
-class Asked(_Ours):
+class TextQuestion(_PlaitQuestion):
     """Why a text is the answer: against other texts, or by its likelihood alone."""
 
     model: PlaitModel
@@ -188,7 +188,7 @@ class Asked(_Ours):
             return np.asarray(1 / (1 + np.exp(-scores.clip(-60, 60))))
         return np.asarray(np.exp(scores / max(len(self.ids[0]) + (self.column is not None), 1)))
 
-    def path(self) -> Path:
+    def path(self) -> IntegrationPath:
         model, network, place = self.model, self.model.checkpoint.model, self.model.device.torch
         sequence = self.contexts([unmasked(self.parts)])[0]
         batch = collate([sequence], network.media, network.vocabulary.pad).to(place)
@@ -245,7 +245,7 @@ class Asked(_Ours):
                     units.append(part.summed(worth[tensor][row][: len(part.sample)]))
             return units
 
-        return Path(score, (fixed, *values), (bare, *(silent[name][None] for name in names)), by_unit)
+        return IntegrationPath(score, (fixed, *values), (bare, *(silent[name][None] for name in names)), by_unit)
 
     def layers(self) -> list[dict[str, Any]]:
         target = self.ids[self.place][0] if self.ids[self.place] else self.model.engine.spans["text"].end
@@ -265,7 +265,7 @@ class Asked(_Ours):
 
 
 @dataclass
-class Decided(Asked):
+class ClassifierQuestion(TextQuestion):
     """Why a label is the answer of the run's classifier, which mixes several opinions."""
 
     def scores(self, inputs: list[list[Value]]) -> np.ndarray:
@@ -306,7 +306,7 @@ def _owners(model: PlaitModel, parts: list[Part]) -> np.ndarray:
 
 
 @dataclass
-class Made(_Ours):
+class SampleQuestion(_PlaitQuestion):
     """Why a sample was made: the likelihood of its codes, all together and each for itself."""
 
     model: PlaitModel
@@ -362,7 +362,7 @@ class Made(_Ours):
     def chances(self, scores: np.ndarray) -> np.ndarray:
         return np.asarray(np.exp(scores / len(self.codes)))
 
-    def path(self) -> Path:
+    def path(self) -> IntegrationPath:
         raise PlaitError("Integrated gradients explain a text that is answered. Use occlusion for what is made.")
 
     def layers(self) -> list[dict[str, Any]]:

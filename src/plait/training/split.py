@@ -13,7 +13,7 @@ import torch
 
 from plait.core.files import read_json, write_json
 from plait.core.rng import key_of
-from plait.data.dataset import Dataset, Joined
+from plait.data.dataset import ConcatDataset, Dataset
 from plait.data.samples import Samples
 from plait.data.tokens import Ids, Tokens, open_tokens, write_tokens
 from plait.modalities.base import MediaModality, Vocabulary
@@ -83,7 +83,7 @@ def load_split(
         plain += dataset.manifest.chats
     reading = _Reading(dataset, split, indices, media, plain, progress)
     cached = _cached(reading, text, cache)
-    sources = dataset.source(indices) if isinstance(dataset, Joined) else None
+    sources = dataset.source(indices) if isinstance(dataset, ConcatDataset) else None
     ids = Ids(list(dataset.cells("id", indices)))
     result = Split(ids, cached.texts, cached.media, cached.rows, keys=cached.keys, sources=sources)
     result.notes = _cut_clips(reading, cached)

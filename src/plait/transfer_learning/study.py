@@ -22,7 +22,7 @@ from plait.core.errors import PlaitError
 from plait.core.files import only_writer, read_json, write_json
 from plait.core.progress import StudyNews
 from plait.core.rng import uniform
-from plait.data.dataset import Chosen, Dataset
+from plait.data.dataset import Dataset, SubsetDataset
 from plait.data.stores import Location, read_place
 from plait.inference.model import PlaitModel, load
 from plait.model.checkpoint import find_checkpoint
@@ -260,7 +260,7 @@ class _Study:
             note = f"{way}, {count} a label, seed {seed}: {progress.stage} {progress.done}/{progress.total}"
             self.tell(StudyNews("transfer", number, total, note))
 
-        train(Chosen(self.dataset, {"train": chosen}), folder, recipe, report, self.plan.device)
+        train(SubsetDataset(self.dataset, {"train": chosen}), folder, recipe, report, self.plan.device)
         model = load(folder, self.plan.device).plait_model
         assert model is not None
         row = {
