@@ -26,6 +26,7 @@ CALIBRATION = 6  # steps that a time budget is measured by
 PEAK, DECAY, SMOOTHING, WARMUP = 4e-3, 0.05, 0.1, 0.15
 BATCH, SMALL_BATCH, FEW = 64, 32, 600  # records in a step, and records below which it is the smaller one
 EPOCHS = 400  # more passes than that teach nothing new
+TEMPERATURES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)  # of which held-out labels choose one
 ORDER, AUGMENT = 301, 302  # keys of `uniform`
 
 
@@ -107,36 +108,60 @@ def train_recogniser(
     return {"steps": done + steps, "loss": float(np.mean(recent[-20:]))}
 
 
-@dataclass(frozen=True, order=True)
-class LabelsRight:
-    """How well heads name labels; more of the first is better, then more of the second."""
+@dataclass(frozen=True)
+class HeldOut:
+    """What heads say of labels that they did not learn from: (N,) whether each is right, and its log-likelihood at the
+    temperature that suits them best, in nats."""
 
-    right: float  # share of the labels
-    log_likelihood: float  # mean, in nats
+    right: np.ndarray
+    log_likelihood: np.ndarray
+
+    @property
+    def share(self) -> float:
+        """The share that is right; 0 of none."""
+        return float(self.right.mean()) if len(self.right) else 0.0
+
+    def is_worse_than(self, other: HeldOut) -> bool:
+        """Whether the mean log-likelihood is lower by more than the standard error of the paired difference."""
+        difference = self.log_likelihood - other.log_likelihood
+        if len(difference) < 2:
+            return False
+        return float(difference.mean()) < -float(difference.std(ddof=1)) / len(difference) ** 0.5
 
 
 @torch.no_grad()
-def labels_right(modality: MediaModality, data: Labelled, device: Device) -> LabelsRight:
-    """What the heads of a recogniser say of samples that it did not learn from; (0, 0) where none has a label."""
+def held_out_labels(modality: MediaModality, data: Labelled, device: Device) -> HeldOut:
+    """What the heads of a recogniser say of samples that it did not learn from."""
     encoder = modality.encoder
     assert isinstance(encoder, Recogniser)
     encoder.to(device.torch).eval()
-    right, likelihood, count = 0, 0.0, 0
-    for start in range(0, len(data.samples), BATCH):
-        rows = range(start, min(start + BATCH, len(data.samples)))
-        values, lengths = modality.batch([data.samples[i] for i in rows])
-        if modality.variable_length:
-            values = values[:, : int(lengths.max())]
-        logits = encoder.logits(values.to(device.torch), lengths.to(device.torch))
-        for column, scores in logits.items():
-            truth = torch.from_numpy(data.classes[column][start : rows.stop]).to(scores.device)
-            labelled = truth >= 0
-            log_probabilities = scores.float().log_softmax(1)[labelled]
-            truth = truth[labelled]
-            right += int((log_probabilities.argmax(1) == truth).sum())
-            likelihood += float(log_probabilities.gather(1, truth[:, None]).sum())
-            count += len(truth)
-    return LabelsRight(right / max(count, 1), likelihood / max(count, 1))
+    scores: list[torch.Tensor] = []
+    right: list[torch.Tensor] = []
+    for column in encoder.columns:
+        rows = np.flatnonzero(data.classes[column] >= 0)
+        if not len(rows):
+            continue
+        chunks = [rows[at : at + BATCH] for at in range(0, len(rows), BATCH)]
+        logits = torch.cat([_logits(modality, data, chunk, device)[column] for chunk in chunks])
+        truth = torch.from_numpy(data.classes[column][rows])
+        right.append(logits.argmax(1) == truth)
+        likelihoods = [
+            (logits / temperature).log_softmax(1).gather(1, truth[:, None])[:, 0] for temperature in TEMPERATURES
+        ]
+        scores.append(max(likelihoods, key=lambda one: float(one.sum())))
+    if not scores:
+        return HeldOut(np.zeros(0, bool), np.zeros(0))
+    return HeldOut(torch.cat(right).numpy(), torch.cat(scores).double().numpy())
+
+
+def _logits(modality: MediaModality, data: Labelled, rows: np.ndarray, device: Device) -> dict[str, torch.Tensor]:
+    """Column -> logits (N, classes) of samples, on the CPU."""
+    values, lengths = modality.batch([data.samples[i] for i in rows])
+    if modality.variable_length:
+        values = values[:, : int(lengths.max())]
+    assert isinstance(modality.encoder, Recogniser)
+    found = modality.encoder.logits(values.to(device.torch), lengths.to(device.torch))
+    return {column: logits.float().cpu() for column, logits in found.items()}
 
 
 def _losses(
