@@ -2,7 +2,7 @@
 learns soonest and best. Then they are frozen.
 
 What is known to help with few data: shifts, mirrors and erased parts (by the modality's settings), smoothed labels, a
-learning rate that rises quickly and falls to zero, weight decay.
+learning rate that rises quickly and falls to zero, weight decay, an average of the weights.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ CALIBRATION = 6  # steps that a time budget is measured by
 PEAK, DECAY, SMOOTHING, WARMUP = 4e-3, 0.05, 0.1, 0.15
 BATCH, SMALL_BATCH, FEW = 64, 32, 600  # records in a step, and records below which it is the smaller one
 EPOCHS = 400  # more passes than that teach nothing new
+AVERAGED, AVERAGE_DECAY = 4, 0.98  # steps between two states that the average takes in, and how it forgets
 TEMPERATURES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)  # of which held-out labels choose one
 ORDER, AUGMENT = 301, 302  # keys of `uniform`
 
@@ -98,14 +99,44 @@ def train_recogniser(
         record(steps)
         torch.manual_seed(seed)
         recent: list[float] = []
+        average = RecogniserAverage(encoder)
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, steps, PEAK, WARMUP)
             recent.append(one(done + step))
+            average.update(step)
             if step % 10 == 9 or step == steps - 1:
                 progress(modality.name, step + 1, steps, float(np.mean(recent[-20:])))
+    average.take()
     encoder.learn(False)
     return {"steps": done + steps, "loss": float(np.mean(recent[-20:]))}
+
+
+class RecogniserAverage:
+    """An exponential moving average of an encoder's weights and batch statistics, which takes their place at the end.
+    Every `AVERAGED`-th step counts; early on it is short, so that it forgets where it began."""
+
+    def __init__(self, encoder: Recogniser) -> None:
+        self.encoder = encoder
+        self.tensors = {name: tensor.clone() for name, tensor in self._floats()}
+
+    def _floats(self) -> list[tuple[str, torch.Tensor]]:
+        return [(name, tensor) for name, tensor in self.encoder.state_dict().items() if tensor.is_floating_point()]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the state after a step."""
+        if step % AVERAGED:
+            return
+        count = step // AVERAGED
+        decay = min(AVERAGE_DECAY, (1 + count) / (10 + count))
+        torch._foreach_lerp_(list(self.tensors.values()), [tensor for _, tensor in self._floats()], 1 - decay)
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Give the encoder the average."""
+        for name, tensor in self._floats():
+            tensor.copy_(self.tensors[name])
 
 
 @dataclass(frozen=True)
