@@ -23,7 +23,7 @@ from plait.core.errors import PlaitError
 from plait.modalities.media import MEDIA
 
 FILE, ARRAYS = "classifiers.json", "classifiers.safetensors"
-VERSION = 3
+VERSION = 4
 PORTABLE = ("linear", "network")  # the opinions that need no backbone
 
 

@@ -64,10 +64,10 @@ class TextConstraint:
     """A constraint, compiled for the ids of one model. Matchers share nothing: of copies of one, each would be held to
     the states that all have taken together."""
 
-    def __init__(self, compile: Callable[[], llguidance.LLMatcher], size: int) -> None:
-        """`compile` makes a matcher that has seen nothing."""
+    def __init__(self, compile: Callable[[], llguidance.LLMatcher], size: int, first: llguidance.LLMatcher) -> None:
+        """`compile` makes a matcher that has seen nothing; `first` is one that is made already."""
         self._compile, self._size = compile, size
-        self._ready: list[llguidance.LLMatcher] = []
+        self._ready = [first]
 
     def prepare(self, count: int) -> TextConstraint:
         """Compile so many matchers now: in a thread, where that is not the event loop's."""
@@ -175,7 +175,7 @@ class ConstraintCompiler:
                 begun.compute_bitmask()
             if begun.is_error():
                 raise ConstraintError(f"The {name} cannot be used: {_reason(begun.get_error())}.")
-        return TextConstraint(fresh, self._size)
+        return TextConstraint(fresh, self._size, compiled)
 
 
 def closed(schema: Any) -> Any:
