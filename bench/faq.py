@@ -2,10 +2,10 @@
 
     python bench/faq.py [bicycles library shop swimming] [--encoder HF_FOLDER]
 
-Each folder of bench/faq was written by hand and committed before anything was run on it. `library`, `shop` and `bicycles`
-are what auto-reply was chosen by; of `library`'s paraphrases hardly a word stands in the pair. `swimming` chose nothing. Prints how many
-messages got the right reply and a wrong one, how many of what cannot be answered met silence, and how often TF-IDF of
-words alone finds the pair.
+Each folder of bench/faq was written by hand and committed before anything was run on it. `library`, `shop` and
+`bicycles` are what auto-reply was chosen by; of `library`'s paraphrases hardly a word stands in the pair. `swimming`
+chose nothing. Prints how many messages got the right reply and a wrong one, how many of what cannot be answered met
+silence, and how often TF-IDF of words alone finds the pair.
 """
 
 from __future__ import annotations

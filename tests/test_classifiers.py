@@ -266,7 +266,6 @@ def test_what_to_expect_is_of_the_most_similar_data() -> None:
     assert "63% right after 4 minutes" in enough and "there." not in enough
     language = expectation("language", 1, 1, seconds=60) or ""
     assert "1.84 nats a character after 60 s" in language and "6 minutes gave 1.68" in language
-    assert "of last items among ten" in (expectation("recommend", 1, 1) or "")
     few = expectation("image", 90, 10) or ""
     assert "far fewer" in few
     assert "77 intents" in (expectation("text", 9000, 60) or "")

@@ -31,8 +31,7 @@ class Measured:
         simple: What the simple alternative has.
         what: The data, for people.
         points: What the run had, by budget, the shortest first.
-        figure: The share of right answers; nats a character, of which fewer are better; or the share of last items
-            among ten recommended ones.
+        figure: The share of right answers; nats a character, of which fewer are better; or another share, named.
     """
 
     kind: str
@@ -41,7 +40,7 @@ class Measured:
     simple: float
     what: str
     points: tuple[Point, ...]
-    figure: Literal["right", "nats", "among ten"] = "right"
+    figure: str = "right"
 
     @property
     def seconds(self) -> float:
@@ -57,7 +56,7 @@ class Measured:
         """A figure for people."""
         if self.figure == "nats":
             return f"{value:.2f} nats a character"
-        return f"{value:.0%} {'right' if self.figure == 'right' else 'of last items among ten'}"
+        return f"{value:.0%} {self.figure}"
 
 
 TABLE = (
@@ -81,10 +80,6 @@ TABLE = (
     Measured(
         "language", 1_000_000, 1, 1.779, "a million characters of plays",
         (Point(60, 1.839, "shakespeare --seed 0"), Point(360, 1.684, "shakespeare --seed 0")), "nats",
-    ),
-    Measured(
-        "recommend", 943, 1, 0.199, "943 people's histories of films",
-        (Point(40, 0.197, "ml100k --seed 0"), Point(150, 0.226, "ml100k --seed 0")), "among ten",
     ),
 )  # fmt: skip
 SHORT = 0.6  # of the shortest budget that was measured, below which less is to be expected
@@ -140,7 +135,16 @@ def expectation(kind: str, records: int, labels: int, seconds: float | None = No
     found = expected(kind, records, labels)
     if found is None:
         return None
-    near, points = found.measured, found.measured.points
+    line = describe_expected(found.measured, seconds)
+    if found.measured.figure != "right":
+        return line
+    return line + {"fewer": " You have far fewer of each label: expect less.",
+                   "more": " You have far more of each label: expect more.", "alike": ""}[found.amount]  # fmt: skip
+
+
+def describe_expected(near: Measured, seconds: float | None) -> str:
+    """What was had on a public set in the time that a run is given, and what a longer time gave there."""
+    points = near.points
     reached = [point for point in points if seconds is None or point.seconds <= NEAR * seconds]
     point = reached[-1] if reached else points[0]
     line = (
@@ -151,9 +155,7 @@ def expectation(kind: str, records: int, labels: int, seconds: float | None = No
         line += f" {_duration(seconds)} are less: expect less, or give more (--minutes)."
     if point is not points[-1]:
         line += f" {_duration(points[-1].seconds)} gave {near.shown(points[-1].value)} there."
-    other = {"fewer": " You have far fewer of each label: expect less.",
-             "more": " You have far more of each label: expect more.", "alike": ""}[found.amount]  # fmt: skip
-    return line + (other if near.figure == "right" else "")
+    return line
 
 
 def _duration(seconds: float) -> str:

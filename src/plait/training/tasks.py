@@ -20,7 +20,7 @@ from plait.modalities.media import MEDIA
 from plait.modalities.registry import MODALITIES, SETTINGS
 from plait.model.checkpoint import find_checkpoint
 from plait.training.build import fit_settings, label_columns
-from plait.training.expectation import expectation
+from plait.training.expectation import Measured, describe_expected, expectation
 
 MIRROR_RECORDS = 1500  # images that say whether a mirrored one means the same
 MIRROR_LOSS = 0.9  # share of the accuracy that mirrored images must keep
@@ -44,6 +44,7 @@ class FeatureTask(Protocol):
     """What a feature's own data are wanted for; the task has the feature's name."""
 
     meaning: str  # what a model does then, for people
+    measured: Measured  # what was had on a public set
 
     def recipe(self, recipe: Recipe) -> Recipe:
         """A recipe with what follows from the task where it says nothing itself."""
@@ -116,7 +117,9 @@ def derive(dataset: Dataset, recipe: Recipe) -> Derived:
         _language(derived, training)
     elif feature is not None:
         derived.recipe = feature.recipe(recipe)
-    if recipe.model.init_from is None and (line := expectation(task, 1, 1, _seconds(recipe))) is not None:
+    if feature is not None:
+        derived.lines.append(describe_expected(feature.measured, _seconds(recipe)))
+    elif recipe.model.init_from is None and (line := expectation(task, 1, 1, _seconds(recipe))) is not None:
         derived.lines.append(line)
     _imported(derived, training)
     derived.recipe = with_sections(derived.recipe, training=training)
