@@ -505,6 +505,11 @@ class Audio(nn.Module):
         """Regions of some 80 ms and 8 bands; beside what an encoder hears, of time alone."""
         return math.ceil(len(sample) / 8), 1 if self.prepared is not None else self.settings.bands // 8
 
+    @staticmethod
+    def test_views(samples: Sequence[np.ndarray]) -> list[Sequence[np.ndarray]]:
+        """The samples as they are, alone."""
+        return [samples]
+
     def removed(self, sample: np.ndarray) -> np.ndarray:
         """Silence."""
         if self.prepared is None:

@@ -113,6 +113,11 @@ class MediaModality(Protocol):
         """The sizes, in (rows, columns) of a sample's grid, of what occlusion takes away at once."""
         ...
 
+    def test_views(self, samples: Sequence[np.ndarray]) -> list[Sequence[np.ndarray]]:
+        """The samples in the views that a recogniser is asked about, whose answers are averaged; the first is as they
+        are."""
+        ...
+
     def removed(self, sample: np.ndarray) -> np.ndarray:
         """A sample of the same shape with nothing in it: what a region becomes that is taken away."""
         ...

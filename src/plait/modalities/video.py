@@ -325,6 +325,11 @@ class Video(nn.Module):
         """Regions in time alone."""
         return len(sample), 1
 
+    @staticmethod
+    def test_views(samples: Sequence[np.ndarray]) -> list[Sequence[np.ndarray]]:
+        """The samples as they are, alone."""
+        return [samples]
+
     def removed(self, sample: np.ndarray) -> np.ndarray:
         """The mean frame throughout, and silence."""
         gone = np.broadcast_to(sample.mean(0).round().astype(np.uint8), sample.shape).copy()

@@ -38,7 +38,7 @@ from plait.training.build import label_columns
 from plait.training.codec_training import train_codec
 from plait.training.distributed import Group
 from plait.training.parts import Budget, begin_part, current_budget, describe_parts, first_step
-from plait.training.recogniser_training import Labelled, labels_right, train_recogniser
+from plait.training.recogniser_training import Labelled, held_out_labels, train_recogniser
 from plait.training.samples import CodecSamples, EncoderSamples, SampleLog, places_shown
 from plait.training.split import Split, add_codes
 
@@ -345,15 +345,15 @@ class Run:
         kept = True
         if self.part:
             held = self._labelled(name, encoder.columns, splits["val"])
-            now = labels_right(modality, held, self.device)
+            now = held_out_labels(modality, held, self.device)
             learnt = {key: value.clone() for key, value in encoder.state_dict().items()}
             encoder.load_state_dict(before)
-            then = labels_right(modality, held, self.device)
-            kept = now >= then
+            then = held_out_labels(modality, held, self.device)
+            kept = not now.is_worse_than(then)
             if kept:
                 encoder.load_state_dict(learnt)
             what = "goes on with it" if kept else "goes on with the encoder as it was"
-            note = f"{name}: {now.right:.1%} right on val after more training, {then.right:.1%} before; {what}"
+            note = f"{name}: {now.share:.1%} right on val after more training, {then.share:.1%} before; {what}"
             self.report(Progress("note", 1, 1, note=note))
         path = self.folder / "recognisers" / self._recogniser_file(name, self.part).name
         path.parent.mkdir(exist_ok=True)

@@ -20,7 +20,7 @@ from plait.modalities.media import MEDIA
 from plait.modalities.registry import MODALITIES, SETTINGS
 from plait.model.checkpoint import find_checkpoint
 from plait.training.build import fit_settings, label_columns
-from plait.training.expectation import expectation
+from plait.training.expectation import Measured, describe_expected, expectation
 
 MIRROR_RECORDS = 1500  # images that say whether a mirrored one means the same
 MIRROR_LOSS = 0.9  # share of the accuracy that mirrored images must keep
@@ -44,6 +44,7 @@ class FeatureTask(Protocol):
     """What a feature's own data are wanted for; the task has the feature's name."""
 
     meaning: str  # what a model does then, for people
+    measured: Measured  # what was had on a public set
 
     def recipe(self, recipe: Recipe) -> Recipe:
         """A recipe with what follows from the task where it says nothing itself."""
@@ -116,6 +117,10 @@ def derive(dataset: Dataset, recipe: Recipe) -> Derived:
         _language(derived, training)
     elif feature is not None:
         derived.recipe = feature.recipe(recipe)
+    if feature is not None:
+        derived.lines.append(describe_expected(feature.measured, _seconds(recipe)))
+    elif recipe.model.init_from is None and (line := expectation(task, 1, 1, _seconds(recipe))) is not None:
+        derived.lines.append(line)
     _imported(derived, training)
     derived.recipe = with_sections(derived.recipe, training=training)
     return derived
@@ -173,7 +178,7 @@ def _recognise(dataset: Dataset, derived: Derived, labels: dict[str, list[str]],
         chosen = SETTINGS[kind].for_recognition(settings, partial(mirrors, dataset, recipe, labels, kind))
         derived.lines += chosen.lines
         model[kind] = {"classes": classes, **chosen.settings, **settings}
-    seconds = 60 * (recipe.training.minutes or SIZES[recipe.model.size].minutes)
+    seconds = _seconds(recipe) or 60 * SIZES[recipe.model.size].minutes
     if model:
         share = recipe.training.recogniser_share
         derived.lines.append(
@@ -186,9 +191,16 @@ def _recognise(dataset: Dataset, derived: Derived, labels: dict[str, list[str]],
     if labels:
         column, values = next(iter(labels.items()))
         count = round(_share(dataset, column, train := dataset.indices("train")) * len(train))
-        line = expectation(kinds[0] if kinds else "text", count, len(values))
+        line = expectation(kinds[0] if kinds else "text", count, len(values), _seconds(recipe))
         derived.lines += [line] if line else []
     derived.recipe = with_sections(recipe, model=model)
+
+
+def _seconds(recipe: Recipe) -> float | None:
+    """What a run is given; None where steps are asked for, whose time nobody knows yet."""
+    if recipe.training.steps is not None:
+        return None
+    return 60 * (recipe.training.minutes or SIZES[recipe.model.size].minutes)
 
 
 def _language(derived: Derived, training: dict[str, Any]) -> None:
