@@ -13,6 +13,7 @@ DOUBT = 4.0  # records that are counted as wrong beside those of validation
 FEWEST_TOP = 100  # validation records from which the likeliest class is calibrated on its own
 QUANTILES = 201  # of the familiarity of validation records that are kept
 UNFAMILIAR = 0.98  # ood_score from which an input is none of the labels
+FEWEST_FAMILIAR = 20  # validation records below which none is
 
 
 def log_softmax(scores: np.ndarray) -> np.ndarray:
@@ -45,8 +46,10 @@ class Mixture:
 
     def partial(self, names: list[str]) -> Mixture:
         """The same without the opinions that are not named; the weight of these goes to what is left."""
-        whole, left = (sum(self.weights[name] * self.spreads[name] for name in some) for some in (self.used, names))
-        weights = {name: self.weights[name] * whole / max(left, 1e-9) for name in names}
+        total_spread, left = (
+            sum(self.weights[name] * self.spreads[name] for name in opinions) for opinions in (self.used, names)
+        )
+        weights = {name: self.weights[name] * total_spread / max(left, 1e-9) for name in names}
         return Mixture(weights, self.centres, self.spreads, self.quantiles, self.threshold, self.slope, self.offset)
 
     def log_probabilities(self, scores: dict[str, np.ndarray]) -> np.ndarray:
@@ -73,13 +76,16 @@ class Mixture:
 
     def ood_scores(self, scores: dict[str, np.ndarray], novelty: Sequence[np.ndarray] = ()) -> np.ndarray:
         """(N,) in [0, 1): the share of validation records that look more familiar, the input counted as one of them.
-        So few records never call an input unlike all of them: of fewer than 50 none can be one in 50."""
+        Of n records no input can have more than n / (n + 1)."""
         familiar = self.familiarity(scores, novelty)
         return 1 - (1 + np.searchsorted(self.quantiles, familiar, side="right")) / (1 + len(self.quantiles))
 
     def fit_quantiles(self, scores: dict[str, np.ndarray], novelty: Sequence[np.ndarray] = ()) -> None:
-        """Note how familiar validation records look."""
+        """Note how familiar validation records look. Of few records the threshold is what they can show: less familiar
+        than all of them. Fewer than FEWEST_FAMILIAR show nothing."""
         familiar = self.familiarity(scores, novelty)
+        if len(familiar) >= FEWEST_FAMILIAR:
+            self.threshold = min(UNFAMILIAR, len(familiar) / (len(familiar) + 1) - 1e-9)
         self.quantiles = np.quantile(familiar, np.linspace(0, 1, min(QUANTILES, len(familiar)))).tolist()
 
 
@@ -181,9 +187,9 @@ def _with_top(logs: np.ndarray, slope: float, offset: float) -> np.ndarray:
     second = others.max(1)
     calibrated = 1 / (1 + np.exp(-(slope * _log_odds(top) + offset)))
     calibrated = np.maximum(calibrated, second / (1 - top + second) * (1 + 1e-9)).clip(1e-9, 1 - 1e-9)
-    found = others * ((1 - calibrated) / (1 - top))[:, None]
-    found[rows, best] = calibrated
-    return np.asarray(np.log(found.clip(1e-300)))
+    rescaled = others * ((1 - calibrated) / (1 - top))[:, None]
+    rescaled[rows, best] = calibrated
+    return np.asarray(np.log(rescaled.clip(1e-300)))
 
 
 def _right(stack: np.ndarray, weights: np.ndarray, truth: np.ndarray) -> np.ndarray:

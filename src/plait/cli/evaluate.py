@@ -59,6 +59,9 @@ def evaluate(
     if evaluation.verdict is not None:
         out.print(f"\n{plain(str(evaluation.verdict))}\n")
     out.print(f"All figures: {run / 'metrics.json'}\nReport: {evaluation.report}")
+    if evaluation.findings.answers:
+        wrong = sum(one.truth != one.answer for one in evaluation.findings.answers)
+        out.print(f"Each answer, the {wrong:,} wrong ones first: {run / 'answers.csv'}")
     if any(key.task == "recognition" for key in evaluation.metric_keys):
         out.print(f"To use it: plait classify {run} FOLDER -o answers.csv; why: plait explain {run} FILE -o why.html")
 

@@ -37,12 +37,23 @@ class GalleryKind(IntEnum):
 
 @dataclass
 class Gallery:
-    """Rows of exhibits: a label and what was made for it, a query and what it found."""
+    """Rows of items: a label and what was made for it, a query and what it found."""
 
     title: str
     note: str
     rows: list[tuple[ReportItem, list[ReportItem]]]
     kind: GalleryKind = GalleryKind.OTHER
+
+
+@dataclass(frozen=True)
+class AnsweredRecord:
+    """What was answered of one record: its id, the right label, the answer and how sure that was."""
+
+    direction: str
+    record: str
+    truth: str
+    answer: str
+    probability: float
 
 
 @dataclass
@@ -96,5 +107,6 @@ class Findings:
     galleries: list[Gallery] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     reliabilities: list[Reliability] = field(default_factory=list)
+    answers: list[AnsweredRecord] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)  # what the verdict rests on, what the run is for first
     verdict: Verdict | None = None

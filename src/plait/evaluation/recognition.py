@@ -12,7 +12,7 @@ from plait.data.record import SPLITS
 from plait.evaluation import metrics
 from plait.evaluation.alternatives import MOST, alternative_name, fit_alternative, paired_error
 from plait.evaluation.context import EvalContext, Media
-from plait.evaluation.findings import Confusion, Gallery, GalleryKind, Reliability, ReportItem
+from plait.evaluation.findings import AnsweredRecord, Confusion, Gallery, GalleryKind, Reliability, ReportItem
 from plait.evaluation.folds import OutOfFold
 from plait.evaluation.keys import Direction
 from plait.evaluation.outcome import Outcome
@@ -156,7 +156,14 @@ def _recognised_by_folds(eval_context: EvalContext, source: str, target: str, by
         if by.trained
         else f"{by.folds} folds; what answers, a linear model, learnt from the others each time"
     )
-    eval_context.note(f"{source}-{target}: all {len(truth)} labelled records are asked about once, by {how}.")
+    manifest = eval_context.dataset.manifest
+    whose = (
+        f"Groups ({manifest.group_by}) are left out whole, so this is of groups that were not learnt."
+        if manifest.groups
+        else "This is of more from the same sources; for others (new speakers, another camera) see --group-by of plait "
+        "prepare."
+    )
+    eval_context.note(f"{source}-{target}: all {len(truth)} labelled records are asked about once, by {how}. {whose}")
     return Recognised(
         source, target, media, eval_context.pairs(source, target, "train"), labels, labels, truth,
         by.scores.argmax(1), by.scores, float(counts.max() / counts.sum()), by_folds=True,
@@ -172,8 +179,10 @@ def _simple_answers(eval_context: EvalContext, recognised: Recognised) -> Simple
         classifier = _classifier(eval_context, source, target)
         guess = _simple(eval_context, classifier, source, target, recognised.train, recognised.media, recognised.labels)
         simple = SimpleAnswers(guess, alternative_name(kind))
-    made = source in eval_context.media_columns and kind not in eval_context.model.checkpoint.model.config.read_only
-    critic = eval_context.label_classifier(source, target) if made else None
+    is_generated = (
+        source in eval_context.media_columns and kind not in eval_context.model.checkpoint.model.config.read_only
+    )
+    critic = eval_context.label_classifier(source, target) if is_generated else None
     if critic is not None:  # trained in any case, as the judge of what is drawn
         by_critic = critic.predict_among(
             eval_context.features(source, recognised.media.samples), target, recognised.labels
@@ -318,7 +327,14 @@ def _simple(
 
 
 def _show_answers(eval_context: EvalContext, recognised: Recognised) -> None:
-    """Galleries of wrong and of right answers, the labels in turn."""
+    """All answers, and galleries of wrong and of right ones, the labels in turn."""
+    names, ids = recognised.names, eval_context.dataset.ids
+    eval_context.findings.answers += [
+        AnsweredRecord(str(recognised.direction), ids[index], names[truth], names[said], float(probability))
+        for index, truth, said, probability in zip(
+            recognised.media.indices, recognised.truth, recognised.predicted, recognised.confidence, strict=True
+        )
+    ]
     _show_mistakes(eval_context, recognised)
     _show_right(eval_context, recognised)
 
@@ -332,7 +348,7 @@ def _show_mistakes(eval_context: EvalContext, recognised: Recognised) -> None:
     surest = wrong[np.argsort(-confidence[wrong], kind="stable")]
     rows = [
         (
-            eval_context.exhibit_input(recognised.source, recognised.media, i),
+            eval_context.preview_input(recognised.source, recognised.media, i),
             [
                 ReportItem("truth", text=recognised.names[recognised.truth[i]]),
                 ReportItem(
@@ -358,7 +374,7 @@ def _show_right(eval_context: EvalContext, recognised: Recognised) -> None:
     rows = []
     for number in np.unique(recognised.truth[right])[:LABELS_SHOWN]:
         places = right[recognised.truth[right] == number][:RIGHT_SHOWN]
-        shown = [eval_context.exhibit_input(recognised.source, recognised.media, i) for i in places]
+        shown = [eval_context.preview_input(recognised.source, recognised.media, i) for i in places]
         rows.append((ReportItem(text=recognised.names[number]), [replace(one, right=True) for one in shown]))
     if rows:
         note = f"Some of the {int(recognised.right.sum()):,} right answers, by label."

@@ -13,11 +13,12 @@ from plait.core.files import write_atomic
 from plait.core.frames import data_frame, html_table
 from plait.core.progress import ProgressBar
 from plait.data.dataset import Dataset
-from plait.evaluation.findings import Findings
+from plait.evaluation.findings import AnsweredRecord, Findings
 from plait.evaluation.keys import TIMING, Direction, MetricKey, Metrics
 from plait.evaluation.metrics import interval
 from plait.library.model_cards import write_card
 from plait.library.runs import Run
+from plait.library.tables import encode_table
 from plait.reports.metric_labels import headline_keys
 from plait.reports.report import read_run, write_metrics, write_report
 from plait.training.parts import training_seconds
@@ -197,10 +198,25 @@ def evaluate(
         metrics.keep(MetricKey(TIMING, Direction("folds"), "seconds"), fold_seconds)
     add_intervals(metrics)
     write_metrics(folder / "metrics.json", metrics)
+    if findings.answers:
+        write_atomic(folder / "answers.csv", _answer_table(findings.answers))
     write_report(folder / "report.html", metrics, findings, read_run(folder, dataset.path))
     if own_test:
         write_card(folder, metrics)
     return Evaluation(folder, split, metrics, findings)
+
+
+def _answer_table(answers: list[AnsweredRecord]) -> bytes:
+    """All answers as CSV: wrong ones first, the surest of them first."""
+    ordered = sorted(answers, key=lambda one: (one.direction, one.truth == one.answer, -one.probability))
+    rows = [
+        {
+            "direction": one.direction, "record": one.record, "truth": one.truth, "answer": one.answer,
+            "probability": round(one.probability, 4), "right": one.truth == one.answer,
+        }
+        for one in ordered
+    ]  # fmt: skip
+    return encode_table(rows, ".csv")
 
 
 PLAIN = ("language", "codec", TIMING)  # tasks whose figures are no shares of 1
