@@ -47,7 +47,7 @@ def make_audio(folder: Path) -> None:
             soundfile.write(folder / label / f"{n}.wav", 0.2 * wave, 8000)
 
 
-@pytest.fixture(scope="module", params=["image"])
+@pytest.fixture(scope="module", params=["image", "audio"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp(request.param)
     {"image": make_images, "audio": make_audio}[request.param](place / "files")

@@ -259,7 +259,13 @@ def test_a_cap_ends_training_before_its_steps(plait: Plait, tmp_path: Path) -> N
 
 
 def test_what_to_expect_is_of_the_most_similar_data() -> None:
-    assert "60% right" in (expectation("image", 900, 10) or "")
+    assert "63% right after 4 minutes" in (expectation("image", 900, 10) or "")
+    short = expectation("image", 900, 10, seconds=5) or ""
+    assert "58% right after 20 s" in short and "5 s are less" in short and "4 minutes gave 63% right there" in short
+    enough = expectation("image", 900, 10, seconds=240) or ""
+    assert "63% right after 4 minutes" in enough and "there." not in enough
+    language = expectation("language", 1, 1, seconds=60) or ""
+    assert "1.84 nats a character after 60 s" in language and "6 minutes gave 1.68" in language
     few = expectation("image", 90, 10) or ""
     assert "far fewer" in few
     assert "77 intents" in (expectation("text", 9000, 60) or "")

@@ -17,6 +17,7 @@ from plait.classifiers.classifier import Classifier
 from plait.core.errors import PlaitError
 from plait.modalities.audio import FLOOR, SILENCE, AudioSettings, mel_filters
 from plait.modalities.base import MediaModality
+from plait.modalities.image import view_places
 from plait.modalities.recogniser import Recogniser
 from plait.modalities.simple_features import BINS, CELL, CEPSTRA, COLOUR_GRID, EMPTY, SEGMENTS, SIDE, STRIDE
 
@@ -171,6 +172,7 @@ class ClassifierGraph(nn.Module):
         self.target = classifier.target
         self.encoder = encoder if isinstance(encoder, Recogniser) and self.target in encoder.columns else None
         self.mirrored = classifier.mirrored
+        self.shifts = 0
         mixture = classifier.portable
         if mixture is None or classifier.features.grams is not None:
             raise PlaitError(
@@ -186,6 +188,11 @@ class ClassifierGraph(nn.Module):
             self.mel = LogMelGraph(settings)
         else:
             self.features = ImageFeatures(settings.size, settings.size, settings.channels)
+            places = view_places((settings.size, settings.size))
+            self.shifts = len(places)
+            for number, (rows, columns) in enumerate(places):
+                self.register_buffer(f"view_rows{number}", torch.from_numpy(rows))
+                self.register_buffer(f"view_columns{number}", torch.from_numpy(columns))
         for name, value in {
             "mean": features.mean, "scale": features.scale, "weights": classifier.linear.weights,
             "bias": classifier.linear.bias, "quantiles": np.array(mixture.quantiles),
@@ -230,8 +237,15 @@ class ClassifierGraph(nn.Module):
         return [(pixels, ones), (pixels.flip(2), ones)] if self.mirrored else [(pixels, ones)]
 
     def _opinion(self, name: str, views: list[tuple[Tensor, Tensor]]) -> Tensor:
-        think = self._linear if name == "linear" else self._network
-        return torch.stack([think(*view) for view in views]).mean(0)
+        if name == "linear":
+            return torch.stack([self._linear(*view) for view in views]).mean(0)
+        shifted = [(self._shifted(values, number), ones) for values, ones in views for number in range(self.shifts)]
+        return torch.stack([self._network(*view) for view in [*views, *shifted]]).mean(0)
+
+    def _shifted(self, values: Tensor, number: int) -> Tensor:
+        """Images as `Image.test_views` shifts them."""
+        rows, columns = (self.get_buffer(f"view_{axis}{number}") for axis in ("rows", "columns"))
+        return values.index_select(1, rows).index_select(2, columns)
 
     def _linear(self, values: Tensor, lengths: Tensor) -> Tensor:
         rows = self.features(values, lengths) if self.timed else self.features(values)

@@ -33,9 +33,16 @@ class Scores(Protocol):
 
 
 def network_scores(
-    checkpoint: Checkpoint, device: Device, source: str, target: str, samples: Sequence[np.ndarray], mirrored: bool
+    checkpoint: Checkpoint,
+    device: Device,
+    source: str,
+    target: str,
+    samples: Sequence[np.ndarray],
+    mirrored: bool,
+    shifted: bool = True,
 ) -> np.ndarray:
-    """Log-probabilities (N, labels) of a recogniser's head; of mirrored images the mean of both views."""
+    """Logits (N, labels) of a recogniser's head, the mean over views: `shifted` ones, and where `mirrored` each of them
+    mirrored too."""
     model = checkpoint.model
     modality = model.media[model.vocabulary.columns[source]]
     encoder = modality.encoder
@@ -44,10 +51,12 @@ def network_scores(
     with torch.inference_mode():
         for start in range(0, len(samples), CHUNK):
             chunk = list(samples[start : start + CHUNK])
-            views = [chunk, [np.ascontiguousarray(value[:, ::-1]) for value in chunk]] if mirrored else [chunk]
+            views = modality.test_views(chunk) if shifted else [chunk]
+            if mirrored:
+                views = [*views, *([np.ascontiguousarray(value[:, ::-1]) for value in view] for view in views)]
             logits = []
             for view in views:
-                values, lengths = modality.batch(view)
+                values, lengths = modality.batch(list(view))
                 logits.append(encoder.logits(values.to(device.torch), lengths.to(device.torch))[target].float())
             scores.append(torch.stack(logits).mean(0).double().cpu().numpy())
     return np.concatenate(scores)

@@ -20,11 +20,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from plait.core.config import Size
-from plait.modalities.base import ChannelNorm, Exhibit, Recognition, bilinear_warp, tinted
+from plait.modalities.base import ChannelNorm, Recognition, SamplePreview, bilinear_warp, tinted
 from plait.modalities.fsq import FSQ
 from plait.modalities.hf_encoder import HFEncoder, HFEncoderSettings
 from plait.modalities.image_files import decode_image
 from plait.modalities.recogniser import ImageRecogniser
+
+VIEW_SHIFT = 1 / 32  # of a side, by which the views differ that a recogniser is asked about
 
 
 class ImageSettings(BaseModel):
@@ -72,8 +74,8 @@ class ImageSettings(BaseModel):
         images = [decode_image(example) for example in examples]
         side = int(np.median([max(image.size) for image in images]))
         grey = all(image.convert("RGB").convert("L").convert("RGB") == image.convert("RGB") for image in images)
-        most = overrides["hf_encoder"]["size"] if overrides.get("hf_encoder") else size.image
-        fitting = min(most, max(math.ceil(side / 4) * 4, 8))
+        largest = overrides["hf_encoder"]["size"] if overrides.get("hf_encoder") else size.image
+        fitting = min(largest, max(math.ceil(side / 4) * 4, 8))
         return cls.sized(fitting, {"channels": 1 if grey else 3, **overrides})
 
     @classmethod
@@ -86,7 +88,7 @@ class ImageSettings(BaseModel):
     def for_recognition(cls, overrides: dict[str, Any], mirrors: Callable[[], bool]) -> Recognition:
         """What differs where images are recognised and not made; `mirrors` finds out whether a mirrored image means
         the same, and is asked where `overrides`, the recipe's settings, do not say."""
-        chosen = {"grid": 4, "rotate": 0.0, "scale": 0.08, "shift": 0.12, "erase": 0.75}
+        chosen = {"grid": 4, "rotate": 0.0, "scale": 0.0, "shift": 0.12, "erase": 0.75}
         if "flip" in overrides:
             return Recognition(chosen)
         flip = mirrors()
@@ -102,6 +104,19 @@ class ImageSettings(BaseModel):
         stride = 1 if small else 2
         chosen = {"size": size, "patch": patch, "grid": grid, "stride": stride, "local": True}
         return cls.model_validate({**chosen, **overrides})
+
+
+def view_places(shape: tuple[int, ...]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Rows and columns of shifted views of an image of (H, W) pixels: by a thirty-second of its sides, at least a
+    pixel, both ways; what lies outside is mirrored."""
+    places = []
+    for sign in (-1, 1):
+        both = []
+        for extent in shape:
+            moved = np.abs(np.arange(extent) + sign * max(round(extent * VIEW_SHIFT), 1))
+            both.append(np.where(moved >= extent, 2 * (extent - 1) - moved, moved).clip(0))
+        places.append((both[0], both[1]))
+    return places
 
 
 def psnr(original: np.ndarray, rebuilt: np.ndarray, peak: float = 255.0) -> np.ndarray:
@@ -336,13 +351,51 @@ class Image(nn.Module):
     def batch(self, samples: list[np.ndarray]) -> tuple[Tensor, Tensor]:
         return torch.from_numpy(np.stack(samples)), torch.ones(len(samples), dtype=torch.long)
 
-    def augment(self, values: Tensor, lengths: Tensor, draw: Tensor, hide: bool = True) -> tuple[Tensor, Tensor]:
-        """Rotation, scale, shift, flip and erasing, each a function of `draw` (N, 8)."""
+    def augment(
+        self, values: Tensor, lengths: Tensor, uniforms: Tensor, mask_parts: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Rotation, scale, shift, flip and erasing, each a function of `uniforms` (N, 8).
+
+        Without rotation and scale, shifts are of whole pixels, the image mirrored at its edges: nothing is blurred.
+        """
         settings = self.settings
-        signed = (draw * 2 - 1).float()
+        x = values.movedim(-1, 1).float()
+        border = torch.cat((x[..., 0, :], x[..., -1, :], x[..., :, 0], x[..., :, -1]), -1).mean(-1)
+        border = border[..., None, None]
+        x = self._warped(x, border, uniforms) if settings.rotate or settings.scale else self._shifted(x, uniforms)
+        if settings.erase and mask_parts:
+            place = torch.arange(settings.size, device=x.device) / settings.size
+            side = 0.15 + 0.25 * uniforms[:, 5, None]
+            top, left = uniforms[:, 6, None] * (1 - side), uniforms[:, 7, None] * (1 - side)
+            gone = (
+                (((place >= top) & (place < top + side))[:, :, None])
+                & (((place >= left) & (place < left + side))[:, None, :])
+            )
+            chosen = (uniforms[:, 5] * 997 % 1 < settings.erase)[:, None, None]
+            x = torch.where((gone & chosen)[:, None], border, x)
+        return x.movedim(1, -1), lengths
+
+    def _shifted(self, x: Tensor, uniforms: Tensor) -> Tensor:
+        """Images (N, C, H, W), flipped, and shifted by whole pixels."""
+        settings = self.settings
+        mirror = ((uniforms[:, 4] < 0.5) & torch.tensor(settings.flip, device=x.device))[:, None, None, None]
+        x = torch.where(mirror, x.flip(3), x)
+        most = min(round(settings.shift * settings.size), settings.size - 1)
+        if not most:
+            return x
+        padded = F.pad(x, (most,) * 4, mode="reflect")
+        places = torch.arange(settings.size, device=x.device)
+        down, right = ((uniforms[:, n] * (2 * most + 1)).long().clamp(max=2 * most)[:, None] + places for n in (2, 3))
+        rows = torch.arange(len(x), device=x.device)[:, None, None]
+        return padded.movedim(1, -1)[rows, down[:, :, None], right[:, None, :]].movedim(-1, 1)
+
+    def _warped(self, x: Tensor, border: Tensor, uniforms: Tensor) -> Tensor:
+        """Images (N, C, H, W), rotated, scaled, shifted and flipped by one resampling, with `border` around them."""
+        settings = self.settings
+        signed = (uniforms * 2 - 1).float()
         angle = signed[:, 0] * math.radians(settings.rotate)
         zoom = 1 + signed[:, 1] * settings.scale
-        mirror = torch.where((draw[:, 4] < 0.5) & torch.tensor(settings.flip), -1.0, 1.0)
+        mirror = torch.where((uniforms[:, 4] < 0.5) & torch.tensor(settings.flip), -1.0, 1.0)
         cos, sin = angle.cos() * zoom, angle.sin() * zoom
         matrix = torch.stack(
             (
@@ -351,21 +404,13 @@ class Image(nn.Module):
             ),
             1,
         )
-        x = values.movedim(-1, 1).float()
-        border = torch.cat((x[..., 0, :], x[..., -1, :], x[..., :, 0], x[..., :, -1]), -1).mean(-1)
-        border = border[..., None, None]
-        x = bilinear_warp(x - border, matrix, (settings.size, settings.size), 0.0) + border
-        if settings.erase and hide:
-            place = torch.arange(settings.size, device=x.device) / settings.size
-            side = 0.15 + 0.25 * draw[:, 5, None]
-            top, left = draw[:, 6, None] * (1 - side), draw[:, 7, None] * (1 - side)
-            gone = (
-                (((place >= top) & (place < top + side))[:, :, None])
-                & (((place >= left) & (place < left + side))[:, None, :])
-            )
-            chosen = (draw[:, 5] * 997 % 1 < settings.erase)[:, None, None]
-            x = torch.where((gone & chosen)[:, None], border, x)
-        return x.movedim(1, -1), lengths
+        return bilinear_warp(x - border, matrix, (settings.size, settings.size), 0.0) + border
+
+    def test_views(self, samples: Sequence[np.ndarray]) -> list[Sequence[np.ndarray]]:
+        """The images as they are, and shifted a little both ways, mirrored at their edges."""
+        places = view_places(samples[0].shape[:2])
+        shifted = [[np.ascontiguousarray(one[rows][:, columns]) for one in samples] for rows, columns in places]
+        return [samples, *shifted]
 
     def token_count(self, length: int) -> int:
         return self.settings.grid**2
@@ -406,8 +451,8 @@ class Image(nn.Module):
         """Peak signal-to-noise ratios, dB."""
         return psnr(np.stack(samples), np.stack(rebuilt))
 
-    def exhibit(self, sample: np.ndarray) -> Exhibit:
-        return Exhibit(self.to_bytes(sample))
+    def preview_sample(self, sample: np.ndarray) -> SamplePreview:
+        return SamplePreview(self.to_bytes(sample))
 
     def to_object(self, values: np.ndarray) -> PILImage.Image:
         return PILImage.fromarray(values[..., 0] if values.shape[-1] == 1 else values)

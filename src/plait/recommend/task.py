@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from plait.core.config import Recipe
+from plait.training.expectation import Measured, Point
 from plait.training.tasks import with_sections
 
 
@@ -12,6 +13,10 @@ class RecommendTask:
     """Saying what comes next: a narrow network, since histories are short and items many."""
 
     meaning = "say what comes next in a history"
+    measured = Measured(
+        "recommend", 943, 1, 0.199, "943 people's histories of films",
+        (Point(40, 0.197, "ml100k --seed 0"), Point(150, 0.226, "ml100k --seed 0")), "of last items among ten",
+    )  # fmt: skip
 
     def recipe(self, recipe: Recipe) -> Recipe:
         """A recipe with this network where it is of the least size, and says nothing of its own."""

@@ -126,8 +126,9 @@ def _scores(model: PlaitModel, dataset: Dataset, classifier: Classifier, split: 
     if not samples:
         return np.zeros((0, len(number))), np.zeros(0, np.int64)
     scores = network_scores(
-        model.checkpoint, model.device, classifier.source, classifier.target, samples, classifier.mirrored
-    )
+        model.checkpoint, model.device, classifier.source, classifier.target, samples, classifier.mirrored,
+        shifted=False,  # the page's script asks about images as they are, and is calibrated so
+    )  # fmt: skip
     return log_softmax(scores), np.array(truth)
 
 

@@ -2,7 +2,7 @@
 learns soonest and best. Then they are frozen.
 
 What is known to help with few data: shifts, mirrors and erased parts (by the modality's settings), smoothed labels, a
-learning rate that rises quickly and falls to zero, weight decay.
+learning rate that rises quickly and falls to zero, weight decay, an average of the weights.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from plait.core.rng import uniform
 from plait.data.samples import Samples
 from plait.modalities.base import AUGMENT_DRAWS, MediaModality
 from plait.modalities.recogniser import Recogniser
-from plait.training.optimizer import learning_rate_at, make_optimizer
+from plait.training.optimizer import make_optimizer
+from plait.training.schedule import learning_rate_at
 
 CALIBRATION = 6  # steps that a time budget is measured by
 PEAK, DECAY, SMOOTHING, WARMUP = 4e-3, 0.05, 0.1, 0.15
 BATCH, SMALL_BATCH, FEW = 64, 32, 600  # records in a step, and records below which it is the smaller one
 EPOCHS = 400  # more passes than that teach nothing new
+AVERAGED, AVERAGE_DECAY = 4, 0.98  # steps between two states that the average takes in, and how it forgets
+TEMPERATURES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)  # of which held-out labels choose one
 ORDER, AUGMENT = 301, 302  # keys of `uniform`
 
 
@@ -69,8 +72,8 @@ def train_recogniser(
     def one(step: int) -> float:
         rows = usable[_rows(seed, step, batch, len(usable))]
         values, lengths = modality.batch([data.samples[i] for i in rows])
-        draw = torch.from_numpy(uniform(seed, AUGMENT, step, rows[:, None], np.arange(AUGMENT_DRAWS)))
-        values, lengths = modality.augment(values, lengths, draw)
+        uniforms = torch.from_numpy(uniform(seed, AUGMENT, step, rows[:, None], np.arange(AUGMENT_DRAWS)))
+        values, lengths = modality.augment(values, lengths, uniforms)
         if modality.variable_length:
             values = values[:, : int(lengths.max())]
         losses = _losses(encoder.logits(values.to(device.torch), lengths.to(device.torch)), targets, rows)
@@ -97,46 +100,100 @@ def train_recogniser(
         record(steps)
         torch.manual_seed(seed)
         recent: list[float] = []
+        average = RecogniserAverage(encoder)
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, steps, PEAK, WARMUP)
             recent.append(one(done + step))
+            average.update(step)
             if step % 10 == 9 or step == steps - 1:
                 progress(modality.name, step + 1, steps, float(np.mean(recent[-20:])))
+    average.take()
     encoder.learn(False)
     return {"steps": done + steps, "loss": float(np.mean(recent[-20:]))}
 
 
-@dataclass(frozen=True, order=True)
-class LabelsRight:
-    """How well heads name labels; more of the first is better, then more of the second."""
+class RecogniserAverage:
+    """An exponential moving average of an encoder's weights and batch statistics, which takes their place at the end.
+    Every `AVERAGED`-th step counts; early on it is short, so that it forgets where it began."""
 
-    right: float  # share of the labels
-    log_likelihood: float  # mean, in nats
+    def __init__(self, encoder: Recogniser) -> None:
+        self.encoder = encoder
+        self.tensors = {name: tensor.clone() for name, tensor in self._floats()}
+
+    def _floats(self) -> list[tuple[str, torch.Tensor]]:
+        return [(name, tensor) for name, tensor in self.encoder.state_dict().items() if tensor.is_floating_point()]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the state after a step."""
+        if step % AVERAGED:
+            return
+        count = step // AVERAGED
+        decay = min(AVERAGE_DECAY, (1 + count) / (10 + count))
+        torch._foreach_lerp_(list(self.tensors.values()), [tensor for _, tensor in self._floats()], 1 - decay)
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Give the encoder the average."""
+        for name, tensor in self._floats():
+            tensor.copy_(self.tensors[name])
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What heads say of labels that they did not learn from: (N,) whether each is right, and its log-likelihood at the
+    temperature that suits them best, in nats."""
+
+    right: np.ndarray
+    log_likelihood: np.ndarray
+
+    @property
+    def share(self) -> float:
+        """The share that is right; 0 of none."""
+        return float(self.right.mean()) if len(self.right) else 0.0
+
+    def is_worse_than(self, other: HeldOut) -> bool:
+        """Whether the mean log-likelihood is lower by more than the standard error of the paired difference."""
+        difference = self.log_likelihood - other.log_likelihood
+        if len(difference) < 2:
+            return False
+        return float(difference.mean()) < -float(difference.std(ddof=1)) / len(difference) ** 0.5
 
 
 @torch.no_grad()
-def labels_right(modality: MediaModality, data: Labelled, device: Device) -> LabelsRight:
-    """What the heads of a recogniser say of samples that it did not learn from; (0, 0) where none has a label."""
+def held_out_labels(modality: MediaModality, data: Labelled, device: Device) -> HeldOut:
+    """What the heads of a recogniser say of samples that it did not learn from."""
     encoder = modality.encoder
     assert isinstance(encoder, Recogniser)
     encoder.to(device.torch).eval()
-    right, likelihood, count = 0, 0.0, 0
-    for start in range(0, len(data.samples), BATCH):
-        rows = range(start, min(start + BATCH, len(data.samples)))
-        values, lengths = modality.batch([data.samples[i] for i in rows])
-        if modality.variable_length:
-            values = values[:, : int(lengths.max())]
-        logits = encoder.logits(values.to(device.torch), lengths.to(device.torch))
-        for column, scores in logits.items():
-            truth = torch.from_numpy(data.classes[column][start : rows.stop]).to(scores.device)
-            labelled = truth >= 0
-            log_probabilities = scores.float().log_softmax(1)[labelled]
-            truth = truth[labelled]
-            right += int((log_probabilities.argmax(1) == truth).sum())
-            likelihood += float(log_probabilities.gather(1, truth[:, None]).sum())
-            count += len(truth)
-    return LabelsRight(right / max(count, 1), likelihood / max(count, 1))
+    scores: list[torch.Tensor] = []
+    right: list[torch.Tensor] = []
+    for column in encoder.columns:
+        rows = np.flatnonzero(data.classes[column] >= 0)
+        if not len(rows):
+            continue
+        chunks = [rows[at : at + BATCH] for at in range(0, len(rows), BATCH)]
+        logits = torch.cat([_logits(modality, data, chunk, device)[column] for chunk in chunks])
+        truth = torch.from_numpy(data.classes[column][rows])
+        right.append(logits.argmax(1) == truth)
+        likelihoods = [
+            (logits / temperature).log_softmax(1).gather(1, truth[:, None])[:, 0] for temperature in TEMPERATURES
+        ]
+        scores.append(max(likelihoods, key=lambda one: float(one.sum())))
+    if not scores:
+        return HeldOut(np.zeros(0, bool), np.zeros(0))
+    return HeldOut(torch.cat(right).numpy(), torch.cat(scores).double().numpy())
+
+
+def _logits(modality: MediaModality, data: Labelled, rows: np.ndarray, device: Device) -> dict[str, torch.Tensor]:
+    """Column -> logits (N, classes) of samples, on the CPU."""
+    values, lengths = modality.batch([data.samples[i] for i in rows])
+    if modality.variable_length:
+        values = values[:, : int(lengths.max())]
+    assert isinstance(modality.encoder, Recogniser)
+    found = modality.encoder.logits(values.to(device.torch), lengths.to(device.torch))
+    return {column: logits.float().cpu() for column, logits in found.items()}
 
 
 def _losses(
