@@ -21,7 +21,7 @@ from training import SHAPES, make_model
 from plait.core.device import Device, choose_device, threads
 from plait.inference.decoder import Decoder, Ways
 from plait.kernels.choice import KERNEL, PYTORCH
-from plait.kernels.linear import STORAGES
+from plait.kernels.quantisation import STORAGES
 
 POSITION, PROMPT, BATCHES = 64, 512, (1, 8, 32)
 

@@ -27,7 +27,7 @@ from PIL import Image
 
 from plait.core.config import load_recipe
 from plait.core.files import read_json
-from plait.data.dataset import Chosen, Dataset
+from plait.data.dataset import Dataset, SubsetDataset
 from plait.data.prepare import prepare
 from plait.inference.model import load
 from plait.training.trainer import train
@@ -165,7 +165,7 @@ def captions(source: Path, out: Path, ways: list[str], steps: int, seeds: int, l
                 begun = {} if way == "scratch" else {"init_from": str(text)}
                 recipe = load_recipe(None, {"model": {**MODEL, **begun}, "training": {**training, **WAYS[way]}})
                 run = out / f"{way}-{count}-{seed}"
-                train(Chosen(dataset, {"train": chosen}), run, recipe, lambda progress: None)
+                train(SubsetDataset(dataset, {"train": chosen}), run, recipe, lambda progress: None)
                 rows.append(nats(run, dataset, limit))
             (own, error), (other, _) = (mean_and_error(list(values)) for values in zip(*rows, strict=True))
             print(f"{count} photos, {way}: {own:.3f} ± {error:.3f} nats a character; with another photo {other:.3f}",

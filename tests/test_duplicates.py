@@ -181,5 +181,5 @@ def test_a_decoder_that_crashes_takes_one_file_along(tmp_path: Path, monkeypatch
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT / 'src'}")
     prepare(source, tmp_path / "out", workers=1)
     rejects = [json.loads(line) for line in (tmp_path / "out/rejects.jsonl").read_text().splitlines()]
-    assert rejects == [{"file": "2.png", "line": None, "reason": "the decoder crashed"}]
+    assert rejects == [{"file": "2.png", "line": None, "kind": "crashed", "reason": "the decoder crashed"}]
     assert len(Dataset.open(tmp_path / "out")) == 4

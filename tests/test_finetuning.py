@@ -17,7 +17,7 @@ from torch import nn
 
 from conftest import RECIPE, make_image
 from plait.core.errors import PlaitError
-from plait.data.dataset import Dataset, Joined
+from plait.data.dataset import ConcatDataset, Dataset
 from plait.data.samples import Samples
 from plait.data.tokens import Ids, Tokens
 from plait.model import checkpoint as checkpoints
@@ -175,7 +175,7 @@ def test_the_loss_over_frozen_rows_is_that_over_all(smoothing: float) -> None:
 
 
 def test_replay_takes_its_share_of_every_batch(base: Path, new: Path, tmp_path: Path, plait: Plait) -> None:
-    both = Joined([Dataset.open(new), Dataset.open(base / "data")])
+    both = ConcatDataset([Dataset.open(new), Dataset.open(base / "data")])
     train = both.indices("train")
     assert len(train) == sum(len(one.indices("train")) for one in both.datasets)
     assert both.texts("fr")[int(both.indices("test")[-1])] is None and both.texts("fr")[0] in NEW

@@ -90,7 +90,7 @@ def test_products_at_a_cap(level: str) -> None:
     code = (
         "import plait, torch\n"
         "from plait.kernels import build, training\n"
-        "from plait.kernels.linear import STORAGES, PackedLinear\n"
+        "from plait.kernels.linear import PackedLinear\nfrom plait.kernels.quantisation import STORAGES\n"
         "torch.manual_seed(0)\n"
         "x, weight = torch.randn(13, 96), torch.randn(70, 96)\n"
         "for storage in STORAGES:\n"

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import plait
 import plait.cli
 from conftest import EN, RECIPE, make_image
 from plait.console import app
+from plait.core.rejects import RejectKind
 from plait.inference.sampling import Options
 from plait.training.callbacks import Callback, EndEvent, StartEvent, StepEvent, ValidationEvent
 
@@ -167,6 +169,21 @@ def test_arrays_waves_paths_and_splits(tmp_path: Path) -> None:
     expected = {"0": 0.5, "1": 0.25, "2": 0.125, "4": 0.375, "x": 0.05}
     assert {key: pytest.approx(value, abs=1e-3) for key, value in expected.items()} == peaks
     assert [row.reason for row in made.rejects] == ["the file 'missing.wav' does not exist"]
+
+
+def test_rejects_are_counted_by_their_kind(tmp_path: Path) -> None:
+    for n in range(3):
+        Image.fromarray(np.full((8, 8, 3), 40 * n, np.uint8)).save(tmp_path / f"{n}.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "0.png").read_bytes()[:40])
+    (tmp_path / "noise.png").write_bytes(b"no image at all")
+    (tmp_path / "none.png").touch()
+    (tmp_path / "x.csv").write_text("image,caption\n0.png,a\n1.png,b\n2.png,c\ncut.png,d\nnoise.png,e\nno.png,f\n")
+    dataset = plait.prepare(tmp_path, tmp_path.parent / "data", workers=0)
+    kinds = RejectKind.DAMAGED, RejectKind.UNKNOWN_FORMAT, RejectKind.EMPTY, RejectKind.MISSING
+    assert Counter(row.kind for row in dataset.rejects) == Counter(kinds)
+    written = [json.loads(line) for line in (tmp_path.parent / "data/rejects.jsonl").read_text().splitlines()]
+    assert {row["kind"] for row in written} == {"damaged", "unknown_format", "empty", "missing"}
+    assert all(kind.label in dataset.manifest.warnings[-1] for kind in kinds[:3])
 
 
 def test_texts_and_conversations(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from plait.kernels import generation as native
 from plait.kernels import linear as packed
 from plait.kernels import training as in_training
 from plait.kernels.choice import KERNEL
-from plait.kernels.linear import STORAGES, PackedLinear, dequantise, quantise
+from plait.kernels.linear import PackedLinear
+from plait.kernels.quantisation import STORAGES, dequantise, quantise
 from plait.model.cross_entropy import total_loss
 from plait.model.transformer import KVCache, Transformer, TransformerConfig, rotary_frequencies
 
@@ -118,6 +119,20 @@ def test_a_step_with_any_lanes(lanes, dtype):
             found = steps(made, cache, lengths, [torch.ones(3, made.config.width).to(dtype)])
             difference = (found[0] - expected[0]).norm() / expected[0].norm()
             assert difference < (0.05 if storage == "int8" else 1e-5 if dtype is torch.float32 else 0.02)
+
+
+def test_an_unknown_switch_is_left_to_pytorch():
+    class Newer(TransformerConfig):
+        logit_softcap: float = 0.0
+        local_sinks: tuple[int, ...] = ()
+
+    shape = {"width": 32, "layers": 1, "heads": 2, "kv_heads": 1, "head_width": 16, "hidden": 64, "max_length": 32}
+    assert native.supports(Newer(**shape)) and native.supports(Newer(**shape, logit_softcap=0.0))
+    assert not native.supports(Newer(**shape, logit_softcap=30.0)) and not native.supports(
+        Newer(**shape, local_sinks=(1,))
+    )
+    refused = ({"post_norm": True}, {"embed_scale": 2.0}, {"layers_without_rotary": [0]}, {"activation": "geglu_tanh"})
+    assert not any(native.supports(TransformerConfig(**shape, **switch)) for switch in refused)
 
 
 def test_a_row_does_not_depend_on_its_company():

@@ -20,7 +20,8 @@ from plait.core.device import Device
 from plait.inference.decoder import Decoder, Ways
 from plait.kernels.choice import PYTORCH
 from plait.kernels.compile import FLAGS
-from plait.kernels.linear import FORMATS, STORAGES, dequantise, quantise
+from plait.kernels.linear import FORMATS
+from plait.kernels.quantisation import STORAGES, dequantise, quantise
 from plait.model.layers import rms_norm, rotary, rotate
 from plait.model.transformer import KVCache, Transformer, TransformerConfig, rotary_frequencies
 

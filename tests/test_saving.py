@@ -26,7 +26,7 @@ from plait.model.cross_entropy import negative_log_likelihood
 from plait.training.checkpointing import Position, Saver
 from plait.training.distributed import Group
 from plait.training.log import Log
-from plait.training.optimizer import Average, make_optimizer
+from plait.training.optimizer import WeightAverage, make_optimizer
 
 Plait = Callable[..., int]
 MODEL = {**yaml.safe_load(RECIPE)["model"], "backbone": {"width": 32, "layers": 1, "heads": 2, "dropout": 0.1}}
@@ -169,7 +169,7 @@ def test_the_log_goes_back_with_the_run(tmp_path: Path) -> None:
 
 def test_the_average_is_what_it_says() -> None:
     model = torch.nn.Linear(3, 2)
-    average = Average(model, 0.5)
+    average = WeightAverage(model, 0.5)
     expected = model.weight.detach().clone().double()
     for step in range(8):
         with torch.no_grad():

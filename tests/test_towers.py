@@ -157,7 +157,7 @@ def test_an_audio_tower_hears_what_it_does_in_transformers(name, folders):
         assert made.shape[1] == mine.settings.bands and mine.encoder(*mine.batch([made])).isfinite().all()
         changed, longer = mine.augment(values, lengths, torch.rand(2, 8))
         assert changed.shape[2] == values.shape[2] and mine.encoder(changed, longer).isfinite().all()
-        still, same = mine.augment(values, lengths, torch.full((2, 8), 0.5), hide=False)
+        still, same = mine.augment(values, lengths, torch.full((2, 8), 0.5), mask_parts=False)
         assert same.equal(lengths) and torch.allclose(still[:, :44], values[:, :44].float(), atol=1e-2)
     wave, rate = mine.to_object(samples[0])
     assert rate == 8000 and len(wave) == 89 * 80

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from conftest import EN, RECIPE, make_image
-from plait.data.dataset import Chosen, Dataset
+from plait.data.dataset import Dataset, SubsetDataset
 from plait.transfer_learning.report import verdicts
 
 
@@ -37,7 +37,7 @@ def test_a_study(trained: Path, tmp_path: Path, plait: Callable[..., int], capsy
     (tmp_path / "files" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert plait("prepare", tmp_path / "files", "-o", tmp_path / "data") == 0
     dataset = Dataset.open(tmp_path / "data")
-    some = Chosen(dataset, {"train": dataset.indices("train")[:3]})
+    some = SubsetDataset(dataset, {"train": dataset.indices("train")[:3]})
     assert len(some.indices("train")) == 3 and len(some.indices("test")) == 16
     assert [record.id for record in some.iterate(some.indices("train"))] == dataset.ids[:3]
     recipe = tmp_path / "recipe.yaml"

@@ -70,7 +70,7 @@ def check_installation(folder: Path) -> list[Finding]:
     return [
         _python(),
         *_packages(),
-        *(found for name in ("torchvision", "torchaudio") for found in _beside_torch(name)),
+        *(finding for name in ("torchvision", "torchaudio") for finding in _beside_torch(name)),
         *_processor(),
         *_gpu(),
         _disk(folder),
@@ -93,8 +93,8 @@ def check_folder(path: Path) -> list[Finding]:
 
 
 def _python() -> Finding:
-    told = f"Plait {VERSION}, Python {platform.python_version()} on {platform.system()} {platform.machine()}"
-    return Finding("ok", "python", told)
+    description = f"Plait {VERSION}, Python {platform.python_version()} on {platform.system()} {platform.machine()}"
+    return Finding("ok", "python", description)
 
 
 def _packages() -> list[Finding]:
@@ -114,25 +114,27 @@ def _packages() -> list[Finding]:
         for extra in EXTRAS:
             if need.marker is not None and need.marker.evaluate({"extra": extra}):
                 needs[extra].append(need)
-    broken = _broken([need.name for wanted in needs.values() for need in wanted if _version(need.name)])
-    found, absent = [], []
-    for extra, wanted in needs.items():
+    broken = _broken([need.name for requirements in needs.values() for need in requirements if _version(need.name)])
+    findings, absent = [], []
+    for extra, requirements in needs.items():
         subject = f"extra {extra}" if extra else "packages"
         install = install_command(extra)
-        missing = [need.name for need in wanted if _version(need.name) is None]
-        wrong = [f"{need.name} {_version(need.name)} is not {need.specifier}" for need in wanted if _unlike(need)]
-        wrong += [broken[need.name] for need in wanted if need.name in broken]
+        missing = [need.name for need in requirements if _version(need.name) is None]
+        wrong = [f"{need.name} {_version(need.name)} is not {need.specifier}" for need in requirements if _unlike(need)]
+        wrong += [broken[need.name] for need in requirements if need.name in broken]
         wrong += [f"{name} is missing" for name in missing if not extra]
         if wrong:
-            found.append(Finding("fail", subject, f"{'; '.join(wrong)}. {install}"))
+            findings.append(Finding("fail", subject, f"{'; '.join(wrong)}. {install}"))
         elif missing:
             absent.append(extra)
         else:
-            found.append(Finding("ok", subject, ", ".join(f"{need.name} {_version(need.name)}" for need in wanted)))
+            findings.append(
+                Finding("ok", subject, ", ".join(f"{need.name} {_version(need.name)}" for need in requirements))
+            )
     if absent:
         uses = "; ".join(f"{extra}: {EXTRAS[extra]}" for extra in absent)
-        found.append(Finding("ok", "not installed", f"{uses}. To add one: {install_command(absent[0])}"))
-    return found
+        findings.append(Finding("ok", "not installed", f"{uses}. To add one: {install_command(absent[0])}"))
+    return findings
 
 
 def _unlike(need: Requirement) -> bool:
@@ -176,54 +178,54 @@ def _broken(names: list[str]) -> dict[str, str]:
 
 def _beside_torch(name: str) -> list[Finding]:
     """Whether torchvision or torchaudio, where installed, is the one made for this torch."""
-    mine, theirs = _version("torch"), _version(name)
-    if theirs is None or mine is None:
+    torch_version, version = _version("torch"), _version(name)
+    if version is None or torch_version is None:
         return []
     for line in metadata.requires(name) or []:
         need = Requirement(line)
-        if need.name == "torch" and not need.specifier.contains(mine.partition("+")[0], prereleases=True):
-            text = (
-                f"{name} {theirs} is made for torch{need.specifier}, here is {mine}: install the pair, or remove {name}"
-            )
-            return [Finding("fail", name, text)]
+        if need.name == "torch" and not need.specifier.contains(torch_version.partition("+")[0], prereleases=True):
+            text = f"{name} {version} is made for torch{need.specifier}, here is {torch_version}"
+            return [Finding("fail", name, f"{text}: install the pair, or remove {name}")]
     if broken := _broken([name]):
-        return [Finding("fail", name, f"{broken[name]}. Install the {name} made for torch {mine}, or remove it")]
-    return [Finding("ok", name, f"{theirs}, with torch {mine}")]
+        return [
+            Finding("fail", name, f"{broken[name]}. Install the {name} made for torch {torch_version}, or remove it")
+        ]
+    return [Finding("ok", name, f"{version}, with torch {torch_version}")]
 
 
 def _processor() -> list[Finding]:
     device = choose_device("cpu", training=True)
     precision = "bf16 units: training uses them" if device.dtype is torch.bfloat16 else "no bf16 units: fp32"
-    found = [Finding("ok", "processor", f"{os.cpu_count()} cores, {precision}")]
+    findings = [Finding("ok", "processor", f"{os.cpu_count()} cores, {precision}")]
     used, allowed = threads(), _quota()
-    given = " (OMP_NUM_THREADS)" if os.environ.get("OMP_NUM_THREADS") else ""
+    source = " (OMP_NUM_THREADS)" if os.environ.get("OMP_NUM_THREADS") else ""
     if allowed is not None and used > allowed + 0.5:
-        text = f"{used} threads{given}, but this container may use {allowed:g} cores: set OMP_NUM_THREADS"
-        found.append(Finding("warn", "threads", f"{text}={max(int(allowed), 1)}"))
+        text = f"{used} threads{source}, but this container may use {allowed:g} cores: set OMP_NUM_THREADS"
+        findings.append(Finding("warn", "threads", f"{text}={max(int(allowed), 1)}"))
     else:
-        found.append(Finding("ok", "threads", f"{used}{given}"))
+        findings.append(Finding("ok", "threads", f"{used}{source}"))
     levels = ", ".join(level.name for level in isa.supported()) or "none that kernels are written for"
     cap = isa.cap()
     capped = f"; {isa.VARIABLE} caps them at {cap.name}" if cap else ""
-    found.append(Finding("ok", "instructions", f"{levels}{capped}"))
-    found.append(_kernel("generation", f"a step on the processor: {native.backend_name(choose_device('cpu'))}"))
+    findings.append(Finding("ok", "instructions", f"{levels}{capped}"))
+    findings.append(_kernel("generation", f"a step on the processor: {native.backend_name(choose_device('cpu'))}"))
     blocks = in_training.backend_name(choose_device("cpu", training=True))
-    found.append(_kernel("training", f"blocks on the processor: {blocks}"))
-    found += _measured()
+    findings.append(_kernel("training", f"blocks on the processor: {blocks}"))
+    findings += _measured()
     a = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     wrong = float((a @ a - (a.double() @ a.double()).float()).abs().max())
     level: Literal["ok", "fail"] = "ok" if wrong < 1e-2 else "fail"
-    found.append(Finding(level, "arithmetic", f"the largest error of a product of matrices is {wrong:.1g}"))
-    return found
+    findings.append(Finding(level, "arithmetic", f"the largest error of a product of matrices is {wrong:.1g}"))
+    return findings
 
 
 def _measured() -> list[Finding]:
     """The newest choices between kernel and PyTorch; a cache that has seen many models holds hundreds."""
     choices = known_choices()
-    found = [Finding("ok", "measured", choice.words()) for choice in choices[:SHOWN]]
+    findings = [Finding("ok", "measured", choice.words()) for choice in choices[:SHOWN]]
     if len(choices) > SHOWN:
-        found.append(Finding("ok", "measured", f"{len(choices) - SHOWN} older choices lie in {choice_folder()}"))
-    return found
+        findings.append(Finding("ok", "measured", f"{len(choices) - SHOWN} older choices lie in {choice_folder()}"))
+    return findings
 
 
 def _kernel(use: str, text: str) -> Finding:
@@ -245,17 +247,17 @@ def _quota() -> float | None:
 
 def _gpu() -> list[Finding]:
     if torch.cuda.is_available():
-        found = []
+        findings = []
         for number in range(torch.cuda.device_count()):
             facts = torch.cuda.get_device_properties(number)
             bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
             text = f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, {bf16}, CUDA {torch.version.cuda}"
             try:
                 bool((torch.ones(8, 8, device=f"cuda:{number}") @ torch.ones(8, 8, device=f"cuda:{number}") == 8).all())
-                found.append(Finding("ok", f"gpu {number}", text))
+                findings.append(Finding("ok", f"gpu {number}", text))
             except RuntimeError as error:
-                found.append(Finding("fail", f"gpu {number}", f"{text}: {str(error).splitlines()[0]}"))
-        return found
+                findings.append(Finding("fail", f"gpu {number}", f"{text}: {str(error).splitlines()[0]}"))
+        return findings
     if torch.backends.mps.is_available():
         return [Finding("ok", "gpu", "Apple GPU (MPS)")]
     if Path("/dev/nvidia0").exists():
@@ -288,26 +290,28 @@ def _speech() -> Finding:
 def _dataset(path: Path) -> list[Finding]:
     """Each shard against the manifest's sha256."""
     raw = read_json(path / "manifest.json")
-    found = []
+    findings = []
     for shard in raw.get("shards", []) if isinstance(raw, dict) else []:
         file = path / str(shard.get("file"))
         if not file.is_file():
-            found.append(Finding("fail", "shard", f"{file} is missing"))
+            findings.append(Finding("fail", "shard", f"{file} is missing"))
         elif sha256_file(file) != shard.get("sha256"):
-            found.append(Finding("fail", "shard", f"{file} was altered or cut: its sha256 differs from the manifest's"))
-    if found:
-        return [*found, Finding("fail", "dataset", "Copy the dataset again, or run plait prepare again.")]
+            findings.append(
+                Finding("fail", "shard", f"{file} was altered or cut: its sha256 differs from the manifest's")
+            )
+    if findings:
+        return [*findings, Finding("fail", "dataset", "Copy the dataset again, or run plait prepare again.")]
     try:
         dataset = Dataset.open(path)
     except PlaitError as error:
         return [Finding("fail", "dataset", str(error))]
     manifest = dataset.manifest
     counts = ", ".join(f"{split} {count}" for split, count in manifest.counts.items())
-    found.append(
+    findings.append(
         Finding("ok", "dataset", f"{len(manifest.shards)} shards whole; {counts}; rejected {manifest.rejected}")
     )
-    found += [Finding("warn", "dataset", warning) for warning in manifest.warnings]
-    return found
+    findings += [Finding("warn", "dataset", warning) for warning in manifest.warnings]
+    return findings
 
 
 def _checkpoint(path: Path) -> list[Finding]:
@@ -326,35 +330,37 @@ def _step_and_losses(path: Path) -> str:
 
 def _run(path: Path) -> list[Finding]:
     """Its records, every file of its checkpoints, and which whole checkpoint would be used."""
-    found = []
+    findings = []
     try:
         facts = read_run(path).metadata
     except PlaitError as error:
         facts = {}
-        found.append(Finding("fail", "run", str(error)))
+        findings.append(Finding("fail", "run", str(error)))
     state = "finished" if "finished" in facts else "not finished: the same command goes on from the last checkpoint"
-    found.append(Finding("ok" if "finished" in facts else "warn", "run", f"{path}: {state}"))
+    findings.append(Finding("ok" if "finished" in facts else "warn", "run", f"{path}: {state}"))
     for file in sorted((path / "codecs").glob("*.safetensors")):
         known = facts.get("codecs", {}).get(file.stem, {}).get("sha256")
         if known not in (None, sha256_file(file)):
-            found.append(Finding("fail", "codec", f"{file} was altered or cut: its sha256 differs from run.json's"))
+            findings.append(Finding("fail", "codec", f"{file} was altered or cut: its sha256 differs from run.json's"))
         else:
-            found.append(Finding("ok", "codec", f"{file.stem}: {'whole' if known else 'no sha256 was written down'}"))
-    whole: dict[Path, str] = {}
+            findings.append(
+                Finding("ok", "codec", f"{file.stem}: {'whole' if known else 'no sha256 was written down'}")
+            )
+    whole_checkpoints: dict[Path, str] = {}
     links = sorted(entry for entry in (path / "checkpoints").glob("*") if not entry.name.startswith("."))
     for folder in dict.fromkeys(_led_to(entry) for entry in links):
         names = "/".join(entry.name for entry in links if _led_to(entry) == folder)
         if wrong := checkpoint.verify(folder):
-            found += [Finding("fail", f"checkpoint {names}", line) for line in wrong]
+            findings += [Finding("fail", f"checkpoint {names}", line) for line in wrong]
         else:
-            whole[folder] = _step_and_losses(folder)
-            found.append(Finding("ok", f"checkpoint {names}", whole[folder]))
+            whole_checkpoints[folder] = _step_and_losses(folder)
+            findings.append(Finding("ok", f"checkpoint {names}", whole_checkpoints[folder]))
     step, wrong = checkpoint.newest_whole(path / "checkpoints")
     best = _led_to(path / "checkpoints" / "best")
-    if best in whole:
-        found.append(Finding("ok", "used", f"{best}, {whole[best]}"))
+    if best in whole_checkpoints:
+        findings.append(Finding("ok", "used", f"{best}, {whole_checkpoints[best]}"))
     elif step:
-        found.append(
+        findings.append(
             Finding(
                 "warn",
                 "used",
@@ -362,13 +368,13 @@ def _run(path: Path) -> list[Finding]:
             )
         )
     else:
-        found.append(Finding("fail", "used", f"{path} has no whole checkpoint"))
+        findings.append(Finding("fail", "used", f"{path} has no whole checkpoint"))
     if wrong and step:
-        found.append(Finding("warn", "resume", f"training goes on from step {step}"))
+        findings.append(Finding("warn", "resume", f"training goes on from step {step}"))
     dataset = read_place(str(facts.get("dataset", "")), path)
     if "dataset" in facts and isinstance(dataset, Path) and not (dataset / "manifest.json").is_file():
-        found.append(Finding("warn", "dataset", f"{dataset} is not there any more: evaluate with --data"))
-    return found
+        findings.append(Finding("warn", "dataset", f"{dataset} is not there any more: evaluate with --data"))
+    return findings
 
 
 def _led_to(entry: Path) -> Path:

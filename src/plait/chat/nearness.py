@@ -54,13 +54,13 @@ class Bm25:
     def __call__(self, message: str) -> np.ndarray:
         """(texts,)"""
         scores = np.zeros(len(self.counts))
-        asked = set(words(message))
+        terms = set(words(message))
         norm = SATURATION * (1 - LENGTH + LENGTH * self.lengths / max(self.lengths.mean(), 1))
-        for word in asked:
+        for word in terms:
             for place in self.places.get(word, ()):
                 count = self.counts[place][word]
                 scores[place] += self.weights[word] * count * (SATURATION + 1) / (count + norm[place])
-        total = sum(self.weights.get(word, self.unknown) for word in asked)
+        total = sum(self.weights.get(word, self.unknown) for word in terms)
         return scores / max(total, 1e-9)
 
 

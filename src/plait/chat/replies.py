@@ -31,7 +31,7 @@ MOST = 2000  # pairs that are left out in turn
 # to tell than what strangers ask, and words alone mislead seldom; an encoder finds likeness everywhere.
 SURE, SURE_WITH_ENCODER = 0.85, 0.95
 SHARES = {"characters": 0.2, "words": 0.2, "words with the reply": 0.6, "encoder": 4.0}  # of the kinds of nearness
-DRAW = 331  # key of `uniform`
+RNG_STREAM = 331  # of the random numbers of `uniform`
 
 
 @dataclass(frozen=True)
@@ -131,13 +131,13 @@ class Replies:
         chance = self.confidence(float(self._leads(near[None])[0]))
         order = np.argsort(-near, kind="stable")
         pairs = [Pair(self.questions[i], self.replies[i], float(near[i].clip(0, 1))) for i in order[:sources]]
-        said: str | None = self.replies[order[0]]
+        text: str | None = self.replies[order[0]]
         if chance < self.confidence.threshold:
-            said = None
+            text = None
         elif compose:
             assert self.model is not None
-            said = self.model.write([self.model.context(message)], self.reply)[0][0]
-        return Answer(said, chance, self.confidence.threshold, pairs, compose and said is not None)
+            text = self.model.write([self.model.context(message)], self.reply)[0][0]
+        return Answer(text, chance, self.confidence.threshold, pairs, compose and text is not None)
 
     def _leads(self, near: np.ndarray) -> np.ndarray:
         """From nearness (messages, pairs): by how much the nearest pair leads the nearest with another reply."""
@@ -149,7 +149,7 @@ class Replies:
 
     def fit(self) -> Confidence:
         """Find what leads messages without an answer have."""
-        order = np.argsort(uniform(DRAW, np.arange(len(self.questions))), kind="stable")[:MOST]
+        order = np.argsort(uniform(RNG_STREAM, np.arange(len(self.questions))), kind="stable")[:MOST]
         leads = []
         for start in range(0, len(order), 256):
             chunk = order[start : start + 256]

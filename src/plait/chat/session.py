@@ -46,13 +46,13 @@ class Session:
             request = self.model.request(prompt.context, "text", **options)
         else:
             request = self.model.requests([prompt.context], column, **options)[0]
-        said = ""
+        written = ""
         for update in self.model.engine.stream(request):
-            piece = update.text if said or not prompt.strip else update.text.lstrip()
-            said += piece
+            piece = update.text if written or not prompt.strip else update.text.lstrip()
+            written += piece
             if piece:
                 yield piece
-        self._keep(message, said)
+        self._keep(message, written)
 
     def draw(self, text: str, **options: Unpack[Options]) -> PILImage.Image:
         """An image of what a text says, drawn as a turn of the conversation where the model knows turns."""
@@ -71,8 +71,8 @@ class Session:
     def _seeded(self, options: Options) -> Options:
         return {**options, "seed": options.get("seed", 0) + self.written}
 
-    def _keep(self, message: Turn, said: Any) -> None:
-        self.turns += [message, Turn("assistant", [said])]
+    def _keep(self, message: Turn, reply: Any) -> None:
+        self.turns += [message, Turn("assistant", [reply])]
         self.attached = []
         self.written += 1
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from plait.classifiers.linear import Grams, Linear
+from plait.classifiers.linear import Linear, NgramFeatures
 from plait.classifiers.mixture import Mixture
 from plait.classifiers.novelty import Novelty
 from plait.core.errors import PlaitError
@@ -35,13 +35,13 @@ class Features:
     bands: int = 0  # the modality's setting of that name; 0 where it has none
     mean: np.ndarray | None = None
     scale: np.ndarray | None = None
-    grams: Grams | None = None
+    grams: NgramFeatures | None = None
 
     @classmethod
     def fit(cls, kind: str, inputs: Sequence[Any], bands: int = 0) -> Features:
         """`inputs` are texts, or samples of the modality."""
         if kind == "text":
-            return cls(kind, grams=Grams.fit(inputs))
+            return cls(kind, grams=NgramFeatures.fit(inputs))
         raw = cls(kind, bands).raw(inputs)
         return cls(kind, bands, raw.mean(0), raw.std(0) + 1e-3)
 
@@ -91,16 +91,16 @@ def save_classifiers(classifiers: Sequence[Classifier], folder: Path) -> list[st
     arrays: dict[str, np.ndarray] = {}
     entries = []
     for number, one in enumerate(classifiers):
-        found = {"weights": one.linear.weights.astype(np.float16), "bias": one.linear.bias.astype(np.float32)}
+        values = {"weights": one.linear.weights.astype(np.float16), "bias": one.linear.bias.astype(np.float32)}
         if one.features.grams is not None:
-            found |= {f"idf.{i}": value for i, value in enumerate(one.features.grams.arrays())}
+            values |= {f"idf.{i}": value for i, value in enumerate(one.features.grams.arrays())}
         else:
             assert one.features.mean is not None and one.features.scale is not None
-            found |= {"mean": one.features.mean, "scale": one.features.scale}
+            values |= {"mean": one.features.mean, "scale": one.features.scale}
         for view, novelty in one.novelty.items():
             parts = {**novelty.arrays, "centre": novelty.centre, "spread": novelty.spread}
-            found |= {f"novelty.{view}.{name}": value.astype(np.float32) for name, value in parts.items()}
-        arrays |= {f"{number}.{name}": np.ascontiguousarray(value) for name, value in found.items()}
+            values |= {f"novelty.{view}.{name}": value.astype(np.float32) for name, value in parts.items()}
+        arrays |= {f"{number}.{name}": np.ascontiguousarray(value) for name, value in values.items()}
         entries.append(
             {
                 "source": one.source,
@@ -143,7 +143,7 @@ def load_classifiers(folder: Path) -> list[Classifier]:
 
         grams = entry["grams"]
         if grams is not None:
-            restored = Grams.restore(grams, [take(f"idf.{i}") for i in range(len(grams))])
+            restored = NgramFeatures.restore(grams, [take(f"idf.{i}") for i in range(len(grams))])
             features = Features(entry["kind"], grams=restored)
         else:
             features = Features(entry["kind"], entry["bands"], take("mean"), take("scale"))

@@ -41,9 +41,9 @@ def _leave_one_out(features: np.ndarray, classes: np.ndarray, count: int, seed: 
     lower, _ = cho_factor(gram, lower=True, overwrite_a=True)
     reduced = solve_triangular(lower, mapped.T.astype(np.float64), lower=True, overwrite_b=True)  # (D, N)
     leverage = np.square(reduced).sum(0)[:, None]
-    wanted = np.eye(count)[classes]
-    fitted = reduced.T @ (reduced @ wanted)
-    return np.asarray((fitted - leverage * wanted) / (1 - leverage).clip(1e-6))
+    one_hot = np.eye(count)[classes]
+    fitted = reduced.T @ (reduced @ one_hot)
+    return np.asarray((fitted - leverage * one_hot) / (1 - leverage).clip(1e-6))
 
 
 def fourier_features(features: np.ndarray, seed: int, width: int) -> np.ndarray:

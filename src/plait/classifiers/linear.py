@@ -67,9 +67,9 @@ def choose_linear(
     tried: list[tuple[float, float, bool, np.ndarray]] = []
     for balanced in (False, True) if uneven else (False,):
         for strength in strengths:
-            said = fit_linear(features, labels, classes, strength, balanced)(held_features).argmax(1)
-            score = (accuracy_score(held_labels, said) + f1_score(held_labels, said, average="macro")) / 2
-            tried.append((score, strength, balanced, share * (said == held_labels)))
+            predicted = fit_linear(features, labels, classes, strength, balanced)(held_features).argmax(1)
+            score = (accuracy_score(held_labels, predicted) + f1_score(held_labels, predicted, average="macro")) / 2
+            tried.append((score, strength, balanced, share * (predicted == held_labels)))
     _, _, chosen, best = max(tried, key=lambda one: one[:3])
 
     def surely_worse(right: np.ndarray) -> bool:
@@ -82,13 +82,13 @@ def choose_linear(
 
 
 @dataclass
-class Grams:
+class NgramFeatures:
     """TF-IDF of the n-grams of words and of characters within words, side by side."""
 
     vectorizers: list[TfidfVectorizer]
 
     @classmethod
-    def fit(cls, texts: Sequence[str]) -> Grams:
+    def fit(cls, texts: Sequence[str]) -> NgramFeatures:
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         least = 1 if len(texts) < 2000 else 2
@@ -105,7 +105,7 @@ class Grams:
 
         return hstack([vectorizer.transform(texts) for vectorizer in self.vectorizers]).tocsr()
 
-    def pruned(self, linear: Linear) -> tuple[Grams, Linear]:
+    def pruned(self, linear: Linear) -> tuple[NgramFeatures, Linear]:
         """Without the n-grams that weigh least, so that what is kept on disk stays small."""
         kept, rows, start = [], [], 0
         for vectorizer in self.vectorizers:
@@ -115,7 +115,7 @@ class Grams:
             kept.append(_vectorizer(_settings(vectorizer), terms[chosen].tolist(), vectorizer.idf_[chosen]))
             rows.append(start + chosen)
             start += len(terms)
-        return Grams(kept), Linear(linear.weights[np.concatenate(rows)], linear.bias)
+        return NgramFeatures(kept), Linear(linear.weights[np.concatenate(rows)], linear.bias)
 
     def facts(self) -> list[dict[str, Any]]:
         """Settings and terms, for JSON; `arrays` has the rest."""
@@ -129,7 +129,7 @@ class Grams:
         return [np.asarray(vectorizer.idf_, np.float32) for vectorizer in self.vectorizers]
 
     @classmethod
-    def restore(cls, facts: list[dict[str, Any]], arrays: list[np.ndarray]) -> Grams:
+    def restore(cls, facts: list[dict[str, Any]], arrays: list[np.ndarray]) -> NgramFeatures:
         return cls(
             [_vectorizer(one["settings"], one["terms"], weights) for one, weights in zip(facts, arrays, strict=True)]
         )
@@ -143,12 +143,12 @@ def _vectorizer(settings: dict[str, Any], terms: list[str], idf: np.ndarray) -> 
     """A vectorizer of known terms; terms that were left out no longer count in a text's norm."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    made = TfidfVectorizer(
+    vectorizer = TfidfVectorizer(
         analyzer=settings["analyzer"],
         ngram_range=tuple(settings["ngram_range"]),
         sublinear_tf=True,
         token_pattern=r"(?u)\b\w+\b",
         vocabulary={term: place for place, term in enumerate(terms)},
     )
-    made.idf_ = np.asarray(idf, np.float64)
-    return made
+    vectorizer.idf_ = np.asarray(idf, np.float64)
+    return vectorizer

@@ -46,8 +46,10 @@ class Mixture:
 
     def partial(self, names: list[str]) -> Mixture:
         """The same without the opinions that are not named; the weight of these goes to what is left."""
-        whole, left = (sum(self.weights[name] * self.spreads[name] for name in some) for some in (self.used, names))
-        weights = {name: self.weights[name] * whole / max(left, 1e-9) for name in names}
+        total_spread, left = (
+            sum(self.weights[name] * self.spreads[name] for name in opinions) for opinions in (self.used, names)
+        )
+        weights = {name: self.weights[name] * total_spread / max(left, 1e-9) for name in names}
         return Mixture(weights, self.centres, self.spreads, self.quantiles, self.threshold, self.slope, self.offset)
 
     def log_probabilities(self, scores: dict[str, np.ndarray]) -> np.ndarray:
@@ -183,9 +185,9 @@ def _with_top(logs: np.ndarray, slope: float, offset: float) -> np.ndarray:
     second = others.max(1)
     calibrated = 1 / (1 + np.exp(-(slope * _log_odds(top) + offset)))
     calibrated = np.maximum(calibrated, second / (1 - top + second) * (1 + 1e-9)).clip(1e-9, 1 - 1e-9)
-    found = others * ((1 - calibrated) / (1 - top))[:, None]
-    found[rows, best] = calibrated
-    return np.asarray(np.log(found.clip(1e-300)))
+    rescaled = others * ((1 - calibrated) / (1 - top))[:, None]
+    rescaled[rows, best] = calibrated
+    return np.asarray(np.log(rescaled.clip(1e-300)))
 
 
 def _right(stack: np.ndarray, weights: np.ndarray, truth: np.ndarray) -> np.ndarray:

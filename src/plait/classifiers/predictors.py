@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from plait.classifiers.classifier import Features
-from plait.classifiers.linear import Grams, Linear
+from plait.classifiers.linear import Linear, NgramFeatures
 from plait.classifiers.numbers import Numbers
 from plait.classifiers.several import SeveralLabels
 
@@ -26,8 +26,8 @@ def save_predictors(predictors: Sequence[Predictor], folder: Path) -> list[str]:
     arrays: dict[str, np.ndarray] = {}
     entries = []
     for number, one in enumerate(predictors):
-        facts, found = _packed(one)
-        arrays |= {f"{number}.{name}": np.ascontiguousarray(value) for name, value in found.items()}
+        facts, values = _packed(one)
+        arrays |= {f"{number}.{name}": np.ascontiguousarray(value) for name, value in values.items()}
         entries.append(facts)
     text = json.dumps({"version": VERSION, "predictors": entries}, ensure_ascii=False)
     (folder / FILE).write_text(text, encoding="utf-8")
@@ -72,7 +72,7 @@ def _packed(one: Predictor) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 def _unpacked(facts: dict[str, Any], arrays: dict[str, np.ndarray]) -> Predictor:
     grams = facts["grams"]
     if grams is not None:
-        restored = Grams.restore(grams, [arrays[f"idf.{i}"] for i in range(len(grams))])
+        restored = NgramFeatures.restore(grams, [arrays[f"idf.{i}"] for i in range(len(grams))])
         features = Features(facts["kind"], grams=restored)
     else:
         features = Features(facts["kind"], facts["bands"], arrays["mean"], arrays["scale"])

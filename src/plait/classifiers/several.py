@@ -80,11 +80,11 @@ def fit_several(
     return linear, slope, offsets, thresholds, measured
 
 
-def calibrate(scores: np.ndarray, wanted: np.ndarray) -> tuple[float, np.ndarray]:
+def calibrate(scores: np.ndarray, targets: np.ndarray) -> tuple[float, np.ndarray]:
     """The slope of all labels together and the offset of each, by likelihood, offsets drawn towards 0."""
     from scipy.optimize import minimize
 
-    truth = wanted.astype(float)
+    truth = targets.astype(float)
 
     def loss(values: np.ndarray) -> tuple[float, np.ndarray]:
         slope, offsets = values[0], values[1:]
@@ -97,16 +97,16 @@ def calibrate(scores: np.ndarray, wanted: np.ndarray) -> tuple[float, np.ndarray
     return float(max(fitted[0], 1e-3)), fitted[1:]
 
 
-def thresholds_of(chances: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+def thresholds_of(chances: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """The threshold (labels,) of each label by its F1: of few records half by what is seen, half by the calibrated
     probabilities themselves, which are less of a draw."""
     thresholds = np.full(chances.shape[1], 0.5)
     for place in range(chances.shape[1]):
-        there = float(wanted[:, place].sum())
+        there = float(targets[:, place].sum())
         belief = there / (there + BELIEF)
         order = np.argsort(-chances[:, place], kind="stable")
         sorted_ = chances[order, place]
-        truth = belief * wanted[order, place] + (1 - belief) * sorted_
+        truth = belief * targets[order, place] + (1 - belief) * sorted_
         f1 = 2 * np.cumsum(truth) / (np.arange(1, len(truth) + 1) + max(truth.sum(), 1e-9))
         best = int(f1.argmax())
         below = sorted_[best + 1] if best + 1 < len(sorted_) else sorted_[best]
@@ -119,18 +119,18 @@ def sigmoid(values: np.ndarray) -> np.ndarray:
     return np.asarray(1 / (1 + np.exp(-values)))
 
 
-def f1_scores(truth: np.ndarray, said: np.ndarray) -> np.ndarray:
+def f1_scores(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """F1 of each label, (labels,); 0 where it is neither there nor said."""
-    both = (truth & said).sum(0)
-    return np.asarray(2 * both / np.maximum(truth.sum(0) + said.sum(0), 1))
+    both = (truth & predicted).sum(0)
+    return np.asarray(2 * both / np.maximum(truth.sum(0) + predicted.sum(0), 1))
 
 
-def macro_f1(truth: np.ndarray, said: np.ndarray) -> float:
+def macro_f1(truth: np.ndarray, predicted: np.ndarray) -> float:
     """Mean F1 of the labels that occur in truth or answers."""
-    there = (truth | said).any(0)
-    return float(f1_scores(truth, said)[there].mean()) if there.any() else 0.0
+    occurs = (truth | predicted).any(0)
+    return float(f1_scores(truth, predicted)[occurs].mean()) if occurs.any() else 0.0
 
 
-def micro_f1(truth: np.ndarray, said: np.ndarray) -> float:
+def micro_f1(truth: np.ndarray, predicted: np.ndarray) -> float:
     """F1 of all decisions together."""
-    return float(2 * (truth & said).sum() / max(truth.sum() + said.sum(), 1))
+    return float(2 * (truth & predicted).sum() / max(truth.sum() + predicted.sum(), 1))

@@ -34,9 +34,11 @@ def classify(
     from plait.modalities.inputs import inputs_of
 
     loaded = plait.load(model, device, precision)
-    wanted = [label.strip() for label in labels.split(",")] if labels else None
+    label_list = [label.strip() for label in labels.split(",")] if labels else None
     if table is not None:
-        query = TableQuery("classify", column, tuple(wanted) if wanted else None, top, sidecar="xmp" if xmp else None)
+        query = TableQuery(
+            "classify", column, tuple(label_list) if label_list else None, top, sidecar="xmp" if xmp else None
+        )
         write_table(loaded, files, table, query, inputs, overwrite, workers)
         return
     for value in inputs_of(files).values:
@@ -45,7 +47,7 @@ def classify(
             number = loaded.estimate_inputs([value], column)[0]
             out.print(plain(f"{value}: {number.value:.4g} (9 of 10: {number.low:.4g} to {number.high:.4g})"))
             continue
-        ranked = loaded.classify_inputs([value], labels=wanted, column=column, top=top)[0]
+        ranked = loaded.classify_inputs([value], labels=label_list, column=column, top=top)[0]
         if ranked.chosen is not None:
             out.print(plain(f"{value}: {', '.join(ranked.chosen) or 'none of the labels'}"))
             continue

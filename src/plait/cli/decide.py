@@ -33,26 +33,26 @@ def decide(
     from plait.inference.decisions import Option, Question, read_questions
     from plait.modalities.inputs import media_or_text
 
-    asked = [Question("predicate", text, (), text) for text in is_ or []]
+    asked_questions = [Question("predicate", text, (), text) for text in is_ or []]
     for listed in choice or []:
         options = [Option(value.strip()) for value in listed.split(",") if value.strip()]
-        asked.append(Question("choice", "", tuple(options), listed))
+        asked_questions.append(Question("choice", "", tuple(options), listed))
     if questions is not None:
         try:
-            asked += read_questions(json.loads(questions.expanduser().read_text(encoding="utf-8")))
+            asked_questions += read_questions(json.loads(questions.expanduser().read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
             raise PlaitError(f"{questions} cannot be read: {error}.") from None
-    if not asked:
+    if not asked_questions:
         raise PlaitError("Ask something: --is LABEL, --choice A,B or --questions FILE.")
-    found = plait.load(model, device, precision).decide(media_or_text(file), asked)
+    decisions = plait.load(model, device, precision).decide(media_or_text(file), asked_questions)
     if as_json:
         out.print_json(json.dumps([
             {"name": one.question.name, "type": one.question.kind, "refusal": one.refusal or None,
              "options": [option.value for option in one.question.options], "probabilities": one.probabilities,
-             "calibrated": one.calibrated, "column": one.column, "ood_score": one.ood_score} for one in found
+             "calibrated": one.calibrated, "column": one.column, "ood_score": one.ood_score} for one in decisions
         ]))  # fmt: skip
         return
-    for one in found:
+    for one in decisions:
         name = one.question.name or one.question.instructions
         names = [option.value for option in one.question.options] or ["yes", "no"]
         pairs = ", ".join(f"{name} {chance:.3f}" for name, chance in zip(names, one.probabilities, strict=False))

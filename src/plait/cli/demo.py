@@ -50,5 +50,5 @@ def demo(
 
 def _is_shown(key: MetricKey) -> bool:
     between_media = {key.direction.source, key.direction.target} <= {*MEDIA_COLUMNS}
-    whole = key.main and not key.clean
-    return whole and (key.metric in SHOWN or (key.metric == SHOWN_SEARCH and between_media))
+    is_main = key.main and not key.clean
+    return is_main and (key.metric in SHOWN or (key.metric == SHOWN_SEARCH and between_media))

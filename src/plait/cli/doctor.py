@@ -23,8 +23,8 @@ def doctor(
 
     findings = check_installation(folder or Path()) + (check_folder(folder) if folder else [])
     colours = {"ok": "green", "warn": "yellow", "fail": "red"}
-    for found in findings:
-        mark = f"[{colours[found.level]}]{found.level:4}[/{colours[found.level]}]"
-        out.print(f"{mark}  {plain(found.subject)}: {plain(found.text)}")
-    if any(found.level == "fail" for found in findings):
+    for finding in findings:
+        mark = f"[{colours[finding.level]}]{finding.level:4}[/{colours[finding.level]}]"
+        out.print(f"{mark}  {plain(finding.subject)}: {plain(finding.text)}")
+    if any(finding.level == "fail" for finding in findings):
         sys.exit(1)

@@ -46,8 +46,8 @@ def mcp(
             raise PlaitError(f"--folder {one} is no folder.")
     loaded: dict[str, Any] = {}
     indexes: dict[str, Any] = {}
-    for given in models:
-        name, _, path = given.rpartition("=") if "=" in given and not Path(given).exists() else ("", "", given)
+    for option in models:
+        name, _, path = option.rpartition("=") if "=" in option and not Path(option).exists() else ("", "", option)
         name = name or Path(path).name
         if name in loaded or name in indexes:
             raise PlaitError(f"Two have the name '{name}'. Give one another: other={path}")

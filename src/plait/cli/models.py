@@ -24,8 +24,8 @@ def models(
 
     Example: plait models --models ~/models
     """
-    found = plait.models(folders or [], cache)
-    if not found:
+    local_models = plait.models(folders or [], cache)
+    if not local_models:
         out.print(
             "No model lies here. Name a folder of models (plait models --models DIR), or fetch one, then name it:\n"
             "  texts            hf download sentence-transformers/all-MiniLM-L6-v2\n"
@@ -35,7 +35,7 @@ def models(
         )
         return
     table = Table("model", "type", "on disk", "16 bit", "int8", "licence", "for")
-    for one in found:
+    for one in local_models:
         sizes = (f"{size / 1e9:.2f} GB" for size in (one.bytes, one.memory(16), one.memory(8.5)))
         table.add_row(
             plain(one.name),

@@ -49,9 +49,9 @@ def with_sections(parent: str) -> Callable[[type[S]], type[S]]:
         if not added:
             return base
         fields: dict[str, Any] = {one.name: (one.annotation, one.field) for one in added}
-        made: type[S] = create_model(
+        section: type[S] = create_model(
             base.__name__, __base__=base, __module__=base.__module__, __doc__=base.__doc__, **fields
         )
-        return made
+        return section
 
     return extended

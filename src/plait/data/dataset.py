@@ -363,7 +363,7 @@ def _runs(indices: np.ndarray, borders: np.ndarray) -> Iterator[tuple[int, np.nd
             yield int(piece[start]), indices[start:stop]
 
 
-class Joined(Dataset):
+class ConcatDataset(Dataset):
     """Several datasets as one, the first one's records coming first. Columns of one name are one column; `source` says
     where a record is from."""
 
@@ -432,7 +432,7 @@ class Joined(Dataset):
         self.__init__(state["datasets"])  # type: ignore[misc]
 
 
-class Chosen(Dataset):
+class SubsetDataset(Dataset):
     """A dataset of whose splits only some records are used; numbers and ids stay what they are."""
 
     def __init__(self, dataset: Dataset, chosen: dict[str, np.ndarray]) -> None:

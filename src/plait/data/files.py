@@ -25,6 +25,7 @@ from typing import IO, Any
 import numpy as np
 
 from plait.core.errors import PlaitError
+from plait.core.rejects import Reason, RejectKind
 from plait.data.record import Rejected
 from plait.data.stores import Location, StoreError, join, listing, open_binary, raise_if_passing, read_bytes, size
 from plait.modalities.descriptor import LIMITS
@@ -137,7 +138,7 @@ class Tree:
     archives: list[str] = field(default_factory=list)
     shards: list[str] = field(default_factory=list)  # of a WebDataset
     warnings: list[str] = field(default_factory=list)  # what people must know of how it was listed
-    why_not: dict[str, str] = field(default_factory=dict)  # of files that look like tables: why they are none
+    why_not: dict[str, Reason] = field(default_factory=dict)  # of files that look like tables: why they are none
     single: str | None = None
     _by_name: dict[str, str | None] | None = None
 
@@ -164,14 +165,14 @@ class Tree:
         none. Paths are relative to the table."""
         value = unicodedata.normalize("NFC", value.replace("\\", "/"))
         if "\0" in value:
-            return Rejected(table, None, "the path holds a NUL character")
+            return Rejected(table, None, Reason(RejectKind.BAD_NAME, "the path holds a NUL character"))
         folder = table.rpartition("/")[0]
         if os.path.isabs(value) and isinstance(self.root, Path):  # noqa: PTH117
             name = os.path.relpath(value, self.root)
         else:
             name = os.path.normpath(f"{folder}/{value}" if folder else value)
         if name == ".." or name.startswith("../"):
-            return Rejected(table, None, f"the path '{value}' leads out of the source")
+            return Rejected(table, None, Reason(RejectKind.OUTSIDE, f"the path '{value}' leads out of the source"))
         if name in self.files or (self.single is not None and self._beside(name)):
             return name
         for archive in self.archives:
@@ -187,7 +188,7 @@ class Tree:
         inside_name = self._by_name.get(value)
         if inside_name is not None:
             return inside_name
-        return Rejected(table, None, f"the file '{value}' does not exist")
+        return Rejected(table, None, Reason(RejectKind.MISSING, f"the file '{value}' does not exist"))
 
     def _beside(self, name: str) -> bool:
         try:
@@ -262,9 +263,9 @@ def _listed(url: str, scratch: Path) -> Tree:
     for name, (place, length, stamp) in listed.items():
         tree.stamps[name] = length, stamp
         if any(part.startswith(".") for part in name.split("/")):
-            tree.refused.append(Rejected(name, None, "a hidden file"))
+            tree.refused.append(Rejected(name, None, Reason(RejectKind.HIDDEN, "a hidden file")))
         elif length == 0:
-            tree.refused.append(Rejected(name, None, "the file is empty"))
+            tree.refused.append(Rejected(name, None, Reason(RejectKind.EMPTY, "the file is empty")))
         else:
             _add(tree, name, place, scratch)
     return tree
@@ -302,7 +303,7 @@ def _walk(tree: Tree, source: Path, scratch: Path, out: Location) -> None:
     def failed(error: OSError) -> None:
         name = os.path.relpath(str(error.filename), source)
         raise_if_passing(error, name)
-        tree.refused.append(Rejected(name, None, f"cannot be opened: {error.strerror}"))
+        tree.refused.append(Rejected(name, None, Reason(RejectKind.UNREADABLE, f"cannot be opened: {error.strerror}")))
 
     for folder, folders, names in os.walk(source, onerror=failed):
         here = Path(folder)
@@ -310,13 +311,13 @@ def _walk(tree: Tree, source: Path, scratch: Path, out: Location) -> None:
         for name in sorted(folders):
             path, shown = here / name, _shown(here / name, source)
             if path.is_symlink():
-                tree.refused.append(Rejected(shown, None, "a linked folder is not followed"))
+                tree.refused.append(Rejected(shown, None, Reason(RejectKind.LINK, "a linked folder is not followed")))
             elif path.resolve() == skip:
                 continue
             elif name.startswith("."):
-                tree.refused.append(Rejected(shown, None, "a hidden folder"))
+                tree.refused.append(Rejected(shown, None, Reason(RejectKind.HIDDEN, "a hidden folder")))
             elif (path / "manifest.json").is_file() and (path / "rejects.jsonl").is_file():
-                tree.refused.append(Rejected(shown, None, "a dataset that Plait prepared"))
+                tree.refused.append(Rejected(shown, None, Reason(RejectKind.PREPARED, "a dataset that Plait prepared")))
             else:
                 keep.append(name)
         folders[:] = keep
@@ -326,18 +327,18 @@ def _walk(tree: Tree, source: Path, scratch: Path, out: Location) -> None:
             try:
                 status = path.stat()
                 if path.is_symlink() and not path.resolve().is_relative_to(root):
-                    reason = "a link that leads out of the source"
+                    reason = Reason(RejectKind.LINK, "a link that leads out of the source")
                 elif not stat.S_ISREG(status.st_mode):
-                    reason = "not a regular file"
+                    reason = Reason(RejectKind.UNKNOWN_FORMAT, "not a regular file")
                 elif name.startswith("."):
-                    reason = "a hidden file"
+                    reason = Reason(RejectKind.HIDDEN, "a hidden file")
                 elif status.st_size == 0:
-                    reason = "the file is empty"
+                    reason = Reason(RejectKind.EMPTY, "the file is empty")
             except OSError as error:
                 raise_if_passing(error, shown)
-                reason = f"cannot be opened: {error.strerror}"
+                reason = Reason(RejectKind.UNREADABLE, f"cannot be opened: {error.strerror}")
             if reason is None and not _valid(name):
-                reason = "its name is not valid Unicode"
+                reason = Reason(RejectKind.BAD_NAME, "its name is not valid Unicode")
             if reason:
                 tree.refused.append(Rejected(shown, None, reason))
             else:
@@ -380,7 +381,9 @@ def _unpack(tree: Tree, path: Location, prefix: str, scratch: Path) -> None:
                             if not decoded:
                                 claimed.append(name)
                             if info.flag_bits & 1:
-                                tree.refused.append(Rejected(lead + name, None, "locked with a password"))
+                                tree.refused.append(
+                                    Rejected(lead + name, None, Reason(RejectKind.LOCKED, "locked with a password"))
+                                )
                                 continue
                             _member(tree, lead, name, info.file_size, linked, scratch, opened, stamp)
             else:
@@ -393,7 +396,7 @@ def _unpack(tree: Tree, path: Location, prefix: str, scratch: Path) -> None:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise PlaitError(f"No room to unpack {path} under {scratch.parent}. Free space there.") from error
         raise_if_passing(error, shown)
-        tree.refused.append(Rejected(shown, None, f"damaged archive: {error}"))
+        tree.refused.append(Rejected(shown, None, Reason(RejectKind.DAMAGED, f"damaged archive: {error}")))
     if claimed:
         tree.warnings.append(
             f"{shown}: {len(claimed):,} names are not UTF-8 and do not say what they are; they are read as a zip's "
@@ -424,19 +427,19 @@ def _member(
     reason = None
     if not _valid(name):
         shown = shown.encode("utf-8", "backslashreplace").decode()
-        reason = "its name is not valid Unicode"
+        reason = Reason(RejectKind.BAD_NAME, "its name is not valid Unicode")
     elif name.startswith("/") or "\\" in name or ".." in name.split("/"):
-        reason = "the member's path leads out of the archive"
+        reason = Reason(RejectKind.OUTSIDE, "the member's path leads out of the archive")
     elif linked:
-        reason = "a link or a device in an archive"
+        reason = Reason(RejectKind.LINK, "a link or a device in an archive")
     elif name.rpartition("/")[2].startswith(".") or "__MACOSX/" in name:
-        reason = "a hidden file"
+        reason = Reason(RejectKind.HIDDEN, "a hidden file")
     elif size == 0:
-        reason = "the file is empty"
+        reason = Reason(RejectKind.EMPTY, "the file is empty")
     elif size > limit:
-        reason = f"larger than {limit >> 20} MiB"
+        reason = Reason(RejectKind.TOO_LARGE, f"larger than {limit >> 20} MiB")
     elif shown in tree.files:
-        reason = "the archive holds this name twice"
+        reason = Reason(RejectKind.DUPLICATE, "the archive holds this name twice")
     elif size > shutil.disk_usage(scratch.parent).free * 0.9:
         raise PlaitError(f"No room to unpack {shown} ({size} bytes) under {scratch.parent}. Free space there.")
     if reason is None:
@@ -456,5 +459,5 @@ def _member(
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise
             raise_if_passing(error, shown)
-            reason = f"cannot be unpacked: {error}"
+            reason = Reason(RejectKind.DAMAGED, f"cannot be unpacked: {error}")
     tree.refused.append(Rejected(shown, None, reason))

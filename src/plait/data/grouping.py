@@ -92,13 +92,13 @@ def _name_part(by: str) -> GroupOf:
     return group_of
 
 
-def split_groups(draw: np.ndarray, splits: tuple[int, ...] = (2, 1)) -> np.ndarray:
-    """The split (N,) of records whose groups have equal `draw` (N,): about a tenth of the records for each of `splits`,
-    whole groups, one at least; the others are train (0). Which, follows from the draws, which are hashes.
+def split_groups(group_hash: np.ndarray, splits: tuple[int, ...] = (2, 1)) -> np.ndarray:
+    """The split (N,) of records whose groups have equal `group_hash` (N,): about a tenth of the records for each of
+    `splits`, whole groups, one at least; the others are train (0). Which, follows from the draws, which are hashes.
 
     Raises PlaitError for fewer groups than splits and train need.
     """
-    values, place, counts = np.unique(draw, return_inverse=True, return_counts=True)
+    values, place, counts = np.unique(group_hash, return_inverse=True, return_counts=True)
     if len(values) <= len(splits):
         raise PlaitError(
             f"There are {len(values)} groups, too few for train and {len(splits)} more splits of whole groups. Name "
@@ -106,10 +106,10 @@ def split_groups(draw: np.ndarray, splits: tuple[int, ...] = (2, 1)) -> np.ndarr
         )
     split = np.zeros(len(values), np.int64)
     for split_number in splits:
-        wanted, taken = len(draw) / 10, 0
+        target, taken = len(group_hash) / 10, 0
         free = np.flatnonzero(split == 0)
         for group in free[::-1]:
-            fits = taken + counts[group] / 2 <= wanted
+            fits = taken + counts[group] / 2 <= target
             if fits and (split == 0).sum() > 1:
                 split[group], taken = split_number, taken + int(counts[group])
         if not taken:  # every group is large
@@ -173,11 +173,11 @@ class NameWatch:
             for parts, label in self.names:
                 seen[parts[place]].add(label)
             words = all(re.search("[^0-9]", value) for value in seen)
-            crosses = np.mean([len(found) for found in seen.values()]) >= max(len(labels) / 2, 2)
+            crosses = np.mean([len(labels_of_part) for labels_of_part in seen.values()]) >= max(len(labels) / 2, 2)
             if words and crosses and FEWEST <= len(seen) <= len(self.names) / 4:
-                some = ", ".join(f"'{value}'" for value in sorted(seen)[:3])
+                examples = ", ".join(f"'{value}'" for value in sorted(seen)[:3])
                 return (
-                    f"Part {place + 1} of the files' names ({some}, ...) seems to say where a file comes from, and "
+                    f"Part {place + 1} of the files' names ({examples}, ...) seems to say where a file comes from, and "
                     f"every split has some of each: figures are of known ones. To keep each in one split: "
                     f"--group-by {NAME}{place + 1}"
                 )

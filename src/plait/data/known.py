@@ -23,7 +23,7 @@ SCHEMA = pa.schema(
 )
 
 
-class Look(NamedTuple):
+class MediumFacts(NamedTuple):
     """What is known of a decoded medium: the two figures of `MediaFiles.facts`, and its fingerprint."""
 
     first: float
@@ -40,13 +40,13 @@ class KnownMedia:
         self._order = np.argsort(digests, kind="stable")
         self._digests = digests[self._order]
 
-    def get(self, kind: str, digest: bytes, near: bool) -> Look | None:
+    def get(self, kind: str, digest: bytes, near: bool) -> MediumFacts | None:
         """What is known of a medium; None where nothing is, or where a fingerprint is wanted and missing."""
         at = int(np.searchsorted(self._digests, np.bytes_(digest)))
         while at < len(self._digests) and self._digests[at] == np.bytes_(digest):
             row = self.table.slice(int(self._order[at]), 1).to_pylist()[0]
             if row["kind"] == kind and (row["print"] is not None or not near):
-                return Look(row["first"], row["second"], (row["print"] or b"") if near else b"")
+                return MediumFacts(row["first"], row["second"], (row["print"] or b"") if near else b"")
             at += 1
         return None
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from plait.core.pages import render
+from plait.core.rejects import RejectKind
 from plait.data.conversations import turns
 from plait.data.dataset import Manifest
 from plait.modalities.descriptor import MediaError
@@ -58,7 +59,7 @@ def _conversation(value: str) -> str:
     return "\n".join(f"{role}: {text}" for role, text in lines)
 
 
-def report(manifest: Manifest, examples: list[Example], reasons: Counter[str], title: str) -> str:
+def report(manifest: Manifest, examples: list[Example], rejects: Counter[RejectKind], title: str) -> str:
     """The page as HTML: counts, columns, lengths, examples, what was rejected and why. Loads nothing from elsewhere."""
     return render(
         "data/dataset.html",
@@ -69,7 +70,7 @@ def report(manifest: Manifest, examples: list[Example], reasons: Counter[str], t
         examples=[_example(example, manifest) for example in examples],
         columns=[_column(column, kind, manifest) for column, kind in manifest.columns.items()],
         duplicates=_duplicates(manifest),
-        reasons=[(reason, f"{count:,}") for reason, count in reasons.most_common(30)],
+        reasons=[(kind.label, f"{count:,}") for kind, count in rejects.most_common(30)],
     )
 
 

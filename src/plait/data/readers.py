@@ -20,6 +20,7 @@ from typing import IO
 import numpy as np
 
 from plait.core.errors import PlaitError
+from plait.core.rejects import Reason, RejectKind
 from plait.data.files import (
     DAMAGED,
     Item,
@@ -72,6 +73,28 @@ def _read_idx(path: Location, name: str) -> np.ndarray:
     return np.frombuffer(b"".join(parts), np.uint8).reshape(shape)
 
 
+def _read_idx_pair(
+    tree: Tree, image_file: str, label_file: str | None
+) -> tuple[np.ndarray, np.ndarray | None] | Rejected:
+    """The images (N, H, W) of one idx file and the labels (N,) of the other, or why they cannot be used."""
+    tree.used.add(image_file)
+    at = image_file
+    try:
+        images = _read_idx(tree.files[at], at)
+        if images.ndim != 3:
+            raise ValueError("an idx file of images has three dimensions")
+        if label_file is None:
+            return images, None
+        tree.used.add(at := label_file)
+        values = _read_idx(tree.files[at], at)
+        if len(values) != len(images):
+            raise ValueError(f"{len(values)} labels for {len(images)} images")
+        return images, values
+    except DAMAGED as error:
+        raise_if_passing(error, at)
+        return Rejected(at, None, Reason(RejectKind.DAMAGED, f"damaged idx file: {error}"))
+
+
 def plan_idx(tree: Tree, labels: dict[str, list[str]]) -> Plan | None:
     """Pairs of idx files -> columns `image` and `label`; the split is what the file's name begins with."""
     pairs: dict[str, dict[str, str]] = {}
@@ -83,28 +106,9 @@ def plan_idx(tree: Tree, labels: dict[str, list[str]]) -> Plan | None:
         return None
     names = labels.get("label")
 
-    def read_pair(stem: str) -> tuple[np.ndarray, np.ndarray | None] | Rejected:
-        image_file, label_file = pairs[stem]["images"], pairs[stem].get("labels")
-        tree.used.add(image_file)
-        at = image_file
-        try:
-            images = _read_idx(tree.files[at], at)
-            if images.ndim != 3:
-                raise ValueError("an idx file of images has three dimensions")
-            if label_file is None:
-                return images, None
-            tree.used.add(at := label_file)
-            values = _read_idx(tree.files[at], at)
-            if len(values) != len(images):
-                raise ValueError(f"{len(values)} labels for {len(images)} images")
-            return images, values
-        except DAMAGED as error:
-            raise_if_passing(error, at)
-            return Rejected(at, None, f"damaged idx file: {error}")
-
     def read() -> Iterator[Item]:
         for stem, pair in pairs.items():
-            read = read_pair(stem)
+            read = _read_idx_pair(tree, pair["images"], pair.get("labels"))
             if isinstance(read, Rejected):
                 yield read
                 continue
@@ -117,7 +121,11 @@ def plan_idx(tree: Tree, labels: dict[str, list[str]]) -> Plan | None:
                 if values is not None:
                     value = int(values[n])
                     if names is not None and value >= len(names):
-                        yield Rejected(pair["labels"], n, f"label {value}, but {len(names)} names were given")
+                        yield Rejected(
+                            pair["labels"],
+                            n,
+                            Reason(RejectKind.UNKNOWN_LABEL, f"label {value}, but {len(names)} names were given"),
+                        )
                         continue
                     parts["label"] = names[value] if names is not None else str(value)
                 yield RawRecord(f"{stem}:{n}", place, parts, split)
@@ -149,7 +157,7 @@ def plan_text(tree: Tree) -> Plan | None:
     classes = {name: folders.label(name) for name in names}
     labelled = len({label for label in classes.values() if label}) > 1
     sizes: dict[str, int] = {}  # characters
-    broken: dict[str, str] = {}
+    broken: dict[str, Reason] = {}
     split_counts: Counter[str | None] = Counter()
     for name in names:
         try:
@@ -157,10 +165,12 @@ def plan_text(tree: Tree) -> Plan | None:
                 sizes[name] = sum(map(len, iter(partial(file.read, 1 << 20), "")))
             split_counts[None if single else folders.split(name)] += 1 + sizes[name] // TEXT_BYTES
         except UnicodeDecodeError as error:
-            broken[name] = f"not UTF-8: byte {error.object[error.start]:#04x}. Save it as UTF-8"
+            broken[name] = Reason(
+                RejectKind.BAD_TEXT, f"not UTF-8: byte {error.object[error.start]:#04x}. Save it as UTF-8"
+            )
         except DAMAGED as error:
             raise_if_passing(error, name)
-            broken[name] = f"cannot be read: {error}"
+            broken[name] = Reason(RejectKind.UNREADABLE, f"cannot be read: {error}")
 
     def read() -> Iterator[Item]:
         for name in names:
@@ -245,7 +255,7 @@ class _MediaFiles:
         if self.pattern:
             match = self.pattern.search(first)
             if not match:
-                return Rejected(first, None, "its name does not match the pattern")
+                return Rejected(first, None, Reason(RejectKind.PATTERN, "its name does not match the pattern"))
             for column, value in match.groupdict().items():
                 if column == "split":
                     split = split_name(value or "") or split
@@ -265,7 +275,7 @@ class _MediaFiles:
                         words = file.read(LIMITS.file_bytes).strip()
                 except DAMAGED as error:
                     raise_if_passing(error, text)
-                    yield Rejected(text, None, f"the text cannot be read: {error}")
+                    yield Rejected(text, None, Reason(RejectKind.UNREADABLE, f"the text cannot be read: {error}"))
                     continue
                 if words:
                     item.parts["text"] = words

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from plait.core.rejects import Reason, RejectKind
 
 SPLITS = ("train", "val", "test")
 RESERVED = ("id", "source", "seen")  # names that no column of the user's can have
@@ -44,23 +46,47 @@ class Rejected(NamedTuple):
 
     file: str
     line: int | None
-    reason: str
+    why: Reason
 
     @property
-    def summary(self) -> str:
-        """The reason without its details, by which rejections are counted."""
-        return summary(self.reason)
+    def kind(self) -> RejectKind:
+        """What rejections are counted by."""
+        return self.why.kind
+
+    @property
+    def reason(self) -> str:
+        """Why, for people."""
+        return str(self.why)
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """Its line in `rejects.jsonl`."""
+        return {"file": self.file, "line": self.line, "kind": self.kind, "reason": self.reason}
+
+    @classmethod
+    def of_row(cls, row: dict[str, Any]) -> Rejected:
+        """What a line of `rejects.jsonl` says."""
+        return cls(row["file"], row["line"], Reason(RejectKind(row.get("kind", "other")), row["reason"]))
 
 
-def summary(reason: str) -> str:
-    """A reason without its details, which stand behind a colon: "cannot be read: no such file" is "cannot be read"."""
-    return reason.partition(":")[0][:80]
+class UnusableError(ValueError):
+    """Why a text, a cell or a medium, and so its record, cannot be used."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
 
 
-def rejected(place: str, reason: str) -> Rejected:
+def rejected_of(values: list[Any]) -> Rejected:
+    """A rejection that was written as a JSON list."""
+    file, line, (kind, detail) = values
+    return Rejected(file, line, Reason(RejectKind(kind), detail))
+
+
+def rejected(place: str, why: Reason) -> Rejected:
     """The rejection of a record by its place, `file` or `file:line`."""
     file, _, line = place.rpartition(":")
-    return Rejected(file, int(line), reason) if file and line.isdigit() else Rejected(place, None, reason)
+    return Rejected(file, int(line), why) if file and line.isdigit() else Rejected(place, None, why)
 
 
 def are_labels(column: str, distinct: int, records: int, per_label: int) -> bool:
@@ -99,12 +125,12 @@ def split_labels(text: str) -> list[str]:
     return [label.strip() for label in text.split(LABEL_SEPARATOR) if label.strip()]
 
 
-def text_fault(text: str) -> str | None:
+def text_fault(text: str) -> Reason | None:
     """Why a text cannot be used (NUL, half a surrogate pair), or None."""
     if "\0" in text:
-        return "the text holds a NUL character"
+        return Reason(RejectKind.BAD_TEXT, "the text holds a NUL character")
     try:
         text.encode()
     except UnicodeEncodeError:
-        return "the text is not valid Unicode (half of a surrogate pair)"
+        return Reason(RejectKind.BAD_TEXT, "the text is not valid Unicode (half of a surrogate pair)")
     return None

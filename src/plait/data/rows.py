@@ -20,6 +20,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from plait.core.rejects import Reason, RejectKind
 from plait.data.files import DAMAGED, Tree, open_text, suffix_of
 from plait.data.stores import Location, open_binary, raise_if_passing
 
@@ -30,7 +31,7 @@ _DELIMITERS = ",;\t|"  # what may stand between the cells of a CSV file
 _SAMPLE = 50  # lines by which the delimiter is told
 _ROWS = ("data", "rows", "records", "examples", "instances")  # keys under which a JSON object keeps its rows
 
-Row = tuple[int, dict[str, Any] | str]  # line, and the cells or the reason why there are none
+Row = tuple[int, dict[str, Any] | Reason]  # line, and the cells or the reason why there are none
 
 
 @dataclass
@@ -48,7 +49,7 @@ class TableError(ValueError):
 
 
 def rows(tree: Tree, name: str) -> Iterator[Row]:
-    """The rows of a table, each with its line (Parquet, Arrow and JSON arrays: its number from 0). A fault is a string
+    """The rows of a table, each with its line (Parquet, Arrow and JSON arrays: its number from 0). A fault is a Reason
     in place of the cells; where the rest of the file cannot be read, the last row says so."""
     path, suffix = tree.files[name], suffix_of(name)
     line = 0
@@ -65,11 +66,17 @@ def rows(tree: Tree, name: str) -> Iterator[Row]:
             for line, row in _json_rows(path, name):
                 yield line, row
     except TableError as error:
-        yield line, str(error)
+        yield line, Reason(RejectKind.NOT_A_TABLE, str(error))
     # Arrow turns values that Python cannot hold into ArithmeticError (OverflowError among them).
     except (*DAMAGED, ArithmeticError, RecursionError, TypeError, csv.Error, pa.ArrowException) as error:
         raise_if_passing(error, name)
-        yield line + 1, f"damaged table: {' '.join(str(error).split())[:200]}; the rest of the file was not read"
+        yield (
+            line + 1,
+            Reason(
+                RejectKind.DAMAGED,
+                f"damaged table: {' '.join(str(error).split())[:200]}; the rest of the file was not read",
+            ),
+        )
 
 
 def distinct(names: list[str]) -> tuple[list[str], list[str]]:
@@ -143,7 +150,7 @@ def batches(path: Location, suffix: str, column: int | None = None) -> Iterator[
             yield batch.slice(start, 64).rename_columns(names)
 
 
-def _cells(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | str]:
+def _cells(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | Reason]:
     """The rows of a batch as Python values. A time that Python has no date for (after the year 9999, parts of a
     microsecond) is its text; any other value that cannot be had costs its row."""
     try:
@@ -152,7 +159,7 @@ def _cells(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | str]:
     except (ArithmeticError, ValueError, pa.ArrowException):
         pass
     columns: dict[str, list[Any]] = {}
-    faults: dict[int, str] = {}
+    faults: dict[int, Reason] = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
             columns[name] = column.to_pylist()
@@ -170,7 +177,7 @@ def _cells(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | str]:
             try:
                 columns[name][n] = column[n].as_py()
             except (ArithmeticError, ValueError, pa.ArrowException) as error:
-                faults[n] = f"column '{name}': {' '.join(str(error).split())[:150]}"
+                faults[n] = Reason(RejectKind.BAD_VALUE, f"column '{name}': {' '.join(str(error).split())[:150]}")
     for n in range(len(batch)):
         yield faults[n] if n in faults else {name: values[n] for name, values in columns.items()}
 
@@ -258,7 +265,7 @@ class _Source:
         self.held, self.size = [], 0
 
 
-def _records(source: _Source, delimiter: str, spaced: bool) -> Iterator[tuple[int, list[str], list[str] | str]]:
+def _records(source: _Source, delimiter: str, spaced: bool) -> Iterator[tuple[int, list[str], list[str] | Reason]]:
     """The records of a CSV file: the number of each one's first line, its lines, and its cells or why there are none.
     Behind a fault the next line is read."""
     csv.field_size_limit(LINE)
@@ -274,7 +281,7 @@ def _records(source: _Source, delimiter: str, spaced: bool) -> Iterator[tuple[in
             if not source.held:  # nothing was read: not a fault of a line
                 raise
             why = "a quote that is not closed" if "end of data" in str(error) else str(error)
-            yield source.first, source.held[:1], f"not valid CSV: {why}"
+            yield source.first, source.held[:1], Reason(RejectKind.BAD_ROW, f"not valid CSV: {why}")
             source.give_back()
             cells = reader()
             continue
@@ -296,10 +303,12 @@ def _csv_rows(path: Location, name: str) -> Iterator[Row]:
                 headed = True
                 continue
             fault = next((f for text in lines if not text.isascii() and (f := not_utf8(text))), None)
-            if fault or isinstance(row, str):
-                yield line, fault or str(row)
+            if fault:
+                yield line, Reason(RejectKind.BAD_TEXT, fault)
+            elif isinstance(row, Reason):
+                yield line, row
             elif len(row) > len(header.names):
-                yield line, f"{len(row)} cells, more than the {len(header.names)} columns"
+                yield line, Reason(RejectKind.BAD_ROW, f"{len(row)} cells, more than the {len(header.names)} columns")
             else:
                 yield line, dict(zip(header.names, row, strict=False)) | dict.fromkeys(header.names[len(row) :])
 
@@ -362,7 +371,10 @@ def _json_rows(path: Location, name: str) -> Iterator[Row]:
     except (ValueError, RecursionError) as error:
         raise TableError(f"not valid JSON: {error}") from error
     for line, row in enumerate(document_rows(value)):
-        yield line, row if isinstance(row, dict) else "not an object with the columns' names"
+        yield (
+            line,
+            row if isinstance(row, dict) else Reason(RejectKind.BAD_ROW, "not an object with the columns' names"),
+        )
 
 
 def document_rows(value: Any) -> list[Any]:
@@ -404,11 +416,14 @@ def _json_lines(file: IO[str]) -> Iterator[Row]:
         if text.isspace():
             continue
         if not text.isascii() and (fault := not_utf8(text)):
-            yield line, fault
+            yield line, Reason(RejectKind.BAD_TEXT, fault)
             continue
         try:
             row = parse_json(text.strip())
         except (ValueError, RecursionError) as error:
-            yield line, f"not valid JSON: {error}"
+            yield line, Reason(RejectKind.BAD_ROW, f"not valid JSON: {error}")
             continue
-        yield line, row if isinstance(row, dict) else "not an object with the columns' names"
+        yield (
+            line,
+            row if isinstance(row, dict) else Reason(RejectKind.BAD_ROW, "not an object with the columns' names"),
+        )

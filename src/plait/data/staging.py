@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from plait.core.errors import PlaitError
+from plait.core.rejects import Reason, RejectKind
 from plait.core.system import OUT_OF_HEARING, processors, read_line
 from plait.data.files import Item, Media, RawRecord
 from plait.data.record import Rejected
@@ -237,12 +238,12 @@ class LocalPool:
 
     def run(self, task: Task, blobs: list[bytes]) -> None:
         """Check a chunk in a process; a record at which that crashes or hangs is refused, and the chunk begun anew."""
-        faults: dict[str, str] = {}
+        faults: dict[str, Reason] = {}
         while True:
             process, status = getattr(self._own, "process", None) or self._start()
             self._own.process = process, status
-            answer, reason = self._ask(process, status, task | {"faults": faults}, blobs)
-            if answer is not None:
+            answer = self._ask(process, status, task | {"faults": faults}, blobs)
+            if isinstance(answer, dict):
                 if "store" in answer:
                     raise StoreError(answer["store"])
                 if "error" in answer:
@@ -257,12 +258,12 @@ class LocalPool:
                     f"A process that checks media ended while it wrote {task['out']}. Is there memory enough? Try "
                     "fewer with --workers 1; what is done is kept."
                 )
-            faults[at] = reason
+            faults[at] = answer
 
     def _ask(
         self, process: subprocess.Popen[bytes], status: Path, task: Task, blobs: list[bytes]
-    ) -> tuple[dict[str, Any] | None, str]:
-        """The answer of a process, or None and how it ended: it crashed, or was ended as it hung at one record."""
+    ) -> dict[str, Any] | Reason:
+        """The answer of a process, or how it ended: it crashed, or was ended as it hung at one record."""
         assert process.stdin is not None and process.stdout is not None
         try:
             send(process.stdin, task, blobs)
@@ -271,11 +272,12 @@ class LocalPool:
             line = b""
         if line is None:
             process.wait()
-            return None, f"decoding took more than {_PATIENCE:g} s"
+            return Reason(RejectKind.TOO_SLOW, f"decoding took more than {_PATIENCE:g} s")
         if not line:
             process.wait()
-            return None, "the decoder crashed"
-        return json.loads(line), ""
+            return Reason(RejectKind.CRASHED)
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
 
 def _is_stuck(status: Path) -> Callable[[], bool]:

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from plait.core.errors import PlaitError
+from plait.core.rejects import Reason, RejectKind
 from plait.data.conversations import flatten, is_chat
 from plait.data.files import (
     DAMAGED,
@@ -36,7 +37,7 @@ from plait.data.files import (
     suffix_of,
 )
 from plait.data.folders import FileSplits
-from plait.data.record import RESERVED, Rejected, join_labels, split_name, text_fault
+from plait.data.record import RESERVED, Rejected, UnusableError, join_labels, split_name, text_fault
 from plait.data.rows import TableError, batches, distinct, heading, rows, schema_of
 from plait.modalities.media import KINDS, MEDIA, kind_of_suffix, sniff
 
@@ -121,7 +122,7 @@ def _scan(tree: Tree, name: str, split: str, default: str | None) -> Table:
     for number, (_, row) in enumerate(rows(tree, name)):
         if has_schema and number == _SAMPLE:
             break  # such files tell their columns and their size: their media need not be read for that
-        if isinstance(row, str):
+        if isinstance(row, Reason):
             continue
         for key, value in row.items():
             values = table.samples.setdefault(key, [])
@@ -345,7 +346,7 @@ def plan_tables(tree: Tree, column_map: dict[str, str], labels: dict[str, list[s
         for table in tables:
             tree.used.add(table.file)
             for line, row in rows(tree, table.file):
-                if isinstance(row, str):
+                if isinstance(row, Reason):
                     yield Rejected(table.file, line, row)
                 else:
                     yield from _record(tree, table, line, row)
@@ -429,20 +430,16 @@ def _targets(column: Column) -> dict[str, str]:
     return {column.name: column.role if column.role in MEDIA else "text"}
 
 
-class UnusableError(ValueError):
-    """Why a cell, and so its row, cannot be used."""
-
-
 def words(value: Any, labels: list[str] | None) -> str | None:
     """A cell as text, or None where it is blank. Raises UnusableError."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if labels is not None and (isinstance(value, int) or (isinstance(value, str) and value.strip().isdecimal())):
         if not 0 <= int(value) < len(labels):
-            raise UnusableError(f"label {value}, but there are {len(labels)} names")
+            raise UnusableError(Reason(RejectKind.UNKNOWN_LABEL, f"label {value}, but there are {len(labels)} names"))
         return labels[int(value)]
     if isinstance(value, float) and math.isinf(value):
-        raise UnusableError("a number that is not finite")
+        raise UnusableError(Reason(RejectKind.BAD_VALUE, "a number that is not finite"))
     if is_blank(value):
         return None
     if isinstance(value, list) and value and all(isinstance(cell, tuple) and len(cell) == 2 for cell in value):
@@ -455,7 +452,7 @@ def words(value: Any, labels: list[str] | None) -> str | None:
         try:
             value = value.decode()
         except UnicodeDecodeError:
-            raise UnusableError("bytes that are not UTF-8 text") from None
+            raise UnusableError(Reason(RejectKind.BAD_TEXT, "bytes that are not UTF-8 text")) from None
     text = str(value)
     if not text.strip():
         return None
@@ -471,8 +468,10 @@ def _several(value: Any, column: Column) -> str:
         cells = value if isinstance(value, list) else [value]
     try:
         return join_labels(text for cell in cells if (text := words(cell, column.labels)) is not None)
+    except UnusableError:
+        raise
     except ValueError as error:
-        raise UnusableError(str(error)) from None
+        raise UnusableError(Reason(RejectKind.BAD_VALUE, str(error))) from None
 
 
 def _medium(tree: Tree, table: Table, place: str, column: Column, value: Any) -> Media | None:
@@ -488,10 +487,10 @@ def _medium(tree: Tree, table: Table, place: str, column: Column, value: Any) ->
             kind = (sniff(value[:64]) or (next(iter(MEDIA)), ""))[0]
         return Media(kind, place, data=value)
     if not isinstance(value, str):
-        raise UnusableError(f"column '{column.name}' is neither a path nor bytes")
+        raise UnusableError(Reason(RejectKind.BAD_VALUE, f"column '{column.name}' is neither a path nor bytes"))
     resolved = tree.resolve(table.file, value)
     if isinstance(resolved, Rejected):
-        raise UnusableError(resolved.reason)
+        raise UnusableError(resolved.why)
     tree.used.add(resolved)
     kind = column.role if column.role != "media" else tree.kind(resolved) or next(iter(MEDIA))
     return tree.media(kind, resolved)
@@ -500,7 +499,7 @@ def _medium(tree: Tree, table: Table, place: str, column: Column, value: Any) ->
 def _spoken(tree: Tree, table: Table, place: str, column: Column, kind: str, value: bytes | str) -> Media:
     medium = _medium(tree, table, place, Column(kind, column.name), value)
     if medium is None:
-        raise UnusableError("an empty medium")
+        raise UnusableError(Reason(RejectKind.EMPTY, "an empty medium"))
     return medium
 
 
@@ -517,11 +516,13 @@ def _record(tree: Tree, table: Table, line: int, row: dict[str, Any]) -> Iterato
                 continue
             if column.role == "id":
                 if not (text := words(value, None)):
-                    raise UnusableError("the id is empty")
+                    raise UnusableError(Reason(RejectKind.NO_VALUE, "the id is empty"))
                 record.id = text
             elif column.role == "split":
                 if not (split := split_name(str(value))):
-                    raise UnusableError(f"unknown split '{value}': write train, validation or test")
+                    raise UnusableError(
+                        Reason(RejectKind.UNKNOWN_SPLIT, f"unknown split '{value}': write train, validation or test")
+                    )
                 record.split = split
             elif column.role == "chat":
                 chats.append((column, value))
@@ -531,7 +532,9 @@ def _record(tree: Tree, table: Table, line: int, row: dict[str, Any]) -> Iterato
                 record.parts[column.name] = _several(value, column)
             elif column.role == "number":
                 if (number := _number(value)) is None:
-                    raise UnusableError(f"column '{column.name}': '{str(value)[:40]}' is no finite number")
+                    raise UnusableError(
+                        Reason(RejectKind.BAD_VALUE, f"column '{column.name}': '{str(value)[:40]}' is no finite number")
+                    )
                 record.parts[column.name] = f"{number:.10g}"
             elif column.role == "text":
                 if (text := words(value, column.labels)) is not None:
@@ -543,7 +546,8 @@ def _record(tree: Tree, table: Table, line: int, row: dict[str, Any]) -> Iterato
             try:
                 text, media = flatten(value, record.parts, part)
             except ValueError as error:
-                raise UnusableError(f"column '{column.name}': {error}") from None
+                kind = error.reason.kind if isinstance(error, UnusableError) else RejectKind.BAD_VALUE
+                raise UnusableError(Reason(kind, f"column '{column.name}': {error}")) from None
             record.parts |= {column.name: text, **media}
         if not lists:
             yield record
@@ -556,4 +560,4 @@ def _record(tree: Tree, table: Table, line: int, row: dict[str, Any]) -> Iterato
                     parts[column.name] = text
             yield RawRecord(f"{record.id}#{n}", place, parts, record.split, record.group)
     except UnusableError as error:
-        yield Rejected(table.file, line, str(error))
+        yield Rejected(table.file, line, error.reason)

@@ -53,7 +53,7 @@ class DatasetViews:
             return []
         with open_binary(place) as file:
             rows = [json.loads(line) for line in file.read().decode("utf-8").splitlines() if line.strip()]
-        return [Rejected(row["file"], row["line"], row["reason"]) for row in rows]
+        return [Rejected.of_row(row) for row in rows]
 
     def to_pandas(self, split: str | None = None, media: bool = False) -> Any:
         """The records as a pandas DataFrame, indexed by id, with a column `split`.

@@ -11,12 +11,13 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 
+from plait.core.rejects import Reason, RejectKind
 from plait.data.files import DAMAGED, Item, Media, Plan, RawRecord, Tree, shard_key, suffix_of
 from plait.data.folders import FileSplits
-from plait.data.record import RESERVED, Rejected, text_fault
+from plait.data.record import RESERVED, Rejected, UnusableError, text_fault
 from plait.data.rows import parse_json
 from plait.data.stores import open_binary, raise_if_passing
-from plait.data.tables import UnusableError, words
+from plait.data.tables import words
 from plait.modalities.descriptor import LIMITS
 from plait.modalities.media import KINDS, kind_of_suffix
 
@@ -57,9 +58,9 @@ def _records(tree: Tree, shard: str, labels: dict[str, list[str]], split: str | 
                     members = []
                 fault = text_fault(member.name)
                 if not fault and not member.isreg():
-                    fault = "a link or a device in a shard"
+                    fault = Reason(RejectKind.LINK, "a link or a device in a shard")
                 if not fault and member.size > LIMITS.file_bytes:
-                    fault = f"larger than {LIMITS.file_bytes >> 20} MiB"
+                    fault = Reason(RejectKind.TOO_LARGE, f"larger than {LIMITS.file_bytes >> 20} MiB")
                 if fault:
                     shown = member.name.encode("utf-8", "backslashreplace").decode()
                     yield Rejected(f"{shard}/{shown}", None, fault)
@@ -75,7 +76,9 @@ def _records(tree: Tree, shard: str, labels: dict[str, list[str]], split: str | 
     except DAMAGED as error:
         raise_if_passing(error, shard)
         yield from _record(shard, members, split, labels) if members else ()
-        yield Rejected(shard, None, f"damaged archive: {error}; the rest of it was not read")
+        yield Rejected(
+            shard, None, Reason(RejectKind.DAMAGED, f"damaged archive: {error}; the rest of it was not read")
+        )
 
 
 def _record(
@@ -102,9 +105,11 @@ def _record(
                 if (text := words(content.decode("utf-8-sig").strip(), labels.get(column))) is not None:
                     record.parts[_free(column, record)] = text
             else:
-                faults.append(Rejected(member, None, "not a kind of member that is read"))
+                faults.append(
+                    Rejected(member, None, Reason(RejectKind.UNKNOWN_FORMAT, "not a kind of member that is read"))
+                )
         except (ValueError, RecursionError, UnusableError) as error:
-            faults.append(Rejected(member, None, f"cannot be read: {error}"))
+            faults.append(Rejected(member, None, Reason(RejectKind.UNREADABLE, f"cannot be read: {error}")))
     if record.parts or not faults:
         yield record
     yield from faults

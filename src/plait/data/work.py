@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from plait.core.rejects import Reason, RejectKind
 from plait.core.system import limit_memory
 from plait.data.conversations import turns
 from plait.data.fingerprints import text_print
-from plait.data.known import Look, known_media
-from plait.data.record import Rejected, rejected, text_fault
+from plait.data.known import MediumFacts, known_media
+from plait.data.record import Rejected, rejected, rejected_of, text_fault
 from plait.data.stores import StoreError, location, read_bytes
 from plait.modalities.descriptor import LIMITS, MediaError
 from plait.modalities.image_files import encode_png
@@ -64,21 +65,23 @@ def _fetch(medium: dict[str, Any], blobs: list[bytes]) -> bytes:
         try:
             data = read_bytes(location(medium["path"]), LIMITS.file_bytes + 1)
         except OSError as error:  # it is not there, or may not be read; other failures are StoreErrors
-            raise MediaError(f"cannot be read: {error.strerror or error}") from error
+            raise MediaError(f"cannot be read: {error.strerror or error}", RejectKind.UNREADABLE) from error
     if not data:
-        raise MediaError("the file is empty")
+        raise MediaError("the file is empty", RejectKind.EMPTY)
     if len(data) > LIMITS.file_bytes:
-        raise MediaError(f"larger than {LIMITS.file_bytes >> 20} MiB")
+        raise MediaError(f"larger than {LIMITS.file_bytes >> 20} MiB", RejectKind.TOO_LARGE)
     return data
 
 
-def _look(kind: str, data: bytes, near: bool) -> Look:
+def _look(kind: str, data: bytes, near: bool) -> MediumFacts:
     """Decode a medium and look at it. Raises MediaError."""
     value = MEDIA[kind].decode(data)
-    return Look(*MEDIA[kind].facts(value), MEDIA[kind].fingerprint(value) if near else b"")
+    return MediumFacts(*MEDIA[kind].facts(value), MEDIA[kind].fingerprint(value) if near else b"")
 
 
-def _seen(kind: str, data: bytes, digest: bytes, task: Task, lately: dict[tuple[str, bytes], Look]) -> Look:
+def _seen(
+    kind: str, data: bytes, digest: bytes, task: Task, lately: dict[tuple[str, bytes], MediumFacts]
+) -> MediumFacts:
     """What is known of a medium: from the dataset that is added to, from a record just before (an image with five
     captions stands in five), else from decoding it. Raises MediaError."""
     look = lately.get((kind, digest))
@@ -96,39 +99,39 @@ def _words_of(chat: str) -> str:
 
 
 def _check(
-    item: Task, task: Task, blobs: list[bytes], fault: str | None, lately: dict[tuple[str, bytes], Look]
+    item: Task, task: Task, blobs: list[bytes], fault: Reason | None, lately: dict[tuple[str, bytes], MediumFacts]
 ) -> dict[str, Any] | Rejected:
     """What is known of one record, or why it cannot be used. `fault`: how an earlier try ended; `lately`: the media of
     this chunk so far."""
     place = item["place"]
     if why := text_fault(item["id"]):
-        return rejected(place, f"id: {why}")
+        return rejected(place, why.about("id"))
     if item["group"] and (why := text_fault(item["group"])):
-        return rejected(place, f"group: {why}")
+        return rejected(place, why.about("group"))
     parts: dict[str, str | bytes] = {}
     row: dict[str, Any] = {"id": item["id"], "place": place, "split": item["split"]}
     for name, value in item["parts"].items():
         if isinstance(value, str):
             if why := text_fault(value):
-                return rejected(place, f"column '{name}': {why}")
+                return rejected(place, why.about(f"column '{name}'"))
             parts[name] = value
             continue
         try:
             if fault:
-                raise MediaError(fault)
+                raise MediaError(fault.detail, fault.kind)
             data = _fetch(value, blobs)
             digest = hashlib.sha256(data).digest()[:16]
             look = _seen(value["kind"], data, digest, task, lately)
             parts[name] = data
         except (MediaError, MemoryError) as error:
-            reason = str(error) or "needs too much memory"
+            why = error.reason if isinstance(error, MediaError) else Reason(RejectKind.NO_MEMORY)
             if value["name"] == place:
-                return rejected(place, reason)
-            return Rejected(value["name"], None, reason + (f" (of {place})" if ":" in place else ""))
+                return rejected(place, why)
+            return Rejected(value["name"], None, Reason(why.kind, f"{why} (of {place})") if ":" in place else why)
         row |= {f"first:{name}": look.first, f"second:{name}": look.second, f"print:{name}": look.print}
         row[f"digest:{name}"] = digest
     if not parts:
-        return rejected(place, "the record is empty")
+        return rejected(place, Reason(RejectKind.EMPTY_RECORD, "the record is empty"))
     media = {name: data for name, data in parts.items() if isinstance(data, bytes)}
     group = _digest(media or parts)
     words = {name: text for name, text in parts.items() if isinstance(text, str)}
@@ -156,13 +159,14 @@ def check_chunk(task: Task, blobs: list[bytes], at: Callable[[int], None] = lamb
     rows: list[dict[str, Any]] = []
     refused: list[Rejected] = []
     kinds: dict[str, str] = {}
-    lately: dict[tuple[str, bytes], Look] = {}
+    lately: dict[tuple[str, bytes], MediumFacts] = {}
     for n, item in enumerate(task["items"]):
         if isinstance(item, list):
-            refused.append(Rejected(*item))
+            refused.append(rejected_of(item))
             continue
         at(n)
-        checked = _check(item, task, blobs, task.get("faults", {}).get(str(n)), lately)
+        fault = task.get("faults", {}).get(str(n))  # as JSON
+        checked = _check(item, task, blobs, Reason(RejectKind(fault[0]), fault[1]) if fault else None, lately)
         if isinstance(checked, Rejected):
             refused.append(checked)
             continue

@@ -20,13 +20,14 @@ import pyarrow.parquet as pq
 from plait.core.config import DataRecipe
 from plait.core.errors import PlaitError
 from plait.core.files import sha256_file
+from plait.core.rejects import Reason, RejectKind
 from plait.data import known
 from plait.data.dataset import VERSION, Dataset, Manifest, Shard
 from plait.data.duplicates import Duplicates, SplitPair, find_duplicates, first_of, list_equal
 from plait.data.files import ARCHIVE_SUFFIXES, TABLE_SUFFIXES, Plan, Tree, suffix_of
 from plait.data.grouping import column_hint
 from plait.data.preview import Example, report
-from plait.data.record import SPLITS, Rejected, rejected
+from plait.data.record import SPLITS, Rejected, rejected, rejected_of
 from plait.data.shards import Shards, Statistics
 from plait.data.splitting import (
     STRATIFIED,
@@ -85,29 +86,34 @@ def source_name(source: Location) -> str:
 
 
 class _Rejects:
-    """Writes rejects.jsonl and counts reasons."""
+    """Writes rejects.jsonl and counts what is in it by kind."""
 
     def __init__(self, file: Any) -> None:
         self.file, self.count = file, 0
-        self.reasons: Counter[str] = Counter()
-        self.before: set[Rejected] = set()  # of the dataset that is added to
+        self.kinds: Counter[RejectKind] = Counter()
+        self.first: dict[RejectKind, str] = {}  # the first reason of each kind, in full
+        self.before: set[tuple[str, int | None, str]] = set()  # of the dataset that is added to
 
     def add(self, item: Rejected) -> None:
-        if item in self.before:
+        if (item.file, item.line, item.reason) in self.before:
             return
         self.count += 1
-        self.reasons[item.summary] += 1
-        self.file.write(json.dumps(item._asdict()) + "\n")
+        self.kinds[item.kind] += 1
+        self.first.setdefault(item.kind, item.reason[:120])
+        self.file.write(json.dumps(item.row) + "\n")
 
     def begin_after(self, earlier: list[Rejected]) -> None:
         """Begin with those of the dataset that is added to, which are not counted twice."""
         for item in earlier:
             self.add(item)
-        self.before = set(earlier)
+        self.before = {(item.file, item.line, item.reason) for item in earlier}
 
     def common(self) -> str:
         """The commonest reasons with their counts, for people."""
-        return "; ".join(f"{reason} ({count})" for reason, count in self.reasons.most_common(3))
+        return "; ".join(
+            f"{kind.label} ({count})" + (f", as in '{first}'" if (first := self.first[kind]) != kind.label else "")
+            for kind, count in self.kinds.most_common(3)
+        )
 
 
 def _unused(tree: Tree) -> Iterator[Rejected]:
@@ -116,17 +122,19 @@ def _unused(tree: Tree) -> Iterator[Rejected]:
             continue
         suffix = suffix_of(name)
         if tree.kind(name) is not None:
-            reason = "no table names it"
+            reason = Reason(RejectKind.UNUSED, "no table names it")
         elif suffix == ".txt":
-            reason = "a text that belongs to no medium of the same name"
+            reason = Reason(RejectKind.UNUSED, "a text that belongs to no medium of the same name")
         elif suffix in ARCHIVE_SUFFIXES:
-            reason = "an archive inside an archive is not opened"
+            reason = Reason(RejectKind.UNKNOWN_FORMAT, "an archive inside an archive is not opened")
         elif name in tree.why_not:
             reason = tree.why_not[name]
         elif suffix in TABLE_SUFFIXES:
-            reason = "not read: it is no table of records, or names none of the media here"
+            reason = Reason(
+                RejectKind.NOT_A_TABLE, "not read: it is no table of records, or names none of the media here"
+            )
         else:
-            reason = "not a kind of file that is read"
+            reason = Reason(RejectKind.UNKNOWN_FORMAT, "not a kind of file that is read")
         yield Rejected(name, None, reason)
 
 
@@ -187,7 +195,7 @@ def write_dataset(
             rejects.add(refused._replace(file=lead + refused.file))
         for path in paths:
             for entry in json.loads(read_chunk(path).schema.metadata[b"rejects"]):
-                rejects.add(Rejected(*entry))
+                rejects.add(rejected_of(entry))
         if not used.any():
             for unused in _unused(tree):
                 rejects.add(unused)
@@ -220,9 +228,7 @@ def write_dataset(
     )
     manifest = _with_repeats(manifest, division, facts, rejects)
     name = out.name if options.into and isinstance(out, Path) else _last(source)
-    (folder / "report.html").write_text(
-        report(manifest, examples, rejects.reasons, name), encoding="utf-8", newline="\n"
-    )
+    (folder / "report.html").write_text(report(manifest, examples, rejects.kinds, name), encoding="utf-8", newline="\n")
     return manifest
 
 
@@ -293,7 +299,7 @@ def _write_groups(paths: list[Path], division: Division, folder: Path) -> Groups
     pq.write_table(pa.table({"group": pa.array(kept[order].tolist(), pa.string())}), path)
     inside = {name: {one for one in kept[split == place] if one is not None} for place, name in enumerate(SPLITS)}
     file = Shard(file=path.name, split="", rows=len(kept), bytes=path.stat().st_size, sha256=sha256_file(path))
-    counts = {name: len(found) for name, found in inside.items()}
+    counts = {name: len(records) for name, records in inside.items()}
     return Groups(file, counts, sum(counts.values()) - len(set().union(*inside.values())))
 
 
@@ -405,7 +411,11 @@ def _kept_records(
         here = division.used[place : place + len(table)]
         for row in np.flatnonzero(~here).tolist():
             id_, at = table["id"][row].as_py(), table["place"][row].as_py()
-            rejects.add(rejected(at, f"the id '{id_}' stands there twice; the first record is kept"))
+            rejects.add(
+                rejected(
+                    at, Reason(RejectKind.DUPLICATE, f"the id '{id_}' stands there twice; the first record is kept")
+                )
+            )
         place += len(table)
         table = table.filter(pa.array(here))
         numbers = np.arange(number, number + len(table))
@@ -413,7 +423,12 @@ def _kept_records(
         kept_rows = division.keep[numbers]
         for row in np.flatnonzero(~kept_rows).tolist():
             twin = division.duplicates.twin(int(numbers[row]))
-            rejects.add(rejected(table["place"][row].as_py(), f"left out of train: a near-duplicate of {twin}"))
+            rejects.add(
+                rejected(
+                    table["place"][row].as_py(),
+                    Reason(RejectKind.NEAR_DUPLICATE, f"left out of train: a near-duplicate of {twin}"),
+                )
+            )
         yield table.filter(pa.array(kept_rows)), numbers[kept_rows], number
 
 

@@ -38,22 +38,22 @@ def _several(context: EvalContext, one: SeveralLabels) -> None:
     direction = Direction(one.source, one.target)
     truth = as_matrix(answers, one.labels)
     chances = one.probabilities(inputs)
-    said = chances >= one.thresholds
+    predicted = chances >= one.thresholds
     every = np.ones_like(truth)
     n = len(truth)
 
     def spread(statistic: str) -> float:
         measure = macro_f1 if statistic == "macro" else micro_f1
         return metrics.bootstrap(
-            lambda rows: np.array([measure(truth[row], said[row]) for row in rows]), n, draws=50, seed=context.seed
+            lambda rows: np.array([measure(truth[row], predicted[row]) for row in rows]), n, draws=50, seed=context.seed
         )
 
-    context.keep("recognition", direction, "macro_f1", macro_f1(truth, said), stderr=spread("macro"),
+    context.keep("recognition", direction, "macro_f1", macro_f1(truth, predicted), stderr=spread("macro"),
                  chance=macro_f1(truth, every), n=n)  # fmt: skip
-    context.keep("recognition", direction, "micro_f1", micro_f1(truth, said), stderr=spread("micro"),
+    context.keep("recognition", direction, "micro_f1", micro_f1(truth, predicted), stderr=spread("micro"),
                  chance=micro_f1(truth, every), n=n)  # fmt: skip
-    context.keep("recognition", direction, "exact", float((truth == said).all(1).mean()), n=n)
-    for label, value, count in zip(one.labels, f1_scores(truth, said), truth.sum(0), strict=True):
+    context.keep("recognition", direction, "exact", float((truth == predicted).all(1).mean()), n=n)
+    for label, value, count in zip(one.labels, f1_scores(truth, predicted), truth.sum(0), strict=True):
         context.keep("recognition", direction, "f1", float(value), n=int(count), label=label)
     believed = np.where(chances >= 0.5, chances, 1 - chances).ravel()
     right = ((chances >= 0.5) == truth).ravel()
@@ -68,8 +68,8 @@ def _numbers(context: EvalContext, one: Numbers) -> None:
     if len(inputs) < 2:
         return
     direction = Direction(one.source, one.target)
-    truth, said = np.array(answers, float), one.predict(inputs)
-    off = np.abs(truth - said)
+    truth, predicted = np.array(answers, float), one.predict(inputs)
+    off = np.abs(truth - predicted)
     _, train_inputs, known = read_examples(model, dataset, *columns, "train", MOST_ALTERNATIVE, context.seed)
     values = np.array(known, float)
     weights = fit_ridge(one.features(train_inputs), values, RIDGE)
@@ -80,7 +80,7 @@ def _numbers(context: EvalContext, one: Numbers) -> None:
     context.keep("recognition", direction, "mae", value, stderr=error, chance=guess, baseline=float(simple.mean()), n=n)
     total = float(np.square(truth - truth.mean()).sum())
     if total > 0:
-        context.keep("recognition", direction, "r2", 1 - float(np.square(truth - said).sum()) / total, n=n)
-    inside = (truth >= said + one.low) & (truth <= said + one.high)
+        context.keep("recognition", direction, "r2", 1 - float(np.square(truth - predicted).sum()) / total, n=n)
+    inside = (truth >= predicted + one.low) & (truth <= predicted + one.high)
     value, error = metrics.mean_with_error(inside, seed=context.seed)
     context.keep("recognition", direction, "coverage_90", value, stderr=error, n=n)

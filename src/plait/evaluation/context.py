@@ -292,15 +292,17 @@ class EvalContext:
             self._rebuilt[column, split] = self.decode(column, self.encode(column, media.samples))
         return Media(media.indices, self._rebuilt[column, split])
 
-    def exhibit(self, column: str, sample: np.ndarray, caption: str = "", right: bool | None = None) -> ReportItem:
+    def preview_sample(
+        self, column: str, sample: np.ndarray, caption: str = "", right: bool | None = None
+    ) -> ReportItem:
         """A sample to look at, or to listen to."""
-        exhibit = self.modality(column).exhibit(sample)
-        return ReportItem(caption, image=exhibit.image, audio=exhibit.audio, right=right)
+        shown = self.modality(column).preview_sample(sample)
+        return ReportItem(caption, image=shown.image, audio=shown.audio, right=right)
 
-    def exhibit_input(self, source: str, media: Media, place: int) -> ReportItem:
+    def preview_input(self, source: str, media: Media, place: int) -> ReportItem:
         """What one of these records has in a column."""
         if source in self.media_columns:
-            return self.exhibit(source, media.samples[place])
+            return self.preview_sample(source, media.samples[place])
         return ReportItem(text=self.texts[source][media.indices[place]])
 
     # --- judges -------------------------------------------------------------------------------------------------
@@ -342,9 +344,9 @@ class EvalContext:
             return None
         samples = train.only(labelled).samples
 
-        def augment(places: np.ndarray, draw: Tensor) -> Tensor:
+        def augment(places: np.ndarray, uniforms: Tensor) -> Tensor:
             values, lengths = modality.batch([samples[i] for i in places])
-            values, lengths = modality.augment(values, lengths, draw.float())
+            values, lengths = modality.augment(values, lengths, uniforms.float())
             changed = list(values.numpy())
             if modality.variable_length:
                 changed = [value[:size] for value, size in zip(changed, lengths.tolist(), strict=True)]

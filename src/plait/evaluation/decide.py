@@ -21,7 +21,7 @@ from plait.classifiers.space import SpaceQuality, measure_space
 from plait.core.errors import PlaitError
 from plait.core.rng import uniform
 from plait.data.dataset import Dataset
-from plait.evaluation.examples import DRAW, Examples, feature_rows, read_examples
+from plait.evaluation.examples import RNG_STREAM, Examples, feature_rows, read_examples
 from plait.evaluation.few_records import fit_few
 from plait.evaluation.predictors import describe_predictor, fit_predictors
 from plait.inference.model import PlaitModel, load
@@ -109,15 +109,15 @@ def space_quality(model: PlaitModel, dataset: Dataset, seed: int) -> SpaceQualit
     if not media or not texts:
         return None
     chosen = dataset.indices("val")
-    chosen = np.sort(chosen[np.argsort(uniform(seed, DRAW, chosen), kind="stable")[:MOST_PAIRS]])
+    chosen = np.sort(chosen[np.argsort(uniform(seed, RNG_STREAM, chosen), kind="stable")[:MOST_PAIRS]])
     pairs = []
     for record in dataset.iterate(chosen, [media[0], *texts]):
-        said = next((record.parts[c] for c in texts if c in record.parts), None)
-        if said is not None and media[0] in record.parts:
-            pairs.append((str(said), model.modality(media[0]).windows(record.parts[media[0]])[0]))
+        caption = next((record.parts[c] for c in texts if c in record.parts), None)
+        if caption is not None and media[0] in record.parts:
+            pairs.append((str(caption), model.modality(media[0]).windows(record.parts[media[0]])[0]))
     if len(pairs) < FEWEST_VALIDATION:
         return None
-    distinct, place = np.unique([said for said, _ in pairs], return_inverse=True)
+    distinct, place = np.unique([caption for caption, _ in pairs], return_inverse=True)
     if len(distinct) < 2:
         return None
     queries = model.embed_inputs([str(text) for text in distinct])
@@ -155,20 +155,20 @@ def _fit(model: PlaitModel, dataset: Dataset, source: str, target: str, seed: in
     """The classifier of one direction; None where train has a single label."""
     labels = model.labels[target]
     kind = dataset.columns[source]
-    most = MOST_TEXTS if kind == "text" else MOST_MEDIA
-    train = read_examples(model, dataset, source, target, "train", most, seed)
-    most = MOST_VALIDATION_TEXTS if kind == "text" else MOST_VALIDATION
-    held = read_examples(model, dataset, source, target, "val", most, seed)
+    max_records = MOST_TEXTS if kind == "text" else MOST_MEDIA
+    train = read_examples(model, dataset, source, target, "train", max_records, seed)
+    max_records = MOST_VALIDATION_TEXTS if kind == "text" else MOST_VALIDATION
+    held = read_examples(model, dataset, source, target, "val", max_records, seed)
     if len(np.unique(train.classes)) < 2:
         return None
     settings = model.checkpoint.model.config.modalities.get(kind, {})
     nothing, unweighed = Linear(np.zeros((0, 0), np.float32), np.zeros(0)), Mixture({}, {}, {}, [])
-    made = Classifier(source, target, labels, Features(kind), nothing, unweighed, bool(settings.get("flip")))
+    classifier = Classifier(source, target, labels, Features(kind), nothing, unweighed, bool(settings.get("flip")))
     bands = int(str(settings.get("bands", 0)))
     if len(held) < FEWEST_VALIDATION:
-        return fit_few(made, train + held, bands, seed)
-    _fit_weighed(model, made, train, held, bands)
-    return made
+        return fit_few(classifier, train + held, bands, seed)
+    _fit_weighed(model, classifier, train, held, bands)
+    return classifier
 
 
 def _fit_weighed(model: PlaitModel, classifier: Classifier, train: Examples, held: Examples, bands: int) -> None:

@@ -12,7 +12,7 @@ from plait.core.rng import uniform
 from plait.data.dataset import Dataset
 from plait.inference.model import PlaitModel
 
-DRAW = 311  # key of `uniform`
+RNG_STREAM = 311  # of the random numbers of `uniform`
 
 
 @dataclass
@@ -43,7 +43,7 @@ def read_examples(
     answers = dataset.texts(target)
     indices = np.array([i for i in dataset.indices(split) if answers[i] in number], np.int64)
     if len(indices) > most:
-        indices = np.sort(indices[np.argsort(uniform(seed, DRAW, indices), kind="stable")[:most]])
+        indices = np.sort(indices[np.argsort(uniform(seed, RNG_STREAM, indices), kind="stable")[:most]])
     inputs: list[Any] = []
     classes, present = [], []
     for index, record in zip(indices, dataset.iterate(indices, [source]), strict=True):

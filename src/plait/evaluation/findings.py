@@ -37,7 +37,7 @@ class GalleryKind(IntEnum):
 
 @dataclass
 class Gallery:
-    """Rows of exhibits: a label and what was made for it, a query and what it found."""
+    """Rows of items: a label and what was made for it, a query and what it found."""
 
     title: str
     note: str

@@ -21,7 +21,7 @@ from plait.classifiers.held_out import stratified_folds
 from plait.core.config import SIZES, Recipe, parse_recipe
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
-from plait.data.dataset import Chosen, Dataset
+from plait.data.dataset import Dataset, SubsetDataset
 from plait.data.grouping import group_folds, split_groups
 from plait.evaluation.alternatives import fit_alternative
 from plait.evaluation.decide import fit_classifiers
@@ -63,7 +63,7 @@ def by_folds(
     the run was given a time and not steps; none where there are FEW records or more, or the data have a test set of
     their own.
     """
-    found: dict[tuple[str, str], OutOfFold] = {}
+    measured: dict[tuple[str, str], OutOfFold] = {}
     networks: list[Classifier] = []
     for one in model.checkpoint.classifiers:
         known = set(one.labels)
@@ -71,19 +71,19 @@ def by_folds(
         if folds is None and (count >= FEW or dataset.manifest.own_splits):
             continue
         if one.mixture.used == ["linear"]:
-            found[one.source, one.target] = _refitted(model, dataset, one, folds or FOLDS, seed)
+            measured[one.source, one.target] = _refitted(model, dataset, one, folds or FOLDS, seed)
         else:
             networks.append(one)
     recipe = parse_recipe(read_json(run / "run.json")["recipe"], str(run / "run.json"))
     if networks and (folds is not None or recipe.training.steps is None):
-        found |= _retrained(model, dataset, networks, recipe, folds or FOLDS, seed, device, progress)
-    return found
+        measured |= _retrained(model, dataset, networks, recipe, folds or FOLDS, seed, device, progress)
+    return measured
 
 
 def _whole(model: PlaitModel, dataset: Dataset, one: Classifier) -> Examples:
     """All records of a direction, whatever their split."""
     nothing = np.zeros(0, np.int64)
-    view = Chosen(dataset, {"train": np.arange(len(dataset), dtype=np.int64), "val": nothing, "test": nothing})
+    view = SubsetDataset(dataset, {"train": np.arange(len(dataset), dtype=np.int64), "val": nothing, "test": nothing})
     return read_examples(model, view, one.source, one.target, "train", ALL, 0)
 
 
@@ -162,20 +162,20 @@ def _retrained(
             )  # records lie as their contents' hash has them
         else:
             for_val = split_groups(groups[rest] * 0.618 % 1, splits=(1,)) == 1  # in an order that is not theirs
-        view = Chosen(dataset, {"train": rest[~for_val], "val": rest[for_val], "test": test})
+        view = SubsetDataset(dataset, {"train": rest[~for_val], "val": rest[for_val], "test": test})
         with tempfile.TemporaryDirectory(prefix="plait-fold-") as scratch:
             folder = Path(scratch) / "run"
-            train(view, folder, recipe, lambda told: None, device)
+            train(view, folder, recipe, lambda progress_row: None, device)
             other = load(folder, device).plait_model
             if other is None:
                 raise PlaitError(f"{folder} is no model that plait trained.")
             for one in fit_classifiers(other, view, seed):
-                found = _asked(other, view, one, model.labels[one.target])
-                if found is not None:
-                    parts.setdefault((one.source, one.target), []).append(found)
+                answers = _asked(other, view, one, model.labels[one.target])
+                if answers is not None:
+                    parts.setdefault((one.source, one.target), []).append(answers)
     progress(f"a run of {seconds:.0f} s and its answers for each of {folds} folds", folds, folds)
-    wanted = {(one.source, one.target) for one in classifiers}
-    return {key: _joined(some, folds) for key, some in parts.items() if key in wanted}
+    asked_pairs = {(one.source, one.target) for one in classifiers}
+    return {key: _joined(fold_answers, folds) for key, fold_answers in parts.items() if key in asked_pairs}
 
 
 def _shortened(recipe: Recipe, folds: int) -> Recipe:

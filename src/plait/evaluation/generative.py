@@ -36,9 +36,9 @@ def evaluate_codec(eval_context: EvalContext, column: str) -> None:
     shown = range(min(modality.shown, len(media)))
     items = []
     for i in shown:
-        exhibit = eval_context.exhibit(column, media.samples[i], "real")
-        exhibit.beside = eval_context.exhibit(column, rebuilt[i], "rebuilt")
-        items.append(exhibit)
+        report_item = eval_context.preview_sample(column, media.samples[i], "real")
+        report_item.beside = eval_context.preview_sample(column, rebuilt[i], "rebuilt")
+        items.append(report_item)
     note = "Real test samples, and the same after the codec: nothing that is made can be better than this."
     rows = [(ReportItem(text=column), items)]
     eval_context.findings.galleries.append(Gallery(f"Codec: {column}", note, rows, GalleryKind.CODEC))
@@ -53,26 +53,26 @@ def evaluate_making(eval_context: EvalContext, label_column: str, media_column: 
     labels = [label for label in eval_context.labels[label_column] if label in present]
     if not labels or not len(test):
         return
-    asked = labels[: max(total // 2, 1)]
-    if len(asked) < len(labels):
-        eval_context.note(f"{direction}: {len(asked)} of {len(labels)} labels were made.")
-    each = max(total // len(asked), 2)
-    made: list[np.ndarray] = []
+    prompts = labels[: max(total // 2, 1)]
+    if len(prompts) < len(labels):
+        eval_context.note(f"{direction}: {len(prompts)} of {len(labels)} labels were made.")
+    each = max(total // len(prompts), 2)
+    generated: list[np.ndarray] = []
     chunk = max(64 // each, 1)
-    for start in range(0, len(asked), chunk):
-        eval_context.progress(f"{task} {direction}", start, len(asked))
-        contexts = [eval_context.text_sequence(label) for label in asked[start : start + chunk]]
+    for start in range(0, len(prompts), chunk):
+        eval_context.progress(f"{task} {direction}", start, len(prompts))
+        contexts = [eval_context.text_sequence(label) for label in prompts[start : start + chunk]]
         for results in eval_context.model.write(contexts, media_column, n=each, seed=eval_context.seed + start):
-            made += results
-    labels_asked = np.repeat(np.array(asked, object), each)
+            generated += results
+    labels_asked = np.repeat(np.array(prompts, object), each)
     critic = eval_context.label_classifier(media_column, label_column)
     right: np.ndarray | None = None
     if critic is not None:
         right = _judged(
-            eval_context, critic, task, label_column, media_column, made, labels_asked, train, test, len(labels)
+            eval_context, critic, task, label_column, media_column, generated, labels_asked, train, test, len(labels)
         )
-    nearest = _copies(eval_context, critic, task, direction, made, label_column, media_column)
-    _show(eval_context, task, direction, media_column, made, labels_asked, right, train, nearest)
+    nearest = _copies(eval_context, critic, task, direction, generated, label_column, media_column)
+    _show(eval_context, task, direction, media_column, generated, labels_asked, right, train, nearest)
 
 
 def _judged(
@@ -81,7 +81,7 @@ def _judged(
     task: str,
     label_column: str,
     media_column: str,
-    made: list[np.ndarray],
+    generated: list[np.ndarray],
     labels_asked: np.ndarray,
     train: Media,
     test: Media,
@@ -91,17 +91,17 @@ def _judged(
     direction, seed = Direction(label_column, media_column), eval_context.seed
 
     def look(samples: list[np.ndarray], truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        said, hidden = critic.predicted_labels(eval_context.features(media_column, samples), label_column)
-        return np.array([a == b for a, b in zip(said, truth, strict=True)], float), hidden
+        predicted, hidden = critic.predicted_labels(eval_context.features(media_column, samples), label_column)
+        return np.array([a == b for a, b in zip(predicted, truth, strict=True)], float), hidden
 
     truth = eval_context.texts[label_column][test.indices]
     rebuilt = eval_context.with_text(eval_context.rebuilt(media_column, eval_context.split), label_column)
-    right, hidden = look(made, labels_asked)
+    right, hidden = look(generated, labels_asked)
     real, real_hidden = look(test.samples, truth)
     again, _ = look(rebuilt.samples, truth)
     (accuracy, error), (real_accuracy, real_error) = (metrics.mean_with_error(x, seed=seed) for x in (right, real))
     again_accuracy, again_error = metrics.mean_with_error(again, seed=seed)
-    keep, n, chance = eval_context.keep, len(made), 1 / classes
+    keep, n, chance = eval_context.keep, len(generated), 1 / classes
     keep(task, direction, "judged_accuracy", accuracy, stderr=error, chance=chance, n=n)
     keep(task, direction, "judge_real", real_accuracy, stderr=real_error, chance=chance, n=len(test))
     keep(task, direction, "judge_reconstructed", again_accuracy, stderr=again_error, chance=chance, n=len(test))
@@ -128,7 +128,7 @@ def _copies(
     critic: LabelClassifier | None,
     task: str,
     direction: Direction,
-    made: list[np.ndarray],
+    generated: list[np.ndarray],
     label_column: str,
     column: str,
 ) -> np.ndarray:
@@ -141,7 +141,9 @@ def _copies(
     test = eval_context.with_text(eval_context.rebuilt(column, eval_context.split), label_column)
     most = max(eval_context.limits.cells // 4 // max(eval_context.features(column, train.samples[:1]).numel(), 1), 1)
     places = eval_context.draw(np.arange(len(train)), most)
-    features = [eval_context.features(column, samples) for samples in (train.only(places).samples, made, test.samples)]
+    features = [
+        eval_context.features(column, samples) for samples in (train.only(places).samples, generated, test.samples)
+    ]
     gallery, drawn, real = (f.flatten(1).numpy() for f in features)
     own, nearest = metrics.nearest(drawn, gallery)
     _keep_copies(eval_context, task, direction, "near_copies", own, metrics.nearest(real, gallery)[0])
@@ -167,7 +169,7 @@ def _show(
     task: str,
     direction: Direction,
     column: str,
-    made: list[np.ndarray],
+    generated: list[np.ndarray],
     labels_asked: np.ndarray,
     right: np.ndarray | None,
     train: Media,
@@ -177,9 +179,11 @@ def _show(
     for label in list(dict.fromkeys(labels_asked))[:10]:
         items = []
         for place in np.flatnonzero(labels_asked == label)[:per_row]:
-            exhibit = eval_context.exhibit(column, made[place], "made", None if right is None else bool(right[place]))
-            exhibit.beside = eval_context.exhibit(column, train.samples[nearest[place]], "nearest")
-            items.append(exhibit)
+            report_item = eval_context.preview_sample(
+                column, generated[place], "made", None if right is None else bool(right[place])
+            )
+            report_item.beside = eval_context.preview_sample(column, train.samples[nearest[place]], "nearest")
+            items.append(report_item)
         rows.append((ReportItem(text=str(label)), items))
     note = "The first of what was made for each label, none chosen, each beside the training sample nearest to it. "
     note += "" if right is None else "Green: the judge sees the label asked for; red: another."

@@ -24,9 +24,9 @@ def measure_head(model: HeadModel, dataset: Dataset, split: str, limit: int | No
             truth.append(str(answers[index]))
     if not truth:
         raise PlaitError(f"{dataset.path} has no record of {split} with {source} and {target}. Name another --split.")
-    said = np.array([predictions[0].label for predictions in model.classify_inputs(inputs, top=1)])
+    predicted = np.array([predictions[0].label for predictions in model.classify_inputs(inputs, top=1)])
     labels = np.array(truth)
-    right = said == labels
+    right = predicted == labels
     frequent = max((labels == label).mean() for label in set(truth))
     count, chance = len(truth), 1 / len(model.head.labels)
     error = float(right.std() / count**0.5)
@@ -35,7 +35,7 @@ def measure_head(model: HeadModel, dataset: Dataset, split: str, limit: int | No
         MetricKey("recognition", direction, "accuracy"), float(right.mean()), stderr=error, chance=chance,
         baseline=float(frequent), n=count,
     )  # fmt: skip
-    macro = float(f1_score(labels, said, average="macro"))
+    macro = float(f1_score(labels, predicted, average="macro"))
     figures.keep(
         MetricKey("recognition", direction, "macro_f1"), macro, stderr=error, chance=chance, baseline=chance, n=count
     )

@@ -24,9 +24,9 @@ def kept(facts: dict[str, Any], fit: Callable[[], ReferenceClassifier]) -> tuple
     was there already; else it is fitted by `fit`, and kept."""
     key = hashlib.sha256(json.dumps({"form": FORM, **facts}, sort_keys=True).encode()).hexdigest()[:32]
     path = cache_folder("alternatives") / f"{key}.safetensors"
-    found = _read(path)
-    if found is not None:
-        return found, True
+    stored = _read(path)
+    if stored is not None:
+        return stored, True
     judge = fit()
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in judge.network.state_dict().items()}

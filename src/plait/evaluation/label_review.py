@@ -24,7 +24,7 @@ from plait.inference.opinions import ood_scores, opinion_scores
 
 MOST_RECORDS = 30_000  # that are judged, and as many that are looked through for what to label
 MOST_CANDIDATES = 5  # times as many uncertain records are compared as are listed
-DRAW = 331  # key of `uniform`
+RNG_STREAM = 331  # of the random numbers of `uniform`
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _drawn(indices: np.ndarray, seed: int, review: LabelReview) -> np.ndarray:
     if len(indices) <= MOST_RECORDS:
         return indices
     review.notes.append(f"{MOST_RECORDS:,} of {len(indices):,} records were looked at, drawn by the seed.")
-    return np.sort(indices[np.argsort(uniform(seed, DRAW, indices), kind="stable")[:MOST_RECORDS]])
+    return np.sort(indices[np.argsort(uniform(seed, RNG_STREAM, indices), kind="stable")[:MOST_RECORDS]])
 
 
 def _read(

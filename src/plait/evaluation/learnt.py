@@ -50,11 +50,11 @@ def _last_loss(run: Path, split: str) -> tuple[str, float] | None:
 
 def _unigram_nats(text: Text, dataset: Dataset, split: str) -> float | None:
     """-log P of a token of a split by the counts of train, one added to each; None where either has no text."""
-    train, asked = _counts(text, dataset, "train"), _counts(text, dataset, split)
-    if not train.sum() or not asked.sum():
+    train, held_out = _counts(text, dataset, "train"), _counts(text, dataset, split)
+    if not train.sum() or not held_out.sum():
         return None
     chances = (train + 1) / (train + 1).sum()
-    return float(-(asked * np.log(chances)).sum() / asked.sum())
+    return float(-(held_out * np.log(chances)).sum() / held_out.sum())
 
 
 def _counts(text: Text, dataset: Dataset, split: str) -> np.ndarray:

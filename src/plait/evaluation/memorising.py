@@ -85,7 +85,7 @@ def evaluate_texts(
     own, real_pieces = pieces(written), pieces(real)
     if not own or not real_pieces:
         return
-    flags, ground = ([runs.seen(piece, RUN) for piece in some] for some in (own, real_pieces))
+    flags, ground = ([runs.seen(piece, RUN) for piece in group] for group in (own, real_pieces))
     if sum(map(len, flags)) and sum(map(len, ground)):
         value, error = metrics.ratio_with_error(
             np.array([f.sum() for f in flags]), np.array([len(f) for f in flags]), seed=eval_context.seed
@@ -94,7 +94,7 @@ def evaluate_texts(
             "memorising", direction, "verbatim", value, stderr=error, baseline=float(np.concatenate(ground).mean()),
             n=sum(map(len, flags)),
         )  # fmt: skip
-    longest_runs, other = (np.array([runs.longest(piece) for piece in some]) for some in (own, real_pieces))
+    longest_runs, other = (np.array([runs.longest(piece) for piece in group]) for group in (own, real_pieces))
     bound = np.quantile(other, 0.99)
     value, error = metrics.mean_with_error(longest_runs > bound, seed=eval_context.seed)
     base = float((other > bound).mean())
@@ -147,4 +147,4 @@ def _log_likelihoods(eval_context: EvalContext, texts: list[str], column: str) -
         Sequence().read_ids([vocabulary.opener(column)]).write([*model.checkpoint.text.encode(text), vocabulary.end])
         for text in texts
     ]
-    return np.array([found.sum() for found in scoring.token_log_probs(model.engine, sequences, "text")])
+    return np.array([log_probs.sum() for log_probs in scoring.token_log_probs(model.engine, sequences, "text")])

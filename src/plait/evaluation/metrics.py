@@ -101,11 +101,11 @@ class Classification:
 def _rates(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Precision, recall, F1 and presence, each (..., C), of confusion matrices (..., C, C)."""
     right = np.diagonal(confusion, axis1=-2, axis2=-1).astype(float)
-    said, there = confusion.sum(-2), confusion.sum(-1)
-    precision = right / np.maximum(said, 1)
-    recall = right / np.maximum(there, 1)
-    f1 = 2 * right / np.maximum(said + there, 1)
-    return precision, recall, f1, (said + there) > 0
+    predicted, actual = confusion.sum(-2), confusion.sum(-1)
+    precision = right / np.maximum(predicted, 1)
+    recall = right / np.maximum(actual, 1)
+    f1 = 2 * right / np.maximum(predicted + actual, 1)
+    return precision, recall, f1, (predicted + actual) > 0
 
 
 def classification(truth: np.ndarray, predicted: np.ndarray, classes: int) -> Classification:
@@ -282,12 +282,12 @@ def spread(features: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean(distances)) if distances else math.nan
 
 
-def diversity(made: np.ndarray, made_labels: np.ndarray, real: np.ndarray, real_labels: np.ndarray) -> float:
+def diversity(generated: np.ndarray, made_labels: np.ndarray, real: np.ndarray, real_labels: np.ndarray) -> float:
     """Spread of what was made as a ratio to the real one, over the classes that both have; 1 is as varied."""
     shared = np.intersect1d(made_labels, real_labels)
     own, other = np.isin(made_labels, shared), np.isin(real_labels, shared)
     ground = spread(real[other], real_labels[other])
-    return spread(made[own], made_labels[own]) / ground if ground else math.nan
+    return spread(generated[own], made_labels[own]) / ground if ground else math.nan
 
 
 def nearest(queries: np.ndarray, gallery: np.ndarray, chunk: int = 256) -> tuple[np.ndarray, np.ndarray]:

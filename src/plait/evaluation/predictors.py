@@ -22,7 +22,7 @@ from plait.inference.model import PlaitModel
 MOST = 60_000  # training records
 MOST_VALIDATION = 6000
 FEWEST = 20  # records of val, below which a fifth of train takes their place
-DRAW = 313  # key of `uniform`
+RNG_STREAM = 313  # of the random numbers of `uniform`
 
 
 def fit_predictors(
@@ -58,15 +58,15 @@ def read_examples(
     answers = dataset.texts(target)
     indices = np.array([i for i in dataset.indices(split) if answers[i] is not None], np.int64)
     if len(indices) > most:
-        indices = np.sort(indices[np.argsort(uniform(seed, DRAW, indices), kind="stable")[:most]])
-    kept, inputs, found = [], [], []
+        indices = np.sort(indices[np.argsort(uniform(seed, RNG_STREAM, indices), kind="stable")[:most]])
+    kept, inputs, targets = [], [], []
     for index, record in zip(indices, dataset.iterate(indices, [source]), strict=True):
         value = record.parts.get(source)
         if value is not None:
             kept.append(int(index))
             inputs.append(value if isinstance(value, str) else model.modality(source).windows(value)[0])
-            found.append(str(answers[index]))
-    return np.array(kept, np.int64), inputs, found
+            targets.append(str(answers[index]))
+    return np.array(kept, np.int64), inputs, targets
 
 
 def _fit(model: PlaitModel, dataset: Dataset, source: str, target: str, seed: int) -> Predictor | None:
@@ -76,7 +76,7 @@ def _fit(model: PlaitModel, dataset: Dataset, source: str, target: str, seed: in
     if len(inputs) < FEWEST:
         return None
     if len(held_inputs) < FEWEST:
-        held = uniform(seed, DRAW, 1, np.arange(len(inputs))) < 0.2
+        held = uniform(seed, RNG_STREAM, 1, np.arange(len(inputs))) < 0.2
         held_inputs, held_answers = _only(inputs, held), _only(answers, held)
         inputs, answers = _only(inputs, ~held), _only(answers, ~held)
     kind = dataset.columns[source]

@@ -172,8 +172,10 @@ def _simple_answers(eval_context: EvalContext, recognised: Recognised) -> Simple
         classifier = _classifier(eval_context, source, target)
         guess = _simple(eval_context, classifier, source, target, recognised.train, recognised.media, recognised.labels)
         simple = SimpleAnswers(guess, alternative_name(kind))
-    made = source in eval_context.media_columns and kind not in eval_context.model.checkpoint.model.config.read_only
-    critic = eval_context.label_classifier(source, target) if made else None
+    is_generated = (
+        source in eval_context.media_columns and kind not in eval_context.model.checkpoint.model.config.read_only
+    )
+    critic = eval_context.label_classifier(source, target) if is_generated else None
     if critic is not None:  # trained in any case, as the judge of what is drawn
         by_critic = critic.predict_among(
             eval_context.features(source, recognised.media.samples), target, recognised.labels
@@ -332,7 +334,7 @@ def _show_mistakes(eval_context: EvalContext, recognised: Recognised) -> None:
     surest = wrong[np.argsort(-confidence[wrong], kind="stable")]
     rows = [
         (
-            eval_context.exhibit_input(recognised.source, recognised.media, i),
+            eval_context.preview_input(recognised.source, recognised.media, i),
             [
                 ReportItem("truth", text=recognised.names[recognised.truth[i]]),
                 ReportItem(
@@ -358,7 +360,7 @@ def _show_right(eval_context: EvalContext, recognised: Recognised) -> None:
     rows = []
     for number in np.unique(recognised.truth[right])[:LABELS_SHOWN]:
         places = right[recognised.truth[right] == number][:RIGHT_SHOWN]
-        shown = [eval_context.exhibit_input(recognised.source, recognised.media, i) for i in places]
+        shown = [eval_context.preview_input(recognised.source, recognised.media, i) for i in places]
         rows.append((ReportItem(text=recognised.names[number]), [replace(one, right=True) for one in shown]))
     if rows:
         note = f"Some of the {int(recognised.right.sum()):,} right answers, by label."

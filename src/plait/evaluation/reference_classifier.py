@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from plait.core.rng import uniform
 from plait.modalities.base import AUGMENT_DRAWS
 
-Augment = Callable[[np.ndarray, Tensor], Tensor]  # indices of samples, draw (N, AUGMENT_DRAWS) -> features (N, C, H, W)
+Augment = Callable[
+    [np.ndarray, Tensor], Tensor
+]  # indices of samples, uniforms (N, AUGMENT_DRAWS) -> features (N, C, H, W)
 BATCH = 64
 GRID = 4  # places of the last stage that are told apart, a side
 HIDDEN = 64  # width of the features
@@ -105,10 +107,10 @@ def _shifted(features: Tensor) -> Augment:
     height, width = features.shape[-2:]
     up, left = max(height // 16, 1), max(width // 16, 1)
 
-    def augment(rows: np.ndarray, draw: Tensor) -> Tensor:
+    def augment(rows: np.ndarray, uniforms: Tensor) -> Tensor:
         padded = F.pad(features[rows], (left, left, up, up), mode="replicate")
-        down = (draw[:, 0] * (2 * up + 1)).long()[:, None] + torch.arange(height)
-        right = (draw[:, 1] * (2 * left + 1)).long()[:, None] + torch.arange(width)
+        down = (uniforms[:, 0] * (2 * up + 1)).long()[:, None] + torch.arange(height)
+        right = (uniforms[:, 1] * (2 * left + 1)).long()[:, None] + torch.arange(width)
         places = torch.arange(len(rows))[:, None, None]
         return padded.movedim(1, -1)[places, down[:, :, None], right[:, None, :]].movedim(-1, 1)
 
@@ -157,8 +159,8 @@ def fit_classifier(
 
     def step(network: _Network, optimizer: torch.optim.AdamW, number: int) -> None:
         rows = _rows(seed, number, batch, n)
-        draw = torch.from_numpy(uniform(seed, 3, number, rows[:, None], np.arange(AUGMENT_DRAWS)))
-        x = (augment(rows, draw).to(device) - mean) / scale
+        uniforms = torch.from_numpy(uniform(seed, 3, number, rows[:, None], np.arange(AUGMENT_DRAWS)))
+        x = (augment(rows, uniforms).to(device) - mean) / scale
         loss = F.cross_entropy(network(x.contiguous(memory_format=torch.channels_last)), targets[rows].to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -97,32 +97,34 @@ def _embed(eval_context: EvalContext, column: str) -> Embedded | None:
     return Embedded(present, places[place], Media(present, []))
 
 
-def _queries(eval_context: EvalContext, source: str, asked: Embedded, relevance: Relevance) -> np.ndarray:
+def _queries(eval_context: EvalContext, source: str, queries_embedded: Embedded, relevance: Relevance) -> np.ndarray:
     """Places of what is asked, ascending. An equal text is an equal query: it counts once, by the record that says
     most."""
     if source in eval_context.media_columns:
-        chosen = np.arange(len(asked.records))
+        chosen = np.arange(len(queries_embedded.records))
     else:
-        most: dict[str, int] = {}
-        for place in np.argsort(-relevance.texts(asked.records), kind="stable"):
-            most.setdefault(eval_context.texts[source][asked.records[place]], int(place))
-        chosen = np.sort(np.array(list(most.values())))
+        best_place: dict[str, int] = {}
+        for place in np.argsort(-relevance.texts(queries_embedded.records), kind="stable"):
+            best_place.setdefault(eval_context.texts[source][queries_embedded.records[place]], int(place))
+        chosen = np.sort(np.array(list(best_place.values())))
     return eval_context.draw(chosen, eval_context.limits.queries)
 
 
 def _search(
-    eval_context: EvalContext, direction: Direction, asked: Embedded, gallery: Embedded, relevance: Relevance
+    eval_context: EvalContext, direction: Direction, queries_embedded: Embedded, gallery: Embedded, relevance: Relevance
 ) -> None:
     """Recall and precision at some depths, and some queries for the report."""
     if len(gallery.records) < 2:  # what is found of one is always right
         return
-    chosen, target = _queries(eval_context, direction.source, asked, relevance), direction.target
-    chosen = chosen[relevance.of(asked.records[chosen], gallery.records, target).any(1)]
+    chosen, target = _queries(eval_context, direction.source, queries_embedded, relevance), direction.target
+    chosen = chosen[relevance.of(queries_embedded.records[chosen], gallery.records, target).any(1)]
     if not len(chosen):
         return
-    queries = asked.records[chosen]
+    queries = queries_embedded.records[chosen]
     result = metrics.retrieval(
-        asked.places[chosen], gallery.places, lambda a, b: relevance.of(queries[a:b], gallery.records, target)
+        queries_embedded.places[chosen],
+        gallery.places,
+        lambda a, b: relevance.of(queries[a:b], gallery.records, target),
     )
     _keep(eval_context, direction, result, queries, len(gallery.records))
     if target not in eval_context.media_columns:
@@ -131,10 +133,10 @@ def _search(
     for i in eval_context.draw(np.arange(len(chosen)), SHOWN_QUERIES):
         related = relevance.of(queries[i : i + 1], gallery.records, target)[0]
         items = [
-            eval_context.exhibit(target, gallery.media.samples[j], f"{rank + 1}", bool(related[j]))
+            eval_context.preview_sample(target, gallery.media.samples[j], f"{rank + 1}", bool(related[j]))
             for rank, j in enumerate(result["top"][i][: eval_context.modality(target).shown])
         ]
-        rows.append((eval_context.exhibit_input(direction.source, asked.media, int(chosen[i])), items))
+        rows.append((eval_context.preview_input(direction.source, queries_embedded.media, int(chosen[i])), items))
     note = (
         f"Three queries drawn by the seed among {len(gallery.records):,} records; green ones share a text with the "
         "query."

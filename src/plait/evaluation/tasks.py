@@ -69,7 +69,7 @@ def evaluate(
         )
     limits = _limits(limits, limit)
     eval_context = EvalContext(model, dataset, split, seed, limits, reference_seconds, progress, alternative_seconds)
-    whole, timer = Timer(eval_context), Timer(eval_context)
+    total_timer, timer = Timer(eval_context), Timer(eval_context)
     _evaluate_answers(eval_context, timer, out_of_fold)
     _evaluate_texts(eval_context, timer)
     if eval_context.media_columns and model.checkpoint.model.config.embed_dim:
@@ -79,7 +79,7 @@ def evaluate(
         if eval_context.columns[column] not in model.checkpoint.model.config.read_only:
             _evaluate_made(eval_context, column)
             timer.lap(eval_context.modality(column).making_task)
-    whole.lap("evaluation")
+    total_timer.lap("evaluation")
     findings = eval_context.findings
     findings.galleries.sort(key=lambda gallery: gallery.kind)
     findings.verdict = make_verdict(findings.outcomes)

@@ -48,7 +48,7 @@ def evaluate_transcription(eval_context: EvalContext, source: str, target: str) 
     evaluate_texts(eval_context, direction, target, written, truth)
     rows = [
         (
-            eval_context.exhibit_input(source, media, i),
+            eval_context.preview_input(source, media, i),
             [ReportItem("truth", text=truth[i]), ReportItem("written", text=written[i], right=bool(same[i]) or None)],
         )
         for i in range(min(8, len(truth)))

@@ -63,6 +63,6 @@ def _next(outcome: Outcome) -> str:
     if outcome.better is False:
         return "train longer (--minutes), or give more records."
     if outcome.confused:
-        pairs = ", ".join(f"{truth} taken for {said}" for truth, said in outcome.confused[:2])
+        pairs = ", ".join(f"{truth} taken for {predicted}" for truth, predicted in outcome.confused[:2])
         return f"more records of what is confused most ({pairs}), or train longer (--minutes)."
     return "more records, or train longer (--minutes)."

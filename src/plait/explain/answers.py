@@ -28,10 +28,10 @@ def explain_answer(
 
     Raises PlaitError for an answer that the model cannot give, or a method that means nothing for it.
     """
-    if (ours := model.plait_model) is not None:
+    if (plait_model := model.plait_model) is not None:
         if template is not None:
             raise PlaitError(f"{model.name} compares no images with sentences. Leave the template out.")
-        question = plait_models.question(ours, value, answer, to, column, labels, seed, method == "occlusion")
+        question = plait_models.question(plait_model, value, answer, to, column, labels, seed, method == "occlusion")
     else:
         if column is not None or to != "text":
             raise PlaitError(f"{model.name} has no columns and makes no media. Leave out to and column.")

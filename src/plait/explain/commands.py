@@ -44,36 +44,40 @@ def explain(
     if target is not None and target.suffix.lower() not in (".html", ".png"):
         raise PlaitError(f"{target}: an explanation is written as .html or .png. Choose such a name with -o.")
     values = [media_or_text(value) for value in inputs]
-    found = load(model, device).explain(
+    explanation = load(model, device).explain(
         values[0] if len(values) == 1 else values,
         media_or_text(answer) if answer and to != "text" else answer,
         to=to, column=column, labels=[label.strip() for label in labels.split(",")] if labels else None,
         method=method, steps=steps, seed=seed,
     )  # fmt: skip
     if target is not None:
-        write(target, as_html(found).encode() if target.suffix.lower() == ".html" else as_png(found))
-    shown = as_json_of(found)
+        write(target, as_html(explanation).encode() if target.suffix.lower() == ".html" else as_png(explanation))
+    shown = as_json_of(explanation)
     if as_json:
         out.print_json(data=shown)
         return
-    for warning in found.warnings:
+    for warning in explanation.warnings:
         err.print(f"[yellow]Note:[/yellow] {plain(warning)}")
-    out.print(plain(f"{found.answer}: {found.measure} {found.score:.3f}, probability {found.chance:.3f}"))
+    out.print(
+        plain(
+            f"{explanation.answer}: {explanation.measure} {explanation.score:.3f}, probability {explanation.chance:.3f}"
+        )
+    )
     for part in shown["parts"]:
         strongest = ", ".join(f"{unit['where']} ({unit['weight']:+.3f})" for unit in part["strongest"][:STRONGEST])
         out.print(plain(f"{part['kind']}: {strongest or 'no unit speaks for the answer'}"))
-    for name, lost in found.lost.items():
+    for name, lost in explanation.lost.items():
         out.print(plain(f"without {name}: {lost:+.3f} lost"))
-    for layer in found.layers:
+    for layer in explanation.layers:
         text, chance = layer["likeliest"][0]
         own = f"{layer['chance']:.4f}, rank {layer['rank']}"
         out.print(plain(f"layer {layer['layer']}: the answer {own}; likeliest {text!r} {chance:.3f}"))
-    if found.areas is not None:
+    if explanation.areas is not None:
         out.print(
-            f"deletion {found.areas.deletion:.3f}, insertion {found.areas.insertion:.3f}; better than "
-            f"{found.areas.random_maps_beaten} of {len(found.areas.random_deletion)} random maps"
+            f"deletion {explanation.areas.deletion:.3f}, insertion {explanation.areas.insertion:.3f}; better than "
+            f"{explanation.areas.random_maps_beaten} of {len(explanation.areas.random_deletion)} random maps"
         )
-    if found.gap is not None:
-        out.print(f"completeness gap {found.gap:.2%} at {found.steps} steps")
+    if explanation.gap is not None:
+        out.print(f"completeness gap {explanation.gap:.2%} at {explanation.steps} steps")
     if target is not None:
         out.print(f"Written: {target}")

@@ -11,7 +11,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from plait.core.errors import PlaitError
-from plait.explain.parts import Grid, Path, Question, Value, Words, log_odds
+from plait.explain.parts import Grid, IntegrationPath, Question, Value, Words, log_odds
 from plait.hf.hub import quiet
 from plait.hf.pretrained import TEMPLATE, Pretrained, read_image
 from plait.modalities.image import Image
@@ -37,12 +37,12 @@ def question(model: Pretrained, value: Any, answer: Any, labels: list[str] | Non
         )
     if not isinstance(value, str):
         raise PlaitError(f"{model.name} reads text. Give a text.")
-    return Continued(model, [Words(value)], answer, labels)
+    return ContinuationQuestion(model, [Words(value)], answer, labels)
 
 
 def _labelled(
     model: Pretrained, image: PILImage.Image, answer: str | None, labels: list[str] | None, template: str
-) -> Labelled:  # fmt: skip
+) -> LabelQuestion:  # fmt: skip
     labels = list(labels or ([answer] if answer else []))
     if not labels:
         raise PlaitError("This model knows no labels of its own. Name them: labels=[...] or --labels a,b,c.")
@@ -52,17 +52,17 @@ def _labelled(
         images=[image], do_rescale=False, do_normalize=False, return_tensors="np"
     )["pixel_values"][0]  # fmt: skip
     pixels = np.moveaxis(np.asarray(plain, np.float32), 0, -1).clip(0, 255).round().astype(np.uint8)
-    asked = Labelled(model, [Grid(pixels, Image, "image")], labels, 0, template)
+    question = LabelQuestion(model, [Grid(pixels, Image, "image")], labels, 0, template)
     if answer is not None:
-        asked.place = labels.index(answer)
+        question.place = labels.index(answer)
     else:
         with torch.inference_mode():
-            asked.place = int(asked.logits(asked.tensor([pixels]))[0].argmax())
-    return asked
+            question.place = int(question.logits(question.tensor([pixels]))[0].argmax())
+    return question
 
 
 @dataclass
-class Labelled:
+class LabelQuestion:
     """Why a label suits an image."""
 
     model: Pretrained
@@ -96,23 +96,23 @@ class Labelled:
         if known.do_normalize:
             mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (known.image_mean, known.image_std))
             x = (x - mean) / std
-        found: Tensor = self.model.model(pixel_values=x, **self.inputs).logits_per_image
-        return found.float()
+        logits: Tensor = self.model.model(pixel_values=x, **self.inputs).logits_per_image
+        return logits.float()
 
     def scores(self, inputs: list[list[Value]]) -> np.ndarray:
-        found = []
+        logits_of = []
         with torch.inference_mode(), self.model.device.autocast():
             for start in range(0, len(inputs), BATCH):
-                given = [values[0] for values in inputs[start : start + BATCH]]
-                given = [self.parts[0].baseline if value is None else value for value in given]
-                found.append(self.logits(self.tensor(given)).double().cpu().numpy())
-        logits = np.concatenate(found)
+                images = [values[0] for values in inputs[start : start + BATCH]]
+                images = [self.parts[0].baseline if value is None else value for value in images]
+                logits_of.append(self.logits(self.tensor(images)).double().cpu().numpy())
+        logits = np.concatenate(logits_of)
         return log_odds(logits, self.place) if len(self.texts) > 1 else logits[:, 0]
 
     def chances(self, scores: np.ndarray) -> np.ndarray:
         return scores if len(self.texts) == 1 else np.asarray(1 / (1 + np.exp(-scores.clip(-60, 60))))
 
-    def path(self) -> Path:
+    def path(self) -> IntegrationPath:
         part = self.parts[0]
         others = [i for i in range(len(self.texts)) if i != self.place]
 
@@ -123,14 +123,14 @@ class Labelled:
         def by_unit(worth: list[np.ndarray]) -> list[np.ndarray]:
             return [part.summed(np.moveaxis(worth[0], 0, -1))]
 
-        return Path(score, (self.tensor([part.sample]),), (self.tensor([part.baseline]),), by_unit)
+        return IntegrationPath(score, (self.tensor([part.sample]),), (self.tensor([part.baseline]),), by_unit)
 
     def layers(self) -> list[dict[str, Any]]:
         raise PlaitError(f"The logit lens shows what a language model would say; {self.model.name} compares.")
 
 
 @dataclass
-class Continued:
+class ContinuationQuestion:
     """Why a text goes on as it does."""
 
     model: Pretrained
@@ -146,8 +146,8 @@ class Continued:
             with torch.inference_mode():
                 logits = self._next([self._read(self.parts[0].text)])[0]
             order = logits.argsort(descending=True).tolist()
-            said = (self.model.tokenizer.decode([token]) for token in order)
-            self.wanted = next(text for text in said if text.strip() and "\ufffd" not in text)
+            token_texts = (self.model.tokenizer.decode([token]) for token in order)
+            self.wanted = next(text for text in token_texts if text.strip() and "\ufffd" not in text)
         self.texts = list(self.labels or [str(self.wanted)])
         if self.wanted is not None and self.wanted not in self.texts:
             raise PlaitError(f"'{self.wanted}' is not among the labels {', '.join(self.texts[:8])}. Add it there.")
@@ -199,22 +199,22 @@ class Continued:
         return log_probs
 
     def scores(self, inputs: list[list[Value]]) -> np.ndarray:
-        found = self._log_likelihoods([self._read(str(values[0] or "")) for values in inputs])
-        return log_odds(found, self.place) if len(self.texts) > 1 else found[:, 0]
+        log_probs = self._log_likelihoods([self._read(str(values[0] or "")) for values in inputs])
+        return log_odds(log_probs, self.place) if len(self.texts) > 1 else log_probs[:, 0]
 
     def chances(self, scores: np.ndarray) -> np.ndarray:
         if len(self.texts) > 1:
             return np.asarray(1 / (1 + np.exp(-scores.clip(-60, 60))))
         return np.asarray(np.exp(scores / len(self.ids[0])))
 
-    def path(self) -> Path:
+    def path(self) -> IntegrationPath:
         part, place = self.parts[0], self.model.device.torch
-        given = self.model.tokenizer(part.text, return_offsets_mapping=True)
-        stops = [int(stop) for _, stop in given["offset_mapping"]]
+        encoded = self.model.tokenizer(part.text, return_offsets_mapping=True)
+        stops = [int(stop) for _, stop in encoded["offset_mapping"]]
         # A special token covers nothing of the text.
-        own = np.array([stop > start for start, stop in given["offset_mapping"]])
+        own = np.array([stop > start for start, stop in encoded["offset_mapping"]])
         owners = part.owners(stops)
-        context = [int(i) for i in given["input_ids"]]
+        context = [int(i) for i in encoded["input_ids"]]
         table = self.model.model.get_input_embeddings()
         with torch.no_grad():
             fixed = table(torch.tensor([context], device=place)).float()
@@ -225,10 +225,10 @@ class Continued:
         def score(x: Tensor) -> Tensor:
             scores = []
             for ids, answer in zip(self.ids, answers, strict=True):
-                whole = torch.cat((x, answer.expand(len(x), -1, -1)), 1)
-                logits = self.model.model(inputs_embeds=whole).logits[:, x.shape[1] - 1 : -1].float().log_softmax(-1)
-                wanted = torch.tensor(ids, device=place).expand(len(x), -1)
-                scores.append(logits.gather(2, wanted[..., None])[..., 0].sum(1))
+                embeds = torch.cat((x, answer.expand(len(x), -1, -1)), 1)
+                logits = self.model.model(inputs_embeds=embeds).logits[:, x.shape[1] - 1 : -1].float().log_softmax(-1)
+                targets = torch.tensor(ids, device=place).expand(len(x), -1)
+                scores.append(logits.gather(2, targets[..., None])[..., 0].sum(1))
             if len(scores) == 1:
                 return scores[0]
             others = torch.stack([one for i, one in enumerate(scores) if i != self.place], 1)
@@ -237,7 +237,7 @@ class Continued:
         def by_unit(worth: list[np.ndarray]) -> list[np.ndarray]:
             return [np.bincount(owners[own], worth[0].sum(-1)[own], part.count)]
 
-        return Path(score, (fixed,), (bare,), by_unit)
+        return IntegrationPath(score, (fixed,), (bare,), by_unit)
 
     def layers(self) -> list[dict[str, Any]]:
         network = self.model.model
@@ -254,12 +254,12 @@ class Continued:
                 # transformers gives the last state after the norm already.
                 last = state[0, -1] if number == len(states) - 1 else norm(state[0, -1])
                 chances = head(last).float().softmax(-1)
-            wanted = self.ids[self.place][0]
+            target = self.ids[self.place][0]
             top = chances.topk(3)
             likeliest = [
                 (self.model.tokenizer.decode([i]), float(p))
                 for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
             ]
-            rank = int((chances > chances[wanted]).sum()) + 1
-            by_layer.append({"layer": number, "chance": float(chances[wanted]), "rank": rank, "likeliest": likeliest})
+            rank = int((chances > chances[target]).sum()) + 1
+            by_layer.append({"layer": number, "chance": float(chances[target]), "rank": rank, "likeliest": likeliest})
         return by_layer

@@ -12,7 +12,7 @@ import torch
 from plait.core.device import exact_products
 from plait.core.dist import import_extra
 from plait.core.errors import PlaitError
-from plait.explain.parts import Grid, Part, Question, Value, Words, Written, unmasked
+from plait.explain.parts import CodesQuestion, Grid, Part, Question, Value, Words, unmasked
 
 METHODS = ("occlusion", "integrated-gradients", "logit-lens")
 STEPS = 64  # of the path that gradients are taken along, times four until the weights add up
@@ -73,36 +73,37 @@ def explain(question: Question, method: str = "occlusion", steps: int | None = N
     parts = question.parts
     score = float(question.scores([unmasked(parts)])[0])
     chance = float(question.chances(np.array([score]))[0])
-    found = Explanation(method, question.answer, question.measure, score, chance, parts, [])
+    explanation = Explanation(method, question.answer, question.measure, score, chance, parts, [])
     if method == "logit-lens":
-        found.layers = question.layers()
-        return found
+        explanation.layers = question.layers()
+        return explanation
     if method == "integrated-gradients":
-        found.weights, found.gap, found.steps = adding_up(question, steps)
-        if found.gap > GAP:
-            found.warnings.append(
-                f"The weights miss {found.gap:.0%} of the difference that they should add up to: raise the steps."
+        explanation.weights, explanation.gap, explanation.steps = adding_up(question, steps)
+        if explanation.gap > GAP:
+            explanation.warnings.append(
+                f"The weights miss {explanation.gap:.0%} of the difference that they should add up to: raise the steps."
             )
     else:
-        found.weights = occlusion(question, score, found)
+        explanation.weights = occlusion(question, score, explanation)
     if len(parts) > 1:
         without = [
             [None if i == gone else value for i, value in enumerate(unmasked(parts))] for gone in range(len(parts))
         ]
         for part, rest in zip(parts, question.scores(without), strict=True):
             name, count = part.name, 2
-            while name in found.lost:
+            while name in explanation.lost:
                 name, count = f"{part.name} {count}", count + 1
-            found.lost[name] = score - float(rest)
-    found.areas = areas(question, found.weights, seed)
+            explanation.lost[name] = score - float(rest)
+    explanation.areas = areas(question, explanation.weights, seed)
     if sum(part.count for part in parts) < 3:
-        found.warnings.append("There are fewer than three units, which no order can tell from a random one.")
-    elif found.areas.random_maps_beaten < RANDOMS - 1:
-        found.warnings.append(
-            f"No better than random: {RANDOMS - found.areas.random_maps_beaten} of {RANDOMS} random maps do as well by "
+        explanation.warnings.append("There are fewer than three units, which no order can tell from a random one.")
+    elif explanation.areas.random_maps_beaten < RANDOMS - 1:
+        explanation.warnings.append(
+            f"No better than random: {RANDOMS - explanation.areas.random_maps_beaten} of {RANDOMS} random maps do as "
+            "well by "
             "deletion and insertion. Do not trust it."
         )
-    return found
+    return explanation
 
 
 def _inputs(parts: Sequence[Part], keep: np.ndarray) -> list[list[Value]]:
@@ -132,11 +133,11 @@ def occlusion(
         gone = part.occluders().astype(float)
         weights.append(gone.T @ lost / gone.sum(0))
     if explanation is not None and hasattr(question, "by_code"):
-        _regions(cast(Written, question), explanation, inputs)
+        _regions(cast(CodesQuestion, question), explanation, inputs)
     return weights
 
 
-def _regions(question: Written, explanation: Explanation, inputs: list[list[Value]]) -> None:
+def _regions(question: CodesQuestion, explanation: Explanation, inputs: list[list[Value]]) -> None:
     """Which cells of what was made lose likelihood without each word."""
     rows, start = [], 0
     for part in question.parts:
@@ -197,6 +198,6 @@ def areas(question: Question, weights: list[np.ndarray], seed: int = 0, randoms:
     keep = np.concatenate((~gone, gone)).reshape(-1, len(flat))
     distinct, back = np.unique(keep, axis=0, return_inverse=True)
     curves = question.chances(question.scores(_inputs(question.parts, distinct)))[back.ravel()]
-    found = np.trapezoid(curves.reshape(2, len(orders), len(counts)), counts / len(flat), axis=-1)
-    deletion, insertion = found.tolist()
+    area_values = np.trapezoid(curves.reshape(2, len(orders), len(counts)), counts / len(flat), axis=-1)
+    deletion, insertion = area_values.tolist()
     return Areas(deletion[0], insertion[0], deletion[1:], insertion[1:])

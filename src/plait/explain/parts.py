@@ -104,13 +104,13 @@ class Grid:
         a cause on the border of regions goes as a whole; windows reach over the edges, so that all regions count
         alike."""
         row, column = np.divmod(np.arange(self.count), self.shape[1])
-        found = [
+        windows = [
             (row >= top) & (row < top + height) & (column >= left) & (column < left + width)
             for height, width in self.modality.occluded
             for top in range(1 - height, self.shape[0])
             for left in range(1 - width, self.shape[1])
         ]
-        return np.unique(np.array(found), axis=0)
+        return np.unique(np.array(windows), axis=0)
 
     def spot(self, unit: int) -> str:
         return self.modality.spot(self.sample, *divmod(unit, self.shape[1]))
@@ -138,7 +138,7 @@ def unmasked(parts: Sequence[Part]) -> list[Value]:
 
 
 @dataclass
-class Path:
+class IntegrationPath:
     """From an input with nothing in it to the input itself, as tensors of one row, for gradients."""
 
     score: Callable[..., Tensor]  # tensors (n, ...) -> (n,)
@@ -169,7 +169,7 @@ class Question(Protocol):
         """Scores as what an area is taken of: a probability, or of a log-likelihood the mean one of a token."""
         ...
 
-    def path(self) -> Path:
+    def path(self) -> IntegrationPath:
         """Raises PlaitError where there is none."""
         ...
 
@@ -179,7 +179,7 @@ class Question(Protocol):
         ...
 
 
-class Written(Question, Protocol):
+class CodesQuestion(Question, Protocol):
     """A question whose answer is codes of a sample."""
 
     @property

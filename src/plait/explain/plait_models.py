@@ -13,7 +13,7 @@ from torch import Tensor
 
 from plait.core.errors import PlaitError
 from plait.core.interruption import pause_point
-from plait.explain.parts import Grid, Part, Path, Question, Value, Words, log_odds, unmasked
+from plait.explain.parts import Grid, IntegrationPath, Part, Question, Value, Words, log_odds, unmasked
 from plait.inference import scoring
 from plait.inference.model import PlaitModel
 from plait.modalities.base import cells
@@ -34,8 +34,8 @@ def question(
     """
     parts = [_part(model, part) for part in (value if isinstance(value, list) else [value])]
     if to == "text":
-        asked = _asked(model, parts, answer, column, labels)
-        return _decided(asked, answer, labels) if decided else asked
+        explained = _asked(model, parts, answer, column, labels)
+        return _decided(explained, answer, labels) if decided else explained
     if to in model.columns and column is None:
         to, column = model.columns[to], to
     column = model.column(column, to, f"write {to}")
@@ -54,7 +54,7 @@ def question(
             place = model.device.torch
             codes = modality.codec.encode(values.to(place), lengths.to(place))[0].cpu().numpy()
         codes = codes[: modality.code_count(len(sample))]
-    return Made(model, parts, column, Grid(sample, modality, modality.name, column), codes)
+    return SampleQuestion(model, parts, column, Grid(sample, modality, modality.name, column), codes)
 
 
 def _part(model: PlaitModel, value: Any) -> Part:
@@ -80,7 +80,7 @@ def _near(answer: str, known: list[str]) -> str:
 
 def _asked(
     model: PlaitModel, parts: list[Part], answer: Any, column: str | None, labels: list[str] | None
-) -> Asked:  # fmt: skip
+) -> TextQuestion:  # fmt: skip
     if answer is not None and (not isinstance(answer, str) or not answer):
         raise PlaitError("The answer must be a text that is not empty; for a medium, say which with to.")
     encode = model.checkpoint.text.encode
@@ -99,32 +99,34 @@ def _asked(
         if answer is None and not texts:
             answer = model.write([model.context([_given(part) for part in parts])], column)[0][0]
         texts = texts or [answer]
-    asked = Asked(model, parts, column, texts, [encode(text) for text in texts], 0)
+    question = TextQuestion(model, parts, column, texts, [encode(text) for text in texts], 0)
     if answer is None or len(texts) > 1:
         if answer is None:
             contexts = [model.context([_given(part) for part in parts], column)]
-            asked.place = int(scoring.score(model.engine, contexts, asked.ids, ends=column is not None)[0].argmax())
+            question.place = int(
+                scoring.score(model.engine, contexts, question.ids, ends=column is not None)[0].argmax()
+            )
         elif answer not in texts:
             where = f"column '{column}'" if column else "the labels"
             raise PlaitError(f"'{answer}' is not an answer in {where}. {_near(answer, texts)}")
         else:
-            asked.place = texts.index(answer)
-    if not asked.ids[asked.place] and column is None:
+            question.place = texts.index(answer)
+    if not question.ids[question.place] and column is None:
         raise PlaitError("The answer is empty.")
-    return asked
+    return question
 
 
-def _decided(asked: Asked, answer: Any, labels: list[str] | None) -> Asked:
+def _decided(question: TextQuestion, answer: Any, labels: list[str] | None) -> TextQuestion:
     """The question as the run's classifier answers it, where one was fitted for such an input."""
-    model, column = asked.model, asked.column
-    if column is None or labels is not None or len(asked.parts) != 1:
-        return asked
-    context = model.context([_given(asked.parts[0])])
+    model, column = question.model, question.column
+    if column is None or labels is not None or len(question.parts) != 1:
+        return question
+    context = model.context([_given(question.parts[0])])
     if not model.is_classified([context], column):
-        return asked
+        return question
     own = model.classify_parts([context], column=column, top=1)[0].label
-    place = asked.texts.index(own if answer is None else answer)
-    return Decided(model, asked.parts, column, asked.texts, asked.ids, place)
+    place = question.texts.index(own if answer is None else answer)
+    return ClassifierQuestion(model, question.parts, column, question.texts, question.ids, place)
 
 
 def _next_token(model: PlaitModel, parts: list[Part]) -> str:
@@ -137,7 +139,7 @@ def _next_token(model: PlaitModel, parts: list[Part]) -> str:
     raise PlaitError("The model goes on with nothing that is text. Say which answer to explain.")
 
 
-class _Ours:
+class _PlaitQuestion:
     """What questions to our models share."""
 
     model: PlaitModel
@@ -147,19 +149,19 @@ class _Ours:
     def contexts(self, inputs: list[list[Value]]) -> list[Sequence]:
         sequences = []
         for values in inputs:
-            given: list[Any] = []
+            values_of: list[Any] = []
             for part, value in zip(self.parts, values, strict=True):
                 if isinstance(part, Grid) and value is not None:
-                    given.append((part.column, value))
+                    values_of.append((part.column, value))
                 elif value:
-                    given.append(value)
-            context = self.model.context(given, self.column)
+                    values_of.append(value)
+            context = self.model.context(values_of, self.column)
             sequences.append(context if len(context) else self.model.start())
         return sequences
 
 
 @dataclass
-class Asked(_Ours):
+class TextQuestion(_PlaitQuestion):
     """Why a text is the answer: against other texts, or by its likelihood alone."""
 
     model: PlaitModel
@@ -178,15 +180,15 @@ class Asked(_Ours):
         return "log-odds" if len(self.texts) > 1 else "log-likelihood"
 
     def scores(self, inputs: list[list[Value]]) -> np.ndarray:
-        found = scoring.score(self.model.engine, self.contexts(inputs), self.ids, ends=self.column is not None)
-        return log_odds(found, self.place) if len(self.texts) > 1 else found[:, 0]
+        log_probs = scoring.score(self.model.engine, self.contexts(inputs), self.ids, ends=self.column is not None)
+        return log_odds(log_probs, self.place) if len(self.texts) > 1 else log_probs[:, 0]
 
     def chances(self, scores: np.ndarray) -> np.ndarray:
         if len(self.texts) > 1:
             return np.asarray(1 / (1 + np.exp(-scores.clip(-60, 60))))
         return np.asarray(np.exp(scores / max(len(self.ids[0]) + (self.column is not None), 1)))
 
-    def path(self) -> Path:
+    def path(self) -> IntegrationPath:
         model, network, place = self.model, self.model.checkpoint.model, self.model.device.torch
         sequence = self.contexts([unmasked(self.parts)])[0]
         batch = collate([sequence], network.media, network.vocabulary.pad).to(place)
@@ -226,27 +228,27 @@ class Asked(_Ours):
                 x = x.index_copy(1, media.put, encoded.to(x.dtype))
             end = span.end if self.column is not None else None
             lengths = batch.lengths.expand(n)
-            found = scoring.branches(network.backbone, x, lengths, table, head, self.ids, end)
-            if found.shape[1] == 1:
-                return found[:, 0]
-            others = [i for i in range(found.shape[1]) if i != self.place]
-            return found[:, self.place] - found[:, others].logsumexp(1)
+            log_probs = scoring.branches(network.backbone, x, lengths, table, head, self.ids, end)
+            if log_probs.shape[1] == 1:
+                return log_probs[:, 0]
+            others = [i for i in range(log_probs.shape[1]) if i != self.place]
+            return log_probs[:, self.place] - log_probs[:, others].logsumexp(1)
 
         def by_unit(worth: list[np.ndarray]) -> list[np.ndarray]:
             units = []
             tokens = worth[0].sum(-1)
             for number, (part, (tensor, row)) in enumerate(zip(self.parts, where, strict=True)):
                 if isinstance(part, Words):
-                    mine = owners[0] == number
-                    units.append(np.bincount(owners[1][mine], tokens[mine], part.count))
+                    owned = owners[0] == number
+                    units.append(np.bincount(owners[1][owned], tokens[owned], part.count))
                 else:
                     units.append(part.summed(worth[tensor][row][: len(part.sample)]))
             return units
 
-        return Path(score, (fixed, *values), (bare, *(silent[name][None] for name in names)), by_unit)
+        return IntegrationPath(score, (fixed, *values), (bare, *(silent[name][None] for name in names)), by_unit)
 
     def layers(self) -> list[dict[str, Any]]:
-        wanted = self.ids[self.place][0] if self.ids[self.place] else self.model.engine.spans["text"].end
+        target = self.ids[self.place][0] if self.ids[self.place] else self.model.engine.spans["text"].end
         by_layer = []
         for number, logits in enumerate(
             scoring.logit_lens(self.model.engine, self.contexts([unmasked(self.parts)])[0])
@@ -257,23 +259,25 @@ class Asked(_Ours):
                 (self.model.checkpoint.text.decode([i]) if i < self.model.checkpoint.text.size else "(end)", float(p))
                 for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
             ]
-            rank = int((chances > chances[wanted]).sum()) + 1
-            by_layer.append({"layer": number, "chance": float(chances[wanted]), "rank": rank, "likeliest": likeliest})
+            rank = int((chances > chances[target]).sum()) + 1
+            by_layer.append({"layer": number, "chance": float(chances[target]), "rank": rank, "likeliest": likeliest})
         return by_layer
 
 
 @dataclass
-class Decided(Asked):
+class ClassifierQuestion(TextQuestion):
     """Why a label is the answer of the run's classifier, which mixes several opinions."""
 
     def scores(self, inputs: list[list[Value]]) -> np.ndarray:
         """Log-odds of the label's calibrated probability, (N,); of a text that has no word left, those of guessing."""
         column, label = self.column, self.texts[self.place]
         probabilities = np.full(len(inputs), 1 / len(self.texts))
-        given = [self._alone(values[0]) for values in inputs]
-        asked = [place for place, value in enumerate(given) if value is not None]
-        contexts = [[self.model.context([given[place]])] for place in asked]
-        for place, ranked in zip(asked, self.model.classify_sequences(contexts, column=column, top=None), strict=True):
+        values = [self._alone(values[0]) for values in inputs]
+        kept_places = [place for place, value in enumerate(values) if value is not None]
+        contexts = [[self.model.context([values[place]])] for place in kept_places]
+        for place, ranked in zip(
+            kept_places, self.model.classify_sequences(contexts, column=column, top=None), strict=True
+        ):
             probabilities[place] = next((one.probability for one in ranked if one.label == label), 0.0)
         bounded = probabilities.clip(1e-6, 1 - 1e-6)
         return np.asarray(np.log(bounded / (1 - bounded)))
@@ -302,7 +306,7 @@ def _owners(model: PlaitModel, parts: list[Part]) -> np.ndarray:
 
 
 @dataclass
-class Made(_Ours):
+class SampleQuestion(_PlaitQuestion):
     """Why a sample was made: the likelihood of its codes, all together and each for itself."""
 
     model: PlaitModel
@@ -330,12 +334,16 @@ class Made(_Ours):
             blank = modality.codec.encode(values.to(place), lengths.to(place))[0, : len(codes)]
             drawn = modality.codec.decode(codes[None]).float()
             where = torch.from_numpy(cells((drawn.shape[1], drawn.shape[2]), grid).ravel()).to(place)
-            for some in torch.arange(len(codes), device=place).split(64):
-                changed = codes.repeat(len(some), 1)
-                changed[torch.arange(len(some), device=place), some] = blank[some]
-                change = (modality.codec.decode(changed).float() - drawn).square().reshape(len(some), len(where), -1)
-                found = torch.zeros(len(some), shares.shape[1], device=place).index_add_(1, where, change.sum(-1))
-                shares[some.cpu().numpy()] = found.cpu().numpy()
+            for positions in torch.arange(len(codes), device=place).split(64):
+                changed = codes.repeat(len(positions), 1)
+                changed[torch.arange(len(positions), device=place), positions] = blank[positions]
+                change = (
+                    (modality.codec.decode(changed).float() - drawn).square().reshape(len(positions), len(where), -1)
+                )
+                per_cell = torch.zeros(len(positions), shares.shape[1], device=place).index_add_(
+                    1, where, change.sum(-1)
+                )
+                shares[positions.cpu().numpy()] = per_cell.cpu().numpy()
         total = shares.sum(1, keepdims=True)
         still = total[:, 0] <= 1e-6 * total.max(initial=0)
         shares[~still] /= total[~still]
@@ -354,7 +362,7 @@ class Made(_Ours):
     def chances(self, scores: np.ndarray) -> np.ndarray:
         return np.asarray(np.exp(scores / len(self.codes)))
 
-    def path(self) -> Path:
+    def path(self) -> IntegrationPath:
         raise PlaitError("Integrated gradients explain a text that is answered. Use occlusion for what is made.")
 
     def layers(self) -> list[dict[str, Any]]:

@@ -86,20 +86,23 @@ def _png(image: PILImage.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _made(found: Explanation) -> list[tuple[str, PILImage.Image]]:
+def _made(explanation: Explanation) -> list[tuple[str, PILImage.Image]]:
     """What was made, and the same marked for each word that it was made for, each with its name."""
-    if found.regions is None or found.written is None:
+    if explanation.regions is None or explanation.written is None:
         return []
-    marked = [(f"“{word}”", _region(found, lost)) for word, lost in zip(found.region_words, found.regions, strict=True)]
-    return [(f"made: {found.written.name}", found.written.unmarked()), *marked]
+    marked = [
+        (f"“{word}”", _region(explanation, lost))
+        for word, lost in zip(explanation.region_words, explanation.regions, strict=True)
+    ]
+    return [(f"made: {explanation.written.name}", explanation.written.unmarked()), *marked]
 
 
-def _region(found: Explanation, lost: np.ndarray) -> PILImage.Image:
+def _region(explanation: Explanation, lost: np.ndarray) -> PILImage.Image:
     """What was made, marked where it lost likelihood (cells,)."""
-    assert found.written is not None and found.regions is not None
-    written = found.written
-    places = cells((written.sample.shape[0], written.sample.shape[1]), found.region_grid)
-    return written.modality.marked(written.sample, _shares(lost, [found.regions])[places])
+    assert explanation.written is not None and explanation.regions is not None
+    written = explanation.written
+    places = cells((written.sample.shape[0], written.sample.shape[1]), explanation.region_grid)
+    return written.modality.marked(written.sample, _shares(lost, [explanation.regions])[places])
 
 
 GAP = 12  # pixels between what stands side by side
@@ -178,30 +181,33 @@ def _text(text: str, size: int = 20) -> PILImage.Image:
 # --- the page ---------------------------------------------------------------------------------------------------
 
 
-def as_html(found: Explanation) -> str:
+def as_html(explanation: Explanation) -> str:
     """A self-contained page."""
-    measure = f"{found.measure} {found.score:.3f}"
+    measure = f"{explanation.measure} {explanation.score:.3f}"
     return render(
         "explain/explanation.html",
-        title="Why: " + found.answer,
-        summary=f"{found.method} · why “{found.answer}” · {measure} · probability {found.chance:.3f}",
-        warnings=found.warnings,
-        measure=found.measure,
-        parts=[_part(found, part, weights) for part, weights in zip(found.parts, found.weights, strict=False)],
-        made=[(name, _png(image)) for name, image in _made(found)],
-        lost=[(name, f"{lost:+.3f}") for name, lost in found.lost.items()],
-        layers=[_layer(layer) for layer in found.layers],
-        areas=_areas(found),
-        beaten=f"{found.areas.random_maps_beaten} of {len(found.areas.random_deletion)}"
-        if found.areas is not None
+        title="Why: " + explanation.answer,
+        summary=f"{explanation.method} · why “{explanation.answer}” · {measure} · probability {explanation.chance:.3f}",
+        warnings=explanation.warnings,
+        measure=explanation.measure,
+        parts=[
+            _part(explanation, part, weights)
+            for part, weights in zip(explanation.parts, explanation.weights, strict=False)
+        ],
+        made=[(name, _png(image)) for name, image in _made(explanation)],
+        lost=[(name, f"{lost:+.3f}") for name, lost in explanation.lost.items()],
+        layers=[_layer(layer) for layer in explanation.layers],
+        areas=_areas(explanation),
+        beaten=f"{explanation.areas.random_maps_beaten} of {len(explanation.areas.random_deletion)}"
+        if explanation.areas is not None
         else "",
-        gap=_gap(found),
+        gap=_gap(explanation),
     )
 
 
-def _part(found: Explanation, part: Part, weights: np.ndarray) -> dict[str, Any]:
+def _part(explanation: Explanation, part: Part, weights: np.ndarray) -> dict[str, Any]:
     """A part of the input: its marked words or image, and its strongest units."""
-    shares = _shares(weights, found.weights)
+    shares = _shares(weights, explanation.weights)
     strongest = [(part.spot(unit), f"{weights[unit]:+.3f}") for unit in _top(weights)]
     if isinstance(part, Words):
         words = [_word(word, float(share)) for word, share in zip(part.words, shares, strict=True)]
@@ -227,16 +233,16 @@ def _areas(explanation: Explanation) -> list[tuple[str, str, str, str]]:
         return []
     areas = explanation.areas
     return [
-        (name, f"{mine:.3f}", f"{np.mean(random):.3f} ± {np.std(random):.3f}", better)
-        for name, mine, random, better in (
+        (name, f"{value:.3f}", f"{np.mean(random):.3f} ± {np.std(random):.3f}", better)
+        for name, value, random, better in (
             ("deletion, the weightiest first", areas.deletion, areas.random_deletion, "lower"),
             ("insertion, the weightiest first", areas.insertion, areas.random_insertion, "higher"),
         )
     ]
 
 
-def _gap(found: Explanation) -> str:
+def _gap(shown: Explanation) -> str:
     """How far integrated gradients are from adding up, as a sentence."""
-    if found.gap is None:
+    if shown.gap is None:
         return ""
-    return f"Completeness gap: {found.gap:.2%} of the difference between the input and nothing, at {found.steps} steps."
+    return f"Completeness gap: {shown.gap:.2%} of the difference between the input and nothing, at {shown.steps} steps."

@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from plait.explain.report import as_json_of, as_png
 from plait.modalities.text import words
+from plait.server import answers as a
 from plait.server import schemas as s
 from plait.server.api import make_router, service_of
 from plait.server.limits import ApiError
@@ -20,7 +21,7 @@ EXPLAINED = 256  # words of an input that are explained at once
 router = make_router()
 
 
-@router.post("/v1/plait/explain", response_model=s.Explained, response_model_exclude_none=True, tags=["read"])
+@router.post("/v1/plait/explain", response_model=a.Explained, response_model_exclude_none=True, tags=["read"])
 async def explain(request: Request, body: s.ExplainRequest) -> Response:
     """How much each word, region or moment of an input moved an answer, with checks that say whether to believe it."""
     service, request_context = service_of(request)
@@ -34,13 +35,13 @@ async def explain(request: Request, body: s.ExplainRequest) -> Response:
     model = served.model
 
     def work() -> dict[str, Any]:
-        found = model.explain(
+        explanation = model.explain(
             values if len(values) > 1 else values[0], body.answer, column=body.column, labels=body.labels,
             method=body.method, steps=body.steps, seed=body.seed,
         )  # fmt: skip
-        shown = as_json_of(found)
+        shown = as_json_of(explanation)
         if body.image:
-            shown["image"] = "data:image/png;base64," + base64.b64encode(as_png(found)).decode()
+            shown["image"] = "data:image/png;base64," + base64.b64encode(as_png(explanation)).decode()
         return shown
 
     shown = await served.worker.call(work, deadline)

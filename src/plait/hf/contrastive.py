@@ -7,7 +7,6 @@ Shapes: B records a step, E width of the shared space.
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Callable
@@ -24,7 +23,6 @@ from plait.core.config import TrainingRecipe
 from plait.core.errors import PlaitError
 from plait.core.files import (
     json_text,
-    link_target,
     point,
     publish_folder,
     read_json,
@@ -41,19 +39,22 @@ from plait.hf.export import must_be_free
 from plait.hf.pretrained import Pretrained, kind_of, load_pretrained, read_image
 from plait.modalities.image_files import IMAGE
 from plait.model.checkpoint import MANIFEST
-from plait.model.objectives import PAIR_LOSSES
+from plait.model.objectives import pair_loss_of
 from plait.training.build import label_columns
+from plait.training.checkpointing import folder_name, retain
+from plait.training.schedule import learning_rate_at
 from plait.training.tasks import find_task
 
 BATCH, EPOCHS, LEARNING_RATE, DECAY = 32, 5, 1e-5, 0.1
 WARMUP = 0.05  # share of the steps
 VALIDATIONS = 4  # of a run, each with a checkpoint
 SAVE_SECONDS = 120.0  # between checkpoints at most
+SHORTEST = 20  # steps of a schedule at least
 PROBED = 3  # steps whose time says how many fit into a budget of minutes
 QUERIES = 1000  # records of val at most
 HEADS = ("projection", "logit_scale", "logit_bias", "model.head.")  # what is trained where the encoders are frozen
 STATE = "optimizer.safetensors"
-DRAW = 351  # keys of `uniform`, and the next one
+RNG_STREAM = 351  # of the random numbers of `uniform`, and the next one
 
 Progress = Callable[..., None]
 
@@ -114,6 +115,7 @@ class State:
     step: int = 0
     steps: int = 0  # of the schedule; 0 until it is known
     best: float = -1.0  # recall of the best checkpoint
+    best_step: int = 0
 
 
 def train_pairs(
@@ -143,7 +145,7 @@ class Trainer:
         begun = (last / STATE).is_file()
         self.model: Pretrained = load_pretrained(last if begun else hub.find(name), device, "fp32")
         self.network: Any = self.model.model
-        self.loss = PAIR_LOSSES["sigmoid" if hasattr(self.network, "logit_bias") else "softmax"]
+        self.loss = pair_loss_of([name for name, _ in self.network.named_parameters()])
         self._freeze()
         self.batch = min(recipe.batch_size or BATCH, len(self.train))
         self.optimizer = self._optimizer()
@@ -204,11 +206,12 @@ class Trainer:
     def _step(self) -> float:
         """One batch; its loss in nats."""
         step = self.state.step
-        draws = uniform(self.recipe.seed, DRAW + 1, step, np.arange(self.batch))
+        draws = uniform(self.recipe.seed, RNG_STREAM + 1, step, np.arange(self.batch))
         images, texts = self.train.read(self._places(step), draws)
         peak = self.recipe.learning_rate or LEARNING_RATE
+        learning_rate = learning_rate_at(step, max(self.state.steps, SHORTEST), peak, WARMUP)
         for group in self.optimizer.param_groups:
-            group["lr"] = peak * self._share(step)
+            group["lr"] = learning_rate
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
         with self.model.device.autocast():
@@ -227,16 +230,8 @@ class Trainer:
         """Which pairs a step has, (B,): each epoch has an order of its own, and what does not fill a batch is left."""
         steps_per_epoch = len(self.train) // self.batch
         epoch, at = divmod(step, steps_per_epoch)
-        order = np.argsort(uniform(self.recipe.seed, DRAW, epoch, np.arange(len(self.train))), kind="stable")
+        order = np.argsort(uniform(self.recipe.seed, RNG_STREAM, epoch, np.arange(len(self.train))), kind="stable")
         return np.asarray(order[at * self.batch : (at + 1) * self.batch])
-
-    def _share(self, step: int) -> float:
-        """Of the peak learning rate: a rise, then half a cosine."""
-        steps = max(self.state.steps, 20)
-        rise = max(WARMUP * steps, 1)
-        if step < rise:
-            return (step + 1) / rise
-        return 0.5 + 0.5 * math.cos(math.pi * min((step - rise) / max(steps - rise, 1), 1))
 
     def _embed_images(self, images: list[Any]) -> Tensor:
         pixels = self.model.processor(images=images, return_tensors="pt")["pixel_values"]
@@ -268,12 +263,14 @@ class Trainer:
     def _save(self) -> None:
         """A checkpoint, which becomes the last, and the best where it recalls more than those before."""
         recall = self._recall()
-        name = f"step-{self.state.step:06d}"
+        name = folder_name(self.state.step)
         folder = self.folder / "checkpoints" / name
         best = recall >= self.state.best
-        self.state.best = max(self.state.best, recall)
+        if best:
+            self.state.best, self.state.best_step = recall, self.state.step
         training = {
-            "step": self.state.step, "steps": self.state.steps, "best": self.state.best, "seed": self.recipe.seed,
+            "step": self.state.step, "steps": self.state.steps, "best": self.state.best,
+            "best_step": self.state.best_step, "seed": self.recipe.seed,
             "init_from": self.name, "validation": {"recall@10": recall}, "records": min(len(self.val), QUERIES),
         }  # fmt: skip
         with publish_folder(folder) as temporary, hub.quiet():
@@ -287,15 +284,7 @@ class Trainer:
         point(self.folder / "checkpoints" / "last", name)
         if best:
             point(self.folder / "checkpoints" / "best", name)
-        self._clear()
-
-    def _clear(self) -> None:
-        """Delete checkpoints that are neither the best nor the last."""
-        places = self.folder / "checkpoints"
-        kept_names = {link_target(places / link) for link in ("best", "last")}
-        for folder in places.glob("step-*"):
-            if folder.name not in kept_names:
-                shutil.rmtree(folder, ignore_errors=True)
+        retain(self.folder / "checkpoints", {self.state.step, self.state.best_step})
 
     def _moments(self) -> dict[str, Tensor]:
         tensors = {}
@@ -306,7 +295,7 @@ class Trainer:
 
     def _restore(self, folder: Path) -> None:
         training = read_json(folder / "config.json")["training"]
-        self.state = State(training["step"], training["steps"], training["best"])
+        self.state = State(training["step"], training["steps"], training["best"], training["best_step"])
         values = load_file(folder / STATE)
         for name, parameter in self.network.named_parameters():
             state = {key.partition("/")[0]: value for key, value in values.items() if key.partition("/")[2] == name}

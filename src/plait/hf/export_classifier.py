@@ -106,8 +106,8 @@ def export_classifier_tflite(
         tflite.hand_over_graph(graph, cases, OUTPUTS, work)
         tell("Converting.")
         probabilities = tflite.convert(place, work)["probabilities"]
-        ours = np.stack([_ours(model, classifier, raw) for raw in raws])
-        worst = float(np.abs(probabilities - ours).max())
+        expected = np.stack([_ours(model, classifier, raw) for raw in raws])
+        worst = float(np.abs(probabilities - expected).max())
         if not worst <= TOLERANCE:
             raise PlaitError(
                 f"The TFLite classifier's probabilities differ by {worst:.2g} from ours; nothing was written."

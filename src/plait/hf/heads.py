@@ -53,7 +53,7 @@ FEW = 20  # records of val below which folds of train say which strength is best
 FOLDS = 5
 BATCH = 32  # media at a time
 UNLIKE = 0.995  # share of validation records that must look more familiar than an input that is none of the labels
-DRAW = 341  # key of `uniform`
+RNG_STREAM = 341  # of the random numbers of `uniform`
 
 Progress = Callable[[str, int, int], None]
 
@@ -269,7 +269,7 @@ def _by_folds(
     """Scores of train's records by heads that have not seen them; none where labels have a single record."""
     if np.bincount(classes, minlength=count).max() < 2:
         return np.zeros((0, count)), np.zeros(0, np.int64)
-    fold = (uniform(seed, DRAW, np.arange(len(rows))) * FOLDS).astype(int)
+    fold = (uniform(seed, RNG_STREAM, np.arange(len(rows))) * FOLDS).astype(int)
     scores = np.zeros((len(rows), count))
     for number in range(FOLDS):
         other = fold != number

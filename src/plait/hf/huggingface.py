@@ -188,8 +188,8 @@ def load(
 
     The vocabulary is theirs and ends with their end token; our own end and padding rows after it are zero and unused.
     Weights are fp32, or with `storage` packed for use alone as they are read, one tensor after the other: in one of
-    `kernels.linear.STORAGES`, or "file", which keeps a GGUF file's own precision as near as there are kernels. With
-    `compact` they are for training on top of: frozen, matrices and rows in the 16 bit that the file has.
+    `kernels.quantisation.STORAGES`, or "file", which keeps a GGUF file's own precision as near as there are kernels.
+    With `compact` they are for training on top of: frozen, matrices and rows in the 16 bit that the file has.
 
     Raises PlaitError naming the file, key or tensor where the model cannot be found, trusted or represented.
     """

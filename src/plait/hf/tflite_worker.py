@@ -30,8 +30,8 @@ def main(folder: Path) -> dict[str, str]:
             self.program = program
 
         def forward(self, **named: torch.Tensor) -> dict[str, torch.Tensor]:
-            found = self.program(*(named[name] for name in inputs))
-            return dict(zip(outputs, found if isinstance(found, tuple) else (found,), strict=True))
+            result = self.program(*(named[name] for name in inputs))
+            return dict(zip(outputs, result if isinstance(result, tuple) else (result,), strict=True))
 
     with np.load(folder / "cases.npz") as stored:
         cases = {name: stored[name] for name in inputs}

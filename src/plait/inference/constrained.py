@@ -189,15 +189,15 @@ def closed(schema: Any) -> Any:
             return [close(inner) for inner in value]
         if not isinstance(value, dict):
             return value
-        found = {key: inner if key in ("enum", "const", "default", "examples") else close(inner)
+        closed_schema = {key: inner if key in ("enum", "const", "default", "examples") else close(inner)
                  for key, inner in value.items()}  # fmt: skip
         open_ = {"additionalProperties", "unevaluatedProperties", "patternProperties", "anyOf", "oneOf", "$ref", "if"}
         named: Any = value.get("properties")
         required = value.get("required", [])
         plain = isinstance(named, dict) and value.get("type") == "object" and not open_ & set(value)
         if plain and isinstance(required, list) and all(name in named for name in required):
-            found["additionalProperties"] = False
-        return found
+            closed_schema["additionalProperties"] = False
+        return closed_schema
 
     return close(schema)
 

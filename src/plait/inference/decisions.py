@@ -106,9 +106,9 @@ class _Decider:
     def answer(self, question: Question) -> Decision:
         if self._columns() or self.model.numbers:
             return self._learnt(question)
-        ours = self.model.plait_model
-        if ours is not None and not ours.columns:
-            return self._by_likelihood(ours, question)
+        plait_model = self.model.plait_model
+        if plait_model is not None and not plait_model.columns:
+            return self._by_likelihood(plait_model, question)
         if Verb.CLASSIFY in self.model.verbs and not self.model.columns and question.kind == "choice":
             return self._zero_shot(question)
         return Decision(question, refusal=f"{self.model.name} has learnt no labels that answer this question.")
@@ -223,13 +223,13 @@ class _Decider:
         return Decision(question, (chances / max(chances.sum(), 1e-12)).tolist())
 
 
-def read_questions(found: Any) -> list[Question]:
+def read_questions(value: Any) -> list[Question]:
     """Questions from JSON, as `plait decide` takes them: a list of {type, instructions, choices | levels, name}, in
     the shape of OpenAI's `/v1/decisions`. Raises PlaitError."""
-    if not isinstance(found, list) or not found:
+    if not isinstance(value, list) or not value:
         raise PlaitError("Questions are a list that is not empty.")
     questions = []
-    for number, entry in enumerate(found):
+    for number, entry in enumerate(value):
         try:
             options = [
                 Option(str(one.get("value", one.get("label"))), one.get("description", ""))

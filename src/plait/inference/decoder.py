@@ -22,7 +22,8 @@ from plait.core.device import Device, exact_products, matmul_precision
 from plait.inference.sampling import LOWEST
 from plait.kernels import generation as native
 from plait.kernels.choice import KERNEL, PYTORCH, choose, question
-from plait.kernels.linear import DTYPES, PackedLinear
+from plait.kernels.linear import PackedLinear
+from plait.kernels.quantisation import DTYPES
 from plait.model.layers import RMSNorm
 from plait.model.transformer import Block, KVCache, LayerType, Transformer, View, rotary_frequencies
 
@@ -177,7 +178,7 @@ class Decoder:
         # Queries are scaled as they are rotated: (H + K, 1 or 2, 1), the halves of a head being the middle dimension.
         scale = torch.ones(config.heads + config.kv_heads, 1, 1, device=place)
         scale[: config.heads] = config.head_width**-0.5
-        self.turn, self.against = scale, scale * torch.tensor([[-1.0], [1.0]], device=place)
+        self.cos_scale, self.sin_scale = scale, scale * torch.tensor([[-1.0], [1.0]], device=place)
 
     def _packed(self, layer: nn.Linear) -> nn.Module:
         return PackedLinear(layer.weight, layer.bias, self.device.storage)
@@ -258,21 +259,21 @@ class Decoder:
         with exact_products(self.device.torch):
             return self._step(x, cache, int(lengths.max()) + 1, bool((lengths == lengths[0]).all()))
 
-    def _turns(self, at: Tensor, long: Tensor) -> dict[LayerType, tuple[Tensor, Tensor]]:
+    def _rotations(self, at: Tensor, long: Tensor) -> dict[LayerType, tuple[Tensor, Tensor]]:
         """What positions `at` (B,) multiply the halves of a head and its swapped halves by, by the type of layer:
-        (B, H + K, 1 or 2, E / 2) each. `long` (B,) are rows that LongRoPE's long factors turn."""
+        (B, H + K, 1 or 2, E / 2) each. `long` (B,) are rows that LongRoPE's long factors rotate."""
         config, frequencies = self.config, self.whole.frequencies
         if config.trained_length is not None:
             frequencies = torch.where(long[:, None], self.whole.long_frequencies, frequencies)
 
-        def turned(frequencies: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        def cos_sin(frequencies: Tensor, scale: float) -> tuple[Tensor, Tensor]:
             angle = (at[:, None] * frequencies)[:, None, None]
-            return angle.cos() * (self.turn * scale), angle.sin() * (self.against * scale)
+            return angle.cos() * (self.cos_scale * scale), angle.sin() * (self.sin_scale * scale)
 
-        full = turned(frequencies, config.rotary_scale)
+        full = cos_sin(frequencies, config.rotary_scale)
         if config.local_rope_theta is None:
             return {"full": full, "sliding": full}
-        return {"full": full, "sliding": turned(self.whole.local_frequencies, 1.0)}
+        return {"full": full, "sliding": cos_sin(self.whole.local_frequencies, 1.0)}
 
     def _hidden_keys(self, at: Tensor, total: int, even: bool) -> dict[LayerType, Tensor | None]:
         """What is added to the scores of `total` keys, by the type of layer; None where all of them are seen."""
@@ -288,23 +289,23 @@ class Decoder:
             hidden[cast(LayerType, kind)] = zeros.masked_fill_(mask, LOWEST) if bites else None
         return hidden
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, hide: Tensor | None) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, additive_mask: Tensor | None) -> Tensor:
         """One scaled query q (B, K, H / K, E) of each row over keys and values (B, K, T, E); (B, K, H / K, E)."""
         if q.device.type == "cpu":
             scores = q @ k.transpose(-1, -2)
-            return (scores if hide is None else scores.add_(hide)).softmax(-1) @ v
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=hide, scale=1.0)
+            return (scores if additive_mask is None else scores.add_(additive_mask)).softmax(-1) @ v
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=additive_mask, scale=1.0)
 
     def _step(self, x: Tensor, cache: KVCache, total: int, even: bool) -> Tensor:
         config, rows = self.config, len(x)
         heads, kv_heads, width = config.heads, config.kv_heads, config.head_width
         at = cache.lengths[:rows]
         slots = (torch.arange(rows * kv_heads, device=x.device).view(rows, -1) * cache.capacity + at[:, None]).flatten()
-        hide = self._hidden_keys(at, total, even)
-        turns: dict[LayerType, tuple[Tensor, Tensor]] = {}
+        additive_masks = self._hidden_keys(at, total, even)
+        rotations: dict[LayerType, tuple[Tensor, Tensor]] = {}
         x = x.to(torch.float32, copy=True).mul_(config.embed_scale)  # the residual stream
         if config.position == "rotary":
-            turns = self._turns(at, cache.long[:rows])
+            rotations = self._rotations(at, cache.long[:rows])
         else:
             x += self.whole.positions[at.clamp(max=config.max_length - 1)]
         for layer, (block, (norm, feed_norm)) in enumerate(zip(self.blocks, self.norms, strict=True)):
@@ -313,18 +314,18 @@ class Decoder:
             qk = qkv[:, : heads + kv_heads]
             if config.qk_norm:
                 qk = qk.div(torch.linalg.vector_norm(qk, 2, -1, True).hypot_(self.qk_floor)).mul_(self.qk_norms[layer])
-            if turns and layer not in config.layers_without_rotary:
-                turn, against = turns[kind]
+            if rotations and layer not in config.layers_without_rotary:
+                cos, sin = rotations[kind]
                 halves = qk.reshape(rows, -1, 2, width // 2)
-                qk = torch.addcmul(halves * turn, halves.flip(2), against).view(rows, -1, width)
+                qk = torch.addcmul(halves * cos, halves.flip(2), sin).view(rows, -1, width)
             else:
-                qk = qk * self.turn[:, 0]
+                qk = qk * self.cos_scale[:, 0]
             qk = qk.to(self.cache_dtype)
             keys, values = cache.keys[layer], cache.values[layer]
             keys.view(-1, width).index_copy_(0, slots, qk[:, heads:].reshape(-1, width))
             values.view(-1, width).index_copy_(0, slots, qkv[:, heads + kv_heads :].reshape(-1, width).to(values.dtype))
             q = qk[:, :heads].reshape(rows, kv_heads, -1, width)
-            mixed = self._attend(q, keys[:rows, :, :total], values[:rows, :, :total], hide[kind])
+            mixed = self._attend(q, keys[:rows, :, :total], values[:rows, :, :total], additive_masks[kind])
             mixed = block.attention_out(mixed.reshape(rows, -1).to(self.device.dtype))
             x += self._normalise(mixed, self.post_norms[layer][0]) if self.post_norms else mixed
             mixed = block.feed_forward(self._normalise(x, feed_norm))

@@ -48,10 +48,10 @@ def spans(model: Multimodal) -> dict[str, Span]:
     vocabulary = model.vocabulary
     # An end of our own is the first special token, right behind the text's ids; an imported one lies among them. A
     # model without columns never learnt ours.
-    ours = vocabulary.end_id is None and bool(vocabulary.columns)
-    end = vocabulary.end if ours or vocabulary.end_id is not None else None
+    own_columns = vocabulary.end_id is None and bool(vocabulary.columns)
+    end = vocabulary.end if own_columns or vocabulary.end_id is not None else None
     more = tuple(vocabulary.more_ends or ())
-    by_type = {"text": Span("text", 0, vocabulary.text + ours, end, more_ends=more)}
+    by_type = {"text": Span("text", 0, vocabulary.text + own_columns, end, more_ends=more)}
     for name, modality in model.media.items():
         if name not in vocabulary.id_ranges:
             continue

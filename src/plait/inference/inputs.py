@@ -50,14 +50,14 @@ class Reading:
         verbs += [files.writes for kind, files in MEDIA.items() if kind in written and files.writes]
         return list(dict.fromkeys(verbs)) + ([Verb.EMBED] if self.checkpoint.model.config.embed_dim else [])
 
-    def column(self, wanted: str | None, modality: str, verb: str) -> str:
+    def column(self, name: str | None, modality: str, verb: str) -> str:
         """The column to use: the one asked for, which must be of this modality, or the first of its modality."""
-        if wanted is not None:
-            if wanted not in self.columns:
-                raise PlaitError(f"There is no column '{wanted}'. The columns are {', '.join(self.columns) or 'none'}.")
-            if self.columns[wanted] != modality:
-                raise PlaitError(f"Column '{wanted}' holds {self.columns[wanted]}, not {modality}.")
-            return wanted
+        if name is not None:
+            if name not in self.columns:
+                raise PlaitError(f"There is no column '{name}'. The columns are {', '.join(self.columns) or 'none'}.")
+            if self.columns[name] != modality:
+                raise PlaitError(f"Column '{name}' holds {self.columns[name]}, not {modality}.")
+            return name
         for column, kind in self.columns.items():
             if kind == modality:
                 return column

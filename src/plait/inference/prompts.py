@@ -97,8 +97,8 @@ class Chat:
         """By the tokens of the model's own turns."""
         vocabulary, sequence = self.model.vocabulary, Sequence()
         for turn in turns:
-            said = self.model.context(turn.parts)
-            sequence.read_ids([vocabulary.opener(ROLES[turn.role])]).extend(said).read_ids([vocabulary.end])
+            content = self.model.context(turn.parts)
+            sequence.read_ids([vocabulary.opener(ROLES[turn.role])]).extend(content).read_ids([vocabulary.end])
         sequence.read_ids([vocabulary.opener("assistant")])
         return sequence if column is None else sequence.read_ids([vocabulary.opener(column)])
 

@@ -22,14 +22,14 @@ PLACES = 64  # of a prompt whose scores of the whole vocabulary exist at a time
 POSITIONS = 8192  # padded positions in one forward pass
 
 
-def batches(lengths: list[int], most: int, extra: int = 0) -> Iterator[list[int]]:
+def batches(lengths: list[int], batch_size: int, extra: int = 0) -> Iterator[list[int]]:
     """Indices by ascending length, at most `most` of them and about POSITIONS padded positions at a time; `extra`
     positions come on top of each."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     start = 0
     while start < len(order):
         stop = start + 1
-        while stop < len(order) and stop - start < most:
+        while stop < len(order) and stop - start < batch_size:
             if (stop + 1 - start) * (lengths[order[stop]] + extra) > POSITIONS:
                 break
             stop += 1
@@ -39,7 +39,7 @@ def batches(lengths: list[int], most: int, extra: int = 0) -> Iterator[list[int]
 
 
 def score(
-    engine: Engine, contexts: list[Sequence], texts: list[list[int]], most: int = 256, ends: bool = True
+    engine: Engine, contexts: list[Sequence], texts: list[list[int]], batch_size: int = 256, ends: bool = True
 ) -> np.ndarray:
     """log P(ids and end | context) in nats, (contexts, texts) float64; without `ends`, of the ids alone.
 
@@ -63,7 +63,7 @@ def score(
     lengths = [len(context) for context in contexts]
     for chunk in chunks if texts else []:
         branch = [texts[i] for i in chunk]
-        for rows in batches(lengths, most, sum(map(len, branch))):
+        for rows in batches(lengths, batch_size, sum(map(len, branch))):
             scores[np.ix_(rows, chunk)] = _tree(engine, [contexts[row] for row in rows], branch, ends)
     return scores
 
@@ -129,7 +129,7 @@ def logit_lens(engine: Engine, context: Sequence) -> list[Tensor]:
         x = model.inputs(collate([context], model.media, model.vocabulary.pad).to(engine.device.torch), engine.table)
         states = [x]
         handles = [
-            block.register_forward_hook(lambda module, given, out: states.append(out))
+            block.register_forward_hook(lambda module, inputs, out: states.append(out))
             for block in engine.decoder.whole.blocks
         ]
         try:
@@ -143,7 +143,9 @@ def logit_lens(engine: Engine, context: Sequence) -> list[Tensor]:
     return logits
 
 
-def token_log_probs(engine: Engine, sequences: list[Sequence], token_type: str, most: int = 256) -> list[np.ndarray]:
+def token_log_probs(
+    engine: Engine, sequences: list[Sequence], token_type: str, batch_size: int = 256
+) -> list[np.ndarray]:
     """log P of each id that a sequence writes, all of one space, in nats: an array (ids,) each.
 
     Raises PlaitError where a sequence is longer than the model reads.
@@ -152,7 +154,7 @@ def token_log_probs(engine: Engine, sequences: list[Sequence], token_type: str, 
     log_probs: list[np.ndarray] = [np.zeros(0)] * len(sequences)
     if longest := max((len(sequence) for sequence in sequences if len(sequence) > engine.max_length), default=0):
         raise PlaitError(f"A sequence of {longest} tokens exceeds the {engine.max_length} that this model reads.")
-    for rows in batches([len(sequence) for sequence in sequences], most):
+    for rows in batches([len(sequence) for sequence in sequences], batch_size):
         with torch.inference_mode():
             batch = collate([sequences[row] for row in rows], model.media, model.vocabulary.pad)
             batch = batch.to(engine.device.torch)
@@ -176,7 +178,7 @@ class PromptScores:
     top: list[TopIds | None]
 
 
-def prompt_scores(engine: Engine, prompts: list[Sequence], top: int = 0, most: int = 32) -> list[PromptScores]:
+def prompt_scores(engine: Engine, prompts: list[Sequence], top: int = 0, batch_size: int = 32) -> list[PromptScores]:
     """How likely each prompt of text is, id by id, with the `top` likeliest ids at each place. The first id has no log
     probability, nor has one that no text holds. Raises ContextLengthError for a prompt that is longer than the model
     reads."""
@@ -184,7 +186,7 @@ def prompt_scores(engine: Engine, prompts: list[Sequence], top: int = 0, most: i
     if longest := max((len(prompt) for prompt in prompts if len(prompt) > limit), default=0):
         raise ContextLengthError(f"The prompt takes {longest} tokens; this model has room for {limit}. Shorten it.")
     scores = [PromptScores([None], [None]) for _ in prompts]
-    for rows in batches([len(prompt) for prompt in prompts], most):
+    for rows in batches([len(prompt) for prompt in prompts], batch_size):
         with torch.inference_mode():
             batch = collate([prompts[row] for row in rows], model.media, model.vocabulary.pad).to(engine.device.torch)
             with engine.device.autocast():
@@ -201,7 +203,7 @@ def prompt_scores(engine: Engine, prompts: list[Sequence], top: int = 0, most: i
     return scores
 
 
-def embed(engine: Engine, sequences: list[Sequence], most: int = 256) -> np.ndarray:
+def embed(engine: Engine, sequences: list[Sequence], batch_size: int = 256) -> np.ndarray:
     """The embedding of the first span of each sequence, (N, E) float32, of unit length."""
     model, limit = engine.model, engine.max_length
     if not model.config.embed_dim:
@@ -212,7 +214,7 @@ def embed(engine: Engine, sequences: list[Sequence], most: int = 256) -> np.ndar
             raise PlaitError("There is nothing to embed: the input is empty.")
         if len(sequence) > limit:
             raise PlaitError(f"An input of {len(sequence)} tokens exceeds the {limit} that this model reads.")
-    for rows in batches([len(sequence) for sequence in sequences], most):
+    for rows in batches([len(sequence) for sequence in sequences], batch_size):
         part = [sequences[row] for row in rows]
         with torch.inference_mode(), engine.device.autocast():
             batch = collate(part, model.media, model.vocabulary.pad).to(engine.device.torch)

@@ -60,11 +60,12 @@ def showcase(model: PlaitModel, records: list[Record]) -> list[Shown]:
 
 def _made(model: PlaitModel, records: list[Record], source: str, column: str) -> list[Shown]:
     """Media of a column, of the first few different texts."""
-    asked = list(dict.fromkeys(str(one.parts[source]) for one in records if source in one.parts))[:DRAWN]
-    made = model.write([model.context([text]) for text in asked], column, seed=0)
+    prompts = list(dict.fromkeys(str(one.parts[source]) for one in records if source in one.parts))[:DRAWN]
+    outputs = model.write([model.context([text]) for text in prompts], column, seed=0)
     modality = model.modality(column)
     return [
-        Shown(text, modality.to_object(one[0]), model.columns[column]) for text, one in zip(asked, made, strict=True)
+        Shown(text, modality.to_object(one[0]), model.columns[column])
+        for text, one in zip(prompts, outputs, strict=True)
     ]
 
 
@@ -74,10 +75,10 @@ def _written_answers(model: PlaitModel, records: list[Record], source: str, targ
         return []  # the encoder's own answers show
     chosen = [one for one in records if source in one.parts and target in one.parts][:ASKED]
     contexts = [model.context([(source, model.modality(source).windows(one.parts[source])[0])]) for one in chosen]
-    made = model.write(contexts, target, do_sample=False, max_new_tokens=WORDS)
+    answers = model.write(contexts, target, do_sample=False, max_new_tokens=WORDS)
     return [
         Shown(bytes(one.parts[source]), answer[0], "text", str(one.parts[target]))  # type: ignore[arg-type]
-        for one, answer in zip(chosen, made, strict=True)
+        for one, answer in zip(chosen, answers, strict=True)
     ]
 
 
@@ -90,37 +91,39 @@ def _written(model: PlaitModel, records: list[Record], columns: list[str]) -> li
     target = next((column for column in columns if column in model.labels), columns[-1])
     source = next(column for column in columns if column != target)
     chosen = [one for one in records if source in one.parts and target in one.parts][:ASKED]
-    asked = [str(one.parts[source]) for one in chosen]
+    prompts = [str(one.parts[source]) for one in chosen]
     truth = [str(one.parts[target]) for one in chosen]
     if target in model.labels:
-        predictions = model.classify_inputs(asked, column=target, top=1)
+        predictions = model.classify_inputs(prompts, column=target, top=1)
         return [
             Shown(text, best[0].label, "text", right, best[0].probability)
-            for text, best, right in zip(asked, predictions, truth, strict=True)
+            for text, best, right in zip(prompts, predictions, truth, strict=True)
         ]
-    made = model.write([model.context([text]) for text in asked], target, do_sample=False, max_new_tokens=WORDS)
-    return [Shown(text, answer[0], "text", right) for text, answer, right in zip(asked, made, truth, strict=True)]
+    answers = model.write([model.context([text]) for text in prompts], target, do_sample=False, max_new_tokens=WORDS)
+    return [Shown(text, answer[0], "text", right) for text, answer, right in zip(prompts, answers, truth, strict=True)]
 
 
 def _replies(model: PlaitModel, records: list[Record], column: str) -> list[Shown]:
     """Replies to the first message of conversations."""
     from plait.inference.prompts import Chat, Turn
 
-    asked = []
+    messages = []
     for record in records:
         first = next(iter(turns(str(record.parts[column]))), None) if column in record.parts else None
         if first is not None and first.role == "user" and all(kind == "text" for kind, _ in first.parts):
-            asked.append(" ".join(text for _, text in first.parts))
-    chat, asked = Chat(model), asked[:ASKED]
-    prompts = [chat.prompt([Turn("user", [text])]) for text in asked]
-    made = model.reply([prompt.context for prompt in prompts], do_sample=False, max_new_tokens=WORDS)
-    return [Shown(text, answer.strip(), "text") for text, answer in zip(asked, made, strict=True)]
+            messages.append(" ".join(text for _, text in first.parts))
+    chat, messages = Chat(model), messages[:ASKED]
+    prompts = [chat.prompt([Turn("user", [text])]) for text in messages]
+    replies = model.reply([prompt.context for prompt in prompts], do_sample=False, max_new_tokens=WORDS)
+    return [Shown(text, answer.strip(), "text") for text, answer in zip(messages, replies, strict=True)]
 
 
 def _continued(model: PlaitModel, records: list[Record], column: str) -> list[Shown]:
     """How the beginnings of texts go on."""
-    asked = [str(one.parts[column])[:BEGINNING] for one in records if column in one.parts][:ASKED]
-    asked = [text[: max(len(text) // 2, 1)] if len(text) < BEGINNING else text for text in asked]
-    opened = [model.start().extend(model.context([text])) if model.columns else model.context([text]) for text in asked]
-    made = model.reply(opened, do_sample=False, max_new_tokens=WORDS)
-    return [Shown(text, answer, "text") for text, answer in zip(asked, made, strict=True)]
+    beginnings = [str(one.parts[column])[:BEGINNING] for one in records if column in one.parts][:ASKED]
+    beginnings = [text[: max(len(text) // 2, 1)] if len(text) < BEGINNING else text for text in beginnings]
+    opened = [
+        model.start().extend(model.context([text])) if model.columns else model.context([text]) for text in beginnings
+    ]
+    continuations = model.reply(opened, do_sample=False, max_new_tokens=WORDS)
+    return [Shown(text, answer, "text") for text, answer in zip(beginnings, continuations, strict=True)]

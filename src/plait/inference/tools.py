@@ -83,7 +83,7 @@ class ToolFormat:
 def read_format(template: Template) -> ToolFormat | None:
     """How a template spells calls; None where it knows no tools, or spells calls otherwise than in JSON."""
     tools = [Tool(_TOOL, "", {"type": "object", "properties": {_KEY: {"type": "string"}}}).shown()]
-    asked: list[Message] = [{"role": "user", "content": "a question"}]
+    question: list[Message] = [{"role": "user", "content": "a question"}]
 
     def reply(*values: str) -> str:
         """What the template writes for a reply with so many calls, without what ends every reply."""
@@ -91,10 +91,10 @@ def read_format(template: Template) -> ToolFormat | None:
         answer: Message = {"role": "assistant", "content": "" if calls else _ONE}
         if calls:
             answer["tool_calls"] = calls
-        return template.render([*asked, answer], False, tools)
+        return template.render([*question, answer], False, tools)
 
     try:
-        before = template.render(asked, True, tools)
+        before = template.render(question, True, tools)
         if _TOOL not in before:
             return None
         plain, one = reply(), reply(_ONE)

@@ -169,7 +169,7 @@ static inline float scale_of(const bf16 *from, int64_t width, float eps) {
     return 1.0f / std::sqrt(total(squares) / width + eps);
 }
 
-// A head of queries or keys as rows (padded length, width), normed and turned; zeros beyond.
+// A head of queries or keys as rows (padded length, width), normed and rotated; zeros beyond.
 static void turned_rows(const Attention &x, int64_t b, int64_t head, const float *norm, bf16 *to) {
     const int64_t width = x.width, half = width / 2;
     for (int64_t l = 0; l < x.length; l++, to += width) {

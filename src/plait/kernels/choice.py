@@ -91,13 +91,13 @@ def question(what: str, kernel: str) -> Question:
     )
 
 
-def choose(asked: Question, ways: Callable[[], Mapping[str, Mapping[str, Callable[[], object]]]]) -> Choice:
+def choose(question: Question, ways: Callable[[], Mapping[str, Mapping[str, Callable[[], object]]]]) -> Choice:
     """The answer from the cache, else by timing what `ways` gives: shape -> way -> a call to time."""
-    path = choice_folder() / f"{asked.key}.json"
+    path = choice_folder() / f"{question.key}.json"
     known = _read(path)
     if known is None:
         seconds = {shape: _timed(calls) for shape, calls in ways().items()}
-        known = Choice(asked.what, seconds, asked.processor, asked.threads, asked.level)
+        known = Choice(question.what, seconds, question.processor, question.threads, question.level)
         _write(path, known)
         log.info("Measured: %s", known.words())
     return known

@@ -46,11 +46,11 @@ def compile_kernel(source: Path, target: Path, command: list[str], flags: tuple[
     first = ""
     for parallel in (["-fopenmp"], []):  # Apple's clang has no OpenMP: then one thread
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            made = Path(folder) / target.name
-            error = _run([*command, *FLAGS, *flags, *parallel, str(source), "-o", str(made)])
-            if not error and made.is_file():
-                made.chmod(0o700)
-                made.replace(target)
+            output = Path(folder) / target.name
+            error = _run([*command, *FLAGS, *flags, *parallel, str(source), "-o", str(output)])
+            if not error and output.is_file():
+                output.chmod(0o700)
+                output.replace(target)
                 return ""
             first = first or error or f"{command[0]} made nothing"
             if "did not end" in error:

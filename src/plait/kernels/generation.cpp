@@ -43,7 +43,7 @@ struct Model {
     int64_t activation;  // 0 SwiGLU, 1 GELU, 2 GELU by tanh
     int64_t half;        // cache and hidden states in bf16; activations too, where there are units for its products
     float eps;
-    const float *turns;      // (max_length, head_width): cosines, then sines of half the places; or null
+    const float *cos_sin;      // (max_length, head_width): cosines, then sines of half the places; or null
     const float *positions;  // (max_length, width), or null
     const Layer *layer;
     Norm final_norm;
@@ -457,7 +457,7 @@ struct Tiled {  // a thread's tiles while it multiplies bf16 for so many rows
 
 // --- a team of threads, each with a share of what is to be done -----------------------------------------------------
 
-struct Team {
+struct ThreadTeam {
     int64_t index, size;
     void share(int64_t n, int64_t &begin, int64_t &end) const { begin = n * index / size, end = n * (index + 1) / size; }
     void meet() const {
@@ -471,16 +471,16 @@ template <class Work>
 static void together(int64_t threads, Work work) {
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads)
-    work(Team{omp_get_thread_num(), omp_get_num_threads()});
+    work(ThreadTeam{omp_get_thread_num(), omp_get_num_threads()});
 #else
-    work(Team{0, 1});
+    work(ThreadTeam{0, 1});
 #endif
 }
 
 // out (rows, N) = x (rows, K) times the weight; `after(row, first output)` ends each panel while it is in the cache. Rows of
 // x are filled up with zeros; `numbers` has room for them as integers.
 template <class T, class After>
-static void multiply(const Team &team, const Linear &linear, const T *x, int64_t rows, float *out, char *numbers, After after) {
+static void multiply(const ThreadTeam &team, const Linear &linear, const T *x, int64_t rows, float *out, char *numbers, After after) {
     const int64_t in = padded(linear.in), stride = padded(linear.out), size = panel_bytes(linear.format, in);
     int64_t begin, end;
     const Quantised integers{numbers, in};
@@ -552,21 +552,21 @@ static void normalise(const float *x, const Norm &norm, float eps, int64_t width
 }
 
 // The norm of a head, its rotation, and a factor; in place.
-static void turn(float *x, const float *norm, const float *turns, const Model &m, float factor) {
+static void rotate_head(float *x, const float *norm, const float *cos_sin, const Model &m, float factor) {
     const int64_t width = m.head_width, middle = width / 2;
     if (norm) normalise(x, Norm{norm, nullptr}, m.eps, width, x);
     int64_t i = 0;
-    if (!turns) {
+    if (!cos_sin) {
         for (; i < width; i++) x[i] *= factor;
         return;
     }
     for (; i + LANES <= middle; i += LANES) {
-        const vec a = load(x + i), b = load(x + i + middle), cosine = load(turns + i), sine = load(turns + i + middle);
+        const vec a = load(x + i), b = load(x + i + middle), cosine = load(cos_sin + i), sine = load(cos_sin + i + middle);
         store(x + i, (a * cosine - b * sine) * factor);
         store(x + i + middle, (b * cosine + a * sine) * factor);
     }
     for (; i < middle; i++) {
-        const float a = x[i], b = x[i + middle], cosine = turns[i], sine = turns[i + middle];
+        const float a = x[i], b = x[i + middle], cosine = cos_sin[i], sine = cos_sin[i + middle];
         x[i] = (a * cosine - b * sine) * factor;
         x[i + middle] = (b * cosine + a * sine) * factor;
     }
@@ -583,18 +583,18 @@ INLINE void mix(const float *scores, int64_t held, const C *values, int64_t widt
     for (int j = 0; j < N; j++) store(out + j * LANES, sum[j] * share);
 }
 
-// Attention of one row's heads of one key-value head; `qkv` is turned in place, key and value go into the cache.
+// Attention of one row's heads of one key-value head; `qkv` is rotated in place, key and value go into the cache.
 template <class T, class C>
 static void attend(const Model &m, const Layer &layer, float *qkv, int64_t kv, C *keys, C *values, int64_t capacity,
                    int64_t at, float *scores, T *mixed) {
     const int64_t width = m.head_width, group = m.heads / m.kv_heads, held = at + 1;
-    const float *turns = m.turns ? m.turns + std::min(at, m.max_length - 1) * width : nullptr;
+    const float *cos_sin = m.cos_sin ? m.cos_sin + std::min(at, m.max_length - 1) * width : nullptr;
     float *k = qkv + (m.heads + kv) * width, *v = k + m.kv_heads * width;
-    turn(k, layer.k_norm, turns, m, 1.0f);
+    rotate_head(k, layer.k_norm, cos_sin, m, 1.0f);
     for (int64_t i = 0; i < width; i++) put(keys + at * width + i, k[i]), put(values + at * width + i, v[i]);
     for (int64_t h = kv * group; h < (kv + 1) * group; h++) {
         float *q = qkv + h * width;
-        turn(q, layer.q_norm, turns, m, 1.0f / std::sqrt((float)width));
+        rotate_head(q, layer.q_norm, cos_sin, m, 1.0f / std::sqrt((float)width));
         for (int64_t t = 0; t < held; t += 4) {
             const C *key[4];  // beyond the end, the last again
             for (int j = 0; j < 4; j++) {
@@ -639,9 +639,9 @@ static void attend(const Model &m, const Layer &layer, float *qkv, int64_t kv, C
 // Whether activations are bf16 as well.
 static inline bool in_units(const Model &m) { return m.half && products && m.layers && m.layer[0].qkv.format == BF16; }
 
-struct Room {  // of the scratch memory, in bytes; inputs of products keep zeros where they are filled up
+struct ScratchLayout {  // of the scratch memory, in bytes; inputs of products keep zeros where they are filled up
     int64_t normed, mixed, inner, qkv, gates, sums, scores, numbers, size;
-    Room(const Model &m, int64_t rows, int64_t capacity, int64_t threads) {
+    ScratchLayout(const Model &m, int64_t rows, int64_t capacity, int64_t threads) {
         const int64_t item = in_units(m) ? 2 : 4, many = whole_rows(rows);
         int64_t at = 0;
         auto take = [&](int64_t bytes) {
@@ -664,13 +664,13 @@ struct Room {  // of the scratch memory, in bytes; inputs of products keep zeros
 
 // T is of activations, C of the cache and of the hidden states.
 template <class T, class C>
-static void step(const Model &m, const Team &team, float *x, C *hidden, C *keys, C *values, const int64_t *lengths,
+static void step(const Model &m, const ThreadTeam &team, float *x, C *hidden, C *keys, C *values, const int64_t *lengths,
                  int64_t rows, int64_t cache_rows, int64_t capacity, char *scratch) {
-    const Room room(m, rows, capacity, team.size);
-    T *normed = (T *)(scratch + room.normed), *mixed = (T *)(scratch + room.mixed), *inner = (T *)(scratch + room.inner);
-    float *qkv = (float *)(scratch + room.qkv), *gates = (float *)(scratch + room.gates);
-    float *sums = (float *)(scratch + room.sums), *scores = (float *)(scratch + room.scores) + team.index * (capacity + 16);
-    char *numbers = scratch + room.numbers;
+    const ScratchLayout layout(m, rows, capacity, team.size);
+    T *normed = (T *)(scratch + layout.normed), *mixed = (T *)(scratch + layout.mixed), *inner = (T *)(scratch + layout.inner);
+    float *qkv = (float *)(scratch + layout.qkv), *gates = (float *)(scratch + layout.gates);
+    float *sums = (float *)(scratch + layout.sums), *scores = (float *)(scratch + layout.scores) + team.index * (capacity + 16);
+    char *numbers = scratch + layout.numbers;
     const int64_t wide = padded(m.width), mix = padded(m.heads * m.head_width), deep = padded(m.hidden);
     const int64_t qkv_stride = padded((m.heads + 2 * m.kv_heads) * m.head_width);
     int64_t begin, end;
@@ -814,7 +814,7 @@ void plait_rows(const Linear *linear, const int64_t *ids, int64_t n, float *to) 
 }
 
 int64_t plait_scratch(const Model *model, int64_t rows, int64_t capacity, int64_t threads) {
-    return Room(*model, rows, capacity, threads).size;
+    return ScratchLayout(*model, rows, capacity, threads).size;
 }
 
 // Bytes that `plait_linear` needs beside.
@@ -830,7 +830,7 @@ void plait_linear(const Linear *linear, int64_t halved, const void *x, int64_t r
     char *numbers = scratch + whole_rows(rows) * wide * 4;
     const bool direct = in == wide && (units ? rows == whole_rows(rows) : !halved);
     auto nothing = [](int64_t, int64_t) {};
-    together(threads, [&](const Team &team) {
+    together(threads, [&](const ThreadTeam &team) {
         int64_t begin, end;
         team.share(direct ? 0 : rows, begin, end);
         for (int64_t r = begin; r < end; r++) {
@@ -856,7 +856,7 @@ void plait_linear(const Linear *linear, int64_t halved, const void *x, int64_t r
 // and get one more. `scratch` is zero at first, and belongs to calls of the same number of rows, capacity and threads.
 void plait_step(const Model *model, float *x, void *hidden, void *keys, void *values, const int64_t *lengths, int64_t rows,
                 int64_t cache_rows, int64_t capacity, char *scratch, int64_t threads) {
-    together(threads, [&](const Team &team) {
+    together(threads, [&](const ThreadTeam &team) {
         auto run = [&](auto activation, auto cached) {
             typedef decltype(cached) C;
             step<decltype(activation), C>(*model, team, x, (C *)hidden, (C *)keys, (C *)values, lengths, rows, cache_rows, capacity, scratch);

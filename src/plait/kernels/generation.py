@@ -23,6 +23,15 @@ if TYPE_CHECKING:
     from plait.model.transformer import Block, KVCache, Transformer, TransformerConfig
 
 ACTIVATIONS = {"swiglu": 0, "gelu": 1, "gelu_tanh": 2}
+# Fields of a TransformerConfig that the compiled step computes at any value (of the last three see `supports`). A
+# switch that is not named here, such as one that was just added, must be at its default.
+COMPUTED = frozenset(
+    {
+        "width", "layers", "heads", "kv_heads", "head_width", "hidden", "max_length", "position", "norm", "qk_norm",
+        "qkv_bias", "bias", "norm_eps", "rope_theta", "rope_scaling", "dropout", "activation", "sliding_window",
+        "layer_types",
+    }
+)  # fmt: skip
 
 
 class _Norm(Structure):
@@ -39,7 +48,7 @@ class _Layer(Structure):
 class _Model(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("layers", "width", "heads", "kv_heads", "head_width", "hidden", "max_length")),
-        ("activation", c_int64), ("half", c_int64), ("eps", c_float), ("turns", c_void_p), ("positions", c_void_p),
+        ("activation", c_int64), ("half", c_int64), ("eps", c_float), ("cos_sin", c_void_p), ("positions", c_void_p),
         ("layer", POINTER(_Layer)), ("final_norm", _Norm),
     ]  # fmt: skip
 
@@ -57,11 +66,13 @@ def library(level: isa.Level | None = None) -> ctypes.CDLL | None:
 
 
 def supports(config: TransformerConfig) -> bool:
-    """Whether the compiled step computes a backbone of this shape: not sliding windows that bite, layers without
-    rotary positions, norms after a layer, GeGLU, or LongRoPE."""
+    """Whether the compiled step computes a backbone of this shape. It refuses sliding windows shorter than the longest
+    sequence, GeGLU, LongRoPE, and every switch that it does not know."""
+    for name, field in type(config).model_fields.items():
+        if name not in COMPUTED and getattr(config, name) != field.get_default():
+            return False
     windows = "sliding" in (config.layer_types or []) and (config.sliding_window or 0) < config.max_length
-    plain = config.activation in ACTIVATIONS and not config.post_norm and config.embed_scale == 1.0
-    return plain and not windows and not config.layers_without_rotary and config.trained_length is None
+    return config.activation in ACTIVATIONS and not windows and config.trained_length is None
 
 
 def file_name() -> str:
@@ -92,15 +103,15 @@ class NativeStep:
         self.kept: list[Tensor | nn.Module] = []  # what the pointers point to
         self.size = 0
         self.layers = (_Layer * config.layers)(*(self._layer(cast("Block", block)) for block in backbone.blocks))
-        turns = positions = None
+        cos_sin = positions = None
         if frequencies is not None:
             angle = torch.arange(config.max_length)[:, None] * frequencies
-            turns = self._keep(torch.cat((angle.cos(), angle.sin()), -1) * config.rotary_scale)
+            cos_sin = self._keep(torch.cat((angle.cos(), angle.sin()), -1) * config.rotary_scale)
         else:
             positions = self._keep(backbone.positions)
         self.model = _Model(
             config.layers, config.width, config.heads, config.kv_heads, config.head_width, config.hidden,
-            config.max_length, ACTIVATIONS[config.activation], dtype is torch.bfloat16, config.norm_eps, turns,
+            config.max_length, ACTIVATIONS[config.activation], dtype is torch.bfloat16, config.norm_eps, cos_sin,
             positions, self.layers, self._norm(backbone.final_norm),
         )  # fmt: skip
         self.scratch: dict[tuple[int, int, int], Tensor] = {}

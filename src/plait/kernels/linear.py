@@ -1,8 +1,8 @@
 """Linear layers whose weight is packed once, in fp32, 16 bits, int8 or int4, for products of any number of rows on a
 processor (`kernels/generation.cpp`). Where there is no kernel, PyTorch computes the same from the same numbers.
 
-int8 and int4 weights have a scale for each 32 inputs of an output, int4 an offset too; both scales are bf16, so that a
-weight takes 8.5 and 5 bits. Their inputs are rounded to 8 bits, with a scale for each 32, as llama.cpp does.
+How int8 and int4 weights are rounded stands in `quantisation.py`. Their inputs are rounded to 8 bits, with a scale for
+each 32, as llama.cpp does.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from torch import Tensor, nn
 
 from plait.core import isa
 from plait.kernels import build
+from plait.kernels.quantisation import STORAGES, dequantise, quantise
 
-STORAGES = ("fp32", "bf16", "fp16", "int8", "int4")
 FORMATS = {name: number for number, name in enumerate(STORAGES)}  # as `Format` in generation.cpp
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PANEL, GROUP = 32, 32
+PANEL = 32
 SMALL = 2**22  # products of weights and rows for which a second thread does not pay
 CHUNK = 512  # outputs that are laid out at a time: as much of them is held twice
 
@@ -65,34 +64,6 @@ def round_up(count: int, to: int) -> int:
 
 def _whole_rows(rows: int) -> int:
     return rows if rows < 16 else round_up(rows, 16)
-
-
-def quantise(weight: Tensor, storage: str) -> dict[str, Tensor]:
-    """A weight (O, I) as PyTorch keeps it where there is no kernel: "weight" in its storage, or "numbers" (O, G, 32) in
-    uint8 with "scale" and "offset" (O, G, 1) in bf16; the inputs are filled up with zeros to G groups."""
-    if storage in DTYPES:
-        return {"weight": weight.to(DTYPES[storage])}
-    groups = F.pad(weight.float(), (0, -weight.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
-    low, high = groups.amin(-1, True).clamp(max=0), groups.amax(-1, True).clamp(min=0)
-    if storage == "int8":
-        scale, offset = torch.maximum(high, -low) / 127, torch.zeros_like(low)
-        least, most = -127, 127
-    else:
-        scale, offset, least, most = (high - low) / 15, low, 0, 15
-    scale, offset = scale.bfloat16(), offset.bfloat16()
-    unit = scale.float()
-    numbers = torch.where(unit > 0, (groups - offset.float()) / unit, 0).round().clamp(least, most)
-    if storage == "int8":
-        offset = -127 * unit  # numbers are kept from 0 on
-        numbers = numbers + 127
-    return {"numbers": numbers.to(torch.uint8), "scale": scale, "offset": offset.to(torch.float32)}
-
-
-def dequantise(parts: dict[str, Tensor], inputs: int) -> Tensor:
-    """What `quantise` keeps, as a weight (O, I) in fp32."""
-    if "weight" in parts:
-        return parts["weight"].float()
-    return (parts["numbers"] * parts["scale"].float() + parts["offset"]).flatten(1)[:, :inputs]
 
 
 class _Product(torch.autograd.Function):

@@ -65,7 +65,7 @@ INLINE float scale_of(const float *from, int64_t width, float eps) {
     return 1.0f / std::sqrt(total(squares) / width + eps);
 }
 
-// A head of queries or keys as rows (padded length, width), normed and turned; zeros beyond.
+// A head of queries or keys as rows (padded length, width), normed and rotated; zeros beyond.
 static void turned_rows(const Attention<float> &x, int64_t b, int64_t head, const float *norm, float *to) {
     const int64_t width = x.width, middle = width / 2;
     for (int64_t l = 0; l < x.length; l++, to += width) {

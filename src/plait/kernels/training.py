@@ -318,8 +318,10 @@ def linear_of(layer: nn.Module, x: Tensor) -> Tensor:
 
 def product(x: Tensor, w: Tensor) -> Tensor:
     """x (M, K) times w (K, N), without gradients, by what `linear_of` uses."""
-    ours = type(x) is Tensor and type(w) is Tensor and w.dtype is torch.float32 and activations(x) is torch.float32
-    return _product(x, w) if ours and min(*x.shape, *w.shape) >= FEWEST and multiplies() else x @ w
+    use_kernel = (
+        type(x) is Tensor and type(w) is Tensor and w.dtype is torch.float32 and activations(x) is torch.float32
+    )
+    return _product(x, w) if use_kernel and min(*x.shape, *w.shape) >= FEWEST and multiplies() else x @ w
 
 
 _multiplying: list[bool] = []  # the answer, once there is one
@@ -334,9 +336,9 @@ def multiplies() -> bool:
     return _multiplying[0] and library() is not None
 
 
-def multiply(ours: bool) -> None:
+def multiply(use_kernel: bool) -> None:
     """Have products of training be ours or torch's, whatever was measured: as a run that goes on began."""
-    _multiplying[:] = [ours]
+    _multiplying[:] = [use_kernel]
 
 
 def _ours_are_faster(precision: str) -> bool:
@@ -390,10 +392,10 @@ def _prepared(
     batch, length, all_heads, width = qkv.shape
     heads = mixed.shape[2]
     kv_heads = (all_heads - heads) // 2
-    turned = cosines is not None and len(cosines) > 1
+    has_rope = cosines is not None and len(cosines) > 1
     call = _Attention(
         batch, length, heads, kv_heads, width, ctx.eps, *(_pointer(t) for t in (qkv, q_norm, k_norm, cosines, sines)),
-        length * width if turned else 0, _pointer(mixed), _pointer(logs), ctx.dropped, ctx.seed,
+        length * width if has_rope else 0, _pointer(mixed), _pointer(logs), ctx.dropped, ctx.seed,
     )  # fmt: skip
     threads = min(_threads(qkv.numel()), batch * kv_heads)
     size = compiled.plait_scratch(length, width, _halved(qkv.dtype))
@@ -409,9 +411,9 @@ def attention(
     dropout: float,
 ) -> Tensor:
     """Causal attention from qkv (B, L, H + 2 K, E) of activations, (B, L, H, E): queries and keys normed (weights (E,))
-    and turned (by what `layers.rotary` gives) where asked. Dropout takes chances, as PyTorch's generator seeds
+    and rotated (by what `layers.rotary` gives) where asked. Dropout takes chances, as PyTorch's generator seeds
     it."""
-    weights, turn = (
-        tuple(part.float().contiguous() for part in some or ()) or (None, None) for some in (norms, rotary)
+    weights, cos_sin = (
+        tuple(part.float().contiguous() for part in tensors or ()) or (None, None) for tensors in (norms, rotary)
     )
-    return cast(Tensor, _Attend.apply(qkv.to(_active(qkv)).contiguous(), *weights, *turn, heads, eps, dropout))
+    return cast(Tensor, _Attend.apply(qkv.to(_active(qkv)).contiguous(), *weights, *cos_sin, heads, eps, dropout))

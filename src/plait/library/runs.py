@@ -230,9 +230,9 @@ class Run:
         check_more(self.folder)
         with distributed_processes(progress) as (group, bar):
             say = tell if tell is not None and group.is_main else lambda line: None
-            asked = Budget(minutes=minutes) if self.finished else None
-            _tell_more(self.metadata, asked, say)
-            _fit(self.dataset, self.folder, self.recipe, bar, device, False, group, callbacks, say, asked)
+            budget = Budget(minutes=minutes) if self.finished else None
+            _tell_more(self.metadata, budget, say)
+            _fit(self.dataset, self.folder, self.recipe, bar, device, False, group, callbacks, say, budget)
         return Run(self.folder)
 
     def __repr__(self) -> str:
@@ -371,12 +371,12 @@ def distributed_processes(progress: bool | None) -> Iterator[tuple[Group, Progre
         yield group, bar
 
 
-def _tell_more(metadata: Mapping[str, Any], asked: Budget | None, tell: Callable[[str], None]) -> None:
+def _tell_more(metadata: Mapping[str, Any], budget: Budget | None, tell: Callable[[str], None]) -> None:
     """Say what a run is trained for beside what it had."""
-    if asked is None:
+    if budget is None:
         tell(f"Going on with the {Budget(**metadata['more'])} more that this run was asked for and stopped in.")
     else:
-        tell(f"Training for {asked} more, with a schedule of its own.")
+        tell(f"Training for {budget} more, with a schedule of its own.")
 
 
 def _check_start(start: str | None, init_from: str | None) -> None:

@@ -28,10 +28,11 @@ from plait.core.errors import PlaitError
 from plait.modalities.audio_files import decode_audio, resample
 from plait.modalities.base import (
     ChannelNorm,
-    Exhibit,
     Recognition,
+    SamplePreview,
     bilinear_warp,
     overlapping_windows,
+    padded,
     tinted,
     within,
 )  # fmt: skip
@@ -89,16 +90,16 @@ class AudioSettings(BaseModel):
         longest = max(len(wave) / rate for wave, rate in clips)
         if overrides.get("hf_encoder"):
             hf_encoder = HFEncoderSettings.model_validate(overrides["hf_encoder"])
-            longest, most = min(longest, hf_encoder.longest / 1.1), overrides.get("seconds", 0)
-            if isinstance(most, (int, float)) and most > hf_encoder.longest:
+            longest, limit = min(longest, hf_encoder.longest / 1.1), overrides.get("seconds", 0)
+            if isinstance(limit, (int, float)) and limit > hf_encoder.longest:
                 raise PlaitError(
-                    f"model.audio.seconds is {most}, but {overrides['encoder']} reads {hf_encoder.longest:g}."
+                    f"model.audio.seconds is {limit}, but {overrides['encoder']} reads {hf_encoder.longest:g}."
                 )
-        most = size.rate, size.seconds
+        limit = size.rate, size.seconds
         if overrides.get("classes"):  # what tells clips apart may come late or be high, and nothing has to be written
-            most = max(most[0], 16000), max(most[1], 10.0)
-        fitting = next(r for r in (8000, 16000, 24000) if r >= min(rate, most[0]))
-        return cls.sized(fitting, {"seconds": min(most[1], math.ceil(longest * 11) / 10), **overrides})
+            limit = max(limit[0], 16000), max(limit[1], 10.0)
+        fitting = next(r for r in (8000, 16000, 24000) if r >= min(rate, limit[0]))
+        return cls.sized(fitting, {"seconds": min(limit[1], math.ceil(longest * 11) / 10), **overrides})
 
     @classmethod
     def of_size(cls, size: Size, overrides: dict[str, Any]) -> AudioSettings:
@@ -433,19 +434,17 @@ class Audio(nn.Module):
         return overlapping_windows(self._frames(raw), self.settings.frames)
 
     def batch(self, samples: list[np.ndarray]) -> tuple[Tensor, Tensor]:
-        lengths = torch.tensor([len(sample) for sample in samples])
-        longest = math.ceil(int(lengths.max()) / PATCH) * PATCH
+        longest = math.ceil(max(map(len, samples)) / PATCH) * PATCH
         if self.prepared is not None:  # what was decoded from codes is heard as it audio clips
             samples = [s if s.shape[1] > self.settings.bands else self._beside(s, *self.to_object(s)) for s in samples]
-        values = np.full((len(samples), longest, samples[0].shape[1]), SILENCE, np.float16)
-        for row, sample in zip(values, samples, strict=True):
-            row[: len(sample)] = sample
-        return torch.from_numpy(values), lengths
+        return padded(samples, SILENCE, np.float16, longest)
 
-    def augment(self, values: Tensor, lengths: Tensor, draw: Tensor, hide: bool = True) -> tuple[Tensor, Tensor]:
-        """Time stretch, warp of the mel axis, and a masked stretch of time and of bands, as `draw` (N, 8) says."""
+    def augment(
+        self, values: Tensor, lengths: Tensor, uniforms: Tensor, mask_parts: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Time stretch, warp of the mel axis, and a masked stretch of time and of bands, as `uniforms` (N, 8) says."""
         settings = self.settings
-        signed = (draw * 2 - 1).float()
+        signed = (uniforms * 2 - 1).float()
         stretch = settings.stretch ** signed[:, 0]
         warp = settings.warp ** signed[:, 1]
         longest = min(math.ceil(values.shape[1] * settings.stretch / PATCH) * PATCH, settings.frames)
@@ -460,17 +459,17 @@ class Audio(nn.Module):
         if self.prepared is not None:
             silence = self.prepared.silence(others, within(lengths, others.shape[1])[..., None])
             others = self._stretched(others, matrix, longest, silence)
-        if not hide:
+        if not mask_parts:
             return torch.cat((x, others), 2) if self.prepared is not None else x, new_lengths
         bands, frames = torch.arange(settings.bands), torch.arange(longest)
         height = bands / (settings.bands - 1)
         curve = signed[:, 6, None] * (2 * height - 1) + signed[:, 7, None] * (2 * math.pi * height).cos()
         x = (x + settings.equalise * curve[:, None]).clamp(min=SILENCE)
-        width = draw[:, 2, None] * settings.mask_bands * settings.bands
-        start = draw[:, 3, None] * (settings.bands - width)
+        width = uniforms[:, 2, None] * settings.mask_bands * settings.bands
+        start = uniforms[:, 3, None] * (settings.bands - width)
         x = x.masked_fill(((bands >= start) & (bands < start + width))[:, None, :], SILENCE)
-        span = draw[:, 4, None] * settings.mask_time * new_lengths[:, None]
-        start = draw[:, 5, None] * (new_lengths[:, None] - span)
+        span = uniforms[:, 4, None] * settings.mask_time * new_lengths[:, None]
+        start = uniforms[:, 5, None] * (new_lengths[:, None] - span)
         gone = ((frames >= start) & (frames < start + span))[..., None]
         x = x.masked_fill(gone, SILENCE)
         if self.prepared is None:
@@ -553,9 +552,9 @@ class Audio(nn.Module):
         pairs = zip(samples, rebuilt, strict=True)
         return np.array([np.abs(a.astype(np.float32)[:, : b.shape[1]] - b[: len(a)]).mean() for a, b in pairs])
 
-    def exhibit(self, sample: np.ndarray) -> Exhibit:
+    def preview_sample(self, sample: np.ndarray) -> SamplePreview:
         """A spectrogram, and the clip."""
-        return Exhibit(spectrogram(sample[:, : self.settings.bands]), self.to_bytes(sample))
+        return SamplePreview(spectrogram(sample[:, : self.settings.bands]), self.to_bytes(sample))
 
     def to_object(self, values: np.ndarray) -> tuple[np.ndarray, int]:
         """(waveform float32, rate)."""

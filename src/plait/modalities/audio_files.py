@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from plait.core.dist import install_command
+from plait.core.rejects import RejectKind
 from plait.modalities.descriptor import (
     LIMITS,
     Comparison,
@@ -164,7 +165,7 @@ def decode_audio(data: bytes | Path, limits: Limits = LIMITS) -> Wave:
     try:
         return np.concatenate(list(blocks)), rate
     except MemoryError as error:
-        raise MediaError("needs too much memory") from error
+        raise MediaError("needs too much memory", RejectKind.NO_MEMORY) from error
 
 
 Blocks = tuple[int, Iterator[np.ndarray]]  # rate, and float32 mono blocks
@@ -182,7 +183,7 @@ def _blocks(data: bytes, form: Format, limits: Limits) -> Blocks:
     # Core Audio's files may hold AAC, which libsndfile does not read.
     other = Format("caf", (), "audio/x-caf", needs="av")
     if other.decoder_missing():
-        raise MediaError(f"this caf needs the extra media: {install_command('media')}")
+        raise MediaError(f"this caf needs the extra media: {install_command('media')}", RejectKind.NEEDS_EXTRA)
     return av_blocks(data, form.name, limits)
 
 
@@ -205,42 +206,45 @@ def _libsndfile_blocks(data: bytes, name: str, limits: Limits) -> Blocks:
     longest = min(int(limits.seconds * max(rate, 1)), limits.samples // max(channels, 1))
     fault = None
     if frames == 0 or promised == 0:
-        fault = "no samples in it"
+        fault = MediaError("no samples in it", RejectKind.EMPTY)
     elif not 100 <= rate <= 768_000:
-        fault = f"a sampling rate of {rate} Hz"
+        fault = MediaError(f"a sampling rate of {rate} Hz", RejectKind.BAD_VALUE)
     elif channels > limits.channels:
-        fault = f"{channels} channels, more than {limits.channels}"
+        fault = MediaError(f"{channels} channels, more than {limits.channels}", RejectKind.TOO_LARGE)
     elif known and frames > longest:
-        fault = f"{frames / rate:.0f} s of audio in {channels} channels, more than {limits.seconds:g} s"
+        length = f"{frames / rate:.0f} s of audio in {channels} channels"
+        fault = MediaError(f"{length}, more than {limits.seconds:g} s", RejectKind.TOO_LARGE)
     elif promised is not None and promised != frames:
-        fault = f"the header promises {promised} samples, {frames} are there"
+        fault = MediaError(f"the header promises {promised} samples, {frames} are there", RejectKind.CUT_SHORT)
     if fault:
         audio.close()
-        raise MediaError(fault)
+        raise fault
 
     def read() -> Iterator[np.ndarray]:
-        got = 0
+        samples_read = 0
         with audio:
             while True:
                 try:
                     block = audio.read(_BLOCK, dtype="float32", always_2d=True)
                 except Exception as error:
                     raise MediaError(f"damaged {name}: {short(error)}") from error
-                got += len(block)
-                if got > longest:
-                    raise MediaError(f"more than {limits.seconds:g} s of audio")
+                samples_read += len(block)
+                if samples_read > longest:
+                    raise MediaError(f"more than {limits.seconds:g} s of audio", RejectKind.TOO_LARGE)
                 if not len(block):
                     break
                 mono = block.mean(1, dtype=np.float32) if channels > 1 else block[:, 0]
                 if not np.isfinite(mono).all():
-                    raise MediaError("samples that are not numbers")
+                    raise MediaError("samples that are not numbers", RejectKind.BAD_VALUE)
                 yield mono
         # Of an mp3 whole frames are counted, of which encoders fill some with silence; all others say it exactly.
         slack = 4 * 1152 if name == "mp3" else 0
-        if got == 0:
-            raise MediaError("no samples in it")
-        if known and abs(got - frames) > slack:
-            raise MediaError(f"cut short: the header promises {frames} samples, {got} are there")
+        if samples_read == 0:
+            raise MediaError("no samples in it", RejectKind.EMPTY)
+        if known and abs(samples_read - frames) > slack:
+            raise MediaError(
+                f"cut short: the header promises {frames} samples, {samples_read} are there", RejectKind.CUT_SHORT
+            )
 
     return rate, read()
 
@@ -258,47 +262,50 @@ def av_blocks(data: bytes, name: str, limits: Limits) -> Blocks:
         raise MediaError(f"damaged {name}: {short(error)}") from error
     if stream is None:
         container.close()
-        raise MediaError(f"no audio in this {name}")
+        raise MediaError(f"no audio in this {name}", RejectKind.UNKNOWN_FORMAT)
     fault = None
     if not 100 <= rate <= 768_000:
-        fault = f"a sampling rate of {rate} Hz"
+        fault = MediaError(f"a sampling rate of {rate} Hz", RejectKind.BAD_VALUE)
     elif seconds > limits.seconds * 1.01 + 1:
-        fault = f"{seconds:.0f} s of audio, more than {limits.seconds:g} s"
+        fault = MediaError(f"{seconds:.0f} s of audio, more than {limits.seconds:g} s", RejectKind.TOO_LARGE)
     if fault:
         container.close()
-        raise MediaError(fault)
+        raise fault
     stream.codec_context.thread_count = 1
     longest = int(limits.seconds * rate)
 
     def read() -> Iterator[np.ndarray]:
-        got = 0
+        samples_read = 0
         resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
         try:
             with container:
                 frames = (out for frame in container.decode(stream) for out in resampler.resample(frame))
                 for frame in frames:
                     block = frame.to_ndarray().reshape(-1).astype(np.float32)
-                    got += len(block)
-                    if got > longest:
-                        raise MediaError(f"more than {limits.seconds:g} s of audio")
+                    samples_read += len(block)
+                    if samples_read > longest:
+                        raise MediaError(f"more than {limits.seconds:g} s of audio", RejectKind.TOO_LARGE)
                     if not np.isfinite(block).all():
-                        raise MediaError("samples that are not numbers")
+                        raise MediaError("samples that are not numbers", RejectKind.BAD_VALUE)
                     yield block
                 for frame in resampler.resample(None):
                     block = frame.to_ndarray().reshape(-1).astype(np.float32)
-                    got += len(block)
+                    samples_read += len(block)
                     yield block
         except MediaError:
             raise
         except MemoryError as error:
-            raise MediaError("needs too much memory") from error
+            raise MediaError("needs too much memory", RejectKind.NO_MEMORY) from error
         except Exception as error:
             raise MediaError(f"damaged {name}: {short(error)}") from error
-        if got == 0:
-            raise MediaError("no samples in it")
+        if samples_read == 0:
+            raise MediaError("no samples in it", RejectKind.EMPTY)
         # A container says its length in whole packets, whose last may be filled up.
-        if seconds and got / rate < min(0.9 * seconds, seconds - 0.5):
-            raise MediaError(f"cut short: the header promises {seconds:.2f} s, {got / rate:.2f} s are there")
+        if seconds and samples_read / rate < min(0.9 * seconds, seconds - 0.5):
+            raise MediaError(
+                f"cut short: the header promises {seconds:.2f} s, {samples_read / rate:.2f} s are there",
+                RejectKind.CUT_SHORT,
+            )
 
     return rate, read()
 
@@ -334,11 +341,13 @@ def _wav(data: bytes) -> tuple[bytes, int | None]:
             if unknown and not wide:
                 size = left - left % max(align, 1)
                 if size == 0:
-                    raise MediaError("no samples in it")
+                    raise MediaError("no samples in it", RejectKind.EMPTY)
                 sizes = (struct.pack(order + "I", body + size - 8), struct.pack(order + "I", size))
                 data = data[:4] + sizes[0] + data[8 : at + 4] + sizes[1] + data[body : body + size]
             if size > left:
-                raise MediaError(f"cut short: the header promises {size} bytes of audio, {left} are there")
+                raise MediaError(
+                    f"cut short: the header promises {size} bytes of audio, {left} are there", RejectKind.CUT_SHORT
+                )
             return data, size // align if align else None
         at = following
     raise MediaError("damaged wav: no audio in it")
@@ -400,12 +409,12 @@ def _counted_mp3(data: bytes) -> tuple[bytes, bool]:
     rest = data[place:]
     walked = count > 1 and (len(rest) < 4 or rest.startswith((b"TAG", b"APETAG", b"LYRICS")) or not any(rest))
     tag = start + 4 + first[1]
-    told = None
+    stated = None
     if data[tag : tag + 4] in (b"Xing", b"Info") and len(data) > tag + 12 and data[tag + 7] & 1:
-        told = int.from_bytes(data[tag + 8 : tag + 12], "big")
+        stated = int.from_bytes(data[tag + 8 : tag + 12], "big")
     elif data[start + 36 : start + 40] == b"VBRI":
-        told = int.from_bytes(data[start + 50 : start + 54], "big")
-    if told is not None and (not walked or count <= told + 4):
+        stated = int.from_bytes(data[start + 50 : start + 54], "big")
+    if stated is not None and (not walked or count <= stated + 4):
         return data, True
     if not walked:
         return data, False  # frames of free format, or something else between them

@@ -39,7 +39,7 @@ class Codec(Protocol):
 
 
 @dataclass(frozen=True)
-class Exhibit:
+class SamplePreview:
     """A sample for people: an image (PNG) of it, and where it is heard, an audio file (WAV)."""
 
     image: bytes
@@ -85,8 +85,10 @@ class MediaModality(Protocol):
         """Samples to values (N, ...), padded, and lengths (N,)."""
         ...
 
-    def augment(self, values: Tensor, lengths: Tensor, draw: Tensor, hide: bool = True) -> tuple[Tensor, Tensor]:
-        """Changes that keep the meaning; `draw` (N, AUGMENT_DRAWS) is uniform in [0, 1). Without `hide`,
+    def augment(
+        self, values: Tensor, lengths: Tensor, uniforms: Tensor, mask_parts: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Changes that keep the meaning; `uniforms` (N, AUGMENT_DRAWS) is uniform in [0, 1). Without `mask_parts`,
         nothing is masked: for samples that are to be written, not read."""
         ...
 
@@ -137,7 +139,7 @@ class MediaModality(Protocol):
         """`codec_metric` of each sample (N,) after the codec."""
         ...
 
-    def exhibit(self, sample: np.ndarray) -> Exhibit:
+    def preview_sample(self, sample: np.ndarray) -> SamplePreview:
         """A sample to look at, or to listen to."""
         ...
 
@@ -268,6 +270,15 @@ class Vocabulary(BaseModel):
             names += [f"<|{modality}:{code}|>" for code in range(int(np.prod(levels)))]
             names += [f"<|/{modality}|>"] if modality in self.closers else []
         return names
+
+
+def padded(samples: list[np.ndarray], fill: float, dtype: Any, length: int | None = None) -> tuple[Tensor, Tensor]:
+    """Samples (L, C) of unlike lengths as one batch, (N, `length` or the longest, C), filled up; and lengths (N,)."""
+    lengths = torch.tensor([len(sample) for sample in samples])
+    values = np.full((len(samples), length or int(lengths.max()), samples[0].shape[1]), fill, dtype)
+    for row, sample in zip(values, samples, strict=True):
+        row[: len(sample)] = sample
+    return torch.from_numpy(values), lengths
 
 
 def same_network(a: BaseModel, b: BaseModel) -> bool:

@@ -16,13 +16,21 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from plait.core.dist import install_command
+from plait.core.rejects import Reason, RejectKind
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
 
 
 class MediaError(ValueError):
-    """An image, audio or video that cannot be used. The message is a short reason for people."""
+    """An image, audio or video that cannot be used. The message is a short reason for people; `reason` has its kind."""
+
+    def __init__(self, detail: str, kind: RejectKind = RejectKind.DAMAGED) -> None:
+        super().__init__(detail, kind)
+        self.reason = Reason(kind, detail)
+
+    def __str__(self) -> str:
+        return str(self.reason)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,21 +167,21 @@ class MediaFiles(ABC):
                 with Path(data).open("rb") as file:
                     data = file.read(limits.file_bytes + 1)
             except OSError as error:
-                raise MediaError(f"cannot be read: {error.strerror or error}") from error
+                raise MediaError(f"cannot be read: {error.strerror or error}", RejectKind.UNREADABLE) from error
         if not data:
-            raise MediaError("the file is empty")
+            raise MediaError("the file is empty", RejectKind.EMPTY)
         if len(data) > limits.file_bytes:
-            raise MediaError(f"larger than {limits.file_bytes >> 20} MiB")
+            raise MediaError(f"larger than {limits.file_bytes >> 20} MiB", RejectKind.TOO_LARGE)
         name = self.sniff(data[:64])
         if name is None:
             from plait.modalities.media import sniff
 
             other = sniff(data[:64])
             what = f"{other[1]}, not {self.kind}" if other else "of an unknown format"
-            raise MediaError(f"the content is {what} (read are {self.format_names})")
+            raise MediaError(f"the content is {what} (read are {self.format_names})", RejectKind.UNKNOWN_FORMAT)
         form = next(form for form in self.formats if form.name == name)
         if form.decoder_missing():
-            raise MediaError(f"{name} needs the extra media: {install_command('media')}")
+            raise MediaError(f"{name} needs the extra media: {install_command('media')}", RejectKind.NEEDS_EXTRA)
         return data, form
 
 

@@ -91,8 +91,8 @@ class HFEncoder(nn.Module):
         return self
 
     def forward(self, **inputs: Tensor) -> Tensor:
-        asked = any(value.requires_grad for value in inputs.values())  # an explanation, of what it reads
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (asked or not self.frozen)):
+        needs_grad = any(value.requires_grad for value in inputs.values())  # an explanation, of what it reads
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (needs_grad or not self.frozen)):
             states: Tensor = self.network(**inputs).last_hidden_state
         return states.float()
 

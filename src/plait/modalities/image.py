@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from plait.core.config import Size
-from plait.modalities.base import ChannelNorm, Exhibit, Recognition, bilinear_warp, tinted
+from plait.modalities.base import ChannelNorm, Recognition, SamplePreview, bilinear_warp, tinted
 from plait.modalities.fsq import FSQ
 from plait.modalities.hf_encoder import HFEncoder, HFEncoderSettings
 from plait.modalities.image_files import decode_image
@@ -74,8 +74,8 @@ class ImageSettings(BaseModel):
         images = [decode_image(example) for example in examples]
         side = int(np.median([max(image.size) for image in images]))
         grey = all(image.convert("RGB").convert("L").convert("RGB") == image.convert("RGB") for image in images)
-        most = overrides["hf_encoder"]["size"] if overrides.get("hf_encoder") else size.image
-        fitting = min(most, max(math.ceil(side / 4) * 4, 8))
+        largest = overrides["hf_encoder"]["size"] if overrides.get("hf_encoder") else size.image
+        fitting = min(largest, max(math.ceil(side / 4) * 4, 8))
         return cls.sized(fitting, {"channels": 1 if grey else 3, **overrides})
 
     @classmethod
@@ -351,8 +351,10 @@ class Image(nn.Module):
     def batch(self, samples: list[np.ndarray]) -> tuple[Tensor, Tensor]:
         return torch.from_numpy(np.stack(samples)), torch.ones(len(samples), dtype=torch.long)
 
-    def augment(self, values: Tensor, lengths: Tensor, draw: Tensor, hide: bool = True) -> tuple[Tensor, Tensor]:
-        """Rotation, scale, shift, flip and erasing, each a function of `draw` (N, 8).
+    def augment(
+        self, values: Tensor, lengths: Tensor, uniforms: Tensor, mask_parts: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Rotation, scale, shift, flip and erasing, each a function of `uniforms` (N, 8).
 
         Without rotation and scale, shifts are of whole pixels, the image mirrored at its edges: nothing is blurred.
         """
@@ -360,40 +362,40 @@ class Image(nn.Module):
         x = values.movedim(-1, 1).float()
         border = torch.cat((x[..., 0, :], x[..., -1, :], x[..., :, 0], x[..., :, -1]), -1).mean(-1)
         border = border[..., None, None]
-        x = self._warped(x, border, draw) if settings.rotate or settings.scale else self._shifted(x, draw)
-        if settings.erase and hide:
+        x = self._warped(x, border, uniforms) if settings.rotate or settings.scale else self._shifted(x, uniforms)
+        if settings.erase and mask_parts:
             place = torch.arange(settings.size, device=x.device) / settings.size
-            side = 0.15 + 0.25 * draw[:, 5, None]
-            top, left = draw[:, 6, None] * (1 - side), draw[:, 7, None] * (1 - side)
+            side = 0.15 + 0.25 * uniforms[:, 5, None]
+            top, left = uniforms[:, 6, None] * (1 - side), uniforms[:, 7, None] * (1 - side)
             gone = (
                 (((place >= top) & (place < top + side))[:, :, None])
                 & (((place >= left) & (place < left + side))[:, None, :])
             )
-            chosen = (draw[:, 5] * 997 % 1 < settings.erase)[:, None, None]
+            chosen = (uniforms[:, 5] * 997 % 1 < settings.erase)[:, None, None]
             x = torch.where((gone & chosen)[:, None], border, x)
         return x.movedim(1, -1), lengths
 
-    def _shifted(self, x: Tensor, draw: Tensor) -> Tensor:
+    def _shifted(self, x: Tensor, uniforms: Tensor) -> Tensor:
         """Images (N, C, H, W), flipped, and shifted by whole pixels."""
         settings = self.settings
-        mirror = ((draw[:, 4] < 0.5) & torch.tensor(settings.flip, device=x.device))[:, None, None, None]
+        mirror = ((uniforms[:, 4] < 0.5) & torch.tensor(settings.flip, device=x.device))[:, None, None, None]
         x = torch.where(mirror, x.flip(3), x)
         most = min(round(settings.shift * settings.size), settings.size - 1)
         if not most:
             return x
         padded = F.pad(x, (most,) * 4, mode="reflect")
         places = torch.arange(settings.size, device=x.device)
-        down, right = ((draw[:, n] * (2 * most + 1)).long().clamp(max=2 * most)[:, None] + places for n in (2, 3))
+        down, right = ((uniforms[:, n] * (2 * most + 1)).long().clamp(max=2 * most)[:, None] + places for n in (2, 3))
         rows = torch.arange(len(x), device=x.device)[:, None, None]
         return padded.movedim(1, -1)[rows, down[:, :, None], right[:, None, :]].movedim(-1, 1)
 
-    def _warped(self, x: Tensor, border: Tensor, draw: Tensor) -> Tensor:
+    def _warped(self, x: Tensor, border: Tensor, uniforms: Tensor) -> Tensor:
         """Images (N, C, H, W), rotated, scaled, shifted and flipped by one resampling, with `border` around them."""
         settings = self.settings
-        signed = (draw * 2 - 1).float()
+        signed = (uniforms * 2 - 1).float()
         angle = signed[:, 0] * math.radians(settings.rotate)
         zoom = 1 + signed[:, 1] * settings.scale
-        mirror = torch.where((draw[:, 4] < 0.5) & torch.tensor(settings.flip), -1.0, 1.0)
+        mirror = torch.where((uniforms[:, 4] < 0.5) & torch.tensor(settings.flip), -1.0, 1.0)
         cos, sin = angle.cos() * zoom, angle.sin() * zoom
         matrix = torch.stack(
             (
@@ -449,8 +451,8 @@ class Image(nn.Module):
         """Peak signal-to-noise ratios, dB."""
         return psnr(np.stack(samples), np.stack(rebuilt))
 
-    def exhibit(self, sample: np.ndarray) -> Exhibit:
-        return Exhibit(self.to_bytes(sample))
+    def preview_sample(self, sample: np.ndarray) -> SamplePreview:
+        return SamplePreview(self.to_bytes(sample))
 
     def to_object(self, values: np.ndarray) -> PILImage.Image:
         return PILImage.fromarray(values[..., 0] if values.shape[-1] == 1 else values)

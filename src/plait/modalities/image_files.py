@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from plait.core.rejects import RejectKind
 from plait.modalities.descriptor import (
     LIMITS,
     Comparison,
@@ -162,7 +163,7 @@ def decode_image(data: bytes | Path, limits: Limits = LIMITS) -> Image.Image:
         except MediaError:
             raise
         except MemoryError as error:
-            raise MediaError("needs too much memory") from error
+            raise MediaError("needs too much memory", RejectKind.NO_MEMORY) from error
         except Exception:
             # Text, profiles and previews that a file carries along do not spoil its pixels.
             bare = _without_metadata(data, form.name)
@@ -172,9 +173,9 @@ def decode_image(data: bytes | Path, limits: Limits = LIMITS) -> Image.Image:
     except MediaError:
         raise
     except MemoryError as error:
-        raise MediaError("needs too much memory") from error
+        raise MediaError("needs too much memory", RejectKind.NO_MEMORY) from error
     except Image.DecompressionBombError as error:
-        raise MediaError(f"more than {limits.pixels / 1e6:g} million pixels") from error
+        raise MediaError(f"more than {limits.pixels / 1e6:g} million pixels", RejectKind.TOO_LARGE) from error
     # Pillow's parsers raise nearly every built-in class on damaged files.
     except Exception as error:
         raise MediaError(f"damaged {form.name}: {short(error)}") from error
@@ -214,9 +215,11 @@ def _decode(data: bytes, form: Format, limits: Limits) -> Image.Image:
 
 def _check_size(size: tuple[int, int] | None, limits: Limits) -> None:
     if size is not None and size[0] * size[1] > limits.pixels:
-        raise MediaError(f"{size[0]} x {size[1]} pixels, more than {limits.pixels / 1e6:g} million")
+        raise MediaError(
+            f"{size[0]} x {size[1]} pixels, more than {limits.pixels / 1e6:g} million", RejectKind.TOO_LARGE
+        )
     if size is not None and min(size) < 1:
-        raise MediaError("the image has no pixels")
+        raise MediaError("the image has no pixels", RejectKind.EMPTY)
 
 
 def _webp_size(data: bytes) -> tuple[int, int] | None:
@@ -240,7 +243,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     """
     values = np.asarray(image)
     if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise MediaError("pixels that are not numbers")
+        raise MediaError("pixels that are not numbers", RejectKind.BAD_VALUE)
     top = float(values.max(initial=0))
     if image.mode.startswith("I;"):
         scale = 1 / 257
@@ -250,7 +253,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         scale = 1.0 if top <= 255.0 else 1 / 257
     values = values.astype(np.float32) * np.float32(scale)
     if values.max(initial=0) > 255.5 or values.min(initial=0) < -0.5:
-        raise MediaError("pixel values beyond 16 bits")
+        raise MediaError("pixel values beyond 16 bits", RejectKind.BAD_VALUE)
     return Image.fromarray(np.rint(values).clip(0, 255).astype(np.uint8))
 
 

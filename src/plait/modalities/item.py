@@ -219,9 +219,9 @@ def fit_codes(count: int, content: Callable[[np.ndarray], np.ndarray], seed: int
 
     Raises PlaitError where too many items cannot be told apart.
     """
-    draw = torch.Generator().manual_seed(seed)
-    some = torch.randperm(count, generator=draw)[:SAMPLE].numpy()
-    sample = torch.from_numpy(content(some))
+    rng = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(count, generator=rng)[:SAMPLE].numpy()
+    sample = torch.from_numpy(content(chosen))
     mean = sample.mean(0)
     sample = sample - mean
     _, directions = torch.linalg.eigh(sample.t() @ sample)
@@ -229,9 +229,9 @@ def fit_codes(count: int, content: Callable[[np.ndarray], np.ndarray], seed: int
     parts = np.array_split(np.arange(count), -(-count // 8192))
     reduced = torch.cat([(torch.from_numpy(content(part)) - mean) @ basis for part in parts])
     size = int(2 ** min(max(round(math.log2(count) / 2), 3), 8))
-    left, centres = reduced[some], []
+    left, centres = reduced[chosen], []
     for _ in range(STEPS):
-        centre = left[torch.randint(len(left), (size,), generator=draw)].clone()
+        centre = left[torch.randint(len(left), (size,), generator=rng)].clone()
         for _ in range(ROUNDS):
             nearest = torch.cdist(left, centre).argmin(1)
             held = torch.bincount(nearest, minlength=size)

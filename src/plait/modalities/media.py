@@ -15,6 +15,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from plait.core.rejects import RejectKind
 from plait.core.system import limit_memory, read_line
 from plait.modalities.audio_files import AUDIO
 from plait.modalities.descriptor import LIMITS, Limits, MediaError, MediaFiles, Packed
@@ -111,19 +112,19 @@ class Checker:
 
     def __call__(self, kind: str, data: bytes) -> dict[str, Any]:
         """What decoding shows (`MediaFiles.check`); a crash or a decoder that hangs is a MediaError too."""
-        return self._ask(kind, data, whole=False).facts
+        return self._ask(kind, data, with_samples=False).facts
 
     def decode(self, kind: str, data: bytes) -> Any:
         """As the modality decodes it, but nothing in this process touches the encoded bytes. A large image comes
         reduced (`MediaFiles.pack`)."""
-        return MEDIA[kind].unpack(self._ask(kind, data, whole=True))
+        return MEDIA[kind].unpack(self._ask(kind, data, with_samples=True))
 
-    def _ask(self, kind: str, data: bytes, whole: bool) -> Packed:
+    def _ask(self, kind: str, data: bytes, with_samples: bool) -> Packed:
         process = self._process()
         assert process.stdin is not None and process.stdout is not None
         body = b""
         try:
-            process.stdin.write(struct.pack("<BBQ", list(MEDIA).index(kind), whole, len(data)))
+            process.stdin.write(struct.pack("<BBQ", list(MEDIA).index(kind), with_samples, len(data)))
             process.stdin.write(data)
             process.stdin.flush()
             line = read_line(process, lambda: True, self.patience)
@@ -131,16 +132,16 @@ class Checker:
             line = b""
         if line is None:
             process.wait()
-            raise MediaError(f"decoding took more than {self.patience:g} s")
+            raise MediaError(f"decoding took more than {self.patience:g} s", RejectKind.TOO_SLOW)
         answer: dict[str, Any] = {}
         if line:
             answer = json.loads(line)
             body = process.stdout.read(answer.pop("bytes"))
         if not line or process.poll() is not None:
             process.wait()
-            raise MediaError("the decoder crashed")
+            raise MediaError("the decoder crashed", RejectKind.CRASHED)
         if "error" in answer:
-            raise MediaError(answer["error"])
+            raise MediaError(answer["error"], RejectKind(answer["kind"]))
         return Packed(answer, body)
 
     def close(self) -> None:
@@ -161,19 +162,19 @@ def _serve(limits: str) -> None:
     allowed = Limits(**json.loads(limits))
     stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
     while len(header := stdin.read(10)) == 10:
-        place, whole, size = struct.unpack("<BBQ", header)
+        place, with_samples, size = struct.unpack("<BBQ", header)
         files = list(MEDIA.values())[place]
         data, body = stdin.read(size), b""
         answer: dict[str, Any]
         try:
-            if whole:
+            if with_samples:
                 packed = files.pack(files.decode(data, allowed))
                 answer, body = packed.facts, packed.body
             else:
                 answer = files.check(data, allowed)
         except MediaError as error:
-            answer = {"error": str(error)}
+            answer = {"error": error.reason.detail, "kind": error.reason.kind}
         except MemoryError:
-            answer = {"error": "needs too much memory"}
+            answer = {"error": "", "kind": RejectKind.NO_MEMORY}
         stdout.write(json.dumps({**answer, "bytes": len(body)}).encode() + b"\n" + body)
         stdout.flush()

@@ -25,10 +25,11 @@ from plait.core.config import Size
 from plait.modalities.audio import SILENCE, AudioSettings, LogMel
 from plait.modalities.base import (
     ChannelNorm,
-    Exhibit,
     Recognition,
+    SamplePreview,
     bilinear_warp,
     overlapping_windows,
+    padded,
     tinted,
     within,
 )  # fmt: skip
@@ -74,8 +75,8 @@ class VideoSettings(BaseModel):
     def fitted(cls, size: Size, examples: list[bytes], overrides: dict[str, Any]) -> VideoSettings:
         """The settings that a row of the table of sizes and some of the user's clips call for."""
         longest = max(decode_video(example).seconds for example in examples[:32])
-        made = cls.of_size(size, overrides)
-        fitting = [fps for fps in (8.0, 4.0, 2.0) if fps * longest <= made.slots]
+        settings = cls.of_size(size, overrides)
+        fitting = [fps for fps in (8.0, 4.0, 2.0) if fps * longest <= settings.slots]
         return cls.of_size(size, {"fps": fitting[0] if fitting else 2.0, **overrides})
 
     @classmethod
@@ -273,18 +274,16 @@ class Video(nn.Module):
         return [Moment(at / fps, (at + length) / fps, slots[at : at + length]) for at in starts]
 
     def batch(self, samples: list[np.ndarray]) -> tuple[Tensor, Tensor]:
-        lengths = torch.tensor([len(sample) for sample in samples])
-        values = np.zeros((len(samples), int(lengths.max()), samples[0].shape[1]), np.uint8)
-        for row, sample in zip(values, samples, strict=True):
-            row[: len(sample)] = sample
-        return torch.from_numpy(values), lengths
+        return padded(samples, 0, np.uint8)
 
-    def augment(self, values: Tensor, lengths: Tensor, draw: Tensor, hide: bool = True) -> tuple[Tensor, Tensor]:
-        """Scale, shift, mirror and brightness of all frames of a clip alike, and its sound off, as `draw` says."""
+    def augment(
+        self, values: Tensor, lengths: Tensor, uniforms: Tensor, mask_parts: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Scale, shift, mirror and brightness of all frames of a clip alike, and its sound off, as `uniforms` says."""
         s = self.settings
-        signed = (draw * 2 - 1).float()
+        signed = (uniforms * 2 - 1).float()
         zoom = 1 + signed[:, 0] * s.scale
-        mirror = torch.where((draw[:, 1] < 0.5) & torch.tensor(s.flip), -1.0, 1.0)
+        mirror = torch.where((uniforms[:, 1] < 0.5) & torch.tensor(s.flip), -1.0, 1.0)
         none = torch.zeros_like(zoom)
         matrix = torch.stack(
             (
@@ -299,7 +298,7 @@ class Video(nn.Module):
         edge = torch.cat((x[..., 0, :], x[..., -1, :], x[..., :, 0], x[..., :, -1]), -1).mean(-1)[..., None, None]
         x = bilinear_warp(x - edge, matrix.repeat_interleave(slots, 0), (s.size, s.size), 0.0) + edge
         x = x.movedim(1, -1).reshape(count, slots, -1) * (1 + signed[:, 4] * s.light)[:, None, None]
-        sound = sound * (draw[:, 5] >= (s.mute if hide else 0.0))[:, None, None]
+        sound = sound * (uniforms[:, 5] >= (s.mute if mask_parts else 0.0))[:, None, None]
         return torch.cat((x.clamp(0, 255), sound), 2), lengths
 
     def token_count(self, length: int) -> int:
@@ -316,11 +315,11 @@ class Video(nn.Module):
     def codec_errors(self, samples: list[np.ndarray], rebuilt: list[np.ndarray]) -> np.ndarray:
         raise NotImplementedError("video has no codec")
 
-    def exhibit(self, sample: np.ndarray) -> Exhibit:
+    def preview_sample(self, sample: np.ndarray) -> SamplePreview:
         """A strip of frames."""
         out = io.BytesIO()
         strip_of(frames_of(sample)).save(out, "PNG")
-        return Exhibit(out.getvalue())
+        return SamplePreview(out.getvalue())
 
     def grid(self, sample: np.ndarray) -> tuple[int, int]:
         """Regions in time alone."""

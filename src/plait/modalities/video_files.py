@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from plait.core.rejects import RejectKind
 from plait.modalities.descriptor import (
     LIMITS,
     Comparison,
@@ -126,9 +127,9 @@ class VideoFiles(MediaFiles):
 
     def simple_features(self, samples: Sequence[np.ndarray], bands: int) -> np.ndarray:
         """Gradients and colours of three frames, where frames differ from the ones before, and the spectrum."""
-        found = []
+        features = []
         for n in range(3):
-            found.append(image_features([frames_of(s)[int((n + 0.5) / 3 * len(s))] for s in samples]))
+            features.append(image_features([frames_of(s)[int((n + 0.5) / 3 * len(s))] for s in samples]))
         moved, heard = [], []
         for sample in samples:
             frames = frames_of(sample).astype(np.float32).mean(-1) / 255
@@ -137,7 +138,7 @@ class VideoFiles(MediaFiles):
             moved.append([f(cell) for cell in cells for f in (np.mean, np.std)])
             sound = sample[:, -SOUND:].reshape(-1, BANDS).astype(np.float32) / 255
             heard.append(np.concatenate([sound.mean(0), sound.std(0)]))
-        return np.concatenate([*found, 8 * np.array(moved), np.array(heard)], 1).astype(np.float32)
+        return np.concatenate([*features, 8 * np.array(moved), np.array(heard)], 1).astype(np.float32)
 
     def pack(self, value: Clip) -> Packed:
         facts = {"shape": value.frames.shape, "fps": value.fps, "seconds": value.seconds, "height": value.height}
@@ -192,7 +193,7 @@ def decode_video(data: bytes | Path, limits: Limits = LIMITS) -> Clip:
     except MediaError:
         raise
     except MemoryError as error:
-        raise MediaError("needs too much memory") from error
+        raise MediaError("needs too much memory", RejectKind.NO_MEMORY) from error
     except Exception as error:  # FFmpeg has an exception for each of its errors, and IndexError
         raise MediaError(f"damaged {form.name}: {short(error)}") from error
 
@@ -203,14 +204,19 @@ def _decode(data: bytes, name: str, limits: Limits) -> Clip:
     # The demuxer is named, so that no file is taken for a playlist that names others.
     with av.open(io.BytesIO(data), mode="r", format=_DEMUXERS[name], metadata_errors="ignore") as container:
         if not container.streams.video:
-            raise MediaError(f"no pictures in this {name}: as sound alone its name should end in .m4a or .weba")
+            raise MediaError(
+                f"no pictures in this {name}: as sound alone its name should end in .m4a or .weba",
+                RejectKind.UNKNOWN_FORMAT,
+            )
         video, audio = container.streams.video[0], next(iter(container.streams.audio), None)
         width, height = video.codec_context.width, video.codec_context.height
         if width * height > limits.pixels:
-            raise MediaError(f"{width} x {height} pixels, more than {limits.pixels / 1e6:g} million")
+            raise MediaError(
+                f"{width} x {height} pixels, more than {limits.pixels / 1e6:g} million", RejectKind.TOO_LARGE
+            )
         promised = float(container.duration or 0) / av.time_base
         if promised > limits.seconds * 1.01 + 1:
-            raise MediaError(f"{promised:.0f} s of video, more than {limits.seconds:g} s")
+            raise MediaError(f"{promised:.0f} s of video, more than {limits.seconds:g} s", RejectKind.TOO_LARGE)
         for stream in (video, audio):
             if stream is not None:
                 stream.codec_context.thread_count = 1
@@ -227,7 +233,7 @@ def _decode(data: bytes, name: str, limits: Limits) -> Clip:
                     first = time if not count else first
                     count, end = count + 1, max(end, time - first + 1 / max(rate, 1.0))
                     if end > limits.seconds + 1:
-                        raise MediaError(f"more than {limits.seconds:g} s of video")
+                        raise MediaError(f"more than {limits.seconds:g} s of video", RejectKind.TOO_LARGE)
                     turn = round(getattr(frame, "rotation", 0) / 90) % 4
                     frames.add(time - first, partial(_reduced, frame))
                 elif isinstance(frame, av.AudioFrame):
@@ -236,11 +242,13 @@ def _decode(data: bytes, name: str, limits: Limits) -> Clip:
                         blocks.append(block.to_ndarray().reshape(-1).astype(np.float32))
                         samples += len(blocks[-1])
                         if samples > (limits.seconds + 2) * RATE:
-                            raise MediaError(f"more than {limits.seconds:g} s of sound")
+                            raise MediaError(f"more than {limits.seconds:g} s of sound", RejectKind.TOO_LARGE)
         if not count:
-            raise MediaError("no frames in it")
+            raise MediaError("no frames in it", RejectKind.EMPTY)
         if promised and end < min(0.8 * promised, promised - 1.0):
-            raise MediaError(f"cut short: the header promises {promised:.2f} s, {end:.2f} s are there")
+            raise MediaError(
+                f"cut short: the header promises {promised:.2f} s, {end:.2f} s are there", RejectKind.CUT_SHORT
+            )
     pixels = np.ascontiguousarray(np.rot90(frames.done(), turn, (1, 2)))
     return Clip(pixels, frames.fps, _aligned(blocks, heard_from - first), end, width if turn % 2 else height)
 

@@ -70,17 +70,17 @@ class Template:
         def marked(value: Any) -> Any:
             """A part of a call or a tool: within JSON the special tokens alone are cut out."""
             if isinstance(value, str):
-                return re.sub("|".join(map(re.escape, special)), lambda found: mark(found[0]), value)
+                return re.sub("|".join(map(re.escape, special)), lambda match: mark(match[0]), value)
             if isinstance(value, dict):
                 return {marked(key): marked(inner) for key, inner in value.items()}
             return [marked(inner) for inner in value] if isinstance(value, list) else value
 
-        said = []
+        marked_messages = []
         for message in messages:
             rest = {key: value for key, value in message.items() if key not in ("role", "content")}
-            said.append({"role": message["role"], "content": mark(message["content"]), **marked(rest)})
+            marked_messages.append({"role": message["role"], "content": mark(message["content"]), **marked(rest)})
         contents = list(spelt)
-        text, ids = self.render(said, reply, marked(tools)), list[int]()
+        text, ids = self.render(marked_messages, reply, marked(tools)), list[int]()
         if any(place not in text for place in contents if spelt[place]):
             raise PlaitError("This model's chat template leaves out a message. Write the conversation otherwise.")
         for piece in re.split(f"({'|'.join(map(re.escape, spelt))})", text):

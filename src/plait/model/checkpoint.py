@@ -318,9 +318,9 @@ def model_card(checkpoint: Checkpoint) -> str:
     counts = checkpoint.model.parameter_count()
     parts = "\n".join(f"| {name} | {count:,} |" for name, count in counts.items())
     facts = "\n".join(f"* {name}: {value}" for name, value in training.items())
-    made = "Made by `plait train` from its owner's files; nothing else was used."
+    provenance = "Made by `plait train` from its owner's files; nothing else was used."
     if name := training.get("init_from"):
-        made = f"Made by `plait train` from its owner's files, going on from `{name}`, whose licence applies."
+        provenance = f"Made by `plait train` from its owner's files, going on from `{name}`, whose licence applies."
     encoders = {
         name: f"`{settings['encoder']}`, {'frozen' if settings['freeze'] else 'trained further'}"
         for name, settings in config.modalities.items()
@@ -328,13 +328,15 @@ def model_card(checkpoint: Checkpoint) -> str:
     }
     if encoders:
         named = "; ".join(f"{name}: {encoder}" for name, encoder in encoders.items())
-        made = f"Made by `plait train` from its owner's files and pretrained encoders ({named}), whose licences apply."
+        provenance = (
+            f"Made by `plait train` from its owner's files and pretrained encoders ({named}), whose licences apply."
+        )
     return f"""---
 library_name: plait
 ---
 # A Plait model
 
-Reads and writes the columns {columns}. {made}
+Reads and writes the columns {columns}. {provenance}
 
 | part | parameters |
 | --- | ---: |

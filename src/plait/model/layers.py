@@ -91,7 +91,7 @@ def plain_frequencies(theta: float, width: int) -> Tensor:
 
 
 def rotary(positions: Tensor, frequencies: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines (B, L, 1, E) of positions (B, L), for `rotate`, which then scales as it turns.
+    """Cosines and signed sines (B, L, 1, E) of positions (B, L), for `rotate`, which then scales as it rotates.
     `frequencies` are (E / 2,), or of each row (B, 1, 1, E / 2)."""
     angle = positions[..., None, None].float() * frequencies
     cos, sin = angle.cos(), angle.sin()
@@ -100,19 +100,21 @@ def rotary(positions: Tensor, frequencies: Tensor, scale: float = 1.0) -> tuple[
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    (a, b), turn, (back, on) = x.float().chunk(2, -1), cos.chunk(2, -1)[0], sin.chunk(2, -1)
-    return torch.cat((a * turn + b * back, b * turn + a * on), -1).to(x.dtype)  # halves: compilers shuffle slowly
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    (a, b), cos_half, (back, on) = x.float().chunk(2, -1), cos.chunk(2, -1)[0], sin.chunk(2, -1)
+    return torch.cat((a * cos_half + b * back, b * cos_half + a * on), -1).to(
+        x.dtype
+    )  # halves: compilers shuffle slowly
 
 
-def _turn_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`_turn` in the precision of x, in fewer passes over memory."""
+def _rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`_rotated` in the precision of x, in fewer passes over memory."""
     (a, b), cos, sin = x.chunk(2, -1), cos.to(x.dtype).chunk(2, -1)[0], sin.to(x.dtype).chunk(2, -1)[1]
-    turned = torch.empty_like(x)
-    first, second = turned.chunk(2, -1)
+    rotated = torch.empty_like(x)
+    first, second = rotated.chunk(2, -1)
     torch.mul(a, cos, out=first).addcmul_(b, sin, value=-1)
     torch.mul(b, cos, out=second).addcmul_(a, sin)
-    return turned
+    return rotated
 
 
 class _Rotate(torch.autograd.Function):
@@ -121,17 +123,17 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn_halves(x, cos, sin)
+        return _rotate_halves(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn_halves(grad, cos, -sin), None, None
+        return _rotate_halves(grad, cos, -sin), None, None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions on (B, L, N, E), with what `rotary` gives (Su et al., 2021)."""
-    return cast(Tensor, _Rotate.apply(x, cos, sin)) if use_manual_backward(x) else _turn(x, cos, sin)
+    return cast(Tensor, _Rotate.apply(x, cos, sin)) if use_manual_backward(x) else _rotated(x, cos, sin)
 
 
 def use_math_attention(device: torch.device, length: int, total: int) -> bool:

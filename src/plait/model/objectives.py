@@ -2,14 +2,14 @@
 
 A new loss of tokens is a class below `TokenLoss`, one of pairs a class below `PairLoss` and an entry in `PAIR_LOSSES`
 under the name that `model.contrastive` of a recipe has. The scalars that a loss learns, such as a temperature, belong
-to the model, which registers them by name.
+to the model, which registers them by name. Why these are two interfaces: decision 85.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -132,3 +132,12 @@ class SigmoidLoss(PairLoss):
 
 
 PAIR_LOSSES: dict[str, PairLoss] = {"softmax": InfoNCE(), "sigmoid": SigmoidLoss()}
+
+
+def pair_loss_of(parameters: Collection[str]) -> PairLoss:
+    """The loss that a network was trained with, told by the scalars among the names of its parameters: of those that
+    it has all scalars of, the loss with the most. Raises ValueError where it has those of none."""
+    known = [loss for loss in PAIR_LOSSES.values() if set(loss.scalars) <= set(parameters)]
+    if not known:
+        raise ValueError("the network has the scalars of no loss of pairs")
+    return max(known, key=lambda loss: len(loss.scalars))

@@ -91,14 +91,14 @@ class TransformerConfig(BaseModel):
 
     @property
     def rotary_scale(self) -> float:
-        """What turned queries and keys are multiplied by, each: the attention factor of YaRN and LongRoPE."""
+        """What rotated queries and keys are multiplied by, each: the attention factor of YaRN and LongRoPE."""
         factor = (self.rope_scaling or {}).get("attention_factor", 1.0)
         assert isinstance(factor, int | float)
         return float(factor)
 
     @property
     def trained_length(self) -> int | None:
-        """Under LongRoPE, the length up to which a sequence is turned by the short factors; else None."""
+        """Under LongRoPE, the length up to which a sequence is rotated by the short factors; else None."""
         scaling = self.rope_scaling
         if scaling is None or scaling["rope_type"] != "longrope":
             return None
@@ -128,19 +128,19 @@ def rotary_frequencies(config: TransformerConfig, long: bool = False) -> Tensor:
         return _yarn(config, frequency, factor, scaling)
     low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
     trained = float(scaling["original_max_position_embeddings"])
-    turns = trained * frequency / (2 * math.pi)
-    blend = ((turns - low) / (high - low)).clamp(0, 1)
+    rotations = trained * frequency / (2 * math.pi)
+    blend = ((rotations - low) / (high - low)).clamp(0, 1)
     return frequency * (blend + (1 - blend) / factor)
 
 
 def _yarn(config: TransformerConfig, frequency: Tensor, factor: float, scaling: dict[str, float | int | str]) -> Tensor:
-    """Frequencies that turn often within the trained length stay, rare ones are divided by the factor, those between
+    """Frequencies that rotate often within the trained length stay, rare ones are divided by the factor, those between
     are blended by their place (Peng, Quesnelle, Fan and Shippole, "YaRN", 2023)."""
     trained, last = float(scaling["original_max_position_embeddings"]), config.head_width - 1
 
-    def place(turns: float) -> float:
-        """Of the frequency that makes so many turns in the trained length."""
-        return config.head_width * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+    def place(rotations: float) -> float:
+        """Of the frequency that makes so many rotations in the trained length."""
+        return config.head_width * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
     low, high = place(float(scaling["beta_fast"])), place(float(scaling["beta_slow"]))
     if scaling["truncate"]:
@@ -164,7 +164,7 @@ class KVCache:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
-        self.long = torch.zeros(rows, dtype=torch.bool, device=device)  # turned by LongRoPE's long factors
+        self.long = torch.zeros(rows, dtype=torch.bool, device=device)  # rotated by LongRoPE's long factors
 
     @property
     def capacity(self) -> int:
@@ -211,8 +211,9 @@ class View:
             self.mask = (seen <= self.positions[..., None])[:, None]  # (B, 1, L, total)
 
     def long_rows(self, trained: int) -> Tensor:
-        """(B,), which rows LongRoPE turns by its long factors: those whose first input was longer than `trained`. Their
-        keys are kept turned, so that a row stays what it began as."""
+        """(B,), which rows LongRoPE rotates by its long factors: those whose first input was longer than `trained`.
+        Their
+        keys are kept rotated, so that a row stays what it began as."""
         begun = self.cache.lengths[self.rows] > 0
         self.cache.long[self.rows] = torch.where(begun, self.cache.long[self.rows], self.new_lengths > trained)
         return self.cache.long[self.rows]
@@ -377,7 +378,7 @@ class Transformer(nn.Module):
                 nn.init.zeros_(parameter)
 
     def set_frequencies(self) -> None:
-        """Compute what rotary positions turn by; it follows from the configuration and is no weight."""
+        """Compute the frequencies of rotary positions; they follow from the configuration and are no weights."""
         config = self.config
         self.register_buffer("frequencies", rotary_frequencies(config), persistent=False)
         if config.trained_length is not None:
@@ -386,7 +387,7 @@ class Transformer(nn.Module):
             local = plain_frequencies(config.local_rope_theta, config.head_width)
             self.register_buffer("local_frequencies", local, persistent=False)
 
-    def _turns(self, positions: Tensor, view: View | None) -> dict[LayerType, tuple[Tensor, Tensor]]:
+    def _rotations(self, positions: Tensor, view: View | None) -> dict[LayerType, tuple[Tensor, Tensor]]:
         """Cosines and sines for positions (B, L), by the type of layer."""
         config, frequencies = self.config, self.frequencies
         if config.trained_length is not None:
@@ -453,13 +454,13 @@ class Transformer(nn.Module):
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]
         config = self.config
-        turns: dict[LayerType, tuple[Tensor, Tensor]] = {}
+        rotations: dict[LayerType, tuple[Tensor, Tensor]] = {}
         if config.embed_scale != 1.0:
             x = x * config.embed_scale
         if config.position == "learned":
             x = x + self.positions[positions.clamp(max=config.max_length - 1)]
         else:
-            turns = self._turns(positions, view)
+            rotations = self._rotations(positions, view)
         x = dropout(x, config.dropout, self.training)
         masks = self._masks(x, positions, mask, view)
         with halved_activations(*x.shape) if self.halves_saved and torch.is_grad_enabled() else nullcontext():
@@ -467,8 +468,8 @@ class Transformer(nn.Module):
                 if view is not None:
                     view.layer = layer
                 kind = config.layer_type(layer)
-                turn = None if layer in config.layers_without_rotary else turns.get(kind)
-                x = block(x, turn, masks[kind], view)
+                rotation = None if layer in config.layers_without_rotary else rotations.get(kind)
+                x = block(x, rotation, masks[kind], view)
         if view is not None:
             view.finish()
         return add_and_norm(x, None, self.final_norm)[1]

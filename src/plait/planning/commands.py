@@ -59,18 +59,18 @@ def plan(
     """
     from plait.planning.api import plan as make_plan
 
-    made = make_plan(
+    planned = make_plan(
         source, preset=preset, gpu=gpu, gpus=gpus, price=price, data_tokens=data_tokens, utilisation=utilisation,
         tflops=tflops, batch=batch, length=length, layout=layout, activation_checkpointing=activation_checkpointing,
         lora=lora, budget=budget, failures=failures, mtbf=mtbf, machines=machines, interruptions=interruptions,
         in_days=in_days, save_seconds=save_seconds, restart_minutes=restart_minutes, every=every, seed=seed,
     )  # fmt: skip
     if as_json:
-        out.print_json(data=made.to_dict())
+        out.print_json(data=planned.to_dict())
         return
-    for warning in made.warnings:
+    for warning in planned.warnings:
         err.print(f"[yellow]Note:[/yellow] {plain(warning)}")
-    for sheet in made.sheets():
+    for sheet in planned.sheets():
         out.print(f"\n[bold]{plain(sheet.title)}[/bold]")
         table = Table(*sheet.heads, box=None, show_header=bool(sheet.heads), header_style="bold")
         for row in sheet.rows:

@@ -154,10 +154,14 @@ def _run(network: Network, options: Options, length: int, tokens: float | None, 
     """FLOPs of the run, and its time, energy and cost at the stated utilisation."""
     if options.utilisation is not None and options.tflops is not None:
         raise PlaitError("State the utilisation once: --utilisation or --tflops.")
-    by_rule, whole = (network.flops_a_token(length, attention) for attention in (False, True))
+    by_rule, with_attention = (network.flops_a_token(length, attention) for attention in (False, True))
     each = 6 if network.lora is None else 4
     rule = f"{each} N"
-    run: dict[str, Any] = {"tokens": tokens, f"FLOPs a token, {rule}": by_rule, "FLOPs a token, with attention": whole}
+    run: dict[str, Any] = {
+        "tokens": tokens,
+        f"FLOPs a token, {rule}": by_rule,
+        "FLOPs a token, with attention": with_attention,
+    }
     again = 1 + 2 / each if options.activation_checkpointing == "full" else 1.0
     if options.tflops is not None:
         rate = options.tflops * 1e12 / again
@@ -176,10 +180,10 @@ def _run(network: Network, options: Options, length: int, tokens: float | None, 
     hours = by_rule * tokens / (rate * options.gpus) / 3600
     run |= {
         f"FLOPs, {rule} D": by_rule * tokens,
-        "FLOPs, with attention": whole * tokens,
+        "FLOPs, with attention": with_attention * tokens,
         "expected loss": expected_loss(network.parameters, tokens),
         "days": hours / 24,
-        "days, with attention": hours / 24 * whole / by_rule,
+        "days, with attention": hours / 24 * with_attention / by_rule,
         "device hours": hours * options.gpus,
     }
     if network.lora is not None:  # the law is of training from nothing

@@ -124,8 +124,8 @@ class _Live(TorchDispatchMode):
         self.known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
                 key, size = storage._cdata, storage.nbytes()
@@ -134,7 +134,7 @@ class _Live(TorchDispatchMode):
                     self.now += size
                     self.most = max(self.most, self.now)
                     weakref.finalize(storage, self._gone, key, size)
-        return made
+        return output
 
     def _gone(self, key: int, size: int) -> None:
         self.known.discard(key)
@@ -203,11 +203,11 @@ def _traced(
         with device.autocast():
             hidden = model(placed).flatten(0, 1)
             # What `token_losses` does, with the places counted here: a tensor without memory cannot say which they are.
-            wanted = placed.targets.flatten()
+            target_ids = placed.targets.flatten()
             count = torch.arange(targets)
             states = hidden[count][count]
             rows = model.output_embedding.of_type("text").to(states.dtype)
-            loss = negative_log_likelihood(states, rows, wanted[:targets]).sum()
+            loss = negative_log_likelihood(states, rows, target_ids[:targets]).sum()
         loss.backward()
         peak = live.most
     return float(peak + 8 * sum(sizes))  # and the optimizer's two moments

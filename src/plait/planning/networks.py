@@ -211,8 +211,8 @@ def network(source: str) -> Network:
     if (path / "checkpoints").is_dir():
         path = path / "checkpoints" / ("best" if (path / "checkpoints" / "best").exists() else "last")
     if (path / "config.json").is_file():
-        ours = (path / "manifest.json").is_file()
-        return Network(path.resolve().name, _imported(path), pretrained=not ours)
+        is_plait = (path / "manifest.json").is_file()
+        return Network(path.resolve().name, _imported(path), pretrained=not is_plait)
     if path.suffix == ".gguf" and path.is_file():
         described = imported(GGUF(path).config(), path)
         config = _text_only(described.backbone, described.size, described.tied)

@@ -13,7 +13,8 @@ from plait.core.files import read_json
 from plait.core.system import available_memory
 from plait.hf.catalogue import LocalModel, models
 from plait.inference.memory import BESIDE, BYTES
-from plait.kernels.linear import STORAGES, PackedLinear
+from plait.kernels.linear import PackedLinear
+from plait.kernels.quantisation import STORAGES
 from plait.planning.networks import Network
 
 SIDE = 6144  # of the matrix that stands for a model's: larger than the processor's caches, in int8 too
@@ -67,8 +68,8 @@ def encoder_plan(source: str) -> dict[str, Any] | None:
     folder = Path(source).expanduser()
     if not (folder / "config.json").is_file() or read_json(folder / "config.json").get("model_type") == "plait":
         return None
-    found = [one for one in models([folder], cache=False) if one.folder == folder and not one.writes]
-    return _facts(found[0]) if found else None
+    matching = [one for one in models([folder], cache=False) if one.folder == folder and not one.writes]
+    return _facts(matching[0]) if matching else None
 
 
 def _facts(model: LocalModel) -> dict[str, Any]:

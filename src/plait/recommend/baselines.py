@@ -48,11 +48,11 @@ class Follows:
 
     def scores(self, history: np.ndarray) -> np.ndarray:
         """(count,) for a history, oldest first."""
-        found = np.zeros(self.count)
+        scores = np.zeros(self.count)
         for gap, item in enumerate(history[::-1][:WINDOW], 1):
-            some = slice(self.starts[item], self.starts[item + 1])
-            found[self.after[some]] += np.exp(-gap / DECAY) * self.weight[some]
-        return found
+            followers = slice(self.starts[item], self.starts[item + 1])
+            scores[self.after[followers]] += np.exp(-gap / DECAY) * self.weight[followers]
+        return scores
 
 
 class Neighbours:

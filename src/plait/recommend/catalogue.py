@@ -114,22 +114,22 @@ class Catalogue:
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
-        found: dict[str, int] = {}
+        by_name: dict[str, int] = {}
         for number, item in enumerate(self.items):
-            found[item.id] = number
+            by_name[item.id] = number
         for spelling in (Item.named, Item.dated):  # an id goes before a title, and that before a title with its year
             for number, item in enumerate(self.items):
                 if title := spelling(item):
-                    found.setdefault(title, number)
-                    found.setdefault(_plain(title), number)
+                    by_name.setdefault(title, number)
+                    by_name.setdefault(_plain(title), number)
         undated: dict[str, list[int]] = {}
         for number, item in enumerate(self.items):
             if item.title and (short := _YEAR.sub("", item.title)) != item.title:
                 undated.setdefault(_plain(short), []).append(number)
         for title, numbers in undated.items():
             if len(numbers) == 1:
-                found.setdefault(title, numbers[0])
-        return found
+                by_name.setdefault(title, numbers[0])
+        return by_name
 
     def find(self, name: str) -> int | None:
         """The number of the item of an id or a title, in any case, with its year or, where that is clear, without;
@@ -149,8 +149,8 @@ class Catalogue:
         plain_text = _plain(text)
         inside = [number for plain, number in self._titles.items() if plain_text and plain_text in plain]
         near = difflib.get_close_matches(plain_text, self._titles, n=3, cutoff=0.5) if len(inside) < count else []
-        found = [*sorted(inside, key=lambda i: len(self.name(i)))[:count], *(self._titles[plain] for plain in near)]
-        return list(dict.fromkeys(found))[:count]
+        titles = [*sorted(inside, key=lambda i: len(self.name(i)))[:count], *(self._titles[plain] for plain in near)]
+        return list(dict.fromkeys(titles))[:count]
 
     @cached_property
     def _titles(self) -> dict[str, int]:
@@ -170,7 +170,7 @@ class Catalogue:
         """
         if not isinstance(names, str):
             return [self.number(str(name)) for name in names]
-        pieces, found = names.split(","), []
+        pieces, numbers = names.split(","), []
         while pieces:
             if not pieces[0].strip():
                 pieces.pop(0)
@@ -178,14 +178,14 @@ class Catalogue:
             for count in range(len(pieces), 0, -1):
                 number = self.find(",".join(pieces[:count]))
                 if number is not None:
-                    found.append(number)
+                    numbers.append(number)
                     del pieces[:count]
                     break
             else:
-                whole = (",".join(pieces[:count]) for count in range(min(len(pieces), 4), 0, -1))
-                near = (name for name in whole if difflib.get_close_matches(_plain(name), self._titles, 1, 0.8))
+                longer_names = (",".join(pieces[:count]) for count in range(min(len(pieces), 4), 0, -1))
+                near = (name for name in longer_names if difflib.get_close_matches(_plain(name), self._titles, 1, 0.8))
                 self.number(next(near, pieces[0]))
-        return found
+        return numbers
 
     # --- conditions -------------------------------------------------------------------------------------------
 
@@ -196,19 +196,19 @@ class Catalogue:
         PlaitError where the condition is not one, calls a function that is not in FUNCTIONS, or takes too long.
         """
         matching = np.zeros(len(self), bool)
-        asked = _Condition(max(_STEPS, 200 * len(self)))
+        guard = _Condition(max(_STEPS, 200 * len(self)))
         try:
             with self._lock:
-                self._database.set_authorizer(asked.judge)
-                self._database.set_progress_handler(asked.spend, asked.INTERVAL)
+                self._database.set_authorizer(guard.judge)
+                self._database.set_progress_handler(guard.spend, guard.INTERVAL)
                 for (number,) in self._database.execute(f"SELECT number FROM items WHERE ({condition}\n)"):
                     matching[number] = True
         except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
-            if asked.interrupted is not None:
-                raise asked.interrupted from None
+            if guard.interrupted is not None:
+                raise guard.interrupted from None
             known = ", ".join(["id", "title", "text", "categories", *self.columns])
             raise PlaitError(
-                f"The condition '{condition[:200]}' cannot be used: {asked.reason or error}. Write it as in SQL, for "
+                f"The condition '{condition[:200]}' cannot be used: {guard.reason or error}. Write it as in SQL, for "
                 f"example \"categories like '%Comedy%'\"; the columns are {known}."
             ) from None
         return matching
@@ -300,8 +300,8 @@ class Images:
             return None
         group = int(np.searchsorted(self._starts, place, side="right")) - 1
         column = self._file.read_row_group(group, columns=["image"])["image"]
-        found: bytes | None = column[place - int(self._starts[group])].as_py()
-        return found
+        image: bytes | None = column[place - int(self._starts[group])].as_py()
+        return image
 
 
 def _plain(text: str) -> str:

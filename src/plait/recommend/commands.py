@@ -104,10 +104,10 @@ def recommend(
         return
     if loaded.all_new(loaded.history(history, user)):
         err.print("[yellow]Note:[/yellow] All items of this history are new: what they are alone counts.")
-    found = loaded.recommend(
+    recommendations = loaded.recommend(
         history, user=user, k=k, exclude_seen=exclude_seen, where=where, diversity=diversity, why=why
     )
-    _show(found, "probability", as_json)
+    _show(recommendations, "probability", as_json)
 
 
 @app.command()

@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Any
 
 from plait.core.errors import PlaitError
+from plait.core.rejects import Reason, RejectKind
 from plait.data.files import DAMAGED, TABLE_SUFFIXES, Tree, suffix_of
 from plait.data.record import Rejected, text_fault
 from plait.data.stores import open_binary, raise_if_passing, read_bytes
@@ -67,15 +68,15 @@ def find(tree: Tree, recipe: ItemsRecipe | None) -> tuple[str, str | None] | Non
     if first is None and recipe is not None:
         lines = [name for name in tree.files if name != second and _is_lines(tree, name)]
         tables = [name for name in tree.files if name != second and _is_interactions(tree, name, wish)]
-        found = tables or lines
-        if len(found) != 1:
-            shown = ", ".join(list(found or tree.files)[:8])
+        choices = tables or lines
+        if len(choices) != 1:
+            shown = ", ".join(list(choices or tree.files)[:8])
             raise PlaitError(
-                f"{tree.root} has {'several tables' if found else 'no table'} of interactions ({shown}). Name it in "
+                f"{tree.root} has {'several tables' if choices else 'no table'} of interactions ({shown}). Name it in "
                 "the recipe: data.items.interactions. It needs a user and an item in each row, or plain lines "
                 "'user item' in order of time."
             )
-        first = found[0]
+        first = choices[0]
     if first is None:
         return None
     if second is None and recipe is not None and recipe.items is None:
@@ -84,20 +85,20 @@ def find(tree: Tree, recipe: ItemsRecipe | None) -> tuple[str, str | None] | Non
     return first, second
 
 
-def _named(tree: Tree, wanted: str) -> str:
-    if wanted in tree.files:
-        return wanted
-    inside = [name for name in tree.files if name.rpartition("/")[2] == wanted]
+def _named(tree: Tree, file_name: str) -> str:
+    if file_name in tree.files:
+        return file_name
+    inside = [name for name in tree.files if name.rpartition("/")[2] == file_name]
     if len(inside) == 1:
         return inside[0]
     raise PlaitError(
-        f"{tree.root} has no file '{wanted}', which the recipe names. It has {', '.join(tree.files)[:300]}."
+        f"{tree.root} has no file '{file_name}', which the recipe names. It has {', '.join(tree.files)[:300]}."
     )
 
 
 def _only(tree: Tree, pattern: re.Pattern[str]) -> str | None:
-    found = [name for name in tree.files if pattern.fullmatch(name.rpartition("/")[2])]
-    return found[0] if len(found) == 1 else None
+    matching = [name for name in tree.files if pattern.fullmatch(name.rpartition("/")[2])]
+    return matching[0] if len(matching) == 1 else None
 
 
 def _heads(tree: Tree, name: str) -> list[str]:
@@ -110,7 +111,7 @@ def _rows_there(tree: Tree, name: str) -> list[str]:
     """`_heads` of a table that is to be used. Raises PlaitError where no row of it can be read."""
     heads = _heads(tree, name)
     if not heads:
-        why = next((f": {row}" for _, row in rows(tree, name) if isinstance(row, str)), "")
+        why = next((f": {row}" for _, row in rows(tree, name) if isinstance(row, Reason)), "")
         raise PlaitError(f"{name} has no rows{why}. It needs a line of column names, and rows below it.")
     return heads
 
@@ -208,8 +209,8 @@ def _layout(lines: list[str], mark: str | None, recipe: ItemsRecipe) -> Layout:
     width, count = widths.most_common(1)[0]
     if _named_cells(rows[0]) and len(rows[0]) == width:
         place = {role: _columns(rows[0], role, recipe) for role in ("user", "item", "time", "weight")}
-        found = {role: rows[0].index(names[0]) for role, names in place.items() if names and names[0] in rows[0]}
-        return Layout(width, headed=True, **found)
+        columns = {role: rows[0].index(names[0]) for role, names in place.items() if names and names[0] in rows[0]}
+        return Layout(width, headed=True, **columns)
     if width not in (2, 3, 4) or count < _MOST * len(rows):
         return Layout(None)
     alike = [row for row in rows if len(row) == width]
@@ -252,16 +253,20 @@ def read_interactions(tree: Tree, name: str, recipe: ItemsRecipe) -> Iterator[In
         cells = _cells(line, mark)
         if layout.width is None:  # a user, and all items in order
             if len(cells) < 2:
-                yield Rejected(name, number, "a user without items")
+                yield Rejected(name, number, Reason(RejectKind.NO_VALUE, "a user without items"))
             for item in cells[1:]:
                 yield _interaction(name, number, cells[0], item, None, None)
             continue
         if len(cells) != layout.width:
-            yield Rejected(name, number, f"{len(cells)} cells, where the other lines have {layout.width}")
+            yield Rejected(
+                name,
+                number,
+                Reason(RejectKind.BAD_ROW, f"{len(cells)} cells, where the other lines have {layout.width}"),
+            )
             continue
         time, weight = (None if n is None else cells[n] for n in (layout.time, layout.weight))
         if time == "":
-            yield Rejected(name, number, "no time, where other rows have one")
+            yield Rejected(name, number, Reason(RejectKind.NO_VALUE, "no time, where other rows have one"))
             continue
         yield _interaction(name, number, cells[layout.user], cells[layout.item], time, weight)
 
@@ -290,12 +295,12 @@ def _from_table(tree: Tree, name: str, recipe: ItemsRecipe) -> Iterator[Interact
                 f"are {', '.join(dict.fromkeys(heads))}."
             )
     for line, row in rows(tree, name):
-        if isinstance(row, str):
+        if isinstance(row, Reason):
             yield Rejected(name, line, row)
             continue
         cell = {role: row.get(names[0]) if names else None for role, names in by_role.items()}
         if by_role["time"] and cell["time"] in (None, ""):
-            yield Rejected(name, line, "no time, where other rows have one")
+            yield Rejected(name, line, Reason(RejectKind.NO_VALUE, "no time, where other rows have one"))
             continue
         yield _interaction(name, line, cell["user"], cell["item"], cell["time"], cell["weight"])
 
@@ -303,18 +308,22 @@ def _from_table(tree: Tree, name: str, recipe: ItemsRecipe) -> Iterator[Interact
 def _interaction(name: str, line: int, user: Any, item: Any, time: Any, weight: Any) -> Interaction | Rejected:
     for role, value in (("user", user), ("item", item)):
         if value is None or str(value).strip() == "" or (isinstance(value, float) and not math.isfinite(value)):
-            return Rejected(name, line, f"no {role}")
+            return Rejected(name, line, Reason(RejectKind.NO_VALUE, f"no {role}"))
     moment = None
     if time is not None:
         moment = _time(time)
         if moment is None:
-            return Rejected(name, line, f"'{str(time)[:40]}' is no time: write seconds since 1970, or 2026-11-24")
+            return Rejected(
+                name,
+                line,
+                Reason(RejectKind.BAD_VALUE, f"'{str(time)[:40]}' is no time: write seconds since 1970, or 2026-11-24"),
+            )
     size = None
     if weight not in (None, ""):
         try:
             size = float(weight)
         except (TypeError, ValueError):
-            return Rejected(name, line, f"'{str(weight)[:40]}' is no weight")
+            return Rejected(name, line, Reason(RejectKind.BAD_VALUE, f"'{str(weight)[:40]}' is no weight"))
     return Interaction(_id(user), _id(item), moment, size)
 
 
@@ -364,7 +373,14 @@ def read_items(tree: Tree, name: str, recipe: ItemsRecipe) -> Iterator[tuple[int
         if name.rpartition("/")[2].startswith("u.item"):
             cells = line.split("|")
             if len(cells) < 6 or len(cells) - 5 > len(names):
-                yield number, Rejected(name, number, f"{len(cells)} cells; a row of u.item has {len(names) + 5}")
+                yield (
+                    number,
+                    Rejected(
+                        name,
+                        number,
+                        Reason(RejectKind.BAD_ROW, f"{len(cells)} cells; a row of u.item has {len(names) + 5}"),
+                    ),
+                )
                 continue
             flags = zip(names, cells[5:], strict=False)
             categories = [genre for genre, flag in flags if flag == "1" and genre != "unknown"]
@@ -372,7 +388,7 @@ def read_items(tree: Tree, name: str, recipe: ItemsRecipe) -> Iterator[tuple[int
         else:
             cells = line.split("::")
             if len(cells) < 2:
-                yield number, Rejected(name, number, "not a row 'id::title::categories'")
+                yield number, Rejected(name, number, Reason(RejectKind.BAD_ROW, "not a row 'id::title::categories'"))
                 continue
             item = Item(cells[0], cells[1] or None, None, _several(cells[2]) if len(cells) > 2 else [])
         yield number, _dated(item)
@@ -391,12 +407,12 @@ def _items_of_table(tree: Tree, name: str, recipe: ItemsRecipe) -> Iterator[tupl
         )
     taken = {column for names in by_role.values() for column in names}
     for line, row in rows(tree, name):
-        if isinstance(row, str):
+        if isinstance(row, Reason):
             yield line, Rejected(name, line, row)
             continue
         cell = {role: [row.get(column) for column in names] for role, names in by_role.items()}
         if cell["id"][0] in (None, ""):
-            yield line, Rejected(name, line, "the item's id is empty")
+            yield line, Rejected(name, line, Reason(RejectKind.NO_VALUE, "the item's id is empty"))
             continue
         item = Item(
             _id(cell["id"][0]),
@@ -410,7 +426,10 @@ def _items_of_table(tree: Tree, name: str, recipe: ItemsRecipe) -> Iterator[tupl
             if cell[role] and cell[role][0] not in (None, "") and fault is None:
                 data = _medium(tree, name, cell[role][0], kind)
                 if isinstance(data, Rejected):  # what else is known of the item is worth keeping
-                    yield line, Rejected(name, line, f"{data.reason}; the item is kept without its {role}")
+                    yield (
+                        line,
+                        Rejected(name, line, Reason(data.kind, f"{data.reason}; the item is kept without its {role}")),
+                    )
                 else:
                     setattr(item, role, data)
         yield line, Rejected(name, line, fault) if fault else _dated(item)
@@ -456,5 +475,5 @@ def _medium(tree: Tree, table: str, value: Any, kind: str) -> bytes | Rejected:
     try:
         MEDIA[kind].check(data)
     except MediaError as error:
-        return Rejected(table, None, str(error))
+        return Rejected(table, None, error.reason)
     return data

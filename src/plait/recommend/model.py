@@ -13,6 +13,7 @@ import torch
 
 from plait.core.errors import PlaitError
 from plait.core.files import publish_folder, read_json
+from plait.core.rejects import Reason, RejectKind
 from plait.data.dataset import Dataset
 from plait.data.files import scan
 from plait.data.record import Record, Rejected
@@ -182,14 +183,16 @@ class RecommendationModel(PlaitModel):
             nearest = np.maximum(nearest, rows @ rows[best])
         return np.array(chosen)
 
-    def _reasons(self, places: np.ndarray, chosen: np.ndarray, whole: np.ndarray) -> list[list[tuple[str, float]]]:
+    def _reasons(
+        self, places: np.ndarray, chosen: np.ndarray, full_scores: np.ndarray
+    ) -> list[list[tuple[str, float]]]:
         """For each chosen item, those of the history whose absence costs it most, each left out by itself."""
         read = places[-self.checkpoint.model.config.backbone.max_length :]
         distinct = list(dict.fromkeys(read.tolist()))
         if len(distinct) < 2:
             return [[] for _ in chosen]
         without = self._next.of([read[read != item] for item in distinct], chosen)
-        lost = whole - without  # (distinct, chosen)
+        lost = full_scores - without  # (distinct, chosen)
         reasons = []
         for column in lost.T:
             order = np.argsort(-column, kind="stable")[:REASONS]
@@ -243,11 +246,11 @@ class RecommendationModel(PlaitModel):
     def _of_user(self, user: str) -> np.ndarray:
         histories, numbers, users = self._histories
         if user not in users:
-            some = ", ".join(histories.users[:3])
-            raise PlaitError(f"There is no user '{user}' in the run's data. It has {len(users):,}, such as {some}.")
+            examples = ", ".join(histories.users[:3])
+            raise PlaitError(f"There is no user '{user}' in the run's data. It has {len(users):,}, such as {examples}.")
         place = users[user]
-        found = np.array(numbers)[histories.items[histories.starts[place] : histories.starts[place + 1]]]
-        return found[found >= 0].astype(np.int64)
+        numbers_known = np.array(numbers)[histories.items[histories.starts[place] : histories.starts[place + 1]]]
+        return numbers_known[numbers_known >= 0].astype(np.int64)
 
     # --- new items --------------------------------------------------------------------------------------------
 
@@ -256,14 +259,16 @@ class RecommendationModel(PlaitModel):
         are places them. Returns the rows that could not be used; raises PlaitError where none could."""
         refused: list[Rejected] = []
         if isinstance(items, list):
-            found = items
+            new_items = items
         else:
-            found, refused = _read(Path(items))
+            new_items, refused = _read(Path(items))
         known = {item.id for item in self.catalogue.items}
         fresh: list[Known] = []
-        for item in found:
+        for item in new_items:
             if item.id in known:
-                refused.append(Rejected(str(items), None, f"the item '{item.id}' is known already"))
+                refused.append(
+                    Rejected(str(items), None, Reason(RejectKind.DUPLICATE, f"the item '{item.id}' is known already"))
+                )
                 continue
             known.add(item.id)
             fresh.append(item)
@@ -297,10 +302,10 @@ class RecommendationModel(PlaitModel):
         def more(temporary: Path) -> None:
             catalogue.write(temporary / CATALOGUE_FILE.name)  # images and audio clips of what joined are nowhere else
 
-        whole = replace(self.checkpoint, training={**self.checkpoint.training, "grown": grown})
-        name = folder_name(whole.training.get("step", 0))
+        checkpoint = replace(self.checkpoint, training={**self.checkpoint.training, "grown": grown})
+        name = folder_name(checkpoint.training.get("step", 0))
         with publish_folder(folder) as temporary:
-            checkpoints.save(whole, temporary / "checkpoints" / name, more=more)
+            checkpoints.save(checkpoint, temporary / "checkpoints" / name, more=more)
             for link in ("best", "last"):
                 point(temporary / "checkpoints" / link, name)
             if self._run is not None:
@@ -329,7 +334,9 @@ def _read(path: Path) -> tuple[list[Known], list[Rejected]]:
             if isinstance(row, Rejected):
                 refused.append(row)
             elif row.id in seen:
-                refused.append(Rejected(path.name, line, f"the item '{row.id}' stands there twice"))
+                refused.append(
+                    Rejected(path.name, line, Reason(RejectKind.DUPLICATE, f"the item '{row.id}' stands there twice"))
+                )
             else:
                 seen.add(row.id)
                 items.append(row)

@@ -144,9 +144,9 @@ def ranking(model: Multimodal, device: Device, sampler: HistorySampler, most: in
         table = model.reading(items)
     for number in range(min(sampler.steps_per_epoch, -(-most // sampler.batch_size))):
         for batch in sampler.step(number).batches:
-            asked = batch.targets != IGNORE
-            rows = asked.any(1).nonzero()[:, 0]
-            places = (asked.shape[1] - 1 - asked.flip(1).int().argmax(1))[rows]
+            is_target = batch.targets != IGNORE
+            rows = is_target.any(1).nonzero()[:, 0]
+            places = (is_target.shape[1] - 1 - is_target.flip(1).int().argmax(1))[rows]
             target = batch.targets[rows, places] - base
             with device.autocast():
                 hidden = model(batch.to(device.torch), table)[rows, places]

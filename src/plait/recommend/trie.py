@@ -201,8 +201,8 @@ class NextCodes:
             states = hidden[:, :1].expand(-1, k, -1) if depth == 0 else hidden[:, 1 + (depth - 1) * k : 1 + depth * k]
             nodes = np.zeros(k, np.int64) if depth == 0 else path[depth - 1]
             chances, _ = self._among(states.flatten(0, 1), depth, np.tile(nodes, rows))
-            wanted = torch.from_numpy(np.tile(self.codes[items, depth], rows))
-            total += chances.gather(1, wanted[:, None]).view(rows, k)
+            codes = torch.from_numpy(np.tile(self.codes[items, depth], rows))
+            total += chances.gather(1, codes[:, None]).view(rows, k)
         return total.numpy()
 
     # --- searching --------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ class NextCodes:
         history, which nodes may be passed, of those behind them. A beam is right where nothing that it dropped was
         likelier than the last item found, since no item is likelier than its beginning; else it is searched again with
         a wider one."""
-        found: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0, np.int64), np.zeros(0))] * len(histories)
+        best: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0, np.int64), np.zeros(0))] * len(histories)
         left, width = list(range(len(histories))), max(FIRST, 2 * k)
         while left:
             # Wider beams are read for fewer histories at a time.
@@ -222,14 +222,14 @@ class NextCodes:
             again = []
             for start in range(0, len(left), count):
                 chunk = left[start : start + count]
-                mine = None if alive is None else [nodes[chunk] for nodes in alive]
-                answers = self._beam([histories[i] for i in chunk], width, mine)
+                chunk_nodes = None if alive is None else [nodes[chunk] for nodes in alive]
+                answers = self._beam([histories[i] for i in chunk], width, chunk_nodes)
                 for place, (items, chances, dropped) in zip(chunk, answers, strict=True):
-                    found[place] = items[:k], chances[:k]
+                    best[place] = items[:k], chances[:k]
                     if dropped > (chances[k - 1] if len(chances) >= k else -np.inf) and width < WIDEST:
                         again.append(place)
             left, width = again, min(4 * width, WIDEST)
-        return found
+        return best
 
     def _beam(
         self, histories: list[np.ndarray], width: int, alive: list[np.ndarray] | None

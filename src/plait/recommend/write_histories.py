@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from plait.core.errors import PlaitError
 from plait.core.files import sha256_file
+from plait.core.rejects import Reason, RejectKind
 from plait.core.rng import key_of, uniform
 from plait.data.dataset import VERSION, Dataset, Lengths, Manifest, Shard
 from plait.data.files import Tree
@@ -121,8 +122,8 @@ def write_histories(
     if not interactions_read:
         common = Counter(reject.reason for reject in rejects).most_common(3)
         common += [(f"weighs less than {recipe.least_weight:g}, or nothing", light)] if light else []
-        told = "; ".join(f"{reason} ({count})" for reason, count in common) or "nothing was found"
-        raise PlaitError(f"{interactions}: no interaction can be used. {told}.")
+        common_reasons = "; ".join(f"{reason} ({count})" for reason, count in common) or "nothing was found"
+        raise PlaitError(f"{interactions}: no interaction can be used. {common_reasons}.")
     if recipe.least_weight is not None:
         remarks.notes.append(f"{light:,} interactions of a weight below {recipe.least_weight:g} were left out")
     known = _items(tree, items, recipe, {row.item for row in interactions_read}, interactions, rejects, remarks)
@@ -145,7 +146,7 @@ def write_histories(
 
 
 def _items(
-    tree: Tree, table: str | None, recipe: ItemsRecipe, wanted: set[str], interactions: str, rejects: list[Rejected],
+    tree: Tree, table: str | None, recipe: ItemsRecipe, in_use: set[str], interactions: str, rejects: list[Rejected],
     remarks: Remarks,
 ) -> dict[str, Item]:  # fmt: skip
     """Id -> item: those of the table, then those that interactions alone name."""
@@ -155,27 +156,33 @@ def _items(
         remarks.notes.append(f"{table}: items")
         for line, row in read_items(tree, table, recipe):
             if isinstance(row, Rejected):
-                rejects.append(Rejected(row.file, line, row.reason))
+                rejects.append(Rejected(row.file, line, row.why))
             elif row.id in known:
                 twice += 1
-                rejects.append(Rejected(table, line, f"the item '{row.id}' stands there twice; the first row is kept"))
+                rejects.append(
+                    Rejected(
+                        table,
+                        line,
+                        Reason(RejectKind.DUPLICATE, f"the item '{row.id}' stands there twice; the first row is kept"),
+                    )
+                )
             else:
                 known[row.id] = row
         if twice:
             remarks.warnings.append(
                 f"{twice:,} rows of {table} repeat an item: the first of each is kept, see rejects.jsonl."
             )
-        shared = wanted & known.keys()
+        shared = in_use & known.keys()
         if not shared:
             raise PlaitError(
                 f"The ids of {table} and {interactions} do not match: the one has {_first_three(known)}, the other "
-                f"{_first_three(wanted)}. Name the column of ids in the recipe: data.items.columns.id or .item."
+                f"{_first_three(in_use)}. Name the column of ids in the recipe: data.items.columns.id or .item."
             )
-        if lone := sorted(wanted - shared, key=_natural):
+        if lone := sorted(in_use - shared, key=_natural):
             remarks.warnings.append(
                 f"{len(lone):,} items of {interactions} have no row in {table}, such as {_first_three(lone)}."
             )
-    for id_ in sorted(wanted - known.keys(), key=_natural):
+    for id_ in sorted(in_use - known.keys(), key=_natural):
         known[id_] = Item(id_)
     return known
 
@@ -236,19 +243,19 @@ def _counted_times(times: list[float], remarks: Remarks) -> np.ndarray:
     return np.rint(exact * scale).astype(np.int64)
 
 
-def _untested(tree: Tree, wanted: str | None, users: list[str], remarks: Remarks) -> np.ndarray:
+def _untested(tree: Tree, setting: str | None, users: list[str], remarks: Remarks) -> np.ndarray:
     """Which users (U,) a table marks as learnt from alone."""
     marks = np.zeros(len(users), bool)
-    if wanted is None:
+    if setting is None:
         return marks
-    file, _, column = wanted.rpartition(":")
+    file, _, column = setting.rpartition(":")
     file = next((name for name in tree.files if name == file or name.rpartition("/")[2] == file), "")
     if not file:
-        raise PlaitError(f"data.items.untested: {wanted} names no file of the source. Write FILE:COLUMN.")
+        raise PlaitError(f"data.items.untested: {setting} names no file of the source. Write FILE:COLUMN.")
     tree.used.add(file)
     place = {user: i for i, user in enumerate(users)}
     for line, row in rows(tree, file):
-        if isinstance(row, str):
+        if isinstance(row, Reason):
             continue
         if column not in row:
             raise PlaitError(f"data.items.untested: {file} has no column '{column}'. It has {', '.join(row)}.")
@@ -257,7 +264,7 @@ def _untested(tree: Tree, wanted: str | None, users: list[str], remarks: Remarks
             if not ids:
                 raise PlaitError(f"data.items.untested: {file}, line {line}, names no user of the interactions.")
             marks[place[ids[0]]] = True
-    remarks.notes.append(f"{int(marks.sum()):,} users are learnt from and not asked for: {wanted}")
+    remarks.notes.append(f"{int(marks.sum()):,} users are learnt from and not asked for: {setting}")
     return marks
 
 
@@ -281,9 +288,9 @@ def _split(histories: Histories, recipe: ItemsRecipe, untested: np.ndarray, cold
         remarks.splits.append("split by time: the first 80 % of all interactions train, 10 % val, the last 10 % test")
     else:
         lengths = np.diff(starts)
-        asked = (lengths >= 3) & ~untested
-        parts[starts[1:][asked] - 1] = TEST
-        parts[starts[1:][asked] - 2] = VAL
+        has_held_out = (lengths >= 3) & ~untested
+        parts[starts[1:][has_held_out] - 1] = TEST
+        parts[starts[1:][has_held_out] - 2] = VAL
         remarks.splits.append("leave one out: of each user's items the last is test, the one before it val")
         if few := int(((lengths < 3) & ~untested).sum()):
             remarks.notes.append(
@@ -311,15 +318,17 @@ def _write(
     catalogue.write(folder / "items.parquet")
     for name in tree.files:
         if name not in tree.used:
-            rejects.append(Rejected(name, None, "neither of the two tables, nor named by them"))
+            rejects.append(
+                Rejected(name, None, Reason(RejectKind.UNUSED, "neither of the two tables, nor named by them"))
+            )
     with (folder / "rejects.jsonl").open("w", encoding="utf-8", newline="\n") as file:
         for reject in rejects:
-            file.write(json.dumps(reject._asdict()) + "\n")
+            file.write(json.dumps(reject.row) + "\n")
     if rejects:
         remarks.warnings.append(f"{len(rejects):,} files or rows were not used: see rejects.jsonl.")
     remarks.notes.append(f"{len(histories):,} users, {len(catalogue):,} items, {len(histories.items):,} interactions")
     manifest = _manifest(folder, histories, catalogue, len(rejects), remarks, seed)
-    examples, reasons = _examples(histories, catalogue), Counter(reject.summary for reject in rejects)
+    examples, reasons = _examples(histories, catalogue), Counter(reject.kind for reject in rejects)
     name = str(tree.root).rstrip("/").rpartition("/")[2]
     (folder / "report.html").write_text(report(manifest, examples, reasons, name), encoding="utf-8", newline="\n")
     return manifest

@@ -88,11 +88,11 @@ class Axes:
 
     def dot(self, x: float, y: float, colour: str, filled: bool = True, title: str = "") -> None:
         """A dot at a value, with a text that shows under the pointer."""
-        told = f"<title>{escape(title)}</title>" if title else ""
+        tooltip = f"<title>{escape(title)}</title>" if title else ""
         fill = colour if filled else "none"
         self.add(
             f'<circle cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="4" fill="{fill}" stroke="{colour}" '
-            f'stroke-width="1.5">{told}</circle>'
+            f'stroke-width="1.5">{tooltip}</circle>'
         )
 
     def add(self, svg: str) -> None:
@@ -177,13 +177,13 @@ def reliability_panel(reliability: Reliability) -> Panel:
     axes.y_axis((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), "{:.1f}".format)
     for value in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
         axes.text(axes.x(value), axes.height - 18, f"{value:.1f}", "middle")
-    bins, most = len(reliability.counts), max(int(reliability.counts.max(initial=1)), 1)
+    bins, peak = len(reliability.counts), max(int(reliability.counts.max(initial=1)), 1)
     for i, (right, count) in enumerate(zip(reliability.right, reliability.counts, strict=True)):
         if count:
             left, top = axes.x(i / bins) + 1, axes.y(right)
             axes.add(
                 f'<rect x="{left:.1f}" y="{top:.1f}" width="{axes.x((i + 1) / bins) - left - 1:.1f}" '
-                f'height="{max(axes.y(0) - top, 1):.1f}" fill="var(--train)" opacity="{0.25 + 0.6 * count / most:.2f}">'
+                f'height="{max(axes.y(0) - top, 1):.1f}" fill="var(--train)" opacity="{0.25 + 0.6 * count / peak:.2f}">'
                 f"<title>{count} answers</title></rect>"
             )
     axes.line([(0.0, 0.0), (1.0, 1.0)], "line baseline")

@@ -44,8 +44,8 @@ def _item(
     if isinstance(value, str):
         return ReportItem(caption, text=value, right=right)
     modality = model.modality(column)
-    exhibit = modality.exhibit(modality.windows(value)[0])
-    return ReportItem(caption, image=exhibit.image, audio=exhibit.audio, right=right)
+    shown = modality.preview_sample(modality.windows(value)[0])
+    return ReportItem(caption, image=shown.image, audio=shown.audio, right=right)
 
 
 def review_table(review: LabelReview) -> str:

@@ -21,7 +21,8 @@ from plait.core.errors import PlaitError
 from plait.core.files import read_json, write_atomic, write_json
 from plait.core.objective import loss_column, losses_of_row
 from plait.core.pages import number, render
-from plait.data.record import summary
+from plait.core.rejects import RejectKind
+from plait.data.record import Rejected
 from plait.data.stores import location, read_place
 from plait.evaluation.findings import Confusion, Findings, GalleryKind
 from plait.evaluation.keys import Metric, Metrics
@@ -137,9 +138,9 @@ def write_report(path: Path, metrics: Metrics, findings: Findings, run: RunInfo)
         tables=_tables(metrics),
         curves=_curves(run.log),
         reliabilities=[
-            panel(found) for found in findings.reliabilities for panel in (reliability_panel, coverage_panel)
+            panel(finding) for finding in findings.reliabilities for panel in (reliability_panel, coverage_panel)
         ],
-        confusions=[_confusion(found) for found in findings.confusions],
+        confusions=[_confusion(finding) for finding in findings.confusions],
         run=run,
         reasons=_reasons(run.rejects),
         notes=[note for kind in ("warnings", "split_notes", "notes") for note in run.manifest.get(kind, [])]
@@ -245,15 +246,14 @@ def _confusion(confusion: Confusion) -> ConfusionView:
 
 def _reasons(rejects: list[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
     """Why something was rejected, how often, the first place, and its reason in full."""
-    counts: Counter[str] = Counter()
-    first: dict[str, dict[str, Any]] = {}
-    for row in rejects:
-        reason = summary(str(row.get("reason", "?")))
-        counts[reason] += 1
-        first.setdefault(reason, row)
+    counts: Counter[RejectKind] = Counter()
+    first: dict[RejectKind, Rejected] = {}
+    for row in map(Rejected.of_row, rejects):
+        counts[row.kind] += 1
+        first.setdefault(row.kind, row)
     rows = [
-        (reason, f"{count:,}", _place(first[reason]), str(first[reason].get("reason", ""))[:200])
-        for reason, count in counts.most_common(REASONS)
+        (kind.label, f"{count:,}", _place(first[kind]), first[kind].reason[:200])
+        for kind, count in counts.most_common(REASONS)
     ]
     if len(counts) > REASONS:
         rest = sum(count for _, count in counts.most_common()[REASONS:])
@@ -261,8 +261,8 @@ def _reasons(rejects: list[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def _place(row: dict[str, Any]) -> str:
-    return str(row.get("file", "")) + (f", line {row['line']}" if row.get("line") is not None else "")
+def _place(row: Rejected) -> str:
+    return row.file + (f", line {row.line}" if row.line is not None else "")
 
 
 def _summary(run: RunInfo) -> str:

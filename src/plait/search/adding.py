@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from plait.core.errors import PlaitError
-from plait.data.record import Rejected, rejected
+from plait.core.rejects import Reason, RejectKind
+from plait.data.record import Rejected, UnusableError, rejected
 from plait.modalities.descriptor import MediaError
 from plait.modalities.media import Checker, preview
 from plait.search.entries import Entry
@@ -73,7 +74,7 @@ class Adding:
             try:
                 content = item.content()
             except (OSError, ValueError) as error:
-                self._reject(item, getattr(error, "strerror", None) or str(error))
+                self._reject(item, _reason(error))
                 continue
             body = content.encode() if isinstance(content, str) else content
             facts = json.dumps([item.kind, item.split, item.texts, len(body)], sort_keys=True).encode()
@@ -97,10 +98,10 @@ class Adding:
                 read = future.result()
                 ready += [(item, digest, part, read.preview) for part in read.parts]
             except (MediaError, PlaitError) as error:
-                self._reject(item, str(error).removesuffix("."))
+                self._reject(item, _reason(error))
         vectors = self._embedded([value for _, _, (_, _, value), _ in ready])
         for (item, digest, (start, stop, _), small), vector in zip(ready, vectors, strict=True):
-            if isinstance(vector, str):
+            if isinstance(vector, Reason):
                 self._reject(item, vector)
             else:
                 self._row(item, digest, vector, small)
@@ -109,7 +110,7 @@ class Adding:
         if len(self.rows) >= COMMIT or time.monotonic() - self.begun > COMMIT_SECONDS:
             self.commit()
 
-    def _reject(self, item: Entry, reason: str) -> None:
+    def _reject(self, item: Entry, reason: Reason) -> None:
         self.rejected.append(rejected(item.source, reason))
 
     def _read(self, kind: str, content: str | bytes, checker: Checker) -> Read:
@@ -119,7 +120,7 @@ class Adding:
         value = checker.decode(kind, content)
         return Read(self.index.model.moments(kind, value), preview(kind, content, value))
 
-    def _embedded(self, values: list[Any]) -> list[np.ndarray | str]:
+    def _embedded(self, values: list[Any]) -> list[np.ndarray | Reason]:
         """The vector of each value, or why it has none."""
         if not values:
             return []
@@ -127,7 +128,7 @@ class Adding:
             return list(self.index.model.embed_inputs(values))
         except PlaitError as error:
             if len(values) == 1:
-                return [str(error).removesuffix(".")]
+                return [_reason(error)]
             return [one for value in values for one in self._embedded([value])]
 
     def _row(self, item: Entry, digest: bytes, vector: np.ndarray, small: bytes | None) -> None:
@@ -185,6 +186,15 @@ class Adding:
             self.known |= {row["id"]: row["_content"] for row in rows}
             self.new, self.changed = self.new + len(rows) - changed, self.changed + changed
         self.progress("add", self.new + self.changed + self.same, None)
+
+
+def _reason(error: Exception) -> Reason:
+    """Why a record cannot be added."""
+    if isinstance(error, UnusableError | MediaError):
+        return error.reason
+    if isinstance(error, OSError):
+        return Reason(RejectKind.UNREADABLE, error.strerror or str(error))
+    return Reason(RejectKind.NOT_TAKEN, str(error).removesuffix("."))
 
 
 def _named(column: str) -> str:

@@ -44,18 +44,18 @@ def add(
     """
     from plait.search.index import Index
 
-    found = Index(index, model, device)
+    opened = Index(index, model, device)
     column_names = [name.strip() for name in columns.split(",")] if columns else None
     with ProgressBar(True) as bar:
-        added = found.add(sources, column_names, bar)
-    out.print(f"{added.new} added, {added.changed} changed, {added.same} as before; {len(found)} in {plain(index)}.")
+        added = opened.add(sources, column_names, bar)
+    out.print(f"{added.new} added, {added.changed} changed, {added.same} as before; {len(opened)} in {plain(index)}.")
     for one in added.rejected[:20]:
         place = f"{one.file}:{one.line}" if one.line is not None else one.file
         err.print(f"[yellow]Not added:[/yellow] {plain(place)}: {plain(one.reason)}")
     if len(added.rejected) > 20:
         err.print(f"... and {len(added.rejected) - 20} more.")
     if "://" not in index and added.rejected:
-        lines = [json.dumps(one._asdict(), ensure_ascii=False) + "\n" for one in added.rejected]
+        lines = [json.dumps(one.row, ensure_ascii=False) + "\n" for one in added.rejected]
         write(Path(index) / "rejects.jsonl", "".join(lines).encode())
         err.print(f"What was not added, and why: {plain(index)}/rejects.jsonl")
 
@@ -71,8 +71,8 @@ def delete(
     """
     from plait.search.index import Index
 
-    found = Index(index)
-    out.print(f"{found.delete(where)} deleted; {len(found)} in {plain(index)}.")
+    opened = Index(index)
+    out.print(f"{opened.delete(where)} deleted; {len(opened)} in {plain(index)}.")
 
 
 @index_app.command()
@@ -83,10 +83,10 @@ def compact(index: IndexArgument) -> None:
     """
     from plait.search.index import Index
 
-    found = Index(index)
+    opened = Index(index)
     with ProgressBar(True) as bar:
-        found.compact(bar)
-    out.print(f"{len(found)} in {plain(index)}.")
+        opened.compact(bar)
+    out.print(f"{len(opened)} in {plain(index)}.")
 
 
 @index_app.command()
@@ -97,13 +97,13 @@ def verify(index: IndexArgument) -> None:
     """
     from plait.search.index import Index
 
-    found = Index(index)
-    wrong = found.verify()
+    opened = Index(index)
+    wrong = opened.verify()
     for line in wrong:
         out.print(f"[red]{plain(line)}[/red]")
     if wrong:
         sys.exit(1)
-    out.print(f"{len(found)} entries, all whole, made by {plain(str(found.metadata['model']))}.")
+    out.print(f"{len(opened)} entries, all whole, made by {plain(str(opened.metadata['model']))}.")
 
 
 @app.command()

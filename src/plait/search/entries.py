@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from plait.core.errors import PlaitError
+from plait.core.rejects import Reason, RejectKind
 from plait.data.dataset import Dataset
 from plait.data.files import Media, RawRecord, scan
 from plait.data.readers import plan
-from plait.data.record import Rejected, text_fault
+from plait.data.record import Rejected, UnusableError, text_fault
 from plait.data.stores import location, read_bytes
 from plait.modalities.descriptor import LIMITS
 from plait.modalities.image_files import encode_png
@@ -35,11 +36,11 @@ class Entry:
     split: str | None = None
 
     def content(self) -> str | bytes:
-        """The text, or the encoded bytes of the medium. Raises OSError, or ValueError with a reason for people."""
+        """The text, or the encoded bytes of the medium. Raises OSError or UnusableError."""
         value = self.value
         if isinstance(value, str):
             if why := text_fault(value):
-                raise ValueError(why)
+                raise UnusableError(why)
             return value
         if isinstance(value, Media):
             if value.pixels is not None:
@@ -50,9 +51,9 @@ class Entry:
             else:
                 value = value.data
         if not value:
-            raise ValueError("the file is empty")
+            raise UnusableError(Reason(RejectKind.EMPTY, "the file is empty"))
         if len(value) > LIMITS.file_bytes:
-            raise ValueError(f"larger than {LIMITS.file_bytes >> 20} MiB")
+            raise UnusableError(Reason(RejectKind.TOO_LARGE, f"larger than {LIMITS.file_bytes >> 20} MiB"))
         return value
 
 
@@ -76,16 +77,16 @@ def entries(source: str | Path | Dataset, columns: list[str] | None = None) -> I
             return
     with tempfile.TemporaryDirectory(prefix="plait-") as scratch:
         tree = scan(place, Path(scratch) / "unpacked", Path(scratch))
-        found = plan(tree)
-        _known(columns, found.columns, str(source))
+        source_plan = plan(tree)
+        _known(columns, source_plan.columns, str(source))
         shown = str(place.parent if tree.single and isinstance(place, Path) else place)
         root = str(Path(shown).resolve()) if isinstance(place, Path) else shown
         yield from tree.refused
-        for item in found.read():
+        for item in source_plan.read():
             if isinstance(item, Rejected):
                 yield item
             else:
-                yield from _of_record(item, f"{root.rstrip('/')}/", shown, found.columns, columns)
+                yield from _of_record(item, f"{root.rstrip('/')}/", shown, source_plan.columns, columns)
 
 
 def columns_of(source: str | Path) -> dict[str, str]:

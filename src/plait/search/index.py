@@ -115,16 +115,16 @@ class Index:
             raise PlaitError(
                 f"{name} has no embedding space, so nothing can be found by it. It can {', '.join(model.verbs)}."
             )
-        made = identity(model.folder)
-        if self.table is not None and made != self.metadata["sha256"]:
+        digest = identity(model.folder)
+        if self.table is not None and digest != self.metadata["sha256"]:
             raise PlaitError(
                 f"{self.path} was made by the model {self.metadata['sha256'][:12]} ({self.metadata['model']}); "
-                f"{name} is {made[:12]}, and places of different models do not compare. "
+                f"{name} is {digest[:12]}, and places of different models do not compare. "
                 "Name that model, or make another index. This one is unchanged."
             )
         self._model = model
         if self.table is None:
-            self.metadata = {"model": str(model.folder.resolve()), "sha256": made}
+            self.metadata = {"model": str(model.folder.resolve()), "sha256": digest}
 
     @property
     def model(self) -> Model:
@@ -226,9 +226,9 @@ class Index:
                 self._create()
             adding = Adding(self, progress)
             with contextlib.closing(Checker()) as checker, ThreadPoolExecutor(2, "media") as pool:
-                found = (item for source in several for item in entries(source, columns))
-                some = min(BATCH, self.model.embed_batch)
-                while chunk := list(islice(found, some)):
+                entries_left = (item for source in several for item in entries(source, columns))
+                batch_size = min(BATCH, self.model.embed_batch)
+                while chunk := list(islice(entries_left, batch_size)):
                     adding.take(chunk, checker, pool)
                 adding.finish()
             self._tidy(progress)
@@ -343,11 +343,11 @@ class Index:
         if by != "vector" and self._words:
             search = self.table.search(words, query_type="fts", fts_columns="text").with_row_id(True)
             search = search.where(where) if where else search
-            found = search.limit(pool).select(["id", "_score"]).to_arrow()
-            values = found["_score"].to_numpy()
+            ranked = search.limit(pool).select(["id", "_score"]).to_arrow()
+            values = ranked["_score"].to_numpy()
             # Equal scores share a rank, so that among equal words the vectors decide.
             places = np.searchsorted(-values, -values) if len(values) else values
-            rankings.append((1.0, dict(zip(found["_rowid"].to_pylist(), places.tolist(), strict=True))))
+            rankings.append((1.0, dict(zip(ranked["_rowid"].to_pylist(), places.tolist(), strict=True))))
         scores: dict[int, float] = {}
         for weight, ranking in rankings:
             for row, place in ranking.items():
@@ -395,8 +395,8 @@ class Index:
         for batch in self.table.search().select(chosen).with_row_id(True).limit(None).to_batches(8192):
             if not batch.num_rows:
                 continue
-            found = batch["_vector"].flatten().to_numpy().reshape(batch.num_rows, -1)
-            sums = checksums(batch["id"].to_pylist(), batch["_content"].to_pylist(), found)
+            part = batch["_vector"].flatten().to_numpy().reshape(batch.num_rows, -1)
+            sums = checksums(batch["id"].to_pylist(), batch["_content"].to_pylist(), part)
             wrong = np.flatnonzero(sums != batch["_check"].to_numpy())
             if len(wrong):
                 first = batch["id"][int(wrong[0])]
@@ -404,7 +404,7 @@ class Index:
                     f"{self.path} is damaged: {len(wrong)} entries, {first} the first, do not match their checksums. "
                     f"`plait index verify {self.path}` names the file: put it back from a copy."
                 )
-            vectors.append(found)
+            vectors.append(part)
             rows.append(batch["_rowid"].to_numpy())
         return np.concatenate(rows), np.concatenate(vectors)
 

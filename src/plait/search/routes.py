@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from plait.core.errors import PlaitError
 from plait.modalities.media import media_type
+from plait.server import answers as a
 from plait.server import schemas as s
 from plait.server.api import make_router, service_of
 from plait.server.limits import ApiError
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 router = make_router()
 
 
-@router.post("/v1/plait/search", response_model=s.SearchResults, tags=["read"])
+@router.post("/v1/plait/search", response_model=a.SearchResults, tags=["read"])
 async def search(request: Request, body: s.SearchRequest) -> Response:
     """What of an index is nearest to a text, an image or an audio clip, best first."""
     service, request_context = service_of(request)
@@ -37,10 +38,10 @@ async def search(request: Request, body: s.SearchRequest) -> Response:
     if body.by != "words":
         values = await service.parts(served.model, [body.input], "input", deadline)
         model = served.model
-        if (ours := model.plait_model) is not None:
-            parts = await service.prepared(lambda: [windows(ours, values[0])], len(words or ""))
+        if (plait_model := model.plait_model) is not None:
+            parts = await service.prepared(lambda: [windows(plait_model, values[0])], len(words or ""))
             request_context.prompt_tokens = sum(map(len, parts[0]))
-            vector = (await served.worker.call(lambda: ours.embed_parts(parts), deadline))[0]
+            vector = (await served.worker.call(lambda: plait_model.embed_parts(parts), deadline))[0]
         else:
             vector = (await served.worker.call(lambda: model.embed_inputs(values), deadline))[0]
     hits = await service.prepared(lambda: index.find(vector, words, body.k, where, body.by), INLINE)
@@ -48,14 +49,14 @@ async def search(request: Request, body: s.SearchRequest) -> Response:
     return JSONResponse({"object": "list", "model": served.name, "index": name, "data": data})
 
 
-def _index(service: Service, model: str, wanted: str | None) -> tuple[str, Index]:
+def _index(service: Service, model: str, asked_name: str | None) -> tuple[str, Index]:
     """The index of a name, or a model's first."""
     known = {name: index for name, (index, owner) in service.resources.get("search", {}).items() if owner == model}
     if not known:
         raise ApiError(404, f"No index of {model} is served here. Start the server with --index INDEX.", "model")
-    if wanted is not None and wanted not in known:
-        raise ApiError(404, f"There is no index '{wanted[:80]}' of {model}. Use {', '.join(known)}.", "index")
-    name = wanted or next(iter(known))
+    if asked_name is not None and asked_name not in known:
+        raise ApiError(404, f"There is no index '{asked_name[:80]}' of {model}. Use {', '.join(known)}.", "index")
+    name = asked_name or next(iter(known))
     return name, known[name]
 
 
@@ -66,8 +67,8 @@ def _condition(index: Index, where: dict[str, str | list[str]]) -> str | None:
         if column not in index.columns:
             message = f"The index has no column '{column[:80]}'. Its columns are {', '.join(index.columns)}."
             raise ApiError(400, message, "where")
-        wanted = [values] if isinstance(values, str) else values
-        listed = ", ".join("'" + value.replace("'", "''") + "'" for value in wanted)
+        allowed_values = [values] if isinstance(values, str) else values
+        listed = ", ".join("'" + value.replace("'", "''") + "'" for value in allowed_values)
         pieces.append(f"`{column}` IN ({listed})")
     return " AND ".join(pieces) or None
 
@@ -90,8 +91,8 @@ def open_indexes(names: list[str], models: list[Served]) -> dict[str, tuple[Inde
     from plait.search.index import Index  # with libraries that are large, and of no use without an index
 
     opened: dict[str, tuple[Index, str]] = {}
-    for given in names:
-        name, _, path = given.rpartition("=") if "=" in given and not Path(given).exists() else ("", "", given)
+    for option in names:
+        name, _, path = option.rpartition("=") if "=" in option and not Path(option).exists() else ("", "", option)
         name = name or path.rstrip("/").rpartition("/")[2]
         if name in opened:
             raise PlaitError(f"Two indexes have the name '{name}'. Give one another: other={path}")

@@ -25,6 +25,7 @@ from plait.inference.results import Predictions
 from plait.inference.sampling import Options, SamplingOptions
 from plait.modalities.media import written_by
 from plait.model.multimodal import Sequence
+from plait.server import answers as a
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext
 from plait.server.limits import ApiError, parse_json
@@ -51,7 +52,7 @@ class _Route(APIRoute):
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": s.ErrorBody, "description": text}
+    status: {"model": a.ErrorBody, "description": text}
     for status, text in {
         400: "The request cannot be met as it is; the message says what to send instead.",
         401: "A key is needed.",
@@ -236,13 +237,13 @@ def check_read(tokens: int) -> None:
 
 def _card(served: Served) -> dict[str, Any]:
     plait_model = served.model.plait_model
-    return s.ModelCard(
+    return a.ModelCard(
         id=served.name, created=served.created, verbs=served.verbs, columns=plait_model.columns if plait_model else {},
         max_length=plait_model.engine.max_length if plait_model else None,
     ).model_dump()  # fmt: skip
 
 
-@router.get("/v1/models", response_model=s.ModelList, tags=["models"])
+@router.get("/v1/models", response_model=a.ModelList, tags=["models"])
 async def list_models(request: Request) -> Response:
     """The models that are served, and what each can do."""
     service, _ = service_of(request)
@@ -251,14 +252,14 @@ async def list_models(request: Request) -> Response:
     return JSONResponse({"object": "list", "data": cards})
 
 
-@router.get("/v1/models/{model:path}", response_model=s.ModelCard, tags=["models"])
+@router.get("/v1/models/{model:path}", response_model=a.ModelCard, tags=["models"])
 async def show_model(request: Request, model: str) -> Response:
     """One model."""
     service, request_context = service_of(request)
     return JSONResponse(_card(service.find(model, request_context)))
 
 
-@router.get("/health", response_model=s.Health, tags=["state"])
+@router.get("/health", response_model=a.Health, tags=["state"])
 async def health(request: Request) -> Response:
     """Whether requests are taken. Needs no key."""
     service, _ = service_of(request)
@@ -318,7 +319,7 @@ async def _embedded(
     return vectors
 
 
-@router.post("/v1/embeddings", response_model=s.EmbeddingList, tags=["read"])
+@router.post("/v1/embeddings", response_model=a.EmbeddingList, tags=["read"])
 async def embeddings(request: Request, body: s.EmbeddingRequest) -> Response:
     """The place of each input in the model's one space. Beside texts, inputs may be parts as messages have them:
     `{"type": "image_url", ...}`, `{"type": "input_audio", ...}`."""
@@ -345,7 +346,7 @@ async def embeddings(request: Request, body: s.EmbeddingRequest) -> Response:
 
 
 @router.post("/v2/rerank", include_in_schema=False)
-@router.post("/v1/rerank", response_model=s.Reranked, tags=["read"])
+@router.post("/v1/rerank", response_model=a.Reranked, tags=["read"])
 async def rerank(request: Request, body: s.RerankRequest) -> Response:
     """Documents by how near they are to a query in the model's embedding space, nearest first."""
     service, request_context = service_of(request)
@@ -367,7 +368,7 @@ async def rerank(request: Request, body: s.RerankRequest) -> Response:
     })  # fmt: skip
 
 
-@router.post("/v1/plait/classify", response_model=s.Classification, tags=["read"])
+@router.post("/v1/plait/classify", response_model=a.Classification, tags=["read"])
 async def classify(request: Request, body: s.ClassifyRequest) -> Response:
     """The likeliest labels of an input, each with its probability among the labels."""
     service, request_context = service_of(request)

@@ -18,6 +18,7 @@ from plait.inference.requests import Request as EngineRequest
 from plait.inference.results import Segment
 from plait.modalities.audio_files import silent
 from plait.modalities.media import MEDIA, read_by
+from plait.server import answers as a
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext
 from plait.server.api import STREAM, engine_request_of, make_router, service_of, voice_of
@@ -33,7 +34,7 @@ WINDOWS = 32  # windows of a long audio that are in the queue at a time
 # --- images and audio clips ----------------------------------------------------------------------------------------
 
 
-@router.post("/v1/images/generations", response_model=s.ImageList, responses={200: {"content": STREAM}}, tags=["media"])
+@router.post("/v1/images/generations", response_model=a.ImageList, responses={200: {"content": STREAM}}, tags=["media"])
 async def draw(request: Request, body: s.ImageRequest) -> Response:
     """Images of what a text says, as base64 of PNG."""
     service, request_context = service_of(request)
@@ -128,7 +129,7 @@ async def speak(request: Request, body: s.SpeechRequest) -> Response:
 
 @router.post(
     "/v1/audio/transcriptions",
-    response_model=s.Transcription,
+    response_model=a.Transcription,
     responses={200: {"content": {**STREAM, "text/plain": {}}}},
     tags=["media"],
 )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 from fastapi import Request
@@ -17,11 +16,11 @@ from starlette.responses import Response
 
 from plait.inference.prompts import Prompt
 from plait.inference.requests import Request as EngineRequest
-from plait.inference.tools import TextPiece
+from plait.inference.tools import CallPiece, TextPiece
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext
 from plait.server.api import STREAM, make_router, service_of
-from plait.server.api_text import chat_turns, streamed_pieces, text_reply
+from plait.server.api_text import StreamedReply, chat_turns, text_reply
 from plait.server.limits import ApiError
 from plait.server.service import EventStream, Lead, Served, Service
 from plait.server.tools import ReplyReader, ToolUse, tool_use
@@ -82,7 +81,7 @@ async def messages(request: Request, body: MessagesRequest) -> Response:
     service, request_context = service_of(request)
     served = service.open(body, request_context)
     prompt, engine_request, use = await _prepared(service, served, request_context, body, body.max_tokens)
-    answer = _Answer(served, ReplyReader(use, Lead(prompt.strip)))
+    answer = _MessageReply(served, ReplyReader(use, Lead(prompt.strip)))
     if body.stream:
         pending = served.worker.submit([engine_request], service.deadline(request_context))
         return EventStream(answer.events(pending, request_context), pending, done=False, named=True)
@@ -129,8 +128,8 @@ def _choice(choice: dict[str, Any] | None) -> tuple[Any, bool | None]:
     return openai_choices[str(kind)], parallel
 
 
-class _Answer:
-    """One message on its way."""
+class _MessageReply(StreamedReply):
+    """One of Anthropic's messages on its way."""
 
     def __init__(self, served: Served, reader: ReplyReader) -> None:
         self.served, self.reader = served, reader
@@ -139,10 +138,10 @@ class _Answer:
         self.place = -1
 
     def _shell(
-        self, content: list[dict[str, Any]], reason: str | None, read_: int, output_tokens: int
+        self, content: list[dict[str, Any]], reason: str | None, input_tokens: int, output_tokens: int
     ) -> dict[str, Any]:
         return {"id": self.id, "type": "message", "role": "assistant", "model": self.served.name, "content": content,
-                "stop_reason": reason, "stop_sequence": None, "usage": _usage(read_, output_tokens)}  # fmt: skip
+                "stop_reason": reason, "stop_sequence": None, "usage": _usage(input_tokens, output_tokens)}  # fmt: skip
 
     def _reason(self, finish: str) -> str:
         if finish == "length":
@@ -155,8 +154,8 @@ class _Answer:
         content: list[dict[str, Any]] = [{"type": "text", "text": reader.text}] if reader.text else []
         for call in reader.calls:
             content.append({"type": "tool_use", "id": call.id, "name": call.name, "input": _input(call.arguments)})
-        read_, written = request_context.prompt_tokens, request_context.completion_tokens
-        return self._shell(content, self._reason(finish), read_, written)
+        input_tokens, output_tokens = request_context.prompt_tokens, request_context.completion_tokens
+        return self._shell(content, self._reason(finish), input_tokens, output_tokens)
 
     def _close(self) -> list[dict[str, Any]]:
         if self.open is None:
@@ -172,7 +171,7 @@ class _Answer:
         self.open, self.place = name, self.place + 1
         return [*events, {"type": "content_block_start", "index": self.place, "content_block": block}]
 
-    def _piece(self, piece: Any) -> list[dict[str, Any]]:
+    def piece_events(self, piece: TextPiece | CallPiece) -> list[dict[str, Any]]:
         if isinstance(piece, TextPiece):
             events = self._begin("text", {"type": "text", "text": ""})
             delta = {"type": "text_delta", "text": piece.text}
@@ -182,21 +181,18 @@ class _Answer:
             delta = {"type": "input_json_delta", "partial_json": piece.arguments}
         return [*events, {"type": "content_block_delta", "index": self.place, "delta": delta}]
 
-    async def events(self, pending: list[PendingRequest], request_context: RequestContext) -> AsyncIterator[list[Any]]:
+    def opening(self, pending: list[PendingRequest]) -> list[Any]:
         size = sum(len(one.request.context) for one in pending)
-        yield [{"type": "message_start", "message": self._shell([], None, size, 0)}]
-        finish = "stop"
-        async for pieces, end in streamed_pieces(self.reader, pending, request_context):
-            finish = end or finish
-            if events := [event for piece in pieces for event in self._piece(piece)]:
-                yield events
+        return [{"type": "message_start", "message": self._shell([], None, size, 0)}]
+
+    def closing(self, finish: str, request_context: RequestContext) -> list[Any]:
         delta = {"stop_reason": self._reason(finish), "stop_sequence": None}
         usage = _usage(request_context.prompt_tokens, request_context.completion_tokens)
-        yield [*self._close(), {"type": "message_delta", "delta": delta, "usage": usage}, {"type": "message_stop"}]
+        return [*self._close(), {"type": "message_delta", "delta": delta, "usage": usage}, {"type": "message_stop"}]
 
 
-def _usage(read_: int, written: int) -> dict[str, Any]:
-    return {"input_tokens": read_, "output_tokens": written, "cache_creation_input_tokens": 0,
+def _usage(input_tokens: int, output_tokens: int) -> dict[str, Any]:
+    return {"input_tokens": input_tokens, "output_tokens": output_tokens, "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": 0}  # fmt: skip
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 from fastapi import Request
@@ -16,11 +15,11 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, BeforeValidator, Field
 from starlette.responses import Response
 
-from plait.inference.tools import TextPiece, ToolCall
+from plait.inference.tools import CallPiece, TextPiece, ToolCall
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext
 from plait.server.api import STREAM, make_router, service_of
-from plait.server.api_text import chat_turns, streamed_pieces, text_reply
+from plait.server.api_text import StreamedReply, chat_turns, text_reply
 from plait.server.limits import ApiError
 from plait.server.service import EventStream, Lead, Served
 from plait.server.tools import ReplyReader, tool_use
@@ -98,7 +97,7 @@ async def responses(request: Request, body: ResponsesRequest) -> Response:
     prompt, engine_request = await text_reply(
         service, served, request_context, turns, body, _as_writing(body), use, body.max_output_tokens
     )
-    answer = _Answer(served, body, ReplyReader(use, Lead(prompt.strip)))
+    answer = _ResponseReply(served, body, ReplyReader(use, Lead(prompt.strip)))
     if body.stream:
         pending = served.worker.submit([engine_request], service.deadline(request_context))
         return EventStream(answer.events(pending, request_context), pending, done=False)
@@ -116,8 +115,8 @@ def _as_writing(body: ResponsesRequest) -> s.Writing:
     return s.Writing.model_validate({"response_format": {"type": form.type, "json_schema": schema}})
 
 
-class _Answer:
-    """One response on its way."""
+class _ResponseReply(StreamedReply):
+    """One of OpenAI's responses on its way."""
 
     def __init__(self, served: Served, body: ResponsesRequest, reader: ReplyReader) -> None:
         self.served, self.body, self.reader = served, body, reader
@@ -178,7 +177,7 @@ class _Answer:
     def _place(self, item: str, part: bool = False) -> dict[str, Any]:
         return {"item_id": item, "output_index": self.places[item], **({"content_index": 0} if part else {})}
 
-    def _piece(self, piece: Any) -> list[dict[str, Any]]:
+    def piece_events(self, piece: TextPiece | CallPiece) -> list[dict[str, Any]]:
         """The events of one piece of the reply."""
         if isinstance(piece, TextPiece):
             events = self._begin(self._message(None, "in_progress"))
@@ -203,16 +202,13 @@ class _Answer:
             events.append(self._event("function_call_arguments.done", **call))
         return [*events, self._event("output_item.done", output_index=self.places[item["id"]], item=item)]
 
-    async def events(self, pending: list[PendingRequest], request_context: RequestContext) -> AsyncIterator[list[Any]]:
-        begun = [
+    def opening(self, pending: list[PendingRequest]) -> list[Any]:
+        started = [
             self._event(name, response=self._shell("in_progress", [], None)) for name in ("created", "in_progress")
         ]
-        yield begun if self.reader.use else begun + self._begin(self._message(None, "in_progress"))
-        finish = "stop"
-        async for pieces, end in streamed_pieces(self.reader, pending, request_context):
-            finish = end or finish
-            if events := [event for piece in pieces for event in self._piece(piece)]:
-                yield events
+        return started if self.reader.use else started + self._begin(self._message(None, "in_progress"))
+
+    def closing(self, finish: str, request_context: RequestContext) -> list[Any]:
         response = self.response(finish, request_context)
-        ended = [event for item in response["output"] for event in self._end(item)]
-        yield [*ended, self._event(response["status"], response=response)]
+        ends = [event for item in response["output"] for event in self._end(item)]
+        return [*ends, self._event(response["status"], response=response)]

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,6 +24,7 @@ from plait.inference.scoring import PromptScores, prompt_scores
 from plait.inference.tools import CallPiece, TextPiece, ToolCall
 from plait.modalities.media import MEDIA, written_by
 from plait.model.multimodal import Sequence
+from plait.server import answers as a
 from plait.server import schemas as s
 from plait.server.access_log import RequestContext
 from plait.server.api import (
@@ -52,7 +54,7 @@ router = make_router()
 
 
 @router.post(
-    "/v1/chat/completions", response_model=s.ChatCompletion, responses={200: {"content": STREAM}}, tags=["text"]
+    "/v1/chat/completions", response_model=a.ChatCompletion, responses={200: {"content": STREAM}}, tags=["text"]
 )
 async def chat_completions(request: Request, body: s.ChatRequest) -> Response:
     """The next reply of a conversation: text, and with `modalities` images and audio clips, each written after the same
@@ -323,10 +325,53 @@ async def streamed_pieces(
     read(request_context, pending)
 
 
+class StreamedReply(ABC):
+    """A reply on its way, in the events of one protocol."""
+
+    reader: ReplyReader
+
+    @abstractmethod
+    def opening(self, pending: list[PendingRequest]) -> list[Any]:
+        """The events before the first piece."""
+
+    @abstractmethod
+    def piece_events(self, piece: TextPiece | CallPiece) -> list[Any]:
+        """The events of one piece of the reply."""
+
+    @abstractmethod
+    def closing(self, finish: str, request_context: RequestContext) -> list[Any]:
+        """The events after the last piece; `finish` says how the reply ended."""
+
+    async def events(self, pending: list[PendingRequest], request_context: RequestContext) -> AsyncIterator[list[Any]]:
+        """All events, as the engine writes."""
+        yield self.opening(pending)
+        finish = "stop"
+        async for pieces, end in streamed_pieces(self.reader, pending, request_context):
+            finish = end or finish
+            if events := [event for piece in pieces for event in self.piece_events(piece)]:
+                yield events
+        yield self.closing(finish, request_context)
+
+
 # --- completions ------------------------------------------------------------------------------------------------
 
 
-@router.post("/v1/completions", response_model=s.Completion, responses={200: {"content": STREAM}}, tags=["text"])
+def _text_choices(
+    model: PlaitModel, results: list[list[Completion]], before: list[str], shown: list[_Shown] | None
+) -> list[dict[str, Any]]:
+    """The choices of completions: `before` is the text in front of each prompt's, `shown` its log-probabilities."""
+    choices: list[dict[str, Any]] = []
+    for i, samples in enumerate(results):
+        for sample in samples:
+            logprobs = None if shown is None else shown[i].of(model, sample, len(before[i]))
+            choices.append({
+                "index": len(choices), "text": before[i] + (sample.text or ""), "logprobs": logprobs,
+                "finish_reason": finish_of(sample.finish),
+            })  # fmt: skip
+    return choices
+
+
+@router.post("/v1/completions", response_model=a.Completion, responses={200: {"content": STREAM}}, tags=["text"])
 async def completions(request: Request, body: s.CompletionRequest) -> Response:
     """What follows a text, or each of up to 16."""
     service, request_context = service_of(request)
@@ -379,14 +424,7 @@ async def completions(request: Request, body: s.CompletionRequest) -> Response:
         results = await service.written(served, engine_requests, request_context)
     else:
         results = [[Completion([], "length", "", [], [])] * n for _ in engine_requests]
-    choices = []
-    for i, samples in enumerate(results):
-        for k, sample in enumerate(samples):
-            logprobs = shown[i].of(model, sample, len(before[i])) if body.logprobs is not None else None
-            choices.append({
-                "index": i * n + k, "text": before[i] + (sample.text or ""), "logprobs": logprobs,
-                "finish_reason": finish_of(sample.finish),
-            })  # fmt: skip
+    choices = _text_choices(model, results, before, shown if body.logprobs is not None else None)
     prompt_tokens = sum(len(one.context) for one in engine_requests)
     return JSONResponse(
         {**head, "choices": choices, "usage": usage_of(prompt_tokens, request_context.completion_tokens)}
@@ -489,7 +527,7 @@ async def _text_events(
 # --- tokens -----------------------------------------------------------------------------------------------------
 
 
-@router.post("/tokenize", response_model=s.Tokenized, tags=["text"])
+@router.post("/tokenize", response_model=a.Tokenized, tags=["text"])
 async def tokenize(request: Request, body: s.TokenizeRequest) -> Response:
     """The ids of a text."""
     service, request_context = service_of(request)
@@ -500,7 +538,7 @@ async def tokenize(request: Request, body: s.TokenizeRequest) -> Response:
     return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": model.engine.max_length})
 
 
-@router.post("/detokenize", response_model=s.Detokenized, tags=["text"])
+@router.post("/detokenize", response_model=a.Detokenized, tags=["text"])
 async def detokenize(request: Request, body: s.DetokenizeRequest) -> Response:
     """The text of ids."""
     service, request_context = service_of(request)

@@ -46,7 +46,7 @@ def read_excerpt(file: Path, path: str) -> Excerpt:
             first_rows = [row for _, row in islice(rows(tree, file.name), ROWS)]
         except PlaitError as error:  # the disk failed
             return Excerpt(path, text=str(error))
-        records = [row for row in first_rows if not isinstance(row, str)]
+        records = [row for row in first_rows if isinstance(row, dict)]
         if records:
             return _of_records(path, records)
         if first_rows:  # a reason, in place of cells

@@ -109,7 +109,7 @@ def write_review(review: Any, path: Path) -> None:
     candidates = [(one.source, one.id, "", one.guess, one.probability) for one in review.candidates]
     names = ("source", "id", "label", "suggested", "probability")
     rows = {"suspects": suspects, "candidates": candidates}
-    write_json(path, {part: [dict(zip(names, row, strict=True)) for row in found] for part, found in rows.items()})
+    write_json(path, {part: [dict(zip(names, row, strict=True)) for row in entries] for part, entries in rows.items()})
 
 
 def read_review(project: Project, limit: int = 48) -> tuple[list[Doubt], list[Doubt]]:

@@ -137,10 +137,10 @@ class Message:
     parts: list[str | bytes]
 
 
-def read_messages(given: Any) -> list[Message]:
+def read_messages(value: Any) -> list[Message]:
     """A conversation in OpenAI's form, media as base64. Raises PlaitError for anything else."""
     try:
-        messages = [Message(one["role"], _read_parts(one["content"])) for one in given]
+        messages = [Message(one["role"], _read_parts(one["content"])) for one in value]
     except (KeyError, TypeError, ValueError, binascii.Error):
         messages = []
     if not messages or messages[-1].role != "user" or {one.role for one in messages} - {"user", "assistant"}:

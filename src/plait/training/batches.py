@@ -148,22 +148,22 @@ class Sampler:
         records = items[:, 0]
         draws = {use: uniform(self.seed, epochs, records, items[:, 1], use) for use in (TARGET, SOURCE, DROP, OFFSET)}
         samples, codes = self._media(epochs, records)
-        made: list[tuple[Sequence, int]] = []
+        visits: list[tuple[Sequence, int]] = []
         for place, (record, window) in enumerate(items):
             present = [c for c in self.columns if self.split.has(c, record)]
             own_draws = {use: float(values[place]) for use, values in draws.items()}
             for sequence, contrasts in self._sequences(int(record), int(window), present, own_draws, samples, codes):
-                made.append((sequence, int(record) if contrasts else -1))
-        if not made:
-            made.append((Sequence().read_ids([self.vocabulary.pad]), -1))
-        made.sort(key=lambda pair: len(pair[0]))
+                visits.append((sequence, int(record) if contrasts else -1))
+        if not visits:
+            visits.append((Sequence().read_ids([self.vocabulary.pad]), -1))
+        visits.sort(key=lambda pair: len(pair[0]))
         batches, span_records = [], []
-        middle = self._middle([sequence for sequence, _ in made])
-        lengths = [len(sequence) for sequence, _ in made]
+        middle = self._middle([sequence for sequence, _ in visits])
+        lengths = [len(sequence) for sequence, _ in visits]
         left, right = (cut_by_length(part, self.worth) for part in (lengths[:middle], lengths[middle:]))
         cuts = [*left, *([middle] if middle else []), *(middle + cut for cut in right)]
-        for start, stop in zip([0, *cuts], [*cuts, len(made)], strict=True):
-            group = made[start:stop]
+        for start, stop in zip([0, *cuts], [*cuts, len(visits)], strict=True):
+            group = visits[start:stop]
             batches.append(collate([s for s, _ in group], self.media, self.vocabulary.pad, few_shapes=True))
             span_records.append(np.array([record for s, record in group for _ in s.spans], np.int64))
         return Step(batches, span_records, records, len(left) + 1 if middle else None)
@@ -197,14 +197,14 @@ class Sampler:
             written = [self.split.codes[column][row] for row in rows] if column in self.split.codes else []
             if self.augment:
                 drawn = uniform(self.seed, when[:, None], own_records[:, None], AUGMENT, np.arange(AUGMENT_DRAWS))
-                draw = torch.from_numpy(drawn).float()
+                uniforms = torch.from_numpy(drawn).float()
                 if self.augment_targets and column in self.split.codes:
-                    values, lengths = modality.augment(*self._padded(column, raw), draw, hide=False)
+                    values, lengths = modality.augment(*self._padded(column, raw), uniforms, mask_parts=False)
                     with torch.inference_mode():
                         encoded = modality.codec.encode(values, lengths).numpy()
                     counts = [modality.code_count(int(length)) for length in lengths]
                     written = [row[:count] for row, count in zip(encoded, counts, strict=True)]
-                values, lengths = modality.augment(*self._padded(column, raw), draw)
+                values, lengths = modality.augment(*self._padded(column, raw), uniforms)
                 sizes = lengths.tolist() if modality.variable_length else [None] * len(raw)
                 raw = [value[:size] for value, size in zip(values.numpy(), sizes, strict=True)]
             samples.update({(column, int(r)): sample for r, sample in zip(own_records, raw, strict=True)})
@@ -226,9 +226,9 @@ class Sampler:
         if chat := next((c for c in present if c in self.split.chats), None):
             turns = self.split.chats[chat][record] or []
             alone = draws[DROP] < self.cond_dropout
-            given = {c: samples[c, record] for c in self.media_columns if (c, record) in samples}
-            drawn = {c: codes[c, record] for c in given if (c, record) in codes}
-            for sequence in sequences(turns, self.vocabulary, self.media, given, drawn, alone):
+            samples_of_record = {c: samples[c, record] for c in self.media_columns if (c, record) in samples}
+            drawn = {c: codes[c, record] for c in samples_of_record if (c, record) in codes}
+            for sequence in sequences(turns, self.vocabulary, self.media, samples_of_record, drawn, alone):
                 yield sequence, False
             return
         media = [c for c in present if c in self.split.media]
@@ -262,10 +262,10 @@ class Sampler:
         vocabulary = self.vocabulary
         if source is not None and source in self.split.texts:
             # Codes that are to be written are never cut; a text that is read gives way.
-            most = self.context // 2
+            max_tokens = self.context // 2
             if target in self.split.media:
-                most = min(most, max(self.context - len(codes[target, record]) - 3, 1))
-            sequence.read_ids((self.split.texts[source][record] or [])[:most], "text")
+                max_tokens = min(max_tokens, max(self.context - len(codes[target, record]) - 3, 1))
+            sequence.read_ids((self.split.texts[source][record] or [])[:max_tokens], "text")
         elif source is not None:
             modality = self.media[self.columns[source]]
             sequence.read_media(modality, vocabulary.opener(source), samples[source, record], vocabulary.pad)
@@ -279,13 +279,13 @@ class Sampler:
         closer = [vocabulary.closer(modality.name)] if modality.variable_length else []
         return sequence.write([*written, *closer, vocabulary.end][:room])
 
-    def _window(self, record: int, window: int, column: str, draw: float) -> Sequence:
+    def _window(self, record: int, window: int, column: str, uniforms: float) -> Sequence:
         """One window of a text for language modelling, shifted by a new offset in each epoch."""
         ids = [self.vocabulary.opener(column), *(self.split.texts[column][record] or []), self.vocabulary.end]
         size = self.context + 1
         windows = max((len(ids) - 2) // self.context, 1)
         slack = len(ids) - windows * self.context - 1
-        start = window * self.context + int(draw * (slack + 1)) * (slack > 0)
+        start = window * self.context + int(uniforms * (slack + 1)) * (slack > 0)
         chunk = ids[start : start + size]
         return Sequence().read_ids(chunk[:1]).write(chunk[1:])
 
@@ -345,10 +345,10 @@ class BatchPrefetcher:
     def __call__(self, number: int) -> list[Step]:
         begun = time.perf_counter()
         ready = self.next[1] if self.next and self.next[0] == number else self.pool.submit(self.make, number)
-        made = ready.result()
+        steps = ready.result()
         self.next = number + 1, self.pool.submit(self.make, number + 1)
         self.waited += time.perf_counter() - begun
-        return made
+        return steps
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)

@@ -52,8 +52,8 @@ def is_timed(budget: Budget) -> bool:
 def within(run: Run, possible: int) -> int:
     """The step at which a schedule ends that has the time to come to the step `possible`: that asked for, where it
     fits."""
-    asked = run.budget.steps
-    return possible if asked is None else min(run.first_step + asked, possible)
+    requested = run.budget.steps
+    return possible if requested is None else min(run.first_step + requested, possible)
 
 
 def revise(run: Run, step: int, seconds: float, used: float) -> None:
@@ -74,12 +74,12 @@ def compiles(run: Run, model: Multimodal, seconds: float) -> bool:
 
     Raises PlaitError where the recipe asks for it and it is not possible here.
     """
-    asked, alone = run.settings.compile, run.group.size == 1
+    setting, alone = run.settings.compile, run.group.size == 1
     possible = alone and (run.device.name.startswith("cuda") or compiler() is not None)
-    if asked == "on" and not possible:
+    if setting == "on" and not possible:
         raise PlaitError("training.compile: on needs a C++ compiler (g++ or clang++), and works in a single process.")
-    if asked != "auto":
-        return asked == "on"
+    if setting != "auto":
+        return setting == "on"
     long = run.settings.steps is None and seconds >= COMPILE_SECONDS
     kernels_suffice = training_kernels.beats_compile(run.device, model.config.backbone)
     return possible and long and not model.media and not kernels_suffice

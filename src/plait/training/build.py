@@ -165,9 +165,11 @@ def backbone_config(size: Size, recipe_values: BackboneRecipe) -> TransformerCon
 def sized_config(recipe: Recipe) -> ModelConfig:
     """The network that a recipe calls for where the data are coloured images, audio and text of its size."""
     size = SIZES[recipe.model.size]
-    given = {kind: _with_hf_encoder(getattr(recipe.model, kind), kind) for kind in MEDIA if is_writable(kind)}
+    encoder_overrides = {
+        kind: _with_hf_encoder(getattr(recipe.model, kind), kind) for kind in MEDIA if is_writable(kind)
+    }
     try:
-        settings = {kind: SETTINGS[kind].of_size(size, overrides) for kind, overrides in given.items()}
+        settings = {kind: SETTINGS[kind].of_size(size, overrides) for kind, overrides in encoder_overrides.items()}
     except ValidationError as error:
         raise PlaitError(f"In the recipe's model: {error.errors()[0]['msg']}") from None
     backbone = backbone_config(size, recipe.model.backbone)

@@ -29,7 +29,7 @@ from plait.core.files import clear_leftovers, fsync_folder, link_target, point, 
 from plait.model import checkpoint as checkpoints
 from plait.model.checkpoint import Checkpoint
 from plait.training.distributed import Group, full_tensor, is_shard, read_tensors, stored_tensors, write_shards
-from plait.training.optimizer import Average
+from plait.training.optimizer import WeightAverage
 
 STATE = "training_state"
 
@@ -71,7 +71,7 @@ class Snapshot:
 def snapshot(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    average: Average | None,
+    average: WeightAverage | None,
     group: Group,
     temporary: Path,
     inherited: Set[str] = frozenset(),
@@ -105,7 +105,7 @@ def restore(
     folder: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    average: Average | None,
+    average: WeightAverage | None,
     inherited: Set[str] = frozenset(),
 ) -> Position:
     """Take up a checkpoint that was verified: weights, optimizer, average and random state, in place. What is
@@ -221,7 +221,11 @@ class Saver:
         return self.folder / folder_name(self.step), wrong
 
     def save(
-        self, checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, average: Average | None, position: Position
+        self,
+        checkpoint: Checkpoint,
+        optimizer: torch.optim.Optimizer,
+        average: WeightAverage | None,
+        position: Position,
     ) -> None:
         """Hand a checkpoint to the thread that writes; waits only where the one before is not yet written.
 
@@ -297,9 +301,15 @@ class Saver:
         for step in newest:
             with suppress(PlaitError, KeyError, TypeError):  # one that was damaged meanwhile knows no best
                 keep.add(read_json(saved[step] / f"{STATE}.json")["best_step"])
-        for step in saved.keys() - keep:
-            remove_folder(saved[step])
-        fsync_folder(self.folder)
+        retain(self.folder, keep)
+
+
+def retain(folder: Path, steps: Set[int]) -> None:
+    """Remove the checkpoints of all other steps from a run's `checkpoints` folder."""
+    saved = checkpoints.series(folder)
+    for step in saved.keys() - steps:
+        remove_folder(saved[step])
+    fsync_folder(folder)
 
 
 def folder_name(step: int) -> str:

@@ -11,7 +11,8 @@ import torch
 from plait.core.rng import uniform
 from plait.data.samples import Samples
 from plait.modalities.base import MediaModality
-from plait.training.optimizer import learning_rate_at, make_optimizer
+from plait.training.optimizer import make_optimizer
+from plait.training.schedule import learning_rate_at
 
 CALIBRATION = 6  # steps that a time budget is measured by
 

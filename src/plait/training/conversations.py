@@ -41,14 +41,14 @@ class ConversationEncoder:
         turns = chat.turns(value)
         if self.template is not None:
             return self._templated([(turn.role, turn) for turn in turns])
-        most, cut = self.context // 2 - 8, False
+        max_tokens, cut = self.context // 2 - 8, False
         kept = []
         for turn in turns:
             parts: list[Part] = []
             for kind, content in turn.parts:
                 ids = self.text.encode(content) if kind == "text" else []
-                cut |= len(ids) > most
-                parts.append(ids[:most] if kind == "text" else content)
+                cut |= len(ids) > max_tokens
+                parts.append(ids[:max_tokens] if kind == "text" else content)
             role = ROLES[turn.role]
             if parts:
                 kept.append(EncodedTurn(role, parts, role == "assistant"))

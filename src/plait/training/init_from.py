@@ -202,6 +202,6 @@ def labels_of(source: Checkpoint | None, dataset: Dataset, found: dict[str, list
     return {**{column: values for column, values in old.items() if column not in dataset.columns}, **found}
 
 
-def generation_of(source: Checkpoint | None, wanted: GenerationConfig) -> GenerationConfig:
+def generation_of(source: Checkpoint | None, requested: GenerationConfig) -> GenerationConfig:
     """A recipe's defaults of generation; where it has none of its own, those of the source."""
-    return source.generation if source and wanted == GenerationConfig() else wanted
+    return source.generation if source and requested == GenerationConfig() else requested

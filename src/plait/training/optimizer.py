@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -82,21 +81,7 @@ def make_optimizer(
     return AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
 
-def learning_rate_at(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Linear warm-up over a share of the steps, then a cosine to zero."""
-    rise = max(int(steps * warmup), 1)
-    if step < rise:
-        return peak * (step + 1) / rise
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1)))
-
-
-def restart_scale(first: int, last: int) -> float:
-    """What the peak of a schedule over the steps `first` to `last` is multiplied by: 1 for a run's first part and for
-    one that is as long as all before it; less for a shorter one, where a high rate would undo more than it learns."""
-    return min(2 * (last - first) / max(last, 1), 1.0)
-
-
-class Average:
+class WeightAverage:
     """An exponential moving average of a model's trainable weights; its memory grows to that of `decay`."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:

@@ -113,10 +113,10 @@ def training_seconds(metadata: Mapping[str, Any]) -> float:
 
 def _extras(metadata: Mapping[str, Any]) -> list[Budget]:
     """The budgets of all parts after the first."""
-    asked = [part["more"] for part in metadata.get("parts", []) if "more" in part]
+    budgets = [part["more"] for part in metadata.get("parts", []) if "more" in part]
     if "more" in metadata:
-        asked.append(metadata["more"])
-    return [Budget(**one) for one in asked]
+        budgets.append(metadata["more"])
+    return [Budget(**one) for one in budgets]
 
 
 def is_trained_by_steps(metadata: Mapping[str, Any]) -> bool:

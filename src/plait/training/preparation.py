@@ -13,7 +13,7 @@ import torch
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from plait.core.system import processors as available_processors
-from plait.data.dataset import Dataset, Joined
+from plait.data.dataset import ConcatDataset, Dataset
 from plait.kernels import training as training_kernels
 from plait.modalities.text import Text
 from plait.model import extend
@@ -55,7 +55,7 @@ def join_replayed(dataset: Dataset, paths: list[str]) -> tuple[Dataset, list[Dat
             f"{alone.path} holds data of a kind of its own ({alone.manifest.kind}), which are learnt alone: "
             "leave out training.replay."
         )
-    return Joined(datasets), datasets
+    return ConcatDataset(datasets), datasets
 
 
 def prepare_run(run: Run, reuse: Path | None) -> Prepared:

@@ -20,7 +20,8 @@ from plait.core.rng import uniform
 from plait.data.samples import Samples
 from plait.modalities.base import AUGMENT_DRAWS, MediaModality
 from plait.modalities.recogniser import Recogniser
-from plait.training.optimizer import learning_rate_at, make_optimizer
+from plait.training.optimizer import make_optimizer
+from plait.training.schedule import learning_rate_at
 
 CALIBRATION = 6  # steps that a time budget is measured by
 PEAK, DECAY, SMOOTHING, WARMUP = 4e-3, 0.05, 0.1, 0.15
@@ -70,8 +71,8 @@ def train_recogniser(
     def one(step: int) -> float:
         rows = usable[_rows(seed, step, batch, len(usable))]
         values, lengths = modality.batch([data.samples[i] for i in rows])
-        draw = torch.from_numpy(uniform(seed, AUGMENT, step, rows[:, None], np.arange(AUGMENT_DRAWS)))
-        values, lengths = modality.augment(values, lengths, draw)
+        uniforms = torch.from_numpy(uniform(seed, AUGMENT, step, rows[:, None], np.arange(AUGMENT_DRAWS)))
+        values, lengths = modality.augment(values, lengths, uniforms)
         if modality.variable_length:
             values = values[:, : int(lengths.max())]
         losses = _losses(encoder.logits(values.to(device.torch), lengths.to(device.torch)), targets, rows)

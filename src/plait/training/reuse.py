@@ -83,7 +83,7 @@ def reusing(encode: Encode, earlier: tuple[Tokens, Known] | None, key_of: Callab
 
     def look_up(texts: list[str]) -> Sequence[Sequence[int]]:
         rows = [known.row(key_of(text)) for text in texts]
-        made = iter(encode([text for text, row in zip(texts, rows, strict=True) if row < 0]))
-        return [tokens.samples[row].tolist() if row >= 0 else next(made) for row in rows]
+        encoded = iter(encode([text for text, row in zip(texts, rows, strict=True) if row < 0]))
+        return [tokens.samples[row].tolist() if row >= 0 else next(encoded) for row in rows]
 
     return look_up

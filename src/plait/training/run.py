@@ -303,12 +303,12 @@ class Run:
         for name, modality in recognising.items():
             facts = known.get(name, {})
             path = self._recogniser_file(name, facts.get("part", 0))
-            whole = path.exists() and facts.get("sha256") == sha256_file(path)
-            if whole:
+            is_whole = path.exists() and facts.get("sha256") == sha256_file(path)
+            if is_whole:
                 modality.encoder.load_state_dict(load_file(path))
                 if facts.get("part", 0) == self.part:
                     continue
-            if not whole and self.part:
+            if not is_whole and self.part:
                 raise PlaitError(
                     f"{path} was altered or cut, so {self.folder} cannot go on from it. Put it back from a copy, or "
                     "train again into another folder."
@@ -327,14 +327,14 @@ class Run:
         encoder = modality.encoder
         assert isinstance(encoder, Recogniser)
         budget = self.budget
-        given = self.settings.recogniser_steps if self.part == 0 else None
+        fixed_steps = self.settings.recogniser_steps if self.part == 0 else None
         before = {key: value.clone() for key, value in encoder.state_dict().items()}
         result = train_recogniser(
             modality,
             self._labelled(name, encoder.columns, splits["train"]),
             device=self.device,
             steps=self.metadata.get("recogniser_steps", {}).get(name)
-            or given
+            or fixed_steps
             or budget.steps,  # where the model's are given, the encoders train for as many
             seconds=self.minutes * 60 * self.settings.recogniser_share * share,
             seed=self.settings.seed,
@@ -410,9 +410,9 @@ class Run:
         for column in columns:
             number = {key_of(text) | 1: place for place, text in enumerate(labels[column])}
             keys = split.keys[places, texts.index(column)]
-            found = np.full(len(split.media[source]), -1, np.int64)
-            found[split.rows[source][places]] = [number.get(int(key), -1) for key in keys]
-            classes[column] = found
+            class_of_sample = np.full(len(split.media[source]), -1, np.int64)
+            class_of_sample[split.rows[source][places]] = [number.get(int(key), -1) for key in keys]
+            classes[column] = class_of_sample
         return Labelled(split.media[source], classes)
 
     def _keep_codec(self, name: str, modality: MediaModality, facts: dict[str, Any]) -> None:

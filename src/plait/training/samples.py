@@ -197,14 +197,14 @@ class CodecSamples:
         codec.eval()
         try:
             codes = codec.encode(values, lengths)
-            made = [
+            rebuilt = [
                 codec.decode(codes[i : i + 1, : self.modality.code_count(len(sample))])[0].numpy()
                 for i, sample in enumerate(self.samples)
             ]
         finally:
             codec.train()
         rows = []
-        for i, (sample, back) in enumerate(zip(self.samples, made, strict=True)):
+        for i, (sample, back) in enumerate(zip(self.samples, rebuilt, strict=True)):
             shown = self.log.keep_sample(f"codec-{name}-{i}", self.modality, sample)
             file = self.log.keep_sample(f"codec-{name}-{i}-{step:06d}", self.modality, back)
             rows.append(Sample(name, asked_file=shown, file=file))

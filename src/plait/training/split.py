@@ -13,7 +13,7 @@ import torch
 
 from plait.core.files import read_json, write_json
 from plait.core.rng import key_of
-from plait.data.dataset import Dataset, Joined
+from plait.data.dataset import ConcatDataset, Dataset
 from plait.data.samples import Samples
 from plait.data.tokens import Ids, Tokens, open_tokens, write_tokens
 from plait.modalities.base import MediaModality, Vocabulary
@@ -83,7 +83,7 @@ def load_split(
         plain += dataset.manifest.chats
     reading = _Reading(dataset, split, indices, media, plain, progress)
     cached = _cached(reading, text, cache)
-    sources = dataset.source(indices) if isinstance(dataset, Joined) else None
+    sources = dataset.source(indices) if isinstance(dataset, ConcatDataset) else None
     ids = Ids(list(dataset.cells("id", indices)))
     result = Split(ids, cached.texts, cached.media, cached.rows, keys=cached.keys, sources=sources)
     result.notes = _cut_clips(reading, cached)
@@ -195,12 +195,12 @@ def _cached(reading: _Reading, text: Text, cache: Path) -> _Cached:
         return _open_cache(reading, cache, known["cut"])
     cache.mkdir(parents=True, exist_ok=True)
     earlier = EarlierCache(cache, reading.split)
-    made = _write_cache(reading, text, cache, earlier)
+    written = _write_cache(reading, text, cache, earlier)
     media = {column: reading.settings(column) for column in reading.media_columns}
     facts = {"tokenizer": _tokenizer_key(text), "texts": reading.plain, "media": media}
-    write_json(cache_file, {"cut": made.cut, "made_of": made_of, **facts})
+    write_json(cache_file, {"cut": written.cut, "made_of": made_of, **facts})
     earlier.close()
-    return made
+    return written
 
 
 def _tokenizer_key(text: Text) -> str:
@@ -221,20 +221,26 @@ def _open_cache(reading: _Reading, cache: Path, cut: dict[str, int]) -> _Cached:
 def _write_cache(reading: _Reading, text: Text, cache: Path, earlier: EarlierCache) -> _Cached:
     split, count = reading.split, len(reading.indices)
     keys = np.zeros((count, len(reading.plain)), np.int64)
-    made = _Cached({}, {}, {}, keys, dict.fromkeys(reading.media_columns, 0))
+    cached = _Cached({}, {}, {}, keys, dict.fromkeys(reading.media_columns, 0))
     for column in reading.media_columns:
-        rows = made.rows[column] = np.full(count, -1)
-        told = _Made()
-        made.media[column] = Samples.write(cache / f"{split}-{column}", reading.samples(column, rows, told, earlier))
-        made.cut[column] = sum(told.cut)
-        for what, values in (("rows", rows), ("keys", np.array(told.keys, np.int64)), ("cut", np.array(told.cut))):
+        rows = cached.rows[column] = np.full(count, -1)
+        reading_facts = _Made()
+        cached.media[column] = Samples.write(
+            cache / f"{split}-{column}", reading.samples(column, rows, reading_facts, earlier)
+        )
+        cached.cut[column] = sum(reading_facts.cut)
+        for what, values in (
+            ("rows", rows),
+            ("keys", np.array(reading_facts.keys, np.int64)),
+            ("cut", np.array(reading_facts.cut)),
+        ):
             np.save(cache / f"{split}-{column}-{what}.npy", values)
     for place, column in enumerate(reading.plain):
         texts = reading.texts(column, keys[:, place])
         encode = reusing(text.encode_batch, earlier.tokens(column, _tokenizer_key(text)), text_key)
-        made.texts[column] = write_tokens(cache / f"{split}-{column}-tokens", texts, encode, text.size)
+        cached.texts[column] = write_tokens(cache / f"{split}-{column}-tokens", texts, encode, text.size)
     np.save(cache / f"{split}-keys.npy", keys)
-    return made
+    return cached
 
 
 def _cut_clips(reading: _Reading, cached: _Cached) -> list[str]:

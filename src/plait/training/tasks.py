@@ -26,7 +26,7 @@ MIRROR_RECORDS = 1500  # images that say whether a mirrored one means the same
 MIRROR_LOSS = 0.9  # share of the accuracy that mirrored images must keep
 MIRROR_STRENGTH = 3e-4  # of the linear model that finds out
 LABELLED = 0.5  # share of the records with media that must have a label for it to be the task
-DRAW = 321  # key of `uniform`
+RNG_STREAM = 321  # of the random numbers of `uniform`
 
 QUESTIONS, REPLIES = ("question", "message", "prompt", "query"), ("reply", "answer", "response")  # names of columns
 
@@ -92,12 +92,12 @@ def derive(dataset: Dataset, recipe: Recipe) -> Derived:
     context = recipe.model.backbone.context or SIZES[recipe.model.size].context
     labels = label_columns(dataset, context)
     task = recipe.training.task
-    found = find_task(dataset, labels)
+    task_of_data = find_task(dataset, labels)
     if task == "auto":
         _raise_if_one_label(dataset, labels)
     if task == "auto":
-        task = found
-    if task == "recognise" and found != "recognise":
+        task = task_of_data
+    if task == "recognise" and task_of_data != "recognise":
         raise PlaitError(
             f"{dataset.path} has no column of labels (texts of at most {context // 2} tokens, each of which stands at "
             "several records), so nothing can be recognised. Put files into a folder for each label, or add a column."
@@ -147,10 +147,10 @@ def _imported(derived: Derived, training: dict[str, Any]) -> None:
     folder = find_checkpoint(name)
     if folder is not None and read_json(folder / "config.json").get("model_type") == "plait":
         return
-    mine, lora = recipe.training, recipe.training.lora is not None
+    user_training, lora = recipe.training, recipe.training.lora is not None
     chosen = {"batch_size": 8, "learning_rate": 5e-4 if lora else 5e-5}
-    chosen = {key: value for key, value in chosen.items() if getattr(mine, key) is None}
-    if lora and mine.full_softmax_prob == Recipe().training.full_softmax_prob:
+    chosen = {key: value for key, value in chosen.items() if getattr(user_training, key) is None}
+    if lora and user_training.full_softmax_prob == Recipe().training.full_softmax_prob:
         chosen["full_softmax_prob"] = 0.0
     training |= chosen
     if "learning_rate" in chosen:
@@ -209,13 +209,13 @@ def _language(derived: Derived, training: dict[str, Any]) -> None:
     minutes = recipe.training.minutes or SIZES[recipe.model.size].minutes
     if recipe.model.size != "tiny" or minutes > 60:
         return
-    mine, defaults = recipe.training, Recipe().training
+    user_training, defaults = recipe.training, Recipe().training
     backbone = recipe.model.backbone
     context = backbone.context or (128 if minutes <= 20 else 256)
     model = {"backbone": {"context": context}, "tied": True if recipe.model.tied is None else recipe.model.tied}
     chosen = {"batch_size": 8, "learning_rate": 4e-3, "weight_decay": 0.1, "betas": (0.9, 0.99),
               "full_softmax_prob": 0.0, "validations": 10}  # fmt: skip
-    training |= {key: value for key, value in chosen.items() if getattr(mine, key) == getattr(defaults, key)}
+    training |= {key: value for key, value in chosen.items() if getattr(user_training, key) == getattr(defaults, key)}
     derived.recipe = with_sections(recipe, model=model)
     derived.lines.append(f"For {minutes:g} minute{'s' * (minutes != 1)}: windows of {context} tokens, 8 in a batch.")
 
@@ -242,7 +242,7 @@ def mirrors(dataset: Dataset, recipe: Recipe, labels: dict[str, list[str]], kind
     target = next(iter(labels))
     answers = dataset.texts(target)
     indices = np.array([i for i in dataset.indices("train") if answers[i] is not None], np.int64)
-    order = np.argsort(uniform(recipe.training.seed, DRAW, indices), kind="stable")
+    order = np.argsort(uniform(recipe.training.seed, RNG_STREAM, indices), kind="stable")
     indices = np.sort(indices[order[:MIRROR_RECORDS]])
     settings = dict(getattr(recipe.model, kind))
     modality = MODALITIES[kind](fit_settings(dataset, kind, SIZES[recipe.model.size], settings), 8)
@@ -255,7 +255,7 @@ def mirrors(dataset: Dataset, recipe: Recipe, labels: dict[str, list[str]], kind
     if len(images) < 40 or len(set(classes)) < 2:
         return False
     truth = np.array(classes)
-    half = uniform(recipe.training.seed, DRAW, 1, np.arange(len(images))) < 0.5
+    half = uniform(recipe.training.seed, RNG_STREAM, 1, np.arange(len(images))) < 0.5
     simple_features = MEDIA[kind].simple_features
     rows = simple_features(images, 0)
     scale = rows[half].std(0) + 1e-3

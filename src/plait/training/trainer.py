@@ -41,10 +41,11 @@ from plait.training.divergence import check_stable, not_finite
 from plait.training.init_from import generation_of, labels_of
 from plait.training.log import Log
 from plait.training.losses import LossModule, step_losses
-from plait.training.optimizer import AdamW, Average, learning_rate_at, make_optimizer, restart_scale
+from plait.training.optimizer import AdamW, WeightAverage, make_optimizer
 from plait.training.parts import Budget
 from plait.training.preparation import Prepared, join_replayed, prepare_run
 from plait.training.run import Progress, Report, Run, difference
+from plait.training.schedule import learning_rate_at, restart_scale
 from plait.training.streams import Streams, can_be_cut, media_work
 
 FULL_SOFTMAX, DROPOUT = 17, 18  # keys of `uniform`: for steps with the whole softmax, and for what a step hides
@@ -157,7 +158,7 @@ class Trainer:
         self.saver.inherited = self.prepared.inherited
         newest = self._newest_checkpoint()
         self._setup_schedule()
-        self.average = Average(self.model, self.settings.ema) if self.settings.ema else None
+        self.average = WeightAverage(self.model, self.settings.ema) if self.settings.ema else None
         self.position = Position()
         self.started = self.saved = time.perf_counter()
         if newest is not None:
@@ -264,8 +265,8 @@ class Trainer:
         run, seconds = self.run, self.prepared.seconds
         if "steps" in run.metadata:
             return
-        asked = run.budget.steps
-        steps = None if asked is None else run.first_step + asked
+        requested = run.budget.steps
+        steps = None if requested is None else run.first_step + requested
         if is_timed(self.run.budget):
             begun = time.perf_counter()
             possible = calibrate(self.model, self.optimizer, self._optimize, seconds)
@@ -568,13 +569,13 @@ class Trainer:
 def _check_same_network(folder: Path, model: Multimodal) -> None:
     """Raise PlaitError where a checkpoint is of another network than the run's recipe and data make."""
     config = read_json(folder / "config.json")
-    made = model.config.model_dump(mode="json")
-    settings = made.pop("modalities")
-    stored = ModelConfig.model_validate({name: config.get(name) for name in made}).model_dump(mode="json")
+    config_now = model.config.model_dump(mode="json")
+    settings = config_now.pop("modalities")
+    stored = ModelConfig.model_validate({name: config.get(name) for name in config_now}).model_dump(mode="json")
     del stored["modalities"]
-    for one in (made, stored):
+    for one in (config_now, stored):
         one["backbone"] = {name: value for name, value in one["backbone"].items() if name != "dropout"}
-    different = difference(stored, made) + difference(read_json(folder / "preprocessor_config.json"), settings)
+    different = difference(stored, config_now) + difference(read_json(folder / "preprocessor_config.json"), settings)
     if different:
         raise PlaitError(f"{folder} is of another network{different}. Choose another folder with -o.")
 

@@ -22,7 +22,7 @@ from plait.core.errors import PlaitError
 from plait.core.files import only_writer, read_json, write_json
 from plait.core.progress import StudyNews
 from plait.core.rng import uniform
-from plait.data.dataset import Chosen, Dataset
+from plait.data.dataset import Dataset, SubsetDataset
 from plait.data.stores import Location, read_place
 from plait.inference.model import PlaitModel, load
 from plait.model.checkpoint import find_checkpoint
@@ -108,7 +108,7 @@ class Task:
         for i in order.tolist():
             if len(by_label[answers[i]]) < int(count):
                 by_label[answers[i]].append(i)
-        return np.sort(np.array([i for some in by_label.values() for i in some], np.int64))
+        return np.sort(np.array([i for indices_of_label in by_label.values() for i in indices_of_label], np.int64))
 
     def _shown(self, model: PlaitModel, value: str | bytes) -> Any:
         """A part as the model reads it; of an audio clip longer than its window, the beginning."""
@@ -216,14 +216,14 @@ class _Study:
             facts = {"version": 1, "dataset": str(self.dataset.path), "settings": settings, "rows": []}
             write_json(path, facts)
             return facts
-        found: dict[str, Any] = read_json(path)
-        different = [key for key, value in settings.items() if found.get("settings", {}).get(key) != value]
+        study: dict[str, Any] = read_json(path)
+        different = [key for key, value in settings.items() if study.get("settings", {}).get(key) != value]
         if different:
             raise PlaitError(
                 f"{self.folder} holds a study with another {' and another '.join(different)}. Choose another folder "
                 "with -o, or delete it."
             )
-        return found
+        return study
 
     def run(self) -> dict[str, Any]:
         if self.old is not None and "before" not in self.metadata:
@@ -260,7 +260,7 @@ class _Study:
             note = f"{way}, {count} a label, seed {seed}: {progress.stage} {progress.done}/{progress.total}"
             self.tell(StudyNews("transfer", number, total, note))
 
-        train(Chosen(self.dataset, {"train": chosen}), folder, recipe, report, self.plan.device)
+        train(SubsetDataset(self.dataset, {"train": chosen}), folder, recipe, report, self.plan.device)
         model = load(folder, self.plan.device).plait_model
         assert model is not None
         row = {
@@ -282,9 +282,9 @@ class _Study:
             recipe.training.batch_size = max(records, 2)
         if way == "scratch":
             for name, settings in self.fitted.items():
-                given = getattr(recipe.model, name, None)
-                if name in self.dataset.columns.values() and isinstance(given, dict):
-                    setattr(recipe.model, name, {**settings, **given})
+                user_settings = getattr(recipe.model, name, None)
+                if name in self.dataset.columns.values() and isinstance(user_settings, dict):
+                    setattr(recipe.model, name, {**settings, **user_settings})
             return recipe
         recipe.model.init_from = str(self.source)
         if way == "frozen":

@@ -132,21 +132,21 @@ class _Study:
             }  # fmt: skip
             write_json(path, facts)
             return facts
-        found: dict[str, Any] = read_json(path)
-        if not isinstance(found, dict) or found.get("version") != VERSION or "settings" not in found:
+        study: dict[str, Any] = read_json(path)
+        if not isinstance(study, dict) or study.get("version") != VERSION or "settings" not in study:
             raise PlaitError(f"{path} is not of a study that this Plait can go on with. Choose another folder with -o.")
         # Settings that a newer Plait has beside those of the study stand at their defaults.
-        old = parse_recipe(found["settings"]["recipe"], str(path)).model_dump(mode="json")
-        known = {**found["settings"], "recipe": old}
+        old = parse_recipe(study["settings"]["recipe"], str(path)).model_dump(mode="json")
+        known = {**study["settings"], "recipe": old}
         different = [key for key, value in settings.items() if known.get(key) != value]
-        if found["shared"] != self.shared:
+        if study["shared"] != self.shared:
             different.append("storage")
         if different:
             raise PlaitError(
                 f"{self.folder} holds a study with another {' and another '.join(different)}. "
                 "Choose another folder with -o, or delete it."
             )
-        return found
+        return study
 
     def run(self) -> dict[str, Any]:
         if self._first():
@@ -161,8 +161,8 @@ class _Study:
             self._work(workers, self.search, "trials", self._ask, self.plan.trials)
             self._enqueue_fresh()
             waiting = self.fresh.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-            wanted = len(waiting) + len(_counted(self.fresh))
-            self._work(workers, self.fresh, "fresh seeds", self._ask_fresh, wanted)
+            total = len(waiting) + len(_counted(self.fresh))
+            self._work(workers, self.fresh, "fresh seeds", self._ask_fresh, total)
         finally:
             workers.close()
         return self._write(finished=True)
@@ -479,8 +479,8 @@ def _row(trial: FrozenTrial) -> dict[str, Any]:
 def _line(row: dict[str, Any]) -> str:
     """A trial that is over, in a line."""
     value = f" {row['value']:.4f}" if row["value"] is not None else ""
-    given = ", ".join(f"{name} {number:.4g}" for name, number in row["params"].items())
-    return f"{row['number']}: {row['state']}{value} ({given}){' ' + row['note'] if row['note'] else ''}"
+    params = ", ".join(f"{name} {number:.4g}" for name, number in row["params"].items())
+    return f"{row['number']}: {row['state']}{value} ({params}){' ' + row['note'] if row['note'] else ''}"
 
 
 def _at_work(message: Message) -> str:
