@@ -282,7 +282,7 @@ def _patterned(values: np.ndarray) -> np.ndarray:
 
 def near_texts(prints: np.ndarray, max_distance: float = TEXTS) -> Pairs:
     """Pairs among texts, `prints` (N, 128) uint32, whose distance is at most `max_distance`: one minus the
-    of runs of five characters that two texts have in common."""
+    estimated share of runs of five characters that two texts have in common."""
     neighbours, near = np.zeros(0, np.int64), np.zeros(0, np.float32)
     for band in range(PERMUTATIONS // _BAND):
         keys = _band_keys(prints[:, band * _BAND : (band + 1) * _BAND])
