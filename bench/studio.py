@@ -316,13 +316,28 @@ def measure_training(folder: Path, steps: int, rounds: int) -> None:
     print(f"training under the studio: {statistics.median(ratios):.3f} of the steps a second (median of {rounds})")
 
 
+def processor_seconds(process: psutil.Process) -> float:
+    """Of a process and all that it started; 0 where it has ended."""
+    try:
+        times = [one.cpu_times() for one in [process, *process.children(recursive=True)]]
+        ended = process.cpu_times()
+    except psutil.NoSuchProcess:
+        return 0.0
+    return sum(one.user + one.system for one in times) + ended.children_user + ended.children_system
+
+
 def train_in_studio(workspace: Workspace, project: Path, run: str, options: tuple[str, ...]) -> Path:
     """Train as the page does, while a page asks every second how far it is."""
-    with studio(workspace.root) as (_, _, client):
+    with studio(workspace.root) as (server, _, client):
         job = start(workspace, Job(project, run, options))
+        before, training, taken = server.cpu_times(), psutil.Process(job.process), 0.0
         while job.alive:
             client.get(f"/p/{project.name}/runs/{run}/live").raise_for_status()
+            taken = max(taken, processor_seconds(training))
             time.sleep(1)
+        after = server.cpu_times()
+        own = after.user + after.system - before.user - before.system
+        print(f"  the studio's own processor time: {own:.2f} s, beside {taken:.2f} s of the training that it looked at")
     found = read_job(workspace.project(project.name), run)
     if found is None or found.current != "done":
         raise SystemExit(f"the run ended as {found and found.current}: {found and found.error}")

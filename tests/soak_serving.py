@@ -4,8 +4,8 @@
     python tests/soak_serving.py R13 R15 --count 100   # some, shorter
     python tests/soak_serving.py --model runs/photos
 
-R11 bombs, R12 fuzzing, R13 slow clients, R14 SIGTERM, R15 clients that leave, R19 overload, and memory over 1,000 mixed
-requests.
+R11 bombs, R12 fuzzing, R13 slow clients, R14 SIGTERM, R15 clients that leave, R19 overload, and memory over 2,000 mixed
+and 50 huge requests.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from server import Server, is_error, write_caller, write_text_model
 
 HERE = Path(__file__).parent
 CORPORA = HERE.parents[1] / "shared" / "corpora"
+HUGE = 50  # requests
 GOOD = {"model": "text", "prompt": "the cat", "max_tokens": 16, "seed": 1, "temperature": 1.0}
 
 
@@ -295,10 +296,31 @@ def memory(server: Server, model: str, count: int) -> None:
     good = sum(status == 200 for status in statuses)
     say(f"memory {idle:.0f} MiB idle, {before:.0f} after 200 mixed requests, {now:.0f} after {count} more "
         f"({now / before - 1:+.1%}); {good} of {len(statuses)} answered")  # fmt: skip
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda i: server.ask("POST", *huge(model, i))[0], range(HUGE)))
+    list(map(ask, range(20)))  # what came before is let go by now
+    after = resident(server)
+    said = ", ".join(f"{answers.count(status)} with {status}" for status in sorted(set(answers)))
+    say(f"memory {after:.0f} MiB after {HUGE} huge requests ({after / before - 1:+.1%} of before all): {said}")
+
+
+def huge(model: str, number: int) -> tuple[str, dict[str, Any]]:
+    """A route and a body that are as large as may be: a text of 1 MB, 2,048 texts, an image of 16 megapixels, five
+    minutes of audio."""
+    kind = number % 4
+    if kind == 0:
+        return "/v1/completions", {**GOOD, "prompt": "the cat " * 131_072}
+    if kind == 1:
+        return "/v1/embeddings", {"model": model, "input": [f"text {i}" for i in range(2048)]}
+    if kind == 2:
+        return "/v1/chat/completions", image_body(model, png(4000, 4000, "L"))
+    out = io.BytesIO()
+    soundfile.write(out, np.sin(np.arange(8000 * 300) / 5).astype(np.float32), 8000, format="WAV")
+    return "/v1/chat/completions", audio_body(model, out.getvalue(), "wav")
 
 
 CASES: dict[str, tuple[Callable[[Server, str, int], None], int]] = {
-    "memory": (memory, 1000), "R11": (r11, 50), "R12": (r12, 600), "R13": (r13, 1), "R15": (r15, 1000),
+    "memory": (memory, 2000), "R11": (r11, 50), "R12": (r12, 600), "R13": (r13, 1), "R15": (r15, 1000),
     "R19": (r19, 1), "R14": (r14, 1),
 }  # fmt: skip
 

@@ -19,7 +19,7 @@ from conftest import EN, RECIPE, make_image, tone
 from plait.core.errors import PlaitError
 from plait.explain.methods import areas, integrated_gradients, occlusion
 from plait.explain.parts import Grid, log_odds
-from plait.explain.parts import Path as Way
+from plait.explain.parts import IntegrationPath as Way
 from plait.explain.plait_models import question
 from plait.hf.pretrained import load_pretrained
 from plait.modalities.image import Image as Images

@@ -517,3 +517,9 @@ def test_a_film_is_found_in_any_case_and_without_its_year_where_that_is_clear() 
     catalogue = Catalogue([Item(str(number), title=title) for number, title in enumerate(titles)], known=4)
     assert [catalogue.find(name) for name in ("TOY  story", "heat (1986)", "2001: a space odyssey")] == [2, 1, 3]
     assert catalogue.find("heat") is None  # there are two
+
+
+def test_recent_popularity_counts_the_last_tenth_in_time() -> None:
+    items, starts = np.array([0, 0, 0, 1, 2, 2, 1, 0, 0, 2]), np.array([0, 5, 10])
+    assert Interactions(items, starts, 3, np.arange(10)).recent_popularity().tolist() == [0, 0, 1]  # type: ignore[union-attr]
+    assert Interactions(items, starts, 3).recent_popularity() is None

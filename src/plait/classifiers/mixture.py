@@ -10,6 +10,7 @@ import numpy as np
 
 PULL = 4.0  # records' worth of belief that all opinions count alike
 DOUBT = 4.0  # records that are counted as wrong beside those of validation
+FEW = 100  # validation records that are few
 FEWEST_TOP = 100  # validation records from which the likeliest class is calibrated on its own
 QUANTILES = 201  # of the familiarity of validation records that are kept
 UNFAMILIAR = 0.98  # ood_score from which an input is none of the labels
@@ -115,9 +116,9 @@ def fit_mixture(scores: dict[str, np.ndarray], truth: np.ndarray) -> Mixture:
 
     Each opinion is calibrated alone first; then all weights are fitted together by likelihood, drawn by a few
     records' worth towards shares that go by how likely each opinion alone makes the truth. Where the best opinion
-    alone is clearly more often right than all together, that one is taken: by more than its paired standard error,
-    since opinions that err apart are worth more together on records that differ from these. An opinion that adds
-    nothing gets the weight 0 and need not be asked.
+    alone is clearly more often right than all together, that one is taken: by more than one paired standard error, two
+    where records are few, since opinions that err apart are worth more together on records that differ from these. An
+    opinion that adds nothing gets the weight 0 and need not be asked.
     """
     from scipy.optimize import minimize  # takes as long to import as half of torch
 
@@ -139,7 +140,8 @@ def fit_mixture(scores: dict[str, np.ndarray], truth: np.ndarray) -> Mixture:
     shares = np.where(fitted.x < 0.02 * fitted.x.max(), 0.0, fitted.x)
     single = np.eye(len(names))[int(losses.argmin())]
     lead = _right(stack, single * alone, truth) - _right(stack, shares * alone, truth)
-    if lead.mean() > lead.std() / len(lead) ** 0.5:  # the others do harm
+    sure = 1 + min(FEW / len(lead), 1.0)  # few records deceive
+    if lead.mean() > sure * lead.std() / len(lead) ** 0.5:  # the others do harm
         shares = single
     weights = {name: float(share * factor) for name, share, factor in zip(names, shares, alone, strict=True)}
     highest = {name: scores[name].max(1) for name in names}

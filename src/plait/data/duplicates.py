@@ -117,7 +117,7 @@ def _collect(paths: list[Path], used: np.ndarray) -> dict[str, _Parts]:
 
 
 def _write_prints(paths: list[Path], used: np.ndarray, kind: str, numbers: np.ndarray, file: Path) -> Fingerprints:
-    """The fingerprints of the parts of a kind whose numbers, in the order of `_collect`, are `wanted` (ascending)."""
+    """The fingerprints of the parts of a kind whose numbers, in the order of `_collect`, are `numbers` (ascending)."""
     offsets = [np.zeros(1, np.int64)]
     before = size = 0
     with file.open("wb") as out:

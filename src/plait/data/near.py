@@ -136,7 +136,7 @@ def _shuffled(codes: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def near_images(prints: np.ndarray, max_distance: float = IMAGES) -> Pairs:
-    """Pairs among images, `prints` (N, 704) uint8, whose distance is at most `most`.
+    """Pairs among images, `prints` (N, 704) uint8, whose distance is at most `max_distance`.
 
     The distance is the mean square of what differs over that of what is in the images, the smaller of the two laid
     on the best-fitting part of the other.
@@ -236,7 +236,7 @@ def _audio_features(spectrogram: np.ndarray) -> np.ndarray:
 
 
 def near_audio(prints: Sequence[bytes], max_distance: float = AUDIO) -> Pairs:
-    """Pairs among audio clips, spectrograms (frames, 64) uint8 as bytes, whose distance is at most `most`: one minus
+    """Pairs among clips, spectrograms (frames, 64) uint8 as bytes, whose distance is at most `max_distance`: one minus
     the correlation of the spectrograms' patterns at the best shift in time, 80 % of the longer one overlapping; times
     .6 s over the length of a shorter one, which tells less."""
     clips = [np.frombuffer(value, np.uint8).reshape(-1, BANDS) for value in prints]
@@ -281,8 +281,8 @@ def _patterned(values: np.ndarray) -> np.ndarray:
 
 
 def near_texts(prints: np.ndarray, max_distance: float = TEXTS) -> Pairs:
-    """Pairs among texts, `prints` (N, 128) uint32, whose distance is at most `most`: one minus the estimated share of
-    runs of five characters that two texts have in common."""
+    """Pairs among texts, `prints` (N, 128) uint32, whose distance is at most `max_distance`: one minus the
+    estimated share of runs of five characters that two texts have in common."""
     neighbours, near = np.zeros(0, np.int64), np.zeros(0, np.float32)
     for band in range(PERMUTATIONS // _BAND):
         keys = _band_keys(prints[:, band * _BAND : (band + 1) * _BAND])

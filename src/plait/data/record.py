@@ -91,7 +91,7 @@ def rejected(place: str, why: Reason) -> Rejected:
 
 def are_labels(column: str, distinct: int, records: int, per_label: int) -> bool:
     """Whether a column of short texts holds labels: `distinct` different values at `records` records, so that each
-    stands at `each` of them on average, or fewer where the column's name says that they are labels."""
+    stands at `per_label` of them on average, or fewer where the column's name says that they are labels."""
     if distinct < 2:
         return False
     return distinct <= records // per_label or (column.lower() in LABEL_NAMES and distinct <= MOST_ONCE)

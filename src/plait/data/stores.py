@@ -169,7 +169,7 @@ def open_binary(place: Location) -> IO[bytes]:
 
 
 def read_bytes(place: Location, max_bytes: int = -1) -> bytes:
-    """A file's bytes, `most` at most. Raises as `open_binary` does."""
+    """A file's bytes, `max_bytes` at most. Raises as `open_binary` does."""
     if isinstance(place, str):
         system, path = _filesystem(place)
         end = None if max_bytes < 0 else max_bytes

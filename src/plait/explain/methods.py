@@ -116,7 +116,7 @@ def occlusion(
     question: Question, score: float | None = None, explanation: Explanation | None = None
 ) -> list[np.ndarray]:
     """What of the score is lost when units are taken away, by part: a unit's weight is the mean over the sets of
-    units that it is taken away with (Zeiler and Fergus, 2014). Notes in `found` what was made depends on."""
+    units that it is taken away with (Zeiler and Fergus, 2014). Notes in `explanation` what was made depends on."""
     parts = question.parts
     score = float(question.scores([unmasked(parts)])[0]) if score is None else score
     total = sum(part.count for part in parts)

@@ -23,7 +23,7 @@ POSITIONS = 8192  # padded positions in one forward pass
 
 
 def batches(lengths: list[int], batch_size: int, extra: int = 0) -> Iterator[list[int]]:
-    """Indices by ascending length, at most `most` of them and about POSITIONS padded positions at a time; `extra`
+    """Indices by ascending length, at most `batch_size` of them and about POSITIONS padded positions at a time; `extra`
     positions come on top of each."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     start = 0

@@ -100,7 +100,7 @@ def tabulate(
         model: what `plait.load` returned.
         sources: folders, files, tables, archives or prepared datasets; a str that names none of these is a text.
         out: a `.csv`, `.jsonl` or `.parquet` file.
-        asked: what is asked of each input.
+        query: what is asked of each input.
         inputs: columns of a table that are read; if None those that the model knows and that are no labels.
         overwrite: whether a table that is there already is replaced.
         workers: processes that decode media; all cores if None.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+RECENT = 0.1  # share of the interactions, the last in time, that recent popularity counts
 WINDOW, DECAY = 10, 3.0  # of directed co-occurrence, in places
 MOST = 6000  # items up to which every pair of them fits
 
@@ -20,10 +21,18 @@ class Interactions:
     items: np.ndarray
     starts: np.ndarray
     count: int
+    times: np.ndarray | None = None  # of each, where they are known
 
     def popularity(self) -> np.ndarray:
         """How often each item stands there, (count,)."""
         return np.bincount(self.items, minlength=self.count).astype(np.float64)
+
+    def recent_popularity(self) -> np.ndarray | None:
+        """The same of the last tenth of the interactions in time; None where times are not known."""
+        if self.times is None or not len(self.times):
+            return None
+        late = self.times >= np.quantile(self.times, 1 - RECENT)
+        return np.bincount(self.items[late], minlength=self.count).astype(np.float64)
 
 
 class Follows:

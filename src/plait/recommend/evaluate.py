@@ -240,7 +240,8 @@ class _Work:
         keep = self.histories.parts == TRAIN
         counts = np.bincount(self.histories.owners()[keep], minlength=len(self.histories))
         starts = np.concatenate(([0], np.cumsum(counts)))
-        self.train = Interactions(self.histories.items[keep], starts, len(self.catalogue))
+        times = None if self.histories.times is None else self.histories.times[keep]
+        self.train = Interactions(self.histories.items[keep], starts, len(self.catalogue), times)
         self.popularity = self.train.popularity()
 
     def keep(self, name: str, value: float, **more: float | None) -> None:
@@ -260,6 +261,8 @@ class _Work:
             "cooccurrence": each(Follows(self.train)),
             "popularity": lambda histories: np.tile(self.popularity, (len(histories), 1)),
         }
+        if (recent := self.train.recent_popularity()) is not None:
+            by_name["recent_popularity"] = lambda histories: np.tile(recent, (len(histories), 1))
         if self.train.count <= MOST:
             by_name["item_knn"] = each(Neighbours(self.train))
             by_name["ease"] = each(Neighbours(self.train, EASE))

@@ -16,6 +16,7 @@ _MEANING |= {
 _METHODS = {
     "cooccurrence": ("directed co-occurrence", "what followed what, and how soon: the baseline of all figures here"),
     "popularity": ("popularity", "the same for everybody"),
+    "recent_popularity": ("recent popularity", "of the last tenth of the interactions, the same for everybody"),
     "item_knn": ("item-kNN", "items that the same people chose"),
     "ease": ("EASE", "a linear model of which items go together"),
 }

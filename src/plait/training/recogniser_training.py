@@ -28,7 +28,6 @@ PEAK, DECAY, SMOOTHING, WARMUP = 4e-3, 0.05, 0.1, 0.15
 BATCH, SMALL_BATCH, FEW = 64, 32, 600  # records in a step, and records below which it is the smaller one
 EPOCHS = 400  # more passes than that teach nothing new
 AVERAGED, AVERAGE_DECAY = 4, 0.98  # steps between two states that the average takes in, and how it forgets
-TEMPERATURES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)  # of which held-out labels choose one
 ORDER, AUGMENT = 301, 302  # keys of `uniform`
 
 
@@ -142,11 +141,9 @@ class RecogniserAverage:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What heads say of labels that they did not learn from: (N,) whether each is right, and its log-likelihood at the
-    temperature that suits them best, in nats."""
+    """What heads say of labels that they did not learn from: (N,) whether each is right."""
 
     right: np.ndarray
-    log_likelihood: np.ndarray
 
     @property
     def share(self) -> float:
@@ -154,8 +151,9 @@ class HeldOut:
         return float(self.right.mean()) if len(self.right) else 0.0
 
     def is_worse_than(self, other: HeldOut) -> bool:
-        """Whether the mean log-likelihood is lower by more than the standard error of the paired difference."""
-        difference = self.log_likelihood - other.log_likelihood
+        """Whether the share that is right is lower by more than the standard error of the paired difference.
+        Likelihoods would say that of any network that learns more by heart, though it is right as often."""
+        difference = self.right.astype(float) - other.right
         if len(difference) < 2:
             return False
         return float(difference.mean()) < -float(difference.std(ddof=1)) / len(difference) ** 0.5
@@ -167,23 +165,13 @@ def held_out_labels(modality: MediaModality, data: Labelled, device: Device) -> 
     encoder = modality.encoder
     assert isinstance(encoder, Recogniser)
     encoder.to(device.torch).eval()
-    scores: list[torch.Tensor] = []
-    right: list[torch.Tensor] = []
+    right: list[np.ndarray] = []
     for column in encoder.columns:
         rows = np.flatnonzero(data.classes[column] >= 0)
-        if not len(rows):
-            continue
-        chunks = [rows[at : at + BATCH] for at in range(0, len(rows), BATCH)]
-        logits = torch.cat([_logits(modality, data, chunk, device)[column] for chunk in chunks])
-        truth = torch.from_numpy(data.classes[column][rows])
-        right.append(logits.argmax(1) == truth)
-        likelihoods = [
-            (logits / temperature).log_softmax(1).gather(1, truth[:, None])[:, 0] for temperature in TEMPERATURES
-        ]
-        scores.append(max(likelihoods, key=lambda one: float(one.sum())))
-    if not scores:
-        return HeldOut(np.zeros(0, bool), np.zeros(0))
-    return HeldOut(torch.cat(right).numpy(), torch.cat(scores).double().numpy())
+        for chunk in (rows[at : at + BATCH] for at in range(0, len(rows), BATCH)):
+            logits = _logits(modality, data, chunk, device)[column]
+            right.append(logits.argmax(1).numpy() == data.classes[column][chunk])
+    return HeldOut(np.concatenate(right) if right else np.zeros(0, bool))
 
 
 def _logits(modality: MediaModality, data: Labelled, rows: np.ndarray, device: Device) -> dict[str, torch.Tensor]:
