@@ -152,11 +152,13 @@ def reply(
     embedder = load(encoder, device).embed_inputs if encoder is not None else None
     replies = open_replies(run, data, question, answer, embedder, loaded, least)
     lines = messages or [line.strip() for line in sys.stdin if line.strip()]
-    for message, reply_found in zip(lines, replies.answer(lines, sources, compose), strict=True):
+    for message, quoted in zip(lines, replies.answer(lines, sources, compose), strict=True):
         if as_json:
-            out.print(json.dumps({"message": message, **asdict(reply_found)}, ensure_ascii=False), markup=False)
+            out.print(json.dumps({"message": message, **asdict(quoted)}, ensure_ascii=False), markup=False)
             continue
-        shown = "(silence)" if reply_found.reply is None else reply_found.reply
-        out.print(plain(f"{shown}  [confidence {reply_found.confidence:.2f}, least {reply_found.threshold:.2f}]"))
-        for pair in reply_found.sources:
+        shown = "(silence)" if quoted.reply is None else quoted.reply
+        if len(lines) > 1:
+            out.print(plain(message))
+        out.print(plain(f"{shown}  [confidence {quoted.confidence:.2f}, least {quoted.threshold:.2f}]"))
+        for pair in quoted.sources:
             out.print(plain(f"  {pair.nearness:.2f}  {pair.question}  ->  {pair.reply}"))

@@ -158,7 +158,8 @@ def _recognised_by_folds(eval_context: EvalContext, source: str, target: str, by
     )
     manifest = eval_context.dataset.manifest
     whose = (
-        f"Groups ({manifest.group_by}) are left out whole, so this is of groups that were not learnt."
+        f"Groups ({manifest.group_by}) are left out whole, so this is of groups that were not learnt. A model "
+        "to use may learn from all of them: train it without --group-by."
         if manifest.groups
         else "This is of more from the same sources; for others (new speakers, another camera) see --group-by of plait "
         "prepare."

@@ -273,6 +273,7 @@ def _summary(run: RunInfo) -> str:
         parts.append(f"size {facts['size']}")
     if run.parameters:
         parts.append(f"{sum(run.parameters.values()):,} parameters")
+    parts += [f"{name} encoder {steps} steps" for name, steps in facts.get("recogniser_steps", {}).items()]
     if "steps" in facts:
         steps = f"{(facts.get('revisions') or [facts])[-1]['steps']} steps"
         parts.append(

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from plait.server.access_log import Metrics, RequestContext
+from plait.server.heap import HeapTrimmer
 from plait.server.limits import ApiError, Key, Limits, known_key
 from plait.server.worker import log_fault
 
@@ -133,6 +134,7 @@ class AccessMiddleware:
         )
         self.stopping = False
         self.held = 0  # bytes of all bodies that are being handled
+        self.heap = HeapTrimmer()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -183,6 +185,7 @@ class AccessMiddleware:
                 await answer(ApiError(500, "Something went wrong in the server."), out)
         finally:
             self.held -= body_bytes_held[0]
+            self.heap.after(body_bytes_held[0])
             self._tell(scope, request_context)
 
     def _routed(self, scope: Scope) -> Scope:
