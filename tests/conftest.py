@@ -14,6 +14,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as `plait` does; read when torch loads
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes share the tests, and with them the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from plait.modalities.audio_files import encode_wav  # isort: skip before torch: PLAIT_ISA may cap what torch uses
 
