@@ -27,6 +27,7 @@ from plait.core.files import sha256_file
 from plait.inference.model import attach_adapters, load
 from plait.server import api, api_decisions, api_media, api_messages, api_responses, api_text
 from plait.server.access_log import Metrics, set_up_logging
+from plait.server.heap import limit_arenas
 from plait.server.limits import ApiError, Limits, read_keys
 from plait.server.middleware import AccessMiddleware, AccessPolicy
 from plait.server.network import listen, make_server
@@ -67,6 +68,7 @@ def serve(
     same batch. With `strict`, fields that have no effect are refused. Raises PlaitError for what cannot be loaded,
     an address that cannot be had, and one off loopback without keys.
     """
+    limit_arenas()
     access_policy = make_access_policy(host, key_file, allow_hosts or [], allow_origins or [])
     access_policy.browsers = page is not None
     sock = listen(host, port)
