@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import http.server
 import json
@@ -18,7 +19,8 @@ import torch
 from PIL import Image
 
 import plait as package
-from plait.hf.classifier_graph import ImageFeatures
+from plait.hf.classifier_graph import ClassifierGraph, ImageFeatures
+from plait.inference.opinions import opinion_scores
 from plait.modalities.simple_features import image_features
 
 Plait = Callable[..., int]
@@ -53,6 +55,26 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     {"image": make_images, "audio": make_audio}[request.param](place / "files")
     package.train(place / "files", place / "run", recipe=RECIPE, progress=False)
     return place / "run"
+
+
+def test_the_graph_looks_at_the_views_that_we_look_at(run: Path) -> None:
+    model = package.load(run).plait_model
+    assert model is not None
+    modality = model.modality(model.checkpoint.classifiers[0].source)
+    if modality.variable_length:
+        pytest.skip("images alone have views")
+    rng = np.random.default_rng(1)
+    for mirrored in (False, True):
+        classifier = dataclasses.replace(model.checkpoint.classifiers[0], mirrored=mirrored)
+        graph = ClassifierGraph(classifier, modality).eval()
+        for _ in range(3):
+            pixels = rng.integers(0, 256, (24, 24, 3), np.uint8)
+            sample = modality.windows(Image.fromarray(pixels))[0]
+            with torch.inference_mode():
+                views = graph._views(torch.from_numpy(sample)[None])
+                found = {name: graph._opinion(name, views).numpy() for name in ("linear", "network")}
+            for name, expected in opinion_scores(model, classifier, [sample], list(found)).items():
+                np.testing.assert_allclose(found[name], expected, atol=1e-4)
 
 
 def test_onnx_and_a_folder_answer_alike(run: Path, plait: Plait, capsys: pytest.CaptureFixture[str]) -> None:

@@ -239,8 +239,13 @@ class ClassifierGraph(nn.Module):
     def _opinion(self, name: str, views: list[tuple[Tensor, Tensor]]) -> Tensor:
         if name == "linear":
             return torch.stack([self._linear(*view) for view in views]).mean(0)
-        shifted = [(self._shifted(values, number), ones) for values, ones in views for number in range(self.shifts)]
-        return torch.stack([self._network(*view) for view in [*views, *shifted]]).mean(0)
+        if self.timed:
+            return torch.stack([self._network(*view) for view in views]).mean(0)
+        values, ones = views[0]
+        looks = [values, *(self._shifted(values, number) for number in range(self.shifts))]
+        if self.mirrored:  # after the shift, as `network_scores` has it
+            looks += [look.flip(2) for look in looks]
+        return torch.stack([self._network(look, ones) for look in looks]).mean(0)
 
     def _shifted(self, values: Tensor, number: int) -> Tensor:
         """Images as `Image.test_views` shifts them."""

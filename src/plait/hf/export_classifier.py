@@ -77,7 +77,9 @@ def export_classifier(model: PlaitModel, classifier: Classifier, folder: Path) -
             worst = float(np.maximum(worst, difference))  # which keeps what is no number
         if not worst <= TOLERANCE:
             raise PlaitError(
-                f"The ONNX classifier's probabilities differ by {worst:.2g} from ours; nothing was written."
+                f"The ONNX classifier's probabilities differ by {worst:.2g} from ours, where {TOLERANCE:g} "
+                "is allowed; nothing was written. That is a fault of Plait's: please report it. --to html or --to "
+                "folder hand the run over meanwhile."
             )
         write_json(temporary / "classifier.json", facts)
         write_atomic(temporary / "README.md", _card(model, classifier, facts, ONNX_USE))
@@ -110,7 +112,9 @@ def export_classifier_tflite(
         worst = float(np.abs(probabilities - expected).max())
         if not worst <= TOLERANCE:
             raise PlaitError(
-                f"The TFLite classifier's probabilities differ by {worst:.2g} from ours; nothing was written."
+                f"The TFLite classifier's probabilities differ by {worst:.2g} from ours, where {TOLERANCE:g} "
+                "is allowed; nothing was written. That is a fault of Plait's: please report it. --to html or --to "
+                "folder hand the run over meanwhile."
             )
         facts = {**_facts(classifier, modality), "inputs": read_json(work / "inputs.json")}
         with publish_folder(folder) as temporary:

@@ -540,9 +540,15 @@ def _fit(
         nothing = describe_texts(folder, dataset)
         if nothing is not None:
             tell(nothing)
-    if group.is_main:
+    if group.is_main and not _is_evaluated(folder):
         write_report(folder / "report.html", Metrics(), Findings(), read_run(folder, dataset.path))
         write_card(folder)
+
+
+def _is_evaluated(folder: Path) -> bool:
+    """Whether the figures that lie in a run's folder are of the model that lies there."""
+    metrics, model = folder / "metrics.json", folder / "checkpoints" / "best" / "config.json"
+    return metrics.is_file() and model.is_file() and metrics.stat().st_mtime >= model.stat().st_mtime
 
 
 def shown_by(bar: ProgressBar) -> Callable[[Progress], None]:

@@ -110,7 +110,8 @@ def _name(model: PlaitModel) -> str:
     run = next((one for one in folder.parents if (one / "run.json").is_file()), folder) if folder else None
     if run is None:
         return "Plait"
-    return run.parent.parent.name if run.parent.name == "runs" else run.name
+    in_studio = run.parent.name == "runs" and run.name.isdigit()  # its projects number their runs
+    return run.parent.parent.name if in_studio else run.name
 
 
 def _scores(model: PlaitModel, dataset: Dataset, classifier: Classifier, split: str) -> tuple[np.ndarray, np.ndarray]:
