@@ -10,6 +10,7 @@ import typer
 import plait
 from plait.cli.figures import show_figures
 from plait.console import DeviceOption, PrecisionOption, SeedOption, app, err, out, plain, show_metrics
+from plait.evaluation.keys import TIMING
 
 
 @app.command()
@@ -61,9 +62,13 @@ def evaluate(
     out.print(f"All figures: {run / 'metrics.json'}\nReport: {evaluation.report}")
     if evaluation.findings.answers:
         wrong = sum(one.truth != one.answer for one in evaluation.findings.answers)
-        out.print(f"Each answer, the {wrong:,} wrong ones first: {run / 'answers.csv'}")
+        by_folds = any(key.task == TIMING and key.direction.source == "folds" for key in evaluation.metric_keys)
+        whose = " (of models that had not learnt the record; the run itself has, and may answer otherwise)"
+        out.print(f"Each answer, the {wrong:,} wrong ones first: {run / 'answers.csv'}{whose if by_folds else ''}")
     if any(key.task == "recognition" for key in evaluation.metric_keys):
-        out.print(f"To use it: plait classify {run} FOLDER -o answers.csv; why: plait explain {run} FILE -o why.html")
+        out.print(
+            f"To use it: plait classify {run} FOLDER -o answers.csv; why: plait explain {run} NEW_FILE -o why.html"
+        )
 
 
 def _review(run: Path, data: str | None, column: str | None, seed: int, device: str) -> None:

@@ -29,6 +29,7 @@ from plait.evaluation.examples import Examples, read_examples
 from plait.evaluation.few_records import fit_few
 from plait.inference.model import PlaitModel, load
 from plait.inference.opinions import opinion_scores
+from plait.training.parts import training_seconds
 from plait.training.trainer import train
 
 FEW = 500  # labelled records below which a classifier is measured by folds
@@ -74,7 +75,10 @@ def by_folds(
             measured[one.source, one.target] = _refitted(model, dataset, one, folds or FOLDS, seed)
         else:
             networks.append(one)
-    recipe = parse_recipe(read_json(run / "run.json")["recipe"], str(run / "run.json"))
+    metadata = read_json(run / "run.json")
+    recipe = parse_recipe(metadata["recipe"], str(run / "run.json"))
+    if recipe.training.steps is None:  # a run that was trained for longer had more than its recipe says
+        recipe.training.minutes = training_seconds(metadata) / 60
     if networks and (folds is not None or recipe.training.steps is None):
         measured |= _retrained(model, dataset, networks, recipe, folds or FOLDS, seed, device, progress)
     return measured
