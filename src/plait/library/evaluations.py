@@ -19,7 +19,7 @@ from plait.evaluation.metrics import interval
 from plait.library.model_cards import write_card
 from plait.library.runs import Run
 from plait.library.tables import encode_table
-from plait.reports.metric_labels import headline_keys
+from plait.reports.metric_labels import headline_keys, metric_labels
 from plait.reports.report import read_run, write_metrics, write_report
 from plait.training.parts import training_seconds
 
@@ -219,15 +219,13 @@ def _answer_table(answers: list[AnsweredRecord]) -> bytes:
     return encode_table(rows, ".csv")
 
 
-PLAIN = ("language", "codec", TIMING)  # tasks whose figures are no shares of 1
-
-
 def add_intervals(metrics: Metrics) -> None:
     """The 95 % interval of every figure that has a standard error."""
     for key, metric in metrics.items():
+        kind = metric_labels().meaning.get(key.metric, ("", "number", ""))[1]
         value, error = metric.get("value"), metric.get("stderr")
         if value is not None and error is not None and math.isfinite(value) and math.isfinite(error):
-            metric["low"], metric["high"] = interval(value, error, metric.get("n"), key.task not in PLAIN)
+            metric["low"], metric["high"] = interval(value, error, metric.get("n"), kind == "share")
 
 
 def _measure(
