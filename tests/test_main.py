@@ -116,7 +116,7 @@ def _small() -> dict[str, object]:
         (("prepare", "{tmp}/empty", "-o", "{tmp}/out"), "empty"),
         (("classify", "{tmp}/empty", "x.png"), "empty"),
         (("classify", "{run}", "missing.png"), "missing.png does not exist"),
-        (("train", "{data}", "-o", "{run}", "--steps", "7"), "another recipe"),
+        (("train", "{data}", "-o", "{run}", "--steps", "7"), "other settings"),
     ],
 )
 def test_mistakes_are_told(

@@ -151,6 +151,7 @@ class _Reading:
                 windows = modality.windows(value)
                 made.cut.append(len(windows) > 1)
                 yield windows[0]
+        self.report(column, len(self.indices))
 
     def texts(self, column: str, keys: np.ndarray) -> Iterator[pa.Array]:
         """The texts of a column; fills in the key of each record's (N,), 0 where it has none."""
