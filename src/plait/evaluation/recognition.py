@@ -125,7 +125,7 @@ def _tell_which_figure(eval_context: EvalContext, recognised: Recognised) -> Non
     eval_context.note(
         f"{recognised.source}-{recognised.target}: believe this figure, {own:.1%} on {len(recognised.truth):,} "
         f"{asked}. Training told {earlier:.1%} on {classifier.records:,} records by which it also chose what answers, "
-        "which is rather too high. A page of plait export --to html asks the network alone and names a third one, its own."
+        "which is rather too high. A page of plait export --to html asks the network alone, and names a figure of that."
     )
 
 

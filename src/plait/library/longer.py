@@ -57,9 +57,7 @@ def settle(run: Path) -> list[str]:
     if not aside.exists():
         return []
     before, after = _standing(aside), _standing(best)
-    lines = [
-        _line(" from ".join(reversed(pair)), one, after.right[pair]) for pair, one in _pairs(before, after).items()
-    ]
+    lines = [_line(pair, one, after.right[pair]) for pair, one in _pairs(before, after).items()]
     if lines and _gain(before, after) < 0:
         _restore(run, before.step)
         return [*lines, "That is no better: the model of before is kept."]
@@ -104,10 +102,11 @@ def _gain(before: Standing, after: Standing) -> float:
     return sum(after.right[pair].share - one.share for pair, one in pairs.items())
 
 
-def _line(name: str, before: Right, after: Right) -> str:
+def _line(pair: tuple[str, str], before: Right, after: Right) -> str:
+    source, target = pair
     return (
-        f"{name}, before -> after: {before.share:.1%} -> {after.share:.1%} of the same {before.records:,} validation "
-        "records right."
+        f"{target} from {source}, before -> after: {before.share:.1%} -> {after.share:.1%} of the same "
+        f"{before.records:,} validation records right."
     )
 
 
