@@ -131,7 +131,8 @@ async def _quoted(service: Service, served: Served, request_context: RequestCont
     deadline = service.deadline(request_context)
     turns = await chat_turns(service, served, body.messages, deadline)
     message = " ".join(part for part in turns[-1].parts if isinstance(part, str)) if turns else ""
-    assert (answerer := served.answerer) is not None
+    answerer = served.answerer
+    assert answerer is not None
     quoted: str | None = await served.worker.call(lambda: answerer(message), deadline)
     said = {"content": quoted, "refusal": SILENCE if quoted is None else None}
     request_context.prompt_tokens = len(message.split())
