@@ -77,6 +77,7 @@ class Classifier:
     records: int = 0
     novelty: dict[str, Novelty] = field(default_factory=dict)  # "features", "network": views of what is unlike
     portable: Mixture | None = None
+    fitting: list[str] = field(default_factory=list)  # what to tell of how it was fitted; not stored
 
     def linear_scores(self, inputs: Sequence[Any]) -> np.ndarray:
         """The linear opinion, (N, labels)."""
