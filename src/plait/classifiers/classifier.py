@@ -38,10 +38,10 @@ class Features:
     grams: NgramFeatures | None = None
 
     @classmethod
-    def fit(cls, kind: str, inputs: Sequence[Any], bands: int = 0) -> Features:
-        """`inputs` are texts, or samples of the modality."""
+    def fit(cls, kind: str, inputs: Sequence[Any], bands: int = 0, words: bool = True) -> Features:
+        """`inputs` are texts, or samples of the modality; without `words` of texts only the characters count."""
         if kind == "text":
-            return cls(kind, grams=NgramFeatures.fit(inputs))
+            return cls(kind, grams=NgramFeatures.fit(inputs, words))
         raw = cls(kind, bands).raw(inputs)
         return cls(kind, bands, raw.mean(0), raw.std(0) + 1e-3)
 

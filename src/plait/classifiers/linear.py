@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,9 @@ def fit_linear(features: Any, labels: np.ndarray, classes: int, strength: float,
     from sklearn.svm import LinearSVC
 
     model = LinearSVC(C=strength, class_weight="balanced" if balanced else None, max_iter=2000)
-    model.fit(features, labels)
+    with warnings.catch_warnings():  # of few records of many classes, which are classes all the same
+        warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
+        model.fit(features, labels)
     weights, bias = model.coef_.T, model.intercept_
     if weights.shape[1] == 1:  # two classes
         weights, bias = np.concatenate([-weights, weights], 1), np.concatenate([-bias, bias])
@@ -138,19 +141,21 @@ def _judged(scores: np.ndarray, labels: np.ndarray, by_likelihood: bool) -> tupl
 
 @dataclass
 class NgramFeatures:
-    """TF-IDF of the n-grams of words and of characters within words, side by side."""
+    """TF-IDF of the n-grams of characters within words, and beside them of words, unless there are so few records that
+    hardly a word stands in two of them."""
 
     vectorizers: list[TfidfVectorizer]
 
     @classmethod
-    def fit(cls, texts: Sequence[str]) -> NgramFeatures:
+    def fit(cls, texts: Sequence[str], words: bool = True) -> NgramFeatures:
+        """Fit on texts; without `words` on characters alone."""
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         least = 1 if len(texts) < 2000 else 2
-        words = TfidfVectorizer(ngram_range=WORD_GRAMS, sublinear_tf=True, min_df=least, token_pattern=r"(?u)\b\w+\b")
+        word_options = {"sublinear_tf": True, "min_df": least, "token_pattern": r"(?u)\b\w+\b"}
         options = {"sublinear_tf": True, "min_df": least, "max_features": 4 * MOST_GRAMS}
         characters = TfidfVectorizer(analyzer="char_wb", ngram_range=CHARACTER_GRAMS, **options)
-        grams = cls([words, characters])
+        grams = cls([TfidfVectorizer(ngram_range=WORD_GRAMS, **word_options)] * words + [characters])
         for vectorizer in grams.vectorizers:
             vectorizer.fit(texts)
         return grams
