@@ -141,20 +141,21 @@ def write_conversations(file: Path) -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     """`plait train shop.jsonl --init-from MODEL --lora`, with what a user gets who says nothing else."""
-    with tempfile.TemporaryDirectory() as place:
-        file = Path(place) / "shop.jsonl"
-        write_conversations(file)
-        more: dict[str, Any] = {}
-        for name in ("learning_rate", "batch_size", "steps"):
-            if getattr(arguments, name) is not None:
-                more[name] = getattr(arguments, name)
-        if arguments.steps is None:
-            more["minutes"] = arguments.minutes
-        begun = time.process_time()
-        run = plait.train(
-            file, arguments.out, init_from=str(arguments.model), lora=True, seed=arguments.seed, tell=print, **more
-        )
-        print(f"trained in {time.process_time() - begun:.0f} s of processor time, best step {run.best}")
+    file = arguments.out.with_suffix(".jsonl")
+    write_conversations(file)
+    more: dict[str, Any] = {}
+    for name in ("learning_rate", "batch_size", "steps"):
+        if getattr(arguments, name) is not None:
+            more[name] = getattr(arguments, name)
+    if arguments.steps is None:
+        more["minutes"] = arguments.minutes
+    begun = time.process_time()
+    run = plait.train(
+        file, arguments.out, init_from=str(arguments.model), lora=True, seed=arguments.seed, tell=print, **more
+    )
+    print(
+        f"trained in {time.process_time() - begun:.0f} s of processor time, best checkpoint {run.best.resolve().name}"
+    )
 
 
 def replies(model: Any, questions: Sequence[str]) -> list[str]:
@@ -172,7 +173,7 @@ def holds(reply: str, key: str) -> bool:
 def ask(arguments: argparse.Namespace) -> None:
     model = plait.load(str(arguments.model), "cpu")
     begun, right = time.process_time(), 0
-    for fact in FACTS:
+    for fact in () if arguments.facts else FACTS:
         for question, reply in zip(fact.test, replies(model, fact.test), strict=True):
             good = holds(reply, fact.key)
             right += good
@@ -183,9 +184,8 @@ def ask(arguments: argparse.Namespace) -> None:
         known += holds(reply, key)
         print(f"  {question} -> {reply!r}", flush=True)
     seconds = time.process_time() - begun
-    print(
-        f"held-out questions right: {right} of {2 * len(FACTS)}; facts of the base: {known} of {len(KNOWN)}; {seconds:.0f} s"
-    )
+    total = 2 * len(FACTS)
+    print(f"held-out questions right: {right} of {total}; facts of the base: {known} of {len(KNOWN)}; {seconds:.0f} s")
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -196,7 +196,7 @@ def export(arguments: argparse.Namespace) -> None:
     asked = [fact.test[0] for fact in FACTS]
     ours = replies(plait.load(str(arguments.model), "cpu"), asked)
     with tempfile.TemporaryDirectory() as place:
-        folder = plait.export(str(arguments.model), Path(place) / "export", to="transformers")
+        folder = plait.export(str(arguments.model), Path(place) / "export", to="transformers").folder
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         peer = transformers.AutoModelForCausalLM.from_pretrained(folder)
         same = 0
@@ -235,6 +235,7 @@ def main() -> None:
     one.set_defaults(run=train)
     one = commands.add_parser("ask")
     one.add_argument("model", type=Path)
+    one.add_argument("--facts", action="store_true", help="only the facts that the base knew")
     one.set_defaults(run=ask)
     one = commands.add_parser("export")
     one.add_argument("model", type=Path)
