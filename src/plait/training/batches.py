@@ -28,6 +28,7 @@ from plait.training.split import (
 # What a draw is for; the last key of `uniform`, so that no two decisions share a number.
 ORDER, TARGET, SOURCE, DROP, AUGMENT, OFFSET = range(6)
 
+ORDER_BLOCK = 1 << 16  # items whose places in an epoch are drawn at once
 PASS = 600  # tokens that take as long as what one more pass costs before it computes anything
 
 
@@ -49,6 +50,27 @@ class Step:
             return [self]
         parts = slice(self.first), slice(self.first, None)
         return [Step(self.batches[part], self.span_records[part], self.records) for part in parts]
+
+
+class Items:
+    """What a step may take, by number: a record, and a window of it. A few bytes an item."""
+
+    def __init__(self, windows: np.ndarray) -> None:
+        """`windows` (N,) says how many windows each record has, 0 for one that is not taken."""
+        kind = np.int32 if max(len(windows), int(windows.sum())) < 2**31 else np.int64
+        self.records = np.repeat(np.arange(len(windows), dtype=kind), windows)
+        self.windows: np.ndarray | None = None  # None: the first and only one of each
+        if windows.max(initial=0) > 1:
+            first = np.cumsum(windows, dtype=kind) - windows
+            self.windows = np.arange(len(self.records), dtype=kind) - np.repeat(first.astype(kind), windows)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, numbers: np.ndarray) -> np.ndarray:
+        """(N, 2): record and window of items (N,)."""
+        windows = np.zeros(len(numbers), np.int64) if self.windows is None else self.windows[numbers]
+        return np.stack([self.records[numbers].astype(np.int64), windows], 1)
 
 
 class Sampler:
@@ -85,31 +107,29 @@ class Sampler:
         self.steps_per_epoch = self._steps_per_epoch(0)
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
 
-    def _items(self) -> np.ndarray:
-        """(items, 2): record and window. Only a record of one text has more than one window."""
+    def _items(self) -> Items:
+        """Only a record of one text has more than one window."""
         columns = [c for c in self.columns if c in self.split.chats or c in self.split.texts or c in self.split.rows]
         count = len(self.split)
-        parts, useful = np.zeros(count, np.int32), np.zeros(count, bool)
+        parts, useful = np.zeros(count, np.uint8), np.zeros(count, bool)
         for column in columns:
             present = self.split.present(column)
             parts += present
             if column not in self.unwritten or column in self.split.media:
                 useful |= present
-        windows = useful.astype(np.int64)
+        windows = useful.astype(np.int32)
         for column, tokens in self.split.texts.items():
             if column in self.columns:
                 alone = useful & tokens.present & (parts == 1)
                 windows[alone] = np.maximum(tokens.lengths[alone] // self.context, 1)
-        records = np.repeat(np.arange(count), windows)
-        first = np.cumsum(windows) - windows
-        return np.stack([records, np.arange(len(records)) - np.repeat(first, windows)], 1)
+        return Items(windows)
 
     def _groups(self, batch_size: int, shares: ListOf[float]) -> list[tuple[np.ndarray, int]]:
         """For each dataset that has any: its items, by number, and how many of them a step takes."""
         if not shares or self.split.sources is None:
-            return [(np.arange(len(self.items)), min(batch_size, len(self.items)))]
+            return [(np.arange(len(self.items), dtype=np.int32), min(batch_size, len(self.items)))]
         counts = [max(round(batch_size * share), 1) for share in shares]
-        of = self.split.sources[self.items[:, 0]]
+        of = self.split.sources[self.items.records]
         groups = [np.flatnonzero(of == which) for which in range(len(counts) + 1)]
         sizes = [max(batch_size - sum(counts), 1), *counts]
         return [
@@ -125,7 +145,11 @@ class Sampler:
         kept = self._orders.get(group)
         if kept is None or kept[0] != epoch:
             items = self.groups[group][0]
-            kept = epoch, items[np.argsort(uniform(self.seed, epoch, items, ORDER), kind="stable")]
+            draws = np.empty(len(items))
+            for start in range(0, len(items), ORDER_BLOCK):
+                block = slice(start, start + ORDER_BLOCK)
+                draws[block] = uniform(self.seed, epoch, items[block], ORDER)
+            kept = epoch, items[np.argsort(draws, kind="stable")]
             self._orders[group] = kept
         return kept[1]
 
@@ -215,7 +239,7 @@ class Sampler:
         """Samples as one batch as long as the column's longest: what becomes of one is then the same, to the bit,
         whatever it is batched with; a rounding that differs may be another code."""
         samples = self.split.media[column]
-        values, lengths = self.media[self.columns[column]].batch([*raw, samples[int(samples.lengths.argmax())]])
+        values, lengths = self.media[self.columns[column]].batch([*raw, samples[samples.longest]])
         return values[:-1], lengths[:-1]
 
     def _sequences(
