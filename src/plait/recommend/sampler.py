@@ -18,7 +18,7 @@ from plait.modalities.item import (
 )
 from plait.model.multimodal import IGNORE, Batch, Multimodal, bucket_length
 from plait.recommend.write_histories import TEST, TRAIN, VAL, Histories
-from plait.training.batches import OFFSET, Items, Sampler, Step, cut_by_length
+from plait.training.batches import OFFSET, Items, Sampler, Step
 from plait.training.split import Split
 
 
@@ -89,7 +89,7 @@ class HistorySampler(Sampler):
         order = np.argsort(end - begin, kind="stable")
         sizes = ((end - begin) * self.each)[order].tolist()
         batches, span_records = [], []
-        cuts = cut_by_length(sizes, self.worth)
+        cuts = self.cuts(sizes)
         for start, stop in zip([0, *cuts], [*cuts, len(order)], strict=True):
             places = order[start:stop]
             make = self._batch if split.code_table is None else self._written

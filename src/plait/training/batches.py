@@ -8,10 +8,11 @@ written; a single text is language modelling, in windows of the context's length
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as ListOf
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ import torch
 from plait.core.errors import DivergedError
 from plait.core.rng import uniform
 from plait.modalities.base import AUGMENT_DRAWS, MediaModality, Vocabulary
-from plait.model.multimodal import Batch, Sequence, collate
+from plait.model.multimodal import Batch, Sequence, bucket_length, collate
 from plait.training.conversations import sequences
 from plait.training.split import (
     Split,
@@ -48,8 +49,40 @@ class Step:
         """What each of two threads computes; the step itself where it was not cut for two."""
         if self.first is None:
             return [self]
-        parts = slice(self.first), slice(self.first, None)
-        return [Step(self.batches[part], self.span_records[part], self.records) for part in parts]
+        parts = range(self.first), range(self.first, len(self.batches))
+        return [self._of(part) for part in parts]
+
+    def passes(self, max_tokens: int | None) -> list[Step]:
+        """What is computed one after the other, so that no more than `max_tokens` with padding are in memory at a time:
+        steps of some of the batches each. A batch is never cut here."""
+        sizes = [batch.tokens.numel() for batch in self.batches]
+        if max_tokens is None or sum(sizes) <= max_tokens:
+            return [self]
+        if self.first is None:
+            return [self._of(part) for part in _filled(range(len(sizes)), sizes, max_tokens)]
+        left = _filled(range(self.first), sizes, max_tokens // 2)
+        right = _filled(range(self.first, len(sizes)), sizes, max_tokens // 2)
+        count = max(len(left), len(right))
+        pairs = zip(left + [[]] * (count - len(left)), right + [[]] * (count - len(right)), strict=True)
+        return [self._of([*a, *b], len(a) if a and b else None) for a, b in pairs]
+
+    def _of(self, numbers: Iterable[int], first: int | None = None) -> Step:
+        """A step of these batches."""
+        chosen = list(numbers)
+        return Step([self.batches[n] for n in chosen], [self.span_records[n] for n in chosen], self.records, first)
+
+
+def _filled(numbers: Iterable[int], sizes: ListOf[int], most: int) -> list[list[int]]:
+    """Numbers in their order, in lists whose sizes come to `most` together, or which hold one alone."""
+    lists: list[list[int]] = []
+    filled = 0
+    for number in numbers:
+        if not lists or filled + sizes[number] > most:
+            lists.append([])
+            filled = 0
+        lists[-1].append(number)
+        filled += sizes[number]
+    return lists
 
 
 class Items:
@@ -93,6 +126,7 @@ class Sampler:
     ) -> None:
         self.worth = worth
         self.media_work: dict[str, float] | None = None  # to cut steps for two threads: see `cut_in_two`
+        self.max_tokens: int | None = None  # of a batch, with padding; one sequence is never cut
         self.split, self.vocabulary, self.media = split, vocabulary, media
         self.context, self.seed, self.cond_dropout = context, seed, cond_dropout
         self.augment, self.augment_targets = augment, augment_targets
@@ -184,13 +218,27 @@ class Sampler:
         batches, span_records = [], []
         middle = self._middle([sequence for sequence, _ in visits])
         lengths = [len(sequence) for sequence, _ in visits]
-        left, right = (cut_by_length(part, self.worth) for part in (lengths[:middle], lengths[middle:]))
+        left, right = (self.cuts(part) for part in (lengths[:middle], lengths[middle:]))
         cuts = [*left, *([middle] if middle else []), *(middle + cut for cut in right)]
         for start, stop in zip([0, *cuts], [*cuts, len(visits)], strict=True):
             group = visits[start:stop]
             batches.append(collate([s for s, _ in group], self.media, self.vocabulary.pad, few_shapes=True))
             span_records.append(np.array([record for s, record in group for _ in s.spans], np.int64))
         return Step(batches, span_records, records, len(left) + 1 if middle else None)
+
+    def cuts(self, lengths: list[int]) -> list[int]:
+        """Where sequences of rising length are cut into batches."""
+        cuts = cut_by_length(lengths, self.worth)
+        if self.max_tokens is None:
+            return cuts
+        most = self.max_tokens if self.media_work is None else self.max_tokens // 2  # two threads hold one each
+        places = [0, *cuts, len(lengths)]
+        for start, stop in pairwise(places):
+            if stop > start:
+                pieces = -(-(stop - start) // max(most // bucket_length(lengths[stop - 1]), 1))
+                rows = -(-(stop - start) // pieces)
+                cuts = [*cuts, *range(start + rows, stop, rows)]
+        return sorted(cuts)
 
     def _middle(self, sequences: list[Sequence]) -> int:
         """Where sequences of rising length are cut for two threads; 0 where they are not."""
