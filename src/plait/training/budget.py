@@ -15,7 +15,7 @@ from plait.kernels import training as training_kernels
 from plait.model.multimodal import Multimodal
 from plait.model.transformer import TransformerConfig
 from plait.training.parts import Budget
-from plait.training.run import Run
+from plait.training.run import Progress, Run
 
 CALIBRATION_STEPS = 8  # by which a step's time is measured
 FEWEST_STEPS = 20  # of a schedule, however short the time
@@ -76,6 +76,12 @@ def revise(run: Run, step: int, seconds: float, used: float) -> None:
     steps = max(within(run, possible), step + 1)
     if not 0.9 * planned < steps - run.first_step < 1.1 * planned:
         run.record(revisions=[*run.metadata.get("revisions", []), {"at": step, "steps": steps}])
+        pace = "faster" if steps > run.first_step + planned else "slower"
+        note = (
+            f"steps are {pace} than they were when the run was planned: {steps - run.first_step:,} fit in its time, "
+            f"not {planned:,}; the schedule is stretched to that"
+        )
+        run.report(Progress("note", 1, 1, note=note))
 
 
 def compiles(run: Run, model: Multimodal, seconds: float) -> bool:

@@ -159,6 +159,7 @@ class _Reading:
                 windows = modality.windows(value)
                 made.cut.append(len(windows) > 1)
                 yield windows[0]
+        self.report(column, len(self.indices))
 
     def counted(self, column: str, cells: Iterable[pa.Array]) -> Iterator[pa.Array]:
         """The cells of a column, of which it is said how far they are."""
