@@ -84,9 +84,8 @@ def _read(eval_context: EvalContext, column: str, split: str, most: int) -> list
 
         context = model.config.backbone.max_length
         encoder = ConversationEncoder(eval_context.model.checkpoint.text, model.vocabulary, context, size)
-        conversations += sequences(
-            next(encoder.conversations(0, [value])) or [], model.vocabulary, model.media, samples, {}
-        )
+        encoded = next(encoder.conversations(0, [value]))
+        conversations += sequences(encoded or [], model.vocabulary, model.media, samples, {})
     return conversations
 
 
