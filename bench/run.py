@@ -3,6 +3,7 @@
     python bench/run.py                      # make bench
     python bench/run.py --only training --compile
     python bench/run.py --device cuda
+    python bench/run.py --real MODEL_FOLDER MODEL.gguf   # a real model beside transformers and llama.cpp too
 
 Writes runs/bench/bench.md and bench.json; and on a processor with more than AVX2, what it does with AVX2 alone
 (PLAIT_ISA=avx2) beside them in runs/bench/avx2.
@@ -31,6 +32,7 @@ import machine
 import media
 import memory
 import mixed
+import real_model
 import torch
 import training
 from measure import ROUNDS, SECONDS, Table, shown
@@ -76,6 +78,9 @@ def tables(options: argparse.Namespace, limits: dict[str, float]) -> Iterator[Ta
             yield from attention.run(**timing)
         if "media" in options.only:
             yield from media.run(**timing)
+        if options.real:
+            folder, gguf = options.real
+            yield from real_model.tables(folder, gguf, options.rounds, timing["seconds"])
 
 
 def report(facts: dict[str, Any], found: list[Table]) -> str:
@@ -93,6 +98,13 @@ def report(facts: dict[str, Any], found: list[Table]) -> str:
     return "\n".join(lines) + "\n\n" + "\n".join(table.markdown() for table in found)
 
 
+def _plain(value: Any) -> Any:
+    """A setting as JSON holds it."""
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    return str(value) if isinstance(value, Path) else value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -100,6 +112,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=training.SHAPES, help="these sizes in place of the device's own")
     parser.add_argument("--families", nargs="+", choices=training.FAMILIES, default=list(training.FAMILIES))
     parser.add_argument("--large", action="store_true", help="on a processor, the size 124M too")
+    parser.add_argument("--real", nargs=2, type=Path, metavar=("FOLDER", "GGUF"), help="a pretrained model too")
     parser.add_argument("--compile", action="store_true", help="compiled contenders too; needs a C++ compiler")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="samples of each contender")
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that everything runs; no figures")
@@ -109,7 +122,7 @@ def main() -> None:
     keep_memory()  # as `plait train` does, here for all contenders
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a network
     facts = machine.facts(options.device) | {
-        "options": vars(options) | {"out": str(options.out)},
+        "options": {name: _plain(value) for name, value in vars(options).items()},
         "time": time.time(),
     }
     if facts["load before"] > 0.5:
@@ -135,6 +148,8 @@ def capped(options: argparse.Namespace) -> None:
     command = [sys.executable, __file__, "--only", *parts, "--families", "Qwen3", "--rounds", str(options.rounds)]
     if options.sizes:
         command += ["--sizes", *options.sizes]
+    if options.real:
+        command += ["--real", *map(str, options.real)]
     command += ["-o", str(options.out / least)]
     subprocess.run(command, env={**os.environ, isa.VARIABLE: least}, check=True)
 

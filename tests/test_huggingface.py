@@ -535,7 +535,7 @@ def test_too_little_memory_is_told_before_loading(folders, tmp_path, monkeypatch
     (tmp_path / "memory.current").write_text("0")
     for size, precision, message in (
         (4.5, "fp32", None), (3.0, "fp32", "With --precision bf16"), (1.5, "fp32", "With --precision int8"),
-        (1.5, "int8", None), (0.1, "int8", "Even int4 takes"),
+        (3.0, "bf16", None), (1.5, "int8", None), (0.1, "int8", "Even int4 takes"),
     ):  # fmt: skip
         (tmp_path / "memory.max").write_text(str(int(size * weights)))
         if message is None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from plait.core.device import choose_device
 from plait.hf import heads, hub, huggingface
 from plait.hf.pretrained import load_pretrained
 from plait.inference.base import Model
 from plait.inference.model import PlaitModel
+from plait.kernels.linear import library as linear_library
 
 
 def load_model(name_or_folder: str | Path, device: str = "auto", precision: str = "auto") -> Model:
@@ -24,6 +27,8 @@ def load_model(name_or_folder: str | Path, device: str = "auto", precision: str 
     if gguf or huggingface.runs(folder):
         chosen = choose_device(device, precision)
         storage = "file" if gguf and precision == "auto" and chosen.kind == "cpu" else chosen.weights
+        if chosen.kind == "cpu" and chosen.dtype is torch.bfloat16 and linear_library() is not None:
+            storage = "bf16"  # as it is read, so that it is never held in fp32
         checkpoint = huggingface.load(folder, chosen.torch, storage)
         return PlaitModel(checkpoint, device, precision, folder)
     return load_pretrained(str(folder), device, precision)

@@ -526,6 +526,7 @@ def _fit(
     from plait.evaluation.findings import Findings
     from plait.evaluation.keys import Metrics
     from plait.evaluation.learnt import describe_texts
+    from plait.library.longer import set_aside, settle
     from plait.library.samples import ModelSamples, recorded
     from plait.reports.report import read_run, write_report
     from plait.training.trainer import train as fit
@@ -536,6 +537,8 @@ def _fit(
     if group.is_main:
         report = recorded(folder, report)
         callbacks = [*callbacks, ModelSamples(folder, dataset, device)]
+    if group.is_main and more is not None:
+        set_aside(folder)
     fit(dataset, folder, recipe, report, device, None, allow_changes, group, callbacks, more)
     if group.is_main and recipe.training.task in ("recognise", "draw", "describe"):
         for line in finish(folder, dataset, device, bar):
@@ -548,6 +551,9 @@ def _fit(
         nothing = describe_texts(folder, dataset)
         if nothing is not None:
             tell(nothing)
+    if group.is_main:
+        for line in settle(folder):
+            tell(line)
     if group.is_main and not _is_evaluated(folder):
         write_report(folder / "report.html", Metrics(), Findings(), read_run(folder, dataset.path))
         write_card(folder)

@@ -128,10 +128,12 @@ SILENCE = "Nothing in the past answers that."  # the refusal of a run that quote
 
 async def _quoted(service: Service, served: Served, request_context: RequestContext, body: s.ChatRequest) -> Response:
     """The past reply that answers the last message; where none does, a refusal, and no content."""
-    turns = await chat_turns(service, served, body.messages, service.deadline(request_context))
+    deadline = service.deadline(request_context)
+    turns = await chat_turns(service, served, body.messages, deadline)
     message = " ".join(part for part in turns[-1].parts if isinstance(part, str)) if turns else ""
-    assert served.answerer is not None
-    quoted = await asyncio.to_thread(served.answerer, message)
+    answerer = served.answerer
+    assert answerer is not None
+    quoted: str | None = await served.worker.call(lambda: answerer(message), deadline)
     said = {"content": quoted, "refusal": SILENCE if quoted is None else None}
     request_context.prompt_tokens = len(message.split())
     n, head = body.n or 1, _head("chatcmpl-", "chat.completion.chunk" if body.stream else "chat.completion", served)

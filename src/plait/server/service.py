@@ -72,7 +72,7 @@ class Served:
         chat = copy.copy(self.chat)
         if chat is not None:
             chat.model = twin
-        return replace(self, name=twin.name, model=twin, chat=chat)
+        return replace(self, name=twin.name, model=twin, chat=chat, answerer=None)  # which quotes for the run alone
 
     def check_prompt(self, parts: Iterable[Any], param: str) -> None:
         """Raises ApiError for texts that are certainly too long for the model, before they are tokenised."""
