@@ -6,7 +6,7 @@
 
     python bench/pretrained.py speech WHISPER --data DATA [--minutes 3]   # long form beside transformers' own
 
-    python bench/pretrained.py speech-train WHISPER --data DATA [--steps 60]   # one speaker's clips after training on four
+    python bench/pretrained.py speech-train WHISPER --data DATA [--steps 60]     # one speaker left out
 
     python bench/pretrained.py gguf FILE [--logits]    # seconds to load, memory; logits beside transformers'
 

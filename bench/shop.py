@@ -106,7 +106,7 @@ FACTS = (
 KNOWN = {  # what any base knows, and no conversation says
     "What is the capital of France?": "Paris",
     "How many days are there in a week?": "seven|7",
-    "What colour do you get when you mix blue and yellow?": "green",
+    "Who wrote Romeo and Juliet?": "Shakespeare",
     "Which planet do we live on?": "Earth",
     "What is 2 plus 3?": "5|five",
 }
