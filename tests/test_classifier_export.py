@@ -20,7 +20,7 @@ from PIL import Image
 
 import plait as package
 from plait.hf.classifier_graph import ClassifierGraph, ImageFeatures
-from plait.inference.opinions import opinion_scores
+from plait.inference.opinions import novelty_scores, opinion_scores
 from plait.modalities.simple_features import image_features
 
 Plait = Callable[..., int]
@@ -30,11 +30,11 @@ RECIPE = {"model": {"backbone": {"width": 32, "layers": 1, "heads": 2, "context"
           "training": {"task": "recognise", "steps": 20, "recogniser_steps": 30}}  # fmt: skip
 
 
-def make_images(folder: Path) -> None:
+def make_images(folder: Path, each: int = 40) -> None:
     rng = np.random.default_rng(0)
     for label, colour in COLOURS.items():
         (folder / label).mkdir(parents=True)
-        for n in range(40):
+        for n in range(each):
             pixels = np.clip(rng.normal(colour, 40, (24, 24, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / label / f"{n}.png")
 
@@ -174,3 +174,41 @@ def test_the_example_page_answers_alike_in_a_browser(run: Path, plait: Plait) ->
             browser.close()
     finally:
         server.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_the_offline_page_tells_what_is_like_no_label_and_keeps_no_old_answer(tmp_path: Path, plait: Plait) -> None:
+    api = pytest.importorskip("playwright.sync_api")
+    make_images(tmp_path / "files", each=100)
+    run = package.train(tmp_path / "files", tmp_path / "run", recipe=RECIPE, progress=False).folder
+    model = package.load(run).plait_model
+    assert model is not None
+    classifier = model.checkpoint.classifiers[0]
+    assert plait("export", run, "--to", "html", "-o", tmp_path / "page") == 0
+    rng, new = np.random.default_rng(3), tmp_path / "new"
+    new.mkdir()
+    checks = (np.indices((24, 24)).sum(0) % 2 * 255).astype(np.uint8)
+    Image.fromarray(np.repeat(checks[..., None], 3, 2)).save(new / "checks.png")
+    Image.fromarray(np.clip(rng.normal(COLOURS["red"], 40, (24, 24, 3)), 0, 255).astype(np.uint8)).save(new / "red.png")
+    (new / "broken.png").write_bytes(b"no image")
+    samples = [model.modality("image").windows(Image.open(new / name))[0] for name in ("red.png", "checks.png")]
+    strange = novelty_scores(model, dataclasses.replace(classifier, novelty={"network": classifier.novelty["network"]}),
+                             samples)[0]  # fmt: skip
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page()
+        page.goto((tmp_path / "page" / "classifier.html").as_uri())
+        assert all(label in page.inner_text("body") for label in COLOURS)
+        code = (
+            "(p) => { const o = logits(Uint8ClampedArray.from(p)); "
+            "return novelty(o.seen, o.after, FACTS.familiarity.novelty); }"
+        )
+        found = [page.evaluate(code, sample.ravel().tolist()) for sample in samples]
+        assert found == pytest.approx(strange.tolist(), abs=1e-3)
+        expected = (("red.png", "red", 3), ("broken.png", "is no image", 0), ("checks.png", "None of", 3))
+        for name, answer, bars in expected:
+            page.set_input_files("#file", new / name)
+            api.expect(page.locator("#answer")).to_contain_text(answer)
+            assert page.locator("#bars tr").count() == bars
+        browser.close()

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from conftest import EN, RECIPE, make_image
 from plait.core.config import parse_recipe
+from plait.core.progress import ProgressBar
 from plait.data.dataset import Dataset
 from plait.data.prepare import prepare
 from plait.training.run import Progress
@@ -116,7 +117,7 @@ def _small() -> dict[str, object]:
         (("prepare", "{tmp}/empty", "-o", "{tmp}/out"), "empty"),
         (("classify", "{tmp}/empty", "x.png"), "empty"),
         (("classify", "{run}", "missing.png"), "missing.png does not exist"),
-        (("train", "{data}", "-o", "{run}", "--steps", "7"), "another recipe"),
+        (("train", "{data}", "-o", "{run}", "--steps", "7"), "other settings"),
     ],
 )
 def test_mistakes_are_told(
@@ -185,3 +186,20 @@ def test_a_file_name_with_spaces_is_a_file(trained: Path, plait: Plait, tmp_path
     text = tmp_path / "text.npy"
     assert plait("embed", trained, str(tmp_path / "no such.png"), "-o", text) == 0  # a text that ends like a file
     assert not np.allclose(np.load(text)[0], vectors[0], atol=1e-3)
+
+
+def test_an_unknown_option_is_answered_with_the_one_that_was_meant(
+    plait: Plait, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plait("explain", "run", "a.png", "--answer", "cat") == 2
+    assert "--for" in capsys.readouterr().err
+
+
+def test_lines_of_progress_say_what_is_done(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressBar(True) as bar:
+        for done in (0, 3, 7):
+            bar("read", done, 7)
+        bar("embed", 0, 1)
+        bar("embed", 1, 1)
+        bar("note", 1, 1, "so it is")
+    assert capsys.readouterr().err.split("\n") == ["read ...", "read: 7/7", "embed ...", "note: so it is", "", ""]

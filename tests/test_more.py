@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,10 @@ from safetensors.torch import load_file
 import plait as package
 from conftest import make_image
 from plait.core.errors import PlaitError
+from plait.core.files import point
 from plait.data.dataset import Dataset
+from plait.library.longer import set_aside, settle
+from plait.training.encoder_curve import read_curves
 from plait.training.parts import Budget
 from plait.training.run import Progress
 from plait.training.trainer import train
@@ -69,6 +73,8 @@ def test_more_steps_are_a_schedule_of_their_own(
     said = capsys.readouterr()
     assert f"Training for {MORE} steps more" in said.out and f"{STEPS} + {MORE}, a schedule each" in said.out
     assert f"going on from step {STEPS}" in said.err and "right on val after more training" in said.err
+    assert re.search(r"label from image, before -> after: [\d.]+% -> [\d.]+% of the same \d+", said.out)
+    assert not (run / "before").exists()
     rows = [row for row in package.Run(run).history if row["split"] == "train"]
     assert [row["step"] for row in rows] == [10, 20, 24, 30, 40]
     rates = [row["learning_rate"] for row in rows]
@@ -79,11 +85,34 @@ def test_more_steps_are_a_schedule_of_their_own(
     assert after[0][-1] == STEPS + MORE and min(after[1]) <= before
     assert (run / "checkpoints" / "best" / "classifiers.json").is_file()
     assert (run / "metrics-part-1.json").is_file() and not (run / "metrics.json").exists()
-    assert f"40 steps in 2 parts ({STEPS} + {MORE})" in (run / "report.html").read_text()
+    report = (run / "report.html").read_text()
+    assert f"40 steps in 2 parts ({STEPS} + {MORE})" in report and "image encoder: labels" in report
+    assert read_curves(run)["image"].steps == [10, 20, 24, 34, 40]  # of both parts
     assert plait(*command) == 0
     assert "already trained" in capsys.readouterr().err
     assert plait(*command[:-1], STEPS - 1) == 1
-    assert "another recipe" in capsys.readouterr().err
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_the_better_of_before_and_after_is_kept(run: Path) -> None:
+    best = run / "checkpoints" / "best"
+    began = best.resolve()
+    for change, words in ((0.1, "as good as before"), (-0.1, "the model of before is kept")):
+        set_aside(run)
+        newer = Path(shutil.copytree(best.resolve(), run / "checkpoints" / f"step-{90 + round(10 * change):06d}"))
+        config, classifiers = (json.loads((newer / f"{name}.json").read_text()) for name in ("config", "classifiers"))
+        config["training"]["step"] = int(newer.name.removeprefix("step-"))
+        if change < 0:
+            classifiers["classifiers"][0]["measured"]["mixed"] -= 0.1
+        (newer / "config.json").write_text(json.dumps(config))
+        (newer / "classifiers.json").write_text(json.dumps(classifiers))
+        expected = began if change < 0 else newer
+        point(best, newer.name)
+        lines = settle(run)
+        assert "label from image, before -> after" in lines[0] and words in lines[-1]
+        assert best.resolve() == expected and not (run / "before").exists()
+        point(best, began.name)
+    assert settle(run) == []
 
 
 @pytest.mark.parametrize(("stage", "done"), [("image labels", 10), ("model", STEPS + 6)])

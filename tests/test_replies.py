@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -159,3 +160,20 @@ def test_a_run_of_pairs_is_measured_told_and_served_as_what_it_is(
         assert THINGS["a tent"] in streamed and streamed.endswith("data: [DONE]\n\n")
         status, refused = server.post("/v1/responses", {"model": "shop", "input": "What about a tent?"})
         assert status == 400 and "/v1/plait/reply" in refused["error"]["message"]
+
+
+def test_a_run_is_handed_over_with_its_past_replies(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("psutil")
+    from plait.studio.handover import export, offered
+    from plait.studio.snippets import snippets
+    from plait.studio.workspace import Project
+
+    assert offered(package.load(run), run) == ["pairs"]
+    (only,) = snippets(run, ["generate", "classify", "embed"], ["text", "text"])
+    assert only.verb == "reply" and "/v1/plait/reply" in only.curl and "plait.open_replies(run)" in only.python
+    written = export(Project(tmp_path), run, "pairs")
+    with zipfile.ZipFile(written) as file:
+        file.extractall(tmp_path / "elsewhere")
+    question = ["Someone here asked us of a tent."]
+    one, other = (open_replies(place).answer(question)[0] for place in (run, tmp_path / "elsewhere" / written.stem))
+    assert one == other and one.reply == THINGS["a tent"]

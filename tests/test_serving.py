@@ -270,6 +270,8 @@ def test_special_tokens_in_text_are_text(server: Server) -> None:
 
 
 def test_document_is_complete(server: Server) -> None:
+    told = json.loads(server.ask("GET", "/")[2])
+    assert "text" in told["models"] and server.ask("GET", told["models_url"])[0] == 200
     _, headers, body = server.ask("GET", "/openapi.json")
     document = json.loads(body)
     assert set(document["paths"]) >= {f"/v1/{path}" for path in (

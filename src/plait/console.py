@@ -62,8 +62,7 @@ def show_manifest(manifest: Manifest, folder: str | Path) -> None:
         doubles = f"Exact duplicates: {manifest.duplicates}{overlap}{near}."
         out.print(f"Records: {counts}. Rejected: {manifest.rejected}. {doubles}")
     if manifest.groups:
-        groups = ", ".join(f"{split} {count}" for split, count in manifest.groups.items())
-        out.print(f"Groups by {manifest.group_by}, each in one split: {groups}.")
+        out.print(plain(f"Groups by {manifest.group_by}, each in one split: {manifest.groups_told}."))
     for warning in manifest.warnings:
         out.print(f"[yellow]Note:[/yellow] {plain(warning)}")
     if manifest.rejected:

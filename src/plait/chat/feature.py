@@ -13,6 +13,7 @@ FEATURE = Feature(
         "page_part": "plait.chat.page_part:REPLY",
         "metric_labels": "plait.chat.metric_labels:LABELS",
         "record_evaluation": "plait.chat.evaluate:evaluate_texts",
+        "snippet": "plait.chat.page_part:SNIPPET",
         "routes": "plait.chat.routes:router",
         "trained": "plait.chat.evaluate_replies:describe_replies",
     },

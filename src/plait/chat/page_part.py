@@ -10,16 +10,21 @@ from plait.core.config import parse_recipe
 from plait.core.files import read_json
 from plait.data.dataset import Dataset
 from plait.data.stores import read_place
-from plait.server.page_parts import LinesPart
+from plait.server.page_parts import LinesPart, SnippetCall
 from plait.training.tasks import QUESTIONS
 
 EXAMPLES = 4  # questions that are offered
 SILENCE = "—"  # what the page shows where no past reply fits
 
 
-def _applies(model: Any, run: Path) -> bool:
+def quotes(run: Path) -> bool:
+    """Whether a run answers questions by past replies."""
     facts = read_json(run / "run.json")
     return answers_by_quoting(parse_recipe(facts["recipe"], str(run)), Dataset.open(read_place(facts["dataset"], run)))
+
+
+def _applies(model: Any, run: Path) -> bool:
+    return quotes(run)
 
 
 def _answers(model: Any, run: Path, data: Path, lines: list[str]) -> list[str]:
@@ -49,3 +54,8 @@ REPLY = LinesPart(
     answer=_answers,
     examples=_questions,
 )
+
+SNIPPET = SnippetCall(
+    "reply", 'plait.open_replies(run).answer(["When are you open?"])', "/v1/plait/reply",
+    {"messages": ["When are you open?"]}, applies=quotes,
+)  # fmt: skip

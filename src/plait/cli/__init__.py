@@ -40,6 +40,7 @@ from plait.cli import (
     train,
     transcribe,
 )
+from plait.cli.suggestions import SuggestingCommand
 from plait.console import app, err, plain
 from plait.core import dist
 from plait.core.features import features
@@ -71,6 +72,7 @@ def _arrange_commands() -> None:
     app.registered_commands.sort(key=place)
     for command in app.registered_commands:
         command.rich_help_panel = panels[getattr(command.callback, "__module__", "")]
+        command.cls = SuggestingCommand
 
 
 def _print_version(wanted: bool) -> None:

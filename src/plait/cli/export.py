@@ -34,5 +34,8 @@ def export(
     if exported.difference is not None:
         out.print(f"Compared: within {exported.difference:.1e} of ours")
     if exported.accuracy is not None:
-        out.print(f"Measured: {exported.accuracy:.1%} of records of test are right")
+        out.print(
+            f"Measured: {exported.accuracy:.1%} of records of test are right by what was written, the network alone. "
+            "The whole run's figure is that of plait evaluate."
+        )
     out.print(f"Written: {exported.folder}")

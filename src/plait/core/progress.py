@@ -70,9 +70,16 @@ class ProgressBar:
             if stage not in self.tasks:
                 self.tasks[stage] = self.bars.add_task(stage, total=total, note="")
             self.bars.update(self.tasks[stage], completed=done, total=total, note=note.replace("[", "\\["))
-        elif self.lines and (done == total or time.monotonic() - self.shown.get(stage, 0.0) > LINE_SECONDS):
+        elif self.lines and self._is_due(stage, done, total, note):
             self.shown[stage] = time.monotonic()
             self.console.print(_line(stage, done, total, note), markup=False, soft_wrap=True)
+
+    def _is_due(self, stage: str, done: int, total: int | None, note: str) -> bool:
+        """Whether a line is printed: at the beginning, now and then, and at the end; what is one thing has no end to
+        tell of once its beginning was told."""
+        if total == 1 and not note and stage in self.shown:
+            return False
+        return done == total or time.monotonic() - self.shown.get(stage, 0.0) > LINE_SECONDS
 
     def message(self, text: str) -> None:
         """Print a line above the bars."""
@@ -81,9 +88,11 @@ class ProgressBar:
 
 
 def _line(stage: str, done: int, total: int | None, note: str) -> str:
-    """How far a stage is, as a line; what is one thing with something to tell is not counted."""
+    """How far a stage is, as a line; what is one thing, or has just begun, is not counted."""
     if total == 1 and note:
         return f"{stage}: {note}"
+    if total == 1 or not done:
+        return f"{stage} ..." + (f"  {note}" if note else "")
     return f"{stage}: {done}{f'/{total}' if total else ''}{f'  {note}' if note else ''}"
 
 

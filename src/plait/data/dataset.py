@@ -56,7 +56,7 @@ class Manifest(BaseModel):
     them that were left out of train for near-duplicates; `chats` are text columns that hold conversations,
     `multi_label` those that hold several labels (`record.split_labels`), `numbers` those that hold numbers to predict.
     `own_splits` says that the source names its splits itself. `group_by` says what groups were made by whose records
-    share a split (see grouping.py), and `groups` how many of them stand in each.
+    share a split (see grouping.py), `groups` how many of them stand in each, and `group_names` the first ones of each.
     `kind` is "records", or the name of the feature whose data it holds; `unit` says what `counts` count, and
     `parts` are further files of that feature. `notes` are for people, `split_notes` those on how the splits were
     made, `warnings` those on what may be amiss."""
@@ -80,6 +80,7 @@ class Manifest(BaseModel):
     own_splits: bool = False
     group_by: str | None = None
     groups: dict[str, int] = {}
+    group_names: dict[str, list[str]] = {}
     kind: str = "records"
     unit: str = "records"
     parts: dict[str, Shard] = {}
@@ -88,6 +89,16 @@ class Manifest(BaseModel):
     notes: list[str]
     split_notes: list[str] = []
     warnings: list[str]
+
+    @property
+    def groups_told(self) -> str:
+        """How many groups each split has, and which: "train 4 (amy, ben, cid, dan), val 1 (eve)"; "" without any."""
+        told = []
+        for split, count in self.groups.items():
+            names = self.group_names.get(split, [])
+            more = ", ..." if len(names) < count else ""
+            told.append(f"{split} {count}" + (f" ({', '.join(names)}{more})" if names else ""))
+        return ", ".join(told)
 
     @property
     def texts_distinct(self) -> dict[str, int]:

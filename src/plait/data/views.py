@@ -77,6 +77,8 @@ class DatasetViews:
         counts = ", ".join(f"{split} {count:,}" for split, count in self.manifest.counts.items())
         kinds = ", ".join(f"{name} ({kind})" for name, kind in self.columns.items())
         lines = [f"Dataset {self.path}: {counts}. Columns: {kinds}. Rejected: {self.manifest.rejected}."]
+        if self.manifest.groups:
+            lines.append(f"Groups by {self.manifest.group_by}, each in one split: {self.manifest.groups_told}.")
         lines += [f"Note: {warning}" for warning in self.manifest.warnings]
         if self.manifest.rejected:
             lines.append(f"What was rejected, and why: {join(self.path, 'rejects.jsonl')}")

@@ -41,6 +41,7 @@ from plait.data.stores import Location, listing
 
 _EXAMPLES = 12
 GROUPS = "groups.parquet"  # beside the shards
+GROUPS_NAMED = 6  # groups of a split that a manifest names
 Progress = Callable[[str, int, int | None], None]  # stage, done, total
 
 
@@ -218,6 +219,7 @@ def write_dataset(
             "parts": ({"media": media} if media else {}) | ({"groups": groups.file} if groups else {}),
             "group_by": source_plan.group_by,
             "groups": groups.counts if groups else {},
+            "group_names": groups.first if groups else {},
             "rejected": rejects.count,
             "dropped": division.dropped,
             "own_splits": not source_plan.tail and bool((facts["split"][used] >= 0).any()),
@@ -280,11 +282,21 @@ def _last(source: Location) -> str:
 
 @dataclass(frozen=True)
 class Groups:
-    """The groups of a dataset: their file, how many each split has, and how many stand in several."""
+    """The groups of a dataset: their file, those of each split, and how many stand in several."""
 
     file: Shard
-    counts: dict[str, int]
+    names: dict[str, list[str]]
     parted: int
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many each split has."""
+        return {split: len(names) for split, names in self.names.items()}
+
+    @property
+    def first(self) -> dict[str, list[str]]:
+        """The first ones of each split."""
+        return {split: names[:GROUPS_NAMED] for split, names in self.names.items()}
 
 
 def _write_groups(paths: list[Path], division: Division, folder: Path) -> Groups | None:
@@ -299,8 +311,8 @@ def _write_groups(paths: list[Path], division: Division, folder: Path) -> Groups
     pq.write_table(pa.table({"group": pa.array(kept[order].tolist(), pa.string())}), path)
     inside = {name: {one for one in kept[split == place] if one is not None} for place, name in enumerate(SPLITS)}
     file = Shard(file=path.name, split="", rows=len(kept), bytes=path.stat().st_size, sha256=sha256_file(path))
-    counts = {name: len(records) for name, records in inside.items()}
-    return Groups(file, counts, sum(counts.values()) - len(set().union(*inside.values())))
+    parted = sum(map(len, inside.values())) - len(set().union(*inside.values()))
+    return Groups(file, {split: sorted(names) for split, names in inside.items()}, parted)
 
 
 def _group_warnings(manifest: Manifest, source_plan: Plan, groups: Groups | None) -> list[str]:

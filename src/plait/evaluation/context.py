@@ -206,6 +206,7 @@ class EvalContext:
                     split == "train" and sum(sample.size for sample in by_record.values()) >= self.limits.cells
                 ):
                     break
+            self.progress(f"read {column} of {split}", min(len(order), most), min(len(order), most))
             kept = np.sort(np.array([i for i in order if i in by_record][:most], np.int64))
             if start + 2000 < len(order) or len(kept) < len(by_record):
                 self.note(f"{column}: {len(kept):,} records of {split} were used, drawn by the seed.")
@@ -254,6 +255,7 @@ class EvalContext:
         if column not in self._embedded:
             self.progress(f"embed {column}", 0, 1)
             self._embedded[column] = self.model.embed_sequences(self.contexts(column, media_of_split))
+            self.progress(f"embed {column}", 1, 1)
         return self._embedded[column][np.searchsorted(media_of_split.indices, media.indices)]
 
     def features(self, column: str, samples: list[np.ndarray]) -> Tensor:

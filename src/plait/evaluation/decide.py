@@ -141,7 +141,10 @@ def describe(classifier: Classifier) -> str:
     noise = 2 * (classifier.guess * (1 - classifier.guess) / count) ** 0.5
     start = f"{classifier.target} from {classifier.source}: {mixed:.1%} of {count:,} validation records right"
     if mixed > classifier.guess + noise:
-        return f"{start}, by {measured}. They chose among these, so it is rather too high; plait evaluate says more."
+        return (
+            f"{start}, by {measured}. These records also chose what answers, so this is rather too "
+            "high: believe the figure of plait evaluate."
+        )
     guessing = f"always saying the most frequent label has {classifier.guess:.1%}"
     if mixed > classifier.guess and count < FEW:
         return f"{start}, where {guessing}: so few cannot tell whether anything was learnt. Give more records."

@@ -3,13 +3,16 @@
 A tenth of few records tells little: of ten, one answer more is ten points. Two ways, the exact one first. Where the
 linear opinion answers alone, what answers is refitted on the other folds, which takes a moment. Where a network
 answers, a run like this one is trained on the other folds, in a share of the time that this one had: its figures
-are those of the whole procedure, and rather too low than too high.
+are those of the whole procedure, and rather too low than too high. Altogether that takes no longer than the run
+itself, unless a number of folds was asked for: what would take longer is left out, and the records of these folds are
+not asked about.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,12 +37,16 @@ from plait.training.trainer import train
 
 FEW = 500  # labelled records below which a classifier is measured by folds
 FOLDS = 5
-SHARE = 1 / 3  # of the run's minutes, which networks of all folds take together
+SHARE = 1 / 2  # of the run's minutes, which networks of all folds take together
+LEAST_SECONDS = 60.0  # that folds may take, however short the run was
+FEWEST_FOLDS = 2  # that are asked about, however long they take
+AROUND = 3.0  # seconds that a fold takes beside its training, roughly: reading, fitting, asking
 VAL_SHARE = 9  # one in so many of the other folds' records is val
 ALL = 2**31
 UNKNOWN = -50.0  # log-probability of a label that the other folds do not have
 
 Progress = Callable[[str, int, int], None]
+Tell = Callable[[str], None]
 
 
 @dataclass
@@ -47,22 +54,25 @@ class OutOfFold:
     """What models that have not learnt them say of records.
 
     `indices` (N,) are numbers of records, ascending; `scores` (N, labels) log-probabilities; `simple` (N,) the classes
-    by the simple alternative, refitted by the same folds; `trained` says that a network was trained a fold.
+    by the simple alternative, refitted by the same folds; `folds` are those that were asked about, of `of` that there
+    are; `seconds` each network was trained for, 0 where none was.
     """
 
     indices: np.ndarray
     scores: np.ndarray
     simple: np.ndarray
     folds: int
-    trained: bool
+    of: int
+    seconds: float = 0.0
 
 
 def by_folds(
-    model: PlaitModel, dataset: Dataset, run: Path, folds: int | None, seed: int, device: str, progress: Progress
-) -> dict[tuple[str, str], OutOfFold]:
+    model: PlaitModel, dataset: Dataset, run: Path, folds: int | None, seed: int, device: str, progress: Progress,
+    tell: Tell,
+) -> dict[tuple[str, str], OutOfFold]:  # fmt: skip
     """(source, target) -> what is measured by folds. With `folds` networks are trained where they answer, else where
     the run was given a time and not steps; none where there are FEW records or more, or the data have a test set of
-    their own.
+    their own. `tell` is called with what is about to be done, and how long that takes.
     """
     measured: dict[tuple[str, str], OutOfFold] = {}
     networks: list[Classifier] = []
@@ -80,7 +90,8 @@ def by_folds(
     if recipe.training.steps is None:  # a run that was trained for longer had more than its recipe says
         recipe.training.minutes = training_seconds(metadata) / 60
     if networks and (folds is not None or recipe.training.steps is None):
-        measured |= _retrained(model, dataset, networks, recipe, folds or FOLDS, seed, device, progress)
+        bound = None if folds is not None else max(training_seconds(metadata), LEAST_SECONDS)
+        measured |= _retrained(model, dataset, networks, recipe, folds or FOLDS, bound, seed, device, progress, tell)
     return measured
 
 
@@ -141,23 +152,31 @@ def _refitted(model: PlaitModel, dataset: Dataset, one: Classifier, folds: int, 
         fitted = fit_few(replace(one, novelty={}), rest, one.features.bands, seed)
         linear = fitted.linear_scores([examples.inputs[i] for i in here])
         scores[here] = fitted.mixture.log_probabilities({"linear": linear})
-    return OutOfFold(examples.indices, scores, scores.argmax(1), len(np.unique(fold)), trained=False)
+    count = len(np.unique(fold))
+    return OutOfFold(examples.indices, scores, scores.argmax(1), count, count)
 
 
 def _retrained(
-    model: PlaitModel, dataset: Dataset, classifiers: list[Classifier], recipe: Recipe, folds: int, seed: int,
-    device: str, progress: Progress,
+    model: PlaitModel, dataset: Dataset, classifiers: list[Classifier], recipe: Recipe, folds: int,
+    bound: float | None, seed: int, device: str, progress: Progress, tell: Tell,
 ) -> dict[tuple[str, str], OutOfFold]:  # fmt: skip
-    """Runs of the same recipe on the other folds, in a share of its time."""
+    """Runs of the same recipe on the other folds, in a share of its time, as many as `bound` seconds hold."""
     recipe = _shortened(recipe, folds)
     seconds = 60 * (recipe.training.minutes or 0.0)
+    begun = time.perf_counter()
+    tell(_announced(folds, seconds, bound))
     parts: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
     everything = np.arange(len(dataset), dtype=np.int64)
     fold = np.zeros(len(dataset), np.int64)
     examples = _whole(model, dataset, classifiers[0])
     fold[examples.indices] = _folds(dataset, examples, folds, seed)
     groups = _groups(dataset)
+    done = 0
     for number in range(folds):
+        used = time.perf_counter() - begun
+        if bound is not None and done >= FEWEST_FOLDS and used * (done + 1) / done > bound:
+            tell(f"Stopped after {done} of {folds} folds and {used:.0f} s; --folds {folds} takes them all.")
+            break
         progress(f"a run of {seconds:.0f} s and its answers for each of {folds} folds", number, folds)
         rest, test = everything[fold != number], np.intersect1d(examples.indices, everything[fold == number])
         if groups is None:
@@ -177,9 +196,21 @@ def _retrained(
                 answers = _asked(other, view, one, model.labels[one.target])
                 if answers is not None:
                     parts.setdefault((one.source, one.target), []).append(answers)
-    progress(f"a run of {seconds:.0f} s and its answers for each of {folds} folds", folds, folds)
+        done += 1
+    progress(f"a run of {seconds:.0f} s and its answers for each of {done} folds", done, done)
     asked_pairs = {(one.source, one.target) for one in classifiers}
-    return {key: _joined(fold_answers, folds) for key, fold_answers in parts.items() if key in asked_pairs}
+    return {key: _joined(answers, done, folds, seconds) for key, answers in parts.items() if key in asked_pairs}
+
+
+def _announced(folds: int, seconds: float, bound: float | None) -> str:
+    """What is about to be done, and about how long it takes."""
+    expected = folds * (seconds + AROUND)
+    limit = f"; it stops at {bound:.0f} s at the latest" if bound is not None else ""
+    return (
+        f"So few records are measured by folds: {folds} times a run like this one learns from the others, in "
+        f"{seconds:.0f} s each, and is asked about the rest. That takes about {expected:.0f} s{limit}. To measure on "
+        "test alone instead: --folds 0"
+    )
 
 
 def _shortened(recipe: Recipe, folds: int) -> Recipe:
@@ -208,8 +239,8 @@ def _asked(
     return test.indices, scores, np.array(place)[plain.linear_scores(test.inputs).argmax(1)]
 
 
-def _joined(parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]], folds: int) -> OutOfFold:
+def _joined(parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]], folds: int, of: int, seconds: float) -> OutOfFold:
     indices = np.concatenate([part[0] for part in parts])
     order = np.argsort(indices)
     scores, simple = (np.concatenate([part[n] for part in parts])[order] for n in (1, 2))
-    return OutOfFold(indices[order], scores, simple, folds, trained=True)
+    return OutOfFold(indices[order], scores, simple, folds, of, seconds)

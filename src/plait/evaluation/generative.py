@@ -64,6 +64,7 @@ def evaluate_making(eval_context: EvalContext, label_column: str, media_column: 
         contexts = [eval_context.text_sequence(label) for label in prompts[start : start + chunk]]
         for results in eval_context.model.write(contexts, media_column, n=each, seed=eval_context.seed + start):
             generated += results
+    eval_context.progress(f"{task} {direction}", len(prompts), len(prompts))
     labels_asked = np.repeat(np.array(prompts, object), each)
     critic = eval_context.label_classifier(media_column, label_column)
     right: np.ndarray | None = None

@@ -86,9 +86,11 @@ def evaluate_language(eval_context: EvalContext, column: str) -> None:
     empty = eval_context.model.context([], column)
     continuations = eval_context.model.write([empty], column, n=WRITTEN, seed=eval_context.seed)[0]
     evaluate_texts(eval_context, Direction(column), column, continuations, chosen.texts)
+    eval_context.progress(f"memorising {column}", 1, 1)
     eval_context.progress(f"language {column}", 0, len(chosen.sequences))
     past = [eval_context.texts[column][i] for i in eval_context.dataset.indices("train") if alone[i]]
     _keep_likelihood(eval_context, column, chosen, past)
+    eval_context.progress(f"language {column}", len(chosen.sequences), len(chosen.sequences))
 
 
 def _alone(eval_context: EvalContext, column: str) -> np.ndarray:

@@ -30,6 +30,7 @@ def _scores(eval_context: EvalContext, source: str, target: str, media: Media, l
         eval_context.progress(f"recognition {source}-{target}", start, len(media))
         contexts = eval_context.inputs(source, media.only(np.arange(start, min(start + 256, len(media)))))
         scores.append(eval_context.model.score(contexts, target, labels))
+    eval_context.progress(f"recognition {source}-{target}", len(media), len(media))
     return np.concatenate(scores)
 
 
@@ -109,6 +110,23 @@ def evaluate_recognition(
     confusion = Confusion(recognised.direction.arrow, recognised.names, result.confusion, result.f1)
     eval_context.findings.confusions.append(confusion)
     _show_answers(eval_context, recognised)
+    _tell_which_figure(eval_context, recognised)
+
+
+def _tell_which_figure(eval_context: EvalContext, recognised: Recognised) -> None:
+    """Say how the figure of this evaluation stands to that which training told, and which one to believe."""
+    classifier = _classifier(eval_context, recognised.source, recognised.target)
+    if classifier is None or not classifier.records or "mixed" not in classifier.measured:
+        return
+    if eval_context.split != "test" and not recognised.by_folds:
+        return
+    own, earlier = float(recognised.right.mean()), classifier.measured["mixed"]
+    asked = "records that had not been learnt" if recognised.by_folds else f"records of {eval_context.split}"
+    eval_context.note(
+        f"{recognised.source}-{recognised.target}: believe this figure, {own:.1%} on {len(recognised.truth):,} "
+        f"{asked}. Training told {earlier:.1%} on {classifier.records:,} records by which it also chose what answers, "
+        "which is rather too high. A page of plait export --to html asks the network alone, and names a figure of that."
+    )
 
 
 def _recognised(eval_context: EvalContext, source: str, target: str) -> Recognised | None:
@@ -126,6 +144,8 @@ def _recognised(eval_context: EvalContext, source: str, target: str) -> Recognis
             f"{source}-{target}: {len(unseen)} labels of {eval_context.split} do not occur in train, and count as "
             "wrong."
         )
+    if eval_context.dataset.manifest.groups:
+        eval_context.note(f"{source}-{target}: {_asked_whose(eval_context)}")
     names = [*labels, *unseen]
     number = {name: i for i, name in enumerate(names)}
     truth = np.array([number[text] for text in truth_texts])
@@ -151,24 +171,41 @@ def _recognised_by_folds(eval_context: EvalContext, source: str, target: str, by
     number = {name: i for i, name in enumerate(labels)}
     truth = np.array([number[eval_context.texts[target][i]] for i in media.indices])
     counts = np.bincount(truth)
-    how = (
-        f"{by.folds} runs in a share of the time, each asked about what it has not learnt: rather too low than too high"
-        if by.trained
-        else f"{by.folds} folds; what answers, a linear model, learnt from the others each time"
-    )
-    manifest = eval_context.dataset.manifest
-    whose = (
-        f"Groups ({manifest.group_by}) are left out whole, so this is of groups that were not learnt. A model "
-        "to use may learn from all of them: train it without --group-by."
-        if manifest.groups
-        else "This is of more from the same sources; for others (new speakers, another camera) see --group-by of plait "
-        "prepare."
-    )
-    eval_context.note(f"{source}-{target}: all {len(truth)} labelled records are asked about once, by {how}. {whose}")
+    eval_context.note(f"{source}-{target}: {_asked_how(by, len(truth))} {_asked_whose(eval_context)}")
     return Recognised(
         source, target, media, eval_context.pairs(source, target, "train"), labels, labels, truth,
         by.scores.argmax(1), by.scores, float(counts.max() / counts.sum()), by_folds=True,
     )  # fmt: skip
+
+
+def _asked_how(by: OutOfFold, count: int) -> str:
+    """How records were asked about by folds."""
+    if not by.seconds:
+        return (
+            f"all {count} labelled records are asked about once, by {by.folds} folds; what answers, a linear model, "
+            "learnt from the others each time."
+        )
+    which = f"all {count} labelled records" if by.folds == by.of else f"{count} records, those of {by.folds} folds,"
+    return (
+        f"{which} are asked about once, by {by.folds} runs of {by.seconds:.0f} s that had not learnt them: less time "
+        "and fewer records than this run had, so rather too low than too high."
+    )
+
+
+def _asked_whose(eval_context: EvalContext) -> str:
+    """Which records the figures of folds hold for."""
+    manifest = eval_context.dataset.manifest
+    if not manifest.groups:
+        return (
+            "This is of more from the same sources; for others (new speakers, another camera) see --group-by of plait "
+            "prepare."
+        )
+    learnt, all_groups = manifest.groups.get("train", 0), sum(manifest.groups.values())
+    return (
+        f"Groups ({manifest.group_by}) are left out whole, so this is of groups that were not learnt. This run itself "
+        f"learnt from {learnt} of {all_groups} groups. A model to use may learn from all: train it on the same files "
+        "without --group-by into another folder, and keep this figure for it."
+    )
 
 
 def _simple_answers(eval_context: EvalContext, recognised: Recognised) -> SimpleAnswers | None:
@@ -306,9 +343,9 @@ def _answers(eval_context: EvalContext, source: str, target: str, media: Media, 
         return _scores(eval_context, source, target, media, labels)
     eval_context.progress(f"recognition {source}-{target}", 0, len(media))
     inputs = eval_context.raw_inputs(source, media)
-    return classifier.mixture.log_probabilities(
-        opinion_scores(eval_context.model, classifier, inputs, classifier.mixture.used)
-    )
+    scores = opinion_scores(eval_context.model, classifier, inputs, classifier.mixture.used)
+    eval_context.progress(f"recognition {source}-{target}", len(media), len(media))
+    return classifier.mixture.log_probabilities(scores)
 
 
 def _simple(

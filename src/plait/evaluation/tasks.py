@@ -72,7 +72,7 @@ def evaluate(
     total_timer, timer = Timer(eval_context), Timer(eval_context)
     _evaluate_answers(eval_context, timer, out_of_fold)
     _evaluate_texts(eval_context, timer)
-    if eval_context.media_columns and model.checkpoint.model.config.embed_dim:
+    if _searches(eval_context):
         evaluate_retrieval(eval_context)
         timer.lap("retrieval")
     for column in eval_context.media_columns:
@@ -84,6 +84,17 @@ def evaluate(
     findings.galleries.sort(key=lambda gallery: gallery.kind)
     findings.verdict = make_verdict(findings.outcomes)
     return eval_context.metrics, findings
+
+
+def _searches(eval_context: EvalContext) -> bool:
+    """Whether search in the embedding space is measured: not of a run that says which label one medium has, and makes
+    none, where that would be the same question asked backwards."""
+    config, media = eval_context.model.checkpoint.model.config, eval_context.media_columns
+    if not media or not config.embed_dim:
+        return False
+    texts = set(eval_context.text_columns) - set(eval_context.labels) - _answered(eval_context)
+    reads_alone = all(eval_context.columns[column] in config.read_only for column in media)
+    return bool(texts) or len(media) > 1 or not reads_alone
 
 
 def _limits(limits: Limits | None, limit: int | None) -> Limits:

@@ -26,6 +26,7 @@ def evaluate_transcription(eval_context: EvalContext, source: str, target: str) 
         eval_context.progress(f"transcription {direction}", start, len(media))
         part = media.only(np.arange(start, min(start + 64, len(media))))
         written += [texts[0] for texts in eval_context.model.write(eval_context.inputs(source, part), target)]
+    eval_context.progress(f"transcription {direction}", len(media), len(media))
     truth = [unicodedata.normalize("NFC", text) for text in eval_context.texts[target][media.indices]]
     everyday = Counter(eval_context.texts[target][i] for i in eval_context.pairs(source, target, "train").indices)
     constant = [everyday.most_common(1)[0][0] if everyday else ""] * len(truth)

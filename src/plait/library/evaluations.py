@@ -147,8 +147,9 @@ def evaluate(
         limit: records a task, at most.
         reference_seconds: time to train the classifier that judges drawings and speech.
         folds: measure what recognises labels on all records, each asked about by a model that has not learnt it, in so
-            many folds; networks take a third of the run's minutes for that. If left out, 5 where fewer than 500
-            records have labels and the data name no splits themselves; 0 for none.
+            many folds; networks take half of the run's minutes for that. If left out, 5 where fewer than 500
+            records have labels and the data name no splits themselves, fewer where these would take longer than the
+            run did; 0 for none.
         alternatives: "quick" are those that take little beside the run; "all" also fits a small CNN on labelled images
             or audio for as long as the run was trained, and keeps it for the next time, by the content of the data.
         seed: of samples and of what is written.
@@ -190,7 +191,8 @@ def evaluate(
         raise PlaitError(f"{folder} is no model that plait trained; evaluation needs a run.")
     with ProgressBar(progress) as bar:
         begun = time.perf_counter()
-        fold_metrics = by_folds(model, dataset, folder, folds, seed, device, bar) if own_test and folds != 0 else {}
+        by_fold = own_test and folds != 0
+        fold_metrics = by_folds(model, dataset, folder, folds, seed, device, bar, bar.message) if by_fold else {}
         fold_seconds = time.perf_counter() - begun
         seconds = training_seconds(Run(folder).metadata) if alternatives == "all" else None
         metrics, findings = _measure(model, dataset, split, limit, reference_seconds, seconds, seed, bar, fold_metrics)

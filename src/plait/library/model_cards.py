@@ -67,8 +67,7 @@ def _data(manifest: Manifest | None) -> list[str]:
     ]
     facts += [f"* {note[:1].upper()}{note[1:]}." for note in manifest.split_notes]
     if manifest.groups:
-        groups = ", ".join(f"{split} {count}" for split, count in manifest.groups.items())
-        facts.append(f"* Groups by {manifest.group_by}, each in one split: {groups}.")
+        facts.append(f"* Groups by {manifest.group_by}, each in one split: {manifest.groups_told}.")
     for name, lengths in manifest.statistics.items():
         if lengths.classes:
             shown = ", ".join(f"{label} {count:,}" for label, count in list(lengths.classes.items())[:MOST_LABELS])
@@ -103,12 +102,13 @@ def _figures(run: Path, metrics: Metrics | None) -> list[str]:
             mixed = entry["measured"].get("mixed")
             if mixed is not None and entry["records"]:
                 lines.append(
-                    f"On {entry['records']:,} held-out records, by which it was calibrated: {entry['target']} from "
-                    f"{entry['source']} {mixed:.1%} right (always the most frequent label: {entry['guess']:.1%})."
+                    f"On {entry['records']:,} validation records, by which it was also chosen and calibrated (rather "
+                    f"too high: believe what was measured, below): {entry['target']} from {entry['source']} "
+                    f"{mixed:.1%} right (always the most frequent label: {entry['guess']:.1%})."
                 )
     keys = headline_keys(metrics) if metrics else []
     if metrics and keys:
-        rows = ["| on test | value | 95 % | chance | simple | n |", "| --- | ---: | --- | ---: | ---: | ---: |"]
+        rows = ["| measured | value | 95 % | chance | simple | n |", "| --- | ---: | --- | ---: | ---: | ---: |"]
         for key in keys:
             one = metrics[key]
             low, high = one.get("low"), one.get("high")

@@ -60,6 +60,13 @@ def _show(recommendations: list[Recommendation], measure: str, as_json: bool) ->
     out.print(table)
 
 
+def _tell_quality(model: RecommendationModel) -> None:
+    from plait.recommend.known_quality import describe_quality
+
+    if quality := describe_quality(model.folder):
+        err.print(plain(quality))
+
+
 @app.command()
 def recommend(
     model: ModelArgument,
@@ -108,6 +115,7 @@ def recommend(
         history, user=user, k=k, exclude_seen=exclude_seen, where=where, diversity=diversity, why=why
     )
     _show(recommendations, "probability", as_json)
+    _tell_quality(loaded)
 
 
 @app.command()
@@ -124,4 +132,6 @@ def similar(
 
     Example: plait similar runs/movielens "Toy Story (1995)"
     """
-    _show(_model(model, device, add_items).similar(item, k, where), "cosine", as_json)
+    loaded = _model(model, device, add_items)
+    _show(loaded.similar(item, k, where), "cosine", as_json)
+    _tell_quality(loaded)

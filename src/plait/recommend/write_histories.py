@@ -22,6 +22,7 @@ from plait.data.preview import Example, report
 from plait.data.record import SPLITS, Rejected
 from plait.data.stores import join, open_binary
 from plait.data.tables import rows
+from plait.data.writing import source_name
 from plait.recommend.catalogue import Catalogue, Item
 from plait.recommend.interactions import Interaction, read_interactions, read_items
 from plait.recommend.settings import ItemsRecipe
@@ -124,8 +125,7 @@ def write_histories(
         common += [(f"weighs less than {recipe.least_weight:g}, or nothing", light)] if light else []
         common_reasons = "; ".join(f"{reason} ({count})" for reason, count in common) or "nothing was found"
         raise PlaitError(f"{interactions}: no interaction can be used. {common_reasons}.")
-    if recipe.least_weight is not None:
-        remarks.notes.append(f"{light:,} interactions of a weight below {recipe.least_weight:g} were left out")
+    _tell_weights(interactions_read, recipe, light, remarks)
     known = _items(tree, items, recipe, {row.item for row in interactions_read}, interactions, rejects, remarks)
     histories = _ordered(interactions_read, list(known), remarks)
     untested = _untested(tree, recipe.untested, histories.users, remarks)
@@ -329,9 +329,22 @@ def _write(
     remarks.notes.append(f"{len(histories):,} users, {len(catalogue):,} items, {len(histories.items):,} interactions")
     manifest = _manifest(folder, histories, catalogue, len(rejects), remarks, seed)
     examples, reasons = _examples(histories, catalogue), Counter(reject.kind for reject in rejects)
-    name = str(tree.root).rstrip("/").rpartition("/")[2]
+    name = source_name(tree.source).rstrip("/").rpartition("/")[2]
     (folder / "report.html").write_text(report(manifest, examples, reasons, name), encoding="utf-8", newline="\n")
     return manifest
+
+
+def _tell_weights(interactions: list[Interaction], recipe: ItemsRecipe, light: int, remarks: Remarks) -> None:
+    """Note what weights (ratings) were used for; `light` interactions were left out by them."""
+    if recipe.least_weight is not None:
+        remarks.notes.append(f"{light:,} interactions of a weight below {recipe.least_weight:g} were left out")
+        return
+    weights = [one.weight for one in interactions if one.weight is not None]
+    if weights and min(weights) < max(weights):
+        remarks.warnings.append(
+            f"Ratings ({min(weights):g} to {max(weights):g}) are not weighed: what somebody rated counts as chosen, "
+            "liked or not. To leave low ones out, set data.items.least_weight in a recipe."
+        )
 
 
 def _write_table(histories: Histories, path: Path) -> None:

@@ -2,7 +2,8 @@
 
 The page holds the weights of the run's recogniser and some two hundred lines of plain JavaScript that compute with
 them. What decides there is the recogniser alone, calibrated alone; the run's other opinions stay behind, and the page
-says how often it is right.
+says how often it is right. What is like none of the labels it tells as the run does, by how sure the recogniser is
+and by where an image lies among training images (`classifiers.novelty`, the network's view).
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from markupsafe import Markup
 from torch import nn
 
 from plait.classifiers.classifier import Classifier
-from plait.classifiers.mixture import log_softmax, softened, temperature
+from plait.classifiers.mixture import FEWEST_FAMILIAR, log_softmax, softened, temperature
+from plait.classifiers.novelty import CLIP, WEIGHTS
 from plait.core.errors import PlaitError
 from plait.core.files import write_atomic
 from plait.core.pages import PACKAGE, render
 from plait.data.dataset import Dataset
 from plait.inference.model import PlaitModel
-from plait.inference.opinions import network_scores
+from plait.inference.opinions import network_scores, view_of
 from plait.modalities.image import Image
 from plait.modalities.media import MEDIA
 from plait.modalities.recogniser import ConvNorm, ImageRecogniser, ResidualBlock
@@ -62,19 +64,23 @@ def export_page(model: PlaitModel, dataset: Dataset, folder: Path) -> OfflinePag
     classifier = _classifier(model)
     modality = model.modality(classifier.source)
     assert isinstance(modality, Image) and isinstance(modality.encoder, ImageRecogniser)
-    held_scores, held_truth = _scores(model, dataset, classifier, "val")
+    held, held_truth = _records(model, dataset, classifier, "val")
+    held_scores = _scores(model, classifier, held)
     if not len(held_truth):
         raise PlaitError(f"{dataset.path} has no records of val with a label to calibrate the page on.")
     factor = temperature(held_scores, softened(held_truth, len(classifier.labels)))
-    least = float(np.quantile(held_scores.max(1), UNLIKE))
-    scores, truth = _scores(model, dataset, classifier, "test")
+    familiarity, novelty = _familiarity(model, classifier, held, held_scores)
+    asked, truth = _records(model, dataset, classifier, "test")
+    scores = _scores(model, classifier, asked)
     accuracy = float((scores.argmax(1) == truth).mean()) if len(truth) else None
     settings = modality.settings
     layers, weights = _layers(modality.encoder, classifier.target)
+    weights = np.concatenate([weights, *(array.ravel() for array in novelty)]).astype(np.float32)
     facts = {
         "labels": classifier.labels, "size": settings.size, "channels": settings.channels, "fit": settings.fit,
-        "background": settings.background, "mirrored": classifier.mirrored, "factor": factor, "least": least,
-        "layers": layers, "accuracy": accuracy, "records": len(truth), "pixels": settings.size,
+        "background": settings.background, "mirrored": classifier.mirrored, "factor": factor,
+        "familiarity": familiarity, "layers": layers, "accuracy": accuracy, "records": len(truth),
+        "pixels": settings.size,
     }  # fmt: skip
     script = (PACKAGE / "reports" / "templates" / "offline.js").read_text(encoding="utf-8")
     data = base64.b64encode(weights.astype("<f4").tobytes()).decode()
@@ -114,8 +120,10 @@ def _name(model: PlaitModel) -> str:
     return run.parent.parent.name if in_studio else run.name
 
 
-def _scores(model: PlaitModel, dataset: Dataset, classifier: Classifier, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """The recogniser's scores (N, labels) of records of a split, and their classes (N,)."""
+def _records(
+    model: PlaitModel, dataset: Dataset, classifier: Classifier, split: str
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Samples of a split that have a label, at most MOST, and their classes (N,)."""
     number = {label: i for i, label in enumerate(classifier.labels)}
     samples, truth = [], []
     modality = model.modality(classifier.source)
@@ -124,13 +132,44 @@ def _scores(model: PlaitModel, dataset: Dataset, classifier: Classifier, split: 
         if label in number and value is not None:
             samples.append(modality.windows(value)[0])
             truth.append(number[str(label)])
+    return samples, np.array(truth, np.int64)
+
+
+def _scores(model: PlaitModel, classifier: Classifier, samples: list[np.ndarray]) -> np.ndarray:
+    """The recogniser's log-probabilities (N, labels) of samples."""
     if not samples:
-        return np.zeros((0, len(number))), np.zeros(0, np.int64)
+        return np.zeros((0, len(classifier.labels)))
     scores = network_scores(
         model.checkpoint, model.device, classifier.source, classifier.target, samples, classifier.mirrored,
         shifted=False,  # the page's script asks about images as they are, and is calibrated so
     )  # fmt: skip
-    return log_softmax(scores), np.array(truth)
+    return log_softmax(scores)
+
+
+def _familiarity(
+    model: PlaitModel, classifier: Classifier, held: list[np.ndarray], scores: np.ndarray
+) -> tuple[dict[str, Any] | None, list[np.ndarray]]:
+    """What the page tells unlike images by, and the arrays that go with it, in the order in which its script reads
+    them. None where val has too few records to say what is like them.
+
+    Args:
+        held: Samples of val.
+        scores: Log-probabilities (N, labels) of them.
+    """
+    if len(held) < FEWEST_FAMILIAR:
+        return None, []
+    surest = scores.max(1)
+    facts: dict[str, Any] = {"centre": float(surest.mean()), "spread": float(surest.std() + 1e-6), "novelty": None}
+    familiar, arrays = (surest - facts["centre"]) / facts["spread"], list[np.ndarray]()
+    if (novelty := classifier.novelty.get("network")) is not None:
+        familiar = familiar - novelty(view_of(model, classifier, "network", held))
+        arrays = [novelty.arrays[name] for name in ("mean", "basis", "whitening", "centres", "records")]
+        facts["novelty"] = {
+            "centre": novelty.centre.tolist(), "spread": novelty.spread.tolist(), "weights": WEIGHTS.tolist(),
+            "clip": CLIP, "features": len(arrays[0]), "dimensions": arrays[1].shape[1],
+            "classes": len(arrays[3]), "records": len(arrays[4]),
+        }  # fmt: skip
+    return {**facts, "least": float(np.quantile(familiar, UNLIKE))}, arrays
 
 
 def _layers(encoder: ImageRecogniser, column: str) -> tuple[list[dict[str, Any]], np.ndarray]:

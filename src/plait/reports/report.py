@@ -29,6 +29,7 @@ from plait.evaluation.keys import Metric, Metrics
 from plait.reports.charts import Panel, bar, coverage_panel, loss_panel, reliability_panel
 from plait.reports.metric_labels import headline_keys, metric_labels
 from plait.reports.overfitting import gap
+from plait.training.encoder_curve import EncoderCurve, read_curves
 from plait.training.parts import describe_parts
 
 
@@ -42,6 +43,7 @@ class RunInfo:
     manifest: dict[str, Any] = field(default_factory=dict)  # the data set's
     rejects: list[dict[str, Any]] = field(default_factory=list)
     parameters: dict[str, int] = field(default_factory=dict)  # by part of the model
+    encoders: dict[str, EncoderCurve] = field(default_factory=dict)  # by name, those that learnt labels
 
 
 def read_run(folder: Path, dataset: str | Path | None = None) -> RunInfo:
@@ -55,6 +57,7 @@ def read_run(folder: Path, dataset: str | Path | None = None) -> RunInfo:
         info.metadata = read_json(folder / "run.json")
     rows = {(row.get("step"), row.get("split")): row for row in _read_lines(folder / "log.jsonl", torn=True)}
     info.log = sorted(rows.values(), key=lambda row: row.get("step", 0))
+    info.encoders = read_curves(folder)
     place = location(dataset) if dataset else None
     if place is None and "dataset" in info.metadata:
         place = read_place(info.metadata["dataset"], folder)
@@ -118,11 +121,24 @@ class FigureRow:
 
 @dataclass(frozen=True)
 class FigureTable:
-    """The figures of a task."""
+    """The figures of a task, and whether any of them stands beside chance or a baseline, or is of some records."""
 
     title: str
     rows: list[FigureRow]
-    has_clean: bool
+
+    @property
+    def has_clean(self) -> bool:
+        """Whether any figure is also of records without near-duplicates."""
+        return any(row.clean is not None for row in self.rows)
+
+    @property
+    def has_bars(self) -> bool:
+        """Whether any figure is a share."""
+        return any(row.bar for row in self.rows)
+
+    def has(self, name: str) -> bool:
+        """Whether any figure has a field of that name: chance, baseline, n."""
+        return any(row.metric.get(name) is not None for row in self.rows)
 
 
 def write_report(path: Path, metrics: Metrics, findings: Findings, run: RunInfo) -> None:
@@ -136,7 +152,7 @@ def write_report(path: Path, metrics: Metrics, findings: Findings, run: RunInfo)
         galleries_title=_galleries_title(findings),
         cards=_cards(metrics),
         tables=_tables(metrics),
-        curves=_curves(run.log),
+        curves=_encoder_curves(run.encoders) + _curves(run.log),
         reliabilities=[
             panel(finding) for finding in findings.reliabilities for panel in (reliability_panel, coverage_panel)
         ],
@@ -180,7 +196,7 @@ def _table(task: str, metrics: Metrics) -> FigureTable:
         drawn = bar(metric) if kind == "share" else Markup("")
         rows.append(FigureRow(shown, label, meaning, kind, metric, metrics.get(replace(key, clean=True)), drawn))
         before = key.direction
-    return FigureTable(metric_labels().tasks.get(task, task), rows, any(row.clean is not None for row in rows))
+    return FigureTable(metric_labels().tasks.get(task, task), rows)
 
 
 def _cards(metrics: Metrics) -> list[tuple[str, str, str]]:
@@ -200,6 +216,17 @@ def _cards(metrics: Metrics) -> list[tuple[str, str, str]]:
 
 
 # --- charts and tables -------------------------------------------------------------------------------------------
+
+
+def _encoder_curves(encoders: dict[str, EncoderCurve]) -> list[Panel]:
+    """A panel for each encoder that learnt labels, before the model did."""
+    return [
+        loss_panel(
+            f"{name} encoder: labels", {"train": list(zip(map(float, one.steps), one.losses, strict=True))}, None
+        )
+        for name, one in encoders.items()
+        if one.steps
+    ]
 
 
 def _curves(log: list[dict[str, Any]]) -> list[Panel]:

@@ -272,3 +272,15 @@ class Explained(BaseModel):
 
 class Health(BaseModel):
     status: str
+
+
+class Welcome(BaseModel):
+    """What is at `/` where no page is."""
+
+    name: str
+    version: str
+    models: list[str]
+    models_url: str
+    openapi_url: str
+    documentation: str
+    page: str

@@ -16,6 +16,7 @@ from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import Response
 
+from plait.core import dist
 from plait.core.errors import PlaitError
 from plait.inference.base import Verb
 from plait.inference.constrained import TextConstraint
@@ -257,6 +258,18 @@ async def show_model(request: Request, model: str) -> Response:
     """One model."""
     service, request_context = service_of(request)
     return JSONResponse(_card(service.find(model, request_context)))
+
+
+@router.get("/", response_model=a.Welcome, tags=["state"])
+async def welcome(request: Request) -> Response:
+    """What is served here, and where it is described."""
+    service, _ = service_of(request)
+    body = {
+        "name": "plait", "version": dist.VERSION, "models": list(service.models), "models_url": "/v1/models",
+        "openapi_url": "/openapi.json", "documentation": dist.docs_page("how-to/serving"),
+        "page": "none; plait serve --ui has one here",
+    }  # fmt: skip
+    return JSONResponse(body)
 
 
 @router.get("/health", response_model=a.Health, tags=["state"])

@@ -37,15 +37,17 @@ class SnippetCall:
 
     Attributes:
         verb: What it does, as models name it.
-        python: A call of `model`.
+        python: A call of `model`; where `applies` is given, of `run`, the run's folder.
         path: Where a server is asked for the same.
         body: What is sent to it, as JSON, beside the model's name.
+        applies: run's folder -> whether this is how such a run is asked, whatever its network can do besides.
     """
 
     verb: str
     python: str
     path: str
     body: Mapping[str, Any]
+    applies: Callable[[Path], bool] | None = None
 
 
 SNIPPETS: ExtensionPoint[SnippetCall] = ExtensionPoint("snippet")

@@ -13,21 +13,27 @@ from typing import Any, Literal
 
 import psutil
 
+from plait.chat.replies import FILE as REPLIES
 from plait.core.errors import PlaitError
-from plait.core.files import remove_folder, write_json
+from plait.core.files import json_text, read_json, remove_folder, write_json
+from plait.data.stores import read_place
 from plait.studio.workspace import Project
 
-Form = Literal["page", "slim", "onnx", "network", "transformers"]
-FORMS: tuple[Form, ...] = ("page", "slim", "onnx", "network", "transformers")
+Form = Literal["page", "slim", "pairs", "onnx", "network", "transformers"]
+FORMS: tuple[Form, ...] = ("page", "slim", "pairs", "onnx", "network", "transformers")
 TO = {"page": "html", "onnx": "onnx", "network": "onnx", "transformers": "transformers"}  # as `plait export` calls them
 TRAINING_STATE = "training_state"  # of a checkpoint: what training needs to go on, and use does not
 
 
-def offered(model: Any) -> list[Form]:
-    """The forms that a model can be written in: "onnx" is a whole classifier, "network" what writes texts and codes."""
+def offered(model: Any, run: Path) -> list[Form]:
+    """The forms that a run's model can be written in: "onnx" is a whole classifier, "network" what writes texts and
+    codes, "pairs" a run that answers by past replies, with these."""
+    from plait.chat.page_part import quotes
     from plait.hf.export_classifier import exportable
     from plait.reports.offline import page_classifier
 
+    if quotes(run):
+        return ["pairs"]
     plait_model = model.plait_model
     classifier = exportable(plait_model) if plait_model is not None else None
     page: list[Form] = ["page"] if plait_model is not None and page_classifier(plait_model) is not None else []
@@ -46,6 +52,8 @@ def export(project: Project, run: Path, form: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     if form == "slim":
         return _zip(_best(run), folder / f"{project.name}-{run.name}.zip")
+    if form == "pairs":
+        return _zip_pairs(run, folder / f"{project.name}-{run.name}-pairs.zip")
     import plait
 
     target = folder / form
@@ -91,9 +99,27 @@ def _zip(folder: Path, target: Path) -> Path:
     return target
 
 
+def _zip_pairs(run: Path, target: Path) -> Path:
+    """A run that answers by past replies, with its data, as a zip: a folder for `plait.open_replies` and
+    `plait serve`."""
+    facts = read_json(run / "run.json")
+    data = read_place(facts["dataset"], run)
+    temporary, inside = target.with_suffix(f".{os.getpid()}.tmp"), Path(target.stem)
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as file:
+        file.writestr(str(inside / "run.json"), json_text({**facts, "dataset": "data"}))
+        if (run / REPLIES).is_file():
+            file.write(run / REPLIES, inside / REPLIES)
+        for place, folder in (("data", Path(str(data))), ("checkpoints/best", _best(run))):
+            for path in sorted(folder.rglob("*")):
+                if path.is_file():
+                    file.write(path, inside / place / path.relative_to(folder))
+    temporary.replace(target)
+    return target
+
+
 def _manifest(folder: Path) -> str:
     """The checkpoint's manifest without what is left out."""
-    from plait.core.files import json_text, read_sealed, sealed
+    from plait.core.files import read_sealed, sealed
 
     manifest = read_sealed(folder / "manifest.json")
     digests = {name: digest for name, digest in manifest["sha256"].items() if not name.startswith(TRAINING_STATE)}

@@ -19,10 +19,11 @@ def handover_pages(app: FastAPI, studio: Studio) -> None:
         project = workspace.project(name)
         run = next((run for run in project.runs if (run / "checkpoints" / "best").exists()), None)
         verbs = await in_thread(studio.models.verbs, run) if run else []
+        kinds = await in_thread(studio.models.kinds, run) if run else []
         return page(
             "hand_over.html", request, project=project, tab="hand_over", run=run,
             forms=await in_thread(studio.models.forms, run) if run else [],
-            server=handover.server_of(project), snippets=snippets(run, verbs) if run else [],
+            server=handover.server_of(project), snippets=await in_thread(snippets, run, verbs, kinds) if run else [],
         )  # fmt: skip
 
     @app.post("/p/{name}/runs/{run}/export")

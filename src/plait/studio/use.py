@@ -202,7 +202,12 @@ class Models:
     def forms(self, run: Path) -> list[Form]:
         """The forms that a run's model can be handed over in."""
         with self.lock:
-            return offered(self.get(run))
+            return offered(self.get(run), run)
+
+    def kinds(self, run: Path) -> list[str]:
+        """What kinds of columns a run's model reads."""
+        with self.lock:
+            return list(dict(getattr(self.get(run), "columns", {})).values())
 
     def ask(self, run: Path, data: Path, body: bytes, text: str, brief: bool = False) -> Answer:
         """Everything the model says about a file's bytes, or about a text.

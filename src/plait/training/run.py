@@ -37,6 +37,7 @@ from plait.model.multimodal import Multimodal
 from plait.training.build import label_columns
 from plait.training.codec_training import train_codec
 from plait.training.distributed import Group
+from plait.training.encoder_curve import EncoderCurve
 from plait.training.parts import Budget, begin_part, current_budget, describe_parts, first_step
 from plait.training.recogniser_training import Labelled, held_out_labels, train_recogniser
 from plait.training.samples import CodecSamples, EncoderSamples, SampleLog, places_shown
@@ -190,14 +191,10 @@ class Run:
         if self.metadata["data"] != current["data"]:
             differences["data"] = f" (sha256: was {self.metadata['data'][:12]}, now {current['data'][:12]})"
         changed = {name: text for name, text in differences.items() if text}
-        network = difference(_network(old), _network(current["recipe"]))
-        for name, text in changed.items():
-            if not allow_changes or network:
-                other = "; the network of a run cannot change" if allow_changes else ", or pass --allow-changes"
-                raise PlaitError(
-                    f"{self.folder} holds a run of another {'dataset' if name == 'data' else 'recipe'}"
-                    f"{network if allow_changes else text}. Choose another folder with -o, or delete it{other}."
-                )
+        network = changes(_network(old), _network(current["recipe"]))
+        if changed and (network or not allow_changes):
+            others = changes(_fixed(old), _fixed(current["recipe"])) if "recipe" in changed else []
+            raise PlaitError(_of_another(self.folder, "data" in changed, others, bool(network), allow_changes))
         if more is not None and "finished" in self.metadata:
             begin_part(self.metadata, more)
             if self.group.is_main and (figures := self.folder / "metrics.json").exists():
@@ -329,6 +326,13 @@ class Run:
         budget = self.budget
         fixed_steps = self.settings.recogniser_steps if self.part == 0 else None
         before = {key: value.clone() for key, value in encoder.state_dict().items()}
+        curve, done = EncoderCurve(), int(earlier.get("steps", 0))
+        show = self._encoder_progress(modality, splits)
+
+        def progress(stage: str, step: int, steps: int, loss: float) -> None:
+            curve.add(done + step, loss)
+            show(stage, step, steps, loss)
+
         result = train_recogniser(
             modality,
             self._labelled(name, encoder.columns, splits["train"]),
@@ -339,8 +343,8 @@ class Run:
             seconds=self.minutes * 60 * self.settings.recogniser_share * share,
             seed=self.settings.seed,
             record=partial(self.note, "recogniser_steps", name),
-            progress=self._encoder_progress(modality, splits),
-            done=int(earlier.get("steps", 0)),
+            progress=progress,
+            done=done,
         )
         kept = True
         if self.part:
@@ -359,6 +363,7 @@ class Run:
         path.parent.mkdir(exist_ok=True)
         tensors = {key: value.cpu().contiguous() for key, value in encoder.state_dict().items()}
         write_atomic(path, tensors_to_bytes(tensors))
+        curve.write(path.with_suffix(".json"))
         part = {"part": self.part, "kept": kept} if self.part else {}
         self.note("recognisers", name, {**result, **part, "sha256": sha256_file(path)})
 
@@ -430,12 +435,42 @@ def _said(conversation: str | None) -> str | None:
     return "\n".join(content for turn in turns(conversation) for kind, content in turn.parts if kind == "text")
 
 
-def difference(old: Any, new: Any, where: str = "") -> str:
-    """The first keys in which two nested dictionaries differ, for a message."""
+@dataclass(frozen=True)
+class Change:
+    """A setting of a recipe that is another one now; None is one that was left out."""
+
+    key: str  # as "training.minutes"
+    was: Any
+    now: Any
+
+    def __str__(self) -> str:
+        """For people: "minutes was 1, now not given"."""
+        name = self.key.rpartition(".")[2].replace("_", " ")
+        was, now = ("not given" if one is None or one == {} else str(one) for one in (self.was, self.now))
+        return f"{name} was {was}, now {now}"
+
+
+def changes(old: Any, new: Any, where: str = "") -> list[Change]:
+    """The keys in which two nested dictionaries differ."""
     if isinstance(old, dict) and isinstance(new, dict):
-        parts = [difference(old.get(k), new.get(k), f"{where}.{k}".strip(".")) for k in {**old, **new}]
-        return "".join(part for part in parts if part)
-    return "" if old == new else f" ({where}: was {old}, now {new})"
+        return [one for k in {**old, **new} for one in changes(old.get(k), new.get(k), f"{where}.{k}".strip("."))]
+    return [] if old == new else [Change(where, old, new)]
+
+
+def difference(old: Any, new: Any) -> str:
+    """The keys in which two nested dictionaries differ, with both values; "" where there are none."""
+    return "".join(f" ({one.key}: was {one.was}, now {one.now})" for one in changes(old, new))
+
+
+def _of_another(folder: Path, other_data: bool, settings: list[Change], other_network: bool, allowed: bool) -> str:
+    """What to tell where a folder holds a run that was made of other data or by other settings, and what to do."""
+    what = ["on other data"] * other_data + [f"by other settings ({'; '.join(map(str, settings))})"] * bool(settings)
+    ways = f"leave it and name another folder with -o, or train it further as it began: plait train {folder} --more 5"
+    if other_network:
+        tail = " Its network is another one, so it cannot go on with these." if allowed else ""
+    else:
+        tail = " To go on with it by what is given now: --allow-changes"
+    return f"{folder} holds a run that was trained {' and '.join(what)}. Two ways: {ways} (minutes).{tail}"
 
 
 def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -124,18 +124,59 @@ function pool({ data, side, channels }) {
   return { data: found, side: out, channels };
 }
 
-function head({ data, side, channels }, { into }, weights, at) {
+// What the head reads: the mean and the largest value of each channel.
+function pooled({ data, side, channels }) {
   const seen = new Float32Array(2 * channels).fill(0, 0, channels).fill(-Infinity, channels);
   for (let i = 0; i < side * side; i++) for (let c = 0; c < channels; c++) {
     const value = data[i * channels + c];
     seen[c] += value / (side * side);
     seen[channels + c] = Math.max(seen[channels + c], value);
   }
-  const found = Float32Array.from({ length: into }, (_, o) => weights[at + 2 * channels * into + o]);
+  return seen;
+}
+
+function head(seen, { into }, weights, at) {
+  const found = Float32Array.from({ length: into }, (_, o) => weights[at + seen.length * into + o]);
   seen.forEach((value, i) => { for (let o = 0; o < into; o++) found[o] += value * weights[at + i * into + o]; });
+  return { found, after: at + (seen.length + 1) * into };
+}
+
+// Rows (count, size) of the weights from a place on, times a vector: (count) sums, or with `across` (size) ones.
+function times(vector, count, size, at, across) {
+  const found = new Float32Array(across ? size : count);
+  for (let i = 0; i < count; i++) for (let k = 0; k < size; k++) {
+    found[across ? k : i] += vector[across ? i : k] * WEIGHTS[at + i * size + k];
+  }
   return found;
 }
 
+const norm = (vector) => vector.reduce((sum, value) => sum + value * value, 0);
+
+// How unlike all training images what the head read is: the distance to the nearest class, what lies outside the space
+// in which training images vary, the direction of the nearest one; see plait.classifiers.novelty.
+function novelty(seen, at, facts) {
+  const { features, dimensions, classes, records } = facts;
+  const centred = seen.map((value, i) => value - WEIGHTS[at + i]);
+  const basis = at + features, whitening = basis + features * dimensions;
+  const centres = whitening + dimensions * dimensions, nearby = centres + classes * dimensions;
+  const inside = times(centred, features, dimensions, basis, true);
+  const white = times(inside, dimensions, dimensions, whitening, true);
+  let nearest = Infinity, alike = -Infinity;
+  for (let c = 0; c < classes; c++) {
+    let distance = 0;
+    for (let k = 0; k < dimensions; k++) distance += (white[k] - WEIGHTS[centres + c * dimensions + k]) ** 2;
+    nearest = Math.min(nearest, distance);
+  }
+  const length = Math.max(Math.sqrt(norm(white)), 1e-9);
+  for (const product of times(white, records, dimensions, nearby, false)) alike = Math.max(alike, product / length);
+  const measures = [Math.max(nearest, 1e-9), Math.max(norm(centred) - norm(inside), 1e-9), Math.max(1 - alike, 1e-3)];
+  return measures.reduce((sum, value, i) => {
+    const standard = (Math.log(value) - facts.centre[i]) / facts.spread[i];
+    return sum + facts.weights[i] * Math.min(Math.max(standard, -facts.clip), facts.clip);
+  }, 0);
+}
+
+// { found: logits of the labels, seen: what the head read, after: where the weights of the network end }
 function logits(pixels) {
   let map = { data: Float32Array.from(pixels, (value) => value / 64 - 2), side: FACTS.size, channels: FACTS.channels }, at = 0;
   for (const layer of FACTS.layers) {
@@ -148,7 +189,10 @@ function logits(pixels) {
       [inner, at] = convolution(silu(inner), layer.parts[1], WEIGHTS, at);
       for (let i = 0; i < map.data.length; i++) map.data[i] += inner.data[i];
       silu(map);
-    } else return head(map, layer, WEIGHTS, at);
+    } else {
+      const seen = pooled(map);
+      return { ...head(seen, layer, WEIGHTS, at), seen };
+    }
   }
   throw new Error("The page has no head.");
 }
@@ -169,12 +213,21 @@ function logSoftmax(values) {
 // [{ label, probability }], the likeliest first, and whether none of the labels fits.
 function classify(pixels) {
   const views = FACTS.mirrored ? [pixels, mirrored(pixels)] : [pixels];
-  const sums = views.map(logits).reduce((a, b) => a.map((value, i) => value + b[i]));
+  const outputs = views.map(logits);
+  const sums = outputs.map(({ found }) => found).reduce((a, b) => a.map((value, i) => value + b[i]));
   const scores = logSoftmax(Array.from(sums, (value) => value / views.length));
   const chances = logSoftmax(scores.map((value) => value * FACTS.factor)).map(Math.exp);
   const answers = FACTS.labels.map((label, i) => ({ label, probability: chances[i] }));
   answers.sort((a, b) => b.probability - a.probability);
-  return { answers, none: Math.max(...scores) < FACTS.least };
+  return { answers, none: isUnlike(Math.max(...scores), outputs[0]) };
+}
+
+// Whether an image is less familiar than nearly all of those that the page was calibrated on.
+function isUnlike(surest, { seen, after }) {
+  const facts = FACTS.familiarity;
+  if (!facts) return false;
+  const strange = facts.novelty ? novelty(seen, after, facts.novelty) : 0;
+  return (surest - facts.centre) / facts.spread - strange < facts.least;
 }
 
 // --- the page -------------------------------------------------------------------------------------------------
@@ -209,7 +262,12 @@ async function open(file) {
   if (!file) return;
   const image = part("image");
   image.src = URL.createObjectURL(file);
-  try { await image.decode(); } catch { part("answer").textContent = say("That is no image.", "这不是图片。"); return; }
+  try { await image.decode(); } catch {
+    part("answer").textContent = say(`${file.name} is no image that this browser reads.`, `浏览器无法读取图片 ${file.name}。`);
+    part("bars").replaceChildren();
+    image.hidden = true;
+    return;
+  }
   image.hidden = false;
   show(image, image.naturalWidth, image.naturalHeight);
 }
