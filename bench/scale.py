@@ -3,6 +3,7 @@
     python bench/scale.py --megabytes 200 2000
     python bench/scale.py --megabytes 200 --form jsonl --no-near-duplicates
     python bench/scale.py --records 1000000            # short labelled texts: a start on data that were read before
+    python bench/scale.py --images 1000000             # small labelled images: the same, and the sampler's memory
 
 The text is made of paragraphs from the files of this machine (sources and documents of Python and the system), drawn
 at random, so that no two records are alike. Memory is what the processes together hold beside files that are mapped,
@@ -12,6 +13,7 @@ whose pages the system takes back: RssAnon and RssShmem of /proc/PID/status, sam
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import random
@@ -21,13 +23,19 @@ import sys
 import sysconfig
 import tempfile
 import time
+import tracemalloc
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
 
 POOL_BYTES = 150 << 20  # of text that paragraphs are drawn from
 PARAGRAPH, FILE = 400, 20 << 20  # bytes, about
+SIDE, IMAGES_A_FILE = 16, 50_000
 IMPORTS = "import plait.cli.train, plait.training.trainer"  # what training needs before any data
 
 
@@ -156,6 +164,87 @@ def records(folder: Path, count: int) -> None:
     shutil.rmtree(folder)
 
 
+def write_images(folder: Path, count: int) -> None:
+    """Grey images of SIDE x SIDE in Parquet files, each of its own: a bright bar for its label, and noise."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for start in range(0, count, IMAGES_A_FILE):
+        labels = np.arange(start, min(start + IMAGES_A_FILE, count)) % SIDE
+        pixels = rng.integers(0, 64, (len(labels), SIDE, SIDE), np.uint8)
+        pixels[np.arange(len(labels)), labels] += 150
+        images = []
+        for one in pixels:
+            file = io.BytesIO()
+            Image.fromarray(one).save(file, "PNG", compress_level=1)
+            images.append({"bytes": file.getvalue(), "path": None})
+        columns = {"image": images, "label": [f"bar {label}" for label in labels]}
+        pq.write_table(pa.table(columns), folder / f"{start // IMAGES_A_FILE:04d}.parquet")
+
+
+def images(folder: Path, count: int) -> None:
+    """Prepare so many labelled images, start on them twice as far as the first step, and weigh the sampler."""
+    python = [sys.executable, "-m", "plait"]
+    write_images(folder / "in", count)
+    cost = run([*python, "prepare", str(folder / "in"), "-o", str(folder / "data"), "--no-near-duplicates"])
+    print(f"{count:,} images: prepare {cost.processor:.1f} s of processor time, {cost.memory:,.0f} MiB", flush=True)
+    shutil.rmtree(folder / "in")
+    measure_starts(folder / "data", folder / "run")
+    shutil.rmtree(folder)
+
+
+def measure_starts(data: Path, run_folder: Path) -> None:
+    """A start that reads the data, one that finds them read, and what the sampler takes."""
+    alone = run([sys.executable, "-c", IMPORTS])
+    for start in (1, 2):
+        cost = run([sys.executable, __file__, "--first-step", str(data), "--folder", str(run_folder)])
+        print(f"  start {start}, to the end of its first step: {cost.processor:.1f} s of processor time, "
+              f"{cost.seconds:.1f} s by the clock, {cost.memory - alone.memory:,.0f} MiB beside libraries",
+              flush=True)  # fmt: skip
+    subprocess.run([sys.executable, __file__, "--sampler", str(data), "--folder", str(run_folder)], check=True)
+
+
+def first_step(data: Path, run_folder: Path) -> None:
+    """Train until the first step is done, and end there."""
+    import plait
+    from plait.training.callbacks import Callback, StepEvent
+
+    class Stop(Callback):
+        def on_step(self, event: StepEvent) -> None:
+            raise SystemExit(0)
+
+    plait.train(data, run_folder, task="describe", size="tiny", steps=1000, callbacks=[Stop()])
+
+
+def weigh_sampler(data: Path, run_folder: Path) -> None:
+    """What the sampler of a run that was begun and the split that it samples from take, at the end of a step and at
+    most."""
+    from plait.core.config import parse_recipe
+    from plait.core.device import choose_device
+    from plait.data.dataset import Dataset
+    from plait.training.batches import Sampler
+    from plait.training.preparation import prepare_run
+    from plait.training.run import Run
+    from plait.training.split import add_codes
+
+    recipe = parse_recipe(json.loads((run_folder / "run.json").read_text())["recipe"], "run.json")
+    begun = Run(run_folder, Dataset.open(data), recipe, lambda progress: None, choose_device("cpu", training=True))
+    begun.open()
+    prepared = prepare_run(begun, None)
+    model, columns = prepared.model, begun.dataset.columns
+    arrow = pa.default_memory_pool()
+    before = arrow.bytes_allocated()
+    tracemalloc.start()
+    split = prepared.source.split("train", prepared.text, model)
+    add_codes(split, columns, model.media, run_folder / "cache", "train", anew=False)
+    context = model.config.backbone.max_length
+    sampler = Sampler(split, model.vocabulary, model.media, begun.batch_size, context, 0, 0.1, augment=True)
+    sampler.step(0)
+    now, most = (value / 1e6 for value in tracemalloc.get_traced_memory())
+    strings = (arrow.bytes_allocated() - before) / 1e6
+    print(f"  sampler and split of {len(split):,} records: {now + strings:.1f} MB after a step, at most "
+          f"{most + strings:.1f}", flush=True)  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megabytes", type=int, nargs="+", default=[200])
@@ -166,7 +255,19 @@ def main() -> None:
     parser.add_argument("--size", default="small", help="of the model")
     parser.add_argument("--folder", type=Path, help="where the files lie meanwhile")
     parser.add_argument("--records", type=int, help="short labelled texts instead of files of text")
+    parser.add_argument("--images", type=int, help="small labelled images instead of files of text")
+    parser.add_argument("--first-step", type=Path, help="begin to train on these data; the run is --folder")
+    parser.add_argument("--sampler", type=Path, help="weigh the sampler of these data; the run is --folder")
     options = parser.parse_args()
+    if options.sampler:
+        weigh_sampler(options.sampler, options.folder)
+        return
+    if options.first_step:
+        first_step(options.first_step, options.folder)
+        return
+    if options.images:
+        images(Path(tempfile.mkdtemp(prefix="plait-scale-", dir=options.folder)) / "here", options.images)
+        return
     if options.records:
         records(Path(tempfile.mkdtemp(prefix="plait-scale-", dir=options.folder)) / "here", options.records)
         return

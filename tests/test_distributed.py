@@ -94,9 +94,12 @@ def test_parts_change_neither_loss_nor_gradient(parts: tuple[Multimodal, Split],
     sum(value * {"image": 0.5, "text": 1, "audio": 1}.get(name, 2.0) for name, value in wanted.items()).backward()
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     expected = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in named.items()}
-    for count in (1, 3, 11):
+    for count, most in ((1, None), (3, None), (11, None), (1, 120), (3, 60)):
         model.zero_grad()
-        pieces = [sampler.step(1, part, count) for part in range(count)]
+        sampler.max_tokens = most
+        pieces = [one for part in range(count) for one in sampler.step(1, part, count).passes(most)]
+        sizes = [[len(tokens) for batch in one.batches for tokens in batch.tokens] for one in pieces]
+        assert most is None or (len(pieces) > 2 * count and all(sum(one) <= most or len(one) == 1 for one in sizes))
         losses, _ = step_losses(network, pieces, split, Group(), restricted, weights)
         assert losses.keys() == wanted.keys()
         assert all(math.isclose(losses[name], float(wanted[name].detach()), rel_tol=1e-5) for name in wanted)
@@ -114,12 +117,19 @@ def test_two_threads_change_neither_loss_nor_gradient(parts: tuple[Multimodal, S
     assert set(cut.media_work) == {"image", "audio"} and min(cut.media_work.values()) > 0
     network, named = Network(LossModule(model, Device("cpu", torch.float32))), dict(model.named_parameters())
     found = []
-    for streams, sampler in ((Streams(), plain), (Streams(2), cut), (Streams(2), cut)):
+    for streams, sampler, most in (
+        (Streams(), plain, None),
+        (Streams(2), cut, None),
+        (Streams(2), cut, None),
+        (Streams(2), cut, 150),
+    ):
         model.zero_grad()
-        step = sampler.step(1)
-        assert len(streams.halves(step)) == (1 if sampler is plain else 2)
+        sampler.max_tokens = most
+        passes = sampler.step(1).passes(most)
+        assert max(len(streams.halves(one)) for one in passes) == (1 if sampler is plain else 2)
+        assert (len(passes) > 1) == (most is not None)
         with matmul_precision(Device("cpu", torch.float32)):  # of the process, as in training
-            losses, tokens = step_losses(network, [step], split, Group(), True, {"contrastive": 2.0}, streams=streams)
+            losses, tokens = step_losses(network, passes, split, Group(), True, {"contrastive": 2.0}, streams=streams)
         found.append((losses, tokens, {n: p.grad.clone() for n, p in named.items() if p.grad is not None}))
         streams.close()
     (losses, tokens, wanted), *halved = found
@@ -127,7 +137,8 @@ def test_two_threads_change_neither_loss_nor_gradient(parts: tuple[Multimodal, S
         assert others == pytest.approx(losses, rel=1e-5) and others_tokens == tokens
         assert gradients.keys() == wanted.keys()
         assert all((gradients[n] - wanted[n]).norm() <= 1e-4 * wanted[n].norm() + 1e-6 for n in wanted)
-    assert [n for n in wanted if not torch.equal(gradients[n], halved[0][2][n])] == []
+    (_, _, first), (_, _, second), _ = halved
+    assert [n for n in wanted if not torch.equal(first[n], second[n])] == []
 
 
 def test_where_a_step_is_cut_in_two() -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -239,3 +240,35 @@ def test_object_stores_are_read_and_written(tmp_path: Path, monkeypatch: pytest.
             Dataset.open(source)
     with pytest.raises(PlaitError, match="is empty"):
         prepare("memory://nothing-here", tmp_path / "x")
+
+
+def test_tables_that_are_not_what_their_names_or_first_lines_say(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    rows = "".join(f'"a, b {n}", "x, {n % 2}"\n' for n in range(20))
+    (source / "spaced.csv").write_text(f"text, label\n{rows}")
+    with zipfile.ZipFile(source / "book.csv", "w") as book:
+        book.writestr("xl/workbook.xml", "<workbook/>")
+    (source / "page.csv").write_text("<!DOCTYPE html><html>404</html>\n")
+    (source / "latin.csv").write_bytes("Größe,label\n1,a\n".encode("cp1252"))
+    dataset, rejects = made(source, tmp_path / "out")
+    assert dataset.columns == {"text": "text", "label": "text"}
+    assert {row.parts["text"]: row.parts["label"] for row in dataset.iterate()} == {
+        f"a, b {n}": f"x, {n % 2}" for n in range(20)
+    }
+    assert rejects == {
+        "book.csv": "this is an Excel workbook or a zip archive, whatever its name says: save it as CSV in UTF-8",
+        "page.csv": "this is a web page, whatever its name says: save it as CSV in UTF-8",
+        "latin.csv": "the heading is not UTF-8 (byte 0xf6): save it as UTF-8",
+    }
+
+
+@pytest.mark.parametrize(
+    ("first", "told"),
+    [("it was bad,0", "but '0' stands among the values"), ("text,label", None), ("0,1", None)],
+)
+def test_a_first_line_that_is_a_record_is_told(tmp_path: Path, first: str, told: str | None) -> None:
+    (tmp_path / "a.csv").write_text(first + "\n" + "".join(f"film {n},{n % 2}\n" for n in range(20)))
+    dataset, _ = made(tmp_path / "a.csv", tmp_path / "out")
+    warnings = [line for line in dataset.manifest.warnings if "the first line is read" in line]
+    assert len(warnings) == (told is not None) and all(told in line for line in warnings)

@@ -15,7 +15,9 @@ from plait.data.samples import Samples
 from plait.data.tokens import Ids, Tokens, open_tokens, write_tokens
 from plait.modalities.base import Vocabulary
 from plait.modalities.text import Text
+from plait.model.chat_template import TURNS
 from plait.training.batches import Sampler
+from plait.training.conversations import EncodedTurn
 from plait.training.split import Split, load_split
 
 
@@ -47,6 +49,36 @@ def test_a_split_is_tokenised_once_and_again_for_another_tokenizer(tmp_path: Pat
     assert list(split.ids) == [row.id for row in dataset.iterate(dataset.indices("train"))]
 
 
+def test_conversations_are_tokenised_once_and_again_for_another_context(tmp_path: Path) -> None:
+    rows = [
+        [{"role": "user", "content": f"ask {n}"}, {"role": "assistant", "content": f"say {n} " * (1 + n % 40)}]
+        for n in range(40)
+    ]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    prepare(tmp_path / "t.jsonl", tmp_path / "data", workers=0, near_duplicates=False)
+    dataset = Dataset.open(tmp_path / "data")
+    (column,) = dataset.manifest.chats
+    text = Text.train(["ask say"] * 20, 300)
+    words = Vocabulary(text=text.size, columns={column: "text"}, levels={}, closers=[], turns=list(TURNS))
+    made: list[int] = []
+    for context in (128, 128, 64):
+        split = load_split(dataset, "train", text, {}, tmp_path / "cache", context, vocabulary=words)
+        shortened = 0
+        for record, row in enumerate(dataset.iterate(dataset.indices("train"))):
+            said = [part["content"] for part in json.loads(str(row.parts[column]))]
+            ids = [text.encode(one) for one in said]
+            kept = [one[: context // 2 - 8] for one in ids]
+            fits = sum(2 + len(one) for one in kept) <= context
+            wanted = list(zip(("user", "assistant"), ([one] for one in kept), (False, True), strict=True))
+            turns = split.chats[column][record]
+            assert turns == ([EncodedTurn(*one) for one in wanted] if fits else None)
+            assert split.has(column, record) == fits == bool(split.present(column)[record])
+            shortened += kept != ids
+        assert f"{shortened} of {len(split)} conversations do not fit" in " ".join(split.notes)
+        made.append((tmp_path / f"cache/train-{column}-turns.raw").stat().st_mtime_ns)
+    assert made[0] == made[1] < made[2]
+
+
 def test_tokens_grow_and_come_back(tmp_path: Path) -> None:
     texts = [pa.array(["b", None]), pa.array([], pa.string()), pa.array(["cc", ""])]
     tokens = write_tokens(tmp_path / "x", texts, lambda values: [list(value.encode()) for value in values], 70_000)
@@ -73,5 +105,5 @@ def test_the_sampler_takes_a_few_bytes_a_record() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     wanted = [(n, window) for n in range(count) for window in range(max(int(lengths[n]) // 64, 1))]
-    assert sampler.items.tolist() == [list(item) for item in wanted]
-    assert peak < 64 * len(wanted) * 2
+    assert sampler.items[np.arange(len(wanted))].tolist() == [list(item) for item in wanted]
+    assert peak < 60 * len(wanted)

@@ -84,7 +84,8 @@ def _read(eval_context: EvalContext, column: str, split: str, most: int) -> list
 
         context = model.config.backbone.max_length
         encoder = ConversationEncoder(eval_context.model.checkpoint.text, model.vocabulary, context, size)
-        conversations += sequences(encoder.conversation(0, value), model.vocabulary, model.media, samples, {})
+        encoded = next(encoder.conversations(0, [value]))
+        conversations += sequences(encoded or [], model.vocabulary, model.media, samples, {})
     return conversations
 
 

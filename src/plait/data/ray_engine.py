@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +24,42 @@ RETRIES = 5  # of a chunk whose worker died
 PASSED = ("AWS_", "GOOGLE_", "AZURE_", "PLAIT_", "FSSPEC_")  # settings of stores that workers get, by how they begin
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray cluster; `ours` where it was connected to, or started, here."""
+
+    ray: Any
+    ours: bool
+
+    def close(self) -> None:
+        """Leave it, where it was entered here."""
+        if self.ours:
+            self.ray.shutdown()
+
+
+def connected(what: str) -> Cluster:
+    """The cluster that RAY_ADDRESS names or that runs on this machine; where there is none, one that is started here.
+    Raises PlaitError where Ray is not installed, naming `what` it is for."""
+    ray = import_extra("ray", "ray", what)
+    if ray.is_initialized():
+        return Cluster(ray, ours=False)
+    environment = {name: value for name, value in os.environ.items() if name.startswith(PASSED)}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    ray.init(
+        address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, logging_level="error",
+        runtime_env={"env_vars": environment}, include_dashboard=None,
+    )  # fmt: skip
+    return Cluster(ray, ours=True)
+
+
 class RayPool:
-    """Workers of the cluster that RAY_ADDRESS names or that runs on this machine; where there is none, of one that is
-    started here for the time of the work."""
+    """Workers of a cluster that check chunks."""
 
     def __init__(self, workers: int | None, folder: Path) -> None:
         """`workers` are chunks under work at a time: as many as the cluster has processors where None."""
         self.folder = folder
-        self.ray: Any = import_extra("ray", "ray", "--engine ray")
-        self.ours = not self.ray.is_initialized()
-        if self.ours:
-            environment = {name: value for name, value in os.environ.items() if name.startswith(PASSED)}
-            environment["PYTHONPATH"] = os.pathsep.join(
-                [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-            )
-            self.ray.init(
-                address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, logging_level="error",
-                runtime_env={"env_vars": environment}, include_dashboard=None,
-            )  # fmt: skip
+        self.cluster = connected("--engine ray")
+        self.ray = self.cluster.ray
         self.count = workers or max(int(self.ray.cluster_resources().get("CPU", 1)), 1)
         self.check = self.ray.remote(num_cpus=1, max_retries=RETRIES)(checked)
 
@@ -48,8 +67,7 @@ class RayPool:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self.ours:
-            self.ray.shutdown()
+        self.cluster.close()
 
     def submit(self, task: Task, blobs: list[bytes], here: bool = False) -> Future[None]:
         """Check a chunk in a worker; once the future is asked, its file lies at `task["out"]`."""

@@ -29,6 +29,16 @@ _QUOTED = 4 << 20  # characters of one CSV record that goes over several lines, 
 _DOCUMENT = 256 << 20  # characters of a JSON document that is not lines, at most
 _DELIMITERS = ",;\t|"  # what may stand between the cells of a CSV file
 _SAMPLE = 50  # lines by which the delimiter is told
+# How files begin that are no text, or no table, though they are called so.
+_FORMS = {
+    "pk\x03\x04": "an Excel workbook or a zip archive",
+    "\udcd0\udccf\x11\udce0": "an old Excel workbook",
+    "par1": "a Parquet file",
+    "sqlite format 3": "a SQLite database",
+    "%pdf-": "a PDF",
+    "<!doctype html": "a web page",
+    "<html": "a web page",
+}
 _ROWS = ("data", "rows", "records", "examples", "instances")  # keys under which a JSON object keeps its rows
 
 Row = tuple[int, dict[str, Any] | Reason]  # line, and the cells or the reason why there are none
@@ -192,8 +202,10 @@ def heading(path: Location, name: str) -> Heading:
         lines = [line for line in islice(iter(lambda: file.readline(LINE), ""), _SAMPLE) if line.strip()]
     if not lines:
         raise TableError("no line in it")
+    if form := next((form for mark, form in _FORMS.items() if lines[0].lower().startswith(mark)), None):
+        raise TableError(f"this is {form}, whatever its name says: save it as CSV in UTF-8")
     if fault := not_utf8(lines[0]):
-        raise TableError(f"the heading is {fault}")
+        raise TableError(f"the heading is {fault}: save it as UTF-8")
     if "\0" in lines[0]:
         raise TableError("the heading holds NUL characters: this is no text")
     first = "\t" if suffix_of(name) == ".tsv" else ","
@@ -202,23 +214,46 @@ def heading(path: Location, name: str) -> Heading:
     if fits[delimiter] < (0.0, 0.0, 0):
         raise TableError("the quotes of its heading do not match")
     cells = next(csv.reader(lines, delimiter=delimiter))
-    spaced = len(cells) > 1 and all(cell.startswith(" ") for cell in cells[1:])
+    spaced = _is_spaced(cells)
     names, notes = distinct([cell.strip() if spaced else cell for cell in cells])
+    sample = [row for _, _, row in _records(_Source(io.StringIO("".join(lines))), delimiter, spaced)]
+    if (again := _value_in(names, [row for row in sample[1:] if isinstance(row, list)])) is not None:
+        notes.append(
+            f"the first line is read as the names of the columns, but '{again}' stands among the values too. If that "
+            "line is a record, put a line of names before it"
+        )
     return Heading(names, delimiter, spaced, notes)
+
+
+def _is_spaced(cells: list[str]) -> bool:
+    """Whether the cells of a heading follow the delimiter after a space."""
+    return len(cells) > 1 and all(cell.startswith(" ") for cell in cells[1:])
+
+
+def _value_in(names: list[str], rows: list[list[str]]) -> str | None:
+    """The first name that is also a value of its column: that of a heading which is a record. Columns that are numbered
+    are none."""
+    numbers = [int(name) for name in names if name.isdecimal() and name.isascii()]
+    numbered = len(numbers) > 1 and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    for place, name in enumerate(names):
+        if name and not numbered and any(len(row) > place and row[place] == name for row in rows):
+            return name
+    return None
 
 
 def _fit(lines: list[str], delimiter: str) -> tuple[float, float, int]:
     """How well a delimiter fits lines of a CSV file: whether it cuts the heading, the share of rows that have
     as many cells as it, and that number."""
     try:
-        head = len(next(csv.reader(lines[:1], delimiter=delimiter, strict=True)))
+        names = next(csv.reader(lines[:1], delimiter=delimiter, strict=True))
     except csv.Error:
         try:  # a heading of several lines
-            head = len(next(csv.reader(lines, delimiter=delimiter, strict=True)))
+            names = next(csv.reader(lines, delimiter=delimiter, strict=True))
         except csv.Error:
             return -1.0, 0.0, 0
+    head = len(names)
     counts: Counter[int] = Counter()
-    for _, _, row in _records(_Source(io.StringIO("".join(lines))), delimiter, False):
+    for _, _, row in _records(_Source(io.StringIO("".join(lines))), delimiter, _is_spaced(names)):
         if isinstance(row, list) and row:
             counts[len(row)] += 1
     counts[head] -= 1

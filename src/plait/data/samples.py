@@ -21,6 +21,7 @@ class Samples:
 
     def __init__(self, flat: np.ndarray, offsets: np.ndarray) -> None:
         self.flat, self.offsets = flat, offsets
+        self._longest: int | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -34,6 +35,13 @@ class Samples:
     @property
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
+
+    @property
+    def longest(self) -> int:
+        """The number of the first of the longest."""
+        if self._longest is None:
+            self._longest = int(self.lengths.argmax())
+        return self._longest
 
     @classmethod
     def write(cls, path: Path, arrays: Iterable[np.ndarray]) -> Samples:
@@ -69,13 +77,20 @@ class Samples:
         facts, raw, places = _files(path)
         sample_facts = read_json(facts)
         try:
-            offsets = np.load(places)
+            offsets = mapped(places)
             shape, dtype = (int(offsets[-1]), *sample_facts["shape"]), np.dtype(sample_facts["dtype"])
             if not offsets[-1]:  # nothing cannot be mapped
                 return cls(np.zeros(shape, dtype), offsets)
             return cls(np.memmap(raw, dtype, "r", shape=shape), offsets)
         except (OSError, ValueError) as error:
             raise PlaitError(f"{raw} is damaged ({error}). Delete {path.parent}; it is made again.") from error
+
+
+def mapped(path: Path) -> np.ndarray:
+    """The array of a .npy file, mapped: its pages are the file's, which the system takes back when it likes. Raises
+    OSError or ValueError where it is missing or cut."""
+    array = np.load(path, mmap_mode="r")
+    return np.asarray(array)  # without the slower indexing of a memmap
 
 
 def _files(path: Path) -> tuple[Path, Path, Path]:

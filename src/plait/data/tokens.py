@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from plait.data.samples import Samples
+from plait.data.samples import Samples, mapped
 
 Encode = Callable[[list[str]], Sequence[Sequence[int]]]
+
+IDS_BLOCK = 1 << 16  # records in a block of a file of ids
 
 
 class Tokens:
@@ -61,7 +63,32 @@ class Ids:
     def __init__(self, values: Sequence[pa.Array]) -> None:
         """Raises nothing; `values` are string arrays, the records' ids one after another."""
         self.values = pa.chunked_array([array.cast(pa.large_string()) for array in values], pa.large_string())
-        self.values = self.values.combine_chunks()
+
+    @classmethod
+    def write(cls, path: Path, values: Iterable[pa.Array]) -> Ids:
+        """Store the ids, a block of them in memory at a time, and map them."""
+        schema = pa.schema({"id": pa.large_string()})
+        waiting: list[pa.Array] = []
+
+        def flush(writer: pa.RecordBatchWriter) -> None:
+            if waiting:
+                writer.write_batch(pa.record_batch([pa.concat_arrays(waiting)], schema=schema))
+                waiting.clear()
+
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+            for array in values:
+                waiting.append(array.cast(pa.large_string()))
+                if sum(map(len, waiting)) >= IDS_BLOCK:
+                    flush(writer)
+            flush(writer)
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: Path) -> Ids:
+        """Map what `write` stored. Raises OSError or ArrowException where it is missing or cut."""
+        ids = cls([])
+        ids.values = pa.ipc.open_file(pa.memory_map(str(path))).read_all()["id"]
+        return ids
 
     def __len__(self) -> int:
         return len(self.values)
@@ -74,7 +101,7 @@ class Ids:
 
     def extend(self, ids: Iterable[str]) -> None:
         """Add records."""
-        self.values = pa.concat_arrays([self.values, pa.array(list(ids), pa.large_string())])
+        self.values = pa.chunked_array([*self.values.chunks, pa.array(list(ids), pa.large_string())])
 
 
 def write_tokens(path: Path, texts: Iterable[pa.Array], encode: Encode, vocabulary: int) -> Tokens:
@@ -99,12 +126,12 @@ def write_tokens(path: Path, texts: Iterable[pa.Array], encode: Encode, vocabula
             for ids in encode([value for value in array.to_pylist() if value is not None]):
                 yield np.array(ids, kind)
 
-    samples = Samples.write(path, arrays())
+    Samples.write(path, arrays())
     numbers = np.concatenate([*rows, np.zeros(0, np.int64)]).astype(np.int64)
     np.save(path.with_name(path.name + ".rows.npy"), numbers)
-    return Tokens(samples, numbers)
+    return open_tokens(path)
 
 
 def open_tokens(path: Path) -> Tokens:
     """Map what `write_tokens` stored. Raises PlaitError naming the file that is missing or cut."""
-    return Tokens(Samples.open(path), np.load(path.with_name(path.name + ".rows.npy")))
+    return Tokens(Samples.open(path), mapped(path.with_name(path.name + ".rows.npy")))

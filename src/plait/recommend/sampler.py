@@ -18,7 +18,7 @@ from plait.modalities.item import (
 )
 from plait.model.multimodal import IGNORE, Batch, Multimodal, bucket_length
 from plait.recommend.write_histories import TEST, TRAIN, VAL, Histories
-from plait.training.batches import OFFSET, Sampler, Step, cut_by_length
+from plait.training.batches import OFFSET, Items, Sampler, Step
 from plait.training.split import Split
 
 
@@ -71,11 +71,10 @@ class HistorySampler(Sampler):
         """Items that the context holds."""
         return self.context // self.each
 
-    def _items(self) -> np.ndarray:
+    def _items(self) -> Items:
         lengths = np.diff(self.split.starts)
         windows = np.where(self.split.first > 0, 1, -(-lengths // self.window))  # else the end alone matters
-        records = np.repeat(np.arange(len(windows)), windows)
-        return np.stack([records, np.arange(len(records)) - np.repeat(np.cumsum(windows) - windows, windows)], 1)
+        return Items(windows)
 
     def build(self, epochs: np.ndarray, items: np.ndarray) -> Step:
         """The batches that items (N, 2) of epochs (N,), a history and a window of it each, become."""
@@ -90,7 +89,7 @@ class HistorySampler(Sampler):
         order = np.argsort(end - begin, kind="stable")
         sizes = ((end - begin) * self.each)[order].tolist()
         batches, span_records = [], []
-        cuts = cut_by_length(sizes, self.worth)
+        cuts = self.cuts(sizes)
         for start, stop in zip([0, *cuts], [*cuts, len(order)], strict=True):
             places = order[start:stop]
             make = self._batch if split.code_table is None else self._written

@@ -1,24 +1,18 @@
-"""Adding to an index: entries are compared with what is there, decoded, embedded and written in whole batches."""
+"""Adding to an index: what became of entries (see embedding.py) is written in whole batches."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 import zlib
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from plait.core.errors import PlaitError
-from plait.core.rejects import Reason, RejectKind
-from plait.data.record import Rejected, UnusableError, rejected
-from plait.modalities.descriptor import MediaError
-from plait.modalities.media import Checker, preview
+from plait.core.rejects import Reason
+from plait.data.record import Rejected, rejected
+from plait.search.embedding import Outcome
 from plait.search.entries import Entry
 
 if TYPE_CHECKING:
@@ -37,23 +31,14 @@ def checksums(ids: list[str], contents: list[bytes], vectors: np.ndarray) -> np.
     return np.array([zlib.crc32(v.tobytes(), zlib.crc32(i.encode() + c)) for i, c, v in rows], np.uint32)
 
 
-@dataclass
-class Read:
-    """A medium or text as it was read: its parts (from when to when, and what the model takes), and a preview."""
-
-    parts: list[tuple[float | None, float | None, Any]]
-    preview: bytes | None
-
-
 class Adding:
-    """Entries on their way into an index: compared with what is there, decoded, embedded, written."""
+    """Entries on their way into an index: numbered, compared with what is there, written."""
 
     def __init__(self, index: Index, progress: Progress) -> None:
         self.index, self.progress = index, progress
         self.new = self.changed = self.same = 0
         self.rejected: list[Rejected] = []
         self.rows: list[dict[str, Any]] = []
-        self.reading: list[tuple[Entry, bytes, Future[Read]]] = []
         self.begun = time.monotonic()
         with index.reading():
             index.table.checkout_latest()
@@ -61,9 +46,9 @@ class Adding:
         self.known = dict(zip(there["id"].to_pylist(), there["_content"].to_pylist(), strict=True))
         self.seen: dict[str, int] = {}
 
-    def take(self, items: list[Entry | Rejected], checker: Checker, pool: ThreadPoolExecutor) -> None:
-        """Begin to decode what is new of these, and meanwhile embed what was taken before."""
-        before, self.reading = self.reading, []
+    def numbered(self, items: list[Entry | Rejected]) -> list[Entry]:
+        """The entries among these, each with an id of its own; what was refused is noted."""
+        entries = []
         for item in items:
             if isinstance(item, Rejected):
                 self.rejected.append(item)
@@ -71,65 +56,31 @@ class Adding:
             count = self.seen[item.id] = self.seen.get(item.id, 0) + 1
             if count > 1:  # records of one table may share an id
                 item.id += f"~{count}"
-            try:
-                content = item.content()
-            except (OSError, ValueError) as error:
-                self._reject(item, _reason(error))
-                continue
-            body = content.encode() if isinstance(content, str) else content
-            facts = json.dumps([item.kind, item.split, item.texts, len(body)], sort_keys=True).encode()
-            digest = hashlib.sha256(facts + body).digest()[:16]
-            if self.known.get(item.id) == digest:
-                self.same += 1
-            else:
-                self.reading.append((item, digest, pool.submit(self._read, item.kind, content, checker)))
-        self._embed(before)
+            entries.append(item)
+        return entries
 
-    def finish(self) -> None:
-        """Embed and write what is left."""
-        self._embed(self.reading)
-        self.reading = []
-        self.commit()
+    def known_of(self, items: list[Entry]) -> dict[str, bytes]:
+        """The digests of those that are in the index."""
+        return {item.id: self.known[item.id] for item in items if item.id in self.known}
 
-    def _embed(self, taken: list[tuple[Entry, bytes, Future[Read]]]) -> None:
-        ready = []
-        for item, digest, future in taken:
-            try:
-                read = future.result()
-                ready += [(item, digest, part, read.preview) for part in read.parts]
-            except (MediaError, PlaitError) as error:
-                self._reject(item, _reason(error))
-        vectors = self._embedded([value for _, _, (_, _, value), _ in ready])
-        for (item, digest, (start, stop, _), small), vector in zip(ready, vectors, strict=True):
-            if isinstance(vector, Reason):
-                self._reject(item, vector)
-            else:
-                self._row(item, digest, vector, small)
-                if start is not None:
-                    self._at(item, start, stop)
+    def put(self, items: list[Entry], outcomes: list[Outcome]) -> None:
+        """Take over what became of entries; write where that is due."""
+        for item, outcome in zip(items, outcomes, strict=True):
+            if outcome.reason is not None:
+                self._reject(item, outcome.reason)
+            self.same += outcome.same
+            for part in outcome.parts:
+                if isinstance(part.vector, Reason):
+                    self._reject(item, part.vector)
+                    continue
+                self._row(item, outcome.digest, part.vector, outcome.preview)
+                if part.start is not None:
+                    self._at(item, part.start, part.stop)
         if len(self.rows) >= COMMIT or time.monotonic() - self.begun > COMMIT_SECONDS:
             self.commit()
 
     def _reject(self, item: Entry, reason: Reason) -> None:
         self.rejected.append(rejected(item.source, reason))
-
-    def _read(self, kind: str, content: str | bytes, checker: Checker) -> Read:
-        """What the model takes, and the preview."""
-        if isinstance(content, str):
-            return Read([(None, None, content)], None)
-        value = checker.decode(kind, content)
-        return Read(self.index.model.moments(kind, value), preview(kind, content, value))
-
-    def _embedded(self, values: list[Any]) -> list[np.ndarray | Reason]:
-        """The vector of each value, or why it has none."""
-        if not values:
-            return []
-        try:
-            return list(self.index.model.embed_inputs(values))
-        except PlaitError as error:
-            if len(values) == 1:
-                return [_reason(error)]
-            return [one for value in values for one in self._embedded([value])]
 
     def _row(self, item: Entry, digest: bytes, vector: np.ndarray, small: bytes | None) -> None:
         text = item.value if isinstance(item.value, str) else "\n".join(item.texts.values())
@@ -186,15 +137,6 @@ class Adding:
             self.known |= {row["id"]: row["_content"] for row in rows}
             self.new, self.changed = self.new + len(rows) - changed, self.changed + changed
         self.progress("add", self.new + self.changed + self.same, None)
-
-
-def _reason(error: Exception) -> Reason:
-    """Why a record cannot be added."""
-    if isinstance(error, UnusableError | MediaError):
-        return error.reason
-    if isinstance(error, OSError):
-        return Reason(RejectKind.UNREADABLE, error.strerror or str(error))
-    return Reason(RejectKind.NOT_TAKEN, str(error).removesuffix("."))
 
 
 def _named(column: str) -> str:

@@ -34,11 +34,14 @@ def add(
     columns: Annotated[
         str | None, typer.Option(help="Take these columns, with commas; else all media, or texts where there are none.")
     ] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray: the workers of a Ray cluster embed.")] = "local",
+    workers: Annotated[int | None, typer.Option(min=1, help="Of a Ray cluster; as many as it has processors.")] = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Add files or datasets to an index; what is there already and has not changed is passed over.
 
-    Stopped or killed at any moment, the same command goes on from there.
+    Stopped or killed at any moment, the same command goes on from there; at most the last 15 seconds, or 1,024
+    entries, are embedded again.
 
     Example: plait index add photos.index photos/ --model runs/photos
     """
@@ -47,7 +50,7 @@ def add(
     opened = Index(index, model, device)
     column_names = [name.strip() for name in columns.split(",")] if columns else None
     with ProgressBar(True) as bar:
-        added = opened.add(sources, column_names, bar)
+        added = opened.add(sources, column_names, bar, engine, workers)
     out.print(f"{added.new} added, {added.changed} changed, {added.same} as before; {len(opened)} in {plain(index)}.")
     for one in added.rejected[:20]:
         place = f"{one.file}:{one.line}" if one.line is not None else one.file

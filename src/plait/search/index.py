@@ -35,11 +35,13 @@ from plait.inference.model import load
 from plait.modalities.inputs import inputs_of
 from plait.modalities.media import Checker
 from plait.search.adding import OWN, TIMES, Adding, Progress, checksums
-from plait.search.entries import entries
+from plait.search.embedding import Begun, Embedder
+from plait.search.entries import Entry, entries
 
 EXACT = 100_000  # entries up to which all vectors are kept in memory and compared
 BATCH = 256  # entries that are embedded at a time, at most
 TABLE = "entries"
+ENGINES = ("local", "ray")  # that embed
 PROBES, REFINE = 14, 2  # of an approximate search: partitions looked at, and candidates per result compared exactly
 MOMENTS = 8  # hits that are looked at for each result where videos stand in the index moment by moment
 FUSE = 60  # reciprocal rank fusion: 1 / (FUSE + rank), Cormack, Clarke and Buettcher 2009
@@ -211,29 +213,56 @@ class Index:
 
     def add(
         self, sources: str | Path | Dataset | Iterable[str | Path | Dataset], columns: list[str] | None = None,
-        progress: Progress = lambda *_: None,
+        progress: Progress = lambda *_: None, engine: str = "local", workers: int | None = None,
     ) -> Added:  # fmt: skip
         """Add whatever the sources hold: datasets, files, folders, tables, archives.
 
         What is there already with the same content is left as it is, what has changed takes its former place. Whatever
-        `progress` was told of is on the disk: killed at any moment, the same call goes on from there. What cannot be
-        used is in `Added.rejected`. Raises PlaitError for a source that is missing.
+        `progress` was told of is on the disk: killed at any moment, the same call goes on from there, and embeds at
+        most the last 15 seconds or 1,024 entries again. What cannot be used is in `Added.rejected`. `engine` is
+        "local", or "ray" for `workers` of a Ray cluster, as many as it has processors where None. Raises PlaitError for
+        a source that is missing.
         """
+        if engine not in ENGINES:
+            raise PlaitError(f"There is no engine '{engine}'. Known are {' and '.join(ENGINES)}.")
         several = [sources] if isinstance(sources, str | Path | Dataset) else list(sources)
         self.model  # noqa: B018 - whether it fits is seen before anything is written
         with self._writing():
             if self.table is None:
                 self._create()
             adding = Adding(self, progress)
-            with contextlib.closing(Checker()) as checker, ThreadPoolExecutor(2, "media") as pool:
-                entries_left = (item for source in several for item in entries(source, columns))
-                batch_size = min(BATCH, self.model.embed_batch)
-                while chunk := list(islice(entries_left, batch_size)):
-                    adding.take(chunk, checker, pool)
-                adding.finish()
+            entries_left = (item for source in several for item in entries(source, columns))
+            batch_size = min(BATCH, self.model.embed_batch)
+            chunks = (adding.numbered(chunk) for chunk in iter(lambda: list(islice(entries_left, batch_size)), []))
+            (self._embed_by_ray if engine == "ray" else self._embed_here)(adding, chunks, workers)
+            adding.commit()
             self._tidy(progress)
             self.add_export_constraints()
         return Added(adding.new, adding.changed, adding.same, adding.rejected)
+
+    def _embed_here(self, adding: Adding, chunks: Iterator[list[Entry]], workers: int | None) -> None:
+        """Embed a chunk while the next one is decoded."""
+        with contextlib.closing(Checker()) as checker, ThreadPoolExecutor(2, "media") as pool:
+            embedder = Embedder(self.model, checker, pool)
+            before: tuple[list[Entry], list[Begun]] | None = None
+            for chunk in chunks:
+                begun = embedder.begin(chunk, adding.known)
+                if before is not None:
+                    adding.put(before[0], embedder.finish(before[1]))
+                before = chunk, begun
+            if before is not None:
+                adding.put(before[0], embedder.finish(before[1]))
+
+    def _embed_by_ray(self, adding: Adding, chunks: Iterator[list[Entry]], workers: int | None) -> None:
+        """Embed chunks in the workers of a cluster, as many as there are at a time."""
+        from plait.search.ray_engine import RayEmbedder
+
+        with RayEmbedder(workers, str(self.model.folder), self.device) as embedder:
+            for chunk in chunks:
+                for items, outcomes in embedder.take(chunk, adding.known_of(chunk)):
+                    adding.put(items, outcomes)
+            for items, outcomes in embedder.rest():
+                adding.put(items, outcomes)
 
     def _tidy(self, progress: Progress, cleanup: timedelta | None = None) -> None:
         """Few files, and indexes of words and, where there are many entries, of vectors, that know every entry."""

@@ -8,10 +8,11 @@ written; a single text is language modelling, in windows of the context's length
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as ListOf
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ import torch
 from plait.core.errors import DivergedError
 from plait.core.rng import uniform
 from plait.modalities.base import AUGMENT_DRAWS, MediaModality, Vocabulary
-from plait.model.multimodal import Batch, Sequence, collate
+from plait.model.multimodal import Batch, Sequence, bucket_length, collate
 from plait.training.conversations import sequences
 from plait.training.split import (
     Split,
@@ -28,6 +29,7 @@ from plait.training.split import (
 # What a draw is for; the last key of `uniform`, so that no two decisions share a number.
 ORDER, TARGET, SOURCE, DROP, AUGMENT, OFFSET = range(6)
 
+ORDER_BLOCK = 1 << 16  # items whose places in an epoch are drawn at once
 PASS = 600  # tokens that take as long as what one more pass costs before it computes anything
 
 
@@ -47,8 +49,61 @@ class Step:
         """What each of two threads computes; the step itself where it was not cut for two."""
         if self.first is None:
             return [self]
-        parts = slice(self.first), slice(self.first, None)
-        return [Step(self.batches[part], self.span_records[part], self.records) for part in parts]
+        parts = range(self.first), range(self.first, len(self.batches))
+        return [self._of(part) for part in parts]
+
+    def passes(self, max_tokens: int | None) -> list[Step]:
+        """What is computed one after the other, so that no more than `max_tokens` with padding are in memory at a time:
+        steps of some of the batches each. A batch is never cut here."""
+        sizes = [batch.tokens.numel() for batch in self.batches]
+        if max_tokens is None or sum(sizes) <= max_tokens:
+            return [self]
+        if self.first is None:
+            return [self._of(part) for part in _filled(range(len(sizes)), sizes, max_tokens)]
+        left = _filled(range(self.first), sizes, max_tokens // 2)
+        right = _filled(range(self.first, len(sizes)), sizes, max_tokens // 2)
+        count = max(len(left), len(right))
+        pairs = zip(left + [[]] * (count - len(left)), right + [[]] * (count - len(right)), strict=True)
+        return [self._of([*a, *b], len(a) if a and b else None) for a, b in pairs]
+
+    def _of(self, numbers: Iterable[int], first: int | None = None) -> Step:
+        """A step of these batches."""
+        chosen = list(numbers)
+        return Step([self.batches[n] for n in chosen], [self.span_records[n] for n in chosen], self.records, first)
+
+
+def _filled(numbers: Iterable[int], sizes: ListOf[int], most: int) -> list[list[int]]:
+    """Numbers in their order, in lists whose sizes come to `most` together, or which hold one alone."""
+    lists: list[list[int]] = []
+    filled = 0
+    for number in numbers:
+        if not lists or filled + sizes[number] > most:
+            lists.append([])
+            filled = 0
+        lists[-1].append(number)
+        filled += sizes[number]
+    return lists
+
+
+class Items:
+    """What a step may take, by number: a record, and a window of it. A few bytes an item."""
+
+    def __init__(self, windows: np.ndarray) -> None:
+        """`windows` (N,) says how many windows each record has, 0 for one that is not taken."""
+        kind = np.int32 if max(len(windows), int(windows.sum())) < 2**31 else np.int64
+        self.records = np.repeat(np.arange(len(windows), dtype=kind), windows)
+        self.windows: np.ndarray | None = None  # None: the first and only one of each
+        if windows.max(initial=0) > 1:
+            first = np.cumsum(windows, dtype=kind) - windows
+            self.windows = np.arange(len(self.records), dtype=kind) - np.repeat(first.astype(kind), windows)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, numbers: np.ndarray) -> np.ndarray:
+        """(N, 2): record and window of items (N,)."""
+        windows = np.zeros(len(numbers), np.int64) if self.windows is None else self.windows[numbers]
+        return np.stack([self.records[numbers].astype(np.int64), windows], 1)
 
 
 class Sampler:
@@ -71,6 +126,7 @@ class Sampler:
     ) -> None:
         self.worth = worth
         self.media_work: dict[str, float] | None = None  # to cut steps for two threads: see `cut_in_two`
+        self.max_tokens: int | None = None  # of a batch, with padding; one sequence is never cut
         self.split, self.vocabulary, self.media = split, vocabulary, media
         self.context, self.seed, self.cond_dropout = context, seed, cond_dropout
         self.augment, self.augment_targets = augment, augment_targets
@@ -85,31 +141,29 @@ class Sampler:
         self.steps_per_epoch = self._steps_per_epoch(0)
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
 
-    def _items(self) -> np.ndarray:
-        """(items, 2): record and window. Only a record of one text has more than one window."""
+    def _items(self) -> Items:
+        """Only a record of one text has more than one window."""
         columns = [c for c in self.columns if c in self.split.chats or c in self.split.texts or c in self.split.rows]
         count = len(self.split)
-        parts, useful = np.zeros(count, np.int32), np.zeros(count, bool)
+        parts, useful = np.zeros(count, np.uint8), np.zeros(count, bool)
         for column in columns:
             present = self.split.present(column)
             parts += present
             if column not in self.unwritten or column in self.split.media:
                 useful |= present
-        windows = useful.astype(np.int64)
+        windows = useful.astype(np.int32)
         for column, tokens in self.split.texts.items():
             if column in self.columns:
                 alone = useful & tokens.present & (parts == 1)
                 windows[alone] = np.maximum(tokens.lengths[alone] // self.context, 1)
-        records = np.repeat(np.arange(count), windows)
-        first = np.cumsum(windows) - windows
-        return np.stack([records, np.arange(len(records)) - np.repeat(first, windows)], 1)
+        return Items(windows)
 
     def _groups(self, batch_size: int, shares: ListOf[float]) -> list[tuple[np.ndarray, int]]:
         """For each dataset that has any: its items, by number, and how many of them a step takes."""
         if not shares or self.split.sources is None:
-            return [(np.arange(len(self.items)), min(batch_size, len(self.items)))]
+            return [(np.arange(len(self.items), dtype=np.int32), min(batch_size, len(self.items)))]
         counts = [max(round(batch_size * share), 1) for share in shares]
-        of = self.split.sources[self.items[:, 0]]
+        of = self.split.sources[self.items.records]
         groups = [np.flatnonzero(of == which) for which in range(len(counts) + 1)]
         sizes = [max(batch_size - sum(counts), 1), *counts]
         return [
@@ -125,7 +179,11 @@ class Sampler:
         kept = self._orders.get(group)
         if kept is None or kept[0] != epoch:
             items = self.groups[group][0]
-            kept = epoch, items[np.argsort(uniform(self.seed, epoch, items, ORDER), kind="stable")]
+            draws = np.empty(len(items))
+            for start in range(0, len(items), ORDER_BLOCK):
+                block = slice(start, start + ORDER_BLOCK)
+                draws[block] = uniform(self.seed, epoch, items[block], ORDER)
+            kept = epoch, items[np.argsort(draws, kind="stable")]
             self._orders[group] = kept
         return kept[1]
 
@@ -160,13 +218,27 @@ class Sampler:
         batches, span_records = [], []
         middle = self._middle([sequence for sequence, _ in visits])
         lengths = [len(sequence) for sequence, _ in visits]
-        left, right = (cut_by_length(part, self.worth) for part in (lengths[:middle], lengths[middle:]))
+        left, right = (self.cuts(part) for part in (lengths[:middle], lengths[middle:]))
         cuts = [*left, *([middle] if middle else []), *(middle + cut for cut in right)]
         for start, stop in zip([0, *cuts], [*cuts, len(visits)], strict=True):
             group = visits[start:stop]
             batches.append(collate([s for s, _ in group], self.media, self.vocabulary.pad, few_shapes=True))
             span_records.append(np.array([record for s, record in group for _ in s.spans], np.int64))
         return Step(batches, span_records, records, len(left) + 1 if middle else None)
+
+    def cuts(self, lengths: list[int]) -> list[int]:
+        """Where sequences of rising length are cut into batches."""
+        cuts = cut_by_length(lengths, self.worth)
+        if self.max_tokens is None:
+            return cuts
+        most = self.max_tokens if self.media_work is None else self.max_tokens // 2  # two threads hold one each
+        places = [0, *cuts, len(lengths)]
+        for start, stop in pairwise(places):
+            if stop > start:
+                pieces = -(-(stop - start) // max(most // bucket_length(lengths[stop - 1]), 1))
+                rows = -(-(stop - start) // pieces)
+                cuts = [*cuts, *range(start + rows, stop, rows)]
+        return sorted(cuts)
 
     def _middle(self, sequences: list[Sequence]) -> int:
         """Where sequences of rising length are cut for two threads; 0 where they are not."""
@@ -215,7 +287,7 @@ class Sampler:
         """Samples as one batch as long as the column's longest: what becomes of one is then the same, to the bit,
         whatever it is batched with; a rounding that differs may be another code."""
         samples = self.split.media[column]
-        values, lengths = self.media[self.columns[column]].batch([*raw, samples[int(samples.lengths.argmax())]])
+        values, lengths = self.media[self.columns[column]].batch([*raw, samples[samples.longest]])
         return values[:-1], lengths[:-1]
 
     def _sequences(

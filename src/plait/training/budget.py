@@ -1,4 +1,4 @@
-"""How many steps a time budget or a cap holds, and whether compiling pays within it."""
+"""How many steps a time budget or a cap holds, how many tokens memory holds, and whether compiling pays."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from plait.core.device import compiler
 from plait.core.errors import PlaitError
 from plait.kernels import training as training_kernels
 from plait.model.multimodal import Multimodal
+from plait.model.transformer import TransformerConfig
 from plait.training.parts import Budget
 from plait.training.run import Progress, Run
 
 CALIBRATION_STEPS = 8  # by which a step's time is measured
 FEWEST_STEPS = 20  # of a schedule, however short the time
 VALIDATION_SHARE = 0.07  # of the time, which validations take
+ACTIVATION_BYTES = 640 << 20  # what a step on a processor keeps of its tokens until they were passed backwards
 COMPILE_SECONDS = 600  # of training, from which compiling pays
 REVISED_AT = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8)  # shares of the schedule after which it is planned anew
 
@@ -42,6 +44,13 @@ def calibrate(model: Multimodal, optimizer: torch.optim.Optimizer, step: Callabl
     torch.set_rng_state(state)
     left = seconds - (clock[-1] - begun)  # compiling may have taken long
     return max(int(left * (1 - VALIDATION_SHARE) / np.median(np.diff(clock))), FEWEST_STEPS)
+
+
+def activation_bytes(backbone: TransformerConfig, dtype: torch.dtype) -> int:
+    """What the blocks keep of a token for the backward pass: of each the sums and norms before attention and gate,
+    queries, keys, values and what they mix, gate, what is gated, and their product."""
+    floats = 8 * backbone.width + 3 * backbone.hidden
+    return backbone.layers * floats * torch.finfo(dtype).bits // 8
 
 
 def is_timed(budget: Budget) -> bool:

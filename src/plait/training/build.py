@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from pydantic import BaseModel, ValidationError
 
@@ -251,10 +254,29 @@ def label_columns(dataset: Dataset, context: int) -> dict[str, list[str]]:
         known = dataset.manifest.statistics.get(column)
         if known is not None and known.max > longest:
             continue  # one is longer: no labels, and nothing to read
-        texts = dataset.texts(column)
-        values = [texts[i] for i in train if texts[i] is not None]
-        distinct = list(dict.fromkeys(values))
-        short = all(len(value.encode()) <= longest for value in distinct)
-        if short and len(distinct) <= MAX_LABELS and are_labels(column, len(distinct), len(values), per_label=2):
-            labels[column] = distinct
+        values = _few_values(dataset.cells(column, train))
+        if values is None or any(len(value.encode()) > longest for value in values.distinct):
+            continue
+        if are_labels(column, len(values.distinct), values.count, per_label=2):
+            labels[column] = values.distinct
     return labels
+
+
+@dataclass
+class _Values:
+    """The different values of a column, in the order of their first appearance, and how many there are in all."""
+
+    distinct: list[str]
+    count: int
+
+
+def _few_values(cells: Iterable[pa.Array]) -> _Values | None:
+    """Those of a column's cells; None where more than MAX_LABELS differ."""
+    distinct: dict[str, None] = {}
+    count = 0
+    for array in cells:
+        count += len(array) - array.null_count
+        distinct |= dict.fromkeys(value for value in pc.unique(array).to_pylist() if value is not None)
+        if len(distinct) > MAX_LABELS:
+            return None
+    return _Values(list(distinct), count)

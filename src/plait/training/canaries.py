@@ -45,6 +45,8 @@ def plant(split: Split, count: int, seed: int, text: Text, labels: dict[str, lis
         texts.extend(ids[number] if name == column else None for number in planted)
     for name, rows in split.rows.items():
         split.rows[name] = np.concatenate((rows, np.full(len(planted), -1, rows.dtype)))
+    for chat in split.chats.values():
+        chat.rows = np.concatenate((chat.rows, np.full(len(planted), -1, chat.rows.dtype)))
     split.keys = np.concatenate((split.keys, np.zeros((len(planted), split.keys.shape[1]), split.keys.dtype)))
     if split.sources is not None:
         split.sources = np.concatenate((split.sources, np.zeros(len(planted), split.sources.dtype)))

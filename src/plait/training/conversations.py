@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as ListOf
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,18 +36,30 @@ class ConversationEncoder:
         self.template = Template(text) if not vocabulary.turns else None
         self.shortened = 0  # conversations whose oldest turns, or the ends of whose texts, do not fit
 
-    def conversation(self, record: int, value: str) -> list[EncodedTurn]:
-        """The turns of a record, the oldest left out where they do not fit. Raises PlaitError for media that a model
-        whose conversations follow a template cannot take."""
-        turns = chat.turns(value)
+    def conversations(self, first: int, values: ListOf[str | None]) -> Iterator[list[EncodedTurn] | None]:
+        """The turns of consecutive records from number `first` on, None where one has none: the oldest left out where
+        they do not fit. Texts are tokenised together, by all cores. Raises PlaitError for media that a model whose
+        conversations follow a template cannot take."""
+        said = [None if value is None else chat.turns(value) for value in values]
         if self.template is not None:
-            return self._templated([(turn.role, turn) for turn in turns])
+            for turns in said:
+                yield None if turns is None else self._templated([(turn.role, turn) for turn in turns])
+            return
+        texts = dict.fromkeys(
+            content for turns in said for turn in turns or [] for kind, content in turn.parts if kind == "text"
+        )
+        ids = dict(zip(texts, self.text.encode_batch(list(texts)), strict=True))
+        for place, turns in enumerate(said):
+            yield None if turns is None else self._fitted(first + place, turns, ids)
+
+    def _fitted(self, record: int, turns: ListOf[chat.Turn], ids_of: Mapping[str, list[int]]) -> list[EncodedTurn]:
+        """The turns of a record, of whose texts the ids are known."""
         max_tokens, cut = self.context // 2 - 8, False
         kept = []
         for turn in turns:
             parts: list[Part] = []
             for kind, content in turn.parts:
-                ids = self.text.encode(content) if kind == "text" else []
+                ids = ids_of[content] if kind == "text" else []
                 cut |= len(ids) > max_tokens
                 parts.append(ids[:max_tokens] if kind == "text" else content)
             role = ROLES[turn.role]

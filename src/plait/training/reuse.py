@@ -12,7 +12,7 @@ import numpy as np
 
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
-from plait.data.samples import Samples
+from plait.data.samples import Samples, mapped
 from plait.data.tokens import Tokens, open_tokens
 
 Encode = Callable[[list[str]], Sequence[Sequence[int]]]
@@ -53,7 +53,7 @@ class EarlierCache:
             return None
         try:
             tokens = open_tokens(self.folder / f"{self.split}-{column}-tokens")
-            keys = np.load(self.folder / f"{self.split}-keys.npy")[:, columns.index(column)]
+            keys = mapped(self.folder / f"{self.split}-keys.npy")[:, columns.index(column)]
         except (OSError, ValueError, PlaitError):
             return None
         return tokens, Known(keys, tokens.rows)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from array import array as NumberArray
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,15 +12,24 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from plait.core.errors import PlaitError
 from plait.core.files import read_json, write_json
 from plait.core.rng import key_of
 from plait.data.dataset import ConcatDataset, Dataset
-from plait.data.samples import Samples
+from plait.data.samples import Samples, mapped
 from plait.data.tokens import Ids, Tokens, open_tokens, write_tokens
 from plait.modalities.base import MediaModality, Vocabulary
 from plait.modalities.text import Text
-from plait.training.conversations import ConversationEncoder, EncodedTurn
+from plait.training.conversation_store import (
+    Conversations,
+    conversation_facts,
+    open_conversations,
+    write_conversations,
+)
+from plait.training.conversations import ConversationEncoder
 from plait.training.reuse import EarlierCache, reusing
+
+LAYOUT = 2  # of the files of a cache: one of another is made again
 
 
 @dataclass
@@ -31,7 +41,7 @@ class Split:
     media: dict[str, Samples]  # column -> samples of the records that have one
     rows: dict[str, np.ndarray]  # column -> record -> row of its samples, -1 where absent
     codes: dict[str, Samples] = field(default_factory=dict)  # column -> codes, beside media
-    chats: dict[str, list[list[EncodedTurn] | None]] = field(default_factory=dict)  # column -> conversation by record
+    chats: dict[str, Conversations] = field(default_factory=dict)  # column -> conversation by record
     keys: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))  # (records, text columns), 0 absent
     sources: np.ndarray | None = None  # record -> which of several datasets it is from
     notes: list[str] = field(default_factory=list)  # what is cut, for people
@@ -42,13 +52,13 @@ class Split:
     def has(self, column: str, record: int) -> bool:
         """Whether a record has something in a column."""
         if column in self.chats:
-            return bool(self.chats[column][record])
+            return bool(self.chats[column].rows[record] >= 0)
         return bool((self.texts[column].rows if column in self.texts else self.rows[column])[record] >= 0)
 
     def present(self, column: str) -> np.ndarray:
         """(N,) which records have a part of a column."""
         if column in self.chats:
-            return np.array([bool(turns) for turns in self.chats[column]], bool)
+            return self.chats[column].present
         return (self.texts[column].rows if column in self.texts else self.rows[column]) >= 0
 
     def sample(self, column: str, record: int) -> np.ndarray:
@@ -84,13 +94,11 @@ def load_split(
     reading = _Reading(dataset, split, indices, media, plain, progress)
     cached = _cached(reading, text, cache)
     sources = dataset.source(indices) if isinstance(dataset, ConcatDataset) else None
-    ids = Ids(list(dataset.cells("id", indices)))
-    result = Split(ids, cached.texts, cached.media, cached.rows, keys=cached.keys, sources=sources)
+    result = Split(cached.ids, cached.texts, cached.media, cached.rows, keys=cached.keys, sources=sources)
     result.notes = _cut_clips(reading, cached)
     if vocabulary is not None:
         for column in dataset.manifest.chats:
-            values = [value for array in dataset.cells(column, indices) for value in array.to_pylist()]
-            result.notes += _converse(result, column, values, text, vocabulary, media, context)
+            result.notes += _converse(result, reading, column, text, vocabulary, cache, context)
     result.notes += _cut_texts(result, list(dataset.columns), context)
     return result
 
@@ -153,6 +161,14 @@ class _Reading:
                 yield windows[0]
         self.report(column, len(self.indices))
 
+    def counted(self, column: str, cells: Iterable[pa.Array]) -> Iterator[pa.Array]:
+        """The cells of a column, of which it is said how far they are."""
+        done = 0
+        for values in cells:
+            yield values
+            done += len(values)
+            self.report(column, done)
+
     def texts(self, column: str, keys: np.ndarray) -> Iterator[pa.Array]:
         """The texts of a column; fills in the key of each record's (N,), 0 where it has none."""
         done = 0
@@ -167,8 +183,8 @@ class _Reading:
 class _Made:
     """Of each sample that was made the key of its file, and whether it was cut."""
 
-    keys: list[int] = field(default_factory=list)
-    cut: list[bool] = field(default_factory=list)
+    keys: NumberArray[int] = field(default_factory=lambda: NumberArray("q"))
+    cut: NumberArray[int] = field(default_factory=lambda: NumberArray("b"))
 
 
 def text_key(text: str) -> int:
@@ -180,6 +196,7 @@ def text_key(text: str) -> int:
 class _Cached:
     """What the cache of a split holds; `cut` counts by column the samples that are longer than one may be."""
 
+    ids: Ids
     media: dict[str, Samples]
     rows: dict[str, np.ndarray]
     texts: dict[str, Tokens]
@@ -196,12 +213,12 @@ def _cached(reading: _Reading, text: Text, cache: Path) -> _Cached:
         return _open_cache(reading, cache, known["cut"])
     cache.mkdir(parents=True, exist_ok=True)
     earlier = EarlierCache(cache, reading.split)
-    written = _write_cache(reading, text, cache, earlier)
+    cut = _write_cache(reading, text, cache, earlier)
     media = {column: reading.settings(column) for column in reading.media_columns}
     facts = {"tokenizer": _tokenizer_key(text), "texts": reading.plain, "media": media}
-    write_json(cache_file, {"cut": written.cut, "made_of": made_of, **facts})
+    write_json(cache_file, {"cut": cut, "made_of": made_of, **facts})
     earlier.close()
-    return written
+    return _open_cache(reading, cache, cut)
 
 
 def _tokenizer_key(text: Text) -> str:
@@ -210,38 +227,38 @@ def _tokenizer_key(text: Text) -> str:
 
 def _open_cache(reading: _Reading, cache: Path, cut: dict[str, int]) -> _Cached:
     split, columns = reading.split, reading.media_columns
-    return _Cached(
-        media={column: Samples.open(cache / f"{split}-{column}") for column in columns},
-        rows={column: np.load(cache / f"{split}-{column}-rows.npy") for column in columns},
-        texts={column: open_tokens(cache / f"{split}-{column}-tokens") for column in reading.plain},
-        keys=np.load(cache / f"{split}-keys.npy"),
-        cut=cut,
-    )
+    try:
+        return _Cached(
+            ids=Ids.open(cache / f"{split}-ids.arrow"),
+            media={column: Samples.open(cache / f"{split}-{column}") for column in columns},
+            rows={column: mapped(cache / f"{split}-{column}-rows.npy") for column in columns},
+            texts={column: open_tokens(cache / f"{split}-{column}-tokens") for column in reading.plain},
+            keys=mapped(cache / f"{split}-keys.npy"),
+            cut=cut,
+        )
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise PlaitError(f"{cache} is damaged ({error}). Delete it; it is made again.") from error
 
 
-def _write_cache(reading: _Reading, text: Text, cache: Path, earlier: EarlierCache) -> _Cached:
+def _write_cache(reading: _Reading, text: Text, cache: Path, earlier: EarlierCache) -> dict[str, int]:
+    """Read a split's data and write them; returns how many samples of each column were cut."""
     split, count = reading.split, len(reading.indices)
     keys = np.zeros((count, len(reading.plain)), np.int64)
-    cached = _Cached({}, {}, {}, keys, dict.fromkeys(reading.media_columns, 0))
+    cut = {}
     for column in reading.media_columns:
-        rows = cached.rows[column] = np.full(count, -1)
-        reading_facts = _Made()
-        cached.media[column] = Samples.write(
-            cache / f"{split}-{column}", reading.samples(column, rows, reading_facts, earlier)
-        )
-        cached.cut[column] = sum(reading_facts.cut)
-        for what, values in (
-            ("rows", rows),
-            ("keys", np.array(reading_facts.keys, np.int64)),
-            ("cut", np.array(reading_facts.cut)),
-        ):
-            np.save(cache / f"{split}-{column}-{what}.npy", values)
+        rows, made = np.full(count, -1), _Made()
+        Samples.write(cache / f"{split}-{column}", reading.samples(column, rows, made, earlier))
+        cut[column] = sum(made.cut)
+        values = {"rows": rows, "keys": np.array(made.keys, np.int64), "cut": np.array(made.cut, bool)}
+        for what, array in values.items():
+            np.save(cache / f"{split}-{column}-{what}.npy", array)
     for place, column in enumerate(reading.plain):
         texts = reading.texts(column, keys[:, place])
         encode = reusing(text.encode_batch, earlier.tokens(column, _tokenizer_key(text)), text_key)
-        cached.texts[column] = write_tokens(cache / f"{split}-{column}-tokens", texts, encode, text.size)
+        write_tokens(cache / f"{split}-{column}-tokens", texts, encode, text.size)
     np.save(cache / f"{split}-keys.npy", keys)
-    return cached
+    Ids.write(cache / f"{split}-ids.arrow", reading.dataset.cells("id", reading.indices))
+    return cut
 
 
 def _cut_clips(reading: _Reading, cached: _Cached) -> list[str]:
@@ -273,7 +290,8 @@ def _cut_texts(split: Split, columns: list[str], context: int) -> list[str]:
 
 def _made_of(dataset: Dataset, indices: np.ndarray, text: Text, media: dict[str, MediaModality]) -> str:
     """A hash of all that the cache of a split depends on: the data, the tokenizer and how media are fitted."""
-    digest = hashlib.sha256("".join(shard.sha256 for shard in dataset.manifest.shards).encode())
+    digest = hashlib.sha256(f"layout {LAYOUT}".encode())
+    digest.update("".join(shard.sha256 for shard in dataset.manifest.shards).encode())
     digest.update(np.ascontiguousarray(indices).tobytes())
     digest.update(text.tokenizer.to_str().encode())
     for name, modality in media.items():
@@ -282,24 +300,31 @@ def _made_of(dataset: Dataset, indices: np.ndarray, text: Text, media: dict[str,
 
 
 def _converse(
-    split: Split, column: str, values: list[str | None], text: Text, vocabulary: Vocabulary,
-    media: dict[str, MediaModality], context: int,
-) -> list[str]:  # fmt: skip
-    """Put a column's conversations into a split; returns what is cut, for people."""
+    split: Split, reading: _Reading, column: str, text: Text, vocabulary: Vocabulary, cache: Path, context: int
+) -> list[str]:
+    """Put a column's conversations into a split, tokenised once; returns what is cut, for people."""
 
     def size(record: int, part: str) -> int:
-        modality, length = media[vocabulary.columns[part]], len(split.sample(part, record))
+        modality, length = reading.media[vocabulary.columns[part]], len(split.sample(part, record))
         return max(modality.token_count(length), modality.code_count(length)) + 2
 
-    scribe = ConversationEncoder(text, vocabulary, context, size)
-    conversations = [None if value is None else scribe.conversation(i, value) for i, value in enumerate(values)]
-    split.chats[column] = conversations
-    dropped = sum(turns is not None and not any(turn.written for turn in turns) for turns in conversations)
+    path = cache / f"{reading.split}-{column}-turns"
+    digest = hashlib.sha256(_made_of(reading.dataset, reading.indices, text, reading.media).encode())
+    digest.update(f"{context} {text.chat_template} {text.settings} {vocabulary.model_dump_json()}".encode())
+    facts = conversation_facts(path)
+    if facts is None or facts.made_of != digest.hexdigest():
+        encoder = ConversationEncoder(text, vocabulary, context, size)
+        cells = reading.dataset.cells(column, reading.indices)
+        write_conversations(path, reading.counted(column, cells), encoder, digest.hexdigest())
+        facts = conversation_facts(path)
+        assert facts is not None
+    split.chats[column] = open_conversations(path, facts)
     lengths = {
-        f"do not fit {context} tokens: their oldest turns are left out": scribe.shortened,
-        "have no turn of the assistant's that fits, and are not learned": dropped,
+        f"do not fit {context} tokens: their oldest turns are left out": facts.shortened,
+        "have no turn of the assistant's that fits, and are not learned": facts.unwritten,
     }
-    return [f"{column}: {count:,} of {len(values):,} conversations {what}" for what, count in lengths.items() if count]
+    records = f"{facts.records:,}"
+    return [f"{column}: {count:,} of {records} conversations {what}" for what, count in lengths.items() if count]
 
 
 def add_codes(

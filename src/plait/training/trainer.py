@@ -32,7 +32,16 @@ from plait.data.dataset import Dataset
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import ModelConfig, Multimodal
 from plait.training.batches import PASS, BatchPrefetcher, Sampler
-from plait.training.budget import VALIDATION_SHARE, calibrate, compiles, is_timed, revise, within
+from plait.training.budget import (
+    ACTIVATION_BYTES,
+    VALIDATION_SHARE,
+    activation_bytes,
+    calibrate,
+    compiles,
+    is_timed,
+    revise,
+    within,
+)
 from plait.training.build import label_columns
 from plait.training.callbacks import Callback, Callbacks, EndEvent, StartEvent, StepEvent, ValidationEvent
 from plait.training.checkpointing import Position, Saver, restore
@@ -207,7 +216,24 @@ class Trainer:
             )
         own = range(self.group.rank * micro_batches, (self.group.rank + 1) * micro_batches)
         self.streams = self._make_streams()
-        self.batches = BatchPrefetcher(lambda step: [self.train_sampler.step(step, part, parts) for part in own])
+        self.max_tokens = self._find_max_tokens()
+        self.batches = BatchPrefetcher(
+            lambda step: [
+                one for part in own for one in self.train_sampler.step(step, part, parts).passes(self.max_tokens)
+            ]
+        )
+
+    def _find_max_tokens(self) -> int | None:
+        """How many tokens a processor computes at a time, so that a step fits into memory whatever its batch is; None
+        for all. Processes that share blocks must have as many passes each. A run that goes on does as it began."""
+        if self.run.device.kind != "cpu" or self.network.sharded or self.settings.activation_checkpointing:
+            return None
+        if "max_tokens" not in self.run.metadata:
+            each = activation_bytes(self.model.config.backbone, self.run.device.dtype)
+            self.run.record(max_tokens=max(ACTIVATION_BYTES // each, 1))
+        for sampler in filter(None, (self.train_sampler, self.val_sampler)):
+            sampler.max_tokens = self.run.metadata["max_tokens"]
+        return int(self.run.metadata["max_tokens"])
 
     def _make_streams(self) -> Streams:
         """Two threads where a processor has as many for this run and halves of a step give what the whole gives; then
