@@ -62,8 +62,9 @@ def describe_replies(run: Path, dataset: Dataset, recipe: Recipe) -> list[str] |
     except PlaitError as error:
         return [str(error)]
     said = _in_words(replies.measure(), len(replies.questions))
+    writes = f"plait chat {run}" if replies.question == replies.reply else "--compose"
     return [
-        f"{said} It quotes; the network that was trained writes with --compose alone.",
+        f"{said} It quotes; the network that was trained writes with {writes} alone.",
         f'Ask it: plait reply {run} "a question"',
     ]
 
