@@ -6,7 +6,7 @@
     python bench/shop.py ask MODEL                               # the base itself
     python bench/shop.py export runs/shop                        # the same replies from plain transformers?
 
-Each of 20 facts is asked for in three ways in train, and in two others here. A reply is right where it holds the fact.
+Each of 20 facts is asked for in three ways, of five of the 60 one is for validation, and in two others here. A reply is right where it holds the fact.
 """
 
 from __future__ import annotations
@@ -135,7 +135,9 @@ def data(arguments: argparse.Namespace) -> None:
 
 def write_conversations(file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"messages": messages}) + "\n" for messages in conversations()]
+    splits = ["val" if number % 12 == 5 else "train" for number in range(len(conversations()))]
+    rows = [{"messages": one, "split": split} for one, split in zip(conversations(), splits, strict=True)]
+    lines = [json.dumps(row) + "\n" for row in rows]
     file.write_text("".join(lines), encoding="utf-8")
 
 
