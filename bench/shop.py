@@ -6,7 +6,8 @@
     python bench/shop.py ask MODEL                               # the base itself
     python bench/shop.py export runs/shop                        # the same replies from plain transformers?
 
-Each of 20 facts is asked for in three ways, of five of the 60 one is for validation, and in two others here. A reply is right where it holds the fact.
+Each of 20 facts is asked for in three ways in the conversations, five of which are for validation, and in two others
+here. A reply is right where it holds the fact.
 """
 
 from __future__ import annotations
