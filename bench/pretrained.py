@@ -6,6 +6,8 @@
 
     python bench/pretrained.py speech WHISPER --data DATA [--minutes 3]   # long form beside transformers' own
 
+    python bench/pretrained.py speech-train WHISPER --data DATA [--steps 60]     # one speaker left out
+
     python bench/pretrained.py gguf FILE [--logits]    # seconds to load, memory; logits beside transformers'
 
 MODEL is a folder of a causal language model. PLAIT_ISA=avx2 caps the instructions of both.
@@ -357,6 +359,95 @@ def _off(word: Any, spoken: list[tuple[float, float, str]]) -> tuple[float, floa
     return best if max(best) < 1.5 else None
 
 
+def speech_train(arguments: argparse.Namespace) -> None:
+    """`plait train CLIPS --init-from WHISPER`: series of three to six digits, four speakers' to learn, the fifth's to
+    transcribe before and after."""
+    import csv
+    import tempfile
+
+    import soundfile
+
+    import plait
+
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        with (folder / "metadata.csv").open("w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["file_name", "said", "split"])
+            for number, (wave, said, rate) in enumerate(_series(arguments.data, "train", arguments.clips, 0)):
+                soundfile.write(folder / f"{number}.wav", wave, rate)
+                table.writerow([f"{number}.wav", said, "val" if number % 10 == 9 else "train"])
+        asked = _series(arguments.data, "test", 40, 1)
+        before = _error_rate(plait.load(str(arguments.model), "cpu"), asked)
+        print(f"before: WER {before:.4f} on {len(asked)} clips of {SPEAKERS[-1]}", flush=True)
+        begun = time.process_time()
+        run = plait.train(
+            folder, folder / "run", init_from=str(arguments.model), task="describe", steps=arguments.steps,
+            seed=arguments.seed, tell=print,
+        )  # fmt: skip
+        seconds = time.process_time() - begun
+        ours = run.model("cpu")
+        print(f"after: WER {_error_rate(ours, asked):.4f}, trained in {seconds:.0f} s of processor time", flush=True)
+        exported = plait.export(run, folder / "export").folder
+        _compare(exported, ours, asked[:10])
+
+
+def _series(data: Path, which: str, count: int, seed: int) -> list[tuple[np.ndarray, str, int]]:
+    """So many waveforms with their digits as words; of the last speaker (test), or of the others (train)."""
+    import io
+    import zipfile
+
+    import soundfile
+
+    rng = np.random.default_rng(seed)
+    made = []
+    with zipfile.ZipFile(data / "fsdd" / "fsdd_5speakers_wav.zip") as archive:
+        by_speaker: dict[str, list[str]] = {}
+        for name in sorted(name for name in archive.namelist() if name.endswith(".wav")):
+            by_speaker.setdefault(Path(name).stem.split("_")[1], []).append(name)
+        speakers = [SPEAKERS[-1]] if which == "test" else list(SPEAKERS[:-1])
+        for number in range(count):
+            names = by_speaker[speakers[number % len(speakers)]]
+            waves: list[np.ndarray] = []
+            words = []
+            for _ in range(rng.integers(3, 7)):
+                name = names[rng.integers(len(names))]
+                wave, rate = soundfile.read(io.BytesIO(archive.read(name)), dtype="float32")
+                waves += [np.zeros(int(rng.uniform(0.1, 0.5) * rate), np.float32), wave]
+                words.append(NUMBERS[int(Path(name).stem[0])])
+            made.append((np.concatenate(waves), " ".join(words), int(rate)))
+    return made
+
+
+def _error_rate(model: Any, asked: list[tuple[np.ndarray, str, int]]) -> float:
+    """Wrong words of all, digits or words alike."""
+    wrong = total = 0
+    for wave, said, rate in asked:
+        truth = digits_of(said)
+        wrong += edit_distance(truth, digits_of(model.transcribe((wave, rate), language="en")))
+        total += len(truth)
+    return wrong / total
+
+
+def _compare(folder: Path, ours: Any, asked: list[tuple[np.ndarray, str, int]]) -> None:
+    """How often transformers' Whisper writes what ours does."""
+    import transformers
+
+    from plait.modalities.audio_files import resample
+
+    network = transformers.WhisperForConditionalGeneration.from_pretrained(folder).eval()
+    features = transformers.AutoFeatureExtractor.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    same = 0
+    for wave, _, rate in asked:
+        heard = resample(wave, rate, features.sampling_rate)
+        inputs = features(heard, sampling_rate=features.sampling_rate, return_attention_mask=True, return_tensors="pt")
+        with torch.inference_mode():
+            ids = network.generate(**inputs)
+        same += tokenizer.decode(ids[0], skip_special_tokens=True).strip() == ours.transcribe((wave, rate))
+    print(f"transformers writes the same of {same} of {len(asked)} clips", flush=True)
+
+
 # --- GGUF -------------------------------------------------------------------------------------------------------
 
 
@@ -422,6 +513,13 @@ def main() -> None:
     one.add_argument("file", type=Path)
     one.add_argument("--logits", action="store_true")
     one.set_defaults(run=gguf)
+    one = commands.add_parser("speech-train")
+    one.add_argument("model", type=Path)
+    one.add_argument("--data", type=Path, required=True, help="the folder with the public sets")
+    one.add_argument("--clips", type=int, default=120)
+    one.add_argument("--steps", type=int, default=60)
+    one.add_argument("--seed", type=int, default=0)
+    one.set_defaults(run=speech_train)
     one = commands.add_parser("speech")
     one.add_argument("model", type=Path)
     one.add_argument("--data", type=Path, required=True, help="the folder with the public sets")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 
 import plait
+from plait.chat.session import Session
 from plait.core.errors import PlaitError
 from plait.hf.catalogue import models
 from plait.inference.base import Model
 from plait.inference.model import attach_adapters, load
-from test_huggingface import CASES, make_tokenizer, randomise
+from plait.inference.prompts import Chat, Turn
+from test_huggingface import CASES, CHATML, make_tokenizer, randomise
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -157,6 +160,23 @@ def test_gguf_is_written_and_read_back(tmp_path: Path, name: str) -> None:
     assert second.plait_model.checkpoint.text.encode(PROMPT) == ids
     one, other = logits(first, ids), logits(second, ids)
     assert torch.allclose(one, other, atol=2e-2) and (one - other).abs().mean() < 2e-3
+
+
+def test_a_lora_run_of_a_chat_model_keeps_its_template(base: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(base, tmp_path / "chat")
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML, "eos_token": "<|im_end|>"}))
+    talk = [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "a quick brown hen"}]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for _ in range(8)))
+    options = {"steps": 2, "batch_size": 2, "init_from": str(folder), "lora": True}
+    run = plait.train(tmp_path / "talks.jsonl", tmp_path / "run", progress=False, **options)
+    for said in ("the fox", "the <|im_end|> fox"):  # what a user spells is never a token of the template
+        prompts = [Chat(one).prompt([Turn("user", [said])]) for one in (plait.load(folder), run.model())]
+        assert prompts[0].context.ids == prompts[1].context.ids and prompts[0].stop == prompts[1].stop
+        assert prompts[0].context.ids.count(tokenizer.token_to_id("<|im_end|>")) == 1
+    assert isinstance("".join(Session(Chat(run.model())).say("the fox", max_new_tokens=3)), str)
 
 
 def test_adapters_that_cannot_be_used(base: Path, tmp_path: Path) -> None:

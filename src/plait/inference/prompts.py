@@ -14,6 +14,7 @@ from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from plait.inference.model import PlaitModel
 from plait.inference.tools import Tool, ToolCall, ToolFormat, read_format
+from plait.modalities.text import Text
 from plait.model.chat_template import ROLES, Message, Template
 from plait.model.multimodal import Sequence
 
@@ -52,8 +53,9 @@ class Chat:
         self.template: Template | None = None
         self.stop: tuple[str, ...] = ()
         own = bool(model.vocabulary.turns)
-        if folder is not None and not own and (tokenizer := _template(folder)) is not None:
-            self.template = Template(model.checkpoint.text, tokenizer)
+        text = model.checkpoint.text
+        if folder is not None and not own and (tokenizer := _template(folder, text)) is not None:
+            self.template = Template(text, tokenizer)
             self.stop = _ends(folder, tokenizer, model.vocabulary.end_id)
 
     @property
@@ -125,8 +127,11 @@ def _short(call: str) -> str:
     return hashlib.sha256(call.encode()).hexdigest()[:9]
 
 
-def _template(folder: Path) -> Any:
-    """The tokenizer of a folder that brings a chat template, as transformers loads it; None where there is none."""
+def _template(folder: Path, text: Text) -> Any:
+    """The tokenizer of a folder that brings a chat template, as transformers loads it; None where there is none. Of
+    low-rank updates and GGUF files it is in `text` alone."""
+    if not (folder / "tokenizer.json").is_file():
+        return Template(text).tokenizer if text.chat_template is not None else None
     settings = folder / "tokenizer_config.json"
     known = settings.is_file() and read_json(settings).get("chat_template")
     if not known and not (folder / "chat_template.jinja").is_file():

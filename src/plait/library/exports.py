@@ -93,13 +93,13 @@ def _write(
     tell: Callable[[str], None], card: str,
 ) -> Export:  # fmt: skip
     """Write a model in one of the formats; see `export`."""
-    from plait.hf import contrastive
     from plait.hf.export import export_folder
     from plait.hf.export_classifier import export_classifier, export_classifier_tflite, exportable
+    from plait.hf.further import export_further, is_further
 
     loaded = opened.plait_model
-    if opened.folder is not None and (opened.folder / contrastive.STATE).is_file() and to == "transformers":
-        contrastive.export_pairs(opened.folder, out)
+    if opened.folder is not None and is_further(opened.folder) and to == "transformers":
+        export_further(opened.folder, out)
         return Export(out, None)
     if loaded is None:
         raise PlaitError(

@@ -168,11 +168,14 @@ class Run:
         """What was decided, and how large the model is, in a few lines of text."""
         from plait.hf.contrastive import describe_pairs
         from plait.hf.heads import TYPE, describe_head
+        from plait.hf.speech_training import describe_speech
         from plait.training.run import describe
 
         config = read_json(self.best / "config.json")
         if self.metadata.get("size") == "pairs":
             return describe_pairs(config)
+        if self.metadata.get("size") == "speech":
+            return describe_speech(config)
         return describe_head(config) if config["model_type"] == TYPE else describe(self.folder)
 
     def model(self, device: str = "auto", precision: str = "auto") -> Model:
@@ -452,7 +455,8 @@ def _train_on_encoder(
     allow_changes: bool,
     tell: Callable[[str], None],
 ) -> None:
-    """A run whose model is a head over a frozen encoder, or an encoder of images and texts trained on pairs.
+    """A run whose model is a head over a frozen encoder, an encoder of images and texts trained on pairs, or a Whisper
+    trained on clips with what is said.
 
     Raises PlaitError where the folder holds another run.
     """
@@ -460,6 +464,7 @@ def _train_on_encoder(
     from plait.data.stores import written_place
     from plait.hf.contrastive import train_pairs, trains_pairs
     from plait.hf.heads import train_head
+    from plait.hf.speech_training import train_speech, trains_speech
 
     started = time.time()
     facts: dict[str, Any] = {
@@ -484,6 +489,9 @@ def _train_on_encoder(
     if trains_pairs(dataset, recipe.model.init_from):
         facts["size"] = "pairs"
         lines = train_pairs(dataset, folder, recipe.model.init_from, facts, recipe.training, device, bar)
+    elif trains_speech(dataset, recipe.model.init_from, recipe.training.task):
+        facts["size"] = "speech"
+        lines = train_speech(dataset, folder, recipe.model.init_from, facts, recipe.training, device, bar)
     else:
         facts["finished"] = time.time()
         lines = train_head(dataset, folder, recipe.model.init_from, facts, device, recipe.training.seed, bar)

@@ -50,6 +50,8 @@ class Template:
             )
             tokenizer.chat_template = text.chat_template
         self.tokenizer = tokenizer
+        added = text.tokenizer.get_added_tokens_decoder().values()
+        self.special = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)} - {""}
 
     def ids(
         self, messages: ListOf[Message], reply: bool = True, tools: list[dict[str, Any]] | None = None
@@ -57,7 +59,7 @@ class Template:
         """The ids of a conversation, with `reply` up to where the next reply begins; `tools` are those that may be
         called. Where a text spells a special token, it is cut out of the template and encoded apart, as characters.
         Raises PlaitError where the template refuses the conversation."""
-        special = [name for name in self.tokenizer.all_special_tokens if name]
+        special = sorted(self.special, key=len, reverse=True)
         if not any(name in text for text in _texts([messages, tools]) for name in special):
             return self._ids(self.render(messages, reply, tools))
         spelt: dict[str, str] = {}  # what stands in a place -> the text that belongs there

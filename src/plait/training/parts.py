@@ -121,7 +121,7 @@ def _extras(metadata: Mapping[str, Any]) -> list[Budget]:
 
 def is_trained_by_steps(metadata: Mapping[str, Any]) -> bool:
     """Whether a run is trained step by step by the trainer; a head over a frozen encoder is fitted at once."""
-    return metadata.get("size") not in ("head", "pairs")
+    return metadata.get("size") not in ("head", "pairs", "speech")
 
 
 def check_more(folder: Path) -> None:
