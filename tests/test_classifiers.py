@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.special import softmax
+from sklearn.metrics import log_loss
 
 import plait as package
 from plait.classifiers.classifier import Classifier, Features, load_classifiers, save_classifiers
-from plait.classifiers.linear import fit_linear
+from plait.classifiers.linear import STRENGTHS, NgramFeatures, choose_linear, fit_linear
 from plait.classifiers.mixture import fit_mixture, log_softmax
 from plait.classifiers.space import SpaceQuality, measure_space
 from plait.core.config import Recipe
@@ -287,3 +289,24 @@ def test_a_text_run_that_learnt_nothing_says_so_when_it_ends(
         assert ("Nothing was learnt" in " ".join(capsys.readouterr().out.split())) is told
     assert "nothing was learnt" in describe_space(SpaceQuality(0.0, 0.1, 30))
     assert "40%" in describe_space(SpaceQuality(0.4, 0.1, 30))
+
+
+def test_the_strength_of_texts_is_the_likeliest_and_keeps_its_time() -> None:
+    rng = np.random.default_rng(0)
+    classes = np.arange(400) % 4
+    words = [[f"w{kind}{n}" for n in range(6)] + [f"x{n}" for n in range(20)] for kind in range(4)]
+    texts = [" ".join(rng.choice(words[kind], 6)) for kind in classes]
+    train, held = np.arange(400) < 280, np.arange(400) >= 280
+    features = NgramFeatures.fit([text for text, here in zip(texts, train, strict=True) if here])
+    rows, held_rows = (features([texts[i] for i in np.flatnonzero(part)]) for part in (train, held))
+    arguments = (rows, classes[train], held_rows, classes[held], 4, True)
+    choice = choose_linear(*arguments)
+    truth, losses = classes[held], {}
+    for strength in STRENGTHS:  # an independent likelihood: the best of many factors of the scores
+        scores = fit_linear(rows, classes[train], 4, strength, False)(held_rows)
+        losses[strength] = min(log_loss(truth, softmax(scores * factor, 1)) for factor in np.geomspace(0.1, 30, 200))
+    best = min(losses, key=losses.__getitem__)
+    assert choice.strength <= best and losses[choice.strength] < losses[best] + 0.02 and not choice.balanced
+    assert not choice.untried
+    hurried = choose_linear(*arguments, seconds=0.0)
+    assert hurried.strength == STRENGTHS[0] and hurried.untried == STRENGTHS[1:]

@@ -38,10 +38,10 @@ class Features:
     grams: NgramFeatures | None = None
 
     @classmethod
-    def fit(cls, kind: str, inputs: Sequence[Any], bands: int = 0) -> Features:
-        """`inputs` are texts, or samples of the modality."""
+    def fit(cls, kind: str, inputs: Sequence[Any], bands: int = 0, words: bool = True) -> Features:
+        """`inputs` are texts, or samples of the modality; without `words` of texts only the characters count."""
         if kind == "text":
-            return cls(kind, grams=NgramFeatures.fit(inputs))
+            return cls(kind, grams=NgramFeatures.fit(inputs, words))
         raw = cls(kind, bands).raw(inputs)
         return cls(kind, bands, raw.mean(0), raw.std(0) + 1e-3)
 
@@ -77,6 +77,7 @@ class Classifier:
     records: int = 0
     novelty: dict[str, Novelty] = field(default_factory=dict)  # "features", "network": views of what is unlike
     portable: Mixture | None = None
+    fitting: list[str] = field(default_factory=list)  # what to tell of how it was fitted; not stored
 
     def linear_scores(self, inputs: Sequence[Any]) -> np.ndarray:
         """The linear opinion, (N, labels)."""

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import math
+import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from plait.classifiers.mixture import log_softmax, softened, temperature
+
 # scikit-learn is imported where it fits or reads texts: that takes longer than torch, and media need none of it.
 if TYPE_CHECKING:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-STRENGTHS = (0.1, 0.3, 1.0, 3.0)  # of a linear SVM, largest last, tried in this order
-DENSE_STRENGTHS = (1e-4, 3e-4, 1e-3, 3e-3)
+# Strengths of a linear SVM, in the order in which they are tried: where time is short, the first ones alone.
+STRENGTHS = (0.3, 1.0, 0.1, 3.0)  # on n-grams
+UNEVEN_STRENGTHS = (0.1, 0.03, 0.3, 1.0)  # on n-grams, where some classes have far more records than others
+DENSE_STRENGTHS = (1e-3, 3e-3, 3e-4, 1e-4)
+UNEVEN = 3  # times the records of the median class that the largest one has, from which classes are uneven
+AGAIN = 1.3  # times a fit on train that the last one takes, on train and val
 MOST_GRAMS = 2**16  # n-grams of one kind that are kept, by the weight that they have
 WORD_GRAMS, CHARACTER_GRAMS = (1, 2), (2, 5)
 
@@ -34,7 +43,9 @@ def fit_linear(features: Any, labels: np.ndarray, classes: int, strength: float,
     from sklearn.svm import LinearSVC
 
     model = LinearSVC(C=strength, class_weight="balanced" if balanced else None, max_iter=2000)
-    model.fit(features, labels)
+    with warnings.catch_warnings():  # of few records of many classes, which are classes all the same
+        warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
+        model.fit(features, labels)
     weights, bias = model.coef_.T, model.intercept_
     if weights.shape[1] == 1:  # two classes
         weights, bias = np.concatenate([-weights, weights], 1), np.concatenate([-bias, bias])
@@ -44,58 +55,107 @@ def fit_linear(features: Any, labels: np.ndarray, classes: int, strength: float,
     return Linear(padded, offset)
 
 
-def choose_linear(
-    features: Any,
-    labels: np.ndarray,
-    held_features: Any,
-    held_labels: np.ndarray,
-    classes: int,
-    strengths: Sequence[float],
-) -> tuple[float, bool]:
-    """The strength, and whether to balance classes, by accuracy and macro F1 (their mean) on held-out records: the
-    least strength that is not surely worse than the best, since new records differ more from train than these do.
+@dataclass(frozen=True)
+class LinearChoice:
+    """How a linear SVM is fitted: its strength, whether classes are balanced; the model on train, and the strengths
+    that there was no time to try."""
 
-    Surely worse is: by more than a standard error of the difference, record by record, where each class counts half
-    by its records and half as one class among others.
-    """
-    from sklearn.metrics import accuracy_score, f1_score
+    strength: float
+    balanced: bool
+    linear: Linear
+    untried: tuple[float, ...] = ()
 
-    counts = np.bincount(labels, minlength=classes)
-    uneven = counts.max() > 3 * max(np.median(counts), 1)
-    held_counts = np.bincount(held_labels, minlength=classes)
-    share = 0.5 + 0.5 * len(held_labels) / (np.count_nonzero(held_counts) * held_counts[held_labels])
-    tried: list[tuple[float, float, bool, np.ndarray]] = []
-    for balanced in (False, True) if uneven else (False,):
-        for strength in strengths:
-            predicted = fit_linear(features, labels, classes, strength, balanced)(held_features).argmax(1)
-            score = (accuracy_score(held_labels, predicted) + f1_score(held_labels, predicted, average="macro")) / 2
-            tried.append((score, strength, balanced, share * (predicted == held_labels)))
-    _, _, chosen, best = max(tried, key=lambda one: one[:3])
 
-    def surely_worse(right: np.ndarray) -> bool:
-        lost = best - right
+@dataclass(frozen=True)
+class _Trial:
+    """What a strength shows on held-out records: the mean of accuracy and macro F1, and of each record (N,) how good
+    its answer is, the larger the better."""
+
+    score: float
+    strength: float
+    balanced: bool
+    linear: Linear
+    gains: np.ndarray
+
+    def surely_worse_than(self, best: _Trial) -> bool:
+        """By more than a standard error of the difference, record by record."""
+        lost = best.gains - self.gains
         return bool(lost.mean() > lost.std() / len(lost) ** 0.5)
 
-    return min(
-        strength for _, strength, balanced, right in tried if balanced == chosen and not surely_worse(right)
-    ), chosen
+
+def choose_linear(
+    features: Any, labels: np.ndarray, held_features: Any, held_labels: np.ndarray, classes: int, sparse: bool,
+    seconds: float = math.inf,
+) -> LinearChoice:  # fmt: skip
+    """The strength, and whether to balance classes, by held-out records: the least strength that is not surely worse
+    than the best, since new records differ more from train than these do.
+
+    Where classes of texts are even, the best is the one under which the right labels are likeliest, its scores
+    calibrated: many strengths name as many of them right, and that one is the surest where it is right. Else it is the
+    one with the best mean of accuracy and macro F1, each class counting half by its records and half as one among
+    others: a likelihood hardly sees small classes.
+
+    Args:
+        features, labels: Of train, (N, F) and (N,).
+        held_features, held_labels: Of held-out records.
+        classes: How many there are.
+        sparse: Whether features are n-grams of texts.
+        seconds: Of a processor that this may take together with the last fit; one strength is tried in any case.
+    """
+    counts = np.bincount(labels, minlength=classes)
+    uneven = bool(counts.max() > UNEVEN * max(np.median(counts), 1))
+    strengths = (UNEVEN_STRENGTHS if uneven else STRENGTHS) if sparse else DENSE_STRENGTHS
+    trials: list[_Trial] = []
+    begun = time.process_time()
+    for strength in strengths:
+        started = time.process_time()
+        for balanced in (False, True) if uneven else (False,):
+            linear = fit_linear(features, labels, classes, strength, balanced)
+            scores = linear(held_features)
+            score, gains = _judged(scores, held_labels, by_likelihood=sparse and not uneven)
+            trials.append(_Trial(score, strength, balanced, linear, gains))
+        took, used = time.process_time() - started, time.process_time() - begun
+        if used + (1 + AGAIN) * took > seconds:
+            break
+    tried = {one.strength for one in trials}
+    chosen = max(trials, key=lambda one: (one.score, one.strength)).balanced
+    alike = [one for one in trials if one.balanced == chosen]
+    best = max(alike, key=lambda one: float(one.gains.mean()))
+    taken = min((one for one in alike if not one.surely_worse_than(best)), key=lambda one: one.strength)
+    return LinearChoice(taken.strength, chosen, taken.linear, tuple(one for one in strengths if one not in tried))
+
+
+def _judged(scores: np.ndarray, labels: np.ndarray, by_likelihood: bool) -> tuple[float, np.ndarray]:
+    """The `score` and `gains` of a trial by its scores (N, classes) of held-out records."""
+    from sklearn.metrics import accuracy_score, f1_score
+
+    predicted = scores.argmax(1)
+    score = (accuracy_score(labels, predicted) + f1_score(labels, predicted, average="macro")) / 2
+    if by_likelihood:
+        logs = log_softmax(scores * temperature(scores, softened(labels, scores.shape[1])))
+        return score, logs[np.arange(len(labels)), labels]
+    counts = np.bincount(labels, minlength=scores.shape[1])
+    share = 0.5 + 0.5 * len(labels) / (np.count_nonzero(counts) * counts[labels])
+    return score, share * (predicted == labels)
 
 
 @dataclass
 class NgramFeatures:
-    """TF-IDF of the n-grams of words and of characters within words, side by side."""
+    """TF-IDF of the n-grams of characters within words, and beside them of words, unless there are so few records that
+    hardly a word stands in two of them."""
 
     vectorizers: list[TfidfVectorizer]
 
     @classmethod
-    def fit(cls, texts: Sequence[str]) -> NgramFeatures:
+    def fit(cls, texts: Sequence[str], words: bool = True) -> NgramFeatures:
+        """Fit on texts; without `words` on characters alone."""
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         least = 1 if len(texts) < 2000 else 2
-        words = TfidfVectorizer(ngram_range=WORD_GRAMS, sublinear_tf=True, min_df=least, token_pattern=r"(?u)\b\w+\b")
+        word_options = {"sublinear_tf": True, "min_df": least, "token_pattern": r"(?u)\b\w+\b"}
         options = {"sublinear_tf": True, "min_df": least, "max_features": 4 * MOST_GRAMS}
         characters = TfidfVectorizer(analyzer="char_wb", ngram_range=CHARACTER_GRAMS, **options)
-        grams = cls([words, characters])
+        grams = cls([TfidfVectorizer(ngram_range=WORD_GRAMS, **word_options)] * words + [characters])
         for vectorizer in grams.vectorizers:
             vectorizer.fit(texts)
         return grams

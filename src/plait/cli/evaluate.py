@@ -19,6 +19,9 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="Another dataset than the run's own.")] = None,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
     limit: Annotated[int | None, typer.Option(help="Records a task, at most.")] = None,
+    made: Annotated[
+        int | None, typer.Option(help="Images, and clips, to make and judge, at most: 200 if left out.")
+    ] = None,
     reference_seconds: Annotated[float, typer.Option(help="Time to train the judge of drawings and speech.")] = 15.0,
     folds: Annotated[
         int | None,
@@ -45,7 +48,7 @@ def evaluate(
         _review(run, data, column, seed, device)
         return
     evaluation = plait.evaluate(
-        run, data=data, split=split, limit=limit, reference_seconds=reference_seconds, folds=folds,
+        run, data=data, split=split, limit=limit, made=made, reference_seconds=reference_seconds, folds=folds,
         alternatives=alternatives, seed=seed, device=device, precision=precision, progress=True,
     )  # fmt: skip
     for note in evaluation.notes:

@@ -462,6 +462,12 @@ def _warnings(
         if alone:
             first_labels = ", ".join(f"'{label}'" for label in alone[:5])
             warnings.append(f"Column '{name}': {len(alone)} classes have one example only ({first_labels}).")
+        spellings: dict[str, list[str]] = {}
+        for label in lengths.classes or {}:
+            spellings.setdefault(" ".join(label.split()).casefold(), []).append(label)
+        for alike in [alike for alike in spellings.values() if len(alike) > 1][:3]:
+            shown = ", ".join(f"'{label}'" for label in alike)
+            warnings.append(f"Column '{name}': {shown} differ in case or spaces alone, and are {len(alike)} classes.")
     for pair, count in overlap.items():
         warnings.append(f"{count} records of {pair.later} hold the same media or text as records of {pair.earlier}.")
     if dropped:

@@ -7,6 +7,8 @@ place, behind the same verbs.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from plait.classifiers.classifier import PORTABLE, Classifier, Features
-from plait.classifiers.linear import DENSE_STRENGTHS, STRENGTHS, Linear, choose_linear, fit_linear
+from plait.classifiers.linear import Linear, choose_linear, fit_linear
 from plait.classifiers.mixture import Mixture, fit_mixture
 from plait.classifiers.novelty import MOST, fit_novelty
 from plait.classifiers.space import SpaceQuality, measure_space
 from plait.core.errors import PlaitError
+from plait.core.files import read_json
 from plait.core.rng import uniform
 from plait.data.dataset import Dataset
 from plait.evaluation.examples import RNG_STREAM, Examples, feature_rows, read_examples
@@ -27,11 +30,13 @@ from plait.evaluation.predictors import describe_predictor, fit_predictors
 from plait.inference.model import PlaitModel, load
 from plait.inference.opinions import available, novelty_scores, opinion_scores, view_of
 from plait.model.checkpoint import add_classifiers
+from plait.training.parts import training_seconds
 
 MOST_MEDIA, MOST_TEXTS = 20_000, 100_000  # training records that the linear model sees
 MOST_VALIDATION, MOST_VALIDATION_TEXTS = 1000, 3000  # records that opinions are weighed on
 FEWEST_VALIDATION = 20  # below which folds take their place
 FEW = 50  # held-out records below which a small lead over guessing says nothing
+LINEAR_SHARE, LINEAR_SECONDS = 0.1, 20.0  # of the run's time, and seconds at least, that linear models may take
 POSITIONS = 100_000  # tokens that likelihoods of validation may take, contexts and labels together
 MOST_PAIRS = 400  # of val, that say what the embedding space is worth
 
@@ -49,14 +54,16 @@ def directions(model: PlaitModel, dataset: Dataset) -> list[tuple[str, str]]:
 
 
 def fit_classifiers(
-    model: PlaitModel, dataset: Dataset, seed: int = 0, progress: Callable[[str, int, int], None] | None = None
-) -> list[Classifier]:
-    """A classifier for each direction of the dataset, in the order of its columns."""
-    classifiers = []
-    for source, target in directions(model, dataset):
+    model: PlaitModel, dataset: Dataset, seed: int = 0, progress: Callable[[str, int, int], None] | None = None,
+    seconds: float = math.inf,
+) -> list[Classifier]:  # fmt: skip
+    """A classifier for each direction of the dataset, in the order of its columns. Their linear models, which are the
+    simple alternatives too, take so many `seconds` of a processor together."""
+    classifiers, pairs = [], directions(model, dataset)
+    for source, target in pairs:
         if progress:
             progress(f"classifier {source}-{target}", 0, 1)
-        one = _fit(model, dataset, source, target, seed)
+        one = _fit(model, dataset, source, target, seed, seconds / len(pairs))
         if one is not None:
             classifiers.append(one)
         if progress:
@@ -75,12 +82,13 @@ def finish(
     checkpoint = model.checkpoint
     if not checkpoint.classifiers and not checkpoint.predictors and checkpoint.space is None:
         seed = int(checkpoint.training.get("seed", 0))
-        checkpoint.classifiers = fit_classifiers(model, dataset, seed, progress)
+        seconds = max(LINEAR_SHARE * training_seconds(read_json(run / "run.json")), LINEAR_SECONDS)
+        checkpoint.classifiers = fit_classifiers(model, dataset, seed, progress, seconds)
         checkpoint.space = space_quality(model, dataset, seed)
         checkpoint.predictors = fit_predictors(model, dataset, seed, progress)
         if checkpoint.classifiers or checkpoint.space or checkpoint.predictors:
             add_classifiers(model.folder.resolve(), checkpoint.classifiers, checkpoint.space, checkpoint.predictors)
-    lines = [describe(one) for one in checkpoint.classifiers]
+    lines = [line for one in checkpoint.classifiers for line in (describe(one), *one.fitting)]
     lines += [describe_predictor(one) for one in checkpoint.predictors]
     if checkpoint.space is not None and (checkpoint.space.trust or not lines):  # a run that recognises need not search
         lines.append(describe_space(checkpoint.space))
@@ -154,7 +162,7 @@ def describe(classifier: Classifier) -> str:
     )
 
 
-def _fit(model: PlaitModel, dataset: Dataset, source: str, target: str, seed: int) -> Classifier | None:
+def _fit(model: PlaitModel, dataset: Dataset, source: str, target: str, seed: int, seconds: float) -> Classifier | None:
     """The classifier of one direction; None where train has a single label."""
     labels = model.labels[target]
     kind = dataset.columns[source]
@@ -170,19 +178,30 @@ def _fit(model: PlaitModel, dataset: Dataset, source: str, target: str, seed: in
     bands = int(str(settings.get("bands", 0)))
     if len(held) < FEWEST_VALIDATION:
         return fit_few(classifier, train + held, bands, seed)
-    _fit_weighed(model, classifier, train, held, bands)
+    _fit_weighed(model, classifier, train, held, bands, seconds)
     return classifier
 
 
-def _fit_weighed(model: PlaitModel, classifier: Classifier, train: Examples, held: Examples, bands: int) -> None:
-    """All opinions, weighed and calibrated on val."""
+def _fit_weighed(
+    model: PlaitModel, classifier: Classifier, train: Examples, held: Examples, bands: int, seconds: float
+) -> None:
+    """All opinions, weighed and calibrated on val; the linear one in so many seconds of a processor."""
     kind, labels, mirrored = classifier.features.kind, classifier.labels, classifier.mirrored
+    begun = time.process_time()
     classifier.features = Features.fit(kind, train.inputs, bands)
     rows, classes = feature_rows(classifier.features, train, mirrored)
-    strengths = STRENGTHS if kind == "text" else DENSE_STRENGTHS
     held_rows = classifier.features(held.inputs)
-    strength, balanced = choose_linear(rows, classes, held_rows, held.classes, len(labels), strengths)
-    classifier.linear = fit_linear(rows, classes, len(labels), strength, balanced)
+    reading = time.process_time() - begun  # which texts take once more in the end
+    left = seconds - (2 if kind == "text" else 1) * reading
+    choice = choose_linear(rows, classes, held_rows, held.classes, len(labels), kind == "text", left)
+    strength, balanced = choice.strength, choice.balanced
+    if choice.untried:
+        classifier.fitting.append(
+            f"{classifier.target} from {classifier.source}: of the linear model's strengths "
+            f"{', '.join(f'{one:g}' for one in choice.untried)} were not tried, so that it takes no more than a tenth "
+            "of the run's time; a longer run (--minutes) tries them all."
+        )
+    classifier.linear = choice.linear
     names = available(model.checkpoint, classifier.source, classifier.target)
     weighed = _affordable(model, held, labels, kind)
     if len(weighed) < min(FEWEST_VALIDATION, len(held)):  # likelihoods of so many labels cost too much

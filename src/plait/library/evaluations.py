@@ -130,6 +130,7 @@ def evaluate(
     data: Dataset | str | Path | None = None,
     split: str = "test",
     limit: int | None = None,
+    made: int | None = None,
     reference_seconds: float = 15.0,
     folds: int | None = None,
     alternatives: str = "quick",
@@ -145,6 +146,7 @@ def evaluate(
         data: another dataset than the run's own.
         split: train, val or test.
         limit: records a task, at most.
+        made: images, and clips, to make and judge at most, over all columns that ask for them; 200 if left out.
         reference_seconds: time to train the classifier that judges drawings and speech.
         folds: measure what recognises labels on all records, each asked about by a model that has not learnt it, in so
             many folds; networks take half of the run's minutes for that. If left out, 5 where fewer than 500
@@ -171,6 +173,8 @@ def evaluate(
     own_test = data is None and split == "test"
     if folds is not None and (folds < 0 or folds == 1):
         raise PlaitError(f"folds is {folds}: it must be at least 2, or 0 for none.")
+    if made is not None and made < 1:
+        raise PlaitError(f"made is {made}: it must be at least 1.")
     if alternatives not in ALTERNATIVES:
         raise PlaitError(f"There are no alternatives '{alternatives}'. Known are {' and '.join(ALTERNATIVES)}.")
     if folds and not own_test:
@@ -195,7 +199,9 @@ def evaluate(
         fold_metrics = by_folds(model, dataset, folder, folds, seed, device, bar, bar.message) if by_fold else {}
         fold_seconds = time.perf_counter() - begun
         seconds = training_seconds(Run(folder).metadata) if alternatives == "all" else None
-        metrics, findings = _measure(model, dataset, split, limit, reference_seconds, seconds, seed, bar, fold_metrics)
+        metrics, findings = _measure(
+            model, dataset, split, {"records": limit, "made": made}, reference_seconds, seconds, seed, bar, fold_metrics
+        )
     if fold_metrics:
         metrics.keep(MetricKey(TIMING, Direction("folds"), "seconds"), fold_seconds)
     add_intervals(metrics)
@@ -234,20 +240,20 @@ def _measure(
     model: Any,
     dataset: Dataset,
     split: str,
-    limit: int | None,
+    limits: dict[str, int | None],
     reference_seconds: float,
     alternative_seconds: float | None,
     seed: int,
     bar: ProgressBar,
     out_of_fold: dict[tuple[str, str], OutOfFold],
 ) -> tuple[Metrics, Findings]:
-    """The figures of a model, and what the report shows beside them."""
+    """The figures of a model, and what the report shows beside them; `limits` that are None are as always."""
     from plait.evaluation.tasks import Limits
     from plait.evaluation.tasks import evaluate as measure
 
-    limits = Limits() if limit is None else Limits(records=limit)
+    given = {name: value for name, value in limits.items() if value is not None}
     return measure(
-        model, dataset, split, seed=seed, limits=limits, reference_seconds=reference_seconds,
+        model, dataset, split, seed=seed, limits=Limits(**given), reference_seconds=reference_seconds,
         alternative_seconds=alternative_seconds, progress=bar, out_of_fold=out_of_fold,
     )  # fmt: skip
 
