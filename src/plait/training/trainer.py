@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from plait.core.config import Recipe
-from plait.core.device import choose_device, keep_memory, matmul_precision, threads
+from plait.core.device import choose_device, keep_memory, matmul_precision, release_memory, threads
 from plait.core.errors import DivergedError, PlaitError, Terminated
 from plait.core.files import only_writer, read_json
 from plait.core.objective import weighted_sum
@@ -129,6 +129,7 @@ def train(
             )
         else:
             prepared = prepare_run(run, reuse)
+            release_memory()  # what counting words and tokenising took
             Trainer(run, prepared, received, Callbacks(callbacks if group.is_main else ())).fit()
             run.record(finished=time.time())
         return folder / "checkpoints" / "best"
