@@ -2,6 +2,7 @@
 
     python bench/prepare.py --records 20000
     python bench/prepare.py                 # 100,000
+    python bench/prepare.py --photos --records 20000      # JPEG of 640 x 480 alone
 
 Three in four records are JPEG images of 192 x 144, one in four is a second of 16 kHz FLAC. Decoding alone: as many
 processes as `prepare` has, each reading its share of the files and decoding them, and nothing else.
@@ -35,6 +36,20 @@ for n, path in enumerate(sorted(source.rglob("*.*"))):
     if n % shares == share:
         (decode_image if path.suffix == ".jpg" else decode_audio)(path)
 """
+
+
+def write_photos(source: Path, records: int) -> None:
+    """JPEG of 640 x 480 with large shapes, edges and grain, each another."""
+    rng = np.random.default_rng(0)
+    grain = [rng.normal(0, 6, (480, 640, 3)).astype(np.float32) for _ in range(8)]
+    for n in range(records):
+        folder = source / f"{n // 1000:03d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        small = Image.fromarray(rng.integers(0, 256, (9, 12, 3), np.uint8))
+        edges = Image.fromarray(rng.integers(0, 2, (30, 40, 1), np.uint8).repeat(3, 2) * 40)
+        pixels = np.asarray(small.resize((640, 480), Image.Resampling.BICUBIC), np.float32) * 0.8
+        pixels = pixels + np.asarray(edges.resize((640, 480), Image.Resampling.NEAREST)) + grain[n % 8]
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{n:06d}.jpg", quality=85)
 
 
 def write(source: Path, records: int) -> None:
@@ -101,12 +116,13 @@ def digest(folder: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--records", type=int, default=100_000)
+    parser.add_argument("--photos", action="store_true", help="images of 640 x 480 alone")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="plait-prepare-"))
     try:
-        write(folder / "in", options.records)
+        (write_photos if options.photos else write)(folder / "in", options.records)
         ratios, memory, seconds = [], (0.0, 0.0), 0.0
         for turn in range(options.rounds):
             start = spent()

@@ -6,7 +6,7 @@
 
     python bench/pretrained.py speech WHISPER --data DATA [--minutes 3]   # long form beside transformers' own
 
-    python bench/pretrained.py speech-train WHISPER --data DATA [--steps 60]     # one speaker left out
+    python bench/pretrained.py speech-train WHISPER --data DATA [--steps 40]     # one speaker left out
 
     python bench/pretrained.py gguf FILE [--logits]    # seconds to load, memory; logits beside transformers'
 
@@ -377,7 +377,7 @@ def speech_train(arguments: argparse.Namespace) -> None:
             for number, (wave, said, rate) in enumerate(_series(arguments.data, "train", arguments.clips, 0)):
                 soundfile.write(folder / f"{number}.wav", wave, rate)
                 table.writerow([f"{number}.wav", said, "val" if number % 10 == 9 else "train"])
-        asked = _series(arguments.data, "test", 40, 1)
+        asked = _series(arguments.data, "test", 20, 1)
         before = _error_rate(plait.load(str(arguments.model), "cpu"), asked)
         print(f"before: WER {before:.4f} on {len(asked)} clips of {SPEAKERS[-1]}", flush=True)
         begun = time.process_time()
@@ -516,8 +516,8 @@ def main() -> None:
     one = commands.add_parser("speech-train")
     one.add_argument("model", type=Path)
     one.add_argument("--data", type=Path, required=True, help="the folder with the public sets")
-    one.add_argument("--clips", type=int, default=120)
-    one.add_argument("--steps", type=int, default=60)
+    one.add_argument("--clips", type=int, default=80)
+    one.add_argument("--steps", type=int, default=40)
     one.add_argument("--seed", type=int, default=0)
     one.set_defaults(run=speech_train)
     one = commands.add_parser("speech")

@@ -272,3 +272,35 @@ def test_a_first_line_that_is_a_record_is_told(tmp_path: Path, first: str, told:
     dataset, _ = made(tmp_path / "a.csv", tmp_path / "out")
     warnings = [line for line in dataset.manifest.warnings if "the first line is read" in line]
     assert len(warnings) == (told is not None) and all(told in line for line in warnings)
+
+
+def test_columns_that_hold_media_or_turns_in_another_way(tmp_path: Path) -> None:
+    urls = [f"data:image/png;base64,{base64.b64encode(make_image(n)).decode()}" for n in range(12)]
+    rows = [{"image": url, "label": str(n % 2)} for n, url in enumerate(urls)]
+    rows[5]["image"] = "data:image/png;base64,@@"
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset, rejects = made(tmp_path / "a.jsonl", tmp_path / "out")
+    assert dataset.columns == {"image": "image", "label": "text"}
+    assert {row.parts["image"] for row in dataset.iterate()} == {make_image(n) for n in range(12) if n != 5}
+    assert "not valid base64" in rejects["a.jsonl"]
+    turns_of = [{"role": ["user", "assistant"], "content": [f"ask {n}", f"say {n}"]} for n in range(12)]
+    pq.write_table(pa.table({"messages": turns_of}), tmp_path / "b.parquet")
+    dataset, _ = made(tmp_path / "b.parquet", tmp_path / "out2")
+    assert dataset.manifest.chats == ["messages"]
+    said = {tuple(turn.parts[0][1] for turn in turns(str(row.parts["messages"]))) for row in dataset.iterate()}
+    assert said == {(f"ask {n}", f"say {n}") for n in range(12)}
+
+
+def test_what_may_not_be_meant_is_told(tmp_path: Path) -> None:
+    """Addresses of the web, splits and labels of other spellings, and folders of one name: each a warning."""
+    rows = [f"https://x.org/{n}.jpg,{['Spam', 'spam ', 'ham'][n % 3]},{['train', 'kept'][n % 2]}\n" for n in range(30)]
+    (tmp_path / "a.csv").write_text("photo,label,split\n" + "".join(rows))
+    warnings = " ".join(made(tmp_path / "a.csv", tmp_path / "out")[0].manifest.warnings)
+    assert "'photo' holds addresses of the web" in warnings and "no split ('kept')" in warnings
+    assert "'Spam', 'spam ' differ in case or spaces alone, and are 2 classes" in warnings
+    for n in range(12):
+        file = tmp_path / "in" / ["train/b/c", "test/b/c", "train/d/c", "train/e"][n % 4] / f"{n}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(make_image(n))
+    warnings = " ".join(made(tmp_path / "in", tmp_path / "out2")[0].manifest.warnings)
+    assert "The folders 'b/c', 'd/c' give one class, 'c'" in warnings

@@ -24,6 +24,7 @@ from plait.core import system
 from plait.core.errors import PlaitError
 from plait.hf import huggingface
 from plait.hf.export import export_onnx, export_transformers
+from plait.hf.gguf_files import WIDENED
 from plait.hf.span_counter import channels_for, count_codes, widened
 from plait.inference.grammar import Span
 from plait.inference.prompts import Chat, Turn
@@ -352,6 +353,15 @@ def write_gguf(folder: Path, path: Path, arch: str, kind: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+@pytest.mark.parametrize("kind", ["Q5_0", "Q8_0"])
+def test_blocks_are_widened_as_the_package_does(kind):
+    gguf = pytest.importorskip("gguf")
+    number = gguf.GGMLQuantizationType[kind]
+    rows = np.random.default_rng(0).normal(size=(40, 96)).astype(np.float32)
+    data = gguf.quantize(rows, number)
+    assert np.array_equal(WIDENED[kind](data.ravel()).reshape(rows.shape), gguf.dequantize(data, number))
 
 
 @pytest.mark.parametrize(("arch", "kind"), [("llama", "F32"), ("qwen2", "Q8_0"), ("gemma3", "Q4_0"), ("qwen3", "F16")])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pytest
 
 from plait.data.dataset import Dataset
 from plait.data.prepare import prepare
@@ -77,6 +78,33 @@ def test_conversations_are_tokenised_once_and_again_for_another_context(tmp_path
         assert f"{shortened} of {len(split)} conversations do not fit" in " ".join(split.notes)
         made.append((tmp_path / f"cache/train-{column}-turns.raw").stat().st_mtime_ns)
     assert made[0] == made[1] < made[2]
+
+
+def test_tokenising_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    texts = [pa.array([f"text {n} of {block}" if n % 5 else None for n in range(9)]) for block in range(12)]
+    done: list[str] = []
+
+    def encode(values: list[str], most: int = 10**9) -> list[list[int]]:
+        if len(done) > most:
+            raise KeyboardInterrupt
+        done.extend(values)
+        return [list(value.encode()) for value in values]
+
+    def run(key: str, most: int = 10**9) -> Tokens:
+        done.clear()
+        return write_tokens(tmp_path / "x", texts, lambda values: encode(values, most), 256, key, part=200)
+
+    wanted = [None if value is None else list(value.encode()) for array in texts for value in array.to_pylist()]
+    for first, second in (("a", "a"), ("b", "c")):
+        with pytest.raises(KeyboardInterrupt):
+            run(first, most=60)
+        with (tmp_path / "x.raw").open("ab") as file:  # what was written after the last part, and not whole
+            file.write(b"cut")
+        tokens = run(second)
+        assert [tokens[n] for n in range(len(tokens))] == wanted
+        assert (len(done) < 50) == (first == second)
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["x.json", "x.offsets.npy", "x.raw", "x.rows.npy"]
+    assert len(done) == sum(value is not None for value in wanted)
 
 
 def test_tokens_grow_and_come_back(tmp_path: Path) -> None:

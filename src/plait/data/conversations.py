@@ -41,14 +41,22 @@ _SHAREGPT = {
 }  # fmt: skip
 
 
+_FIELDS = ({"role", "content"}, {"from", "value"})  # of a message
+
+
 def messages_of(value: Any) -> Any:
-    """A conversation as a list of messages with role and content, where it is one in another shape: JSON text, or
-    ShareGPT's `from` and `value`. Anything else comes back as it is."""
+    """A conversation as a list of messages with role and content, where it is one in another shape: JSON text, a list
+    for each field (as `datasets` keeps a sequence of structs), or ShareGPT's `from` and `value`. Anything else comes
+    back as it is."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
             return value
+    if isinstance(value, dict) and any(fields <= value.keys() for fields in _FIELDS):
+        columns = list(value.values())
+        if all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+            value = [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
     if isinstance(value, list) and value and all(isinstance(m, dict) and "from" in m and "value" in m for m in value):
         return [{"role": _SHAREGPT.get(str(m["from"]).lower(), m["from"]), "content": m["value"]} for m in value]
     return value
@@ -112,7 +120,7 @@ def _part(part: Any, where: str, place: Callable[[str, bytes | str], dict[str, s
         if isinstance(url, str) and url:
             return place("image", _url(url, where))
     if kind == "input_audio" and isinstance(value, dict) and isinstance(value.get("data"), str):
-        return place("audio", _decoded(value["data"], where))
+        return place("audio", decode_base64(value["data"], where))
     part_types = "text {text}, image_url {url: data:...} and input_audio {data}"
     raise ValueError(f"{where}: a part of type {kind!r} cannot be read; parts are {part_types}")
 
@@ -122,13 +130,14 @@ def _url(url: str, where: str) -> bytes | str:
         head, comma, body = url.partition(",")
         if not comma or not head.endswith(";base64"):
             raise ValueError(f"{where}: the data URL is not base64")
-        return _decoded(body, where)
+        return decode_base64(body, where)
     if "://" in url:
         raise ValueError(f"{where}: {url[:80]} is an address; write a data URL or the path of a file beside the table")
     return url
 
 
-def _decoded(text: str, where: str) -> bytes:
+def decode_base64(text: str, where: str) -> bytes:
+    """The bytes of a medium in base64. Raises ValueError, which names where it stands."""
     if len(text) // 4 * 3 > LIMITS.file_bytes:
         raise ValueError(f"{where}: a medium larger than {LIMITS.file_bytes >> 20} MiB")
     try:

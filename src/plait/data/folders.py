@@ -59,10 +59,29 @@ class Folders:
 
     def label(self, name: str) -> str | None:
         """The class that a file's folders name: the nearest one that is no split, or None."""
+        classes = self._classes(name)
+        return classes[-1] if classes else None
+
+    def _classes(self, name: str) -> tuple[str, ...]:
+        """A file's folders without the split."""
         path = folders_of(name)
         depth = self._depth(path)
-        classes = path if depth is None else path[:depth] + path[depth + 1 :]
-        return classes[-1] if classes else None
+        return path if depth is None else path[:depth] + path[depth + 1 :]
+
+    def note_namesakes(self, names: Iterable[str]) -> None:
+        """Note classes whose name folders in several places have: they are one class."""
+        places: dict[str, set[str]] = {}
+        for classes in {self._classes(name) for name in names}:
+            if classes:
+                places.setdefault(classes[-1], set()).add("/".join(classes))
+        several = {label: where for label, where in places.items() if len(where) > 1}
+        if several:
+            label, where = min(several.items())
+            more = f" (and {len(several) - 1} more such names)" if len(several) > 1 else ""
+            self.notes["namesakes",] = (
+                f"The folders {_named_few(where)} give one class, '{label}'{more}. If they are different classes, give "
+                "them names of their own."
+            )
 
 
 class FileSplits:

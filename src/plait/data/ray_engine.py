@@ -71,7 +71,8 @@ class RayPool:
 
     def submit(self, task: Task, blobs: list[bytes], here: bool = False) -> Future[None]:
         """Check a chunk in a worker; once the future is asked, its file lies at `task["out"]`."""
-        return _Chunk(self, task, self.check.remote({**task, "out": ""}, blobs))
+        sent = {name: value for name, value in task.items() if name != "written_items"} | {"out": ""}
+        return _Chunk(self, task, self.check.remote(sent, blobs))
 
 
 class _Chunk(Future[None]):

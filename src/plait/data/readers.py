@@ -191,6 +191,8 @@ def plan_text(tree: Tree) -> Plan | None:
                 split = borders.get(start, split)
                 yield RawRecord(f"{name}:{n}", f"{name}:{n}", {"text": text, **given_label}, split, group)
 
+    if labelled:
+        folders.note_namesakes(names)
     note = f"{len(names)} text files -> text" if not single else f"{names[0]} -> text, the last tenth for val and test"
     columns = {"text": "text", "label": "text"} if labelled else {"text": "text"}
     notes = [note] + ["folder names -> label"] * labelled
@@ -304,6 +306,8 @@ def plan_media(tree: Tree, pattern: re.Pattern[str] | None) -> Plan | None:
         if column in (*MEDIA, *RESERVED):
             raise PlaitError(f"The pattern's group '{column}' has the name of another column. Rename the group.")
         columns[column] = "text"
+    if labelled:
+        folders.note_namesakes(kinds)
     files = _MediaFiles(tree, stems, folders, classes, labelled, pattern)
     records = map(files.record, stems)
     split_counts: Counter[str | None] = Counter(item.split for item in records if isinstance(item, RawRecord))

@@ -5,10 +5,14 @@ Knows arrays, not what they mean: the function that turns a file's bytes into a 
 
 from __future__ import annotations
 
+import math
 import os
-from array import array
+from array import array as NumberArray
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 
@@ -49,26 +53,13 @@ class Samples:
 
         Raises PlaitError where they cannot be written.
         """
-        facts, raw, places = _files(path)
-        offsets, shape, dtype = array("q", [0]), (), np.dtype(np.uint8)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            facts.unlink(missing_ok=True)
-            with raw.open("wb") as file:
-                for values in arrays:
-                    if len(offsets) == 1:
-                        shape, dtype = values.shape[1:], values.dtype
-                    offsets.append(offsets[-1] + len(values))
-                    file.write(np.ascontiguousarray(values).tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-            with places.open("wb") as file:
-                np.save(file, np.frombuffer(offsets, np.int64))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise PlaitError(f"Cannot write {raw}: {error.strerror or error}. Free space, then go on.") from error
-        write_json(facts, {"shape": list(shape), "dtype": dtype.str})
+        left = iter(arrays)
+        first = next(left, None)
+        shape, dtype = ((), np.dtype(np.uint8)) if first is None else (first.shape[1:], first.dtype)
+        with SampleWriter(path, shape, dtype) as writer:
+            for values in left if first is None else chain([first], left):
+                writer.add(values)
+            writer.finish()
         return cls.open(path)
 
     @classmethod
@@ -84,6 +75,93 @@ class Samples:
             return cls(np.memmap(raw, dtype, "r", shape=shape), offsets)
         except (OSError, ValueError) as error:
             raise PlaitError(f"{raw} is damaged ({error}). Delete {path.parent}; it is made again.") from error
+
+
+class SampleWriter:
+    """Writes arrays back to back, as `Samples.open` reads them. What `keep` was called for is there again for the next
+    writer of the same key, if this one is stopped before it `finish`es; `len` is how many arrays there are."""
+
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], key: str = "") -> None:
+        """`shape` and `dtype` are those of an array's rows. Raises PlaitError where nothing can be written."""
+        self.shape, self.dtype, self.key = shape, dtype, key
+        self.facts, self.raw, self.places = _files(path)
+        self.part, self.part_places = (path.with_name(path.name + end) for end in (".part.json", ".offsets.part"))
+        self.row_bytes = dtype.itemsize * math.prod(shape)
+        with self._told():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.facts.unlink(missing_ok=True)
+            self.offsets = self._kept() if key else NumberArray("q", [0])
+            again = len(self.offsets) > 1
+            self.file = self.raw.open("r+b" if again else "wb")
+            self.kept = len(self.offsets) if again else 0  # offsets that are in the file of parts
+            if again:
+                self.file.truncate(self.total * self.row_bytes)
+                self.file.seek(0, os.SEEK_END)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __enter__(self) -> SampleWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.file.close()
+
+    @property
+    def total(self) -> int:
+        """Rows of all arrays."""
+        return self.offsets[-1]
+
+    def add(self, values: np.ndarray) -> None:
+        """Append an array. Raises PlaitError where it cannot be written."""
+        with self._told():
+            self.file.write(np.ascontiguousarray(values).tobytes())
+        self.offsets.append(self.offsets[-1] + len(values))
+
+    def keep(self) -> None:
+        """Bring what is there to the disk, for a writer that goes on from here."""
+        with self._told():
+            self._sync(self.file)
+            with self.part_places.open("r+b" if self.kept else "wb") as file:
+                file.seek(8 * self.kept)
+                file.write(np.frombuffer(self.offsets, np.int64)[self.kept :].tobytes())
+                self._sync(file)
+            self.kept = len(self.offsets)
+            write_json(self.part, {"key": self.key, "offsets": self.kept})
+
+    def finish(self) -> None:
+        """All is there. The .json comes last: with it all is whole."""
+        with self._told():
+            self._sync(self.file)
+            with self.places.open("wb") as file:
+                np.save(file, np.frombuffer(self.offsets, np.int64))
+                self._sync(file)
+            write_json(self.facts, {"shape": list(self.shape), "dtype": self.dtype.str})
+            self.part.unlink(missing_ok=True)
+            self.part_places.unlink(missing_ok=True)
+
+    def _kept(self) -> NumberArray[int]:
+        """The offsets of what an earlier writer of this key kept, [0] where there is nothing."""
+        nothing = NumberArray("q", [0])
+        if not (self.part.is_file() and self.part_places.is_file() and self.raw.is_file()):
+            return nothing
+        facts = read_json(self.part)
+        data = self.part_places.read_bytes()[: 8 * int(facts["offsets"])]
+        offsets = NumberArray("q", data)
+        whole = len(offsets) == facts["offsets"] > 1 and self.raw.stat().st_size >= offsets[-1] * self.row_bytes
+        return offsets if facts["key"] == self.key and whole else nothing
+
+    def _sync(self, file: IO[bytes]) -> None:
+        file.flush()
+        os.fsync(file.fileno())
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """What the system says of a disk, as a PlaitError."""
+        try:
+            yield
+        except OSError as error:
+            raise PlaitError(f"Cannot write {self.raw}: {error.strerror or error}. Free space, then go on.") from error
 
 
 def mapped(path: Path) -> np.ndarray:

@@ -149,8 +149,9 @@ def task_of(chunk: list[Item], options: Task) -> tuple[Task, list[bytes], str]:
             continue
         parts = {name: part(value) for name, value in item.parts.items()}
         items.append({"id": item.id, "place": item.place, "split": item.split, "group": item.group, "parts": parts})
-    digest.update(json.dumps(items).encode())
-    return {"items": items, **options}, blobs, digest.hexdigest()[:32]
+    written_items = json.dumps(items).encode()
+    digest.update(written_items)
+    return {"items": items, "written_items": written_items, **options}, blobs, digest.hexdigest()[:32]
 
 
 class Pool(Protocol):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import codecs
 import json
 import math
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ import pyarrow.compute as pc
 
 from plait.core.errors import PlaitError
 from plait.core.rejects import Reason, RejectKind
-from plait.data.conversations import flatten, is_chat
+from plait.data.conversations import decode_base64, flatten, is_chat
 from plait.data.files import (
     DAMAGED,
     TABLE_SUFFIXES,
@@ -50,6 +51,7 @@ _SHORT = 200  # characters of what may be a label
 _LISTED = 60  # characters of a label in a list that is taken for labels unasked
 _NUMBERS = 20  # different values from which a column of numbers may be one to predict
 _BOOKS = ("dataset_dict.json", "dataset_info.json", "state.json")
+_DATA_URL = re.compile(r"data:(\w+)/[\w.+-]+;base64,")  # a medium in a text, by its kind
 _PLAIN = {"file_name", "filename", "file", "path", "filepath", "file_path"}
 
 
@@ -203,6 +205,20 @@ def _path_kinds(tree: Tree, table: str, column: str, values: list[Any]) -> set[s
     return set(kinds) if (there or named) and values and _most(len(kinds), values) else set()
 
 
+def _data_url_kinds(values: list[Any]) -> set[str]:
+    """The kinds of media that most of the values hold as data URLs; empty where they do not."""
+    found = [match[1] for value in values if isinstance(value, str) and (match := _DATA_URL.match(value))]
+    kinds = {kind for kind in found if kind in MEDIA}
+    return kinds if values and _most(len(found), values) else set()
+
+
+def _are_web_media(values: list[Any]) -> bool:
+    """Whether most of the values are addresses of media in the web."""
+    addresses = [value for value in values if isinstance(value, str) and value.startswith(("http://", "https://"))]
+    media = [value for value in addresses if kind_of_suffix(suffix_of(value.partition("?")[0]))]
+    return bool(values) and _most(len(media), values)
+
+
 def _is_text(head: bytes) -> bool:
     """Whether the first bytes of a value are text: UTF-8 that may be cut, without control characters."""
     try:
@@ -236,6 +252,8 @@ def _recognise(tree: Tree, table: str, column: str, values: list[Any]) -> str:
         return "chat"
     if _are_label_lists(values):
         return "labels"
+    if kinds := _data_url_kinds(values):
+        return "media" if len(kinds) > 1 else kinds.pop()
     kinds = _path_kinds(tree, table, column, values)
     return "media" if len(kinds) > 1 else kinds.pop() if kinds else "text"
 
@@ -312,6 +330,17 @@ class _Columns:
         role, text = column.role, "text" if column.role == "each" else column.role
         if role == "text" and not column.labels and _are_numbers(table.samples[name]):
             self.hints.append(f"{table.file}: '{name}' holds numbers, read as texts. To predict them: --number {name}.")
+        if role == "text" and _are_web_media(table.samples[name]):
+            self.hints.append(
+                f"{table.file}: '{name}' holds addresses of the web, read as texts: nothing is fetched. Fetch the "
+                "files and write their paths, to have the media themselves."
+            )
+        if role == "text" and name.lower() == "split":
+            unknown = sorted({str(v) for v in table.samples[name] if not (isinstance(v, str) and split_name(v))})[:3]
+            self.hints.append(
+                f"{table.file}: '{name}' is read as a text, since it holds what is no split ("
+                f"{', '.join(map(repr, unknown))}): write train, validation or test."
+            )
         shown = column.name if role != "media" else ", ".join(MEDIA)
         self.notes.append(
             f"{table.file}: {_printable(name) or 'a column without a name'} -> "
@@ -488,6 +517,12 @@ def _medium(tree: Tree, table: Table, place: str, column: Column, value: Any) ->
         return Media(kind, place, data=value)
     if not isinstance(value, str):
         raise UnusableError(Reason(RejectKind.BAD_VALUE, f"column '{column.name}' is neither a path nor bytes"))
+    if match := _DATA_URL.match(value):
+        try:
+            data = decode_base64(value[match.end() :], f"column '{column.name}'")
+        except ValueError as error:
+            raise UnusableError(Reason(RejectKind.BAD_VALUE, str(error))) from None
+        return Media(match[1] if match[1] in MEDIA else column.role, place, data=data)
     resolved = tree.resolve(table.file, value)
     if isinstance(resolved, Rejected):
         raise UnusableError(resolved.why)

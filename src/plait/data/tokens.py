@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from plait.data.samples import Samples, mapped
+from plait.data.samples import Samples, SampleWriter, mapped
 
 Encode = Callable[[list[str]], Sequence[Sequence[int]]]
 
 IDS_BLOCK = 1 << 16  # records in a block of a file of ids
+PART = 1 << 23  # tokens after which what was tokenised is kept: a few seconds of work
 
 
 class Tokens:
@@ -104,29 +105,37 @@ class Ids:
         self.values = pa.chunked_array([*self.values.chunks, pa.array(list(ids), pa.large_string())])
 
 
-def write_tokens(path: Path, texts: Iterable[pa.Array], encode: Encode, vocabulary: int) -> Tokens:
-    """Tokenise texts and store them under `path`, a block in memory at a time.
+def write_tokens(
+    path: Path, texts: Iterable[pa.Array], encode: Encode, vocabulary: int, key: str = "", part: int = PART
+) -> Tokens:
+    """Tokenise texts and store them under `path`, a block in memory at a time. Stopped, it goes on from the last `part`
+    tokens that were written, where the same `key` is given.
 
     Args:
         path: as in `Samples.write`; the records' numbers are in a file beside it.
         texts: string arrays, the texts of consecutive records, null where one has none.
         encode: a list of texts to their ids.
         vocabulary: one more than the largest id.
+        key: what tells these texts and this tokenizer from others; where empty, nothing is gone on with.
+        part: tokens after which what is done is kept.
     """
-    kind = np.uint16 if vocabulary <= 1 << 16 else np.uint32
+    kind = np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.uint32)
     rows: list[np.ndarray] = []
     count = 0
-
-    def arrays() -> Iterator[np.ndarray]:
-        nonlocal count
+    with SampleWriter(path, (), kind, key) as writer:
+        kept = writer.total
         for array in texts:
             there = array.is_valid().to_numpy(zero_copy_only=False)
             rows.append(np.where(there, count - 1 + np.cumsum(there), -1))
             count += int(there.sum())
+            if count <= len(writer):
+                continue  # tokenised before
             for ids in encode([value for value in array.to_pylist() if value is not None]):
-                yield np.array(ids, kind)
-
-    Samples.write(path, arrays())
+                writer.add(np.array(ids, kind))
+            if key and writer.total - kept >= part:
+                writer.keep()
+                kept = writer.total
+        writer.finish()
     numbers = np.concatenate([*rows, np.zeros(0, np.int64)]).astype(np.int64)
     np.save(path.with_name(path.name + ".rows.npy"), numbers)
     return open_tokens(path)

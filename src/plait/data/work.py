@@ -135,7 +135,8 @@ def _check(
     media = {name: data for name, data in parts.items() if isinstance(data, bytes)}
     group = _digest(media or parts)
     words = {name: text for name, text in parts.items() if isinstance(text, str)}
-    row["group"], row["content"] = group[:16], hashlib.sha256(group + _digest(words)).digest()[:16]
+    of_words = _digest(words) if media else group  # without media the words are all there is
+    row["group"], row["content"] = group[:16], hashlib.sha256(group + of_words).digest()[:16]
     if task["near"] and not media:
         row["words"] = text_print(
             "\n".join(_words_of(text) if n in task["chats"] else text for n, text in words.items())
@@ -194,23 +195,26 @@ def check_chunk(task: Task, blobs: list[bytes], at: Callable[[int], None] = lamb
 
 
 def send(file: Any, task: Task, blobs: list[bytes]) -> None:
-    """Write a task to a process: the lengths, the task as JSON, the blobs."""
-    head = json.dumps(task).encode()
-    file.write(struct.pack("<QI", len(head), len(blobs)) + struct.pack(f"<{len(blobs)}Q", *map(len, blobs)))
-    file.write(head)
-    for blob in blobs:
+    """Write a task to a process: the lengths, the task but for its items and these as JSON, the blobs. `written_items`
+    of a task are its items as JSON already, which are large where they are texts."""
+    head = json.dumps({name: value for name, value in task.items() if name not in ("items", "written_items")}).encode()
+    items = task["written_items"] if "written_items" in task else json.dumps(task["items"]).encode()
+    pieces = [head, items, *blobs]
+    file.write(struct.pack("<I", len(pieces)) + struct.pack(f"<{len(pieces)}Q", *map(len, pieces)))
+    for blob in pieces:
         file.write(blob)
     file.flush()
 
 
 def _receive(file: Any) -> tuple[Task, list[bytes]] | None:
-    head = file.read(12)
-    if len(head) < 12:
+    head = file.read(4)
+    if len(head) < 4:
         return None
-    size, count = struct.unpack("<QI", head)
+    (count,) = struct.unpack("<I", head)
     lengths = struct.unpack(f"<{count}Q", file.read(8 * count))
-    task = json.loads(file.read(size))
-    return task, [file.read(length) for length in lengths]
+    task = json.loads(file.read(lengths[0]))
+    task["items"] = json.loads(file.read(lengths[1]))
+    return task, [file.read(length) for length in lengths[2:]]
 
 
 class _NoPandas:

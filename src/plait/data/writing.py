@@ -450,9 +450,11 @@ def _kept_records(
 
 
 def _meant(label: str, others: list[str]) -> str:
-    """A label that differs from another by a letter, a capital or a space, with that one beside it."""
+    """A label of one example that differs from another by a letter, with that one beside it; one that differs in case
+    or spaces alone has a line of its own."""
     spelt = {other.strip().casefold(): other for other in others}
-    close = get_close_matches(label.strip().casefold(), spelt, 1, 0.85)
+    own = label.strip().casefold()
+    close = [] if own in spelt else get_close_matches(own, spelt, 1, 0.85)
     return f", meant '{spelt[close[0]]}'?" if close else ""
 
 
@@ -475,6 +477,12 @@ def _warnings(
         records = sum(manifest.counts.values())
         if 0 < (empty := records - lengths.records) <= FEW_EMPTY * records:
             warnings.append(f"Column '{name}' is empty in {empty:,} of {records:,} records: nothing is learnt there.")
+        spellings: dict[str, list[str]] = {}
+        for label in lengths.classes or {}:
+            spellings.setdefault(" ".join(label.split()).casefold(), []).append(label)
+        for alike in [alike for alike in spellings.values() if len(alike) > 1][:3]:
+            shown = ", ".join(f"'{label}'" for label in alike)
+            warnings.append(f"Column '{name}': {shown} differ in case or spaces alone, and are {len(alike)} classes.")
     for pair, count in overlap.items():
         warnings.append(f"{count} records of {pair.later} hold the same media or text as records of {pair.earlier}.")
     if dropped:

@@ -188,7 +188,9 @@ class GGUF:
         start, stop, _ = rows.indices(shape[0])
         size = tensor.n_bytes // shape[0]
         data = np.fromfile(self.path, np.uint8, size * (stop - start), offset=int(tensor.data_offset) + size * start)
-        if len(shape) == 1:
+        if (widen := WIDENED.get(tensor.tensor_type.name)) is not None:
+            values = widen(data)
+        elif len(shape) == 1:
             values = self.library.dequantize(data, tensor.tensor_type)
         else:
             values = self.library.dequantize(data.reshape(stop - start, size), tensor.tensor_type)
@@ -196,6 +198,30 @@ class GGUF:
         if not all_finite(value):
             raise PlaitError(f"{self.path}: tensor {name} holds values that are not finite. Fetch it again.")
         return value
+
+
+def _widen_q5_0(data: np.ndarray) -> np.ndarray:
+    """Blocks of 32 weights: a scale in fp16, the fifth bit of each, four bits of each. The package does it 16 rows at a
+    time, with numbers of 32 bits between, and takes 2.5 times as long."""
+    blocks = data.reshape(-1, 22)
+    scales = blocks[:, :2].copy().view(np.float16).astype(np.float32)
+    values = np.unpackbits(blocks[:, 2:6], axis=1, bitorder="little")
+    values <<= 4
+    values[:, :16] |= blocks[:, 6:] & 15
+    values[:, 16:] |= blocks[:, 6:] >> 4
+    signed = values.view(np.int8)
+    signed -= 16
+    return np.multiply(signed, scales, dtype=np.float32).ravel()
+
+
+def _widen_q8_0(data: np.ndarray) -> np.ndarray:
+    """Blocks of 32 weights: a scale in fp16, eight bits of each."""
+    blocks = data.reshape(-1, 34)
+    scales = blocks[:, :2].copy().view(np.float16).astype(np.float32)
+    return np.multiply(blocks[:, 2:].view(np.int8), scales, dtype=np.float32).ravel()
+
+
+WIDENED = {"Q5_0": _widen_q5_0, "Q8_0": _widen_q8_0}  # the types that most weights of small models have
 
 
 def all_finite(value: Tensor) -> bool:

@@ -191,6 +191,9 @@ def _register(form: Format) -> None:
         import pillow_jxl  # noqa: F401 - it registers itself
 
 
+_SINGLE = ("JPEG", "PNG", "BMP")  # formats of which Pillow keeps nothing beside the pixels once they are loaded
+
+
 def _decode(data: bytes, form: Format, limits: Limits) -> Image.Image:
     pillow_name = {"heic": "HEIF"}.get(form.name, form.name.upper())
     with warnings.catch_warnings():
@@ -210,7 +213,10 @@ def _decode(data: bytes, form: Format, limits: Limits) -> Image.Image:
                 target = "LA" if clear or mode == "La" else "L"
             else:
                 target = "RGBA" if clear or mode in ("PA", "RGBa") else "RGB"
-            return image.copy() if mode == target else image.convert(target)
+            if mode != target:
+                return image.convert(target)
+            # What is loaded stays when the file is closed; a copy would take as long as decoding does.
+            return image if pillow_name in _SINGLE else image.copy()
 
 
 def _check_size(size: tuple[int, int] | None, limits: Limits) -> None:

@@ -213,7 +213,7 @@ def _cached(reading: _Reading, text: Text, cache: Path) -> _Cached:
         return _open_cache(reading, cache, known["cut"])
     cache.mkdir(parents=True, exist_ok=True)
     earlier = EarlierCache(cache, reading.split)
-    cut = _write_cache(reading, text, cache, earlier)
+    cut = _write_cache(reading, text, cache, earlier, made_of)
     media = {column: reading.settings(column) for column in reading.media_columns}
     facts = {"tokenizer": _tokenizer_key(text), "texts": reading.plain, "media": media}
     write_json(cache_file, {"cut": cut, "made_of": made_of, **facts})
@@ -240,8 +240,9 @@ def _open_cache(reading: _Reading, cache: Path, cut: dict[str, int]) -> _Cached:
         raise PlaitError(f"{cache} is damaged ({error}). Delete it; it is made again.") from error
 
 
-def _write_cache(reading: _Reading, text: Text, cache: Path, earlier: EarlierCache) -> dict[str, int]:
-    """Read a split's data and write them; returns how many samples of each column were cut."""
+def _write_cache(reading: _Reading, text: Text, cache: Path, earlier: EarlierCache, made_of: str) -> dict[str, int]:
+    """Read a split's data and write them; returns how many samples of each column were cut. Texts that a start of the
+    same data has tokenised before it was stopped are not tokenised again."""
     split, count = reading.split, len(reading.indices)
     keys = np.zeros((count, len(reading.plain)), np.int64)
     cut = {}
@@ -255,7 +256,7 @@ def _write_cache(reading: _Reading, text: Text, cache: Path, earlier: EarlierCac
     for place, column in enumerate(reading.plain):
         texts = reading.texts(column, keys[:, place])
         encode = reusing(text.encode_batch, earlier.tokens(column, _tokenizer_key(text)), text_key)
-        write_tokens(cache / f"{split}-{column}-tokens", texts, encode, text.size)
+        write_tokens(cache / f"{split}-{column}-tokens", texts, encode, text.size, made_of)
     np.save(cache / f"{split}-keys.npy", keys)
     Ids.write(cache / f"{split}-ids.arrow", reading.dataset.cells("id", reading.indices))
     return cut

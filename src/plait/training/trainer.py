@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from plait.core.config import Recipe
-from plait.core.device import choose_device, keep_memory, matmul_precision, threads
+from plait.core.device import choose_device, keep_memory, matmul_precision, release_memory, threads
 from plait.core.errors import DivergedError, PlaitError, Terminated
 from plait.core.files import only_writer, read_json
 from plait.core.objective import weighted_sum
@@ -34,6 +34,7 @@ from plait.model.multimodal import ModelConfig, Multimodal
 from plait.training.batches import PASS, BatchPrefetcher, Sampler
 from plait.training.budget import (
     ACTIVATION_BYTES,
+    CONTRAST_BYTES,
     VALIDATION_SHARE,
     activation_bytes,
     calibrate,
@@ -129,6 +130,7 @@ def train(
             )
         else:
             prepared = prepare_run(run, reuse)
+            release_memory()  # what counting words and tokenising took
             Trainer(run, prepared, received, Callbacks(callbacks if group.is_main else ())).fit()
             run.record(finished=time.time())
         return folder / "checkpoints" / "best"
@@ -230,7 +232,9 @@ class Trainer:
             return None
         if "max_tokens" not in self.run.metadata:
             each = activation_bytes(self.model.config.backbone, self.run.device.dtype)
-            self.run.record(max_tokens=max(ACTIVATION_BYTES // each, 1))
+            # A step with a contrast that is cut takes a forward pass more, so it is cut later.
+            held = CONTRAST_BYTES if self.model.config.embed_dim else ACTIVATION_BYTES
+            self.run.record(max_tokens=max(held // each, 1))
         for sampler in filter(None, (self.train_sampler, self.val_sampler)):
             sampler.max_tokens = self.run.metadata["max_tokens"]
         return int(self.run.metadata["max_tokens"])
@@ -308,10 +312,10 @@ class Trainer:
         budget, first = self.run.budget, self.run.first_step
         if budget.steps is None:
             return
-        expected = seconds * (steps - first) / max(possible - first, 1) / 60
+        expected = max(seconds, 0.0) * (steps - first) / max(possible - first, 1) / 60
         note = (
             f"{steps - first} steps, some {expected:.1f} minutes as busy as it is here; "
-            f"training ends after {budget.max_minutes:g} at most"
+            f"they end after {max(seconds, 0.0) / 60:.1f} at most"
         )
         if steps - first < budget.steps:
             note += f", which do not hold the {budget.steps} asked for"
