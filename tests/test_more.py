@@ -113,6 +113,15 @@ def test_the_better_of_before_and_after_is_kept(run: Path) -> None:
         assert best.resolve() == expected and not (run / "before").exists()
         point(best, began.name)
     assert settle(run) == []
+    set_aside(run)
+    for place in (run / "before", best):  # as of a run that recognises nothing
+        (place / "classifiers.json").unlink()
+    newer = Path(shutil.copytree(began, run / "checkpoints" / "step-000095"))
+    config = json.loads((newer / "config.json").read_text())
+    config["training"] |= {"step": 95, "validation": {"text": 0.25}}
+    (newer / "config.json").write_text(json.dumps(config))
+    point(best, newer.name)
+    assert re.fullmatch(r"Validation loss, before -> after: text [\d.]+ -> 0\.250\.", *settle(run))
 
 
 @pytest.mark.parametrize(("stage", "done"), [("image labels", 10), ("model", STEPS + 6)])

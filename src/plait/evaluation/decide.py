@@ -196,10 +196,10 @@ def _fit_weighed(
     choice = choose_linear(rows, classes, held_rows, held.classes, len(labels), kind == "text", left)
     strength, balanced = choice.strength, choice.balanced
     if choice.untried:
+        untried = ", ".join(f"{one:g}" for one in choice.untried)
         classifier.fitting.append(
-            f"{classifier.target} from {classifier.source}: of the linear model's strengths "
-            f"{', '.join(f'{one:g}' for one in choice.untried)} were not tried, so that it takes no more than a tenth "
-            "of the run's time; a longer run (--minutes) tries them all."
+            f"{classifier.target} from {classifier.source}: the linear model's strengths {untried} were not tried: it "
+            f"takes at most a tenth of the run's time, or {LINEAR_SECONDS:.0f} s. A longer run (--minutes) tries more."
         )
     classifier.linear = choice.linear
     names = available(model.checkpoint, classifier.source, classifier.target)
