@@ -113,9 +113,9 @@ def test_changes_are_refused_until_allowed(
 ) -> None:
     assert plait(*command(small, run, "--save-every", 7)) == 0  # when to save is free
     assert plait(*command(small, run, "--learning-rate", 1e-3)) == 1
-    assert "training.learning_rate: was None, now 0.001" in capsys.readouterr().err
+    assert "learning rate was not given, now 0.001" in capsys.readouterr().err
     assert plait(*command(small, run, "--size", "small", "--allow-changes")) == 1
-    assert "model.size: was tiny, now small" in capsys.readouterr().err
+    assert "size was tiny, now small" in capsys.readouterr().err
     assert plait(*command(small, run, "--learning-rate", 1e-3, "--steps", 26, "--allow-changes")) == 0
     assert "going on from step 24" in capsys.readouterr().err
     rows = [json.loads(line)["step"] for line in (run / "records.jsonl").read_text().splitlines()]

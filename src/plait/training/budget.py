@@ -21,6 +21,7 @@ CALIBRATION_STEPS = 8  # by which a step's time is measured
 FEWEST_STEPS = 20  # of a schedule, however short the time
 VALIDATION_SHARE = 0.07  # of the time, which validations take
 ACTIVATION_BYTES = 512 << 20  # what a step on a processor keeps of its tokens until they were passed backwards
+CONTRAST_BYTES = 2 << 30  # the same of a model that media and texts agree in
 COMPILE_SECONDS = 600  # of training, from which compiling pays
 REVISED_AT = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8)  # shares of the schedule after which it is planned anew
 

@@ -34,6 +34,7 @@ from plait.model.multimodal import ModelConfig, Multimodal
 from plait.training.batches import PASS, BatchPrefetcher, Sampler
 from plait.training.budget import (
     ACTIVATION_BYTES,
+    CONTRAST_BYTES,
     VALIDATION_SHARE,
     activation_bytes,
     calibrate,
@@ -231,7 +232,9 @@ class Trainer:
             return None
         if "max_tokens" not in self.run.metadata:
             each = activation_bytes(self.model.config.backbone, self.run.device.dtype)
-            self.run.record(max_tokens=max(ACTIVATION_BYTES // each, 1))
+            # A step with a contrast that is cut takes a forward pass more, so it is cut later.
+            held = CONTRAST_BYTES if self.model.config.embed_dim else ACTIVATION_BYTES
+            self.run.record(max_tokens=max(held // each, 1))
         for sampler in filter(None, (self.train_sampler, self.val_sampler)):
             sampler.max_tokens = self.run.metadata["max_tokens"]
         return int(self.run.metadata["max_tokens"])
