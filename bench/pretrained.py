@@ -388,7 +388,7 @@ def speech_train(arguments: argparse.Namespace) -> None:
         seconds = time.process_time() - begun
         ours = run.model("cpu")
         print(f"after: WER {_error_rate(ours, asked):.4f}, trained in {seconds:.0f} s of processor time", flush=True)
-        exported = plait.export(run, folder / "export").folder
+        exported = plait.export(str(run.folder), folder / "export").folder
         _compare(exported, ours, asked[:10])
 
 

@@ -50,7 +50,7 @@ def test_clips_are_learnt_and_exported(
     assert plait("train", clips, "-o", run, *options) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "whisper from" in told and "nats a token" in told
-    assert "1 of" in told and "longer than 30 s" in told
+    assert "1 of" in told and "longer than 30 s" in told and "Next: plait transcribe" in told
     model = library.load(run)
     heard = [model.transcribe((tone(pitch), RATE)) for pitch in (0, 1)]
     assert heard[0].startswith("the cat") and heard[1].startswith("a dog"), heard

@@ -12,6 +12,7 @@ class SuggestingCommand(TyperCommand):
     """A command that answers an unknown option with those that are about that word: `--answer` with `--for`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The arguments that are left; an error of an unknown option names what may have been meant."""
         try:
             return super().parse_args(ctx, args)
         except Exception as error:

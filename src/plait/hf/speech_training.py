@@ -28,7 +28,7 @@ from plait.hf import hub
 from plait.hf.further import FurtherTraining, Progress
 from plait.hf.pretrained import kind_of
 from plait.hf.speech import SECONDS
-from plait.modalities.audio_files import decode_audio, resample
+from plait.modalities.audio_files import AUDIO, decode_audio, resample
 from plait.model.adapted import weight_sums
 from plait.training.build import label_columns
 from plait.training.tasks import find_task
@@ -98,7 +98,7 @@ class SpeechTraining(FurtherTraining):
 
     def _columns(self, dataset: Dataset) -> tuple[str, str]:
         """(the column of audio, that of what is said). Raises PlaitError where several texts could be meant."""
-        audio = next(column for column, kind in dataset.columns.items() if kind == "audio")
+        audio = next(column for column, kind in dataset.columns.items() if kind == AUDIO.kind)
         texts = [column for column, kind in dataset.columns.items() if kind == "text"]
         labels = label_columns(dataset, 2**31)
         chosen = [column for column in texts if column not in labels] or texts
