@@ -107,7 +107,7 @@ def test_onnx_and_a_folder_answer_alike(run: Path, plait: Plait, capsys: pytest.
             "Splits: train ",
             "Labels of `label`: ",
             "## Figures",
-            "held-out records, by which it was calibrated",
+            "validation records, by which it was also chosen and calibrated",
             "## Limits",
             "## Licences",
         ):

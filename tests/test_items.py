@@ -363,6 +363,37 @@ def test_tables_of_interactions(tmp_path: Path, plait: Command, name: str, text:
     assert histories.parts[:3].tolist() == [TRAIN, VAL, TEST]
 
 
+ORDERS = [(f"C{n % 12}", f"thing {n * 7 % 9}", f"2026-03-{n // 4 + 1:02} 10:00") for n in range(60)]
+
+
+@pytest.mark.parametrize(
+    ("heading", "more", "kind"),
+    [
+        ("customer,product,time", "", "recommend"),
+        ("customer,product,time,price", ",9.90", "recommend"),
+        ("customer,product,time,remark", ",it came late and the box was open", "records"),
+        ("customer,product", None, "records"),
+    ],
+)
+def test_a_table_of_any_name_is_known_by_what_it_holds(
+    tmp_path: Path, plait: Command, heading: str, more: str | None, kind: str
+) -> None:
+    rows = [f"{user},{item}" + ("" if more is None else f",{time}{more}") for user, item, time in ORDERS]
+    (tmp_path / "orders.csv").write_text("\n".join([heading, *rows]) + "\n")
+    assert plait("prepare", tmp_path / "orders.csv", "-o", tmp_path / "data", "--workers", 0) == 0
+    assert Dataset.open(tmp_path / "data").manifest.kind == kind
+
+
+def test_a_task_that_the_data_cannot_serve_is_refused_before_training(
+    tmp_path: Path, plait: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mails.csv").write_text("text,label\n" + "".join(f"mail {n},{n % 2}\n" for n in range(40)))
+    for task, said in (("recommend", "no table of interactions"), ("chat", "that takes conversations")):
+        assert plait("train", tmp_path / "mails.csv", "-o", tmp_path / task, "--task", task, "--steps", 1) == 1
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / task / "checkpoints").exists()
+
+
 def test_split_by_time(shop: Path, tmp_path: Path, plait: Command) -> None:
     (tmp_path / "recipe.yaml").write_text("data: {items: {split: time, least_weight: 2}}")
     assert plait("prepare", shop / "files", "-o", tmp_path / "data", "--recipe", tmp_path / "recipe.yaml") == 0

@@ -177,3 +177,19 @@ def test_a_run_is_handed_over_with_its_past_replies(run: Path, tmp_path: Path) -
     question = ["Someone here asked us of a tent."]
     one, other = (open_replies(place).answer(question)[0] for place in (run, tmp_path / "elsewhere" / written.stem))
     assert one == other and one.reply == THINGS["a tent"]
+
+
+def test_conversations_are_past_pairs_too(tmp_path: Path, plait: Plait) -> None:
+    """Each user's message and the reply to it; what nobody answered must not be answered."""
+    lines = []
+    for number, (thing, reply) in enumerate(THINGS.items()):
+        for frame in FRAMES[:3]:
+            turns = [("user", frame.format(x=thing)), ("assistant", reply), ("user", NEVER[number])]
+            lines.append(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}))
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines))
+    assert plait("prepare", tmp_path / "chats.jsonl", "-o", tmp_path / "data", "--workers", 0) == 0
+    replies = Replies(Dataset.open(tmp_path / "data"))
+    assert sorted(set(replies.replies)) == sorted(THINGS.values()) and len(replies.questions) == 15
+    assert sorted(set(replies.never)) == sorted(NEVER[: len(THINGS)])
+    replies.fit()
+    assert replies.answer(["Now tell me: what about my parcel?"])[0].sources[0].reply == THINGS["my parcel"]

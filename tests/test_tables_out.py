@@ -67,6 +67,20 @@ def test_a_folder_is_classified(trained: Path, folder: Path, plait: Plait, capsy
     assert plait("classify", trained, folder, "-o", folder.parent / "a.txt") == 1
 
 
+def test_rows_of_a_table_keep_what_stands_beside_them(trained: Path, tmp_path: Path, plait: Plait, capsys: Any) -> None:
+    table, out = tmp_path / "in.csv", tmp_path / "out.csv"
+    table.write_text(
+        "id,caption,from\n7,two\nlines\n,Ann\n".replace("two\nlines\n", '"two\nlines"') + "8,,Bo\n9,one,Cy\n"
+    )
+    assert plait("classify", trained, table) == 1 and "-o answers.csv" in capsys.readouterr().err
+    assert plait("embed", trained, table, "-o", out, "--input", "caption") == 0
+    rows = rows_of(out)
+    assert [(row["id"], row["from"], row["text"]) for row in rows] == [
+        ("7", "Ann", "two\nlines"), ("", "", ""), ("9", "Cy", "one")
+    ]  # fmt: skip
+    assert [bool(row["error"]) for row in rows] == [False, True, False] and "caption" in rows[1]["error"]
+
+
 def test_other_verbs_and_formats(trained: Path, folder: Path, plait: Plait, capsys: Any) -> None:
     base, model = folder.parent, api.load(trained)
     assert plait("embed", trained, folder, "a text", "-o", base / "e.parquet") == 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from plait.chat.replies import LeftOut, Replies, answers_by_quoting, are_pairs, open_replies
 from plait.core.config import Recipe
 from plait.core.errors import PlaitError
+from plait.core.files import read_json
 from plait.data.dataset import Dataset
 from plait.evaluation.context import EvalContext
 from plait.evaluation.keys import Direction
@@ -19,9 +20,9 @@ ADVICE = 'ask it: plait reply RUN "a question"; a text encoder (--encoder) knows
 
 def evaluate_replies(eval_context: EvalContext) -> None:
     """How many past questions are answered right where their own pair is left out, and how many that nothing else
-    answers meet silence. For data of questions and replies alone."""
+    answers meet silence. For data of questions and replies alone, and for runs that were made to reply."""
     dataset = eval_context.dataset
-    if not are_pairs(dataset):
+    if not (are_pairs(dataset) or _was_made_to_reply(eval_context.model.folder)):
         return
     try:
         replies = Replies(dataset)
@@ -45,6 +46,13 @@ def evaluate_replies(eval_context: EvalContext) -> None:
     eval_context.findings.outcomes[:0] = outcomes
 
 
+def _was_made_to_reply(checkpoint: Path | None) -> bool:
+    """Whether the run of a checkpoint was trained with --task reply."""
+    run = checkpoint.resolve().parent.parent if checkpoint is not None else None
+    facts = run / "run.json" if run is not None else None
+    return facts is not None and facts.is_file() and read_json(facts)["recipe"]["training"]["task"] == "reply"
+
+
 def describe_replies(run: Path, dataset: Dataset, recipe: Recipe) -> list[str] | None:
     """What a run that answers questions can do, as its training ends; None for other runs."""
     if not answers_by_quoting(recipe, dataset):
@@ -54,8 +62,9 @@ def describe_replies(run: Path, dataset: Dataset, recipe: Recipe) -> list[str] |
     except PlaitError as error:
         return [str(error)]
     said = _in_words(replies.measure(), len(replies.questions))
+    writes = f"plait chat {run}" if replies.question == replies.reply else "--compose"
     return [
-        f"{said} It quotes; the network that was trained writes with --compose alone.",
+        f"{said} It quotes; the network that was trained writes with {writes} alone.",
         f'Ask it: plait reply {run} "a question"',
     ]
 

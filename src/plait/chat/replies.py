@@ -9,6 +9,7 @@ pairs suffice, and all of them stay in the past. What was fitted lies in the run
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from plait.core.config import Recipe
 from plait.core.errors import PlaitError
 from plait.core.files import read_json, write_json
 from plait.core.rng import uniform
+from plait.data.conversations import Turn, turns
 from plait.data.dataset import Dataset
 from plait.data.stores import read_place
 from plait.inference.model import PlaitModel
@@ -103,22 +105,21 @@ class Replies:
         embed: Embed | None = None,
         model: PlaitModel | None = None,
     ) -> None:
-        """`question` and `reply` are the columns; found by their names, else the first two texts. `embed` is a text
-        encoder that helps to find what is near; `model` writes replies where that is asked for.
+        """`question` and `reply` are the columns; found by their names, else the first two texts; of conversations,
+        each user's message and the reply to it are a pair. `embed` is a text encoder that helps to find what is near;
+        `model` writes replies where that is asked for.
 
         Raises PlaitError where there are no such columns or too few pairs."""
         self.dataset, self.model = dataset, model
         self.question, self.reply = _columns(dataset, question, reply)
-        questions, replies = dataset.texts(self.question), dataset.texts(self.reply)
-        known = [i for i in range(len(dataset)) if questions[i] and replies[i]]
+        pairs = _pairs(dataset, self.question, self.reply)
+        known = [(asked, said) for asked, said in pairs if said]
         if len(known) < FEWEST:
-            raise PlaitError(
-                f"{dataset.path} has {len(known)} records with both {self.question} and {self.reply}; at least "
-                f"{FEWEST} are needed."
-            )
-        self.questions = [str(questions[i]) for i in known]
-        self.replies = [str(replies[i]) for i in known]
-        self.never = [str(questions[i]) for i in range(len(dataset)) if questions[i] and not replies[i]]
+            what = "replies in conversations" if self.question == self.reply else "records with both"
+            columns = " and ".join(dict.fromkeys((self.question, self.reply)))
+            raise PlaitError(f"{dataset.path} has {len(known)} {what} ({columns}); at least {FEWEST} are needed.")
+        self.questions, self.replies = [asked for asked, _ in known], [said for _, said in known]
+        self.never = [asked for asked, said in pairs if not said]
         place = {text: i for i, text in enumerate(dict.fromkeys(self.replies))}
         self.owner = np.array([place[text] for text in self.replies])  # pair -> distinct reply
         self.nearness = Nearness(self.questions, self.replies, embed)
@@ -153,6 +154,8 @@ class Replies:
             text = None
         elif compose:
             assert self.model is not None
+            if self.question == self.reply:
+                raise PlaitError("Replies from conversations are quoted alone. To have the model write: plait chat RUN")
             text = self.model.write([self.model.context(message)], self.reply)[0][0]
         return Answer(text, chance, self.confidence.threshold, pairs, compose and text is not None)
 
@@ -239,8 +242,28 @@ def same(a: str, b: str) -> bool:
     return " ".join(a.split()) == " ".join(b.split())
 
 
+def _pairs(dataset: Dataset, question: str, reply: str) -> list[tuple[str, str]]:
+    """Questions and their replies, "" where there is none; both of one column are those of its conversations."""
+    if question != reply:
+        both = zip(dataset.texts(question), dataset.texts(reply), strict=True)
+        return [(asked, said or "") for asked, said in both if asked]
+    pairs = []
+    for text in dataset.texts(question):
+        said = [(turn.role, _words(turn)) for turn in turns(text)] if text else []
+        for (role, asked), (other, answer) in pairwise([*said, ("", "")]):
+            if role == "user" and asked:
+                pairs.append((asked, answer if other == "assistant" else ""))
+    return pairs
+
+
+def _words(turn: Turn) -> str:
+    return " ".join(content for kind, content in turn.parts if kind == "text").strip()
+
+
 def _columns(dataset: Dataset, question: str | None, reply: str | None) -> tuple[str, str]:
     texts = [c for c, kind in dataset.columns.items() if kind == "text" and c not in dataset.manifest.chats]
+    if len(texts) < 2 and dataset.manifest.chats and question is None and reply is None:
+        return dataset.manifest.chats[0], dataset.manifest.chats[0]
     second = reply or next((c for c in texts if c.lower() in REPLIES and c != question), None)
     first = question or next((c for c in texts if c.lower() in QUESTIONS), None)
     first = first or next((c for c in texts if c != second), None)

@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from plait.data.splitting import (
 from plait.data.stores import Location, listing
 
 _EXAMPLES = 12
+FEW_EMPTY = 0.2  # share of the records up to which an empty cell is told of
 GROUPS = "groups.parquet"  # beside the shards
 GROUPS_NAMED = 6  # groups of a split that a manifest names
 Progress = Callable[[str, int, int | None], None]  # stage, done, total
@@ -447,6 +449,15 @@ def _kept_records(
         yield table.filter(pa.array(kept_rows)), numbers[kept_rows], number
 
 
+def _meant(label: str, others: list[str]) -> str:
+    """A label of one example that differs from another by a letter, with that one beside it; one that differs in case
+    or spaces alone has a line of its own."""
+    spelt = {other.strip().casefold(): other for other in others}
+    own = label.strip().casefold()
+    close = [] if own in spelt else get_close_matches(own, spelt, 1, 0.85)
+    return f", meant '{spelt[close[0]]}'?" if close else ""
+
+
 def _warnings(
     manifest: Manifest,
     overlap: dict[SplitPair, int],
@@ -460,8 +471,12 @@ def _warnings(
     for name, lengths in manifest.statistics.items():
         alone = [label for label, count in (lengths.classes or {}).items() if count == 1]
         if alone:
-            first_labels = ", ".join(f"'{label}'" for label in alone[:5])
+            others = [label for label in lengths.classes or {} if label not in alone]
+            first_labels = ", ".join(f"'{label}'{_meant(label, others)}" for label in alone[:5])
             warnings.append(f"Column '{name}': {len(alone)} classes have one example only ({first_labels}).")
+        records = sum(manifest.counts.values())
+        if 0 < (empty := records - lengths.records) <= FEW_EMPTY * records:
+            warnings.append(f"Column '{name}' is empty in {empty:,} of {records:,} records: nothing is learnt there.")
         spellings: dict[str, list[str]] = {}
         for label in lengths.classes or {}:
             spellings.setdefault(" ".join(label.split()).casefold(), []).append(label)

@@ -122,10 +122,11 @@ def _tell_which_figure(eval_context: EvalContext, recognised: Recognised) -> Non
         return
     own, earlier = float(recognised.right.mean()), classifier.measured["mixed"]
     asked = "records that had not been learnt" if recognised.by_folds else f"records of {eval_context.split}"
+    page = " A page of plait export --to html (images) asks the network alone, and names a figure of that."
     eval_context.note(
         f"{recognised.source}-{recognised.target}: believe this figure, {own:.1%} on {len(recognised.truth):,} "
-        f"{asked}. Training told {earlier:.1%} on {classifier.records:,} records by which it also chose what answers, "
-        "which is rather too high. A page of plait export --to html asks the network alone, and names a figure of that."
+        f"{asked}. Training told {earlier:.1%} on {classifier.records:,} records by which it also chose what answers"
+        f"{', which is rather too high' * (earlier > own)}.{page * (classifier.features.kind in MEDIA)}"
     )
 
 

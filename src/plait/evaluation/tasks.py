@@ -131,8 +131,10 @@ def _evaluate_answers(eval_context: EvalContext, timer: Timer, out_of_fold: dict
 
 
 def _evaluate_texts(eval_context: EvalContext, timer: Timer) -> None:
-    """Texts that are written freely, texts that stand alone, and what features measure."""
+    """Texts that are written freely, texts that stand alone, and what features measure; not texts that classifiers
+    read, which are given and never asked for."""
     before, answered = len(eval_context.metrics), _answered(eval_context)
+    answered |= {classifier.source for classifier in eval_context.model.checkpoint.classifiers}
     for source, target in product(eval_context.columns, eval_context.text_columns):
         free = target in eval_context.written and target not in eval_context.labels and target not in answered
         if free and source != target and source in _sources(eval_context):

@@ -66,5 +66,8 @@ def _next(outcome: Outcome) -> str:
         return "train longer (--minutes), or give more records."
     if outcome.confused:
         pairs = ", ".join(f"{truth} taken for {predicted}" for truth, predicted in outcome.confused[:2])
-        return f"more records of what is confused most ({pairs}), or train longer (--minutes)."
+        longer = "" if outcome.is_alternative else ", or train longer (--minutes)"  # which changes nothing for it
+        return f"more records of what is confused most ({pairs}){longer}."
+    if outcome.is_alternative:
+        return "more records."
     return "more records, or train longer (--minutes)."

@@ -58,8 +58,11 @@ class Answering(Reading):
         ranked by their likelihood as texts. An audio clip longer than a window is read in windows and their
         probabilities averaged.
 
-        Raises PlaitError for a text where the run learnt to name media alone: most likely a file's name, misspelt.
+        Raises PlaitError for a text where the run learnt to name media alone: most likely a file's name, misspelt; and
+        for a text of no words.
         """
+        if any(isinstance(value, str) and not value.strip() for value in inputs):
+            raise PlaitError("A text is empty, so nothing can be said of it.")
         if labels is None:
             self._check_media_named(inputs)
         return self.classify_sequences(

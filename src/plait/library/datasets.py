@@ -125,6 +125,14 @@ def _written(source: Any, out: Path | str) -> Path:
     return folder
 
 
+def is_prepared(source: Any) -> bool:
+    """Whether what `train` was given is a dataset already, and no files to prepare."""
+    if isinstance(source, (str, Path)):
+        place = location(source)
+        return isinstance(place, str) or (place / "manifest.json").is_file()
+    return isinstance(source, Dataset)
+
+
 def open_or_prepare(
     source: Any, folder: Path, recipe: Recipe, bar: ProgressBar, allow_changes: bool, **options: Any
 ) -> Dataset:
@@ -135,12 +143,10 @@ def open_or_prepare(
     """
     if isinstance(source, Dataset):
         return source
-    if isinstance(source, (str, Path)):
-        place = location(source)
-        if isinstance(place, str) or (place / "manifest.json").is_file():
-            if recipe.data != DataRecipe():
-                bar.message(f"Note: {source} is prepared already, so the recipe's data section has no effect.")
-            return Dataset.open(place)
+    if is_prepared(source):
+        if recipe.data != DataRecipe():
+            bar.message(f"Note: {source} is prepared already, so the recipe's data section has no effect.")
+        return Dataset.open(location(source))
     if not in_memory(source) and (folder / "manifest.json").is_file():
         dataset = Dataset.open(folder)
         difference = changed_source(source, dataset.manifest, folder)

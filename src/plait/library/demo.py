@@ -30,6 +30,7 @@ def demo(
         out: the run's folder; files and dataset lie in it too.
         steps: steps to train for.
         max_minutes: the most that training may take; steps that it does not hold are left out, which is told before.
+            Where making codecs took more than a third of it, steps have two thirds of it all the same.
         seed: of weights, order, augmentation and samples.
         device: auto, cpu, cuda or mps.
         progress: as in `plait.train`.

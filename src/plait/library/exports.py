@@ -26,11 +26,13 @@ class Export:
         difference: the largest difference from ours of logits, or of a classifier's probabilities, where the written
             model was run and compared.
         accuracy: of a page, on records of test.
+        left_behind: what of the model was not written, in words.
     """
 
     folder: Path
     difference: float | None
     accuracy: float | None = None
+    left_behind: str = ""
 
 
 def export(
@@ -69,6 +71,8 @@ def export(
     opened = load(model, "cpu") if isinstance(model, (str, Path)) else model
     card = read_card(opened.folder)
     written = _write(opened, str(model), Path(out), to, adapter, length, tell or (lambda line: None), card)
+    if written.left_behind and card:
+        card = f"**Figures below are of the whole run.** {written.left_behind}\n\n{card}"
     if to != "folder":  # which has it among what its manifest seals
         add_to_card(Path(out), card)
     return written
@@ -139,19 +143,27 @@ def _write_backbone(
     }
     if Verb.GENERATE not in loaded.verbs:
         raise PlaitError(f"{name} can {' and '.join(loaded.verbs)}, which no other program can; nothing is written.")
-    if loaded.checkpoint.classifiers and to in ("onnx", "tflite"):
-        names = ", ".join(dict.fromkeys(one.target for one in loaded.checkpoint.classifiers))
-        tell(
-            f"What classifies {names} is not written: it reads texts, or this run makes media too. Only the backbone "
-            "is; serve the classifier with plait serve."
-        )
+    left = _left_behind(loaded)
+    if left:
+        tell(left)
     if loaded.checkpoint.predictors:
         names = ", ".join(dict.fromkeys(one.target for one in loaded.checkpoint.predictors))
         tell(f"What predicts {names} (several labels, or numbers) is no part of the network, and is not written.")
     if adapter is not None:
         merge_adapter(loaded.checkpoint.model.backbone, read_adapter(adapter, loaded.checkpoint))
     worst = formats[to](add_export_constraints(loaded.checkpoint, loaded.engine), out)
-    return Export(out, worst if isinstance(worst, float) else None)
+    return Export(out, worst if isinstance(worst, float) else None, left_behind=left)
+
+
+def _left_behind(model: PlaitModel | None) -> str:
+    """What classifies and is no part of a backbone that is written alone; "" where nothing does."""
+    if model is None or not model.checkpoint.classifiers:
+        return ""
+    names = ", ".join(dict.fromkeys(one.target for one in model.checkpoint.classifiers))
+    return (
+        f"What classifies {names} is not written: it reads texts, or this run makes media too. Only the backbone is; "
+        "serve the classifier with plait serve, or write it for Plait elsewhere with --to folder."
+    )
 
 
 def _page(model: PlaitModel, out: Path) -> Export:

@@ -20,7 +20,7 @@ from plait.core.objective import Objective, loss_column, losses_of_row
 from plait.core.progress import ProgressBar
 from plait.data.dataset import Dataset
 from plait.data.stores import read_place
-from plait.library.datasets import open_or_prepare
+from plait.library.datasets import is_prepared, open_or_prepare
 from plait.library.model_cards import write_card
 from plait.training.callbacks import Callback, TensorBoard
 from plait.training.parts import Budget, ask_for_more, check_more
@@ -352,6 +352,10 @@ def train(
     with distributed_processes(progress) as (group, bar):
         more = ask_for_more(folder, settings, minutes, steps)
         with group.main_first():
+            if not is_prepared(dataset):
+                from plait.training.tasks import source_settings
+
+                settings = source_settings(settings)
             data = open_or_prepare(dataset, folder / "data", settings, bar, allow_changes)
         say = tell if tell is not None and group.is_main else lambda line: None
         if start != "scratch" and settings.model.init_from is None:

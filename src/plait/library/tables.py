@@ -268,7 +268,7 @@ def _inputs(
             yield Entry(f"text:{number}:{place}", f"text {number + 1}", "text", place)
             continue
         readable = inputs or _readable(model, query, columns_of(place))
-        yield from entries(place, readable)
+        yield from entries(place, readable, empty=True)
 
 
 def _readable(model: Model, query: TableQuery, columns: dict[str, str]) -> list[str] | None:
@@ -322,29 +322,34 @@ def _stamp(entry: Entry) -> str:
 
 def _answer(model: Model, query: TableQuery, journal: Journal, taken: list[_Read | Rejected]) -> None:
     """Ask the model for a batch, and write the answers down."""
-    rows: list[tuple[str, str, dict[str, Any]]] = []
+    rows: dict[str, tuple[str, dict[str, Any]]] = {}  # id -> stamp and row, in the order of the inputs
     ready: list[tuple[_Read, Any]] = []
     for one in taken:
         if isinstance(one, Rejected):
             row = {"file": one.file if one.line is None else f"{one.file}:{one.line}", "error": one.reason}
-            rows.append((f"rejected:{one.file}:{one.line}", "", row))
+            rows[f"rejected:{one.file}:{one.line}"] = "", row
             continue
+        rows[one.entry.id] = one.stamp, {}
         try:
             ready.append((one, one.value.result()))
         except (MediaError, PlaitError, OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or str(error).removesuffix(".")
-            rows.append((one.entry.id, one.stamp, _row(one.entry, {"error": why})))
+            rows[one.entry.id] = one.stamp, _row(one.entry, {"error": why})
     for (one, _), answer in zip(ready, _answers(model, query, [value for _, value in ready]), strict=True):
         if query.sidecar is not None and "error" not in answer:
             journal.kept += not write_sidecar(query.sidecar, one.entry.value, answer)
-        rows.append((one.entry.id, one.stamp, _row(one.entry, answer)))
+        rows[one.entry.id] = one.stamp, _row(one.entry, answer)
     if rows:
-        journal.add(rows)
+        journal.add((id_, stamp, row) for id_, (stamp, row) in rows.items())
 
 
 def _row(entry: Entry, answer: dict[str, Any]) -> dict[str, Any]:
+    """A row of the table: where the input is from, the other texts of its record, what was read, what is answered."""
     text = {"text": entry.value} if isinstance(entry.value, str) else {}
-    return {"file": entry.source, **text, **answer}
+    taken = {"file", *text, *answer, "error"}
+    others = {name: value for name, value in entry.texts.items() if name not in taken and value != entry.value}
+    own = {"id": entry.own_id} if entry.own_id is not None else {}
+    return {"file": entry.source, **own, **others, **text, **answer}
 
 
 def _answers(model: Model, query: TableQuery, values: list[Any]) -> list[dict[str, Any]]:

@@ -18,6 +18,8 @@ from PIL import Image as PILImage
 from plait.core.errors import PlaitError
 from plait.modalities.media import kind_of_suffix
 
+TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow")
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -46,6 +48,11 @@ def inputs_of(value: Any) -> Inputs:
         value = media_or_text(value)
     if isinstance(value, Path) and value.is_dir():
         return Inputs(list(files_of(value)), True)
+    if isinstance(value, Path) and value.suffix.lower() in TABLES and value.is_file():
+        raise PlaitError(
+            f"{value} is a table. To answer for each of its rows, give the table to write: -o answers.csv "
+            "(plait.tabulate in Python)."
+        )
     return Inputs([plain_input(value)], False)
 
 

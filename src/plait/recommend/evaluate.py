@@ -109,6 +109,10 @@ class RankMetric:
 
 
 HR_10, NDCG_10, HR_20 = RankMetric("hr", 10), RankMetric("ndcg", 10), RankMetric("hr", 20)
+OUTCOMES = {
+    HR_10: ("HR@10, all items ranked", "of the next items are among the ten recommended"),
+    NDCG_10: ("NDCG@10, all items ranked", "of what an order has in which the next item always is the first"),
+}
 
 
 @dataclass
@@ -282,16 +286,9 @@ class _Work:
             chance = metric.chance(among)
             base = float(first.values[metric].mean())
             self.keep(str(metric), value, stderr=error, chance=chance, baseline=base, n=n)
-        hits, plain_hits = own.values[HR_10], first.values[HR_10]
-        value, error = _mean(hits, targets.users, self.seed)
-        _, lead_error = _mean(hits - plain_hits, targets.users, self.seed)
-        self.findings.outcomes.append(
-            Outcome(
-                TASK, "HR@10, all items ranked", "of the next items are among the ten recommended", value, error, n,
-                HR_10.chance(unseen),
-                "directed co-occurrence", float(plain_hits.mean()), lead_error,
-            )
-        )  # fmt: skip
+        hit, place = (self._outcome(metric, own, first, targets, unseen) for metric in OUTCOMES)
+        # Of few items ten hold nearly all: then where the next one stands among the ten tells more.
+        self.findings.outcomes.append(place if hit.better is None and place.better is not None else hit)
         for metric in (HR_10, NDCG_10):
             self._lead(str(metric), own.values[metric] - first.values[metric], targets, "directed co-occurrence")
             for other, measured in others.items():
@@ -306,6 +303,19 @@ class _Work:
         base = float(rare[first.lists].mean())
         self.keep("novelty_at_10", value, stderr=error, baseline=base, n=n)
         self._by_popularity(targets, own, first)
+
+    def _outcome(
+        self, metric: RankMetric, own: Measured, first: Measured, targets: Targets, unseen: np.ndarray
+    ) -> Outcome:
+        """The model beside directed co-occurrence by a metric, paired by target."""
+        mine, theirs = own.values[metric], first.values[metric]
+        value, error = _mean(mine, targets.users, self.seed)
+        _, lead_error = _mean(mine - theirs, targets.users, self.seed)
+        subject, figure = OUTCOMES[metric]
+        return Outcome(
+            TASK, subject, figure, value, error, len(targets), metric.chance(unseen), "directed co-occurrence",
+            float(theirs.mean()), lead_error,
+        )  # fmt: skip
 
     def _lead(self, name: str, lead: np.ndarray, targets: Targets, over: str) -> None:
         """The mean of a difference of the model to a baseline, paired by target, and how sure it is that it leads."""

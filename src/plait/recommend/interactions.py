@@ -40,6 +40,9 @@ _INTERACTIONS = re.compile(r"(u\.data|ratings\.(dat|csv)|(interactions|events|hi
 _ITEMS = re.compile(r"(u\.item|movies\.(dat|csv)|(items|products|catalogue|catalog)\.\w+)(\.gz)?$")
 _MOST = 0.9  # of the lines decide what a file is
 _SAMPLE = 200  # lines that are looked at for that
+_LOOKED_AT, _LEAST_ROWS = 2000, 20  # rows that say whether a table of any name is one of interactions
+_DISTINCT = 0.7  # of the rows at most are other people, or other items, than those before
+_WORDS = 4  # that a cell beside them has at most
 _GENRES = (
     "unknown|Action|Adventure|Animation|Children's|Comedy|Crime|Documentary|Drama|Fantasy|Film-Noir|Horror|Musical|"
     "Mystery|Romance|Sci-Fi|Thriller|War|Western"
@@ -59,8 +62,8 @@ class Interaction:
 def find(tree: Tree, recipe: ItemsRecipe | None) -> tuple[str, str | None] | None:
     """The tables of interactions and of items among the files of a source; None where it holds no histories.
 
-    Without a recipe only files with the names of such tables count. Raises PlaitError where the recipe asks for
-    histories and there are none.
+    Without a recipe, files with the names of such tables count, and a table that is plainly one. Raises PlaitError
+    where the recipe asks for histories and there are none.
     """
     wish = recipe or ItemsRecipe()
     first = _named(tree, wish.interactions) if wish.interactions else _only(tree, _INTERACTIONS)
@@ -78,7 +81,10 @@ def find(tree: Tree, recipe: ItemsRecipe | None) -> tuple[str, str | None] | Non
             )
         first = choices[0]
     if first is None:
-        return None
+        tables = [name for name in tree.files if _plainly_interactions(tree, name)]
+        if len(tables) != 1:
+            return None
+        first = tables[0]
     if second is None and recipe is not None and recipe.items is None:
         others = [name for name in tree.files if name != first and _is_items(tree, name, wish)]
         second = others[0] if len(others) == 1 else None
@@ -119,6 +125,27 @@ def _rows_there(tree: Tree, name: str) -> list[str]:
 def _is_interactions(tree: Tree, name: str, recipe: ItemsRecipe) -> bool:
     heads = _heads(tree, name)
     return bool(_columns(heads, "user", recipe) and _columns(heads, "item", recipe))
+
+
+def _plainly_interactions(tree: Tree, name: str) -> bool:
+    """Whether a table of any name can be nothing else: who chose what, and when or how much, with people and items that
+    come again, and neither texts nor files beside them."""
+    recipe = ItemsRecipe()
+    heads = _heads(tree, name)
+    user, item = _columns(heads, "user", recipe), _columns(heads, "item", recipe)
+    measures = [*_columns(heads, "time", recipe), *_columns(heads, "weight", recipe)]
+    if not (user and item and measures):
+        return False
+    read = [row for _, row in islice(rows(tree, name), _LOOKED_AT) if isinstance(row, dict)]
+    if len(read) < _LEAST_ROWS:
+        return False
+    for column in (*user, *item):
+        if len({str(row.get(column)) for row in read}) > _DISTINCT * len(read):
+            return False
+    others = {head for head in heads if head not in (*user, *item, *measures)}
+    cells = [str(row[column]) for row in read for column in others if row.get(column) is not None]
+    worded = sum(len(cell.split()) > _WORDS for cell in cells)
+    return worded <= (1 - _MOST) * len(cells) and not any(cell in tree.files for cell in cells)
 
 
 def _is_items(tree: Tree, name: str, recipe: ItemsRecipe) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from plait.core.config import Recipe
@@ -13,6 +14,11 @@ class RecommendTask:
     """Saying what comes next: a narrow network, since histories are short and items many."""
 
     meaning = "say what comes next in a history"
+    needs = (
+        "a table with a user and an item in each row (columns as user, customer; item, product; time), or one whose "
+        "columns a recipe names: data.items.columns"
+    )
+    source: Mapping[str, Any] = {"items": {}}
     measured = Measured(
         "recommend", 943, 1, 0.199, "943 people's histories of films",
         (Point(40, 0.197, "ml100k --seed 0"), Point(150, 0.226, "ml100k --seed 0")), "of last items among ten",

@@ -26,7 +26,8 @@ from plait.modalities.media import kind_of_suffix
 @dataclass
 class Entry:
     """One image, audio or text. `id` is its place and stays the same when its content changes; `source` is the file
-    (and line) it came from, for people; `texts` are the texts of its record by column."""
+    (and line) it came from, for people; `texts` are the texts of its record by column; `own_id` is the id that its
+    record was given by a column."""
 
     id: str
     source: str
@@ -34,6 +35,7 @@ class Entry:
     value: str | bytes | Media
     texts: dict[str, str] = field(default_factory=dict)
     split: str | None = None
+    own_id: str | None = None
 
     def content(self) -> str | bytes:
         """The text, or the encoded bytes of the medium. Raises OSError or UnusableError."""
@@ -57,9 +59,12 @@ class Entry:
         return value
 
 
-def entries(source: str | Path | Dataset, columns: list[str] | None = None) -> Iterator[Entry | Rejected]:
+def entries(
+    source: str | Path | Dataset, columns: list[str] | None = None, empty: bool = False
+) -> Iterator[Entry | Rejected]:
     """The entries of a source: the media of its records, or their texts where they have no media; with `columns` the
-    parts of these columns, and nothing else.
+    parts of these columns, and nothing else. With `empty` a record of a table that has none of these is rejected,
+    else passed by.
 
     Raises PlaitError where the source is missing or holds nothing to be read, or has none of the columns.
     """
@@ -85,8 +90,12 @@ def entries(source: str | Path | Dataset, columns: list[str] | None = None) -> I
         for item in source_plan.read():
             if isinstance(item, Rejected):
                 yield item
-            else:
-                yield from _of_record(item, f"{root.rstrip('/')}/", shown, source_plan.columns, columns)
+                continue
+            here = list(_of_record(item, f"{root.rstrip('/')}/", shown, source_plan.columns, columns))
+            if empty and columns and not here:
+                why = Reason(RejectKind.EMPTY, f"nothing is in {' or '.join(columns)}")
+                yield Rejected(f"{shown.rstrip('/')}/{item.place}", None, why)
+            yield from here
 
 
 def columns_of(source: str | Path) -> dict[str, str]:
@@ -128,5 +137,6 @@ def _of_record(
         place = value.name if isinstance(value, Media) else item.place
         tail = f"#{name}" if len(columns_read) > 1 else ""
         yield Entry(
-            f"{root}{item.id}{tail}", f"{shown.rstrip('/')}/{place}", kinds[name], value, texts, item.split
+            f"{root}{item.id}{tail}", f"{shown.rstrip('/')}/{place}", kinds[name], value, texts, item.split,
+            item.id if item.id != item.place else None,
         )  # fmt: skip

@@ -26,6 +26,7 @@ from plait.training.run import Progress, Run
 from plait.training.source import SOURCES, RecordSource, Source
 from plait.training.split import Split, room_needed
 
+CAPPED_SHARE = 2 / 3  # of a cap, which steps that were asked for have at least
 CLASSIFIER_SHARE = 0.08  # of the time of a run that recognises: what fitting its classifiers takes after training
 
 
@@ -96,7 +97,10 @@ def prepare_run(run: Run, reuse: Path | None) -> Prepared:
         run.record(prepared=group.broadcast(max(time.perf_counter() - begun, earlier)))
     share = 1 - CLASSIFIER_SHARE if run.settings.task == "recognise" else 1.0
     minutes = run.budget.max_minutes or run.minutes
-    seconds = max(minutes * 60 * share - run.metadata["prepared"], 1.0)
+    whole = minutes * 60 * share
+    # Steps that are capped have most of the cap, however long a busy machine took to get here: a few of them are none.
+    least = 1.0 if run.budget.steps is None else whole * CAPPED_SHARE
+    seconds = max(whole - run.metadata["prepared"], least)
     return Prepared(model, text, source, splits, init_from, seconds, inherited)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -44,6 +45,8 @@ class FeatureTask(Protocol):
     """What a feature's own data are wanted for; the task has the feature's name."""
 
     meaning: str  # what a model does then, for people
+    needs: str  # what a source must hold
+    source: Mapping[str, Any]  # of a recipe's section data, where a source is to be read for this task
     measured: Measured  # what was had on a public set
 
     def recipe(self, recipe: Recipe) -> Recipe:
@@ -102,6 +105,7 @@ def derive(dataset: Dataset, recipe: Recipe) -> Derived:
             f"{dataset.path} has no column of labels (texts of at most {context // 2} tokens, each of which stands at "
             "several records), so nothing can be recognised. Put files into a folder for each label, or add a column."
         )
+    _raise_if_unserved(dataset, task)
     training = {"task": task}
     feature = FEATURE_TASKS.by_feature().get(task)
     lines = [f"Task: {task} ({MEANINGS[task] if feature is None else feature.meaning})."]
@@ -124,6 +128,40 @@ def derive(dataset: Dataset, recipe: Recipe) -> Derived:
     _imported(derived, training)
     derived.recipe = with_sections(derived.recipe, training=training)
     return derived
+
+
+def _raise_if_unserved(dataset: Dataset, task: str) -> None:
+    """Raise PlaitError where a dataset has nothing that a task can be learnt from."""
+    feature = FEATURE_TASKS.by_feature().get(task)
+    if feature is not None:
+        if dataset.manifest.kind != task:
+            raise PlaitError(f"{dataset.path} holds nothing for the task {task}. It takes {feature.needs}.")
+        return
+    texts = [c for c, kind in dataset.columns.items() if kind == "text"]
+    media = len(texts) < len(dataset.columns)
+    needs = {
+        "describe": (media and bool(texts), "images, audio or video, and texts beside them"),
+        "draw": (media, "images, audio or video"),
+        "language": (bool(texts), "texts"),
+        "chat": (bool(dataset.manifest.chats), "conversations: a list of messages with a role and a content each"),
+        "reply": (
+            bool(dataset.manifest.chats) or len(texts) > 1,
+            "a column of questions and one of replies (or conversations)",
+        ),
+    }
+    there, what = needs.get(task, (True, ""))
+    if dataset.manifest.kind == "records" and not there:
+        raise PlaitError(
+            f"{dataset.path} holds nothing for the task {task}: that takes {what}. Its columns: "
+            f"{', '.join(f'{column} ({kind})' for column, kind in dataset.columns.items())}."
+        )
+
+
+def source_settings(recipe: Recipe) -> Recipe:
+    """The recipe with what reading a source takes for the task that is asked for."""
+    feature = FEATURE_TASKS.by_feature().get(recipe.training.task)
+    wanted = {} if feature is None else {k: v for k, v in feature.source.items() if getattr(recipe.data, k) is None}
+    return with_sections(recipe, data=wanted) if wanted else recipe
 
 
 def _raise_if_one_label(dataset: Dataset, labels: dict[str, list[str]]) -> None:

@@ -312,10 +312,10 @@ class Trainer:
         budget, first = self.run.budget, self.run.first_step
         if budget.steps is None:
             return
-        expected = seconds * (steps - first) / max(possible - first, 1) / 60
+        expected = max(seconds, 0.0) * (steps - first) / max(possible - first, 1) / 60
         note = (
             f"{steps - first} steps, some {expected:.1f} minutes as busy as it is here; "
-            f"training ends after {budget.max_minutes:g} at most"
+            f"they end after {max(seconds, 0.0) / 60:.1f} at most"
         )
         if steps - first < budget.steps:
             note += f", which do not hold the {budget.steps} asked for"
