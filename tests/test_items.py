@@ -372,6 +372,7 @@ ORDERS = [(f"C{n % 12}", f"thing {n * 7 % 9}", f"2026-03-{n // 4 + 1:02} 10:00")
         ("customer,product,time", "", "recommend"),
         ("customer,product,time,price", ",9.90", "recommend"),
         ("customer,product,time,remark", ",it came late and the box was open", "records"),
+        ("customer,product,time,label", ",fraud", "records"),
         ("customer,product", None, "records"),
     ],
 )

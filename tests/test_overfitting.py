@@ -86,4 +86,4 @@ def test_canaries_and_texts_by_heart(tmp_path: Path, plait: Callable[..., int], 
     assert canary(0, 3) == canary(0, 3) != canary(1, 3)
     capsys.readouterr()
     assert plait("train", tmp_path / "data", "-o", run, "--recipe", recipe, "--canaries", 9) == 1
-    assert "canaries: was 6, now 9" in capsys.readouterr().err
+    assert "canaries was 6, now 9" in capsys.readouterr().err

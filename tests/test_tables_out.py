@@ -79,6 +79,9 @@ def test_rows_of_a_table_keep_what_stands_beside_them(trained: Path, tmp_path: P
         ("7", "Ann", "two\nlines"), ("", "", ""), ("9", "Cy", "one")
     ]  # fmt: skip
     assert [bool(row["error"]) for row in rows] == [False, True, False] and "caption" in rows[1]["error"]
+    assert plait("prepare", table, "-o", tmp_path / "data", "--workers", 0) == 0
+    assert plait("embed", trained, tmp_path / "data", "-o", tmp_path / "again.csv", "--input", "caption") == 0
+    assert sum(bool(row["error"]) for row in rows_of(tmp_path / "again.csv")) == 1
 
 
 def test_other_verbs_and_formats(trained: Path, folder: Path, plait: Plait, capsys: Any) -> None:

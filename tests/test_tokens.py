@@ -12,7 +12,7 @@ import pytest
 
 from plait.data.dataset import Dataset
 from plait.data.prepare import prepare
-from plait.data.samples import Samples
+from plait.data.samples import Samples, SampleWriter
 from plait.data.tokens import Ids, Tokens, open_tokens, write_tokens
 from plait.modalities.base import Vocabulary
 from plait.modalities.text import Text
@@ -135,3 +135,15 @@ def test_the_sampler_takes_a_few_bytes_a_record() -> None:
     wanted = [(n, window) for n in range(count) for window in range(max(int(lengths[n]) // 64, 1))]
     assert sampler.items[np.arange(len(wanted))].tolist() == [list(item) for item in wanted]
     assert peak < 60 * len(wanted)
+
+
+def test_what_another_key_kept_is_not_taken_for_ones_own(tmp_path: Path) -> None:
+    """Settings A, stopped; B, stopped before it keeps anything; A again begins anew."""
+    for key, value in (("A", 1), ("B", 2)):
+        with SampleWriter(tmp_path / "ids", (), np.dtype(np.uint16), key) as writer:
+            for _ in range(4):
+                writer.add(np.full(5, value, np.uint16))
+            if key == "A":
+                writer.keep()
+    with SampleWriter(tmp_path / "ids", (), np.dtype(np.uint16), "A") as writer:
+        assert len(writer) == 0

@@ -88,6 +88,22 @@ def modality(kind: str, folder: Path, **settings):
     return made.eval()
 
 
+def test_what_a_frozen_tower_has_seen_is_kept(folders):
+    """The same numbers for the same image, whatever stands beside it, and no more bytes than allowed."""
+    encoder = modality("image", folders["vit"]).encoder.hf_encoder
+    images = torch.from_numpy(np.random.default_rng(0).random((4, 3, 224, 224), np.float32))
+    images = images[..., : encoder.network.config.image_size, : encoder.network.config.image_size].contiguous()
+    plain = encoder(pixel_values=images)
+    encoder.keep_states(2 * plain[0].nbytes)
+    first = encoder(pixel_values=images[:3])
+    assert torch.allclose(first, plain[:3], atol=1e-5) and len(encoder.kept.known) == 2
+    calls = []
+    encoder.network.register_forward_hook(lambda *given: calls.append(1))
+    again = encoder(pixel_values=images[[2, 1, 0, 3]])
+    assert torch.equal(again[:3], first[[2, 1, 0]]) and len(calls) == 2  # of the third and the fourth
+    assert encoder.kept.held <= encoder.kept.limit
+
+
 @pytest.mark.parametrize("name", ["clip", "siglip", "vit", "registers", "convnext", "efficientnet"])
 def test_a_vision_tower_sees_what_it_does_in_transformers(name, folders):
     known = {"size": 64} if name == "convnext" else {}

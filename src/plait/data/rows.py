@@ -28,12 +28,13 @@ LINE = 64 << 20  # characters of one line of a table, at most
 _QUOTED = 4 << 20  # characters of one CSV record that goes over several lines, at most
 _DOCUMENT = 256 << 20  # characters of a JSON document that is not lines, at most
 _DELIMITERS = ",;\t|"  # what may stand between the cells of a CSV file
+_LONG_NUMBER = 10  # digits of a name that is no column's number
 _SAMPLE = 50  # lines by which the delimiter is told
 # How files begin that are no text, or no table, though they are called so.
 _FORMS = {
     "pk\x03\x04": "an Excel workbook or a zip archive",
     "\udcd0\udccf\x11\udce0": "an old Excel workbook",
-    "par1": "a Parquet file",
+    "par1\x15": "a Parquet file",
     "sqlite format 3": "a SQLite database",
     "%pdf-": "a PDF",
     "<!doctype html": "a web page",
@@ -233,7 +234,7 @@ def _is_spaced(cells: list[str]) -> bool:
 def _value_in(names: list[str], rows: list[list[str]]) -> str | None:
     """The first name that is also a value of its column: that of a heading which is a record. Columns that are numbered
     are none."""
-    numbers = [int(name) for name in names if name.isdecimal() and name.isascii()]
+    numbers = [int(name) for name in names if name.isdecimal() and name.isascii() and len(name) < _LONG_NUMBER]
     numbered = len(numbers) > 1 and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
     for place, name in enumerate(names):
         if name and not numbered and any(len(row) > place and row[place] == name for row in rows):

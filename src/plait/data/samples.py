@@ -9,7 +9,7 @@ import math
 import os
 from array import array as NumberArray
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
@@ -92,6 +92,8 @@ class SampleWriter:
             self.facts.unlink(missing_ok=True)
             self.offsets = self._kept() if key else NumberArray("q", [0])
             again = len(self.offsets) > 1
+            if not again:  # what another key kept is of a file that begins anew here
+                self.part.unlink(missing_ok=True)
             self.file = self.raw.open("r+b" if again else "wb")
             self.kept = len(self.offsets) if again else 0  # offsets that are in the file of parts
             if again:
@@ -105,7 +107,12 @@ class SampleWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.file.close()
+        if exception[0] is None:
+            with self._told():
+                self.file.close()
+            return
+        with suppress(OSError):  # what is under way says why
+            self.file.close()
 
     @property
     def total(self) -> int:

@@ -522,7 +522,10 @@ def _medium(tree: Tree, table: Table, place: str, column: Column, value: Any) ->
             data = decode_base64(value[match.end() :], f"column '{column.name}'")
         except ValueError as error:
             raise UnusableError(Reason(RejectKind.BAD_VALUE, str(error))) from None
-        return Media(match[1] if match[1] in MEDIA else column.role, place, data=data)
+        kind = match[1] if match[1] in MEDIA else column.role
+        if kind not in MEDIA:
+            raise UnusableError(Reason(RejectKind.BAD_VALUE, f"a data URL of {match[1]}, which is no medium"))
+        return Media(kind, place, data=data)
     resolved = tree.resolve(table.file, value)
     if isinstance(resolved, Rejected):
         raise UnusableError(resolved.why)

@@ -205,7 +205,11 @@ def _retrained(
 def _announced(folds: int, seconds: float, bound: float | None) -> str:
     """What is about to be done, and about how long it takes."""
     expected = folds * (seconds + AROUND)
-    limit = f"; it stops at {bound:.0f} s at the latest" if bound is not None else ""
+    limit = (
+        f"; after {FEWEST_FOLDS} folds it stops where one more would end after {bound:.0f} s"
+        if bound is not None
+        else ""
+    )
     return (
         f"So few records are measured by folds: {folds} times a run like this one learns from the others, in "
         f"{seconds:.0f} s each, and is asked about the rest. That takes about {expected:.0f} s{limit}. To measure on "

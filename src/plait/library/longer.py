@@ -50,6 +50,12 @@ def set_aside(run: Path) -> None:
         link_files(best.resolve(), folder)
 
 
+def forget(run: Path) -> None:
+    """Drop what was set aside where going on was refused before it began: the run is as finished as it was."""
+    if "finished" in read_json(run / "run.json") and (run / ASIDE).exists():
+        remove_folder(run / ASIDE)
+
+
 def settle(run: Path) -> list[str]:
     """Compare the best checkpoint with the one that was set aside, keep the better one, and return what to tell. No
     lines where none was set aside."""

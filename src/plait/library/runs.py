@@ -530,7 +530,7 @@ def _fit(
     from plait.evaluation.findings import Findings
     from plait.evaluation.keys import Metrics
     from plait.evaluation.learnt import describe_texts
-    from plait.library.longer import set_aside, settle
+    from plait.library.longer import forget, set_aside, settle
     from plait.library.samples import ModelSamples, recorded
     from plait.reports.report import read_run, write_report
     from plait.training.trainer import train as fit
@@ -541,9 +541,15 @@ def _fit(
     if group.is_main:
         report = recorded(folder, report)
         callbacks = [*callbacks, ModelSamples(folder, dataset, device)]
-    if group.is_main and more is not None:
+    going_on = group.is_main and more is not None and not allow_changes  # with changes nothing is to compare with
+    if going_on:
         set_aside(folder)
-    fit(dataset, folder, recipe, report, device, None, allow_changes, group, callbacks, more)
+    try:
+        fit(dataset, folder, recipe, report, device, None, allow_changes, group, callbacks, more)
+    except PlaitError:
+        if going_on:
+            forget(folder)
+        raise
     if group.is_main and recipe.training.task in ("recognise", "draw", "describe"):
         for line in finish(folder, dataset, device, bar):
             tell(line)

@@ -439,6 +439,11 @@ class Audio(nn.Module):
             samples = [s if s.shape[1] > self.settings.bands else self._beside(s, *self.to_object(s)) for s in samples]
         return padded(samples, SILENCE, np.float16, longest)
 
+    @property
+    def augments(self) -> bool:
+        one = self.settings
+        return one.stretch != 1 or one.warp != 1 or bool(one.mask_time or one.mask_bands or one.equalise)
+
     def augment(
         self, values: Tensor, lengths: Tensor, uniforms: Tensor, mask_parts: bool = True
     ) -> tuple[Tensor, Tensor]:

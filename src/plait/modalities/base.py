@@ -85,6 +85,11 @@ class MediaModality(Protocol):
         """Samples to values (N, ...), padded, and lengths (N,)."""
         ...
 
+    @property
+    def augments(self) -> bool:
+        """Whether `augment` changes anything, by the settings."""
+        ...
+
     def augment(
         self, values: Tensor, lengths: Tensor, uniforms: Tensor, mask_parts: bool = True
     ) -> tuple[Tensor, Tensor]:

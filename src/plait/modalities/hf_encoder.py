@@ -6,6 +6,7 @@ What the encoder reads is prepared by the modality whose encoder it is; where it
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Any, ClassVar, Literal
 
@@ -48,6 +49,37 @@ def transformers_for(what: str) -> Any:
     return import_extra("transformers", "huggingface", what)
 
 
+class KeptStates:
+    """What a frozen encoder gave for inputs that it has read, until `limit` bytes are full: by the inputs' content.
+
+    Inputs are read one by one, so that what one gives does not depend on the others of its batch, nor a run that was
+    resumed on what it had kept before.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.held = limit, 0
+        self.known: dict[bytes, Tensor] = {}
+
+    def states(self, network: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """The last hidden states (N, ...) of inputs (N, ...) each."""
+        rows = [self._of(network, {name: value[n : n + 1] for name, value in inputs.items()})
+                for n in range(len(next(iter(inputs.values()))))]  # fmt: skip
+        return torch.cat(rows)
+
+    def _of(self, network: Any, row: dict[str, Tensor]) -> Tensor:
+        digest = hashlib.blake2b(digest_size=16)
+        for value in row.values():
+            digest.update(value.contiguous().numpy().data)
+        key = digest.digest()
+        if (known := self.known.get(key)) is not None:
+            return known
+        states: Tensor = network(**row).last_hidden_state
+        if self.held + states.nbytes <= self.limit:
+            self.held += states.nbytes
+            self.known[key] = states.clone()
+        return states
+
+
 class HFEncoder(nn.Module):
     """Prepared inputs to the last hidden states (N, tokens, H), or (N, H, h, w) of convolutional encoders; `width` is
     H.
@@ -79,9 +111,14 @@ class HFEncoder(nn.Module):
             raise PlaitError(f"The pretrained encoder cannot be built from its configuration: {reason}.") from error
         self.width = _width(described, self.network)
         self.frozen = frozen
+        self.kept: KeptStates | None = None
         if frozen:
             self.requires_grad_(False)
         self.eval()
+
+    def keep_states(self, limit: int) -> None:
+        """Keep up to so many bytes of what it gives, for training, where the same inputs come again."""
+        self.kept = KeptStates(limit)
 
     def train(self, mode: bool = True) -> HFEncoder:
         super().train(mode and not self.frozen)
@@ -92,6 +129,9 @@ class HFEncoder(nn.Module):
 
     def forward(self, **inputs: Tensor) -> Tensor:
         needs_grad = any(value.requires_grad for value in inputs.values())  # an explanation, of what it reads
+        if self.kept is not None and not needs_grad:
+            with torch.no_grad():
+                return self.kept.states(self.network, inputs).float()
         with torch.set_grad_enabled(torch.is_grad_enabled() and (needs_grad or not self.frozen)):
             states: Tensor = self.network(**inputs).last_hidden_state
         return states.float()

@@ -102,7 +102,9 @@ class ImageSettings(BaseModel):
         small, middling = (not isinstance(pixels, int) or pixels <= limit for limit in (32, 128))
         patch, grid = (4, 4) if small else (8, 8) if middling else (16, 8)
         stride = 1 if small else 2
-        chosen = {"size": size, "patch": patch, "grid": grid, "stride": stride, "local": True}
+        chosen: dict[str, Any] = {"size": size, "patch": patch, "grid": grid, "stride": stride, "local": True}
+        if overrides.get("hf_encoder") and overrides.get("freeze", True):  # what it sees of an image is kept then
+            chosen |= {"rotate": 0.0, "scale": 0.0, "shift": 0.0}
         return cls.model_validate({**chosen, **overrides})
 
 
@@ -350,6 +352,11 @@ class Image(nn.Module):
 
     def batch(self, samples: list[np.ndarray]) -> tuple[Tensor, Tensor]:
         return torch.from_numpy(np.stack(samples)), torch.ones(len(samples), dtype=torch.long)
+
+    @property
+    def augments(self) -> bool:
+        one = self.settings
+        return bool(one.rotate or one.scale or one.shift or one.flip or one.erase)
 
     def augment(
         self, values: Tensor, lengths: Tensor, uniforms: Tensor, mask_parts: bool = True

@@ -276,6 +276,10 @@ class Video(nn.Module):
     def batch(self, samples: list[np.ndarray]) -> tuple[Tensor, Tensor]:
         return padded(samples, 0, np.uint8)
 
+    @property
+    def augments(self) -> bool:
+        return True  # its sound goes off in any case
+
     def augment(
         self, values: Tensor, lengths: Tensor, uniforms: Tensor, mask_parts: bool = True
     ) -> tuple[Tensor, Tensor]:

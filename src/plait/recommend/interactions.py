@@ -14,7 +14,7 @@ from typing import Any
 from plait.core.errors import PlaitError
 from plait.core.rejects import Reason, RejectKind
 from plait.data.files import DAMAGED, TABLE_SUFFIXES, Tree, suffix_of
-from plait.data.record import Rejected, text_fault
+from plait.data.record import LABEL_NAMES, Rejected, text_fault
 from plait.data.stores import open_binary, raise_if_passing, read_bytes
 from plait.data.tables import rows
 from plait.modalities.descriptor import MediaError
@@ -134,7 +134,8 @@ def _plainly_interactions(tree: Tree, name: str) -> bool:
     heads = _heads(tree, name)
     user, item = _columns(heads, "user", recipe), _columns(heads, "item", recipe)
     measures = [*_columns(heads, "time", recipe), *_columns(heads, "weight", recipe)]
-    if not (user and item and measures):
+    named_labels = any(head.lower() in LABEL_NAMES for head in heads if head not in measures)
+    if not (user and item and measures) or named_labels:
         return False
     read = [row for _, row in islice(rows(tree, name), _LOOKED_AT) if isinstance(row, dict)]
     if len(read) < _LEAST_ROWS:

@@ -69,12 +69,12 @@ def entries(
     Raises PlaitError where the source is missing or holds nothing to be read, or has none of the columns.
     """
     if isinstance(source, Dataset):
-        yield from _of_dataset(source, columns)
+        yield from _of_dataset(source, columns, empty)
         return
     place = location(source)
     if isinstance(place, Path):
         if (place / "manifest.json").is_file() and (place / "rejects.jsonl").is_file():
-            yield from _of_dataset(Dataset.open(place), columns)
+            yield from _of_dataset(Dataset.open(place), columns, empty)
             return
         if (kind := kind_of_suffix(place.suffix)) and place.is_file():
             path = place.resolve()
@@ -91,11 +91,8 @@ def entries(
             if isinstance(item, Rejected):
                 yield item
                 continue
-            here = list(_of_record(item, f"{root.rstrip('/')}/", shown, source_plan.columns, columns))
-            if empty and columns and not here:
-                why = Reason(RejectKind.EMPTY, f"nothing is in {' or '.join(columns)}")
-                yield Rejected(f"{shown.rstrip('/')}/{item.place}", None, why)
-            yield from here
+            here = _of_record(item, f"{root.rstrip('/')}/", shown, source_plan.columns, columns)
+            yield from _or_empty(here, f"{shown.rstrip('/')}/{item.place}", columns if empty else None)
 
 
 def columns_of(source: str | Path) -> dict[str, str]:
@@ -116,12 +113,21 @@ def _known(columns: list[str] | None, there: dict[str, str], source: str) -> Non
             raise PlaitError(f"{source} has no column '{column}'. Its columns are {', '.join(there) or 'none'}.")
 
 
-def _of_dataset(dataset: Dataset, columns: list[str] | None) -> Iterator[Entry]:
+def _or_empty(here: Iterator[Entry], place: str, columns: list[str] | None) -> Iterator[Entry | Rejected]:
+    """The entries of a record; where it has none in `columns`, that."""
+    found = list(here)
+    yield from found
+    if columns and not found:
+        yield Rejected(place, None, Reason(RejectKind.EMPTY, f"nothing is in {' or '.join(columns)}"))
+
+
+def _of_dataset(dataset: Dataset, columns: list[str] | None, empty: bool) -> Iterator[Entry | Rejected]:
     _known(columns, dataset.columns, str(dataset.path))
     path = dataset.path.resolve() if isinstance(dataset.path, Path) else dataset.path
     for record in dataset.iterate():
         item = RawRecord(record.id, record.source or record.id, dict(record.parts), record.split)  # type: ignore[arg-type]
-        yield from _of_record(item, f"{path}#", dataset.manifest.source, dataset.columns, columns)
+        here = _of_record(item, f"{path}#", dataset.manifest.source, dataset.columns, columns)
+        yield from _or_empty(here, item.place, columns if empty else None)
 
 
 def _of_record(

@@ -42,10 +42,14 @@ class RayEmbedder:
     """Workers that embed chunks of entries, whose outcomes come back in order."""
 
     def __init__(self, workers: int | None, model: str, device: str) -> None:
-        """`workers` are as many as the cluster has processors where None."""
+        """`workers` are as many as the cluster has free processors where None. Raises PlaitError for more than it
+        has, which would be waited for without an end."""
         self.cluster = connected("--engine ray")
         ray = self.cluster.ray
-        self.count = workers or max(int(ray.cluster_resources().get("CPU", 1)), 1)
+        total, free = (int(r.get("CPU", 0)) for r in (ray.cluster_resources(), ray.available_resources()))
+        if (workers or 1) > total:
+            raise PlaitError(f"The Ray cluster has {total} processors, fewer than {workers or 1} workers need.")
+        self.count = workers or max(free, 1)
         remote = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=RETRIES)(Worker)
         self.workers = [remote.remote(model, device) for _ in range(self.count)]
         self.waiting: list[tuple[list[Entry], Any]] = []

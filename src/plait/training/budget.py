@@ -54,6 +54,19 @@ def activation_bytes(backbone: TransformerConfig, dtype: torch.dtype) -> int:
     return backbone.layers * floats * torch.finfo(dtype).bits // 8
 
 
+def tokens_at_a_time(run: Run, model: Multimodal) -> int | None:
+    """How many tokens a processor computes at a time, so that a step fits into memory whatever its batch is; None for
+    all. A run that goes on does as it began."""
+    if run.device.kind != "cpu" or run.settings.activation_checkpointing:
+        return None
+    if "max_tokens" not in run.metadata:
+        each = activation_bytes(model.config.backbone, run.device.dtype)
+        # A step with a contrast that is cut takes a forward pass more, so it is cut later.
+        held = CONTRAST_BYTES if model.config.embed_dim else ACTIVATION_BYTES
+        run.record(max_tokens=max(held // each, 1))
+    return int(run.metadata["max_tokens"])
+
+
 def is_timed(budget: Budget) -> bool:
     """Whether the clock has a say in the length of the schedule: steps that nothing caps are taken all."""
     return budget.steps is None or budget.max_minutes is not None
@@ -64,6 +77,20 @@ def within(run: Run, possible: int) -> int:
     fits."""
     requested = run.budget.steps
     return possible if requested is None else min(run.first_step + requested, possible)
+
+
+def tell_cap(run: Run, steps: int, possible: int, seconds: float) -> None:
+    """Where steps were asked for and their time is capped, what to expect: so many `steps` of those that are `possible`
+    in the `seconds` left."""
+    requested = run.budget.steps
+    if requested is None:
+        return
+    planned, left = steps - run.first_step, max(seconds, 0.0) / 60
+    expected = left * planned / max(possible - run.first_step, 1)
+    note = f"{planned} steps, some {expected:.1f} minutes as busy as it is here; they end after {left:.1f} at most"
+    if planned < requested:
+        note += f", which do not hold the {requested} asked for"
+    run.report(Progress("note", 1, 1, note=note))
 
 
 def revise(run: Run, step: int, seconds: float, used: float) -> None:

@@ -15,6 +15,7 @@ from plait.core.files import read_json
 from plait.core.system import processors as available_processors
 from plait.data.dataset import ConcatDataset, Dataset
 from plait.kernels import training as training_kernels
+from plait.modalities.hf_encoder import HFEncoder
 from plait.modalities.text import Text
 from plait.model import extend
 from plait.model.checkpoint import Checkpoint
@@ -26,6 +27,7 @@ from plait.training.run import Progress, Run
 from plait.training.source import SOURCES, RecordSource, Source
 from plait.training.split import Split, room_needed
 
+KEPT_BYTES = 1 << 30  # of states that a frozen encoder keeps of what it has read
 CAPPED_SHARE = 2 / 3  # of a cap, which steps that were asked for have at least
 CLASSIFIER_SHARE = 0.08  # of the time of a run that recognises: what fitting its classifiers takes after training
 
@@ -91,6 +93,7 @@ def prepare_run(run: Run, reuse: Path | None) -> Prepared:
         run.recognisers(model, splits)
     apply_freezing(run, model)
     model.to(run.device.torch)
+    _keep_states(model, run.device.kind)
     inherited = extend.inherited(model, init_from.model) if init_from is not None and init_from.base else set()
     if "prepared" not in run.metadata:
         earlier = read_json(reuse / "run.json")["prepared"] if reuse and not run.part else 0.0
@@ -102,6 +105,14 @@ def prepare_run(run: Run, reuse: Path | None) -> Prepared:
     least = 1.0 if run.budget.steps is None else whole * CAPPED_SHARE
     seconds = max(whole - run.metadata["prepared"], least)
     return Prepared(model, text, source, splits, init_from, seconds, inherited)
+
+
+def _keep_states(model: Multimodal, kind: str) -> None:
+    """Have frozen pretrained encoders keep what they give for samples that come again as they were."""
+    for modality in model.media.values():
+        for part in modality.encoder.modules():
+            if isinstance(part, HFEncoder) and part.frozen and kind == "cpu" and not modality.augments:
+                part.keep_states(KEPT_BYTES)
 
 
 @contextmanager

@@ -33,14 +33,13 @@ from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import ModelConfig, Multimodal
 from plait.training.batches import PASS, BatchPrefetcher, Sampler
 from plait.training.budget import (
-    ACTIVATION_BYTES,
-    CONTRAST_BYTES,
     VALIDATION_SHARE,
-    activation_bytes,
     calibrate,
     compiles,
     is_timed,
     revise,
+    tell_cap,
+    tokens_at_a_time,
     within,
 )
 from plait.training.build import label_columns
@@ -218,26 +217,14 @@ class Trainer:
             )
         own = range(self.group.rank * micro_batches, (self.group.rank + 1) * micro_batches)
         self.streams = self._make_streams()
-        self.max_tokens = self._find_max_tokens()
+        self.max_tokens = None if self.network.sharded else tokens_at_a_time(self.run, self.model)
+        for one in filter(None, (self.train_sampler, self.val_sampler)):
+            one.max_tokens = self.max_tokens
         self.batches = BatchPrefetcher(
             lambda step: [
                 one for part in own for one in self.train_sampler.step(step, part, parts).passes(self.max_tokens)
             ]
         )
-
-    def _find_max_tokens(self) -> int | None:
-        """How many tokens a processor computes at a time, so that a step fits into memory whatever its batch is; None
-        for all. Processes that share blocks must have as many passes each. A run that goes on does as it began."""
-        if self.run.device.kind != "cpu" or self.network.sharded or self.settings.activation_checkpointing:
-            return None
-        if "max_tokens" not in self.run.metadata:
-            each = activation_bytes(self.model.config.backbone, self.run.device.dtype)
-            # A step with a contrast that is cut takes a forward pass more, so it is cut later.
-            held = CONTRAST_BYTES if self.model.config.embed_dim else ACTIVATION_BYTES
-            self.run.record(max_tokens=max(held // each, 1))
-        for sampler in filter(None, (self.train_sampler, self.val_sampler)):
-            sampler.max_tokens = self.run.metadata["max_tokens"]
-        return int(self.run.metadata["max_tokens"])
 
     def _make_streams(self) -> Streams:
         """Two threads where a processor has as many for this run and halves of a step give what the whole gives; then
@@ -303,23 +290,9 @@ class Trainer:
             possible = self.saver.step + int(self.group.broadcast(possible))
             self.optimizer = self._make_optimizer()  # without what the throw-away steps left in it
             steps = within(run, possible)
-            self._tell_cap(steps, possible, seconds - (time.perf_counter() - begun))
+            tell_cap(run, steps, possible, seconds - (time.perf_counter() - begun))
             run.record(validations=self._affordable_validations(steps - run.first_step))
         run.record(steps=steps)
-
-    def _tell_cap(self, steps: int, possible: int, seconds: float) -> None:
-        """Where steps were asked for and their time is capped: what to expect."""
-        budget, first = self.run.budget, self.run.first_step
-        if budget.steps is None:
-            return
-        expected = max(seconds, 0.0) * (steps - first) / max(possible - first, 1) / 60
-        note = (
-            f"{steps - first} steps, some {expected:.1f} minutes as busy as it is here; "
-            f"they end after {max(seconds, 0.0) / 60:.1f} at most"
-        )
-        if steps - first < budget.steps:
-            note += f", which do not hold the {budget.steps} asked for"
-        self.run.report(Progress("note", 1, 1, note=note))
 
     def _affordable_validations(self, steps: int) -> int:
         """As many validations as the recipe asks for, but no more than their share of a time budget holds."""
