@@ -12,6 +12,7 @@ import torch
 
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
+from plait.core.system import available_memory
 from plait.core.system import processors as available_processors
 from plait.data.dataset import ConcatDataset, Dataset
 from plait.kernels import training as training_kernels
@@ -27,7 +28,7 @@ from plait.training.run import Progress, Run
 from plait.training.source import SOURCES, RecordSource, Source
 from plait.training.split import Split, room_needed
 
-KEPT_BYTES = 1 << 30  # of states that a frozen encoder keeps of what it has read
+KEPT_SHARE = 1 / 5  # of the free memory, for what frozen encoders keep of what they have read
 CAPPED_SHARE = 2 / 3  # of a cap, which steps that were asked for have at least
 CLASSIFIER_SHARE = 0.08  # of the time of a run that recognises: what fitting its classifiers takes after training
 
@@ -109,10 +110,11 @@ def prepare_run(run: Run, reuse: Path | None) -> Prepared:
 
 def _keep_states(model: Multimodal, kind: str) -> None:
     """Have frozen pretrained encoders keep what they give for samples that come again as they were."""
+    limit = int(KEPT_SHARE * available_memory())
     for modality in model.media.values():
         for part in modality.encoder.modules():
             if isinstance(part, HFEncoder) and part.frozen and kind == "cpu" and not modality.augments:
-                part.keep_states(KEPT_BYTES)
+                part.keep_states(limit)
 
 
 @contextmanager
