@@ -504,10 +504,8 @@ def _several(value: Any, column: Column) -> str:
 
 
 def _medium(tree: Tree, table: Table, place: str, column: Column, value: Any) -> Media | None:
-    path = None
     if _is_struct(value):
-        path, value = value.get("path"), value["bytes"]
-        value = path if value is None else value
+        value = value.get("path") if value["bytes"] is None else value["bytes"]
     if value is None or value == "":
         return None
     if isinstance(value, bytes):

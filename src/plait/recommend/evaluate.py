@@ -308,13 +308,13 @@ class _Work:
         self, metric: RankMetric, own: Measured, first: Measured, targets: Targets, unseen: np.ndarray
     ) -> Outcome:
         """The model beside directed co-occurrence by a metric, paired by target."""
-        mine, theirs = own.values[metric], first.values[metric]
-        value, error = _mean(mine, targets.users, self.seed)
-        _, lead_error = _mean(mine - theirs, targets.users, self.seed)
+        model_values, baseline_values = own.values[metric], first.values[metric]
+        value, error = _mean(model_values, targets.users, self.seed)
+        _, lead_error = _mean(model_values - baseline_values, targets.users, self.seed)
         subject, figure = OUTCOMES[metric]
         return Outcome(
             TASK, subject, figure, value, error, len(targets), metric.chance(unseen), "directed co-occurrence",
-            float(theirs.mean()), lead_error,
+            float(baseline_values.mean()), lead_error,
         )  # fmt: skip
 
     def _lead(self, name: str, lead: np.ndarray, targets: Targets, over: str) -> None:

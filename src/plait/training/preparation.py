@@ -101,10 +101,10 @@ def prepare_run(run: Run, reuse: Path | None) -> Prepared:
         run.record(prepared=group.broadcast(max(time.perf_counter() - begun, earlier)))
     share = 1 - CLASSIFIER_SHARE if run.settings.task == "recognise" else 1.0
     minutes = run.budget.max_minutes or run.minutes
-    whole = minutes * 60 * share
+    budget_seconds = minutes * 60 * share
     # Steps that are capped have most of the cap, however long a busy machine took to get here: a few of them are none.
-    least = 1.0 if run.budget.steps is None else whole * CAPPED_SHARE
-    seconds = max(whole - run.metadata["prepared"], least)
+    least = 1.0 if run.budget.steps is None else budget_seconds * CAPPED_SHARE
+    seconds = max(budget_seconds - run.metadata["prepared"], least)
     return Prepared(model, text, source, splits, init_from, seconds, inherited)
 
 

@@ -160,8 +160,10 @@ def _raise_if_unserved(dataset: Dataset, task: str) -> None:
 def source_settings(recipe: Recipe) -> Recipe:
     """The recipe with what reading a source takes for the task that is asked for."""
     feature = FEATURE_TASKS.by_feature().get(recipe.training.task)
-    wanted = {} if feature is None else {k: v for k, v in feature.source.items() if getattr(recipe.data, k) is None}
-    return with_sections(recipe, data=wanted) if wanted else recipe
+    if feature is None:
+        return recipe
+    missing = {key: value for key, value in feature.source.items() if getattr(recipe.data, key) is None}
+    return with_sections(recipe, data=missing) if missing else recipe
 
 
 def _raise_if_one_label(dataset: Dataset, labels: dict[str, list[str]]) -> None:
