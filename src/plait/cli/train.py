@@ -16,7 +16,6 @@ from plait.console import DeviceOption, app, err, found_model, out, plain
 from plait.core.config import known_tasks
 
 # What a run of a model of transformers that was trained further is for; others are measured next.
-NEXT = {"pairs": "plait export {} -o FOLDER", "speech": "plait transcribe {} CLIP"}
 BESIDE_MORE = ("dataset", "more", "processes", "device")  # the parameters that mean something to a run that goes on
 
 
@@ -113,8 +112,7 @@ def train(
                 tell=_say,
             )  # fmt: skip
     out.print(plain(trained.describe()))
-    command = NEXT.get(str(trained.metadata.get("size")), "plait evaluate {}")
-    out.print(f"Next: {command.format(trained.folder)}")
+    out.print(f"Next: plait evaluate {trained.folder}")
 
 
 def _say(line: str) -> None:
