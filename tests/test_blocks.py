@@ -1,4 +1,4 @@
-"""Texts that are tokenised while training goes on: the order against an independent count, and runs that are stopped."""
+"""Texts that are tokenised while training goes on: their order against an independent count; stopped runs."""
 
 from __future__ import annotations
 
