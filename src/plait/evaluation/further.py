@@ -84,9 +84,9 @@ def _measure_speech(
     direction, figures = Direction(audio, text), Metrics()
     errors, other = metrics.error_rates(truth, written), metrics.error_rates(truth, before or truth)
     for name, (wrong, lengths) in errors.items():
-        value, stderr = metrics.ratio_with_error(wrong, lengths)
+        rate, stderr = metrics.ratio_with_error(wrong, lengths)
         beside = float(other[name][0].sum() / max(lengths.sum(), 1)) if before else None
-        figures.keep(MetricKey("transcription", direction, name), value, stderr=stderr, baseline=beside, n=len(truth))
+        figures.keep(MetricKey("transcription", direction, name), rate, stderr=stderr, baseline=beside, n=len(truth))
     wrong, lengths = errors["wer"]
     word = figures[MetricKey("transcription", direction, "wer")]
     findings.outcomes.append(
