@@ -1,5 +1,6 @@
-"""A calibrated head over a frozen encoder: `plait train DATA --init-from ENCODER`, where ENCODER reads texts, images or
-audio and is no language model.
+"""A calibrated head over a pretrained encoder: `plait train DATA --init-from ENCODER`, where ENCODER reads texts,
+images or audio and is no language model. The encoder is frozen; of images its last blocks are trained where that is
+better on records that neither has seen.
 
 Features are made once and kept in the run's folder, by the content of encoder and data; what is fitted on them is a
 multinomial logistic regression, whose strength and temperature are chosen on records that it has not seen.
@@ -10,18 +11,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_tensors
+from safetensors.torch import save_file as save_tensors
+from torch import Tensor, nn
 
 from plait.classifiers.mixture import cross_entropy, log_softmax, softened, temperature
-from plait.core.config import SIZES, Size
+from plait.core.config import SIZES, Recipe, Size
 from plait.core.device import Device, choose_device
 from plait.core.errors import PlaitError
 from plait.core.files import json_text, point, publish_folder, read_json, sealed, sha256_file, write_atomic
@@ -31,20 +38,23 @@ from plait.data.dataset import Dataset
 from plait.data.record import LABEL_NAMES
 from plait.hf import hub, huggingface
 from plait.hf.encoders import describe
+from plait.hf.last_blocks import LastBlocks, States, features_of, train_last
 from plait.hf.pretrained import Pretrained, load_pretrained
 from plait.inference.base import Model, Verb
 from plait.inference.results import Prediction, Predictions
 from plait.modalities.audio_files import decode_audio
 from plait.modalities.base import ENCODER_SOURCES, MediaModality
+from plait.modalities.hf_encoder import HFEncoder
 from plait.modalities.inputs import as_audio, medium_of
 from plait.modalities.registry import MODALITIES, SETTINGS
 from plait.model.adapted import weight_sums
 from plait.model.checkpoint import MANIFEST, verify
 from plait.training.build import fit_settings, label_columns
+from plait.training.tasks import mirrors
 
 TYPE = "plait-head"  # model_type in config.json
-VERSION = 2
-CONFIG, ARRAYS = "config.json", "head.safetensors"
+VERSION = 3
+CONFIG, ARRAYS, BLOCKS = "config.json", "head.safetensors", "encoder.safetensors"
 STRENGTHS = {"text": (1.0, 3.0, 10.0, 30.0, 100.0), "image": (1e-3, 1e-2, 1e-1), "audio": (1e-3, 1e-2, 1e-1)}
 # How fast a clip is heard, each a view of it that the head learns and whose scores are averaged: slower and lower, it
 # sounds like another speaker (docs/benchmarks/quality.md).
@@ -53,6 +63,8 @@ FEW = 20  # records of val below which folds of train say which strength is best
 FOLDS = 5
 BATCH = 32  # media at a time
 UNLIKE = 0.995  # share of validation records that must look more familiar than an input that is none of the labels
+UPSCALED = 4  # times the side of the data's images that a convolutional encoder reads at most: more tells it nothing
+STATES_BYTES = 1 << 30  # of what an encoder's first blocks give, which are kept while its last ones are trained
 RNG_STREAM = 341  # of the random numbers of `uniform`
 
 Progress = Callable[[str, int, int], None]
@@ -71,6 +83,21 @@ class Encoder(Protocol):
     def features(self, values: Sequence[Any]) -> np.ndarray:
         """(N, V F) float32, the features of each view one after the other."""
         ...
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How an input is read: how fast a clip is heard, and whether an image is mirrored."""
+
+    speed: float = 1.0
+    mirrored: bool = False
+
+
+def _variants(kind: str, settings: dict[str, Any]) -> tuple[Variant, ...]:
+    """The views of an input, itself first. Images are mirrored where that means the same."""
+    if settings.get("flip"):
+        return Variant(), Variant(mirrored=True)
+    return tuple(Variant(speed) for speed in SPEEDS.get(kind, (1.0,)))
 
 
 class TextEncoder:
@@ -94,40 +121,59 @@ class MediaEncoder:
 
     def __init__(self, kind: str, folder: Path, settings: dict[str, Any], device: Device) -> None:
         self.kind, self.settings, self.device = kind, settings, device
-        self.speeds = SPEEDS.get(kind, (1.0,))
-        self.views = len(self.speeds)
+        self.variants = _variants(kind, settings)
+        self.views = len(self.variants)
+        self.means_only = False  # of images, as where the last blocks are trained
         modality: Any = MODALITIES[kind](SETTINGS[kind].model_validate({**settings, "encoder": f"hf:{folder}"}), 8)
         ENCODER_SOURCES.one().fill(modality)
         self.modality: MediaModality = modality.eval().to(device.torch)
+        self.network: nn.Module = self.modality.encoder.hf_encoder.network
+        self.network.to(memory_format=torch.channels_last)
+
+    def load_blocks(self, file: Path) -> None:
+        """Put trained blocks in the place of the encoder's own."""
+        self.network.load_state_dict(load_tensors(file), strict=False)
+        self.means_only = True
 
     def features(self, values: Sequence[Any]) -> np.ndarray:
-        return np.concatenate([self._view(values, speed) for speed in self.speeds], 1)
+        return np.concatenate([self._view(values, variant) for variant in self.variants], 1)
 
-    def _view(self, values: Sequence[Any], speed: float) -> np.ndarray:
+    def pixels(self, values: Sequence[Any], variant: Variant) -> Tensor:
+        """What the encoder reads of images, (N, 3, H, W)."""
+        inputs, _ = self.modality.batch([self._sample(value, variant) for value in values])
+        encoder: Any = self.modality.encoder
+        pixels: Tensor = encoder.pixels(inputs.to(self.device.torch))
+        return pixels.contiguous(memory_format=torch.channels_last)
+
+    def _view(self, values: Sequence[Any], variant: Variant) -> np.ndarray:
         rows = []
         for start in range(0, len(values), BATCH):
             pause_point()
-            samples = [self._sample(value, speed) for value in values[start : start + BATCH]]
+            samples = [self._sample(value, variant) for value in values[start : start + BATCH]]
             inputs, lengths = self.modality.batch(samples)
             with torch.inference_mode(), self.device.autocast():
                 rows.append(self._pooled(inputs.to(self.device.torch), lengths.to(self.device.torch)).float().cpu())
         return torch.cat(rows).numpy() if rows else np.zeros((0, 0), np.float32)
 
-    def _sample(self, value: Any, speed: float) -> np.ndarray:
-        if isinstance(value, np.ndarray):
-            return value
-        if speed != 1.0:
-            wave, rate = as_audio(value) or decode_audio(value)
-            value = wave, round(rate * speed)
-        return self.modality.windows(value)[0]
+    def _sample(self, value: Any, variant: Variant) -> np.ndarray:
+        if not isinstance(value, np.ndarray):
+            if variant.speed != 1.0:
+                wave, rate = as_audio(value) or decode_audio(value)
+                value = wave, round(rate * variant.speed)
+            value = self.modality.windows(value)[0]
+        return np.ascontiguousarray(value[:, ::-1]) if variant.mirrored else value
 
-    def _pooled(self, values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    def pool_image(self, states: Tensor) -> Tensor:
+        """Features (N, F) of the last hidden states of images."""
+        if states.ndim != 4:
+            return torch.cat((states[:, 0], states.mean(1)), 1)
+        return states.mean((2, 3)) if self.means_only else torch.cat((states.mean((2, 3)), states.amax((2, 3))), 1)
+
+    def _pooled(self, values: Tensor, lengths: Tensor) -> Tensor:
         encoder: Any = self.modality.encoder
         if encoder.known.reads == "pixels":
-            states = encoder.hf_encoder(pixel_values=encoder.pixels(values))
-            if states.ndim == 4:
-                return torch.cat((states.mean((2, 3)), states.amax((2, 3))), 1)
-            return torch.cat((states[:, 0], states.mean(1)), 1)
+            pixels = encoder.pixels(values).contiguous(memory_format=torch.channels_last)
+            return self.pool_image(encoder.hf_encoder(pixel_values=pixels))
         states = encoder.hf_encoder(**encoder.heard(values, lengths))
         share = lengths.float() / encoder.settings.frames  # of the states that belong to the clip
         count = (share * states.shape[1]).ceil().clamp(min=1)
@@ -254,8 +300,8 @@ def _best(unseen: dict[float, tuple[np.ndarray, np.ndarray]], count: int) -> tup
         heat = temperature(scores, targets)
         right = float((scores.argmax(1) == truth).mean())
         trials.append((right, -cross_entropy(scores * heat, targets), strength, heat, len(truth)))
-    right, _, strength, heat, records = max(trials)
-    return strength, heat, {"accuracy": right, "records": records}
+    right, likelihood, strength, heat, records = max(trials)
+    return strength, heat, {"accuracy": right, "records": records, "nats": -likelihood}
 
 
 def _by_folds(
@@ -311,49 +357,87 @@ def columns_of(dataset: Dataset) -> tuple[str, str]:
 
 
 def train_head(
-    dataset: Dataset, folder: Path, name: str, facts: dict[str, Any], device_name: str, seed: int, progress: Progress
-) -> list[str]:
+    dataset: Dataset, folder: Path, name: str, facts: dict[str, Any], recipe: Recipe, device_name: str,
+    progress: Progress,
+) -> list[str]:  # fmt: skip
     """Fit a head for a dataset's labels over the encoder `name`, as a finished run in `folder`; what to tell of it.
 
-    Raises PlaitError where the encoder does not read what the dataset has.
+    Raises PlaitError where the encoder does not read what the dataset has, and for parts that cannot be frozen.
     """
+    begun, training = time.monotonic(), recipe.training
+    if unknown := [part for part in training.freeze if part != "encoder"]:
+        raise PlaitError(f"Below a head the encoder alone can be frozen (--freeze encoder), not {unknown[0]}.")
     source, target = columns_of(dataset)
     kind, device = dataset.columns[source], choose_device(device_name, "auto")
     place = hub.find(name)
-    encoder = _encoder(kind, place, dataset, device)
     texts = dataset.texts(target)
     labels = [text for text in dict.fromkeys(texts[i] for i in dataset.indices("train")) if text is not None]
     if len(labels) < 2:
         raise PlaitError(f"{dataset.path}: column {target} has {len(labels)} label in train; two are needed.")
+    encoder = _encoder(kind, place, dataset, recipe, {target: labels}, device)
     cache = FeatureCache(folder / "cache", encoder, place, dataset)
-    train, val = (
-        _examples(dataset, split, source, texts, labels, encoder, cache, progress) for split in ("train", "val")
-    )
+    read = partial(_read, dataset, source, texts, labels)
+    seconds = math.inf if training.minutes is None else training.minutes * 60
+    last = None
+    if isinstance(encoder, MediaEncoder) and kind == "image" and "encoder" not in training.freeze:
+        last = TrainedBlocks.of(encoder, read, progress)
+    if last is not None:
+        train, val = last.examples
+    else:
+        train, val = (_examples(read(split), split, encoder, cache, progress) for split in ("train", "val"))
     names = None
     if kind == "text" and sum(label.replace("_", "").isdigit() for label in labels) < len(labels) / 2:
         names = encoder.features([label.replace("_", " ") for label in labels])
     progress("head", 0, 1)
-    head, measured = fit_head(labels, train, val, kind, names, seed, encoder.views)
+    head, measured = fit_head(labels, train, val, kind, names, training.seed, encoder.views)
     progress("head", 1, 1)
+    blocks: dict[str, Tensor] = {}
+    if last is not None:
+        trained, figures = last.train(labels, training.seed, lambda: seconds - (time.monotonic() - begun), progress)
+        measured |= {f"blocks_{key}": value for key, value in figures.items()}
+        if figures["nats"] < measured["nats"]:
+            head, blocks = trained, last.weights()
     where = str(Path(name).expanduser().resolve()) if Path(name).expanduser().exists() else name
     config = {
         "model_type": TYPE, "version": VERSION, "encoder": where, "sha256": weight_sums(place), "kind": kind,
         "settings": encoder.settings, "source": source, "target": target, "labels": labels, "heat": head.heat,
-        "measured": measured, "training": {"step": 1, "seed": seed, "validation": {}, "init_from": name},
+        "measured": measured, "blocks": last.count if last is not None and blocks else 0,
+        "training": {"step": 1, "seed": training.seed, "validation": {}, "init_from": name},
     }  # fmt: skip
-    _save(head, config, folder / "checkpoints" / "step-000001")
+    _save(head, config, blocks, folder / "checkpoints" / "step-000001")
     for link in ("best", "last"):
         point(folder / "checkpoints" / link, "step-000001")
-    write_atomic(folder / "run.json", json_text(facts))
+    write_atomic(folder / "run.json", json_text(facts | {"finished": time.time()}))
     return [describe_head(config)]
 
 
-def _encoder(kind: str, place: Path, dataset: Dataset, device: Device) -> Encoder:
+def _encoder(
+    kind: str, place: Path, dataset: Dataset, recipe: Recipe, labels: dict[str, list[str]], device: Device
+) -> Encoder:
     if kind == "text":
         return TextEncoder(place, device)
     describe(f"hf:{place}", kind)  # which says what is wrong with it
-    settings = fit_settings(dataset, kind, _whole(SIZES["base"]), {"encoder": f"hf:{place}"})
-    return MediaEncoder(kind, place, {**settings.model_dump(), "encoder": None}, device)
+    own = getattr(recipe.model, kind)
+    settings = fit_settings(dataset, kind, _whole(SIZES["base"]), {**own, "encoder": f"hf:{place}"})
+    chosen = {**settings.model_dump(), "encoder": None}
+    if kind == "image":
+        if "flip" not in own:
+            chosen["flip"] = mirrors(dataset, recipe, labels, kind)
+        chosen["hf_encoder"] = _smaller(chosen["hf_encoder"], chosen["size"])
+    return MediaEncoder(kind, place, chosen, device)
+
+
+def _smaller(known: dict[str, Any], side: int) -> dict[str, Any]:
+    """A vision encoder's settings for images of a side: one of convolutions alone reads them not much larger."""
+    if known["size"] <= UPSCALED * side:
+        return known
+    pixels = torch.zeros(1, int(known["config"].get("num_channels", 3)), UPSCALED * side, UPSCALED * side)
+    try:
+        with torch.inference_mode():
+            states = HFEncoder(known["config"], frozen=True).network(pixel_values=pixels).last_hidden_state
+    except (ValueError, RuntimeError):  # it has positions for images of its own size alone
+        return known
+    return {**known, "size": UPSCALED * side} if states.ndim == 4 else known
 
 
 def _whole(size: Size) -> Size:
@@ -361,42 +445,116 @@ def _whole(size: Size) -> Size:
     return size.model_copy(update={"seconds": 30.0})
 
 
-def _examples(
-    dataset: Dataset,
-    split: str,
-    source: str,
-    texts: Sequence[str | None],
-    labels: list[str],
-    encoder: Encoder,
-    cache: FeatureCache,
-    progress: Progress,
-) -> Examples:
+def _read(
+    dataset: Dataset, source: str, texts: Sequence[str | None], labels: list[str], split: str
+) -> Iterator[tuple[Any, int]]:
+    """What is read of each labelled record of a split, and the number of its label."""
     number = {label: i for i, label in enumerate(labels)}
     indices = np.array([i for i in dataset.indices(split) if texts[i] in number], np.int64)
-    classes, rows = [], []
+    for index, record in zip(indices, dataset.iterate(indices, [source]), strict=True):
+        if (value := record.parts.get(source)) is not None:
+            yield value, number[str(texts[index])]
+
+
+def _examples(
+    records: Iterator[tuple[Any, int]], split: str, encoder: Encoder, cache: FeatureCache, progress: Progress
+) -> Examples:
+    """Features of a split's records, from the cache where they are there."""
+    classes: list[int] = []
+    rows: list[np.ndarray] = []
     stored = cache.get(split)
-    values: list[Any] = []
-
-    def flush() -> None:
-        if values:
-            rows.append(encoder.features(values))
-            values.clear()
-
-    for done, (index, record) in enumerate(zip(indices, dataset.iterate(indices, [source]), strict=True)):
-        if (value := record.parts.get(source)) is None:
-            continue
-        classes.append(number[str(texts[index])])
+    while part := list(islice(records, 256)):
+        classes += [label for _, label in part]
         if stored is None:
-            values.append(value)
-            if len(values) >= 256:
-                flush()
-                progress(f"features of {split}", done + 1, len(indices))
+            rows.append(encoder.features([value for value, _ in part]))
+        progress(f"features of {split}", len(classes), len(classes) + (256 if len(part) == 256 else 0))
     if stored is None:
-        flush()
         stored = np.concatenate(rows) if rows else np.zeros((0, encoder.views), np.float32)
         cache.put(split, stored)
-    progress(f"features of {split}", len(indices), len(indices))
     return Examples(stored, np.array(classes, np.int64))
+
+
+class TrainedBlocks:
+    """The last blocks of a vision encoder, trained for labels beside the head over the frozen one."""
+
+    def __init__(self, encoder: MediaEncoder, last: LastBlocks, states: dict[str, States]) -> None:
+        self.encoder, self.last, self.states = encoder, last, states
+        self.count = len(last.blocks) - last.first
+
+    @classmethod
+    def of(
+        cls,
+        encoder: MediaEncoder,
+        read: Callable[[str], Iterator[tuple[Any, int]]],
+        progress: Progress,
+    ) -> TrainedBlocks | None:
+        """What the first blocks give of all records. None where the encoder cannot be cut in two, its states would
+        take too much memory, or val has too few records to say what is better."""
+        try:
+            last = LastBlocks(encoder.network, encoder.pixels([next(read("train"))[0]], Variant()))
+        except ValueError:
+            return None
+        states: dict[str, States] = {}
+        left = STATES_BYTES
+        for split in ("val", "train"):
+            made, classes = list[list[Tensor]](), list[int]()
+            records = read(split)
+            while part := list(islice(records, BATCH)):
+                pause_point()
+                values = [value for value, _ in part]
+                made.append([last.before(encoder.pixels(values, one)).half() for one in encoder.variants])
+                classes += [label for _, label in part]
+                left -= sum(view.nbytes for view in made[-1])
+                progress(f"first blocks of {split}", len(classes), len(classes) + (BATCH if len(part) == BATCH else 0))
+                if left < 0:
+                    return None
+            if len(classes) < FEW:
+                return None
+            views = torch.stack([torch.cat(view) for view in zip(*made, strict=True)])
+            states[split] = States(views, np.array(classes, np.int64))
+        return cls(encoder, last, states)
+
+    @property
+    def examples(self) -> tuple[Examples, Examples]:
+        """Features of train and val as the blocks are now."""
+        train, val = (
+            Examples(features_of(self.last, self.encoder.pool_image, list(one.views)), one.classes)
+            for one in (self.states["train"], self.states["val"])
+        )
+        return train, val
+
+    def train(
+        self, labels: list[str], seed: int, seconds_left: Callable[[], float], progress: Progress
+    ) -> tuple[Head, dict[str, float]]:
+        """A head over the trained blocks, and how right it is on val."""
+        self.encoder.means_only = True
+        weights, bias = train_last(
+            self.last, self.encoder.pool_image, self.states["train"], len(labels), seed, seconds_left, progress
+        )
+        train, val = self.examples
+        width = len(weights)
+        flat = train.features.reshape(-1, width)
+        mean, scale = flat.mean(0), flat.std(0) + 1e-3
+        matrix = weights.cpu().numpy()
+        head = Head(
+            labels, matrix * scale[:, None], bias.cpu().numpy() + mean @ matrix, mean, scale, 1.0, np.zeros((0, 0)),
+            np.zeros(0),
+        )  # fmt: skip
+        rows, val_rows = (head.standard(part.features) for part in (train, val))
+        scores, targets = head.scores(val_rows), softened(val.classes, len(labels))
+        head.heat = temperature(scores, targets)
+        one_hot = np.eye(len(labels), dtype=np.float32)[train.classes]
+        head.centres = (one_hot.T @ rows[:, 0]) / np.maximum(one_hot.sum(0), 1)[:, None]
+        head.familiar = np.sort(nearness(val_rows[:, 0], head.centres))
+        figures = {
+            "accuracy": float((scores.argmax(1) == val.classes).mean()),
+            "nats": cross_entropy(scores * head.heat, targets),
+        }
+        return head, figures
+
+    def weights(self) -> dict[str, Tensor]:
+        """The trained parameters, by their names in the network."""
+        return {name: value.detach().cpu().contiguous() for name, value in self.last.trained.items()}
 
 
 class FeatureCache:
@@ -426,7 +584,7 @@ class FeatureCache:
         temporary.replace(self._file(split))
 
 
-def _save(head: Head, config: dict[str, Any], folder: Path) -> None:
+def _save(head: Head, config: dict[str, Any], blocks: dict[str, Tensor], folder: Path) -> None:
     with publish_folder(folder) as temporary:
         (temporary / CONFIG).write_text(json_text(config), encoding="utf-8")
         arrays = {
@@ -434,7 +592,9 @@ def _save(head: Head, config: dict[str, Any], folder: Path) -> None:
             "centres": head.centres, "familiar": head.familiar,
         }  # fmt: skip
         save_file({name: np.ascontiguousarray(value, np.float32) for name, value in arrays.items()}, temporary / ARRAYS)
-        sums = {name: sha256_file(temporary / name) for name in (CONFIG, ARRAYS)}
+        if blocks:
+            save_tensors(blocks, temporary / BLOCKS)
+        sums = {file.name: sha256_file(file) for file in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(
             json_text(sealed({"version": MANIFEST, "sha256": sums})), encoding="utf-8"
         )
@@ -446,10 +606,12 @@ def describe_head(config: dict[str, Any]) -> str:
     right = "nothing was held out"
     if "records" in measured:
         right = f"{measured['accuracy']:.1%} of {measured['records']} unseen records right"
-    return (
-        f"{config['target']} from {config['source']}: {len(config['labels'])} labels over the frozen encoder "
-        f"{config['encoder']}; {right}."
-    )
+    encoder = f"the frozen encoder {config['encoder']}"
+    if config["blocks"]:
+        encoder = f"the encoder {config['encoder']}, whose last {config['blocks']} blocks were trained"
+        right = f"{measured['blocks_accuracy']:.1%} of {measured['records']} unseen records right"
+        right += f" (frozen {measured['accuracy']:.1%})"
+    return f"{config['target']} from {config['source']}: {len(config['labels'])} labels over {encoder}; {right}."
 
 
 # --- at work ----------------------------------------------------------------------------------------------------
@@ -476,7 +638,11 @@ class HeadModel(Model):
         """The encoder below the head, loaded when it is first asked for."""
         if self.config["kind"] == "text":
             return TextEncoder(self.place, self.device)
-        return MediaEncoder(self.config["kind"], self.place, self.config["settings"], self.device)
+        encoder = MediaEncoder(self.config["kind"], self.place, self.config["settings"], self.device)
+        if self.config["blocks"]:
+            assert self.folder is not None
+            encoder.load_blocks(self.folder / BLOCKS)
+        return encoder
 
     @property
     def verbs(self) -> list[str]:

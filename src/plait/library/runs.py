@@ -497,8 +497,7 @@ def _train_on_encoder(
         facts["size"] = "speech"
         lines = train_speech(dataset, folder, recipe.model.init_from, facts, recipe.training, device, bar)
     else:
-        facts["finished"] = time.time()
-        lines = train_head(dataset, folder, recipe.model.init_from, facts, device, recipe.training.seed, bar)
+        lines = train_head(dataset, folder, recipe.model.init_from, facts, recipe, device, bar)
     for line in lines:
         tell(line)
 
