@@ -363,11 +363,11 @@ def test_the_report_stands_alone(tmp_path: Path) -> None:
 def test_adding_files_decodes_only_the_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A grown source, and other files added to a dataset: known media are not decoded, and what comes out is the same
     as from preparing all at once."""
-    from plait.data import work
+    from plait.modalities.image_files import ImageFiles
 
     decoded: list[bytes] = []
-    look = work._look
-    monkeypatch.setattr(work, "_look", lambda kind, data, near: decoded.append(data) or look(kind, data, near))
+    look = ImageFiles.look
+    monkeypatch.setattr(ImageFiles, "look", lambda self, data, near: decoded.append(data) or look(self, data, near))
 
     def image(place: Path, n: int) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
