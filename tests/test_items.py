@@ -385,6 +385,27 @@ def test_a_table_of_any_name_is_known_by_what_it_holds(
     assert Dataset.open(tmp_path / "data").manifest.kind == kind
 
 
+def test_lines_of_numbers_are_histories_where_items_come_again(tmp_path: Path, plait: Command) -> None:
+    """As SASRec and S3-Rec publish theirs; other numbers stay texts."""
+    histories = {user: [user * step % 31 for step in range(1, 6 + user % 3)] for user in range(1, 41)}
+    orders = [(user, item) for user, items in histories.items() for item in items]
+    pairs = [f"{user} {item}" for user, item in orders]
+    lists = [" ".join(map(str, (user, *items))) for user, items in histories.items()]
+    files = {
+        "Beauty.txt": (pairs, "recommend"),
+        "orders": ([f"{user}\t{item}\t3\t{881250000 + item}" for user, item in orders], "recommend"),
+        "sequences.txt": (lists, "recommend"),
+        "numbers.txt": ([f"{n * 7919} {n * n}" for n in range(200)], "records"),
+        "matrix.txt": ([f"{n % 2} {n % 3} {n % 5}" for n in range(200)], "records"),
+        "verses.txt": ([f"{n % 3} lines of {n % 5}" for n in range(200)], "records"),
+    }
+    for name, (lines, kind) in files.items():
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+        assert plait("prepare", tmp_path / name, "-o", tmp_path / f"{name}-data", "--workers", 0) == 0
+        assert Dataset.open(tmp_path / f"{name}-data").manifest.kind == kind, name
+    assert len(read_histories(Dataset.open(tmp_path / "sequences.txt-data")).items) == len(orders)
+
+
 def test_a_task_that_the_data_cannot_serve_is_refused_before_training(
     tmp_path: Path, plait: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
