@@ -119,6 +119,12 @@ class TrainingRecipe(Settings):
         0.8, ge=0, lt=1, description="Share of the minutes for encoders that are trained on labels, together."
     )
     batch_size: int | None = Field(None, ge=2, description="Records, or windows of text, a step.")
+    block_megabytes: int = Field(
+        32,
+        ge=1,
+        description="Text that is tokenised before training begins, and shuffled together in the first epoch; the rest "
+        "is tokenised meanwhile, in blocks of this size.",
+    )
     learning_rate: float | None = Field(None, gt=0, description="Peak of the learning rate's schedule.")
     codec_learning_rate: float = Field(3e-3, gt=0, description="Learning rate of the codecs.")
     encoder_lr_scale: float = Field(

@@ -194,6 +194,15 @@ class Dataset(DatasetViews):
         ]
         return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
 
+    def group_sizes(self, split: str) -> list[int]:
+        """How many records of a split each of its row groups holds, in the order of `indices`."""
+        sizes = []
+        for shard, numbers in _runs(self.indices(split), self._starts):
+            with self._lock:
+                self._file(shard)  # its row groups are known then
+            sizes += [len(inside) for _, inside in _runs(numbers - self._starts[shard], self._groups[shard])]
+        return sizes
+
     @property
     def ids(self) -> list[str]:
         """The id of every record."""
@@ -409,6 +418,9 @@ class ConcatDataset(Dataset):
     def indices(self, split: str) -> np.ndarray:
         pairs = zip(self.datasets, self._offsets, strict=False)
         return np.concatenate([dataset.indices(split) + offset for dataset, offset in pairs])
+
+    def group_sizes(self, split: str) -> list[int]:
+        return [size for dataset in self.datasets for size in dataset.group_sizes(split)]
 
     def iterate(self, indices: Iterable[int] | None = None, columns: Sequence[str] | None = None) -> Iterator[Record]:
         self._known(list(columns or []))

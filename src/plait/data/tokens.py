@@ -37,6 +37,10 @@ class Tokens:
         stored = len(self.samples)
         return self.samples[row].tolist() if row < stored else list(self.more[row - stored])
 
+    def has(self, record: int) -> bool:
+        """Whether a record has a text."""
+        return bool(self.rows[record] >= 0)
+
     @property
     def present(self) -> np.ndarray:
         """(N,) whether a record has a text."""

@@ -7,6 +7,7 @@ written; a single text is language modelling, in windows of the context's length
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as ListOf
@@ -100,6 +101,15 @@ class Items:
     def __len__(self) -> int:
         return len(self.records)
 
+    def extended(self, more: Items, records: np.ndarray) -> Items:
+        """These items and `more`, whose records are the so-manieth of `records` (N,)."""
+        both = Items(np.zeros(0, np.int32))
+        both.records = np.concatenate((self.records, records[more.records].astype(np.int64)))
+        if self.windows is not None or more.windows is not None:
+            windows = [np.zeros(len(i), np.int32) if i.windows is None else i.windows for i in (self, more)]
+            both.windows = np.concatenate(windows)
+        return both
+
     def __getitem__(self, numbers: np.ndarray) -> np.ndarray:
         """(N, 2): record and window of items (N,)."""
         windows = np.zeros(len(numbers), np.int64) if self.windows is None else self.windows[numbers]
@@ -135,28 +145,69 @@ class Sampler:
         }
         self.media_columns = [c for c, m in self.columns.items() if m != "text"]
         self.unwritten = {c for c, m in self.columns.items() if not unwritten.isdisjoint({c, m})}
-        self.items = self._items()
+        self._block_lock, self._block_ends = threading.Lock(), list[int]()  # items up to the end of each block
+        if split.blocks is None:
+            self.items = self._items()
+        else:
+            self.items, self._first_epoch = Items(np.zeros(0, np.int32)), np.zeros(0, np.int64)
+            self._read_blocks(batch_size)
         self.groups = self._groups(batch_size, shares)
         self.batch_size = sum(count for _, count in self.groups)
         self.steps_per_epoch = self._steps_per_epoch(0)
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
 
     def _items(self) -> Items:
+        """What there is to take of the whole split."""
+        return self._items_of(self.split)
+
+    def _items_of(self, split: Split) -> Items:
         """Only a record of one text has more than one window."""
-        columns = [c for c in self.columns if c in self.split.chats or c in self.split.texts or c in self.split.rows]
-        count = len(self.split)
+        columns = [c for c in self.columns if c in split.chats or c in split.texts or c in split.rows]
+        count = len(split)
         parts, useful = np.zeros(count, np.uint8), np.zeros(count, bool)
         for column in columns:
-            present = self.split.present(column)
+            present = split.present(column)
             parts += present
-            if column not in self.unwritten or column in self.split.media:
+            if column not in self.unwritten or column in split.media:
                 useful |= present
         windows = useful.astype(np.int32)
-        for column, tokens in self.split.texts.items():
+        for column, tokens in split.texts.items():
             if column in self.columns:
                 alone = useful & tokens.present & (parts == 1)
                 windows[alone] = np.maximum(tokens.lengths[alone] // self.context, 1)
         return Items(windows)
+
+    @property
+    def _all_read(self) -> bool:
+        """Whether the items of all blocks are known."""
+        return self.split.blocks is None or len(self._block_ends) == len(self.split.blocks)
+
+    def _read_blocks(self, items: int, wait: bool = True) -> bool:
+        """Read on in the blocks until so many items of the first epoch are known, or all. Returns whether that is so:
+        without `wait` only what is there is read."""
+        with self._block_lock:
+            while not self._all_read and len(self._first_epoch) < items:
+                assert self.split.blocks is not None
+                block = len(self._block_ends)
+                if wait:
+                    self.split.blocks.wait(block)
+                elif not self.split.blocks.is_there(block):
+                    return False
+                first = len(self.items)
+                self.items = self.items.extended(
+                    self._items_of(self.split.block(block)), self.split.blocks.plan.records(block)
+                )
+                numbers = np.arange(first, len(self.items))
+                order = np.argsort(uniform(self.seed, 0, numbers, ORDER), kind="stable")
+                self._first_epoch = np.concatenate((self._first_epoch, numbers[order]))
+                self._block_ends.append(len(self.items))
+                if self._all_read:
+                    self.groups = [(np.arange(len(self.items), dtype=np.int32), self.groups[0][1])]
+        return True
+
+    def is_ready(self, step: int) -> bool:
+        """Whether the texts of a step are tokenised. Raises PlaitError where they never will be."""
+        return self._all_read or self._read_blocks((step + 1) * self.batch_size, wait=False)
 
     def _groups(self, batch_size: int, shares: ListOf[float]) -> list[tuple[np.ndarray, int]]:
         """For each dataset that has any: its items, by number, and how many of them a step takes."""
@@ -175,7 +226,10 @@ class Sampler:
         return max(len(items) // max(count, 1), 1)
 
     def order(self, epoch: int, group: int = 0) -> np.ndarray:
-        """The items of a dataset's epoch in their order; the remainder of the last batch waits for another epoch's."""
+        """The items of a dataset's epoch in their order; the remainder of the last batch waits for another epoch's.
+        Texts in blocks are shuffled within each block in the first epoch, and as a whole in later ones."""
+        if self.split.blocks is not None and epoch == 0:
+            return self._first_epoch
         kept = self._orders.get(group)
         if kept is None or kept[0] != epoch:
             items = self.groups[group][0]
@@ -189,9 +243,12 @@ class Sampler:
 
     def members(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(epochs (N,), items (N, 2)) of a step. Each dataset has epochs of its own."""
+        if not self._all_read:
+            self._read_blocks((step + 1) * self.batch_size)
+        first_epoch = not self._all_read  # where it ends is known once all blocks are
         epochs, chosen = [], []
         for group, (_, count) in enumerate(self.groups):
-            epoch, place = divmod(step, self._steps_per_epoch(group))
+            epoch, place = (0, step) if first_epoch else divmod(step, self._steps_per_epoch(group))
             chosen.append(self.order(epoch, group)[place * count : (place + 1) * count])
             epochs.append(np.full(count, epoch))
         return np.concatenate(epochs), self.items[np.concatenate(chosen)]

@@ -11,6 +11,7 @@ import numpy as np
 
 from plait.core.errors import PlaitError
 from plait.core.rng import uniform
+from plait.data.tokens import Tokens
 from plait.modalities.text import Text
 from plait.training.split import Split
 
@@ -42,6 +43,7 @@ def plant(split: Split, count: int, seed: int, text: Text, labels: dict[str, lis
     ids = text.encode_batch([canary(seed, number) for number in range(count)])
     split.ids.extend(f"canary-{number}" for number in planted)
     for name, texts in split.texts.items():
+        assert isinstance(texts, Tokens)  # with canaries, none is tokenised later
         texts.extend(ids[number] if name == column else None for number in planted)
     for name, rows in split.rows.items():
         split.rows[name] = np.concatenate((rows, np.full(len(planted), -1, rows.dtype)))

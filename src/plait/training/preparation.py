@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from plait.core.device import threads
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from plait.core.system import available_memory
@@ -26,7 +27,7 @@ from plait.training.canaries import plant
 from plait.training.init_from import apply_freezing, build_or_load_model
 from plait.training.run import Progress, Run
 from plait.training.source import SOURCES, RecordSource, Source
-from plait.training.split import Split, room_needed
+from plait.training.split import BlockSettings, Split, room_needed
 
 KEPT_SHARE = 1 / 5  # of the free memory, for what frozen encoders keep of what they have read
 CAPPED_SHARE = 2 / 3  # of a cap, which steps that were asked for have at least
@@ -44,6 +45,11 @@ class Prepared:
     init_from: Checkpoint | None  # the model that this one was extended from
     seconds: float  # that are left of the time budget, or of the cap
     inherited: set[str]  # tensors of a base that stay as they are, and no checkpoint holds
+
+    def close(self) -> None:
+        """Tokenise no more."""
+        if (blocks := self.splits["train"].blocks) is not None:
+            blocks.close()
 
 
 def join_replayed(dataset: Dataset, paths: list[str]) -> tuple[Dataset, list[Dataset]]:
@@ -138,7 +144,11 @@ def _open_source(run: Run) -> Source:
     def progress(stage: str, done: int, total: int) -> None:
         run.report(Progress(stage, done, total))
 
-    return RecordSource(run.dataset, cache, progress)
+    def note(text: str) -> None:
+        run.report(Progress("note", 1, 1, note=text))
+
+    blocks = BlockSettings(run.settings.block_megabytes << 20, run.group.is_main, threads(), note)
+    return RecordSource(run.dataset, cache, progress, None if run.settings.canaries else blocks)
 
 
 def _check_context(run: Run, model: Multimodal, train: Split) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +24,7 @@ from plait.core.errors import PlaitError
 from plait.core.files import read_json, sha256_file, write_atomic, write_json
 from plait.core.objective import losses_of_row, weighted_sum
 from plait.core.rng import key_of
+from plait.data.blocks import plan_blocks
 from plait.data.conversations import turns
 from plait.data.dataset import Dataset
 from plait.data.stores import written_place
@@ -43,7 +43,6 @@ from plait.training.recogniser_training import Labelled, held_out_labels, train_
 from plait.training.samples import CodecSamples, EncoderSamples, SampleLog, places_shown
 from plait.training.split import Split, add_codes
 
-_TOKENIZER_BYTES = 256 << 20  # of a column's text, at most, by which the tokenizer is trained
 # Settings that a run may change as it goes: none of them changes what a step computes.
 FREE = ("save_every", "keep", "keep_every", "log_records", "grad_accum_steps", "parallel", "activation_checkpointing")
 
@@ -229,15 +228,15 @@ class Run:
         return Text.load(path)
 
     def _tokenizer_texts(self) -> Iterator[str]:
-        """The texts of train, one after another; of columns of more than _TOKENIZER_BYTES every nth record."""
+        """The texts of train, one after another; of a column of more than two blocks those of the first two, which are
+        from all over it."""
         train = self.dataset.indices("train")
         chats = self.dataset.manifest.chats
         columns = [c for c, kind in self.dataset.columns.items() if kind == "text" and c not in chats]
         for column in [*columns, *chats]:
-            known = self.dataset.manifest.statistics.get(column)
-            size = known.mean * known.records if known else 0.0
-            step = max(math.ceil(size / _TOKENIZER_BYTES), 1)
-            for values in self.dataset.cells(column, train[::step]):
+            plan = plan_blocks(self.dataset, "train", [column])
+            records = np.sort(np.concatenate([plan.records(block) for block in range(min(plan.count, 2))]))
+            for values in self.dataset.cells(column, train[records]):
                 for value in values.to_pylist():
                     value = _said(value) if column in chats else value
                     if value is not None:

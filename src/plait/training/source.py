@@ -16,11 +16,12 @@ from pydantic import BaseModel
 from plait.core.config import Recipe
 from plait.core.device import Device
 from plait.core.features import ExtensionPoint
-from plait.data.dataset import Dataset
+from plait.data.blocks import plan_blocks
+from plait.data.dataset import ConcatDataset, Dataset
 from plait.modalities.text import Text
 from plait.model.multimodal import Multimodal
 from plait.training.batches import Sampler
-from plait.training.split import Split, load_split
+from plait.training.split import BlockSettings, Split, load_blocks, load_split
 
 VALIDATION_RECORDS = 2000  # of val, at most
 
@@ -66,28 +67,42 @@ SOURCES: ExtensionPoint[OpenSource] = ExtensionPoint("training_source")  # by th
 
 @dataclass
 class RecordSource:
-    """Records of columns: texts, images, audio, conversations."""
+    """Records of columns: texts, images, audio, conversations. `blocks` says how texts alone are tokenised while
+    training goes on; None: all of them before."""
 
     dataset: Dataset
     cache: Path
     progress: Callable[[str, int, int], None]
+    blocks: BlockSettings | None = None
     settings: Mapping[str, BaseModel] = field(default_factory=dict)
     parts: Mapping[str, Any] = field(default_factory=dict)
     sampler: type[Sampler] = Sampler
     validation_batch_size: int | None = None
 
     def split(self, name: str, text: Text, model: Multimodal) -> Split:
+        context = model.config.backbone.max_length
+        if name == "train" and self.blocks is not None and self._is_large():
+            return load_blocks(self.dataset, name, text, self.cache, context, self.blocks)
         return load_split(
             self.dataset,
             name,
             text,
             model.media,
             self.cache,
-            model.config.backbone.max_length,
+            context,
             self.progress,
             limit=None if name == "train" else VALIDATION_RECORDS,
             vocabulary=model.vocabulary,
         )
+
+    def _is_large(self) -> bool:
+        """Whether the data are texts alone, and more than a block holds. Conversations, and datasets that are replayed,
+        are read before training."""
+        assert self.blocks is not None
+        dataset, columns = self.dataset, list(self.dataset.columns)
+        if isinstance(dataset, ConcatDataset) or dataset.manifest.chats or set(dataset.columns.values()) != {"text"}:
+            return False
+        return plan_blocks(dataset, "train", columns, self.blocks.size).count > 1
 
     def fill(self, model: Multimodal) -> None:
         """Nothing: a model learns all of it."""

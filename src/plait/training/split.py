@@ -14,7 +14,7 @@ import torch
 
 from plait.core.errors import PlaitError
 from plait.core.files import read_json, write_json
-from plait.core.rng import key_of
+from plait.data.blocks import BlockFiles, Blocks, BlockTokens, plan_blocks
 from plait.data.dataset import ConcatDataset, Dataset
 from plait.data.samples import Samples, mapped
 from plait.data.tokens import Ids, Tokens, open_tokens, write_tokens
@@ -27,7 +27,8 @@ from plait.training.conversation_store import (
     write_conversations,
 )
 from plait.training.conversations import ConversationEncoder
-from plait.training.reuse import EarlierCache, reusing
+from plait.training.reuse import EarlierCache, reusing, set_aside, text_key
+from plait.training.tokenising import TokeniseJob, TokeniseProcess
 
 LAYOUT = 2  # of the files of a cache: one of another is made again
 
@@ -37,7 +38,7 @@ class Split:
     """The records of one split, ready to become sequences."""
 
     ids: Ids
-    texts: dict[str, Tokens]  # column -> token ids by record
+    texts: dict[str, Tokens | BlockTokens]  # column -> token ids by record
     media: dict[str, Samples]  # column -> samples of the records that have one
     rows: dict[str, np.ndarray]  # column -> record -> row of its samples, -1 where absent
     codes: dict[str, Samples] = field(default_factory=dict)  # column -> codes, beside media
@@ -45,6 +46,7 @@ class Split:
     keys: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))  # (records, text columns), 0 absent
     sources: np.ndarray | None = None  # record -> which of several datasets it is from
     notes: list[str] = field(default_factory=list)  # what is cut, for people
+    blocks: Blocks | None = None  # of texts that are tokenised while training goes on; `texts` are then BlockTokens
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -53,16 +55,22 @@ class Split:
         """Whether a record has something in a column."""
         if column in self.chats:
             return bool(self.chats[column].rows[record] >= 0)
-        return bool((self.texts[column].rows if column in self.texts else self.rows[column])[record] >= 0)
+        return self.texts[column].has(record) if column in self.texts else bool(self.rows[column][record] >= 0)
 
     def present(self, column: str) -> np.ndarray:
         """(N,) which records have a part of a column."""
         if column in self.chats:
             return self.chats[column].present
-        return (self.texts[column].rows if column in self.texts else self.rows[column]) >= 0
+        return self.texts[column].present if column in self.texts else self.rows[column] >= 0
 
     def sample(self, column: str, record: int) -> np.ndarray:
         return self.media[column][self.rows[column][record]]
+
+    def block(self, number: int) -> Split:
+        """The records of a block of texts that is there, as a split of their own."""
+        assert self.blocks is not None
+        ids = self.ids.values.take(pa.array(self.blocks.plan.records(number)))
+        return Split(Ids(ids.chunks), dict(self.blocks[number]), {}, {})
 
     def positives(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """(len(a), len(b)), True where two records are one or share an equal text in some column."""
@@ -94,12 +102,64 @@ def load_split(
     reading = _Reading(dataset, split, indices, media, plain, progress)
     cached = _cached(reading, text, cache)
     sources = dataset.source(indices) if isinstance(dataset, ConcatDataset) else None
-    result = Split(cached.ids, cached.texts, cached.media, cached.rows, keys=cached.keys, sources=sources)
+    result = Split(cached.ids, dict(cached.texts), cached.media, cached.rows, keys=cached.keys, sources=sources)
     result.notes = _cut_clips(reading, cached)
     if vocabulary is not None:
         for column in dataset.manifest.chats:
             result.notes += _converse(result, reading, column, text, vocabulary, cache, context)
     result.notes += _cut_texts(result, list(dataset.columns), context)
+    return result
+
+
+@dataclass(frozen=True)
+class BlockSettings:
+    """How blocks are made.
+
+    Attributes:
+        size: Bytes of text in one.
+        makes: Whether this process has them made; another one of the run does where it is false.
+        threads: That tokenise.
+        note: Called with what is to be told.
+    """
+
+    size: int
+    makes: bool
+    threads: int
+    note: Callable[[str], None]
+
+
+def load_blocks(dataset: Dataset, split: str, text: Text, cache: Path, context: int, blocks: BlockSettings) -> Split:
+    """A split of texts alone, which are tokenised in blocks while training goes on; only the first is waited for."""
+    indices = dataset.indices(split)
+    columns = list(dataset.columns)
+    plan = plan_blocks(dataset, split, columns, blocks.size)
+    made_of = hashlib.sha256(f"{_made_of(dataset, indices, text, {})} {plan.count} blocks".encode()).hexdigest()
+    cache_file, ids_file = cache / f"{split}.json", cache / f"{split}-ids.arrow"
+    known = read_json(cache_file) if cache_file.exists() else {}
+    if known.get("made_of") != made_of:
+        cache.mkdir(parents=True, exist_ok=True)
+        set_aside(cache, split)
+        Ids.write(ids_file, dataset.cells("id", indices))
+        facts = {"tokenizer": _tokenizer_key(text), "texts": columns, "media": {}, "blocks": plan.count}
+        write_json(cache_file, {"cut": {}, "made_of": made_of, **facts})
+    job = TokeniseJob(
+        dataset=str(dataset.path),
+        split=split,
+        columns=columns,
+        cache=str(cache),
+        tokenizer=text.tokenizer.to_str(),
+        tokenizer_key=_tokenizer_key(text),
+        made_of=made_of,
+        block_bytes=blocks.size,
+    )
+    maker = TokeniseProcess(job, blocks.threads, blocks.note) if blocks.makes else None
+    made = Blocks(plan, BlockFiles(cache, split, columns, made_of), maker)
+    texts: dict[str, Tokens | BlockTokens] = {column: BlockTokens(made, column) for column in columns}
+    result = Split(Ids.open(ids_file), texts, {}, {}, keys=np.zeros((len(indices), 0), np.int64), blocks=made)
+    blocks.note(f"{split} is tokenised in {plan.count} blocks; training begins once the first is there")
+    made.wait(0)
+    notes = _cut_texts(result.block(0), columns, context)
+    result.notes = [f"{note} (in the first of {plan.count} blocks)" for note in notes]
     return result
 
 
@@ -187,11 +247,6 @@ class _Made:
     cut: NumberArray[int] = field(default_factory=lambda: NumberArray("b"))
 
 
-def text_key(text: str) -> int:
-    """What tells a text from others; never 0, which is none."""
-    return key_of(text) | 1
-
-
 @dataclass
 class _Cached:
     """What the cache of a split holds; `cut` counts by column the samples that are longer than one may be."""
@@ -212,6 +267,7 @@ def _cached(reading: _Reading, text: Text, cache: Path) -> _Cached:
     if known.get("made_of") == made_of:
         return _open_cache(reading, cache, known["cut"])
     cache.mkdir(parents=True, exist_ok=True)
+    set_aside(cache, reading.split)
     earlier = EarlierCache(cache, reading.split)
     cut = _write_cache(reading, text, cache, earlier, made_of)
     media = {column: reading.settings(column) for column in reading.media_columns}
@@ -255,7 +311,7 @@ def _write_cache(reading: _Reading, text: Text, cache: Path, earlier: EarlierCac
             np.save(cache / f"{split}-{column}-{what}.npy", array)
     for place, column in enumerate(reading.plain):
         texts = reading.texts(column, keys[:, place])
-        encode = reusing(text.encode_batch, earlier.tokens(column, _tokenizer_key(text)), text_key)
+        encode = reusing(text.encode_batch, earlier.tokens(column, _tokenizer_key(text)))
         write_tokens(cache / f"{split}-{column}-tokens", texts, encode, text.size, made_of)
     np.save(cache / f"{split}-keys.npy", keys)
     Ids.write(cache / f"{split}-ids.arrow", reading.dataset.cells("id", reading.indices))

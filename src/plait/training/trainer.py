@@ -28,6 +28,7 @@ from plait.core.files import only_writer, read_json
 from plait.core.objective import weighted_sum
 from plait.core.rng import uniform
 from plait.core.signals import Signals, signals
+from plait.data.blocks import POLL
 from plait.data.dataset import Dataset
 from plait.model.checkpoint import Checkpoint
 from plait.model.multimodal import ModelConfig, Multimodal
@@ -130,7 +131,10 @@ def train(
         else:
             prepared = prepare_run(run, reuse)
             release_memory()  # what counting words and tokenising took
-            Trainer(run, prepared, received, Callbacks(callbacks if group.is_main else ())).fit()
+            try:
+                Trainer(run, prepared, received, Callbacks(callbacks if group.is_main else ())).fit()
+            finally:
+                prepared.close()
             run.record(finished=time.time())
         return folder / "checkpoints" / "best"
 
@@ -336,6 +340,7 @@ class Trainer:
                         break
                     self.saver.check()
                     self._obey_signals()
+                    self._await_texts()
                     self.clock += time.perf_counter() - paused  # validating and saving are no part of a step
                     self.train_step()
             self.saver.wait()
@@ -347,6 +352,7 @@ class Trainer:
             self.saver.join()
             raise
         finally:
+            self.prepared.close()  # batches may wait for texts
             self.batches.close()
             self.streams.close()
             self.log.close()
@@ -362,6 +368,18 @@ class Trainer:
     def should_stop(self) -> bool:
         """Whether all steps are done, or validations have not improved for too long."""
         return self.position.step >= self.total_steps or self.position.stale >= self.settings.patience
+
+    def _await_texts(self) -> None:
+        """Wait until the texts of the next step are tokenised. A signal ends it."""
+        if self.splits["train"].blocks is None:
+            return
+        step, told = self.position.step, False
+        while self.group.any(not self.train_sampler.is_ready(step)):
+            if not told:
+                self.run.report(Progress("note", 1, 1, note=f"step {step + 1} waits for its texts to be tokenised"))
+                told = True
+            self._obey_signals()
+            time.sleep(POLL)
 
     def train_step(self) -> None:
         """One step: schedule, batch, losses, gradients, weights, average; then its log."""
