@@ -58,6 +58,24 @@ def test_help_and_completion_load_no_model_code(words: str) -> None:
     assert {"plait --help": "prepare", "plait tr": "train", "plait train --h": "--help"}[words] in done.stdout
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["generate nobody/nothing hello", "train x.csv -o run --init-from nobody/nothing", "serve a=nobody/nothing"],
+)
+def test_a_missing_model_is_told_before_model_code_is_loaded(words: str) -> None:
+    script = (
+        "import atexit, sys; from plait.cli import main;"
+        "atexit.register(lambda: print(*(m for m in ('torch', 'transformers', 'sklearn') if m in sys.modules)));"
+        f"sys.argv = ['plait', *{words.split()!r}]; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout.strip()) == (1, ""), "what was loaded"
+    assert "'nobody/nothing' is not a local folder" in done.stderr
+
+
 def test_version_is_one() -> None:
     from typer.testing import CliRunner
 

@@ -47,6 +47,13 @@ def test_pairs_are_trained_and_exported(
     told = " ".join(capsys.readouterr().out.split())
     assert f"{kind} from" in told and "have their own image among the ten nearest" in told
     assert plait("train", pairs, "-o", run, *options) == 0 and "already trained" in capsys.readouterr().out
+    assert plait("evaluate", run, "--split", "train") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "found among the first ten" in told and "53 texts" in told
+    if kind == "clip":
+        assert "of the model it began from: worth it" in told, told
+    recall = read_json(run / "metrics.json")["retrieval/caption-image/r_at_10"]
+    assert recall["value"] > recall["baseline"] and recall["n"] == 53 and (run / "report.html").is_file()
     assert plait("export", run, "-o", tmp_path / "out") == 0
     model, theirs = library.load(run), transformers.AutoModel.from_pretrained(tmp_path / "out").eval()
     assert "training" not in read_json(tmp_path / "out" / "config.json")

@@ -50,10 +50,16 @@ def test_clips_are_learnt_and_exported(
     assert plait("train", clips, "-o", run, *options) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "whisper from" in told and "nats a token" in told
-    assert "1 of" in told and "longer than 30 s" in told and "Next: plait transcribe" in told
+    assert "1 of" in told and "longer than 30 s" in told and "Next: plait evaluate" in told
     model = library.load(run)
     heard = [model.transcribe((tone(pitch), RATE)) for pitch in (0, 1)]
     assert heard[0].startswith("the cat") and heard[1].startswith("a dog"), heard
+    # Measured beside the model that it began from, whose words are random.
+    assert plait("evaluate", run, "--split", "val") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "of the words wrong (said from audio, 4 clips" in told and "worth it" in told, told
+    wer = read_json(run / "metrics.json")["transcription/audio-said/wer"]
+    assert wer["value"] < wer["baseline"] and (run / "report.html").is_file()
     assert plait("export", run, "-o", tmp_path / "out") == 0
     assert "training" not in read_json(tmp_path / "out" / "config.json")
     theirs = transformers.WhisperForConditionalGeneration.from_pretrained(tmp_path / "out").eval()

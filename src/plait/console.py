@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from plait.core.features import ExtensionPoint
 
 if TYPE_CHECKING:
     from plait.data.dataset import Manifest
@@ -28,7 +30,28 @@ out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty()
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-ModelArgument = Annotated[str, typer.Argument(help="A run, a checkpoint, or a Hugging Face name or folder.")]
+# Where a model's files are that is no local path: a feature adds it, and it imports no torch.
+MODEL_FINDERS: ExtensionPoint[Callable[[str], Path]] = ExtensionPoint("model_finder")
+
+
+def found_model(name: str | None) -> str | None:
+    """The name of a model that is there. Raises PlaitError, before torch is imported, where neither a path, the Hugging
+    Face cache nor the hub has it."""
+    if name is not None and not Path(name).expanduser().exists():
+        MODEL_FINDERS.one()(name)
+    return name
+
+
+def found_models(names: list[str] | None) -> list[str] | None:
+    """As `found_model`, for the models that a server is given: MODEL or NAME=MODEL."""
+    for name in names or ():
+        found_model(name if Path(name).expanduser().exists() else name.partition("=")[2] or name)
+    return names
+
+
+ModelArgument = Annotated[
+    str, typer.Argument(callback=found_model, help="A run, a checkpoint, or a Hugging Face name or folder.")
+]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 PrecisionOption = Annotated[
     str, typer.Option(help="auto, fp32, bf16; on a processor also fp16, int8, int4: weights kept so, in less memory.")

@@ -59,7 +59,7 @@ def evaluate(
     if all_figures:
         show_metrics({name: evaluation[name]._asdict() for name in evaluation.main()})
     else:
-        show_figures({key: evaluation[key] for key in evaluation.headline_keys()})
+        show_figures({key: evaluation[key] for key in evaluation.headline_keys() or evaluation.metric_keys})
     if evaluation.verdict is not None:
         out.print(f"\n{plain(str(evaluation.verdict))}\n")
     out.print(f"All figures: {run / 'metrics.json'}\nReport: {evaluation.report}")

@@ -7,12 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from plait.console import DeviceOption, PrecisionOption, app, out
+from plait.console import DeviceOption, PrecisionOption, app, found_models, out
 
 
 @app.command()
 def serve(
-    models: Annotated[list[str], typer.Argument(help="Runs, checkpoints or Hugging Face names; NAME=MODEL renames.")],
+    models: Annotated[
+        list[str],
+        typer.Argument(callback=found_models, help="Runs, checkpoints or Hugging Face names; NAME=MODEL renames."),
+    ],
     host: Annotated[str, typer.Option(help="The address; one off loopback needs --api-key-file.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     api_key_file: Annotated[

@@ -12,11 +12,10 @@ from typing import Annotated
 import typer
 
 import plait
-from plait.console import DeviceOption, app, err, out, plain
+from plait.console import DeviceOption, app, err, found_model, out, plain
 from plait.core.config import known_tasks
 
 # What a run of a model of transformers that was trained further is for; others are measured next.
-NEXT = {"pairs": "plait export {} -o FOLDER", "speech": "plait transcribe {} CLIP"}
 BESIDE_MORE = ("dataset", "more", "processes", "device")  # the parameters that mean something to a run that goes on
 
 
@@ -49,7 +48,8 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Records a step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="The schedule's peak.")] = None,
     init_from: Annotated[
-        str | None, typer.Option(help="Go on from a run, a checkpoint, or a Hugging Face GPT-2, Llama or Qwen3.")
+        str | None,
+        typer.Option(callback=found_model, help="Go on from a run, a checkpoint, or a Hugging Face name or folder."),
     ] = None,
     start: Annotated[
         str | None,
@@ -112,8 +112,7 @@ def train(
                 tell=_say,
             )  # fmt: skip
     out.print(plain(trained.describe()))
-    command = NEXT.get(str(trained.metadata.get("size")), "plait evaluate {}")
-    out.print(f"Next: {command.format(trained.folder)}")
+    out.print(f"Next: plait evaluate {trained.folder}")
 
 
 def _say(line: str) -> None:

@@ -6,12 +6,18 @@ import numpy as np
 
 from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
+from plait.evaluation.findings import Findings
 from plait.evaluation.keys import Direction, MetricKey, Metrics
+from plait.evaluation.outcome import Outcome
+from plait.evaluation.verdict import make_verdict
 from plait.hf.heads import HeadModel
 
 
-def measure_head(model: HeadModel, dataset: Dataset, split: str, limit: int | None) -> Metrics:
-    """Accuracy and macro F1 of a split, beside the most frequent label. Raises PlaitError where the split is empty."""
+def measure_head(model: HeadModel, dataset: Dataset, split: str, limit: int | None) -> tuple[Metrics, Findings]:
+    """Accuracy and macro F1 of a split, beside the most frequent label, and what that comes to.
+
+    Raises PlaitError where the split is empty.
+    """
     from sklearn.metrics import f1_score
 
     source, target = model.config["source"], model.config["target"]
@@ -39,4 +45,12 @@ def measure_head(model: HeadModel, dataset: Dataset, split: str, limit: int | No
     figures.keep(
         MetricKey("recognition", direction, "macro_f1"), macro, stderr=error, chance=chance, baseline=chance, n=count
     )
-    return figures
+    findings = Findings()
+    findings.outcomes.append(
+        Outcome(
+            "recognition", f"{target} from {source}", "right", float(right.mean()), error, count, chance,
+            "always saying the most frequent label", float(frequent), error,
+        )
+    )  # fmt: skip
+    findings.verdict = make_verdict(findings.outcomes)
+    return figures, findings

@@ -20,13 +20,14 @@ from plait.core.rng import uniform
 from plait.data.dataset import Dataset
 from plait.hf import hub
 from plait.hf.further import RNG_STREAM, FurtherTraining, Progress
-from plait.hf.pretrained import kind_of, read_image
+from plait.hf.pretrained import Pretrained, kind_of, read_image
 from plait.modalities.image_files import IMAGE
 from plait.model.objectives import pair_loss_of
 from plait.training.build import label_columns
 from plait.training.tasks import find_task
 
 QUERIES = 1000  # records of val at most
+EMBEDDED = 32  # pairs at once
 HEADS = ("projection", "logit_scale", "logit_bias", "model.head.")  # what is trained where the encoders are frozen
 
 
@@ -119,19 +120,11 @@ class PairTraining(FurtherTraining):
         draws = uniform(self.recipe.seed, RNG_STREAM + 1, step, np.arange(self.batch))
         images, texts = self.train.read(places, draws)
         with self.model.device.autocast():
-            a, b = self._embed_images(images), self._embed_texts(texts)
+            a, b = _embed_images(self.model, images), _embed_texts(self.model, texts)
         _, number = np.unique(np.array(texts), return_inverse=True)
         positives = torch.from_numpy(number[:, None] == number[None]).to(a.device)
         scalars = {name: getattr(self.network, name) for name in self.objective.scalars}
         return self.objective(a.float(), b.float(), positives, scalars)
-
-    def _embed_images(self, images: list[Any]) -> Tensor:
-        pixels = self.model.processor(images=images, return_tensors="pt")["pixel_values"]
-        return _unit(self.network.get_image_features(pixel_values=pixels.to(self.model.device.torch)))
-
-    def _embed_texts(self, texts: list[str]) -> Tensor:
-        inputs = {key: value.to(self.model.device.torch) for key, value in self.model.text_inputs(texts).items()}
-        return _unit(self.network.get_text_features(**inputs))
 
     @property
     def validated(self) -> int:
@@ -140,24 +133,38 @@ class PairTraining(FurtherTraining):
 
     def score(self) -> float:
         """Of val, the share of texts whose own image is among the ten nearest; 0 where val is empty."""
-        places = np.arange(self.validated)
-        a, b = [], []
         self.network.eval()
-        with torch.inference_mode(), self.model.device.autocast():
-            for part in np.split(places, range(self.batch_size, len(places), self.batch_size)):
-                if len(part):
-                    images, texts = self.val.read(part, np.zeros(len(part)))
-                    a.append(self._embed_images(images).float())
-                    b.append(self._embed_texts(texts).float())
-        if not a:
+        a, b = embed_pairs(self.model, self.val, np.arange(self.validated))
+        if not len(a):
             return 0.0
-        scores = torch.cat(b) @ torch.cat(a).T
+        scores = b @ a.T
         rank = (scores > scores.diagonal()[:, None]).sum(1)
-        return float((rank < 10).float().mean())
+        return float((rank < 10).mean())
 
     def describe(self, config: dict[str, Any]) -> str:
         """What a checkpoint goes by, and what it recalls, for people."""
         return describe_pairs(config)
+
+
+def embed_pairs(model: Pretrained, pairs: Pairs, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings of the images and of the first text of the pairs at `places`, (N, E) float32 each."""
+    a, b = [torch.zeros(0, 0)], [torch.zeros(0, 0)]
+    with torch.inference_mode(), model.device.autocast():
+        for part in np.split(places, range(EMBEDDED, len(places), EMBEDDED)) if len(places) else ():
+            images, texts = pairs.read(part, np.zeros(len(part)))
+            a.append(_embed_images(model, images).float().cpu())
+            b.append(_embed_texts(model, texts).float().cpu())
+    return torch.cat(a[1:] or a).numpy(), torch.cat(b[1:] or b).numpy()
+
+
+def _embed_images(model: Pretrained, images: list[Any]) -> Tensor:
+    pixels = model.processor(images=images, return_tensors="pt")["pixel_values"]
+    return _unit(model.model.get_image_features(pixel_values=pixels.to(model.device.torch)))
+
+
+def _embed_texts(model: Pretrained, texts: list[str]) -> Tensor:
+    inputs = {key: value.to(model.device.torch) for key, value in model.text_inputs(texts).items()}
+    return _unit(model.model.get_text_features(**inputs))
 
 
 def _unit(output: Any) -> Tensor:

@@ -9,6 +9,7 @@ FEATURE = Feature(
     adds={
         "encoder_source": "plait.hf.encoders:HF_ENCODERS",
         "checkpoint_source": "plait.hf.huggingface:load",
+        "model_finder": "plait.hf.hub:find",
         "adapter_source": "plait.hf.adapters:read_adapter",
         "model_source": "plait.hf.load:load_model",
     },

@@ -64,6 +64,20 @@ def train_speech(
     return [*training.left_out, *training.run()]
 
 
+def speech_columns(dataset: Dataset) -> tuple[str, str]:
+    """(the column of audio, that of what is said). Raises PlaitError where several texts could be meant."""
+    audio = next(column for column, kind in dataset.columns.items() if kind == AUDIO.kind)
+    texts = [column for column, kind in dataset.columns.items() if kind == "text"]
+    labels = label_columns(dataset, 2**31)
+    chosen = [column for column in texts if column not in labels] or texts
+    if len(chosen) > 1:
+        raise PlaitError(
+            f"{dataset.path} has several columns of text: {', '.join(chosen)}. Keep the one with what is said: "
+            f"plait prepare --map {chosen[1]}=ignore."
+        )
+    return audio, chosen[0]
+
+
 class Clips:
     """The clips of a split that have a transcript and fit into what Whisper reads at once: the ids of what is said, and
     the encoder's states, (N, S, H) in 16 bit, mapped from a file."""
@@ -87,7 +101,7 @@ class SpeechTraining(FurtherTraining):
         super().__init__(folder, name, facts, recipe, device, progress)
         if unknown := [part for part in recipe.freeze if part != "encoder"]:
             raise PlaitError(f"Of {name} the encoder alone can be frozen, and always is, not {unknown[0]}.")
-        self.audio, self.text = self._columns(dataset)
+        self.audio, self.text = speech_columns(dataset)
         self.left_out: list[str] = []  # lines for people
         self.train, self.val = (self._clips(dataset, split, name) for split in ("train", "val"))
         if len(self.train) < 2:
@@ -95,19 +109,6 @@ class SpeechTraining(FurtherTraining):
         self.prefix = self._prefix()
         self._freeze()
         self.begin(len(self.train))
-
-    def _columns(self, dataset: Dataset) -> tuple[str, str]:
-        """(the column of audio, that of what is said). Raises PlaitError where several texts could be meant."""
-        audio = next(column for column, kind in dataset.columns.items() if kind == AUDIO.kind)
-        texts = [column for column, kind in dataset.columns.items() if kind == "text"]
-        labels = label_columns(dataset, 2**31)
-        chosen = [column for column in texts if column not in labels] or texts
-        if len(chosen) > 1:
-            raise PlaitError(
-                f"{dataset.path} has several columns of text: {', '.join(chosen)}. Keep the one with what is said: "
-                f"plait prepare --map {chosen[1]}=ignore."
-            )
-        return audio, chosen[0]
 
     def _freeze(self) -> None:
         """The layers of the decoder are trained; its table of tokens, which is its output layer too, is not."""

@@ -165,8 +165,10 @@ def evaluate(
     Raises PlaitError where the split is empty, the dataset is not there or its columns are not the model's.
     """
     from plait.evaluation.folds import by_folds
+    from plait.evaluation.further import measure_further
     from plait.evaluation.heads import measure_head
     from plait.hf.heads import HeadModel
+    from plait.hf.pretrained import Pretrained
     from plait.inference.model import load
 
     folder = run.folder if isinstance(run, Run) else Path(run).expanduser()
@@ -184,12 +186,12 @@ def evaluate(
     dataset = data if isinstance(data, Dataset) else Dataset.open(data)
     loaded = load(folder, device, precision)
     if isinstance(loaded, HeadModel):
-        metrics = measure_head(loaded, dataset, split, limit)
-        add_intervals(metrics)
-        write_metrics(folder / "metrics.json", metrics)
-        if own_test:
-            write_card(folder, metrics)
-        return Evaluation(folder, split, metrics, Findings())
+        metrics, findings = measure_head(loaded, dataset, split, limit)
+        return _kept(folder, dataset, split, metrics, findings, own_test)
+    if isinstance(loaded, Pretrained):
+        with ProgressBar(progress) as bar:
+            metrics, findings = measure_further(loaded, dataset, split, limit, bar)
+        return _kept(folder, dataset, split, metrics, findings, own_test)
     model = loaded.plait_model
     if model is None:
         raise PlaitError(f"{folder} is no model that plait trained; evaluation needs a run.")
@@ -204,6 +206,13 @@ def evaluate(
         )
     if fold_metrics:
         metrics.keep(MetricKey(TIMING, Direction("folds"), "seconds"), fold_seconds)
+    return _kept(folder, dataset, split, metrics, findings, own_test)
+
+
+def _kept(
+    folder: Path, dataset: Dataset, split: str, metrics: Metrics, findings: Findings, own_test: bool
+) -> Evaluation:
+    """Figures, answers and report written into a run's folder; its card too where they are of its own test records."""
     add_intervals(metrics)
     write_metrics(folder / "metrics.json", metrics)
     if findings.answers:

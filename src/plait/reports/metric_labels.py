@@ -75,6 +75,7 @@ HEADLINES: tuple[str, ...] = (
     "mae",
     "r2",
     "exact",
+    "wer",
     "bits_per_byte",
     "p_at_10",
     "judged_accuracy",
