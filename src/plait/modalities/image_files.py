@@ -96,7 +96,7 @@ class ImageFiles(MediaFiles):
         return f"{first:.0f}x{second:.0f}"
 
     def look(self, data: bytes, fingerprint: bool) -> tuple[float, float, bytes]:
-        """A JPEG is decoded no larger than a fingerprint needs: all of its bytes are read, most of its pixels not made."""
+        """A JPEG is decoded no larger than a fingerprint needs: all bytes are read, most pixels are not made."""
         decoded = _decoded(data, LIMITS, small=True)
         print_ = image_fingerprint(decoded.image, decoded.scale) if fingerprint else b""
         return decoded.width, decoded.height, print_
