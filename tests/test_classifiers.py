@@ -24,7 +24,7 @@ from plait.evaluation.decide import describe, describe_space
 from plait.evaluation.metrics import calibration
 from plait.evaluation.outcome import Outcome
 from plait.evaluation.verdict import make_verdict
-from plait.recommend.evaluate import HR_10
+from plait.recommend.ranking import HR_10
 from plait.training.expectation import expectation
 from plait.training.tasks import derive
 

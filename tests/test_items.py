@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plait.core.device import choose_device
+from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
 from plait.data.tokens import Ids
 from plait.modalities.base import Vocabulary
@@ -29,7 +30,9 @@ from plait.model.objectives import SampledSoftmax
 from plait.model.transformer import TransformerConfig
 from plait.recommend.baselines import DECAY, WINDOW, Follows, Interactions
 from plait.recommend.catalogue import Catalogue, Item
-from plait.recommend.evaluate import Ranks, Targets, rank, targets_of
+from plait.recommend.mixture import Followed, fit_followed
+from plait.recommend.next_item import NextItem
+from plait.recommend.ranking import Ranks, Targets, rank, targets_of
 from plait.recommend.sampler import HistorySampler, HistorySplit
 from plait.recommend.trie import NextCodes, Trie
 from plait.recommend.write_histories import HIDDEN, TEST, TRAIN, VAL, read_catalogue, read_histories
@@ -125,6 +128,53 @@ def test_recommend(shop: Path, plait: Command, capsys: pytest.CaptureFixture[str
     assert plait("recommend", shop / "run", "--user", 17, "-k", 3, "--json") == 0
     said = capsys.readouterr()
     assert len(json.loads(said.out)) == 3 and "How good: of 240 users" in said.err
+
+
+def test_what_followed_what_answers_with_the_network(shop: Path, tmp_path: Path) -> None:
+    """Each chance against both, counted apart; and the file holds all of it."""
+    import plait as package
+
+    model = package.load(shop / "run")
+    followed, alone = model.checkpoint.fitted["recommend"], NextItem(model.checkpoint.model, model.device)
+    assert followed.records > 200 and f"{followed.records} held-out items" in followed.describe()
+    followed.share = 0.3
+    history = np.array([3, 9, 4])
+    network = np.exp(alone.log_chances([history])[0].astype(float))
+    table = followed.follows.scores(history)
+    expected = 0.7 * network + 0.3 * table / table.sum()
+    np.testing.assert_allclose(np.exp(model.next.log_chances([history])[0]), expected, rtol=1e-4, atol=1e-7)
+    followed.write(tmp_path / "again")
+    again = Followed.read(tmp_path / "again")
+    assert (again.describe(), again.share) == (followed.describe(), 0.3)
+    np.testing.assert_allclose(again.follows.scores(history), table, rtol=1e-6)
+    (tmp_path / "cut").write_bytes((tmp_path / "again").read_bytes()[:-8])
+    with pytest.raises(PlaitError, match="damaged"):
+        Followed.read(tmp_path / "cut")
+
+
+@pytest.mark.parametrize(("right", "share"), [(0.0, 0.9), (0.5, None), (1.0, 0.0)])
+def test_the_share_of_what_followed_what_is_chosen_by_val(right: float, share: float | None) -> None:
+    """A network that is right for some of the users, and otherwise says nothing or something wrong."""
+    rng = np.random.default_rng(0)
+    items, users = 40, 200
+    histories = [np.arange(start, start + 5) % items for start in rng.integers(0, items, users)]
+    train = Interactions(np.concatenate(histories), np.arange(users + 1) * 5, items)
+    follows = np.array([(history[-1] + 1) % items for history in histories])
+    by_network = np.arange(users) < right * users  # of whom what comes next is what the network says, no follower
+    wanted = np.where(by_network, (follows + 20) % items, follows)
+    said = {tuple(history): (history[-1] + 21) % items for history in histories}
+
+    def network(asked: list[np.ndarray]) -> np.ndarray:
+        chances = np.full((len(asked), items), 1e-3)
+        for row, history in zip(chances, asked, strict=True):
+            row[said[tuple(history)]] = 1.0
+        return np.log(chances / chances.sum(1, keepdims=True))
+
+    found = fit_followed(network, train, Targets(np.arange(users), wanted, histories), 0)
+    assert found.records == users and found.measured["both"] >= max(found.measured.values()) - 1e-9
+    assert found.share == share if share is not None else 0 < found.share < 1
+    few = fit_followed(network, train, Targets(np.arange(9), wanted[:9], histories[:9]), 0)
+    assert few.share == 0.5 and "too few" in few.describe()
 
 
 def test_new_items_join_by_what_they_are(shop: Path, plait: Command, capsys: pytest.CaptureFixture[str]) -> None:
@@ -385,6 +435,27 @@ def test_a_table_of_any_name_is_known_by_what_it_holds(
     assert Dataset.open(tmp_path / "data").manifest.kind == kind
 
 
+def test_lines_of_numbers_are_histories_where_items_come_again(tmp_path: Path, plait: Command) -> None:
+    """As SASRec and S3-Rec publish theirs; other numbers stay texts."""
+    histories = {user: [user * step % 31 for step in range(1, 6 + user % 3)] for user in range(1, 41)}
+    orders = [(user, item) for user, items in histories.items() for item in items]
+    pairs = [f"{user} {item}" for user, item in orders]
+    lists = [" ".join(map(str, (user, *items))) for user, items in histories.items()]
+    files = {
+        "Beauty.txt": (pairs, "recommend"),
+        "orders": ([f"{user}\t{item}\t3\t{881250000 + item}" for user, item in orders], "recommend"),
+        "sequences.txt": (lists, "recommend"),
+        "numbers.txt": ([f"{n * 7919} {n * n}" for n in range(200)], "records"),
+        "matrix.txt": ([f"{n % 2} {n % 3} {n % 5}" for n in range(200)], "records"),
+        "verses.txt": ([f"{n % 3} lines of {n % 5}" for n in range(200)], "records"),
+    }
+    for name, (lines, kind) in files.items():
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+        assert plait("prepare", tmp_path / name, "-o", tmp_path / f"{name}-data", "--workers", 0) == 0
+        assert Dataset.open(tmp_path / f"{name}-data").manifest.kind == kind, name
+    assert len(read_histories(Dataset.open(tmp_path / "sequences.txt-data")).items) == len(orders)
+
+
 def test_a_task_that_the_data_cannot_serve_is_refused_before_training(
     tmp_path: Path, plait: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -516,7 +587,7 @@ def test_directed_cooccurrence_against_the_formula() -> None:
     rng = np.random.default_rng(0)
     lengths = [5, 30, 1, 14]
     items, starts = rng.integers(0, 12, sum(lengths)), np.concatenate(([0], np.cumsum(lengths)))
-    method = Follows(Interactions(items, starts, 12))
+    method = Follows.counted(Interactions(items, starts, 12))
     table = np.zeros((12, 12))
     for a, b in pairwise(starts.tolist()):
         for i in range(a, b):

@@ -41,7 +41,9 @@ from plait.modalities.descriptor import LIMITS
 from plait.modalities.media import MEDIA, kind_of_suffix, known_formats
 
 TEXT_BYTES = 8192  # of one record of a long text
-TAILS = ((0.9, "val"), (0.95, "test"))  # where the splits of one text alone begin
+TAILS = ((0.9, "val"), (0.95, "test"))  # where the splits of a text begin, where there are few
+FEW_TEXTS = 20  # files, below which each of them is cut at its last tenth: a split by file would hang on one or two
+WORTH_CUTTING = 1000  # characters of one of several files; a shorter one is trained on as a whole
 
 # --- idx files, as MNIST ships them -----------------------------------------------------------------------------
 
@@ -148,7 +150,8 @@ def plan_idx(tree: Tree, labels: dict[str, list[str]]) -> Plan | None:
 
 
 def plan_text(tree: Tree) -> Plan | None:
-    """Text files -> column `text`: one record a file; a long text in order in pieces of some 8 kB at line ends."""
+    """Text files -> column `text`: one record a file; a long text in order in pieces of some 8 kB at line ends. Where
+    there are few, and neither labels nor splits, the last tenth of each is for val and test."""
     names = [name for name in tree.files if suffix_of(name) == ".txt"]
     if not names:
         return None
@@ -172,6 +175,10 @@ def plan_text(tree: Tree) -> Plan | None:
             raise_if_passing(error, name)
             broken[name] = Reason(RejectKind.UNREADABLE, f"cannot be read: {error}")
 
+    unsplit = not labelled and not any(folders.split(name) for name in names)
+    few = len(names) < FEW_TEXTS and unsplit and any(size >= WORTH_CUTTING for size in sizes.values())
+    cut = {name for name in names if single or (few and sizes.get(name, 0) >= WORTH_CUTTING)}
+
     def read() -> Iterator[Item]:
         for name in names:
             tree.used.add(name)
@@ -179,24 +186,28 @@ def plan_text(tree: Tree) -> Plan | None:
                 yield Rejected(name, None, broken[name])
                 continue
             # The customary last tenth, to the character: half of it to choose by, half of it to measure on.
-            borders = {int(share * sizes[name]): part for share, part in TAILS} if single else {}
+            borders = {int(share * sizes[name]): part for share, part in TAILS} if name in cut else {}
             if single and sizes[name] <= TEXT_BYTES:  # training needs two records
                 borders = {int(sizes[name] * TAILS[0][0] / 2): "train", **borders}
             borders.pop(0, None)
-            split = "train" if borders else folders.split(name)
+            split = "train" if borders or few else folders.split(name)
             label = classes[name]
             given_label: dict[str, str | Media] = {"label": label} if labelled and label else {}
-            group = None if single else _sha256(tree.files[name])  # the pieces of a text stay together
+            group = None if single or few else _sha256(tree.files[name])  # the pieces of a text stay together
             for n, (start, text) in enumerate(_pieces(tree.files[name], name, list(borders))):
                 split = borders.get(start, split)
                 yield RawRecord(f"{name}:{n}", f"{name}:{n}", {"text": text, **given_label}, split, group)
 
     if labelled:
         folders.note_namesakes(names)
-    note = f"{len(names)} text files -> text" if not single else f"{names[0]} -> text, the last tenth for val and test"
+    note = f"{names[0]} -> text, the last tenth for val and test" if single else f"{len(names)} text files -> text"
+    told = []
+    if few and not single:
+        whole = f", {len(names) - len(cut)} short ones are trained on whole" if len(cut) < len(names) else ""
+        told = [f"Of each of the few text files the last tenth is for val and test{whole}."]
     columns = {"text": "text", "label": "text"} if labelled else {"text": "text"}
     notes = [note] + ["folder names -> label"] * labelled
-    return Plan(columns, split_counts, read, notes, tail=single, warnings=list(folders.notes.values()))
+    return Plan(columns, split_counts, read, notes, tail=single or few, warnings=[*told, *folders.notes.values()])
 
 
 def _sha256(place: Location) -> str:

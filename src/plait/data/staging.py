@@ -30,7 +30,7 @@ from plait.data.stores import StoreError
 from plait.data.work import Task, check_chunk, send
 
 _ROWS, _BYTES = 512, 16 << 20  # of a chunk
-_FORM = 3  # of the chunks' files and of the fingerprints in them; another number makes all chunks anew
+_FORM = 4  # of the chunks' files and of the fingerprints in them; another number makes all chunks anew
 _PATIENCE = 120.0  # seconds for one record
 
 

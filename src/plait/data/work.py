@@ -73,12 +73,6 @@ def _fetch(medium: dict[str, Any], blobs: list[bytes]) -> bytes:
     return data
 
 
-def _look(kind: str, data: bytes, near: bool) -> MediumFacts:
-    """Decode a medium and look at it. Raises MediaError."""
-    value = MEDIA[kind].decode(data)
-    return MediumFacts(*MEDIA[kind].facts(value), MEDIA[kind].fingerprint(value) if near else b"")
-
-
 def _seen(
     kind: str, data: bytes, digest: bytes, task: Task, lately: dict[tuple[str, bytes], MediumFacts]
 ) -> MediumFacts:
@@ -88,7 +82,7 @@ def _seen(
     if look is None:
         known_looks = known_media(task["known"]) if task.get("known") else None
         look = known_looks.get(kind, digest, task["near"]) if known_looks else None
-        look = look or _look(kind, data, task["near"])
+        look = look or MediumFacts(*MEDIA[kind].look(data, task["near"]))
         lately[kind, digest] = look
     return look
 
@@ -180,7 +174,7 @@ def check_chunk(task: Task, blobs: list[bytes], at: Callable[[int], None] = lamb
         if kind != "text":
             types |= {f"{fact}:{name}": of for fact, of in MEDIA_FACTS.items()}
     facts = {b"rejects": json.dumps(refused).encode(), b"kinds": json.dumps(kinds).encode()}
-    columns = {name: pa.array([row.get(name) for row in rows], of) for name, of in types.items()}
+    columns = {name: _column([row.get(name) for row in rows], of) for name, of in types.items()}
     table = pa.table(columns, pa.schema(types, facts))
     out = Path(task["out"])
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
@@ -192,6 +186,17 @@ def check_chunk(task: Task, blobs: list[bytes], at: Callable[[int], None] = lamb
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def _column(values: list[Any], kind: pa.DataType) -> pa.Array:
+    """Values as an Arrow array; large ones are copied once."""
+    if kind != pa.large_binary():
+        return pa.array(values, kind)
+    absent = np.array([value is None for value in values], bool)
+    ends = np.cumsum([0, *(len(value or b"") for value in values)], dtype=np.int64)
+    body = b"".join(value for value in values if value is not None)
+    mask = pa.py_buffer(np.packbits(~absent, bitorder="little").tobytes()) if absent.any() else None
+    return pa.Array.from_buffers(kind, len(values), [mask, pa.py_buffer(ends.tobytes()), pa.py_buffer(body)])
 
 
 def send(file: Any, task: Task, blobs: list[bytes]) -> None:

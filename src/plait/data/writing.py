@@ -73,12 +73,14 @@ def source_stamp(source: Location, out: Location) -> str:
             digest.update(f"{name}\0{length}\0{stamp}\0".encode())
         return digest.hexdigest()
     skip = out.resolve() if isinstance(out, Path) else None
-    for folder, folders, names in os.walk(source) if source.is_dir() else [(str(source.parent), [], [source.name])]:
+    alone = not source.is_dir()
+    for folder, folders, names in [(str(source.parent), [], [source.name])] if alone else os.walk(source):
         folders[:] = sorted(f for f in folders if not f.startswith(".") and (Path(folder) / f).resolve() != skip)
+        within = os.path.relpath(folder, source)
         for name in sorted(names):
             with contextlib.suppress(OSError):
-                status = (Path(folder) / name).stat()
-                inside = os.path.relpath(Path(folder) / name, source)
+                status = os.stat(os.path.join(folder, name))  # noqa: PTH116, PTH118 - a Path a file takes as long
+                inside = os.curdir if alone else name if within == os.curdir else os.path.join(within, name)  # noqa: PTH118
                 digest.update(os.fsencode(f"{inside}\0{status.st_size}\0{status.st_mtime_ns}\0"))
     return digest.hexdigest()
 
@@ -434,7 +436,7 @@ def _kept_records(
                 )
             )
         place += len(table)
-        table = table.filter(pa.array(here))
+        table = table if here.all() else table.filter(pa.array(here))
         numbers = np.arange(number, number + len(table))
         number += len(table)
         kept_rows = division.keep[numbers]
@@ -446,7 +448,7 @@ def _kept_records(
                     Reason(RejectKind.NEAR_DUPLICATE, f"left out of train: a near-duplicate of {twin}"),
                 )
             )
-        yield table.filter(pa.array(kept_rows)), numbers[kept_rows], number
+        yield table if kept_rows.all() else table.filter(pa.array(kept_rows)), numbers[kept_rows], number
 
 
 def _meant(label: str, others: list[str]) -> str:

@@ -64,7 +64,8 @@ class CheckpointSource(Protocol):
 
 
 CHECKPOINT_SOURCES: ExtensionPoint[CheckpointSource] = ExtensionPoint("checkpoint_source")
-CHECKPOINT_PARTS: ExtensionPoint[PartFile] = ExtensionPoint("checkpoint_part")
+CHECKPOINT_PARTS: ExtensionPoint[PartFile] = ExtensionPoint("checkpoint_part")  # what every checkpoint has
+FITTED_PARTS: ExtensionPoint[PartFile] = ExtensionPoint("fitted_part")  # what is fitted once training has ended
 
 
 @dataclass
@@ -80,6 +81,7 @@ class Checkpoint:
     classifiers: list[Classifier] = field(default_factory=list)  # fitted once training has ended
     space: SpaceQuality | None = None  # measured once training has ended
     predictors: list[Predictor] = field(default_factory=list)  # of several labels and of numbers; fitted likewise
+    fitted: dict[str, Any] = field(default_factory=dict)  # name of a feature -> what it fitted likewise
     origin: Path | None = None  # the folder or file that the weights were read from
     base: Base | None = None  # what the model stands on, where only what was trained is kept
 
@@ -110,9 +112,10 @@ def save(
         if checkpoint.text.settings:
             write_json(temporary / "tokenizer_config.json", checkpoint.text.settings)
         write_tensors(temporary / "model.safetensors", checkpoint.model.state_dict() if tensors is None else tensors)
-        for feature, part in checkpoint.parts.items():
-            kept = CHECKPOINT_PARTS.by_feature()[feature]
-            kept.write(part, temporary / kept.name)
+        for point, parts in ((CHECKPOINT_PARTS, checkpoint.parts), (FITTED_PARTS, checkpoint.fitted)):
+            for feature, part in parts.items():
+                kept = point.by_feature()[feature]
+                kept.write(part, temporary / kept.name)
         if checkpoint.classifiers:
             save_classifiers(checkpoint.classifiers, temporary)
         if checkpoint.predictors:
@@ -131,26 +134,41 @@ def add_classifiers(
     folder: Path, classifiers: list[Classifier], space: SpaceQuality | None = None, predictors: Iterable[Predictor] = ()
 ) -> None:
     """Add classifiers and predictors, and what the space is worth, to a checkpoint's folder, in place of those that it
-    has. Killed at any moment, what is left is the checkpoint without them, or with them."""
+    has."""
+    added = list(predictors)
+
+    def write(aside: Path) -> None:
+        save_classifiers(classifiers, aside)
+        if space is not None:
+            space.save(aside)
+        if added:
+            save_predictors(added, aside)
+
+    _replace_files(folder, (FILE, ARRAYS, SPACE, *PREDICTOR_FILES), write)
+
+
+def add_fitted(folder: Path, feature: str, part: Any) -> None:
+    """Add what a feature fitted to a checkpoint's folder, in place of what it has of it."""
+    kept = FITTED_PARTS.by_feature()[feature]
+    _replace_files(folder, (kept.name,), lambda aside: kept.write(part, aside / kept.name))
+
+
+def _replace_files(folder: Path, names: tuple[str, ...], write: Callable[[Path], None]) -> None:
+    """Put files that `write` makes in the place of those with some names in a checkpoint's folder. Killed at any
+    moment, what is left is the checkpoint without them, or with them."""
     manifest = folder / "manifest.json"
     value = read_sealed(manifest)
-    replaced = (FILE, ARRAYS, SPACE, *PREDICTOR_FILES)
-    sums = {name: digest for name, digest in value["sha256"].items() if name not in replaced}
+    sums = {name: digest for name, digest in value["sha256"].items() if name not in names}
 
     def publish() -> None:
         write_atomic(manifest, json_text(sealed({"version": value["version"], "sha256": sums})))
 
     publish()
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as temporary:
-        names = save_classifiers(classifiers, Path(temporary))
-        if space is not None:
-            space.save(Path(temporary))
-            names.append(SPACE)
-        if added := list(predictors):
-            names += save_predictors(added, Path(temporary))
-        for name in names:
-            os.replace(Path(temporary) / name, folder / name)  # noqa: PTH105
-            sums[name] = sha256_file(folder / name)
+        write(Path(temporary))
+        for file in sorted(Path(temporary).iterdir()):
+            os.replace(file, folder / file.name)  # noqa: PTH105
+            sums[file.name] = sha256_file(folder / file.name)
     fsync_folder(folder)
     publish()
 
@@ -243,7 +261,7 @@ def load(folder: Path, device: torch.device | None = None) -> Checkpoint:
         adapted = load_adapted(folder, device)
         adapted.classifiers, adapted.space = load_classifiers(folder), load_space(folder)
         adapted.predictors = load_predictors(folder)
-        adapted.parts = _parts(folder)
+        adapted.parts, adapted.fitted = _parts(folder, CHECKPOINT_PARTS), _parts(folder, FITTED_PARTS)
         return adapted
     config, labels, training = settings_of(folder)
     try:
@@ -258,17 +276,17 @@ def load(folder: Path, device: torch.device | None = None) -> Checkpoint:
         model.to(device)
     text = Text.load(folder / "tokenizer.json")
     return Checkpoint(
-        model, text, labels, generation, training, _parts(folder), load_classifiers(folder), load_space(folder),
-        load_predictors(folder),
+        model, text, labels, generation, training, _parts(folder, CHECKPOINT_PARTS), load_classifiers(folder),
+        load_space(folder), load_predictors(folder), _parts(folder, FITTED_PARTS),
         origin=folder,
     )  # fmt: skip
 
 
-def _parts(folder: Path) -> dict[str, Any]:
+def _parts(folder: Path, point: ExtensionPoint[PartFile]) -> dict[str, Any]:
     """What features keep in a checkpoint's folder."""
     return {
         feature: kept.read(folder / kept.name)
-        for feature, kept in CHECKPOINT_PARTS.by_feature().items()
+        for feature, kept in point.by_feature().items()
         if (folder / kept.name).is_file()
     }
 

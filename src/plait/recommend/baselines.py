@@ -39,8 +39,13 @@ class Follows:
     """Directed co-occurrence: how often b came within `WINDOW` places after a, each time weighted by exp(-places /
     DECAY), as a share of what came after a. A history scores b by its last items in the same way."""
 
-    def __init__(self, data: Interactions) -> None:
-        self.count = data.count
+    def __init__(self, starts: np.ndarray, after: np.ndarray, weight: np.ndarray) -> None:
+        """What came after item a is `after[starts[a] : starts[a + 1]]`, each with its `weight`."""
+        self.count, self.starts, self.after, self.weight = len(starts) - 1, starts, after, weight
+
+    @classmethod
+    def counted(cls, data: Interactions, most: int | None = None) -> Follows:
+        """Of training histories; with `most`, so many of an item's followers, the most frequent ones."""
         owner = np.repeat(np.arange(len(data.starts) - 1), np.diff(data.starts))
         keys, weights = [], []
         for gap in range(1, WINDOW + 1):
@@ -51,9 +56,13 @@ class Follows:
         weight = np.bincount(place, np.concatenate(weights))
         first = key // data.count
         total = np.bincount(first, weight, minlength=data.count)
-        self.after = key % data.count
-        self.weight = weight / total[first]
-        self.starts = np.searchsorted(first, np.arange(data.count + 1))
+        share = weight / total[first]
+        if most is not None:
+            starts = np.searchsorted(first, np.arange(data.count + 1))
+            order = np.lexsort((-share, first))
+            kept = np.sort(order[np.arange(len(order)) - starts[first] < most])
+            key, first, share = key[kept], first[kept], share[kept]
+        return cls(np.searchsorted(first, np.arange(data.count + 1)), key % data.count, share)
 
     def scores(self, history: np.ndarray) -> np.ndarray:
         """(count,) for a history, oldest first."""

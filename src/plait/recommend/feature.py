@@ -13,6 +13,7 @@ FEATURE = Feature(
         "data_kind": "plait.recommend.prepare:histories_in",
         "example": "plait.recommend.example:EXAMPLE",
         "evaluation": "plait.recommend.evaluate:evaluate_histories",
+        "fitted_part": "plait.recommend.mixture:FOLLOWED_FILE",
         "mcp_tool": "plait.recommend.mcp_tool:RECOMMEND",
         "metric_labels": "plait.recommend.metric_labels:LABELS",
         "model_class": "plait.recommend.model:RecommendationModel",
@@ -21,6 +22,7 @@ FEATURE = Feature(
         "routes": "plait.recommend.routes:router",
         "snippet": "plait.recommend.page_part:SNIPPET",
         "task": "plait.recommend.task:TASK",
+        "trained": "plait.recommend.fit_mixture:fit_mixture",
         "training_source": "plait.recommend.source:open_histories",
     },
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import math
 import re
 from collections import Counter
@@ -39,6 +41,8 @@ _NAMES = {role: names.split() for role, names in ROLES.items()}
 _INTERACTIONS = re.compile(r"(u\.data|ratings\.(dat|csv)|(interactions|events|histories|purchases)\.\w+)(\.gz)?$")
 _ITEMS = re.compile(r"(u\.item|movies\.(dat|csv)|(items|products|catalogue|catalog)\.\w+)(\.gz)?$")
 _MOST = 0.9  # of the lines decide what a file is
+LINES_SUFFIXES = ("", ".txt", ".dat", ".data", ".inter")  # of files of lines, `.gz` after them or not
+_BEGINNING = 1 << 18  # bytes of a file that say what it holds
 _SAMPLE = 200  # lines that are looked at for that
 _LOOKED_AT, _LEAST_ROWS = 2000, 20  # rows that say whether a table of any name is one of interactions
 _DISTINCT = 0.7  # of the rows at most are other people, or other items, than those before
@@ -81,7 +85,8 @@ def find(tree: Tree, recipe: ItemsRecipe | None) -> tuple[str, str | None] | Non
             )
         first = choices[0]
     if first is None:
-        tables = [name for name in tree.files if _plainly_interactions(tree, name)]
+        plain = (_plainly_interactions, _plainly_lines)
+        tables = [name for name in tree.files if any(known(tree, name) for known in plain)]
         if len(tables) != 1:
             return None
         first = tables[0]
@@ -149,6 +154,27 @@ def _plainly_interactions(tree: Tree, name: str) -> bool:
     return worded <= (1 - _MOST) * len(cells) and not any(cell in tree.files for cell in cells)
 
 
+def _plainly_lines(tree: Tree, name: str) -> bool:
+    """Whether a text file of any name can be nothing else than lines of ids in order of time: whole numbers alone, as
+    `user item`, `user item rating time`, or a user and all items in order, with items that come again."""
+    if suffix_of(name) not in LINES_SUFFIXES:
+        return False
+    lines = _first_lines(tree, name)
+    mark = _mark(lines)
+    cells = [_cells(line, mark) for line in lines]
+    numbers = all(cell.isascii() and cell.isdecimal() for row in cells for cell in row)
+    if len(cells) < _LEAST_ROWS or not numbers or any(len(row) < 2 for row in cells):
+        return False
+    layout = _layout(lines, mark, ItemsRecipe())
+    if layout.width is None:
+        items = [item for row in cells for item in row[1:]]
+        users = [row[0] for row in cells]
+        return len(set(users)) == len(users) and len(set(items)) <= _DISTINCT * len(items)
+    if len({len(row) for row in cells}) > 1 or (layout.width > 2 and layout.time is None):
+        return False  # a table of numbers
+    return all(len({row[n] for row in cells}) <= _DISTINCT * len(cells) for n in (layout.user, layout.item))
+
+
 def _is_items(tree: Tree, name: str, recipe: ItemsRecipe) -> bool:
     heads = _heads(tree, name)
     return bool(_columns(heads, "id", recipe) and not _columns(heads, "user", recipe))
@@ -156,12 +182,9 @@ def _is_items(tree: Tree, name: str, recipe: ItemsRecipe) -> bool:
 
 def _is_lines(tree: Tree, name: str) -> bool:
     """Whether a text file holds rows of ids: two or more in nearly each line, with digits in them."""
-    if suffix_of(name) not in ("", ".txt", ".dat", ".data", ".inter"):
+    if suffix_of(name) not in LINES_SUFFIXES:
         return False
-    try:
-        lines = [line for _, line in islice(_lines(tree, name), 51)]
-    except DAMAGED:
-        return False
+    lines = _first_lines(tree, name)[:51]
     mark = _mark(lines)
     cells = [_cells(line, mark) for line in lines]
     if len(cells) > 1 and _named_cells(cells[0]):
@@ -185,11 +208,22 @@ def _columns(heads: list[str], role: str, recipe: ItemsRecipe) -> list[str]:
 # --- lines ------------------------------------------------------------------------------------------------------
 
 
+def _first_lines(tree: Tree, name: str) -> list[str]:
+    """The first whole lines of a text file, from its first bytes alone; none of a file that is no text."""
+    raw = open_binary(tree.files[name])
+    try:
+        with gzip.open(raw) if name.lower().endswith(".gz") else raw as file:
+            data = file.read(_BEGINNING)
+        text = data.decode("utf-8-sig", errors="ignore") if len(data) == _BEGINNING else data.decode("utf-8-sig")
+    except (*DAMAGED, UnicodeDecodeError):
+        return []
+    lines = text.splitlines()
+    whole = lines[:-1] if len(data) == _BEGINNING else lines
+    return [line for line in whole if line.strip()][:_LOOKED_AT]
+
+
 def _lines(tree: Tree, name: str) -> Iterator[tuple[int, str]]:
     """The lines of a text file that are not blank, numbered from 1: UTF-8, else Latin-1, as MovieLens has it."""
-    import gzip
-    import io
-
     raw = open_binary(tree.files[name])
     with gzip.open(raw) if name.lower().endswith(".gz") else raw as file:
         data = file.read()

@@ -14,6 +14,7 @@ _MEANING |= {
     for name, (label, text) in _RANKED.items()
 }
 _METHODS = {
+    "network": ("the network alone", "without what followed what"),
     "cooccurrence": ("directed co-occurrence", "what followed what, and how soon: the baseline of all figures here"),
     "popularity": ("popularity", "the same for everybody"),
     "recent_popularity": ("recent popularity", "of the last tenth of the interactions, the same for everybody"),

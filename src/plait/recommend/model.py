@@ -75,8 +75,9 @@ class RecommendationModel(PlaitModel):
         return items
 
     @cached_property
-    def _next(self) -> NextItem | NextCodes:
-        return next_item_scorer(self.checkpoint.model, self.device)
+    def next(self) -> NextItem | NextCodes:
+        """What foretells the next item of histories."""
+        return next_item_scorer(self.checkpoint.model, self.device, self.checkpoint.fitted.get(FEATURE.name))
 
     # --- verbs ------------------------------------------------------------------------------------------------
 
@@ -104,7 +105,7 @@ class RecommendationModel(PlaitModel):
         allowed = self._allowed(where)
         if exclude_seen:
             allowed[places] = False
-        items, scores = self._next.best(places, max(POOL, 4 * k) if diversity else k, allowed)
+        items, scores = self.next.best(places, max(POOL, 4 * k) if diversity else k, allowed)
         if not len(items):
             raise PlaitError("No item is left to recommend: " + _narrow(where, exclude_seen))
         chosen = self._choose(items, scores, min(k, len(items)), diversity)
@@ -126,9 +127,9 @@ class RecommendationModel(PlaitModel):
         """The k items whose rows are nearest to an item's; `probability` is the cosine. Raises PlaitError for an
         unknown item."""
         place = self.catalogue.number(str(item))
-        rows = torch.nn.functional.normalize(self._next.rows.float(), dim=1)
+        rows = torch.nn.functional.normalize(self.next.rows.float(), dim=1)
         near = (rows @ rows[place]).cpu().numpy()
-        allowed = self._allowed(where) & ~self._next.unplaced.cpu().numpy()
+        allowed = self._allowed(where) & ~self.next.unplaced.cpu().numpy()
         allowed[place] = False
         if not allowed.any():
             raise PlaitError("No item is left to compare with: " + _narrow(where, False))
@@ -149,7 +150,7 @@ class RecommendationModel(PlaitModel):
         places = self._of_user(str(user)) if history is None else np.array(self.catalogue.numbers(history), np.int64)
         if not len(places):
             raise PlaitError("The history is empty. Name items by title or id, oldest first, or a user of the data.")
-        if self._next.unplaced.cpu().numpy()[places].all():
+        if self.next.unplaced.cpu().numpy()[places].all():
             raise PlaitError(
                 "All items of this history are new, and this model knows nothing but histories. Name one that it was "
                 f"trained on, such as '{self.catalogue.name(0)}'."
@@ -172,7 +173,7 @@ class RecommendationModel(PlaitModel):
         likelihood less nearness to those chosen (maximal marginal relevance: Carbonell and Goldstein, 1998)."""
         if not diversity:
             return np.arange(k)
-        rows = torch.nn.functional.normalize(self._next.rows.float()[torch.from_numpy(items)], dim=1).cpu().numpy()
+        rows = torch.nn.functional.normalize(self.next.rows.float()[torch.from_numpy(items)], dim=1).cpu().numpy()
         likely = (scores - scores.min()) / max(np.ptp(scores), 1e-9)
         nearest, chosen = np.zeros(len(items)), list[int]()
         for _ in range(k):
@@ -191,7 +192,7 @@ class RecommendationModel(PlaitModel):
         distinct = list(dict.fromkeys(read.tolist()))
         if len(distinct) < 2:
             return [[] for _ in chosen]
-        without = self._next.of([read[read != item] for item in distinct], chosen)
+        without = self.next.of([read[read != item] for item in distinct], chosen)
         lost = full_scores - without  # (distinct, chosen)
         reasons = []
         for column in lost.T:
@@ -287,7 +288,7 @@ class RecommendationModel(PlaitModel):
         modalities = {**network.config.modalities, self._items.name: self._items.settings.model_dump()}
         network.config = network.config.model_copy(update={"modalities": modalities})
         self.checkpoint.parts[FEATURE.name] = Catalogue([*catalogue.items, *fresh], catalogue.known)
-        for name in ("_next", "_histories"):
+        for name in ("next", "_histories"):
             self.__dict__.pop(name, None)
         return refused
 

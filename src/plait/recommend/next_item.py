@@ -1,4 +1,4 @@
-"""The next item of a history: one pass of the backbone, and the softmax over the catalogue."""
+"""The next item of a history: one pass of the backbone, the softmax over the catalogue, and what followed what."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from plait.core.device import Device
 from plait.core.interruption import pause_point
 from plait.modalities.item import item_rows
 from plait.model.multimodal import Batch, Multimodal
+from plait.recommend.mixture import Followed, mixed
 from plait.recommend.trie import NextCodes
 
 TOKENS = 16_384  # of histories that are read at a time
 CELLS = 2**24  # scores that exist at a time
 
 
-def next_item_scorer(model: Multimodal, device: Device) -> NextItem | NextCodes:
-    """What foretells the next item of a model of histories."""
-    return NextItem(model, device) if model.row_modality is not None else NextCodes(model, device)
+def next_item_scorer(model: Multimodal, device: Device, followed: Followed | None = None) -> NextItem | NextCodes:
+    """What foretells the next item of a model of histories, with what followed what where every item has a row."""
+    return NextItem(model, device, followed) if model.row_modality is not None else NextCodes(model, device)
 
 
 class NextItem:
     """Scores all items of a model's catalogue after histories; its rows are taken once."""
 
-    def __init__(self, model: Multimodal, device: Device) -> None:
+    def __init__(self, model: Multimodal, device: Device, followed: Followed | None = None) -> None:
         items = item_rows(model.modalities)
         assert items is not None
-        self.model, self.device = model, device
+        self.model, self.device, self.followed = model, device, followed
         model.eval()
         with torch.inference_mode(), device.autocast():
             self.rows = items.rows().detach()  # without content, the parameter itself
@@ -85,4 +86,5 @@ class NextItem:
             last = hidden[torch.arange(len(ids)), batch.lengths - 1]
             logits = last.float() @ self.rows.float().t()  # in full: among thousands, bf16 would make ties
             logits[:, self.unplaced] = -torch.inf
-            return logits.log_softmax(1).cpu().numpy()
+            chances = logits.log_softmax(1).cpu().numpy()
+        return chances if self.followed is None else mixed(chances, histories, self.followed, self.followed.share)
