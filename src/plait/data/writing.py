@@ -25,7 +25,7 @@ from plait.core.rejects import Reason, RejectKind
 from plait.data import known
 from plait.data.dataset import VERSION, Dataset, Manifest, Shard
 from plait.data.duplicates import Duplicates, SplitPair, find_duplicates, first_of, list_equal
-from plait.data.files import ARCHIVE_SUFFIXES, TABLE_SUFFIXES, Plan, Tree, suffix_of
+from plait.data.files import ARCHIVE_SUFFIXES, TABLE_SUFFIXES, Plan, Tree, suffix_of, unread
 from plait.data.grouping import column_hint
 from plait.data.preview import Example, report
 from plait.data.record import SPLITS, Rejected, rejected, rejected_of
@@ -139,7 +139,7 @@ def _unused(tree: Tree) -> Iterator[Rejected]:
                 RejectKind.NOT_A_TABLE, "not read: it is no table of records, or names none of the media here"
             )
         else:
-            reason = Reason(RejectKind.UNKNOWN_FORMAT, "not a kind of file that is read")
+            reason = Reason(RejectKind.UNKNOWN_FORMAT, unread(name))
         yield Rejected(name, None, reason)
 
 
