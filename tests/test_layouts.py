@@ -118,6 +118,15 @@ def test_nested_values_are_told_of(tmp_path: Path) -> None:
     assert any("'vector' holds lists or objects, read as texts of JSON" in note for note in dataset.manifest.warnings)
 
 
+def test_annotations_of_things_in_images_are_told_of(tmp_path: Path) -> None:
+    for n in range(10):
+        put_image(tmp_path / f"in/images/{n}.png", n)
+    facts = {"images": [{"id": 0, "file_name": "0.png"}], "annotations": [{"image_id": 0}], "categories": [{"id": 1}]}
+    put(tmp_path / "in/instances.json", json.dumps(facts))
+    dataset, rejects = prepared(tmp_path)
+    assert dataset.columns == {"image": "image"} and "COCO" in rejects["instances.json"]
+
+
 @pytest.mark.parametrize(
     ("ending", "advice"), [("pdf", "as .txt"), ("xlsx", "as .csv"), ("db", "export the table"), ("eml", "the mails")]
 )
