@@ -27,7 +27,8 @@ from plait.recommend.settings import ItemsRecipe
 # What a column may be called: role -> names, in lower case, without what is no letter.
 ROLES = {
     "user": "user userid uid customer customerid reviewer reviewerid session sessionid visitorid member memberid "
-    "client clientid klant klantnummer klantnr kunde kundennummer kundennr cliente usuario utilisateur 用户 用户id 客户 会员",
+    "client clientid klant klantnummer klantnr kunde kundennummer kundennr cliente usuario utilisateur "
+    "用户 用户id 客户 会员",
     "item": "item itemid iid movieid movie filmid film productid product asin sku article articleid trackid songid "
     "bookid isbn artikel artikelnummer artikelnr produkt produit producto prodotto 商品 商品id 产品 物品 电影",
     "time": "time timestamp ts date datetime unixreviewtime when at created createdat orderdate datum zeit zeitpunkt "
