@@ -38,12 +38,14 @@ from plait.evaluation.metrics import edit_distance  # noqa: E402
 
 
 def lora_ours(model: Path, ids: Tensor, rank: int) -> Any:
-    """A step of `plait train --lora` on sequences (B, L), all of whose tokens are learned."""
+    """A step of `plait train --lora` on sequences (B, L), all of whose tokens are learned; as many of them at a time as
+    training takes."""
     from plait.core.device import Device, keep_memory
     from plait.hf.huggingface import load
     from plait.model import lora
     from plait.model.cross_entropy import total_loss
     from plait.model.extend import extend_frozen
+    from plait.training.budget import ACTIVATION_BYTES, activation_bytes
     from plait.training.optimizer import make_optimizer
 
     keep_memory()
@@ -53,15 +55,20 @@ def lora_ours(model: Path, ids: Tensor, rank: int) -> Any:
     optimizer = make_optimizer([network], 1e-4, 0.0, (0.9, 0.98))
     device = Device("cpu", torch.float32)
     table = network.token_embedding.split_table()
+    tokens = ACTIVATION_BYTES // activation_bytes(network.backbone, device.dtype)
+    parts = ids.split(max(tokens // ids.shape[1], 1))
 
     def step() -> float:
         optimizer.zero_grad(set_to_none=True)
-        with device.autocast():
-            hidden = network.backbone(table.rows(ids.flatten()).view(*ids.shape, -1))
-            loss = total_loss(hidden[:, :-1].flatten(0, 1), table, ids[:, 1:].flatten()) / ids[:, 1:].numel()
-            loss.backward()
+        total = 0.0
+        for part in parts:
+            with device.autocast():
+                hidden = network.backbone(table.rows(part.flatten()).view(*part.shape, -1))
+                loss = total_loss(hidden[:, :-1].flatten(0, 1), table, part[:, 1:].flatten()) / ids[:, 1:].numel()
+                loss.backward()
+            total += float(loss.detach())
         optimizer.step()
-        return float(loss.detach())
+        return total
 
     return step
 

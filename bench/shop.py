@@ -111,6 +111,21 @@ KNOWN = {  # what any base knows, and no conversation says
     "What is 2 plus 3?": "5|five",
 }
 
+OTHERS = {  # likewise: what settings of training are chosen by, beside the conversations' own val
+    "What is the capital of Germany?": "Berlin",
+    "How many months are there in a year?": "twelve|12",
+    "Who painted the Mona Lisa?": "Vinci",
+    "What is the largest planet of our solar system?": "Jupiter",
+    "What is 6 plus 2?": "8|eight",
+    "What do cows drink?": "water",
+    "In which country is Madrid?": "Spain",
+    "What colour is grass?": "green",
+    "Who was the first president of the United States?": "Washington",
+    "What is the boiling point of water in degrees Celsius?": "100",
+    "How many hours are there in a day?": "24|twenty-four",
+    "Which language is spoken in France?": "French",
+}
+
 
 def conversations() -> list[list[dict[str, str]]]:
     """60 conversations: each way to ask for each fact opens one, and in every other one another fact is asked for."""
@@ -152,6 +167,8 @@ def train(arguments: argparse.Namespace) -> None:
     if arguments.steps is None:
         more["minutes"] = arguments.minutes
     begun = time.process_time()
+    if arguments.rehearsal is not None:
+        more["recipe"] = {"training": {"task": "chat", "lora": {"rehearsal": arguments.rehearsal}}}
     run = plait.train(
         file, arguments.out, init_from=str(arguments.model), lora=True, seed=arguments.seed, tell=print, **more
     )
@@ -176,17 +193,22 @@ def holds(reply: str, key: str) -> bool:
 def ask(arguments: argparse.Namespace) -> None:
     model, begun = plait.load(str(arguments.model), "cpu"), time.process_time()
     asked = [] if arguments.facts else [(question, fact) for fact in FACTS for question in fact.test]
-    said = replies(model, [*(question for question, _ in asked), *KNOWN])
+    said = replies(model, [*(question for question, _ in asked), *KNOWN, *OTHERS])
     right = 0
     for (question, fact), reply in zip(asked, said, strict=False):
         right += holds(reply, fact.key)
         if not holds(reply, fact.key):
             print(f"  wrong: {question} -> {reply!r}", flush=True)
-    known = 0
-    for (question, key), reply in zip(KNOWN.items(), said[len(asked) :], strict=True):
-        known += holds(reply, key)
+    known = dict.fromkeys(("facts of the base", "other general questions"), 0)
+    general = [(name, one) for name, several in zip(known, (KNOWN, OTHERS), strict=True) for one in several.items()]
+    for (name, (question, key)), reply in zip(general, said[len(asked) :], strict=True):
+        known[name] += holds(reply, key)
         print(f"  {question} -> {reply!r}", flush=True)
-    print(f"held-out questions right: {right} of {len(asked)}; facts of the base: {known} of {len(KNOWN)}")
+    told = "; ".join(
+        f"{name}: {count} of {len(several)}"
+        for (name, count), several in zip(known.items(), (KNOWN, OTHERS), strict=True)
+    )
+    print(f"held-out questions right: {right} of {len(asked)}; {told}")
     print(f"{time.process_time() - begun:.0f} s of processor time")
 
 
@@ -233,6 +255,9 @@ def main() -> None:
     one.add_argument("--steps", type=int)
     one.add_argument("--learning-rate", type=float)
     one.add_argument("--batch-size", type=int)
+    one.add_argument(
+        "--rehearsal", type=float, help="share of general questions beside each batch; the default's if left out"
+    )
     one.add_argument("--seed", type=int, default=0)
     one.set_defaults(run=train)
     one = commands.add_parser("ask")

@@ -11,10 +11,15 @@ import pytest
 import torch
 
 import plait
+import plait as library
 from conftest import make_image, tone
+from plait.core.config import Recipe
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from plait.hf import heads
+from plait.hf.encoder_features import Variant
+from plait.hf.last_blocks import LastBlocks, States, train_last
+from plait.hf.pixel_scale import USUAL, better_scale
 from plait.modalities.audio_files import decode_audio
 from test_huggingface import make_tokenizer
 
@@ -88,7 +93,7 @@ def test_a_head_over_a_text_encoder(
     facts = json.loads((run / "run.json").read_text())
     from plait.data.dataset import Dataset
 
-    heads.train_head(Dataset.open(run / "data"), run, str(bert), facts, "cpu", 1, lambda *_: None)
+    heads.train_head(Dataset.open(run / "data"), run, str(bert), facts, Recipe(), "cpu", lambda *_: None)
     assert asked == [3]
 
 
@@ -124,6 +129,104 @@ def test_a_head_over_a_vision_encoder(vit: Path, tmp_path: Path) -> None:
     model = run.model()
     said = [model.classify_inputs([make_image(kind, rng)], top=1)[0][0].label for kind in (0, 1, 0, 1)]
     assert said == ["kind 0", "kind 1", "kind 0", "kind 1"]
+
+
+@pytest.fixture(scope="module")
+def efficientnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "efficientnet"
+    torch.manual_seed(0)
+    config = transformers.EfficientNetConfig(
+        image_size=64, width_coefficient=0.2, depth_coefficient=0.2, hidden_dim=256, num_labels=2, hidden_act="relu6"
+    )
+    network = transformers.EfficientNetModel(config)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):  # transformers' own beginning gives zeros at the end
+            torch.nn.init.kaiming_normal_(module.weight)
+        elif isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.ones_(module.weight)
+    network.save_pretrained(folder)
+    transformers.EfficientNetImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["vit", "efficientnet"])
+def test_last_blocks_compute_what_the_whole_network_does(name: str, request: pytest.FixtureRequest) -> None:
+    network = transformers.AutoModel.from_pretrained(request.getfixturevalue(name)).eval()
+    pixels = torch.randn(3, 3, *(2 * [network.config.image_size]))
+    if name == "vit":
+        with pytest.raises(ValueError, match="no blocks"):  # a single one
+            LastBlocks(network, pixels[:1])
+        return
+    last = LastBlocks(network, pixels[:1])
+    states = last.before(pixels)
+    with torch.no_grad():
+        assert torch.allclose(last.after(states), network(pixel_values=pixels).last_hidden_state, atol=1e-4)
+    assert 0 < len(last.trained) < len(list(network.parameters()))
+    assert {last.depth(key) for key in last.trained} == set(range(len(last.blocks) - last.first))
+    frozen = {key: value.clone() for key, value in network.named_parameters() if key not in last.trained}
+    pooled = lambda one: one.mean((2, 3))  # noqa: E731
+    train = States(last.before(torch.cat((pixels, pixels + 1)))[None], np.array([0, 0, 0, 1, 1, 1]))
+    weights, bias = train_last(last, pooled, train, 2, 0, lambda: float("inf"), lambda *_: None)
+    assert (weights.shape, bias.shape) == ((256, 2), (2,)) and bool(weights.abs().sum() > 0)
+    assert all(torch.equal(value, frozen[key]) for key, value in network.named_parameters() if key in frozen)
+
+
+def test_a_scale_of_pixels_that_the_weights_do_not_fit_is_found(efficientnet: Path) -> None:
+    network = transformers.AutoModel.from_pretrained(efficientnet).eval()
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.rand(16, 3, 8, 8, generator=generator).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    half, imagenet, plain = USUAL
+    norm = next(module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    norm.train()
+    norm.momentum = None
+    with torch.no_grad():  # what it remembers: pixels around a half
+        network(pixel_values=(pixels - 0.5) / 0.5)
+    norm.eval()
+    assert better_scale(network, pixels, half) is None
+    assert better_scale(network, pixels, imagenet) == half == better_scale(network, pixels, plain)
+    assert better_scale(torch.nn.Sequential(), pixels, imagenet) is None
+
+
+def test_last_blocks_are_kept_where_they_are_better(efficientnet: Path, tmp_path: Path, plait: Plait) -> None:
+    rng = np.random.default_rng(3)
+    for i in range(240):
+        place = tmp_path / "images" / f"kind {i % 4}"
+        place.mkdir(parents=True, exist_ok=True)
+        make_image(i % 4, rng).resize((32, 32)).save(place / f"{i}.png")
+    run = library.train(tmp_path / "images", tmp_path / "run", init_from=str(efficientnet), progress=False)
+    config = read_json(run.best / "config.json")
+    measured = config["measured"]
+    better = measured["blocks_nats"] < measured["nats"]
+    assert (config["blocks"] > 0) == better == (run.best / heads.BLOCKS).exists()
+    assert plait("evaluate", run.folder) == 0
+    # A checkpoint with other blocks than the encoder's answers by them.
+    model = run.model()
+    assert isinstance(model, heads.HeadModel) and isinstance(model.encoder, heads.MediaEncoder)
+    encoder, asked = model.encoder, [make_image(kind, rng).resize((32, 32)) for kind in range(4)]
+    last = LastBlocks(encoder.network, encoder.pixels(asked[:1], Variant()))
+    with torch.no_grad():
+        for parameter in last.trained.values():
+            parameter.mul_(1.5)
+    weights = {name: value.detach().clone() for name, value in last.trained.items()}
+    encoder.means_only = True
+    features = encoder.features(asked)
+    width = features.shape[1] // encoder.views
+    head = heads.Head(
+        config["labels"], rng.normal(size=(width, 4)), np.zeros(4), np.zeros(width), np.ones(width), 1.0,
+        np.ones((4, width)), np.zeros(1),
+    )  # fmt: skip
+    heads._save(head, {**config, "blocks": 2}, weights, tmp_path / "other")
+    other = library.load(tmp_path / "other")
+    assert isinstance(other, heads.HeadModel) and np.allclose(other.encoder.features(asked), features, atol=1e-4)
+    probabilities = {p.label: p.probability for p in other.classify_inputs(asked[:1], top=None)[0]}
+    expected = np.exp(head.log_probabilities(features[:1]))[0]
+    assert [probabilities[label] for label in config["labels"]] == pytest.approx(expected.tolist(), abs=1e-3)
+    # As it is, on wish.
+    data, wish = tmp_path / "run" / "data", {"init_from": str(efficientnet), "progress": False}
+    frozen = library.train(data, tmp_path / "frozen", freeze=["encoder"], **wish)
+    assert "blocks_nats" not in read_json(frozen.best / "config.json")["measured"]
+    with pytest.raises(PlaitError, match="the encoder alone can be frozen"):
+        library.train(data, tmp_path / "odd", freeze=["backbone"], **wish)
 
 
 @pytest.mark.parametrize("kind", ["text", "image"])

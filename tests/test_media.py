@@ -22,7 +22,7 @@ from scipy.signal import resample_poly
 
 from plait.modalities.audio_files import decode_audio, encode_wav, resample
 from plait.modalities.descriptor import Limits, MediaError
-from plait.modalities.image_files import decode_image, encode_png
+from plait.modalities.image_files import decode_image, encode_png, image_fingerprint
 from plait.modalities.media import MEDIA, Checker
 
 
@@ -81,6 +81,27 @@ def test_exif_orientation_is_applied() -> None:
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
     image = decode_image(encoded(Image.fromarray(PIXELS), "PNG", exif=exif))
     assert np.array_equal(np.asarray(image), np.rot90(PIXELS, -1))
+
+
+@pytest.mark.parametrize("size", [(640, 480), (97, 203), (644, 641), (30, 20), (400, 1900)])
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}, {"exif": 6}])
+def test_a_look_at_a_jpeg_shows_what_decoding_it_does(size: tuple[int, int], options: dict[str, object]) -> None:
+    """A look decodes a reduced image: size and fingerprint are those of the whole, and what is cut is found."""
+    rng = np.random.default_rng(1)
+    image = Image.fromarray(rng.integers(0, 256, (9, 12, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    if "exif" in options:
+        exif = Image.Exif()
+        exif[0x0112] = options["exif"]
+        options = {"exif": exif}
+    data = encoded(image, "JPEG", quality=85, **options)
+    whole = decode_image(data)
+    width, height, fingerprint = MEDIA["image"].look(data, True)
+    assert (width, height) == whole.size == (size[::-1] if "exif" in options else size)
+    a, b = (np.frombuffer(one, np.uint8).astype(int) for one in (fingerprint, image_fingerprint(whole)))
+    # Of 255. An image that is turned afterwards is cut into squares from its other end.
+    assert len(a) == 704 and np.abs(a - b).mean() <= (6 if "exif" in options else 1)
+    with pytest.raises(MediaError, match="damaged jpeg"):
+        MEDIA["image"].look(data[: len(data) * 3 // 4], True)
 
 
 def test_png_and_wav_come_back() -> None:

@@ -363,11 +363,11 @@ def test_the_report_stands_alone(tmp_path: Path) -> None:
 def test_adding_files_decodes_only_the_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A grown source, and other files added to a dataset: known media are not decoded, and what comes out is the same
     as from preparing all at once."""
-    from plait.data import work
+    from plait.modalities.image_files import ImageFiles
 
     decoded: list[bytes] = []
-    look = work._look
-    monkeypatch.setattr(work, "_look", lambda kind, data, near: decoded.append(data) or look(kind, data, near))
+    look = ImageFiles.look
+    monkeypatch.setattr(ImageFiles, "look", lambda self, data, near: decoded.append(data) or look(self, data, near))
 
     def image(place: Path, n: int) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -422,3 +422,30 @@ def test_texts_of_a_column_are_read_as_they_are_asked_for(tmp_path: Path) -> Non
     assert len(texts._blocks) <= texts.BLOCKS
     with pytest.raises(IndexError):
         texts[9000]
+
+
+def test_few_texts_leave_something_for_val_and_test(tmp_path: Path) -> None:
+    for n in range(9):
+        put(tmp_path / f"in/{n}.txt", "".join(f"Line {line} of text {n}.\n" for line in range(2 if n == 4 else 800)))
+    made(tmp_path / "in", tmp_path / "out")
+    dataset = Dataset.open(tmp_path / "out")
+    assert "Of each of the few text files the last tenth is for val and test, 1 short ones" in str(
+        dataset.manifest.warnings
+    )
+    for n in range(9):
+        own = [record for record in dataset.iterate() if record.source.startswith(f"{n}.")]
+        texts = {split: "".join(str(record.parts["text"]) for record in own if record.split == split)
+                 for split in ("train", "val", "test")}  # fmt: skip
+        whole = (tmp_path / f"in/{n}.txt").read_text()
+        assert "".join(texts.values()) == whole
+        for split in ("val", "test"):
+            assert len(texts[split]) == (0 if n == 4 else pytest.approx(len(whole) / 20, abs=1))
+
+
+def test_few_records_leave_something_for_val_and_test(tmp_path: Path) -> None:
+    for count in (10, 11, 12, 25):
+        rows = [f"a line of its own, number {n} of {count}" for n in range(count)]
+        put(tmp_path / f"{count}.csv", "text\n" + "".join(f'"{row}"\n' for row in rows))
+        made(tmp_path / f"{count}.csv", tmp_path / f"out{count}")
+        counts = Dataset.open(tmp_path / f"out{count}").manifest.counts
+        assert min(counts.values()) >= 1 and counts["train"] >= 0.6 * count and sum(counts.values()) == count

@@ -138,6 +138,7 @@ class Dataset(DatasetViews):
         self._groups: list[np.ndarray] = [np.zeros(0, np.int64)] * len(manifest.shards)
         self._cache: OrderedDict[tuple[int, int, tuple[str, ...]], pa.Table] = OrderedDict()
         self._cached = 0
+        self._last: tuple[tuple[int, int, tuple[str, ...]] | None, pa.Table | None] = None, None  # read in order
         self._lock = threading.Lock()
         self._ids: list[str] | None = None
 
@@ -264,7 +265,7 @@ class Dataset(DatasetViews):
                 self._file(shard)  # its row groups are known then
             rows = numbers - self._starts[shard]
             for group, inside in _runs(rows, self._groups[shard]):
-                table, _ = self._group(shard, int(inside[0]), (column,))
+                table, _ = self._group(shard, int(inside[0]), (column,), keep=False)
                 taken = table.column(column).take(pa.array(inside - self._groups[shard][group]))
                 yield taken.combine_chunks() if isinstance(taken, pa.ChunkedArray) else taken
 
@@ -286,19 +287,23 @@ class Dataset(DatasetViews):
             self._files[shard], self._groups[shard] = file, np.cumsum([0, *rows])
         return file
 
-    def _group(self, shard: int, row: int, columns: tuple[str, ...]) -> tuple[pa.Table, int]:
+    def _group(self, shard: int, row: int, columns: tuple[str, ...], keep: bool = True) -> tuple[pa.Table, int]:
+        """A row's group, and its place in there. What is read in order is not kept: it is read once."""
         with self._lock:
             file = self._file(shard)
             group = int(np.searchsorted(self._groups[shard], row, side="right")) - 1
             key = shard, group, columns
-            table = self._cache.get(key)
+            table = self._cache[key] if key in self._cache else self._last[1] if self._last[0] == key else None
             if table is None:
                 table = self._read(file, shard, group, columns)
+                if not keep:
+                    self._last = key, table
+                    return table, row - int(self._groups[shard][group])
                 self._cache[key] = table
                 self._cached += table.nbytes
                 while self._cached > _CACHE_BYTES and len(self._cache) > 1:
                     self._cached -= self._cache.popitem(last=False)[1].nbytes
-            else:
+            elif key in self._cache:
                 self._cache.move_to_end(key)
             return table, row - int(self._groups[shard][group])
 

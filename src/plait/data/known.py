@@ -16,7 +16,7 @@ import pyarrow as pa
 
 FILE = "media.arrow"
 LEAST = 4096  # bytes of a medium that is kept in mind; smaller ones are decoded sooner than looked up
-FORM = b"1"  # of the fingerprints; another one makes all anew
+FORM = b"2"  # of the fingerprints; another one makes all anew
 SCHEMA = pa.schema(
     {"kind": pa.string(), "digest": pa.binary(16), "first": pa.float64(), "second": pa.float64(), "print": pa.binary()},
     {b"form": FORM},

@@ -12,7 +12,7 @@ import os
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import IO
@@ -31,6 +31,7 @@ from plait.data.files import (
     idx_name,
     open_text,
     suffix_of,
+    unread,
 )
 from plait.data.folders import Folders
 from plait.data.record import RESERVED, Rejected, split_name, split_of_file
@@ -41,7 +42,10 @@ from plait.modalities.descriptor import LIMITS
 from plait.modalities.media import MEDIA, kind_of_suffix, known_formats
 
 TEXT_BYTES = 8192  # of one record of a long text
-TAILS = ((0.9, "val"), (0.95, "test"))  # where the splits of one text alone begin
+TAILS = ((0.9, "val"), (0.95, "test"))  # where the splits of a text begin, where there are few
+LISTED_SHARE = 0.8  # of the lines of a list of transcripts that begin with the name of a medium
+FEW_TEXTS = 20  # files, below which each of them is cut at its last tenth: a split by file would hang on one or two
+WORTH_CUTTING = 1000  # characters of one of several files; a shorter one is trained on as a whole
 
 # --- idx files, as MNIST ships them -----------------------------------------------------------------------------
 
@@ -148,7 +152,8 @@ def plan_idx(tree: Tree, labels: dict[str, list[str]]) -> Plan | None:
 
 
 def plan_text(tree: Tree) -> Plan | None:
-    """Text files -> column `text`: one record a file; a long text in order in pieces of some 8 kB at line ends."""
+    """Text files -> column `text`: one record a file; a long text in order in pieces of some 8 kB at line ends. Where
+    there are few, and neither labels nor splits, the last tenth of each is for val and test."""
     names = [name for name in tree.files if suffix_of(name) == ".txt"]
     if not names:
         return None
@@ -172,6 +177,10 @@ def plan_text(tree: Tree) -> Plan | None:
             raise_if_passing(error, name)
             broken[name] = Reason(RejectKind.UNREADABLE, f"cannot be read: {error}")
 
+    unsplit = not labelled and not any(folders.split(name) for name in names)
+    few = len(names) < FEW_TEXTS and unsplit and any(size >= WORTH_CUTTING for size in sizes.values())
+    cut = {name for name in names if single or (few and sizes.get(name, 0) >= WORTH_CUTTING)}
+
     def read() -> Iterator[Item]:
         for name in names:
             tree.used.add(name)
@@ -179,24 +188,28 @@ def plan_text(tree: Tree) -> Plan | None:
                 yield Rejected(name, None, broken[name])
                 continue
             # The customary last tenth, to the character: half of it to choose by, half of it to measure on.
-            borders = {int(share * sizes[name]): part for share, part in TAILS} if single else {}
+            borders = {int(share * sizes[name]): part for share, part in TAILS} if name in cut else {}
             if single and sizes[name] <= TEXT_BYTES:  # training needs two records
                 borders = {int(sizes[name] * TAILS[0][0] / 2): "train", **borders}
             borders.pop(0, None)
-            split = "train" if borders else folders.split(name)
+            split = "train" if borders or few else folders.split(name)
             label = classes[name]
             given_label: dict[str, str | Media] = {"label": label} if labelled and label else {}
-            group = None if single else _sha256(tree.files[name])  # the pieces of a text stay together
+            group = None if single or few else _sha256(tree.files[name])  # the pieces of a text stay together
             for n, (start, text) in enumerate(_pieces(tree.files[name], name, list(borders))):
                 split = borders.get(start, split)
                 yield RawRecord(f"{name}:{n}", f"{name}:{n}", {"text": text, **given_label}, split, group)
 
     if labelled:
         folders.note_namesakes(names)
-    note = f"{len(names)} text files -> text" if not single else f"{names[0]} -> text, the last tenth for val and test"
+    note = f"{names[0]} -> text, the last tenth for val and test" if single else f"{len(names)} text files -> text"
+    told = []
+    if few and not single:
+        whole = f", {len(names) - len(cut)} short ones are trained on whole" if len(cut) < len(names) else ""
+        told = [f"Of each of the few text files the last tenth is for val and test{whole}."]
     columns = {"text": "text", "label": "text"} if labelled else {"text": "text"}
     notes = [note] + ["folder names -> label"] * labelled
-    return Plan(columns, split_counts, read, notes, tail=single, warnings=list(folders.notes.values()))
+    return Plan(columns, split_counts, read, notes, tail=single or few, warnings=[*told, *folders.notes.values()])
 
 
 def _sha256(place: Location) -> str:
@@ -245,6 +258,7 @@ class _MediaFiles:
     classes: dict[str, str | None]
     labelled: bool
     pattern: re.Pattern[str] | None
+    transcripts: dict[str, str]  # stem -> its text, of lists of transcripts
 
     def record(self, stem: str) -> Item:
         """The record of a stem, but for the text beside it."""
@@ -281,7 +295,31 @@ class _MediaFiles:
                     continue
                 if words:
                     item.parts["text"] = words
+            elif isinstance(item, RawRecord) and stem in self.transcripts:
+                item.parts.setdefault("text", self.transcripts[stem])
             yield item
+
+
+def _transcripts(tree: Tree, stems: Collection[str]) -> dict[str, str]:
+    """The texts of stems out of `.txt` files beside the media, whose lines begin with a medium's name each, as
+    LibriSpeech has them."""
+    texts: dict[str, str] = {}
+    for name in tree.files:
+        if suffix_of(name) != ".txt" or name.removesuffix(".txt") in stems:
+            continue
+        folder = name.rpartition("/")[0]
+        try:
+            with open_text(tree.files[name], name, "strict") as file:
+                lines = [line.strip().partition(" ") for line in file if line.strip()]
+        except DAMAGED as error:
+            raise_if_passing(error, name)
+            continue  # told of as a text that belongs to nothing
+        own = {f"{folder}/{first}" if folder else first: words for first, _, words in lines}
+        found = {stem: words.strip() for stem, words in own.items() if stem in stems and words.strip()}
+        if found and len(found) >= LISTED_SHARE * len(lines):
+            tree.used.add(name)
+            texts |= found
+    return texts
 
 
 def plan_media(tree: Tree, pattern: re.Pattern[str] | None) -> Plan | None:
@@ -298,9 +336,10 @@ def plan_media(tree: Tree, pattern: re.Pattern[str] | None) -> Plan | None:
     groups = list(pattern.groupindex) if pattern else []
     folders = Folders(kinds)
     classes = {stem: folders.label(next(iter(files.values()))) for stem, files in stems.items()}
-    labelled = "label" not in groups and len({c for c in classes.values() if c}) > 1
+    transcripts = _transcripts(tree, stems)  # then folders are speakers and chapters, and no labels
+    labelled = "label" not in groups and not transcripts and len({c for c in classes.values() if c}) > 1
     columns = {kind: kind for kind in MEDIA if kind in kinds.values()}
-    if any(f"{stem}.txt" in tree.files for stem in stems):
+    if transcripts or any(f"{stem}.txt" in tree.files for stem in stems):
         columns["text"] = "text"
     for column in (["label"] if labelled else []) + [group for group in groups if group != "split"]:
         if column in (*MEDIA, *RESERVED):
@@ -308,15 +347,18 @@ def plan_media(tree: Tree, pattern: re.Pattern[str] | None) -> Plan | None:
         columns[column] = "text"
     if labelled:
         folders.note_namesakes(kinds)
-    files = _MediaFiles(tree, stems, folders, classes, labelled, pattern)
+    files = _MediaFiles(tree, stems, folders, classes, labelled, pattern, transcripts)
     records = map(files.record, stems)
     split_counts: Counter[str | None] = Counter(item.split for item in records if isinstance(item, RawRecord))
     notes = [f"{sum(k == kind for k in kinds.values())} {kind} files -> {kind}" for kind in MEDIA
              if kind in columns]  # fmt: skip
     notes += ["files of the same name ending in .txt -> text"] if "text" in columns else []
     notes += ["folder names -> label"] if labelled else []
+    told = []
+    if transcripts:
+        told = [f"The texts of {len(transcripts):,} media are lines of lists beside them; folder names are no labels."]
     notes += [f"the pattern's groups -> {', '.join(groups)}"] if groups else []
-    return Plan(columns, split_counts, files.read, notes, warnings=list(folders.notes.values()))
+    return Plan(columns, split_counts, files.read, notes, warnings=[*told, *folders.notes.values()])
 
 
 def _ending(name: str) -> str:
@@ -329,6 +371,8 @@ def _reasons(tree: Tree) -> str:
     """Why files were refused, or are no tables, for people: the commonest reasons with their counts."""
     counts = Counter(refused.reason for refused in tree.refused)
     counts.update(f"{name.rpartition('/')[2]}: {why}" for name, why in tree.why_not.items())
+    plain = unread("")
+    counts.update(why for name in tree.files if name not in tree.why_not and (why := unread(name)) != plain)
     common = "; ".join(f"{reason} ({count})" for reason, count in counts.most_common(3))
     return f" {common[:1].upper()}{common[1:]}." if common else ""
 

@@ -46,7 +46,7 @@ def split_records(
     if not (given_split >= 0).any() and len(content_hash) < _FEWEST_SPLIT and labels is None:
         return np.zeros(len(content_hash), np.int64), f"fewer than {_FEWEST_SPLIT} records, so all are train"
     if source_plan.tail:
-        return np.where(given_split < 0, 0, given_split), "the last tenth of the text is val and test, half each"
+        return np.where(given_split < 0, 0, given_split), "the last tenth of each text is val and test, half each"
     if source_plan.grown:
         rule = "what was there stays; new records 80/10/10 by a hash of the content, equal media with what was there"
         return np.where(given_split < 0, _beside(given_split, content_hash), given_split), rule
@@ -54,7 +54,11 @@ def split_records(
         if labels is not None and len(content_hash) <= STRATIFIED:
             rule = "80/10/10 of each label by a hash of the content; equal media share a split"
             return _stratified(content_hash, labels), rule
-        return np.digitize(content_hash, [0.8, 0.9]), "80/10/10 by a hash of the content; equal media share a split"
+        rule = "80/10/10 by a hash of the content; equal media share a split"
+        by_hash = np.digitize(content_hash, [0.8, 0.9])
+        if len(np.unique(by_hash)) < len(SPLITS) <= len(np.unique(content_hash)):
+            return _in_order(content_hash), rule.replace("by a hash", "by the order of a hash, since they are few,")
+        return by_hash, rule
     split = np.where(given_split < 0, 0, given_split)
     train = int((split == 0).sum())
     # Three standard deviations below the most, since a hash decides.
@@ -73,6 +77,15 @@ def _whole_groups(given_split: np.ndarray, content_hash: np.ndarray, by: str) ->
         return split, f"as the source says, whatever the groups ({by}) are"
     split[train] = split_groups(content_hash[train], splits=(1,))
     return split, f"as the source says, and about a tenth of train becomes val, in whole groups ({by})"
+
+
+def _in_order(content_hash: np.ndarray) -> np.ndarray:
+    """Splits (N,), none of them empty: of the different hashes in their order the last tenth is test, the tenth before
+    it val, one each at least."""
+    _, place = np.unique(content_hash, return_inverse=True)
+    count = int(place.max()) + 1
+    tenth = max(round(count / 10), 1)
+    return np.digitize(place, [count - 2 * tenth, count - tenth])
 
 
 def _beside(given_split: np.ndarray, content_hash: np.ndarray) -> np.ndarray:

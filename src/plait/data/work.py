@@ -46,6 +46,13 @@ def _key(data: bytes) -> int:
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> 1
 
 
+def _text(value: str | Task, blobs: list[bytes]) -> str | Task:
+    """A part of an item; of a long text its characters, which come as bytes."""
+    if isinstance(value, dict) and "text" in value:
+        return blobs[value["text"]].decode(errors="surrogatepass")
+    return value
+
+
 def _digest(parts: Mapping[str, str | bytes]) -> bytes:
     digest = hashlib.sha256()
     for name in sorted(parts):
@@ -73,12 +80,6 @@ def _fetch(medium: dict[str, Any], blobs: list[bytes]) -> bytes:
     return data
 
 
-def _look(kind: str, data: bytes, near: bool) -> MediumFacts:
-    """Decode a medium and look at it. Raises MediaError."""
-    value = MEDIA[kind].decode(data)
-    return MediumFacts(*MEDIA[kind].facts(value), MEDIA[kind].fingerprint(value) if near else b"")
-
-
 def _seen(
     kind: str, data: bytes, digest: bytes, task: Task, lately: dict[tuple[str, bytes], MediumFacts]
 ) -> MediumFacts:
@@ -88,7 +89,7 @@ def _seen(
     if look is None:
         known_looks = known_media(task["known"]) if task.get("known") else None
         look = known_looks.get(kind, digest, task["near"]) if known_looks else None
-        look = look or _look(kind, data, task["near"])
+        look = look or MediumFacts(*MEDIA[kind].look(data, task["near"]))
         lately[kind, digest] = look
     return look
 
@@ -166,6 +167,7 @@ def check_chunk(task: Task, blobs: list[bytes], at: Callable[[int], None] = lamb
             refused.append(rejected_of(item))
             continue
         at(n)
+        item = item | {"parts": {name: _text(value, blobs) for name, value in item["parts"].items()}}
         fault = task.get("faults", {}).get(str(n))  # as JSON
         checked = _check(item, task, blobs, Reason(RejectKind(fault[0]), fault[1]) if fault else None, lately)
         if isinstance(checked, Rejected):
@@ -180,7 +182,7 @@ def check_chunk(task: Task, blobs: list[bytes], at: Callable[[int], None] = lamb
         if kind != "text":
             types |= {f"{fact}:{name}": of for fact, of in MEDIA_FACTS.items()}
     facts = {b"rejects": json.dumps(refused).encode(), b"kinds": json.dumps(kinds).encode()}
-    columns = {name: pa.array([row.get(name) for row in rows], of) for name, of in types.items()}
+    columns = {name: _column([row.get(name) for row in rows], of) for name, of in types.items()}
     table = pa.table(columns, pa.schema(types, facts))
     out = Path(task["out"])
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
@@ -192,6 +194,17 @@ def check_chunk(task: Task, blobs: list[bytes], at: Callable[[int], None] = lamb
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def _column(values: list[Any], kind: pa.DataType) -> pa.Array:
+    """Values as an Arrow array; large ones are copied once."""
+    if kind != pa.large_binary():
+        return pa.array(values, kind)
+    absent = np.array([value is None for value in values], bool)
+    ends = np.cumsum([0, *(len(value or b"") for value in values)], dtype=np.int64)
+    body = b"".join(value for value in values if value is not None)
+    mask = pa.py_buffer(np.packbits(~absent, bitorder="little").tobytes()) if absent.any() else None
+    return pa.Array.from_buffers(kind, len(values), [mask, pa.py_buffer(ends.tobytes()), pa.py_buffer(body)])
 
 
 def send(file: Any, task: Task, blobs: list[bytes]) -> None:

@@ -25,7 +25,7 @@ from plait.core.rejects import Reason, RejectKind
 from plait.data import known
 from plait.data.dataset import VERSION, Dataset, Manifest, Shard
 from plait.data.duplicates import Duplicates, SplitPair, find_duplicates, first_of, list_equal
-from plait.data.files import ARCHIVE_SUFFIXES, TABLE_SUFFIXES, Plan, Tree, suffix_of
+from plait.data.files import ARCHIVE_SUFFIXES, TABLE_SUFFIXES, Plan, Tree, suffix_of, unread
 from plait.data.grouping import column_hint
 from plait.data.preview import Example, report
 from plait.data.record import SPLITS, Rejected, rejected, rejected_of
@@ -73,12 +73,14 @@ def source_stamp(source: Location, out: Location) -> str:
             digest.update(f"{name}\0{length}\0{stamp}\0".encode())
         return digest.hexdigest()
     skip = out.resolve() if isinstance(out, Path) else None
-    for folder, folders, names in os.walk(source) if source.is_dir() else [(str(source.parent), [], [source.name])]:
+    alone = not source.is_dir()
+    for folder, folders, names in [(str(source.parent), [], [source.name])] if alone else os.walk(source):
         folders[:] = sorted(f for f in folders if not f.startswith(".") and (Path(folder) / f).resolve() != skip)
+        within = os.path.relpath(folder, source)
         for name in sorted(names):
             with contextlib.suppress(OSError):
-                status = (Path(folder) / name).stat()
-                inside = os.path.relpath(Path(folder) / name, source)
+                status = os.stat(os.path.join(folder, name))  # noqa: PTH116, PTH118 - a Path a file takes as long
+                inside = os.curdir if alone else name if within == os.curdir else os.path.join(within, name)  # noqa: PTH118
                 digest.update(os.fsencode(f"{inside}\0{status.st_size}\0{status.st_mtime_ns}\0"))
     return digest.hexdigest()
 
@@ -137,26 +139,37 @@ def _unused(tree: Tree) -> Iterator[Rejected]:
                 RejectKind.NOT_A_TABLE, "not read: it is no table of records, or names none of the media here"
             )
         else:
-            reason = Reason(RejectKind.UNKNOWN_FORMAT, "not a kind of file that is read")
+            reason = Reason(RejectKind.UNKNOWN_FORMAT, unread(name))
         yield Rejected(name, None, reason)
 
 
 def _gather(paths: list[Path], names: list[str]) -> dict[str, np.ndarray]:
-    """Facts of all records: digests as pairs of integers (N, 2), numbers (N,)."""
-    pieces: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    """Facts of all records: digests as pairs of integers (N, 2), numbers (N,). They are held once."""
+    schema = read_chunk(paths[0]).schema
+    kinds = {name: schema.field(name).type for name in names}
+    count = sum(len(read_chunk(path)) for path in paths)
+    facts: dict[str, np.ndarray] = {
+        name: np.empty((count, 2), "<u8")
+        if pa.types.is_fixed_size_binary(kind)
+        else np.empty(count, np.int8 if pa.types.is_string(kind) else kind.to_pandas_dtype())
+        for name, kind in kinds.items()
+    }
+    place = 0
     for path in paths:
         table = read_chunk(path).select(names)
-        for name in names:
+        rows = slice(place, place + len(table))
+        place += len(table)
+        for name, kind in kinds.items():
             column = table[name].combine_chunks()
-            if pa.types.is_fixed_size_binary(column.type):
+            if pa.types.is_fixed_size_binary(kind):
                 start = column.offset * 16
                 raw = np.frombuffer(column.buffers()[1] or b"", np.uint8)[start : start + 16 * len(column)]
-                pieces[name].append(raw.copy().view("<u8").reshape(-1, 2))
-            elif pa.types.is_string(column.type):
-                pieces[name].append(np.array([SPLITS.index(v) if v else -1 for v in column.to_pylist()], np.int8))
+                facts[name][rows] = raw.view("<u8").reshape(-1, 2)
+            elif pa.types.is_string(kind):
+                facts[name][rows] = [SPLITS.index(v) if v else -1 for v in column.to_pylist()]
             else:
-                pieces[name].append(column.to_numpy())
-    return {name: np.concatenate(arrays) for name, arrays in pieces.items()}
+                facts[name][rows] = column.to_numpy()
+    return facts
 
 
 @dataclass(frozen=True)
@@ -434,7 +447,7 @@ def _kept_records(
                 )
             )
         place += len(table)
-        table = table.filter(pa.array(here))
+        table = table if here.all() else table.filter(pa.array(here))
         numbers = np.arange(number, number + len(table))
         number += len(table)
         kept_rows = division.keep[numbers]
@@ -446,7 +459,7 @@ def _kept_records(
                     Reason(RejectKind.NEAR_DUPLICATE, f"left out of train: a near-duplicate of {twin}"),
                 )
             )
-        yield table.filter(pa.array(kept_rows)), numbers[kept_rows], number
+        yield table if kept_rows.all() else table.filter(pa.array(kept_rows)), numbers[kept_rows], number
 
 
 def _meant(label: str, others: list[str]) -> str:

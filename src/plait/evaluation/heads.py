@@ -49,7 +49,7 @@ def measure_head(model: HeadModel, dataset: Dataset, split: str, limit: int | No
     findings.outcomes.append(
         Outcome(
             "recognition", f"{target} from {source}", "right", float(right.mean()), error, count, chance,
-            "always saying the most frequent label", float(frequent), error,
+            "always saying the most frequent label", float(frequent), error, advice="more records.",
         )
     )  # fmt: skip
     findings.verdict = make_verdict(findings.outcomes)

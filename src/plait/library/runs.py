@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plait.chat.rehearsal import with_rehearsal
 from plait.core.config import LoraRecipe, Recipe, as_recipe, parse_recipe
 from plait.core.errors import PlaitError
 from plait.core.features import ExtensionPoint
@@ -368,6 +369,8 @@ def train(
             _tell_more(Run(folder).metadata, more, say)
         if recipe is None or settings.training.task != "auto":  # a recipe without a task is taken as it is
             settings = _derived(data, settings, say if more is None else lambda line: None)
+        with group.main_first():
+            settings = with_rehearsal(data, folder, settings, device, say)
         _fit(data, folder, settings, bar, device, allow_changes, group, callbacks, say, more)
     return Run(folder)
 
@@ -497,8 +500,7 @@ def _train_on_encoder(
         facts["size"] = "speech"
         lines = train_speech(dataset, folder, recipe.model.init_from, facts, recipe.training, device, bar)
     else:
-        facts["finished"] = time.time()
-        lines = train_head(dataset, folder, recipe.model.init_from, facts, device, recipe.training.seed, bar)
+        lines = train_head(dataset, folder, recipe.model.init_from, facts, recipe, device, bar)
     for line in lines:
         tell(line)
 

@@ -116,6 +116,12 @@ class MediaFiles(ABC):
     def size_name(self, first: float, second: float) -> str:
         """What the two figures say, for people: "640x480", "8000 Hz"."""
 
+    def look(self, data: bytes, fingerprint: bool) -> tuple[float, float, bytes]:
+        """The facts of a file that holds all it claims to hold, and its fingerprint, empty unless it is wanted. Raises
+        MediaError as `decode` does."""
+        value = self.decode(data)
+        return *self.facts(value), self.fingerprint(value) if fingerprint else b""
+
     @abstractmethod
     def fingerprint(self, value: Any) -> bytes:
         """A few hundred bytes that survive resizing, re-encoding and cropping."""

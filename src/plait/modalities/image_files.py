@@ -9,11 +9,12 @@ import struct
 import warnings
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from plait.core.rejects import RejectKind
 from plait.modalities.descriptor import (
@@ -94,6 +95,12 @@ class ImageFiles(MediaFiles):
     def size_name(self, first: float, second: float) -> str:
         return f"{first:.0f}x{second:.0f}"
 
+    def look(self, data: bytes, fingerprint: bool) -> tuple[float, float, bytes]:
+        """A JPEG is decoded no larger than a fingerprint needs: all bytes are read, most pixels are not made."""
+        decoded = _decoded(data, LIMITS, small=True)
+        print_ = image_fingerprint(decoded.image, decoded.scale) if fingerprint else b""
+        return decoded.width, decoded.height, print_
+
     def fingerprint(self, value: Image.Image) -> bytes:
         """Brightness (24 x 24) and two colour planes (8 x 8 each) over white: 704 x uint8."""
         return image_fingerprint(value)
@@ -148,18 +155,40 @@ class ImageFiles(MediaFiles):
 IMAGE = ImageFiles()
 
 
+@dataclass(frozen=True)
+class _Decoded:
+    """An image as it is decoded.
+
+    Attributes:
+        image: In mode L, LA, RGB or RGBA, upright.
+        width: Of the file, upright, whatever the image was reduced to.
+        height: Likewise.
+        scale: How many pixels of the file a side of one of the image stands for.
+    """
+
+    image: Image.Image
+    width: int
+    height: int
+    scale: int
+
+
 def decode_image(data: bytes | Path, limits: Limits = LIMITS) -> Image.Image:
     """The first frame of an image file in mode L, LA, RGB or RGBA, 8 bits a channel, upright.
 
     Raises MediaError where it is damaged, of another format or larger than the limits, before memory is asked for.
     """
+    return _decoded(data, limits, small=False).image
+
+
+def _decoded(data: bytes | Path, limits: Limits, small: bool) -> _Decoded:
+    """`decode_image`; `small` lets a JPEG be reduced to what a fingerprint needs."""
     data, form = IMAGE.read(data, limits)
     if form.name == "webp":
         _check_size(_webp_size(data), limits)
     _register(form)
     try:
         try:
-            return _decode(data, form, limits)
+            return _decode(data, form, limits, small)
         except MediaError:
             raise
         except MemoryError as error:
@@ -169,7 +198,7 @@ def decode_image(data: bytes | Path, limits: Limits = LIMITS) -> Image.Image:
             bare = _without_metadata(data, form.name)
             if bare is None:
                 raise
-            return _decode(bare, form, limits)
+            return _decode(bare, form, limits, small)
     except MediaError:
         raise
     except MemoryError as error:
@@ -191,32 +220,51 @@ def _register(form: Format) -> None:
         import pillow_jxl  # noqa: F401 - it registers itself
 
 
+_TURNED = (5, 6, 7, 8)  # orientations that exchange the sides
 _SINGLE = ("JPEG", "PNG", "BMP")  # formats of which Pillow keeps nothing beside the pixels once they are loaded
 
 
-def _decode(data: bytes, form: Format, limits: Limits) -> Image.Image:
+def _decode(data: bytes, form: Format, limits: Limits, small: bool) -> _Decoded:
     pillow_name = {"heic": "HEIF"}.get(form.name, form.name.upper())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # oddities of metadata; the size is checked here, by our own limit
         with Image.open(io.BytesIO(data), formats=[pillow_name]) as image:
             _check_size(image.size, limits)
+            width, height = image.size
+            scale = _first_reduction(image.size) if small and pillow_name == "JPEG" else 1
+            if scale > 1:
+                image.draft(None, (width // scale, height // scale))
+                scale = round(width / image.width)
             image.load()
             _check_size(image.size, limits)
+            if scale == 1:
+                width, height = image.size  # as some decoders know it only now
             with contextlib.suppress(Exception):  # a broken EXIF block does not spoil the image
+                before, turned = image.size, False
+                if before[0] == before[1] and width != height:  # nothing will show whether it was turned
+                    turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
                 ImageOps.exif_transpose(image, in_place=True)
-            mode, clear = image.mode, "transparency" in image.info
-            if mode in ("F", "I") or mode.startswith("I;"):
-                return _eight_bits(image)
-            if mode in ("LA", "RGBA") or (mode in ("L", "RGB") and not clear):
-                target = mode
-            elif mode in ("1", "L", "La"):
-                target = "LA" if clear or mode == "La" else "L"
-            else:
-                target = "RGBA" if clear or mode in ("PA", "RGBa") else "RGB"
-            if mode != target:
-                return image.convert(target)
+                if turned or image.size != before:
+                    width, height = height, width
+            target = _target_mode(image)
+            if target is None:
+                return _Decoded(_eight_bits(image), width, height, scale)
+            if image.mode != target:
+                return _Decoded(image.convert(target), width, height, scale)
             # What is loaded stays when the file is closed; a copy would take as long as decoding does.
-            return image if pillow_name in _SINGLE else image.copy()
+            return _Decoded(image if pillow_name in _SINGLE else image.copy(), width, height, scale)
+
+
+def _target_mode(image: Image.Image) -> str | None:
+    """The mode that an image becomes; None where its values have more than 8 bits."""
+    mode, clear = image.mode, "transparency" in image.info
+    if mode in ("F", "I") or mode.startswith("I;"):
+        return None
+    if mode in ("LA", "RGBA") or (mode in ("L", "RGB") and not clear):
+        return mode
+    if mode in ("1", "L", "La"):
+        return "LA" if clear or mode == "La" else "L"
+    return "RGBA" if clear or mode in ("PA", "RGBa") else "RGB"
 
 
 def _check_size(size: tuple[int, int] | None, limits: Limits) -> None:
@@ -333,9 +381,20 @@ def encode_png(image: Image.Image | np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def image_fingerprint(image: Image.Image) -> bytes:
-    """Brightness (24 x 24) and two colour planes (8 x 8 each) of an image over white: 704 x uint8."""
-    image = image.reduce(factor) if (factor := min(image.size) // (2 * PRINT_SIDE)) > 1 else image
+def _first_reduction(size: tuple[int, int]) -> int:
+    """The whole number by which a side may be divided first on the way to a fingerprint: 1, 2, 4 or 8, as JPEG decoders
+    do, who then make the means of as many pixels."""
+    most = min(size) // (2 * PRINT_SIDE)
+    return next(scale for scale in (8, 4, 2, 1) if scale <= max(most, 1))
+
+
+def image_fingerprint(image: Image.Image, scale: int = 1) -> bytes:
+    """Brightness (24 x 24) and two colour planes (8 x 8 each) of an image over white: 704 x uint8. `scale` is what its
+    sides were divided by already."""
+    if scale == 1 and (factor := _first_reduction(image.size)) > 1:
+        image = image.reduce(factor)
+    if (factor := min(image.size) // (2 * PRINT_SIDE)) > 1:
+        image = image.reduce(factor)
     if image.mode in ("LA", "RGBA"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

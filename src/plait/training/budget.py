@@ -13,7 +13,7 @@ from plait.core.device import compiler
 from plait.core.errors import PlaitError
 from plait.kernels import training as training_kernels
 from plait.model.multimodal import Multimodal
-from plait.model.transformer import TransformerConfig
+from plait.model.transformer import Transformer
 from plait.training.parts import Budget
 from plait.training.run import Progress, Run
 
@@ -47,11 +47,13 @@ def calibrate(model: Multimodal, optimizer: torch.optim.Optimizer, step: Callabl
     return max(int(left * (1 - VALIDATION_SHARE) / np.median(np.diff(clock))), FEWEST_STEPS)
 
 
-def activation_bytes(backbone: TransformerConfig, dtype: torch.dtype) -> int:
+def activation_bytes(backbone: Transformer, dtype: torch.dtype) -> int:
     """What the blocks keep of a token for the backward pass: of each the sums and norms before attention and gate,
-    queries, keys, values and what they mix, gate, what is gated, and their product."""
-    floats = 8 * backbone.width + 3 * backbone.hidden
-    return backbone.layers * floats * torch.finfo(dtype).bits // 8
+    queries, keys, values and what they mix, gate, what is gated, and their product; of low-rank updates in bf16."""
+    config = backbone.config
+    floats = 8 * config.width + 3 * config.hidden
+    kept = torch.bfloat16 if backbone.halves_saved else dtype
+    return config.layers * floats * torch.finfo(kept).bits // 8
 
 
 def tokens_at_a_time(run: Run, model: Multimodal) -> int | None:
@@ -60,7 +62,7 @@ def tokens_at_a_time(run: Run, model: Multimodal) -> int | None:
     if run.device.kind != "cpu" or run.settings.activation_checkpointing:
         return None
     if "max_tokens" not in run.metadata:
-        each = activation_bytes(model.config.backbone, run.device.dtype)
+        each = activation_bytes(model.backbone, run.device.dtype)
         # A step with a contrast that is cut takes a forward pass more, so it is cut later.
         held = CONTRAST_BYTES if model.config.embed_dim else ACTIVATION_BYTES
         run.record(max_tokens=max(held // each, 1))
