@@ -3,6 +3,7 @@
     python bench/prepare.py --records 20000
     python bench/prepare.py                 # 100,000
     python bench/prepare.py --photos --records 20000      # JPEG of 640 x 480 alone
+    python bench/prepare.py --tokenise 30                 # MB of text with a vocabulary of 4,096, on one core
 
 Three in four records are JPEG images of 192 x 144, one in four is a second of 16 kHz FLAC. Decoding alone: as many
 processes as `prepare` has, each reading its share of the files and decoding them, and nothing else.
@@ -14,6 +15,7 @@ import argparse
 import hashlib
 import io
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -25,6 +27,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 from PIL import Image
+
+os.environ.setdefault("RAYON_NUM_THREADS", "1")  # read where tokenizers are imported: one core is measured
 
 _DECODE = """
 import sys
@@ -106,6 +110,30 @@ def spent() -> float:
     return times.children_user + times.children_system
 
 
+def tokenise(folder: Path, megabytes: int, rounds: int) -> None:
+    """Tokenise text of the files of this machine on one core, as training does; the tokenizer is learnt from 20 MB."""
+    import pyarrow as pa
+    from scale import paragraphs
+
+    from plait.data.tokens import write_tokens
+    from plait.modalities.text import Text
+
+    pool = paragraphs()
+    draw = random.Random(0)
+    texts = [b"".join(draw.choices(pool, k=10)).decode() for _ in range(megabytes * 10**6 // 5000)]
+    size = sum(len(text.encode()) for text in texts) / 1e6
+    text = Text.train(texts[: 20 * 10**6 // 5000], 4096)
+    cells = [pa.array(texts[start : start + 1000], pa.large_string()) for start in range(0, len(texts), 1000)]
+    rates = []
+    for _ in range(rounds):
+        begun = time.process_time()
+        tokens = write_tokens(folder / "tokens", iter(cells), text.encode_batch, text.size)
+        rates.append(size / (time.process_time() - begun))
+        count = int(tokens.lengths.sum())
+    print(f"tokenising {size:.0f} MB: {max(rates):.2f} MB a second of processor time (best of {rounds}; least "
+          f"{min(rates):.2f}), {1e6 * size / count:.2f} bytes a token; load {os.getloadavg()[0]:.1f}")  # fmt: skip
+
+
 def digest(folder: Path) -> str:
     whole = hashlib.sha256()
     for path in sorted(folder.iterdir()):
@@ -117,11 +145,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--records", type=int, default=100_000)
     parser.add_argument("--photos", action="store_true", help="images of 640 x 480 alone")
+    parser.add_argument("--tokenise", type=int, metavar="MB", help="tokenise so much text instead")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="plait-prepare-"))
     try:
+        if options.tokenise:
+            tokenise(folder, options.tokenise, options.rounds)
+            return
         (write_photos if options.photos else write)(folder / "in", options.records)
         ratios, memory, seconds = [], (0.0, 0.0), 0.0
         for turn in range(options.rounds):

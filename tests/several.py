@@ -43,12 +43,21 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 def begin(
-    data: Path, run: Path, recipe: Path, *options: object, after: int | None = None, processes: int = 2
+    data: Path,
+    run: Path,
+    recipe: Path,
+    *options: object,
+    after: int | None = None,
+    processes: int = 2,
+    default_threads: bool = False,
 ) -> subprocess.Popen[str]:
-    """Start to train with several processes, and wait until so many steps are done."""
+    """Start to train with several processes, and wait until so many steps are done. Each has one thread, unless it is
+    to have as many as by default."""
     command = ["train", data, "-o", run, "--recipe", recipe, "--processes", processes, *options]
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     started = subprocess.Popen(
-        [sys.executable, "-m", "plait", *map(str, command)], env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", "plait", *map(str, command)],
+        env=env if default_threads else {**env, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     while after is not None and started.poll() is None and len(rows(run)) < after:

@@ -17,7 +17,9 @@ from plait.core.config import Recipe
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from plait.hf import heads
+from plait.hf.encoder_features import Variant
 from plait.hf.last_blocks import LastBlocks, States, train_last
+from plait.hf.pixel_scale import USUAL, better_scale
 from plait.modalities.audio_files import decode_audio
 from test_huggingface import make_tokenizer
 
@@ -169,6 +171,22 @@ def test_last_blocks_compute_what_the_whole_network_does(name: str, request: pyt
     assert all(torch.equal(value, frozen[key]) for key, value in network.named_parameters() if key in frozen)
 
 
+def test_a_scale_of_pixels_that_the_weights_do_not_fit_is_found(efficientnet: Path) -> None:
+    network = transformers.AutoModel.from_pretrained(efficientnet).eval()
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.rand(16, 3, 8, 8, generator=generator).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    half, imagenet, plain = USUAL
+    norm = next(module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    norm.train()
+    norm.momentum = None
+    with torch.no_grad():  # what it remembers: pixels around a half
+        network(pixel_values=(pixels - 0.5) / 0.5)
+    norm.eval()
+    assert better_scale(network, pixels, half) is None
+    assert better_scale(network, pixels, imagenet) == half == better_scale(network, pixels, plain)
+    assert better_scale(torch.nn.Sequential(), pixels, imagenet) is None
+
+
 def test_last_blocks_are_kept_where_they_are_better(efficientnet: Path, tmp_path: Path, plait: Plait) -> None:
     rng = np.random.default_rng(3)
     for i in range(240):
@@ -185,7 +203,7 @@ def test_last_blocks_are_kept_where_they_are_better(efficientnet: Path, tmp_path
     model = run.model()
     assert isinstance(model, heads.HeadModel) and isinstance(model.encoder, heads.MediaEncoder)
     encoder, asked = model.encoder, [make_image(kind, rng).resize((32, 32)) for kind in range(4)]
-    last = LastBlocks(encoder.network, encoder.pixels(asked[:1], heads.Variant()))
+    last = LastBlocks(encoder.network, encoder.pixels(asked[:1], Variant()))
     with torch.no_grad():
         for parameter in last.trained.values():
             parameter.mul_(1.5)

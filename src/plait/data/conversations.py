@@ -44,10 +44,31 @@ _SHAREGPT = {
 _FIELDS = ({"role", "content"}, {"from", "value"})  # of a message
 
 
+_NODE = {"message", "parent", "children"}  # of the tree of messages in ChatGPT's exports
+
+
+def _branch(nodes: dict[str, Any]) -> list[dict[str, str]]:
+    """The messages of a tree along its last branches, which are what was said last; those without text left out."""
+    messages: list[dict[str, str]] = []
+    at = next((name for name, node in nodes.items() if node["parent"] not in nodes), None)
+    seen = set[str]()
+    while at in nodes and at not in seen:
+        seen.add(at)
+        message = nodes[at]["message"] or {}
+        parts = (message.get("content") or {}).get("parts") or []
+        text = "\n".join(part for part in parts if isinstance(part, str)).strip()
+        role = (message.get("author") or {}).get("role")
+        if text and role in ROLES:
+            messages.append({"role": role, "content": text})
+        children = nodes[at]["children"] or []
+        at = children[-1] if children else None
+    return messages
+
+
 def messages_of(value: Any) -> Any:
     """A conversation as a list of messages with role and content, where it is one in another shape: JSON text, a list
-    for each field (as `datasets` keeps a sequence of structs), or ShareGPT's `from` and `value`. Anything else comes
-    back as it is."""
+    for each field (as `datasets` keeps a sequence of structs), ShareGPT's `from` and `value`, or the tree of ChatGPT's
+    exports. Anything else comes back as it is."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
@@ -57,6 +78,8 @@ def messages_of(value: Any) -> Any:
         columns = list(value.values())
         if all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
             value = [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
+    if isinstance(value, dict) and value and all(isinstance(n, dict) and n.keys() >= _NODE for n in value.values()):
+        return _branch(value)
     if isinstance(value, list) and value and all(isinstance(m, dict) and "from" in m and "value" in m for m in value):
         return [{"role": _SHAREGPT.get(str(m["from"]).lower(), m["from"]), "content": m["value"]} for m in value]
     return value

@@ -117,6 +117,27 @@ def open_text(path: Location, name: str, errors: str = "surrogateescape") -> IO[
     return io.TextIOWrapper(raw, encoding="utf-16" if wide else "utf-8-sig", errors=errors, newline="")
 
 
+# What is no kind of file that is read, but may be made one.
+_ADVICE = {
+    (".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub", ".pptx", ".ppt"): "save its text as .txt",
+    (".xls", ".xlsx", ".ods", ".numbers"): "save each sheet as .csv",
+    (".db", ".sqlite", ".sqlite3", ".mdb"): "export the table that is wanted as .csv",
+    (".eml", ".msg", ".mbox", ".pst"): "export the mails as .csv or .jsonl, a line each",
+    (".srt", ".vtt", ".ass"): "save what is said as a .txt of the medium's name",
+    (".xml",): "write what it says as .csv or .jsonl, a line a record",
+    (".7z", ".rar"): "unpack it",
+    (".html", ".htm", ".md"): "save its text as .txt",
+    (".pkl", ".npy", ".npz", ".mat", ".h5", ".hdf5"): "write it as .parquet, or media as files",
+}
+
+
+def unread(name: str) -> str:
+    """Why a file of no kind that is read is not, and what may be done."""
+    suffix = suffix_of(name)
+    advice = next((words for endings, words in _ADVICE.items() if suffix in endings), "")
+    return f"{suffix} is no kind of file that is read: {advice}" if advice else "not a kind of file that is read"
+
+
 def idx_name(name: str) -> re.Match[str] | None:
     """The match of an idx file's name: its stem, and images or labels."""
     return re.fullmatch(r"(.*?)-?(images|labels)[-.]idx[13]-ubyte(\.gz)?", name.rpartition("/")[2])
@@ -141,6 +162,7 @@ class Tree:
     why_not: dict[str, Reason] = field(default_factory=dict)  # of files that look like tables: why they are none
     single: str | None = None
     _by_name: dict[str, str | None] | None = None
+    _bare: dict[str, list[str]] | None = None  # media by their names, and by these without the ending
 
     def kind(self, name: str) -> str | None:
         """The kind of media by the file's ending, else by its first bytes; None for anything else."""
@@ -188,7 +210,27 @@ class Tree:
         inside_name = self._by_name.get(value)
         if inside_name is not None:
             return inside_name
+        if "/" not in value and (bare := self.named(table, value)) is not None:
+            return bare
         return Rejected(table, None, Reason(RejectKind.MISSING, f"the file '{value}' does not exist"))
+
+    def named(self, table: str, value: str) -> str | None:
+        """The one medium somewhere below a table's folder that a bare name means, with its ending or without; None
+        where there is none, or several. Of several the one counts whose folder begins like the table: `train.csv` means
+        what is in `train_images`."""
+        if self._bare is None:
+            self._bare = {}
+            for path in self.files:
+                last = path.rpartition("/")[2]
+                if kind_of_suffix(suffix_of(last)):
+                    for name in (last, last.removesuffix(os.path.splitext(last)[1])):  # noqa: PTH122
+                        self._bare.setdefault(name, []).append(path)
+        folder, _, own = table.rpartition("/")
+        found = [path for path in self._bare.get(value, ()) if not folder or path.startswith(folder + "/")]
+        if len(found) > 1:
+            stem = own.removesuffix(suffix_of(own))
+            found = [path for path in found if any(part.startswith(stem) for part in path.split("/")[:-1])]
+        return found[0] if len(found) == 1 else None
 
     def _beside(self, name: str) -> bool:
         try:

@@ -32,6 +32,7 @@ _BAND = 4  # places of a text's sketch that must agree for a candidate
 _PLACES = [(1, 1), (0, 0), (0, 2), (2, 0), (2, 2), (0, 1), (1, 0), (1, 2), (2, 1)]  # of a part in the whole
 
 _MIDDLE = 1 << 16  # images by whose medians codes are cut
+_AT_A_TIME = 4096  # pairs of texts, of which both sketches are in memory: 4 MB
 MOST_TEXTS = 16_000_000
 
 Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]  # first and second number, first < second; distance
@@ -312,9 +313,9 @@ def _band_keys(rows: np.ndarray) -> np.ndarray:
 def _text_distances(prints: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     """Distances (P,) float32 of pairs (P,), first * N + second."""
     same = np.zeros(len(pairs), np.float64)
-    for at in range(0, len(pairs), 65536):
-        first, second = np.divmod(pairs[at : at + 65536], len(prints))
-        same[at : at + 65536] = (prints[first] == prints[second]).sum(1)
+    for at in range(0, len(pairs), _AT_A_TIME):
+        first, second = np.divmod(pairs[at : at + _AT_A_TIME], len(prints))
+        same[at : at + _AT_A_TIME] = (prints[first] == prints[second]).sum(1)
     return (1 - same / PERMUTATIONS).astype(np.float32)
 
 

@@ -12,7 +12,7 @@ import os
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import IO
@@ -31,6 +31,7 @@ from plait.data.files import (
     idx_name,
     open_text,
     suffix_of,
+    unread,
 )
 from plait.data.folders import Folders
 from plait.data.record import RESERVED, Rejected, split_name, split_of_file
@@ -42,6 +43,7 @@ from plait.modalities.media import MEDIA, kind_of_suffix, known_formats
 
 TEXT_BYTES = 8192  # of one record of a long text
 TAILS = ((0.9, "val"), (0.95, "test"))  # where the splits of a text begin, where there are few
+LISTED_SHARE = 0.8  # of the lines of a list of transcripts that begin with the name of a medium
 FEW_TEXTS = 20  # files, below which each of them is cut at its last tenth: a split by file would hang on one or two
 WORTH_CUTTING = 1000  # characters of one of several files; a shorter one is trained on as a whole
 
@@ -256,6 +258,7 @@ class _MediaFiles:
     classes: dict[str, str | None]
     labelled: bool
     pattern: re.Pattern[str] | None
+    transcripts: dict[str, str]  # stem -> its text, of lists of transcripts
 
     def record(self, stem: str) -> Item:
         """The record of a stem, but for the text beside it."""
@@ -292,7 +295,31 @@ class _MediaFiles:
                     continue
                 if words:
                     item.parts["text"] = words
+            elif isinstance(item, RawRecord) and stem in self.transcripts:
+                item.parts.setdefault("text", self.transcripts[stem])
             yield item
+
+
+def _transcripts(tree: Tree, stems: Collection[str]) -> dict[str, str]:
+    """The texts of stems out of `.txt` files beside the media, whose lines begin with a medium's name each, as
+    LibriSpeech has them."""
+    texts: dict[str, str] = {}
+    for name in tree.files:
+        if suffix_of(name) != ".txt" or name.removesuffix(".txt") in stems:
+            continue
+        folder = name.rpartition("/")[0]
+        try:
+            with open_text(tree.files[name], name, "strict") as file:
+                lines = [line.strip().partition(" ") for line in file if line.strip()]
+        except DAMAGED as error:
+            raise_if_passing(error, name)
+            continue  # told of as a text that belongs to nothing
+        own = {f"{folder}/{first}" if folder else first: words for first, _, words in lines}
+        found = {stem: words.strip() for stem, words in own.items() if stem in stems and words.strip()}
+        if found and len(found) >= LISTED_SHARE * len(lines):
+            tree.used.add(name)
+            texts |= found
+    return texts
 
 
 def plan_media(tree: Tree, pattern: re.Pattern[str] | None) -> Plan | None:
@@ -309,9 +336,10 @@ def plan_media(tree: Tree, pattern: re.Pattern[str] | None) -> Plan | None:
     groups = list(pattern.groupindex) if pattern else []
     folders = Folders(kinds)
     classes = {stem: folders.label(next(iter(files.values()))) for stem, files in stems.items()}
-    labelled = "label" not in groups and len({c for c in classes.values() if c}) > 1
+    transcripts = _transcripts(tree, stems)  # then folders are speakers and chapters, and no labels
+    labelled = "label" not in groups and not transcripts and len({c for c in classes.values() if c}) > 1
     columns = {kind: kind for kind in MEDIA if kind in kinds.values()}
-    if any(f"{stem}.txt" in tree.files for stem in stems):
+    if transcripts or any(f"{stem}.txt" in tree.files for stem in stems):
         columns["text"] = "text"
     for column in (["label"] if labelled else []) + [group for group in groups if group != "split"]:
         if column in (*MEDIA, *RESERVED):
@@ -319,15 +347,18 @@ def plan_media(tree: Tree, pattern: re.Pattern[str] | None) -> Plan | None:
         columns[column] = "text"
     if labelled:
         folders.note_namesakes(kinds)
-    files = _MediaFiles(tree, stems, folders, classes, labelled, pattern)
+    files = _MediaFiles(tree, stems, folders, classes, labelled, pattern, transcripts)
     records = map(files.record, stems)
     split_counts: Counter[str | None] = Counter(item.split for item in records if isinstance(item, RawRecord))
     notes = [f"{sum(k == kind for k in kinds.values())} {kind} files -> {kind}" for kind in MEDIA
              if kind in columns]  # fmt: skip
     notes += ["files of the same name ending in .txt -> text"] if "text" in columns else []
     notes += ["folder names -> label"] if labelled else []
+    told = []
+    if transcripts:
+        told = [f"The texts of {len(transcripts):,} media are lines of lists beside them; folder names are no labels."]
     notes += [f"the pattern's groups -> {', '.join(groups)}"] if groups else []
-    return Plan(columns, split_counts, files.read, notes, warnings=list(folders.notes.values()))
+    return Plan(columns, split_counts, files.read, notes, warnings=[*told, *folders.notes.values()])
 
 
 def _ending(name: str) -> str:
@@ -340,6 +371,8 @@ def _reasons(tree: Tree) -> str:
     """Why files were refused, or are no tables, for people: the commonest reasons with their counts."""
     counts = Counter(refused.reason for refused in tree.refused)
     counts.update(f"{name.rpartition('/')[2]}: {why}" for name, why in tree.why_not.items())
+    plain = unread("")
+    counts.update(why for name in tree.files if name not in tree.why_not and (why := unread(name)) != plain)
     common = "; ".join(f"{reason} ({count})" for reason, count in counts.most_common(3))
     return f" {common[:1].upper()}{common[1:]}." if common else ""
 

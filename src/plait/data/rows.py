@@ -424,6 +424,8 @@ def document_rows(value: Any) -> list[Any]:
             cells = value.get(key)
             if isinstance(cells, list) and any(isinstance(cell, dict) for cell in cells):
                 return cells
+        if {"images", "annotations", "categories"} <= value.keys():
+            raise TableError("annotations of things in images (COCO): write a table of file_name and label instead")
         sizes = {len(cells) for cells in value.values() if isinstance(cells, list | dict)}
         if len(value) > 1 and len(sizes) == 1 and all(isinstance(cells, list | dict) for cells in value.values()):
             raise TableError("a JSON object of columns: write rows, with pandas to_json(orient='records', lines=True)")

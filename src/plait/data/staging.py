@@ -31,6 +31,7 @@ from plait.data.work import Task, check_chunk, send
 
 _ROWS, _BYTES = 512, 16 << 20  # of a chunk
 _FORM = 4  # of the chunks' files and of the fingerprints in them; another number makes all chunks anew
+LONG_TEXT = 200  # characters from which on a text goes to a process as bytes, not as JSON
 _PATIENCE = 120.0  # seconds for one record
 
 
@@ -131,7 +132,12 @@ def task_of(chunk: list[Item], options: Task) -> tuple[Task, list[bytes], str]:
 
     def part(value: str | Media) -> str | dict[str, Any]:
         if isinstance(value, str):
-            return value
+            if len(value) < LONG_TEXT:
+                return value
+            data = value.encode(errors="surrogatepass")
+            digest.update(hashlib.sha256(data).digest())
+            blobs.append(data)
+            return {"text": len(blobs) - 1}
         described: dict[str, Any] = {"kind": value.kind, "name": value.name}
         if value.data is None and value.pixels is None:
             digest.update(f"{value.size}:{value.stamp}\0".encode())

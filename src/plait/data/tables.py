@@ -52,6 +52,7 @@ _LISTED = 60  # characters of a label in a list that is taken for labels unasked
 _NUMBERS = 20  # different values from which a column of numbers may be one to predict
 _BOOKS = ("dataset_dict.json", "dataset_info.json", "state.json")
 _DATA_URL = re.compile(r"data:(\w+)/[\w.+-]+;base64,")  # a medium in a text, by its kind
+_FORM = re.compile(r"sample[-_]?submission")
 _PLAIN = {"file_name", "filename", "file", "path", "filepath", "file_path"}
 
 
@@ -81,6 +82,9 @@ class Table:
 def _is_table(tree: Tree, name: str) -> bool:
     """Whether a file has a table's ending; a `.json` must also hold rows."""
     if suffix_of(name) not in TABLE_SUFFIXES:
+        return False
+    if _FORM.match(name.rpartition("/")[2].lower()):
+        tree.why_not[name] = Reason(RejectKind.NOT_A_TABLE, "a form for answers to a competition, not data")
         return False
     if suffix_of(name) != ".json":
         return True
@@ -330,6 +334,11 @@ class _Columns:
         role, text = column.role, "text" if column.role == "each" else column.role
         if role == "text" and not column.labels and _are_numbers(table.samples[name]):
             self.hints.append(f"{table.file}: '{name}' holds numbers, read as texts. To predict them: --number {name}.")
+        if role == "text" and any(isinstance(value, list | dict) for value in table.samples[name]):
+            self.hints.append(
+                f"{table.file}: '{name}' holds lists or objects, read as texts of JSON. To leave them out: --map "
+                f"ignore={name}; to take each of a list's texts for a record: --map each={name}."
+            )
         if role == "text" and _are_web_media(table.samples[name]):
             self.hints.append(
                 f"{table.file}: '{name}' holds addresses of the web, read as texts: nothing is fetched. Fetch the "
@@ -364,6 +373,7 @@ def plan_tables(tree: Tree, column_map: dict[str, str], labels: dict[str, list[s
     names_of_tables = [name for name in list(tree.files) if _is_table(tree, name)]
     splits = FileSplits(names_of_tables)
     tables = [_scan(tree, name, split, splits.split(name)) for name in names_of_tables]
+    tables = _without_lists(tree, tables, split)
     if not tables:
         return None
     # What Hugging Face's save_to_disk says about its tables; it holds no records.
@@ -401,6 +411,35 @@ def plan_tables(tree: Tree, column_map: dict[str, str], labels: dict[str, list[s
     )
 
 
+def _without_lists(tree: Tree, tables: list[Table], split: str) -> list[Table]:
+    """The tables but for those that name no split and stand beside tables of several: they list the same things again,
+    or say something of them."""
+    splits: dict[str, set[str]] = {}
+    for table in tables:
+        if table.split is not None:
+            splits.setdefault(table.file.rpartition("/")[0], set()).add(table.split)
+    kept = []
+    for table in tables:
+        beside = splits.get(table.file.rpartition("/")[0], set())
+        if table.split is None and split not in table.samples and len(beside) > 1:
+            why = (
+                f"it names no split, and stands beside tables of {', '.join(sorted(beside))}: what is in it is not used"
+            )
+            tree.why_not[table.file] = Reason(RejectKind.UNUSED, why)
+        else:
+            kept.append(table)
+    return kept
+
+
+def _stem_kinds(tree: Tree, table: str, values: list[Any]) -> set[str]:
+    """The kinds of media that most of these values name without their endings, each another; empty where not."""
+    texts = [value for value in values if isinstance(value, str) and "/" not in value]
+    if len(texts) < 2 or len(texts) < len(values) or len(set(texts)) < len(texts):
+        return set()
+    named = [name for value in texts if (name := tree.named(table, value)) is not None]
+    return {kind for name in named if (kind := tree.kind(name))} if _most(len(named), texts) else set()
+
+
 def _plan_columns(
     tree: Tree, tables: list[Table], column_map: dict[str, str], labels: dict[str, list[str]]
 ) -> _Columns:
@@ -409,10 +448,21 @@ def _plan_columns(
     requested = _read_column_map(column_map, column_names)
     columns = _Columns()
     for table in tables:
+        roles = {
+            column: requested[column][0] if column in requested else _recognise(tree, table.file, column, values)
+            for column, values in table.samples.items()
+        }
+        by_stem = None
+        if not {*MEDIA, "media"} & set(roles.values()):
+            free = (column for column in roles if column not in requested)
+            by_stem = next((column for column in free if _stem_kinds(tree, table.file, table.samples[column])), None)
         for column, values in table.samples.items():
-            mapped = requested.get(column)
-            role = mapped[0] if mapped else _recognise(tree, table.file, column, values)
+            mapped, role = requested.get(column), roles[column]
             name = (mapped[1] if mapped else None) or _target(column, role, set(table.samples))
+            if column == by_stem:
+                kinds = _stem_kinds(tree, table.file, values)
+                role = "media" if len(kinds) > 1 else kinds.pop()
+                name = role if role not in table.samples else column
             names = labels.get(name) or labels.get(column) or table.class_names.get(column)
             separator = _separator(values) if role == "labels" else None
             columns.add(table, column, Column(role, name, names, separator))

@@ -46,6 +46,13 @@ def _key(data: bytes) -> int:
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> 1
 
 
+def _text(value: str | Task, blobs: list[bytes]) -> str | Task:
+    """A part of an item; of a long text its characters, which come as bytes."""
+    if isinstance(value, dict) and "text" in value:
+        return blobs[value["text"]].decode(errors="surrogatepass")
+    return value
+
+
 def _digest(parts: Mapping[str, str | bytes]) -> bytes:
     digest = hashlib.sha256()
     for name in sorted(parts):
@@ -160,6 +167,7 @@ def check_chunk(task: Task, blobs: list[bytes], at: Callable[[int], None] = lamb
             refused.append(rejected_of(item))
             continue
         at(n)
+        item = item | {"parts": {name: _text(value, blobs) for name, value in item["parts"].items()}}
         fault = task.get("faults", {}).get(str(n))  # as JSON
         checked = _check(item, task, blobs, Reason(RejectKind(fault[0]), fault[1]) if fault else None, lately)
         if isinstance(checked, Rejected):

@@ -25,7 +25,7 @@ from plait.core.rejects import Reason, RejectKind
 from plait.data import known
 from plait.data.dataset import VERSION, Dataset, Manifest, Shard
 from plait.data.duplicates import Duplicates, SplitPair, find_duplicates, first_of, list_equal
-from plait.data.files import ARCHIVE_SUFFIXES, TABLE_SUFFIXES, Plan, Tree, suffix_of
+from plait.data.files import ARCHIVE_SUFFIXES, TABLE_SUFFIXES, Plan, Tree, suffix_of, unread
 from plait.data.grouping import column_hint
 from plait.data.preview import Example, report
 from plait.data.record import SPLITS, Rejected, rejected, rejected_of
@@ -139,26 +139,37 @@ def _unused(tree: Tree) -> Iterator[Rejected]:
                 RejectKind.NOT_A_TABLE, "not read: it is no table of records, or names none of the media here"
             )
         else:
-            reason = Reason(RejectKind.UNKNOWN_FORMAT, "not a kind of file that is read")
+            reason = Reason(RejectKind.UNKNOWN_FORMAT, unread(name))
         yield Rejected(name, None, reason)
 
 
 def _gather(paths: list[Path], names: list[str]) -> dict[str, np.ndarray]:
-    """Facts of all records: digests as pairs of integers (N, 2), numbers (N,)."""
-    pieces: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    """Facts of all records: digests as pairs of integers (N, 2), numbers (N,). They are held once."""
+    schema = read_chunk(paths[0]).schema
+    kinds = {name: schema.field(name).type for name in names}
+    count = sum(len(read_chunk(path)) for path in paths)
+    facts: dict[str, np.ndarray] = {
+        name: np.empty((count, 2), "<u8")
+        if pa.types.is_fixed_size_binary(kind)
+        else np.empty(count, np.int8 if pa.types.is_string(kind) else kind.to_pandas_dtype())
+        for name, kind in kinds.items()
+    }
+    place = 0
     for path in paths:
         table = read_chunk(path).select(names)
-        for name in names:
+        rows = slice(place, place + len(table))
+        place += len(table)
+        for name, kind in kinds.items():
             column = table[name].combine_chunks()
-            if pa.types.is_fixed_size_binary(column.type):
+            if pa.types.is_fixed_size_binary(kind):
                 start = column.offset * 16
                 raw = np.frombuffer(column.buffers()[1] or b"", np.uint8)[start : start + 16 * len(column)]
-                pieces[name].append(raw.copy().view("<u8").reshape(-1, 2))
-            elif pa.types.is_string(column.type):
-                pieces[name].append(np.array([SPLITS.index(v) if v else -1 for v in column.to_pylist()], np.int8))
+                facts[name][rows] = raw.view("<u8").reshape(-1, 2)
+            elif pa.types.is_string(kind):
+                facts[name][rows] = [SPLITS.index(v) if v else -1 for v in column.to_pylist()]
             else:
-                pieces[name].append(column.to_numpy())
-    return {name: np.concatenate(arrays) for name, arrays in pieces.items()}
+                facts[name][rows] = column.to_numpy()
+    return facts
 
 
 @dataclass(frozen=True)

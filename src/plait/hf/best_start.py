@@ -23,7 +23,7 @@ from plait.training.build import label_columns
 from plait.training.tasks import find_task
 
 ENCODER_BYTES = 8.0  # a weight: fp32, and what a batch takes beside
-LORA_BYTES, LORA_BESIDE = 2.6, 3.5e9  # a weight of a language model; bytes of activations and logits beside
+LORA_BYTES, LORA_BESIDE = 2.6, 2.3e9  # a weight of a language model; bytes of activations and logits beside
 MODERN = {"dinov2": 3, "dinov3_vit": 3, "siglip": 2, "siglip2": 2, "clip": 2, "whisper": 3}  # else 1: what comes first
 
 

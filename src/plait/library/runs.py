@@ -12,7 +12,6 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plait.chat.rehearsal import with_rehearsal
 from plait.core.config import LoraRecipe, Recipe, as_recipe, parse_recipe
 from plait.core.errors import PlaitError
 from plait.core.features import ExtensionPoint
@@ -391,8 +390,6 @@ def train(
             _tell_more(Run(folder).metadata, more, say)
         if recipe is None or settings.training.task != "auto":  # a recipe without a task is taken as it is
             settings = _derived(data, settings, say if more is None else lambda line: None)
-        with group.main_first():
-            settings = with_rehearsal(data, folder, settings, device, say)
         _fit(data, folder, settings, bar, device, allow_changes, group, callbacks, say, more)
     return Run(folder)
 
