@@ -108,7 +108,7 @@ def revise(run: Run, step: int, seconds: float, used: float) -> None:
     if not 0.9 * planned < steps - run.first_step < 1.1 * planned:
         earlier = run.metadata.get("revisions", [])
         notes = revision_notes(earlier, run.metadata["steps"] - run.first_step, steps - run.first_step)
-        revision = {"at": step, "steps": steps}
+        revision: dict[str, Any] = {"at": step, "steps": steps}
         if notes:
             revision |= {"told": list(notes), "fit": steps - run.first_step}
         run.record(revisions=[*earlier, revision])
