@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from plait.core.errors import PlaitError
 from plait.core.features import ExtensionPoint
 
 if TYPE_CHECKING:
