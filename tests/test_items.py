@@ -31,7 +31,9 @@ from plait.model.objectives import SampledSoftmax
 from plait.model.transformer import TransformerConfig
 from plait.recommend.baselines import DECAY, WINDOW, Follows, Interactions
 from plait.recommend.catalogue import Catalogue, Item
+from plait.recommend.commands import show_recommendations
 from plait.recommend.mixture import Followed, fit_followed
+from plait.recommend.model import Recommendation
 from plait.recommend.next_item import NextItem
 from plait.recommend.ranking import Ranks, Targets, rank, targets_of
 from plait.recommend.sampler import HistorySampler, HistorySplit
@@ -176,6 +178,12 @@ def test_the_share_of_what_followed_what_is_chosen_by_val(right: float, share: f
     assert found.share == share if share is not None else 0 < found.share < 1
     few = fit_followed(network, train, Targets(np.arange(9), wanted[:9], histories[:9]), 0)
     assert few.share == 0.5 and "too few" in few.describe()
+
+
+def test_ids_are_shown_once_where_no_titles_are_known(capsys: pytest.CaptureFixture[str]) -> None:
+    for title, heads in (("7", "id probability"), ("Heat (1995)", "id title probability")):
+        show_recommendations([Recommendation("7", title, 0.5)], "probability", as_json=False)
+        assert " ".join(capsys.readouterr().out.split()).startswith(heads)
 
 
 def test_new_items_join_by_what_they_are(shop: Path, plait: Command, capsys: pytest.CaptureFixture[str]) -> None:

@@ -391,6 +391,7 @@ async def classify(request: Request, body: s.ClassifyRequest) -> Response:
     if (size := sum(map(len, body.labels or []))) > service.limits.label_bytes:
         max_bytes = service.limits.label_bytes
         raise ApiError(413, f"The labels have {size} characters; at most {max_bytes} are read. Send fewer.", "labels")
+    _check_asked(served, body)
     if body.inputs is not None:
         results = await _classify_each(service, served, request_context, body, body.inputs)
         return JSONResponse({"object": "list", "model": served.name, "results": results})
@@ -398,6 +399,32 @@ async def classify(request: Request, body: s.ClassifyRequest) -> Response:
     values = await service.parts(served.model, parts, "input", service.deadline(request_context))
     ranked = await _classified(service, served, request_context, body, values)
     return JSONResponse({"object": "list", "model": served.name, **_classification(ranked)})
+
+
+def _check_asked(served: Served, body: s.ClassifyRequest) -> None:
+    """Raises ApiError where a text is sent to a run that names media alone, or several media as the parts of one input
+    of a run whose records have one of them."""
+    if (model := served.model.plait_model) is None:
+        return
+    where = "input" if body.inputs is None else "inputs"
+    several: list[Any] = body.input if isinstance(body.input, list) else [body.input]
+    parts = several if body.inputs is None else body.inputs
+    names = {"image": "image_url", "audio": "input_audio"}
+    has_text = any(isinstance(part, str | s.TextPart) for part in parts)
+    if has_text and body.labels is None and (kinds := model.media_classified):
+        wanted = " or ".join(names.get(kind, kind) for kind in kinds)
+        raise ApiError(
+            400, f"{served.name} names {' and '.join(kinds)} files, not texts, and files are not known by their paths: "
+            f"send the content, as a part of type {wanted}.", where,
+        )  # fmt: skip
+    for kind, part_class in (("image", s.ImagePart), ("audio", s.AudioPart)) if body.inputs is None else ():
+        count = sum(isinstance(part, part_class) for part in parts)
+        columns = list(model.columns.values()).count(kind)
+        if 0 < columns < count:
+            raise ApiError(
+                400, f"A list is the parts of one input, and a record of {served.name} has {columns} of kind {kind}, "
+                f"not {count}. Send several inputs as `inputs`.", where,
+            )  # fmt: skip
 
 
 async def _classify_each(
