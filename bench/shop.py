@@ -167,8 +167,6 @@ def train(arguments: argparse.Namespace) -> None:
     if arguments.steps is None:
         more["minutes"] = arguments.minutes
     begun = time.process_time()
-    if arguments.rehearsal is not None:
-        more["recipe"] = {"training": {"task": "chat", "lora": {"rehearsal": arguments.rehearsal}}}
     run = plait.train(
         file, arguments.out, init_from=str(arguments.model), lora=True, seed=arguments.seed, tell=print, **more
     )
@@ -255,9 +253,6 @@ def main() -> None:
     one.add_argument("--steps", type=int)
     one.add_argument("--learning-rate", type=float)
     one.add_argument("--batch-size", type=int)
-    one.add_argument(
-        "--rehearsal", type=float, help="share of general questions beside each batch; the default's if left out"
-    )
     one.add_argument("--seed", type=int, default=0)
     one.set_defaults(run=train)
     one = commands.add_parser("ask")

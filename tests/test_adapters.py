@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import plait
-from plait.chat.rehearsal import FILE, FOLDER
 from plait.chat.session import Session
 from plait.core.errors import PlaitError
 from plait.hf.catalogue import models
@@ -178,34 +177,6 @@ def test_a_lora_run_of_a_chat_model_keeps_its_template(base: Path, tmp_path: Pat
         assert prompts[0].context.ids == prompts[1].context.ids and prompts[0].stop == prompts[1].stop
         assert prompts[0].context.ids.count(tokenizer.token_to_id("<|im_end|>")) == 1
     assert isinstance("".join(Session(Chat(run.model())).say("the fox", max_new_tokens=3)), str)
-
-
-def test_the_base_s_own_replies_are_learnt_beside_conversations(base: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(base, tmp_path / "chat")
-    tokenizer = make_tokenizer()
-    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML, "eos_token": "<|im_end|>"}))
-    size = json.loads((folder / "config.json").read_text())["vocab_size"]
-    ends = {"eos_token_id": list(range(0, size, 3))}  # a reply of random weights ends soon
-    (folder / "generation_config.json").write_text(json.dumps(ends))
-    talk = [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "a quick brown hen"}]
-    (tmp_path / "talks.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for _ in range(8)))
-    told: list[str] = []
-    options = {"steps": 2, "init_from": str(folder), "lora": True, "progress": False, "tell": told.append}
-    run = plait.train(tmp_path / "talks.jsonl", tmp_path / "run", **options)
-    rows = [json.loads(line) for line in (tmp_path / "run" / FILE).read_text().splitlines()]
-    assert f"Beside your conversations {len(rows)} general questions" in " ".join(told)
-    session = Session(Chat(plait.load(folder)))
-    asked, reply = (turn["content"] for turn in rows[0]["messages"])
-    assert "".join(session.say(asked, temperature=0.0)).strip() == reply
-    training = run.recipe.training
-    assert (training.batch_size, training.replay) == (5, {str(tmp_path / "run" / FOLDER): 0.2})
-    plait.train(tmp_path / "talks.jsonl", tmp_path / "run", **options)
-    assert "already trained" in " ".join(told) or run.finished
-    without = {"training": {"task": "chat", "steps": 1, "lora": {"rehearsal": 0}}, "model": {"init_from": str(folder)}}
-    other = plait.train(tmp_path / "talks.jsonl", tmp_path / "other", recipe=without, progress=False)
-    assert not other.recipe.training.replay and not (tmp_path / "other" / FILE).exists()
 
 
 def test_adapters_that_cannot_be_used(base: Path, tmp_path: Path) -> None:

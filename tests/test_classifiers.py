@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +22,14 @@ from plait.core.config import Recipe
 from plait.data.dataset import Dataset
 from plait.evaluation.alternatives import GramModel
 from plait.evaluation.decide import describe, describe_space
+from plait.evaluation.learnt import ByHeart
 from plait.evaluation.metrics import calibration
 from plait.evaluation.outcome import Outcome
 from plait.evaluation.verdict import make_verdict
 from plait.recommend.ranking import HR_10
 from plait.training.expectation import expectation
 from plait.training.tasks import derive
+from server import Server
 
 Plait = Callable[..., int]
 RNG = np.random.default_rng(5)
@@ -142,6 +145,13 @@ def test_the_verdict_says_what_counts() -> None:
     assert "which is better" in verdict(0.5, 0.6) and verdict(0.5, 0.6).startswith("True False")
     assert verdict(0.11, 0.6).startswith("False False Nothing was learnt")
     assert make_verdict([]) is None
+    heart = ByHeart(0.03, 6.1)
+    outcome = Outcome("language", "text", "bits a byte", 8.2, 0.1, 150, 8.0, higher_is_better=False, share=False,
+                      unit="bytes", by_heart=heart)  # fmt: skip
+    found = make_verdict([outcome])
+    assert found is not None and not found.learnt
+    assert "learnt by heart: 0.03 nats a token" in str(found) and "--init-from" in str(found)
+    assert "--minutes" not in str(found) and "--init-from" not in ByHeart(0.03, 6.1, pretrained=True).advice
 
 
 def test_a_classifier_that_learnt_nothing_says_so() -> None:
@@ -218,7 +228,8 @@ def test_labelled_images_are_recognised_and_evaluated(
     assert noise.ood_score is not None and noise.ood_score >= found.ood_score - 0.5
 
     assert plait("evaluate", run) == 0
-    assert "right (label from image" in " ".join(capsys.readouterr().out.split())
+    out, err = (" ".join(text.split()) for text in capsys.readouterr())
+    assert "right (label from image" in out and "plait export --to html" in err
     metrics = json.loads((run / "metrics.json").read_text())
     dataset = Dataset.open(run / "data")
     test = [dataset.record(int(i)) for i in dataset.indices("test")]
@@ -228,6 +239,33 @@ def test_labelled_images_are_recognised_and_evaluated(
 
     explained = model.explain(tmp_path / "arrows" / "left" / "0.png")  # the answer of `classify`, and how likely it is
     assert explained.answer == "left" and explained.chance == pytest.approx(found[0].probability, abs=1e-4)
+    assert not any("none of these" in warning for warning in explained.warnings)
+    model.checkpoint.classifiers[0].mixture.threshold = -1.0  # whatever is asked about is unlike all labels
+    explained = model.explain(tmp_path / "arrows" / "left" / "0.png")
+    assert "none of these" in explained.warnings[0] and explained.answer == "left"
+
+    check_served_for_labels_alone(run, (tmp_path / "arrows" / "left" / "0.png").read_bytes())
+
+
+def check_served_for_labels_alone(run: Path, image: bytes) -> None:
+    """A run that names images refuses what it can only answer with nonsense, and says what to send instead."""
+    part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(image).decode()}"}}
+    with Server.start(run.parent / "log", run) as server:
+        for path, body, told in (
+            ("plait/classify", {"input": "rain"}, "send the content, as a part of type image_url"),
+            ("plait/classify", {"input": [{"type": "text", "text": "left/0.png"}]}, "not texts"),
+            ("plait/classify", {"inputs": [part, "left/0.png"]}, "not texts"),
+            ("plait/classify", {"input": [part, part]}, "as `inputs`"),
+            ("chat/completions", {"messages": [{"role": "user", "content": [part]}]}, "/v1/plait/classify"),
+            ("completions", {"prompt": "left"}, "/v1/plait/classify"),
+            ("responses", {"input": "left"}, "/v1/plait/classify"),
+        ):
+            status, answer = server.post(f"/v1/{path}", body)
+            assert status == 400 and told in answer["error"]["message"], answer
+        status, answer = server.post("/v1/plait/classify", {"inputs": [part, part]})
+        assert status == 200 and [one["data"][0]["label"] for one in answer["results"]] == ["left", "left"]
+        (card,) = json.loads(server.ask("GET", "/v1/models")[2])["data"]
+        assert "classify" in card["verbs"] and not {"generate", "describe", "transcribe"} & set(card["verbs"])
 
 
 def test_the_task_is_seen_in_the_data(plait: Plait, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ from plait.model.objectives import SampledSoftmax
 from plait.model.transformer import TransformerConfig
 from plait.recommend.baselines import DECAY, WINDOW, Follows, Interactions
 from plait.recommend.catalogue import Catalogue, Item
+from plait.recommend.commands import show_recommendations
 from plait.recommend.mixture import Followed, fit_followed
+from plait.recommend.model import Recommendation
 from plait.recommend.next_item import NextItem
 from plait.recommend.ranking import Ranks, Targets, rank, targets_of
 from plait.recommend.sampler import HistorySampler, HistorySplit
@@ -175,6 +178,12 @@ def test_the_share_of_what_followed_what_is_chosen_by_val(right: float, share: f
     assert found.share == share if share is not None else 0 < found.share < 1
     few = fit_followed(network, train, Targets(np.arange(9), wanted[:9], histories[:9]), 0)
     assert few.share == 0.5 and "too few" in few.describe()
+
+
+def test_ids_are_shown_once_where_no_titles_are_known(capsys: pytest.CaptureFixture[str]) -> None:
+    for title, heads in (("7", "id probability"), ("Heat (1995)", "id title probability")):
+        show_recommendations([Recommendation("7", title, 0.5)], "probability", as_json=False)
+        assert " ".join(capsys.readouterr().out.split()).startswith(heads)
 
 
 def test_new_items_join_by_what_they_are(shop: Path, plait: Command, capsys: pytest.CaptureFixture[str]) -> None:
@@ -423,7 +432,10 @@ ORDERS = [(f"C{n % 12}", f"thing {n * 7 % 9}", f"2026-03-{n // 4 + 1:02} 10:00")
         ("customer,product,time,price", ",9.90", "recommend"),
         ("customer,product,time,remark", ",it came late and the box was open", "records"),
         ("customer,product,time,label", ",fraud", "records"),
-        ("customer,product", None, "records"),
+        ("customer,product", None, "recommend"),
+        ("klant,artikel,datum", "", "recommend"),
+        ("用户ID,商品ID,时间", "", "recommend"),
+        ("customer,town", None, "records"),
     ],
 )
 def test_a_table_of_any_name_is_known_by_what_it_holds(
@@ -433,6 +445,48 @@ def test_a_table_of_any_name_is_known_by_what_it_holds(
     (tmp_path / "orders.csv").write_text("\n".join([heading, *rows]) + "\n")
     assert plait("prepare", tmp_path / "orders.csv", "-o", tmp_path / "data", "--workers", 0) == 0
     assert Dataset.open(tmp_path / "data").manifest.kind == kind
+
+
+@pytest.mark.parametrize(
+    ("form", "refused"),
+    [("%d-%m-%Y", 0), ("%m/%d/%Y %H:%M", 0), ("%Y/%m/%d", 0), ("%d.%m.%Y", 0), ("%d. of %B", 40)],
+)
+def test_dates_as_people_write_them(tmp_path: Path, plait: Command, form: str, refused: int) -> None:
+    """The day of a column is told by a number above 12, or by points between."""
+    when = [datetime(2026, 3, 1, tzinfo=UTC) + timedelta(days=n) for n in range(40)]
+    rows = [f"C{n % 4},thing {n % 5},{moment.strftime(form)}" for n, moment in enumerate(when)]
+    (tmp_path / "orders.csv").write_text("\n".join(["customer,product,date", *rows]) + "\n")
+    status = plait("prepare", tmp_path / "orders.csv", "-o", tmp_path / "data", "--workers", 0)
+    if refused:
+        assert status == 1
+        return
+    histories = read_histories(Dataset.open(tmp_path / "data"))
+    assert histories.times.tolist() == [
+        int(datetime(moment.year, moment.month, moment.day, tzinfo=UTC).timestamp())
+        for n in range(4)
+        for moment in when[n::4]
+    ]
+
+
+def test_a_day_that_may_be_a_month_is_refused(
+    tmp_path: Path, plait: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [f"C{n % 4},thing {n % 5},{n % 9 + 1:02}/03/2026" for n in range(40)]
+    (tmp_path / "orders.csv").write_text("\n".join(["customer,product,date", *rows]) + "\n")
+    assert plait("prepare", tmp_path / "orders.csv", "-o", tmp_path / "data", "--workers", 0) == 1
+    assert "is no time that is clear" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_table_of_ids_is_no_table_of_questions(
+    tmp_path: Path, plait: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [f"K{n},A-{n * 7},{n}-x" for n in range(60)]
+    (tmp_path / "export.csv").write_text("\n".join(["wer,was,beleg", *rows]) + "\n")
+    assert plait("train", tmp_path / "export.csv", "-o", tmp_path / "run", "--steps", 1) == 1
+    assert "--task recommend" in " ".join(capsys.readouterr().err.split())
+    assert plait("train", tmp_path / "export.csv", "-o", tmp_path / "other", "--task", "recommend", "--steps", 1) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "export.csv: wer, was, beleg" in said and "columns: {user: NAME" in said
 
 
 def test_lines_of_numbers_are_histories_where_items_come_again(tmp_path: Path, plait: Command) -> None:

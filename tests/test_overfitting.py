@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from plait.evaluation.memorising import Runs, pieces
 from plait.evaluation.metrics import calibration
 from plait.reports.overfitting import gap
+from plait.training.budget import revision_notes
 from plait.training.canaries import canary
 
 WORDS = ["the", "a", "red", "blue", "old", "new", "fox", "dog", "runs", "near", "far", "tree", "and", "then", "sees"]
@@ -87,3 +89,41 @@ def test_canaries_and_texts_by_heart(tmp_path: Path, plait: Callable[..., int], 
     capsys.readouterr()
     assert plait("train", tmp_path / "data", "-o", run, "--recipe", recipe, "--canaries", 9) == 1
     assert "canaries was 6, now 9" in capsys.readouterr().err
+
+
+def test_a_run_that_knows_its_few_texts_by_heart_says_so(
+    tmp_path: Path, plait: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of too little text, that has nothing left for test: longer training is not what helps, and val is measured."""
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS, 30)) for _ in range(6)]
+    rows = [{"text": text, "split": "val" if i < 2 else "train"} for i, text in enumerate(texts)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model:\n  backbone: {width: 64, layers: 2, heads: 4, context: 64}\n  text: {vocabulary: 300}\n"
+        "training: {task: language, steps: 150, batch_size: 4, learning_rate: 4.0e-3, patience: 50}\n"
+    )
+    run = tmp_path / "run"
+    assert plait("train", tmp_path / "texts.jsonl", "-o", run, "--recipe", recipe) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "learnt by heart" in shown and "(--init-from)" in shown and "--minutes" not in shown
+    assert f'plait generate {run} "{" ".join(texts[0].split()[:6])}"' in shown
+    assert plait("evaluate", run) == 0
+    out, err = (" ".join(text.split()) for text in capsys.readouterr())
+    assert "learnt by heart" in out and "(--init-from)" in out and "--minutes" not in out
+    assert "test has no records" in err and "also chose the checkpoint" in err
+    assert "also chose the checkpoint" in (run / "report.html").read_text()
+    assert plait("evaluate", run, "--split", "test") == 1
+
+
+def test_a_schedule_that_changes_is_told_once_in_each_direction() -> None:
+    earlier: list[dict[str, Any]] = []
+    told = []
+    for fit in (110, 60, 95, 50, 12, 11):
+        notes = revision_notes(earlier, 100, fit)
+        earlier.append({"at": 0, "steps": fit, **({"told": list(notes), "fit": fit} if notes else {})})
+        told.append(list(notes))
+    assert told == [[], ["slower"], ["faster"], [], ["few"], []]
+    assert "60 fit in the time, not 100" in revision_notes([], 100, 60)["slower"]
+    assert "12 steps teach hardly anything" in revision_notes([], 13, 12)["few"]

@@ -16,6 +16,8 @@ from plait.chat.nearness import Bm25
 from plait.chat.replies import Replies, open_replies
 from plait.core.errors import PlaitError
 from plait.data.dataset import Dataset
+from plait.evaluation.keys import MetricKey
+from plait.reports.metric_labels import headline_keys
 from server import Server
 
 Plait = Callable[..., int]
@@ -140,6 +142,10 @@ def test_a_run_of_pairs_is_measured_told_and_served_as_what_it_is(
     assert plait("evaluate", run, "--reference-seconds", 1) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert f"{left_out.right / left_out.answerable:.1%} answered right" in shown and "plait reply RUN" in shown
+    names = list(json.loads((run / "metrics.json").read_text()))
+    written = MetricKey.parse("transcription/question-reply/wer")  # of the network, which does not answer
+    assert written not in headline_keys([*map(MetricKey.parse, names), written])
+    assert headline_keys([written]) == [written]
 
     with Server.start(run.parent / "log", f"shop={run}") as server:
         body = {"messages": ["What about a tent?", NEVER[2]], "sources": 1}

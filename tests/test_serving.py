@@ -185,6 +185,10 @@ def test_curl(server: Server, media: tuple[str, str], trained: Path, tmp_path: P
     said = api.load(trained).classify(base64.b64decode(media[0].split(",")[1]), top=2)
     assert found["data"][0]["label"] == said[0].label
     assert (found["none_of_these"], found["ood_score"]) == (said.none_of_these, said.ood_score)
+    several = {"model": "run", "inputs": [body["input"], EN[0]], "top": 2}
+    (tmp_path / "body.json").write_text(json.dumps(several))
+    each = json.loads(curl(f"{server.url}/v1/plait/classify", "--json", f"@{tmp_path / 'body.json'}"))["results"]
+    assert [one["index"] for one in each] == [0, 1] and each[0]["data"] == found["data"]
     (tmp_path / "body.json").write_text(json.dumps({"model": "run", "input": body["input"], "image": True}))
     found = json.loads(curl(f"{server.url}/v1/plait/explain", "--json", f"@{tmp_path / 'body.json'}"))
     assert found["answer"] in EN and len(found["parts"][0]["weights"]) == 64 and found["areas"]["random_maps"] == 10

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from plait.core.errors import PlaitError
 from plait.core.features import ExtensionPoint
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def found_model(name: str | None) -> str | None:
     """The name of a model that is there. Raises PlaitError, before torch is imported, where neither a path, the Hugging
     Face cache nor the hub has it."""
     if name is not None and not Path(name).expanduser().exists():
+        if Path(name).parts[:1] == ("runs",):  # as the docs call their folders
+            raise PlaitError(f"{name} does not exist. Check the path; `plait train` writes runs.")
         MODEL_FINDERS.one()(name)
     return name
 

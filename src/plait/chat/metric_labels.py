@@ -12,4 +12,5 @@ LABELS = MetricLabels(
         "silent": ("silent where nothing answers", "share", "of questions whose reply stands nowhere else"),
     },
     headlines=("right", "wrong", "silent"),
+    beside={"reply": ("transcription", "language", "chat")},  # what the network writes, which does not answer
 )

@@ -43,7 +43,7 @@ class Features:
         if kind == "text":
             return cls(kind, grams=NgramFeatures.fit(inputs, words))
         raw = cls(kind, bands).raw(inputs)
-        return cls(kind, bands, raw.mean(0), raw.std(0) + 1e-3)
+        return cls(kind, bands, raw.mean(0), (raw.std(0) + 1e-3) / MEDIA[kind].simple_weights(raw.shape[1]))
 
     def raw(self, inputs: Sequence[Any]) -> np.ndarray:
         """Features of media as they are, (N, F)."""

@@ -17,7 +17,9 @@ from plait.evaluation.keys import TIMING
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     data: Annotated[str | None, typer.Option(help="Another dataset than the run's own.")] = None,
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="train, val or test; if left out test, or val where test is empty.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Records a task, at most.")] = None,
     made: Annotated[
         int | None, typer.Option(help="Images, and clips, to make and judge, at most: 200 if left out.")

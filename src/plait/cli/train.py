@@ -113,6 +113,8 @@ def train(
             )  # fmt: skip
     out.print(plain(trained.describe()))
     out.print(f"Next: plait evaluate {trained.folder}")
+    if trained.recipe.training.task == "language" and (words := trained.first_words()) is not None:
+        out.print(plain(f'See it at work: plait generate {trained.folder} "{words}"'))
 
 
 def _say(line: str) -> None:

@@ -91,13 +91,6 @@ class LoraRecipe(Settings):
 
     rank: int = Field(8, ge=1, description="Rank of the updates.")
     alpha: float = Field(16.0, gt=0, description="Scale of the updates: they count alpha / rank times.")
-    rehearsal: float = Field(
-        0.25,
-        ge=0,
-        le=1,
-        description="Of an imported chat model: general questions beside each batch of conversations, as a share of "
-        "it, with what the base replies itself; 0 for none.",
-    )
 
 
 TASKS = ("auto", "recognise", "describe", "draw", "language", "chat", "reply")

@@ -13,6 +13,7 @@ from plait.evaluation import metrics
 from plait.evaluation.alternatives import GramModel
 from plait.evaluation.context import EvalContext
 from plait.evaluation.keys import Direction
+from plait.evaluation.learnt import ByHeart, by_heart
 from plait.evaluation.memorising import WRITTEN, evaluate_texts
 from plait.evaluation.outcome import Outcome
 from plait.inference.model import PlaitModel
@@ -168,6 +169,14 @@ def _keep_likelihood(eval_context: EvalContext, column: str, chosen: Texts, past
     _beside_grams(eval_context, column, chosen, past, nats, (value, error, chance))
 
 
+def _by_heart(eval_context: EvalContext) -> ByHeart | None:
+    """What the run of the model learnt by heart, if it did."""
+    folder = eval_context.model.folder
+    if folder is None:
+        return None
+    return by_heart(folder.resolve().parent.parent, "init_from" in eval_context.model.checkpoint.training)
+
+
 def _beside_grams(
     eval_context: EvalContext, column: str, chosen: Texts, past: list[str], nats: np.ndarray,
     bits: tuple[float, float, float],
@@ -188,6 +197,6 @@ def _beside_grams(
         Outcome(
             "language", column, "bits a byte", value, error, n, chance,
             "an n-gram model of six characters", simple_value, 0.0 if len(chosen.texts) == 1 else lead_error,
-            higher_is_better=False, share=False, unit="bytes",
+            higher_is_better=False, share=False, unit="bytes", by_heart=_by_heart(eval_context),
         )
     )  # fmt: skip

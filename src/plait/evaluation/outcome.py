@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from plait.evaluation.learnt import ByHeart
 
 SURE = 2.0  # standard errors from which a difference counts
 
@@ -15,7 +19,7 @@ class Outcome:
     of the difference to the alternative. `guess` is what guessing has. `confused` are pairs of labels, truth first, the
     most frequent first. `share` says that the figure is a share of 1, else it is a plain number. `unit` is what `n`
     counts. `advice` is the next step, where the figures do not tell it. `is_alternative` says that the alternative
-    gives the same answers everywhere: it is what the run asks.
+    gives the same answers everywhere: it is what the run asks. `by_heart` says that the run learnt train by heart.
     """
 
     task: str
@@ -33,6 +37,7 @@ class Outcome:
     unit: str = "records"
     advice: str = ""
     is_alternative: bool = False
+    by_heart: ByHeart | None = None
     confused: list[tuple[str, str]] = field(default_factory=list)
 
     @property

@@ -18,6 +18,7 @@ from plait.evaluation.keys import Direction
 from plait.evaluation.outcome import Outcome
 from plait.inference.opinions import opinion_scores
 from plait.modalities.media import MEDIA
+from plait.modalities.recogniser import ImageRecogniser
 
 MISTAKES_SHOWN = 12
 RIGHT_SHOWN = 6  # of each label
@@ -122,12 +123,19 @@ def _tell_which_figure(eval_context: EvalContext, recognised: Recognised) -> Non
         return
     own, earlier = float(recognised.right.mean()), classifier.measured["mixed"]
     asked = "records that had not been learnt" if recognised.by_folds else f"records of {eval_context.split}"
-    page = " A page of plait export --to html (images) asks the network alone, and names a figure of that."
+    page = " A page of plait export --to html asks the network alone, and names a figure of that."
     eval_context.note(
         f"{recognised.source}-{recognised.target}: believe this figure, {own:.1%} on {len(recognised.truth):,} "
         f"{asked}. Training told {earlier:.1%} on {classifier.records:,} records by which it also chose what answers"
-        f"{', which is rather too high' * (earlier > own)}.{page * (classifier.features.kind in MEDIA)}"
+        f"{', which is rather too high' * (earlier > own)}.{page * _fits_a_page(eval_context, classifier)}"
     )
+
+
+def _fits_a_page(eval_context: EvalContext, classifier: Classifier) -> bool:
+    """Whether an offline page can compute a classifier: of images, by a recogniser that the run trained."""
+    if classifier.features.kind not in MEDIA:
+        return False
+    return isinstance(eval_context.modality(classifier.source).encoder, ImageRecogniser)
 
 
 def _recognised(eval_context: EvalContext, source: str, target: str) -> Recognised | None:

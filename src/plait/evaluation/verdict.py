@@ -19,9 +19,13 @@ def make_verdict(outcomes: list[Outcome]) -> Verdict | None:
     if not outcome.learnt:
         assert outcome.guess is not None
         guess = _number(outcome, outcome.guess)
-        sentence = f"Nothing was learnt: {_figure(outcome)}, where guessing has {guess}{_of(outcome)}."
+        figures = f"{_figure(outcome)}, where guessing has {guess}{_of(outcome)}."
+        sentence = f"Nothing was learnt: {figures}"
         step = "train longer (--minutes), or look at whether inputs and answers of the data belong together."
-        if outcome.n < FEWEST:
+        if outcome.by_heart is not None:
+            sentence = f"{outcome.by_heart} Nothing else was learnt: {figures}"
+            step = outcome.by_heart.advice
+        elif outcome.n < FEWEST:
             step = f"more records: {outcome.n} tell little; then look at whether inputs and answers belong together."
         return Verdict(sentence, step, outcome.better, learnt=False)
     sentence = f"{_figure(outcome)}{_of(outcome)}"
@@ -36,7 +40,8 @@ def make_verdict(outcomes: list[Outcome]) -> Verdict | None:
         comparison = f", against {other}: worth it"
     else:
         comparison = f", against {other}, which is better"
-    return Verdict(f"{sentence}{comparison}.", _next(outcome), outcome.better)
+    heart = f" {outcome.by_heart}" if outcome.by_heart is not None else ""
+    return Verdict(f"{sentence}{comparison}.{heart}", _next(outcome), outcome.better)
 
 
 def _number(outcome: Outcome, value: float) -> str:
@@ -60,6 +65,8 @@ def _next(outcome: Outcome) -> str:
     """What would help most."""
     if outcome.advice:
         return outcome.advice
+    if outcome.by_heart is not None:
+        return outcome.by_heart.advice
     if outcome.better is False and outcome.task == "recognition":
         return f"take {outcome.alternative}, which `plait classify` asks too; or train longer (--minutes)."
     if outcome.better is False:

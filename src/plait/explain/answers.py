@@ -38,4 +38,10 @@ def explain_answer(
         if isinstance(value, list):
             raise PlaitError(f"{model.name} reads one input at a time. Give one.")
         question = hf_models.question(cast(Pretrained, model), value, answer, labels, template)
-    return explain(question, method, steps, seed)
+    explanation = explain(question, method, steps, seed)
+    if isinstance(question, plait_models.ClassifierQuestion) and question.none_of_these:
+        explanation.warnings.insert(
+            0, "classify calls this input none of these: it is unlike all that was learnt. What is explained is "
+            f"{explanation.answer}{', the nearest label' * (answer is None)}.",
+        )  # fmt: skip
+    return explanation

@@ -124,9 +124,11 @@ def _decided(question: TextQuestion, answer: Any, labels: list[str] | None) -> T
     context = model.context([_given(question.parts[0])])
     if not model.is_classified([context], column):
         return question
-    own = model.classify_parts([context], column=column, top=1)[0].label
-    place = question.texts.index(own if answer is None else answer)
-    return ClassifierQuestion(model, question.parts, column, question.texts, question.ids, place)
+    own = model.classify_parts([context], column=column, top=1)
+    place = question.texts.index(own[0].label if answer is None else answer)
+    return ClassifierQuestion(
+        model, question.parts, column, question.texts, question.ids, place, none_of_these=own.none_of_these
+    )
 
 
 def _next_token(model: PlaitModel, parts: list[Part]) -> str:
@@ -265,8 +267,11 @@ class TextQuestion(_PlaitQuestion):
 
 
 @dataclass
+@dataclass
 class ClassifierQuestion(TextQuestion):
     """Why a label is the answer of the run's classifier, which mixes several opinions."""
+
+    none_of_these: bool = False  # whether the classifier finds the input unlike all labels
 
     def scores(self, inputs: list[list[Value]]) -> np.ndarray:
         """Log-odds of the label's calibrated probability, (N,); of a text that has no word left, those of guessing."""

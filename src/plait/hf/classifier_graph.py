@@ -19,7 +19,18 @@ from plait.modalities.audio import FLOOR, SILENCE, AudioSettings, mel_filters
 from plait.modalities.base import MediaModality
 from plait.modalities.image import view_places
 from plait.modalities.recogniser import Recogniser
-from plait.modalities.simple_features import BINS, CELL, CEPSTRA, COLOUR_GRID, EMPTY, SEGMENTS, SIDE, STRIDE
+from plait.modalities.simple_features import (
+    BEATS,
+    BINS,
+    CELL,
+    CEPSTRA,
+    CHANGES,
+    COLOUR_GRID,
+    EMPTY,
+    SEGMENTS,
+    SIDE,
+    STRIDE,
+)
 
 
 class ImageFeatures(nn.Module):
@@ -157,9 +168,33 @@ class AudioFeatures(nn.Module):
         inside = ((places[:, None] >= starts[..., None]) & (places[:, None] < stops[..., None])).float()
         grid = inside @ centred / (stops - starts)[..., None]
         spread = (centred.square().sum(1) / count).sqrt()
-        steps = (centred[:, 1:] - centred[:, :-1]).abs() * exists[:, 1:]
-        moves = steps.sum(1) / (count - 1).clamp(min=1)
-        return torch.cat((grid.flatten(1), mean * 0.3, spread, moves, count.log()), 1)
+        beyond = (1 - exists) * 1e4  # what does not exist is no extreme
+        most, least = (cepstra - beyond).amax(1), (cepstra + beyond).amin(1)
+        third = (centred**3).sum(1) / count
+        skewness = third.sign() * third.abs().clamp(min=1e-18) ** (1 / 3)
+        changes = []
+        for frames_apart in (1, *CHANGES):
+            moved = (cepstra[:, frames_apart:] - cepstra[:, :-frames_apart]).abs() * exists[:, frames_apart:]
+            changes.append(moved.sum(1) / (count - frames_apart).clamp(min=1))
+        level = values.mean(2) * exists[..., 0]
+        middle = level.sum(1, keepdim=True) / count
+        is_loud = (level >= middle).float() * exists[..., 0]
+        loud = (cepstra * is_loud[..., None]).sum(1) / is_loud.sum(1, keepdim=True).clamp(min=1)
+        steady = (mean, spread, most, least, skewness, *changes, loud)
+        return torch.cat(
+            (grid.flatten(1), *steady, self._loudness(level, middle, exists[..., 0], count), count.log()), 1
+        )
+
+    @staticmethod
+    def _loudness(level: Tensor, middle: Tensor, exists: Tensor, count: Tensor) -> Tensor:
+        """`modalities.simple_features._loudness` of levels (1, T) about their mean (1, 1), where they exist."""
+        about = (level - middle) * exists
+        spread = (about.square().sum(1, keepdim=True) / count).sqrt()
+        unit = about / (spread + 1e-3)
+        again = [(unit[:, n:] * unit[:, :-n]).sum(1, keepdim=True) / (count - n).clamp(min=1) for n in BEATS]
+        beyond = (1 - exists) * 1e4
+        extremes = (level - beyond).amax(1, keepdim=True), (level + beyond).amin(1, keepdim=True)
+        return torch.cat((*extremes, spread, *again), 1)
 
 
 class ClassifierGraph(nn.Module):

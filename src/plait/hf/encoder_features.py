@@ -92,6 +92,12 @@ class MediaEncoder:
         self.network: nn.Module = self.modality.encoder.hf_encoder.network
         self.network.to(memory_format=torch.channels_last)
 
+    @property
+    def reads_pixels(self) -> bool:
+        """Whether it is a vision encoder."""
+        encoder: Any = self.modality.encoder
+        return bool(encoder.known.reads == "pixels")
+
     def load_blocks(self, file: Path) -> None:
         """Put trained blocks in the place of the encoder's own."""
         self.network.load_state_dict(load_tensors(file), strict=False)

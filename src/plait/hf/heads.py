@@ -104,12 +104,12 @@ def train_head(
     read = partial(_read, dataset, source, texts, labels)
     encoder = _encoder(kind, place, dataset, recipe, {target: labels}, device)
     lines = []
-    if isinstance(encoder, MediaEncoder) and kind == "image":
+    if isinstance(encoder, MediaEncoder) and encoder.reads_pixels:
         lines += _scaled(encoder, [value for value, _ in islice(read("train"), SCALE_IMAGES)])
     cache = FeatureCache(folder / "cache", encoder, place, dataset)
     seconds = math.inf if training.minutes is None else training.minutes * 60
     last = None
-    if isinstance(encoder, MediaEncoder) and kind == "image" and "encoder" not in training.freeze:
+    if isinstance(encoder, MediaEncoder) and encoder.reads_pixels and "encoder" not in training.freeze:
         last = TrainedBlocks.of(encoder, read, progress)
     if last is not None:
         train, val = last.examples
@@ -166,7 +166,7 @@ def _encoder(
     own = getattr(recipe.model, kind)
     settings = fit_settings(dataset, kind, _whole(SIZES["base"]), {**own, "encoder": f"hf:{place}"})
     chosen = {**settings.model_dump(), "encoder": None}
-    if kind == "image":
+    if chosen["hf_encoder"]["reads"] == "pixels":
         if "flip" not in own:
             chosen["flip"] = mirrors(dataset, recipe, labels, kind)
         chosen["hf_encoder"] = _smaller(chosen["hf_encoder"], chosen["size"])

@@ -71,13 +71,25 @@ class Answering(Reading):
 
     def _check_media_named(self, inputs: list[Any]) -> None:
         """Raise PlaitError for a text among the inputs of a run whose classifiers are all of media."""
-        classifiers = self.checkpoint.classifiers
-        if not classifiers or any(one.features.kind == "text" for one in classifiers):
-            return
-        for value in inputs:
-            if isinstance(value, str):
-                kinds = " and ".join(sorted({self.columns[one.source] for one in classifiers}))
-                raise PlaitError(f"There is no file '{value[:200]}', and this model names {kinds} files, not texts.")
+        text = next((value for value in inputs if isinstance(value, str)), None)
+        if text is not None and (kinds := self.media_classified):
+            names = " and ".join(kinds)
+            raise PlaitError(f"There is no file '{text[:200]}', and this model names {names} files, not texts.")
+
+    @property
+    def media_classified(self) -> list[str]:
+        """The modalities that the run's classifiers read, where all of these are media; none where one reads texts."""
+        kinds = {one.features.kind for one in self.checkpoint.classifiers}
+        return [] if "text" in kinds else sorted(kinds)
+
+    @property
+    def answers_only(self) -> bool:
+        """Whether it was trained to say labels and numbers alone: nothing that it writes means anything."""
+        fitted = [*self.checkpoint.classifiers, *self.checkpoint.predictors]
+        given = {one.target for one in fitted} | {one.source for one in fitted if self.columns[one.source] == "text"}
+        read_only = set(self.checkpoint.model.config.read_only)
+        written = {column for column, kind in self.columns.items() if not {column, kind} & read_only}
+        return bool(fitted) and not self.vocabulary.turns and written <= given
 
     def classify_together(
         self, value: Any, labels: list[str] | None = None, column: str | None = None, top: int | None = 5

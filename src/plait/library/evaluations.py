@@ -128,7 +128,7 @@ def evaluate(
     run: Run | str | Path,
     *,
     data: Dataset | str | Path | None = None,
-    split: str = "test",
+    split: str | None = None,
     limit: int | None = None,
     made: int | None = None,
     reference_seconds: float = 15.0,
@@ -144,7 +144,7 @@ def evaluate(
     Args:
         run: a Run, or its folder.
         data: another dataset than the run's own.
-        split: train, val or test.
+        split: train, val or test; if left out test, or val where the run's own data have no test records.
         limit: records a task, at most.
         made: images, and clips, to make and judge at most, over all columns that ask for them; 200 if left out.
         reference_seconds: time to train the classifier that judges drawings and speech.
@@ -172,7 +172,7 @@ def evaluate(
     from plait.inference.model import load
 
     folder = run.folder if isinstance(run, Run) else Path(run).expanduser()
-    own_test = data is None and split == "test"
+    own_test = data is None and split in (None, "test")
     if folds is not None and (folds < 0 or folds == 1):
         raise PlaitError(f"folds is {folds}: it must be at least 2, or 0 for none.")
     if made is not None and made < 1:
@@ -181,17 +181,20 @@ def evaluate(
         raise PlaitError(f"There are no alternatives '{alternatives}'. Known are {' and '.join(ALTERNATIVES)}.")
     if folds and not own_test:
         raise PlaitError("Folds are made of all records of the run's own data: leave --split and --data out.")
+    own_data = data is None
     if data is None:
         data = Run(folder).dataset_path
     dataset = data if isinstance(data, Dataset) else Dataset.open(data)
     loaded = load(folder, device, precision)
+    instead = own_data and split is None and _has_val_alone(dataset)
+    measured_split = split or ("val" if instead else "test")
     if isinstance(loaded, HeadModel):
-        metrics, findings = measure_head(loaded, dataset, split, limit)
-        return _kept(folder, dataset, split, metrics, findings, own_test)
+        metrics, findings = measure_head(loaded, dataset, measured_split, limit)
+        return _kept(folder, dataset, measured_split, metrics, findings, own_test, instead)
     if isinstance(loaded, Pretrained):
         with ProgressBar(progress) as bar:
-            metrics, findings = measure_further(loaded, dataset, split, limit, bar)
-        return _kept(folder, dataset, split, metrics, findings, own_test)
+            metrics, findings = measure_further(loaded, dataset, measured_split, limit, bar)
+        return _kept(folder, dataset, measured_split, metrics, findings, own_test, instead)
     model = loaded.plait_model
     if model is None:
         raise PlaitError(f"{folder} is no model that plait trained; evaluation needs a run.")
@@ -201,18 +204,47 @@ def evaluate(
         fold_metrics = by_folds(model, dataset, folder, folds, seed, device, bar, bar.message) if by_fold else {}
         fold_seconds = time.perf_counter() - begun
         seconds = training_seconds(Run(folder).metadata) if alternatives == "all" else None
+        if fold_metrics and instead:  # they are of all records
+            measured_split, instead = "test", False
         metrics, findings = _measure(
-            model, dataset, split, {"records": limit, "made": made}, reference_seconds, seconds, seed, bar, fold_metrics
+            model,
+            dataset,
+            measured_split,
+            {"records": limit, "made": made},
+            reference_seconds,
+            seconds,
+            seed,
+            bar,
+            fold_metrics,
         )
     if fold_metrics:
         metrics.keep(MetricKey(TIMING, Direction("folds"), "seconds"), fold_seconds)
-    return _kept(folder, dataset, split, metrics, findings, own_test)
+    return _kept(folder, dataset, measured_split, metrics, findings, own_test, instead)
+
+
+def _has_val_alone(dataset: Dataset) -> bool:
+    """Whether a dataset of records has some held out for val, and none for test."""
+    if dataset.manifest.kind != "records":
+        return False
+    return len(dataset.indices("val")) > 0 and not len(dataset.indices("test"))
+
+
+NO_TEST = (
+    "test has no records, so these are the figures of val, which also chose the checkpoint: they are rather too good. "
+    "More data leave some for test."
+)
 
 
 def _kept(
-    folder: Path, dataset: Dataset, split: str, metrics: Metrics, findings: Findings, own_test: bool
+    folder: Path, dataset: Dataset, split: str, metrics: Metrics, findings: Findings, own_test: bool, instead: bool
 ) -> Evaluation:
-    """Figures, answers and report written into a run's folder; its card too where they are of its own test records."""
+    """Figures, answers and report written into a run's folder; its card too where they are of its own test records.
+
+    `instead` says that they are of val, since test has no records.
+    """
+    if instead:
+        findings.notes.insert(0, NO_TEST)
+    own_test = own_test and not instead
     add_intervals(metrics)
     write_metrics(folder / "metrics.json", metrics)
     if findings.answers:

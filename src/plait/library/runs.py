@@ -8,10 +8,10 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plait.chat.rehearsal import with_rehearsal
 from plait.core.config import LoraRecipe, Recipe, as_recipe, parse_recipe
 from plait.core.errors import PlaitError
 from plait.core.features import ExtensionPoint
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 # Lines about a run that has just ended its training; None where it is none of the feature's.
 TRAINED: ExtensionPoint[Callable[[Path, Dataset, Recipe], list[str] | None]] = ExtensionPoint("trained")
 STARTS = ("best", "scratch")
+PROMPTS_TRIED, PROMPT_WORDS, PROMPT_LENGTH = 50, 6, 60  # records, and the words and characters of a prompt
 
 
 class History(Sequence[dict[str, Any]]):
@@ -179,6 +180,20 @@ class Run:
             return describe_speech(config)
         return describe_head(config) if config["model_type"] == TYPE else describe(self.folder)
 
+    def first_words(self) -> str | None:
+        """How a text of val begins, or of train where val has none: a prompt to try the run with. None where none
+        begins with words that every shell takes as they are."""
+        dataset = self.dataset
+        columns = [column for column, kind in dataset.columns.items() if kind == "text"]
+        texts = (
+            text
+            for split in ("val", "train")
+            for column in columns
+            for cells in dataset.cells(column, dataset.indices(split)[:PROMPTS_TRIED])
+            for text in filter(None, cells.to_pylist())
+        )
+        return next(filter(None, map(_beginning, texts)), None)
+
     def model(self, device: str = "auto", precision: str = "auto") -> Model:
         """The model of its best checkpoint, ready to use."""
         from plait.inference.model import load
@@ -255,6 +270,12 @@ class Run:
                 if steps:
                     rows.append([f"{split} loss, {name}", f"{values[-1]:.4f} at step {steps[-1]}"])
         return html_table(["", ""], rows, str(self.folder))
+
+
+def _beginning(text: str) -> str:
+    """The first words of a text, up to one with a character that means something to a shell between quotes."""
+    words = text[: 4 * PROMPT_LENGTH].split()[:PROMPT_WORDS]
+    return " ".join(takewhile(lambda word: not set(word) & set('"$`\\!%'), words))[:PROMPT_LENGTH].strip()
 
 
 def train(
@@ -369,8 +390,6 @@ def train(
             _tell_more(Run(folder).metadata, more, say)
         if recipe is None or settings.training.task != "auto":  # a recipe without a task is taken as it is
             settings = _derived(data, settings, say if more is None else lambda line: None)
-        with group.main_first():
-            settings = with_rehearsal(data, folder, settings, device, say)
         _fit(data, folder, settings, bar, device, allow_changes, group, callbacks, say, more)
     return Run(folder)
 

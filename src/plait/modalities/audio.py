@@ -42,6 +42,7 @@ from plait.modalities.recogniser import AudioRecogniser
 
 SILENCE = -1.4  # the scaled log-mel of no audio
 FLOOR = 1e-4  # mel power below which everything is silence, the waveform's RMS being 0.1
+LONG = 2.5  # seconds of a clip above which an encoder of labels looks at every other frame
 PATCH = 4  # frames that share their codes, and that one embedding covers: 40 ms
 
 
@@ -66,6 +67,9 @@ class AudioSettings(BaseModel):
         {}, description="Column of labels -> how many; where there are any, the encoder is trained to recognise them."
     )
     stem: int = Field(32, description="Channels of the encoder's first layer.")
+    time_stride: int = Field(
+        1, ge=1, le=4, description="Frames from one place to the next that an encoder of labels looks at."
+    )
     codec_width: int = Field(160, description="Channels of the codec.")
     levels: list[int] = Field(
         [8, 5, 5, 5], description="Levels of each FSQ dimension; their product is the number of codes."
@@ -99,7 +103,11 @@ class AudioSettings(BaseModel):
         if overrides.get("classes"):  # what tells clips apart may come late or be high, and nothing has to be written
             limit = max(limit[0], 16000), max(limit[1], 10.0)
         fitting = next(r for r in (8000, 16000, 24000) if r >= min(rate, limit[0]))
-        return cls.sized(fitting, {"seconds": min(limit[1], math.ceil(longest * 11) / 10), **overrides})
+        seconds = min(limit[1], math.ceil(longest * 11) / 10)
+        chosen = {"seconds": seconds, **overrides}
+        if overrides.get("classes") and chosen["seconds"] > LONG:  # as many steps then fit as for shorter clips
+            chosen = {"time_stride": 2, **chosen}
+        return cls.sized(fitting, chosen)
 
     @classmethod
     def of_size(cls, size: Size, overrides: dict[str, Any]) -> AudioSettings:
@@ -382,7 +390,9 @@ def _encoder(settings: AudioSettings, width: int) -> nn.Module:
     if settings.hf_encoder is not None:
         return HFAudioEncoder(settings, width)
     if settings.classes:
-        return AudioRecogniser(settings.bands, SILENCE, settings.stem // 2, width, settings.classes)
+        return AudioRecogniser(
+            settings.bands, SILENCE, settings.stem // 2, width, settings.classes, settings.time_stride
+        )
     return AudioEncoder(settings, width)
 
 

@@ -28,7 +28,7 @@ from plait.modalities.descriptor import (
     short,
 )
 from plait.modalities.image_files import blank_tile
-from plait.modalities.simple_features import audio_features
+from plait.modalities.simple_features import audio_features, audio_weights
 
 PREVIEW_BYTES, PREVIEW_SECONDS, PREVIEW_RATE = 16_384, 5, 16_000
 PAGE_BYTES = 150_000  # up to which a page holds a file as it is
@@ -48,7 +48,7 @@ class AudioFiles(MediaFiles):
     kind, verb, writes, unit, element = "audio", "transcribe", "speak", "seconds", "audio"
     comparison = Comparison.SPECTROGRAM
     file_column = "audio_file_name"
-    simple_model = "cepstra and a linear SVM"
+    simple_model = "cepstra, loudness and a linear SVM"
     formats = (
         Format("wav", (".wav", ".wave"), "audio/wav"),
         Format("flac", (".flac",), "audio/flac"),
@@ -136,6 +136,9 @@ class AudioFiles(MediaFiles):
 
     def simple_features(self, samples: Sequence[np.ndarray], bands: int) -> np.ndarray:
         return audio_features(samples, bands)
+
+    def simple_weights(self, features: int) -> np.ndarray:
+        return audio_weights(features)
 
     def pack(self, value: Wave) -> Packed:
         return Packed({"rate": value[1]}, np.ascontiguousarray(value[0], np.float32).tobytes())

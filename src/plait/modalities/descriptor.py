@@ -147,6 +147,10 @@ class MediaFiles(ABC):
         """Features that need no training: samples as the modality fits them, to float32 (N, F). `bands` is the setting
         of that name, 0 where the modality has none."""
 
+    def simple_weights(self, features: int) -> np.ndarray:
+        """How much each of so many simple features counts once they are scaled alike, (F,)."""
+        return np.ones(features, np.float32)
+
     @abstractmethod
     def pack(self, value: Any) -> Packed:
         """A decoded medium for another process; a large image comes reduced."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 DROPOUT = 0.2  # of what the heads read
 SEGMENTS = 6  # of a clip, relative to its length, whose means the heads read
+UNHEARD = 0.3  # share of the clips whose mean spectrum is kept from a network that learns, so that it needs none
 
 
 class ConvNorm(nn.Sequential):
@@ -117,15 +118,22 @@ class ImageRecogniser(Recogniser):
 
 
 class AudioRecogniser(Recogniser):
-    """(N, T, bands) log-mel to (N, T / 4, D), and to logits."""
+    """(N, T, bands) log-mel to (N, T / 4, D), and to logits.
 
-    def __init__(self, bands: int, silence: float, stem: int, width: int, classes: dict[str, int]) -> None:
+    A clip is seen twice: without its mean spectrum, which is the microphone's, the room's and part of the voice, and
+    with it, by which rain is told from a saw. The second view is dropped for some clips while it learns, so that what
+    is said by an unknown voice is heard from the first.
+    """
+
+    def __init__(
+        self, bands: int, silence: float, stem: int, width: int, classes: dict[str, int], time_stride: int = 1
+    ) -> None:
         super().__init__(classes)
-        self.silence = silence
-        self.trunk, before = nn.ModuleList(), 1
+        self.silence, self.time_stride = silence, time_stride
+        self.trunk, before = nn.ModuleList(), 2
         for stage in range(3):
             after = stem * 2**stage
-            stride = (1, 2) if stage == 0 else 1
+            stride = (time_stride, 2) if stage == 0 else 1
             layers: list[nn.Module] = [ConvNorm(before, after, stride), nn.SiLU()]
             layers += [nn.MaxPool2d(2, ceil_mode=True), ResidualBlock(after)] if stage else []
             self.trunk.append(nn.Sequential(*layers))
@@ -139,15 +147,20 @@ class AudioRecogniser(Recogniser):
         self._frozen()
 
     def _seen(self, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, F, T / 4, bands / 8) and the lengths that are left."""
+        """(N, F, T / 4 / time stride, bands / 8) and the lengths that are left."""
         exists = torch.arange(values.shape[1], device=values.device) < lengths[:, None]
         x = (values.float() - self.silence) * exists[..., None]
-        # Without the clip's mean spectrum: the microphone's, the room's, part of the voice.
-        x = ((x - x.sum(1, keepdim=True) / lengths[:, None, None]) * exists[..., None])[:, None]
+        spectrum = x.sum(1, keepdim=True) / lengths[:, None, None]
+        kept = spectrum - spectrum.mean(2, keepdim=True)  # how loud it is as a whole says nothing
+        if self.learning:
+            kept = kept * (torch.rand(len(x), 1, 1, device=x.device) >= UNHEARD)
+        without = x - spectrum
+        x = torch.stack((without, without + kept), 1) * exists[:, None, :, None]
         x = x.contiguous(memory_format=torch.channels_last)
         for number, stage in enumerate(self.trunk):
             x = stage(x)
-            lengths = (lengths + 1) // 2 if number else lengths
+            strides = 2 if number else self.time_stride
+            lengths = torch.div(lengths + strides - 1, strides, rounding_mode="floor")
             exists = torch.arange(x.shape[2], device=x.device) < lengths[:, None]
             x = x * exists[:, None, :, None]
         return x, lengths
@@ -164,4 +177,5 @@ class AudioRecogniser(Recogniser):
 
     def forward(self, values: Tensor, lengths: Tensor) -> Tensor:
         x, _ = self._seen(values, lengths)
-        return self.out(self.norm(x.transpose(1, 2).flatten(2)))
+        states = self.out(self.norm(x.transpose(1, 2).flatten(2)))
+        return states.repeat_interleave(self.time_stride, 1)[:, : (values.shape[1] + 3) // 4]

@@ -15,6 +15,8 @@ CELL, STRIDE, BINS = 8, 4, 9  # of the histograms of oriented gradients
 EMPTY = 1e-3  # of a bin's share, below which it hardly counts
 COLOUR_GRID = 4  # places, a side, whose mean colour and spread is told
 SEGMENTS, CEPSTRA = 12, 20  # of an audio clip
+GRID_WEIGHT = 0.5  # of what an audio clip's segments say beside what holds wherever in it something sounds
+CHANGES, BEATS = (4, 16), (2, 5, 10, 20, 40)  # frames over which cepstra change, and after which loudness comes again
 
 
 def image_features(samples: Sequence[np.ndarray]) -> np.ndarray:
@@ -79,19 +81,57 @@ def _colours(values: np.ndarray) -> np.ndarray:
 
 
 def audio_features(samples: Sequence[np.ndarray], bands: int) -> np.ndarray:
-    """Log-mel clips (T, at least `bands`) to float32 (N, F): cepstra in twelve equal segments of each clip, their
-    means, spreads and changes, without the mean spectrum of the clip, which is the microphone's; and the length."""
+    """Log-mel clips (T, at least `bands`) to float32 (N, F).
+
+    First cepstra in twelve equal segments of each clip, without its mean spectrum, which is the microphone's: what
+    words are told by. Then what holds wherever in a clip something sounds, as rain and barking are told by: means,
+    spreads, extremes and changes of cepstra, their mean where it is loud, how loudness moves and comes again, and the
+    length.
+    """
     places = np.arange(bands) + 0.5
     basis = np.cos(math.pi / bands * np.outer(places, np.arange(CEPSTRA))) / math.sqrt(bands)
     rows = []
     for sample in samples:
-        cepstra = np.asarray(sample[:, :bands], np.float32) @ basis
+        values = np.asarray(sample[:, :bands], np.float32)
+        cepstra = values @ basis
         centred = cepstra - cepstra.mean(0)
         edges = np.linspace(0, len(centred), SEGMENTS + 1)
         starts = np.minimum(np.floor(edges[:-1]).astype(int), len(centred) - 1)
         stops = np.maximum(np.ceil(edges[1:]).astype(int), starts + 1)
         grid = [centred[a:b].mean(0) for a, b in zip(starts, stops, strict=True)]
-        moves = np.abs(np.diff(centred, axis=0)).mean(0) if len(centred) > 1 else np.zeros(CEPSTRA)
-        rest = [cepstra.mean(0) * 0.3, cepstra.std(0), moves, np.array([math.log(len(sample))])]
+        level = values.mean(1)
+        loud = cepstra[level >= level.mean()].mean(0)
+        rest = [*_steady(cepstra), loud, *_loudness(level), [math.log(len(sample))]]
         rows.append(np.concatenate([*grid, *rest]))
     return np.array(rows, np.float32)
+
+
+def audio_weights(count: int) -> np.ndarray:
+    """How much each of so many features of audio counts, (F,): those of segments less than the others."""
+    weights = np.ones(count, np.float32)
+    weights[: SEGMENTS * CEPSTRA] = GRID_WEIGHT
+    return weights
+
+
+def _steady(cepstra: np.ndarray) -> list[np.ndarray]:
+    """Of cepstra (T, C) means, spreads, extremes, skewness and changes, each (C,)."""
+    mean = cepstra.mean(0)
+    skewness = np.cbrt(((cepstra - mean) ** 3).mean(0))
+    changes = [_moved(cepstra, frames) for frames in (1, *CHANGES)]
+    return [mean, cepstra.std(0), cepstra.max(0), cepstra.min(0), skewness, *changes]
+
+
+def _moved(values: np.ndarray, frames: int) -> np.ndarray:
+    """The mean absolute change over so many frames, zero in a shorter clip."""
+    if len(values) <= frames:
+        return np.zeros(values.shape[1])
+    moved: np.ndarray = np.abs(values[frames:] - values[:-frames]).mean(0)
+    return moved
+
+
+def _loudness(level: np.ndarray) -> list[np.ndarray]:
+    """Of a clip's loudness (T,): extremes, spread, and how much it is like itself some frames later."""
+    spread = level.std()
+    unit = (level - level.mean()) / (spread + 1e-3)
+    again = [float((unit[n:] * unit[:-n]).mean()) if len(unit) > n else 0.0 for n in BEATS]
+    return [np.array([level.max(), level.min(), spread, *again])]

@@ -41,14 +41,16 @@ def _model(name: str, device: str, add: Path | None) -> RecommendationModel:
     return model
 
 
-def _show(recommendations: list[Recommendation], measure: str, as_json: bool) -> None:
+def show_recommendations(recommendations: list[Recommendation], measure: str, as_json: bool) -> None:
+    """Print items, a row each; without titles where none is known."""
     if as_json:
         from dataclasses import asdict
 
         out.print_json(data=[asdict(one) for one in recommendations])
         return
+    titled = any(one.title != one.id for one in recommendations)  # without titles, ids stand in their place
     rows: list[list[Any]] = [
-        [str(n), one.id, one.title, f"{one.probability:.4f}", ", ".join(one.categories),
+        [str(n), one.id, one.title if titled else "", f"{one.probability:.4f}", ", ".join(one.categories),
          "; ".join(f"{title} (+{lost:.2f})" for title, lost in one.why)]
         for n, one in enumerate(recommendations, 1)
     ]  # fmt: skip
@@ -114,7 +116,7 @@ def recommend(
     recommendations = loaded.recommend(
         history, user=user, k=k, exclude_seen=exclude_seen, where=where, diversity=diversity, why=why
     )
-    _show(recommendations, "probability", as_json)
+    show_recommendations(recommendations, "probability", as_json)
     _tell_quality(loaded)
 
 
@@ -133,5 +135,5 @@ def similar(
     Example: plait similar runs/movielens "Toy Story (1995)"
     """
     loaded = _model(model, device, add_items)
-    _show(loaded.similar(item, k, where), "cosine", as_json)
+    show_recommendations(loaded.similar(item, k, where), "cosine", as_json)
     _tell_quality(loaded)

@@ -7,7 +7,7 @@ import io
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
@@ -26,9 +26,13 @@ from plait.recommend.settings import ItemsRecipe
 
 # What a column may be called: role -> names, in lower case, without what is no letter.
 ROLES = {
-    "user": "user userid uid customer customerid reviewer reviewerid session sessionid visitorid member memberid",
-    "item": "item itemid iid movieid movie filmid film productid product asin sku articleid trackid songid bookid isbn",
-    "time": "time timestamp ts date datetime unixreviewtime when at created createdat",
+    "user": "user userid uid customer customerid reviewer reviewerid session sessionid visitorid member memberid "
+    "client clientid klant klantnummer klantnr kunde kundennummer kundennr cliente usuario utilisateur "
+    "用户 用户id 客户 会员",
+    "item": "item itemid iid movieid movie filmid film productid product asin sku article articleid trackid songid "
+    "bookid isbn artikel artikelnummer artikelnr produkt produit producto prodotto 商品 商品id 产品 物品 电影",
+    "time": "time timestamp ts date datetime unixreviewtime when at created createdat orderdate datum zeit zeitpunkt "
+    "tijd fecha 时间 日期 下单时间",
     "weight": "weight rating score overall stars",
     "id": "id item itemid iid movieid filmid productid asin sku articleid trackid songid bookid isbn hexcode",
     "title": "title name itemname productname label",
@@ -43,8 +47,10 @@ _ITEMS = re.compile(r"(u\.item|movies\.(dat|csv)|(items|products|catalogue|catal
 _MOST = 0.9  # of the lines decide what a file is
 LINES_SUFFIXES = ("", ".txt", ".dat", ".data", ".inter")  # of files of lines, `.gz` after them or not
 _BEGINNING = 1 << 18  # bytes of a file that say what it holds
+_DATE = re.compile(r"(\d{1,2})([./-])(\d{1,2})\2(\d{4})([ T].*)?$")  # 24-11-2026
+_YEAR_FIRST = re.compile(r"(\d{4})[./](\d{1,2})[./](\d{1,2})([ T].*)?$")  # 2026/11/24
 _SAMPLE = 200  # lines that are looked at for that
-_LOOKED_AT, _LEAST_ROWS = 2000, 20  # rows that say whether a table of any name is one of interactions
+_LOOKED_AT, _LEAST_ROWS = 20_000, 20  # rows that say whether a table of any name is one of interactions
 _DISTINCT = 0.7  # of the rows at most are other people, or other items, than those before
 _WORDS = 4  # that a cell beside them has at most
 _GENRES = (
@@ -77,12 +83,7 @@ def find(tree: Tree, recipe: ItemsRecipe | None) -> tuple[str, str | None] | Non
         tables = [name for name in tree.files if name != second and _is_interactions(tree, name, wish)]
         choices = tables or lines
         if len(choices) != 1:
-            shown = ", ".join(list(choices or tree.files)[:8])
-            raise PlaitError(
-                f"{tree.root} has {'several tables' if choices else 'no table'} of interactions ({shown}). Name it in "
-                "the recipe: data.items.interactions. It needs a user and an item in each row, or plain lines "
-                "'user item' in order of time."
-            )
+            raise PlaitError(_no_choice(tree, choices))
         first = choices[0]
     if first is None:
         plain = (_plainly_interactions, _plainly_lines)
@@ -94,6 +95,19 @@ def find(tree: Tree, recipe: ItemsRecipe | None) -> tuple[str, str | None] | Non
         others = [name for name in tree.files if name != first and _is_items(tree, name, wish)]
         second = others[0] if len(others) == 1 else None
     return first, second
+
+
+def _no_choice(tree: Tree, choices: list[str]) -> str:
+    """Why no table of interactions could be chosen, and what to write."""
+    if choices:
+        return f"There are several tables of interactions: {', '.join(choices[:8])}. Name one: data.items.interactions."
+    heads = {name: list(dict.fromkeys(_heads(tree, name))) for name in list(tree.files)[:8]}
+    shown = "; ".join(f"{name}{': ' if columns else ''}{', '.join(columns)}" for name, columns in heads.items())
+    return (
+        f"There is no table of interactions, with columns called as user and item are ({shown}). Say in a recipe which "
+        "column is what, and name it with --recipe: data: {items: {columns: {user: NAME, item: NAME, time: NAME}}}. "
+        "Plain lines 'user item' in order of time are read too."
+    )
 
 
 def _named(tree: Tree, file_name: str) -> str:
@@ -133,14 +147,15 @@ def _is_interactions(tree: Tree, name: str, recipe: ItemsRecipe) -> bool:
 
 
 def _plainly_interactions(tree: Tree, name: str) -> bool:
-    """Whether a table of any name can be nothing else: who chose what, and when or how much, with people and items that
-    come again, and neither texts nor files beside them."""
+    """Whether a table of any name can be nothing else: who chose what, alone or with when or how much, with people and
+    items that come again, and neither texts nor files beside them."""
     recipe = ItemsRecipe()
     heads = _heads(tree, name)
     user, item = _columns(heads, "user", recipe), _columns(heads, "item", recipe)
     measures = [*_columns(heads, "time", recipe), *_columns(heads, "weight", recipe)]
     named_labels = any(head.lower() in LABEL_NAMES for head in heads if head not in measures)
-    if not (user and item and measures) or named_labels:
+    alone = set(heads) == {*user, *item}
+    if not (user and item and (measures or alone)) or named_labels:
         return False
     read = [row for _, row in islice(rows(tree, name), _LOOKED_AT) if isinstance(row, dict)]
     if len(read) < _LEAST_ROWS:
@@ -150,8 +165,13 @@ def _plainly_interactions(tree: Tree, name: str) -> bool:
             return False
     others = {head for head in heads if head not in (*user, *item, *measures)}
     cells = [str(row[column]) for row in read for column in others if row.get(column) is not None]
-    worded = sum(len(cell.split()) > _WORDS for cell in cells)
-    return worded <= (1 - _MOST) * len(cells) and not any(cell in tree.files for cell in cells)
+    names = [str(row.get(column)) for row in read for column in (*user, *item)]
+    return not (_worded(cells, _WORDS) or _worded(names, 2 * _WORDS) or any(cell in tree.files for cell in cells))
+
+
+def _worded(cells: list[str], most: int) -> bool:
+    """Whether more than a tenth of some cells have more words than that."""
+    return sum(len(cell.split()) > most for cell in cells) > (1 - _MOST) * len(cells)
 
 
 def _plainly_lines(tree: Tree, name: str) -> bool:
@@ -201,7 +221,7 @@ def _columns(heads: list[str], role: str, recipe: ItemsRecipe) -> list[str]:
     if role in recipe.columns:
         return [name.strip() for name in recipe.columns[role].split(",")]
     # RecBole's headings say the type too: "user_id:token".
-    plain = {re.sub(r"[^a-z]", "", head.lower().partition(":")[0]): head for head in reversed(heads)}
+    plain = {re.sub(r"[\W\d_]", "", head.lower().partition(":")[0]): head for head in reversed(heads)}
     return next(([plain[name]] for name in _NAMES[role] if name in plain), [])
 
 
@@ -341,6 +361,31 @@ def _headless(tree: Tree, name: str) -> bool:
     return bool(first) and all(re.fullmatch(r"-?\d+(\.\d+)?", cell) for cell in _cells(first, _mark([first])))
 
 
+@dataclass(frozen=True)
+class DateOrder:
+    """How a column writes its dates where it is not as 2026-11-24: day or month first; None where that is not clear."""
+
+    day_first: bool | None
+
+    @classmethod
+    def of(cls, cells: Iterable[Any]) -> DateOrder:
+        """What some cells of the column show: a number above 12 is a day."""
+        found = [match for cell in cells if (match := _DATE.match(str(cell).strip()))]
+        days, months = (any(int(match[group]) > 12 for match in found) for group in (1, 3))
+        if days != months:
+            return cls(days)
+        return cls(True if found and not days and all(match[2] == "." for match in found) else None)
+
+    def iso(self, text: str) -> str:
+        """A date of the column as 2026-11-24, with its time; as it is where it is none."""
+        if match := _YEAR_FIRST.match(text):
+            return f"{match[1]}-{int(match[2]):02}-{int(match[3]):02}{match[4] or ''}"
+        if self.day_first is None or not (match := _DATE.match(text)):
+            return text
+        day, month = (match[1], match[3]) if self.day_first else (match[3], match[1])
+        return f"{match[4]}-{int(month):02}-{int(day):02}{match[5] or ''}"
+
+
 def _from_table(tree: Tree, name: str, recipe: ItemsRecipe) -> Iterator[Interaction | Rejected]:
     heads = _rows_there(tree, name)
     by_role = {role: _columns(heads, role, recipe) for role in ("user", "item", "time", "weight")}
@@ -356,11 +401,17 @@ def _from_table(tree: Tree, name: str, recipe: ItemsRecipe) -> Iterator[Interact
                 f"{name} has no column '{names[0]}', which the recipe's data.items.columns.{role} names. Its columns "
                 f"are {', '.join(dict.fromkeys(heads))}."
             )
+    dates = DateOrder(None)
+    if by_role["time"]:
+        sample = islice(rows(tree, name), _LOOKED_AT)
+        dates = DateOrder.of(row.get(by_role["time"][0]) for _, row in sample if isinstance(row, dict))
     for line, row in rows(tree, name):
         if isinstance(row, Reason):
             yield Rejected(name, line, row)
             continue
         cell = {role: row.get(names[0]) if names else None for role, names in by_role.items()}
+        if isinstance(cell["time"], str):
+            cell["time"] = dates.iso(cell["time"].strip())
         if by_role["time"] and cell["time"] in (None, ""):
             yield Rejected(name, line, Reason(RejectKind.NO_VALUE, "no time, where other rows have one"))
             continue
@@ -378,7 +429,10 @@ def _interaction(name: str, line: int, user: Any, item: Any, time: Any, weight: 
             return Rejected(
                 name,
                 line,
-                Reason(RejectKind.BAD_VALUE, f"'{str(time)[:40]}' is no time: write seconds since 1970, or 2026-11-24"),
+                Reason(
+                    RejectKind.BAD_VALUE,
+                    f"'{str(time)[:40]}' is no time that is clear: write seconds since 1970, or 2026-11-24",
+                ),
             )
     size = None
     if weight not in (None, ""):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 from plait.core.features import ExtensionPoint
@@ -90,11 +90,13 @@ class MetricLabels:
         tasks: Task -> its heading.
         meaning: Metric -> (name, kind, what it says), as in `MEANING`.
         headlines: Metrics that stand at the top of a report.
+        beside: Task -> tasks whose figures are no headlines where that task has some: the run does not answer by them.
     """
 
     tasks: Mapping[str, str]
     meaning: Mapping[str, tuple[str, str, str]]
     headlines: tuple[str, ...] = ()
+    beside: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def is_headline(self, key: MetricKey) -> bool:
         """Whether a figure is one of those that tell most."""
@@ -108,24 +110,29 @@ METRIC_LABELS: ExtensionPoint[MetricLabels] = ExtensionPoint("metric_labels")
 def metric_labels() -> MetricLabels:
     """The names of all figures, those of features after our own."""
     tasks, meaning, headlines = dict(TASKS), dict(MEANING), HEADLINES
+    beside: dict[str, tuple[str, ...]] = {}
     for added in METRIC_LABELS.all():
         tasks |= added.tasks
         meaning |= added.meaning
         headlines += added.headlines
-    return MetricLabels(tasks, meaning, headlines)
+        beside |= added.beside
+    return MetricLabels(tasks, meaning, headlines, beside)
 
 
 def headline_keys(keys: Iterable[MetricKey]) -> list[MetricKey]:
     """Those of figures that tell most, at most three of each task and direction.
 
-    Where labels are recognised, how well they are found by nearness is none of them.
+    Where labels are recognised, how well they are found by nearness is none of them; nor are those of tasks that a
+    run does not answer by (`MetricLabels.beside`).
     """
     keys = list(keys)
+    measured = {key.task for key in keys}
+    others = {name for task, names in metric_labels().beside.items() if task in measured for name in names}
     recognised = {_columns(key) for key in keys if key.task == "recognition"}
     counts: Counter[tuple[str, Direction]] = Counter()
     chosen = []
     for key in filter(metric_labels().is_headline, keys):
-        if key.task == "retrieval" and _columns(key) in recognised:
+        if key.task in others or (key.task == "retrieval" and _columns(key) in recognised):
             continue
         counts[key.task, key.direction] += 1
         if counts[key.task, key.direction] <= 3:

@@ -220,6 +220,24 @@ class Classification(BaseModel):
     chosen: list[str] | None = None
 
 
+class ClassifiedInput(BaseModel):
+    """The answer to one of several inputs, as that to a single one."""
+
+    index: int
+    data: list[LabelChance]
+    none_of_these: bool
+    ood_score: float | None
+    chosen: list[str] | None = None
+
+
+class Classifications(BaseModel):
+    """The answers to `inputs`, in their order."""
+
+    object: Literal["list"] = "list"
+    model: str
+    results: list[ClassifiedInput]
+
+
 class SearchHit(BaseModel):
     id: str
     kind: Literal["image", "audio", "text"]

@@ -381,25 +381,77 @@ async def rerank(request: Request, body: s.RerankRequest) -> Response:
     })  # fmt: skip
 
 
-@router.post("/v1/plait/classify", response_model=a.Classification, tags=["read"])
+@router.post("/v1/plait/classify", response_model=a.Classification | a.Classifications, tags=["read"])
 async def classify(request: Request, body: s.ClassifyRequest) -> Response:
-    """The likeliest labels of an input, each with its probability among the labels."""
+    """The likeliest labels of an input, or of each of several, with their probabilities among the labels."""
     service, request_context = service_of(request)
     served = service.open(body, request_context)
-    parts: list[Any] = body.input if isinstance(body.input, list) else [body.input]
+    if (body.input is None) == (body.inputs is None):
+        raise ApiError(400, "Send `input` for one input or `inputs` for several, one of the two.", "input")
     if (size := sum(map(len, body.labels or []))) > service.limits.label_bytes:
         max_bytes = service.limits.label_bytes
         raise ApiError(413, f"The labels have {size} characters; at most {max_bytes} are read. Send fewer.", "labels")
-    deadline = service.deadline(request_context)
-    values = await service.parts(served.model, parts, "input", deadline)
-    size = sum(len(value) for value in values if isinstance(value, str))
-    model = served.model
+    _check_asked(served, body)
+    if body.inputs is not None:
+        results = await _classify_each(service, served, request_context, body, body.inputs)
+        return JSONResponse({"object": "list", "model": served.name, "results": results})
+    parts: list[Any] = body.input if isinstance(body.input, list) else [body.input]
+    values = await service.parts(served.model, parts, "input", service.deadline(request_context))
+    ranked = await _classified(service, served, request_context, body, values)
+    return JSONResponse({"object": "list", "model": served.name, **_classification(ranked)})
+
+
+def _check_asked(served: Served, body: s.ClassifyRequest) -> None:
+    """Raises ApiError where a text is sent to a run that names media alone, or several media as the parts of one input
+    of a run whose records have one of them."""
+    if (model := served.model.plait_model) is None:
+        return
+    where = "input" if body.inputs is None else "inputs"
+    several: list[Any] = body.input if isinstance(body.input, list) else [body.input]
+    parts = several if body.inputs is None else body.inputs
+    names = {"image": "image_url", "audio": "input_audio"}
+    has_text = any(isinstance(part, str | s.TextPart) for part in parts)
+    if has_text and body.labels is None and (kinds := model.media_classified):
+        wanted = " or ".join(names.get(kind, kind) for kind in kinds)
+        raise ApiError(
+            400, f"{served.name} names {' and '.join(kinds)} files, not texts, and files are not known by their paths: "
+            f"send the content, as a part of type {wanted}.", where,
+        )  # fmt: skip
+    for kind, part_class in (("image", s.ImagePart), ("audio", s.AudioPart)) if body.inputs is None else ():
+        count = sum(isinstance(part, part_class) for part in parts)
+        columns = list(model.columns.values()).count(kind)
+        if 0 < columns < count:
+            raise ApiError(
+                400, f"A list is the parts of one input, and a record of {served.name} has {columns} of kind {kind}, "
+                f"not {count}. Send several inputs as `inputs`.", where,
+            )  # fmt: skip
+
+
+async def _classify_each(
+    service: Service, served: Served, request_context: RequestContext, body: s.ClassifyRequest, inputs: list[Any]
+) -> list[dict[str, Any]]:
+    """The answers to several inputs, each alone, by their place."""
+    values = await service.parts(served.model, inputs, "inputs", service.deadline(request_context))
+    results, tokens = [], 0
+    for number, value in enumerate(values):
+        ranked = await _classified(service, served, request_context, body, [value])
+        tokens += request_context.prompt_tokens
+        results.append({"index": number, **_classification(ranked)})
+    request_context.prompt_tokens = tokens
+    return results
+
+
+async def _classified(
+    service: Service, served: Served, request_context: RequestContext, body: s.ClassifyRequest, values: list[Any]
+) -> Predictions:
+    """The labels of one input, of one or several parts."""
+    deadline, model = service.deadline(request_context), served.model
     if (plait_model := model.plait_model) is not None:
 
         def prepare() -> list[Sequence]:
             return [plait_model.context(values)] if len(values) > 1 else windows(plait_model, values[0])
 
-        sequences = await service.prepared(prepare, size)
+        sequences = await service.prepared(prepare, sum(len(value) for value in values if isinstance(value, str)))
         request_context.prompt_tokens = sum(map(len, sequences))
         check_read(request_context.prompt_tokens)
 
@@ -407,12 +459,19 @@ async def classify(request: Request, body: s.ClassifyRequest) -> Response:
             return plait_model.classify_parts(sequences, body.labels, body.column, body.top)
     else:
         if len(values) > 1:
-            raise ApiError(400, f"{served.name} classifies one input at a time. Send one part.", "input")
+            raise ApiError(
+                400, f"{served.name} classifies one input at a time. Send one part, or several `inputs`.", "input"
+            )
 
         def work() -> Predictions:
             return model.classify_inputs(values, body.labels, body.column, body.top)[0]
 
-    ranked = await served.worker.call(work, deadline)
-    data = [prediction._asdict() for prediction in ranked]
-    doubt = {"none_of_these": ranked.none_of_these, "ood_score": ranked.ood_score, "chosen": ranked.chosen}
-    return JSONResponse({"object": "list", "model": served.name, "data": data, **doubt})
+    return await served.worker.call(work, deadline)
+
+
+def _classification(ranked: Predictions) -> dict[str, Any]:
+    """Labels with their probabilities, and whether any fits."""
+    return {
+        "data": [prediction._asdict() for prediction in ranked],
+        "none_of_these": ranked.none_of_these, "ood_score": ranked.ood_score, "chosen": ranked.chosen,
+    }  # fmt: skip

@@ -61,7 +61,7 @@ async def chat_completions(request: Request, body: s.ChatRequest) -> Response:
     messages. Images come in `images`, as data: URLs; audio clips in `audio`, of one reply the first."""
     service, request_context = service_of(request)
     served = service.open(body, request_context)
-    model, chat, n = served.engine_model, served.chat, body.n or 1
+    model, chat, n = served.writer, served.chat, body.n or 1
     if chat is None:
         raise ApiError(400, f"{served.name} has no chat.", "model")
     if served.answerer is not None:
@@ -230,7 +230,7 @@ async def text_reply(
     form: s.Writing, use: ToolUse | None, max_tokens: int | None, stop: tuple[str, ...] = (),
 ) -> tuple[Prompt, EngineRequest]:  # fmt: skip
     """The engine's request for one reply in text, and its prompt; `form` says what the text must be."""
-    model, chat = served.engine_model, served.chat
+    model, chat = served.writer, served.chat
     if chat is None:
         raise ApiError(400, f"{served.name} has no chat.", "model")
     if served.answerer is not None:
@@ -414,7 +414,7 @@ async def completions(request: Request, body: s.CompletionRequest) -> Response:
     """What follows a text, or each of up to 16."""
     service, request_context = service_of(request)
     served = service.open(body, request_context)
-    model, n = served.engine_model, body.n or 1
+    model, n = served.writer, body.n or 1
     prompts = _prompts(body.prompt)
     service.check_parts(prompt for prompt in prompts if isinstance(prompt, str))
     for prompt in prompts:

@@ -315,7 +315,12 @@ class TranscriptionRequest(Body):
 
 
 class ClassifyRequest(Body):
-    input: Text | Part | Parts
+    """Exactly one of `input` and `inputs`."""
+
+    input: Annotated[Text | Part | Parts | None, Field(description="One input; a list is its parts.")] = None
+    inputs: Annotated[
+        list[Text | Part] | None, Field(min_length=1, max_length=256, description="Several, each answered by itself.")
+    ] = None
     labels: Annotated[list[Annotated[str, Field(max_length=1024)]], Field(min_length=1, max_length=1024)] | None = None
     column: Name | None = None
     top: Annotated[int, Field(ge=1, le=1024)] = 5

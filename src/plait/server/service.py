@@ -15,10 +15,11 @@ from starlette.responses import Response
 
 from plait.core.errors import PlaitError
 from plait.core.features import ExtensionPoint
-from plait.inference.base import Model
+from plait.inference.base import Model, Verb
 from plait.inference.model import PlaitModel
 from plait.inference.prompts import Chat
 from plait.inference.requests import Completion, Delta, Request
+from plait.modalities.media import MEDIA
 from plait.model.multimodal import Sequence
 from plait.server.access_log import Metrics, RequestContext
 from plait.server.limits import ApiError, Limits, as_api_error, decode_base64, decode_data_url
@@ -98,9 +99,21 @@ class Served:
         )
 
     @property
+    def writer(self) -> PlaitModel:
+        """The model where it writes texts or media. Raises ApiError where it runs elsewhere, or says labels alone."""
+        if (plait_model := self.engine_model).answers_only:
+            raise ApiError(
+                400, f"{self.name} was trained to say which label an input has, and writes nothing. Ask "
+                "/v1/plait/classify.", "model",
+            )  # fmt: skip
+        return plait_model
+
+    @property
     def verbs(self) -> list[str]:
-        if self.model.plait_model is not None:
-            return self.model.verbs
+        """What it is served for: not for words, where it was trained to say labels alone."""
+        if (plait_model := self.model.plait_model) is not None:
+            words = {Verb.GENERATE, *(files.verb for files in MEDIA.values())} if plait_model.answers_only else set()
+            return [verb for verb in self.model.verbs if verb not in words]
         return [verb for verb in self.model.verbs if verb in ("classify", "embed", "transcribe")]
 
 

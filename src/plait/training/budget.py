@@ -23,6 +23,7 @@ VALIDATION_SHARE = 0.07  # of the time, which validations take
 ACTIVATION_BYTES = 512 << 20  # what a step on a processor keeps of its tokens until they were passed backwards
 CONTRAST_BYTES = 2 << 30  # the same of a model that media and texts agree in
 COMPILE_SECONDS = 600  # of training, from which compiling pays
+WORTH_TELLING = 1 / 3  # share by which a schedule is longer or shorter than was told last
 REVISED_AT = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8)  # shares of the schedule after which it is planned anew
 
 
@@ -105,13 +106,39 @@ def revise(run: Run, step: int, seconds: float, used: float) -> None:
     possible = max(step + int(max(seconds - used, 0) / (used / done)), step + 1)
     steps = max(within(run, possible), step + 1)
     if not 0.9 * planned < steps - run.first_step < 1.1 * planned:
-        run.record(revisions=[*run.metadata.get("revisions", []), {"at": step, "steps": steps}])
-        pace = "faster" if steps > run.first_step + planned else "slower"
-        note = (
-            f"steps are {pace} than they were when the run was planned: {steps - run.first_step:,} fit in its time, "
-            f"not {planned:,}; the schedule is stretched to that"
+        earlier = run.metadata.get("revisions", [])
+        notes = revision_notes(earlier, run.metadata["steps"] - run.first_step, steps - run.first_step)
+        revision: dict[str, Any] = {"at": step, "steps": steps}
+        if notes:
+            revision |= {"told": list(notes), "fit": steps - run.first_step}
+        run.record(revisions=[*earlier, revision])
+        for note in notes.values():
+            run.report(Progress("note", 1, 1, note=note))
+
+
+def revision_notes(earlier: list[dict[str, Any]], planned: int, fit: int) -> dict[str, str]:
+    """What to say of a schedule that is planned anew: each of "faster", "slower" and "few" once a run.
+
+    Args:
+        earlier: The revisions before; "told" holds what was said at one, "fit" how many steps that was of.
+        planned: How many steps the run was first planned to have.
+        fit: How many steps it is to have now.
+
+    Returns:
+        What is said, and the words of it.
+    """
+    told = {name for revision in earlier for name in revision.get("told", ())}
+    before = next((revision["fit"] for revision in reversed(earlier) if "fit" in revision), planned)
+    notes = {}
+    pace = "faster" if fit > before else "slower"
+    if pace not in told and abs(fit - before) >= WORTH_TELLING * before:
+        notes[pace] = (
+            f"steps are {pace} than they were when that was planned: {fit:,} fit in the time, not {before:,}; the "
+            "schedule is stretched to that"
         )
-        run.report(Progress("note", 1, 1, note=note))
+    if fit < FEWEST_STEPS and "few" not in told:
+        notes["few"] = f"{fit} step{'s' * (fit != 1)} teach hardly anything: give it more time (--minutes)"
+    return notes
 
 
 def compiles(run: Run, model: Multimodal, seconds: float) -> bool:

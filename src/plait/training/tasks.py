@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,6 +28,7 @@ MIRROR_RECORDS = 1500  # images that say whether a mirrored one means the same
 MIRROR_LOSS = 0.9  # share of the accuracy that mirrored images must keep
 MIRROR_STRENGTH = 3e-4  # of the linear model that finds out
 LABELLED = 0.5  # share of the records with media that must have a label for it to be the task
+LOOKED_AT = 1000  # cells of a column that say whether it holds ids
 RNG_STREAM = 321  # of the random numbers of `uniform`
 
 QUESTIONS, REPLIES = ("question", "message", "prompt", "query"), ("reply", "answer", "response")  # names of columns
@@ -98,7 +100,8 @@ def derive(dataset: Dataset, recipe: Recipe) -> Derived:
     task_of_data = find_task(dataset, labels)
     if task == "auto":
         _raise_if_one_label(dataset, labels)
-    if task == "auto":
+        if task_of_data == "reply":
+            _raise_if_ids(dataset)
         task = task_of_data
     if task == "recognise" and task_of_data != "recognise":
         raise PlaitError(
@@ -176,6 +179,24 @@ def _raise_if_one_label(dataset: Dataset, labels: dict[str, list[str]]) -> None:
                     f"All records of {dataset.path} have the {column} '{distinct.pop()}', so there is nothing to tell "
                     "apart. Add records of another, or say what else is wanted: --task language, reply or describe."
                 )
+
+
+def _raise_if_ids(dataset: Dataset) -> None:
+    """Raise PlaitError where what looks like pairs of texts are columns of ids, numbers and dates."""
+    columns = [column for column, kind in dataset.columns.items() if kind == "text"]
+    ids = []
+    for column in columns:
+        cells = [text for text in islice(dataset.texts(column), LOOKED_AT) if text is not None]
+        if any(len(text.split()) > 2 for text in cells):
+            return
+        if sum(any(c.isdigit() for c in text) for text in cells) >= LABELLED * max(len(cells), 1):
+            ids.append(column)
+    if len(ids) > 1:
+        raise PlaitError(
+            f"{dataset.path} holds ids, numbers or dates and no texts ({', '.join(ids)}). "
+            "If each row says who chose what, call it that: --task recommend, with columns named user and item or a "
+            "recipe that says which they are. To predict a number: plait prepare --number COLUMN."
+        )
 
 
 def _imported(derived: Derived, training: dict[str, Any]) -> None:
