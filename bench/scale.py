@@ -137,6 +137,9 @@ def measure(folder: Path, megabytes: int, options: argparse.Namespace, pool: lis
     if options.steps:
         shutil.rmtree(folder / "in")
         alone = run([sys.executable, "-c", IMPORTS])
+        cost = run([sys.executable, __file__, "--first-step", str(folder / "data"), "--folder", str(folder / "begun")])
+        print(f"  from the start to the end of a first step: {cost.processor:.1f} s of processor time, "
+              f"{cost.seconds:.1f} s by the clock", flush=True)  # fmt: skip
         train = [*python, "train", str(folder / "data"), "-o", str(folder / "run"), "--size", options.size]
         cost = run([*train, "--steps", str(options.steps)])
         print(f"  {options.steps} steps of {options.size}: {cost.memory:,.0f} MiB, libraries {alone.memory:,.0f}; "
@@ -212,7 +215,9 @@ def first_step(data: Path, run_folder: Path) -> None:
         def on_step(self, event: StepEvent) -> None:
             raise SystemExit(0)
 
-    plait.train(data, run_folder, task="describe", size="tiny", steps=1000, callbacks=[Stop()])
+    texts_alone = set(plait.Dataset.open(data).columns.values()) == {"text"}
+    task = "language" if texts_alone else "describe"
+    plait.train(data, run_folder, task=task, size="tiny", steps=1000, callbacks=[Stop()])
 
 
 def weigh_sampler(data: Path, run_folder: Path) -> None:

@@ -87,6 +87,21 @@ def test_lists_of_transcripts_belong_to_the_clips_beside_them(tmp_path: Path) ->
         assert record.parts["text"] == f"WORDS {speaker} {int(number)}"
 
 
+def test_subtitles_are_the_text_of_the_clip_beside_them(tmp_path: Path) -> None:
+    for n in range(12):
+        put_audio(tmp_path / f"in/{n}.wav", n)
+        cue = f"00:00:00,000 --> 00:00:01,500\n<i>Talk {n}</i>\nbegins.\n\n"
+        last = "00:00:02,000 --> 00:00:03,000\n- The end.\n"
+        put(tmp_path / f"in/{n}.srt", f"1\n{cue}2\n{last}") if n % 2 else put(
+            tmp_path / f"in/{n}.vtt", f"WEBVTT\nKind: captions\n\n{cue}{last}".replace(",", ".")
+        )
+    dataset, rejects = prepared(tmp_path)
+    assert dataset.columns == {"audio": "audio", "text": "text"} and not rejects
+    assert {record.source.partition(".")[0]: record.parts["text"] for record in dataset.iterate(columns=["text"])} == {
+        str(n): f"Talk {n} begins. - The end." for n in range(12)
+    }
+
+
 def test_an_export_of_chats_is_conversations(tmp_path: Path) -> None:
     def node(parent: str | None, children: list[str], role: str, text: str) -> dict[str, object]:
         content = {"content_type": "text", "parts": [text]}

@@ -123,7 +123,7 @@ _ADVICE = {
     (".xls", ".xlsx", ".ods", ".numbers"): "save each sheet as .csv",
     (".db", ".sqlite", ".sqlite3", ".mdb"): "export the table that is wanted as .csv",
     (".eml", ".msg", ".mbox", ".pst"): "export the mails as .csv or .jsonl, a line each",
-    (".srt", ".vtt", ".ass"): "save what is said as a .txt of the medium's name",
+    (".srt", ".vtt"): "subtitles are read beside a medium of the same name; else save what is said as .txt",
     (".xml",): "write what it says as .csv or .jsonl, a line a record",
     (".7z", ".rar"): "unpack it",
     (".html", ".htm", ".md"): "save its text as .txt",

@@ -43,6 +43,7 @@ from plait.modalities.media import MEDIA, kind_of_suffix, known_formats
 
 TEXT_BYTES = 8192  # of one record of a long text
 TAILS = ((0.9, "val"), (0.95, "test"))  # where the splits of a text begin, where there are few
+BESIDE = (".txt", ".srt", ".vtt")  # of a medium's text
 LISTED_SHARE = 0.8  # of the lines of a list of transcripts that begin with the name of a medium
 FEW_TEXTS = 20  # files, below which each of them is cut at its last tenth: a split by file would hang on one or two
 WORTH_CUTTING = 1000  # characters of one of several files; a shorter one is trained on as a whole
@@ -282,13 +283,14 @@ class _MediaFiles:
     def read(self) -> Iterator[Item]:
         """All records, with the texts beside them."""
         for stem, files in self.stems.items():
-            item, text = self.record(stem), f"{stem}.txt"
+            item, text = self.record(stem), _text_beside(self.tree, stem)
             self.tree.used.update(files.values())
-            if isinstance(item, RawRecord) and text in self.tree.files and "text" not in item.parts:
+            if isinstance(item, RawRecord) and text is not None and "text" not in item.parts:
                 self.tree.used.add(text)
                 try:
                     with open_text(self.tree.files[text], text, "strict") as file:
                         words = file.read(LIMITS.file_bytes).strip()
+                    words = words if text.endswith(".txt") else _spoken(words)
                 except DAMAGED as error:
                     raise_if_passing(error, text)
                     yield Rejected(text, None, Reason(RejectKind.UNREADABLE, f"the text cannot be read: {error}"))
@@ -298,6 +300,22 @@ class _MediaFiles:
             elif isinstance(item, RawRecord) and stem in self.transcripts:
                 item.parts.setdefault("text", self.transcripts[stem])
             yield item
+
+
+def _text_beside(tree: Tree, stem: str) -> str | None:
+    """The file of a medium's text: of the same name, a text or subtitles; None where there is none."""
+    return next((name for ending in BESIDE if (name := f"{stem}{ending}") in tree.files), None)
+
+
+def _spoken(subtitles: str) -> str:
+    """What subtitles (SubRip or WebVTT) say, without numbers, times and marks, as one line."""
+    said = []
+    for block in re.split(r"\n\s*\n", subtitles.replace("\r", "")):
+        lines = block.split("\n")
+        at = next((n for n, line in enumerate(lines) if "-->" in line), None)
+        if at is not None:
+            said += [re.sub(r"<[^>]*>|\{\\[^}]*\}", "", line).strip() for line in lines[at + 1 :]]
+    return " ".join(line for line in said if line)
 
 
 def _transcripts(tree: Tree, stems: Collection[str]) -> dict[str, str]:
@@ -339,7 +357,7 @@ def plan_media(tree: Tree, pattern: re.Pattern[str] | None) -> Plan | None:
     transcripts = _transcripts(tree, stems)  # then folders are speakers and chapters, and no labels
     labelled = "label" not in groups and not transcripts and len({c for c in classes.values() if c}) > 1
     columns = {kind: kind for kind in MEDIA if kind in kinds.values()}
-    if transcripts or any(f"{stem}.txt" in tree.files for stem in stems):
+    if transcripts or any(_text_beside(tree, stem) for stem in stems):
         columns["text"] = "text"
     for column in (["label"] if labelled else []) + [group for group in groups if group != "split"]:
         if column in (*MEDIA, *RESERVED):
@@ -352,7 +370,7 @@ def plan_media(tree: Tree, pattern: re.Pattern[str] | None) -> Plan | None:
     split_counts: Counter[str | None] = Counter(item.split for item in records if isinstance(item, RawRecord))
     notes = [f"{sum(k == kind for k in kinds.values())} {kind} files -> {kind}" for kind in MEDIA
              if kind in columns]  # fmt: skip
-    notes += ["files of the same name ending in .txt -> text"] if "text" in columns else []
+    notes += [f"files of the same name ending in {', '.join(BESIDE)} -> text"] if "text" in columns else []
     notes += ["folder names -> label"] if labelled else []
     told = []
     if transcripts:
