@@ -49,7 +49,7 @@ def train(
     learning_rate: Annotated[float | None, typer.Option(help="The schedule's peak.")] = None,
     init_from: Annotated[
         str | None,
-        typer.Option(callback=found_model, help="Go on from a run, a checkpoint, or a Hugging Face name or folder."),
+        typer.Option(help="Go on from a run, a checkpoint, or a Hugging Face name or folder."),
     ] = None,
     start: Annotated[
         str | None,
@@ -90,6 +90,8 @@ def train(
 
     Example: plait train data/photos -o runs/photos --size tiny --minutes 10
     """
+    if run is None or not (run.expanduser() / "run.json").is_file():  # a run that has begun may no longer need it
+        found_model(init_from)
     from plait.training import distributed
 
     if processes > 1 and not distributed.launched():
