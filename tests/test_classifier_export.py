@@ -123,7 +123,7 @@ def test_onnx_and_a_folder_answer_alike(run: Path, plait: Plait, capsys: pytest.
 @pytest.mark.parametrize("frames", [1, 3, 17, 41, 120])
 @pytest.mark.parametrize("constant", [False, True])
 def test_features_of_audio_are_those_of_the_graph(frames: int, constant: bool) -> None:
-    """Of clips of one level too, which are nowhere louder than elsewhere, and of clips shorter than what is compared."""
+    """Of clips of one level too, which are nowhere louder, and of clips shorter than what is compared."""
     rng = np.random.default_rng(frames)
     sample = np.full((frames, 64), 0.37) if constant else rng.normal(size=(frames, 64))
     sample = sample.astype(np.float16)
