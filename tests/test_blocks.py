@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import yaml
 
 from plait.core.config import parse_recipe
-from plait.data.blocks import BlockPlan
+from plait.data.blocks import BlockPlan, ClosedError
 from plait.data.dataset import Dataset
 from plait.data.prepare import prepare
 from plait.modalities.base import Vocabulary
@@ -91,6 +92,32 @@ def test_an_epoch_takes_block_after_block_and_each_window_once(texts: Dataset, t
         assert np.array_equal(again.members(step)[1], blocked.members(step)[1])
     np.testing.assert_array_equal(split.texts["text"].lengths, plain.texts["text"].lengths)
     split.blocks.close()
+
+
+def test_a_first_batch_may_need_all_blocks_and_waiting_holds_nobody(texts: Dataset, tmp_path: Path) -> None:
+    text = Text.train(WORDS * 20, 300)
+    words = Vocabulary(text=text.size, columns={"text": "text"}, levels={}, closers=[])
+    whole = load_blocks(texts, "train", text, tmp_path, CONTEXT, BlockSettings(BLOCK, True, 1, lambda note: None))
+    assert whole.blocks is not None
+    large = Sampler(whole, words, {}, 100_000, CONTEXT, 7, 0.0, False)
+    _, items = large.members(0)
+    assert large.batch_size == len(large.items) == len(np.unique(items, axis=0))
+    whole.blocks.close()
+    last = len(whole.blocks) - 1
+    (tmp_path / f"train-block-{last:05d}.json").unlink()
+    split = load_blocks(texts, "train", text, tmp_path, CONTEXT, BlockSettings(BLOCK, False, 1, lambda note: None))
+    assert split.blocks is not None
+    sampler = Sampler(split, words, {}, 50, CONTEXT, 7, 0.0, False)
+    step = len(large.items) // 50 - 1
+    with ThreadPoolExecutor(2) as threads:
+        waiting = threads.submit(sampler.members, step)
+        asked = threads.submit(sampler.is_ready, step)
+        try:
+            assert asked.result(20) is False and not waiting.done()
+        finally:
+            split.blocks.close()
+        with pytest.raises(ClosedError):
+            waiting.result(20)
 
 
 def test_texts_of_before_are_not_tokenised_again(texts: Dataset, tmp_path: Path) -> None:

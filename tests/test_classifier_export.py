@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 
 import plait as package
-from plait.hf.classifier_graph import ClassifierGraph, ImageFeatures
+from plait.hf.classifier_graph import AudioFeatures, ClassifierGraph, ImageFeatures
 from plait.inference.opinions import novelty_scores, opinion_scores
-from plait.modalities.simple_features import image_features
+from plait.modalities.simple_features import audio_features, image_features
 
 Plait = Callable[..., int]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -118,6 +118,20 @@ def test_onnx_and_a_folder_answer_alike(run: Path, plait: Plait, capsys: pytest.
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in (place / "folder").iterdir())
     size = (place / "folder" / "model.safetensors").stat().st_size
     assert size < (run / "checkpoints" / "best" / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("frames", [1, 3, 17, 41, 120])
+@pytest.mark.parametrize("constant", [False, True])
+def test_features_of_audio_are_those_of_the_graph(frames: int, constant: bool) -> None:
+    """Of clips of one level too, which are nowhere louder, and of clips shorter than what is compared."""
+    rng = np.random.default_rng(frames)
+    sample = np.full((frames, 64), 0.37) if constant else rng.normal(size=(frames, 64))
+    sample = sample.astype(np.float16)
+    padded = torch.full((1, 160, 64), -1.4)
+    padded[0, :frames] = torch.from_numpy(sample).float()
+    found = audio_features([sample], 64)[0]
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(AudioFeatures(64)(padded, torch.tensor([frames]))[0].numpy(), found, atol=2e-3)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

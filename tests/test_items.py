@@ -489,6 +489,16 @@ def test_a_table_of_ids_is_no_table_of_questions(
     assert "export.csv: wer, was, beleg" in said and "columns: {user: NAME" in said
 
 
+@pytest.mark.parametrize(("question", "answer"), [("question", "answer"), ("a", "b")])
+def test_sums_and_chinese_questions_are_pairs(tmp_path: Path, plait: Command, question: str, answer: str) -> None:
+    """Cells with digits and without white space, by the names of their columns or by their words."""
+    sums = question == "question"
+    pairs = [(f"{n}+21=", str(n + 21)) if sums else (f"第{n}次会议在哪里", f"在{n}号楼") for n in range(40)]
+    (tmp_path / "pairs.csv").write_text("\n".join([f"{question},{answer}", *(f"{q},{a}" for q, a in pairs)]) + "\n")
+    assert plait("train", tmp_path / "pairs.csv", "-o", tmp_path / "run", "--steps", 1) == 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["recipe"]["training"]["task"] == "reply"
+
+
 def test_lines_of_numbers_are_histories_where_items_come_again(tmp_path: Path, plait: Command) -> None:
     """As SASRec and S3-Rec publish theirs; other numbers stay texts."""
     histories = {user: [user * step % 31 for step in range(1, 6 + user % 3)] for user in range(1, 41)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,39 @@ def test_a_table_names_images_without_their_ending_and_folder(tmp_path: Path) ->
         assert record.parts["label"] == str(line % 2)
     assert rejects["sample_submission.csv"] == "a form for answers to a competition, not data"
     assert rejects["test_images/3.png"] == "no table names it"
+
+
+@pytest.mark.parametrize("table", ["train.csv", "train_labels.csv"])
+def test_a_missing_image_is_not_taken_from_another_split(tmp_path: Path, table: str) -> None:
+    for n in range(20):
+        put_image(tmp_path / f"in/test_images/{n}.png", 100 + n)
+        if n != 5:
+            put_image(tmp_path / f"in/train_images/{n}.png", n)
+    put_image(tmp_path / "in/train_images/more/3.png", 200)
+    put(tmp_path / "in" / table, "image_id,label\n" + "".join(f"{n},{n % 2}\n" for n in range(20)))
+    dataset, rejects = prepared(tmp_path)
+    assert {record.source.partition(":")[2] for record in dataset.iterate(columns=["label"])} == {
+        str(n + 2) for n in range(20) if n not in (3, 5)
+    }
+    rows = (tmp_path / "out/rejects.jsonl").read_text()
+    assert "the file '5' does not exist" in rows and "the file '3' is there 2 times" in rows
+    assert rejects["test_images/5.png"] == "no table names it"
+
+
+def test_a_missing_image_is_not_taken_from_another_archive(tmp_path: Path) -> None:
+    for name, left_out in (("train", 5), ("test", 20)):
+        for n in range(20):
+            if n != left_out:
+                put_image(tmp_path / f"{name}/{n}.png", n + 100 * (name == "test"))
+        (tmp_path / "in").mkdir(exist_ok=True)
+        shutil.make_archive(str(tmp_path / "in" / name), "zip", tmp_path / name)
+    put(tmp_path / "in/train.csv", "image,label\n" + "".join(f"{n}.png,{n % 2}\n" for n in range(20)))
+    dataset, _ = prepared(tmp_path)
+    assert len(dataset) == 19
+    for record in dataset.iterate():
+        line = int(record.source.partition(":")[2]) - 2
+        assert record.parts["image"] == (tmp_path / f"train/{line}.png").read_bytes()
+    assert "the file '5.png' does not exist" in (tmp_path / "out/rejects.jsonl").read_text()
 
 
 def test_tables_of_splits_name_clips_in_a_folder_below(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from plait.core.errors import PlaitError
 from plait.modalities.media import MEDIA
 
 FILE, ARRAYS = "classifiers.json", "classifiers.safetensors"
-VERSION = 4
+VERSION = 5
 PORTABLE = ("linear", "network")  # the opinions that need no backbone
 
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from plait.core.errors import PlaitError
 from plait.core.rejects import Reason, RejectKind
-from plait.data.record import Rejected
+from plait.data.record import Rejected, split_of_file
 from plait.data.stores import Location, StoreError, join, listing, open_binary, raise_if_passing, read_bytes, size
 from plait.modalities.descriptor import LIMITS
 from plait.modalities.media import kind_of_suffix, sniff
@@ -161,8 +161,10 @@ class Tree:
     warnings: list[str] = field(default_factory=list)  # what people must know of how it was listed
     why_not: dict[str, Reason] = field(default_factory=dict)  # of files that look like tables: why they are none
     single: str | None = None
-    _by_name: dict[str, str | None] | None = None
     _bare: dict[str, list[str]] | None = None  # media by their names, and by these without the ending
+    _packed: dict[str, list[str]] = field(default_factory=dict)  # files of archives by their names
+    _media_folders: set[str] = field(default_factory=set)
+    _has_own: dict[str, bool] = field(default_factory=dict)  # table -> whether some folder of media is its own
 
     def kind(self, name: str) -> str | None:
         """The kind of media by the file's ending, else by its first bytes; None for anything else."""
@@ -197,40 +199,45 @@ class Tree:
             return Rejected(table, None, Reason(RejectKind.OUTSIDE, f"the path '{value}' leads out of the source"))
         if name in self.files or (self.single is not None and self._beside(name)):
             return name
-        for archive in self.archives:
-            inside = f"{archive}/{value}"
-            if inside in self.files:
-                return inside
-        if self._by_name is None:
-            self._by_name = {}
-            for path in self.files:
-                if any(path.startswith(archive + "/") for archive in self.archives):
-                    last = path.rpartition("/")[2]
-                    self._by_name[last] = None if last in self._by_name else path
-        inside_name = self._by_name.get(value)
-        if inside_name is not None:
-            return inside_name
-        if "/" not in value and (bare := self.named(table, value)) is not None:
-            return bare
-        return Rejected(table, None, Reason(RejectKind.MISSING, f"the file '{value}' does not exist"))
+        found = self._fitting(table, [f"{a}/{value}" for a in self.archives if f"{a}/{value}" in self.files])
+        if "/" not in value:
+            found = self.named(table, value)
+        if not found:
+            return Rejected(table, None, Reason(RejectKind.MISSING, f"the file '{value}' does not exist"))
+        if len(found) > 1:
+            several = f"the file '{value}' is there {len(found)} times, as '{found[0]}' and as '{found[1]}'"
+            return Rejected(table, None, Reason(RejectKind.MISSING, several))
+        return found[0]
 
-    def named(self, table: str, value: str) -> str | None:
-        """The one medium somewhere below a table's folder that a bare name means, with its ending or without; None
-        where there is none, or several. Of several the one counts whose folder begins like the table: `train.csv` means
-        what is in `train_images`."""
+    def named(self, table: str, value: str) -> list[str]:
+        """The files that a table's bare name may mean: those of an archive, else media somewhere below the table's
+        folder, with their ending or without. Where a folder begins like the table, or is of its split, only what is in
+        such folders counts: `train.csv` means what is in `train_images`, and nothing where that lacks it."""
         if self._bare is None:
             self._bare = {}
             for path in self.files:
                 last = path.rpartition("/")[2]
+                if any(path.startswith(archive + "/") for archive in self.archives):
+                    self._packed.setdefault(last, []).append(path)
                 if kind_of_suffix(suffix_of(last)):
+                    self._media_folders.add(path.rpartition("/")[0])
                     for name in (last, last.removesuffix(os.path.splitext(last)[1])):  # noqa: PTH122
                         self._bare.setdefault(name, []).append(path)
-        folder, _, own = table.rpartition("/")
-        found = [path for path in self._bare.get(value, ()) if not folder or path.startswith(folder + "/")]
-        if len(found) > 1:
-            stem = own.removesuffix(suffix_of(own))
-            found = [path for path in found if any(part.startswith(stem) for part in path.split("/")[:-1])]
-        return found[0] if len(found) == 1 else None
+        if table not in self._has_own:
+            folders = [folder + "/" for folder in self._media_folders]
+            self._has_own[table] = any(_belongs(table, f) for f in folders if _is_below(table, f))
+        below = [path for path in self._bare.get(value, ()) if _is_below(table, path)]
+        found = self._fitting(table, self._packed.get(value, [])) or self._fitting(table, below)
+        return [path for path in found if not self._has_own[table] or _belongs(table, path)]
+
+    def _fitting(self, table: str, paths: list[str]) -> list[str]:
+        """Of files that a table may name, those in folders of its own, else those that are not for test where the table
+        is for training, or the other way round."""
+        own = split_of_file(_stem(table))
+        others = {"train", "val"} if own == "test" else {"test"} if own else set[str]()
+        return [path for path in paths if _belongs(table, path)] or [
+            path for path in paths if others.isdisjoint({split_of_file(part) for part in _folders_of(table, path)})
+        ]
 
     def _beside(self, name: str) -> bool:
         try:
@@ -248,6 +255,31 @@ class Tree:
         except (OSError, ValueError):
             pass
         return False
+
+
+def _stem(table: str) -> str:
+    name = table.rpartition("/")[2]
+    return name.removesuffix(suffix_of(name))
+
+
+def _is_below(table: str, path: str) -> bool:
+    folder = table.rpartition("/")[0]
+    return not folder or path.startswith(folder + "/")
+
+
+def _folders_of(table: str, path: str) -> list[str]:
+    """The folders of a file, without those that its table stands in too."""
+    return path.removeprefix(table.rpartition("/")[0] + "/").split("/")[:-1]
+
+
+def _belongs(table: str, path: str) -> bool:
+    """Whether a folder of a file begins like the table, or is of the same split."""
+    stem = _stem(table).lower()
+    split = split_of_file(stem)
+    return any(
+        part.lower().startswith(stem) or (split is not None and split_of_file(part) == split)
+        for part in _folders_of(table, path)
+    )
 
 
 def scan(source: Location, scratch: Path, skip: Location) -> Tree:

@@ -436,7 +436,7 @@ def _stem_kinds(tree: Tree, table: str, values: list[Any]) -> set[str]:
     texts = [value for value in values if isinstance(value, str) and "/" not in value]
     if len(texts) < 2 or len(texts) < len(values) or len(set(texts)) < len(texts):
         return set()
-    named = [name for value in texts if (name := tree.named(table, value)) is not None]
+    named = [found[0] for value in texts if len(found := tree.named(table, value)) == 1]
     return {kind for name in named if (kind := tree.kind(name))} if _most(len(named), texts) else set()
 
 

@@ -27,6 +27,7 @@ from plait.modalities.simple_features import (
     CHANGES,
     COLOUR_GRID,
     EMPTY,
+    FLAT,
     SEGMENTS,
     SIDE,
     STRIDE,
@@ -178,8 +179,8 @@ class AudioFeatures(nn.Module):
             changes.append(moved.sum(1) / (count - frames_apart).clamp(min=1))
         level = values.mean(2) * exists[..., 0]
         middle = level.sum(1, keepdim=True) / count
-        is_loud = (level >= middle).float() * exists[..., 0]
-        loud = (cepstra * is_loud[..., None]).sum(1) / is_loud.sum(1, keepdim=True).clamp(min=1)
+        above = ((level - middle).clamp(min=0) + FLAT) * exists[..., 0]
+        loud = (cepstra * above[..., None]).sum(1) / above.sum(1, keepdim=True)
         steady = (mean, spread, most, least, skewness, *changes, loud)
         return torch.cat(
             (grid.flatten(1), *steady, self._loudness(level, middle, exists[..., 0], count), count.log()), 1

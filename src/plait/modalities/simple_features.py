@@ -15,6 +15,7 @@ CELL, STRIDE, BINS = 8, 4, 9  # of the histograms of oriented gradients
 EMPTY = 1e-3  # of a bin's share, below which it hardly counts
 COLOUR_GRID = 4  # places, a side, whose mean colour and spread is told
 SEGMENTS, CEPSTRA = 12, 20  # of an audio clip
+FLAT = 1e-3  # by which every frame counts as loud, in log-mel; a clip of one level is loud everywhere
 GRID_WEIGHT = 0.5  # of what an audio clip's segments say beside what holds wherever in it something sounds
 CHANGES, BEATS = (4, 16), (2, 5, 10, 20, 40)  # frames over which cepstra change, and after which loudness comes again
 
@@ -85,8 +86,8 @@ def audio_features(samples: Sequence[np.ndarray], bands: int) -> np.ndarray:
 
     First cepstra in twelve equal segments of each clip, without its mean spectrum, which is the microphone's: what
     words are told by. Then what holds wherever in a clip something sounds, as rain and barking are told by: means,
-    spreads, extremes and changes of cepstra, their mean where it is loud, how loudness moves and comes again, and the
-    length.
+    spreads, extremes and changes of cepstra, their mean weighted by how loud it is, how loudness moves and comes again,
+    and the length.
     """
     places = np.arange(bands) + 0.5
     basis = np.cos(math.pi / bands * np.outer(places, np.arange(CEPSTRA))) / math.sqrt(bands)
@@ -100,7 +101,8 @@ def audio_features(samples: Sequence[np.ndarray], bands: int) -> np.ndarray:
         stops = np.maximum(np.ceil(edges[1:]).astype(int), starts + 1)
         grid = [centred[a:b].mean(0) for a, b in zip(starts, stops, strict=True)]
         level = values.mean(1)
-        loud = cepstra[level >= level.mean()].mean(0)
+        above = np.maximum(level - level.mean(), 0) + FLAT
+        loud = above @ cepstra / above.sum()
         rest = [*_steady(cepstra), loud, *_loudness(level), [math.log(len(sample))]]
         rows.append(np.concatenate([*grid, *rest]))
     return np.array(rows, np.float32)

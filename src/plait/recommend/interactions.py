@@ -230,12 +230,13 @@ def _columns(heads: list[str], role: str, recipe: ItemsRecipe) -> list[str]:
 
 def _first_lines(tree: Tree, name: str) -> list[str]:
     """The first whole lines of a text file, from its first bytes alone; none of a file that is no text."""
-    raw = open_binary(tree.files[name])
     try:
+        raw = open_binary(tree.files[name])
         with gzip.open(raw) if name.lower().endswith(".gz") else raw as file:
             data = file.read(_BEGINNING)
         text = data.decode("utf-8-sig", errors="ignore") if len(data) == _BEGINNING else data.decode("utf-8-sig")
-    except (*DAMAGED, UnicodeDecodeError):
+    except (*DAMAGED, UnicodeDecodeError) as error:
+        raise_if_passing(error, name)
         return []
     lines = text.splitlines()
     whole = lines[:-1] if len(data) == _BEGINNING else lines

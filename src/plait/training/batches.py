@@ -20,6 +20,7 @@ import torch
 
 from plait.core.errors import DivergedError
 from plait.core.rng import uniform
+from plait.data.blocks import Blocks
 from plait.modalities.base import AUGMENT_DRAWS, MediaModality, Vocabulary
 from plait.model.multimodal import Batch, Sequence, bucket_length, collate
 from plait.training.conversations import sequences
@@ -150,6 +151,7 @@ class Sampler:
             self.items = self._items()
         else:
             self.items, self._first_epoch = Items(np.zeros(0, np.int32)), np.zeros(0, np.int64)
+            self.groups = [(np.zeros(0, np.int32), batch_size)]
             self._read_blocks(batch_size)
         self.groups = self._groups(batch_size, shares)
         self.batch_size = sum(count for _, count in self.groups)
@@ -185,25 +187,29 @@ class Sampler:
     def _read_blocks(self, items: int, wait: bool = True) -> bool:
         """Read on in the blocks until so many items of the first epoch are known, or all. Returns whether that is so:
         without `wait` only what is there is read."""
-        with self._block_lock:
-            while not self._all_read and len(self._first_epoch) < items:
-                assert self.split.blocks is not None
-                block = len(self._block_ends)
-                if wait:
-                    self.split.blocks.wait(block)
-                elif not self.split.blocks.is_there(block):
-                    return False
-                first = len(self.items)
-                self.items = self.items.extended(
-                    self._items_of(self.split.block(block)), self.split.blocks.plan.records(block)
-                )
-                numbers = np.arange(first, len(self.items))
-                order = np.argsort(uniform(self.seed, 0, numbers, ORDER), kind="stable")
-                self._first_epoch = np.concatenate((self._first_epoch, numbers[order]))
-                self._block_ends.append(len(self.items))
-                if self._all_read:
-                    self.groups = [(np.arange(len(self.items), dtype=np.int32), self.groups[0][1])]
+        blocks = self.split.blocks
+        while blocks is not None and not self._all_read and len(self._first_epoch) < items:
+            block = len(self._block_ends)
+            if wait:
+                blocks.wait(block)  # without the lock, which others take without waiting
+            elif not blocks.is_there(block):
+                return False
+            with self._block_lock:
+                if block == len(self._block_ends):  # no other thread has read it meanwhile
+                    self._read_block(blocks, block)
         return True
+
+    def _read_block(self, blocks: Blocks, block: int) -> None:
+        """Add the items of a block that is there. What other threads look at without the lock is set last."""
+        first = len(self.items)
+        items = self.items.extended(self._items_of(self.split.block(block)), blocks.plan.records(block))
+        numbers = np.arange(first, len(items))
+        order = np.argsort(uniform(self.seed, 0, numbers, ORDER), kind="stable")
+        self.items = items
+        self._first_epoch = np.concatenate((self._first_epoch, numbers[order]))
+        if block == len(blocks) - 1:
+            self.groups = [(np.arange(len(items), dtype=np.int32), self.groups[0][1])]
+        self._block_ends.append(len(items))
 
     def is_ready(self, step: int) -> bool:
         """Whether the texts of a step are tokenised. Raises PlaitError where they never will be."""

@@ -20,6 +20,7 @@ from plait.data.dataset import Dataset
 from plait.data.record import LABEL_NAMES
 from plait.modalities.media import MEDIA
 from plait.modalities.registry import MODALITIES, SETTINGS
+from plait.modalities.text import words
 from plait.model.checkpoint import find_checkpoint
 from plait.training.build import fit_settings, label_columns
 from plait.training.expectation import Measured, describe_expected, expectation
@@ -182,12 +183,15 @@ def _raise_if_one_label(dataset: Dataset, labels: dict[str, list[str]]) -> None:
 
 
 def _raise_if_ids(dataset: Dataset) -> None:
-    """Raise PlaitError where what looks like pairs of texts are columns of ids, numbers and dates."""
+    """Raise PlaitError where what looks like pairs of texts are columns of ids, numbers and dates, and is not called
+    question and answer."""
     columns = [column for column, kind in dataset.columns.items() if kind == "text"]
+    if {column.lower() for column in columns} & {*QUESTIONS, *REPLIES}:
+        return
     ids = []
     for column in columns:
         cells = [text for text in islice(dataset.texts(column), LOOKED_AT) if text is not None]
-        if any(len(text.split()) > 2 for text in cells):
+        if any(len(words(text)) > 2 for text in cells):
             return
         if sum(any(c.isdigit() for c in text) for text in cells) >= LABELLED * max(len(cells), 1):
             ids.append(column)
@@ -195,7 +199,8 @@ def _raise_if_ids(dataset: Dataset) -> None:
         raise PlaitError(
             f"{dataset.path} holds ids, numbers or dates and no texts ({', '.join(ids)}). "
             "If each row says who chose what, call it that: --task recommend, with columns named user and item or a "
-            "recipe that says which they are. To predict a number: plait prepare --number COLUMN."
+            "recipe that says which they are. To predict a number: plait prepare --number COLUMN. If they are pairs to "
+            "answer from all the same: --task reply."
         )
 
 
