@@ -109,6 +109,10 @@ def test_probabilities_and_labels_of_ones_own(bert: Path, tmp_path: Path) -> Non
         model.classify_inputs(["x"], labels=["bird"])
     with pytest.raises(PlaitError, match="another run"):
         plait.train(table(tmp_path, 60), tmp_path / "run", init_from=str(bert), progress=False)
+    kept = read_json(run.best / "config.json")
+    heads._save(model.head, {**kept, "version": heads.VERSION - 1}, {}, tmp_path / "older")
+    with pytest.raises(PlaitError, match=r"reads heads of version \d+. Train again"):
+        plait.load(tmp_path / "older")
     weights = bert / "model.safetensors"
     whole = weights.read_bytes()
     try:
@@ -169,6 +173,22 @@ def test_last_blocks_compute_what_the_whole_network_does(name: str, request: pyt
     weights, bias = train_last(last, pooled, train, 2, 0, lambda: float("inf"), lambda *_: None)
     assert (weights.shape, bias.shape) == ((256, 2), (2,)) and bool(weights.abs().sum() > 0)
     assert all(torch.equal(value, frozen[key]) for key, value in network.named_parameters() if key in frozen)
+
+
+def test_the_seed_alone_governs_what_last_blocks_learn(efficientnet: Path) -> None:
+    def trained(seed: int) -> bytes:
+        network = transformers.AutoModel.from_pretrained(efficientnet).eval()
+        generator = torch.Generator().manual_seed(0)
+        pixels = torch.randn(32, 3, 64, 64, generator=generator)
+        last = LastBlocks(network, pixels[:1])
+        train = States(last.before(pixels)[None], np.arange(32) % 2)
+        pooled = lambda one: one.mean((2, 3))  # noqa: E731
+        layer = train_last(last, pooled, train, 2, seed, lambda: float("inf"), lambda *_: None)
+        return b"".join(value.detach().numpy().tobytes() for value in (*layer, *last.trained.values()))
+
+    first = trained(0)
+    torch.rand(1)
+    assert trained(0) == first != trained(1)
 
 
 def test_a_scale_of_pixels_that_the_weights_do_not_fit_is_found(efficientnet: Path) -> None:

@@ -236,6 +236,17 @@ def _save(head: Head, config: dict[str, Any], blocks: dict[str, Tensor], folder:
         )
 
 
+def head_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a head's checkpoint. Raises PlaitError where another version of Plait wrote it."""
+    config: dict[str, Any] = read_json(folder / CONFIG)
+    if config.get("version") != VERSION:
+        raise PlaitError(
+            f"{folder / CONFIG} has version {config.get('version')}; this Plait reads heads of version {VERSION}. "
+            "Train again."
+        )
+    return config
+
+
 def describe_head(config: dict[str, Any]) -> str:
     """What a head goes by, and how right it is, for people."""
     measured = config["measured"]
@@ -257,10 +268,11 @@ class HeadModel(Model):
     """A head with its encoder."""
 
     def __init__(self, folder: Path, device: str = "auto", precision: str = "auto") -> None:
-        """Raises PlaitError where the checkpoint is damaged, or its encoder is gone or another one."""
+        """Raises PlaitError where the checkpoint is damaged or of another version, or its encoder is gone or another
+        one."""
         if wrong := verify(folder):
             raise PlaitError("; ".join(wrong) + ". Train again.")
-        self.folder, self.config = folder, read_json(folder / CONFIG)
+        self.folder, self.config = folder, head_config(folder)
         self.device = choose_device(device, precision if precision in ("auto", "fp32", "bf16") else "auto")
         self.name = str(folder)
         arrays = load_file(folder / ARRAYS)

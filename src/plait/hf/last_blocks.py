@@ -31,7 +31,7 @@ WARMUP = 0.2  # share of the steps
 BATCH = 32
 EPOCHS = 8
 STEPS = 1000  # at most
-RNG_STREAM = 361  # of the random numbers of `uniform`, and the next one
+RNG_STREAM = 361  # of the random numbers of `uniform`, and the next two
 
 Progress = Callable[[str, int, int], None]
 
@@ -165,7 +165,7 @@ def train_last(
         pooled: Features (N, F) of last hidden states.
         train: What is learnt.
         labels: C.
-        seed: Of the order.
+        seed: Of the order, the views and the dropout.
         seconds_left: How long training may go on; the schedule is shortened to that after its first steps.
         progress: Told of each step.
     """
@@ -186,7 +186,8 @@ def train_last(
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate
         places, views = _drawn(len(train), len(train.views), batch, seed, step)
-        features = nn.functional.dropout(pooled(last.after(train.views[views, places])), DROPOUT)
+        features = pooled(last.after(train.views[views, places]))
+        features = features * _dropout(batch, width, seed, step).to(device)
         loss = nn.functional.cross_entropy(layer(features), classes[places], label_smoothing=SMOOTHING)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -220,6 +221,12 @@ def _drawn(records: int, views: int, batch: int, seed: int, step: int) -> tuple[
     places = order[at * batch : (at + 1) * batch]
     chosen = (uniform(seed, RNG_STREAM + 1, step, np.arange(len(places))) * views).astype(np.int64)
     return torch.from_numpy(np.ascontiguousarray(places)), torch.from_numpy(chosen)
+
+
+def _dropout(batch: int, width: int, seed: int, step: int) -> Tensor:
+    """By what a step's features are multiplied, (B, F): 0 where one is dropped, more than 1 where it is kept."""
+    drawn = uniform(seed, RNG_STREAM + 2, step, np.arange(batch)[:, None], np.arange(width))
+    return torch.from_numpy(((drawn >= DROPOUT) / (1 - DROPOUT)).astype(np.float32))
 
 
 def features_of(last: LastBlocks, pooled: Callable[[Tensor], Tensor], views: Sequence[Tensor]) -> np.ndarray:

@@ -169,7 +169,7 @@ class Run:
     def describe(self) -> str:
         """What was decided, and how large the model is, in a few lines of text."""
         from plait.hf.contrastive import describe_pairs
-        from plait.hf.heads import TYPE, describe_head
+        from plait.hf.heads import TYPE, describe_head, head_config
         from plait.hf.speech_training import describe_speech
         from plait.training.run import describe
 
@@ -178,7 +178,7 @@ class Run:
             return describe_pairs(config)
         if self.metadata.get("size") == "speech":
             return describe_speech(config)
-        return describe_head(config) if config["model_type"] == TYPE else describe(self.folder)
+        return describe_head(head_config(self.best)) if config["model_type"] == TYPE else describe(self.folder)
 
     def first_words(self) -> str | None:
         """How a text of val begins, or of train where val has none: a prompt to try the run with. None where none
