@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 import yaml
 
 from plait.core.config import parse_recipe
+from plait.core.errors import PlaitError
 from plait.data.blocks import BlockPlan, ClosedError
 from plait.data.dataset import Dataset
 from plait.data.prepare import prepare
@@ -23,6 +26,7 @@ from plait.training.batches import Sampler
 from plait.training.callbacks import Callback, StepEvent
 from plait.training.run import Progress
 from plait.training.split import BlockSettings, Split, load_blocks, load_split
+from plait.training.tokenising import TokeniseJob, TokeniseProcess
 from plait.training.trainer import train
 
 WORDS = ["harbour", "lantern", "quiet", "river", "stone", "teal", "under", "violet", "winter", "yonder"]
@@ -118,6 +122,46 @@ def test_a_first_batch_may_need_all_blocks_and_waiting_holds_nobody(texts: Datas
             split.blocks.close()
         with pytest.raises(ClosedError):
             waiting.result(20)
+
+
+def test_runs_share_a_cache_beside_a_file_named_like_pythons(
+    texts: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = Text.train(WORDS * 20, 300)
+    (tmp_path / "tokenize.py").write_text("raise SystemExit('not this one')")
+    monkeypatch.chdir(tmp_path)
+    settings = BlockSettings(BLOCK, True, 1, lambda note: None)
+    slow, fast = (load_blocks(texts, "train", text, tmp_path / "cache", CONTEXT, settings).blocks for _ in range(2))
+    assert slow is not None and fast is not None  # `slow` asks for no more than the first few
+    last = len(fast) - 1
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(fast.wait, last)
+        try:
+            waiting.result(60)
+        finally:
+            slow.close()
+            fast.close()
+    assert isinstance(fast.maker, TokeniseProcess)
+    fast.maker.want(last)
+    assert fast.maker.process is None
+    open_files = 0 if os.name == "nt" else psutil.Process().num_fds()
+    tokens = [fast[block]["text"] for block in range(len(fast))]
+    assert sum(map(len, tokens)) == len(texts.indices("train"))
+    if os.name != "nt":
+        assert psutil.Process().num_fds() == open_files
+
+
+def test_what_the_process_that_tokenises_says_is_kept(texts: Dataset, tmp_path: Path) -> None:
+    job = TokeniseJob(str(tmp_path / "none"), "train", ["text"], str(tmp_path), "{", "", "", BLOCK)
+    for wrong, words in ((job, "none"), (replace(job, dataset=str(texts.path)), "Tokenising failed")):
+        maker = TokeniseProcess(wrong, 1, lambda note: None)
+        maker.want(0)
+        assert maker.process is not None
+        assert maker.process.wait(60) == 1
+        for _ in range(2):
+            with pytest.raises(PlaitError, match=words):
+                maker.check()
+        maker.close()
 
 
 def test_texts_of_before_are_not_tokenised_again(texts: Dataset, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
+from plait.core.errors import PlaitError
 from plait.core.files import read_json, write_json
 from plait.data.dataset import Dataset
 from plait.data.samples import mapped
@@ -95,7 +96,12 @@ class BlockFiles:
     def is_there(self, block: int) -> bool:
         """Whether a block is whole."""
         done = self._path(block).with_suffix(".json")
-        return done.is_file() and read_json(done)["made_of"] == self.made_of
+        try:
+            return done.is_file() and read_json(done)["made_of"] == self.made_of
+        except PlaitError:
+            if done.is_file():
+                raise
+            return False  # one of other texts, which the process that tokenises deleted meanwhile
 
     def write(
         self, block: int, cells: Callable[[str], Iterator[pa.Array]], encode: Callable[[str], Encode],
@@ -178,13 +184,13 @@ class Blocks:
         """Whether a block is whole; has the next ones made. Raises PlaitError where it never will be."""
         if block in self.opened:
             return True
-        if self.maker is not None:
+        if self.maker is not None and not self.closed:
             self.maker.want(min(block + AHEAD, len(self) - 1))
             self.maker.check()
         return self.files.is_there(block)
 
     def wait(self, block: int) -> None:
-        """Return when a block is there. Raises ClosedError when the blocks are closed meanwhile."""
+        """Return when a block is there. Raises ClosedError where the blocks are closed, or are meanwhile."""
         while not self.is_there(block):
             if self.closed:
                 raise ClosedError

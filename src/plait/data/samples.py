@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import pyarrow as pa
 
 from plait.core.errors import PlaitError
 from plait.core.files import read_json, write_json
@@ -72,7 +73,7 @@ class Samples:
             shape, dtype = (int(offsets[-1]), *sample_facts["shape"]), np.dtype(sample_facts["dtype"])
             if not offsets[-1]:  # nothing cannot be mapped
                 return cls(np.zeros(shape, dtype), offsets)
-            return cls(np.memmap(raw, dtype, "r", shape=shape), offsets)
+            return cls(_mapped_values(raw, dtype, math.prod(shape)).reshape(shape), offsets)
         except (OSError, ValueError) as error:
             raise PlaitError(f"{raw} is damaged ({error}). Delete {path.parent}; it is made again.") from error
 
@@ -174,8 +175,16 @@ class SampleWriter:
 def mapped(path: Path) -> np.ndarray:
     """The array of a .npy file, mapped: its pages are the file's, which the system takes back when it likes. Raises
     OSError or ValueError where it is missing or cut."""
-    array = np.load(path, mmap_mode="r")
-    return np.asarray(array)  # without the slower indexing of a memmap
+    array = np.load(path, mmap_mode="r")  # which would keep the file open, where there may be thousands
+    values = _mapped_values(path, array.dtype, array.size, array.offset)
+    return values.reshape(array.shape, order="F" if np.isfortran(array) else "C")
+
+
+def _mapped_values(path: Path, dtype: np.dtype[Any], count: int, offset: int = 0) -> np.ndarray:
+    """`count` values of a file from `offset` bytes on, mapped; the file itself is closed. Raises OSError or ValueError
+    where it is missing or cut."""
+    with pa.memory_map(str(path)) as file:
+        return np.frombuffer(file.read_buffer(), dtype, count, offset)  # holds the mapping
 
 
 def _files(path: Path) -> tuple[Path, Path, Path]:

@@ -233,7 +233,7 @@ class LocalPool:
             if self._closed:
                 raise PlaitError("Stopped.")
             process = subprocess.Popen(
-                [sys.executable, "-c", code, str(Path(__file__).parents[2]), str(status)],
+                [sys.executable, "-P", "-c", code, str(Path(__file__).parents[2]), str(status)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

@@ -99,7 +99,7 @@ class Checker:
             )
             limits = json.dumps(self.limits.__dict__)
             process = subprocess.Popen(
-                [sys.executable, "-c", code, room, limits],
+                [sys.executable, "-P", "-c", code, room, limits],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

@@ -182,7 +182,8 @@ class _Work:
         # Of few items ten hold nearly all: then where the next one stands among the ten tells more.
         self.findings.outcomes.append(place if hit.better is None and place.better is not None else hit)
         for metric in (HR_10, NDCG_10):
-            self._lead(str(metric), own.values[metric] - first.values[metric], targets, "directed co-occurrence")
+            lead = own.values[metric] - first.values[metric]
+            self._lead(str(metric), metric.shown, lead, targets, "directed co-occurrence")
             for other, measured in others.items():
                 mean, error = _mean(measured.values[metric], targets.users, self.seed)
                 self.keep(f"{metric}_{other}", mean, stderr=error, n=n)
@@ -209,14 +210,15 @@ class _Work:
             float(baseline_values.mean()), lead_error,
         )  # fmt: skip
 
-    def _lead(self, name: str, lead: np.ndarray, targets: Targets, over: str) -> None:
-        """The mean of a difference of the model to a baseline, paired by target, and how sure it is that it leads."""
+    def _lead(self, name: str, shown: str, lead: np.ndarray, targets: Targets, over: str) -> None:
+        """The mean of a difference of the model to a baseline, paired by target, and how sure it is that it leads;
+        `shown` is what the figure is called for people."""
         value, error = _mean(lead, targets.users, self.seed)
         self.keep(f"{name}_lead", value, stderr=error, n=len(targets))
         above = _above(lead, targets.users, self.seed)
         self.findings.notes.append(
-            f"{name}, model less {over}: {value:+.4f} ± {error:.4f}, above zero in {above:.2%} of {DRAWS:,} paired "
-            "resamples of users."
+            f"{shown}, the model's lead over {over}: {value:+.4f} ± {error:.4f}, above zero in {above:.2%} of "
+            f"{DRAWS:,} paired resamples of users."
         )
 
     def _by_popularity(self, targets: Targets, own: Measured, first: Measured) -> None:
@@ -250,7 +252,7 @@ class _Work:
                 self.keep(f"cold_{metric}_{other}", mean, stderr=error, n=n)
         if "nearest" in others:
             lead = own.values[HR_10] - others["nearest"].values[HR_10]
-            self._lead("cold_hr_at_10", lead, targets, "nearest content")
+            self._lead("cold_hr_at_10", "HR@10 of new items", lead, targets, "nearest content")
 
     def _genres(self) -> Scores | None:
         """What is popular in the genres that a history has; a new item counts as an average one of its genres."""

@@ -78,6 +78,11 @@ class RankMetric:
         return f"{self.name}_at_{self.depth}{'_unmasked' if self.unmasked else ''}"
 
     @property
+    def shown(self) -> str:
+        """Its name for people: HR@10."""
+        return f"{self.name.upper()}@{self.depth}{', with what was seen' if self.unmasked else ''}"
+
+    @property
     def expected(self) -> float:
         """The sum over the ranks of what a hit counts there: chance is this over the number of items."""
         return self._gain(self.depth)

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -28,7 +29,7 @@ from plait.training.reuse import EarlierCache, reusing, text_key
 
 TRIES = 3  # at one block, by processes that are killed
 NICE = 10  # how much training goes before, from the second block on
-_PROGRAM = "from plait.training.tokenising import serve; serve()"
+_PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from plait.training.tokenising import serve; serve()"
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,15 @@ class TokeniseProcess:
         self.process: subprocess.Popen[bytes] | None = None
         self.wanted = -1
         self.deaths: list[int] = []  # what was wanted when a process was killed
+        self.error = ""  # what a process said that failed
+        self.closed = False
         self.lock = threading.Lock()
 
     def want(self, block: int) -> None:
-        """Have blocks made up to this one; starts the process where there is none."""
+        """Have blocks made up to this one; starts the process where there is none. Nothing more once it is closed."""
         with self.lock:
+            if self.closed:
+                return
             if block > self.wanted:
                 self.wanted = block
                 if self.process is not None:
@@ -86,20 +91,23 @@ class TokeniseProcess:
             assert self.process.stdout is not None
             words, code = self.process.stdout.read(), self.process.returncode
             if words:
-                raise PlaitError(json.loads(words)["error"])
+                self.error = json.loads(words)["error"]
+            if self.error:
+                raise PlaitError(self.error)
             if code == 0:  # all are there
                 return
             self.deaths.append(self.wanted)
             if self.deaths.count(self.wanted) >= TRIES:
-                raise PlaitError(
-                    f"The process that tokenises ended {TRIES} times with code {code}. Free memory, then go on."
-                )
+                advice = "Free memory, then go on." if code < 0 else "What it wrote above says why."
+                self.error = f"The process that tokenises ended {TRIES} times with code {code}. {advice}"
+                raise PlaitError(self.error)
             self.note(f"the process that tokenises ended with code {code}; it is started again")
             self._start()
 
     def close(self) -> None:
         """End the process; what it has written whole stays."""
         with self.lock:
+            self.closed = True
             if self.process is not None:
                 self.process.kill()
                 self.process.wait()
@@ -114,7 +122,8 @@ class TokeniseProcess:
 
     def _start(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, "-P", "-c", _PROGRAM, str(Path(__file__).parents[2])],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env={**os.environ, "RAYON_NUM_THREADS": str(self.threads), "TOKENIZERS_PARALLELISM": "true"},
             **OUT_OF_HEARING,
         )  # fmt: skip
@@ -151,18 +160,20 @@ class _Wanted:
 
 
 def serve() -> None:
-    """The process: a `TokeniseJob` as a line of stdin, then numbers of blocks that are wanted. What goes wrong that the
-    user can mend stands on stdout, as {"error": ...}."""
+    """The process: a `TokeniseJob` as a line of stdin, then numbers of blocks that are wanted. What goes wrong stands
+    on stdout, as {"error": ...}."""
     end_with_parent()
     job = TokeniseJob(**json.loads(sys.stdin.buffer.readline()))
     fault = ""
     try:
-        with filelock.FileLock(Path(job.cache) / f".{job.split}-blocks.lock"):  # runs may share a cache
-            _tokenise(job, _Wanted())
+        _tokenise(job, _Wanted())
     except PlaitError as error:
         fault = str(error)
     except OSError as error:
         fault = f"Cannot tokenise into {job.cache}: {error.strerror or error}."
+    except Exception as error:  # a fault of Plait's: its place in the code stands on stderr
+        traceback.print_exc()
+        fault = f"Tokenising failed: {type(error).__name__}: {error}."
     if fault:
         sys.stdout.write(json.dumps({"error": fault}))
         sys.stdout.flush()
@@ -176,19 +187,25 @@ def _tokenise(job: TokeniseJob, wanted: _Wanted) -> None:
     files = BlockFiles(Path(job.cache), job.split, job.columns, job.made_of)
     text = Text(Tokenizer.from_str(job.tokenizer))
     indices = dataset.indices(job.split)
-    earlier = EarlierCache(Path(job.cache), job.split)
-    encode = {c: reusing(text.encode_batch, earlier.tokens(c, job.tokenizer_key)) for c in job.columns}
+    lock = filelock.FileLock(Path(job.cache) / f".{job.split}-blocks.lock")  # runs may share a cache
+    with lock:
+        earlier = EarlierCache(Path(job.cache), job.split)
+        encode = {c: reusing(text.encode_batch, earlier.tokens(c, job.tokenizer_key)) for c in job.columns}
     missing = [block for block in range(plan.count) if not files.is_there(block)]
     for number, block in enumerate(missing):
         wanted.await_block(block)
         if number == 1 and hasattr(os, "nice"):
             os.nice(NICE)  # nothing else is done before the first block is there
         records = indices[plan.records(block)]
-        files.write(
-            block,
-            lambda column, records=records: dataset.cells(column, records),  # type: ignore[misc]
-            encode.__getitem__,
-            text_key,
-            text.size,
-        )
-    earlier.close()
+        with lock:
+            if files.is_there(block):
+                continue  # another run made it meanwhile
+            files.write(
+                block,
+                lambda column, records=records: dataset.cells(column, records),  # type: ignore[misc]
+                encode.__getitem__,
+                text_key,
+                text.size,
+            )
+    with lock:
+        earlier.close()
