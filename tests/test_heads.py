@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,8 +78,6 @@ def test_a_head_over_a_text_encoder(
     assert plait("classify", run, "iron zinc gold 3", "--top", 1) == 0
     assert "metal" in capsys.readouterr().out
     assert plait("evaluate", run) == 0
-    import json
-
     figures = json.loads((run / "metrics.json").read_text())
     assert (
         figures["recognition/text-label/accuracy"]["value"] > 0.8 > figures["recognition/text-label/accuracy"]["chance"]
@@ -189,6 +190,37 @@ def test_the_seed_alone_governs_what_last_blocks_learn(efficientnet: Path) -> No
     first = trained(0)
     torch.rand(1)
     assert trained(0) == first != trained(1)
+
+
+class OneImageOnly(torch.nn.Module):
+    """A network whose blocks are a chain, but whose end goes by how many images it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, pixel_values: torch.Tensor) -> Any:
+        states = pixel_values.flatten(2)
+        for block in self.blocks:
+            states = block(states)
+        return SimpleNamespace(last_hidden_state=states.reshape(len(pixel_values), -1, 8))
+
+
+def test_a_network_that_runs_in_two_halves_of_one_image_alone_is_not_cut() -> None:
+    with pytest.raises(ValueError, match=r"two halves|no chain"):
+        LastBlocks(OneImageOnly(), torch.rand(1, 3, 2, 4))
+
+
+def test_labels_without_images_are_told(vit: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    rng = np.random.default_rng(3)
+    rows = [{"text": f"note {i}", "label": f"kind {i % 2}", "split": "train"} for i in range(24)]
+    for i in range(4):  # which train has none of
+        make_image(i % 2, rng).save(tmp_path / "in" / f"{i}.png")
+        rows.append({"image": f"{i}.png", "label": f"kind {i % 2}", "split": "val"})
+    (tmp_path / "in" / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(PlaitError, match="records of train that have image have 0 of the labels in label"):
+        plait.train(tmp_path / "in", tmp_path / "run", init_from=str(vit), progress=False)
 
 
 def test_a_scale_of_pixels_that_the_weights_do_not_fit_is_found(efficientnet: Path) -> None:

@@ -68,6 +68,28 @@ def test_pairs_are_trained_and_exported(
     assert plait("index", "add", tmp_path / "index", pairs, "--model", run) in (0, 2)
 
 
+def test_every_image_with_the_caption_of_a_query_is_right(
+    pairs: Path,
+    folders: dict[str, Path],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    table = pairs / "metadata.csv"
+    lines = table.read_text().splitlines()
+    captions = [line.partition(",")[2] for line in lines]
+    for n in range(2, len(lines), 2):  # each of them twice
+        lines[n] = lines[n].partition(",")[0] + "," + captions[n - 1]
+    table.write_text("\n".join(lines))
+    run = library.train(pairs, tmp_path / "run", init_from=str(folders["clip"]), steps=1, batch_size=8, progress=False)
+    figures = library.evaluate(run, split="train", progress=False)
+    records = [record.parts for record in run.dataset.iterate(run.dataset.indices("train"))]
+    texts, model = np.array([record["caption"] for record in records]), run.model()
+    scores = model.embed([str(text) for text in texts]) @ model.embed([record["image"] for record in records]).T
+    first = float((texts[scores.argmax(1)] == texts).mean())
+    assert figures["retrieval/caption-image/r_at_1"].value == pytest.approx(first, abs=1e-6)
+    chance = float((texts[:, None] == texts[None]).mean())
+    assert figures["retrieval/caption-image/r_at_1"].chance == pytest.approx(chance) and chance > 1 / len(texts)
+
+
 def test_training_lowers_the_loss_and_goes_on_bit_for_bit(
     pairs: Path,
     folders: dict[str, Path],  # noqa: F811

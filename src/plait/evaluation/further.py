@@ -19,7 +19,7 @@ from plait.evaluation.keys import Direction, MetricKey, Metrics
 from plait.evaluation.outcome import Outcome
 from plait.evaluation.verdict import make_verdict
 from plait.hf import hub
-from plait.hf.contrastive import QUERIES, Pairs, embed_pairs
+from plait.hf.contrastive import QUERIES, EmbeddedPairs, Pairs, embed_pairs
 from plait.hf.pretrained import Pretrained, load_pretrained
 from plait.hf.speech_training import speech_columns
 from plait.modalities.audio_files import decode_audio
@@ -137,17 +137,18 @@ def _measure_pairs(
     if not len(places):
         raise PlaitError(f"{dataset.path} has no image of {split} with a text. Name another --split.")
     progress(f"retrieval {split}", 0, 2)
-    images, texts = embed_pairs(model, pairs, places)
+    embedded = embed_pairs(model, pairs, places)
     progress(f"retrieval {split}", 1, 2)
-    own = _found(images, texts)
-    before = _found(*embed_pairs(base, pairs, places)) if base is not None else None
+    own = _found(embedded)
+    before = _found(embed_pairs(base, pairs, places)) if base is not None else None
     text, figures = pairs.texts[0], Metrics()
     for direction in (Direction(text, pairs.image), Direction(pairs.image, text)):
         for name in ("r_at_1", "r_at_10"):
-            hits = own[direction.source == text][name]
+            search = own[direction.source == text]
+            hits = search[name]
             value, stderr = metrics.mean_with_error(hits)
             beside = float(before[direction.source == text][name].mean()) if before else None
-            chance = min(int(name.rpartition("_")[2]) / len(images), 1.0)
+            chance, _ = metrics.retrieval_chance(search["relevant"], len(hits), int(name.rpartition("_")[2]))
             figures.keep(
                 MetricKey("retrieval", direction, name), value, stderr=stderr, chance=chance, baseline=beside,
                 n=len(hits),
@@ -163,13 +164,13 @@ def _measure_pairs(
     return figures
 
 
-def _found(images: np.ndarray, texts: np.ndarray) -> dict[bool, dict[str, np.ndarray]]:
-    """Whether the other half of each pair is among the first, (N,) by figure; True is of images by texts."""
-
-    def own(start: int, stop: int) -> np.ndarray:
-        return np.arange(start, stop)[:, None] == np.arange(len(images))[None]
-
-    return {True: metrics.retrieval(texts, images, own), False: metrics.retrieval(images, texts, own)}
+def _found(pairs: EmbeddedPairs) -> dict[bool, dict[str, np.ndarray]]:
+    """Whether the other half of each pair, or of one with the same text, is among the first, (N,) by figure; True is of
+    images by texts."""
+    return {
+        True: metrics.retrieval(pairs.texts, pairs.images, pairs.same),
+        False: metrics.retrieval(pairs.images, pairs.texts, pairs.same),
+    }
 
 
 MEASURED: dict[str, Callable[..., Metrics]] = {"speech": _measure_speech, "contrastive": _measure_pairs}

@@ -121,7 +121,7 @@ class PairTraining(FurtherTraining):
         images, texts = self.train.read(places, draws)
         with self.model.device.autocast():
             a, b = _embed_images(self.model, images), _embed_texts(self.model, texts)
-        _, number = np.unique(np.array(texts), return_inverse=True)
+        number = text_numbers(texts)
         positives = torch.from_numpy(number[:, None] == number[None]).to(a.device)
         scalars = {name: getattr(self.network, name) for name in self.objective.scalars}
         return self.objective(a.float(), b.float(), positives, scalars)
@@ -132,29 +132,54 @@ class PairTraining(FurtherTraining):
         return min(len(self.val), QUERIES)
 
     def score(self) -> float:
-        """Of val, the share of texts whose own image is among the ten nearest; 0 where val is empty."""
+        """Of val, the share of texts that have an image of their own among the ten nearest; 0 where val is empty."""
         self.network.eval()
-        a, b = embed_pairs(self.model, self.val, np.arange(self.validated))
-        if not len(a):
+        pairs = embed_pairs(self.model, self.val, np.arange(self.validated))
+        if not len(pairs.images):
             return 0.0
-        scores = b @ a.T
-        rank = (scores > scores.diagonal()[:, None]).sum(1)
-        return float((rank < 10).mean())
+        scores = pairs.texts @ pairs.images.T
+        best = np.where(pairs.same(0, len(scores)), scores, -np.inf).max(1, keepdims=True)
+        return float(((scores > best).sum(1) < 10).mean())
 
     def describe(self, config: dict[str, Any]) -> str:
         """What a checkpoint goes by, and what it recalls, for people."""
         return describe_pairs(config)
 
 
-def embed_pairs(model: Pretrained, pairs: Pairs, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings of the images and of the first text of the pairs at `places`, (N, E) float32 each."""
-    a, b = [torch.zeros(0, 0)], [torch.zeros(0, 0)]
+@dataclass
+class EmbeddedPairs:
+    """Embeddings of pairs.
+
+    Attributes:
+        images: (N, E) float32.
+        texts: (N, E) float32.
+        numbers: Which of the different texts each pair has, (N,). An image belongs to every pair with its text.
+    """
+
+    images: np.ndarray
+    texts: np.ndarray
+    numbers: np.ndarray
+
+    def same(self, start: int, stop: int) -> np.ndarray:
+        """Whether the pairs from `start` to `stop` have the text of each pair, (stop - start, N)."""
+        return np.asarray(self.numbers[start:stop, None] == self.numbers[None])
+
+
+def text_numbers(texts: list[str]) -> np.ndarray:
+    """Which of the different texts each one is, (N,)."""
+    return np.unique(np.array(texts), return_inverse=True)[1]
+
+
+def embed_pairs(model: Pretrained, pairs: Pairs, places: np.ndarray) -> EmbeddedPairs:
+    """The images and the first text of each of the pairs at `places`; those whose image cannot be read are left out."""
+    a, b, words = [torch.zeros(0, 0)], [torch.zeros(0, 0)], list[str]()
     with torch.inference_mode(), model.device.autocast():
         for part in np.split(places, range(EMBEDDED, len(places), EMBEDDED)) if len(places) else ():
             images, texts = pairs.read(part, np.zeros(len(part)))
             a.append(_embed_images(model, images).float().cpu())
             b.append(_embed_texts(model, texts).float().cpu())
-    return torch.cat(a[1:] or a).numpy(), torch.cat(b[1:] or b).numpy()
+            words += texts
+    return EmbeddedPairs(torch.cat(a[1:] or a).numpy(), torch.cat(b[1:] or b).numpy(), text_numbers(words))
 
 
 def _embed_images(model: Pretrained, images: list[Any]) -> Tensor:

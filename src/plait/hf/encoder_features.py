@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,7 +29,7 @@ from plait.modalities.inputs import as_audio
 from plait.modalities.registry import MODALITIES, SETTINGS
 from plait.model.adapted import weight_sums
 
-VERSION = 3  # of what is kept
+VERSION = 4  # of what is kept
 # How fast a clip is heard, each a view of it that the head learns and whose scores are averaged: slower and lower, it
 # sounds like another speaker (docs/benchmarks/quality.md).
 SPEEDS = {"audio": (1.0, 0.85)}
@@ -45,6 +46,46 @@ class Encoder(Protocol):
     def features(self, values: Sequence[Any]) -> np.ndarray:
         """(N, V F) float32, the features of each view one after the other."""
         ...
+
+
+@dataclass(frozen=True)
+class LabelledRecords:
+    """The records of a split that have a label and what is read.
+
+    Attributes:
+        source: The column of what is read.
+        indices: Numbers of the records, (N,), ascending.
+        classes: The number of each one's label, (N,).
+    """
+
+    dataset: Dataset
+    source: str
+    indices: np.ndarray
+    classes: np.ndarray
+
+    @classmethod
+    def of(cls, dataset: Dataset, split: str, source: str, target: str, labels: Sequence[str]) -> LabelledRecords:
+        """Those of a split that have one of the labels in the column `target`."""
+        indices, texts = records_with(dataset, split, source), dataset.texts(target)
+        number = {label: i for i, label in enumerate(labels)}
+        indices = np.array([i for i in indices if texts[i] in number], np.int64)
+        return cls(dataset, source, indices, np.array([number[str(texts[i])] for i in indices], np.int64))
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def batches(self, size: int) -> Iterator[list[Any]]:
+        """What is read, so many at a time."""
+        records = self.dataset.iterate(self.indices, [self.source])
+        while part := list(islice(records, size)):
+            yield [record.parts[self.source] for record in part]
+
+
+def records_with(dataset: Dataset, split: str, column: str) -> np.ndarray:
+    """The numbers of a split's records that have something in a column, ascending."""
+    indices = dataset.indices(split)
+    present = [cells.is_valid().to_numpy(False) for cells in dataset.cells(column, indices)]
+    return indices[np.concatenate([np.zeros(0, bool), *present])]
 
 
 @dataclass(frozen=True)

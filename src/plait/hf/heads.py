@@ -2,8 +2,9 @@
 images or audio and is no language model. The encoder is frozen; of images its last blocks are trained where that is
 better on records that neither has seen.
 
-Features are made once and kept in the run's folder, by the content of encoder and data; what is fitted on them is a
-multinomial logistic regression, whose strength and temperature are chosen on records that it has not seen.
+Features are made once; those of a frozen encoder are kept in the run's folder, by the content of encoder and data.
+Where blocks may be trained, what goes into them is kept in memory while the run lasts. What is fitted on features is
+a multinomial logistic regression, whose strength and temperature are chosen on records that it has not seen.
 Shapes: N records, F features, C labels.
 """
 
@@ -11,9 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from functools import cached_property, partial
-from itertools import islice
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,14 @@ from plait.core.files import json_text, point, publish_folder, read_json, sealed
 from plait.data.dataset import Dataset
 from plait.data.record import LABEL_NAMES
 from plait.hf import hub, huggingface
-from plait.hf.encoder_features import Encoder, FeatureCache, MediaEncoder, TextEncoder
+from plait.hf.encoder_features import (
+    Encoder,
+    FeatureCache,
+    LabelledRecords,
+    MediaEncoder,
+    TextEncoder,
+    records_with,
+)
 from plait.hf.encoders import describe
 from plait.hf.last_blocks import Progress
 from plait.hf.linear_head import Examples, Head, fit_head
@@ -98,23 +104,30 @@ def train_head(
     kind, device = dataset.columns[source], choose_device(device_name, "auto")
     place = hub.find(name)
     texts = dataset.texts(target)
-    labels = [text for text in dict.fromkeys(texts[i] for i in dataset.indices("train")) if text is not None]
+    readable = records_with(dataset, "train", source)
+    labels = [text for text in dict.fromkeys(texts[i] for i in readable) if text is not None]
     if len(labels) < 2:
-        raise PlaitError(f"{dataset.path}: column {target} has {len(labels)} label in train; two are needed.")
-    read = partial(_read, dataset, source, texts, labels)
+        raise PlaitError(
+            f"{dataset.path}: the records of train that have {source} have {len(labels)} of the labels in {target}; "
+            "two are needed."
+        )
+    train_records, val_records = (
+        LabelledRecords.of(dataset, split, source, target, labels) for split in ("train", "val")
+    )
     encoder = _encoder(kind, place, dataset, recipe, {target: labels}, device)
     lines = []
     if isinstance(encoder, MediaEncoder) and encoder.reads_pixels:
-        lines += _scaled(encoder, [value for value, _ in islice(read("train"), SCALE_IMAGES)])
+        lines += _scaled(encoder, next(train_records.batches(SCALE_IMAGES)))
     cache = FeatureCache(folder / "cache", encoder, place, dataset)
     seconds = math.inf if training.minutes is None else training.minutes * 60
     last = None
     if isinstance(encoder, MediaEncoder) and encoder.reads_pixels and "encoder" not in training.freeze:
-        last = TrainedBlocks.of(encoder, read, progress)
+        last = TrainedBlocks.of(encoder, train_records, val_records, progress)
     if last is not None:
         train, val = last.examples
     else:
-        train, val = (_examples(read(split), split, encoder, cache, progress) for split in ("train", "val"))
+        train = _examples(train_records, "train", encoder, cache, progress)
+        val = _examples(val_records, "val", encoder, cache, progress)
     names = None
     if kind == "text" and sum(label.replace("_", "").isdigit() for label in labels) < len(labels) / 2:
         names = encoder.features([label.replace("_", " ") for label in labels])
@@ -191,33 +204,19 @@ def _whole(size: Size) -> Size:
     return size.model_copy(update={"seconds": 30.0})
 
 
-def _read(
-    dataset: Dataset, source: str, texts: Sequence[str | None], labels: list[str], split: str
-) -> Iterator[tuple[Any, int]]:
-    """What is read of each labelled record of a split, and the number of its label."""
-    number = {label: i for i, label in enumerate(labels)}
-    indices = np.array([i for i in dataset.indices(split) if texts[i] in number], np.int64)
-    for index, record in zip(indices, dataset.iterate(indices, [source]), strict=True):
-        if (value := record.parts.get(source)) is not None:
-            yield value, number[str(texts[index])]
-
-
 def _examples(
-    records: Iterator[tuple[Any, int]], split: str, encoder: Encoder, cache: FeatureCache, progress: Progress
+    records: LabelledRecords, split: str, encoder: Encoder, cache: FeatureCache, progress: Progress
 ) -> Examples:
     """Features of a split's records, from the cache where they are there."""
-    classes: list[int] = []
-    rows: list[np.ndarray] = []
     stored = cache.get(split)
-    while part := list(islice(records, 256)):
-        classes += [label for _, label in part]
-        if stored is None:
-            rows.append(encoder.features([value for value, _ in part]))
-        progress(f"features of {split}", len(classes), len(classes) + (256 if len(part) == 256 else 0))
     if stored is None:
-        stored = np.concatenate(rows) if rows else np.zeros((0, encoder.views), np.float32)
+        rows = [np.zeros((0, encoder.views), np.float32)]
+        for values in records.batches(256):
+            rows.append(encoder.features(values))
+            progress(f"features of {split}", sum(map(len, rows)), len(records))
+        stored = np.concatenate(rows[1:] or rows)
         cache.put(split, stored)
-    return Examples(stored, np.array(classes, np.int64))
+    return Examples(stored, records.classes)
 
 
 def _save(head: Head, config: dict[str, Any], blocks: dict[str, Tensor], folder: Path) -> None:

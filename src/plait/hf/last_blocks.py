@@ -55,7 +55,7 @@ class LastBlocks:
     """
 
     def __init__(self, network: nn.Module, sample: Tensor) -> None:
-        """`sample` is what the network reads, (1, 3, H, W). Raises ValueError where it cannot be cut."""
+        """`sample` is what the network reads of an image, (1, 3, H, W). Raises ValueError where it cannot be cut."""
         lists = [module for module in network.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
         if not lists:
             raise ValueError("the network has no blocks")
@@ -65,18 +65,22 @@ class LastBlocks:
         names = dict(network.named_parameters())
         for parameter in names.values():
             parameter.requires_grad_(True)
-        states = self.before(sample)
-        out = self.after(states)
+        two = torch.cat((sample, 1 - sample))  # since `after` is asked about more images than its sample has
+        try:
+            out = self.after(self.before(two))
+            with torch.no_grad():
+                whole: Tensor = network(pixel_values=two).last_hidden_state
+            chain = out.shape == whole.shape and torch.allclose(whole, out.detach(), rtol=1e-3, atol=1e-4)
+        except (RuntimeError, IndexError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the network does not run in two halves: {error}") from error
+        if not chain:
+            raise ValueError("the network's blocks are no chain")
         grads = torch.autograd.grad(out.sum(), list(names.values()), allow_unused=True)
         self.trained: dict[str, nn.Parameter] = {}
         for (name, parameter), grad in zip(names.items(), grads, strict=True):
             parameter.requires_grad_(grad is not None)
             if grad is not None:
                 self.trained[name] = parameter
-        with torch.no_grad():
-            whole: Any = network(pixel_values=sample)
-        if not torch.allclose(whole.last_hidden_state, out.detach(), rtol=1e-3, atol=1e-4):
-            raise ValueError("the network's blocks are no chain")
 
     @torch.no_grad()
     def before(self, pixels: Tensor) -> Tensor:

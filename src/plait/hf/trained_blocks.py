@@ -5,17 +5,14 @@ Shapes: N records, V views of each, F features, C labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import islice
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from plait.classifiers.mixture import cross_entropy, softened, temperature
 from plait.core.interruption import pause_point
-from plait.hf.encoder_features import BATCH, MediaEncoder, Variant
+from plait.hf.encoder_features import BATCH, LabelledRecords, MediaEncoder, Variant
 from plait.hf.last_blocks import LastBlocks, Progress, States, features_of, train_last
 from plait.hf.linear_head import FEW, Examples, Head, nearness
 
@@ -33,33 +30,33 @@ class TrainedBlocks:
     def of(
         cls,
         encoder: MediaEncoder,
-        read: Callable[[str], Iterator[tuple[Any, int]]],
+        train: LabelledRecords,
+        val: LabelledRecords,
         progress: Progress,
     ) -> TrainedBlocks | None:
         """What the first blocks give of all records. None where the encoder cannot be cut in two, its states would
-        take too much memory, or val has too few records to say what is better."""
+        take too much memory, or there are too few records to say what is better."""
+        if min(len(train), len(val)) < FEW:
+            return None
+        sample = encoder.pixels(next(train.batches(1)), Variant())
         try:
-            last = LastBlocks(encoder.network, encoder.pixels([next(read("train"))[0]], Variant()))
+            last = LastBlocks(encoder.network, sample)
         except ValueError:
             return None
+        one = last.before(sample)[0].half()
+        if one.nbytes * len(encoder.variants) * (len(train) + len(val)) > STATES_BYTES:
+            return None
         states: dict[str, States] = {}
-        left = STATES_BYTES
-        for split in ("val", "train"):
-            made, classes = list[list[Tensor]](), list[int]()
-            records = read(split)
-            while part := list(islice(records, BATCH)):
+        for split, records in (("val", val), ("train", train)):
+            views = one.new_empty(len(encoder.variants), len(records), *one.shape)
+            done = 0
+            for values in records.batches(BATCH):
                 pause_point()
-                values = [value for value, _ in part]
-                made.append([last.before(encoder.pixels(values, one)).half() for one in encoder.variants])
-                classes += [label for _, label in part]
-                left -= sum(view.nbytes for view in made[-1])
-                progress(f"first blocks of {split}", len(classes), len(classes) + (BATCH if len(part) == BATCH else 0))
-                if left < 0:
-                    return None
-            if len(classes) < FEW:
-                return None
-            views = torch.stack([torch.cat(view) for view in zip(*made, strict=True)])
-            states[split] = States(views, np.array(classes, np.int64))
+                for view, variant in zip(views, encoder.variants, strict=True):
+                    view[done : done + len(values)] = last.before(encoder.pixels(values, variant))
+                done += len(values)
+                progress(f"first blocks of {split}", done, len(records))
+            states[split] = States(views, records.classes)
         return cls(encoder, last, states)
 
     @property
