@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -13,9 +14,10 @@ import pytest
 from PIL import Image
 
 from plait.core.errors import PlaitError
-from plait.data.conversations import turns
+from plait.data.conversations import is_chat, messages_of, turns
 from plait.data.dataset import Dataset
 from plait.data.prepare import prepare
+from plait.data.readers import _listed_texts
 from plait.modalities.audio_files import encode_wav
 
 
@@ -39,6 +41,16 @@ def prepared(folder: Path) -> tuple[Dataset, dict[str, str]]:
     prepare(folder / "in", folder / "out", workers=0)
     lines = (folder / "out/rejects.jsonl").read_text().splitlines()
     return Dataset.open(folder / "out"), {row["file"]: row["reason"] for row in map(json.loads, lines)}
+
+
+def test_a_text_beside_media_is_read_no_further_than_it_may_list_them() -> None:
+    stems = {f"a/clip_{n}" for n in range(8)}
+    lines = [f"clip_{n} Words {n}\n" for n in range(8)]
+    heard = {f"a/clip_{n}": f"Words {n}" for n in range(8)}
+    assert _listed_texts(io.StringIO("About these\n\nclips\n" + "".join(lines)), "a", stems) == heard
+    assert _listed_texts(io.StringIO("".join(lines) + "One\n" * 3), "a", stems) == {}
+    long = io.StringIO("Another line\n" * 100)
+    assert _listed_texts(long, "a", stems) == {} and len(long.read().splitlines()) == 97
 
 
 def test_a_table_names_images_without_their_ending_and_folder(tmp_path: Path) -> None:
@@ -149,7 +161,9 @@ def test_an_export_of_chats_is_conversations(tmp_path: Path) -> None:
             "worse": node("ask", [], "assistant", "Not this one"),
             "better": node("ask", [], "assistant", f"Answer {n}"),
         }
-        chats.append({"title": f"Chat {n}", "mapping": nodes, "current_node": "better"})
+        if n % 2:  # the user went back to the first answer
+            nodes["ask"]["children"] = ["better", "worse"]
+        chats.append({"title": f"Chat {n}", "mapping": nodes, "current_node": "better" if n % 2 else None})
     put(tmp_path / "in/conversations.json", json.dumps(chats))
     dataset, _ = prepared(tmp_path)
     assert dataset.manifest.chats == ["mapping"]
@@ -157,6 +171,16 @@ def test_an_export_of_chats_is_conversations(tmp_path: Path) -> None:
         number = str(record.parts["title"]).removeprefix("Chat ")
         said = [(turn.role, turn.parts) for turn in turns(str(record.parts["mapping"]))]
         assert said == [("user", [("text", f"Ask {number}")]), ("assistant", [("text", f"Answer {number}")])]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"message": "hello"}, {"message": {"content": "hello"}}, {"message": {"author": "user"}}, {"parent": ["a"]},
+     {"children": {"a": 1}}, {"children": [["a"]]}, {"message": {"content": {"parts": "hello"}}}],
+)  # fmt: skip
+def test_a_tree_that_is_none_of_chatgpts_comes_back_as_it_is(wrong: dict[str, object]) -> None:
+    tree = {"a": {"parent": None, "children": [], "message": None} | wrong}
+    assert messages_of(tree) is tree and not is_chat(tree)
 
 
 def test_nested_values_are_told_of(tmp_path: Path) -> None:

@@ -47,28 +47,57 @@ _FIELDS = ({"role", "content"}, {"from", "value"})  # of a message
 _NODE = {"message", "parent", "children"}  # of the tree of messages in ChatGPT's exports
 
 
-def _branch(nodes: dict[str, Any]) -> list[dict[str, str]]:
-    """The messages of a tree along its last branches, which are what was said last; those without text left out."""
+def _is_tree(value: Any) -> bool:
+    """Whether a value is a tree of messages, all of whose nodes are as ChatGPT writes them."""
+    return isinstance(value, dict) and len(value) > 0 and all(map(_is_node, value.values()))
+
+
+def _is_node(node: Any) -> bool:
+    if not isinstance(node, dict) or not node.keys() >= _NODE:
+        return False
+    message, children = node["message"], node["children"]
+    if not isinstance(node["parent"], str | None) or not isinstance(children, list | None):
+        return False
+    if not all(isinstance(child, str) for child in children or []) or not isinstance(message, dict | None):
+        return False
+    content, author = (message or {}).get("content"), (message or {}).get("author")
+    if not isinstance(content, dict | None) or not isinstance(author, dict | None):
+        return False
+    return isinstance((content or {}).get("parts"), list | None)
+
+
+def _branch(nodes: dict[str, Any], current: Any) -> list[dict[str, str]]:
+    """The messages of a tree up to its node `current`; where there is no such node, along the last branches, which are
+    what was said last. Those without text are left out."""
+    if not isinstance(current, str) or current not in nodes:
+        root = next((name for name, node in nodes.items() if node["parent"] not in nodes), None)
+        path = _walk(nodes, root, lambda node: (node["children"] or [None])[-1])
+    else:
+        path = _walk(nodes, current, lambda node: node["parent"])[::-1]
     messages: list[dict[str, str]] = []
-    at = next((name for name, node in nodes.items() if node["parent"] not in nodes), None)
-    seen = set[str]()
-    while at in nodes and at not in seen:
-        seen.add(at)
+    for at in path:
         message = nodes[at]["message"] or {}
         parts = (message.get("content") or {}).get("parts") or []
         text = "\n".join(part for part in parts if isinstance(part, str)).strip()
         role = (message.get("author") or {}).get("role")
         if text and role in ROLES:
             messages.append({"role": role, "content": text})
-        children = nodes[at]["children"] or []
-        at = children[-1] if children else None
     return messages
 
 
-def messages_of(value: Any) -> Any:
+def _walk(nodes: dict[str, Any], at: str | None, following: Callable[[dict[str, Any]], str | None]) -> list[str]:
+    """The names of nodes from one on, each once."""
+    path: dict[str, None] = {}
+    while at is not None and at in nodes and at not in path:
+        path[at] = None
+        at = following(nodes[at])
+    return list(path)
+
+
+def messages_of(value: Any, current: Any = None) -> Any:
     """A conversation as a list of messages with role and content, where it is one in another shape: JSON text, a list
     for each field (as `datasets` keeps a sequence of structs), ShareGPT's `from` and `value`, or the tree of ChatGPT's
-    exports. Anything else comes back as it is."""
+    exports, of which `current` is the node that the user saw last. Anything else comes back as it is."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
@@ -78,8 +107,8 @@ def messages_of(value: Any) -> Any:
         columns = list(value.values())
         if all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
             value = [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
-    if isinstance(value, dict) and value and all(isinstance(n, dict) and n.keys() >= _NODE for n in value.values()):
-        return _branch(value)
+    if _is_tree(value):
+        return _branch(value, current)
     if isinstance(value, list) and value and all(isinstance(m, dict) and "from" in m and "value" in m for m in value):
         return [{"role": _SHAREGPT.get(str(m["from"]).lower(), m["from"]), "content": m["value"]} for m in value]
     return value
@@ -96,14 +125,14 @@ def is_chat(value: Any) -> bool:
 
 
 def flatten(
-    messages: Any, taken: Collection[str], medium: Callable[[str, bytes | str], Any]
+    messages: Any, taken: Collection[str], medium: Callable[[str, bytes | str], Any], current: Any = None
 ) -> tuple[str, dict[str, Any]]:
     """The text of a conversation, and its media by column. `taken` are columns that the record has already; `medium`
-    makes a part of a kind and the bytes, or the path, that the conversation holds.
+    makes a part of a kind and the bytes, or the path, that the conversation holds. `current`: see `messages_of`.
 
     Raises ValueError saying what is wrong with it.
     """
-    messages = messages_of(messages)
+    messages = messages_of(messages, current)
     if not is_chat(messages):
         raise ValueError("messages must be a list of objects with role and content")
     media: dict[str, Any] = {}

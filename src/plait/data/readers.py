@@ -45,6 +45,7 @@ TEXT_BYTES = 8192  # of one record of a long text
 TAILS = ((0.9, "val"), (0.95, "test"))  # where the splits of a text begin, where there are few
 BESIDE = (".txt", ".srt", ".vtt")  # of a medium's text
 LISTED_SHARE = 0.8  # of the lines of a list of transcripts that begin with the name of a medium
+LINE_MOST = 1 << 16  # characters of such a line
 FEW_TEXTS = 20  # files, below which each of them is cut at its last tenth: a split by file would hang on one or two
 WORTH_CUTTING = 1000  # characters of one of several files; a shorter one is trained on as a whole
 
@@ -328,16 +329,33 @@ def _transcripts(tree: Tree, stems: Collection[str]) -> dict[str, str]:
         folder = name.rpartition("/")[0]
         try:
             with open_text(tree.files[name], name, "strict") as file:
-                lines = [line.strip().partition(" ") for line in file if line.strip()]
+                found = _listed_texts(file, folder, stems)
         except DAMAGED as error:
             raise_if_passing(error, name)
             continue  # told of as a text that belongs to nothing
-        own = {f"{folder}/{first}" if folder else first: words for first, _, words in lines}
-        found = {stem: words.strip() for stem, words in own.items() if stem in stems and words.strip()}
-        if found and len(found) >= LISTED_SHARE * len(lines):
+        if found:
             tree.used.add(name)
             texts |= found
     return texts
+
+
+def _listed_texts(file: IO[str], folder: str, stems: Collection[str]) -> dict[str, str]:
+    """The texts of stems out of a file's lines; none where too few of its lines begin with a medium's name. A large
+    text of something else is not read whole: there cannot be more media than there are."""
+    found: dict[str, str] = {}
+    lines = 0
+    while line := file.readline(LINE_MOST):
+        if not line.strip():
+            continue
+        lines += 1
+        first, _, words = line.strip().partition(" ")
+        stem = f"{folder}/{first}" if folder else first
+        if stem in stems and words.strip():
+            found[stem] = words.strip()
+        others = lines - len(found)
+        if len(stems) < LISTED_SHARE * (others + len(stems)):  # too few, even if all media followed
+            return {}
+    return found if len(found) >= LISTED_SHARE * lines else {}
 
 
 def plan_media(tree: Tree, pattern: re.Pattern[str] | None) -> Plan | None:

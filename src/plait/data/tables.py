@@ -630,7 +630,7 @@ def _record(tree: Tree, table: Table, line: int, row: dict[str, Any]) -> Iterato
         for column, value in chats:  # last, since their media take the names that are free
             part = partial(_spoken, tree, table, place, column)
             try:
-                text, media = flatten(value, record.parts, part)
+                text, media = flatten(value, record.parts, part, row.get("current_node"))
             except ValueError as error:
                 kind = error.reason.kind if isinstance(error, UnusableError) else RejectKind.BAD_VALUE
                 raise UnusableError(Reason(kind, f"column '{column.name}': {error}")) from None
