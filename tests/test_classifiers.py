@@ -27,6 +27,8 @@ from plait.evaluation.metrics import calibration
 from plait.evaluation.outcome import Outcome
 from plait.evaluation.verdict import make_verdict
 from plait.recommend.ranking import HR_10
+from plait.server.mcp import Toolbox
+from plait.studio.use import Models
 from plait.training.expectation import expectation
 from plait.training.tasks import derive
 from server import Server
@@ -265,7 +267,12 @@ def check_served_for_labels_alone(run: Path, image: bytes) -> None:
         status, answer = server.post("/v1/plait/classify", {"inputs": [part, part]})
         assert status == 200 and [one["data"][0]["label"] for one in answer["results"]] == ["left", "left"]
         (card,) = json.loads(server.ask("GET", "/v1/models")[2])["data"]
-        assert "classify" in card["verbs"] and not {"generate", "describe", "transcribe"} & set(card["verbs"])
+    words = {"generate", "describe", "transcribe"}
+    toolbox = Toolbox({"run": package.load(run)})
+    assert toolbox.models_with("classify") and not any(toolbox.models_with(verb) for verb in words)
+    toolbox.close()
+    for verbs in (card["verbs"], Models().verbs(run)):  # of the server, and of the studio
+        assert "classify" in verbs and not words & set(verbs)
 
 
 def test_the_task_is_seen_in_the_data(plait: Plait, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,10 +18,12 @@ from plait.classifiers.several import SeveralLabels
 from plait.core.device import Device
 from plait.core.errors import PlaitError
 from plait.inference import scoring
+from plait.inference.base import Verb
 from plait.inference.inputs import Reading
 from plait.inference.opinions import ood_scores, opinion_scores
 from plait.inference.results import Estimate, Prediction, Predictions
 from plait.modalities.inputs import inputs_of
+from plait.modalities.media import MEDIA
 from plait.model.multimodal import Sequence
 
 if TYPE_CHECKING:
@@ -90,6 +92,12 @@ class Answering(Reading):
         read_only = set(self.checkpoint.model.config.read_only)
         written = {column for column, kind in self.columns.items() if not {column, kind} & read_only}
         return bool(fitted) and not self.vocabulary.turns and written <= given
+
+    @property
+    def offered_verbs(self) -> list[str]:
+        """The verbs to offer to people and programs: none for words, where it was trained to say labels alone."""
+        words = {Verb.GENERATE, *(files.verb for files in MEDIA.values())} if self.answers_only else set()
+        return [verb for verb in self.verbs if verb not in words]
 
     def classify_together(
         self, value: Any, labels: list[str] | None = None, column: str | None = None, top: int | None = 5

@@ -76,6 +76,11 @@ class Model:
         raise NotImplementedError
 
     @property
+    def offered_verbs(self) -> list[str]:
+        """The verbs to offer to people and programs: those whose answers mean something."""
+        return self.verbs
+
+    @property
     def plait_model(self) -> PlaitModel | None:
         """This model where it runs in Plait's engine, which knows columns, sequences and requests; else None."""
         return None

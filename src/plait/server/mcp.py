@@ -79,7 +79,7 @@ class Toolbox:
 
     def models_with(self, verb: str) -> list[str]:
         """The models that can do something."""
-        return [name for name, model in self.models.items() if verb in model.verbs]
+        return [name for name, model in self.models.items() if verb in model.offered_verbs]
 
     def model(self, name: str | None, verb: str) -> Model:
         """The model of a name that can do something; the first where none is named."""
@@ -144,7 +144,7 @@ def build_server(toolbox: Toolbox, name: str = "Plait") -> Any:
 def _says(model: Model) -> str:
     """What a model can do and knows, in a few words."""
     labels = [f"{column} ({', '.join(values[:20])})" for column, values in model.labels.items() if values]
-    return f"can {', '.join(model.verbs)}" + (f", knows {'; '.join(labels)}" if labels else "")
+    return f"can {', '.join(model.offered_verbs)}" + (f", knows {'; '.join(labels)}" if labels else "")
 
 
 def _with_tool_errors(call: Callable[..., Any], error_type: type[Exception]) -> Callable[..., Any]:

@@ -15,11 +15,10 @@ from starlette.responses import Response
 
 from plait.core.errors import PlaitError
 from plait.core.features import ExtensionPoint
-from plait.inference.base import Model, Verb
+from plait.inference.base import Model
 from plait.inference.model import PlaitModel
 from plait.inference.prompts import Chat
 from plait.inference.requests import Completion, Delta, Request
-from plait.modalities.media import MEDIA
 from plait.model.multimodal import Sequence
 from plait.server.access_log import Metrics, RequestContext
 from plait.server.limits import ApiError, Limits, as_api_error, decode_base64, decode_data_url
@@ -110,10 +109,9 @@ class Served:
 
     @property
     def verbs(self) -> list[str]:
-        """What it is served for: not for words, where it was trained to say labels alone."""
-        if (plait_model := self.model.plait_model) is not None:
-            words = {Verb.GENERATE, *(files.verb for files in MEDIA.values())} if plait_model.answers_only else set()
-            return [verb for verb in self.model.verbs if verb not in words]
+        """What it is served for."""
+        if self.model.plait_model is not None:
+            return self.model.offered_verbs
         return [verb for verb in self.model.verbs if verb in ("classify", "embed", "transcribe")]
 
 

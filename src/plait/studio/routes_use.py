@@ -157,5 +157,5 @@ def _abilities(studio: Studio, run: Path) -> tuple[list[str], list[str], bool]:
         model = studio.models.get(run)
         columns = getattr(model, "columns", {})
         has_turns = getattr(getattr(model, "vocabulary", None), "turns", False)
-        can_chat = "generate" in model.verbs and (bool(has_turns) or not columns)
-        return list(model.verbs), sorted({*MEDIA, "text"}.intersection(columns.values())), can_chat
+        can_chat = "generate" in model.offered_verbs and (bool(has_turns) or not columns)
+        return list(model.offered_verbs), sorted({*MEDIA, "text"}.intersection(columns.values())), can_chat

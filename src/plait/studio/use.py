@@ -195,9 +195,9 @@ class Models:
         return self._model
 
     def verbs(self, run: Path) -> list[str]:
-        """What a run's model can do."""
+        """What a run's model is offered for."""
         with self.lock:
-            return [str(verb) for verb in self.get(run).verbs]
+            return [str(verb) for verb in self.get(run).offered_verbs]
 
     def forms(self, run: Path) -> list[Form]:
         """The forms that a run's model can be handed over in."""
@@ -222,7 +222,7 @@ class Models:
         value, kind = self._input(body, text)
         with self.lock:
             model = self.get(run)
-            verbs = set(model.verbs)
+            verbs = set(model.offered_verbs)
             columns = dict(getattr(model, "columns", {}))
             if columns and kind not in columns.values():
                 readable = ", ".join(sorted(set(columns.values())))
@@ -306,8 +306,8 @@ class Models:
         turns = [Turn(one.role, [self._part(part) for part in one.parts]) for one in messages]
         with self.lock:
             model = self.get(run)
-            if "generate" not in model.verbs:
-                raise PlaitError(f"This model cannot talk. It can {', '.join(model.verbs)}.")
+            if "generate" not in model.offered_verbs:
+                raise PlaitError(f"This model cannot talk. It can {', '.join(model.offered_verbs)}.")
             session = Session(Chat(model, run))
             session.turns = turns[:-1]
             session.attached = [part for part in turns[-1].parts if not isinstance(part, str)]
