@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def test_a_run_that_knows_its_few_texts_by_heart_says_so(
 ) -> None:
     """Of too little text, that has nothing left for test: longer training is not what helps, and val is measured."""
     rng = np.random.default_rng(0)
-    texts = [" ".join(rng.choice(WORDS, 30)) for _ in range(6)]
+    texts = ["- it's " + " ".join(rng.choice(WORDS, 30)) for _ in range(6)]
     rows = [{"text": text, "split": "val" if i < 2 else "train"} for i, text in enumerate(texts)]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = tmp_path / "recipe.yaml"
@@ -108,7 +109,10 @@ def test_a_run_that_knows_its_few_texts_by_heart_says_so(
     assert plait("train", tmp_path / "texts.jsonl", "-o", run, "--recipe", recipe) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "learnt by heart" in shown and "(--init-from)" in shown and "--minutes" not in shown
-    assert f'plait generate {run} "{" ".join(texts[0].split()[:6])}"' in shown
+    command = shlex.split(shown.partition("See it at work: ")[2])
+    assert command == ["plait", "generate", str(run), "--", " ".join(texts[0].split()[:6])]
+    assert plait("generate", "--max-new-tokens", 4, *command[2:]) == 0
+    capsys.readouterr()
     assert plait("evaluate", run) == 0
     out, err = (" ".join(text.split()) for text in capsys.readouterr())
     assert "learnt by heart" in out and "(--init-from)" in out and "--minutes" not in out

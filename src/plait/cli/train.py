@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -116,7 +117,9 @@ def train(
     out.print(plain(trained.describe()))
     out.print(f"Next: plait evaluate {trained.folder}")
     if trained.recipe.training.task == "language" and (words := trained.first_words()) is not None:
-        out.print(plain(f'See it at work: plait generate {trained.folder} "{words}"'))
+        end_of_options = ["--"] if words.startswith("-") else []
+        command = shlex.join(["plait", "generate", str(trained.folder), *end_of_options, words])
+        out.print(plain(f"See it at work: {command}"))
 
 
 def _say(line: str) -> None:

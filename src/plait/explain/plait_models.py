@@ -267,7 +267,6 @@ class TextQuestion(_PlaitQuestion):
 
 
 @dataclass
-@dataclass
 class ClassifierQuestion(TextQuestion):
     """Why a label is the answer of the run's classifier, which mixes several opinions."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -172,44 +173,42 @@ def evaluate(
     from plait.inference.model import load
 
     folder = run.folder if isinstance(run, Run) else Path(run).expanduser()
-    own_test = data is None and split in (None, "test")
+    own = data is None
     if folds is not None and (folds < 0 or folds == 1):
         raise PlaitError(f"folds is {folds}: it must be at least 2, or 0 for none.")
     if made is not None and made < 1:
         raise PlaitError(f"made is {made}: it must be at least 1.")
     if alternatives not in ALTERNATIVES:
         raise PlaitError(f"There are no alternatives '{alternatives}'. Known are {' and '.join(ALTERNATIVES)}.")
-    if folds and not own_test:
+    if folds and not (own and split in (None, "test")):
         raise PlaitError("Folds are made of all records of the run's own data: leave --split and --data out.")
-    own_data = data is None
     if data is None:
         data = Run(folder).dataset_path
     dataset = data if isinstance(data, Dataset) else Dataset.open(data)
     loaded = load(folder, device, precision)
-    instead = own_data and split is None and _has_val_alone(dataset)
-    measured_split = split or ("val" if instead else "test")
+    measured = _measured_split(dataset, own, split)
     if isinstance(loaded, HeadModel):
-        metrics, findings = measure_head(loaded, dataset, measured_split, limit)
-        return _kept(folder, dataset, measured_split, metrics, findings, own_test, instead)
+        metrics, findings = measure_head(loaded, dataset, measured.name, limit)
+        return _kept(folder, dataset, measured, metrics, findings)
     if isinstance(loaded, Pretrained):
         with ProgressBar(progress) as bar:
-            metrics, findings = measure_further(loaded, dataset, measured_split, limit, bar)
-        return _kept(folder, dataset, measured_split, metrics, findings, own_test, instead)
+            metrics, findings = measure_further(loaded, dataset, measured.name, limit, bar)
+        return _kept(folder, dataset, measured, metrics, findings)
     model = loaded.plait_model
     if model is None:
         raise PlaitError(f"{folder} is no model that plait trained; evaluation needs a run.")
     with ProgressBar(progress) as bar:
         begun = time.perf_counter()
-        by_fold = own_test and folds != 0
+        by_fold = measured.own_default and folds != 0
         fold_metrics = by_folds(model, dataset, folder, folds, seed, device, bar, bar.message) if by_fold else {}
         fold_seconds = time.perf_counter() - begun
         seconds = training_seconds(Run(folder).metadata) if alternatives == "all" else None
-        if fold_metrics and instead:  # they are of all records
-            measured_split, instead = "test", False
+        if fold_metrics:  # which are of all records, so that val takes no place
+            measured = replace(measured, name="test", in_place_of_test=False)
         metrics, findings = _measure(
             model,
             dataset,
-            measured_split,
+            measured.name,
             {"records": limit, "made": made},
             reference_seconds,
             seconds,
@@ -219,14 +218,48 @@ def evaluate(
         )
     if fold_metrics:
         metrics.keep(MetricKey(TIMING, Direction("folds"), "seconds"), fold_seconds)
-    return _kept(folder, dataset, measured_split, metrics, findings, own_test, instead)
+    return _kept(folder, dataset, measured, metrics, findings)
 
 
-def _has_val_alone(dataset: Dataset) -> bool:
-    """Whether a dataset of records has some held out for val, and none for test."""
-    if dataset.manifest.kind != "records":
-        return False
-    return len(dataset.indices("val")) > 0 and not len(dataset.indices("test"))
+@dataclass(frozen=True)
+class MeasuredSplit:
+    """The split that figures are of.
+
+    Attributes:
+        name: train, val or test.
+        own: Whether it is of the run's own data.
+        in_place_of_test: Whether it is val since test, which was meant, has no records.
+    """
+
+    name: str
+    own: bool
+    in_place_of_test: bool = False
+
+    @property
+    def own_test(self) -> bool:
+        """Whether the figures are of the run's own test records."""
+        return self.own and self.name == "test"
+
+    @property
+    def own_default(self) -> bool:
+        """Whether test of the run's own data was meant: folds of all records may be made then."""
+        return self.own_test or self.in_place_of_test
+
+
+def _measured_split(dataset: Dataset, own: bool, asked: str | None) -> MeasuredSplit:
+    """The split to measure: the one that was asked for, else test, or val where a run's own data hold nothing out but
+    that.
+
+    Args:
+        dataset: What is measured on.
+        own: Whether these are the run's own data.
+        asked: The split that was asked for, if any.
+    """
+    if asked is not None:
+        return MeasuredSplit(asked, own)
+    if own and dataset.manifest.kind == "records" and len(dataset.indices("val")) and not len(dataset.indices("test")):
+        return MeasuredSplit("val", own, in_place_of_test=True)
+    return MeasuredSplit("test", own)
 
 
 NO_TEST = (
@@ -235,24 +268,18 @@ NO_TEST = (
 )
 
 
-def _kept(
-    folder: Path, dataset: Dataset, split: str, metrics: Metrics, findings: Findings, own_test: bool, instead: bool
-) -> Evaluation:
-    """Figures, answers and report written into a run's folder; its card too where they are of its own test records.
-
-    `instead` says that they are of val, since test has no records.
-    """
-    if instead:
+def _kept(folder: Path, dataset: Dataset, split: MeasuredSplit, metrics: Metrics, findings: Findings) -> Evaluation:
+    """Figures, answers and report written into a run's folder; its card too where they are of its own test records."""
+    if split.in_place_of_test:
         findings.notes.insert(0, NO_TEST)
-    own_test = own_test and not instead
     add_intervals(metrics)
     write_metrics(folder / "metrics.json", metrics)
     if findings.answers:
         write_atomic(folder / "answers.csv", _answer_table(findings.answers))
     write_report(folder / "report.html", metrics, findings, read_run(folder, dataset.path))
-    if own_test:
+    if split.own_test:
         write_card(folder, metrics)
-    return Evaluation(folder, split, metrics, findings)
+    return Evaluation(folder, split.name, metrics, findings)
 
 
 def _answer_table(answers: list[AnsweredRecord]) -> bytes:

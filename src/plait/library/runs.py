@@ -8,7 +8,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,8 +180,8 @@ class Run:
         return describe_head(head_config(self.best)) if config["model_type"] == TYPE else describe(self.folder)
 
     def first_words(self) -> str | None:
-        """How a text of val begins, or of train where val has none: a prompt to try the run with. None where none
-        begins with words that every shell takes as they are."""
+        """How a text of val begins, or of train where val has none: a prompt to try the run with. None where there
+        is no text."""
         dataset = self.dataset
         columns = [column for column, kind in dataset.columns.items() if kind == "text"]
         texts = (
@@ -273,9 +272,8 @@ class Run:
 
 
 def _beginning(text: str) -> str:
-    """The first words of a text, up to one with a character that means something to a shell between quotes."""
-    words = text[: 4 * PROMPT_LENGTH].split()[:PROMPT_WORDS]
-    return " ".join(takewhile(lambda word: not set(word) & set('"$`\\!%'), words))[:PROMPT_LENGTH].strip()
+    """The first words of a text."""
+    return " ".join(text[: 4 * PROMPT_LENGTH].split()[:PROMPT_WORDS])[:PROMPT_LENGTH].strip()
 
 
 def train(
