@@ -196,12 +196,14 @@ def _raise_if_ids(dataset: Dataset) -> None:
         if sum(any(c.isdigit() for c in text) for text in cells) >= LABELLED * max(len(cells), 1):
             ids.append(column)
     if len(ids) > 1:
+        wanted = [f"--task {n} takes {task.needs}." for n, task in FEATURE_TASKS.by_feature().items()]
         raise PlaitError(
-            f"{dataset.path} holds ids, numbers or dates and no texts ({', '.join(ids)}). "
-            "If each row says who chose what, call it that: --task recommend, with columns named user and item or a "
-            "recipe that says which they are. To predict a number: plait prepare --number COLUMN. If they are pairs to "
-            "answer from all the same: --task reply."
-        )
+            " ".join([
+                f"{dataset.path} holds ids, numbers or dates and no texts ({', '.join(ids)}).", *wanted,
+                "To predict a number: plait prepare --number COLUMN.",
+                "If they are pairs to answer from all the same: --task reply.",
+            ])
+        )  # fmt: skip
 
 
 def _imported(derived: Derived, training: dict[str, Any]) -> None:
