@@ -278,10 +278,13 @@ def synthetic(task: Task, name: str, examples: int | None = None) -> Figures:
 # --- histories --------------------------------------------------------------------------------------------------
 
 
+EVERYBODY = 30_000  # users who are asked about; by default 2,000 are
+
+
 def recommended(task: Task, source: Path) -> Figures:
     """HR@10 and NDCG@10 of each user's last item among all, beside directed co-occurrence."""
     task.train(source)
-    found = plait.evaluate(task.run, progress=False)
+    found = plait.evaluate(task.run, limit=EVERYBODY, progress=False)
     hits, gain = (found[f"recommendation/item-item/{name}"] for name in ("hr_at_10", "ndcg_at_10"))
     assert hits.value is not None and gain.value is not None
     return {
