@@ -239,6 +239,11 @@ class GenerationConfig(Settings):
     guidance: dict[str, float] = Field(
         {"image": 2.0, "audio": 2.0}, description="Classifier-free guidance by modality; 1 is none."
     )
+    max_new_tokens: dict[str, int] = Field(
+        {},
+        description="The most tokens of a text, by the column that it is written in; training fills in twice the "
+        "longest text of train. Without one only the context ends it.",
+    )
 
 
 class Recipe(Settings):
