@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import plait as library
 from conftest import write_world
+from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from test_heads import vit  # noqa: F401 (a fixture)
 from test_huggingface import CASES, make_tokenizer
@@ -24,13 +25,14 @@ Plait = Callable[..., int]
 def test_a_language_model_learns_to_see(vit: Path, tmp_path: Path, plait: Plait) -> None:  # noqa: F811
     base, data = tmp_path / "qwen2", tmp_path / "data"
     torch.manual_seed(0)
-    config = transformers.Qwen2Config(**{**CASES["qwen2"][1], "max_position_embeddings": 128})
+    config = transformers.Qwen2Config(**{**CASES["qwen2"][1], "max_position_embeddings": 128, "eos_token_id": 7})
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(base)
     make_tokenizer().save(str(base / "tokenizer.json"))
     assert plait("prepare", write_world(tmp_path / "files", 32), "-o", data) == 0
     recipe = tmp_path / "recipe.json"
-    training = {"steps": 3, "codec_steps": 2, "batch_size": 8, "validations": 1, "task": "describe"}
-    model = {"init_from": str(base), "image": {"encoder": f"hf:{vit}", "codec_width": 32}}
+    weights = {"image": 0, "contrastive": 0}
+    training = {"steps": 3, "batch_size": 8, "validations": 1, "task": "describe", "weights": weights}
+    model = {"init_from": str(base), "image": {"encoder": f"hf:{vit}"}}
     freeze = {"freeze": ["backbone", "token_embedding"]}
     recipe.write_text(json.dumps({"model": model, "training": training | freeze}))
     first = tmp_path / "projector"
@@ -44,5 +46,15 @@ def test_a_language_model_learns_to_see(vit: Path, tmp_path: Path, plait: Plait)
     kept = load_file(second / "checkpoints/last/model.safetensors")
     assert "backbone.blocks.0.feed_out.weight" not in kept  # the updates alone
     seeing = library.load(second)
-    assert isinstance(seeing.describe(Image.open(tmp_path / "files/media/0.png")), str)
+    image = Image.open(tmp_path / "files/media/0.png")
+    written = seeing.describe(image)
+    most = seeing.checkpoint.generation.max_new_tokens[seeing.column(None, "text", "describe")]
+    assert written == seeing.describe(image, max_new_tokens=most)  # it learnt nothing, and need not fill its context
+    assert len(written) < len(seeing.describe(image, max_new_tokens=100))
     assert "describe" in seeing.verbs and read_json(second / "run.json")["steps"] == 3
+    assert seeing.vocabulary.end == 7  # the base's own, which it writes from the first step on
+    assert "embed" not in seeing.verbs  # a contrast of weight 0 makes no space
+    losses = [json.loads(line) for line in (second / "log.jsonl").read_text().splitlines()]
+    assert not any("contrastive" in name for row in losses for name in row)
+    with pytest.raises(PlaitError, match="Did you mean max_new_tokens"):
+        seeing.describe(image, max_tokens=3)

@@ -164,7 +164,8 @@ def _refused(why: str) -> PlaitError:
 
 def exported_size(vocabulary: Vocabulary) -> int:
     """How many ids an export has: all, but for an import that was not extended, whose last two were never used."""
-    plain = not vocabulary.columns and not vocabulary.levels and vocabulary.end_id is not None
+    added = vocabulary.columns or vocabulary.levels or vocabulary.turns
+    plain = not added and vocabulary.end_id is not None
     return vocabulary.text if plain else vocabulary.size
 
 

@@ -26,7 +26,7 @@ from plait.inference.constrained import ConstraintCompiler, ConstraintError, Tex
 from plait.inference.engine import Engine
 from plait.inference.requests import Completion, Request
 from plait.inference.results import Segment
-from plait.inference.sampling import Options, make_sampling
+from plait.inference.sampling import Options, check_options, make_sampling
 from plait.inference.showcase import Shown, showcase
 from plait.modalities.audio_files import decode_audio, silent
 from plait.modalities.descriptor import MediaError
@@ -199,6 +199,7 @@ class PlaitModel(Answering, Model):
     def request(self, context: Sequence, token_type: str, n: int = 1, **options: Unpack[Options]) -> Request:
         """A request of the engine, with the checkpoint's defaults where an option is not given."""
         self.require(Verb.GENERATE)
+        check_options(options)
         defaults = self.checkpoint.generation
         sampling = make_sampling(options, defaults, token_type, n)
         guidance, stop = options.get("guidance"), options.get("stop")
@@ -231,6 +232,8 @@ class PlaitModel(Answering, Model):
                 f"This model reads {name} but was trained with training.weights.{name}: 0, so it cannot write it. "
                 f"It can {', '.join(self.verbs)}."
             )
+        if options.get("max_new_tokens") is None and column in self.checkpoint.generation.max_new_tokens:
+            options["max_new_tokens"] = self.checkpoint.generation.max_new_tokens[column]
         requests = [self.request(self._opened(context, column), token_type, n, **options) for context in contexts]
         for i, request in enumerate(requests):
             request.first_sample = i * n

@@ -7,8 +7,9 @@ seed, the sample's index and the place: so a request's result does not depend on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, TypedDict
 
 import torch
@@ -74,6 +75,16 @@ class Sampling:
             wrong = f"repetition_penalty must be above 0, not {self.repetition_penalty}"
         if wrong:
             raise PlaitError(wrong + ".")
+
+
+def check_options(options: Mapping[str, object]) -> None:
+    """Raises PlaitError where an option is none of `Options`."""
+    known = list(Options.__annotations__)
+    for name in options:
+        if name not in known:
+            near = get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(known)}."
+            raise PlaitError(f"There is no option '{name}'. {hint}")
 
 
 def make_sampling(options: SamplingOptions, defaults: GenerationConfig, token_type: str, n: int = 1) -> Sampling:

@@ -134,8 +134,9 @@ class Sampler:
         unwritten: frozenset[str] = frozenset(),  # modalities and columns that are read only
         worth: float = PASS,  # of a batch more, in tokens of padding
         shares: ListOf[float] = (),  # of a batch, for each dataset but the first, which has the rest
+        contrast: bool = True,  # whether embeddings are compared: without, nothing is read for their sake
     ) -> None:
-        self.worth = worth
+        self.worth, self.contrast = worth, contrast
         self.media_work: dict[str, float] | None = None  # to cut steps for two threads: see `cut_in_two`
         self.max_tokens: int | None = None  # of a batch, with padding; one sequence is never cut
         self.split, self.vocabulary, self.media = split, vocabulary, media
@@ -382,12 +383,12 @@ class Sampler:
             targets = [c for c in others if c not in self.unwritten]
             if targets:
                 target = targets[int(draws[TARGET] * len(targets))]
-                yield self._pair(record, column, target, samples, codes), True
+                yield self._pair(record, column, target, samples, codes), self.contrast
             if column not in self.unwritten:
                 dropped = not others or draws[DROP] < self.cond_dropout
                 condition = None if dropped else others[int(draws[SOURCE] * len(others))]
-                yield self._pair(record, condition, column, samples, codes), not dropped
-            elif texts := [c for c in others if c in self.split.texts]:  # read alone, for the contrast
+                yield self._pair(record, condition, column, samples, codes), self.contrast and not dropped
+            elif self.contrast and (texts := [c for c in others if c in self.split.texts]):  # read alone
                 source = texts[int(draws[SOURCE] * len(texts))]
                 yield Sequence().read_ids((self.split.texts[source][record] or [])[: self.context], "text"), True
 

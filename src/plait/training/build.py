@@ -56,6 +56,8 @@ def model_config(
         columns=columns,
         levels={token: levels for name in kinds for token, levels in code_levels(name, settings[name]).items()},
         closers=[name for name in kinds if MODALITIES[name].variable_length and is_writable(name)],
+        end_id=imported.vocabulary.end_id if imported else None,  # a language model knows how its texts end
+        more_ends=imported.vocabulary.more_ends if imported else None,
         turns=_turns(dataset, columns, imported, templated),
     )
     tied, embed_dim = recipe.model.tied, recipe.model.embed_dim
@@ -63,7 +65,8 @@ def model_config(
         tied = imported.tied if imported else bool(brought) or text_size > 8 * backbone.width
     if embed_dim is None:
         written = any(name in MEDIA or getattr(settings[name], "levels", None) for name in kinds)
-        embed_dim = (imported.embed_dim if imported else 0) or (EMBED_DIM if written else 0)
+        contrasted = recipe.training.weights.get("contrastive") != 0
+        embed_dim = (imported.embed_dim if imported else 0) or (EMBED_DIM if written and contrasted else 0)
     embeds = imported if imported and imported.embed_dim else None
     return ModelConfig(
         backbone=backbone,

@@ -202,6 +202,11 @@ def labels_of(source: Checkpoint | None, dataset: Dataset, found: dict[str, list
     return {**{column: values for column, values in old.items() if column not in dataset.columns}, **found}
 
 
-def generation_of(source: Checkpoint | None, requested: GenerationConfig) -> GenerationConfig:
-    """A recipe's defaults of generation; where it has none of its own, those of the source."""
-    return source.generation if source and requested == GenerationConfig() else requested
+def generation_of(
+    source: Checkpoint | None, requested: GenerationConfig, longest: Mapping[str, int]
+) -> GenerationConfig:
+    """A recipe's defaults of generation; where it has none of its own, those of the source. A text of a column with a
+    `longest` one in train, in tokens, has room for twice as many, unless the recipe says how many."""
+    config = source.generation if source and requested == GenerationConfig() else requested
+    room = {column: 2 * tokens for column, tokens in longest.items()}
+    return config.model_copy(update={"max_new_tokens": {**config.max_new_tokens, **room, **requested.max_new_tokens}})

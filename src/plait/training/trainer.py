@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from plait.core.config import Recipe
+from plait.core.config import GenerationConfig, Recipe
 from plait.core.device import choose_device, keep_memory, matmul_precision, release_memory, threads
 from plait.core.errors import DivergedError, PlaitError, Terminated
 from plait.core.files import only_writer, read_json
@@ -261,6 +261,7 @@ class Trainer:
             unwritten=frozenset(self.model.config.read_only),
             worth=math.inf if self.network.sharded else PASS,
             shares=list(settings.replay.values()),
+            contrast=bool(self.model.config.embed_dim) and settings.weights.get("contrastive") != 0,
         )
 
     def _make_optimizer(self) -> AdamW:
@@ -447,16 +448,23 @@ class Trainer:
         self.callbacks.on_validation(ValidationEvent(self.position.step, losses, improved, copied))
         return Validation(losses, improved)
 
+    def _generation(self) -> GenerationConfig:
+        split = self.splits["train"]
+        columns = self.model.vocabulary.columns
+        # Texts alone are cut into windows, and blocks are not at hand: their lengths say nothing here.
+        texts = split.texts if len(columns) > 1 and split.blocks is None else {}
+        longest = {column: int(tokens.lengths.max()) for column, tokens in texts.items() if len(tokens.lengths)}
+        return generation_of(self.prepared.init_from, self.run.recipe.generation, longest)
+
     def _copy(self) -> Checkpoint:
         """A copy of the model as it would be used now; training goes on beside it."""
         with self.average.used() if self.average else nullcontext():
             model = deepcopy(self.model)
-        init_from = self.prepared.init_from
         return Checkpoint(
             model=model.requires_grad_(False),
             text=self.prepared.text,
             labels=self.labels,
-            generation=generation_of(init_from, self.run.recipe.generation),
+            generation=self._generation(),
             parts=dict(self.data.parts),
         )
 
@@ -518,7 +526,7 @@ class Trainer:
             model=self.model,
             text=self.prepared.text,
             labels=self.labels,
-            generation=generation_of(init_from, run.recipe.generation),
+            generation=self._generation(),
             training=facts,
             parts=dict(self.data.parts),
             base=init_from.base if init_from is not None else None,
