@@ -87,7 +87,8 @@ def choose_device(name: str = "auto", precision: str = "auto", training: bool = 
 
     `precision` is "auto", "bf16" or "fp32", and in use on a processor "fp16", "int8", "int5" or "int4", which are kept
     so in memory and compute with activations in fp32. "auto" is bf16 on CUDA with bf16 units and, in training, on
-    processors that have them, and fp32 elsewhere. In use, a processor without bf16 units keeps bf16 weights and computes in fp32.
+    processors that have them, and fp32 elsewhere. In use, a processor without bf16 units keeps bf16 weights and
+    computes in fp32.
     Raises PlaitError where the device does not exist, or PLAIT_ISA cannot hold.
     """
     isa.cap()

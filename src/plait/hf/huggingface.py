@@ -314,7 +314,7 @@ class _Rows:
         return places
 
     def __getitem__(self, rows: slice) -> Tensor:
-        values = [self._part(part, own) for part, own in self._places(rows)]
+        values = [self._part(part, inner) for part, inner in self._places(rows)]
         start, stop, _ = rows.indices(self.shape[0])
         value = torch.cat(values) if len(values) > 1 else values[0] if values else torch.zeros(0, *self.shape[1:])
         missing = stop - start - len(value)
@@ -323,9 +323,9 @@ class _Rows:
     def pieces(self, rows: slice) -> list[Tensor | Blocks]:
         """Rows as the file keeps them where a kernel reads that, without those beyond theirs."""
         pieces: list[Tensor | Blocks] = []
-        for part, own in self._places(rows):
-            blocks = self.weights.blocks(part, own, self._heads(part)) if isinstance(self.weights, GGUF) else None
-            pieces.append(self._part(part, own) if blocks is None else blocks)
+        for part, inner in self._places(rows):
+            blocks = self.weights.blocks(part, inner, self._heads(part)) if isinstance(self.weights, GGUF) else None
+            pieces.append(self._part(part, inner) if blocks is None else blocks)
         return pieces
 
     def _heads(self, part: Stored) -> int:
