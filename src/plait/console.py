@@ -61,7 +61,8 @@ ModelArgument = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 PrecisionOption = Annotated[
-    str, typer.Option(help="auto, fp32, bf16; on a processor also fp16, int8, int4: weights kept so, in less memory.")
+    str,
+    typer.Option(help="auto, fp32, bf16; on a processor also fp16, int8, int5, int4: weights kept so, in less memory."),
 ]
 SeedOption = Annotated[int, typer.Option(help="The same seed gives the same result.")]
 RunArgument = Annotated[Path, typer.Argument(help="A run's folder.")]
