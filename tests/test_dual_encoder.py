@@ -57,6 +57,8 @@ def test_two_encoders_learn_one_space(
     assert plait("evaluate", run) == 0
     figures = read_json(run / "metrics.json")
     assert figures["retrieval/caption-image/r_at_10"]["value"] > figures["retrieval/caption-image/r_at_10"]["chance"]
+    with pytest.raises(PlaitError, match="not explained"):
+        model.explain(asked[0], labels=labels)
     assert plait("index", "add", tmp_path / "index", photos, "--model", run) in (0, 2)
 
 

@@ -48,10 +48,9 @@ TYPE = "plait-dual-encoder"  # model_type in config.json
 VERSION = 1
 CONFIG, WEIGHTS = "config.json", "projections.safetensors"
 WIDTH = 512  # of the space
-HIDDEN = 1024  # of each projection
-DROPOUT = 0.3
+DROPOUT = 0.5  # of features
 BATCH = 512
-EPOCHS = 30  # of images
+EPOCHS = 60  # of images
 LEAST_STEPS = 300
 PEAK, DECAY, WARMUP = 1e-3, 0.1, 0.1
 VALIDATIONS = 8
@@ -146,7 +145,7 @@ def _features_of_texts(
 
 
 class Projection(nn.Module):
-    """Features (N, F) to vectors (N, E) of unit length."""
+    """Features (N, F) to vectors (N, E) of unit length, by one linear layer (decision 90)."""
 
     mean: Tensor
     scale: Tensor
@@ -155,9 +154,7 @@ class Projection(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("scale", torch.ones(features))
-        self.layers = nn.Sequential(
-            nn.Dropout(DROPOUT), nn.Linear(features, HIDDEN), nn.GELU(), nn.Dropout(DROPOUT), nn.Linear(HIDDEN, WIDTH)
-        )
+        self.layers = nn.Sequential(nn.Dropout(DROPOUT), nn.Linear(features, WIDTH))
 
     def standardise(self, rows: np.ndarray) -> None:
         """Take each feature's mean and spread from rows (N, F)."""
@@ -166,6 +163,11 @@ class Projection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.normalize(self.layers((x - self.mean) / self.scale), dim=-1)
+
+    def of_views(self, features: np.ndarray) -> Tensor:
+        """The mean direction (N, E) over the views that features (N, V F) are of."""
+        views = self(torch.from_numpy(features).view(len(features), -1, len(self.mean)))
+        return nn.functional.normalize(views.mean(1), dim=-1)
 
 
 class Projections(nn.Module):
@@ -271,8 +273,7 @@ def recall_of(network: Projections, pairs: PairFeatures) -> float | None:
         return None
     network.eval()
     with torch.inference_mode():
-        images = network.image(torch.from_numpy(pairs.images[:, : len(network.image.mean)]))
-        texts = network.text(torch.from_numpy(pairs.texts))
+        images, texts = network.image.of_views(pairs.images), network.text.of_views(pairs.texts)
     network.train()
     found = 0
     for start in range(0, len(pairs.text_of), 4096):
@@ -431,17 +432,11 @@ class DualEncoder(Model):
         texts = [place for place, value in enumerate(inputs) if isinstance(value, str)]
         images = [place for place, value in enumerate(inputs) if not isinstance(value, str)]
         if texts:
-            rows[texts] = self._embedded(self.network.text, self.text.features([inputs[place] for place in texts]), 1)
+            rows[texts] = self.network.text.of_views(self.text.features([inputs[place] for place in texts])).numpy()
         if images:
-            values = [medium_of(inputs[place]) for place in images]
-            rows[images] = self._embedded(self.network.image, self.vision.features(values), self.vision.views)
+            features = self.vision.features([medium_of(inputs[place]) for place in images])
+            rows[images] = self.network.image.of_views(features).numpy()
         return rows
-
-    def _embedded(self, projection: Projection, features: np.ndarray, views: int) -> np.ndarray:
-        """The mean direction over the views of features (N, V F)."""
-        with torch.inference_mode():
-            vectors = projection(torch.from_numpy(features).view(len(features), views, -1)).mean(1)
-            return np.asarray(nn.functional.normalize(vectors, dim=-1).numpy(), np.float32)
 
     def classify_inputs(
         self,
