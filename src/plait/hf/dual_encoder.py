@@ -37,6 +37,7 @@ from plait.hf.last_blocks import Progress
 from plait.hf.pretrained import TEMPLATE, kind_of, ranked, sentence
 from plait.inference.base import Model, Verb
 from plait.inference.results import Predictions
+from plait.modalities.image_files import IMAGE
 from plait.modalities.inputs import medium_of
 from plait.model.adapted import weight_sums
 from plait.model.checkpoint import MANIFEST, verify
@@ -74,8 +75,7 @@ class PairFeatures:
     """What the encoders say of a split's pairs.
 
     Attributes:
-        images: Features of each distinct image, (M, V F) float32, those of each view one after
-            the other.
+        images: Features of each distinct image, (M, V F) float32, one view after the other.
         texts: Features of each distinct text, (K, F') float32.
         image_of, text_of: The number of each pair's image and text, (P,).
     """
@@ -91,7 +91,8 @@ def pair_features(
     progress: Progress,
 ) -> PairFeatures:  # fmt: skip
     """Features of all images and texts of a split, each distinct one once, from the caches where they are there."""
-    stored = caches[0].get(split)
+    kept_as = f"pairs-{split}"  # of distinct images and texts, where a head's are of records
+    stored = caches[0].get(kept_as)
     numbers: dict[bytes, int] = {}
     words: dict[str, int] = {}
     waiting: list[bytes] = []
@@ -121,7 +122,7 @@ def pair_features(
     if images is None:
         images = np.zeros((0, vision.views), np.float32)
     if stored is None:
-        caches[0].put(split, images)
+        caches[0].put(kept_as, images)
     texts = _features_of_texts(list(words), split, text, caches[1], progress)
     return PairFeatures(images, texts, np.array(image_of, np.int64), np.array(text_of, np.int64))
 
@@ -129,7 +130,7 @@ def pair_features(
 def _features_of_texts(
     texts: list[str], split: str, encoder: Encoder, cache: FeatureCache, progress: Progress
 ) -> np.ndarray:
-    stored = cache.get(split)
+    stored = cache.get(f"pairs-{split}")
     if stored is not None:
         return stored
     rows = [np.zeros((0, 1), np.float32)]
@@ -137,7 +138,7 @@ def _features_of_texts(
         rows.append(encoder.features(texts[start : start + 1024]))
         progress(f"texts of {split}", start, len(texts))
     stored = np.concatenate(rows[1:] or rows)
-    cache.put(split, stored)
+    cache.put(f"pairs-{split}", stored)
     return stored
 
 
@@ -299,6 +300,8 @@ def train_dual_encoder(
     begun, training = time.monotonic(), recipe.training
     if unknown := [part for part in training.freeze if part != "encoder"]:
         raise PlaitError(f"Both encoders of {','.join(names)} are frozen; {unknown[0]} is no part of them.")
+    if dataset.manifest.kind != "records" or IMAGE.kind not in dataset.columns.values():
+        raise PlaitError(f"{dataset.path} has no images, which {names[0]} would read. Leave it out of --init-from.")
     pairs = {split: Pairs.of(dataset, split) for split in ("train", "val")}
     if len(pairs["train"]) < 2:
         raise PlaitError(f"{dataset.path} has {len(pairs['train'])} images with texts in train; two are needed.")
