@@ -9,6 +9,7 @@
     python bench/pretrained.py speech-train WHISPER --data DATA [--steps 40]     # one speaker left out
 
     python bench/pretrained.py gguf FILE [--logits]    # seconds to load, memory; logits beside transformers'
+    python bench/pretrained.py gguf FILE --perplexity docs/how-to/*.md src/plait/*.py    # as it is kept, and in fp32
 
 MODEL is a folder of a causal language model. PLAIT_ISA=avx2 caps the instructions of both.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import resource
 import time
 from collections.abc import Callable
@@ -459,9 +461,16 @@ def _compare(folder: Path, ours: Any, asked: list[tuple[np.ndarray, str, int]]) 
 
 
 def gguf(arguments: argparse.Namespace) -> None:
-    """Load a file as it is kept and write 32 tokens; or compare logits of its weights in fp32 with transformers'."""
+    """Load a file as it is kept and write 32 tokens; or compare it with its weights in fp32, and those with
+    transformers'."""
     import plait
 
+    if arguments.perplexity:
+        text = "\n".join(file.read_text(encoding="utf-8") for file in arguments.perplexity)
+        for name, precision in (("as it is kept", "auto"), ("in fp32", "fp32")):
+            tokens, value = perplexity(plait.load(str(arguments.file), "cpu", precision), text)
+            print(f"perplexity of {tokens} tokens {name}: {value:.3f}", flush=True)
+        return
     size = arguments.file.stat().st_size / 1e9
     if not arguments.logits:
         for library in ("transformers", "plait.hf.load"):  # whose memory is not counted
@@ -494,6 +503,23 @@ def gguf(arguments: argparse.Namespace) -> None:
     print(f"largest difference of logits {float((ours - theirs).abs().max() / theirs.abs().max()):.2e} of the largest")
 
 
+def perplexity(model: Any, text: str, length: int = 512, windows: int = 4) -> tuple[int, float]:
+    """Of the first windows of a text, each read by itself."""
+    network = model.checkpoint.model
+    ids = torch.tensor(model.checkpoint.text.encode(text)[: windows * length])
+    windows = len(ids) // length
+    total = 0.0
+    read, table = network.token_embedding, network.output_embedding
+    with torch.inference_mode():
+        for window in ids[: windows * length].view(windows, 1, length):
+            rows = read.packed.rows(window[0]) if read.packed is not None else read.table()[window[0]]
+            hidden = network.backbone(rows[None])
+            logits = table.packed(hidden[0]) if table.packed is not None else network.logits(hidden[0])
+            total += float(torch.nn.functional.cross_entropy(logits[:-1], window[0, 1:], reduction="sum"))
+    scored = windows * (length - 1)
+    return scored, math.exp(total / scored)
+
+
 def _peak() -> float:
     """Of this process so far, in GB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
@@ -519,6 +545,7 @@ def main() -> None:
     one = commands.add_parser("gguf")
     one.add_argument("file", type=Path)
     one.add_argument("--logits", action="store_true")
+    one.add_argument("--perplexity", type=Path, nargs="+", help="texts to read")
     one.set_defaults(run=gguf)
     one = commands.add_parser("speech-train")
     one.add_argument("model", type=Path)

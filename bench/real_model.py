@@ -141,7 +141,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("gguf", type=Path)
-    parser.add_argument("--memory", choices=["fp32", "bf16", "fp16", "int8", "int4"], help="that of a precision alone")
+    parser.add_argument(
+        "--memory", choices=["fp32", "bf16", "fp16", "int8", "int5", "int4"], help="that of a precision alone"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0)
     options = parser.parse_args()

@@ -39,7 +39,7 @@ static Linear linear(int64_t out, int64_t in, int64_t format) {
     kept.emplace_back(plait_packed_size(out, in, format) + 64);
     char *packed = kept.back().data();
     packed += -(intptr_t)packed & 63;
-    plait_pack(weight.data(), out, in, format, packed);
+    plait_pack(weight.data(), 0, out, in, format, packed);
     return {packed, nullptr, in, out, format};
 }
 

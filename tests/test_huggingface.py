@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 import plait
 from plait.core import system
+from plait.core.device import compiler
 from plait.core.errors import PlaitError
 from plait.hf import huggingface
 from plait.hf.export import export_onnx, export_transformers
@@ -28,6 +29,8 @@ from plait.hf.gguf_files import WIDENED
 from plait.hf.span_counter import channels_for, count_codes, widened
 from plait.inference.grammar import Span
 from plait.inference.prompts import Chat, Turn
+from plait.kernels.linear import BLOCKS, Blocks, PackedLinear
+from plait.kernels.linear import library as linear_library
 from plait.modalities.base import Vocabulary
 from plait.modalities.text import Text
 from plait.model import checkpoint as own
@@ -310,6 +313,11 @@ def test_older_spellings_are_read(folders, tmp_path):
     assert (our_logits(model, ids) - our_logits(huggingface.load(folders["gpt2"]).model, ids)).abs().max() < 0.1
 
 
+def kept_as(name: str, kind: str) -> str:
+    """As llama.cpp mixes types: values in more bits than queries and keys."""
+    return "Q8_0" if kind == "Q5_0" and "v_proj" in name else kind
+
+
 def write_gguf(folder: Path, path: Path, arch: str, kind: str) -> None:
     """As llama.cpp's converter does it, of matrices whose rows are whole blocks."""
     import gguf
@@ -347,7 +355,7 @@ def write_gguf(folder: Path, path: Path, arch: str, kind: str) -> None:
         value = value + 1 if arch == "gemma3" and "norm" in name else value
         theirs = known.get_name(name, try_suffixes=(".weight", ".bias"))
         quantise = value.ndim == 2 and kind != "F32"
-        code = gguf.GGMLQuantizationType[kind if quantise else "F32"]
+        code = gguf.GGMLQuantizationType[kept_as(name, kind) if quantise else "F32"]
         writer.add_tensor(theirs, gguf.quantize(value.numpy(), code) if quantise else value.numpy(), raw_dtype=code)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -364,7 +372,43 @@ def test_blocks_are_widened_as_the_package_does(kind):
     assert np.array_equal(WIDENED[kind](data.ravel()).reshape(rows.shape), gguf.dequantize(data, number))
 
 
-@pytest.mark.parametrize(("arch", "kind"), [("llama", "F32"), ("qwen2", "Q8_0"), ("gemma3", "Q4_0"), ("qwen3", "F16")])
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_blocks_are_packed_as_their_weights_are(kind):
+    """From bytes of a file and from the package's floats: within a step, and those of Q5_0 to the bit."""
+    gguf = pytest.importorskip("gguf")
+    number = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[number]
+    generator = np.random.default_rng(0)
+    data = generator.integers(0, 256, (70, 2 * size), np.uint8)
+    scales = generator.normal(0.0, 0.01, (70, 2, 2)).astype(np.float16).view(np.uint8)
+    places = {"Q4_K": [0, 2], "Q6_K": [208]}.get(kind, [0])  # of numbers in fp16 in a block
+    for at in (start + place for start in (0, size) for place in places):
+        data[:, at : at + 2] = scales[:, at // size, :2]
+
+    class File:
+        shape, device = torch.Size((70, 2 * block)), torch.device("cpu")
+
+        def pieces(self, rows):
+            return [Blocks(kind, data[:40][rows]), Blocks(kind, data[40:][rows])]
+
+    plain = torch.from_numpy(gguf.dequantize(data, number)).view(70, -1)
+    if kind == "Q5_0":
+        assert torch.equal(PackedLinear(File(), None, "int5").dense(), plain)
+    for storage, steps in (("int8", 127), ("int5", 16), ("int4", 15)):
+        blocks, floats = PackedLinear(File(), None, storage), PackedLinear(plain, None, storage)
+        step = plain.view(70, -1, 32).abs().amax(-1, keepdim=True) * 2 / steps
+        apart = (blocks.dense() - floats.dense()).view(70, -1, 32).abs()
+        assert (apart <= 1.1 * step).all() and (apart == 0).float().mean() > (0.3 if storage == "int5" else 0.99)
+    data[5, places[0] : places[0] + 2] = np.array([np.inf], np.float16).view(np.uint8)
+    with pytest.raises(ValueError, match="not finite"):
+        PackedLinear(File(), None, "int8")
+
+
+@pytest.mark.parametrize(
+    ("arch", "kind"),
+    [("llama", "F32"), ("qwen2", "Q8_0"), ("gemma3", "Q4_0"), ("qwen3", "F16"), ("llama", "Q5_0")],
+)
 def test_a_gguf_file_is_read_and_kept_packed(arch, kind, tmp_path):
     gguf = pytest.importorskip("gguf", reason="pip install plait-ml[huggingface]")
     class_name, settings = CASES[{"llama": "llama-linear", "qwen3": "qwen3-tied"}.get(arch, arch)]
@@ -386,10 +430,10 @@ def test_a_gguf_file_is_read_and_kept_packed(arch, kind, tmp_path):
     write_gguf(tmp_path / "theirs", file, arch, kind)
 
     # The weights as the file has them, in transformers' model.
-    code = gguf.GGMLQuantizationType[kind]
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim == 2 and kind != "F32":
+                code = gguf.GGMLQuantizationType[kept_as(name, kind)]
                 rounded = gguf.dequantize(gguf.quantize(parameter.numpy(), code), code)
                 parameter.copy_(torch.from_numpy(rounded).view(parameter.shape))
     ids = torch.randint(SIZE, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -407,6 +451,12 @@ def test_a_gguf_file_is_read_and_kept_packed(arch, kind, tmp_path):
     reference = model.get_input_embeddings().weight
     assert (table - reference).abs().max() < 0.06 * reference.abs().max()  # of 4 bits, a step is a fifteenth
     assert packed.generate("the cat", max_new_tokens=4).startswith("the cat")
+    if kind == "Q5_0" and linear_library() is not None:
+        block, layer = packed.checkpoint.model.backbone.blocks[0], model.model.layers[0]
+        assert (block.qkv.storage, block.attention_out.storage) == ("int8", "int5")
+        assert torch.equal(block.attention_out.dense(), layer.self_attn.o_proj.weight)
+        parts = [getattr(layer.self_attn, f"{name}_proj").weight for name in "qkv"]
+        assert (block.qkv.dense() - torch.cat(parts)).abs().max() < 0.01 * parts[0].abs().max()
 
     data = file.read_bytes()
     file.write_bytes(data[: len(data) // 2])

@@ -50,7 +50,10 @@ def train(
     learning_rate: Annotated[float | None, typer.Option(help="The schedule's peak.")] = None,
     init_from: Annotated[
         str | None,
-        typer.Option(help="Go on from a run, a checkpoint, or a Hugging Face name or folder."),
+        typer.Option(
+            help="Go on from a run, a checkpoint, or a Hugging Face name or folder; for images with captions also from "
+            "VISION,TEXT, two encoders."
+        ),
     ] = None,
     start: Annotated[
         str | None,

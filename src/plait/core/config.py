@@ -63,7 +63,9 @@ class ModelRecipe(Settings):
         "tiny", description="A row of the table of sizes, from which all that is left out follows."
     )
     init_from: str | None = Field(
-        None, description="A run, a checkpoint, or a Hugging Face name or folder to start from."
+        None,
+        description="A run, a checkpoint, or a Hugging Face name or folder to start from; of images with captions also "
+        "two encoders, as VISION,TEXT.",
     )
     backbone: BackboneRecipe = Field(BackboneRecipe(), description="Overrides of the backbone; see model.backbone.")
     text: TextRecipe = Field(TextRecipe(), description="Overrides for text; see model.text.")

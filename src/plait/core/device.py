@@ -11,15 +11,18 @@ import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from plait.core import isa
 from plait.core.errors import PlaitError
 from plait.core.system import processors
 
-PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
-WEIGHT_ONLY = ("fp16", "int8", "int4")  # of weights alone
+PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int5", "int4")
+WEIGHT_ONLY = ("fp16", "int8", "int5", "int4")  # of weights alone
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,37 @@ class Device:
                     yield
 
 
+class _Unfilled(TorchFunctionMode):
+    """Nothing is drawn or filled in; the small tensors that constants are computed from are real."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_):
+            return args[0]
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        if func in (torch.randn, torch.ones, torch.zeros):
+            func = torch.empty
+        elif func in (torch.arange, torch.tensor):
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """Within, networks are made without memory for their parameters. PyTorch's "meta" device alone would do, but loads
+    PyTorch's compiler to fill them with nothing: a second and 40 MB."""
+    with torch.device("meta"), _Unfilled():
+        yield
+
+
 def choose_device(name: str = "auto", precision: str = "auto", training: bool = False) -> Device:
     """The device asked for, or the best one here: CUDA, then MPS, then CPU.
 
-    `precision` is "auto", "bf16" or "fp32", and in use on a processor "fp16", "int8" or "int4", which are kept so in
-    memory and compute with activations in fp32. "auto" is bf16 on CUDA with bf16 units and, in training, on processors
-    that have them, and fp32 elsewhere. In use, a processor without bf16 units keeps bf16 weights and computes in fp32.
+    `precision` is "auto", "bf16" or "fp32", and in use on a processor "fp16", "int8", "int5" or "int4", which are kept
+    so in memory and compute with activations in fp32. "auto" is bf16 on CUDA with bf16 units and, in training, on
+    processors that have them, and fp32 elsewhere. In use, a processor without bf16 units keeps bf16 weights and
+    computes in fp32.
     Raises PlaitError where the device does not exist, or PLAIT_ISA cannot hold.
     """
     isa.cap()

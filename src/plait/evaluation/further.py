@@ -6,6 +6,7 @@ Shapes: N records.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -19,7 +20,8 @@ from plait.evaluation.keys import Direction, MetricKey, Metrics
 from plait.evaluation.outcome import Outcome
 from plait.evaluation.verdict import make_verdict
 from plait.hf import hub
-from plait.hf.contrastive import QUERIES, EmbeddedPairs, Pairs, embed_pairs
+from plait.hf.contrastive import QUERIES, EmbeddedPairs, Pairs, embed_pairs, text_numbers
+from plait.hf.dual_encoder import DualEncoder
 from plait.hf.pretrained import Pretrained, load_pretrained
 from plait.hf.speech_training import speech_columns
 from plait.modalities.audio_files import decode_audio
@@ -128,8 +130,37 @@ def _plain(text: str) -> str:
 # --- images and texts -------------------------------------------------------------------------------------------
 
 
-def _measure_pairs(
+Embedder = Callable[[Pairs, np.ndarray], EmbeddedPairs]
+
+
+def measure_dual_encoder(
+    model: DualEncoder, dataset: Dataset, split: str, limit: int | None, progress: Progress
+) -> tuple[Metrics, Findings]:
+    """How often two joined encoders find the image of a text, and back.
+
+    Raises PlaitError where the split has no images with texts.
+    """
+
+    def embed(pairs: Pairs, places: np.ndarray) -> EmbeddedPairs:
+        images, texts = pairs.read(places, np.zeros(len(places)))
+        return EmbeddedPairs(model.embed_inputs(images), model.embed_inputs(list(texts)), text_numbers(texts))
+
+    findings = Findings()
+    figures = _measure_pairs(embed, None, dataset, split, limit, progress, findings)
+    findings.verdict = make_verdict(findings.outcomes)
+    return figures, findings
+
+
+def _measure_contrastive(
     model: Pretrained, base: Pretrained | None, dataset: Dataset, split: str, limit: int | None, progress: Progress,
+    findings: Findings,
+) -> Metrics:  # fmt: skip
+    before = partial(embed_pairs, base) if base is not None else None
+    return _measure_pairs(partial(embed_pairs, model), before, dataset, split, limit, progress, findings)
+
+
+def _measure_pairs(
+    embed: Embedder, base: Embedder | None, dataset: Dataset, split: str, limit: int | None, progress: Progress,
     findings: Findings,
 ) -> Metrics:  # fmt: skip
     pairs = Pairs.of(dataset, split)
@@ -137,10 +168,10 @@ def _measure_pairs(
     if not len(places):
         raise PlaitError(f"{dataset.path} has no image of {split} with a text. Name another --split.")
     progress(f"retrieval {split}", 0, 2)
-    embedded = embed_pairs(model, pairs, places)
+    embedded = embed(pairs, places)
     progress(f"retrieval {split}", 1, 2)
     own = _found(embedded)
-    before = _found(embed_pairs(base, pairs, places)) if base is not None else None
+    before = _found(base(pairs, places)) if base is not None else None
     text, figures = pairs.texts[0], Metrics()
     for direction in (Direction(text, pairs.image), Direction(pairs.image, text)):
         for name in ("r_at_1", "r_at_10"):
@@ -173,4 +204,4 @@ def _found(pairs: EmbeddedPairs) -> dict[bool, dict[str, np.ndarray]]:
     }
 
 
-MEASURED: dict[str, Callable[..., Metrics]] = {"speech": _measure_speech, "contrastive": _measure_pairs}
+MEASURED: dict[str, Callable[..., Metrics]] = {"speech": _measure_speech, "contrastive": _measure_contrastive}

@@ -87,7 +87,7 @@ def _model(place: Path, name: str) -> LocalModel | None:
         config = read_json(place / "config.json")
     except PlaitError:
         return None
-    if not isinstance(config, dict) or config.get("model_type") in (None, "plait", "plait-head"):
+    if not isinstance(config, dict) or config.get("model_type") in (None, "plait", "plait-head", "plait-dual-encoder"):
         return None
     writes = huggingface.runs(place)
     encodes = None if writes else _encodes(place, config)

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_tensors
 from torch import Tensor, nn
 
-from plait.core.device import Device
+from plait.core.device import Device, keep_memory
 from plait.core.interruption import pause_point
 from plait.data.dataset import Dataset
 from plait.hf.pretrained import Pretrained, load_pretrained
@@ -123,6 +123,8 @@ class MediaEncoder:
     audio their mean, spread, and the means of a clip's beginning, middle and end."""
 
     def __init__(self, kind: str, folder: Path, settings: dict[str, Any], device: Device) -> None:
+        if device.kind == "cpu":
+            keep_memory()  # the states of each block are large: some 2.5 times as fast at 224 pixels
         self.kind, self.settings, self.device = kind, settings, device
         self.variants = _variants(kind, settings)
         self.views = len(self.variants)

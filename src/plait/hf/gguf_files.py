@@ -19,6 +19,7 @@ from plait.core.dist import import_extra
 from plait.core.errors import PlaitError
 from plait.hf.architectures import ARCHITECTURES, Config, Stored
 from plait.hf.hub import explained, quiet
+from plait.kernels.linear import BLOCKS, Blocks
 from plait.modalities.text import TOKENS, Text
 
 # Our name of an architecture -> llama.cpp's. Mistral's files call themselves llama.
@@ -28,7 +29,7 @@ NAMES = {
 }  # fmt: skip
 # The type of a tensor -> how its weights are kept where the file's own precision is asked for.
 STORAGE = {
-    "F32": "fp32", "F16": "fp16", "BF16": "bf16", "Q8_0": "int8", "Q6_K": "int8", "Q5_K": "int8", "Q5_0": "int8",
+    "F32": "fp32", "F16": "fp16", "BF16": "bf16", "Q8_0": "int8", "Q6_K": "int8", "Q5_K": "int8", "Q5_0": "int5",
     "Q5_1": "int8", "Q4_K": "int4", "Q4_0": "int4", "Q4_1": "int4",
 }  # fmt: skip
 
@@ -173,28 +174,46 @@ class GGUF:
     def read(self, part: Stored, rows: slice = slice(None), heads: int = 1) -> Tensor:
         """Rows of a tensor in fp32, (out, in). llama.cpp turns pairs of neighbours where transformers turns halves:
         queries and keys of Llamas, of so many heads, are put back in order."""
-        if self.name == "llama" and part.name.endswith(("q_proj.weight", "k_proj.weight")):
-            tensor = self._rows(str(self._named(part)))
-            width = tensor.shape[0] // heads
-            return tensor.view(heads, width // 2, 2, -1).transpose(1, 2).reshape(tensor.shape)[rows]
-        value = self._rows(str(self._named(part)), rows)
+        value = self._widened(str(self._named(part)), self._data(part, rows, heads))
         if self.model_type == "gemma3_text" and part.offset:
             return value - part.offset  # llama.cpp has added it already
         return value
 
-    def _rows(self, name: str, rows: slice = slice(None)) -> Tensor:
+    def blocks(self, part: Stored, rows: slice, heads: int = 1) -> Blocks | None:
+        """Rows of a tensor as they lie in the file; None where no kernel packs blocks of its type."""
+        kind = self.tensors[str(self._named(part))].tensor_type.name
+        return Blocks(kind, self._data(part, rows, heads)) if kind in BLOCKS and not part.offset else None
+
+    def _data(self, part: Stored, rows: slice, heads: int) -> np.ndarray:
+        """(rows, bytes of a row), in transformers' order."""
+        name = str(self._named(part))
+        if self.name == "llama" and part.name.endswith(("q_proj.weight", "k_proj.weight")):
+            data = self._bytes(name)
+            width = len(data) // heads
+            return data.reshape(heads, width // 2, 2, -1).swapaxes(1, 2).reshape(data.shape)[rows]
+        return self._bytes(name, rows)
+
+    def _bytes(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """(rows, bytes of a row), as they lie in the file."""
+        tensor = self.tensors[name]
+        height = int(tensor.shape[-1])
+        start, stop, _ = rows.indices(height)
+        size = tensor.n_bytes // height
+        data = np.fromfile(self.path, np.uint8, size * (stop - start), offset=int(tensor.data_offset) + size * start)
+        return data.reshape(stop - start, size)
+
+    def _rows(self, name: str) -> Tensor:
+        return self._widened(name, self._bytes(name))
+
+    def _widened(self, name: str, data: np.ndarray) -> Tensor:
+        """Rows of a tensor, (rows, bytes of a row), in fp32."""
         tensor = self.tensors[name]
         shape = tuple(reversed(tensor.shape.tolist()))
-        start, stop, _ = rows.indices(shape[0])
-        size = tensor.n_bytes // shape[0]
-        data = np.fromfile(self.path, np.uint8, size * (stop - start), offset=int(tensor.data_offset) + size * start)
         if (widen := WIDENED.get(tensor.tensor_type.name)) is not None:
             values = widen(data)
-        elif len(shape) == 1:
-            values = self.library.dequantize(data, tensor.tensor_type)
         else:
-            values = self.library.dequantize(data.reshape(stop - start, size), tensor.tensor_type)
-        value = torch.from_numpy(np.ascontiguousarray(values, np.float32)).reshape(stop - start, *shape[1:])
+            values = self.library.dequantize(data.ravel() if len(shape) == 1 else data, tensor.tensor_type)
+        value = torch.from_numpy(np.ascontiguousarray(values, np.float32)).reshape(len(data), *shape[1:])
         if not all_finite(value):
             raise PlaitError(f"{self.path}: tensor {name} holds values that are not finite. Fetch it again.")
         return value

@@ -114,10 +114,10 @@ def train_head(
     train_records, val_records = (
         LabelledRecords.of(dataset, split, source, target, labels) for split in ("train", "val")
     )
-    encoder = _encoder(kind, place, dataset, recipe, {target: labels}, device)
+    encoder = build_encoder(kind, place, dataset, recipe, {target: labels}, device)
     lines = []
     if isinstance(encoder, MediaEncoder) and encoder.reads_pixels:
-        lines += _scaled(encoder, next(train_records.batches(SCALE_IMAGES)))
+        lines += rescale_pixels(encoder, next(train_records.batches(SCALE_IMAGES)))
     cache = FeatureCache(folder / "cache", encoder, place, dataset)
     seconds = math.inf if training.minutes is None else training.minutes * 60
     last = None
@@ -154,7 +154,7 @@ def train_head(
     return [*lines, describe_head(config)]
 
 
-def _scaled(encoder: MediaEncoder, images: list[Any]) -> list[str]:
+def rescale_pixels(encoder: MediaEncoder, images: list[Any]) -> list[str]:
     """Scale pixels as the encoder's first batch norm remembers them, where its files say otherwise; what to tell."""
     known = encoder.settings["hf_encoder"]
     if len(known["mean"]) != 3:
@@ -170,9 +170,11 @@ def _scaled(encoder: MediaEncoder, images: list[Any]) -> list[str]:
     ]
 
 
-def _encoder(
-    kind: str, place: Path, dataset: Dataset, recipe: Recipe, labels: dict[str, list[str]], device: Device
+def build_encoder(
+    kind: str, place: Path, dataset: Dataset, recipe: Recipe, labels: dict[str, list[str]] | None, device: Device
 ) -> Encoder:
+    """A frozen encoder as it reads a dataset's texts, images or audio. Where there are labels of images, these say
+    whether an image means the same when it is mirrored."""
     if kind == "text":
         return TextEncoder(place, device)
     describe(f"hf:{place}", kind)  # which says what is wrong with it
@@ -180,7 +182,7 @@ def _encoder(
     settings = fit_settings(dataset, kind, _whole(SIZES["base"]), {**own, "encoder": f"hf:{place}"})
     chosen = {**settings.model_dump(), "encoder": None}
     if chosen["hf_encoder"]["reads"] == "pixels":
-        if "flip" not in own:
+        if "flip" not in own and labels is not None:
             chosen["flip"] = mirrors(dataset, recipe, labels, kind)
         chosen["hf_encoder"] = _smaller(chosen["hf_encoder"], chosen["size"])
     return MediaEncoder(kind, place, chosen, device)

@@ -17,15 +17,14 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from plait.core.device import release_memory
+from plait.core.device import release_memory, shapes_only
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
 from plait.hf.architectures import Imported, Layout, Stored, UnsupportedError, imported, layout
 from plait.hf.gguf_files import GGUF, all_finite
 from plait.hf.hub import find, no_safetensors, other_weights
-from plait.inference.memory import check_memory
-from plait.kernels.linear import PackedLinear
-from plait.kernels.linear import library as linear_library
+from plait.inference.memory import BYTES, check_memory
+from plait.kernels.linear import Blocks, PackedLinear
 from plait.modalities.base import Vocabulary
 from plait.modalities.text import Text
 from plait.model import checkpoint as own
@@ -240,14 +239,14 @@ def _build(
     weights.check([part for parts in plan.values() for part in parts] + [head] * copied)
     end, more = (ends[0], ends[1:] or None) if ends else (None, None)
     vocabulary = Vocabulary(text=size, columns={}, levels={}, closers=[], end_id=end, more_ends=more)
-    with torch.device("meta"):  # shapes only: no memory, no random numbers
+    with shapes_only():
         model = Multimodal(ModelConfig(backbone=backbone, vocabulary=vocabulary, embed_dim=0, tied=tied))
     if storage != "file":  # the file's own is as much as the file has, and is mapped
         check_memory(sum(p.numel() for p in model.parameters()), storage or "fp32", where)
     if copied and not torch.equal(weights.read(head), weights.read(plan["token_embedding.free"][0])):
         raise PlaitError(f"{where} has a {head.name} of its own, though config.json says tie_word_embeddings.")
     if storage is not None:
-        _pack(model, plan, weights, storage)
+        _pack(model, plan, weights, storage, where)
     tensors = {}
     for name, parameter in model.state_dict().items():
         if storage is not None and name.endswith(".free"):
@@ -260,14 +259,18 @@ def _build(
     return model.requires_grad_(storage is None)
 
 
-def _pack(model: Multimodal, plan: Layout, weights: _Weights | GGUF, storage: str) -> None:
+def _pack(model: Multimodal, plan: Layout, weights: _Weights | GGUF, storage: str, where: Path) -> None:
     """Put packed layers in the place of a network's linear layers and tables."""
 
     def packed(name: str, shape: tuple[int, int], bias: Tensor | None = None) -> PackedLinear:
         parts = plan[name]
-        kind = weights.storage(parts[0]) if storage == "file" else storage
-        rows: Any = _Rows(parts, torch.Size(shape), weights, model.config.backbone)
-        return PackedLinear(rows if linear_library() is not None else rows[:], bias, kind)
+        kind = storage
+        if storage == "file":  # of parts of several kinds, the one of the most bits
+            kind = max((weights.storage(part) for part in parts), key=BYTES.__getitem__)
+        try:
+            return PackedLinear(_Rows(parts, torch.Size(shape), weights, model.config.backbone), bias, kind)
+        except ValueError as error:
+            raise PlaitError(f"{where}: {parts[0].name}: {error} Fetch the model again.") from error
 
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
@@ -298,26 +301,39 @@ class _Rows:
         self.parts, self.shape, self.weights, self.backbone, self.half = parts, shape, weights, backbone, half
         self.device = torch.device("cpu")
 
-    def detach(self) -> _Rows:
-        return self
-
-    def __getitem__(self, rows: slice) -> Tensor:
+    def _places(self, rows: slice) -> list[tuple[Stored, slice]]:
+        """The parts that rows lie in, and which rows of theirs they are."""
         start, stop, _ = rows.indices(self.shape[0])
-        values, at = [], 0
+        places, at = [], 0
         for part in self.parts:
             count = part.shape[1] if part.transposed else part.shape[0]
             first, last = max(start - at, 0), min(stop - at, count)
             if first < last:
-                values.append(self._part(part, slice(first, last)))
+                places.append((part, slice(first, last)))
             at += count
+        return places
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        values = [self._part(part, inner) for part, inner in self._places(rows)]
+        start, stop, _ = rows.indices(self.shape[0])
         value = torch.cat(values) if len(values) > 1 else values[0] if values else torch.zeros(0, *self.shape[1:])
         missing = stop - start - len(value)
         return torch.cat((value, value.new_zeros(missing, *self.shape[1:]))) if missing else value
 
+    def pieces(self, rows: slice) -> list[Tensor | Blocks]:
+        """Rows as the file keeps them where a kernel reads that, without those beyond theirs."""
+        pieces: list[Tensor | Blocks] = []
+        for part, inner in self._places(rows):
+            blocks = self.weights.blocks(part, inner, self._heads(part)) if isinstance(self.weights, GGUF) else None
+            pieces.append(self._part(part, inner) if blocks is None else blocks)
+        return pieces
+
+    def _heads(self, part: Stored) -> int:
+        return self.backbone.heads if "q_proj" in part.name else self.backbone.kv_heads
+
     def _part(self, part: Stored, rows: slice) -> Tensor:
         if isinstance(self.weights, GGUF):
-            heads = self.backbone.heads if "q_proj" in part.name else self.backbone.kv_heads
-            return self.weights.read(part, rows, heads) + part.offset
+            return self.weights.read(part, rows, self._heads(part)) + part.offset
         if part.transposed:
             value = self.weights.read(part, half=self.half).t()[rows].contiguous()
         else:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from plait.core.device import choose_device
-from plait.hf import heads, hub, huggingface
+from plait.hf import dual_encoder, heads, hub, huggingface
 from plait.hf.pretrained import load_pretrained
 from plait.inference.base import Model
 from plait.inference.model import PlaitModel
@@ -23,6 +23,8 @@ def load_model(name_or_folder: str | Path, device: str = "auto", precision: str 
     folder = hub.find(name_or_folder)
     if folder.is_dir() and (folder / heads.ARRAYS).is_file():
         return heads.HeadModel(folder, device, precision)
+    if folder.is_dir() and (folder / dual_encoder.WEIGHTS).is_file():
+        return dual_encoder.DualEncoder(folder, device, precision)
     gguf = folder.suffix == ".gguf"
     if gguf or huggingface.runs(folder):
         chosen = choose_device(device, precision)

@@ -181,7 +181,7 @@ class Pretrained(Model):
         else:
             texts = self.label_inputs(labels, template or TEMPLATE)
             rows = [self._image_labels(value, texts) for value in inputs]
-        return [_ranked(chances, labels, top) for chances in rows]
+        return [ranked(chances, labels, top) for chances in rows]
 
     def _image_labels(self, value: Any, texts: Any) -> Tensor:
         """The probability (N,) of each label, whose texts are tensors already, for an image."""
@@ -197,13 +197,13 @@ class Pretrained(Model):
             raise PlaitError(f"{self.name} reads texts, not {type(value).__name__}. Use a CLIP or SigLIP model.")
         key = (template, *labels)
         if self._labels[0] != key:  # the same for many texts
-            self._labels = key, self.embed_inputs([_sentence(label, template) for label in labels])
+            self._labels = key, self.embed_inputs([sentence(label, template) for label in labels])
         cosines = self._labels[1] @ self.embed_inputs([value])[0]
         return torch.from_numpy(cosines * SHARPNESS).softmax(-1)
 
     def label_inputs(self, labels: list[str], template: str) -> Any:
         """The texts that stand for labels, as tensors."""
-        return self.text_inputs([_sentence(label, template) for label in labels])
+        return self.text_inputs([sentence(label, template) for label in labels])
 
     def text_inputs(self, texts: list[str]) -> Any:
         """Texts as CLIP or SigLIP reads them, as tensors."""
@@ -358,13 +358,13 @@ class Pretrained(Model):
         return next((int(id) for id in (settings.pad_token_id, end) if id is not None), 0)
 
 
-def _ranked(chances: Tensor, labels: list[str], top: int | None) -> Predictions:
+def ranked(chances: Tensor, labels: list[str], top: int | None) -> Predictions:
     """The likeliest of labels (N,), by their probabilities."""
     order = chances.argsort(descending=True, stable=True)[:top]
     return Predictions(Prediction(labels[i], float(chances[i])) for i in order.tolist())
 
 
-def _sentence(label: str, template: str) -> str:
+def sentence(label: str, template: str) -> str:
     """A label in the sentence that stands for it."""
     if "{}" not in template:
         raise PlaitError(f"The template {template!r} has no {{}} where the label goes.")

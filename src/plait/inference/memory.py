@@ -7,7 +7,7 @@ from pathlib import Path
 from plait.core.errors import PlaitError
 from plait.core.system import available_memory
 
-BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 8.5 / 8, "int4": 5.0 / 8}  # a weight
+BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 8.5 / 8, "int5": 5.5 / 8, "int4": 5.0 / 8}  # a weight
 BESIDE = 1.1  # what a model takes above its weights: tensors on their way, caches
 
 

@@ -21,9 +21,13 @@ enum Format {
     FP16,  // (K, 32)
     INT8,  // a group: 32 scales in bf16, then (8, 32, 4) of -127 to 127
     INT4,  // a group: 32 scales and 32 offsets in bf16, then (4, 32, 4) of two numbers 0 to 15, of inputs 4 apart
+    INT5,  // a group: 32 scales in fp16, the fifth bits (32, 4) of 8 inputs 4 apart, the other four as in INT4; less 16
 };
-constexpr int64_t BYTES[] = {4, 2, 2, 0, 0};                       // a weight
-constexpr int64_t GROUP_BYTES[] = {0, 0, 0, 64 + 1024, 128 + 512};  // a group of a panel
+constexpr int64_t BYTES[] = {4, 2, 2, 0, 0, 0};                                     // a weight
+constexpr int64_t GROUP_BYTES[] = {0, 0, 0, 64 + 1024, 128 + 512, 64 + 128 + 512};  // a group of a panel
+constexpr int64_t NUMBERS[] = {0, 0, 0, 64, 128, 192};                              // where its numbers begin
+constexpr int FIFTHS = 64;                                                          // and the fifth bits of INT5
+constexpr int MIDDLE = 16;                                                          // what is 0 there
 
 struct Norm {
     const float *weight, *bias;  // no bias: RMS
@@ -53,7 +57,7 @@ static int products = 0;  // of bf16: 0 plain vectors, 1 AVX512-BF16, 2 AMX
 
 static inline int64_t padded(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
 static inline int64_t whole_rows(int64_t n) { return n < 16 ? n : (n + 15) / 16 * 16; }
-static inline bool is_integer(int64_t format) { return format == INT8 || format == INT4; }
+static inline bool is_integer(int64_t format) { return format >= INT8; }
 static inline int64_t panel_bytes(int64_t format, int64_t in) {
     return is_integer(format) ? padded(in) / GROUP * GROUP_BYTES[format] : padded(in) * PANEL * BYTES[format];
 }
@@ -224,11 +228,16 @@ struct Quantised {  // rows of inputs, one after the other
     }
 };
 
-// The sums of a group's products, int32, of R rows from `row` on and C vectors of outputs from `c` on.
-template <int R, int C, bool FOUR>
-INLINE void group_sums(const int8_t *const *x, const uint8_t *w, ivec (&sum)[R][C]) {
+// The sums of a group's products, int32, of R rows from `row` on and C vectors of outputs; `w` has their numbers, `fifths`
+// the fifth bits where there are any.
+template <int R, int C, Format F>
+INLINE void group_sums(const int8_t *const *x, const uint8_t *w, const uint8_t *fifths, ivec (&sum)[R][C]) {
+    constexpr bool PAIRS = F != INT8;  // two numbers a byte
+    constexpr int STEPS = PAIRS ? 4 : 8;
 #if defined(WIDE)
-    __m512i acc[R][C];
+    __m512i acc[R][C], fifth[C];
+    const __m512i low = _mm512_set1_epi8(15), middle = _mm512_set1_epi8(MIDDLE);
+    for (int c = 0; c < C; c++) fifth[c] = F == INT5 ? _mm512_loadu_si512(fifths + 64 * c) : __m512i{};
     for (int r = 0; r < R; r++)
         for (int c = 0; c < C; c++) acc[r][c] = _mm512_setzero_si512();
     auto add = [&](int quad, const __m512i (&b)[C]) {
@@ -240,43 +249,67 @@ INLINE void group_sums(const int8_t *const *x, const uint8_t *w, ivec (&sum)[R][
             const __m512i ones = _mm512_set1_epi16(1), size = _mm512_abs_epi8(a);
             const __mmask64 negative = _mm512_movepi8_mask(a);
             for (int c = 0; c < C; c++) {
-                const __m512i pairs = FOUR ? _mm512_maddubs_epi16(b[c], a)
-                                           : _mm512_maddubs_epi16(size, _mm512_mask_sub_epi8(b[c], negative, __m512i{}, b[c]));
+                const __m512i pairs = PAIRS ? _mm512_maddubs_epi16(b[c], a)
+                                            : _mm512_maddubs_epi16(size, _mm512_mask_sub_epi8(b[c], negative, __m512i{}, b[c]));
                 acc[r][c] = _mm512_add_epi32(acc[r][c], _mm512_madd_epi16(pairs, ones));
             }
 #endif
         }
     };
-    for (int j = 0; j < (FOUR ? 4 : 8); j++, w += 128) {
+#pragma GCC unroll 8
+    for (int j = 0; j < STEPS; j++, w += 128) {
         __m512i b[C], high[C];
         for (int c = 0; c < C; c++) {
             b[c] = _mm512_loadu_si512(w + 64 * c);
-            if (FOUR) {
-                high[c] = _mm512_and_si512(_mm512_srli_epi16(b[c], 4), _mm512_set1_epi8(15));
-                b[c] = _mm512_and_si512(b[c], _mm512_set1_epi8(15));
+            if (PAIRS) {
+                high[c] = _mm512_and_si512(_mm512_srli_epi16(b[c], 4), low);
+                b[c] = _mm512_and_si512(b[c], low);
+            }
+            if (F == INT5) {
+                const __m512i bit = j < 3 ? _mm512_slli_epi16(fifth[c], 4 - 2 * j) : _mm512_srli_epi16(fifth[c], 2 * j - 4);
+                const __m512i next = j < 2 ? _mm512_slli_epi16(fifth[c], 3 - 2 * j) : _mm512_srli_epi16(fifth[c], 2 * j - 3);
+                b[c] = _mm512_ternarylogic_epi32(b[c], bit, middle, 0xf8);  // b | bit & middle
+                high[c] = _mm512_ternarylogic_epi32(high[c], next, middle, 0xf8);
             }
         }
-        add(FOUR ? 2 * j : j, b);
-        if (FOUR) add(2 * j + 1, high);
+        add(PAIRS ? 2 * j : j, b);
+        if (PAIRS) add(2 * j + 1, high);
     }
     for (int r = 0; r < R; r++)
         for (int c = 0; c < C; c++) sum[r][c] = (ivec)acc[r][c];
 #elif defined(X86)
-    const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15);
-    __m256i acc[R][C];
+    const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15), middle = _mm256_set1_epi8(MIDDLE);
+    __m256i acc[R][C], fifth[C];
+    for (int c = 0; c < C; c++) fifth[c] = F == INT5 ? _mm256_loadu_si256((const __m256i *)(fifths + 32 * c)) : __m256i{};
     for (int r = 0; r < R; r++)
-        for (int c = 0; c < C; c++) acc[r][c] = _mm256_setzero_si256();
-    for (int j = 0; j < (FOUR ? 4 : 8); j++, w += 128) {
-        __m256i b[C];
-        for (int c = 0; c < C; c++) b[c] = _mm256_loadu_si256((const __m256i *)(w + 32 * c));
+        for (int c = 0; c < C; c++) acc[r][c] = _mm256_setzero_si256(), sum[r][c] = ivec{};
+#pragma GCC unroll 8
+    for (int j = 0; j < STEPS; j++, w += 128) {
+        __m256i b[C], high[C];
+        for (int c = 0; c < C; c++) {
+            b[c] = _mm256_loadu_si256((const __m256i *)(w + 32 * c));
+            if (PAIRS) {
+                high[c] = _mm256_and_si256(_mm256_srli_epi16(b[c], 4), low);
+                b[c] = _mm256_and_si256(b[c], low);
+            }
+            if (F == INT5) {
+                const __m256i bit = j < 3 ? _mm256_slli_epi16(fifth[c], 4 - 2 * j) : _mm256_srli_epi16(fifth[c], 2 * j - 4);
+                const __m256i next = j < 2 ? _mm256_slli_epi16(fifth[c], 3 - 2 * j) : _mm256_srli_epi16(fifth[c], 2 * j - 3);
+                b[c] = _mm256_or_si256(b[c], _mm256_and_si256(bit, middle));
+                high[c] = _mm256_or_si256(high[c], _mm256_and_si256(next, middle));
+            }
+        }
         for (int r = 0; r < R; r++) {
-            if (FOUR) {  // at most 15 * 127 * 2 * 8 = 30480: 16 bits hold a group's sum
+            if (PAIRS) {  // at most 15 * 127 * 2 * 8 = 30480: 16 bits hold a group's sum, and half of it where there are 5 bits
                 const __m256i a = _mm256_set1_epi32(*(const int32_t *)(x[r] + 8 * j));
                 const __m256i next = _mm256_set1_epi32(*(const int32_t *)(x[r] + 8 * j + 4));
                 for (int c = 0; c < C; c++) {
-                    const __m256i high = _mm256_and_si256(_mm256_srli_epi16(b[c], 4), low);
-                    acc[r][c] = _mm256_add_epi16(acc[r][c], _mm256_maddubs_epi16(_mm256_and_si256(b[c], low), a));
-                    acc[r][c] = _mm256_add_epi16(acc[r][c], _mm256_maddubs_epi16(high, next));
+                    acc[r][c] = _mm256_add_epi16(acc[r][c], _mm256_maddubs_epi16(b[c], a));
+                    acc[r][c] = _mm256_add_epi16(acc[r][c], _mm256_maddubs_epi16(high[c], next));
+                    if (F == INT5 && j == 1) {
+                        sum[r][c] = (ivec)_mm256_madd_epi16(acc[r][c], ones);
+                        acc[r][c] = _mm256_setzero_si256();
+                    }
                 }
             } else {  // at most 127 * 127 * 2: 16 bits hold a pair's
                 const __m256i a = _mm256_set1_epi32(*(const int32_t *)(x[r] + 4 * j)), size = _mm256_abs_epi8(a);
@@ -288,20 +321,23 @@ INLINE void group_sums(const int8_t *const *x, const uint8_t *w, ivec (&sum)[R][
         }
     }
     for (int r = 0; r < R; r++)
-        for (int c = 0; c < C; c++) sum[r][c] = (ivec)(FOUR ? _mm256_madd_epi16(acc[r][c], ones) : acc[r][c]);
+        for (int c = 0; c < C; c++) sum[r][c] += (ivec)(PAIRS ? _mm256_madd_epi16(acc[r][c], ones) : acc[r][c]);
 #else
     for (int r = 0; r < R; r++)
         for (int c = 0; c < C; c++) sum[r][c] = ivec{};
-    for (int j = 0; j < (FOUR ? 4 : 8); j++, w += 128)
+    for (int j = 0; j < STEPS; j++, w += 128)
         for (int r = 0; r < R; r++)
             for (int c = 0; c < C; c++)
                 for (int i = 0; i < LANES; i++)
                     for (int q = 0; q < 4; q++) {
-                        const uint8_t b = w[4 * (c * LANES + i) + q];
-                        if (FOUR)
-                            sum[r][c][i] += (b & 15) * x[r][8 * j + q] + (b >> 4) * x[r][8 * j + 4 + q];
-                        else
-                            sum[r][c][i] += (int8_t)b * x[r][4 * j + q];
+                        const int at = 4 * (c * LANES + i) + q;
+                        if (PAIRS) {
+                            const int fifth = F == INT5 ? fifths[at] >> 2 * j : 0;
+                            const int first = (w[at] & 15) | (fifth & 1) << 4, second = w[at] >> 4 | (fifth & 2) << 3;
+                            sum[r][c][i] += first * x[r][8 * j + q] + second * x[r][8 * j + 4 + q];
+                        } else {
+                            sum[r][c][i] += (int8_t)w[at] * x[r][4 * j + q];
+                        }
                     }
 #endif
 }
@@ -313,28 +349,28 @@ constexpr int SHIFTED = 128;
 constexpr int SHIFTED = 0;
 #endif
 
-template <int R, int C, bool FOUR>
+template <int R, int C, Format F>
 static void integer_tile(const Quantised &x, int64_t row, const uint8_t *w, int64_t c, float *out, int64_t out_stride) {
+    constexpr int ZERO = F == INT5 ? MIDDLE : F == INT8 ? SHIFTED : 0;  // the number that stands for 0
     vec sum[R][C] = {};
     const int8_t *numbers[R];
     for (int r = 0; r < R; r++) numbers[r] = x.numbers(row + r);
-    constexpr int64_t BEFORE = FOUR ? 128 : 64;
-    for (int64_t g = 0; g < x.groups(); g++, w += GROUP_BYTES[FOUR ? INT4 : INT8]) {
-        for (int64_t i = 0; i < GROUP_BYTES[FOUR ? INT4 : INT8]; i += 64) fetch(w + i);
+    for (int64_t g = 0; g < x.groups(); g++, w += GROUP_BYTES[F]) {
+        for (int64_t i = 0; i < GROUP_BYTES[F]; i += 64) fetch(w + i);
         ivec sums[R][C];
-        group_sums<R, C, FOUR>(numbers, w + BEFORE + 4 * c * LANES, sums);
+        group_sums<R, C, F>(numbers, w + NUMBERS[F] + 4 * c * LANES, w + FIFTHS + 4 * c * LANES, sums);
         vec scale[C], offset[C];
         for (int j = 0; j < C; j++) {
-            scale[j] = load((const bf16 *)w + (c + j) * LANES);
-            if (FOUR) offset[j] = load((const bf16 *)w + 32 + (c + j) * LANES);
+            scale[j] = F == INT5 ? load((const half *)w + (c + j) * LANES) : load((const bf16 *)w + (c + j) * LANES);
+            if (F == INT4) offset[j] = load((const bf16 *)w + 32 + (c + j) * LANES);
         }
         for (int r = 0; r < R; r++) {
             const float own = x.scales(row + r)[g];
             const int32_t all = x.sums(row + r)[g];
             for (int j = 0; j < C; j++) {
-                if (!FOUR && SHIFTED) sums[r][j] -= SHIFTED * all;
+                if (ZERO) sums[r][j] -= ZERO * all;
                 sum[r][j] += __builtin_convertvector(sums[r][j], vec) * (own * scale[j]);
-                if (FOUR) sum[r][j] += offset[j] * (own * all);
+                if (F == INT4) sum[r][j] += offset[j] * (own * all);
             }
             numbers[r] += GROUP;
         }
@@ -343,15 +379,15 @@ static void integer_tile(const Quantised &x, int64_t row, const uint8_t *w, int6
         for (int j = 0; j < C; j++) store(out + r * out_stride + (c + j) * LANES, sum[r][j]);
 }
 
-template <bool FOUR>
+template <Format F>
 static void integer_panel(const Quantised &x, int64_t row, int64_t rows, const uint8_t *w, float *out, int64_t out_stride) {
     for (; rows >= 4; rows -= 4, row += 4, out += 4 * out_stride)
-        for (int c = 0; c < VECTORS; c += 2) integer_tile<4, 2, FOUR>(x, row, w, c, out, out_stride);
+        for (int c = 0; c < VECTORS; c += 2) integer_tile<4, 2, F>(x, row, w, c, out, out_stride);
     for (; rows >= 2; rows -= 2, row += 2, out += 2 * out_stride)
-        for (int c = 0; c < VECTORS; c += 2) integer_tile<2, 2, FOUR>(x, row, w, c, out, out_stride);
+        for (int c = 0; c < VECTORS; c += 2) integer_tile<2, 2, F>(x, row, w, c, out, out_stride);
     if (rows) {
         constexpr int C = VECTORS > 4 ? 4 : VECTORS;
-        for (int c = 0; c < VECTORS; c += C) integer_tile<1, C, FOUR>(x, row, w, c, out, out_stride);
+        for (int c = 0; c < VECTORS; c += C) integer_tile<1, C, F>(x, row, w, c, out, out_stride);
     }
 }
 
@@ -497,9 +533,11 @@ static void multiply(const ThreadTeam &team, const Linear &linear, const T *x, i
             float *to = out + first * stride + p * PANEL;
             const T *from = x + first * in;
             if (linear.format == INT8) {
-                integer_panel<false>(integers, first, here, (const uint8_t *)w, to, stride);
+                integer_panel<INT8>(integers, first, here, (const uint8_t *)w, to, stride);
             } else if (linear.format == INT4) {
-                integer_panel<true>(integers, first, here, (const uint8_t *)w, to, stride);
+                integer_panel<INT4>(integers, first, here, (const uint8_t *)w, to, stride);
+            } else if (linear.format == INT5) {
+                integer_panel<INT5>(integers, first, here, (const uint8_t *)w, to, stride);
             } else if constexpr (sizeof(T) == 2) {
 #ifdef AMX
                 if (products == 2 && rows >= MANY)
@@ -732,6 +770,117 @@ static void step(const Model &m, const ThreadTeam &team, float *x, C *hidden, C 
     norm_all(m.final_norm, hidden, m.width);
 }
 
+// --- packing of integers -----------------------------------------------------------------------------------------------
+
+// The numbers of a group of one output; `group` begins the panel's group.
+static void put_numbers(const uint8_t *numbers, int64_t format, char *group, int64_t column) {
+    uint32_t quads[GROUP / 4], fifths = 0;
+    std::memcpy(quads, numbers, GROUP);
+    char *to = group + NUMBERS[format] + column * 4;
+    if (format == INT8) {
+        for (int q = 0; q < 8; q++) std::memcpy(to + q * PANEL * 4, quads + q, 4);
+        return;
+    }
+    for (int j = 0; j < 4; j++) {
+        const uint32_t both = (quads[2 * j] & 0x0f0f0f0f) | (quads[2 * j + 1] & 0x0f0f0f0f) << 4;
+        std::memcpy(to + j * PANEL * 4, &both, 4);
+    }
+    if (format != INT5) return;
+    for (int q = 0; q < 8; q++) fifths |= (quads[q] >> 4 & 0x01010101) << q;
+    std::memcpy(group + FIFTHS + column * 4, &fifths, 4);
+}
+
+// 32 weights of one output, rounded.
+static void put_group(const float *w, int64_t format, char *group, int64_t column) {
+    vec least = {}, greatest = {};
+    for (int64_t i = 0; i < GROUP; i += LANES) greatest = larger(greatest, load(w + i)), least = larger(least, -load(w + i));
+    const float low = -most(least), high = most(greatest);
+    float unit, start = 0, lowest = 0, highest = 15;
+    if (format == INT5) {
+        half *scale = (half *)group + column;
+        put(scale, (high > -low ? high : low) / -16.0f);
+        unit = one(scale), lowest = -16;
+    } else {
+        bf16 *scale = (bf16 *)group + column;
+        put(scale, format == INT8 ? std::max(high, -low) / 127.0f : (high - low) / 15.0f);
+        unit = one(scale);
+        if (format == INT8) {
+            lowest = -127, highest = 127;
+        } else {
+            put(scale + PANEL, low);
+            start = one(scale + PANEL);
+        }
+    }
+    const int zero = format == INT5 ? MIDDLE : format == INT8 ? SHIFTED : 0;
+    uint8_t numbers[GROUP];
+    for (int64_t i = 0; i < GROUP; i += LANES) {
+        const vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+        vec q = unit != 0.0f ? (load(w + i) - start) / unit + shift - shift : vec{};
+        q = q < lowest ? splat(lowest) : q;
+        q = q > highest ? splat(highest) : q;
+        const ivec n = __builtin_convertvector(q, ivec) + zero;
+        for (int j = 0; j < LANES; j++) numbers[i + j] = (uint8_t)n[j];
+    }
+    put_numbers(numbers, format, group, column);
+}
+
+// Blocks of weights in a GGUF file, as llama.cpp keeps them.
+enum Blocks { Q4_0, Q5_0, Q8_0, Q4_K, Q6_K };
+
+INLINE float scale_at(const uint8_t *p) {
+    half scale;
+    std::memcpy(&scale, p, 2);
+    return one(&scale);
+}
+
+// Q5_0: a scale, the fifth bit of each of 32 weights, four bits of each; less 16.
+static void fives(const uint8_t *block, uint8_t *numbers) {
+    uint32_t fifths;
+    std::memcpy(&fifths, block + 2, 4);
+    for (int i = 0; i < 16; i++) {
+        numbers[i] = (block[6 + i] & 15) | (fifths >> i & 1) << 4;
+        numbers[16 + i] = block[6 + i] >> 4 | (fifths >> (16 + i) & 1) << 4;
+    }
+}
+
+// Weights 32 `g` to 32 `g` + 31 of a row of blocks.
+static void widen_group(int64_t kind, const uint8_t *row, int64_t g, float *w) {
+    if (kind == Q4_0) {
+        const uint8_t *block = row + g * 18;
+        const float scale = scale_at(block);
+        for (int i = 0; i < 16; i++) {
+            w[i] = scale * ((block[2 + i] & 15) - 8);
+            w[16 + i] = scale * ((block[2 + i] >> 4) - 8);
+        }
+    } else if (kind == Q5_0) {
+        const uint8_t *block = row + g * 22;
+        const float scale = scale_at(block);
+        uint8_t numbers[GROUP];
+        fives(block, numbers);
+        for (int i = 0; i < 32; i++) w[i] = scale * (numbers[i] - 16);
+    } else if (kind == Q8_0) {
+        const uint8_t *block = row + g * 34;
+        const float scale = scale_at(block);
+        for (int i = 0; i < 32; i++) w[i] = scale * (int8_t)block[2 + i];
+    } else if (kind == Q4_K) {  // 8 groups: two scales, a scale and an offset of 6 bits of each, four bits of each weight
+        const uint8_t *block = row + g / 8 * 144, *six = block + 4;
+        const int j = g % 8;
+        const int scale = j < 4 ? six[j] & 63 : (six[j + 4] & 15) | (six[j - 4] >> 6) << 4;
+        const int least = j < 4 ? six[j + 4] & 63 : six[j + 4] >> 4 | (six[j] >> 6) << 4;
+        const float unit = scale_at(block) * scale, offset = scale_at(block + 2) * least;
+        for (int i = 0; i < 32; i++) w[i] = unit * (block[16 + j / 2 * 32 + i] >> j % 2 * 4 & 15) - offset;
+    } else {  // Q6_K, 8 groups: four bits and two bits of each weight, a scale of 8 bits for each 16, a scale of all; less 32
+        const uint8_t *block = row + g / 8 * 210, *fours = block + g % 8 / 4 * 64, *twos = block + 128 + g % 8 / 4 * 32;
+        const int8_t *scales = (const int8_t *)block + 192 + g % 8 * 2;
+        const int j = g % 4;
+        const float all = scale_at(block + 208);
+        for (int i = 0; i < 32; i++) {
+            const int number = (fours[j % 2 * 32 + i] >> j / 2 * 4 & 15) | (twos[i] >> 2 * j & 3) << 4;
+            w[i] = all * scales[i / 16] * (number - 32);
+        }
+    }
+}
+
 extern "C" {
 
 // What bf16 products use here: 0 plain vectors, 1 AVX512-BF16, 2 AMX. To be called first.
@@ -748,43 +897,58 @@ int plait_products() {
 // Bytes of a packed weight.
 int64_t plait_packed_size(int64_t out, int64_t in, int64_t format) { return padded(out) / PANEL * panel_bytes(format, in); }
 
-// Weight (out, in) in fp32, laid out in panels; `to` is zero.
-void plait_pack(const float *weight, int64_t out, int64_t in, int64_t format, char *to) {
-    const int64_t deep = padded(in), size = panel_bytes(format, in);
-    for (int64_t n = 0; n < out; n++, weight += in) {
+// Rows `first` to `first + out` of a weight, (out, in) in fp32, laid out in panels; `to`, where the first panel of all begins,
+// is zero.
+void plait_pack(const float *weight, int64_t first, int64_t out, int64_t in, int64_t format, char *to) {
+    const int64_t size = panel_bytes(format, in);
+    for (int64_t n = first; n < first + out; n++, weight += in) {
         char *panel = to + n / PANEL * size;
         const int64_t column = n % PANEL;
-        if (!is_integer(format)) {
-            for (int64_t k = 0; k < in; k++) {
-                if (format == BF16)
-                    put((bf16 *)panel + (k / 2 * PANEL + column) * 2 + k % 2, weight[k]);
-                else if (format == FP16)
-                    put((half *)panel + k * PANEL + column, weight[k]);
-                else
-                    ((float *)panel)[k * PANEL + column] = weight[k];
+        if (is_integer(format)) {
+            for (int64_t k = 0; k < in; k += GROUP, panel += GROUP_BYTES[format]) {
+                float w[GROUP] = {};
+                std::memcpy(w, weight + k, 4 * std::min(GROUP, in - k));
+                put_group(w, format, panel, column);
             }
             continue;
         }
-        for (int64_t k = 0; k < deep; k += GROUP, panel += GROUP_BYTES[format]) {
-            float w[GROUP] = {}, low = 0, high = 0;
-            for (int64_t i = 0; i < std::min(GROUP, in - k); i++) {
-                w[i] = weight[k + i];
-                low = std::min(low, w[i]), high = std::max(high, w[i]);
-            }
-            bf16 *scale = (bf16 *)panel + column;
-            put(scale, format == INT8 ? std::max(high, -low) / 127.0f : (high - low) / 15.0f);
-            if (format == INT4) put(scale + PANEL, low);
-            const float unit = one(scale), start = format == INT4 ? one(scale + PANEL) : 0.0f;
-            uint8_t *numbers = (uint8_t *)panel + (format == INT8 ? 64 : 128);
-            for (int64_t i = 0; i < GROUP; i++) {
-                const float q = unit > 0.0f ? std::nearbyint((w[i] - start) / unit) : 0.0f;
-                if (format == INT8)
-                    numbers[(i / 4 * PANEL + column) * 4 + i % 4] = (uint8_t)((int)std::min(std::max(q, -127.0f), 127.0f) + SHIFTED);
-                else
-                    numbers[(i / 8 * PANEL + column) * 4 + i % 4] |= (uint8_t)std::min(std::max(q, 0.0f), 15.0f) << (i / 4 % 2 * 4);
-            }
+        for (int64_t k = 0; k < in; k++) {
+            if (format == BF16)
+                put((bf16 *)panel + (k / 2 * PANEL + column) * 2 + k % 2, weight[k]);
+            else if (format == FP16)
+                put((half *)panel + k * PANEL + column, weight[k]);
+            else
+                ((float *)panel)[k * PANEL + column] = weight[k];
         }
     }
+}
+
+// The same of rows (out, row_bytes) of blocks of a GGUF file, in a format of integers; `in` is a multiple of the block's. False
+// where a scale is not finite.
+bool plait_pack_blocks(int64_t kind, const uint8_t *blocks, int64_t row_bytes, int64_t first, int64_t out, int64_t in,
+                       int64_t format, char *to) {
+    const int64_t size = panel_bytes(format, in);
+    bool finite = true;
+    for (int64_t n = first; n < first + out; n++, blocks += row_bytes) {
+        char *panel = to + n / PANEL * size;
+        for (int64_t g = 0; g < in / GROUP; g++, panel += GROUP_BYTES[format]) {
+            if (kind == Q5_0 && format == INT5) {  // the same numbers
+                const uint8_t *block = blocks + g * 22;
+                uint8_t numbers[GROUP];
+                fives(block, numbers);
+                std::memcpy((half *)panel + n % PANEL, block, 2);
+                put_numbers(numbers, INT5, panel, n % PANEL);
+                finite &= std::isfinite(scale_at(block));
+                continue;
+            }
+            float w[GROUP], sum = 0;
+            widen_group(kind, blocks, g, w);
+            for (float one : w) sum += one;
+            finite &= std::isfinite(sum);
+            put_group(w, format, panel, n % PANEL);
+        }
+    }
+    return finite;
 }
 
 // Rows `ids` (n,) of a packed weight, as outputs (n, in) in fp32.
@@ -801,6 +965,14 @@ void plait_rows(const Linear *linear, const int64_t *ids, int64_t n, float *to) 
                     const char *group = panel + k / GROUP * GROUP_BYTES[INT8];
                     const uint8_t q = ((const uint8_t *)group)[64 + (k % GROUP / 4 * PANEL + column) * 4 + k % 4];
                     to[k] = one((const bf16 *)group + column) * (SHIFTED ? (int)q - SHIFTED : (int8_t)q);
+                    break;
+                }
+                case INT5: {
+                    const char *group = panel + k / GROUP * GROUP_BYTES[INT5];
+                    const int64_t place = column * 4 + k % 4;
+                    const uint8_t q = ((const uint8_t *)group)[NUMBERS[INT5] + k % GROUP / 8 * PANEL * 4 + place];
+                    const int fifth = ((const uint8_t *)group)[FIFTHS + place] >> k % GROUP / 4 & 1;
+                    to[k] = one((const half *)group + column) * ((k / 4 % 2 ? q >> 4 : q & 15) + 16 * fifth - MIDDLE);
                     break;
                 }
                 default: {

@@ -1,7 +1,7 @@
-"""Linear layers whose weight is packed once, in fp32, 16 bits, int8 or int4, for products of any number of rows on a
-processor (`kernels/generation.cpp`). Where there is no kernel, PyTorch computes the same from the same numbers.
+"""Linear layers whose weight is packed once, in fp32, 16 bits, int8, int5 or int4, for products of any number of rows
+on a processor (`kernels/generation.cpp`). Where there is no kernel, PyTorch computes the same from the same numbers.
 
-How int8 and int4 weights are rounded stands in `quantisation.py`. Their inputs are rounded to 8 bits, with a scale for
+How weights of integers are rounded stands in `quantisation.py`. Their inputs are rounded to 8 bits, with a scale for
 each 32, as llama.cpp does.
 """
 
@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
-from ctypes import POINTER, Structure, c_int64, c_void_p
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from ctypes import POINTER, Structure, c_bool, c_int64, c_void_p
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,9 +24,34 @@ from plait.kernels import build
 from plait.kernels.quantisation import STORAGES, dequantise, quantise
 
 FORMATS = {name: number for number, name in enumerate(STORAGES)}  # as `Format` in generation.cpp
+BLOCKS = ("Q4_0", "Q5_0", "Q8_0", "Q4_K", "Q6_K")  # kinds of blocks that are packed as they are, as there
 PANEL = 32
 SMALL = 2**22  # products of weights and rows for which a second thread does not pay
 CHUNK = 512  # outputs that are laid out at a time: as much of them is held twice
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Rows of a weight as a GGUF file keeps them: blocks of one of the kinds `BLOCKS`."""
+
+    kind: str
+    data: np.ndarray  # (rows, bytes of a row) uint8
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+
+class WeightRows(Protocol):
+    """A weight that lies in a file, and is read a few rows at a time."""
+
+    shape: torch.Size
+    device: torch.device
+
+    def pieces(self, rows: slice) -> Sequence[Tensor | Blocks]:
+        """Those rows, one piece after the other; those that are left out at the end are zero."""
+        ...
+
+    def __getitem__(self, rows: slice) -> Tensor: ...
 
 
 class LinearStruct(Structure):
@@ -43,7 +70,9 @@ def library(level: isa.Level | None = None) -> ctypes.CDLL | None:
         return None
     compiled.plait_products()
     compiled.plait_packed_size.argtypes, compiled.plait_packed_size.restype = [c_int64] * 3, c_int64
-    compiled.plait_pack.argtypes = [c_void_p, *[c_int64] * 3, c_void_p]
+    compiled.plait_pack.argtypes = [c_void_p, *[c_int64] * 4, c_void_p]
+    compiled.plait_pack_blocks.argtypes = [c_int64, c_void_p, *[c_int64] * 5, c_void_p]
+    compiled.plait_pack_blocks.restype = c_bool
     compiled.plait_rows.argtypes = [POINTER(LinearStruct), c_void_p, c_int64, c_void_p]
     compiled.plait_linear_scratch.argtypes, compiled.plait_linear_scratch.restype = [c_int64] * 2, c_int64
     compiled.plait_linear.argtypes = [
@@ -83,18 +112,24 @@ class PackedLinear(nn.Module):
     """A frozen linear layer (..., in) to (..., out), in the precision of its input."""
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None = None, storage: str = "fp32", level: isa.Level | None = None
+        self,
+        weight: Tensor | WeightRows,
+        bias: Tensor | None = None,
+        storage: str = "fp32",
+        level: isa.Level | None = None,
     ) -> None:
-        """`weight` (out, in) may be of any precision, and is not kept; `level` caps the instructions, for tests."""
+        """`weight` (out, in) may be of any precision, and is not kept; `level` caps the instructions, for tests.
+
+        Raises ValueError where a block's scale is not finite.
+        """
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.storage = storage
         self.library = library(level) if weight.device.type == "cpu" else None
         self.scratch = torch.empty(0, dtype=torch.uint8)
         self.bias: Tensor | None = None
-        weight = weight.detach()
         if self.library is None:
-            self.parts = quantise(weight, storage)
+            self.parts = quantise(weight.detach() if isinstance(weight, Tensor) else weight[:], storage)
             self.bias = None if bias is None else bias.detach().float()
             return
         outputs = round_up(self.out_features, PANEL)
@@ -103,12 +138,11 @@ class PackedLinear(nn.Module):
         self.panels = torch.zeros(size + 64, dtype=torch.uint8)
         start = -self.panels.data_ptr() % 64
         self.panels = self.panels[start : start + size]
-        for at in range(0, self.out_features, CHUNK):
-            part = weight[at : at + CHUNK].float().contiguous()
-            before = self.library.plait_packed_size(at, self.in_features, FORMATS[storage])
-            self.library.plait_pack(
-                part.data_ptr(), len(part), self.in_features, FORMATS[storage], self.panels.data_ptr() + before
-            )
+        for first in range(0, self.out_features, CHUNK):
+            rows, at = slice(first, first + CHUNK), first
+            for piece in [weight.detach()[rows]] if isinstance(weight, Tensor) else weight.pieces(rows):
+                self._pack(piece, at)
+                at += len(piece)
         if bias is not None:
             self.bias = torch.zeros(outputs)
             self.bias[: self.out_features] = bias.detach()
@@ -116,6 +150,18 @@ class PackedLinear(nn.Module):
         self.struct = LinearStruct(
             self.panels.data_ptr(), pointer, self.in_features, self.out_features, FORMATS[storage]
         )
+
+    def _pack(self, piece: Tensor | Blocks, first: int) -> None:
+        """Lay out rows of the weight, from row `first` on."""
+        assert self.library is not None
+        where = first, len(piece), self.in_features, FORMATS[self.storage], self.panels.data_ptr()
+        if isinstance(piece, Tensor):
+            wide = piece.float().contiguous()
+            self.library.plait_pack(wide.data_ptr(), *where)
+            return
+        data = np.ascontiguousarray(piece.data)
+        if not self.library.plait_pack_blocks(BLOCKS.index(piece.kind), data.ctypes.data, data.shape[1], *where):
+            raise ValueError("A weight is not finite.")
 
     @property
     def nbytes(self) -> int:

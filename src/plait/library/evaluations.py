@@ -166,8 +166,9 @@ def evaluate(
     Raises PlaitError where the split is empty, the dataset is not there or its columns are not the model's.
     """
     from plait.evaluation.folds import by_folds
-    from plait.evaluation.further import measure_further
+    from plait.evaluation.further import measure_dual_encoder, measure_further
     from plait.evaluation.heads import measure_head
+    from plait.hf.dual_encoder import DualEncoder
     from plait.hf.heads import HeadModel
     from plait.hf.pretrained import Pretrained
     from plait.inference.model import load
@@ -189,6 +190,10 @@ def evaluate(
     measured = _measured_split(dataset, own, split)
     if isinstance(loaded, HeadModel):
         metrics, findings = measure_head(loaded, dataset, measured.name, limit)
+        return _kept(folder, dataset, measured, metrics, findings)
+    if isinstance(loaded, DualEncoder):
+        with ProgressBar(progress) as bar:
+            metrics, findings = measure_dual_encoder(loaded, dataset, measured.name, limit, bar)
         return _kept(folder, dataset, measured, metrics, findings)
     if isinstance(loaded, Pretrained):
         with ProgressBar(progress) as bar:

@@ -153,12 +153,15 @@ class Run:
 
     def describe(self) -> str:
         """What was decided, and how large the model is, in a few lines of text."""
+        from plait.hf import dual_encoder
         from plait.hf.contrastive import describe_pairs
         from plait.hf.heads import TYPE, describe_head, head_config
         from plait.hf.speech_training import describe_speech
         from plait.training.run import describe
 
         config = read_json(self.best / "config.json")
+        if config["model_type"] == dual_encoder.TYPE:
+            return dual_encoder.describe_dual_encoder(config)
         if self.metadata.get("size") == "pairs":
             return describe_pairs(config)
         if self.metadata.get("size") == "speech":

@@ -76,7 +76,8 @@ def train(
         steps: steps to train for, instead of minutes.
         batch_size: records a step.
         learning_rate: peak of the schedule.
-        init_from: a run, a checkpoint, or a Hugging Face name or folder to begin from.
+        init_from: a run, a checkpoint, or a Hugging Face name or folder to begin from; for images with captions also
+            an encoder of images and one of texts, as "VISION,TEXT".
         start: "best" takes the best pretrained model on this machine that fits the data and the memory, "scratch" none;
             left out, `tell` says which there is. Nothing is downloaded.
         models: folders of models to look in, beside the Hugging Face cache.
@@ -236,12 +237,13 @@ def _choose_start(
 
 
 def _is_encoder(name: str) -> bool:
-    """Whether a model to start from is an encoder, on which a head is fitted."""
+    """Whether a model to start from is an encoder, on which a head is fitted, or two with a comma."""
     if (Path(name).expanduser() / "run.json").is_file() or name.endswith(".gguf"):
         return False
+    from plait.hf.dual_encoder import encoder_names
     from plait.hf.heads import is_encoder
 
-    return is_encoder(name)
+    return encoder_names(name) is not None or is_encoder(name)
 
 
 def _train_on_encoder(
@@ -253,18 +255,20 @@ def _train_on_encoder(
     allow_changes: bool,
     tell: Callable[[str], None],
 ) -> None:
-    """A run whose model is a head over a frozen encoder, an encoder of images and texts trained on pairs, or a Whisper
-    trained on clips with what is said.
+    """A run whose model is a head over a frozen encoder, two frozen encoders joined in one space, an encoder of images
+    and texts trained on pairs, or a Whisper trained on clips with what is said.
 
     Raises PlaitError where the folder holds another run.
     """
-    from plait.core.device import threads
+    from plait.core.device import keep_memory, threads
     from plait.data.stores import written_place
     from plait.hf.contrastive import train_pairs, trains_pairs
+    from plait.hf.dual_encoder import encoder_names, train_dual_encoder
     from plait.hf.heads import train_head
     from plait.hf.speech_training import train_speech, trains_speech
 
     started = time.time()
+    keep_memory()
     facts: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json"),
         "dataset": written_place(dataset.path, folder),
@@ -284,7 +288,10 @@ def _train_on_encoder(
     assert recipe.model.init_from is not None
     more = {"seed": recipe.training.seed, "size": "head", "device": device, "threads": threads(), "started": started}
     facts |= more
-    if trains_pairs(dataset, recipe.model.init_from):
+    if (names := encoder_names(recipe.model.init_from)) is not None:
+        facts["size"] = "pairs"
+        lines = train_dual_encoder(dataset, folder, names, facts, recipe, device, bar)
+    elif trains_pairs(dataset, recipe.model.init_from):
         facts["size"] = "pairs"
         lines = train_pairs(dataset, folder, recipe.model.init_from, facts, recipe.training, device, bar)
     elif trains_speech(dataset, recipe.model.init_from, recipe.training.task):

@@ -211,7 +211,7 @@ class TokenEmbedding(nn.Module):
         self.vocabulary = vocabulary
         self.register_buffer("text_rows", None)
         self.packed: PackedLinear | None = None  # all rows, where they are kept for use alone
-        self.free = nn.Parameter(torch.randn(vocabulary.size, width) * std)
+        self.free = nn.Parameter(torch.randn(vocabulary.size, width).mul_(std))
         self.digits = nn.ParameterDict()
         for modality, levels in vocabulary.levels.items():
             quantizer = FSQ(levels)

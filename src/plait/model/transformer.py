@@ -364,7 +364,7 @@ class Transformer(nn.Module):
         self.adapter_rows: AdapterRows | None = None  # which rows are computed with which adapter, where there are any
         self.halves_saved = False  # what the backward pass reads is kept in bf16: of low-rank updates, for memory
         if config.position == "learned":
-            self.positions = nn.Parameter(torch.randn(config.max_length, config.width) * 0.02)
+            self.positions = nn.Parameter(torch.randn(config.max_length, config.width).mul_(0.02))
         else:
             self.set_frequencies()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))

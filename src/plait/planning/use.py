@@ -14,7 +14,6 @@ from plait.core.system import available_memory
 from plait.hf.catalogue import LocalModel, models
 from plait.inference.memory import BESIDE, BYTES
 from plait.kernels.linear import PackedLinear
-from plait.kernels.quantisation import STORAGES
 from plait.planning.networks import Network
 
 SIDE = 6144  # of the matrix that stands for a model's: larger than the processor's caches, in int8 too
@@ -31,7 +30,7 @@ def use_here(network: Network) -> list[dict[str, Any]]:
     multiplied = network.parameters - (0 if network.config.tied else network.parts["token embedding"])
     inner = network.parts["attention"] + network.parts["feed-forward"]  # of a prompt the last token alone is scored
     free, rows = available_memory(), []
-    for precision in STORAGES:
+    for precision in BYTES:
         weights = network.parameters * BYTES[precision]
         in_use = weights * BESIDE + network.cache_a_token(4) * tokens
         one, many = _product_seconds(precision)
