@@ -132,6 +132,6 @@ def test_the_site_builds(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "site" / "reference" / "python" / "index.html").read_text(encoding="utf-8")
-    assert "plait.library.runs.train" in page and "minutes" in page
+    assert "plait.library.training.train" in page and "minutes" in page
     fetched = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="https?://(?!plait-ml)[^"]+"', page)
     assert not fetched, "the site fetches from elsewhere"

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from plait.library.demo import demo
     from plait.library.evaluations import Evaluation, evaluate, label_review
     from plait.library.exports import export
-    from plait.library.runs import Run, train
+    from plait.library.runs import Run
     from plait.library.tables import tabulate
+    from plait.library.training import train
     from plait.planning.api import plan
     from plait.search.index import Index
     from plait.training.callbacks import Callback
@@ -90,7 +91,7 @@ _MODULES = {
     "plan": "plait.planning.api",
     "prepare": "plait.library.datasets",
     "tabulate": "plait.library.tables",
-    "train": "plait.library.runs",
+    "train": "plait.library.training",
     "transfer": "plait.transfer_learning.api",
     "tune": "plait.tuning.api",
 }

@@ -20,7 +20,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from plait.core.errors import PlaitError
 from plait.library.datasets import prepare
-from plait.library.runs import train
+from plait.library.training import train
 
 INPUT, LABEL = "input", "label"  # the columns of the dataset that `fit` makes
 VAL_SHARE = 0.1  # of the training data, by which training stops and probabilities are calibrated

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -255,3 +256,16 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def explained_when_full(folder: Path) -> Iterator[None]:
+    """A full disk is the user's to mend, wherever it shows."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise PlaitError(
+            f"Cannot write {error.filename or folder}: {error.strerror}. Free space; the same command goes on."
+        ) from error

@@ -9,7 +9,6 @@ called in the dataset.
 
 from __future__ import annotations
 
-import codecs
 import json
 import math
 import re
@@ -26,7 +25,19 @@ import pyarrow.compute as pc
 
 from plait.core.errors import PlaitError
 from plait.core.rejects import Reason, RejectKind
-from plait.data.conversations import decode_base64, flatten, is_chat
+from plait.data.cells import (
+    DATA_URL,
+    are_numbers,
+    are_web_media,
+    head_of,
+    is_blank,
+    is_struct,
+    most,
+    number_of,
+    role_of,
+    separator_of,
+)
+from plait.data.conversations import decode_base64, flatten
 from plait.data.files import (
     DAMAGED,
     TABLE_SUFFIXES,
@@ -38,20 +49,15 @@ from plait.data.files import (
     suffix_of,
 )
 from plait.data.folders import FileSplits
-from plait.data.record import RESERVED, Rejected, UnusableError, join_labels, split_name, text_fault
+from plait.data.record import RESERVED, Rejected, UnusableError, join_labels, split_name
 from plait.data.rows import TableError, batches, distinct, heading, rows, schema_of
-from plait.modalities.media import KINDS, MEDIA, kind_of_suffix, sniff
+from plait.modalities.media import KINDS, MEDIA, sniff
 
 ROLES = ("text", *MEDIA, "chat", "labels", "number", "id", "split", "ignore", "each")
-SEPARATORS = ("|", ";", ",")  # of several labels in one cell; the first that occurs in a column is its own
 _SAMPLE = 200
 _COLUMNS = 500
-_MOST = 0.8  # of a column's values decide what it is
 _SHORT = 200  # characters of what may be a label
-_LISTED = 60  # characters of a label in a list that is taken for labels unasked
-_NUMBERS = 20  # different values from which a column of numbers may be one to predict
 _BOOKS = ("dataset_dict.json", "dataset_info.json", "state.json")
-_DATA_URL = re.compile(r"data:(\w+)/[\w.+-]+;base64,")  # a medium in a text, by its kind
 _FORM = re.compile(r"sample[-_]?submission")
 _PLAIN = {"file_name", "filename", "file", "path", "filepath", "file_path"}
 
@@ -133,7 +139,7 @@ def _scan(tree: Tree, name: str, split: str, default: str | None) -> Table:
         for key, value in row.items():
             values = table.samples.setdefault(key, [])
             if len(values) < _SAMPLE and not is_blank(value):
-                values.append(_head(value))
+                values.append(head_of(value))
         if not has_schema:
             split_cell = row.get(split)
             table.split_counts[(split_name(split_cell) if isinstance(split_cell, str) else None) or default] += 1
@@ -149,29 +155,6 @@ def _counted(record_batches: Iterator[pa.RecordBatch], default: str | None) -> C
     return split_counts
 
 
-def is_blank(value: Any) -> bool:
-    """Whether a cell holds no value: nothing, an empty text, or NaN, by which data frames write a missing number."""
-    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
-
-
-def _head(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return value[:64]
-    if _is_struct(value):
-        return {"bytes": (value.get("bytes") or b"")[:64] or None, "path": value.get("path")}
-    if isinstance(value, list):
-        return [_head(cell) for cell in value]
-    if isinstance(value, dict):
-        return {key: _head(cell) for key, cell in value.items()}
-    if isinstance(value, str) and not value.lstrip().startswith("["):
-        return value[:400]
-    return value[:100_000] if isinstance(value, str) else value
-
-
-def _is_struct(value: Any) -> bool:
-    return isinstance(value, dict) and "bytes" in value and set(value) <= {"bytes", "path"}
-
-
 def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
     """Names of integer classes, as Hugging Face's datasets leave them in a Parquet file."""
     try:
@@ -183,115 +166,6 @@ def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
         }
     except (KeyError, TypeError, ValueError, AttributeError):
         return {}
-
-
-def _most(count: int, values: list[Any]) -> bool:
-    """Whether so many of the values decide what a column is: the few others are then rows to be rejected, and never a
-    reason to read the whole column as something else."""
-    return count >= _MOST * len(values)
-
-
-def _path_kinds(tree: Tree, table: str, column: str, values: list[Any]) -> set[str]:
-    """The kinds of media whose paths most of the values are; empty where they are not paths."""
-    named = column == "file_name" or column.endswith("_file_name")
-    kinds: list[str] = []
-    there = False
-    for value in values:
-        if not isinstance(value, str) or len(value) > 300 or "\n" in value or "://" in value:
-            continue
-        kind = kind_of_suffix(suffix_of(value.replace("\\", "/")))
-        resolved = tree.resolve(table, value) if named or (not there and kind) else None
-        if isinstance(resolved, str):
-            there = True
-            kind = kind or tree.kind(resolved)
-        if kind:
-            kinds.append(kind)
-    return set(kinds) if (there or named) and values and _most(len(kinds), values) else set()
-
-
-def _data_url_kinds(values: list[Any]) -> set[str]:
-    """The kinds of media that most of the values hold as data URLs; empty where they do not."""
-    found = [match[1] for value in values if isinstance(value, str) and (match := _DATA_URL.match(value))]
-    kinds = {kind for kind in found if kind in MEDIA}
-    return kinds if values and _most(len(found), values) else set()
-
-
-def _are_web_media(values: list[Any]) -> bool:
-    """Whether most of the values are addresses of media in the web."""
-    addresses = [value for value in values if isinstance(value, str) and value.startswith(("http://", "https://"))]
-    media = [value for value in addresses if kind_of_suffix(suffix_of(value.partition("?")[0]))]
-    return bool(values) and _most(len(media), values)
-
-
-def _is_text(head: bytes) -> bool:
-    """Whether the first bytes of a value are text: UTF-8 that may be cut, without control characters."""
-    try:
-        text = codecs.getincrementaldecoder("utf-8")().decode(head)
-    except UnicodeDecodeError:
-        return False
-    return not any(ord(c) < 32 and c not in "\t\n\r" for c in text)
-
-
-def _recognise(tree: Tree, table: str, column: str, values: list[Any]) -> str:
-    """A column's role from its name and the sample of its values: what most of them are."""
-    if not column or text_fault(column):
-        return "ignore"
-    if not values:
-        return "text"
-    if column == "split" and _most(sum(isinstance(v, str) and bool(split_name(v)) for v in values), values):
-        return "split"
-    numbered = [v for v in values if isinstance(v, str | int)]
-    if column == "id" and _most(len(numbered), values) and _most(len(set(numbered)), values):
-        return "id"
-    encoded = [v for v in values if isinstance(v, bytes) or _is_struct(v)]
-    if _most(len(encoded), values):
-        heads = [v if isinstance(v, bytes) else v["bytes"] or b"" for v in encoded]
-        kinds = {kind[0] for head in heads if (kind := sniff(head))}
-        paths = [v["path"] for v in encoded if not isinstance(v, bytes) and v["path"]]
-        kinds = kinds or _path_kinds(tree, table, "file_name", paths)
-        if not kinds:
-            return "text" if _most(sum(bool(head) and _is_text(head) for head in heads), values) else "ignore"
-        return "media" if len(kinds) > 1 else kinds.pop()
-    if _most(sum(map(is_chat, values)), values):
-        return "chat"
-    if _are_label_lists(values):
-        return "labels"
-    if kinds := _data_url_kinds(values):
-        return "media" if len(kinds) > 1 else kinds.pop()
-    kinds = _path_kinds(tree, table, column, values)
-    return "media" if len(kinds) > 1 else kinds.pop() if kinds else "text"
-
-
-def _are_label_lists(values: list[Any]) -> bool:
-    """Whether these are lists of labels: short texts that come again and again, sometimes several together."""
-    lists = [value for value in values if isinstance(value, list)]
-    cells = [cell for value in lists for cell in value]
-    if not _most(len(lists), values) or not all(isinstance(cell, str) and len(cell) <= _LISTED for cell in cells):
-        return False
-    return any(len(value) > 1 for value in lists) and len(cells) >= 3 * len(set(cells))
-
-
-def _separator(values: list[Any]) -> str | None:
-    """What stands between the labels of a cell; None where every cell holds one, or lists."""
-    texts = [value for value in values if isinstance(value, str)]
-    return next((mark for mark in SEPARATORS if any(mark in text for text in texts)), None)
-
-
-def _are_numbers(values: list[Any]) -> bool:
-    """Whether a column of these holds numbers that one may want to predict."""
-    numbers = {number for value in values if (number := _number(value)) is not None}
-    return len(numbers) >= _NUMBERS and len([v for v in values if _number(v) is not None]) == len(values)
-
-
-def _number(value: Any) -> float | None:
-    """A finite number, or None."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        return None
-    try:
-        number = float(value)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
 
 
 def _read_column_map(column_map: dict[str, str], column_names: set[str]) -> dict[str, tuple[str, str | None]]:
@@ -332,14 +206,14 @@ class _Columns:
         """Column `name` of a table. Raises PlaitError where another table says something else."""
         table.columns[name] = column
         role, text = column.role, "text" if column.role == "each" else column.role
-        if role == "text" and not column.labels and _are_numbers(table.samples[name]):
+        if role == "text" and not column.labels and are_numbers(table.samples[name]):
             self.hints.append(f"{table.file}: '{name}' holds numbers, read as texts. To predict them: --number {name}.")
         if role == "text" and any(isinstance(value, list | dict) for value in table.samples[name]):
             self.hints.append(
                 f"{table.file}: '{name}' holds lists or objects, read as texts of JSON. To leave them out: --map "
                 f"ignore={name}; to take each of a list's texts for a record: --map each={name}."
             )
-        if role == "text" and _are_web_media(table.samples[name]):
+        if role == "text" and are_web_media(table.samples[name]):
             self.hints.append(
                 f"{table.file}: '{name}' holds addresses of the web, read as texts: nothing is fetched. Fetch the "
                 "files and write their paths, to have the media themselves."
@@ -437,7 +311,7 @@ def _stem_kinds(tree: Tree, table: str, values: list[Any]) -> set[str]:
     if len(texts) < 2 or len(texts) < len(values) or len(set(texts)) < len(texts):
         return set()
     named = [found[0] for value in texts if len(found := tree.named(table, value)) == 1]
-    return {kind for name in named if (kind := tree.kind(name))} if _most(len(named), texts) else set()
+    return {kind for name in named if (kind := tree.kind(name))} if most(len(named), texts) else set()
 
 
 def _plan_columns(
@@ -449,7 +323,7 @@ def _plan_columns(
     columns = _Columns()
     for table in tables:
         roles = {
-            column: requested[column][0] if column in requested else _recognise(tree, table.file, column, values)
+            column: requested[column][0] if column in requested else role_of(tree, table.file, column, values)
             for column, values in table.samples.items()
         }
         by_stem = None
@@ -464,7 +338,7 @@ def _plan_columns(
                 role = "media" if len(kinds) > 1 else kinds.pop()
                 name = role if role not in table.samples else column
             names = labels.get(name) or labels.get(column) or table.class_names.get(column)
-            separator = _separator(values) if role == "labels" else None
+            separator = separator_of(values) if role == "labels" else None
             columns.add(table, column, Column(role, name, names, separator))
     if len(columns.kinds) > _COLUMNS:
         raise PlaitError(
@@ -554,7 +428,7 @@ def _several(value: Any, column: Column) -> str:
 
 
 def _medium(tree: Tree, table: Table, place: str, column: Column, value: Any) -> Media | None:
-    if _is_struct(value):
+    if is_struct(value):
         value = value.get("path") if value["bytes"] is None else value["bytes"]
     if value is None or value == "":
         return None
@@ -565,7 +439,7 @@ def _medium(tree: Tree, table: Table, place: str, column: Column, value: Any) ->
         return Media(kind, place, data=value)
     if not isinstance(value, str):
         raise UnusableError(Reason(RejectKind.BAD_VALUE, f"column '{column.name}' is neither a path nor bytes"))
-    if match := _DATA_URL.match(value):
+    if match := DATA_URL.match(value):
         try:
             data = decode_base64(value[match.end() :], f"column '{column.name}'")
         except ValueError as error:
@@ -617,7 +491,7 @@ def _record(tree: Tree, table: Table, line: int, row: dict[str, Any]) -> Iterato
             elif column.role == "labels":
                 record.parts[column.name] = _several(value, column)
             elif column.role == "number":
-                if (number := _number(value)) is None:
+                if (number := number_of(value)) is None:
                     raise UnusableError(
                         Reason(RejectKind.BAD_VALUE, f"column '{column.name}': '{str(value)[:40]}' is no finite number")
                     )

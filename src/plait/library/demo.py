@@ -7,7 +7,7 @@ from pathlib import Path
 
 from plait.library.datasets import prepare
 from plait.library.evaluations import Evaluation, evaluate
-from plait.library.runs import train
+from plait.library.training import train
 
 CODEC_STEPS = 420  # of each codec
 

@@ -28,8 +28,10 @@ from plait.core.errors import PlaitError
 from plait.core.files import clear_leftovers, fsync_folder, link_target, point, read_json, remove_folder
 from plait.model import checkpoint as checkpoints
 from plait.model.checkpoint import Checkpoint
+from plait.model.multimodal import ModelConfig, Multimodal
 from plait.training.distributed import Group, full_tensor, is_shard, read_tensors, stored_tensors, write_shards
 from plait.training.optimizer import WeightAverage
+from plait.training.run import difference
 
 STATE = "training_state"
 
@@ -333,3 +335,17 @@ def describe(folder: Path) -> list[dict[str, Any]]:
             {"step": step, "names": names, "bytes": size, "validation": facts.get("validation", {}), "wrong": wrong}
         )
     return rows
+
+
+def check_same_network(folder: Path, model: Multimodal) -> None:
+    """Raise PlaitError where a checkpoint is of another network than the run's recipe and data make."""
+    config = read_json(folder / "config.json")
+    config_now = model.config.model_dump(mode="json")
+    settings = config_now.pop("modalities")
+    stored = ModelConfig.model_validate({name: config.get(name) for name in config_now}).model_dump(mode="json")
+    del stored["modalities"]
+    for one in (config_now, stored):
+        one["backbone"] = {name: value for name, value in one["backbone"].items() if name != "dropout"}
+    different = difference(stored, config_now) + difference(read_json(folder / "preprocessor_config.json"), settings)
+    if different:
+        raise PlaitError(f"{folder} is of another network{different}. Choose another folder with -o.")

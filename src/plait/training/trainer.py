@@ -7,12 +7,11 @@ folder holds `run.json` (what was decided, once), `log.jsonl`, `codecs/`, `check
 
 from __future__ import annotations
 
-import errno
 import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +23,13 @@ import torch
 from plait.core.config import GenerationConfig, Recipe
 from plait.core.device import choose_device, keep_memory, matmul_precision, release_memory, threads
 from plait.core.errors import DivergedError, PlaitError, Terminated
-from plait.core.files import only_writer, read_json
+from plait.core.files import explained_when_full, only_writer
 from plait.core.objective import weighted_sum
 from plait.core.rng import uniform
 from plait.core.signals import Signals, signals
 from plait.data.blocks import POLL
 from plait.data.dataset import Dataset
 from plait.model.checkpoint import Checkpoint
-from plait.model.multimodal import ModelConfig, Multimodal
 from plait.training.batches import PASS, BatchPrefetcher, Sampler
 from plait.training.budget import (
     VALIDATION_SHARE,
@@ -45,16 +43,17 @@ from plait.training.budget import (
 )
 from plait.training.build import label_columns
 from plait.training.callbacks import Callback, Callbacks, EndEvent, StartEvent, StepEvent, ValidationEvent
-from plait.training.checkpointing import Position, Saver, restore
+from plait.training.checkpointing import Position, Saver, check_same_network, restore
 from plait.training.distributed import Group, Network
 from plait.training.divergence import check_stable, not_finite
 from plait.training.init_from import generation_of, labels_of
+from plait.training.kept_replies import KeptReplies
 from plait.training.log import Log
 from plait.training.losses import LossModule, step_losses
 from plait.training.optimizer import AdamW, WeightAverage, make_optimizer
 from plait.training.parts import Budget
 from plait.training.preparation import Prepared, join_replayed, prepare_run
-from plait.training.run import Progress, Report, Run, difference
+from plait.training.run import Progress, Report, Run
 from plait.training.schedule import learning_rate_at, restart_scale
 from plait.training.streams import Streams, can_be_cut, media_work
 
@@ -108,7 +107,7 @@ def train(
     with (
         only_writer(folder) if group.is_main else nullcontext(),
         signals() as received,
-        _explained_when_full(folder),
+        explained_when_full(folder),
         matmul_precision(device),
     ):
         joined, datasets = join_replayed(dataset, list(recipe.training.replay))
@@ -167,6 +166,7 @@ class Trainer:
         """Make network, samplers, optimizer and checkpoints, and go on from the newest checkpoint."""
         self._setup_network()
         self._setup_batches()
+        self.kept_replies, self.divergence = self._kept_replies(), 0.0
         self.optimizer = self._make_optimizer()
         self.saver = Saver(self.run.folder / "checkpoints", self.settings.keep, self.settings.keep_every, self.group)
         self.saver.inherited = self.prepared.inherited
@@ -279,7 +279,7 @@ class Trainer:
             return None
         for line in damaged:
             self.run.report(Progress("note", 1, 1, note=f"{line}; going on from {newest}"))
-        _check_same_network(newest, self.model)
+        check_same_network(newest, self.model)
         return newest
 
     def _setup_schedule(self) -> None:
@@ -420,12 +420,26 @@ class Trainer:
             settings.label_smoothing,
             self.streams,
         )
+        if self.kept_replies is not None:
+            self.divergence = self.kept_replies.backward(step)
         grad_norm = self.network.grad_norm()
         if not (math.isfinite(float(grad_norm)) and math.isfinite(weighted_sum(losses, settings.weights))):
             raise not_finite(self.network, self.train_sampler, step)
         self.optimizer.clip(grad_norm, settings.grad_clip)
         self.optimizer.step()
         return losses, tokens
+
+    def _kept_replies(self) -> KeptReplies | None:
+        """What the base replies to general questions, where the run keeps it."""
+        lora = self.settings.lora
+        if lora is None:
+            return None
+        kept = KeptReplies.of_run(self.run.folder, self.model, self.run.device, lora.keep, self.settings.seed)
+        if kept is None or self.group.size == 1:
+            return kept
+        note = "what the base replies to general questions is kept by one process alone: several do without"
+        self.run.report(Progress("note", 1, 1, note=note))
+        return None
 
     # --- validation -------------------------------------------------------------------------------------------------
 
@@ -590,33 +604,8 @@ class Trainer:
         seconds, waited = now - self.clock, self.batches.waited
         means = {name: float(np.mean(values)) for name, values in position.recent.items()}
         self.log.write(position.step, "train", means, position.tokens / seconds, learning_rate, waited / seconds)
+        if self.kept_replies is not None:
+            self.log.write(position.step, "kept", {"divergence": self.divergence})
         check_stable(position, weighted_sum(means, self.settings.weights), records, split)
         self.run.report(Progress("model", position.step, steps, means, position.tokens / seconds, work="model"))
         position.recent, position.tokens, self.clock, self.batches.waited = {}, 0, now, 0.0
-
-
-def _check_same_network(folder: Path, model: Multimodal) -> None:
-    """Raise PlaitError where a checkpoint is of another network than the run's recipe and data make."""
-    config = read_json(folder / "config.json")
-    config_now = model.config.model_dump(mode="json")
-    settings = config_now.pop("modalities")
-    stored = ModelConfig.model_validate({name: config.get(name) for name in config_now}).model_dump(mode="json")
-    del stored["modalities"]
-    for one in (config_now, stored):
-        one["backbone"] = {name: value for name, value in one["backbone"].items() if name != "dropout"}
-    different = difference(stored, config_now) + difference(read_json(folder / "preprocessor_config.json"), settings)
-    if different:
-        raise PlaitError(f"{folder} is of another network{different}. Choose another folder with -o.")
-
-
-@contextmanager
-def _explained_when_full(folder: Path) -> Iterator[None]:
-    """A full disk is the user's to mend, wherever it shows."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise PlaitError(
-            f"Cannot write {error.filename or folder}: {error.strerror}. Free space; the same command goes on."
-        ) from error
