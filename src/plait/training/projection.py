@@ -1,13 +1,14 @@
 """Where a new projection begins that shows images to a language model: each image as the words that are said of it.
 
-A frozen encoder's features and a language model's embeddings know nothing of each other. To find out by gradient descent
-what the one means to the other takes thousands of steps (Liu et al., "Visual Instruction Tuning", 2023, align on 595,000
-pairs). A ridge regression from the features of an image to the mean embedding of its words, the rarer ones counting more,
-is there in seconds: the model then reads an image as it reads a blend of words.
+A frozen encoder's features and a language model's embeddings know nothing of each other. To find out by gradient
+descent what the one means to the other takes thousands of steps (Liu et al., "Visual Instruction Tuning", 2023, align
+on 595,000 pairs). A ridge regression from an image's features to the mean embedding of its words, the rarer ones
+counting more, is there in seconds: the model then reads an image as it reads a blend of words.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -21,8 +22,8 @@ from plait.model.multimodal import Multimodal, TokenEmbedding
 from plait.training.split import Split
 
 SAMPLES = 2000  # images that it is fitted by, at most
-FEWEST = 50  # images that say anything
-HELD_OUT = 5  # every fifth chooses the penalty
+FEWEST = 100  # images that say anything
+BLOCK, HELD_OUT = 20, 5  # every fifth block of so many chooses the penalty
 PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # times the mean eigenvalue of the features' Gram matrix
 RARE = 3  # a token in fewer texts than this says nothing of others
 LEAST = 0.05  # mean cosine on what was held out below which the features say nothing of the words
@@ -88,7 +89,7 @@ def _ids(split: Split, record: int) -> list[int]:
 def _features(encoder: HFImageEncoder, sample: np.ndarray) -> Tensor:
     """What the projection reads of an image, (1, grid * grid, H), normed but for scale and offset."""
     places = encoder.places.device
-    features = encoder.features(torch.from_numpy(np.asarray(sample))[None].to(places))
+    features = encoder.features(torch.tensor(np.asarray(sample))[None].to(places))
     return F.layer_norm(features, features.shape[-1:]).cpu()
 
 
@@ -100,7 +101,7 @@ def mean_embeddings(texts: list[list[int]], embedding: TokenEmbedding) -> Tensor
     means = torch.zeros(len(texts), rows.shape[1])
     for place, ids in enumerate(texts):
         said = sorted({id for id in ids if counts[id] >= RARE})
-        weights = torch.tensor([np.log(len(texts) / counts[id]) for id in said])
+        weights = torch.tensor([math.log(len(texts) / counts[id]) for id in said])
         if said and float(weights.sum()) > 0:
             means[place] = (weights / weights.sum()) @ rows[said].float().cpu()
     return means - means.mean(0)
@@ -112,17 +113,18 @@ def _rows(embedding: TokenEmbedding) -> Tensor:
 
 
 def fit_ridge(features: Tensor, targets: Tensor) -> Fit:
-    """The ridge regression of targets (N, D) on features (N, H), both centred, with the penalty of PENALTIES that is best
-    on every fifth sample; in its dual form, since samples are fewer than features."""
-    held_out = torch.arange(len(features)) % HELD_OUT == HELD_OUT - 1
+    """The ridge regression of targets (N, D) on features (N, H), both centred, with the penalty of PENALTIES that is
+    best on blocks of held-out samples: neighbours may be of one image. In its dual form, since samples are fewer than
+    features."""
+    held_out = torch.arange(len(features)) // BLOCK % HELD_OUT == HELD_OUT - 1
     learnt = ~held_out
     values, vectors, unit = _spectrum(features[learnt])
     rotated = vectors.T @ targets[learnt]
     across = features[held_out] @ features[learnt].T @ vectors
-    cosines = {
-        penalty: float(F.cosine_similarity(across @ (rotated / (values + penalty * unit)[:, None]), targets[held_out]).mean())
-        for penalty in PENALTIES
-    }  # fmt: skip
+    cosines = {}
+    for penalty in PENALTIES:
+        said = across @ (rotated / (values + penalty * unit)[:, None])
+        cosines[penalty] = float(F.cosine_similarity(said, targets[held_out]).mean())
     best = max(cosines, key=lambda penalty: cosines[penalty])
     values, vectors, unit = _spectrum(features)
     dual = vectors @ ((vectors.T @ targets) / (values + best * unit)[:, None])  # (N, D)
