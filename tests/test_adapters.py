@@ -11,12 +11,16 @@ import pytest
 import torch
 
 import plait
+from plait.chat import general
 from plait.chat.session import Session
+from plait.core.device import Device
 from plait.core.errors import PlaitError
 from plait.hf.catalogue import models
 from plait.inference.base import Model
 from plait.inference.model import attach_adapters, load
 from plait.inference.prompts import Chat, Turn
+from plait.model.adapted import load_adapted
+from plait.training import kept_replies
 from test_huggingface import CASES, CHATML, make_tokenizer, randomise
 
 peft = pytest.importorskip("peft")
@@ -61,6 +65,15 @@ def logits(model: Model, ids: list[int]) -> torch.Tensor:
     top = ours.engine.run([request])[0].samples[0].top
     assert top is not None
     return torch.tensor(top[0].logprobs)[torch.tensor(top[0].ids).argsort()]
+
+
+def chances(model: Model, ids: list[int]) -> torch.Tensor:
+    """Logarithms of the chances of text, after each place: (L, V)."""
+    assert model.plait_model is not None
+    network, size = model.plait_model.checkpoint.model, model.plait_model.checkpoint.text.size
+    with torch.inference_mode():
+        hidden = network.backbone(network.token_embedding.table()[ids][None].float())
+        return network.logits(hidden)[0, :, :size].float().log_softmax(-1)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +175,10 @@ def test_gguf_is_written_and_read_back(tmp_path: Path, name: str) -> None:
     assert torch.allclose(one, other, atol=2e-2) and (one - other).abs().mean() < 2e-3
 
 
-def test_a_lora_run_of_a_chat_model_keeps_its_template(base: Path, tmp_path: Path) -> None:
+def test_a_lora_run_of_a_chat_model_keeps_its_template(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(general, "QUESTIONS", general.QUESTIONS[:2])
     folder = shutil.copytree(base, tmp_path / "chat")
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
@@ -177,6 +193,53 @@ def test_a_lora_run_of_a_chat_model_keeps_its_template(base: Path, tmp_path: Pat
         assert prompts[0].context.ids == prompts[1].context.ids and prompts[0].stop == prompts[1].stop
         assert prompts[0].context.ids.count(tokenizer.token_to_id("<|im_end|>")) == 1
     assert isinstance("".join(Session(Chat(run.model())).say("the fox", max_new_tokens=3)), str)
+
+
+def test_what_the_base_replies_is_kept(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base answers by itself; the divergence of what is trained is that of whole distributions, and pulls back."""
+    folder = shutil.copytree(base, tmp_path / "chat")
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML, "eos_token": "<|im_end|>"}))
+    talk = [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "a quick brown hen"}]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for _ in range(8)))
+    monkeypatch.setattr(general, "QUESTIONS", general.QUESTIONS[:3])
+    monkeypatch.setattr(kept_replies, "TOP", 10**6)
+    found = {}
+    for keep in (0.0, 30.0):
+        recipe = {
+            "training": {
+                "task": "chat", "steps": 12, "batch_size": 2, "learning_rate": 0.02, "precision": "fp32",
+                "lora": {"keep": keep},
+            },
+            "model": {"init_from": str(folder)},
+        }  # fmt: skip
+        run = plait.train(tmp_path / "talks.jsonl", tmp_path / f"run{keep:g}", recipe=recipe, progress=False)
+        assert (run.folder / kept_replies.FILE).exists() == bool(keep)
+        found[keep] = run.model()
+    replies = [kept_replies.Reply(*one) for one in json.loads((run.folder / kept_replies.FILE).read_text())]
+    plain = plait.load(folder)
+    question = Chat(plain).prompt([Turn("user", [general.QUESTIONS[0]])]).context
+    assert replies[0].ids[: replies[0].start] == question.ids
+    apart = {}
+    for keep, model in found.items():
+        values = []
+        for reply in replies:
+            was, now = (chances(one, reply.ids)[reply.start - 1 : -1] for one in (plain, model))
+            assert reply.ids[reply.start] == int(was[0].argmax())
+            values.append((was.exp() * (was - now)).sum(-1))
+        apart[keep] = torch.cat(values).mean()
+    assert apart[30.0] < 0.5 * apart[0.0]
+
+    checkpoint = load_adapted(run.best, merge=False)
+    kept = kept_replies.KeptReplies(replies, checkpoint.model, Device("cpu", torch.float32), 1.0, 0)
+    monkeypatch.setattr(kept_replies, "EACH", len(replies))
+    updates = [p for name, p in checkpoint.model.named_parameters() if ".down." in name or ".up." in name]
+    for update in updates:
+        update.requires_grad_(True)
+    assert kept.backward(0) == pytest.approx(float(apart[30.0]), rel=0.02)
+    assert all(update.grad is not None for update in updates)
 
 
 def test_adapters_that_cannot_be_used(base: Path, tmp_path: Path) -> None:

@@ -93,6 +93,12 @@ class LoraRecipe(Settings):
 
     rank: int = Field(8, ge=1, description="Rank of the updates.")
     alpha: float = Field(16.0, gt=0, description="Scale of the updates: they count alpha / rank times.")
+    keep: float = Field(
+        0.5,
+        ge=0,
+        description="Weight of the divergence from what the base replies to general questions, beside conversations of "
+        "an imported chat model; 0 for none.",
+    )
 
 
 TASKS = ("auto", "recognise", "describe", "draw", "language", "chat", "reply")

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plait.chat.general import ask_the_base
 from plait.core.config import LoraRecipe, Recipe, as_recipe
 from plait.core.errors import PlaitError
 from plait.core.features import ExtensionPoint
@@ -145,6 +146,8 @@ def train(
             _tell_more(Run(folder).metadata, more, say)
         if recipe is None or settings.training.task != "auto":  # a recipe without a task is taken as it is
             settings = _derived(data, settings, say if more is None else lambda line: None)
+        if group.is_main:
+            ask_the_base(data, folder, settings, device, say)
         _fit(data, folder, settings, bar, device, allow_changes, group, callbacks, say, more)
     return Run(folder)
 

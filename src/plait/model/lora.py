@@ -6,8 +6,9 @@ are gate and up: each of them is a part with an update of its own, as PEFT has t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, cast
 
@@ -268,6 +269,20 @@ def adapt(backbone: Transformer, rank: int, alpha: float) -> None:
         for name in ADAPTED:
             linear = cast(nn.Linear, getattr(block, name))
             setattr(block, name, LowRank(linear, parts_of(backbone.config, name, linear.out_features, rank, alpha)))
+
+
+@contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """Within, the updates count for nothing: what stands below them computes."""
+    layers = [module for module in model.modules() if isinstance(module, LowRank)]
+    parts = [layer.parts for layer in layers]
+    for layer in layers:
+        layer.parts = [replace(part, scale=0.0) for part in layer.parts]
+    try:
+        yield
+    finally:
+        for layer, own in zip(layers, parts, strict=True):
+            layer.parts = own
 
 
 def merge(backbone: Transformer) -> None:

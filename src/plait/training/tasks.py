@@ -215,8 +215,11 @@ def _imported(derived: Derived, training: dict[str, Any]) -> None:
     folder = find_checkpoint(name)
     if folder is not None and read_json(folder / "config.json").get("model_type") == "plait":
         return
-    user_training, lora = recipe.training, recipe.training.lora is not None
-    chosen = {"batch_size": 4 if lora else 8, "learning_rate": 3e-4 if lora else 5e-5}
+    user_training, lora = recipe.training, recipe.training.lora
+    rate = 5e-5
+    if lora is not None:  # faster where what the base knows is kept
+        rate = 5e-4 if derived.task == "chat" and lora.keep else 3e-4
+    chosen = {"batch_size": 4 if lora else 8, "learning_rate": rate}
     chosen = {key: value for key, value in chosen.items() if getattr(user_training, key) is None}
     if lora and user_training.full_softmax_prob == Recipe().training.full_softmax_prob:
         chosen["full_softmax_prob"] = 0.0

@@ -47,6 +47,7 @@ from plait.training.checkpointing import Position, Saver, check_same_network, re
 from plait.training.distributed import Group, Network
 from plait.training.divergence import check_stable, not_finite
 from plait.training.init_from import generation_of, labels_of
+from plait.training.kept_replies import KeptReplies
 from plait.training.log import Log
 from plait.training.losses import LossModule, step_losses
 from plait.training.optimizer import AdamW, WeightAverage, make_optimizer
@@ -165,6 +166,7 @@ class Trainer:
         """Make network, samplers, optimizer and checkpoints, and go on from the newest checkpoint."""
         self._setup_network()
         self._setup_batches()
+        self.kept_replies, self.divergence = self._kept_replies(), 0.0
         self.optimizer = self._make_optimizer()
         self.saver = Saver(self.run.folder / "checkpoints", self.settings.keep, self.settings.keep_every, self.group)
         self.saver.inherited = self.prepared.inherited
@@ -418,12 +420,26 @@ class Trainer:
             settings.label_smoothing,
             self.streams,
         )
+        if self.kept_replies is not None:
+            self.divergence = self.kept_replies.backward(step)
         grad_norm = self.network.grad_norm()
         if not (math.isfinite(float(grad_norm)) and math.isfinite(weighted_sum(losses, settings.weights))):
             raise not_finite(self.network, self.train_sampler, step)
         self.optimizer.clip(grad_norm, settings.grad_clip)
         self.optimizer.step()
         return losses, tokens
+
+    def _kept_replies(self) -> KeptReplies | None:
+        """What the base replies to general questions, where the run keeps it."""
+        lora = self.settings.lora
+        if lora is None:
+            return None
+        kept = KeptReplies.of_run(self.run.folder, self.model, self.run.device, lora.keep, self.settings.seed)
+        if kept is None or self.group.size == 1:
+            return kept
+        note = "what the base replies to general questions is kept by one process alone: several do without"
+        self.run.report(Progress("note", 1, 1, note=note))
+        return None
 
     # --- validation -------------------------------------------------------------------------------------------------
 
@@ -588,6 +604,8 @@ class Trainer:
         seconds, waited = now - self.clock, self.batches.waited
         means = {name: float(np.mean(values)) for name, values in position.recent.items()}
         self.log.write(position.step, "train", means, position.tokens / seconds, learning_rate, waited / seconds)
+        if self.kept_replies is not None:
+            self.log.write(position.step, "kept", {"divergence": self.divergence})
         check_stable(position, weighted_sum(means, self.settings.weights), records, split)
         self.run.report(Progress("model", position.step, steps, means, position.tokens / seconds, work="model"))
         position.recent, position.tokens, self.clock, self.batches.waited = {}, 0, now, 0.0
