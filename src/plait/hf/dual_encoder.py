@@ -146,7 +146,7 @@ def _features_of_texts(
 
 
 class Projection(nn.Module):
-    """Features (N, F) to vectors (N, E) of unit length, by one linear layer (decision 91)."""
+    """Features (N, F) to vectors (N, E) of unit length, by one linear layer (decision 92)."""
 
     mean: Tensor
     scale: Tensor
