@@ -246,6 +246,28 @@ def cifar(arguments: argparse.Namespace, folder: Path) -> tuple[Pairs, Pairs]:
     return found["train"], found["test"]
 
 
+def fashion(arguments: argparse.Namespace, folder: Path) -> tuple[Pairs, Pairs]:
+    """1,000 images of clothes in ten classes to train on, 1,000 of the test set to ask about."""
+    import gzip
+
+    from PIL import Image
+
+    found = []
+    for split, name in (("train", "train59k"), ("test", "t10k")):
+        place = arguments.data / "fashion_mnist"
+        pixels = np.frombuffer(gzip.decompress((place / f"{name}-images-idx3-ubyte.gz").read_bytes()), np.uint8, -1, 16)
+        labels = np.frombuffer(gzip.decompress((place / f"{name}-labels-idx1-ubyte.gz").read_bytes()), np.uint8, -1, 8)
+        chosen = np.sort(np.concatenate([np.flatnonzero(labels == label)[:100] for label in range(10)]))
+        rows: Pairs = []
+        for number in chosen.tolist():
+            file = folder / "files" / split / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.reshape(-1, 28, 28)[number]).save(file)
+            rows.append((str(file), f"clothes {labels[number]}"))
+        found.append(rows)
+    return found[0], found[1]
+
+
 NINE = {"airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship"}
 
 
@@ -274,8 +296,9 @@ ROWS: dict[str, Callable[[argparse.Namespace, Path], tuple[Pairs, Pairs]]] = {
     },
     **{f"digits-{name}": partial(digits, speaker=name) for name in SPEAKERS},
     "cifar": cifar,
+    "fashion": fashion,
 }  # fmt: skip
-TEXTS = {name for name in ROWS if not name.startswith(("digits", "cifar"))}
+TEXTS = {name for name in ROWS if not name.startswith(("digits", "cifar", "fashion"))}
 
 
 # --- speech of any length ---------------------------------------------------------------------------------------

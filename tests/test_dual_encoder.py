@@ -57,6 +57,8 @@ def test_two_encoders_learn_one_space(
     assert plait("evaluate", run) == 0
     figures = read_json(run / "metrics.json")
     assert figures["retrieval/caption-image/r_at_10"]["value"] > figures["retrieval/caption-image/r_at_10"]["chance"]
+    with pytest.raises(PlaitError, match="not explained"):
+        model.explain(asked[0], labels=labels)
     assert plait("index", "add", tmp_path / "index", photos, "--model", run) in (0, 2)
 
 
@@ -65,6 +67,9 @@ def test_an_encoder_in_the_wrong_place_is_told(photos: Path, bert: Path, vit: Pa
         library.train(photos, tmp_path / "a", init_from=f"{bert},{bert}", progress=False)
     with pytest.raises(PlaitError, match="is no encoder of texts: "):
         library.train(photos, tmp_path / "b", init_from=f"{vit},{vit}", progress=False)
+    (tmp_path / "texts.csv").write_text("text\n" + "\n".join(f"one more line {n}" for n in range(40)))
+    with pytest.raises(PlaitError, match="has no images"):
+        library.train(tmp_path / "texts.csv", tmp_path / "d", init_from=f"{vit},{bert}", progress=False)
     with pytest.raises(PlaitError, match="no folder"):
         library.train(photos, tmp_path / "c", init_from=f"{vit},nowhere at all", progress=False)
 

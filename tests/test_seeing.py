@@ -58,3 +58,36 @@ def test_a_language_model_learns_to_see(vit: Path, tmp_path: Path, plait: Plait)
     assert not any("contrastive" in name for row in losses for name in row)
     with pytest.raises(PlaitError, match="Did you mean max_new_tokens"):
         seeing.describe(image, max_tokens=3)
+
+
+def test_an_image_begins_as_its_words(vit: Path, tmp_path: Path, plait: Plait) -> None:  # noqa: F811
+    """Before a step is worth anything, what an encoder shows of a red image is the embedding of "red"."""
+    base, files = tmp_path / "base", tmp_path / "files"
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(transformers.Qwen2Config(**CASES["qwen2"][1])).save_pretrained(base)
+    make_tokenizer().save(str(base / "tokenizer.json"))
+    files.mkdir()
+    colours = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1)}
+    lines = []
+    for number in range(150):
+        name = list(colours)[number % 3]
+        light = 120 + number * 37 % 136
+        Image.new("RGB", (16, 16), tuple(light * c for c in colours[name])).save(files / f"{number}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"something {name}"}) + "\n")
+    (files / "metadata.jsonl").write_text("".join(lines))
+    recipe = tmp_path / "recipe.json"
+    model = {"init_from": str(base), "image": {"encoder": f"hf:{vit}"}}
+    training = {"steps": 1, "learning_rate": 1e-9, "task": "describe", "weights": {"image": 0, "contrastive": 0}}
+    recipe.write_text(json.dumps({"model": model, "training": training}))
+    assert plait("train", files, "-o", tmp_path / "run", "--recipe", recipe, "--lora") == 0
+    seeing = library.load(tmp_path / "run")
+    network, text = seeing.checkpoint.model, seeing.checkpoint.text
+    table = network.token_embedding.table().float()
+    words = torch.stack([table[text.encode(f"something {name}")].mean(0) for name in colours])
+    pixels = torch.tensor([[200 * c for c in colour] for colour in colours.values()], dtype=torch.uint8)
+    images = pixels[:, None, None].expand(3, 16, 16, 3)
+    with torch.no_grad():
+        shown = network.media["image"].encoder(images, torch.ones(3, dtype=torch.long)).mean(1)
+    likeness = torch.nn.functional.cosine_similarity(shown[:, None], (words - words.mean(0))[None], dim=-1)
+    assert likeness.argmax(1).tolist() == [0, 1, 2] and float(likeness.diagonal().min()) > 0.8
+    assert 0.3 < float(shown.std() / table.std()) < 3  # as large as embeddings are

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from plait.core.errors import PlaitError
 from plait.explain import hf_models, plait_models
@@ -37,7 +37,9 @@ def explain_answer(
             raise PlaitError(f"{model.name} has no columns and makes no media. Leave out to and column.")
         if isinstance(value, list):
             raise PlaitError(f"{model.name} reads one input at a time. Give one.")
-        question = hf_models.question(cast(Pretrained, model), value, answer, labels, template)
+        if not isinstance(model, Pretrained):  # a head, or two joined encoders
+            raise PlaitError(f"{model.name} stands on frozen encoders; what moves its answers is not explained yet.")
+        question = hf_models.question(model, value, answer, labels, template)
     explanation = explain(question, method, steps, seed)
     if isinstance(question, plait_models.ClassifierQuestion) and question.none_of_these:
         explanation.warnings.insert(

@@ -37,6 +37,7 @@ from plait.hf.last_blocks import Progress
 from plait.hf.pretrained import TEMPLATE, kind_of, ranked, sentence
 from plait.inference.base import Model, Verb
 from plait.inference.results import Predictions
+from plait.modalities.image_files import IMAGE
 from plait.modalities.inputs import medium_of
 from plait.model.adapted import weight_sums
 from plait.model.checkpoint import MANIFEST, verify
@@ -48,10 +49,9 @@ TYPE = "plait-dual-encoder"  # model_type in config.json
 VERSION = 1
 CONFIG, WEIGHTS = "config.json", "projections.safetensors"
 WIDTH = 512  # of the space
-HIDDEN = 1024  # of each projection
-DROPOUT = 0.3
+DROPOUT = 0.5  # of features
 BATCH = 512
-EPOCHS = 30  # of images
+EPOCHS = 60  # of images
 LEAST_STEPS = 300
 PEAK, DECAY, WARMUP = 1e-3, 0.1, 0.1
 VALIDATIONS = 8
@@ -75,8 +75,7 @@ class PairFeatures:
     """What the encoders say of a split's pairs.
 
     Attributes:
-        images: Features of each distinct image, (M, V F) float32, those of each view one after
-            the other.
+        images: Features of each distinct image, (M, V F) float32, one view after the other.
         texts: Features of each distinct text, (K, F') float32.
         image_of, text_of: The number of each pair's image and text, (P,).
     """
@@ -92,7 +91,8 @@ def pair_features(
     progress: Progress,
 ) -> PairFeatures:  # fmt: skip
     """Features of all images and texts of a split, each distinct one once, from the caches where they are there."""
-    stored = caches[0].get(split)
+    kept_as = f"pairs-{split}"  # of distinct images and texts, where a head's are of records
+    stored = caches[0].get(kept_as)
     numbers: dict[bytes, int] = {}
     words: dict[str, int] = {}
     waiting: list[bytes] = []
@@ -122,7 +122,7 @@ def pair_features(
     if images is None:
         images = np.zeros((0, vision.views), np.float32)
     if stored is None:
-        caches[0].put(split, images)
+        caches[0].put(kept_as, images)
     texts = _features_of_texts(list(words), split, text, caches[1], progress)
     return PairFeatures(images, texts, np.array(image_of, np.int64), np.array(text_of, np.int64))
 
@@ -130,7 +130,7 @@ def pair_features(
 def _features_of_texts(
     texts: list[str], split: str, encoder: Encoder, cache: FeatureCache, progress: Progress
 ) -> np.ndarray:
-    stored = cache.get(split)
+    stored = cache.get(f"pairs-{split}")
     if stored is not None:
         return stored
     rows = [np.zeros((0, 1), np.float32)]
@@ -138,7 +138,7 @@ def _features_of_texts(
         rows.append(encoder.features(texts[start : start + 1024]))
         progress(f"texts of {split}", start, len(texts))
     stored = np.concatenate(rows[1:] or rows)
-    cache.put(split, stored)
+    cache.put(f"pairs-{split}", stored)
     return stored
 
 
@@ -146,7 +146,7 @@ def _features_of_texts(
 
 
 class Projection(nn.Module):
-    """Features (N, F) to vectors (N, E) of unit length."""
+    """Features (N, F) to vectors (N, E) of unit length, by one linear layer (decision 92)."""
 
     mean: Tensor
     scale: Tensor
@@ -155,9 +155,7 @@ class Projection(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("scale", torch.ones(features))
-        self.layers = nn.Sequential(
-            nn.Dropout(DROPOUT), nn.Linear(features, HIDDEN), nn.GELU(), nn.Dropout(DROPOUT), nn.Linear(HIDDEN, WIDTH)
-        )
+        self.layers = nn.Sequential(nn.Dropout(DROPOUT), nn.Linear(features, WIDTH))
 
     def standardise(self, rows: np.ndarray) -> None:
         """Take each feature's mean and spread from rows (N, F)."""
@@ -166,6 +164,11 @@ class Projection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.normalize(self.layers((x - self.mean) / self.scale), dim=-1)
+
+    def of_views(self, features: np.ndarray) -> Tensor:
+        """The mean direction (N, E) over the views that features (N, V F) are of."""
+        views = self(torch.from_numpy(features).view(len(features), -1, len(self.mean)))
+        return nn.functional.normalize(views.mean(1), dim=-1)
 
 
 class Projections(nn.Module):
@@ -271,8 +274,7 @@ def recall_of(network: Projections, pairs: PairFeatures) -> float | None:
         return None
     network.eval()
     with torch.inference_mode():
-        images = network.image(torch.from_numpy(pairs.images[:, : len(network.image.mean)]))
-        texts = network.text(torch.from_numpy(pairs.texts))
+        images, texts = network.image.of_views(pairs.images), network.text.of_views(pairs.texts)
     network.train()
     found = 0
     for start in range(0, len(pairs.text_of), 4096):
@@ -298,6 +300,8 @@ def train_dual_encoder(
     begun, training = time.monotonic(), recipe.training
     if unknown := [part for part in training.freeze if part != "encoder"]:
         raise PlaitError(f"Both encoders of {','.join(names)} are frozen; {unknown[0]} is no part of them.")
+    if dataset.manifest.kind != "records" or IMAGE.kind not in dataset.columns.values():
+        raise PlaitError(f"{dataset.path} has no images, which {names[0]} would read. Leave it out of --init-from.")
     pairs = {split: Pairs.of(dataset, split) for split in ("train", "val")}
     if len(pairs["train"]) < 2:
         raise PlaitError(f"{dataset.path} has {len(pairs['train'])} images with texts in train; two are needed.")
@@ -431,17 +435,11 @@ class DualEncoder(Model):
         texts = [place for place, value in enumerate(inputs) if isinstance(value, str)]
         images = [place for place, value in enumerate(inputs) if not isinstance(value, str)]
         if texts:
-            rows[texts] = self._embedded(self.network.text, self.text.features([inputs[place] for place in texts]), 1)
+            rows[texts] = self.network.text.of_views(self.text.features([inputs[place] for place in texts])).numpy()
         if images:
-            values = [medium_of(inputs[place]) for place in images]
-            rows[images] = self._embedded(self.network.image, self.vision.features(values), self.vision.views)
+            features = self.vision.features([medium_of(inputs[place]) for place in images])
+            rows[images] = self.network.image.of_views(features).numpy()
         return rows
-
-    def _embedded(self, projection: Projection, features: np.ndarray, views: int) -> np.ndarray:
-        """The mean direction over the views of features (N, V F)."""
-        with torch.inference_mode():
-            vectors = projection(torch.from_numpy(features).view(len(features), views, -1)).mean(1)
-            return np.asarray(nn.functional.normalize(vectors, dim=-1).numpy(), np.float32)
 
     def classify_inputs(
         self,

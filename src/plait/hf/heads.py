@@ -57,7 +57,7 @@ VERSION = 3
 CONFIG, ARRAYS, BLOCKS = "config.json", "head.safetensors", "encoder.safetensors"
 UNLIKE = 0.995  # share of validation records that must look more familiar than an input that is none of the labels
 SCALE_IMAGES = 64  # by which it is seen how an encoder's pixels are scaled
-UPSCALED = 4  # times the side of the data's images that a convolutional encoder reads at most: more tells it nothing
+UPSCALED = 5  # times the side of the data's images that a convolutional encoder reads at most: more tells it nothing
 
 
 def is_encoder(name_or_folder: str | Path) -> bool:

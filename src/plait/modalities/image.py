@@ -196,6 +196,7 @@ class HFImageEncoder(nn.Module):
 
     mean: Tensor
     std: Tensor
+    gain: Tensor
 
     def __init__(self, settings: ImageSettings, width: int) -> None:
         super().__init__()
@@ -206,6 +207,7 @@ class HFImageEncoder(nn.Module):
         self.register_buffer("std", torch.tensor(self.known.std).view(-1, 1, 1), persistent=False)
         self.norm = nn.LayerNorm(2 * self.hf_encoder.width)
         self.out = nn.Linear(2 * self.hf_encoder.width, width)
+        self.register_buffer("gain", torch.ones(()))  # of the projection, in front of a model with small embeddings
         self.places = nn.Parameter(torch.randn(settings.grid**2, width) * 0.02)
 
     def pixels(self, values: Tensor) -> Tensor:
@@ -216,7 +218,8 @@ class HFImageEncoder(nn.Module):
             x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 1)
         return (x - self.mean) / self.std  # one channel becomes three
 
-    def forward(self, values: Tensor, lengths: Tensor) -> Tensor:
+    def features(self, values: Tensor) -> Tensor:
+        """What is normed and projected, (N, grid * grid, 2 H): each place, and beside it the summary."""
         states = self.hf_encoder(pixel_values=self.pixels(values))
         if states.ndim == 4:
             patches, summary = states, states.mean((2, 3))
@@ -229,8 +232,10 @@ class HFImageEncoder(nn.Module):
             patches = states[:, first:].transpose(1, 2).unflatten(2, (side, side))
             summary = states[:, 0] if first else patches.mean((2, 3))
         places = F.adaptive_avg_pool2d(patches, self.settings.grid).flatten(2).transpose(1, 2)
-        both = torch.cat((places, summary[:, None].expand_as(places)), -1)
-        return self.out(self.norm(both)) + self.places
+        return torch.cat((places, summary[:, None].expand_as(places)), -1)
+
+    def forward(self, values: Tensor, lengths: Tensor) -> Tensor:
+        return self.gain * self.out(self.norm(self.features(values))) + self.places
 
 
 class ImageCodec(nn.Module):

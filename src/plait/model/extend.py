@@ -157,10 +157,9 @@ def freeze(model: Multimodal, parts: set[str], was: Vocabulary, kept: set[str], 
         model.backbone.requires_grad_(False)
     masked = 0
     if "token_embedding" in parts:
-        same = old_rows(model.vocabulary, was)
+        old = old_rows(model.vocabulary, was)
         for rows in [model.token_embedding] if model.lm_head is None else [model.token_embedding, model.lm_head]:
-            if rows.text_rows is not None:
-                same = same[model.vocabulary.text :]
+            same = old if rows.text_rows is None else old[model.vocabulary.text :]
             if bool(same.all()):
                 rows.free.requires_grad_(False)
             else:

@@ -25,6 +25,7 @@ from plait.model.multimodal import Multimodal
 from plait.training.build import label_columns
 from plait.training.canaries import plant
 from plait.training.init_from import apply_freezing, build_or_load_model
+from plait.training.projection import begin_projections
 from plait.training.run import Progress, Run
 from plait.training.source import SOURCES, RecordSource, Source
 from plait.training.split import BlockSettings, Split, room_needed
@@ -101,6 +102,7 @@ def prepare_run(run: Run, reuse: Path | None) -> Prepared:
     apply_freezing(run, model)
     model.to(run.device.torch)
     _keep_states(model, run.device.kind)
+    _begin_projections(run, model, splits["train"], init_from)
     inherited = extend.inherited(model, init_from.model) if init_from is not None and init_from.base else set()
     if "prepared" not in run.metadata:
         earlier = read_json(reuse / "run.json")["prepared"] if reuse and not run.part else 0.0
@@ -121,6 +123,14 @@ def _keep_states(model: Multimodal, kind: str) -> None:
         for part in modality.encoder.modules():
             if isinstance(part, HFEncoder) and part.frozen and kind == "cpu" and not modality.augments:
                 part.keep_states(limit)
+
+
+def _begin_projections(run: Run, model: Multimodal, split: Split, init_from: Checkpoint | None) -> None:
+    """Let a language model that is given its first encoder of images see from the start; a run that goes on has it."""
+    if init_from is None or init_from.model.media or (run.folder / "checkpoints" / "last").exists():
+        return
+    for line in begin_projections(model, split):
+        run.report(Progress("note", 1, 1, note=line))
 
 
 @contextmanager
