@@ -9,6 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from plait.core.config import Recipe
+from plait.core.device import choose_device
 from plait.data.dataset import Dataset
 from plait.inference.model import load
 from plait.inference.prompts import Chat, Turn
@@ -111,7 +112,8 @@ def ask_the_base(dataset: Dataset, folder: Path, recipe: Recipe, device: str, te
 
 def _replies(name: str, device: str) -> list[Reply]:
     """Prompts and what a model replies; none of a model of ours, or one without a chat template."""
-    model = load(name, device).plait_model
+    precision = "bf16" if choose_device(device).kind == "cpu" else "auto"  # a processor packs it as it is read
+    model = load(name, device, precision).plait_model
     if model is None or "imported from" not in model.checkpoint.training:
         return []
     chat = Chat(model)
