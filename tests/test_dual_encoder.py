@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import plait as library
 from conftest import make_image
 from plait.core.errors import PlaitError
 from plait.core.files import read_json
-from plait.hf.dual_encoder import PairFeatures, _Sampler, encoder_names
+from plait.hf.contrastive import Pairs
+from plait.hf.dual_encoder import PairFeatures, _Sampler
+from plait.hf.hub import encoder_names
 from test_heads import bert, vit  # noqa: F401 (fixtures)
 
 Plait = Callable[..., int]
@@ -59,6 +62,14 @@ def test_two_encoders_learn_one_space(
     assert figures["retrieval/caption-image/r_at_10"]["value"] > figures["retrieval/caption-image/r_at_10"]["chance"]
     with pytest.raises(PlaitError, match="not explained"):
         model.explain(asked[0], labels=labels)
+    broken = tmp_path / "broken.png"
+    broken.write_bytes((photos / "0.png").read_bytes()[:200])
+    capsys.readouterr()
+    assert plait("embed", run, broken) == 1 and plait("classify", run, broken, "--labels", "a,b") == 1
+    assert capsys.readouterr().err.count(f"{broken}: damaged png") == 2
+    for odd in ((np.zeros(800, np.float32), 8000), 3):
+        with pytest.raises(PlaitError, match="of kind image is wanted"):
+            model.embed([odd])
     assert plait("index", "add", tmp_path / "index", photos, "--model", run) in (0, 2)
 
 
@@ -70,6 +81,11 @@ def test_an_encoder_in_the_wrong_place_is_told(photos: Path, bert: Path, vit: Pa
     (tmp_path / "texts.csv").write_text("text\n" + "\n".join(f"one more line {n}" for n in range(40)))
     with pytest.raises(PlaitError, match="has no images"):
         library.train(tmp_path / "texts.csv", tmp_path / "d", init_from=f"{vit},{bert}", progress=False)
+    with pytest.raises(PlaitError, match="do not draw"):
+        library.train(photos, tmp_path / "e", init_from=f"{vit},{bert}", task="draw", progress=False)
+    with pytest.raises(PlaitError, match="no space to meet in"):
+        recipe = {"model": {"embed_dim": 0}}
+        library.train(photos, tmp_path / "f", init_from=f"{vit},{bert}", recipe=recipe, progress=False)
     with pytest.raises(PlaitError, match="no folder"):
         library.train(photos, tmp_path / "c", init_from=f"{vit},nowhere at all", progress=False)
 
@@ -78,6 +94,30 @@ def test_a_comma_in_the_name_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "a,b").mkdir()
     assert encoder_names(str(tmp_path / "a,b")) is None and encoder_names("owner/name") is None
     assert encoder_names("vision, owner/text") == ("vision", "owner/text")
+
+
+@pytest.mark.parametrize("name", [",bert", "vit,", "a,b,c", ","])
+def test_other_than_two_names_are_refused(
+    name: str, photos: Path, tmp_path: Path, plait: Plait, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plait("train", photos, "-o", tmp_path / "run", "--init-from", name) == 1
+    assert f"--init-from {name}: write VISION,TEXT" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(PlaitError, match="write VISION,TEXT"):
+        library.train(photos, tmp_path / "run", init_from=name, progress=False)
+
+
+def test_a_pair_needs_an_image_and_a_text(photos: Path, bert: Path, vit: Path, tmp_path: Path) -> None:  # noqa: F811
+    source = tmp_path / "records.jsonl"
+    with source.open("w") as file:
+        for n in range(80):  # the captions of most stand alone
+            image = {"image": str(photos / f"{n}.png")} if n < 20 else {}
+            file.write(json.dumps({**image, "caption": f"{SAID[n % 4]} word{n}"}) + "\n")
+    names = {"init_from": f"{vit},{bert}", "steps": 2, "progress": False}
+    run = library.train(source, tmp_path / "run", recipe={"model": {"embed_dim": 16}}, **names)
+    pairs = [Pairs.of(run.dataset, split) for split in ("train", "val", "test")]
+    assert sum(map(len, pairs)) == 20
+    assert all(len(pair.read(np.arange(len(pair)), np.zeros(len(pair)))[0]) == len(pair) for pair in pairs)
+    assert run.model().embed([SAID[0]]).shape == (1, 16)
 
 
 def test_an_epoch_has_each_image_once_with_a_text_of_its_own() -> None:

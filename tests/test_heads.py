@@ -104,6 +104,7 @@ def test_probabilities_and_labels_of_ones_own(bert: Path, tmp_path: Path) -> Non
     found = model.classify_inputs(["plum pear plum 1", "nile nile rhine 2"], top=None)
     assert [one[0].label for one in found] == ["fruit", "river"]
     assert all(abs(sum(p.probability for p in one) - 1) < 1e-6 and one.ood_score is not None for one in found)
+    assert len(model.classify(["~nobody//says", ""])) == 2  # a text that looks like a path stays as it is
     two = model.classify_inputs(["plum pear plum 1"], labels=["metal", "river"])[0]
     assert {p.label for p in two} == {"metal", "river"} and abs(sum(p.probability for p in two) - 1) < 1e-6
     with pytest.raises(PlaitError, match="was not learnt"):
@@ -133,6 +134,13 @@ def test_a_head_over_a_vision_encoder(vit: Path, tmp_path: Path) -> None:
     run = plait.train(tmp_path / "images", tmp_path / "run", init_from=str(vit), progress=False)
     model = run.model()
     said = [model.classify_inputs([make_image(kind, rng)], top=1)[0][0].label for kind in (0, 1, 0, 1)]
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    for odd, why in ((broken, "broken.png: the content is"), (b"no image", "The image: "), (3, "not int")):
+        with pytest.raises(PlaitError, match=why):
+            model.classify(odd)
+    with pytest.raises(PlaitError, match="not a text"):  # it came over the network, and opens no file
+        model.classify_inputs([str(broken)])
     assert said == ["kind 0", "kind 1", "kind 0", "kind 1"]
 
 

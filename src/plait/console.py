@@ -39,10 +39,6 @@ def found_model(name: str | None) -> str | None:
     """The name of a model that is there. Raises PlaitError, before torch is imported, where neither a path, the Hugging
     Face cache nor the hub has it."""
     if name is not None and not Path(name).expanduser().exists():
-        if "," in name:  # an encoder of images and one of texts
-            for part in name.split(","):
-                found_model(part.strip())
-            return name
         if Path(name).parts[:1] == ("runs",):  # as the docs call their folders
             raise PlaitError(f"{name} does not exist. Check the path; `plait train` writes runs.")
         MODEL_FINDERS.one()(name)

@@ -95,7 +95,10 @@ def train(
     Example: plait train data/photos -o runs/photos --size tiny --minutes 10
     """
     if run is None or not (run.expanduser() / "run.json").is_file():  # a run that has begun may no longer need it
-        found_model(init_from)
+        from plait.hf.hub import encoder_names
+
+        for name in encoder_names(init_from or "") or (init_from,):
+            found_model(name)
     from plait.training import distributed
 
     if processes > 1 and not distributed.launched():

@@ -20,7 +20,7 @@ from plait.evaluation.keys import Direction, MetricKey, Metrics
 from plait.evaluation.outcome import Outcome
 from plait.evaluation.verdict import make_verdict
 from plait.hf import hub
-from plait.hf.contrastive import QUERIES, EmbeddedPairs, Pairs, embed_pairs, text_numbers
+from plait.hf.contrastive import EMBEDDED, QUERIES, EmbeddedPairs, Pairs, embed_pairs, text_numbers
 from plait.hf.dual_encoder import DualEncoder
 from plait.hf.pretrained import Pretrained, load_pretrained
 from plait.hf.speech_training import speech_columns
@@ -142,8 +142,13 @@ def measure_dual_encoder(
     """
 
     def embed(pairs: Pairs, places: np.ndarray) -> EmbeddedPairs:
-        images, texts = pairs.read(places, np.zeros(len(places)))
-        return EmbeddedPairs(model.embed_inputs(images), model.embed_inputs(list(texts)), text_numbers(texts))
+        a, b, words = list[np.ndarray](), list[np.ndarray](), list[str]()
+        for part in np.split(places, range(EMBEDDED, len(places), EMBEDDED)):
+            images, texts = pairs.read(part, np.zeros(len(part)))
+            a.append(model.embed_inputs(images))
+            b.append(model.embed_inputs(list(texts)))
+            words += texts
+        return EmbeddedPairs(np.concatenate(a), np.concatenate(b), text_numbers(words))
 
     findings = Findings()
     figures = _measure_pairs(embed, None, dataset, split, limit, progress, findings)

@@ -19,6 +19,7 @@ from plait.core.errors import PlaitError
 from plait.core.rng import uniform
 from plait.data.dataset import Dataset
 from plait.hf import hub
+from plait.hf.encoder_features import records_with
 from plait.hf.further import RNG_STREAM, FurtherTraining, Progress
 from plait.hf.pretrained import Pretrained, kind_of, read_image
 from plait.modalities.image_files import IMAGE
@@ -43,7 +44,7 @@ def trains_pairs(dataset: Dataset, name: str) -> bool:
 
 @dataclass
 class Pairs:
-    """The records of a split that have an image and a text."""
+    """The records of a split that have both an image and a text."""
 
     dataset: Dataset
     image: str
@@ -52,16 +53,16 @@ class Pairs:
 
     @classmethod
     def of(cls, dataset: Dataset, split: str) -> Pairs:
-        """Raises PlaitError where a split of train has fewer than two."""
-        image = next(column for column, kind in dataset.columns.items() if kind == IMAGE.kind)
+        """Raises PlaitError where the dataset has no column of images."""
+        image = next((column for column, kind in dataset.columns.items() if kind == IMAGE.kind), None)
+        if image is None:
+            raise PlaitError(f"{dataset.path} has no images. Name a dataset that has images with texts.")
         texts = [column for column, kind in dataset.columns.items() if kind == "text"]
-        indices = dataset.indices(split)
-        present = np.zeros(len(indices), bool)
-        for column in texts:
-            present |= np.concatenate(
-                [np.zeros(0, bool), *(cells.is_valid().to_numpy(False) for cells in dataset.cells(column, indices))]
-            )
-        return cls(dataset, image, texts, indices[present])
+        with_text = [records_with(dataset, split, column) for column in texts]
+        indices = np.intersect1d(
+            records_with(dataset, split, image), np.concatenate([np.zeros(0, np.int64), *with_text])
+        )
+        return cls(dataset, image, texts, indices)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -103,7 +104,9 @@ class PairTraining(FurtherTraining):
     ) -> None:  # fmt: skip
         self.train, self.val = Pairs.of(dataset, "train"), Pairs.of(dataset, "val")
         if len(self.train) < 2:
-            raise PlaitError(f"{dataset.path} has {len(self.train)} images with texts in train; two are needed.")
+            raise PlaitError(
+                f"{dataset.path} has {len(self.train)} records of train with an image and a text; two are needed."
+            )
         super().__init__(folder, name, facts, recipe, device, progress)
         self.objective = pair_loss_of([name for name, _ in self.network.named_parameters()])
         self._freeze()

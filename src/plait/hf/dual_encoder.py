@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from plait.core.config import Recipe
 from plait.core.device import Device, choose_device
 from plait.core.errors import PlaitError
-from plait.core.files import json_text, point, publish_folder, read_json, sealed, sha256_file, write_atomic
+from plait.core.files import json_text, point, publish_folder, read_json, write_atomic
 from plait.core.interruption import pause_point
 from plait.core.rng import uniform
 from plait.data.dataset import Dataset
@@ -38,17 +38,18 @@ from plait.hf.pretrained import TEMPLATE, kind_of, ranked, sentence
 from plait.inference.base import Model, Verb
 from plait.inference.results import Predictions
 from plait.modalities.image_files import IMAGE
-from plait.modalities.inputs import medium_of
+from plait.modalities.inputs import plain_input
 from plait.model.adapted import weight_sums
-from plait.model.checkpoint import MANIFEST, verify
+from plait.model.checkpoint import verify, write_manifest
 from plait.model.objectives import MAX_LOG_SCALE, PAIR_LOSSES
 from plait.training.checkpointing import folder_name
+from plait.training.optimizer import decay_groups
 from plait.training.schedule import learning_rate_at
 
 TYPE = "plait-dual-encoder"  # model_type in config.json
 VERSION = 1
 CONFIG, WEIGHTS = "config.json", "projections.safetensors"
-WIDTH = 512  # of the space
+WIDTH = 512  # of the space, where model.embed_dim says nothing
 DROPOUT = 0.5  # of features
 BATCH = 512
 EPOCHS = 60  # of images
@@ -57,14 +58,6 @@ PEAK, DECAY, WARMUP = 1e-3, 0.1, 0.1
 VALIDATIONS = 8
 RECALL = 10  # nearest among which a caption's image is looked for
 RNG_STREAM = 381  # of the random numbers of `uniform`, and the next two
-
-
-def encoder_names(name: str) -> tuple[str, str] | None:
-    """The encoders of images and of texts that `VISION,TEXT` stands for; None for the name of one model."""
-    first, comma, second = name.partition(",")
-    if not comma or Path(name).expanduser().exists():
-        return None
-    return first.strip(), second.strip()
 
 
 # --- data -------------------------------------------------------------------------------------------------------
@@ -151,11 +144,11 @@ class Projection(nn.Module):
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int, width: int) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("scale", torch.ones(features))
-        self.layers = nn.Sequential(nn.Dropout(DROPOUT), nn.Linear(features, WIDTH))
+        self.layers = nn.Sequential(nn.Dropout(DROPOUT), nn.Linear(features, width))
 
     def standardise(self, rows: np.ndarray) -> None:
         """Take each feature's mean and spread from rows (N, F)."""
@@ -174,9 +167,9 @@ class Projection(nn.Module):
 class Projections(nn.Module):
     """One of images and one of texts, and the scalars that their loss learns, as `logit_scale`."""
 
-    def __init__(self, image_features: int, text_features: int, scalars: Mapping[str, float]) -> None:
+    def __init__(self, image_features: int, text_features: int, width: int, scalars: Mapping[str, float]) -> None:
         super().__init__()
-        self.image, self.text = Projection(image_features), Projection(text_features)
+        self.image, self.text = Projection(image_features, width), Projection(text_features, width)
         self.scalars = nn.ParameterDict({name: nn.Parameter(torch.tensor(first)) for name, first in scalars.items()})
 
 
@@ -194,7 +187,7 @@ def train_projections(
         train: What is learnt.
         val: What says when they are best; where it is empty they are taken at the end.
         views: Of each image.
-        recipe: Seed, steps, batch size, learning rate and the loss.
+        recipe: Seed, steps, batch size, learning rate, the space's width and the loss.
         seconds_left: How long training may go on; it ends with what it has.
         progress: Told of each step.
 
@@ -204,12 +197,14 @@ def train_projections(
     settings, objective = recipe.training, PAIR_LOSSES[recipe.model.contrastive]
     width = train.images.shape[1] // views
     torch.manual_seed(settings.seed)
-    network = Projections(width, train.texts.shape[1], objective.scalars)
+    space = recipe.model.embed_dim or WIDTH
+    network = Projections(width, train.texts.shape[1], space, objective.scalars)
     network.image.standardise(train.images.reshape(-1, width))
     network.text.standardise(train.texts)
     images = torch.from_numpy(train.images).view(len(train.images), views, width)
     texts = torch.from_numpy(train.texts)
-    optimizer = _optimizer(network)
+    groups = decay_groups(network.parameters(), DECAY)
+    optimizer = torch.optim.AdamW(groups, lr=1e-9, betas=(0.9, 0.98), fused=True)
     sampler = _Sampler(train, settings.seed, min(settings.batch_size or BATCH, len(train.images)), views)
     steps = settings.steps or max(EPOCHS * len(train.images) // sampler.batch, LEAST_STEPS)
     best, best_recall, best_step = copy.deepcopy(network.state_dict()), None, 0
@@ -237,14 +232,6 @@ def train_projections(
             break
     network.load_state_dict(best)
     return network.eval(), best_recall, best_step
-
-
-def _optimizer(network: Projections) -> torch.optim.AdamW:
-    groups = [
-        {"params": [p for p in network.parameters() if p.ndim > 1], "weight_decay": DECAY},
-        {"params": [p for p in network.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=1e-9, betas=(0.9, 0.98), fused=True)
 
 
 class _Sampler:
@@ -295,16 +282,26 @@ def train_dual_encoder(
     """Train projections over the encoders `names`, of images and of texts, as a finished run in `folder`; what to tell
     of it.
 
-    Raises PlaitError where an encoder does not read images or texts, and where there are no images with texts.
+    Raises PlaitError where an encoder does not read images or texts, where there are no images with texts, and for a
+    task or a width of the space that cannot be.
     """
     begun, training = time.monotonic(), recipe.training
     if unknown := [part for part in training.freeze if part != "encoder"]:
         raise PlaitError(f"Both encoders of {','.join(names)} are frozen; {unknown[0]} is no part of them.")
+    if training.task not in ("auto", "describe"):
+        raise PlaitError(
+            f"Two encoders in one space search and name images; they do not {training.task}. Leave out --task "
+            f"{training.task}, or --init-from {','.join(names)}."
+        )
+    if recipe.model.embed_dim == 0:
+        raise PlaitError("embed_dim: 0 leaves two encoders no space to meet in. Leave it out, or give a width.")
     if dataset.manifest.kind != "records" or IMAGE.kind not in dataset.columns.values():
         raise PlaitError(f"{dataset.path} has no images, which {names[0]} would read. Leave it out of --init-from.")
     pairs = {split: Pairs.of(dataset, split) for split in ("train", "val")}
     if len(pairs["train"]) < 2:
-        raise PlaitError(f"{dataset.path} has {len(pairs['train'])} images with texts in train; two are needed.")
+        raise PlaitError(
+            f"{dataset.path} has {len(pairs['train'])} records of train with an image and a text; two are needed."
+        )
     device = choose_device(device_name, "auto")
     places = hub.find(names[0]), hub.find(names[1])
     text = _text_encoder(names[1], places[1], device)
@@ -321,7 +318,8 @@ def train_dual_encoder(
         features["train"], features["val"], vision.views, recipe, lambda: seconds - (time.monotonic() - begun), progress
     )
     config = {
-        "model_type": TYPE, "version": VERSION, "embed_dim": WIDTH, "loss": recipe.model.contrastive,
+        "model_type": TYPE, "version": VERSION, "embed_dim": recipe.model.embed_dim or WIDTH,
+        "loss": recipe.model.contrastive,
         "image": _known(names[0], places[0]) | {"settings": vision.settings}, "text": _known(names[1], places[1]),
         "training": {
             "step": step, "seed": training.seed, "init_from": ",".join(names), "records": len(features["val"].text_of),
@@ -360,10 +358,7 @@ def _save(network: Projections, config: dict[str, Any], folder: Path) -> None:
     with publish_folder(folder) as temporary:
         (temporary / CONFIG).write_text(json_text(config), encoding="utf-8")
         save_file({name: value.contiguous() for name, value in network.state_dict().items()}, temporary / WEIGHTS)
-        sums = {file.name: sha256_file(file) for file in sorted(temporary.iterdir())}
-        (temporary / "manifest.json").write_text(
-            json_text(sealed({"version": MANIFEST, "sha256": sums})), encoding="utf-8"
-        )
+        write_manifest(temporary)
 
 
 def describe_dual_encoder(config: dict[str, Any]) -> str:
@@ -401,7 +396,8 @@ class DualEncoder(Model):
         self.places = {kind: self._found(kind) for kind in ("image", "text")}
         weights = load_file(folder / WEIGHTS)
         scalars = {name.removeprefix("scalars."): 0.0 for name in weights if name.startswith("scalars.")}
-        self.network = Projections(len(weights["image.mean"]), len(weights["text.mean"]), scalars)
+        self.width = self.config["embed_dim"]
+        self.network = Projections(len(weights["image.mean"]), len(weights["text.mean"]), self.width, scalars)
         self.network.load_state_dict(weights)
         self.network.eval().requires_grad_(False)
         self._labels: tuple[tuple[str, ...], np.ndarray] = ((), np.empty(0))  # the last ones, embedded
@@ -431,13 +427,13 @@ class DualEncoder(Model):
         """The embedding of each image or text, (N, E) float32, of unit length."""
         if prompt is not None:
             raise PlaitError(f"{self.name} has no prompts. Leave --prompt out.")
-        rows = np.zeros((len(inputs), WIDTH), np.float32)
+        rows = np.zeros((len(inputs), self.width), np.float32)
         texts = [place for place, value in enumerate(inputs) if isinstance(value, str)]
         images = [place for place, value in enumerate(inputs) if not isinstance(value, str)]
         if texts:
             rows[texts] = self.network.text.of_views(self.text.features([inputs[place] for place in texts])).numpy()
         if images:
-            features = self.vision.features([medium_of(inputs[place]) for place in images])
+            features = self.vision.features([plain_input(inputs[place]) for place in images])
             rows[images] = self.network.image.of_views(features).numpy()
         return rows
 

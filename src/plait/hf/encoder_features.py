@@ -15,16 +15,19 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image as PILImage
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_tensors
 from torch import Tensor, nn
 
 from plait.core.device import Device, keep_memory
+from plait.core.errors import PlaitError
 from plait.core.interruption import pause_point
 from plait.data.dataset import Dataset
 from plait.hf.pretrained import Pretrained, load_pretrained
 from plait.modalities.audio_files import decode_audio
 from plait.modalities.base import ENCODER_SOURCES, MediaModality
+from plait.modalities.descriptor import MediaError
 from plait.modalities.inputs import as_audio
 from plait.modalities.registry import MODALITIES, SETTINGS
 from plait.model.adapted import weight_sums
@@ -44,7 +47,8 @@ class Encoder(Protocol):
     views: int  # of each input, V
 
     def features(self, values: Sequence[Any]) -> np.ndarray:
-        """(N, V F) float32, the features of each view one after the other."""
+        """(N, V F) float32, the features of each view one after the other. Raises PlaitError for what is none of its
+        kind, and for a file that cannot be read."""
         ...
 
 
@@ -115,7 +119,7 @@ class TextEncoder:
 
     def features(self, values: Sequence[Any]) -> np.ndarray:
         pause_point()
-        return self.model.embed_inputs([str(value) for value in values])
+        return self.model.embed_inputs(list(values))
 
 
 class MediaEncoder:
@@ -181,10 +185,17 @@ class MediaEncoder:
 
     def _sample(self, value: Any, variant: Variant) -> np.ndarray:
         if not isinstance(value, np.ndarray):
-            if variant.speed != 1.0:
-                wave, rate = as_audio(value) or decode_audio(value)
-                value = wave, round(rate * variant.speed)
-            value = self.modality.windows(value)[0]
+            accepted = isinstance(value, (Path, bytes, tuple if self.kind == "audio" else PILImage.Image))
+            if not accepted:  # nor a str, which may come over the network, and must open no file
+                what = "a text" if isinstance(value, str) else type(value).__name__
+                raise PlaitError(f"An input of kind {self.kind} is wanted, not {what}.")
+            try:
+                if variant.speed != 1.0:
+                    wave, rate = as_audio(value) or decode_audio(value)
+                    value = wave, round(rate * variant.speed)
+                value = self.modality.windows(value)[0]
+            except MediaError as error:
+                raise PlaitError(f"{value if isinstance(value, Path) else 'The ' + self.kind}: {error}.") from error
         return np.ascontiguousarray(value[:, ::-1]) if variant.mirrored else value
 
     def pool_image(self, states: Tensor) -> Tensor:

@@ -26,8 +26,6 @@ from plait.core.files import (
     point,
     publish_folder,
     read_json,
-    sealed,
-    sha256_file,
     write_atomic,
     write_json,
 )
@@ -36,8 +34,9 @@ from plait.core.signals import signals
 from plait.hf import hub
 from plait.hf.export import must_be_free
 from plait.hf.pretrained import Pretrained, load_pretrained
-from plait.model.checkpoint import MANIFEST
+from plait.model.checkpoint import write_manifest
 from plait.training.checkpointing import folder_name, retain
+from plait.training.optimizer import decay_groups
 from plait.training.schedule import learning_rate_at
 
 DECAY = 0.1
@@ -119,11 +118,8 @@ class FurtherTraining(ABC):
         return [p for p in self.network.parameters() if p.requires_grad]
 
     def _optimizer(self) -> torch.optim.AdamW:
-        groups = [
-            {"params": [p for p in self.trained if p.ndim > 1], "weight_decay": DECAY},
-            {"params": [p for p in self.trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, lr=1e-9, betas=(0.9, 0.98), fused=self.model.device.kind == "cpu")
+        fused = self.model.device.kind == "cpu"
+        return torch.optim.AdamW(decay_groups(self.trained, DECAY), lr=1e-9, betas=(0.9, 0.98), fused=fused)
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -207,8 +203,7 @@ class FurtherTraining(ABC):
             self.model.tokenizer.save_pretrained(temporary)
             write_json(temporary / "config.json", read_json(temporary / "config.json") | {"training": training})
             save_file(self._moments(), temporary / STATE)
-            sums = {file.name: sha256_file(file) for file in sorted(temporary.iterdir()) if file.is_file()}
-            write_atomic(temporary / "manifest.json", json_text(sealed({"version": MANIFEST, "sha256": sums})))
+            write_manifest(temporary)
         point(self.folder / "checkpoints" / "last", name)
         if best:
             point(self.folder / "checkpoints" / "best", name)

@@ -26,7 +26,7 @@ from plait.classifiers.mixture import log_softmax
 from plait.core.config import SIZES, Recipe, Size
 from plait.core.device import Device, choose_device
 from plait.core.errors import PlaitError
-from plait.core.files import json_text, point, publish_folder, read_json, sealed, sha256_file, write_atomic
+from plait.core.files import json_text, point, publish_folder, read_json, write_atomic
 from plait.data.dataset import Dataset
 from plait.data.record import LABEL_NAMES
 from plait.hf import hub, huggingface
@@ -46,9 +46,9 @@ from plait.hf.trained_blocks import TrainedBlocks
 from plait.inference.base import Model, Verb
 from plait.inference.results import Prediction, Predictions
 from plait.modalities.hf_encoder import HFEncoder
-from plait.modalities.inputs import medium_of
+from plait.modalities.inputs import plain_input
 from plait.model.adapted import weight_sums
-from plait.model.checkpoint import MANIFEST, verify
+from plait.model.checkpoint import verify, write_manifest
 from plait.training.build import fit_settings, label_columns
 from plait.training.tasks import mirrors
 
@@ -231,10 +231,7 @@ def _save(head: Head, config: dict[str, Any], blocks: dict[str, Tensor], folder:
         save_file({name: np.ascontiguousarray(value, np.float32) for name, value in arrays.items()}, temporary / ARRAYS)
         if blocks:
             save_tensors(blocks, temporary / BLOCKS)
-        sums = {file.name: sha256_file(file) for file in sorted(temporary.iterdir())}
-        (temporary / "manifest.json").write_text(
-            json_text(sealed({"version": MANIFEST, "sha256": sums})), encoding="utf-8"
-        )
+        write_manifest(temporary)
 
 
 def head_config(folder: Path) -> dict[str, Any]:
@@ -313,7 +310,7 @@ class HeadModel(Model):
         """The encoder's features of each input, (N, F) float32, of unit length."""
         if prompt is not None:
             raise PlaitError(f"{self.name} has no prompts. Leave --prompt out.")
-        rows = self.encoder.features([medium_of(value) for value in inputs])
+        rows = self.encoder.features([plain_input(value) for value in inputs])
         rows = rows[:, : rows.shape[1] // self.encoder.views]
         return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9), np.float32)
 
@@ -332,7 +329,7 @@ class HeadModel(Model):
         if unknown := [label for label in chosen if label not in self.head.labels]:
             raise PlaitError(f"'{unknown[0]}' was not learnt. Known are {', '.join(self.head.labels[:8])}.")
         places = [self.head.labels.index(label) for label in chosen]
-        features = self.encoder.features([medium_of(value) for value in inputs])
+        features = self.encoder.features([plain_input(value) for value in inputs])
         if not len(features):
             return []
         scores = log_softmax(self.head.log_probabilities(features)[:, places])

@@ -23,6 +23,21 @@ MODULES = ("[0-9]_*/config.json", "[0-9]_*/model.safetensors")  # of sentence en
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
+def encoder_names(name: str) -> tuple[str, str] | None:
+    """The encoders of images and of texts that `VISION,TEXT` stands for; None for the name of one model.
+
+    Raises PlaitError where there are not two names with one comma.
+    """
+    if "," not in name or Path(name).expanduser().exists():
+        return None
+    names = [part.strip() for part in name.split(",")]
+    if len(names) != 2 or not all(names):
+        raise PlaitError(
+            f"--init-from {name}: write VISION,TEXT, the name of an encoder of images and that of one of texts."
+        )
+    return names[0], names[1]
+
+
 def find(name: str | Path) -> Path:
     """The folder of a model, or its GGUF file: a local one, else the Hugging Face cache, else a download from the hub.
 

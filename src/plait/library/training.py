@@ -243,8 +243,8 @@ def _is_encoder(name: str) -> bool:
     """Whether a model to start from is an encoder, on which a head is fitted, or two with a comma."""
     if (Path(name).expanduser() / "run.json").is_file() or name.endswith(".gguf"):
         return False
-    from plait.hf.dual_encoder import encoder_names
     from plait.hf.heads import is_encoder
+    from plait.hf.hub import encoder_names
 
     return encoder_names(name) is not None or is_encoder(name)
 
@@ -266,8 +266,9 @@ def _train_on_encoder(
     from plait.core.device import keep_memory, threads
     from plait.data.stores import written_place
     from plait.hf.contrastive import train_pairs, trains_pairs
-    from plait.hf.dual_encoder import encoder_names, train_dual_encoder
+    from plait.hf.dual_encoder import train_dual_encoder
     from plait.hf.heads import train_head
+    from plait.hf.hub import encoder_names
     from plait.hf.speech_training import train_speech, trains_speech
 
     started = time.time()

@@ -125,9 +125,7 @@ def save(
         (temporary / "README.md").write_text(model_card(checkpoint), encoding="utf-8", newline="\n")
         if more is not None:
             more(temporary)
-        files = [f for f in sorted(temporary.rglob("*")) if f.is_file()]
-        sums = {f.relative_to(temporary).as_posix(): sha256_file(f) for f in files}
-        write_json(temporary / "manifest.json", sealed({"version": MANIFEST, "sha256": sums}))
+        write_manifest(temporary)
 
 
 def add_classifiers(
@@ -171,6 +169,13 @@ def _replace_files(folder: Path, names: tuple[str, ...], write: Callable[[Path],
             sums[file.name] = sha256_file(folder / file.name)
     fsync_folder(folder)
     publish()
+
+
+def write_manifest(folder: Path) -> None:
+    """The sha256 of every file in a folder that is still aside, sealed; it is written last."""
+    files = [f for f in sorted(folder.rglob("*")) if f.is_file()]
+    sums = {f.relative_to(folder).as_posix(): sha256_file(f) for f in files}
+    write_json(folder / "manifest.json", sealed({"version": MANIFEST, "sha256": sums}))
 
 
 def write_json(path: Path, value: object) -> None:

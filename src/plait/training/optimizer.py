@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,15 @@ def parameter_kinds(module: nn.Module, inherited: Kind | None = None) -> dict[nn
     for child in module.children():
         kinds |= parameter_kinds(child, inherited)
     return kinds
+
+
+def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Groups of an optimizer for networks of other programs: matrices decay, vectors do not."""
+    known = list(parameters)
+    return [
+        {"params": [p for p in known if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in known if p.ndim <= 1], "weight_decay": 0.0},
+    ]
 
 
 class AdamW(torch.optim.AdamW):
