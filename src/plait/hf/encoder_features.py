@@ -185,7 +185,7 @@ class MediaEncoder:
 
     def _sample(self, value: Any, variant: Variant) -> np.ndarray:
         if not isinstance(value, np.ndarray):
-            accepted = isinstance(value, (Path, bytes, tuple if self.kind == "audio" else PILImage.Image))
+            accepted = isinstance(value, (Path, bytes, PILImage.Image if self.reads_pixels else tuple))
             if not accepted:  # nor a str, which may come over the network, and must open no file
                 what = "a text" if isinstance(value, str) else type(value).__name__
                 raise PlaitError(f"An input of kind {self.kind} is wanted, not {what}.")
