@@ -111,7 +111,7 @@ def test_probabilities_and_labels_of_ones_own(bert: Path, tmp_path: Path) -> Non
     with pytest.raises(PlaitError, match="another run"):
         plait.train(table(tmp_path, 60), tmp_path / "run", init_from=str(bert), progress=False)
     kept = read_json(run.best / "config.json")
-    heads._save(model.head, {**kept, "version": heads.VERSION - 1}, {}, tmp_path / "older")
+    heads._save(model.head, {}, {**kept, "version": heads.VERSION - 1}, {}, tmp_path / "older")
     with pytest.raises(PlaitError, match=r"reads heads of version \d+. Train again"):
         plait.load(tmp_path / "older")
     weights = bert / "model.safetensors"
@@ -122,6 +122,31 @@ def test_probabilities_and_labels_of_ones_own(bert: Path, tmp_path: Path) -> Non
             plait.load(tmp_path / "run")
     finally:
         weights.write_bytes(whole)
+
+
+def test_ngrams_stand_beside_an_encoder_of_texts_where_both_are_better(bert: Path, tmp_path: Path) -> None:
+    """A word among many decides: an encoder that was never trained hardly hears it, n-grams do."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(2200):
+        label = list(WORDS)[i % 3]
+        words = [
+            *rng.choice(["stone", "cloud", "seven", "again", "window", "under"], 9),
+            rng.choice(WORDS[label].split()),
+        ]
+        rows.append((" ".join(rng.permutation(words)) + f" {i}", label))
+    with (tmp_path / "texts.csv").open("w", newline="") as handle:
+        csv.writer(handle).writerows([("text", "label"), *rows])
+    run = plait.train(tmp_path / "texts.csv", tmp_path / "run", init_from=str(bert), progress=False)
+    measured = read_json(run.best / "config.json")["measured"]
+    assert measured["together_accuracy"] > 0.99 > measured["accuracy"] + 0.1
+    assert "and the n-grams of the texts" in run.describe()
+    test = list(run.dataset.iterate(run.dataset.indices("test").tolist()))
+    model = run.model()
+    found = model.classify_inputs([record.parts["text"] for record in test], top=None)
+    right = [one[0].label == record.parts["label"] for one, record in zip(found, test, strict=True)]
+    assert np.mean(right) > 0.99
+    assert all(abs(sum(p.probability for p in one) - 1) < 1e-6 for one in found)
 
 
 def test_a_head_over_a_vision_encoder(vit: Path, tmp_path: Path) -> None:
@@ -267,7 +292,7 @@ def test_last_blocks_are_kept_where_they_are_better(efficientnet: Path, tmp_path
         config["labels"], rng.normal(size=(width, 4)), np.zeros(4), np.zeros(width), np.ones(width), 1.0,
         np.ones((4, width)), np.zeros(1),
     )  # fmt: skip
-    heads._save(head, {**config, "blocks": 2}, weights, tmp_path / "other")
+    heads._save(head, {}, {**config, "blocks": 2}, weights, tmp_path / "other")
     other = library.load(tmp_path / "other")
     assert isinstance(other, heads.HeadModel) and np.allclose(other.encoder.features(asked), features, atol=1e-4)
     probabilities = {p.label: p.probability for p in other.classify_inputs(asked[:1], top=None)[0]}

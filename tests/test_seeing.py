@@ -91,3 +91,16 @@ def test_an_image_begins_as_its_words(vit: Path, tmp_path: Path, plait: Plait) -
     likeness = torch.nn.functional.cosine_similarity(shown[:, None], (words - words.mean(0))[None], dim=-1)
     assert likeness.argmax(1).tolist() == [0, 1, 2] and float(likeness.diagonal().min()) > 0.8
     assert 0.3 < float(shown.std() / table.std()) < 3  # as large as embeddings are
+    # A caption has room for twice the longest; what a schema asks for has as much as it needs.
+    red = Image.new("RGB", (16, 16), (200, 0, 0))
+    assert seeing.checkpoint.generation.max_new_tokens["text"] < 40
+    schema = {
+        "type": "object",
+        "properties": {"a": {"const": "x" * 60}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    assert json.loads(seeing.generate([red], to="text", schema=schema)) == {"a": "x" * 60}
+    with pytest.raises(PlaitError, match="no column of texts 'caption'"):
+        wrong = {"model": model, "training": training, "generation": {"max_new_tokens": {"caption": 3}}}
+        library.train(tmp_path / "run/data", tmp_path / "other", recipe=wrong, progress=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -245,7 +245,7 @@ class GenerationConfig(Settings):
     guidance: dict[str, float] = Field(
         {"image": 2.0, "audio": 2.0}, description="Classifier-free guidance by modality; 1 is none."
     )
-    max_new_tokens: dict[str, int] = Field(
+    max_new_tokens: dict[str, Annotated[int, Field(ge=1)]] = Field(
         {},
         description="The most tokens of a text, by the column that it is written in; training fills in twice the "
         "longest text of train. Without one only the context ends it.",

@@ -1,6 +1,7 @@
 """A calibrated head over a pretrained encoder: `plait train DATA --init-from ENCODER`, where ENCODER reads texts,
 images or audio and is no language model. The encoder is frozen; of images its last blocks are trained where that is
-better on records that neither has seen.
+better on records that neither has seen. Beside an encoder of texts stand their n-grams, where both together are
+better.
 
 Features are made once; those of a frozen encoder are kept in the run's folder, by the content of encoder and data.
 Where blocks may be trained, what goes into them is kept in memory while the run lasts. What is fitted on features is
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,7 @@ from plait.hf.encoder_features import (
 from plait.hf.encoders import describe
 from plait.hf.last_blocks import Progress
 from plait.hf.linear_head import Examples, Head, fit_head
+from plait.hf.ngrams_beside import LabelledTexts, NgramsBeside, fit_ngrams_beside
 from plait.hf.pixel_scale import PixelScale, better_scale
 from plait.hf.trained_blocks import TrainedBlocks
 from plait.inference.base import Model, Verb
@@ -53,7 +56,7 @@ from plait.training.build import fit_settings, label_columns
 from plait.training.tasks import mirrors
 
 TYPE = "plait-head"  # model_type in config.json
-VERSION = 3
+VERSION = 4
 CONFIG, ARRAYS, BLOCKS = "config.json", "head.safetensors", "encoder.safetensors"
 UNLIKE = 0.995  # share of validation records that must look more familiar than an input that is none of the labels
 SCALE_IMAGES = 64  # by which it is seen how an encoder's pixels are scaled
@@ -132,7 +135,9 @@ def train_head(
     if kind == "text" and sum(label.replace("_", "").isdigit() for label in labels) < len(labels) / 2:
         names = encoder.features([label.replace("_", " ") for label in labels])
     progress("head", 0, 1)
-    head, measured = fit_head(labels, train, val, kind, names, training.seed, encoder.views)
+    head, measured, unseen = fit_head(labels, train, val, kind, names, training.seed, encoder.views)
+    beside, together = _beside(train_records, val_records, unseen, labels) if kind == "text" else (None, {})
+    measured |= {f"together_{key}": value for key, value in together.items()}
     progress("head", 1, 1)
     blocks: dict[str, Tensor] = {}
     if last is not None:
@@ -144,14 +149,27 @@ def train_head(
     config = {
         "model_type": TYPE, "version": VERSION, "encoder": where, "sha256": weight_sums(place), "kind": kind,
         "settings": encoder.settings, "source": source, "target": target, "labels": labels, "heat": head.heat,
-        "measured": measured, "blocks": last.count if last is not None and blocks else 0,
+        "measured": measured, "beside": beside.facts() if beside is not None else None,
+        "blocks": last.count if last is not None and blocks else 0,
         "training": {"step": 1, "seed": training.seed, "validation": {}, "init_from": name},
     }  # fmt: skip
-    _save(head, config, blocks, folder / "checkpoints" / "step-000001")
+    arrays = beside.arrays() if beside is not None else {}
+    _save(head, arrays, config, blocks, folder / "checkpoints" / "step-000001")
     for link in ("best", "last"):
         point(folder / "checkpoints" / link, "step-000001")
     write_atomic(folder / "run.json", json_text(facts | {"finished": time.time()}))
     return [*lines, describe_head(config)]
+
+
+def _beside(
+    train: LabelledRecords, val: LabelledRecords, of_encoder: np.ndarray, labels: list[str]
+) -> tuple[NgramsBeside | None, dict[str, float]]:
+    """N-grams beside an encoder of texts, where both are better together, and what that is worth on val."""
+    train_texts, val_texts = (
+        LabelledTexts([str(text) for batch in part.batches(256) for text in batch], part.classes)
+        for part in (train, val)
+    )
+    return fit_ngrams_beside(train_texts, val_texts, of_encoder, len(labels)) or (None, {})
 
 
 def rescale_pixels(encoder: MediaEncoder, images: list[Any]) -> list[str]:
@@ -221,14 +239,17 @@ def _examples(
     return Examples(stored, records.classes)
 
 
-def _save(head: Head, config: dict[str, Any], blocks: dict[str, Tensor], folder: Path) -> None:
+def _save(
+    head: Head, beside: dict[str, np.ndarray], config: dict[str, Any], blocks: dict[str, Tensor], folder: Path
+) -> None:
     with publish_folder(folder) as temporary:
         (temporary / CONFIG).write_text(json_text(config), encoding="utf-8")
         arrays = {
             "weights": head.weights, "bias": head.bias, "mean": head.mean, "scale": head.scale,
             "centres": head.centres, "familiar": head.familiar,
         }  # fmt: skip
-        save_file({name: np.ascontiguousarray(value, np.float32) for name, value in arrays.items()}, temporary / ARRAYS)
+        arrays = {name: value.astype(np.float32) for name, value in arrays.items()} | beside
+        save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, temporary / ARRAYS)
         if blocks:
             save_tensors(blocks, temporary / BLOCKS)
         sums = {file.name: sha256_file(file) for file in sorted(temporary.iterdir())}
@@ -255,6 +276,10 @@ def describe_head(config: dict[str, Any]) -> str:
     if "records" in measured:
         right = f"{measured['accuracy']:.1%} of {measured['records']} unseen records right"
     encoder = f"the frozen encoder {config['encoder']}"
+    if config["beside"] is not None:
+        encoder += " and the n-grams of the texts"
+        right = f"{measured['together_accuracy']:.1%} of {measured['records']} unseen records right"
+        right += f" (the encoder alone {measured['accuracy']:.1%})"
     if config["blocks"]:
         encoder = f"the encoder {config['encoder']}, whose last {config['blocks']} blocks were trained"
         right = f"{measured['blocks_accuracy']:.1%} of {measured['records']} unseen records right"
@@ -277,7 +302,11 @@ class HeadModel(Model):
         self.device = choose_device(device, precision if precision in ("auto", "fp32", "bf16") else "auto")
         self.name = str(folder)
         arrays = load_file(folder / ARRAYS)
-        self.head = Head(labels=self.config["labels"], heat=self.config["heat"], **arrays)
+        known = {field.name for field in fields(Head)}
+        own = {name: value for name, value in arrays.items() if name in known}
+        self.head = Head(labels=self.config["labels"], heat=self.config["heat"], **own)
+        beside = self.config["beside"]
+        self.beside = NgramsBeside.restore(beside, arrays) if beside is not None else None
         self.place = hub.find(self.config["encoder"])
         if weight_sums(self.place) != self.config["sha256"]:
             raise PlaitError(f"{folder} stands on {self.place}, whose weights are others now. Put them back.")
@@ -332,10 +361,14 @@ class HeadModel(Model):
         if unknown := [label for label in chosen if label not in self.head.labels]:
             raise PlaitError(f"'{unknown[0]}' was not learnt. Known are {', '.join(self.head.labels[:8])}.")
         places = [self.head.labels.index(label) for label in chosen]
-        features = self.encoder.features([medium_of(value) for value in inputs])
+        media = [medium_of(value) for value in inputs]
+        features = self.encoder.features(media)
         if not len(features):
             return []
-        scores = log_softmax(self.head.log_probabilities(features)[:, places])
+        logs = self.head.log_probabilities(features)
+        if self.beside is not None:
+            logs = self.beside.log_probabilities(logs, [str(value) for value in media])
+        scores = log_softmax(logs[:, places])
         unlike = self.head.unlike(features)
         predictions = []
         for row, score in zip(np.exp(scores), unlike, strict=True):

@@ -69,8 +69,9 @@ class Examples:
 
 def fit_head(
     labels: list[str], train: Examples, val: Examples, kind: str, names: np.ndarray | None, seed: int, views: int = 1
-) -> tuple[Head, dict[str, float]]:
-    """A head, and how right it is on records that it has not seen: those of val, or where these are few, folds.
+) -> tuple[Head, dict[str, float], np.ndarray]:
+    """A head, how right it is on records that it has not seen, and its log-probabilities (N, C) of these: those of val,
+    or where they are few, folds.
 
     `names` (C, F) are embeddings of the labels' own texts, which count as one more record of each.
     """
@@ -104,7 +105,7 @@ def fit_head(
     one_hot = np.eye(len(labels), dtype=np.float32)[all_classes]
     head.centres = (one_hot.T @ all_rows[:, 0]) / np.maximum(one_hot.sum(0), 1)[:, None]
     head.familiar = np.sort(nearness((val_rows if len(val.classes) >= FEW else rows)[:, 0], head.centres))
-    return head, measured | {"strength": best}
+    return head, measured | {"strength": best}, log_softmax(heat * unseen[best][0])
 
 
 def _best(unseen: dict[float, tuple[np.ndarray, np.ndarray]], count: int) -> tuple[float, float, dict[str, float]]:

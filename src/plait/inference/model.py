@@ -27,6 +27,7 @@ from plait.inference.engine import Engine
 from plait.inference.requests import Completion, Request
 from plait.inference.results import Segment
 from plait.inference.sampling import Options, check_options, make_sampling
+from plait.inference.scoring import NO_SPACE
 from plait.inference.showcase import Shown, showcase
 from plait.modalities.audio_files import decode_audio, silent
 from plait.modalities.descriptor import MediaError
@@ -232,8 +233,9 @@ class PlaitModel(Answering, Model):
                 f"This model reads {name} but was trained with training.weights.{name}: 0, so it cannot write it. "
                 f"It can {', '.join(self.verbs)}."
             )
-        if options.get("max_new_tokens") is None and column in self.checkpoint.generation.max_new_tokens:
-            options["max_new_tokens"] = self.checkpoint.generation.max_new_tokens[column]
+        known = self.checkpoint.generation.max_new_tokens
+        if options.get("max_new_tokens") is None and options.get("constraint") is None and column in known:
+            options["max_new_tokens"] = known[column]  # a constraint knows itself where a text ends
         requests = [self.request(self._opened(context, column), token_type, n, **options) for context in contexts]
         for i, request in enumerate(requests):
             request.first_sample = i * n
@@ -416,6 +418,8 @@ class PlaitModel(Answering, Model):
 
     def _render(self, text: str, column: str, n: int, best_of: int | None, options: Options) -> list[Any]:
         count = max(n, best_of or n)
+        if count > n and not self.checkpoint.model.config.embed_dim:
+            raise PlaitError(f"best_of compares embeddings. {NO_SPACE}")
         samples = self.write([self.context([text])], column, n=count, **options)[0]
         if count > n:
             vectors = self.embed_inputs([text, *((column, sample) for sample in samples)])

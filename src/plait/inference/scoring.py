@@ -203,11 +203,17 @@ def prompt_scores(engine: Engine, prompts: list[Sequence], top: int = 0, batch_s
     return scores
 
 
+NO_SPACE = (
+    "This model has no embedding space: it was trained without media, with training.weights.contrastive: 0 or with "
+    "model.embed_dim: 0. Train one with media and without these."
+)
+
+
 def embed(engine: Engine, sequences: list[Sequence], batch_size: int = 256) -> np.ndarray:
     """The embedding of the first span of each sequence, (N, E) float32, of unit length."""
     model, limit = engine.model, engine.max_length
     if not model.config.embed_dim:
-        raise PlaitError("This model has no embedding space. Train one with an embedding width above 0.")
+        raise PlaitError(NO_SPACE)
     embeddings = np.zeros((len(sequences), model.config.embed_dim), np.float32)
     for sequence in sequences:
         if not sequence.spans:

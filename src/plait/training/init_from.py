@@ -31,6 +31,7 @@ from plait.model.checkpoint import CHECKPOINT_SOURCES, Checkpoint, find_checkpoi
 from plait.model.multimodal import Multimodal
 from plait.training.build import model_config
 from plait.training.run import Progress, Run
+from plait.training.split import Split
 
 BASE = "base"  # the folder, in a run's, of the run of ours that it stands on
 
@@ -90,6 +91,12 @@ def check(run: Run) -> None:
                 f"training.weights.{name}: {weight:g} cannot be obeyed: {can}. Weights are of text, contrastive and "
                 f"{', '.join(MODALITIES)}; columns are {', '.join(columns)}."
             )
+    written = run.recipe.generation.max_new_tokens
+    if unknown := [name for name in written if columns.get(name) != "text"]:
+        texts = [name for name, kind in columns.items() if kind == "text"]
+        raise PlaitError(
+            f"generation.max_new_tokens: there is no column of texts '{unknown[0]}', only {', '.join(texts)}."
+        )
     known = ["encoder", *(f"encoder.{name}" for name in MODALITIES), "backbone", "token_embedding"]
     for part in settings.freeze:
         if part not in known:
@@ -202,11 +209,13 @@ def labels_of(source: Checkpoint | None, dataset: Dataset, found: dict[str, list
     return {**{column: values for column, values in old.items() if column not in dataset.columns}, **found}
 
 
-def generation_of(
-    source: Checkpoint | None, requested: GenerationConfig, longest: Mapping[str, int]
-) -> GenerationConfig:
-    """A recipe's defaults of generation; where it has none of its own, those of the source. A text of a column with a
-    `longest` one in train, in tokens, has room for twice as many, unless the recipe says how many."""
-    config = source.generation if source and requested == GenerationConfig() else requested
-    room = {column: 2 * tokens for column, tokens in longest.items()}
-    return config.model_copy(update={"max_new_tokens": {**config.max_new_tokens, **room, **requested.max_new_tokens}})
+def generation_of(source: Checkpoint | None, requested: GenerationConfig, split: Split) -> GenerationConfig:
+    """A recipe's defaults of generation; where it has none of its own, those of the source. A text of a column has room
+    for twice as many tokens as the longest of train (`split`) has, unless the recipe says how many."""
+    rest = requested.model_copy(update={"max_new_tokens": {}})
+    config = source.generation if source and rest == GenerationConfig() else requested
+    # Texts alone are cut into windows, and blocks are not at hand: their lengths say nothing here.
+    texts = split.texts if len(split.texts) + len(split.media) > 1 and split.blocks is None else {}
+    longest = {column: int(tokens.lengths.max(initial=0)) for column, tokens in texts.items()}
+    learnt = {column: 2 * tokens for column, tokens in longest.items() if tokens}
+    return config.model_copy(update={"max_new_tokens": {**config.max_new_tokens, **learnt, **requested.max_new_tokens}})

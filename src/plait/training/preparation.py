@@ -133,7 +133,11 @@ def _begin_projections(run: Run, model: Multimodal, split: Split, init_from: Che
     """Let a language model that is given its first encoder of images see from the start; a run that goes on has it."""
     if init_from is None or init_from.model.media or (run.folder / "checkpoints" / "last").exists():
         return
-    for line in begin_projections(model, split):
+
+    def progress(done: int, total: int) -> None:
+        run.report(Progress("images as words", done, total))
+
+    for line in begin_projections(model, split, progress):
         run.report(Progress("note", 1, 1, note=line))
 
 

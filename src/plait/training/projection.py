@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from plait.modalities.base import MediaModality
 from plait.modalities.image import HFImageEncoder
 from plait.model.multimodal import Multimodal, TokenEmbedding
 from plait.training.split import Split
 
 SAMPLES = 2000  # images that it is fitted by, at most
+BATCH = 32  # images that are read at a time
 FEWEST = 100  # images that say anything
 BLOCK, HELD_OUT = 20, 5  # every fifth block of so many chooses the penalty
 PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # times the mean eigenvalue of the features' Gram matrix
@@ -32,52 +35,59 @@ UNIT = 3**-0.5  # standard deviation of what a linear layer makes of normed feat
 
 
 @dataclass
+class Seen:
+    """What an encoder's projection reads of N images, each at G places: F features, normed but for scale and offset."""
+
+    means: Tensor  # (N, F) over the places of each image
+    some: Tensor  # (n, G, F) of the first images
+    mean: Tensor  # (F,) over all places
+    deviation: Tensor  # (F,)
+
+
+@dataclass
 class Fit:
     """A ridge regression."""
 
-    weight: Tensor  # (D, H)
+    weight: Tensor  # (D, F)
     cosine: float  # of what it says of held-out images and their words, on the mean
 
 
-def begin_projections(model: Multimodal, split: Split) -> list[str]:
+def begin_projections(model: Multimodal, split: Split, progress: Callable[[int, int], None]) -> list[str]:
     """Fit the projections of frozen image encoders to the model's own embeddings of the texts beside the images.
 
     Args:
         model: One that has been extended from a language model, with an encoder that it did not have before.
-        split: What it is to learn from.
+        split: What it is to learn from. All texts of a record count, whatever column they are of.
+        progress: Called with the images that have been read, and how many there are.
 
     Returns:
         What is to be told.
     """
     lines = []
-    for column, modality in model.vocabulary.columns.items():
-        encoder = model.media[modality].encoder if modality in model.media else None
-        if not isinstance(encoder, HFImageEncoder) or not encoder.hf_encoder.frozen or column not in split.media:
+    for name, modality in model.media.items():
+        encoder = modality.encoder
+        if not isinstance(encoder, HFImageEncoder) or not encoder.hf_encoder.frozen:
             continue
-        records = _records(split, column)
-        if len(records) < FEWEST:
+        places = _places(split, [column for column in split.media if model.vocabulary.columns.get(column) == name])
+        if len(places) < FEWEST:
             continue
-        features = torch.cat([_features(encoder, split.sample(column, record)) for record in records])  # (N, G, H)
-        words = mean_embeddings([_ids(split, record) for record in records], model.token_embedding)
-        mean, deviation = features.mean((0, 1)), features.std((0, 1)) + 1e-5
-        features = (features - mean) / deviation
-        fitted = fit_ridge(features.mean(1), words)
+        seen = _see(modality, encoder, [split.sample(column, record) for column, record in places], progress)
+        words = mean_embeddings([_ids(split, record) for _, record in places], model.token_embedding)
+        fitted = fit_ridge((seen.means - seen.mean) / seen.deviation, words)
         if fitted.cosine < LEAST:
             continue
-        unit = UNIT / float((features @ fitted.weight.T).std())
-        spread = float(_rows(model.token_embedding)[:SPREAD_OF].float().std())
-        _begin(encoder, mean, deviation, fitted.weight * unit, spread)
-        lines.append(f"{column}: begins as the words of {len(records):,} records (cosine {fitted.cosine:.2f})")
+        _begin(encoder, seen, fitted.weight, float(_rows(model.token_embedding)[:SPREAD_OF].float().std()))
+        lines.append(f"{name}: begins as the words of {len(places):,} records (cosine {fitted.cosine:.2f})")
     return lines
 
 
-def _records(split: Split, column: str) -> list[int]:
-    """Records with an image and a text, evenly spaced, SAMPLES at most."""
+def _places(split: Split, columns: list[str]) -> list[tuple[str, int]]:
+    """Columns and records that hold an image beside a text, evenly spaced, SAMPLES at most."""
     texts = np.zeros(len(split), bool)
     for name in split.texts:
         texts |= split.present(name)
-    both = np.flatnonzero(texts & split.present(column))
-    return [int(both[i]) for i in np.linspace(0, len(both) - 1, min(SAMPLES, len(both))).astype(int)]
+    both = [(column, int(record)) for column in columns for record in np.flatnonzero(texts & split.present(column))]
+    return [both[i] for i in np.linspace(0, len(both) - 1, min(SAMPLES, len(both))).astype(int)]
 
 
 def _ids(split: Split, record: int) -> list[int]:
@@ -86,11 +96,22 @@ def _ids(split: Split, record: int) -> list[int]:
 
 
 @torch.no_grad()
-def _features(encoder: HFImageEncoder, sample: np.ndarray) -> Tensor:
-    """What the projection reads of an image, (1, grid * grid, H), normed but for scale and offset."""
-    places = encoder.places.device
-    features = encoder.features(torch.tensor(np.asarray(sample))[None].to(places))
-    return F.layer_norm(features, features.shape[-1:]).cpu()
+def _see(
+    modality: MediaModality, encoder: HFImageEncoder, samples: list[np.ndarray], progress: Callable[[int, int], None]
+) -> Seen:
+    """Features of images, one of each sample."""
+    means, total, squares, some = [], torch.zeros(()), torch.zeros(()), None
+    for start in range(0, len(samples), BATCH):
+        values, _ = modality.batch(samples[start : start + BATCH])
+        features = encoder.features(values.to(encoder.places.device)).cpu()  # (B, G, F)
+        features = F.layer_norm(features, features.shape[-1:])
+        means.append(features.mean(1))
+        total, squares = total + features.mean(1).sum(0), squares + features.square().mean(1).sum(0)
+        some = features if some is None else some
+        progress(min(start + BATCH, len(samples)), len(samples))
+    assert some is not None
+    mean = total / len(samples)
+    return Seen(torch.cat(means), some, mean, (squares / len(samples) - mean.square()).clamp(min=0).sqrt() + 1e-5)
 
 
 def mean_embeddings(texts: list[list[int]], embedding: TokenEmbedding) -> Tensor:
@@ -113,7 +134,7 @@ def _rows(embedding: TokenEmbedding) -> Tensor:
 
 
 def fit_ridge(features: Tensor, targets: Tensor) -> Fit:
-    """The ridge regression of targets (N, D) on features (N, H), both centred, with the penalty of PENALTIES that is
+    """The ridge regression of targets (N, D) on features (N, F), both centred, with the penalty of PENALTIES that is
     best on blocks of held-out samples: neighbours may be of one image. In its dual form, since samples are fewer than
     features."""
     held_out = torch.arange(len(features)) // BLOCK % HELD_OUT == HELD_OUT - 1
@@ -138,12 +159,13 @@ def _spectrum(features: Tensor) -> tuple[Tensor, Tensor, float]:
 
 
 @torch.no_grad()
-def _begin(encoder: HFImageEncoder, mean: Tensor, deviation: Tensor, weight: Tensor, spread: float) -> None:
+def _begin(encoder: HFImageEncoder, seen: Seen, weight: Tensor, spread: float) -> None:
     """Give the encoder a projection that standardises features and whose output spreads as embeddings do. Its weights
     are of the size that a new layer's have, for the sake of the learning rate."""
-    encoder.norm.weight.copy_(1 / deviation)
-    encoder.norm.bias.copy_(-mean / deviation)
-    encoder.out.weight.copy_(weight)
+    unit = UNIT / float(((seen.some - seen.mean) / seen.deviation @ weight.T).std())
+    encoder.norm.weight.copy_(1 / seen.deviation)
+    encoder.norm.bias.copy_(-seen.mean / seen.deviation)
+    encoder.out.weight.copy_(weight * unit)
     encoder.out.bias.zero_()
     encoder.places.zero_()
     encoder.gain.fill_(spread / UNIT)

@@ -451,12 +451,8 @@ class Trainer:
         return Validation(losses, improved)
 
     def _generation(self) -> GenerationConfig:
-        split = self.splits["train"]
-        columns = self.model.vocabulary.columns
-        # Texts alone are cut into windows, and blocks are not at hand: their lengths say nothing here.
-        texts = split.texts if len(columns) > 1 and split.blocks is None else {}
-        longest = {column: int(tokens.lengths.max()) for column, tokens in texts.items() if len(tokens.lengths)}
-        return generation_of(self.prepared.init_from, self.run.recipe.generation, longest)
+        """Defaults of generation that are kept with the weights."""
+        return generation_of(self.prepared.init_from, self.run.recipe.generation, self.splits["train"])
 
     def _copy(self) -> Checkpoint:
         """A copy of the model as it would be used now; training goes on beside it."""
