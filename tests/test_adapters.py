@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 import plait
 from plait.chat import general
 from plait.chat.session import Session
+from plait.core.config import Recipe
 from plait.core.device import Device
 from plait.core.errors import PlaitError
 from plait.hf.catalogue import models
@@ -21,6 +24,7 @@ from plait.inference.model import attach_adapters, load
 from plait.inference.prompts import Chat, Turn
 from plait.model.adapted import load_adapted
 from plait.training import kept_replies
+from plait.training.tasks import derive
 from test_huggingface import CASES, CHATML, make_tokenizer, randomise
 
 peft = pytest.importorskip("peft")
@@ -175,10 +179,9 @@ def test_gguf_is_written_and_read_back(tmp_path: Path, name: str) -> None:
     assert torch.allclose(one, other, atol=2e-2) and (one - other).abs().mean() < 2e-3
 
 
-def test_a_lora_run_of_a_chat_model_keeps_its_template(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(general, "QUESTIONS", general.QUESTIONS[:2])
+@pytest.fixture
+def chat_model(base: Path, tmp_path: Path) -> Path:
+    """The base with a chat template, and beside it `talks.jsonl`, eight conversations."""
     folder = shutil.copytree(base, tmp_path / "chat")
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
@@ -186,6 +189,14 @@ def test_a_lora_run_of_a_chat_model_keeps_its_template(
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML, "eos_token": "<|im_end|>"}))
     talk = [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "a quick brown hen"}]
     (tmp_path / "talks.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for _ in range(8)))
+    return folder
+
+
+def test_a_lora_run_of_a_chat_model_keeps_its_template(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(general, "QUESTIONS", general.QUESTIONS[:2])
+    folder, tokenizer = chat_model, Tokenizer.from_file(str(chat_model / "tokenizer.json"))
     options = {"steps": 2, "batch_size": 2, "init_from": str(folder), "lora": True}
     run = plait.train(tmp_path / "talks.jsonl", tmp_path / "run", progress=False, **options)
     for said in ("the fox", "the <|im_end|> fox"):  # what a user spells is never a token of the template
@@ -195,22 +206,16 @@ def test_a_lora_run_of_a_chat_model_keeps_its_template(
     assert isinstance("".join(Session(Chat(run.model())).say("the fox", max_new_tokens=3)), str)
 
 
-def test_what_the_base_replies_is_kept(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_base_replies_is_kept(chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The base answers by itself; the divergence of what is trained is that of whole distributions, and pulls back."""
-    folder = shutil.copytree(base, tmp_path / "chat")
-    tokenizer = make_tokenizer()
-    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML, "eos_token": "<|im_end|>"}))
-    talk = [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "a quick brown hen"}]
-    (tmp_path / "talks.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for _ in range(8)))
+    folder = chat_model
     monkeypatch.setattr(general, "QUESTIONS", general.QUESTIONS[:3])
     monkeypatch.setattr(kept_replies, "TOP", 10**6)
     found = {}
     for keep in (0.0, 30.0):
         recipe = {
             "training": {
-                "task": "chat", "steps": 12, "batch_size": 2, "learning_rate": 0.02, "precision": "fp32",
+                "steps": 12, "batch_size": 2, "learning_rate": 0.02, "precision": "fp32",
                 "lora": {"keep": keep},
             },
             "model": {"init_from": str(folder)},
@@ -218,7 +223,9 @@ def test_what_the_base_replies_is_kept(base: Path, tmp_path: Path, monkeypatch: 
         run = plait.train(tmp_path / "talks.jsonl", tmp_path / f"run{keep:g}", recipe=recipe, progress=False)
         assert (run.folder / kept_replies.FILE).exists() == bool(keep)
         found[keep] = run.model()
-    replies = [kept_replies.Reply(*one) for one in json.loads((run.folder / kept_replies.FILE).read_text())]
+    written = kept_replies.BaseReplies.read(run.folder)
+    assert written is not None and run.metadata["prepared"] > written.seconds > 0
+    replies = written.replies
     plain = plait.load(folder)
     question = Chat(plain).prompt([Turn("user", [general.QUESTIONS[0]])]).context
     assert replies[0].ids[: replies[0].start] == question.ids
@@ -240,6 +247,36 @@ def test_what_the_base_replies_is_kept(base: Path, tmp_path: Path, monkeypatch: 
         update.requires_grad_(True)
     assert kept.backward(0) == pytest.approx(float(apart[30.0]), rel=0.02)
     assert all(update.grad is not None for update in updates)
+
+
+def test_the_base_is_asked_where_that_is_of_use(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(general, "QUESTIONS", general.QUESTIONS[:3])
+    dataset = plait.prepare(tmp_path / "talks.jsonl", tmp_path / "data", progress=False)
+    stages, said = [], []
+
+    def ask(base: Path, processes: int = 1) -> bool:
+        recipe = Recipe.model_validate({"training": {"lora": {}}, "model": {"init_from": str(base)}})
+        kept = general.ask_the_base(
+            dataset, tmp_path / "run", recipe, "cpu", processes, lambda *news: stages.append(news[1:3]), said.append
+        )
+        assert kept == (tmp_path / "run" / kept_replies.FILE).exists()
+        rate = derive(dataset, recipe, kept).recipe.training.learning_rate
+        assert rate == (5e-4 if kept else 3e-4)
+        return kept
+
+    assert not ask(chat_model, processes=2) and said.pop() == kept_replies.SEVERAL
+    assert ask(chat_model) and stages == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert ask(chat_model) and len(stages) == 4  # which are kept already
+    weights = load_file(chat_model / "model.safetensors")
+    save_file({**weights, "model.norm.weight": -weights["model.norm.weight"]}, chat_model / "model.safetensors")
+    assert ask(chat_model) and len(stages) == 8  # another model under the same name
+    broken = torch.zeros_like(weights["model.norm.weight"])  # which says one token again and again
+    save_file({**weights, "model.norm.weight": broken}, chat_model / "model.safetensors")
+    assert not ask(chat_model) and "replies to 0 of 3" in said.pop()
+    (chat_model / "tokenizer_config.json").unlink()
+    assert not ask(chat_model) and "template" in said.pop()
 
 
 def test_adapters_that_cannot_be_used(base: Path, tmp_path: Path) -> None:

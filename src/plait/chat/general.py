@@ -4,19 +4,27 @@ keeps it (`training/kept_replies.py`). No data are needed: the questions are bel
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 
 from plait.core.config import Recipe
 from plait.core.device import choose_device
+from plait.core.progress import ProgressFunction
 from plait.data.dataset import Dataset
+from plait.hf.hub import find
 from plait.inference.model import load
 from plait.inference.prompts import Chat, Turn
+from plait.inference.requests import Delta
 from plait.inference.sampling import Options
-from plait.training.kept_replies import FILE, Reply, write_replies
+from plait.model.adapted import weight_sums
+from plait.training.kept_replies import FILE, SEVERAL, BaseReplies, Reply
 
 REPLY_TOKENS = 40  # of a reply; a longer one is cut
+REPEATED = 4  # equal tokens, and no other, that are no reply
+ENOUGH = 0.5  # share of the questions that must have replies for them to be kept
 
 QUESTIONS = (
     "What is the capital of Poland?",
@@ -92,41 +100,86 @@ QUESTIONS = (
 )
 
 
-def ask_the_base(dataset: Dataset, folder: Path, recipe: Recipe, device: str, tell: Callable[[str], None]) -> None:
-    """Keep a base's replies in the run's `folder`: where low-rank updates of an imported chat model are trained on
-    conversations, and training.lora.keep is not 0."""
-    settings, name = recipe.training, recipe.model.init_from
-    if settings.lora is None or not settings.lora.keep or settings.task != "chat" or name is None:
-        return
-    if not dataset.manifest.chats or (folder / FILE).is_file() or (folder / "checkpoints").is_dir():
-        return
-    replies = _replies(name, device)
-    if replies:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_replies(folder, replies)
-        tell(
-            f"What the base replies to {len(replies)} general questions is kept beside what your conversations teach "
-            "(training.lora.keep: 0 leaves that out)."
-        )
+def ask_the_base(
+    dataset: Dataset,
+    folder: Path,
+    recipe: Recipe,
+    device: str,
+    processes: int,
+    progress: ProgressFunction,
+    tell: Callable[[str], None],
+) -> bool:
+    """Keep a base's replies in the run's `folder`, where low-rank updates of an imported chat model are trained on
+    conversations by one process, and training.lora.keep is not 0. Returns whether the run keeps them."""
+    lora, name = recipe.training.lora, recipe.model.init_from
+    if lora is None or not lora.keep or name is None or not dataset.manifest.chats:
+        return False
+    if (folder / "checkpoints").is_dir():  # a run that goes on keeps what it began with
+        return (folder / FILE).is_file()
+    known = BaseReplies.read(folder) if processes == 1 else None
+    if known is not None and known.base == name and known.sha256 == weight_sums(find(name)):
+        return True
+    (folder / FILE).unlink(missing_ok=True)  # of another base
+    if processes > 1:
+        tell(SEVERAL)
+        return False
+    began = time.perf_counter()
+    chat = _chat(name, device)
+    if chat is None:
+        tell("What the base knows is not kept: it is no imported model with a chat template.")
+        return False
+    replies = _replies(chat, progress)
+    if len(replies) < ENOUGH * len(QUESTIONS):
+        tell(f"What the base knows is not kept: it replies to {len(replies)} of {len(QUESTIONS)} general questions.")
+        return False
+    origin = chat.model.checkpoint.origin
+    assert origin is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    seconds = time.perf_counter() - began
+    BaseReplies(base=name, sha256=weight_sums(origin), seconds=seconds, replies=replies).write(folder)
+    tell(
+        f"What the base replies to {len(replies)} general questions is kept beside what your conversations teach "
+        "(training.lora.keep: 0 leaves that out)."
+    )
+    return True
 
 
-def _replies(name: str, device: str) -> list[Reply]:
-    """Prompts and what a model replies; none of a model of ours, or one without a chat template."""
+def _chat(name: str, device: str) -> Chat | None:
+    """A model by its own chat template; None for a model of ours, or one without."""
     precision = "bf16" if choose_device(device).kind == "cpu" else "auto"  # a processor packs it as it is read
     model = load(name, device, precision).plait_model
     if model is None or "imported from" not in model.checkpoint.training:
-        return []
+        return None
     chat = Chat(model)
-    if chat.template is None:
-        return []
+    return chat if chat.template is not None else None
+
+
+def _replies(chat: Chat, progress: ProgressFunction) -> list[Reply]:
+    """Prompts and what a model replies, without what is no reply."""
+    model, done = chat.model, 0
+
+    def count(delta: Delta) -> None:
+        nonlocal done
+        if delta.finish is not None:
+            done += 1
+            progress("base's replies", done, len(QUESTIONS), "")
+
+    progress("base's replies", 0, len(QUESTIONS), "")
     prompts = [chat.prompt([Turn("user", [question])]) for question in QUESTIONS]
     options: Options = {"temperature": 0.0, "max_new_tokens": REPLY_TOKENS}
-    results = model.engine.run([model.request(prompt.context, "text", **options) for prompt in prompts])
+    requests = [model.request(prompt.context, "text", **options) for prompt in prompts]
+    results = model.engine.run([replace(request, on_delta=count) for request in requests])
     replies, own_end = [], model.vocabulary.end_id
     for prompt, result in zip(prompts, results, strict=True):
         sample = result.samples[0]
         end = [own_end] if sample.finish == "end" and own_end is not None else []
         # Rows of a base beyond its tokenizer's words are not kept by what is trained.
         ids = takewhile(lambda one: one < model.checkpoint.text.size, [*sample.ids, *end])
-        replies.append(Reply([*prompt.context.ids, *ids], len(prompt.context.ids)))
+        if _says_something(sample.ids):
+            replies.append(Reply([*prompt.context.ids, *ids], len(prompt.context.ids)))
     return [reply for reply in replies if len(reply.ids) > reply.start]
+
+
+def _says_something(ids: Sequence[int]) -> bool:
+    """Whether ids are a reply: nothing is none, nor is one token again and again, as a model that is broken writes."""
+    return len(set(ids)) > 1 or 0 < len(ids) < REPEATED

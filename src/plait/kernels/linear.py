@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from plait.core import isa
 from plait.kernels import build
-from plait.kernels.quantisation import STORAGES, dequantise, quantise
+from plait.kernels.quantisation import DTYPES, STORAGES, dequantise, quantise
 
 FORMATS = {name: number for number, name in enumerate(STORAGES)}  # as `Format` in generation.cpp
 BLOCKS = ("Q4_0", "Q5_0", "Q8_0", "Q4_K", "Q6_K")  # kinds of blocks that are packed as they are, as there
@@ -140,7 +140,7 @@ class PackedLinear(nn.Module):
         self.panels = self.panels[start : start + size]
         for first in range(0, self.out_features, CHUNK):
             rows, at = slice(first, first + CHUNK), first
-            for piece in [weight.detach()[rows]] if isinstance(weight, Tensor) else weight.pieces(rows):
+            for piece in self._pieces(weight, rows):
                 self._pack(piece, at)
                 at += len(piece)
         if bias is not None:
@@ -150,6 +150,12 @@ class PackedLinear(nn.Module):
         self.struct = LinearStruct(
             self.panels.data_ptr(), pointer, self.in_features, self.out_features, FORMATS[storage]
         )
+
+    def _pieces(self, weight: Tensor | WeightRows, rows: slice) -> Sequence[Tensor | Blocks]:
+        """Rows of the weight as they can be laid out: blocks are packed into integers alone."""
+        if isinstance(weight, Tensor):
+            return [weight.detach()[rows]]
+        return [weight[rows]] if self.storage in DTYPES else weight.pieces(rows)
 
     def _pack(self, piece: Tensor | Blocks, first: int) -> None:
         """Lay out rows of the weight, from row `first` on."""

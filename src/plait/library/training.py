@@ -144,10 +144,9 @@ def train(
             return Run(folder)
         if more is not None:
             _tell_more(Run(folder).metadata, more, say)
+        kept = ask_the_base(data, folder, settings, device, group.size, bar, say)
         if recipe is None or settings.training.task != "auto":  # a recipe without a task is taken as it is
-            settings = _derived(data, settings, say if more is None else lambda line: None)
-        if group.is_main:
-            ask_the_base(data, folder, settings, device, say)
+            settings = _derived(data, settings, kept, say if more is None else lambda line: None)
         _fit(data, folder, settings, bar, device, allow_changes, group, callbacks, say, more)
     return Run(folder)
 
@@ -307,11 +306,11 @@ def _train_on_encoder(
         tell(line)
 
 
-def _derived(dataset: Dataset, recipe: Recipe, tell: Callable[[str], None]) -> Recipe:
-    """The recipe with what follows from the task."""
+def _derived(dataset: Dataset, recipe: Recipe, kept: bool, tell: Callable[[str], None]) -> Recipe:
+    """The recipe with what follows from the task, and from whether what the base replies is `kept`."""
     from plait.training.tasks import derive
 
-    derived = derive(dataset, recipe)
+    derived = derive(dataset, recipe, kept)
     for line in derived.lines:
         tell(line)
     return derived.recipe

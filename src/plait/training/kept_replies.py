@@ -9,25 +9,28 @@ switched off.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from plait.core.device import Device
-from plait.core.files import write_atomic
+from plait.core.errors import PlaitError
+from plait.core.files import read_json, write_atomic
 from plait.model import lora
 from plait.model.multimodal import Multimodal
+from plait.training.run import Progress, Run
 
 FILE = "general.json"  # in the run's folder
 TOP = 64  # of the base's chances of a token that are kept one by one; the others count together
 EACH = 2  # replies beside a step
 ROWS = 2**14  # of the table that are widened at a time
 KEY = 23  # of the generator that chooses them
+SEVERAL = "Several processes train: what the base knows is not kept."
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,29 @@ class Reply:
     start: int
 
 
-def write_replies(folder: Path, replies: Sequence[Reply]) -> None:
-    """Keep them in a run's folder."""
-    write_atomic(folder / FILE, json.dumps([[reply.ids, reply.start] for reply in replies]))
+class BaseReplies(BaseModel):
+    """What a base replied, and which base it was."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base: str  # as the recipe names it
+    sha256: dict[str, str]  # its files of weights -> their content
+    seconds: float  # that asking took; part of the time that the run is given
+    replies: list[Reply]
+
+    def write(self, folder: Path) -> None:
+        """Keep them in a run's folder."""
+        write_atomic(folder / FILE, self.model_dump_json())
+
+    @classmethod
+    def read(cls, folder: Path) -> BaseReplies | None:
+        """Those in a run's folder; None where there are none. Raises PlaitError where the file is damaged."""
+        if not (folder / FILE).is_file():
+            return None
+        try:
+            return cls.model_validate(read_json(folder / FILE))
+        except ValidationError as error:
+            raise PlaitError(f"{folder / FILE} is damaged: {error.errors()[0]['msg']}.") from error
 
 
 class KeptReplies:
@@ -58,23 +81,35 @@ class KeptReplies:
         model.train(was_training)
 
     @classmethod
-    def of_run(cls, folder: Path, model: Multimodal, device: Device, weight: float, seed: int) -> KeptReplies | None:
-        """Those that `write_replies` left in a run's folder; None where there are none."""
-        if not weight or not (folder / FILE).is_file():
+    def of_run(cls, run: Run, model: Multimodal) -> KeptReplies | None:
+        """What a run keeps; None where it keeps nothing, or several processes train: DistributedDataParallel would take
+        the second backward pass for a fault."""
+        settings = run.settings
+        weight = settings.lora.keep if settings.lora is not None else 0.0
+        found = BaseReplies.read(run.folder) if weight else None
+        if found is None:
             return None
-        replies = [Reply(ids, start) for ids, start in json.loads((folder / FILE).read_text(encoding="utf-8"))]
-        return cls(replies, model, device, weight, seed)
+        if run.group.size > 1:
+            run.report(Progress("note", 1, 1, note=SEVERAL))
+            return None
+        return cls(found.replies, model, run.device, weight, settings.seed)
 
     def backward(self, step: int) -> float:
-        """Add the gradient of a step's replies to those of the parameters. Returns their divergence, nats a token."""
+        """Add the gradient of a step's replies to those of the parameters. Returns their divergence, nats a token.
+
+        Of each of the N tokens of the replies the base's TOP likeliest are compared one by one, all others together.
+        """
         generator = np.random.default_rng([self.seed, step, KEY])
         chosen = generator.choice(len(self.replies), min(EACH, len(self.replies)), replace=False)
-        own = self._log_chances([self.replies[number] for number in chosen])
-        top = torch.cat([self.base[number].values for number in chosen])
-        mine = own.gather(1, torch.cat([self.base[number].indices for number in chosen]))
-        rest, my_rest = ((1 - part.exp().sum(-1)).clamp(min=1e-6) for part in (top, mine))
-        apart = (top.exp() * (top - mine)).sum(-1) + rest * (rest.log() - my_rest.log())
-        divergence = apart.mean()
+        likeliest = torch.cat([self.base[number].indices for number in chosen])  # (N, TOP) ids
+        base_log = torch.cat([self.base[number].values for number in chosen])  # (N, TOP) log-chances
+        trained_log = self._log_chances([self.replies[number] for number in chosen]).gather(1, likeliest)  # (N, TOP)
+        base_rest, trained_rest = (  # (N,) chances of all others
+            (1 - log.exp().sum(-1)).clamp(min=1e-6) for log in (base_log, trained_log)
+        )
+        divergences = (base_log.exp() * (base_log - trained_log)).sum(-1)  # (N,)
+        divergences = divergences + base_rest * (base_rest.log() - trained_rest.log())
+        divergence = divergences.mean()
         (self.weight * divergence).backward()
         return float(divergence.detach())
 

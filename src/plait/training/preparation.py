@@ -25,6 +25,7 @@ from plait.model.multimodal import Multimodal
 from plait.training.build import label_columns
 from plait.training.canaries import plant
 from plait.training.init_from import apply_freezing, build_or_load_model
+from plait.training.kept_replies import BaseReplies
 from plait.training.projection import begin_projections
 from plait.training.run import Progress, Run
 from plait.training.source import SOURCES, RecordSource, Source
@@ -106,7 +107,10 @@ def prepare_run(run: Run, reuse: Path | None) -> Prepared:
     inherited = extend.inherited(model, init_from.model) if init_from is not None and init_from.base else set()
     if "prepared" not in run.metadata:
         earlier = read_json(reuse / "run.json")["prepared"] if reuse and not run.part else 0.0
-        run.record(prepared=group.broadcast(max(time.perf_counter() - begun, earlier)))
+        keeps = run.settings.lora is not None and run.settings.lora.keep > 0 and not run.part
+        asked = BaseReplies.read(run.folder) if keeps else None
+        spent = time.perf_counter() - begun + (asked.seconds if asked is not None else 0.0)
+        run.record(prepared=group.broadcast(max(spent, earlier)))
     share = 1 - CLASSIFIER_SHARE if run.settings.task == "recognise" else 1.0
     minutes = run.budget.max_minutes or run.minutes
     budget_seconds = minutes * 60 * share

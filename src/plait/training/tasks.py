@@ -90,8 +90,9 @@ def find_task(dataset: Dataset, labels: dict[str, list[str]]) -> str:
     return "reply" if len(texts) > 1 else "language"
 
 
-def derive(dataset: Dataset, recipe: Recipe) -> Derived:
-    """The recipe for a dataset. The same dataset and recipe give the same.
+def derive(dataset: Dataset, recipe: Recipe, kept: bool = False) -> Derived:
+    """The recipe for a dataset. The same arguments give the same; `kept` says whether the run keeps what its base
+    replies (`training/kept_replies.py`).
 
     Raises PlaitError where the recipe names a task that the data cannot serve.
     """
@@ -129,7 +130,7 @@ def derive(dataset: Dataset, recipe: Recipe) -> Derived:
         derived.lines.append(describe_expected(feature.measured, _seconds(recipe)))
     elif recipe.model.init_from is None and (line := expectation(task, 1, 1, _seconds(recipe))) is not None:
         derived.lines.append(line)
-    _imported(derived, training)
+    _imported(derived, training, kept)
     derived.recipe = with_sections(derived.recipe, training=training)
     return derived
 
@@ -206,7 +207,7 @@ def _raise_if_ids(dataset: Dataset) -> None:
         )  # fmt: skip
 
 
-def _imported(derived: Derived, training: dict[str, Any]) -> None:
+def _imported(derived: Derived, training: dict[str, Any], kept: bool) -> None:
     """Batch and learning rate for a pretrained language model, where the recipe says nothing."""
     recipe = derived.recipe
     name = recipe.model.init_from
@@ -218,7 +219,7 @@ def _imported(derived: Derived, training: dict[str, Any]) -> None:
     user_training, lora = recipe.training, recipe.training.lora
     rate = 5e-5
     if lora is not None:  # faster where what the base knows is kept
-        rate = 5e-4 if derived.task == "chat" and lora.keep else 3e-4
+        rate = 5e-4 if kept else 3e-4
     chosen = {"batch_size": 4 if lora else 8, "learning_rate": rate}
     chosen = {key: value for key, value in chosen.items() if getattr(user_training, key) is None}
     if lora and user_training.full_softmax_prob == Recipe().training.full_softmax_prob:

@@ -166,7 +166,7 @@ class Trainer:
         """Make network, samplers, optimizer and checkpoints, and go on from the newest checkpoint."""
         self._setup_network()
         self._setup_batches()
-        self.kept_replies, self.divergence = self._kept_replies(), 0.0
+        self.kept_replies, self.divergence = KeptReplies.of_run(self.run, self.model), 0.0
         self.optimizer = self._make_optimizer()
         self.saver = Saver(self.run.folder / "checkpoints", self.settings.keep, self.settings.keep_every, self.group)
         self.saver.inherited = self.prepared.inherited
@@ -428,18 +428,6 @@ class Trainer:
         self.optimizer.clip(grad_norm, settings.grad_clip)
         self.optimizer.step()
         return losses, tokens
-
-    def _kept_replies(self) -> KeptReplies | None:
-        """What the base replies to general questions, where the run keeps it."""
-        lora = self.settings.lora
-        if lora is None:
-            return None
-        kept = KeptReplies.of_run(self.run.folder, self.model, self.run.device, lora.keep, self.settings.seed)
-        if kept is None or self.group.size == 1:
-            return kept
-        note = "what the base replies to general questions is kept by one process alone: several do without"
-        self.run.report(Progress("note", 1, 1, note=note))
-        return None
 
     # --- validation -------------------------------------------------------------------------------------------------
 
