@@ -73,6 +73,23 @@ def test_two_encoders_learn_one_space(
     assert plait("index", "add", tmp_path / "index", photos, "--model", run) in (0, 2)
 
 
+def test_the_best_start_of_captioned_images_is_a_pair(
+    photos: Path, bert: Path, vit: Path, tmp_path: Path, plait: Plait,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    (shelf / "vit").symlink_to(vit)
+    options = ("--models", shelf, "--steps", 2, "--start", "best")
+    assert plait("train", photos, "-o", tmp_path / "none", *options) == 1  # an encoder of texts is not there
+    (shelf / "bert").symlink_to(bert)
+    capsys.readouterr()
+    assert plait("train", photos, "-o", tmp_path / "run", *options) == 0
+    assert "to be joined in one space" in " ".join(capsys.readouterr().out.split())
+    config = read_json(tmp_path / "run" / "checkpoints" / "best" / "config.json")
+    assert [Path(config[kind]["encoder"]).name for kind in ("image", "text")] == ["vit", "bert"]
+
+
 def test_an_encoder_in_the_wrong_place_is_told(photos: Path, bert: Path, vit: Path, tmp_path: Path) -> None:  # noqa: F811
     with pytest.raises(PlaitError, match="image processor"):
         library.train(photos, tmp_path / "a", init_from=f"{bert},{bert}", progress=False)

@@ -291,7 +291,7 @@ def train_dual_encoder(
     if training.task not in ("auto", "describe"):
         raise PlaitError(
             f"Two encoders in one space search and name images; they do not {training.task}. Leave out --task "
-            f"{training.task}, or --init-from {','.join(names)}."
+            f"{training.task}, or do not start from {','.join(names)}."
         )
     if recipe.model.embed_dim == 0:
         raise PlaitError("embed_dim: 0 leaves two encoders no space to meet in. Leave it out, or give a width.")

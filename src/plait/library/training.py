@@ -233,7 +233,7 @@ def _choose_start(
         tell(f"On this machine: {best}. To take it: --start best")
         return
     tell(f"Start: {best}.")
-    recipe.model.init_from = str(best.model.folder) if Path(best.model.name).exists() else best.model.name
+    recipe.model.init_from = best.init_from
     if best.lora and recipe.training.lora is None:
         recipe.training.lora = LoraRecipe()
 
