@@ -4,6 +4,7 @@ caption of test is of, by what the first writes about each photo, and by the sec
     python bench/captioner.py train MODEL ENCODER --data DATA -o runs/captioner [--minutes 10 | --steps N]
     python bench/captioner.py scratch --data DATA -o runs/scratch [--photos 2000] [--minutes 10]
     python bench/captioner.py written runs/captioner [--limit 300]     # R@10 by its captions, BM25 of the words
+        [--captions 5] [--encoder MINILM]        # so many of each photo, all but one drawn; also by their embeddings
     python bench/captioner.py found runs/scratch [--limit 300]         # R@10 by its embeddings
 
 DATA holds flickr8k/captions.jsonl.gz and images_128.zip. MODEL and ENCODER are folders of transformers'.
@@ -106,9 +107,30 @@ def written(arguments: argparse.Namespace) -> None:
     model = plait.load(str(arguments.run), "cpu")
     photos, said = photos_of(arguments.run, arguments.limit)
     begun = time.process_time()
-    captions = [model.describe(photo) for photo in photos]
-    print(f"{(time.process_time() - begun) / len(photos):.2f} s of processor time a caption; the first: {captions[:3]}")
-    _tell(bm25([text for _, text in said], captions), said)
+    captions = [[model.describe(photo)] for photo in photos]
+    print(f"{(time.process_time() - begun) / len(photos):.2f} s of processor time a caption")
+    print("the first:", *(one[0] for one in captions[:3]), sep="\n  ")
+    _tell_captions(captions, said, arguments.encoder)
+    if arguments.captions > 1:
+        column = model.column(None, "text", "describe")
+        more = arguments.captions - 1
+        for photo, own in zip(photos, captions, strict=True):
+            own += model.write([model.context([photo])], column, n=more)[0]
+        print(f"{arguments.captions} captions of each photo, {more} of them drawn:")
+        _tell_captions(captions, said, arguments.encoder)
+
+
+def _tell_captions(captions: list[list[str]], said: list[tuple[int, str]], encoder: Path | None) -> None:
+    """R@10 by the words of all captions of a photo, and by the nearest direction of an encoder's mean embedding."""
+    queries = [text for _, text in said]
+    print("by words (BM25):", end=" ")
+    _tell(bm25(queries, [" ".join(own) for own in captions]), said)
+    if encoder is not None:
+        texts = plait.load(str(encoder), "cpu")
+        photos = np.stack([np.asarray(texts.embed(own)).mean(0) for own in captions])
+        photos /= np.linalg.norm(photos, axis=1, keepdims=True)
+        print("by embeddings:", end=" ")
+        _tell(np.asarray(texts.embed(queries)) @ photos.T, said)
 
 
 def found(arguments: argparse.Namespace) -> None:
@@ -150,6 +172,9 @@ def main() -> None:
         one = commands.add_parser(name)
         one.add_argument("run", type=Path)
         one.add_argument("--limit", type=int, default=300, help="photos of test")
+        if name == "written":
+            one.add_argument("--captions", type=int, default=1, help="of each photo")
+            one.add_argument("--encoder", type=Path, help="a model of texts to compare captions by")
         one.set_defaults(work=work)
     arguments = parser.parse_args()
     arguments.work(arguments)
