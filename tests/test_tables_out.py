@@ -76,7 +76,7 @@ def test_rows_of_a_table_keep_what_stands_beside_them(trained: Path, tmp_path: P
     assert plait("embed", trained, table, "-o", out, "--input", "caption") == 0
     rows = rows_of(out)
     assert [(row["id"], row["from"], row["text"]) for row in rows] == [
-        ("7", "Ann", "two\nlines"), ("", "", ""), ("9", "Cy", "one")
+        ("7", "Ann", "two\nlines"), ("8", "", ""), ("9", "Cy", "one")
     ]  # fmt: skip
     assert [bool(row["error"]) for row in rows] == [False, True, False] and "caption" in rows[1]["error"]
     assert plait("prepare", table, "-o", tmp_path / "data", "--workers", 0) == 0

@@ -71,7 +71,9 @@ def evaluate(
         whose = " (of models that had not learnt the record; the run itself has, and may answer otherwise)"
         out.print(f"Each answer, the {wrong:,} wrong ones first: {run / 'answers.csv'}{whose if by_folds else ''}")
     if any(key.task == "recognition" for key in evaluation.metric_keys):
-        out.print(f"To use it: plait classify {run} FOLDER -o said.csv; why: plait explain {run} NEW_FILE -o why.html")
+        size = plait.Run(run).metadata.get("size") if (run / "run.json").is_file() else None
+        why = f"; why: plait explain {run} NEW_FILE -o why.html" if size != "head" else ""  # a head is not explained
+        out.print(f"To use it: plait classify {run} FOLDER -o said.csv{why}")
 
 
 def _review(run: Path, data: str | None, column: str | None, seed: int, device: str) -> None:

@@ -42,11 +42,12 @@ class Record:
 
 
 class Rejected(NamedTuple):
-    """Something that cannot be used: a file (and line) and the reason."""
+    """Something that cannot be used: a file (and line), the reason, and the record's own id where it is known."""
 
     file: str
     line: int | None
     why: Reason
+    id: str | None = None
 
     @property
     def kind(self) -> RejectKind:

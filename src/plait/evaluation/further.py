@@ -194,7 +194,7 @@ def _measure_pairs(
                 findings.outcomes.append(
                     Outcome(
                         "retrieval", f"{pairs.image} by {text}", "found among the first ten", value, stderr, len(hits),
-                        chance, BASE if before else None, beside, lead, unit="texts",
+                        chance, BASE if before else None, beside, lead, unit="texts", advice="more images with texts.",
                     )
                 )  # fmt: skip
     return figures

@@ -327,6 +327,7 @@ def _answer(model: Model, query: TableQuery, journal: Journal, taken: list[_Read
     for one in taken:
         if isinstance(one, Rejected):
             row = {"file": one.file if one.line is None else f"{one.file}:{one.line}", "error": one.reason}
+            row |= {"id": one.id} if one.id is not None else {}
             rows[f"rejected:{one.file}:{one.line}"] = "", row
             continue
         rows[one.entry.id] = one.stamp, {}

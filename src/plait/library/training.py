@@ -285,7 +285,7 @@ def _train_on_encoder(
             tell(f"{folder} is already trained; delete it to train again.")
             return
         if not unchanged and not allow_changes:
-            raise PlaitError(f"{folder} holds another run. Choose another folder with -o, or delete it.")
+            raise PlaitError(f"{folder} holds another run: its data or settings differ. Choose another folder with -o.")
     if recipe.training.lora is not None:
         raise PlaitError("--lora is of language models. Over an encoder a head is fitted: leave it out.")
     assert recipe.model.init_from is not None

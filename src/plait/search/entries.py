@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 
 from plait.core.errors import PlaitError
@@ -92,7 +93,7 @@ def entries(
                 yield item
                 continue
             here = _of_record(item, f"{root.rstrip('/')}/", shown, source_plan.columns, columns)
-            yield from _or_empty(here, f"{shown.rstrip('/')}/{item.place}", columns if empty else None)
+            yield from _or_empty(here, f"{shown.rstrip('/')}/{item.place}", item, columns if empty else None)
 
 
 def columns_of(source: str | Path) -> dict[str, str]:
@@ -110,15 +111,20 @@ def columns_of(source: str | Path) -> dict[str, str]:
 def _known(columns: list[str] | None, there: dict[str, str], source: str) -> None:
     for column in columns or []:
         if column not in there:
-            raise PlaitError(f"{source} has no column '{column}'. Its columns are {', '.join(there) or 'none'}.")
+            near = get_close_matches(column, there, n=1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            raise PlaitError(f"{source} has no column '{column}'.{hint} Its columns are {', '.join(there) or 'none'}.")
 
 
-def _or_empty(here: Iterator[Entry], place: str, columns: list[str] | None) -> Iterator[Entry | Rejected]:
+def _or_empty(
+    here: Iterator[Entry], place: str, item: RawRecord, columns: list[str] | None
+) -> Iterator[Entry | Rejected]:
     """The entries of a record; where it has none in `columns`, that."""
     found = list(here)
     yield from found
     if columns and not found:
-        yield Rejected(place, None, Reason(RejectKind.EMPTY, f"nothing is in {' or '.join(columns)}"))
+        id = item.id if item.id != item.place else None
+        yield Rejected(place, None, Reason(RejectKind.EMPTY, f"nothing is in {' or '.join(columns)}"), id)
 
 
 def _of_dataset(dataset: Dataset, columns: list[str] | None, empty: bool) -> Iterator[Entry | Rejected]:
@@ -127,7 +133,7 @@ def _of_dataset(dataset: Dataset, columns: list[str] | None, empty: bool) -> Ite
     for record in dataset.iterate():
         item = RawRecord(record.id, record.source or record.id, dict(record.parts), record.split)  # type: ignore[arg-type]
         here = _of_record(item, f"{path}#", dataset.manifest.source, dataset.columns, columns)
-        yield from _or_empty(here, item.place, columns if empty else None)
+        yield from _or_empty(here, item.place, item, columns if empty else None)
 
 
 def _of_record(

@@ -228,6 +228,8 @@ def _imported(derived: Derived, training: dict[str, Any], kept: bool) -> None:
     if "learning_rate" in chosen:
         words = "low-rank updates of a pretrained model" if lora else "a pretrained model that is trained whole"
         derived.lines.append(f"For {words}: learning rate {chosen['learning_rate']:g}.")
+    if not lora and not user_training.freeze:
+        derived.lines.append("All of it is trained, which takes much memory and time: --lora trains a small part.")
 
 
 def _recognise(dataset: Dataset, derived: Derived, labels: dict[str, list[str]], training: dict[str, Any]) -> None:
