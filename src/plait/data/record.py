@@ -80,8 +80,8 @@ class UnusableError(ValueError):
 
 def rejected_of(values: list[Any]) -> Rejected:
     """A rejection that was written as a JSON list."""
-    file, line, (kind, detail) = values
-    return Rejected(file, line, Reason(RejectKind(kind), detail))
+    file, line, (kind, detail), id = values
+    return Rejected(file, line, Reason(RejectKind(kind), detail), id)
 
 
 def rejected(place: str, why: Reason) -> Rejected:
